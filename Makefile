@@ -1,0 +1,46 @@
+# Each target first makes the one .venv, if it is not there or pyproject.toml or
+# constraints.txt changed since. `make PYTHON=python3.12 test` chooses the interpreter of a
+# .venv that is yet to be made.
+
+BIN := .venv/bin
+PYTEST_ARGS ?=
+SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/.installed
+	$(BIN)/emu-jax demo
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The demo needs none of the tools that the tests need (torch among them).
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet -e . -c constraints.txt
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	touch .venv/.installed $@
+
+.venv/bin/pip:
+	@python="$(PYTHON)"; \
+	for p in $${python:-python3.11 python3.12 python3}; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "$$p -m venv .venv"; exec $$p -m venv .venv; \
+	  fi; \
+	done; \
+	echo "no Python 3.11 or later found: make PYTHON=/path/to/python3.11 ..." >&2; exit 1

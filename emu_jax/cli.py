@@ -1,0 +1,223 @@
+"""`emu-jax VERB`: parses, calls, prints. Each verb is one function below.
+
+Results go to stdout, progress and errors to stderr. Exit status: 0 done, 2 a mistake that
+the user can mend (one line says which and how), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import emu_jax
+from emu_jax.config import UserError, suggest
+
+Run = Callable[[argparse.Namespace], "dict[str, Any]"]
+
+
+# A verb declares its flags on the parser and returns what runs it: a function of the parsed
+# arguments that returns the JSON object. It imports what it calls only when it is called, so
+# that `--help` is quick.
+
+
+def demo(parser: argparse.ArgumentParser) -> Run:
+    """train Emu on handwritten digits and write a page of what it learned"""
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--validation", action="store_true",
+        help="score on a part of the training split instead, to choose settings by",
+    )  # fmt: skip
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.evaluate import demo
+
+        args.json = True  # the figures are the result: always printed
+        return demo.run(args.workdir, args.seed, args.validation)
+
+    return run
+
+
+def train(parser: argparse.ArgumentParser) -> Run:
+    """train a model as a config file says, or go on from where a run stopped"""
+    parser.usage = "%(prog)s --config configs/X.py --workdir DIR [--config.a.b=VALUE ...] [--json]"
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.epilog = "--config.a.b=VALUE overrides one key of the config; it may be repeated."
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.train.config import TrainConfig
+        from emu_jax.train.config_file import load_config
+        from emu_jax.train.loop import train
+
+        result = train(load_config(TrainConfig, args.config, args.overrides), args.workdir)
+        if not args.json:
+            print(f"trained to step {result['step']}: {args.workdir}")
+        return result
+
+    return run
+
+
+def generate(parser: argparse.ArgumentParser) -> Run:
+    """continue a sequence of text and pictures"""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--output", choices=("text", "image", "auto"), default="auto",
+        help="auto (the default): both, as the model decides",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save", type=Path, default=Path("emu.png"), metavar="FILE",
+        help="the picture; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "parts", nargs="+", metavar="PART",
+        help="text, or @FILE for a picture (@@ for text that begins with @)",
+    )  # fmt: skip
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from PIL import Image
+
+        known = Image.registered_extensions()
+        if args.save.suffix.lower() not in known:
+            raise UserError(f"--save {args.save}: no picture format {args.save.suffix!r}: use .png")
+        if not args.save.parent.is_dir():
+            raise UserError(f"--save {args.save}: there is no directory {args.save.parent}")
+        parts = [_read_part(part) for part in args.parts]
+        emu = emu_jax.load(args.checkpoint)
+        if args.output == "text":
+            made: list[Any] = [emu.generate_text(parts)]
+        elif args.output == "image":
+            made = [emu.generate_image(parts, seed=args.seed)]
+        else:
+            made = emu.complete(parts, seed=args.seed)
+
+        shown: list[dict[str, str]] = []
+        for part in made:
+            if isinstance(part, str):
+                shown.append({"text": part})
+            else:
+                number = 1 + sum("image" in earlier for earlier in shown)
+                name = f"{args.save.stem}-{number}{args.save.suffix}"
+                path = args.save.with_name(name) if args.output == "auto" else args.save
+                _save_picture(part, path)
+                shown.append({"image": str(path)})
+        if not args.json:
+            for part in shown:
+                print(*part.values())
+        return {"parts": shown}
+
+    return run
+
+
+VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    args = argparse.Namespace()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("emu_jax").setLevel(logging.INFO)
+    try:
+        args = _parse(arguments)
+        result = args.run(args)
+        if args.json:
+            print(json.dumps(result))
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        if debug:
+            raise
+        return _complain(str(error))
+    except BrokenPipeError:
+        # Whoever read stdout has gone. The interpreter flushes it once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        # No room, no permission, not a directory: a line says it all.
+        if debug or (error.filename is None and error.errno != errno.ENOSPC):
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _complain(f"{where}{error.strerror}")
+    except KeyboardInterrupt:
+        resumes = "; run the same command again to go on from there" if "workdir" in args else ""
+        print(f"emu-jax: interrupted{resumes}", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # here, where a closed pipe is noticed
+        super().exit(status, message)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parsed arguments, with `run` (the verb) and `overrides` (`a.b=value`)."""
+    parser = _Parser(prog="emu-jax", description="Emu, a generative multimodal model, in JAX.")
+    parser.add_argument("--version", action="version", version=emu_jax.__version__)
+    verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
+    for name, declare in VERBS.items():
+        about = (declare.__doc__ or "").strip()
+        verb = verbs.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False
+        )
+        verb.set_defaults(run=declare(verb))
+        verb.add_argument(
+            "--json", action="store_true", help="print one JSON object as the last line of stdout"
+        )
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # argparse's own words for a missing or misspelt verb are long.
+    if not arguments:
+        parser.error(f"no verb given; known: {', '.join(VERBS)}")
+    if arguments[0] not in VERBS and not arguments[0].startswith("-"):
+        parser.error(f"unknown verb {arguments[0]!r}{suggest(arguments[0], VERBS)}")
+
+    overrides = [a for a in arguments if a.startswith("--config.")]
+    args, unknown = parser.parse_known_args(arguments)
+    if overrides and "config" not in args:
+        raise UserError(f"{overrides[0]}: `emu-jax {arguments[0]}` takes no config")
+    unknown = [a for a in unknown if a not in overrides]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    args.overrides = [a.removeprefix("--config.") for a in overrides]
+    return args
+
+
+def _read_part(part: str) -> Any:
+    """A PART of the command line: text, or a PIL picture."""
+    if part.startswith("@@") or not part.startswith("@"):
+        return part.removeprefix("@")
+    from emu_jax.data.images import open_image
+
+    return open_image(Path(part[1:]))
+
+
+def _save_picture(picture: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    picture.save(temporary)
+    temporary.rename(path)
+
+
+def _complain(message: str) -> int:
+    print(f"emu-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

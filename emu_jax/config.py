@@ -1,0 +1,298 @@
+"""Model configuration: frozen dataclasses, presets, and JSON both ways.
+
+One dataclass per tower. The numbers of `emu_14b()` are those of the release
+(`Emu1/models/Emu-14B.json`, t5-base, LLaMA-13B, Stable Diffusion v1.5 with a
+cross-attention width of 5120).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line, exit status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """EVA-CLIP ViT (release: `eva_vit_model.py`)."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1408
+    layers: int = 40
+    head_width: int = 88
+    mlp_width: int = 6144
+    clip_width: int = 1024  # of the contrastive head, which Emu itself does not use
+    eps: float = 1e-6
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_width
+
+    @property
+    def tokens(self) -> int:
+        """Patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CFormerConfig:
+    """Causal Transformer, a T5 decoder (release: `causal_former.py`, `modeling_t5.py`)."""
+
+    n_causal: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    head_width: int = 64
+    mlp_width: int = 3072
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    dropout: float = 0.1
+    eps: float = 1e-6
+    # An affine-free LayerNorm on the embeddings handed to the language model. Off in
+    # the release; keeps a small model that trains from scratch from collapsing.
+    normalize: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on linear layers of the language model (release: r=16, alpha=16)."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """LLaMA with Emu's regression head (release: `modeling_llama.py`)."""
+
+    vocab_size: int = 32004
+    vocab_multiple: int = 1  # rows of the tables are rounded up to a multiple of this
+    width: int = 5120
+    layers: int = 40
+    heads: int = 40
+    mlp_width: int = 13824
+    rope_theta: float = 10000.0
+    # Rotary cosines and sines are rounded to this dtype: the release computes with tables that
+    # were once made in bfloat16, in float32 too.
+    rope_dtype: str = "bfloat16"
+    max_positions: int = 2048
+    eps: float = 1e-6
+    lora: LoraConfig | None = None
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Denoiser, field names as in diffusers' `UNet2DConditionModel`."""
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_head_dim: int = 8  # diffusers' name for the NUMBER of heads
+    cross_attention_dim: int = 5120
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Autoencoder, field names as in diffusers' `AutoencoderKL`."""
+
+    sample_size: int = 512
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Noise schedule, field names as in diffusers' `PNDMScheduler`."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    set_alpha_to_one: bool = False
+    skip_prk_steps: bool = True
+    steps_offset: int = 1
+    timestep_spacing: str = "leading"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """Ids of the tokens that the model itself treats apart. The base vocabulary has the first
+    three; the release appends the others to it in this order."""
+
+    bos: int = 1
+    eos: int = 2
+    pad: int = 32000
+    img: int = 32001  # opens a picture
+    img_end: int = 32002
+    image: int = 32003  # stands for one visual embedding
+
+    @classmethod
+    def after(cls, base: int) -> TokenIds:
+        """The ids behind a base vocabulary of `base` tokens."""
+        return cls(pad=base, img=base + 1, img_end=base + 2, image=base + 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmuConfig:
+    """The whole model. `unet` and `vae` may be absent (an instruct checkpoint cannot paint)."""
+
+    vision: VisionConfig = VisionConfig()
+    cformer: CFormerConfig = CFormerConfig()
+    llama: LlamaConfig = LlamaConfig()
+    tokens: TokenIds = TokenIds()
+    unet: UNetConfig | None = UNetConfig()
+    vae: VAEConfig | None = VAEConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+
+def emu_14b() -> EmuConfig:
+    """The released pretrained model with its visual decoder."""
+    return EmuConfig()
+
+
+def emu_14b_instruct() -> EmuConfig:
+    """The released instruction-tuned model: two more tokens, LoRA, no visual decoder."""
+    llama = LlamaConfig(vocab_size=32006, lora=LoraConfig())
+    return EmuConfig(llama=llama, unet=None, vae=None)
+
+
+def digits(base_vocab: int = 346) -> EmuConfig:
+    """Every part of the architecture at a size that two cores train in minutes."""
+    return EmuConfig(
+        tokens=TokenIds.after(base_vocab),
+        vision=VisionConfig(
+            image_size=32, patch_size=8, width=96, layers=4, head_width=24, mlp_width=384,
+            clip_width=64,
+        ),
+        cformer=CFormerConfig(
+            n_causal=4, width=96, layers=2, heads=4, head_width=24, mlp_width=384, dropout=0.0,
+            normalize=True,
+        ),
+        llama=LlamaConfig(
+            vocab_size=base_vocab + 4, vocab_multiple=8, width=128, layers=4, heads=4, mlp_width=352,
+            max_positions=256,
+        ),
+        unet=UNetConfig(
+            sample_size=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(48, 96), layers_per_block=1, attention_head_dim=4,
+            cross_attention_dim=128, norm_num_groups=16,
+        ),
+        vae=VAEConfig(
+            sample_size=32, block_out_channels=(16, 32, 32), layers_per_block=1,
+            norm_num_groups=8, scaling_factor=1.0,
+        ),
+    )  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON types (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """Builds the frozen dataclass `cls` from plain JSON types.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type; the line names the key.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown config key {where + key!r}{suggest(key, fields)}")
+    return cls(**{k: _convert(hints[k], v, where + k) for k, v in values.items()})
+
+
+def suggest(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` when something close to `word` is known, else the choices."""
+    import difflib
+
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = [a for a in args if a is not type(None)]
+        return _convert(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, dict):
+            raise UserError(f"config key {where!r} must be a group of keys, not {value!r}")
+        return from_dict(hint, value, where + ".")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"config key {where!r} must be a list, not {value!r}")
+        return tuple(_convert(args[0], v, where) for v in value)
+    if origin is dict:
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in dict(value).items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise UserError(f"config key {where!r} must be {hint.__name__}, not {value!r}")
+
+
+def save_json(config: Any, path: Path) -> None:
+    """Writes `config` atomically."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    temporary.rename(path)
+
+
+def load_json(cls: type, path: Path) -> Any:
+    """Reads what `save_json` wrote.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or does not fit `cls`.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is {path.parent} a checkpoint?") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return from_dict(cls, values)

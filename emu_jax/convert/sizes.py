@@ -1,0 +1,325 @@
+"""The configuration of a release, from its JSON files and its tensors' shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emu_jax.config import (
+    CFormerConfig,
+    EmuConfig,
+    LlamaConfig,
+    LoraConfig,
+    SchedulerConfig,
+    TokenIds,
+    UNetConfig,
+    UserError,
+    VAEConfig,
+    VisionConfig,
+    emu_14b,
+    from_dict,
+)
+from emu_jax.convert.tables import Shape, Spelling
+
+# Tokens that the release adds to LLaMA's vocabulary, without and with [USER] and [ASSISTANT].
+ADDED_TOKENS = (4, 6)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        UserError: it is missing or something else.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def multimodal(
+    shapes: Mapping[str, Shape],
+    *,
+    where: str,
+    base_vocab: int,
+    model_json: Path | None = None,
+    llama_json: Path | None = None,
+    lora_alpha: float = LoraConfig.alpha,
+) -> EmuConfig:
+    """The sizes of everything but the image decoder, which is left out.
+
+    Most sizes follow from the tensors. Those that do not (heads, the epsilons of the norms)
+    come from the JSON files, and without them from the 14B preset where it fits.
+
+    Args:
+        shapes: of the tensors, as the file spells them.
+        where: how the file is called in messages.
+        base_vocab: size of the tokenizer's vocabulary before Emu's tokens.
+        model_json: in the release's own format (`Emu-14B.json`).
+        llama_json: a transformers `config.json` of LLaMA.
+        lora_alpha: the adapters' alpha, which no tensor tells.
+
+    Raises:
+        UserError: a tensor that sizes depend on is missing or misshapen, the JSON disagrees
+            with the tensors, or there is no JSON and the tensors are not the 14B model's.
+    """
+    spelling = Spelling.of(shapes)
+
+    def shape(key: str, dims: int) -> Shape:
+        name = key if key in shapes else spelling.write(key)
+        if name not in shapes and spelling.base_layer:
+            name = spelling.write(key, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        if name not in shapes:
+            raise UserError(f"{where} is no Emu checkpoint: it lacks {name}")
+        if len(shapes[name]) != dims or 0 in shapes[name]:
+            raise UserError(f"{where}: {name} is {list(shapes[name])}, expected {dims} dimensions")
+        return tuple(shapes[name])
+
+    def layers(pattern: str) -> int:
+        found = {int(m[1]) for key in shapes if (m := re.match(pattern, key))}
+        return max(found, default=-1) + 1
+
+    preset = emu_14b()
+    lm = re.escape(spelling.write("decoder.lm."))
+    vocab, width = shape("decoder.lm.model.embed_tokens.weight", 2)
+    _, tokens, vision_width = shape("visual.pos_embed", 3)
+    patch_size = shape("visual.patch_embed.proj.weight", 4)[2]
+    if vocab - base_vocab not in ADDED_TOKENS:
+        raise UserError(
+            f"{where} has {vocab} tokens, the tokenizer {base_vocab}: the release adds 4, or 6 "
+            "for instruction tuning; give this model's own tokenizer with --tokenizer"
+        )
+    side = math.isqrt(max(tokens - 1, 0))
+    if side * side != tokens - 1:
+        raise UserError(f"{where}: visual.pos_embed has {tokens} rows, not a square plus one")
+    vision = dataclasses.replace(
+        preset.vision,
+        image_size=side * patch_size, patch_size=patch_size, width=vision_width,
+        layers=layers(r"visual\.blocks\.(\d+)\."),
+        mlp_width=shape("visual.blocks.0.mlp.fc1.weight", 2)[0],
+        clip_width=shape("visual.head.weight", 2)[0],
+    )  # fmt: skip
+    t5 = "cformer.cformer.block.0.layer."
+    n_causal, cformer_width = shape("cformer.causal_tokens", 3)[1:]
+    buckets, heads = shape(f"{t5}0.SelfAttention.relative_attention_bias.weight", 2)
+    cformer = CFormerConfig(
+        n_causal=n_causal, width=cformer_width, heads=heads, relative_buckets=buckets,
+        layers=layers(r"cformer\.cformer\.block\.(\d+)\."),
+        head_width=shape(f"{t5}0.SelfAttention.q.weight", 2)[0] // heads,
+        mlp_width=shape(f"{t5}2.DenseReluDense.wi.weight", 2)[0],
+    )  # fmt: skip
+
+    llama = dataclasses.replace(
+        preset.llama, vocab_size=vocab, width=width, layers=layers(lm + r"model\.layers\.(\d+)\."),
+        mlp_width=shape("decoder.lm.model.layers.0.mlp.gate_proj.weight", 2)[0],
+        lora=_lora(shapes, spelling, lora_alpha),
+    )  # fmt: skip
+    rotary = shapes.get(spelling.write("decoder.lm.model.layers.0.self_attn.rotary_emb.inv_freq"))
+    sized = {f: getattr(llama, f) for f in ("width", "layers", "mlp_width")}
+    if llama_json is not None:
+        llama = _with_llama_json(llama, llama_json)
+    elif rotary:
+        llama = dataclasses.replace(llama, heads=width // (2 * rotary[0]))
+    elif any(getattr(preset.llama, f) != v for f, v in sized.items()):
+        raise UserError(
+            f"{where} does not tell how many heads its language model has: put LLaMA's "
+            "config.json into the tokenizer folder (--tokenizer)"
+        )
+    if rotary and llama.head_width != 2 * rotary[0]:
+        raise UserError(
+            f"{where} has rotary_emb.inv_freq for heads of width {2 * rotary[0]}, but {llama_json} "
+            f"says {llama.heads} heads for a width of {width}"
+        )
+
+    if model_json is not None:
+        vision = _with_model_json(vision, cformer, model_json)
+    elif any(getattr(preset.vision, f) != getattr(vision, f) for f in ("width", "mlp_width")):
+        raise UserError(
+            f"{where} is not the 14B model, and no tensor tells the width of the visual encoder's "
+            "heads: give the release's model JSON (Emu.json) with --model-config"
+        )
+    for name, cut, of in (
+        ("visual encoder", vision.head_width, vision.width),
+        ("language model", llama.heads, llama.width),
+        ("Causal Transformer", heads, shape(f"{t5}0.SelfAttention.q.weight", 2)[0]),
+    ):
+        if cut < 1 or of % cut:
+            raise UserError(f"{where}: the {name}'s width {of} cannot be cut into heads by {cut}")
+    return EmuConfig(
+        vision=vision, cformer=cformer, llama=llama, unet=None, vae=None,
+        tokens=TokenIds.after(base_vocab),
+    )  # fmt: skip
+
+
+def _lora(shapes: Mapping[str, Shape], spelling: Spelling, alpha: float) -> LoraConfig | None:
+    if not spelling.peft:
+        return None
+    found = {
+        m[1]: shape[0]
+        for key, shape in shapes.items()
+        if (m := re.search(r"\.self_attn\.(\w+)\.lora_A\.default\.weight$", key)) and shape
+    }
+    if not found:
+        return None  # wrapped by peft, without adapters: the table lists what is unexpected
+    order = LoraConfig().targets
+    targets = tuple(sorted(found, key=lambda t: order.index(t) if t in order else len(order)))
+    return LoraConfig(rank=max(found.values()), alpha=alpha, targets=targets)
+
+
+def _with_model_json(vision: VisionConfig, cformer: CFormerConfig, path: Path) -> VisionConfig:
+    """Adds what the release's model JSON knows, and checks the rest against the tensors."""
+    values = read_json(path)
+    tower = values.get("vision_cfg")
+    if not isinstance(tower, dict):
+        raise UserError(f"{path} has no vision_cfg: give the release's model JSON (Emu-14B.json)")
+    head_width = tower.get("head_width", 64)  # the release's own default
+    if not isinstance(head_width, int):
+        raise UserError(f"{path}: vision_cfg.head_width must be a number, not {head_width!r}")
+    told = {
+        "vision_cfg.image_size": (tower.get("image_size"), vision.image_size),
+        "vision_cfg.patch_size": (tower.get("patch_size"), vision.patch_size),
+        "vision_cfg.width": (tower.get("width"), vision.width),
+        "vision_cfg.layers": (tower.get("layers"), vision.layers),
+        "embed_dim": (values.get("embed_dim"), vision.clip_width),
+        "multimodal_cfg.n_causal": (
+            (values.get("multimodal_cfg") or {}).get("n_causal"), cformer.n_causal,
+        ),
+        "vladapter_cfg.n_causal": (
+            (values.get("vladapter_cfg") or {}).get("n_causal"), cformer.n_causal,
+        ),
+    }  # fmt: skip
+    if isinstance(ratio := tower.get("mlp_ratio"), int | float):
+        told["vision_cfg.mlp_ratio x width"] = (int(vision.width * ratio), vision.mlp_width)
+    for name, (said, is_) in told.items():
+        if said is not None and said != is_:
+            raise UserError(f"{path}: {name} is {said}, but the tensors have {is_}")
+    return dataclasses.replace(vision, head_width=head_width)
+
+
+def _with_llama_json(llama: LlamaConfig, path: Path) -> LlamaConfig:
+    """Adds what LLaMA's `config.json` knows, and checks the rest against the tensors."""
+    read = llama_config(path)
+    for name in ("width", "layers", "mlp_width"):
+        if getattr(read, name) != getattr(llama, name):
+            raise UserError(
+                f"{path}: the language model's {name} is {getattr(read, name)}, but the tensors "
+                f"have {getattr(llama, name)}"
+            )
+    return dataclasses.replace(read, vocab_size=llama.vocab_size, lora=llama.lora)
+
+
+# Our name, transformers' name; None where transformers has a default that LLaMA-1 keeps.
+LLAMA_JSON = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "max_positions": "max_position_embeddings",
+    "eps": "rms_norm_eps",
+}
+
+
+def llama_config(path: Path) -> LlamaConfig:
+    """A transformers `config.json` of LLaMA.
+
+    Raises:
+        UserError: a size is missing, or the file asks for what Emu's LLaMA does not have.
+    """
+    values = read_json(path)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    values.setdefault("rope_theta", rope.get("rope_theta", LlamaConfig.rope_theta))
+    kinds = {rope.get("rope_type", "default"), rope.get("type", "default")}
+    heads = values.get("num_attention_heads")
+    for wrong, what in (
+        (values.get("model_type", "llama") != "llama", f"model_type {values.get('model_type')}"),
+        (values.get("num_key_value_heads") not in (None, heads), "grouped key-value heads"),
+        (values.get("attention_bias"), "attention biases"),
+        (values.get("mlp_bias"), "MLP biases"),
+        (values.get("tie_word_embeddings"), "tied word embeddings"),
+        (kinds != {"default"}, f"rope scaling {rope}"),
+        (values.get("hidden_act", "silu") != "silu", f"activation {values.get('hidden_act')}"),
+    ):
+        if wrong:
+            raise UserError(f"{path}: Emu's language model is a LLaMA-1; this one has {what}")
+    sizes = {}
+    for ours, theirs in LLAMA_JSON.items():
+        default = getattr(LlamaConfig, ours)
+        value = values.get(theirs, default if isinstance(default, float) else None)
+        if theirs == "max_position_embeddings" and value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{path}: {theirs} must be a positive number, not {value!r}")
+        sizes[ours] = type(default)(value)
+    return LlamaConfig(**sizes)
+
+
+def diffusers_config(cls: type, path: Path) -> Any:
+    """A diffusers `config.json` (or `scheduler_config.json`) as our dataclass.
+
+    Keys that we do not have must hold the value that Stable Diffusion v1.5 has.
+
+    Raises:
+        UserError: the file asks for something that Emu's decoder does not have.
+    """
+    values = read_json(path)
+    taken = {f.name for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key in taken or key.startswith("_"):
+            continue
+        allowed = _PLAIN[cls].get(key, (None, False, 0, 0.0, 1, 1.0))
+        if any(v not in allowed for v in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{path}: {key} = {value!r} is not supported, only {allowed[0]!r}")
+    kept = {k: v for k, v in values.items() if k in taken and v is not None}
+    try:
+        return from_dict(cls, kept)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# What other keys of these files may say: nothing that changes the network. Keys that are not
+# listed may be absent, false, 0 or 1.
+_PLAIN: dict[type, dict[str, tuple[Any, ...]]] = {
+    UNetConfig: {
+        "act_fn": ("silu",),
+        "addition_embed_type_num_heads": (64,),
+        "attention_type": ("default",),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+        "resnet_time_scale_shift": ("default",),
+        "time_embedding_type": ("positional",),
+    },
+    VAEConfig: {
+        "act_fn": ("silu",),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "force_upcast": (True, False),  # of half-precision inference
+        "mid_block_add_attention": (True,),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+    },
+    SchedulerConfig: {"clip_sample": (False,), "trained_betas": (None,)},
+}
+
+
+def decoder(folder: Path) -> tuple[UNetConfig, VAEConfig, SchedulerConfig]:
+    """The sizes of an image decoder in diffusers' layout.
+
+    Raises:
+        UserError: a part is missing or not supported.
+    """
+    unet = diffusers_config(UNetConfig, folder / "unet" / "config.json")
+    vae = diffusers_config(VAEConfig, folder / "vae" / "config.json")
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    scheduler = diffusers_config(SchedulerConfig, schedule) if schedule.is_file() else None
+    return unet, vae, scheduler or SchedulerConfig()

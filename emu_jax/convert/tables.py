@@ -1,0 +1,316 @@
+"""One invertible table per tower: the release's tensors and our parameters.
+
+A row says which parameter holds which tensors, and how one becomes the other. Parameters are
+named as `checkpoint` names them (`visual.blocks.attn.qkv`), tensors as in the state dict of the
+pretrained release; `{}` in a tensor's name runs over the layers that a parameter stacks along
+its leading axis. How a particular file spells the same names is a `Spelling`.
+
+Transforms are written in einops' notation, ours on the left, the release's on the right:
+
+  i o          input and output width of a product       h w i o      a convolution (HWIO)
+  d c e        the fused q, k, v of a width d             p q c        rows, columns, channels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from einops import rearrange
+
+from emu_jax.config import EmuConfig, UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A change of layout and its inverse.
+
+    Attributes:
+        pattern: "ours -> release", in einops' notation.
+        axes: lengths that the pattern alone does not tell.
+        rows: how many rows (first axis) the release has, where ours are rounded up; zeros
+            fill the rest.
+    """
+
+    pattern: str
+    axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rows: int | None = None
+
+    def to_release(self, x: np.ndarray) -> np.ndarray:
+        """One layer's parameter as the release's tensor."""
+        return rearrange(x, self.pattern, **self.axes)[: self.rows]
+
+    def from_release(self, y: np.ndarray, shape: Shape) -> np.ndarray:
+        """The release's tensor as one layer's parameter, which has this `shape`."""
+        if self.rows is not None:
+            full = rearrange(np.broadcast_to(np.int8(0), shape), self.pattern, **self.axes)
+            if missing := len(full) - self.rows:
+                y = np.concatenate([y, np.zeros((missing, *y.shape[1:]), y.dtype)])
+        ours, release = self.pattern.split(" -> ")
+        return rearrange(y, f"{release} -> {ours}", **self.axes)
+
+    def release_shape(self, shape: Shape) -> Shape:
+        """The shape of the release's tensor for one layer's parameter of this `shape`."""
+        return self.to_release(np.broadcast_to(np.int8(0), shape)).shape
+
+
+SAME = Transform("... -> ...")
+LINEAR = Transform("i o -> o i")
+CONV = Transform("h w i o -> o i h w")
+QKV = Transform("d c e -> (c e) d", {"c": 3})
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A parameter and its tensors: one, or one per layer when `stacked`."""
+
+    path: str
+    keys: tuple[str, ...]
+    transform: Transform
+    stacked: bool = False
+
+    def layer_shape(self, shape: Shape) -> Shape:
+        """A parameter's shape without the layers' axis."""
+        return shape[1:] if self.stacked else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelling:
+    """How the names of the pretrained release are written in another file.
+
+    Attributes:
+        peft: the language model is wrapped by peft, as in `Emu-instruct.pt`.
+        base_layer: peft 0.7 and later: an adapted layer's own weight is its `base_layer`.
+        old_vae: the autoencoder's attention is named as in diffusers 0.15.
+    """
+
+    peft: bool = False
+    base_layer: bool = False
+    old_vae: bool = False
+
+    def write(self, key: str, targets: Iterable[str] = ()) -> str:
+        """A tensor's name in such a file; `targets` are the adapted layers' names."""
+        if self.peft and key.startswith("decoder.lm."):
+            key = key.replace("decoder.lm.", "decoder.lm.base_model.model.", 1)
+            if self.base_layer and "lora_" not in key and key.split(".")[-2] in set(targets):
+                key = key.removesuffix("weight") + "base_layer.weight"
+        if self.old_vae and (match := _VAE_ATTENTION.fullmatch(key)):
+            key = f"{match[1]}{_OLD_VAE[match[2]]}{match[3]}"
+        return key
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> Spelling:
+        """The spelling that a file with these keys uses."""
+        keys = list(keys)
+        return cls(
+            peft=any(k.startswith("decoder.lm.base_model.") for k in keys),
+            base_layer=any(".base_layer." in k for k in keys),
+            old_vae=any(".mid_block.attentions.0.proj_attn." in k for k in keys),
+        )
+
+
+_OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_VAE_ATTENTION = re.compile(
+    r"((?:vae:)?(?:en|de)coder\.mid_block\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)(\..*)"
+)
+
+
+def table(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[Row]:
+    """Every row of the model `cfg` describes, whose parameters have these `shapes`.
+
+    Names of the denoiser's and the autoencoder's tensors are prefixed `unet:` and `vae:`, the
+    files they stand in.
+
+    Raises:
+        KeyError: a parameter is in no table, or a row names one that the model lacks.
+    """
+    rows = [*visual(cfg), *cformer(cfg), *llama(cfg)]
+    rows += diffusers("unet", shapes) if cfg.unet else []
+    rows += diffusers("vae", shapes) if cfg.vae else []
+    paths = {row.path for row in rows}
+    shapes = {p: s for p, s in shapes.items() if p.split(".")[0] in _TOWERS}
+    if odd := paths ^ set(shapes):
+        raise KeyError(f"the tables and the model disagree on {sorted(odd)}")
+    return rows
+
+
+_TOWERS = ("visual", "ln_visual", "cformer", "llama", "unet", "vae")
+
+
+def visual(cfg: EmuConfig) -> list[Row]:
+    """EVA-CLIP's ViT and the norm after it (release: `eva_vit_model.py`)."""
+    side = cfg.vision.patch_size
+    patches = Transform("(p q c) o -> o c p q", {"p": side, "q": side, "c": 3})
+    rows = [
+        Row("visual.cls_token", ("visual.cls_token",), Transform("d -> 1 1 d")),
+        Row("visual.pos_embed", ("visual.pos_embed",), Transform("p d -> 1 p d")),
+        Row("visual.patch_embed.kernel", ("visual.patch_embed.proj.weight",), patches),
+        Row("visual.patch_embed.bias", ("visual.patch_embed.proj.bias",), SAME),
+        *_norm("visual.norm", bias=True),
+        *_linear("visual.head", bias=True),
+        *_norm("ln_visual", bias=True),
+    ]
+    block = [
+        *_norm("norm1", bias=True),
+        Row("attn.qkv", ("attn.qkv.weight",), QKV),
+        Row("attn.q_bias", ("attn.q_bias",), SAME),
+        Row("attn.v_bias", ("attn.v_bias",), SAME),
+        *_linear("attn.proj", bias=True),
+        *_norm("norm2", bias=True),
+        *_linear("mlp.fc1", bias=True),
+        *_linear("mlp.fc2", bias=True),
+    ]
+    return rows + _stack("visual.blocks", "visual.blocks.{}", block, cfg.vision.layers)
+
+
+def cformer(cfg: EmuConfig) -> list[Row]:
+    """The Causal Transformer (release: `causal_former.py`, `modeling_t5.py`)."""
+    t5 = "cformer.cformer"
+    bias = f"{t5}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    rows = [
+        Row("cformer.causal_tokens", ("cformer.causal_tokens",), Transform("n d -> 1 n d")),
+        Row("cformer.relative_attention_bias", (bias,), SAME),
+        *_norm("cformer.final_layer_norm", f"{t5}.final_layer_norm"),
+        *_linear("cformer.projection", bias=True),
+    ]
+    block = [
+        *_norm("self_norm", "layer.0.layer_norm"),
+        *(r for n in "qkvo" for r in _linear(f"self_attention.{n}", f"layer.0.SelfAttention.{n}")),
+        *_norm("cross_norm", "layer.1.layer_norm"),
+        *(r for n in "qkvo" for r in _linear(f"cross_attention.{n}", f"layer.1.EncDecAttention.{n}")),
+        *_norm("mlp_norm", "layer.2.layer_norm"),
+        *_linear("wi", "layer.2.DenseReluDense.wi"),
+        *_linear("wo", "layer.2.DenseReluDense.wo"),
+    ]  # fmt: skip
+    return rows + _stack("cformer.blocks", f"{t5}.block.{{}}", block, cfg.cformer.layers)
+
+
+def llama(cfg: EmuConfig) -> list[Row]:
+    """LLaMA, its regression head and its adapters (release: `modeling_llama.py`)."""
+    lm, vocab = "decoder.lm", cfg.llama.vocab_size
+    rows = [
+        Row("llama.embed_tokens.embedding", (f"{lm}.model.embed_tokens.weight",),
+            Transform("v d -> v d", rows=vocab)),
+        Row("llama.lm_head.kernel", (f"{lm}.lm_head.weight",), Transform("i v -> v i", rows=vocab)),
+        *_linear("llama.stu_regress_head", f"{lm}.stu_regress_head"),
+        *_norm("llama.norm", f"{lm}.model.norm"),
+    ]  # fmt: skip
+    block = [
+        *_norm("input_layernorm"),
+        *(r for n in "qkvo" for r in _linear(f"self_attn.{n}_proj")),
+        *_norm("post_attention_layernorm"),
+        *(r for n in ("gate", "up", "down") for r in _linear(f"mlp.{n}_proj")),
+    ]
+    for target in cfg.llama.lora.targets if cfg.llama.lora else ():
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            name = f"self_attn.{target}"
+            block.append(Row(f"{name}.{ours}", (f"{name}.{theirs}.default.weight",), LINEAR))
+    return rows + _stack("llama.layers", f"{lm}.model.layers.{{}}", block, cfg.llama.layers)
+
+
+def diffusers(tower: str, shapes: Mapping[str, Shape]) -> list[Row]:
+    """The denoiser or the autoencoder, whose submodules are named as diffusers names them:
+    only a parameter's own name and layout differ."""
+    rows = []
+    for path, shape in shapes.items():
+        if not path.startswith(f"{tower}."):
+            continue
+        key = path.removeprefix(f"{tower}.")
+        for ours, theirs in _DIFFUSERS.items():
+            key = re.sub(ours, theirs, key)
+        transform = {4: CONV, 2: LINEAR}.get(len(shape), SAME)
+        rows.append(Row(path, (f"{tower}:{key}",), transform))
+    return rows
+
+
+_DIFFUSERS = {
+    r"\.to_out\.": ".to_out.0.",
+    r"\.ff\.proj\.": ".ff.net.0.proj.",
+    r"\.ff\.out\.": ".ff.net.2.",
+    r"\.(kernel|scale)$": ".weight",
+}
+
+
+def _linear(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[Row]:
+    yield Row(f"{path}.kernel", (f"{key or path}.weight",), LINEAR)
+    if bias:
+        yield Row(f"{path}.bias", (f"{key or path}.bias",), SAME)
+
+
+def _norm(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[Row]:
+    yield Row(f"{path}.scale", (f"{key or path}.weight",), SAME)
+    if bias:
+        yield Row(f"{path}.bias", (f"{key or path}.bias",), SAME)
+
+
+def _stack(path: str, key: str, block: list[Row], layers: int) -> list[Row]:
+    """The rows of one layer as rows of all, stacked."""
+    return [
+        Row(f"{path}.{row.path}", tuple(f"{key.format(i)}.{row.keys[0]}" for i in range(layers)),
+            row.transform, stacked=True)
+        for row in block
+    ]  # fmt: skip
+
+
+def dead(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
+    """Tensors that stand in the release and compute nothing, with their shapes (None: any
+    length). They are carried along, since the release loads with `strict=True`."""
+    tensors: dict[str, tuple[int | None, ...]] = {
+        f"decoder.lm.model.layers.{i}.self_attn.rotary_emb.inv_freq": (cfg.llama.head_width // 2,)
+        for i in range(cfg.llama.layers)
+    }
+    return tensors | {"cformer.cformer.embed_tokens.weight": (None, cfg.cformer.width)}
+
+
+def match(
+    rows: Iterable[Row], shapes: Mapping[str, Shape], cfg: EmuConfig, spelling: Spelling,
+    found: Mapping[str, Shape], where: str,
+) -> list[str]:
+    """Checks every name and shape before anything is read or transposed.
+
+    Args:
+        shapes: of our parameters.
+        found: names and shapes of the tensors of the source, `unet:` and `vae:` prefixed.
+        where: how the source is called in the message.
+
+    Returns:
+        The dead tensors that the source has.
+
+    Raises:
+        UserError: listing in full what is missing, unexpected or misshapen.
+    """
+    targets = cfg.llama.lora.targets if cfg.llama.lora else ()
+    missing, misshapen, expected = [], [], set()
+    for row in rows:
+        shape = row.transform.release_shape(row.layer_shape(shapes[row.path]))
+        for key in row.keys:
+            key = spelling.write(key, targets)
+            expected.add(key)
+            if key not in found:
+                missing.append(key)
+            elif tuple(found[key]) != shape:
+                misshapen.append(f"{key} is {list(found[key])}, expected {list(shape)}")
+    carried = []
+    for key, shape in dead(cfg).items():
+        key = spelling.write(key, targets)
+        if key not in found:
+            continue
+        carried.append(key)
+        got = tuple(found[key])
+        if len(got) != len(shape) or any(b not in (None, a) for a, b in zip(got, shape, strict=True)):
+            wanted = ["any" if n is None else n for n in shape]
+            misshapen.append(f"{key} is {list(got)}, expected {wanted}")
+    unexpected = sorted(set(found) - expected - set(carried))
+    problems = [
+        f"{len(names)} {kind}: " + ", ".join(names)
+        for kind, names in
+        (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]  # fmt: skip
+    if problems:
+        raise UserError(f"{where} does not fit the model: " + "; ".join(problems))
+    return carried

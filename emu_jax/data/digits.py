@@ -1,0 +1,181 @@
+"""scikit-learn's 1,797 handwritten digits as documents of three kinds.
+
+The label of a picture reaches a document only as a word. Splits are taken from
+`numpy.random.default_rng(0).permutation(1797)`: the first 1,437 pictures train, the other
+360 are held out; of the training pictures the first 1,300 are for fitting, the last 137 for
+choosing anything that has to be chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from PIL import Image
+
+from emu_jax.config import UserError, suggest
+from emu_jax.data.documents import Document, Picture, Text, write_documents
+from emu_jax.tokenizer import Tokenizer
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = (
+    "a handwritten {digit}", "the digit {digit}", "{digit}", "a picture of a {digit}",
+    "this is a {digit}",
+)  # fmt: skip
+STEPS = (1, -1, 2, -2)  # of the counting sequences
+FRAMES = 4
+SPLITS = {
+    "train": slice(0, 1437), "heldout": slice(1437, 1797),
+    "fit": slice(0, 1300), "validation": slice(1300, 1437),
+}  # fmt: skip
+VOCABULARY = 512  # an upper bound; the few words there are need less
+
+_VERSION = 1  # of the files `build_digits` writes
+_PER_PICTURE = 3  # pages, and storyboards, for each picture of a split
+
+
+def digit_pictures(
+    split: str,
+) -> tuple[UInt8[np.ndarray, "pictures 8 8"], Int64[np.ndarray, "pictures"]]:
+    """(grey pictures, white on black, 0..255; labels 0..9) of a split."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}")
+    pictures, labels = _all_digits()
+    chosen = np.random.default_rng(0).permutation(len(labels))[SPLITS[split]]
+    return pictures[chosen], labels[chosen]
+
+
+@functools.cache
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pictures = np.round(pixels.reshape(-1, 8, 8) * (255 / 16))  # they come as 0..16
+    return pictures.astype(np.uint8), labels.astype(np.int64)
+
+
+def encode_png(pixels: UInt8[np.ndarray, "h w"]) -> bytes:
+    """A grey picture as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def caption(digit: int, template: int) -> str:
+    """One of the sentences that `pairs` say of a digit."""
+    return _say(CAPTIONS[template], digit)
+
+
+def parse_digit(text: str) -> int | None:
+    """The digit that a text names; None when it names none, or several."""
+    named = [w for w in re.findall(r"[a-z]+", text.lower()) if w in WORDS]
+    return WORDS.index(named[0]) if len(named) == 1 else None
+
+
+def counting_digits(rng: np.random.Generator, frames: int = FRAMES) -> list[int]:
+    """Digits of a counting sequence by a step of `STEPS`, all within 0..9."""
+    step = int(rng.choice(STEPS))
+    reach = step * (frames - 1)
+    start = int(rng.integers(max(0, -reach), min(9, 9 - reach) + 1))
+    return [start + step * n for n in range(frames)]
+
+
+def _say(template: str, digit: int) -> str:
+    said = template.format(digit=WORDS[digit])
+    return said.replace("a eight", "an eight")
+
+
+Shown = Callable[[int], Picture]  # a random picture of a digit
+
+
+def _pairs(pictures: list[Picture], labels: np.ndarray) -> Iterator[Document]:
+    """Every picture with every caption."""
+    for picture, label in zip(pictures, labels.tolist(), strict=True):
+        for template in range(len(CAPTIONS)):
+            yield Document((picture, Text(caption(label, template))))
+
+
+def _page(rng: np.random.Generator, show: Shown) -> Document:
+    """Two to four digits and words about them, the words before or after each picture."""
+    digits = rng.integers(10, size=rng.integers(2, 5)).tolist()
+    style = int(rng.integers(4))
+    parts: list[Text | Picture] = []
+    for n, digit in enumerate(digits):
+        picture = show(digit)
+        if style == 0:
+            words = "first a {digit}" if n == 0 else "then a {digit}"
+        elif style == 1:
+            words = "is a {digit}" if n == len(digits) - 1 else "is a {digit} and"
+        elif style == 2:
+            words = CAPTIONS[int(rng.integers(len(CAPTIONS)))]
+        else:
+            words = "{digit}"
+        said = Text(_say(words, digit))
+        parts += [picture, said] if style == 1 else [said, picture]
+    return Document(tuple(parts))
+
+
+def _storyboard(rng: np.random.Generator, show: Shown) -> Document:
+    """A count, as a video with subtitles: a frame a second, its word half a second later."""
+    digits = counting_digits(rng)
+    frames = [(float(n), show(digit).data) for n, digit in enumerate(digits)]
+    subtitles = [(n + 0.5, WORDS[digit]) for n, digit in enumerate(digits)]
+    return Document.from_video(frames, subtitles)
+
+
+def _documents(split: str) -> dict[str, list[Document]]:
+    """All documents of a split, by kind."""
+    images, labels = digit_pictures(split)
+    pictures = [Picture(encode_png(image)) for image in images]
+    rng = np.random.default_rng([_VERSION, list(SPLITS).index(split)])
+    by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
+
+    def show(digit: int) -> Picture:
+        return pictures[int(rng.choice(by_label[digit]))]
+
+    count = _PER_PICTURE * len(pictures)
+    return {
+        "pairs": list(_pairs(pictures, labels)),
+        "pages": [_page(rng, show) for _ in range(count)],
+        "storyboards": [_storyboard(rng, show) for _ in range(count)],
+    }
+
+
+def build_digits(root: str | os.PathLike) -> None:
+    """Writes `root/SPLIT/KIND.array_record` for every split and kind, and `root/tokenizer`.
+
+    What is already there whole is left alone, so that a second call is quick and an
+    interrupted one is made good. Each file appears at once.
+    """
+    root = Path(root)
+    listing = root / "digits.json"
+    try:
+        sizes = json.loads(listing.read_text())
+        if sizes.pop("version") == _VERSION and all(
+            (root / name).stat().st_size == size for name, size in sizes.items()
+        ):
+            return
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # absent or unfinished: build
+
+    names, texts = [], []
+    for split in SPLITS:
+        for kind, documents in _documents(split).items():
+            names.append(f"{split}/{kind}.array_record")
+            write_documents(root / names[-1], documents)
+            if split == "train":
+                texts += [p.text for d in documents for p in d.parts if isinstance(p, Text)]
+    Tokenizer.train(texts, VOCABULARY).save(root / "tokenizer")
+    names.append("tokenizer/tokenizer.json")
+
+    values = {"version": _VERSION, **{name: (root / name).stat().st_size for name in names}}
+    temporary = listing.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.replace(listing)  # last: it says that the rest is whole

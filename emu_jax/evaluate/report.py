@@ -1,0 +1,320 @@
+"""report.html: one self-contained page of what a run learned.
+
+Pictures are inline PNG, curves inline SVG, styles inline CSS; there is no script and nothing
+is fetched. The page follows the reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from emu_jax.train.metrics import series
+
+Picture = np.ndarray | Image.Image  # uint8 [h, w, 3] or [h, w], or PIL
+
+# Metrics that are drawn, in this order: the first pattern that matches a name.
+CURVES = (r"^loss$", r"loss", r"variance", r"rank", r"accuracy|retrieval", r"psnr")
+OPEN_CAPTIONS = 60  # shown at once; the rest unfold
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    figures: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    captions: Sequence[tuple[Picture, str, bool]] = (),
+    drawings: np.ndarray | Sequence[Sequence[Picture]] = (),
+    continuations: Sequence[tuple[Sequence[Picture], Picture, bool, str]] = (),
+    config: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the page atomically.
+
+    Args:
+        figures: metric name to value. Those named `*accuracy` are shares of one and head the
+            page as percentages; all stand in the table.
+        curves: stage to its rows, as `train.metrics.read_metrics` gives them.
+        captions: (picture, what the model said, whether that is right).
+        drawings: uint8 [rows, columns, h, w, 3] or [rows, columns, h, w]; row i is drawn for
+            the i-th thing asked for.
+        continuations: (given frames, the frame the model drew, whether it is right, caption).
+    """
+    sections = [
+        _figures(figures),
+        _captions(captions),
+        _drawings(drawings),
+        _continuations(continuations),
+        _curves(curves),
+        _details("Configuration", config),
+        _details("Versions", versions),
+    ]
+    page = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(sections))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.rename(path)
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    shares = {k: v for k, v in figures.items() if k.endswith("accuracy")}
+    tiles = "".join(
+        f'<div class="tile"><b>{100 * v:.1f}%</b><span>{_words(k)}</span></div>'
+        for k, v in shares.items()
+    )
+    rows = "".join(
+        f"<tr><th scope=row>{_words(k)}</th><td>{html.escape(_number(v))}</td></tr>"
+        for k, v in figures.items()
+    )
+    return (
+        f'<div class="tiles">{tiles}</div><section><h2>Figures</h2><table>{rows}</table></section>'
+    )
+
+
+def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
+    if not captions:
+        return ""
+    # Mistakes first: they teach most.
+    cards = [
+        f'<figure class="card {_verdict(right)}">{_image(picture)}'
+        f"<figcaption>{_mark(right)} {html.escape(said)}</figcaption></figure>"
+        for picture, said, right in sorted(captions, key=lambda c: c[2])
+    ]
+    shown, rest = "".join(cards[:OPEN_CAPTIONS]), cards[OPEN_CAPTIONS:]
+    more = (
+        f'<details><summary>{len(rest)} more</summary><div class="cards">{"".join(rest)}</div>'
+        "</details>" if rest else ""
+    )  # fmt: skip
+    right = sum(right for _, _, right in captions)
+    return (
+        "<section><h2>Captions of held-out pictures</h2>"
+        f"<p>{right} of {len(captions)} are right; mistakes come first.</p>"
+        f'<div class="cards">{shown}</div>{more}</section>'
+    )
+
+
+def _drawings(drawings: np.ndarray | Sequence[Sequence[Picture]]) -> str:
+    if len(drawings) == 0:
+        return ""
+    columns = len(drawings[0])
+    images = "".join(_image(picture) for row in drawings for picture in row)
+    return (
+        "<section><h2>Drawn from words alone</h2>"
+        "<p>A row holds several drawings of one thing.</p>"
+        f'<div class="sheet" style="--columns:{columns}">{images}</div></section>'
+    )
+
+
+def _continuations(
+    continuations: Sequence[tuple[Sequence[Picture], Picture, bool, str]],
+) -> str:
+    if not continuations:
+        return ""
+    cards = "".join(
+        f'<figure class="strip {_verdict(right)}"><div>{"".join(map(_image, frames))}<i>&rarr;</i>'
+        f"<span>{_image(drawn)}</span></div>"
+        f"<figcaption>{_mark(right)} {html.escape(caption)}</figcaption></figure>"
+        for frames, drawn, right, caption in continuations
+    )
+    right = sum(right for _, _, right, _ in continuations)
+    return (
+        "<section><h2>Sequences continued</h2>"
+        "<p>The model was given the frames left of the arrow and drew the one right of it; "
+        f"{right} of the {len(continuations)} shown are right.</p>"
+        f'<div class="strips">{cards}</div></section>'
+    )
+
+
+def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    stages = []
+    for stage, rows in curves.items():
+        names = dict.fromkeys(name for row in rows for name in row)
+        drawn = sorted(
+            (rank, name) for name in names
+            if (rank := next((i for i, p in enumerate(CURVES) if re.search(p, name)), -1)) >= 0
+        )  # fmt: skip
+        charts = "".join(_chart(name, *series(rows, name), rank) for rank, name in drawn)
+        if charts:
+            stages.append(f'<h3>{html.escape(stage)}</h3><div class="charts">{charts}</div>')
+    if not stages:
+        return ""
+    return (
+        "<section><h2>Training</h2><p>Faint: each logged step; strong: a running mean. "
+        f"Beneath each chart, its first and last value.</p>{''.join(stages)}</section>"
+    )
+
+
+# Colours that matplotlib writes and the page replaces by its own.
+_INK, _LINE = "#010203", "#040506"
+
+
+def _chart(name: str, steps: np.ndarray, values: np.ndarray, rank: int) -> str:
+    """One metric over steps as inline SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    if not len(values):
+        return ""
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8, "text.color": _INK,
+        "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
+        "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+        "ytick.minor.width": 0.4, "grid.color": _INK, "grid.linewidth": 0.5, "grid.alpha": 0.15,
+    }  # fmt: skip
+    with rc_context(style):
+        figure = Figure(figsize=(3.4, 2.0), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(True)
+        window = max(1, len(values) // 40)
+        axes.plot(steps, values, color=_LINE, linewidth=0.8, alpha=0.3 if window > 1 else 1)
+        if window > 1:
+            mean = np.convolve(values, np.ones(window) / window, "valid")
+            axes.plot(steps[window - 1 :], mean, color=_LINE, linewidth=1.6)
+        if values.min() > 0 and values.max() > 20 * values.min():
+            axes.set_yscale("log")
+        axes.set_xlabel("step")
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(_INK, "currentColor").replace(_LINE, f"var(--line-{min(rank, 4)})")
+    return (
+        f"<figure><h4>{_words(name)}</h4>{svg}<figcaption>{values[0]:.3g} &rarr; "
+        f"{values[-1]:.3g}</figcaption></figure>"
+    )
+
+
+def _details(title: str, values: Mapping[str, Any] | None) -> str:
+    if not values:
+        return ""
+    text = html.escape(json.dumps(values, indent=2, default=str))
+    return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
+
+
+def _image(picture: Picture) -> str:
+    if not isinstance(picture, Image.Image):
+        picture = np.asarray(picture)
+        if picture.dtype != np.uint8:
+            raise TypeError(f"a picture must be uint8, not {picture.dtype}")
+        picture = Image.fromarray(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    width, height = picture.size
+    return f'<img alt="" width={width} height={height} src="data:image/png;base64,{data}">'
+
+
+def _verdict(right: bool) -> str:
+    return "right" if right else "wrong"
+
+
+def _mark(right: bool) -> str:
+    sign, word = ("&#10003;", "right") if right else ("&#10007;", "wrong")
+    return f'<span class="mark" role="img" aria-label="{word}">{sign}</span>'
+
+
+def _words(name: str) -> str:
+    return html.escape(name.replace("_", " "))
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f7f7f5; --card: #ffffff; --ink: #1d2126; --soft: #666d76; --rule: #e2e3e0;
+  --right: #1a7f4b; --wrong: #c6372c;
+  --line-0: #2563b8; --line-1: #2563b8; --line-2: #b45309; --line-3: #1a7f4b; --line-4: #7c3aa8;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14171a; --card: #1d2125; --ink: #e6e8ea; --soft: #9aa2ab; --rule: #31373d;
+    --right: #4cc38a; --wrong: #ff7d6e;
+    --line-0: #6ea8fe; --line-1: #6ea8fe; --line-2: #f0a35e; --line-3: #4cc38a; --line-4: #c39bf0;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1.25rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .4rem; }
+h3 { font-size: .95rem; margin: 1.25rem 0 .5rem; }
+h4 { font-size: .8rem; font-weight: 600; margin: 0; }
+p { margin: 0 0 .9rem; color: var(--soft); }
+figure { margin: 0; }
+img { display: block; image-rendering: pixelated; }
+figcaption { font-size: .8rem; line-height: 1.3; color: var(--soft); }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
+.tile { flex: 1 1 10rem; background: var(--card); border: 1px solid var(--rule);
+  border-radius: .5rem; padding: .8rem 1rem; }
+.tile b { display: block; font-size: 1.7rem; line-height: 1.2;
+  font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .85rem; }
+table { border-collapse: collapse; width: 100%; max-width: 36rem; }
+th, td { text-align: left; font-weight: normal; padding: .3rem 0;
+  border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
+td { text-align: right; padding-left: 1.5rem; font-variant-numeric: tabular-nums; }
+.mark { font-weight: 700; }
+.right .mark { color: var(--right); }
+.wrong .mark { color: var(--wrong); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: .6rem; }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
+  padding: .5rem; }
+.card.wrong { border-color: var(--wrong); }
+.card img { width: 100%; height: auto; border-radius: .25rem; margin-bottom: .35rem; }
+.sheet { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 2px;
+  max-width: 44rem; }
+.sheet img { width: 100%; height: auto; }
+.strips { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: .6rem; }
+.strip { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
+  padding: .6rem; }
+.strip > div { display: flex; align-items: center; gap: .3rem; margin-bottom: .4rem; }
+.strip img { width: 100%; height: auto; border-radius: .25rem; }
+.strip div > img, .strip div > span { flex: 0 1 4rem; min-width: 0; }
+.strip i { font-style: normal; color: var(--soft); }
+.strip div > span { border-radius: .35rem; outline: 2px solid var(--right); }
+.strip.wrong div > span { outline-color: var(--wrong); }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr));
+  gap: .6rem; }
+.charts figure { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
+  padding: .7rem; }
+.charts svg { display: block; width: 100%; height: auto; color: var(--soft); }
+.charts svg text { font-family: inherit !important; }
+details { margin-top: 1rem; }
+summary { cursor: pointer; color: var(--soft); margin-bottom: .6rem; }
+pre { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
+  padding: .8rem; overflow-x: auto; font-size: .8rem; }
+"""

@@ -1,0 +1,1 @@
+"""Generation: text, the embeddings of pictures, pictures, and sequences of both."""

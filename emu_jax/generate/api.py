@@ -1,0 +1,490 @@
+"""Emu for its users: prompts of text and pictures in, text and pictures out.
+
+    emu = emu_jax.load("runs/demo")
+    emu.generate_text([Image.open("a.png"), "what is this?"])
+    emu.generate_image(["a dog wearing glasses"])
+    emu.complete([first, "one", second, "two"])
+
+A prompt is a list of parts in reading order: texts, pictures (PIL, or uint8 [h, w, 3]) and
+videos (lists of pictures, or uint8 [F, h, w, 3]). Every method has a form for many prompts,
+which runs them in batches of few shapes, each compiled once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, UInt8
+from PIL import Image
+
+from emu_jax import checkpoint, sharding
+from emu_jax.config import UserError, load_json, suggest
+from emu_jax.data.images import normalize_images
+from emu_jax.generate import image, mixed, text
+from emu_jax.generate.image import ImageConfig
+from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pad
+from emu_jax.generate.text import TRACES, Plan, Rules, TextConfig, bucket
+from emu_jax.models import emu as models
+from emu_jax.tokenizer import USER, Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(TextConfig, ImageConfig):
+    """Settings of generation; `generation.json` in a run directory may change the defaults.
+
+    Attributes:
+        max_images: pictures that a continuation may hold.
+    """
+
+    max_images: int = 4
+
+    def replace(self, **settings: Any) -> GenerationConfig:
+        """
+        Raises:
+            UserError: an unknown setting, or one that means nothing.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        for name in settings:
+            if name not in known:
+                raise UserError(f"unknown generation setting {name!r}{suggest(name, known)}")
+        changed = dataclasses.replace(self, **settings)
+        changed.check()
+        return changed
+
+    def check(self) -> None:
+        TextConfig.check(self)
+        ImageConfig.check(self)
+        if self.max_images < 0:
+            raise UserError(f"max_images cannot be {self.max_images}")
+
+
+def load(
+    directory: str | Path, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32,
+    batch_size: int = 64,
+) -> Emu:  # fmt: skip
+    """The model of a run directory: config.json, tokenizer/ and the newest parameters.
+
+    Args:
+        mesh: where it lives (`sharding.make_mesh`); one device without it.
+        dtype: bfloat16 keeps and computes everything in it, as the release does.
+        batch_size: rows that are computed at once.
+
+    Raises:
+        UserError: the directory is no checkpoint, or a part of it cannot be read.
+    """
+    directory = Path(directory)
+    cfg = checkpoint.load_config(directory)
+    tokenizer = checkpoint.load_tokenizer(directory)
+    defaults = GenerationConfig()
+    if (directory / "generation.json").is_file():
+        defaults = load_json(GenerationConfig, directory / "generation.json")
+        defaults.check()
+    path = directory / str(checkpoint.latest_step(directory)) / "params"
+    towers = {name.split(".")[0] for name in checkpoint.stored_shapes(path)}
+    if mesh is None:
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+
+    def build() -> models.Emu:
+        return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
+
+    model = checkpoint.load_module(directory, build, mesh)
+    return Emu(
+        model, tokenizer, defaults=defaults, mesh=mesh, dtype=dtype, batch_size=batch_size
+    )
+
+
+class Emu:
+    """A model with its tokenizer, ready to generate.
+
+    Methods take their settings (fields of `GenerationConfig`) by name and fall back on
+    `defaults`. Row i of many prompts draws its random numbers from `fold_in(key(seed), i)`:
+    it gets the same whatever it is batched with.
+
+    Attributes:
+        cfg: the model's configuration.
+        tokenizer: its tokenizer.
+        defaults: settings that a call does not name.
+    """
+
+    def __init__(
+        self, model: models.Emu, tokenizer: Tokenizer, *,
+        defaults: GenerationConfig | None = None, mesh: Mesh | None = None,
+        dtype: jnp.dtype = jnp.float32, batch_size: int = 64,
+    ):  # fmt: skip
+        self.cfg, self.tokenizer, self.mesh = model.cfg, tokenizer, mesh
+        self.defaults = defaults or GenerationConfig()
+        self.dtype, self.batch_size = jnp.dtype(dtype), batch_size
+        self.paints = model.unet is not None and model.vae is not None
+        self._graphdef, self._params = nnx.split(model)
+        if self.dtype != jnp.float32:
+            self._params = jax.tree.map(lambda a: a.astype(self.dtype), self._params)
+        self._unconditional: Float[Array, "N D"] | None = None
+
+    # --- Text ---
+
+    def generate_text(
+        self, prompt: Parts, *, choices: Sequence[str] | None = None, system: str | None = None,
+        **settings: Any,
+    ) -> str:  # fmt: skip
+        """The text that follows a prompt.
+
+        Args:
+            choices: the only answers that may come out (the release's yes/no trie).
+            system: the system message of an instruction-tuned model, whose prompts are put
+                into its format unless they hold `[USER]` already (`prompt.instruct`).
+            settings: fields of `TextConfig`.
+
+        Raises:
+            UserError: a part or a setting that makes no sense.
+        """
+        return self.generate_texts([prompt], choices=choices, system=system, **settings)[0]
+
+    def generate_texts(
+        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None,
+        system: str | None = None, **settings: Any,
+    ) -> list[str]:  # fmt: skip
+        """The texts that follow many prompts; see `generate_text`."""
+        ids = self.generate_ids(prompts, choices=choices, system=system, **settings)
+        return [self.tokenizer.decode(row).strip() for row in ids]
+
+    def generate_ids(
+        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None,
+        system: str | None = None, **settings: Any,
+    ) -> np.ndarray:  # fmt: skip
+        """Token ids [B, max_new_tokens + 1]: the dummy `<s>` of transformers 4.31 first, padded
+        behind `</s>`; see `generate_text`."""
+        cfg = self.defaults.replace(**settings)
+        plan, rules = Plan.of(cfg, self.cfg.tokens), Rules.of(cfg)
+        allowed = None
+        if choices is not None:
+            if not choices:
+                raise UserError("choices must name at least one answer")
+            ids = [(*self.tokenizer.encode(c, bos=False), self.cfg.tokens.eos) for c in choices]
+            allowed = text.choices_table(tuple(ids))
+        rows = [self._prompt(p, system=system) for p in prompts]
+        result = np.full((len(rows), cfg.max_new_tokens + 1), self.cfg.tokens.pad, np.int32)
+        for which, batch in self._batches(rows, "left", per_row=cfg.num_beams):
+            with self._on_mesh():
+                out = _decode(
+                    self._graphdef, self._params, *self._device(batch),
+                    plan, rules, _keys(_fill(which, len(batch.tokens)), cfg.seed), allowed,
+                )  # fmt: skip
+            result[which] = np.asarray(out)[: len(which), : result.shape[1]]
+        return result
+
+    # --- Ranking ---
+
+    def rank(self, prompt: Parts, candidates: Sequence[str], *, segments: int = 1) -> list[int]:
+        """Indices of the candidates, the likeliest continuation of the prompt first.
+
+        Args:
+            segments: as the release's `predict`: candidates of one segment share the length
+                that their loss is divided by (`text.mean_losses`).
+        """
+        return self.ranks([prompt], [candidates], segments=segments)[0]
+
+    def ranks(
+        self, prompts: Sequence[Parts], candidates: Sequence[Sequence[str]], *, segments: int = 1
+    ) -> list[list[int]]:
+        """`rank` for many prompts, each with its own candidates."""
+        if len(prompts) != len(candidates) or not all(candidates):
+            raise UserError("each prompt needs its list of candidates")
+        most = max(map(len, candidates))
+        if not 1 <= segments <= min(map(len, candidates)):
+            raise UserError(f"segments cannot be {segments}: at most one for each candidate")
+        rows = [self._prompt(p, system=None) for p in prompts]
+        ids = [[self.tokenizer.encode(c, bos=False) for c in row] for row in candidates]
+        longest = bucket(max(len(c) for row in ids for c in row))
+        ranked: list[list[int]] = [[] for _ in rows]
+        for which, batch in self._batches(rows, "left", per_row=most):
+            table = np.full((len(batch.tokens), bucket(most, 1), longest), -1, np.int32)
+            for n, i in enumerate(which):
+                for c, candidate in enumerate(ids[i]):
+                    table[n, c, : len(candidate)] = candidate
+            with self._on_mesh():
+                sums = _losses(self._graphdef, self._params, *self._device(batch), table)
+            for i, row in zip(which, np.asarray(sums), strict=False):
+                lengths, prompt = [len(c) for c in ids[i]], len(rows[i].tokens)
+                means = text.mean_losses(row[: len(lengths)], lengths, prompt, segments)
+                ranked[i] = np.argsort(means, kind="stable").tolist()
+        return ranked
+
+    # --- Pictures ---
+
+    def generate_image(
+        self, prompt: Parts, *, negative: Parts | None = None, **settings: Any
+    ) -> Image.Image:
+        """A picture of a prompt: of words, of pictures blended, of both in context.
+
+        Args:
+            negative: what guidance leads away from; the empty prompt, as in the release.
+            settings: fields of `ImageConfig`, and `seed`.
+
+        Raises:
+            UserError: a part or a setting that makes no sense, or a model that cannot paint.
+        """
+        seeds = [settings.pop("seed", self.defaults.seed)]
+        pictures = self.generate_images([prompt], negative=negative, seeds=seeds, **settings)
+        return Image.fromarray(pictures[0])
+
+    def generate_images(
+        self, prompts: Sequence[Parts], *, negative: Parts | None = None,
+        seeds: Sequence[int] | int | None = None, **settings: Any,
+    ) -> UInt8[np.ndarray, "B H W 3"]:  # fmt: skip
+        """Pictures of many prompts; see `generate_image`.
+
+        Args:
+            seeds: one for each picture; or a number, from which each picture's own follows.
+        """
+        self._need_painter()
+        cond = self.regress(prompts)
+        return self.paint(cond, negative=negative, seeds=seeds, **settings)
+
+    def regress(self, prompts: Sequence[Parts]) -> Float[Array, "B N D"]:
+        """The embeddings of the picture that follows each prompt (release: `generate_image`)."""
+        rows = [self._prompt(p, opens=True) for p in prompts]
+        found: list[Any] = [None] * len(rows)
+        for which, batch in self._batches(rows, "right"):
+            with self._on_mesh():
+                out = _regress(self._graphdef, self._params, *self._device(batch))
+            for n, i in enumerate(which):
+                found[i] = out[n]
+        return jnp.stack(found)
+
+    def paint(
+        self, embeddings: Float[Array, "B N D"], *, negative: Parts | None = None,
+        seeds: Sequence[int] | int | None = None, **settings: Any,
+    ) -> UInt8[np.ndarray, "B H W 3"]:  # fmt: skip
+        """Pictures of embeddings; see `generate_images`."""
+        cfg = self.defaults.replace(**settings)
+        seeds = cfg.seed if seeds is None else seeds
+        count = len(embeddings)
+        if isinstance(seeds, int | np.integer):
+            keys = _keys(np.arange(count), seeds)
+        elif len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one for each")
+        else:
+            keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        return self._paint(embeddings, keys, cfg, negative)
+
+    def _paint(self, embeddings, keys, cfg: GenerationConfig, negative: Parts | None = None):
+        self._need_painter()
+        uncond, guidance = None, 1.0
+        if cfg.guidance > 1:
+            uncond, guidance = self._uncond(negative), jnp.float32(cfg.guidance)
+        size = self.cfg.unet.sample_size * self.cfg.vae.downscale
+        out = np.zeros((len(embeddings), size, size, 3), np.uint8)
+        for which, rows in self._chunks(np.arange(len(embeddings))):
+            full = _fill(which, rows)
+            with self._on_mesh():
+                painted = _paint(
+                    self._graphdef, self._params, keys[full], embeddings[full], uncond, guidance,
+                    cfg.steps, cfg.method,
+                )  # fmt: skip
+            out[which] = np.asarray(painted)[: len(which)]
+        return out
+
+    def _uncond(self, negative: Parts | None) -> Float[Array, "N D"]:
+        if negative is not None:
+            return self.regress([negative])[0]
+        if self._unconditional is None:
+            # What the model itself would draw after nothing: <s>[IMG], not zeros.
+            self._unconditional = self.regress([""])[0]
+        return self._unconditional
+
+    def _need_painter(self) -> None:
+        if not self.paints:
+            raise UserError(
+                "this checkpoint has no visual decoder (unet, vae): it writes text, but to paint "
+                "take the pretrained model with its decoder"
+            )
+
+    # --- Both ---
+
+    def complete(self, prompt: Parts, **settings: Any) -> list[str | Image.Image]:
+        """What follows a prompt, texts and pictures as the model decides.
+
+        Args:
+            settings: fields of `GenerationConfig`; text is decoded greedily unless `do_sample`.
+        """
+        parts = self.completions([prompt], **settings)[0]
+        return [p if isinstance(p, str) else Image.fromarray(p) for p in parts]
+
+    def completions(
+        self, prompts: Sequence[Parts], **settings: Any
+    ) -> list[list[str | UInt8[np.ndarray, "H W 3"]]]:
+        """What follows each of many prompts; pictures as arrays. See `complete`.
+
+        A continuation ends at `</s>`, after `max_new_tokens` of text, or where it would open a
+        picture more than `max_images`.
+        """
+        cfg = self.defaults.replace(**settings)
+        for name in ("repetition_penalty", "no_repeat_ngram_size"):
+            if getattr(cfg, name) != getattr(TextConfig, name):
+                raise UserError(f"{name} has no effect on mixed sequences: leave it out")
+        most = cfg.max_images if self.paints else 0
+        plan = mixed.MixedPlan(bucket(cfg.max_new_tokens), most, cfg.do_sample, self.paints)
+        rules = mixed.MixedRules(
+            np.int32(cfg.max_new_tokens), np.float32(cfg.temperature), np.int32(cfg.top_k),
+            np.float32(cfg.top_p),
+        )  # fmt: skip
+        rows = [self._prompt(p) for p in prompts]
+        results: list[list[Any]] = [[] for _ in rows]
+        drawn, keys = [], []  # embeddings and keys of all pictures
+        for which, batch in self._batches(rows, "left"):
+            row_keys = _keys(_fill(which, len(batch.tokens)), cfg.seed)
+            with self._on_mesh():
+                tokens, images = _complete(
+                    self._graphdef, self._params, *self._device(batch), plan, rules, row_keys
+                )
+            for n, i in enumerate(which):
+                results[i] = self._split(np.asarray(tokens[n]), rows[i].tokens[-1])
+                for k in range(sum(p is None for p in results[i])):
+                    drawn.append(images[n, k])
+                    keys.append(jax.random.fold_in(row_keys[n], k))
+        if drawn:
+            # Parts are filled in the order of the batches, which is that of `drawn`.
+            painted = iter(self._paint(jnp.stack(drawn), jnp.stack(keys), cfg))
+            for which, _ in self._chunks(_by_length(rows)):
+                for i in which:
+                    results[i] = [next(painted) if p is None else p for p in results[i]]
+        return results
+
+    def _split(self, tokens: np.ndarray, last: int) -> list[str | None]:
+        """Generated tokens as texts, with None where a picture stands."""
+        ids, parts, words = self.cfg.tokens, [], []
+        pictures: list[int] = [ids.img] if last == ids.img else []
+        for token in [*pictures, *tokens.tolist()]:
+            if token == ids.img:
+                parts += [self.tokenizer.decode(words).strip(), None]
+                words = []
+            elif token not in (ids.image, ids.img_end, ids.pad, ids.eos):
+                words.append(token)
+        parts.append(self.tokenizer.decode(words).strip())
+        return [p for p in parts if p != ""]
+
+    # --- Batches ---
+
+    def _prompt(
+        self, parts: Parts, *, system: str | None = None, opens: bool = False
+    ) -> Prompt:
+        parts = as_parts(parts)
+        spelled = any(isinstance(p, str) and USER in p for p in parts)
+        if self.tokenizer.user is not None and not spelled and not opens:
+            parts = instruct(parts, system)
+        elif system is not None:
+            raise UserError("a system message needs an instruction-tuned model and a plain prompt")
+        return Prompt.of(parts, self.tokenizer, self.cfg, opens=opens)
+
+    def _chunks(self, which: np.ndarray, per_row: int = 1) -> Iterator[tuple[np.ndarray, int]]:
+        """(indices, rows to compute): the same rows for all chunks, the last one included."""
+        size = max(1, self.batch_size // per_row)
+        rows = size if len(which) > size else min(size, bucket(len(which), 1))
+        for start in range(0, len(which), size):
+            yield which[start : start + size], rows
+
+    def _batches(
+        self, prompts: Sequence[Prompt], side: Literal["left", "right"], *, per_row: int = 1
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Prompts of similar lengths together: (which prompts, the padded batch)."""
+        for which, rows in self._chunks(_by_length(prompts), per_row):
+            part = [prompts[i] for i in which]
+            length = bucket(max(len(p.tokens) for p in part), 16)
+            pictures = bucket(max(len(p.pictures) for p in part), 1)
+            yield which, pad(
+                part, side, rows=rows, length=length, pictures=pictures, fill=self.cfg.tokens.pad
+            )
+
+    def _device(self, batch: Batch) -> tuple[Any, ...]:
+        """A batch as the programs take it: (images [B, I, N, D], tokens, slots, valid)."""
+        n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
+        found = []
+        for which, rows in self._chunks(np.arange(len(batch.pictures))):
+            full = _fill(which, rows)
+            with self._on_mesh():
+                found.append(
+                    _encode(self._graphdef, self._params, batch.pictures[full], self.dtype)
+                )
+        flat = jnp.concatenate(found) if found else jnp.zeros((1, n, width), self.dtype)
+        images = jnp.take(flat, batch.which, axis=0)
+        return images, batch.tokens, batch.slots, batch.valid
+
+    def _on_mesh(self):
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+
+def _keys(which: np.ndarray, seed: int) -> Key[Array, "B"]:
+    """Each row's own key, whatever the rows beside it."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(which))
+
+
+def _fill(which: np.ndarray, rows: int) -> np.ndarray:
+    """Indices for a batch of `rows`: the last one again where there are fewer."""
+    return which[np.minimum(np.arange(rows), len(which) - 1)]
+
+
+def _by_length(prompts: Sequence[Prompt]) -> np.ndarray:
+    return np.argsort([len(p.tokens) for p in prompts], kind="stable")
+
+
+# --- Programs: compiled once per bucket of shapes; the module's structure is part of the key ------
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _encode(graphdef, params, pictures, dtype):
+    TRACES["encode"] += 1
+    floating = jnp.issubdtype(pictures.dtype, jnp.floating)
+    pixels = pictures.astype(dtype) if floating else normalize_images(pictures, dtype)
+    return nnx.merge(graphdef, params).encode_images(pixels)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
+def _decode(graphdef, params, images, tokens, slots, valid, plan, rules, keys, allowed):
+    TRACES["decode"] += 1
+    emu = nnx.merge(graphdef, params)
+    x = emu.embed(tokens, images, slots)
+    return text.decode(emu.llama, x, valid, plan, rules, keys, allowed)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def _losses(graphdef, params, images, tokens, slots, valid, candidates):
+    TRACES["losses"] += 1
+    emu = nnx.merge(graphdef, params)
+    x = emu.embed(tokens, images, slots)
+    return text.candidate_losses(emu.llama, x, valid, candidates)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def _regress(graphdef, params, images, tokens, slots, valid):
+    TRACES["regress"] += 1
+    emu = nnx.merge(graphdef, params)
+    return emu.regress_after(tokens, jnp.sum(valid, axis=1), images, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "steps", "method"))
+def _paint(graphdef, params, keys, cond, uncond, guidance, steps, method):
+    TRACES["paint"] += 1
+    emu = nnx.merge(graphdef, params)
+    guidance = guidance if uncond is not None else 1.0
+    return image.paint(emu, keys, cond, uncond, guidance, steps=steps, method=method)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
+def _complete(graphdef, params, images, tokens, slots, valid, plan, rules, keys):
+    TRACES["complete"] += 1
+    emu = nnx.merge(graphdef, params)
+    x = emu.embed(tokens, images, slots)
+    opened = tokens[:, -1] == emu.cfg.tokens.img
+    return mixed.complete(emu, x, valid, opened, plan, rules, keys)

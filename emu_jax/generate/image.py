@@ -1,0 +1,87 @@
+"""Painting: N embeddings to a picture (release: `Emu1/models/pipeline.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt8
+
+from emu_jax import diffusion
+from emu_jax.config import EmuConfig, UserError, suggest
+from emu_jax.models.emu import Emu
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How pictures are painted; the release's defaults.
+
+    Attributes:
+        guidance: how far from the unconditional answer; 1 or less does without it.
+        method: pndm (the release's), ddim or dpm++.
+    """
+
+    guidance: float = 7.5
+    steps: int = 50
+    method: str = "pndm"
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a setting that means nothing.
+        """
+        if self.method not in diffusion.METHODS:
+            known = suggest(self.method, diffusion.METHODS)
+            raise UserError(f"unknown sampling method {self.method!r}{known}")
+        if self.steps < 1:
+            raise UserError(f"steps cannot be {self.steps}")
+
+
+def initial_latents(
+    keys: Key[Array, "B"], cfg: EmuConfig, dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "B h w C"]:
+    """Gaussian latents, each from its own key alone: a picture does not depend on its batch."""
+    shape = (cfg.unet.sample_size, cfg.unet.sample_size, cfg.unet.in_channels)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys).astype(dtype)
+
+
+def sample_latents(
+    emu: Emu,
+    latents: Float[Array, "B h w C"],
+    cond: Float[Array, "B N D"],
+    uncond: Float[Array, "N D"] | None,
+    guidance: Float[Array, ""] | float,
+    *,
+    steps: int,
+    method: str,
+) -> Float[Array, "B h w C"]:
+    """Denoised latents; the loop is one scan. One `uncond` serves all rows."""
+    if uncond is not None:
+        uncond = jnp.broadcast_to(uncond, cond.shape)
+    return diffusion.sample(
+        emu.unet, latents, cond, uncond, cfg=emu.cfg.scheduler, steps=steps, guidance=guidance,
+        method=method,
+    )  # fmt: skip
+
+
+def decode_latents(emu: Emu, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+    """Pixels in [0, 1]."""
+    pixels = emu.vae.decode(latents / emu.cfg.vae.scaling_factor)
+    return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+
+def paint(
+    emu: Emu,
+    keys: Key[Array, "B"],
+    cond: Float[Array, "B N D"],
+    uncond: Float[Array, "N D"] | None,
+    guidance: Float[Array, ""] | float,
+    *,
+    steps: int,
+    method: str,
+) -> UInt8[Array, "B H W 3"]:
+    """Pictures of the embeddings `cond`, each from the noise of its own key."""
+    latents = initial_latents(keys, emu.cfg, cond.dtype)
+    latents = sample_latents(emu, latents, cond, uncond, guidance, steps=steps, method=method)
+    return jnp.round(decode_latents(emu, latents) * 255).astype(jnp.uint8)

@@ -1,0 +1,183 @@
+"""Prompts: texts and pictures in reading order, as token ids and pixels.
+
+The release spells a prompt as one string, each picture as `[IMG]<image>*N[/IMG]`, and tokenises
+it whole (`Emu1/inference.py`, `Emu1/models/pipeline.py`). Text prompts are padded on the left,
+contexts of pictures on the right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+from PIL import Image
+
+from emu_jax.config import EmuConfig, UserError
+from emu_jax.data.images import load_image
+from emu_jax.tokenizer import ASSISTANT, IMAGE, IMG, USER, Tokenizer
+
+# str, a PIL picture, uint8 pixels [h, w, 3]; or a video: [F, h, w, 3] or a list of pictures.
+# Pixels of a floating dtype are taken as preprocessed and normalised already.
+Part = Any
+Parts = Sequence[Part] | str
+
+# What the instruction-tuned model was told before a turn (`Emu1/inference.py`).
+IMAGE_SYSTEM = (
+    "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the "
+    "image after I provide it to you. Please answer my questions based on the given image."
+)
+VIDEO_SYSTEM = (
+    "You are a helpful assistant and you will be presented with a video consisting of multiple "
+    "chronological images: [IMG]ImageContent[/IMG]. You will be able to see the video after I "
+    "provide it to you. Please answer my questions based on the given video."
+)
+VIDEO_FRAMES = 8  # that the release shows of a video
+
+
+def frame_indices(frames: int, segments: int = VIDEO_FRAMES) -> Int[np.ndarray, "S"]:
+    """Which frames stand for a video (release: `Emu1/utils.py: get_index`).
+
+    Raises:
+        UserError: the video has no frames.
+    """
+    if frames < 1:
+        raise UserError("a video needs at least one frame")
+    length = (frames - 1) / segments
+    return int(length / 2) + np.round(length * np.arange(segments)).astype(int)
+
+
+def is_video(part: Part) -> bool:
+    """Whether a part is a list of frames."""
+    return isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim == 4)
+
+
+def pictures_of(part: Part) -> list[Any]:
+    """The pictures of a part: none of a text, one of a picture, each frame of a video."""
+    if isinstance(part, str):
+        return []
+    return list(part) if is_video(part) else [part]
+
+
+def as_parts(prompt: Parts) -> list[Part]:
+    """A prompt as its list of parts; a lone string is one part."""
+    return [prompt] if isinstance(prompt, str | Image.Image | np.ndarray) else list(prompt)
+
+
+def instruct(prompt: Parts, system: str | None = None) -> list[Part]:
+    """A user's turn in the format of the instruction-tuned model:
+    `<system> [USER]: <prompt> [ASSISTANT]:`.
+
+    Without `system` it is chosen as the release's examples do: their message for one picture,
+    that for a video, nothing before text alone or several pictures between texts.
+    """
+    parts = as_parts(prompt)
+    if system is None:
+        videos = sum(map(is_video, parts))
+        pictures = sum(len(pictures_of(p)) for p in parts)
+        system = VIDEO_SYSTEM if videos else IMAGE_SYSTEM if pictures == 1 else ""
+    return [f"{system} {USER}: ".lstrip(), *parts, f" {ASSISTANT}:"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One tokenised prompt.
+
+    Attributes:
+        slots: picture * N + slot at the `<image>` positions of its pictures, else -1.
+    """
+
+    tokens: Int[np.ndarray, "T"]
+    slots: Int[np.ndarray, "T"]
+    pictures: np.ndarray  # uint8 [I, h, w, 3], or float32 where normalised
+
+    @classmethod
+    def of(
+        cls, parts: Parts, tokenizer: Tokenizer, cfg: EmuConfig, *, opens: bool = False
+    ) -> Prompt:
+        """Spells, tokenises and preprocesses a prompt; with `opens` it ends in `[IMG]`.
+
+        Raises:
+            UserError: a part that is neither text nor a picture, a text that spells `<image>`,
+                or more tokens than the model has positions for.
+        """
+        text, pictures, n = "", [], cfg.cformer.n_causal
+        for part in as_parts(parts):
+            if isinstance(part, str):
+                if IMAGE in part:
+                    raise UserError(f"a text must not spell {IMAGE}: pass the picture itself")
+                text += part
+                continue
+            for picture in pictures_of(part):
+                text += tokenizer.image_placeholder(n)
+                pictures.append(_pixels(picture, cfg.vision.image_size))
+        tokens = tokenizer.encode(text + IMG if opens else text)
+        if len(tokens) > cfg.llama.max_positions:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens, the model reads {cfg.llama.max_positions}: "
+                "shorten it"
+            )
+        tokens = np.asarray(tokens, np.int32)
+        here = tokens == cfg.tokens.image
+        slots = np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)
+        size = cfg.vision.image_size
+        pixels = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+        return cls(tokens, slots, pixels)
+
+
+def _pixels(picture: Any, size: int) -> np.ndarray:
+    if isinstance(picture, np.ndarray):
+        ready = picture.shape == (size, size, 3)
+        if ready and np.issubdtype(picture.dtype, np.floating):
+            return picture.astype(np.float32)
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise UserError(
+                f"a picture must be uint8 [h, w, 3], not {picture.dtype} {list(picture.shape)}"
+            )
+        if ready:
+            return picture
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"a prompt has texts and pictures, not {type(picture).__name__}")
+    return load_image(picture, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts of one shape. The pictures of all rows stand in one list."""
+
+    tokens: Int[np.ndarray, "B T"]
+    valid: Bool[np.ndarray, "B T"]
+    slots: Int[np.ndarray, "B T"]
+    pictures: np.ndarray  # uint8 [M, h, w, 3], or float32 where normalised
+    which: Int[np.ndarray, "B I"]  # a row's pictures in that list; 0 where it has fewer
+
+
+def pad(
+    prompts: Sequence[Prompt], side: Literal["left", "right"], *, rows: int, length: int,
+    pictures: int, fill: int,
+) -> Batch:  # fmt: skip
+    """`prompts` as [rows, length] arrays with room for `pictures` a row; missing rows repeat
+    the last prompt."""
+    if len({p.pictures.dtype for p in prompts if len(p.pictures)}) > 1:
+        raise UserError("pictures are either bytes or normalised pixels: one batch cannot hold both")
+    padded = [prompts[min(i, len(prompts) - 1)] for i in range(rows)]
+    tokens = np.full((rows, length), fill, np.int32)
+    valid = np.zeros((rows, length), bool)
+    slots = np.full((rows, length), -1, np.int32)
+    which = np.zeros((rows, pictures), np.int32)
+    starts = np.cumsum([0] + [len(p.pictures) for p in prompts])
+    for i, prompt in enumerate(padded):
+        n = len(prompt.tokens)
+        where = slice(length - n, length) if side == "left" else slice(0, n)
+        tokens[i, where], valid[i, where], slots[i, where] = prompt.tokens, True, prompt.slots
+        which[i, : len(prompt.pictures)] = starts[min(i, len(prompts) - 1)] + np.arange(
+            len(prompt.pictures)
+        )
+    return Batch(tokens, valid, slots, _join([p.pictures for p in prompts]), which)
+
+
+def _join(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([p for p in pictures if len(p)] or [pictures[0]])

@@ -1,0 +1,137 @@
+"""Convolutional layers that the denoiser and the autoencoder share (names as in diffusers).
+
+Pictures are NHWC, convolution kernels HWIO.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jaxtyping import Array, Float
+
+from emu_jax.models.attention import attention
+from emu_jax.models.layers import Linear, lecun, param
+
+
+class Conv(nnx.Module):
+    """A 2D convolution; kernel [size, size, in, out].
+
+    `padding` is ((top, bottom), (left, right)); by default an input keeps its size
+    (divided by the stride).
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, *, size: int = 3, stride: int = 1,
+        padding: tuple[tuple[int, int], tuple[int, int]] | None = None, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.kernel = param(rngs, lecun, (size, size, width_in, width_out),
+                            (None, None, "conv_in", "conv_out"))  # fmt: skip
+        self.bias = param(rngs, jax.nn.initializers.zeros, (width_out,), ("conv_out",))
+        self.stride = stride
+        self.padding = padding or ((size // 2, size // 2),) * 2
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x E"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        if kernel.shape[:2] == (1, 1):
+            y = x @ kernel[0, 0]
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (self.stride, self.stride), self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+        return y + self.bias[...].astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises groups of channels over all pixels, in float32."""
+
+    def __init__(self, width: int, *, groups: int, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
+        self.bias = param(rngs, jax.nn.initializers.zeros, (width,), (None,))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        y = rearrange(x.astype(jnp.float32), "b h w (g c) -> b (h w) g c", g=self.groups)
+        y = y - jnp.mean(y, (1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), (1, 3), keepdims=True) + self.eps)
+        return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of positions to `context`, or to one another without one."""
+
+    def __init__(
+        self, width: int, context_width: int, *, heads: int, bias: bool = False, rngs: nnx.Rngs
+    ):
+        axes = ("embed", "heads")
+        self.to_q = Linear(width, width, axes, bias=bias, rngs=rngs)
+        self.to_k = Linear(context_width, width, axes, bias=bias, rngs=rngs)
+        self.to_v = Linear(context_width, width, axes, bias=bias, rngs=rngs)
+        self.to_out = Linear(width, width, ("heads", "embed"), rngs=rngs)
+        self.heads = heads
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
+    ) -> Float[Array, "B T D"]:
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(a, "b t (h k) -> b t h k", h=self.heads)
+            for a in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return self.to_out(rearrange(out, "b t h k -> b t (h k)"))
+
+
+class ResnetBlock(nnx.Module):
+    """Two normalised convolutions around a shortcut; the denoiser's add a time embedding
+    between them (`time_width`)."""
+
+    def __init__(
+        self, width_in: int, width_out: int, *, groups: int, eps: float,
+        time_width: int | None = None, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.norm1 = GroupNorm(width_in, groups=groups, eps=eps, rngs=rngs)
+        self.conv1 = Conv(width_in, width_out, rngs=rngs)
+        self.time_emb_proj = (
+            Linear(time_width, width_out, ("embed", "conv_out"), rngs=rngs) if time_width else None
+        )
+        self.norm2 = GroupNorm(width_out, groups=groups, eps=eps, rngs=rngs)
+        self.conv2 = Conv(width_out, width_out, rngs=rngs)
+        self.conv_shortcut = (
+            Conv(width_in, width_out, size=1, rngs=rngs) if width_in != width_out else None
+        )
+
+    def __call__(
+        self, x: Float[Array, "B h w C"], time: Float[Array, "B D"] | None = None
+    ) -> Float[Array, "B h w E"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nnx.Module):
+    """Halves both sides by a strided convolution.
+
+    The denoiser pads every edge; the autoencoder pads bottom and right only (`one_sided`).
+    """
+
+    def __init__(self, width: int, *, one_sided: bool = False, rngs: nnx.Rngs):
+        padding = ((0, 1),) * 2 if one_sided else None
+        self.conv = Conv(width, width, stride=2, padding=padding, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x C"]:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles both sides by repeating pixels, then convolves."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.conv = Conv(width, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x C"]:
+        return self.conv(repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2))

@@ -1,0 +1,128 @@
+"""Emu: the towers put together (release: `modeling_emu.py`, paper section 2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from emu_jax.config import EmuConfig
+from emu_jax.models.cformer import CFormer
+from emu_jax.models.eva_clip import VisionTransformer
+from emu_jax.models.layers import LayerNorm
+from emu_jax.models.llama import KVCache, Llama
+from emu_jax.models.unet import UNet
+from emu_jax.models.vae import VAE
+from emu_jax.sharding import shard
+
+
+class Emu(nnx.Module):
+    """One autoregressive model over text tokens and visual embeddings, and the decoder that
+    paints its embeddings.
+
+    `unet` and `vae` are None where the configuration has none, or where `painter=False`
+    leaves them out (pretraining does not need them).
+    """
+
+    def __init__(
+        self, cfg: EmuConfig, *, painter: bool = True, remat: str = "none", rngs: nnx.Rngs
+    ):
+        self.visual = VisionTransformer(cfg.vision, remat=remat, rngs=rngs)
+        self.ln_visual = LayerNorm(cfg.vision.width, eps=cfg.vision.eps, rngs=rngs)
+        self.cformer = CFormer(
+            cfg.cformer, cfg.vision.width, cfg.llama.width, remat=remat, rngs=rngs
+        )
+        self.llama = Llama(cfg.llama, remat=remat, rngs=rngs)
+        self.unet = UNet(cfg.unet, rngs=rngs) if painter and cfg.unet else None
+        self.vae = VAE(cfg.vae, rngs=rngs) if painter and cfg.vae else None
+        self.cfg = cfg
+
+    def encode_images(
+        self, pixels: Float[Array, "*B h w 3"], *, dropout_key: jax.Array | None = None
+    ) -> Float[Array, "*B N D"]:
+        """Normalised pixels to the N causal embeddings of each picture."""
+        batch = pixels.shape[:-3]
+        pixels = shard(pixels.reshape(-1, *pixels.shape[-3:]), "batch", None, None, None)
+        features = self.ln_visual(self.visual(pixels))
+        embeddings = self.cformer(features, dropout_key=dropout_key)
+        return embeddings.reshape(*batch, *embeddings.shape[1:])
+
+    def embed(
+        self,
+        tokens: Int[Array, "B T"],
+        images: Float[Array, "B I N D"] | None = None,
+        image_slots: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Embeddings of a row: the token table's, and a picture's at its `<image>` positions.
+
+        `image_slots` holds picture * N + slot at `<image>` positions and -1 elsewhere.
+        """
+        x = self.llama.embed_tokens(tokens)
+        if images is None or image_slots is None:
+            return x
+        x = x.astype(images.dtype)
+        visual = rearrange(images, "b i n d -> b (i n) d")
+        visual = jnp.take_along_axis(visual, jnp.maximum(image_slots, 0)[..., None], axis=1)
+        return jnp.where((image_slots >= 0)[..., None], visual, x)
+
+    def regression_mask(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+    ) -> Bool[Array, "B T"]:
+        """Positions t whose state regresses the embedding at t + 1: `[IMG]` and `<image>`,
+        where `<image>` or `[/IMG]` follows in the same document. N + 1 per picture."""
+        ids = self.cfg.tokens
+        here = (tokens == ids.img) | (tokens == ids.image)
+        after = jnp.roll(tokens, -1, axis=1)
+        follows = (after == ids.image) | (after == ids.img_end)
+        same = segment_ids == jnp.roll(segment_ids, -1, axis=1)
+        return (here & follows & same).at[:, -1].set(False)
+
+    def regress_image(
+        self,
+        hidden: Float[Array, "B D"],
+        positions: Int[Array, "B"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B N D"], KVCache]:
+        """The N embeddings of the next picture, one after the other
+        (release: `generate_image`, which recomputes the whole row for each).
+
+        `hidden` are the states at `[IMG]`, which stands at `positions`. The cache comes back
+        with the first N - 1 embeddings read; it needs N - 1 free slots.
+        """
+        first = self.llama.regress(hidden)[:, None]
+        graphdef, params = nnx.split(self.llama)
+
+        def step(carry, i):
+            previous, cache = carry
+            llama = nnx.merge(graphdef, params)
+            valid = jnp.ones(previous.shape[:2], bool)
+            h, cache = llama.read(previous, (positions + i)[:, None], valid, cache)
+            following = llama.regress(h)
+            return (following, cache), following[:, 0]
+
+        n = self.cfg.cformer.n_causal
+        (_, cache), rest = jax.lax.scan(step, (first, cache), jnp.arange(1, n))
+        return jnp.concatenate([first, rearrange(rest, "n b d -> b n d")], axis=1), cache
+
+    def regress_after(
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        images: Float[Array, "B I N D"] | None = None,
+        image_slots: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        """The N embeddings that follow right-padded contexts, each of which ends in `[IMG]`.
+
+        Right padding and plain positions, as the release's `generate_image` has them.
+        """
+        batch, length = tokens.shape
+        x = self.embed(tokens, images, image_slots)
+        cache = KVCache.empty(
+            self.cfg.llama, batch, length + self.cfg.cformer.n_causal - 1, x.dtype
+        )
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        hidden, cache = self.llama.read(x, positions, positions < lengths[:, None], cache)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.regress_image(last, lengths - 1, cache)[0]

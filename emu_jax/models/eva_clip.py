@@ -1,0 +1,106 @@
+"""EVA-CLIP's ViT (release: `Emu1/models/eva_vit_model.py`)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from emu_jax.config import VisionConfig
+from emu_jax.models.attention import attention
+from emu_jax.models.layers import LayerNorm, Linear, normal, param, scan, stack
+from emu_jax.sharding import shard
+
+zeros = jax.nn.initializers.zeros
+
+# CLIP's channel statistics, of RGB in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize_images(
+    images: UInt8[Array, "*B h w 3"], dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "*B h w 3"]:
+    """Bytes to the encoder's normalised pixels (release: `process_img`)."""
+    pixels = images.astype(jnp.float32) / 255
+    return ((pixels - jnp.asarray(MEAN)) / jnp.asarray(STD)).astype(dtype)
+
+
+class VisionAttention(nnx.Module):
+    """Self-attention with one fused qkv product; q and v have a bias, k has none."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        # [in, (q, k, v), heads x head width]: splitting heads never mixes q with k.
+        self.qkv = param(rngs, normal(cfg.width**-0.5), (cfg.width, 3, cfg.width),
+                         ("embed", None, "heads"))  # fmt: skip
+        self.q_bias = param(rngs, zeros, (cfg.width,), ("heads",))
+        self.v_bias = param(rngs, zeros, (cfg.width,), ("heads",))
+        self.proj = Linear(cfg.width, cfg.width, ("heads", "embed"), rngs=rngs)
+        self.head_width = cfg.head_width
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        qkv = jnp.einsum("bpd,dce->cbpe", x, self.qkv[...].astype(x.dtype))
+        q = qkv[0] + self.q_bias[...].astype(x.dtype)
+        v = qkv[2] + self.v_bias[...].astype(x.dtype)
+        q, k, v = (rearrange(a, "b p (h k) -> b p h k", k=self.head_width) for a in (q, qkv[1], v))
+        out = attention(q, k, v, scale=self.head_width**-0.5)
+        return self.proj(rearrange(out, "b p h k -> b p (h k)"))
+
+
+class VisionMLP(nnx.Module):
+    """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), rngs=rngs)
+        self.fc2 = Linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
+        self.attn = VisionAttention(cfg, rngs=rngs)
+        self.norm2 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
+        self.mlp = VisionMLP(cfg, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        x = shard(x + self.attn(self.norm1(x)), "batch", None, None)
+        return shard(x + self.mlp(self.norm2(x)), "batch", None, None)
+
+
+class VisionTransformer(nnx.Module):
+    """The visual encoder. Emu uses its blocks' raw output; `norm` and `head` are CLIP's."""
+
+    def __init__(self, cfg: VisionConfig, *, remat: str = "none", rngs: nnx.Rngs):
+        self.patch_embed = Linear(
+            cfg.patch_size**2 * 3, cfg.width, (None, "embed"), rngs=rngs
+        )
+        self.cls_token = param(rngs, normal(0.02), (cfg.width,), (None,))
+        self.pos_embed = param(rngs, normal(0.02), (cfg.tokens, cfg.width), (None, "embed"))
+        self.blocks = stack(cfg.layers, lambda rngs: VisionBlock(cfg, rngs=rngs), rngs)
+        self.norm = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
+        self.head = Linear(cfg.width, cfg.clip_width, ("embed", None), rngs=rngs)
+        self.patch_size, self.remat = cfg.patch_size, remat
+
+    def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B P D"]:
+        """Normalised pixels to un-normed features, the class token first
+        (`forward_features` of the release)."""
+        # A convolution whose stride is its size is a product over flattened patches.
+        patches = rearrange(pixels, "b (y p) (x q) c -> b (y x) (p q c)",
+                            p=self.patch_size, q=self.patch_size)  # fmt: skip
+        x = self.patch_embed(patches)
+        cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([cls, x], axis=1) + self.pos_embed[...].astype(x.dtype)
+        x = shard(x, "batch", None, None)
+        x, _ = scan(self.blocks, lambda block, x, _: (block(x), None), x, remat=self.remat)
+        return x
+
+    def clip_embedding(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B E"]:
+        """The contrastive embedding: head(norm(class token)), not normalised to length 1."""
+        return self.head(self.norm(self(pixels)[:, 0]))

@@ -1,0 +1,138 @@
+"""Layers shared by the towers.
+
+Axis legend, used in shapes all over the package:
+  B batch (rows)    T positions of a row, or queries    S keys, or cache slots
+  D width           H heads      K width of a head      F hidden width of an MLP
+  V vocabulary      L layers     N causal embeddings of one picture
+  I pictures        P patches and the class token       h, w, C pixels or latents, channels
+
+Parameters are float32; every layer computes in the dtype of its input, norms and
+softmax in float32. Each parameter names its logical axes (`sharding.RULES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+M = TypeVar("M", bound=nnx.Module)
+Axes = tuple[str | None, ...]
+
+lecun = jax.nn.initializers.lecun_normal()
+
+
+def normal(std: float) -> Callable[..., jax.Array]:
+    return jax.nn.initializers.normal(std)
+
+
+def param(rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: Axes):
+    """A float32 parameter that knows its logical axes."""
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel (+ bias); kernel [in, out]."""
+
+    def __init__(
+        self, width_in: int, width_out: int, axes: Axes, *, bias: bool = True,
+        init: Callable[..., jax.Array] = lecun, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.kernel = param(rngs, init, (width_in, width_out), axes)
+        zeros = jax.nn.initializers.zeros
+        self.bias = param(rngs, zeros, (width_out,), axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table [rows, D], looked up by id."""
+
+    def __init__(
+        self, rows: int, width: int, *, init: Callable[..., jax.Array] = normal(0.02),
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.embedding = param(rngs, init, (rows, width), ("vocab", "embed"))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
+        self.bias = param(rngs, jax.nn.initializers.zeros, (width,), (None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = standardize(x, self.eps) * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32 (T5's and LLaMA's norm)."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def standardize(x: jax.Array, eps: float) -> jax.Array:
+    """Zero mean and unit variance over the last axis, float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
+def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
+    """`layers` modules as one whose parameters have a leading "layer" axis."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs):
+        return make(rngs)
+
+    blocks = build(rngs)
+    for _, node in nnx.iter_graph(blocks):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(axes=("layer", *node.get_metadata()["axes"]))
+    return blocks
+
+
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def scan(
+    blocks: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any,
+    xs: Any = None, *, remat: str = "none",
+) -> tuple[Any, Any]:  # fmt: skip
+    """Runs `carry, y = body(block, carry, x)` over stacked `blocks`, as one compiled layer.
+
+    `xs` has a leading layer axis (a KV cache, say), and so have the collected ys.
+    `remat` names what a layer keeps for its backward pass (`REMAT`).
+    """
+    graphdef, params = nnx.split(blocks)
+
+    def step(carry, layer):
+        params, x = layer
+        return body(nnx.merge(graphdef, params), carry, x)
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (params, xs))

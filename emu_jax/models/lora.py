@@ -1,0 +1,32 @@
+"""Low-rank adapters (release: peft 0.4 with r=16, alpha=16 on q/k/v/o)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from emu_jax.config import LoraConfig
+from emu_jax.models.layers import Axes, Linear, lecun, param
+
+
+class LoraLinear(Linear):
+    """y = x W + (alpha / rank) (x A) B. B starts at zero, so y starts as the base layer's."""
+
+    def __init__(
+        self, width_in: int, width_out: int, axes: Axes, *, lora: LoraConfig, rngs: nnx.Rngs
+    ):
+        super().__init__(width_in, width_out, axes, bias=False, rngs=rngs)
+        self.lora_a = param(rngs, lecun, (width_in, lora.rank), (axes[0], None))
+        self.lora_b = param(rngs, jax.nn.initializers.zeros, (lora.rank, width_out), (None, axes[1]))
+        self.scale = lora.alpha / lora.rank
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        low = x @ self.lora_a[...].astype(x.dtype)
+        return super().__call__(x) + self.scale * (low @ self.lora_b[...].astype(x.dtype))
+
+
+def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, lora: LoraConfig) -> jax.Array:
+    """The plain kernel [.., in, out] that computes what base and adapter compute together."""
+    return kernel + (lora.alpha / lora.rank) * jnp.matmul(a, b)

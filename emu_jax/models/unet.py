@@ -1,0 +1,256 @@
+"""The denoiser: Stable Diffusion's U-Net, conditioned on the N regressed embeddings in place
+of a text encoder's states (release: `Emu1/models/pipeline.py`; diffusers 0.21,
+`UNet2DConditionModel`, whose submodule names are kept)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Real
+
+from emu_jax.config import UNetConfig, UserError
+from emu_jax.models.conv import Attention, Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from emu_jax.models.layers import REMAT, LayerNorm, Linear
+from emu_jax.sharding import shard
+
+
+def timestep_features(timesteps: Real[Array, "B"], cfg: UNetConfig) -> Float[Array, "B D"]:
+    """Sines and cosines of the timesteps, `block_out_channels[0]` wide, float32."""
+    half = cfg.block_out_channels[0] // 2
+    frequency = np.exp(-np.log(10000.0) * np.arange(half) / (half - cfg.freq_shift))
+    angle = timesteps.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)
+    waves = [jnp.sin(angle), jnp.cos(angle)]
+    return jnp.concatenate(waves[::-1] if cfg.flip_sin_to_cos else waves, axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """linear_2(silu(linear_1(features)))."""
+
+    def __init__(self, width_in: int, width: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(width_in, width, ("embed", "mlp"), rngs=rngs)
+        self.linear_2 = Linear(width, width, ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class FeedForward(nnx.Module):
+    """out(value * gelu(gate)), value and gate from one product (GEGLU, exact GELU)."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.proj = Linear(width, 8 * width, ("embed", "mlp"), rngs=rngs)
+        self.out = Linear(4 * width, width, ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return self.out(value * jax.nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention among pixels, cross-attention to the condition, feed-forward."""
+
+    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs):
+        heads = cfg.attention_head_dim
+        self.norm1 = LayerNorm(width, eps=1e-5, rngs=rngs)
+        self.attn1 = Attention(width, width, heads=heads, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps=1e-5, rngs=rngs)
+        self.attn2 = Attention(width, cfg.cross_attention_dim, heads=heads, rngs=rngs)
+        self.norm3 = LayerNorm(width, eps=1e-5, rngs=rngs)
+        self.ff = FeedForward(width, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cond: Float[Array, "B N E"]
+    ) -> Float[Array, "B T D"]:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), cond)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nnx.Module):
+    """A transformer block over the pixels of a feature map."""
+
+    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs):
+        self.norm = GroupNorm(width, groups=cfg.norm_num_groups, eps=1e-6, rngs=rngs)
+        self.proj_in = Conv(width, width, size=1, rngs=rngs)
+        self.transformer_blocks = nnx.List([TransformerBlock(width, cfg, rngs=rngs)])
+        self.proj_out = Conv(width, width, size=1, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B h w C"], cond: Float[Array, "B N D"]
+    ) -> Float[Array, "B h w C"]:
+        y = rearrange(self.proj_in(self.norm(x)), "b h w c -> b (h w) c")
+        for block in self.transformer_blocks:
+            y = block(y, cond)
+        return x + self.proj_out(y.reshape(x.shape))
+
+
+def resnet(width_in: int, width_out: int, cfg: UNetConfig, rngs: nnx.Rngs) -> ResnetBlock:
+    return ResnetBlock(
+        width_in, width_out, groups=cfg.norm_num_groups, eps=cfg.norm_eps,
+        time_width=4 * cfg.block_out_channels[0], rngs=rngs,
+    )  # fmt: skip
+
+
+class DownBlock(nnx.Module):
+    """ResNet blocks, each followed by attention if `attend`, and a halving unless `last`."""
+
+    def __init__(
+        self, width_in: int, width: int, cfg: UNetConfig, *, attend: bool, last: bool,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        inputs = [width_in] + [width] * (cfg.layers_per_block - 1)
+        self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
+        self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
+        self.downsamplers = nnx.List([] if last else [Downsample(width, rngs=rngs)])
+
+    def __call__(self, x, time, cond) -> tuple[jax.Array, list[jax.Array]]:
+        """The feature map, and every map on the way to it for the way up."""
+        skips = []
+        for i, block in enumerate(self.resnets):
+            x = block(x, time)
+            if self.attentions:
+                x = self.attentions[i](x, cond)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nnx.Module):
+    """ResNet block, attention, ResNet block."""
+
+    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs):
+        self.resnets = nnx.List([resnet(width, width, cfg, rngs) for _ in range(2)])
+        self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs)])
+
+    def __call__(self, x, time, cond) -> jax.Array:
+        x = self.attentions[0](self.resnets[0](x, time), cond)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nnx.Module):
+    """As `DownBlock`, each ResNet block reading a map of the way down too; then a doubling."""
+
+    def __init__(
+        self, width_in: int, width: int, skips: list[int], cfg: UNetConfig, *, attend: bool,
+        last: bool, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        inputs = [w + s for w, s in zip([width_in] + [width] * len(skips), skips, strict=False)]
+        self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
+        self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
+        self.upsamplers = nnx.List([] if last else [Upsample(width, rngs=rngs)])
+
+    def __call__(self, x, skips: list[jax.Array], time, cond) -> jax.Array:
+        """`skips` in the order in which they are read."""
+        for i, (block, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = block(jnp.concatenate([x, skip], axis=-1), time)
+            if self.attentions:
+                x = self.attentions[i](x, cond)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class UNet(nnx.Module):
+    """Predicts the noise in latents (or their velocity: `SchedulerConfig.prediction_type`).
+
+    `remat` names what each block keeps for its backward pass (`layers.REMAT`).
+
+    Raises:
+        UserError: the configuration's lists disagree, or name a block that does not exist.
+    """
+
+    def __init__(self, cfg: UNetConfig, *, remat: str = "none", rngs: nnx.Rngs):
+        widths, layers = cfg.block_out_channels, cfg.layers_per_block
+        down = _attends(cfg, "down_block_types", "DownBlock2D")
+        up = _attends(cfg, "up_block_types", "UpBlock2D")
+        last = len(widths) - 1
+
+        self.conv_in = Conv(cfg.in_channels, widths[0], rngs=rngs)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], rngs=rngs)
+
+        blocks, width, skips = [], widths[0], [widths[0]]
+        for i, wider in enumerate(widths):
+            blocks.append(
+                DownBlock(width, wider, cfg, attend=down[i], last=i == last, rngs=rngs)
+            )
+            width = wider
+            skips += [width] * (layers if i == last else layers + 1)
+        self.down_blocks = nnx.List(blocks)
+
+        self.mid_block = MidBlock(width, cfg, rngs=rngs)
+
+        blocks = []
+        for i, narrower in enumerate(reversed(widths)):
+            read = [skips.pop() for _ in range(layers + 1)]
+            blocks.append(
+                UpBlock(width, narrower, read, cfg, attend=up[i], last=i == last, rngs=rngs)
+            )
+            width = narrower
+        self.up_blocks = nnx.List(blocks)
+
+        self.conv_norm_out = GroupNorm(
+            width, groups=cfg.norm_num_groups, eps=cfg.norm_eps, rngs=rngs
+        )
+        self.conv_out = Conv(width, cfg.out_channels, rngs=rngs)
+        self.cfg, self.remat = cfg, remat
+
+    def __call__(
+        self,
+        sample: Float[Array, "B h w C"],
+        timesteps: Real[Array, "B"],
+        cond: Float[Array, "B N D"],
+    ) -> Float[Array, "B h w E"]:
+        """One denoiser call, in the dtype of `sample`.
+
+        Raises:
+            UserError: a side of `sample` cannot be halved as often as the network halves it.
+        """
+        factor = 2 ** (len(self.down_blocks) - 1)
+        if sample.shape[1] % factor or sample.shape[2] % factor:
+            raise UserError(
+                f"latents of {sample.shape[1]}x{sample.shape[2]}: each side must be a multiple "
+                f"of {factor}"
+            )
+        x = self.conv_in(shard(sample, "batch", None, None, None))
+        time = self.time_embedding(timestep_features(timesteps, self.cfg).astype(x.dtype))
+        cond = cond.astype(x.dtype)
+
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = self._run(block, x, time, cond)
+            x = shard(x, "batch", None, None, None)
+            skips += more
+        x = self._run(self.mid_block, x, time, cond)
+        for block in self.up_blocks:
+            read = [skips.pop() for _ in block.resnets]
+            x = shard(self._run(block, x, read, time, cond), "batch", None, None, None)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _run(self, block: nnx.Module, *inputs):
+        if self.remat == "none":
+            return block(*inputs)
+        graphdef, params = nnx.split(block)
+        run = jax.checkpoint(
+            lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), policy=REMAT[self.remat]
+        )
+        return run(params, *inputs)
+
+
+def _attends(cfg: UNetConfig, key: str, plain: str) -> list[bool]:
+    """Which blocks have attention, from diffusers' names of their types."""
+    kinds = {plain: False, f"CrossAttn{plain}": True}
+    types = getattr(cfg, key)
+    for name in types:
+        if name not in kinds:
+            raise UserError(f"unet.{key}: unknown block {name!r}; known: {', '.join(kinds)}")
+    if len(types) != len(cfg.block_out_channels):
+        raise UserError(
+            f"unet.{key} names {len(types)} blocks, unet.block_out_channels "
+            f"{len(cfg.block_out_channels)}: give both the same number"
+        )
+    return [kinds[name] for name in types]

@@ -1,0 +1,313 @@
+"""LLaMA ids with Emu's special tokens, exactly as the release gives them.
+
+The release runs the slow `LlamaTokenizer` of transformers 4.29-4.31 with `[PAD]`,
+`[IMG]`, `[/IMG]`, `<image>` (and `[USER]`, `[ASSISTANT]` for the instruction-tuned model)
+added after the base vocabulary (`Emu1/models/modeling_llama.py`). Its rule: text is split
+at special tokens; white space next to one is stripped; each piece of text is then encoded
+by itself, with LLaMA's leading space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+
+from emu_jax.config import UserError
+
+PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
+USER, ASSISTANT = "[USER]", "[ASSISTANT]"
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+
+# What a LLaMA tokenizer folder may hold; `save` gives back what `load` found.
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+_OURS = "emu_tokenizer.json"
+_SPACE = "\u2581"  # sentencepiece writes a space so
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `Tokenizer.load` or `Tokenizer.train`.
+
+    Attributes:
+        bos, eos, unk, pad_id, img, img_end, image: ids of `<s>`, `</s>`, `<unk>`, `[PAD]`,
+            `[IMG]`, `[/IMG]`, `<image>`.
+        user, assistant: ids of `[USER]`, `[ASSISTANT]`; None without `instruct`.
+        base_size: pieces of the LLaMA vocabulary, before Emu's tokens.
+        fingerprint: a short hash; equal for tokenizers that give equal ids.
+    """
+
+    def __init__(
+        self, pieces: Sequence[str], encode_plain: Callable[[str], list[int]],
+        files: dict[str, bytes], *, instruct: bool = False,
+    ):  # fmt: skip
+        added = [PAD, IMG, IMG_END, IMAGE] + ([USER, ASSISTANT] if instruct else [])
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        if missing := [t for t in (UNK, BOS, EOS) if t not in ids]:
+            raise UserError(f"the tokenizer lacks {', '.join(missing)}: not a LLaMA tokenizer")
+        self.instruct = instruct
+        self.base_size = len(pieces)
+        self.unk, self.bos, self.eos = ids[UNK], ids[BOS], ids[EOS]
+        self._added = {t: self.base_size + i for i, t in enumerate(added)}
+        self.pad_id, self.img = self._added[PAD], self._added[IMG]
+        self.img_end, self.image = self._added[IMG_END], self._added[IMAGE]
+        self.user, self.assistant = self._added.get(USER), self._added.get(ASSISTANT)
+
+        self._pieces = [*pieces, *added]
+        self._bytes = [int(m[1], 16) if (m := _BYTE.fullmatch(p)) else None for p in self._pieces]
+        self._special = {UNK: self.unk, BOS: self.bos, EOS: self.eos, **self._added}
+        self._split = re.compile("(" + "|".join(re.escape(t) for t in self._special) + ")")
+        self._encode_plain = encode_plain
+        self._files = files
+        digest = hashlib.sha256(repr((instruct, sorted(files.items()))).encode())
+        self.fingerprint = digest.hexdigest()[:12]
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, instruct: bool | None = None) -> Tokenizer:
+        """Reads a LLaMA tokenizer folder: its `tokenizer.json`, or else `tokenizer.model`.
+
+        Args:
+            instruct: whether `[USER]` and `[ASSISTANT]` exist. By default what `save` noted
+                in the folder, and False in a folder it did not write.
+
+        Raises:
+            UserError: neither file is there, or it cannot be read.
+        """
+        directory = Path(directory)
+        files = {n: (directory / n).read_bytes() for n in _FILES if (directory / n).is_file()}
+        try:
+            if instruct is None and (directory / _OURS).is_file():
+                instruct = bool(json.loads((directory / _OURS).read_text())["instruct"])
+            if "tokenizer.json" in files:
+                source = directory / "tokenizer.json"
+                pieces, encode_plain = _from_json(files["tokenizer.json"])
+            elif "tokenizer.model" in files:
+                source = directory / "tokenizer.model"
+                pieces, encode_plain = _from_sentencepiece(files["tokenizer.model"])
+            else:
+                raise UserError(
+                    f"{directory} has no tokenizer.json and no tokenizer.model: "
+                    "name a LLaMA tokenizer folder"
+                )
+        except UserError:
+            raise
+        except Exception as error:  # the libraries raise bare Exception
+            raise UserError(f"cannot read the tokenizer in {directory}: {error}") from None
+        made = cls(pieces, encode_plain, files, instruct=bool(instruct))
+        if source.suffix == ".json":
+            made._check_added(json.loads(files["tokenizer.json"]), source)
+        return made
+
+    def _check_added(self, values: dict, source: Path) -> None:
+        """A folder that already has added tokens must give them our ids."""
+        for token in values.get("added_tokens") or ():
+            if token["id"] >= self.base_size and token["content"] in self._added:
+                if token["id"] != self._added[token["content"]]:
+                    raise UserError(
+                        f"{source} gives {token['content']} the id {token['id']}, the release "
+                        f"{self._added[token['content']]}: use the tokenizer without added tokens"
+                    )
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the folder that `load` reads, each file atomically."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        ours = json.dumps({"instruct": self.instruct}).encode() + b"\n"
+        for name, content in {**self._files, _OURS: ours}.items():
+            handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
+            with os.fdopen(handle, "wb") as f:
+                f.write(content)
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, directory / name)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A byte-fallback BPE in LLaMA's format, learned from `texts`, deterministically.
+
+        `<unk>`, `<s>`, `</s>` are 0, 1, 2, the 256 bytes follow, then characters and merges,
+        which never cross a space. There may be fewer than `vocab_size` pieces when the
+        texts have no more to merge; Emu's own tokens come on top.
+        """
+        byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
+        trainee = tokenizers.Tokenizer(
+            tokenizers.models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True)
+        )
+        trainee.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+            replacement=_SPACE, prepend_scheme="always", split=True
+        )
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[UNK, BOS, EOS, *byte_pieces],
+            show_progress=False,
+        )  # fmt: skip
+        trainee.train_from_iterator(list(texts), trainer)
+        values = json.loads(trainee.to_str())
+        # Byte pieces marked as special would be dropped by other decoders.
+        values["added_tokens"] = [t for t in values["added_tokens"] if t["id"] < 3]
+        values.update(_LLAMA_PIPELINE)
+        content = json.dumps(values, ensure_ascii=False, indent=1).encode()
+        return cls(*_from_json(content), {"tokenizer.json": content})
+
+    def __len__(self) -> int:
+        """Size of the vocabulary, Emu's tokens included."""
+        return len(self._pieces)
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of `text`, in which special tokens may be spelled out (`[IMG]`, `</s>`, ...)."""
+        ids = [self.bos] if bos else []
+        parts = self._split.split(text)  # text, special, text, special, ..., text
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self._special[part])
+                continue
+            if i > 0:
+                part = part.lstrip()
+            if i < len(parts) - 1:
+                part = part.rstrip()
+            ids += self.encode_plain(part)
+        return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of `text` taken literally: no `<s>`, and special tokens are not recognised.
+
+        For text of unknown origin, which must not be able to spell an `<image>`.
+        """
+        return self._encode_plain(text) if text else []
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`, as `LlamaTokenizer.decode` of transformers 4.31 gives it.
+
+        Without `skip_special_tokens` special tokens are spelled out, with that library's
+        spaces around them.
+        """
+        groups: list[str | list[int]] = []  # Emu's tokens, and runs of LLaMA's
+        for i in map(int, ids):
+            if not 0 <= i < len(self._pieces):
+                raise IndexError(f"id {i} is not in the vocabulary of {len(self)} tokens")
+            if skip_special_tokens and self._pieces[i] in self._special:
+                continue
+            if i >= self.base_size:
+                groups.append(self._pieces[i])
+            elif groups and isinstance(groups[-1], list):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return " ".join(g if isinstance(g, str) else self._join(g) for g in groups)
+
+    def _join(self, ids: list[int]) -> str:
+        text, run, after_special = "", [], False
+        for n, i in enumerate(ids):
+            if i not in (self.bos, self.eos, self.unk):
+                run.append(i)
+                after_special = False
+                continue
+            if n > 0 and not after_special:
+                text += " "
+            text += self._spell(run) + self._pieces[i]
+            run, after_special = [], True
+        return text + self._spell(run)
+
+    def _spell(self, ids: list[int]) -> str:
+        """sentencepiece's decoding: bytes become characters, one leading space is dropped."""
+        text, pending, first = "", bytearray(), True
+        for i in ids:
+            if (byte := self._bytes[i]) is not None:
+                pending.append(byte)
+                continue
+            text += _decode_utf8(pending)
+            pending.clear()
+            piece = self._pieces[i]
+            if first and not text:
+                piece = piece.removeprefix(_SPACE)
+            text += piece.replace(_SPACE, " ")
+            first = False
+        return text + _decode_utf8(pending)
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Literal["left", "right"]
+    ) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+        """Rows of unequal length as one array, and the mask of what is real.
+
+        The release pads on the left for text generation, on the right for training and
+        image generation.
+        """
+        width = max(map(len, rows), default=0)
+        ids = np.full((len(rows), width), self.pad_id, np.int32)
+        mask = np.zeros((len(rows), width), bool)
+        for n, row in enumerate(rows):
+            where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[n, where], mask[n, where] = row, True
+        return ids, mask
+
+    def image_placeholder(self, n_causal: int) -> str:
+        """How a picture is spelled in a prompt."""
+        return IMG + IMAGE * n_causal + IMG_END
+
+
+# LLaMA's treatment of raw text, in the terms of the tokenizers library.
+_LLAMA_PIPELINE = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": _SPACE},
+            {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        ],
+    },
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
+
+
+def _from_json(content: bytes) -> tuple[list[str], Callable[[str], list[int]]]:
+    values = json.loads(content)
+    if values["model"].get("type", "BPE") != "BPE":
+        raise UserError(f"tokenizer.json is a {values['model']['type']} model, LLaMA's is BPE")
+    vocab = values["model"]["vocab"]
+    pieces = sorted(vocab, key=vocab.__getitem__)
+    if [vocab[p] for p in pieces] != list(range(len(pieces))):
+        raise UserError("the ids in tokenizer.json have gaps")
+    # Only the model itself: special tokens are split off here, and other versions of the
+    # same file treat leading spaces differently.
+    values.update(_LLAMA_PIPELINE, added_tokens=[], truncation=None, padding=None)
+    raw = tokenizers.Tokenizer.from_str(json.dumps(values))
+    return pieces, lambda text: raw.encode(text, add_special_tokens=False).ids
+
+
+def _from_sentencepiece(content: bytes) -> tuple[list[str], Callable[[str], list[int]]]:
+    import sentencepiece
+
+    raw = sentencepiece.SentencePieceProcessor(model_proto=content)
+    return [raw.id_to_piece(i) for i in range(raw.get_piece_size())], raw.encode
+
+
+def _decode_utf8(data: bytearray) -> str:
+    """UTF-8, with one U+FFFD for each byte that belongs to no character."""
+    text, start = "", 0
+    while start < len(data):
+        for length in (1, 2, 3, 4):
+            try:
+                text += data[start : start + length].decode()
+                break
+            except UnicodeDecodeError:
+                continue
+        else:
+            text, length = text + "\ufffd", 1
+        start += length
+    return text

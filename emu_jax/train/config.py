@@ -1,0 +1,84 @@
+"""What a training run is: one frozen dataclass, filled by a file in configs/."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from emu_jax.config import EmuConfig, to_dict
+from emu_jax.data.pipeline import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """Parameters whose dotted path matches `pattern` (`re.search`; the first group wins)."""
+
+    pattern: str = ".*"
+    lr: float = 1e-3  # peak; 0 freezes: no gradient, no optimizer state
+    delay_steps: int = 0  # held still before this step, though gradients flow through
+    warmup_steps: int = 0  # from the end of the delay
+    decay: str = "cosine"  # to `final_fraction` of the peak at the last step; or "constant"
+    final_fraction: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; weight decay spares norms, biases and other vectors."""
+
+    groups: tuple[GroupConfig, ...] = (GroupConfig(),)  # the first that matches takes it
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Ways along each mesh axis; one may be -1 (what the others leave)."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training."""
+
+    name: str = "emu"  # of the stage, in logs and reports
+    objective: str = "emu"  # emu | clip | vae | decoder
+    model: EmuConfig = EmuConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    # Towers that start from another run: {tower: run directory}, relative to this run's.
+    parents: dict[str, str] = dataclasses.field(default_factory=dict)
+    steps: int = 1000
+    seed: int = 0
+    text_weight: float = 1.0  # of the cross-entropy
+    regression_weight: float = 1.0  # of the l2 regression
+    kl_weight: float = 1e-4  # of the autoencoder's KL term
+    ema_decay: float = 0.0  # averages what is trained, when > 0
+    remat: str = "none"  # what each layer keeps for its backward pass (models.layers.REMAT)
+    dtype: str = "bfloat16"  # of the computation; parameters and optimizer are float32
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    max_bad_steps: int = 20  # non-finite steps in a row before training stops
+
+
+def digits_data(**changes: Any) -> DataConfig:
+    """The embedded handwritten digits at the size of `config.digits()`."""
+    base = DataConfig(
+        root="runs/digits_data", embedded="digits", row_tokens=64, row_images=8, n_causal=4,
+        image_size=32, target_size=32, learn_img=True, augment=True, shift=0.08,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def config_dict(cfg: TrainConfig) -> ConfigDict:
+    """What a file in configs/ returns."""
+    return ConfigDict(to_dict(cfg))

@@ -1,0 +1,143 @@
+"""Reads configs/*.py and the command line's `--config.a.b=value` on top of them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import runpy
+import traceback
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from emu_jax.config import UserError, from_dict, suggest, to_dict
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: Path, overrides: list[str]) -> T:
+    """The frozen dataclass `cls` that a config file and the overrides describe.
+
+    Every key of `cls` may be overridden, also one that the file leaves at its default.
+
+    Raises:
+        UserError: as `read_config` and `emu_jax.config.from_dict`.
+    """
+    defaults = to_dict(cls())
+    return from_dict(cls, read_config(path, overrides, defaults).to_dict())
+
+
+def read_config(
+    path: Path, overrides: list[str], defaults: dict[str, Any] | None = None
+) -> ConfigDict:
+    """Runs `get_config()` of the Python file at `path` and applies `a.b=value` overrides.
+
+    Values are Python literals, or else strings. A value must have the type of the one it
+    replaces, but an int may replace a float, anything may replace None, and None anything
+    (whether a key may be None is for the dataclass to say). Elements of lists are named by
+    their number: `optimizer.groups.0.lr=1e-4`.
+
+    Args:
+        defaults: what the file's values are laid over.
+
+    Raises:
+        UserError: no such file, the file fails, an unknown key, or a value of the wrong type.
+    """
+    values = _merge(defaults or {}, _plain(_run(path)))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
+        _override(values, key, text)
+    return ConfigDict(values)
+
+
+def _run(path: Path) -> Any:
+    """What the file's `get_config()` returns."""
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.py"))
+        hint = suggest(path.stem, known) if known else ""
+        raise UserError(f"no config file {path}{hint}")
+    try:
+        module = runpy.run_path(str(path))
+        if "get_config" not in module:
+            raise UserError(f"{path} defines no get_config()")
+        config = module["get_config"]()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
+                 if f.filename == str(path)]  # fmt: skip
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config() must return a ConfigDict, not {config!r}")
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """Dicts and lists all the way down: `ConfigDict.to_dict` leaves those inside lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {k: _merge(below.get(k), v) for k, v in above.items()}
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+    *path, last = parts = key.split(".")
+    group: Any = values
+    for depth, part in enumerate(path):
+        place = _find(group, part, parts[:depth])
+        group = group.setdefault(place, {}) if isinstance(group, dict) else group[place]
+    place = _find(group, last, path)
+    current = group.get(place) if isinstance(group, dict) else group[place]
+    group[place] = _parse(text, current, key)
+
+
+def _find(group: Any, part: str, above: list[str]) -> str | int:
+    """The dict key or list position that `part` names in `group`."""
+    where = ".".join([*above, part])
+    if isinstance(group, dict):
+        # An empty group is a map that the command line may fill.
+        if part in group or not group:
+            return part
+        raise UserError(f"unknown config key {where!r}{suggest(part, group)}")
+    if isinstance(group, list):
+        if part.isdigit() and int(part) < len(group):
+            return int(part)
+        raise UserError(
+            f"unknown config key {where!r}; {'.'.join(above)!r} is a list of {len(group)}"
+        )
+    raise UserError(f"unknown config key {where!r}; {'.'.join(above)!r} is a value, not a group")
+
+
+def _parse(text: str, current: Any, key: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = {"true": True, "false": False}.get(text, text)
+    if isinstance(current, dict) and value is not None:
+        raise UserError(
+            f"config key {key!r} is a group: set one of its keys; known: {', '.join(current)}"
+        )
+    value = _plain(value)
+    if current is None or value is None or type(value) is type(current):
+        return value
+    if isinstance(current, str):
+        return text  # a string that looks like a number
+    if type(current) is float and type(value) is int:
+        return float(value)
+    expected = "list" if isinstance(current, list) else type(current).__name__
+    raise UserError(f"config key {key!r} must be {expected}, not {text!r}")

@@ -1,0 +1,340 @@
+"""The training loop: shapes, restore or initialise, step, log, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from emu_jax import checkpoint
+from emu_jax.config import EmuConfig, UserError, save_json, suggest
+from emu_jax.data import digits
+from emu_jax.data.pipeline import Batches
+from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
+from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.metrics import MetricLogger
+from emu_jax.train.objectives import Batch, Metrics, get_objective
+from emu_jax.train.optimizer import group_of, make_optimizer
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything a step reads and writes. Parameters are flat: {dotted path: array}."""
+
+    step: jax.Array  # steps done, int32
+    trained: Params
+    frozen: Params
+    optimizer: optax.OptState
+    ema: Params  # of `trained`; empty unless weights are averaged
+    bad_steps: jax.Array  # non-finite steps in a row
+
+
+class Trainer:
+    """One run's compiled pieces: the state's shapes, its start, and the step."""
+
+    def __init__(self, cfg: TrainConfig, mesh: Mesh):
+        self.cfg, self.mesh = cfg, mesh
+        self.objective = get_objective(cfg.objective)
+        self.template = Template(
+            lambda: self.objective.build(cfg, nnx.Rngs(jax.random.key(cfg.seed))), mesh
+        )
+        shapes = self.template.shapes
+        rates = {path: group_of(path, cfg.optimizer).lr for path in shapes}
+        self.trained = [path for path in shapes if rates[path] > 0]
+        self.frozen = [path for path in shapes if rates[path] == 0]
+        if not self.trained:
+            raise UserError("every parameter is frozen: give an optimizer group a positive lr")
+        self.optimizer = make_optimizer(
+            cfg.optimizer, cfg.steps, {path: shapes[path] for path in self.trained}
+        )
+        self.state_shapes = self._with_shardings(jax.eval_shape(self._start, shapes))
+        self.state_shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(self.state_shardings, batch_sharding(mesh)),
+            out_shardings=(self.state_shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+    def start(self, parents: Params) -> TrainState:
+        """The state before the first step; `parents` replaces what a fresh start would draw."""
+        return jax.jit(self._start, out_shardings=self.state_shardings)(
+            self.template.init() | parents
+        )
+
+    def loss(self, params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The objective at `params`; its randomness follows from the seed and the step."""
+        key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
+        module = self.template.module(params)
+        return self.objective.loss(self.cfg, module, batch, key)
+
+    def _start(self, params: Params) -> TrainState:
+        trained = {path: params[path] for path in self.trained}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trained=trained,
+            frozen={path: params[path] for path in self.frozen},
+            optimizer=self.optimizer.init(trained),
+            ema=jax.tree.map(jnp.copy, trained) if self.cfg.ema_decay > 0 else {},
+            bad_steps=jnp.zeros((), jnp.int32),
+        )
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss_fn(trained: Params):
+            return self.loss(trained | state.frozen, batch, state.step)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        ema = state.ema
+        if ema:
+            # A short memory at first, so that the initial weights are soon forgotten.
+            decay = jnp.minimum(self.cfg.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
+        # A non-finite step changes nothing but the counters.
+        new = (trained, optimizer, ema)
+        old = (state.trained, state.optimizer, state.ema)
+        trained, optimizer, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+        metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, "bad_steps": bad_steps}
+        state = TrainState(state.step + 1, trained, state.frozen, optimizer, ema, bad_steps)
+        return state, metrics
+
+    def _with_shardings(self, tree: Any) -> Any:
+        """Optimizer moments and averages are sharded like their parameters, scalars nowhere."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+
+        def one(path, leaf):
+            keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+            where = self.template.shardings[keys[-1]] if keys else everywhere
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
+    """Trains to `cfg.steps`, going on from the newest checkpoint in `workdir`.
+
+    Returns the last logged metrics, with `step` and `seconds`.
+
+    Raises:
+        UserError: a parent is missing or does not fit, the data cannot be read, or the loss
+            stays non-finite.
+        KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
+    """
+    started = time.monotonic()
+    _initialize_distributed()
+    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    cfg = dataclasses.replace(cfg, model=_adopt_parents(cfg, workdir))
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = _prepare_data(cfg)
+    options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep_checkpoints)
+    lead = jax.process_index() == 0
+    row: dict[str, Any] = {}
+
+    with jax.set_mesh(mesh), ocp.CheckpointManager(workdir.absolute(), options=options) as manager:
+        done = manager.latest_step() or 0
+        if done >= cfg.steps:
+            return {"step": done, "seconds": 0.0}
+        trainer = Trainer(cfg, mesh)
+        batches = Batches(
+            cfg.data, tokenizer, trainer.objective.batch_kind,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        if lead:
+            tokenizer.save(workdir / "tokenizer")
+            save_json(cfg.model, workdir / "config.json")
+            save_json(cfg, workdir / "train.json")
+        if manager.latest_step() is not None:
+            state, position = _restore(manager, trainer)
+            batches.restore(position)
+        else:
+            state = trainer.start(_read_parents(cfg, workdir, trainer))
+        logger = MetricLogger(
+            workdir, stage=cfg.name, total_steps=cfg.steps, enabled=lead,
+            start_step=done,
+        )
+        sharding = batch_sharding(mesh)
+
+        with batches, logger, _stop_signal() as stop:
+            for step in range(done + 1, cfg.steps + 1):
+                waited = time.monotonic()
+                local = next(batches)
+                batch = {
+                    k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()
+                }
+                waited = time.monotonic() - waited
+                state, metrics = trainer.step(state, batch)
+                last = step == cfg.steps or stop.is_set()
+                if last or step % cfg.log_every == 0 or step == 1:
+                    row = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                    logger.log(step, row | {"data_wait": waited})
+                    if row["bad_steps"] >= cfg.max_bad_steps:
+                        raise UserError(
+                            f"the loss was not finite for {row['bad_steps']:.0f} steps up to step "
+                            f"{step}; the last checkpoint in {workdir} is sound: lower the "
+                            "learning rate or look at the data, and start again"
+                        )
+                if step == cfg.steps and lead:
+                    # Before the last checkpoint, whose presence says that all is done.
+                    save_json(trainer.objective.finish(cfg.model, row), workdir / "config.json")
+                if last or step % cfg.checkpoint_every == 0:
+                    _save(manager, step, state, batches.state())
+                if stop.is_set() and step < cfg.steps:
+                    manager.wait_until_finished()
+                    raise KeyboardInterrupt
+        manager.wait_until_finished()
+    return row | {"step": cfg.steps, "seconds": time.monotonic() - started}
+
+
+def _prepare_data(cfg: TrainConfig) -> Tokenizer:
+    """Makes the embedded data where they are asked for, and gives the data's tokenizer.
+
+    Raises:
+        UserError: the tokenizer is not the model's.
+    """
+    if cfg.data.embedded == "digits":
+        digits.build_digits(cfg.data.root)
+    elif cfg.data.embedded:
+        raise UserError(f"data.embedded {cfg.data.embedded!r} is not known: digits is")
+    tokenizer = Tokenizer.load(Path(cfg.data.root) / "tokenizer")
+    if len(tokenizer) != cfg.model.llama.vocab_size:
+        raise UserError(
+            f"the tokenizer in {cfg.data.root} has {len(tokenizer)} tokens, the model "
+            f"{cfg.model.llama.vocab_size}: set model.llama.vocab_size and model.tokens to match"
+        )
+    return tokenizer
+
+
+def _save(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, position: dict[str, Any]
+) -> None:
+    """Starts an asynchronous, atomic save of the state and of the data position."""
+    items = {
+        "params": ocp.args.StandardSave(nest(state.trained | state.frozen)),
+        "optimizer": ocp.args.StandardSave({"state": state.optimizer, "bad": state.bad_steps}),
+        "position": ocp.args.JsonSave(position),
+    }
+    if state.ema:
+        items["ema"] = ocp.args.StandardSave(nest(state.ema))
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def _restore(manager: ocp.CheckpointManager, trainer: Trainer) -> tuple[TrainState, dict[str, Any]]:
+    """The newest saved state, on this run's mesh, and its data position."""
+    step = manager.latest_step()
+    shapes = trainer.state_shapes
+    items = {
+        "params": ocp.args.StandardRestore(nest(shapes.trained | shapes.frozen)),
+        "optimizer": ocp.args.StandardRestore(
+            {"state": shapes.optimizer, "bad": shapes.bad_steps}
+        ),
+        "position": ocp.args.JsonRestore(),
+    }
+    if shapes.ema:
+        items["ema"] = ocp.args.StandardRestore(nest(shapes.ema))
+    saved = manager.restore(step, args=ocp.args.Composite(**items))
+    params = flatten(saved["params"])
+    count = jax.device_put(jnp.int32(step), trainer.state_shardings.step)
+    state = TrainState(
+        step=count,
+        trained={path: params[path] for path in trainer.trained},
+        frozen={path: params[path] for path in trainer.frozen},
+        optimizer=saved["optimizer"]["state"],
+        ema=flatten(saved["ema"]) if shapes.ema else {},
+        bad_steps=saved["optimizer"]["bad"],
+    )
+    return state, saved["position"]
+
+
+# Where a tower of the module has its configuration.
+CONFIG_OF = {
+    "visual": "vision", "ln_visual": "vision", "cformer": "cformer", "llama": "llama",
+    "unet": "unet", "vae": "vae",
+}  # fmt: skip
+
+
+def _parent(cfg: TrainConfig, workdir: Path, tower: str) -> Path:
+    if tower not in CONFIG_OF:
+        raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")
+    return workdir / cfg.parents[tower]
+
+
+def _adopt_parents(cfg: TrainConfig, workdir: Path) -> EmuConfig:
+    """The model with what its parents measured (the autoencoder's scaling factor).
+
+    Raises:
+        UserError: a parent's tower has another configuration than this run's.
+    """
+    model = cfg.model
+    for tower in cfg.parents:
+        name = CONFIG_OF.get(tower, tower)
+        parent = _parent(cfg, workdir, tower)
+        theirs, ours = getattr(checkpoint.load_config(parent), name), getattr(model, name)
+        if name == "vae" and ours and theirs:
+            ours = dataclasses.replace(ours, scaling_factor=theirs.scaling_factor)
+        if theirs != ours:
+            raise UserError(
+                f"parent {parent}: its {name} is not configured as this run's: make model.{name} "
+                f"equal to {parent / 'config.json'}"
+            )
+        model = dataclasses.replace(model, **{name: ours})
+    return model
+
+
+def _read_parents(cfg: TrainConfig, workdir: Path, trainer: Trainer) -> Params:
+    """The parents' parameters, averaged ones where they keep them."""
+    params: Params = {}
+    for tower in cfg.parents:
+        wanted = {k: v for k, v in trainer.template.shapes.items() if k.split(".")[0] == tower}
+        params |= checkpoint.read_params(_parent(cfg, workdir, tower), wanted)
+    return params
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that the step in hand is finished and saved.
+    A second SIGINT interrupts at once."""
+    stop = threading.Event()
+
+    def handler(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print(f"{signal.Signals(number).name}: saving, then stopping", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _initialize_distributed() -> None:
+    """Joins the other processes when JAX_NUM_PROCESSES says that there are some."""
+    if int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1 and not jax.distributed.is_initialized():
+        jax.distributed.initialize()

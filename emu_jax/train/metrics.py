@@ -1,0 +1,192 @@
+"""What a run records about itself: metrics.jsonl, TensorBoard events, and progress.
+
+    DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
+    DIR/tensorboard/STAGE/  event files with the same scalars
+
+Progress goes to stderr: a bar on a terminal, plain lines elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from emu_jax.config import UserError
+
+METRICS_FILE = "metrics.jsonl"
+PLAIN_SECONDS = 10.0  # between plain progress lines
+
+
+class MetricLogger:
+    """Records a stage's metrics as it trains.
+
+    When a run goes on from a checkpoint, rows that an earlier process logged beyond it are
+    dropped, so that each step of a stage stands in the file once.
+
+    Args:
+        workdir: the run directory, made if it is not there.
+        stage: the name on the rows and beside the bar.
+        total_steps: the step at which the stage ends.
+        enabled: False makes every method do nothing (all processes but one).
+        start_step: steps done before this process began. By default the row logged first
+            is taken to follow the checkpoint.
+    """
+
+    def __init__(
+        self, workdir: Path, *, stage: str, total_steps: int, enabled: bool = True,
+        start_step: int | None = None,
+    ):  # fmt: skip
+        self.workdir, self.stage, self.total_steps = workdir, stage, total_steps
+        self.enabled, self.start_step = enabled, start_step
+        self._file: TextIO | None = None  # opened at the first row
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one row. Adds `steps_per_second` since the row before.
+
+        Args:
+            step: steps done, at least 1; grows from call to call.
+            values: metric name to a Python float; one that is not finite is stored as null.
+        """
+        if not self.enabled:
+            return
+        now = time.time()
+        if self._file is None:
+            self._open(step, now)
+        row = dict(values)
+        if step > self._last[0]:
+            row["steps_per_second"] = (step - self._last[0]) / max(now - self._last[1], 1e-9)
+        self._last = step, now
+        assert self._file is not None
+        self._file.write(_line({"stage": self.stage, "step": step, "time": now} | row))
+        self._file.flush()
+        for name, value in row.items():
+            self._events.add_scalar(name, value, step, walltime=now)
+        self._show(step, row, now)
+
+    def close(self) -> None:
+        """Ends the progress display and closes the files; may be called twice."""
+        if self._file is None:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        elif self._unshown:
+            print(self._unshown, file=sys.stderr, flush=True)
+        self._events.close()
+        self._file.close()
+        self._file = None
+
+    def _open(self, step: int, now: float) -> None:
+        # Imported late: it brings torch along where that is installed.
+        from tensorboardX import SummaryWriter
+
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        start = step - 1 if self.start_step is None else self.start_step
+        path = self.workdir / METRICS_FILE
+        if path.exists():
+            rows = [r for r in _rows(path) if r["stage"] != self.stage or r["step"] <= start]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(map(_line, rows)))
+            temporary.rename(path)
+        self._file = path.open("a")
+        self._events = SummaryWriter(
+            str(self.workdir / "tensorboard" / self.stage),
+            purge_step=start + 1 if start > 0 else None,
+            flush_secs=10,
+            filename_suffix=f".{time.time_ns()}",  # else named by the second
+        )
+        # Rates count from the first row: what is before it is mostly compilation.
+        self._first = self._last = step, now
+        self._shown, self._unshown = -math.inf, ""
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total_steps, initial=step, desc=self.stage, unit="step",
+                dynamic_ncols=True, smoothing=0.1,
+            )  # fmt: skip
+
+    def _show(self, step: int, row: Mapping[str, float], now: float) -> None:
+        losses = {k: v for k, v in row.items() if k == "loss" or k.endswith("_loss")}
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()}, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        parts = [f"{self.stage}: step {step}/{self.total_steps}"]
+        parts += [f"{k} {v:.4g}" for k, v in losses.items()]
+        if step > self._first[0]:
+            rate = (step - self._first[0]) / max(now - self._first[1], 1e-9)
+            parts.append(f"{rate:.2f} steps/s")
+            parts.append(f"{_duration((self.total_steps - step) / rate)} left")
+        self._unshown = ", ".join(parts)
+        if now - self._shown >= PLAIN_SECONDS or step >= self.total_steps:
+            print(self._unshown, file=sys.stderr, flush=True)
+            self._shown, self._unshown = now, ""
+
+
+def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a run, by stage, in the order of their steps; null is read as NaN.
+
+    Raises:
+        UserError: the run has no metrics, or the file is damaged.
+    """
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        raise UserError(f"{path} does not exist: train into {workdir} first")
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows(path):
+        values = {k: math.nan if v is None else v for k, v in row.items()}
+        stages.setdefault(row["stage"], []).append(values)
+    return stages
+
+
+def series(
+    rows: Iterable[Mapping[str, Any]], name: str
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """One metric's steps and values, from the rows that have it."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.asarray(steps, np.int64), np.asarray(values, np.float64)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """One JSON line. JSON has no NaN."""
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number}: not JSON: mend or delete the line"
+                ) from None
+            # The last line may be torn: its process was killed as it wrote.
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

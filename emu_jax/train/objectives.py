@@ -1,0 +1,218 @@
+"""What each stage minimises: a module and its loss on one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from emu_jax import diffusion
+from emu_jax.config import EmuConfig, UserError, suggest
+from emu_jax.models.clip import CLIP
+from emu_jax.models.emu import Emu
+from emu_jax.models.eva_clip import normalize_images
+from emu_jax.models.vae import VAE
+from emu_jax.train.config import TrainConfig
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Objective(ABC):
+    """One stage's module and loss. `batch_kind` names what the data pipeline must yield."""
+
+    batch_kind: str
+
+    @abstractmethod
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> nnx.Module:
+        """A fresh module, its towers under the names they have in Emu."""
+
+    @abstractmethod
+    def loss(
+        self, cfg: TrainConfig, module: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The scalar loss of one batch, and what to report beside it."""
+
+    def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
+        """The configuration that the trained model is saved with."""
+        return model
+
+
+class EmuObjective(Objective):
+    """Pretraining: cross-entropy on text and l2 regression of visual embeddings
+    (paper section 2.2)."""
+
+    batch_kind = "rows"
+
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu:
+        return Emu(cfg.model, painter=False, remat=cfg.remat, rngs=rngs)
+
+    def loss(self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array):
+        pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
+        images = module.encode_images(pixels, dropout_key=key)
+        x = module.embed(batch["tokens"], images, batch["image_slots"])
+        hidden = module.llama(x, batch["positions"], batch["segment_ids"])
+
+        text_loss = text_cross_entropy(module, hidden, batch)
+        # Position t regresses what stands at t + 1; the targets teach nothing themselves.
+        mask = module.regression_mask(batch["tokens"], batch["segment_ids"])
+        target = jax.lax.stop_gradient(jnp.roll(x, -1, axis=1)).astype(jnp.float32)
+        error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
+        regression_loss = masked_mean(jnp.mean(error, axis=-1), mask)
+
+        variance, rank = spread(images.astype(jnp.float32), batch["image_valid"])
+        loss = cfg.text_weight * text_loss + cfg.regression_weight * regression_loss
+        return loss, {
+            "text_loss": text_loss,
+            "regression_loss": regression_loss,
+            "embedding_variance": variance,
+            "embedding_rank": rank,
+        }
+
+
+def text_cross_entropy(module: Emu, hidden: Float[Array, "B T D"], batch: Batch) -> jax.Array:
+    """Mean cross-entropy over the text targets of packed rows, in float32."""
+    logits = module.llama.logits(hidden[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+    return masked_mean(losses, batch["text_loss_mask"][:, 1:] & same)
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean where `mask` holds; 0 where it holds nowhere."""
+    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def spread(
+    images: Float[Array, "B I N D"], valid: Bool[Array, "B I"], most: int = 256
+) -> tuple[jax.Array, jax.Array]:
+    """How much pictures differ: the mean variance of an embedding's entries over pictures, and
+    the effective rank (exponential of the entropy of the covariance's normalised spectrum;
+    Roy and Vetterli 2007) of whole pictures. A collapsing C-Former drives both down.
+
+    At most `most` pictures are compared, the first ones.
+    """
+    images = jax.lax.stop_gradient(images)
+    x = images.reshape(-1, images.shape[2] * images.shape[3])[:most]
+    weight = valid.reshape(-1, 1)[:most].astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(weight), 1)
+    x = (x - jnp.sum(x * weight, 0) / count) * weight
+    variance = jnp.sum(jnp.square(x)) / (count * x.shape[1])
+    spectrum = jnp.clip(jnp.linalg.eigvalsh(x @ x.T), 0)  # of the Gram matrix: as the covariance's
+    p = spectrum / jnp.maximum(jnp.sum(spectrum), 1e-30)
+    return variance, jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30))))
+
+
+class ClipObjective(Objective):
+    """Contrastive pretraining of the visual encoder on pictures and captions
+    (Radford et al. 2021). Pictures whose captions are equal are positives of each other."""
+
+    batch_kind = "captions"
+
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> CLIP:
+        return CLIP(cfg.model, remat=cfg.remat, rngs=rngs)
+
+    def loss(self, cfg: TrainConfig, module: CLIP, batch: Batch, key: jax.Array):
+        image = module.visual.clip_embedding(
+            normalize_images(batch["images"], jnp.dtype(cfg.dtype))
+        ).astype(jnp.float32)
+        text = module.text(batch["tokens"], batch["valid"]).astype(jnp.float32)
+        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+        scale = jnp.exp(jnp.minimum(module.logit_scale[...], jnp.log(100.0)))
+        logits = scale * image @ text.T
+        equal = jnp.all(batch["tokens"][:, None] == batch["tokens"][None, :], axis=-1)
+        target = equal / jnp.sum(equal, axis=1, keepdims=True)
+        loss = (
+            jnp.mean(optax.softmax_cross_entropy(logits, target))
+            + jnp.mean(optax.softmax_cross_entropy(logits.T, target))
+        ) / 2
+        best = jnp.take_along_axis(equal, jnp.argmax(logits, axis=1)[:, None], axis=1)
+        return loss, {"retrieval": jnp.mean(best), "temperature": 1 / scale}
+
+
+class Autoencoder(nnx.Module):
+    """The autoencoder alone, under the name it has in Emu."""
+
+    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
+        self.vae = VAE(cfg.model.vae, rngs=rngs)
+
+
+class VaeObjective(Objective):
+    """The autoencoder: squared error and a light KL term (Rombach et al. 2022, without the
+    adversarial and perceptual terms)."""
+
+    batch_kind = "pictures"
+
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Autoencoder:
+        return Autoencoder(cfg, rngs)
+
+    def loss(self, cfg: TrainConfig, module: Autoencoder, batch: Batch, key: jax.Array):
+        pictures = to_signed(batch["images"], cfg)
+        mean, logvar = module.vae.encode(pictures)
+        latents = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+        error = jnp.mean(jnp.square(module.vae.decode(latents) - pictures).astype(jnp.float32))
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        kl = jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar) / 2
+        # Peak to peak is 2, so psnr = 10 log10(4 / error).
+        psnr = 10 * jnp.log10(4 / error)
+        return error + cfg.kl_weight * kl, {
+            "squared_error": error, "psnr": psnr, "kl": kl, "latent_std": jnp.std(latents),
+        }  # fmt: skip
+
+    def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
+        """Diffusion wants latents of unit variance, as Stable Diffusion's 0.18215 gives."""
+        vae = dataclasses.replace(model.vae, scaling_factor=round(1 / metrics["latent_std"], 5))
+        return dataclasses.replace(model, vae=vae)
+
+
+class DecoderObjective(Objective):
+    """The U-Net learns to denoise a picture's latents, given the embeddings that the frozen
+    model regresses after the picture's context (paper section 2.3, visual decoding)."""
+
+    batch_kind = "contexts"
+
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu:
+        return Emu(cfg.model, remat=cfg.remat, rngs=rngs)
+
+    def loss(self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array):
+        dtype = jnp.dtype(cfg.dtype)
+        images = module.encode_images(normalize_images(batch["images"], dtype))
+        condition = module.regress_after(
+            batch["tokens"], batch["length"], images, batch["image_slots"]
+        )
+        mean, _ = module.vae.encode(to_signed(batch["target"], cfg))
+        latents = mean * cfg.model.vae.scaling_factor
+        latents, condition = jax.lax.stop_gradient((latents, condition.astype(dtype)))
+
+        time_key, noise_key = jax.random.split(key)
+        schedule = cfg.model.scheduler
+        times = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
+        noise = jax.random.normal(noise_key, latents.shape, dtype)
+        noisy = diffusion.add_noise(schedule, latents, noise, times)
+        error = jnp.square((module.unet(noisy, times, condition) - noise).astype(jnp.float32))
+        return jnp.mean(error), {"condition_std": jnp.std(condition)}
+
+
+def to_signed(images: jax.Array, cfg: TrainConfig) -> jax.Array:
+    """Bytes to [-1, 1], the autoencoder's range."""
+    return images.astype(jnp.dtype(cfg.dtype)) / 127.5 - 1
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "emu": EmuObjective(),
+    "clip": ClipObjective(),
+    "vae": VaeObjective(),
+    "decoder": DecoderObjective(),
+}
+
+
+def get_objective(name: str) -> Objective:
+    if name not in OBJECTIVES:
+        raise UserError(f"objective {name!r} is not known{suggest(name, OBJECTIVES)}")
+    return OBJECTIVES[name]

@@ -1,0 +1,72 @@
+"""AdamW with a learning rate per group of parameters."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emu_jax.config import UserError
+from emu_jax.train.config import GroupConfig, OptimizerConfig
+
+
+def group_of(path: str, cfg: OptimizerConfig) -> GroupConfig:
+    """The first group whose pattern is found in the dotted path.
+
+    Raises:
+        UserError: no group takes the parameter.
+    """
+    for group in cfg.groups:
+        if re.search(group.pattern, path):
+            return group
+    raise UserError(f"no optimizer group matches parameter {path}: add a last group '.*'")
+
+
+def schedule(group: GroupConfig, steps: int) -> optax.Schedule:
+    """Zero for `delay_steps`, linear warmup, then cosine (or constant) to the last step."""
+    rest = max(1, steps - group.delay_steps - group.warmup_steps)
+    if group.decay == "cosine":
+        tail = optax.cosine_decay_schedule(group.lr, rest, group.final_fraction)
+    elif group.decay == "constant":
+        tail = optax.constant_schedule(group.lr)
+    else:
+        raise UserError(f"optimizer decay {group.decay!r} is not known: use cosine or constant")
+    parts = [optax.constant_schedule(0.0), optax.linear_schedule(0.0, group.lr, group.warmup_steps)]
+    return optax.join_schedules(
+        [*parts, tail], [group.delay_steps, group.delay_steps + group.warmup_steps]
+    )
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
+    """The transformation for `params` (a nested dict of arrays, or of their shapes)."""
+    groups = jax.tree_util.tree_map_with_path(lambda p, _: group_of(dotted(p), cfg), params)
+    # Decay is for matrices; stacked vectors ("layer" first) have names that say what they are.
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim > 1 and not re.search(r"(bias|scale)$", dotted(path)), params
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, decayed),
+        _scale_by_groups(groups, {g: schedule(g, steps) for g in cfg.groups}),
+    )
+
+
+def _scale_by_groups(groups: Any, schedules: dict[GroupConfig, optax.Schedule]):
+    """Multiplies each update by minus its own group's learning rate."""
+
+    def update(updates, state, params=None):
+        rates = {group: rate(state.count) for group, rate in schedules.items()}
+        updates = jax.tree.map(lambda u, g: -rates[g].astype(u.dtype) * u, updates, groups)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    init = lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))  # noqa: E731
+    return optax.GradientTransformation(init, update)
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A tree path as `visual.blocks.attn.qkv`."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)

@@ -1,0 +1,285 @@
+"""The command line: what is printed where, exit statuses, and one line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import emu_jax
+from emu_jax import cli
+from emu_jax.config import UserError
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(dict(steps=5))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        try:
+            status = cli.main([str(a) for a in arguments])
+        except SystemExit as exit:
+            status = exit.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def expect_error(result, *parts):
+    """Exit 2 with one line on stderr that holds all of `parts`."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.startswith("emu-jax: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    for part in parts:
+        assert part in err
+
+
+class FakeEmu:
+    def generate_text(self, parts):
+        return f"{len(parts)} parts"
+
+    def generate_image(self, parts, *, seed):
+        return Image.new("RGB", (3, 2), (seed, 0, 0))
+
+    def complete(self, parts, *, seed):
+        picture = self.generate_image(parts, seed=seed)
+        return ["one", picture, "two", picture]
+
+
+@pytest.fixture
+def fake_emu(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vars(emu_jax), "load", lambda directory: FakeEmu())
+
+
+# Mistakes
+
+
+def test_no_verb_and_unknown_verbs(run):
+    expect_error(run(), "no verb given; known: demo, train, generate")
+    expect_error(run("trian"), "unknown verb 'trian'; did you mean 'train'?")
+    expect_error(run("zzz"), "unknown verb 'zzz'; known: demo,")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--jsn",), "VERB"),
+        (("--",), "VERB"),
+        (("demo", "--sed", "3"), "unknown argument '--sed'"),
+        (("demo", "--seed", "x"), "invalid int value: 'x'"),
+        (("demo", "--config.a=1"), "--config.a=1: `emu-jax demo` takes no config"),
+        (("train",), "required: --config, --workdir"),
+        (("generate", "--checkpoint", "d"), "required: PART"),
+        (("generate", "--checkpoint", "d", "--output", "song", "x"), "'song'"),
+    ],
+)
+def test_mistakes_in_flags(run, arguments, message):
+    expect_error(run(*arguments), message)
+
+
+def test_missing_config_file(run, tmp_path, config):
+    path = tmp_path / "smal.py"
+    result = run("train", "--config", path, "--workdir", tmp_path / "run")
+    expect_error(result, f"no config file {path}; did you mean 'small'?")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--config.typo=1", "unknown config key 'typo'"),
+        ("--config.stesp=1", "unknown config key 'stesp'; did you mean 'steps'?"),
+        ("--config.steps=many", "config key 'steps' must be int, not 'many'"),
+        ("--config.steps", "write --config.steps=VALUE"),
+        ("--confg.steps=1", "unknown argument '--confg.steps=1'"),
+    ],
+)
+def test_mistakes_in_the_config(run, tmp_path, config, override, message):
+    result = run("train", "--config", config, "--workdir", tmp_path / "run", override)
+    expect_error(result, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_checkpoint(run, tmp_path):
+    expect_error(run("generate", "--checkpoint", tmp_path / "nowhere", "hello"), "nowhere")
+
+
+def test_unreadable_pictures(run, fake_emu, tmp_path):
+    (tmp_path / "not.png").write_text("words")
+    for name in ("missing.png", "not.png"):
+        expect_error(run("generate", "--checkpoint", "d", f"@{tmp_path / name}"), name)
+
+
+def test_unwritable_save(run, fake_emu, tmp_path):
+    save = ("generate", "--checkpoint", "d", "hello", "--save")
+    expect_error(run(*save, "a.txt"), "--save a.txt", ".txt")
+    expect_error(run(*save, "no/a.png"), "--save no/a.png", "no directory no")
+
+
+def test_debug_shows_the_traceback(run, tmp_path):
+    with pytest.raises(UserError, match="no config file"):
+        run("train", "--config", tmp_path / "x.py", "--workdir", tmp_path, "--debug")
+
+
+def test_what_the_system_refuses_is_one_line(run, tmp_path, config, monkeypatch):
+    (tmp_path / "file").write_text("")
+
+    def train(cfg, workdir):
+        workdir.mkdir()
+
+    monkeypatch.setattr("emu_jax.train.loop.train", train)
+    result = run("train", "--config", config, "--workdir", tmp_path / "file" / "run")
+    expect_error(result, str(tmp_path / "file" / "run"), "Not a directory")
+
+
+def test_defects_are_not_passed_off_as_mistakes(run, tmp_path, config, monkeypatch):
+    def train(cfg, workdir):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("emu_jax.train.loop.train", train)
+    with pytest.raises(ValueError, match="a defect"):
+        run("train", "--config", config, "--workdir", tmp_path)
+
+
+# What the verbs do
+
+
+def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
+    def demo(workdir: Path, seed: int, validation: bool):
+        print("something")
+        return {"workdir": str(workdir), "seed": seed, "validation": validation}
+
+    monkeypatch.setattr("emu_jax.evaluate.demo.run", demo)
+    status, out, err = run("demo")
+    assert (status, err) == (0, "")
+    assert json.loads(out.splitlines()[-1]) == {
+        "workdir": "runs/demo", "seed": 0, "validation": False
+    }  # fmt: skip
+    _, out, _ = run("demo", "--workdir", tmp_path, "--seed", 3, "--validation")
+    assert json.loads(out.splitlines()[-1]) == {
+        "workdir": str(tmp_path), "seed": 3, "validation": True
+    }  # fmt: skip
+
+
+def test_train_hands_over_the_config(run, tmp_path, config, monkeypatch):
+    seen = []
+
+    def train(cfg, workdir):
+        seen.append((cfg.steps, cfg.seed, cfg.optimizer.clip_norm, workdir))
+        return {"step": cfg.steps, "loss": 0.5}
+
+    monkeypatch.setattr("emu_jax.train.loop.train", train)
+    command = ("train", "--config", config, "--workdir", tmp_path)
+    status, out, _ = run(*command)
+    assert (status, out) == (0, f"trained to step 5: {tmp_path}\n")
+    overrides = ("--config.steps=9", "--config.optimizer.clip_norm=2", "--config.seed=4")
+    status, out, _ = run(*command, *overrides, "--json")
+    assert status == 0 and json.loads(out) == {"step": 9, "loss": 0.5}
+    assert seen == [(5, 0, 1.0, tmp_path), (9, 4, 2.0, tmp_path)]
+
+
+def test_generate_text(run, fake_emu, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    command = ("generate", "--checkpoint", "d", "--output", "text", "@a.png", "what is this?")
+    assert run(*command) == (0, "2 parts\n", "")
+    status, out, _ = run(*command, "--json")
+    assert status == 0 and json.loads(out) == {"parts": [{"text": "2 parts"}]}
+
+
+def test_at_sign_means_a_picture_and_two_a_sign(fake_emu, tmp_path):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    assert cli._read_part("a@b") == "a@b"
+    assert cli._read_part("@@home") == "@home"
+    assert cli._read_part("@a.png").size == (4, 3)
+
+
+def test_generate_image(run, fake_emu, tmp_path):
+    command = ("generate", "--checkpoint", "d", "--output", "image", "a seven", "--seed", 9)
+    assert run(*command) == (0, "emu.png\n", "")
+    with Image.open("emu.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture)[0, 0], [9, 0, 0])
+    status, out, _ = run(*command, "--save", tmp_path / "b.bmp", "--json")
+    assert json.loads(out) == {"parts": [{"image": str(tmp_path / "b.bmp")}]}
+    with Image.open(tmp_path / "b.bmp") as picture:
+        assert (picture.format, picture.size) == ("BMP", (3, 2))
+    assert {p.name for p in tmp_path.iterdir()} == {"emu.png", "b.bmp"}
+
+
+def test_generate_both(run, fake_emu, tmp_path):
+    assert run("generate", "--checkpoint", "d", "count", "--save", "c.png") == (
+        0, "one\nc-1.png\ntwo\nc-2.png\n", "",
+    )  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == {"c-1.png", "c-2.png"}
+
+
+def test_interrupted(run, tmp_path, config, monkeypatch):
+    def train(cfg, workdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("emu_jax.train.loop.train", train)
+    status, out, err = run("train", "--config", config, "--workdir", tmp_path)
+    assert (status, out) == (130, "")
+    assert err == "emu-jax: interrupted; run the same command again to go on from there\n"
+
+
+# The process
+
+
+def test_help_is_light_and_names_every_verb():
+    script = (
+        "import sys\nfrom emu_jax import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit as exit: assert exit.code == 0\n"
+        "print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"jax", "numpy", "PIL"} & set(done.stderr.split())
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]
+    assert [name for name in listed if name in cli.VERBS] == list(cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(run, verb):
+    status, out, err = run(verb, "--help")
+    assert (status, err) == (0, "")
+    assert "--json" in out and "--debug" in out
+
+
+def test_version(run):
+    assert run("--version") == (0, f"{emu_jax.__version__}\n", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_traceback(unbuffered):
+    script = (
+        "import sys, types, emu_jax\nfrom emu_jax import cli\n"
+        "emu_jax.load = lambda _: types.SimpleNamespace(generate_text=lambda parts: 'words')\n"
+        "sys.exit(cli.main(['generate', '--checkpoint', 'd', '--output', 'text', 'x']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

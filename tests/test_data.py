@@ -1,0 +1,799 @@
+"""Documents, preprocessing, packing, and what training reads."""
+
+import dataclasses
+import gc
+import io
+import json
+import threading
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from emu_jax.config import UserError
+from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data import digits as digits_module
+from emu_jax.data.digits import (
+    CAPTIONS,
+    SPLITS,
+    WORDS,
+    build_digits,
+    caption,
+    counting_digits,
+    digit_pictures,
+    encode_png,
+    parse_digit,
+)  # fmt: skip
+from emu_jax.data.documents import DocumentFiles, write_documents
+from emu_jax.data.images import affine, draw_affine, load_image, normalize_images, open_image
+from emu_jax.data.packing import PICTURE, Outlines, first_fit, part_tokens, truncate
+from emu_jax.data.pipeline import batch_shapes
+from emu_jax.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent / "golden" / "tiny"
+KINDS = ("rows", "captions", "pictures", "contexts")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    build_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(root) -> Tokenizer:
+    return Tokenizer.load(root / "tokenizer")
+
+
+@pytest.fixture
+def cfg(root) -> DataConfig:
+    return DataConfig(
+        root=str(root), split="validation",
+        mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 1.0}, batch_size=6,
+        row_tokens=64, row_images=8, n_causal=4, image_size=16, target_size=24, augment=True,
+        seed=3, block_documents=64,
+    )  # fmt: skip
+
+
+def take(batches: Batches, count: int) -> list[dict[str, np.ndarray]]:
+    return [next(batches) for _ in range(count)]
+
+
+def assert_equal(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].dtype == two[name].dtype
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def grey(value: int, size: int = 5) -> bytes:
+    return encode_png(np.full((size, size), value, np.uint8))
+
+
+# Documents
+
+
+def test_document_round_trip(tmp_path):
+    documents = [
+        Document((Text("ünïcode 🙂"), Picture(b"\x00\xff"), Text(""), Picture(b"", time=1.25))),
+        Document(()),
+    ]
+    for document in documents:
+        assert Document.from_bytes(document.to_bytes()) == document
+    path = tmp_path / "a" / "x.array_record"
+    assert write_documents(path, iter(documents)) == 2
+    files = DocumentFiles([path, path])
+    assert list(files) == documents * 2
+    assert files.where(3) == f"{path} record 1"
+    with pytest.raises(IndexError):
+        files[4]
+    assert [p.name for p in path.parent.iterdir()] == ["x.array_record"]
+
+
+def test_document_of_another_version_or_kind():
+    import msgpack
+
+    with pytest.raises(UserError, match="record 7 is a document of version 2.*reads 1"):
+        Document.from_bytes(msgpack.packb({"version": 2, "parts": 0}), "record 7")
+    for foreign in (b"", b"\xc1", msgpack.packb([1, 2]), msgpack.packb({"version": 1})):
+        with pytest.raises(UserError, match="record 7 is not an emu_jax document"):
+            Document.from_bytes(foreign, "record 7")
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    def documents():
+        yield Document((Text("one"),))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_documents(tmp_path / "x.array_record", documents())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_video_is_ordered_by_time():
+    document = Document.from_video(
+        [(2.0, b"c"), (0.0, b"a"), (1.0, b"b")],
+        [(1.5, "then "), (0.5, "hello"), (1.0, " at once"), (3.0, "end")],
+    )
+    assert document.parts == (
+        Picture(b"a", 0.0), Text("hello"), Picture(b"b", 1.0), Text("at once then"),
+        Picture(b"c", 2.0), Text("end"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("left", [0, 100, 0.5, 0.9])
+def test_cut_file_is_one_clear_line(tmp_path, left):
+    path = tmp_path / "x.array_record"
+    rng = np.random.default_rng(0)
+    write_documents(path, (Document((Picture(rng.bytes(900)),)) for _ in range(500)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(left * len(content)) if left < 1 else left])
+    with pytest.raises(UserError) as error:
+        list(DocumentFiles([path]))
+    assert str(path) in str(error.value) and f"rm {path}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damage_inside_a_file_is_one_clear_line(tmp_path):
+    path = tmp_path / "x.array_record"
+    rng = np.random.default_rng(0)
+    write_documents(path, (Document((Picture(rng.bytes(900)),)) for _ in range(500)))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 1000] = bytes(1000)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is cut short or damaged"):
+        list(DocumentFiles([path]))
+
+
+def test_missing_file_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="none.array_record does not exist: build the data"):
+        DocumentFiles([tmp_path / "none.array_record"])
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("path", ["process_img", "pipeline"])
+@pytest.mark.parametrize("n", range(4))
+def test_preprocessing_golden(golden, n, path):
+    want = golden[f"preprocess/{n}/{path}"].transpose(1, 2, 0)
+    file = TINY / f"preprocess_{n}.png"
+    for source in (file, file.read_bytes(), Image.open(file)):
+        pixels = load_image(source, want.shape[0])
+        assert pixels.dtype == np.uint8
+        got = np.asarray(normalize_images(jnp.asarray(pixels)))
+        assert np.abs(got - want).max() / np.abs(want).max() < 2e-5
+
+
+def test_normalize_images_in_bfloat16_batches():
+    pixels = np.random.default_rng(0).integers(256, size=(2, 3, 5, 7, 3)).astype(np.uint8)
+    half = normalize_images(jnp.asarray(pixels), jnp.bfloat16)
+    assert half.dtype == jnp.bfloat16 and half.shape == pixels.shape
+    exact = normalize_images(jnp.asarray(pixels[1, 2]))
+    np.testing.assert_allclose(np.asarray(half[1, 2], np.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_grey_equals_its_rgb():
+    pixels = np.random.default_rng(0).integers(256, size=(9, 13)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(file, "PNG")
+    np.testing.assert_array_equal(
+        load_image(encode_png(pixels), 32), load_image(file.getvalue(), 32)
+    )
+
+
+def test_unreadable_picture_is_one_clear_line(tmp_path):
+    missing, text, cut = (tmp_path / name for name in ("missing.png", "text.png", "cut.png"))
+    text.write_text("no picture")
+    content = (TINY / "preprocess_0.png").read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    for path in (missing, text, cut):
+        with pytest.raises(UserError) as error:
+            open_image(path)
+        assert str(error.value).startswith(f"cannot read the picture {path}: ")
+    with pytest.raises(UserError, match="cannot read the picture in x record 3: "):
+        load_image(content[:50], 8, "in x record 3")
+
+
+def test_affine_moves_as_told():
+    pixels = np.zeros((40, 40), np.uint8)
+    pixels[10:14, 20:24] = 255  # its middle is 8 above the picture's, and 2 to the right
+    picture = Image.fromarray(pixels)
+
+    def middle(*draw: float) -> tuple[float, float]:
+        moved = np.asarray(affine(picture, *draw), float)
+        y, x = np.mgrid[:40, :40] + 0.5
+        return (moved * x).sum() / moved.sum() - 20, (moved * y).sum() / moved.sum() - 20
+
+    np.testing.assert_array_equal(affine(picture, 0, 1, 0, 0), picture)
+    np.testing.assert_allclose(middle(0, 1, 0, 0), (2, -8), atol=0.01)
+    np.testing.assert_allclose(middle(0, 1, 0.1, 0.25), (6, 2), atol=0.01)
+    np.testing.assert_allclose(middle(0, 1.5, 0, 0), (3, -12), atol=0.1)
+    np.testing.assert_allclose(middle(90, 1, 0, 0), (8, 2), atol=0.1)  # clockwise
+    np.testing.assert_allclose(middle(90, 1, 0.1, 0), (12, 2), atol=0.1)
+
+
+def test_drawn_affine_stays_in_range():
+    rng = np.random.default_rng(0)
+    drawn = np.array([draw_affine(rng, rotate=15, scale=0.15, shift=0.1) for _ in range(500)])
+    low, high = drawn.min(axis=0), drawn.max(axis=0)
+    assert (low >= (-15, 0.85, -0.1, -0.1)).all() and (high <= (15, 1.15, 0.1, 0.1)).all()
+    assert (low < (-14, 0.86, -0.09, -0.09)).all() and (high > (14, 1.14, 0.09, 0.09)).all()
+
+
+# The digits
+
+
+def test_splits():
+    pictures = {split: digit_pictures(split) for split in SPLITS}
+    sizes = {split: len(images) for split, (images, _) in pictures.items()}
+    assert sizes == {"train": 1437, "heldout": 360, "fit": 1300, "validation": 137}
+    images, labels = pictures["train"]
+    assert images.dtype == np.uint8 and images.shape[1:] == (8, 8) and images.max() == 255
+    for n in (0, 1):
+        together = np.concatenate([pictures["fit"][n], pictures["validation"][n]])
+        np.testing.assert_array_equal(together, pictures["train"][n])
+
+    from sklearn.datasets import load_digits
+
+    order = np.random.default_rng(0).permutation(1797)
+    np.testing.assert_array_equal(labels, load_digits().target[order[:1437]])
+    np.testing.assert_array_equal(pictures["heldout"][1], load_digits().target[order[1437:]])
+    with pytest.raises(UserError, match="unknown split 'helduot'; did you mean 'heldout'"):
+        digit_pictures("helduot")
+
+
+def test_files_hold_only_the_pictures_of_their_split(root):
+    def pictures(split: str) -> set[bytes]:
+        kinds = ("pairs", "pages", "storyboards")
+        files = DocumentFiles([root / split / f"{kind}.array_record" for kind in kinds])
+        return {p.data for d in files for p in d.parts if isinstance(p, Picture)}
+
+    held, fit, validation = map(pictures, ("heldout", "fit", "validation"))
+    assert len(held) == 360 and len(fit) == 1300 and len(validation) == 137
+    assert not held & (fit | validation) and not fit & validation
+    assert pictures("train") == fit | validation
+    images, _ = digit_pictures("heldout")
+    decoded = {np.asarray(open_image(data)).tobytes() for data in held}
+    assert decoded == {image.tobytes() for image in images}
+
+
+def test_words_tell_the_truth(root):
+    images, labels = digit_pictures("heldout")
+    label = {encode_png(i): d for i, d in zip(images, labels.tolist(), strict=True)}
+    for document in DocumentFiles([root / "heldout" / "pairs.array_record"]):
+        picture, text = document.parts
+        assert parse_digit(text.text) == label[picture.data]
+    for document in DocumentFiles([root / "heldout" / "pages.array_record"]):
+        assert 2 <= len(document.parts) // 2 <= 4
+        for one, two in zip(document.parts[::2], document.parts[1::2], strict=True):
+            picture, text = (one, two) if isinstance(one, Picture) else (two, one)
+            assert parse_digit(text.text) == label[picture.data]
+    steps = set()
+    for document in DocumentFiles([root / "heldout" / "storyboards.array_record"]):
+        frames, subtitles = document.parts[::2], document.parts[1::2]
+        shown = [label[frame.data] for frame in frames]
+        assert [parse_digit(s.text) for s in subtitles] == shown
+        assert [frame.time for frame in frames] == [0.0, 1.0, 2.0, 3.0]
+        (step,) = set(np.diff(shown).tolist())
+        steps.add(step)
+    assert steps == {1, -1, 2, -2}
+
+
+def test_counting_covers_everything():
+    rng = np.random.default_rng(0)
+    seen = {tuple(counting_digits(rng)) for _ in range(2000)}
+    assert len(seen) == 7 + 7 + 4 + 4
+    assert all(0 <= d <= 9 for s in seen for d in s)
+    assert {len(counting_digits(rng, 5)) for _ in range(100)} == {5}
+
+
+def test_captions_and_parse_digit():
+    for digit, word in enumerate(WORDS):
+        for template in range(len(CAPTIONS)):
+            assert word in caption(digit, template)
+            assert parse_digit(caption(digit, template)) == digit
+    assert caption(8, 3) == "a picture of an eight"
+    assert caption(8, 0) == "a handwritten eight"
+    assert parse_digit("This is a Seven.") == 7
+    for text in ("", "a cat", "one or two", "seven seven", "seventy", "8"):
+        assert parse_digit(text) is None
+
+
+def test_number_words_are_single_tokens(tokenizer):
+    assert len({tuple(tokenizer.encode_plain(word)) for word in WORDS}) == 10
+    for word in WORDS:
+        (token,) = tokenizer.encode_plain(word)
+        assert tokenizer.encode_plain(f"the digit {word}")[-1] == token
+
+
+def test_build_is_deterministic_idempotent_and_mends(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits_module, "SPLITS", {k: SPLITS[k] for k in ("train", "validation")})
+    build_digits(tmp_path)
+    names = ["train/storyboards.array_record", "tokenizer/tokenizer.json"]
+    contents = {name: (tmp_path / name).read_bytes() for name in names}
+    for name in names:
+        assert contents[name] == (root / name).read_bytes()
+    stamps = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    build_digits(tmp_path)
+    assert stamps == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+
+    (tmp_path / names[0]).write_bytes(contents[names[0]][:1000])
+    (tmp_path / names[1]).unlink()
+    build_digits(tmp_path)
+    assert contents == {name: (tmp_path / name).read_bytes() for name in names}
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
+
+
+# Packing
+
+
+def test_first_fit_by_hand():
+    rows = first_fit(
+        np.array([6, 6, 4, 3, 1]), np.array([1, 1, 2, 1, 0]), row_tokens=10, row_images=2
+    )
+    # 2 would fit beside 0 by tokens, not by pictures.
+    assert rows == [[0, 3, 4], [1], [2]]
+    with pytest.raises(ValueError, match="document 1 does not fit"):
+        first_fit(np.array([1, 11]), np.array([0, 0]), row_tokens=10, row_images=2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_first_fit_loses_nothing(seed):
+    rng = np.random.default_rng(seed)
+    tokens, images = rng.integers(2, 40, 300), rng.integers(0, 5, 300)
+    rows = first_fit(tokens, images, row_tokens=50, row_images=6)
+    assert sorted(n for row in rows for n in row) == list(range(300))
+    for row in rows:
+        assert row == sorted(row)
+        assert tokens[row].sum() <= 50 and images[row].sum() <= 6
+    for row in range(1, len(rows)):  # each row was opened because none before had room
+        n = rows[row][0]
+        for before in rows[:row]:
+            earlier = [m for m in before if m < n]
+            assert tokens[earlier].sum() + tokens[n] > 50 or images[earlier].sum() + images[n] > 6
+
+
+P = PICTURE
+
+
+@pytest.mark.parametrize(
+    "outline, tokens, images, end, kept",
+    [
+        ([5, P, 3], 14, 9, "tail", [5, P, 3]),  # a picture takes 4 + 2 tokens
+        ([5, P, 3], 13, 9, "tail", [5, P]),
+        ([5, P, 3], 10, 9, "tail", [5]),  # never inside a picture
+        ([5, P, 3], 4, 9, "tail", [4]),  # or no words would be left
+        ([P, 9], 10, 9, "tail", [P, 4]),
+        ([P, 9], 5, 9, "tail", []),
+        ([3, P, 2, P, 2], 90, 1, "tail", [3, P, 2]),
+        ([3, P, 2, P, 2], 90, 1, "head", [2, P, 2]),
+        ([9, P], 9, 9, "head", [3, P]),
+        ([5, 9], 9, 9, "head", [9]),
+        ([], 9, 9, "tail", []),
+    ],
+)
+def test_truncate(outline, tokens, images, end, kept):
+    got = truncate(outline, tokens=tokens, images=images, n_causal=4, end=end)
+    assert got == kept
+    assert sum(part_tokens(size, 4) for size in got) <= tokens
+
+
+def test_outlines_are_kept_and_noticed_stale(tmp_path, tokenizer):
+    path = tmp_path / "x.array_record"
+    write_documents(path, [Document((Text(" the digit seven "), Picture(b"x"))), Document(())])
+    files = DocumentFiles([path, path])
+    outlines = Outlines(files, tokenizer)
+    assert [outlines[n] for n in range(4)] == [[3, P], [], [3, P], []]
+    assert outlines.texts().tolist() == [3, 0, 3, 0]
+    assert outlines.pictures().tolist() == [1, 0, 1, 0]
+    (kept,) = tmp_path.glob("*.npz")
+    stamp = kept.stat().st_mtime_ns
+    Outlines(files, tokenizer)
+    assert kept.stat().st_mtime_ns == stamp
+
+    write_documents(path, [Document((Text("seven"),))])
+    assert Outlines(DocumentFiles([path]), tokenizer)[0] == [1]
+    kept.write_bytes(b"broken")
+    assert Outlines(DocumentFiles([path]), tokenizer)[0] == [1]
+
+
+def hand_made(tmp_path: Path, **documents: list[Document]) -> DataConfig:
+    for kind, each in documents.items():
+        write_documents(tmp_path / "train" / f"{kind}.array_record", each)
+    return DataConfig(
+        root=str(tmp_path), mixture=dict.fromkeys(documents, 1.0), batch_size=1, row_tokens=24,
+        row_images=3, n_causal=2, image_size=4, target_size=6, block_documents=1,
+    )  # fmt: skip
+
+
+def test_a_row_by_hand(tmp_path, tokenizer):
+    page = Document((Text("first a three"), Picture(grey(10)), Text(" nine "), Picture(grey(20))))
+    cfg = hand_made(tmp_path, pages=[page])
+    cfg = dataclasses.replace(cfg, block_documents=2, row_tokens=33, row_images=4)
+    t = tokenizer
+    first, a, three = t.encode_plain("first a three")
+    (nine,) = t.encode_plain("nine")
+    picture = [t.img, t.image, t.image, t.img_end]
+    one = [t.bos, first, a, three, *picture, nine, *picture, t.eos]
+    scored = [0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+    slots = [-1] * 5 + [0, 1] + [-1] * 3 + [2, 3] + [-1] * 2
+    n = len(one)
+    with Batches(cfg, tokenizer, "rows") as batches:
+        batch = next(batches)
+        assert batches.statistics() == {
+            "token_fill": 2 * n / 33, "image_fill": 1.0, "documents": 2, "truncated": 0
+        }  # fmt: skip
+    assert batch["tokens"].tolist() == [one + one + [t.pad_id] * 5]
+    assert batch["segment_ids"].tolist() == [[1] * n + [2] * n + [0] * 5]
+    assert batch["positions"].tolist() == [[*range(n), *range(n), 0, 0, 0, 0, 0]]
+    assert batch["text_loss_mask"].astype(int).tolist() == [scored + scored + [0] * 5]
+    second = [s + 4 if s >= 0 else -1 for s in slots]
+    assert batch["image_slots"].tolist() == [slots + second + [-1] * 5]
+    assert batch["image_valid"].tolist() == [[True] * 4]
+    np.testing.assert_array_equal(batch["images"][0, :, 0, 0, 0], [10, 20, 10, 20])
+
+    with Batches(dataclasses.replace(cfg, learn_img=True), tokenizer, "rows") as batches:
+        learned = next(batches)
+    extra = learned["text_loss_mask"] & ~batch["text_loss_mask"]
+    np.testing.assert_array_equal(extra, learned["tokens"] == t.img)
+    learned["text_loss_mask"] ^= extra
+    assert_equal(learned, batch)
+
+
+def test_a_cut_document_has_no_end(tmp_path, tokenizer):
+    page = Document((Picture(grey(10)), Text("seven " * 9), Picture(grey(20)), Text("nine")))
+    cfg = dataclasses.replace(hand_made(tmp_path, pages=[page]), row_tokens=16)
+    with Batches(cfg, tokenizer, "rows") as batches:
+        batch = next(batches)
+        assert batches.statistics()["truncated"] == 1
+    t = tokenizer
+    seven = t.encode_plain("seven")
+    want = [t.bos, t.img, t.image, t.image, t.img_end, *seven * 9]
+    assert batch["tokens"].tolist() == [want + [t.pad_id] * 2]
+    assert t.eos not in batch["tokens"]
+    assert batch["text_loss_mask"].sum() == 9
+    assert batch["image_valid"].tolist() == [[True, False, False]]
+
+
+def test_text_cannot_spell_special_tokens(tmp_path, tokenizer):
+    page = Document((Text("an <image> and [IMG] </s>"), Picture(grey(10))))
+    cfg = dataclasses.replace(hand_made(tmp_path, pages=[page]), row_tokens=99)
+    with Batches(cfg, tokenizer, "rows") as batches:
+        tokens = next(batches)["tokens"]
+    assert (tokens == tokenizer.image).sum() == 2
+    assert (tokens == tokenizer.eos).sum() == 1
+
+
+def test_each_epoch_has_every_document_once(tmp_path, tokenizer):
+    """What is in the rows of as many documents as there are: each once, in another order."""
+    pages = [Document((Picture(grey(n)), Text(WORDS[n % 10]))) for n in range(48)]
+    cfg = hand_made(tmp_path, pages=pages)
+    cfg = dataclasses.replace(cfg, block_documents=16)
+    with Batches(cfg, tokenizer, "rows") as batches:
+        seen: list[int] = []
+        while len(seen) < 2 * len(pages):
+            batch = next(batches)
+            shown = batch["images"][batch["image_valid"]][:, 0, 0, 0].tolist()
+            words = batch["tokens"][batch["text_loss_mask"] & (batch["tokens"] != tokenizer.eos)]
+            assert [parse_digit(tokenizer.decode([w])) for w in words] == [n % 10 for n in shown]
+            seen += shown
+        assert batches.statistics()["documents"] == 96
+    one, two = seen[:48], seen[48:]
+    assert sorted(one) == sorted(two) == list(range(48))
+    assert one != two and one != sorted(one)
+
+
+# Batches of the digits
+
+
+def check_slots(tokens, slots, valid, tokenizer, n_causal):
+    """<image> positions gather the slots of the row's pictures, in order."""
+    for row, where, real in zip(tokens, slots, valid, strict=True):
+        used = where[row == tokenizer.image]
+        assert used.tolist() == list(range(real.sum() * n_causal))
+        assert (where[row != tokenizer.image] == -1).all()
+        assert real.tolist() == sorted(real.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_and_dtypes(cfg, tokenizer, kind):
+    with Batches(cfg, tokenizer, kind) as batches:
+        batch = next(batches)
+    got = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    assert got == batch_shapes(cfg, kind)
+
+
+def test_rows_invariants(cfg, tokenizer):
+    t = tokenizer
+    unscored = [t.bos, t.pad_id, t.image, t.img, t.img_end]
+    with Batches(cfg, tokenizer, "rows") as batches:
+        for batch in take(batches, 8):
+            tokens, segments = batch["tokens"], batch["segment_ids"]
+            real = segments > 0
+            np.testing.assert_array_equal(tokens != t.pad_id, real)
+            np.testing.assert_array_equal(
+                batch["text_loss_mask"], real & ~np.isin(tokens, unscored)
+            )
+            check_slots(tokens, batch["image_slots"], batch["image_valid"], t, cfg.n_causal)
+            np.testing.assert_array_equal(batch["positions"] == 0, ~real | (tokens == t.bos))
+            for row in range(cfg.batch_size):
+                for segment in range(1, segments[row].max() + 1):
+                    here = np.flatnonzero(segments[row] == segment)
+                    assert (np.diff(here) == 1).all()
+                    np.testing.assert_array_equal(
+                        batch["positions"][row, here], np.arange(len(here))
+                    )
+                    ids = tokens[row, here]
+                    assert ids[0] == t.bos and ids[-1] == t.eos
+                    assert (ids == t.bos).sum() == (ids == t.eos).sum() == 1
+            unused = batch["images"][~batch["image_valid"]]
+            assert not unused.any()
+            assert batch["images"][batch["image_valid"]].reshape(-1, 16 * 16 * 3).any(axis=1).all()
+        fill = batches.statistics()
+    assert fill["token_fill"] > 0.8 and fill["image_fill"] > 0.7
+    assert fill["truncated"] == 0
+
+
+def test_captions(cfg, tokenizer):
+    plain = dataclasses.replace(cfg, augment=False, row_tokens=12)
+    images, labels = digit_pictures("validation")
+    pixels = [load_image(encode_png(image), 16).tobytes() for image in images]
+    shown = dict(zip(pixels, labels.tolist(), strict=True))
+    with Batches(plain, tokenizer, "captions") as batches:
+        for batch in take(batches, 5):
+            np.testing.assert_array_equal(batch["valid"], batch["tokens"] != tokenizer.pad_id)
+            for image, ids, valid in zip(
+                batch["images"], batch["tokens"], batch["valid"], strict=True
+            ):
+                ids = ids[valid]
+                assert ids[0] == tokenizer.bos and ids[-1] == tokenizer.eos
+                assert valid[: len(ids)].all()
+                assert parse_digit(tokenizer.decode(ids)) == shown[image.tobytes()]
+    tight = dataclasses.replace(plain, row_tokens=5, n_causal=1)
+    with Batches(tight, tokenizer, "captions") as batches:
+        for batch in take(batches, 10):
+            assert (batch["tokens"][batch["valid"]] == tokenizer.eos).sum() == cfg.batch_size
+        assert 0 < batches.statistics()["truncated"] < 60
+
+
+def test_pictures(cfg, tokenizer):
+    plain = dataclasses.replace(cfg, augment=False)
+    known = {load_image(encode_png(i), 24).tobytes() for i in digit_pictures("validation")[0]}
+    with Batches(plain, tokenizer, "pictures") as batches:
+        seen = {image.tobytes() for batch in take(batches, 6) for image in batch["images"]}
+    assert seen <= known and len(seen) > 10
+
+
+def test_contexts(cfg, tokenizer):
+    t = tokenizer
+    plain = dataclasses.replace(cfg, augment=False)
+    images, labels = digit_pictures("validation")
+    pngs = [encode_png(i) for i in images]
+    small = {load_image(p, 16).tobytes(): n for n, p in enumerate(pngs)}
+    large = {load_image(p, 24).tobytes(): n for n, p in enumerate(pngs)}
+    dropped = follows = 0
+    lengths = set()
+    with Batches(plain, tokenizer, "contexts") as batches:
+        for batch in take(batches, 60):
+            check_slots(
+                batch["tokens"], batch["image_slots"], batch["image_valid"], t, cfg.n_causal
+            )
+            for n, length in enumerate(batch["length"].tolist()):
+                ids = batch["tokens"][n]
+                assert ids[0] == t.bos and ids[length - 1] == t.img
+                assert (ids[length:] == t.pad_id).all() and t.pad_id not in ids[:length]
+                assert t.eos not in ids
+                lengths.add(length)
+                target = large[batch["target"][n].tobytes()]
+                before = [
+                    labels[small[i.tobytes()]] for i in batch["images"][n][batch["image_valid"][n]]
+                ]
+                text = t.decode(ids).split()
+                named = [WORDS.index(w) for w in text if w in WORDS]
+                if length == 2:
+                    dropped += 1
+                elif len(named) == len(before) + 1:  # the words before it name the target
+                    assert named[-1] == labels[target]
+                    follows += 1
+                else:
+                    assert named == before
+    # 10% dropped, and the targets that open their document.
+    assert 0.1 < dropped / 360 < 0.35
+    assert follows > 100 and len(lengths) > 8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_drop_condition_frequency(cfg, tokenizer, share):
+    only = dataclasses.replace(
+        cfg, mixture={"pairs": 1.0}, drop_condition=share, batch_size=100, augment=False
+    )
+    with Batches(only, tokenizer, "contexts") as batches:
+        lengths = np.concatenate([b["length"] for b in take(batches, 10)])
+    dropped = np.mean(lengths == 2)  # a pair's words stand before its picture: never by chance
+    assert abs(dropped - share) <= 3 * np.sqrt(share * (1 - share) / 1000)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_picture_first_frequency(cfg, tokenizer, share):
+    only = dataclasses.replace(
+        cfg, mixture={"pairs": 1.0}, picture_first=share, batch_size=50, augment=False
+    )
+    with Batches(only, tokenizer, "rows") as batches:
+        batch = next(batches)
+    follows = batch["tokens"][:, 1:][batch["tokens"][:, :-1] == tokenizer.bos]
+    assert len(follows) > 200
+    first = np.mean(follows == tokenizer.img)
+    assert abs(first - share) <= 3 * np.sqrt(share * (1 - share) / len(follows))
+
+
+def test_long_contexts_keep_what_is_near(tmp_path, tokenizer):
+    page = Document((Text("one"), Picture(grey(10)), Text("two"), Picture(grey(20)), Text("three")))
+    cfg = hand_made(tmp_path, pages=[page])
+    cfg = dataclasses.replace(cfg, row_tokens=7, drop_condition=0.0)
+    t = tokenizer
+    (one,), (two,) = t.encode_plain("one"), t.encode_plain("two")
+    seen = {}
+    with Batches(cfg, tokenizer, "contexts") as batches:
+        for batch in take(batches, 20):
+            ids = batch["tokens"][0, : batch["length"][0]].tolist()
+            seen[int(batch["target"][0, 0, 0, 0])] = ids
+        assert 0 < batches.statistics()["truncated"] < 20
+    picture = [t.img, t.image, t.image, t.img_end]
+    assert seen == {10: [t.bos, one, t.img], 20: [t.bos, *picture, two, t.img]}
+
+
+# Order, position, processes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_is_bit_identical(cfg, tokenizer, kind):
+    with Batches(cfg, tokenizer, kind) as whole:
+        states, batches = [whole.state()], []
+        for _ in range(20):
+            batches.append(next(whole))
+            states.append(json.loads(json.dumps(whole.state())))
+        for n in (13, 0, 19):  # also backwards, and whatever was made ahead
+            whole.restore(states[n])
+            assert whole.state() == states[n]
+            assert_equal(next(whole), batches[n])
+    for n in (0, 1, 7, 18):
+        with Batches(dataclasses.replace(cfg, prefetch=1), tokenizer, kind) as again:
+            again.restore(states[n])
+            assert_equal(next(again), batches[n])
+            assert_equal(next(again), batches[n + 1])
+            assert again.state() == states[n + 2]
+    assert any((batches[0][k] != batches[1][k]).any() for k in batches[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_processes_reads_the_same(cfg, tokenizer, kind):
+    with Batches(cfg, tokenizer, kind) as one:
+        batches = take(one, 15)
+        state, statistics = one.state(), one.statistics()
+    for count in (2, 3):
+        shares = [Batches(cfg, tokenizer, kind, p, count) for p in range(count)]
+        for batch in batches:
+            parts = [next(share) for share in shares]
+            together = {k: np.concatenate([part[k] for part in parts]) for k in batch}
+            assert_equal(together, batch)
+        for share in shares:
+            assert share.state() == state
+            assert share.statistics() == statistics
+            share.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_augmentation_and_seed(cfg, tokenizer, kind):
+    def first(**changes) -> dict[str, np.ndarray]:
+        with Batches(dataclasses.replace(cfg, **changes), tokenizer, kind) as batches:
+            return next(batches)
+
+    batch = first()
+    assert_equal(first(), batch)
+    assert_equal(first(decode_threads=3), batch)
+    plain = first(augment=False)
+    assert_equal(first(augment=True, rotate=0.0, scale=0.0, shift=0.0), plain)
+    pixels = [k for k in batch if k in ("images", "target")]
+    for name in batch:
+        assert (batch[name] != plain[name]).any() == (name in pixels)
+    other = first(seed=4)
+    assert any((other[k] != batch[k]).any() for k in batch)
+
+
+def test_augmentation_differs_between_epochs(tmp_path, tokenizer):
+    content = encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
+    pair = Document((Picture(content), Text("seven")))
+    cfg = hand_made(tmp_path, pairs=[pair])
+    cfg = dataclasses.replace(cfg, augment=True, target_size=16)
+    with Batches(cfg, tokenizer, "pictures") as batches:
+        seen = {next(batches)["images"].tobytes() for _ in range(10)}
+    assert len(seen) == 10
+
+
+def test_mixture_follows_its_weights(cfg, tokenizer):
+    weighted = dataclasses.replace(
+        cfg, mixture={"pairs": 3.0, "storyboards": 1.0, "pages": 0.0}, batch_size=50, augment=False
+    )
+    with Batches(weighted, tokenizer, "rows") as batches:
+        batch = next(batches)
+    counts = []
+    for row, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+        for segment in range(1, segments.max() + 1):
+            counts.append((row[segments == segment] == tokenizer.img).sum())
+    counts = np.array(counts)
+    assert set(counts) == {1, 4}
+    assert abs(np.mean(counts == 1) - 0.75) < 0.1
+
+
+# Mistakes
+
+
+def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
+    def fails(match: str, kind: str = "rows", processes: int = 1, **changes) -> None:
+        with pytest.raises(UserError, match=match):
+            Batches(dataclasses.replace(cfg, **changes), tokenizer, kind, 0, processes)
+
+    fails("unknown kind of batch 'row'; did you mean 'rows'", kind="row")
+    fails("batch_size 6 cannot be shared by 4 processes", processes=4)
+    fails("row_tokens.*at least 8, not 7", row_tokens=7)
+    fails("seed", seed=-1)
+    fails("picture_first", picture_first=1.5)
+    fails("mixture.pages.*negative", mixture={"pages": -1.0})
+    fails("no positive weight", mixture={"pages": 0.0})
+    fails("no page.array_record; did you mean 'pages'", mixture={"page": 1.0})
+    fails("does not exist: build the data first", root=str(tmp_path / "nowhere"))
+    fails("does not exist: build the data first", split="test")
+    write_documents(tmp_path / "train" / "pages.array_record", [Document((Text("seven"),))])
+    fails(
+        "has no document that 'contexts' can use", "contexts", root=str(tmp_path), split="train",
+        mixture={"pages": 1.0},
+    )  # fmt: skip
+    with Batches(cfg, tokenizer, "rows") as batches:
+        with pytest.raises(UserError, match="position is for 'captions' batches"):
+            batches.restore({"kind": "captions", "block": 0, "row": 0})
+
+
+def test_an_unreadable_picture_stops_the_iterator(tmp_path, tokenizer):
+    cfg = hand_made(tmp_path, pairs=[Document((Picture(b"no picture"), Text("seven")))])
+    with Batches(cfg, tokenizer, "pictures") as batches:
+        for _ in range(2):  # again and again, not only the first time
+            with pytest.raises(UserError, match="picture in .*pairs.array_record record 0: "):
+                next(batches)
+
+
+def test_close_ends_the_thread(cfg, tokenizer):
+    before = set(threading.enumerate())
+    batches = Batches(cfg, tokenizer, "pictures")
+    first = next(batches)
+    (thread,) = set(threading.enumerate()) - before
+    state = batches.state()
+    batches.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    second = next(batches)  # goes on
+    batches.restore(state)
+    assert_equal(next(batches), second)
+    assert (first["images"] != second["images"]).any()
+    batches.close()
+
+
+def test_a_forgotten_iterator_ends_its_thread(cfg, tokenizer):
+    before = set(threading.enumerate())
+    batches = Batches(cfg, tokenizer, "pictures")
+    next(batches)
+    (thread,) = set(threading.enumerate()) - before
+    del batches
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_tokenizer_of_the_data(root, cfg, tokenizer):
+    assert cfg.load_tokenizer().fingerprint == tokenizer.fingerprint
+    other = dataclasses.replace(cfg, tokenizer=str(TINY / "tokenizer"))
+    assert len(other.load_tokenizer()) == 516

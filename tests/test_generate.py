@@ -1,0 +1,503 @@
+"""Generation: what the released code gives, and what holds of any model."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, relative_error
+from flax import nnx
+from PIL import Image
+from test_golden import FEEDBACK
+from test_golden import emu as release  # noqa: F401  (a fixture)
+
+from emu_jax import config
+from emu_jax.generate import image, mixed, prompt, text
+from emu_jax.generate.api import Emu, GenerationConfig
+from emu_jax.models import emu as models
+from emu_jax.tokenizer import Tokenizer
+
+META = json.loads((GOLDEN / "meta.json").read_text())
+SPEC = META["spec"]
+
+
+@pytest.fixture(scope="module")
+def tiny(release):  # noqa: F811
+    return Emu(release, Tokenizer.load(GOLDEN / "tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def pixels(golden):
+    return golden["vit/pixels_nchw"].transpose(0, 2, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def prompts(pixels):
+    words = SPEC["text"]
+    return [[pixels[0], words[0], pixels[1], words[1]], [words[2], pixels[2]]]
+
+
+# --- The release -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", META["generate"])
+def test_text_is_the_releases(tag, tiny, prompts, golden):
+    settings = META["generate_defaults"] | META["generate"][tag]["kw"]
+    settings = {k: v for k, v in settings.items() if not k.endswith("_token_id")}
+    settings["max_new_tokens"] = SPEC["new_tokens"]
+    ids = tiny.generate_ids(prompts, **settings)
+    np.testing.assert_array_equal(ids, golden[f"generate/{tag}/ids"])
+    texts = [tiny.tokenizer.decode(row) for row in ids]
+    assert texts == META["generate"][tag]["texts"]
+
+
+def test_the_releases_defaults_are_ours():
+    defaults = META["generate_defaults"]
+    ours = dataclasses.asdict(text.TextConfig())
+    assert {k: ours[k] for k in defaults if k in ours} == {
+        k: v for k, v in defaults.items() if not k.endswith("_token_id")
+    }
+
+
+def test_ranks_are_the_releases(tiny, pixels, golden):
+    ranks = tiny.rank([SPEC["text"][2], pixels[0]], SPEC["candidates"])
+    assert ranks == golden["predict/ranks"][0].tolist()
+
+
+def test_segments_change_what_the_mean_is_taken_over():
+    # Alone, a candidate's loss is divided by its own length: the longer one wins here.
+    sums = np.array([10.0, 10.5])
+    assert text.mean_losses(sums, [2, 4], 5, segments=1).argmin() == 0
+    np.testing.assert_allclose(text.mean_losses(sums, [2, 4], 5, segments=2), [10 / 6, 10.5 / 8])
+
+
+def test_regressed_embeddings_are_the_releases(tiny, pixels, golden):
+    words = SPEC["text"]
+    cases = {
+        "text_only": [words[0]],
+        "in_context": [pixels[0], words[1], pixels[1], words[0]],
+        "blend": [pixels[1], pixels[2]],
+    }
+    for name, parts in cases.items():
+        ours = tiny.regress([parts, ""])
+        assert relative_error(ours, golden[f"gen_image/{name}"]) < FEEDBACK
+
+
+@pytest.mark.parametrize(("steps", "guidance"), SPEC["sampling"])
+def test_painting_is_the_releases(steps, guidance, tiny, release, golden):  # noqa: F811
+    start = jnp.asarray(golden["sample/init_latents"].transpose(0, 2, 3, 1))
+    cond, uncond = jnp.split(jnp.asarray(golden["sample/cond"]), 2)
+
+    @nnx.jit(static_argnames=("guidance",))
+    def run(emu, start, cond, uncond, guidance):
+        uncond = uncond[0] if guidance > 1 else None
+        latents = image.sample_latents(
+            emu, start, cond, uncond, guidance, steps=steps, method="pndm"
+        )
+        return latents, image.decode_latents(emu, latents)
+
+    latents, pictures = run(release, start, cond, uncond, guidance=guidance)
+    expected = golden[f"sample/{steps}_{guidance}/latents"].transpose(0, 2, 3, 1)
+    assert relative_error(latents, expected) < FEEDBACK
+    assert relative_error(pictures, golden[f"sample/{steps}_{guidance}/image"]) < FEEDBACK
+
+
+def test_the_condition_of_sampling_is_regressed(tiny, golden):
+    ours = tiny.regress([[SPEC["text"][0]], ""])
+    assert relative_error(ours, golden["sample/cond"]) < FEEDBACK
+
+
+@pytest.mark.parametrize("case", META["video_frame_indices"])
+def test_video_frames_are_the_releases(case):
+    ours = prompt.frame_indices(case["frames"], case["segments"])
+    assert ours.tolist() == case["indices"]
+
+
+def test_instruct_format_is_the_releases(golden, release):  # noqa: F811
+    tokenizer = Tokenizer.load(GOLDEN / "tokenizer", instruct=True)
+    pixels = np.zeros((SPEC["img"], SPEC["img"], 3), np.uint8)
+    made = prompt.Prompt.of(
+        prompt.instruct([pixels, SPEC["text"][1]]), tokenizer, release.cfg
+    )
+    assert made.tokens.tolist() == golden["instruct/ids"][0].tolist()
+    # The [IMG] [/IMG] of the system message hold no picture.
+    assert (made.slots >= 0).sum() == SPEC["n_causal"]
+    assert prompt.instruct(["hello"]) == ["[USER]: ", "hello", " [ASSISTANT]:"]
+
+
+# --- A random model of odd sizes -------------------------------------------------------------
+
+
+def small_config(tokenizer):
+    base = tokenizer.base_size
+    return config.EmuConfig(
+        tokens=config.TokenIds.after(base),
+        vision=config.VisionConfig(
+            image_size=12, patch_size=4, width=24, layers=1, head_width=8, mlp_width=40,
+            clip_width=8,
+        ),
+        cformer=config.CFormerConfig(
+            n_causal=3, width=16, layers=1, heads=2, head_width=8, mlp_width=24, normalize=True
+        ),
+        llama=config.LlamaConfig(
+            vocab_size=base + 4, vocab_multiple=8, width=48, layers=2, heads=3, mlp_width=56,
+            max_positions=128,
+        ),
+        unet=config.UNetConfig(
+            sample_size=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(8, 16),
+            layers_per_block=1, attention_head_dim=2, cross_attention_dim=48, norm_num_groups=4,
+        ),
+        vae=config.VAEConfig(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words():
+    return Tokenizer.train(["one two three four five six seven eight nine ten yes. no."] * 9, 320)
+
+
+@pytest.fixture(scope="module")
+def model(words):
+    made = models.Emu(small_config(words), rngs=nnx.Rngs(3))
+    # Sharper than a fresh model, so that probabilities are far from equal.
+    head = made.llama.lm_head.kernel
+    head[...] = head[...] * 3
+    return made
+
+
+@pytest.fixture(scope="module")
+def small(model, words):
+    return Emu(model, words)
+
+
+def picture(seed, size=12):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+MIXED_PROMPTS = [
+    ["one two three four five", picture(0), "six"],
+    ["two"],
+    [picture(1), picture(2), "seven eight nine ten one two three four five six seven"],
+    "three four",
+    [picture(3)],
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"num_beams": 3, "length_penalty": 1.0},
+        {"num_beams": 1, "do_sample": True, "temperature": 0.7, "top_k": 30, "seed": 5},
+        {"num_beams": 2, "do_sample": True, "top_p": 0.8},
+    ],
+)
+def test_a_prompt_gives_the_same_alone_and_in_a_batch(settings, small):
+    settings = settings | {"max_new_tokens": 10, "min_length": 4}
+    together = small.generate_ids(MIXED_PROMPTS, **settings)
+    assert len({tuple(row) for row in together.tolist()}) == len(MIXED_PROMPTS)
+    # Row 0 draws from the same key wherever it is.
+    order = [MIXED_PROMPTS[0], MIXED_PROMPTS[4]]
+    np.testing.assert_array_equal(small.generate_ids(order, **settings)[0], together[0])
+    if not settings.get("do_sample"):
+        alone = [small.generate_ids([p], **settings)[0] for p in MIXED_PROMPTS]
+        np.testing.assert_array_equal(np.stack(alone), together)
+
+
+def test_small_batches_give_what_a_large_one_gives(model, words, small):
+    chunked = Emu(model, words, batch_size=2)
+    for settings in ({"num_beams": 1}, {"num_beams": 2}, {"do_sample": True, "num_beams": 1}):
+        settings = settings | {"max_new_tokens": 7}
+        np.testing.assert_array_equal(
+            chunked.generate_ids(MIXED_PROMPTS, **settings),
+            small.generate_ids(MIXED_PROMPTS, **settings),
+        )
+    assert relative_error(chunked.regress(MIXED_PROMPTS), small.regress(MIXED_PROMPTS)) < 1e-5
+    painted = [
+        emu.generate_images(MIXED_PROMPTS, steps=3, seeds=11).astype(int)
+        for emu in (chunked, small)
+    ]
+    assert np.abs(painted[0] - painted[1]).max() <= 1  # rounding to bytes
+
+
+def test_shapes_are_compiled_once(small):
+    settings = {"num_beams": 1, "max_new_tokens": 5}
+    small.generate_ids(["one"], **settings)
+    before = text.TRACES.copy()
+    small.generate_ids(["two three"], **settings)
+    small.generate_ids(["four"], **settings | {"max_new_tokens": 8, "min_length": 3})
+    assert text.TRACES == before
+    small.generate_ids(["four"], **settings | {"max_new_tokens": 9})
+    assert text.TRACES["decode"] == before["decode"] + 1
+
+
+def log_probabilities(model, prompt_ids, ids):
+    """log p of each of `ids` after `prompt_ids` and those before it, by full forward passes."""
+    tokens = np.concatenate([prompt_ids, ids])[None]
+    x = model.embed(jnp.asarray(tokens))
+    hidden = model.llama(x, jnp.arange(tokens.shape[1])[None])
+    logp = jax.nn.log_softmax(model.llama.logits(hidden)[0], axis=-1)
+    return np.asarray(logp)[np.arange(len(prompt_ids) - 1, tokens.shape[1] - 1), ids]
+
+
+def test_greedy_takes_the_likeliest_token_each_time(small, model):
+    ids = small.generate_ids(["one two"], num_beams=1, max_new_tokens=6)[0, 1:]
+    so_far = small.tokenizer.encode("one two")
+    for token in ids:
+        hidden = model.llama(model.embed(jnp.asarray([so_far])), jnp.arange(len(so_far))[None])
+        assert token == int(jnp.argmax(model.llama.logits(hidden)[0, -1]))
+        so_far.append(int(token))
+        if token == small.cfg.tokens.eos:
+            break
+
+
+def reference_beam_search(next_logp, beams, vocab, eos, max_length, penalty, early, least):
+    """Beam search over Python lists, after the description in transformers 4.31."""
+    open_beams, finished, done = [((1,), 0.0)], [], False
+    worst = np.inf
+    while not done and len(open_beams[0][0]) < max_length:
+        length = len(open_beams[0][0])
+        options = []
+        for ids, score in open_beams:
+            logp = next_logp(ids).astype(np.float64)
+            if length < least:
+                logp[eos] = -np.inf
+            options += [(score + logp[t], ids, t) for t in range(vocab)]
+        options.sort(key=lambda o: -o[0])
+        options, following = options[: 2 * beams], []
+        for rank, (score, ids, token) in enumerate(options):
+            if token != eos:
+                following.append(((*ids, token), score))
+            elif rank < beams:
+                value = score / length**penalty
+                if len(finished) < beams or value > worst:
+                    finished = sorted([*finished, (value, (*ids, eos))])[-beams:]
+                    worst = finished[0][0]
+            if len(following) == beams:
+                break
+        open_beams = following
+        if len(finished) == beams:
+            reach = max_length if early == "never" and penalty > 0 else length
+            done = early is True or worst >= options[0][0] / reach**penalty
+    if not done:
+        finished += [(s / len(ids) ** penalty, ids) for ids, s in open_beams]
+    return max(finished)[1]
+
+
+TOKENS = config.TokenIds(pad=7, img=8, img_end=9, image=10)
+VOCAB = 11
+
+
+def chains(rows):
+    """Logits [rows, V, V] of the token after the last one; `</s>` is frequent."""
+    table = np.random.default_rng(0).normal(size=(rows, VOCAB, VOCAB)).astype(np.float32) * 1.5
+    table[:, :, TOKENS.eos] += 2
+    return jnp.asarray(table)
+
+
+def search(table, settings):
+    """Beam search on Markov chains, one for each row."""
+    plan, rules = text.Plan.of(settings, TOKENS), text.Rules.of(settings)
+    rows = jnp.repeat(table, plan.num_beams, axis=0)
+    extend = jax.jit(lambda state, logits: state.extend(logits, plan, rules, None, None))
+    state = text.Search.start(len(table), plan)
+    while int(state.length) < int(rules.max_length) and not bool(jnp.all(state.done)):
+        last = jnp.take(state.sequences, state.length - 1, axis=2).reshape(-1)
+        state = extend(state, rows[jnp.arange(len(rows)), last])
+    return np.asarray(state.best(plan, rules))
+
+
+@pytest.mark.parametrize("early", [True, False, "never"])
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.5])
+def test_beam_search_is_that_of_transformers(early, penalty):
+    settings = text.TextConfig(
+        max_new_tokens=6, num_beams=4, length_penalty=penalty, early_stopping=early, min_length=2
+    )
+    table = chains(8)
+    ours = search(table, settings)
+    logp = np.asarray(jax.nn.log_softmax(table, axis=-1))
+    for row, answer in enumerate(ours):
+        expected = reference_beam_search(
+            lambda ids, row=row: logp[row, ids[-1]], 4, VOCAB, TOKENS.eos, 7, penalty, early, 2
+        )
+        padding = [TOKENS.pad] * (ours.shape[1] - len(expected))
+        assert answer.tolist() == [*expected, *padding]
+    assert len({tuple(a) for a in ours.tolist()}) > 4
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.5])
+def test_a_wide_enough_beam_finds_the_best_of_all_sequences(penalty):
+    longest = 3
+    settings = text.TextConfig(
+        max_new_tokens=longest, num_beams=VOCAB**2, length_penalty=penalty, early_stopping="never"
+    )
+    table = chains(3)
+    ours, logp = search(table, settings), np.asarray(jax.nn.log_softmax(table, axis=-1), float)
+    others = [t for t in range(VOCAB) if t != TOKENS.eos]
+    for row, answer in enumerate(ours):
+        best = (-np.inf, ())
+        for n in range(longest + 1):
+            for ids in itertools.product(others, repeat=n):
+                path = (1, *ids) if n == longest else (1, *ids, TOKENS.eos)
+                score = sum(logp[row, a, b] for a, b in itertools.pairwise(path))
+                best = max(best, (score / (n + 1) ** penalty, path))
+        assert tuple(answer[: len(best[1])]) == best[1]
+        assert set(answer[len(best[1]) :]) <= {TOKENS.pad}
+
+
+# --- Processors ------------------------------------------------------------------------------
+
+
+def test_a_repeated_token_is_penalised_and_the_dummy_counts():
+    scores = jnp.asarray([[2.0, -2.0, 4.0, -4.0, 1.0]] * 2)
+    sequences = jnp.asarray([[1, 2, 0, 0], [1, 3, 0, 0]])
+    ours = text.penalise_repetition(scores, sequences, jnp.int32(2), jnp.float32(2.0))
+    np.testing.assert_allclose(ours, [[2, -4, 2, -4, 1], [2, -4, 4, -8, 1]])
+
+
+def test_no_ngram_comes_twice():
+    sequences = jnp.asarray([[1, 4, 5, 6, 4, 5, 0, 0], [1, 4, 5, 6, 4, 6, 0, 0]])
+    for n, length, expected in [
+        (1, 6, [{1, 4, 5, 6}, {1, 4, 6, 5}]),
+        (2, 6, [{6}, {4}]),
+        (3, 6, [{6}, set()]),
+        (2, 5, [{5}, {5}]),
+        (4, 2, [set(), set()]),
+        (2, 1, [set(), set()]),
+    ]:
+        ours = text.forbid_ngrams(jnp.zeros((2, 8)), sequences, jnp.int32(length), n)
+        assert [set(np.flatnonzero(np.isneginf(row))) for row in np.asarray(ours)] == expected
+
+
+def test_the_dummy_counts_for_the_minimal_length():
+    for length, forbidden in [(1, True), (2, True), (3, False)]:
+        ours = text.forbid_short(jnp.zeros((1, 5)), jnp.int32(length), jnp.int32(3), 2)
+        assert bool(jnp.isneginf(ours[0, 2])) == forbidden
+
+
+def test_only_allowed_sequences_go_on():
+    table = text.choices_table(((5, 6, 2), (5, 7, 2), (8, 2)))
+    sequences = jnp.asarray([[1, 5, 7, 0, 0], [1, 8, 2, 0, 0], [1, 6, 6, 0, 0]])
+    for length, expected in [
+        (1, [{5, 8}] * 3),
+        (2, [{6, 7}, {2}, set()]),
+        (3, [{2}, set(), set()]),
+        (4, [set()] * 3),
+    ]:
+        ours = text.allow_only(jnp.zeros((3, 9)), sequences, jnp.int32(length), table)
+        assert [set(np.flatnonzero(np.isfinite(row))) for row in np.asarray(ours)] == expected
+
+
+def test_warping_keeps_the_right_tokens():
+    probabilities = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)
+    scores = jnp.log(probabilities)[None]
+
+    def kept(temperature=1.0, top_k=0, top_p=1.0, keep=1):
+        ours = text.warp(
+            scores, jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), keep=keep
+        )
+        return set(np.flatnonzero(np.isfinite(np.asarray(ours)[0])))
+
+    assert kept() == {0, 1, 2, 3, 4}
+    assert kept(top_k=2) == {1, 3}
+    assert kept(top_p=0.5) == {1, 3}
+    assert kept(top_p=0.66) == {1, 3, 4}
+    assert kept(top_p=0.3) == {1}
+    assert kept(top_p=0.3, keep=2) == {1, 3}
+    # 0.4 and 0.25 of the three best are 76% of them, not 65%.
+    assert kept(top_k=3, top_p=0.7) == {1, 3}
+    assert kept(temperature=0.5, top_p=0.5) == {1}  # squared: 0.57 of the mass
+    warm = text.warp(scores, jnp.float32(2.0), jnp.int32(0), jnp.float32(1.0))
+    np.testing.assert_allclose(jax.nn.softmax(warm)[0], probabilities**0.5 / np.sum(
+        probabilities**0.5), rtol=1e-5)  # fmt: skip
+
+
+def test_samples_have_the_warped_distribution():
+    probabilities = jnp.asarray([0.05, 0.4, 0.1, 0.25, 0.2])
+    draws = 20_000
+    plan = text.Plan.of(
+        text.TextConfig(do_sample=True, num_beams=1),
+        config.TokenIds(bos=0, eos=2, pad=0, img=0, img_end=0, image=0),
+    )
+    rules = text.Rules.of(text.TextConfig(top_k=4, top_p=0.8, min_length=0))
+    keys = jax.vmap(jax.random.key)(jnp.arange(draws))
+    logits = jnp.broadcast_to(jnp.log(probabilities), (draws, 5))
+    state = jax.jit(lambda k: text.Walk.start(draws, plan).extend(logits, plan, rules, k, None))(keys)
+    share = np.bincount(np.asarray(state.sequences[:, 1]), minlength=5) / draws
+    # Of the four best 0.4, 0.25 and 0.2 make 89%; without the last 68%.
+    np.testing.assert_allclose(share, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85], atol=0.015)
+
+
+# --- Through the whole model -----------------------------------------------------------------
+
+
+def test_choices_are_all_that_may_come_out(small, model):
+    prompts = ["one", "two", "three four", [picture(0)]]
+    for settings in ({"num_beams": 1}, {"num_beams": 5}, {"num_beams": 1, "do_sample": True}):
+        answers = small.generate_texts(prompts, choices=["yes.", "no."], **settings)
+        assert set(answers) <= {"yes.", "no."}
+    # Beams wider than the trie find the likelier one.
+    eos = small.cfg.tokens.eos
+    options = {c: [*small.tokenizer.encode(c, bos=False), eos] for c in ("yes.", "no.")}
+    for words, answer in zip(
+        prompts[:3], small.generate_texts(prompts, choices=["yes.", "no."])[:3], strict=True
+    ):
+        ids = np.asarray(small.tokenizer.encode(words))
+        sums = {c: log_probabilities(model, ids, np.asarray(o)).sum() for c, o in options.items()}
+        assert answer == max(sums, key=sums.get)
+
+
+def test_candidates_are_ranked_by_their_loss(small, model):
+    prompts = ["one two three", "six", "seven eight"]
+    candidates = [["four", "four five six", "nine ten one", "yes."], ["one", "two", "no."], ["two"]]
+    ours = small.ranks(prompts, candidates)
+    alone = small.ranks(prompts[:2], candidates[:2], segments=3)
+    for row, (words, options) in enumerate(zip(prompts, candidates, strict=True)):
+        ids = np.asarray(small.tokenizer.encode(words))
+        parts = [np.asarray(small.tokenizer.encode(c, bos=False)) for c in options]
+        sums = np.array([-log_probabilities(model, ids, p).sum() for p in parts])
+        assert ours[row] == np.argsort(sums).tolist()
+        if row == 1:
+            means = sums / [len(ids) + len(p) - 1 for p in parts]
+            assert alone[row] == np.argsort(means).tolist()
+
+
+def test_pictures_do_not_depend_on_their_batch(small):
+    seeds, settings = [4, 9, 4], {"steps": 3, "guidance": 3.0, "method": "ddim"}
+    prompts = ["one", "one", [picture(0), "two"]]
+    together = small.generate_images(prompts, seeds=seeds, **settings).astype(int)
+    assert together.shape == (3, 8, 8, 3)
+    assert np.abs(together[0] - together[1]).max() > 10
+    for n in range(3):
+        alone = small.generate_image(prompts[n], seed=seeds[n], **settings)
+        assert np.abs(np.asarray(alone).astype(int) - together[n]).max() <= 1
+
+
+@pytest.mark.parametrize("method", ["pndm", "ddim", "dpm++"])
+def test_guidance_moves_away_from_the_negative_prompt(method, small):
+    settings = {"steps": 3, "method": method, "seed": 1}
+    plain = np.asarray(small.generate_image("one", guidance=1.0, **settings)).astype(int)
+    empty = np.asarray(small.generate_image("one", guidance=4.0, **settings)).astype(int)
+    other = small.generate_image("one", guidance=4.0, negative=[picture(0), "ten"], **settings)
+    assert np.abs(plain - empty).max() > 0
+    assert np.abs(np.asarray(other).astype(int) - empty).max() > 0
+    # Guided away from itself, the condition stays what it is.
+    same = small.generate_image("one", guidance=4.0, negative="one", **settings)
+    assert np.abs(np.asarray(same).astype(int) - plain).max() <= 1
+
+
+# --- Mixed sequences -------------------------------------------------------------------------
+
+
+def forced(model, words, *, img, eos=-50.0):
+    """A copy of the model that is drawn to `[IMG]` and pushed from `</s>` in the direction of
+    every hidden state: the biased logit grows with the state's first feature's square."""
+    graphdef, params = nnx.split(model)
+    copy = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
+    return copy
