@@ -647,6 +647,16 @@ def test_long_contexts_keep_what_is_near(tmp_path, tokenizer):
     assert seen == {10: [t.bos, one, t.img], 20: [t.bos, *picture, two, t.img]}
 
 
+def test_a_long_text_before_a_picture_keeps_its_end(tmp_path, tokenizer):
+    page = Document((Text("one two three four five six"), Picture(grey(10))))
+    cfg = hand_made(tmp_path, pages=[page])
+    cfg = dataclasses.replace(cfg, row_tokens=6, drop_condition=0.0)
+    with Batches(cfg, tokenizer, "contexts") as batches:
+        (ids,) = next(batches)["tokens"]
+    assert tokenizer.decode(ids) == "three four five six"
+    assert ids[-1] == tokenizer.img and ids[0] == tokenizer.bos
+
+
 # Order, position, processes
 
 

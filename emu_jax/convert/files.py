@@ -12,11 +12,10 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -172,12 +171,15 @@ def torch_or_explain(path: Path) -> Any:
 def _open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     torch = torch_or_explain(path)
     mapped = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be mapped
+    with path.open("rb") as f:
+        if f.read(2) == b"PK" and not mapped:
+            raise UserError(f"{path} is truncated: its zip archive lacks the end")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise UserError(
-            f"{path} is refused: it is damaged, or its pickle does more than hold tensors ({reason})"
+            f"{path} is refused: it is damaged, or its pickle holds more than tensors ({reason})"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -379,7 +381,8 @@ class Shards:
     """Several files written as one.
 
     Args:
-        contents: what each file, relative to `folder`, holds.
+        contents: what each file, relative to `folder`, holds. A key's `unet:` or `vae:`
+            tells files apart and is not written.
         nests: under which name a file nests its state dict.
     """
 
@@ -388,33 +391,19 @@ class Shards:
         nests: Mapping[str, str | None] | None = None,
     ):  # fmt: skip
         nests = nests or {}
-        self._writers = {n: create(folder / n, c, nests.get(n)) for n, c in contents.items()}
+        self._writers = {
+            name: create(folder / name, {_bare(k): v for k, v in c.items()}, nests.get(name))
+            for name, c in contents.items()
+        }
         self._places = {key: name for name, c in contents.items() for key in c}
 
     def write(self, key: str, tensor: np.ndarray) -> None:
-        self._writers[self._places[key]].write(key, tensor)
+        self._writers[self._places[key]].write(_bare(key), tensor)
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
 
 
-def copy_folder(source: Path, target: Path, names: Sequence[str] | Iterable[str]) -> None:
-    """Copies files and folders of these names, where they exist, untouched."""
-    import shutil
-
-    for name in names:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-        elif (source / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source / name, target / name)
-
-
-def sync(path: Path) -> None:
-    """Makes the rename of a finished folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _bare(key: str) -> str:
+    return key.rsplit(":", 1)[-1]

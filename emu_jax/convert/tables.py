@@ -179,13 +179,12 @@ def cformer(cfg: EmuConfig) -> list[Row]:
     ]
     block = [
         *_norm("self_norm", "layer.0.layer_norm"),
-        *(r for n in "qkvo" for r in _linear(f"self_attention.{n}", f"layer.0.SelfAttention.{n}")),
+        *_linears("self_attention.", "layer.0.SelfAttention.", "qkvo"),
         *_norm("cross_norm", "layer.1.layer_norm"),
-        *(r for n in "qkvo" for r in _linear(f"cross_attention.{n}", f"layer.1.EncDecAttention.{n}")),
+        *_linears("cross_attention.", "layer.1.EncDecAttention.", "qkvo"),
         *_norm("mlp_norm", "layer.2.layer_norm"),
-        *_linear("wi", "layer.2.DenseReluDense.wi"),
-        *_linear("wo", "layer.2.DenseReluDense.wo"),
-    ]  # fmt: skip
+        *_linears("", "layer.2.DenseReluDense.", ("wi", "wo")),
+    ]
     return rows + _stack("cformer.blocks", f"{t5}.block.{{}}", block, cfg.cformer.layers)
 
 
@@ -201,9 +200,9 @@ def llama(cfg: EmuConfig) -> list[Row]:
     ]  # fmt: skip
     block = [
         *_norm("input_layernorm"),
-        *(r for n in "qkvo" for r in _linear(f"self_attn.{n}_proj")),
+        *_linears("self_attn.", "self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj")),
         *_norm("post_attention_layernorm"),
-        *(r for n in ("gate", "up", "down") for r in _linear(f"mlp.{n}_proj")),
+        *_linears("mlp.", "mlp.", ("gate_proj", "up_proj", "down_proj")),
     ]
     for target in cfg.llama.lora.targets if cfg.llama.lora else ():
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
@@ -239,6 +238,11 @@ def _linear(path: str, key: str | None = None, *, bias: bool = False) -> Iterato
     yield Row(f"{path}.kernel", (f"{key or path}.weight",), LINEAR)
     if bias:
         yield Row(f"{path}.bias", (f"{key or path}.bias",), SAME)
+
+
+def _linears(path: str, key: str, names: Iterable[str]) -> Iterator[Row]:
+    for name in names:
+        yield from _linear(path + name, key + name)
 
 
 def _norm(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[Row]:
@@ -301,8 +305,8 @@ def match(
             continue
         carried.append(key)
         got = tuple(found[key])
-        if len(got) != len(shape) or any(b not in (None, a) for a, b in zip(got, shape, strict=True)):
-            wanted = ["any" if n is None else n for n in shape]
+        wanted = [got[i] if n is None and i < len(got) else n for i, n in enumerate(shape)]
+        if list(got) != wanted:
             misshapen.append(f"{key} is {list(got)}, expected {wanted}")
     unexpected = sorted(set(found) - expected - set(carried))
     problems = [

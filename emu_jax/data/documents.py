@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import grain
 import msgpack
@@ -124,13 +124,13 @@ class DocumentFiles(Sequence[Document]):
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
         self.paths = [Path(p) for p in paths]
-        self._records = []  # of each file
+        self._records: list[Any] = []  # of each file
         self._starts = [0]
         for path in self.paths:
             if not path.is_file():
                 raise UserError(f"{path} does not exist: build the data first (emu-jax data build)")
             try:
-                records = grain.sources.ArrayRecordDataSource([str(path)])
+                records: Any = grain.sources.ArrayRecordDataSource([str(path)])
                 self._starts.append(self._starts[-1] + len(records))
             except Exception as error:
                 raise _damaged(path, error) from None

@@ -162,7 +162,7 @@ def pad(
     """`prompts` as [rows, length] arrays with room for `pictures` a row; missing rows repeat
     the last prompt."""
     if len({p.pictures.dtype for p in prompts if len(p.pictures)}) > 1:
-        raise UserError("pictures are either bytes or normalised pixels: one batch cannot hold both")
+        raise UserError("pictures must be all bytes or all normalised pixels, not some of each")
     padded = [prompts[min(i, len(prompts) - 1)] for i in range(rows)]
     tokens = np.full((rows, length), fill, np.int32)
     valid = np.zeros((rows, length), bool)

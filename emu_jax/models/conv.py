@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -53,10 +53,15 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        y = rearrange(x.astype(jnp.float32), "b h w (g c) -> b (h w) g c", g=self.groups)
-        y = y - jnp.mean(y, (1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), (1, 3), keepdims=True) + self.eps)
-        return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+        y = x.astype(jnp.float32)
+        y = y - self._mean(y)
+        scale = jax.lax.rsqrt(self._mean(jnp.square(y)) + self.eps) * self.scale[...]
+        return (y * scale + self.bias[...]).astype(x.dtype)
+
+    def _mean(self, y: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
+        """Over pixels first: a group's few channels as minor axis would waste vector lanes."""
+        mean = reduce(jnp.mean(y, (1, 2)), "b (g c) -> b g", "mean", g=self.groups)
+        return repeat(mean, "b g -> b 1 1 (g c)", c=y.shape[-1] // self.groups)
 
 
 class Attention(nnx.Module):

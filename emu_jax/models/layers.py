@@ -31,7 +31,12 @@ def normal(std: float) -> Callable[..., jax.Array]:
 
 def param(rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: Axes):
     """A float32 parameter that knows its logical axes."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    # What `rngs.params()` does. Its `count[...] += 1` looks for the sharding of a traced number,
+    # which takes jax time that grows with the number of parameters: minutes for the 14B model.
+    stream = rngs.params
+    key = jax.random.fold_in(stream.key[...], stream.count[...])
+    stream.count.set_value(stream.count[...] + 1)
+    return nnx.Param(init(key, shape, jnp.float32), axes=axes)
 
 
 class Linear(nnx.Module):

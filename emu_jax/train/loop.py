@@ -217,7 +217,7 @@ def _prepare_data(cfg: TrainConfig) -> Tokenizer:
         digits.build_digits(cfg.data.root)
     elif cfg.data.embedded:
         raise UserError(f"data.embedded {cfg.data.embedded!r} is not known: digits is")
-    tokenizer = Tokenizer.load(Path(cfg.data.root) / "tokenizer")
+    tokenizer = cfg.data.load_tokenizer()
     if len(tokenizer) != cfg.model.llama.vocab_size:
         raise UserError(
             f"the tokenizer in {cfg.data.root} has {len(tokenizer)} tokens, the model "
@@ -277,7 +277,7 @@ CONFIG_OF = {
 def _parent(cfg: TrainConfig, workdir: Path, tower: str) -> Path:
     if tower not in CONFIG_OF:
         raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")
-    return workdir / cfg.parents[tower]
+    return Path(os.path.normpath(workdir / cfg.parents[tower]))
 
 
 def _adopt_parents(cfg: TrainConfig, workdir: Path) -> EmuConfig:

@@ -1,0 +1,283 @@
+"""Conversion: a release to a run directory, and back to the release's files or to those of
+transformers, diffusers and peft.
+
+Parameters pass through one at a time, each straight into its sharded place or its place in a
+file, so that memory stays near the largest of them. A destination appears complete or not at
+all: everything is written beside it under a temporary name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from emu_jax.config import UserError, save_json
+from emu_jax.convert import export, files
+from emu_jax.convert.source import (
+    Merged,
+    Run,
+    Source,
+    batches,
+    open_source,
+    release_layout,
+    rows_of,
+)
+from emu_jax.sharding import make_mesh, nest
+
+
+def convert(
+    src: Path | str,
+    dst: Path | str,
+    *,
+    to: Literal["jax", "emu", "hf"] = "jax",
+    model_config: Path | None = None,
+    tokenizer: Path | None = None,
+    merge_lora: bool = False,
+    overwrite: bool = False,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Converts a model; what `src` is, is recognised.
+
+    Args:
+        src: a release folder, `Emu-instruct.pt`, or a run directory.
+        dst: what to write. With `to="emu"` it may be the name of a .pt file, when the model
+            has no image decoder.
+        to: a run directory, the release's own files, or folders for transformers, diffusers
+            and peft.
+        model_config: the release's model JSON; by default `Emu.json` beside the weights.
+        tokenizer: a LLaMA tokenizer folder; by default `tokenizer/` beside the weights.
+        merge_lora: multiply the adapters into the kernels, in float32.
+        overwrite: replace `dst` when it is done.
+        mesh: where parameters pass through; by default all devices.
+
+    Returns:
+        What was done, in JSON types: sizes, seconds, and the peak of anonymous memory.
+
+    Raises:
+        UserError: the source is missing, damaged or no Emu, or `dst` exists. `dst` is as it was.
+    """
+    src, dst = Path(src), Path(dst)
+    with _report() as report, replacing(dst, overwrite) as temporary:
+        mesh = mesh or make_mesh(fsdp=-1)
+        source = open_source(src, mesh, model_config=model_config, tokenizer=tokenizer)
+        if isinstance(source, Run) and to == "jax" and not merge_lora:
+            raise UserError(f"{src} is a run directory already: say --to emu or --to hf")
+        if merge_lora:
+            source = Merged(source)
+        if to == "jax":
+            write_run(source, temporary)
+        elif to == "emu":
+            write_release(source, temporary, dst)
+        else:
+            export.write_hf(source, temporary, progress)
+        report |= describe(source)
+    return report
+
+
+def describe(source: Source) -> dict[str, Any]:
+    sizes = {p: math.prod(s.shape) * s.dtype.itemsize for p, s in source.shapes.items()}
+    return {
+        "parameters": sum(math.prod(s.shape) for s in source.shapes.values()),
+        "bytes": sum(sizes.values()),
+        "largest_parameter_bytes": max(sizes.values()),
+    }
+
+
+def write_run(source: Source, folder: Path) -> None:
+    """A run directory at step 0, in the source's dtypes, with what it takes to give the
+    release's files back in `release/`."""
+    if jax.process_count() > 1:
+        raise UserError("convert runs on one host; what it writes restores onto any number")
+    saving = folder.absolute() / "saving"
+    for paths in progress(source, "writing"):
+        ocp.partial.save(saving, nest(source.read(paths)))
+    ocp.partial.finalize(saving)
+    (folder / "0").mkdir()
+    (saving / "state").rename(folder / "0" / "params")
+    (saving / "_CHECKPOINT_METADATA").rename(folder / "0" / "params" / "_CHECKPOINT_METADATA")
+    shutil.rmtree(saving)
+    save_json(source.cfg, folder / "config.json")
+    source.tokenizer.save(folder / "tokenizer")
+    if source.layout is None:
+        return
+    kept = folder / "release"
+    kept.mkdir()
+    layout, dead = release_layout(source)
+    layout.save(kept / "layout.json")
+    writer = files.create(
+        kept / "dead.safetensors", {key: (t.shape, t.dtype) for key, t in dead.items()}
+    )
+    for key, tensor in dead.items():
+        writer.write(key, tensor.read())
+    writer.close()
+    export.copy(layout.carried, kept / "files")
+
+
+def write_release(source: Source, folder: Path, dst: Path) -> None:
+    """The release's own files. Tensors go back to the dtypes that they came in, unless that
+    would lose something: what was trained since then stays float32."""
+    layout, dead = release_layout(source)
+    single = dst.suffix in (".pt", ".bin", ".pth")
+    if single:
+        if len(layout.tensors) > 1:
+            raise UserError(f"{dst}: a model with its image decoder needs a folder, not a file")
+        (name,) = layout.tensors
+        layout = dataclasses.replace(
+            layout, tensors={folder.name: layout.tensors[name]}, carried={},
+            nests={folder.name: layout.nests.get(name)},
+        )  # fmt: skip
+        folder = folder.parent
+    cfg = source.cfg
+    targets = cfg.llama.lora.targets if cfg.llama.lora else ()
+    rows = {row.path: row for row in rows_of(cfg, source.shapes)}
+    came = {key: dtype for keys in layout.tensors.values() for key, dtype in keys.items()}
+    shapes: dict[str, tuple[int, ...]] = {key: t.shape for key, t in dead.items()}
+    kept: dict[str, np.dtype] = {key: t.dtype for key, t in dead.items()}
+    for row in rows.values():
+        stored = source.shapes[row.path]
+        for key in row.keys:
+            key = layout.spelling.write(key, targets)
+            shapes[key] = row.transform.release_shape(row.layer_shape(stored.shape))
+            # Narrower than it is stored only where a parameter was stored wider for the sake
+            # of other layers, or trained since: that is known when it is read.
+            kept[key] = came[key]
+    narrowed = {
+        row.path for row in rows.values()
+        if any(came[layout.spelling.write(k, targets)] != source.shapes[row.path].dtype
+               for k in row.keys)
+    }  # fmt: skip
+    for path in sorted(narrowed):  # a look ahead, since a file announces its dtypes first
+        row, (array,) = rows[path], source.read([path]).values()
+        for key, tensor in _tensors(row, np.asarray(array)):
+            key = layout.spelling.write(key, targets)
+            if not np.array_equal(tensor.astype(came[key]).astype(tensor.dtype), tensor):
+                kept[key] = tensor.dtype
+    contents = {
+        name: {key: (shapes[key], kept[key]) for key in keys}
+        for name, keys in layout.tensors.items()
+    }
+    writer = files.Shards(contents, folder, layout.nests)
+    for key, tensor in dead.items():
+        writer.write(key, tensor.read())
+    for paths in progress(source, "writing"):
+        arrays = source.read(paths)
+        for path in paths:
+            for key, tensor in _tensors(rows[path], np.asarray(arrays.pop(path))):
+                key = layout.spelling.write(key, targets)
+                writer.write(key, tensor.astype(kept[key], copy=False))
+    writer.close()
+    if not single:
+        export.copy(layout.carried, folder)
+        export.complete_release(source, folder)
+
+
+def _tensors(row: Any, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """A parameter's tensors, as the pretrained release names them."""
+    for i, key in enumerate(row.keys):
+        yield key, row.transform.to_release(array[i] if row.stacked else array)
+
+
+@contextlib.contextmanager
+def replacing(dst: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder (or file name) beside `dst`, which takes its place when all went well.
+
+    Raises:
+        UserError: `dst` exists and may not be overwritten, or cannot be written.
+    """
+    occupied = dst.is_file() or (dst.is_dir() and any(dst.iterdir()))
+    if occupied and not overwrite:
+        raise UserError(f"{dst} exists: choose another destination, or say --overwrite")
+    single = dst.suffix in (".pt", ".bin", ".pth")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
+    except OSError as error:
+        raise UserError(f"cannot write beside {dst}: {error.strerror}") from None
+    try:
+        temporary = holder / dst.name
+        if not single:
+            temporary.mkdir()
+        yield temporary
+        if dst.exists():
+            dst.rename(holder / "replaced")
+        temporary.rename(dst)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"cannot write {dst}: {os.strerror(error.errno)}") from error
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def progress(source: Source, what: str) -> Iterator[list[str]]:
+    """Groups of parameters to be read together, with a bar on a terminal and lines elsewhere."""
+    groups = list(batches(source.shapes))
+    total = sum(math.prod(s.shape) * s.dtype.itemsize for s in source.shapes.values())
+    terminal = sys.stderr.isatty()
+    bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not terminal)
+    done, told, start = 0, time.monotonic(), time.monotonic()
+    for paths in groups:
+        yield paths
+        step = sum(
+            math.prod(source.shapes[p].shape) * source.shapes[p].dtype.itemsize for p in paths
+        )
+        done += step
+        bar.update(step)
+        now = time.monotonic()
+        if not terminal and (now - told > 10 or (done == total and now - start > 1)):
+            told = now
+            share = f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB"
+            print(f"{what}: {share} ({100 * done // total}%), {now - start:.0f} s", file=sys.stderr)
+    bar.close()
+
+
+@contextlib.contextmanager
+def _report() -> Iterator[dict[str, Any]]:
+    """Measures the time and the peak of anonymous memory of what runs inside."""
+    report: dict[str, Any] = {}
+    done, start = threading.Event(), time.monotonic()
+    peak = anonymous_memory()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            now = anonymous_memory()
+            peak = now if peak is None else max(peak, now or 0)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield report
+    finally:
+        done.set()
+        watcher.join()
+        report["seconds"] = round(time.monotonic() - start, 3)
+        report["peak_rss_anon_bytes"] = peak
+
+
+def anonymous_memory() -> int | None:
+    """Bytes of this process's memory that no file stands behind; None where the system does
+    not tell (it is Linux that does)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.M)
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,217 @@
+"""What other libraries read: JSON beside the release's tensors, and folders for transformers,
+diffusers and peft."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emu_jax.config import EmuConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
+from emu_jax.convert import files, sizes
+from emu_jax.convert.source import Source, rows_of
+
+Progress = Callable[[Source, str], Iterator[list[str]]]
+
+
+def copy(carried: Mapping[str, Path], folder: Path) -> None:
+    """Copies files and folders, untouched, to their names under `folder`."""
+    for name, path in carried.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            shutil.copy2(path, target)
+
+
+def complete_release(source: Source, folder: Path) -> None:
+    """Writes what the release has beside its tensors and the source did not bring."""
+    cfg = source.cfg
+    if not (folder / "Emu.json").exists():
+        write_json(folder / "Emu.json", model_json(cfg))
+    if not (folder / "tokenizer").exists():
+        copy_tokenizer(source, folder / "tokenizer")
+    config = folder / "tokenizer" / "config.json"
+    if not config.exists():
+        write_json(config, llama_json(cfg, vocab_size=source.tokenizer.base_size))
+    write_decoder_json(cfg, folder)
+
+
+def copy_tokenizer(source: Source, folder: Path) -> None:
+    """The LLaMA tokenizer, without the note that `Tokenizer.save` adds."""
+    source.tokenizer.save(folder)
+    (folder / "emu_tokenizer.json").unlink()
+
+
+def write_decoder_json(cfg: EmuConfig, folder: Path) -> None:
+    if cfg.unet is None or cfg.vae is None:
+        return
+    for name, part in (
+        ("unet/config.json", cfg.unet),
+        ("vae/config.json", cfg.vae),
+        ("scheduler/scheduler_config.json", cfg.scheduler),
+    ):
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_json(folder / name, diffusers_json(part))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def model_json(cfg: EmuConfig) -> dict[str, Any]:
+    """The sizes in the format of the release's `Emu-14B.json`."""
+    vision = cfg.vision
+    ratio = round(vision.mlp_width / vision.width, 4)
+    if int(vision.width * ratio) != vision.mlp_width:
+        ratio = (vision.mlp_width + 0.5) / vision.width
+    return {
+        "embed_dim": vision.clip_width,
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "layers": vision.layers,
+            "width": vision.width,
+            "head_width": vision.head_width,
+            "mlp_ratio": ratio,
+            "patch_size": vision.patch_size,
+            "eva_model_name": "eva-clip-g-14-x",
+            "drop_path_rate": 0,
+            "xattn": True,
+            "freeze": False,
+        },
+        "multimodal_cfg": {
+            "name": "llama-13B", "xattn": True, "n_causal": cfg.cformer.n_causal, "freeze": False,
+        },
+        "vladapter_cfg": {"name": "cformer", "n_causal": cfg.cformer.n_causal},
+    }  # fmt: skip
+
+
+def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:
+    """A transformers `config.json`."""
+    values = {theirs: getattr(cfg.llama, ours) for ours, theirs in sizes.LLAMA_JSON.items()}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "bos_token_id": cfg.tokens.bos,
+        "eos_token_id": cfg.tokens.eos,
+        "pad_token_id": cfg.tokens.pad,
+        "tie_word_embeddings": False,
+        **values,
+        **more,
+    }
+
+
+def diffusers_json(part: UNetConfig | VAEConfig | SchedulerConfig) -> dict[str, Any]:
+    """A diffusers configuration."""
+    extra: dict[str, Any] = {
+        UNetConfig: {"_class_name": "UNet2DConditionModel"},
+        VAEConfig: {
+            "_class_name": "AutoencoderKL",
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        },
+        SchedulerConfig: {"_class_name": "PNDMScheduler"},
+    }[type(part)]
+    if isinstance(part, VAEConfig):
+        levels = len(part.block_out_channels)
+        extra = {k: v[:1] * levels if isinstance(v, list) else v for k, v in extra.items()}
+    return extra | to_dict(part)
+
+
+def write_hf(source: Source, folder: Path, progress: Progress) -> None:
+    """`llama/` for transformers, `unet/`, `vae/`, `scheduler/` for diffusers, `lora/` for peft.
+
+    Each folder has one dtype, the widest of its tensors. The visual encoder, the Causal
+    Transformer and the regression head have no counterpart in these libraries.
+    """
+    cfg = source.cfg
+    places: dict[str, tuple[str, str]] = {}  # tensor: folder, name there
+    rows = {row.path: row for row in rows_of(cfg, source.shapes)}
+    for row in rows.values():
+        for key in row.keys:
+            if place := _place(key):
+                places[key] = place
+    dtypes: dict[str, np.dtype] = {}
+    for row in rows.values():
+        for key in row.keys:
+            if key in places:
+                part, dtype = places[key][0], np.dtype(source.shapes[row.path].dtype)
+                dtypes[part] = _wider(dtypes.get(part, dtype), dtype)
+    contents: dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
+    for row in rows.values():
+        shape = row.transform.release_shape(row.layer_shape(source.shapes[row.path].shape))
+        for key in row.keys:
+            if key in places:
+                part, name = places[key]
+                contents.setdefault(part, {})[name] = (shape, dtypes[part])
+    writers = {
+        part: files.write_shards(folder / part, _STEMS[part], tensors)
+        for part, tensors in contents.items()
+    }
+    for paths in progress(source, "writing"):
+        paths = [p for p in paths if any(key in places for key in rows[p].keys)]
+        arrays = source.read(paths)
+        for path in paths:
+            row, array = rows[path], np.asarray(arrays.pop(path))
+            for i, key in enumerate(row.keys):
+                part, name = places[key]
+                tensor = row.transform.to_release(array[i] if row.stacked else array)
+                writers[part].write(name, tensor.astype(dtypes[part], copy=False))
+    for writer in writers.values():
+        writer.close()
+
+    name = files.dtype_name(dtypes["llama"])
+    write_json(folder / "llama" / "config.json", llama_json(cfg, torch_dtype=name))
+    copy_tokenizer(source, folder / "llama")
+    if cfg.unet is not None:
+        carried = source.layout.carried if source.layout else {}
+        wanted = ("unet/config.json", "vae/config.json", "scheduler")
+        copy({n: p for n, p in carried.items() if n in wanted}, folder)
+        write_decoder_json(cfg, folder)
+    if lora := cfg.llama.lora:
+        adapter = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "../llama",
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "target_modules": list(lora.targets),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        write_json(folder / "lora" / "adapter_config.json", adapter)
+
+
+_STEMS = {
+    "llama": "model",
+    "lora": "adapter_model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+
+
+def _place(key: str) -> tuple[str, str] | None:
+    """In which folder a tensor goes, and how it is called there."""
+    if ":" in key:
+        tower, name = key.split(":")
+        return tower, name
+    if not key.startswith("decoder.lm.") or "stu_regress_head" in key:
+        return None
+    name = key.removeprefix("decoder.lm.")
+    if ".lora_" in name:
+        return "lora", "base_model.model." + name.replace(".default.", ".")
+    return "llama", name
+
+
+@functools.cache
+def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
+    return a if a == b else np.dtype(np.float32)

@@ -1,0 +1,381 @@
+"""Where a model's parameters come from: a release, a run directory, either with its adapters
+merged. All are read a few parameters at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from emu_jax import checkpoint
+from emu_jax.config import EmuConfig, UserError
+from emu_jax.convert import files, sizes, tables
+from emu_jax.convert.files import Tensor
+from emu_jax.convert.tables import Row, Spelling
+from emu_jax.models.emu import Emu
+from emu_jax.models.lora import merge
+from emu_jax.sharding import Template
+from emu_jax.tokenizer import Tokenizer
+
+MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
+INSTRUCT = "Emu-instruct.pt"
+# What a release holds besides tensors; carried along as it is.
+CARRIED = (
+    "Emu.json", "model_index.json", "tokenizer", "scheduler", "feature_extractor",
+    "safety_checker", "unet/config.json", "vae/config.json",
+)  # fmt: skip
+T5_VOCABULARY = 32128  # rows of the table that the Causal Transformer never reads
+FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the release's own files hold a model, so that they can be given back.
+
+    Attributes:
+        tensors: {file: {key as it is spelled there, `unet:` and `vae:` prefixed: dtype}}.
+        nests: {file: the name under which it nests its state dict}.
+        carried: what lies beside the tensors: {name: where it is now}.
+    """
+
+    spelling: Spelling
+    tensors: dict[str, dict[str, np.dtype]]
+    nests: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    carried: dict[str, Path] = dataclasses.field(default_factory=dict)
+
+    @property
+    def keys(self) -> set[str]:
+        return {key for keys in self.tensors.values() for key in keys}
+
+    def save(self, path: Path) -> None:
+        values = {
+            "spelling": dataclasses.asdict(self.spelling),
+            "nests": self.nests,
+            "carried": sorted(self.carried),
+            "tensors": {
+                name: {key: files.dtype_name(dtype) for key, dtype in keys.items()}
+                for name, keys in self.tensors.items()
+            },
+        }
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, folder: Path) -> Layout:
+        """What `save` wrote; what was carried lies in `folder`."""
+        values = sizes.read_json(path)
+        tensors = {
+            name: {key: files.dtype_of(dtype) for key, dtype in keys.items()}
+            for name, keys in values["tensors"].items()
+        }
+        carried = {name: folder / name for name in values["carried"]}
+        return cls(Spelling(**values["spelling"]), tensors, values["nests"], carried)
+
+
+class Source(Protocol):
+    """A model that can be read parameter by parameter.
+
+    Attributes:
+        shapes: every parameter's shape, stored dtype and place on the mesh.
+        layout: how the release held it; None where it never came from one.
+        dead: tensors of the release that no parameter holds.
+    """
+
+    cfg: EmuConfig
+    tokenizer: Tokenizer
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    layout: Layout | None
+    dead: dict[str, Tensor]
+
+    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        """These parameters, on their devices."""
+        ...
+
+
+def batches(shapes: Mapping[str, Any], limit: int = 2**28) -> Iterator[list[str]]:
+    """Parameters in groups of at most `limit` bytes, larger ones alone."""
+    group, size = [], 0
+    for path, shape in shapes.items():
+        length = math.prod(shape.shape) * shape.dtype.itemsize
+        if group and size + length > limit:
+            yield group
+            group, size = [], 0
+        group.append(path)
+        size += length
+    if group:
+        yield group
+
+
+def rows_of(cfg: EmuConfig, shapes: Mapping[str, Any]) -> list[Row]:
+    """The table of a model."""
+    return tables.table(cfg, {path: tuple(s.shape) for path, s in shapes.items()})
+
+
+def open_source(
+    path: Path, mesh: Mesh, *, model_config: Path | None = None, tokenizer: Path | None = None
+) -> Source:
+    """Recognises what lies at `path`.
+
+    Raises:
+        UserError: it is nothing that can be converted, or a part of it is missing or wrong.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.is_file():
+        if path.suffix not in (".pt", ".bin", ".pth", ".safetensors"):
+            raise UserError(f"{path}: expected a .pt file, a release folder or a run directory")
+        return Release(path, mesh, model_config, tokenizer)
+    if (path / "multimodal_encoder").is_dir():
+        return Release(path, mesh, model_config, tokenizer)
+    if (path / "config.json").is_file() and any(p.name.isdigit() for p in path.iterdir()):
+        if model_config or tokenizer:
+            raise UserError(f"{path} has its own configuration and tokenizer: give no others")
+        return Run(path, mesh)
+    if (path / INSTRUCT).is_file():
+        return Release(path / INSTRUCT, mesh, model_config, tokenizer)
+    raise UserError(
+        f"{path} is no release (it has no multimodal_encoder/ and no {INSTRUCT}) and no run "
+        "directory (no config.json beside numbered steps)"
+    )
+
+
+class Release:
+    """The release's folder, or one of its .pt files."""
+
+    def __init__(
+        self, path: Path, mesh: Mesh, model_config: Path | None, tokenizer: Path | None
+    ):
+        folder = path if path.is_dir() else path.parent
+        tokenizer = tokenizer or folder / "tokenizer"
+        if not tokenizer.is_dir():
+            raise UserError(f"there is no tokenizer folder {tokenizer}: give one with --tokenizer")
+        if model_config is not None and not model_config.is_file():
+            raise UserError(f"--model-config {model_config} does not exist")
+        if model_config is None and (folder / "Emu.json").is_file():
+            model_config = folder / "Emu.json"
+
+        carried = {n: folder / n for n in CARRIED if path.is_dir() and (folder / n).exists()}
+        carried["tokenizer"] = tokenizer
+        if model_config:
+            carried["Emu.json"] = model_config
+
+        stored: dict[str, dict[str, Tensor]] = {}  # by file
+        nests: dict[str, str | None] = {}
+
+        def open_part(weights: Path, prefix: str = "") -> dict[str, Tensor]:
+            opened, nest = files.open_tensors(weights)
+            for name, tensors in opened.items():
+                name = str((weights.parent / name).relative_to(folder))
+                stored[name] = {prefix + key: t for key, t in tensors.items()}
+                nests[name] = nest
+            if weights.name.endswith(".index.json"):
+                carried[str(weights.relative_to(folder))] = weights
+            return {prefix + key: t for tensors in opened.values() for key, t in tensors.items()}
+
+        weights = path
+        if path.is_dir():
+            weights = files.find(path / "multimodal_encoder", "pytorch_model", "model")
+        found = open_part(weights)
+
+        llama_json = tokenizer / "config.json"
+        base = Tokenizer.load(tokenizer, instruct=False)
+        cfg = sizes.multimodal(
+            {key: t.shape for key, t in found.items()}, where=str(weights),
+            base_vocab=base.base_size, model_json=model_config,
+            llama_json=llama_json if llama_json.is_file() else None,
+        )  # fmt: skip
+        decoder = path.is_dir() and any((path / part).is_dir() for part in ("unet", "vae"))
+        if decoder:
+            unet, vae, scheduler = sizes.decoder(path)
+            cfg = dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)
+            for part in ("unet", "vae"):
+                weights = files.find(path / part, "diffusion_pytorch_model")
+                found |= open_part(weights, f"{part}:")
+
+        self.cfg = cfg
+        self.tokenizer = Tokenizer.load(
+            tokenizer, instruct=cfg.llama.vocab_size - base.base_size == sizes.ADDED_TOKENS[1]
+        )
+        template = Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+        shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
+        self._rows = {row.path: row for row in tables.table(cfg, shapes)}
+        spelling = Spelling.of(found)
+        dead = tables.match(
+            self._rows.values(), shapes, cfg, spelling, {k: t.shape for k, t in found.items()},
+            str(path),
+        )  # fmt: skip
+        wrong = {k: t.dtype for k, t in found.items() if t.dtype not in FLOATS and k not in dead}
+        if wrong:
+            raise UserError(
+                f"{path}: {len(wrong)} tensors are not float32, float16 or bfloat16: "
+                + ", ".join(f"{key} is {dtype}" for key, dtype in wrong.items())
+            )
+        self.dead = {key: found[key] for key in dead}
+        targets = cfg.llama.lora.targets if cfg.llama.lora else ()
+        self._tensors = {
+            row.path: [found[spelling.write(key, targets)] for key in row.keys]
+            for row in self._rows.values()
+        }
+        self.shapes = {
+            p: jax.ShapeDtypeStruct(s.shape, self._dtype(p), sharding=s.sharding)
+            for p, s in template.shapes.items()
+        }
+        tensors = {name: {k: t.dtype for k, t in held.items()} for name, held in stored.items()}
+        self.layout = Layout(spelling, tensors, nests, carried)
+
+    def _dtype(self, path: str) -> np.dtype:
+        """The narrowest dtype that holds all layers of a parameter exactly."""
+        dtypes = {t.dtype for t in self._tensors[path]}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        return {path: self._read(path) for path in paths}
+
+    def _read(self, path: str) -> jax.Array:
+        row, tensors, shape = self._rows[path], self._tensors[path], self.shapes[path]
+        inner = row.layer_shape(shape.shape)
+
+        def layer(i: int, index: tuple[slice, ...]) -> np.ndarray:
+            return row.transform.from_release(tensors[i].read(), inner)[index]
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            # Only this shard is ever in memory, whatever the parameter's size.
+            if not row.stacked:
+                return np.array(layer(0, index), shape.dtype)
+            layers = range(*index[0].indices(len(tensors)))
+            out = None
+            for n, i in enumerate(layers):
+                part = layer(i, index[1:])
+                if out is None:
+                    out = np.empty((len(layers), *part.shape), shape.dtype)
+                out[n] = part
+            assert out is not None
+            return out
+
+        return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
+
+
+class Run:
+    """A run directory: what `convert`, `init` or training wrote."""
+
+    def __init__(self, path: Path, mesh: Mesh):
+        self._path = path
+        cfg = checkpoint.load_config(path)
+        self.tokenizer = checkpoint.load_tokenizer(path)
+        step = path / str(checkpoint.latest_step(path))
+        stored = checkpoint.stored_shapes(step / "params")
+        for tower in ("unet", "vae"):  # pretraining may leave them out
+            if not any(p.startswith(f"{tower}.") for p in stored):
+                cfg = dataclasses.replace(cfg, **{tower: None})
+        self.cfg = cfg
+        template = Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+        self.shapes = {
+            p: jax.ShapeDtypeStruct(
+                s.shape, stored[p].dtype if p in stored else s.dtype, sharding=s.sharding
+            )
+            for p, s in template.shapes.items()
+        }
+        self.layout, self.dead = None, {}
+        kept = path / "release"
+        if (kept / "layout.json").is_file():
+            self.layout = Layout.load(kept / "layout.json", kept / "files")
+            (self.dead,) = files.open_tensors(kept / "dead.safetensors")[0].values()
+
+    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        return checkpoint.read_params(self._path, {p: self.shapes[p] for p in paths})
+
+
+class Merged:
+    """A source whose adapters are multiplied into the kernels, in float32."""
+
+    def __init__(self, source: Source):
+        if source.cfg.llama.lora is None:
+            raise UserError("there are no LoRA parameters to merge")
+        self._source, self._lora = source, source.cfg.llama.lora
+        self.cfg = dataclasses.replace(
+            source.cfg, llama=dataclasses.replace(source.cfg.llama, lora=None)
+        )
+        self.tokenizer, self.dead = source.tokenizer, {}
+        spelling = source.layout.spelling if source.layout else Spelling(peft=True)
+        prefix = spelling.write("decoder.lm.")
+        for key, tensor in source.dead.items():
+            if key.startswith(prefix):
+                key = "decoder.lm." + key.removeprefix(prefix)
+            self.dead[key] = tensor
+        self.shapes = {}
+        for path, shape in source.shapes.items():
+            if path.endswith((".lora_a", ".lora_b")):
+                continue
+            if self._adapter(path):
+                shape = jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=shape.sharding)
+            self.shapes[path] = shape
+        self.layout = source.layout and dataclasses.replace(
+            source.layout, spelling=dataclasses.replace(spelling, peft=False, base_layer=False)
+        )
+
+    def _adapter(self, path: str) -> list[str]:
+        stem = path.removesuffix(".kernel")
+        pair = [f"{stem}.lora_a", f"{stem}.lora_b"]
+        return pair if pair[0] in self._source.shapes else []
+
+    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        wanted = [*paths, *(p for path in paths for p in self._adapter(path))]
+        stored = self._source.read(wanted)
+        params = {}
+        for path in paths:
+            kernel = stored.pop(path)
+            if adapter := self._adapter(path):
+                a, b = (stored.pop(p).astype(jnp.float32) for p in adapter)
+                kernel = merge(kernel.astype(jnp.float32), a, b, self._lora)
+                kernel = jax.device_put(kernel, self.shapes[path].sharding)
+            params[path] = kernel
+        return params
+
+
+def synthetic_dead(cfg: EmuConfig) -> dict[str, Tensor]:
+    """The tensors that compute nothing, for a model that never had them: the release's
+    `strict=True` asks for them. Named as in the pretrained release."""
+    half = cfg.llama.head_width // 2
+    frequencies = cfg.llama.rope_theta ** -(np.arange(half, dtype=np.float64) / half)
+    made = {}
+    for key, shape in tables.dead(cfg).items():
+        full = tuple(T5_VOCABULARY if n is None else n for n in shape)
+        if key.endswith("inv_freq"):
+            value = frequencies.astype(np.float32)
+        else:
+            value = np.broadcast_to(np.float32(0), full)
+        made[key] = Tensor(full, np.dtype(np.float32), lambda value=value: value)
+    return made
+
+
+def release_layout(source: Source) -> tuple[Layout, dict[str, Tensor]]:
+    """The release's files for any source, and the dead tensors that belong into them: as they
+    came where that is known, else as the release would have them."""
+    cfg, known = source.cfg, source.layout
+    targets = cfg.llama.lora.targets if cfg.llama.lora else ()
+    spelling = known.spelling if known else Spelling(peft=cfg.llama.lora is not None)
+    dead = source.dead or {spelling.write(k, targets): t for k, t in synthetic_dead(cfg).items()}
+    dtypes = {
+        spelling.write(key, targets): source.shapes[row.path].dtype
+        for row in rows_of(cfg, source.shapes)
+        for key in row.keys
+    } | {key: tensor.dtype for key, tensor in dead.items()}
+    if known and known.keys == set(dtypes):
+        return known, dead
+
+    tensors: dict[str, dict[str, np.dtype]] = {}
+    for key, dtype in dtypes.items():
+        tower = key.split(":")[0] if ":" in key else None
+        name = f"{tower}/diffusion_pytorch_model.safetensors" if tower else (
+            INSTRUCT if cfg.llama.lora else MULTIMODAL)  # fmt: skip
+        tensors.setdefault(name, {})[key] = dtype
+    carried = dict(known.carried) if known else {}
+    return Layout(spelling, tensors, {INSTRUCT: "module"}, carried), dead

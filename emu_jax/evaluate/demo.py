@@ -1,0 +1,236 @@
+"""The main job: train an Emu on handwritten digits from nothing, and see what it can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+from sklearn.svm import SVC
+
+from emu_jax.config import UserError, save_json
+from emu_jax.data import digits
+from emu_jax.data.documents import DocumentFiles, Picture, Text
+from emu_jax.data.images import resize
+from emu_jax.evaluate.report import write_report
+from emu_jax.generate.api import Emu, GenerationConfig, load
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.config_file import load_config
+from emu_jax.train.loop import train
+from emu_jax.train.metrics import read_metrics
+
+# In the order in which they are needed; the last stage's run directory is the demo's own.
+STAGES = ("digits_clip", "digits_vae", "digits", "digits_decoder")
+DRAWINGS = 20  # of each digit
+SEQUENCES = 200  # counting sequences that are continued
+SHOWN = 12  # of them in the report
+# Chosen with --validation.
+GENERATION = GenerationConfig(guidance=4.0, steps=20, method="ddim", max_new_tokens=8, num_beams=1)
+
+
+def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any]:
+    """Trains the four stages, going on where an earlier call stopped, scores the result, and
+    writes `report.html` and `metrics.json` into `workdir`, which is then a run directory that
+    `emu_jax.load` takes.
+
+    Args:
+        validation: train on a part of the training split and score on the rest of it: the way
+            in which every choice here was made. Without it the whole training split trains
+            and the held-out digits score.
+
+    Raises:
+        UserError: `workdir` holds a demo with another seed or split.
+    """
+    fit, scored = ("fit", "validation") if validation else ("train", "heldout")
+    directories = {name: workdir / "parents" / name for name in STAGES[:-1]}
+    directories[STAGES[-1]] = workdir
+    with _Clock(workdir, {"seed": seed, "fit": fit}) as clock:
+        for name, directory in directories.items():
+            train(_stage(name, workdir, fit, seed), directory)
+        save_json(GENERATION, workdir / "generation.json")
+
+        emu = load(workdir, batch_size=100)
+        judge = Judge(fit, emu.cfg.vae.sample_size)
+        captions, caption_accuracy = _caption(emu, scored)
+        drawings, drawn_accuracy = _draw(emu, judge, seed)
+        continuations, continuation_accuracy = _continue(emu, judge, workdir / "data", scored)
+        metrics = {
+            "caption_accuracy": caption_accuracy,
+            "drawn_accuracy": drawn_accuracy,
+            "continuation_accuracy": continuation_accuracy,
+            "judge_accuracy": judge.accuracy(scored),
+            "seed": seed,
+            "scored_on": scored,
+            **_training_figures(directories["digits"]),
+            "seconds": round(clock.seconds(), 1),
+            "report": str(workdir / "report.html"),
+        }
+        write_report(
+            workdir / "report.html",
+            title="Emu on handwritten digits",
+            figures={k: v for k, v in metrics.items() if k != "report"},
+            curves={name: read_metrics(path)[name] for name, path in directories.items()},
+            captions=captions,
+            drawings=drawings,
+            continuations=continuations,
+            config={n: json.loads((d / "train.json").read_text()) for n, d in directories.items()},
+            versions=_versions(),
+        )
+        _write_json(workdir / "metrics.json", metrics)
+    return metrics
+
+
+class _Clock:
+    """Seconds that a demo took, over all calls that worked on it (but for killed ones).
+
+    Raises:
+        UserError: `workdir` holds a demo with other settings.
+    """
+
+    def __init__(self, workdir: Path, settings: dict[str, Any]):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.path, self.settings, self.spent = workdir / "demo.json", settings, 0.0
+        if self.path.is_file():
+            theirs = json.loads(self.path.read_text())
+            self.spent = theirs.pop("seconds")
+            if theirs != settings:
+                raise UserError(
+                    f"{workdir} holds a demo with {theirs}, not {settings}: "
+                    "give another --workdir, or remove it"
+                )
+
+    def __enter__(self) -> _Clock:
+        self.started = time.monotonic()
+        _write_json(self.path, self.settings | {"seconds": self.spent})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _write_json(self.path, self.settings | {"seconds": self.seconds()})
+
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.started
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.rename(path)
+
+
+def _stage(name: str, workdir: Path, split: str, seed: int) -> TrainConfig:
+    """The stage's config file, with this run's seed and places."""
+    cfg = load_config(TrainConfig, _configs() / f"{name}.py", [])
+    data = dataclasses.replace(cfg.data, root=str(workdir / "data"), split=split, seed=seed)
+    parents = cfg.parents
+    if name == STAGES[-1]:  # one level up from where it would stand beside its parents
+        parents = {tower: f"parents/{Path(path).name}" for tower, path in parents.items()}
+    return dataclasses.replace(cfg, seed=seed, data=data, parents=parents)
+
+
+def _configs() -> Path:
+    """configs/ of the checkout, or its copy in an installed package."""
+    package = Path(__file__).parents[1]
+    for place in (package.parent / "configs", package / "configs"):
+        if (place / "digits.py").is_file():
+            return place
+    raise UserError(f"configs/ is not beside {package}: run from a clone of the repository")
+
+
+class Judge:
+    """Names the digit in a picture: a support vector machine on 8x8 pixels, trained on the
+    training split only, that never sees a drawing before it judges it."""
+
+    def __init__(self, split: str, size: int):
+        self.size = size
+        pictures, labels = digits.digit_pictures(split)
+        self.machine = SVC(C=10).fit(self._features(self._shown(pictures)), labels)
+
+    def __call__(self, pictures: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B"]:
+        return self.machine.predict(self._features(pictures))
+
+    def accuracy(self, split: str) -> float:
+        pictures, labels = digits.digit_pictures(split)
+        return _mean(self(self._shown(pictures)) == labels)
+
+    def _shown(self, pictures: UInt8[np.ndarray, "B 8 8"]) -> UInt8[np.ndarray, "B H W 3"]:
+        """Digits as large as the model draws them."""
+        return np.stack([np.asarray(resize(_rgb(p), self.size)) for p in pictures])
+
+    @staticmethod
+    def _features(pictures: UInt8[np.ndarray, "B H W 3"]) -> np.ndarray:
+        grey = [Image.fromarray(p).convert("L") for p in pictures]
+        small = [np.asarray(p.resize((8, 8), Image.Resampling.BOX)) for p in grey]
+        return np.stack(small).reshape(len(pictures), -1) / 255
+
+
+def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]], float]:
+    """What the model says of each held-out picture, up to where it would open another."""
+    pictures, labels = digits.digit_pictures(split)
+    shown = [_rgb(p) for p in pictures]
+    said = [" ".join(parts) for parts in emu.completions([[p] for p in shown], max_images=0)]
+    right = [digits.parse_digit(s) == label for s, label in zip(said, labels, strict=True)]
+    return list(zip(shown, said, right, strict=True)), _mean(right)
+
+
+def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
+    """A 10x10 grid of drawings from words, and how many of all drawings the judge reads right."""
+    labels = np.repeat(np.arange(10), DRAWINGS)
+    pictures = emu.generate_images([[digits.caption(d, 0)] for d in labels], seeds=seed)
+    grid = pictures.reshape(10, DRAWINGS, *pictures.shape[1:])[:, :10]
+    return grid, _mean(judge(pictures) == labels)
+
+
+def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any], float]:
+    """Counting sequences of held-out pictures: three frames with their subtitles are given,
+    and the model goes on by itself. Right is a picture of the digit that comes next."""
+    documents = DocumentFiles([data / split / "storyboards.array_record"])
+    prompts, frames, answers = [], [], []
+    for document in (documents[i] for i in range(SEQUENCES)):
+        last = max(i for i, p in enumerate(document.parts) if isinstance(p, Picture))
+        given = [
+            p.text if isinstance(p, Text) else Image.open(io.BytesIO(p.data)).convert("RGB")
+            for p in document.parts[:last]
+        ]
+        prompts.append(given)
+        frames.append([p for p in given if not isinstance(p, str)])
+        answers.append(digits.parse_digit(document.parts[last + 1].text))
+    following = emu.completions(prompts, max_images=1)
+    drawn = [next((p for p in parts if not isinstance(p, str)), None) for parts in following]
+    opened = [i for i, picture in enumerate(drawn) if picture is not None]
+    read = np.full(len(drawn), -1)
+    if opened:
+        read[opened] = judge(np.stack([drawn[i] for i in opened]))
+    right = read == np.asarray(answers)
+    shown = [
+        (frames[i], drawn[i], bool(right[i]), f"{digits.WORDS[answers[i]]} comes next")
+        for i in opened[:SHOWN]
+    ]
+    return shown, _mean(right)
+
+
+def _training_figures(directory: Path) -> dict[str, list[float]]:
+    """First and last value of what must fall and of what must not collapse."""
+    rows = read_metrics(directory)["digits"]
+    names = ("text_loss", "regression_loss", "embedding_variance", "embedding_rank")
+    return {f"{n}_first_last": [round(rows[0][n], 4), round(rows[-1][n], 4)] for n in names}
+
+
+def _rgb(pixels: UInt8[np.ndarray, "h w"]) -> Image.Image:
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _mean(right: Any) -> float:
+    return round(float(np.mean(right)), 4)
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -1,0 +1,291 @@
+"""The training step on any mesh, restarts, and what ends a run."""
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from emu_jax import checkpoint
+from emu_jax.config import UserError, digits
+from emu_jax.data.digits import build_digits
+from emu_jax.data.pipeline import Batches
+from emu_jax.sharding import batch_sharding, make_mesh
+from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.config import (
+    GroupConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    digits_data,
+)
+from emu_jax.train.config_file import load_config
+from emu_jax.train.loop import Trainer, train
+from emu_jax.train.metrics import read_metrics
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+MESHES = {
+    "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    build_digits(root)
+    return str(root)
+
+
+def small(objective: str, root: str, **changes) -> TrainConfig:
+    """A stage of the digits, small enough to compile in seconds."""
+    model = digits()
+    model = dataclasses.replace(
+        model,
+        vision=dataclasses.replace(model.vision, layers=2),
+        llama=dataclasses.replace(model.llama, layers=2),
+        unet=dataclasses.replace(
+            model.unet, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
+        ),
+    )  # fmt: skip
+    group = GroupConfig("^unet" if objective == "decoder" else ".*", lr=1e-3)
+    cfg = TrainConfig(
+        objective=objective, model=model, dtype="float32", steps=6, log_every=1, checkpoint_every=2,
+        mesh=MeshConfig(1, 1, 1),
+        data=digits_data(root=root, batch_size=8, row_tokens=40, row_images=4, block_documents=64),
+        optimizer=OptimizerConfig(groups=(group, GroupConfig(".*", lr=0.0))),
+    )  # fmt: skip
+    return dataclasses.replace(cfg, **changes)
+
+
+def one_batch(cfg: TrainConfig, kind: str):
+    with Batches(cfg.data, Tokenizer.load(Path(cfg.data.root) / "tokenizer"), kind) as batches:
+        return next(batches)
+
+
+def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
+    """(loss, {path: gradient}, parameters) as numpy, computed on `mesh`."""
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        batch = one_batch(cfg, trainer.objective.batch_kind)
+        shardings = trainer.template.shardings
+        params = trainer.template.init() if params is None else jax.device_put(params, shardings)
+        batch = jax.device_put(batch, batch_sharding(mesh))
+
+        def loss_fn(trained, frozen, batch):
+            return trainer.loss(trained | frozen, batch, np.int32(0))[0]
+
+        trained = {k: params[k] for k in trainer.trained}
+        frozen = {k: params[k] for k in trainer.frozen}
+        loss, grads = jax.jit(jax.value_and_grad(loss_fn))(trained, frozen, batch)
+        to_numpy = lambda tree: jax.tree.map(np.asarray, tree)  # noqa: E731
+        return float(loss), to_numpy(grads), to_numpy(params)
+
+
+@pytest.mark.parametrize("objective", ["emu", "clip", "vae", "decoder"])
+def test_step_is_the_same_on_every_mesh(objective, data_root):
+    cfg = small(objective, data_root)
+    one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    loss, grads, params = loss_and_gradients(cfg, one)
+    assert np.isfinite(loss) and any(np.abs(g).max() > 0 for g in grads.values())
+    # The multimodal step is the one that must hold on every kind of mesh.
+    meshes = MESHES if objective == "emu" else {"mixed": MESHES["mixed"]}
+    for name, shape in meshes.items():
+        other_loss, other_grads, _ = loss_and_gradients(cfg, make_mesh(*shape), params)
+        assert abs(other_loss - loss) <= 1e-5 * abs(loss), name
+        # Some gradients are zero in theory: measured against the tower's largest.
+        for tower in {path.split(".")[0] for path in grads}:
+            paths = [path for path in grads if path.split(".")[0] == tower]
+            largest = max(np.abs(grads[path]).max() for path in paths)
+            for path in paths:
+                error = np.abs(other_grads[path] - grads[path]).max()
+                assert error <= 1e-5 * largest, (name, path, error / largest)
+
+
+def test_parameters_are_split_over_the_mesh(data_root):
+    cfg = small("emu", data_root)
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        state = trainer.start({})
+        for tree in (state.trained, state.optimizer[1].mu):
+            kernel = tree["llama.layers.mlp.gate_proj.kernel"]
+            assert kernel.sharding.shard_shape(kernel.shape) == (2, 64, 176)
+        table = state.trained["llama.embed_tokens.embedding"]
+        assert table.sharding.shard_shape(table.shape) == (176, 64)
+
+
+def parameters(directory: Path):
+    step = checkpoint.latest_step(directory)
+    shapes = checkpoint.stored_shapes(directory / str(step) / "params")
+    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in shapes.items()}
+    return jax.tree.map(np.asarray, checkpoint.read(directory / str(step) / "params", wanted))
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import conftest, test_train
+from emu_jax.train.loop import train
+train(test_train.small("emu", {root!r}, steps=12), Path({workdir!r}))
+"""
+
+
+def run_in_process(root, workdir):
+    code = COMMAND.format(tests=str(Path(__file__).parent), root=root, workdir=str(workdir))
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(workdir: Path, step: int, process):
+    """Until a checkpoint of `step` or later is complete."""
+    for _ in range(1200):
+        steps = [int(p.name) for p in workdir.glob("*") if p.name.isdigit()]
+        if any(s >= step for s in steps):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint appeared")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_run_ends_bit_identical(how, data_root, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = run_in_process(data_root, whole)
+    assert process.wait() == 0, process.stderr.read()
+
+    process = run_in_process(data_root, stopped)
+    wait_for_step(stopped, 4, process)
+    process.send_signal(how)
+    process.wait()
+    assert checkpoint.latest_step(stopped) < 12, "it was over before the signal came"
+    process = run_in_process(data_root, stopped)
+    assert process.wait() == 0, process.stderr.read()
+
+    expected, found = parameters(whole), parameters(stopped)
+    assert expected.keys() == found.keys()
+    for path in expected:
+        np.testing.assert_array_equal(expected[path], found[path], err_msg=path)
+    assert [r["step"] for r in read_metrics(stopped)["emu"]] == list(range(1, 13))
+
+
+def test_resume_restores_averages_and_data(data_root, tmp_path):
+    """A run that lost its last checkpoint ends as one that did not."""
+    cfg = small("decoder", data_root, ema_decay=0.9, keep_checkpoints=10)
+    train(cfg, tmp_path)
+    step = tmp_path / "6"
+    shapes = checkpoint.stored_shapes(step / "ema")
+    assert shapes and all(path.startswith("unet.") for path in shapes)
+    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in shapes.items()}
+    expected = jax.tree.map(np.asarray, checkpoint.read(step / "ema", wanted))
+    shutil.rmtree(step)
+    train(cfg, tmp_path)
+    found = checkpoint.read(step / "ema", wanted)
+    last = parameters(tmp_path)
+    for path in expected:
+        np.testing.assert_array_equal(expected[path], found[path], err_msg=path)
+    assert any(np.abs(expected[path] - last[path]).max() > 0 for path in expected)
+
+
+def test_frozen_parameters_do_not_move_and_delays_hold(data_root, tmp_path):
+    groups = (
+        GroupConfig("^visual", lr=0.0),
+        GroupConfig("^cformer", lr=1e-3, delay_steps=3),
+        GroupConfig(".*", lr=1e-3),
+    )
+    cfg = small("emu", data_root, optimizer=OptimizerConfig(groups=groups))
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        assert not any("visual." in k and not k.startswith("ln") for k in trainer.trained)
+        state = trainer.start({})
+        first = jax.tree.map(np.asarray, state.trained)
+        batch = one_batch(cfg, "rows")
+        for step in range(1, 5):
+            state, metrics = trainer.step(state, batch)
+            moved = {k for k, v in state.trained.items() if np.any(np.asarray(v) != first[k])}
+            assert any(k.startswith("llama") for k in moved)
+            assert any(k.startswith("cformer") for k in moved) == (step > 3)
+        assert float(metrics["embedding_variance"]) > 0
+
+
+def test_non_finite_steps_change_nothing_and_end_the_run(data_root, tmp_path):
+    cfg = small("vae", data_root, max_bad_steps=2)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        broken = {"vae.decoder.conv_out.bias": np.full(3, np.nan, np.float32)}
+        state = trainer.start(broken)
+        before = jax.tree.map(np.asarray, state.trained)
+        state, metrics = trainer.step(state, one_batch(cfg, "pictures"))
+        assert float(metrics["bad_steps"]) == 1
+        for path, value in state.trained.items():
+            np.testing.assert_array_equal(before[path], value, err_msg=path)
+    cfg = dataclasses.replace(
+        cfg, optimizer=OptimizerConfig(groups=(GroupConfig(lr=1e30),), clip_norm=1e30)
+    )
+    with pytest.raises(UserError, match="not finite"):
+        train(cfg, tmp_path)
+
+
+def test_loss_ignores_what_it_must(data_root):
+    """Padding, and the tokens after a document's end, change no loss."""
+    cfg = small("emu", data_root)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        params = trainer.template.init()
+        batch = one_batch(cfg, "rows")
+        loss = trainer.loss(params, batch, np.int32(0))[0]
+        padding = batch["segment_ids"] == 0
+        assert padding.any()
+        changed = batch | {"tokens": np.where(padding, 5, batch["tokens"])}
+        assert float(trainer.loss(params, changed, np.int32(0))[0]) == pytest.approx(
+            float(loss), rel=1e-6
+        )
+
+
+def test_errors_are_one_clear_line(data_root, tmp_path):
+    base = small("emu", data_root)
+    with pytest.raises(UserError, match=r"did you mean 'decoder'"):
+        train(dataclasses.replace(base, objective="decodr"), tmp_path / "a")
+    with pytest.raises(UserError, match="does not exist"):
+        train(dataclasses.replace(base, parents={"visual": "../nothing"}), tmp_path / "b")
+    with pytest.raises(UserError, match="no optimizer group matches parameter"):
+        groups = (GroupConfig("^llama", lr=1e-3),)
+        train(
+            dataclasses.replace(base, optimizer=OptimizerConfig(groups=groups)), tmp_path / "c"
+        )
+    with pytest.raises(UserError, match="make the three multiply to"):
+        train(dataclasses.replace(base, mesh=MeshConfig(3, 1, 1)), tmp_path / "d")
+    train(dataclasses.replace(base, steps=1), tmp_path / "e")
+    wider = dataclasses.replace(base.model.vision, width=48)
+    model = dataclasses.replace(base.model, vision=wider)
+    with pytest.raises(UserError, match="its vision is not configured as"):
+        train(
+            dataclasses.replace(base, model=model, parents={"visual": "../e"}), tmp_path / "f"
+        )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_builds(path):
+    """Each file is a valid TrainConfig, its model has shapes, its docstring the command."""
+    cfg = load_config(TrainConfig, path, [])
+    assert f"emu-jax train --config configs/{path.name} --workdir" in path.read_text()
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+    assert trainer.trained
+
+
+def test_autoencoder_measures_its_scaling_factor(data_root, tmp_path):
+    metrics = train(small("vae", data_root, steps=2), tmp_path)
+    factor = checkpoint.load_config(tmp_path).vae.scaling_factor
+    assert factor == pytest.approx(1 / metrics["latent_std"], rel=1e-3)
