@@ -30,7 +30,9 @@ def get_config():
             ),
             optimizer=OptimizerConfig(
                 groups=(
-                    GroupConfig(r"^(visual|ln_visual)\.", lr=2e-4, delay_steps=150, warmup_steps=50),
+                    GroupConfig(
+                        r"^(visual|ln_visual)\.", lr=2e-4, delay_steps=150, warmup_steps=50
+                    ),
                     GroupConfig(r"^cformer\.", lr=3e-4, delay_steps=150, warmup_steps=50),
                     GroupConfig(r"^llama\.", lr=1e-3, warmup_steps=50),
                 )

@@ -1,6 +1,6 @@
 """The visual encoder, contrastively on digits and their captions: EVA-CLIP's stand-in.
 
-    emu-jax train --config configs/digits_clip.py --workdir runs/digits_clip
+emu-jax train --config configs/digits_clip.py --workdir runs/digits_clip
 """
 
 from emu_jax.config import digits

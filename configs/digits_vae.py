@@ -1,6 +1,6 @@
 """The autoencoder on digits: the stand-in for Stable Diffusion's.
 
-    emu-jax train --config configs/digits_vae.py --workdir runs/digits_vae
+emu-jax train --config configs/digits_vae.py --workdir runs/digits_vae
 """
 
 from emu_jax.config import digits

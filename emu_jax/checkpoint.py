@@ -47,8 +47,7 @@ def stored_shapes(path: Path) -> dict[str, Any]:
         UserError: there is no readable item.
     """
     try:
-        metadata = ocp.PyTreeCheckpointer().metadata(path.absolute()).item_metadata
-        return flatten(metadata.tree)
+        return flatten(ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree)
     except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from None
 

@@ -1,7 +1,7 @@
 """`emu-jax VERB`: parses, calls, prints. Each verb is one function below.
 
-Results go to stdout, progress and errors to stderr. Exit status: 0 done, 2 a mistake that
-the user can mend (one line says which and how), 130 interrupted.
+Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 a check that did
+not pass, 2 a mistake that the user can mend (one line says which and how), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -117,10 +117,118 @@ def generate(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def convert(parser: argparse.ArgumentParser) -> Run:
+    """convert a release to a run directory, or back, or for other libraries"""
+    parser.add_argument(
+        "src", type=Path, metavar="SRC", help="a release folder, Emu-instruct.pt or a run directory"
+    )
+    parser.add_argument("dst", type=Path, metavar="DST")
+    parser.add_argument(
+        "--to", choices=("jax", "emu", "hf"), default="jax",
+        help="a run directory (the default), the release's own files, or folders for "
+        "transformers, diffusers and peft",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model-config", type=Path, metavar="FILE",
+        help="the release's model JSON (default: Emu.json beside the weights)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR",
+        help="a LLaMA tokenizer folder (default: tokenizer/ beside the weights)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--merge-lora", action="store_true", help="multiply adapters into the weights, in float32"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST")
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.convert.engine import convert
+
+        result = convert(
+            args.src, args.dst, to=args.to, model_config=args.model_config,
+            tokenizer=args.tokenizer, merge_lora=args.merge_lora, overwrite=args.overwrite,
+        )  # fmt: skip
+        if not args.json:
+            print(_converted(args.dst, result))
+        return result
+
+    return run
+
+
+def init(parser: argparse.ArgumentParser) -> Run:
+    """make a fresh Emu from LLaMA, EVA-CLIP and Stable Diffusion"""
+    parser.add_argument("dst", type=Path, metavar="DST")
+    parser.add_argument(
+        "--llama", type=Path, required=True, metavar="DIR", help="a transformers folder"
+    )
+    parser.add_argument(
+        "--eva-clip", type=Path, required=True, metavar="FILE", help="EVA-CLIP's .pt file"
+    )
+    parser.add_argument("--sd", type=Path, required=True, metavar="DIR", help="a diffusers folder")
+    parser.add_argument(
+        "--model-config", type=Path, metavar="FILE",
+        help="the release's model JSON (default: that of the 14B model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="a LLaMA tokenizer folder (default: --llama)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST")
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.convert.parents import init
+
+        result = init(
+            args.dst, llama=args.llama, eva_clip=args.eva_clip, sd=args.sd, seed=args.seed,
+            model_config=args.model_config, tokenizer=args.tokenizer, overwrite=args.overwrite,
+        )  # fmt: skip
+        if not args.json:
+            for note in result["notes"]:
+                print(note)
+            print(f"at random: {len(result['fresh'])} parameters")
+            print(_converted(args.dst, result))
+        return result
+
+    return run
+
+
+def verify(parser: argparse.ArgumentParser) -> Run:
+    """compare a checkpoint with what the released code computed"""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--golden", type=Path, required=True, metavar="DIR",
+        help="a folder that tools/record_golden.py wrote",
+    )  # fmt: skip
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.evaluate.verify import summary, table, verify
+
+        rows = verify(args.checkpoint, args.golden)
+        result = summary(rows)
+        print(table(rows))
+        if not args.json:
+            print(f"{result['checked']} checked, {len(result['failed'])} failed")
+        return result
+
+    return run
+
+
+def _converted(dst: Path, result: dict[str, Any]) -> str:
+    peak = result["peak_rss_anon_bytes"]
+    memory = "" if peak is None else f", peak RssAnon {peak / 2**30:.2f} GiB"
+    return (
+        f"{dst}: {result['parameters']:,} parameters, {result['bytes'] / 2**30:.2f} GiB, largest "
+        f"{result['largest_parameter_bytes'] / 2**30:.2f} GiB{memory}, {result['seconds']:.0f} s"
+    )
+
+
 VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "demo": demo,
     "train": train,
     "generate": generate,
+    "convert": convert,
+    "init": init,
+    "verify": verify,
 }
 
 
@@ -137,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(result))
         sys.stdout.flush()
-        return 0
+        return 0 if result.get("passed", True) else 1
     except UserError as error:
         if debug:
             raise

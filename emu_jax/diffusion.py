@@ -122,12 +122,14 @@ def sample(
 
     The latents' dtype is what `denoise` sees; sums are taken in float32.
     """
-    guided = uncond is not None and (isinstance(guidance, jax.Array) or guidance > 1.0)
-    if guided:
+    if not isinstance(guidance, jax.Array) and guidance <= 1.0:
+        uncond = None
+    guided = uncond is not None
+    if uncond is not None:
         cond = jnp.concatenate([cond, uncond])
     initial = latents.astype(jnp.float32)
 
-    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+    def predict(x, t) -> jax.Array:
         x = x.astype(latents.dtype)
         x = jnp.concatenate([x, x]) if guided else x
         out = denoise(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(jnp.float32)
@@ -170,9 +172,7 @@ def _pndm(cfg: SchedulerConfig, steps: int) -> Steps:
     slope[repeated] = [0.5, 0.5, 0, 0]
 
     along = (a_next / a) ** 0.5
-    across = (a - a_next) / (
-        a * (1 - a_next) ** 0.5 + (a * (1 - a) * a_next) ** 0.5
-    )
+    across = (a - a_next) / (a * (1 - a_next) ** 0.5 + (a * (1 - a) * a_next) ** 0.5)
     if _predicts_velocity(cfg):
         along = along + across * (1 - a) ** 0.5
         across = across * a**0.5

@@ -33,9 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any | None = None) -> Mesh:
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
     Raises:

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from conftest import relative_error
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
-from emu_jax import config, diffusion
+from emu_jax import config, diffusion, sharding
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
 
@@ -50,17 +51,17 @@ def our_array(array: np.ndarray) -> np.ndarray:
     )
 
 
+def template(cls: type, cfg, mesh=None) -> sharding.Template:
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    return sharding.Template(lambda: cls(cfg, rngs=nnx.Rngs(0)), mesh)
+
+
 def load(cls: type, cfg, tensors: dict[str, np.ndarray]):
     """`cls(cfg)` with the parameters of a torch state dict, none left on either side."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(cfg, rngs=nnx.Rngs(0))))
-    flat = dict(nnx.to_flat_state(state))
+    ours = template(cls, cfg)
     arrays = {our_name(k): our_array(np.asarray(v)) for k, v in tensors.items()}
-    ours = {".".join(map(str, path)): path for path in flat}
-    assert set(ours) == set(arrays)
-    for name, path in ours.items():
-        assert flat[path].shape == arrays[name].shape, name
-        flat[path] = flat[path].replace(jnp.asarray(arrays[name]))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    assert {k: v.shape for k, v in arrays.items()} == {k: v.shape for k, v in ours.shapes.items()}
+    return ours.module(jax.tree.map(jnp.asarray, arrays))
 
 
 def diffusers_config(cls: type, folder: Path):
@@ -95,9 +96,7 @@ def vae() -> VAE:
 def scheduler() -> config.SchedulerConfig:
     values = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text())
     names = {f.name for f in dataclasses.fields(config.SchedulerConfig)}
-    return config.from_dict(
-        config.SchedulerConfig, {k: v for k, v in values.items() if k in names}
-    )
+    return config.from_dict(config.SchedulerConfig, {k: v for k, v in values.items() if k in names})
 
 
 # --- against the release ---------------------------------------------------------------------
@@ -321,9 +320,7 @@ def test_samplers_recover_what_was_noised(method, prediction_type):
 
     start = int(diffusion.sampling_steps(cfg, 20, method).t[0])
     noisy = diffusion.add_noise(cfg, clean, noise, jnp.full(2, start))
-    out = diffusion.sample(
-        denoise, noisy, jnp.zeros((2, 1, 1)), cfg=cfg, steps=20, method=method
-    )
+    out = diffusion.sample(denoise, noisy, jnp.zeros((2, 1, 1)), cfg=cfg, steps=20, method=method)
     close(out, clean, 1e-5)
 
 
@@ -367,9 +364,9 @@ def test_full_size_shapes():
     """The 14B release's U-Net and autoencoder, key by key."""
     shapes = json.loads((GOLDEN / "emu14b_state_dict_shapes.json").read_text())
     cfg = config.emu_14b()
-    for cls, part, cases in ((UNet, cfg.unet, ["unet"]), (VAE, cfg.vae, ["vae", "vae_diffusers_0_15"])):
-        state = nnx.state(nnx.eval_shape(lambda cls=cls, part=part: cls(part, rngs=nnx.Rngs(0))))
-        ours = {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(state)}
+    autoencoders = ["vae", "vae_diffusers_0_15"]
+    for cls, part, cases in ((UNet, cfg.unet, ["unet"]), (VAE, cfg.vae, autoencoders)):
+        ours = {k: v.shape for k, v in template(cls, part).shapes.items()}
         for case in cases:
             theirs = {k: np.broadcast_to(np.float32(0), s) for k, s in shapes[case].items()}
             assert ours == {our_name(k): our_array(v).shape for k, v in theirs.items()}
@@ -377,25 +374,54 @@ def test_full_size_shapes():
             assert sum(map(math.prod, ours.values())) == count
 
 
-def test_remat_changes_no_gradient(unet):
+SMALL = config.UNetConfig(
+    block_out_channels=(16,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("UpBlock2D",), attention_head_dim=2, cross_attention_dim=8,
+    norm_num_groups=4,
+)  # fmt: skip
+
+
+def small_unet_loss(mesh=None):
+    """Fresh parameters and loss(params, remat=) of a small U-Net on a fixed batch."""
+    unet = template(UNet, SMALL, mesh)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 4, 6, 4)), jnp.float32)
-    t, cond = jnp.array([3, 500]), jnp.asarray(rng.normal(size=(2, 3, 64)), jnp.float32)
-    graphdef, params = nnx.split(unet)
+    x = jnp.asarray(rng.normal(size=(8, 4, 6, 4)), jnp.float32)
+    t, cond = jnp.arange(8) * 100, jnp.asarray(rng.normal(size=(8, 3, 8)), jnp.float32)
 
-    def gradients(remat):
-        def loss(params):
-            module = nnx.merge(graphdef, params)
-            module.remat = remat
-            return jnp.mean(jnp.square(module(x, t, cond)))
+    def loss(params, remat="none"):
+        module = unet.module(params)
+        module.remat = remat
+        return jnp.mean(jnp.square(module(x, t, cond)))
 
-        return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    return unet.init(), loss
 
-    plain, again = gradients("none"), gradients("full")
-    largest = max(float(jnp.abs(g).max()) for g in plain)
-    assert max(float(jnp.abs(a - b).max()) for a, b in zip(plain, again, strict=True)) < (
-        1e-5 * largest
-    )
+
+def assert_same_gradients(ours, theirs):
+    largest = max(float(jnp.abs(g).max()) for g in theirs.values())
+    for name, gradient in theirs.items():
+        assert np.abs(np.subtract(ours[name], gradient)).max() <= 1e-5 * largest, name
+
+
+def test_remat_changes_no_gradient():
+    params, loss = small_unet_loss()
+    again = partial(loss, remat="full")
+    assert "remat" in str(jax.make_jaxpr(jax.grad(again))(params))
+    assert "remat" not in str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert_same_gradients(jax.jit(jax.grad(again))(params), jax.jit(jax.grad(loss))(params))
+
+
+def test_sharded_equals_unsharded():
+    params, loss = small_unet_loss()
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        placed, loss = small_unet_loss(mesh)
+        spec = placed["mid_block.resnets.0.conv1.kernel"].sharding.spec
+        assert spec == P(None, None, "fsdp", "tensor")
+        placed = {k: jax.device_put(v, placed[k].sharding) for k, v in params.items()}
+        again, sharded = jax.jit(jax.value_and_grad(loss))(placed)
+    close(again, value, 1e-5)
+    assert_same_gradients(sharded, gradients)
 
 
 def test_bfloat16_in_bfloat16_out(unet, vae):

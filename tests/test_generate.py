@@ -333,11 +333,11 @@ def test_beam_search_is_that_of_transformers(early, penalty):
 def test_a_wide_enough_beam_finds_the_best_of_all_sequences(penalty):
     longest = 3
     settings = text.TextConfig(
-        max_new_tokens=longest, num_beams=VOCAB**2, length_penalty=penalty, early_stopping="never"
+        max_new_tokens=longest, num_beams=36, length_penalty=penalty, early_stopping="never"
     )
-    table = chains(3)
+    table = chains(3)[:, :6, :6]
     ours, logp = search(table, settings), np.asarray(jax.nn.log_softmax(table, axis=-1), float)
-    others = [t for t in range(VOCAB) if t != TOKENS.eos]
+    others = [t for t in range(6) if t != TOKENS.eos]
     for row, answer in enumerate(ours):
         best = (-np.inf, ())
         for n in range(longest + 1):
@@ -680,5 +680,5 @@ def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
     painted = [np.asarray(e.generate_image("ten", seed=3)).astype(int) for e in (loaded, sharded)]
     assert np.abs(painted[0] - painted[1]).max() <= 1
     rough = load(tmp_path, dtype=jnp.bfloat16)
-    error = relative_error(rough.regress(["one two"]).astype(jnp.float32), small.regress(["one two"]))
-    assert error < 0.1
+    ours = rough.regress(["one two"]).astype(jnp.float32)
+    assert relative_error(ours, small.regress(["one two"])) < 0.1

@@ -260,18 +260,14 @@ def test_errors_are_one_clear_line(data_root, tmp_path):
         train(dataclasses.replace(base, parents={"visual": "../nothing"}), tmp_path / "b")
     with pytest.raises(UserError, match="no optimizer group matches parameter"):
         groups = (GroupConfig("^llama", lr=1e-3),)
-        train(
-            dataclasses.replace(base, optimizer=OptimizerConfig(groups=groups)), tmp_path / "c"
-        )
+        train(dataclasses.replace(base, optimizer=OptimizerConfig(groups=groups)), tmp_path / "c")
     with pytest.raises(UserError, match="make the three multiply to"):
         train(dataclasses.replace(base, mesh=MeshConfig(3, 1, 1)), tmp_path / "d")
     train(dataclasses.replace(base, steps=1), tmp_path / "e")
     wider = dataclasses.replace(base.model.vision, width=48)
     model = dataclasses.replace(base.model, vision=wider)
     with pytest.raises(UserError, match="its vision is not configured as"):
-        train(
-            dataclasses.replace(base, model=model, parents={"visual": "../e"}), tmp_path / "f"
-        )
+        train(dataclasses.replace(base, model=model, parents={"visual": "../e"}), tmp_path / "f")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)

@@ -74,7 +74,7 @@ def convert(
         UserError: the source is missing, damaged or no Emu, or `dst` exists. `dst` is as it was.
     """
     src, dst = Path(src), Path(dst)
-    with _report() as report, replacing(dst, overwrite) as temporary:
+    with report() as made, replacing(dst, overwrite) as temporary:
         mesh = mesh or make_mesh(fsdp=-1)
         source = open_source(src, mesh, model_config=model_config, tokenizer=tokenizer)
         if isinstance(source, Run) and to == "jax" and not merge_lora:
@@ -87,8 +87,8 @@ def convert(
             write_release(source, temporary, dst)
         else:
             export.write_hf(source, temporary, progress)
-        report |= describe(source)
-    return report
+        made |= describe(source)
+    return made
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -249,9 +249,9 @@ def progress(source: Source, what: str) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _report() -> Iterator[dict[str, Any]]:
+def report() -> Iterator[dict[str, Any]]:
     """Measures the time and the peak of anonymous memory of what runs inside."""
-    report: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     done, start = threading.Event(), time.monotonic()
     peak = anonymous_memory()
 
@@ -264,12 +264,12 @@ def _report() -> Iterator[dict[str, Any]]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield report
+        yield made
     finally:
         done.set()
         watcher.join()
-        report["seconds"] = round(time.monotonic() - start, 3)
-        report["peak_rss_anon_bytes"] = peak
+        made["seconds"] = round(time.monotonic() - start, 3)
+        made["peak_rss_anon_bytes"] = peak
 
 
 def anonymous_memory() -> int | None:

@@ -132,6 +132,11 @@ class Emu:
             self._params = jax.tree.map(lambda a: a.astype(self.dtype), self._params)
         self._unconditional: Float[Array, "N D"] | None = None
 
+    @property
+    def model(self) -> models.Emu:
+        """The module itself."""
+        return nnx.merge(self._graphdef, self._params)
+
     # --- Text ---
 
     def generate_text(

@@ -413,10 +413,12 @@ class Search(NamedTuple):
         ends = tokens == plan.tokens.eos
         sequences = jnp.take_along_axis(self.sequences, parents[..., None], axis=1)
 
-        finished, norm = self.finished, _norm(self.length, rules)
-        for k in range(beams):  # an end that is not among the best K does not count
-            wanted = ends[:, k] & ~self.done
-            finished = finished.add(wanted, best[:, k] / norm, sequences[:, k], self.length)
+        def take(k, finished: Finished) -> Finished:
+            score = best[:, k] / _norm(self.length, rules)
+            return finished.add(ends[:, k] & ~self.done, score, sequences[:, k], self.length)
+
+        # An end that is not among the best K does not count.
+        finished = jax.lax.fori_loop(0, beams, take, self.finished)
         if plan.early_stopping is True:
             enough = jnp.ones(batch, bool)
         else:
@@ -436,10 +438,11 @@ class Search(NamedTuple):
 
     def best(self, plan: Plan, rules: Rules) -> Int[Array, "B T"]:
         """The best sequence of each row, open beams included where the search was cut off."""
-        finished = self.finished
-        for k in range(plan.num_beams):
+        def take(k, finished: Finished) -> Finished:
             score = self.scores[:, k] / _norm(self.length, rules)
-            finished = finished.add(~self.done, score, self.sequences[:, k], self.length)
+            return finished.add(~self.done, score, self.sequences[:, k], self.length)
+
+        finished = jax.lax.fori_loop(0, plan.num_beams, take, self.finished)
         sequences, lengths = finished.best()
         at, lengths = jnp.arange(sequences.shape[1]), lengths[:, None]
         # A sequence that has ended is shorter than max_length: there is room for its </s>.

@@ -40,8 +40,6 @@ def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
-def segment_mask(
-    queries: Int[Array, "B T"], keys: Int[Array, "B S"]
-) -> Bool[Array, "B 1 T S"]:
+def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
     """True where query and key belong to the same document of a packed row."""
     return (queries[:, :, None] == keys[:, None, :])[:, None]

@@ -36,7 +36,8 @@ class Dropout:
         if self.key is None:
             return x
         self.calls += 1
-        keep = jax.random.bernoulli(jax.random.fold_in(self.key, self.calls), 1 - self.rate, x.shape)
+        key = jax.random.fold_in(self.key, self.calls)
+        keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
 
@@ -89,9 +90,7 @@ class CFormer(nnx.Module):
         self, cfg: CFormerConfig, memory_width: int, out_width: int, *, remat: str = "none",
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        self.causal_tokens = param(
-            rngs, normal(0.02), (cfg.n_causal, cfg.width), (None, "embed")
-        )
+        self.causal_tokens = param(rngs, normal(0.02), (cfg.n_causal, cfg.width), (None, "embed"))
         # Block 0 of the release owns this table; every block uses it.
         self.relative_attention_bias = param(
             rngs, normal(cfg.width**-0.5), (cfg.relative_buckets, cfg.heads), (None, "heads")

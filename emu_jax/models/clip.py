@@ -23,9 +23,7 @@ class TextTower(nnx.Module):
         self.norm = RMSNorm(width, eps=cfg.eps, rngs=rngs)
         self.projection = Linear(width, out_width, ("embed", None), bias=False, rngs=rngs)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
-    ) -> Float[Array, "B E"]:
+    def __call__(self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B E"]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = causal_mask(tokens.shape[1])
 

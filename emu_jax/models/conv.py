@@ -30,7 +30,7 @@ class Conv(nnx.Module):
                             (None, None, "conv_in", "conv_out"))  # fmt: skip
         self.bias = param(rngs, jax.nn.initializers.zeros, (width_out,), ("conv_out",))
         self.stride = stride
-        self.padding = padding or ((size // 2, size // 2),) * 2
+        self.padding = padding or ((size // 2, size // 2), (size // 2, size // 2))
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x E"]:
         kernel = self.kernel[...].astype(x.dtype)
@@ -112,7 +112,7 @@ class ResnetBlock(nnx.Module):
         self, x: Float[Array, "B h w C"], time: Float[Array, "B D"] | None = None
     ) -> Float[Array, "B h w E"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
+        if self.time_emb_proj is not None and time is not None:
             h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
         h = self.conv2(jax.nn.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -125,7 +125,7 @@ class Downsample(nnx.Module):
     """
 
     def __init__(self, width: int, *, one_sided: bool = False, rngs: nnx.Rngs):
-        padding = ((0, 1),) * 2 if one_sided else None
+        padding = ((0, 1), (0, 1)) if one_sided else None
         self.conv = Conv(width, width, stride=2, padding=padding, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x C"]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from emu_jax.config import VisionConfig
 from emu_jax.models.attention import attention
@@ -14,18 +14,6 @@ from emu_jax.models.layers import LayerNorm, Linear, normal, param, scan, stack
 from emu_jax.sharding import shard
 
 zeros = jax.nn.initializers.zeros
-
-# CLIP's channel statistics, of RGB in [0, 1].
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def normalize_images(
-    images: UInt8[Array, "*B h w 3"], dtype: jnp.dtype = jnp.float32
-) -> Float[Array, "*B h w 3"]:
-    """Bytes to the encoder's normalised pixels (release: `process_img`)."""
-    pixels = images.astype(jnp.float32) / 255
-    return ((pixels - jnp.asarray(MEAN)) / jnp.asarray(STD)).astype(dtype)
 
 
 class VisionAttention(nnx.Module):
@@ -78,9 +66,7 @@ class VisionTransformer(nnx.Module):
     """The visual encoder. Emu uses its blocks' raw output; `norm` and `head` are CLIP's."""
 
     def __init__(self, cfg: VisionConfig, *, remat: str = "none", rngs: nnx.Rngs):
-        self.patch_embed = Linear(
-            cfg.patch_size**2 * 3, cfg.width, (None, "embed"), rngs=rngs
-        )
+        self.patch_embed = Linear(cfg.patch_size**2 * 3, cfg.width, (None, "embed"), rngs=rngs)
         self.cls_token = param(rngs, normal(0.02), (cfg.width,), (None,))
         self.pos_embed = param(rngs, normal(0.02), (cfg.tokens, cfg.width), (None, "embed"))
         self.blocks = stack(cfg.layers, lambda rngs: VisionBlock(cfg, rngs=rngs), rngs)

@@ -59,9 +59,10 @@ class Embedding(nnx.Module):
     """A table [rows, D], looked up by id."""
 
     def __init__(
-        self, rows: int, width: int, *, init: Callable[..., jax.Array] = normal(0.02),
+        self, rows: int, width: int, *, init: Callable[..., jax.Array] | None = None,
         rngs: nnx.Rngs,
     ):  # fmt: skip
+        init = init or normal(0.02)
         self.embedding = param(rngs, init, (rows, width), ("vocab", "embed"))
 
     def __call__(self, ids: jax.Array) -> jax.Array:

@@ -128,9 +128,7 @@ class Llama(nnx.Module):
         self.lm_head = Linear(
             cfg.width, cfg.padded_vocab, ("embed", "vocab"), bias=False, rngs=rngs
         )
-        self.stu_regress_head = Linear(
-            cfg.width, cfg.width, ("embed", None), bias=False, rngs=rngs
-        )
+        self.stu_regress_head = Linear(cfg.width, cfg.width, ("embed", None), bias=False, rngs=rngs)
         self.cfg, self.remat = cfg, remat
 
     def __call__(

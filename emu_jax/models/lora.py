@@ -19,7 +19,8 @@ class LoraLinear(Linear):
     ):
         super().__init__(width_in, width_out, axes, bias=False, rngs=rngs)
         self.lora_a = param(rngs, lecun, (width_in, lora.rank), (axes[0], None))
-        self.lora_b = param(rngs, jax.nn.initializers.zeros, (lora.rank, width_out), (None, axes[1]))
+        zeros = jax.nn.initializers.zeros
+        self.lora_b = param(rngs, zeros, (lora.rank, width_out), (None, axes[1]))
         self.scale = lora.alpha / lora.rank
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:

@@ -175,9 +175,7 @@ class UNet(nnx.Module):
 
         blocks, width, skips = [], widths[0], [widths[0]]
         for i, wider in enumerate(widths):
-            blocks.append(
-                DownBlock(width, wider, cfg, attend=down[i], last=i == last, rngs=rngs)
-            )
+            blocks.append(DownBlock(width, wider, cfg, attend=down[i], last=i == last, rngs=rngs))
             width = wider
             skips += [width] * (layers if i == last else layers + 1)
         self.down_blocks = nnx.List(blocks)

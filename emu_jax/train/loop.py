@@ -171,7 +171,10 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         else:
             state = trainer.start(_read_parents(cfg, workdir, trainer))
         logger = MetricLogger(
-            workdir, stage=cfg.name, total_steps=cfg.steps, enabled=lead,
+            workdir,
+            stage=cfg.name,
+            total_steps=cfg.steps,
+            enabled=lead,
             start_step=done,
         )
         sharding = batch_sharding(mesh)
@@ -246,9 +249,7 @@ def _restore(manager: ocp.CheckpointManager, trainer: Trainer) -> tuple[TrainSta
     shapes = trainer.state_shapes
     items = {
         "params": ocp.args.StandardRestore(nest(shapes.trained | shapes.frozen)),
-        "optimizer": ocp.args.StandardRestore(
-            {"state": shapes.optimizer, "bad": shapes.bad_steps}
-        ),
+        "optimizer": ocp.args.StandardRestore({"state": shapes.optimizer, "bad": shapes.bad_steps}),
         "position": ocp.args.JsonRestore(),
     }
     if shapes.ema:

@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, UserError, suggest
+from emu_jax.data.images import normalize_images
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import Emu
-from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.vae import VAE
 from emu_jax.train.config import TrainConfig
 

@@ -1,0 +1,306 @@
+"""A fresh Emu from its parents: LLaMA, EVA-CLIP and Stable Diffusion v1.5 (paper section 3).
+
+What no parent has starts at random: the Causal Transformer, the norm before it, the regression
+head, and the denoiser's keys and values where the condition has another width. New tokens start
+at the mean of the old ones, as the release has it (`modeling_llama.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.sharding import Mesh
+
+from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, UserError, emu_14b
+from emu_jax.convert import engine, files, sizes, tables
+from emu_jax.convert.files import Tensor
+from emu_jax.convert.source import FLOATS
+from emu_jax.models.emu import Emu
+from emu_jax.models.layers import lecun
+from emu_jax.sharding import Template, make_mesh
+from emu_jax.tokenizer import Tokenizer
+
+
+def init(
+    dst: Path | str,
+    *,
+    llama: Path,
+    eva_clip: Path,
+    sd: Path,
+    model_config: Path | None = None,
+    tokenizer: Path | None = None,
+    cformer: CFormerConfig | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Writes a run directory with an Emu that was never trained as such.
+
+    Args:
+        llama: a transformers folder, sharded or not, safetensors or .bin.
+        eva_clip: a .pt file; of its tensors the `visual.*` are read.
+        sd: a diffusers folder with `unet/`, `vae/` and `scheduler/`.
+        model_config: the release's model JSON; by default that of the 14B model.
+        tokenizer: a LLaMA tokenizer folder; by default `llama`.
+        cformer: sizes of the Causal Transformer; by default t5-base's.
+
+    Returns:
+        What `convert` returns, and `fresh`: the parameters that start at random.
+
+    Raises:
+        UserError: a parent is missing, damaged or does not fit; `dst` is as it was.
+    """
+    dst = Path(dst)
+    with engine.report() as made, engine.replacing(dst, overwrite) as temporary:
+        parents = Parents(
+            Path(llama), Path(eva_clip), Path(sd), mesh or make_mesh(fsdp=-1),
+            cformer or CFormerConfig(), seed, model_config, Path(tokenizer or llama),
+        )  # fmt: skip
+        engine.write_run(parents, temporary)
+        made |= engine.describe(parents)
+        made["fresh"] = sorted(parents.fresh)
+        made["notes"] = parents.notes
+    return made
+
+
+class Parents:
+    """The parameters of a fresh Emu, one after the other (a `source.Source`)."""
+
+    def __init__(
+        self, llama: Path, eva_clip: Path, sd: Path, mesh: Mesh, cformer: CFormerConfig,
+        seed: int, model_config: Path | None, tokenizer: Path,
+    ):  # fmt: skip
+        for path, kind in ((llama, "--llama"), (sd, "--sd")):
+            if not path.is_dir():
+                raise UserError(f"{kind} {path} is no folder")
+        self.tokenizer = Tokenizer.load(tokenizer, instruct=False)
+        self.layout, self.dead, self._seed = None, {}, seed
+        self.notes: list[str] = []
+        self._tensors = {
+            **_read(eva_clip, "visual.", lambda key: key),
+            **_read(
+                files.find(llama, "model", "pytorch_model"), "", lambda key: f"decoder.lm.{key}"
+            ),
+        }
+        for tower in ("unet", "vae"):
+            weights = files.find(sd / tower, "diffusion_pytorch_model")
+            self._tensors |= _read(weights, "", lambda key, tower=tower: f"{tower}:{key}")
+        for key in list(self._tensors):  # buffers, not parameters
+            if key.endswith(("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")):
+                del self._tensors[key]
+        self.cfg = self._sizes(llama, sd, cformer, model_config)
+        template = Template(self._build, mesh)
+        shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
+        self._rows = {row.path: row for row in tables.table(self.cfg, shapes)}
+        self._spelling = tables.Spelling.of(self._tensors)
+        self._template = template
+        self.fresh = self._check(shapes)
+        self.shapes = {
+            p: s if p in self.fresh else jax.ShapeDtypeStruct(
+                s.shape, self._stored(p), sharding=s.sharding)
+            for p, s in template.shapes.items()
+        }  # fmt: skip
+
+    def _build(self) -> Emu:
+        return Emu(self.cfg, rngs=nnx.Rngs(self._seed))
+
+    def _sizes(
+        self, llama: Path, sd: Path, cformer: CFormerConfig, model_config: Path | None
+    ) -> EmuConfig:
+        """The sizes of the parents; the pictures' size and n_causal are free to choose."""
+        preset = emu_14b()
+        shapes = {key: t.shape for key, t in self._tensors.items()}
+        language = sizes.llama_config(llama / "config.json")
+        base = self.tokenizer.base_size
+        if language.vocab_size != base:
+            raise UserError(
+                f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {base}"
+            )
+        chosen: dict[str, Any] = {"image_size": preset.vision.image_size}
+        if model_config is not None:
+            values = sizes.read_json(model_config)
+            tower = values.get("vision_cfg") or {}
+            chosen |= {k: tower[k] for k in ("image_size", "head_width") if k in tower}
+            causal = (values.get("multimodal_cfg") or {}).get("n_causal", cformer.n_causal)
+            cformer = dataclasses.replace(cformer, n_causal=causal)
+        try:
+            width, patch = shapes["visual.patch_embed.proj.weight"][::2][:2]
+            vision = dataclasses.replace(
+                preset.vision, **chosen, patch_size=patch, width=width,
+                layers=_count(shapes, r"visual\.blocks\.(\d+)\."),
+                mlp_width=shapes["visual.blocks.0.mlp.fc1.weight"][0],
+                clip_width=shapes["visual.head.weight"][0],
+            )  # fmt: skip
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise UserError(f"--eva-clip: this is no EVA-CLIP vision tower ({error})") from None
+        if width % vision.head_width or vision.image_size % patch:
+            raise UserError(
+                f"--eva-clip: width {width} in heads of {vision.head_width}, pictures of "
+                f"{vision.image_size} in patches of {patch}: give its JSON with --model-config"
+            )
+        unet, vae, scheduler = sizes.decoder(sd)
+        return EmuConfig(
+            vision=vision, cformer=cformer, tokens=TokenIds.after(base), vae=vae,
+            llama=dataclasses.replace(language, vocab_size=base + sizes.ADDED_TOKENS[0]),
+            unet=dataclasses.replace(unet, cross_attention_dim=language.width), scheduler=scheduler,
+        )  # fmt: skip
+
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> set[str]:
+        """Which parameters start at random. All others must find their tensors.
+
+        Raises:
+            UserError: listing in full what is missing, unexpected or misshapen.
+        """
+        fresh = {p for p in shapes if p.startswith(("cformer.", "ln_visual."))}
+        fresh.add("llama.stu_regress_head.kernel")
+        found = {key: t.shape for key, t in self._tensors.items()}
+        expected: dict[str, tuple[int, ...]] = {}
+        for row in self._rows.values():
+            shape = row.transform.release_shape(row.layer_shape(shapes[row.path]))
+            for key in row.keys:
+                key = self._spelling.write(key)
+                if row.path in fresh:
+                    continue
+                if key in _VOCABULARY:
+                    shape = (self.tokenizer.base_size, shape[1])
+                got = found.get(key)
+                if key == "visual.pos_embed" and got and len(got) == 3 and got != shape:
+                    if not _square(got[1] - 1):
+                        raise UserError(f"--eva-clip: visual.pos_embed has {got[1]} rows")
+                    self.notes.append(f"visual.pos_embed: interpolated from {got[1]} to {shape[1]}")
+                    shape = (1, got[1], shape[2])
+                if re.search(r"\.attn2\.to_[kv]\.weight$", key) and got and got != shape:
+                    if len(got) == 2 and got[0] == shape[0]:
+                        self.notes.append(
+                            f"{key}: condition of width {got[1]}, now {shape[1]}: re-initialised"
+                        )
+                        fresh.add(row.path)
+                        shape = got
+                expected[key] = shape
+        problems = [
+            *(f"{k} is missing" for k in expected if k not in found),
+            *(f"{k} is unexpected" for k in found if k not in expected),
+            *(
+                f"{k} is {list(found[k])}, expected {list(s)}"
+                for k, s in expected.items() if k in found and tuple(found[k]) != s
+            ),
+            *(
+                f"{k} is {t.dtype}" for k, t in self._tensors.items()
+                if k in expected and t.dtype not in FLOATS
+            ),
+        ]  # fmt: skip
+        if problems:
+            raise UserError("the parents do not fit: " + "; ".join(problems))
+        return fresh
+
+    def _stored(self, path: str) -> np.dtype:
+        dtypes = {self._tensors[self._spelling.write(k)].dtype for k in self._rows[path].keys}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        return {p: self._draw(p) if p in self.fresh else self._read(p) for p in paths}
+
+    def _draw(self, path: str) -> jax.Array:
+        """A parameter as the module itself would start it."""
+        if path.startswith("unet."):  # alone: drawing the whole denoiser would be a waste
+            shape = self.shapes[path]
+            key = jax.random.fold_in(jax.random.key(self._seed), sorted(self.fresh).index(path))
+            draw = jax.jit(
+                lambda key: lecun(key, shape.shape, jnp.float32), out_shardings=shape.sharding
+            )
+            return draw(key)
+        if not hasattr(self, "_drawn"):
+            keep = {p: s.sharding for p, s in self.shapes.items()
+                    if p in self.fresh and not p.startswith("unet.")}  # fmt: skip
+
+            def make() -> dict[str, jax.Array]:  # what is not kept is never computed
+                params = self._template.params(self._build())
+                return {p: params[p] for p in keep}
+
+            self._drawn = jax.jit(make, out_shardings=keep)()
+        return self._drawn.pop(path)
+
+    def _read(self, path: str) -> jax.Array:
+        row, shape = self._rows[path], self.shapes[path]
+        inner = row.layer_shape(shape.shape)
+        tensors = [self._tensors[self._spelling.write(key)] for key in row.keys]
+
+        def layer(i: int, index: tuple[slice, ...]) -> np.ndarray:
+            value = self._grow(row.keys[i], tensors[i].read(), row.transform.release_shape(inner))
+            return row.transform.from_release(value, inner)[index]
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            if not row.stacked:
+                return np.array(layer(0, index), shape.dtype)
+            layers = range(*index[0].indices(len(tensors)))
+            return np.stack([layer(i, index[1:]) for i in layers]).astype(shape.dtype, copy=False)
+
+        return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
+
+    def _grow(self, key: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """A parent's tensor at the size that Emu needs."""
+        if key in _VOCABULARY:
+            mean = value.astype(np.float32).mean(axis=0, keepdims=True).astype(value.dtype)
+            return np.concatenate([value, np.repeat(mean, shape[0] - len(value), axis=0)])
+        if key == "visual.pos_embed" and value.shape != shape:
+            return resize_positions(value, shape[1])
+        return value
+
+
+_VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
+
+
+def resize_positions(table: np.ndarray, tokens: int) -> np.ndarray:
+    """Position embeddings [1, P, D] for another number of patches, bicubic, the class token's
+    kept (release: `interpolate_pos_embed`, without antialiasing)."""
+    old, new = _square(table.shape[1] - 1), _square(tokens - 1)
+    grid = rearrange(table[:, 1:].astype(np.float32), "1 (y x) d -> y x d", y=old)
+    weights = _cubic(old, new)
+    grid = np.einsum("ay,bx,yxd->abd", weights, weights, grid)
+    patches = rearrange(grid, "a b d -> 1 (a b) d").astype(table.dtype)
+    return np.concatenate([table[:, :1], patches], axis=1)
+
+
+def _cubic(old: int, new: int) -> np.ndarray:
+    """[new, old] weights of torch's bicubic interpolation (a = -0.75, edges repeated)."""
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    left = np.floor(at).astype(int)
+    weights = np.zeros((new, old))
+    for offset in range(-1, 3):
+        distance = np.abs(at - (left + offset))
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+        value = np.where(distance <= 1, near, far)
+        np.add.at(weights, (np.arange(new), np.clip(left + offset, 0, old - 1)), value)
+    return weights
+
+
+def _square(n: int) -> int:
+    """The side of a square of n, 0 if there is none."""
+    side = round(n**0.5)
+    return side if side * side == n else 0
+
+
+def _count(shapes: dict[str, Any], pattern: str) -> int:
+    return max((int(m[1]) for key in shapes if (m := re.match(pattern, key))), default=-1) + 1
+
+
+def _read(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin so, renamed."""
+    opened, _ = files.open_tensors(path)
+    return {
+        name(key): tensor
+        for tensors in opened.values()
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
+

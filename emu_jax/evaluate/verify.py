@@ -1,0 +1,374 @@
+"""`emu-jax verify`: a checkpoint against what the released code computed.
+
+A golden folder holds `expected.npz` and `meta.json` (`tools/record_golden.py` writes one in a
+clone of the release). Every tensor gets a row: the relative error max |a - b| / max |b|, or
+equality for ids. All is computed in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from emu_jax import diffusion
+from emu_jax.config import UserError
+from emu_jax.data.images import load_image, normalize_images
+from emu_jax.generate import api, image
+from emu_jax.generate.text import TextConfig
+from emu_jax.models.llama import KVCache
+
+# Relative to the largest magnitude of a tensor. What feeds back on itself, through a sampler
+# or a regression of embeddings, amplifies rounding; so do adapters stored in bfloat16.
+TIGHT, FEEDBACK = 2e-5, 1e-4
+_FEEDBACK = re.compile(r"gen_image/.*|sample/.*|unet/cond|instruct/logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The verdict on one tensor.
+
+    Attributes:
+        error: relative; None for what must be equal, for inputs and for what does not apply.
+        verdict: ok, FAILED, input (the recording's own choice, whose shape was checked) or
+            not applicable.
+    """
+
+    key: str
+    verdict: str
+    error: float | None = None
+    tolerance: float | None = None
+    note: str = ""
+
+
+def verify(checkpoint: Path, golden: Path) -> list[Row]:
+    """A row for every tensor of `golden/expected.npz`.
+
+    Raises:
+        UserError: one of the folders cannot be read, or they are of different models.
+    """
+    expected, meta = _open(golden)
+    emu = api.load(checkpoint)
+    with jax.default_matmul_precision("highest"):
+        recording = _Recording(emu, expected, meta, golden)
+        return [recording.row(key) for key in expected]
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """The JSON object that the command prints."""
+    checked = [r for r in rows if r.verdict != "not applicable"]
+    errors = [r for r in checked if r.error is not None]
+    worst = max(errors, key=lambda r: r.error / r.tolerance, default=None)
+    failed = [r.key for r in rows if r.verdict == "FAILED"]
+    return {
+        "passed": bool(checked) and not failed,
+        "checked": len(checked),
+        "failed": failed,
+        "worst": worst and {"key": worst.key, "error": worst.error, "tolerance": worst.tolerance},
+        "not_applicable": [r.key for r in rows if r.verdict == "not applicable"],
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    width = max(len(r.key) for r in rows)
+    lines = []
+    for r in rows:
+        error = "" if r.error is None else f"{r.error:.1e} of {r.tolerance:.0e}"
+        lines.append(f"{r.key:{width}}  {error:17}  {r.verdict}{r.note and ': ' + r.note}")
+    return "\n".join(lines)
+
+
+def _open(golden: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    for name in ("expected.npz", "meta.json"):
+        if not (golden / name).is_file():
+            raise UserError(f"{golden} is no golden folder: it lacks {name}")
+    try:
+        with np.load(golden / "expected.npz") as stored:
+            expected = {key: stored[key] for key in stored}
+        return expected, json.loads((golden / "meta.json").read_text())
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise UserError(f"cannot read {golden}: {error}") from None
+
+
+class _Recording:
+    """Recomputes what was recorded. Each tensor's name leads to one method; tensors that come
+    out of one computation share it."""
+
+    def __init__(self, emu: api.Emu, expected: dict[str, np.ndarray], meta: dict, golden: Path):
+        self.emu, self.expected, self.meta, self.golden = emu, expected, meta, golden
+        self.model, self.cfg, self.tokenizer = emu.model, emu.cfg, emu.tokenizer
+        size = self.cfg.vision.image_size
+        pixels = expected.get("vit/pixels_nchw", np.zeros((0, 3, size, size), np.float32))
+        if pixels.shape[1:] != (3, size, size):
+            raise UserError(
+                f"{golden} was recorded for pictures of {pixels.shape[2]}x{pixels.shape[3]}, the "
+                f"checkpoint reads {size}x{size}: they are of different models"
+            )
+        self.pixels = np.moveaxis(pixels, 1, -1)
+
+    def row(self, key: str) -> Row:
+        if reason := self._excluded(key):
+            return Row(key, "not applicable", note=reason)
+        for pattern, compute in _METHODS.items():
+            if match := re.fullmatch(pattern, key):
+                ours = compute(self, *match.groups())
+                return self._judge(key, ours)
+        return Row(key, "FAILED", note="unknown to this version of emu_jax")
+
+    def _excluded(self, key: str) -> str:
+        instruct = key.startswith("instruct/")
+        if self.tokenizer.instruct and not instruct:
+            return "of the pretrained model"
+        if instruct and not self.tokenizer.instruct:
+            return "of the instruction-tuned model"
+        if key.startswith(("unet/", "vae/", "sample/")) and not self.emu.paints:
+            return "this checkpoint has no image decoder"
+        return ""
+
+    def _judge(self, key: str, ours: Any) -> Row:
+        theirs = self.expected[key]
+        if ours is None:
+            return Row(key, "input")
+        ours = np.asarray(ours)
+        if ours.shape != theirs.shape:
+            note = f"shape {list(ours.shape)}, recorded {list(theirs.shape)}"
+            return Row(key, "FAILED", note=note)
+        if not np.issubdtype(theirs.dtype, np.floating):
+            same = bool(np.array_equal(ours, theirs))
+            return Row(key, "ok" if same else "FAILED", note="" if same else "not equal")
+        difference = np.abs(ours.astype(np.float64) - theirs).max(initial=0.0)
+        error = float(difference / max(np.abs(theirs).max(initial=0.0), np.finfo(np.float32).tiny))
+        tolerance = FEEDBACK if _FEEDBACK.fullmatch(key) else TIGHT
+        return Row(key, "ok" if error <= tolerance else "FAILED", error, tolerance)
+
+    # --- Computations ---
+
+    @functools.cached_property
+    def features(self) -> jax.Array:
+        return _features(self.model, self.pixels)
+
+    @functools.cached_property
+    def embeddings(self) -> jax.Array:
+        return _embeddings(self.model, self.pixels)
+
+    def spelled(self, text: str, start: int = 0) -> list[Any]:
+        """A recorded prompt, in which pictures are spelled out, as parts."""
+        placeholder = self.tokenizer.image_placeholder(self.cfg.cformer.n_causal)
+        first, *rest = text.split(placeholder)
+        parts: list[Any] = [first] if first else []
+        for i, piece in enumerate(rest):
+            parts += [self.pixels[start + i], *([piece] if piece else [])]
+        return parts
+
+    @functools.cached_property
+    def prompts(self) -> list[list[Any]]:
+        prompts, start = [], 0
+        for text in self.meta["prompts"]:
+            prompts.append(self.spelled(text, start))
+            start += sum(not isinstance(p, str) for p in prompts[-1])
+        return prompts
+
+    def encoded(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of right-padded texts, and the mask of what is real."""
+        rows = [self.tokenizer.encode(text) for text in texts]
+        ids = np.full((len(rows), max(map(len, rows))), self.cfg.tokens.pad, np.int64)
+        mask = np.zeros(ids.shape, np.int64)
+        for n, row in enumerate(rows):
+            ids[n, : len(row)], mask[n, : len(row)] = row, 1
+        return ids, mask
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
+        """Embeddings, states and logits of right-padded rows, whose pictures are the recorded
+        ones in order."""
+        flat = np.flatnonzero(ids.reshape(-1) == self.cfg.tokens.image)
+        slots = np.full(ids.size, -1, np.int32)
+        slots[flat] = np.arange(len(flat))
+        slots = slots.reshape(ids.shape)
+        images = jnp.broadcast_to(self.embeddings, (len(ids), *self.embeddings.shape))
+        x, hidden, logits, predicted = _language(
+            self.model, jnp.asarray(ids, jnp.int32), images, jnp.asarray(slots),
+            jnp.asarray(mask, bool),
+        )  # fmt: skip
+        return {"x": x, "hidden": hidden, "logits": logits, "predicted": predicted}
+
+    @functools.cached_property
+    def trained(self) -> dict[str, Any]:
+        ids, mask = self.encoded(self.meta["prompts"])
+        out = self.run(ids, mask)
+        t = self.cfg.tokens
+        scored = ~np.isin(ids[:, 1:], [t.pad, t.img, t.img_end, t.image])
+        logp = np.asarray(jax.nn.log_softmax(out["logits"][:, :-1].astype(jnp.float32)))
+        picked = np.take_along_axis(logp, ids[:, 1:, None], axis=-1)[..., 0]
+        predict = np.asarray(self.model.regression_mask(jnp.asarray(ids), jnp.asarray(mask)))
+        target = np.roll(predict, 1, axis=1)
+        return {
+            "ids": ids, "mask": mask, "logits": out["logits"], "hidden": out["hidden"],
+            "llm_loss": -picked[scored].mean(),
+            "regress_pred": np.asarray(out["predicted"])[predict],
+            "regress_target": np.asarray(out["x"])[target],
+        }  # fmt: skip
+
+    def train(self, what: str) -> Any:
+        return self.trained[what]
+
+    def token_cases(self) -> np.ndarray:
+        for case in self.meta.get("tokenizer_cases", ()):
+            if self.tokenizer.encode(case["text"]) != case["ids"]:
+                return np.zeros(0)  # no shape of the recorded ids: a failure
+        return self.trained["ids"]
+
+    def generated(self, tag: str) -> np.ndarray:
+        settings = self.meta["generate_defaults"] | self.meta["generate"][tag]["kw"]
+        known = {f.name for f in dataclasses.fields(TextConfig)}
+        settings = {k: v for k, v in settings.items() if not k.endswith("_token_id")}
+        if unknown := set(settings) - known:
+            raise UserError(f"{self.golden}: unknown generation settings {sorted(unknown)}")
+        settings["max_new_tokens"] = self.meta["spec"]["new_tokens"]
+        ids = self.emu.generate_ids(self.prompts, **settings)
+        # The recording is as wide as its longest row; ours has room for every token.
+        width = self.expected[f"generate/{tag}/ids"].shape[1]
+        return ids[:, :width] if (ids[:, width:] == self.cfg.tokens.pad).all() else ids
+
+    def ranks(self) -> list[list[int]]:
+        spec = self.meta["spec"]
+        return [self.emu.rank([spec["text"][2], self.pixels[0]], spec["candidates"])]
+
+    @functools.cache  # noqa: B019 (one recording lives as long as its verification)
+    def regressed(self, tag: str) -> jax.Array:
+        text, pixels = self.meta["spec"]["text"], self.pixels
+        context = {
+            "text_only": lambda: [text[0]],
+            "in_context": lambda: [pixels[0], text[1], pixels[1], text[0]],
+            "blend": lambda: [pixels[1], pixels[2]],
+        }[tag]()
+        return self.emu.regress([context, ""])
+
+    def condition(self) -> jax.Array | None:
+        """What conditions the decoder repeats one of the regressions."""
+        theirs = self.expected["unet/cond"]
+        for tag in ("text_only", "in_context", "blend"):
+            if np.array_equal(self.expected.get(f"gen_image/{tag}"), theirs):
+                return self.regressed(tag)
+        return None
+
+    def denoised(self) -> np.ndarray:
+        e = self.expected
+        sample = np.moveaxis(e["unet/sample"], 1, -1)
+        out = _denoise(self.model.unet, sample, jnp.asarray(e["unet/t"], jnp.int32), e["unet/cond"])
+        return np.moveaxis(np.asarray(out), -1, 1)
+
+    def autoencoded(self, what: str) -> np.ndarray:
+        if what == "decoded":
+            out = _decode(self.model.vae, np.moveaxis(self.expected["vae/mean"], 1, -1))
+        else:
+            mean, logvar = _encode(self.model.vae, np.moveaxis(self.expected["vae/image"], 1, -1))
+            out = mean if what == "mean" else logvar
+        return np.moveaxis(np.asarray(out), -1, 1)
+
+    def timesteps(self, steps: str, guidance: str) -> np.ndarray:
+        return np.asarray(diffusion.sampling_steps(self.cfg.scheduler, int(steps)).t)
+
+    @functools.cache  # noqa: B019
+    def latents(self, steps: str, guidance: str) -> jax.Array:
+        start = jnp.asarray(np.moveaxis(self.expected["sample/init_latents"], 1, -1))
+        cond, uncond = jnp.asarray(self.expected["sample/cond"])
+        guided = float(guidance) > 1
+        return _sample(
+            self.model, start, cond[None], uncond if guided else None,
+            float(guidance) if guided else 1.0, int(steps),
+        )  # fmt: skip
+
+    def sampled(self, steps: str, guidance: str) -> np.ndarray:
+        return np.moveaxis(np.asarray(self.latents(steps, guidance)), -1, 1)
+
+    def painted(self, steps: str, guidance: str) -> jax.Array:
+        return image.decode_latents(self.model, self.latents(steps, guidance))
+
+    def preprocessed(self, number: str, path: str) -> np.ndarray:
+        file = self.golden / f"preprocess_{number}.png"
+        pixels = normalize_images(load_image(file, self.cfg.vision.image_size))
+        return np.moveaxis(np.asarray(pixels), -1, 0)
+
+    @functools.cached_property
+    def instructed(self) -> dict[str, Any]:
+        ids, mask = self.encoded([self.meta["instruct_prompt"]])
+        return {"ids": ids, "logits": self.run(ids, mask)["logits"]}
+
+    def instruct(self, what: str) -> Any:
+        return self.instructed[what]
+
+    def given(self, *_: str) -> None:
+        """An input: there is nothing to compute."""
+        return None
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    r"vit/pixels_nchw|unet/(?:sample|t)|vae/image|sample/init_latents": _Recording.given,
+    r"vit/features": lambda r: r.features[0],
+    r"vit/ln_visual": lambda r: r.features[1],
+    r"cformer/out": lambda r: r.embeddings,
+    r"train/(ids|mask|logits|hidden|llm_loss|regress_pred|regress_target)": _Recording.train,
+    r"tokenizer/cases_ids": _Recording.token_cases,
+    r"generate/(.+)/ids": _Recording.generated,
+    r"predict/ranks": _Recording.ranks,
+    r"gen_image/(text_only|in_context|blend)": _Recording.regressed,
+    r"unet/cond|sample/cond": _Recording.condition,
+    r"unet/out": _Recording.denoised,
+    r"vae/(mean|logvar|decoded)": _Recording.autoencoded,
+    r"sample/(\d+)_([\d.]+)/timesteps": _Recording.timesteps,
+    r"sample/(\d+)_([\d.]+)/latents": _Recording.sampled,
+    r"sample/(\d+)_([\d.]+)/image": _Recording.painted,
+    r"preprocess/(\d+)/(process_img|pipeline)": _Recording.preprocessed,
+    r"instruct/(ids|logits)": _Recording.instruct,
+}
+
+
+@nnx.jit
+def _features(model, pixels):
+    features = model.visual(pixels)
+    return features, model.ln_visual(features)
+
+
+@nnx.jit
+def _embeddings(model, pixels):
+    return model.encode_images(pixels)
+
+
+@nnx.jit
+def _language(model, tokens, images, slots, mask):
+    x = model.embed(tokens, images, slots)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    # Through the cache, so that padding too sees what it saw in the release.
+    cache = KVCache.empty(model.cfg.llama, *tokens.shape, x.dtype)
+    hidden, _ = model.llama.read(x, positions, mask, cache)
+    return x, hidden, model.llama.logits(hidden), model.llama.regress(hidden)
+
+
+@nnx.jit
+def _denoise(unet, sample, timesteps, cond):
+    return unet(sample, timesteps, cond)
+
+
+@nnx.jit
+def _encode(vae, pixels):
+    return vae.encode(pixels)
+
+
+@nnx.jit
+def _decode(vae, latents):
+    return vae.decode(latents)
+
+
+@functools.partial(nnx.jit, static_argnums=(5,))
+def _sample(model, latents, cond, uncond, guidance, steps):
+    return image.sample_latents(model, latents, cond, uncond, guidance, steps=steps, method="pndm")
