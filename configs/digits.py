@@ -6,7 +6,7 @@
 The encoder comes from the first run. Trained from nothing together with the rest, its
 embeddings collapse: the targets of the regression are its own output, and constant ones are
 the easiest to predict. Here it and the C-Former hold still until the language model can read
-them, then move slowly, under a light regression weight and on normalised embeddings.
+them, then move slowly, and embeddings are normalised.
 """
 
 from emu_jax.config import digits
@@ -26,21 +26,23 @@ def get_config():
             objective="emu",
             model=digits(),
             data=digits_data(
-                batch_size=24, mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 1.5}
+                batch_size=24,
+                picture_first=0.3,
+                mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 3.0},
             ),
             optimizer=OptimizerConfig(
                 groups=(
                     GroupConfig(
-                        r"^(visual|ln_visual)\.", lr=2e-4, delay_steps=150, warmup_steps=50
+                        r"^(visual|ln_visual)\.", lr=1e-4, delay_steps=250, warmup_steps=50
                     ),
-                    GroupConfig(r"^cformer\.", lr=3e-4, delay_steps=150, warmup_steps=50),
-                    GroupConfig(r"^llama\.", lr=1e-3, warmup_steps=50),
+                    GroupConfig(r"^cformer\.", lr=2e-4, delay_steps=250, warmup_steps=50),
+                    GroupConfig(r"^llama\.", lr=3e-3, warmup_steps=50),
                 )
             ),
             parents={"visual": "../digits_clip"},
-            steps=500,
-            regression_weight=0.3,
+            steps=600,
+            regression_weight=5.0,
             dtype="float32",
-            checkpoint_every=250,
+            checkpoint_every=200,
         )
     )

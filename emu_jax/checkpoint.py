@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -47,7 +48,7 @@ def stored_shapes(path: Path) -> dict[str, Any]:
         UserError: there is no readable item.
     """
     try:
-        return flatten(ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree)
+        return flatten(ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
     except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from None
 

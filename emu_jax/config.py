@@ -11,6 +11,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class LlamaConfig:
     rope_dtype: str = "bfloat16"
     max_positions: int = 2048
     eps: float = 1e-6
+    embed_std: float = 0.02  # of fresh token embeddings
     lora: LoraConfig | None = None
 
     @property
@@ -206,8 +208,8 @@ def digits(base_vocab: int = 346) -> EmuConfig:
             normalize=True,
         ),
         llama=LlamaConfig(
-            vocab_size=base_vocab + 4, vocab_multiple=8, width=128, layers=4, heads=4, mlp_width=352,
-            max_positions=256,
+            vocab_size=base_vocab + 4, vocab_multiple=8, width=128, layers=4, heads=4,
+            mlp_width=352, max_positions=256, embed_std=0.7,
         ),
         unet=UNetConfig(
             sample_size=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -241,7 +243,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     return cls(**{k: _convert(hints[k], v, where + k) for k, v in values.items()})
 
 
-def suggest(word: str, known: typing.Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` when something close to `word` is known, else the choices."""
     import difflib
 
@@ -257,7 +259,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         (hint,) = [a for a in args if a is not type(None)]
         return _convert(hint, value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, dict):

@@ -92,7 +92,7 @@ def sampling_steps(cfg: SchedulerConfig, steps: int, method: str = "pndm") -> St
             fit the schedule.
     """
     if method not in METHODS:
-        raise _unknown("the sampler", method, METHODS)
+        raise _unknown("sampler", method, METHODS)
     if not 1 <= steps <= cfg.num_train_timesteps:
         raise UserError(
             f"{steps} sampling steps: give a number from 1 to {cfg.num_train_timesteps}, the "

@@ -71,7 +71,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
         ways = math.prod(mesh.shape[n] for n in names)
         if ways > 1 and size % ways == 0:
             used.update(names)
-            entries.append(names if len(names) > 1 else names[0])
+            entries.append(names[0] if len(names) == 1 else names)
         else:
             entries.append(None)
     return P(*entries)

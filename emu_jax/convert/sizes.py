@@ -277,7 +277,9 @@ def diffusers_config(cls: type, path: Path) -> Any:
         if key in taken or key.startswith("_"):
             continue
         allowed = _PLAIN[cls].get(key, (None, False, 0, 0.0, 1, 1.0))
-        if any(v not in allowed for v in (value if isinstance(value, list) else [value])):
+        values_here = value if isinstance(value, list) else [value]
+        # By type too: True is no 1.
+        if any(not any(v == a and type(v) is type(a) for a in allowed) for v in values_here):
             raise UserError(f"{path}: {key} = {value!r} is not supported, only {allowed[0]!r}")
     kept = {k: v for k, v in values.items() if k in taken and v is not None}
     try:

@@ -4,9 +4,10 @@ merged. All are read a few parameters at a time."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,6 +120,12 @@ def rows_of(cfg: EmuConfig, shapes: Mapping[str, Any]) -> list[Row]:
     return tables.table(cfg, {path: tuple(s.shape) for path, s in shapes.items()})
 
 
+@functools.cache
+def template_of(cfg: EmuConfig, mesh: Mesh) -> Template:
+    """The model that `cfg` describes, without its arrays."""
+    return Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+
+
 def open_source(
     path: Path, mesh: Mesh, *, model_config: Path | None = None, tokenizer: Path | None = None
 ) -> Source:
@@ -204,7 +211,7 @@ class Release:
         self.tokenizer = Tokenizer.load(
             tokenizer, instruct=cfg.llama.vocab_size - base.base_size == sizes.ADDED_TOKENS[1]
         )
-        template = Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+        template = template_of(cfg, mesh)
         shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
         self._rows = {row.path: row for row in tables.table(cfg, shapes)}
         spelling = Spelling.of(found)
@@ -242,25 +249,28 @@ class Release:
     def _read(self, path: str) -> jax.Array:
         row, tensors, shape = self._rows[path], self._tensors[path], self.shapes[path]
         inner = row.layer_shape(shape.shape)
+        return assemble(row, shape, lambda i: row.transform.from_release(tensors[i].read(), inner))
 
-        def layer(i: int, index: tuple[slice, ...]) -> np.ndarray:
-            return row.transform.from_release(tensors[i].read(), inner)[index]
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            # Only this shard is ever in memory, whatever the parameter's size.
-            if not row.stacked:
-                return np.array(layer(0, index), shape.dtype)
-            layers = range(*index[0].indices(len(tensors)))
-            out = None
-            for n, i in enumerate(layers):
-                part = layer(i, index[1:])
-                if out is None:
-                    out = np.empty((len(layers), *part.shape), shape.dtype)
-                out[n] = part
-            assert out is not None
+def assemble(
+    row: Row, shape: jax.ShapeDtypeStruct, layer: Callable[[int], np.ndarray]
+) -> jax.Array:
+    """A parameter in its place on the mesh, from its layers as they lie in a file. Of a large
+    one only a shard is ever in memory beside it."""
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if not row.stacked:
+            part = layer(0)[index]
+            out = np.empty(part.shape, shape.dtype)
+            files.copy_into(out, part)
             return out
+        size = [len(range(*s.indices(n))) for s, n in zip(index, shape.shape, strict=True)]
+        out = np.empty(size, shape.dtype)
+        for n, i in enumerate(range(*index[0].indices(shape.shape[0]))):
+            files.copy_into(out[n], layer(i)[index[1:]])
+        return out
 
-        return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
+    return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
 
 
 class Run:
@@ -276,7 +286,7 @@ class Run:
             if not any(p.startswith(f"{tower}.") for p in stored):
                 cfg = dataclasses.replace(cfg, **{tower: None})
         self.cfg = cfg
-        template = Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+        template = template_of(cfg, mesh)
         self.shapes = {
             p: jax.ShapeDtypeStruct(
                 s.shape, stored[p].dtype if p in stored else s.dtype, sharding=s.sharding

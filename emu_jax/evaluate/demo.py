@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 
 from emu_jax.config import UserError, save_json
 from emu_jax.data import digits
-from emu_jax.data.documents import DocumentFiles, Picture, Text
+from emu_jax.data.documents import DocumentFiles, Text
 from emu_jax.data.images import resize
 from emu_jax.evaluate.report import write_report
 from emu_jax.generate.api import Emu, GenerationConfig, load
@@ -58,7 +58,7 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
         save_json(GENERATION, workdir / "generation.json")
 
         emu = load(workdir, batch_size=100)
-        judge = Judge(fit, emu.cfg.vae.sample_size)
+        judge = Judge(fit, emu.picture_size)
         captions, caption_accuracy = _caption(emu, scored)
         drawings, drawn_accuracy = _draw(emu, judge, seed)
         continuations, continuation_accuracy = _continue(emu, judge, workdir / "data", scored)
@@ -175,7 +175,7 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
     """What the model says of each held-out picture, up to where it would open another."""
     pictures, labels = digits.digit_pictures(split)
     shown = [_rgb(p) for p in pictures]
-    said = [" ".join(parts) for parts in emu.completions([[p] for p in shown], max_images=0)]
+    said = [" ".join(map(str, c)) for c in emu.completions([[p] for p in shown], max_images=0)]
     right = [digits.parse_digit(s) == label for s, label in zip(said, labels, strict=True)]
     return list(zip(shown, said, right, strict=True)), _mean(right)
 
@@ -183,7 +183,7 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
 def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
     """A 10x10 grid of drawings from words, and how many of all drawings the judge reads right."""
     labels = np.repeat(np.arange(10), DRAWINGS)
-    pictures = emu.generate_images([[digits.caption(d, 0)] for d in labels], seeds=seed)
+    pictures = emu.generate_images([[digits.caption(int(d), 0)] for d in labels], seeds=seed)
     grid = pictures.reshape(10, DRAWINGS, *pictures.shape[1:])[:, :10]
     return grid, _mean(judge(pictures) == labels)
 
@@ -194,24 +194,21 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
     documents = DocumentFiles([data / split / "storyboards.array_record"])
     prompts, frames, answers = [], [], []
     for document in (documents[i] for i in range(SEQUENCES)):
-        last = max(i for i, p in enumerate(document.parts) if isinstance(p, Picture))
-        given = [
+        parts = [
             p.text if isinstance(p, Text) else Image.open(io.BytesIO(p.data)).convert("RGB")
-            for p in document.parts[:last]
+            for p in document.parts
         ]
+        *given, _, answer = parts  # the last frame, and its word
         prompts.append(given)
-        frames.append([p for p in given if not isinstance(p, str)])
-        answers.append(digits.parse_digit(document.parts[last + 1].text))
+        frames.append([p for p in given if isinstance(p, Image.Image)])
+        answers.append(digits.parse_digit(str(answer)))
     following = emu.completions(prompts, max_images=1)
-    drawn = [next((p for p in parts if not isinstance(p, str)), None) for parts in following]
-    opened = [i for i, picture in enumerate(drawn) if picture is not None]
-    read = np.full(len(drawn), -1)
-    if opened:
-        read[opened] = judge(np.stack([drawn[i] for i in opened]))
-    right = read == np.asarray(answers)
+    drawn = {i: p for i, parts in enumerate(following) for p in parts if not isinstance(p, str)}
+    read = dict(zip(drawn, judge(np.stack(list(drawn.values()))), strict=True)) if drawn else {}
+    right = [read.get(i) == answer for i, answer in enumerate(answers)]
     shown = [
-        (frames[i], drawn[i], bool(right[i]), f"{digits.WORDS[answers[i]]} comes next")
-        for i in opened[:SHOWN]
+        (frames[i], drawn[i], right[i], f"{digits.WORDS[answers[i]]} comes next")
+        for i in list(drawn)[:SHOWN]
     ]
     return shown, _mean(right)
 

@@ -166,7 +166,7 @@ def _chart(name: str, steps: np.ndarray, values: np.ndarray, rank: int) -> str:
     steps, values = steps[finite], values[finite]
     if not len(values):
         return ""
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8, "text.color": _INK,
         "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
         "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -231,6 +231,8 @@ def _words(name: str) -> str:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_number, value))
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 

@@ -100,6 +100,7 @@ def load(
         return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
     model = checkpoint.load_module(directory, build, mesh)
+    assert isinstance(model, models.Emu)
     return Emu(
         model, tokenizer, defaults=defaults, mesh=mesh, dtype=dtype, batch_size=batch_size
     )
@@ -286,11 +287,11 @@ class Emu:
 
     def _paint(self, embeddings, keys, cfg: GenerationConfig, negative: Parts | None = None):
         self._need_painter()
+        assert self.cfg.unet and self.cfg.vae
         uncond, guidance = None, 1.0
         if cfg.guidance > 1:
             uncond, guidance = self._uncond(negative), jnp.float32(cfg.guidance)
-        size = self.cfg.unet.sample_size * self.cfg.vae.downscale
-        out = np.zeros((len(embeddings), size, size, 3), np.uint8)
+        out = np.zeros((len(embeddings), self.picture_size, self.picture_size, 3), np.uint8)
         for which, rows in self._chunks(np.arange(len(embeddings))):
             full = _fill(which, rows)
             with self._on_mesh():
@@ -308,6 +309,13 @@ class Emu:
             # What the model itself would draw after nothing: <s>[IMG], not zeros.
             self._unconditional = self.regress([""])[0]
         return self._unconditional
+
+    @property
+    def picture_size(self) -> int:
+        """Pixels along a side of what it paints."""
+        self._need_painter()
+        assert self.cfg.unet and self.cfg.vae
+        return self.cfg.unet.sample_size * self.cfg.vae.downscale
 
     def _need_painter(self) -> None:
         if not self.paints:
@@ -342,8 +350,8 @@ class Emu:
         most = cfg.max_images if self.paints else 0
         plan = mixed.MixedPlan(bucket(cfg.max_new_tokens), most, cfg.do_sample, self.paints)
         rules = mixed.MixedRules(
-            np.int32(cfg.max_new_tokens), np.float32(cfg.temperature), np.int32(cfg.top_k),
-            np.float32(cfg.top_p),
+            jnp.int32(cfg.max_new_tokens), jnp.float32(cfg.temperature), jnp.int32(cfg.top_k),
+            jnp.float32(cfg.top_p),
         )  # fmt: skip
         rows = [self._prompt(p) for p in prompts]
         results: list[list[Any]] = [[] for _ in rows]

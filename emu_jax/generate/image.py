@@ -42,6 +42,7 @@ def initial_latents(
     keys: Key[Array, "B"], cfg: EmuConfig, dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "B h w C"]:
     """Gaussian latents, each from its own key alone: a picture does not depend on its batch."""
+    assert cfg.unet is not None
     shape = (cfg.unet.sample_size, cfg.unet.sample_size, cfg.unet.in_channels)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys).astype(dtype)
 
@@ -57,6 +58,7 @@ def sample_latents(
     method: str,
 ) -> Float[Array, "B h w C"]:
     """Denoised latents; the loop is one scan. One `uncond` serves all rows."""
+    assert emu.unet is not None
     if uncond is not None:
         uncond = jnp.broadcast_to(uncond, cond.shape)
     return diffusion.sample(
@@ -67,7 +69,8 @@ def sample_latents(
 
 def decode_latents(emu: Emu, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
     """Pixels in [0, 1]."""
-    pixels = emu.vae.decode(latents / emu.cfg.vae.scaling_factor)
+    assert emu.vae is not None
+    pixels = emu.vae.decode(latents / emu.vae.cfg.scaling_factor)
     return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
 

@@ -112,7 +112,7 @@ class Rules(NamedTuple):
 
     @classmethod
     def of(cls, cfg: TextConfig) -> Rules:
-        i, f = np.int32, np.float32
+        i, f = jnp.int32, jnp.float32
         return cls(
             i(cfg.max_new_tokens + 1), i(cfg.min_length), f(cfg.repetition_penalty),
             f(cfg.length_penalty), f(cfg.temperature), i(cfg.top_k), f(cfg.top_p),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from emu_jax.models.attention import attention
 from emu_jax.models.layers import Linear, lecun, param
+from emu_jax.sharding import shard
 
 
 class Conv(nnx.Module):
@@ -33,7 +34,9 @@ class Conv(nnx.Module):
         self.padding = padding or ((size // 2, size // 2), (size // 2, size // 2))
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x E"]:
-        kernel = self.kernel[...].astype(x.dtype)
+        # FSDP's gather, in words: with batch, input and output channels all split, XLA's
+        # partitioner (jax 0.10.2) gets the gradient towards the input of a convolution wrong.
+        kernel = shard(self.kernel[...].astype(x.dtype), None, None, None, "conv_out")
         if kernel.shape[:2] == (1, 1):
             y = x @ kernel[0, 0]
         else:

@@ -121,7 +121,7 @@ class Llama(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, remat: str = "none", rngs: nnx.Rngs):
         self.embed_tokens = Embedding(
-            cfg.padded_vocab, cfg.width, init=normal(cfg.width**-0.5), rngs=rngs
+            cfg.padded_vocab, cfg.width, init=normal(cfg.embed_std), rngs=rngs
         )
         self.layers = stack(cfg.layers, lambda rngs: LlamaBlock(cfg, rngs=rngs), rngs)
         self.norm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
@@ -184,6 +184,6 @@ class Llama(nnx.Module):
         """Next-token logits, without the rows that only round the vocabulary up."""
         return self.lm_head(hidden)[..., : self.cfg.vocab_size]
 
-    def regress(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """The next visual embedding."""
         return self.stu_regress_head(hidden)

@@ -336,6 +336,11 @@ def _stop_signal() -> Iterator[threading.Event]:
 
 
 def _initialize_distributed() -> None:
-    """Joins the other processes when JAX_NUM_PROCESSES says that there are some."""
-    if int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1 and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    """Joins the other processes when JAX_NUM_PROCESSES says that there are some; their meeting
+    place is JAX_COORDINATOR_ADDRESS. On TPU pods nothing needs to be set but JAX_NUM_PROCESSES."""
+    count = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+    if count > 1 and not jax.distributed.is_initialized():
+        index = os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=count, process_id=None if index is None else int(index)
+        )

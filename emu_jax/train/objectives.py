@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, UserError, suggest
 from emu_jax.data.images import normalize_images
+from emu_jax.data.pipeline import Kind
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import Emu
 from emu_jax.models.vae import VAE
@@ -27,7 +28,7 @@ Metrics = dict[str, jax.Array]
 class Objective(ABC):
     """One stage's module and loss. `batch_kind` names what the data pipeline must yield."""
 
-    batch_kind: str
+    batch_kind: Kind
 
     @abstractmethod
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -140,6 +141,8 @@ class Autoencoder(nnx.Module):
     """The autoencoder alone, under the name it has in Emu."""
 
     def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
+        if cfg.model.vae is None:
+            raise UserError("the vae objective needs model.vae")
         self.vae = VAE(cfg.model.vae, rngs=rngs)
 
 
@@ -167,6 +170,7 @@ class VaeObjective(Objective):
 
     def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
         """Diffusion wants latents of unit variance, as Stable Diffusion's 0.18215 gives."""
+        assert model.vae is not None
         vae = dataclasses.replace(model.vae, scaling_factor=round(1 / metrics["latent_std"], 5))
         return dataclasses.replace(model, vae=vae)
 
@@ -178,9 +182,12 @@ class DecoderObjective(Objective):
     batch_kind = "contexts"
 
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu:
+        if cfg.model.unet is None or cfg.model.vae is None:
+            raise UserError("the decoder objective needs model.unet and model.vae")
         return Emu(cfg.model, remat=cfg.remat, rngs=rngs)
 
     def loss(self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array):
+        assert module.unet and module.vae and cfg.model.vae
         dtype = jnp.dtype(cfg.dtype)
         images = module.encode_images(normalize_images(batch["images"], dtype))
         condition = module.regress_after(

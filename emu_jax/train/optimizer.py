@@ -60,7 +60,7 @@ def _scale_by_groups(groups: Any, schedules: dict[GroupConfig, optax.Schedule]):
 
     def update(updates, state, params=None):
         rates = {group: rate(state.count) for group, rate in schedules.items()}
-        updates = jax.tree.map(lambda u, g: -rates[g].astype(u.dtype) * u, updates, groups)
+        updates = jax.tree.map(lambda u, g: -jnp.asarray(rates[g], u.dtype) * u, updates, groups)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     init = lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))  # noqa: E731
