@@ -117,9 +117,7 @@ def test_video_frames_are_the_releases(case):
 def test_instruct_format_is_the_releases(golden, release):  # noqa: F811
     tokenizer = Tokenizer.load(GOLDEN / "tokenizer", instruct=True)
     pixels = np.zeros((SPEC["img"], SPEC["img"], 3), np.uint8)
-    made = prompt.Prompt.of(
-        prompt.instruct([pixels, SPEC["text"][1]]), tokenizer, release.cfg
-    )
+    made = prompt.Prompt.of(prompt.instruct([pixels, SPEC["text"][1]]), tokenizer, release.cfg)
     assert made.tokens.tolist() == golden["instruct/ids"][0].tolist()
     # The [IMG] [/IMG] of the system message hold no picture.
     assert (made.slots >= 0).sum() == SPEC["n_causal"]
@@ -554,9 +552,7 @@ def continued(drawer):
     """Prompts of unequal length and what follows them, in one batch."""
     model = nnx.merge(drawer._graphdef, drawer._params)
     prompts = [prompt.Prompt.of(p, drawer.tokenizer, model.cfg) for p in OPENING]
-    batch = prompt.pad(
-        prompts, "left", rows=4, length=24, pictures=1, fill=model.cfg.tokens.pad
-    )
+    batch = prompt.pad(prompts, "left", rows=4, length=24, pictures=1, fill=model.cfg.tokens.pad)
     images, tokens, slots, valid = drawer._device(batch)
     plan = mixed.MixedPlan(text_slots=8, max_images=2, do_sample=False, may_open=True)
     rules = mixed.MixedRules(np.int32(7), np.float32(1), np.int32(0), np.float32(1))

@@ -38,6 +38,13 @@ def test_the_instruct_model_covers_its_keys(instruct_dir, merge, tmp_path, capsy
     assert (status, result["passed"], result["checked"]) == (0, True, 2)
 
 
+def test_a_release_verifies_as_it_is(instruct_dir, tmp_path, capsys):  # noqa: F811
+    """`load` reads the release's own files too."""
+    convert(instruct_dir, tmp_path / "release", to="emu")
+    status, result, _ = verify(capsys, tmp_path / "release")
+    assert (status, result["passed"], result["checked"]) == (0, True, 2)
+
+
 def test_a_difference_is_found(instruct_dir, golden, tmp_path, capsys):  # noqa: F811
     other = {key: golden[key] for key in golden}
     other["instruct/logits"] = other["instruct/logits"].copy()

@@ -154,6 +154,26 @@ def open_source(
     )
 
 
+def is_release(path: Path) -> bool:
+    """Whether `open_source` would take it for the release's own files."""
+    return path.is_file() or (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
+
+
+def load_release(path: Path, mesh: Mesh) -> tuple[Emu, Tokenizer]:
+    """The model of the release's own files, in float32, without a run directory between.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    found = open_source(path, mesh)
+    params = {}
+    for paths in batches(found.shapes):
+        params |= {p: a.astype(jnp.float32) for p, a in found.read(paths).items()}
+    model = template_of(found.cfg, mesh).module(params)
+    assert isinstance(model, Emu)
+    return model, found.tokenizer
+
+
 class Release:
     """The release's folder, or one of its .pt files."""
 

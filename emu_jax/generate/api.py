@@ -29,6 +29,7 @@ from PIL import Image
 
 from emu_jax import checkpoint, sharding
 from emu_jax.config import UserError, load_json, suggest
+from emu_jax.convert.source import is_release, load_release
 from emu_jax.data.images import normalize_images
 from emu_jax.generate import image, mixed, text
 from emu_jax.generate.image import ImageConfig
@@ -74,7 +75,8 @@ def load(
     directory: str | Path, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32,
     batch_size: int = 64,
 ) -> Emu:  # fmt: skip
-    """The model of a run directory: config.json, tokenizer/ and the newest parameters.
+    """The model of a run directory: config.json, tokenizer/ and the newest parameters; or of the
+    release's own files (a folder, or Emu-instruct.pt), read as `emu-jax convert` reads them.
 
     Args:
         mesh: where it lives (`sharding.make_mesh`); one device without it.
@@ -85,6 +87,11 @@ def load(
         UserError: the directory is no checkpoint, or a part of it cannot be read.
     """
     directory = Path(directory)
+    if mesh is None:
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    if not (directory / "config.json").is_file() and is_release(directory):
+        model, tokenizer = load_release(directory, mesh)
+        return Emu(model, tokenizer, mesh=mesh, dtype=dtype, batch_size=batch_size)
     cfg = checkpoint.load_config(directory)
     tokenizer = checkpoint.load_tokenizer(directory)
     defaults = GenerationConfig()
@@ -93,17 +100,13 @@ def load(
         defaults.check()
     path = directory / str(checkpoint.latest_step(directory)) / "params"
     towers = {name.split(".")[0] for name in checkpoint.stored_shapes(path)}
-    if mesh is None:
-        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
 
     def build() -> models.Emu:
         return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
     model = checkpoint.load_module(directory, build, mesh)
     assert isinstance(model, models.Emu)
-    return Emu(
-        model, tokenizer, defaults=defaults, mesh=mesh, dtype=dtype, batch_size=batch_size
-    )
+    return Emu(model, tokenizer, defaults=defaults, mesh=mesh, dtype=dtype, batch_size=batch_size)
 
 
 class Emu:
@@ -390,9 +393,7 @@ class Emu:
 
     # --- Batches ---
 
-    def _prompt(
-        self, parts: Parts, *, system: str | None = None, opens: bool = False
-    ) -> Prompt:
+    def _prompt(self, parts: Parts, *, system: str | None = None, opens: bool = False) -> Prompt:
         parts = as_parts(parts)
         spelled = any(isinstance(p, str) and USER in p for p in parts)
         if self.tokenizer.user is not None and not spelled and not opens:
@@ -416,8 +417,16 @@ class Emu:
             part = [prompts[i] for i in which]
             length = bucket(max(len(p.tokens) for p in part), 16)
             pictures = bucket(max(len(p.pictures) for p in part), 1)
-            yield which, pad(
-                part, side, rows=rows, length=length, pictures=pictures, fill=self.cfg.tokens.pad
+            yield (
+                which,
+                pad(
+                    part,
+                    side,
+                    rows=rows,
+                    length=length,
+                    pictures=pictures,
+                    fill=self.cfg.tokens.pad,
+                ),
             )
 
     def _device(self, batch: Batch) -> tuple[Any, ...]:

@@ -275,9 +275,7 @@ class Walk(NamedTuple):
         sequences = jnp.full((batch, plan.slots + 1), plan.tokens.pad, jnp.int32)
         return cls(sequences.at[:, 0].set(plan.tokens.bos), jnp.int32(1), jnp.zeros(batch, bool))
 
-    def extend(
-        self, logits: Float[Array, "B V"], plan: Plan, rules: Rules, keys, allowed
-    ) -> Walk:
+    def extend(self, logits: Float[Array, "B V"], plan: Plan, rules: Rules, keys, allowed) -> Walk:
         """Appends the next token of every row that has not ended."""
         scores = process(logits, self.sequences, self.length, plan, rules, allowed)
         if plan.do_sample:
@@ -438,6 +436,7 @@ class Search(NamedTuple):
 
     def best(self, plan: Plan, rules: Rules) -> Int[Array, "B T"]:
         """The best sequence of each row, open beams included where the search was cut off."""
+
         def take(k, finished: Finished) -> Finished:
             score = self.scores[:, k] / _norm(self.length, rules)
             return finished.add(~self.done, score, self.sequences[:, k], self.length)
