@@ -33,16 +33,16 @@ def get_config():
             optimizer=OptimizerConfig(
                 groups=(
                     GroupConfig(
-                        r"^(visual|ln_visual)\.", lr=1e-4, delay_steps=250, warmup_steps=50
+                        r"^(visual|ln_visual)\.", lr=1e-4, delay_steps=200, warmup_steps=50
                     ),
-                    GroupConfig(r"^cformer\.", lr=2e-4, delay_steps=250, warmup_steps=50),
+                    GroupConfig(r"^cformer\.", lr=2e-4, delay_steps=200, warmup_steps=50),
                     GroupConfig(r"^llama\.", lr=3e-3, warmup_steps=50),
                 )
             ),
             parents={"visual": "../digits_clip"},
-            steps=600,
+            steps=400,
             regression_weight=5.0,
             dtype="float32",
-            checkpoint_every=200,
+            checkpoint_every=100,
         )
     )

@@ -268,6 +268,8 @@ def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
 
     assert unnumbered(ours) == unnumbered(theirs)
     assert ours["cformer.cformer.embed_tokens.weight"].shape == (32128, model.cfg.cformer.width)
+    config = json.loads((tmp_path / "back" / "tokenizer" / "config.json").read_text())
+    assert (config["vocab_size"], config["pad_token_id"]) == (512, 0)  # LLaMA's: no [PAD] yet
     again = tmp_path / "again"
     convert(tmp_path / "back", again)
     released = dataclasses.replace(model.cfg.llama, rope_dtype="bfloat16")

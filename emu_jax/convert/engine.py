@@ -106,12 +106,13 @@ def write_run(source: Source, folder: Path) -> None:
     if jax.process_count() > 1:
         raise UserError("convert runs on one host; what it writes restores onto any number")
     saving = folder.absolute() / "saving"
+    place = str(saving)
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink; five times faster
     with context:
         for paths in progress(source, "writing"):
-            ocp.partial.save(saving, nest(source.read(paths)))
-        ocp.partial.finalize(saving)
+            ocp.partial.save(place, nest(source.read(paths)))
+        ocp.partial.finalize(place)
     (folder / "0").mkdir()
     (saving / "state").rename(folder / "0" / "params")
     (saving / "_CHECKPOINT_METADATA").rename(folder / "0" / "params" / "_CHECKPOINT_METADATA")

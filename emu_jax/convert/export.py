@@ -39,7 +39,9 @@ def complete_release(source: Source, folder: Path) -> None:
         copy_tokenizer(source, folder / "tokenizer")
     config = folder / "tokenizer" / "config.json"
     if not config.exists():
-        write_json(config, llama_json(cfg, vocab_size=source.tokenizer.base_size))
+        # As the release's: LLaMA's own, before Emu's tokens are added.
+        base = source.tokenizer.base_size
+        write_json(config, llama_json(cfg, vocab_size=base, pad_token_id=0))
     write_decoder_json(cfg, folder)
 
 

@@ -134,16 +134,17 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
                 raise UserError(f"{path} is truncated: its header alone is longer than the file")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
-        entries = [
-            (key, _SAFETENSORS.get(v["dtype"]), v["dtype"], tuple(v["shape"]), *v["data_offsets"])
-            for key, v in header.items()
-        ]
+        entries = []
+        for key, value in header.items():
+            start, end = map(int, value["data_offsets"])
+            entries.append((start, end, key, str(value["dtype"]), tuple(map(int, value["shape"]))))
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no safetensors file, or damaged: {error!r}") from None
     data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else None
     held = size - 8 - length
     tensors = {}
-    for key, dtype, name, shape, start, end in sorted(entries, key=lambda e: e[4]):
+    for start, end, key, name, shape in sorted(entries):
+        dtype = _SAFETENSORS.get(name)
         if dtype is None:
             raise UserError(f"{path}: {key} has dtype {name}, which no Emu tensor has")
         if end - start != math.prod(shape) * dtype.itemsize or start < 0:
@@ -353,7 +354,7 @@ def _bytes(tensor: np.ndarray) -> memoryview:
     if not tensor.flags.c_contiguous:
         view, tensor = tensor, np.empty(tensor.shape, tensor.dtype)
         copy_into(tensor, view)
-    return memoryview(tensor.reshape(-1).view(np.uint8))
+    return tensor.reshape(-1).view(np.uint8).data
 
 
 def copy_into(out: np.ndarray, x: np.ndarray, block: int = 256) -> None:

@@ -83,7 +83,9 @@ class Parents:
             if not path.is_dir():
                 raise UserError(f"{kind} {path} is no folder")
         self.tokenizer = Tokenizer.load(tokenizer, instruct=False)
-        self.layout, self.dead, self._seed = None, {}, seed
+        self.layout = None
+        self.dead: dict[str, Tensor] = {}
+        self._seed = seed
         self.notes: list[str] = []
         self._tensors = {
             **_read(eva_clip, "visual.", lambda key: key),
@@ -130,7 +132,7 @@ class Parents:
             causal = (values.get("multimodal_cfg") or {}).get("n_causal", cformer.n_causal)
             cformer = dataclasses.replace(cformer, n_causal=causal)
         try:
-            width, patch = shapes["visual.patch_embed.proj.weight"][::2][:2]
+            width, _, patch, _ = shapes["visual.patch_embed.proj.weight"]
             vision = dataclasses.replace(
                 preset.vision, **chosen, patch_size=patch, width=width,
                 layers=_count(shapes, r"visual\.blocks\.(\d+)\."),
@@ -162,9 +164,9 @@ class Parents:
         found = {key: t.shape for key, t in self._tensors.items()}
         expected: dict[str, tuple[int, ...]] = {}
         for row in self._rows.values():
-            shape = row.transform.release_shape(row.layer_shape(shapes[row.path]))
+            released = row.transform.release_shape(row.layer_shape(shapes[row.path]))
             for key in row.keys:
-                key = self._spelling.write(key)
+                key, shape = self._spelling.write(key), released
                 if row.path in fresh:
                     continue
                 if key in _VOCABULARY:
@@ -174,7 +176,7 @@ class Parents:
                     if not _square(got[1] - 1):
                         raise UserError(f"--eva-clip: visual.pos_embed has {got[1]} rows")
                     self.notes.append(f"visual.pos_embed: interpolated from {got[1]} to {shape[1]}")
-                    shape = (1, got[1], shape[2])
+                    shape = (1, got[1], self.cfg.vision.width)
                 if re.search(r"\.attn2\.to_[kv]\.weight$", key) and got and got != shape:
                     if len(got) == 2 and got[0] == shape[0]:
                         self.notes.append(

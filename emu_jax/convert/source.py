@@ -93,8 +93,10 @@ class Source(Protocol):
     cfg: EmuConfig
     tokenizer: Tokenizer
     shapes: dict[str, jax.ShapeDtypeStruct]
-    layout: Layout | None
     dead: dict[str, Tensor]
+
+    @property
+    def layout(self) -> Layout | None: ...
 
     def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
         """These parameters, on their devices."""
@@ -278,7 +280,7 @@ def assemble(
     """A parameter in its place on the mesh, from its layers as they lie in a file. Of a large
     one only a shard is ever in memory beside it."""
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:  # a slice for each axis
         if not row.stacked:
             part = layer(0)[index]
             out = np.empty(part.shape, shape.dtype)

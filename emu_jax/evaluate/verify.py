@@ -67,7 +67,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     """The JSON object that the command prints."""
     checked = [r for r in rows if r.verdict != "not applicable"]
     errors = [r for r in checked if r.error is not None]
-    worst = max(errors, key=lambda r: r.error / r.tolerance, default=None)
+    worst = max(errors, key=lambda r: (r.error or 0) / (r.tolerance or 1), default=None)
     failed = [r.key for r in rows if r.verdict == "FAILED"]
     return {
         "passed": bool(checked) and not failed,
@@ -154,7 +154,7 @@ class _Recording:
     # --- Computations ---
 
     @functools.cached_property
-    def features(self) -> jax.Array:
+    def features(self) -> tuple[jax.Array, jax.Array]:
         return _features(self.model, self.pixels)
 
     @functools.cached_property
@@ -257,7 +257,7 @@ class _Recording:
         """What conditions the decoder repeats one of the regressions."""
         theirs = self.expected["unet/cond"]
         for tag in ("text_only", "in_context", "blend"):
-            if np.array_equal(self.expected.get(f"gen_image/{tag}"), theirs):
+            if np.array_equal(self.expected.get(f"gen_image/{tag}", ()), theirs):
                 return self.regressed(tag)
         return None
 
@@ -296,7 +296,7 @@ class _Recording:
 
     def preprocessed(self, number: str, path: str) -> np.ndarray:
         file = self.golden / f"preprocess_{number}.png"
-        pixels = normalize_images(load_image(file, self.cfg.vision.image_size))
+        pixels = normalize_images(jnp.asarray(load_image(file, self.cfg.vision.image_size)))
         return np.moveaxis(np.asarray(pixels), -1, 0)
 
     @functools.cached_property
@@ -349,7 +349,8 @@ def _language(model, tokens, images, slots, mask):
     x = model.embed(tokens, images, slots)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Through the cache, so that padding too sees what it saw in the release.
-    cache = KVCache.empty(model.cfg.llama, *tokens.shape, x.dtype)
+    batch, length = tokens.shape
+    cache = KVCache.empty(model.cfg.llama, batch, length, x.dtype)
     hidden, _ = model.llama.read(x, positions, mask, cache)
     return x, hidden, model.llama.logits(hidden), model.llama.regress(hidden)
 

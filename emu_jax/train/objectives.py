@@ -91,7 +91,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def spread(
-    images: Float[Array, "B I N D"], valid: Bool[Array, "B I"], most: int = 256
+    images: Float[Array, "B I N D"], valid: Bool[Array, "B I"], most: int = 64
 ) -> tuple[jax.Array, jax.Array]:
     """How much pictures differ: the mean variance of an embedding's entries over pictures, and
     the effective rank (exponential of the entropy of the covariance's normalised spectrum;
