@@ -370,9 +370,7 @@ def copy_into(out: np.ndarray, x: np.ndarray, block: int = 256) -> None:
             out[i : i + block, j : j + block] = x[i : i + block, j : j + block]
 
 
-def write_shards(
-    folder: Path, stem: str, contents: Contents, limit: int = 5 * 2**30
-) -> Shards:
+def write_shards(folder: Path, stem: str, contents: Contents, limit: int = 5 * 2**30) -> Shards:
     """A folder of safetensors as transformers and peft read it: one file, or shards of at most
     `limit` bytes with their index."""
     groups: list[list[str]] = [[]]

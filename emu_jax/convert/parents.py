@@ -297,4 +297,3 @@ def _read(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tens
         for key, tensor in tensors.items()
         if key.startswith(prefix)
     }
-

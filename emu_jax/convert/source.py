@@ -179,9 +179,7 @@ def load_release(path: Path, mesh: Mesh) -> tuple[Emu, Tokenizer]:
 class Release:
     """The release's folder, or one of its .pt files."""
 
-    def __init__(
-        self, path: Path, mesh: Mesh, model_config: Path | None, tokenizer: Path | None
-    ):
+    def __init__(self, path: Path, mesh: Mesh, model_config: Path | None, tokenizer: Path | None):
         folder = path if path.is_dir() else path.parent
         tokenizer = tokenizer or folder / "tokenizer"
         if not tokenizer.is_dir():

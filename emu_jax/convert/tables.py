@@ -271,8 +271,12 @@ def dead(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
 
 
 def match(
-    rows: Iterable[Row], shapes: Mapping[str, Shape], cfg: EmuConfig, spelling: Spelling,
-    found: Mapping[str, Shape], where: str,
+    rows: Iterable[Row],
+    shapes: Mapping[str, Shape],
+    cfg: EmuConfig,
+    spelling: Spelling,
+    found: Mapping[str, Shape],
+    where: str,
 ) -> list[str]:
     """Checks every name and shape before anything is read or transposed.
 

@@ -57,16 +57,7 @@ class EmuObjective(Objective):
     def loss(self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array):
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         images = module.encode_images(pixels, dropout_key=key)
-        x = module.embed(batch["tokens"], images, batch["image_slots"])
-        hidden = module.llama(x, batch["positions"], batch["segment_ids"])
-
-        text_loss = text_cross_entropy(module, hidden, batch)
-        # Position t regresses what stands at t + 1; the targets teach nothing themselves.
-        mask = module.regression_mask(batch["tokens"], batch["segment_ids"])
-        target = jax.lax.stop_gradient(jnp.roll(x, -1, axis=1)).astype(jnp.float32)
-        error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
-        regression_loss = masked_mean(jnp.mean(error, axis=-1), mask)
-
+        text_loss, regression_loss = sequence_losses(module, images, batch)
         variance, rank = spread(images.astype(jnp.float32), batch["image_valid"])
         loss = cfg.text_weight * text_loss + cfg.regression_weight * regression_loss
         return loss, {
@@ -77,12 +68,25 @@ class EmuObjective(Objective):
         }
 
 
-def text_cross_entropy(module: Emu, hidden: Float[Array, "B T D"], batch: Batch) -> jax.Array:
-    """Mean cross-entropy over the text targets of packed rows, in float32."""
+def sequence_losses(
+    module: Emu, images: Float[Array, "B I N D"], batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Both losses of packed rows, in float32: the mean cross-entropy over text targets, and
+    the squared error of regressed embeddings, a mean over targets and width
+    (release: `modeling_llama.py`, which prepares the pairs of the second)."""
+    x = module.embed(batch["tokens"], images, batch["image_slots"])
+    hidden = module.llama(x, batch["positions"], batch["segment_ids"])
+
     logits = module.llama.logits(hidden[:, :-1]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
     same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
-    return masked_mean(losses, batch["text_loss_mask"][:, 1:] & same)
+    text_loss = masked_mean(losses, batch["text_loss_mask"][:, 1:] & same)
+
+    # Position t regresses what stands at t + 1; the targets teach nothing themselves.
+    mask = module.regression_mask(batch["tokens"], batch["segment_ids"])
+    target = jax.lax.stop_gradient(jnp.roll(x, -1, axis=1)).astype(jnp.float32)
+    error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
+    return text_loss, masked_mean(jnp.mean(error, axis=-1), mask)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
