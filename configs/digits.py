@@ -40,7 +40,7 @@ def get_config():
                 )
             ),
             parents={"visual": "../digits_clip"},
-            steps=400,
+            steps=500,
             regression_weight=5.0,
             dtype="float32",
             checkpoint_every=100,

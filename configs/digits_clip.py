@@ -23,8 +23,8 @@ def get_config():
             optimizer=OptimizerConfig(
                 groups=(GroupConfig(lr=1e-3, warmup_steps=50),), weight_decay=0.1
             ),
-            steps=500,
+            steps=600,
             dtype="float32",
-            checkpoint_every=250,
+            checkpoint_every=200,
         )
     )

@@ -46,7 +46,7 @@ def get_config():
                 "llama": "../digits",
                 "vae": "../digits_vae",
             },
-            steps=400,
+            steps=600,
             ema_decay=0.99,
             dtype="float32",
             checkpoint_every=200,

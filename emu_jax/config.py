@@ -209,7 +209,7 @@ def digits(base_vocab: int = 346) -> EmuConfig:
         ),
         llama=LlamaConfig(
             vocab_size=base_vocab + 4, vocab_multiple=8, width=128, layers=4, heads=4,
-            mlp_width=352, max_positions=256, embed_std=0.7,
+            mlp_width=352, max_positions=256, rope_dtype="float32", embed_std=0.7,
         ),
         unet=UNetConfig(
             sample_size=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

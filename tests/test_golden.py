@@ -18,6 +18,7 @@ from emu_jax.models.emu import Emu
 from emu_jax.models.lora import merge
 from emu_jax.sharding import Template, make_mesh
 from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.objectives import sequence_losses
 
 META = json.loads((GOLDEN / "meta.json").read_text())
 TIGHT, FEEDBACK = 2e-5, 1e-4
@@ -126,6 +127,16 @@ def test_language_model_and_losses(emu, embeddings, golden):
     target = x[np.roll(np.asarray(predict), 1, axis=1)]
     assert relative_error(predicted, golden["train/regress_pred"]) < TIGHT
     assert relative_error(target, golden["train/regress_target"]) < TIGHT
+
+    # The training objective finds the same: documents that are rows of their own.
+    batch = {
+        "tokens": tokens, "segment_ids": segments, "positions": positions, "image_slots": slots,
+        "text_loss_mask": np.isin(ids, [t.pad, t.bos, t.image, t.img, t.img_end], invert=True),
+    }  # fmt: skip
+    text_loss, regression_loss = nnx.jit(sequence_losses)(emu, images, batch)
+    assert relative_error(text_loss, golden["train/llm_loss"]) < TIGHT
+    pairs = golden["train/regress_pred"] - golden["train/regress_target"]
+    assert relative_error(regression_loss, np.mean(np.square(pairs))) < TIGHT
 
 
 CONTEXTS = {  # of `text` and the placeholder of a picture; and the pictures in it

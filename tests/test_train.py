@@ -58,7 +58,6 @@ def small(objective: str, root: str, **changes) -> TrainConfig:
     group = GroupConfig("^unet" if objective == "decoder" else ".*", lr=1e-3)
     cfg = TrainConfig(
         objective=objective, model=model, dtype="float32", steps=6, log_every=1, checkpoint_every=2,
-        mesh=MeshConfig(1, 1, 1),
         data=digits_data(root=root, batch_size=8, row_tokens=40, row_images=4, block_documents=64),
         optimizer=OptimizerConfig(groups=(group, GroupConfig(".*", lr=0.0))),
     )  # fmt: skip

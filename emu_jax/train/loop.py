@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint
-from emu_jax.config import EmuConfig, UserError, save_json, suggest
+from emu_jax.config import UserError, save_json, suggest
 from emu_jax.data import digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
@@ -102,7 +103,7 @@ class Trainer:
             return self.loss(trained | state.frozen, batch, state.step)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -145,7 +146,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     started = time.monotonic()
     _initialize_distributed()
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
-    cfg = dataclasses.replace(cfg, model=_adopt_parents(cfg, workdir))
+    cfg = _adopt_parents(cfg, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = _prepare_data(cfg)
     options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep_checkpoints)
@@ -165,6 +166,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
             tokenizer.save(workdir / "tokenizer")
             save_json(cfg.model, workdir / "config.json")
             save_json(cfg, workdir / "train.json")
+            _carry_release(cfg, workdir)
         if manager.latest_step() is not None:
             state, position = _restore(manager, trainer)
             batches.restore(position)
@@ -214,7 +216,7 @@ def _prepare_data(cfg: TrainConfig) -> Tokenizer:
     """Makes the embedded data where they are asked for, and gives the data's tokenizer.
 
     Raises:
-        UserError: the tokenizer is not the model's.
+        UserError: the tokenizer or a size is not the model's.
     """
     if cfg.data.embedded == "digits":
         digits.build_digits(cfg.data.root)
@@ -226,6 +228,16 @@ def _prepare_data(cfg: TrainConfig) -> Tokenizer:
             f"the tokenizer in {cfg.data.root} has {len(tokenizer)} tokens, the model "
             f"{cfg.model.llama.vocab_size}: set model.llama.vocab_size and model.tokens to match"
         )
+    data, model = cfg.data, cfg.model
+    sizes = [
+        ("n_causal", data.n_causal, model.cformer.n_causal),
+        ("image_size", data.image_size, model.vision.image_size),
+    ]
+    if model.vae is not None and cfg.objective in ("vae", "decoder"):
+        sizes.append(("target_size", data.target_size, model.vae.sample_size))
+    for name, ours, theirs in sizes:
+        if ours != theirs:
+            raise UserError(f"data.{name} is {ours}, the model needs {theirs}: set it to that")
     return tokenizer
 
 
@@ -281,12 +293,22 @@ def _parent(cfg: TrainConfig, workdir: Path, tower: str) -> Path:
     return Path(os.path.normpath(workdir / cfg.parents[tower]))
 
 
-def _adopt_parents(cfg: TrainConfig, workdir: Path) -> EmuConfig:
-    """The model with what its parents measured (the autoencoder's scaling factor).
+def _adopt_parents(cfg: TrainConfig, workdir: Path) -> TrainConfig:
+    """The run with its parents spelled out: the model of `init_from`, and what parents
+    measured (the autoencoder's scaling factor).
 
     Raises:
         UserError: a parent's tower has another configuration than this run's.
     """
+    if cfg.init_from:
+        parent = Path(cfg.init_from).absolute()
+        model = checkpoint.load_config(parent)
+        has = {"unet": model.unet is not None, "vae": model.vae is not None}
+        towers = [tower for tower in CONFIG_OF if has.get(tower, True)]
+        if cfg.objective != "decoder":  # the painter is not in this run
+            towers = [tower for tower in towers if tower not in has]
+        parents = {tower: str(parent) for tower in towers} | cfg.parents
+        return dataclasses.replace(cfg, model=model, parents=parents)
     model = cfg.model
     for tower in cfg.parents:
         name = CONFIG_OF.get(tower, tower)
@@ -300,7 +322,7 @@ def _adopt_parents(cfg: TrainConfig, workdir: Path) -> EmuConfig:
                 f"equal to {parent / 'config.json'}"
             )
         model = dataclasses.replace(model, **{name: ours})
-    return model
+    return dataclasses.replace(cfg, model=model)
 
 
 def _read_parents(cfg: TrainConfig, workdir: Path, trainer: Trainer) -> Params:
@@ -308,8 +330,20 @@ def _read_parents(cfg: TrainConfig, workdir: Path, trainer: Trainer) -> Params:
     params: Params = {}
     for tower in cfg.parents:
         wanted = {k: v for k, v in trainer.template.shapes.items() if k.split(".")[0] == tower}
-        params |= checkpoint.read_params(_parent(cfg, workdir, tower), wanted)
+        if wanted:
+            params |= checkpoint.read_params(_parent(cfg, workdir, tower), wanted)
     return params
+
+
+def _carry_release(cfg: TrainConfig, workdir: Path) -> None:
+    """What a converted parent keeps for the way back (`convert.source`), for this run's own."""
+    for tower in cfg.parents:
+        source, copy = _parent(cfg, workdir, tower) / "release", workdir / "release"
+        if source.is_dir() and not copy.exists():
+            temporary = workdir / "release.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            temporary.rename(copy)
 
 
 @contextmanager

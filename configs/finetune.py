@@ -1,0 +1,31 @@
+"""The multimodal objective on your own documents, from a converted release.
+
+    emu-jax convert Emu/pretrain runs/emu --tokenizer Emu1/models/llama_config
+    emu-jax train --config configs/finetune.py --workdir runs/mine \\
+        --config.init_from=runs/emu --config.data.root=DATA
+
+DATA/train holds ArrayRecord files of documents, KIND.array_record for each kind of the mixture,
+as `emu_jax.data.documents.write_documents` writes them. The model is the one in runs/emu.
+"""
+
+from emu_jax.data.pipeline import DataConfig
+from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
+
+
+def get_config():
+    return config_dict(
+        TrainConfig(
+            name="finetune",
+            data=DataConfig(tokenizer="runs/emu/tokenizer", mixture={"pairs": 1.0}, batch_size=8),
+            optimizer=OptimizerConfig(
+                groups=(
+                    # A tenth of the paper's peak learning rates of pretraining.
+                    GroupConfig(r"^(visual|ln_visual)\.", lr=4e-6, warmup_steps=100),
+                    GroupConfig(r"^cformer\.", lr=1e-5, warmup_steps=100),
+                    GroupConfig(r"^llama\.", lr=3e-6, warmup_steps=100),
+                )
+            ),
+            remat="full",
+            steps=1000,
+        )
+    )
