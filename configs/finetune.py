@@ -16,7 +16,11 @@ def get_config():
     return config_dict(
         TrainConfig(
             name="finetune",
-            data=DataConfig(tokenizer="runs/emu/tokenizer", mixture={"pairs": 1.0}, batch_size=8),
+            data=DataConfig(
+                tokenizer="runs/emu/tokenizer",
+                mixture={"pairs": 1.0, "pages": 0.0, "storyboards": 0.0},
+                batch_size=8,
+            ),
             optimizer=OptimizerConfig(
                 groups=(
                     # A tenth of the paper's peak learning rates of pretraining.

@@ -68,7 +68,7 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 16.0
-    dropout: float = 0.05
+    dropout: float = 0.05  # peft's setting, kept for export; not applied in training yet
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

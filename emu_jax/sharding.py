@@ -8,7 +8,7 @@ which mesh axis each name is split over. Mesh axes: `data` (replicas, across sli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -105,10 +105,15 @@ class Template:
     def shardings(self) -> dict[str, NamedSharding]:
         return {path: shape.sharding for path, shape in self.shapes.items()}
 
-    def init(self) -> dict[str, jax.Array]:
-        """Fresh parameters, each made on the devices that hold it."""
-        make = jax.jit(lambda: self.params(self._build()), out_shardings=self.shardings)
-        return make()
+    def init(self, without: Iterable[str] = ()) -> dict[str, jax.Array]:
+        """Fresh parameters, each made on the devices that hold it, but for those in `without`."""
+        places = {path: where for path, where in self.shardings.items() if path not in without}
+
+        def make() -> dict[str, jax.Array]:
+            params = self.params(self._build())
+            return {path: params[path] for path in places}
+
+        return jax.jit(make, out_shardings=places)()
 
     def params(self, module: nnx.Module) -> dict[str, jax.Array]:
         """The flat parameters of a module of this kind."""

@@ -1,6 +1,7 @@
 """Conversion: both ways bit for bit, strict about its input, readable by other libraries."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import GOLDEN, relative_error
 from flax import nnx
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from emu_jax import checkpoint, cli
@@ -35,7 +37,11 @@ from emu_jax.config import (
 )
 from emu_jax.convert import engine, export, files, parents, sizes, source, tables
 from emu_jax.convert.engine import convert
+from emu_jax.data.documents import Document, Picture, Text, write_documents
 from emu_jax.sharding import make_mesh
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.config_file import load_config
+from emu_jax.train.loop import train
 
 TIGHT = 2e-5
 SHAPES = GOLDEN.parent / "emu14b_state_dict_shapes.json"
@@ -277,6 +283,34 @@ def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
 
 
 # --- The full-size release -------------------------------------------------------------------
+
+
+def test_fine_tuning_a_release_and_the_way_back(run_dir, tmp_path):
+    """The steps of docs/conversion.md."""
+    rng = np.random.default_rng(0)
+    picture = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 30, 3), np.uint8)).save(picture, "PNG")
+    document = Document((Picture(picture.getvalue()), Text("a cat sits on a mat.")))
+    write_documents(tmp_path / "data/train/pairs.array_record", [document] * 16)
+    cfg = load_config(
+        TrainConfig,
+        Path(__file__).parent.parent / "configs" / "finetune.py",
+        [
+            f"init_from={run_dir}", f"data.root={tmp_path / 'data'}", "data.n_causal=24",
+            f"data.tokenizer={run_dir / 'tokenizer'}", "data.image_size=56", "data.row_tokens=64",
+            "data.row_images=2", "data.block_documents=16", "steps=2", "dtype=float32",
+        ],
+    )  # fmt: skip
+    train(cfg, tmp_path / "mine")
+    convert(tmp_path / "mine", tmp_path / "out", to="emu")
+    theirs = load_tensors(GOLDEN / "multimodal_encoder" / "pytorch_model.bin")
+    ours = load_tensors(tmp_path / "out" / "multimodal_encoder" / "pytorch_model.bin")
+    assert list(ours) == list(theirs)
+    moved = {key for key in ours if not np.array_equal(ours[key], theirs[key])}
+    for part in ("visual.blocks", "ln_visual", "cformer.cformer.block", "decoder.lm.model.layers"):
+        assert any(key.startswith(part) for key in moved), part
+    # What computes nothing is carried as it was.
+    assert not {k for k in moved if "rotary_emb" in k or k.endswith("cformer.embed_tokens.weight")}
 
 
 @pytest.fixture(scope="module")

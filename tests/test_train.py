@@ -1,6 +1,7 @@
 """The training step on any mesh, restarts, and what ends a run."""
 
 import dataclasses
+import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.config import UserError, digits
+from emu_jax.config import TokenIds, UserError, digits
 from emu_jax.data.digits import build_digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.sharding import batch_sharding, make_mesh
@@ -88,7 +89,17 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
         return float(loss), to_numpy(grads), to_numpy(params)
 
 
-@pytest.mark.parametrize("objective", ["emu", "clip", "vae", "decoder"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "decoder")]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As on a machine with a single device, where programs compile sooner."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+@pytest.mark.parametrize("objective", ["emu", "clip", *SLOW])
 def test_step_is_the_same_on_every_mesh(objective, data_root):
     cfg = small(objective, data_root)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -132,57 +143,110 @@ COMMAND = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import conftest, test_train
+import test_train
 from emu_jax.train.loop import train
-train(test_train.small("emu", {root!r}, steps=12), Path({workdir!r}))
+cfg = test_train.small("emu", {root!r}, steps=60, checkpoint_every={every})
+train(cfg, Path({workdir!r}))
 """
 
 
-def run_in_process(root, workdir):
-    code = COMMAND.format(tests=str(Path(__file__).parent), root=root, workdir=str(workdir))
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+def run_in_process(root, workdir, every=4):
+    """A run of 60 steps on one device, with JAX's own asynchronous dispatch."""
+    tests = str(Path(__file__).parent)
+    code = COMMAND.format(tests=tests, root=root, workdir=str(workdir), every=every)
+    environment = os.environ | {
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "true",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
-def wait_for_step(workdir: Path, step: int, process):
-    """Until a checkpoint of `step` or later is complete."""
-    for _ in range(1200):
-        steps = [int(p.name) for p in workdir.glob("*") if p.name.isdigit()]
-        if any(s >= step for s in steps):
+def wait_for(condition, process):
+    for _ in range(2400):
+        if condition():
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    raise AssertionError("no checkpoint appeared")
+    raise AssertionError("it did not happen")
+
+
+@pytest.fixture(scope="session")
+def whole_run(data_root, tmp_path_factory):
+    """The parameters of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    process = run_in_process(data_root, workdir)
+    assert process.wait() == 0, process.stderr.read()
+    return parameters(workdir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_stopped_run_ends_bit_identical(how, data_root, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    process = run_in_process(data_root, whole)
-    assert process.wait() == 0, process.stderr.read()
+def test_stopped_run_ends_bit_identical(how, data_root, whole_run, tmp_path):
+    killed = how == signal.SIGKILL
+    # A kill loses what came after the last checkpoint; other signals must save by themselves.
+    every = 4 if killed else 1000
+    process = run_in_process(data_root, tmp_path, every)
+    logged = tmp_path / "metrics.jsonl"
 
-    process = run_in_process(data_root, stopped)
-    wait_for_step(stopped, 4, process)
+    def under_way():
+        if killed:
+            return any(p.name.isdigit() and int(p.name) >= 8 for p in tmp_path.iterdir())
+        return logged.exists() and logged.read_text().count("\n") >= 5
+
+    wait_for(under_way, process)
     process.send_signal(how)
     process.wait()
-    assert checkpoint.latest_step(stopped) < 12, "it was over before the signal came"
-    process = run_in_process(data_root, stopped)
+    assert 0 < checkpoint.latest_step(tmp_path) < 60, "it was over before the signal came"
+    process = run_in_process(data_root, tmp_path, every)
     assert process.wait() == 0, process.stderr.read()
 
-    expected, found = parameters(whole), parameters(stopped)
-    assert expected.keys() == found.keys()
-    for path in expected:
-        np.testing.assert_array_equal(expected[path], found[path], err_msg=path)
-    assert [r["step"] for r in read_metrics(stopped)["emu"]] == list(range(1, 13))
+    found = parameters(tmp_path)
+    assert whole_run.keys() == found.keys()
+    for path, value in whole_run.items():
+        np.testing.assert_array_equal(value, found[path], err_msg=path)
+    assert [r["step"] for r in read_metrics(tmp_path)["emu"]] == list(range(1, 61))
 
 
-def test_resume_restores_averages_and_data(data_root, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_as_one(data_root, tmp_path):
+    """`launch/local.sh 2` with two devices each, against one process of four."""
+    script = Path(__file__).parent.parent / "launch" / "local.sh"
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_train\n"
+        "from emu_jax.train.config import config_dict\n"
+        f"get_config = lambda: config_dict(test_train.small('emu', {data_root!r}))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["EMU_JAX"] = str(Path(sys.executable).parent / "emu-jax")
+    for count, devices in ((1, 4), (2, 2)):
+        workdir = tmp_path / str(count)
+        done = subprocess.run(
+            [str(script), str(count), "--config", str(config), "--workdir", str(workdir)],
+            env=environment | {"DEVICES": str(devices)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (read_metrics(tmp_path / n)["emu"] for n in ("1", "2"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_resume_restores_averages_and_data(data_root, tmp_path, one_device):
     """A run that lost its last checkpoint ends as one that did not."""
-    cfg = small("decoder", data_root, ema_decay=0.9, keep_checkpoints=10)
+    groups = (GroupConfig("^visual", lr=1e-3), GroupConfig(".*", lr=0.0))
+    cfg = small(
+        "clip", data_root, ema_decay=0.9, keep_checkpoints=10,
+        optimizer=OptimizerConfig(groups=groups),
+    )  # fmt: skip
     train(cfg, tmp_path)
     step = tmp_path / "6"
     shapes = checkpoint.stored_shapes(step / "ema")
-    assert shapes and all(path.startswith("unet.") for path in shapes)
+    assert shapes and all(path.startswith("visual.") for path in shapes)
     wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in shapes.items()}
     expected = jax.tree.map(np.asarray, checkpoint.read(step / "ema", wanted))
     shutil.rmtree(step)
@@ -206,25 +270,27 @@ def test_frozen_parameters_do_not_move_and_delays_hold(data_root, tmp_path):
         trainer = Trainer(cfg, mesh)
         assert not any("visual." in k and not k.startswith("ln") for k in trainer.trained)
         state = trainer.start({})
-        first = jax.tree.map(np.asarray, state.trained)
+        first, frozen = jax.tree.map(np.array, (state.trained, state.frozen))
         batch = one_batch(cfg, "rows")
         for step in range(1, 5):
             state, metrics = trainer.step(state, batch)
             moved = {k for k, v in state.trained.items() if np.any(np.asarray(v) != first[k])}
             assert any(k.startswith("llama") for k in moved)
             assert any(k.startswith("cformer") for k in moved) == (step > 3)
+            for path, value in state.frozen.items():
+                np.testing.assert_array_equal(frozen[path], value, err_msg=path)
         assert float(metrics["embedding_variance"]) > 0
 
 
-def test_non_finite_steps_change_nothing_and_end_the_run(data_root, tmp_path):
-    cfg = small("vae", data_root, max_bad_steps=2)
+def test_non_finite_steps_change_nothing_and_end_the_run(data_root, tmp_path, one_device):
+    cfg = small("clip", data_root, max_bad_steps=2)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
-        broken = {"vae.decoder.conv_out.bias": np.full(3, np.nan, np.float32)}
+        broken = {"visual.head.bias": np.full(64, np.nan, np.float32)}
         state = trainer.start(broken)
         before = jax.tree.map(np.asarray, state.trained)
-        state, metrics = trainer.step(state, one_batch(cfg, "pictures"))
+        state, metrics = trainer.step(state, one_batch(cfg, "captions"))
         assert float(metrics["bad_steps"]) == 1
         for path, value in state.trained.items():
             np.testing.assert_array_equal(before[path], value, err_msg=path)
@@ -235,24 +301,78 @@ def test_non_finite_steps_change_nothing_and_end_the_run(data_root, tmp_path):
         train(cfg, tmp_path)
 
 
-def test_loss_ignores_what_it_must(data_root):
-    """Padding, and the tokens after a document's end, change no loss."""
+def test_documents_of_a_row_do_not_see_each_other(data_root):
+    """Neither text nor padding of another document changes a document's hidden states."""
     cfg = small("emu", data_root)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
         params = trainer.template.init()
+        module = trainer.template.module(params)
         batch = one_batch(cfg, "rows")
-        loss = trainer.loss(params, batch, np.int32(0))[0]
-        padding = batch["segment_ids"] == 0
-        assert padding.any()
-        changed = batch | {"tokens": np.where(padding, 5, batch["tokens"])}
-        assert float(trainer.loss(params, changed, np.int32(0))[0]) == pytest.approx(
-            float(loss), rel=1e-6
-        )
+        segments = batch["segment_ids"]
+        assert (segments == 0).any() and (segments == 2).any()
+
+        def hidden(tokens):
+            x = module.embed(tokens)
+            return np.asarray(module.llama(x, batch["positions"], segments))
+
+        before = hidden(batch["tokens"])
+        for other in (0, 1):
+            after = hidden(np.where(segments == other, 5, batch["tokens"]))
+            np.testing.assert_allclose(after[segments == 2], before[segments == 2], atol=1e-6)
+            assert np.abs(after[segments == other] - before[segments == other]).max() > 1e-3
+
+        loss = float(trainer.loss(params, batch, np.int32(0))[0])
+        padded = batch | {"tokens": np.where(segments == 0, 5, batch["tokens"])}
+        changed = float(trainer.loss(params, padded, np.int32(0))[0])
+        assert changed == pytest.approx(loss, rel=1e-6)
 
 
-def test_errors_are_one_clear_line(data_root, tmp_path):
+@pytest.mark.parametrize("objective", ["emu", "clip", *SLOW])
+def test_bfloat16_is_close_to_float32(objective, data_root):
+    """Compute in bfloat16 moves the loss by its rounding, no more."""
+    losses = []
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for dtype in ("float32", "bfloat16"):
+        cfg = small(objective, data_root, dtype=dtype)
+        with jax.set_mesh(mesh):
+            trainer = Trainer(cfg, mesh)
+            batch = one_batch(cfg, trainer.objective.batch_kind)
+            loss = jax.jit(lambda params, batch, t=trainer: t.loss(params, batch, np.int32(0))[0])
+            losses.append(loss(trainer.template.init(), batch))
+    assert losses[1].dtype == np.float32
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=0.03)
+
+
+def test_rematerialisation_reaches_what_trains(data_root):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for objective in ("emu", "clip", "decoder"):
+        cfg = small(objective, data_root, remat="full")
+        with jax.set_mesh(mesh):
+            trainer = Trainer(cfg, mesh)
+            batch = one_batch(cfg, trainer.objective.batch_kind)
+            step = jax.make_jaxpr(trainer._step)(trainer.state_shapes, batch)
+        assert "remat" in str(step), objective
+
+
+def test_a_run_directory_keeps_its_run(data_root, tmp_path, one_device):
+    """Going on with other settings is refused before anything saved is touched."""
+    cfg = small("clip", data_root, steps=2)
+    train(cfg, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.json")}
+    for change in (
+        {"kl_weight": 1.0},
+        {"optimizer": OptimizerConfig(groups=(GroupConfig(lr=2e-3),))},
+        {"data": dataclasses.replace(cfg.data, seed=5)},
+    ):
+        with pytest.raises(UserError, match="holds a run with"):
+            train(dataclasses.replace(cfg, steps=4, **change), tmp_path)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.glob("*.json")}
+    assert train(dataclasses.replace(cfg, steps=3, log_every=2), tmp_path)["step"] == 3
+
+
+def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
     base = small("emu", data_root)
     with pytest.raises(UserError, match=r"did you mean 'decoder'"):
         train(dataclasses.replace(base, objective="decodr"), tmp_path / "a")
@@ -263,6 +383,17 @@ def test_errors_are_one_clear_line(data_root, tmp_path):
         train(dataclasses.replace(base, optimizer=OptimizerConfig(groups=groups)), tmp_path / "c")
     with pytest.raises(UserError, match="make the three multiply to"):
         train(dataclasses.replace(base, mesh=MeshConfig(3, 1, 1)), tmp_path / "d")
+    for change, message in (
+        ({"remat": "ful"}, "did you mean 'full'"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
+        ({"log_every": 0}, "at least 1"),
+        ({"optimizer": OptimizerConfig(groups=(GroupConfig("(", lr=1e-3),))}, "pattern"),
+        ({"data": dataclasses.replace(base.data, batch_size=0)}, "batch_size 0"),
+        ({"data": dataclasses.replace(base.data, n_causal=5)}, "n_causal is 5, the model needs 4"),
+        ({"model": dataclasses.replace(base.model, tokens=TokenIds())}, "the tokenizer's are"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(base, **change), tmp_path / "g")
     train(dataclasses.replace(base, steps=1), tmp_path / "e")
     wider = dataclasses.replace(base.model.vision, width=48)
     model = dataclasses.replace(base.model, vision=wider)
@@ -281,7 +412,12 @@ def test_every_config_builds(path):
     assert trainer.trained
 
 
-def test_autoencoder_measures_its_scaling_factor(data_root, tmp_path):
+def test_the_fine_tuning_config_reads_pairs_alone():
+    cfg = load_config(TrainConfig, CONFIGS / "finetune.py", [])
+    assert [kind for kind, weight in cfg.data.mixture.items() if weight > 0] == ["pairs"]
+
+
+def test_autoencoder_measures_its_scaling_factor(data_root, tmp_path, one_device):
     metrics = train(small("vae", data_root, steps=2), tmp_path)
     factor = checkpoint.load_config(tmp_path).vae.scaling_factor
     assert factor == pytest.approx(1 / metrics["latent_std"], rel=1e-3)

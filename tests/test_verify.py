@@ -58,6 +58,76 @@ def test_a_difference_is_found(instruct_dir, golden, tmp_path, capsys):  # noqa:
     assert result["failed"] == ["instruct/ids", "instruct/logits"]
 
 
+def record(folder, change, change_meta=lambda meta: None):
+    """A golden folder that differs from the release's: `change` edits its tensors."""
+    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.bin", "*.pt", "unet", "vae"))
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    with np.load(GOLDEN / "expected.npz") as stored:
+        arrays = dict(stored)
+    meta = json.loads((folder / "meta.json").read_text())
+    change(arrays)
+    change_meta(meta)
+    np.savez(folder / "expected.npz", **arrays)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def keep(arrays, *prefixes):
+    for key in [key for key in arrays if not key.startswith(prefixes)]:
+        del arrays[key]
+
+
+def test_what_a_recording_lacks_fails_its_rows(run_dir, tmp_path, capsys):  # noqa: F811
+    def change(arrays):
+        keep(arrays, "predict/", "train/ids", "generate/greedy/", "sample/cond", "preprocess/0",
+             "preprocess/1", "vit/pixels", "gen_image/text_only", "cformer/")  # fmt: skip
+        arrays["sample/cond"] = arrays["sample/cond"] * 1.01
+        arrays["cformer/out"] = arrays["cformer/out"] * np.nan
+
+    def change_meta(meta):
+        meta["prompts"] = meta["prompts"] * 2  # more pictures than were recorded
+        meta["video_frame_indices"][0]["indices"][0] += 1
+        del meta["spec"]["candidates"]
+
+    record(tmp_path / "golden", change, change_meta)
+    (tmp_path / "golden" / "preprocess_1.png").unlink()
+    status, result, lines = verify(capsys, run_dir, tmp_path / "golden")
+    assert status == 1
+    assert set(result["failed"]) == {
+        "predict/ranks", "train/ids", "generate/greedy/ids", "sample/cond", "cformer/out",
+        "preprocess/0/process_img", "preprocess/1/process_img", "preprocess/1/pipeline",
+    }  # fmt: skip
+    assert result["worst"] == {"key": "cformer/out", "error": None, "tolerance": 2e-5}
+    notes = {line.split()[0]: line for line in lines}
+    assert "<image> tokens" in notes["train/ids"] and "frames" in notes["preprocess/0/process_img"]
+    assert "candidates" in notes["predict/ranks"] and "gen_image" in notes["sample/cond"]
+
+
+def test_decoded_texts_count(run_dir, tmp_path, capsys):  # noqa: F811
+    def change_meta(meta):
+        meta["generate"]["greedy"]["texts"][1] += "!"
+
+    record(tmp_path / "golden", lambda a: keep(a, "generate/greedy/", "vit/pixels"), change_meta)
+    status, result, lines = verify(capsys, run_dir, tmp_path / "golden")
+    assert (status, result["failed"]) == (1, ["generate/greedy/ids"])
+    assert any("the ids are equal, but read" in line for line in lines)
+
+
+def test_several_latents_and_one_timestep(run_dir, tmp_path, capsys):  # noqa: F811
+    def change(arrays):
+        keep(arrays, "unet/", "sample/init", "sample/cond", "sample/4_1.0/", "gen_image/text_only")
+        keep(arrays, "unet/sample", "unet/t", "unet/cond", "sample/", "gen_image/")
+        for key in ("init_latents", "4_1.0/latents", "4_1.0/image"):
+            arrays[f"sample/{key}"] = np.repeat(arrays[f"sample/{key}"], 3, axis=0)
+        arrays["unet/t"] = np.int64(5)
+        arrays["unet/out"] = np.zeros_like(arrays["unet/sample"])
+
+    record(tmp_path / "golden", change)
+    status, result, lines = verify(capsys, run_dir, tmp_path / "golden")
+    assert (status, result["failed"]) == (1, ["unet/out"])  # computed, and not the zeros
+    assert result["worst"]["key"] == "unet/out" and result["worst"]["error"] > 1
+
+
 def test_mistakes_are_one_line(instruct_dir, tmp_path, capsys):  # noqa: F811
     status, err, _ = verify(capsys, tmp_path / "nowhere")
     assert status == 2 and "nowhere" in err

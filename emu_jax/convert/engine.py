@@ -205,29 +205,44 @@ def replacing(dst: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: `dst` exists and may not be overwritten, or cannot be written.
     """
-    occupied = dst.is_file() or (dst.is_dir() and any(dst.iterdir()))
-    if occupied and not overwrite:
-        raise UserError(f"{dst} exists: choose another destination, or say --overwrite")
     single = dst.suffix in (".pt", ".bin", ".pth")
     try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
-    except OSError as error:
-        raise UserError(f"cannot write beside {dst}: {error.strerror}") from None
+        place = dst.resolve()  # `.` has no name, and a link must not be replaced by a folder
+        occupied = place.is_file() or (place.is_dir() and any(place.iterdir()))
+        if occupied and not overwrite:
+            raise UserError(f"{dst} exists: choose another destination, or say --overwrite")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write beside {dst}: {reason}") from None
+    aside = holder / "replaced"
     try:
-        temporary = holder / dst.name
+        temporary = holder / place.name
+        if temporary == aside:
+            aside = holder / "replaced.old"
         if not single:
             temporary.mkdir()
         yield temporary
-        if dst.exists():
-            dst.rename(holder / "replaced")
-        temporary.rename(dst)
+        try:
+            if place.exists():
+                place.rename(aside)
+            temporary.rename(place)
+        except BaseException:
+            if aside.exists() and not place.exists():
+                aside.rename(place)
+            raise
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(f"cannot write {dst}: {os.strerror(error.errno)}") from error
+        culprit = str(error.filename or dst)
+        if culprit.startswith(str(holder)):
+            culprit = str(dst)
+        verb = "write" if culprit == str(dst) else "access"
+        raise UserError(f"cannot {verb} {culprit}: {os.strerror(error.errno)}") from error
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        if place.exists() or not aside.exists():  # else it holds the only copy
+            shutil.rmtree(holder, ignore_errors=True)
 
 
 def progress(source: Source, what: str) -> Iterator[list[str]]:
@@ -257,7 +272,7 @@ def report() -> Iterator[dict[str, Any]]:
     """Measures the time and the peak of anonymous memory of what runs inside."""
     made: dict[str, Any] = {}
     done, start = threading.Event(), time.monotonic()
-    peak = anonymous_memory()
+    peak = before = anonymous_memory()
 
     def watch() -> None:
         nonlocal peak
@@ -274,6 +289,7 @@ def report() -> Iterator[dict[str, Any]]:
         watcher.join()
         made["seconds"] = round(time.monotonic() - start, 3)
         made["peak_rss_anon_bytes"] = peak
+        made["rss_anon_bytes_before"] = before
 
 
 def anonymous_memory() -> int | None:

@@ -53,10 +53,6 @@ class Tensor:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 def dtype_name(dtype: np.dtype) -> str:
     """torch's name of a dtype."""
@@ -185,8 +181,8 @@ def _open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise UserError(
             f"{path} is refused: it is damaged, or its pickle holds more than tensors ({reason})"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # what a damaged pickle leads to: IndexError, AssertionError, ...
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{path} is truncated or damaged: {reason}") from None
     nest = None
     if isinstance(stored, dict):
@@ -199,7 +195,7 @@ def _open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     for key, value in stored.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}")
-        if value.dtype not in names or value.layout != torch.strided:
+        if value.dtype not in names or value.layout != torch.strided or value.device.type != "cpu":
             raise UserError(f"{path}: {key} is {value.dtype}, which no Emu tensor is")
         tensors[str(key)] = Tensor(
             tuple(value.shape), names[value.dtype], lambda value=value: _as_numpy(value, torch)
@@ -272,6 +268,7 @@ class TorchWriter:
     """
 
     def __init__(self, path: Path, contents: Contents, nest: str | None = None):
+        self._torch = torch_or_explain(path)  # now, not after hours of writing
         self._contents, self._nest = dict(contents), nest
         self._numbers = {key: i for i, key in enumerate(contents)}
         self._left = set(contents)
@@ -305,8 +302,7 @@ class TorchWriter:
                 f.write(data[start : start + (1 << 24)])
 
     def _pickle(self) -> bytes:
-        torch = torch_or_explain(Path(self._root))
-        tensors = {}
+        torch, tensors = self._torch, {}
         for key, (shape, dtype) in self._contents.items():
             kind = getattr(torch, _DTYPES[dtype][2])
             storage = _Storage(kind, str(self._numbers[key]), math.prod(shape))

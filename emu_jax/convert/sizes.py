@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -38,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
@@ -52,7 +53,6 @@ def multimodal(
     base_vocab: int,
     model_json: Path | None = None,
     llama_json: Path | None = None,
-    lora_alpha: float = LoraConfig.alpha,
 ) -> EmuConfig:
     """The sizes of everything but the image decoder, which is left out.
 
@@ -65,7 +65,6 @@ def multimodal(
         base_vocab: size of the tokenizer's vocabulary before Emu's tokens.
         model_json: in the release's own format (`Emu-14B.json`).
         llama_json: a transformers `config.json` of LLaMA.
-        lora_alpha: the adapters' alpha, which no tensor tells.
 
     Raises:
         UserError: a tensor that sizes depend on is missing or misshapen, the JSON disagrees
@@ -84,8 +83,8 @@ def multimodal(
         return tuple(shapes[name])
 
     def layers(pattern: str) -> int:
-        found = {int(m[1]) for key in shapes if (m := re.match(pattern, key))}
-        return max(found, default=-1) + 1
+        # How many, not the highest: the table lists what a gap leaves missing and unexpected.
+        return len({m[1] for key in shapes if (m := re.match(pattern, key))})
 
     preset = emu_14b()
     lm = re.escape(spelling.write("decoder.lm."))
@@ -120,23 +119,29 @@ def multimodal(
     llama = dataclasses.replace(
         preset.llama, vocab_size=vocab, width=width, layers=layers(lm + r"model\.layers\.(\d+)\."),
         mlp_width=shape("decoder.lm.model.layers.0.mlp.gate_proj.weight", 2)[0],
-        lora=_lora(shapes, spelling, lora_alpha),
+        lora=_lora(shapes, spelling, where),
     )  # fmt: skip
     rotary = shapes.get(spelling.write("decoder.lm.model.layers.0.self_attn.rotary_emb.inv_freq"))
+    rotary = None if rotary is None else tuple(rotary)
     sized = {f: getattr(llama, f) for f in ("width", "layers", "mlp_width")}
     if llama_json is not None:
         llama = _with_llama_json(llama, llama_json)
-    elif rotary:
+    elif rotary is not None:
+        if len(rotary) != 1 or rotary[0] == 0 or width % (2 * rotary[0]):
+            raise UserError(
+                f"{where}: rotary_emb.inv_freq is {list(rotary)}, which fits no head of a language "
+                f"model of width {width}"
+            )
         llama = dataclasses.replace(llama, heads=width // (2 * rotary[0]))
     elif any(getattr(preset.llama, f) != v for f, v in sized.items()):
         raise UserError(
             f"{where} does not tell how many heads its language model has: put LLaMA's "
             "config.json into the tokenizer folder (--tokenizer)"
         )
-    if rotary and llama.head_width != 2 * rotary[0]:
+    if rotary is not None and rotary != (llama.head_width // 2,):
         raise UserError(
-            f"{where} has rotary_emb.inv_freq for heads of width {2 * rotary[0]}, but {llama_json} "
-            f"says {llama.heads} heads for a width of {width}"
+            f"{where} has rotary_emb.inv_freq {list(rotary)}, but {llama_json} says {llama.heads} "
+            f"heads for a width of {width}"
         )
 
     if model_json is not None:
@@ -159,19 +164,27 @@ def multimodal(
     )  # fmt: skip
 
 
-def _lora(shapes: Mapping[str, Shape], spelling: Spelling, alpha: float) -> LoraConfig | None:
+def _lora(shapes: Mapping[str, Shape], spelling: Spelling, where: str) -> LoraConfig | None:
+    """The adapters' sizes. Their alpha, which no tensor tells, is the release's."""
     if not spelling.peft:
         return None
-    found = {
-        m[1]: shape[0]
-        for key, shape in shapes.items()
-        if (m := re.search(r"\.self_attn\.(\w+)\.lora_A\.default\.weight$", key)) and shape
-    }
+    ranks: collections.Counter[int] = collections.Counter()
+    found = set()
+    for key, shape in shapes.items():
+        if match := re.search(r"\.self_attn\.(\w+)\.lora_A\.default\.weight$", key):
+            if len(shape) != 2 or shape[0] == 0:
+                raise UserError(f"{where}: {key} is {list(shape)}, expected [rank, width]")
+            found.add(match[1])
+            ranks[shape[0]] += 1
     if not found:
         return None  # wrapped by peft, without adapters: the table lists what is unexpected
     order = LoraConfig().targets
-    targets = tuple(sorted(found, key=lambda t: order.index(t) if t in order else len(order)))
-    return LoraConfig(rank=max(found.values()), alpha=alpha, targets=targets)
+    if unknown := found - set(order):
+        raise UserError(f"{where} has LoRA on {', '.join(sorted(unknown))}: only on {order}")
+    # The most common rank: the table names the adapters that have another.
+    return LoraConfig(
+        rank=ranks.most_common(1)[0][0], targets=tuple(sorted(found, key=order.index))
+    )
 
 
 def _with_model_json(vision: VisionConfig, cformer: CFormerConfig, path: Path) -> VisionConfig:
@@ -181,22 +194,23 @@ def _with_model_json(vision: VisionConfig, cformer: CFormerConfig, path: Path) -
     if not isinstance(tower, dict):
         raise UserError(f"{path} has no vision_cfg: give the release's model JSON (Emu-14B.json)")
     head_width = tower.get("head_width", 64)  # the release's own default
-    if not isinstance(head_width, int):
+    if isinstance(head_width, bool) or not isinstance(head_width, int) or head_width < 1:
         raise UserError(f"{path}: vision_cfg.head_width must be a number, not {head_width!r}")
+    causal = {}
+    for name in ("multimodal_cfg", "vladapter_cfg"):
+        part = values.get(name) or {}
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: {name} must be an object, not {part!r}")
+        causal[f"{name}.n_causal"] = (part.get("n_causal"), cformer.n_causal)
     told = {
         "vision_cfg.image_size": (tower.get("image_size"), vision.image_size),
         "vision_cfg.patch_size": (tower.get("patch_size"), vision.patch_size),
         "vision_cfg.width": (tower.get("width"), vision.width),
         "vision_cfg.layers": (tower.get("layers"), vision.layers),
         "embed_dim": (values.get("embed_dim"), vision.clip_width),
-        "multimodal_cfg.n_causal": (
-            (values.get("multimodal_cfg") or {}).get("n_causal"), cformer.n_causal,
-        ),
-        "vladapter_cfg.n_causal": (
-            (values.get("vladapter_cfg") or {}).get("n_causal"), cformer.n_causal,
-        ),
-    }  # fmt: skip
-    if isinstance(ratio := tower.get("mlp_ratio"), int | float):
+        **causal,
+    }
+    if isinstance(ratio := tower.get("mlp_ratio"), int | float) and math.isfinite(ratio):
         told["vision_cfg.mlp_ratio x width"] = (int(vision.width * ratio), vision.mlp_width)
     for name, (said, is_) in told.items():
         if said is not None and said != is_:
@@ -237,8 +251,10 @@ def llama_config(path: Path) -> LlamaConfig:
     """
     values = read_json(path)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_scaling must be an object, not {rope!r}")
     values.setdefault("rope_theta", rope.get("rope_theta", LlamaConfig.rope_theta))
-    kinds = {rope.get("rope_type", "default"), rope.get("type", "default")}
+    kinds = [rope.get("rope_type", "default"), rope.get("type", "default")]
     heads = values.get("num_attention_heads")
     for wrong, what in (
         (values.get("model_type", "llama") != "llama", f"model_type {values.get('model_type')}"),
@@ -246,7 +262,7 @@ def llama_config(path: Path) -> LlamaConfig:
         (values.get("attention_bias"), "attention biases"),
         (values.get("mlp_bias"), "MLP biases"),
         (values.get("tie_word_embeddings"), "tied word embeddings"),
-        (kinds != {"default"}, f"rope scaling {rope}"),
+        (kinds != ["default"] * 2, f"rope scaling {rope}"),
         (values.get("hidden_act", "silu") != "silu", f"activation {values.get('hidden_act')}"),
     ):
         if wrong:
@@ -257,7 +273,8 @@ def llama_config(path: Path) -> LlamaConfig:
         value = values.get(theirs, default if isinstance(default, float) else None)
         if theirs == "max_position_embeddings" and value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < 2**53 or type(default)(value) != value:
             raise UserError(f"{path}: {theirs} must be a positive number, not {value!r}")
         sizes[ours] = type(default)(value)
     return LlamaConfig(**sizes)
@@ -266,30 +283,66 @@ def llama_config(path: Path) -> LlamaConfig:
 def diffusers_config(cls: type, path: Path) -> Any:
     """A diffusers `config.json` (or `scheduler_config.json`) as our dataclass.
 
-    Keys that we do not have must hold the value that Stable Diffusion v1.5 has.
+    What is absent has diffusers' own default. Keys that we do not have must hold a value that
+    leaves the network as Stable Diffusion v1.5 has it.
 
     Raises:
         UserError: the file asks for something that Emu's decoder does not have.
     """
     values = read_json(path)
-    taken = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kept = dict(_DEFAULTS[cls])
     for key, value in values.items():
-        if key in taken or key.startswith("_"):
+        if key.startswith("_"):
             continue
-        allowed = _PLAIN[cls].get(key, (None, False, 0, 0.0, 1, 1.0))
-        values_here = value if isinstance(value, list) else [value]
-        # By type too: True is no 1.
-        if any(not any(v == a and type(v) is type(a) for a in allowed) for v in values_here):
+        if key in fields:
+            if isinstance(value, list) and not fields[key].type.startswith("tuple"):
+                # A number for each level, which we have only for all.
+                if not value or any(v != value[0] for v in value):
+                    raise UserError(f"{path}: {key} = {value!r} is not supported, only equal ones")
+                value = value[0]
+            if value is not None or key != "sample_size":
+                kept[key] = value
+            continue
+        allowed = _PLAIN[cls].get(key, (None, False))
+        # True is no 1.
+        if not all(
+            any(v == a and isinstance(v, bool) == isinstance(a, bool) for a in allowed)
+            for v in (value if isinstance(value, list) and value else [value])
+        ):
             raise UserError(f"{path}: {key} = {value!r} is not supported, only {allowed[0]!r}")
-    kept = {k: v for k, v in values.items() if k in taken and v is not None}
     try:
-        return from_dict(cls, kept)
+        made = from_dict(cls, kept)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    for name in fields.keys() - {"freq_shift", "steps_offset"}:
+        value = getattr(made, name)
+        numbers = [v for v in (value if isinstance(value, tuple) else [value])
+                   if isinstance(v, int | float) and not isinstance(v, bool)]  # fmt: skip
+        if any(not 0 < v < math.inf for v in numbers) or value == ():
+            raise UserError(f"{path}: {name} = {value!r} must be positive")
+    for width in getattr(made, "block_out_channels", ()):
+        for name in ("norm_num_groups", "attention_head_dim"):
+            if width % getattr(made, name, 1):
+                raise UserError(
+                    f"{path}: {name} = {getattr(made, name)} does not divide {width} channels"
+                )
+    return made
+
+
+# Where diffusers' defaults are not those of our dataclasses, which are Stable Diffusion's.
+_DEFAULTS: dict[type, dict[str, Any]] = {
+    UNetConfig: {"cross_attention_dim": 1280},
+    VAEConfig: {"sample_size": 32, "block_out_channels": [64], "layers_per_block": 1},
+    SchedulerConfig: {
+        "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+        "skip_prk_steps": False, "steps_offset": 0,
+    },
+}  # fmt: skip
 
 
 # What other keys of these files may say: nothing that changes the network. Keys that are not
-# listed may be absent, false, 0 or 1.
+# listed may be null or false.
 _PLAIN: dict[type, dict[str, tuple[Any, ...]]] = {
     UNetConfig: {
         "act_fn": ("silu",),
@@ -297,6 +350,11 @@ _PLAIN: dict[type, dict[str, tuple[Any, ...]]] = {
         "attention_type": ("default",),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
+        "downsample_padding": (1,),
+        "dropout": (0,),
+        "mid_block_scale_factor": (1,),
+        "resnet_out_scale_factor": (1,),
+        "transformer_layers_per_block": (1,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
         "resnet_time_scale_shift": ("default",),
         "time_embedding_type": ("positional",),
@@ -310,7 +368,13 @@ _PLAIN: dict[type, dict[str, tuple[Any, ...]]] = {
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
     },
-    SchedulerConfig: {"clip_sample": (False,), "trained_betas": (None,)},
+    SchedulerConfig: {  # the last three: of clipping, which is off
+        "clip_sample": (False,),
+        "trained_betas": (None,),
+        "clip_sample_range": (1,),
+        "sample_max_value": (1,),
+        "dynamic_thresholding_ratio": (0.995,),
+    },
 }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from emu_jax.convert import files, sizes, tables
 from emu_jax.convert.files import Tensor
 from emu_jax.convert.tables import Row, Spelling
 from emu_jax.models.emu import Emu
+from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge
 from emu_jax.sharding import Template
 from emu_jax.tokenizer import Tokenizer
@@ -34,6 +36,7 @@ CARRIED = (
     "Emu.json", "model_index.json", "tokenizer", "scheduler", "feature_extractor",
     "safety_checker", "unet/config.json", "vae/config.json",
 )  # fmt: skip
+_TOKENIZER_FILE = re.compile(r"config\.json|(added|special)?_?token[\w]*\.(json|model)")
 T5_VOCABULARY = 32128  # rows of the table that the Causal Transformer never reads
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
 
@@ -56,6 +59,28 @@ class Layout:
     @property
     def keys(self) -> set[str]:
         return {key for keys in self.tensors.values() for key in keys}
+
+    def only(self, wanted: Callable[[str], bool]) -> Layout:
+        """The same without the other tensors, and without what spoke of them: the index of
+        shards that are not complete any more, the configuration of a tower that is gone."""
+        tensors = {
+            name: {key: dtype for key, dtype in keys.items() if wanted(key)}
+            for name, keys in self.tensors.items()
+        }
+        tensors = {name: keys for name, keys in tensors.items() if keys}
+
+        def within(folder: str, files: Mapping[str, Mapping[str, Any]]) -> set[str]:
+            return {key for name, keys in files.items() if name.startswith(folder) for key in keys}
+
+        def fits(name: str) -> bool:
+            folder = name.rpartition("/")[0] + "/"
+            if name.endswith(".index.json"):
+                folder = folder.lstrip("/")
+                return within(folder, tensors) == within(folder, self.tensors)
+            return folder not in ("unet/", "vae/") or bool(within(folder, tensors))
+
+        carried = {name: path for name, path in self.carried.items() if fits(name)}
+        return dataclasses.replace(self, tensors=tensors, carried=carried)
 
     def save(self, path: Path) -> None:
         values = {
@@ -190,7 +215,14 @@ class Release:
             model_config = folder / "Emu.json"
 
         carried = {n: folder / n for n in CARRIED if path.is_dir() and (folder / n).exists()}
-        carried["tokenizer"] = tokenizer
+        if tokenizer != folder / "tokenizer":  # which may hold LLaMA's weights too
+            carried.pop("tokenizer", None)
+            carried |= {
+                f"tokenizer/{p.name}": p for p in sorted(tokenizer.iterdir())
+                if p.is_file() and _TOKENIZER_FILE.fullmatch(p.name)
+            }  # fmt: skip
+        elif tokenizer.is_dir():
+            carried["tokenizer"] = tokenizer
         if model_config:
             carried["Emu.json"] = model_config
 
@@ -347,8 +379,10 @@ class Merged:
             if self._adapter(path):
                 shape = jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=shape.sharding)
             self.shapes[path] = shape
+        # The language model's tensors get other names, and so their usual file.
         self.layout = source.layout and dataclasses.replace(
-            source.layout, spelling=dataclasses.replace(spelling, peft=False, base_layer=False)
+            source.layout.only(lambda key: ":" in key),
+            spelling=dataclasses.replace(spelling, peft=False, base_layer=False),
         )
 
     def _adapter(self, path: str) -> list[str]:
@@ -373,13 +407,12 @@ class Merged:
 def synthetic_dead(cfg: EmuConfig) -> dict[str, Tensor]:
     """The tensors that compute nothing, for a model that never had them: the release's
     `strict=True` asks for them. Named as in the pretrained release."""
-    half = cfg.llama.head_width // 2
-    frequencies = cfg.llama.rope_theta ** -(np.arange(half, dtype=np.float64) / half)
+    frequencies = rotary_frequencies(cfg.llama.head_width, cfg.llama.rope_theta)
     made = {}
     for key, shape in tables.dead(cfg).items():
         full = tuple(T5_VOCABULARY if n is None else n for n in shape)
         if key.endswith("inv_freq"):
-            value = frequencies.astype(np.float32)
+            value = frequencies
         else:
             value = np.broadcast_to(np.float32(0), full)
         made[key] = Tensor(full, np.dtype(np.float32), lambda value=value: value)
@@ -389,23 +422,29 @@ def synthetic_dead(cfg: EmuConfig) -> dict[str, Tensor]:
 def release_layout(source: Source) -> tuple[Layout, dict[str, Tensor]]:
     """The release's files for any source, and the dead tensors that belong into them: as they
     came where that is known, else as the release would have them."""
-    cfg, known = source.cfg, source.layout
+    cfg, known, dead = source.cfg, source.layout, source.dead
     targets = cfg.llama.lora.targets if cfg.llama.lora else ()
-    spelling = known.spelling if known else Spelling(peft=cfg.llama.lora is not None)
-    dead = source.dead or {spelling.write(k, targets): t for k, t in synthetic_dead(cfg).items()}
+    if known is None:
+        known = Layout(Spelling(peft=cfg.llama.lora is not None), {})
+        dead = {known.spelling.write(k, targets): t for k, t in synthetic_dead(cfg).items()}
+    elif cfg.llama.lora and not known.spelling.peft:  # adapters were added since
+        spelling = dataclasses.replace(known.spelling, peft=True)
+        dead = {spelling.write(key, targets): t for key, t in dead.items()}
+        known = dataclasses.replace(known.only(lambda key: ":" in key), spelling=spelling)
     dtypes = {
-        spelling.write(key, targets): source.shapes[row.path].dtype
+        known.spelling.write(key, targets): source.shapes[row.path].dtype
         for row in rows_of(cfg, source.shapes)
         for key in row.keys
     } | {key: tensor.dtype for key, tensor in dead.items()}
-    if known and known.keys == set(dtypes):
-        return known, dead
 
-    tensors: dict[str, dict[str, np.dtype]] = {}
-    for key, dtype in dtypes.items():
+    # Fewer than the release had where a run trained without its painter.
+    known = known.only(lambda key: key in dtypes)
+    tensors = {name: dict(keys) for name, keys in known.tensors.items()}
+    held = known.keys
+    for key in [key for key in dtypes if key not in held]:
         tower = key.split(":")[0] if ":" in key else None
         name = f"{tower}/diffusion_pytorch_model.safetensors" if tower else (
             INSTRUCT if cfg.llama.lora else MULTIMODAL)  # fmt: skip
-        tensors.setdefault(name, {})[key] = dtype
-    carried = dict(known.carried) if known else {}
-    return Layout(spelling, tensors, {INSTRUCT: "module"}, carried), dead
+        tensors.setdefault(name, {})[key] = dtypes[key]
+    nests = {INSTRUCT: "module"} | known.nests
+    return dataclasses.replace(known, tensors=tensors, nests=nests), dead

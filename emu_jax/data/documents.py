@@ -128,7 +128,7 @@ class DocumentFiles(Sequence[Document]):
         self._starts = [0]
         for path in self.paths:
             if not path.is_file():
-                raise UserError(f"{path} does not exist: build the data first (emu-jax data build)")
+                raise UserError(f"{path} does not exist: write it first (emu_jax.data.documents)")
             try:
                 records: Any = grain.sources.ArrayRecordDataSource([str(path)])
                 self._starts.append(self._starts[-1] + len(records))

@@ -626,7 +626,9 @@ def _open_sources(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind) -> list[_So
     """The sources that this kind of batches reads."""
     folder = Path(cfg.root) / cfg.split
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: build the data first (emu-jax data build)")
+        raise UserError(
+            f"{folder} does not exist: write documents there first (emu_jax.data.documents)"
+        )
     names = [PAIRS]
     if kind in ("rows", "contexts"):
         names = [name for name, weight in cfg.mixture.items() if weight > 0]

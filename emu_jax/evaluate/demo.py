@@ -55,6 +55,7 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
     with _Clock(workdir, {"seed": seed, "fit": fit}) as clock:
         for name, directory in directories.items():
             train(_stage(name, workdir, fit, seed), directory)
+            clock.save()
         save_json(GENERATION, workdir / "generation.json")
 
         emu = load(workdir, batch_size=100)
@@ -89,7 +90,8 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
 
 
 class _Clock:
-    """Seconds that a demo took, over all calls that worked on it (but for killed ones).
+    """Seconds that a demo took, over all calls that worked on it; what a killed call spent on
+    the stage that it was in is lost.
 
     Raises:
         UserError: `workdir` holds a demo with other settings.
@@ -99,8 +101,11 @@ class _Clock:
         workdir.mkdir(parents=True, exist_ok=True)
         self.path, self.settings, self.spent = workdir / "demo.json", settings, 0.0
         if self.path.is_file():
-            theirs = json.loads(self.path.read_text())
-            self.spent = theirs.pop("seconds")
+            try:
+                theirs = json.loads(self.path.read_text())
+                self.spent = float(theirs.pop("seconds"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{self.path} is damaged ({error}): remove {workdir}") from None
             if theirs != settings:
                 raise UserError(
                     f"{workdir} holds a demo with {theirs}, not {settings}: "
@@ -113,6 +118,9 @@ class _Clock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.save()
+
+    def save(self) -> None:
         _write_json(self.path, self.settings | {"seconds": self.seconds()})
 
     def seconds(self) -> float:
@@ -206,9 +214,10 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
     drawn = {i: p for i, parts in enumerate(following) for p in parts if not isinstance(p, str)}
     read = dict(zip(drawn, judge(np.stack(list(drawn.values()))), strict=True)) if drawn else {}
     right = [read.get(i) == answer for i, answer in enumerate(answers)]
+    blank = np.zeros((emu.picture_size, emu.picture_size, 3), np.uint8)  # where it drew nothing
     shown = [
-        (frames[i], drawn[i], right[i], f"{digits.WORDS[answers[i]]} comes next")
-        for i in list(drawn)[:SHOWN]
+        (frames[i], drawn.get(i, blank), right[i], f"{digits.WORDS[answers[i]]} comes next")
+        for i in range(SHOWN)
     ]
     return shown, _mean(right)
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from emu_jax import diffusion
 from emu_jax.config import UserError
 from emu_jax.data.images import load_image, normalize_images
 from emu_jax.generate import api, image
+from emu_jax.generate.prompt import frame_indices
 from emu_jax.generate.text import TextConfig
 from emu_jax.models.llama import KVCache
 
@@ -39,6 +43,7 @@ class Row:
 
     Attributes:
         error: relative; None for what must be equal, for inputs and for what does not apply.
+            Not finite where the checkpoint computes no numbers.
         verdict: ok, FAILED, input (the recording's own choice, whose shape was checked) or
             not applicable.
     """
@@ -48,6 +53,10 @@ class Row:
     error: float | None = None
     tolerance: float | None = None
     note: str = ""
+
+
+class Difference(Exception):
+    """Why a tensor cannot be what was recorded."""
 
 
 def verify(checkpoint: Path, golden: Path) -> list[Row]:
@@ -67,15 +76,24 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     """The JSON object that the command prints."""
     checked = [r for r in rows if r.verdict != "not applicable"]
     errors = [r for r in checked if r.error is not None]
-    worst = max(errors, key=lambda r: (r.error or 0) / (r.tolerance or 1), default=None)
+    worst = max(errors, key=_badness, default=None)
+    error = (
+        worst.error if worst and worst.error is not None and _badness(worst) < math.inf else None
+    )
     failed = [r.key for r in rows if r.verdict == "FAILED"]
     return {
         "passed": bool(checked) and not failed,
         "checked": len(checked),
         "failed": failed,
-        "worst": worst and {"key": worst.key, "error": worst.error, "tolerance": worst.tolerance},
+        "worst": worst and {"key": worst.key, "error": error, "tolerance": worst.tolerance},
         "not_applicable": [r.key for r in rows if r.verdict == "not applicable"],
     }
+
+
+def _badness(row: Row) -> float:
+    """The error in units of what is tolerated; infinite for what is no number."""
+    error = (row.error or 0.0) / (row.tolerance or 1.0)
+    return error if math.isfinite(error) else math.inf
 
 
 def table(rows: list[Row]) -> str:
@@ -95,9 +113,17 @@ def _open(golden: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with np.load(golden / "expected.npz") as stored:
             expected = {key: stored[key] for key in stored}
-        return expected, json.loads((golden / "meta.json").read_text())
-    except (OSError, ValueError, EOFError, KeyError) as error:
+        meta = json.loads((golden / "meta.json").read_text())
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {golden}: {error}") from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{golden}: meta.json must hold an object, not {type(meta).__name__}")
+    return expected, meta
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    difference = np.abs(ours.astype(np.float64) - theirs).max(initial=0.0)
+    return float(difference / max(np.abs(theirs).max(initial=0.0), np.finfo(np.float32).tiny))
 
 
 class _Recording:
@@ -111,8 +137,8 @@ class _Recording:
         pixels = expected.get("vit/pixels_nchw", np.zeros((0, 3, size, size), np.float32))
         if pixels.shape[1:] != (3, size, size):
             raise UserError(
-                f"{golden} was recorded for pictures of {pixels.shape[2]}x{pixels.shape[3]}, the "
-                f"checkpoint reads {size}x{size}: they are of different models"
+                f"{golden} was recorded for pictures {list(pixels.shape[1:])}, the checkpoint "
+                f"reads {[3, size, size]}: they are of different models"
             )
         self.pixels = np.moveaxis(pixels, 1, -1)
 
@@ -121,8 +147,15 @@ class _Recording:
             return Row(key, "not applicable", note=reason)
         for pattern, compute in _METHODS.items():
             if match := re.fullmatch(pattern, key):
-                ours = compute(self, *match.groups())
-                return self._judge(key, ours)
+                try:
+                    return self._judge(key, compute(self, *match.groups()))
+                except Difference as difference:
+                    return Row(key, "FAILED", note=str(difference))
+                except (LookupError, TypeError, ValueError, OSError, UserError) as error:
+                    # The recording lacks what this needs: a picture, a prompt, a setting.
+                    reason = str(error).strip().split("\n")[0]
+                    note = f"cannot be computed: {type(error).__name__} {reason}"
+                    return Row(key, "FAILED", note=note)
         return Row(key, "FAILED", note="unknown to this version of emu_jax")
 
     def _excluded(self, key: str) -> str:
@@ -146,8 +179,7 @@ class _Recording:
         if not np.issubdtype(theirs.dtype, np.floating):
             same = bool(np.array_equal(ours, theirs))
             return Row(key, "ok" if same else "FAILED", note="" if same else "not equal")
-        difference = np.abs(ours.astype(np.float64) - theirs).max(initial=0.0)
-        error = float(difference / max(np.abs(theirs).max(initial=0.0), np.finfo(np.float32).tiny))
+        error = _relative(ours, theirs)
         tolerance = FEEDBACK if _FEEDBACK.fullmatch(key) else TIGHT
         return Row(key, "ok" if error <= tolerance else "FAILED", error, tolerance)
 
@@ -191,6 +223,9 @@ class _Recording:
         """Embeddings, states and logits of right-padded rows, whose pictures are the recorded
         ones in order."""
         flat = np.flatnonzero(ids.reshape(-1) == self.cfg.tokens.image)
+        held = len(self.pixels) * self.cfg.cformer.n_causal
+        if len(flat) > held:
+            raise Difference(f"{len(flat)} <image> tokens, but {held} embeddings of pictures")
         slots = np.full(ids.size, -1, np.int32)
         slots[flat] = np.arange(len(flat))
         slots = slots.reshape(ids.shape)
@@ -224,7 +259,7 @@ class _Recording:
     def token_cases(self) -> np.ndarray:
         for case in self.meta.get("tokenizer_cases", ()):
             if self.tokenizer.encode(case["text"]) != case["ids"]:
-                return np.zeros(0)  # no shape of the recorded ids: a failure
+                raise Difference(f"not equal: the ids of {case['text']!r}")
         return self.trained["ids"]
 
     def generated(self, tag: str) -> np.ndarray:
@@ -237,7 +272,14 @@ class _Recording:
         ids = self.emu.generate_ids(self.prompts, **settings)
         # The recording is as wide as its longest row; ours has room for every token.
         width = self.expected[f"generate/{tag}/ids"].shape[1]
-        return ids[:, :width] if (ids[:, width:] == self.cfg.tokens.pad).all() else ids
+        if (ids[:, width:] == self.cfg.tokens.pad).all():
+            ids = ids[:, :width]
+        texts = self.meta["generate"][tag].get("texts")
+        if texts is not None and np.array_equal(ids, self.expected[f"generate/{tag}/ids"]):
+            for row, text in zip(ids, texts, strict=True):
+                if (read := self.tokenizer.decode(row)) != text:
+                    raise Difference(f"the ids are equal, but read {read!r}, recorded {text!r}")
+        return ids
 
     def ranks(self) -> list[list[int]]:
         spec = self.meta["spec"]
@@ -253,18 +295,20 @@ class _Recording:
         }[tag]()
         return self.emu.regress([context, ""])
 
-    def condition(self) -> jax.Array | None:
+    def condition(self, part: str) -> jax.Array:
         """What conditions the decoder repeats one of the regressions."""
-        theirs = self.expected["unet/cond"]
+        theirs = self.expected[f"{part}/cond"]
         for tag in ("text_only", "in_context", "blend"):
-            if np.array_equal(self.expected.get(f"gen_image/{tag}", ()), theirs):
+            recorded = self.expected.get(f"gen_image/{tag}", np.zeros(0))
+            if recorded.shape == theirs.shape and _relative(recorded, theirs) <= FEEDBACK:
                 return self.regressed(tag)
-        return None
+        raise Difference("repeats none of the recorded gen_image/*")
 
     def denoised(self) -> np.ndarray:
-        e = self.expected
-        sample = np.moveaxis(e["unet/sample"], 1, -1)
-        out = _denoise(self.model.unet, sample, jnp.asarray(e["unet/t"], jnp.int32), e["unet/cond"])
+        sample = np.moveaxis(self.expected["unet/sample"], 1, -1)
+        t = np.broadcast_to(self.expected["unet/t"], len(sample))  # one for all, or one each
+        cond = self.expected["unet/cond"]
+        out = _denoise(self.model.unet, sample, jnp.asarray(t, jnp.int32), cond)
         return np.moveaxis(np.asarray(out), -1, 1)
 
     def autoencoded(self, what: str) -> np.ndarray:
@@ -281,10 +325,16 @@ class _Recording:
     @functools.cache  # noqa: B019
     def latents(self, steps: str, guidance: str) -> jax.Array:
         start = jnp.asarray(np.moveaxis(self.expected["sample/init_latents"], 1, -1))
-        cond, uncond = jnp.asarray(self.expected["sample/cond"])
+        # Conditional rows before unconditional ones: a pair for all latents, or one each.
+        rows = jnp.asarray(self.expected["sample/cond"])
+        if len(rows) not in (2, 2 * len(start)):
+            raise Difference(f"{len(start)} latents, but sample/cond has {len(rows)} rows")
+        cond, uncond = (
+            jnp.broadcast_to(half, (len(start), *half.shape[1:])) for half in jnp.split(rows, 2)
+        )
         guided = float(guidance) > 1
         return _sample(
-            self.model, start, cond[None], uncond if guided else None,
+            self.model, start, cond, uncond if guided else None,
             float(guidance) if guided else 1.0, int(steps),
         )  # fmt: skip
 
@@ -295,6 +345,10 @@ class _Recording:
         return image.decode_latents(self.model, self.latents(steps, guidance))
 
     def preprocessed(self, number: str, path: str) -> np.ndarray:
+        for video in self.meta.get("video_frame_indices", ()) if path == "process_img" else ():
+            chosen = frame_indices(video["frames"], video["segments"]).tolist()
+            if chosen != video["indices"]:
+                raise Difference(f"not equal: frames {chosen} of a video, not {video['indices']}")
         file = self.golden / f"preprocess_{number}.png"
         pixels = normalize_images(jnp.asarray(load_image(file, self.cfg.vision.image_size)))
         return np.moveaxis(np.asarray(pixels), -1, 0)
@@ -322,7 +376,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     r"generate/(.+)/ids": _Recording.generated,
     r"predict/ranks": _Recording.ranks,
     r"gen_image/(text_only|in_context|blend)": _Recording.regressed,
-    r"unet/cond|sample/cond": _Recording.condition,
+    r"(unet|sample)/cond": _Recording.condition,
     r"unet/out": _Recording.denoised,
     r"vae/(mean|logvar|decoded)": _Recording.autoencoded,
     r"sample/(\d+)_([\d.]+)/timesteps": _Recording.timesteps,

@@ -23,7 +23,9 @@ class TextTower(nnx.Module):
         self.norm = RMSNorm(width, eps=cfg.eps, rngs=rngs)
         self.projection = Linear(width, out_width, ("embed", None), bias=False, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B E"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], dtype: jnp.dtype = jnp.float32
+    ) -> Float[Array, "B E"]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = causal_mask(tokens.shape[1])
 
@@ -31,7 +33,7 @@ class TextTower(nnx.Module):
             q, k, v = block.self_attn.project(block.input_layernorm(x), positions)
             return block.finish(x, block.self_attn.attend(q, k, v, mask)), None
 
-        x, _ = scan(self.layers, body, self.embed_tokens(tokens))
+        x, _ = scan(self.layers, body, self.embed_tokens(tokens).astype(dtype))
         last = jnp.sum(valid, axis=1) - 1
         return self.projection(self.norm(x[jnp.arange(x.shape[0]), last]))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Float
@@ -136,10 +137,21 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles both sides by repeating pixels, then convolves."""
+    """Doubles both sides by repeating pixels, then convolves.
+
+    `size` asks for another height and width: what was halved may have been odd.
+    """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.conv = Conv(width, width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x C"]:
-        return self.conv(repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2))
+    def __call__(
+        self, x: Float[Array, "B h w C"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B y x C"]:
+        height, width = x.shape[1:3]
+        if size is None or size == (2 * height, 2 * width):
+            return self.conv(repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2))
+        rows, columns = (
+            np.arange(new) * old // new for new, old in zip(size, (height, width), strict=True)
+        )
+        return self.conv(x[:, rows][:, :, columns])

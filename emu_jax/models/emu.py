@@ -35,7 +35,7 @@ class Emu(nnx.Module):
             cfg.cformer, cfg.vision.width, cfg.llama.width, remat=remat, rngs=rngs
         )
         self.llama = Llama(cfg.llama, remat=remat, rngs=rngs)
-        self.unet = UNet(cfg.unet, rngs=rngs) if painter and cfg.unet else None
+        self.unet = UNet(cfg.unet, remat=remat, rngs=rngs) if painter and cfg.unet else None
         self.vae = VAE(cfg.vae, rngs=rngs) if painter and cfg.vae else None
         self.cfg = cfg
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -38,6 +39,18 @@ class KVCache:
         return cls(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
+def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "K/2"]:
+    """1 / theta^(2i / K) (`rotary_emb.inv_freq`), every step rounded as torch rounds it.
+
+    In numpy, when a program is traced: XLA's power differs in the last bits, and rounding the
+    tables to bfloat16 can make much of that.
+    """
+    half = head_width // 2
+    exponent = np.arange(half, dtype=np.float32) / np.float32(half)
+    power = np.power(float(theta), exponent.astype(np.float64))
+    return np.float32(1) / power.astype(np.float32)
+
+
 def rotary(
     x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float, dtype: str = "float32"
 ) -> Float[Array, "B T H K"]:
@@ -45,8 +58,7 @@ def rotary(
 
     Cosines and sines are rounded to `dtype` (`LlamaConfig.rope_dtype`).
     """
-    half = x.shape[-1] // 2
-    frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = rotary_frequencies(x.shape[-1], theta)
     angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, K/2]
     kept = jnp.finfo(dtype)
     cos, sin = (

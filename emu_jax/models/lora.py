@@ -30,4 +30,5 @@ class LoraLinear(Linear):
 
 def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, lora: LoraConfig) -> jax.Array:
     """The plain kernel [.., in, out] that computes what base and adapter compute together."""
-    return kernel + (lora.alpha / lora.rank) * jnp.matmul(a, b)
+    low = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return kernel + (lora.alpha / lora.rank) * low

@@ -144,14 +144,17 @@ class UpBlock(nnx.Module):
         self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
         self.upsamplers = nnx.List([] if last else [Upsample(width, rngs=rngs)])
 
-    def __call__(self, x, skips: list[jax.Array], time, cond) -> jax.Array:
-        """`skips` in the order in which they are read."""
+    def __call__(
+        self, x, skips: list[jax.Array], time, cond, *, size: tuple[int, int] | None = None
+    ) -> jax.Array:
+        """`skips` in the order in which they are read; `size` of what comes out, when it is
+        not the double."""
         for i, (block, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = block(jnp.concatenate([x, skip], axis=-1), time)
             if self.attentions:
                 x = self.attentions[i](x, cond)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, size)
         return x
 
 
@@ -203,17 +206,7 @@ class UNet(nnx.Module):
         timesteps: Real[Array, "B"],
         cond: Float[Array, "B N D"],
     ) -> Float[Array, "B h w E"]:
-        """One denoiser call, in the dtype of `sample`.
-
-        Raises:
-            UserError: a side of `sample` cannot be halved as often as the network halves it.
-        """
-        factor = 2 ** (len(self.down_blocks) - 1)
-        if sample.shape[1] % factor or sample.shape[2] % factor:
-            raise UserError(
-                f"latents of {sample.shape[1]}x{sample.shape[2]}: each side must be a multiple "
-                f"of {factor}"
-            )
+        """One denoiser call, in the dtype of `sample`, whose sides are free."""
         x = self.conv_in(shard(sample, "batch", None, None, None))
         time = self.time_embedding(timestep_features(timesteps, self.cfg).astype(x.dtype))
         cond = cond.astype(x.dtype)
@@ -226,15 +219,19 @@ class UNet(nnx.Module):
         x = self._run(self.mid_block, x, time, cond)
         for block in self.up_blocks:
             read = [skips.pop() for _ in block.resnets]
-            x = shard(self._run(block, x, read, time, cond), "batch", None, None, None)
+            # Odd sides were rounded up on the way down: the next map tells what they were.
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+            x = self._run(block, x, read, time, cond, size=size)
+            x = shard(x, "batch", None, None, None)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
-    def _run(self, block: nnx.Module, *inputs):
+    def _run(self, block: nnx.Module, *inputs, **static):
         if self.remat == "none":
-            return block(*inputs)
+            return block(*inputs, **static)
         graphdef, params = nnx.split(block)
         run = jax.checkpoint(
-            lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), policy=REMAT[self.remat]
+            lambda params, *inputs: nnx.merge(graphdef, params)(*inputs, **static),
+            policy=REMAT[self.remat],
         )
         return run(params, *inputs)
 

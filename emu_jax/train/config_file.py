@@ -24,13 +24,11 @@ def load_config(cls: type[T], path: Path, overrides: list[str]) -> T:
     Raises:
         UserError: as `read_config` and `emu_jax.config.from_dict`.
     """
-    defaults = to_dict(cls())
-    return from_dict(cls, read_config(path, overrides, defaults).to_dict())
+    whole = to_dict(from_dict(cls, _plain(_run(path))))
+    return from_dict(cls, _apply(whole, overrides))
 
 
-def read_config(
-    path: Path, overrides: list[str], defaults: dict[str, Any] | None = None
-) -> ConfigDict:
+def read_config(path: Path, overrides: list[str]) -> ConfigDict:
     """Runs `get_config()` of the Python file at `path` and applies `a.b=value` overrides.
 
     Values are Python literals, or else strings. A value must have the type of the one it
@@ -38,19 +36,19 @@ def read_config(
     (whether a key may be None is for the dataclass to say). Elements of lists are named by
     their number: `optimizer.groups.0.lr=1e-4`.
 
-    Args:
-        defaults: what the file's values are laid over.
-
     Raises:
         UserError: no such file, the file fails, an unknown key, or a value of the wrong type.
     """
-    values = _merge(defaults or {}, _plain(_run(path)))
+    return ConfigDict(_apply(_plain(_run(path)), overrides))
+
+
+def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
         _override(values, key, text)
-    return ConfigDict(values)
+    return values
 
 
 def _run(path: Path) -> Any:
@@ -87,12 +85,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def _merge(below: Any, above: Any) -> Any:
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return below | {k: _merge(below.get(k), v) for k, v in above.items()}
 
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,15 +17,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint
-from emu_jax.config import UserError, save_json, suggest
+from emu_jax.config import TokenIds, UserError, load_json, save_json, suggest, to_dict
 from emu_jax.data import digits
 from emu_jax.data.pipeline import Batches
+from emu_jax.models.layers import REMAT
 from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
@@ -33,6 +37,7 @@ from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, make_optimizer
 
 Params = dict[str, jax.Array]
+DTYPES = ("bfloat16", "float32")
 
 
 @jax.tree_util.register_dataclass
@@ -77,9 +82,8 @@ class Trainer:
 
     def start(self, parents: Params) -> TrainState:
         """The state before the first step; `parents` replaces what a fresh start would draw."""
-        return jax.jit(self._start, out_shardings=self.state_shardings)(
-            self.template.init() | parents
-        )
+        params = self.template.init(without=parents) | parents
+        return jax.jit(self._start, out_shardings=self.state_shardings)(params)
 
     def loss(self, params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
         """The objective at `params`; its randomness follows from the seed and the step."""
@@ -139,47 +143,50 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     Returns the last logged metrics, with `step` and `seconds`.
 
     Raises:
-        UserError: a parent is missing or does not fit, the data cannot be read, or the loss
-            stays non-finite.
+        UserError: a setting means nothing, `workdir` holds another run, a parent is missing or
+            does not fit, the data cannot be read, or the loss stays non-finite.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
     started = time.monotonic()
+    _check(cfg)
     _initialize_distributed()
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
-    cfg = _adopt_parents(cfg, workdir)
+    sharding = batch_sharding(mesh)
+    _check_rows(cfg.data.batch_size, sharding)
     workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = _prepare_data(cfg)
     options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep_checkpoints)
     lead = jax.process_index() == 0
     row: dict[str, Any] = {}
 
-    with jax.set_mesh(mesh), ocp.CheckpointManager(workdir.absolute(), options=options) as manager:
+    with (
+        jax.set_mesh(mesh),
+        # Accelerators would round the factors of float32 products.
+        jax.default_matmul_precision("highest" if cfg.dtype == "float32" else "default"),
+        ocp.CheckpointManager(workdir.absolute(), options=options) as manager,
+    ):
         done = manager.latest_step() or 0
+        cfg = _resume(cfg, workdir) if done else _adopt_parents(cfg, workdir)
         if done >= cfg.steps:
             return {"step": done, "seconds": 0.0}
+        tokenizer = _prepare_data(cfg)
         trainer = Trainer(cfg, mesh)
         batches = Batches(
             cfg.data, tokenizer, trainer.objective.batch_kind,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
+        if done:
+            state, position = _restore(manager, trainer)
+            batches.restore(position)
+        else:
+            state = trainer.start(_read_parents(cfg, workdir, trainer))
         if lead:
             tokenizer.save(workdir / "tokenizer")
             save_json(cfg.model, workdir / "config.json")
             save_json(cfg, workdir / "train.json")
             _carry_release(cfg, workdir)
-        if manager.latest_step() is not None:
-            state, position = _restore(manager, trainer)
-            batches.restore(position)
-        else:
-            state = trainer.start(_read_parents(cfg, workdir, trainer))
         logger = MetricLogger(
-            workdir,
-            stage=cfg.name,
-            total_steps=cfg.steps,
-            enabled=lead,
-            start_step=done,
+            workdir, stage=cfg.name, total_steps=cfg.steps, enabled=lead, start_step=done
         )
-        sharding = batch_sharding(mesh)
 
         with batches, logger, _stop_signal() as stop:
             for step in range(done + 1, cfg.steps + 1):
@@ -190,26 +197,109 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                 }
                 waited = time.monotonic() - waited
                 state, metrics = trainer.step(state, batch)
-                last = step == cfg.steps or stop.is_set()
-                if last or step % cfg.log_every == 0 or step == 1:
+                logging = step % cfg.log_every == 0 or step in (1, cfg.steps)
+                stopping = _agreed(stop, logging)
+                last = step == cfg.steps or stopping
+                if last or logging:
                     row = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                    logger.log(step, row | {"data_wait": waited})
+                    fill = batches.statistics()
+                    logger.log(
+                        step,
+                        row
+                        | {"data_wait": waited}
+                        | {name: fill[name] for name in ("token_fill", "image_fill")},
+                    )
                     if row["bad_steps"] >= cfg.max_bad_steps:
                         raise UserError(
                             f"the loss was not finite for {row['bad_steps']:.0f} steps up to step "
-                            f"{step}; the last checkpoint in {workdir} is sound: lower the "
-                            "learning rate or look at the data, and start again"
+                            f"{step}: lower the learning rate or look at the data; started again, "
+                            f"the run goes on from step {manager.latest_step() or 0}"
                         )
                 if step == cfg.steps and lead:
                     # Before the last checkpoint, whose presence says that all is done.
                     save_json(trainer.objective.finish(cfg.model, row), workdir / "config.json")
                 if last or step % cfg.checkpoint_every == 0:
                     _save(manager, step, state, batches.state())
-                if stop.is_set() and step < cfg.steps:
+                if stopping and step < cfg.steps:
                     manager.wait_until_finished()
                     raise KeyboardInterrupt
         manager.wait_until_finished()
     return row | {"step": cfg.steps, "seconds": time.monotonic() - started}
+
+
+def _check(cfg: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: a setting that means nothing.
+    """
+    if cfg.remat not in REMAT:
+        raise UserError(f"remat {cfg.remat!r} is not known{suggest(cfg.remat, REMAT)}")
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"dtype {cfg.dtype!r} is not known{suggest(cfg.dtype, DTYPES)}")
+    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} is {getattr(cfg, name)}: make it at least 1")
+    for group in cfg.optimizer.groups:
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            raise UserError(f"optimizer pattern {group.pattern!r}: {error}") from None
+
+
+def _check_rows(batch_size: int, sharding: NamedSharding) -> None:
+    """
+    Raises:
+        UserError: the rows of a batch cannot be shared out so that each process holds its own.
+    """
+    ways = sharding.num_devices // sharding.mesh.shape["tensor"]
+    if batch_size % ways:
+        raise UserError(
+            f"data.batch_size {batch_size} does not split over {ways} devices: make it a multiple"
+        )
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = {
+        row for where in places for row in range(batch_size)[where[0] if where else slice(None)]
+    }
+    share = batch_size // jax.process_count()
+    if rows != set(range(jax.process_index() * share, (jax.process_index() + 1) * share)):
+        raise UserError("the mesh splits rows over processes: make `tensor` fit into one process")
+
+
+# What may be another when a run goes on.
+MAY_CHANGE = (
+    "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "mesh", "remat",
+    "parents", "init_from", "data.root", "data.tokenizer", "data.decode_threads", "data.prefetch",
+    "model.vae.scaling_factor",
+)  # fmt: skip
+
+
+def _resume(cfg: TrainConfig, workdir: Path) -> TrainConfig:
+    """The run that `workdir` holds, with what may change taken from `cfg`.
+
+    Raises:
+        UserError: `cfg` is another run.
+    """
+    saved = load_json(TrainConfig, workdir / "train.json")
+    model = saved.model if saved.init_from else cfg.model
+    model = dataclasses.replace(model, vae=model.vae and saved.model.vae)
+    ours = flatten(to_dict(dataclasses.replace(cfg, model=model)))
+    theirs = flatten(to_dict(saved))
+    for key in sorted(ours.keys() | theirs.keys()):
+        changes = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
+        if not changes and ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{workdir} holds a run with {key}={theirs.get(key)!r}, not {ours.get(key)!r}: "
+                "give another --workdir, or that value"
+            )
+    return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
+
+
+def _agreed(stop: threading.Event, logging: bool) -> bool:
+    """Whether to stop after this step: all processes ask at the same steps, and stop when one
+    of them was told to."""
+    if jax.process_count() == 1:
+        return stop.is_set()
+    return logging and bool(multihost_utils.process_allgather(np.array(stop.is_set())).any())
 
 
 def _prepare_data(cfg: TrainConfig) -> Tokenizer:
@@ -228,7 +318,10 @@ def _prepare_data(cfg: TrainConfig) -> Tokenizer:
             f"the tokenizer in {cfg.data.root} has {len(tokenizer)} tokens, the model "
             f"{cfg.model.llama.vocab_size}: set model.llama.vocab_size and model.tokens to match"
         )
-    data, model = cfg.data, cfg.model
+    data, model, t = cfg.data, cfg.model, tokenizer
+    ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image)
+    if ids != model.tokens:
+        raise UserError(f"the ids in model.tokens are {model.tokens}, the tokenizer's are {ids}")
     sizes = [
         ("n_causal", data.n_causal, model.cformer.n_causal),
         ("image_size", data.image_size, model.vision.image_size),

@@ -104,12 +104,14 @@ def spread(
     At most `most` pictures are compared, the first ones.
     """
     images = jax.lax.stop_gradient(images)
-    x = images.reshape(-1, images.shape[2] * images.shape[3])[:most]
-    weight = valid.reshape(-1, 1)[:most].astype(jnp.float32)
+    first = jnp.argsort(~valid.reshape(-1), stable=True)[:most]
+    x = images.reshape(-1, images.shape[2] * images.shape[3])[first]
+    weight = valid.reshape(-1, 1)[first].astype(jnp.float32)
     count = jnp.maximum(jnp.sum(weight), 1)
     x = (x - jnp.sum(x * weight, 0) / count) * weight
     variance = jnp.sum(jnp.square(x)) / (count * x.shape[1])
-    spectrum = jnp.clip(jnp.linalg.eigvalsh(x @ x.T), 0)  # of the Gram matrix: as the covariance's
+    gram = jnp.matmul(x, x.T, precision="highest")  # has the spectrum of the covariance
+    spectrum = jnp.clip(jnp.linalg.eigvalsh(gram), 0)
     p = spectrum / jnp.maximum(jnp.sum(spectrum), 1e-30)
     return variance, jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30))))
 
@@ -124,10 +126,10 @@ class ClipObjective(Objective):
         return CLIP(cfg.model, remat=cfg.remat, rngs=rngs)
 
     def loss(self, cfg: TrainConfig, module: CLIP, batch: Batch, key: jax.Array):
-        image = module.visual.clip_embedding(
-            normalize_images(batch["images"], jnp.dtype(cfg.dtype))
-        ).astype(jnp.float32)
-        text = module.text(batch["tokens"], batch["valid"]).astype(jnp.float32)
+        dtype = jnp.dtype(cfg.dtype)
+        image = module.visual.clip_embedding(normalize_images(batch["images"], dtype))
+        text = module.text(batch["tokens"], batch["valid"], dtype)
+        image, text = (x.astype(jnp.float32) for x in (image, text))
         image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
         scale = jnp.exp(jnp.minimum(module.logit_scale[...], jnp.log(100.0)))
         logits = scale * image @ text.T
@@ -162,14 +164,17 @@ class VaeObjective(Objective):
     def loss(self, cfg: TrainConfig, module: Autoencoder, batch: Batch, key: jax.Array):
         pictures = to_signed(batch["images"], cfg)
         mean, logvar = module.vae.encode(pictures)
-        latents = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
-        error = jnp.mean(jnp.square(module.vae.decode(latents) - pictures).astype(jnp.float32))
+        noise = jax.random.normal(key, mean.shape).astype(mean.dtype)
+        latents = mean + jnp.exp(logvar / 2) * noise
+        painted = module.vae.decode(latents).astype(jnp.float32)
+        error = jnp.mean(jnp.square(painted - pictures.astype(jnp.float32)))
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
         kl = jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar) / 2
+        std = jnp.std(latents.astype(jnp.float32))
         # Peak to peak is 2, so psnr = 10 log10(4 / error).
         psnr = 10 * jnp.log10(4 / error)
         return error + cfg.kl_weight * kl, {
-            "squared_error": error, "psnr": psnr, "kl": kl, "latent_std": jnp.std(latents),
+            "squared_error": error, "psnr": psnr, "kl": kl, "latent_std": std,
         }  # fmt: skip
 
     def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
@@ -204,15 +209,16 @@ class DecoderObjective(Objective):
         time_key, noise_key = jax.random.split(key)
         schedule = cfg.model.scheduler
         times = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
-        noise = jax.random.normal(noise_key, latents.shape, dtype)
+        noise = jax.random.normal(noise_key, latents.shape).astype(dtype)
         noisy = diffusion.add_noise(schedule, latents, noise, times)
-        error = jnp.square((module.unet(noisy, times, condition) - noise).astype(jnp.float32))
-        return jnp.mean(error), {"condition_std": jnp.std(condition)}
+        wanted = diffusion.denoiser_target(schedule, latents, noise, times).astype(jnp.float32)
+        error = jnp.square(module.unet(noisy, times, condition).astype(jnp.float32) - wanted)
+        return jnp.mean(error), {"condition_std": jnp.std(condition.astype(jnp.float32))}
 
 
 def to_signed(images: jax.Array, cfg: TrainConfig) -> jax.Array:
     """Bytes to [-1, 1], the autoencoder's range."""
-    return images.astype(jnp.dtype(cfg.dtype)) / 127.5 - 1
+    return (images.astype(jnp.float32) / 127.5 - 1).astype(jnp.dtype(cfg.dtype))
 
 
 OBJECTIVES: dict[str, Objective] = {
