@@ -163,6 +163,11 @@ def run_in_process(root, workdir, every=4):
     )
 
 
+def finish(process):
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+
+
 def wait_for(condition, process):
     for _ in range(2400):
         if condition():
@@ -176,8 +181,7 @@ def wait_for(condition, process):
 def whole_run(data_root, tmp_path_factory):
     """The parameters of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
-    process = run_in_process(data_root, workdir)
-    assert process.wait() == 0, process.stderr.read()
+    finish(run_in_process(data_root, workdir))
     return parameters(workdir)
 
 
@@ -197,10 +201,9 @@ def test_stopped_run_ends_bit_identical(how, data_root, whole_run, tmp_path):
 
     wait_for(under_way, process)
     process.send_signal(how)
-    process.wait()
+    process.communicate()
     assert 0 < checkpoint.latest_step(tmp_path) < 60, "it was over before the signal came"
-    process = run_in_process(data_root, tmp_path, every)
-    assert process.wait() == 0, process.stderr.read()
+    finish(run_in_process(data_root, tmp_path, every))
 
     found = parameters(tmp_path)
     assert whole_run.keys() == found.keys()
