@@ -3,7 +3,8 @@
 # .venv that is yet to be made.
 
 BIN := .venv/bin
-PYTEST_ARGS ?=
+# Two workers, a file at a time: compiling is most of the work, and one thread does it.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Huge pages for malloc (glibc 2.35 and later; ignored elsewhere): XLA on the CPU takes fresh
 # memory at every step, and touching it in pages of 4 KiB is a third of a small step's time.

@@ -1,6 +1,7 @@
 """Conversion: both ways bit for bit, strict about its input, readable by other libraries."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -27,6 +29,7 @@ from emu_jax.config import (
     EmuConfig,
     LlamaConfig,
     LoraConfig,
+    SchedulerConfig,
     TokenIds,
     UNetConfig,
     UserError,
@@ -118,6 +121,54 @@ def test_the_instruct_model_comes_back_bit_for_bit(instruct_dir, tmp_path):
     cfg = checkpoint.load_config(instruct_dir)
     assert cfg.llama.lora == LoraConfig(rank=4)
     assert checkpoint.load_tokenizer(instruct_dir).instruct
+
+
+def test_a_release_without_dead_tensors_comes_back_without(tmp_path):
+    """Newer transformers do not store the rotary frequencies: all else keeps its place."""
+    release = tmp_path / "release"
+    shutil.copytree(GOLDEN, release)
+    path = release / source.MULTIMODAL
+    path.chmod(0o644)
+    half = "decoder.lm.model.norm.weight"  # a dtype of its own
+
+    def change(tensors):
+        kept = {k: v for k, v in tensors.items() if "inv_freq" not in k}
+        del kept["cformer.cformer.embed_tokens.weight"]
+        return dict(reversed((kept | {half: kept[half].bfloat16()}).items()))
+
+    rewrite(path, change)
+    convert(release, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back", to="emu")
+    assert_same_file(tmp_path / "back" / source.MULTIMODAL, path)
+
+
+def test_what_is_not_exported_is_not_spoken_of(run_dir, tmp_path):
+    """A model that lost its painter: its export converts again."""
+    run = source.Run(run_dir, one_device())
+
+    class Blind:
+        cfg = dataclasses.replace(run.cfg, unet=None, vae=None)
+        tokenizer, layout, dead, read = run.tokenizer, run.layout, run.dead, run.read
+        shapes = {p: s for p, s in run.shapes.items() if not p.startswith(("unet.", "vae."))}
+
+    (tmp_path / "back").mkdir()
+    engine.write_release(Blind(), tmp_path / "back", tmp_path / "back")
+    assert not (tmp_path / "back" / "unet").exists() and not (tmp_path / "back" / "vae").exists()
+    convert(tmp_path / "back", tmp_path / "again")
+    assert checkpoint.load_config(tmp_path / "again").unet is None
+
+
+def test_of_a_tokenizer_folder_only_the_tokenizer_is_carried(instruct_file, tmp_path):
+    folder = instruct_file.parent
+    (folder / "tokenizer").rename(tmp_path / "llama")
+    for name in ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (tmp_path / "llama" / name).write_bytes(bytes(100))
+    convert(instruct_file, tmp_path / "run", tokenizer=tmp_path / "llama")
+    convert(tmp_path / "run", tmp_path / "back", to="emu")
+    assert {p.name for p in (tmp_path / "back" / "tokenizer").iterdir()} == {
+        p.name for p in (GOLDEN / "tokenizer").iterdir()
+    }
+    assert_same_tree(tmp_path / "back" / "tokenizer", GOLDEN / "tokenizer")
 
 
 def test_a_release_converts_to_itself_without_a_run_directory(tmp_path):
@@ -568,6 +619,8 @@ def ancestors(tmp_path_factory):
     torch.save(tower, folder / "eva.pt")
     for part in ("vae", "scheduler"):
         shutil.copytree(GOLDEN / part, folder / "sd" / part)
+    (folder / "sd" / "safety_checker").mkdir()
+    (folder / "sd" / "safety_checker" / "config.json").write_text("{}")
     shutil.copytree(GOLDEN / "unet", folder / "sd" / "unet")
     (folder / "sd" / "unet" / "config.json").chmod(0o644)
     (folder / "sd" / "unet" / "diffusion_pytorch_model.safetensors").chmod(0o644)
@@ -624,6 +677,8 @@ def test_a_fresh_emu_has_its_parents_weights(ancestors, tmp_path):
     convert(tmp_path / "run", tmp_path / "back", to="emu")
     convert(tmp_path / "back", tmp_path / "again")
     assert checkpoint.load_config(tmp_path / "again") == cfg
+    for part in ("scheduler", "safety_checker"):
+        assert_same_tree(tmp_path / "back" / part, ancestors / "sd" / part)
 
 
 def test_another_width_of_condition_is_reinitialised_and_said_so(ancestors, tmp_path):
@@ -806,6 +861,136 @@ def test_random_damage_never_shows_a_traceback(tmp_path, capsys):
         path.write_bytes((GOLDEN / name).read_bytes())
 
 
+def test_a_damaged_pickle_is_refused_whatever_it_leads_to(tmp_path):
+    path = tmp_path / "tiny.bin"
+    tensors = {f"layer.{i}.weight": torch.ones(2, 3, dtype=torch.bfloat16) for i in range(3)}
+    torch.save({"module": tensors}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = [name for name in records if name.endswith("data.pkl")]
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(250):
+        data = bytearray(records[name])
+        for at in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[at] = rng.integers(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for record, content in records.items():
+                archive.writestr(record, bytes(data) if record == name else content)
+        try:
+            opened, _ = files.open_tensors(path)
+            for tensor in opened[path.name].values():
+                tensor.read()
+        except UserError as error:
+            refused += 1
+            assert "tiny.bin" in str(error)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_failed_swap_puts_the_old_destination_back(kind, tmp_path, monkeypatch):
+    old, dst = tmp_path / "old", tmp_path / "dst"
+    old.mkdir()
+    (old / "precious").write_text("data")
+    if kind == "link":
+        dst.symlink_to(old)
+    else:
+        old.rename(dst)
+    rename = Path.rename
+
+    def fail(self, target):
+        if (self / "new").exists():
+            raise OSError(errno.ENOSPC, "no space", str(self))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(UserError, match=f"cannot write {dst}: No space"):
+            with engine.replacing(dst, True) as temporary:
+                (temporary / "new").write_text("")
+    assert (dst / "precious").read_text() == "data"
+    assert not list(tmp_path.glob(".*"))
+    with engine.replacing(dst, True) as temporary:
+        (temporary / "new").write_text("")
+    assert [p.name for p in dst.iterdir()] == ["new"] and dst.is_symlink() == (kind == "link")
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot access .*nowhere"):
+        with engine.replacing(tmp_path / "dst", False):
+            (tmp_path / "nowhere").read_bytes()
+    assert not list(tmp_path.iterdir())
+
+
+def diffusers_json(tmp_path, kind, **values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return sizes.diffusers_config(kind, tmp_path / "config.json")
+
+
+def test_what_a_diffusers_configuration_leaves_out_has_diffusers_defaults(tmp_path):
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+
+    with torch.device("meta"):
+        models = UNet2DConditionModel(), AutoencoderKL(), PNDMScheduler()
+    for kind, theirs in zip((UNetConfig, VAEConfig, SchedulerConfig), models, strict=True):
+        ours = dataclasses.asdict(diffusers_json(tmp_path, kind))
+        for name, value in ours.items():
+            if (kind, name) != (UNetConfig, "sample_size"):  # which diffusers leaves open
+                assert value == theirs.config[name], name
+    ours = diffusers_json(tmp_path, UNetConfig, attention_head_dim=[8, 8], layers_per_block=[1, 1])
+    assert (ours.attention_head_dim, ours.layers_per_block) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"downsample_padding": 0}, {"mid_block_scale_factor": 0}, {"dropout": True},
+        {"num_attention_heads": 1}, {"layers_per_block": [1, 2]}, {"norm_num_groups": 0},
+        {"norm_num_groups": 7}, {"norm_num_groups": None}, {"block_out_channels": []},
+        {"attention_head_dim": "8"}, {"unknown_of_tomorrow": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_denoiser_that_ours_is_not_is_refused(tmp_path, values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        diffusers_json(tmp_path, UNetConfig, **values)
+
+
+ADAPTER = "decoder.lm.base_model.model.model.layers.{}.self_attn.{}.lora_A.default.weight"
+ROTARY = "decoder.lm.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
+EMBEDDING = "decoder.lm.base_model.model.model.layers.{}.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({ADAPTER.format(0, "q_proj"): (0, 64)}, "q_proj.lora_A.*0, 64"),
+        ({ADAPTER.format(0, "q_proj"): ()}, "q_proj.lora_A"),
+        ({ROTARY: (0,)}, "inv_freq"),
+        ({ROTARY: ()}, "inv_freq"),
+        ({ROTARY: (10**6,)}, "inv_freq"),
+    ],
+)
+def test_odd_sizes_are_one_line(instruct_shapes, change, message):
+    with pytest.raises(UserError, match=message):
+        sizes.multimodal(
+            instruct_shapes | change, where="it", base_vocab=512, model_json=GOLDEN / "Emu.json"
+        )
+
+
+@pytest.fixture(scope="module")
+def instruct_shapes():
+    return {k: tuple(t.shape) for k, t in load_tensors(GOLDEN / "Emu-instruct.pt").items()}
+
+
+def test_one_odd_adapter_or_layer_does_not_rule_the_rest(instruct_shapes):
+    change = {ADAPTER.format(0, "v_proj"): (900, 64), EMBEDDING.format("9" * 5000): (3, 3)}
+    cfg = sizes.multimodal(
+        instruct_shapes | change, where="it", base_vocab=512, model_json=GOLDEN / "Emu.json"
+    )
+    assert cfg.llama.lora.rank == 4 and cfg.llama.layers == 4  # 3, and the absurd one
+
+
 def test_an_existing_destination_is_kept_unless_told_otherwise(instruct_file, tmp_path):
     dst = tmp_path / "run"
     convert(instruct_file, dst)
@@ -869,8 +1054,12 @@ def check_memory(folder, **sizes):
     for arguments in ([tmp, folder / "run"], [folder / "run", folder / "back", "--to", "emu"]):
         report, err = convert_measured(*arguments)
         assert report["parameters"] == parameters
-        bound = 3 * report["largest_parameter_bytes"] + 2 * 2**30
-        assert 0 < report["peak_rss_anon_bytes"] < bound, (arguments, report)
+        bound = 3 * report["largest_parameter_bytes"]
+        peak, before = report["peak_rss_anon_bytes"], report["rss_anon_bytes_before"]
+        assert 0 < peak < bound + 2 * 2**30, (arguments, report)
+        # What the conversion itself takes: less than the whole, so that it can fail.
+        print(report)
+        assert peak - before < bound + 2**28 < report["bytes"], (arguments, report)
     ours = torch.load(folder / "back" / source.MULTIMODAL, mmap=True, weights_only=True)
     theirs = torch.load(tmp / source.MULTIMODAL, mmap=True, weights_only=True)
     assert list(k for k in ours if k in theirs) == list(theirs)
@@ -879,12 +1068,13 @@ def check_memory(folder, **sizes):
 
 
 def test_memory_stays_near_the_largest_parameter(tmp_path):
-    """0.45 GB through a budget that the whole would exceed at three copies: cheap, so always."""
-    parameters, _ = check_memory(tmp_path, layers=16, width=512, mlp=8192)
-    assert parameters > 2e8
+    """0.7 GB through a budget of less: cheap, so always."""
+    parameters, _ = check_memory(tmp_path, layers=64, width=896, mlp=896)
+    assert parameters > 3e8
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_three_billion_parameters_convert_within_the_bound(tmp_path):
     parameters, err = check_memory(tmp_path, layers=36, width=2560, mlp=7424)
     assert parameters > 3e9

@@ -66,7 +66,7 @@ def build(weights: Path, model_json: Path, device: str, instruct: bool):
     if device == "cpu":
         sizes["vision_cfg"]["xattn"] = False  # xformers wants a GPU; plain attention is the same
     emu = Emu(**sizes, cast_dtype=torch.float, args=args)
-    stored = torch.load(weights, map_location="cpu")
+    stored = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     stored = stored.get("module", stored)
     if instruct:
         from peft import LoraConfig, get_peft_model
@@ -324,7 +324,9 @@ def main() -> None:
         out = recorder.lm(inputs_embeds=x, attention_mask=mask, return_dict=True)
         recorder.save("instruct/logits", out.logits)
         arrays |= recorder.arrays
-    np.savez(args.out / "expected.npz", **arrays)
+    temporary = args.out / "unfinished.npz"
+    np.savez(temporary, **arrays)
+    temporary.rename(args.out / "expected.npz")
     (args.out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     print(f"{args.out}: {len(arrays)} tensors", file=sys.stderr)
 

@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, UserError, emu_14b
 from emu_jax.convert import engine, files, sizes, tables
 from emu_jax.convert.files import Tensor
-from emu_jax.convert.source import FLOATS, assemble, template_of
+from emu_jax.convert.source import FLOATS, Layout, assemble, synthetic_dead, template_of
+from emu_jax.convert.tables import Spelling
 from emu_jax.models.emu import Emu
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import make_mesh
@@ -83,8 +84,6 @@ class Parents:
             if not path.is_dir():
                 raise UserError(f"{kind} {path} is no folder")
         self.tokenizer = Tokenizer.load(tokenizer, instruct=False)
-        self.layout = None
-        self.dead: dict[str, Tensor] = {}
         self._seed = seed
         self.notes: list[str] = []
         self._tensors = {
@@ -100,10 +99,14 @@ class Parents:
             if key.endswith(("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")):
                 del self._tensors[key]
         self.cfg = self._sizes(llama, sd, cformer, model_config)
+        # A release's own folders that are only carried along; its tensors in their usual files.
+        names = ("scheduler", "safety_checker", "feature_extractor")
+        self.layout = Layout(Spelling(), {}, {}, {n: sd / n for n in names if (sd / n).is_dir()})
+        self.dead = synthetic_dead(self.cfg)
         template = template_of(self.cfg, mesh)
         shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
         self._rows = {row.path: row for row in tables.table(self.cfg, shapes)}
-        self._spelling = tables.Spelling.of(self._tensors)
+        self._spelling = Spelling.of(self._tensors)
         self._template = template
         self.fresh = self._check(shapes)
         self.shapes = {
@@ -127,9 +130,14 @@ class Parents:
         chosen: dict[str, Any] = {"image_size": preset.vision.image_size}
         if model_config is not None:
             values = sizes.read_json(model_config)
-            tower = values.get("vision_cfg") or {}
+            tower, language_too = (values.get(k) or {} for k in ("vision_cfg", "multimodal_cfg"))
+            if not isinstance(tower, dict) or not isinstance(language_too, dict):
+                raise UserError(f"{model_config} is no model JSON of the release")
             chosen |= {k: tower[k] for k in ("image_size", "head_width") if k in tower}
-            causal = (values.get("multimodal_cfg") or {}).get("n_causal", cformer.n_causal)
+            causal = language_too.get("n_causal", cformer.n_causal)
+            for value in (*chosen.values(), causal):
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise UserError(f"{model_config}: a size is {value!r}, not a positive number")
             cformer = dataclasses.replace(cformer, n_causal=causal)
         try:
             width, _, patch, _ = shapes["visual.patch_embed.proj.weight"]
@@ -141,7 +149,7 @@ class Parents:
             )  # fmt: skip
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise UserError(f"--eva-clip: this is no EVA-CLIP vision tower ({error})") from None
-        if width % vision.head_width or vision.image_size % patch:
+        if 0 in (width, patch) or width % vision.head_width or vision.image_size % patch:
             raise UserError(
                 f"--eva-clip: width {width} in heads of {vision.head_width}, pictures of "
                 f"{vision.image_size} in patches of {patch}: give its JSON with --model-config"
@@ -285,7 +293,7 @@ def _square(n: int) -> int:
 
 
 def _count(shapes: dict[str, Any], pattern: str) -> int:
-    return max((int(m[1]) for key in shapes if (m := re.match(pattern, key))), default=-1) + 1
+    return len({m[1] for key in shapes if (m := re.match(pattern, key))})
 
 
 def _read(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ class Source(Protocol):
         ...
 
 
-def batches(shapes: Mapping[str, Any], limit: int = 2**28) -> Iterator[list[str]]:
+def batches(shapes: Mapping[str, Any], limit: int = 2**27) -> Iterator[list[str]]:
     """Parameters in groups of at most `limit` bytes, larger ones alone."""
     group, size = [], 0
     for path, shape in shapes.items():
