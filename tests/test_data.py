@@ -150,7 +150,7 @@ def test_damage_inside_a_file_is_one_clear_line(tmp_path):
 
 
 def test_missing_file_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="none.array_record does not exist: build the data"):
+    with pytest.raises(UserError, match="none.array_record does not exist: write it first"):
         DocumentFiles([tmp_path / "none.array_record"])
 
 
@@ -756,8 +756,8 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
     fails("mixture.pages.*negative", mixture={"pages": -1.0})
     fails("no positive weight", mixture={"pages": 0.0})
     fails("no page.array_record; did you mean 'pages'", mixture={"page": 1.0})
-    fails("does not exist: build the data first", root=str(tmp_path / "nowhere"))
-    fails("does not exist: build the data first", split="test")
+    fails("does not exist: write documents there first", root=str(tmp_path / "nowhere"))
+    fails("does not exist: write documents there first", split="test")
     write_documents(tmp_path / "train" / "pages.array_record", [Document((Text("seven"),))])
     fails(
         "has no document that 'contexts' can use", "contexts", root=str(tmp_path), split="train",
