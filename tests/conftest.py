@@ -18,8 +18,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # The release's weights are torch files; torch is installed for Python 3.11 alone.
+collect_ignore = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [f"test_{name}.py" for name in ("convert", "generate", "golden", "verify")]
+
+
+def pytest_report_header():
+    return f"left out, since torch is missing: {collect_ignore}" if collect_ignore else None
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 
