@@ -26,6 +26,7 @@ if importlib.util.find_spec("torch") is None:
 def pytest_report_header():
     return f"left out, since torch is missing: {collect_ignore}" if collect_ignore else None
 
+
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 
 
