@@ -684,7 +684,8 @@ def test_resume_is_bit_identical(cfg, tokenizer, kind):
 def test_any_number_of_processes_reads_the_same(cfg, tokenizer, kind):
     with Batches(cfg, tokenizer, kind) as one:
         batches = take(one, 15)
-        state, statistics = one.state(), one.statistics()
+        state, statistics, documents = one.state(), one.statistics(), one.documents()
+        assert len(set(documents)) > 1
     for count in (2, 3):
         shares = [Batches(cfg, tokenizer, kind, p, count) for p in range(count)]
         for batch in batches:
@@ -695,6 +696,7 @@ def test_any_number_of_processes_reads_the_same(cfg, tokenizer, kind):
             assert share.state() == state
             assert share.statistics() == statistics
             share.close()
+        assert [document for share in shares for document in share.documents()] == documents
 
 
 @pytest.mark.parametrize("kind", KINDS)

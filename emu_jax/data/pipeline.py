@@ -150,12 +150,13 @@ class Batches(Iterator[Batch]):
         self._position = (0, 0)
         self._thread: _Prefetch | None = None
         self._totals = dict.fromkeys(_STATISTICS, 0)
+        self._documents: list[_Drawn] = []
 
     def __next__(self) -> Batch:
         if self._thread is None:
             self._thread = _Prefetch(self._maker, self._position, self._prefetch)
             weakref.finalize(self, self._thread.stop)
-        batch, self._position, statistics = self._thread.get()
+        batch, (self._position, self._documents, statistics) = self._thread.get()
         for name, value in statistics.items():
             self._totals[name] += value
         return batch
@@ -184,6 +185,11 @@ class Batches(Iterator[Batch]):
             )
         self.close()
         self._position = (int(state["block"]), int(state["row"]))
+
+    def documents(self) -> list[tuple[str, int]]:
+        """(kind, index in the kind's files) of each document in this process's share of the
+        last batch that was yielded; nothing before the first."""
+        return [(drawn.source.kind, drawn.index) for drawn in self._documents]
 
     def statistics(self) -> dict[str, float]:
         """Over the batches yielded so far, of all processes.
@@ -227,7 +233,7 @@ class _Prefetch:
         while not self._stopped.is_set():
             try:
                 item = maker.make(position)
-                position = item[1]
+                position = item[1].position
             except BaseException as error:  # handed to the thread that asks
                 item = error
             while not self._stopped.is_set():
@@ -239,7 +245,7 @@ class _Prefetch:
             if isinstance(item, BaseException):
                 return
 
-    def get(self) -> tuple[Batch, _Position, dict[str, int]]:
+    def get(self) -> tuple[Batch, _Planned]:
         if self._failure is None:
             item = self._queue.get()
             if not isinstance(item, BaseException):
@@ -276,6 +282,14 @@ class _Packed(NamedTuple):
     cut: bool
 
 
+class _Planned(NamedTuple):
+    """What there is to know of a batch beside its arrays."""
+
+    position: _Position  # of the next batch
+    documents: list[_Drawn]  # in this process's share
+    statistics: dict[str, int]  # of all shares
+
+
 class _Part(NamedTuple):
     """A part of a document as it stands in a batch."""
 
@@ -303,18 +317,18 @@ class _Maker:
             for name, (shape, dtype) in batch_shapes(cfg, kind).items()
         }
 
-    def make(self, position: _Position) -> tuple[Batch, _Position, dict[str, int]]:
-        """(this process's share of the batch, the next position, statistics of all shares)."""
+    def make(self, position: _Position) -> tuple[Batch, _Planned]:
+        """This process's share of the batch at a position."""
         make = {
             "rows": self._rows, "captions": self._captions, "pictures": self._pictures,
             "contexts": self._contexts,
         }[self.kind]  # fmt: skip
         batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.share.items()}
         jobs: list[_Job] = []
-        position, statistics = make(batch, position, jobs)
+        planned = make(batch, position, jobs)
         for _ in self.pool.map(self._draw, jobs) if self.pool else map(self._draw, jobs):
             pass
-        return batch, position, statistics
+        return batch, planned
 
     # What a document number stands for
 
@@ -368,9 +382,7 @@ class _Maker:
 
     # The four kinds of batches
 
-    def _rows(
-        self, batch: Batch, position: _Position, jobs: list[_Job]
-    ) -> tuple[_Position, dict[str, int]]:
+    def _rows(self, batch: Batch, position: _Position, jobs: list[_Job]) -> _Planned:
         block, row = position
         rows: list[list[_Packed]] = []
         while len(rows) < self.cfg.batch_size:
@@ -383,14 +395,15 @@ class _Maker:
         for n, documents in enumerate(rows[self.mine]):
             self._fill_row(batch, n, [packed.drawn for packed in documents], jobs)
         packed = [document for documents in rows for document in documents]
-        return (block, row), {
+        mine = [packed.drawn for documents in rows[self.mine] for packed in documents]
+        return _Planned((block, row), mine, {
             "tokens": sum(p.tokens for p in packed),
             "token_slots": self.cfg.batch_size * self.cfg.row_tokens,
             "images": sum(p.pictures for p in packed),
             "image_slots": self.cfg.batch_size * self.cfg.row_images,
             "documents": len(packed),
             "truncated": sum(p.cut for p in packed),
-        }
+        })  # fmt: skip
 
     def _fill_row(self, batch: Batch, n: int, documents: list[_Drawn], jobs: list[_Job]) -> None:
         row = _Row(self)
@@ -413,9 +426,7 @@ class _Maker:
         batch["image_slots"][n, :used] = row.slots
         batch["image_valid"][n, : row.pictures] = True
 
-    def _captions(
-        self, batch: Batch, position: _Position, jobs: list[_Job]
-    ) -> tuple[_Position, dict[str, int]]:
+    def _captions(self, batch: Batch, position: _Position, jobs: list[_Job]) -> _Planned:
         batch["tokens"][:] = self.tokenizer.pad_id
         room = self.cfg.row_tokens - 2
         documents = self._next_documents(position)
@@ -429,33 +440,31 @@ class _Maker:
             batch["valid"][n, : len(ids)] = True
             jobs.append(self._job(batch["images"][n], picture, drawn, self.rng(drawn)))
         texts = [int(drawn.source.texts[drawn.index]) for drawn in documents]
-        return self._after(position), {
+        return _Planned(self._after(position), documents[self.mine], {
             "tokens": sum(min(text, room) + 2 for text in texts),
             "token_slots": len(texts) * self.cfg.row_tokens,
             "images": len(texts),
             "image_slots": len(texts),
             "documents": len(texts),
             "truncated": sum(text > room for text in texts),
-        }
+        })  # fmt: skip
 
-    def _pictures(
-        self, batch: Batch, position: _Position, jobs: list[_Job]
-    ) -> tuple[_Position, dict[str, int]]:
+    def _pictures(self, batch: Batch, position: _Position, jobs: list[_Job]) -> _Planned:
         documents = self._next_documents(position)
         for n, drawn in enumerate(documents[self.mine]):
             parts = self._ordered(drawn, picture_first=True)[:1]
             ((_, picture),) = self._contents(drawn, parts)
             jobs.append(self._job(batch["images"][n], picture, drawn, self.rng(drawn)))
         count = len(documents)
-        return self._after(position), {"images": count, "image_slots": count, "documents": count}
+        statistics = {"images": count, "image_slots": count, "documents": count}
+        return _Planned(self._after(position), documents[self.mine], statistics)
 
-    def _contexts(
-        self, batch: Batch, position: _Position, jobs: list[_Job]
-    ) -> tuple[_Position, dict[str, int]]:
+    def _contexts(self, batch: Batch, position: _Position, jobs: list[_Job]) -> _Planned:
         batch["tokens"][:] = self.tokenizer.pad_id
         batch["image_slots"][:] = -1
         statistics = dict.fromkeys(_STATISTICS, 0)
-        for n, drawn in enumerate(self._next_documents(position)):
+        documents = self._next_documents(position)
+        for n, drawn in enumerate(documents):
             rng = self.rng(drawn)
             dropped = rng.random() < self.cfg.drop_condition
             # The words of a pair come before its picture: there is nothing else to draw from.
@@ -496,7 +505,7 @@ class _Maker:
         statistics["documents"] = self.cfg.batch_size
         statistics["token_slots"] = self.cfg.batch_size * self.cfg.row_tokens
         statistics["image_slots"] = self.cfg.batch_size * self.cfg.row_images
-        return self._after(position), statistics
+        return _Planned(self._after(position), documents[self.mine], statistics)
 
     def _next_documents(self, position: _Position) -> list[_Drawn]:
         first = position[1]
