@@ -708,6 +708,7 @@ def test_augmentation_and_seed(cfg, tokenizer, kind):
     batch = first()
     assert_equal(first(), batch)
     assert_equal(first(decode_threads=3), batch)
+    assert_equal(first(prefetch=0), batch)
     plain = first(augment=False)
     assert_equal(first(augment=True, rotate=0.0, scale=0.0, shift=0.0), plain)
     pixels = [k for k in batch if k in ("images", "target")]

@@ -70,7 +70,7 @@ class DataConfig:
 
     block_documents: int = 1024  # packed together
     decode_threads: int = 1
-    prefetch: int = 4  # batches made ahead
+    prefetch: int = 4  # batches made ahead, on a thread; 0: each when it is asked for
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that these data are read with."""
@@ -153,10 +153,11 @@ class Batches(Iterator[Batch]):
         self._documents: list[_Drawn] = []
 
     def __next__(self) -> Batch:
-        if self._thread is None:
+        if self._thread is None and self._prefetch > 0:
             self._thread = _Prefetch(self._maker, self._position, self._prefetch)
             weakref.finalize(self, self._thread.stop)
-        batch, (self._position, self._documents, statistics) = self._thread.get()
+        made = self._thread.get() if self._thread else self._maker.make(self._position)
+        batch, (self._position, self._documents, statistics) = made
         for name, value in statistics.items():
             self._totals[name] += value
         return batch
@@ -222,7 +223,7 @@ class _Prefetch:
     """Makes batches on a thread, a few ahead."""
 
     def __init__(self, maker: _Maker, position: _Position, ahead: int):
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, ahead))
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
         threading.Thread(
@@ -622,6 +623,7 @@ def _check(cfg: DataConfig) -> None:
         ("picture_first", 0 <= cfg.picture_first <= 1, "be in 0 .. 1"),
         ("drop_condition", 0 <= cfg.drop_condition <= 1, "be in 0 .. 1"),
         ("scale", 0 <= cfg.scale < 1, "be in 0 .. 1"),
+        ("prefetch", cfg.prefetch >= 0, "not be negative"),
     ]
     for name, fine, rule in rules:
         if not fine:
