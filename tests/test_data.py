@@ -80,16 +80,17 @@ def test_document_round_trip(tmp_path):
     documents = [
         Document((Text("ünïcode 🙂"), Picture(b"\x00\xff"), Text(""), Picture(b"", time=1.25))),
         Document(()),
+        Document((Text("[USER]: hi", scored=False, special=True), Text("you", scored=False))),
     ]
     for document in documents:
         assert Document.from_bytes(document.to_bytes()) == document
     path = tmp_path / "a" / "x.array_record"
-    assert write_documents(path, iter(documents)) == 2
+    assert write_documents(path, iter(documents)) == 3
     files = DocumentFiles([path, path])
     assert list(files) == documents * 2
-    assert files.where(3) == f"{path} record 1"
+    assert files.where(4) == f"{path} record 1"
     with pytest.raises(IndexError):
-        files[4]
+        files[6]
     assert [p.name for p in path.parent.iterdir()] == ["x.array_record"]
 
 
@@ -467,6 +468,26 @@ def test_text_cannot_spell_special_tokens(tmp_path, tokenizer):
         tokens = next(batches)["tokens"]
     assert (tokens == tokenizer.image).sum() == 2
     assert (tokens == tokenizer.eos).sum() == 1
+
+
+def test_only_what_is_scored_is_learned(root, tmp_path):
+    t = Tokenizer.load(root / "tokenizer", instruct=True)
+    asked = Text("see [IMG]it[/IMG] [USER]:", scored=False, special=True)
+    turn = (Text("[ASSISTANT]:", False, True), Text("a seven"), Text("</s>", special=True))
+    dialogue = Document((asked, Picture(grey(10)), Text("what? [USER]", scored=False), *turn))
+    cfg = dataclasses.replace(hand_made(tmp_path, pages=[dialogue]), row_tokens=99)
+    with Batches(cfg, t, "rows") as batches:
+        batch = next(batches)
+    pixels = t.image_placeholder(cfg.n_causal)
+    want = [
+        *t.encode(f"see [IMG]it[/IMG] [USER]:{pixels}"), *t.encode_plain("what? [USER]"),
+        *t.encode("[ASSISTANT]: a seven</s></s>", bos=False),
+    ]  # fmt: skip
+    tokens = batch["tokens"][0]
+    assert tokens[tokens != t.pad_id].tolist() == want
+    assert (tokens == t.user).sum() == 1  # a user's own words spell no token
+    scored = [*t.encode_plain("a seven"), t.eos, t.eos]
+    assert tokens[batch["text_loss_mask"][0]].tolist() == scored
 
 
 def test_each_epoch_has_every_document_once(tmp_path, tokenizer):

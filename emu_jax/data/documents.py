@@ -19,15 +19,33 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.config import UserError
+from emu_jax.tokenizer import IMAGE
 
 VERSION = 1  # of the record layout
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Words. White space at either end is not part of them."""
+    """Words. White space at either end is not part of them.
+
+    Attributes:
+        scored: whether they are learned; an instruction is read only, its answer is learned.
+        special: whether special tokens may be spelled in them (`[USER]`). Never of words of
+            unknown origin, which could spell an `<image>`.
+    """
 
     text: str
+    scored: bool = True
+    special: bool = False
+
+    def __post_init__(self) -> None:
+        if self.special and IMAGE in self.text:
+            raise ValueError(f"a text cannot spell {IMAGE}: put the picture itself")
+
+    def to_list(self) -> list[Any]:
+        """As plain values; what is as usual is left out."""
+        flags = (self.scored, self.special)
+        return [self.text] if flags == (True, False) else [self.text, *flags]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Document:
     def to_bytes(self) -> bytes:
         """One record: msgpack, with the version of its layout."""
         parts = [
-            ["text", p.text] if isinstance(p, Text) else ["picture", p.data, p.time]
+            ["text", *p.to_list()] if isinstance(p, Text) else ["picture", p.data, p.time]
             for p in self.parts
         ]
         return cast(bytes, msgpack.packb({"version": VERSION, "parts": parts}))

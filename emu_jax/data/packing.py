@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from emu_jax.data.documents import DocumentFiles, Picture
+from emu_jax.data.documents import DocumentFiles, Picture, Text
 from emu_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,12 @@ def first_fit(
     return rows
 
 
+def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
+    """The ids that a text has in a row."""
+    words = text.text.strip()
+    return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
+
+
 class Outlines:
     """The outline of every document of some files, counted once.
 
@@ -134,8 +140,8 @@ def _outlines_of(
         parts = files[index].parts
         counts.append(len(parts))
         for part in parts:
-            words = None if isinstance(part, Picture) else part.text.strip()
-            sizes.append(PICTURE if words is None else len(tokenizer.encode_plain(words)))
+            picture = isinstance(part, Picture)
+            sizes.append(PICTURE if picture else len(text_ids(part, tokenizer)))
     result = np.array(counts, np.int32), np.array(sizes, np.int32)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{kept.name}.")

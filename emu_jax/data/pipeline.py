@@ -26,7 +26,7 @@ from PIL import Image
 from emu_jax.config import UserError, suggest
 from emu_jax.data import images
 from emu_jax.data.documents import DocumentFiles, Picture, Text
-from emu_jax.data.packing import PICTURE, Outlines, first_fit, part_tokens, truncate
+from emu_jax.data.packing import PICTURE, Outlines, first_fit, part_tokens, text_ids, truncate
 from emu_jax.tokenizer import Tokenizer
 
 Kind = Literal["rows", "captions", "pictures", "contexts"]
@@ -310,7 +310,7 @@ class _Maker:
         # Batches share blocks, and a packed block is small.
         self.block = functools.lru_cache(4)(self._pack)
         # Captions repeat, and the pictures of a small set do.
-        self.encode = functools.lru_cache(1 << 14)(tokenizer.encode_plain)
+        self.encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
         self.small_picture = functools.lru_cache(1 << 12)(self._resized)
         self.pool = ThreadPoolExecutor(cfg.decode_threads) if cfg.decode_threads > 1 else None
         self.share = {
@@ -524,7 +524,7 @@ class _Maker:
     def _ids(self, part: _Part, content: Text | Picture) -> list[int]:
         """Ids of a text, shortened to the size that was planned."""
         assert isinstance(content, Text)
-        ids = self.encode(content.text.strip())
+        ids = self.encode(content)
         return ids[: part.size] if part.keep == "head" else ids[-part.size :]
 
     def _job(
@@ -586,7 +586,8 @@ class _Row:
     def add(self, part: _Part, content: Text | Picture) -> None:
         if isinstance(content, Text):
             ids = self._ids(part, content)
-            self._extend(ids, [True] * len(ids))
+            unscored = (self._tokenizer.img, self._tokenizer.img_end, self._tokenizer.pad_id)
+            self._extend(ids, [content.scored and i not in unscored for i in ids])
             return
         n, t = self._n_causal, self._tokenizer
         first = self.pictures * n
