@@ -6,8 +6,10 @@ pair, a web page and a video with subtitles are all documents; they differ in co
 
 from __future__ import annotations
 
+import abc
 import bisect
 import dataclasses
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,7 @@ from typing import Any, cast
 
 import grain
 import msgpack
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.config import UserError
@@ -96,7 +99,8 @@ class Document:
         """Reads what `to_bytes` wrote.
 
         Raises:
-            UserError: it is no document, or of a later version; the line starts with `where`.
+            Damaged: it is no document.
+            UserError: it is of a later version; the line starts with `where`.
         """
         try:
             values = msgpack.unpackb(record)
@@ -105,11 +109,61 @@ class Document:
                 make = {"text": Text, "picture": Picture}
                 return cls(tuple(make[kind](*rest) for kind, *rest in values["parts"]))
         except Exception as error:  # whatever foreign bytes make msgpack raise
-            raise UserError(f"{where} is not an emu_jax document: {error!r}") from None
+            raise Damaged("not a document", where, repr(error)) from None
         raise UserError(
             f"{where} is a document of version {version}, this emu_jax reads {VERSION}: "
             "build the data again"
         )
+
+
+class Damaged(UserError):
+    """One document that cannot be read. Training passes over it and counts it.
+
+    Attributes:
+        reason: a few words of a fixed set, to count by.
+        where: its place.
+    """
+
+    def __init__(self, reason: str, where: str, detail: object = ""):
+        super().__init__(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
+        self.reason, self.where = reason, where
+
+
+class Source(Sequence[Document]):
+    """Documents by index, read at random and from several threads at once.
+
+    Attributes:
+        fingerprint: a short hash, of names, sizes and times rather than contents: what was
+            derived from a source is good as long as this stays.
+        paired: whether a document is pictures and words about them in no order of its own.
+
+    Raises (when indexed):
+        Damaged: this document cannot be read; the others can.
+    """
+
+    fingerprint: str
+    paired: bool = False
+
+    @abc.abstractmethod
+    def read(self, index: int, rng: np.random.Generator | None = None) -> Document:
+        """A document; what it leaves to chance is drawn from `rng`, or else is the release's
+        choice. Chance does not change how many parts it has, nor its words."""
+
+    @abc.abstractmethod
+    def where(self, index: int) -> str:
+        """A document's place, for messages."""
+
+    def sketch(self, index: int) -> Document:
+        """The document with pictures that may be empty: enough to count its tokens."""
+        return self.read(index)
+
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.read(index)
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[i] for i in range(len(self)))
 
 
 def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> int:
@@ -133,15 +187,16 @@ def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> i
     return count
 
 
-class DocumentFiles(Sequence[Document]):
-    """The documents of some ArrayRecord files, read at random.
+class DocumentFiles(Source):
+    """The documents of some ArrayRecord files.
 
-    Raises (also when indexed):
-        UserError: a file is missing, cut short or damaged; the line names it and the mend.
+    Raises:
+        UserError: a file is missing or cut short; the line names it and the mend.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike]):
+    def __init__(self, paths: Sequence[str | os.PathLike], *, paired: bool = False):
         self.paths = [Path(p) for p in paths]
+        self.paired = paired
         self._records: list[Any] = []  # of each file
         self._starts = [0]
         for path in self.paths:
@@ -153,6 +208,8 @@ class DocumentFiles(Sequence[Document]):
             except Exception as error:
                 raise _damaged(path, error) from None
             self._records.append(records)
+        stats = [(path.name, path.stat()) for path in self.paths]
+        self.fingerprint = short_hash([(n, s.st_size, s.st_mtime_ns) for n, s in stats])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -169,24 +226,29 @@ class DocumentFiles(Sequence[Document]):
         return range(self._starts[file], self._starts[file + 1])
 
     def where(self, index: int) -> str:
-        """A document's place, for messages."""
         file, record = self.locate(index)
         return f"{self.paths[file]} record {record}"
 
-    def __getitem__(self, index: int) -> Document:  # type: ignore[override]
+    def read(self, index: int, rng: np.random.Generator | None = None) -> Document:
         file, record = self.locate(index)
         try:
             content = self._records[file][record]
         except Exception as error:
-            raise _damaged(self.paths[file], error) from None
+            raise Damaged("damaged record", self.where(index), _first_line(error)) from None
         return Document.from_bytes(content, self.where(index))
 
-    def __iter__(self) -> Iterator[Document]:
-        return (self[i] for i in range(len(self)))
+
+def short_hash(values: object) -> str:
+    """Twelve hexadecimal digits that follow from `repr(values)`."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).split("; at byte")[0].splitlines()[0]
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).split("; at byte")[0].splitlines()[0]
     return UserError(
-        f"{path} is cut short or damaged ({reason}): remove it (rm {path}) and build it again"
+        f"{path} is cut short or damaged ({_first_line(error)}): remove it (rm {path}) and build "
+        "it again"
     )
