@@ -213,6 +213,25 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def bench(parser: argparse.ArgumentParser) -> Run:
+    """measure this machine: one benchmark or all, see --list"""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--list", action="store_true", help="say what there is, measure nothing")
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax import bench
+
+        if args.list:
+            result = {name: bench.about(path) for name, path in bench.benchmarks().items()}
+        else:
+            result = bench.run(args.names)
+        if not args.json:
+            print(bench.table(result))
+        return result
+
+    return run
+
+
 def _converted(dst: Path, result: dict[str, Any]) -> str:
     peak = result["peak_rss_anon_bytes"]
     memory = "" if peak is None else f", peak RssAnon {peak / 2**30:.2f} GiB"
@@ -229,6 +248,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "convert": convert,
     "init": init,
     "verify": verify,
+    "bench": bench,
 }
 
 

@@ -252,6 +252,20 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def shipped(folder: str) -> Path:
+    """A top-level folder of the repository (configs, benchmarks), or its copy in the wheel.
+
+    Raises:
+        UserError: neither is there.
+    """
+    package = Path(__file__).parent
+    checkout = (package.parent / "pyproject.toml").is_file()
+    place = (package.parent if checkout else package) / folder
+    if not place.is_dir():
+        raise UserError(f"there is no {place}: install emu_jax anew, or run it from a clone")
+    return place
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -20,7 +20,7 @@ LEVELS = [
     {"models"},
     {"diffusion", "data", "convert", "checkpoint"},
     {"train", "generate"},
-    {"evaluate", "plan", "serve"},
+    {"evaluate", "plan", "serve", "bench"},
     {"__init__", "cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

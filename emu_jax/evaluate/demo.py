@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from sklearn.svm import SVC
 
-from emu_jax.config import UserError, save_json
+from emu_jax.config import UserError, save_json, shipped
 from emu_jax.data import digits
 from emu_jax.data.documents import DocumentFiles, Text
 from emu_jax.data.images import resize
@@ -135,21 +135,12 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _stage(name: str, workdir: Path, split: str, seed: int) -> TrainConfig:
     """The stage's config file, with this run's seed and places."""
-    cfg = load_config(TrainConfig, _configs() / f"{name}.py", [])
+    cfg = load_config(TrainConfig, shipped("configs") / f"{name}.py", [])
     data = dataclasses.replace(cfg.data, root=str(workdir / "data"), split=split, seed=seed)
     parents = cfg.parents
     if name == STAGES[-1]:  # one level up from where it would stand beside its parents
         parents = {tower: f"parents/{Path(path).name}" for tower, path in parents.items()}
     return dataclasses.replace(cfg, seed=seed, data=data, parents=parents)
-
-
-def _configs() -> Path:
-    """configs/ of the checkout, or its copy in an installed package."""
-    package = Path(__file__).parents[1]
-    for place in (package.parent / "configs", package / "configs"):
-        if (place / "digits.py").is_file():
-            return place
-    raise UserError(f"configs/ is not beside {package}: run from a clone of the repository")
 
 
 class Judge:

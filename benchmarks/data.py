@@ -1,0 +1,109 @@
+"""Pictures a second on one core: the whole pipeline against decode and resize alone.
+
+Generated JPEGs of web size (about 83 KB, short side 512), each with a caption, are read,
+decoded, resized to 224 x 224 (bicubic), tokenised, packed and batched, as training reads
+them. The yardstick is the same library's decode and resize of the same files in memory, and
+nothing else. The parts take turns, so that what else the machine does hits all of them, and
+are timed by the processor time of the whole process: a core's work, whoever else is on it.
+Figures are medians over the turns; a spread is half the distance between the quartiles.
+"""
+
+import io
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data.documents import write_documents
+from emu_jax.tokenizer import Tokenizer
+
+log = logging.getLogger("emu_jax")
+
+PICTURES = 144  # a batch: four rows of 36
+TURNS = 9
+SIZE = 224
+
+
+def run() -> dict:
+    rng = np.random.default_rng(0)
+    pairs = [Document((Picture(jpeg(rng)), Text(caption(rng)))) for _ in range(PICTURES)]
+    contents = [part.data for pair in pairs for part in pair.parts if isinstance(part, Picture)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_documents(Path(folder) / "train" / "pairs.array_record", pairs)
+        texts = [part.text for pair in pairs for part in pair.parts if isinstance(part, Text)]
+        Tokenizer.train(texts, 1000).save(Path(folder) / "tokenizer")
+        cfg = DataConfig(
+            root=folder, mixture={"pairs": 1.0}, batch_size=4, row_tokens=2176, row_images=36,
+            image_size=SIZE, block_documents=PICTURES, prefetch=0,
+        )  # fmt: skip
+        with Batches(cfg, cfg.load_tokenizer(), "rows") as batches:
+            parts: dict[str, Callable[[], int]] = {
+                "raw": lambda: decode_alone(contents),
+                "full": lambda: int(next(batches)["image_valid"].sum()),
+            }
+            rates = take_turns(parts)
+    return {
+        "picture_bytes": round(statistics.mean(map(len, contents))),
+        **{f"{name}_per_core": round(statistics.median(rate), 1) for name, rate in rates.items()},
+        **{f"{name}_over_raw": ratio(rates[name], rates["raw"]) for name in rates if name != "raw"},
+        "turns": TURNS,
+    }
+
+
+def decode_alone(contents: list[bytes]) -> int:
+    for content in contents:
+        picture = Image.open(io.BytesIO(content))
+        picture.load()
+        picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return len(contents)
+
+
+def take_turns(parts: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
+    """Pictures per second of processor time of each part, at each turn."""
+    for part in parts.values():  # caches fill, files are mapped
+        part()
+    rates: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(TURNS):
+        for name, part in parts.items():
+            began = time.process_time()
+            count = part()
+            rates[name].append(count / (time.process_time() - began))
+        shown = ", ".join(f"{name} {rate[-1]:.0f}/s" for name, rate in rates.items())
+        log.info("turn %d of %d: %s", turn + 1, TURNS, shown)
+    return rates
+
+
+def ratio(rates: list[float], raw: list[float]) -> dict[str, float]:
+    """The median and spread of one part's rate over that of the same turn's yardstick."""
+    low, median, high = statistics.quantiles(
+        [rate / other for rate, other in zip(rates, raw, strict=True)], n=4
+    )
+    return {"median": round(median, 3), "spread": round((high - low) / 2, 3)}
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    """A picture with the spectrum of a photograph, short side 512, about 83 KB."""
+    height, width = (512, 683) if rng.random() < 0.5 else (683, 512)
+    waves = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    waves[0, 0] = 1
+    noise = rng.standard_normal((2, 4, *waves.shape))
+    grey, *colours = (noise[0] + 1j * noise[1]) / waves**1.2
+    planes = [np.fft.irfft2(grey + 0.3 * colour, (height, width)) for colour in colours]
+    pixels = np.stack([128 + 50 * (plane - plane.mean()) / plane.std() for plane in planes], -1)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=70)
+    return file.getvalue()
+
+
+def caption(rng: np.random.Generator) -> str:
+    """Eight to twenty-four words."""
+    letters = np.array(list("etaoinshrdlu"))
+    return " ".join(
+        "".join(rng.choice(letters, rng.integers(2, 8))) for _ in range(rng.integers(8, 25))
+    )
