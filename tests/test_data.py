@@ -80,6 +80,7 @@ def test_document_round_trip(tmp_path):
     documents = [
         Document((Text("ünïcode 🙂"), Picture(b"\x00\xff"), Text(""), Picture(b"", time=1.25))),
         Document(()),
+        Document((Picture(b"x", None, 0.32),)),
         Document((Text("[USER]: hi", scored=False, special=True), Text("you", scored=False))),
     ]
     for document in documents:

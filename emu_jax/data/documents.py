@@ -53,10 +53,21 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An encoded picture (PNG, JPEG, ...); a frame of a video knows its time in seconds."""
+    """An encoded picture (PNG, JPEG, ...).
+
+    Attributes:
+        time: of a frame of a video, in seconds.
+        similarity: to the words that it goes with, where the data come with such a score.
+    """
 
     data: bytes
     time: float | None = None
+    similarity: float | None = None
+
+    def to_list(self) -> list[Any]:
+        """As plain values; what is as usual is left out."""
+        values = [self.data, self.time]
+        return values if self.similarity is None else [*values, self.similarity]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +100,8 @@ class Document:
     def to_bytes(self) -> bytes:
         """One record: msgpack, with the version of its layout."""
         parts = [
-            ["text", *p.to_list()] if isinstance(p, Text) else ["picture", p.data, p.time]
-            for p in self.parts
+            ["text" if isinstance(part, Text) else "picture", *part.to_list()]
+            for part in self.parts
         ]
         return cast(bytes, msgpack.packb({"version": VERSION, "parts": parts}))
 
