@@ -86,12 +86,12 @@ def test_document_round_trip(tmp_path):
     for document in documents:
         assert Document.from_bytes(document.to_bytes()) == document
     path = tmp_path / "a" / "x.array_record"
-    assert write_documents(path, iter(documents)) == 3
+    assert write_documents(path, iter(documents)) == 4
     files = DocumentFiles([path, path])
     assert list(files) == documents * 2
-    assert files.where(4) == f"{path} record 1"
+    assert files.where(5) == f"{path} record 1"
     with pytest.raises(IndexError):
-        files[6]
+        files[8]
     assert [p.name for p in path.parent.iterdir()] == ["x.array_record"]
 
 
