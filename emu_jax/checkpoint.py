@@ -5,6 +5,8 @@
     DIR/<step>/params   orbax: the parameters, {tower: {...}}
     DIR/<step>/ema      where weights are averaged: the averaged parameters (preferred for use)
     DIR/<step>/...      what training needs to go on: optimizer, position
+    DIR/base.json       where it was trained from, when `params` has only what was trained:
+                        {tower: run directory}, relative to DIR
 
 Saved parameters are nested dicts under the module's own attribute names, so that a tower
 can be read without the rest. In memory they are flat (`sharding.Template`).
@@ -12,15 +14,18 @@ can be read without the rest. In memory they are flat (`sharding.Template`).
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax.config import EmuConfig, UserError, load_json
 from emu_jax.sharding import Template, flatten, nest
@@ -80,13 +85,103 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
 def read_params(
     directory: Path, wanted: dict[str, jax.ShapeDtypeStruct], *, averaged: bool = True
 ) -> dict[str, jax.Array]:
-    """The newest parameters of a run directory; averaged ones where it keeps them."""
+    """The newest parameters of a run directory, those of its base included; averaged ones where
+    it keeps them.
+
+    Raises:
+        UserError: an array is missing or has another shape, or the base is not there.
+    """
     step = directory / str(latest_step(directory))
     params = {}
     if averaged and (step / "ema").is_dir():
         stored = stored_shapes(step / "ema")
         params = read(step / "ema", {k: v for k, v in wanted.items() if k in stored})
+    if base := base_of(directory):
+        stored, model = stored_shapes(step / "params"), load_config(directory)
+        rest = {k: v for k, v in wanted.items() if k not in params and k not in stored}
+        for parent in set(base.values()):
+            theirs = {k: v for k, v in rest.items() if base.get(tower_of(k)) == parent}
+            params |= read_parent(parent, theirs, model)
     return params | read(step / "params", {k: v for k, v in wanted.items() if k not in params})
+
+
+def run_shapes(directory: Path) -> dict[str, Any]:
+    """{dotted path: metadata with .shape and .dtype} of a run directory, its base included."""
+    shapes = {}
+    base = base_of(directory)
+    for parent in set(base.values()):
+        theirs = run_shapes(parent)
+        shapes |= {k: v for k, v in theirs.items() if base.get(tower_of(k)) == parent}
+    return shapes | stored_shapes(directory / str(latest_step(directory)) / "params")
+
+
+def tower_of(path: str) -> str:
+    """The tower that a parameter belongs to."""
+    return path.split(".")[0]
+
+
+def save_base(directory: Path, towers: dict[str, Path]) -> None:
+    """Notes where the parameters are that the steps of `directory` leave out."""
+    places = {tower: os.path.relpath(parent, directory) for tower, parent in towers.items()}
+    temporary = directory / "base.tmp"
+    temporary.write_text(json.dumps(places, indent=1) + "\n")
+    temporary.rename(directory / "base.json")
+
+
+def base_of(directory: Path) -> dict[str, Path]:
+    """{tower: run directory} that `save_base` noted; nothing where all is in `directory`.
+
+    Raises:
+        UserError: a base is not there any more.
+    """
+    note = directory / "base.json"
+    if not note.is_file():
+        return {}
+    try:
+        places = {t: Path(os.path.normpath(directory / p)) for t, p in
+                  json.loads(note.read_text()).items()}  # fmt: skip
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{note} is damaged ({error}): write {{tower: run directory}}") from None
+    for parent in places.values():
+        if not parent.is_dir():
+            raise UserError(f"{note} names {parent}, which is not there: correct it in that file")
+    return places
+
+
+# The tables that have a row, or a column, for each token.
+_VOCABULARY = {"llama.embed_tokens.embedding": 0, "llama.lm_head.kernel": 1}
+
+
+def read_parent(
+    directory: Path, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
+) -> dict[str, jax.Array]:
+    """Parameters of another run for `model`, which may have adapters and tokens that the other
+    run lacks. The adapters are left out; a new token gets the mean of the old ones' rows
+    (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added).
+    """
+    theirs = load_config(directory).llama
+    if theirs.lora is None:
+        wanted = {k: v for k, v in wanted.items() if not k.endswith((".lora_a", ".lora_b"))}
+    asked, grown = dict(wanted), {}
+    if theirs.vocab_size < model.llama.vocab_size:
+        grown = {k: axis for k, axis in _VOCABULARY.items() if k in wanted}
+    for path, axis in grown.items():
+        ours = wanted[path]
+        shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
+        whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # it may not divide any more
+        asked[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
+    params = read_params(directory, asked) if asked else {}
+    for path, axis in grown.items():
+        ours = wanted[path]
+
+        def grow(table, axis=axis, shape=ours.shape):
+            old = jnp.moveaxis(table, axis, 0)[: theirs.vocab_size]
+            mean = jnp.mean(old.astype(jnp.float32), axis=0, keepdims=True).astype(old.dtype)
+            more = jnp.repeat(mean, shape[axis] - theirs.vocab_size, axis=0)
+            return jnp.moveaxis(jnp.concatenate([old, more]), 0, axis)
+
+        params[path] = jax.jit(grow, out_shardings=ours.sharding)(params[path])
+    return params
 
 
 def load_config(directory: Path) -> EmuConfig:

@@ -62,14 +62,32 @@ class CFormerConfig:
     normalize: bool = False
 
 
+# Layers of the language model that may have adapters, and the part of a block each is in.
+LORA_TARGETS = {
+    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on linear layers of the language model (release: r=16, alpha=16)."""
 
     rank: int = 16
     alpha: float = 16.0
-    dropout: float = 0.05  # peft's setting, kept for export; not applied in training yet
+    dropout: float = 0.05  # of what an adapter reads, in training
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: a setting that means nothing.
+        """
+        for target in self.targets:
+            if target not in LORA_TARGETS:
+                raise UserError(f"unknown LoRA target {target!r}{suggest(target, LORA_TARGETS)}")
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA rank {self.rank}, dropout {self.dropout}: at least 1, below 1")
 
 
 @dataclasses.dataclass(frozen=True)

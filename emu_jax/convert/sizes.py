@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emu_jax.config import (
+    LORA_TARGETS,
     CFormerConfig,
     EmuConfig,
     LlamaConfig,
@@ -171,14 +172,14 @@ def _lora(shapes: Mapping[str, Shape], spelling: Spelling, where: str) -> LoraCo
     ranks: collections.Counter[int] = collections.Counter()
     found = set()
     for key, shape in shapes.items():
-        if match := re.search(r"\.self_attn\.(\w+)\.lora_A\.default\.weight$", key):
+        if match := re.search(r"\.(\w+)\.lora_A\.default\.weight$", key):
             if len(shape) != 2 or shape[0] == 0:
                 raise UserError(f"{where}: {key} is {list(shape)}, expected [rank, width]")
             found.add(match[1])
             ranks[shape[0]] += 1
     if not found:
         return None  # wrapped by peft, without adapters: the table lists what is unexpected
-    order = LoraConfig().targets
+    order = tuple(LORA_TARGETS)
     if unknown := found - set(order):
         raise UserError(f"{where} has LoRA on {', '.join(sorted(unknown))}: only on {order}")
     # The most common rank: the table names the adapters that have another.

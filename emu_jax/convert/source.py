@@ -332,8 +332,7 @@ class Run:
         self._path = path
         cfg = checkpoint.load_config(path)
         self.tokenizer = checkpoint.load_tokenizer(path)
-        step = path / str(checkpoint.latest_step(path))
-        stored = checkpoint.stored_shapes(step / "params")
+        stored = checkpoint.run_shapes(path)
         for tower in ("unet", "vae"):  # pretraining may leave them out
             if not any(p.startswith(f"{tower}.") for p in stored):
                 cfg = dataclasses.replace(cfg, **{tower: None})

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from einops import rearrange
 
-from emu_jax.config import EmuConfig, UserError
+from emu_jax.config import LORA_TARGETS, EmuConfig, UserError
 
 Shape = tuple[int, ...]
 
@@ -206,7 +206,7 @@ def llama(cfg: EmuConfig) -> list[Row]:
     ]
     for target in cfg.llama.lora.targets if cfg.llama.lora else ():
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            name = f"self_attn.{target}"
+            name = f"{LORA_TARGETS[target]}.{target}"
             block.append(Row(f"{name}.{ours}", (f"{name}.{theirs}.default.weight",), LINEAR))
     return rows + _stack("llama.layers", f"{lm}.model.layers.{{}}", block, cfg.llama.layers)
 

@@ -46,6 +46,7 @@ class DataConfig:
     split: str = "train"
     embedded: str = ""  # "digits": made at `root` when it is not there
     tokenizer: str = ""  # a folder; by default `root/tokenizer`
+    instruct: bool = False  # [USER] and [ASSISTANT] are tokens, whatever the folder says
     # Documents are drawn in proportion to these weights, by kind; 0 leaves a kind out.
     mixture: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"pairs": 1.0, "pages": 1.0, "storyboards": 1.0}
@@ -74,7 +75,8 @@ class DataConfig:
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that these data are read with."""
-        return Tokenizer.load(self.tokenizer or Path(self.root) / "tokenizer")
+        folder = self.tokenizer or Path(self.root) / "tokenizer"
+        return Tokenizer.load(folder, instruct=self.instruct or None)
 
 
 def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...], type]]:

@@ -98,8 +98,7 @@ def load(
     if (directory / "generation.json").is_file():
         defaults = load_json(GenerationConfig, directory / "generation.json")
         defaults.check()
-    path = directory / str(checkpoint.latest_step(directory)) / "params"
-    towers = {name.split(".")[0] for name in checkpoint.stored_shapes(path)}
+    towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(directory)))
 
     def build() -> models.Emu:
         return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emu_jax.config import LlamaConfig
 from emu_jax.models.attention import attention, causal_mask, segment_mask
 from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stack
-from emu_jax.models.lora import LoraLinear
+from emu_jax.models.lora import LoraLinear, adapted
 from emu_jax.sharding import shard
 
 
@@ -69,14 +69,22 @@ def rotary(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def _linear(
+    cfg: LlamaConfig, name: str, width_in: int, width_out: int, axes: tuple[str, str],
+    rngs: nnx.Rngs,
+) -> Linear:  # fmt: skip
+    """A layer without bias; with an adapter where the configuration asks for one."""
+    if cfg.lora and name in cfg.lora.targets:
+        return LoraLinear(width_in, width_out, axes, lora=cfg.lora, rngs=rngs)
+    return Linear(width_in, width_out, axes, bias=False, rngs=rngs)
+
+
 class LlamaAttention(nnx.Module):
     """Rotary multi-head attention, no biases, every head with its own keys."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         def linear(name: str, axes: tuple[str, str]) -> Linear:
-            if cfg.lora and name in cfg.lora.targets:
-                return LoraLinear(cfg.width, cfg.width, axes, lora=cfg.lora, rngs=rngs)
-            return Linear(cfg.width, cfg.width, axes, bias=False, rngs=rngs)
+            return _linear(cfg, name, cfg.width, cfg.width, axes, rngs)
 
         self.q_proj = linear("q_proj", ("embed", "heads"))
         self.k_proj = linear("k_proj", ("embed", "heads"))
@@ -84,33 +92,40 @@ class LlamaAttention(nnx.Module):
         self.o_proj = linear("o_proj", ("heads", "embed"))
         self.cfg = cfg
 
-    def project(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"],
+        dropout_key: jax.Array | None = None,
+    ):  # fmt: skip
         """Rotated queries and keys, and values, each [B, T, H, K]."""
         q, k, v = (
-            rearrange(proj(x), "b t (h k) -> b t h k", k=self.cfg.head_width)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(
+                adapted(proj, x, dropout_key, n), "b t (h k) -> b t h k", k=self.cfg.head_width
+            )
+            for n, proj in enumerate((self.q_proj, self.k_proj, self.v_proj))
         )
         rope = self.cfg.rope_theta, self.cfg.rope_dtype
         return rotary(q, positions, *rope), rotary(k, positions, *rope), v
 
-    def attend(self, q, k, v, mask) -> Float[Array, "B T D"]:
+    def attend(self, q, k, v, mask, dropout_key=None) -> Float[Array, "B T D"]:
         out = attention(q, k, v, mask=mask, scale=self.cfg.head_width**-0.5)
-        return self.o_proj(rearrange(out, "b t h k -> b t (h k)"))
+        return adapted(self.o_proj, rearrange(out, "b t h k -> b t (h k)"), dropout_key, 3)
 
 
 class LlamaMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
-        def linear(width_in: int, width_out: int, axes: tuple[str, str]) -> Linear:
-            return Linear(width_in, width_out, axes, bias=False, rngs=rngs)
+        width, hidden = cfg.width, cfg.mlp_width
+        self.gate_proj = _linear(cfg, "gate_proj", width, hidden, ("embed", "mlp"), rngs)
+        self.up_proj = _linear(cfg, "up_proj", width, hidden, ("embed", "mlp"), rngs)
+        self.down_proj = _linear(cfg, "down_proj", hidden, width, ("mlp", "embed"), rngs)
 
-        self.gate_proj = linear(cfg.width, cfg.mlp_width, ("embed", "mlp"))
-        self.up_proj = linear(cfg.width, cfg.mlp_width, ("embed", "mlp"))
-        self.down_proj = linear(cfg.mlp_width, cfg.width, ("mlp", "embed"))
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(
+        self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        gate = adapted(self.gate_proj, x, dropout_key, 4)
+        up = adapted(self.up_proj, x, dropout_key, 5)
+        return adapted(self.down_proj, jax.nn.silu(gate) * up, dropout_key, 6)
 
 
 class LlamaBlock(nnx.Module):
@@ -122,10 +137,11 @@ class LlamaBlock(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.mlp = LlamaMLP(cfg, rngs=rngs)
 
-    def finish(self, x, attended) -> Float[Array, "B T D"]:
+    def finish(self, x, attended, dropout_key=None) -> Float[Array, "B T D"]:
         """The residual sums after attention."""
         x = shard(x + attended, "batch", None, None)
-        return shard(x + self.mlp(self.post_attention_layernorm(x)), "batch", None, None)
+        mlp = self.mlp(self.post_attention_layernorm(x), dropout_key)
+        return shard(x + mlp, "batch", None, None)
 
 
 class Llama(nnx.Module):
@@ -148,17 +164,24 @@ class Llama(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm; causal, within a segment when ids are given."""
+        """Hidden states after the final norm; causal, within a segment when ids are given.
+        With a key the adapters drop, as in training."""
         mask = causal_mask(x.shape[1])
         if segment_ids is not None:
             mask = mask & segment_mask(segment_ids, segment_ids)
 
-        def body(block: LlamaBlock, x, _):
-            q, k, v = block.self_attn.project(block.input_layernorm(x), positions)
-            return block.finish(x, block.self_attn.attend(q, k, v, mask)), None
+        keys = None
+        if dropout_key is not None and self.cfg.lora and self.cfg.lora.dropout > 0:
+            keys = jax.random.split(dropout_key, self.cfg.layers)
 
-        x, _ = scan(self.layers, body, shard(x, "batch", None, None), remat=self.remat)
+        def body(block: LlamaBlock, x, key):
+            q, k, v = block.self_attn.project(block.input_layernorm(x), positions, key)
+            return block.finish(x, block.self_attn.attend(q, k, v, mask, key), key), None
+
+        x, _ = scan(self.layers, body, shard(x, "batch", None, None), keys, remat=self.remat)
         return self.norm(x)
 
     def read(

@@ -1,4 +1,4 @@
-"""Low-rank adapters (release: peft 0.4 with r=16, alpha=16 on q/k/v/o)."""
+"""Low-rank adapters (release: peft 0.4 with r=16, alpha=16, dropout 0.05 on q/k/v/o)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,27 @@ class LoraLinear(Linear):
         self.lora_a = param(rngs, lecun, (width_in, lora.rank), (axes[0], None))
         zeros = jax.nn.initializers.zeros
         self.lora_b = param(rngs, zeros, (lora.rank, width_out), (None, axes[1]))
-        self.scale = lora.alpha / lora.rank
+        self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        low = x @ self.lora_a[...].astype(x.dtype)
-        return super().__call__(x) + self.scale * (low @ self.lora_b[...].astype(x.dtype))
+    def __call__(
+        self, x: Float[Array, "B T D"], *, dropout_key: jax.Array | None = None
+    ) -> Float[Array, "B T E"]:
+        """With a key, as in training, entries of what the adapter reads are dropped."""
+        y, low = super().__call__(x), x
+        if dropout_key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            low = jnp.where(keep, x / (1 - self.dropout), 0)
+        low = low @ self.lora_a[...].astype(x.dtype)
+        return y + self.scale * (low @ self.lora_b[...].astype(x.dtype))
+
+
+def adapted(
+    layer: Linear, x: Float[Array, "B T D"], dropout_key: jax.Array | None, place: int
+) -> Float[Array, "B T E"]:
+    """`layer(x)`; an adapter drops by its own key, the `place`th of its block's."""
+    if dropout_key is None or not isinstance(layer, LoraLinear):
+        return layer(x)
+    return layer(x, dropout_key=jax.random.fold_in(dropout_key, place))
 
 
 def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, lora: LoraConfig) -> jax.Array:

@@ -19,8 +19,10 @@ class GroupConfig:
     lr: float = 1e-3  # peak; 0 freezes: no gradient, no optimizer state
     delay_steps: int = 0  # held still before this step, though gradients flow through
     warmup_steps: int = 0  # from the end of the delay
-    decay: str = "cosine"  # to `final_fraction` of the peak at the last step; or "constant"
+    # cosine (to `final_fraction` of the peak at the last step), constant or steps (by `drops`)
+    decay: str = "cosine"
     final_fraction: float = 0.0
+    drops: tuple[tuple[float, float], ...] = ()  # (step, learning rate from there on), in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +67,13 @@ class TrainConfig:
     kl_weight: float = 1e-4  # of the autoencoder's KL term
     ema_decay: float = 0.0  # averages what is trained, when > 0
     remat: str = "none"  # what each layer keeps for its backward pass (models.layers.REMAT)
-    dtype: str = "bfloat16"  # of the computation; parameters and optimizer are float32
+    # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.
+    dtype: str = "bfloat16"
     log_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    # Without it a checkpoint holds what is trained; the rest stays in its parents' run directories.
+    save_frozen: bool = True
     max_bad_steps: int = 20  # non-finite steps in a row before training stops
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint
-from emu_jax.config import TokenIds, UserError, load_json, save_json, suggest, to_dict
+from emu_jax.config import EmuConfig, TokenIds, UserError, load_json, save_json, suggest, to_dict
 from emu_jax.data import digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.models.layers import REMAT
@@ -71,6 +71,12 @@ class Trainer:
         self.optimizer = make_optimizer(
             cfg.optimizer, cfg.steps, {path: shapes[path] for path in self.trained}
         )
+        # What is frozen is kept as the computation reads it.
+        dtypes = dict.fromkeys(self.frozen, jnp.dtype(cfg.dtype))
+        self.param_shapes = {
+            path: jax.ShapeDtypeStruct(s.shape, dtypes.get(path, s.dtype), sharding=s.sharding)
+            for path, s in shapes.items()
+        }
         self.state_shapes = self._with_shardings(jax.eval_shape(self._start, shapes))
         self.state_shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
         self.step = jax.jit(
@@ -96,7 +102,7 @@ class Trainer:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             trained=trained,
-            frozen={path: params[path] for path in self.frozen},
+            frozen={path: params[path].astype(self.cfg.dtype) for path in self.frozen},
             optimizer=self.optimizer.init(trained),
             ema=jax.tree.map(jnp.copy, trained) if self.cfg.ema_decay > 0 else {},
             bad_steps=jnp.zeros((), jnp.int32),
@@ -170,20 +176,23 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
             return {"step": done, "seconds": 0.0}
         tokenizer = _prepare_data(cfg)
         trainer = Trainer(cfg, mesh)
+        inherited = _inherited(cfg, workdir, trainer)
         batches = Batches(
             cfg.data, tokenizer, trainer.objective.batch_kind,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         if done:
-            state, position = _restore(manager, trainer)
+            state, position = _restore(manager, trainer, _read_parents(cfg, workdir, inherited))
             batches.restore(position)
         else:
-            state = trainer.start(_read_parents(cfg, workdir, trainer))
+            state = trainer.start(_read_parents(cfg, workdir, trainer.param_shapes))
         if lead:
             tokenizer.save(workdir / "tokenizer")
             save_json(cfg.model, workdir / "config.json")
             save_json(cfg, workdir / "train.json")
             _carry_release(cfg, workdir)
+            if not cfg.save_frozen:
+                checkpoint.save_base(workdir, {t: _parent(cfg, workdir, t) for t in cfg.parents})
         logger = MetricLogger(
             workdir, stage=cfg.name, total_steps=cfg.steps, enabled=lead, start_step=done
         )
@@ -219,7 +228,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                     # Before the last checkpoint, whose presence says that all is done.
                     save_json(trainer.objective.finish(cfg.model, row), workdir / "config.json")
                 if last or step % cfg.checkpoint_every == 0:
-                    _save(manager, step, state, batches.state())
+                    _save(manager, step, state, batches.state(), leave_out=inherited)
                 if stopping and step < cfg.steps:
                     manager.wait_until_finished()
                     raise KeyboardInterrupt
@@ -335,11 +344,14 @@ def _prepare_data(cfg: TrainConfig) -> Tokenizer:
 
 
 def _save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, position: dict[str, Any]
-) -> None:
-    """Starts an asynchronous, atomic save of the state and of the data position."""
+    manager: ocp.CheckpointManager, step: int, state: TrainState, position: dict[str, Any],
+    *, leave_out: Collection[str],
+) -> None:  # fmt: skip
+    """Starts an asynchronous, atomic save of the state, but for some frozen parameters, and of
+    the data position."""
+    frozen = {path: a for path, a in state.frozen.items() if path not in leave_out}
     items = {
-        "params": ocp.args.StandardSave(nest(state.trained | state.frozen)),
+        "params": ocp.args.StandardSave(nest(state.trained | frozen)),
         "optimizer": ocp.args.StandardSave({"state": state.optimizer, "bad": state.bad_steps}),
         "position": ocp.args.JsonSave(position),
     }
@@ -348,19 +360,23 @@ def _save(
     manager.save(step, args=ocp.args.Composite(**items))
 
 
-def _restore(manager: ocp.CheckpointManager, trainer: Trainer) -> tuple[TrainState, dict[str, Any]]:
-    """The newest saved state, on this run's mesh, and its data position."""
+def _restore(
+    manager: ocp.CheckpointManager, trainer: Trainer, inherited: Params
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest saved state, with what it leaves out, on this run's mesh, and its data
+    position."""
     step = manager.latest_step()
     shapes = trainer.state_shapes
+    frozen = {path: shape for path, shape in shapes.frozen.items() if path not in inherited}
     items = {
-        "params": ocp.args.StandardRestore(nest(shapes.trained | shapes.frozen)),
+        "params": ocp.args.StandardRestore(nest(shapes.trained | frozen)),
         "optimizer": ocp.args.StandardRestore({"state": shapes.optimizer, "bad": shapes.bad_steps}),
         "position": ocp.args.JsonRestore(),
     }
     if shapes.ema:
         items["ema"] = ocp.args.StandardRestore(nest(shapes.ema))
     saved = manager.restore(step, args=ocp.args.Composite(**items))
-    params = flatten(saved["params"])
+    params = flatten(saved["params"]) | inherited
     count = jax.device_put(jnp.int32(step), trainer.state_shardings.step)
     state = TrainState(
         step=count,
@@ -395,10 +411,10 @@ def _adopt_parents(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     """
     if cfg.init_from:
         parent = Path(cfg.init_from).absolute()
-        model = checkpoint.load_config(parent)
+        model = _extended(checkpoint.load_config(parent), cfg)
         has = {"unet": model.unet is not None, "vae": model.vae is not None}
         towers = [tower for tower in CONFIG_OF if has.get(tower, True)]
-        if cfg.objective != "decoder":  # the painter is not in this run
+        if cfg.objective != "decoder" and cfg.save_frozen:  # the painter is not in this run
             towers = [tower for tower in towers if tower not in has]
         parents = {tower: str(parent) for tower in towers} | cfg.parents
         return dataclasses.replace(cfg, model=model, parents=parents)
@@ -418,14 +434,52 @@ def _adopt_parents(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     return dataclasses.replace(cfg, model=model)
 
 
-def _read_parents(cfg: TrainConfig, workdir: Path, trainer: Trainer) -> Params:
-    """The parents' parameters, averaged ones where they keep them."""
+def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
+    """A parent's model with the adapters of this run, and with the tokens of its data.
+
+    Raises:
+        UserError: the parent has other adapters.
+    """
+    llama, lora = parent.llama, cfg.model.llama.lora
+    if lora is not None and llama.lora not in (None, lora):
+        raise UserError(
+            f"{cfg.init_from} has adapters of its own, {llama.lora}: merge them first "
+            "(emu-jax convert --merge-lora), or set model.llama.lora to these"
+        )
+    # `[USER]` and `[ASSISTANT]` follow `<image>`.
+    tokens = parent.tokens.image + 1 + (2 if cfg.data.instruct else 0)
+    llama = dataclasses.replace(
+        llama, lora=lora or llama.lora, vocab_size=max(llama.vocab_size, tokens)
+    )
+    return dataclasses.replace(parent, llama=llama)
+
+
+def _read_parents(
+    cfg: TrainConfig, workdir: Path, shapes: dict[str, jax.ShapeDtypeStruct]
+) -> Params:
+    """Those of the parameters that parents have, averaged ones where they keep them."""
     params: Params = {}
     for tower in cfg.parents:
-        wanted = {k: v for k, v in trainer.template.shapes.items() if k.split(".")[0] == tower}
+        wanted = {k: v for k, v in shapes.items() if checkpoint.tower_of(k) == tower}
         if wanted:
-            params |= checkpoint.read_params(_parent(cfg, workdir, tower), wanted)
+            params |= checkpoint.read_parent(_parent(cfg, workdir, tower), wanted, cfg.model)
     return params
+
+
+def _inherited(
+    cfg: TrainConfig, workdir: Path, trainer: Trainer
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Frozen parameters that stay in the parents' run directories: this run does not save them."""
+    if cfg.save_frozen:
+        return {}
+    stored = {
+        (tower, path) for tower in cfg.parents
+        for path in checkpoint.run_shapes(_parent(cfg, workdir, tower))
+    }  # fmt: skip
+    return {
+        path: trainer.param_shapes[path] for path in trainer.frozen
+        if (checkpoint.tower_of(path), path) in stored
+    }  # fmt: skip
 
 
 def _carry_release(cfg: TrainConfig, workdir: Path) -> None:

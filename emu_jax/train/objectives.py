@@ -57,7 +57,7 @@ class EmuObjective(Objective):
     def loss(self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array):
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         images = module.encode_images(pixels, dropout_key=key)
-        text_loss, regression_loss = sequence_losses(module, images, batch)
+        text_loss, regression_loss = sequence_losses(module, images, batch, key)
         variance, rank = spread(images.astype(jnp.float32), batch["image_valid"])
         loss = cfg.text_weight * text_loss + cfg.regression_weight * regression_loss
         return loss, {
@@ -69,13 +69,13 @@ class EmuObjective(Objective):
 
 
 def sequence_losses(
-    module: Emu, images: Float[Array, "B I N D"], batch: Batch
+    module: Emu, images: Float[Array, "B I N D"], batch: Batch, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Both losses of packed rows, in float32: the mean cross-entropy over text targets, and
     the squared error of regressed embeddings, a mean over targets and width
     (release: `modeling_llama.py`, which prepares the pairs of the second)."""
     x = module.embed(batch["tokens"], images, batch["image_slots"])
-    hidden = module.llama(x, batch["positions"], batch["segment_ids"])
+    hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
 
     logits = module.llama.logits(hidden[:, :-1]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])

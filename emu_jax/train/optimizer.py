@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -26,18 +27,31 @@ def group_of(path: str, cfg: OptimizerConfig) -> GroupConfig:
 
 
 def schedule(group: GroupConfig, steps: int) -> optax.Schedule:
-    """Zero for `delay_steps`, linear warmup, then cosine (or constant) to the last step."""
-    rest = max(1, steps - group.delay_steps - group.warmup_steps)
+    """Zero for `delay_steps`, linear warmup, then as `group.decay` says to the last step.
+
+    Raises:
+        UserError: an unknown decay, or drops that are not in order behind the warmup.
+    """
+    start = group.delay_steps + group.warmup_steps
+    rest = max(1, steps - start)
     if group.decay == "cosine":
         tail = optax.cosine_decay_schedule(group.lr, rest, group.final_fraction)
     elif group.decay == "constant":
         tail = optax.constant_schedule(group.lr)
+    elif group.decay == "steps":
+        at, rates = [step for step, _ in group.drops], [rate for _, rate in group.drops]
+        if any(here >= after for here, after in itertools.pairwise([start, *at])):
+            raise UserError(f"optimizer drops {group.drops} must rise from after step {start}")
+        tail = optax.join_schedules(
+            [optax.constant_schedule(rate) for rate in (group.lr, *rates)],
+            [int(step) - start for step in at],
+        )
     else:
-        raise UserError(f"optimizer decay {group.decay!r} is not known: use cosine or constant")
+        raise UserError(
+            f"optimizer decay {group.decay!r} is not known: use cosine, constant or steps"
+        )
     parts = [optax.constant_schedule(0.0), optax.linear_schedule(0.0, group.lr, group.warmup_steps)]
-    return optax.join_schedules(
-        [*parts, tail], [group.delay_steps, group.delay_steps + group.warmup_steps]
-    )
+    return optax.join_schedules([*parts, tail], [group.delay_steps, start])
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:

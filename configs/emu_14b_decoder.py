@@ -1,0 +1,49 @@
+"""The visual decoder of the 14B model: Stable Diffusion's U-Net, on the embeddings that the
+frozen model regresses after a caption (paper, visual decoding).
+
+    emu-jax train --config configs/emu_14b_decoder.py --workdir runs/emu_decoder \\
+        --config.init_from=runs/emu --config.data.root=DATA
+
+DATA/train holds ArrayRecord files of pairs, laion_coco-*.array_record and
+laion_aesthetics-*.array_record, of captions of at most 150 characters. One context in ten is
+dropped to `<s>[IMG]`, which guidance takes as its unconditional one. What is frozen is kept in
+bfloat16 and is not saved again: checkpoints hold the U-Net, its average and its moments.
+"""
+
+from emu_jax.config import emu_14b
+from emu_jax.data.pipeline import DataConfig
+from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
+
+
+def get_config():
+    return config_dict(
+        TrainConfig(
+            name="emu_14b_decoder",
+            objective="decoder",
+            model=emu_14b(),
+            data=DataConfig(
+                mixture={"laion_coco": 7.0, "laion_aesthetics": 2.0},
+                batch_size=1600,  # 50 rows, accumulated 4 times, on 8 GPUs of 4 nodes
+                row_tokens=192,
+                row_images=1,
+                picture_first=0.0,
+                drop_condition=0.1,
+            ),
+            optimizer=OptimizerConfig(
+                groups=(
+                    GroupConfig(
+                        r"^unet\.", lr=1e-4, warmup_steps=5000,
+                        decay="steps", drops=((10_000, 5e-5), (14_000, 1e-5)),
+                    ),
+                    GroupConfig(".*", lr=0.0),
+                ),
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=1e-2,
+            ),
+            steps=15_000,
+            ema_decay=0.9999,
+            save_frozen=False,
+            remat="full",
+        )
+    )  # fmt: skip
