@@ -143,6 +143,7 @@ def test_language_model_and_losses(emu, embeddings, golden):
     # The training objective finds the same: documents that are rows of their own.
     batch = {
         "tokens": tokens, "segment_ids": segments, "positions": positions, "image_slots": slots,
+        "image_scored": np.ones(images.shape[:2], bool),
         "text_loss_mask": np.isin(ids, [t.pad, t.bos, t.image, t.img, t.img_end], invert=True),
     }  # fmt: skip
     text_loss, regression_loss = nnx.jit(sequence_losses)(emu, images, batch)

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits as documents of three kinds.
+"""scikit-learn's 1,797 handwritten digits as documents of four kinds.
 
 The label of a picture reaches a document only as a word. Splits are taken from
 `numpy.random.default_rng(0).permutation(1797)`: the first 1,437 pictures train, the other
@@ -8,6 +8,7 @@ choosing anything that has to be chosen.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -22,7 +23,7 @@ from PIL import Image
 
 from emu_jax.config import UserError, suggest
 from emu_jax.data.documents import Document, Picture, Text, write_documents
-from emu_jax.tokenizer import Tokenizer
+from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = (
@@ -37,7 +38,10 @@ SPLITS = {
 }  # fmt: skip
 VOCABULARY = 512  # an upper bound; the few words there are need less
 
-_VERSION = 1  # of the files `build_digits` writes
+QUESTIONS = ("what digit is this?", "is it even?", "what comes next? draw it")
+
+_VERSION = 2  # of the files `build_digits` writes
+_SEED = 1
 _PER_PICTURE = 3  # pages, and storyboards, for each picture of a split
 
 
@@ -130,11 +134,30 @@ def _storyboard(rng: np.random.Generator, show: Shown) -> Document:
     return Document.from_video(frames, subtitles)
 
 
+def _instructions(
+    rng: np.random.Generator, pictures: list[Picture], labels: np.ndarray, show: Shown
+) -> Iterator[Document]:
+    """For each picture the two questions about it, and the third about a count."""
+    for picture, digit in zip(pictures, labels.tolist(), strict=True):
+        yield _turn([picture], QUESTIONS[0], Text(WORDS[digit]))
+        yield _turn([picture], QUESTIONS[1], Text("no" if digit % 2 else "yes"))
+        *count, following = (show(d) for d in counting_digits(rng))
+        yield _turn(count, QUESTIONS[2], following)
+
+
+def _turn(pictures: list[Picture], question: str, answer: Text | Picture) -> Document:
+    """As `generate.prompt.instruct` spells it without a system message; the answer is scored."""
+    opening = Text(f"{USER}:", scored=False, special=True)
+    shown = [dataclasses.replace(picture, scored=False) for picture in pictures]
+    closing = Text(f"{question} {ASSISTANT}:", scored=False, special=True)
+    return Document((opening, *shown, closing, answer))
+
+
 def _documents(split: str) -> dict[str, list[Document]]:
     """All documents of a split, by kind."""
     images, labels = digit_pictures(split)
     pictures = [Picture(encode_png(image)) for image in images]
-    rng = np.random.default_rng([_VERSION, list(SPLITS).index(split)])
+    rng = np.random.default_rng([_SEED, list(SPLITS).index(split)])
     by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
 
     def show(digit: int) -> Picture:
@@ -145,6 +168,7 @@ def _documents(split: str) -> dict[str, list[Document]]:
         "pairs": list(_pairs(pictures, labels)),
         "pages": [_page(rng, show) for _ in range(count)],
         "storyboards": [_storyboard(rng, show) for _ in range(count)],
+        "instructions": list(_instructions(rng, pictures, labels, show)),
     }
 
 
@@ -170,7 +194,7 @@ def build_digits(root: str | os.PathLike) -> None:
         for kind, documents in _documents(split).items():
             names.append(f"{split}/{kind}.array_record")
             write_documents(root / names[-1], documents)
-            if split == "train":
+            if split == "train" and kind != "instructions":  # pretraining's words alone
                 texts += [p.text for d in documents for p in d.parts if isinstance(p, Text)]
     Tokenizer.train(texts, VOCABULARY).save(root / "tokenizer")
     names.append("tokenizer/tokenizer.json")

@@ -58,14 +58,18 @@ class Picture:
     Attributes:
         time: of a frame of a video, in seconds.
         similarity: to the words that it goes with, where the data come with such a score.
+        scored: whether it is learned, as a text is.
     """
 
     data: bytes
     time: float | None = None
     similarity: float | None = None
+    scored: bool = True
 
     def to_list(self) -> list[Any]:
         """As plain values; what is as usual is left out."""
+        if not self.scored:
+            return [self.data, self.time, self.similarity, self.scored]
         values = [self.data, self.time]
         return values if self.similarity is None else [*values, self.similarity]
 

@@ -84,8 +84,9 @@ def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...]
 
     rows:     tokens, segment_ids (0 = padding), positions int32 [B,T]; text_loss_mask bool
               [B,T], True where the token is a text target; images uint8 [B,I,h,w,3];
-              image_valid bool [B,I]; image_slots int32 [B,T], which of the I*N embeddings
-              of the row stands at an <image>, -1 elsewhere.
+              image_valid, image_scored (a regression target) bool [B,I]; image_slots
+              int32 [B,T], which of the I*N embeddings of the row stands at an <image>, -1
+              elsewhere.
     captions: images uint8 [B,h,w,3]; tokens int32 [B,T], `<s> words </s>` and padding on
               the right; valid bool [B,T].
     pictures: images uint8 [B,H,W,3], of the autoencoder's size.
@@ -103,7 +104,8 @@ def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...]
     shapes: dict[str, dict[str, tuple[tuple[int, ...], Any]]] = {
         "rows": {
             "tokens": ((B, T), int32), "segment_ids": ((B, T), int32),
-            "positions": ((B, T), int32), "text_loss_mask": ((B, T), bool), **inputs,
+            "positions": ((B, T), int32), "text_loss_mask": ((B, T), bool),
+            "image_scored": ((B, I), bool), **inputs,
         },
         "captions": {
             "images": ((B, h, h, 3), uint8), "tokens": ((B, T), int32), "valid": ((B, T), bool),
@@ -428,6 +430,7 @@ class _Maker:
         batch["image_slots"][n] = -1
         batch["image_slots"][n, :used] = row.slots
         batch["image_valid"][n, : row.pictures] = True
+        batch["image_scored"][n, : row.pictures] = row.scored_pictures
 
     def _captions(self, batch: Batch, position: _Position, jobs: list[_Job]) -> _Planned:
         batch["tokens"][:] = self.tokenizer.pad_id
@@ -577,6 +580,7 @@ class _Row:
         self.scored: list[bool] = []
         self.slots: list[int] = []
         self.pictures = 0
+        self.scored_pictures: list[bool] = []
         self._segment = 0
 
     def open(self) -> None:
@@ -594,9 +598,10 @@ class _Row:
         n, t = self._n_causal, self._tokenizer
         first = self.pictures * n
         self.pictures += 1
+        self.scored_pictures.append(content.scored)
         self._extend(
             [t.img, *[t.image] * n, t.img_end],
-            [self._learn_img, *[False] * (n + 1)],
+            [self._learn_img and content.scored, *[False] * (n + 1)],
             [-1, *range(first, first + n), -1],
         )
 

@@ -68,16 +68,26 @@ class Emu(nnx.Module):
         return jnp.where((image_slots >= 0)[..., None], visual, x)
 
     def regression_mask(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        image_slots: Int[Array, "B T"] | None = None,
+        image_scored: Bool[Array, "B I"] | None = None,
     ) -> Bool[Array, "B T"]:
         """Positions t whose state regresses the embedding at t + 1: `[IMG]` and `<image>`,
-        where `<image>` or `[/IMG]` follows in the same document. N + 1 per picture."""
+        where `<image>` or `[/IMG]` follows in the same document. N + 1 per picture, of those
+        that are `image_scored`."""
         ids = self.cfg.tokens
         here = (tokens == ids.img) | (tokens == ids.image)
         after = jnp.roll(tokens, -1, axis=1)
         follows = (after == ids.image) | (after == ids.img_end)
         same = segment_ids == jnp.roll(segment_ids, -1, axis=1)
-        return (here & follows & same).at[:, -1].set(False)
+        mask = (here & follows & same).at[:, -1].set(False)
+        if image_slots is None or image_scored is None:
+            return mask
+        slot = jnp.maximum(image_slots, jnp.roll(image_slots, -1, axis=1))  # of here or of after
+        picture = jnp.maximum(slot, 0) // self.cfg.cformer.n_causal
+        return mask & jnp.take_along_axis(image_scored, picture, axis=1)
 
     def regress_image(
         self,

@@ -83,7 +83,9 @@ def sequence_losses(
     text_loss = masked_mean(losses, batch["text_loss_mask"][:, 1:] & same)
 
     # Position t regresses what stands at t + 1; the targets teach nothing themselves.
-    mask = module.regression_mask(batch["tokens"], batch["segment_ids"])
+    mask = module.regression_mask(
+        batch["tokens"], batch["segment_ids"], batch["image_slots"], batch["image_scored"]
+    )
     target = jax.lax.stop_gradient(jnp.roll(x, -1, axis=1)).astype(jnp.float32)
     error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
     return text_loss, masked_mean(jnp.mean(error, axis=-1), mask)

@@ -1,0 +1,46 @@
+"""Instruction tuning on the digits: adapters that answer three questions.
+
+    emu-jax demo --workdir runs/demo
+    emu-jax train --config configs/digits_instruct.py --workdir runs/digits_instruct
+
+"what digit is this?" and "is it even?" of a picture, and "what comes next? draw it" of three that
+count. Only the adapters on the language model's attention are trained, and only they are saved.
+"""
+
+import dataclasses
+
+from emu_jax.config import LoraConfig, digits
+from emu_jax.train.config import (
+    GroupConfig,
+    OptimizerConfig,
+    TrainConfig,
+    config_dict,
+    digits_data,
+)
+
+
+def get_config():
+    base = digits()
+    lora = LoraConfig(rank=8, alpha=16.0, dropout=0.05)
+    return config_dict(
+        TrainConfig(
+            name="digits_instruct",
+            model=dataclasses.replace(base, llama=dataclasses.replace(base.llama, lora=lora)),
+            init_from="runs/demo",
+            data=digits_data(
+                instruct=True, mixture={"instructions": 1.0}, batch_size=16, row_tokens=128
+            ),
+            optimizer=OptimizerConfig(
+                groups=(
+                    GroupConfig(r"\.lora_[ab]$", lr=4e-3, warmup_steps=30),
+                    GroupConfig(".*", lr=0.0),
+                ),
+                weight_decay=0.0,
+            ),
+            steps=400,
+            regression_weight=5.0,
+            dtype="float32",
+            save_frozen=False,
+            checkpoint_every=100,
+        )
+    )

@@ -1,0 +1,177 @@
+"""Adapters, what is frozen, and runs that stand on another run's parameters."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from emu_jax import checkpoint
+from emu_jax.config import LoraConfig, UserError, digits, save_json
+from emu_jax.data.digits import build_digits
+from emu_jax.generate.api import load
+from emu_jax.models.emu import Emu
+from emu_jax.models.lora import LoraLinear
+from emu_jax.sharding import Template, make_mesh, nest
+from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, digits_data
+from emu_jax.train.config_file import load_config
+from emu_jax.train.loop import Trainer, train
+from emu_jax.train.optimizer import schedule
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.25)
+
+
+def one_device():
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def test_the_decoders_rate_falls_in_steps():
+    cfg = load_config(TrainConfig, CONFIGS / "emu_14b_decoder.py", [])
+    rate = schedule(cfg.optimizer.groups[0], cfg.steps)
+    at = [0, 2500, 5000, 9999, 10_000, 13_999, 14_000, 14_999]
+    expected = [0, 5e-5, 1e-4, 1e-4, 5e-5, 5e-5, 1e-5, 1e-5]
+    np.testing.assert_allclose([float(rate(step)) for step in at], expected, rtol=1e-6)
+    for drops in (((4000, 1e-5),), ((9000, 1e-5), (8000, 1e-6))):
+        group = dataclasses.replace(cfg.optimizer.groups[0], drops=drops)
+        with pytest.raises(UserError, match="must rise from after step 5000"):
+            schedule(group, cfg.steps)
+
+
+@pytest.mark.parametrize("name, trained", [("instruct", 26_214_400), ("decoder", 968_146_884)])
+def test_what_the_14b_model_keeps_while_it_is_tuned(name, trained):
+    """Frozen parameters are bfloat16 and have no optimizer state, which trained ones have in
+    float32."""
+    cfg = load_config(TrainConfig, CONFIGS / f"emu_14b_{name}.py", [])
+    with jax.set_mesh(one_device()):
+        state = Trainer(cfg, one_device()).state_shapes
+    assert sum(math.prod(a.shape) for a in state.trained.values()) == trained
+    assert all(a.dtype == jnp.float32 for a in state.trained.values())
+    assert all(a.dtype == jnp.bfloat16 for a in state.frozen.values())
+    frozen = sum(math.prod(a.shape) for a in state.frozen.values())
+    assert frozen > 13e9
+    moments = sum(a.size for a in jax.tree.leaves(state.optimizer) if a.ndim)
+    assert moments == 2 * trained
+    held = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))
+    averages = trained if name == "decoder" else 0
+    assert held == 2 * frozen + 4 * (3 * trained + averages) + 4 * sum(
+        a.ndim == 0 for a in jax.tree.leaves(state)
+    )
+
+
+def test_adapters_drop_what_they_read():
+    layer = LoraLinear(40, 24, ("embed", "heads"), lora=LORA, rngs=nnx.Rngs(0))
+    layer.lora_b.set_value(jax.random.normal(jax.random.key(1), (3, 24)))
+    x = jax.random.normal(jax.random.key(2), (5, 7, 40))
+    key = jax.random.key(3)
+    kept = jax.random.bernoulli(key, 0.75, x.shape)
+    assert 0.7 < kept.mean() < 0.8
+    base = x @ layer.kernel[...]
+    low = jnp.where(kept, x / 0.75, 0) @ layer.lora_a[...] @ layer.lora_b[...]
+    np.testing.assert_allclose(layer(x, dropout_key=key), base + 2.0 * low, atol=1e-4)
+    low = x @ layer.lora_a[...] @ layer.lora_b[...]
+    np.testing.assert_allclose(layer(x), base + 2.0 * low, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({"targets": ("q_prj",)}, "unknown LoRA target 'q_prj'; did you mean 'q_proj'?"),
+        ({"rank": 0}, "LoRA rank 0"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+    ],
+)
+def test_lora_settings_that_mean_nothing(settings, line):
+    with pytest.raises(UserError, match=line):
+        LoraConfig(**settings)
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+def small_model(lora=None):
+    model = digits()
+    return dataclasses.replace(
+        model, unet=None, vae=None,
+        vision=dataclasses.replace(model.vision, layers=1),
+        cformer=dataclasses.replace(model.cformer, layers=1),
+        llama=dataclasses.replace(model.llama, layers=2, vocab_multiple=1, lora=lora),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A pretrained run at random, with the digits beside it: (run directory, data)."""
+    folder = tmp_path_factory.mktemp("parent")
+    build_digits(folder / "data")
+    model = small_model()
+    template = Template(lambda: Emu(model, rngs=nnx.Rngs(5)), one_device())
+    params = nest(template.init())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / "run" / "0" / "params").absolute(), params)
+    save_json(model, folder / "run" / "config.json")
+    Tokenizer.load(folder / "data" / "tokenizer").save(folder / "run" / "tokenizer")
+    return folder / "run", folder / "data"
+
+
+def tuning(parent, steps=2, **changes) -> TrainConfig:
+    run, data = parent
+    groups = (GroupConfig(r"\.lora_[ab]$", lr=1e-2), GroupConfig(".*", lr=0.0))
+    return TrainConfig(**{
+        "model": small_model(LORA), "init_from": str(run), "save_frozen": False, "steps": steps,
+        "checkpoint_every": 1, "log_every": 1, "optimizer": OptimizerConfig(groups=groups),
+        "data": digits_data(
+            root=str(data), instruct=True, mixture={"instructions": 1.0}, batch_size=2,
+            row_tokens=64, block_documents=16,
+        ), **changes,
+    })  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_saves_its_adapters_alone_and_goes_on(parent, tmp_path, monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    train(tuning(parent), tmp_path / "whole")
+    train(tuning(parent, steps=1), tmp_path / "parts")
+    train(tuning(parent), tmp_path / "parts")
+
+    stored = checkpoint.stored_shapes(tmp_path / "whole" / "2" / "params")
+    assert stored and all(path.endswith((".lora_a", ".lora_b")) for path in stored)
+    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(e.model))) for e in (whole, parts))
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value[...], theirs[path][...], err_msg=str(path))
+
+    # What is not saved is the parent's; new tokens have the mean of the old ones' rows.
+    base = load(parent[0]).model
+    table, old = whole.model.llama.embed_tokens.embedding[...], base.llama.embed_tokens.embedding
+    np.testing.assert_array_equal(table[:350], old[...])
+    np.testing.assert_allclose(table[350:], np.tile(np.mean(old[...], 0), (2, 1)), atol=1e-6)
+    head, old = whole.model.llama.lm_head.kernel[...], base.llama.lm_head.kernel[...]
+    np.testing.assert_allclose(head[:, 351], np.mean(old, axis=1), atol=1e-6)
+    assert whole.tokenizer.user == 350 and whole.cfg.llama.lora == LORA
+    assert np.abs(whole.model.llama.layers.self_attn.o_proj.lora_b[...]).max() > 0
+
+    (parent[0].parent / "run").rename(tmp_path / "moved")
+    try:
+        with pytest.raises(UserError, match=r"base\.json names .*run, which is not there"):
+            load(tmp_path / "whole")
+    finally:
+        (tmp_path / "moved").rename(parent[0])
+
+
+def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, monkeypatch):
+    from emu_jax.train.loop import _adopt_parents
+
+    model = small_model(dataclasses.replace(LORA, rank=4))
+    run = tmp_path / "run"
+    run.mkdir()
+    save_json(model, run / "config.json")
+    with pytest.raises(UserError, match="has adapters of its own"):
+        _adopt_parents(tuning(parent, init_from=str(run)), tmp_path)
