@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -213,6 +214,53 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def data_build(parser: argparse.ArgumentParser) -> Run:
+    """filter, resize and encode raw data into the files that training reads"""
+    parser.add_argument("paths", nargs="+", metavar="SRC", help="files or folders")
+    parser.add_argument("dst", type=Path, metavar="DST", help="a folder, new or half-built")
+    parser.add_argument("--format", required=True, help="of SRC, see docs/data.md")
+    parser.add_argument("--name", default="pairs", help="of the files (default: pairs)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="a filter or the encoding (clean.min_side=64), or a key of the source "
+        "(source.frames=4); may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard-documents", type=int, default=4096, metavar="N", help="of SRC for each file"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="processes (default: one for each core)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N",
+        help="of each worker: more where SRC answers slowly",
+    )  # fmt: skip
+    parser.add_argument(
+        "--beam", metavar="OPTIONS",
+        help="run on Apache Beam with these of its options: '--runner=DataflowRunner ...'",
+    )  # fmt: skip
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.data.build import BuildConfig, build, embedded, on_beam
+        from emu_jax.data.sources import SourceConfig
+        from emu_jax.train.config_file import override
+
+        source = SourceConfig(name=args.name, format=args.format, paths=tuple(args.paths))
+        cfg = BuildConfig(source=source, shard_documents=args.shard_documents)
+        if args.beam is None:
+            runner = embedded(args.workers, args.threads)
+        else:
+            runner = on_beam(shlex.split(args.beam), args.threads)
+        manifest = build(args.dst, override(cfg, args.set), runner)
+        result = {key: manifest[key] for key in ("documents", "pictures", "bytes")}
+        if not args.json:
+            print(_built(args.dst, result))
+        return result | {"manifest": str(args.dst / "manifest.json")}
+
+    return run
+
+
 def bench(parser: argparse.ArgumentParser) -> Run:
     """measure this machine: one benchmark or all, see --list"""
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
@@ -232,6 +280,19 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def _built(dst: Path, result: dict[str, Any]) -> str:
+    documents, pictures = result["documents"], result["pictures"]
+    lines = [
+        f"{dst}: {documents['written']:,} of {documents['read']:,} documents, "
+        f"{pictures['written']:,} of {pictures['read']:,} pictures, {result['bytes'] / 1e6:,.1f} MB"
+    ]
+    for what, reasons in (
+        ("documents rejected", documents["rejected"]), ("pictures dropped", pictures["dropped"]),
+    ):  # fmt: skip
+        lines += [f"  {count:,} {what}: {reason}" for reason, count in reasons.items()]
+    return "\n".join(lines)
+
+
 def _converted(dst: Path, result: dict[str, Any]) -> str:
     peak = result["peak_rss_anon_bytes"]
     memory = "" if peak is None else f", peak RssAnon {peak / 2**30:.2f} GiB"
@@ -249,6 +310,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "init": init,
     "verify": verify,
     "bench": bench,
+    "data build": data_build,
 }
 
 
@@ -300,9 +362,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="emu-jax", description="Emu, a generative multimodal model, in JAX.")
     parser.add_argument("--version", action="version", version=emu_jax.__version__)
     verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
+    groups: dict[str, Any] = {}  # of verbs of two words, by the first
     for name, declare in VERBS.items():
         about = (declare.__doc__ or "").strip()
-        verb = verbs.add_parser(
+        group, _, name = name.rpartition(" ")
+        if group and group not in groups:
+            known = [n.partition(" ")[2] for n in VERBS if n.startswith(f"{group} ")]
+            parent = verbs.add_parser(group, help=f"{' or '.join(known)}: see {group} --help")
+            groups[group] = parent.add_subparsers(metavar="VERB", dest="subverb", required=True)
+        verb = groups.get(group, verbs).add_parser(
             name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False
         )
         verb.set_defaults(run=declare(verb))
@@ -313,8 +381,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     # argparse's own words for a missing or misspelt verb are long.
     if not arguments:
         parser.error(f"no verb given; known: {', '.join(VERBS)}")
-    if arguments[0] not in VERBS and not arguments[0].startswith("-"):
-        parser.error(f"unknown verb {arguments[0]!r}{suggest(arguments[0], VERBS)}")
+    known = {name.partition(" ")[0] for name in VERBS}
+    if arguments[0] not in known and not arguments[0].startswith("-"):
+        parser.error(f"unknown verb {arguments[0]!r}{suggest(arguments[0], known)}")
 
     overrides = [a for a in arguments if a.startswith("--config.")]
     args, unknown = parser.parse_known_args(arguments)

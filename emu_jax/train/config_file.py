@@ -24,8 +24,16 @@ def load_config(cls: type[T], path: Path, overrides: list[str]) -> T:
     Raises:
         UserError: as `read_config` and `emu_jax.config.from_dict`.
     """
-    whole = to_dict(from_dict(cls, _plain(_run(path))))
-    return from_dict(cls, _apply(whole, overrides))
+    return override(from_dict(cls, _plain(_run(path))), overrides)
+
+
+def override(cfg: T, overrides: list[str]) -> T:
+    """A frozen dataclass with `a.b=value` overrides, as `read_config` takes them.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    return from_dict(type(cfg), _apply(to_dict(cfg), overrides))
 
 
 def read_config(path: Path, overrides: list[str]) -> ConfigDict:

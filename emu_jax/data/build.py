@@ -1,0 +1,451 @@
+"""`emu-jax data build`: any source to ArrayRecord shards that training reads.
+
+    DST/build.json                         what is being built, from what
+    DST/NAME-00003-of-00008.array_record   what is kept of so many documents of the source
+    DST/NAME-00003-of-00008.json           its counts, and what was left out; written after it
+    DST/rejected.jsonl                     what was left out of all of them, a line each
+    DST/manifest.json                      the counts of all; written when every shard is there
+
+A shard follows from the source and the config alone, so that any number of workers, in any
+order, killed and started again, write the same bytes. One whose counts are there and whose
+size agrees is not built again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from emu_jax.config import UserError, to_dict
+from emu_jax.data.clean import CleanConfig, Cleaned, clean
+from emu_jax.data.documents import Damaged, Document, Picture, Source, write_documents
+from emu_jax.data.sources import SourceConfig, open_source
+
+log = logging.getLogger(__name__)
+A = TypeVar("A")
+B = TypeVar("B")
+
+VERSION = 1  # of the layout of a built folder
+PLAIN_SECONDS = 10.0  # between plain progress lines
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """What is built: the bytes that are written follow from this and the source alone."""
+
+    source: SourceConfig = SourceConfig()
+    clean: CleanConfig = CleanConfig()
+    shard_documents: int = 4096  # of the source, that become one file
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A piece of the work, which may be done on any machine that sees the same paths."""
+
+    cfg: BuildConfig
+    fingerprint: str  # of the source
+    folder: str
+    number: int
+    count: int
+    documents: range  # of the source
+
+    @property
+    def path(self) -> Path:
+        name = f"{self.cfg.source.name}-{self.number:05d}-of-{self.count:05d}.array_record"
+        return Path(self.folder) / name
+
+    @property
+    def entry(self) -> Path:
+        """The file of its counts."""
+        return self.path.with_suffix(".json")
+
+
+# A runner builds shards, in any order, and yields each that is done.
+Runner = Callable[[Sequence[Shard]], Iterable[Shard]]
+
+
+def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[str, Any]:
+    """Builds the shards that are not there yet; returns what `manifest.json` then holds.
+
+    Raises:
+        UserError: the source cannot be opened or read, `folder` holds something else, or
+            another process is building there.
+    """
+    folder = Path(folder)
+    source = open_source(cfg.source)
+    shards = _split(folder, cfg, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _claim(folder, cfg, source)
+        missing = [shard for shard in shards if not _is_whole(shard)]
+        if len(missing) < len(shards):
+            log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
+        left = sum(len(shard.documents) for shard in missing)
+        with _Progress(cfg.source.name, len(source), len(source) - left) as progress:
+            for shard in runner(missing) if missing else ():
+                progress.add(len(shard.documents))
+        return _finish(folder, cfg, shards)
+
+
+def build_shard(shard: Shard, threads: int = 1) -> Shard:
+    """Builds one shard: all that a worker does, whatever the runner.
+
+    Raises:
+        UserError: the source cannot be read, or is not the one that the work was split from.
+    """
+    source = _source(shard.cfg.source, shard.fingerprint)
+    tally = _Tally()
+
+    def documents() -> Iterator[Document]:
+        read = functools.partial(_cleaned, source, shard.cfg.clean)
+        for index, cleaned in _map(read, shard.documents, threads):
+            tally.add(index, source.where(index), cleaned)
+            if cleaned.document is not None:
+                yield cleaned.document
+
+    write_documents(shard.path, documents())
+    file = {
+        "file": shard.path.name,
+        "bytes": shard.path.stat().st_size,
+        "sha256": _sha256(shard.path),
+    }
+    entry = file | {"counts": tally.counts, "left_out": tally.left_out}
+    _write(shard.entry, [json.dumps(entry)])
+    return shard
+
+
+# Runners
+
+
+def embedded(workers: int, threads: int = 1) -> Runner:
+    """Processes of this machine. The threads of each overlap reading with decoding, which
+    Pillow and PyAV do without the interpreter's lock."""
+
+    def run(shards: Sequence[Shard]) -> Iterator[Shard]:
+        if workers <= 1 or len(shards) == 1:
+            yield from (build_shard(shard, threads) for shard in shards)
+            return
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(
+            min(workers, len(shards)), multiprocessing.get_context("spawn"), _start_worker
+        )
+        try:
+            futures = [pool.submit(build_shard, shard, threads) for shard in shards]
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker was killed, perhaps for want of memory: run the same command again, "
+                "with fewer --workers; it goes on from the finished shards"
+            ) from None
+        except BaseException:  # whatever it is, do not wait for what is under way
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return run
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed outright cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def on_beam(options: Sequence[str], threads: int = 1) -> Runner:
+    """An Apache Beam pipeline (Dataflow, Flink, Spark, ...), as its own options say.
+
+    Raises:
+        UserError: Beam is not installed, or the pipeline failed.
+    """
+    try:
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+            PipelineOptions,
+        )
+    except ImportError:
+        raise UserError(
+            "Apache Beam is not installed: pip install 'emu_jax[beam]', in an environment of "
+            "its own (docs/data.md)"
+        ) from None
+
+    def run(shards: Sequence[Shard]) -> Sequence[Shard]:
+        try:
+            with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+                # Reshuffled, or else fused into one step that one worker takes alone.
+                work = pipeline | beam.Create(shards) | beam.Reshuffle()
+                work | beam.Map(build_shard, threads)  # pyright: ignore[reportUnusedExpression]
+        except Exception as error:
+            raise UserError(
+                f"the Beam pipeline failed: {' '.join(str(error).split())}; the same command "
+                "goes on from the finished shards"
+            ) from error
+        return shards
+
+    return run
+
+
+# The work and its pieces
+
+
+def _split(folder: Path, cfg: BuildConfig, source: Source) -> list[Shard]:
+    if not re.fullmatch(r"\w[\w.-]*", cfg.source.name):
+        raise UserError(f"a source's name becomes a file's: {cfg.source.name!r} cannot be one")
+    cfg.clean.check()
+    if cfg.shard_documents < 1:
+        raise UserError(f"a shard must hold at least 1 document, not {cfg.shard_documents}")
+    if not len(source):
+        raise UserError(f"source {cfg.source.name!r} has no documents")
+    starts = range(0, len(source), cfg.shard_documents)
+    return [
+        Shard(
+            cfg, source.fingerprint, str(folder), number, len(starts),
+            range(start, min(start + cfg.shard_documents, len(source))),
+        )
+        for number, start in enumerate(starts)
+    ]  # fmt: skip
+
+
+def _claim(folder: Path, cfg: BuildConfig, source: Source) -> None:
+    """Says what is built in `folder`, or finds that it is the same as before."""
+    ours = {
+        "version": VERSION,
+        "fingerprint": source.fingerprint,
+        "documents": len(source),
+        **to_dict(cfg),
+    }
+    path = folder / "build.json"
+    mend = "give an empty folder, or remove this one"
+    _sweep(folder, cfg.source.name)
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no build: {mend}")
+        _write(path, [json.dumps(ours, indent=1)])
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
+    if theirs != ours:
+        key = next(key for key in ours if theirs.get(key) != ours[key])
+        raise UserError(
+            f"{folder} holds another build, of {key} {theirs.get(key)} rather than {ours[key]}: "
+            f"{mend}"
+        )
+
+
+def _is_whole(shard: Shard) -> bool:
+    try:
+        return json.loads(shard.entry.read_text())["bytes"] == shard.path.stat().st_size
+    except (OSError, ValueError, KeyError):  # not there, or cut short by a crash
+        return False
+
+
+def _finish(folder: Path, cfg: BuildConfig, shards: Sequence[Shard]) -> dict[str, Any]:
+    """Adds up the shards."""
+    total = _Tally()
+    files = []
+
+    def left_out() -> Iterator[str]:
+        for shard in shards:
+            entry = json.loads(shard.entry.read_text())
+            total.merge(entry["counts"])
+            files.append({key: entry[key] for key in ("file", "bytes", "sha256")})
+            yield from map(json.dumps, entry["left_out"])
+
+    _write(folder / "rejected.jsonl", left_out())
+    manifest = {
+        "version": VERSION,
+        "config": to_dict(cfg),
+        **total.counts,
+        "bytes": sum(file["bytes"] for file in files),
+        "shards": files,
+    }
+    _write(folder / "manifest.json", [json.dumps(manifest, indent=1)])
+    _sweep(folder, cfg.source.name)
+    return manifest
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Removes what interrupted writes left."""
+    for written in (f"{name}-*", "build.json", "rejected.jsonl", "manifest.json"):
+        for path in folder.glob(f".{written}.*"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out; given up by the system if this one dies."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is building in {folder}: wait for it") from None
+        except OSError as error:  # not every network file system can
+            log.warning("cannot lock %s (%s): let no other process build there", folder, error)
+        yield
+    finally:
+        os.close(handle)
+
+
+# Within a shard
+
+
+@functools.lru_cache(4)
+def _source(cfg: SourceConfig, fingerprint: str) -> Source:
+    source = open_source(cfg)
+    if source.fingerprint != fingerprint:
+        raise UserError(f"source {cfg.name!r} is not the same here as where the build was started")
+    return source
+
+
+def _cleaned(source: Source, cfg: CleanConfig, index: int) -> tuple[int, Cleaned]:
+    try:
+        return index, clean(source[index], cfg)
+    except Damaged as error:
+        return index, Cleaned(None, error.reason, str(error))
+
+
+def _map(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """`map` on threads, in order, and never far ahead of what is taken."""
+    if threads <= 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: collections.deque[Future[B]] = collections.deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+class _Tally:
+    """Counts what became of documents and of their pictures, and lists what was left out."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, Any]] = {
+            "documents": {"read": 0, "written": 0, "rejected": {}},
+            "pictures": {"read": 0, "written": 0, "encoded": 0, "dropped": {}},
+        }
+        self.left_out: list[dict[str, Any]] = []
+
+    def add(self, index: int, where: str, cleaned: Cleaned) -> None:
+        kept = cleaned.document.parts if cleaned.document else ()
+        place = {"document": index, "where": where}
+        if cleaned.document is None:
+            reason = {"reason": cleaned.reason, "detail": cleaned.detail}
+            self.left_out.append(place | reason)
+        else:
+            self.left_out += [
+                place | {"picture": drop.part, "reason": drop.reason, "detail": drop.detail}
+                for drop in cleaned.dropped
+            ]
+        self.merge({
+            "documents": {
+                "read": 1,
+                "written": int(cleaned.document is not None),
+                "rejected": {cleaned.reason: 1} if cleaned.document is None else {},
+            },
+            "pictures": {
+                "read": cleaned.pictures,
+                "written": sum(isinstance(part, Picture) for part in kept),
+                "encoded": cleaned.encoded,
+                "dropped": dict(collections.Counter(drop.reason for drop in cleaned.dropped)),
+            },
+        })  # fmt: skip
+
+    def merge(self, counts: dict[str, dict[str, Any]]) -> None:
+        for group, values in counts.items():
+            for name, value in values.items():
+                mine = self.counts[group]
+                if isinstance(value, dict):
+                    summed = collections.Counter(mine[name]) + collections.Counter(value)
+                    mine[name] = dict(sorted(summed.items()))
+                else:
+                    mine[name] += value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file of lines, atomically."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+class _Progress:
+    """On stderr: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, name: str, total: int, done: int):
+        self._name, self._total, self._first, self._done = name, total, done, done
+        self._began = self._shown = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=done, desc=name, unit="document", dynamic_ncols=True
+            )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._shown < PLAIN_SECONDS and self._done < self._total:
+            return
+        self._shown = now
+        rate = (self._done - self._first) / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / rate
+        print(
+            f"{self._name}: {self._done:,} of {self._total:,} documents, {rate:.0f}/s, "
+            f"{left:.0f} s left", file=sys.stderr, flush=True,
+        )  # fmt: skip

@@ -1,0 +1,128 @@
+"""What `emu-jax data build` keeps of a document, and how its pictures are stored.
+
+Functions of one document alone: any runner may call them, anywhere and in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+from PIL import Image
+
+from emu_jax.config import UserError, suggest
+from emu_jax.data.documents import Damaged, Document, Picture, Text
+from emu_jax.data.images import open_image
+
+ENCODINGS = ("jpeg", "webp", "png")
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanConfig:
+    """The filters and the encoding. A limit of 0 is none."""
+
+    min_text: int = 0  # characters of all texts of a document together
+    max_text: int = 0
+    min_side: int = 0  # pixels of a picture's short side
+    max_aspect: float = 0.0  # of its long side over its short one
+    min_similarity: float = 0.0  # to its words; a picture that comes without is kept
+    max_side: int = 512  # pixels of the long side; larger pictures are made smaller
+    encoding: str = "jpeg"  # of those, and of what is in another format than ENCODINGS
+    quality: int = 92  # of jpeg and webp
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a value cannot be.
+        """
+        if self.encoding not in ENCODINGS:
+            close = suggest(self.encoding, ENCODINGS)
+            raise UserError(f"unknown encoding {self.encoding!r}{close}")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality must be in 1 .. 100, not {self.quality}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A picture that did not pass."""
+
+    part: int  # of the document
+    reason: str  # a few words of a fixed set, to count by
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaned:
+    """What became of a document."""
+
+    document: Document | None  # None: rejected
+    reason: str = ""  # why it was rejected, of a fixed set
+    detail: str = ""
+    pictures: int = 0  # that it came with
+    encoded: int = 0  # of those it keeps, the ones that are not as they came
+    dropped: tuple[Dropped, ...] = ()
+
+
+def clean(document: Document, cfg: CleanConfig) -> Cleaned:
+    """Filters a document and stores its pictures anew.
+
+    A picture that does not pass is taken out of its document; a document that so loses its
+    last picture is rejected, and so is one whose words do not pass.
+    """
+    count = sum(isinstance(part, Picture) for part in document.parts)
+    length = sum(len(part.text.strip()) for part in document.parts if isinstance(part, Text))
+    if not count and not length:
+        return Cleaned(None, "empty")
+    if length < cfg.min_text:
+        return Cleaned(None, "text too short", f"{length} characters", count)
+    if 0 < cfg.max_text < length:
+        return Cleaned(None, "text too long", f"{length} characters", count)
+    parts: list[Text | Picture] = []
+    dropped: list[Dropped] = []
+    encoded = 0
+    for n, part in enumerate(document.parts):
+        stored = part if isinstance(part, Text) else store(part, cfg)
+        if isinstance(stored, Dropped):
+            dropped.append(dataclasses.replace(stored, part=n))
+            continue
+        parts.append(stored)
+        encoded += stored is not part
+    if count and len(dropped) == count:
+        first = dropped[0]
+        return Cleaned(None, first.reason, first.detail, count, 0, tuple(dropped))
+    return Cleaned(Document(tuple(parts)), "", "", count, encoded, tuple(dropped))
+
+
+def store(picture: Picture, cfg: CleanConfig) -> Picture | Dropped:
+    """The picture as it is stored, or why it is not.
+
+    One that is small enough and in one of ENCODINGS keeps its bytes: to encode it once more
+    would only cost quality.
+    """
+    if picture.similarity is not None and picture.similarity < cfg.min_similarity:
+        return Dropped(0, "unlike its words", f"{picture.similarity:.3f}")
+    try:
+        pixels = open_image(picture.data)
+    except UserError as error:
+        reason = error.reason if isinstance(error, Damaged) else "unreadable picture"
+        return Dropped(0, reason, str(error))
+    short, long = sorted(pixels.size)
+    size = "x".join(map(str, pixels.size))
+    if short < cfg.min_side:
+        return Dropped(0, "picture too small", size)
+    if 0 < cfg.max_aspect * short < long:
+        return Dropped(0, "picture too narrow", size)
+    if 0 < cfg.max_side < long:
+        scale = cfg.max_side / long
+        width, height = (max(1, round(side * scale)) for side in pixels.size)
+        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+    elif _format(picture.data) in ENCODINGS:
+        return picture
+    file = io.BytesIO()
+    pixels.save(file, cfg.encoding, quality=cfg.quality)
+    return dataclasses.replace(picture, data=file.getvalue())
+
+
+def _format(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as picture:
+        return (picture.format or "").lower()
