@@ -252,6 +252,8 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
             runner = embedded(args.workers, args.threads)
         else:
             runner = on_beam(shlex.split(args.beam), args.threads)
+        if bare := [setting for setting in args.set if "=" not in setting]:
+            raise UserError(f"--set {bare[0]} has no value: write --set {bare[0]}=VALUE")
         manifest = build(args.dst, override(cfg, args.set), runner)
         result = {key: manifest[key] for key in ("documents", "pictures", "bytes")}
         if not args.json:
@@ -359,18 +361,14 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Parsed arguments, with `run` (the verb) and `overrides` (`a.b=value`)."""
+    if arguments and arguments[0] in {name.split()[0] for name in VERBS if " " in name}:
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]  # a verb of two words
     parser = _Parser(prog="emu-jax", description="Emu, a generative multimodal model, in JAX.")
     parser.add_argument("--version", action="version", version=emu_jax.__version__)
     verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
-    groups: dict[str, Any] = {}  # of verbs of two words, by the first
     for name, declare in VERBS.items():
         about = (declare.__doc__ or "").strip()
-        group, _, name = name.rpartition(" ")
-        if group and group not in groups:
-            known = [n.partition(" ")[2] for n in VERBS if n.startswith(f"{group} ")]
-            parent = verbs.add_parser(group, help=f"{' or '.join(known)}: see {group} --help")
-            groups[group] = parent.add_subparsers(metavar="VERB", dest="subverb", required=True)
-        verb = groups.get(group, verbs).add_parser(
+        verb = verbs.add_parser(
             name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False
         )
         verb.set_defaults(run=declare(verb))
@@ -381,9 +379,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     # argparse's own words for a missing or misspelt verb are long.
     if not arguments:
         parser.error(f"no verb given; known: {', '.join(VERBS)}")
-    known = {name.partition(" ")[0] for name in VERBS}
-    if arguments[0] not in known and not arguments[0].startswith("-"):
-        parser.error(f"unknown verb {arguments[0]!r}{suggest(arguments[0], known)}")
+    if arguments[0] not in VERBS and not arguments[0].startswith("-"):
+        parser.error(f"unknown verb {arguments[0]!r}{suggest(arguments[0], VERBS)}")
 
     overrides = [a for a in arguments if a.startswith("--config.")]
     args, unknown = parser.parse_known_args(arguments)

@@ -1,0 +1,442 @@
+"""`emu-jax data build`: what is kept, what is listed, and the same bytes whatever happens."""
+
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emu_jax import cli
+from emu_jax.config import UserError
+from emu_jax.data import Document, Picture, Text
+from emu_jax.data import build as build_module
+from emu_jax.data.build import BuildConfig, build, embedded, on_beam
+from emu_jax.data.clean import CleanConfig, Cleaned, Dropped, clean, store
+from emu_jax.data.documents import Damaged, DocumentFiles, Source, write_documents
+from emu_jax.data.sources import SourceConfig
+
+CLEAN = CleanConfig(max_side=32, min_side=8, max_aspect=4.0, min_similarity=0.3, max_text=40)
+
+
+def encode(width: int, height: int, format: str = "JPEG", seed: int = 0, mode="RGB") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+def opened(picture: Picture | Dropped) -> Image.Image:
+    assert isinstance(picture, Picture)
+    return Image.open(io.BytesIO(picture.data))
+
+
+def raw_documents(count: int) -> list[Document]:
+    """Pairs of all formats and sizes; about one in six does not pass."""
+    sizes = [(20, 17), (60, 45), (31, 32), (7, 20), (33, 12), (40, 9)]
+    formats = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+    contents = [
+        encode(*sizes[n % 6], format=formats[n % 5], seed=n) for n in range(min(count, 120))
+    ]
+    contents[17 % len(contents)] = contents[17 % len(contents)][:-60]
+    return [
+        Document((Picture(contents[n % len(contents)]), Text(f"picture number {n}")))
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("raw") / "raw.array_record"
+    write_documents(path, raw_documents(90))
+    return path
+
+
+@pytest.fixture
+def cfg(raw) -> BuildConfig:
+    source = SourceConfig(name="small", format="records", paths=(str(raw),))
+    return BuildConfig(source=source, clean=CLEAN, shard_documents=25)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# One document
+
+
+def test_pictures_that_are_small_enough_keep_their_bytes():
+    for format in ("JPEG", "PNG", "WEBP"):
+        picture = Picture(encode(31, 32, format), time=1.5, similarity=0.4)
+        assert store(picture, CLEAN) is picture
+    assert opened(store(Picture(encode(31, 32, "GIF")), CLEAN)).format == "JPEG"
+
+
+def test_pictures_are_made_smaller_and_encoded():
+    picture = Picture(encode(100, 53), time=1.5, similarity=0.4)
+    stored = store(picture, CLEAN)
+    assert (opened(stored).size, opened(stored).format) == ((32, 17), "JPEG")
+    assert stored == dataclasses.replace(picture, data=stored.data)
+    narrow = store(Picture(encode(12, 3000, "PNG")), CleanConfig(encoding="png"))
+    assert (opened(narrow).size, opened(narrow).format) == ((2, 512), "PNG")
+    webp = store(Picture(encode(64, 64, "BMP")), CleanConfig(max_side=16, encoding="webp"))
+    assert (opened(webp).size, opened(webp).format) == ((16, 16), "WEBP")
+    grey = opened(store(Picture(encode(64, 20, "PNG", mode="L")), CLEAN))
+    assert (grey.size, grey.mode) == ((32, 10), "L")
+    assert store(Picture(encode(99, 12)), CleanConfig(max_side=0)).data == encode(99, 12)
+
+    smooth = np.linspace(0, 255, 64)[None, :, None].repeat(48, 0).repeat(3, 2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(smooth).save(file, "PNG")
+    stored = np.asarray(opened(store(Picture(file.getvalue()), CLEAN)), int)
+    expected = np.asarray(Image.fromarray(smooth).resize((32, 24), Image.Resampling.BICUBIC), int)
+    assert np.abs(stored - expected).max() <= 4
+
+
+@pytest.mark.parametrize(
+    "picture, reason, detail",
+    [
+        (Picture(encode(7, 20)), "picture too small", "7x20"),
+        (Picture(encode(9, 40)), "picture too narrow", "9x40"),
+        (Picture(encode(31, 32), similarity=0.29), "unlike its words", "0.290"),
+        (Picture(encode(31, 32)[:-60]), "unreadable picture", "truncated"),
+        (Picture(b"none"), "unreadable picture", "no picture format"),
+    ],
+)
+def test_pictures_that_do_not_pass(picture, reason, detail):
+    dropped = store(picture, CLEAN)
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason == reason and detail in dropped.detail
+
+
+def test_a_page_loses_the_pictures_that_do_not_pass():
+    good, small = Picture(encode(20, 20)), Picture(encode(5, 5))
+    page = Document((Text("one"), small, Text("two"), good, small))
+    cleaned = clean(page, CLEAN)
+    assert cleaned.document == Document((Text("one"), Text("two"), good))
+    assert [drop.part for drop in cleaned.dropped] == [1, 4]
+    assert (cleaned.pictures, cleaned.encoded) == (3, 0)
+    cleaned = clean(Document((Text("one"), small, small)), CLEAN)
+    assert (cleaned.document, cleaned.reason) == (None, "picture too small")
+    assert len(cleaned.dropped) == 2
+
+
+def test_words_that_do_not_pass():
+    limits = CleanConfig(min_text=3, max_text=6)
+    for texts, reason in (
+        (("  ab ",), "text too short"), (("abc", "defg"), "text too long"),
+        (("",), "empty"), (("abc", "def"), ""),
+    ):  # fmt: skip
+        document = Document(tuple(map(Text, texts)))
+        cleaned = clean(document, limits)
+        assert cleaned.reason == reason
+        assert cleaned.document == (None if reason else document)
+    words = Document((Text("words alone"),))
+    assert clean(words, CLEAN) == Cleaned(words)
+
+
+# A whole source
+
+
+def test_build(tmp_path, raw, cfg):
+    manifest = build(tmp_path / "out", cfg, embedded(1))
+    documents = list(DocumentFiles([raw]))
+    expected = [clean(document, CLEAN) for document in documents]
+    kept = [cleaned.document for cleaned in expected if cleaned.document]
+    shards = sorted((tmp_path / "out").glob("small-*.array_record"))
+    assert [path.name for path in shards] == [
+        f"small-{n:05d}-of-00004.array_record" for n in range(4)
+    ]
+    assert list(DocumentFiles(shards)) == kept
+    assert 50 < len(kept) < 90
+
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+    counts, pictures = manifest["documents"], manifest["pictures"]
+    assert (counts["read"], counts["written"]) == (90, len(kept))
+    assert counts["rejected"] == pictures["dropped"]
+    assert counts["rejected"].keys() == {
+        "picture too small", "picture too narrow", "unreadable picture"
+    }  # fmt: skip
+    assert sum(counts["rejected"].values()) == 90 - len(kept)
+    assert (pictures["read"], pictures["written"]) == (90, len(kept))
+    assert pictures["encoded"] == sum(cleaned.encoded for cleaned in expected) > 20
+    assert [shard["bytes"] for shard in manifest["shards"]] == [p.stat().st_size for p in shards]
+
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    rejected = [n for n, cleaned in enumerate(expected) if cleaned.document is None]
+    assert [json.loads(line)["document"] for line in lines] == rejected
+    line = json.loads(lines[rejected.index(17)])
+    assert (line["where"], line["reason"]) == (f"{raw} record 17", "unreadable picture")
+
+
+def test_the_same_bytes_whatever_happened(tmp_path, cfg, monkeypatch):
+    folder = tmp_path / "out"
+    build(folder, cfg, embedded(1))
+    whole = contents(folder)
+    build(tmp_path / "threads", cfg, embedded(1, threads=3))
+    assert contents(tmp_path / "threads") == whole
+
+    built = []
+    original = build_module.build_shard
+
+    def spy(shard, threads):
+        built.append(shard.number)
+        return original(shard, threads)
+
+    monkeypatch.setattr(build_module, "build_shard", spy)
+    build(folder, cfg, embedded(1))
+    assert built == []
+    # Cut short, vanished, without its counts, and what killed writers leave.
+    path = folder / "small-00001-of-00004.array_record"
+    path.write_bytes(path.read_bytes()[:100])
+    (folder / "small-00002-of-00004.array_record").unlink()
+    (folder / "small-00003-of-00004.json").unlink()
+    (folder / "manifest.json").unlink()
+    (folder / ".small-00001-of-00004.array_record.abc").write_bytes(b"half")
+    (folder / ".manifest.json.abc").write_bytes(b"half")
+    build(folder, cfg, embedded(1))
+    assert built == [1, 2, 3]
+    assert contents(folder) == whole
+
+
+class Failing(Source):
+    """Record 3 is damaged; from record 6 on the store fails until `mended`."""
+
+    fingerprint, mended = "f", False
+
+    def __len__(self):
+        return 10
+
+    def where(self, index):
+        return f"place {index}"
+
+    def read(self, index, rng=None):
+        if index == 3:
+            raise Damaged("damaged record", self.where(index), "why")
+        if index >= 6 and not self.mended:
+            raise UserError("cannot read the store, tried 5 times")
+        return Document((Text(f"words {index}"),))
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    source = Failing()
+    monkeypatch.setattr(build_module, "open_source", lambda cfg: source)
+    build_module._source.cache_clear()
+    yield source
+    build_module._source.cache_clear()
+
+
+def test_damage_is_listed_and_a_store_that_fails_is_not(tmp_path, failing, capsys):
+    cfg = BuildConfig(source=SourceConfig(name="f"), shard_documents=2)
+    with pytest.raises(UserError, match="cannot read the store"):
+        build(tmp_path, cfg, embedded(1, threads=2))
+    assert not (tmp_path / "manifest.json").exists()
+    assert len(list(tmp_path.glob("*.array_record"))) == 3
+    failing.mended = True
+    manifest = build(tmp_path, cfg, embedded(1))
+    assert manifest["documents"] == {"read": 10, "written": 9, "rejected": {"damaged record": 1}}
+    (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "document": 3, "where": "place 3", "reason": "damaged record",
+        "detail": "place 3: damaged record (why)",
+    }  # fmt: skip
+    assert capsys.readouterr().err.splitlines()[-1].startswith("f: 10 of 10 documents, ")
+
+
+def test_a_source_that_changed_is_noticed(tmp_path, failing):
+    cfg = BuildConfig(source=SourceConfig(name="f"), shard_documents=2)
+    failing.mended = True
+
+    def runner(shards):
+        build_module._source.cache_clear()
+        failing.fingerprint = "g"
+        return embedded(1)(shards)
+
+    with pytest.raises(UserError, match="source 'f' is not the same here"):
+        build(tmp_path, cfg, runner)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(shard_documents=0), "at least 1 document, not 0"),
+        (dict(clean=CleanConfig(encoding="jpg")), "unknown encoding 'jpg'; did you mean 'jpeg'"),
+        (dict(clean=CleanConfig(quality=0)), "quality must be in 1 .. 100"),
+        (dict(source=SourceConfig(name="a/b", paths=("x",))), "'a/b' cannot be one"),
+    ],
+)
+def test_values_that_cannot_be(tmp_path, cfg, raw, change, message):
+    if "source" in change:
+        change = dict(source=dataclasses.replace(cfg.source, name=change["source"].name))
+    with pytest.raises(UserError, match=message):
+        build(tmp_path / "out", dataclasses.replace(cfg, **change), embedded(1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_else(tmp_path, cfg):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty and holds no build: give an empty folder"):
+        build(tmp_path, cfg, embedded(1))
+    build(tmp_path / "out", cfg, embedded(1))
+    other = dataclasses.replace(cfg, shard_documents=30)
+    with pytest.raises(UserError, match="another build, of shard_documents 25 rather than 30"):
+        build(tmp_path / "out", other, embedded(1))
+    (tmp_path / "out" / "build.json").write_text("{")
+    with pytest.raises(UserError, match="build.json is damaged"):
+        build(tmp_path / "out", cfg, embedded(1))
+
+
+def test_no_documents_and_two_builds_at_once(tmp_path, cfg):
+    empty = tmp_path / "empty.array_record"
+    write_documents(empty, [])
+    nothing = dataclasses.replace(cfg.source, paths=(str(empty),))
+    with pytest.raises(UserError, match="source 'small' has no documents"):
+        build(tmp_path / "out", dataclasses.replace(cfg, source=nothing), embedded(1))
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(UserError, match="another process is building in"):
+            build(tmp_path / "out", cfg, embedded(1))
+    finally:
+        os.close(handle)
+
+
+# The command
+
+
+def test_command(tmp_path, raw, capsys):
+    command = [
+        "data", "build", str(raw), str(tmp_path / "out"), "--format", "records", "--name", "laion",
+        "--set", "clean.min_side=8", "--set", "clean.max_side=32", "--workers", "1",
+    ]  # fmt: skip
+    assert cli.main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["documents"]["read"] == 90
+    assert json.loads(Path(result["manifest"]).read_text())["documents"] == result["documents"]
+    assert cli.main(command) == 0
+    first, *reasons = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path / 'out'}: {result['documents']['written']} of 90 documents")
+    assert "  15 documents rejected: picture too small" in reasons
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("data",), "unknown verb 'data'; known: bench, "),
+        (("data", "buidl"), "unknown verb 'data buidl'; did you mean 'data build'?"),
+        (("data", "build", "x", "--format", "records"), "required: DST"),
+        (("data", "build", "a", "b", "--format", "recrods"), "unknown format 'recrods'; did you"),
+        (("data", "build", "a", "b", "--format", "records", "--set", "clean.min=1"), "'clean.min'"),
+        (
+            ("data", "build", "a", "b", "--format", "records", "--set", "clean"),
+            "write --set clean=VALUE",
+        ),
+    ],
+)
+def test_mistakes_in_flags(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# Many processes
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_killed_half_way_and_started_again(tmp_path):
+    raw, killed = tmp_path / "raw.array_record", tmp_path / "killed"
+    write_documents(raw, raw_documents(20_000))
+    command = [
+        sys.executable, "-m", "emu_jax.cli", "data", "build", str(raw), str(killed),
+        "--format", "records", "--name", "small", "--shard-documents", "1000", "--workers", "2",
+        "--set", "clean.max_side=32", "--set", "clean.min_side=8",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        wait_for(lambda: len(list(killed.glob("small-*.json"))) >= 10, 300)
+        workers = children(process.pid)
+        assert len(workers) >= 2
+    finally:
+        os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice
+        process.communicate()
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 60)
+    done = len(list(killed.glob("small-*.json")))
+    assert 10 <= done < 20 and not (killed / "manifest.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in killed.glob("small-*.json")}
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert f"{done} of 20 shards are there already" in again.stderr
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+    source = SourceConfig(name="small", format="records", paths=(str(raw),))
+    cfg = BuildConfig(source, CleanConfig(max_side=32, min_side=8), shard_documents=1000)
+    manifest = build(tmp_path / "whole", cfg, embedded(1, threads=2))
+    assert json.loads(again.stdout)["documents"] == manifest["documents"]
+    assert manifest["documents"]["read"] == 20_000
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_clear_line(tmp_path, cfg):
+    def runner(shards):
+        yielded = embedded(2)(shards)
+        yield next(yielded)
+        for worker in children(os.getpid()):
+            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
+                os.kill(worker, signal.SIGKILL)
+        yield from yielded
+
+    many = dataclasses.replace(cfg, shard_documents=1)
+    with pytest.raises(UserError, match="a worker was killed.*run the same command again"):
+        build(tmp_path / "out", many, runner)
+    build(tmp_path / "out", many, embedded(1))
+    build(tmp_path / "whole", many, embedded(1))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_beam_writes_the_same_bytes(tmp_path, cfg):
+    pytest.importorskip("apache_beam")
+    build(tmp_path / "beam", cfg, on_beam(["--runner=DirectRunner"]))
+    build(tmp_path / "out", cfg, embedded(1))
+    assert contents(tmp_path / "beam") == contents(tmp_path / "out")
+
+
+def test_without_beam(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(UserError, match="Apache Beam is not installed: pip install"):
+        on_beam([])
