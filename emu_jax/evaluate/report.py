@@ -6,21 +6,17 @@ is fetched. The page follows the reader's light or dark setting.
 
 from __future__ import annotations
 
-import base64
 import html
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from emu_jax.page import Picture, details, image, table, tiles, words, write_page
 from emu_jax.train.metrics import series
-
-Picture = np.ndarray | Image.Image  # uint8 [h, w, 3] or [h, w], or PIL
 
 # Metrics that are drawn, in this order: the first pattern that matches a name.
 CURVES = (r"^loss$", r"loss", r"variance", r"rank", r"accuracy|retrieval", r"psnr")
@@ -56,28 +52,15 @@ def write_report(
         _drawings(drawings),
         _continuations(continuations),
         _curves(curves),
-        _details("Configuration", config),
-        _details("Versions", versions),
+        details("Configuration", config),
+        details("Versions", versions),
     ]
-    page = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(sections))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(path)
+    write_page(path, title, sections, _STYLE)
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    shares = {k: v for k, v in figures.items() if k.endswith("accuracy")}
-    tiles = "".join(
-        f'<div class="tile"><b>{100 * v:.1f}%</b><span>{_words(k)}</span></div>'
-        for k, v in shares.items()
-    )
-    rows = "".join(
-        f"<tr><th scope=row>{_words(k)}</th><td>{html.escape(_number(v))}</td></tr>"
-        for k, v in figures.items()
-    )
-    return (
-        f'<div class="tiles">{tiles}</div><section><h2>Figures</h2><table>{rows}</table></section>'
-    )
+    shares = {k: f"{100 * v:.1f}%" for k, v in figures.items() if k.endswith("accuracy")}
+    return f"{tiles(shares)}<section><h2>Figures</h2>{table(figures)}</section>"
 
 
 def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
@@ -85,7 +68,7 @@ def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
         return ""
     # Mistakes first: they teach most.
     cards = [
-        f'<figure class="card {_verdict(right)}">{_image(picture)}'
+        f'<figure class="card {_verdict(right)}">{image(picture)}'
         f"<figcaption>{_mark(right)} {html.escape(said)}</figcaption></figure>"
         for picture, said, right in sorted(captions, key=lambda c: c[2])
     ]
@@ -106,7 +89,7 @@ def _drawings(drawings: np.ndarray | Sequence[Sequence[Picture]]) -> str:
     if len(drawings) == 0:
         return ""
     columns = len(drawings[0])
-    images = "".join(_image(picture) for row in drawings for picture in row)
+    images = "".join(image(picture) for row in drawings for picture in row)
     return (
         "<section><h2>Drawn from words alone</h2>"
         "<p>A row holds several drawings of one thing.</p>"
@@ -120,8 +103,8 @@ def _continuations(
     if not continuations:
         return ""
     cards = "".join(
-        f'<figure class="strip {_verdict(right)}"><div>{"".join(map(_image, frames))}<i>&rarr;</i>'
-        f"<span>{_image(drawn)}</span></div>"
+        f'<figure class="strip {_verdict(right)}"><div>{"".join(map(image, frames))}<i>&rarr;</i>'
+        f"<span>{image(drawn)}</span></div>"
         f"<figcaption>{_mark(right)} {html.escape(caption)}</figcaption></figure>"
         for frames, drawn, right, caption in continuations
     )
@@ -192,29 +175,9 @@ def _chart(name: str, steps: np.ndarray, values: np.ndarray, rank: int) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = svg.replace(_INK, "currentColor").replace(_LINE, f"var(--line-{min(rank, 4)})")
     return (
-        f"<figure><h4>{_words(name)}</h4>{svg}<figcaption>{values[0]:.3g} &rarr; "
+        f"<figure><h4>{words(name)}</h4>{svg}<figcaption>{values[0]:.3g} &rarr; "
         f"{values[-1]:.3g}</figcaption></figure>"
     )
-
-
-def _details(title: str, values: Mapping[str, Any] | None) -> str:
-    if not values:
-        return ""
-    text = html.escape(json.dumps(values, indent=2, default=str))
-    return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
-
-
-def _image(picture: Picture) -> str:
-    if not isinstance(picture, Image.Image):
-        picture = np.asarray(picture)
-        if picture.dtype != np.uint8:
-            raise TypeError(f"a picture must be uint8, not {picture.dtype}")
-        picture = Image.fromarray(picture)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    width, height = picture.size
-    return f'<img alt="" width={width} height={height} src="data:image/png;base64,{data}">'
 
 
 def _verdict(right: bool) -> str:
@@ -226,69 +189,7 @@ def _mark(right: bool) -> str:
     return f'<span class="mark" role="img" aria-label="{word}">{sign}</span>'
 
 
-def _words(name: str) -> str:
-    return html.escape(name.replace("_", " "))
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_number, value))
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-</main>
-</body>
-</html>
-"""
-
 _STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #f7f7f5; --card: #ffffff; --ink: #1d2126; --soft: #666d76; --rule: #e2e3e0;
-  --right: #1a7f4b; --wrong: #c6372c;
-  --line-0: #2563b8; --line-1: #2563b8; --line-2: #b45309; --line-3: #1a7f4b; --line-4: #7c3aa8;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171a; --card: #1d2125; --ink: #e6e8ea; --soft: #9aa2ab; --rule: #31373d;
-    --right: #4cc38a; --wrong: #ff7d6e;
-    --line-0: #6ea8fe; --line-1: #6ea8fe; --line-2: #f0a35e; --line-3: #4cc38a; --line-4: #c39bf0;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1.25rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .4rem; }
-h3 { font-size: .95rem; margin: 1.25rem 0 .5rem; }
-h4 { font-size: .8rem; font-weight: 600; margin: 0; }
-p { margin: 0 0 .9rem; color: var(--soft); }
-figure { margin: 0; }
-img { display: block; image-rendering: pixelated; }
-figcaption { font-size: .8rem; line-height: 1.3; color: var(--soft); }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
-.tile { flex: 1 1 10rem; background: var(--card); border: 1px solid var(--rule);
-  border-radius: .5rem; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.7rem; line-height: 1.2;
-  font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .85rem; }
-table { border-collapse: collapse; width: 100%; max-width: 36rem; }
-th, td { text-align: left; font-weight: normal; padding: .3rem 0;
-  border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
-td { text-align: right; padding-left: 1.5rem; font-variant-numeric: tabular-nums; }
 .mark { font-weight: 700; }
 .right .mark { color: var(--right); }
 .wrong .mark { color: var(--wrong); }
@@ -315,8 +216,4 @@ td { text-align: right; padding-left: 1.5rem; font-variant-numeric: tabular-nums
   padding: .7rem; }
 .charts svg { display: block; width: 100%; height: auto; color: var(--soft); }
 .charts svg text { font-family: inherit !important; }
-details { margin-top: 1rem; }
-summary { cursor: pointer; color: var(--soft); margin-bottom: .6rem; }
-pre { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
-  padding: .8rem; overflow-x: auto; font-size: .8rem; }
 """
