@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,17 +131,37 @@ class Document:
         )
 
 
+REASONS = (
+    "damaged record", "not a document", "corrupt tar member", "incomplete sample",
+    "malformed JSON", "malformed entry", "malformed subtitles", "invalid UTF-8", "missing file",
+    "unreadable picture", "picture too large", "picture too narrow",
+    "unreadable video", "video without frames",
+)  # fmt: skip
+
+
 class Damaged(UserError):
     """One document that cannot be read. Training passes over it and counts it.
 
     Attributes:
-        reason: a few words of a fixed set, to count by.
+        reason: one of `REASONS`, to count by.
         where: its place.
     """
 
     def __init__(self, reason: str, where: str, detail: object = ""):
+        assert reason in REASONS, reason
         super().__init__(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
         self.reason, self.where = reason, where
+
+
+def utf8(content: bytes, where: str) -> str:
+    """
+    Raises:
+        Damaged: it is not UTF-8.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise Damaged("invalid UTF-8", where, f"byte {error.start}") from None
 
 
 class Source(Sequence[Document]):
@@ -160,9 +180,18 @@ class Source(Sequence[Document]):
     paired: bool = False
 
     @abc.abstractmethod
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Document:
-        """A document; what it leaves to chance is drawn from `rng`, or else is the release's
-        choice. Chance does not change how many parts it has, nor its words."""
+    def read(
+        self, index: int, rng: np.random.Generator | None = None,
+        wanted: Collection[int] | None = None,
+    ) -> Document:  # fmt: skip
+        """A document.
+
+        Args:
+            rng: what decides where something is left to chance (the frames of a video); by
+                default it is the release's choice. It changes neither words nor the number of
+                parts.
+            wanted: numbers of the parts that will be used; other pictures may be empty.
+        """
 
     @abc.abstractmethod
     def where(self, index: int) -> str:
@@ -244,7 +273,10 @@ class DocumentFiles(Source):
         file, record = self.locate(index)
         return f"{self.paths[file]} record {record}"
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Document:
+    def read(
+        self, index: int, rng: np.random.Generator | None = None,
+        wanted: Collection[int] | None = None,
+    ) -> Document:  # fmt: skip
         file, record = self.locate(index)
         try:
             content = self._records[file][record]

@@ -11,7 +11,6 @@ import io
 import math
 import os
 import struct
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +22,21 @@ from emu_jax.config import UserError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# What Pillow raises on files that are missing, cut short, damaged or absurdly large.
-_UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError,
-)  # fmt: skip
+# What is larger is taken for an attack on the decoder's memory, and what is narrower for no
+# picture: squashed to a square it shows nothing.
+MOST_PIXELS = 89_478_485  # where Pillow begins to warn
+MOST_ASPECT = 100.0
+
+# What Pillow raises on files that are missing, cut short or damaged.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+
+
+class PictureError(UserError):
+    """A picture that cannot be read; `reason` is one of `documents.REASONS`."""
+
+    def __init__(self, line: str, reason: str = "unreadable picture"):
+        super().__init__(line)
+        self.reason = reason
 
 
 def normalize_images(
@@ -37,35 +47,56 @@ def normalize_images(
     return ((pixels - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)).astype(dtype)
 
 
-def open_image(source: str | os.PathLike | bytes, where: str | None = None) -> Image.Image:
+def open_image(
+    source: str | os.PathLike | bytes, where: str | None = None, *, at_least: int | None = None
+) -> Image.Image:
     """A PIL picture in mode RGB, or L when the source is 8-bit grey.
 
+    Args:
+        where: what an error names, by default the file.
+        at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as each side
+            keeps so many pixels. Several times as fast, and the pixels differ slightly.
+
     Raises:
-        UserError: it cannot be read; the line names `where`, by default the file.
+        PictureError: it cannot be read, or is too large or too narrow to be one.
     """
+    name = where or (f"({len(source)} bytes)" if isinstance(source, bytes) else str(source))
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with warnings.catch_warnings():
-            # Pillow warns of transparency that RGB drops, as the release drops it.
-            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            with Image.open(file) as picture:
-                picture.load()
-                return picture if picture.mode == "L" else picture.convert("RGB")
+        with Image.open(file) as picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                raise Image.DecompressionBombError(f"{width}x{height} pixels are too many")
+            if max(width, height) > MOST_ASPECT * min(width, height):
+                raise PictureError(
+                    f"cannot read the picture {name}: {width}x{height} is too narrow",
+                    "picture too narrow",
+                )
+            if at_least is not None:
+                picture.draft("RGB", (at_least, at_least))
+            picture.load()
+            # Else Pillow warns of transparency that RGB drops, as the release drops it.
+            picture.info.pop("transparency", None)
+            return picture if picture.mode == "L" else picture.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(
+            f"cannot read the picture {name}: {error}", "picture too large"
+        ) from None
     except _UNREADABLE as error:
-        name = where or (f"({len(source)} bytes)" if isinstance(source, bytes) else str(source))
         reason = str(error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "it is in no picture format known here"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        raise UserError(f"cannot read the picture {name}: {reason}") from None
+        raise PictureError(f"cannot read the picture {name}: {reason}") from None
 
 
-def resize(picture: Image.Image, size: int) -> Image.Image:
-    """The release's preprocessing: squashed to size x size, bicubic."""
+def resize(picture: Image.Image, size: int, *, fast: bool = False) -> Image.Image:
+    """The release's preprocessing: squashed to size x size, bicubic (bilinear if `fast`)."""
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
-    return picture.resize((size, size), Image.Resampling.BICUBIC)
+    method = Image.Resampling.BILINEAR if fast else Image.Resampling.BICUBIC
+    return picture.resize((size, size), method)
 
 
 def to_array(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from PIL import Image
 
 from emu_jax.config import EmuConfig, UserError
+from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.images import load_image
 from emu_jax.tokenizer import ASSISTANT, IMAGE, IMG, USER, Tokenizer
 
@@ -23,30 +24,6 @@ from emu_jax.tokenizer import ASSISTANT, IMAGE, IMG, USER, Tokenizer
 # Pixels of a floating dtype are taken as preprocessed and normalised already.
 Part = Any
 Parts = Sequence[Part] | str
-
-# What the instruction-tuned model was told before a turn (`Emu1/inference.py`).
-IMAGE_SYSTEM = (
-    "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the "
-    "image after I provide it to you. Please answer my questions based on the given image."
-)
-VIDEO_SYSTEM = (
-    "You are a helpful assistant and you will be presented with a video consisting of multiple "
-    "chronological images: [IMG]ImageContent[/IMG]. You will be able to see the video after I "
-    "provide it to you. Please answer my questions based on the given video."
-)
-VIDEO_FRAMES = 8  # that the release shows of a video
-
-
-def frame_indices(frames: int, segments: int = VIDEO_FRAMES) -> Int[np.ndarray, "S"]:
-    """Which frames stand for a video (release: `Emu1/utils.py: get_index`).
-
-    Raises:
-        UserError: the video has no frames.
-    """
-    if frames < 1:
-        raise UserError("a video needs at least one frame")
-    length = (frames - 1) / segments
-    return int(length / 2) + np.round(length * np.arange(segments)).astype(int)
 
 
 def is_video(part: Part) -> bool:

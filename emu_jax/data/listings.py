@@ -1,0 +1,154 @@
+"""What listings and documents name: entries of JSON files, and the pictures and videos beside
+them, in folders or in tars."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from emu_jax.data import storage
+from emu_jax.data.documents import Damaged, short_hash, utf8
+from emu_jax.data.index import Arrays, fingerprint, index_files
+from emu_jax.data.tars import TarFiles
+
+_VERSION = "entries-1"
+_CHUNK = 1 << 26  # of a file of lines, while looking for their ends
+
+
+class Entries:
+    """The objects of JSON files, read where they lie: one on each line, or in one list.
+
+    Attributes:
+        fingerprint: as a source's.
+    """
+
+    def __init__(self, paths: Sequence[str], cache: str):
+        self.paths = list(paths)
+        found = index_files(_VERSION, self.paths, _objects_in, cache)
+        self._files, self._offsets, self._sizes = found["file"], found["offset"], found["size"]
+        self._numbers = found["number"]
+        self.fingerprint = fingerprint(_VERSION, self.paths)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def where(self, index: int) -> str:
+        return f"{self.paths[self._files[index]]} entry {self._numbers[index]}"
+
+    def folder(self, index: int) -> str:
+        """The folder of an entry's file."""
+        return storage.parent(self.paths[self._files[index]])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """
+        Raises:
+            Damaged: it is not UTF-8, or no JSON object.
+        """
+        path = self.paths[self._files[index]]
+        content = storage.read(path, int(self._offsets[index]), int(self._sizes[index]))
+        return parse_object(content, self.where(index))
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """
+    Raises:
+        Damaged: it is not UTF-8, or no JSON object.
+    """
+    try:
+        value = json.loads(utf8(content, where))
+    except (ValueError, RecursionError) as error:
+        raise Damaged("malformed JSON", where, error) from None
+    if not isinstance(value, dict):
+        raise Damaged("malformed JSON", where, "no object")
+    return value
+
+
+def _objects_in(path: str) -> Arrays:
+    head = storage.read(path, 0, 4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    spans = list(_elements(storage.read(path)) if head.startswith(b"[") else _lines(path))
+    offsets, sizes = np.array(spans, np.int64).reshape(-1, 2).T
+    return {"offset": offsets, "size": sizes, "number": np.arange(len(spans))}
+
+
+def _lines(path: str) -> Iterator[tuple[int, int]]:
+    """(offset, size) of each line that holds something."""
+    start, position, size = 0, 0, storage.stat(path).size
+    while position < size:
+        chunk = storage.read(path, position, _CHUNK)
+        for end in (np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position).tolist():
+            if end > start + 1:  # a lone \r is as good as nothing
+                yield start, end - start
+            start = end + 1
+        position += len(chunk)
+    if size > start + 1:
+        yield start, size - start
+
+
+# Strings whole, so that a bracket within one counts for nothing; also one that is cut short.
+_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+
+
+def _elements(content: bytes) -> Iterator[tuple[int, int]]:
+    """(offset, size) of each object of a list."""
+    depth = start = 0
+    for mark in _MARKS.finditer(content):
+        kind = mark[0]
+        if kind in (b"{", b"["):
+            depth += 1
+            if depth == 2:
+                start = mark.start()
+        elif kind in (b"}", b"]"):
+            depth -= 1
+            if depth == 1:
+                yield start, mark.end() - start
+    if depth > 1:
+        yield start, len(content) - start  # cut short: one malformed object
+
+
+class Media:
+    """Pictures and videos by name: in folders, or in tars wherever they lie in them.
+
+    Args:
+        paths: folders and tars; without any, names are relative to the listing's own folder.
+    """
+
+    def __init__(self, paths: Sequence[str], cache: str):
+        self._folders = [p for p in paths if not p.endswith(".tar")]
+        tars = [p for p in paths if p.endswith(".tar")]
+        self._tars = TarFiles(storage.expand(tars, [".tar"]), cache) if tars else None
+        self.fingerprint = short_hash((self._folders, self._tars and self._tars.fingerprint))
+
+    def has(self, name: str, beside: str) -> bool:
+        """Whether there is such a file. `beside` is the folder of the listing."""
+        return self._find(name, beside) is not None
+
+    def read(self, name: object, beside: str, where: str) -> bytes:
+        """
+        Raises:
+            Damaged: there is no such file.
+        """
+        if not isinstance(name, str):
+            raise Damaged("malformed entry", where, f"{name!r} is no file's name")
+        found = self._find(name, beside)
+        try:
+            if found is not None:
+                return storage.read(*found)
+        except OSError:
+            pass
+        raise Damaged("missing file", where, name)
+
+    def _find(self, name: str, beside: str) -> tuple[str, int, int | None] | None:
+        if not name or ".." in name.split("/"):  # nothing outside the folders that were named
+            return None
+        if self._tars is not None and (found := self._tars.find(name)) is not None:
+            return found
+        folders = self._folders or ([] if self._tars else [beside])
+        for folder in folders:
+            path = storage.join(folder, name.lstrip("/"))
+            if not storage.is_remote(name) and storage.exists(path):
+                return path, 0, None
+        return None

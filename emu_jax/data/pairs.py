@@ -1,0 +1,247 @@
+"""Pictures (or videos) with words: WebDataset tars as img2dataset and video2dataset write them,
+and prepared directories of TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from emu_jax.config import UserError
+from emu_jax.data import storage
+from emu_jax.data.documents import (
+    REASONS,
+    Damaged,
+    Document,
+    Picture,
+    Source,
+    Text,
+    short_hash,
+    utf8,
+)
+from emu_jax.data.index import Arrays, fingerprint, index_files
+from emu_jax.data.listings import parse_object
+from emu_jax.data.tars import Member, members
+from emu_jax.data.video import Video, sample_frames
+
+_VERSION = "samples-1"
+_ROLES = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "picture"),
+    **dict.fromkeys(("mp4", "webm", "mkv", "mov", "avi"), "video"),
+    "txt": "text", "json": "json",
+}  # fmt: skip
+_PICTURE, _VIDEO, _TEXT, _JSON = range(4)
+_CAPTIONS = ("caption", "text", "top_caption")  # keys of a sample's JSON, the first that is there
+
+
+class Pairs(Source):
+    """The samples of WebDataset tars: a picture, or `frames` frames of a video, and its words.
+
+    A sample is the run of members whose names agree up to the first dot: NAME.jpg (.png, .webp,
+    ...) or NAME.mp4 (.webm, ...), with the words in NAME.txt or under `caption` in NAME.json.
+    """
+
+    paired = True
+
+    def __init__(self, paths: list[str], cache: str, frames: int):
+        self.paths = paths
+        self._frames = frames
+        found = index_files(_VERSION, paths, _samples_in, cache)
+        self._files, self._spans, self._damage = found["file"], found["spans"], found["damage"]
+        self._numbers = found["number"]
+        self.fingerprint = short_hash((fingerprint(_VERSION, paths), frames))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def where(self, index: int) -> str:
+        return f"{self.paths[self._files[index]]} sample {self._numbers[index]}"
+
+    def read(
+        self, index: int, rng: np.random.Generator | None = None,
+        wanted: Collection[int] | None = None,
+    ) -> Document:  # fmt: skip
+        words = self._words(index)
+        picture = self._member(index, _PICTURE)
+        if picture is not None:
+            return Document((Picture(picture), *words))
+        video = self._member(index, _VIDEO)
+        assert video is not None  # or the sample would be damaged
+        shown = sample_frames(Video(video, self.where(index)), self._frames, rng)
+        return Document((*(Picture(data, time) for time, data in shown), *words))
+
+    def sketch(self, index: int) -> Document:
+        words = self._words(index)
+        pictures = 1 if self._spans[index, _PICTURE, 1] else self._frames
+        return Document((*[Picture(b"")] * pictures, *words))
+
+    def _words(self, index: int) -> tuple[Text, ...]:
+        where = self.where(index)
+        if damage := int(self._damage[index]):
+            raise Damaged(REASONS[damage - 1], where)
+        content = self._member(index, _TEXT)
+        if content is not None:
+            return (Text(utf8(content, where)),)
+        content = self._member(index, _JSON)
+        values = {} if content is None else parse_object(content, where)
+        captions = [v for key in _CAPTIONS if isinstance(v := values.get(key), str)]
+        return tuple(map(Text, captions[:1]))
+
+    def _member(self, index: int, role: int) -> bytes | None:
+        offset, size = self._spans[index, role].tolist()
+        if not size:
+            return None
+        content = storage.read(self.paths[self._files[index]], offset, size)
+        if len(content) < size:
+            raise Damaged("corrupt tar member", self.where(index), "the archive is cut short")
+        return content
+
+
+class _Sample(NamedTuple):
+    spans: np.ndarray  # [role, (offset, size)]
+    damage: int  # 1 + place in REASONS, or 0
+
+
+def _samples_in(path: str) -> Arrays:
+    samples = list(_samples(path))
+    empty = np.zeros((0, len(_ORDER), 2), np.int64)
+    return {
+        "spans": np.stack([s.spans for s in samples]) if samples else empty,
+        "damage": np.array([s.damage for s in samples], np.int8),
+        "number": np.arange(len(samples), dtype=np.int32),
+    }
+
+
+_ORDER = ("picture", "video", "text", "json")
+
+
+def _samples(path: str) -> Iterator[_Sample]:
+    """The samples of a tar. What a corrupt member took with it counts as one sample."""
+    group: list[Member] = []
+    key = None
+    for member in members(path):
+        base, name = os.path.split(member.name)
+        stem, _, suffix = name.partition(".")
+        if member.name and suffix.lower() not in _ROLES:
+            continue
+        # A member without a name belongs to the sample before it, until another begins.
+        if member.name and (base, stem) != key:
+            if key is not None or group:
+                yield _sample(group)
+            group, key = [], (base, stem)
+        group.append(member)
+    if group:
+        yield _sample(group)
+
+
+def _sample(group: list[Member]) -> _Sample:
+    spans = np.zeros((len(_ORDER), 2), np.int64)
+    for member in group:
+        if member.name:
+            role = _ROLES[member.name.rpartition("/")[2].partition(".")[2].lower()]
+            spans[_ORDER.index(role)] = member.offset, member.size
+    reason = None
+    if not all(m.whole for m in group):
+        reason = "corrupt tar member"
+    elif not spans[[_PICTURE, _VIDEO], 1].any():
+        reason = "incomplete sample"
+    return _Sample(spans, 0 if reason is None else 1 + REASONS.index(reason))
+
+
+class TfdsPairs(Source):
+    """A prepared directory of TensorFlow Datasets, read without TensorFlow: its first picture
+    and its first text, or the name of its label where it has no text.
+
+    Args:
+        paths: one `DIRECTORY:SPLIT`, for example `coco/2014/1.1.0:train`; files of ArrayRecord.
+    """
+
+    paired = True
+
+    def __init__(self, paths: list[str]):
+        import tensorflow_datasets as tfds
+
+        if len(paths) != 1:
+            raise UserError(f"tfds reads one DIRECTORY:SPLIT, not {len(paths)}")
+        self._directory, _, split = paths[0].rpartition(":")
+        if not self._directory:
+            raise UserError(f"{paths[0]} names no split: write DIRECTORY:SPLIT")
+        try:
+            builder = tfds.builder_from_directory(self._directory)
+            features = builder.info.features
+            picture = _first(features, tfds.features.Image)
+            if picture is None:
+                raise UserError(f"{self._directory} has no picture among its features")
+            self._picture = picture
+            self._words, self._names = _first(features, tfds.features.Text), []
+            if self._words is None:
+                self._words = _first(features, tfds.features.ClassLabel)
+                if self._words is not None:
+                    self._names = _at(features, self._words).names
+            decode: Any = tfds.decode
+            decoders = decode.SkipDecoding()
+            for name in reversed(picture):
+                decoders = {name: decoders}
+            self._records: Any = builder.as_data_source(split, decoders=decoders)
+        except UserError:
+            raise
+        except Exception as error:  # tfds raises of every kind
+            raise UserError(f"cannot read {self._directory}: {_first_line(error)}") from None
+        files = sorted(p for p in Path(self._directory).iterdir() if p.is_file())
+        stats = [(p.name, *storage.stat(str(p))) for p in files]
+        self.fingerprint = short_hash((split, stats))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def where(self, index: int) -> str:
+        return f"{self._directory} example {index}"
+
+    def read(
+        self, index: int, rng: np.random.Generator | None = None,
+        wanted: Collection[int] | None = None,
+    ) -> Document:  # fmt: skip
+        where = self.where(index)
+        try:
+            example = self._records[index]
+            picture = Picture(_one(_at(example, self._picture)))
+            words = [] if self._words is None else [_one(_at(example, self._words))]
+        except Exception as error:  # tfds raises of every kind
+            raise Damaged("damaged record", where, _first_line(error)) from None
+        if self._names:
+            return Document((picture, *(Text(self._names[int(word)]) for word in words)))
+        return Document((picture, *(Text(utf8(word, where)) for word in words)))
+
+
+_Path = tuple[str, ...]
+
+
+def _first(features: Any, kind: type, above: _Path = ()) -> _Path | None:
+    """The path of the first feature of a kind."""
+    if isinstance(features, kind):
+        return above
+    if hasattr(features, "items"):
+        for name, feature in features.items():
+            if (found := _first(feature, kind, (*above, name))) is not None:
+                return found
+    elif hasattr(features, "feature"):  # a sequence
+        return _first(features.feature, kind, above)
+    return None
+
+
+def _at(values: Any, path: _Path) -> Any:
+    for name in path:
+        values = values[name]
+    return values
+
+
+def _one(value: Any) -> Any:
+    """A value, or the first of a sequence of them."""
+    return value[0] if isinstance(value, list | np.ndarray) else value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

@@ -1,0 +1,183 @@
+"""Files by path, read at random: on a local disk, or wherever fsspec reaches (`gs://`).
+
+fsspec rather than etils: its file systems read a range of bytes in one request, which is what
+random access to a tar asks for. A read that fails is tried again, for a store that answers to
+thousands of readers now and then refuses one.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from emu_jax.config import UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ATTEMPTS = 5
+WAIT = 0.5  # seconds before the second attempt; each later wait is twice as long
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Stat(NamedTuple):
+    """What a file that stays as it is keeps."""
+
+    size: int
+    stamp: str  # of its last change
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def join(folder: str, name: str) -> str:
+    """`name` in `folder`, unless it is a whole path itself."""
+    if is_remote(name) or os.path.isabs(name) or not folder:
+        return name
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def parent(path: str) -> str:
+    return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
+
+
+def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    """The files that some paths name, sorted within each: `*` stands for anything in a name,
+    a folder for its files that end in one of `suffixes`.
+
+    Raises:
+        UserError: one of them names nothing.
+    """
+    found = []
+    for pattern in patterns:
+        paths = _patiently(pattern, lambda pattern=pattern: _expand(pattern, tuple(suffixes)))
+        if not paths:
+            raise UserError(f"nothing is at {pattern}: no file that ends in {', '.join(suffixes)}")
+        found += paths
+    if not found:
+        raise UserError("no paths are given")
+    return found
+
+
+def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    if is_remote(pattern):
+        fs, inner = _file_system(pattern)
+        if fs.isdir(inner):
+            names = [p for p in fs.ls(inner, detail=False) if p.endswith(suffixes)]
+        else:
+            names = fs.glob(inner) if "*" in inner else [inner] if fs.exists(inner) else []
+        return sorted(fs.unstrip_protocol(name) for name in names)
+    if os.path.isdir(pattern):
+        return sorted(str(p) for p in Path(pattern).iterdir() if p.name.endswith(suffixes))
+    return sorted(glob.glob(pattern)) if "*" in pattern else [pattern] * os.path.exists(pattern)
+
+
+def stat(path: str) -> Stat:
+    """
+    Raises:
+        FileNotFoundError, PermissionError
+        UserError: it could not be asked, however often.
+    """
+    if not is_remote(path):
+        found = os.stat(path)
+        return Stat(found.st_size, str(found.st_mtime_ns))
+    fs, inner = _file_system(path)
+    info = _patiently(path, lambda: fs.info(inner))
+    known = [str(info[k]) for k in ("etag", "generation", "mtime", "updated") if k in info]
+    return Stat(info["size"], "/".join(known))
+
+
+def exists(path: str) -> bool:
+    try:
+        stat(path)
+    except _FINAL:
+        return False
+    return True
+
+
+def read(path: str, start: int = 0, size: int | None = None) -> bytes:
+    """`size` bytes from `start`; to the end by default, and fewer where the file ends.
+
+    Raises:
+        FileNotFoundError, PermissionError
+        UserError: it could not be read, however often; the line says why.
+    """
+    if is_remote(path):
+        fs, inner = _file_system(path)
+        end = None if size is None else start + size
+        return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
+    return _patiently(path, lambda: _pread(path, start, size))
+
+
+def _pread(path: str, start: int, size: int | None) -> bytes:
+    try:
+        opened = _open(path)
+    except OSError:
+        _open.cache_clear()  # perhaps of too many open files
+        opened = _open(path)
+    if size is None:
+        size = os.fstat(opened.handle).st_size - start
+    content = os.pread(opened.handle, size, start)
+    while len(content) < size and (more := os.pread(opened.handle, size - len(content),
+                                                    start + len(content))):  # fmt: skip
+        content += more  # one call gives at most 2 GiB
+    return content
+
+
+class _Open:
+    """An open file, closed once neither the cache nor a reader holds it."""
+
+    def __init__(self, path: str):
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
+@functools.lru_cache(128)
+def _open(path: str) -> _Open:
+    return _Open(path)
+
+
+@functools.lru_cache(64)
+def _file_system_of(protocol: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.filesystem(protocol)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"cannot read {protocol}:// ({str(error).splitlines()[0]}): for gs:// install "
+            "emu_jax[gcs]"
+        ) from None
+
+
+def _file_system(path: str) -> tuple[Any, str]:
+    fs = _file_system_of(path.partition("://")[0])
+    return fs, fs._strip_protocol(path)
+
+
+def _patiently(path: str, call: Callable[[], T]) -> T:
+    """`call()`, again and again when it fails for a reason that may pass."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except (*_FINAL, UserError):
+            raise
+        except Exception as error:  # remote file systems raise what their clients raise
+            if attempt == ATTEMPTS - 1:
+                raise UserError(
+                    f"cannot read {path}, tried {ATTEMPTS} times: "
+                    f"{str(error).splitlines()[0] if str(error) else repr(error)}"
+                ) from error
+            log.warning("reading %s failed, trying again: %s", path, error)
+            time.sleep(WAIT * 2**attempt)
+    raise AssertionError("unreachable")

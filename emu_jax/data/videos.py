@@ -1,0 +1,146 @@
+"""Videos as documents: with a caption, or frames and subtitles in the order of time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from emu_jax.data.documents import Damaged, Document, Picture, Source, Text, short_hash
+from emu_jax.data.listings import Entries, Media
+from emu_jax.data.video import (
+    Frame,
+    Video,
+    sample_frames,
+    storyboard,
+    storyboard_times,
+    subtitles,
+)
+
+
+class Videos(Source):
+    """Entries `{"video": FILE, "text": WORDS}`: `frames` frames of each and its words.
+
+    In training frames are drawn at random; else they are the release's.
+    """
+
+    paired = True
+
+    def __init__(self, entries: Entries, media: Media, frames: int):
+        self._entries, self._media, self._frames = entries, media, frames
+        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, frames))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def where(self, index: int) -> str:
+        return self._entries.where(index)
+
+    def read(
+        self, index: int, rng: np.random.Generator | None = None,
+        wanted: Collection[int] | None = None,
+    ) -> Document:  # fmt: skip
+        entry, where = self._entries[index], self.where(index)
+        words = _words(entry, where)
+        content = self._media.read(entry.get("video"), self._entries.folder(index), where)
+        shown = sample_frames(Video(content, where), self._frames, rng)
+        return Document((*(Picture(data, time) for time, data in shown), words))
+
+    def sketch(self, index: int) -> Document:
+        words = _words(self._entries[index], self.where(index))
+        return Document((*[Picture(b"")] * self._frames, words))
+
+
+def _words(entry: dict[str, Any], where: str) -> Text:
+    words = entry.get("text", entry.get("caption"))
+    if not isinstance(words, str):
+        raise Damaged("malformed entry", where, "no text")
+    return Text(words)
+
+
+class SubtitledVideos(Source):
+    """Frames and subtitles in the order of time, as the release prepares YT-Storyboard-1B:
+    subtitles between two frames are joined.
+
+    Entries have `subtitles` (a file of SRT or WebVTT), and either `video`, of which a frame is
+    shown every `apart` seconds, with its `duration` where opening each to count tokens would
+    be slow; or `storyboard` (a sheet or a list of them), `rows`, `columns`, `frames` and
+    `duration` in seconds.
+    """
+
+    def __init__(self, entries: Entries, media: Media, apart: float):
+        self._entries, self._media, self._apart = entries, media, apart
+        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, apart))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def where(self, index: int) -> str:
+        return self._entries.where(index)
+
+    def read(
+        self, index: int, rng: np.random.Generator | None = None,
+        wanted: Collection[int] | None = None,
+    ) -> Document:  # fmt: skip
+        document = self.sketch(index)
+        pictures = [n for n, part in enumerate(document.parts) if isinstance(part, Picture)]
+        shown = [k for k, n in enumerate(pictures) if wanted is None or n in wanted]
+        parts = list(document.parts)
+        for k, (_, data) in zip(shown, self._frames(index, shown), strict=True):
+            part = parts[pictures[k]]
+            assert isinstance(part, Picture)
+            parts[pictures[k]] = Picture(data, part.time)
+        return Document(tuple(parts))
+
+    def sketch(self, index: int) -> Document:
+        entry, where = self._entries[index], self.where(index)
+        said = subtitles(self._file(index, entry.get("subtitles")), where)
+        return Document.from_video([(time, b"") for time in self._times(index, entry)], said)
+
+    def _times(self, index: int, entry: dict[str, Any]) -> list[float]:
+        where = self.where(index)
+        try:
+            if "storyboard" in entry:
+                return storyboard_times(int(entry["frames"]), float(entry["duration"]))
+            if "duration" in entry:
+                last = float(entry["duration"])
+            else:
+                last = self._video(index, entry).times[-1]
+            return [n * self._apart for n in range(math.floor(last / self._apart) + 1)]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise Damaged("malformed entry", where, repr(error)) from None
+
+    def _frames(self, index: int, shown: list[int]) -> list[Frame]:
+        entry, where = self._entries[index], self.where(index)
+        times = self._times(index, entry)
+        if "storyboard" in entry:
+            names = entry["storyboard"]
+            names = [names] if isinstance(names, str) else names
+            try:
+                rows, columns = int(entry["rows"]), int(entry["columns"])
+                per_sheet = rows * columns
+                if rows < 1 or columns < 1:
+                    raise ValueError(f"{rows} x {columns} tiles")
+                needed = sorted({k // per_sheet for k in shown})
+                sheets = {n: self._file(index, names[n]) for n in needed}
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise Damaged("malformed entry", where, repr(error)) from None
+            return [
+                frame
+                for n in needed
+                for frame in storyboard(
+                    sheets[n], rows, columns,
+                    [(k % per_sheet, times[k]) for k in shown if k // per_sheet == n], where,
+                )
+            ]  # fmt: skip
+        video = self._video(index, entry)
+        places = np.searchsorted(video.times, [times[k] for k in shown])
+        return video.frames(np.minimum(places, len(video.times) - 1).tolist())
+
+    def _video(self, index: int, entry: dict[str, Any]) -> Video:
+        return Video(self._file(index, entry.get("video")), self.where(index))
+
+    def _file(self, index: int, name: object) -> bytes:
+        return self._media.read(name, self._entries.folder(index), self.where(index))

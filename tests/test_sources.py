@@ -1,0 +1,621 @@
+"""Every format on disk becomes the documents that it describes, part by part."""
+
+import base64
+import functools
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emu_jax.config import UserError
+from emu_jax.data import Document, Picture, Text, listings, storage, tars
+from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
+from emu_jax.data.documents import Damaged, write_documents
+from emu_jax.data.images import open_image
+from emu_jax.data.packing import text_ids
+from emu_jax.data.sources import FORMATS, SourceConfig, open_source
+from emu_jax.data.video import Video, frame_indices, subtitles
+from emu_jax.generate.prompt import instruct
+from emu_jax.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent / "golden" / "tiny"
+
+
+def picture(n: int, form: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
+    """A picture of one colour, which `shade` reads back as `n` (a multiple of 10)."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (n, 255 - n, 128)).save(file, form, quality=95)
+    return file.getvalue()
+
+
+def shade(content: bytes) -> int:
+    """The `n` that `picture` or `video` was given."""
+    return round(float(np.asarray(open_image(content))[..., 0].mean()) / 10) * 10
+
+
+def shown(document: Document) -> list[int | str]:
+    """Words, and the shades of pictures."""
+    return [p.text if isinstance(p, Text) else shade(p.data) for p in document.parts]
+
+
+def sketched(document: Document) -> list[str | None]:
+    return [p.text if isinstance(p, Text) else None for p in document.parts]
+
+
+@functools.cache
+def video(frames: int, form: str = "mp4", rate: int = 10) -> bytes:
+    """A video whose frame k has the shade 10 * k, with a key frame every five."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream({"mp4": "libx264", "webm": "libvpx"}[form], rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 32, "yuv420p", 5
+        container.start_encoding()
+        for k in range(frames):
+            pixels = np.full((32, 48, 3), 10 * k, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def tar(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def lines(path: Path, entries: list) -> Path:
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return path
+
+
+def source(form: str, *paths: Path, **changes):
+    return open_source(SourceConfig("it", form, tuple(map(str, paths)), **changes))
+
+
+def reasons(source) -> dict[int, str]:
+    """The documents that cannot be read, and why."""
+    found = {}
+    for index in range(len(source)):
+        try:
+            source[index]
+        except Damaged as error:
+            assert error.where.startswith(source.where(index)) and "\n" not in str(error)
+            found[index] = error.reason
+    return found
+
+
+def agrees(source) -> bool:
+    """Whether counting sees what reading gives, and a chosen part is as in the whole."""
+    for index in range(len(source)):
+        whole = source[index]
+        assert sketched(source.sketch(index)) == sketched(whole)
+        for number, part in enumerate(whole.parts):
+            assert source.read(index, wanted=[number]).parts[number] == part
+    return len(source) > 0
+
+
+# Pairs
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_webdataset_pairs(tmp_path, form):
+    folder = "a/" * 40 + "ü" * 20 if form != tarfile.USTAR_FORMAT else "shard"  # a long name
+    tar(tmp_path / "0.tar", {
+        f"{folder}/0001.jpg": picture(30), f"{folder}/0001.txt": "first ünïcode 🙂".encode(),
+        f"{folder}/0001.json": json.dumps({"caption": "not this"}).encode(),
+        "0002.seg.json": b"{}",  # another kind of member, of a sample of its own
+        "0002.json": json.dumps({"caption": "second", "url": "x"}).encode(),
+        "0002.webp": picture(60, "WEBP"),
+        "0003.PNG": picture(90, "PNG"),
+    }, form)  # fmt: skip
+    tar(tmp_path / "1.tar", {"x.jpeg": picture(120), "x.txt": b"third"}, form)
+    pairs = source("webdataset", tmp_path)
+    assert pairs.paired
+    assert list(map(shown, pairs)) == [
+        [30, "first ünïcode 🙂"], [60, "second"], [90], [120, "third"],
+    ]  # fmt: skip
+    assert pairs[3].parts[0].data == picture(120)  # as they are in the tar
+    assert pairs.where(3) == f"{tmp_path / '1.tar'} sample 0"
+    assert agrees(pairs)
+
+
+def test_webdataset_videos(tmp_path):
+    tar(tmp_path / "0.tar", {
+        "a.mp4": video(20), "a.txt": b"words", "b.webm": video(20, "webm"), "b.json": b"{}",
+    })  # fmt: skip
+    clips = source("webdataset", tmp_path / "0.tar")
+    want = (10 * frame_indices(20)).tolist()
+    assert list(map(shown, clips)) == [[*want, "words"], want]
+    assert agrees(clips)
+    drawn = [shown(clips.read(0, np.random.default_rng(seed)))[:-1] for seed in range(20)]
+    assert all(d == sorted(set(d)) and len(d) == 8 for d in drawn)
+    assert len(set(map(tuple, drawn))) == 20
+    assert {shade for d in drawn for shade in d} == set(range(0, 200, 10))
+    assert shown(clips.read(0, np.random.default_rng(3)))[:-1] == drawn[3]
+
+
+def test_tar_offsets_are_those_of_tarfile(tmp_path):
+    rng = np.random.default_rng(0)
+    files = {f"{'d' * int(n)}/{n}.bin": rng.bytes(int(n) * 7) for n in rng.permutation(160)}
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        path = tar(tmp_path / f"{form}.tar", files, form)
+        with tarfile.open(path) as archive:
+            want = [tars.Member(m.name, m.offset_data, m.size, True) for m in archive]
+        assert list(tars.members(str(path))) == want
+    assert list(tars.members(str(tar(tmp_path / "none.tar", {})))) == []
+
+
+def test_damaged_tars(tmp_path):
+    samples = {f"{n}.{s}": picture(10 * n) if s == "jpg" else b"word %d" % n
+               for n in range(8) for s in ("jpg", "txt")}  # fmt: skip
+    samples["3.txt"] = b"\xff\xfe"
+    del samples["6.jpg"]
+    path = tar(tmp_path / "0.tar", samples)
+    at = {m.name: m.offset for m in tars.members(str(path))}
+    content = bytearray(path.read_bytes())
+    content[at["4.txt"] - 512 + 148] ^= 1  # in the checksum of its header
+    path.write_bytes(content[: at["7.txt"] + 3])
+    damaged = source("webdataset", path)
+    assert reasons(damaged) == {
+        3: "invalid UTF-8", 4: "corrupt tar member", 6: "incomplete sample",
+        7: "corrupt tar member",
+    }  # fmt: skip
+    for index in (0, 1, 2, 5):
+        assert shown(damaged[index]) == [10 * index, f"word {index}"]
+
+    content[at["5.jpg"] - 512 : at["5.jpg"]] = b"x" * 512
+    path.write_bytes(content)
+    again = source("webdataset", path)  # the index follows the file
+    assert reasons(again) == {
+        3: "invalid UTF-8", 4: "corrupt tar member", 5: "incomplete sample",
+        6: "incomplete sample",
+    }  # fmt: skip
+    assert shown(again[7]) == [70, "word 7"]
+
+
+def test_tfds_directory(tmp_path):
+    import tensorflow_datasets as tfds
+
+    for n in range(3):
+        (tmp_path / f"{n}.jpg").write_bytes(picture(50 * n))
+
+    class Captions(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text = tfds.features.Sequence({"text": tfds.features.Text()})
+            features = {"image": tfds.features.Image(), "captions": text}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for n in range(3):
+                said = [{"text": f"ünï {n}"}, {"text": "another"}]
+                yield n, {"image": str(tmp_path / f"{n}.jpg"), "captions": said}
+
+    class Labels(Captions):
+        def _info(self):
+            label = tfds.features.ClassLabel(names=["cat", "dog", "cow"])
+            features = {"label": label, "image": tfds.features.Image()}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _generate_examples(self):
+            for n in range(3):
+                yield n, {"image": str(tmp_path / f"{n}.jpg"), "label": n}
+
+    for builder, words in (
+        (Captions, ["ünï 0", "ünï 1", "ünï 2"]),
+        (Labels, ["cat", "dog", "cow"]),
+    ):
+        made = builder(data_dir=tmp_path / "tfds", file_format="array_record")
+        made.download_and_prepare()
+        pairs = open_source(SourceConfig("it", "tfds", (f"{made.data_dir}:train",)))
+        assert sorted(map(shown, pairs)) == [[50 * n, word] for n, word in enumerate(words)]
+        assert agrees(pairs) and pairs.paired
+    with pytest.raises(UserError, match="write DIRECTORY:SPLIT"):
+        source("tfds", Path("nosplit"))
+    with pytest.raises(UserError, match="cannot read .*nothing"):
+        source("tfds", Path(f"{tmp_path}/nothing:train"))
+
+
+def test_records(tmp_path):
+    documents = [Document((Picture(picture(20), similarity=0.5), Text("a"))), Document(())]
+    write_documents(tmp_path / "b.array_record", documents)
+    write_documents(tmp_path / "a.array_record", documents[1:])
+    assert list(source("records", tmp_path)) == [documents[1], *documents]
+    assert list(source("records", tmp_path / "b*")) == documents
+    assert not source("records", tmp_path).paired
+    assert source("records", tmp_path, paired=True).paired
+
+
+# Pages
+
+
+def test_mmc4_pages(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for n in (1, 2, 3):
+        (tmp_path / "pictures" / f"{n}.png").write_bytes(picture(10 * n, "PNG"))
+
+    def info(name, place, similarity=None, **more):
+        return (
+            {"image_name": name, "matched_text_index": place}
+            | more
+            | ({} if similarity is None else {"matched_sim": similarity})
+        )
+
+    inline = base64.b64encode(picture(70)).decode()
+    pages = [
+        {"text_list": ["one", "two", "three"], "image_info": [
+            info("2.png", 2, 0.5), info("1.png", 0, 0.32), info("3.png", 1, 0.31),
+            info("absent.png", 1, 0.9), info(None, 1, 0.9), info("../pictures/3.png", 1, 0.9),
+            info("x", 2, 0.4, image_base64=inline),
+        ]},
+        {"text_list": ["one", "two"], "similarity_matrix": [[0.1, 0.4], [0.2, 0.9]],
+         "image_info": [info("1.png", 0), info("2.png", 1)]},
+    ]  # fmt: skip
+    listing = lines(tmp_path / "pages.jsonl", pages)
+    mmc4 = source("pages", listing, media=(str(tmp_path / "pictures"),))
+    assert list(map(shown, mmc4)) == [
+        [10, "one", "two", 20, 70, "three"], ["one", 20, "two"],
+    ]  # fmt: skip
+    assert [p.similarity for p in mmc4[0].parts if isinstance(p, Picture)] == [0.32, 0.5, 0.4]
+    assert agrees(mmc4) and not mmc4.paired
+    some = source("pages", listing, media=(str(tmp_path / "pictures"),), min_similarity=0.45)
+    assert list(map(shown, some)) == [["one", "two", 20, "three"], ["one", 20, "two"]]
+    assert some.fingerprint != mmc4.fingerprint
+    assert mmc4.read(0, wanted=[3]).parts[0].data == b""  # not asked for, not read
+
+    for n in (1, 2):  # the same pictures in tars, found by the last part of their names
+        tar(tmp_path / f"{n}.tar", {f"deep/{n}.png": picture(10 * n, "PNG")})
+    shutil.rmtree(tmp_path / "pictures")
+    packed = source("pages", listing, media=(f"{tmp_path}/*.tar",))
+    assert list(map(shown, packed)) == list(map(shown, [packed[0], packed[1]]))
+    assert shown(packed[0]) == [10, "one", "two", 20, 70, "three"]
+
+
+def test_obelics_pages(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture(40))
+    page = {"images": [None, "a.jpg", None], "texts": ["ünï", None, "end"], "metadata": "[]"}
+    listing = tmp_path / "pages.json"
+    listing.write_text(json.dumps([page, page | {"images": [None]}], indent=1))
+    pages = source("pages", listing)
+    assert shown(pages[0]) == ["ünï", 40, "end"]
+    assert reasons(pages) == {1: "malformed entry"}
+
+
+def test_damaged_listings(tmp_path):
+    good = {"images": [None], "texts": ["fine"]}
+    listing = tmp_path / "pages.jsonl"
+    listing.write_bytes(b"\n".join([
+        json.dumps(good).encode(), b"", b'{"images": [', b"[1]", b'{"texts": ["\xff"]}', b"{}",
+        json.dumps({"text_list": ["a"], "image_info": [{"image_name": "x"}]}).encode(),
+        json.dumps({"text_list": [3], "image_info": []}).encode(),
+        json.dumps(good).encode() + b"\r",
+    ]))  # fmt: skip
+    pages = source("pages", listing)
+    assert reasons(pages) == {
+        1: "malformed JSON", 2: "malformed JSON", 3: "invalid UTF-8", 4: "malformed entry",
+        5: "malformed entry", 6: "malformed entry",
+    }  # fmt: skip
+    assert [shown(pages[n]) for n in (0, 7)] == [["fine"]] * 2
+    assert pages.where(7) == f"{listing} entry 7"
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+def test_entries_are_found_wherever_chunks_end(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(listings, "_CHUNK", chunk)
+    values = [{"n": n, "text": 'a "quoted] \\ [ {' * (n % 5)} for n in range(40)]
+    lines(tmp_path / "a.jsonl", values)
+    (tmp_path / "b.json").write_text("\ufeff " + json.dumps(values, indent=2))
+    (tmp_path / "c.json").write_text(json.dumps(values)[:-100])
+    entries = listings.Entries([str(tmp_path / n) for n in ("a.jsonl", "b.json")], "")
+    assert [entries[n] for n in range(len(entries))] == values + values
+    cut = listings.Entries([str(tmp_path / "c.json")], "")
+    assert [cut[n] for n in range(len(cut) - 1)] == values[: len(cut) - 1] and len(cut) > 30
+    with pytest.raises(Damaged, match="malformed JSON"):
+        cut[len(cut) - 1]
+
+
+# Videos
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_video_frames_at_random_equal_those_in_order(form):
+    clip = Video(video(25, form), "it")
+    np.testing.assert_allclose(clip.times, np.arange(25) / 10, atol=1e-3)
+    every = clip.frames(range(25))
+    assert [shade(data) for _, data in every] == [10 * k for k in range(25)]
+    for indices in ([0, 4, 5, 6, 24], [24], [3, 3, 3], [1, 19]):
+        assert clip.frames(indices) == [every[k] for k in indices]
+
+
+def test_captioned_videos(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name, content in (("a.mp4", video(25)), ("b.webm", video(5, "webm")),
+                          ("cut.mp4", video(25)[:900]), ("none.mp4", b"")):  # fmt: skip
+        (tmp_path / "clips" / name).write_bytes(content)
+    (tmp_path / "clips" / "empty.webm").write_bytes(video(0, "webm"))
+    listing = lines(tmp_path / "videos.jsonl", [
+        {"video": "a.mp4", "text": "long"}, {"video": "b.webm", "caption": "short"},
+        {"video": "cut.mp4", "text": "x"}, {"video": "none.mp4", "text": "x"},
+        {"video": "absent.mp4", "text": "x"}, {"video": "a.mp4"}, {"text": "x"},
+        {"video": "empty.webm", "text": "x"},
+    ])  # fmt: skip
+    videos = source("videos", listing, media=(str(tmp_path / "clips"),), frames=4)
+    assert shown(videos[0]) == [*(10 * frame_indices(25, 4)).tolist(), "long"]
+    assert shown(videos[1]) == [*(10 * frame_indices(5, 4)).tolist(), "short"]
+    rng = np.random.default_rng(0)
+    few = source("videos", listing, media=(str(tmp_path / "clips"),), frames=7)
+    assert set(shown(few.read(1, rng))[:-1]) <= {0, 10, 20, 30, 40}  # fewer frames than asked for
+    assert len(few.read(1, rng).parts) == 8
+    assert sketched(videos.sketch(4)) == [None] * 4 + ["x"]  # counting opens no video
+    assert reasons(videos) == {
+        2: "unreadable video", 3: "unreadable video", 4: "missing file", 5: "malformed entry",
+        6: "malformed entry", 7: "video without frames",
+    }  # fmt: skip
+
+
+SRT = """1
+00:00:00,500 --> 00:00:01,000
+<i>hello</i> there &amp; here
+
+2
+00:00:01,200 --> 00:00:01,900
+{\\an8}second
+line
+
+3
+00:00:01,400 --> 00:00:03,000
+third
+"""
+VTT = """WEBVTT - a title
+
+NOTE nothing
+
+00:00.500 --> 00:01.000 align:start
+rolling
+
+intro
+00:01.200 --> 00:02.000
+rolling
+<c.yellow>on</c>
+"""
+
+
+def test_subtitles():
+    assert subtitles(SRT.encode(), "it") == [
+        (0.5, "hello there & here"), (1.2, "second line"), (1.4, "third"),
+    ]  # fmt: skip
+    assert subtitles(b"\xef\xbb\xbf" + SRT.replace("\n", "\r\n").encode(), "it")[2] == (
+        1.4,
+        "third",
+    )
+    assert subtitles(VTT.encode(), "it") == [(0.5, "rolling"), (1.2, "on")]
+    assert subtitles(b"WEBVTT\n", "it") == subtitles(b"", "it") == []
+    with pytest.raises(Damaged, match="it: malformed subtitles"):
+        subtitles(b"no times here", "it")
+    with pytest.raises(Damaged, match="it: invalid UTF-8"):
+        subtitles(SRT.encode("utf-16"), "it")
+
+
+def test_subtitled_videos(tmp_path):
+    (tmp_path / "a.srt").write_text(SRT)
+    (tmp_path / "a.mp4").write_bytes(video(25))
+    listing = lines(tmp_path / "videos.jsonl", [
+        {"video": "a.mp4", "subtitles": "a.srt"},
+        {"video": "a.mp4", "subtitles": "a.srt", "duration": 1.3},
+        {"video": "a.mp4", "subtitles": "absent.srt"},
+    ])  # fmt: skip
+    videos = source("subtitled", listing, frame_seconds=1.0)
+    assert shown(videos[0]) == [0, "hello there & here", 100, "second line third", 200]
+    assert [p.time for p in videos[0].parts if isinstance(p, Picture)] == [0.0, 1.0, 2.0]
+    assert shown(videos[1]) == [0, "hello there & here", 100, "second line third"]
+    assert reasons(videos) == {2: "missing file"}
+    for index in (0, 1):
+        assert sketched(videos.sketch(index)) == sketched(videos[index])
+
+
+def test_storyboards(tmp_path):
+    (tmp_path / "a.vtt").write_text(VTT)
+    for sheet in range(2):
+        whole = Image.new("RGB", (3 * 16, 2 * 12))
+        for tile in range(6):
+            part = open_image(picture(10 * (6 * sheet + tile), "PNG", (16, 12)))
+            whole.paste(part, (tile % 3 * 16, tile // 3 * 12))
+        whole.save(tmp_path / f"{sheet}.png")
+    board = {"storyboard": ["0.png", "1.png"], "rows": 2, "columns": 3, "frames": 8,
+             "duration": 9.0, "subtitles": "a.vtt"}  # fmt: skip
+    listing = lines(tmp_path / "boards.jsonl", [
+        board, board | {"storyboard": "0.png", "frames": 2}, board | {"frames": 13},
+        board | {"rows": 0}, {"subtitles": "a.vtt", "storyboard": "0.png"},
+    ])  # fmt: skip
+    boards = source("subtitled", listing)
+    assert shown(boards[0]) == [0, "rolling", 10, "on", 20, 30, 40, 50, 60, 70]
+    assert [p.time for p in boards[0].parts if isinstance(p, Picture)] == list(range(8))
+    assert shown(boards[1]) == [0, "rolling on", 10]  # round(9 / 2) = 4 seconds apart
+    assert boards[1].parts[2].time == 4.0
+    assert reasons(boards) == dict.fromkeys((2, 3, 4), "malformed entry")
+    part = boards.read(0, wanted=[9])
+    assert [bool(p.data) for p in part.parts if isinstance(p, Picture)] == [False] * 7 + [True]
+    assert part.parts[9] == boards[0].parts[9]
+
+
+# Dialogues
+
+
+def test_dialogues_of_every_layout(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(40, "PNG"))
+    (tmp_path / "b.png").write_bytes(picture(80, "PNG"))
+    (tmp_path / "v.mp4").write_bytes(video(20))
+
+    def says(who: str, value: str) -> dict:
+        return {"from": who, "value": value}
+
+    (tmp_path / "data.json").write_text(json.dumps([
+        {"instruction": "Add them.", "input": "1 2", "output": "3"},
+        {"instruction": "Say [USER] hi <b>", "input": "", "output": "hi"},
+        {"conversations": [
+            says("system", "Be brief."), says("gpt", "to nothing"), says("human", "one"),
+            says("user", "more"), says("gpt", "two"), says("human", "three"), says("gpt", "four"),
+            says("human", "unanswered"),
+        ]},
+        {"image": "a.png", "conversations": [
+            says("human", "<image>\nwhat is it?"), says("gpt", "red"),
+        ]},
+        {"image": ["a.png", "b.png"], "conversations": [
+            says("human", "first <image> and <image> differ?"), says("gpt", "yes"),
+        ]},
+        {"video": "v.mp4", "QA": [
+            {"i": "Watch.", "q": "what?", "a": "shades"}, {"q": "again?", "a": "shades"},
+        ]},
+        {"image": "b.png", "q": "what?", "a": "red"},
+        {"conversations": [says("alien", "x")]}, {"instruction": "x", "output": " "},
+        {"image": "a.png", "conversations": [says("human", "<image><image>"), says("gpt", "y")]},
+        {"image": "absent.png", "q": "what?", "a": "red"}, {"conversations": []},
+    ]))  # fmt: skip
+    dialogues = source("dialogues", tmp_path / "data.json", frames=2)
+    user, assistant = "[USER]:", "[ASSISTANT]:"
+    assert [shown(dialogues[n]) for n in range(7)] == [
+        [user, "Add them.\n1 2", assistant, "3"],
+        [user, "Say [USER] hi <b>", assistant, "hi"],
+        ["Be brief.", user, "one\nmore", assistant, "two", "</s>", user, "three", assistant, "four"],
+        [f"{IMAGE_SYSTEM} {user}", 40, "what is it?", assistant, "red"],
+        [f"{IMAGE_SYSTEM} {user}", "first", 40, "and", 80, "differ?", assistant, "yes"],
+        [f"{VIDEO_SYSTEM} {user}", 40, 140, "Watch. what?", assistant, "shades", "</s>", user,
+         "again?", assistant, "shades"],
+        [f"{IMAGE_SYSTEM} {user}", 80, "what?", assistant, "red"],
+    ]  # fmt: skip
+    assert reasons(dialogues) == dict.fromkeys((7, 8, 9, 11), "malformed entry") | {
+        10: "missing file"
+    }
+    for n in range(7):
+        assert sketched(dialogues.sketch(n)) == sketched(dialogues[n])
+        texts = [p for p in dialogues[n].parts if isinstance(p, Text)]
+        assert [t.text for t in texts if t.scored] == [
+            ["3"], ["hi"], ["two", "</s>", "four"], ["red"], ["yes"],
+            ["shades", "</s>", "shades"], ["red"],
+        ][n]  # fmt: skip
+        own = {t.text for t in texts if t.special}
+        assert own <= {user, assistant, "</s>", f"{IMAGE_SYSTEM} {user}", f"{VIDEO_SYSTEM} {user}"}
+
+
+def test_a_dialogue_is_the_prompt_that_the_model_is_asked_with(tmp_path):
+    """A row of training begins with the ids of the prompt, and what is learned follows it."""
+    tokenizer = Tokenizer.load(TINY / "tokenizer", instruct=True)
+    (tmp_path / "a.png").write_bytes(picture(40, "PNG"))
+    for image, parts in ((None, []), ("a.png", [Image.new("RGB", (8, 8))])):
+        entry = {"q": "what is it?", "a": "it is red"} | ({"image": image} if image else {})
+        (tmp_path / "data.json").write_text(json.dumps([entry]))
+        ids = [tokenizer.bos]
+        for part in source("dialogues", tmp_path / "data.json")[0].parts:
+            if isinstance(part, Picture):
+                ids += tokenizer.encode(tokenizer.image_placeholder(4), bos=False)
+            else:
+                ids += text_ids(part, tokenizer)
+        asked = instruct([*parts, entry["q"]])
+        spelled = "".join(
+            p if isinstance(p, str) else tokenizer.image_placeholder(4) for p in asked
+        )
+        assert ids == tokenizer.encode(f"{spelled} {entry['a']}")
+
+
+# Everywhere
+
+
+def test_what_is_derived_is_kept_and_follows_the_files(tmp_path, monkeypatch):
+    tar(tmp_path / "0.tar", {"a.jpg": picture(30), "a.txt": b"one"})
+    tar(tmp_path / "1.tar", {"b.jpg": picture(60), "b.txt": b"two"})
+    walked = []
+    walk = tars.members
+    monkeypatch.setattr("emu_jax.data.pairs.members", lambda p: walked.append(p) or walk(p))
+    first = source("webdataset", tmp_path)
+    again = source("webdataset", tmp_path)
+    assert len(walked) == 2 and first.fingerprint == again.fingerprint
+    tar(tmp_path / "1.tar", {"c.jpg": picture(90), "c.txt": b"three", "d.jpg": picture(90)})
+    assert list(map(shown, source("webdataset", tmp_path))) == [[30, "one"], [90, "three"], [90]]
+    assert len(walked) == 3  # the other is known
+    assert source("webdataset", tmp_path).fingerprint != first.fingerprint
+    for array in (tmp_path / ".emu_jax").rglob("spans.npy"):
+        array.write_bytes(b"broken")
+    assert len(source("webdataset", tmp_path)) == 3
+    cfg = SourceConfig("it", "webdataset", (str(tmp_path),))
+    shutil.rmtree(tmp_path / ".emu_jax")
+    assert len(open_source(cfg, cache=str(tmp_path / "cache"))) == 3
+    assert not (tmp_path / ".emu_jax").exists()
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")]
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """A remote store, which fails as often as `failures` says."""
+    import fsspec
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(storage, "WAIT", 0.001)
+    store = fsspec.filesystem("memory")
+    store.pipe({"/b/0.tar": tar(tmp_path / "x.tar", {
+        "a.jpg": picture(30), "a.txt": b"one", "b.jpg": picture(60), "b.txt": b"two"
+    }).read_bytes(), "/b/l/pages.jsonl": json.dumps(
+        {"images": ["p.png", None], "texts": [None, "words"]}
+    ).encode(), "/b/l/p.png": picture(90, "PNG")})  # fmt: skip
+    store.failures = 0
+    whole = store.cat_file
+
+    def flaky(*args, **kwargs):
+        if store.failures > 0:
+            store.failures -= 1
+            raise ConnectionError("503: try later")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(store, "cat_file", flaky, raising=False)
+    monkeypatch.setattr(type(store), "cat_file", staticmethod(flaky))
+    yield store
+    store.rm("/b", recursive=True)
+
+
+def test_remote_files_with_patience(bucket):
+    pairs = open_source(SourceConfig("it", "webdataset", ("memory://b/*.tar",)))
+    assert list(map(shown, pairs)) == [[30, "one"], [60, "two"]]
+    assert len(open_source(SourceConfig("it", "webdataset", ("memory://b",)))) == 2
+    pages = open_source(SourceConfig("it", "pages", ("memory://b/l/pages.jsonl",)))
+    assert shown(pages[0]) == [90, "words"]
+    bucket.failures = storage.ATTEMPTS - 1
+    assert shown(pairs[1]) == [60, "two"]
+    bucket.failures = storage.ATTEMPTS
+    with pytest.raises(
+        UserError, match="cannot read memory://.*tried 5 times: 503: try later"
+    ) as e:
+        pairs[0]
+    assert not isinstance(e.value, Damaged)  # the store's failure is not the document's
+
+
+def test_errors_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="unknown format 'webdata'; did you mean 'webdataset'"):
+        source("webdata", tmp_path)
+    with pytest.raises(UserError, match="source 'it': nothing is at .*/none"):
+        source("webdataset", tmp_path / "none")
+    with pytest.raises(UserError, match="source 'it': nothing is at .*no file that ends in .tar"):
+        source("webdataset", tmp_path)
+    with pytest.raises(UserError, match="no paths are given"):
+        source("webdataset")
+    with pytest.raises(UserError, match="cannot read nowhere://"):
+        open_source(SourceConfig("it", "webdataset", ("nowhere://x",)))
+    assert set(FORMATS) >= {"records", "webdataset", "tfds", "pages", "videos", "subtitled"}
+    assert os.listdir(tmp_path) == []
