@@ -16,6 +16,7 @@ from test_golden import FEEDBACK
 from test_golden import emu as release  # noqa: F401  (a fixture)
 
 from emu_jax import config
+from emu_jax.data.video import frame_indices
 from emu_jax.generate import image, mixed, prompt, text
 from emu_jax.generate.api import Emu, GenerationConfig, load
 from emu_jax.models import emu as models
@@ -110,7 +111,7 @@ def test_painting_is_the_releases(steps, guidance, tiny, release, pixels, golden
 
 @pytest.mark.parametrize("case", META["video_frame_indices"])
 def test_video_frames_are_the_releases(case):
-    ours = prompt.frame_indices(case["frames"], case["segments"])
+    ours = frame_indices(case["frames"], case["segments"])
     assert ours.tolist() == case["indices"]
 
 

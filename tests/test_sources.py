@@ -190,6 +190,9 @@ def test_tfds_directory(tmp_path):
     for n in range(3):
         (tmp_path / f"{n}.jpg").write_bytes(picture(50 * n))
 
+    def info(builder, features: dict):
+        return tfds.core.DatasetInfo(builder=builder, features=tfds.features.FeaturesDict(features))
+
     class Captions(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -473,7 +476,7 @@ def test_dialogues_of_every_layout(tmp_path):
         {"instruction": "Say [USER] hi <b>", "input": "", "output": "hi"},
         {"conversations": [
             says("system", "Be brief."), says("gpt", "to nothing"), says("human", "one"),
-            says("user", "more"), says("gpt", "two"), says("human", "three"), says("gpt", "four"),
+            says("user", "and"), says("gpt", "two"), says("human", "three"), says("gpt", "four"),
             says("human", "unanswered"),
         ]},
         {"image": "a.png", "conversations": [
@@ -495,7 +498,7 @@ def test_dialogues_of_every_layout(tmp_path):
     assert [shown(dialogues[n]) for n in range(7)] == [
         [user, "Add them.\n1 2", assistant, "3"],
         [user, "Say [USER] hi <b>", assistant, "hi"],
-        ["Be brief.", user, "one\nmore", assistant, "two", "</s>", user, "three", assistant, "four"],
+        ["Be brief.", user, "one\nand", assistant, "two", "</s>", user, "three", assistant, "four"],
         [f"{IMAGE_SYSTEM} {user}", 40, "what is it?", assistant, "red"],
         [f"{IMAGE_SYSTEM} {user}", "first", 40, "and", 80, "differ?", assistant, "yes"],
         [f"{VIDEO_SYSTEM} {user}", 40, 140, "Watch. what?", assistant, "shades", "</s>", user,

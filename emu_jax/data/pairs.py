@@ -181,8 +181,8 @@ class TfdsPairs(Source):
                 self._words = _first(features, tfds.features.ClassLabel)
                 if self._words is not None:
                     self._names = _at(features, self._words).names
-            decode: Any = tfds.decode
-            decoders = decode.SkipDecoding()
+            skip: Any = tfds.decode.SkipDecoding
+            decoders = skip()
             for name in reversed(picture):
                 decoders = {name: decoders}
             self._records: Any = builder.as_data_source(split, decoders=decoders)
