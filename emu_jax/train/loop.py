@@ -6,22 +6,16 @@ import dataclasses
 import os
 import re
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint
@@ -32,9 +26,12 @@ from emu_jax.models.layers import REMAT
 from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
-from emu_jax.train.metrics import MetricLogger
+from emu_jax.train.goodput import Goodput
+from emu_jax.train.metrics import DocumentLog
+from emu_jax.train.monitor import Monitor
 from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, make_optimizer
+from emu_jax.train.saving import Checkpoints
 
 Params = dict[str, jax.Array]
 DTYPES = ("bfloat16", "float32")
@@ -51,6 +48,7 @@ class TrainState:
     optimizer: optax.OptState
     ema: Params  # of `trained`; empty unless weights are averaged
     bad_steps: jax.Array  # non-finite steps in a row
+    skipped_steps: jax.Array  # non-finite steps so far
 
 
 class Trainer:
@@ -106,6 +104,7 @@ class Trainer:
             optimizer=self.optimizer.init(trained),
             ema=jax.tree.map(jnp.copy, trained) if self.cfg.ema_decay > 0 else {},
             bad_steps=jnp.zeros((), jnp.int32),
+            skipped_steps=jnp.zeros((), jnp.int32),
         )
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -127,8 +126,12 @@ class Trainer:
         old = (state.trained, state.optimizer, state.ema)
         trained, optimizer, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-        metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, "bad_steps": bad_steps}
-        state = TrainState(state.step + 1, trained, state.frozen, optimizer, ema, bad_steps)
+        skipped_steps = state.skipped_steps + ~finite
+        state = TrainState(
+            state.step + 1, trained, state.frozen, optimizer, ema, bad_steps, skipped_steps
+        )
+        counts = {"bad_steps": bad_steps, "skipped_steps": skipped_steps}
+        metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, **counts}
         return state, metrics
 
     def _with_shardings(self, tree: Any) -> Any:
@@ -160,31 +163,33 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     sharding = batch_sharding(mesh)
     _check_rows(cfg.data.batch_size, sharding)
     workdir.mkdir(parents=True, exist_ok=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep_checkpoints)
     lead = jax.process_index() == 0
-    row: dict[str, Any] = {}
 
     with (
+        Goodput() as goodput,
         jax.set_mesh(mesh),
         # Accelerators would round the factors of float32 products.
         jax.default_matmul_precision("highest" if cfg.dtype == "float32" else "default"),
-        ocp.CheckpointManager(workdir.absolute(), options=options) as manager,
+        Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints,
     ):
-        done = manager.latest_step() or 0
-        cfg = _resume(cfg, workdir) if done else _adopt_parents(cfg, workdir)
+        going_on = checkpoints.newest() is not None
+        cfg = _resume(cfg, workdir) if going_on else _adopt_parents(cfg, workdir)
+        trainer = Trainer(cfg, mesh)
+        inherited = _inherited(cfg, workdir, trainer)
+        done, state, position = 0, None, None
+        if going_on:
+            parents = _read_parents(cfg, workdir, inherited)
+            done, state, position = _restore(checkpoints, trainer, parents)
         if done >= cfg.steps:
             return {"step": done, "seconds": 0.0}
         tokenizer = _prepare_data(cfg)
-        trainer = Trainer(cfg, mesh)
-        inherited = _inherited(cfg, workdir, trainer)
         batches = Batches(
             cfg.data, tokenizer, trainer.objective.batch_kind,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-        if done:
-            state, position = _restore(manager, trainer, _read_parents(cfg, workdir, inherited))
+        if position is not None:
             batches.restore(position)
-        else:
+        if state is None:
             state = trainer.start(_read_parents(cfg, workdir, trainer.param_shapes))
         if lead:
             tokenizer.save(workdir / "tokenizer")
@@ -193,47 +198,46 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
             _carry_release(cfg, workdir)
             if not cfg.save_frozen:
                 checkpoint.save_base(workdir, {t: _parent(cfg, workdir, t) for t in cfg.parents})
-        logger = MetricLogger(
-            workdir, stage=cfg.name, total_steps=cfg.steps, enabled=lead, start_step=done
-        )
 
-        with batches, logger, _stop_signal() as stop:
+        with (
+            batches,
+            DocumentLog(workdir, enabled=cfg.log_documents, start_step=done) as documents,
+            Monitor(cfg, workdir, mesh, goodput, trainer.objective.batch_kind, done) as monitor,
+        ):
             for step in range(done + 1, cfg.steps + 1):
-                waited = time.monotonic()
-                local = next(batches)
-                batch = {
-                    k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()
-                }
-                waited = time.monotonic() - waited
+                with goodput.doing("data"):
+                    local = next(batches)
+                    batch = {
+                        k: jax.make_array_from_process_local_data(sharding, v)
+                        for k, v in local.items()
+                    }
+                documents.log(step, batches.documents())
+                monitor.launching(step)
                 state, metrics = trainer.step(state, batch)
-                logging = step % cfg.log_every == 0 or step in (1, cfg.steps)
-                stopping = _agreed(stop, logging)
-                last = step == cfg.steps or stopping
-                if last or logging:
-                    row = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                    fill = batches.statistics()
-                    logger.log(
-                        step,
-                        row
-                        | {"data_wait": waited}
-                        | {name: fill[name] for name in ("token_fill", "image_fill")},
+                monitor.launched(step, metrics, batches.statistics())
+                monitor.settle()
+                saving = step == cfg.steps or step % cfg.checkpoint_every == 0
+                if saving or monitor.stopping:
+                    monitor.settle(ahead=0)
+                if monitor.row.get("bad_steps", 0) >= cfg.max_bad_steps:
+                    raise UserError(
+                        f"the loss was not finite for {cfg.max_bad_steps} steps up to step {step}: "
+                        "lower the learning rate or look at the data; started again, the run goes "
+                        f"on from step {checkpoints.newest() or 0}"
                     )
-                    if row["bad_steps"] >= cfg.max_bad_steps:
-                        raise UserError(
-                            f"the loss was not finite for {row['bad_steps']:.0f} steps up to step "
-                            f"{step}: lower the learning rate or look at the data; started again, "
-                            f"the run goes on from step {manager.latest_step() or 0}"
-                        )
                 if step == cfg.steps and lead:
                     # Before the last checkpoint, whose presence says that all is done.
-                    save_json(trainer.objective.finish(cfg.model, row), workdir / "config.json")
-                if last or step % cfg.checkpoint_every == 0:
-                    _save(manager, step, state, batches.state(), leave_out=inherited)
-                if stopping and step < cfg.steps:
-                    manager.wait_until_finished()
+                    model = trainer.objective.finish(cfg.model, monitor.row)
+                    save_json(model, workdir / "config.json")
+                if saving or monitor.stopping:
+                    with goodput.doing("checkpoint"):
+                        _save(checkpoints, step, state, batches.state(), leave_out=inherited)
+                checkpoints.check()
+                if monitor.stopping and step < cfg.steps:
+                    checkpoints.wait()
                     raise KeyboardInterrupt
-        manager.wait_until_finished()
-    return row | {"step": cfg.steps, "seconds": time.monotonic() - started}
+            checkpoints.wait()
+    return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
 
 
 def _check(cfg: TrainConfig) -> None:
@@ -277,6 +281,7 @@ def _check_rows(batch_size: int, sharding: NamedSharding) -> None:
 # What may be another when a run goes on.
 MAY_CHANGE = (
     "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "mesh", "remat",
+    "log_documents", "profile_steps", "hang_seconds",
     "parents", "init_from", "data.root", "data.tokenizer", "data.decode_threads", "data.prefetch",
     "model.vae.scaling_factor",
 )  # fmt: skip
@@ -301,14 +306,6 @@ def _resume(cfg: TrainConfig, workdir: Path) -> TrainConfig:
                 "give another --workdir, or that value"
             )
     return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
-
-
-def _agreed(stop: threading.Event, logging: bool) -> bool:
-    """Whether to stop after this step: all processes ask at the same steps, and stop when one
-    of them was told to."""
-    if jax.process_count() == 1:
-        return stop.is_set()
-    return logging and bool(multihost_utils.process_allgather(np.array(stop.is_set())).any())
 
 
 def _prepare_data(cfg: TrainConfig) -> Tokenizer:
@@ -344,49 +341,50 @@ def _prepare_data(cfg: TrainConfig) -> Tokenizer:
 
 
 def _save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, position: dict[str, Any],
+    checkpoints: Checkpoints, step: int, state: TrainState, position: dict[str, Any],
     *, leave_out: Collection[str],
 ) -> None:  # fmt: skip
     """Starts an asynchronous, atomic save of the state, but for some frozen parameters, and of
     the data position."""
     frozen = {path: a for path, a in state.frozen.items() if path not in leave_out}
-    items = {
+    counts = {"bad": state.bad_steps, "skipped": state.skipped_steps}
+    items: dict[str, ocp.args.CheckpointArgs] = {
         "params": ocp.args.StandardSave(nest(state.trained | frozen)),
-        "optimizer": ocp.args.StandardSave({"state": state.optimizer, "bad": state.bad_steps}),
+        "optimizer": ocp.args.StandardSave({"state": state.optimizer} | counts),
         "position": ocp.args.JsonSave(position),
     }
     if state.ema:
         items["ema"] = ocp.args.StandardSave(nest(state.ema))
-    manager.save(step, args=ocp.args.Composite(**items))
+    checkpoints.save(step, items)
 
 
 def _restore(
-    manager: ocp.CheckpointManager, trainer: Trainer, inherited: Params
-) -> tuple[TrainState, dict[str, Any]]:
-    """The newest saved state, with what it leaves out, on this run's mesh, and its data
-    position."""
-    step = manager.latest_step()
+    checkpoints: Checkpoints, trainer: Trainer, inherited: Params
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """The newest step that can be read: its number, the state on this run's mesh with what it
+    leaves out, and its data position."""
     shapes = trainer.state_shapes
     frozen = {path: shape for path, shape in shapes.frozen.items() if path not in inherited}
-    items = {
+    counts = {"bad": shapes.bad_steps, "skipped": shapes.skipped_steps}
+    items: dict[str, ocp.args.CheckpointArgs] = {
         "params": ocp.args.StandardRestore(nest(shapes.trained | frozen)),
-        "optimizer": ocp.args.StandardRestore({"state": shapes.optimizer, "bad": shapes.bad_steps}),
+        "optimizer": ocp.args.StandardRestore({"state": shapes.optimizer} | counts),
         "position": ocp.args.JsonRestore(),
     }
     if shapes.ema:
         items["ema"] = ocp.args.StandardRestore(nest(shapes.ema))
-    saved = manager.restore(step, args=ocp.args.Composite(**items))
+    step, saved = checkpoints.restore(items)
     params = flatten(saved["params"]) | inherited
-    count = jax.device_put(jnp.int32(step), trainer.state_shardings.step)
     state = TrainState(
-        step=count,
+        step=jax.device_put(jnp.int32(step), trainer.state_shardings.step),
         trained={path: params[path] for path in trainer.trained},
         frozen={path: params[path] for path in trainer.frozen},
         optimizer=saved["optimizer"]["state"],
         ema=flatten(saved["ema"]) if shapes.ema else {},
         bad_steps=saved["optimizer"]["bad"],
+        skipped_steps=saved["optimizer"]["skipped"],
     )
-    return state, saved["position"]
+    return step, state, saved["position"]
 
 
 # Where a tower of the module has its configuration.
@@ -493,34 +491,13 @@ def _carry_release(cfg: TrainConfig, workdir: Path) -> None:
             temporary.rename(copy)
 
 
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that the step in hand is finished and saved.
-    A second SIGINT interrupts at once."""
-    stop = threading.Event()
-
-    def handler(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        print(f"{signal.Signals(number).name}: saving, then stopping", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
 def _initialize_distributed() -> None:
     """Joins the other processes when JAX_NUM_PROCESSES says that there are some; their meeting
     place is JAX_COORDINATOR_ADDRESS. On TPU pods nothing needs to be set but JAX_NUM_PROCESSES."""
     count = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
     if count > 1 and not jax.distributed.is_initialized():
+        # JAX would keep SIGTERM to itself; `train.signals` listens to it.
+        jax.config.update("jax_enable_preemption_service", False)
         index = os.environ.get("JAX_PROCESS_ID")
         jax.distributed.initialize(
             num_processes=count, process_id=None if index is None else int(index)

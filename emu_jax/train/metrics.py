@@ -2,6 +2,8 @@
 
     DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
     DIR/tensorboard/STAGE/  event files with the same scalars
+    DIR/documents-N.jsonl   where asked for, one object a line: step, and the documents
+                            [kind, index] of process N's share of its batch
 
 Progress goes to stderr: a bar on a terminal, plain lines elsewhere.
 """
@@ -12,16 +14,19 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from emu_jax.config import UserError
 
 METRICS_FILE = "metrics.jsonl"
+DOCUMENTS_FILE = "documents-{}.jsonl"
 PLAIN_SECONDS = 10.0  # between plain progress lines
 
 
@@ -97,10 +102,7 @@ class MetricLogger:
         start = step - 1 if self.start_step is None else self.start_step
         path = self.workdir / METRICS_FILE
         if path.exists():
-            rows = [r for r in _rows(path) if r["stage"] != self.stage or r["step"] <= start]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(map(_line, rows)))
-            temporary.rename(path)
+            _keep(path, lambda row: row["stage"] != self.stage or row["step"] <= start)
         self._file = path.open("a")
         self._events = SummaryWriter(
             str(self.workdir / "tensorboard" / self.stage),
@@ -138,6 +140,53 @@ class MetricLogger:
             self._shown, self._unshown = now, ""
 
 
+class DocumentLog:
+    """Records which documents each step read, so that a run can be held to its promise that
+    none is lost or read twice, however often and on whatever number of processes it goes on.
+
+    Args:
+        enabled: False makes every method do nothing.
+        start_step: steps done before this process began; what stands in the files of any number
+            of processes beyond them is dropped.
+    """
+
+    def __init__(self, workdir: Path, *, enabled: bool, start_step: int):
+        self._file: TextIO | None = None
+        if not enabled:
+            return
+        if jax.process_index() == 0:
+            for path in workdir.glob(DOCUMENTS_FILE.format("*")):
+                _keep(path, lambda row: row["step"] <= start_step)
+        multihost_utils.sync_global_devices("documents beyond the checkpoint are dropped")
+        self._file = (workdir / DOCUMENTS_FILE.format(jax.process_index())).open("a")
+
+    def __enter__(self) -> DocumentLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def log(self, step: int, documents: Sequence[tuple[str, int]]) -> None:
+        """Writes one line; on disk before the step can be in a checkpoint."""
+        if self._file is not None:
+            self._file.write(_line({"step": step, "documents": documents}))
+            self._file.flush()
+
+
+def read_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
+    """(kind, index) of the documents of each step, over all processes, in no order.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    steps: dict[int, list[tuple[str, int]]] = {}
+    for path in sorted(workdir.glob(DOCUMENTS_FILE.format("*"))):
+        for row in _rows(path):
+            steps.setdefault(row["step"], []).extend(map(tuple, row["documents"]))
+    return steps
+
+
 def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of a run, by stage, in the order of their steps; null is read as NaN.
 
@@ -161,6 +210,14 @@ def series(
     points = [(row["step"], row[name]) for row in rows if name in row]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.asarray(steps, np.int64), np.asarray(values, np.float64)
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the rows that are not wanted."""
+    rows = [row for row in _rows(path) if wanted(row)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(map(_line, rows)))
+    temporary.rename(path)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,115 @@
+"""Where a run's time goes: what its devices did in each moment, and what they waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+# Every moment of a run is one of these. `lost`: steps that were done again after a restart.
+KINDS = ("step", "data", "checkpoint", "compile", "other", "lost")
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    COMPILATION,
+)  # fmt: skip
+
+Span = tuple[float, float]  # (start, end), of `time.monotonic`
+
+
+class Goodput:
+    """Splits a run's time, as the loop reports what it does and when each step ended.
+
+    Devices work on a step from its launch, or from the end of the step before it, to its own
+    end. What the loop does meanwhile costs nothing; what it does while they are idle is what
+    they wait for.
+    """
+
+    def __init__(self):
+        self.compilations = 0  # of this process, those read from the cache too
+        self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        self._until = time.monotonic()  # what is split so far
+        self._spans: dict[str, list[Span]] = {"data": [], "checkpoint": [], "compile": []}
+
+    def __enter__(self) -> Goodput:
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Counts what earlier processes of the run spent, too."""
+        for kind, value in seconds.items():
+            self._seconds[kind] += value
+
+    @contextmanager
+    def doing(self, kind: str) -> Iterator[None]:
+        """The loop waits for data, or saves a checkpoint."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spans[kind].append((start, time.monotonic()))
+
+    def step(self, launched: float, ended: float) -> None:
+        """A step was launched and has ended."""
+        begin = min(max(self._until, launched), ended)
+        idle, busy = (self._until, begin), (begin, ended)
+        compiling = self._spans["compile"]
+        compiled = {span: overlap(compiling, span) for span in (idle, busy)}
+        split = {
+            "step": ended - begin - compiled[busy],
+            "data": overlap(self._spans["data"], idle),
+            "checkpoint": overlap(self._spans["checkpoint"], idle),
+            "compile": compiled[idle] + compiled[busy],
+        }
+        split["other"] = max(0.0, ended - self._until - sum(split.values()))
+        for kind, seconds in split.items():
+            self._seconds[kind] += seconds
+        self._until = ended
+        for kind, spans in self._spans.items():
+            self._spans[kind] = [span for span in spans if span[1] > ended]
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds by kind since the run began, the share of them that went into steps, and
+        the number of compilations."""
+        total = sum(self._seconds.values())
+        return {
+            **{f"{kind}_seconds": seconds for kind, seconds in self._seconds.items()},
+            "goodput": self._seconds["step"] / max(total, 1e-9),
+            "compilations": float(self.compilations),
+        }
+
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event in COMPILING:
+            now = time.monotonic()
+            self._spans["compile"].append((now - duration_secs, now))
+            self.compilations += event == COMPILATION
+
+
+def seconds_before(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """Seconds by kind of the processes that logged `rows`, the last of which this run goes on
+    from `step`: what was done beyond it is lost."""
+    if not rows:
+        return {}
+    seconds = {kind: float(rows[-1].get(f"{kind}_seconds", 0.0)) for kind in KINDS}
+    kept = [float(row.get("step_seconds", 0.0)) for row in rows if row["step"] <= step]
+    lost = seconds["step"] - (kept[-1] if kept else 0.0)
+    seconds["step"] -= lost
+    seconds["lost"] += lost
+    return seconds
+
+
+def overlap(spans: Iterable[Span], within: Span) -> float:
+    """Seconds of `within` that some of the spans cover."""
+    covered, until = 0.0, within[0]
+    for start, end in sorted(spans):
+        start, end = max(start, until), min(end, within[1])
+        if end > start:
+            covered += end - start
+            until = end
+    return covered

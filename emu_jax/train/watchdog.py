@@ -1,0 +1,69 @@
+"""Says where a run hangs: stack traces of all threads when a step takes too long."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+class Watchdog:
+    """Writes the stack traces of all threads to a file and to stderr when no step has ended for
+    `seconds`, and again each time as long passes. It ends nothing.
+
+    Before the first step, which compiles, it does not watch.
+
+    Args:
+        seconds: 0 never watches.
+    """
+
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.seconds = path, seconds
+        self._step = 0
+        self._ended = 0.0  # when that step did
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def step_ended(self, step: int) -> None:
+        self._step, self._ended = step, time.monotonic()
+        if self._thread is None and self.seconds > 0:
+            self._thread = threading.Thread(
+                target=self._watch, daemon=True, name="emu-jax-watchdog"
+            )
+            self._thread.start()
+
+    def _watch(self) -> None:
+        said = 0.0  # when traces were last written
+        while True:
+            due = max(self._ended, said) + self.seconds
+            if self._closed.wait(max(0.0, due - time.monotonic())):
+                return
+            if time.monotonic() - max(self._ended, said) >= self.seconds:
+                said = time.monotonic()
+                self._write(said - self._ended)
+
+    def _write(self, passed: float) -> None:
+        try:
+            with self.path.open("a+") as file:
+                start = file.tell()
+                file.write(
+                    f"no step has ended for {passed:.0f} s since step {self._step} "
+                    f"({time.strftime('%Y-%m-%d %H:%M:%S')}); where each thread is:\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(start)
+                print(file.read(), file=sys.stderr, flush=True)
+        except OSError as error:  # a full disk must not end the watch
+            print(f"cannot write {self.path}: {error}", file=sys.stderr)
+            faulthandler.dump_traceback(all_threads=True)
