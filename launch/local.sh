@@ -4,21 +4,28 @@
 #   launch/local.sh 2 --config configs/digits.py --workdir runs/digits
 #
 # What follows N goes to `emu-jax train`. When one process fails, the others are stopped and
-# its status is returned. Needs bash 4.3 or later. Environment:
+# its status is returned; --dry-run prints what would be run. Needs bash 4.3 or later, as all of
+# these scripts do. Environment:
 #   EMU_JAX  the command (default: .venv/bin/emu-jax of this checkout)
 #   PORT     of the coordinator (default: one that is free)
 #   DEVICES  CPU devices for each process (default: 1)
 #   GRACE    seconds that a process has to save and end (default: 60)
 set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/lib.sh
+source "$root/launch/lib.sh"
 
-if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/local.sh N --config FILE --workdir DIR [--config.a.b=VALUE ...]" >&2
-  exit 2
+usage='launch/local.sh [--dry-run] N [--] TRAIN_ARGUMENT...'
+if [[ ${1:-} == --dry-run ]]; then
+  option[dry-run]=yes
+  shift
 fi
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || usage
 processes=$1
 shift
+[[ ${1:-} != -- ]] || shift
+[[ $# -gt 0 ]] || usage
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 emu_jax=${EMU_JAX:-$root/.venv/bin/emu-jax}
 port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
@@ -42,10 +49,20 @@ trap 'stop; exit 130' INT
 trap 'stop; exit 143' TERM
 
 for ((i = 0; i < processes; i++)); do
-  JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$i \
-    JAX_NUM_CPU_DEVICES=${DEVICES:-1} "$emu_jax" train "$@" &
-  pids+=($!)
+  command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes"
+    "JAX_PROCESS_ID=$i" "JAX_NUM_CPU_DEVICES=${DEVICES:-1}" "$emu_jax" train "$@")
+  if [[ ${option[dry-run]:-} ]]; then
+    echo "$(quote "${command[@]}") &"
+  else
+    "${command[@]}" &
+    pids+=($!)
+  fi
 done
+if [[ ${option[dry-run]:-} ]]; then
+  trap - EXIT
+  echo wait
+  exit
+fi
 for ((i = 0; i < processes; i++)); do
   wait -n || exit $?
 done

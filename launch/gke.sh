@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Trains on the TPU slices of a GKE cluster, as a JobSet:
+#
+#   launch/gke.sh pool --name emu --cluster pods --location us-east5-a --topology v5p:4x4x8 --spot
+#   launch/gke.sh run --name emu --topology v5p:4x4x8 --spot \
+#     --image us-east5-docker.pkg.dev/my-project/emu/tpu -- \
+#     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
+#
+#   pool   makes a node pool for each slice    stop    lets training save and end
+#   run    (re)starts training                 delete  removes the node pools: they cost until then
+#   tail   follows the first host's log        yaml    prints the JobSet
+# The same options may stand with every verb; --dry-run prints what would be run. The cluster has
+# JobSet installed, and kubectl points to it: docs/launch.md. JobSet starts everything again when
+# a host fails or is preempted; preemptions do not count as failures. Environment:
+#   GRACE     seconds that training has to save and end when it is stopped (default: 300)
+#   RESTARTS  failures, preemptions aside, after which JobSet gives up (default: 10)
+#   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$root/lib.sh"
+# shellcheck source=launch/flags.sh
+source "$root/flags.sh"
+
+usage="launch/gke.sh [--dry-run] pool|run|tail|stop|delete|yaml --name NAME
+         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--spot | --reservation R]
+         --cluster C --location ZONE [--project P] [--namespace N] [--service-account A]
+         -- TRAIN_ARGUMENT..."
+options='name topology slices image reservation cluster location project namespace service-account'
+switches='dry-run spot'
+parse "$@"
+need name
+name=${option[name]}
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+  usage "--name is '$name': Kubernetes wants small letters, digits and dashes"
+namespace="--namespace=${option[namespace]:-default}"
+
+# The nodes, by the names that GKE has for them. All of these have four chips.
+hardware() {
+  need topology
+  read_topology
+  hosts=$((chips / 4))
+  case $generation in
+    v4) machine=ct4p-hightpu-4t accelerator=tpu-v4-podslice ;;
+    v5e) machine=ct5lp-hightpu-4t accelerator=tpu-v5-lite-podslice ;;
+    v5p) machine=ct5p-hightpu-4t accelerator=tpu-v5p-slice ;;
+    v6e) machine=ct6e-standard-4t accelerator=tpu-v6e-slice ;;
+    tpu7x) machine=tpu7x-standard-4t accelerator=tpu7x ;;
+  esac
+}
+
+# What every gcloud command on the cluster ends with.
+where() {
+  need cluster location
+  at=("--cluster=${option[cluster]}" "--location=${option[location]}")
+  [[ -z ${option[project]:-} ]] || at+=("--project=${option[project]}")
+}
+
+pool() {
+  hardware
+  where
+  local i more=()
+  [[ -z ${option[spot]:-} ]] || more+=(--spot)
+  [[ -z ${option[reservation]:-} ]] ||
+    more+=(--reservation-affinity=specific "--reservation=${option[reservation]}")
+  if [[ $generation == tpu7x ]]; then
+    # Its pools take the place of their hosts from a policy, which is a region's.
+    run gcloud compute resource-policies create workload-policy "$name" --type=HIGH_THROUGHPUT \
+      "--accelerator-topology=$shape" "--region=${option[location]%-?}" "${at[@]:2}"
+    more+=("--placement-policy=$name")
+  fi
+  for ((i = 0; i < slices; i++)); do
+    run gcloud container node-pools create "$name-$i" "${at[@]}" "--machine-type=$machine" \
+      "--tpu-topology=$shape" "--num-nodes=$hosts" --scopes=cloud-platform "${more[@]}"
+  done
+}
+
+# A YAML string in double quotes.
+yaml_string() {
+  local text=${1//\\/\\\\}
+  echo "\"${text//\"/\\\"}\""
+}
+
+# One Job a slice, one pod a host. A pod that fails ends its Job, and with it the JobSet's try.
+yaml() {
+  hardware
+  need image
+  need_train
+  local word args='' variable spot=''
+  for word in train "${train[@]}"; do
+    args+="
+                    - $(yaml_string "$word")"
+  done
+  variable=$(flags_variable "$generation" "$slices")
+  [[ -z ${option[spot]:-} ]] || spot='
+                cloud.google.com/gke-spot: "true"'
+  cat <<END
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+  annotations:
+    # A slice is a node pool, and no two Jobs share one.
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: ${RESTARTS:-10}
+    rules:
+      - name: preempted
+        action: RestartJobSetAndIgnoreMaxRestarts
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onPodConditions:
+                  - type: DisruptionTarget
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: ${GRACE:-300}
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              serviceAccountName: ${option[service-account]:-default}
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $accelerator
+                cloud.google.com/gke-tpu-topology: $shape$spot
+              tolerations:
+                - {key: google.com/tpu, operator: Exists, effect: NoSchedule}
+                - {key: cloud.google.com/gke-spot, operator: Exists, effect: NoSchedule}
+              containers:
+                - name: emu-jax
+                  image: $(yaml_string "${option[image]}")
+                  imagePullPolicy: Always
+                  args:$args
+                  env:
+                    # GKE tells the rest: who this host is, and where the first one.
+                    - {name: JAX_NUM_PROCESSES, value: "$((hosts * slices))"}
+                    - name: ${variable%%=*}
+                      value: $(yaml_string "${variable#*=}")
+                  securityContext: {privileged: true, runAsUser: 0}  # the chips' device files
+                  ports: [{containerPort: 8471}, {containerPort: 8080}, {containerPort: 8482}]
+                  resources:
+                    limits: {google.com/tpu: 4}
+END
+}
+
+# Removes the JobSet, and waits until its pods have saved and ended.
+stop() {
+  run kubectl delete jobset "$name" "$namespace" --ignore-not-found --cascade=foreground
+}
+
+case $verb in
+  pool) pool ;;
+  yaml) yaml ;;
+  run)
+    manifest=$(yaml)
+    stop
+    feed "$manifest" kubectl create "$namespace" --filename=- ;;
+  tail)
+    run kubectl logs --follow "$namespace" --max-log-requests=1 "--selector=$(
+      )jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,$(
+      )batch.kubernetes.io/job-completion-index=0" ;;
+  stop) stop ;;
+  delete)
+    where
+    slices=$(number slices 1)
+    stop
+    for ((i = 0; i < slices; i++)); do
+      run gcloud container node-pools delete "$name-$i" "${at[@]}" --quiet
+    done ;;
+  *) usage ;;
+esac

@@ -1,0 +1,106 @@
+# shellcheck shell=bash
+# What the scripts of this directory share: their options, --dry-run, TPU topologies. Sourced.
+#
+# A script sets `usage` (its usage line), `options` (those with a value) and `switches` (those
+# without), then calls `parse "$@"`, which fills:
+#   verb     the first word
+#   option   by name, without the dashes
+#   train    what follows `--`: the arguments of `emu-jax train`
+#   given    whether there was a `--`
+declare -A option=()
+verb='' given='' train=()
+
+# Ends the script with status 2: what is wrong, then the usage line.
+usage() {
+  [[ $# -eq 0 ]] || echo "${0##*/}: $1" >&2
+  echo "usage: ${usage:?}" >&2
+  exit 2
+}
+
+parse() {
+  local name value
+  while (($#)); do
+    case $1 in
+      --) given=yes train=("${@:2}"); return ;;
+      --*)
+        name=${1#--} value=${1#*=}
+        if [[ " ${switches:-} " == *" $name "* ]]; then
+          option[$name]=yes
+        elif [[ " ${options:-} " != *" ${name%%=*} "* ]]; then
+          usage "there is no option $1"
+        elif [[ $name == *=* ]]; then
+          option[${name%%=*}]=$value
+        else
+          [[ $# -gt 1 && $2 != --* ]] || usage "--$name needs a value"
+          option[$name]=$2
+          shift
+        fi ;;
+      *) [[ -z $verb ]] || usage "what is '$1'?"; verb=$1 ;;
+    esac
+    shift
+  done
+}
+
+# Ends the script unless these options were given.
+need() {
+  local name
+  for name; do [[ -n ${option[$name]:-} ]] || usage "$verb needs --$name"; done
+}
+
+# Ends the script unless there are arguments for `emu-jax train`.
+need_train() {
+  [[ -n $given && ${#train[@]} -gt 0 ]] ||
+    usage "$verb needs the arguments of emu-jax train after --"
+}
+
+# The option `$1`, or `$2` without it; a whole number from 1 up.
+number() {
+  local value=${option[$1]:-$2}
+  [[ $value =~ ^[1-9][0-9]*$ ]] || usage "--$1 is '$value': make it a number from 1 up"
+  echo "$value"
+}
+
+# A command as one line that can be pasted into a shell.
+quote() {
+  local word line=''
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
+  done
+  echo "${line# }"
+}
+
+# Runs a command; --dry-run prints it instead.
+run() {
+  if [[ ${option[dry-run]:-} ]]; then quote "$@"; else "$@"; fi
+}
+
+# The same, with the text `$1` on its stdin.
+feed() {
+  local text=$1
+  shift
+  if [[ ${option[dry-run]:-} ]]; then
+    printf "%s <<'END'\n%s\nEND\n" "$(quote "$@")" "$text"
+  else
+    "$@" <<<"$text"
+  fi
+}
+
+# Reads --topology, spelled as `emu-jax plan` does (v5p:4x4x8), into `generation`, `shape`
+# and `chips`, and --slices into `slices`.
+read_topology() {
+  local topology=${option[topology]} axes=3
+  generation=${topology%%:*} shape=${topology#*:}
+  case $generation in
+    v4 | v5p | tpu7x) ;;
+    v5e | v6e) axes=2 ;;
+    *) usage "--topology is '$topology': the generations are v4, v5e, v5p, v6e and tpu7x" ;;
+  esac
+  [[ $topology == *:* && $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){$((axes - 1))}$ ]] ||
+    usage "--topology is '$topology': a $generation has $axes axes, as in $(
+      if ((axes == 3)); then echo "$generation:4x4x8"; else echo "$generation:16x16"; fi)"
+  chips=$((${shape//x/*}))
+  ((chips % 4 == 0)) || usage "--topology is '$topology': the chips come in fours"
+  # shellcheck disable=SC2034 # the scripts use it
+  slices=$(number slices 1)
+}

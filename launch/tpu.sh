@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU slices, got through queued resources, in a container on every host:
+#
+#   launch/tpu.sh train --name emu --zone us-east5-a --topology v5p:4x4x8 --spot \
+#     --image us-east5-docker.pkg.dev/my-project/emu/tpu -- \
+#     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
+#
+# `train` is the whole life of a run: it asks for the slices, starts the command on every host,
+# and does so again whenever they are preempted or the run fails, until training has ended. It
+# may itself be stopped and started again at any time. Its steps are verbs of their own:
+#   create  asks for the slices             stop    lets training save and end
+#   run     starts the command everywhere   delete  gives the slices back: they cost until then
+#   tail    follows the first host's log    state   says what became of the request
+# The same options may stand with every verb; --dry-run prints what would be run. Cloud TPU
+# itself lays out the chips: of --topology it is told the number alone. tpu7x is not served
+# there: see launch/gke.sh. Environment:
+#   GRACE     seconds that training has to save and end when it is stopped (default: 300)
+#   POLL      seconds between two looks at the slices (default: 60)
+#   RESTARTS  failures, preemptions aside, after which `train` gives up (default: 10)
+#   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$root/lib.sh"
+# shellcheck source=launch/flags.sh
+source "$root/flags.sh"
+
+usage="launch/tpu.sh [--dry-run] train|create|run|tail|stop|state|delete --name NAME --zone ZONE
+         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--spot | --reserved] [--delete]
+         [--project P] [--network N] [--subnetwork N] [--service-account A] [--runtime-version V]
+         -- TRAIN_ARGUMENT..."
+options='name zone topology slices image project network subnetwork service-account runtime-version'
+switches='dry-run spot reserved delete'
+parse "$@"
+need name zone
+
+at=("--zone=${option[zone]}")
+[[ -z ${option[project]:-} ]] || at+=("--project=${option[project]}")
+resources=(gcloud compute tpus queued-resources)
+
+# The TPU and the software of its hosts, by the names that Cloud TPU has for them.
+hardware() {
+  need topology
+  read_topology
+  hosts=$((chips / 4))
+  case $generation in
+    v4) accelerator=v4-$((2 * chips)) runtime=tpu-ubuntu2204-base ;;
+    v5p) accelerator=v5p-$((2 * chips)) runtime=v2-alpha-tpuv5 ;;
+    v5e) accelerator=v5litepod-$chips runtime=v2-alpha-tpuv5-lite ;;
+    v6e) accelerator=v6e-$chips runtime=v2-alpha-tpuv6e ;;
+    tpu7x) usage "Cloud TPU does not serve tpu7x: use launch/gke.sh" ;;
+  esac
+  # Eight chips of these are one host.
+  [[ $generation == v[56]e && $chips -eq 8 ]] && hosts=1
+  runtime=${option[runtime-version]:-$runtime}
+}
+
+create() {
+  hardware
+  local command=("${resources[@]}" create "${option[name]}" "${at[@]}"
+    "--accelerator-type=$accelerator" "--runtime-version=$runtime") name
+  if ((slices == 1)); then
+    command+=("--node-id=${option[name]}")
+  else
+    command+=("--node-count=$slices" "--node-prefix=${option[name]}")
+  fi
+  for name in network subnetwork service-account; do
+    [[ -z ${option[$name]:-} ]] || command+=("--$name=${option[$name]}")
+  done
+  for name in spot reserved; do
+    [[ -z ${option[$name]:-} ]] || command+=("--$name")
+  done
+  run "${command[@]}"
+}
+
+delete() { run "${resources[@]}" delete "${option[name]}" "${at[@]}" --force --quiet; }
+
+# Runs the shell command `$2` on the first host, or on `all` of them.
+on_hosts() {
+  run "${resources[@]}" ssh "${option[name]}" "${at[@]}" "--node=$1" "--worker=$1" "--command=$2"
+}
+
+# On every host: whatever ran before saves and makes room, then the container is started. It is
+# root, to whom the chips' device files belong.
+start() {
+  hardware
+  need image
+  need_train
+  local image=${option[image]} remote container
+  local registry=${image%%/*}
+  container=(sudo docker run --detach --name emu-jax --pull always --privileged --user root
+    --network host --stop-timeout "${GRACE:-300}" --env "JAX_NUM_PROCESSES=$((hosts * slices))"
+    --env "$(flags_variable "$generation" "$slices")" "$image" train "${train[@]}")
+  remote="rm -f emu-jax.stopped; { sudo docker stop emu-jax; sudo docker rm emu-jax; } >/dev/null 2>&1; "
+  [[ $registry != *.* || $registry == "$image" ]] ||
+    remote+="sudo gcloud auth configure-docker --quiet $(quote "$registry") && "
+  on_hosts all "$remote$(quote "${container[@]}")"
+}
+
+# WAITING_FOR_RESOURCES, ..., ACTIVE, ..., SUSPENDED, FAILED; ABSENT where there is no such
+# request; UNKNOWN where one cannot tell now.
+state() {
+  local answer
+  if answer=$("${resources[@]}" describe "${option[name]}" "${at[@]}" \
+    "--format=value(state.state)" 2>&1); then
+    tail -n 1 <<<"$answer"
+  elif grep -qiE 'NOT_FOUND|not found' <<<"$answer"; then
+    echo ABSENT
+  else
+    echo "$answer" >&2
+    echo UNKNOWN
+  fi
+}
+
+# What the container of the first host does: `running 0`, `exited STATUS`, `stopped` (by hand),
+# `none`; nothing where the host does not answer.
+container() {
+  on_hosts 0 "test -e emu-jax.stopped && echo stopped ||
+    sudo docker inspect --format '{{.State.Status}} {{.State.ExitCode}}' emu-jax 2>/dev/null ||
+    echo none" 2>/dev/null | tail -n 1 || true
+}
+
+# Keeps the run going until training has ended, and returns its status. Whatever happened while
+# nobody looked, the state of the request and of the container say what to do: all that is
+# remembered is whether the container is one that was started or seen running from here.
+supervise() {
+  local now before='' does='' ours='' failures=0
+  while true; do
+    now=$(state)
+    [[ $now == "$before" ]] || say "$now"
+    before=$now
+    case $now in
+      ABSENT)
+        ours=''
+        create || fail "the slices could not be asked for" ;;
+      SUSPENDED | FAILED)
+        [[ $now == SUSPENDED ]] || fail "the request failed"
+        ours=''
+        { delete && create; } || fail "the slices could not be asked for again" ;;
+      ACTIVE)
+        does=$(container)
+        case $ours:$does in
+          *:) ;; # no answer: perhaps it is being preempted, and the state will tell
+          *:running*) ours=yes ;;
+          yes:'exited 0') return 0 ;;
+          yes:'exited 2') say "training ended with status 2: its log has the reason"; return 2 ;;
+          yes:stopped) return 130 ;;
+          *)
+            # 130: told to save and stop, though not by `stop`: a preemption is no failure.
+            [[ -z $ours || $does == 'exited 130' ]] || fail "training: $does"
+            if start; then ours=yes; else fail "the command could not be started"; fi ;;
+        esac ;;
+    esac
+    sleep "${POLL:-60}"
+  done
+}
+
+say() { echo "$(date '+%F %T') ${option[name]}: $1" >&2; }
+
+# Counts a failure, and ends the script after too many.
+fail() {
+  say "$1 (failure $((++failures)) of ${RESTARTS:-10})"
+  ((failures < ${RESTARTS:-10})) || exit 1
+}
+
+case $verb in
+  create) create ;;
+  run) start ;;
+  tail) on_hosts 0 'sudo docker logs --follow emu-jax' ;;
+  stop) on_hosts all 'touch emu-jax.stopped; sudo docker stop emu-jax' ;;
+  state) if [[ ${option[dry-run]:-} ]]; then
+      run "${resources[@]}" describe "${option[name]}" "${at[@]}" "--format=value(state.state)"
+    else
+      state
+    fi ;;
+  delete) delete ;;
+  train)
+    hardware
+    need image
+    need_train
+    if [[ ${option[dry-run]:-} ]]; then
+      create
+      start
+    else
+      status=0
+      supervise || status=$?
+    fi
+    [[ -z ${option[delete]:-} ]] || delete
+    exit "${status:-0}" ;;
+  *) usage ;;
+esac
