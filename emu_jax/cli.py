@@ -263,6 +263,38 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def data_inspect(parser: argparse.ArgumentParser) -> Run:
+    """write a page of what a training run would read, with figures of packing and speed"""
+    parser.usage = "%(prog)s --config configs/X.py [--config.a.b=VALUE ...] [--out FILE] [--json]"
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
+    parser.add_argument("--rows", type=int, default=6, metavar="N", help="shown (default: 6)")
+    parser.add_argument(
+        "--documents", type=int, default=1000, metavar="N",
+        help="read, at least, to measure (default: 1000)",
+    )  # fmt: skip
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.data.inspect import inspect
+        from emu_jax.page import number
+        from emu_jax.train.config import TrainConfig
+        from emu_jax.train.config_file import load_config
+        from emu_jax.train.loop import prepare_data
+        from emu_jax.train.objectives import get_objective
+
+        cfg = load_config(TrainConfig, args.config, args.overrides)
+        figures = inspect(
+            args.out, cfg.data, prepare_data(cfg), get_objective(cfg.objective).batch_kind,
+            rows=args.rows, documents=args.documents,
+        )  # fmt: skip
+        if not args.json:
+            for name, value in figures.items():
+                print(f"{name.replace('_', ' ')}: {number(value)}")
+        return figures
+
+    return run
+
+
 def bench(parser: argparse.ArgumentParser) -> Run:
     """measure this machine: one benchmark or all, see --list"""
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
@@ -313,6 +345,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "verify": verify,
     "bench": bench,
     "data build": data_build,
+    "data inspect": data_inspect,
 }
 
 

@@ -160,6 +160,10 @@ class Tokenizer:
         """Size of the vocabulary, Emu's tokens included."""
         return len(self._pieces)
 
+    def piece(self, id: int) -> str:
+        """The vocabulary's own spelling of a token: U+2581 is a space, `<0x0A>` a byte."""
+        return self._pieces[id]
+
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, in which special tokens may be spelled out (`[IMG]`, `</s>`, ...)."""
         ids = [self.bos] if bos else []

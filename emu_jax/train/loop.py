@@ -182,7 +182,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
             done, state, position = _restore(checkpoints, trainer, parents)
         if done >= cfg.steps:
             return {"step": done, "seconds": 0.0}
-        tokenizer = _prepare_data(cfg)
+        tokenizer = prepare_data(cfg)
         batches = Batches(
             cfg.data, tokenizer, trainer.objective.batch_kind,
             process_index=jax.process_index(), process_count=jax.process_count(),
@@ -308,7 +308,7 @@ def _resume(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
 
 
-def _prepare_data(cfg: TrainConfig) -> Tokenizer:
+def prepare_data(cfg: TrainConfig) -> Tokenizer:
     """Makes the embedded data where they are asked for, and gives the data's tokenizer.
 
     Raises:
