@@ -81,6 +81,7 @@ def inspect(
             _summary(figures),
             _rows(shown, tokenizer, cfg),
             _histograms(lengths),
+            f"<section><h2>Figures</h2>{table(figures)}</section>",
             details("Configuration", to_dict(cfg)),
         ],
         _STYLE,
@@ -151,7 +152,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
     shown["of picture slots in use"] = f"{100 * figures['image_fill']:.1f}%"
     shown["pictures a second on one core"] = rate("pictures")
     shown["tokens a second on one core"] = rate("tokens")
-    return f"{tiles(shown)}<section><h2>Figures</h2>{table(figures)}</section>"
+    return tiles(shown)
 
 
 def _rows(
@@ -299,8 +300,9 @@ article h3 { margin-top: 0; }
 .bar .text { fill: var(--line-0); }
 .bar .picture { fill: var(--line-2); }
 .bar .padding { fill: var(--rule); }
-.document { border-left: 3px solid hsl(var(--h) 55% 50%); background: hsl(var(--h) 60% 50% / .07);
-  border-radius: 0 .35rem .35rem 0; padding: .45rem .7rem; margin-top: .5rem; }
+.documents { columns: 2 26rem; column-gap: .6rem; }
+.document { break-inside: avoid; margin-bottom: .6rem; border-left: 3px solid hsl(var(--h) 55% 50%); background: hsl(var(--h) 60% 50% / .07);
+  border-radius: 0 .35rem .35rem 0; padding: .45rem .7rem; }
 .document h4 { color: hsl(var(--h) 45% 40%); margin-bottom: .2rem; }
 .document > div { display: flow-root; white-space: pre-wrap; overflow-wrap: anywhere; }
 .document i { font-style: normal; color: var(--soft); border-radius: .15rem; }
@@ -308,7 +310,7 @@ article h3 { margin-top: 0; }
 .document i.t { color: var(--ink); }
 .document i.s { font: .72rem ui-monospace, monospace; border: 1px solid var(--rule);
   padding: 0 .2rem; margin: 0 .15rem; background: var(--card); }
-.document figure { display: inline-block; vertical-align: middle; margin: .25rem .3rem;
+.document figure { display: inline-block; vertical-align: middle; margin: .25rem .15rem;
   padding: 3px; border: 2px solid transparent; border-radius: .35rem; text-align: center;
   font-size: .7rem; line-height: 1.3; color: var(--soft); white-space: normal; }
 .document figure.framed { border-color: hsl(var(--h) 55% 50%); }
