@@ -1,0 +1,152 @@
+"""`emu-jax data inspect`: the page shows the batches as they are, and its figures are theirs."""
+
+import dataclasses
+import html
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emu_jax import cli
+from emu_jax.config import UserError
+from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data.digits import build_digits, encode_png
+from emu_jax.data.documents import write_documents
+from emu_jax.data.inspect import inspect
+from emu_jax.tokenizer import Tokenizer
+
+ATTACK = "<script>alert('x')</script> & so on"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    build_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cfg(root) -> DataConfig:
+    return DataConfig(
+        root=str(root), split="validation",
+        mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 1.0}, batch_size=6,
+        row_tokens=64, row_images=8, n_causal=4, image_size=16, target_size=24, seed=3,
+        block_documents=64,
+    )  # fmt: skip
+
+
+def shown(page: str) -> dict[str, int]:
+    """What is marked on a page."""
+    return {
+        "targets": len(re.findall(r'<i class="(?:s )?t" title', page)),
+        "others": len(re.findall(r'<i class="s?" title', page)),
+        "framed": page.count('<figure class="framed"><img'),
+        "pictures": len(re.findall(r"<figure[^>]*><img", page)),
+        "documents": page.count('<div class="document"'),
+        "rows": page.count("<article>"),
+    }
+
+
+def test_rows_are_shown_as_they_are(tmp_path, cfg):
+    tokenizer = cfg.load_tokenizer()
+    path = tmp_path / "page.html"
+    figures = inspect(path, cfg, tokenizer, "rows", rows=5, documents=50)
+    page = path.read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+    alone = dataclasses.replace(cfg, batch_size=5)
+    with Batches(alone, tokenizer, "rows") as batches:
+        batch, documents = next(batches), batches.documents()
+    words = (batch["segment_ids"] > 0) & (batch["image_slots"] < 0)
+    assert shown(page) == {
+        "targets": batch["text_loss_mask"].sum(),
+        "others": (words & ~batch["text_loss_mask"]).sum(),
+        "framed": batch["image_scored"].sum(),
+        "pictures": batch["image_valid"].sum(),
+        "documents": len(documents),
+        "rows": 5,
+    }
+    titles = re.findall(r"<h4>(\w+ \d+)</h4>", page)
+    assert titles == [f"{name} {index}" for name, index in documents]
+    # Every token in its place, under its own name.
+    tokens = re.findall(r'<i class="[st ]*" title="(\d+): (\d+)"', page)
+    assert tokens == [(str(n), str(batch["tokens"][row, n])) for row, n in np.argwhere(words)]
+
+    many = dataclasses.replace(cfg, batch_size=64)
+    with Batches(many, tokenizer, "rows") as batches:
+        while batches.statistics()["documents"] < 8 * 64:
+            next(batches)
+        assert batches.statistics().items() <= figures.items()
+    assert figures["pictures_per_second_per_core"] > 0
+
+
+@pytest.mark.parametrize("kind", ["captions", "pictures", "contexts"])
+def test_the_other_kinds(tmp_path, cfg, kind):
+    tokenizer, path = cfg.load_tokenizer(), tmp_path / "page.html"
+    figures = inspect(path, cfg, tokenizer, kind, rows=3, documents=5)
+    assert figures["kind"] == kind and figures["image_fill"] > 0
+    with Batches(dataclasses.replace(cfg, batch_size=3), tokenizer, kind) as batches:
+        batch = next(batches)
+    counts = shown(path.read_text())
+    assert (counts["rows"], counts["documents"]) == (3, 3)
+    if kind == "contexts":
+        assert counts["pictures"] == 3 + batch["image_valid"].sum()
+        assert (counts["framed"], counts["targets"]) == (3, 0)
+    else:
+        assert (counts["pictures"], counts["framed"]) == (3, 0)
+        words = batch["valid"].sum() if kind == "captions" else 0
+        assert counts["targets"] + counts["others"] == words
+
+
+def test_the_page_stands_alone_and_text_is_escaped(tmp_path):
+    picture = Picture(encode_png(np.full((70, 70), 9, np.uint8)))
+    write_documents(
+        tmp_path / "train" / "pairs.array_record", [Document((picture, Text(ATTACK)))] * 3
+    )
+    Tokenizer.train([ATTACK], 300).save(tmp_path / "tokenizer")
+    cfg = DataConfig(
+        root=str(tmp_path), mixture={"pairs": 1.0}, row_tokens=80, row_images=2, n_causal=4,
+        image_size=70, block_documents=4,
+    )  # fmt: skip
+    inspect(tmp_path / "page.html", cfg, cfg.load_tokenizer(), "rows", rows=1, documents=1)
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "http" not in page
+    assert all(src.startswith("data:image/") for src in re.findall(r'src="([^"]*)', page))
+    assert "data:image/jpeg" in page  # a large picture
+    spans = re.findall(r'<i class="(?:s )?t?" title="[^"]*">([^<]*)</i>', page)
+    assert ATTACK in html.unescape("".join(spans))
+    for word in ("prefers-color-scheme: dark", "color-scheme: light dark"):
+        assert word in page
+
+
+def test_nothing_to_see(tmp_path, cfg):
+    for rows, documents in ((0, 5), (5, 0)):
+        with pytest.raises(UserError, match="at least one row"):
+            inspect(
+                tmp_path / "x.html", cfg, cfg.load_tokenizer(), "rows", rows=rows,
+                documents=documents,
+            )  # fmt: skip
+
+
+CONFIG = """
+from emu_jax.config import digits
+from emu_jax.train.config import TrainConfig, config_dict, digits_data
+
+def get_config():
+    return config_dict(TrainConfig(model=digits(), data=digits_data(root={root!r})))
+"""
+
+
+def test_command(tmp_path, root, capsys):
+    config = tmp_path / "small.py"
+    config.write_text(CONFIG.format(root=str(root)))
+    out = tmp_path / "page.html"
+    command = ["data", "inspect", "--config", str(config), "--out", str(out), "--documents", "20"]
+    assert cli.main([*command, "--config.data.row_tokens=48", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["page"] == str(out) and 0.5 < figures["token_fill"] <= 1
+    assert "of 48 tokens" in out.read_text()
+    assert cli.main(command) == 0
+    assert "token fill: 0." in capsys.readouterr().out
