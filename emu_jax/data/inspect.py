@@ -301,7 +301,8 @@ article h3 { margin-top: 0; }
 .bar .picture { fill: var(--line-2); }
 .bar .padding { fill: var(--rule); }
 .documents { columns: 2 26rem; column-gap: .6rem; }
-.document { break-inside: avoid; margin-bottom: .6rem; border-left: 3px solid hsl(var(--h) 55% 50%); background: hsl(var(--h) 60% 50% / .07);
+.document { break-inside: avoid; margin-bottom: .6rem;
+  border-left: 3px solid hsl(var(--h) 55% 50%); background: hsl(var(--h) 60% 50% / .07);
   border-radius: 0 .35rem .35rem 0; padding: .45rem .7rem; }
 .document h4 { color: hsl(var(--h) 45% 40%); margin-bottom: .2rem; }
 .document > div { display: flow-root; white-space: pre-wrap; overflow-wrap: anywhere; }
