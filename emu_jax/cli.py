@@ -217,7 +217,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
 def data_build(parser: argparse.ArgumentParser) -> Run:
     """filter, resize and encode raw data into the files that training reads"""
     parser.add_argument("paths", nargs="+", metavar="SRC", help="files or folders")
-    parser.add_argument("dst", type=Path, metavar="DST", help="a folder, new or half-built")
+    parser.add_argument("dst", metavar="DST", help="a folder, new or half-built")
     parser.add_argument("--format", required=True, help="of SRC, see docs/data.md")
     parser.add_argument("--name", default="pairs", help="of the files (default: pairs)")
     parser.add_argument(
@@ -258,7 +258,7 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
         result = {key: manifest[key] for key in ("documents", "pictures", "bytes")}
         if not args.json:
             print(_built(args.dst, result))
-        return result | {"manifest": str(args.dst / "manifest.json")}
+        return result | {"manifest": f"{args.dst}/manifest.json"}
 
     return run
 
@@ -314,7 +314,7 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def _built(dst: Path, result: dict[str, Any]) -> str:
+def _built(dst: str, result: dict[str, Any]) -> str:
     documents, pictures = result["documents"], result["pictures"]
     lines = [
         f"{dst}: {documents['written']:,} of {documents['read']:,} documents, "

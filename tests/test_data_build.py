@@ -11,13 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from emu_jax import cli
 from emu_jax.config import UserError
-from emu_jax.data import Document, Picture, Text
+from emu_jax.data import Document, Picture, Text, storage
 from emu_jax.data import build as build_module
 from emu_jax.data.build import BuildConfig, build, embedded, on_beam
 from emu_jax.data.clean import CleanConfig, Cleaned, Dropped, clean, store
@@ -85,8 +86,8 @@ def test_pictures_are_made_smaller_and_encoded():
     stored = store(picture, CLEAN)
     assert (opened(stored).size, opened(stored).format) == ((32, 17), "JPEG")
     assert stored == dataclasses.replace(picture, data=stored.data)
-    narrow = store(Picture(encode(12, 3000, "PNG")), CleanConfig(encoding="png"))
-    assert (opened(narrow).size, opened(narrow).format) == ((2, 512), "PNG")
+    narrow = store(Picture(encode(40, 3000, "PNG")), CleanConfig(encoding="png"))
+    assert (opened(narrow).size, opened(narrow).format) == ((7, 512), "PNG")
     webp = store(Picture(encode(64, 64, "BMP")), CleanConfig(max_side=16, encoding="webp"))
     assert (opened(webp).size, opened(webp).format) == ((16, 16), "WEBP")
     grey = opened(store(Picture(encode(64, 20, "PNG", mode="L")), CLEAN))
@@ -184,6 +185,11 @@ def test_the_same_bytes_whatever_happened(tmp_path, cfg, monkeypatch):
     build(tmp_path / "threads", cfg, embedded(1, threads=3))
     assert contents(tmp_path / "threads") == whole
 
+    remote = f"memory://{tmp_path.name}/out"
+    build(remote, cfg, embedded(1))
+    fs = fsspec.filesystem("memory")
+    assert {name: fs.cat(f"{remote}/{name}") for name in storage.names(remote)} == whole
+
     built = []
     original = build_module.build_shard
 
@@ -205,6 +211,9 @@ def test_the_same_bytes_whatever_happened(tmp_path, cfg, monkeypatch):
     build(folder, cfg, embedded(1))
     assert built == [1, 2, 3]
     assert contents(folder) == whole
+    fs.rm(f"{remote}/small-00002-of-00004.array_record")
+    build(remote, cfg, embedded(1))
+    assert built == [1, 2, 3, 2]
 
 
 class Failing(Source):

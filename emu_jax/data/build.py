@@ -25,7 +25,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emu_jax.config import UserError, to_dict
+from emu_jax.data import storage
 from emu_jax.data.clean import CleanConfig, Cleaned, clean
 from emu_jax.data.documents import Damaged, Document, Picture, Source, write_documents
 from emu_jax.data.sources import SourceConfig, open_source
@@ -69,14 +69,17 @@ class Shard:
     documents: range  # of the source
 
     @property
-    def path(self) -> Path:
-        name = f"{self.cfg.source.name}-{self.number:05d}-of-{self.count:05d}.array_record"
-        return Path(self.folder) / name
+    def path(self) -> str:
+        return self._file("array_record")
 
     @property
-    def entry(self) -> Path:
+    def entry(self) -> str:
         """The file of its counts."""
-        return self.path.with_suffix(".json")
+        return self._file("json")
+
+    def _file(self, kind: str) -> str:
+        name = f"{self.cfg.source.name}-{self.number:05d}-of-{self.count:05d}.{kind}"
+        return storage.join(self.folder, name)
 
 
 # A runner builds shards, in any order, and yields each that is done.
@@ -90,10 +93,11 @@ def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[s
         UserError: the source cannot be opened or read, `folder` holds something else, or
             another process is building there.
     """
-    folder = Path(folder)
+    folder = os.fspath(folder)
     source = open_source(cfg.source)
     shards = _split(folder, cfg, source)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not storage.is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _claim(folder, cfg, source)
         missing = [shard for shard in shards if not _is_whole(shard)]
@@ -123,10 +127,11 @@ def build_shard(shard: Shard, threads: int = 1) -> Shard:
                 yield cleaned.document
 
     write_documents(shard.path, documents())
+    content = storage.read(shard.path)
     file = {
-        "file": shard.path.name,
-        "bytes": shard.path.stat().st_size,
-        "sha256": _sha256(shard.path),
+        "file": os.path.basename(shard.path),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
     }
     entry = file | {"counts": tally.counts, "left_out": tally.left_out}
     _write(shard.entry, [json.dumps(entry)])
@@ -216,7 +221,7 @@ def on_beam(options: Sequence[str], threads: int = 1) -> Runner:
 # The work and its pieces
 
 
-def _split(folder: Path, cfg: BuildConfig, source: Source) -> list[Shard]:
+def _split(folder: str, cfg: BuildConfig, source: Source) -> list[Shard]:
     if not re.fullmatch(r"\w[\w.-]*", cfg.source.name):
         raise UserError(f"a source's name becomes a file's: {cfg.source.name!r} cannot be one")
     cfg.clean.check()
@@ -227,14 +232,14 @@ def _split(folder: Path, cfg: BuildConfig, source: Source) -> list[Shard]:
     starts = range(0, len(source), cfg.shard_documents)
     return [
         Shard(
-            cfg, source.fingerprint, str(folder), number, len(starts),
+            cfg, source.fingerprint, folder, number, len(starts),
             range(start, min(start + cfg.shard_documents, len(source))),
         )
         for number, start in enumerate(starts)
     ]  # fmt: skip
 
 
-def _claim(folder: Path, cfg: BuildConfig, source: Source) -> None:
+def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
     """Says what is built in `folder`, or finds that it is the same as before."""
     ours = {
         "version": VERSION,
@@ -242,16 +247,16 @@ def _claim(folder: Path, cfg: BuildConfig, source: Source) -> None:
         "documents": len(source),
         **to_dict(cfg),
     }
-    path = folder / "build.json"
+    path = storage.join(folder, "build.json")
     mend = "give an empty folder, or remove this one"
     _sweep(folder, cfg.source.name)
-    if not path.exists():
-        if any(folder.iterdir()):
+    if not storage.exists(path):
+        if storage.names(folder):
             raise UserError(f"{folder} is not empty and holds no build: {mend}")
         _write(path, [json.dumps(ours, indent=1)])
         return
     try:
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(storage.read(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
     if theirs != ours:
@@ -264,24 +269,25 @@ def _claim(folder: Path, cfg: BuildConfig, source: Source) -> None:
 
 def _is_whole(shard: Shard) -> bool:
     try:
-        return json.loads(shard.entry.read_text())["bytes"] == shard.path.stat().st_size
+        entry = json.loads(storage.read(shard.entry))
+        return entry["bytes"] == storage.stat(shard.path).size
     except (OSError, ValueError, KeyError):  # not there, or cut short by a crash
         return False
 
 
-def _finish(folder: Path, cfg: BuildConfig, shards: Sequence[Shard]) -> dict[str, Any]:
+def _finish(folder: str, cfg: BuildConfig, shards: Sequence[Shard]) -> dict[str, Any]:
     """Adds up the shards."""
     total = _Tally()
     files = []
 
     def left_out() -> Iterator[str]:
         for shard in shards:
-            entry = json.loads(shard.entry.read_text())
+            entry = json.loads(storage.read(shard.entry))
             total.merge(entry["counts"])
             files.append({key: entry[key] for key in ("file", "bytes", "sha256")})
             yield from map(json.dumps, entry["left_out"])
 
-    _write(folder / "rejected.jsonl", left_out())
+    _write(storage.join(folder, "rejected.jsonl"), left_out())
     manifest = {
         "version": VERSION,
         "config": to_dict(cfg),
@@ -289,21 +295,26 @@ def _finish(folder: Path, cfg: BuildConfig, shards: Sequence[Shard]) -> dict[str
         "bytes": sum(file["bytes"] for file in files),
         "shards": files,
     }
-    _write(folder / "manifest.json", [json.dumps(manifest, indent=1)])
+    _write(storage.join(folder, "manifest.json"), [json.dumps(manifest, indent=1)])
     _sweep(folder, cfg.source.name)
     return manifest
 
 
-def _sweep(folder: Path, name: str) -> None:
-    """Removes what interrupted writes left."""
+def _sweep(folder: str, name: str) -> None:
+    """Removes what interrupted writes left; a remote file appears whole, or not at all."""
+    if storage.is_remote(folder):
+        return
     for written in (f"{name}-*", "build.json", "rejected.jsonl", "manifest.json"):
-        for path in folder.glob(f".{written}.*"):
+        for path in Path(folder).glob(f".{written}.*"):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes of this machine out; given up by the system if this one dies."""
+def _locked(folder: str) -> Iterator[None]:
+    """Keeps other processes out of a local folder; given up by the system if this one dies."""
+    if storage.is_remote(folder):
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -396,21 +407,9 @@ class _Tally:
                     mine[name] += value
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file of lines, atomically."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def _write(path: str, lines: Iterable[str]) -> None:
+    with storage.writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 class _Progress:

@@ -11,8 +11,8 @@ import io
 from PIL import Image
 
 from emu_jax.config import UserError, suggest
-from emu_jax.data.documents import Damaged, Document, Picture, Text
-from emu_jax.data.images import open_image
+from emu_jax.data.documents import Document, Picture, Text
+from emu_jax.data.images import PictureError, open_image
 
 ENCODINGS = ("jpeg", "webp", "png")
 
@@ -103,9 +103,8 @@ def store(picture: Picture, cfg: CleanConfig) -> Picture | Dropped:
         return Dropped(0, "unlike its words", f"{picture.similarity:.3f}")
     try:
         pixels = open_image(picture.data)
-    except UserError as error:
-        reason = error.reason if isinstance(error, Damaged) else "unreadable picture"
-        return Dropped(0, reason, str(error))
+    except PictureError as error:
+        return Dropped(0, error.reason, str(error))
     short, long = sorted(pixels.size)
     size = "x".join(map(str, pixels.size))
     if short < cfg.min_side:

@@ -11,7 +11,6 @@ import bisect
 import dataclasses
 import hashlib
 import os
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.config import UserError
+from emu_jax.data import storage
 from emu_jax.tokenizer import IMAGE
 
 VERSION = 1  # of the record layout
@@ -212,22 +212,17 @@ class Source(Sequence[Document]):
 
 def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> int:
     """Writes an ArrayRecord file, atomically; returns the number of documents."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    path = os.fspath(path)
+    if not storage.is_remote(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with storage.writing(path) as temporary:
         # Groups of one record: random reads would otherwise decompress whole groups.
-        writer = ArrayRecordWriter(temporary, "group_size:1")
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
         count = 0
         for document in documents:
             writer.write(document.to_bytes())
             count += 1
         writer.close()
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return count
 
 

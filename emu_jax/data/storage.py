@@ -1,4 +1,5 @@
-"""Files by path, read at random: on a local disk, or wherever fsspec reaches (`gs://`).
+"""Files by path, read at random and written whole: on a local disk, or wherever fsspec reaches
+(`gs://`).
 
 fsspec rather than etils: its file systems read a range of bytes in one request, which is what
 random access to a tar asks for. A read that fails is tried again, for a store that answers to
@@ -11,8 +12,10 @@ import functools
 import glob
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -113,17 +116,49 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
         fs, inner = _file_system(path)
         end = None if size is None else start + size
         return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
+    if size is None:  # it may have been replaced since it was opened last
+        return _patiently(path, lambda: Path(path).read_bytes()[start:])
     return _patiently(path, lambda: _pread(path, start, size))
 
 
-def _pread(path: str, start: int, size: int | None) -> bytes:
+@contextmanager
+def writing(path: str) -> Iterator[Path]:
+    """A local file to fill, which then appears at `path`: whole, or not at all.
+
+    Raises:
+        UserError: it could not be sent, however often; the line says why.
+    """
+    remote = is_remote(path)
+    folder = None if remote else os.path.dirname(path)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        if remote:
+            fs, inner = _file_system(path)
+            _patiently(path, lambda: fs.put_file(temporary, inner), "write")
+        else:
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def names(folder: str) -> list[str]:
+    """What is in a folder; nothing if there is none."""
+    if not is_remote(folder):
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    fs, inner = _file_system(folder)
+    found = _patiently(folder, lambda: fs.ls(inner, detail=False) if fs.exists(inner) else [])
+    return sorted(os.path.basename(name) for name in found)
+
+
+def _pread(path: str, start: int, size: int) -> bytes:
     try:
         opened = _open(path)
     except OSError:
         _open.cache_clear()  # perhaps of too many open files
         opened = _open(path)
-    if size is None:
-        size = os.fstat(opened.handle).st_size - start
     content = os.pread(opened.handle, size, start)
     while len(content) < size and (more := os.pread(opened.handle, size - len(content),
                                                     start + len(content))):  # fmt: skip
@@ -165,7 +200,7 @@ def _file_system(path: str) -> tuple[Any, str]:
     return fs, fs._strip_protocol(path)
 
 
-def _patiently(path: str, call: Callable[[], T]) -> T:
+def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
     """`call()`, again and again when it fails for a reason that may pass."""
     for attempt in range(ATTEMPTS):
         try:
@@ -175,9 +210,9 @@ def _patiently(path: str, call: Callable[[], T]) -> T:
         except Exception as error:  # remote file systems raise what their clients raise
             if attempt == ATTEMPTS - 1:
                 raise UserError(
-                    f"cannot read {path}, tried {ATTEMPTS} times: "
+                    f"cannot {what} {path}, tried {ATTEMPTS} times: "
                     f"{str(error).splitlines()[0] if str(error) else repr(error)}"
                 ) from error
-            log.warning("reading %s failed, trying again: %s", path, error)
+            log.warning("cannot %s %s, trying again: %s", what, path, error)
             time.sleep(WAIT * 2**attempt)
     raise AssertionError("unreachable")
