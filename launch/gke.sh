@@ -3,7 +3,7 @@
 #
 #   launch/gke.sh pool --name emu --cluster pods --location us-east5-a --topology v5p:4x4x8 --spot
 #   launch/gke.sh run --name emu --topology v5p:4x4x8 --spot \
-#     --image us-east5-docker.pkg.dev/my-project/emu/tpu -- \
+#     --image "$IMAGE" -- \
 #     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
 #
 #   pool   makes a node pool for each slice    stop    lets training save and end

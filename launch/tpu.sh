@@ -2,7 +2,7 @@
 # Trains on Cloud TPU slices, got through queued resources, in a container on every host:
 #
 #   launch/tpu.sh train --name emu --zone us-east5-a --topology v5p:4x4x8 --spot \
-#     --image us-east5-docker.pkg.dev/my-project/emu/tpu -- \
+#     --image "$IMAGE" -- \
 #     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
 #
 # `train` is the whole life of a run: it asks for the slices, starts the command on every host,
@@ -11,9 +11,10 @@
 #   create  asks for the slices             stop    lets training save and end
 #   run     starts the command everywhere   delete  gives the slices back: they cost until then
 #   tail    follows the first host's log    state   says what became of the request
-# The same options may stand with every verb; --dry-run prints what would be run. Cloud TPU
-# itself lays out the chips: of --topology it is told the number alone. tpu7x is not served
-# there: see launch/gke.sh. Environment:
+# With --delete, `train` gives the slices back once training has ended or failed for good. The
+# same options may stand with every verb; --dry-run prints what would be run. Cloud TPU itself
+# lays out the chips: of --topology it is told the number alone. tpu7x is not served there: see
+# launch/gke.sh. Environment:
 #   GRACE     seconds that training has to save and end when it is stopped (default: 300)
 #   POLL      seconds between two looks at the slices (default: 60)
 #   RESTARTS  failures, preemptions aside, after which `train` gives up (default: 10)
@@ -77,7 +78,8 @@ delete() { run "${resources[@]}" delete "${option[name]}" "${at[@]}" --force --q
 
 # Runs the shell command `$2` on the first host, or on `all` of them.
 on_hosts() {
-  run "${resources[@]}" ssh "${option[name]}" "${at[@]}" "--node=$1" "--worker=$1" "--command=$2"
+  run "${resources[@]}" ssh "${option[name]}" "${at[@]}" --quiet "--node=$1" "--worker=$1" \
+    "--command=$2"
 }
 
 # On every host: whatever ran before saves and makes room, then the container is started. It is
@@ -103,7 +105,8 @@ state() {
   local answer
   if answer=$("${resources[@]}" describe "${option[name]}" "${at[@]}" \
     "--format=value(state.state)" 2>&1); then
-    tail -n 1 <<<"$answer"
+    # Warnings may stand around it.
+    grep -xE '[A-Z_]+' <<<"$answer" || echo UNKNOWN
   elif grep -qiE 'NOT_FOUND|not found' <<<"$answer"; then
     echo ABSENT
   else
@@ -157,10 +160,16 @@ supervise() {
 
 say() { echo "$(date '+%F %T') ${option[name]}: $1" >&2; }
 
-# Counts a failure, and ends the script after too many.
+# Counts a failure, and gives up after too many.
 fail() {
   say "$1 (failure $((++failures)) of ${RESTARTS:-10})"
-  ((failures < ${RESTARTS:-10})) || exit 1
+  ((failures < ${RESTARTS:-10})) || finish 1
+}
+
+# Ends `train`; with --delete the slices are given back, unless somebody stopped it.
+finish() {
+  [[ -z ${option[delete]:-} || $1 -eq 130 ]] || delete
+  exit "$1"
 }
 
 case $verb in
@@ -178,14 +187,13 @@ case $verb in
     hardware
     need image
     need_train
+    status=0
     if [[ ${option[dry-run]:-} ]]; then
       create
       start
     else
-      status=0
       supervise || status=$?
     fi
-    [[ -z ${option[delete]:-} ]] || delete
-    exit "${status:-0}" ;;
+    finish "$status" ;;
   *) usage ;;
 esac

@@ -2,7 +2,7 @@
 # Trains on the TPU slices of a GKE cluster that xpk made, which queues the runs of a team:
 #
 #   launch/xpk.sh run --name emu --cluster pods --zone us-east5-a --topology v5p:4x4x8 \
-#     --image us-east5-docker.pkg.dev/my-project/emu/tpu -- \
+#     --image "$IMAGE" -- \
 #     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
 #
 #   run    queues training    tail  follows the first host's log    stop  lets it save and end

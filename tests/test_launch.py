@@ -225,7 +225,7 @@ case "$*" in
     case $answer in
       ABSENT) echo "ERROR: (gcloud) NOT_FOUND: no such thing" >&2; exit 1 ;;
       ERROR) echo "ERROR: (gcloud) the network is down" >&2; exit 1 ;;
-      *) echo "$answer" ;;
+      *) echo "$answer"; echo "Updates are available" >&2 ;;
     esac ;;
   *"docker inspect"*) next containers ;;
 esac
@@ -319,9 +319,12 @@ def test_stopped_by_hand_is_not_started_again(supervise):
     assert supervise("ACTIVE", "running 0,stopped")[:2] == (130, "")
 
 
-@pytest.mark.parametrize("containers", ["running 0,exited 0", "running 0,exited 2"])
-def test_gives_the_slices_back_when_told_to(supervise, containers):
-    assert supervise("ACTIVE", containers, delete=True)[1] == "delete"
+@pytest.mark.parametrize(
+    ("ends", "did"),
+    [("exited 0", "delete"), ("exited 2", "delete"), ("exited 1", "delete"), ("stopped", "")],
+)
+def test_gives_the_slices_back_when_told_to(supervise, ends, did):
+    assert supervise("ACTIVE", f"running 0,{ends}", delete=True, RESTARTS="1")[1] == did
 
 
 # launch/gke.sh
