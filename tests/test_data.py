@@ -28,7 +28,8 @@ from emu_jax.data.digits import (
 )  # fmt: skip
 from emu_jax.data.documents import Damaged, DocumentFiles, write_documents
 from emu_jax.data.images import affine, draw_affine, load_image, normalize_images, open_image
-from emu_jax.data.packing import PICTURE, Outlines, first_fit, part_tokens, truncate
+from emu_jax.data.outlines import Outlines
+from emu_jax.data.packing import PICTURE, first_fit, part_tokens, truncate
 from emu_jax.data.pipeline import batch_shapes
 from emu_jax.tokenizer import Tokenizer
 
@@ -392,23 +393,53 @@ def test_truncate(outline, tokens, images, end, kept):
     assert sum(part_tokens(size, 4) for size in got) <= tokens
 
 
-def test_outlines_are_kept_and_noticed_stale(tmp_path, tokenizer):
-    path = tmp_path / "x.array_record"
+def test_outlines_are_kept_and_noticed_stale(tmp_path, tokenizer, monkeypatch):
+    path, folder = tmp_path / "x.array_record", tmp_path / "kept"
+
+    def outlines(*paths: Path) -> Outlines:
+        return Outlines(DocumentFiles(paths), tokenizer, folder)
+
     write_documents(path, [Document((Text(" the digit seven "), Picture(b"x"))), Document(())])
-    files = DocumentFiles([path, path])
-    outlines = Outlines(files, tokenizer)
-    assert [outlines[n] for n in range(4)] == [[3, P], [], [3, P], []]
-    assert outlines.texts().tolist() == [3, 0, 3, 0]
-    assert outlines.pictures().tolist() == [1, 0, 1, 0]
-    (kept,) = tmp_path.glob("*.npz")
-    stamp = kept.stat().st_mtime_ns
-    Outlines(files, tokenizer)
-    assert kept.stat().st_mtime_ns == stamp
+    counted = outlines(path, path)
+    assert [counted[n] for n in range(4)] == [[3, P], [], [3, P], []]
+    assert counted.totals() == {
+        "documents": 4, "tokens": 6, "pictures": 2, "with_text": 2, "with_picture": 2,
+        "with_both": 2, "damaged": 0,
+    }  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(DocumentFiles, "sketch", None)  # nothing is counted again
+        assert outlines(path, path)[2] == [3, P]
 
     write_documents(path, [Document((Text("seven"),))])
-    assert Outlines(DocumentFiles([path]), tokenizer)[0] == [1]
-    kept.write_bytes(b"broken")
-    assert Outlines(DocumentFiles([path]), tokenizer)[0] == [1]
+    assert outlines(path)[0] == [1]
+    for kept in folder.rglob("sizes.npy"):
+        kept.write_bytes(b"broken")
+    assert outlines(path)[0] == [1]
+    assert not [f for f in folder.iterdir() if f.name.startswith(".")]
+
+
+def test_an_interrupted_count_goes_on(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("emu_jax.data.outlines._CHUNK", 4)
+    path = tmp_path / "x.array_record"
+    write_documents(path, [Document((Text("seven " * n),)) for n in range(11)])
+    files, read = DocumentFiles([path]), []
+
+    def sketch(index: int) -> Document:
+        read.append(index)
+        if interrupt and index == 9:
+            raise RuntimeError("interrupted")
+        return files[index]
+
+    monkeypatch.setattr(files, "sketch", sketch)
+    interrupt = True
+    with pytest.raises(RuntimeError, match="interrupted"):
+        Outlines(files, tokenizer, tmp_path)
+    interrupt = False
+    read.clear()
+    outlines = Outlines(files, tokenizer, tmp_path)
+    assert min(read) == 8
+    assert [outlines[n] for n in range(11)] == [[n] for n in range(11)]
+    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 1
 
 
 def hand_made(tmp_path: Path, **documents: list[Document]) -> DataConfig:
@@ -435,7 +466,8 @@ def test_a_row_by_hand(tmp_path, tokenizer):
     with Batches(cfg, tokenizer, "rows") as batches:
         batch = next(batches)
         assert batches.statistics() == {
-            "token_fill": 2 * n / 33, "image_fill": 1.0, "documents": 2, "truncated": 0
+            "token_fill": 2 * n / 33, "image_fill": 1.0, "documents": 2, "truncated": 0,
+            "damaged": {},
         }  # fmt: skip
     assert batch["tokens"].tolist() == [one + one + [t.pad_id] * 5]
     assert batch["segment_ids"].tolist() == [[1] * n + [2] * n + [0] * 5]
@@ -797,15 +829,9 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
     )  # fmt: skip
     with Batches(cfg, tokenizer, "rows") as batches:
         with pytest.raises(UserError, match="position is for 'captions' batches"):
-            batches.restore({"kind": "captions", "block": 0, "row": 0})
-
-
-def test_an_unreadable_picture_stops_the_iterator(tmp_path, tokenizer):
-    cfg = hand_made(tmp_path, pairs=[Document((Picture(b"no picture"), Text("seven")))])
-    with Batches(cfg, tokenizer, "pictures") as batches:
-        for _ in range(2):  # again and again, not only the first time
-            with pytest.raises(UserError, match="picture in .*pairs.array_record record 0: "):
-                next(batches)
+            batches.restore({"kind": "captions", "step": 0, "groups": [[0, 0]]})
+        with pytest.raises(UserError, match="position is of 2 groups of sources, this run has 1"):
+            batches.restore({"kind": "rows", "step": 0, "groups": [[0, 0], [0, 0]]})
 
 
 def test_close_ends_the_thread(cfg, tokenizer):

@@ -74,11 +74,12 @@ class Dialogues(Source):
         frames: list[Picture] = []
         if dialogue.video is not None:
             video = Video(self._media.read(dialogue.video, folder, where), where)
-            frames = [Picture(data, t) for t, data in sample_frames(video, self._frames, rng)]
-        return _document(dialogue, [Picture(content) for content in files], frames)
+            shown = sample_frames(video, self._frames, rng)
+            frames = [Picture(data, time, scored=False) for time, data in shown]
+        return _document(dialogue, [Picture(content, scored=False) for content in files], frames)
 
     def sketch(self, index: int) -> Document:
-        dialogue, empty = self._dialogue(index), Picture(b"")
+        dialogue, empty = self._dialogue(index), Picture(b"", scored=False)
         frames = [] if dialogue.video is None else [empty] * self._frames
         return _document(dialogue, [empty] * len(dialogue.pictures), frames)
 

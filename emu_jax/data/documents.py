@@ -131,11 +131,12 @@ class Document:
         )
 
 
+# Indexes hold places in this list: what is new goes to its end.
 REASONS = (
-    "damaged record", "not a document", "corrupt tar member", "incomplete sample",
-    "malformed JSON", "malformed entry", "malformed subtitles", "invalid UTF-8", "missing file",
-    "unreadable picture", "picture too large", "picture too narrow",
-    "unreadable video", "video without frames",
+    "damaged record", "not a document", "changed document", "corrupt tar member",
+    "incomplete sample", "malformed JSON", "malformed entry", "malformed subtitles",
+    "invalid UTF-8", "missing file", "unreadable picture", "picture too large",
+    "picture too narrow", "unreadable video", "video without frames",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Documents into rows of fixed size: how long they are, what is cut, where they go.
+"""Documents into rows of fixed size: what is kept of each, and where it goes.
 
 Everything here is decided from lengths alone and is a pure function of its arguments, so
 that every process packs the same rows without reading a single picture.
@@ -6,19 +6,11 @@ that every process packs the same rows without reading a single picture.
 
 from __future__ import annotations
 
-import logging
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-
-from emu_jax.data.documents import DocumentFiles, Picture, Text
-from emu_jax.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 # A document's outline is one integer for each part: its tokens, or PICTURE.
 PICTURE = -1
@@ -27,6 +19,56 @@ PICTURE = -1
 def part_tokens(size: int, n_causal: int) -> int:
     """Tokens that a part takes: a picture is [IMG], n_causal <image>, [/IMG]."""
     return n_causal + 2 if size == PICTURE else size
+
+
+class Part(NamedTuple):
+    """What is kept of a part of a document."""
+
+    index: int  # in the document
+    size: int  # tokens that are kept, or PICTURE
+    first: int = 0  # of a text's tokens that are kept
+
+    def end(self, size: int) -> Part:
+        """The last `size` tokens of a text; a picture is whole."""
+        return (
+            self if self.size == PICTURE else Part(self.index, size, self.first + self.size - size)
+        )
+
+
+def window(
+    parts: Sequence[Part], rng: np.random.Generator, *, tokens: int, images: int, n_causal: int
+) -> list[Part]:
+    """A random run of `tokens` tokens of a longer document, with its first `images` pictures.
+
+    As the paper samples MMC4. A text is cut where the run begins and ends; of a picture that
+    lies across nothing is kept.
+    """
+    total = sum(part_tokens(part.size, n_causal) for part in parts)
+    begin = int(rng.integers(total - tokens + 1)) if total > tokens else 0
+    kept, position = [], 0
+    for part in parts:
+        start, position = position, position + part_tokens(part.size, n_causal)
+        low, high = max(start, begin), min(position, begin + tokens)
+        if part.size == PICTURE:
+            if images and (low, high) == (start, position):
+                kept.append(part)
+                images -= 1
+        elif low < high:
+            kept.append(Part(part.index, high - low, part.first + low - start))
+    return kept
+
+
+def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
+    """`count` random pictures of a document, each with the text that follows it (or, of the
+    last, precedes it): the paper's second way with MMC4."""
+    pictures = [n for n, part in enumerate(parts) if part.size == PICTURE]
+    chosen = rng.choice(pictures, min(count, len(pictures)), replace=False).tolist()
+    kept = set(chosen)
+    for n in chosen:
+        after = [m for m in range(n + 1, len(parts)) if parts[m].size != PICTURE]
+        before = [m for m in range(n) if parts[m].size != PICTURE]
+        kept |= set(after[:1] or before[-1:])
+    return [parts[n] for n in sorted(kept)]
 
 
 def truncate(
@@ -78,77 +120,3 @@ def first_fit(
         free_tokens[row] -= need_tokens
         free_images[row] -= need_images
     return rows
-
-
-def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
-    """The ids that a text has in a row."""
-    words = text.text.strip()
-    return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
-
-
-class Outlines:
-    """The outline of every document of some files, counted once.
-
-    Counting reads each document, so the result is kept beside its file, under a name that
-    holds the tokenizer's fingerprint, and used as long as the file stays as it is.
-    """
-
-    def __init__(self, files: DocumentFiles, tokenizer: Tokenizer):
-        counts, sizes = [], []
-        for n, path in enumerate(files.paths):
-            count, size = _outlines_of(path, tokenizer, files, files.range_of(n))
-            counts.append(count)
-            sizes.append(size)
-        self._sizes = np.concatenate(sizes)
-        self._starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, index: int) -> list[int]:
-        return self._sizes[self._starts[index] : self._starts[index + 1]].tolist()
-
-    def texts(self) -> Int[np.ndarray, "documents"]:
-        """Text tokens of every document."""
-        return self._sum(np.maximum(self._sizes, 0))
-
-    def pictures(self) -> Int[np.ndarray, "documents"]:
-        """Pictures of every document."""
-        return self._sum(self._sizes == PICTURE)
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-        return total[self._starts[1:]] - total[self._starts[:-1]]
-
-
-def _outlines_of(
-    path: Path, tokenizer: Tokenizer, files: DocumentFiles, indices: range
-) -> tuple[np.ndarray, np.ndarray]:
-    """(parts of each document, size of each part) of one file."""
-    stat = path.stat()
-    stamp = np.array([stat.st_size, stat.st_mtime_ns, len(indices)])
-    kept = path.with_name(f"{path.name}.{tokenizer.fingerprint}.npz")
-    try:
-        with np.load(kept) as saved:
-            if np.array_equal(saved["stamp"], stamp):
-                return saved["counts"], saved["sizes"]
-    except Exception:  # absent, cut short or foreign: count again
-        pass
-    log.info("counting the tokens of %s", path)
-    counts, sizes = [], []
-    for index in indices:
-        parts = files[index].parts
-        counts.append(len(parts))
-        for part in parts:
-            picture = isinstance(part, Picture)
-            sizes.append(PICTURE if picture else len(text_ids(part, tokenizer)))
-    result = np.array(counts, np.int32), np.array(sizes, np.int32)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{kept.name}.")
-        with os.fdopen(handle, "wb") as f:
-            np.savez(f, stamp=stamp, counts=result[0], sizes=result[1])
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, kept)
-    except OSError as error:  # a read-only folder costs the counting each time, no more
-        log.warning("cannot keep the token counts of %s: %s", path, error)
-    return result

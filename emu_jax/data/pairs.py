@@ -181,11 +181,10 @@ class TfdsPairs(Source):
                 self._words = _first(features, tfds.features.ClassLabel)
                 if self._words is not None:
                     self._names = _at(features, self._words).names
-            skip: Any = tfds.decode.SkipDecoding
-            decoders = skip()
+            decoders: Any = tfds.decode.SkipDecoding()
             for name in reversed(picture):
                 decoders = {name: decoders}
-            self._records: Any = builder.as_data_source(split, decoders=decoders)
+            self._records: Any = builder.as_data_source(split=split, decoders=decoders)
         except UserError:
             raise
         except Exception as error:  # tfds raises of every kind

@@ -1,0 +1,383 @@
+"""Documents into the arrays of a batch: read, tokenised, decoded, each where it belongs.
+
+A document is one piece of work, done on whichever thread is free. One that cannot be read
+changes nothing about where the others lie, so that no process needs to know of another's: in a
+row its tokens become padding, and a batch of single documents has a substitute that follows
+from its number.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from emu_jax.config import UserError
+from emu_jax.data import images
+from emu_jax.data.config import Batch, DataConfig, batch_shapes
+from emu_jax.data.documents import Damaged, Picture, Text
+from emu_jax.data.mixture import FRAMES, Drawn, Group, Packed
+from emu_jax.data.outlines import text_ids
+from emu_jax.data.packing import PICTURE, Part, part_tokens, truncate
+from emu_jax.tokenizer import Tokenizer
+
+Position = tuple[int, int]  # (block, row in it); other kinds than rows: (0, document)
+
+STATISTICS: tuple[str, ...] = (
+    "tokens", "token_slots", "images", "image_slots", "documents", "truncated",
+)  # fmt: skip
+_ATTEMPTS = 20  # substitutes for a document, before it is no accident any more
+
+
+class Damage(NamedTuple):
+    """A document that was passed over."""
+
+    source: str
+    index: int
+    reason: str
+    where: str
+
+
+class Made(NamedTuple):
+    """This process's share of a batch, and what there is to know of it."""
+
+    batch: Batch
+    position: Position  # of the next batch
+    documents: list[Drawn]  # in this process's share
+    statistics: dict[str, int]  # of all shares
+    damaged: list[Damage]  # of this process
+
+
+class Filler:
+    """Makes the batch of a group at a position; holds no position itself.
+
+    Args:
+        mine: this process's rows of a global batch.
+    """
+
+    def __init__(self, group: Group, tokenizer: Tokenizer, mine: slice, pool: Pool):
+        self.group, self.cfg, self.tokenizer, self.mine = group, group.cfg, tokenizer, mine
+        self._pool = pool
+        # Captions repeat, and the pictures of a small set do.
+        self._encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
+        self._small_picture = functools.lru_cache(1 << 12)(self._resized)
+        self._share = {
+            name: ((mine.stop - mine.start, *shape[1:]), dtype)
+            for name, (shape, dtype) in batch_shapes(self.cfg, group.kind).items()
+        }
+
+    def make(self, position: Position) -> Made:
+        batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._share.items()}
+        if self.group.kind == "rows":
+            return self._rows(batch, position)
+        fill, measure = {
+            "captions": (self._caption, self._caption_statistics),
+            "pictures": (self._picture, self._picture_statistics),
+            "contexts": (self._context, self._context_statistics),
+        }[self.group.kind]
+        documents, passed, after = self.group.next(position[1], self.cfg.batch_size)
+        mine = documents[self.mine]
+        found = self._pool(lambda n: self._filled(fill, batch, n, mine[n]), range(len(mine)))
+        damaged = [damage for each in found for damage in each]
+        return Made(
+            batch, (0, after), mine, _sum(map(measure, documents)), self._counted(passed) + damaged
+        )
+
+    def _counted(self, damaged: list[Drawn]) -> list[Damage]:
+        """What was found damaged when tokens were counted; the first process speaks for all."""
+        if self.mine.start:
+            return []
+        return [
+            _damage(d, Damaged(d.damage or "", d.source.documents.where(d.index))) for d in damaged
+        ]
+
+    # Packed rows
+
+    def _rows(self, batch: Batch, position: Position) -> Made:
+        block, row = position
+        rows: list[list[Packed]] = []
+        damaged: list[Damage] = []
+        while len(rows) < self.cfg.batch_size:
+            packed = self.group.block(block)
+            if row == 0:
+                damaged += self._counted(packed.damaged)
+            taken = packed.rows[row : row + self.cfg.batch_size - len(rows)]
+            rows += taken
+            row += len(taken)
+            if row == len(packed.rows):
+                block, row = block + 1, 0
+        batch["tokens"][:] = self.tokenizer.pad_id
+        batch["image_slots"][:] = -1
+        places = [
+            place for n, documents in enumerate(rows[self.mine]) for place in _places(n, documents)
+        ]
+        found = self._pool(lambda place: self._place(batch, place), places)
+        damaged += [damage for damage in found if damage is not None]
+        sizes = {
+            "token_slots": self.cfg.batch_size * self.cfg.row_tokens,
+            "image_slots": self.cfg.batch_size * self.cfg.row_images,
+        }
+        counted = _sum(
+            {"tokens": p.tokens, "images": p.pictures, "documents": 1, "truncated": int(p.cut)}
+            for documents in rows
+            for p in documents
+        )
+        mine = [place.packed.drawn for place in places]
+        return Made(batch, (block, row), mine, counted | sizes, damaged)
+
+    def _place(self, batch: Batch, place: _Place) -> Damage | None:
+        """Writes one document of a row; leaves padding where it cannot be read."""
+        n, drawn = place.row, place.packed.drawn
+        tokens = slice(place.token, place.token + place.packed.tokens)
+        pictures = slice(place.picture, place.picture + place.packed.pictures)
+        rng = self.group.rng(drawn)
+        parts, cut = self.group.fit(drawn, rng)
+        try:
+            row = _Row(self, place.picture)
+            row.open()
+            for part, content in self._contents(drawn, parts):
+                if isinstance(content, Picture):
+                    self._paint(batch["images"][n, row.pictures], content, rng)
+                row.add(part, content)
+            row.close(ended=not cut)
+        except (Damaged, images.PictureError) as error:
+            batch["images"][n, pictures] = 0
+            return _damage(drawn, error)
+        batch["tokens"][n, tokens] = row.tokens
+        batch["segment_ids"][n, tokens] = place.segment
+        batch["positions"][n, tokens] = np.arange(len(row.tokens))
+        batch["text_loss_mask"][n, tokens] = row.scored
+        batch["image_slots"][n, tokens] = row.slots
+        batch["image_valid"][n, pictures] = True
+        batch["image_scored"][n, pictures] = row.scored_pictures
+        return None
+
+    # Batches of single documents
+
+    def _filled(
+        self, fill: Callable[[Batch, int, Drawn], None], batch: Batch, n: int, drawn: Drawn
+    ) -> list[Damage]:
+        """Fills one row, with a substitute as long as a document cannot be read.
+
+        Raises:
+            UserError: one after the other cannot be read.
+        """
+        damaged, chosen = [], drawn
+        for attempt in range(_ATTEMPTS):
+            try:
+                fill(batch, n, chosen)
+                return damaged
+            except (Damaged, images.PictureError) as error:
+                damaged.append(_damage(chosen, error))
+                last = error
+            chosen = self.group.substitute(drawn, attempt)
+        raise UserError(
+            f"{_ATTEMPTS} documents of source {drawn.source.cfg.name!r} in a row cannot be read; "
+            f"the last: {last}"
+        )
+
+    def _caption(self, batch: Batch, n: int, drawn: Drawn) -> None:
+        parts = self.group.parts(drawn, picture_first=True)
+        pictures = [part for part in parts if part.size == PICTURE]
+        words = [part for part in parts if part.size != PICTURE]
+        (_, picture), *rest = self._contents(drawn, [*pictures[:1], *words])
+        ids = [i for part, content in rest for i in self._ids(part, content)]
+        # What reads the state at </s> finds it in a shortened caption, too.
+        ids = [self.tokenizer.bos, *ids[: self.cfg.row_tokens - 2], self.tokenizer.eos]
+        self._paint(batch["images"][n], picture, self.group.rng(drawn))
+        batch["tokens"][n] = self.tokenizer.pad_id
+        batch["tokens"][n, : len(ids)] = ids
+        batch["valid"][n] = np.arange(self.cfg.row_tokens) < len(ids)
+
+    def _caption_statistics(self, drawn: Drawn) -> dict[str, int]:
+        text, room = sum(size for size in drawn.outline if size > 0), self.cfg.row_tokens - 2
+        return self._picture_statistics(drawn) | {
+            "tokens": min(text, room) + 2, "token_slots": room + 2, "truncated": int(text > room)
+        }  # fmt: skip
+
+    def _picture(self, batch: Batch, n: int, drawn: Drawn) -> None:
+        parts = self.group.parts(drawn, picture_first=True)[:1]
+        ((_, picture),) = self._contents(drawn, parts)
+        self._paint(batch["images"][n], picture, self.group.rng(drawn))
+
+    def _picture_statistics(self, drawn: Drawn) -> dict[str, int]:
+        return {"images": 1, "image_slots": 1, "documents": 1}
+
+    def _context(self, batch: Batch, n: int, drawn: Drawn) -> None:
+        rng = self.group.rng(drawn)
+        context, chosen, _ = self._chosen(drawn, rng)
+        row = _Row(self, 0)
+        row.open()
+        *contents, (_, target) = self._contents(drawn, [*context, chosen])
+        for part, content in contents:
+            if isinstance(content, Picture):
+                self._paint(batch["images"][n, row.pictures], content, rng)
+            row.add(part, content)
+        self._paint(batch["target"][n], target, rng)
+        ids, used = [*row.tokens, self.tokenizer.img], len(row.tokens)
+        batch["tokens"][n] = self.tokenizer.pad_id
+        batch["tokens"][n, : len(ids)] = ids
+        batch["length"][n] = len(ids)
+        batch["image_slots"][n] = -1
+        batch["image_slots"][n, :used] = row.slots
+        batch["images"][n, row.pictures :] = 0  # what a document before left there
+        batch["image_valid"][n] = np.arange(self.cfg.row_images) < row.pictures
+
+    def _context_statistics(self, drawn: Drawn) -> dict[str, int]:
+        context, _, truncated = self._chosen(drawn, self.group.rng(drawn))
+        sizes = [part.size for part in context]
+        return {
+            "tokens": 2 + sum(part_tokens(size, self.cfg.n_causal) for size in sizes),
+            "token_slots": self.cfg.row_tokens, "images": sizes.count(PICTURE),
+            "image_slots": self.cfg.row_images, "documents": 1, "truncated": int(truncated),
+        }  # fmt: skip
+
+    def _chosen(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], Part, bool]:
+        """(what stands before a picture, the picture, whether more stood before it)."""
+        dropped = rng.random() < self.cfg.drop_condition
+        # The words of a pair come before its picture: there is nothing else to draw from.
+        parts = self.group.parts(drawn, picture_first=False)
+        choices = [k for k, part in enumerate(parts) if part.size == PICTURE]
+        chosen = choices[int(rng.random() * len(choices))]
+        before = [] if dropped else parts[:chosen]
+        sizes = [part.size for part in before]
+        kept = truncate(
+            sizes, tokens=self.cfg.row_tokens - 2, images=self.cfg.row_images,
+            n_causal=self.cfg.n_causal, end="head",
+        )  # fmt: skip
+        last = before[len(before) - len(kept) :]
+        context = [part.end(size) for part, size in zip(last, kept, strict=True)]
+        return context, parts[chosen], kept != sizes
+
+    # Words and pixels
+
+    def _contents(self, drawn: Drawn, parts: list[Part]) -> list[tuple[Part, Text | Picture]]:
+        """What the parts hold.
+
+        Raises:
+            Damaged: the document cannot be read, or is not what was counted.
+        """
+        rng = self.group.rng(drawn, FRAMES)
+        source = drawn.source.documents
+        document = source.read(drawn.index, rng, [part.index for part in parts])
+        outline = drawn.outline
+        found = {
+            n: PICTURE if isinstance(p := document.parts[n], Picture) else len(self._encode(p))
+            for n in (part.index for part in parts if part.index < len(document.parts))
+        }
+        if len(document.parts) != len(outline) or any(outline[n] != found[n] for n in found):
+            where = drawn.source.documents.where(drawn.index)
+            raise Damaged("changed document", where, "its tokens were counted of another content")
+        return [(part, document.parts[part.index]) for part in parts]
+
+    def _ids(self, part: Part, content: Text | Picture) -> list[int]:
+        """The ids of a text that are kept."""
+        assert isinstance(content, Text)
+        return self._encode(content)[part.first : part.first + part.size]
+
+    def _paint(self, out: np.ndarray, picture: Text | Picture, rng: np.random.Generator) -> None:
+        """Decodes one picture into its place."""
+        assert isinstance(picture, Picture)
+        cfg = self.cfg
+        resized = self._small_picture if len(picture.data) < 4096 else self._resized
+        pixels = resized(picture.data, out.shape[0])
+        if cfg.augment:
+            draw = images.draw_affine(rng, rotate=cfg.rotate, scale=cfg.scale, shift=cfg.shift)
+            pixels = images.affine(pixels, *draw)
+        out[:] = images.to_array(pixels)
+
+    def _resized(self, data: bytes, size: int) -> Image.Image:
+        fast = self.cfg.fast_decode
+        picture = images.open_image(data, at_least=size if fast else None)
+        return images.resize(picture, size, fast=fast)
+
+
+class Pool:
+    """Runs a function over things, on threads where there are several; results in order."""
+
+    def __init__(self, cfg: DataConfig):
+        threads = cfg.decode_threads or os.cpu_count() or 1
+        self._threads = ThreadPoolExecutor(threads, "emu-jax-decode") if threads > 1 else None
+
+    def __call__(self, function: Callable[[Any], Any], things: Iterable[Any]) -> list[Any]:
+        run = self._threads.map if self._threads else map
+        return list(run(function, things))
+
+
+class _Place(NamedTuple):
+    """Where a document lies."""
+
+    packed: Packed
+    row: int
+    segment: int
+    token: int  # its first
+    picture: int  # its first
+
+
+def _places(row: int, documents: list[Packed]) -> list[_Place]:
+    places, token, picture = [], 0, 0
+    for segment, packed in enumerate(documents, 1):
+        places.append(_Place(packed, row, segment, token, picture))
+        token, picture = token + packed.tokens, picture + packed.pictures
+    return places
+
+
+class _Row:
+    """The arrays of one document, grown part by part."""
+
+    def __init__(self, filler: Filler, pictures: int):
+        self._ids, self._tokenizer = filler._ids, filler.tokenizer
+        self._n_causal = filler.cfg.n_causal
+        self._learn_img = filler.cfg.learn_img
+        self.tokens: list[int] = []
+        self.scored: list[bool] = []
+        self.slots: list[int] = []
+        self.pictures = pictures  # in the row, so far
+        self.scored_pictures: list[bool] = []
+
+    def open(self) -> None:
+        self._extend([self._tokenizer.bos], [False])
+
+    def add(self, part: Part, content: Text | Picture) -> None:
+        if isinstance(content, Text):
+            ids = self._ids(part, content)
+            unscored = (self._tokenizer.img, self._tokenizer.img_end, self._tokenizer.pad_id)
+            self._extend(ids, [content.scored and i not in unscored for i in ids])
+            return
+        n, t = self._n_causal, self._tokenizer
+        first = self.pictures * n
+        self.pictures += 1
+        self.scored_pictures.append(content.scored)
+        self._extend(
+            [t.img, *[t.image] * n, t.img_end],
+            [self._learn_img and content.scored, *[False] * (n + 1)],
+            [-1, *range(first, first + n), -1],
+        )
+
+    def close(self, ended: bool) -> None:
+        """Ends the document; one that was cut has no </s> to learn."""
+        if ended:
+            self._extend([self._tokenizer.eos], [True])
+
+    def _extend(self, ids: list[int], scored: list[bool], slots: list[int] | None = None) -> None:
+        self.tokens += ids
+        self.scored += scored
+        self.slots += slots or [-1] * len(ids)
+
+
+def _damage(drawn: Drawn, error: Damaged | images.PictureError) -> Damage:
+    where = drawn.source.documents.where(drawn.index)
+    return Damage(drawn.source.cfg.name, drawn.index, error.reason, where)
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = dict.fromkeys(STATISTICS, 0)
+    for count in counts:
+        for name, value in count.items():
+            total[name] += value
+    return total

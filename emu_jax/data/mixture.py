@@ -1,0 +1,296 @@
+"""Which documents a batch holds: sources mixed into one endless order, and packed.
+
+Documents of the sources that are read together are shuffled and mixed (grain) and numbered
+0, 1, 2, ... Which document a number stands for, what is kept of it, and which row it goes to
+follow from the seed and the number, without reading a picture: every process plans the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from emu_jax.config import UserError, suggest
+from emu_jax.data import storage
+from emu_jax.data.config import PAIRS, DataConfig, Kind
+from emu_jax.data.documents import Source
+from emu_jax.data.index import folder_for
+from emu_jax.data.outlines import Outlines
+from emu_jax.data.packing import PICTURE, Part, first_fit, part_tokens, pick, truncate, window
+from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.tokenizer import Tokenizer
+
+# What random numbers are drawn for: a document's own, the frames of its video, and a
+# substitute for it.
+CONTENT, FRAMES, SUBSTITUTE = range(3)
+
+
+class Opened(NamedTuple):
+    """A source of the mixture."""
+
+    cfg: SourceConfig
+    documents: Source
+    outlines: Outlines
+
+
+class Drawn(NamedTuple):
+    """A document in the endless order of its group."""
+
+    number: int
+    source: Opened
+    index: int  # in the source
+
+    @property
+    def outline(self) -> list[int]:
+        return self.source.outlines[self.index]
+
+    @property
+    def damage(self) -> str | None:
+        """Why it could not be read when its tokens were counted."""
+        return self.source.outlines.damage(self.index)
+
+
+class Packed(NamedTuple):
+    """A document in a row."""
+
+    drawn: Drawn
+    tokens: int
+    pictures: int
+    cut: bool
+
+
+class Block(NamedTuple):
+    """Documents of consecutive numbers, packed together."""
+
+    rows: list[list[Packed]]
+    damaged: list[Drawn]
+
+
+class Group:
+    """Sources whose documents share batches.
+
+    Args:
+        cfg: with the sizes of this group's batches.
+        number: of the group in the mixture.
+    """
+
+    def __init__(
+        self, cfg: DataConfig, kind: Kind, sources: list[Opened], number: int, seeds: list[int]
+    ):
+        self.cfg, self.number, self.sources = cfg, number, sources
+        self.kind: Kind = kind
+        for source in sources:
+            _check_usable(source, kind)
+        orders = [
+            _shuffled(n, len(source.documents), seed)
+            for n, (source, seed) in enumerate(zip(sources, seeds, strict=True))
+        ]
+        weights = [source.cfg.weight for source in sources]
+        self._order: Any = grain.MapDataset.mix(orders, weights) if orders[1:] else orders[0]
+        # Batches share blocks, and a packed block is small.
+        self.block = functools.lru_cache(4)(self._pack)
+
+    def rng(self, drawn: Drawn, purpose: int = CONTENT) -> np.random.Generator:
+        return np.random.default_rng((self.cfg.seed, drawn.number, self.number, purpose))
+
+    def drawn(self, number: int) -> Drawn:
+        source, index = self._order[number]
+        return Drawn(number, self.sources[source], index)
+
+    def usable(self, drawn: Drawn) -> bool:
+        """Whether this kind of batches can use a document."""
+        outline = drawn.outline
+        picture, text = PICTURE in outline, any(size > 0 for size in outline)
+        return {
+            "rows": picture or text, "captions": picture and text, "pictures": picture,
+            "contexts": picture,
+        }[self.kind]  # fmt: skip
+
+    def next(self, position: int, count: int) -> tuple[list[Drawn], list[Drawn], int]:
+        """(the next `count` documents that can be used, damaged ones passed over, the position
+        after them)."""
+        found: list[Drawn] = []
+        damaged: list[Drawn] = []
+        while len(found) < count:
+            drawn = self.drawn(position)
+            if self.usable(drawn):
+                found.append(drawn)
+            elif drawn.damage:
+                damaged.append(drawn)
+            position += 1
+        return found, damaged, position
+
+    def parts(self, drawn: Drawn, picture_first: bool) -> list[Part]:
+        """The parts that are not empty; the order of a pair's is the caller's choice."""
+        parts = [Part(n, size) for n, size in enumerate(drawn.outline) if size]
+        if drawn.source.documents.paired:
+            parts.sort(key=lambda part: (part.size == PICTURE) != picture_first)
+        return parts
+
+    def fit(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], bool]:
+        """(the parts that go into a row, whether the document's end is not among them)."""
+        cfg, source = self.cfg, drawn.source.cfg
+        parts = whole = self.parts(drawn, rng.random() < cfg.picture_first)
+        if source.picked_images:
+            parts = pick(parts, rng, source.picked_images)
+        if source.window_tokens:
+            parts = window(
+                parts, rng, tokens=source.window_tokens - 2, images=source.window_images,
+                n_causal=cfg.n_causal,
+            )  # fmt: skip
+        kept = truncate(
+            [part.size for part in parts], tokens=cfg.row_tokens - 2, images=cfg.row_images,
+            n_causal=cfg.n_causal,
+        )  # fmt: skip
+        fitted = [p._replace(size=s) for p, s in zip(parts, kept, strict=False)]
+        last = whole[-1]
+        return fitted, not fitted or fitted[-1].index != last.index or (
+            fitted[-1].first + fitted[-1].size != last.first + last.size
+        )
+
+    def _measured(self, drawn: Drawn) -> Packed:
+        cfg, source, outline = self.cfg, drawn.source.cfg, drawn.outline
+        pictures = outline.count(PICTURE)
+        tokens = 2 + sum(part_tokens(size, cfg.n_causal) for size in outline)
+        chosen = source.window_tokens or source.picked_images
+        if not chosen and tokens <= cfg.row_tokens and pictures <= cfg.row_images:
+            return Packed(drawn, tokens, pictures, False)
+        parts, cut = self.fit(drawn, self.rng(drawn))
+        sizes = [part.size for part in parts]
+        tokens = 2 - cut + sum(part_tokens(size, cfg.n_causal) for size in sizes)
+        return Packed(drawn, tokens, sizes.count(PICTURE), cut)
+
+    def _pack(self, block: int) -> Block:
+        size = self.cfg.block_documents
+        drawn = [self.drawn(n) for n in range(block * size, (block + 1) * size)]
+        measured = [self._measured(d) for d in drawn if self.usable(d)]
+        rows = first_fit(
+            np.array([m.tokens for m in measured], int),
+            np.array([m.pictures for m in measured], int),
+            row_tokens=self.cfg.row_tokens,
+            row_images=self.cfg.row_images,
+        )
+        return Block([[measured[n] for n in row] for row in rows], [d for d in drawn if d.damage])
+
+    def substitute(self, drawn: Drawn, attempt: int) -> Drawn:
+        """Another document of the same source, in place of one that cannot be read."""
+        rng = self.rng(drawn, SUBSTITUTE + attempt)
+        while True:
+            index = int(rng.integers(len(drawn.source.documents)))
+            if self.usable(other := drawn._replace(index=index)):
+                return other
+
+
+def open_groups(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind) -> list[Group]:
+    """The groups of the mixture that this kind of batches reads.
+
+    Raises:
+        UserError: a source cannot be opened, or has nothing that can be used.
+    """
+    opened = [_open(source, cfg, tokenizer) for source in _chosen(cfg, kind)]
+    if kind in ("captions", "pictures"):
+        opened = [source for source in opened if source.documents.paired]
+        if not opened:
+            raise UserError(f"no source has pairs, which {kind!r} batches are made of")
+    groups: dict[Any, list[int]] = {}
+    for n, source in enumerate(opened):
+        own = (source.cfg.batch_size, source.cfg.row_tokens, source.cfg.row_images)
+        groups.setdefault(n if any(own) else None, []).append(n)
+    made = []
+    for number, members in enumerate(groups.values()):
+        first = opened[members[0]].cfg
+        sizes = {
+            name: value
+            for name in ("batch_size", "row_tokens", "row_images")
+            if (value := getattr(first, name))
+        }
+        seeds = [int(np.random.SeedSequence((cfg.seed, n)).generate_state(1)[0]) for n in members]
+        made.append(
+            Group(
+                dataclasses.replace(cfg, **sizes), kind, [opened[n] for n in members], number, seeds
+            )
+        )
+    return made
+
+
+def schedule(groups: list[Group]) -> Any:
+    """Step -> number of the group that it draws from, endless, in proportion to weights."""
+    if len(groups) == 1:
+        return _Always()
+    each = [
+        grain.MapDataset.source(range(1)).map(lambda _, n=n: n).repeat(None)
+        for n in range(len(groups))
+    ]
+    weights = [sum(source.cfg.weight for source in group.sources) for group in groups]
+    return grain.MapDataset.mix(each, weights)
+
+
+class _Always:
+    def __getitem__(self, step: int) -> int:
+        return 0
+
+
+def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
+    """The sources to open; those of `mixture` are the files in `root/split`."""
+    if cfg.sources:
+        return [source for source in cfg.sources if source.weight > 0]
+    folder = Path(cfg.root) / cfg.split
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} does not exist: write documents there first (emu_jax.data.documents)"
+        )
+    weights = {PAIRS: 1.0}
+    if kind in ("rows", "contexts"):
+        weights = {name: weight for name, weight in cfg.mixture.items() if weight > 0}
+        if not weights:
+            raise UserError("config key 'mixture' has no positive weight: nothing to read")
+    chosen = []
+    for name, weight in weights.items():
+        paths = sorted([
+            *folder.glob(f"{name}.array_record"), *folder.glob(f"{name}-*.array_record")
+        ])  # fmt: skip
+        if not paths:
+            known = {p.name.removesuffix(".array_record") for p in folder.glob("*.array_record")}
+            raise UserError(
+                f"{folder} has no {name}.array_record{suggest(name, known)}: "
+                "remove it from the mixture, or build the data again"
+            )
+        chosen.append(
+            SourceConfig(
+                name, "records", tuple(map(str, paths)), weight=weight, paired=name == PAIRS
+            )
+        )
+    return chosen
+
+
+def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer) -> Opened:
+    documents = open_source(source, cfg.cache)
+    path = source.paths[0]
+    folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
+    outlines = Outlines(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache))
+    return Opened(source, documents, outlines)
+
+
+def _check_usable(source: Opened, kind: Kind) -> None:
+    totals = source.outlines.totals()
+    usable = {
+        "rows": totals["with_text"] + totals["with_picture"], "captions": totals["with_both"],
+        "pictures": totals["with_picture"], "contexts": totals["with_picture"],
+    }[kind]  # fmt: skip
+    if not usable:
+        raise UserError(
+            f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that {kind!r} "
+            "can use"
+        )
+
+
+def _shuffled(source: int, count: int, seed: int) -> grain.MapDataset:
+    """(source, index in it), each epoch in another order: a permutation that is computed
+    index by index, not stored."""
+    indices = grain.MapDataset.source(range(count)).seed(seed).shuffle()
+    return indices.map(lambda index: (source, int(index))).repeat(None)

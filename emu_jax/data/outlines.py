@@ -1,0 +1,120 @@
+"""How long documents are, counted once: tokens of each text, and where pictures stand."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from emu_jax.data.documents import REASONS, Damaged, Picture, Source, Text
+from emu_jax.data.index import Arrays, kept
+from emu_jax.data.packing import PICTURE
+from emu_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 16  # documents that are counted together
+
+
+def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
+    """The ids that a text has in a row."""
+    words = text.text.strip()
+    return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
+
+
+class Outlines:
+    """The outline of every document of a source: a size for each part, PICTURE or its tokens.
+
+    Counting reads the words of each document, and opens no picture. The result is kept, mapped
+    into memory, under a name that follows from the source and the tokenizer; a chunk at a time,
+    so that an interrupted count goes on. A document that cannot be read has no parts.
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, folder: Path):
+        name = f"outlines-{source.fingerprint}-{tokenizer.fingerprint}"
+        chunks = {
+            f"{name}-{start}": range(start, min(start + _CHUNK, len(source)))
+            for start in range(0, len(source), _CHUNK)
+        }
+
+        def count() -> Arrays:
+            log.info("counting the tokens of %d documents for %s", len(source), folder / name)
+            if len(chunks) < 2:
+                return _with_starts(_count(source, tokenizer, range(len(source))))
+            shares = [
+                kept(folder, part, functools.partial(_count, source, tokenizer, indices))
+                for part, indices in chunks.items()
+            ]
+            return _with_starts(
+                {key: np.concatenate([s[key] for s in shares]) for key in shares[0]}
+            )
+
+        arrays = kept(folder, name, count)
+        for part in chunks if len(chunks) > 1 else ():
+            shutil.rmtree(folder / part, ignore_errors=True)
+        self._sizes, self._starts = arrays["sizes"], arrays["starts"]
+        self._damage, self._totals = arrays["damage"], arrays["totals"]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self._sizes[self._starts[index] : self._starts[index + 1]].tolist()
+
+    def damage(self, index: int) -> str | None:
+        """Why a document could not be read; None of one that could."""
+        code = int(self._damage[index])
+        return REASONS[code - 1] if code else None
+
+    def totals(self) -> dict[str, int]:
+        """Of all documents: their number, text tokens and pictures; how many have text, how
+        many a picture, how many both; how many are damaged."""
+        return dict(zip(_TOTALS, self._totals.tolist(), strict=True))
+
+
+_TOTALS = ("documents", "tokens", "pictures", "with_text", "with_picture", "with_both", "damaged")
+
+
+def _count(source: Source, tokenizer: Tokenizer, indices: range) -> Arrays:
+    """The outlines of some documents."""
+
+    def outline(index: int) -> tuple[list[int], int]:
+        try:
+            parts = source.sketch(index).parts
+        except Damaged as error:
+            return [], 1 + REASONS.index(error.reason)
+        return [
+            PICTURE if isinstance(p, Picture) else len(text_ids(p, tokenizer)) for p in parts
+        ], 0
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(outline, indices))
+    return {
+        "counts": np.array([len(sizes) for sizes, _ in found], np.int32),
+        "sizes": np.array([size for sizes, _ in found for size in sizes], np.int32),
+        "damage": np.array([damage for _, damage in found], np.int8),
+    }
+
+
+def _with_starts(arrays: Arrays) -> Arrays:
+    counts, sizes, damage = arrays["counts"], arrays["sizes"], arrays["damage"]
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def each(values: np.ndarray) -> Int[np.ndarray, "documents"]:
+        total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        return total[starts[1:]] - total[starts[:-1]]
+
+    texts, pictures = each(np.maximum(sizes, 0)), each(sizes == PICTURE)
+    totals = [
+        len(counts), texts.sum(), pictures.sum(), (texts > 0).sum(), (pictures > 0).sum(),
+        ((texts > 0) & (pictures > 0)).sum(), (damage > 0).sum(),
+    ]  # fmt: skip
+    return {
+        "sizes": sizes, "starts": starts, "damage": damage, "totals": np.array(totals, np.int64)
+    }  # fmt: skip
