@@ -466,8 +466,8 @@ def test_a_row_by_hand(tmp_path, tokenizer):
     with Batches(cfg, tokenizer, "rows") as batches:
         batch = next(batches)
         assert batches.statistics() == {
-            "token_fill": 2 * n / 33, "image_fill": 1.0, "documents": 2, "truncated": 0,
-            "damaged": {},
+            "token_fill": 2 * n / 33, "image_fill": 1.0, "tokens": 2 * n, "images": 4,
+            "documents": 2, "truncated": 0, "damaged": {},
         }  # fmt: skip
     assert batch["tokens"].tolist() == [one + one + [t.pad_id] * 5]
     assert batch["segment_ids"].tolist() == [[1] * n + [2] * n + [0] * 5]

@@ -18,7 +18,7 @@ from emu_jax.data import Document, Picture, Text, listings, storage, tars
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.documents import Damaged, write_documents
 from emu_jax.data.images import open_image
-from emu_jax.data.packing import text_ids
+from emu_jax.data.outlines import text_ids
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.video import Video, frame_indices, subtitles
 from emu_jax.generate.prompt import instruct

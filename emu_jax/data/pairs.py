@@ -170,7 +170,7 @@ class TfdsPairs(Source):
         if not self._directory:
             raise UserError(f"{paths[0]} names no split: write DIRECTORY:SPLIT")
         try:
-            builder = tfds.builder_from_directory(self._directory)
+            builder: Any = tfds.builder_from_directory(self._directory)
             features = builder.info.features
             picture = _first(features, tfds.features.Image)
             if picture is None:
@@ -184,7 +184,7 @@ class TfdsPairs(Source):
             decoders: Any = tfds.decode.SkipDecoding()
             for name in reversed(picture):
                 decoders = {name: decoders}
-            self._records: Any = builder.as_data_source(split=split, decoders=decoders)
+            self._records = builder.as_data_source(split, decoders=decoders)
         except UserError:
             raise
         except Exception as error:  # tfds raises of every kind

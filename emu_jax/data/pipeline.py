@@ -124,14 +124,16 @@ class Batches(Iterator[Batch]):
     def statistics(self) -> dict[str, Any]:
         """Over the batches yielded so far, of all processes.
 
-        token_fill, image_fill: the share of token and picture slots in use; documents;
-        truncated: how many of them were over-long and cut; damaged: how many this process
-        passed over, by reason.
+        token_fill, image_fill: the share of token and picture slots in use; tokens, images:
+        how many that is; documents; truncated: how many of them were over-long and cut;
+        damaged: how many this process passed over, by reason.
         """
         total = self._totals
         return {
             "token_fill": total["tokens"] / max(1, total["token_slots"]),
             "image_fill": total["images"] / max(1, total["image_slots"]),
+            "tokens": total["tokens"],
+            "images": total["images"],
             "documents": total["documents"],
             "truncated": total["truncated"],
             "damaged": dict(self._damaged),

@@ -74,7 +74,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     # Without it a checkpoint holds what is trained; the rest stays in its parents' run directories.
     save_frozen: bool = True
-    log_documents: bool = False  # which documents each step read (train.metrics.DocumentLog)
+    log_documents: bool = False  # which documents each step read (train.metrics.StepLog)
     profile_steps: str = ""  # "10:13" traces steps 10, 11 and 12; SIGUSR1 traces the next three
     hang_seconds: float = 600.0  # without a step: stack traces of all threads; 0 writes none
     max_bad_steps: int = 20  # non-finite steps in a row before training stops

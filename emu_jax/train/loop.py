@@ -27,7 +27,7 @@ from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.goodput import Goodput
-from emu_jax.train.metrics import DocumentLog
+from emu_jax.train.metrics import DAMAGED_FILE, DOCUMENTS_FILE, StepLog
 from emu_jax.train.monitor import Monitor
 from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, make_optimizer
@@ -161,7 +161,8 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     _initialize_distributed()
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
     sharding = batch_sharding(mesh)
-    _check_rows(cfg.data.batch_size, sharding)
+    for size in sorted(cfg.data.batch_sizes()):
+        _check_rows(size, sharding)
     workdir.mkdir(parents=True, exist_ok=True)
     lead = jax.process_index() == 0
 
@@ -201,8 +202,11 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
 
         with (
             batches,
-            DocumentLog(workdir, enabled=cfg.log_documents, start_step=done) as documents,
-            Monitor(cfg, workdir, mesh, goodput, trainer.objective.batch_kind, done) as monitor,
+            StepLog(
+                workdir, DOCUMENTS_FILE, enabled=cfg.log_documents, start_step=done
+            ) as documents,
+            StepLog(workdir, DAMAGED_FILE, start_step=done) as damaged,
+            Monitor(cfg, workdir, mesh, goodput, done) as monitor,
         ):
             for step in range(done + 1, cfg.steps + 1):
                 with goodput.doing("data"):
@@ -212,6 +216,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                         for k, v in local.items()
                     }
                 documents.log(step, batches.documents())
+                damaged.log(step, batches.damaged())
                 monitor.launching(step)
                 state, metrics = trainer.step(state, batch)
                 monitor.launched(step, metrics, batches.statistics())
@@ -283,6 +288,7 @@ MAY_CHANGE = (
     "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "mesh", "remat",
     "log_documents", "profile_steps", "hang_seconds",
     "parents", "init_from", "data.root", "data.tokenizer", "data.decode_threads", "data.prefetch",
+    "data.cache", "data.max_damaged_rate",
     "model.vae.scaling_factor",
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ from emu_jax.config import UserError
 
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents-{}.jsonl"
+DAMAGED_FILE = "damaged-{}.jsonl"
 PLAIN_SECONDS = 10.0  # between plain progress lines
 
 
@@ -140,36 +141,39 @@ class MetricLogger:
             self._shown, self._unshown = now, ""
 
 
-class DocumentLog:
-    """Records which documents each step read, so that a run can be held to its promise that
-    none is lost or read twice, however often and on whatever number of processes it goes on.
+class StepLog:
+    """Records something of each step in a file of each process, once however often and on
+    whatever number of processes the run goes on: which documents were read, so that it can be
+    held to its promise that none is lost or read twice, and which were damaged.
 
     Args:
+        name: of the files, `DOCUMENTS_FILE` or `DAMAGED_FILE`.
         enabled: False makes every method do nothing.
         start_step: steps done before this process began; what stands in the files of any number
             of processes beyond them is dropped.
     """
 
-    def __init__(self, workdir: Path, *, enabled: bool, start_step: int):
+    def __init__(self, workdir: Path, name: str, *, enabled: bool = True, start_step: int):
         self._file: TextIO | None = None
         if not enabled:
             return
         if jax.process_index() == 0:
-            for path in workdir.glob(DOCUMENTS_FILE.format("*")):
+            for path in workdir.glob(name.format("*")):
                 _keep(path, lambda row: row["step"] <= start_step)
-        multihost_utils.sync_global_devices("documents beyond the checkpoint are dropped")
-        self._file = (workdir / DOCUMENTS_FILE.format(jax.process_index())).open("a")
+        multihost_utils.sync_global_devices(f"{name} holds nothing beyond the checkpoint")
+        self._file = (workdir / name.format(jax.process_index())).open("a")
 
-    def __enter__(self) -> DocumentLog:
+    def __enter__(self) -> StepLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             self._file.close()
 
-    def log(self, step: int, documents: Sequence[tuple[str, int]]) -> None:
-        """Writes one line; on disk before the step can be in a checkpoint."""
-        if self._file is not None:
+    def log(self, step: int, documents: Sequence[tuple]) -> None:
+        """Writes one line, unless there is nothing; on disk before the step can be in a
+        checkpoint."""
+        if self._file is not None and documents:
             self._file.write(_line({"step": step, "documents": documents}))
             self._file.flush()
 

@@ -7,7 +7,6 @@ end, so that the moment is known whatever the loop is doing.
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -20,7 +19,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from emu_jax.data.pipeline import Kind, batch_shapes
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.goodput import Goodput, seconds_before
 from emu_jax.train.metrics import METRICS_FILE, MetricLogger, read_metrics
@@ -34,7 +32,7 @@ class _Launched(NamedTuple):
     at: float  # time.monotonic
     metrics: Mapping[str, jax.Array]
     vote: np.ndarray | jax.Array  # Signals.vote
-    fill: Mapping[str, float]  # Batches.statistics
+    fill: Mapping[str, Any]  # Batches.statistics
 
 
 class Monitor:
@@ -42,13 +40,10 @@ class Monitor:
 
     Args:
         goodput: already entered, so that it has seen the run's start.
-        kind: of the batches.
         done: steps done before this process began.
     """
 
-    def __init__(
-        self, cfg: TrainConfig, workdir: Path, mesh: Mesh, goodput: Goodput, kind: Kind, done: int
-    ):
+    def __init__(self, cfg: TrainConfig, workdir: Path, mesh: Mesh, goodput: Goodput, done: int):
         self.cfg, self.done = cfg, done
         self.row: dict[str, float] = {}  # the metrics of the last step that has ended
         self.stopping = False  # all processes agree to
@@ -63,7 +58,7 @@ class Monitor:
         self._watchdog = Watchdog(workdir / f"stacks-{jax.process_index()}.txt", cfg.hang_seconds)
         self._tracer = Tracer(workdir / "profile", parse_steps(cfg.profile_steps))
         self._ends = _Ends()
-        self._rates = _Rates(cfg, kind, done)
+        self._rates = _Rates()
         # Processors compute on the threads that would run ahead, and a second program with
         # collectives beside the first can block both.
         self._ahead = 0 if jax.default_backend() == "cpu" else 1
@@ -87,7 +82,7 @@ class Monitor:
         self._launching = time.monotonic()
 
     def launched(
-        self, step: int, metrics: Mapping[str, jax.Array], fill: Mapping[str, float]
+        self, step: int, metrics: Mapping[str, jax.Array], fill: Mapping[str, Any]
     ) -> None:
         """The loop has launched a step, whose metrics are under way.
 
@@ -114,7 +109,8 @@ class Monitor:
             self._tracer.request(next_step=step + self._ends.pending + 1)
         if step % self.cfg.log_every == 0 or step in (1, self.cfg.steps):
             fill = {name: launched.fill[name] for name in ("token_fill", "image_fill")}
-            rates = self._rates(step, at, launched.fill)
+            fill["damaged"] = sum(launched.fill["damaged"].values())
+            rates = self._rates(at, launched.fill)
             self._logger.log(step, row | fill | rates | self._goodput.metrics())
 
 
@@ -163,19 +159,11 @@ class _Rates:
     """What was trained on each second, since the row before. Tokens and images are those in
     use, not the padding; model FLOPs are those of the convention in `train.flops`."""
 
-    def __init__(self, cfg: TrainConfig, kind: Kind, done: int):
-        shapes = {name: shape for name, (shape, _) in batch_shapes(cfg.data, kind).items()}
-        self._slots = {"tokens": math.prod(shapes.get("tokens", (0,)))}
-        self._slots["images"] = math.prod(shapes["images"][:-3])
-        self._done = done
+    def __init__(self):
         self._last: tuple[float, dict[str, float]] | None = None
 
-    def __call__(self, step: int, at: float, fill: Mapping[str, float]) -> dict[str, float]:
-        steps = step - self._done
-        totals = {
-            "tokens": steps * self._slots["tokens"] * fill["token_fill"],
-            "images": steps * self._slots["images"] * fill["image_fill"],
-        }
+    def __call__(self, at: float, fill: Mapping[str, Any]) -> dict[str, float]:
+        totals = {name: fill[name] for name in ("tokens", "images")}
         last, self._last = self._last, (at, totals)
         if last is None:
             return {}
