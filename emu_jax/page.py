@@ -74,6 +74,8 @@ def words(name: str) -> str:
 
 def number(value: Any) -> str:
     """A figure, as one reads it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {number(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(number, value))
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

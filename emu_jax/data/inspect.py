@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import html
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,27 +15,38 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emu_jax.config import UserError, to_dict
-from emu_jax.data.pipeline import Batch, Batches, DataConfig, Kind
+from emu_jax.data.pipeline import Batch, Batches, Damage, DataConfig, Kind
 from emu_jax.page import details, image, table, tiles, write_page
 from emu_jax.tokenizer import Tokenizer
 
-SURVEY = 64  # rows of a batch of which one is read and all are counted
 LOSSY_FROM = 64  # pixels: smaller pictures are shown exactly
 BINS = 24
 LISTED = 50  # damaged documents
+Name = tuple[str, int]  # of a document: its source, and its index there
 
 
 class Row(NamedTuple):
-    """One example of a batch, without its padding."""
+    """One example of a batch; of its tokens those up to the last in use."""
 
     tokens: list[int]
-    segments: list[int]  # of each token: its document, from 1
+    segments: list[int]  # of each token: its document, from 1; 0 is padding
     scored: list[bool]  # of each token: a text target
     slots: list[int]  # of each token: the embedding that stands there, or -1
-    pictures: list[np.ndarray]
+    pictures: np.ndarray  # uint8 [I, h, w, 3], some of them empty
+    used: list[bool]  # of each picture
     regressed: list[bool]  # of each picture: its embeddings are targets
-    target: np.ndarray | None  # the picture that is to be drawn
-    room: int  # for tokens, with the padding
+    target: np.ndarray | None = None  # the picture that is to be drawn
+    room: int = 0  # for tokens
+
+
+class Sample(NamedTuple):
+    """What was read to be shown and measured."""
+
+    rows: list[tuple[Row, list[Name]]]  # with the documents of each
+    lengths: dict[str, list[tuple[int, int]]]  # (tokens, pictures) of documents, by source
+    damaged: list[Damage]
+    counts: dict[str, int]
+    seconds: float
 
 
 def inspect(
@@ -52,91 +64,105 @@ def inspect(
     """
     if rows < 1 or documents < 1:
         raise UserError("show at least one row, and read at least one document")
-    # One row at a time, on this thread alone: its time is one core's.
-    alone = dataclasses.replace(cfg, batch_size=1, prefetch=0, decode_threads=1)
-    shown: list[tuple[Row, list[tuple[str, int]]]] = []
-    lengths: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
-    seconds, read = 0.0, collections.Counter()
-    with Batches(alone, tokenizer, kind) as batches:
-        while read["documents"] < documents or len(shown) < rows:
-            began = time.process_time()
-            batch = next(batches)
-            seconds += time.process_time() - began
-            row, names = _row(batch, kind, cfg), batches.documents()
-            if len(shown) < rows:
-                shown.append((row, names))
-            for (name, _), length in zip(names, _lengths(row, cfg.n_causal), strict=True):
-                lengths[name].append(length)
-            pictures = len(row.pictures) + (row.target is not None)
-            read.update(rows=1, documents=len(names), pictures=pictures, tokens=len(row.tokens))
+    sample = _sample(cfg, tokenizer, kind, rows, documents)
     figures = {
         "kind": kind,
         **_survey(cfg, tokenizer, kind, documents),
-        **{f"{what}_per_second_per_core": count / seconds for what, count in read.items()},
+        "read": sample.counts["documents"],
+        "damaged": dict(collections.Counter(damage.reason for damage in sample.damaged)),
+        **{
+            f"{what}_per_second_per_core": count / sample.seconds
+            for what, count in sample.counts.items()
+        },
     }
-    write_page(
-        path,
-        f"What training reads: {kind}",
-        [
-            _summary(figures),
-            _rows(shown, tokenizer, cfg),
-            _histograms(lengths),
-            f"<section><h2>Figures</h2>{table(figures)}</section>",
-            details("Configuration", to_dict(cfg)),
-        ],
-        _STYLE,
-    )
+    sections = [
+        _summary(figures),
+        _rows(sample.rows, tokenizer, cfg.n_causal),
+        _histograms(sample.lengths),
+        _damage(sample.damaged, sample.counts["documents"]),
+        f"<section><h2>Figures</h2>{table(figures)}</section>",
+        details("Configuration", to_dict(cfg)),
+    ]
+    write_page(path, f"What training reads: {kind}", sections, _STYLE)
     return figures | {"page": str(path)}
-
-
-def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -> dict[str, Any]:
-    """How full rows are, over many: as one of many processes, which reads its own share and
-    counts everyone's. Whole blocks are packed, so that their last rows count, too."""
-    many = dataclasses.replace(cfg, batch_size=SURVEY, prefetch=0)
-    least = max(documents, 8 * cfg.block_documents)
-    with Batches(many, tokenizer, kind, process_count=SURVEY) as batches:
-        while batches.statistics()["documents"] < least:
-            next(batches)
-        return batches.statistics()
 
 
 # Batches
 
 
-def _row(batch: Batch, kind: Kind, cfg: DataConfig) -> Row:
+def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, documents: int) -> Sample:
+    """Reads one row at a time, on this thread alone, so that its time is one core's."""
+    alone = dataclasses.replace(
+        cfg, batch_size=1, prefetch=0, decode_threads=1, max_damaged_rate=1.0,
+        sources=tuple(
+            dataclasses.replace(source, batch_size=min(1, source.batch_size))
+            for source in cfg.sources
+        ),
+    )  # fmt: skip
+    shown, damaged, seconds = [], [], 0.0
+    lengths: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    counts: dict[str, int] = dict.fromkeys(("rows", "documents", "pictures", "tokens"), 0)
+    with Batches(alone, tokenizer, kind) as batches:
+        while counts["documents"] < documents or counts["rows"] < rows:
+            began = time.process_time()
+            batch = next(batches)
+            seconds += time.process_time() - began
+            row, names = _row(batch, kind), batches.documents()
+            if len(shown) < rows:
+                shown.append((row, names))
+            for segment, (name, _) in enumerate(names, 1):
+                if (length := _length(row, segment, cfg.n_causal)) != (0, 0):
+                    lengths[name].append(length)
+            damaged += batches.damaged()
+            counts["rows"] += 1
+            counts["documents"] += len(names)
+            counts["pictures"] += sum(row.used) + (row.target is not None)
+            counts["tokens"] += sum(segment > 0 for segment in row.segments)
+    return Sample(shown, lengths, damaged, counts, seconds)
+
+
+def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -> dict[str, Any]:
+    """How full rows are, over many: as one of so many processes, each of which reads its own
+    share and counts everyone's. Whole blocks are packed, so that their last rows count, too."""
+    many = dataclasses.replace(cfg, prefetch=0, max_damaged_rate=1.0)
+    least = max(documents, 8 * cfg.block_documents)
+    processes = math.gcd(*cfg.batch_sizes())
+    with Batches(many, tokenizer, kind, process_count=processes) as batches:
+        while batches.statistics()["documents"] < least:
+            next(batches)
+        return batches.statistics()
+
+
+def _row(batch: Batch, kind: Kind) -> Row:
     """The first example of a batch."""
     one = {name: values[0] for name, values in batch.items()}
     if kind == "pictures":
-        return Row([], [], [], [], [one["images"]], [False], None, 0)
-    if kind == "captions":
-        used = int(one["valid"].sum())
-        plain = [1] * used, [True] * used, [-1] * used
-        return Row(
-            one["tokens"][:used].tolist(), *plain, [one["images"]], [False], None, cfg.row_tokens
-        )
-    pictures = list(one["images"][one["image_valid"]])
-    if kind == "contexts":
-        used = int(one["length"])
-        segments, scored = [1] * used, [False] * used
-        regressed, target = [False] * len(pictures), one["target"]
+        return Row([], [], [], [], one["images"][None], [True], [False])
+    room, target = len(one["tokens"]), one.get("target")
+    pictures, used = one["images"], one.get("image_valid", np.array([True]))
+    slots = one.get("image_slots", np.full(room, -1))
+    if kind == "rows":
+        segments = one["segment_ids"]
+        scored, regressed = one["text_loss_mask"], one["image_scored"]
+    elif kind == "captions":
+        segments, scored = one["valid"].astype(int), one["valid"]
+        pictures, regressed = pictures[None], ~used
     else:
-        used = int((one["segment_ids"] > 0).sum())
-        segments = one["segment_ids"][:used].tolist()
-        scored = one["text_loss_mask"][:used].tolist()
-        regressed, target = one["image_scored"][: len(pictures)].tolist(), None
-    tokens, slots = one["tokens"][:used].tolist(), one["image_slots"][:used].tolist()
-    return Row(tokens, segments, scored, slots, pictures, regressed, target, len(one["tokens"]))
+        segments = (np.arange(room) < one["length"]).astype(int)
+        scored, regressed = segments < 0, used & False
+    count = int(np.flatnonzero(segments).max(initial=-1)) + 1
+    return Row(
+        one["tokens"][:count].tolist(), segments[:count].tolist(), scored[:count].tolist(),
+        slots[:count].tolist(), pictures, used.tolist(), regressed.tolist(), target, room,
+    )  # fmt: skip
 
 
-def _lengths(row: Row, n_causal: int) -> list[tuple[int, int]]:
-    """(tokens, pictures) of each document of a row."""
+def _length(row: Row, segment: int, n_causal: int) -> tuple[int, int]:
+    """(tokens, pictures) of a document of a row; nothing of one that was damaged."""
     if not row.tokens:
-        return [(0, len(row.pictures))]
-    tokens = collections.Counter(row.segments)
-    embeddings = collections.Counter(
-        segment for segment, slot in zip(row.segments, row.slots, strict=True) if slot >= 0
-    )
-    return [(tokens[segment], embeddings[segment] // n_causal) for segment in sorted(tokens)]
+        return 0, sum(row.used)
+    slots = [slot for slot, owner in zip(row.slots, row.segments, strict=True) if owner == segment]
+    return len(slots), len({slot // n_causal for slot in slots if slot >= 0})
 
 
 # The page
@@ -155,51 +181,50 @@ def _summary(figures: Mapping[str, Any]) -> str:
     return tiles(shown)
 
 
-def _rows(
-    shown: Sequence[tuple[Row, list[tuple[str, int]]]], tokenizer: Tokenizer, cfg: DataConfig
-) -> str:
+def _rows(shown: Sequence[tuple[Row, list[Name]]], tokenizer: Tokenizer, n_causal: int) -> str:
     legend = (
         '<p class="legend">Colours tell documents apart. Strong words are <b>text targets</b>, '
         "faint ones are only read. A picture with a frame in the document's colour is a "
-        "<b>regression target</b>. In the bar of a row, dark is a picture and grey is "
-        "padding; beneath it, text targets are blue, regression targets orange.</p>"
+        "<b>regression target</b>. In the bar of a row, dark is a picture and grey is padding; "
+        "beneath it, text targets are blue, regression targets orange.</p>"
     )
-    cards = "".join(_card(n, row, names, tokenizer, cfg) for n, (row, names) in enumerate(shown, 1))
+    cards = "".join(
+        _card(n, row, names, tokenizer, n_causal) for n, (row, names) in enumerate(shown, 1)
+    )
     return f"<section><h2>Rows</h2>{legend}{cards}</section>"
 
 
-def _card(
-    number: int, row: Row, names: Sequence[tuple[str, int]], tokenizer: Tokenizer, cfg: DataConfig
-) -> str:
+def _card(number: int, row: Row, names: Sequence[Name], tokenizer: Tokenizer, n_causal: int) -> str:
     facts = [f"{len(names)} document{'s' * (len(names) != 1)}"]
     if row.room:
-        facts.append(f"{len(row.tokens):,} of {row.room:,} tokens")
-    facts.append(f"{len(row.pictures)} picture{'s' * (len(row.pictures) != 1)}")
-    numbers = sorted(set(row.segments)) or [1]
-    body = "".join(
-        f'<div class="document" style="{_hue(segment)}"><h4>{html.escape(name)} {index}</h4>'
-        f"<div>{''.join(_content(row, segment, tokenizer, cfg))}</div></div>"
-        for segment, (name, index) in zip(numbers, names, strict=True)
-    )
+        facts.append(f"{sum(s > 0 for s in row.segments):,} of {row.room:,} tokens")
+    facts.append(f"{sum(row.used)} picture{'s' * (sum(row.used) != 1)}")
+    body = ""
+    for segment, (name, index) in enumerate(names, 1):
+        content = "".join(_content(row, segment, tokenizer, n_causal)) or "damaged: left as padding"
+        body += (
+            f'<div class="document" style="{_hue(segment)}"><h4>{html.escape(name)} {index}</h4>'
+            f"<div>{content}</div></div>"
+        )
     return (
-        f"<article><h3>Row {number} <span>{', '.join(facts)}</span></h3>{_bar(row, cfg)}"
+        f"<article><h3>Row {number} <span>{', '.join(facts)}</span></h3>{_bar(row, n_causal)}"
         f'<div class="documents">{body}</div></article>'
     )
 
 
-def _content(row: Row, segment: int, tokenizer: Tokenizer, cfg: DataConfig) -> Iterator[str]:
+def _content(row: Row, segment: int, tokenizer: Tokenizer, n_causal: int) -> Iterator[str]:
     """A document's tokens and pictures, in their order."""
+    if not any(slot >= 0 for slot in row.slots):  # no token stands for a picture
+        yield from (_picture(row.pictures[n], "", False) for n, used in enumerate(row.used) if used)
     placed = set()
-    if not any(slot >= 0 for slot in row.slots):  # pictures that no token stands for
-        yield from (_picture(picture, "", False) for picture in row.pictures)
     for n, (token, owner) in enumerate(zip(row.tokens, row.segments, strict=True)):
         if owner != segment:
             continue
         if (slot := row.slots[n]) >= 0:
-            picture = slot // cfg.n_causal
+            picture = slot // n_causal
             if picture not in placed:
                 placed.add(picture)
-                label = f"{cfg.n_causal} &times; &lt;image&gt;"
+                label = f"{n_causal} &times; &lt;image&gt;"
                 yield _picture(row.pictures[picture], label, row.regressed[picture])
             continue
         special = token >= tokenizer.base_size or token in (tokenizer.bos, tokenizer.eos)
@@ -215,33 +240,32 @@ def _picture(picture: np.ndarray, label: str, framed: bool) -> str:
     return f'<figure class="{"framed" if framed else ""}">{shown}{label}</figure>'
 
 
-def _bar(row: Row, cfg: DataConfig) -> str:
-    """A row at a glance: which documents and pictures, what is learned, how much is padding."""
+def _bar(row: Row, n_causal: int) -> str:
+    """A row at a glance: its documents and pictures, what is learned, how much is padding."""
     if not row.room:
         return ""
-    pictures = [slot >= 0 for slot in row.slots]
     learned = [
-        "text" if scored else "picture" if slot >= 0 and row.regressed[slot // cfg.n_causal] else ""
+        "text" if scored else "picture" if slot >= 0 and row.regressed[slot // n_causal] else ""
         for scored, slot in zip(row.scored, row.slots, strict=True)
     ]  # fmt: skip
-    spans = [
+    parts = [(segment, slot >= 0) for segment, slot in zip(row.segments, row.slots, strict=True)]
+    rests = row.room - len(parts)
+    rects = [
         f'<rect x="{start}" width="{size}" height="12" style="{_hue(segment)}" '
-        f'class="{"dark" if picture else "light"}"/>'
-        for (segment, picture), start, size in _runs(zip(row.segments, pictures, strict=True))
+        f'class="{"padding" if not segment else "dark" if picture else "light"}"/>'
+        for (segment, picture), start, size in _runs([*parts, *[(0, False)] * rests])
     ]
-    spans += [
+    rects += [
         f'<rect x="{start}" y="14" width="{size}" height="4" class="{kind}"/>'
         for kind, start, size in _runs(learned) if kind
     ]  # fmt: skip
-    used = len(row.tokens)
     return (
         f'<svg class="bar" viewBox="0 0 {row.room} 18" preserveAspectRatio="none" role="img" '
-        f'aria-label="{used} of {row.room} tokens in use">{"".join(spans)}'
-        f'<rect x="{used}" width="{row.room - used}" height="12" class="padding"/></svg>'
+        f'aria-label="{len(parts)} of {row.room} tokens in use">{"".join(rects)}</svg>'
     )
 
 
-def _runs(values: Any) -> Iterator[tuple[Any, int, int]]:
+def _runs(values: Iterable[Any]) -> Iterator[tuple[Any, int, int]]:
     """(value, start, length) of each run of equal values."""
     start = 0
     for value, run in groupby(values):
@@ -253,6 +277,20 @@ def _runs(values: Any) -> Iterator[tuple[Any, int, int]]:
 def _hue(segment: int) -> str:
     """Neighbours differ: by the golden angle."""
     return f"--h:{segment * 137.5 % 360:.0f}"
+
+
+def _damage(damaged: Sequence[Damage], read: int) -> str:
+    """What could not be read, by reason, and where."""
+    reasons = collections.Counter(damage.reason for damage in damaged)
+    places = "".join(
+        f"<li>{html.escape(f'{damage.where}: {damage.reason}')}</li>" for damage in damaged[:LISTED]
+    )
+    more = f"<p>and {len(damaged) - LISTED:,} more</p>" if len(damaged) > LISTED else ""
+    return (
+        f"<section><h2>Damage</h2><p>{len(damaged):,} of {read:,} documents could not be read.</p>"
+        + (f"{table(dict(reasons.most_common()))}<ul>{places}</ul>{more}" if damaged else "")
+        + "</section>"
+    )
 
 
 def _histograms(lengths: Mapping[str, Sequence[tuple[int, int]]]) -> str:
@@ -316,6 +354,7 @@ article h3 { margin-top: 0; }
   font-size: .7rem; line-height: 1.3; color: var(--soft); white-space: normal; }
 .document figure.framed { border-color: hsl(var(--h) 55% 50%); }
 .document img { width: 7rem; height: 7rem; object-fit: contain; border-radius: .2rem; }
+ul { font-size: .85rem; color: var(--soft); overflow-wrap: anywhere; }
 .histograms { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
   gap: .6rem; }
 .histograms figure { background: var(--card); border: 1px solid var(--rule);
