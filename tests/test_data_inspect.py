@@ -15,6 +15,7 @@ from emu_jax.data import Batches, DataConfig, Document, Picture, Text
 from emu_jax.data.digits import build_digits, encode_png
 from emu_jax.data.documents import write_documents
 from emu_jax.data.inspect import inspect
+from emu_jax.data.sources import SourceConfig
 from emu_jax.tokenizer import Tokenizer
 
 ATTACK = "<script>alert('x')</script> & so on"
@@ -150,3 +151,49 @@ def test_command(tmp_path, root, capsys):
     assert "of 48 tokens" in out.read_text()
     assert cli.main(command) == 0
     assert "token fill: 0." in capsys.readouterr().out
+
+
+def test_packing_of_a_mixture_like_the_papers(tmp_path):
+    """Captions, pages, videos and storyboards, in the proportions of the paper's batches."""
+    rng = np.random.default_rng(0)
+    picture = Picture(encode_png(np.zeros((2, 2), np.uint8)))
+
+    def words(count: float) -> Text:
+        return Text(" ".join(["word"] * max(1, int(count))))  # a token each
+
+    def pair() -> Document:
+        return Document((picture, words(min(77, rng.lognormal(2.6, 0.6)))))
+
+    def page() -> Document:
+        count = rng.integers(1, 6)
+        lengths = rng.lognormal(6.3, 0.6) * rng.dirichlet(np.ones(count + 1))
+        pictures = [part for length in lengths[1:] for part in (picture, words(length))]
+        return Document((words(lengths[0]), *pictures))
+
+    def video() -> Document:
+        return Document((*[picture] * 8, words(rng.integers(6, 40))))
+
+    def storyboard() -> Document:
+        return Document(tuple(p for _ in range(8) for p in (picture, words(rng.integers(5, 40)))))
+
+    kinds = {
+        "captions": (pair, 256.0), "pages": (page, 64.0),
+        "videos": (video, 16.0), "storyboards": (storyboard, 16.0),
+    }  # fmt: skip
+    sources = []
+    for name, (make, weight) in kinds.items():
+        path = tmp_path / f"{name}.array_record"
+        write_documents(path, [make() for _ in range(400)])
+        sources.append(
+            SourceConfig(
+                name, paths=(str(path),), weight=weight, paired=name == "captions",
+                window_tokens=1024 if name == "pages" else 0,
+            )
+        )  # fmt: skip
+    Tokenizer.train(["word word"], 300).save(tmp_path / "tokenizer")
+    cfg = DataConfig(root=str(tmp_path), sources=tuple(sources), row_images=23, image_size=2)
+    out = tmp_path / "page.html"
+    figures = inspect(out, cfg, cfg.load_tokenizer(), "rows", rows=1, documents=1)
+    assert figures["token_fill"] >= 0.95
+    assert figures["image_fill"] >= 0.85
+    assert f"<b>{100 * figures['token_fill']:.1f}%</b>" in out.read_text()

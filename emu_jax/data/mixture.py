@@ -21,7 +21,7 @@ from emu_jax.data.config import PAIRS, DataConfig, Kind
 from emu_jax.data.documents import Source
 from emu_jax.data.index import folder_for
 from emu_jax.data.outlines import Outlines
-from emu_jax.data.packing import PICTURE, Part, first_fit, part_tokens, pick, truncate, window
+from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.tokenizer import Tokenizer
 
@@ -169,7 +169,7 @@ class Group:
         size = self.cfg.block_documents
         drawn = [self.drawn(n) for n in range(block * size, (block + 1) * size)]
         measured = [self._measured(d) for d in drawn if self.usable(d)]
-        rows = first_fit(
+        rows = pack(
             np.array([m.tokens for m in measured], int),
             np.array([m.pictures for m in measured], int),
             row_tokens=self.cfg.row_tokens,

@@ -98,25 +98,36 @@ def truncate(
     return kept if end == "tail" else kept[::-1]
 
 
-def first_fit(
+def pack(
     tokens: Int[np.ndarray, "documents"], images: Int[np.ndarray, "documents"],
     *, row_tokens: int, row_images: int,
 ) -> list[list[int]]:  # fmt: skip
-    """Each document, in order, goes into the first row with room for its tokens and pictures.
+    """Documents into few rows, each with its fair share of tokens and of pictures.
 
-    Returns rows as lists of document numbers.
+    So many rows are opened as all documents together would fill. Then each document, the
+    largest first, goes to the row that has most room left of what it needs most, or opens
+    another where none has room. First fit would do worse: it heaps long texts in some rows
+    and pictures in others, and each then lacks the one while there is room for the other.
+
+    Returns rows as lists of document numbers; which comes first has nothing to do with size.
     """
-    rows: list[list[int]] = []
+    if len(over := np.flatnonzero((tokens > row_tokens) | (images > row_images))):
+        raise ValueError(f"document {over[0]} does not fit in a row: truncate it first")
+    count = max(-(-int(tokens.sum()) // row_tokens), -(-int(images.sum()) // row_images))
+    rows: list[list[int]] = [[] for _ in range(count)]
     free_tokens = np.full(len(tokens), row_tokens)
     free_images = np.full(len(tokens), row_images)
-    for n, (need_tokens, need_images) in enumerate(zip(tokens, images, strict=True)):
-        if need_tokens > row_tokens or need_images > row_images:
-            raise ValueError(f"document {n} does not fit in a row: truncate it first")
-        # An unopened row always has room, so that argmax finds one.
-        row = int(np.argmax((free_tokens >= need_tokens) & (free_images >= need_images)))
+    # Shares of a row, without fractions: tokens and images in units of 1 / (T * I).
+    need_tokens, need_images = tokens * row_images, images * row_tokens
+    for n in np.argsort(-np.maximum(need_tokens, need_images), kind="stable").tolist():
+        left_tokens, left_images = free_tokens[: len(rows)], free_images[: len(rows)]
+        fits = (left_tokens >= tokens[n]) & (left_images >= images[n])
+        room = need_tokens[n] * left_tokens * row_images + need_images[n] * left_images * row_tokens
+        row = int(np.argmax(np.where(fits, room, -1))) if fits.any() else len(rows)
         if row == len(rows):
             rows.append([])
         rows[row].append(n)
-        free_tokens[row] -= need_tokens
-        free_images[row] -= need_images
-    return rows
+        free_tokens[row] -= tokens[n]
+        free_images[row] -= images[n]
+    rows.sort(key=lambda row: row[0])  # by the document that opened it
+    return [sorted(row) for row in rows]
