@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,35 @@ from jax.experimental import multihost_utils
 
 from emu_jax.config import UserError
 
-TEMPORARY = "*.orbax-checkpoint-tmp"  # what orbax writes before a checkpoint is complete
+# Under these names a step is written, and removed.
+WRITING, REMOVING = ".orbax-checkpoint-tmp", ".removing"
 
 
 class Checkpoints:
     """The checkpoints in a run directory; all processes call its methods at the same steps.
 
     A checkpoint is complete when its directory has a bare number as its name: it is written
-    under another and renamed.
+    under another name and renamed, and renamed before it is removed.
     """
 
     def __init__(self, workdir: Path, keep: int):
-        self.workdir = workdir.absolute()
-        self._saving = 0  # the step whose save began last
-        self._manager = ocp.CheckpointManager(
-            self.workdir,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        )
+        self.workdir, self.keep = workdir.absolute(), keep
+        self._lead = jax.process_index() == 0
+        self._saving: int | None = None  # the step being written
+        self._remover = ThreadPoolExecutor(1)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def __enter__(self) -> Checkpoints:
         # Orbax logs a failure's traceback from each thread that it passes; here it is one line.
         logging.getLogger("absl").addFilter(_without_traceback)
+        self._remove_leftovers()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
-            self._manager.close()
+            self._checkpointer.close()
+            self._remover.shutdown()
         except UserError as error:
             if kind is None:
                 raise
@@ -56,8 +59,8 @@ class Checkpoints:
 
     def newest(self, before: int = sys.maxsize) -> int | None:
         """The newest complete step before another, as the first process sees it."""
-        steps = [step for step in self._manager.all_steps() if step < before]
-        newest = int(multihost_utils.broadcast_one_to_all(np.int32(max(steps, default=-1))))
+        newest = max((step for step in self._steps() if step < before), default=-1)
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
     def restore(self, items: Mapping[str, ocp.args.CheckpointArgs]) -> tuple[int, dict[str, Any]]:
@@ -82,23 +85,25 @@ class Checkpoints:
         )
 
     def save(self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
-        """Copies the items and starts to write them; waits for the save before it.
+        """Copies the items and begins to write them, once the save before it has ended.
 
         Raises:
             UserError: this save, or the one before, failed.
         """
-        with self._explained():
-            self._manager.wait_until_finished()
-            self._saving = step
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self.wait()
+        self._saving = step
+        place, args = self.workdir / str(step), ocp.args.Composite(**items)
+        self._attempt(lambda: self._checkpointer.save(place, args))
 
     def check(self) -> None:
-        """
+        """Looks at the save that is under way.
+
         Raises:
-            UserError: the save that is under way has failed.
+            UserError: it has failed.
         """
-        with self._explained():
-            self._manager.check_for_errors()
+        self._attempt(self._checkpointer.check_for_errors)
+        if self._lead and self._saving in self._steps():
+            self._saved()
 
     def wait(self) -> None:
         """Until what was saved is on disk.
@@ -106,23 +111,40 @@ class Checkpoints:
         Raises:
             UserError: the last save failed.
         """
-        with self._explained():
-            self._manager.wait_until_finished()
+        self._attempt(self._checkpointer.wait_until_finished)
+        self._saved()
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if jax.process_index() == 0:  # nothing half-written stays
-                for path in self.workdir.glob(TEMPORARY):
+    def _saved(self) -> None:
+        """What was being written is complete: the oldest go."""
+        self._saving = None
+        for step in sorted(self._steps())[: -self.keep] if self._lead else ():
+            removing = self.workdir / f"{step}{REMOVING}"
+            (self.workdir / str(step)).rename(removing)
+            self._remover.submit(shutil.rmtree, removing, ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        return [int(p.name) for p in self.workdir.iterdir() if p.name.isdigit()]
+
+    def _remove_leftovers(self) -> None:
+        """What a process that was killed had half written, or half removed."""
+        if self._lead:
+            for ending in (WRITING, REMOVING):
+                for path in self.workdir.glob(f"*{ending}"):
                     shutil.rmtree(path, ignore_errors=True)
-            steps = [s for s in self._manager.all_steps() if s != self._saving]
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        """
+        Raises:
+            UserError: it failed, and so the save that is under way.
+        """
+        if reason := _attempt(action):
+            step, self._saving = self._saving, None
+            self._remove_leftovers()
+            steps = self._steps()
             rest = f"start again to go on from step {max(steps)}" if steps else "start again"
             raise UserError(
-                f"cannot save step {self._saving} in {self.workdir}: {_reason(error)}: "
-                f"mend that, then {rest}"
-            ) from error
+                f"cannot save step {step} in {self.workdir}: {reason}: mend that, then {rest}"
+            )
 
     def _read(
         self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]
@@ -132,15 +154,16 @@ class Checkpoints:
         Orbax's own restore would leave processes that can read theirs waiting for the others,
         so its handlers are asked, which wait for nobody.
         """
-        saved, problem = {}, ""
-        try:
+        saved: dict[str, Any] = {}
+
+        def read() -> None:
             for name, args in items.items():
-                handler = _HANDLERS[type(args)]()
-                saved[name] = handler.restore(
-                    epath.Path(self.workdir / str(step) / name), args=args
-                )
-        except Exception as error:  # whatever foreign bytes make the libraries raise
-            problem = _reason(error)
+                place = epath.Path(self.workdir / str(step) / name)
+                saved[name] = _HANDLERS[type(args)]().restore(place, args=args)
+
+        if problem := _attempt(read):
+            unread = next(name for name in items if name not in saved)
+            problem = f"{unread}: {problem}"
         problems = multihost_utils.process_allgather(np.array(bool(problem)))
         if problems.any():
             return {}, problem or f"process {int(np.argmax(problems))} cannot read its part"
@@ -160,7 +183,6 @@ class Checkpoints:
                     file=sys.stderr,
                 )
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        self._manager.reload()
 
 
 _HANDLERS: dict[type, Any] = {
@@ -173,9 +195,31 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return not record.exc_info
 
 
+def _attempt(action: Callable[[], Any]) -> str:
+    """Runs it, and returns why it failed, in one line, or "".
+
+    Orbax reads and writes arrays side by side. When one fails, the errors of the others are
+    nobody's, and Python would print each as it collects them.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        try:
+            action()
+            return ""
+        except Exception as error:  # whatever a disk or foreign bytes make the libraries raise
+            reason = _reason(error)
+        gc.collect()
+        return reason
+    finally:
+        sys.unraisablehook = hook
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong, in one line. Storage errors name each layer that they passed; the last
     names the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     text = str(error).splitlines()[0] if str(error) else repr(error)

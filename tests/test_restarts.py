@@ -1,0 +1,210 @@
+"""Several processes on one machine train as one, and go on after each of the ways to stop."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from emu_jax import checkpoint
+from emu_jax.data.digits import build_digits
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.config_file import load_config
+from emu_jax.train.loop import train
+from emu_jax.train.metrics import read_documents, read_metrics
+
+pytestmark = pytest.mark.slow
+
+DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
+STEPS = 24
+DEVICES = 2  # of each process
+
+
+def shrunk(root: str) -> TrainConfig:
+    """configs/digits.py, from nothing, of fewer layers and shorter rows; all of it learns from
+    the first steps on."""
+    cfg = load_config(TrainConfig, DIGITS, [])
+    model = dataclasses.replace(
+        cfg.model,
+        vision=dataclasses.replace(cfg.model.vision, layers=1),
+        llama=dataclasses.replace(cfg.model.llama, layers=1),
+    )
+    data = dataclasses.replace(
+        cfg.data, root=root, batch_size=8, row_tokens=40, row_images=4, block_documents=64
+    )
+    groups = tuple(
+        dataclasses.replace(group, lr=1e-3, delay_steps=0, warmup_steps=4)
+        for group in cfg.optimizer.groups
+    )
+    return dataclasses.replace(
+        cfg, model=model, data=data, parents={}, steps=STEPS, log_every=1, checkpoint_every=4,
+        keep_checkpoints=3, log_documents=True,
+        optimizer=dataclasses.replace(cfg.optimizer, groups=groups),
+    )  # fmt: skip
+
+
+def main(root: str, workdir: str) -> None:
+    """What each process runs."""
+    try:
+        train(shrunk(root), Path(workdir))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Job:
+    """A run on some processes, of two CPU devices each."""
+
+    def __init__(self, count: int, root: str, workdir: Path):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        code += f"import test_restarts; test_restarts.main({root!r}, {str(workdir)!r})"
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_NUM_CPU_DEVICES": str(DEVICES),
+            # Compiling is most of the work, and what is compared is compiled alike.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        }
+        self.logs = [workdir.with_name(f"{workdir.name}.{n}.log") for n in range(count)]
+        self.processes = []
+        for n, log in enumerate(self.logs):
+            with log.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT,
+                    env=environment | {"JAX_PROCESS_ID": str(n)},
+                )  # fmt: skip
+            self.processes.append(process)
+
+    def said(self) -> str:
+        return "\n".join(log.read_text() for log in self.logs)
+
+    def wait_for(self, condition, seconds: float = 500) -> None:
+        for _ in range(int(seconds / 0.02)):
+            if condition():
+                return
+            assert all(p.poll() is None for p in self.processes), self.said()
+            time.sleep(0.02)
+        raise AssertionError("it did not happen:\n" + self.said())
+
+    def finish(self, status: int = 0) -> None:
+        try:
+            for process in self.processes:
+                assert process.wait(timeout=500) == status, self.said()
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(workdir)["digits"]}
+
+
+def parameters(workdir: Path) -> dict[str, np.ndarray]:
+    place = workdir / str(checkpoint.latest_step(workdir)) / "params"
+    shapes = checkpoint.stored_shapes(place)
+    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in shapes.items()}
+    return jax.tree.map(np.asarray, checkpoint.read(place, wanted))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    build_digits(root)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def one(root, runs):
+    """The uninterrupted run of one process."""
+    Job(1, root, runs / "one").finish()
+    return runs / "one"
+
+
+@pytest.fixture(scope="module")
+def two(root, runs):
+    """The uninterrupted run of two processes."""
+    Job(2, root, runs / "two").finish()
+    return runs / "two"
+
+
+@pytest.fixture(scope="module")
+def killed(root, runs):
+    """A run of two processes, the second of which was killed behind a checkpoint."""
+    workdir = runs / "killed"
+    job = Job(2, root, workdir)
+    job.wait_for(lambda: any((workdir / str(step)).exists() for step in (8, 12)))
+    job.processes[1].kill()
+    job.kill()  # the other waits for it: whoever launched them ends it
+    assert 8 <= checkpoint.latest_step(workdir) < STEPS, "it was over before the signal came"
+    return workdir
+
+
+def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> None:
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step
+
+
+def sorted_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
+    return {step: sorted(documents) for step, documents in read_documents(workdir).items()}
+
+
+def test_two_processes_train_as_one(one, two):
+    assert list(losses(one)) == list(losses(two)) == list(range(1, STEPS + 1))
+    assert_same_losses(losses(two), losses(one))
+    assert sorted_documents(two) == sorted_documents(one)
+
+
+def test_a_killed_run_ends_bit_identical(root, runs, two, killed):
+    workdir = shutil.copytree(killed, runs / "again")
+    Job(2, root, workdir).finish()
+    assert losses(workdir) == losses(two)
+    expected, found = parameters(two), parameters(workdir)
+    assert expected.keys() == found.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_killed_run_goes_on_with_another_number_of_processes(count, root, runs, two, killed):
+    workdir = shutil.copytree(killed, runs / f"on {count}")
+    Job(count, root, workdir).finish()
+    assert list(losses(workdir)) == list(range(1, STEPS + 1))
+    assert_same_losses(losses(workdir), losses(two))
+    assert sorted_documents(workdir) == sorted_documents(two)
+    expected, found = parameters(two), parameters(workdir)
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-4, err_msg=path)
+
+
+def test_a_signal_to_one_process_stops_all_of_them_with_a_checkpoint(root, runs, one):
+    workdir = runs / "four"
+    job = Job(4, root, workdir)
+    log = workdir / "metrics.jsonl"
+    job.wait_for(lambda: log.exists() and log.read_text().count("\n") >= 5)
+    job.processes[2].send_signal(signal.SIGTERM)
+    job.finish(status=130)
+    step = checkpoint.latest_step(workdir)
+    assert 5 <= step < STEPS, "it was over before the signal came"
+    assert max(losses(workdir)) == max(sorted_documents(workdir)) == step
+    assert_same_losses(losses(workdir), losses(one))
+    assert parameters(workdir).keys() == parameters(one).keys()
+    assert not list(workdir.glob("*.orbax-checkpoint-tmp"))
