@@ -14,7 +14,7 @@ from emu_jax.config import UserError
 from emu_jax.sharding import make_mesh
 from emu_jax.train import goodput
 from emu_jax.train.goodput import Goodput, overlap, seconds_before
-from emu_jax.train.metrics import DocumentLog, read_documents
+from emu_jax.train.metrics import DOCUMENTS_FILE, StepLog, read_documents
 from emu_jax.train.signals import STOP, TRACE, Signals
 from emu_jax.train.tracing import Tracer, parse_steps
 from emu_jax.train.watchdog import Watchdog
@@ -168,19 +168,19 @@ def test_signals_are_votes(capsys):
 
 def test_each_step_s_documents_stand_once(tmp_path):
     assert not read_documents(tmp_path)
-    with DocumentLog(tmp_path, enabled=True, start_step=0) as log:
+    with StepLog(tmp_path, DOCUMENTS_FILE, enabled=True, start_step=0) as log:
         for step in (1, 2, 3):
             log.log(step, [("pairs", step), ("pages", 7)])
     other = tmp_path / "documents-1.jsonl"  # of a process that is there no more
     lines = [{"step": step, "documents": [["pairs", 10 * step]]} for step in (1, 2, 3)]
     other.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "doc')
-    with DocumentLog(tmp_path, enabled=True, start_step=2) as log:
+    with StepLog(tmp_path, DOCUMENTS_FILE, enabled=True, start_step=2) as log:
         log.log(3, [("pairs", 5)])
     assert read_documents(tmp_path) == {
         1: [("pairs", 1), ("pages", 7), ("pairs", 10)],
         2: [("pairs", 2), ("pages", 7), ("pairs", 20)],
         3: [("pairs", 5)],
     }
-    with DocumentLog(tmp_path / "none", enabled=False, start_step=0) as log:
+    with StepLog(tmp_path / "none", DOCUMENTS_FILE, enabled=False, start_step=0) as log:
         log.log(1, [("pairs", 5)])
     assert not (tmp_path / "none").exists()

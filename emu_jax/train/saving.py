@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -199,7 +200,7 @@ def _attempt(action: Callable[[], Any]) -> str:
     """Runs it, and returns why it failed, in one line, or "".
 
     Orbax reads and writes arrays side by side. When one fails, the errors of the others are
-    nobody's, and Python would print each as it collects them.
+    nobody's, and Python would print each as it comes.
     """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
@@ -209,6 +210,7 @@ def _attempt(action: Callable[[], Any]) -> str:
             return ""
         except Exception as error:  # whatever a disk or foreign bytes make the libraries raise
             reason = _reason(error)
+        time.sleep(0.5)  # the others end soon after
         gc.collect()
         return reason
     finally:
