@@ -608,6 +608,28 @@ def test_complete_gives_texts_and_pictures_in_order(drawer, continued):
             assert p == q if isinstance(p, str) else np.abs(p.astype(int) - q).max() <= 1
 
 
+def test_streamed_parts_are_those_of_complete(drawer):
+    """Text comes in pieces, a picture where it stands."""
+    counts = [0, 0]
+    for seed, opening in enumerate([OPENING[0], OPENING[1], ["ten", "[IMG]"], "three"]):
+        settings = DRAW | {"max_new_tokens": 12, "max_images": 2, "seed": seed}
+        whole = drawer.complete(opening, **settings)
+        pieces = list(drawer.stream(opening, **settings))
+        counts = [counts[0] + len(whole), counts[1] + len(pieces)]
+        joined: list = []
+        for piece in pieces:
+            if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += piece
+            else:
+                joined.append(piece)
+        joined = [p.strip() if isinstance(p, str) else p for p in joined]
+        joined = [p for p in joined if p != ""]
+        assert [type(p) for p in joined] == [type(p) for p in whole]
+        for a, b in zip(joined, whole, strict=True):
+            assert np.array_equal(np.asarray(a), np.asarray(b))
+    assert counts[1] > counts[0]
+
+
 def test_a_prompt_may_open_the_picture_itself(drawer):
     parts = drawer.complete(["ten", "[IMG]"], max_new_tokens=3, max_images=1, **DRAW)
     assert isinstance(parts[0], Image.Image)

@@ -33,7 +33,9 @@ DRAWINGS = 20  # of each digit
 SEQUENCES = 200  # counting sequences that are continued
 SHOWN = 12  # of them in the report
 # Chosen with --validation.
-GENERATION = GenerationConfig(guidance=6.0, steps=20, method="ddim", max_new_tokens=8, num_beams=1)
+GENERATION = GenerationConfig(
+    guidance=6.0, steps=20, method="ddim", max_new_tokens=8, num_beams=1, system=""
+)
 
 
 def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any]:

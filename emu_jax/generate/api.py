@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
 from emu_jax import checkpoint, sharding
-from emu_jax.config import UserError, load_json, suggest
+from emu_jax.config import TokenIds, UserError, load_json, suggest
 from emu_jax.convert.source import is_release, load_release
 from emu_jax.data.images import normalize_images
 from emu_jax.generate import image, mixed, text
@@ -47,9 +47,13 @@ class GenerationConfig(TextConfig, ImageConfig):
 
     Attributes:
         max_images: pictures that a continuation may hold.
+        system: the system message of an instruction-tuned model, whose prompts are put into its
+            format unless they spell `[USER]` already; None chooses as the release's examples do
+            (`prompt.instruct`).
     """
 
     max_images: int = 4
+    system: str | None = None
 
     def replace(self, **settings: Any) -> GenerationConfig:
         """
@@ -143,34 +147,29 @@ class Emu:
     # --- Text ---
 
     def generate_text(
-        self, prompt: Parts, *, choices: Sequence[str] | None = None, system: str | None = None,
-        **settings: Any,
-    ) -> str:  # fmt: skip
+        self, prompt: Parts, *, choices: Sequence[str] | None = None, **settings: Any
+    ) -> str:
         """The text that follows a prompt.
 
         Args:
             choices: the only answers that may come out (the release's yes/no trie).
-            system: the system message of an instruction-tuned model, whose prompts are put
-                into its format unless they hold `[USER]` already (`prompt.instruct`).
-            settings: fields of `TextConfig`.
+            settings: fields of `TextConfig`, and `system`.
 
         Raises:
             UserError: a part or a setting that makes no sense.
         """
-        return self.generate_texts([prompt], choices=choices, system=system, **settings)[0]
+        return self.generate_texts([prompt], choices=choices, **settings)[0]
 
     def generate_texts(
-        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None,
-        system: str | None = None, **settings: Any,
-    ) -> list[str]:  # fmt: skip
+        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None, **settings: Any
+    ) -> list[str]:
         """The texts that follow many prompts; see `generate_text`."""
-        ids = self.generate_ids(prompts, choices=choices, system=system, **settings)
+        ids = self.generate_ids(prompts, choices=choices, **settings)
         return [self.tokenizer.decode(row).strip() for row in ids]
 
     def generate_ids(
-        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None,
-        system: str | None = None, **settings: Any,
-    ) -> np.ndarray:  # fmt: skip
+        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None, **settings: Any
+    ) -> np.ndarray:
         """Token ids [B, max_new_tokens + 1]: the dummy `<s>` of transformers 4.31 first, padded
         behind `</s>`; see `generate_text`."""
         cfg = self.defaults.replace(**settings)
@@ -181,7 +180,7 @@ class Emu:
                 raise UserError("choices must name at least one answer")
             ids = [(*self.tokenizer.encode(c, bos=False), self.cfg.tokens.eos) for c in choices]
             allowed = text.choices_table(tuple(ids))
-        rows = [self._prompt(p, system=system) for p in prompts]
+        rows = [self._prompt(p, system=cfg.system) for p in prompts]
         result = np.full((len(rows), cfg.max_new_tokens + 1), self.cfg.tokens.pad, np.int32)
         for which, batch in self._batches(rows, "left", per_row=cfg.num_beams):
             with self._on_mesh():
@@ -212,7 +211,7 @@ class Emu:
         most = max(map(len, candidates))
         if not 1 <= segments <= min(map(len, candidates)):
             raise UserError(f"segments cannot be {segments}: at most one for each candidate")
-        rows = [self._prompt(p, system=None) for p in prompts]
+        rows = [self._prompt(p, system=self.defaults.system) for p in prompts]
         ids = [[self.tokenizer.encode(c, bos=False) for c in row] for row in candidates]
         longest = bucket(max(len(c) for row in ids for c in row))
         ranked: list[list[int]] = [[] for _ in rows]
@@ -328,6 +327,42 @@ class Emu:
 
     # --- Both ---
 
+    def stream(self, prompt: Parts, **settings: Any) -> Iterator[str | Image.Image]:
+        """What `complete` gives, as it comes: texts a few tokens at a time, pictures whole.
+
+        Joined, the texts between two pictures are those of `complete`, but for white space at
+        their ends.
+        """
+        cfg = self.defaults.replace(**settings)
+        plan, rules = self._mixed(cfg)
+        rows = [self._prompt(prompt, system=cfg.system)]
+        ((_, batch),) = self._batches(rows, "left")
+        key = _keys(np.arange(1), cfg.seed)
+        keys = _keys(np.zeros(len(batch.tokens), int), cfg.seed)
+        with self._on_mesh():
+            state = _open_mixed(
+                self._graphdef, self._params, *self._device(batch), plan, rules, keys
+            )
+        shown = _Shown(self.tokenizer, self.cfg.tokens, opened=rows[0].tokens[-1])
+        while True:
+            # Read before the state is given away.
+            tokens, drawn, done = (
+                np.asarray(a) for a in (state.tokens[0], state.count[0], state.done[0])
+            )
+            done = done or state.step >= plan.steps(self.cfg.cformer.n_causal)
+            for part in shown.more(
+                tokens[: int(state.step)], pictures=int(drawn), ended=bool(done)
+            ):
+                if isinstance(part, str):
+                    yield part
+                    continue
+                own = jax.vmap(jax.random.fold_in, (0, None))(key, part)
+                yield Image.fromarray(self._paint(state.images[:1, part], own, cfg)[0])
+            if done:
+                return
+            with self._on_mesh():
+                state = _go_on_mixed(self._graphdef, self._params, state, plan, rules, keys)
+
     def complete(self, prompt: Parts, **settings: Any) -> list[str | Image.Image]:
         """What follows a prompt, texts and pictures as the model decides.
 
@@ -346,16 +381,8 @@ class Emu:
         picture more than `max_images`.
         """
         cfg = self.defaults.replace(**settings)
-        for name in ("repetition_penalty", "no_repeat_ngram_size"):
-            if getattr(cfg, name) != getattr(TextConfig, name):
-                raise UserError(f"{name} has no effect on mixed sequences: leave it out")
-        most = cfg.max_images if self.paints else 0
-        plan = mixed.MixedPlan(bucket(cfg.max_new_tokens), most, cfg.do_sample, self.paints)
-        rules = mixed.MixedRules(
-            jnp.int32(cfg.max_new_tokens), jnp.float32(cfg.temperature), jnp.int32(cfg.top_k),
-            jnp.float32(cfg.top_p),
-        )  # fmt: skip
-        rows = [self._prompt(p) for p in prompts]
+        plan, rules = self._mixed(cfg)
+        rows = [self._prompt(p, system=cfg.system) for p in prompts]
         results: list[list[Any]] = [[] for _ in rows]
         drawn, keys = [], []  # embeddings and keys of all pictures
         for which, batch in self._batches(rows, "left"):
@@ -377,6 +404,18 @@ class Emu:
                     results[i] = [next(painted) if p is None else p for p in results[i]]
         return results
 
+    def _mixed(self, cfg: GenerationConfig) -> tuple[mixed.MixedPlan, mixed.MixedRules]:
+        for name in ("repetition_penalty", "no_repeat_ngram_size"):
+            if getattr(cfg, name) != getattr(TextConfig, name):
+                raise UserError(f"{name} has no effect on mixed sequences: leave it out")
+        most = cfg.max_images if self.paints else 0
+        plan = mixed.MixedPlan(bucket(cfg.max_new_tokens), most, cfg.do_sample, self.paints)
+        rules = mixed.MixedRules(
+            jnp.int32(cfg.max_new_tokens), jnp.float32(cfg.temperature), jnp.int32(cfg.top_k),
+            jnp.float32(cfg.top_p),
+        )  # fmt: skip
+        return plan, rules
+
     def _split(self, tokens: np.ndarray, last: int) -> list[str | None]:
         """Generated tokens as texts, with None where a picture stands."""
         ids, parts, words = self.cfg.tokens, [], []
@@ -397,7 +436,7 @@ class Emu:
         spelled = any(isinstance(p, str) and USER in p for p in parts)
         if self.tokenizer.user is not None and not spelled and not opens:
             parts = instruct(parts, system)
-        elif system is not None:
+        elif system:
             raise UserError("a system message needs an instruction-tuned model and a plain prompt")
         return Prompt.of(parts, self.tokenizer, self.cfg, opens=opens)
 
@@ -500,6 +539,65 @@ def _paint(graphdef, params, keys, cond, uncond, guidance, steps, method):
     emu = nnx.merge(graphdef, params)
     guidance = guidance if uncond is not None else 1.0
     return image.paint(emu, keys, cond, uncond, guidance, steps=steps, method=method)
+
+
+STRIDE = 4  # elements between two looks at a streamed continuation
+
+
+class _Shown:
+    """How much of a continuation has been shown."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: TokenIds, opened: int):
+        self._tokenizer, self._ids = tokenizer, ids
+        self._words: list[int] = []  # of the text that is being written
+        self._text = ""  # what was shown of it
+        self._read = 0
+        self._waiting = [0] if opened == ids.img else []  # pictures that were opened
+        self._opened = len(self._waiting)
+
+    def more(self, tokens: np.ndarray, *, pictures: int, ended: bool) -> Iterator[str | int]:
+        """Texts and numbers of pictures that are new in `tokens`; `pictures` are complete."""
+        ids = self._ids
+        for token in tokens[self._read :].tolist():
+            self._read += 1
+            if token == ids.img:
+                yield from self._say(whole=True)
+                self._words, self._text = [], ""
+                self._waiting.append(self._opened)
+                self._opened += 1
+            elif token not in (ids.image, ids.img_end, ids.pad, ids.eos):
+                # A picture stands before the words that follow it.
+                yield from self._waiting
+                self._waiting = []
+                self._words.append(token)
+        ready = [n for n in self._waiting if n < pictures or ended]
+        self._waiting = [n for n in self._waiting if n not in ready]
+        yield from ready
+        yield from self._say(whole=ended)
+
+    def _say(self, whole: bool) -> Iterator[str]:
+        """New words; not yet the bytes of an unfinished character."""
+        text = self._tokenizer.decode(self._words)
+        if not whole:
+            text = text.rstrip("\ufffd")
+        if len(text) > len(self._text):
+            yield text[len(self._text) :]
+            self._text = text
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
+def _open_mixed(graphdef, params, images, tokens, slots, valid, plan, rules, keys):
+    TRACES["open"] += 1
+    emu = nnx.merge(graphdef, params)
+    x = emu.embed(tokens, images, slots)
+    return mixed.start(emu, x, valid, tokens[:, -1] == emu.cfg.tokens.img, plan, rules, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "plan"), donate_argnames=("state",))
+def _go_on_mixed(graphdef, params, state, plan, rules, keys):
+    TRACES["go_on"] += 1
+    emu = nnx.merge(graphdef, params)
+    return mixed.go_on(emu, state, state.step + STRIDE, plan, rules, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from emu_jax.config import EmuConfig
 from emu_jax.generate.text import prefill, warp
 from emu_jax.models.emu import Emu
-from emu_jax.models.llama import KVCache
+from emu_jax.models.llama import KVCache, Llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,17 @@ def complete(
     Args:
         opened: whether the prompt ends in `[IMG]`; a picture then comes first.
     """
+    state = start(emu, x, valid, opened, plan, rules, keys)
+    steps = jnp.int32(plan.steps(emu.cfg.cformer.n_causal))
+    state = go_on(emu, state, steps, plan, rules, keys)
+    return state.tokens, state.images
+
+
+def start(
+    emu: Emu, x: Float[Array, "B P D"], valid: Bool[Array, "B P"], opened: Bool[Array, "B"],
+    plan: MixedPlan, rules: MixedRules, keys: Key[Array, "B"],
+) -> Mixed:  # fmt: skip
+    """The state after the first element; see `complete`."""
     ids, n = emu.cfg.tokens, emu.cfg.cformer.n_causal
     steps, (batch, _, width) = plan.steps(n), x.shape
     reader, last = prefill(emu.llama, x, valid, steps - 1)
@@ -97,12 +109,21 @@ def complete(
         positions=reader.positions, logits=reader.logits,
         regressed=emu.llama.regress(last), cache=reader.cache,
     )  # fmt: skip
+    return _choose(emu.llama, emu.cfg, state, plan, rules, keys)
+
+
+def go_on(
+    emu: Emu, state: Mixed, until: Int[Array, ""], plan: MixedPlan, rules: MixedRules,
+    keys: Key[Array, "B"],
+) -> Mixed:  # fmt: skip
+    """Goes on until every row has ended or `until` elements are there, at most `plan.steps`."""
+    until = jnp.minimum(until, plan.steps(emu.cfg.cformer.n_causal))
     graphdef, params = nnx.split(emu.llama)
 
     def read(state: Mixed) -> Mixed:
         llama = nnx.merge(graphdef, params)
         hidden, cache = llama.read(
-            state.element[:, None], state.positions[:, None], jnp.ones((batch, 1), bool),
+            state.element[:, None], state.positions[:, None], jnp.ones((len(state.slot), 1), bool),
             state.cache,
         )  # fmt: skip
         return state._replace(
@@ -111,42 +132,48 @@ def complete(
             regressed=llama.regress(hidden)[:, 0],
         )  # fmt: skip
 
-    def choose(state: Mixed) -> Mixed:
-        llama = nnx.merge(graphdef, params)
-        # Tokens that only the picture itself, or padding, may put there.
-        closed = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if plan.may_open else [ids.img])
-        scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)
-        if plan.do_sample:
-            scores = warp(scores, rules.temperature, rules.top_k, rules.top_p)
-            fold = jax.vmap(jax.random.fold_in, (0, None))
-            word = jax.vmap(jax.random.categorical)(fold(keys, state.step), scores)
-        else:
-            word = jnp.argmax(scores, axis=-1)
-        draws, closes = (state.slot >= 0) & (state.slot < n), state.slot == n
-        writes = state.slot < 0
-        opens = writes & (word == ids.img)
-        refused = opens & (state.count >= plan.max_images)
-
-        token = jnp.where(draws, ids.image, jnp.where(closes, ids.img_end, word))
-        token = jnp.where(state.done | refused, ids.pad, token)
-        rows = jnp.arange(batch)
-        place = jnp.where(draws & ~state.done, state.count, plan.max_images)  # else out of range
-        images = state.images.at[rows, place, jnp.clip(state.slot, 0, n - 1)].set(
-            state.regressed, mode="drop"
-        )
-        written = state.written + writes
-        count = state.count + closes
-        slot = jnp.where(draws, state.slot + 1, jnp.where(opens & ~refused, 0, -1))
-        spent = (slot < 0) & (written >= rules.max_new_tokens)
-        word_embedding = llama.embed_tokens(token).astype(x.dtype)
-        return state._replace(
-            tokens=state.tokens.at[:, state.step].set(token), images=images,
-            step=state.step + 1, slot=slot, count=count, written=written,
-            done=state.done | refused | (writes & (word == ids.eos)) | spent,
-            element=jnp.where(draws[:, None], state.regressed, word_embedding),
-        )  # fmt: skip
-
-    state = jax.lax.while_loop(
-        lambda s: (s.step < steps) & ~jnp.all(s.done), lambda s: choose(read(s)), choose(state)
+    return jax.lax.while_loop(
+        lambda s: (s.step < until) & ~jnp.all(s.done),
+        lambda s: _choose(nnx.merge(graphdef, params), emu.cfg, read(s), plan, rules, keys),
+        state,
     )
-    return state.tokens, state.images
+
+
+def _choose(
+    llama: Llama, cfg: EmuConfig, state: Mixed, plan: MixedPlan, rules: MixedRules,
+    keys: Key[Array, "B"],
+) -> Mixed:  # fmt: skip
+    """The next element of every row that has not ended."""
+    ids, n = cfg.tokens, cfg.cformer.n_causal
+    # Tokens that only the picture itself, or padding, may put there.
+    closed = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if plan.may_open else [ids.img])
+    scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)
+    if plan.do_sample:
+        scores = warp(scores, rules.temperature, rules.top_k, rules.top_p)
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        word = jax.vmap(jax.random.categorical)(fold(keys, state.step), scores)
+    else:
+        word = jnp.argmax(scores, axis=-1)
+    draws, closes = (state.slot >= 0) & (state.slot < n), state.slot == n
+    writes = state.slot < 0
+    opens = writes & (word == ids.img)
+    refused = opens & (state.count >= plan.max_images)
+
+    token = jnp.where(draws, ids.image, jnp.where(closes, ids.img_end, word))
+    token = jnp.where(state.done | refused, ids.pad, token)
+    rows = jnp.arange(len(token))
+    place = jnp.where(draws & ~state.done, state.count, plan.max_images)  # else out of range
+    images = state.images.at[rows, place, jnp.clip(state.slot, 0, n - 1)].set(
+        state.regressed, mode="drop"
+    )
+    written = state.written + writes
+    count = state.count + closes
+    slot = jnp.where(draws, state.slot + 1, jnp.where(opens & ~refused, 0, -1))
+    spent = (slot < 0) & (written >= rules.max_new_tokens)
+    word_embedding = llama.embed_tokens(token).astype(state.element.dtype)
+    return state._replace(
+        tokens=state.tokens.at[:, state.step].set(token), images=images,
+        step=state.step + 1, slot=slot, count=count, written=written,
+        done=state.done | refused | (writes & (word == ids.eos)) | spent,
+        element=jnp.where(draws[:, None], state.regressed, word_embedding),
+    )  # fmt: skip

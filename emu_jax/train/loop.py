@@ -196,7 +196,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
             tokenizer.save(workdir / "tokenizer")
             save_json(cfg.model, workdir / "config.json")
             save_json(cfg, workdir / "train.json")
-            _carry_release(cfg, workdir)
+            _carry(cfg, workdir)
             if not cfg.save_frozen:
                 checkpoint.save_base(workdir, {t: _parent(cfg, workdir, t) for t in cfg.parents})
 
@@ -486,8 +486,13 @@ def _inherited(
     }  # fmt: skip
 
 
-def _carry_release(cfg: TrainConfig, workdir: Path) -> None:
-    """What a converted parent keeps for the way back (`convert.source`), for this run's own."""
+def _carry(cfg: TrainConfig, workdir: Path) -> None:
+    """What a converted parent keeps for the way back (`convert.source`), for this run's own; and
+    how the model that is tuned generates."""
+    settings = Path(cfg.init_from) / "generation.json"
+    if cfg.init_from and settings.is_file() and not (workdir / settings.name).exists():
+        shutil.copy2(settings, workdir / "generation.tmp")
+        (workdir / "generation.tmp").rename(workdir / settings.name)
     for tower in cfg.parents:
         source, copy = _parent(cfg, workdir, tower) / "release", workdir / "release"
         if source.is_dir() and not copy.exists():
