@@ -60,6 +60,8 @@ class TrainConfig:
     init_from: str = ""
     # Towers that start from another run: {tower: run directory}, relative to this run's.
     parents: dict[str, str] = dataclasses.field(default_factory=dict)
+    # A folder of `emu-jax precompute`, for a decoder that reads its conditions and latents there.
+    latents: str = ""
     steps: int = 1000
     seed: int = 0
     text_weight: float = 1.0  # of the cross-entropy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +16,25 @@ from jaxtyping import Array, Bool, Float
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, UserError, suggest
 from emu_jax.data.images import normalize_images
-from emu_jax.data.pipeline import Kind
+from emu_jax.data.latents import LatentBatches
+from emu_jax.data.pipeline import Batches, Kind
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import Emu
+from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
+from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+
+class Painter(nnx.Module):
+    """The denoiser alone, under the name it has in Emu."""
+
+    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
+        assert cfg.model.unet
+        self.unet = UNet(cfg.model.unet, remat=cfg.remat, rngs=rngs)
 
 
 class Objective(ABC):
@@ -39,6 +51,13 @@ class Objective(ABC):
         self, cfg: TrainConfig, module: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The scalar loss of one batch, and what to report beside it."""
+
+    def batches(self, cfg: TrainConfig, tokenizer: Tokenizer) -> Batches | LatentBatches:
+        """This process's share of the data."""
+        index, count = jax.process_index(), jax.process_count()
+        return Batches(
+            cfg.data, tokenizer, self.batch_kind, process_index=index, process_count=count
+        )
 
     def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
         """The configuration that the trained model is saved with."""
@@ -188,17 +207,31 @@ class VaeObjective(Objective):
 
 class DecoderObjective(Objective):
     """The U-Net learns to denoise a picture's latents, given the embeddings that the frozen
-    model regresses after the picture's context (paper section 2.3, visual decoding)."""
+    model regresses after the picture's context (paper section 2.3, visual decoding).
+
+    Both are computed in the step; or, with `cfg.latents`, read as `precompute` wrote them, and
+    the U-Net is then all there is of the model.
+    """
 
     batch_kind = "contexts"
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu:
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu | Painter:
         if cfg.model.unet is None or cfg.model.vae is None:
             raise UserError("the decoder objective needs model.unet and model.vae")
+        if cfg.latents:
+            return Painter(cfg, rngs)
         return Emu(cfg.model, remat=cfg.remat, rngs=rngs)
 
-    def loss(self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array):
-        assert module.unet and module.vae and cfg.model.vae
+    def batches(self, cfg: TrainConfig, tokenizer: Tokenizer) -> Batches | LatentBatches:
+        if not cfg.latents:
+            return super().batches(cfg, tokenizer)
+        index, count = jax.process_index(), jax.process_count()
+        return LatentBatches(Path(cfg.latents), cfg.data, cfg.model, index, count)
+
+    @staticmethod
+    def frozen(cfg: TrainConfig, module: Emu, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The conditions [B, N, D] and latents [B, h, w, C] of a batch of contexts."""
+        assert module.vae and cfg.model.vae
         dtype = jnp.dtype(cfg.dtype)
         images = module.encode_images(normalize_images(batch["images"], dtype))
         condition = module.regress_after(
@@ -206,7 +239,15 @@ class DecoderObjective(Objective):
         )
         mean, _ = module.vae.encode(to_signed(batch["target"], cfg))
         latents = mean * cfg.model.vae.scaling_factor
-        latents, condition = jax.lax.stop_gradient((latents, condition.astype(dtype)))
+        return jax.lax.stop_gradient((condition.astype(dtype), latents))
+
+    def loss(self, cfg: TrainConfig, module: Emu | Painter, batch: Batch, key: jax.Array):
+        dtype = jnp.dtype(cfg.dtype)
+        if isinstance(module, Emu):
+            condition, latents = self.frozen(cfg, module, batch)
+        else:
+            condition, latents = (batch[name].astype(dtype) for name in ("condition", "latents"))
+        assert module.unet
 
         time_key, noise_key = jax.random.split(key)
         schedule = cfg.model.scheduler

@@ -1,0 +1,178 @@
+"""Conditions and latents that were computed once, for training the visual decoder alone.
+
+    DIR/latents-00000-of-00004.array_record   a file for each process that computed them
+    DIR/unconditional.npy                     the condition of a dropped context, [N, D]
+    DIR/tokenizer/, DIR/latents.json          what they were made with; written last
+
+Numbers are bfloat16. As with documents, the order is a pure function of the seed and a position
+is one integer, the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grain
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float
+
+from emu_jax.config import EmuConfig, UserError, load_json, save_json
+from emu_jax.data.pipeline import Batch, DataConfig
+from emu_jax.tokenizer import Tokenizer
+
+_DTYPE = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+    """`latents.json`."""
+
+    model: EmuConfig  # that computed them, its denoiser left out
+    rows: int
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one condition, and of one picture's latents."""
+        vae = self.model.vae
+        assert vae is not None
+        side = vae.sample_size // vae.downscale
+        condition = (self.model.cformer.n_causal, self.model.llama.width)
+        return condition, (side, side, vae.latent_channels)
+
+
+class LatentWriter:
+    """Writes this process's share of a folder of latents."""
+
+    def __init__(self, folder: Path, process_index: int, process_count: int):
+        if (folder / "latents.json").exists():
+            raise UserError(f"{folder} holds latents already: name another folder, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"latents-{process_index:05d}-of-{process_count:05d}.array_record"
+        self._path, self._temporary = folder / name, folder / f".{name}.tmp"
+        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
+
+    def add(self, condition: Float[np.ndarray, "N D"], latents: Float[np.ndarray, "h w C"]) -> None:
+        parts = (np.asarray(a, _DTYPE).tobytes() for a in (condition, latents))
+        self._writer.write(b"".join(parts))
+
+    def close(self) -> None:
+        self._writer.close()
+        self._temporary.rename(self._path)
+
+
+def finish(
+    folder: Path, *, model: EmuConfig, rows: int, unconditional: Float[np.ndarray, "N D"],
+    tokenizer: Tokenizer,
+) -> None:  # fmt: skip
+    """Completes a folder whose files are all written."""
+    np.save(folder / "unconditional.npy", np.asarray(unconditional, np.float32))
+    tokenizer.save(folder / "tokenizer")
+    save_json(_Listing(_without_denoiser(model), rows), folder / "latents.json")
+
+
+class LatentBatches(Iterator[Batch]):
+    """An endless iterator over batches of `condition` bfloat16 [B, N, D] and `latents` bfloat16
+    [B, h, w, C]; like `pipeline.Batches`, whose rules on processes hold here.
+
+    Raises:
+        UserError: the folder is not complete, or was made with another model.
+    """
+
+    def __init__(
+        self, folder: Path, cfg: DataConfig, model: EmuConfig, process_index: int = 0,
+        process_count: int = 1,
+    ):  # fmt: skip
+        if not (folder / "latents.json").is_file():
+            raise UserError(f"{folder} has no latents.json: write it with `emu-jax precompute`")
+        listing = load_json(_Listing, folder / "latents.json")
+        if listing.model != _without_denoiser(model):
+            raise UserError(
+                f"{folder} was made with another model than this run's: precompute it again"
+            )
+        paths = sorted(map(str, folder.glob("latents-*.array_record")))
+        self._records: Any = grain.sources.ArrayRecordDataSource(paths)
+        if len(self._records) != listing.rows:
+            raise UserError(
+                f"{folder} has {len(self._records)} rows, not {listing.rows}: precompute it again"
+            )
+        self._condition, self._latents = listing.shapes()
+        self._unconditional = np.load(folder / "unconditional.npy").astype(_DTYPE)
+        self._order: Any = (
+            grain.MapDataset.source(range(listing.rows)).seed(cfg.seed).shuffle().repeat(None)
+        )
+        share = cfg.batch_size // process_count
+        self._rows = range(process_index * share, (process_index + 1) * share)
+        self._cfg, self._position, self._last = cfg, 0, list[int]()
+        self._pool = ThreadPoolExecutor(1, "emu-jax-latents")
+        self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()
+
+    def __next__(self) -> Batch:
+        while len(self._ahead) <= self._cfg.prefetch:
+            number = self._position + len(self._ahead)
+            self._ahead.append(self._pool.submit(self._make, number))
+        batch, self._last = self._ahead.popleft().result()
+        self._position += 1
+        return batch
+
+    def _make(self, number: int) -> tuple[Batch, list[int]]:
+        first = number * self._cfg.batch_size
+        picked = [self._order[first + row] for row in self._rows]
+        dropped = [self._drops(first + row) for row in self._rows]
+        size = int(np.prod(self._condition))
+        conditions, latents = [], []
+        for record, drop in zip(self._records.__getitems__(picked), dropped, strict=True):
+            values = np.frombuffer(record, _DTYPE)
+            kept = values[:size].reshape(self._condition)
+            conditions.append(self._unconditional if drop else kept)
+            latents.append(values[size:].reshape(self._latents))
+        return {"condition": np.stack(conditions), "latents": np.stack(latents)}, picked
+
+    def _drops(self, number: int) -> bool:
+        rng = np.random.default_rng((self._cfg.seed, number))
+        return bool(rng.random() < self._cfg.drop_condition)
+
+    def __enter__(self) -> LatentBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch that was yielded, as JSON types."""
+        return {"kind": "latents", "batch": self._position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after the batch at which `state()` was taken.
+
+        Raises:
+            UserError: `state` is of another kind of batches.
+        """
+        if state.get("kind") != "latents":
+            raise UserError(
+                f"the checkpoint's data position is for {state.get('kind')!r} batches, this run "
+                "reads latents: start it in a new workdir"
+            )
+        self._position = int(state["batch"])
+        self._ahead.clear()
+
+    def documents(self) -> list[tuple[str, int]]:
+        """("latents", row) of each row in this process's share of the last batch."""
+        return [("latents", row) for row in self._last]
+
+    def statistics(self) -> dict[str, float]:
+        """As of documents: here every slot is in use."""
+        return {"token_fill": 1.0, "image_fill": 1.0}
+
+
+def _without_denoiser(model: EmuConfig) -> EmuConfig:
+    return dataclasses.replace(model, unet=None)

@@ -1,0 +1,95 @@
+"""Computes the decoder's conditions and latents once (`data.latents`).
+
+The frozen model is nearly all of a decoder's training step: 14B parameters read a caption so that
+a U-Net of 1B can take one gradient. Pictures that are seen more than once, or a U-Net that is
+trained more than once, pay for it once this way, and training then needs the U-Net alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from emu_jax.config import UserError
+from emu_jax.data.latents import LatentWriter, finish
+from emu_jax.sharding import batch_sharding, make_mesh
+from emu_jax.train import loop
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.objectives import Batch, DecoderObjective
+
+log = logging.getLogger(__name__)
+
+
+def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
+    """Writes the conditions and latents of the first `rows` documents (rounded up to whole
+    batches) of a decoder's training run into `folder`.
+
+    Contexts are whole: what is dropped is chosen anew whenever they are read.
+
+    Raises:
+        UserError: `cfg` trains no decoder from a pretrained model, its data cannot be read, or
+            `folder` holds latents already.
+    """
+    if cfg.objective != "decoder" or cfg.latents:
+        raise UserError("precompute needs the config of a decoder (objective) without latents")
+    if rows < 1:
+        raise UserError(f"{rows} rows: give at least 1")
+    loop.prepare(cfg)
+    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    count, index = jax.process_count(), jax.process_index()
+    data = dataclasses.replace(cfg.data, drop_condition=0.0)
+    with jax.set_mesh(mesh):
+        cfg = loop.adopt_parents(dataclasses.replace(cfg, data=data), folder)
+        tokenizer = loop.prepare_data(cfg)
+        trainer = loop.Trainer(cfg, mesh)
+        parents = loop.read_parents(cfg, folder, trainer.param_shapes)
+        if missing := [path for path in trainer.frozen if path not in parents]:
+            raise UserError(
+                f"no parent has {missing[0].split('.')[0]}: set init_from to a pretrained model"
+            )
+        params = {path: parents[path] for path in trainer.frozen}
+        # The U-Net is no part of it, but the module wants its parameters.
+        zeros = {path: jnp.zeros((), a.dtype) for path, a in trainer.param_shapes.items()}
+        module = lambda params: trainer.template.module(zeros | params)  # noqa: E731
+
+        @jax.jit
+        def compute(params, batch: Batch):
+            return DecoderObjective.frozen(cfg, module(params), batch)
+
+        @jax.jit
+        def unconditional(params):
+            tokens = jnp.asarray([[cfg.model.tokens.bos, cfg.model.tokens.img]])
+            return module(params).regress_after(tokens, jnp.asarray([2]))[0]
+
+        writer, done = LatentWriter(folder, index, count), 0
+        with DecoderObjective().batches(cfg, tokenizer) as batches:
+            with tqdm(total=rows, unit="row", disable=index > 0) as bar:
+                while done < rows:
+                    batch = {
+                        k: jax.make_array_from_process_local_data(batch_sharding(mesh), v)
+                        for k, v in next(batches).items()
+                    }
+                    for pair in zip(*map(_local, compute(params, batch)), strict=True):
+                        writer.add(*pair)
+                    done += cfg.data.batch_size
+                    bar.update(cfg.data.batch_size)
+        writer.close()
+        empty = np.asarray(multihost_utils.process_allgather(unconditional(params), tiled=True))
+        multihost_utils.sync_global_devices("latents are written")
+        if index == 0:
+            finish(folder, model=cfg.model, rows=done, unconditional=empty, tokenizer=tokenizer)
+    return {"rows": done, "folder": str(folder)}
+
+
+def _local(array: jax.Array) -> np.ndarray:
+    """This process's rows."""
+    rows = {s.index[0].start or 0: s.data for s in array.addressable_shards}
+    return np.concatenate([np.asarray(rows[start].astype(jnp.float32)) for start in sorted(rows)])
