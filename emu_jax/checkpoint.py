@@ -65,6 +65,8 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
     Raises:
         UserError: the item lacks a wanted array or has it in another shape; all are listed.
     """
+    if not wanted:
+        return {}
     stored = stored_shapes(path)
     problems = []
     for key, leaf in wanted.items():
@@ -170,7 +172,7 @@ def read_parent(
         shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
         whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # it may not divide any more
         asked[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
-    params = read_params(directory, asked) if asked else {}
+    params = read_params(directory, asked)
     for path, axis in grown.items():
         ours = wanted[path]
 

@@ -66,6 +66,29 @@ def train(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def precompute(parser: argparse.ArgumentParser) -> Run:
+    """compute a decoder's conditions and latents once, for `train --config.latents=DIR`"""
+    parser.usage = (
+        "%(prog)s --config configs/X.py --out DIR --rows N [--config.a.b=VALUE ...] [--json]"
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--rows", type=int, required=True, metavar="N", help="documents to read")
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.train.config import TrainConfig
+        from emu_jax.train.config_file import load_config
+        from emu_jax.train.precompute import precompute
+
+        cfg = load_config(TrainConfig, args.config, args.overrides)
+        result = precompute(cfg, args.out, args.rows)
+        if not args.json:
+            print(f"{result['rows']} conditions and latents: {args.out}")
+        return result
+
+    return run
+
+
 def generate(parser: argparse.ArgumentParser) -> Run:
     """continue a sequence of text and pictures"""
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
@@ -79,41 +102,36 @@ def generate(parser: argparse.ArgumentParser) -> Run:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
-        "parts", nargs="+", metavar="PART",
-        help="text, or @FILE for a picture (@@ for text that begins with @)",
+        "--batch", type=Path, metavar="FILE",
+        help="many prompts: a JSON list of PARTs on each line; one JSON list of answers a line",
+    )  # fmt: skip
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART",
+        help="text, or @FILE for a picture or a video (@@ for text that begins with @)",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from PIL import Image
+        from emu_jax.generate import files
 
-        known = Image.registered_extensions()
-        if args.save.suffix.lower() not in known:
-            raise UserError(f"--save {args.save}: no picture format {args.save.suffix!r}: use .png")
-        if not args.save.parent.is_dir():
-            raise UserError(f"--save {args.save}: there is no directory {args.save.parent}")
-        parts = [_read_part(part) for part in args.parts]
-        emu = emu_jax.load(args.checkpoint)
-        if args.output == "text":
-            made: list[Any] = [emu.generate_text(parts)]
-        elif args.output == "image":
-            made = [emu.generate_image(parts, seed=args.seed)]
+        if bool(args.parts) == bool(args.batch):
+            raise UserError("give the PARTs of one prompt, or --batch FILE")
+        files.check_save(args.save)
+        if args.batch:
+            prompts = files.read_batch(args.batch)
         else:
-            made = emu.complete(parts, seed=args.seed)
-
-        shown: list[dict[str, str]] = []
-        for part in made:
-            if isinstance(part, str):
-                shown.append({"text": part})
-            else:
-                number = 1 + sum("image" in earlier for earlier in shown)
-                name = f"{args.save.stem}-{number}{args.save.suffix}"
-                path = args.save.with_name(name) if args.output == "auto" else args.save
-                _save_picture(part, path)
-                shown.append({"image": str(path)})
+            prompts = [[files.read_part(part) for part in args.parts]]
+        numbered = args.output == "auto"
+        answers = files.answer(emu_jax.load(args.checkpoint), prompts, args.output, args.seed)
+        if args.batch:
+            shown = files.save_batch(answers, args.save, numbered=numbered)
+            if not args.json:
+                print(files.lines(shown))
+            return {"answers": shown}
+        parts = files.save(answers[0], args.save, numbered=numbered)
         if not args.json:
-            for part in shown:
+            for part in parts:
                 print(*part.values())
-        return {"parts": shown}
+        return {"parts": parts}
 
     return run
 
@@ -339,6 +357,7 @@ def _converted(dst: Path, result: dict[str, Any]) -> str:
 VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "demo": demo,
     "train": train,
+    "precompute": precompute,
     "generate": generate,
     "convert": convert,
     "init": init,
@@ -424,21 +443,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"unknown argument {unknown[0]!r}")
     args.overrides = [a.removeprefix("--config.") for a in overrides]
     return args
-
-
-def _read_part(part: str) -> Any:
-    """A PART of the command line: text, or a PIL picture."""
-    if part.startswith("@@") or not part.startswith("@"):
-        return part.removeprefix("@")
-    from emu_jax.data.images import open_image
-
-    return open_image(Path(part[1:]))
-
-
-def _save_picture(picture: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    picture.save(temporary)
-    temporary.rename(path)
 
 
 def _complain(message: str) -> int:

@@ -14,6 +14,7 @@ from PIL import Image
 import emu_jax
 from emu_jax import cli
 from emu_jax.config import UserError
+from emu_jax.generate import files
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -54,15 +55,15 @@ def expect_error(result, *parts):
 
 
 class FakeEmu:
-    def generate_text(self, parts):
-        return f"{len(parts)} parts"
+    def generate_texts(self, prompts, *, seed):
+        return [f"{len(parts)} parts" for parts in prompts]
 
-    def generate_image(self, parts, *, seed):
-        return Image.new("RGB", (3, 2), (seed, 0, 0))
+    def generate_images(self, prompts, *, seeds):
+        return np.stack([np.full((2, 3, 3), seed, np.uint8) for seed in seeds])
 
-    def complete(self, parts, *, seed):
-        picture = self.generate_image(parts, seed=seed)
-        return ["one", picture, "two", picture]
+    def completions(self, prompts, *, seed):
+        picture = self.generate_images(prompts, seeds=[seed])[0]
+        return [["one", picture, "two", picture] for _ in prompts]
 
 
 @pytest.fixture
@@ -89,7 +90,8 @@ def test_no_verb_and_unknown_verbs(run):
         (("demo", "--seed", "x"), "invalid int value: 'x'"),
         (("demo", "--config.a=1"), "--config.a=1: `emu-jax demo` takes no config"),
         (("train",), "required: --config, --workdir"),
-        (("generate", "--checkpoint", "d"), "required: PART"),
+        (("generate", "--checkpoint", "d"), "give the PARTs of one prompt, or --batch FILE"),
+        (("generate", "--checkpoint", "d", "--batch", "f", "x"), "or --batch FILE"),
         (("generate", "--checkpoint", "d", "--output", "song", "x"), "'song'"),
     ],
 )
@@ -207,16 +209,16 @@ def test_generate_text(run, fake_emu, tmp_path):
 
 def test_at_sign_means_a_picture_and_two_a_sign(fake_emu, tmp_path):
     Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
-    assert cli._read_part("a@b") == "a@b"
-    assert cli._read_part("@@home") == "@home"
-    assert cli._read_part("@a.png").size == (4, 3)
+    assert files.read_part("a@b") == "a@b"
+    assert files.read_part("@@home") == "@home"
+    assert files.read_part("@a.png").size == (4, 3)
 
 
 def test_generate_image(run, fake_emu, tmp_path):
     command = ("generate", "--checkpoint", "d", "--output", "image", "a seven", "--seed", 9)
     assert run(*command) == (0, "emu.png\n", "")
     with Image.open("emu.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture)[0, 0], [9, 0, 0])
+        np.testing.assert_array_equal(np.asarray(picture)[0, 0], [9, 9, 9])
     status, out, _ = run(*command, "--save", tmp_path / "b.bmp", "--json")
     assert json.loads(out) == {"parts": [{"image": str(tmp_path / "b.bmp")}]}
     with Image.open(tmp_path / "b.bmp") as picture:
@@ -229,6 +231,35 @@ def test_generate_both(run, fake_emu, tmp_path):
         0, "one\nc-1.png\ntwo\nc-2.png\n", "",
     )  # fmt: skip
     assert {p.name for p in tmp_path.iterdir()} == {"c-1.png", "c-2.png"}
+
+
+def test_generate_many(run, fake_emu, tmp_path):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    (tmp_path / "many.jsonl").write_text('["@a.png", "what is this?"]\n\n"two"\n')
+    command = ("generate", "--checkpoint", "d", "--batch", "many.jsonl", "--output")
+    assert run(*command, "text") == (
+        0, '[{"text": "2 parts"}]\n[{"text": "1 parts"}]\n', "",
+    )  # fmt: skip
+    status, out, _ = run(*command, "image", "--seed", 5, "--json")
+    assert json.loads(out) == {"answers": [[{"image": "emu-1.png"}], [{"image": "emu-2.png"}]]}
+    with Image.open("emu-2.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture)[0, 0], [6, 6, 6])
+    assert run(*command, "auto", "--save", "c.png")[0] == 0
+    pictures = {p.name for p in tmp_path.glob("c-*.png")}
+    assert pictures == {"c-1-1.png", "c-1-2.png", "c-2-1.png", "c-2-2.png"}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "has no prompts"), ('["a"]\n{"a": 1}', "many.jsonl, line 2: not a JSON list"),
+        ("[", "line 1"), ("[1]", "line 1"), ("[]", "line 1"), ('["@no.png"]', "no.png"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_batch(run, fake_emu, tmp_path, content, message):
+    (tmp_path / "many.jsonl").write_text(content)
+    expect_error(run("generate", "--checkpoint", "d", "--batch", "many.jsonl"), message)
+    expect_error(run("generate", "--checkpoint", "d", "--batch", "gone"), "cannot read gone")
 
 
 def test_interrupted(run, tmp_path, config, monkeypatch):
@@ -273,7 +304,8 @@ def test_version(run):
 def test_a_closed_pipe_is_no_traceback(unbuffered):
     script = (
         "import sys, types, emu_jax\nfrom emu_jax import cli\n"
-        "emu_jax.load = lambda _: types.SimpleNamespace(generate_text=lambda parts: 'words')\n"
+        "emu_jax.load = lambda _: types.SimpleNamespace("
+        "generate_texts=lambda prompts, seed: ['words'])\n"
         "sys.exit(cli.main(['generate', '--checkpoint', 'd', '--output', 'text', 'x']))"
     )
     read, write = os.pipe()

@@ -14,15 +14,19 @@ from flax import nnx
 from emu_jax import checkpoint
 from emu_jax.config import LoraConfig, UserError, digits, save_json
 from emu_jax.data.digits import build_digits
+from emu_jax.data.latents import LatentBatches
+from emu_jax.data.pipeline import Batches
 from emu_jax.generate.api import load
 from emu_jax.models.emu import Emu
 from emu_jax.models.lora import LoraLinear
 from emu_jax.sharding import Template, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
+from emu_jax.train import parents
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, digits_data
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import Trainer, train
 from emu_jax.train.optimizer import schedule
+from emu_jax.train.precompute import precompute
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.25)
@@ -98,7 +102,12 @@ def test_lora_settings_that_mean_nothing(settings, line):
 def small_model(lora=None):
     model = digits()
     return dataclasses.replace(
-        model, unet=None, vae=None,
+        model,
+        unet=dataclasses.replace(
+            model.unet, block_out_channels=(16, 32), norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
         vision=dataclasses.replace(model.vision, layers=1),
         cformer=dataclasses.replace(model.cformer, layers=1),
         llama=dataclasses.replace(model.llama, layers=2, vocab_multiple=1, lora=lora),
@@ -149,6 +158,7 @@ def test_a_run_saves_its_adapters_alone_and_goes_on(parent, tmp_path, monkeypatc
         np.testing.assert_array_equal(value[...], theirs[path][...], err_msg=str(path))
 
     # What is not saved is the parent's; new tokens have the mean of the old ones' rows.
+    assert whole.paints
     base = load(parent[0]).model
     table, old = whole.model.llama.embed_tokens.embedding[...], base.llama.embed_tokens.embedding
     np.testing.assert_array_equal(table[:350], old[...])
@@ -166,12 +176,78 @@ def test_a_run_saves_its_adapters_alone_and_goes_on(parent, tmp_path, monkeypatc
         (tmp_path / "moved").rename(parent[0])
 
 
-def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, monkeypatch):
-    from emu_jax.train.loop import _adopt_parents
+def decoding(parent, **changes) -> TrainConfig:
+    run, data = parent
+    groups = (GroupConfig(r"^unet\.", lr=1e-3), GroupConfig(".*", lr=0.0))
+    return TrainConfig(**{
+        "objective": "decoder", "model": small_model(), "init_from": str(run), "steps": 2,
+        "checkpoint_every": 1, "log_every": 1, "optimizer": OptimizerConfig(groups=groups),
+        "ema_decay": 0.9, "save_frozen": False, "dtype": "float32",
+        "data": digits_data(
+            root=str(data), mixture={"pairs": 1.0}, batch_size=4, row_tokens=40, row_images=1,
+            picture_first=0.0, augment=False, drop_condition=0.4,
+        ), **changes,
+    })  # fmt: skip
 
+
+@pytest.mark.slow
+def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    cfg = decoding(parent)
+    assert precompute(cfg, tmp_path / "latents", rows=10)["rows"] == 12
+    with pytest.raises(UserError, match="holds latents already"):
+        precompute(cfg, tmp_path / "latents", rows=10)
+
+    # They are what a user of the frozen model gets from the same contexts.
+    emu = load(parent[0])
+    whole = dataclasses.replace(cfg.data, drop_condition=0.0)
+    with Batches(whole, emu.tokenizer, "contexts") as batches:
+        contexts = [next(batches) for _ in range(3)]
+    words = [emu.tokenizer.decode(c["tokens"][n, : c["length"][n] - 1])
+             for c in contexts for n in range(4)]  # fmt: skip
+    data = dataclasses.replace(cfg.data, batch_size=12)
+    made = LatentBatches(tmp_path / "latents", data, emu.cfg)
+    seen = [next(made) for _ in range(6)]
+    order = [row for _, row in made.documents()]
+    assert sorted(order) == list(range(12))
+    empty = np.asarray(emu.regress([""])[0])
+    conditions = np.asarray(emu.regress(words))
+    dropped = 0
+    for row, condition in zip(order, seen[-1]["condition"].astype(np.float32), strict=True):
+        drops = np.abs(condition - empty).max() < 0.02
+        dropped += drops
+        assert drops or np.abs(condition - conditions[row]).max() < 0.02
+    assert 0 < dropped < 12
+    assert all(len({r.tobytes() for r in batch["latents"]}) > 6 for batch in seen)
+
+    # Two processes share a batch; a position goes on where it was taken.
+    state = {"kind": "latents", "batch": 5}
+    halves = [LatentBatches(tmp_path / "latents", data, emu.cfg, index, 2) for index in range(2)]
+    for half in halves:
+        half.restore(state)
+    parts = [next(half) for half in halves]
+    for name, whole in seen[-1].items():
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole)
+    for batches in (made, *halves):
+        batches.close()
+
+    latents = dataclasses.replace(cfg, latents=str(tmp_path / "latents"))
+    train(latents, tmp_path / "run")
+    train(dataclasses.replace(latents, steps=3), tmp_path / "run")
+    stored = checkpoint.stored_shapes(tmp_path / "run" / "3" / "params")
+    assert {checkpoint.tower_of(path) for path in stored} == {"unet"}
+    tuned = load(tmp_path / "run")
+    assert tuned.generate_image("the digit one", steps=2, method="ddim").size == (32, 32)
+    model = dataclasses.replace(emu.cfg, vae=dataclasses.replace(emu.cfg.vae, scaling_factor=3.0))
+    with pytest.raises(UserError, match="another model"):
+        LatentBatches(tmp_path / "latents", data, model)
+
+
+def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, monkeypatch):
     model = small_model(dataclasses.replace(LORA, rank=4))
     run = tmp_path / "run"
     run.mkdir()
     save_json(model, run / "config.json")
     with pytest.raises(UserError, match="has adapters of its own"):
-        _adopt_parents(tuning(parent, init_from=str(run)), tmp_path)
+        parents.adopt(tuning(parent, init_from=str(run)), tmp_path)

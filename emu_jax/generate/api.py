@@ -5,9 +5,9 @@
     emu.generate_image(["a dog wearing glasses"])
     emu.complete([first, "one", second, "two"])
 
-A prompt is a list of parts in reading order: texts, pictures (PIL, or uint8 [h, w, 3]) and
-videos (lists of pictures, or uint8 [F, h, w, 3]). Every method has a form for many prompts,
-which runs them in batches of few shapes, each compiled once.
+A prompt is a list of parts in reading order: texts, pictures (PIL, or uint8 [h, w, 3]), videos
+(lists of pictures, or uint8 [F, h, w, 3]), and Paths of files of pictures and videos. Every method
+has a form for many prompts, which runs them in batches of few shapes, each compiled once.
 """
 
 from __future__ import annotations

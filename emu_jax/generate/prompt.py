@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +18,16 @@ from PIL import Image
 
 from emu_jax.config import EmuConfig, UserError
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
-from emu_jax.data.images import load_image
+from emu_jax.data.images import load_image, open_image
+from emu_jax.data.video import FRAMES, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, IMAGE, IMG, USER, Tokenizer
 
-# str, a PIL picture, uint8 pixels [h, w, 3]; or a video: [F, h, w, 3] or a list of pictures.
-# Pixels of a floating dtype are taken as preprocessed and normalised already.
+# str, a PIL picture, uint8 pixels [h, w, 3]; or a video: [F, h, w, 3] or a list of pictures; or
+# the Path of a file of either. Pixels of a floating dtype are taken as preprocessed and normalised
+# already.
 Part = Any
 Parts = Sequence[Part] | str
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")  # how their files end
 
 
 def is_video(part: Part) -> bool:
@@ -39,8 +43,33 @@ def pictures_of(part: Part) -> list[Any]:
 
 
 def as_parts(prompt: Parts) -> list[Part]:
-    """A prompt as its list of parts; a lone string is one part."""
-    return [prompt] if isinstance(prompt, str | Image.Image | np.ndarray) else list(prompt)
+    """A prompt as its list of parts, files opened; a lone part is a list of one."""
+    alone = isinstance(prompt, str | Path | Image.Image | np.ndarray)
+    parts = [prompt] if alone else list(prompt)
+    return [open_file(part) if isinstance(part, Path) else part for part in parts]
+
+
+def open_file(path: Path) -> Part:
+    """A picture; or of a video the frames that the release shows.
+
+    Raises:
+        UserError: it is neither, or cannot be read.
+    """
+    if path.suffix.lower() not in VIDEOS:
+        return open_image(path)
+    try:
+        return open_video(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read the video {path}: {error.strerror}") from None
+
+
+def open_video(content: bytes, where: str) -> list[Image.Image]:
+    """The frames that the release shows of a video file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return [open_image(data) for _, data in sample_frames(Video(content, where), FRAMES, None)]
 
 
 def instruct(prompt: Parts, system: str | None = None) -> list[Part]:

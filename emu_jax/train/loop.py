@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -18,13 +17,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from emu_jax import checkpoint
-from emu_jax.config import EmuConfig, TokenIds, UserError, load_json, save_json, suggest, to_dict
+from emu_jax.config import TokenIds, UserError, load_json, save_json, suggest, to_dict
 from emu_jax.data import digits
-from emu_jax.data.pipeline import Batches
 from emu_jax.models.layers import REMAT
 from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
+from emu_jax.train import parents
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.goodput import Goodput
 from emu_jax.train.metrics import DAMAGED_FILE, DOCUMENTS_FILE, StepLog
@@ -157,8 +155,8 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
     started = time.monotonic()
-    _check(cfg)
-    _initialize_distributed()
+    check(cfg)
+    initialize_distributed()
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
     sharding = batch_sharding(mesh)
     for size in sorted(cfg.data.batch_sizes()):
@@ -174,31 +172,28 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints,
     ):
         going_on = checkpoints.newest() is not None
-        cfg = _resume(cfg, workdir) if going_on else _adopt_parents(cfg, workdir)
+        cfg = _resume(cfg, workdir) if going_on else parents.adopt(cfg, workdir)
         trainer = Trainer(cfg, mesh)
-        inherited = _inherited(cfg, workdir, trainer)
+        frozen = {path: trainer.param_shapes[path] for path in trainer.frozen}
+        inherited = parents.inherited(cfg, workdir, frozen)
         done, state, position = 0, None, None
         if going_on:
-            parents = _read_parents(cfg, workdir, inherited)
-            done, state, position = _restore(checkpoints, trainer, parents)
+            kept = parents.read(cfg, workdir, inherited)
+            done, state, position = _restore(checkpoints, trainer, kept)
         if done >= cfg.steps:
             return {"step": done, "seconds": 0.0}
         tokenizer = prepare_data(cfg)
-        batches = Batches(
-            cfg.data, tokenizer, trainer.objective.batch_kind,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+        batches = trainer.objective.batches(cfg, tokenizer)
         if position is not None:
             batches.restore(position)
         if state is None:
-            state = trainer.start(_read_parents(cfg, workdir, trainer.param_shapes))
+            state = trainer.start(parents.read(cfg, workdir, trainer.param_shapes))
         if lead:
             tokenizer.save(workdir / "tokenizer")
             save_json(cfg.model, workdir / "config.json")
             save_json(cfg, workdir / "train.json")
-            _carry(cfg, workdir)
-            if not cfg.save_frozen:
-                checkpoint.save_base(workdir, {t: _parent(cfg, workdir, t) for t in cfg.parents})
+            parents.carry(cfg, workdir)
+            parents.note_base(cfg, workdir)
 
         with (
             batches,
@@ -245,7 +240,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
 
 
-def _check(cfg: TrainConfig) -> None:
+def check(cfg: TrainConfig) -> None:
     """
     Raises:
         UserError: a setting that means nothing.
@@ -320,6 +315,8 @@ def prepare_data(cfg: TrainConfig) -> Tokenizer:
     Raises:
         UserError: the tokenizer or a size is not the model's.
     """
+    if cfg.latents:
+        return Tokenizer.load(Path(cfg.latents) / "tokenizer")
     if cfg.data.embedded == "digits":
         digits.build_digits(cfg.data.root)
     elif cfg.data.embedded:
@@ -393,116 +390,7 @@ def _restore(
     return step, state, saved["position"]
 
 
-# Where a tower of the module has its configuration.
-CONFIG_OF = {
-    "visual": "vision", "ln_visual": "vision", "cformer": "cformer", "llama": "llama",
-    "unet": "unet", "vae": "vae",
-}  # fmt: skip
-
-
-def _parent(cfg: TrainConfig, workdir: Path, tower: str) -> Path:
-    if tower not in CONFIG_OF:
-        raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")
-    return Path(os.path.normpath(workdir / cfg.parents[tower]))
-
-
-def _adopt_parents(cfg: TrainConfig, workdir: Path) -> TrainConfig:
-    """The run with its parents spelled out: the model of `init_from`, and what parents
-    measured (the autoencoder's scaling factor).
-
-    Raises:
-        UserError: a parent's tower has another configuration than this run's.
-    """
-    if cfg.init_from:
-        parent = Path(cfg.init_from).absolute()
-        model = _extended(checkpoint.load_config(parent), cfg)
-        has = {"unet": model.unet is not None, "vae": model.vae is not None}
-        towers = [tower for tower in CONFIG_OF if has.get(tower, True)]
-        if cfg.objective != "decoder" and cfg.save_frozen:  # the painter is not in this run
-            towers = [tower for tower in towers if tower not in has]
-        parents = {tower: str(parent) for tower in towers} | cfg.parents
-        return dataclasses.replace(cfg, model=model, parents=parents)
-    model = cfg.model
-    for tower in cfg.parents:
-        name = CONFIG_OF.get(tower, tower)
-        parent = _parent(cfg, workdir, tower)
-        theirs, ours = getattr(checkpoint.load_config(parent), name), getattr(model, name)
-        if name == "vae" and ours and theirs:
-            ours = dataclasses.replace(ours, scaling_factor=theirs.scaling_factor)
-        if theirs != ours:
-            raise UserError(
-                f"parent {parent}: its {name} is not configured as this run's: make model.{name} "
-                f"equal to {parent / 'config.json'}"
-            )
-        model = dataclasses.replace(model, **{name: ours})
-    return dataclasses.replace(cfg, model=model)
-
-
-def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
-    """A parent's model with the adapters of this run, and with the tokens of its data.
-
-    Raises:
-        UserError: the parent has other adapters.
-    """
-    llama, lora = parent.llama, cfg.model.llama.lora
-    if lora is not None and llama.lora not in (None, lora):
-        raise UserError(
-            f"{cfg.init_from} has adapters of its own, {llama.lora}: merge them first "
-            "(emu-jax convert --merge-lora), or set model.llama.lora to these"
-        )
-    # `[USER]` and `[ASSISTANT]` follow `<image>`.
-    tokens = parent.tokens.image + 1 + (2 if cfg.data.instruct else 0)
-    llama = dataclasses.replace(
-        llama, lora=lora or llama.lora, vocab_size=max(llama.vocab_size, tokens)
-    )
-    return dataclasses.replace(parent, llama=llama)
-
-
-def _read_parents(
-    cfg: TrainConfig, workdir: Path, shapes: dict[str, jax.ShapeDtypeStruct]
-) -> Params:
-    """Those of the parameters that parents have, averaged ones where they keep them."""
-    params: Params = {}
-    for tower in cfg.parents:
-        wanted = {k: v for k, v in shapes.items() if checkpoint.tower_of(k) == tower}
-        if wanted:
-            params |= checkpoint.read_parent(_parent(cfg, workdir, tower), wanted, cfg.model)
-    return params
-
-
-def _inherited(
-    cfg: TrainConfig, workdir: Path, trainer: Trainer
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Frozen parameters that stay in the parents' run directories: this run does not save them."""
-    if cfg.save_frozen:
-        return {}
-    stored = {
-        (tower, path) for tower in cfg.parents
-        for path in checkpoint.run_shapes(_parent(cfg, workdir, tower))
-    }  # fmt: skip
-    return {
-        path: trainer.param_shapes[path] for path in trainer.frozen
-        if (checkpoint.tower_of(path), path) in stored
-    }  # fmt: skip
-
-
-def _carry(cfg: TrainConfig, workdir: Path) -> None:
-    """What a converted parent keeps for the way back (`convert.source`), for this run's own; and
-    how the model that is tuned generates."""
-    settings = Path(cfg.init_from) / "generation.json"
-    if cfg.init_from and settings.is_file() and not (workdir / settings.name).exists():
-        shutil.copy2(settings, workdir / "generation.tmp")
-        (workdir / "generation.tmp").rename(workdir / settings.name)
-    for tower in cfg.parents:
-        source, copy = _parent(cfg, workdir, tower) / "release", workdir / "release"
-        if source.is_dir() and not copy.exists():
-            temporary = workdir / "release.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary)
-            temporary.rename(copy)
-
-
-def _initialize_distributed() -> None:
+def initialize_distributed() -> None:
     """Joins the other processes when JAX_NUM_PROCESSES says that there are some; their meeting
     place is JAX_COORDINATOR_ADDRESS. On TPU pods nothing needs to be set but JAX_NUM_PROCESSES."""
     count = int(os.environ.get("JAX_NUM_PROCESSES", "1"))

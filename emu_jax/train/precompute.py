@@ -21,7 +21,7 @@ from tqdm import tqdm
 from emu_jax.config import UserError
 from emu_jax.data.latents import LatentWriter, finish
 from emu_jax.sharding import batch_sharding, make_mesh
-from emu_jax.train import loop
+from emu_jax.train import loop, parents
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import Batch, DecoderObjective
 
@@ -42,23 +42,26 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         raise UserError("precompute needs the config of a decoder (objective) without latents")
     if rows < 1:
         raise UserError(f"{rows} rows: give at least 1")
-    loop.prepare(cfg)
+    loop.check(cfg)
+    loop.initialize_distributed()
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
     count, index = jax.process_count(), jax.process_index()
     data = dataclasses.replace(cfg.data, drop_condition=0.0)
     with jax.set_mesh(mesh):
-        cfg = loop.adopt_parents(dataclasses.replace(cfg, data=data), folder)
+        cfg = parents.adopt(dataclasses.replace(cfg, data=data), folder)
         tokenizer = loop.prepare_data(cfg)
         trainer = loop.Trainer(cfg, mesh)
-        parents = loop.read_parents(cfg, folder, trainer.param_shapes)
-        if missing := [path for path in trainer.frozen if path not in parents]:
+        kept = parents.read(cfg, folder, trainer.param_shapes)
+        if missing := [path for path in trainer.frozen if path not in kept]:
             raise UserError(
                 f"no parent has {missing[0].split('.')[0]}: set init_from to a pretrained model"
             )
-        params = {path: parents[path] for path in trainer.frozen}
+        params = {path: kept[path] for path in trainer.frozen}
         # The U-Net is no part of it, but the module wants its parameters.
         zeros = {path: jnp.zeros((), a.dtype) for path, a in trainer.param_shapes.items()}
-        module = lambda params: trainer.template.module(zeros | params)  # noqa: E731
+
+        def module(params) -> Any:
+            return trainer.template.module(zeros | params)
 
         @jax.jit
         def compute(params, batch: Batch):

@@ -1,0 +1,119 @@
+"""Prompts as the command line and its batch files spell them, and answers as text and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from emu_jax.config import UserError
+from emu_jax.generate.api import Emu
+from emu_jax.generate.prompt import Part, open_file
+
+Output = Literal["text", "image", "auto"]
+
+
+def read_part(part: str) -> Part:
+    """A PART: `@FILE` is a picture or a video, anything else text (`@@` for text that begins
+    with @).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if part.startswith("@@") or not part.startswith("@"):
+        return part.removeprefix("@")
+    return open_file(Path(part[1:]))
+
+
+def read_batch(path: Path) -> list[list[Part]]:
+    """The prompts of a file: on each line a JSON list of PARTs, or one PART alone.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or a line is something else.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            parts = json.loads(line)
+        except ValueError:
+            parts = None
+        parts = [parts] if isinstance(parts, str) else parts
+        if not isinstance(parts, list) or not parts or not all(isinstance(p, str) for p in parts):
+            raise UserError(
+                f'{path}, line {number}: not a JSON list of parts such as ["@a.png", "what is it?"]'
+            )
+        prompts.append([read_part(p) for p in parts])
+    if not prompts:
+        raise UserError(f"{path} has no prompts: write a JSON list of parts on each line")
+    return prompts
+
+
+def answer(
+    emu: Emu, prompts: Sequence[Sequence[Part]], output: Output, seed: int
+) -> list[list[str | Image.Image]]:
+    """What follows each prompt: a text, a picture, or both as the model decides. The n-th
+    picture of "image" is the one that `seed + n` gives alone."""
+    if output == "text":
+        return [[text] for text in emu.generate_texts(prompts, seed=seed)]
+    if output == "image":
+        seeds = range(seed, seed + len(prompts))
+        return [[Image.fromarray(p)] for p in emu.generate_images(prompts, seeds=seeds)]
+    return [
+        [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in parts]
+        for parts in emu.completions(prompts, seed=seed)
+    ]
+
+
+def check_save(path: Path) -> None:
+    """
+    Raises:
+        UserError: no picture can be saved under this name.
+    """
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--save {path}: no picture format {path.suffix!r}: use .png")
+    if not path.parent.is_dir():
+        raise UserError(f"--save {path}: there is no directory {path.parent}")
+
+
+def save(parts: Iterable[str | Image.Image], path: Path, *, numbered: bool) -> list[dict[str, str]]:
+    """Writes pictures and gives what to show of each part: `{"text": ...}` or `{"image": file}`.
+
+    The only picture goes to `path` itself; where they are numbered, to STEM-1, STEM-2, ...
+    """
+    shown: list[dict[str, str]] = []
+    for part in parts:
+        if isinstance(part, str):
+            shown.append({"text": part})
+            continue
+        number = 1 + sum("image" in earlier for earlier in shown)
+        file = path.with_name(f"{path.stem}-{number}{path.suffix}") if numbered else path
+        temporary = file.with_name(f".{file.name}.tmp{file.suffix}")
+        part.save(temporary)
+        temporary.rename(file)
+        shown.append({"image": str(file)})
+    return shown
+
+
+def save_batch(
+    answers: Sequence[Iterable[str | Image.Image]], path: Path, *, numbered: bool
+) -> list[list[dict[str, str]]]:
+    """`save` for each of many answers, the pictures of the n-th under STEM-n."""
+    return [
+        save(parts, path.with_name(f"{path.stem}-{n}{path.suffix}"), numbered=numbered)
+        for n, parts in enumerate(answers, start=1)
+    ]
+
+
+def lines(shown: Sequence[Any]) -> str:
+    """The answers of a batch, one JSON list a line."""
+    return "\n".join(json.dumps(parts) for parts in shown)

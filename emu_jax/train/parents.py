@@ -1,0 +1,126 @@
+"""What a run starts from: other runs' towers, and where they stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import jax
+
+from emu_jax import checkpoint
+from emu_jax.config import EmuConfig, UserError, suggest
+from emu_jax.train.config import TrainConfig
+
+# Where a tower of the module has its configuration.
+CONFIG_OF = {
+    "visual": "vision", "ln_visual": "vision", "cformer": "cformer", "llama": "llama",
+    "unet": "unet", "vae": "vae",
+}  # fmt: skip
+
+
+def parent_of(cfg: TrainConfig, workdir: Path, tower: str) -> Path:
+    if tower not in CONFIG_OF:
+        raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")
+    return Path(os.path.normpath(workdir / cfg.parents[tower]))
+
+
+def adopt(cfg: TrainConfig, workdir: Path) -> TrainConfig:
+    """The run with its parents spelled out: the model of `init_from`, and what parents
+    measured (the autoencoder's scaling factor).
+
+    Raises:
+        UserError: a parent's tower has another configuration than this run's.
+    """
+    if cfg.init_from:
+        parent = Path(cfg.init_from).absolute()
+        model = _extended(checkpoint.load_config(parent), cfg)
+        has = {"unet": model.unet is not None, "vae": model.vae is not None}
+        towers = [tower for tower in CONFIG_OF if has.get(tower, True)]
+        if cfg.objective != "decoder" and cfg.save_frozen:  # the painter is not in this run
+            towers = [tower for tower in towers if tower not in has]
+        parents = {tower: str(parent) for tower in towers} | cfg.parents
+        return dataclasses.replace(cfg, model=model, parents=parents)
+    model = cfg.model
+    for tower in cfg.parents:
+        name = CONFIG_OF.get(tower, tower)
+        parent = parent_of(cfg, workdir, tower)
+        theirs, ours = getattr(checkpoint.load_config(parent), name), getattr(model, name)
+        if name == "vae" and ours and theirs:
+            ours = dataclasses.replace(ours, scaling_factor=theirs.scaling_factor)
+        if theirs != ours:
+            raise UserError(
+                f"parent {parent}: its {name} is not configured as this run's: make model.{name} "
+                f"equal to {parent / 'config.json'}"
+            )
+        model = dataclasses.replace(model, **{name: ours})
+    return dataclasses.replace(cfg, model=model)
+
+
+def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
+    """A parent's model with the adapters of this run, and with the tokens of its data.
+
+    Raises:
+        UserError: the parent has other adapters.
+    """
+    llama, lora = parent.llama, cfg.model.llama.lora
+    if lora is not None and llama.lora not in (None, lora):
+        raise UserError(
+            f"{cfg.init_from} has adapters of its own, {llama.lora}: merge them first "
+            "(emu-jax convert --merge-lora), or set model.llama.lora to these"
+        )
+    # `[USER]` and `[ASSISTANT]` follow `<image>`.
+    tokens = parent.tokens.image + 1 + (2 if cfg.data.instruct else 0)
+    llama = dataclasses.replace(
+        llama, lora=lora or llama.lora, vocab_size=max(llama.vocab_size, tokens)
+    )
+    return dataclasses.replace(parent, llama=llama)
+
+
+def read(
+    cfg: TrainConfig, workdir: Path, shapes: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Those of the parameters that parents have, averaged ones where they keep them."""
+    params: dict[str, jax.Array] = {}
+    for tower in cfg.parents:
+        wanted = {k: v for k, v in shapes.items() if checkpoint.tower_of(k) == tower}
+        if wanted:
+            params |= checkpoint.read_parent(parent_of(cfg, workdir, tower), wanted, cfg.model)
+    return params
+
+
+def inherited(
+    cfg: TrainConfig, workdir: Path, frozen: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Those of the frozen parameters that stay in the parents' run directories: this run does
+    not save them."""
+    if cfg.save_frozen:
+        return {}
+    stored = {
+        (tower, path) for tower in cfg.parents
+        for path in checkpoint.run_shapes(parent_of(cfg, workdir, tower))
+    }  # fmt: skip
+    return {path: s for path, s in frozen.items() if (checkpoint.tower_of(path), path) in stored}
+
+
+def carry(cfg: TrainConfig, workdir: Path) -> None:
+    """What a converted parent keeps for the way back (`convert.source`), for this run's own; and
+    how the model that is tuned generates."""
+    settings = Path(cfg.init_from) / "generation.json"
+    if cfg.init_from and settings.is_file() and not (workdir / settings.name).exists():
+        shutil.copy2(settings, workdir / "generation.tmp")
+        (workdir / "generation.tmp").rename(workdir / settings.name)
+    for tower in cfg.parents:
+        source, copy = parent_of(cfg, workdir, tower) / "release", workdir / "release"
+        if source.is_dir() and not copy.exists():
+            temporary = workdir / "release.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            temporary.rename(copy)
+
+
+def note_base(cfg: TrainConfig, workdir: Path) -> None:
+    """Notes where the parameters are that this run does not save."""
+    if not cfg.save_frozen or cfg.latents:
+        checkpoint.save_base(workdir, {t: parent_of(cfg, workdir, t) for t in cfg.parents})
