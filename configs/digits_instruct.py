@@ -37,7 +37,7 @@ def get_config():
                 ),
                 weight_decay=0.0,
             ),
-            steps=400,
+            steps=800,
             regression_weight=5.0,
             dtype="float32",
             save_frozen=False,

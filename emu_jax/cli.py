@@ -345,6 +345,39 @@ def _built(dst: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def serve(parser: argparse.ArgumentParser) -> Run:
+    """serve a local web page for chat and drawing"""
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS",
+        help="where to listen (default: 127.0.0.1, this machine alone)",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, default=7860, metavar="N")
+    parser.add_argument(
+        "--waiting", type=int, default=16, metavar="N",
+        help="requests that may be in hand or in line (default: 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, metavar="S",
+        help="from a request's arrival to its last word (default: 120)",
+    )  # fmt: skip
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        try:
+            from emu_jax.serve.app import Limits, serve
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is missing: pip install 'emu_jax[serve]'") from None
+        if args.waiting < 1 or args.seconds <= 0 or not 0 <= args.port < 2**16:
+            raise UserError(
+                "--waiting, --seconds and --port must be positive, the port below 65536"
+            )
+        limits = Limits(waiting=args.waiting, seconds=args.seconds)
+        serve(args.checkpoint, args.host, args.port, limits)
+        return {}
+
+    return run
+
+
 def _converted(dst: Path, result: dict[str, Any]) -> str:
     peak = result["peak_rss_anon_bytes"]
     memory = "" if peak is None else f", peak RssAnon {peak / 2**30:.2f} GiB"
@@ -359,6 +392,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "train": train,
     "precompute": precompute,
     "generate": generate,
+    "serve": serve,
     "convert": convert,
     "init": init,
     "verify": verify,

@@ -20,7 +20,7 @@ from emu_jax.config import EmuConfig, UserError
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.images import load_image, open_image
 from emu_jax.data.video import FRAMES, Video, sample_frames
-from emu_jax.tokenizer import ASSISTANT, IMAGE, IMG, USER, Tokenizer
+from emu_jax.tokenizer import ASSISTANT, EOS, IMAGE, IMG, USER, Tokenizer
 
 # str, a PIL picture, uint8 pixels [h, w, 3]; or a video: [F, h, w, 3] or a list of pictures; or
 # the Path of a file of either. Pixels of a floating dtype are taken as preprocessed and normalised
@@ -79,12 +79,26 @@ def instruct(prompt: Parts, system: str | None = None) -> list[Part]:
     Without `system` it is chosen as the release's examples do: their message for one picture,
     that for a video, nothing before text alone or several pictures between texts.
     """
-    parts = as_parts(prompt)
+    return converse([prompt], system)
+
+
+def converse(turns: Sequence[Parts], system: str | None = None) -> list[Part]:
+    """`instruct` for a dialogue, in which user and model take turns: the user is first, and last.
+    An answer ends in `</s>`."""
+    asked = [as_parts(turn) for turn in turns]
     if system is None:
-        videos = sum(map(is_video, parts))
-        pictures = sum(len(pictures_of(p)) for p in parts)
+        shown = [part for parts in asked[::2] for part in parts]
+        pictures = sum(len(pictures_of(part)) for part in shown)
+        videos = any(map(is_video, shown))
         system = VIDEO_SYSTEM if videos else IMAGE_SYSTEM if pictures == 1 else ""
-    return [f"{system} {USER}: ".lstrip(), *parts, f" {ASSISTANT}:"]
+    spelled: list[Part] = []
+    for number, parts in enumerate(asked):
+        if number % 2:
+            spelled += [*parts, EOS]
+        else:
+            spelled += [f"{system} {USER}: ".lstrip(), *parts, f" {ASSISTANT}:"]
+            system = ""
+    return spelled
 
 
 @dataclasses.dataclass(frozen=True)

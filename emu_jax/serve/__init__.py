@@ -1,0 +1,1 @@
+"""The local web page: chat with pictures and video, and drawing from mixed prompts."""

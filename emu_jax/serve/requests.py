@@ -1,0 +1,223 @@
+"""What a client sends, checked before anything is computed.
+
+A request is JSON. Nothing in it names a file: pictures and videos come as their own bytes, and a
+text is only ever text. Whatever is wrong is a `Refused`, with a status of 4xx and one line.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from emu_jax.config import UserError
+from emu_jax.data.images import open_image
+from emu_jax.generate.prompt import Part, open_video
+from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of pictures; Pillow knows stranger ones
+SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request, and all that wait, may ask for."""
+
+    body_bytes: int = 32 << 20
+    body_seconds: float = 30.0  # in which a body must have arrived
+    parts: int = 64
+    text_characters: int = 8000  # of all texts together
+    pictures: int = 16  # and frames of videos
+    pixels: int = 25_000_000  # of each picture or frame
+    new_tokens: int = 256
+    steps: int = 100  # of sampling
+    waiting: int = 16  # requests that are being answered or wait
+    seconds: float = 120.0  # from arrival to the last word
+
+
+class Refused(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What one side said."""
+
+    said_by_user: bool
+    parts: list[Part]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request in our terms: one message to draw from, or a chat that ends with the user."""
+
+    messages: list[Message]
+    settings: dict[str, Any]
+
+
+def parse_chat(body: bytes, limits: Limits) -> Asked:
+    """`{"messages": [{"role": "user" | "assistant", "parts": [PART, ...]}, ...],
+    "settings": {"max_new_tokens": ..., "seed": ...}}`; a PART is `{"text": ...}`, or
+    `{"picture": ...}` or `{"video": ...}` with a file in base64.
+
+    Raises:
+        Refused: it is anything else, or more than the limits allow.
+    """
+    values = _object(_json(body), "the request", {"messages", "settings"})
+    given = values.get("messages")
+    if not isinstance(given, list) or not given:
+        raise Refused(400, "messages must be a list of what was said")
+    room = _Room(limits)
+    messages = []
+    for number, message in enumerate(given):
+        message = _object(message, "a message", {"role", "parts"})
+        expected = ("user", "assistant")[number % 2]
+        if message.get("role") != expected:
+            raise Refused(400, f"messages[{number}].role must be {expected!r}: they take turns")
+        messages.append(Message(expected == "user", room.parts(message.get("parts"))))
+    if not messages[-1].said_by_user:
+        raise Refused(400, "the last message must be the user's")
+    allowed = {"max_new_tokens": (1, limits.new_tokens), "seed": (0, 2**31 - 1)}
+    return Asked(messages, _settings(values, allowed))
+
+
+def parse_draw(body: bytes, limits: Limits) -> Asked:
+    """`{"parts": [PART, ...], "settings": {"seed": ..., "guidance": ..., "steps": ...}}`.
+
+    Raises:
+        Refused: as `parse_chat`.
+    """
+    values = _object(_json(body), "the request", {"parts", "settings"})
+    parts = _Room(limits).parts(values.get("parts"))
+    allowed = {"seed": (0, 2**31 - 1), "guidance": (0.0, 30.0), "steps": (1, limits.steps)}
+    return Asked([Message(True, parts)], _settings(values, allowed))
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not JSON: {type(error).__name__}") from None
+
+
+def _object(value: Any, what: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refused(400, f"{what} must be a JSON object")
+    if unknown := sorted(set(value) - known):
+        raise Refused(400, f"{what} has an unknown key {unknown[0][:40]!r}; known: {sorted(known)}")
+    return value
+
+
+def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    settings = _object(values.get("settings", {}), "settings", set(allowed))
+    for name, value in settings.items():
+        least, most = allowed[name]
+        kinds = (int, float) if isinstance(least, float) else (int,)
+        right = isinstance(value, kinds) and not isinstance(value, bool)
+        if not right or not math.isfinite(value) or not least <= value <= most:
+            raise Refused(400, f"settings.{name} must be from {least} to {most}")
+    return settings
+
+
+class _Room:
+    """What is left of a request's limits."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.count, self.characters, self.pictures = 0, 0, 0
+
+    def parts(self, given: Any) -> list[Part]:
+        if not isinstance(given, list) or not given:
+            raise Refused(400, "parts must be a list of texts, pictures and videos")
+        return [self.part(part) for part in given]
+
+    def part(self, given: Any) -> Part:
+        self.count += 1
+        if self.count > self.limits.parts:
+            raise Refused(413, f"more than {self.limits.parts} parts")
+        part = _object(given, "a part", {"text", "picture", "video"})
+        if len(part) != 1:
+            raise Refused(400, "a part is one of text, picture and video")
+        ((kind, value),) = part.items()
+        if not isinstance(value, str):
+            raise Refused(400, f"a {kind} must be a string")
+        return {"text": self.text, "picture": self.picture, "video": self.video}[kind](value)
+
+    def text(self, text: str) -> str:
+        self.characters += len(text)
+        if self.characters > self.limits.text_characters:
+            raise Refused(413, f"more than {self.limits.text_characters} characters of text")
+        if spelled := [token for token in SPECIAL if token in text]:
+            raise Refused(400, f"a text must not spell {spelled[0]}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Refused(400, "a text has half of a surrogate pair") from None
+        return text
+
+    def picture(self, value: str) -> Image.Image:
+        content = self._file(value, "picture")
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+                self._fits(*picture.size)
+            return open_image(content)
+        except (UserError, OSError, Image.DecompressionBombError, SyntaxError, ValueError):
+            raise Refused(400, f"a picture is damaged, or none of {', '.join(FORMATS)}") from None
+
+    def video(self, value: str) -> list[Image.Image]:
+        content = self._file(value, "video")
+        self._fits(*_video_size(content))
+        try:
+            frames = open_video(content, "video")
+        except UserError:
+            raise Refused(400, "a video cannot be read") from None
+        self._more(len(frames) - 1)
+        return frames
+
+    def _file(self, value: str, kind: str) -> bytes:
+        self._more(1)
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            raise Refused(400, f"a {kind} must be base64") from None
+
+    def _more(self, pictures: int) -> None:
+        self.pictures += pictures
+        if self.pictures > self.limits.pictures:
+            raise Refused(413, f"more than {self.limits.pictures} pictures and frames")
+
+    def _fits(self, width: int, height: int) -> None:
+        if width * height > self.limits.pixels:
+            raise Refused(413, f"{width}x{height} pixels: at most {self.limits.pixels}")
+
+
+def _video_size(content: bytes) -> tuple[int, int]:
+    import av
+    import av.error
+
+    try:
+        with av.open(io.BytesIO(content)) as container:
+            stream = container.streams.video[0]
+            return stream.width, stream.height
+    except (av.error.FFmpegError, IndexError, ValueError):
+        raise Refused(400, "a video cannot be read") from None
+
+
+def as_parts(messages: Sequence[Message]) -> list[Part]:
+    """Messages one after the other, as a model reads them that was not tuned to answer."""
+    return [part for message in messages for part in message.parts]
