@@ -176,7 +176,9 @@ class _Room:
             with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
                 self._fits(*picture.size)
             return open_image(content)
-        except (UserError, OSError, Image.DecompressionBombError, SyntaxError, ValueError):
+        except Image.DecompressionBombError:
+            raise Refused(413, f"a picture of more than {self.limits.pixels} pixels") from None
+        except (UserError, OSError, SyntaxError, ValueError):
             raise Refused(400, f"a picture is damaged, or none of {', '.join(FORMATS)}") from None
 
     def video(self, value: str) -> list[Image.Image]:

@@ -1,0 +1,254 @@
+"""The web page's server: what it refuses, how it waits, and that answers are not mixed up."""
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("starlette")
+
+from emu_jax.config import UserError
+from emu_jax.serve.app import make_app
+from emu_jax.serve.requests import Limits
+
+LIMITS = Limits(
+    body_bytes=200_000, body_seconds=0.5, parts=5, text_characters=50, pictures=3, pixels=10_000,
+    waiting=3, seconds=2.0,
+)  # fmt: skip
+
+
+class FakeTokenizer:
+    instruct = False
+
+
+class FakeEmu:
+    """Says what it was shown, a word at a time; `hold` keeps it from answering."""
+
+    tokenizer, paints = FakeTokenizer(), True
+
+    def __init__(self):
+        self.hold = threading.Event()
+        self.hold.set()
+        self.started = threading.Event()
+
+    def stream(self, prompt, max_images, **settings):
+        self.started.set()
+        self.hold.wait()
+        for part in prompt:
+            if part == "fail":
+                raise RuntimeError("inside")
+            if part == "mistake":
+                raise UserError("too long: shorten it")
+            yield part if isinstance(part, str) else f"{type(part).__name__} {part.size}"
+        yield f"{settings}"
+
+    def generate_image(self, prompt, seed=0, **settings):
+        return Image.new("RGB", (4, 4), (seed, len(prompt), 0))
+
+
+class Client:
+    """Speaks ASGI to the application: no socket, no server."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, path, body=None, *, raw=None, headers=(), method="POST", stall=False):
+        content = raw if raw is not None else json.dumps(body).encode()
+        given = {"host": "localhost", "content-type": "application/json", **dict(headers)}
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
+            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+            "scheme": "http", "headers": [(k.encode(), v.encode()) for k, v in given.items()],
+            "client": ("127.0.0.1", 1), "server": ("localhost", 80),
+        }  # fmt: skip
+        sent, out = [], []
+
+        async def receive():
+            if not sent:
+                sent.append(1)
+                return {"type": "http.request", "body": content, "more_body": stall}
+            await asyncio.sleep(60)
+
+        async def send(message):
+            out.append(message)
+
+        await self.app(scope, receive, send)
+        body = b"".join(m.get("body", b"") for m in out)
+        return out[0]["status"], body.decode(), dict(out[0]["headers"])
+
+
+@pytest.fixture
+def emu():
+    return FakeEmu()
+
+
+def ask(emu, *requests, limits=LIMITS):
+    """Answers to requests (path, body, keywords), asked one after the other."""
+
+    async def run():
+        client = Client(make_app(emu, limits))
+        return [await client(path, body, **more) for path, body, more in requests]
+
+    return asyncio.run(run())
+
+
+def png(size=(8, 6), format="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", size, (10, 20, 30)).save(file, format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def chat(*parts, **settings):
+    return {"messages": [{"role": "user", "parts": list(parts)}], "settings": settings}
+
+
+def lines(body):
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def test_an_answer_comes_in_lines(emu):
+    (status, body, headers), (_, drawn, _), (_, about, _), (page_status, page, _) = ask(
+        emu,
+        ("/api/chat", chat({"picture": png()}, {"text": "what?"}, max_new_tokens=7, seed=3), {}),
+        ("/api/draw", {"parts": [{"text": "seven"}], "settings": {"seed": 9}}, {}),
+        ("/api/about", None, {"method": "GET"}),
+        ("/", None, {"method": "GET"}),
+    )
+    assert status == 200 and lines(body) == [
+        {"text": "Image (8, 6)"}, {"text": "what?"},
+        {"text": "{'max_new_tokens': 7, 'seed': 3}"}, {"done": True},
+    ]  # fmt: skip
+    assert b"default-src 'self'" in headers[b"content-security-policy"]
+    picture, done = lines(drawn)
+    content = base64.b64decode(picture["picture"].removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(content)) as image:
+        np.testing.assert_array_equal(np.asarray(image)[0, 0], [9, 1, 0])
+    assert done == {"done": True}
+    assert json.loads(about) == {"paints": True, "instruct": False}
+    assert page_status == 200 and "page.js" in page
+
+
+def bomb(side=60_000):
+    """A PNG of a few kilobytes that would be gigabytes of pixels."""
+
+    def chunk(kind, content):
+        end = zlib.crc32(kind + content).to_bytes(4)
+        return len(content).to_bytes(4) + kind + content + end
+
+    header = chunk(b"IHDR", side.to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0]))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(3_000_000), 9))
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")).decode()
+
+
+HOSTILE = {
+    "not JSON": ({"raw": b"{"}, 400, "not JSON"),
+    "deep JSON": ({"raw": b"[" * 100_000}, 400, "not JSON"),
+    "not UTF-8": ({"raw": b'{"messages": "\xff"}'}, 400, "not JSON"),
+    "a list": ([], 400, "must be a JSON object"),
+    "no messages": ({}, 400, "messages must be a list"),
+    "an unknown key": ({"messages": [], "path": "/etc/passwd"}, 400, "unknown key 'path'"),
+    "no parts": (chat(), 400, "parts must be a list"),
+    "a number for text": (chat({"text": 5}), 400, "a text must be a string"),
+    "two in one": (chat({"text": "a", "picture": "b"}), 400, "one of text, picture"),
+    "a path": (chat({"path": "../../etc/passwd"}), 400, "unknown key 'path'"),
+    "a path for a picture": (chat({"picture": "/etc/passwd"}), 400, "base64"),
+    "a picture that is none": (chat({"picture": "aGVsbG8="}), 400, "damaged"),
+    "a strange format": (chat({"picture": png(format="PPM")}), 400, "none of PNG"),
+    "a bomb": (chat({"picture": bomb()}), 413, "more than 10000 pixels"),
+    "too many pixels": (chat({"picture": png((101, 100))}), 413, "101x100 pixels"),
+    "too many pictures": (chat(*[{"picture": png()}] * 4), 413, "more than 3 pictures"),
+    "too many parts": (chat(*[{"text": "a"}] * 6), 413, "more than 5 parts"),
+    "too much text": (chat({"text": "a" * 51}), 413, "more than 50 characters"),
+    "a special token": (chat({"text": "a <image> b"}), 400, "must not spell <image>"),
+    "half a character": (chat({"text": "\ud800"}), 400, "surrogate"),
+    "no video": (chat({"video": "aGVsbG8="}), 400, "a video cannot be read"),
+    "an unknown setting": (chat({"text": "a"}, top_k=1), 400, "unknown key 'top_k'"),
+    "a huge setting": (chat({"text": "a"}, max_new_tokens=10**9), 400, "from 1 to 256"),
+    "a fraction": (chat({"text": "a"}, seed=1.5), 400, "settings.seed must be"),
+    "not a number": (chat({"text": "a"}, seed=True), 400, "settings.seed must be"),
+    "the wrong speaker": (
+        {"messages": [{"role": "assistant", "parts": [{"text": "a"}]}]}, 400, "must be 'user'",
+    ),
+    "an oversize body": ({"raw": b" " * 200_001}, 413, "larger than 200000 bytes"),
+    "a false length": (
+        {"raw": b"{}", "headers": {"content-length": "999999999"}}, 413, "larger than",
+    ),
+    "a form": ({"raw": b"a=1", "headers": {"content-type": "text/plain"}}, 415, "application/json"),
+    "a slow body": ({"raw": b"{", "stall": True}, 408, "in time"),
+    "another host": ({"raw": b"{}", "headers": {"host": "evil.example"}}, 400, "Invalid host"),
+}  # fmt: skip
+
+
+def test_hostile_requests_are_refused_and_the_server_goes_on(emu):
+    def request(value):
+        more = value if isinstance(value, dict) and "raw" in value else {}
+        return ("/api/chat", value, more)
+
+    fine = ("/api/chat", chat({"text": "hello"}), {})
+    asked = [r for value, _, _ in HOSTILE.values() for r in (request(value), fine)]
+    answers = ask(emu, *asked)
+    for name, refused, after in zip(HOSTILE, answers[::2], answers[1::2], strict=True):
+        _, status, message = HOSTILE[name]
+        assert refused[0] == status and message in refused[1], (name, refused)
+        assert after[0] == 200 and lines(after[1])[0] == {"text": "hello"}, name
+
+
+def test_paths_lead_nowhere(emu):
+    paths = ["/../app.py", "/page/../../cli.py", "/%2e%2e/app.py", "//etc/passwd", "/app.py"]
+    answers = ask(emu, *[(path, None, {"method": "GET"}) for path in paths])
+    assert [status for status, _, _ in answers] == [404] * len(paths)
+    ((status, _, _),) = ask(emu, ("/api/chat", None, {"method": "GET"}))
+    assert status == 405
+
+
+def test_failures_are_told_without_their_insides(emu, caplog):
+    (bad, good) = ask(
+        emu, ("/api/chat", chat({"text": "fail"}), {}), ("/api/chat", chat({"text": "mistake"}), {})
+    )
+    assert bad[0] == 500 and "inside" not in bad[1]
+    assert good[0] == 400 and "shorten it" in good[1]
+    assert "inside" in caplog.text
+
+
+def test_too_many_wait_and_none_too_long(emu):
+    emu.hold.clear()
+
+    async def run():
+        client = Client(make_app(emu, LIMITS))
+        waiting = [asyncio.create_task(client("/api/chat", chat({"text": "a"}))) for _ in range(3)]
+        await asyncio.to_thread(emu.started.wait)
+        await asyncio.sleep(0.2)
+        status, body, headers = await client("/api/chat", chat({"text": "b"}))
+        assert status == 429 and "3 requests wait already" in body and headers[b"retry-after"]
+        late = await asyncio.gather(*waiting)
+        assert {status for status, _, _ in late} == {504}
+        emu.hold.set()
+        await asyncio.sleep(0.2)
+        status, body, _ = await client("/api/chat", chat({"text": "c"}))
+        assert status == 200 and lines(body)[0] == {"text": "c"}
+
+    asyncio.run(run())
+
+
+def test_answers_are_not_mixed_up(emu):
+    async def run():
+        client = Client(make_app(emu, Limits()))
+
+        async def one(n):
+            for turn in range(20):
+                text = f"client {n} turn {turn}"
+                _, body, _ = await client("/api/chat", chat({"text": text}, seed=n))
+                assert [part.get("text") for part in lines(body)[:2]] == [text, f"{{'seed': {n}}}"]
+
+        started = time.monotonic()
+        await asyncio.gather(*(one(n) for n in range(8)))
+        assert time.monotonic() - started < 60
+
+    asyncio.run(run())
