@@ -52,3 +52,4 @@ def test_the_pipeline_keeps_up_with_decoding():
     figures = bench.run(["data"])["data"]
     assert 75_000 < figures["picture_bytes"] < 92_000
     assert figures["full_over_raw"]["median"] >= 0.85
+    assert figures["fast_over_raw"]["median"] >= 2.0

@@ -77,7 +77,8 @@ def open_image(
             picture.load()
             # Else Pillow warns of transparency that RGB drops, as the release drops it.
             picture.info.pop("transparency", None)
-            return picture if picture.mode == "L" else picture.convert("RGB")
+            # `convert` copies even what is right already.
+            return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(
             f"cannot read the picture {name}: {error}", "picture too large"
