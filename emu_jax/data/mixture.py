@@ -25,9 +25,9 @@ from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncat
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.tokenizer import Tokenizer
 
-# What random numbers are drawn for: a document's own, the frames of its video, and a
-# substitute for it.
-CONTENT, FRAMES, SUBSTITUTE = range(3)
+# What random numbers are drawn for: what a document holds, the frames of its video, the order
+# of a block's rows, substitutes for a document (from here on).
+CONTENT, FRAMES, ROWS, SUBSTITUTE = range(4)
 
 
 class Opened(NamedTuple):
@@ -106,9 +106,10 @@ class Group:
         """Whether this kind of batches can use a document."""
         outline = drawn.outline
         picture, text = PICTURE in outline, any(size > 0 for size in outline)
+        alone = not drawn.source.cfg.picked_images  # words alone will do
         return {
-            "rows": picture or text, "captions": picture and text, "pictures": picture,
-            "contexts": picture,
+            "rows": picture or (text and alone), "captions": picture and text,
+            "pictures": picture, "contexts": picture,
         }[self.kind]  # fmt: skip
 
     def next(self, position: int, count: int) -> tuple[list[Drawn], list[Drawn], int]:
@@ -175,6 +176,9 @@ class Group:
             row_tokens=self.cfg.row_tokens,
             row_images=self.cfg.row_images,
         )
+        # The first rows of a block hold its longest documents.
+        rng = np.random.default_rng((self.cfg.seed, block, self.number, ROWS))
+        rows = [rows[n] for n in rng.permutation(len(rows))]
         return Block([[measured[n] for n in row] for row in rows], [d for d in drawn if d.damage])
 
     def substitute(self, drawn: Drawn, attempt: int) -> Drawn:

@@ -15,6 +15,8 @@ from jaxtyping import Int
 # A document's outline is one integer for each part: its tokens, or PICTURE.
 PICTURE = -1
 
+_SKEW = 3  # what `pack_rows` gives for balance, against a fuller row
+
 
 def part_tokens(size: int, n_causal: int) -> int:
     """Tokens that a part takes: a picture is [IMG], n_causal <image>, [/IMG]."""
@@ -102,32 +104,60 @@ def pack(
     tokens: Int[np.ndarray, "documents"], images: Int[np.ndarray, "documents"],
     *, row_tokens: int, row_images: int,
 ) -> list[list[int]]:  # fmt: skip
-    """Documents into few rows, each with its fair share of tokens and of pictures.
+    """Documents into few rows, as lists of document numbers.
 
-    So many rows are opened as all documents together would fill. Then each document, the
-    largest first, goes to the row that has most room left of what it needs most, or opens
-    another where none has room. First fit would do worse: it heaps long texts in some rows
-    and pictures in others, and each then lacks the one while there is room for the other.
-
-    Returns rows as lists of document numbers; which comes first has nothing to do with size.
+    First fit would heap long texts in some rows and pictures in others, each of which then lacks
+    the one while there is room for the other. Two ways that balance them are tried, and the one
+    that needs fewer rows is taken: `_fill` where documents are of many sizes, `_spread` where
+    they are alike.
     """
     if len(over := np.flatnonzero((tokens > row_tokens) | (images > row_images))):
         raise ValueError(f"document {over[0]} does not fit in a row: truncate it first")
-    count = max(-(-int(tokens.sum()) // row_tokens), -(-int(images.sum()) // row_images))
-    rows: list[list[int]] = [[] for _ in range(count)]
-    free_tokens = np.full(len(tokens), row_tokens)
-    free_images = np.full(len(tokens), row_images)
-    # Shares of a row, without fractions: tokens and images in units of 1 / (T * I).
-    need_tokens, need_images = tokens * row_images, images * row_tokens
-    for n in np.argsort(-np.maximum(need_tokens, need_images), kind="stable").tolist():
-        left_tokens, left_images = free_tokens[: len(rows)], free_images[: len(rows)]
-        fits = (left_tokens >= tokens[n]) & (left_images >= images[n])
-        room = need_tokens[n] * left_tokens * row_images + need_images[n] * left_images * row_tokens
-        row = int(np.argmax(np.where(fits, room, -1))) if fits.any() else len(rows)
-        if row == len(rows):
+    # Integers on one scale, 1 / (T * I) of a row: all processes, whatever their processors, get
+    # the same rows.
+    sizes = np.stack([tokens * row_images, images * row_tokens], axis=1).astype(np.int64)
+    return min(
+        _fill(sizes, row_tokens * row_images), _spread(sizes, row_tokens * row_images), key=len
+    )
+
+
+def _fill(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
+    """One row after the other. The first document that is left opens it; then each time comes
+    the one of those with room that leaves least room, and leaves tokens and pictures in the
+    proportion in which all that is left needs them."""
+    rows = []
+    left = np.arange(len(sizes))
+    while len(left):
+        size, need = sizes[left], sizes[left].sum(axis=0)
+        waiting, free, members = np.ones(len(left), bool), np.full(2, row), []
+        chosen = 0
+        while True:
+            members.append(chosen)
+            waiting[chosen] = False
+            free = free - size[chosen]
+            fits = np.flatnonzero(waiting & (size <= free).all(axis=1))
+            if not len(fits):
+                break
+            after = free - size[fits]
+            skew = np.abs(after[:, 0] * need[1] - after[:, 1] * need[0])
+            chosen = fits[np.argmin(_SKEW * skew + after[:, 0] * need.max())]
+        rows.append(left[members].tolist())
+        left = left[waiting]
+    return rows
+
+
+def _spread(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
+    """All rows at once. So many are opened as all documents together would fill; each document,
+    the largest first, goes to the row that has most room left of what it needs most, or opens
+    another where none has room."""
+    rows: list[list[int]] = [[] for _ in range(-(-int(sizes.sum(axis=0).max(initial=0)) // row))]
+    free = np.full((len(sizes), 2), row)
+    for n in np.argsort(-sizes.max(axis=1, initial=0), kind="stable").tolist():
+        fits = (free[: len(rows)] >= sizes[n]).all(axis=1)
+        room = np.where(fits, free[: len(rows)] @ sizes[n], -1)
+        place = int(np.argmax(room)) if fits.any() else len(rows)
+        if place == len(rows):
             rows.append([])
-        rows[row].append(n)
-        free_tokens[row] -= tokens[n]
-        free_images[row] -= images[n]
-    rows.sort(key=lambda row: row[0])  # by the document that opened it
-    return [sorted(row) for row in rows]
+        rows[place].append(n)
+        free[place] -= sizes[n]
+    return rows
