@@ -35,7 +35,7 @@ def tokenizer() -> Tokenizer:
 def cfg(tmp_path) -> DataConfig:
     return DataConfig(
         root=str(tmp_path), batch_size=4, row_tokens=40, row_images=4, n_causal=2, image_size=4,
-        target_size=6, block_documents=16, seed=5,
+        target_size=6, block_documents=16, seed=5, prefetch=0,
     )  # fmt: skip
 
 
@@ -105,18 +105,17 @@ def test_steps_and_documents_follow_weights(cfg, tokenizer, tmp_path):
 
 def read_changing(cfg: DataConfig, tokenizer: Tokenizer, readers: list[int]) -> list:
     """The documents of some steps; between two of them the number of readers changes."""
-    state, found = None, []
+    groups = {
+        count: [Batches(cfg, tokenizer, "rows", p, count) for p in range(count)]
+        for count in set(readers)
+    }
+    state, found = json.dumps(groups[readers[0]][0].state()), []
     for count in readers:
-        shares = [Batches(cfg, tokenizer, "rows", p, count) for p in range(count)]
-        for share in shares:
-            if state is not None:
-                share.restore(state)
+        for share in groups[count]:
+            share.restore(json.loads(state))
             next(share)
-        (state,) = {json.dumps(share.state()) for share in shares}
-        state = json.loads(state)
-        found += [document for share in shares for document in share.documents()]
-        for share in shares:
-            share.close()
+        (state,) = {json.dumps(share.state()) for share in groups[count]}
+        found += [document for share in groups[count] for document in share.documents()]
     return found
 
 
@@ -125,7 +124,7 @@ def test_an_epoch_is_exact_whatever_the_readers(cfg, tokenizer, tmp_path):
     documents = [
         Document((Picture(grey(n)), Text(" ".join(WORDS[: n % 7 + 1])))) for n in range(96)
     ]
-    cfg = dataclasses.replace(cfg, prefetch=0, sources=(records(tmp_path, "all", documents),))
+    cfg = dataclasses.replace(cfg, sources=(records(tmp_path, "all", documents),))
     steps = 24
     whole = read_changing(cfg, tokenizer, [1] * steps)
     assert len(whole) > 2 * 96
@@ -217,7 +216,7 @@ def test_frames_are_drawn_anew_each_epoch(cfg, tokenizer, tmp_path):
     with Batches(cfg, tokenizer, "rows") as batches:
         shown = [b["images"][0, :3, 0, 0, 0].tolist() for b in take(batches, 12)]
     assert len(set(map(tuple, shown))) > 6 and all(s == sorted(s) for s in shown)
-    threads = dataclasses.replace(cfg, decode_threads=0, prefetch=0)
+    threads = dataclasses.replace(cfg, decode_threads=0, prefetch=2)
     with Batches(threads, tokenizer, "rows") as batches:
         assert [b["images"][0, :3, 0, 0, 0].tolist() for b in take(batches, 12)] == shown
 

@@ -15,7 +15,7 @@ from jaxtyping import Int
 # A document's outline is one integer for each part: its tokens, or PICTURE.
 PICTURE = -1
 
-_SKEW = 3  # what `pack_rows` gives for balance, against a fuller row
+_SKEW = 3  # what `_fill` gives for balance, against a fuller row
 
 
 def part_tokens(size: int, n_causal: int) -> int:
