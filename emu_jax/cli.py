@@ -264,7 +264,10 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
         from emu_jax.data.sources import SourceConfig
         from emu_jax.train.config_file import override
 
-        source = SourceConfig(name=args.name, format=args.format, paths=tuple(args.paths))
+        # What is unlike its words is left to `clean`, which counts it.
+        source = SourceConfig(
+            name=args.name, format=args.format, paths=tuple(args.paths), min_similarity=-1.0
+        )
         cfg = BuildConfig(source=source, shard_documents=args.shard_documents)
         if args.beam is None:
             runner = embedded(args.workers, args.threads)

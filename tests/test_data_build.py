@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -216,6 +217,47 @@ def test_the_same_bytes_whatever_happened(tmp_path, cfg, monkeypatch):
     assert built == [1, 2, 3, 2]
 
 
+def test_tars_and_pages(tmp_path, capsys):
+    """Sources of other formats: their damage and their scores are counted."""
+    samples = {
+        "a.jpg": encode(40, 30), "a.txt": b"a cat", "b.jpg": encode(40, 30)[:-80], "b.txt": b"cut",
+        "c.jpg": encode(40, 30), "c.txt": b"\xff\xfe", "d.jpg": encode(40, 30),
+        "d.json": b'{"caption": "a dog"}',
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, content in samples.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    command = ["data", "build", f"{tmp_path}/*.tar", f"{tmp_path}/out", "--format", "webdataset",
+               "--json"]  # fmt: skip
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["documents"] == {
+        "read": 4, "written": 2, "rejected": {"invalid UTF-8": 1, "unreadable picture": 1}
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["paired"] is True
+    built = DocumentFiles([tmp_path / "out" / "pairs-00000-of-00001.array_record"])
+    assert [d.parts[1] for d in built] == [Text("a cat"), Text("a dog")]
+    assert built[0].parts[0] == Picture(samples["a.jpg"])
+
+    (tmp_path / "p.png").write_bytes(encode(9, 9, "PNG"))
+    shown = [
+        {"image_name": "p.png", "matched_text_index": n, "matched_sim": similarity}
+        for n, similarity in enumerate((0.31, 0.33))
+    ]
+    page = {"text_list": ["one", "two"], "image_info": shown}
+    (tmp_path / "pages.jsonl").write_text(json.dumps(page) + "\n{broken\n")
+    command = ["data", "build", f"{tmp_path}/pages.jsonl", f"{tmp_path}/pages", "--format", "pages"]
+    assert cli.main([*command, "--name", "pages", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["documents"] == {"read": 2, "written": 1, "rejected": {"malformed JSON": 1}}
+    assert result["pictures"]["dropped"] == {"unlike its words": 1}
+    built = DocumentFiles([tmp_path / "pages" / "pages-00000-of-00001.array_record"])
+    picture = Picture(encode(9, 9, "PNG"), similarity=0.33)
+    assert built[0].parts == (Text("one"), picture, Text("two"))
+
+
 class Failing(Source):
     """Record 3 is damaged; from record 6 on the store fails until `mended`."""
 
@@ -227,7 +269,7 @@ class Failing(Source):
     def where(self, index):
         return f"place {index}"
 
-    def read(self, index, rng=None):
+    def read(self, index, rng=None, wanted=None):
         if index == 3:
             raise Damaged("damaged record", self.where(index), "why")
         if index >= 6 and not self.mended:

@@ -107,7 +107,7 @@ def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[s
         with _Progress(cfg.source.name, len(source), len(source) - left) as progress:
             for shard in runner(missing) if missing else ():
                 progress.add(len(shard.documents))
-        return _finish(folder, cfg, shards)
+        return _finish(folder, cfg, source, shards)
 
 
 def build_shard(shard: Shard, threads: int = 1) -> Shard:
@@ -275,7 +275,9 @@ def _is_whole(shard: Shard) -> bool:
         return False
 
 
-def _finish(folder: str, cfg: BuildConfig, shards: Sequence[Shard]) -> dict[str, Any]:
+def _finish(
+    folder: str, cfg: BuildConfig, source: Source, shards: Sequence[Shard]
+) -> dict[str, Any]:
     """Adds up the shards."""
     total = _Tally()
     files = []
@@ -291,6 +293,7 @@ def _finish(folder: str, cfg: BuildConfig, shards: Sequence[Shard]) -> dict[str,
     manifest = {
         "version": VERSION,
         "config": to_dict(cfg),
+        "paired": source.paired,  # what a SourceConfig of these files must say
         **total.counts,
         "bytes": sum(file["bytes"] for file in files),
         "shards": files,

@@ -19,13 +19,13 @@ ENCODINGS = ("jpeg", "webp", "png")
 
 @dataclasses.dataclass(frozen=True)
 class CleanConfig:
-    """The filters and the encoding. A limit of 0 is none."""
+    """The filters and the encoding. A length, side or aspect of 0 is no limit."""
 
     min_text: int = 0  # characters of all texts of a document together
     max_text: int = 0
     min_side: int = 0  # pixels of a picture's short side
     max_aspect: float = 0.0  # of its long side over its short one
-    min_similarity: float = 0.0  # to its words; a picture that comes without is kept
+    min_similarity: float = 0.32  # to its words, where the data come with a score
     max_side: int = 512  # pixels of the long side; larger pictures are made smaller
     encoding: str = "jpeg"  # of those, and of what is in another format than ENCODINGS
     quality: int = 92  # of jpeg and webp
