@@ -453,7 +453,7 @@ def test_killed_half_way_and_started_again(tmp_path):
     assert f"{done} of 20 shards are there already" in again.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
-    source = SourceConfig(name="small", format="records", paths=(str(raw),))
+    source = SourceConfig("small", "records", (str(raw),), min_similarity=-1.0)
     cfg = BuildConfig(source, CleanConfig(max_side=32, min_side=8), shard_documents=1000)
     manifest = build(tmp_path / "whole", cfg, embedded(1, threads=2))
     assert json.loads(again.stdout)["documents"] == manifest["documents"]
