@@ -56,7 +56,7 @@ def test_the_papers_batches(cfg, tokenizer, tmp_path):
     """Five sources with batches of their own: 128/128/64/16/16 at an eighth."""
     sizes = {"laion": 16, "coco": 16, "mmc4": 8, "webvid": 2, "storyboards": 2}
     sources = tuple(
-        records(tmp_path, name, pairs(20), batch_size=size) for name, size in sizes.items()
+        records(tmp_path, name, pairs(250), batch_size=size) for name, size in sizes.items()
     )
     cfg = dataclasses.replace(cfg, sources=sources)
     assert cfg.batch_sizes() == {16, 8, 2}

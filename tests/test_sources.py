@@ -184,6 +184,37 @@ def test_damaged_tars(tmp_path):
     assert shown(again[7]) == [70, "word 7"]
 
 
+@pytest.mark.parametrize(
+    "lost, want",
+    [  # each damage takes one sample with it, whichever of its members it hits
+        (["a.jpg"], {0: "corrupt tar member"}),
+        (["a.txt"], {0: "corrupt tar member"}),
+        (["b.jpg"], {1: "corrupt tar member"}),
+        (["b.txt"], {1: "corrupt tar member"}),
+        (["b.json"], {2: "corrupt tar member"}),  # b has picture and words without it
+        (["b.jpg", "b.txt", "b.json"], {1: "corrupt tar member"}),
+        (["c.jpg"], {2: "corrupt tar member"}),
+        (["c.txt"], {2: "corrupt tar member"}),
+        (["a.jpg", "b.jpg", "c.jpg"], dict.fromkeys(range(3), "corrupt tar member")),
+    ],
+)
+def test_corrupt_headers(tmp_path, lost, want):
+    files = {"a.jpg": picture(10), "a.txt": b"one", "b.jpg": picture(20), "b.txt": b"two",
+             "b.json": b"{}", "c.jpg": picture(30), "c.txt": b"three"}  # fmt: skip
+    path = tar(tmp_path / "0.tar", files)
+    content = bytearray(path.read_bytes())
+    for member in tars.members(str(path)):
+        if member.name in lost:
+            content[member.offset - 512 : member.offset] = b"x" * 512
+    path.write_bytes(content)
+    pairs = source("webdataset", path)
+    assert reasons(pairs) == want
+    sound = [shown(pairs[n]) for n in range(len(pairs)) if n not in want]
+    whole = [[10, "one"], [20, "two"], [30, "three"]]
+    hit = {name[0] for name in lost} - ({"b"} if lost == ["b.json"] else set())
+    assert sound == [pair for key, pair in zip("abc", whole, strict=True) if key not in hit]
+
+
 def test_tfds_directory(tmp_path):
     import tensorflow_datasets as tfds
 

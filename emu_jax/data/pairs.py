@@ -4,7 +4,7 @@ and prepared directories of TensorFlow Datasets."""
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from emu_jax.data.listings import parse_object
 from emu_jax.data.tars import Member, members
 from emu_jax.data.video import Video, sample_frames
 
-_VERSION = "samples-1"
+_VERSION = "samples-2"
 _ROLES = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "picture"),
     **dict.fromkeys(("mp4", "webm", "mkv", "mov", "avi"), "video"),
@@ -104,6 +104,12 @@ class _Sample(NamedTuple):
     spans: np.ndarray  # [role, (offset, size)]
     damage: int  # 1 + place in REASONS, or 0
 
+    @property
+    def lacks(self) -> bool:
+        """Whether it has no picture or video, or no words."""
+        media, words = self.spans[[_PICTURE, _VIDEO], 1], self.spans[[_TEXT, _JSON], 1]
+        return not (media.any() and words.any())
+
 
 def _samples_in(path: str) -> Arrays:
     samples = list(_samples(path))
@@ -119,22 +125,44 @@ _ORDER = ("picture", "video", "text", "json")
 
 
 def _samples(path: str) -> Iterator[_Sample]:
-    """The samples of a tar. What a corrupt member took with it counts as one sample."""
+    """The samples of a tar. A member whose header is corrupt has no name: it is taken for one of
+    the sample around it, or else of that before or after it which lacks something; where none
+    does it stands for a sample of its own."""
     group: list[Member] = []
-    key = None
+    key, before, after = None, None, None  # nameless members next to the group
     for member in members(path):
         base, name = os.path.split(member.name)
         stem, _, suffix = name.partition(".")
-        if member.name and suffix.lower() not in _ROLES:
+        if not member.name:
+            after = member
             continue
-        # A member without a name belongs to the sample before it, until another begins.
-        if member.name and (base, stem) != key:
-            if key is not None or group:
-                yield _sample(group)
-            group, key = [], (base, stem)
+        if suffix.lower() not in _ROLES:
+            continue
+        if (base, stem) == key:
+            group += [after] if after else []
+        elif group:
+            after = yield from _closed(group, before, after)
+            group, before = [], after
+        else:
+            before = after
+        key, after = (base, stem), None
         group.append(member)
     if group:
-        yield _sample(group)
+        after = yield from _closed(group, before, after)
+    if after:
+        yield _sample([after])
+
+
+def _closed(
+    group: list[Member], before: Member | None, after: Member | None
+) -> Generator[_Sample, None, Member | None]:
+    """Yields a finished sample; returns the nameless member after it, if it is not its own."""
+    lacks = _sample(group).lacks
+    if before and not lacks:
+        yield _sample([before])
+    own = before if before and lacks else after if lacks else None
+    yield _sample([*group, own] if own else group)
+    return None if own is after else after
 
 
 def _sample(group: list[Member]) -> _Sample:
