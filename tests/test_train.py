@@ -119,13 +119,47 @@ def test_step_is_the_same_on_every_mesh(objective, data_root):
                 assert error <= 1e-5 * largest, (name, path, error / largest)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, parts", [("one", 4), ("mixed", 2)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_root):
+    cfg = small("emu", data_root, regression_weight=2.0)
+    assert cfg.model.cformer.dropout == 0, "what is dropped would follow the parts"
+    mesh = make_mesh(*MESHES[name]) if name in MESHES else make_mesh(devices=jax.devices()[:1])
+    batch = one_batch(cfg, "rows")
+    scored = batch["text_loss_mask"].reshape(-1, parts, cfg.data.row_tokens).sum((0, 2))
+    assert len(set(scored)) > 1, "the parts have as many targets as each other"
+    found = []
+    with jax.set_mesh(mesh):
+        for accumulate in (1, parts):
+            trainer = Trainer(dataclasses.replace(cfg, accumulate=accumulate), mesh)
+            state = trainer.start({})
+            placed = jax.device_put(batch, batch_sharding(mesh))
+            (loss, metrics), grads = jax.jit(trainer.gradients)(state, placed)
+            found.append((metrics | {"loss": loss}, jax.tree.map(np.asarray, grads)))
+    (whole, whole_grads), (summed, summed_grads) = found
+    for metric in ("loss", "text_loss", "regression_loss"):
+        assert float(summed[metric]) == pytest.approx(float(whole[metric]), rel=1e-5)
+    largest = max(np.abs(g).max() for g in whole_grads.values())
+    for path, grad in whole_grads.items():
+        assert np.abs(summed_grads[path] - grad).max() <= 1e-5 * largest, path
+    assert largest > 0
+
+
+def test_what_compares_rows_is_not_cut_into_parts(data_root, tmp_path):
+    with pytest.raises(UserError, match="set accumulate to 1"):
+        train(small("clip", data_root, accumulate=2), tmp_path)
+    with pytest.raises(UserError, match="make it a multiple of 24"):
+        train(small("emu", data_root, accumulate=3), tmp_path)
+
+
 def test_parameters_are_split_over_the_mesh(data_root):
     cfg = small("emu", data_root)
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
         state = trainer.start({})
-        for tree in (state.trained, state.optimizer[1].mu):
+        assert state.optimizer[1].mu.keys() == state.trained.keys()
+        for tree in (state.trained, state.optimizer[1].mu, state.optimizer[1].nu):
             kernel = tree["llama.layers.mlp.gate_proj.kernel"]
             assert kernel.sharding.shard_shape(kernel.shape) == (2, 64, 176)
         table = state.trained["llama.embed_tokens.embedding"]

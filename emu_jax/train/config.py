@@ -30,6 +30,9 @@ class OptimizerConfig:
     """AdamW; weight decay spares norms, biases and other vectors."""
 
     groups: tuple[GroupConfig, ...] = (GroupConfig(),)  # the first that matches takes it
+    # Of the first moment; "bfloat16" halves its memory. The second stays in float32: near b2 = 1
+    # its updates are below what bfloat16 resolves, and it would stand still.
+    moments_dtype: str = "float32"
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -67,6 +70,7 @@ class TrainConfig:
     text_weight: float = 1.0  # of the cross-entropy
     regression_weight: float = 1.0  # of the l2 regression
     kl_weight: float = 1e-4  # of the autoencoder's KL term
+    accumulate: int = 1  # parts of a batch that a step goes through one after the other
     ema_decay: float = 0.0  # averages what is trained, when > 0
     remat: str = "none"  # what each layer keeps for its backward pass (models.layers.REMAT)
     # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.

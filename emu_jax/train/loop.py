@@ -30,6 +30,7 @@ from emu_jax.train.monitor import Monitor
 from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, make_optimizer
 from emu_jax.train.saving import Checkpoints
+from emu_jax.train.tracing import parse_steps
 
 Params = dict[str, jax.Array]
 DTYPES = ("bfloat16", "float32")
@@ -90,8 +91,53 @@ class Trainer:
     def loss(self, params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
         """The objective at `params`; its randomness follows from the seed and the step."""
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
+        return self._loss(params, batch, key)
+
+    def _loss(
+        self, params: Params, batch: Batch, key: jax.Array, targets: Metrics | None = None
+    ) -> tuple[jax.Array, Metrics]:
         module = self.template.module(params)
-        return self.objective.loss(self.cfg, module, batch, key)
+        return self.objective.loss(self.cfg, module, batch, key, targets)
+
+    def gradients(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        """((loss, what to report beside it), the gradient of what is trained).
+
+        A batch that is accumulated is cut into parts of every n-th row, so that each device
+        keeps its own. Each part divides by the targets that a part has on average: the mean over
+        parts is then what the whole batch gives, whatever targets a part has.
+        """
+        key = jax.random.fold_in(jax.random.key(self.cfg.seed), state.step)
+
+        def loss(trained: Params, part: Batch, key: jax.Array, targets: Metrics | None):
+            return self._loss(trained | state.frozen, part, key, targets)
+
+        gradients = jax.value_and_grad(loss, has_aux=True)
+        n = self.cfg.accumulate
+        if n == 1:
+            return gradients(state.trained, batch, key, None)
+
+        module = self.template.module(state.trained | state.frozen)
+        targets = {k: count / n for k, count in self.objective.targets(module, batch).items()}
+        rows = NamedSharding(self.mesh, PartitionSpec(None, *batch_sharding(self.mesh).spec))
+        parts = jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(
+                jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), rows
+            ),
+            batch,
+        )
+
+        def add(total, part):
+            value, grads = gradients(state.trained, *part, targets)
+            grads = jax.lax.with_sharding_constraint(grads, self.state_shardings.trained)
+            return jax.tree.map(jnp.add, total, (value, grads)), None
+
+        keys = jax.random.split(key, n)
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        shapes = jax.eval_shape(lambda: gradients(state.trained, *first, targets))
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), (parts, keys))
+        return jax.tree.map(lambda x: x / n, total)
 
     def _start(self, params: Params) -> TrainState:
         trained = {path: params[path] for path in self.trained}
@@ -106,10 +152,7 @@ class Trainer:
         )
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_fn(trained: Params):
-            return self.loss(trained | state.frozen, batch, state.step)
-
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        (loss, metrics), grads = self.gradients(state, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
@@ -160,7 +203,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
     sharding = batch_sharding(mesh)
     for size in sorted(cfg.data.batch_sizes()):
-        _check_rows(size, sharding)
+        _check_rows(size, cfg.accumulate, sharding)
     workdir.mkdir(parents=True, exist_ok=True)
     lead = jax.process_index() == 0
 
@@ -203,6 +246,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
             StepLog(workdir, DAMAGED_FILE, start_step=done) as damaged,
             Monitor(cfg, workdir, mesh, goodput, done) as monitor,
         ):
+            compiled: set[Any] = set()
             for step in range(done + 1, cfg.steps + 1):
                 with goodput.doing("data"):
                     local = next(batches)
@@ -212,6 +256,10 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                     }
                 documents.log(step, batches.documents())
                 damaged.log(step, batches.damaged())
+                shapes = tuple((k, v.shape) for k, v in batch.items())
+                if shapes not in compiled:
+                    _compile(trainer, state, batch, f"step {step}")
+                    compiled.add(shapes)
                 monitor.launching(step)
                 state, metrics = trainer.step(state, batch)
                 monitor.launched(step, metrics, batches.statistics())
@@ -240,6 +288,13 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
 
 
+def _compile(trainer: Trainer, state: TrainState, batch: Batch, name: str) -> None:
+    """Compiles the step for batches of these shapes, and waits until all processes have: the
+    first collective of a program does not wait long for one that still compiles."""
+    trainer.step.lower(state, batch).compile()
+    ocp.multihost.get_barrier_sync_fn()(key=f"compiled {name}", timeout_ms=3_600_000)
+
+
 def check(cfg: TrainConfig) -> None:
     """
     Raises:
@@ -249,9 +304,17 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"remat {cfg.remat!r} is not known{suggest(cfg.remat, REMAT)}")
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype {cfg.dtype!r} is not known{suggest(cfg.dtype, DTYPES)}")
-    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+    for name in (
+        "steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps",
+    ):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} is {getattr(cfg, name)}: make it at least 1")
+    if cfg.accumulate > 1 and not get_objective(cfg.objective).accumulates:
+        raise UserError(
+            f"the objective {cfg.objective!r} compares all rows of a batch with each other: "
+            "set accumulate to 1"
+        )
+    parse_steps(cfg.profile_steps)
     for group in cfg.optimizer.groups:
         try:
             re.compile(group.pattern)
@@ -259,15 +322,17 @@ def check(cfg: TrainConfig) -> None:
             raise UserError(f"optimizer pattern {group.pattern!r}: {error}") from None
 
 
-def _check_rows(batch_size: int, sharding: NamedSharding) -> None:
+def _check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> None:
     """
     Raises:
         UserError: the rows of a batch cannot be shared out so that each process holds its own.
     """
     ways = sharding.num_devices // sharding.mesh.shape["tensor"]
-    if batch_size % ways:
+    if batch_size % (ways * accumulate):
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
         raise UserError(
-            f"data.batch_size {batch_size} does not split over {ways} devices: make it a multiple"
+            f"data.batch_size {batch_size} does not split over {ways} devices{parts}: "
+            f"make it a multiple of {ways * accumulate}"
         )
     places = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = {

@@ -38,9 +38,12 @@ class Painter(nnx.Module):
 
 
 class Objective(ABC):
-    """One stage's module and loss. `batch_kind` names what the data pipeline must yield."""
+    """One stage's module and loss. `batch_kind` names what the data pipeline must yield;
+    `accumulates` says that the loss is a mean over rows, or over targets in them, and so the
+    mean of the losses of equal parts of a batch, when these divide by `targets`."""
 
     batch_kind: Kind
+    accumulates = True
 
     @abstractmethod
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -48,9 +51,18 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(
-        self, cfg: TrainConfig, module: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """The scalar loss of one batch, and what to report beside it."""
+        self, cfg: TrainConfig, module: Any, batch: Batch, key: jax.Array,
+        targets: Metrics | None = None,
+    ) -> tuple[jax.Array, Metrics]:  # fmt: skip
+        """The scalar loss of one batch, and what to report beside it.
+
+        Args:
+            targets: what means are to divide by, as `targets` counts it; by default the batch's.
+        """
+
+    def targets(self, module: Any, batch: Batch) -> Metrics:
+        """How many targets the loss is a mean over, where that is not the number of rows."""
+        return {}
 
     def batches(self, cfg: TrainConfig, tokenizer: Tokenizer) -> Batches | LatentBatches:
         """This process's share of the data."""
@@ -73,10 +85,16 @@ class EmuObjective(Objective):
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu:
         return Emu(cfg.model, painter=False, remat=cfg.remat, rngs=rngs)
 
-    def loss(self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array):
+    def targets(self, module: Emu, batch: Batch) -> Metrics:
+        return {name: jnp.sum(mask) for name, mask in target_masks(module, batch).items()}
+
+    def loss(
+        self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array,
+        targets: Metrics | None = None,
+    ):  # fmt: skip
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         images = module.encode_images(pixels, dropout_key=key)
-        text_loss, regression_loss = sequence_losses(module, images, batch, key)
+        text_loss, regression_loss = sequence_losses(module, images, batch, key, targets)
         variance, rank = spread(images.astype(jnp.float32), batch["image_valid"])
         loss = cfg.text_weight * text_loss + cfg.regression_weight * regression_loss
         return loss, {
@@ -88,31 +106,42 @@ class EmuObjective(Objective):
 
 
 def sequence_losses(
-    module: Emu, images: Float[Array, "B I N D"], batch: Batch, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+    module: Emu, images: Float[Array, "B I N D"], batch: Batch,
+    dropout_key: jax.Array | None = None, targets: Metrics | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Both losses of packed rows, in float32: the mean cross-entropy over text targets, and
     the squared error of regressed embeddings, a mean over targets and width
     (release: `modeling_llama.py`, which prepares the pairs of the second)."""
+    masks, targets = target_masks(module, batch), targets or {}
     x = module.embed(batch["tokens"], images, batch["image_slots"])
     hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
 
     logits = module.llama.logits(hidden[:, :-1]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
-    same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
-    text_loss = masked_mean(losses, batch["text_loss_mask"][:, 1:] & same)
+    text_loss = masked_mean(losses, masks["text"], targets.get("text"))
 
     # Position t regresses what stands at t + 1; the targets teach nothing themselves.
-    mask = module.regression_mask(
-        batch["tokens"], batch["segment_ids"], batch["image_slots"], batch["image_scored"]
-    )
     target = jax.lax.stop_gradient(jnp.roll(x, -1, axis=1)).astype(jnp.float32)
     error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
-    return text_loss, masked_mean(jnp.mean(error, axis=-1), mask)
+    errors = jnp.mean(error, axis=-1)
+    return text_loss, masked_mean(errors, masks["regression"], targets.get("regression"))
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean where `mask` holds; 0 where it holds nowhere."""
-    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+def target_masks(module: Emu, batch: Batch) -> Metrics:
+    """Where there is something to predict: text [B, T - 1], regression [B, T]."""
+    same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+    return {
+        "text": batch["text_loss_mask"][:, 1:] & same,
+        "regression": module.regression_mask(
+            batch["tokens"], batch["segment_ids"], batch["image_slots"], batch["image_scored"]
+        ),
+    }
+
+
+def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """The mean where `mask` holds, or the sum there over `count`; 0 where it holds nowhere."""
+    count = jnp.sum(mask) if count is None else count
+    return jnp.sum(jnp.where(mask, values, 0)) / jnp.where(count > 0, count, 1)
 
 
 def spread(
@@ -142,11 +171,15 @@ class ClipObjective(Objective):
     (Radford et al. 2021). Pictures whose captions are equal are positives of each other."""
 
     batch_kind = "captions"
+    accumulates = False  # each row is compared with all others
 
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> CLIP:
         return CLIP(cfg.model, remat=cfg.remat, rngs=rngs)
 
-    def loss(self, cfg: TrainConfig, module: CLIP, batch: Batch, key: jax.Array):
+    def loss(
+        self, cfg: TrainConfig, module: CLIP, batch: Batch, key: jax.Array,
+        targets: Metrics | None = None,
+    ):  # fmt: skip
         dtype = jnp.dtype(cfg.dtype)
         image = module.visual.clip_embedding(normalize_images(batch["images"], dtype))
         text = module.text(batch["tokens"], batch["valid"], dtype)
@@ -182,7 +215,10 @@ class VaeObjective(Objective):
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Autoencoder:
         return Autoencoder(cfg, rngs)
 
-    def loss(self, cfg: TrainConfig, module: Autoencoder, batch: Batch, key: jax.Array):
+    def loss(
+        self, cfg: TrainConfig, module: Autoencoder, batch: Batch, key: jax.Array,
+        targets: Metrics | None = None,
+    ):  # fmt: skip
         pictures = to_signed(batch["images"], cfg)
         mean, logvar = module.vae.encode(pictures)
         noise = jax.random.normal(key, mean.shape).astype(mean.dtype)
@@ -241,7 +277,10 @@ class DecoderObjective(Objective):
         latents = mean * cfg.model.vae.scaling_factor
         return jax.lax.stop_gradient((condition.astype(dtype), latents))
 
-    def loss(self, cfg: TrainConfig, module: Emu | Painter, batch: Batch, key: jax.Array):
+    def loss(
+        self, cfg: TrainConfig, module: Emu | Painter, batch: Batch, key: jax.Array,
+        targets: Metrics | None = None,
+    ):  # fmt: skip
         dtype = jnp.dtype(cfg.dtype)
         if isinstance(module, Emu):
             condition, latents = self.frozen(cfg, module, batch)

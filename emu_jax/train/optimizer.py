@@ -55,7 +55,15 @@ def schedule(group: GroupConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
-    """The transformation for `params` (a nested dict of arrays, or of their shapes)."""
+    """The transformation for `params` (a nested dict of arrays, or of their shapes).
+
+    Raises:
+        UserError: a setting that is not known, or a parameter that no group takes.
+    """
+    if cfg.moments_dtype not in ("float32", "bfloat16"):
+        raise UserError(
+            f"optimizer moments_dtype {cfg.moments_dtype!r} is not known: use float32 or bfloat16"
+        )
     groups = jax.tree_util.tree_map_with_path(lambda p, _: group_of(dotted(p), cfg), params)
     # Decay is for matrices; stacked vectors ("layer" first) have names that say what they are.
     decayed = jax.tree_util.tree_map_with_path(
@@ -63,7 +71,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, params: Any) -> optax.Gradi
     )
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moments_dtype),
         optax.add_decayed_weights(cfg.weight_decay, decayed),
         _scale_by_groups(groups, {g: schedule(g, steps) for g in cfg.groups}),
     )
