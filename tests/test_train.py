@@ -126,8 +126,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_ro
     assert cfg.model.cformer.dropout == 0, "what is dropped would follow the parts"
     mesh = make_mesh(*MESHES[name]) if name in MESHES else make_mesh(devices=jax.devices()[:1])
     batch = one_batch(cfg, "rows")
-    scored = batch["text_loss_mask"].reshape(-1, parts, cfg.data.row_tokens).sum((0, 2))
-    assert len(set(scored)) > 1, "the parts have as many targets as each other"
+    batch["text_loss_mask"][0] = False  # so that parts differ in how many targets they have
     found = []
     with jax.set_mesh(mesh):
         for accumulate in (1, parts):
