@@ -9,8 +9,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ class Checkpoints:
         self._saving: int | None = None  # the step being written
         self._remover = ThreadPoolExecutor(1)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._stack = ExitStack()
 
     def __enter__(self) -> Checkpoints:
-        # Orbax logs a failure's traceback from each thread that it passes; here it is one line.
-        logging.getLogger("absl").addFilter(_without_traceback)
+        self._stack.enter_context(_one_line_for_a_failure())
         self._remove_leftovers()
         return self
 
@@ -50,13 +51,14 @@ class Checkpoints:
         try:
             self.wait()
             self._checkpointer.close()
-            self._remover.shutdown()
         except UserError as error:
             if kind is None:
                 raise
             print(error, file=sys.stderr)  # beside what ended the run
         finally:
-            logging.getLogger("absl").removeFilter(_without_traceback)
+            self._remover.shutdown()
+            del self._checkpointer  # and what it holds of a failure
+            self._stack.close()
 
     def newest(self, before: int = sys.maxsize) -> int | None:
         """The newest complete step before another, as the first process sees it."""
@@ -127,7 +129,7 @@ class Checkpoints:
         return [int(p.name) for p in self.workdir.iterdir() if p.name.isdigit()]
 
     def _remove_leftovers(self) -> None:
-        """What a process that was killed had half written, or half removed."""
+        """What a process that was killed, or a save that failed, left half done."""
         if self._lead:
             for ending in (WRITING, REMOVING):
                 for path in self.workdir.glob(f"*{ending}"):
@@ -163,6 +165,7 @@ class Checkpoints:
                 saved[name] = _HANDLERS[type(args)]().restore(place, args=args)
 
         if problem := _attempt(read):
+            gc.collect()  # what was read beside it, while its errors are silenced
             unread = next(name for name in items if name not in saved)
             problem = f"{unread}: {problem}"
         problems = multihost_utils.process_allgather(np.array(bool(problem)))
@@ -173,7 +176,7 @@ class Checkpoints:
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
         if not damaged:
             return
-        if jax.process_index() == 0:
+        if self._lead:
             for number, problem in sorted(damaged.items()):
                 names = (f"{number}.damaged{n or ''}" for n in itertools.count())
                 aside = next(p for p in map(self.workdir.joinpath, names) if not p.exists())
@@ -192,29 +195,13 @@ _HANDLERS: dict[type, Any] = {
 }
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info
-
-
 def _attempt(action: Callable[[], Any]) -> str:
-    """Runs it, and returns why it failed, in one line, or "".
-
-    Orbax reads and writes arrays side by side. When one fails, the errors of the others are
-    nobody's, and Python would print each as it comes.
-    """
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
+    """Runs it, and returns why it failed, in one line, or ""."""
     try:
-        try:
-            action()
-            return ""
-        except Exception as error:  # whatever a disk or foreign bytes make the libraries raise
-            reason = _reason(error)
-        time.sleep(0.5)  # the others end soon after
-        gc.collect()
-        return reason
-    finally:
-        sys.unraisablehook = hook
+        action()
+        return ""
+    except Exception as error:  # whatever a disk or foreign bytes make the libraries raise
+        return _reason(error)
 
 
 def _reason(error: BaseException) -> str:
@@ -227,3 +214,37 @@ def _reason(error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else repr(error)
     found = re.search(r"([^:]+?)\s*\[os_error_code=", text)
     return found[1].strip() if found else text[:300]
+
+
+@contextmanager
+def _one_line_for_a_failure() -> Iterator[None]:
+    """Silences what else is said of a failure that `_attempt` has put into one line.
+
+    Orbax logs its traceback from each thread that it passes. And it reads and writes arrays side
+    by side: when one fails, the errors of the others are nobody's, and Python prints each.
+    """
+    hook, logger = sys.unraisablehook, logging.getLogger("absl")
+    failed = False
+
+    def without_strays(stray: Any) -> None:
+        code = getattr(stray.object, "cr_code", None)
+        if "orbax" not in getattr(code, "co_filename", "") and (
+            str(stray.exc_value) != "Event loop is closed"
+        ):
+            hook(stray)
+
+    def without_tracebacks(record: logging.LogRecord) -> bool:
+        nonlocal failed
+        failed |= bool(record.exc_info)
+        return not record.exc_info
+
+    sys.unraisablehook = without_strays
+    logger.addFilter(without_tracebacks)
+    try:
+        yield
+        if failed:
+            time.sleep(0.5)  # what was written beside it ends soon
+            gc.collect()
+    finally:
+        logger.removeFilter(without_tracebacks)
+        sys.unraisablehook = hook
