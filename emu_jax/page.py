@@ -78,7 +78,9 @@ def number(value: Any) -> str:
         return ", ".join(f"{k} {number(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(number, value))
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 _PAGE = """<!DOCTYPE html>

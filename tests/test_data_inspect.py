@@ -122,6 +122,28 @@ def test_the_page_stands_alone_and_text_is_escaped(tmp_path):
         assert word in page
 
 
+def test_damage_is_shown_where_it_lies(tmp_path):
+    good = encode_png(np.full((9, 9), 9, np.uint8))
+    pairs = [Document((Picture(good[: -n or None]), Text("word"))) for n in (0, 20) * 20]
+    path = tmp_path / "pairs.array_record"
+    write_documents(path, pairs)
+    Tokenizer.train(["word"], 300).save(tmp_path / "tokenizer")
+    cfg = DataConfig(
+        root=str(tmp_path), sources=(SourceConfig("some", paths=(str(path),), batch_size=4),),
+        row_tokens=80, row_images=4, n_causal=4, image_size=9, block_documents=20,
+    )  # fmt: skip
+    out = tmp_path / "page.html"
+    figures = inspect(out, cfg, cfg.load_tokenizer(), "rows", rows=3, documents=40)
+    page = out.read_text()
+    damaged = figures["damaged"]["unreadable picture"]
+    assert 0.3 * figures["read"] < damaged < 0.7 * figures["read"]
+    assert f"<p>{damaged} of {figures['read']} documents could not be read.</p>" in page
+    assert f"<li>{path} record 1: unreadable picture</li>" in page
+    rows = page.partition("<h2>Lengths")[0]
+    padding = rows.count("damaged: left as padding")
+    assert 0 < padding < rows.count('<div class="document"') == padding + rows.count("<figure")
+
+
 def test_nothing_to_see(tmp_path, cfg):
     for rows, documents in ((0, 5), (5, 0)):
         with pytest.raises(UserError, match="at least one row"):

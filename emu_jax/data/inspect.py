@@ -307,6 +307,8 @@ def _histograms(lengths: Mapping[str, Sequence[tuple[int, int]]]) -> str:
 
 def _histogram(title: str, values: Sequence[int]) -> str:
     low, high = min(values), max(values)
+    if low == high:
+        return f"<figure><h4>{title}</h4><figcaption>each has {low:,}</figcaption></figure>"
     step = max(1, -(-(high - low + 1) // BINS))  # whole numbers to a bar
     bars = -(-(high - low + 1) // step)
     counts = np.bincount([(value - low) // step for value in values], minlength=bars)
