@@ -247,7 +247,7 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
         "--shard-documents", type=int, default=4096, metavar="N", help="of SRC for each file"
     )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        "--workers", type=int, default=os.cpu_count(), metavar="N",
         help="processes (default: one for each core)",
     )  # fmt: skip
     parser.add_argument(

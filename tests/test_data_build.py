@@ -22,7 +22,7 @@ from emu_jax.config import UserError
 from emu_jax.data import Document, Picture, Text, storage
 from emu_jax.data import build as build_module
 from emu_jax.data.build import BuildConfig, build, embedded, on_beam
-from emu_jax.data.clean import CleanConfig, Cleaned, Dropped, clean, store
+from emu_jax.data.clean import CleanConfig, Cleaned, Unfit, clean, store
 from emu_jax.data.documents import Damaged, DocumentFiles, Source, write_documents
 from emu_jax.data.sources import SourceConfig
 
@@ -36,8 +36,7 @@ def encode(width: int, height: int, format: str = "JPEG", seed: int = 0, mode="R
     return file.getvalue()
 
 
-def opened(picture: Picture | Dropped) -> Image.Image:
-    assert isinstance(picture, Picture)
+def opened(picture: Picture) -> Image.Image:
     return Image.open(io.BytesIO(picture.data))
 
 
@@ -114,9 +113,9 @@ def test_pictures_are_made_smaller_and_encoded():
     ],
 )
 def test_pictures_that_do_not_pass(picture, reason, detail):
-    dropped = store(picture, CLEAN)
-    assert isinstance(dropped, Dropped)
-    assert dropped.reason == reason and detail in dropped.detail
+    with pytest.raises(Unfit) as unfit:
+        store(picture, CLEAN)
+    assert unfit.value.reason == reason and detail in unfit.value.detail
 
 
 def test_a_page_loses_the_pictures_that_do_not_pass():
@@ -341,9 +340,13 @@ def test_a_folder_that_holds_something_else(tmp_path, cfg):
     with pytest.raises(UserError, match="not empty and holds no build: give an empty folder"):
         build(tmp_path, cfg, embedded(1))
     build(tmp_path / "out", cfg, embedded(1))
-    other = dataclasses.replace(cfg, shard_documents=30)
-    with pytest.raises(UserError, match="another build, of shard_documents 25 rather than 30"):
-        build(tmp_path / "out", other, embedded(1))
+    for change, difference in (
+        (dict(shard_documents=30), "shard_documents 25 rather than 30"),
+        (dict(clean=CleanConfig(max_side=16)), "clean.max_text 40 rather than 0"),
+    ):
+        other = dataclasses.replace(cfg, **change)
+        with pytest.raises(UserError, match=f"another build, of {difference}: give an empty"):
+            build(tmp_path / "out", other, embedded(1))
     (tmp_path / "out" / "build.json").write_text("{")
     with pytest.raises(UserError, match="build.json is damaged"):
         build(tmp_path / "out", cfg, embedded(1))

@@ -34,6 +34,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import PIL
+
 from emu_jax.config import UserError, to_dict
 from emu_jax.data import storage
 from emu_jax.data.clean import CleanConfig, Cleaned, clean
@@ -243,8 +245,8 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
     """Says what is built in `folder`, or finds that it is the same as before."""
     ours = {
         "version": VERSION,
-        "fingerprint": source.fingerprint,
-        "documents": len(source),
+        "pillow": PIL.__version__,  # decides the bytes of encoded pictures
+        "source_files": source.fingerprint,
         **to_dict(cfg),
     }
     path = storage.join(folder, "build.json")
@@ -260,11 +262,18 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
     if theirs != ours:
-        key = next(key for key in ours if theirs.get(key) != ours[key])
-        raise UserError(
-            f"{folder} holds another build, of {key} {theirs.get(key)} rather than {ours[key]}: "
-            f"{mend}"
-        )
+        key, old, new = _difference(theirs, ours)
+        raise UserError(f"{folder} holds another build, of {key} {old} rather than {new}: {mend}")
+
+
+def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any]:
+    """(dotted key, its two values) of the first difference."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in {**ours, **theirs}:
+            old, new = theirs.get(name), ours.get(name)
+            if old != new:
+                return _difference(old, new, f"{key}.{name}".lstrip("."))
+    return key, theirs, ours
 
 
 def _is_whole(shard: Shard) -> bool:

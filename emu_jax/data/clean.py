@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -42,13 +43,20 @@ class CleanConfig:
             raise UserError(f"quality must be in 1 .. 100, not {self.quality}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Dropped:
-    """A picture that did not pass."""
+class Unfit(Exception):
+    """A picture that does not pass: `reason` is a few words of a fixed set, to count by."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class Dropped(NamedTuple):
+    """A picture that was taken out of its document."""
 
     part: int  # of the document
-    reason: str  # a few words of a fixed set, to count by
-    detail: str = ""
+    reason: str
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,36 +89,40 @@ def clean(document: Document, cfg: CleanConfig) -> Cleaned:
     dropped: list[Dropped] = []
     encoded = 0
     for n, part in enumerate(document.parts):
-        stored = part if isinstance(part, Text) else store(part, cfg)
-        if isinstance(stored, Dropped):
-            dropped.append(dataclasses.replace(stored, part=n))
+        try:
+            stored = part if isinstance(part, Text) else store(part, cfg)
+        except Unfit as error:
+            dropped.append(Dropped(n, error.reason, error.detail))
             continue
         parts.append(stored)
         encoded += stored is not part
     if count and len(dropped) == count:
-        first = dropped[0]
-        return Cleaned(None, first.reason, first.detail, count, 0, tuple(dropped))
-    return Cleaned(Document(tuple(parts)), "", "", count, encoded, tuple(dropped))
+        _, reason, detail = dropped[0]
+        return Cleaned(None, reason, detail, count, dropped=tuple(dropped))
+    return Cleaned(Document(tuple(parts)), pictures=count, encoded=encoded, dropped=tuple(dropped))
 
 
-def store(picture: Picture, cfg: CleanConfig) -> Picture | Dropped:
-    """The picture as it is stored, or why it is not.
+def store(picture: Picture, cfg: CleanConfig) -> Picture:
+    """The picture as it is stored.
 
     One that is small enough and in one of ENCODINGS keeps its bytes: to encode it once more
     would only cost quality.
+
+    Raises:
+        Unfit: it does not pass.
     """
     if picture.similarity is not None and picture.similarity < cfg.min_similarity:
-        return Dropped(0, "unlike its words", f"{picture.similarity:.3f}")
+        raise Unfit("unlike its words", f"{picture.similarity:.3f}")
     try:
         pixels = open_image(picture.data)
     except PictureError as error:
-        return Dropped(0, error.reason, str(error))
+        raise Unfit(error.reason, str(error)) from None
     short, long = sorted(pixels.size)
     size = "x".join(map(str, pixels.size))
     if short < cfg.min_side:
-        return Dropped(0, "picture too small", size)
+        raise Unfit("picture too small", size)
     if 0 < cfg.max_aspect * short < long:
-        return Dropped(0, "picture too narrow", size)
+        raise Unfit("picture too narrow", size)
     if 0 < cfg.max_side < long:
         scale = cfg.max_side / long
         width, height = (max(1, round(side * scale)) for side in pixels.size)
