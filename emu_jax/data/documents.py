@@ -239,7 +239,9 @@ class DocumentFiles(Source):
         self.paired = paired
         self._records: list[Any] = []  # of each file
         self._starts = [0]
-        for path in self.paths:
+        for given, path in zip(paths, self.paths, strict=True):
+            if "://" in str(given):
+                raise UserError(f"{given}: ArrayRecord files are read locally: mount the bucket")
             if not path.is_file():
                 raise UserError(f"{path} does not exist: write it first (emu_jax.data.documents)")
             try:
