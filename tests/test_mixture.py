@@ -13,7 +13,7 @@ from PIL import Image
 from test_data import assert_equal, check_slots, grey, take
 from test_sources import lines, picture, tar, video
 
-from emu_jax.config import UserError
+from emu_jax.config import UserError, save_json
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.documents import Damaged, Source, write_documents
@@ -22,6 +22,8 @@ from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import PICTURE
 from emu_jax.data.sources import SourceConfig
 from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.loop import _resume
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -171,6 +173,18 @@ def test_a_restart_is_quick_wherever_it_is(cfg, tokenizer, tmp_path, monkeypatch
         next(batches)
     assert time.process_time() - began < 2
     assert all(0 <= index < count for _, index in batches.documents())
+
+
+def test_a_run_goes_on_where_its_files_have_moved(tmp_path):
+    def run(**changes) -> TrainConfig:
+        source = dataclasses.replace(SourceConfig("a", "pages", ("x",), media=("y",)), **changes)
+        return TrainConfig(data=DataConfig(sources=(source,)))
+
+    save_json(run(), tmp_path / "train.json")
+    moved = run(paths=("gs://x",), media=())
+    assert _resume(moved, tmp_path).data == moved.data
+    with pytest.raises(UserError, match="holds a run with data.sources="):
+        _resume(run(weight=2.0), tmp_path)
 
 
 # What is drawn at random

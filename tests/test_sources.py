@@ -586,6 +586,9 @@ def test_what_is_derived_is_kept_and_follows_the_files(tmp_path, monkeypatch):
     assert list(map(shown, source("webdataset", tmp_path))) == [[30, "one"], [90, "three"], [90]]
     assert len(walked) == 3  # the other is known
     assert source("webdataset", tmp_path).fingerprint != first.fingerprint
+    tar(tmp_path / "new", {"e.jpg": picture(120), "e.txt": b"other"})
+    (tmp_path / "new").replace(tmp_path / "0.tar")
+    assert shown(source("webdataset", tmp_path)[0]) == [120, "other"]
     for array in (tmp_path / ".emu_jax").rglob("spans.npy"):
         array.write_bytes(b"broken")
     assert len(source("webdataset", tmp_path)) == 3

@@ -92,9 +92,7 @@ class Filler:
         """What was found damaged when tokens were counted; the first process speaks for all."""
         if self.mine.start:
             return []
-        return [
-            _damage(d, Damaged(d.damage or "", d.source.documents.where(d.index))) for d in damaged
-        ]
+        return [_damage(d, d.damage or "") for d in damaged]
 
     # Packed rows
 
@@ -147,7 +145,7 @@ class Filler:
             row.close(ended=not cut)
         except (Damaged, images.PictureError) as error:
             batch["images"][n, pictures] = 0
-            return _damage(drawn, error)
+            return _damage(drawn, error.reason)
         batch["tokens"][n, tokens] = row.tokens
         batch["segment_ids"][n, tokens] = place.segment
         batch["positions"][n, tokens] = np.arange(len(row.tokens))
@@ -173,7 +171,7 @@ class Filler:
                 fill(batch, n, chosen)
                 return damaged
             except (Damaged, images.PictureError) as error:
-                damaged.append(_damage(chosen, error))
+                damaged.append(_damage(chosen, error.reason))
                 last = error
             chosen = self.group.substitute(drawn, attempt)
         raise UserError(
@@ -370,9 +368,9 @@ class _Row:
         self.slots += slots or [-1] * len(ids)
 
 
-def _damage(drawn: Drawn, error: Damaged | images.PictureError) -> Damage:
+def _damage(drawn: Drawn, reason: str) -> Damage:
     where = drawn.source.documents.where(drawn.index)
-    return Damage(drawn.source.cfg.name, drawn.index, error.reason, where)
+    return Damage(drawn.source.cfg.name, drawn.index, reason, where)
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -64,6 +64,7 @@ def kept(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
 
 def fingerprint(kind: str, paths: Sequence[str]) -> str:
     """Follows from the names, sizes and times of files, and from what is made of them."""
+    storage.refresh()
     with ThreadPoolExecutor(16) as pool:
         stats = list(pool.map(storage.stat, paths))
     return short_hash(

@@ -154,16 +154,17 @@ def names(folder: str) -> list[str]:
 
 
 def _pread(path: str, start: int, size: int) -> bytes:
-    try:
-        opened = _open(path)
-    except OSError:
-        _open.cache_clear()  # perhaps of too many open files
-        opened = _open(path)
+    opened = _open(path)
     content = os.pread(opened.handle, size, start)
     while len(content) < size and (more := os.pread(opened.handle, size - len(content),
                                                     start + len(content))):  # fmt: skip
         content += more  # one call gives at most 2 GiB
     return content
+
+
+def refresh() -> None:
+    """Forgets which files are open: one that was replaced since is opened anew."""
+    _open.cache_clear()
 
 
 class _Open:
@@ -182,7 +183,7 @@ def _open(path: str) -> _Open:
     return _Open(path)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache
 def _file_system_of(protocol: str) -> Any:
     import fsspec
 
