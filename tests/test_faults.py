@@ -1,0 +1,205 @@
+"""A run's own account of itself, and what breaks while it trains."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_saving import cut, largest_file
+from test_train import one_batch, parameters, small
+
+from emu_jax import checkpoint
+from emu_jax.config import UserError
+from emu_jax.data.digits import build_digits
+from emu_jax.sharding import make_mesh
+from emu_jax.train.goodput import KINDS
+from emu_jax.train.loop import Trainer, train
+from emu_jax.train.metrics import read_documents, read_metrics
+from emu_jax.train.objectives import ClipObjective
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """As on a machine with a single device, where programs compile sooner."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: devices)
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    build_digits(root)
+    return str(root)
+
+
+def run(root: str, **changes):
+    return small(
+        "clip", root, keep_checkpoints=10, log_documents=True, profile_steps="3:5", **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """An undisturbed run of six steps, with a checkpoint at every second one."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train(run(root), workdir)
+    return workdir
+
+
+def rows_of(workdir: Path):
+    return read_metrics(workdir)["emu"]
+
+
+def assert_ends_like(whole: Path, workdir: Path) -> None:
+    expected, found = parameters(whole), parameters(workdir)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    assert [row["step"] for row in rows_of(workdir)] == [row["step"] for row in rows_of(whole)]
+    assert read_documents(workdir) == read_documents(whole)
+
+
+def test_a_run_says_what_it_did(whole):
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    compilations = [row["compilations"] for row in rows]
+    assert compilations[1] > 0 and compilations[1:] == [compilations[1]] * 5
+    seconds = [sum(row[f"{kind}_seconds"] for kind in KINDS) for row in rows]
+    for before, after in zip(rows, rows[1:], strict=False):
+        for kind in KINDS:
+            assert after[f"{kind}_seconds"] >= before[f"{kind}_seconds"] >= 0
+    passed = rows[-1]["time"] - rows[0]["time"]
+    assert seconds[-1] - seconds[0] == pytest.approx(passed, rel=0.1, abs=0.2)
+    for kind in ("step", "compile", "checkpoint"):
+        assert rows[-1][f"{kind}_seconds"] > 0
+    assert rows[-1]["goodput"] == pytest.approx(rows[-1]["step_seconds"] / seconds[-1])
+    assert sum(8 / row["images_per_second"] for row in rows[1:]) == pytest.approx(
+        passed, rel=0.1, abs=0.5
+    )
+    assert all(row["tokens_per_second"] > 0 for row in rows[1:])
+    assert rows[-1]["skipped_steps"] == rows[-1]["lost_seconds"] == 0
+    assert list((whole / "profile" / "3" / "process-0").rglob("*.xplane.pb"))
+    assert {step: len(read) for step, read in read_documents(whole).items()} == dict.fromkeys(
+        range(1, 7), 8
+    )
+    assert not list(whole.glob("stacks-*"))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_costs_its_steps_alone(root, whole, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    cut(largest_file(workdir / "6" / "params"))
+    assert train(run(root), workdir)["step"] == 6
+    said = capsys.readouterr().err
+    assert "checkpoint 6 cannot be read (params: " in said and "going on from step 4" in said
+    assert (workdir / "6.damaged").is_dir()
+    assert_ends_like(whole, workdir)
+    assert rows_of(workdir)[-1]["lost_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(root, tmp_path, monkeypatch):
+    cfg = run(root)
+    clean = ClipObjective.loss
+    poisoned = jax.random.key_data(jax.random.fold_in(jax.random.key(cfg.seed), 2))  # step 3
+
+    def loss(self, cfg, module, batch, key, targets=None):
+        value, metrics = clean(self, cfg, module, batch, key, targets)
+        here = jnp.all(jax.random.key_data(key) == poisoned)
+        return value * jnp.where(here, jnp.nan, 1), metrics
+
+    monkeypatch.setattr(ClipObjective, "loss", loss)
+    train(cfg, tmp_path)
+    rows = rows_of(tmp_path)
+    assert [bool(np.isnan(row["loss"])) for row in rows] == [n == 3 for n in range(1, 7)]
+    assert [row["bad_steps"] for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    for path, value in parameters(tmp_path).items():
+        assert np.isfinite(value).all(), path
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_read_any_more_end_the_run(root, tmp_path):
+    """The file is cut short in mid-epoch. Once it is mended, the run goes on."""
+    copy = shutil.copytree(root, tmp_path / "data")
+    file = copy / "train" / "pairs.array_record"
+    whole = file.read_bytes()
+    stat = file.stat()
+    cfg = run(str(copy), steps=100_000)
+    workdir = tmp_path / "run"
+
+    def cut_later() -> None:
+        while not (workdir / "4").is_dir():
+            time.sleep(0.05)
+        cut(file)
+
+    cutting = threading.Thread(target=cut_later)
+    cutting.start()
+    with pytest.raises(UserError) as told:
+        train(cfg, workdir)
+    cutting.join()
+    assert str(file) in str(told.value) and "\n" not in str(told.value)
+    saved = checkpoint.latest_step(workdir)
+    assert saved >= 4 and all(np.isfinite(v).all() for v in parameters(workdir).values())
+    file.write_bytes(whole)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert train(dataclasses.replace(cfg, steps=saved + 2), workdir)["step"] == saved + 2
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_costs_nothing_saved(root, whole, tmp_path):
+    size = sum(p.stat().st_size for p in (whole / "6").rglob("*") if p.is_file())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.7 * size)}", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(UserError) as told:
+            train(run(root), disk)
+        step = checkpoint.latest_step(disk)
+        assert str(told.value) == (
+            f"cannot save step {step + 2} in {disk}: No space left on device: mend that, then "
+            f"start again to go on from step {step}"
+        )
+        workdir = shutil.copytree(disk, tmp_path / "larger")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    train(run(root), workdir)
+    assert_ends_like(whole, workdir)
+
+
+@pytest.mark.slow
+def test_a_bfloat16_first_moment_is_close_to_a_float32_one(root):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        cfg = run(root)
+        optimizer = dataclasses.replace(cfg.optimizer, moments_dtype=dtype)
+        cfg = dataclasses.replace(cfg, optimizer=optimizer)
+        with jax.set_mesh(mesh):
+            trainer = Trainer(cfg, mesh)
+            state = trainer.start({})
+            first = jax.tree.map(np.array, state.trained)
+            for leaf in jax.tree.leaves(state.optimizer[1].mu):
+                assert leaf.dtype == dtype
+            for leaf in jax.tree.leaves(state.optimizer[1].nu):
+                assert leaf.dtype == np.float32
+            batch = one_batch(cfg, "captions")
+            for _ in range(5):
+                state, _ = trainer.step(state, batch)
+            moved[dtype] = {k: np.asarray(v) - first[k] for k, v in state.trained.items()}
+    differ = False
+    for path, change in moved["float32"].items():
+        error = np.abs(moved["bfloat16"][path] - change).max()
+        assert error <= 0.02 * np.abs(change).max(), path
+        differ |= error > 0
+    assert differ
