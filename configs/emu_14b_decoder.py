@@ -10,7 +10,7 @@ dropped to `<s>[IMG]`, which guidance takes as its unconditional one. What is fr
 bfloat16 and is not saved again: checkpoints hold the U-Net, its average and its moments.
 """
 
-from emu_jax.config import emu_14b
+from emu_jax.config import RematConfig, emu_14b
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
 
@@ -44,6 +44,6 @@ def get_config():
             steps=15_000,
             ema_decay=0.9999,
             save_frozen=False,
-            remat="full",
+            remat=RematConfig.everywhere("full"),
         )
     )  # fmt: skip

@@ -10,7 +10,7 @@ holds the adapters and their moments. The batch size, the number of steps, the r
 are as the authors' reports have them; the rest of the optimizer is pretraining's.
 """
 
-from emu_jax.config import emu_14b_instruct
+from emu_jax.config import RematConfig, emu_14b_instruct
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
 
@@ -35,6 +35,6 @@ def get_config():
             ),
             steps=10_000,
             save_frozen=False,
-            remat="full",
+            remat=RematConfig.everywhere("full"),
         )
     )

@@ -8,6 +8,7 @@ DATA/train holds ArrayRecord files of documents, KIND.array_record for each kind
 as `emu_jax.data.documents.write_documents` writes them. The model is the one in runs/emu.
 """
 
+from emu_jax.config import RematConfig
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
 
@@ -29,7 +30,7 @@ def get_config():
                     GroupConfig(r"^llama\.", lr=3e-6, warmup_steps=100),
                 )
             ),
-            remat="full",
+            remat=RematConfig.everywhere("full"),
             steps=1000,
         )
     )

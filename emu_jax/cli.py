@@ -381,6 +381,76 @@ def serve(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def plan(parser: argparse.ArgumentParser) -> Run:
+    """compile a step for TPUs that are not here: memory, time, MFU"""
+    parser.usage = (
+        "%(prog)s --config configs/X.py --topology v5p:4x4x8 [--slices N] [--for PROGRAM] "
+        "[--sweep] [--config.a.b=VALUE ...] [--json]"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--topology", default="", metavar="CHIP:AxB[xC]",
+        help="a slice of TPU chips; with --sweep, several with commas between",
+    )  # fmt: skip
+    parser.add_argument("--slices", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--for", dest="program", default="train", metavar="PROGRAM",
+        help="train (the config's step; the default), decoder (decoder tuning), generate (one "
+        "token of every row)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sweep", action="store_true",
+        help="try meshes, remat policies and batch sizes, and the best one's scaling",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-scaling", action="store_true", help="with --sweep: settings alone, no scaling curves"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/plan"), metavar="DIR", help="of a sweep's files"
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true",
+        help="predict published runs instead, and show the error",
+    )  # fmt: skip
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; the TPU is only compiled for
+        from emu_jax.hardware import Topology
+        from emu_jax.plan import plan as planning
+        from emu_jax.train.config import TrainConfig
+        from emu_jax.train.config_file import load_config
+
+        if args.calibrate:
+            from emu_jax.plan.calibration import calibrate, table
+
+            rows = calibrate()
+            print(table(rows))
+            return {"runs": rows}
+        if args.config is None or not args.topology:
+            raise UserError("give --config and --topology, or --calibrate; see emu-jax plan --help")
+        topologies = [Topology.parse(t, args.slices) for t in args.topology.split(",")]
+        configs = [
+            load_config(TrainConfig, args.config, args.overrides, chip=topology.chip_name)
+            for topology in topologies
+        ]
+        if args.sweep:
+            from emu_jax.plan.sweep import sweep
+
+            pairs = list(zip(configs, topologies, strict=True))
+            result = sweep(pairs, args.out, scaling=not args.no_scaling)
+            if not args.json:
+                print((args.out / "sweep.md").read_text())
+            return result
+        if len(topologies) > 1:
+            raise UserError("several topologies are for --sweep: give one")
+        report = planning.plan(configs[0], topologies[0], args.program)
+        if not args.json:
+            print(planning.summary(report))
+        return report
+
+    return run
+
+
 def _converted(dst: Path, result: dict[str, Any]) -> str:
     peak = result["peak_rss_anon_bytes"]
     memory = "" if peak is None else f", peak RssAnon {peak / 2**30:.2f} GiB"
@@ -399,6 +469,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "convert": convert,
     "init": init,
     "verify": verify,
+    "plan": plan,
     "bench": bench,
     "data build": data_build,
     "data inspect": data_inspect,

@@ -99,6 +99,7 @@ class LlamaConfig:
     width: int = 5120
     layers: int = 40
     heads: int = 40
+    attention_width: int = 0  # of all heads together; 0: the model's width
     mlp_width: int = 13824
     rope_theta: float = 10000.0
     # Rotary cosines and sines are rounded to this dtype: the release computes with tables that
@@ -111,7 +112,7 @@ class LlamaConfig:
 
     @property
     def head_width(self) -> int:
-        return self.width // self.heads
+        return (self.attention_width or self.width) // self.heads
 
     @property
     def padded_vocab(self) -> int:
@@ -172,6 +173,21 @@ class SchedulerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RematConfig:
+    """What each layer keeps for its backward pass, by tower: a name in `models.layers.REMAT`."""
+
+    visual: str = "none"
+    cformer: str = "none"
+    llama: str = "none"
+    unet: str = "none"
+
+    @classmethod
+    def everywhere(cls, policy: str) -> RematConfig:
+        """One policy for all towers."""
+        return cls(policy, policy, policy, policy)
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenIds:
     """Ids of the tokens that the model itself treats apart. The base vocabulary has the first
     three; the release appends the others to it in this order."""
@@ -211,6 +227,36 @@ def emu_14b_instruct() -> EmuConfig:
     """The released instruction-tuned model: two more tokens, LoRA, no visual decoder."""
     llama = LlamaConfig(vocab_size=32006, lora=LoraConfig())
     return EmuConfig(llama=llama, unet=None, vae=None)
+
+
+def emu_ladder(size: str) -> EmuConfig:
+    """Smaller models of the release's proportions, for scaling studies: "0.1B", "0.4B", "1.5B"
+    or "7B" parameters, about, without the visual decoder. Heads keep the width of 128 and
+    pictures the 32 embeddings of the 14B model, so that the same kernels serve."""
+    # Width and layers of the visual encoder, the Causal Transformer and the language model, and
+    # the width of the last one's MLP.
+    sizes = {
+        "0.1B": (512, 12, 256, 4, 512, 8, 1408),
+        "0.4B": (768, 12, 384, 6, 1024, 16, 2816),
+        "1.5B": (1024, 24, 512, 8, 2048, 20, 5504),
+        "7B": (1408, 40, 768, 12, 4096, 32, 11008),
+    }
+    if size not in sizes:
+        raise UserError(f"no ladder model {size!r}{suggest(size, sizes)}")
+    seen, depth, causal, steps, width, layers, mlp = sizes[size]
+    return EmuConfig(
+        vision=VisionConfig(
+            width=seen, layers=depth, head_width=88 if seen == 1408 else 64,
+            mlp_width=6144 if seen == 1408 else 4 * seen,
+        ),
+        cformer=CFormerConfig(
+            width=causal, layers=steps, heads=causal // 64, mlp_width=4 * causal
+        ),
+        llama=LlamaConfig(
+            vocab_multiple=128, width=width, layers=layers, heads=width // 128, mlp_width=mlp
+        ),
+        unet=None, vae=None,
+    )  # fmt: skip
 
 
 def digits(base_vocab: int = 346) -> EmuConfig:

@@ -7,17 +7,21 @@ which mesh axis each name is split over. Mesh axes: `data` (replicas, across sli
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emu_jax.config import UserError
+
+log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -33,26 +37,99 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+def make_mesh(
+    data: int = 0, fsdp: int = 0, tensor: int = 0, *, devices: Any | None = None,
+    rows: int | None = None, heads: int | None = None, widths: Sequence[int] = (),
+) -> Mesh:  # fmt: skip
+    """A mesh over all devices; `choose_mesh` decides the axes that are 0.
+
+    Neighbours along `tensor`, then `fsdp`, are neighbours in the interconnect; `data` alone
+    spans slices.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or slices do not divide
+            `data`.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
-    shape = [data, fsdp, tensor]
-    if shape.count(-1) > 1:
-        raise UserError(f"mesh {shape}: at most one axis may be -1")
-    if -1 in shape:
-        shape[shape.index(-1)] = devices.size // max(1, -math.prod(shape))
-    if math.prod(shape) != devices.size:
-        raise UserError(
-            f"mesh data={shape[0]} fsdp={shape[1]} tensor={shape[2]} needs {math.prod(shape)} "
-            f"devices, {devices.size} are here: make the three multiply to {devices.size}"
-        )
-    return jax.make_mesh(
-        tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices.flatten()
+    devices = list(np.asarray(jax.devices() if devices is None else devices).flatten())
+    slices = slice_count(devices)
+    shape, why = choose_mesh(
+        len(devices),
+        slices,
+        data=data,
+        fsdp=fsdp,
+        tensor=tensor,
+        rows=rows,
+        heads=heads,
+        widths=widths,
     )
+    log.info("mesh: %s", why)
+    if slices > 1:
+        within = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """TPU slices that these devices are in."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def choose_mesh(
+    devices: int, slices: int = 1, *, data: int = 0, fsdp: int = 0, tensor: int = 0,
+    rows: int | None = None, heads: int | None = None, widths: Sequence[int] = (),
+) -> tuple[tuple[int, int, int], str]:  # fmt: skip
+    """(ways along `data`, `fsdp`, `tensor`; why). An axis of 0 is chosen here:
+
+    tensor: 1, unless a batch of `rows` is too small for every device to have its own; its
+        traffic grows with the batch, on every layer. It divides `heads`.
+    fsdp: as much of a slice as divides the `widths` of all towers (a parameter that does not
+        divide stays whole on every device); its traffic is the parameters', whatever the batch.
+    data: the rest, and all that is between slices: only gradients cross it, once a step.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices, slices do not divide
+            `data`, or `rows` and `heads` cannot be shared out.
+    """
+    reasons = []
+    if tensor == 0:
+        tensor = next((
+            n for n in range(1, devices // slices + 1)
+            if devices % n == 0 and (heads is None or heads % n == 0)
+            and (rows is None or rows % (devices // n) == 0)
+        ), 0)  # fmt: skip
+        if not tensor:
+            raise UserError(
+                f"a batch of {rows} rows cannot be shared by {devices} devices, nor their rest by "
+                f"{heads} heads: make data.batch_size a multiple of {devices}"
+            )
+        few = f" ({rows} rows are too few for {devices} devices)" if tensor > 1 else ""
+        reasons.append(f"tensor={tensor}{few}")
+    if fsdp == 0:
+        room = max(1, devices // (data or slices) // tensor)
+        fsdp = room if data else math.gcd(room, *widths)
+        narrow = f" (more would not divide widths of {sorted(widths)})" if fsdp < room else ""
+        reasons.append(f"fsdp={fsdp}{narrow}")
+    if data == 0:
+        data = max(1, devices // (fsdp * tensor))
+        between = f" ({slices} slices)" if slices > 1 else ""
+        reasons.append(f"data={data}{between}")
+    if data * fsdp * tensor != devices:
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {data * fsdp * tensor} "
+            f"devices, {devices} are here: make the three multiply to {devices}"
+        )
+    if data % slices:
+        raise UserError(
+            f"mesh data={data} over {slices} slices: make it a multiple of {slices}, so that "
+            "only replicas are joined by the data-center network"
+        )
+    return (data, fsdp, tensor), ", ".join(reasons) or "as configured"
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:

@@ -682,7 +682,7 @@ def test_videos_are_their_frames(small):
 
 
 def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
-    template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=-1))
+    template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     path = (tmp_path / "7" / "params").absolute()
     ocp.PyTreeCheckpointer().save(path, nest(template.params(model)))
     config.save_json(model.cfg, tmp_path / "config.json")

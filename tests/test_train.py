@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.config import TokenIds, UserError, digits
+from emu_jax.config import RematConfig, TokenIds, UserError, digits
 from emu_jax.data.digits import build_digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.sharding import batch_sharding, make_mesh
@@ -384,7 +384,7 @@ def test_bfloat16_is_close_to_float32(objective, data_root):
 def test_rematerialisation_reaches_what_trains(data_root):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for objective in ("emu", "clip", "decoder"):
-        cfg = small(objective, data_root, remat="full")
+        cfg = small(objective, data_root, remat=RematConfig.everywhere("full"))
         with jax.set_mesh(mesh):
             trainer = Trainer(cfg, mesh)
             batch = one_batch(cfg, trainer.objective.batch_kind)
@@ -420,7 +420,7 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
     with pytest.raises(UserError, match="make the three multiply to"):
         train(dataclasses.replace(base, mesh=MeshConfig(3, 1, 1)), tmp_path / "d")
     for change, message in (
-        ({"remat": "ful"}, "did you mean 'full'"),
+        ({"remat": RematConfig(llama="ful")}, "did you mean 'full'"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"log_every": 0}, "at least 1"),
         ({"optimizer": OptimizerConfig(groups=(GroupConfig("(", lr=1e-3),))}, "pattern"),

@@ -75,7 +75,7 @@ def convert(
     """
     src, dst = Path(src), Path(dst)
     with report() as made, replacing(dst, overwrite) as temporary:
-        mesh = mesh or make_mesh(fsdp=-1)
+        mesh = mesh or make_mesh()
         source = open_source(src, mesh, model_config=model_config, tokenizer=tokenizer)
         if isinstance(source, Run) and to == "jax" and not merge_lora:
             raise UserError(f"{src} is a run directory already: say --to emu or --to hf")

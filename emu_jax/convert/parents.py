@@ -63,7 +63,7 @@ def init(
     dst = Path(dst)
     with engine.report() as made, engine.replacing(dst, overwrite) as temporary:
         parents = Parents(
-            Path(llama), Path(eva_clip), Path(sd), mesh or make_mesh(fsdp=-1),
+            Path(llama), Path(eva_clip), Path(sd), mesh or make_mesh(),
             cformer or CFormerConfig(), seed, model_config, Path(tokenizer or llama),
         )  # fmt: skip
         engine.write_run(parents, temporary)

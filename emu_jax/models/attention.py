@@ -1,12 +1,53 @@
-"""The one attention entry point."""
+"""The one attention entry point, and its backends.
+
+  xla     any device and the reference: materialises the scores.
+  splash  TPU: Pallas' blockwise kernel; masked blocks are skipped, scores stay on the chip.
+  cudnn   GPU: cuDNN's fused kernel.
+
+A backend is chosen by name when a model is built (`choose_backend`); one that cannot serve a
+call is an error, never a silent slow path.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from emu_jax.config import UserError, suggest
+from emu_jax.sharding import shard, spec
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("xla", "splash", "cudnn")
+# What the kernels keep for their backward pass, under one name for `layers.REMAT`.
+KEPT = "attention"
+
+
+def choose_backend(name: str, platform: str) -> str:
+    """The backend that `name` stands for on a JAX platform (`cpu`, `gpu`, `tpu`); "auto" is the
+    platform's fastest.
+
+    Raises:
+        UserError: no such backend, or it does not run there.
+    """
+    fastest = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    known = ("auto", *BACKENDS)
+    if name not in known:
+        raise UserError(f"attention {name!r} is not known{suggest(name, known)}")
+    chosen = fastest if name == "auto" else name
+    if chosen not in (fastest, "xla"):
+        raise UserError(f"attention {name!r} does not run on {platform}: use {fastest} or xla")
+    if chosen != fastest:
+        log.warning("attention xla on %s, by request: slower than %s", platform, fastest)
+    else:
+        log.info("attention: %s", chosen)
+    return chosen
 
 
 def attention(
@@ -14,32 +55,132 @@ def attention(
     k: Float[Array, "B S H K"],
     v: Float[Array, "B S H K"],
     *,
+    causal: bool = False,
+    segment_ids: Int[Array, "B T"] | None = None,
     mask: Bool[Array, "B 1 T S"] | Bool[Array, "1 1 T S"] | None = None,
     bias: Float[Array, "1 H T S"] | None = None,
     scale: float,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
+    backend: str = "xla",
 ) -> Float[Array, "B T H K"]:
     """softmax(scale q k^T + bias, masked) v, the softmax in float32.
 
-    `dropout` is applied to the weights (T5 does; LLaMA and ViT have none).
+    Masks add up: `causal` (as many keys as queries), equality of `segment_ids` (of queries and
+    keys alike), and `mask`, True where a query may look. A query whose keys are all masked gets
+    the mean of the values, never NaN. `dropout` is applied to the weights (T5 does; LLaMA and
+    ViT have none).
 
-    A query whose keys are all masked gets the mean of the values, never NaN.
+    Raises:
+        UserError: `backend` cannot serve these shapes, dtypes or masks.
     """
+    if backend != "xla":
+        for name, value in (("mask", mask), ("bias", bias), ("dropout", dropout)):
+            if value is not None:
+                raise UserError(f"{backend} attention takes no {name}: use attention=xla")
+        fused = {"splash": splash, "cudnn": cudnn}[backend]
+        return fused(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale)
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias
+    for more in (causal_mask(q.shape[1]) if causal else None, segment_mask(segment_ids)):
+        mask = more if mask is None else mask if more is None else mask & more
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    return jnp.einsum("bhts,bshk->bthk", weights, v)
+    return checkpoint_name(jnp.einsum("bhts,bshk->bthk", weights, v), KEPT)
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
-def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
+def segment_mask(segments: Int[Array, "B T"] | None) -> Bool[Array, "B 1 T T"] | None:
     """True where query and key belong to the same document of a packed row."""
-    return (queries[:, :, None] == keys[:, None, :])[:, None]
+    return None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+
+
+def splash(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    *,
+    causal: bool,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B T H K"]:
+    """Pallas splash attention, each device on its own rows and heads.
+
+    Raises:
+        UserError: the kernel's tiles do not fit the shapes.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    length, heads, width = q.shape[1:]
+    if k.shape[1] != length or length % LANES or width % LANES:
+        raise UserError(
+            f"splash attention needs as many keys as queries, and rows and heads in multiples of "
+            f"{LANES}: {length} queries, {k.shape[1]} keys, head width {width}; use attention=xla"
+        )
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=min(block, SPLASH_COMPUTE),
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=min(block, SPLASH_COMPUTE),
+        use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    one = (kernels.CausalMask if causal else kernels.FullMask)((length, length))
+
+    def local(q, k, v, segments):
+        kernel = kernels.make_splash_mha(
+            mask=kernels.MultiHeadMask([one] * q.shape[1]), block_sizes=sizes, head_shards=1,
+            q_seq_shards=1, residual_checkpoint_name=KEPT, interpret=interpret,
+        )  # fmt: skip
+        ids = None if segments is None else kernels.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(q, k, v, ids)
+
+    # The kernel's layout is heads first, and it does not scale.
+    q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        out = local(q, k, v, segment_ids)
+    else:
+        split = spec(("batch", "heads", None, None), q.shape, mesh)
+        rows = None if segment_ids is None else P(split[0], None)
+        out = jax.shard_map(
+            local, in_specs=(split, split, split, rows), out_specs=split, check_vma=False
+        )(q, k, v, segment_ids)
+    return out.swapaxes(1, 2)
+
+
+LANES = 128  # of a TPU's vector registers
+# Queries and keys of one step of the kernel; the largest that divides a row is used.
+SPLASH_BLOCKS = (1024, 512, 256, 128)
+SPLASH_COMPUTE = 512  # keys that are multiplied at once
+
+
+def cudnn(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    *,
+    causal: bool,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """cuDNN's fused attention.
+
+    Raises:
+        UserError: it has no kernel for the dtype or the head's width.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
+        raise UserError(
+            f"cuDNN attention needs bfloat16 and a head width of up to 128 in eights, not "
+            f"{q.dtype} and {q.shape[-1]}: use dtype=bfloat16 or attention=xla"
+        )
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=segment_mask(segment_ids), is_causal=causal, scale=scale,
+        implementation="cudnn",
+    )  # fmt: skip
+    return checkpoint_name(shard(out, "batch", None, "heads", None), KEPT)

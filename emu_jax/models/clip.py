@@ -7,7 +7,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import EmuConfig, LlamaConfig
-from emu_jax.models.attention import causal_mask
 from emu_jax.models.eva_clip import VisionTransformer
 from emu_jax.models.layers import Embedding, Linear, RMSNorm, param, scan, stack
 from emu_jax.models.llama import LlamaBlock
@@ -27,11 +26,10 @@ class TextTower(nnx.Module):
         self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], dtype: jnp.dtype = jnp.float32
     ) -> Float[Array, "B E"]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = causal_mask(tokens.shape[1])
 
         def body(block, x, _):
             q, k, v = block.self_attn.project(block.input_layernorm(x), positions)
-            return block.finish(x, block.self_attn.attend(q, k, v, mask)), None
+            return block.finish(x, block.self_attn.attend(q, k, v, causal=True)), None
 
         x, _ = scan(self.layers, body, self.embed_tokens(tokens).astype(dtype))
         last = jnp.sum(valid, axis=1) - 1

@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from emu_jax.config import EmuConfig
+from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.eva_clip import VisionTransformer
 from emu_jax.models.layers import LayerNorm
@@ -23,19 +23,22 @@ class Emu(nnx.Module):
     paints its embeddings.
 
     `unet` and `vae` are None where the configuration has none, or where `painter=False`
-    leaves them out (pretraining does not need them).
+    leaves them out (pretraining does not need them). `backend` is that of the language model's
+    attention over whole rows; pictures' short sequences and decoding use XLA's.
     """
 
     def __init__(
-        self, cfg: EmuConfig, *, painter: bool = True, remat: str = "none", rngs: nnx.Rngs
-    ):
-        self.visual = VisionTransformer(cfg.vision, remat=remat, rngs=rngs)
+        self, cfg: EmuConfig, *, painter: bool = True, remat: RematConfig | None = None,
+        backend: str = "xla", rngs: nnx.Rngs,
+    ):  # fmt: skip
+        remat = remat or RematConfig()
+        self.visual = VisionTransformer(cfg.vision, remat=remat.visual, rngs=rngs)
         self.ln_visual = LayerNorm(cfg.vision.width, eps=cfg.vision.eps, rngs=rngs)
         self.cformer = CFormer(
-            cfg.cformer, cfg.vision.width, cfg.llama.width, remat=remat, rngs=rngs
+            cfg.cformer, cfg.vision.width, cfg.llama.width, remat=remat.cformer, rngs=rngs
         )
-        self.llama = Llama(cfg.llama, remat=remat, rngs=rngs)
-        self.unet = UNet(cfg.unet, remat=remat, rngs=rngs) if painter and cfg.unet else None
+        self.llama = Llama(cfg.llama, remat=remat.llama, backend=backend, rngs=rngs)
+        self.unet = UNet(cfg.unet, remat=remat.unet, rngs=rngs) if painter and cfg.unet else None
         self.vae = VAE(cfg.vae, rngs=rngs) if painter and cfg.vae else None
         self.cfg = cfg
 

@@ -10,7 +10,17 @@ from jaxtyping import Array, Float
 
 from emu_jax.config import VisionConfig
 from emu_jax.models.attention import attention
-from emu_jax.models.layers import LayerNorm, Linear, normal, param, scan, stack
+from emu_jax.models.layers import (
+    ADDED,
+    QKV,
+    LayerNorm,
+    Linear,
+    keep,
+    normal,
+    param,
+    scan,
+    stack,
+)
 from emu_jax.sharding import shard
 
 zeros = jax.nn.initializers.zeros
@@ -32,9 +42,12 @@ class VisionAttention(nnx.Module):
         qkv = jnp.einsum("bpd,dce->cbpe", x, self.qkv[...].astype(x.dtype))
         q = qkv[0] + self.q_bias[...].astype(x.dtype)
         v = qkv[2] + self.v_bias[...].astype(x.dtype)
-        q, k, v = (rearrange(a, "b p (h k) -> b p h k", k=self.head_width) for a in (q, qkv[1], v))
+        q, k, v = (
+            keep(rearrange(a, "b p (h k) -> b p h k", k=self.head_width), QKV)
+            for a in (q, qkv[1], v)
+        )
         out = attention(q, k, v, scale=self.head_width**-0.5)
-        return self.proj(rearrange(out, "b p h k -> b p (h k)"))
+        return keep(self.proj(rearrange(out, "b p h k -> b p (h k)")), ADDED)
 
 
 class VisionMLP(nnx.Module):

@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from emu_jax.models.attention import KEPT
 
 M = TypeVar("M", bound=nnx.Module)
 Axes = tuple[str | None, ...]
@@ -117,11 +120,35 @@ def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
     return blocks
 
 
+# What `keep` names, beside `attention.KEPT`: queries, keys and values as attention reads them,
+# and what a block adds to the residual stream after attention.
+QKV, ADDED = "qkv", "added"
+
+
+def keep(x: jax.Array, name: str) -> jax.Array:
+    """Names a value that some remat policy may keep."""
+    return checkpoint_name(x, name)
+
+
+_policies = jax.checkpoint_policies
+# What a layer keeps for its backward pass; all else it computes again. From most memory to least:
+#   none     everything
+#   dots     the output of every product of activations with a parameter, and of attention
+#   minimal  attention, its inputs, and what it adds: the MLP's products are computed again
+#   offload  as minimal, in the host's memory
+#   full     the layer's input alone
 REMAT: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+    "none": _policies.everything_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(KEPT)
+    ),
+    "minimal": _policies.save_only_these_names(KEPT, QKV, ADDED),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[KEPT, QKV, ADDED],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+    "full": _policies.nothing_saveable,
+}  # fmt: skip
 
 
 def scan(

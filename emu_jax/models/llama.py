@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import LlamaConfig
-from emu_jax.models.attention import attention, causal_mask, segment_mask
-from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stack
+from emu_jax.models.attention import attention
+from emu_jax.models.layers import ADDED, QKV, Embedding, Linear, RMSNorm, keep, normal, scan, stack
 from emu_jax.models.lora import LoraLinear, adapted
-from emu_jax.sharding import shard
+from emu_jax.sharding import shard, spec
 
 
 @jax.tree_util.register_dataclass
@@ -83,13 +85,12 @@ class LlamaAttention(nnx.Module):
     """Rotary multi-head attention, no biases, every head with its own keys."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
-        def linear(name: str, axes: tuple[str, str]) -> Linear:
-            return _linear(cfg, name, cfg.width, cfg.width, axes, rngs)
-
-        self.q_proj = linear("q_proj", ("embed", "heads"))
-        self.k_proj = linear("k_proj", ("embed", "heads"))
-        self.v_proj = linear("v_proj", ("embed", "heads"))
-        self.o_proj = linear("o_proj", ("heads", "embed"))
+        inner = cfg.heads * cfg.head_width
+        into = (cfg.width, inner, ("embed", "heads"), rngs)
+        self.q_proj = _linear(cfg, "q_proj", *into)
+        self.k_proj = _linear(cfg, "k_proj", *into)
+        self.v_proj = _linear(cfg, "v_proj", *into)
+        self.o_proj = _linear(cfg, "o_proj", inner, cfg.width, ("heads", "embed"), rngs)
         self.cfg = cfg
 
     def project(
@@ -104,11 +105,14 @@ class LlamaAttention(nnx.Module):
             for n, proj in enumerate((self.q_proj, self.k_proj, self.v_proj))
         )
         rope = self.cfg.rope_theta, self.cfg.rope_dtype
-        return rotary(q, positions, *rope), rotary(k, positions, *rope), v
+        q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
+        return keep(q, QKV), keep(k, QKV), keep(v, QKV)
 
-    def attend(self, q, k, v, mask, dropout_key=None) -> Float[Array, "B T D"]:
-        out = attention(q, k, v, mask=mask, scale=self.cfg.head_width**-0.5)
-        return adapted(self.o_proj, rearrange(out, "b t h k -> b t (h k)"), dropout_key, 3)
+    def attend(self, q, k, v, dropout_key=None, **how) -> Float[Array, "B T D"]:
+        """`how`: masks and backend, as `attention` takes them."""
+        out = attention(q, k, v, scale=self.cfg.head_width**-0.5, **how)
+        out = rearrange(out, "b t h k -> b t (h k)")
+        return keep(adapted(self.o_proj, out, dropout_key, 3), ADDED)
 
 
 class LlamaMLP(nnx.Module):
@@ -147,7 +151,9 @@ class LlamaBlock(nnx.Module):
 class Llama(nnx.Module):
     """The multimodal language model over embeddings [B, T, D]."""
 
-    def __init__(self, cfg: LlamaConfig, *, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: LlamaConfig, *, remat: str = "none", backend: str = "xla", rngs: nnx.Rngs
+    ):
         self.embed_tokens = Embedding(
             cfg.padded_vocab, cfg.width, init=normal(cfg.embed_std), rngs=rngs
         )
@@ -157,7 +163,7 @@ class Llama(nnx.Module):
             cfg.width, cfg.padded_vocab, ("embed", "vocab"), bias=False, rngs=rngs
         )
         self.stu_regress_head = Linear(cfg.width, cfg.width, ("embed", None), bias=False, rngs=rngs)
-        self.cfg, self.remat = cfg, remat
+        self.cfg, self.remat, self.backend = cfg, remat, backend
 
     def __call__(
         self,
@@ -169,9 +175,7 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm; causal, within a segment when ids are given.
         With a key the adapters drop, as in training."""
-        mask = causal_mask(x.shape[1])
-        if segment_ids is not None:
-            mask = mask & segment_mask(segment_ids, segment_ids)
+        how = {"causal": True, "segment_ids": segment_ids, "backend": self.backend}
 
         keys = None
         if dropout_key is not None and self.cfg.lora and self.cfg.lora.dropout > 0:
@@ -179,7 +183,7 @@ class Llama(nnx.Module):
 
         def body(block: LlamaBlock, x, key):
             q, k, v = block.self_attn.project(block.input_layernorm(x), positions, key)
-            return block.finish(x, block.self_attn.attend(q, k, v, mask, key), key), None
+            return block.finish(x, block.self_attn.attend(q, k, v, key, **how), key), None
 
         x, _ = scan(self.layers, body, shard(x, "batch", None, None), keys, remat=self.remat)
         return self.norm(x)
@@ -209,7 +213,7 @@ class Llama(nnx.Module):
             k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), start)
             v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), start)
             k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_all, v_all))
-            return (block.finish(x, block.self_attn.attend(q, k, v, mask)), k_all, v_all), None
+            return (block.finish(x, block.self_attn.attend(q, k, v, mask=mask)), k_all, v_all), None
 
         carry, _ = scan(self.layers, body, (x, cache.k, cache.v), jnp.arange(self.cfg.layers))
         x, k, v = carry
@@ -219,6 +223,64 @@ class Llama(nnx.Module):
         """Next-token logits, without the rows that only round the vocabulary up."""
         return self.lm_head(hidden)[..., : self.cfg.vocab_size]
 
+    def token_losses(
+        self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, block: int
+    ) -> Float[Array, "B T"]:
+        """The cross-entropy of each target, float32, where the logits of at most `block`
+        positions of a row exist at a time: they are computed again for the gradient.
+
+        Each device does so for its own rows, with the whole head gathered once; its gradient
+        is summed over devices once, not once a block.
+        """
+        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        blocks = functools.partial(_block_losses, vocab=self.cfg.vocab_size, block=block)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return blocks(hidden, kernel, targets)
+        rows = spec(("batch", None, None), hidden.shape, mesh)[0]
+        width, columns = spec(("embed", "vocab"), kernel.shape, mesh)
+
+        def local(hidden, kernel, targets):
+            if width is not None:
+                kernel = jax.lax.all_gather(kernel, width, axis=0, tiled=True)
+            return blocks(hidden, kernel, targets, split=columns)
+
+        return jax.shard_map(
+            local, in_specs=(P(rows), P(width, columns), P(rows)), out_specs=P(rows),
+            check_vma=False,
+        )(hidden, kernel, targets)  # fmt: skip
+
     def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """The next visual embedding."""
         return self.stu_regress_head(hidden)
+
+
+def _block_losses(
+    hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], targets: Int[Array, "B T"],
+    *, vocab: int, block: int, split: str | None = None,
+) -> Float[Array, "B T"]:  # fmt: skip
+    """`split` names the mesh axis over which the kernel's columns are."""
+    length = hidden.shape[1]
+    blocks = next(n for n in range(-(-length // block), length + 1) if length % n == 0)
+    first = 0 if split is None else jax.lax.axis_index(split) * kernel.shape[1]
+    column = first + jnp.arange(kernel.shape[1])
+
+    @jax.checkpoint
+    def losses(hidden, targets):
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.where(column < vocab, logits, -jnp.inf)  # the others only round it up
+        most = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+        if split is not None:
+            most = jax.lax.pmax(most, split)
+        total = jnp.sum(jnp.exp(logits - most[..., None]), axis=-1)
+        chosen = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
+        if split is not None:
+            total, chosen = jax.lax.psum((total, chosen), split)
+        return jnp.log(total) + most - chosen
+
+    def step(_, part):
+        return None, losses(*part)
+
+    parts = lambda x: rearrange(x, "b (n t) ... -> n b t ...", n=blocks)  # noqa: E731
+    _, out = jax.lax.scan(step, None, (parts(hidden), parts(targets)))
+    return rearrange(out, "n b t -> b (n t)")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import EmuConfig, to_dict
+from emu_jax.config import EmuConfig, RematConfig, to_dict
 from emu_jax.data.pipeline import DataConfig
 
 
@@ -42,11 +42,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Ways along each mesh axis; one may be -1 (what the others leave)."""
+    """Ways along each mesh axis; `sharding.choose_mesh` decides those that are 0."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 0
+    fsdp: int = 0
+    tensor: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainConfig:
     """One stage of training."""
 
     name: str = "emu"  # of the stage, in logs and reports
-    objective: str = "emu"  # emu | clip | vae | decoder
+    objective: str = "emu"  # emu | text | clip | vae | decoder
     model: EmuConfig = EmuConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -72,9 +72,14 @@ class TrainConfig:
     kl_weight: float = 1e-4  # of the autoencoder's KL term
     accumulate: int = 1  # parts of a batch that a step goes through one after the other
     ema_decay: float = 0.0  # averages what is trained, when > 0
-    remat: str = "none"  # what each layer keeps for its backward pass (models.layers.REMAT)
+    remat: RematConfig = RematConfig()
+    attention: str = "auto"  # models.attention.choose_backend
+    loss_block: int = 512  # positions of a row whose logits exist at once
     # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.
     dtype: str = "bfloat16"
+    # Settings for one kind of chip, {chip: {config key: value}}, as `hardware.CHIPS` names them:
+    # what is given on the command line wins over them.
+    tuned: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     log_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -84,6 +89,31 @@ class TrainConfig:
     profile_steps: str = ""  # "10:13" traces steps 10, 11 and 12; SIGUSR1 traces the next three
     hang_seconds: float = 600.0  # without a step: stack traces of all threads; 0 writes none
     max_bad_steps: int = 20  # non-finite steps in a row before training stops
+
+
+def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
+    """Pretraining of a whole model with the paper's hyperparameters (section 3.1 and appendix):
+    AdamW with a peak learning rate for each tower, warmup over a fifth of the steps, cosine.
+
+    A row has 2,048 tokens and room for 16 pictures, whose 512 embeddings are among the tokens.
+    """
+    steps = 10_000
+    base = TrainConfig(
+        name=name,
+        model=model,
+        data=DataConfig(batch_size=1024, row_tokens=2048, row_images=16),
+        optimizer=OptimizerConfig(
+            groups=(
+                GroupConfig(r"^(visual|ln_visual)\.", lr=4e-5, warmup_steps=steps // 5),
+                GroupConfig(r"^cformer\.", lr=1e-4, warmup_steps=steps // 5),
+                GroupConfig(r"^llama\.", lr=3e-5, warmup_steps=steps // 5),
+            ),
+            b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.05, clip_norm=1.0,
+        ),
+        steps=steps,
+        remat=RematConfig.everywhere("full"),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
 
 
 def digits_data(**changes: Any) -> DataConfig:

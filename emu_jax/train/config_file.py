@@ -16,10 +16,11 @@ from emu_jax.config import UserError, from_dict, suggest, to_dict
 T = TypeVar("T")
 
 
-def load_config(cls: type[T], path: Path, overrides: list[str]) -> T:
+def load_config(cls: type[T], path: Path, overrides: list[str], chip: str = "") -> T:
     """The frozen dataclass `cls` that a config file and the overrides describe.
 
-    Every key of `cls` may be overridden, also one that the file leaves at its default.
+    Every key of `cls` may be overridden, also one that the file leaves at its default. What the
+    file has `tuned` for `chip` stands between the two.
 
     Raises:
         UserError: as `read_config` and `emu_jax.config.from_dict`.

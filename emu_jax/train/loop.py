@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax.config import TokenIds, UserError, load_json, save_json, suggest, to_dict
 from emu_jax.data import digits
+from emu_jax.models.attention import choose_backend
 from emu_jax.models.layers import REMAT
 from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
@@ -54,6 +56,8 @@ class Trainer:
     """One run's compiled pieces: the state's shapes, its start, and the step."""
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh):
+        backend = choose_backend(cfg.attention, mesh.devices.flat[0].platform)
+        cfg = dataclasses.replace(cfg, attention=backend)
         self.cfg, self.mesh = cfg, mesh
         self.objective = get_objective(cfg.objective)
         self.template = Template(
@@ -200,7 +204,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     started = time.monotonic()
     check(cfg)
     initialize_distributed()
-    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    mesh = mesh_for(cfg)
     sharding = batch_sharding(mesh)
     for size in sorted(cfg.data.batch_sizes()):
         _check_rows(size, cfg.accumulate, sharding)
@@ -288,6 +292,16 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
 
 
+def mesh_for(cfg: TrainConfig, devices: Any | None = None) -> Mesh:
+    """The mesh of a run over `devices` (by default all)."""
+    model = cfg.model
+    widths = {model.vision.width, model.cformer.width, model.llama.width}
+    return make_mesh(
+        **dataclasses.asdict(cfg.mesh), devices=devices, rows=math.gcd(*cfg.data.batch_sizes()),
+        heads=model.llama.heads, widths=sorted(widths),
+    )  # fmt: skip
+
+
 def _compile(trainer: Trainer, state: TrainState, batch: Batch, name: str) -> None:
     """Compiles the step for batches of these shapes, and waits until all processes have: the
     first collective of a program does not wait long for one that still compiles."""
@@ -300,8 +314,9 @@ def check(cfg: TrainConfig) -> None:
     Raises:
         UserError: a setting that means nothing.
     """
-    if cfg.remat not in REMAT:
-        raise UserError(f"remat {cfg.remat!r} is not known{suggest(cfg.remat, REMAT)}")
+    for tower, policy in to_dict(cfg.remat).items():
+        if policy not in REMAT:
+            raise UserError(f"remat.{tower} {policy!r} is not known{suggest(policy, REMAT)}")
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype {cfg.dtype!r} is not known{suggest(cfg.dtype, DTYPES)}")
     for name in (
@@ -347,6 +362,7 @@ def _check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> No
 MAY_CHANGE = (
     "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "mesh", "remat",
     "log_documents", "profile_steps", "hang_seconds",
+    "attention", "loss_block",
     "parents", "init_from", "data.root", "data.tokenizer", "data.decode_threads", "data.prefetch",
     "data.cache", "data.max_damaged_rate",
     "model.vae.scaling_factor",

@@ -20,6 +20,7 @@ from emu_jax.data.latents import LatentBatches
 from emu_jax.data.pipeline import Batches, Kind
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import Emu
+from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
 from emu_jax.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ class Painter(nnx.Module):
 
     def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
         assert cfg.model.unet
-        self.unet = UNet(cfg.model.unet, remat=cfg.remat, rngs=rngs)
+        self.unet = UNet(cfg.model.unet, remat=cfg.remat.unet, rngs=rngs)
 
 
 class Objective(ABC):
@@ -83,7 +84,7 @@ class EmuObjective(Objective):
     batch_kind = "rows"
 
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu:
-        return Emu(cfg.model, painter=False, remat=cfg.remat, rngs=rngs)
+        return Emu(cfg.model, painter=False, remat=cfg.remat, backend=cfg.attention, rngs=rngs)
 
     def targets(self, module: Emu, batch: Batch) -> Metrics:
         return {name: jnp.sum(mask) for name, mask in target_masks(module, batch).items()}
@@ -94,19 +95,63 @@ class EmuObjective(Objective):
     ):  # fmt: skip
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         images = module.encode_images(pixels, dropout_key=key)
-        text_loss, regression_loss = sequence_losses(module, images, batch, key, targets)
+        words, regression_loss = sequence_losses(
+            module, images, batch, loss_block=cfg.loss_block, dropout_key=key, targets=targets
+        )
         variance, rank = spread(images.astype(jnp.float32), batch["image_valid"])
-        loss = cfg.text_weight * text_loss + cfg.regression_weight * regression_loss
+        loss = cfg.text_weight * words + cfg.regression_weight * regression_loss
         return loss, {
-            "text_loss": text_loss,
+            "text_loss": words,
             "regression_loss": regression_loss,
             "embedding_variance": variance,
             "embedding_rank": rank,
         }
 
 
+class LanguageModel(nnx.Module):
+    """The language model alone, under the name it has in Emu."""
+
+    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
+        self.llama = Llama(cfg.model.llama, remat=cfg.remat.llama, backend=cfg.attention, rngs=rngs)
+
+
+class TextObjective(Objective):
+    """The language model on the words of rows alone: the parent of an Emu, and what its speed
+    is compared with."""
+
+    batch_kind = "rows"
+
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> LanguageModel:
+        return LanguageModel(cfg, rngs)
+
+    def targets(self, module: LanguageModel, batch: Batch) -> Metrics:
+        return {"text": jnp.sum(text_mask(batch))}
+
+    def loss(
+        self, cfg: TrainConfig, module: LanguageModel, batch: Batch, key: jax.Array,
+        targets: Metrics | None = None,
+    ):  # fmt: skip
+        x = module.llama.embed_tokens(batch["tokens"]).astype(jnp.dtype(cfg.dtype))
+        hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=key)
+        words = module.llama.token_losses(hidden, following(batch["tokens"]), block=cfg.loss_block)
+        return masked_mean(words, text_mask(batch), (targets or {}).get("text")), {}
+
+
+def text_mask(batch: Batch) -> Bool[Array, "B T"]:
+    """Positions t that predict a text target at t + 1, in their own document. The last of a row
+    has no next."""
+    segments = batch["segment_ids"]
+    scored = following(batch["text_loss_mask"]) & (following(segments) == segments)
+    return scored.at[:, -1].set(False)
+
+
+def following(x: Array) -> Array:
+    """What stands at t + 1."""
+    return jnp.roll(x, -1, axis=1)
+
+
 def sequence_losses(
-    module: Emu, images: Float[Array, "B I N D"], batch: Batch,
+    module: Emu, images: Float[Array, "B I N D"], batch: Batch, *, loss_block: int,
     dropout_key: jax.Array | None = None, targets: Metrics | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Both losses of packed rows, in float32: the mean cross-entropy over text targets, and
@@ -116,22 +161,21 @@ def sequence_losses(
     x = module.embed(batch["tokens"], images, batch["image_slots"])
     hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
 
-    logits = module.llama.logits(hidden[:, :-1]).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
-    text_loss = masked_mean(losses, masks["text"], targets.get("text"))
-
-    # Position t regresses what stands at t + 1; the targets teach nothing themselves.
-    target = jax.lax.stop_gradient(jnp.roll(x, -1, axis=1)).astype(jnp.float32)
+    # The regression's targets teach nothing themselves.
+    target = jax.lax.stop_gradient(following(x)).astype(jnp.float32)
     error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
     errors = jnp.mean(error, axis=-1)
-    return text_loss, masked_mean(errors, masks["regression"], targets.get("regression"))
+    words = module.llama.token_losses(hidden, following(batch["tokens"]), block=loss_block)
+    return (
+        masked_mean(words, masks["text"], targets.get("text")),
+        masked_mean(errors, masks["regression"], targets.get("regression")),
+    )
 
 
 def target_masks(module: Emu, batch: Batch) -> Metrics:
-    """Where there is something to predict: text [B, T - 1], regression [B, T]."""
-    same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+    """Where there is something to predict: text and regression, [B, T]."""
     return {
-        "text": batch["text_loss_mask"][:, 1:] & same,
+        "text": text_mask(batch),
         "regression": module.regression_mask(
             batch["tokens"], batch["segment_ids"], batch["image_slots"], batch["image_scored"]
         ),
@@ -174,7 +218,7 @@ class ClipObjective(Objective):
     accumulates = False  # each row is compared with all others
 
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> CLIP:
-        return CLIP(cfg.model, remat=cfg.remat, rngs=rngs)
+        return CLIP(cfg.model, remat=cfg.remat.visual, rngs=rngs)
 
     def loss(
         self, cfg: TrainConfig, module: CLIP, batch: Batch, key: jax.Array,
@@ -305,6 +349,7 @@ def to_signed(images: jax.Array, cfg: TrainConfig) -> jax.Array:
 
 OBJECTIVES: dict[str, Objective] = {
     "emu": EmuObjective(),
+    "text": TextObjective(),
     "clip": ClipObjective(),
     "vae": VaeObjective(),
     "decoder": DecoderObjective(),

@@ -1,0 +1,128 @@
+"""What chips can do: the one table behind MFU figures and `emu-jax plan`.
+
+TPU figures are those of Google Cloud's "system architecture" pages of each version, GPU
+figures those of NVIDIA's data sheets (dense, not sparse).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from emu_jax.config import UserError, suggest
+
+GB = 1e9
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator chip. Bandwidths are bytes per second."""
+
+    flops: float  # bfloat16 products, FLOP/s
+    hbm_bytes: float
+    hbm_bandwidth: float
+    # Of one interconnect link in one direction. A chip has two links along each axis of its
+    # torus; the published "bidirectional bandwidth per chip" counts both directions of all.
+    link_bandwidth: float = 0.0
+    torus_axes: int = 0
+    dcn_bandwidth: float = 0.0  # to other slices, in one direction
+    devices: int = 1  # that JAX sees, per chip
+
+
+CHIPS: dict[str, Chip] = {
+    # cloud.google.com/tpu/docs/v4: 275 TFLOPs, 32 GiB at 1200 GBps; six links of 50 GBps.
+    "v4": Chip(275e12, 32 * GIB, 1200 * GB, 50 * GB, 3, 6.25 * GB, 2),
+    # .../v5e: 197 TFLOPs, 16 GiB at 800 GBps, ICI 400 GBps both ways, DCN 25 Gbps.
+    "v5e": Chip(197e12, 16 * GIB, 800 * GB, 50 * GB, 2, 3.125 * GB),
+    # .../v5p: 459 TFLOPs, 95 GiB at 2765 GBps, ICI 1200 GBps both ways, DCN 50 Gbps.
+    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB),
+    # .../v6e: 918 TFLOPs, 32 GiB at 1638 GBps, ICI 800 GBps both ways, DCN 100 Gbps.
+    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 12.5 * GB),
+    # .../tpu7x: 2307 TFLOPs, 192 GiB at 7380 GBps, ICI 1200 GBps both ways, DCN 100 Gbps.
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 12.5 * GB, 2),
+    "a100": Chip(312e12, 80 * GB, 2039 * GB),
+    "h100": Chip(989e12, 80 * GB, 3350 * GB),
+    "h200": Chip(989e12, 141 * GB, 4800 * GB),
+    "b200": Chip(2250e12, 180 * GB, 7700 * GB),
+}
+
+# How jax.Device.device_kind begins.
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x",
+    "NVIDIA A100": "a100", "NVIDIA H100": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200",
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that `jax.Device.device_kind` names; None for what is not in the table."""
+    for prefix, name in _KINDS.items():
+        if device_kind.startswith(prefix):
+            return CHIPS[name]
+    return None
+
+
+def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
+    """FLOP/s of one JAX device in products of `dtype`; None where the table does not say.
+
+    A float32 product takes six bfloat16 passes on a TPU at the "highest" precision, which
+    training in float32 asks for; GPUs are not listed in float32.
+    """
+    chip = chip_of(device_kind)
+    if chip is None:
+        return None
+    if dtype == "bfloat16":
+        return chip.flops / chip.devices
+    return chip.flops / chip.devices / 6 if chip.torus_axes else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of TPU chips, `v5p:4x4x8`, and how many of them."""
+
+    chip_name: str
+    shape: tuple[int, ...]  # chips along each axis of the torus
+    slices: int = 1
+
+    @classmethod
+    def parse(cls, text: str, slices: int = 1) -> Topology:
+        """
+        Raises:
+            UserError: no such chip, or no such shape.
+        """
+        name, _, shape = text.partition(":")
+        tpus = [key for key, chip in CHIPS.items() if chip.torus_axes]
+        if name not in tpus:
+            raise UserError(f"topology {text!r}: no TPU {name!r}{suggest(name, tpus)}")
+        sides = shape.split("x")
+        axes = CHIPS[name].torus_axes
+        if len(sides) != axes or not all(side.isdigit() and int(side) > 0 for side in sides):
+            example = "x".join(["4"] * axes)
+            raise UserError(
+                f"topology {text!r}: {name} is shaped along {axes} axes: {name}:{example}"
+            )
+        if slices < 1:
+            raise UserError(f"--slices {slices}: make it at least 1")
+        return cls(name, tuple(map(int, sides)), slices)
+
+    def __str__(self) -> str:
+        return f"{self.chip_name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.chip_name]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    def link_ways(self) -> list[float]:
+        """Links that serve a chip along each axis of its torus, in one direction of travel: 2
+        where the axis closes into a ring, 1 where it is a line, 0 where it is one chip.
+
+        An axis of a 3D torus closes when it has a multiple of 4 chips (cubes are joined by
+        optical switches), one of a 2D torus when it spans the pod's 16 chips.
+        """
+        ring = (lambda n: n % 4 == 0) if self.chip.torus_axes == 3 else (lambda n: n == 16)
+        return [0.0 if n == 1 else 2.0 if ring(n) else 1.0 for n in self.shape]

@@ -1,0 +1,93 @@
+"""The plan's prediction for runs whose speed was published, with their stated settings.
+
+MaxText (AI-Hypercomputer/maxtext, src/maxtext/configs/tpu) publishes the MFU of dense language
+models that it calls 16B and 32B, on a v5e pod of 256 chips (v5e/README.md, 16b.sh, 32b.sh) and on
+"v5p-128", which is 64 chips: v5p slices are named by cores (v5p/README.md, 32b.sh). Its sizes
+follow from `global_parameter_scale`. The tables are older than its change, in July 2025, to
+counting causal attention half: they are read as counting all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from emu_jax.config import EmuConfig, LlamaConfig, RematConfig
+from emu_jax.data.pipeline import DataConfig
+from emu_jax.hardware import Topology
+from emu_jax.plan.plan import plan
+from emu_jax.train.config import MeshConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One published run."""
+
+    name: str
+    topology: str
+    mfu: float
+    rows_per_chip: int
+    remat: str
+    llama: LlamaConfig
+    tensor: int = 1
+
+    @property
+    def config(self) -> TrainConfig:
+        topology = Topology.parse(self.topology)
+        return TrainConfig(
+            name=self.name,
+            objective="text",
+            model=EmuConfig(llama=self.llama, unet=None, vae=None),
+            data=DataConfig(
+                batch_size=self.rows_per_chip * topology.chips, row_tokens=2048, row_images=1
+            ),
+            mesh=MeshConfig(data=1, tensor=self.tensor),
+            remat=RematConfig(llama=self.remat),
+        )
+
+
+_16B = LlamaConfig(
+    vocab_size=32000, width=4096, layers=32, heads=64, attention_width=8192, mlp_width=28672
+)
+_32B = dataclasses.replace(_16B, width=8192)
+PUBLISHED = (
+    Published("MaxText 16B", "v5e:16x16", 0.6110, 6, "full", _16B),
+    Published("MaxText 32B", "v5e:16x16", 0.6686, 4, "full", _32B),
+    # MaxText's "minimal" keeps the output of every product, which is "dots" here.
+    Published("MaxText 32B", "v5p:4x4x4", 0.7147, 6, "dots", _32B, tensor=4),
+)
+
+
+def calibrate() -> list[dict[str, Any]]:
+    """For each published run: its MFU and the predicted bounds, attention counted in full."""
+    rows = []
+    for run in PUBLISHED:
+        cfg = run.config
+        report = plan(cfg, Topology.parse(run.topology))
+        llama, tokens = run.llama, cfg.data.row_tokens
+        inner = llama.heads * llama.head_width
+        half = 6.0 * cfg.data.batch_size * llama.layers * inner * tokens**2
+        full = (report["model_flops"] + half) / report["model_flops"]
+        row = {"run": run.name, "topology": run.topology, "published": run.mfu, "report": report}
+        if report["fits"]:
+            overlap, serial = (full * report[f"mfu_{bound}"] for bound in ("overlap", "serial"))
+            row |= {
+                "mfu_overlap": overlap, "mfu_serial": serial,
+                "error_overlap": overlap / run.mfu - 1, "error_serial": serial / run.mfu - 1,
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What `calibrate` found, as text."""
+    lines = ["run          topology   published  no overlap (error)  overlap (error)"]
+    for row in rows:
+        line = f"{row['run']:12} {row['topology']:10} {row['published']:9.3f}"
+        if not row["report"]["fits"]:
+            lines.append(f"{line}  does not fit")
+            continue
+        for bound in ("serial", "overlap"):
+            line += f"  {row[f'mfu_{bound}']:10.3f} ({row[f'error_{bound}']:+.1%})"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,458 @@
+"""Counts what a compiled TPU module does, from its text: FLOPs, HBM bytes, collective bytes.
+
+XLA's own cost analysis counts the body of a loop once and knows nothing of Pallas kernels.
+Here a loop's body counts as often as it runs, a fusion's FLOPs are those inside it and its
+bytes those it exchanges with HBM, and kernels are counted by what they are known to do
+(`KERNELS`); one that is not known is named in `Counts.unknown`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "token": 0}
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    space: int = 0  # 0: HBM; others are on the chip, or the host's
+
+    @property
+    def in_hbm(self) -> bool:
+        return self.space == 0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> float:
+        bits = _BITS.get(self.dtype) or int(re.sub(r"\D.*", "", self.dtype[1:]) or 0)
+        return self.elements * bits / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    arrays: tuple[Array, ...]
+    op: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """The text after `name=`, up to the next comma outside of brackets."""
+        found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
+        return _until(self.attributes[found.end() :], ",") if found else None
+
+    @property
+    def called(self) -> str | None:
+        """The computation that a fusion or a call runs."""
+        name = self.attribute("calls") or self.attribute("to_apply")
+        return name.lstrip("%") if name else None
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of one device."""
+
+    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
+    bytes: float  # of the whole array: gathered, or before it is reduced
+    # A group of logical devices that takes part; for a permutation one pair.
+    group: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Counts:
+    """Of one device, over a whole run of the module."""
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    # Of each instruction, as (FLOPs, HBM bytes, times it runs): they run one after another.
+    instructions: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
+    collectives: dict[Collective, float] = dataclasses.field(  # times each runs
+        default_factory=lambda: defaultdict(float)
+    )
+    host_bytes: float = 0.0  # moved to and from the host's memory
+    unknown: set[str] = dataclasses.field(default_factory=set)
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """(computations by name, the entry's name) of an HLO module's text."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry = ""
+    for line in text.splitlines():
+        if line == "}":  # a kernel's metadata may span lines, and end one in more braces
+            current = None
+        elif header := _HEADER.match(line):
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            name, result, op, rest = found.groups()
+            inside = _until(rest, ")")
+            current[name] = Instruction(
+                name, tuple(_arrays(result)), op, tuple(_NAME.findall(inside)),
+                inside + ")" + rest[len(inside) + 1 :], line.lstrip().startswith("ROOT"),
+            )  # fmt: skip
+    return computations, entry
+
+
+def count(text: str) -> Counts:
+    """Counts a compiled module (`jax.stages.Compiled.as_text()`)."""
+    computations, entry = parse(text)
+    counts = Counts()
+    _Walk(computations, counts).run(entry, 1.0)
+    return counts
+
+
+class _Walk:
+    def __init__(self, computations: dict[str, Computation], counts: Counts):
+        self.computations, self.counts = computations, counts
+
+    def run(self, name: str, times: float) -> None:
+        """Counts a computation that runs `times` times."""
+        body = self.computations[name]
+        for one in body.values():
+            if one.op == "while":
+                turns = self.turns(one)
+                self.run(_bare(one.attribute("body")), times * turns)
+            elif one.op == "conditional":
+                branches = one.attribute("branch_computations") or ""
+                both = [one.attribute("true_computation"), one.attribute("false_computation")]
+                for branch in _NAME.findall(branches) or [_bare(b) for b in both if b]:
+                    self.run(branch, times)  # an upper bound
+            elif one.op in ("call", "async-start") and one.called:
+                self.run(one.called, times)
+            else:
+                self.one(body, one, times)
+
+    def turns(self, loop: Instruction) -> float:
+        """How often a loop runs: what its counter, which starts at 0, is compared with."""
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return float(known[1])
+        condition = self.computations[_bare(loop.attribute("condition"))]
+        bounds = [
+            int(found[1]) for one in condition.values()
+            if one.op == "constant" and (found := re.match(r"(\d+)\)", one.attributes))
+        ]  # fmt: skip
+        if len(bounds) != 1:
+            self.counts.unknown.add(f"the turns of {loop.name}")
+            return 1.0
+        return float(bounds[0])
+
+    def one(self, body: Computation, one: Instruction, times: float) -> None:
+        if one.op in _FREE:
+            return
+        for collective in self.collectives(body, one):
+            self.counts.collectives[collective] += times
+        flops = self.flops(body, one)
+        if one.op in _COLLECTIVES or one.op.startswith(("send", "recv")):
+            return  # its time is the network's
+        if one.op.endswith(("-done", "-update")):
+            return
+        moved = self.hbm_bytes(body, one)
+        if any(array.space == _HOST for array in one.arrays):
+            self.counts.host_bytes += one.arrays[0].bytes * times
+        self.counts.flops += flops * times
+        self.counts.hbm_bytes += moved * times
+        if flops or moved:
+            self.counts.instructions.append((flops, moved, times))
+
+    # Products
+
+    def flops(self, body: Computation, one: Instruction) -> float:
+        if one.op == "dot":
+            lhs = body[one.operands[0]].arrays[0].shape
+            contracted = _numbers(one.attribute("lhs_contracting_dims") or "")
+            return 2.0 * one.arrays[0].elements * math.prod(lhs[axis] for axis in contracted)
+        if one.op == "convolution":
+            shapes = [body[name].arrays[0].shape for name in one.operands[:2]]
+            return _convolution(one, *shapes)
+        if one.op == "fusion" and one.called:
+            inner = self.computations[one.called]
+            return sum(self.flops(inner, each) for each in inner.values())
+        if one.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.attributes:
+            for prefix, kernel in KERNELS.items():
+                if one.name.startswith(prefix):
+                    return kernel(one, [body[name].arrays[0].shape for name in one.operands])
+            self.counts.unknown.add(f"kernel {one.name}")
+        return 0.0
+
+    # Bytes
+
+    def hbm_bytes(self, body: Computation, one: Instruction) -> float:
+        """Read and written by one instruction."""
+        operands = [body[name].arrays for name in one.operands if name in body]
+        if one.op == "fusion" and one.called:
+            inner = self.computations[one.called]
+            read = sum(self.read(inner, n, arrays) for n, arrays in enumerate(operands))
+            return read + self.written(inner, one)
+        if one.op in ("dynamic-slice", "slice", "gather"):
+            return 2 * _hbm(one.arrays)
+        if one.op in ("dynamic-update-slice", "scatter"):
+            return 2 * sum(map(_hbm, operands[1:]))
+        if one.op in ("copy-start", "copy"):
+            # An asynchronous copy names (destination, source, context).
+            return _hbm(one.arrays[:1]) + sum(map(_hbm, operands[:1]))
+        return _hbm(one.arrays) + sum(map(_hbm, operands))
+
+    def read(self, inner: Computation, number: int, arrays: Sequence[Array]) -> float:
+        """What a fusion reads of operand `number`: of one that it only slices, the slices."""
+        whole = _hbm(arrays)
+        if not whole:
+            return 0.0
+        parameter = next(
+            one for one in inner.values()
+            if one.op == "parameter" and one.attributes.startswith(f"{number})")
+        )  # fmt: skip
+        sliced = self.sliced(inner, parameter.name)
+        return whole if sliced is None else min(sliced, whole)
+
+    def sliced(self, inner: Computation, name: str) -> float | None:
+        """Bytes of the slices through which alone `name` is used; None if it is used whole."""
+        total = 0.0
+        for one in inner.values():
+            if name not in one.operands:
+                continue
+            if one.op in ("dynamic-slice", "slice", "gather"):
+                total += sum(array.bytes for array in one.arrays)
+            elif one.op == "dynamic-update-slice" and one.operands[0] == name:
+                continue  # in place
+            elif one.op in ("bitcast", "get-tuple-element"):
+                below = self.sliced(inner, one.name)
+                if below is None:
+                    return None
+                total += below
+            elif one.op == "fusion" and one.called:
+                nested = self.computations[one.called]
+                for number, operand in enumerate(one.operands):
+                    if operand == name:
+                        parameter = next(
+                            each for each in nested.values()
+                            if each.op == "parameter" and each.attributes.startswith(f"{number})")
+                        )  # fmt: skip
+                        below = self.sliced(nested, parameter.name)
+                        if below is None:
+                            return None
+                        total += below
+            else:
+                return None
+        return total
+
+    def written(self, inner: Computation, fusion: Instruction) -> float:
+        """What a fusion writes: of an array that it updates in place, the update."""
+        root = next(one for one in inner.values() if one.root)
+        results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
+        total = 0.0
+        for array, result in zip(fusion.arrays, results, strict=False):
+            if not array.in_hbm:
+                continue
+            while result.op == "bitcast":
+                result = inner[result.operands[0]]
+            if result.op == "dynamic-update-slice":
+                total += inner[result.operands[1]].arrays[0].bytes
+            elif result.op == "fusion" and result.called:
+                total += min(self.written(self.computations[result.called], result), array.bytes)
+            else:
+                total += array.bytes
+        return total
+
+    # Collectives
+
+    def collectives(self, body: Computation, one: Instruction) -> Iterator[Collective]:
+        if one.op == "fusion" and one.called:
+            inner = self.computations[one.called]
+            # A sum of which each device keeps its slice: what a reduce-scatter becomes.
+            scatter = "all-reduce-scatter" in one.called
+            for each in inner.values():
+                for found in self.collectives(inner, each):
+                    if scatter and found.kind == "all-reduce":
+                        found = dataclasses.replace(found, kind="reduce-scatter")
+                    yield found
+            return
+        kind = one.op.removesuffix("-start")
+        if kind not in _COLLECTIVES or one.op.endswith("-done"):
+            return
+        arrays = one.arrays
+        if kind == "collective-permute":
+            pairs = one.attribute("source_target_pairs") or ""
+            ends = [int(n) for n in re.findall(r"\d+", pairs)[:2]]
+            yield Collective(kind, _largest(arrays), tuple(ends))
+            return
+        if one.op == "all-gather-start":
+            arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+        size = sum(array.bytes for array in arrays)
+        group = first_group(one.attribute("replica_groups") or "", one.attributes)
+        if kind == "reduce-scatter":
+            size *= len(group)
+        yield Collective(kind, size, group)
+
+
+_HOST = 5  # the memory space of the host
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
+    "partition-id", "replica-id", "opt-barrier", "domain",
+}  # fmt: skip
+_COLLECTIVES = {
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "all-gather-start", "all-reduce-start", "collective-permute-start", "ragged-all-to-all",
+}  # fmt: skip
+
+
+def _splash(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], float]:
+    """Splash attention: so many products of [queries, K] with [keys, K], masked blocks left out."""
+
+    def flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
+        batch, heads, length, width = next(shape for shape in shapes if len(shape) == 4)
+        # Blocks [kv, q] are listed for the kernel; under a causal mask it visits the lower half.
+        mask = next((shape for shape in shapes if len(shape) == 3 and shape[0] in (1, heads)), None)
+        blocks = mask[-1] if mask else 1
+        visited = (blocks + 1) / (2 * blocks)
+        return 2.0 * products * batch * heads * length * length * width * visited
+
+    return flops
+
+
+# Pallas kernels by the beginning of their name.
+KERNELS: dict[str, Callable[[Instruction, list[tuple[int, ...]]], float]] = {
+    "splash_mha_fwd": _splash(2),
+    "splash_mha_dkv": _splash(5),  # with the queries' gradient: the fused kernel
+    "splash_mha_dq": _splash(3),
+}
+
+
+def _convolution(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
+    """2 x multiplications with an element that is really there: XLA writes batched products as
+    convolutions whose padding and dilation make all other pairs meet nothing."""
+    labels = (one.attribute("dim_labels") or "").split(" ")[0]
+    left, right, out = re.split(r"_|->", labels)
+    result = one.arrays[0].shape
+    spatial = sorted(label for label in left if label.isdigit())
+    window = _window(one.attribute("window") or "", len(spatial))
+    # The kernel's input features are those of one feature group already.
+    total = 2.0 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]
+    total /= int(one.attribute("batch_group_count") or 1)
+    for label, size in zip(spatial, window, strict=True):
+        total *= _meetings(
+            lhs[left.index(label)], rhs[right.index(label)], result[out.index(label)], **size
+        )
+    return total
+
+
+def _window(text: str, axes: int) -> list[dict[str, int]]:
+    """Stride, padding and dilation along each spatial axis."""
+    fields = dict(part.split("=") for part in text.strip("{}").split() if "=" in part)
+
+    def along(name: str, default: str) -> list[str]:
+        return fields[name].split("x") if name in fields else [default] * axes
+
+    return [
+        {"stride": int(stride), "low": int(pad.split("_")[0]), "base": int(base), "kernel": int(k)}
+        for stride, pad, base, k in zip(
+            along("stride", "1"), along("pad", "0_0"), along("lhs_dilate", "1"),
+            along("rhs_dilate", "1"), strict=True,
+        )
+    ]  # fmt: skip
+
+
+def _meetings(
+    size: int, taps: int, outputs: int, *, stride: int, low: int, base: int, kernel: int
+) -> int:
+    """Pairs of an output and a tap that meet an input element, along one axis."""
+    place = np.arange(outputs)[:, None] * stride + np.arange(taps)[None, :] * kernel - low
+    inside = (place >= 0) & (place <= (size - 1) * base) & (place % base == 0)
+    return int(np.count_nonzero(inside))
+
+
+def first_group(text: str, attributes: str = "") -> tuple[int, ...]:
+    """The first group of `replica_groups`, in any of the forms that XLA prints:
+    `{{0,1},{2,3}}`, `[2,64]<=[64,2]T(1,0)`, or `mesh['a'=2,'b'=64] ... {'b'}`.
+
+    Raises:
+        ValueError: another form.
+    """
+    if text.startswith("{{"):
+        return tuple(map(int, text[2:].split("}")[0].split(",")))
+    if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return tuple(_iota(found[2], found[3]).reshape(_numbers(found[1]))[0].tolist())
+    if text.startswith("mesh["):
+        # The device list and the axes stand behind commas of their own.
+        whole = attributes[attributes.index("replica_groups=") + len("replica_groups=") :]
+        sizes = re.match(r"mesh\[([^\]]*)\]", whole)
+        assert sizes
+        axes = re.findall(r"'([^']+)'=(\d+)", sizes[1])
+        devices = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", whole)
+        chosen = re.search(r"\{('[^}]*)\}", whole)
+        assert chosen
+        names = re.findall(r"'([^']+)'", chosen[1])
+        shape = [int(size) for _, size in axes]
+        ids = _iota(devices[1], devices[2]) if devices else np.arange(math.prod(shape))
+        grid = ids.reshape(shape)
+        index = tuple(slice(None) if name in names else 0 for name, _ in axes)
+        return tuple(np.asarray(grid[index]).flatten().tolist())
+    raise ValueError(f"replica groups in a form that is not known: {text[:80]!r}")
+
+
+def _iota(shape: str, permutation: str | None) -> np.ndarray:
+    sizes = _numbers(shape)
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return (ids.transpose(_numbers(permutation)) if permutation else ids).flatten()
+
+
+def _arrays(text: str) -> Iterator[Array]:
+    for dtype, shape, layout in _SHAPE.findall(text):
+        space = re.search(r"S\((\d+)\)", layout)
+        yield Array(dtype, tuple(_numbers(shape)), int(space[1]) if space else 0)
+
+
+def _hbm(arrays: Sequence[Array]) -> float:
+    return sum(array.bytes for array in arrays if array.in_hbm)
+
+
+def _largest(arrays: Sequence[Array]) -> float:
+    return max((array.bytes for array in arrays), default=0.0)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _bare(name: str | None) -> str:
+    assert name is not None
+    return name.lstrip("%")
+
+
+def _until(text: str, stop: str) -> str:
+    """The text up to `stop` outside of brackets and quotes."""
+    depth, quoted = 0, False
+    for n, c in enumerate(text):
+        if c == '"' and text[n - 1] != "\\":
+            quoted = not quoted
+        if quoted:
+            continue
+        if depth == 0 and c == stop:
+            return text[:n]
+        depth += c in "([{"
+        depth -= c in ")]}"
+        if depth < 0:
+            return text[:n]
+    return text

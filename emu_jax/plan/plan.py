@@ -1,0 +1,306 @@
+"""Compiles a program for TPUs that are not here, and reports what it will need and take.
+
+libtpu's compiler runs on any x86 host: what is compiled is the very program that a pod would
+run. Its memory is the compiler's own figure; its time is a roofline of the compiled module
+(`plan.hlo`, `plan.roofline`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from emu_jax.config import UserError, suggest, to_dict
+from emu_jax.data.pipeline import batch_shapes
+from emu_jax.generate import text
+from emu_jax.hardware import Topology
+from emu_jax.models.llama import KVCache, Llama
+from emu_jax.plan import hlo
+from emu_jax.plan.roofline import Network, times
+from emu_jax.sharding import MESH_AXES, Template, batch_sharding, spec
+from emu_jax.train.config import MeshConfig, TrainConfig
+from emu_jax.train.flops import train_flops
+from emu_jax.train.loop import Trainer, mesh_for
+
+log = logging.getLogger(__name__)
+
+Report = dict[str, Any]
+# What `--for` names: a training step of the config's own objective or of the decoder's, or one
+# token of every row of a batch.
+PROGRAMS = ("train", "decoder", "generate")
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """The topology's devices: to compile for, not to run on.
+
+    Raises:
+        UserError: libtpu is not installed, or knows no such topology.
+    """
+    from jax.experimental import topologies
+
+    # libtpu would ask a metadata server which TPU this is, and lock out a second process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=str(topology), **more
+        )
+    except Exception as error:  # whatever the plugin raises
+        if "libtpu" in str(error) or "tpu" not in str(error).lower():
+            raise UserError(
+                f"cannot load the TPU compiler ({error}): pip install 'emu_jax[plan]'"
+            ) from None
+        raise UserError(f"topology {topology}: {error}") from None
+    return list(description.devices)
+
+
+def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
+    """What one step of `program` needs and takes on `topology`, from compiling it.
+
+    The keys of the report are described in docs/scaling.md.
+
+    Raises:
+        UserError: no such program or topology, or the mesh does not fit the batch.
+    """
+    if program not in PROGRAMS:
+        raise UserError(f"--for {program!r} is not known{suggest(program, PROGRAMS)}")
+    devices = devices_of(topology)
+    if program == "generate":
+        return _plan_token(cfg, topology, devices)
+    if program == "decoder":
+        cfg = dataclasses.replace(cfg, objective="decoder")
+    mesh = mesh_for(cfg, devices)
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        batch = abstract_batch(cfg, trainer.objective.batch_kind, mesh)
+        state = trainer.state_shapes
+        kinds = {
+            "parameters": shard_bytes((state.trained, state.frozen, state.ema)),
+            "optimizer": shard_bytes(state.optimizer),
+            "batch": shard_bytes(batch),
+            "activations": kept_bytes(trainer, batch),
+        }
+        lowered = trainer.step.lower(state, batch)
+        return _report(cfg, topology, mesh, lowered, kinds, train_flops(cfg).total, program)
+
+
+def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Report:
+    """Decoding: the language model, in the computation's dtype, reads one token of every row
+    after `row_tokens` that its cache holds. Heads are split, not gathered: nothing is worth
+    gathering parameters for one token."""
+    llama = cfg.model.llama
+    dtype = jnp.dtype(cfg.dtype)
+    if cfg.mesh == MeshConfig():
+        ways = math.gcd(llama.heads, len(devices) // topology.slices)
+        cfg = dataclasses.replace(cfg, mesh=MeshConfig(fsdp=1, tensor=ways))
+    mesh = mesh_for(cfg, devices)
+    rows, length = cfg.data.batch_size, cfg.data.row_tokens
+
+    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, spec(axes, shape, mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    with jax.set_mesh(mesh):
+        template = Template(lambda: Llama(llama, rngs=nnx.Rngs(0)), mesh)
+        params = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+            for path, leaf in template.shapes.items()
+        }
+        shape = (llama.layers, rows, length, llama.heads, llama.head_width)
+        keys = array(shape, dtype, "layer", "batch", None, "heads", None)
+        valid = array((rows, length), bool, "batch", None)
+        cache = KVCache(keys, keys, valid, array((), jnp.int32))
+        reader = text.Reader(
+            cache, array((rows,), jnp.int32, "batch"),
+            array((rows, llama.vocab_size), jnp.float32, "batch", "vocab"),
+        )  # fmt: skip
+
+        def one_token(params, reader, tokens):
+            return text.read_token(template.module(params), reader, tokens)
+
+        lowered = jax.jit(one_token, donate_argnums=1).lower(
+            params, reader, array((rows,), jnp.int32, "batch")
+        )
+        products = sum(
+            math.prod(leaf.shape) for path, leaf in params.items()
+            if len(leaf.shape) > 1 and not path.endswith(("scale", "embed_tokens.embedding"))
+            and "stu_regress_head" not in path
+        )  # fmt: skip
+        attended = 2 * llama.layers * length * llama.heads * llama.head_width
+        kinds = {
+            "parameters": shard_bytes(params), "cache": shard_bytes(reader), "optimizer": 0.0,
+            "batch": 0.0, "activations": 0.0,
+        }  # fmt: skip
+        flops = 2.0 * rows * (products + attended)
+        report = _report(cfg, topology, mesh, lowered, kinds, flops, "generate")
+    if report["fits"]:  # one token a row, not a row of them
+        for key in ("tokens_per_second", "tokens_per_second_overlap"):
+            report[key] /= length
+    return report
+
+
+def _report(
+    cfg: TrainConfig, topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
+    kinds: Mapping[str, float], model_flops: float, program: str,
+) -> Report:  # fmt: skip
+    started = time.monotonic()
+    chip = topology.chip
+    limit = chip.hbm_bytes / chip.devices
+    report: Report = {
+        "program": program,
+        "topology": str(topology),
+        "slices": topology.slices,
+        "chips": topology.chips,
+        "devices": mesh.size,
+        "mesh": dict(zip(MESH_AXES, mesh.devices.shape, strict=True)),
+        "remat": to_dict(cfg.remat),
+        "rows": cfg.data.batch_size,
+        "rows_per_chip": cfg.data.batch_size / topology.chips,
+        "model_flops": model_flops,
+        "hbm_limit_bytes": limit,
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"\(([\d.]+)([MGT])\) exceeds available HBM", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        scale = {"M": 2**20, "G": 2**30, "T": 2**40}
+        state = sum(size for kind, size in kinds.items() if kind != "activations")
+        temporary = float(needed[1]) * scale[needed[2]] if needed else math.nan
+        return report | {
+            "fits": False,
+            "hbm_bytes": state + temporary,
+            "hbm_by_kind": dict(kinds) | {"temporaries": temporary - kinds["activations"]},
+            "compile_seconds": time.monotonic() - started,
+        }
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    total = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    )  # fmt: skip
+    temporaries = max(0.0, memory.temp_size_in_bytes - kinds["activations"])
+    counts = hlo.count(compiled.as_text() or "")
+    network = Network.of(topology, list(mesh.devices.flat))
+    t = times(counts, network)
+    for what in sorted(counts.unknown):
+        log.warning("not counted: %s", what)
+    peak = chip.flops * topology.chips
+    estimate = (compiled.cost_analysis() or {}).get("optimal_seconds")
+    tokens = cfg.data.batch_size * cfg.data.row_tokens
+    return report | {
+        "fits": total <= limit,
+        "hbm_bytes": total,
+        "hbm_by_kind": dict(kinds) | {"temporaries": temporaries},
+        "host_bytes": memory.host_temp_size_in_bytes,
+        "device_flops": counts.flops,
+        "hbm_traffic_bytes": counts.hbm_bytes,
+        "seconds": dataclasses.asdict(t),
+        "step_seconds_overlap": t.overlapped,
+        "step_seconds_serial": t.serial,
+        "mfu_overlap": model_flops / peak / t.overlapped,
+        "mfu_serial": model_flops / peak / t.serial,
+        "tokens_per_second": tokens / t.serial,
+        "tokens_per_second_overlap": tokens / t.overlapped,
+        "collective_bytes": collective_bytes(counts, mesh),
+        "compiler_seconds": estimate,
+        "not_counted": sorted(counts.unknown),
+        "compile_seconds": time.monotonic() - started,
+    }
+
+
+def abstract_batch(cfg: TrainConfig, kind: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch, its rows shared out."""
+    where = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        for name, (shape, dtype) in batch_shapes(cfg.data, kind).items()
+    }
+
+
+def shard_bytes(tree: Any) -> float:
+    """Bytes of one device's shards of abstract arrays."""
+    return float(sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    ))  # fmt: skip
+
+
+def kept_bytes(trainer: Trainer, batch: Any) -> float:
+    """Bytes that a device keeps from the forward for the backward pass: what the gradient's
+    function holds but for parameters, shared out like the batch."""
+    state = trainer.state_shapes
+
+    def backward(trained, frozen, batch):
+        loss = lambda p: trainer.loss(p | frozen, batch, jnp.int32(0))[0]  # noqa: E731
+        return jax.vjp(loss, trained)[1]
+
+    held = jax.eval_shape(backward, state.trained, state.frozen, batch)
+    parameters = {leaf.shape for leaf in jax.tree.leaves((state.trained, state.frozen))}
+    ways = trainer.mesh.size // trainer.mesh.shape["tensor"]
+    return sum(
+        float(math.prod(leaf.shape)) * leaf.dtype.itemsize / ways
+        for leaf in jax.tree.leaves(held)
+        if leaf.shape not in parameters and jnp.issubdtype(leaf.dtype, jnp.number)
+    )
+
+
+def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, float]]:
+    """{mesh axes: {kind of collective: bytes of one step}}; axes joined by `+`."""
+    places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
+    table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for collective, often in counts.collectives.items():
+        where = places[list(collective.group)]
+        axes = [name for n, name in enumerate(MESH_AXES) if len(set(where[:, n].tolist())) > 1]
+        table["+".join(axes) or "none"][collective.kind] += collective.bytes * often
+    return {axes: dict(kinds) for axes, kinds in table.items()}
+
+
+def summary(report: Report) -> str:
+    """A report for people."""
+    gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
+    mesh = ", ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items())
+    remat = ", ".join(f"{tower} {policy}" for tower, policy in report["remat"].items())
+    slices = f", {report['slices']} slices" if report["slices"] > 1 else ""
+    lines = [
+        f"{report['program']} on {report['topology']}: {report['chips']} chips{slices}",
+        f"mesh        {mesh}",
+        f"remat       {remat}",
+        f"batch       {report['rows']} rows, {report['rows_per_chip']:g} a chip",
+        f"HBM, GiB    {gib(report['hbm_bytes'])} of {gib(report['hbm_limit_bytes'])}: "
+        f"{'fits' if report['fits'] else 'DOES NOT FIT'}",
+    ]
+    lines += [f"  {kind:12}{gib(size):>8}" for kind, size in report["hbm_by_kind"].items()]
+    if "seconds" in report:
+        seconds = report["seconds"]
+        lines += [
+            f"model FLOPs {report['model_flops']:.4g} a step",
+            f"step        {report['step_seconds_overlap']:.3f} s (all overlapped) to "
+            f"{report['step_seconds_serial']:.3f} s (nothing overlapped)",
+            f"  products {seconds['compute']:.3f}, HBM {seconds['hbm']:.3f}, ICI "
+            f"{seconds['ici']:.3f}, DCN {seconds['dcn']:.3f} s",
+            f"MFU         {report['mfu_overlap']:.3f} to {report['mfu_serial']:.3f}",
+            f"tokens/s    {report['tokens_per_second_overlap']:,.0f} to "
+            f"{report['tokens_per_second']:,.0f}",
+        ]
+        for axes, kinds in report["collective_bytes"].items():
+            moved = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in kinds.items())
+            lines.append(f"over {axes:7}{moved}")
+        lines += [f"not counted: {what}" for what in report["not_counted"]]
+    lines.append(f"compiled in {report['compile_seconds']:.0f} s")
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""How long a compiled module takes, at the least, from what it does and what the chip can do.
+
+Three resources: products (`flops` over the peak), HBM (bytes over its bandwidth) and the
+network (collective bytes over the links that carry them). Two bounds follow:
+
+  overlapped  the busiest resource alone: all work hides behind it
+  serial      instructions one after another, each at its own roofline (products and HBM of one
+              instruction are pipelined within it), every collective waited for
+
+Neither knows of vector arithmetic, of latencies, or of products that do not fill the matrix
+units: a real step lies above the overlapped bound, and may lie above the serial one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from emu_jax.hardware import Topology
+from emu_jax.plan.hlo import Collective, Counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one run on one device."""
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+    instructions: float  # products and HBM, instruction by instruction
+
+    @property
+    def overlapped(self) -> float:
+        return max(self.compute, self.hbm, self.ici, self.dcn)
+
+    @property
+    def serial(self) -> float:
+        return self.instructions + self.ici + self.dcn
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Where the logical devices of a mesh stand: coordinates in the torus, and slice."""
+
+    topology: Topology
+    coordinates: Sequence[tuple[int, ...]]
+    slices: Sequence[int]
+
+    @classmethod
+    def of(cls, topology: Topology, devices: Sequence[Any]) -> Network:
+        """`devices` in the mesh's order: a collective names them by their place in it."""
+        axes = len(topology.shape)
+        return cls(
+            topology,
+            [tuple(device.coords)[:axes] for device in devices],
+            [getattr(device, "slice_index", 0) for device in devices],
+        )
+
+    def seconds(self, collective: Collective) -> tuple[float, float]:
+        """(over ICI, over DCN) of one collective, by the ring algorithm along all axes of the
+        torus that its group spans, each carrying its share."""
+        group, size = collective.group, len(collective.group)
+        if size < 2 or not collective.bytes:
+            return 0.0, 0.0
+        chip, devices = self.topology.chip, self.topology.chip.devices
+        slices = Counter(self.slices[n] for n in group)
+        if collective.kind == "collective-permute":
+            if len(slices) > 1:
+                return 0.0, collective.bytes / (chip.dcn_bandwidth / devices)
+            return collective.bytes * self.hops(*group) / (chip.link_bandwidth / devices), 0.0
+        passes = 2.0 if collective.kind == "all-reduce" else 1.0
+        within = [n for n in group if self.slices[n] == self.slices[group[0]]]
+        ici = dcn = 0.0
+        if len(within) > 1:
+            share = (len(within) - 1) / len(within)
+            if collective.kind in ("all-to-all", "ragged-all-to-all"):
+                share /= 4  # half of the data travels half the ring each way
+            ici = passes * collective.bytes * share / (self.bandwidth(within) / devices)
+        if len(slices) > 1:
+            # Devices of a slice have split the array among them before it leaves.
+            part = collective.bytes / len(within)
+            share = (len(slices) - 1) / len(slices)
+            dcn = passes * part * share / (chip.dcn_bandwidth / devices)
+        return ici, dcn
+
+    def bandwidth(self, group: Sequence[int]) -> float:
+        """Bytes per second that flow into a chip whose group spans these places."""
+        links = 0.0
+        for axis, ways in enumerate(self.topology.link_ways()):
+            places = {self.coordinates[n][axis] for n in group}
+            if len(places) > 1:
+                # A part of a ring is a line; so is one that leaves out places.
+                links += ways if len(places) == self.topology.shape[axis] else 1.0
+        if not links:  # two devices of one chip
+            return math.inf
+        return links * self.topology.chip.link_bandwidth
+
+    def hops(self, source: int, target: int) -> int:
+        """Links between two places, the shorter way round a ring."""
+        total = 0
+        for a, b, side, ways in zip(
+            self.coordinates[source], self.coordinates[target], self.topology.shape,
+            self.topology.link_ways(), strict=True,
+        ):  # fmt: skip
+            distance = abs(a - b)
+            total += min(distance, side - distance) if ways == 2 else distance
+        return max(total, 1)
+
+
+def times(counts: Counts, network: Network) -> Times:
+    """The module's times on one device of the network's topology."""
+    chip = network.topology.chip
+    peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
+    ici = dcn = 0.0
+    for collective, often in counts.collectives.items():
+        one = network.seconds(collective)
+        ici, dcn = ici + one[0] * often, dcn + one[1] * often
+    return Times(
+        compute=counts.flops / peak,
+        hbm=counts.hbm_bytes / bandwidth,
+        ici=ici,
+        dcn=dcn,
+        instructions=sum(
+            max(flops / peak, moved / bandwidth) * often
+            for flops, moved, often in counts.instructions
+        ),
+    )
