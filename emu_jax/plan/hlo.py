@@ -130,6 +130,7 @@ class _Walk:
     def run(self, name: str, times: float) -> None:
         """Counts a computation that runs `times` times."""
         body = self.computations[name]
+        seen: set[str] = set()  # channels: a gather that hides behind products is in all of them
         for one in body.values():
             if one.op == "while":
                 turns = self.turns(one)
@@ -142,7 +143,7 @@ class _Walk:
             elif one.op in ("call", "async-start") and one.called:
                 self.run(one.called, times)
             else:
-                self.one(body, one, times)
+                self.one(body, one, times, seen)
 
     def turns(self, loop: Instruction) -> float:
         """How often a loop runs: what its counter, which starts at 0, is compared with."""
@@ -159,11 +160,13 @@ class _Walk:
             return 1.0
         return float(bounds[0])
 
-    def one(self, body: Computation, one: Instruction, times: float) -> None:
+    def one(self, body: Computation, one: Instruction, times: float, seen: set[str]) -> None:
         if one.op in _FREE:
             return
-        for collective in self.collectives(body, one):
-            self.counts.collectives[collective] += times
+        for channel, collective in self.collectives(body, one):
+            if channel not in seen:
+                self.counts.collectives[collective] += times
+            seen.add(channel)
         flops = self.flops(body, one)
         if one.op in _COLLECTIVES or one.op.startswith(("send", "recv")):
             return  # its time is the network's
@@ -278,16 +281,17 @@ class _Walk:
 
     # Collectives
 
-    def collectives(self, body: Computation, one: Instruction) -> Iterator[Collective]:
+    def collectives(self, body: Computation, one: Instruction) -> Iterator[tuple[str, Collective]]:
+        """(channel, collective) of an instruction, or of those inside a fusion."""
         if one.op == "fusion" and one.called:
             inner = self.computations[one.called]
             # A sum of which each device keeps its slice: what a reduce-scatter becomes.
             scatter = "all-reduce-scatter" in one.called
             for each in inner.values():
-                for found in self.collectives(inner, each):
+                for channel, found in self.collectives(inner, each):
                     if scatter and found.kind == "all-reduce":
                         found = dataclasses.replace(found, kind="reduce-scatter")
-                    yield found
+                    yield channel, found
             return
         kind = one.op.removesuffix("-start")
         if kind not in _COLLECTIVES or one.op.endswith("-done"):
@@ -296,7 +300,7 @@ class _Walk:
         if kind == "collective-permute":
             pairs = one.attribute("source_target_pairs") or ""
             ends = [int(n) for n in re.findall(r"\d+", pairs)[:2]]
-            yield Collective(kind, _largest(arrays), tuple(ends))
+            yield one.name, Collective(kind, _largest(arrays), tuple(ends))
             return
         if one.op == "all-gather-start":
             arrays = arrays[len(arrays) // 2 :]  # (operands, results)
@@ -304,7 +308,7 @@ class _Walk:
         group = first_group(one.attribute("replica_groups") or "", one.attributes)
         if kind == "reduce-scatter":
             size *= len(group)
-        yield Collective(kind, size, group)
+        yield f"{kind} {one.attribute('channel_id') or one.name}", Collective(kind, size, group)
 
 
 _HOST = 5  # the memory space of the host
