@@ -1,0 +1,142 @@
+"""Attention's backends agree, and refuse what they cannot serve; the blocked cross-entropy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import relative_error
+from flax import nnx
+
+from emu_jax.config import LlamaConfig, UserError
+from emu_jax.models.attention import attention, choose_backend, cudnn, splash
+from emu_jax.models.llama import Llama
+from emu_jax.sharding import make_mesh
+
+
+def packed(seed: int, length: int, heads: int, width: int):
+    """Queries, keys, values, and rows of documents of uneven length with padding behind."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q, k, v = (jax.random.normal(key, (2, length, heads, width)) for key in keys)
+    cuts = np.array([[0, 50, 51, 200], [0, 1, 130, 131]])
+    ids = (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)
+    ids[:, -7:] = 0
+    return q, k, v, jnp.asarray(ids, jnp.int32)
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_splash_equals_xla(segmented):
+    """The kernel itself, interpreted on the CPU: outputs and all three gradients."""
+    q, k, v, ids = packed(0, 256, 2, 128)
+    ids = ids if segmented else None
+    weight = jax.random.normal(jax.random.key(9), q.shape)
+
+    def through(run):
+        out, back = jax.vjp(lambda *x: run(*x), q, k, v)
+        return out, *back(weight)
+
+    how = {"causal": True, "segment_ids": ids, "scale": 0.1}
+    ours = through(lambda *x: splash(*x, **how, interpret=True))
+    theirs = through(lambda *x: attention(*x, **how))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 2e-5
+
+
+def test_splash_on_a_mesh_keeps_rows_and_heads_apart():
+    q, k, v, ids = packed(1, 128, 4, 128)
+    q, k, v, ids = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v, ids))
+    how = {"causal": True, "scale": 0.1}
+    expected = attention(q, k, v, segment_ids=ids, **how)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        run = jax.jit(lambda *x: splash(*x[:3], segment_ids=x[3], interpret=True, **how))
+        assert relative_error(run(q, k, v, ids), expected) < 2e-5
+
+
+def test_masks_add_up():
+    q, k, v, ids = packed(2, 16, 1, 8)
+    ids = jnp.where(jnp.arange(16) < 5, 1, 2)[None].repeat(2, 0)
+    mask = jnp.ones((1, 1, 16, 16), bool).at[..., 3].set(False)
+    out = attention(q, k, v, causal=True, segment_ids=ids, mask=mask, scale=1.0)
+    # The sixth position is the first of its document: it sees itself alone.
+    assert relative_error(out[:, 5], v[:, 5]) < 1e-6
+    moved = attention(
+        q, k.at[:, 3].add(5.0), v.at[:, 3].add(5.0), causal=True, segment_ids=ids, mask=mask,
+        scale=1.0,
+    )  # fmt: skip
+    assert relative_error(moved, out) < 1e-6
+
+
+def test_backend_is_chosen_by_name_or_platform():
+    assert choose_backend("auto", "tpu") == "splash"
+    assert choose_backend("auto", "gpu") == choose_backend("cudnn", "cuda") == "cudnn"
+    assert choose_backend("auto", "cpu") == choose_backend("xla", "tpu") == "xla"
+    with pytest.raises(UserError, match="does not run on cpu"):
+        choose_backend("splash", "cpu")
+    with pytest.raises(UserError, match="did you mean 'splash'"):
+        choose_backend("splsh", "tpu")
+
+
+def test_a_fast_backend_that_cannot_serve_is_an_error():
+    q, k, v, ids = packed(3, 200, 1, 128)
+    how = {"causal": True, "segment_ids": ids, "scale": 1.0}
+    with pytest.raises(UserError, match="multiples of 128: 200 queries"):
+        attention(q, k, v, backend="splash", **how)
+    with pytest.raises(UserError, match="takes no bias"):
+        attention(q, k, v, backend="splash", bias=jnp.zeros((1, 1, 200, 200)), **how)
+    with pytest.raises(UserError, match="not float32"):
+        cudnn(q, k, v, **how)
+
+
+# --- The blocked cross-entropy --------------------------------------------------------------------
+
+SMALL = LlamaConfig(
+    vocab_size=61, vocab_multiple=8, width=24, layers=1, heads=2, mlp_width=16, rope_dtype="float32"
+)
+
+
+def naive(llama, hidden, targets):
+    logits = llama.logits(hidden).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("block", [5, 21, 64])
+def test_blocked_cross_entropy_equals_the_naive_one(shape, block):
+    """Value and gradients to 1e-6, also where width, columns and rows are split."""
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (8, 21, 24))
+    targets = jax.random.randint(keys[1], (8, 21), 0, 61)
+    weight = jax.random.normal(keys[2], (8, 21))
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(Llama(SMALL, rngs=nnx.Rngs(0)))
+
+        def loss(run):
+            def total(state, hidden):
+                return jnp.sum(weight * run(nnx.merge(graphdef, state), hidden, targets))
+
+            value, grads = jax.jit(jax.value_and_grad(total, (0, 1)))(state, hidden)
+            return value, grads[0]["lm_head"]["kernel"][...], grads[1]
+
+        ours = loss(lambda *x: x[0].token_losses(*x[1:], block=block))
+        theirs = loss(naive)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_blocked_cross_entropy_needs_a_quarter_of_the_memory():
+    """The compiler's figure for the gradient at the 32k vocabulary."""
+    cfg = LlamaConfig(vocab_size=32004, width=64, layers=1, heads=1, mlp_width=8)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0))))
+    hidden = jax.ShapeDtypeStruct((1, 2048, 64), jnp.float32)
+    targets = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def peak(run):
+        def total(state, hidden, targets):
+            return jnp.mean(run(nnx.merge(graphdef, state), hidden, targets))
+
+        compiled = jax.jit(jax.grad(total, (0, 1))).lower(state, hidden, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    blocked = peak(lambda *x: x[0].token_losses(*x[1:], block=256))
+    assert 4 * blocked <= peak(naive)

@@ -1,0 +1,403 @@
+"""The plan: model FLOPs by hand, the counting of compiled modules, the network, real compiles."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
+from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
+from emu_jax.plan import hlo
+from emu_jax.plan.roofline import Network, times
+from emu_jax.plan.sweep import draw, markdown
+from emu_jax.sharding import Template, choose_mesh, make_mesh
+from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
+from emu_jax.train.config_file import load_config
+from emu_jax.train.flops import jaxpr_flops, train_flops
+from emu_jax.train.objectives import get_objective
+
+ROOT = Path(__file__).parent.parent
+
+
+def config(name: str = "emu_14b", *overrides: str) -> TrainConfig:
+    return load_config(TrainConfig, ROOT / "configs" / f"{name}.py", list(overrides))
+
+
+# --- Model FLOPs ----------------------------------------------------------------------------------
+
+
+def test_flops_of_the_14b_step_by_hand():
+    """6 x parameters x their tokens, tower by tower, and attention, causal counted half."""
+    rows, tokens, pictures, patches, causal = 1024, 2048, 16 * 1024, 257, 32
+    cfg = config()
+    assert (cfg.data.batch_size, cfg.data.row_tokens, cfg.data.row_images) == (rows, tokens, 16)
+
+    block = 4 * 1408 * 1408 + 2 * 1408 * 6144
+    seen = 40 * block + 14 * 14 * 3 * 1408
+    visual = 6 * pictures * patches * seen + 3 * pictures * 40 * 4 * 1408 * patches**2
+
+    per_query = 4 * 768 * 768 + 2 * 768 * 768 + 2 * 768 * 3072  # self, cross q and o, MLP
+    per_patch = 2 * 1408 * 768  # cross k and v
+    cformer = 6 * pictures * (causal * (12 * per_query + 768 * 5120) + patches * 12 * per_patch)
+    cformer += 3 * pictures * 12 * 4 * 768 * (causal**2 / 2 + causal * patches)
+
+    layers = 40 * (4 * 5120 * 5120 + 3 * 5120 * 13824) + 5120 * 32004
+    llama = 6 * rows * tokens * layers + 6 * pictures * (causal + 1) * 5120 * 5120
+    llama += 3 * rows * 40 * 4 * 5120 * tokens**2 / 2
+
+    flops = train_flops(cfg)
+    for tower, expected in (("visual", visual), ("cformer", cformer), ("llama", llama)):
+        assert flops.towers[tower] == pytest.approx(expected, rel=1e-12), tower
+    assert flops.total == pytest.approx(visual + cformer + llama, rel=1e-12)
+
+
+def test_flops_are_those_of_the_traced_step():
+    """The convention against the products in the jaxpr, which counts all of causal attention,
+    the regression head everywhere, and the logits twice forward."""
+    cfg = config("emu_100m", "data.batch_size=2", "data.row_tokens=128", "data.row_images=2")
+    cfg = dataclasses.replace(cfg, remat=RematConfig(), attention="xla")
+    objective = get_objective("emu")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: objective.build(cfg, nnx.Rngs(0))))
+    from emu_jax.data.pipeline import batch_shapes
+
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, (shape, dtype) in batch_shapes(cfg.data, "rows").items()
+    }
+
+    def loss(state, batch):
+        return objective.loss(cfg, nnx.merge(graphdef, state), batch, jax.random.key(0))[0]
+
+    traced = jaxpr_flops(jax.make_jaxpr(jax.grad(loss))(state, batch).jaxpr)
+    llama, rows, tokens, n = cfg.model.llama, 2, 128, cfg.model.cformer.n_causal
+    pictures, inner = 4, cfg.model.cformer.heads * 64
+    extra = 3 * 4 * rows * llama.layers * llama.width * tokens**2 / 2
+    extra += 3 * 4 * pictures * cfg.model.cformer.layers * inner * n**2 / 2
+    extra += 6 * (rows * tokens - pictures * (n + 1)) * llama.width**2
+    head = rows * tokens * llama.width
+    extra += 8 * head * llama.padded_vocab - 6 * head * llama.vocab_size
+    # No gradient goes to the pixels, nor to the C-Former's first self-attention's constants.
+    patch = 2 * pictures * 256 * 14 * 14 * 3 * cfg.model.vision.width
+    counted = train_flops(cfg).total + extra - patch
+    assert traced == pytest.approx(counted, rel=2e-3)
+
+
+def test_frozen_towers_cost_less():
+    whole = config("emu_100m")
+    frozen = OptimizerConfig(groups=(GroupConfig(r"^llama\.", lr=1e-3), GroupConfig(".*", lr=0.0)))
+    part = dataclasses.replace(whole, optimizer=frozen)
+    full, some = train_flops(whole).towers, train_flops(part).towers
+    assert some["llama"] == full["llama"]
+    assert some["visual"] == pytest.approx(full["visual"] / 3)  # forward alone
+    first = OptimizerConfig(groups=(GroupConfig("^visual", lr=1e-3), GroupConfig(".*", lr=0.0)))
+    through = train_flops(dataclasses.replace(whole, optimizer=first)).towers
+    # The gradient passes through the language model, and finds nothing to train there.
+    llama, data = whole.model.llama, whole.data
+    attention = 6 * data.batch_size * llama.layers * llama.width * data.row_tokens**2
+    assert through["llama"] == pytest.approx((full["llama"] - attention) * 2 / 3 + attention)
+
+
+# --- Meshes and topologies ------------------------------------------------------------------------
+
+
+def test_mesh_is_chosen_with_a_reason():
+    widths = (1408, 768, 5120)
+    assert choose_mesh(128, rows=512, heads=40, widths=widths)[0] == (1, 128, 1)
+    shape, why = choose_mesh(256, rows=1024, heads=40, widths=widths)
+    assert shape == (2, 128, 1) and "more would not divide widths" in why
+    assert choose_mesh(512, 2, rows=1024, heads=40, widths=widths)[0] == (4, 128, 1)
+    shape, why = choose_mesh(256, rows=64, heads=40, widths=widths)
+    assert shape == (1, 64, 4) and "64 rows are too few" in why
+    assert choose_mesh(128, fsdp=64)[0] == (2, 64, 1)
+    assert choose_mesh(8, data=2, fsdp=2, tensor=2) == ((2, 2, 2), "as configured")
+    with pytest.raises(UserError, match="make data.batch_size a multiple of 8"):
+        choose_mesh(8, rows=3, heads=5)
+    with pytest.raises(UserError, match="make it a multiple of 2"):
+        choose_mesh(8, 2, data=1, fsdp=8, tensor=1)
+    with pytest.raises(UserError, match="needs 12 devices, 8 are here"):
+        choose_mesh(8, data=3, fsdp=2, tensor=2)
+
+
+def test_topologies_are_read_and_refused():
+    slices = Topology.parse("v5p:4x4x8", 2)
+    assert (slices.chips, str(slices), slices.link_ways()) == (256, "v5p:4x4x8", [2, 2, 2])
+    assert Topology.parse("v5e:8x16").link_ways() == [1, 2]
+    assert Topology.parse("v5p:2x2x1").link_ways() == [1, 1, 0]
+    for text, message in (
+        ("v5x:4x4", "no TPU 'v5x'"), ("v5p:4x4", "v5p:4x4x4"), ("v5e:4xa", "v5e:4x4"),
+        ("h100:8", "no TPU"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            Topology.parse(text)
+    with pytest.raises(UserError, match="at least 1"):
+        Topology.parse("v5e:4x4", 0)
+
+
+def test_peaks_are_known_by_device_kind():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5") == peak_flops("TPU v5p") == 459e12
+    assert peak_flops("TPU7x") == 2307e12 / 2  # two devices a chip
+    assert peak_flops("TPU v6 lite", "float32") == 918e12 / 6
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") is None and chip_of("cpu") is None
+
+
+# --- Counting -------------------------------------------------------------------------------------
+
+MODULE = """
+HloModule jit_step, is_scheduled=true
+
+%body (param: (s32[], bf16[8,128], bf16[4,128,128])) -> (s32[], bf16[8,128], bf16[4,128,128]) {
+  %param = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[4,128,128]{2,1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%param), index=0
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%param), index=1
+  %w = bf16[4,128,128]{2,1,0} get-tuple-element(%param), index=2
+  %one = bf16[1,128,128]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice
+  %whole = bf16[128,128]{1,0} all-gather(%one), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}, use_global_device_ids=true
+  %again = bf16[8,128]{1,0} fusion(%x, %whole), kind=kOutput, calls=%product
+  %next = (s32[], bf16[8,128], bf16[4,128,128]) tuple(%i, %again, %w)
+}
+
+%slice (p0: bf16[4,128,128], p1: s32[]) -> bf16[1,128,128] {
+  %p0 = bf16[4,128,128]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %cut = bf16[1,128,128]{2,1,0} dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,128,128}
+}
+
+%product (p0: bf16[8,128], p1: bf16[128,128]) -> bf16[8,128] {
+  %p0 = bf16[8,128]{1,0} parameter(0)
+  %p1 = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %conv = bf16[8,128]{1,0} convolution(%p0, %p1), dim_labels=bf_io->bf
+}
+
+%condition (param.1: (s32[], bf16[8,128], bf16[4,128,128])) -> pred[] {
+  %param.1 = (s32[], bf16[8,128], bf16[4,128,128]) parameter(0)
+  %bound = s32[]{:T(128)} constant(4)
+  %j = s32[] get-tuple-element(%param.1), index=0
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (a: bf16[8,128], b: bf16[4,128,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = bf16[4,128,128]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[8,128], bf16[4,128,128]) tuple(%zero, %a, %b)
+  %loop = (s32[], bf16[8,128], bf16[4,128,128]) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_module_counted_by_hand():
+    counts = hlo.count(MODULE)
+    assert counts.flops == 4 * 2 * 8 * 128 * 128  # the loop's body, four times
+    # Each turn: a slice of the stack and its number read, the slice written; then the matrix and
+    # x read, and the product written.
+    matrix, row = 128 * 128 * 2, 8 * 128 * 2
+    assert counts.hbm_bytes == 4 * (2 * matrix + 4 + matrix + 2 * row)
+    ((collective, often),) = counts.collectives.items()
+    assert collective == hlo.Collective("all-gather", matrix, (0, 1)) and often == 4
+    assert not counts.unknown
+
+
+@pytest.mark.parametrize(
+    "text, rest, group",
+    [
+        ("{{0,2},{1,3}}", "", (0, 2)),
+        ("[2,2]<=[4]", "", (0, 1)),
+        ("[2,2]<=[2,2]T(1,0)", "", (0, 2)),
+        (
+            "mesh['a'=2",
+            "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}, dimensions={1}",
+            (0, 1),
+        ),
+        ("mesh['a'=4,'b'=1] {'a'}", "replica_groups=mesh['a'=4,'b'=1] {'a'}", (0, 1, 2, 3)),
+    ],
+)
+def test_replica_groups(text, rest, group):
+    assert hlo.first_group(text, rest) == group
+
+
+def test_batched_products_written_as_convolutions():
+    """XLA for TPUs writes batch dimensions as dilated spatial ones, where most taps meet nothing."""
+    line = (
+        "  %c = f32[64,16,257,129]{3,2,1,0} convolution(%a, %b), "
+        "window={size=64x16 stride=63x15 lhs_dilate=64x16}, dim_labels=0b1f_0o1i->01bf"
+    )
+    text = (
+        "ENTRY %m (a: bf16[64,257,16,88], b: bf16[64,129,16,88]) -> f32[64,16,257,129] {\n"
+        "  %a = bf16[64,257,16,88]{3,2,1,0} parameter(0)\n"
+        "  %b = bf16[64,129,16,88]{3,2,1,0} parameter(1)\n" + line + "\n}\n"
+    )
+    assert hlo.count(text).flops == 2 * 64 * 16 * 257 * 129 * 88
+
+
+def test_the_network_by_hand():
+    """A v5e pod: rings of 16 in both axes, links of 50 GB/s each way."""
+    topology = Topology.parse("v5e:16x16", 2)
+    places = [(x, y) for _ in range(2) for x in range(16) for y in range(16)]
+    network = Network(topology, places, [0] * 256 + [1] * 256)
+    gather = hlo.Collective("all-gather", 256e9, tuple(range(256)))
+    ici, dcn = network.seconds(gather)
+    assert ici == pytest.approx(256e9 * 255 / 256 / 200e9) and dcn == 0
+    row = dataclasses.replace(gather, group=tuple(range(16)))  # one ring
+    assert network.seconds(row)[0] == pytest.approx(256e9 * 15 / 16 / 100e9)
+    line = dataclasses.replace(gather, group=(0, 1, 2, 3))  # a part of one is a line
+    assert network.seconds(line)[0] == pytest.approx(256e9 * 3 / 4 / 50e9)
+    across = hlo.Collective("all-reduce", 4e9, (0, 256))
+    assert network.seconds(across) == (0, pytest.approx(2 * 4e9 / 2 / CHIPS["v5e"].dcn_bandwidth))
+    hop = hlo.Collective("collective-permute", 1e9, (0, 15))  # neighbours round the ring
+    assert network.seconds(hop)[0] == pytest.approx(1e9 / 50e9)
+
+
+def test_bounds_of_a_roofline():
+    counts = hlo.Counts(flops=197e12, hbm_bytes=400e9)
+    counts.instructions = [(197e12, 80e9, 1.0), (0.0, 320e9, 1.0)]
+    t = times(counts, Network(Topology.parse("v5e:1x1"), [(0, 0)], [0]))
+    assert (t.compute, t.hbm, t.overlapped) == (1.0, 0.5, 1.0)
+    assert t.serial == pytest.approx(1.0 + 0.4)
+
+
+# --- The 14B step's sharding, pinned --------------------------------------------------------------
+
+
+def test_sharding_of_the_14b_step_is_pinned():
+    """Parameter, shape and spec, of the state that the step is compiled for on data 2, fsdp 2,
+    tensor 2. After a change that means to move it: EMU_JAX_PIN=1 pytest -k pinned."""
+    cfg = config()
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        template = Template(lambda: get_objective("emu").build(cfg, nnx.Rngs(0)), mesh)
+    text = "".join(
+        f"{path} {list(leaf.shape)} {tuple(leaf.sharding.spec)}\n"
+        for path, leaf in template.shapes.items()
+    )
+    golden = ROOT / "tests" / "golden" / "emu_14b_sharding.txt"
+    if os.environ.get("EMU_JAX_PIN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_ladder_sizes():
+    from emu_jax.models.emu import Emu
+
+    for size, least, most in (
+        ("0.1B", 0.09e9, 0.12e9), ("0.4B", 0.35e9, 0.45e9), ("1.5B", 1.4e9, 1.6e9),
+        ("7B", 7e9, 8e9),
+    ):  # fmt: skip
+        state = nnx.state(nnx.eval_shape(lambda s=size: Emu(emu_ladder(s), rngs=nnx.Rngs(0))))
+        assert least < sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) < most
+    assert emu_14b().llama.head_width == emu_ladder("7B").llama.head_width == 128
+
+
+# --- Reports and errors ---------------------------------------------------------------------------
+
+
+def report(**changes):
+    base = {
+        "fits": True, "curve": "weak", "topology": "v5e:4x4", "slices": 1, "chips": 16,
+        "mesh": {"data": 1, "fsdp": 16, "tensor": 1}, "remat": {"llama": "full"},
+        "rows_per_chip": 2.0, "hbm_bytes": 2**33, "hbm_limit_bytes": 2**34,
+        "step_seconds_overlap": 1.0, "step_seconds_serial": 1.5, "tokens_per_second": 100.0,
+        "tokens_per_second_overlap": 150.0, "mfu_serial": 0.4, "mfu_overlap": 0.6,
+    }  # fmt: skip
+    return base | changes
+
+
+def test_sweep_table_and_plot(tmp_path):
+    slow = report(curve="", step_seconds_serial=3.0, mfu_serial=0.2)
+    lines = markdown([slow, report(curve=""), report(curve="", fits=False)]).splitlines()
+    assert len(lines) == 4 and "| 0.400 | 0.600 |" in lines[2] and "| 0.200 |" in lines[3]
+    draw(
+        [report(), report(chips=32, topology="v5e:4x8"), report(curve="strong")], tmp_path / "x.png"
+    )
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def plan_cli(*arguments: str, timeout: int = 1200) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "emu_jax.cli", "plan", *arguments], cwd=ROOT, text=True,
+        capture_output=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def test_mistakes_are_one_line():
+    for arguments, message in (
+        ((), "give --config and --topology"),
+        (("--config", "configs/emu_14b.py", "--topology", "v5p:4x4"), "v5p:4x4x4"),
+        (("--config", "configs/emu_14b.py", "--topology", "v5e:4x4,v5e:8x8"), "are for --sweep"),
+    ):
+        done = plan_cli(*arguments)
+        assert done.returncode == 2 and done.stdout == ""
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+needs_libtpu = pytest.mark.skipif(
+    not any((Path(p) / "libtpu").is_dir() for p in sys.path if p), reason="libtpu is not installed"
+)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_scanned_and_unrolled_builds_count_the_same():
+    """Real compiles for v5e: a scanned stack of layers, forward and backward, against the same
+    layers unrolled; the kernel's FLOPs within both."""
+    code = """
+import jax, jax.numpy as jnp, json
+from emu_jax.hardware import Topology
+from emu_jax.plan import hlo
+from emu_jax.plan.plan import devices_of
+from jax.sharding import SingleDeviceSharding
+where = SingleDeviceSharding(devices_of(Topology.parse("v5e:1x1"))[0])
+from emu_jax.models.attention import splash
+def layer(x, w):
+    q = (x @ w).reshape(2, 512, 2, 128)
+    y = splash(q, q, q, causal=True, segment_ids=None, scale=0.1).reshape(x.shape)
+    return x + jax.nn.relu(y) @ w
+def scanned(x, ws):
+    return jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0].astype(jnp.float32))
+def unrolled(x, ws):
+    for n in range(4):
+        x = layer(x, ws[n])
+    return jnp.sum(x.astype(jnp.float32))
+shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=where) for s in ((2, 512, 256), (4, 256, 256))]
+counts = [hlo.count(jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().as_text())
+          for f in (scanned, unrolled)]
+print(json.dumps([[c.flops, c.hbm_bytes, sorted(c.unknown)] for c in counts]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=900,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (scanned, _, unknown), (unrolled, _, more) = json.loads(done.stdout.splitlines()[-1])
+    assert not unknown and not more
+    # Two products forward and four backward a layer, and attention's 2 + 5, one block whole.
+    products = 4 * 6 * 2 * (2 * 512) * 256 * 256
+    attention = 4 * 7 * 2 * 2 * 2 * 512 * 512 * 128
+    assert scanned == unrolled == products + attention
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_plan_of_the_smallest_model_on_a_small_slice():
+    done = plan_cli("--config", "configs/emu_100m.py", "--topology", "v5e:2x2", "--json",
+                    "--config.data.batch_size=8")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["fits"] and found["chips"] == 4 and found["rows_per_chip"] == 2
+    assert 0 < found["mfu_serial"] <= found["mfu_overlap"] < 1
+    kinds = found["hbm_by_kind"]
+    # Float32 parameters and two moments, split four ways.
+    assert kinds["optimizer"] == pytest.approx(2 * kinds["parameters"], rel=1e-3)
+    assert kinds["parameters"] == pytest.approx(4 * 102.5e6 / 4, rel=0.02)
+    assert found["hbm_bytes"] >= kinds["parameters"] + kinds["optimizer"] + kinds["activations"]
+    moved = found["collective_bytes"]["fsdp"]
+    assert moved["all-gather"] > 0 and found["not_counted"] == []
