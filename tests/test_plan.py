@@ -160,7 +160,7 @@ HloModule jit_step, is_scheduled=true
   %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%param), index=1
   %w = bf16[4,128,128]{2,1,0} get-tuple-element(%param), index=2
   %one = bf16[1,128,128]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice
-  %whole = bf16[128,128]{1,0} all-gather(%one), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}, use_global_device_ids=true
+  %whole = bf16[128,128]{1,0} all-gather(%one), channel_id=1, replica_groups=[2,2]<=[4]
   %again = bf16[8,128]{1,0} fusion(%x, %whole), kind=kOutput, calls=%product
   %next = (s32[], bf16[8,128], bf16[4,128,128]) tuple(%i, %again, %w)
 }
@@ -168,7 +168,7 @@ HloModule jit_step, is_scheduled=true
 %slice (p0: bf16[4,128,128], p1: s32[]) -> bf16[1,128,128] {
   %p0 = bf16[4,128,128]{2,1,0} parameter(0)
   %p1 = s32[] parameter(1)
-  ROOT %cut = bf16[1,128,128]{2,1,0} dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,128,128}
+  ROOT %cut = bf16[1,128,128]{2,1,0} dynamic-slice(%p0, %p1, %p1, %p1)
 }
 
 %product (p0: bf16[8,128], p1: bf16[128,128]) -> bf16[8,128] {
@@ -215,7 +215,7 @@ def test_a_module_counted_by_hand():
         ("[2,2]<=[2,2]T(1,0)", "", (0, 2)),
         (
             "mesh['a'=2",
-            "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}, dimensions={1}",
+            "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}",
             (0, 1),
         ),
         ("mesh['a'=4,'b'=1] {'a'}", "replica_groups=mesh['a'=4,'b'=1] {'a'}", (0, 1, 2, 3)),
@@ -226,7 +226,7 @@ def test_replica_groups(text, rest, group):
 
 
 def test_batched_products_written_as_convolutions():
-    """XLA for TPUs writes batch dimensions as dilated spatial ones, where most taps meet nothing."""
+    """XLA for TPUs writes batch dimensions as dilated spatial ones: most taps meet nothing."""
     line = (
         "  %c = f32[64,16,257,129]{3,2,1,0} convolution(%a, %b), "
         "window={size=64x16 stride=63x15 lhs_dilate=64x16}, dim_labels=0b1f_0o1i->01bf"
@@ -367,7 +367,8 @@ def unrolled(x, ws):
     for n in range(4):
         x = layer(x, ws[n])
     return jnp.sum(x.astype(jnp.float32))
-shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=where) for s in ((2, 512, 256), (4, 256, 256))]
+shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=where)
+          for s in ((2, 512, 256), (4, 256, 256))]
 counts = [hlo.count(jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().as_text())
           for f in (scanned, unrolled)]
 print(json.dumps([[c.flops, c.hbm_bytes, sorted(c.unknown)] for c in counts]))
