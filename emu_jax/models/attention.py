@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,14 +145,14 @@ def splash(
     q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        out = local(q, k, v, segment_ids)
+        out: Any = local(q, k, v, segment_ids)
     else:
         split = spec(("batch", "heads", None, None), q.shape, mesh)
         rows = None if segment_ids is None else P(split[0], None)
-        out = jax.shard_map(
+        out: Any = jax.shard_map(
             local, in_specs=(split, split, split, rows), out_specs=split, check_vma=False
         )(q, k, v, segment_ids)
-    return out.swapaxes(1, 2)
+    return jnp.swapaxes(out, 1, 2)
 
 
 LANES = 128  # of a TPU's vector registers

@@ -110,7 +110,7 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
     mesh = mesh_for(cfg, devices)
     rows, length = cfg.data.batch_size, cfg.data.row_tokens
 
-    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
         where = NamedSharding(mesh, spec(axes, shape, mesh))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
@@ -129,8 +129,9 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
             array((rows, llama.vocab_size), jnp.float32, "batch", "vocab"),
         )  # fmt: skip
 
-        def one_token(params, reader, tokens):
-            return text.read_token(template.module(params), reader, tokens)
+        def one_token(params: Any, reader: Any, tokens: Any) -> Any:
+            module: Any = template.module(params)
+            return text.read_token(module, reader, tokens)
 
         lowered = jax.jit(one_token, donate_argnums=1).lower(
             params, reader, array((rows,), jnp.int32, "batch")
