@@ -146,7 +146,9 @@ def test_language_model_and_losses(emu, embeddings, golden):
         "image_scored": np.ones(images.shape[:2], bool),
         "text_loss_mask": np.isin(ids, [t.pad, t.bos, t.image, t.img, t.img_end], invert=True),
     }  # fmt: skip
-    text_loss, regression_loss = nnx.jit(sequence_losses)(emu, images, batch, loss_block=7)
+    text_loss, regression_loss = nnx.jit(sequence_losses, static_argnames="loss_block")(
+        emu, images, batch, loss_block=7
+    )
     assert relative_error(text_loss, golden["train/llm_loss"]) < TIGHT
     pairs = golden["train/regress_pred"] - golden["train/regress_target"]
     assert relative_error(regression_loss, np.mean(np.square(pairs))) < TIGHT
