@@ -54,11 +54,16 @@ def train(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = "--config.a.b=VALUE overrides one key of the config; it may be repeated."
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
+        import jax
+
+        from emu_jax.hardware import chip_name
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
-        from emu_jax.train.loop import train
+        from emu_jax.train.loop import initialize_distributed, train
 
-        result = train(load_config(TrainConfig, args.config, args.overrides), args.workdir)
+        initialize_distributed()
+        chip = chip_name(jax.devices()[0].device_kind)
+        result = train(load_config(TrainConfig, args.config, args.overrides, chip), args.workdir)
         if not args.json:
             print(f"trained to step {result['step']}: {args.workdir}")
         return result

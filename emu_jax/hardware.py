@@ -55,12 +55,14 @@ _KINDS = {
 }  # fmt: skip
 
 
+def chip_name(device_kind: str) -> str:
+    """The chip that `jax.Device.device_kind` names, as in `CHIPS`; "" for what is not there."""
+    return next((name for prefix, name in _KINDS.items() if device_kind.startswith(prefix)), "")
+
+
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that `jax.Device.device_kind` names; None for what is not in the table."""
-    for prefix, name in _KINDS.items():
-        if device_kind.startswith(prefix):
-            return CHIPS[name]
-    return None
+    """The same, as its figures; None for what is not in the table."""
+    return CHIPS.get(chip_name(device_kind))
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:

@@ -77,9 +77,9 @@ class TrainConfig:
     loss_block: int = 512  # positions of a row whose logits exist at once
     # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.
     dtype: str = "bfloat16"
-    # Settings for one kind of chip, {chip: {config key: value}}, as `hardware.CHIPS` names them:
-    # what is given on the command line wins over them.
-    tuned: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    # Overrides for one kind of chip, {chip: ("a.b=value", ...)}, as `hardware.CHIPS` names them;
+    # those of the command line win over them.
+    tuned: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     log_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 2

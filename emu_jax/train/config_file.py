@@ -25,7 +25,8 @@ def load_config(cls: type[T], path: Path, overrides: list[str], chip: str = "") 
     Raises:
         UserError: as `read_config` and `emu_jax.config.from_dict`.
     """
-    return override(from_dict(cls, _plain(_run(path))), overrides)
+    cfg = from_dict(cls, _plain(_run(path)))
+    return override(cfg, [*getattr(cfg, "tuned", {}).get(chip, ()), *overrides])
 
 
 def override(cfg: T, overrides: list[str]) -> T:

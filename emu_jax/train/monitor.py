@@ -19,7 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from emu_jax.hardware import peak_flops
 from emu_jax.train.config import TrainConfig
+from emu_jax.train.flops import train_flops
 from emu_jax.train.goodput import Goodput, seconds_before
 from emu_jax.train.metrics import METRICS_FILE, MetricLogger, read_metrics
 from emu_jax.train.signals import STOP, TRACE, Signals
@@ -58,7 +60,7 @@ class Monitor:
         self._watchdog = Watchdog(workdir / f"stacks-{jax.process_index()}.txt", cfg.hang_seconds)
         self._tracer = Tracer(workdir / "profile", parse_steps(cfg.profile_steps))
         self._ends = _Ends()
-        self._rates = _Rates()
+        self._rates = _Rates(cfg, mesh) if lead else None
         # Processors compute on the threads that would run ahead, and a second program with
         # collectives beside the first can block both.
         self._ahead = 0 if jax.default_backend() == "cpu" else 1
@@ -110,7 +112,7 @@ class Monitor:
         if step % self.cfg.log_every == 0 or step in (1, self.cfg.steps):
             fill = {name: launched.fill[name] for name in ("token_fill", "image_fill")}
             fill["damaged"] = sum(launched.fill["damaged"].values())
-            rates = self._rates(at, launched.fill)
+            rates = self._rates(step, at, launched.fill) if self._rates else {}
             self._logger.log(step, row | fill | rates | self._goodput.metrics())
 
 
@@ -157,21 +159,31 @@ class _Ends:
 
 class _Rates:
     """What was trained on each second, since the row before. Tokens and images are those in
-    use, not the padding; model FLOPs are those of the convention in `train.flops`."""
+    use, not the padding; model FLOPs are those of the convention in `train.flops`, padding too,
+    where all batches have one shape. MFU is left out where the chip's peak is not known."""
 
-    def __init__(self):
-        self._last: tuple[float, dict[str, float]] | None = None
+    def __init__(self, cfg: TrainConfig, mesh: Mesh):
+        self._last: tuple[int, float, dict[str, float]] | None = None
+        alike = not any(s.batch_size or s.row_tokens or s.row_images for s in cfg.data.sources)
+        self._flops = train_flops(cfg).total / mesh.size if alike else None
+        self._peak = peak_flops(mesh.devices.flat[0].device_kind, cfg.dtype)
 
-    def __call__(self, at: float, fill: Mapping[str, Any]) -> dict[str, float]:
+    def __call__(self, step: int, at: float, fill: Mapping[str, Any]) -> dict[str, float]:
         totals = {name: fill[name] for name in ("tokens", "images")}
-        last, self._last = self._last, (at, totals)
+        last, self._last = self._last, (step, at, totals)
         if last is None:
             return {}
-        seconds = max(at - last[0], 1e-9)
-        return {
-            f"{name}_per_second": (total - last[1][name]) / seconds
+        seconds = max(at - last[1], 1e-9)
+        rates = {
+            f"{name}_per_second": (total - last[2][name]) / seconds
             for name, total in totals.items()
         }
+        if self._flops is not None:
+            rate = self._flops * (step - last[0]) / seconds
+            rates["model_flops_per_second_per_device"] = rate
+            if self._peak is not None:
+                rates["mfu"] = rate / self._peak
+        return rates
 
 
 def _rows(workdir: Path, stage: str) -> list[dict[str, Any]]:
