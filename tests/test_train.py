@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from emu_jax import checkpoint
@@ -117,6 +118,28 @@ def test_step_is_the_same_on_every_mesh(objective, data_root):
             for path in paths:
                 error = np.abs(other_grads[path] - grads[path]).max()
                 assert error <= 1e-5 * largest, (name, path, error / largest)
+
+
+def test_the_text_objective_reads_the_words_alone(data_root):
+    """Its loss, in blocks, is the naive one over text targets; pictures change nothing."""
+    cfg = small("text", data_root, loss_block=16)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        params = trainer.template.init()
+        batch = one_batch(cfg, "rows")
+        loss = jax.jit(lambda p, b: trainer.loss(p, b, np.int32(0))[0])
+        llama = trainer.template.module(params).llama
+        x = llama.embed_tokens(batch["tokens"])
+        logits = llama.logits(llama(x, batch["positions"], batch["segment_ids"]))[:, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+        same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+        mask = batch["text_loss_mask"][:, 1:] & same
+        expected = float(np.sum(losses * mask) / np.sum(mask))
+        assert float(loss(params, batch)) == pytest.approx(expected, rel=1e-6)
+        assert all(path.startswith("llama.") for path in params)
+        blank = batch | {"images": np.zeros_like(batch["images"])}
+        assert float(loss(params, blank)) == float(loss(params, batch))
 
 
 @pytest.mark.slow
