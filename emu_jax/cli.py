@@ -144,8 +144,9 @@ def generate(parser: argparse.ArgumentParser) -> Run:
 def convert(parser: argparse.ArgumentParser) -> Run:
     """convert a release to a run directory, or back, or for other libraries"""
     parser.add_argument(
-        "src", type=Path, metavar="SRC", help="a release folder, Emu-instruct.pt or a run directory"
-    )
+        "src", type=Path, metavar="SRC",
+        help="a release folder, Emu-instruct.pt, a run directory, or a peft folder (with --base)",
+    )  # fmt: skip
     parser.add_argument("dst", type=Path, metavar="DST")
     parser.add_argument(
         "--to", choices=("jax", "emu", "hf"), default="jax",
@@ -161,6 +162,9 @@ def convert(parser: argparse.ArgumentParser) -> Run:
         help="a LLaMA tokenizer folder (default: tokenizer/ beside the weights)",
     )  # fmt: skip
     parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="the model of a peft folder's adapters"
+    )
+    parser.add_argument(
         "--merge-lora", action="store_true", help="multiply adapters into the weights, in float32"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
@@ -170,7 +174,8 @@ def convert(parser: argparse.ArgumentParser) -> Run:
 
         result = convert(
             args.src, args.dst, to=args.to, model_config=args.model_config,
-            tokenizer=args.tokenizer, merge_lora=args.merge_lora, overwrite=args.overwrite,
+            tokenizer=args.tokenizer, base=args.base, merge_lora=args.merge_lora,
+            overwrite=args.overwrite,
         )  # fmt: skip
         if not args.json:
             print(_converted(args.dst, result))

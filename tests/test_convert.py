@@ -572,6 +572,49 @@ def test_peft_opens_the_adapters(adapted):
     assert plain.shape == logits.shape
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_come_back_from_peft(adapted, tmp_path):
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    model, folder = adapted
+    convert(folder / "run", tmp_path / "hf", to="hf")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "hf" / "llama")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "hf" / "lora")
+    with torch.no_grad():
+        for name, tensor in theirs.named_parameters():
+            if "lora_B" in name:
+                tensor += 0.01
+        logits = theirs(torch.tensor(IDS)).logits
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+
+    convert(tmp_path / "peft", tmp_path / "back", base=folder / "run")
+    assert checkpoint.load_config(tmp_path / "back") == model.cfg
+    back = source.Run(tmp_path / "back", one_device())
+    params = back.read(list(back.shapes))
+    module = source.template_of(model.cfg, one_device()).module(params)
+    assert relative_error(our_logits(module, IDS), logits) < TIGHT
+    assert relative_error(our_logits(model, IDS), logits) > 1e-3
+
+    with pytest.raises(UserError, match="name their model with --base"):
+        convert(tmp_path / "peft", tmp_path / "none")
+    with pytest.raises(UserError, match="leave out --base"):
+        convert(folder / "run", tmp_path / "none", to="hf", base=folder / "run")
+    note = tmp_path / "peft" / "adapter_config.json"
+    config = json.loads(note.read_text())
+    for change, message in [
+        ({"use_dora": True}, "use_dora is True"),
+        ({"target_modules": "all-linear"}, "as a list of layers"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "unknown LoRA target 'lm_head'"),
+        ({"r": 4}, r"lora_A.weight is \[5, 48\], expected \[4, 48\]"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "tensors too many"),
+    ]:
+        note.write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "peft", tmp_path / "none", base=folder / "run")
+    assert not (tmp_path / "none").exists()
+
+
 def test_merged_adapters_open_in_transformers(adapted):
     from transformers import LlamaForCausalLM
 

@@ -64,6 +64,7 @@ def test_a_tuned_model_answers_three_questions(tuned):
     assert right["named"] >= 0.95 and right["even"] >= 0.95 and right["next"] >= 0.80
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_go_through_peft_and_back(tuned, tmp_path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -71,7 +72,7 @@ def test_adapters_go_through_peft_and_back(tuned, tmp_path):
     convert(run, tmp_path / "hf", to="hf")
     base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf" / "llama")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "hf" / "lora")
-    theirs.save_pretrained(tmp_path / "saved")
+    theirs.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
     convert(tmp_path / "saved", tmp_path / "back", base=run)
 
     ours, back = load(run), load(tmp_path / "back")

@@ -49,6 +49,7 @@ def convert(
     to: Literal["jax", "emu", "hf"] = "jax",
     model_config: Path | None = None,
     tokenizer: Path | None = None,
+    base: Path | None = None,
     merge_lora: bool = False,
     overwrite: bool = False,
     mesh: Mesh | None = None,
@@ -56,13 +57,14 @@ def convert(
     """Converts a model; what `src` is, is recognised.
 
     Args:
-        src: a release folder, `Emu-instruct.pt`, or a run directory.
+        src: a release folder, `Emu-instruct.pt`, a run directory, or a peft folder.
         dst: what to write. With `to="emu"` it may be the name of a .pt file, when the model
             has no image decoder.
         to: a run directory, the release's own files, or folders for transformers, diffusers
             and peft.
         model_config: the release's model JSON; by default `Emu.json` beside the weights.
         tokenizer: a LLaMA tokenizer folder; by default `tokenizer/` beside the weights.
+        base: the model that a peft folder's adapters belong to.
         merge_lora: multiply the adapters into the kernels, in float32.
         overwrite: replace `dst` when it is done.
         mesh: where parameters pass through; by default all devices.
@@ -76,7 +78,9 @@ def convert(
     src, dst = Path(src), Path(dst)
     with report() as made, replacing(dst, overwrite) as temporary:
         mesh = mesh or make_mesh()
-        source = open_source(src, mesh, model_config=model_config, tokenizer=tokenizer)
+        source = open_source(
+            src, mesh, model_config=model_config, tokenizer=tokenizer, base=base and Path(base)
+        )
         if isinstance(source, Run) and to == "jax" and not merge_lora:
             raise UserError(f"{src} is a run directory already: say --to emu or --to hf")
         if merge_lora:

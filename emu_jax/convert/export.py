@@ -15,6 +15,7 @@ import numpy as np
 from emu_jax.config import EmuConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
 from emu_jax.convert import files, sizes
 from emu_jax.convert.source import Source, rows_of
+from emu_jax.convert.tables import peft_key
 
 Progress = Callable[[Source, str], Iterator[list[str]]]
 
@@ -208,10 +209,9 @@ def _place(key: str) -> tuple[str, str] | None:
         return tower, name
     if not key.startswith("decoder.lm.") or "stu_regress_head" in key:
         return None
-    name = key.removeprefix("decoder.lm.")
-    if ".lora_" in name:
-        return "lora", "base_model.model." + name.replace(".default.", ".")
-    return "llama", name
+    if ".lora_" in key:
+        return "lora", peft_key(key)
+    return "llama", key.removeprefix("decoder.lm.")
 
 
 @functools.cache

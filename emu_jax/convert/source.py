@@ -19,10 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from emu_jax import checkpoint
-from emu_jax.config import EmuConfig, UserError
+from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig, UserError
 from emu_jax.convert import files, sizes, tables
 from emu_jax.convert.files import Tensor
-from emu_jax.convert.tables import Row, Spelling
+from emu_jax.convert.tables import Row, Spelling, peft_key
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge
@@ -154,15 +154,28 @@ def template_of(cfg: EmuConfig, mesh: Mesh) -> Template:
 
 
 def open_source(
-    path: Path, mesh: Mesh, *, model_config: Path | None = None, tokenizer: Path | None = None
-) -> Source:
+    path: Path, mesh: Mesh, *, model_config: Path | None = None, tokenizer: Path | None = None,
+    base: Path | None = None,
+) -> Source:  # fmt: skip
     """Recognises what lies at `path`.
+
+    Args:
+        base: the model that a peft folder's adapters belong to.
 
     Raises:
         UserError: it is nothing that can be converted, or a part of it is missing or wrong.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    if (path / "adapter_config.json").is_file():
+        if base is None:
+            raise UserError(f"{path} has adapters alone: name their model with --base")
+        beneath = open_source(base, mesh, model_config=model_config, tokenizer=tokenizer)
+        return Adapted(path, beneath, mesh)
+    if base is not None:
+        raise UserError(
+            f"{path} is no peft folder (it has no adapter_config.json): leave out --base"
+        )
     if path.is_file():
         if path.suffix not in (".pt", ".bin", ".pth", ".safetensors"):
             raise UserError(f"{path}: expected a .pt file, a release folder or a run directory")
@@ -400,6 +413,81 @@ class Merged:
                 kernel = merge(kernel.astype(jnp.float32), a, b, self._lora)
                 kernel = jax.device_put(kernel, self.shapes[path].sharding)
             params[path] = kernel
+        return params
+
+
+# Of an adapter_config.json: what would change what the adapters compute.
+_PLAIN = {
+    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None),
+    "use_dora": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None), "layers_to_transform": (None,), "fan_in_fan_out": (False, None),
+}  # fmt: skip
+
+
+class Adapted:
+    """A source with the adapters of a peft folder, in place of its own if it has some.
+
+    Raises:
+        UserError: the folder cannot be read, or has other adapters than plain LoRA on LLaMA.
+    """
+
+    def __init__(self, folder: Path, base: Source, mesh: Mesh):
+        note = folder / "adapter_config.json"
+        values = sizes.read_json(note)
+        for name, plain in _PLAIN.items():
+            if name in values and values[name] not in plain:
+                raise UserError(f"{note}: {name} is {values[name]!r}; only {plain[0]!r} is known")
+        targets = values.get("target_modules")
+        try:
+            assert isinstance(targets, list)
+            order = list(LORA_TARGETS)
+            lora = LoraConfig(
+                rank=int(values["r"]), alpha=float(values["lora_alpha"]),
+                dropout=float(values.get("lora_dropout", 0.0)),
+                targets=tuple(sorted(targets, key=lambda t: order.index(t) if t in order else 99)),
+            )  # fmt: skip
+        except (AssertionError, KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{note} must have r, lora_alpha, and target_modules as a list of layers"
+            ) from None
+        self._base, theirs = base, base.cfg.llama.lora
+        llama = dataclasses.replace(base.cfg.llama, lora=lora)
+        self.cfg, self.tokenizer = dataclasses.replace(base.cfg, llama=llama), base.tokenizer
+        same = theirs is None or theirs.targets == lora.targets
+        self.layout, self.dead = (base.layout, base.dead) if same else (None, {})
+
+        opened, _ = files.open_tensors(files.find(folder, "adapter_model"))
+        found = {key: t for tensors in opened.values() for key, t in tensors.items()}
+        template = template_of(self.cfg, mesh)
+        self.shapes, self._rows = {}, {}
+        rows = {row.path: row for row in rows_of(self.cfg, template.shapes)}
+        for path, shape in template.shapes.items():
+            if not path.endswith((".lora_a", ".lora_b")):
+                self.shapes[path] = base.shapes[path]
+                continue
+            row = rows[path]
+            wanted = row.transform.release_shape(row.layer_shape(shape.shape))
+            keys = [peft_key(key) for key in row.keys]
+            for key in keys:
+                if key not in found or tuple(found[key].shape) != wanted:
+                    has = list(found[key].shape) if key in found else "missing"
+                    raise UserError(f"{folder}: {key} is {has}, expected {list(wanted)}")
+            self.shapes[path] = shape
+            self._rows[path] = row, [found.pop(key) for key in keys]
+        if found:
+            raise UserError(f"{folder} has {len(found)} tensors too many: {next(iter(found))}")
+
+    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        params = self._base.read([path for path in paths if path not in self._rows])
+        for path in paths:
+            if path in self._rows:
+                (row, tensors), shape = self._rows[path], self.shapes[path]
+                inner = row.layer_shape(shape.shape)
+
+                def layer(i: int, row=row, tensors=tensors, inner=inner) -> np.ndarray:
+                    return row.transform.from_release(tensors[i].read(), inner)
+
+                params[path] = assemble(row, shape, layer)
         return params
 
 

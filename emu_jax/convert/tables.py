@@ -113,6 +113,11 @@ class Spelling:
         )
 
 
+def peft_key(key: str) -> str:
+    """An adapter's tensor as peft names it in a folder of its own."""
+    return key.replace("decoder.lm.", "base_model.model.", 1).replace(".default.", ".")
+
+
 _OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _VAE_ATTENTION = re.compile(
     r"((?:vae:)?(?:en|de)coder\.mid_block\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)(\..*)"
