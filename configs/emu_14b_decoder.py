@@ -2,16 +2,17 @@
 frozen model regresses after a caption (paper, visual decoding).
 
     emu-jax train --config configs/emu_14b_decoder.py --workdir runs/emu_decoder \\
-        --config.init_from=runs/emu --config.data.root=DATA
+        --config.init_from=runs/emu
 
-DATA/train holds ArrayRecord files of pairs, laion_coco-*.array_record and
-laion_aesthetics-*.array_record, of captions of at most 150 characters. One context in ten is
-dropped to `<s>[IMG]`, which guidance takes as its unconditional one. What is frozen is kept in
+DATA holds WebDataset tars of pictures and captions of at most 150 characters. One context in ten
+is dropped to `<s>[IMG]`, which guidance takes as its unconditional one. What is frozen is kept in
 bfloat16 and is not saved again: checkpoints hold the U-Net, its average and its moments.
+docs/finetuning.md tells how conditions and latents are computed once.
 """
 
 from emu_jax.config import RematConfig, emu_14b
 from emu_jax.data.pipeline import DataConfig
+from emu_jax.data.sources import SourceConfig
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
 
 
@@ -22,7 +23,17 @@ def get_config():
             objective="decoder",
             model=emu_14b(),
             data=DataConfig(
-                mixture={"laion_coco": 7.0, "laion_aesthetics": 2.0},
+                tokenizer="runs/emu/tokenizer",
+                sources=(
+                    SourceConfig(
+                        name="laion_coco", format="webdataset", paths=("DATA/laion-coco/*.tar",),
+                        weight=7.0,
+                    ),
+                    SourceConfig(
+                        name="laion_aesthetics", format="webdataset",
+                        paths=("DATA/laion-aesthetics/*.tar",), weight=2.0,
+                    ),
+                ),
                 batch_size=1600,  # 50 rows, accumulated 4 times, on 8 GPUs of 4 nodes
                 row_tokens=192,
                 row_images=1,

@@ -190,6 +190,20 @@ def decoding(parent, **changes) -> TrainConfig:
     })  # fmt: skip
 
 
+def test_a_decoder_may_be_conditioned_on_the_picture_itself(parent):
+    cfg = decoding(parent)
+    data = dataclasses.replace(cfg.data, autoencode=1.0)
+    tokens = Tokenizer.load(parent[0] / "tokenizer")
+    with Batches(data, tokens, "contexts") as batches:
+        seen = [next(batches) for _ in range(4)]
+    shown = [(b["images"][n][b["image_valid"][n]], b["target"][n]) for b in seen for n in range(4)]
+    assert {len(pictures) for pictures, _ in shown} == {0, 1}  # some are dropped
+    for pictures, target in shown:
+        assert all(np.array_equal(picture, target) for picture in pictures)
+    with pytest.raises(UserError, match="autoencode"):
+        Batches(dataclasses.replace(data, autoencode=1.5), tokens, "contexts")
+
+
 @pytest.mark.slow
 def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch):
     devices = jax.devices()[:1]

@@ -54,6 +54,7 @@ class DataConfig:
     picture_first: float = 0.5  # how often a pair's picture comes before its words
     learn_img: bool = False  # score [IMG] as a text target
     drop_condition: float = 0.1  # how often the decoder's context is dropped
+    autoencode: float = 0.0  # how often, of the others, it is the picture itself
 
     augment: bool = False
     rotate: float = 15.0  # degrees, either way
@@ -95,6 +96,7 @@ class DataConfig:
             ("target_size", self.target_size >= 1, "be at least 1"),
             ("picture_first", 0 <= self.picture_first <= 1, "be in 0 .. 1"),
             ("drop_condition", 0 <= self.drop_condition <= 1, "be in 0 .. 1"),
+            ("autoencode", 0 <= self.autoencode <= 1, "be in 0 .. 1"),
             ("scale", 0 <= self.scale < 1, "be in 0 .. 1"),
             ("max_damaged_rate", 0 <= self.max_damaged_rate <= 1, "be in 0 .. 1"),
             ("decode_threads", self.decode_threads >= 0, "not be negative"),

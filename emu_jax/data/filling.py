@@ -238,11 +238,12 @@ class Filler:
     def _chosen(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], Part, bool]:
         """(what stands before a picture, the picture, whether more stood before it)."""
         dropped = rng.random() < self.cfg.drop_condition
+        itself = self.cfg.autoencode > 0 and rng.random() < self.cfg.autoencode
         # The words of a pair come before its picture: there is nothing else to draw from.
         parts = self.group.parts(drawn, picture_first=False)
         choices = [k for k, part in enumerate(parts) if part.size == PICTURE]
         chosen = choices[int(rng.random() * len(choices))]
-        before = [] if dropped else parts[:chosen]
+        before = [] if dropped else [parts[chosen]] if itself else parts[:chosen]
         sizes = [part.size for part in before]
         kept = truncate(
             sizes, tokens=self.cfg.row_tokens - 2, images=self.cfg.row_images,
