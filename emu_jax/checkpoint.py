@@ -197,7 +197,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory / "tokenizer")
 
 
-def load_module(directory: Path, build: Callable[[], nnx.Module], mesh: Mesh) -> nnx.Module:
-    """The module that `build()` makes, with the newest parameters of `directory`, sharded."""
+def load_module(
+    directory: Path, build: Callable[[], nnx.Module], mesh: Mesh, dtype: Any = jnp.float32
+) -> nnx.Module:
+    """The module that `build()` makes, with the newest parameters of `directory`, sharded, each
+    read into `dtype`: no wider copy is ever in memory."""
     template = Template(build, mesh)
-    return template.module(read_params(directory, template.shapes))
+    wanted = {
+        path: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
+        for path, shape in template.shapes.items()
+    }
+    return template.module(read_params(directory, wanted))

@@ -19,6 +19,7 @@ from emu_jax import config
 from emu_jax.data.video import frame_indices
 from emu_jax.generate import image, mixed, prompt, text
 from emu_jax.generate.api import Emu, GenerationConfig, load
+from emu_jax.generate.safety import find_checker
 from emu_jax.models import emu as models
 from emu_jax.sharding import Template, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
@@ -695,5 +696,63 @@ def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
     assert sharded.generate_text("one two") == loaded.generate_text("one two")
     assert relative_error(sharded.regress(["ten"]), small.regress(["ten"])) < 1e-5
     rough = load(tmp_path, dtype=jnp.bfloat16)
+    assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(nnx.state(rough.model)))
     ours = rough.regress(["one two"]).astype(jnp.float32)
     assert relative_error(ours, small.regress(["one two"])) < 0.1
+
+
+@pytest.mark.slow
+def test_seeds_reproduce_on_every_mesh(model, words, small):
+    """Sampled text and continuations exactly, pictures to one level of 255."""
+    sample = {"num_beams": 1, "do_sample": True, "temperature": 0.7, "max_new_tokens": 7, "seed": 3}
+    drawing = DRAW | {"seeds": 5, "guidance": 3.0}
+    prompts = ["one", [picture(0), "two"], "three"]
+    text = small.generate_ids(MIXED_PROMPTS, **sample)
+    drawn = small.generate_images(prompts, **drawing)
+    mixed_sample = {k: v for k, v in sample.items() if k != "num_beams"} | DRAW
+    parts = small.completions(prompts, **mixed_sample)
+    template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=-1))
+    params = template.params(model)
+    for shape in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}):
+        mesh = make_mesh(**shape)
+        place = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), mesh)
+        sharded = Emu(place.module(jax.device_put(params, place.shardings)), words, mesh=mesh)
+        np.testing.assert_array_equal(sharded.generate_ids(MIXED_PROMPTS, **sample), text)
+        again = sharded.generate_images(prompts, **drawing)
+        assert np.abs(again.astype(int) - drawn).max() <= 1
+        for ours, theirs in zip(sharded.completions(prompts, **mixed_sample), parts, strict=True):
+            for p, q in zip(ours, theirs, strict=True):
+                assert p == q if isinstance(p, str) else np.abs(p.astype(int) - q).max() <= 1
+
+
+def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
+    """diffusers' own: what it finds is black, the rest is as it was painted."""
+    import torch
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    assert find_checker(tmp_path) is None and "has no safety checker" in caplog.text
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1}  # fmt: skip
+    vision = tiny | {"image_size": 16, "patch_size": 8}
+    clip = CLIPConfig(text_config=tiny, vision_config=vision, projection_dim=6)
+    checker = StableDiffusionSafetyChecker(clip).eval()
+    pictures = small.generate_images(["one", "two", "three"], **DRAW, seeds=1)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    with torch.no_grad():
+        seen = processor(list(pictures), return_tensors="pt").pixel_values
+        embedding = checker.visual_projection(checker.vision_model(seen)[1])
+        # One concept, which is the second picture.
+        checker.concept_embeds.copy_(embedding[1].expand_as(checker.concept_embeds))
+        checker.concept_embeds_weights.fill_(0.99999)
+        checker.special_care_embeds_weights.fill_(10.0)
+    folder = tmp_path / "release" / "files"
+    checker.save_pretrained(folder / "safety_checker")
+    processor.save_pretrained(folder / "feature_extractor")
+
+    emu = Emu(small.model, small.tokenizer)
+    emu.safety = find_checker(tmp_path)
+    looked = emu.generate_images(["one", "two", "three"], **DRAW, seeds=1)
+    assert pictures[1].any() and not looked[1].any()
+    np.testing.assert_array_equal(looked[[0, 2]], pictures[[0, 2]])
+    assert "found something in 1 pictures" in caplog.text

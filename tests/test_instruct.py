@@ -26,7 +26,7 @@ from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parent.parent
 DEMO = Path(os.environ.get("EMU_JAX_DEMO", ROOT / "runs" / "demo"))

@@ -34,7 +34,7 @@ from emu_jax.sharding import Template, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 
 pytest.importorskip("starlette")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parent.parent
 DEMO = Path(os.environ.get("EMU_JAX_DEMO", ROOT / "runs" / "demo"))

@@ -34,6 +34,7 @@ from emu_jax.data.images import normalize_images
 from emu_jax.generate import image, mixed, text
 from emu_jax.generate.image import ImageConfig
 from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pad
+from emu_jax.generate.safety import Checker, find_checker
 from emu_jax.generate.text import TRACES, Plan, Rules, TextConfig, bucket
 from emu_jax.models import emu as models
 from emu_jax.tokenizer import USER, Tokenizer
@@ -88,14 +89,17 @@ def load(
         batch_size: rows that are computed at once.
 
     Raises:
-        UserError: the directory is no checkpoint, or a part of it cannot be read.
+        UserError: the directory is no checkpoint, a part of it cannot be read, or it has a safety
+            checker, which torch is missing for.
     """
     directory = Path(directory)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     if not (directory / "config.json").is_file() and is_release(directory):
         model, tokenizer = load_release(directory, mesh)
-        return Emu(model, tokenizer, mesh=mesh, dtype=dtype, batch_size=batch_size)
+        emu = Emu(model, tokenizer, mesh=mesh, dtype=dtype, batch_size=batch_size)
+        emu.safety = find_checker(directory) if emu.paints else None
+        return emu
     cfg = checkpoint.load_config(directory)
     tokenizer = checkpoint.load_tokenizer(directory)
     defaults = GenerationConfig()
@@ -107,9 +111,11 @@ def load(
     def build() -> models.Emu:
         return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
-    model = checkpoint.load_module(directory, build, mesh)
+    model = checkpoint.load_module(directory, build, mesh, dtype)
     assert isinstance(model, models.Emu)
-    return Emu(model, tokenizer, defaults=defaults, mesh=mesh, dtype=dtype, batch_size=batch_size)
+    emu = Emu(model, tokenizer, defaults=defaults, mesh=mesh, dtype=dtype, batch_size=batch_size)
+    emu.safety = find_checker(directory) if emu.paints else None
+    return emu
 
 
 class Emu:
@@ -123,6 +129,7 @@ class Emu:
         cfg: the model's configuration.
         tokenizer: its tokenizer.
         defaults: settings that a call does not name.
+        safety: looks at pictures after they are painted (`generate.safety`), if it is not None.
     """
 
     def __init__(
@@ -138,6 +145,7 @@ class Emu:
         if self.dtype != jnp.float32:
             self._params = jax.tree.map(lambda a: a.astype(self.dtype), self._params)
         self._unconditional: Float[Array, "N D"] | None = None
+        self.safety: Checker | None = None
 
     @property
     def model(self) -> models.Emu:
@@ -301,7 +309,7 @@ class Emu:
                     cfg.steps, cfg.method,
                 )  # fmt: skip
             out[which] = np.asarray(painted)[: len(which)]
-        return out
+        return out if self.safety is None else self.safety(out)
 
     def _uncond(self, negative: Parts | None) -> Float[Array, "N D"]:
         if negative is not None:
