@@ -46,7 +46,7 @@ class FakeEmu:
                 raise RuntimeError("inside")
             if part == "mistake":
                 raise UserError("too long: shorten it")
-            yield part if isinstance(part, str) else f"{type(part).__name__} {part.size}"
+            yield part if isinstance(part, str) else f"picture {part.size}"
         yield f"{settings}"
 
     def generate_image(self, prompt, seed=0, **settings):
@@ -122,7 +122,7 @@ def test_an_answer_comes_in_lines(emu):
         ("/", None, {"method": "GET"}),
     )
     assert status == 200 and lines(body) == [
-        {"text": "Image (8, 6)"}, {"text": "what?"},
+        {"text": "picture (8, 6)"}, {"text": "what?"},
         {"text": "{'max_new_tokens': 7, 'seed': 3}"}, {"done": True},
     ]  # fmt: skip
     assert b"default-src 'self'" in headers[b"content-security-policy"]

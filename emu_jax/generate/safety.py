@@ -37,7 +37,6 @@ def find_checker(directory: Path) -> Checker | None:
 
 def _load(folder: Path) -> Checker:
     try:
-        import torch
         from diffusers.pipelines.stable_diffusion.safety_checker import (
             StableDiffusionSafetyChecker,
         )
@@ -54,9 +53,8 @@ def _load(folder: Path) -> Checker:
 
     def check(pictures: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
         seen = processor(list(pictures), return_tensors="pt").pixel_values
-        with torch.no_grad():
-            # It blackens what it is given; whether it found something is all that is asked.
-            _, found = model(images=[p / 255 for p in pictures], clip_input=seen)
+        # It blackens what it is given; whether it found something is all that is asked.
+        _, found = model(images=[p / 255 for p in pictures], clip_input=seen)
         if any(found):
             log.warning("the safety checker found something in %d pictures", sum(found))
         return np.where(np.asarray(found)[:, None, None, None], np.uint8(0), pictures)
