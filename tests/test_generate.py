@@ -711,7 +711,7 @@ def test_seeds_reproduce_on_every_mesh(model, words, small):
     drawn = small.generate_images(prompts, **drawing)
     mixed_sample = {k: v for k, v in sample.items() if k != "num_beams"} | DRAW
     parts = small.completions(prompts, **mixed_sample)
-    template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=-1))
+    template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     params = template.params(model)
     for shape in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}):
         mesh = make_mesh(**shape)
@@ -747,7 +747,7 @@ def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
         checker.concept_embeds.copy_(embedding[1].expand_as(checker.concept_embeds))
         cosines = torch.nn.functional.cosine_similarity(embedding, embedding[1:2])
         nearest = max(cosines[0], cosines[2])
-        assert nearest < 0.99
+        assert nearest < 0.995
         checker.concept_embeds_weights.fill_((1 + nearest) / 2)
         checker.special_care_embeds_weights.fill_(10.0)
     folder = tmp_path / "release" / "files"

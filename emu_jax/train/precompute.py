@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from emu_jax.config import UserError
 from emu_jax.data.latents import LatentWriter, finish
-from emu_jax.sharding import batch_sharding, make_mesh
+from emu_jax.sharding import batch_sharding
 from emu_jax.train import loop, parents
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import Batch, DecoderObjective
@@ -44,7 +44,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         raise UserError(f"{rows} rows: give at least 1")
     loop.check(cfg)
     loop.initialize_distributed()
-    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    mesh = loop.mesh_for(cfg)
     count, index = jax.process_count(), jax.process_index()
     data = dataclasses.replace(cfg.data, drop_condition=0.0)
     with jax.set_mesh(mesh):
