@@ -79,8 +79,7 @@ class MetricLogger:
         assert self._file is not None
         self._file.write(_line({"stage": self.stage, "step": step, "time": now} | row))
         self._file.flush()
-        for name, value in row.items():
-            self._events.add_scalar(name, value, step, walltime=now)
+        self._write_event(step, now, row)
         self._show(step, row, now)
 
     def close(self) -> None:
@@ -96,21 +95,13 @@ class MetricLogger:
         self._file = None
 
     def _open(self, step: int, now: float) -> None:
-        # Imported late: it brings torch along where that is installed.
-        from tensorboardX import SummaryWriter
-
         self.workdir.mkdir(parents=True, exist_ok=True)
         start = step - 1 if self.start_step is None else self.start_step
         path = self.workdir / METRICS_FILE
         if path.exists():
             _keep(path, lambda row: row["stage"] != self.stage or row["step"] <= start)
         self._file = path.open("a")
-        self._events = SummaryWriter(
-            str(self.workdir / "tensorboard" / self.stage),
-            purge_step=start + 1 if start > 0 else None,
-            flush_secs=10,
-            filename_suffix=f".{time.time_ns()}",  # else named by the second
-        )
+        self._events = self._open_events(now, start)
         # Rates count from the first row: what is before it is mostly compilation.
         self._first = self._last = step, now
         self._shown, self._unshown = -math.inf, ""
@@ -122,6 +113,31 @@ class MetricLogger:
                 total=self.total_steps, initial=step, desc=self.stage, unit="step",
                 dynamic_ncols=True, smoothing=0.1,
             )  # fmt: skip
+
+    def _open_events(self, now: float, start: int) -> Any:
+        # Imported late: it brings torch along where that is installed. What tensorboardX writes
+        # with by itself is a thread that ends when the disk is full, and a queue that then
+        # blocks whoever adds to it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+        folder = self.workdir / "tensorboard" / self.stage
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = f".{time.time_ns()}"  # else named by the second
+        events = EventsWriter(str(folder / "events"), suffix)
+        if start > 0:  # readers drop what an earlier process wrote beyond
+            log = SessionLog(status=SessionLog.START)
+            events.write_event(Event(wall_time=now, step=start + 1, session_log=log))
+        return events
+
+    def _write_event(self, step: int, now: float, row: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        event = Event(wall_time=now, step=step, summary=Summary(value=values))
+        self._events.write_event(event)
+        self._events.flush()
 
     def _show(self, step: int, row: Mapping[str, float], now: float) -> None:
         losses = {k: v for k, v in row.items() if k == "loss" or k.endswith("_loss")}

@@ -48,10 +48,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None
         try:
             self.wait()
             self._checkpointer.close()
         except UserError as error:
+            failed = True
             if kind is None:
                 raise
             print(error, file=sys.stderr)  # beside what ended the run
@@ -59,6 +61,8 @@ class Checkpoints:
             self._remover.shutdown()
             del self._checkpointer  # and what it holds of a failure
             self._stack.close()
+            if failed:
+                self._remove_leftovers()
 
     def newest(self, before: int = sys.maxsize) -> int | None:
         """The newest complete step before another, as the first process sees it."""
@@ -223,7 +227,7 @@ def _one_line_for_a_failure() -> Iterator[None]:
     Orbax logs its traceback from each thread that it passes. And it reads and writes arrays side
     by side: when one fails, the errors of the others are nobody's, and Python prints each.
     """
-    hook, logger = sys.unraisablehook, logging.getLogger("absl")
+    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
     failed = False
 
     def without_strays(stray: Any) -> None:
@@ -239,12 +243,14 @@ def _one_line_for_a_failure() -> Iterator[None]:
         return not record.exc_info
 
     sys.unraisablehook = without_strays
-    logger.addFilter(without_tracebacks)
+    for logger in loggers:
+        logger.addFilter(without_tracebacks)
     try:
         yield
         if failed:
             time.sleep(0.5)  # what was written beside it ends soon
             gc.collect()
     finally:
-        logger.removeFilter(without_tracebacks)
+        for logger in loggers:
+            logger.removeFilter(without_tracebacks)
         sys.unraisablehook = hook
