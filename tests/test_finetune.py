@@ -24,6 +24,7 @@ from emu_jax.tokenizer import Tokenizer
 from emu_jax.train import parents
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, digits_data
 from emu_jax.train.config_file import load_config
+from emu_jax.train.flops import train_flops
 from emu_jax.train.loop import Trainer, train
 from emu_jax.train.optimizer import schedule
 from emu_jax.train.precompute import precompute
@@ -265,3 +266,9 @@ def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, mon
     save_json(model, run / "config.json")
     with pytest.raises(UserError, match="has adapters of its own"):
         parents.adopt(tuning(parent, init_from=str(run)), tmp_path)
+
+
+def test_the_work_of_a_decoder_on_latents_is_the_denoisers_alone(parent):
+    cfg = decoding(parent)
+    whole, denoiser = train_flops(cfg), train_flops(dataclasses.replace(cfg, latents="latents"))
+    assert 0 < denoiser.total < whole.total

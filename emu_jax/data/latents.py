@@ -37,13 +37,13 @@ class _Listing:
     model: EmuConfig  # that computed them, its denoiser left out
     rows: int
 
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one condition, and of one picture's latents."""
-        vae = self.model.vae
-        assert vae is not None
-        side = vae.sample_size // vae.downscale
-        condition = (self.model.cformer.n_causal, self.model.llama.width)
-        return condition, (side, side, vae.latent_channels)
+
+def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of one condition, and of one picture's latents."""
+    assert model.vae is not None
+    side = model.vae.sample_size // model.vae.downscale
+    condition = (model.cformer.n_causal, model.llama.width)
+    return condition, (side, side, model.vae.latent_channels)
 
 
 class LatentWriter:
@@ -101,7 +101,7 @@ class LatentBatches(Iterator[Batch]):
             raise UserError(
                 f"{folder} has {len(self._records)} rows, not {listing.rows}: precompute it again"
             )
-        self._condition, self._latents = listing.shapes()
+        self._condition, self._latents = latent_shapes(model)
         self._unconditional = np.load(folder / "unconditional.npy").astype(_DTYPE)
         self._order: Any = (
             grain.MapDataset.source(range(listing.rows)).seed(cfg.seed).shuffle().repeat(None)

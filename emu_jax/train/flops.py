@@ -19,7 +19,6 @@ import jax
 from flax import nnx
 
 from emu_jax.config import EmuConfig, RematConfig
-from emu_jax.data.pipeline import batch_shapes
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import get_objective
 from emu_jax.train.optimizer import group_of
@@ -138,7 +137,7 @@ def _traced(cfg: TrainConfig) -> float:
     arrays = {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in flat.items()}
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype)
-        for name, (shape, dtype) in batch_shapes(cfg.data, objective.batch_kind).items()
+        for name, (shape, dtype) in objective.batch_shapes(cfg).items()
     }
     jaxpr = jax.make_jaxpr(jax.grad(loss))(
         {p: v for p, v in arrays.items() if p in learns},

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, UserError, suggest
 from emu_jax.data.images import normalize_images
-from emu_jax.data.latents import LatentBatches
-from emu_jax.data.pipeline import Batches, Kind
+from emu_jax.data.latents import LatentBatches, latent_shapes
+from emu_jax.data.pipeline import Batches, Kind, batch_shapes
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import Llama
@@ -64,6 +64,10 @@ class Objective(ABC):
     def targets(self, module: Any, batch: Batch) -> Metrics:
         """How many targets the loss is a mean over, where that is not the number of rows."""
         return {}
+
+    def batch_shapes(self, cfg: TrainConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """(shape, dtype) of each array of a global batch."""
+        return batch_shapes(cfg.data, self.batch_kind)
 
     def batches(self, cfg: TrainConfig, tokenizer: Tokenizer) -> Batches | LatentBatches:
         """This process's share of the data."""
@@ -301,6 +305,16 @@ class DecoderObjective(Objective):
         if cfg.latents:
             return Painter(cfg, rngs)
         return Emu(cfg.model, remat=cfg.remat, rngs=rngs)
+
+    def batch_shapes(self, cfg: TrainConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
+        if not cfg.latents:
+            return super().batch_shapes(cfg)
+        rows = cfg.data.batch_size
+        condition, latents = latent_shapes(cfg.model)
+        return {
+            "condition": ((rows, *condition), jnp.bfloat16),
+            "latents": ((rows, *latents), jnp.bfloat16),
+        }
 
     def batches(self, cfg: TrainConfig, tokenizer: Tokenizer) -> Batches | LatentBatches:
         if not cfg.latents:
