@@ -23,6 +23,21 @@ from emu_jax.config import UserError, suggest
 Run = Callable[[argparse.Namespace], "dict[str, Any]"]
 
 
+def _local_path(text: str) -> Path:
+    """The type of every flag that names a file or folder here.
+
+    Raises:
+        argparse.ArgumentTypeError: it is an address, which `Path` would make a folder of this
+            directory ("gs:/...").
+    """
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no local path: mount the bucket, with Cloud Storage FUSE for one, and "
+            "give the mounted path (docs/launch.md)"
+        )
+    return Path(text)
+
+
 # A verb declares its flags on the parser and returns what runs it: a function of the parsed
 # arguments that returns the JSON object. It imports what it calls only when it is called, so
 # that `--help` is quick.
@@ -30,7 +45,7 @@ Run = Callable[[argparse.Namespace], "dict[str, Any]"]
 
 def demo(parser: argparse.ArgumentParser) -> Run:
     """train Emu on handwritten digits and write a page of what it learned"""
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--workdir", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
         "--validation", action="store_true",
@@ -49,8 +64,8 @@ def demo(parser: argparse.ArgumentParser) -> Run:
 def train(parser: argparse.ArgumentParser) -> Run:
     """train a model as a config file says, or go on from where a run stopped"""
     parser.usage = "%(prog)s --config configs/X.py --workdir DIR [--config.a.b=VALUE ...] [--json]"
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", type=_local_path, required=True, metavar="FILE")
+    parser.add_argument("--workdir", type=_local_path, required=True, metavar="DIR")
     parser.epilog = "--config.a.b=VALUE overrides one key of the config; it may be repeated."
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,8 +91,8 @@ def precompute(parser: argparse.ArgumentParser) -> Run:
     parser.usage = (
         "%(prog)s --config configs/X.py --out DIR --rows N [--config.a.b=VALUE ...] [--json]"
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", type=_local_path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=_local_path, required=True, metavar="DIR")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="documents to read")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,18 +111,18 @@ def precompute(parser: argparse.ArgumentParser) -> Run:
 
 def generate(parser: argparse.ArgumentParser) -> Run:
     """continue a sequence of text and pictures"""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
         "--output", choices=("text", "image", "auto"), default="auto",
         help="auto (the default): both, as the model decides",
     )  # fmt: skip
     parser.add_argument(
-        "--save", type=Path, default=Path("emu.png"), metavar="FILE",
+        "--save", type=_local_path, default=Path("emu.png"), metavar="FILE",
         help="the picture; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
-        "--batch", type=Path, metavar="FILE",
+        "--batch", type=_local_path, metavar="FILE",
         help="many prompts: a JSON list of PARTs on each line; one JSON list of answers a line",
     )  # fmt: skip
     parser.add_argument(
@@ -144,25 +159,25 @@ def generate(parser: argparse.ArgumentParser) -> Run:
 def convert(parser: argparse.ArgumentParser) -> Run:
     """convert a release to a run directory, or back, or for other libraries"""
     parser.add_argument(
-        "src", type=Path, metavar="SRC",
+        "src", type=_local_path, metavar="SRC",
         help="a release folder, Emu-instruct.pt, a run directory, or a peft folder (with --base)",
     )  # fmt: skip
-    parser.add_argument("dst", type=Path, metavar="DST")
+    parser.add_argument("dst", type=_local_path, metavar="DST")
     parser.add_argument(
         "--to", choices=("jax", "emu", "hf"), default="jax",
         help="a run directory (the default), the release's own files, or folders for "
         "transformers, diffusers and peft",
     )  # fmt: skip
     parser.add_argument(
-        "--model-config", type=Path, metavar="FILE",
+        "--model-config", type=_local_path, metavar="FILE",
         help="the release's model JSON (default: Emu.json beside the weights)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR",
+        "--tokenizer", type=_local_path, metavar="DIR",
         help="a LLaMA tokenizer folder (default: tokenizer/ beside the weights)",
     )  # fmt: skip
     parser.add_argument(
-        "--base", type=Path, metavar="DIR", help="the model of a peft folder's adapters"
+        "--base", type=_local_path, metavar="DIR", help="the model of a peft folder's adapters"
     )
     parser.add_argument(
         "--merge-lora", action="store_true", help="multiply adapters into the weights, in float32"
@@ -186,21 +201,24 @@ def convert(parser: argparse.ArgumentParser) -> Run:
 
 def init(parser: argparse.ArgumentParser) -> Run:
     """make a fresh Emu from LLaMA, EVA-CLIP and Stable Diffusion"""
-    parser.add_argument("dst", type=Path, metavar="DST")
+    parser.add_argument("dst", type=_local_path, metavar="DST")
     parser.add_argument(
-        "--llama", type=Path, required=True, metavar="DIR", help="a transformers folder"
+        "--llama", type=_local_path, required=True, metavar="DIR", help="a transformers folder"
     )
     parser.add_argument(
-        "--eva-clip", type=Path, required=True, metavar="FILE", help="EVA-CLIP's .pt file"
+        "--eva-clip", type=_local_path, required=True, metavar="FILE", help="EVA-CLIP's .pt file"
     )
-    parser.add_argument("--sd", type=Path, required=True, metavar="DIR", help="a diffusers folder")
     parser.add_argument(
-        "--model-config", type=Path, metavar="FILE",
+        "--sd", type=_local_path, required=True, metavar="DIR", help="a diffusers folder"
+    )
+    parser.add_argument(
+        "--model-config", type=_local_path, metavar="FILE",
         help="the release's model JSON (default: that of the 14B model)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="a LLaMA tokenizer folder (default: --llama)"
-    )
+        "--tokenizer", type=_local_path, metavar="DIR",
+        help="a LLaMA tokenizer folder (default: --llama)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
 
@@ -223,9 +241,9 @@ def init(parser: argparse.ArgumentParser) -> Run:
 
 def verify(parser: argparse.ArgumentParser) -> Run:
     """compare a checkpoint with what the released code computed"""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
-        "--golden", type=Path, required=True, metavar="DIR",
+        "--golden", type=_local_path, required=True, metavar="DIR",
         help="a folder that tools/record_golden.py wrote",
     )  # fmt: skip
 
@@ -297,8 +315,8 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
 def data_inspect(parser: argparse.ArgumentParser) -> Run:
     """write a page of what a training run would read, with figures of packing and speed"""
     parser.usage = "%(prog)s --config configs/X.py [--config.a.b=VALUE ...] [--out FILE] [--json]"
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
+    parser.add_argument("--config", type=_local_path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=_local_path, default=Path("inspect.html"), metavar="FILE")
     parser.add_argument("--rows", type=int, default=6, metavar="N", help="shown (default: 6)")
     parser.add_argument(
         "--documents", type=int, default=1000, metavar="N",
@@ -360,7 +378,7 @@ def _built(dst: str, result: dict[str, Any]) -> str:
 
 def serve(parser: argparse.ArgumentParser) -> Run:
     """serve a local web page for chat and drawing"""
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--checkpoint", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS",
         help="where to listen (default: 127.0.0.1, this machine alone)",
@@ -397,7 +415,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         "%(prog)s --config configs/X.py --topology v5p:4x4x8 [--slices N] [--for PROGRAM] "
         "[--sweep] [--config.a.b=VALUE ...] [--json]"
     )
-    parser.add_argument("--config", type=Path, metavar="FILE")
+    parser.add_argument("--config", type=_local_path, metavar="FILE")
     parser.add_argument(
         "--topology", default="", metavar="CHIP:AxB[xC]",
         help="a slice of TPU chips; with --sweep, several with commas between",
@@ -416,8 +434,9 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         "--no-scaling", action="store_true", help="with --sweep: settings alone, no scaling curves"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/plan"), metavar="DIR", help="of a sweep's files"
-    )
+        "--out", type=_local_path, default=Path("runs/plan"), metavar="DIR",
+        help="of a sweep's files",
+    )  # fmt: skip
     parser.add_argument(
         "--calibrate", action="store_true",
         help="predict published runs instead, and show the error",

@@ -3,15 +3,21 @@
 #
 #   launch/gke.sh pool --name emu --cluster pods --location us-east5-a --topology v5p:4x4x8 --spot
 #   launch/gke.sh run --name emu --topology v5p:4x4x8 --spot \
-#     --image "$IMAGE" -- \
-#     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
+#     --image "$IMAGE" --bucket my-bucket -- \
+#     --config configs/emu_14b.py --workdir /bucket/emu_14b
 #
 #   pool   makes a node pool for each slice    stop    lets training save and end
 #   run    (re)starts training                 delete  removes the node pools: they cost until then
 #   tail   follows the first host's log        yaml    prints the JobSet
 # The same options may stand with every verb; --dry-run prints what would be run. The cluster has
 # JobSet installed, and kubectl points to it: docs/launch.md. JobSet starts everything again when
-# a host fails or is preempted; preemptions do not count as failures. Environment:
+# a host fails or is preempted; preemptions do not count as failures.
+#
+# --bucket is mounted in every pod, at /bucket if it names no other place: by the cluster's Cloud
+# Storage FUSE driver, as the pods' Kubernetes service account. docs/launch.md says how to make the
+# bucket, which has to have a hierarchical namespace, and how to let that account use it.
+#
+# Environment:
 #   GRACE     seconds that training has to save and end when it is stopped (default: 300)
 #   RESTARTS  failures, preemptions aside, after which JobSet gives up (default: 10)
 #   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
@@ -23,10 +29,11 @@ source "$root/lib.sh"
 source "$root/flags.sh"
 
 usage="launch/gke.sh [--dry-run] pool|run|tail|stop|delete|yaml --name NAME
-         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--spot | --reservation R]
+         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--bucket NAME[:/MOUNT/POINT]]
+         [--spot | --reservation R]
          --cluster C --location ZONE [--project P] [--namespace N] [--service-account A]
          -- TRAIN_ARGUMENT..."
-options='name topology slices image reservation cluster location project namespace service-account'
+options='name topology slices image bucket reservation cluster location project namespace service-account'
 switches='dry-run spot'
 parse "$@"
 need name
@@ -86,7 +93,8 @@ yaml() {
   hardware
   need image
   need_train
-  local word args='' variable spot=''
+  read_bucket
+  local word args='' variable spot='' annotations='' mounts='' volumes=''
   for word in train "${train[@]}"; do
     args+="
                     - $(yaml_string "$word")"
@@ -94,6 +102,24 @@ yaml() {
   variable=$(flags_variable "$generation" "$slices")
   [[ -z ${option[spot]:-} ]] || spot='
                 cloud.google.com/gke-spot: "true"'
+  # The limits are those of the container that mounts: none, so that checkpoints of any size pass.
+  # Nothing that is known of a file is kept: another host may have changed it.
+  [[ -z $bucket ]] || annotations='
+            metadata:
+              annotations:
+                gke-gcsfuse/volumes: "true"
+                gke-gcsfuse/cpu-limit: "0"
+                gke-gcsfuse/memory-limit: "0"
+                gke-gcsfuse/ephemeral-storage-limit: "0"' mounts="
+                  volumeMounts: [{name: bucket, mountPath: $mount_point}]" volumes="
+              volumes:
+                - name: bucket
+                  csi:
+                    driver: gcsfuse.csi.storage.gke.io
+                    volumeAttributes:
+                      bucketName: $(yaml_string "$bucket")
+                      mountOptions: implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+                      hostNetworkPodKSA: \"true\""
   cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -122,7 +148,7 @@ spec:
               - action: FailJob
                 onPodConditions:
                   - type: DisruptionTarget
-          template:
+          template:$annotations
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: ${GRACE:-300}
@@ -148,7 +174,7 @@ spec:
                   securityContext: {privileged: true, runAsUser: 0}  # the chips' device files
                   ports: [{containerPort: 8471}, {containerPort: 8080}, {containerPort: 8482}]
                   resources:
-                    limits: {google.com/tpu: 4}
+                    limits: {google.com/tpu: 4}$mounts$volumes
 END
 }
 

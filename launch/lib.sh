@@ -47,10 +47,28 @@ need() {
   for name; do [[ -n ${option[$name]:-} ]] || usage "$verb needs --$name"; done
 }
 
-# Ends the script unless there are arguments for `emu-jax train`.
+# Ends the script unless there are arguments for `emu-jax train`, and a workdir that it takes.
 need_train() {
   [[ -n $given && ${#train[@]} -gt 0 ]] ||
     usage "$verb needs the arguments of emu-jax train after --"
+  local word before=''
+  for word in "${train[@]}"; do
+    [[ $before != --workdir ]] || word=--workdir=$word
+    [[ $word != --workdir=*://* ]] ||
+      usage "the workdir is '${word#*=}': give a path on a mounted bucket (docs/launch.md)"
+    before=$word
+  done
+}
+
+# Reads --bucket into `bucket` and `mount_point`, which are empty without it.
+read_bucket() {
+  bucket=${option[bucket]:-} mount_point=''
+  [[ -n $bucket ]] || return 0
+  [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+(:(/[A-Za-z0-9._-]+)+)?$ ]] ||
+    usage "--bucket is '$bucket': make it my-bucket or my-bucket:/mount/point"
+  [[ $bucket != *:* ]] || mount_point=${bucket#*:}
+  # shellcheck disable=SC2034 # the scripts use it
+  bucket=${bucket%%:*} mount_point=${mount_point:-/bucket}
 }
 
 # The option `$1`, or `$2` without it; a whole number from 1 up.

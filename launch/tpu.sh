@@ -2,8 +2,8 @@
 # Trains on Cloud TPU slices, got through queued resources, in a container on every host:
 #
 #   launch/tpu.sh train --name emu --zone us-east5-a --topology v5p:4x4x8 --spot \
-#     --image "$IMAGE" -- \
-#     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
+#     --image "$IMAGE" --bucket my-bucket -- \
+#     --config configs/emu_14b.py --workdir /bucket/emu_14b
 #
 # `train` is the whole life of a run: it asks for the slices, starts the command on every host,
 # and does so again whenever they are preempted or the run fails, until training has ended. It
@@ -14,7 +14,12 @@
 # With --delete, `train` gives the slices back once training has ended or failed for good. The
 # same options may stand with every verb; --dry-run prints what would be run. Cloud TPU itself
 # lays out the chips: of --topology it is told the number alone. tpu7x is not served there: see
-# launch/gke.sh. Environment:
+# launch/gke.sh.
+#
+# --bucket is mounted on every host and in the container, at /bucket if it names no other place.
+# docs/launch.md says how to make the bucket: it has to have a hierarchical namespace.
+#
+# Environment:
 #   GRACE     seconds that training has to save and end when it is stopped (default: 300)
 #   POLL      seconds between two looks at the slices (default: 60)
 #   RESTARTS  failures, preemptions aside, after which `train` gives up (default: 10)
@@ -27,10 +32,11 @@ source "$root/lib.sh"
 source "$root/flags.sh"
 
 usage="launch/tpu.sh [--dry-run] train|create|run|tail|stop|state|delete --name NAME --zone ZONE
-         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--spot | --reserved] [--delete]
+         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--bucket NAME[:/MOUNT/POINT]]
+         [--spot | --reserved] [--delete]
          [--project P] [--network N] [--subnetwork N] [--service-account A] [--runtime-version V]
          -- TRAIN_ARGUMENT..."
-options='name zone topology slices image project network subnetwork service-account runtime-version'
+options='name zone topology slices image bucket project network subnetwork service-account runtime-version'
 switches='dry-run spot reserved delete'
 parse "$@"
 need name zone
@@ -82,18 +88,38 @@ on_hosts() {
     "--command=$2"
 }
 
+# The shell command that mounts the bucket at the mount point of a host, which gets gcsfuse first
+# where it has none. Whatever an earlier run has mounted there goes: it may be of another bucket,
+# or dead. Nothing that is known of a file is kept: another host may have changed it.
+mount_bucket() {
+  local packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/gcsfuse.asc
+  echo "{ command -v gcsfuse >/dev/null || {" \
+    "curl -fsS $packages/doc/apt-key.gpg | sudo tee $key >/dev/null &&" \
+    "echo \"deb [signed-by=$key] $packages gcsfuse-\$(lsb_release -cs) main\" |" \
+    "sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null &&" \
+    "sudo apt-get -o DPkg::Lock::Timeout=300 -qq update &&" \
+    "sudo apt-get -o DPkg::Lock::Timeout=300 -qq install gcsfuse; }; } &&" \
+    "{ sudo umount --lazy $mount_point 2>/dev/null || true; } &&" \
+    "sudo mkdir -p $mount_point && sudo gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0" \
+    "--metadata-cache-negative-ttl-secs=0 $bucket $mount_point && "
+}
+
 # On every host: whatever ran before saves and makes room, then the container is started. It is
 # root, to whom the chips' device files belong.
 start() {
   hardware
   need image
   need_train
+  read_bucket
   local image=${option[image]} remote container
   local registry=${image%%/*}
   container=(sudo docker run --detach --name emu-jax --pull always --privileged --user root
     --network host --stop-timeout "${GRACE:-300}" --env "JAX_NUM_PROCESSES=$((hosts * slices))"
-    --env "$(flags_variable "$generation" "$slices")" "$image" train "${train[@]}")
+    --env "$(flags_variable "$generation" "$slices")")
+  [[ -z $bucket ]] || container+=(--volume "$mount_point:$mount_point")
+  container+=("$image" train "${train[@]}")
   remote="rm -f emu-jax.stopped; { sudo docker stop emu-jax; sudo docker rm emu-jax; } >/dev/null 2>&1; "
+  [[ -z $bucket ]] || remote+=$(mount_bucket)
   [[ $registry != *.* || $registry == "$image" ]] ||
     remote+="sudo gcloud auth configure-docker --quiet $(quote "$registry") && "
   on_hosts all "$remote$(quote "${container[@]}")"
@@ -187,6 +213,7 @@ case $verb in
     hardware
     need image
     need_train
+    read_bucket
     status=0
     if [[ ${option[dry-run]:-} ]]; then
       create

@@ -2,12 +2,17 @@
 # Trains on the TPU slices of a GKE cluster that xpk made, which queues the runs of a team:
 #
 #   launch/xpk.sh run --name emu --cluster pods --zone us-east5-a --topology v5p:4x4x8 \
-#     --image "$IMAGE" -- \
-#     --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
+#     --image "$IMAGE" --storage emu -- \
+#     --config configs/emu_14b.py --workdir /bucket/emu_14b
 #
 #   run    queues training    tail  follows the first host's log    stop  lets it save and end
 # The same options may stand with every verb; --dry-run prints what would be run. For a cluster
-# without xpk, which these may share, see launch/gke.sh. Environment:
+# without xpk, which these may share, see launch/gke.sh.
+#
+# --storage is the name that `xpk storage attach` gave to a bucket; it is mounted where that said.
+# docs/launch.md has the command.
+#
+# Environment:
 #   GRACE     seconds that training has to save and end when it is stopped (default: 300)
 #   RESTARTS  restarts, after failures and preemptions, until it gives up (default: 50)
 #   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
@@ -19,9 +24,9 @@ source "$root/lib.sh"
 source "$root/flags.sh"
 
 usage="launch/xpk.sh [--dry-run] run|tail|stop --name NAME --cluster C --zone ZONE
-         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--project P] [--priority P]
-         -- TRAIN_ARGUMENT..."
-options='name cluster zone topology slices image project priority'
+         --topology GENERATION:SHAPE [--slices N] --image IMAGE [--storage NAME]
+         [--project P] [--priority P] -- TRAIN_ARGUMENT..."
+options='name cluster zone topology slices image storage project priority'
 switches='dry-run'
 parse "$@"
 need name cluster zone
@@ -40,10 +45,13 @@ case $verb in
       v6e) tpu=v6e-$chips ;;
       tpu7x) tpu=tpu7x-$shape ;;
     esac
+    storage=()
+    [[ -z ${option[storage]:-} ]] || storage=("--storage=${option[storage]}")
     # 1: a crash. What a signal ends, 128 and up, xpk restarts without being told. `exec`, so that
     # the SIGTERM which xpk passes on reaches training.
     run xpk workload create "${at[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
       "--docker-image=${option[image]}" "--priority=${option[priority]:-medium}" \
+      "${storage[@]}" \
       "--max-restarts=${RESTARTS:-50}" --restart-on-exit-codes=1 \
       "--termination-grace-period-seconds=${GRACE:-300}" \
       "--env=JAX_NUM_PROCESSES=$((hosts * slices))" \

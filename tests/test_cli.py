@@ -93,6 +93,13 @@ def test_no_verb_and_unknown_verbs(run):
         (("generate", "--checkpoint", "d"), "give the PARTs of one prompt, or --batch FILE"),
         (("generate", "--checkpoint", "d", "--batch", "f", "x"), "or --batch FILE"),
         (("generate", "--checkpoint", "d", "--output", "song", "x"), "'song'"),
+        (
+            ("train", "--config", "c", "--workdir", "gs://b/x"),
+            "--workdir: gs://b/x is no local path",
+        ),
+        (("serve", "--checkpoint=gs://b/x"), "--checkpoint: gs://b/x is no local path"),
+        (("plan", "--out", "s3://b/x"), "--out: s3://b/x is no local path"),
+        (("convert", "d", "gs://b/x"), "DST: gs://b/x is no local path"),
     ],
 )
 def test_mistakes_in_flags(run, arguments, message):

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,7 @@ def test_every_script_has_a_golden_file():
 
 TPU = ("tpu.sh", "train", "--name=emu", "--zone=z")
 GKE = ("gke.sh", "yaml", "--name=emu")
+V6E = (*GKE, "--topology=v6e:4x4", "--image=i")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,11 @@ GKE = ("gke.sh", "yaml", "--name=emu")
         (("tpu.sh", "train", "again"), "what is 'again'?"),
         (("tpu.sh", "resume", "--name=emu", "--zone=z"), ""),
         ((*GKE, *TRAIN), "yaml needs --topology"),
+        ((*V6E, "--bucket=gs://b", *TRAIN), "--bucket is 'gs://b'"),
+        ((*V6E, "--bucket=my-bucket:x", *TRAIN), "make it my-bucket or my-bucket:/mount/point"),
+        ((*V6E, "--bucket=my-bucket:", *TRAIN), "--bucket is 'my-bucket:'"),
+        ((*V6E, "--", "--workdir", "gs://b/x"), "the workdir is 'gs://b/x': give a path on a"),
+        ((*V6E, "--", "--workdir=gs://b/x"), "the workdir is 'gs://b/x'"),
         (("gke.sh", "yaml", "--name=My_Run"), "--name is 'My_Run'"),
         (("gke.sh", "pool", "--name=emu", "--topology=v6e:4x4"), "pool needs --cluster"),
         (("gke.sh", "run", "--name=emu", "--topology=v6e:4x4"), "run needs --image"),
@@ -325,6 +332,64 @@ def test_stopped_by_hand_is_not_started_again(supervise):
 )
 def test_gives_the_slices_back_when_told_to(supervise, ends, did):
     assert supervise("ACTIVE", f"running 0,{ends}", delete=True, RESTARTS="1")[1] == did
+
+
+# Unmounting fails where nothing is mounted, and removing a container where there is none.
+SUDO = """
+case "$*" in
+  umount*) echo "umount: not mounted" >&2; exit 32 ;;
+  "docker rm"*) exit 1 ;;
+  "$BROKEN"*) exit 1 ;;
+  tee*) cat > /dev/null ;;
+esac
+"""
+MOUNT = [
+    "umount --lazy /bucket",
+    "mkdir -p /bucket",
+    "gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "
+    "my-bucket /bucket",
+]
+
+
+@pytest.fixture
+def on_a_host(stand_ins):
+    """`launch/tpu.sh run --bucket my-bucket` where a host does what it is told: the exit status
+    and what was run as root, in order. `broken` is the one of these that fails."""
+
+    def run(*, gcsfuse: bool, broken: str = "none") -> tuple[int, list[str]]:
+        told = 'for word; do [[ $word != --command=* ]] || eval "${word#--command=}"; done'
+        programs = {"gcloud": told, "curl": "", "lsb_release": "echo jammy", "sudo": SUDO}
+        if gcsfuse:
+            programs["gcsfuse"] = ""
+        done = stand_ins.run(
+            programs, ROOT / "launch" / "tpu.sh", "run", "--name=emu", "--zone=z",
+            "--topology=v5p:4x4x8", "--image=i", "--bucket=my-bucket", *TRAIN, BROKEN=broken,
+        )  # fmt: skip
+        calls = [call.removeprefix("sudo ") for call in stand_ins.calls() if call[:5] == "sudo "]
+        return done.returncode, calls
+
+    return run
+
+
+def test_bucket_is_mounted_between_two_containers(on_a_host):
+    status, (stop, remove, *mount, container) = on_a_host(gcsfuse=True)
+    assert (status, stop, remove) == (0, "docker stop emu-jax", "docker rm emu-jax")
+    assert mount == MOUNT
+    assert container.startswith("docker run ") and " --volume /bucket:/bucket i train" in container
+
+
+@pytest.mark.skipif(bool(shutil.which("gcsfuse")), reason="this machine has gcsfuse")
+def test_hosts_without_gcsfuse_get_it(on_a_host):
+    status, (_, _, *commands, container) = on_a_host(gcsfuse=False)
+    assert status == 0 and container.startswith("docker run ")
+    assert [command.split()[0] for command in commands[:-3]] == ["tee", "tee", "apt-get", "apt-get"]
+    assert commands[-3:] == MOUNT
+
+
+def test_no_training_without_the_bucket(on_a_host):
+    status, commands = on_a_host(gcsfuse=True, broken="gcsfuse")
+    assert status == 1
+    assert commands[-1] == MOUNT[-1]
 
 
 # launch/gke.sh
