@@ -257,6 +257,23 @@ def test_the_network_by_hand():
     assert network.seconds(hop)[0] == pytest.approx(1e9 / 50e9)
 
 
+def test_sums_over_slices_go_through_the_runtime():
+    """As XLA hands them over: a send of what the slice has summed, for each device."""
+    text = (
+        "ENTRY %m (a: f32[64,8,128]) -> f32[64,8,128] {\n"
+        "  %a = f32[64,8,128]{2,1,0} parameter(0)\n"
+        "  %t = token[] after-all()\n"
+        "  %send = (f32[64,8,128]{2,1,0}, u32[], token[]) send(%a, %t), channel_id=2, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}\n'
+        "}\n"
+    )
+    counts = hlo.count(text)
+    assert counts.dcn_bytes == 64 * 8 * 128 * 4
+    topology = Topology.parse("v5e:4x4", 4)
+    t = times(counts, Network(topology, [(0, 0)], [0]))
+    assert t.dcn == pytest.approx(2 * 3 / 4 * counts.dcn_bytes / CHIPS["v5e"].dcn_bandwidth)
+
+
 def test_bounds_of_a_roofline():
     counts = hlo.Counts(flops=197e12, hbm_bytes=400e9)
     counts.instructions = [(197e12, 80e9, 1.0), (0.0, 320e9, 1.0)]

@@ -90,6 +90,8 @@ class Counts:
     collectives: dict[Collective, float] = dataclasses.field(  # times each runs
         default_factory=lambda: defaultdict(float)
     )
+    # Handed to the runtime that sums over slices: what a device's own slice has summed.
+    dcn_bytes: float = 0.0
     host_bytes: float = 0.0  # moved to and from the host's memory
     unknown: set[str] = dataclasses.field(default_factory=set)
 
@@ -167,6 +169,8 @@ class _Walk:
             if channel not in seen:
                 self.counts.collectives[collective] += times
             seen.add(channel)
+        if one.op == "send" and "megascale" in one.attributes:
+            self.counts.dcn_bytes += one.arrays[0].bytes * times
         flops = self.flops(body, one)
         if one.op in _COLLECTIVES or one.op.startswith(("send", "recv")):
             return  # its time is the network's

@@ -262,13 +262,16 @@ def kept_bytes(trainer: Trainer, batch: Any) -> float:
 
 
 def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, float]]:
-    """{mesh axes: {kind of collective: bytes of one step}}; axes joined by `+`."""
+    """{mesh axes: {kind of collective: bytes of one step}}; axes joined by `+`. `slices` is what
+    each device hands over to be summed with other slices."""
     places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for collective, often in counts.collectives.items():
         where = places[list(collective.group)]
         axes = [name for n, name in enumerate(MESH_AXES) if len(set(where[:, n].tolist())) > 1]
         table["+".join(axes) or "none"][collective.kind] += collective.bytes * often
+    if counts.dcn_bytes:
+        table["slices"]["all-reduce"] = counts.dcn_bytes
     return {axes: dict(kinds) for axes, kinds in table.items()}
 
 

@@ -119,6 +119,8 @@ def times(counts: Counts, network: Network) -> Times:
     for collective, often in counts.collectives.items():
         one = network.seconds(collective)
         ici, dcn = ici + one[0] * often, dcn + one[1] * often
+    slices = network.topology.slices
+    dcn += 2 * (slices - 1) / slices * counts.dcn_bytes / (chip.dcn_bandwidth / chip.devices)
     return Times(
         compute=counts.flops / peak,
         hbm=counts.hbm_bytes / bandwidth,
