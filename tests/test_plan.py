@@ -162,7 +162,9 @@ HloModule jit_step, is_scheduled=true
   %one = bf16[1,128,128]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice
   %whole = bf16[128,128]{1,0} all-gather(%one), channel_id=1, replica_groups=[2,2]<=[4]
   %again = bf16[8,128]{1,0} fusion(%x, %whole), kind=kOutput, calls=%product
-  %next = (s32[], bf16[8,128], bf16[4,128,128]) tuple(%i, %again, %w)
+  %step = s32[] constant(2)
+  %j = s32[] add(%i, %step)
+  ROOT %next = (s32[], bf16[8,128], bf16[4,128,128]) tuple(%j, %again, %w)
 }
 
 %slice (p0: bf16[4,128,128], p1: s32[]) -> bf16[1,128,128] {
@@ -179,7 +181,7 @@ HloModule jit_step, is_scheduled=true
 
 %condition (param.1: (s32[], bf16[8,128], bf16[4,128,128])) -> pred[] {
   %param.1 = (s32[], bf16[8,128], bf16[4,128,128]) parameter(0)
-  %bound = s32[]{:T(128)} constant(4)
+  %bound = s32[]{:T(128)} constant(7)
   %j = s32[] get-tuple-element(%param.1), index=0
   ROOT %less = pred[] compare(%j, %bound), direction=LT
 }
@@ -197,7 +199,7 @@ ENTRY %main (a: bf16[8,128], b: bf16[4,128,128]) -> bf16[8,128] {
 
 def test_a_module_counted_by_hand():
     counts = hlo.count(MODULE)
-    assert counts.flops == 4 * 2 * 8 * 128 * 128  # the loop's body, four times
+    assert counts.flops == 4 * 2 * 8 * 128 * 128  # the loop's body, four times: 0, 2, 4, 6
     # Each turn: a slice of the stack and its number read, the slice written; then the matrix and
     # x read, and the product written.
     matrix, row = 128 * 128 * 2, 8 * 128 * 2

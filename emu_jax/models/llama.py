@@ -106,7 +106,8 @@ class LlamaAttention(nnx.Module):
         )
         rope = self.cfg.rope_theta, self.cfg.rope_dtype
         q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
-        return keep(q, QKV), keep(k, QKV), keep(v, QKV)
+        heads = lambda x: keep(shard(x, "batch", None, "heads", None), QKV)  # noqa: E731
+        return heads(q), heads(k), heads(v)
 
     def attend(self, q, k, v, dropout_key=None, **how) -> Float[Array, "B T D"]:
         """`how`: masks and backend, as `attention` takes them."""
@@ -127,8 +128,8 @@ class LlamaMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None
     ) -> Float[Array, "B T D"]:
-        gate = adapted(self.gate_proj, x, dropout_key, 4)
-        up = adapted(self.up_proj, x, dropout_key, 5)
+        gate = shard(adapted(self.gate_proj, x, dropout_key, 4), "batch", None, "mlp")
+        up = shard(adapted(self.up_proj, x, dropout_key, 5), "batch", None, "mlp")
         return adapted(self.down_proj, jax.nn.silu(gate) * up, dropout_key, 6)
 
 

@@ -53,8 +53,9 @@ _32B = dataclasses.replace(_16B, width=8192)
 PUBLISHED = (
     Published("MaxText 16B", "v5e:16x16", 0.6110, 6, "full", _16B),
     Published("MaxText 32B", "v5e:16x16", 0.6686, 4, "full", _32B),
-    # MaxText's "minimal" keeps the output of every product, which is "dots" here.
-    Published("MaxText 32B", "v5p:4x4x4", 0.7147, 6, "dots", _32B, tensor=4),
+    # MaxText's "minimal" keeps more products, with the residual stream split over `tensor`; here
+    # that stream is whole, and the MLP's products do not fit beside it.
+    Published("MaxText 32B", "v5p:4x4x4", 0.7147, 6, "minimal", _32B, tensor=4),
 )
 
 
@@ -69,7 +70,7 @@ def calibrate() -> list[dict[str, Any]]:
         half = 6.0 * cfg.data.batch_size * llama.layers * inner * tokens**2
         full = (report["model_flops"] + half) / report["model_flops"]
         row = {"run": run.name, "topology": run.topology, "published": run.mfu, "report": report}
-        if report["fits"]:
+        if "seconds" in report:
             overlap, serial = (full * report[f"mfu_{bound}"] for bound in ("overlap", "serial"))
             row |= {
                 "mfu_overlap": overlap, "mfu_serial": serial,
@@ -84,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["run          topology   published  no overlap (error)  overlap (error)"]
     for row in rows:
         line = f"{row['run']:12} {row['topology']:10} {row['published']:9.3f}"
-        if not row["report"]["fits"]:
+        if "mfu_serial" not in row:
             lines.append(f"{line}  does not fit")
             continue
         for bound in ("serial", "overlap"):

@@ -148,19 +148,24 @@ class _Walk:
                 self.one(body, one, times, seen)
 
     def turns(self, loop: Instruction) -> float:
-        """How often a loop runs: what its counter, which starts at 0, is compared with."""
+        """How often a loop runs. Its counter starts at 0, is compared with a constant, and grows
+        by another: 2 where XLA multiplies pieces as they arrive from both sides of a ring."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return float(known[1])
         condition = self.computations[_bare(loop.attribute("condition"))]
-        bounds = [
-            int(found[1]) for one in condition.values()
-            if one.op == "constant" and (found := re.match(r"(\d+)\)", one.attributes))
-        ]  # fmt: skip
-        if len(bounds) != 1:
-            self.counts.unknown.add(f"the turns of {loop.name}")
-            return 1.0
-        return float(bounds[0])
+        body = self.computations[_bare(loop.attribute("body"))]
+        bounds = [value for one in condition.values() if (value := _constant(one)) is not None]
+        counters = [one for one in condition.values() if one.op == "get-tuple-element"]
+        if len(bounds) == len(counters) == 1:
+            place = int(counters[0].attribute("index") or 0)
+            root = next(one for one in body.values() if one.root)
+            grown = body.get(root.operands[place]) if root.op == "tuple" else None
+            if grown is not None and grown.op == "add":
+                steps = [_constant(body[name]) for name in grown.operands if name in body]
+                return math.ceil(bounds[0] / max(step or 0 for step in steps))
+        self.counts.unknown.add(f"the turns of {loop.name}")
+        return float(bounds[0]) if len(bounds) == 1 else 1.0
 
     def one(self, body: Computation, one: Instruction, times: float, seen: set[str]) -> None:
         if one.op in _FREE:
@@ -418,6 +423,12 @@ def first_group(text: str, attributes: str = "") -> tuple[int, ...]:
         index = tuple(slice(None) if name in names else 0 for name, _ in axes)
         return tuple(np.asarray(grid[index]).flatten().tolist())
     raise ValueError(f"replica groups in a form that is not known: {text[:80]!r}")
+
+
+def _constant(one: Instruction) -> int | None:
+    """The value of a scalar integer constant."""
+    found = re.match(r"(\d+)\)", one.attributes) if one.op == "constant" else None
+    return int(found[1]) if found else None
 
 
 def _iota(shape: str, permutation: str | None) -> np.ndarray:
