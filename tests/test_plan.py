@@ -201,9 +201,9 @@ def test_a_module_counted_by_hand():
     counts = hlo.count(MODULE)
     assert counts.flops == 4 * 2 * 8 * 128 * 128  # the loop's body, four times: 0, 2, 4, 6
     # Each turn: a slice of the stack and its number read, the slice written; then the matrix and
-    # x read, and the product written.
+    # x read, and the product written; and the counter's three numbers.
     matrix, row = 128 * 128 * 2, 8 * 128 * 2
-    assert counts.hbm_bytes == 4 * (2 * matrix + 4 + matrix + 2 * row)
+    assert counts.hbm_bytes == 4 * (2 * matrix + 4 + matrix + 2 * row + 12)
     ((collective, often),) = counts.collectives.items()
     assert collective == hlo.Collective("all-gather", matrix, (0, 1)) and often == 4
     assert not counts.unknown
