@@ -336,6 +336,7 @@ def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
 # --- The full-size release -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_release_and_the_way_back(run_dir, tmp_path):
     """The steps of docs/conversion.md."""
     rng = np.random.default_rng(0)
