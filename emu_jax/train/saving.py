@@ -109,7 +109,7 @@ class Checkpoints:
             UserError: it has failed.
         """
         self._attempt(self._checkpointer.check_for_errors)
-        if self._lead and self._saving in self._steps():
+        if self._saving is not None and (self.workdir / str(self._saving)).is_dir():
             self._saved()
 
     def wait(self) -> None:
