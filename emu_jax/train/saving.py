@@ -8,7 +8,6 @@ import logging
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -225,7 +224,8 @@ def _one_line_for_a_failure() -> Iterator[None]:
     """Silences what else is said of a failure that `_attempt` has put into one line.
 
     Orbax logs its traceback from each thread that it passes. And it reads and writes arrays side
-    by side: when one fails, the errors of the others are nobody's, and Python prints each.
+    by side: when one fails, the errors of the others are nobody's, and Python prints each when it
+    finds them. So after a failure the silence stays.
     """
     hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
     failed = False
@@ -247,10 +247,8 @@ def _one_line_for_a_failure() -> Iterator[None]:
         logger.addFilter(without_tracebacks)
     try:
         yield
-        if failed:
-            time.sleep(0.5)  # what was written beside it ends soon
-            gc.collect()
     finally:
-        for logger in loggers:
-            logger.removeFilter(without_tracebacks)
-        sys.unraisablehook = hook
+        if not failed:  # else its echoes come until the process ends
+            for logger in loggers:
+                logger.removeFilter(without_tracebacks)
+            sys.unraisablehook = hook
