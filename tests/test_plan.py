@@ -16,7 +16,7 @@ from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
 from emu_jax.plan import hlo
 from emu_jax.plan.roofline import Network, times
-from emu_jax.plan.sweep import draw, markdown
+from emu_jax.plan.sweep import draw, markdown, sweep
 from emu_jax.sharding import Template, choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
@@ -338,6 +338,46 @@ def test_sweep_table_and_plot(tmp_path):
         [report(), report(chips=32, topology="v5e:4x8"), report(curve="strong")], tmp_path / "x.png"
     )
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """The compiler replaced by a rule: what the sweep tries, keeps, chooses, scales and draws."""
+    asked = []
+
+    def pretend(cfg, topology):
+        asked.append((str(topology), topology.slices, cfg.remat.llama, cfg.data.batch_size))
+        rows = cfg.data.batch_size / topology.chips
+        fits = rows * {"dots": 4, "minimal": 2, "full": 1}[cfg.remat.llama] <= 4
+        again = {"dots": 1.0, "minimal": 1.2, "full": 1.3}[cfg.remat.llama]
+        seconds = rows * again + 0.5  # what does not grow with rows is shared by more of them
+        mesh = {"data": 1, "fsdp": cfg.mesh.fsdp, "tensor": 1}
+        made = report(
+            topology=str(topology), slices=topology.slices, chips=topology.chips, fits=fits,
+            mesh=mesh, rows_per_chip=rows, step_seconds_overlap=seconds,
+            step_seconds_serial=seconds, remat={"llama": cfg.remat.llama},
+        )  # fmt: skip
+        return {key: value for key, value in made.items() if key != "curve"}
+
+    monkeypatch.setattr("emu_jax.plan.sweep.plan", pretend)
+    monkeypatch.setattr("emu_jax.plan.sweep._ways", lambda cfg, topology: 16)
+    pairs = [(config("emu_100m"), Topology.parse("v5e:4x4"))]
+    found = sweep(pairs, tmp_path, scaling=True)
+    # Dots fit one row a chip, 1.5 s a row; minimal two, 1.45; full four, 1.425.
+    best = found["best"]["v5e:4x4"]
+    assert (best["remat"]["llama"], best["rows_per_chip"]) == ("full", 4)
+    curves = [r for r in json.loads((tmp_path / "sweep.json").read_text()) if r["curve"]]
+    weak = {(r["chips"], r["rows_per_chip"]) for r in curves if r["curve"] == "weak"}
+    assert weak == {(16, 4), (64, 4), (128, 4), (256, 4), (512, 4)}
+    assert {r["chips"] for r in curves if r["curve"] == "strong"} == {16, 64}  # 64 rows
+    assert "| full | 4 |" in (tmp_path / "sweep.md").read_text()
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+    before = len(asked)
+    assert sweep(pairs, tmp_path, scaling=True)["best"] == found["best"]
+    assert len(asked) == before  # all was kept
+    monkeypatch.setattr("emu_jax.plan.sweep.plan", lambda *_: {**pretend(*_), "fits": False})
+    with pytest.raises(UserError, match="no setting fits v5e:2x2"):
+        sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=False)
 
 
 def plan_cli(*arguments: str, timeout: int = 1200) -> subprocess.CompletedProcess:
