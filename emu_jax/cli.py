@@ -469,6 +469,8 @@ def plan(parser: argparse.ArgumentParser) -> Run:
             result = sweep(pairs, args.out, scaling=not args.no_scaling)
             if not args.json:
                 print((args.out / "sweep.md").read_text())
+                for name, best in result["best"].items():
+                    print(f"best on {name}:\n{planning.summary(best)}")
             return result
         if len(topologies) > 1:
             raise UserError("several topologies are for --sweep: give one")
