@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import threading
@@ -16,7 +17,8 @@ pytest.importorskip("starlette")
 
 from emu_jax.config import UserError
 from emu_jax.serve.app import make_app
-from emu_jax.serve.requests import Limits
+from emu_jax.serve.requests import Limits, Refused
+from emu_jax.serve.worker import Worker
 
 LIMITS = Limits(
     body_bytes=200_000, body_seconds=0.5, parts=5, text_characters=50, pictures=3, pixels=10_000,
@@ -46,6 +48,8 @@ class FakeEmu:
                 raise RuntimeError("inside")
             if part == "mistake":
                 raise UserError("too long: shorten it")
+            if isinstance(part, list):
+                part = f"{len(part)} frames"
             yield part if isinstance(part, str) else f"picture {part.size}"
         yield f"{settings}"
 
@@ -163,6 +167,9 @@ HOSTILE = {
     "a strange format": (chat({"picture": png(format="PPM")}), 400, "none of PNG"),
     "a bomb": (chat({"picture": bomb()}), 413, "more than 10000 pixels"),
     "too many pixels": (chat({"picture": png((101, 100))}), 413, "101x100 pixels"),
+    "too many pixels together": (
+        chat({"picture": png((80, 80))}, {"picture": png((80, 50))}), 413, "10000 in all",
+    ),
     "too many pictures": (chat(*[{"picture": png()}] * 4), 413, "more than 3 pictures"),
     "too many parts": (chat(*[{"text": "a"}] * 6), 413, "more than 5 parts"),
     "too much text": (chat({"text": "a" * 51}), 413, "more than 50 characters"),
@@ -227,6 +234,9 @@ def test_too_many_wait_and_none_too_long(emu):
         await asyncio.sleep(0.2)
         status, body, headers = await client("/api/chat", chat({"text": "b"}))
         assert status == 429 and "3 requests wait already" in body and headers[b"retry-after"]
+        # There is no place for its pictures either: they are not even looked at.
+        status, _, _ = await client("/api/chat", chat({"picture": "no picture"}))
+        assert status == 429
         late = await asyncio.gather(*waiting)
         assert {status for status, _, _ in late} == {504}
         emu.hold.set()
@@ -235,6 +245,51 @@ def test_too_many_wait_and_none_too_long(emu):
         assert status == 200 and lines(body)[0] == {"text": "c"}
 
     asyncio.run(run())
+
+
+def test_a_late_answer_never_ends_as_done():
+    def answer():
+        time.sleep(0.1)
+        yield "late"
+
+    async def run():
+        worker = Worker(1, 0.05)
+        ticket = worker.reserve()
+        worker.submit(ticket, answer)
+        await asyncio.to_thread(worker.close)
+        ticket.deadline += 60  # who asked sees all that the worker said
+        with pytest.raises(Refused) as refused:
+            assert [part async for part in ticket.parts()]
+        assert refused.value.status == 504
+
+    asyncio.run(run())
+
+
+def test_a_request_may_be_addressed_in_ipv6(emu):
+    headers = {"host": "[::1]:8000"}
+    ((status, _, _),) = ask(emu, ("/api/about", None, {"method": "GET", "headers": headers}))
+    assert status == 200
+
+
+def test_frames_of_a_video_count_together(emu):
+    def video(side):
+        av = pytest.importorskip("av")
+        file = io.BytesIO()
+        with av.open(file, "w", "mp4") as container:
+            stream = container.add_stream("mpeg4", rate=4)
+            stream.width = stream.height = side
+            frame = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return chat({"video": base64.b64encode(file.getvalue()).decode()})
+
+    limits = dataclasses.replace(LIMITS, pictures=8)
+    asked = [("/api/chat", video(side), {}) for side in (32, 64)]
+    fits, larger = ask(emu, *asked, limits=limits)
+    assert fits[0] == 200 and lines(fits[1])[0] == {"text": "8 frames"}
+    assert larger[0] == 413 and "64x64 pixels in 8 frames: at most 10000 in all" in larger[1]
+    ((status, body, _),) = ask(emu, asked[0])
+    assert status == 413 and "more than 3 pictures" in body
 
 
 def test_answers_are_not_mixed_up(emu):

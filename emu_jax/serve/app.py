@@ -33,7 +33,7 @@ from emu_jax.serve.worker import Ticket, Worker
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # the last as a request spells it
 _PAGE = Path(__file__).parent / "page"
 _HEADERS = {
     # The page's own files alone, and pictures that it made or was sent.
@@ -52,8 +52,13 @@ def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Sta
     def answering(parse: Callable[[bytes, Limits], Asked], answer: Callable[[Emu, Asked], Any]):
         async def endpoint(request: Request) -> Response:
             body = await _body(request, limits)
-            asked = await run_in_threadpool(parse, body, limits)
-            ticket = worker.submit(lambda: answer(emu, asked))
+            ticket = worker.reserve()  # before anything is decoded
+            try:
+                asked = await run_in_threadpool(parse, body, limits)
+            except BaseException:
+                worker.release()
+                raise
+            worker.submit(ticket, lambda: answer(emu, asked))
             # The first part decides the status.
             parts = ticket.parts()
             first = [part async for part in _take_one(parts)]
@@ -108,7 +113,8 @@ def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
     hosts = LOOPBACK if host in LOOPBACK else ("*",)
     if hosts == ("*",):
         log.warning("whoever reaches %s may use this server: it asks nobody who they are", host)
-    log.info("emu-jax serves %s at http://%s:%d", checkpoint, host, port)
+    address = f"[{host}]" if ":" in host else host
+    log.info("emu-jax serves %s at http://%s:%d", checkpoint, address, port)
     uvicorn.run(
         make_app(emu, limits, hosts), host=host, port=port, log_level="warning",
         limit_concurrency=8 * limits.waiting, timeout_keep_alive=5, server_header=False,

@@ -19,6 +19,7 @@ from PIL import Image
 
 from emu_jax.config import UserError
 from emu_jax.data.images import open_image
+from emu_jax.data.video import FRAMES
 from emu_jax.generate.prompt import Part, open_video
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
@@ -35,7 +36,7 @@ class Limits:
     parts: int = 64
     text_characters: int = 8000  # of all texts together
     pictures: int = 16  # and frames of videos
-    pixels: int = 25_000_000  # of each picture or frame
+    pixels: int = 25_000_000  # of all pictures and frames together
     new_tokens: int = 256
     steps: int = 100  # of sampling
     waiting: int = 16  # requests that are being answered or wait
@@ -139,7 +140,7 @@ class _Room:
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self.count, self.characters, self.pictures = 0, 0, 0
+        self.count, self.characters, self.pictures, self.pixels = 0, 0, 0, 0
 
     def parts(self, given: Any) -> list[Part]:
         if not isinstance(given, list) or not given:
@@ -183,13 +184,13 @@ class _Room:
 
     def video(self, value: str) -> list[Image.Image]:
         content = self._file(value, "video")
-        self._fits(*_video_size(content))
+        size = _video_size(content)
+        self._more(FRAMES - 1)
+        self._fits(*size, FRAMES)
         try:
-            frames = open_video(content, "video")
+            return open_video(content, "video")
         except UserError:
             raise Refused(400, "a video cannot be read") from None
-        self._more(len(frames) - 1)
-        return frames
 
     def _file(self, value: str, kind: str) -> bytes:
         self._more(1)
@@ -203,9 +204,11 @@ class _Room:
         if self.pictures > self.limits.pictures:
             raise Refused(413, f"more than {self.limits.pictures} pictures and frames")
 
-    def _fits(self, width: int, height: int) -> None:
-        if width * height > self.limits.pixels:
-            raise Refused(413, f"{width}x{height} pixels: at most {self.limits.pixels}")
+    def _fits(self, width: int, height: int, frames: int = 1) -> None:
+        self.pixels += width * height * frames
+        if self.pixels > self.limits.pixels:
+            size = f"{width}x{height} pixels" + (f" in {frames} frames" if frames > 1 else "")
+            raise Refused(413, f"{size}: at most {self.limits.pixels} in all")
 
 
 def _video_size(content: bytes) -> tuple[int, int]:

@@ -21,8 +21,9 @@ Answer = Callable[[], Iterator[Any]]  # parts of an answer, as they come
 class Ticket:
     """A place in the line, and what comes of it."""
 
-    def __init__(self, answer: Answer, seconds: float):
-        self.answer, self.deadline = answer, time.monotonic() + seconds
+    def __init__(self, seconds: float):
+        self.deadline = time.monotonic() + seconds
+        self.answer: Answer = lambda: iter(())
         self.gone = threading.Event()  # nobody waits any more
         self._loop = asyncio.get_running_loop()
         self._parts: asyncio.Queue[Any] = asyncio.Queue()
@@ -43,7 +44,7 @@ class Ticket:
                 try:
                     part = await asyncio.wait_for(self._parts.get(), left)
                 except TimeoutError:
-                    raise Refused(504, "this took too long: ask for less, or later") from None
+                    raise _late() from None
                 if part is _END:
                     return
                 if isinstance(part, Refused):
@@ -56,6 +57,10 @@ class Ticket:
 _END = object()
 
 
+def _late() -> Refused:
+    return Refused(504, "this took too long: ask for less, or later")
+
+
 class Worker:
     """Answers tickets in their order. At most `waiting` are in hand or in line."""
 
@@ -66,8 +71,9 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="emu-jax-serve", daemon=True)
         self._thread.start()
 
-    def submit(self, answer: Answer) -> Ticket:
-        """
+    def reserve(self) -> Ticket:
+        """A place in the line, to `submit` or to `release`.
+
         Raises:
             Refused: too many wait already.
         """
@@ -75,9 +81,16 @@ class Worker:
             if self._in_hand >= self._waiting:
                 raise Refused(429, f"{self._waiting} requests wait already: try again later")
             self._in_hand += 1
-        ticket = Ticket(answer, self._seconds)
+        return Ticket(self._seconds)
+
+    def release(self) -> None:
+        """Gives up a place that was not submitted."""
+        with self._lock:
+            self._in_hand -= 1
+
+    def submit(self, ticket: Ticket, answer: Answer) -> None:
+        ticket.answer = answer
         self._line.put(ticket)
-        return ticket
 
     def close(self) -> None:
         self._line.put(None)
@@ -89,8 +102,7 @@ class Worker:
                 self._answer(ticket)
             except RuntimeError as error:  # the server's loop has ended
                 log.debug("an answer was not taken: %s", error)
-            with self._lock:
-                self._in_hand -= 1
+            self.release()
 
     def _answer(self, ticket: Ticket) -> None:
         end: Any = _END
@@ -98,7 +110,10 @@ class Worker:
             if not ticket.gone.is_set():
                 for part in ticket.answer():
                     ticket.put(part)
-                    if ticket.gone.is_set() or time.monotonic() > ticket.deadline:
+                    if time.monotonic() > ticket.deadline:
+                        end = _late()
+                        break
+                    if ticket.gone.is_set():
                         break
         except UserError as error:
             end = Refused(400, str(error))
