@@ -82,8 +82,9 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
                     }
                     for pair in zip(*map(_local, compute(params, batch)), strict=True):
                         writer.add(*pair)
-                    done += cfg.data.batch_size
-                    bar.update(cfg.data.batch_size)
+                    size = batch["tokens"].shape[0]  # of all processes; a source may have its own
+                    done += size
+                    bar.update(size)
         writer.close()
         empty = np.asarray(multihost_utils.process_allgather(unconditional(params), tiled=True))
         multihost_utils.sync_global_devices("latents are written")
