@@ -14,8 +14,8 @@ from flax import nnx
 from emu_jax import checkpoint
 from emu_jax.config import LoraConfig, UserError, digits, save_json
 from emu_jax.data.digits import build_digits
-from emu_jax.data.latents import LatentBatches
-from emu_jax.data.pipeline import Batches
+from emu_jax.data.latents import LatentBatches, LatentWriter, finish, latent_shapes
+from emu_jax.data.pipeline import Batches, DataConfig
 from emu_jax.generate.api import load
 from emu_jax.models.emu import Emu
 from emu_jax.models.lora import LoraLinear
@@ -257,6 +257,23 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
     model = dataclasses.replace(emu.cfg, vae=dataclasses.replace(emu.cfg.vae, scaling_factor=3.0))
     with pytest.raises(UserError, match="another model"):
         LatentBatches(tmp_path / "latents", data, model)
+
+
+def test_files_of_a_stopped_precompute_are_not_read(tmp_path):
+    class NoTokenizer:
+        def save(self, folder):
+            pass
+
+    model = small_model()
+    condition, latents = (np.zeros(shape, np.float32) for shape in latent_shapes(model))
+    for index, count in ((0, 3), (0, 2), (1, 2)):  # three processes were stopped
+        writer = LatentWriter(tmp_path, index, count)
+        writer.add(condition + count, latents)
+        writer.close()
+    finish(tmp_path, model=model, rows=2, files=2, unconditional=condition, tokenizer=NoTokenizer())
+    data = DataConfig(batch_size=2, drop_condition=0.0)
+    with LatentBatches(tmp_path, data, model) as batches:
+        assert (next(batches)["condition"].astype(np.float32) == 2).all()
 
 
 def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ class _Listing:
 
     model: EmuConfig  # that computed them, its denoiser left out
     rows: int
+    files: int  # others are of a run that was stopped
 
 
 def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -67,13 +68,13 @@ class LatentWriter:
 
 
 def finish(
-    folder: Path, *, model: EmuConfig, rows: int, unconditional: Float[np.ndarray, "N D"],
-    tokenizer: Tokenizer,
+    folder: Path, *, model: EmuConfig, rows: int, files: int,
+    unconditional: Float[np.ndarray, "N D"], tokenizer: Tokenizer,
 ) -> None:  # fmt: skip
     """Completes a folder whose files are all written."""
     np.save(folder / "unconditional.npy", np.asarray(unconditional, np.float32))
     tokenizer.save(folder / "tokenizer")
-    save_json(_Listing(_without_denoiser(model), rows), folder / "latents.json")
+    save_json(_Listing(_without_denoiser(model), rows, files), folder / "latents.json")
 
 
 class LatentBatches(Iterator[Batch]):
@@ -95,7 +96,8 @@ class LatentBatches(Iterator[Batch]):
             raise UserError(
                 f"{folder} was made with another model than this run's: precompute it again"
             )
-        paths = sorted(map(str, folder.glob("latents-*.array_record")))
+        name = f"latents-*-of-{listing.files:05d}.array_record"
+        paths = sorted(map(str, folder.glob(name)))
         self._records: Any = grain.sources.ArrayRecordDataSource(paths)
         if len(self._records) != listing.rows:
             raise UserError(

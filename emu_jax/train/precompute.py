@@ -89,7 +89,10 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         empty = np.asarray(multihost_utils.process_allgather(unconditional(params), tiled=True))
         multihost_utils.sync_global_devices("latents are written")
         if index == 0:
-            finish(folder, model=cfg.model, rows=done, unconditional=empty, tokenizer=tokenizer)
+            finish(
+                folder, model=cfg.model, rows=done, files=count, unconditional=empty,
+                tokenizer=tokenizer,
+            )  # fmt: skip
     return {"rows": done, "folder": str(folder)}
 
 
