@@ -1,6 +1,7 @@
 """Adapters, what is frozen, and runs that stand on another run's parameters."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -274,6 +275,13 @@ def test_files_of_a_stopped_precompute_are_not_read(tmp_path):
     data = DataConfig(batch_size=2, drop_condition=0.0)
     with LatentBatches(tmp_path, data, model) as batches:
         assert (next(batches)["condition"].astype(np.float32) == 2).all()
+
+    # A listing from before files were counted means all of them.
+    listing = json.loads((tmp_path / "latents.json").read_text())
+    del listing["files"]
+    (tmp_path / "latents.json").write_text(json.dumps(listing))
+    with pytest.raises(UserError, match="has 3 rows, not 2"):
+        LatentBatches(tmp_path, data, model)
 
 
 def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, monkeypatch):

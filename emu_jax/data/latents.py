@@ -36,7 +36,7 @@ class _Listing:
 
     model: EmuConfig  # that computed them, its denoiser left out
     rows: int
-    files: int  # others are of a run that was stopped
+    files: int = 0  # others are of a run that was stopped; 0: an older listing, all are meant
 
 
 def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -96,8 +96,8 @@ class LatentBatches(Iterator[Batch]):
             raise UserError(
                 f"{folder} was made with another model than this run's: precompute it again"
             )
-        name = f"latents-*-of-{listing.files:05d}.array_record"
-        paths = sorted(map(str, folder.glob(name)))
+        count = f"{listing.files:05d}" if listing.files else "*"
+        paths = sorted(map(str, folder.glob(f"latents-*-of-{count}.array_record")))
         self._records: Any = grain.sources.ArrayRecordDataSource(paths)
         if len(self._records) != listing.rows:
             raise UserError(
