@@ -115,6 +115,21 @@ def test_the_watchdog_shows_where_threads_are(tmp_path, capsys):
     assert "in hang" in capsys.readouterr().err
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device\nand more")
+
+    monkeypatch.setattr("jax.profiler.start_trace", lambda place: None)
+    monkeypatch.setattr("jax.profiler.stop_trace", fail)
+    with Tracer(tmp_path, range(1, 3)) as tracer:
+        tracer.before(1)
+        tracer.after(2)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1:] == [
+        "the trace could not be written: RESOURCE_EXHAUSTED: No space left on device"
+    ]
+
+
 def test_the_watchdog_lets_steps_alone_that_end_in_time(tmp_path):
     with Watchdog(tmp_path / "stacks.txt", seconds=2.0) as watchdog:
         for step in range(10):

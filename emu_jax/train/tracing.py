@@ -63,6 +63,11 @@ class Tracer:
             self._stop()
 
     def _stop(self) -> None:
-        if self._tracing:
+        if not self._tracing:
+            return
+        self._tracing = False
+        try:
             jax.profiler.stop_trace()
-            self._tracing = False
+        except Exception as error:  # no room, say: a trace is not worth a run
+            reason = str(error).splitlines()[0]
+            print(f"the trace could not be written: {reason}", file=sys.stderr)
