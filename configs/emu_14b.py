@@ -1,11 +1,12 @@
 """Pretraining of the whole 14B model with the paper's hyperparameters.
 
     emu-jax plan --config configs/emu_14b.py --topology v5p:4x4x8
-    emu-jax train --config configs/emu_14b.py --workdir runs/emu_14b --config.data.root=DATA
+    emu-jax train --config configs/emu_14b.py --workdir runs/emu_14b \\
+        --config.data.tokenizer=LLAMA_DIR
 
-A step is 1,024 rows of 2,048 tokens and 16 pictures. The sources share rows, in proportion to the
-paper's batches of 128, 128, 64, 16 and 16 (whether those are per step or per GPU it does not say);
-docs/data.md says what their files hold, and how a source gets batches of its own.
+A step is 1,024 rows of 2,048 tokens and 16 pictures, 512 on v6e. The sources share rows, in
+proportion to the paper's batches of 128, 128, 64, 16 and 16 (whether those are per step or per GPU
+it does not say); docs/data.md says what their files hold, and how a source gets batches of its own.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ def get_config():
         dataclasses.replace(
             cfg,
             data=dataclasses.replace(cfg.data, sources=SOURCES),
-            # The best that `emu-jax plan --sweep` found (docs/scaling.md).
+            # The best found so far, by plans (docs/scaling.md).
             tuned={
                 "v5p": ("remat.llama=dots", "mesh.fsdp=64"),
                 "v5e": ("mesh.fsdp=64",),

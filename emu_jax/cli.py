@@ -459,10 +459,16 @@ def plan(parser: argparse.ArgumentParser) -> Run:
             raise UserError("give --config and --topology, or --calibrate; see emu-jax plan --help")
         topologies = [Topology.parse(t, args.slices) for t in args.topology.split(",")]
         configs = [
-            load_config(TrainConfig, args.config, args.overrides, chip=topology.chip_name)
+            # What is tuned for a chip is tuned for training.
+            load_config(
+                TrainConfig, args.config, args.overrides,
+                chip="" if args.program == "generate" else topology.chip_name,
+            )
             for topology in topologies
-        ]
+        ]  # fmt: skip
         if args.sweep:
+            if args.program != "train":
+                raise UserError("--sweep plans the config's own step: leave out --for")
             from emu_jax.plan.sweep import sweep
 
             pairs = list(zip(configs, topologies, strict=True))

@@ -97,6 +97,9 @@ def choose_mesh(
             `data`, or `rows` and `heads` cannot be shared out.
     """
     reasons = []
+    if tensor == 0 and data and fsdp:
+        tensor = max(1, devices // (data * fsdp))
+        reasons.append(f"tensor={tensor}")
     if tensor == 0:
         tensor = next((
             n for n in range(1, devices // slices + 1)

@@ -117,6 +117,7 @@ def test_mesh_is_chosen_with_a_reason():
     assert shape == (1, 64, 4) and "64 rows are too few" in why
     assert choose_mesh(128, fsdp=64)[0] == (2, 64, 1)
     assert choose_mesh(8, data=2, fsdp=2, tensor=2) == ((2, 2, 2), "as configured")
+    assert choose_mesh(8, data=2, fsdp=2)[0] == (2, 2, 2)
     with pytest.raises(UserError, match="make data.batch_size a multiple of 8"):
         choose_mesh(8, rows=3, heads=5)
     with pytest.raises(UserError, match="make it a multiple of 2"):
@@ -392,6 +393,28 @@ def test_mistakes_are_one_line():
         ((), "give --config and --topology"),
         (("--config", "configs/emu_14b.py", "--topology", "v5p:4x4"), "v5p:4x4x4"),
         (("--config", "configs/emu_14b.py", "--topology", "v5e:4x4,v5e:8x8"), "are for --sweep"),
+        (
+            (
+                "--config",
+                "configs/emu_100m.py",
+                "--topology",
+                "v5e:2x2",
+                "--sweep",
+                "--for",
+                "generate",
+            ),
+            "leave out --for",
+        ),
+        (
+            (
+                "--config",
+                "configs/emu_100m.py",
+                "--topology",
+                "v5e:2x2",
+                "--config.remat.llama=ful",
+            ),
+            "did you mean 'full'",
+        ),
     ):
         done = plan_cli(*arguments)
         assert done.returncode == 2 and done.stdout == ""

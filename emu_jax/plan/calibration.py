@@ -90,5 +90,5 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         for bound in ("serial", "overlap"):
             line += f"  {row[f'mfu_{bound}']:10.3f} ({row[f'error_{bound}']:+.1%})"
-        lines.append(line)
+        lines.append(line + ("" if row["report"]["fits"] else "  does not fit"))
     return "\n".join(lines)

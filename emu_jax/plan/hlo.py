@@ -122,6 +122,8 @@ def count(text: str) -> Counts:
     computations, entry = parse(text)
     counts = Counts()
     _Walk(computations, counts).run(entry, 1.0)
+    if counts.host_bytes:
+        counts.unknown.add("the time of traffic with the host's memory")
     return counts
 
 
@@ -163,7 +165,8 @@ class _Walk:
             grown = body.get(root.operands[place]) if root.op == "tuple" else None
             if grown is not None and grown.op == "add":
                 steps = [_constant(body[name]) for name in grown.operands if name in body]
-                return math.ceil(bounds[0] / max(step or 0 for step in steps))
+                if step := max((step or 0 for step in steps), default=0):
+                    return math.ceil(bounds[0] / step)
         self.counts.unknown.add(f"the turns of {loop.name}")
         return float(bounds[0]) if len(bounds) == 1 else 1.0
 

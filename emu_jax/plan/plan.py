@@ -8,6 +8,7 @@ run. Its memory is the compiler's own figure; its time is a roofline of the comp
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import math
 import os
@@ -24,7 +25,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from emu_jax.config import UserError, suggest, to_dict
-from emu_jax.data.pipeline import batch_shapes
 from emu_jax.generate import text
 from emu_jax.hardware import Topology
 from emu_jax.models.llama import KVCache, Llama
@@ -33,7 +33,7 @@ from emu_jax.plan.roofline import Network, times
 from emu_jax.sharding import MESH_AXES, Template, batch_sharding, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import train_flops
-from emu_jax.train.loop import Trainer, mesh_for
+from emu_jax.train.loop import Trainer, check, mesh_for
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def devices_of(topology: Topology) -> list[Any]:
             platform="tpu", topology_name=str(topology), **more
         )
     except Exception as error:  # whatever the plugin raises
-        if "libtpu" in str(error) or "tpu" not in str(error).lower():
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"cannot load the TPU compiler ({error}): pip install 'emu_jax[plan]'"
             ) from None
@@ -78,15 +78,23 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
     """
     if program not in PROGRAMS:
         raise UserError(f"--for {program!r} is not known{suggest(program, PROGRAMS)}")
+    check(cfg)
+    if cfg.dtype != "bfloat16":
+        raise UserError(f"a plan is for dtype=bfloat16, not {cfg.dtype}: TPUs have no other peak")
     devices = devices_of(topology)
     if program == "generate":
         return _plan_token(cfg, topology, devices)
     if program == "decoder":
         cfg = dataclasses.replace(cfg, objective="decoder")
     mesh = mesh_for(cfg, devices)
+    ways = mesh.size // mesh.shape["tensor"] * cfg.accumulate
+    if cfg.data.batch_size % ways:
+        raise UserError(
+            f"data.batch_size {cfg.data.batch_size} does not split {ways} ways: make it a multiple"
+        )
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
-        batch = abstract_batch(cfg, trainer.objective.batch_kind, mesh)
+        batch = abstract_batch(trainer)
         state = trainer.state_shapes
         kinds = {
             "parameters": shard_bytes((state.trained, state.frozen, state.ema)),
@@ -178,17 +186,27 @@ def _report(
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"\(([\d.]+)([MGT])\) exceeds available HBM", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
             raise
         scale = {"M": 2**20, "G": 2**30, "T": 2**40}
         state = sum(size for kind, size in kinds.items() if kind != "activations")
-        temporary = float(needed[1]) * scale[needed[2]] if needed else math.nan
-        return report | {
-            "fits": False,
-            "hbm_bytes": state + temporary,
-            "hbm_by_kind": dict(kinds) | {"temporaries": temporary - kinds["activations"]},
-            "compile_seconds": time.monotonic() - started,
-        }
+        temporary = float(needed[1]) * scale[needed[2]]
+        unknown = (
+            "step_seconds_overlap", "step_seconds_serial", "mfu_overlap", "mfu_serial",
+            "tokens_per_second",
+        )  # fmt: skip
+        return (
+            report
+            | dict.fromkeys(unknown)
+            | {
+                "fits": False,
+                "hbm_bytes": state + temporary,
+                "hbm_by_kind": dict(kinds)
+                | {"temporaries": max(0.0, temporary - kinds["activations"])},
+                "collective_bytes": {},
+                "compile_seconds": time.monotonic() - started,
+            }
+        )
     memory = compiled.memory_analysis()
     assert memory is not None
     total = (
@@ -225,12 +243,12 @@ def _report(
     }
 
 
-def abstract_batch(cfg: TrainConfig, kind: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch, its rows shared out."""
-    where = batch_sharding(mesh)
+    where = batch_sharding(trainer.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-        for name, (shape, dtype) in batch_shapes(cfg.data, kind).items()
+        for name, (shape, dtype) in trainer.objective.batch_shapes(trainer.cfg).items()
     }
 
 
@@ -253,7 +271,7 @@ def kept_bytes(trainer: Trainer, batch: Any) -> float:
 
     held = jax.eval_shape(backward, state.trained, state.frozen, batch)
     parameters = {leaf.shape for leaf in jax.tree.leaves((state.trained, state.frozen))}
-    ways = trainer.mesh.size // trainer.mesh.shape["tensor"]
+    ways = trainer.mesh.size // trainer.mesh.shape["tensor"] * trainer.cfg.accumulate
     return sum(
         float(math.prod(leaf.shape)) * leaf.dtype.itemsize / ways
         for leaf in jax.tree.leaves(held)

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from emu_jax.config import UserError, to_dict
 from emu_jax.hardware import Topology
 from emu_jax.plan.plan import Report, devices_of, plan
@@ -37,7 +39,7 @@ def settings(cfg: TrainConfig, topology: Topology) -> Iterator[tuple[TrainConfig
     """Families of settings; of each the first that fits is the one to have."""
     widest = _ways(cfg, topology)
     for policy in POLICIES:
-        for fsdp in dict.fromkeys((widest, widest // 2)):
+        for fsdp in (widest, widest // 2) if widest % 2 == 0 else (widest,):
             yield tuple(
                 dataclasses.replace(
                     cfg,
@@ -46,6 +48,7 @@ def settings(cfg: TrainConfig, topology: Topology) -> Iterator[tuple[TrainConfig
                     remat=dataclasses.replace(cfg.remat, llama=policy),
                 )
                 for rows in ROWS_PER_CHIP
+                if rows % topology.chip.devices == 0
             )
 
 
@@ -80,12 +83,12 @@ def sweep(pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: 
         best[_name(topology)] = report
         if scaling:
             _scale(kept, chosen, topology)
-    table = markdown(kept.reports)
+    table = markdown(kept.used)
     _write(out / "sweep.md", table)
-    curves = [report for report in kept.reports if report.get("curve")]
+    curves = [report for report in kept.used if report["curve"]]
     if curves:
         draw(curves, out / "scaling.png")
-    return {"best": best, "reports": len(kept.reports), "out": str(out)}
+    return {"best": best, "reports": len(kept.used), "out": str(out)}
 
 
 def _scale(kept: _Kept, chosen: TrainConfig, topology: Topology) -> None:
@@ -94,7 +97,7 @@ def _scale(kept: _Kept, chosen: TrainConfig, topology: Topology) -> None:
     for shape, slices in LADDERS[topology.chip.torus_axes]:
         other = Topology.parse(f"{topology.chip_name}:{shape}", slices)
         for curve, rows in (("weak", per_chip * other.chips), ("strong", chosen.data.batch_size)):
-            if rows % (other.chips * topology.chip.devices) and curve == "strong":
+            if rows % (other.chips * topology.chip.devices):
                 continue  # fewer rows than chips
             mesh = MeshConfig(fsdp=min(chosen.mesh.fsdp, other.chips // slices), tensor=1)
             data = dataclasses.replace(chosen.data, batch_size=rows)
@@ -113,6 +116,7 @@ class _Kept:
     def __init__(self, path: Path):
         self.path = path
         self.reports: list[Report] = []
+        self.used: list[Report] = []  # of this sweep
         if path.exists():
             try:
                 self.reports = json.loads(path.read_text())
@@ -120,7 +124,13 @@ class _Kept:
                 raise UserError(f"{path}: not JSON ({error}): remove it to start again") from None
 
     def plan(self, cfg: TrainConfig, topology: Topology, curve: str = "") -> Report:
-        key = json.dumps([to_dict(cfg), str(topology), topology.slices], sort_keys=True)
+        report = self._plan(cfg, topology, curve)
+        self.used.append(report)
+        return report
+
+    def _plan(self, cfg: TrainConfig, topology: Topology, curve: str) -> Report:
+        setting = [to_dict(cfg), str(topology), topology.slices, jax.__version__]
+        key = json.dumps(setting, sort_keys=True)
         for report in self.reports:
             if report["key"] == key and report["curve"] == curve:
                 return report

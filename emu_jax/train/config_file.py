@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from emu_jax.config import UserError, from_dict, suggest, to_dict
+from emu_jax.hardware import CHIPS
 
 T = TypeVar("T")
 
@@ -26,6 +27,9 @@ def load_config(cls: type[T], path: Path, overrides: list[str], chip: str = "") 
         UserError: as `read_config` and `emu_jax.config.from_dict`.
     """
     cfg = from_dict(cls, _plain(_run(path)))
+    for name in getattr(cfg, "tuned", {}):
+        if name not in CHIPS:
+            raise UserError(f"{path}: tuned.{name}: no such chip{suggest(name, CHIPS)}")
     return override(cfg, [*getattr(cfg, "tuned", {}).get(chip, ()), *overrides])
 
 

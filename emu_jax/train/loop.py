@@ -320,7 +320,8 @@ def check(cfg: TrainConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype {cfg.dtype!r} is not known{suggest(cfg.dtype, DTYPES)}")
     for name in (
-        "steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps",
+        "steps", "accumulate", "loss_block", "log_every", "checkpoint_every", "keep_checkpoints",
+        "max_bad_steps",
     ):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} is {getattr(cfg, name)}: make it at least 1")
@@ -362,7 +363,7 @@ def _check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> No
 MAY_CHANGE = (
     "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "mesh", "remat",
     "log_documents", "profile_steps", "hang_seconds",
-    "attention", "loss_block",
+    "attention", "loss_block", "tuned",
     "parents", "init_from", "data.root", "data.tokenizer", "data.decode_threads", "data.prefetch",
     "data.cache", "data.max_damaged_rate",
     "model.vae.scaling_factor",
