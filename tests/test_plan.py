@@ -437,7 +437,7 @@ from emu_jax.hardware import Topology
 from emu_jax.plan import hlo
 from emu_jax.plan.plan import devices_of
 from jax.sharding import SingleDeviceSharding
-where = SingleDeviceSharding(devices_of(Topology.parse("v5e:1x1"))[0])
+where = SingleDeviceSharding(devices_of(Topology.parse("v5e:2x2"))[0])
 from emu_jax.models.attention import splash
 def layer(x, w):
     q = (x @ w).reshape(2, 512, 2, 128)
@@ -451,7 +451,7 @@ def unrolled(x, ws):
     return jnp.sum(x.astype(jnp.float32))
 shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=where)
           for s in ((2, 512, 256), (4, 256, 256))]
-counts = [hlo.count(jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().as_text())
+counts = [hlo.count(jax.jit(jax.value_and_grad(f, (0, 1))).lower(*shapes).compile().as_text())
           for f in (scanned, unrolled)]
 print(json.dumps([[c.flops, c.hbm_bytes, sorted(c.unknown)] for c in counts]))
 """
@@ -471,7 +471,7 @@ print(json.dumps([[c.flops, c.hbm_bytes, sorted(c.unknown)] for c in counts]))
 @needs_libtpu
 @pytest.mark.slow
 def test_plan_of_the_smallest_model_on_a_small_slice():
-    done = plan_cli("--config", "configs/emu_100m.py", "--topology", "v5e:2x2", "--json",
+    done = plan_cli("--config", "configs/emu_100m.py", "--topology", "v5p:2x2x1", "--json",
                     "--config.data.batch_size=8")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
