@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from test_sources import video
 
 pytest.importorskip("starlette")
 
@@ -176,6 +177,10 @@ HOSTILE = {
     "a special token": (chat({"text": "a <image> b"}), 400, "must not spell <image>"),
     "half a character": (chat({"text": "\ud800"}), 400, "surrogate"),
     "no video": (chat({"video": "aGVsbG8="}), 400, "a video cannot be read"),
+    "a list of videos": (
+        chat({"video": base64.b64encode(b"ffconcat version 1.0\nfile x.mp4").decode()}),
+        400, "a video cannot be read",
+    ),
     "an unknown setting": (chat({"text": "a"}, top_k=1), 400, "unknown key 'top_k'"),
     "a huge setting": (chat({"text": "a"}, max_new_tokens=10**9), 400, "from 1 to 256"),
     "a fraction": (chat({"text": "a"}, seed=1.5), 400, "settings.seed must be"),
@@ -193,7 +198,10 @@ HOSTILE = {
 }  # fmt: skip
 
 
-def test_hostile_requests_are_refused_and_the_server_goes_on(emu):
+def test_hostile_requests_are_refused_and_the_server_goes_on(emu, tmp_path, monkeypatch):
+    (tmp_path / "x.mp4").write_bytes(video(3))  # that a list of videos could name
+    monkeypatch.chdir(tmp_path)
+
     def request(value):
         more = value if isinstance(value, dict) and "raw" in value else {}
         return ("/api/chat", value, more)

@@ -22,6 +22,9 @@ from emu_jax.data.images import PictureError, open_image
 
 FRAMES = 8  # that the release shows of a video
 
+# FFmpeg also reads lists that name other files: those are no videos here.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+
 Frame = tuple[float, bytes]  # (seconds, PPM)
 
 
@@ -40,6 +43,13 @@ def frame_indices(frames: int, segments: int = FRAMES) -> Int[np.ndarray, "S"]:
 def random_indices(frames: int, count: int, rng: np.random.Generator) -> Int[np.ndarray, "count"]:
     """`count` frames at random, in order; one twice only where there are fewer."""
     return np.sort(rng.choice(frames, count, replace=frames < count))
+
+
+def open_container(content: bytes) -> Any:
+    """A video's file as PyAV reads it; nothing outside of `content` is opened."""
+    import av  # loads FFmpeg
+
+    return av.open(io.BytesIO(content), options={"format_whitelist": _CONTAINERS})
 
 
 class Video:
@@ -70,9 +80,7 @@ class Video:
         self.times = [float((pts - self._pts[0]) * base) for pts in self._pts]
 
     def _open(self) -> Any:
-        import av  # loads FFmpeg
-
-        return av.open(io.BytesIO(self._content))
+        return open_container(self._content)
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
         """The frames of ascending numbers.

@@ -19,7 +19,7 @@ from PIL import Image
 
 from emu_jax.config import UserError
 from emu_jax.data.images import open_image
-from emu_jax.data.video import FRAMES
+from emu_jax.data.video import FRAMES, open_container
 from emu_jax.generate.prompt import Part, open_video
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
@@ -212,11 +212,10 @@ class _Room:
 
 
 def _video_size(content: bytes) -> tuple[int, int]:
-    import av
     import av.error
 
     try:
-        with av.open(io.BytesIO(content)) as container:
+        with open_container(content) as container:
             stream = container.streams.video[0]
             return stream.width, stream.height
     except (av.error.FFmpegError, IndexError, ValueError):
