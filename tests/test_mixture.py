@@ -489,3 +489,5 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
     fails("no source has pairs, which 'captions' batches are made of", good, kind="captions")
     words = records(tmp_path, "words", [Document((Text("one"),))])
     fails("source 'words' .* has no document that 'contexts' can use", words, kind="contexts")
+    picked = dataclasses.replace(words, picked_images=1)
+    fails("source 'words' .* has no document that 'rows' can use", picked)

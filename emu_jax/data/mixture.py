@@ -282,8 +282,9 @@ def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer) -> Opened
 
 def _check_usable(source: Opened, kind: Kind) -> None:
     totals = source.outlines.totals()
+    words = 0 if source.cfg.picked_images else totals["with_text"]  # alone
     usable = {
-        "rows": totals["with_text"] + totals["with_picture"], "captions": totals["with_both"],
+        "rows": words + totals["with_picture"], "captions": totals["with_both"],
         "pictures": totals["with_picture"], "contexts": totals["with_picture"],
     }[kind]  # fmt: skip
     if not usable:
