@@ -18,6 +18,7 @@ from emu_jax.data import Document, Picture, Text, listings, storage, tars
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.documents import Damaged, write_documents
 from emu_jax.data.images import open_image
+from emu_jax.data.index import kept
 from emu_jax.data.outlines import text_ids
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.video import Video, frame_indices, subtitles
@@ -156,6 +157,17 @@ def test_tar_offsets_are_those_of_tarfile(tmp_path):
     assert list(tars.members(str(tar(tmp_path / "none.tar", {})))) == []
 
 
+@pytest.mark.parametrize("size", ["many", "-1024", str(1 << 70)])
+def test_a_false_size_is_a_corrupt_header(tmp_path, size):
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = {"size": size} if name == "a.txt" else {}
+            archive.addfile(info)
+    found = list(tars.members(str(tmp_path / "0.tar")))
+    assert [(m.name, m.whole) for m in found] == [("", False), ("b.txt", True)]
+
+
 def test_damaged_tars(tmp_path):
     samples = {f"{n}.{s}": picture(10 * n) if s == "jpg" else b"word %d" % n
                for n in range(8) for s in ("jpg", "txt")}  # fmt: skip
@@ -252,16 +264,18 @@ def test_tfds_directory(tmp_path):
 
         def _generate_examples(self):
             for n in range(3):
-                yield n, {"image": str(tmp_path / f"{n}.jpg"), "label": n}
+                yield n, {"image": str(tmp_path / f"{n}.jpg"), "label": n if n < 2 else -1}
 
     for builder, words in (
         (Captions, ["ünï 0", "ünï 1", "ünï 2"]),
-        (Labels, ["cat", "dog", "cow"]),
+        (Labels, ["cat", "dog", None]),
     ):
         made = builder(data_dir=tmp_path / "tfds", file_format="array_record")
         made.download_and_prepare()
         pairs = open_source(SourceConfig("it", "tfds", (f"{made.data_dir}:train",)))
-        assert sorted(map(shown, pairs)) == [[50 * n, word] for n, word in enumerate(words)]
+        assert sorted(map(shown, pairs)) == [
+            [50 * n, word] if word else [50 * n] for n, word in enumerate(words)
+        ]
         assert agrees(pairs) and pairs.paired
     with pytest.raises(UserError, match="write DIRECTORY:SPLIT"):
         source("tfds", Path("nosplit"))
@@ -342,13 +356,15 @@ def test_damaged_listings(tmp_path):
         json.dumps({"text_list": ["a"], "image_info": [{"image_name": "x"}]}).encode(),
         json.dumps({"text_list": [3], "image_info": []}).encode(),
         json.dumps(good).encode() + b"\r",
+        json.dumps({"images": [None], "texts": ["\ud83d"]}).encode(),
+        json.dumps({"images": ["a\0b", "x" * 999, None], "texts": [None, None, "fine"]}).encode(),
     ]))  # fmt: skip
     pages = source("pages", listing)
     assert reasons(pages) == {
         1: "malformed JSON", 2: "malformed JSON", 3: "invalid UTF-8", 4: "malformed entry",
-        5: "malformed entry", 6: "malformed entry",
+        5: "malformed entry", 6: "malformed entry", 8: "invalid UTF-8",
     }  # fmt: skip
-    assert [shown(pages[n]) for n in (0, 7)] == [["fine"]] * 2
+    assert [shown(pages[n]) for n in (0, 7, 9)] == [["fine"]] * 3
     assert pages.where(7) == f"{listing} entry 7"
 
 
@@ -456,12 +472,14 @@ def test_subtitled_videos(tmp_path):
         {"video": "a.mp4", "subtitles": "a.srt"},
         {"video": "a.mp4", "subtitles": "a.srt", "duration": 1.3},
         {"video": "a.mp4", "subtitles": "absent.srt"},
+        {"video": "a.mp4", "subtitles": "a.srt", "duration": 1e15},
+        {"storyboard": "a", "subtitles": "a.srt", "frames": 10**12, "duration": 9},
     ])  # fmt: skip
     videos = source("subtitled", listing, frame_seconds=1.0)
     assert shown(videos[0]) == [0, "hello there & here", 100, "second line third", 200]
     assert [p.time for p in videos[0].parts if isinstance(p, Picture)] == [0.0, 1.0, 2.0]
     assert shown(videos[1]) == [0, "hello there & here", 100, "second line third"]
-    assert reasons(videos) == {2: "missing file"}
+    assert reasons(videos) == {2: "missing file", 3: "malformed entry", 4: "malformed entry"}
     for index in (0, 1):
         assert sketched(videos.sketch(index)) == sketched(videos[index])
 
@@ -571,6 +589,16 @@ def test_a_dialogue_is_the_prompt_that_the_model_is_asked_with(tmp_path):
 
 
 # Everywhere
+
+
+def test_what_another_process_kept_first_is_used(tmp_path):
+    def make():
+        if not (tmp_path / "it").exists():
+            kept(tmp_path, "it", lambda: {"n": np.array([1])})
+        return {"n": np.array([2])}
+
+    assert kept(tmp_path, "it", make)["n"].tolist() == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]
 
 
 def test_what_is_derived_is_kept_and_follows_the_files(tmp_path, monkeypatch):

@@ -38,12 +38,13 @@ def kept(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
 
     They appear at once. Where they cannot be written they are made each time.
     """
-    target = folder / name
+    target, damaged = folder / name, False
     try:
         if files := sorted(target.glob("*.npy")):
             return {f.stem: np.load(f, mmap_mode="r") for f in files}
     except (OSError, ValueError) as error:
         log.warning("%s is damaged, making it again: %s", target, error)
+        damaged = True
     arrays = make()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +53,19 @@ def kept(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
             for key, array in arrays.items():
                 np.save(temporary / f"{key}.npy", array)
             os.chmod(temporary, 0o755)  # mkdtemp makes it private
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(temporary, target)
+            if damaged:
+                shutil.rmtree(target, ignore_errors=True)
+            try:
+                os.rename(temporary, target)
+            except OSError:
+                if not any(target.glob("*.npy")):  # else another process was first
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
+        return {key: np.load(target / f"{key}.npy", mmap_mode="r") for key in arrays}
+    except (OSError, ValueError) as error:
         log.warning("cannot keep %s: %s", target, error)
         return arrays
-    return {key: np.load(target / f"{key}.npy", mmap_mode="r") for key in arrays}
 
 
 def fingerprint(kind: str, paths: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from emu_jax.data.index import Arrays, fingerprint, index_files
 from emu_jax.data.tars import TarFiles
 
 _VERSION = "entries-1"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, escaped
 _CHUNK = 1 << 26  # of a file of lines, while looking for their ends
 
 
@@ -62,6 +63,11 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
         value = json.loads(utf8(content, where))
     except (ValueError, RecursionError) as error:
         raise Damaged("malformed JSON", where, error) from None
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Damaged("invalid UTF-8", where, "half of a surrogate pair") from None
     if not isinstance(value, dict):
         raise Damaged("malformed JSON", where, "no object")
     return value
@@ -149,6 +155,9 @@ class Media:
         folders = self._folders or ([] if self._tars else [beside])
         for folder in folders:
             path = storage.join(folder, name.lstrip("/"))
-            if not storage.is_remote(name) and storage.exists(path):
-                return path, 0, None
+            try:
+                if not storage.is_remote(name) and storage.exists(path):
+                    return path, 0, None
+            except (OSError, ValueError):  # no file can have such a name
+                continue
         return None

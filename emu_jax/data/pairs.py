@@ -239,7 +239,8 @@ class TfdsPairs(Source):
         except Exception as error:  # tfds raises of every kind
             raise Damaged("damaged record", where, _first_line(error)) from None
         if self._names:
-            return Document((picture, *(Text(self._names[int(word)]) for word in words)))
+            labels = [int(word) for word in words]  # -1 in a split without labels
+            return Document((picture, *(Text(self._names[n]) for n in labels if n >= 0)))
         return Document((picture, *(Text(utf8(word, where)) for word in words)))
 
 

@@ -43,14 +43,16 @@ def members(path: str) -> Iterator[Member]:
             continue
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
+            length = int(pax.get("size", header.size))
+            if not 0 <= length < 1 << 63:
+                raise ValueError(length)
+        except (tarfile.HeaderError, ValueError):
             if sound:
                 yield Member("", offset, 0, False)
             offset, pax, sound = offset + _BLOCK, {}, False
             continue
         sound = True
         start = offset + _BLOCK
-        length = int(pax.get("size", header.size))
         if header.type == tarfile.XHDTYPE:
             pax |= _pax(read(start, min(length, size - start)))
         elif header.type == tarfile.GNUTYPE_LONGNAME:

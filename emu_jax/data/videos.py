@@ -19,6 +19,8 @@ from emu_jax.data.video import (
     subtitles,
 )
 
+_MOST_FRAMES = 100_000  # of one video in the order of time; a listing that asks for more is wrong
+
 
 class Videos(Source):
     """Entries `{"video": FILE, "text": WORDS}`: `frames` frames of each and its words.
@@ -58,6 +60,12 @@ def _words(entry: dict[str, Any], where: str) -> Text:
     if not isinstance(words, str):
         raise Damaged("malformed entry", where, "no text")
     return Text(words)
+
+
+def _bounded(frames: int) -> int:
+    if frames > _MOST_FRAMES:
+        raise ValueError(f"more than {_MOST_FRAMES} frames")
+    return frames
 
 
 class SubtitledVideos(Source):
@@ -103,12 +111,13 @@ class SubtitledVideos(Source):
         where = self.where(index)
         try:
             if "storyboard" in entry:
-                return storyboard_times(int(entry["frames"]), float(entry["duration"]))
+                frames = _bounded(int(entry["frames"]))
+                return storyboard_times(frames, float(entry["duration"]))
             if "duration" in entry:
                 last = float(entry["duration"])
             else:
                 last = self._video(index, entry).times[-1]
-            return [n * self._apart for n in range(math.floor(last / self._apart) + 1)]
+            return [n * self._apart for n in range(_bounded(math.floor(last / self._apart) + 1))]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise Damaged("malformed entry", where, repr(error)) from None
 
