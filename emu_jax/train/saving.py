@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 import re
 import shutil
 import sys
@@ -60,7 +61,7 @@ class Checkpoints:
             self._remover.shutdown()
             del self._checkpointer  # and what it holds of a failure
             self._stack.close()
-            if failed:
+            if failed:  # what was still being written then; the next start removes what still is
                 self._remove_leftovers()
 
     def newest(self, before: int = sys.maxsize) -> int | None:
@@ -208,15 +209,15 @@ def _attempt(action: Callable[[], Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line. Storage errors name each layer that they passed; the last
-    names the cause."""
+    """What went wrong, in one line. Errors of storage name all the layers that they passed, and
+    somewhere the operating system's own."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     text = str(error).splitlines()[0] if str(error) else repr(error)
-    found = re.search(r"([^:]+?)\s*\[os_error_code=", text)
-    return found[1].strip() if found else text[:300]
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else text[:300]
 
 
 @contextmanager
