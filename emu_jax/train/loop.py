@@ -487,5 +487,9 @@ def initialize_distributed() -> None:
         jax.config.update("jax_enable_preemption_service", False)
         index = os.environ.get("JAX_PROCESS_ID")
         jax.distributed.initialize(
-            num_processes=count, process_id=None if index is None else int(index)
+            num_processes=count,
+            process_id=None if index is None else int(index),
+            # A process that ends with an error waits so long for the others, which wait for it,
+            # before all are ended.
+            shutdown_timeout_seconds=60,
         )
