@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emu_jax.data.documents import Damaged, Document, Picture, Source, Text, short_hash
-from emu_jax.data.listings import Entries, Media
+from emu_jax.data.documents import Damaged, Document, Picture, Text
+from emu_jax.data.listings import Entries, Listed, Media
 from emu_jax.data.video import Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
@@ -44,7 +44,7 @@ class Dialogue(NamedTuple):
     system: str | None = None  # the entry's own message
 
 
-class Dialogues(Source):
+class Dialogues(Listed):
     """One dialogue in each entry, of any of these layouts:
 
     ShareGPT, LLaVA: `conversations` of `{"from": "human" | "gpt" | "system", "value": ...}`;
@@ -55,14 +55,8 @@ class Dialogues(Source):
     """
 
     def __init__(self, entries: Entries, media: Media, frames: int):
-        self._entries, self._media, self._frames = entries, media, frames
-        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, frames))
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def where(self, index: int) -> str:
-        return self._entries.where(index)
+        super().__init__(entries, media, frames)
+        self._frames = frames
 
     def read(
         self, index: int, rng: np.random.Generator | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from emu_jax.data import storage
-from emu_jax.data.documents import Damaged, short_hash, utf8
+from emu_jax.data.documents import Damaged, Source, short_hash, utf8
 from emu_jax.data.index import Arrays, fingerprint, index_files
 from emu_jax.data.tars import TarFiles
 
@@ -161,3 +161,21 @@ class Media:
             except (OSError, ValueError):  # no file can have such a name
                 continue
         return None
+
+
+class Listed(Source):
+    """Documents that are the entries of listings, and the media that they name.
+
+    Args:
+        setting: what the documents depend on beside the files.
+    """
+
+    def __init__(self, entries: Entries, media: Media, setting: object):
+        self._entries, self._media = entries, media
+        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, setting))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def where(self, index: int) -> str:
+        return self._entries.where(index)

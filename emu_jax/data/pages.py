@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emu_jax.data.documents import Damaged, Document, Picture, Source, Text, short_hash
-from emu_jax.data.listings import Entries, Media
+from emu_jax.data.documents import Damaged, Document, Picture, Text
+from emu_jax.data.listings import Entries, Listed, Media
 
 
 class _Shown(NamedTuple):
@@ -27,7 +27,7 @@ class _Shown(NamedTuple):
 _Part = Text | _Shown
 
 
-class Pages(Source):
+class Pages(Listed):
     """One page in each entry, of either layout:
 
     MMC4: `text_list`, and `image_info` whose `image_name` (or `image_base64`) stands before
@@ -39,14 +39,8 @@ class Pages(Source):
     """
 
     def __init__(self, entries: Entries, media: Media, min_similarity: float):
-        self._entries, self._media, self._least = entries, media, min_similarity
-        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, min_similarity))
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def where(self, index: int) -> str:
-        return self._entries.where(index)
+        super().__init__(entries, media, min_similarity)
+        self._least = min_similarity
 
     def read(
         self, index: int, rng: np.random.Generator | None = None,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.data.documents import Damaged, Document, Picture, Source, Text, short_hash
-from emu_jax.data.listings import Entries, Media
+from emu_jax.data.documents import Damaged, Document, Picture, Text
+from emu_jax.data.listings import Entries, Listed, Media
 from emu_jax.data.video import (
     Frame,
     Video,
@@ -22,7 +22,7 @@ from emu_jax.data.video import (
 _MOST_FRAMES = 100_000  # of one video in the order of time; a listing that asks for more is wrong
 
 
-class Videos(Source):
+class Videos(Listed):
     """Entries `{"video": FILE, "text": WORDS}`: `frames` frames of each and its words.
 
     In training frames are drawn at random; else they are the release's.
@@ -31,14 +31,8 @@ class Videos(Source):
     paired = True
 
     def __init__(self, entries: Entries, media: Media, frames: int):
-        self._entries, self._media, self._frames = entries, media, frames
-        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, frames))
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def where(self, index: int) -> str:
-        return self._entries.where(index)
+        super().__init__(entries, media, frames)
+        self._frames = frames
 
     def read(
         self, index: int, rng: np.random.Generator | None = None,
@@ -68,7 +62,7 @@ def _bounded(frames: int) -> int:
     return frames
 
 
-class SubtitledVideos(Source):
+class SubtitledVideos(Listed):
     """Frames and subtitles in the order of time, as the release prepares YT-Storyboard-1B:
     subtitles between two frames are joined.
 
@@ -79,14 +73,8 @@ class SubtitledVideos(Source):
     """
 
     def __init__(self, entries: Entries, media: Media, apart: float):
-        self._entries, self._media, self._apart = entries, media, apart
-        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, apart))
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def where(self, index: int) -> str:
-        return self._entries.where(index)
+        super().__init__(entries, media, apart)
+        self._apart = apart
 
     def read(
         self, index: int, rng: np.random.Generator | None = None,
