@@ -75,7 +75,8 @@ class Collective:
 
     kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
     bytes: float  # of the whole array: gathered, or before it is reduced
-    # A group of logical devices that takes part; for a permutation one pair.
+    # A group of logical devices that takes part; of a permutation, source and target of every
+    # pair in turn.
     group: tuple[int, ...]
 
 
@@ -310,9 +311,8 @@ class _Walk:
             return
         arrays = one.arrays
         if kind == "collective-permute":
-            pairs = one.attribute("source_target_pairs") or ""
-            ends = [int(n) for n in re.findall(r"\d+", pairs)[:2]]
-            yield one.name, Collective(kind, _largest(arrays), tuple(ends))
+            ends = tuple(_numbers(one.attribute("source_target_pairs") or ""))
+            yield one.name, Collective(kind, _largest(arrays), ends)
             return
         if one.op == "all-gather-start":
             arrays = arrays[len(arrays) // 2 :]  # (operands, results)

@@ -67,11 +67,13 @@ class Network:
         if size < 2 or not collective.bytes:
             return 0.0, 0.0
         chip, devices = self.topology.chip, self.topology.chip.devices
-        slices = Counter(self.slices[n] for n in group)
         if collective.kind == "collective-permute":
-            if len(slices) > 1:
+            pairs = list(zip(group[::2], group[1::2], strict=True))
+            if any(self.slices[a] != self.slices[b] for a, b in pairs):
                 return 0.0, collective.bytes / (chip.dcn_bandwidth / devices)
-            return collective.bytes * self.hops(*group) / (chip.link_bandwidth / devices), 0.0
+            hops = max(self.hops(a, b) for a, b in pairs)
+            return collective.bytes * hops / (chip.link_bandwidth / devices), 0.0
+        slices = Counter(self.slices[n] for n in group)
         passes = 2.0 if collective.kind == "all-reduce" else 1.0
         within = [n for n in group if self.slices[n] == self.slices[group[0]]]
         ici = dcn = 0.0
