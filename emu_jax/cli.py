@@ -480,7 +480,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
             return result
         if len(topologies) > 1:
             raise UserError("several topologies are for --sweep: give one")
-        report = planning.plan(configs[0], topologies[0], args.program)
+        report = planning.plan_apart(configs[0], topologies[0], args.program)
         if not args.json:
             print(planning.summary(report))
         return report

@@ -15,12 +15,14 @@ from flax import nnx
 from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
 from emu_jax.plan import hlo
+from emu_jax.plan.plan import CompilerCrash, abstract_batch, apart
 from emu_jax.plan.roofline import Network, times
 from emu_jax.plan.sweep import draw, markdown, sweep
-from emu_jax.sharding import Template, choose_mesh, make_mesh
+from emu_jax.sharding import choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.flops import jaxpr_flops, train_flops
+from emu_jax.train.loop import Trainer
 from emu_jax.train.objectives import get_objective
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +260,10 @@ def test_the_network_by_hand():
     assert network.seconds(across) == (0, pytest.approx(2 * 4e9 / 2 / CHIPS["v5e"].dcn_bandwidth))
     hop = hlo.Collective("collective-permute", 1e9, (0, 15))  # neighbours round the ring
     assert network.seconds(hop)[0] == pytest.approx(1e9 / 50e9)
+    far = dataclasses.replace(hop, group=(0, 15, 0, 8))  # the longest way of all pairs
+    assert network.seconds(far)[0] == pytest.approx(8 * 1e9 / 50e9)
+    over = dataclasses.replace(hop, group=(0, 15, 0, 256))
+    assert network.seconds(over) == (0, pytest.approx(1e9 / CHIPS["v5e"].dcn_bandwidth))
 
 
 def test_sums_over_slices_go_through_the_runtime():
@@ -289,15 +295,17 @@ def test_bounds_of_a_roofline():
 
 
 def test_sharding_of_the_14b_step_is_pinned():
-    """Parameter, shape and spec, of the state that the step is compiled for on data 2, fsdp 2,
-    tensor 2. After a change that means to move it: EMU_JAX_PIN=1 pytest -k pinned."""
+    """Path, shape and spec of all that the compiled step reads and writes - parameters, moments,
+    counters, and the batch - on data 2, fsdp 2, tensor 2. After a change that means to move it:
+    EMU_JAX_PIN=1 pytest -k pinned."""
     cfg = config()
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        template = Template(lambda: get_objective("emu").build(cfg, nnx.Rngs(0)), mesh)
+        trainer = Trainer(cfg, mesh)
+        arrays = {"state": trainer.state_shapes, "batch": abstract_batch(trainer)}
     text = "".join(
-        f"{path} {list(leaf.shape)} {tuple(leaf.sharding.spec)}\n"
-        for path, leaf in template.shapes.items()
+        f"{jax.tree_util.keystr(path)} {list(leaf.shape)} {tuple(leaf.sharding.spec)}\n"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
     )
     golden = ROOT / "tests" / "golden" / "emu_14b_sharding.txt"
     if os.environ.get("EMU_JAX_PIN"):
@@ -348,6 +356,8 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     def pretend(cfg, topology):
         asked.append((str(topology), topology.slices, cfg.remat.llama, cfg.data.batch_size))
         rows = cfg.data.batch_size / topology.chips
+        if rows == 3:
+            raise CompilerCrash("the TPU compiler crashed")
         fits = rows * {"dots": 4, "minimal": 2, "full": 1}[cfg.remat.llama] <= 4
         again = {"dots": 1.0, "minimal": 1.2, "full": 1.3}[cfg.remat.llama]
         seconds = rows * again + 0.5  # what does not grow with rows is shared by more of them
@@ -359,7 +369,7 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
         )  # fmt: skip
         return {key: value for key, value in made.items() if key != "curve"}
 
-    monkeypatch.setattr("emu_jax.plan.sweep.plan", pretend)
+    monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", pretend)
     monkeypatch.setattr("emu_jax.plan.sweep._ways", lambda cfg, topology: 16)
     pairs = [(config("emu_100m"), Topology.parse("v5e:4x4"))]
     found = sweep(pairs, tmp_path, scaling=True)
@@ -376,9 +386,17 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     before = len(asked)
     assert sweep(pairs, tmp_path, scaling=True)["best"] == found["best"]
     assert len(asked) == before  # all was kept
-    monkeypatch.setattr("emu_jax.plan.sweep.plan", lambda *_: {**pretend(*_), "fits": False})
+    monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", lambda *_: {**pretend(*_), "fits": False})
     with pytest.raises(UserError, match="no setting fits v5e:2x2"):
         sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=False)
+
+
+def test_a_crash_of_the_compiler_is_one_line_and_not_the_end():
+    with pytest.raises(CompilerCrash, match="crashed: try other rows per chip"):
+        apart(os.abort)
+    with pytest.raises(UserError, match="no TPU 'x'"):  # a mistake stays one
+        apart(Topology.parse, "x:1")
+    assert apart(math.gcd, 12, 18) == 6
 
 
 def plan_cli(*arguments: str, timeout: int = 1200) -> subprocess.CompletedProcess:

@@ -11,11 +11,15 @@ import dataclasses
 import importlib.util
 import logging
 import math
+import multiprocessing
 import os
 import re
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -104,6 +108,43 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
         }
         lowered = trainer.step.lower(state, batch)
         return _report(cfg, topology, mesh, lowered, kinds, train_flops(cfg).total, program)
+
+
+class CompilerCrash(UserError):
+    """The compiler ended the process that it ran in."""
+
+
+def plan_apart(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
+    """`plan` in a process of its own: a fault of the compiler ends that one alone.
+
+    Raises:
+        UserError: as `plan`; `CompilerCrash` after a fault.
+    """
+    return apart(plan, cfg, topology, program)
+
+
+def apart(run: Callable[..., Any], *arguments: Any) -> Any:
+    """What `run(*arguments)` returns, or raises, in a process of its own.
+
+    Raises:
+        CompilerCrash: the process was ended by a fault.
+    """
+    level = logging.getLogger("emu_jax").getEffectiveLevel()
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=_log, initargs=(level,)
+    ) as pool:
+        try:
+            return pool.submit(run, *arguments).result()
+        except BrokenProcessPool:
+            raise CompilerCrash(
+                "the TPU compiler crashed: try other rows per chip, or another remat policy"
+            ) from None
+
+
+def _log(level: int) -> None:
+    """As the command line logs."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("emu_jax").setLevel(level)
 
 
 def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Report:
@@ -285,7 +326,8 @@ def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, floa
     places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for collective, often in counts.collectives.items():
-        where = places[list(collective.group)]
+        one = 2 if collective.kind == "collective-permute" else None  # a pair of them
+        where = places[list(collective.group[:one])]
         axes = [name for n, name in enumerate(MESH_AXES) if len(set(where[:, n].tolist())) > 1]
         table["+".join(axes) or "none"][collective.kind] += collective.bytes * often
     if counts.dcn_bytes:

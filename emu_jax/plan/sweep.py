@@ -19,7 +19,7 @@ import jax
 
 from emu_jax.config import UserError, to_dict
 from emu_jax.hardware import Topology
-from emu_jax.plan.plan import Report, devices_of, plan
+from emu_jax.plan.plan import CompilerCrash, Report, devices_of, plan_apart
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.loop import mesh_for
 
@@ -36,7 +36,7 @@ LADDERS: dict[int, tuple[tuple[str, int], ...]] = {
 
 
 def settings(cfg: TrainConfig, topology: Topology) -> Iterator[tuple[TrainConfig, ...]]:
-    """Families of settings; of each the first that fits is the one to have."""
+    """Families of settings; of each the first that fits, and compiles, is the one to have."""
     widest = _ways(cfg, topology)
     for policy in POLICIES:
         for fsdp in (widest, widest // 2) if widest % 2 == 0 else (widest,):
@@ -136,11 +136,20 @@ class _Kept:
                 return report
         started = time.monotonic()
         same = [report for report in self.reports if report["key"] == key]
-        report = dict(same[0]) if same else plan(cfg, topology)
+        try:
+            report = dict(same[0]) if same else plan_apart(cfg, topology)
+        except CompilerCrash as crash:
+            log.warning("%s: %s", _name(topology), crash)
+            report = {
+                "fits": False, "crashed": True, "topology": str(topology),
+                "slices": topology.slices, "chips": topology.chips, "mesh": to_dict(cfg.mesh),
+                "remat": to_dict(cfg.remat),
+                "rows_per_chip": cfg.data.batch_size / topology.chips,
+            }  # fmt: skip
         report |= {"key": key, "curve": curve}
         self.reports.append(report)
         _write(self.path, json.dumps(self.reports))
-        verdict = "does not fit"
+        verdict = "the compiler crashed" if report.get("crashed") else "does not fit"
         if report["fits"]:
             verdict = f"MFU {report['mfu_serial']:.3f} to {report['mfu_overlap']:.3f}"
         log.info(
@@ -176,6 +185,13 @@ def markdown(reports: list[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Title, and the keys of the serial and of the overlapped bound.
+PANELS = (
+    ("tokens per second", "tokens_per_second", "tokens_per_second_overlap"),
+    ("model FLOPs utilisation", "mfu_serial", "mfu_overlap"),
+)
+
+
 def draw(reports: list[Report], path: Path) -> None:
     """Tokens per second and MFU over chips: a band between the bounds for each chip and curve."""
     from matplotlib.figure import Figure
@@ -191,15 +207,12 @@ def draw(reports: list[Report], path: Path) -> None:
         found.sort(key=lambda r: (r["chips"], r["slices"]))
         chips = [r["chips"] for r in found]
         style = {"color": colours[chip], "linestyle": "-" if curve == "weak" else "--"}
-        for panel, key in zip(panels, ("tokens_per_second", "mfu"), strict=True):
-            low = [r["tokens_per_second" if key != "mfu" else "mfu_serial"] for r in found]
-            high = [
-                r["tokens_per_second_overlap" if key != "mfu" else "mfu_overlap"] for r in found
-            ]
+        for panel, (_, *bounds) in zip(panels, PANELS, strict=True):
+            low, high = ([r[bound] for r in found] for bound in bounds)
             panel.fill_between(chips, low, high, color=colours[chip], alpha=0.12, linewidth=0)
             panel.plot(chips, low, marker="o", markersize=4, label=f"{chip}, {curve}", **style)
             panel.plot(chips, high, linewidth=0.8, **style)
-    for panel, title in zip(panels, ("tokens per second", "model FLOPs utilisation"), strict=True):
+    for panel, (title, *_) in zip(panels, PANELS, strict=True):
         panel.set(xscale="log", xlabel="chips", title=title)
         panel.set_xticks([16, 32, 64, 128, 256, 512], ["16", "32", "64", "128", "256", "512"])
         panel.grid(alpha=0.3)
