@@ -1,8 +1,8 @@
 """Adapters, what is frozen, and runs that stand on another run's parameters."""
 
 import dataclasses
-import json
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 from emu_jax import checkpoint
 from emu_jax.config import LoraConfig, UserError, digits, save_json
 from emu_jax.data.digits import build_digits
-from emu_jax.data.latents import LatentBatches, LatentWriter, finish, latent_shapes
+from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.pipeline import Batches, DataConfig
 from emu_jax.generate.api import load
 from emu_jax.models.emu import Emu
@@ -260,28 +260,66 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
         LatentBatches(tmp_path / "latents", data, model)
 
 
-def test_files_of_a_stopped_precompute_are_not_read(tmp_path):
-    class NoTokenizer:
-        def save(self, folder):
-            pass
+@pytest.mark.slow
+def test_a_stopped_precompute_goes_on(parent, tmp_path, monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(sys.modules[precompute.__module__], "PART_BYTES", 1)  # a batch a part
+    cfg, through, stopped = decoding(parent), tmp_path / "through", tmp_path / "stopped"
+    assert precompute(cfg, through, rows=12)["rows"] == 12
 
+    close, closed = PartWriter.close, []
+
+    def close_or_stop(self):
+        closed.append(self)
+        if len(closed) == 2:
+            raise KeyboardInterrupt
+        close(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartWriter, "close", close_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(cfg, stopped, rows=12)
+    with pytest.raises(UserError, match="another config"):
+        precompute(dataclasses.replace(cfg, seed=1), stopped, rows=12)
+    first = next(stopped.glob("latents-00000-*")).stat().st_mtime_ns
+    assert precompute(cfg, stopped, rows=12)["rows"] == 12
+    assert next(stopped.glob("latents-00000-*")).stat().st_mtime_ns == first
+    names = [path.name for path in sorted(through.glob("latents-*"))]
+    assert len(names) == 3 and not (stopped / "progress.json").exists()
+    for name in names:
+        assert (stopped / name).read_bytes() == (through / name).read_bytes()
+
+
+def test_a_folder_of_latents_is_what_its_listing_says(tmp_path):
     model = small_model()
     condition, latents = (np.zeros(shape, np.float32) for shape in latent_shapes(model))
-    for index, count in ((0, 3), (0, 2), (1, 2)):  # three processes were stopped
-        writer = LatentWriter(tmp_path, index, count)
-        writer.add(condition + count, latents)
-        writer.close()
-    finish(tmp_path, model=model, rows=2, files=2, unconditional=condition, tokenizer=NoTokenizer())
+    # A part that was not finished by all processes is written again, by fewer of them.
+    for processes in (3, 2):
+        for process in range(processes):
+            writer = PartWriter(tmp_path, 0, process)
+            writer.add(condition + processes, latents)
+            writer.close()
+    progress = Progress.of(tmp_path, "run").after(tmp_path, rows=2, processes=2, position={})
+    assert Progress.of(tmp_path, "run") == progress
+    with pytest.raises(UserError, match="another config"):
+        Progress.of(tmp_path, "other")
+    with pytest.raises(UserError, match="precompute"):
+        LatentBatches(tmp_path, DataConfig(), model)
+    finish(tmp_path, progress, model=model, unconditional=condition, tokenizer=NoTokenizer())
+    with pytest.raises(UserError, match="holds latents already"):
+        Progress.of(tmp_path, "run")
     data = DataConfig(batch_size=2, drop_condition=0.0)
     with LatentBatches(tmp_path, data, model) as batches:
         assert (next(batches)["condition"].astype(np.float32) == 2).all()
-
-    # A listing from before files were counted means all of them.
-    listing = json.loads((tmp_path / "latents.json").read_text())
-    del listing["files"]
-    (tmp_path / "latents.json").write_text(json.dumps(listing))
-    with pytest.raises(UserError, match="has 3 rows, not 2"):
+    (tmp_path / "latents-00000-00001.array_record").unlink()
+    with pytest.raises(UserError, match="is missing"):
         LatentBatches(tmp_path, data, model)
+
+
+class NoTokenizer:
+    def save(self, folder):
+        pass
 
 
 def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """Conditions and latents that were computed once, for training the visual decoder alone.
 
-    DIR/latents-00000-of-00004.array_record   a file for each process that computed them
-    DIR/unconditional.npy                     the condition of a dropped context, [N, D]
-    DIR/tokenizer/, DIR/latents.json          what they were made with; written last
+    DIR/latents-00000-00004.array_record   part 0, of the process 4 that computed it
+    DIR/unconditional.npy                  the condition of a dropped context, [N, D]
+    DIR/progress.json                      while it is made: the parts so far, and how to go on
+    DIR/tokenizer/, DIR/latents.json       what they were made with; written last
 
 Numbers are bfloat16. As with documents, the order is a pure function of the seed and a position
 is one integer, the same for any number of processes.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -28,6 +30,7 @@ from emu_jax.data.pipeline import Batch, Damage, DataConfig
 from emu_jax.tokenizer import Tokenizer
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
+_LISTING, _PROGRESS = "latents.json", "progress.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,11 @@ class _Listing:
 
     model: EmuConfig  # that computed them, its denoiser left out
     rows: int
-    files: int = 0  # others are of a run that was stopped; 0: an older listing, all are meant
+    files: tuple[str, ...]
+
+
+def _part_file(part: int, process: int) -> str:
+    return f"latents-{part:05d}-{process:05d}.array_record"
 
 
 def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,15 +54,50 @@ def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return condition, (side, side, model.vae.latent_channels)
 
 
-class LatentWriter:
-    """Writes this process's share of a folder of latents."""
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """`progress.json`: the parts of a folder that all processes have written."""
 
-    def __init__(self, folder: Path, process_index: int, process_count: int):
-        if (folder / "latents.json").exists():
+    run: str  # a digest of the settings
+    rows: int = 0
+    parts: int = 0
+    files: tuple[str, ...] = ()
+    position: Any = None  # of the data after them (`Batches.state`)
+
+    @classmethod
+    def of(cls, folder: Path, run: str) -> Progress:
+        """Where to go on.
+
+        Raises:
+            UserError: the folder is complete, or was begun with other settings.
+        """
+        if (folder / _LISTING).exists():
             raise UserError(f"{folder} holds latents already: name another folder, or remove it")
+        if not (folder / _PROGRESS).exists():
+            return cls(run)
+        found = load_json(cls, folder / _PROGRESS)
+        if found.run != run:
+            raise UserError(
+                f"{folder} was begun with another config: give that one, or another folder"
+            )
+        return found
+
+    def after(self, folder: Path, *, rows: int, processes: int, position: Any) -> Progress:
+        """With one more part, which all processes have written."""
+        files = tuple(_part_file(self.parts, process) for process in range(processes))
+        done = Progress(self.run, rows, self.parts + 1, self.files + files, position)
+        if jax.process_index() == 0:
+            save_json(done, folder / _PROGRESS)
+        return done
+
+
+class PartWriter:
+    """Writes a process's share of one part."""
+
+    def __init__(self, folder: Path, part: int, process: int):
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"latents-{process_index:05d}-of-{process_count:05d}.array_record"
-        self._path, self._temporary = folder / name, folder / f".{name}.tmp"
+        self._path = folder / _part_file(part, process)
+        self._temporary = folder / f".{self._path.name}.tmp"
         self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
 
     def add(self, condition: Float[np.ndarray, "N D"], latents: Float[np.ndarray, "h w C"]) -> None:
@@ -68,13 +110,15 @@ class LatentWriter:
 
 
 def finish(
-    folder: Path, *, model: EmuConfig, rows: int, files: int,
+    folder: Path, progress: Progress, *, model: EmuConfig,
     unconditional: Float[np.ndarray, "N D"], tokenizer: Tokenizer,
 ) -> None:  # fmt: skip
-    """Completes a folder whose files are all written."""
+    """Completes a folder whose parts are all written."""
     np.save(folder / "unconditional.npy", np.asarray(unconditional, np.float32))
     tokenizer.save(folder / "tokenizer")
-    save_json(_Listing(_without_denoiser(model), rows, files), folder / "latents.json")
+    listing = _Listing(_without_denoiser(model), progress.rows, progress.files)
+    save_json(listing, folder / _LISTING)
+    (folder / _PROGRESS).unlink(missing_ok=True)
 
 
 class LatentBatches(Iterator[Batch]):
@@ -89,15 +133,16 @@ class LatentBatches(Iterator[Batch]):
         self, folder: Path, cfg: DataConfig, model: EmuConfig, process_index: int = 0,
         process_count: int = 1,
     ):  # fmt: skip
-        if not (folder / "latents.json").is_file():
-            raise UserError(f"{folder} has no latents.json: write it with `emu-jax precompute`")
-        listing = load_json(_Listing, folder / "latents.json")
+        if not (folder / _LISTING).is_file():
+            raise UserError(f"{folder} has no {_LISTING}: write it with `emu-jax precompute`")
+        listing = load_json(_Listing, folder / _LISTING)
         if listing.model != _without_denoiser(model):
             raise UserError(
                 f"{folder} was made with another model than this run's: precompute it again"
             )
-        count = f"{listing.files:05d}" if listing.files else "*"
-        paths = sorted(map(str, folder.glob(f"latents-*-of-{count}.array_record")))
+        paths = [str(folder / name) for name in listing.files]
+        if missing := [path for path in paths if not Path(path).is_file()]:
+            raise UserError(f"{missing[0]} is missing: precompute {folder} again")
         self._records: Any = grain.sources.ArrayRecordDataSource(paths)
         if len(self._records) != listing.rows:
             raise UserError(

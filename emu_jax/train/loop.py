@@ -379,8 +379,8 @@ def _resume(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     saved = load_json(TrainConfig, workdir / "train.json")
     model = saved.model if saved.init_from else cfg.model
     model = dataclasses.replace(model, vae=model.vae and saved.model.vae)
-    ours = flatten(to_dict(_without_places(dataclasses.replace(cfg, model=model))))
-    theirs = flatten(to_dict(_without_places(saved)))
+    ours = flatten(to_dict(without_places(dataclasses.replace(cfg, model=model))))
+    theirs = flatten(to_dict(without_places(saved)))
     for key in sorted(ours.keys() | theirs.keys()):
         changes = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
         if not changes and ours.get(key) != theirs.get(key):
@@ -391,7 +391,7 @@ def _resume(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
 
 
-def _without_places(cfg: TrainConfig) -> TrainConfig:
+def without_places(cfg: TrainConfig) -> TrainConfig:
     """The run, wherever the files of its sources lie."""
     sources = tuple(dataclasses.replace(s, paths=(), media=()) for s in cfg.data.sources)
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=sources))

@@ -8,7 +8,10 @@ trained more than once, pay for it once this way, and training then needs the U-
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from emu_jax.config import UserError
-from emu_jax.data.latents import LatentWriter, finish
+from emu_jax.config import UserError, to_dict
+from emu_jax.data.latents import PartWriter, Progress, finish, latent_shapes
 from emu_jax.sharding import batch_sharding
 from emu_jax.train import loop, parents
 from emu_jax.train.config import TrainConfig
@@ -27,16 +30,19 @@ from emu_jax.train.objectives import Batch, DecoderObjective
 
 log = logging.getLogger(__name__)
 
+PART_BYTES = 1 << 28  # of one process: what is computed again after a kill, at the most
+
 
 def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
     """Writes the conditions and latents of the first `rows` documents (rounded up to whole
-    batches) of a decoder's training run into `folder`.
+    batches) of a decoder's training run into `folder`, part by part: a call that was stopped goes
+    on after the last part that all processes have written, on any number of processes.
 
     Contexts are whole: what is dropped is chosen anew whenever they are read.
 
     Raises:
         UserError: `cfg` trains no decoder from a pretrained model, its data cannot be read, or
-            `folder` holds latents already.
+            `folder` is complete or was begun with another config.
     """
     if cfg.objective != "decoder" or cfg.latents:
         raise UserError("precompute needs the config of a decoder (objective) without latents")
@@ -72,10 +78,18 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
             tokens = jnp.asarray([[cfg.model.tokens.bos, cfg.model.tokens.img]])
             return module(params).regress_after(tokens, jnp.asarray([2]))[0]
 
-        writer, done = LatentWriter(folder, index, count), 0
-        with DecoderObjective().batches(cfg, tokenizer) as batches:
-            with tqdm(total=rows, unit="row", disable=index > 0) as bar:
-                while done < rows:
+        progress = Progress.of(folder, _digest(cfg))
+        row_bytes = 2 * sum(map(math.prod, latent_shapes(cfg.model)))
+        part_rows = count * max(1, PART_BYTES // row_bytes)
+        with (
+            DecoderObjective().batches(cfg, tokenizer) as batches,
+            tqdm(total=rows, initial=progress.rows, unit="row", disable=index > 0) as bar,
+        ):
+            if progress.parts:
+                batches.restore(progress.position)
+            while (done := progress.rows) < rows:
+                writer = PartWriter(folder, progress.parts, index)
+                while done < min(rows, progress.rows + part_rows):
                     batch = {
                         k: jax.make_array_from_process_local_data(batch_sharding(mesh), v)
                         for k, v in next(batches).items()
@@ -85,15 +99,24 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
                     size = batch["tokens"].shape[0]  # of all processes; a source may have its own
                     done += size
                     bar.update(size)
-        writer.close()
+                writer.close()
+                multihost_utils.sync_global_devices(f"latents, part {progress.parts}")
+                progress = progress.after(
+                    folder, rows=done, processes=count, position=batches.state()
+                )
         empty = np.asarray(multihost_utils.process_allgather(unconditional(params), tiled=True))
-        multihost_utils.sync_global_devices("latents are written")
         if index == 0:
-            finish(
-                folder, model=cfg.model, rows=done, files=count, unconditional=empty,
-                tokenizer=tokenizer,
-            )  # fmt: skip
-    return {"rows": done, "folder": str(folder)}
+            finish(folder, progress, model=cfg.model, unconditional=empty, tokenizer=tokenizer)
+        multihost_utils.sync_global_devices("latents are complete")
+    return {"rows": progress.rows, "folder": str(folder)}
+
+
+def _digest(cfg: TrainConfig) -> str:
+    """Of what the numbers follow from."""
+    settings = to_dict(loop.without_places(cfg))
+    names = ("data", "model", "parents", "init_from", "seed", "dtype")
+    made = {name: settings[name] for name in names}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _local(array: jax.Array) -> np.ndarray:
