@@ -1,0 +1,181 @@
+"""CIDEr, BLEU and ROUGE-L of captions, by the COCO caption evaluation (pycocoevalcap).
+
+CIDEr is CIDEr-D (Vedantam et al., arXiv:1411.5726, section 7): n-grams up to 4, clipped, with a
+Gaussian penalty of sigma 6 on the difference in length. The document frequencies are those of
+the references that are scored, so a figure depends on the whole set of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from emu_jax.config import UserError
+from emu_jax.evaluate.scorers import Scores, check_keys, warned
+
+PYTHON_TOKENIZER = (
+    "captions were split by a tokenizer in Python, since Java is missing: figures can differ "
+    "slightly from those with the Stanford PTB tokenizer"
+)
+
+
+def score(
+    references: Mapping[Hashable, Sequence[str]], predictions: Mapping[Hashable, str]
+) -> Scores:
+    """Scores one caption for each picture or clip against all that people wrote of it.
+
+    Args:
+        references: at least one caption for each item.
+        predictions: one caption for each item of `references`; it may be empty.
+
+    Returns:
+        CIDEr, BLEU-1 to BLEU-4 and ROUGE-L, all times 100. CIDEr times 100 can exceed 100.
+        Items have their CIDEr.
+
+    Raises:
+        UserError: items lack references or predictions, or pycocoevalcap is not installed.
+    """
+    check_keys(references, predictions, "captions")
+    for key, captions in references.items():
+        if not captions:
+            raise UserError(f"item {key!r} has no reference caption")
+    coco = _pycocoevalcap()
+
+    keys = list(references)
+    counts = [len(references[key]) for key in keys]
+    lines = [caption for key in keys for caption in references[key]]
+    split, notes = tokenize(lines + [predictions[key] for key in keys])
+    # The package takes dictionaries of lists, a caption being its words joined by spaces.
+    words = iter(split)
+    wanted = {i: [next(words) for _ in range(n)] for i, n in enumerate(counts)}
+    given = {i: [next(words)] for i in range(len(keys))}
+
+    cider, cider_of_each = coco.Cider().compute_score(wanted, given)
+    bleu, _ = coco.Bleu(4).compute_score(wanted, given, verbose=0)
+    rouge, _ = coco.Rouge().compute_score(wanted, given)
+    values = {"CIDEr": cider, **{f"BLEU-{n}": b for n, b in enumerate(bleu, 1)}, "ROUGE-L": rouge}
+    if len(keys) == 1:
+        notes = (*notes, "CIDEr of a single item is 0: no n-gram tells it from other items")
+    return Scores(
+        {name: 100 * float(value) for name, value in values.items()},
+        notes,
+        {key: 100 * float(c) for key, c in zip(keys, cider_of_each, strict=True)},
+    )
+
+
+def tokenize(captions: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Captions as the COCO evaluation compares them, and what is to be said about it.
+
+    Lower case, split as the Penn Treebank is, without punctuation, words joined by spaces.
+    Stanford's tokenizer does it where there is Java, `python_tokens` where there is none.
+    """
+    # One caption is one line: what else ends a line would shift all captions after it.
+    lines = [" ".join(caption.split()) for caption in captions]
+    java = shutil.which("java")
+    if java:
+        tokens, notes = _java_tokens(java, lines), ()
+    else:
+        tokens, notes = [python_tokens(line) for line in lines], (warned(PYTHON_TOKENIZER),)
+    punctuation = _pycocoevalcap().PUNCTUATIONS
+    return [" ".join(w for w in words if w not in punctuation) for words in tokens], notes
+
+
+def _pycocoevalcap() -> SimpleNamespace:
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.tokenizer import ptbtokenizer
+    except ImportError as error:
+        raise UserError(
+            f"captions are scored by pycocoevalcap ({error}): pip install 'emu_jax[eval]'"
+        ) from None
+    return SimpleNamespace(
+        Bleu=Bleu,
+        Cider=Cider,
+        Rouge=Rouge,
+        PUNCTUATIONS=frozenset(ptbtokenizer.PUNCTUATIONS),
+        jar=Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR),
+    )
+
+
+def _java_tokens(java: str, lines: Sequence[str]) -> list[list[str]]:
+    """What pycocoevalcap's PTBTokenizer runs, through pipes: it writes beside its jar, which
+    may be read-only."""
+    command = [
+        java, "-Dfile.encoding=UTF-8", "-cp", os.fspath(_pycocoevalcap().jar),
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines", "-lowerCase", "-encoding", "UTF-8",
+    ]  # fmt: skip
+    text = "".join(line + "\n" for line in lines)
+    # Characters outside UTF-8, such as half of a surrogate pair, cannot be sent.
+    done = subprocess.run(command, input=text.encode(errors="replace"), capture_output=True)
+    split = done.stdout.decode().split("\n")[:-1]
+    if done.returncode or len(split) != len(lines):
+        said = done.stderr.decode(errors="replace").strip().splitlines()[:1]
+        raise UserError(
+            f"{java} did not run the PTB tokenizer (status {done.returncode}, {len(split)} of "
+            f"{len(lines)} lines): {''.join(said) or 'it said nothing'}"
+        )
+    return [line.split() for line in split]
+
+
+# What the tokenizer writes for characters beyond ASCII, and for HTML's entities.
+_WRITTEN = {
+    "‘": "'", "’": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": " ... ",
+    "£": "#", "€": "$", "¢": " cents ", "½": "1/2", "¼": "1/4", "¾": "3/4",
+    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "'n'": " 'n' ",
+}  # fmt: skip
+_BRACKETS = {
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+}  # fmt: skip
+_REPLACED = re.compile("|".join(map(re.escape, _WRITTEN)))
+_SPLIT = [
+    re.compile(r"(?<=\w)(?=n't(?!\w)|'(?:s|m|d|ll|re|ve)(?!\w))"),  # is n't, it 's
+    re.compile(r"(?<=\bcan)(?=not\b)|(?<=\bgon)(?=na\b)|(?<=\bwan)(?=na\b)"),
+    re.compile(r"(?<=\bgot)(?=ta\b)|(?<=\bgim)(?=me\b)|(?<=\blem)(?=me\b)"),
+]
+_ABBREVIATIONS = (
+    r"mr|mrs|ms|dr|prof|st|mt|ft|ave|blvd|rd|jr|sr|gen|sen|rep|gov|sgt|capt|col|lt|rev|hon|"
+    r"inc|co|corp|ltd|vs|etc|al|ph\.d|jan|feb|mar|apr|aug|sept|sep|oct|nov|dec"
+)
+_TOKEN = re.compile(
+    rf"""
+      (?:https?://|www\.)[^\s"<>]+
+    | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
+    | </?[a-z][^<>\s]*>
+    | (?:[a-z]\.){{2,}}                         # p.m.
+    | (?:{_ABBREVIATIONS})\.(?![^\W_])          # keep their period
+    | no\.(?=\s*\d)
+    | n't(?!\w) | '(?:s|m|d|ll|re|ve)(?!\w)
+    | '\d\ds?(?!\w) | '[nt]'(?!\w)            # '90s, rock 'n' roll
+    | 't(?=is\b|was\b) | y'(?=all\b) | ma'am
+    | (?<!\S)[-+]\.?\d+(?:[.,:/-]\d+)*        # a sign is part of its number
+    | \d+(?:[.:]\d+)+(?=[ap]m\b)              # 7:30 of 7:30pm
+    | \.\d+ | \d+(?:[.,:]\d+)+
+    | [\#@][a-z]\w*
+    | (?:[odlc]'(?=\w\w))?[^\W_]+             # o'clock; hyphens, slashes and periods
+      (?:[-_/.](?:[odlc]')?[^\W_]+)*           # within a word are part of it
+    | \.{{3,}} | -{{2,}} | [!?]{{2,}} | \S
+    """,
+    re.VERBOSE,
+)
+
+
+def python_tokens(caption: str) -> list[str]:
+    """The tokens that Stanford's PTBTokenizer makes of a caption, by its rules for what
+    captions hold: contractions, quotes, brackets, numbers, abbreviations, hyphens.
+
+    Not covered: its longer lists of abbreviations and of emoticons, phone numbers and dates.
+    Opening and closing quotes are all `'`: the evaluation drops either.
+    """
+    text = _REPLACED.sub(lambda found: _WRITTEN[found[0]], caption).lower()
+    for place in _SPLIT:
+        text = place.sub(" ", text)
+    tokens: list[str] = _TOKEN.findall(text.replace('"', "'"))
+    return ["..." if t.startswith("...") else _BRACKETS.get(t, t) for t in tokens]

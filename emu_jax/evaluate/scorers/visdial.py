@@ -1,0 +1,100 @@
+"""Visual Dialog v1.0: where a model ranks the answer among the 100 candidates of a round.
+
+Das et al., arXiv:1611.08669, for the single answer that was given (sparse); the VisDial
+challenge for the relevance that people judged each candidate to have in one round of a dialogue
+(dense; batra-mlp-lab/visdial-challenge-starter-pytorch `metrics.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from emu_jax.config import UserError
+from emu_jax.evaluate.scorers import Scores, check_keys, warned
+
+
+def score(
+    ranks: Mapping[Hashable, Sequence[int]],
+    answers: Mapping[Hashable, int],
+    relevance: Mapping[Hashable, Sequence[float]] | None = None,
+) -> Scores:
+    """The figures of `sparse`, and of `dense` where there is a relevance. A round has its
+    reciprocal rank, in percent."""
+    found = sparse(ranks, answers)
+    if not relevance:
+        return Scores(found.values, ("NDCG is left out: no relevance was given",), found.per_item)
+    judged = dense(ranks, relevance)
+    return Scores(judged.values | found.values, judged.notes, found.per_item)
+
+
+def sparse(ranks: Mapping[Hashable, Sequence[int]], answers: Mapping[Hashable, int]) -> Scores:
+    """`MRR`, `R@1`, `R@5`, `R@10`, all in percent, and the answer's `mean rank`, from 1.
+
+    Args:
+        ranks: of each candidate of each round, in the candidates' order; 1 is the best.
+        answers: the index of the answer among them, from 0 (`gt_index` of the annotations).
+
+    Raises:
+        UserError: rounds lack ranks, the ranks are not 1 to their number, or an index is out
+            of range.
+    """
+    check_keys(answers, ranks, "rounds")
+    place: dict[Hashable, int] = {}
+    for key, answer in answers.items():
+        ranked = _checked(key, ranks[key])
+        if not 0 <= answer < len(ranked):
+            raise UserError(f"round {key!r} has {len(ranked)} candidates, and no number {answer}")
+        place[key] = int(ranked[answer])
+    found = np.array(list(place.values()))
+    values = {"MRR": 100 * float((1 / found).mean())}
+    values |= {f"R@{k}": 100 * float((found <= k).mean()) for k in (1, 5, 10)}
+    values["mean rank"] = float(found.mean())
+    return Scores(values, (), {key: 100 / rank for key, rank in place.items()})
+
+
+def dense(
+    ranks: Mapping[Hashable, Sequence[int]], relevance: Mapping[Hashable, Sequence[float]]
+) -> Scores:
+    """`NDCG`, in percent, over the rounds whose candidates people judged.
+
+    A round's is DCG@k in the order of the ranks by DCG@k in the best order: k is the number of
+    candidates of a relevance above 0, and the i-th candidate, from 1, counts its relevance by
+    log2(i + 1).
+
+    Args:
+        ranks: of each candidate of each round; rounds that `relevance` lacks are passed over.
+        relevance: of each candidate, in 0 to 1 (`gt_relevance` of the annotations). Rounds
+            without a relevant candidate are left out: noted.
+
+    Raises:
+        UserError: rounds lack ranks, the ranks are not 1 to their number, or there are more or
+            fewer of them than relevances.
+    """
+    check_keys(relevance, [key for key in ranks if key in relevance], "rounds")
+    found: dict[Hashable, float] = {}
+    for key, judged in relevance.items():
+        order = np.argsort(_checked(key, ranks[key]))
+        gain = np.asarray(judged, np.float64)
+        if len(gain) != len(order):
+            raise UserError(f"round {key!r} has {len(order)} ranks and {len(gain)} relevances")
+        k = int((gain > 0).sum())
+        if k:
+            discount = np.log2(np.arange(k) + 2)
+            best = (np.sort(gain)[::-1][:k] / discount).sum()
+            found[key] = 100 * float((gain[order][:k] / discount).sum() / best)
+    if not found:
+        raise UserError("NDCG is undefined: no round has a relevant candidate")
+    notes = ()
+    if left := len(relevance) - len(found):
+        notes = (warned(f"NDCG leaves out {left} rounds without a relevant candidate"),)
+    return Scores({"NDCG": float(np.mean(list(found.values())))}, notes, found)
+
+
+def _checked(key: Hashable, ranks: Sequence[int]) -> Int[np.ndarray, " C"]:
+    ranked = np.asarray(ranks)
+    if not np.array_equal(np.sort(ranked), np.arange(1, len(ranked) + 1)):
+        raise UserError(f"the ranks of round {key!r} are not 1 to {len(ranked)}, each once")
+    return ranked

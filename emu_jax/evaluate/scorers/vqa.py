@@ -1,0 +1,376 @@
+"""Answers to questions: the VQA accuracy, exact match, and WUPS.
+
+- `score`: VQAv2 and OKVQA as VQA's evaluation has it (Antol et al., arXiv:1505.00468,
+  section 5; GT-Vision-Lab/VQA `vqaEval.py`), VizWiz as VizWiz's own does.
+- `exact`: MSVD-QA and MSRVTT-QA.
+- `wups`: open-ended NExT-QA (Xiao et al., arXiv:2105.08276; doc-doc/NExT-OE `eval_oe.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from emu_jax.config import UserError
+from emu_jax.evaluate.scorers import Scores, check_keys, warned
+
+Answer = str | Mapping[str, Any]  # as the annotations have it: the answer under "answer"
+
+
+def score(
+    answers: Mapping[Hashable, Sequence[Answer]],
+    predictions: Mapping[Hashable, str],
+    *,
+    answer_types: Mapping[Hashable, str] | None = None,
+    question_types: Mapping[Hashable, str] | None = None,
+    convention: Literal["vqa", "vizwiz"] = "vqa",
+) -> Scores:
+    """The VQA accuracy, in percent.
+
+    An answer's accuracy is min(1, matches / 3) against the other people's answers, averaged
+    over leaving out each of the (ten) people in turn.
+
+    `vqa` normalises prediction and answers alike, and only where people disagree. `vizwiz`
+    normalises the prediction always and the answers never.
+
+    Args:
+        answers: what people answered to each question, at least one.
+        predictions: one answer to each question.
+        answer_types, question_types: the types that the annotations give, for a figure of each.
+
+    Returns:
+        `accuracy`, and `accuracy/answer/T` and `accuracy/question/T` for each type T. A
+        question with a single answer, for which the formula gives 0, counts as right when the
+        prediction is that answer: noted.
+
+    Raises:
+        UserError: questions lack answers, types or a prediction.
+    """
+    check_keys(answers, predictions, "predictions")
+    right: dict[Hashable, float] = {}
+    single = 0
+    for key, given in answers.items():
+        people = [_one_line(a if isinstance(a, str) else a["answer"]) for a in given]
+        if not people:
+            raise UserError(f"question {key!r} has no answers")
+        single += len(people) == 1
+        said = _one_line(predictions[key])
+        if convention == "vizwiz":
+            people = [a if isinstance(a, str) else a["answer"] for a in given]
+            said = normalize(said)
+        elif len(set(people)) > 1:
+            people, said = [normalize(a) for a in people], normalize(said)
+        right[key] = 100 * _leave_one_out([answer == said for answer in people])
+
+    values = {"accuracy": _mean(right.values())}
+    for kind, types in (("answer", answer_types), ("question", question_types)):
+        values |= _by_type(f"accuracy/{kind}", right, types)
+    notes = ()
+    if single:
+        note = f"{single} questions have one answer only: right is what matches it exactly"
+        notes = (warned(note),)
+    return Scores(values, notes, right)
+
+
+def answerability(
+    answerable: Mapping[Hashable, bool], predicted: Mapping[Hashable, float]
+) -> Scores:
+    """VizWiz's second task: which questions cannot be answered from the picture.
+
+    Args:
+        answerable: whether people could.
+        predicted: the confidence, in 0 to 1, that the question can be answered.
+
+    Returns:
+        `average_precision` and `f1` of finding the unanswerable ones, in percent.
+
+    Raises:
+        UserError: a question lacks a prediction, or none of them is unanswerable.
+    """
+    from sklearn.metrics import average_precision_score, f1_score
+
+    check_keys(answerable, predicted, "predictions")
+    truth = np.array([not answerable[key] for key in answerable])
+    found = 1 - np.array([float(predicted[key]) for key in answerable])
+    if not truth.any():
+        raise UserError("average precision needs at least one question that is unanswerable")
+    return Scores(
+        {
+            "average_precision": 100 * float(average_precision_score(truth, found)),
+            "f1": 100 * float(f1_score(truth, found > 0.5)),
+        }
+    )
+
+
+def exact(
+    answers: Mapping[Hashable, str],
+    predictions: Mapping[Hashable, str],
+    *,
+    question_types: Mapping[Hashable, str] | None = None,
+) -> Scores:
+    """The share of predictions that are the answer, in percent: `accuracy`, and
+    `accuracy/question/T` for each type T (what, who, how, when, where).
+
+    As for MSVD-QA and MSRVTT-QA (Xu et al., MM 2017), whose answers are one lower-case word out
+    of a vocabulary: equal in lower case, white space around them aside.
+
+    Raises:
+        UserError: a question lacks a prediction or a type.
+    """
+    check_keys(answers, predictions, "predictions")
+    right = {
+        key: 100.0 * (predictions[key].strip().lower() == answer.strip().lower())
+        for key, answer in answers.items()
+    }
+    values = {"accuracy": _mean(right.values())}
+    return Scores(values | _by_type("accuracy/question", right, question_types), (), right)
+
+
+def wups(
+    answers: Mapping[Hashable, Sequence[str]],
+    predictions: Mapping[Hashable, str],
+    *,
+    question_types: Mapping[Hashable, str] | None = None,
+) -> Scores:
+    """WUPS@0 of open-ended answers, in percent, as NExT-QA's evaluation has it.
+
+    Words are lemmatised and stop words dropped. Each word of one answer has its best Wu-Palmer
+    similarity (WordNet 3.0, first senses) to a word of the other; words unlike all others are
+    passed over; the similarities of a side are multiplied, and the smaller product counts. Of
+    several answers, the one nearest to the prediction counts. Counting and yes-no questions
+    (DC, DB) must match exactly.
+
+    Args:
+        answers: the annotated answer, and the additional one of the test split if there is one.
+        predictions: one answer to each question.
+        question_types: NExT-QA's: CW, CH, TN, TP, TC, DL, DB, DC or DO.
+
+    Returns:
+        `WUPS` and, given types, `WUPS_C`, `WUPS_T`, `WUPS_D` and `WUPS/T` of each type (TN and
+        TP are one). Without nltk's WordNet: `exact`, the share that is equal in lower case
+        without stop words, under the like names; noted.
+
+    Raises:
+        UserError: questions lack answers, types or a prediction.
+    """
+    check_keys(answers, predictions, "predictions")
+    types = {} if question_types is None else {key: question_types.get(key) for key in answers}
+    net, notes = _wordnet()
+    name = "WUPS" if net else "exact"
+    prepare = net.prepare if net else _content_words
+    found: dict[Hashable, float] = {}
+    for key, given in answers.items():
+        if not given:
+            raise UserError(f"question {key!r} has no answers")
+        if question_types is not None and types[key] is None:
+            raise UserError(f"question {key!r} has no type")
+        said = prepare(predictions[key])
+        if net and types.get(key) not in ("DC", "DB"):
+            likeness = max(net.wups(said, prepare(answer)) for answer in given)
+        else:
+            likeness = float(any(said == prepare(answer) for answer in given))
+        found[key] = 100 * likeness
+
+    values = {name: _mean(found.values())}
+    if question_types is not None:
+        merged = {key: "TN" if kind == "TP" else str(kind) for key, kind in types.items()}
+        groups = _by_type(name, found, {key: kind[0] for key, kind in merged.items()})
+        values |= {group.replace("/", "_"): value for group, value in groups.items()}
+        values |= _by_type(name, found, merged)
+    return Scores(values, notes, found)
+
+
+# ---------------------------------------------------------------- VQA's normalisation
+
+_NUMBERS = {
+    word: str(i)
+    for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
+_ARTICLES = {"a", "an", "the"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_WITHIN = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+# The official table, less the lines that change nothing: words are in lower case by then.
+_CONTRACTIONS = {
+    **{
+        word.replace("'", ""): word
+        for word in """
+            ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd
+            he's how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've
+            needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's
+            someone'd someone'll someone's something'd something'll that's there'd there're
+            there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're
+            what's what've when's where'd where's where've who'd who'll who's who've why'll
+            why're why's won't would've wouldn't y'all you'd you'll you're you've
+        """.split()
+    },
+    # Two apostrophes, of which the first or the second is missing.
+    **{
+        short: word
+        for word in """
+            couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've
+            someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've
+            y'all'll you'd've
+        """.split()
+        for first, second, third in [word.split("'")]
+        for short in (f"{first}{second}'{third}", f"{first}'{second}{third}")
+    },
+    "somebody'd": "somebodyd",  # sic
+    "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
+    "yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've",
+}  # fmt: skip
+
+
+def normalize(answer: str) -> str:
+    """An answer as VQA's evaluation compares it.
+
+    Punctuation goes, or becomes a space where it stands between letters without a comma within
+    a number; then lower case, number words as digits, no articles, apostrophes put back.
+    """
+    within = _COMMA_WITHIN.search(answer)
+    text = answer
+    for mark in _PUNCTUATION:
+        alone = mark + " " in answer or " " + mark in answer
+        text = text.replace(mark, "" if alone or within else " ")
+    # The official code hands a flag (32) to `sub` where the count goes.
+    text = _PERIOD.sub("", text, count=32)
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _one_line(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _leave_one_out(matches: Sequence[bool]) -> float:
+    """min(1, matches / 3) of the others, averaged over who is left out."""
+    if len(matches) == 1:
+        return float(matches[0])
+    total = sum(matches)
+    return sum(min(1, (total - match) / 3) for match in matches) / len(matches)
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def _by_type(
+    name: str, figures: Mapping[Hashable, float], types: Mapping[Hashable, str] | None
+) -> dict[str, float]:
+    """The mean of the items of each type, under `name/type`."""
+    if types is None:
+        return {}
+    groups: dict[str, list[float]] = {}
+    for key, figure in figures.items():
+        if key not in types:
+            raise UserError(f"question {key!r} has no type")
+        groups.setdefault(types[key], []).append(figure)
+    return {f"{name}/{kind}": _mean(groups[kind]) for kind in sorted(groups)}
+
+
+# ---------------------------------------------------------------- WUPS
+
+NO_WORDNET = (
+    "WUPS needs nltk (pip install 'emu_jax[eval]') and its wordnet (python -m nltk.downloader "
+    "wordnet averaged_perceptron_tagger_eng): exact match is given in its place"
+)
+NO_TAGGER = (
+    "words were lemmatised without their part of speech, since nltk's "
+    "averaged_perceptron_tagger_eng is missing: WUPS can differ slightly"
+)
+# NExT-OE's stop words: nltk's English list, less the words that answer a question.
+_STOP_WORDS = frozenset(
+    """
+    i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself
+    yourselves he him his himself she she's her hers herself it it's its itself they them their
+    theirs themselves what which who whom this that that'll these those am is are was were be
+    been being have has had having do does did doing a an the and but if or because as until
+    while to from of at for with about into through during again further then here there when
+    where why how all any each most other some such only own so than too very s t can will just
+    don don't should should've now d ll m o re ve y ain aren aren't couldn couldn't didn didn't
+    doesn doesn't hadn hadn't hasn hasn't haven haven't isn isn't ma mightn mightn't mustn
+    mustn't needn needn't shan shan't shouldn shouldn't wasn wasn't weren weren't won won't
+    wouldn wouldn't
+    """.split()
+)
+
+
+def _content_words(answer: str) -> list[str]:
+    return [word for word in answer.lower().split() if word not in _STOP_WORDS]
+
+
+class _WordNet:
+    """NExT-OE's lemmas and similarities, over nltk's WordNet (its lemmatiser is pywsd's)."""
+
+    def __init__(self, net: Any, tagged: bool):
+        from nltk.stem import PorterStemmer, WordNetLemmatizer
+        from nltk.tokenize import NLTKWordTokenizer
+
+        self._net, self._tagged = net, tagged
+        self._split = NLTKWordTokenizer().tokenize
+        self._stem = PorterStemmer().stem
+        self._base = WordNetLemmatizer().lemmatize
+        # The first sense of a word stands for it, whatever its part of speech.
+        self._sense = functools.cache(lambda word: next(iter(net.synsets(word)), None))
+        self._similarity = functools.cache(self._wu_palmer)
+
+    def prepare(self, answer: str) -> list[str]:
+        """The lemmas of an answer, without stop words."""
+        lemmas = [self._lemma(word.lower(), pos) for word, pos in self._tag(self._split(answer))]
+        return [lemma for lemma in lemmas if lemma not in _STOP_WORDS]
+
+    def wups(self, one: Sequence[str], other: Sequence[str]) -> float:
+        """WUPS@0 of two lists of lemmas: the smaller of both directions."""
+        return min(self._directed(one, other), self._directed(other, one))
+
+    def _directed(self, one: Sequence[str], other: Sequence[str]) -> float:
+        best = [max((self._similarity(a, b) for b in other), default=0.0) for a in one]
+        return math.prod(alike) if (alike := [b for b in best if b > 0]) else 0.0
+
+    def _wu_palmer(self, a: str, b: str) -> float:
+        if a == b:
+            return 1.0
+        first, second = self._sense(a), self._sense(b)
+        if first is None or second is None:
+            return 0.0
+        return first.wup_similarity(second) or 0.0
+
+    def _tag(self, words: list[str]) -> list[tuple[str, str | None]]:
+        if not self._tagged:
+            return [(word, None) for word in words]
+        from nltk import pos_tag
+
+        # A word whose tag WordNet has no part of speech for is tagged again by itself.
+        kinds = {"NN": "n", "JJ": "a", "VB": "v", "RB": "r"}
+        return [
+            (word, kinds.get(tag[:2]) or kinds.get(pos_tag([word.lower()])[0][1][:2], "n"))
+            for word, tag in pos_tag(words)
+        ]
+
+    def _lemma(self, word: str, pos: str | None) -> str:
+        """Its base form if WordNet has that, else its stem if WordNet has that, else itself."""
+        lemma = self._base(word, pos) if pos else self._net.morphy(word) or word
+        stem = self._stem(word)
+        return next((form for form in (lemma, stem) if self._sense(form)), word)
+
+
+def _wordnet() -> tuple[_WordNet | None, tuple[str, ...]]:
+    """nltk's WordNet and what is to be said about it; None where it is missing."""
+    try:
+        import nltk
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()
+    except (ImportError, LookupError):
+        return None, (warned(NO_WORDNET),)
+    try:
+        nltk.data.find("taggers/averaged_perceptron_tagger_eng")
+    except LookupError:
+        return _WordNet(wordnet, tagged=False), (warned(NO_TAGGER),)
+    return _WordNet(wordnet, tagged=True), ()
