@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
@@ -21,6 +21,10 @@ test: .venv/.installed-dev
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Everything that benchmarks/ measures, into the tables of docs/performance.md.
+bench: .venv/.installed-dev
+	$(BIN)/emu-jax bench --write docs/performance.md
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -5,13 +5,11 @@ decoded, resized to 224 x 224 (bicubic), tokenised, packed and batched, as train
 them. The yardstick, `raw`, is the same library's decode and resize of the same files in
 memory, and nothing else; `fast` is that with `fast_decode`, and `full_fast` the pipeline with
 it. The parts take turns, so that what else the machine does hits all of them, and are timed by
-the processor time of the whole process: a core's work, whoever else is on it. Figures are
-medians over the turns; a spread is half the distance between the quartiles.
+the processor time of the whole process: a core's work, whoever else is on it.
 """
 
 import dataclasses
 import io
-import logging
 import statistics
 import tempfile
 import time
@@ -21,13 +19,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from emu_jax import bench
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text
 from emu_jax.data.documents import write_documents
 from emu_jax.data.images import open_image, resize
 from emu_jax.data.sources import SourceConfig
 from emu_jax.tokenizer import Tokenizer
-
-log = logging.getLogger("emu_jax")
 
 PICTURES = 144  # a batch: four rows of 36
 TURNS = 9
@@ -57,13 +54,33 @@ def run() -> dict:
                 "full": lambda: int(next(full)["image_valid"].sum()),
                 "full_fast": lambda: int(next(fast)["image_valid"].sum()),
             }
-            rates = take_turns(parts)
+            seconds = bench.take_turns(parts, TURNS, clock=time.process_time)
+    rates = {name: [1 / second for second in taken] for name, taken in seconds.items()}
     return {
         "picture_bytes": round(statistics.mean(map(len, contents))),
-        **{f"{name}_per_core": round(statistics.median(rate), 1) for name, rate in rates.items()},
-        **{f"{name}_over_raw": ratio(rates[name], rates["raw"]) for name in rates if name != "raw"},
+        **{f"{name}_per_core": bench.median(rate) for name, rate in rates.items()},
+        **{
+            f"{name}_over_raw": bench.ratio(rate, rates["raw"])
+            for name, rate in rates.items() if name != "raw"
+        },
         "turns": TURNS,
+    }  # fmt: skip
+
+
+def table(figures: dict) -> str:
+    names = {
+        "raw": "`raw`: decode and bicubic resize to 224 x 224, and nothing else",
+        "full": "`full`: read, decode, resize, tokenise, pack, batch",
+        "fast": "`fast`: as `raw`, with `fast_decode`",
+        "full_fast": "`full_fast`: as `full`, with `fast_decode`",
     }
+    return bench.markdown(
+        ("", "Pictures a second, one core", "Over `raw`"),
+        [
+            (about, figures[f"{name}_per_core"], figures.get(f"{name}_over_raw", ""))
+            for name, about in names.items()
+        ],
+    )
 
 
 def decode_alone(contents: list[bytes]) -> int:
@@ -78,29 +95,6 @@ def decode_fast(contents: list[bytes]) -> int:
     for content in contents:
         resize(open_image(content, at_least=SIZE), SIZE, fast=True)
     return len(contents)
-
-
-def take_turns(parts: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
-    """Pictures per second of processor time of each part, at each turn."""
-    for part in parts.values():  # caches fill, files are mapped
-        part()
-    rates: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(TURNS):
-        for name, part in parts.items():
-            began = time.process_time()
-            count = part()
-            rates[name].append(count / (time.process_time() - began))
-        shown = ", ".join(f"{name} {rate[-1]:.0f}/s" for name, rate in rates.items())
-        log.info("turn %d of %d: %s", turn + 1, TURNS, shown)
-    return rates
-
-
-def ratio(rates: list[float], raw: list[float]) -> dict[str, float]:
-    """The median and spread of one part's rate over that of the same turn's yardstick."""
-    low, median, high = statistics.quantiles(
-        [rate / other for rate, other in zip(rates, raw, strict=True)], n=4
-    )
-    return {"median": round(median, 3), "spread": round((high - low) / 2, 3)}
 
 
 def jpeg(rng: np.random.Generator) -> bytes:

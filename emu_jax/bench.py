@@ -1,22 +1,45 @@
-"""`emu-jax bench`: runs what stands in benchmarks/.
+"""`emu-jax bench`: runs what stands in benchmarks/, and keeps the tables of docs/performance.md.
 
-A benchmark is a Python file there: its docstring says what is measured and how, and its
-`run() -> dict` measures it and returns figures of plain JSON types. Its progress goes to the
-`emu_jax` logger.
+A benchmark is a Python file there. Its docstring says what is measured and how.
+
+    run(key=default, ...) -> dict    measures, and returns figures of plain JSON types
+    table(figures) -> str            optional: the figures as Markdown
+    plot(figures, path)              optional: the figures as a PNG
+
+Progress goes to the `emu_jax` logger. What is compared takes turns (`take_turns`), and the
+comparison is a ratio of the same turn (`ratio`), so that whatever else the machine does hits all.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import inspect
+import json
+import logging
 import os
 import platform
-import runpy
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from emu_jax.config import UserError, shipped, suggest
+
+log = logging.getLogger("emu_jax")
+
+Figures = dict[str, Any]
+OUT = Path("runs/bench")  # where plots go, unless told otherwise
+
+
+class Missing(UserError):
+    """A benchmark cannot run here: a library or a device is not there. Where all benchmarks are
+    asked for it is passed over, with its line."""
 
 
 def benchmarks() -> dict[str, Path]:
@@ -33,28 +56,158 @@ def about(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
-def run(names: Sequence[str] = ()) -> dict[str, Any]:
-    """Runs the named benchmarks, or all: each one's figures by its name, and the machine's.
+def load(name: str) -> ModuleType:
+    """The benchmark's module: how one uses what another measures.
 
     Raises:
         UserError: there is no such benchmark.
     """
     known = benchmarks()
-    for name in names:
-        if name not in known:
-            raise UserError(f"no benchmark {name!r}{suggest(name, known)}")
-    figures = {name: runpy.run_path(str(known[name]))["run"]() for name in names or known}
-    return figures | {"machine": _machine()}
+    if name not in known:
+        raise UserError(f"no benchmark {name!r}{suggest(name, known)}")
+    spec = importlib.util.spec_from_file_location(f"emu_jax_benchmark_{name}", known[name])
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def table(figures: dict[str, Any]) -> str:
+def run(
+    names: Sequence[str] = (), settings: Sequence[str] = (), *, out: Path = OUT,
+    write: Path | None = None,
+) -> Figures:  # fmt: skip
+    """Runs the named benchmarks, or all: each one's figures by its name, and the machine's.
+
+    Args:
+        settings: `NAME.KEY=VALUE`, an argument of a benchmark's `run`.
+        out: the folder of plots.
+        write: a Markdown file, in which the table of each benchmark is written anew as soon as
+            it is done (`Page`).
+
+    Raises:
+        UserError: there is no such benchmark or setting, `write` has no place for one, or one
+            that was named cannot run here.
+    """
+    modules = {name: load(name) for name in names or benchmarks()}
+    chosen = _settings(settings, modules)
+    page = Page(write) if write else None
+    if page:
+        page.check(modules)
+    results: Figures = {}
+    for name, module in modules.items():
+        log.info("bench %s: %s", name, about(Path(module.__file__ or "")))
+        try:
+            figures = module.run(**chosen[name])
+        except Missing as error:
+            if names:
+                raise
+            log.info("bench %s: left out: %s", name, error)
+            continue
+        results[name] = figures
+        if page:
+            words = [setting for setting in settings if setting.startswith(f"{name}.")]
+            command = " ".join(["emu-jax bench", name, *(f"--set {word}" for word in words)])
+            page.update(name, {"command": command, "machine": machine(), "figures": figures})
+        elif hasattr(module, "plot"):
+            out.mkdir(parents=True, exist_ok=True)
+            module.plot(figures, out / f"{name}.png")
+            log.info("bench %s: %s", name, out / f"{name}.png")
+    return results | {"machine": machine()}
+
+
+def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dict[str, Figures]:
+    """The arguments of each benchmark's `run`, as the type of their defaults."""
+    chosen: dict[str, Figures] = {name: {} for name in modules}
+    for setting in settings:
+        where, equals, value = setting.partition("=")
+        name, _, key = where.partition(".")
+        if name not in modules or not equals:
+            raise UserError(
+                f"--set {setting}: write NAME.KEY=VALUE, NAME one of {', '.join(modules)}"
+            )
+        known = inspect.signature(modules[name].run).parameters
+        if key not in known:
+            raise UserError(f"--set {setting}: {name} has no setting {key!r}{suggest(key, known)}")
+        kind = type(known[key].default)
+        try:
+            chosen[name][key] = kind(value)
+        except ValueError:
+            raise UserError(f"--set {setting}: {value!r} is no {kind.__name__}") from None
+    return chosen
+
+
+def take_turns(
+    parts: Mapping[str, Callable[[], Any]], turns: int = 5, *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds that each part takes at each turn, every second turn in reverse order. A first turn
+    is not counted: what must be compiled is, caches fill, files are mapped.
+
+    Args:
+        parts: each does its work and waits for its end. What returns a number has done so many
+            of something: its seconds are those of one.
+        clock: seconds; `time.process_time` for a core's work, whoever else is on it.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(turns + 1):
+        progress = []
+        for name in list(parts)[:: 1 if turn % 2 == 0 else -1]:
+            began = clock()
+            done = parts[name]()
+            taken = clock() - began
+            seconds[name].append(taken / (1 if done is None else float(done)))
+            progress.append(f"{name} {taken:.3g} s")
+        turn_of = f"turn {turn} of {turns}" if turn else "first turn, not counted"
+        log.info("%s: %s", turn_of, ", ".join(progress))
+    return {name: taken[1:] for name, taken in seconds.items()}
+
+
+def median(values: Sequence[float]) -> dict[str, float]:
+    """The median, and half the distance between the quartiles (`spread`), to four digits."""
+    if len(values) < 2:
+        return {"median": _digits(values[0]), "spread": 0.0}
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": _digits(middle), "spread": _digits((high - low) / 2)}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """`median` of the ratios of the same turns. Seconds of B over those of A say how many times
+    as fast A is."""
+    return median([a / b for a, b in zip(over, under, strict=True)])
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def table(figures: Figures) -> str:
     """What `run` returned, a figure a line."""
     rows = list(_rows(figures))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _rows(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table of figures."""
+    lines = [head, ["---"] * len(head), *([shown(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shown(value: Any) -> str:
+    """One figure as text: `1.23 ± 0.04`, `12,300`, `-` for what was not measured."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict) and value.keys() == {"median", "spread"}:
+        return f"{shown(value['median'])} ± {value['spread']:.2g}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) >= 1000:
+            return f"{value:,.0f}"
+        return str(value) if isinstance(value, int) else f"{value:.3g}"
+    return str(value)
+
+
+def _rows(values: Figures, above: str = "") -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _rows(value, f"{above}{name}.")
@@ -62,10 +215,109 @@ def _rows(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
             yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _machine() -> dict[str, Any]:
+class Page:
+    """A Markdown file whose tables are written from figures, never by hand: what stands between
+    `<!-- bench NAME -->` and `<!-- /bench -->`.
+
+    The figures are kept beside it (`performance.md`, `performance.json`), each with the command
+    and the machine that it comes from; plots too (`performance-NAME.png`).
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.kept = path, path.with_suffix(".json")
+
+    def check(self, names: Any) -> None:
+        """
+        Raises:
+            UserError: the file is missing, or has no place for one of the benchmarks.
+        """
+        text = self.path.read_text()
+        for name in names:
+            if not self._place(name).search(text):
+                raise UserError(
+                    f"{self.path} has no place for the table of {name}: add the lines "
+                    f"<!-- bench {name} --> and <!-- /bench --> where it should stand"
+                )
+
+    def records(self) -> dict[str, Figures]:
+        """What is kept, by benchmark."""
+        return json.loads(self.kept.read_text()) if self.kept.exists() else {}
+
+    def update(self, name: str, record: Figures) -> None:
+        """Keeps a benchmark's record, and writes its table and its plot, no other's."""
+        records = dict(sorted((self.records() | {name: record}).items()))
+        _write(self.kept, json.dumps(records, indent=1) + "\n")
+        module = load(name)
+        if hasattr(module, "plot"):
+            module.plot(record["figures"], self._plot(name))
+        _write(self.path, self.rendered(self.path.read_text(), {name: record}))
+
+    def rendered(self, text: str, records: Mapping[str, Figures]) -> str:
+        """`text` with the tables of `records`."""
+        for name, record in records.items():
+            table = self._section(name, record)
+            text = self._place(name).sub(lambda m, t=table: f"{m[1]}\n{t}\n{m[2]}", text)
+        return text
+
+    def _section(self, name: str, record: Figures) -> str:
+        module, figures = load(name), record["figures"]
+        if hasattr(module, "table"):
+            lines = [module.table(figures)]
+        else:
+            lines = [markdown(("Figure", "Value"), list(_rows(figures)))]
+        if hasattr(module, "plot"):
+            lines += ["", f"![{name}]({self._plot(name).name})"]
+        where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+        return "\n".join([*lines, "", f"(`{record['command']}`; {where})"])
+
+    def _plot(self, name: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{name}.png")
+
+    @staticmethod
+    def _place(name: str) -> re.Pattern[str]:
+        return re.compile(rf"(<!-- bench {re.escape(name)} -->)\n.*?(<!-- /bench -->)", re.DOTALL)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+# What figures may depend on, where it is installed.
+LIBRARIES = ("jax", "numpy", "pillow", "torch", "transformers", "diffusers")
+
+
+def machine() -> Figures:
+    """Cores, processor, devices and versions."""
+    import jax
+
+    devices = jax.devices()
+    known = {}
+    for name in LIBRARIES:
+        try:
+            known[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    accelerators = {} if devices[0].platform == "cpu" else {
+        "devices": f"{len(devices)} x {devices[0].device_kind}"
+    }  # fmt: skip
     return {
         "cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": _processor(),
+        **accelerators,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "numpy", "pillow")},
+        **known,
     }
+
+
+def _processor() -> str:
+    """Its model and features, as Linux tells them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = (re.search(r"^flags\s*: (.+)$", text, re.MULTILINE) or [""])[0].split()
+    wide = next((f for f in ("amx_tile", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return " ".join(filter(None, [found[1] if found else platform.machine(), wide]))

@@ -348,6 +348,18 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     """measure this machine: one benchmark or all, see --list"""
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--list", action="store_true", help="say what there is, measure nothing")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME.KEY=VALUE", dest="settings",
+        help="a setting of a benchmark, as its file in benchmarks/ names it; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=_local_path, default=Path("runs/bench"), metavar="DIR",
+        help="where plots go (default: runs/bench)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--write", type=_local_path, metavar="FILE",
+        help="write their tables into this Markdown file, docs/performance.md for one",
+    )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax import bench
@@ -355,7 +367,7 @@ def bench(parser: argparse.ArgumentParser) -> Run:
         if args.list:
             result = {name: bench.about(path) for name, path in bench.benchmarks().items()}
         else:
-            result = bench.run(args.names)
+            result = bench.run(args.names, args.settings, out=args.out, write=args.write)
         if not args.json:
             print(bench.table(result))
         return result

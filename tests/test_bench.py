@@ -1,18 +1,39 @@
 """`emu-jax bench`: what it finds, runs and prints."""
 
+import itertools
 import json
+import re
 
 import pytest
 
 from emu_jax import bench, cli
 from emu_jax.config import UserError, shipped
 
+FAST = '"""How fast.\n\nMore."""\ndef run(rate=2.5, name="a"): return {"rate": rate, "name": name}'
+WIDE = 'def run(): return {"sides": {"left": 1, "right": "x"}}'
+DRAWN = """
+from emu_jax import bench
+def run(): return {"seconds": bench.median([1.0, 2.0, 3.0]), "bytes": 12345}
+def table(figures): return bench.markdown(("s", "bytes"), [figures.values()])
+def plot(figures, path): path.write_text("a plot")
+"""
+PAGE = """# Speed
+Written by hand.
+<!-- bench drawn -->
+old
+<!-- /bench -->
+Also by hand.
+<!-- bench fast -->
+<!-- /bench -->
+"""
+
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    (tmp_path / "fast.py").write_text('"""How fast.\n\nMore."""\ndef run(): return {"rate": 2.5}')
-    (tmp_path / "wide.py").write_text('def run(): return {"sides": {"left": 1, "right": "x"}}')
+    for name, text in {"fast": FAST, "wide": WIDE}.items():
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(bench, "shipped", lambda name: tmp_path)
+    return tmp_path
 
 
 def test_run_all_and_one(folder):
@@ -31,12 +52,97 @@ def test_what_is_printed(folder, capsys):
     assert cli.main(["bench", "fast", "wide"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
-        ["fast.rate", "2.5"], ["wide.sides.left", "1"], ["wide.sides.right", "x"],
+        ["fast.rate", "2.5"], ["fast.name", "a"], ["wide.sides.left", "1"],
     ]  # fmt: skip
     assert cli.main(["bench", "fast", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["fast"] == {"rate": 2.5}
+    assert json.loads(capsys.readouterr().out)["fast"] == {"rate": 2.5, "name": "a"}
     assert cli.main(["bench", "--list"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split(maxsplit=1) == ["fast", "How fast."]
+
+
+def test_settings(folder):
+    assert bench.run(["fast"], ["fast.rate=3", "fast.name=b=c"])["fast"] == {
+        "rate": 3.0, "name": "b=c",
+    }  # fmt: skip
+    for setting, message in {
+        "fast.rat=1": "fast has no setting 'rat'; did you mean 'rate'?",
+        "fast.rate=much": "'much' is no float",
+        "wide.rate=1": "write NAME.KEY=VALUE, NAME one of fast",
+        "fast.rate": "write NAME.KEY=VALUE",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            bench.run(["fast"], [setting])
+
+
+def test_what_cannot_run_here(folder, caplog):
+    text = "from emu_jax.bench import Missing\ndef run(): raise Missing('torch is missing')"
+    (folder / "slow.py").write_text(text)
+    with caplog.at_level("INFO", logger="emu_jax"):
+        assert list(bench.run()) == ["fast", "wide", "machine"]
+    assert "bench slow: left out: torch is missing" in caplog.messages
+    with pytest.raises(UserError, match="torch is missing"):
+        bench.run(["slow"])
+
+
+def test_turns_are_taken_in_alternating_order():
+    time, order = itertools.count(), []
+    parts = {"a": lambda: order.append("a"), "b": lambda: order.append("b") or 4}
+    seconds = bench.take_turns(parts, 3, clock=lambda: float(next(time)))
+    assert "".join(order) == "abbaabba"
+    assert seconds == {"a": [1.0] * 3, "b": [0.25] * 3}  # b does four at a time
+
+
+def test_ratio_and_spread():
+    assert bench.median([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "spread": 1.0}
+    assert bench.median([2.0]) == {"median": 2.0, "spread": 0.0}
+    # Of each turn: the machine was twice as slow at the second.
+    assert bench.ratio([3.0, 6.0], [2.0, 4.0]) == {"median": 1.5, "spread": 0.0}
+    with pytest.raises(ValueError):
+        bench.ratio([1.0], [1.0, 2.0])
+
+
+def test_the_page_is_written_from_figures(folder, capsys):
+    (folder / "drawn.py").write_text(DRAWN)
+    path = folder / "performance.md"
+    path.write_text(PAGE)
+    assert cli.main(["bench", "drawn", "--write", str(path)]) == 0
+    text = path.read_text()
+    lines = text.splitlines()
+    assert lines[:6] == [
+        "# Speed", "Written by hand.", "<!-- bench drawn -->", "| s | bytes |", "| --- | --- |",
+        "| 2 ± 0.5 | 12,345 |",
+    ]  # fmt: skip
+    assert lines[7] == "![drawn](performance-drawn.png)"
+    assert lines[9].startswith("(`emu-jax bench drawn`; cores ") and " jax " in lines[9]
+    assert text.endswith(PAGE.partition("<!-- /bench -->")[2])  # the other table as it was
+    assert (folder / "performance-drawn.png").read_text() == "a plot"
+
+    assert cli.main(["bench", "fast", "--set", "fast.rate=3", "--write", str(path)]) == 0
+    assert "(`emu-jax bench fast --set fast.rate=3`; cores " in path.read_text()
+    assert path.read_text().startswith(text.partition("Also by hand")[0])
+    page = bench.Page(path)
+    assert list(page.records()) == ["drawn", "fast"]
+    assert page.rendered(path.read_text(), page.records()) == path.read_text()
+    assert cli.main(["bench", "wide", "--write", str(path)]) == 2
+    assert "has no place for the table of wide" in capsys.readouterr().err
+
+
+def test_plots_go_where_they_are_asked_for(folder):
+    (folder / "drawn.py").write_text(DRAWN)
+    bench.run(["drawn"], out=folder / "plots")
+    assert (folder / "plots" / "drawn.png").read_text() == "a plot"
+
+
+def test_the_figures_of_performance_md_are_the_measured_ones():
+    """What stands in its tables is what the records beside it give, no other digit."""
+    page = bench.Page(shipped("docs") / "performance.md")
+    records, text = page.records(), page.path.read_text()
+    assert {"data", "floors"} <= records.keys()
+    page.check(bench.benchmarks())
+    assert page.rendered(text, records) == text
+    for name in re.findall("<!-- bench (.*?) -->", text):
+        table = text.partition(f"<!-- bench {name} -->\n")[2].partition("<!-- /bench -->")[0]
+        assert not table or name in records, f"the table of {name} was written by hand"
 
 
 def test_every_benchmark_says_what_it_measures():
@@ -44,7 +150,7 @@ def test_every_benchmark_says_what_it_measures():
     assert shipped("benchmarks").name == "benchmarks" and "data" in paths
     for path in paths.values():
         assert bench.about(path).endswith("."), path
-        assert "def run() -> dict" in path.read_text(), path
+        assert re.search(r"^def run\(.*\) -> dict:$", path.read_text(), re.MULTILINE), path
 
 
 @pytest.mark.slow

@@ -1,0 +1,176 @@
+"""How fast this machine multiplies matrices and copies memory, at the best.
+
+Products of several shapes by XLA and by torch, in each dtype; their best is the peak that other
+benchmarks are held against. A copy reads as much as it writes, and both count. The parts take
+turns; figures are medians over the turns. `--set floors.side=N` sizes it down.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu_jax import bench
+
+TURNS = 5
+SECONDS = 0.2  # of one part at one turn, about
+
+
+def run(side: int = 2048) -> dict:
+    figures: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        parts = products(dtype, shapes(side))
+        rates = rate(bench.take_turns(parts, TURNS))
+        figures |= {f"{dtype}_{name}_flops": value for name, value in rates.items()}
+        figures[f"{dtype}_peak_flops"] = best(rates)
+    rates = rate(bench.take_turns(copies(side * side * 128), TURNS))
+    figures |= {f"copy_{name}_bytes": value for name, value in rates.items()}
+    figures["copy_peak_bytes"] = best(rates)
+    return figures
+
+
+def table(figures: dict) -> str:
+    def row(name: str, key: str, unit: str) -> tuple:
+        found = {
+            who: best({k: v for k, v in figures.items() if k.startswith(f"{key}_{who}")})
+            for who in ("xla", "torch", "numpy")
+        }
+        return (name, *(_giga(value) for value in found.values()), unit)
+
+    return bench.markdown(
+        ("Best of the shapes", "XLA", "torch", "numpy", ""),
+        [
+            row("Products, float32", "float32", "GFLOP/s"),
+            row("Products, bfloat16", "bfloat16", "GFLOP/s"),
+            row("Copies, read and written", "copy", "GB/s"),
+        ],
+    )
+
+
+def _giga(value: dict | None) -> dict | None:
+    return value and {key: v / 1e9 for key, v in value.items()}
+
+
+def rate(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Per second, of parts that return how much they did."""
+    return {name: bench.median([1 / s for s in taken]) for name, taken in seconds.items()}
+
+
+def best(rates: dict[str, dict[str, float]]) -> dict[str, float] | None:
+    return max(rates.values(), key=lambda found: found["median"], default=None)
+
+
+def shapes(side: int = 2048) -> list[tuple[int, int, int]]:
+    """(m, k, n): squares, and what a language model's layers and its head multiply."""
+    return [(side, side, side), (2 * side, side // 4, side), (side, side // 4, 8 * side)]
+
+
+def peak(dtype: str, side: int = 2048) -> Callable[[], float]:
+    """The fastest product here, as a part for `take_turns` that returns its FLOPs: what another
+    benchmark takes turns with."""
+    parts = products(dtype, shapes(side))
+    seconds = bench.take_turns(parts, turns=3)
+    return parts[min(parts, key=lambda name: sorted(seconds[name])[1])]
+
+
+def products(dtype: str, sizes: list[tuple[int, int, int]]) -> dict[str, Callable[[], float]]:
+    """Each computes for a while and returns its FLOPs."""
+    parts = {}
+    for m, k, n in sizes:
+        rng = np.random.default_rng(0)
+        a, b = (rng.standard_normal(shape, np.float32) for shape in ((m, k), (k, n)))
+        for name, once in {"xla": xla_product, "torch": torch_product}.items():
+            if part := once(a, b, dtype):
+                parts[f"{name}_{m}x{k}x{n}"] = repeated(part, 2.0 * m * k * n)
+    return parts
+
+
+def xla_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any]:
+    left, right = (jnp.asarray(x, dtype) for x in (a, b))
+    # As training in this dtype asks for it (`train.loop.train`).
+    precision = "highest" if dtype == "float32" else "default"
+    product = jax.jit(lambda x, y: jnp.matmul(x, y, precision=precision))
+    return lambda: product(left, right).block_until_ready()
+
+
+def torch_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any] | None:
+    if (torch := torch_here()) is None:
+        return None
+    device = torch_device(torch)
+    left, right = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in (a, b))
+    out = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype, device=device)
+
+    def once():
+        torch.mm(left, right, out=out)
+        synchronise(torch)
+
+    return once
+
+
+def copies(size: int) -> dict[str, Callable[[], float]]:
+    """Each copies for a while and returns the bytes that it has read and written."""
+    # In place: what is fresh memory must be zeroed by the kernel first.
+    state = [jnp.zeros(size // 4, jnp.float32)]
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def xla():
+        state[0] = add(state[0])
+        state[0].block_until_ready()
+
+    parts = {"xla": xla}
+    if (torch := torch_here()) is not None:
+        source, target = (torch.zeros(size // 4, device=torch_device(torch)) for _ in range(2))
+
+        def copy():
+            target.copy_(source)
+            synchronise(torch)
+
+        parts["torch"] = copy
+    if jax.default_backend() == "cpu":
+        old, new = np.zeros(size // 4, np.float32), np.ones(size // 4, np.float32)
+        parts["numpy"] = lambda: np.copyto(new, old)
+    return {name: repeated(part, 2.0 * size) for name, part in parts.items()}
+
+
+def repeated(once: Callable[[], Any], amount: float) -> Callable[[], float]:
+    """Does `once` as often as takes about `SECONDS`; returns `amount` times that."""
+    times = 0
+
+    def part() -> float:
+        nonlocal times
+        if not times:
+            once()
+            began = time.perf_counter()
+            once()
+            times = max(1, math.ceil(SECONDS / (time.perf_counter() - began)))
+        for _ in range(times):
+            once()
+        return amount * times
+
+    return part
+
+
+def torch_here() -> Any | None:
+    """torch on all cores, where it is installed and computes on what JAX computes on."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
+        return None
+    torch.set_num_threads(os.cpu_count() or 1)
+    return torch
+
+
+def torch_device(torch: Any) -> str:
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
+def synchronise(torch: Any) -> None:
+    if torch_device(torch) == "cuda":
+        torch.cuda.synchronize()
