@@ -260,6 +260,62 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def eval_(parser: argparse.ArgumentParser) -> Run:
+    """run a benchmark of the paper: official files in, official result file out"""
+    parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--task", required=True, metavar="TASK", help="coco_caption, vqav2, ...: docs/evaluation.md"
+    )
+    parser.add_argument(
+        "--data", type=_local_path, required=True, metavar="DIR", help="in the official layout"
+    )
+    parser.add_argument(
+        "--out", type=_local_path, required=True, metavar="FILE",
+        help="the result file, .json; predictions, scores and a page are written beside it",
+    )  # fmt: skip
+    parser.add_argument("--split", default="", help="of the data (default: the task's own)")
+    parser.add_argument(
+        "--mode", choices=("auto", "pretrain", "instruct"), default="auto",
+        help="whose prompts (default: those of the checkpoint's kind)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--examples", choices=("none", "text", "random", "rices"), default="none",
+        help="what precedes each question (default: nothing): text alone, examples at random, or "
+        "those with the most similar pictures",
+    )  # fmt: skip
+    parser.add_argument("--shots", type=int, metavar="K", help="examples (default: 2)")
+    parser.add_argument(
+        "--support", type=_local_path, metavar="DIR",
+        help="where examples are taken from, the task's training split (default: --data)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N items alone")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="items at once (default: 16)"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--inception", type=_local_path, metavar="FILE", help="Inception weights, for FID"
+    )
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.evaluate.run import Options, evaluate
+
+        names = (
+            "split", "mode", "examples", "shots", "support", "limit", "seed", "batch_size",
+            "dtype", "inception",
+        )  # fmt: skip
+        options = Options(**{name: getattr(args, name) for name in names})
+        result = evaluate(args.checkpoint, args.task, args.data, args.out, options)
+        if not args.json:
+            for name, value in (result["scores"] or {}).items():
+                print(f"{name}: {value:.2f}")
+            print(f"{result['items']:,} answers: {args.out}")
+        return result
+
+    return run
+
+
 def data_build(parser: argparse.ArgumentParser) -> Run:
     """filter, resize and encode raw data into the files that training reads"""
     parser.add_argument("paths", nargs="+", metavar="SRC", help="files or folders")
@@ -518,6 +574,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "convert": convert,
     "init": init,
     "verify": verify,
+    "eval": eval_,
     "plan": plan,
     "bench": bench,
     "data build": data_build,
@@ -554,7 +611,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _complain(f"{where}{error.strerror}")
     except KeyboardInterrupt:
-        resumes = "; run the same command again to go on from there" if "workdir" in args else ""
+        resumes = (
+            "; run the same command again to go on from there"
+            if {"workdir", "task"} & vars(args).keys()
+            else ""
+        )
         print(f"emu-jax: interrupted{resumes}", file=sys.stderr)
         return 130
 

@@ -33,7 +33,7 @@ from emu_jax.convert.source import is_release, load_release
 from emu_jax.data.images import normalize_images
 from emu_jax.generate import image, mixed, text
 from emu_jax.generate.image import ImageConfig
-from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pad
+from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pad, pixels_of
 from emu_jax.generate.safety import Checker, find_checker
 from emu_jax.generate.text import TRACES, Plan, Rules, TextConfig, bucket
 from emu_jax.models import emu as models
@@ -237,6 +237,21 @@ class Emu:
         return ranked
 
     # --- Pictures ---
+
+    def visual_features(
+        self, pictures: Sequence[Image.Image | UInt8[np.ndarray, "h w 3"]]
+    ) -> Float[np.ndarray, "B W"]:
+        """The visual encoder's output of each picture, averaged over its patches and the class
+        token: what like pictures are found by."""
+        size = self.cfg.vision.image_size
+        pixels = [pixels_of(picture, size) for picture in pictures]
+        out = np.zeros((len(pixels), self.cfg.vision.width), np.float32)
+        for which, rows in self._chunks(np.arange(len(pixels))):
+            batch = np.stack([pixels[i] for i in _fill(which, rows)])
+            with self._on_mesh():
+                found = _features(self._graphdef, self._params, batch, self.dtype)
+            out[which] = np.asarray(found)[: len(which)]
+        return out
 
     def generate_image(
         self, prompt: Parts, *, negative: Parts | None = None, **settings: Any
@@ -516,6 +531,13 @@ def _encode(graphdef, params, pictures, dtype):
     floating = jnp.issubdtype(pictures.dtype, jnp.floating)
     pixels = pictures.astype(dtype) if floating else normalize_images(pictures, dtype)
     return nnx.merge(graphdef, params).encode_images(pixels)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _features(graphdef, params, pictures, dtype):
+    TRACES["features"] += 1
+    features = nnx.merge(graphdef, params).visual(normalize_images(pictures, dtype))
+    return jnp.mean(features.astype(jnp.float32), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))

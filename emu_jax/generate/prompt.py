@@ -132,7 +132,7 @@ class Prompt:
                 continue
             for picture in pictures_of(part):
                 text += tokenizer.image_placeholder(n)
-                pictures.append(_pixels(picture, cfg.vision.image_size))
+                pictures.append(pixels_of(picture, cfg.vision.image_size))
         tokens = tokenizer.encode(text + IMG if opens else text)
         if len(tokens) > cfg.llama.max_positions:
             raise UserError(
@@ -147,7 +147,12 @@ class Prompt:
         return cls(tokens, slots, pixels)
 
 
-def _pixels(picture: Any, size: int) -> np.ndarray:
+def pixels_of(picture: Any, size: int) -> np.ndarray:
+    """A picture as the visual encoder takes it: [size, size, 3], preprocessed as the release does.
+
+    Raises:
+        UserError: it is none.
+    """
     if isinstance(picture, np.ndarray):
         ready = picture.shape == (size, size, 3)
         if ready and np.issubdtype(picture.dtype, np.floating):

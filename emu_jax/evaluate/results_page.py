@@ -1,0 +1,111 @@
+"""The page of a task's results: scores beside the paper's, and answers with their pictures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emu_jax.data.images import open_image
+from emu_jax.evaluate.tasks.base import Item, Task
+from emu_jax.generate.prompt import VIDEOS, open_file
+from emu_jax.page import details, image, table, tiles, write_page
+
+SAMPLES = 24  # answers on the page
+PIXELS = 320  # of a picture's longer side
+
+
+def write(
+    path: Path, task: Task, result: Mapping[str, Any], items: Sequence[Item],
+    answers: Sequence[Any], per_item: Mapping[Hashable, float], out: Path,
+) -> None:  # fmt: skip
+    """Writes the page atomically.
+
+    Args:
+        result: what `.scores.json` holds.
+        per_item: an item's own figure, where it has one.
+        out: the folder of the result file.
+    """
+    scores = result["scores"] or {}
+    heads = {name: f"{value:.2f}" for name, value in scores.items() if name == task.metric}
+    heads |= {"items": f"{result['items']:,}"}
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in result["notes"])
+    sections = [
+        tiles(heads),
+        f"<section><h2>Beside the paper</h2>{_paper(task, result)}</section>",
+        f"<section><h2>Scores</h2>{table(scores)}</section>" if scores else "",
+        f"<section><h2>To be known</h2><ul>{notes}</ul></section>" if notes else "",
+        _samples(task, items, answers, per_item, out),
+        details("Settings", result["settings"]),
+    ]
+    write_page(path, f"{task.title}, {result['column']}", sections, _STYLE)
+
+
+def _paper(task: Task, result: Mapping[str, Any]) -> str:
+    ours = (result["scores"] or {}).get(task.metric)
+    rows = [("this run", result["column"], ours)]
+    rows += [("paper", column, value) for column, value in task.paper.items()]
+    cells = "".join(
+        f"<tr{' class=same' if column == result['column'] else ''}><th scope=row>{who}</th>"
+        f"<td>{html.escape(column)}</td><td>{'–' if value is None else f'{value:.2f}'}</td></tr>"
+        for who, column, value in rows
+    )
+    return (
+        f"<p>{html.escape(task.metric)}, split {html.escape(result['split'])}. The paper's figures "
+        f"are of the released weights and the whole data set.</p><table>{cells}</table>"
+    )
+
+
+def _samples(
+    task: Task, items: Sequence[Item], answers: Sequence[Any],
+    per_item: Mapping[Hashable, float], out: Path,
+) -> str:  # fmt: skip
+    some = np.random.default_rng(0).permutation(len(items))[:SAMPLES]
+    cards = []
+    for i in sorted(some.tolist()):
+        item, (given, right) = items[i], task.shown(items[i], answers[i])
+        media = task.media_of(item, answers[i], out)
+        figure = f" <i>{per_item[item.id]:.1f}</i>" if item.id in per_item else ""
+        lines = [
+            f"<b>{html.escape(item.question)}</b>" if item.question != given else "",
+            f"{html.escape(given) or '(nothing)'}{figure}",
+            f"<span>{html.escape(right)}</span>" if right else "",
+        ]
+        shown = "<br>".join(line for line in lines if line)
+        cards.append(
+            f'<figure class="card">{_picture(media)}<figcaption>{shown}</figcaption></figure>'
+        )
+    return (
+        f"<section><h2>Answers</h2><p>{len(cards)} of {len(items):,}, drawn at random: what the "
+        "model said, with the item's own figure; beneath it, what people said.</p>"
+        f'<div class="cards">{"".join(cards)}</div></section>'
+    )
+
+
+def _picture(media: Path | None) -> str:
+    """A picture, or the middle frame of a video."""
+    if media is None:
+        return ""
+    if media.suffix.lower() in VIDEOS:
+        frames = open_file(media)
+        picture = frames[len(frames) // 2]
+    else:
+        picture = open_image(media)
+    if max(picture.size) > PIXELS:
+        picture.thumbnail((PIXELS, PIXELS))
+    return image(picture, lossy=True)
+
+
+_STYLE = """
+table { max-width: 28rem; }
+tr.same th, tr.same td { font-weight: 700; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .6rem; }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
+  padding: .5rem; }
+.card img { width: 100%; height: auto; border-radius: .25rem; margin-bottom: .35rem; }
+.card figcaption { color: var(--ink); overflow-wrap: anywhere; }
+.card figcaption span, .card figcaption i { color: var(--soft); }
+"""

@@ -1,0 +1,518 @@
+"""`emu-jax eval`: a task from its official files to its official result file.
+
+Items are put into batches once, in an order that depends on nothing but the task, and whole
+batches are dealt out to the processes. What a batch holds does therefore not depend on how many
+processes there are or on what an earlier run had done, and neither do the answers. Each process
+holds a model of its own, spread over its local devices, and appends to its own predictions file;
+what stands there is not asked again. In the end the first process joins the files, which must
+lie where all processes see them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from PIL import Image
+from tqdm import tqdm
+
+from emu_jax import sharding
+from emu_jax.checkpoint import latest_step
+from emu_jax.config import UserError, suggest
+from emu_jax.data.images import load_image
+from emu_jax.evaluate import results_page
+from emu_jax.evaluate.fewshot import Examples, FewShot
+from emu_jax.evaluate.tasks import TASKS
+from emu_jax.evaluate.tasks.base import (
+    Folder,
+    Item,
+    Mode,
+    Part,
+    Place,
+    Shown,
+    Stage,
+    Task,
+    check_split,
+)
+from emu_jax.generate.api import Emu, GenerationConfig, load
+from emu_jax.generate.prompt import VIDEOS, open_file
+from emu_jax.train.loop import initialize_distributed
+
+log = logging.getLogger(__name__)
+
+LINE_SECONDS = 30  # between two lines of progress where there is no terminal
+READERS = 4  # threads that open pictures
+SHOTS = 2  # of `--examples text`, as the paper has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be asked for beside checkpoint, task, data and result file.
+
+    Attributes:
+        split: the task's own by default.
+        mode: which prompts; `auto` takes those of the model that the checkpoint is.
+        shots: examples before each question; 2 by default where there are any.
+        support: the folder that they are taken from; the data's own by default.
+        limit: of items, the first ones.
+        seed: of examples, of drawn prompts and of drawings.
+        batch_size: items that are answered at once.
+        dtype: what is computed in; the release evaluates in bfloat16.
+        inception: Inception weights or statistics, for FID.
+    """
+
+    split: str = ""
+    mode: Literal["auto", "pretrain", "instruct"] = "auto"
+    examples: Examples = "none"
+    shots: int | None = None
+    support: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 16
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    inception: Path | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: options that mean nothing.
+        """
+        if self.examples == "none" and self.shots:
+            raise UserError(f"--shots {self.shots} needs --examples text, random or rices")
+        if self.examples != "none" and self.shots is not None and self.shots < 1:
+            raise UserError(f"--shots {self.shots} with --examples {self.examples}: at least 1")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
+
+
+def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> dict:
+    """Runs a task, or goes on with it, and writes OUT and beside it its stem with
+    `.predictions.jsonl`, `.scores.json` and `.html`.
+
+    Returns:
+        what `.scores.json` holds.
+
+    Raises:
+        UserError: options that mean nothing, files that are missing or damaged, or earlier
+            predictions of other settings.
+    """
+    options.check()
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}{suggest(task, TASKS)}")
+    if out.suffix != ".json":
+        raise UserError(f"--out {out}: the result is a JSON file, name it so")
+    initialize_distributed()
+    run = Run(checkpoint, TASKS[task], Folder(data), out, options)
+    run.answer()
+    return run.finish()
+
+
+class Run:
+    """One task on one checkpoint."""
+
+    def __init__(self, checkpoint: Path, task: Task, data: Folder, out: Path, options: Options):
+        self.task, self.data, self.out, self.options = task, data, out, options
+        self.checkpoint = checkpoint
+        self.split = check_split(task, options.split)
+        self.items = task.items(data, self.split, options.seed)[: options.limit]
+        if not self.items:
+            raise UserError(f"{data.root} has no items of {task.name}, split {self.split}")
+        self.shots = (options.shots or SHOTS) if options.examples != "none" else 0
+        support = []
+        if self.shots:
+            support = task.examples(Folder(options.support) if options.support else data)
+        self.fewshot = FewShot(options.examples, support, self.shots, options.seed)
+        self.in_context = options.examples in ("random", "rices")
+        self.process, self.processes = jax.process_index(), jax.process_count()
+
+        mesh = sharding.make_mesh(devices=jax.local_devices())
+        # Room for the beams of a whole batch, so that it is one batch for the model too.
+        self.emu = load(
+            checkpoint, mesh=mesh, dtype=jnp.dtype(options.dtype),
+            batch_size=options.batch_size * 5,
+        )  # fmt: skip
+        self.emu.defaults = GenerationConfig()  # the release's, whatever the checkpoint prefers
+        self.mode: Mode = choose_mode(options.mode, self.emu, task)
+        self.settings = self._settings()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.store = Store(out, self.settings, self.process)
+
+    def _settings(self) -> dict[str, Any]:
+        """What predictions depend on: those of other settings are not gone on with."""
+        o, asked = self.options, hashlib.sha256()
+        for item in self.items:
+            named = item.media and item.media.name
+            asked.update(f"{item.id}\n{named}\n{item.question}\n".encode())
+        stages = {
+            stage.name: {**stage.settings, **({"choices": stage.choices} if stage.choices else {})}
+            for stage in self.task.stages(self.mode, self.in_context)
+        }
+        return {
+            "task": self.task.name, "split": self.split, "mode": self.mode,
+            "examples": o.examples, "shots": self.shots, "limit": o.limit, "seed": o.seed,
+            "batch_size": o.batch_size, "dtype": o.dtype,
+            "checkpoint": self.checkpoint.resolve().name, "step": _step(self.checkpoint),
+            "items": len(self.items), "asked": asked.hexdigest()[:12], "stages": stages,
+        }  # fmt: skip
+
+    # --- Answering ---
+
+    def answer(self) -> None:
+        """Asks whatever has no answer yet."""
+        done = self.store.read()
+        barrier("predictions of earlier runs are read")
+        order = sorted(range(len(self.items)), key=lambda i: _length(self.items[i]))
+        size = self.options.batch_size
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        left = [b for b in batches if any(self.items[i].id not in done for i in b)]
+        if done and self.process == 0:
+            log.info("%d of %d items were answered before", len(done), len(self.items))
+        if self.fewshot.kind == "rices" and left:
+            self.fewshot.index(
+                self._cache(), self._featurize, self.process, self.processes, barrier
+            )
+        mine = left[self.process :: self.processes]
+        total = sum(len(b) for b in mine)
+        precision = "highest" if self.options.dtype == "float32" else "default"
+        with (
+            self.store.appending() as append,
+            Progress(self.task.name, total, self.process) as progress,
+            ThreadPoolExecutor(READERS) as readers,
+            jax.default_matmul_precision(precision),
+        ):
+            batches = (self._open([self.items[i] for i in b], readers) for b in mine)
+            for items, shown, opened in one_ahead(batches):
+                pixels = {path: future.result() for path, future in opened.items()}
+                rows = self._ask(items, shown, pixels)
+                append([row for row in rows if row["id"] not in done])
+                progress.add(len(items))
+        barrier("all items are answered")
+
+    def _open(
+        self, items: Sequence[Item], readers: ThreadPoolExecutor
+    ) -> tuple[Sequence[Item], list[Shown], dict[Path, Future]]:
+        """A batch with its examples; its pictures are being opened."""
+        shown = self.fewshot(items, self._featurize)
+        wanted: dict[Path, None] = {}
+        for item, examples in zip(items, shown, strict=True):
+            if item.media is not None:
+                wanted[item.media] = None
+            if examples.pictures:
+                wanted |= dict.fromkeys(example.media for example in examples.examples)
+        return items, shown, {path: readers.submit(self._pixels, path) for path in wanted}
+
+    def _pixels(self, path: Path) -> np.ndarray:
+        """A picture, uint8 [s, s, 3], or the frames of a video, uint8 [F, s, s, 3].
+
+        Raises:
+            UserError: it cannot be read; nothing is skipped.
+        """
+        size = self.emu.cfg.vision.image_size
+        if path.suffix.lower() in VIDEOS:
+            return np.stack([load_image(frame, size) for frame in open_file(path)])
+        return load_image(path, size)
+
+    def _featurize(self, paths: Sequence[Path]) -> np.ndarray:
+        """[B, W]: of a video, the mean over its frames."""
+        with ThreadPoolExecutor(READERS) as readers:
+            pixels = [p if p.ndim == 4 else p[None] for p in readers.map(self._pixels, paths)]
+        features = self.emu.visual_features(list(np.concatenate(pixels)))
+        ends = np.cumsum([len(p) for p in pixels])
+        return np.stack([part.mean(0) for part in np.split(features, ends[:-1])])
+
+    def _ask(
+        self, items: Sequence[Item], shown: Sequence[Shown], pixels: Mapping[Path, np.ndarray]
+    ) -> list[dict[str, Any]]:
+        """A row of the predictions for each item of a batch."""
+        said: list[dict[str, Any]] = [{} for _ in items]
+        asked: list[dict[str, str]] = [{} for _ in items]
+        for stage in self.task.stages(self.mode, self.in_context):
+            parts = [stage.prompt(i, e, s) for i, e, s in zip(items, shown, said, strict=True)]
+            prompts = [[pixels[p] if isinstance(p, Path) else p for p in row] for row in parts]
+            answers = self._one(stage, items, prompts)
+            for row, texts, prompt, answer in zip(said, asked, parts, answers, strict=True):
+                row[stage.name], texts[stage.name] = answer, spelled(prompt)
+        return [
+            {"id": item.id, "answer": self.task.answer(item, row), "said": row, "asked": texts}
+            for item, row, texts in zip(items, said, asked, strict=True)
+        ]
+
+    def _one(self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]) -> Sequence[Any]:
+        if stage.candidates is not None:
+            options = [stage.candidates(item) for item in items]
+            return self.emu.ranks(prompts, options, segments=min(map(len, options)))
+        if stage.paints:
+            return self._paint(stage, items, prompts)
+        return self.emu.generate_texts(
+            prompts, choices=stage.choices, seed=self.options.seed, **stage.settings
+        )
+
+    def _paint(self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]) -> list[str]:
+        """Files of pictures, beside the result, each from a seed of its own."""
+        folder = self.out.with_suffix(".images")
+        folder.mkdir(exist_ok=True)
+        seeds = [self.options.seed + item.fields["seed"] for item in items]
+        pictures = self.emu.generate_images(prompts, seeds=seeds, **stage.settings)
+        names = []
+        for item, picture in zip(items, pictures, strict=True):
+            path = folder / f"{item.id}.png"
+            temporary = path.with_suffix(f".{self.process}.tmp")
+            Image.fromarray(picture).save(temporary, format="png")
+            temporary.rename(path)
+            names.append(f"{folder.name}/{path.name}")
+        return names
+
+    def _cache(self) -> Path:
+        """The folder of the support set's features."""
+        name = f"{self.checkpoint.resolve()} {_step(self.checkpoint)} {self.options.dtype}"
+        support = self.options.support or self.data.root
+        digest = hashlib.sha256(f"{name} {support.resolve()} {self.task.name}".encode())
+        return self.out.parent / f"rices-{digest.hexdigest()[:12]}"
+
+    # --- Results ---
+
+    def finish(self) -> dict[str, Any]:
+        """Joins the predictions, writes the results and scores them: the first process. The
+        others wait for it."""
+        found = self.store.read()
+        if lost := [item.id for item in self.items if item.id not in found]:
+            raise UserError(
+                f"{len(lost)} of {len(self.items)} items have no prediction, {lost[0]!r} first: "
+                f"{self.out.parent} must lie where all {self.processes} processes see it"
+            )
+        if self.process == 0:
+            self.store.join([found[item.id] for item in self.items])
+            result = self._write([found[item.id]["answer"] for item in self.items])
+        barrier("the results are written")
+        if self.process > 0:
+            result = json.loads(self.out.with_suffix(".scores.json").read_text())
+        return result
+
+    def _write(self, answers: Sequence[Any]) -> dict[str, Any]:
+        write_json(self.out, self.task.result(self.items, answers), indent=None)
+        place = Place(self.data, self.split, self.out.parent, self.options.inception)
+        scores = self.task.score(self.items, answers, place)
+        column = column_of(self.mode, self.options.examples, self.shots)
+        result = {
+            "task": self.task.name, "split": self.split, "items": len(self.items),
+            "scores": dict(scores.values) if scores else None,
+            "notes": list(scores.notes) if scores else [self.task.unscored],
+            "metric": self.task.metric, "column": column, "paper": dict(self.task.paper),
+            "settings": self.settings, "result": str(self.out),
+        }  # fmt: skip
+        write_json(self.out.with_suffix(".scores.json"), result)
+        per_item = scores.per_item if scores else None
+        results_page.write(
+            self.out.with_suffix(".html"), self.task, result, self.items, answers, per_item or {},
+            self.out.parent,
+        )  # fmt: skip
+        for note in result["notes"]:
+            log.info("%s: %s", self.task.name, note)
+        return result
+
+
+# --- Predictions ---------------------------------------------------------------------------------
+
+
+class Store:
+    """Predictions beside the result file, a JSON object a line behind one with the settings.
+
+    The first process writes STEM.predictions.jsonl, process k STEM.predictions.k.jsonl.
+
+    Args:
+        settings: what the predictions depend on.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], process: int):
+        self._stem = out.with_suffix(".predictions")
+        self._settings = json.loads(json.dumps(settings))
+        self._process = process
+
+    def path(self, process: int = 0) -> Path:
+        number = f".{process}" if process else ""
+        return self._stem.with_name(f"{self._stem.name}{number}.jsonl")
+
+    def _files(self) -> list[Path]:
+        names = self._stem.parent.iterdir()
+        pattern = re.compile(re.escape(self._stem.name) + r"(\.\d+)?\.jsonl")
+        return sorted(path for path in names if pattern.fullmatch(path.name))
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Rows by item, of all processes that there ever were.
+
+        Raises:
+            UserError: a file is damaged or of other settings.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for path in self._files():
+            head, *found = [json.loads(line) for line in whole_lines(path)] or [None]
+            if head is not None:
+                self._check(path, head.get("settings", {}))
+            rows |= {row["id"]: row for row in found}
+        return rows
+
+    def _check(self, path: Path, theirs: Mapping[str, Any]) -> None:
+        for name, ours in self._settings.items():
+            if theirs.get(name) != ours:
+                raise UserError(
+                    f"{path} holds predictions with {name.replace('_', ' ')} {theirs.get(name)}, "
+                    f"now it is {ours}: delete it, or choose another --out"
+                )
+
+    @contextlib.contextmanager
+    def appending(self) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+        """A function that appends rows to this process's file; what it has written outlives a
+        killed process."""
+        path = self.path(self._process)
+        lines = whole_lines(path) if path.exists() else []
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(sum(len(line) for line in lines))  # a line that a kill cut short
+            file.seek(0, 2)
+
+            def append(rows: list[dict[str, Any]]) -> None:
+                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+                file.flush()
+
+            if not lines:
+                append([{"settings": self._settings}])
+            yield append
+
+    def join(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Leaves one file, with these rows."""
+        temporary = self.path().with_suffix(".tmp")
+        lines = [{"settings": self._settings}, *rows]
+        temporary.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        temporary.rename(self.path())
+        for path in self._files():
+            if path != self.path():
+                path.unlink()
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file, without a last one that was cut short.
+
+    Raises:
+        UserError: another line is no JSON.
+    """
+    *lines, _ = path.read_bytes().split(b"\n")  # behind the last line's end there is nothing
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number} is damaged: delete the line") from None
+    return [line + b"\n" for line in lines]
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Writes atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=indent) + "\n")
+    temporary.rename(path)
+
+
+# --- Details -------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere; of the first process's share."""
+
+    def __init__(self, name: str, total: int, process: int):
+        self._name, self._total, self._done = name, total, 0
+        self._shown = process == 0
+        self._start = self._last = time.monotonic()
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm(total=self._total, desc=self._name, unit="item", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._shown and (now - self._last > LINE_SECONDS or self._done == self._total):
+            self._last = now
+            rate = self._done / (now - self._start)
+            log.info("%s: %s of %s items, %.3g a second", self._name, f"{self._done:,}",
+                     f"{self._total:,}", rate)  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+def one_ahead(values: Iterable[T]) -> Iterator[T]:
+    """The values, each after the next one has been asked for."""
+    waiting: list[T] = []
+    for value in values:
+        waiting.append(value)
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def choose_mode(asked: str, emu: Emu, task: Task) -> Mode:
+    """The prompts for a checkpoint.
+
+    Raises:
+        UserError: they are not those of this kind of model, or the task has none for it.
+    """
+    mode: Mode = "instruct" if emu.tokenizer.instruct else "pretrain"
+    if asked not in ("auto", mode):
+        tuned = "is" if mode == "instruct" else "is not"
+        raise UserError(f"--mode {asked}: the checkpoint {tuned} instruction-tuned; leave it out")
+    if mode not in task.modes:
+        kind = "an instruction-tuned" if "instruct" in task.modes else "the pretrained"
+        raise UserError(f"{task.name} is a task for {kind} model: choose another checkpoint")
+    return mode
+
+
+def column_of(mode: Mode, examples: Examples, shots: int) -> str:
+    """Which of the paper's columns a run is comparable to."""
+    name = "Emu-I" if mode == "instruct" else "Emu"
+    if examples == "text":
+        return f"{name}*" if shots == SHOTS else f"{name}, {shots} text examples"
+    return f"{name} {shots}-shot" if shots else name
+
+
+def spelled(prompt: Sequence[Part]) -> str:
+    """A prompt for a reader: pictures by their names."""
+    return "".join(p if isinstance(p, str) else f"<{p.name}>" for p in prompt)
+
+
+def _length(item: Item) -> int:
+    """About how long a prompt is: like lengths are batched together."""
+    history = item.fields.get("history", ())
+    return len(item.question) + sum(len(text) for pair in history for text in pair)
+
+
+def _step(checkpoint: Path) -> int | None:
+    """The step of a run directory; a release's files have none."""
+    return latest_step(checkpoint) if (checkpoint / "config.json").is_file() else None

@@ -1,0 +1,19 @@
+"""The benchmarks of the Emu paper, by the names that `--task` takes."""
+
+from __future__ import annotations
+
+from emu_jax.evaluate.tasks.base import Task
+from emu_jax.evaluate.tasks.captions import COCO, FLICKR, NoCaps
+from emu_jax.evaluate.tasks.drawing import CocoDrawing
+from emu_jax.evaluate.tasks.mmvet import MMVet
+from emu_jax.evaluate.tasks.videos import MSRVTTQA, MSVDQA, NExTQA
+from emu_jax.evaluate.tasks.visdial import VisDial
+from emu_jax.evaluate.tasks.vqa import OKVQA, VQAV2, VizWiz
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        COCO, VQAV2, OKVQA, VizWiz(), VisDial(), CocoDrawing(), MMVet(), MSVDQA, MSRVTTQA, NExTQA(),
+        NoCaps(), FLICKR,
+    )
+}  # fmt: skip

@@ -1,0 +1,185 @@
+"""Captioning: COCO (Karpathy's test split), NoCaps, Flickr30k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emu_jax.config import UserError
+from emu_jax.evaluate.scorers import Scores, captions
+from emu_jax.evaluate.tasks.base import (
+    CAPTION,
+    Example,
+    Folder,
+    Item,
+    Mode,
+    Place,
+    Said,
+    Stage,
+    Task,
+    by_id,
+    clean_caption,
+    continuing,
+    layout,
+    read_json,
+    references,
+    turn,
+)
+
+DESCRIBE = continuing("{image} describing the image in detail. the image shows")
+DESCRIBE_INSTRUCT = turn(
+    "{image} please provide an accurate and concise description of the given image.",
+    "the image depicts a photo of",
+)
+
+
+class Captioning(Task):
+    """A caption of each picture. Result file: `[{"image_id", "caption"}]`, COCO's own."""
+
+    metric = "CIDEr"
+
+    def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
+        wording = DESCRIBE_INSTRUCT if mode == "instruct" else DESCRIBE
+        return (Stage("caption", wording.spell, CAPTION),)
+
+    def answer(self, item: Item, said: Said) -> str:
+        return clean_caption(said["caption"])
+
+    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
+        return [
+            {"image_id": item.fields["image_id"], "caption": answer}
+            for item, answer in zip(items, answers, strict=True)
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+        said = references(items)
+        return None if said is None else captions.score(said, by_id(items, answers))
+
+
+class Karpathy(Captioning):
+    """A split of Karpathy's: his own `dataset_*.json`, or for COCO LAVIS's files.
+
+    Args:
+        folders: where the pictures may lie.
+        lavis: LAVIS's file of a split, if it has one.
+    """
+
+    splits = ("test", "val")
+    split = "test"
+
+    def __init__(
+        self, name: str, title: str, file: str, folders: Sequence[str],
+        paper: Mapping[str, float], source: str, lavis: str = "",
+    ):  # fmt: skip
+        self.name, self.title, self.paper, self.source = name, title, paper, source
+        self._file, self._folders, self._lavis = file, folders, lavis
+
+    def items(self, data: Folder, split: str, seed: int) -> list[Item]:
+        return [
+            Item(str(n), path, fields={"image_id": n, "answers": said})
+            for n, path, said in self._read(data, split)
+        ]
+
+    def examples(self, data: Folder) -> list[Example]:
+        return [
+            Example(path, clean_caption(said[0])) for _, path, said in self._read(data, "train")
+        ]
+
+    def _read(self, data: Folder, split: str) -> list[tuple[int, Path, list[str]]]:
+        lavis = data.find(self._lavis.format(split=split)) if self._lavis else None
+        if lavis is not None:
+            return self._read_lavis(data, lavis)
+        names = [self._file, *([self._lavis.format(split=split)] if self._lavis else [])]
+        path = data.file(*names)
+        wanted = {"train", "restval"} if split == "train" else {split}
+        with layout(path):
+            rows = [row for row in read_json(path)["images"] if row["split"] in wanted]
+            return [
+                (
+                    row.get("cocoid", row["imgid"]),
+                    self._picture(data, row.get("filepath", ""), row["filename"]),
+                    [sentence["raw"] for sentence in row["sentences"]],
+                )
+                for row in rows
+            ]
+
+    def _read_lavis(self, data: Folder, path: Path) -> list[tuple[int, Path, list[str]]]:
+        # One row a picture to test, one a caption to train.
+        found: dict[str, list[str]] = {}
+        with layout(path):
+            for row in read_json(path):
+                said = row["caption"]
+                found.setdefault(row["image"], []).extend([said] if isinstance(said, str) else said)
+            return [
+                (int(Path(name).stem.split("_")[-1]), self._picture(data, *_split(name)), said)
+                for name, said in found.items()
+            ]
+
+    def _picture(self, data: Folder, folder: str, name: str) -> Path:
+        return data.folder(*([folder] if folder else self._folders)) / name
+
+
+def _split(name: str) -> tuple[str, str]:
+    folder, _, file = name.rpartition("/")
+    return folder, file
+
+
+class NoCaps(Captioning):
+    """The validation split, whose captions are public, by the kind of what it shows."""
+
+    name, title = "nocaps", "NoCaps"
+    paper = {"Emu": 96.5}
+    split, splits = "val", ("val", "test")
+    source = "nocaps.org"
+
+    def items(self, data: Folder, split: str, seed: int) -> list[Item]:
+        names = (f"nocaps_{split}_4500_captions.json", f"nocaps_{split}_image_info.json")
+        path = data.file(*names)
+        folder = data.folder(split, "nocaps_" + split, "images")
+        with layout(path):
+            content = read_json(path)
+            said: dict[int, list[str]] = {}
+            for row in content.get("annotations", ()):
+                said.setdefault(row["image_id"], []).append(row["caption"])
+            return [
+                Item(
+                    str(row["id"]), folder / row["file_name"],
+                    fields={
+                        "image_id": row["id"], "domain": row.get("domain", ""),
+                        "answers": said.get(row["id"], []),
+                    },
+                )
+                for row in content["images"]
+            ]  # fmt: skip
+
+    def examples(self, data: Folder) -> list[Example]:
+        raise UserError(
+            "nocaps has no training split: give --support DIR with the layout of coco_caption"
+        )
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+        whole = super().score(items, answers, place)
+        if whole is None:
+            return None
+        values = dict(whole.values)
+        for domain in ("in-domain", "near-domain", "out-domain"):
+            some = [i for i, item in enumerate(items) if item.fields["domain"] == domain]
+            if some:
+                part = super().score([items[i] for i in some], [answers[i] for i in some], place)
+                assert part is not None
+                values[f"CIDEr_{domain}"] = part.values["CIDEr"]
+        return Scores(values, whole.notes, whole.per_item)
+
+
+COCO = Karpathy(
+    "coco_caption", "COCO captions (Karpathy test)", "dataset_coco.json", ("val2014",),
+    {"Emu": 112.4, "Emu*": 120.4, "Emu-I": 117.7},
+    "cs.stanford.edu/people/karpathy/deepimagesent, pictures cocodataset.org",
+    lavis="coco_karpathy_{split}.json",
+)  # fmt: skip
+FLICKR = Karpathy(
+    "flickr30k", "Flickr30k (Karpathy test)", "dataset_flickr30k.json",
+    ("flickr30k-images", "flickr30k_images", "images"), {"Emu": 72.0},
+    "cs.stanford.edu/people/karpathy/deepimagesent, pictures shannon.cs.illinois.edu",
+)  # fmt: skip

@@ -1,0 +1,57 @@
+"""MM-Vet: open questions, whose answers GPT-4 grades elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from emu_jax.evaluate.scorers import Scores
+from emu_jax.evaluate.tasks.base import (
+    Folder,
+    Item,
+    Mode,
+    Place,
+    Said,
+    Stage,
+    Task,
+    layout,
+    read_json,
+    turn,
+)
+
+WRITE = {"num_beams": 5, "max_new_tokens": 128, "min_length": 1, "length_penalty": 1.0}
+INSTRUCT = turn("{image}{question}")
+
+
+class MMVet(Task):
+    """Result file: `{id: answer}`, as MM-Vet's online grader takes it."""
+
+    name, title, metric = "mmvet", "MM-Vet", "GPT-4 score"
+    paper = {"Emu-I": 36.3}
+    split, splits = "test", ("test",)
+    source = "github.com/yuweihao/MM-Vet"
+    modes = ("instruct",)
+    unscored = "not scored here: GPT-4 grades the answers, by MM-Vet's online evaluator"
+
+    def items(self, data: Folder, split: str, seed: int) -> list[Item]:
+        path, folder = data.file("mm-vet.json"), data.folder("images")
+        with layout(path):
+            return [
+                Item(
+                    name, folder / row["imagename"], row["question"],
+                    fields={"answers": [row["answer"]] if "answer" in row else []},
+                )
+                for name, row in read_json(path).items()
+            ]  # fmt: skip
+
+    def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
+        return (Stage("answer", INSTRUCT.spell, WRITE),)
+
+    def answer(self, item: Item, said: Said) -> str:
+        return said["answer"]
+
+    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
+        return {item.id: answer for item, answer in zip(items, answers, strict=True)}
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+        return None

@@ -1,0 +1,161 @@
+"""Questions about a video: MSVD-QA, MSRVTT-QA, NExT-QA (open-ended).
+
+A video is shown as the release shows one: 8 frames spread over it, each as a picture
+(`Emu1/utils.py: process_video`).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emu_jax.config import UserError
+from emu_jax.data.dialogues import VIDEO_SYSTEM
+from emu_jax.evaluate.scorers import Scores, vqa
+from emu_jax.evaluate.tasks.base import (
+    ANSWER,
+    Example,
+    Folder,
+    Item,
+    Mode,
+    Place,
+    Stage,
+    as_examples,
+    by_id,
+    field,
+    layout,
+    read_json,
+    turn,
+)
+from emu_jax.evaluate.tasks.vqa import ASK, Answering
+from emu_jax.generate.prompt import VIDEOS
+
+# The release has its message for videos and its prompt for questions, but no task with both.
+INSTRUCT = turn(
+    ASK.replace("of the image", "of the video") + "{question}", "the answer is:", VIDEO_SYSTEM
+)
+
+
+class VideoAnswering(Answering):
+    """Answering, with a video's frames for the picture."""
+
+    def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
+        if mode == "instruct":
+            return (Stage("answer", INSTRUCT.spell, ANSWER),)
+        return super().stages(mode, in_context)
+
+
+class XuVideoQA(VideoAnswering):
+    """MSVD-QA and MSRVTT-QA in the layout of their makers (Xu et al. 2017). Result file:
+    `[{"question_id", "answer"}]`."""
+
+    split, splits = "test", ("test", "val")
+    source = "github.com/xudejing/video-question-answering"
+
+    def __init__(self, name: str, title: str, paper: Mapping[str, float]):
+        self.name, self.title, self.paper = name, title, paper
+
+    def items(self, data: Folder, split: str, seed: int) -> list[Item]:
+        path = data.file(f"{split}_qa.json")
+        videos = Videos(data)
+        with layout(path):
+            return [
+                Item(
+                    str(row["id"]), videos(row["video_id"]), row["question"],
+                    fields={"question_id": row["id"], "answers": [row["answer"]]},
+                )
+                for row in read_json(path)
+            ]  # fmt: skip
+
+    def examples(self, data: Folder) -> list[Example]:
+        return as_examples(self.items(data, "train", 0))
+
+    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
+        return [
+            {"question_id": item.fields["question_id"], "answer": answer}
+            for item, answer in zip(items, answers, strict=True)
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+        right = by_id(items, (item.fields["answers"][0] for item in items))
+        return vqa.exact(right, by_id(items, answers))
+
+
+class Videos:
+    """Video numbers as files: `video7010.mp4`, `vid1234.avi`, or by the name that
+    `youtube_mapping.txt` gives a number."""
+
+    def __init__(self, data: Folder):
+        self.folder = data.folder("video", "videos", "TestVideo")
+        self.names: dict[str, str] = {}
+        mapping = data.find("youtube_mapping.txt")
+        if mapping is not None:
+            pairs = [line.split() for line in mapping.read_text().splitlines() if line.strip()]
+            with layout(mapping):
+                self.names = {pair[1].removeprefix("vid"): pair[0] for pair in pairs}
+        # One look at the folder: there may be ten thousand of them.
+        self.files = {p.stem: p for p in self.folder.iterdir() if p.suffix.lower() in VIDEOS}
+
+    def __call__(self, number: Any) -> Path:
+        names = (self.names.get(str(number)), f"video{number}", f"vid{number}", str(number))
+        for name in names:
+            if name in self.files:
+                return self.files[name]
+        wanted = next(name for name in names if name)
+        raise UserError(f"{self.folder} has no video {wanted} ({', '.join(VIDEOS)})")
+
+
+class NExTQA(VideoAnswering):
+    """Open-ended answers, scored by WUPS. Result file: `{video: {qid: answer}}`, as the makers'
+    `eval_oe.py` reads it."""
+
+    name, title, metric = "nextqa", "NExT-QA (open-ended)", "WUPS"
+    paper = {"Emu": 19.6, "Emu*": 23.4, "Emu-I": 5.8, "Emu-I*": 19.9}
+    split, splits = "test", ("test", "val")
+    source = "github.com/doc-doc/NExT-OE, videos github.com/doc-doc/NExT-QA"
+
+    def items(self, data: Folder, split: str, seed: int) -> list[Item]:
+        path = data.file(f"{split}.csv")
+        mapping = data.find("map_vid_vidorID.json")
+        places = {} if mapping is None else read_json(mapping)
+        folder = data.folder("videos", "NExTVideo", "video")
+        more = data.find(f"add_reference_answer_{split}.json")
+        added = {} if more is None else read_json(more)
+        items = []
+        with layout(path), path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                video, qid = row["video"], row["qid"]
+                answers = [row["answer"]]
+                if qid in added.get(video, {}):
+                    answers.append(added[video][qid])
+                items.append(Item(
+                    f"{video}_{qid}", folder / f"{places.get(video, video)}.mp4",
+                    # The file has neither capitals nor question marks.
+                    row["question"].removesuffix("?") + "?",
+                    fields={"video": video, "qid": qid, "answers": answers, "type": row["type"]},
+                ))  # fmt: skip
+        return items
+
+    def examples(self, data: Folder) -> list[Example]:
+        return as_examples(self.items(data, "train", 0))
+
+    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
+        result: dict[str, dict[str, str]] = {}
+        for item, answer in zip(items, answers, strict=True):
+            result.setdefault(item.fields["video"], {})[item.fields["qid"]] = answer
+        return result
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+        right, types = field(items, "answers"), field(items, "type")
+        return vqa.wups(right, by_id(items, answers), question_types=types)
+
+
+MSVDQA = XuVideoQA(
+    "msvdqa", "MSVD-QA", {"Emu": 18.8, "Emu*": 34.3, "Emu-I": 34.6, "Emu-I*": 37.0}
+)  # fmt: skip
+MSRVTTQA = XuVideoQA(
+    "msrvttqa", "MSRVTT-QA",
+    {"Emu": 8.3, "Emu*": 17.8, "Emu-I": 16.8, "Emu-I*": 21.2, "Emu 4-shot": 21.8},
+)  # fmt: skip

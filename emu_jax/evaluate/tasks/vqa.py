@@ -1,0 +1,254 @@
+"""Questions about a picture: VQAv2, OK-VQA, VizWiz."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from emu_jax.config import UserError
+from emu_jax.evaluate.scorers import Scores, vqa
+from emu_jax.evaluate.tasks.base import (
+    ANSWER,
+    Example,
+    Folder,
+    Item,
+    Mode,
+    Place,
+    Said,
+    Shown,
+    Stage,
+    Task,
+    Wording,
+    as_examples,
+    by_id,
+    clean_caption,
+    continuing,
+    field,
+    layout,
+    read_json,
+    references,
+    short_answer,
+    turn,
+)
+from emu_jax.evaluate.tasks.captions import DESCRIBE
+
+ASK = (
+    "{image} based on the content of the image and common sense, please provide an accurate answer "
+    "consisting of only one word or phrase. "
+)
+KNOWN = "{question}, is the answer known?"
+# Of the caption that the pretrained model reads in the picture's stead.
+LONG_CAPTION = {"num_beams": 5, "max_new_tokens": 64, "min_length": 1, "length_penalty": 0.0}
+
+
+def described(stage: Stage) -> tuple[Stage, ...]:
+    """A stage that reads `{caption}`, behind the one that writes it."""
+    caption = Stage("caption", lambda item, _, said: DESCRIBE.spell(item, Shown(), said),
+                    LONG_CAPTION)  # fmt: skip
+
+    def prompt(item: Item, shown: Shown, said: Said):
+        return stage.prompt(item, shown, {**said, "caption": clean_caption(said["caption"])})
+
+    return caption, Stage(
+        stage.name, prompt, stage.settings, stage.choices, stage.candidates
+    )  # fmt: skip
+
+
+def from_caption(query: str) -> Wording:
+    """A question to the pretrained model, to be answered from a caption; examples are questions
+    and answers alone."""
+    wording = continuing(f"a picture of {{caption}}. based on the picture, {query} short answer:")
+    return Wording(wording.query, IN_CONTEXT.example)
+
+
+# With examples that show their pictures, the question shows its own.
+IN_CONTEXT = continuing("{image} based on the picture, {question} short answer:")
+INSTRUCT = turn(ASK + "{question}", "the answer is:")
+INSTRUCT_KNOWN = turn(ASK + KNOWN)
+
+
+class Answering(Task):
+    """A short answer to each question."""
+
+    metric = "accuracy"
+
+    def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
+        if mode == "instruct":
+            return (Stage("answer", INSTRUCT.spell, ANSWER),)
+        if in_context:
+            return (Stage("answer", IN_CONTEXT.spell, ANSWER),)
+        return described(Stage("answer", from_caption("{question}").spell, ANSWER))
+
+    def answer(self, item: Item, said: Said) -> Any:
+        return short_answer(said["answer"])
+
+
+class VQA(Answering):
+    """The files of visualqa.org. Result file: `[{"question_id", "answer"}]`.
+
+    Args:
+        questions, annotations: the files of a split, with `{split}` in them.
+        splits: name to (name in the files, folder of pictures).
+    """
+
+    split = "val"
+
+    def __init__(
+        self, name: str, title: str, questions: str, annotations: str,
+        splits: Mapping[str, tuple[str, str]], paper: Mapping[str, float], source: str,
+        *, stem: bool = False,
+    ):  # fmt: skip
+        self.name, self.title, self.paper, self.source = name, title, paper, source
+        self._questions, self._annotations, self._splits = questions, annotations, splits
+        self.splits = tuple(split for split in splits if split != "train")
+        self._stem = stem
+
+    def items(self, data: Folder, split: str, seed: int) -> list[Item]:
+        name, pictures = self._splits[split]
+        path = data.file(self._questions.format(split=name))
+        folder = data.folder(pictures)
+        answers = data.find(self._annotations.format(split=name))
+        if answers is None and split in ("val", "train"):
+            data.file(self._annotations.format(split=name))
+        found: dict[int, Any] = {}
+        if answers is not None:
+            with layout(answers):
+                found = {row["question_id"]: row for row in read_json(answers)["annotations"]}
+        with layout(path):
+            rows = read_json(path)["questions"]
+            if answers is not None and (lost := [r for r in rows if r["question_id"] not in found]):
+                raise KeyError(f"{lost[0]['question_id']} in {answers}")
+            return [
+                Item(
+                    str(row["question_id"]),
+                    folder / f"COCO_{pictures}_{row['image_id']:012d}.jpg",
+                    row["question"],
+                    fields={
+                        "question_id": row["question_id"],
+                        "answers": _answers(found.get(row["question_id"])),
+                        "type": found.get(row["question_id"], {}).get("answer_type", ""),
+                    },
+                )
+                for row in rows
+            ]
+
+    def examples(self, data: Folder) -> list[Example]:
+        return as_examples(self.items(data, "train", 0))
+
+    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
+        return [
+            {"question_id": item.fields["question_id"], "answer": answer}
+            for item, answer in zip(items, answers, strict=True)
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+        right, types = references(items), field(items, "type")
+        if right is None:
+            return None
+        if not self._stem:
+            return vqa.score(right, by_id(items, answers), answer_types=types)
+        stems = by_id(items, ([_porter(a) for a in i.fields["answers"]] for i in items))
+        found = vqa.score(stems, by_id(items, map(_porter, answers)), answer_types=types)
+        return dataclasses.replace(found, notes=(*found.notes, STEMMED))
+
+
+STEMMED = "answers were reduced to their stems (Porter's, of nltk), as the release does for OK-VQA"
+
+
+@functools.cache
+def _porter(answer: str) -> str:
+    """An answer's stem; the release stems it whole (`vqa_eval.py: OKVQAEval`)."""
+    try:
+        from nltk.stem import PorterStemmer
+    except ImportError:
+        raise UserError("OK-VQA is scored with nltk: pip install 'emu_jax[eval]'") from None
+    return PorterStemmer().stem(answer)
+
+
+def _answers(row: Any) -> list[str]:
+    return [] if row is None else [answer["answer"] for answer in row["answers"]]
+
+
+class VizWiz(Answering):
+    """Pictures and questions of blind people, not all of which can be answered: the model is
+    asked that first. Result file: `[{"image", "answer"}]`."""
+
+    name, title = "vizwiz", "VizWiz VQA"
+    paper = {
+        "Emu": 34.2, "Emu*": 34.4, "Emu-I": 32.2, "Emu-I*": 38.3, "Emu 4-shot": 41.3,
+        "Emu 8-shot": 43.9,
+    }  # fmt: skip
+    split, splits = "val", ("val", "test")
+    source = "vizwiz.org"
+
+    def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
+        # Asked without examples, which show no such question, and with the release's defaults.
+        if mode == "instruct":
+            known = (self._known(INSTRUCT_KNOWN),)
+        else:
+            known = described(self._known(from_caption(KNOWN)))
+        stages = {stage.name: stage for stage in (*known, *super().stages(mode, in_context))}
+        return tuple(stages.values())
+
+    @staticmethod
+    def _known(wording: Wording) -> Stage:
+        return Stage(
+            "known", lambda item, _, said: wording.spell(item, Shown(), said),
+            choices=("yes.", "no."),
+        )  # fmt: skip
+
+    def answer(self, item: Item, said: Said) -> Any:
+        return "unanswerable" if said["known"] == "no." else super().answer(item, said)
+
+    def items(self, data: Folder, split: str, seed: int) -> list[Item]:
+        path, folder = data.file(f"{split}.json"), data.folder(split)
+        with layout(path):
+            return [
+                Item(
+                    row["image"], folder / row["image"], row["question"],
+                    fields={
+                        "image": row["image"],
+                        "answers": [a["answer"] for a in row.get("answers", ())],
+                    },
+                )
+                for row in read_json(path)
+            ]  # fmt: skip
+
+    def examples(self, data: Folder) -> list[Example]:
+        return as_examples(self.items(data, "train", 0))
+
+    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
+        return [
+            {"image": item.fields["image"], "answer": answer}
+            for item, answer in zip(items, answers, strict=True)
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+        right = references(items)
+        if right is None:
+            return None
+        return vqa.score(right, by_id(items, answers), convention="vizwiz")
+
+
+VQAV2 = VQA(
+    "vqav2", "VQAv2", "v2_OpenEnded_mscoco_{split}_questions.json",
+    "v2_mscoco_{split}_annotations.json",
+    {
+        "train": ("train2014", "train2014"), "val": ("val2014", "val2014"),
+        "test-dev": ("test-dev2015", "test2015"), "test": ("test2015", "test2015"),
+    },
+    {
+        "Emu": 52.0, "Emu*": 52.9, "Emu-I": 57.2, "Emu-I*": 62.0, "Emu 4-shot": 58.4,
+        "Emu 8-shot": 59.0,
+    },
+    "visualqa.org/download.html, pictures cocodataset.org",
+)  # fmt: skip
+OKVQA = VQA(
+    "okvqa", "OK-VQA", "OpenEnded_mscoco_{split}_questions.json", "mscoco_{split}_annotations.json",
+    {"train": ("train2014", "train2014"), "val": ("val2014", "val2014")},
+    {"Emu": 38.2, "Emu*": 42.8, "Emu-I": 43.4, "Emu-I*": 49.2},
+    "okvqa.allenai.org/download.html, pictures cocodataset.org",
+    stem=True,
+)  # fmt: skip
