@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 import math
 import re
+import zipfile
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from emu_jax.config import UserError
 from emu_jax.evaluate.scorers import Scores, check_keys, warned
@@ -137,7 +139,8 @@ def wups(
     *,
     question_types: Mapping[Hashable, str] | None = None,
 ) -> Scores:
-    """WUPS@0 of open-ended answers, in percent, as NExT-QA's evaluation has it.
+    """WUPS@0 of open-ended answers, in percent, as NExT-QA's evaluation has it: of the makers'
+    released predictions (HGA, validation) it gives their published 21.48.
 
     Words are lemmatised and stop words dropped. Each word of one answer has its best Wu-Palmer
     similarity (WordNet 3.0, first senses) to a word of the other; words unlike all others are
@@ -164,7 +167,7 @@ def wups(
     name = "WUPS" if net else "exact"
     prepare = net.prepare if net else _content_words
     found: dict[Hashable, float] = {}
-    for key, given in answers.items():
+    for key, given in tqdm(answers.items(), desc=name, unit="answer", disable=None):
         if not given:
             raise UserError(f"question {key!r} has no answers")
         if question_types is not None and types[key] is None:
@@ -339,7 +342,9 @@ class _WordNet:
         first, second = self._sense(a), self._sense(b)
         if first is None or second is None:
             return 0.0
-        return first.wup_similarity(second) or 0.0
+        # Verbs alone are given a common root, so that a noun is unlike any verb while a verb is
+        # a little like any noun: so did nltk 3.3, which NExT-OE's figures are of.
+        return first.wup_similarity(second, simulate_root=first.pos() == "v") or 0.0
 
     def _tag(self, words: list[str]) -> list[tuple[str, str | None]]:
         if not self._tagged:
@@ -369,8 +374,12 @@ def _wordnet() -> tuple[_WordNet | None, tuple[str, ...]]:
         wordnet.ensure_loaded()
     except (ImportError, LookupError):
         return None, (warned(NO_WORDNET),)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read nltk's wordnet: {error}") from None
     try:
-        nltk.data.find("taggers/averaged_perceptron_tagger_eng")
+        nltk.pos_tag(["word"])
     except LookupError:
         return _WordNet(wordnet, tagged=False), (warned(NO_TAGGER),)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read nltk's averaged_perceptron_tagger_eng: {error}") from None
     return _WordNet(wordnet, tagged=True), ()

@@ -1,0 +1,296 @@
+"""The Fréchet distance between two sets of pictures, over the features of an Inception network.
+
+Heusel et al., arXiv:1706.08500: both sets of features are taken for Gaussians, and
+
+    d^2 = |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr (S_a S_b)^(1/2)
+
+The network is the user's file: the 2015 Inception as TorchScript, `inception-2015-12-05.pt` of
+StyleGAN and clean-fid, or any other that maps pictures to features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import numpy as np
+from jaxtyping import Float, Num, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from emu_jax.config import UserError
+from emu_jax.convert.files import torch_or_explain
+from emu_jax.data.images import open_image
+from emu_jax.evaluate.scorers import Scores, warned
+
+Resize = Literal["network", "clean"]
+SIZE = 299  # of the pictures that the 2015 Inception takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of features.
+
+    Attributes:
+        count: of the pictures that they are of; None where a file does not say.
+    """
+
+    mean: Float[np.ndarray, " D"]
+    covariance: Float[np.ndarray, "D D"]
+    count: int | None = None
+
+
+class Moments:
+    """Mean and covariance of features that come in parts, in float64.
+
+    Parts, and the moments of other shards, are joined by Chan et al.'s update: no more than one
+    matrix is held, and nothing is lost to a large mean.
+    """
+
+    def __init__(self, width: int):
+        self.count = 0
+        self.mean = np.zeros(width)
+        self._scatter = np.zeros((width, width))  # sum of outer products about the mean
+
+    def add(self, features: Num[np.ndarray, "N D"]) -> None:
+        """Adds the features of some pictures."""
+        features = np.asarray(features, np.float64)
+        if not len(features):
+            return
+        mean = features.mean(0)
+        centred = features - mean
+        self._join(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: Self) -> None:
+        """Adds all that `other` has seen."""
+        self._join(other.count, other.mean, other._scatter)
+
+    def _join(
+        self, count: int, mean: Float[np.ndarray, " D"], scatter: Float[np.ndarray, "D D"]
+    ) -> None:
+        if not count:
+            return
+        total = self.count + count
+        apart = mean - self.mean
+        self._scatter += scatter + np.outer(apart, apart) * (self.count * count / total)
+        self.mean = self.mean + apart * (count / total)
+        self.count = total
+
+    def gaussian(self) -> Gaussian:
+        """The mean and the unbiased covariance (divided by N - 1).
+
+        Raises:
+            UserError: of fewer than two pictures there is no covariance.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least two pictures, not {self.count}")
+        return Gaussian(self.mean.copy(), self._scatter / (self.count - 1), self.count)
+
+
+def distance(a: Gaussian, b: Gaussian) -> float:
+    """The squared Fréchet distance, as FID is given.
+
+    Tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b for any S = R R^T. Taken
+    so, it is real and needs no inverse: covariances of fewer pictures than features will do.
+
+    Raises:
+        UserError: the widths differ, or a figure is not finite.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise UserError(
+            f"features of width {len(a.mean)} cannot be compared with features of width "
+            f"{len(b.mean)}: both need the same network"
+        )
+    for gaussian in (a, b):
+        if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
+            raise UserError("the mean or the covariance of features is not finite")
+    apart = a.mean - b.mean
+    spread = np.trace(a.covariance) + np.trace(b.covariance)
+    common = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    return float(apart @ apart + spread - 2 * common)
+
+
+def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
+    """R with R R^T = covariance, without the directions that rounding alone has filled: their
+    square root would be 1e-8 of the largest, not 1e-16."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def load_statistics(path: Path) -> Gaussian:
+    """Mean `mu` and covariance `sigma` of reference pictures from an .npz, as pytorch-fid and
+    the TTUR release write them.
+
+    Raises:
+        UserError: the file is missing, is no such archive, or the shapes do not fit.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            mean, covariance = (np.asarray(stored[key], np.float64) for key in ("mu", "sigma"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except KeyError as error:
+        raise UserError(f"{path} has no {error}: reference statistics are mu and sigma") from None
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}")
+    return Gaussian(mean, covariance)
+
+
+def save_statistics(gaussian: Gaussian, path: Path) -> None:
+    """Writes what `load_statistics` reads, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance)
+    temporary.rename(path)
+
+
+class Inception:
+    """Features of pictures, by a TorchScript network.
+
+    Args:
+        path: the TorchScript. It is given pictures [N 3 H W] of values 0 to 255 and gives
+            features [N D]; if its `forward` has an argument `return_features`, that is set.
+        resize: what a picture goes through first. `network`: nothing, as uint8; the network
+            brings it to its own size. `clean`: PIL's bicubic filter, to 299 x 299 in float32.
+
+    Raises:
+        UserError: there is no network, torch is not installed, or the file is not TorchScript.
+    """
+
+    def __init__(self, path: Path | None, resize: Resize = "network"):
+        if path is None:
+            raise UserError(
+                "FID needs the Inception network, which is not included: give the TorchScript "
+                "inception-2015-12-05.pt that StyleGAN and clean-fid use"
+            )
+        if resize not in get_args(Resize):
+            raise UserError(f"pictures are resized by {get_args(Resize)}, not {resize!r}")
+        if not path.is_file():
+            raise UserError(f"{path} does not exist")
+        self._torch = torch_or_explain(path)
+        self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
+        self._resize = resize
+        try:
+            with warnings.catch_warnings():
+                # torch.jit is deprecated; the network that the field compares by is of it.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._network = self._torch.jit.load(path, map_location=self._device).eval()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path} is not TorchScript (a state dict is not): {reason}") from None
+        arguments = {a.name for a in self._network.forward.schema.arguments}
+        self._arguments = {"return_features": True} if "return_features" in arguments else {}
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        way = {
+            "network": "resized by it (for the 2015 Inception: bilinearly, not antialiased)",
+            "clean": "first resized by PIL to 299 x 299 (bicubic, antialiased; as clean-fid does)",
+        }[resize]
+        self.note = f"features by {path.name} (sha256 {digest[:12]}), pictures {way}"
+
+    def __call__(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "N D"]:
+        """The features of pictures, which may differ in size.
+
+        Raises:
+            UserError: the network does not give a row of features for each.
+        """
+        torch = self._torch
+        entering = [_clean(p) for p in pictures] if self._resize == "clean" else pictures
+        features: list[np.ndarray] = [np.zeros(0)] * len(entering)
+        for shape in dict.fromkeys(p.shape for p in entering):
+            at = [i for i, p in enumerate(entering) if p.shape == shape]
+            batch = np.stack([entering[i].transpose(2, 0, 1) for i in at])
+            with torch.inference_mode():
+                made = self._network(torch.from_numpy(batch).to(self._device), **self._arguments)
+            found = made.float().cpu().numpy()
+            if found.ndim != 2 or len(found) != len(at):
+                raise UserError(
+                    f"the Inception network gave {found.shape} for {len(at)} pictures, not a row "
+                    "of features for each"
+                )
+            for i, row in zip(at, found, strict=True):
+                features[i] = row
+        return np.stack(features)
+
+
+def _clean(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "299 299 3"]:
+    """clean-fid's resizing: channel by channel in float32, clipped and not rounded."""
+    channels = [
+        Image.fromarray(np.ascontiguousarray(picture[..., c], np.float32)).resize(
+            (SIZE, SIZE), Image.Resampling.BICUBIC
+        )
+        for c in range(3)
+    ]
+    return np.stack([np.asarray(c) for c in channels], -1).clip(0, 255)
+
+
+def moments(
+    pictures: Iterable[Path | UInt8[np.ndarray, "_ _ 3"]],
+    network: Inception,
+    *,
+    what: str = "pictures",
+    batch: int = 32,
+) -> Moments:
+    """Mean and covariance of the features of pictures: files, which are read one batch at a
+    time, or arrays of uint8. Shards of one set, each with its own, are joined by `merge`.
+
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
+    seen: Moments | None = None
+    pending: list[np.ndarray] = []
+
+    def flush() -> None:
+        nonlocal seen
+        features = network(pending)
+        seen = seen or Moments(features.shape[1])
+        seen.add(features)
+        pending.clear()
+
+    for picture in tqdm(pictures, desc=f"features of {what}", unit="picture", disable=None):
+        pending.append(_read(picture) if isinstance(picture, Path) else picture)
+        if len(pending) == batch:
+            flush()
+    if pending:
+        flush()
+    if seen is None:
+        raise UserError(f"there are no {what} to take features of")
+    return seen
+
+
+def _read(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    return np.array(open_image(path).convert("RGB"))
+
+
+def score(drawn: Gaussian, reference: Gaussian, notes: Sequence[str] = ()) -> Scores:
+    """`FID`, the distance of drawn pictures from real ones.
+
+    Args:
+        notes: how the features came about, as `Inception.note` says it.
+
+    Returns:
+        The distance. How many pictures it is of is noted: FID falls with their number, so
+        figures of different numbers do not compare.
+
+    Raises:
+        UserError: as `distance`.
+    """
+    counts = [f"{g.count:,}" if g.count else "an unknown number of" for g in (drawn, reference)]
+    said = [f"{counts[0]} pictures against {counts[1]} real ones", *notes]
+    if drawn.count and drawn.count <= len(drawn.mean):
+        said.append(
+            warned(
+                f"FID of {drawn.count:,} pictures over {len(drawn.mean):,} features is of a "
+                "singular covariance: it compares with no published figure"
+            )
+        )
+    return Scores({"FID": distance(drawn, reference)}, tuple(said))
