@@ -51,16 +51,16 @@ CAPTIONS = [
 ]
 
 
-def coco_caption(root: Path) -> None:
-    """Karpathy's file; four pictures to test, four to take examples from."""
+def coco_caption(root: Path, test: int = 4) -> None:
+    """Karpathy's file; some pictures to test, four to take examples from."""
     images = []
-    for n in range(8):
+    for n in range(test + 4):
         name = f"COCO_val2014_{n:012d}.jpg"
         draw(root / "val2014" / name, n)
         images.append({
             "filepath": "val2014", "filename": name, "imgid": 100 + n, "cocoid": n,
-            "split": "test" if n < 4 else "train",
-            "sentences": [{"raw": f"{text.capitalize()}."} for text in CAPTIONS[n % 4]],
+            "split": "test" if n < test else "train",
+            "sentences": [{"raw": f"{text.capitalize()}."} for text in CAPTIONS[n % 6]],
         })  # fmt: skip
     write(root / "dataset_coco.json", {"images": images, "dataset": "coco"})
 

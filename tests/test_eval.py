@@ -3,16 +3,29 @@
 import itertools
 import json
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from eval_data import CAPTIONS, LAYOUTS, draw, write
 
+from emu_jax import cli
+from emu_jax.config import UserError
+from emu_jax.evaluate import fewshot
 from emu_jax.evaluate import run as running
+from emu_jax.evaluate.fewshot import FewShot
 from emu_jax.evaluate.run import Options, evaluate
 from emu_jax.evaluate.tasks import TASKS
-from emu_jax.evaluate.tasks.base import Folder, clean_caption, short_answer
+from emu_jax.evaluate.tasks.base import Example, Folder, Item, clean_caption, short_answer
+from emu_jax.generate.api import load
 
 PROMPTS = Path(__file__).parent / "golden" / "eval_prompts.txt"
 IMAGE = "[IMG]<image>*32[/IMG]"
@@ -329,3 +342,394 @@ def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
     if "EMU_JAX_RECORD" in os.environ:  # to change them on purpose
         PROMPTS.write_text(found)
     assert found == PROMPTS.read_text()
+
+
+# --- Examples --------------------------------------------------------------------------------
+
+
+def path_features(paths):
+    """Features that a file's name says: its angle in degrees."""
+    angles = np.radians([float(path.stem) for path in paths])
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * 7
+
+
+def here(name):
+    pass
+
+
+ANGLES = [Example(Path(f"{n}.png"), f"at {n}", "where?") for n in (80, 10, 45, 170, 20)]
+
+
+def test_the_nearest_pictures_precede_the_nearest_last(tmp_path):
+    few = FewShot("rices", ANGLES, 3, seed=0)
+    few.index(tmp_path / "cache", path_features, 0, 1, here)
+    (shown,) = few([Item("a", Path("16.png"))], path_features)
+    assert [e.answer for e in shown.examples] == ["at 45", "at 10", "at 20"] and shown.pictures
+    (shown,) = few([Item("a", Path("20.png"))], path_features)  # it is no example for itself
+    assert [e.answer for e in shown.examples] == ["at 80", "at 45", "at 10"]
+
+
+def test_features_are_kept_and_shared_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(fewshot, "CHUNK", 2)
+    asked = []
+
+    def features(paths):
+        asked.append([path.stem for path in paths])
+        return path_features(paths)
+
+    # A second process does its share; there the chunks of the first are missing still.
+    with pytest.raises(FileNotFoundError):
+        FewShot("rices", ANGLES, 2, 0).index(tmp_path, features, 1, 2, here)
+    assert asked == [["45", "170"]]
+    (tmp_path / "00000-cut-short.tmp").write_bytes(b"what a killed process leaves")
+    for _ in range(2):
+        few = FewShot("rices", ANGLES, 2, 0)
+        few.index(tmp_path, features, 0, 1, here)
+    assert asked[1:] == [["80", "10"], ["20"]]
+    (shown,) = few([Item("a", Path("170.5.png"))], path_features)
+    assert [e.answer for e in shown.examples] == ["at 80", "at 170"]
+
+
+def test_random_examples_are_an_items_own():
+    few = FewShot("random", ANGLES, 2, seed=3)
+    items = [Item(str(n), Path("10.png")) for n in range(20)]
+    together = few(items, path_features)
+    assert [few([item], path_features)[0] for item in items] == together
+    assert len({shown.examples for shown in together}) > 5
+    assert all(e.media.name != "10.png" for shown in together for e in shown.examples)
+    assert few(items, path_features) != FewShot("random", ANGLES, 2, 4)(items, path_features)
+
+
+def test_text_examples_are_the_same_for_all():
+    few = FewShot("text", ANGLES, 2, seed=3)
+    first, second = few([Item("a", Path("1.png")), Item("b", Path("2.png"))], path_features)
+    assert first == second and len(first.examples) == 2 and not first.pictures
+
+
+def test_too_few_examples_are_an_error(ask):
+    with pytest.raises(UserError, match="--shots 4 needs 5 pictures"):
+        ask("coco_caption", Said(), examples="random", shots=4)
+
+
+# --- Restarts and processes --------------------------------------------------------------------
+
+
+def echo(prompt, choices):
+    """An answer that only the prompt decides."""
+    return f"answer {zlib.crc32(prompt.encode())}"
+
+
+def files(out):
+    return {
+        name: out.with_suffix(name).read_bytes()
+        for name in (".json", ".predictions.jsonl", ".scores.json")
+    }
+
+
+@pytest.fixture
+def whole(ask):
+    """What an uninterrupted run leaves."""
+    _, out = ask("vqav2", Said(says=echo), "out", batch_size=1)
+    found = files(out)
+    for path in out.parent.glob("out*"):
+        path.unlink()
+    return found
+
+
+def test_an_interrupted_run_goes_on(ask, whole, tmp_path):
+    calls = []
+
+    def interrupted(prompt, choices):
+        calls.append(prompt)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return echo(prompt, choices)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask("vqav2", Said(says=interrupted), "out", batch_size=1)
+    predictions = tmp_path / "out.predictions.jsonl"
+    assert predictions.read_bytes().count(b"\n") == 3  # the settings and two answers
+    assert not (tmp_path / "out.json").exists()
+    with predictions.open("ab") as file:
+        file.write(b'{"id": "1002", "answer": "cut sh')
+    emu = Said(says=echo)
+    _, out = ask("vqav2", emu, "out", batch_size=1)
+    assert len(emu.asked) == 1 and files(out) == whole
+    ask("vqav2", emu, "out", batch_size=1)  # nothing is left to ask
+    assert len(emu.asked) == 1 and files(out) == whole
+
+
+def test_other_settings_are_not_gone_on_with(ask):
+    ask("vqav2", Said(says=echo), "out")
+    with pytest.raises(UserError, match="predictions with examples none, now it is text: delete"):
+        ask("vqav2", Said(says=echo), "out", examples="text")
+    with pytest.raises(UserError, match="predictions with mode instruct"):
+        ask("vqav2", Said(instruct=False, says=echo), "out")
+
+
+def test_processes_share_the_work(ask, whole, tmp_path, monkeypatch):
+    data, out = layout("vqav2", tmp_path), tmp_path / "out.json"
+    monkeypatch.setattr(running, "barrier", here)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    emus, runs = [], []
+    for process in (1, 0):
+        emus.append(Said(says=echo))
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(running, "load", lambda *args, **settings: emus[-1])
+        run = running.Run(
+            tmp_path / "none", TASKS["vqav2"], Folder(data), out, Options(batch_size=1)
+        )
+        monkeypatch.setattr(run.store, "read", dict)  # as if both had begun at once
+        runs.append(run)
+        run.answer()
+    assert [len(emu.asked) for emu in emus] == [1, 2]
+    assert (tmp_path / "out.predictions.1.jsonl").is_file()
+    monkeypatch.delattr(runs[1].store, "read")
+    runs[1].finish()
+    assert files(out) == whole
+    assert not (tmp_path / "out.predictions.1.jsonl").exists()
+
+
+def test_predictions_that_one_process_cannot_see_are_missed(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "barrier", here)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="1 of 3 items have no prediction, .* where all 2 proc"):
+        ask("vqav2", Said(says=echo), "out", batch_size=1)
+
+
+# --- What may go wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_picture_that_cannot_be_read_ends_the_run(damage, ask, tmp_path):
+    picture = layout("vqav2", tmp_path) / "val2014" / "COCO_val2014_000000000001.jpg"
+    content = picture.read_bytes()
+    picture.unlink()
+    if damage == "cut short":
+        picture.write_bytes(content[:200])
+    with pytest.raises(UserError, match="cannot read the picture .*COCO_val2014_000000000001.jpg"):
+        ask("vqav2", Said(says=echo))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: (d / "v2_mscoco_val2014_annotations.json").unlink(), "has no v2_mscoco_val2014"),
+        (lambda d: (d / "v2_mscoco_val2014_annotations.json").write_text("{"), "is damaged"),
+        (
+            lambda d: write(d / "v2_mscoco_val2014_annotations.json", {"rows": []}),
+            "not laid out as the official file: no key 'annotations'",
+        ),
+        (
+            lambda d: write(d / "v2_mscoco_val2014_annotations.json", {"annotations": []}),
+            "no key '0 in ",
+        ),
+        (lambda d: shutil.rmtree(d / "val2014"), "has no folder val2014"),
+    ],
+)
+def test_files_that_are_not_the_official_ones_are_named(change, message, ask, tmp_path):
+    change(layout("vqav2", tmp_path))
+    with pytest.raises(UserError, match=message):
+        ask("vqav2", Said(says=echo))
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("vqav2", {"shots": 2}, "--shots 2 needs --examples"),
+        ("vqav2", {"examples": "text", "shots": 0}, "at least 1"),
+        ("vqav2", {"limit": 0}, "--limit cannot be 0"),
+        ("vqav2", {"split": "tests"}, "--split tests: vqav2 has none; did you mean 'test'"),
+        ("vqav2", {"mode": "pretrain"}, "the checkpoint is instruction-tuned"),
+        ("coco_fid", {}, "coco_fid is a task for the pretrained model"),
+        ("mmvet", {"examples": "text"}, "mmvet is evaluated without examples"),
+    ],
+)
+def test_options_that_mean_nothing(task, options, message, ask):
+    with pytest.raises(UserError, match=message):
+        ask(task, Said(), **options)
+
+
+def test_the_command(ask, tmp_path, monkeypatch, capsys):
+    data = layout("vqav2", tmp_path)
+    monkeypatch.setattr(running, "load", lambda *args, **settings: Said(says=lambda *_: "yes"))
+    words = ["eval", "--checkpoint", str(tmp_path), "--data", str(data), "--json"]
+    out = tmp_path / "new" / "vqa.json"
+    assert cli.main([*words, "--task", "vqav2", "--out", str(out), "--limit", "2"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["items"] == 2 and result["scores"]["accuracy"] == 0
+    assert json.loads(out.with_suffix(".scores.json").read_text()) == result
+    assert cli.main([*words, "--task", "vqa2", "--out", str(out)]) == 2
+    assert "unknown task 'vqa2'; did you mean 'vqav2'" in capsys.readouterr().err
+    assert cli.main([*words, "--task", "vqav2", "--out", str(tmp_path / "a.txt")]) == 2
+    assert "name it so" in capsys.readouterr().err
+
+
+def test_the_page_shows_scores_beside_the_papers(ask):
+    _, out = ask("vqav2", Said(says=said_of(ANSWERS)))
+    page = out.with_suffix(".html").read_text()
+    assert (
+        "<b>53.33</b>" in page and "<tr class=same><th scope=row>paper</th><td>Emu-I</td>" in page
+    )
+    assert "57.20" in page and page.count("data:image/jpeg") == 3
+    assert "Is it {raining}?" in page and "no; yes" in page and "orange <i>60.0</i>" in page
+    assert "<script" not in page
+
+
+# --- Real models, real processes ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The golden release's models by kind, as run directories."""
+    pytest.importorskip("torch")
+    from emu_jax.convert.engine import convert
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    convert(GOLDEN, folder / "pretrain")
+    convert(GOLDEN / "Emu-instruct.pt", folder / "instruct", tokenizer=GOLDEN / "tokenizer")
+    return {kind: folder / kind for kind in ("pretrain", "instruct")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pretrain", "instruct"])
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "coco_fid"])
+def test_each_task_runs_on_the_golden_model(task, mode, checkpoints, tmp_path):
+    if mode not in TASKS[task].modes:
+        pytest.skip("there are no prompts for it")
+    out = tmp_path / "out.json"
+    data = layout(task, tmp_path)
+    result = evaluate(checkpoints[mode], task, data, out, Options(dtype="float32"))
+    assert result["settings"]["mode"] == mode and result["items"] >= 2
+    if task != "mmvet":
+        figures = result["scores"].values()
+        assert all(np.isfinite(v) and 0 <= v <= 1000 for v in figures)
+    assert len(json.loads(out.read_text())) >= 2
+    assert out.with_suffix(".html").is_file()
+
+
+@pytest.mark.slow
+def test_captions_are_those_of_the_releases_prompt(checkpoints, tmp_path):
+    """By the public API, one picture at a time."""
+    data, out = layout("coco_caption", tmp_path), tmp_path / "out.json"
+    evaluate(checkpoints["instruct"], "coco_caption", data, out, Options(dtype="float32"))
+    emu = load(checkpoints["instruct"])
+    for row in json.loads(out.read_text()):
+        picture = data / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
+        text = emu.generate_text(
+            [f"{SYSTEM} [USER]: ", picture, " please provide an accurate and concise description "
+             "of the given image. [ASSISTANT]: the image depicts a photo of"],
+            **settings(20, 8, -1.0),
+        )  # fmt: skip
+        assert row["caption"] == text.split("\n")[0].split(". ")[0].removesuffix(".").lower()
+
+
+@pytest.mark.slow
+def test_rices_finds_like_pictures(checkpoints, tmp_path):
+    """Test picture n has the colours of training picture n + 4 in no case, but one copied in
+    under another name is its own nearest."""
+    data = layout("coco_caption", tmp_path)
+    folder = data / "val2014"
+    shutil.copy(folder / f"COCO_val2014_{2:012d}.jpg", folder / f"COCO_val2014_{5:012d}.jpg")
+    out = tmp_path / "out.json"
+    options = Options(dtype="float32", examples="rices", shots=2)
+    evaluate(checkpoints["pretrain"], "coco_caption", data, out, options)
+    lines = out.with_suffix(".predictions.jsonl").read_text().splitlines()[1:]
+    rows = [json.loads(line) for line in lines]
+    asked = {row["id"]: row["asked"]["caption"] for row in rows}
+    nearest = asked["2"].split("<COCO_val2014_")[2]  # the one before the question's own
+    assert nearest.startswith(f"{5:012d}.jpg>") and CAPTIONS[5][0] in nearest
+    assert len(list(tmp_path.glob("rices-*/*.npy"))) == 1
+
+
+class Command:
+    """`emu-jax eval` on some processes of two CPU devices each."""
+
+    def __init__(self, count, checkpoint, data, out, *more):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),
+            "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": "",
+        }  # fmt: skip
+        words = ["--checkpoint", checkpoint, "--task", "coco_caption", "--data", data, "--out", out]
+        words += ["--batch-size", "2", "--dtype", "float32", *more]
+        self.logs = [out.with_name(f"{out.stem}.{n}.log") for n in range(count)]
+        self.processes = []
+        for n, log in enumerate(self.logs):
+            with log.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "emu_jax.cli", "eval", *map(str, words)],
+                    stdout=file, stderr=subprocess.STDOUT,
+                    env=environment | {"JAX_PROCESS_ID": str(n)},
+                )  # fmt: skip
+            self.processes.append(process)
+
+    def said(self):
+        return "\n".join(log.read_text() for log in self.logs)
+
+    def finish(self):
+        try:
+            for process in self.processes:
+                assert process.wait(timeout=500) == 0, self.said()
+        finally:
+            self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def job(checkpoints, tmp_path_factory):
+    """(checkpoint, data, what one uninterrupted process leaves)."""
+    folder = tmp_path_factory.mktemp("job")
+    LAYOUTS["coco_caption"](folder / "data", test=12)
+    out = folder / "one" / "out.json"
+    out.parent.mkdir()
+    Command(1, checkpoints["pretrain"], folder / "data", out).finish()
+    assert len(json.loads(out.read_text())) == 12
+    return checkpoints["pretrain"], folder / "data", files(out)
+
+
+def results(found):
+    """Without the path that `.scores.json` names."""
+    scores = json.loads(found[".scores.json"])
+    return found | {".scores.json": {k: v for k, v in scores.items() if k != "result"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_and_started_again_it_ends_the_same(count, job, tmp_path):
+    checkpoint, data, whole = job
+    out = tmp_path / "out.json"
+    first = Command(count, checkpoint, data, out)
+    try:
+        parts = [tmp_path / f"out.predictions{n}.jsonl" for n in ("", ".1")][:count]
+        for _ in range(25000):
+            if all(p.exists() and p.read_bytes().count(b"\n") >= 3 for p in parts):
+                break
+            assert all(p.poll() is None for p in first.processes), first.said()
+            time.sleep(0.02)
+    finally:
+        first.kill()
+    assert not out.exists(), "it was through before it was killed"
+    answered = sum(p.read_bytes().count(b"\n") - 1 for p in parts)
+    assert 2 <= answered < 12
+    with parts[-1].open("ab") as file:
+        file.write(b'{"id": "3", "answ')
+    again = Command(3 - count, checkpoint, data, out)  # another number of processes
+    again.finish()
+    assert "of 12 items were answered before" in again.said()
+    assert results(files(out)) == results(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(job, tmp_path):
+    checkpoint, data, whole = job
+    out = tmp_path / "out.json"
+    Command(2, checkpoint, data, out).finish()
+    assert results(files(out)) == results(whole)
+    assert sorted(p.name for p in tmp_path.glob("out.pred*")) == ["out.predictions.jsonl"]
