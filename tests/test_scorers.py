@@ -257,6 +257,22 @@ def test_vizwiz_normalises_only_the_prediction():
     assert vqa.score(capital, {"q": "Yes"}, convention="vizwiz").values == {"accuracy": 0}
 
 
+def test_okvqa_stems_as_the_release_does():
+    some = {"q": ["surf"] * 5 + ["pony tails."] * 4 + ["Race"]}
+    for said, right in (("Surfing.", 1), ("the surf", 1), ("pony tail", 1), ("pony, tails", 1)):
+        found = vqa.score(some, {"q": said}, convention="okvqa")
+        assert found.values == {"accuracy": 100 * right}, said
+        assert found.notes == (vqa.STEMMED,)
+    # The stemmer sees whole answers: the last word of several alone is stemmed.
+    assert vqa.score(some, {"q": "ponies tail"}, convention="okvqa").values == {"accuracy": 0}
+    # Where all agree, their answer stays as it is; the prediction is stemmed all the same.
+    same = {"q": ["surfing"] * 10}
+    assert vqa.score(same, {"q": "surfing"}, convention="okvqa").values == {"accuracy": 0}
+    # The answers keep their articles and number words, the prediction does not.
+    two = {"q": ["two"] * 9 + ["a cat"]}
+    assert vqa.score(two, {"q": "two"}, convention="okvqa").values == {"accuracy": 0}
+
+
 def test_vqa_with_one_answer(caplog):
     found = vqa.score({1: ["red"], 2: ["red"]}, {1: "red", 2: "blue"})
     assert found.values == {"accuracy": 50}

@@ -1,7 +1,7 @@
 """Answers to questions: the VQA accuracy, exact match, and WUPS.
 
-- `score`: VQAv2 and OKVQA as VQA's evaluation has it (Antol et al., arXiv:1505.00468,
-  section 5; GT-Vision-Lab/VQA `vqaEval.py`), VizWiz as VizWiz's own does.
+- `score`: VQAv2 as VQA's evaluation has it (Antol et al., arXiv:1505.00468, section 5;
+  GT-Vision-Lab/VQA `vqaEval.py`), OK-VQA as Emu's release does, VizWiz as VizWiz's own does.
 - `exact`: MSVD-QA and MSRVTT-QA.
 - `wups`: open-ended NExT-QA (Xiao et al., arXiv:2105.08276; doc-doc/NExT-OE `eval_oe.py`).
 """
@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import zipfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,10 @@ from tqdm import tqdm
 
 from emu_jax.config import UserError
 from emu_jax.evaluate.scorers import Scores, check_keys, warned
+
+STEMMED = (
+    "answers were reduced to their stems (Porter's, by nltk), as Emu's release does for OK-VQA"
+)
 
 Answer = str | Mapping[str, Any]  # as the annotations have it: the answer under "answer"
 
@@ -30,15 +34,17 @@ def score(
     *,
     answer_types: Mapping[Hashable, str] | None = None,
     question_types: Mapping[Hashable, str] | None = None,
-    convention: Literal["vqa", "vizwiz"] = "vqa",
+    convention: Literal["vqa", "okvqa", "vizwiz"] = "vqa",
 ) -> Scores:
     """The VQA accuracy, in percent.
 
     An answer's accuracy is min(1, matches / 3) against the other people's answers, averaged
     over leaving out each of the (ten) people in turn.
 
-    `vqa` normalises prediction and answers alike, and only where people disagree. `vizwiz`
-    normalises the prediction always and the answers never.
+    `vqa` normalises prediction and answers alike, and only where people disagree. `okvqa` is
+    Emu's release (`mm_eval/datasets/vqa_tools/vqa_eval.py: OKVQAEval`): the prediction is
+    normalised always; where people disagree, their answers lose their punctuation; both are
+    stemmed. `vizwiz` normalises the prediction always and the answers never.
 
     Args:
         answers: what people answered to each question, at least one.
@@ -51,9 +57,11 @@ def score(
         prediction is that answer: noted.
 
     Raises:
-        UserError: questions lack answers, types or a prediction.
+        UserError: questions lack answers, types or a prediction; or nltk, whose stemmer `okvqa`
+            needs, is not installed.
     """
     check_keys(answers, predictions, "predictions")
+    stem = _porter() if convention == "okvqa" else None
     right: dict[Hashable, float] = {}
     single = 0
     for key, given in answers.items():
@@ -61,22 +69,24 @@ def score(
         if not people:
             raise UserError(f"question {key!r} has no answers")
         single += len(people) == 1
-        said = _one_line(predictions[key])
-        if convention == "vizwiz":
-            people = [a if isinstance(a, str) else a["answer"] for a in given]
+        said, disagree = _one_line(predictions[key]), len(set(people)) > 1
+        if stem:
+            said = _plain_words(stem(_unpunctuated(said)))
+            people = [stem(_unpunctuated(a)) for a in people] if disagree else people
+        elif convention == "vizwiz":
             said = normalize(said)
-        elif len(set(people)) > 1:
+        elif disagree:
             people, said = [normalize(a) for a in people], normalize(said)
         right[key] = 100 * _leave_one_out([answer == said for answer in people])
 
     values = {"accuracy": _mean(right.values())}
     for kind, types in (("answer", answer_types), ("question", question_types)):
         values |= _by_type(f"accuracy/{kind}", right, types)
-    notes = ()
+    notes = [STEMMED] if stem else []
     if single:
         note = f"{single} questions have one answer only: right is what matches it exactly"
-        notes = (warned(note),)
-    return Scores(values, notes, right)
+        notes.append(warned(note))
+    return Scores(values, tuple(notes), right)
 
 
 def answerability(
@@ -235,15 +245,33 @@ def normalize(answer: str) -> str:
     Punctuation goes, or becomes a space where it stands between letters without a comma within
     a number; then lower case, number words as digits, no articles, apostrophes put back.
     """
+    return _plain_words(_unpunctuated(answer))
+
+
+def _unpunctuated(answer: str) -> str:
     within = _COMMA_WITHIN.search(answer)
     text = answer
     for mark in _PUNCTUATION:
         alone = mark + " " in answer or " " + mark in answer
         text = text.replace(mark, "" if alone or within else " ")
     # The official code hands a flag (32) to `sub` where the count goes.
-    text = _PERIOD.sub("", text, count=32)
+    return _PERIOD.sub("", text, count=32)
+
+
+def _plain_words(text: str) -> str:
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _porter() -> Callable[[str], str]:
+    """Porter's stemmer. The release gives it whole answers, so that it stems the last word."""
+    try:
+        from nltk.stem import PorterStemmer
+    except ImportError as error:
+        raise UserError(
+            f"OK-VQA is scored by stems, with nltk ({error}): pip install 'emu_jax[eval]'"
+        ) from None
+    return functools.cache(PorterStemmer().stem)
 
 
 def _one_line(answer: str) -> str:
