@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emu_jax.config import UserError
 from emu_jax.evaluate.scorers import Scores, vqa
 from emu_jax.evaluate.tasks.base import (
     ANSWER,
@@ -147,24 +144,8 @@ class VQA(Answering):
         right, types = references(items), field(items, "type")
         if right is None:
             return None
-        if not self._stem:
-            return vqa.score(right, by_id(items, answers), answer_types=types)
-        stems = by_id(items, ([_porter(a) for a in i.fields["answers"]] for i in items))
-        found = vqa.score(stems, by_id(items, map(_porter, answers)), answer_types=types)
-        return dataclasses.replace(found, notes=(*found.notes, STEMMED))
-
-
-STEMMED = "answers were reduced to their stems (Porter's, of nltk), as the release does for OK-VQA"
-
-
-@functools.cache
-def _porter(answer: str) -> str:
-    """An answer's stem; the release stems it whole (`vqa_eval.py: OKVQAEval`)."""
-    try:
-        from nltk.stem import PorterStemmer
-    except ImportError:
-        raise UserError("OK-VQA is scored with nltk: pip install 'emu_jax[eval]'") from None
-    return PorterStemmer().stem(answer)
+        convention = "okvqa" if self._stem else "vqa"
+        return vqa.score(right, by_id(items, answers), answer_types=types, convention=convention)
 
 
 def _answers(row: Any) -> list[str]:
