@@ -114,6 +114,7 @@ TOKENS = {
     "rock'n'roll, y'all: ma'am shouldn't've; I'd've": "rock 'n' roll y' all ma'am should n't 've "
         "i 'd 've",
     "hello!!! two\nlines\r\nof text\u2028here": "hello !!! two lines of text here",
+    "St. Louis fans, a T. Rex. at 5 p.m.": "st. louis fans a t. rex at 5 p.m.",
     "": "",
 }  # fmt: skip
 
