@@ -171,8 +171,9 @@ def python_tokens(caption: str) -> list[str]:
     """The tokens that Stanford's PTBTokenizer makes of a caption, by its rules for what
     captions hold: contractions, quotes, brackets, numbers, abbreviations, hyphens.
 
-    All 40,460 captions of Flickr8k are split alike. Not covered: its longer lists of abbreviations and of emoticons, phone numbers and dates.
-    Opening and closing quotes are all `'`: the evaluation drops either.
+    All 40,460 captions of Flickr8k are split alike. Not covered: its longer lists of
+    abbreviations and of emoticons, phone numbers and dates. Opening and closing quotes
+    are all `'`: the evaluation drops either.
     """
     text = _REPLACED.sub(lambda found: _WRITTEN[found[0]], caption).lower()
     for place in _SPLIT:
