@@ -42,8 +42,8 @@ WAYS = {"eager": "PyTorch, eager", "compiled": "PyTorch, torch.compile"}
 
 
 def run(
-    config: str = "emu_100m", rows: int = 1, tokens: int = 2048, pictures: int = 16,
-    dtype: str = "float32", remat: str = "none", turns: int = 5, compiled: int = 1,
+    config: str = "emu_100m", rows: int = 1, tokens: int = 1024, pictures: int = 8,
+    dtype: str = "float32", remat: str = "dots", turns: int = 5, compiled: int = 1,
 ) -> dict:  # fmt: skip
     cfg = settings(config, rows, tokens, pictures, dtype, remat)
     return measure(cfg, turns, ["eager", "compiled"] if compiled else ["eager"])

@@ -9,7 +9,15 @@ from conftest import relative_error
 from flax import nnx
 
 from emu_jax.config import LlamaConfig, UserError
-from emu_jax.models.attention import attention, choose_backend, cudnn, splash
+from emu_jax.models.attention import (
+    XLA_BLOCK,
+    attention,
+    causal_mask,
+    choose_backend,
+    cudnn,
+    segment_mask,
+    splash,
+)
 from emu_jax.models.llama import Llama
 from emu_jax.sharding import make_mesh
 
@@ -64,6 +72,26 @@ def test_masks_add_up():
         scale=1.0,
     )  # fmt: skip
     assert relative_error(moved, out) < 1e-6
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_blocks_of_a_long_row_equal_the_whole(segmented):
+    """Outputs and gradients, where the last block is a short one."""
+    q, k, v, ids = packed(4, XLA_BLOCK + 37, 3, 8)
+    mask = causal_mask(q.shape[1])
+    if segmented:
+        mask &= segment_mask(ids)
+    how = {"causal": True, "segment_ids": ids if segmented else None}
+    weight = jax.random.normal(jax.random.key(9), q.shape)
+    ours, theirs = (
+        (out, *back(weight))
+        for out, back in (
+            jax.vjp(lambda *x, how=how: attention(*x, scale=0.3, **how), q, k, v)
+            for how in (how, {"mask": mask})
+        )
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-6
 
 
 def test_backend_is_chosen_by_name_or_platform():
