@@ -359,22 +359,27 @@ def write_wordnet(folder):
 
 def test_wups_by_hand(nltk_data, caplog):
     write_wordnet(nltk_data / "corpora" / "wordnet")
-    answers = {1: ["cat"], 2: ["the dog"], 3: ["cat", "dogs"], 4: ["dog"], 5: ["dog"], 6: ["xyz"]}
-    predictions = {1: "dogs ran", 2: "dog", 3: "an animal", 4: "run", 5: "cat", 6: "cat"}
-    types = {1: "CW", 2: "DB", 3: "TP", 4: "TN", 5: "DC", 6: "DO"}
+    answers = {
+        1: ["cat"], 2: ["the dog"], 3: ["cat", "dogs"], 4: ["dog"], 5: ["dog"], 6: ["xyz"],
+        7: ["cat"],
+    }  # fmt: skip
+    predictions = {
+        1: "dogs ran", 2: "dog", 3: "an animal", 4: "run", 5: "cat", 6: "cat", 7: "xyz dog"
+    }  # fmt: skip
+    types = {1: "CW", 2: "DB", 3: "TP", 4: "TN", 5: "DC", 6: "DO", 7: "DL"}
     found = vqa.wups(answers, predictions, question_types=types)
     # Wu-Palmer: twice the depth of what both are over the depths of both, entity being at 1:
     # dog and cat (3 each) are animals (2): 4 / 6. dog and animal: 4 / 5. A verb is put under a
     # common root at 1, run being at 3 and dog, below that root, at 4: 2 / 7; a noun is not.
     # 1: dog-cat 2/3 times run-cat 2/7, against cat-dog 2/3: the smaller.
     # 3: the better of cat and dog, which are alike. 4: run-dog 2/7, but dog-run nothing.
-    # 5: counting must match. 6: no such word.
-    expected = {1: 2 / 3 * 2 / 7, 2: 1, 3: 4 / 5, 4: 0, 5: 0, 6: 0}
+    # 5: counting must match. 6: no such word. 7: a word like no other is passed over.
+    expected = {1: 2 / 3 * 2 / 7, 2: 1, 3: 4 / 5, 4: 0, 5: 0, 6: 0, 7: 2 / 3}
     assert found.per_item == {key: rel(100 * value) for key, value in expected.items()}
-    assert found.values["WUPS"] == rel(100 * sum(expected.values()) / 6)
+    assert found.values["WUPS"] == rel(100 * sum(expected.values()) / 7)
     assert found.values["WUPS_C"] == found.values["WUPS/CW"] == rel(100 * 4 / 21)
     assert found.values["WUPS_T"] == found.values["WUPS/TN"] == rel(40)
-    assert found.values["WUPS_D"] == rel(100 / 3)
+    assert found.values["WUPS_D"] == rel(100 * (1 + 2 / 3) / 4)
     assert found.notes == (vqa.NO_TAGGER,) == tuple(caplog.messages)
 
 
@@ -471,6 +476,14 @@ def test_distance_of_singular_covariances():
         frechet.Gaussian(zero, np.outer(u, u)), frechet.Gaussian(zero, np.outer(v, v))
     )
     assert found == rel(u @ u + v @ v - 2 * abs(u @ v))
+    # Spread in directions that are orthogonal has nothing in common, and far less than 1e-8,
+    # the root of rounding, may come of it.
+    basis = scipy.linalg.qr(rng.normal(size=(48, 48)))[0]
+    one, other = 3 * basis[:, :20], 5 * basis[:, 20:40]
+    found = frechet.distance(
+        frechet.Gaussian(zero, one @ one.T), frechet.Gaussian(zero, other @ other.T)
+    )
+    assert found == pytest.approx(20 * 9 + 20 * 25, rel=1e-12)
     # Fewer pictures than features: nothing lies between a Gaussian and itself.
     same = gaussian(rng, 48, rank=5)
     assert abs(frechet.distance(same, same)) < 1e-12 * np.trace(same.covariance)
