@@ -295,17 +295,28 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--inception", type=_local_path, metavar="FILE", help="Inception weights, for FID"
+        "--inception", type=_local_path, metavar="FILE", help="the network of FID, as TorchScript"
     )
+    parser.add_argument(
+        "--reference", type=_local_path, metavar="FILE",
+        help="statistics of real pictures, mu and sigma, for FID (default: the pictures of --data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resize", choices=("network", "clean"), default="network",
+        help="before Inception: its own resizing (the default), or clean-fid's",
+    )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.evaluate.run import Options, evaluate
+        from emu_jax.evaluate.tasks.base import Fid
 
         names = (
-            "split", "mode", "examples", "shots", "support", "limit", "seed", "batch_size",
-            "dtype", "inception",
+            "split", "mode", "examples", "shots", "support", "limit", "seed", "batch_size", "dtype",
         )  # fmt: skip
-        options = Options(**{name: getattr(args, name) for name in names})
+        options = Options(
+            **{name: getattr(args, name) for name in names},
+            fid=Fid(args.inception, args.reference, args.resize),
+        )
         result = evaluate(args.checkpoint, args.task, args.data, args.out, options)
         if not args.json:
             for name, value in (result["scores"] or {}).items():

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from eval_data import CAPTIONS, LAYOUTS, draw, write
+from PIL import Image
 
 from emu_jax import cli
 from emu_jax.config import UserError
@@ -24,7 +26,7 @@ from emu_jax.evaluate import run as running
 from emu_jax.evaluate.fewshot import FewShot
 from emu_jax.evaluate.run import Options, evaluate
 from emu_jax.evaluate.tasks import TASKS
-from emu_jax.evaluate.tasks.base import Example, Folder, Item, clean_caption, short_answer
+from emu_jax.evaluate.tasks.base import Example, Fid, Folder, Item, clean_caption, short_answer
 from emu_jax.generate.api import load
 
 PROMPTS = Path(__file__).parent / "golden" / "eval_prompts.txt"
@@ -100,6 +102,9 @@ def said_of(answers):
         return next(answer for key, answer in answers.items() if key in prompt)
 
     return says
+
+
+PAINT = {"steps": 50, "guidance": 5.0, "method": "pndm"}
 
 
 # --- Scores, worked by hand ------------------------------------------------------------------
@@ -226,6 +231,44 @@ def test_nextqa(ask):
     }  # fmt: skip
     (figure,) = [v for k, v in result["scores"].items() if k in ("WUPS", "exact")]
     assert figure == pytest.approx(200 / 3)
+
+
+@pytest.fixture
+def inception(tmp_path):
+    """A network with one feature: the mean of a picture, from 0 to 255."""
+    torch = pytest.importorskip("torch")
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.to(torch.float64).mean(dim=(1, 2, 3))[:, None]
+
+    path = tmp_path / "mean.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Mean()).save(path)
+    return path
+
+
+def test_coco_fid(ask, inception, tmp_path):
+    # Five drawings of the greys 0 to 4: mean 2, variance 2.5. Real pictures of 10, 12, ... 18:
+    # mean 14, variance 10. (14 - 2)^2 + 2.5 + 10 - 2 sqrt(2.5 * 10) = 146.5.
+    for n in range(5):
+        picture = Image.new("RGB", (8, 8), (10 + 2 * n,) * 3)
+        picture.save(layout("coco_fid", tmp_path) / "val2014" / f"COCO_val2014_{n:012d}.jpg")
+    emu = Said(instruct=False)
+    result, out = ask("coco_fid", emu)
+    assert result["scores"] is None and "--inception" in result["notes"][0]
+    rows = json.loads(out.read_text())
+    assert {row["file"] for row in rows} == {f"result.images/{50 + n}.png" for n in range(5)}
+    assert {row["caption"] for row in rows} == {text for text, _ in emu.asked}
+    assert all(settings == PAINT for _, settings in emu.asked)
+    greys = [np.asarray(Image.open(tmp_path / row["file"])).max() for row in rows]
+    assert greys == [0, 1, 2, 3, 4]
+    for _ in range(2):  # the second time with the statistics that the first one left
+        result, out = ask("coco_fid", emu, fid=Fid(inception))
+        assert result["scores"] == {"FID": pytest.approx(146.5)}
+        assert result["notes"][0] == "5 pictures against 5 real ones"
+    assert len(emu.asked) == 5 and len(list(tmp_path.glob("fid-*.npz"))) == 1
 
 
 def test_mmvet_gives_the_file_that_is_graded_elsewhere(ask):

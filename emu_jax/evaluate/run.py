@@ -38,6 +38,7 @@ from emu_jax.evaluate import results_page
 from emu_jax.evaluate.fewshot import Examples, FewShot
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.evaluate.tasks.base import (
+    Fid,
     Folder,
     Item,
     Mode,
@@ -72,7 +73,7 @@ class Options:
         seed: of examples, of drawn prompts and of drawings.
         batch_size: items that are answered at once.
         dtype: what is computed in; the release evaluates in bfloat16.
-        inception: Inception weights or statistics, for FID.
+        fid: how drawn pictures are compared with real ones.
     """
 
     split: str = ""
@@ -84,7 +85,7 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    inception: Path | None = None
+    fid: Fid = Fid()
 
     def check(self) -> None:
         """
@@ -306,7 +307,7 @@ class Run:
 
     def _write(self, answers: Sequence[Any]) -> dict[str, Any]:
         write_json(self.out, self.task.result(self.items, answers), indent=None)
-        place = Place(self.data, self.split, self.out.parent, self.options.inception)
+        place = Place(self.data, self.split, self.out.parent, self.options.fid)
         scores = self.task.score(self.items, answers, place)
         column = column_of(self.mode, self.options.examples, self.shots)
         result = {

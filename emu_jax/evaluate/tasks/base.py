@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from emu_jax.config import UserError, suggest
 from emu_jax.data.dialogues import IMAGE_SYSTEM
-from emu_jax.evaluate.scorers import Scores
+from emu_jax.evaluate.scorers import Scores, frechet
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 Mode = Literal["pretrain", "instruct"]
@@ -91,18 +91,32 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fid:
+    """How pictures are compared (`scorers.frechet`).
+
+    Attributes:
+        inception: the network, as TorchScript; no FID without it.
+        reference: statistics of the real pictures, instead of the data's own.
+        resize: what a picture goes through first.
+    """
+
+    inception: Path | None = None
+    reference: Path | None = None
+    resize: frechet.Resize = "network"
+
+
+@dataclasses.dataclass(frozen=True)
 class Place:
     """Where a score finds what it needs beside the answers.
 
     Attributes:
         out: the folder of the result file.
-        inception: weights or statistics, for FID.
     """
 
     data: Folder
     split: str
     out: Path
-    inception: Path | None = None
+    fid: Fid = Fid()
 
 
 class Task(abc.ABC):

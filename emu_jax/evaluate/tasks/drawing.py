@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emu_jax.evaluate.scorers import Scores
+from emu_jax.evaluate.scorers import Scores, frechet
 from emu_jax.evaluate.tasks.base import (
     Folder,
     Item,
@@ -37,19 +39,14 @@ class CocoDrawing(Task):
     unscored = "no FID: give --inception FILE (docs/evaluation.md) and run the command again"
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
-        path, folder = data.file("captions_val2014.json"), data.folder("val2014")
+        path = data.file("captions_val2014.json")
         with layout(path):
-            content = read_json(path)
-            names = {row["id"]: row["file_name"] for row in content["images"]}
-            rows = sorted(content["annotations"], key=lambda row: row["id"])
+            rows = sorted(read_json(path)["annotations"], key=lambda row: row["id"])
             order = np.random.default_rng(seed).permutation(len(rows))[:PROMPTS]
             return [
                 Item(
                     str(rows[i]["id"]), None, rows[i]["caption"].strip(),
-                    fields={
-                        "image_id": rows[i]["image_id"], "seed": n,
-                        "real": str(folder / names[rows[i]["image_id"]]), "answers": [],
-                    },
+                    fields={"image_id": rows[i]["image_id"], "seed": n},
                 )
                 for n, i in enumerate(order)
             ]  # fmt: skip
@@ -73,4 +70,26 @@ class CocoDrawing(Task):
         return out / answer
 
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
-        return None
+        fid = place.fid
+        if fid.inception is None:
+            return None
+        network = frechet.Inception(fid.inception, fid.resize)
+        real = self._reference(place, network)
+        drawn = [place.out / file for file in answers]
+        found = frechet.moments(drawn, network, what="drawn pictures").gaussian()
+        return frechet.score(found, real, (network.note,))
+
+    def _reference(self, place: Place, network: frechet.Inception) -> frechet.Gaussian:
+        """Of the statistics given, or of all pictures of the split, kept for the next run."""
+        if place.fid.reference is not None:
+            return frechet.load_statistics(place.fid.reference)
+        path, folder = place.data.file("captions_val2014.json"), place.data.folder("val2014")
+        with layout(path):
+            files = sorted(folder / row["file_name"] for row in read_json(path)["images"])
+        digest = hashlib.sha256("\n".join([network.note, *map(str, files)]).encode())
+        kept = place.out / f"fid-{digest.hexdigest()[:12]}.npz"
+        if kept.is_file():
+            return dataclasses.replace(frechet.load_statistics(kept), count=len(files))
+        found = frechet.moments(files, network, what="real pictures").gaussian()
+        frechet.save_statistics(found, kept)
+        return found
