@@ -142,7 +142,13 @@ class Run:
         self.in_context = options.examples in ("random", "rices")
         self.process, self.processes = jax.process_index(), jax.process_count()
 
-        mesh = sharding.make_mesh(devices=jax.local_devices())
+        devices = jax.local_devices()
+        if options.batch_size % len(devices) and self.process == 0:
+            log.warning(
+                "--batch-size %d is no multiple of the %d devices here: all do the same work",
+                options.batch_size, len(devices),
+            )  # fmt: skip
+        mesh = sharding.make_mesh(devices=devices)
         # Room for the beams of a whole batch, so that it is one batch for the model too.
         self.emu = load(
             checkpoint, mesh=mesh, dtype=jnp.dtype(options.dtype),
@@ -160,6 +166,8 @@ class Run:
         for item in self.items:
             named = item.media and item.media.name
             asked.update(f"{item.id}\n{named}\n{item.question}\n".encode())
+        for example in self.fewshot.support:
+            asked.update(f"{example.media.name}\n{example.question}\n{example.answer}\n".encode())
         stages = {
             stage.name: {**stage.settings, **({"choices": stage.choices} if stage.choices else {})}
             for stage in self.task.stages(self.mode, self.in_context)
@@ -197,8 +205,8 @@ class Run:
             ThreadPoolExecutor(READERS) as readers,
             jax.default_matmul_precision(precision),
         ):
-            batches = (self._open([self.items[i] for i in b], readers) for b in mine)
-            for items, shown, opened in one_ahead(batches):
+            opening = (self._open([self.items[i] for i in b], readers) for b in mine)
+            for items, shown, opened in one_ahead(opening):
                 pixels = {path: future.result() for path, future in opened.items()}
                 rows = self._ask(items, shown, pixels)
                 append([row for row in rows if row["id"] not in done])
@@ -291,18 +299,18 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Joins the predictions, writes the results and scores them: the first process. The
         others wait for it."""
+        if self.process > 0:
+            barrier("the results are written")
+            return json.loads(self.out.with_suffix(".scores.json").read_text())
         found = self.store.read()
         if lost := [item.id for item in self.items if item.id not in found]:
             raise UserError(
                 f"{len(lost)} of {len(self.items)} items have no prediction, {lost[0]!r} first: "
                 f"{self.out.parent} must lie where all {self.processes} processes see it"
             )
-        if self.process == 0:
-            self.store.join([found[item.id] for item in self.items])
-            result = self._write([found[item.id]["answer"] for item in self.items])
+        self.store.join([found[item.id] for item in self.items])
+        result = self._write([found[item.id]["answer"] for item in self.items])
         barrier("the results are written")
-        if self.process > 0:
-            result = json.loads(self.out.with_suffix(".scores.json").read_text())
         return result
 
     def _write(self, answers: Sequence[Any]) -> dict[str, Any]:
