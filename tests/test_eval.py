@@ -299,6 +299,49 @@ def test_a_split_without_public_answers_has_a_file_and_no_score(ask, tmp_path):
     assert result["scores"] is None and "submit" in result["notes"][0]
 
 
+def test_laviss_files_of_coco_give_the_same(ask, tmp_path):
+    data = layout("coco_caption", tmp_path)
+    images = json.loads((data / "dataset_coco.json").read_text())["images"]
+    (data / "dataset_coco.json").unlink()
+    rows: dict[str, list] = {"test": [], "train": []}
+    for row in images:
+        name, said = f"val2014/{row['filename']}", [s["raw"] for s in row["sentences"]]
+        if row["split"] == "test":
+            rows["test"].append({"image": name, "caption": said})
+        else:
+            rows["train"] += [{"image": name, "caption": text, "image_id": "0"} for text in said]
+    for split, found in rows.items():
+        write(data / "annotations" / f"coco_karpathy_{split}.json", found)
+    emu = Said(instruct=False, says=in_turn([text for text, _ in CAPTIONS]))
+    result, out = ask("coco_caption", emu, examples="text", shots=3)
+    assert [row["image_id"] for row in json.loads(out.read_text())] == [0, 1, 2, 3]
+    assert result["scores"]["CIDEr"] == pytest.approx(500, abs=1e-3)
+    trained = [text for text, _ in (*CAPTIONS[4:], *CAPTIONS[:2])]
+    assert sum(f"shows {text}." in emu.asked[0][0] for text in trained) == 3
+
+
+def test_only_the_last_round_of_a_test_dialogue_is_ranked(ask, tmp_path):
+    data = layout("visdial", tmp_path)
+    draw(data / "VisualDialog_test2018" / f"VisualDialog_test2018_{9:012d}.jpg", 9)
+    dialog = [{"question": 0, "answer": 1}, {"question": 1, "answer_options": [0, 1, 2, 3]}]
+    content = {
+        "questions": ["is it a cat", "is it red"], "answers": ["yes", "no", "maybe", "so"],
+        "dialogs": [{"image_id": 9, "caption": "a dog", "dialog": dialog}],
+    }  # fmt: skip
+    write(data / "visdial_1.0_test.json", {"split": "test", "data": content})
+    emu = Said()
+    result, out = ask("visdial", emu, split="test")
+    assert json.loads(out.read_text()) == [{"image_id": 9, "round_id": 2, "ranks": [2, 3, 1, 4]}]
+    assert "is it a cat? [ASSISTANT]: no.</s>" in emu.asked[0][0]
+    assert result["scores"] is None and "submit" in result["notes"][0]
+
+
+def test_a_video_that_is_not_there_is_named(ask, tmp_path):
+    (layout("msvdqa", tmp_path) / "video" / "name2.mp4").unlink()
+    with pytest.raises(UserError, match="has no video name2"):
+        ask("msvdqa", Said())
+
+
 def test_answers_are_cleaned_as_the_release_does():
     assert clean_caption("A Dog. On\na mat") == "a dog"
     assert clean_caption("A dog.") == "a dog" and clean_caption("") == ""
