@@ -164,17 +164,21 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """`Trainer.step`, on the first device."""
+    """`Trainer.step`, on the first `devices`."""
 
-    def __init__(self, cfg: TrainConfig, batch: dict[str, np.ndarray]):
-        mesh = mesh_for(cfg, jax.devices()[:1])
+    def __init__(self, cfg: TrainConfig, batch: dict[str, np.ndarray], devices: int = 1):
+        mesh = mesh_for(cfg, jax.devices()[:devices])
         self.cfg, self.mesh = cfg, mesh
-        with self._settings():
+        sharding = batch_sharding(mesh)
+        with self.settings():
             self.trainer = Trainer(cfg, mesh)
             self.state = self.trainer.start({})
-            self.batch = jax.device_put(batch, batch_sharding(mesh))
+            self.batch = {
+                name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+                for name, value in batch.items()
+            }
 
-    def _settings(self):
+    def settings(self):
         """What `train.loop.train` sets."""
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
@@ -183,7 +187,7 @@ class Ours:
         return stack
 
     def step(self) -> None:
-        with self._settings():
+        with self.settings():
             self.state, metrics = self.trainer.step(self.state, self.batch)
             jax.block_until_ready(metrics)
 
@@ -194,7 +198,7 @@ class Ours:
         """Without dropout."""
         still = dataclasses.replace(self.cfg.model.cformer, dropout=0.0)
         model = dataclasses.replace(self.cfg.model, cformer=still)
-        with self._settings():
+        with self.settings():
             trainer = Trainer(dataclasses.replace(self.cfg, model=model), self.mesh)
             return float(jax.jit(trainer.loss)(self.state.trained, self.batch, 0)[0])
 

@@ -1,13 +1,19 @@
 """`emu-jax bench`: what it finds, runs and prints."""
 
+import ast
+import dataclasses
 import itertools
 import json
 import re
 
+import jax
+import numpy as np
 import pytest
 
 from emu_jax import bench, cli
-from emu_jax.config import UserError, shipped
+from emu_jax.config import UserError, digits, shipped
+from emu_jax.data import DataConfig
+from emu_jax.train.config import TrainConfig, pretraining
 
 FAST = '"""How fast.\n\nMore."""\ndef run(rate=2.5, name="a"): return {"rate": rate, "name": name}'
 WIDE = 'def run(): return {"sides": {"left": 1, "right": "x"}}'
@@ -137,7 +143,7 @@ def test_the_figures_of_performance_md_are_the_measured_ones():
     """What stands in its tables is what the records beside it give, no other digit."""
     page = bench.Page(shipped("docs") / "performance.md")
     records, text = page.records(), page.path.read_text()
-    assert {"data", "floors"} <= records.keys()
+    assert {"data", "floors", "train_step"} <= records.keys()
     page.check(bench.benchmarks())
     assert page.rendered(text, records) == text
     for name in re.findall("<!-- bench (.*?) -->", text):
@@ -150,7 +156,86 @@ def test_every_benchmark_says_what_it_measures():
     assert shipped("benchmarks").name == "benchmarks" and "data" in paths
     for path in paths.values():
         assert bench.about(path).endswith("."), path
-        assert re.search(r"^def run\(.*\) -> dict:$", path.read_text(), re.MULTILINE), path
+        run = [n for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == "run"]
+        assert len(run) == 1 and ast.unparse(run[0].returns) == "dict", path
+        assert len(run[0].args.args) == len(run[0].args.defaults), path
+
+
+def tiny(rows: int = 1) -> TrainConfig:
+    """Every tower, at a size for seconds."""
+    model = digits()
+    cformer = dataclasses.replace(model.cformer, normalize=False, dropout=0.1)
+    llama = dataclasses.replace(model.llama, layers=2)
+    vision = dataclasses.replace(model.vision, layers=2)
+    model = dataclasses.replace(
+        model, vision=vision, cformer=cformer, llama=llama, unet=None, vae=None
+    )
+    data = DataConfig(batch_size=rows, row_tokens=48, row_images=3, n_causal=4, image_size=32)
+    return pretraining("tiny", model, data=data, dtype="float32")
+
+
+def test_the_step_and_its_twin_in_pytorch(monkeypatch):
+    """From the same weights the same loss and gradients; then both are timed."""
+    torch = pytest.importorskip("torch")
+    step = bench.load("train_step")
+    cfg = tiny(rows=2)
+    still = dataclasses.replace(cfg.model.cformer, dropout=0.0)
+    quiet = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cformer=still))
+    batch = step.documents(quiet)
+    assert batch["text_loss_mask"].sum() == 2 * (48 - 3 * 6)
+    ours, theirs = step.Ours(quiet, batch), step.Theirs(torch, quiet, batch)
+    theirs.take(ours.weights(), quiet.model)
+    loss = theirs.model(**theirs.batch)
+    loss.backward()
+    with ours.settings():
+        (value, _), grads = jax.jit(ours.trainer.gradients)(ours.state, ours.batch)
+    assert float(value) == pytest.approx(loss.item(), rel=1e-6)
+    expected = step.translated(jax.tree.map(np.asarray, grads), quiet.model)
+    largest = max(float(p.grad.abs().max()) for p in theirs.model.parameters())
+    for name, parameter in theirs.model.named_parameters():
+        assert np.abs(expected[name] - parameter.grad.numpy()).max() < 1e-5 * largest, name
+
+    monkeypatch.setattr(step.floors, "peak", lambda dtype: lambda: 1e9)
+    figures = step.measure(cfg, 2, ["eager"])
+    assert figures["loss_difference"] < 1e-6
+    assert figures["ours_over_eager"]["median"] > 0 and figures["ours_of_peak"]["median"] > 0
+    assert "compiled" not in step.table(figures) and "PyTorch, eager" in step.table(figures)
+
+
+def test_floors(monkeypatch):
+    floors = bench.load("floors")
+    monkeypatch.setattr(floors, "SECONDS", 0.002)
+    figures = floors.run(side=64)
+    assert figures["float32_peak_flops"]["median"] > 1e7
+    assert figures["copy_peak_bytes"]["median"] > 1e7
+    assert floors.table(figures).count("GFLOP/s") == 2
+
+
+def test_scaling_over_devices(monkeypatch, tmp_path):
+    """Over 1 and 2 of the CPU devices, which is the mechanism alone; and a sweep behind it."""
+    scaling = bench.load("scaling")
+    monkeypatch.setattr(scaling.step, "settings", lambda config, rows, *_: tiny(rows))
+    figures = scaling.run(devices=2, turns=2)
+    points = {(p["curve"], p["devices"]): p for p in figures["points"]}
+    assert [p["rows"] for p in points.values()] == [1, 2, 2, 2]
+    assert points["weak", 2]["seconds"] == points["strong", 2]["seconds"]  # measured once
+    assert points["weak", 1]["efficiency"] == points["strong", 1]["efficiency"] == 1
+    assert "No prediction" in scaling.table(figures)
+
+    report = {
+        "fits": True, "curve": "weak", "topology": "v5e:4x4", "slices": 1, "chips": 16,
+        "rows_per_chip": 1, "tokens_per_second": 1e5, "tokens_per_second_overlap": 2e5,
+    }  # fmt: skip
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps([report, report | {"fits": False}, report | {"curve": ""}]))
+    figures["predicted"] = scaling.predictions(path, "v5e")
+    assert len(figures["predicted"]) == 1
+    scaling.plot(figures, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="no curve of v6e"):
+        scaling.predictions(path, "v6e")
+    with pytest.raises(UserError, match="scaling.devices is 99"):
+        scaling.run(devices=99)
 
 
 @pytest.mark.slow
