@@ -35,6 +35,9 @@ log = logging.getLogger("emu_jax")
 
 Figures = dict[str, Any]
 OUT = Path("runs/bench")  # where plots go, unless told otherwise
+# Seconds between parts: the threads of libraries go on spinning after their work, for 0.2 s those
+# of OpenMP (KMP_BLOCKTIME), and would take the processor from the next part.
+PAUSE = 0.3
 
 
 class Missing(UserError):
@@ -153,6 +156,7 @@ def take_turns(
     for turn in range(turns + 1):
         progress = []
         for name in list(parts)[:: 1 if turn % 2 == 0 else -1]:
+            time.sleep(PAUSE)
             began = clock()
             done = parts[name]()
             taken = clock() - began

@@ -90,7 +90,8 @@ def test_what_cannot_run_here(folder, caplog):
         bench.run(["slow"])
 
 
-def test_turns_are_taken_in_alternating_order():
+def test_turns_are_taken_in_alternating_order(monkeypatch):
+    monkeypatch.setattr(bench, "PAUSE", 0.0)
     time, order = itertools.count(), []
     parts = {"a": lambda: order.append("a"), "b": lambda: order.append("b") or 4}
     seconds = bench.take_turns(parts, 3, clock=lambda: float(next(time)))

@@ -194,6 +194,18 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> None:
         write_json(folder / "lora" / "adapter_config.json", adapter)
 
 
+def hf_tensors(cfg: EmuConfig, params: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """What `write_hf` writes of a model that is in memory: {folder: {tensor's name: tensor}}."""
+    folders: dict[str, dict[str, np.ndarray]] = {}
+    for row in rows_of(cfg, params):
+        array = np.asarray(params[row.path])
+        for i, key in enumerate(row.keys):
+            if place := _place(key):
+                tensor = row.transform.to_release(array[i] if row.stacked else array)
+                folders.setdefault(place[0], {})[place[1]] = np.ascontiguousarray(tensor)
+    return folders
+
+
 _STEMS = {
     "llama": "model",
     "lora": "adapter_model",

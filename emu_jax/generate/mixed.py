@@ -99,7 +99,7 @@ def start(
     """The state after the first element; see `complete`."""
     ids, n = emu.cfg.tokens, emu.cfg.cformer.n_causal
     steps, (batch, _, width) = plan.steps(n), x.shape
-    reader, last = prefill(emu.llama, x, valid, steps - 1)
+    reader, last = prefill(emu.llama.for_reading(), x, valid, steps - 1)
     state = Mixed(
         tokens=jnp.full((batch, steps), ids.pad),
         images=jnp.zeros((batch, plan.max_images, n, width), x.dtype),
@@ -118,7 +118,7 @@ def go_on(
 ) -> Mixed:  # fmt: skip
     """Goes on until every row has ended or `until` elements are there, at most `plan.steps`."""
     until = jnp.minimum(until, plan.steps(emu.cfg.cformer.n_causal))
-    graphdef, params = nnx.split(emu.llama)
+    graphdef, params = nnx.split(emu.llama.for_reading())
 
     def read(state: Mixed) -> Mixed:
         llama = nnx.merge(graphdef, params)

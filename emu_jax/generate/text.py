@@ -225,7 +225,7 @@ def prefill(
     """Reads left-padded prompts; there is room for `slots` more. Also the last state, [B, D]."""
     # The release counts positions from the first real token; padding has position 1.
     positions = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 1)
-    cache = KVCache.empty(llama.cfg, x.shape[0], x.shape[1] + slots, x.dtype)
+    cache = llama.empty_cache(x.shape[0], x.shape[1] + slots, x.dtype)
     hidden, cache = llama.read(x, positions, valid, cache)
     last = hidden[:, -1:]
     logits = llama.logits(last)[:, 0].astype(jnp.float32)
@@ -234,11 +234,27 @@ def prefill(
 
 def read_token(llama: Llama, reader: Reader, tokens: Int[Array, "R"]) -> Reader:
     """One more token of every row."""
-    x = llama.embed_tokens(tokens)[:, None].astype(reader.cache.k.dtype)
-    valid = jnp.ones((tokens.shape[0], 1), bool)
-    hidden, cache = llama.read(x, reader.positions[:, None], valid, reader.cache)
+    hidden, cache = _read(llama, reader, tokens[:, None])
     logits = llama.logits(hidden)[:, 0].astype(jnp.float32)
     return Reader(cache, reader.positions + 1, logits)
+
+
+def read_beams(
+    llama: Llama, reader: Reader, tokens: Int[Array, "B K"], ancestors: Bool[Array, "B K S"]
+) -> tuple[Reader, Bool[Array, "B K S"]]:
+    """One more token of every beam: K slots of a row. `ancestors` are the slots that each beam
+    has come by; they come back with its new one. Logits are [B K, V]."""
+    slots, beams = jnp.arange(ancestors.shape[2]), jnp.arange(tokens.shape[1])
+    ancestors |= slots == reader.cache.used + beams[:, None]
+    hidden, cache = _read(llama, reader, tokens, mask=ancestors)
+    logits = rearrange(llama.logits(hidden), "b k v -> (b k) v").astype(jnp.float32)
+    return Reader(cache, reader.positions + 1, logits), ancestors
+
+
+def _read(llama: Llama, reader: Reader, tokens: Int[Array, "B T"], **how):
+    x = llama.embed_tokens(tokens).astype(reader.cache.dtype)
+    positions = jnp.broadcast_to(reader.positions[:, None], tokens.shape)
+    return llama.read(x, positions, jnp.ones(tokens.shape, bool), reader.cache, **how)
 
 
 def decode(
@@ -258,7 +274,8 @@ def decode(
         allowed: the only sequences that may come out, padded with -1; each should end in
             `</s>`.
     """
-    reader, _ = prefill(llama, x, valid, plan.slots - 1)
+    llama = llama.for_reading()
+    reader, _ = prefill(llama, x, valid, plan.num_beams * (plan.slots - 1))
     return (_search if plan.num_beams > 1 else _walk)(llama, reader, plan, rules, keys, allowed)
 
 
@@ -407,6 +424,8 @@ class Search(NamedTuple):
             index = jnp.take_along_axis(drawn, order, axis=1)
         else:
             best, index = jax.lax.top_k(scores.reshape(batch, beams * vocab), 2 * beams)
+            # Or XLA's CPU compiler, mixing what follows into it, sorts the whole vocabulary.
+            best, index = jax.lax.optimization_barrier((best, index))
         parents, tokens = index // vocab, index % vocab  # [B, 2 K]
         ends = tokens == plan.tokens.eos
         sequences = jnp.take_along_axis(self.sequences, parents[..., None], axis=1)
@@ -455,47 +474,24 @@ def _norm(length: Int[Array, ""], rules: Rules) -> Float[Array, ""]:
 
 
 def _search(llama, reader: Reader, plan, rules, keys, allowed) -> Int[Array, "B T"]:
-    batch, prompt = reader.logits.shape[0], reader.cache.k.shape[2] - (plan.slots - 1)
-    reader = _repeat(reader, plan.num_beams)
+    batch, beams = reader.logits.shape[0], plan.num_beams
     graphdef, params = nnx.split(llama)
 
     def step(carry):
-        state, reader = carry
-        reader = reader._replace(cache=_follow(reader.cache, state.parents, prompt))
-        token = jnp.take(state.sequences, state.length - 1, axis=2)
-        reader = read_token(nnx.merge(graphdef, params), reader, token.reshape(-1))
-        return state.extend(reader.logits, plan, rules, keys, allowed), reader
+        state, reader, ancestors = carry
+        ancestors = jnp.take_along_axis(ancestors, state.parents[..., None], axis=1)
+        tokens = jnp.take(state.sequences, state.length - 1, axis=2)
+        reader, ancestors = read_beams(nnx.merge(graphdef, params), reader, tokens, ancestors)
+        return state.extend(reader.logits, plan, rules, keys, allowed), reader, ancestors
 
     def go_on(carry):
         return (carry[0].length < rules.max_length) & ~jnp.all(carry[0].done)
 
+    ancestors = jnp.repeat(reader.cache.valid[:, None], beams, axis=1)
+    reader = reader._replace(logits=jnp.repeat(reader.logits, beams, axis=0))
     state = Search.start(batch, plan).extend(reader.logits, plan, rules, keys, allowed)
-    state, _ = jax.lax.while_loop(go_on, step, (state, reader))
+    state, *_ = jax.lax.while_loop(go_on, step, (state, reader, ancestors))
     return state.best(plan, rules)
-
-
-def _repeat(reader: Reader, times: int) -> Reader:
-    """Every row `times` times in a row."""
-    k, v, valid = (
-        jnp.repeat(a, times, axis=axis)
-        for a, axis in ((reader.cache.k, 1), (reader.cache.v, 1), (reader.cache.valid, 0))
-    )
-    return Reader(
-        KVCache(k, v, valid, reader.cache.used), jnp.repeat(reader.positions, times),
-        jnp.repeat(reader.logits, times, axis=0),
-    )  # fmt: skip
-
-
-def _follow(cache: KVCache, parents: Int[Array, "B K"], prompt: int) -> KVCache:
-    """The cache after beams changed places: behind the prompt, that is, which the K beams of a
-    row have in common."""
-    batch, beams = parents.shape
-    rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
-
-    def one(a):
-        return a.at[:, :, prompt:].set(jnp.take(a[:, :, prompt:], rows, axis=1))
-
-    return KVCache(one(cache.k), one(cache.v), cache.valid, cache.used)
 
 
 # --- Ranking -------------------------------------------------------------------------------------
@@ -524,6 +520,15 @@ def candidate_losses(
     logp = jax.nn.log_softmax(logits, axis=-1)
     logp = jnp.take_along_axis(logp, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(tokens >= 0, logp, 0), axis=-1).reshape(batch, count)
+
+
+def _repeat(reader: Reader, times: int) -> Reader:
+    """Every row `times` times in a row."""
+    k, v = jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), (reader.cache.k, reader.cache.v))
+    return Reader(
+        KVCache(k, v, jnp.repeat(reader.cache.valid, times, axis=0), reader.cache.used),
+        jnp.repeat(reader.positions, times), jnp.repeat(reader.logits, times, axis=0),
+    )  # fmt: skip
 
 
 def mean_losses(

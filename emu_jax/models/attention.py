@@ -17,12 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import UserError, suggest
-from emu_jax.sharding import shard, spec
+from emu_jax.sharding import platform, shard, spec
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def choose_backend(name: str, platform: str) -> str:
 
 def attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    k: Float[Array, "B S H K"] | Float[Array, "B H K S"],
+    v: Float[Array, "B S H K"] | Float[Array, "B H S K"],
     *,
     causal: bool = False,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -63,6 +64,7 @@ def attention(
     bias: Float[Array, "1 H T S"] | None = None,
     scale: float,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
+    cached: bool = False,
     backend: str = "xla",
 ) -> Float[Array, "B T H K"]:
     """softmax(scale q k^T + bias, masked) v, the softmax in float32.
@@ -70,7 +72,7 @@ def attention(
     Masks add up: `causal` (as many keys as queries), equality of `segment_ids` (of queries and
     keys alike), and `mask`, True where a query may look. A query whose keys are all masked gets
     the mean of the values, never NaN. `dropout` is applied to the weights (T5 does; LLaMA and
-    ViT have none).
+    ViT have none). `cached` keys [B, H, K, S] and values [B, H, S, K] lie as a cache has them.
 
     Raises:
         UserError: `backend` cannot serve these shapes, dtypes or masks.
@@ -79,6 +81,7 @@ def attention(
         for name, value in (("mask", mask), ("bias", bias), ("dropout", dropout)):
             if value is not None:
                 raise UserError(f"{backend} attention takes no {name}: use attention=xla")
+        assert not cached, "only XLA's attention reads a cache"
         fused = {"splash": splash, "cudnn": cudnn}[backend]
         return fused(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale)
     length = q.shape[1]
@@ -86,12 +89,17 @@ def attention(
         return checkpoint_name(_causal_blocks(q, k, v, segment_ids, scale), KEPT)
     for more in (causal_mask(length) if causal else None, segment_mask(segment_ids)):
         mask = more if mask is None else mask if more is None else mask & more
-    return checkpoint_name(_weighted(q, k, v, mask, bias, scale, dropout), KEPT)
+    if platform() == "cpu" and not cached and mask is None and bias is None and dropout is None:
+        return checkpoint_name(_unmasked_on_cpu(q, k, v, scale), KEPT)
+    return checkpoint_name(_weighted(q, k, v, mask, bias, scale, dropout, cached), KEPT)
 
 
-def _weighted(q, k, v, mask, bias=None, scale=1.0, dropout=None) -> Float[Array, "B T H K"]:
+def _weighted(
+    q, k, v, mask, bias=None, scale=1.0, dropout=None, cached=False
+) -> Float[Array, "B T H K"]:
     """All scores at once."""
-    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    keys, values = ("bhks", "bhsk") if cached else ("bshk", "bshk")
+    scores = jnp.einsum(f"bthk,{keys}->bhts", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias
     if mask is not None:
@@ -99,7 +107,31 @@ def _weighted(q, k, v, mask, bias=None, scale=1.0, dropout=None) -> Float[Array,
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    return jnp.einsum("bhts,bshk->bthk", weights, v)
+    # As "-> bthk" XLA's CPU compiler would make it a product with the values transposed.
+    return jnp.einsum(f"bhts,{values}->bhtk", weights, v).swapaxes(1, 2)
+
+
+# Scores of one row and head from which heads are computed one after the other: 2 MiB, a cache.
+CPU_SCORES = 512 * 1024
+
+
+def _unmasked_on_cpu(q, k, v, scale: float) -> Float[Array, "B T H K"]:
+    """As XLA's CPU compiler computes it the fastest: the weights' sum comes out of the product
+    with the values, as one more of them, and divides the others; large scores stay in a
+    processor's cache."""
+
+    def attend(q, k, v):
+        scores = jnp.einsum("...tk,...sk->...ts", q * scale, k, preferred_element_type=jnp.float32)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+        out = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
+        return (out[..., :-1] / out[..., -1:]).astype(v.dtype)
+
+    if q.shape[1] * k.shape[1] < CPU_SCORES:
+        return attend(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+    heads = tuple(rearrange(x, "b t h k -> (b h) t k") for x in (q, k, v))
+    out = jax.lax.map(lambda x: attend(*x), heads)
+    return rearrange(out, "(b h) t k -> b t h k", b=len(q))
 
 
 # Queries whose scores exist at once, where rows are longer: half of them are then never computed,

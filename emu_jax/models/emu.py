@@ -94,6 +94,7 @@ class Emu(nnx.Module):
 
     def regress_image(
         self,
+        llama: Llama,
         hidden: Float[Array, "B D"],
         positions: Int[Array, "B"],
         cache: KVCache,
@@ -101,11 +102,12 @@ class Emu(nnx.Module):
         """The N embeddings of the next picture, one after the other
         (release: `generate_image`, which recomputes the whole row for each).
 
-        `hidden` are the states at `[IMG]`, which stands at `positions`. The cache comes back
-        with the first N - 1 embeddings read; it needs N - 1 free slots.
+        `llama` is this model's, perhaps `for_reading`. `hidden` are the states at `[IMG]`, which
+        stands at `positions`. The cache comes back with the first N - 1 embeddings read; it needs
+        N - 1 free slots.
         """
-        first = self.llama.regress(hidden)[:, None]
-        graphdef, params = nnx.split(self.llama)
+        first = llama.regress(hidden)[:, None]
+        graphdef, params = nnx.split(llama)
 
         def step(carry, i):
             previous, cache = carry
@@ -132,10 +134,9 @@ class Emu(nnx.Module):
         """
         batch, length = tokens.shape
         x = self.embed(tokens, images, image_slots)
-        cache = KVCache.empty(
-            self.cfg.llama, batch, length + self.cfg.cformer.n_causal - 1, x.dtype
-        )
+        llama = self.llama.for_reading()
+        cache = llama.empty_cache(batch, length + self.cfg.cformer.n_causal - 1, x.dtype)
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        hidden, cache = self.llama.read(x, positions, positions < lengths[:, None], cache)
+        hidden, cache = llama.read(x, positions, positions < lengths[:, None], cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.regress_image(last, lengths - 1, cache)[0]
+        return self.regress_image(llama, last, lengths - 1, cache)[0]

@@ -169,3 +169,10 @@ def scan(
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (params, xs))
+
+
+def unstack(blocks: M, layers: int) -> nnx.List[M]:
+    """The modules that `stack` made one, each with its own copy of its parameters."""
+    graphdef, params = nnx.split(blocks)
+    each = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(layers)]
+    return nnx.List([nnx.merge(graphdef, params) for params in each])

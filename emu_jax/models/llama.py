@@ -15,9 +15,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import LlamaConfig
 from emu_jax.models.attention import attention
-from emu_jax.models.layers import ADDED, QKV, Embedding, Linear, RMSNorm, keep, normal, scan, stack
+from emu_jax.models.layers import (
+    ADDED,
+    QKV,
+    Embedding,
+    Linear,
+    RMSNorm,
+    keep,
+    normal,
+    scan,
+    stack,
+    unstack,
+)
 from emu_jax.models.lora import LoraLinear, adapted
-from emu_jax.sharding import shard, spec
+from emu_jax.sharding import platform, shard, spec
 
 
 @jax.tree_util.register_dataclass
@@ -26,19 +37,34 @@ class KVCache:
     """Keys and values of the tokens read so far.
 
     A token takes the next slot of its row whatever its position; `valid` is False on the
-    slots of padding, so that left- and right-padded prompts share one layout.
+    slots of padding, so that left- and right-padded prompts share one layout. Keys and values
+    lie as attention multiplies by them: nothing is transposed at each token.
+
+    Where a model's layers are apart (`Llama.for_reading`), so are its caches: a tuple of L, each
+    of one layer.
     """
 
-    k: Float[Array, "L B S H K"]
-    v: Float[Array, "L B S H K"]
+    k: Float[Array, "L B H K S"] | tuple[Float[Array, "1 B H K S"], ...]
+    v: Float[Array, "L B H S K"] | tuple[Float[Array, "1 B H S K"], ...]
     valid: Bool[Array, "B S"]
     used: Int[Array, ""]
 
     @classmethod
-    def empty(cls, cfg: LlamaConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
-        shape = (cfg.layers, batch, slots, cfg.heads, cfg.head_width)
-        zeros = shard(jnp.zeros(shape, dtype), "layer", "batch", None, "heads", None)
-        return cls(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+    def empty(
+        cls, cfg: LlamaConfig, batch: int, slots: int, dtype=jnp.float32, *, apart: bool = False
+    ) -> KVCache:
+        def zeros(*shape: int):
+            layers = 1 if apart else cfg.layers
+            one = jnp.zeros((layers, batch, cfg.heads, *shape), dtype)
+            one = shard(one, "layer", "batch", "heads", None, None)
+            return (one,) * cfg.layers if apart else one
+
+        k, v = zeros(cfg.head_width, slots), zeros(slots, cfg.head_width)
+        return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jax.tree.leaves(self.k)[0].dtype
 
 
 def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "K/2"]:
@@ -189,35 +215,64 @@ class Llama(nnx.Module):
         x, _ = scan(self.layers, body, shard(x, "batch", None, None), keys, remat=self.remat)
         return self.norm(x)
 
+    def for_reading(self) -> Llama:
+        """This model as it reads tokens one by one the fastest, to be asked for before the loop.
+
+        On a CPU its layers are apart: XLA's compiler there copies a layer's parameters out of
+        their stack before it multiplies by them, and so all of them for each token.
+        """
+        if platform() != "cpu" or isinstance(self.layers, nnx.List):
+            return self
+        llama = nnx.merge(*nnx.split(self))
+        llama.layers = unstack(self.layers, self.cfg.layers)
+        return llama
+
+    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+        apart = isinstance(self.layers, nnx.List)
+        return KVCache.empty(self.cfg, batch, slots, dtype, apart=apart)
+
     def read(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         cache: KVCache,
+        *,
+        mask: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Hidden states of T more tokens after those in `cache`, and the cache with them.
 
-        `valid` is False on padding, which nothing attends to. The cache must have T free
-        slots left; it is updated in place under jit when donated.
+        `valid` is False on padding, which nothing attends to. A token attends to all valid slots
+        up to its own, or to those of `mask`. The cache must have T free slots left; it is updated
+        in place under jit when donated.
         """
         length = x.shape[1]
         slots = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.used))
-        query = cache.used + jnp.arange(length)
-        causal = jnp.arange(slots.shape[1])[None, :] <= query[:, None]  # [T, S]
-        mask = (causal[None] & slots[:, None, :])[:, None]
+        if mask is None:
+            query = cache.used + jnp.arange(length)
+            causal = jnp.arange(slots.shape[1])[None, :] <= query[:, None]  # [T, S]
+            mask = causal[None] & slots[:, None, :]
+        how = {"mask": mask[:, None], "cached": True}
 
         def body(block: LlamaBlock, carry, layer):
             x, k_all, v_all = carry
             q, k, v = block.self_attn.project(block.input_layernorm(x), positions)
-            start = (layer, 0, cache.used, 0, 0)
-            k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), start)
-            v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), start)
+            k = rearrange(k, "b t h k -> 1 b h k t").astype(k_all.dtype)
+            v = rearrange(v, "b t h k -> 1 b h t k").astype(v_all.dtype)
+            k_all = jax.lax.dynamic_update_slice(k_all, k, (layer, 0, 0, 0, cache.used))
+            v_all = jax.lax.dynamic_update_slice(v_all, v, (layer, 0, 0, cache.used, 0))
             k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_all, v_all))
-            return (block.finish(x, block.self_attn.attend(q, k, v, mask=mask)), k_all, v_all), None
+            return (block.finish(x, block.self_attn.attend(q, k, v, **how)), k_all, v_all), None
 
-        carry, _ = scan(self.layers, body, (x, cache.k, cache.v), jnp.arange(self.cfg.layers))
-        x, k, v = carry
+        if isinstance(self.layers, nnx.List):
+            caches = []
+            for block, k, v in zip(self.layers, cache.k, cache.v, strict=True):
+                (x, *kv), _ = body(block, (x, k, v), 0)
+                caches.append(kv)
+            k, v = (tuple(each) for each in zip(*caches, strict=True))
+        else:
+            carry = (x, cache.k, cache.v)
+            (x, k, v), _ = scan(self.layers, body, carry, jnp.arange(self.cfg.layers))
         return self.norm(x), KVCache(k, v, slots, cache.used + length)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -169,10 +169,11 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
             path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
             for path, leaf in template.shapes.items()
         }
-        shape = (llama.layers, rows, length, llama.heads, llama.head_width)
-        keys = array(shape, dtype, "layer", "batch", None, "heads", None)
+        cache = jax.eval_shape(lambda: KVCache.empty(llama, rows, length, dtype))
+        axes = ("layer", "batch", "heads", None, None)
+        keys, values = (array(a.shape, dtype, *axes) for a in (cache.k, cache.v))
         valid = array((rows, length), bool, "batch", None)
-        cache = KVCache(keys, keys, valid, array((), jnp.int32))
+        cache = KVCache(keys, values, valid, array((), jnp.int32))
         reader = text.Reader(
             cache, array((rows,), jnp.int32, "batch"),
             array((rows, llama.vocab_size), jnp.float32, "batch", "vocab"),

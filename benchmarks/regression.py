@@ -1,0 +1,122 @@
+"""The N embeddings of a picture after a prompt: emu_jax against the release's way and a cache.
+
+The release computes the whole row anew for each of the N embeddings (`generate_image`); `release`
+does so with the same language model in torch. `cached` is what one would write instead: a loop
+over transformers' dynamic cache. All three have the same random weights, and their embeddings
+agree within 1e-4, which is checked. `floor` is the sum of the prompt's FLOPs at this machine's
+fastest product and, for each further embedding, of its weights at the rate of its fastest copy.
+The parts take turns.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from emu_jax import bench
+from emu_jax.config import EmuConfig
+
+floors, language = bench.load("floors"), bench.load("text_generation")
+
+
+def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "float32") -> dict:
+    torch = language.torch_or_missing()
+    cfg = language.config(size)
+    params = language.random_params(cfg, dtype)
+    model = language.transformers_model(torch, cfg, params, dtype)
+    kernel = np.array(params["llama.stu_regress_head.kernel"], np.float32)
+    head = torch.from_numpy(kernel).to(floors.torch_device(torch), getattr(torch, dtype))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, cfg.tokens.pad, (1, prompt)).astype(np.int32)
+    ids[:, -1] = cfg.tokens.img
+    parts = {
+        "ours": ours(cfg, params, ids),
+        "release": lambda: release(torch, model, head, cfg, ids),
+        "cached": lambda: cached(torch, model, head, cfg, ids),
+    }
+    found = {name: part() for name, part in parts.items()}
+    error = {
+        name: float(np.abs(found["ours"] - theirs).max() / np.abs(theirs).max())
+        for name, theirs in found.items() if name != "ours"
+    }  # fmt: skip
+    if dtype == "float32" and max(error.values()) > 1e-4:
+        raise AssertionError(f"the embeddings differ: {error}")
+    # Each returns how many: not what `take_turns` would divide by.
+    timed = {name: language.count(part, 1) for name, part in parts.items()}
+    timed |= {"product": floors.peak(dtype), "copy": floors.fastest_copy()}
+    seconds = bench.take_turns(timed, turns)
+    weights = [
+        a for path, a in params.items()
+        if path.startswith("llama.layers.") and a.ndim == 3 or "stu_regress_head" in path
+    ]  # fmt: skip
+    flops = 2.0 * prompt * sum(math.prod(a.shape) for a in weights)
+    read = sum(math.prod(a.shape) * a.dtype.itemsize for a in weights)
+    steps = cfg.cformer.n_causal - 1
+    floor = [
+        flops * product + steps * read * copy
+        for product, copy in zip(seconds["product"], seconds["copy"], strict=True)
+    ]
+    figures: dict[str, Any] = {
+        "size": size, "prompt": prompt, "n": cfg.cformer.n_causal, "dtype": dtype,
+        "relative_error": error, "floor_ms": bench.median([1e3 * s for s in floor]),
+        "over_floor": bench.ratio(seconds["ours"], floor),
+    }  # fmt: skip
+    for name in parts:
+        figures[name] = {
+            "ms": bench.median([1e3 * s for s in seconds[name]]),
+            "ours_times_as_fast": bench.ratio(seconds[name], seconds["ours"]),
+        }
+    return figures
+
+
+def table(figures: dict) -> str:
+    names = {
+        "ours": "emu_jax", "release": "The release's way: N whole forwards, torch",
+        "cached": "torch with transformers' cache",
+    }  # fmt: skip
+    rows = [
+        (about, figures[name]["ms"], figures[name]["ours_times_as_fast"] if name != "ours" else "")
+        for name, about in names.items()
+    ]
+    rows.append(("Floor", figures["floor_ms"], ""))
+    return bench.markdown((f"N = {figures['n']}", "ms", "emu_jax is times as fast"), rows)
+
+
+def ours(cfg: EmuConfig, params: dict, ids: np.ndarray):
+    graphdef, state = language.emu_of(cfg, params)
+    lengths = np.array([ids.shape[1]])
+
+    @jax.jit
+    def regress(state, ids):
+        return nnx.merge(graphdef, state).regress_after(ids, lengths)
+
+    return lambda: np.asarray(regress(state, ids), np.float32)
+
+
+def release(torch: Any, model: Any, head: Any, cfg: EmuConfig, ids: np.ndarray) -> np.ndarray:
+    found = []
+    with torch.no_grad():
+        row = embedded(torch, model, ids)
+        for _ in range(cfg.cformer.n_causal):
+            hidden = model.model(inputs_embeds=row, use_cache=False).last_hidden_state
+            found.append(hidden[:, -1:] @ head)
+            row = torch.cat([row, found[-1]], 1)
+    return torch.cat(found, 1).float().cpu().numpy()
+
+
+def cached(torch: Any, model: Any, head: Any, cfg: EmuConfig, ids: np.ndarray) -> np.ndarray:
+    found, past = [], None
+    with torch.no_grad():
+        new = embedded(torch, model, ids)
+        for _ in range(cfg.cformer.n_causal):
+            out = model.model(inputs_embeds=new, past_key_values=past, use_cache=True)
+            past, new = out.past_key_values, out.last_hidden_state[:, -1:] @ head
+            found.append(new)
+    return torch.cat(found, 1).float().cpu().numpy()
+
+
+def embedded(torch: Any, model: Any, ids: np.ndarray) -> Any:
+    where = floors.torch_device(torch)
+    return model.get_input_embeddings()(torch.from_numpy(ids).long().to(where))

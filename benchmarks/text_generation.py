@@ -1,0 +1,187 @@
+"""Text from a prompt, greedily and by 5 beams: tokens a second against transformers' generate.
+
+Both have the same random weights of one language model (`size`: a ladder model, or "digits") and
+write the same ids, which is checked; neither may end early. transformers runs as its users run
+it: eager, `generate` with its dynamic cache. `floor` is how long it takes to read every weight
+that a token needs once, at the rate of this machine's fastest copy. The parts take turns.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from emu_jax import bench
+from emu_jax.config import EmuConfig, digits, emu_ladder
+from emu_jax.convert import export
+from emu_jax.generate import text
+from emu_jax.models.emu import Emu
+from emu_jax.sharding import Template, make_mesh
+
+floors = bench.load("floors")
+
+BEAMS = {"greedy": 1, "beams": 5}
+
+
+def run(
+    size: str = "0.1B", prompt: int = 128, tokens: int = 64, rows: int = 1, turns: int = 5,
+    dtype: str = "float32",
+) -> dict:  # fmt: skip
+    torch = torch_or_missing()
+    cfg = config(size)
+    params = random_params(cfg, dtype)
+    theirs = transformers_model(torch, cfg, params, dtype)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, cfg.tokens.pad, (rows, prompt)).astype(np.int32)
+    parts: dict[str, Callable[[], Any]] = {"copy": floors.fastest_copy()}
+    written = {}
+    for name, beams in BEAMS.items():
+        parts[f"{name}_ours"] = ours(cfg, params, ids, tokens, beams)
+        parts[f"{name}_transformers"] = functools.partial(
+            transformers_generate, torch, theirs, cfg, ids, tokens, beams
+        )
+        written[name] = parts[f"{name}_ours"]()[:, 1 : 1 + tokens]
+        same = written[name] == parts[f"{name}_transformers"]()
+        if dtype == "float32" and not same.all():
+            raise AssertionError(f"{name}: {same.mean():.1%} of the ids are those of transformers")
+    timed = {name: part if name == "copy" else count(part, tokens) for name, part in parts.items()}
+    seconds = bench.take_turns(timed, turns)  # a token; a byte copied
+    read = sum(
+        math.prod(a.shape) * a.dtype.itemsize for path, a in params.items()
+        if path.startswith("llama.") and a.ndim > 1
+        and path not in ("llama.embed_tokens.embedding", "llama.stu_regress_head.kernel")
+    )  # fmt: skip
+    figures: dict[str, Any] = {
+        "size": size, "prompt": prompt, "tokens": tokens, "rows": rows, "dtype": dtype,
+        "weight_bytes": read, "floor_ms": bench.median([1e3 * read * s for s in seconds["copy"]]),
+    }  # fmt: skip
+    for name in BEAMS:
+        mine, other = seconds[f"{name}_ours"], seconds[f"{name}_transformers"]
+        figures[name] = {
+            "ms_a_token": bench.median([1e3 * s for s in mine]),
+            "transformers_ms_a_token": bench.median([1e3 * s for s in other]),
+            "over_transformers": bench.ratio(other, mine),
+            "over_floor": bench.ratio(mine, [read * s for s in seconds["copy"]]),
+        }
+    return figures
+
+
+def table(figures: dict) -> str:
+    rows = [
+        (about, values["ms_a_token"], values["transformers_ms_a_token"],
+         values["over_transformers"], figures["floor_ms"], values["over_floor"])
+        for about, values in (("Greedy", figures["greedy"]), ("5 beams", figures["beams"]))
+    ]  # fmt: skip
+    head = ("", "ms a token", "transformers", "Times as fast", "Floor, ms", "Over the floor")
+    return bench.markdown(head, rows)
+
+
+def torch_or_missing() -> Any:
+    """torch on all cores, and what is compared with.
+
+    Raises:
+        bench.Missing: it is not installed.
+    """
+    torch = floors.torch_here()
+    if torch is None:
+        raise bench.Missing("torch is missing: pip install -e '.[torch]'")
+    return torch
+
+
+def config(size: str) -> EmuConfig:
+    return digits() if size == "digits" else emu_ladder(size)
+
+
+def template(cfg: EmuConfig) -> Template:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+
+
+def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array]:
+    """Flat parameters whose activations keep about one size; made by numpy, at once."""
+    rng = np.random.default_rng(0)
+
+    def fill(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith(".scale"):
+            return np.ones(shape, np.float32)
+        fan_in = 2500 if path.endswith("bias") else math.prod(shape[:-1])
+        if path.startswith(("llama.layers", "visual.blocks", "cformer.blocks")) and len(shape) > 1:
+            fan_in //= shape[0]  # the layers' axis
+        if path == "llama.embed_tokens.embedding":
+            fan_in = 1
+        return rng.standard_normal(shape, np.float32) / np.float32(max(1, fan_in)) ** 0.5
+
+    shapes = template(cfg).shapes
+    return {path: jnp.asarray(fill(path, leaf.shape), dtype) for path, leaf in shapes.items()}
+
+
+def emu_of(cfg: EmuConfig, params: dict[str, jax.Array]) -> tuple[Any, Any]:
+    """The model's structure and its parameters, as jitted functions take them."""
+    return nnx.split(template(cfg).module(params))
+
+
+def tensors(torch: Any, cfg: EmuConfig, params: dict, folder: str, dtype: str) -> dict:
+    """The same weights as the state dict of a torch module."""
+    kind, device = getattr(torch, dtype), floors.torch_device(torch)
+    wide = {path: np.asarray(a, np.float32) for path, a in params.items()}
+    found = export.hf_tensors(cfg, wide)[folder]
+    return {name: torch.from_numpy(a.copy()).to(device, kind) for name, a in found.items()}
+
+
+def transformers_model(torch: Any, cfg: EmuConfig, params: dict, dtype: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    values = export.llama_json(cfg)
+    for key in ("architectures", "model_type"):
+        values.pop(key)
+    model = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    model.to(floors.torch_device(torch), getattr(torch, dtype))
+    model.load_state_dict(tensors(torch, cfg, params, "llama", dtype), strict=True)
+    return model
+
+
+def ours(
+    cfg: EmuConfig, params: dict, ids: np.ndarray, tokens: int, beams: int
+) -> Callable[[], np.ndarray]:
+    settings = text.TextConfig(max_new_tokens=tokens, min_length=tokens + 1, num_beams=beams)
+    plan, rules = text.Plan.of(settings, cfg.tokens), text.Rules.of(settings)
+    keys = jax.random.split(jax.random.key(0), len(ids))
+    graphdef, state = emu_of(cfg, params)
+
+    @jax.jit
+    def decode(state, ids):
+        llama = nnx.merge(graphdef, state).llama
+        x = llama.embed_tokens(ids)
+        return text.decode(llama, x, jnp.ones(ids.shape, bool), plan, rules, keys)
+
+    return lambda: np.asarray(decode(state, ids))
+
+
+def transformers_generate(
+    torch: Any, model: Any, cfg: EmuConfig, ids: np.ndarray, tokens: int, beams: int
+) -> np.ndarray:
+    ids_there = torch.from_numpy(ids).long().to(floors.torch_device(torch))
+    # Sequences of one length: a penalty of lengths chooses nothing, and greedy warns of it.
+    penalty = {"length_penalty": 0.0} if beams > 1 else {}
+    with torch.no_grad():
+        out = model.generate(
+            ids_there, attention_mask=torch.ones_like(ids_there), max_new_tokens=tokens,
+            min_new_tokens=tokens, num_beams=beams, do_sample=False, pad_token_id=cfg.tokens.pad,
+            **penalty,
+        )  # fmt: skip
+    return out[:, ids.shape[1] :].cpu().numpy()
+
+
+def count(part: Callable[[], Any], number: int) -> Callable[[], int]:
+    """`part` as `take_turns` has it, which does `number` of something."""
+
+    def counted() -> int:
+        part()
+        return number
+
+    return counted
