@@ -6,6 +6,7 @@ it: eager, `generate` with its dynamic cache. `floor` is how long it takes to re
 that a token needs once, at the rate of this machine's fastest copy. The parts take turns.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -94,7 +95,9 @@ def torch_or_missing() -> Any:
 
 
 def config(size: str) -> EmuConfig:
-    return digits() if size == "digits" else emu_ladder(size)
+    """Rotary tables are float32, as transformers has them, where the release rounds them."""
+    cfg = digits() if size == "digits" else emu_ladder(size)
+    return dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, rope_dtype="float32"))
 
 
 def template(cfg: EmuConfig) -> Template:
@@ -114,6 +117,10 @@ def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array
             fan_in //= shape[0]  # the layers' axis
         if path == "llama.embed_tokens.embedding":
             fan_in = 1
+        if path == "llama.stu_regress_head.kernel":
+            # Embeddings that are large beside what layers add to them: else a chain of N would
+            # magnify rounding until torch itself, with its cache and without, disagrees.
+            fan_in /= 100
         return rng.standard_normal(shape, np.float32) / np.float32(max(1, fan_in)) ** 0.5
 
     shapes = template(cfg).shapes

@@ -116,21 +116,27 @@ CPU_SCORES = 512 * 1024
 
 
 def _unmasked_on_cpu(q, k, v, scale: float) -> Float[Array, "B T H K"]:
-    """As XLA's CPU compiler computes it the fastest: the weights' sum comes out of the product
-    with the values, as one more of them, and divides the others; large scores stay in a
-    processor's cache."""
+    """As XLA's CPU compiler computes it the fastest: the weights' sum divides what comes out, and
+    large scores stay in a processor's cache, where their sum is one more column of the product."""
 
-    def attend(q, k, v):
+    def weigh(q, k):
         scores = jnp.einsum("...tk,...sk->...ts", q * scale, k, preferred_element_type=jnp.float32)
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        out = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
-        return (out[..., :-1] / out[..., -1:]).astype(v.dtype)
+        return jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
 
     if q.shape[1] * k.shape[1] < CPU_SCORES:
-        return attend(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
-    heads = tuple(rearrange(x, "b t h k -> (b h) t k") for x in (q, k, v))
-    out = jax.lax.map(lambda x: attend(*x), heads)
+        q, k, values = (x.swapaxes(1, 2) for x in (q, k, v))
+        weights = weigh(q, k)
+        out = jnp.matmul(weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        out = out / jnp.sum(weights, axis=-1, keepdims=True)
+        return out.astype(v.dtype).swapaxes(1, 2)
+
+    def head(x):
+        weights = weigh(x[0], x[1]).astype(v.dtype)
+        values = jnp.concatenate([x[2], jnp.ones_like(x[2][:, :1])], axis=1)
+        out = jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+        return (out[:, :-1] / out[:, -1:]).astype(v.dtype)
+
+    out = jax.lax.map(head, tuple(rearrange(x, "b t h k -> (b h) t k") for x in (q, k, v)))
     return rearrange(out, "(b h) t k -> b t h k", b=len(q))
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from emu_jax.models.attention import attention
 from emu_jax.models.layers import Linear, lecun, param
-from emu_jax.sharding import platform, shard
+from emu_jax.sharding import shard
 
 
 class Conv(nnx.Module):
@@ -150,34 +150,8 @@ class Upsample(nnx.Module):
     ) -> Float[Array, "B y x C"]:
         height, width = x.shape[1:3]
         if size is None or size == (2 * height, 2 * width):
-            if platform() == "cpu":
-                return doubled(x, self.conv)
             return self.conv(repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2))
         rows, columns = (
             np.arange(new) * old // new for new, old in zip(size, (height, width), strict=True)
         )
         return self.conv(x[:, rows][:, :, columns])
-
-
-def doubled(x: Float[Array, "B h w C"], conv: Conv) -> Float[Array, "B y x E"]:
-    """A 3 x 3 convolution of an input whose pixels are repeated, from the input itself: around
-    each new pixel only 2 x 2 old ones differ, so taps on the same one are added up first. 4/9 of
-    the multiplications."""
-    kernel, bias = conv.kernel[...].astype(x.dtype), conv.bias[...].astype(x.dtype)
-
-    def merged(taps: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of three taps: (before, same) for the first of two new pixels, (same, after) for the
-        second."""
-        one, two, three = taps
-        return jnp.stack([one, two + three]), jnp.stack([one + two, three])
-
-    pixels = [
-        jax.lax.conv_general_dilated(
-            x, both.swapaxes(0, 1), (1, 1), ((1 - p, p), (1 - q, q)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        for p, rows in enumerate(merged(kernel))
-        for q, both in enumerate(merged(rows.swapaxes(0, 1)))
-    ]  # fmt: skip
-    y = rearrange(jnp.stack(pixels), "(p q) b h w c -> b (h p) (w q) c", p=2)
-    return y + bias
