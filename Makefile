@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench plan-table clean
 
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
@@ -31,6 +31,11 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+# Compiles the 14B step for four kinds of TPU: hours. It goes on where it was stopped.
+plan-table: .venv/.installed-dev
+	$(BIN)/emu-jax plan --config configs/emu_14b.py --sweep --out runs/plan --page docs/scaling.md \
+	  --topology v5e:16x16,v5p:4x4x8,v6e:16x16,tpu7x:4x4x8
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache build dist

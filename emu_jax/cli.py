@@ -510,11 +510,18 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         help="try meshes, remat policies and batch sizes, and the best one's scaling",
     )  # fmt: skip
     parser.add_argument(
-        "--no-scaling", action="store_true", help="with --sweep: settings alone, no scaling curves"
-    )
+        "--scaling", default="weak", metavar="CURVES",
+        help="with --sweep: weak (rows per chip stay; the default), strong (rows stay), "
+        "weak,strong, or none",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=_local_path, default=Path("runs/plan"), metavar="DIR",
         help="of a sweep's files",
+    )  # fmt: skip
+    parser.add_argument(
+        "--page", type=_local_path, metavar="FILE",
+        help="with --sweep: a Markdown file with a place for the table, which takes it, and the "
+        "plot beside it",
     )  # fmt: skip
     parser.add_argument(
         "--calibrate", action="store_true",
@@ -548,10 +555,17 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         if args.sweep:
             if args.program != "train":
                 raise UserError("--sweep plans the config's own step: leave out --for")
-            from emu_jax.plan.sweep import sweep
+            from emu_jax.plan.sweep import CURVES, put_on_page, sweep
 
+            curves = [] if args.scaling == "none" else args.scaling.split(",")
+            for curve in curves:
+                if curve not in CURVES:
+                    known = [*CURVES, "none"]
+                    raise UserError(f"--scaling {curve!r} is not known{suggest(curve, known)}")
             pairs = list(zip(configs, topologies, strict=True))
-            result = sweep(pairs, args.out, scaling=not args.no_scaling)
+            result = sweep(pairs, args.out, scaling=curves)
+            if args.page:
+                put_on_page(args.out, args.page)
             if not args.json:
                 print((args.out / "sweep.md").read_text())
                 for name, best in result["best"].items():

@@ -63,6 +63,12 @@ END
       ;;
     *) echo "flags.sh: '$1' is none of v4, v5e, v5p, v6e, tpu7x, gpu" >&2; return 2 ;;
   esac
+  if [[ $1 != gpu ]]; then
+    cat <<'END'
+--xla_tpu_nested_dot_fusion=false               # libtpu 0.0.42.1 overflows its stack on some products inside products [docs/scaling.md]
+--xla_tpu_dot_dot_fusion=false                  # the same [docs/scaling.md]
+END
+  fi
   if [[ $1 != gpu && $2 -gt 1 ]]; then
     cat <<'END'
 --megascale_grpc_premap_memory_bytes=17179869184  # host memory for transfers between slices: 4 GiB, the default, is small for a large model [axlearn]

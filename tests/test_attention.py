@@ -16,6 +16,7 @@ from emu_jax.models.attention import (
     choose_backend,
     cudnn,
     segment_mask,
+    short,
     splash,
 )
 from emu_jax.models.llama import Llama
@@ -58,6 +59,53 @@ def test_splash_on_a_mesh_keeps_rows_and_heads_apart():
     with jax.set_mesh(make_mesh(2, 2, 2)):
         run = jax.jit(lambda *x: splash(*x[:3], segment_ids=x[3], interpret=True, **how))
         assert relative_error(run(q, k, v, ids), expected) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "queries, keys, heads, width", [(257, 257, 2, 88), (17, 33, 3, 24), (33, 17, 1, 64)]
+)
+def test_short_rows_equal_xla(queries, keys, heads, width):
+    """The kernel that holds whole rows, interpreted: outputs and all three gradients."""
+    seeds = jax.random.split(jax.random.key(4), 4)
+    q, k, v, weight = (
+        jax.random.normal(seed, (3, length, heads, width))
+        for seed, length in zip(seeds, (queries, keys, keys, queries), strict=True)
+    )
+
+    def through(run):
+        out, back = jax.vjp(lambda *x: run(*x, scale=width**-0.5), q, k, v)
+        return out, *back(weight)
+
+    ours = through(lambda *x, scale: short(*x, scale=scale, interpret=True))
+    for a, b in zip(ours, through(attention), strict=True):
+        assert relative_error(a, b) < 2e-5
+
+
+def test_short_rows_in_bfloat16_are_no_further_from_float32_than_xla():
+    q, k, v, weight = (
+        jax.random.normal(seed, (2, 65, 2, 24)) for seed in jax.random.split(jax.random.key(5), 4)
+    )
+
+    def through(run, dtype):
+        out, back = jax.vjp(lambda *x: run(*x, scale=0.2), *(x.astype(dtype) for x in (q, k, v)))
+        return out, *back(weight.astype(dtype))
+
+    exact = through(attention, jnp.float32)
+    kernel = lambda *x, scale: short(*x, scale=scale, interpret=True)  # noqa: E731
+    ours, theirs = (through(run, jnp.bfloat16) for run in (kernel, attention))
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        error, reference = (jnp.linalg.norm(x.astype(jnp.float32) - c) for x in (a, b))
+        assert 0 < error < 1.1 * reference
+
+
+def test_short_rows_on_a_mesh_keep_rows_and_heads_apart():
+    q, k, v = (
+        jax.random.normal(seed, (8, 65, 4, 24)) for seed in jax.random.split(jax.random.key(6), 3)
+    )
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        run = jax.jit(lambda *x: short(*x, scale=0.2, interpret=True))
+        assert relative_error(run(q, k, v), attention(q, k, v, scale=0.2)) < 2e-5
 
 
 def test_masks_add_up():

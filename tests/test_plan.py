@@ -14,10 +14,11 @@ from flax import nnx
 
 from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
+from emu_jax.models.attention import XLA_BLOCK
 from emu_jax.plan import hlo
-from emu_jax.plan.plan import CompilerCrash, abstract_batch, apart
-from emu_jax.plan.roofline import Network, times
-from emu_jax.plan.sweep import draw, markdown, sweep
+from emu_jax.plan.plan import SAFE, CompilerCrash, abstract_batch, apart
+from emu_jax.plan.roofline import Network, busiest, times
+from emu_jax.plan.sweep import BEGIN, END, Family, draw, family, markdown, put_on_page, sweep
 from emu_jax.sharding import choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
@@ -244,6 +245,22 @@ def test_batched_products_written_as_convolutions():
     assert hlo.count(text).flops == 2 * 64 * 16 * 257 * 129 * 88
 
 
+def test_the_kernel_of_short_rows_by_hand():
+    """The visual encoder's attention: products of what is there, and its operands' bytes."""
+    x = "bf16[2,257,1408]{2,1,0:T(8,128)(2,1)}"
+    text = (
+        "ENTRY %m (q: bf16[2,257,1408], k: bf16[2,257,1408], v: bf16[2,257,1408]) -> () {\n"
+        + "".join(f"  %{name} = {x} parameter({n})\n" for n, name in enumerate("qkv"))
+        + f"  %short_attention_fwd.7 = {x} custom-call(%q, %k, %v), "
+        'custom_call_target="tpu_custom_call"\n'
+        f"  %short_attention_bwd.3 = ({x}, {x}, {x}) custom-call(%q, %k, %v, "
+        '%short_attention_fwd.7), custom_call_target="tpu_custom_call"\n}\n'
+    )
+    counts = hlo.count(text)
+    assert counts.flops == (2 + 5) * 2 * (2 * 16) * 257**2 * 88
+    assert counts.hbm_bytes == (4 + 7) * 2 * 257 * 1408 * 2 and not counts.unknown
+
+
 def test_the_network_by_hand():
     """A v5e pod: rings of 16 in both axes, links of 50 GB/s each way."""
     topology = Topology.parse("v5e:16x16", 2)
@@ -285,10 +302,21 @@ def test_sums_over_slices_go_through_the_runtime():
 
 def test_bounds_of_a_roofline():
     counts = hlo.Counts(flops=197e12, hbm_bytes=400e9)
-    counts.instructions = [(197e12, 80e9, 1.0), (0.0, 320e9, 1.0)]
-    t = times(counts, Network(Topology.parse("v5e:1x1"), [(0, 0)], [0]))
+    counts.instructions = [
+        hlo.Cost(197e12, 80e9, 1.0, "product"), hlo.Cost(0.0, 160e9, 2.0, "sum"),
+        hlo.Cost(0.0, 8e9, 1.0, "product"),
+    ]  # fmt: skip
+    topology = Topology.parse("v5e:1x1")
+    t = times(counts, Network(topology, [(0, 0)], [0]))
     assert (t.compute, t.hbm, t.overlapped) == (1.0, 0.5, 1.0)
-    assert t.serial == pytest.approx(1.0 + 0.4)
+    assert t.serial == pytest.approx(1.0 + 0.4 + 0.01)
+    first, second = busiest(counts, topology)
+    assert (first["source"], first["compute"], first["hbm"]) == (
+        "product",
+        1.0,
+        pytest.approx(0.11),
+    )
+    assert first["serial"] == pytest.approx(1.01) and second["serial"] == pytest.approx(0.4)
 
 
 # --- The 14B step's sharding, pinned --------------------------------------------------------------
@@ -352,43 +380,113 @@ def test_sweep_table_and_plot(tmp_path):
 def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """The compiler replaced by a rule: what the sweep tries, keeps, chooses, scales and draws."""
     asked = []
+    again = {"dots": 1.0, "minimal": 1.2, "full": 1.3}
+    room = {"dots": 4, "minimal": 2, "full": 1}
+
+    def trace(cfg, topology, policy, fsdp):
+        return Family(policy, fsdp, 3 * 2**30, 2.9 * 2**30 * room[policy], again[policy], 0.5)
 
     def pretend(cfg, topology):
-        asked.append((str(topology), topology.slices, cfg.remat.llama, cfg.data.batch_size))
-        rows = cfg.data.batch_size / topology.chips
+        policy, rows = cfg.remat.llama, cfg.data.batch_size / topology.chips
+        asked.append((str(topology), topology.slices, policy, rows, cfg.mesh.fsdp))
         if rows == 3:
             raise CompilerCrash("the TPU compiler crashed")
-        fits = rows * {"dots": 4, "minimal": 2, "full": 1}[cfg.remat.llama] <= 4
-        again = {"dots": 1.0, "minimal": 1.2, "full": 1.3}[cfg.remat.llama]
-        seconds = rows * again + 0.5  # what does not grow with rows is shared by more of them
-        mesh = {"data": 1, "fsdp": cfg.mesh.fsdp, "tensor": 1}
+        # What does not grow with rows is shared by more of them; half of the links, twice as long.
+        seconds = rows * again[policy] + (1.5 if cfg.mesh.fsdp == 8 else 0.7)
         made = report(
-            topology=str(topology), slices=topology.slices, chips=topology.chips, fits=fits,
-            mesh=mesh, rows_per_chip=rows, step_seconds_overlap=seconds,
-            step_seconds_serial=seconds, remat={"llama": cfg.remat.llama},
+            topology=str(topology), slices=topology.slices, chips=topology.chips,
+            fits=rows * room[policy] <= 4, rows=cfg.data.batch_size, rows_per_chip=rows,
+            mesh={"data": 1, "fsdp": cfg.mesh.fsdp, "tensor": 1}, remat={"llama": policy},
+            hbm_by_kind={"temporaries": 2**30}, step_seconds_overlap=seconds,
+            step_seconds_serial=seconds, seconds={"compute": rows * again[policy], "ici": 0.5},
         )  # fmt: skip
         return {key: value for key, value in made.items() if key != "curve"}
 
     monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", pretend)
-    monkeypatch.setattr("emu_jax.plan.sweep._ways", lambda cfg, topology: 16)
+    monkeypatch.setattr("emu_jax.plan.sweep.family", trace)
+    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [16, 8])
     pairs = [(config("emu_100m"), Topology.parse("v5e:4x4"))]
-    found = sweep(pairs, tmp_path, scaling=True)
-    # Dots fit one row a chip, 1.5 s a row; minimal two, 1.45; full four, 1.425.
+    found = sweep(pairs, tmp_path, scaling=["weak", "strong"])
+    # Of 16 GiB a fifth is thought to be temporary at first: full may have three rows, which
+    # crash the compiler, and fits two, 1.65 s a row. That done there is room for one of dots,
+    # 1.7, and for two of minimal, 1.55, which are worse on the other mesh. Nothing that could not
+    # fit was compiled.
     best = found["best"]["v5e:4x4"]
-    assert (best["remat"]["llama"], best["rows_per_chip"]) == ("full", 4)
+    assert (best["remat"]["llama"], best["rows_per_chip"], best["mesh"]["fsdp"]) == (
+        "minimal",
+        2,
+        16,
+    )
+    tried = [(policy, rows, fsdp) for name, _, policy, rows, fsdp in asked if name == "v5e:4x4"]
+    assert tried == [
+        ("full", 3, 16), ("full", 2, 16), ("dots", 1, 16), ("minimal", 2, 16), ("minimal", 2, 8),
+    ]  # fmt: skip
     curves = [r for r in json.loads((tmp_path / "sweep.json").read_text()) if r["curve"]]
     weak = {(r["chips"], r["rows_per_chip"]) for r in curves if r["curve"] == "weak"}
-    assert weak == {(16, 4), (64, 4), (128, 4), (256, 4), (512, 4)}
-    assert {r["chips"] for r in curves if r["curve"] == "strong"} == {16, 64}  # 64 rows
-    assert "| full | 4 |" in (tmp_path / "sweep.md").read_text()
-    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    assert weak == {(16, 2), (64, 2), (256, 2), (512, 2)}
+    assert {r["chips"] for r in curves if r["curve"] == "strong"} == {16}  # 32 rows
+    assert "| minimal | 2 |" in (tmp_path / "sweep.md").read_text()
+
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    put_on_page(tmp_path, page)
+    table = (tmp_path / "sweep.md").read_text()
+    assert page.read_text() == f"before\n{BEGIN}\n{table}{END}\nafter\n"
+    assert (page.parent / "scaling.png").stat().st_size > 10_000
+    page.write_text("no place")
+    with pytest.raises(UserError, match="page.md: no lines"):
+        put_on_page(tmp_path, page)
 
     before = len(asked)
-    assert sweep(pairs, tmp_path, scaling=True)["best"] == found["best"]
-    assert len(asked) == before  # all was kept
+    again_found = sweep(pairs, tmp_path, scaling=["weak", "strong"])
+    assert again_found["best"] == found["best"] and len(asked) == before  # all was kept
     monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", lambda *_: {**pretend(*_), "fits": False})
     with pytest.raises(UserError, match="no setting fits v5e:2x2"):
-        sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=False)
+        sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
+
+
+def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
+    """What needs most memory and computes least fits with many rows: one compile."""
+    asked = []
+
+    def pretend(cfg, topology):
+        asked.append((cfg.remat.llama, cfg.data.batch_size // topology.chips))
+        rows = asked[-1][1]
+        made = report(
+            chips=4, rows=rows * 4, rows_per_chip=rows, remat={"llama": cfg.remat.llama},
+            hbm_by_kind={"temporaries": 2**30}, seconds={"compute": rows * 1.0, "ici": 0.1},
+            step_seconds_overlap=rows * 1.0, step_seconds_serial=rows * 1.05,
+        )  # fmt: skip
+        return {key: value for key, value in made.items() if key != "curve"}
+
+    monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", pretend)
+    cost = {"dots": 1.0, "minimal": 1.2, "full": 1.3}
+    monkeypatch.setattr(
+        "emu_jax.plan.sweep.family",
+        lambda cfg, topology, policy, fsdp: Family(policy, fsdp, 2**30, 2**30, cost[policy], 0.1),
+    )
+    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [4])
+    sweep([(config("emu_100m"), Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
+    assert asked == [("dots", 8)]
+
+
+def test_a_traced_step_says_what_it_holds_without_compiling(monkeypatch):
+    """`family` on the devices that are here, against the state counted by hand."""
+    monkeypatch.setattr("emu_jax.plan.sweep.devices_of", lambda topology: jax.devices()[:4])
+    cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
+    full, dots = (family(cfg, topology, policy, 4) for policy in ("full", "dots"))
+    assert full.held == dots.held == pytest.approx(12 * 102.5e6 / 4, rel=0.02)
+    assert full.kept < dots.kept
+    # The forward pass again, but for each layer's last product, whose result is not needed.
+    llama, tokens = cfg.model.llama, cfg.data.row_tokens
+    seen = (tokens + XLA_BLOCK) / 2  # keys that a query meets, on average
+    again = 4 * llama.width**2 + 2 * llama.width * llama.mlp_width + 2 * seen * llama.width
+    more = (full.products - dots.products) * CHIPS["v5e"].flops
+    assert more == pytest.approx(2 * tokens * llama.layers * again, rel=0.02)
+    model = train_flops(cfg).total / cfg.data.batch_size / CHIPS["v5e"].flops
+    assert model < dots.products < 1.2 * model  # all of causal attention, logits twice
+    assert full.network == pytest.approx(3 * 2 * 102.5e6 / (2 * 50e9), rel=0.02)
 
 
 def test_a_crash_of_the_compiler_is_one_line_and_not_the_end():
@@ -397,6 +495,15 @@ def test_a_crash_of_the_compiler_is_one_line_and_not_the_end():
     with pytest.raises(UserError, match="no TPU 'x'"):  # a mistake stays one
         apart(Topology.parse, "x:1")
     assert apart(math.gcd, 12, 18) == 6
+
+
+def test_a_plan_is_compiled_with_the_flags_that_keep_the_compiler_from_crashing():
+    for chip in ("v5e", "v5p", "v6e", "tpu7x"):
+        done = subprocess.run(
+            [ROOT / "launch" / "flags.sh", chip], capture_output=True, text=True, check=True
+        )
+        for name, value in SAFE.items():
+            assert f"--{name}={str(value).lower()}" in done.stdout
 
 
 def plan_cli(*arguments: str, timeout: int = 1200) -> subprocess.CompletedProcess:
@@ -452,6 +559,7 @@ def test_scanned_and_unrolled_builds_count_the_same():
     code = """
 import jax, jax.numpy as jnp, json
 from emu_jax.hardware import Topology
+from emu_jax.models.attention import XLA_BLOCK
 from emu_jax.plan import hlo
 from emu_jax.plan.plan import devices_of
 from jax.sharding import SingleDeviceSharding

@@ -1,7 +1,9 @@
 """The one attention entry point, and its backends.
 
   xla     any device and the reference: materialises the scores, of long causal rows in blocks.
-  splash  TPU: Pallas' blockwise kernel; masked blocks are skipped, scores stay on the chip.
+  splash  TPU: Pallas' blockwise kernel; masked blocks are skipped, scores stay on the chip. Short
+          rows without a mask, a picture's, are held whole by a kernel of our own
+          (`short_attention`).
   cudnn   GPU: cuDNN's fused kernel.
 
 A backend is chosen by name when a model is built (`choose_backend`); one that cannot serve a
@@ -23,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import UserError, suggest
+from emu_jax.models.short_attention import LONGEST, short_attention
 from emu_jax.sharding import platform, shard, spec
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,11 @@ def choose_backend(name: str, platform: str) -> str:
     if chosen != fastest:
         log.warning("attention xla on %s, by request: slower than %s", platform, fastest)
     else:
-        log.info("attention: %s", chosen)
+        where = {
+            "splash": ", the visual encoder's in one kernel a row, the causal transformer's xla",
+            "cudnn": ", pictures' xla",
+        }
+        log.info("attention: %s%s", chosen, where.get(chosen, ""))
     return chosen
 
 
@@ -83,6 +90,9 @@ def attention(
                 raise UserError(f"{backend} attention takes no {name}: use attention=xla")
         assert not cached, "only XLA's attention reads a cache"
         fused = {"splash": splash, "cudnn": cudnn}[backend]
+        unmasked = not causal and segment_ids is None
+        if backend == "splash" and unmasked and max(q.shape[1], k.shape[1]) <= LONGEST:
+            return short(q, k, v, scale=scale)
         return fused(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale)
     length = q.shape[1]
     if causal and length > XLA_BLOCK and mask is None and bias is None and dropout is None:
@@ -227,6 +237,29 @@ def splash(
             local, in_specs=(split, split, split, rows), out_specs=split, check_vma=False
         )(q, k, v, segment_ids)
     return jnp.swapaxes(out, 1, 2)
+
+
+def short(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B T H K"]:
+    """`short_attention`, each device on its own rows and heads."""
+
+    def local(q, k, v):
+        flat = (rearrange(x, "b t h k -> b t (h k)") for x in (q, k, v))
+        out = checkpoint_name(short_attention(*flat, q.shape[2], scale, interpret), KEPT)
+        return rearrange(out, "b t (h k) -> b t h k", h=q.shape[2])
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v)
+    split = spec(("batch", None, "heads", None), q.shape, mesh)
+    run: Any = jax.shard_map(local, in_specs=(split,) * 3, out_specs=split, check_vma=False)
+    return run(q, k, v)
 
 
 LANES = 128  # of a TPU's vector registers

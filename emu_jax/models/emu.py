@@ -24,7 +24,8 @@ class Emu(nnx.Module):
 
     `unet` and `vae` are None where the configuration has none, or where `painter=False`
     leaves them out (pretraining does not need them). `backend` is that of the language model's
-    attention over whole rows; pictures' short sequences and decoding use XLA's.
+    attention over whole rows, and "splash" that of the visual encoder's too; the causal
+    transformer, whose weights have dropout, and decoding use XLA's.
     """
 
     def __init__(
@@ -32,7 +33,10 @@ class Emu(nnx.Module):
         backend: str = "xla", rngs: nnx.Rngs,
     ):  # fmt: skip
         remat = remat or RematConfig()
-        self.visual = VisionTransformer(cfg.vision, remat=remat.visual, rngs=rngs)
+        self.visual = VisionTransformer(
+            cfg.vision, remat=remat.visual, rngs=rngs,
+            backend="splash" if backend == "splash" else "xla",
+        )  # fmt: skip
         self.ln_visual = LayerNorm(cfg.vision.width, eps=cfg.vision.eps, rngs=rngs)
         self.cformer = CFormer(
             cfg.cformer, cfg.vision.width, cfg.llama.width, remat=remat.cformer, rngs=rngs
@@ -48,8 +52,10 @@ class Emu(nnx.Module):
         """Normalised pixels to the N causal embeddings of each picture."""
         batch = pixels.shape[:-3]
         pixels = shard(pixels.reshape(-1, *pixels.shape[-3:]), "batch", None, None, None)
-        features = self.ln_visual(self.visual(pixels))
-        embeddings = self.cformer(features, dropout_key=dropout_key)
+        with jax.named_scope("visual"):
+            features = self.ln_visual(self.visual(pixels))
+        with jax.named_scope("cformer"):
+            embeddings = self.cformer(features, dropout_key=dropout_key)
         return embeddings.reshape(*batch, *embeddings.shape[1:])
 
     def embed(

@@ -29,24 +29,24 @@ zeros = jax.nn.initializers.zeros
 class VisionAttention(nnx.Module):
     """Self-attention with one fused qkv product; q and v have a bias, k has none."""
 
-    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, *, backend: str, rngs: nnx.Rngs):
         # [in, (q, k, v), heads x head width]: splitting heads never mixes q with k.
         self.qkv = param(rngs, normal(cfg.width**-0.5), (cfg.width, 3, cfg.width),
                          ("embed", None, "heads"))  # fmt: skip
         self.q_bias = param(rngs, zeros, (cfg.width,), ("heads",))
         self.v_bias = param(rngs, zeros, (cfg.width,), ("heads",))
         self.proj = Linear(cfg.width, cfg.width, ("heads", "embed"), rngs=rngs)
-        self.head_width = cfg.head_width
+        self.head_width, self.backend = cfg.head_width, backend
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         qkv = jnp.einsum("bpd,dce->cbpe", x, self.qkv[...].astype(x.dtype))
         q = qkv[0] + self.q_bias[...].astype(x.dtype)
         v = qkv[2] + self.v_bias[...].astype(x.dtype)
         q, k, v = (
-            keep(rearrange(a, "b p (h k) -> b p h k", k=self.head_width), QKV)
+            rearrange(keep(a, QKV), "b p (h k) -> b p h k", k=self.head_width)
             for a in (q, qkv[1], v)
         )
-        out = attention(q, k, v, scale=self.head_width**-0.5)
+        out = attention(q, k, v, scale=self.head_width**-0.5, backend=self.backend)
         return keep(self.proj(rearrange(out, "b p h k -> b p (h k)")), ADDED)
 
 
@@ -64,9 +64,9 @@ class VisionMLP(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, *, backend: str, rngs: nnx.Rngs):
         self.norm1 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
-        self.attn = VisionAttention(cfg, rngs=rngs)
+        self.attn = VisionAttention(cfg, backend=backend, rngs=rngs)
         self.norm2 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.mlp = VisionMLP(cfg, rngs=rngs)
 
@@ -78,11 +78,15 @@ class VisionBlock(nnx.Module):
 class VisionTransformer(nnx.Module):
     """The visual encoder. Emu uses its blocks' raw output; `norm` and `head` are CLIP's."""
 
-    def __init__(self, cfg: VisionConfig, *, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: VisionConfig, *, remat: str = "none", backend: str = "xla", rngs: nnx.Rngs
+    ):
         self.patch_embed = Linear(cfg.patch_size**2 * 3, cfg.width, (None, "embed"), rngs=rngs)
         self.cls_token = param(rngs, normal(0.02), (cfg.width,), (None,))
         self.pos_embed = param(rngs, normal(0.02), (cfg.tokens, cfg.width), (None, "embed"))
-        self.blocks = stack(cfg.layers, lambda rngs: VisionBlock(cfg, rngs=rngs), rngs)
+        self.blocks = stack(
+            cfg.layers, lambda rngs: VisionBlock(cfg, backend=backend, rngs=rngs), rngs
+        )
         self.norm = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.head = Linear(cfg.width, cfg.clip_width, ("embed", None), rngs=rngs)
         self.patch_size, self.remat = cfg.patch_size, remat

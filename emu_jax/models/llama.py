@@ -212,8 +212,9 @@ class Llama(nnx.Module):
             q, k, v = block.self_attn.project(block.input_layernorm(x), positions, key)
             return block.finish(x, block.self_attn.attend(q, k, v, key, **how), key), None
 
-        x, _ = scan(self.layers, body, shard(x, "batch", None, None), keys, remat=self.remat)
-        return self.norm(x)
+        with jax.named_scope("llama"):
+            x, _ = scan(self.layers, body, shard(x, "batch", None, None), keys, remat=self.remat)
+            return self.norm(x)
 
     def for_reading(self) -> Llama:
         """This model as it reads tokens one by one the fastest, to be asked for before the loop.

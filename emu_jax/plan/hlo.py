@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from emu_jax.models import short_attention
+
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "token": 0}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
@@ -80,14 +82,23 @@ class Collective:
     group: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one instruction, each time it runs."""
+
+    flops: float
+    hbm_bytes: float
+    times: float
+    source: str = ""  # the operation of the program that it comes from
+
+
 @dataclasses.dataclass
 class Counts:
     """Of one device, over a whole run of the module."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
-    # Of each instruction, as (FLOPs, HBM bytes, times it runs): they run one after another.
-    instructions: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
+    instructions: list[Cost] = dataclasses.field(default_factory=list)  # one after another
     collectives: dict[Collective, float] = dataclasses.field(  # times each runs
         default_factory=lambda: defaultdict(float)
     )
@@ -191,7 +202,9 @@ class _Walk:
         self.counts.flops += flops * times
         self.counts.hbm_bytes += moved * times
         if flops or moved:
-            self.counts.instructions.append((flops, moved, times))
+            source = re.search(r'op_name="([^"]*)"', one.attributes)
+            name = source[1] if source else one.op
+            self.counts.instructions.append(Cost(flops, moved, times, name))
 
     # Products
 
@@ -348,8 +361,20 @@ def _splash(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], flo
     return flops
 
 
+def _short(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], float]:
+    """Attention over whole rows: so many products of [T, heads x K] with [S, heads x K]."""
+
+    def flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
+        (rows, queries, width), (_, keys, _) = shapes[:2]
+        return 2.0 * products * rows * queries * keys * width
+
+    return flops
+
+
 # Pallas kernels by the beginning of their name.
 KERNELS: dict[str, Callable[[Instruction, list[tuple[int, ...]]], float]] = {
+    short_attention.FORWARD: _short(2),
+    short_attention.BACKWARD: _short(5),
     "splash_mha_fwd": _splash(2),
     "splash_mha_dkv": _splash(5),  # with the queries' gradient: the fused kernel
     "splash_mha_dq": _splash(3),

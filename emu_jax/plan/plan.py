@@ -33,7 +33,7 @@ from emu_jax.generate import text
 from emu_jax.hardware import Topology
 from emu_jax.models.llama import KVCache, Llama
 from emu_jax.plan import hlo
-from emu_jax.plan.roofline import Network, times
+from emu_jax.plan.roofline import Network, busiest, times
 from emu_jax.sharding import MESH_AXES, Template, batch_sharding, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import train_flops
@@ -45,6 +45,8 @@ Report = dict[str, Any]
 # What `--for` names: a training step of the config's own objective or of the decoder's, or one
 # token of every row of a batch.
 PROGRAMS = ("train", "decoder", "generate")
+# Of the compiler's flags for all TPUs (launch/flags.sh) those without which it may crash.
+SAFE = {"xla_tpu_nested_dot_fusion": False, "xla_tpu_dot_dot_fusion": False}
 
 
 def devices_of(topology: Topology) -> list[Any]:
@@ -99,14 +101,8 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
         batch = abstract_batch(trainer)
-        state = trainer.state_shapes
-        kinds = {
-            "parameters": shard_bytes((state.trained, state.frozen, state.ema)),
-            "optimizer": shard_bytes(state.optimizer),
-            "batch": shard_bytes(batch),
-            "activations": kept_bytes(trainer, batch),
-        }
-        lowered = trainer.step.lower(state, batch)
+        kinds = memory_by_kind(trainer, batch)
+        lowered = trainer.step.lower(trainer.state_shapes, batch)
         return _report(cfg, topology, mesh, lowered, kinds, train_flops(cfg).total, program)
 
 
@@ -225,7 +221,7 @@ def _report(
         "hbm_limit_bytes": limit,
     }
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=SAFE)
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"\(([\d.]+)([MGT])\) exceeds available HBM", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
@@ -272,6 +268,7 @@ def _report(
         "device_flops": counts.flops,
         "hbm_traffic_bytes": counts.hbm_bytes,
         "seconds": dataclasses.asdict(t),
+        "busiest": busiest(counts, topology),
         "step_seconds_overlap": t.overlapped,
         "step_seconds_serial": t.serial,
         "mfu_overlap": model_flops / peak / t.overlapped,
@@ -300,6 +297,17 @@ def shard_bytes(tree: Any) -> float:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     ))  # fmt: skip
+
+
+def memory_by_kind(trainer: Trainer, batch: Any) -> dict[str, float]:
+    """Bytes of one device that are known without compiling: all but the step's temporaries."""
+    state = trainer.state_shapes
+    return {
+        "parameters": shard_bytes((state.trained, state.frozen, state.ema)),
+        "optimizer": shard_bytes(state.optimizer),
+        "batch": shard_bytes(batch),
+        "activations": kept_bytes(trainer, batch),
+    }
 
 
 def kept_bytes(trainer: Trainer, batch: Any) -> float:
@@ -366,6 +374,11 @@ def summary(report: Report) -> str:
         for axes, kinds in report["collective_bytes"].items():
             moved = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in kinds.items())
             lines.append(f"over {axes:7}{moved}")
+        lines.append("busiest     serial, of which products and HBM, s")
+        lines += [
+            f"  {one['serial']:7.3f} {one['compute']:7.3f} {one['hbm']:7.3f}  {one['source'][-90:]}"
+            for one in report["busiest"]
+        ]
         lines += [f"not counted: {what}" for what in report["not_counted"]]
     lines.append(f"compiled in {report['compile_seconds']:.0f} s")
     return "\n".join(lines)

@@ -129,7 +129,24 @@ def times(counts: Counts, network: Network) -> Times:
         ici=ici,
         dcn=dcn,
         instructions=sum(
-            max(flops / peak, moved / bandwidth) * often
-            for flops, moved, often in counts.instructions
+            max(one.flops / peak, one.hbm_bytes / bandwidth) * one.times
+            for one in counts.instructions
         ),
     )
+
+
+def busiest(counts: Counts, topology: Topology, most: int = 12) -> list[dict[str, Any]]:
+    """The operations of the program on which the serial bound spends its time, most first: all
+    instructions that come from one, with the seconds of products and of HBM in them."""
+    chip = topology.chip
+    peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
+    found: dict[str, dict[str, Any]] = {}
+    for one in counts.instructions:
+        products, moved = one.flops / peak * one.times, one.hbm_bytes / bandwidth * one.times
+        entry = found.setdefault(
+            one.source, {"source": one.source, "serial": 0.0, "compute": 0.0, "hbm": 0.0}
+        )
+        entry["serial"] += max(products, moved)
+        entry["compute"] += products
+        entry["hbm"] += moved
+    return sorted(found.values(), key=lambda entry: -entry["serial"])[:most]

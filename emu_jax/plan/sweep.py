@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +21,88 @@ import jax
 
 from emu_jax.config import UserError, to_dict
 from emu_jax.hardware import Topology
-from emu_jax.plan.plan import CompilerCrash, Report, devices_of, plan_apart
+from emu_jax.plan.plan import (
+    CompilerCrash,
+    Report,
+    abstract_batch,
+    devices_of,
+    memory_by_kind,
+    plan_apart,
+)
 from emu_jax.train.config import MeshConfig, TrainConfig
-from emu_jax.train.loop import mesh_for
+from emu_jax.train.flops import jaxpr_flops
+from emu_jax.train.loop import Trainer, mesh_for
 
 log = logging.getLogger(__name__)
 
-# From most memory to least, so that the first that fits computes the least again.
+# From most memory to least, and so from least computed again to most.
 POLICIES = ("dots", "minimal", "full")
-ROWS_PER_CHIP = (8, 6, 4, 3, 2, 1)
+ROWS_PER_CHIP = (16, 12, 8, 6, 4, 3, 2, 1)
 # Slices along which a scaling curve is drawn, in chips; the last of 2D ones are several slices.
 LADDERS: dict[int, tuple[tuple[str, int], ...]] = {
-    2: (("4x4", 1), ("8x8", 1), ("8x16", 1), ("16x16", 1), ("16x16", 2)),
-    3: (("2x2x4", 1), ("4x4x4", 1), ("4x4x8", 1), ("4x8x8", 1), ("8x8x8", 1), ("4x4x8", 4)),
+    2: (("4x4", 1), ("8x8", 1), ("16x16", 1), ("16x16", 2)),
+    3: (("4x4x4", 1), ("4x4x8", 1), ("8x8x8", 1)),
 }
+CURVES = ("weak", "strong")
+# Before anything was compiled for a chip: the part of its memory that temporaries take.
+TEMPORARIES = 0.2
 
 
-def settings(cfg: TrainConfig, topology: Topology) -> Iterator[tuple[TrainConfig, ...]]:
-    """Families of settings; of each the first that fits, and compiles, is the one to have."""
-    widest = _ways(cfg, topology)
-    for policy in POLICIES:
-        for fsdp in (widest, widest // 2) if widest % 2 == 0 else (widest,):
-            yield tuple(
-                dataclasses.replace(
-                    cfg,
-                    data=dataclasses.replace(cfg.data, batch_size=rows * topology.chips),
-                    mesh=MeshConfig(fsdp=fsdp, tensor=1),
-                    remat=dataclasses.replace(cfg.remat, llama=policy),
-                )
-                for rows in ROWS_PER_CHIP
-                if rows % topology.chip.devices == 0
-            )
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Settings that differ in their rows per chip alone, and what tracing one of them says."""
+
+    policy: str
+    fsdp: int
+    held: float  # bytes of a device, whatever the rows: parameters and optimizer
+    kept: float  # bytes of a device that each row of a chip adds: activations and batch
+    products: float  # seconds of a chip for each of its rows
+    network: float  # seconds of a step, whatever the rows
+
+    def setting(self, cfg: TrainConfig, topology: Topology, rows: int) -> TrainConfig:
+        return _setting(cfg, topology, self.policy, self.fsdp, rows)
 
 
-def _ways(cfg: TrainConfig, topology: Topology) -> int:
-    wide = dataclasses.replace(cfg.data, batch_size=topology.chips * topology.chip.devices)
-    free = dataclasses.replace(cfg, data=wide, mesh=MeshConfig(tensor=1))
-    return mesh_for(free, devices_of(topology)).shape["fsdp"]
+def _setting(
+    cfg: TrainConfig, topology: Topology, policy: str, fsdp: int, rows: int
+) -> TrainConfig:
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, batch_size=rows * topology.chips),
+        mesh=MeshConfig(fsdp=fsdp, tensor=1),
+        remat=dataclasses.replace(cfg.remat, llama=policy),
+    )
 
 
-def sweep(pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: bool) -> Report:
-    """Plans every setting of every topology, then the scaling of the best one.
+def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Family:
+    """Traces the step at the fewest rows; nothing is compiled."""
+    chip = topology.chip
+    rows = chip.devices
+    cfg = _setting(cfg, topology, policy, fsdp, rows)
+    mesh = mesh_for(cfg, devices_of(topology))
+    with jax.set_mesh(mesh):
+        trainer = Trainer(cfg, mesh)
+        batch = abstract_batch(trainer)
+        kinds = memory_by_kind(trainer, batch)
+        flops = jaxpr_flops(trainer.step.trace(trainer.state_shapes, batch).jaxpr.jaxpr)
+    # Of float32 parameters, each is gathered in bfloat16 for both passes, and its gradient summed.
+    passed = 3 * kinds["parameters"] * fsdp / 2 * chip.devices
+    return Family(
+        policy, fsdp,
+        held=kinds["parameters"] + kinds["optimizer"],
+        kept=(kinds["activations"] + kinds["batch"]) / rows,
+        products=flops / cfg.data.batch_size / chip.flops,
+        network=passed / (sum(topology.link_ways()) * chip.link_bandwidth),
+    )  # fmt: skip
+
+
+def sweep(
+    pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: Sequence[str] = CURVES
+) -> Report:
+    """Finds the best setting of every topology, and compiles how it scales.
+
+    Compiling is what takes time, so what is sure to lose is left out (`_Search`). Policies are
+    tried on one mesh, and the best of them on the other.
 
     Returns the best report of each topology, under its name.
 
@@ -70,38 +113,126 @@ def sweep(pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: 
     kept = _Kept(out / "sweep.json")
     best: dict[str, Report] = {}
     for cfg, topology in pairs:
-        found = []
-        for family in settings(cfg, topology):
-            for candidate in family:
-                report = kept.plan(candidate, topology)
-                if report["fits"]:
-                    found.append((report, candidate))
-                    break
-        if not found:
+        first, *others = _meshes(cfg, topology)
+        search = _Search(cfg, topology, kept)
+        search.families([family(cfg, topology, policy, first) for policy in POLICIES])
+        for fsdp in others:
+            policies = [search.best[1].policy] if search.best else POLICIES
+            search.families([family(cfg, topology, policy, fsdp) for policy in policies])
+        if search.best is None:
             raise UserError(f"no setting fits {topology}: take more chips, or a smaller model")
-        report, chosen = min(found, key=lambda pair: seconds_per_row(pair[0]))
-        best[_name(topology)] = report
-        if scaling:
-            _scale(kept, chosen, topology)
-    table = markdown(kept.used)
-    _write(out / "sweep.md", table)
-    curves = [report for report in kept.used if report["curve"]]
-    if curves:
-        draw(curves, out / "scaling.png")
+        best[_name(topology)] = search.best[0]
+        _scale(kept, cfg, topology, search.best, scaling)
+        _publish(kept.used, out)
     return {"best": best, "reports": len(kept.used), "out": str(out)}
 
 
-def _scale(kept: _Kept, chosen: TrainConfig, topology: Topology) -> None:
-    """Weak scaling (rows per chip as chosen) and strong (rows as chosen) over slices."""
-    per_chip = chosen.data.batch_size // topology.chips
+def _publish(reports: list[Report], out: Path) -> None:
+    """The table and the plot of what there is so far."""
+    _write(out / "sweep.md", markdown(reports))
+    curves = [report for report in reports if report["curve"]]
+    if curves:
+        draw(curves, out / "scaling.png")
+
+
+def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
+    """Ways of FSDP to try, the likelier first: as many as divide the model, and half of them.
+
+    XLA makes an all-reduce of a gather whose group is the whole slice: then the half goes first.
+    """
+    wide = dataclasses.replace(cfg.data, batch_size=topology.chips * topology.chip.devices)
+    free = dataclasses.replace(cfg, data=wide, mesh=MeshConfig(tensor=1))
+    devices = devices_of(topology)
+    widest = mesh_for(free, devices).shape["fsdp"]
+    ways = [widest, widest // 2] if widest % 2 == 0 else [widest]
+    return ways[::-1] if widest * topology.slices == len(devices) else ways
+
+
+class _Search:
+    """The best setting of one topology, found with few compiles.
+
+    Of a family, rows that would not fit are left out: by what is known without compiling, and
+    the temporaries of the last compile. The family that promises most goes first; one that
+    promises less than what was found is left out: by its products and its network alone, at the
+    pace of those that were compiled.
+    """
+
+    def __init__(self, cfg: TrainConfig, topology: Topology, kept: _Kept):
+        self.cfg, self.topology, self.kept = cfg, topology, kept
+        self.best: tuple[Report, Family] | None = None
+        self.last: Report | None = None  # that says what its temporaries take
+        self.pace = {"compute": 1.0, "ici": 1.0}  # seconds compiled, over those promised
+        self.limit = topology.chip.hbm_bytes / topology.chip.devices
+
+    def families(self, families: Iterable[Family]) -> None:
+        waiting = sorted(families, key=self.promise)
+        while waiting:
+            one = waiting.pop(0)
+            if self.best and self.promise(one) >= seconds_per_row(self.best[0]):
+                log.info("%s: left out, it promises no less time", self.name(one))
+            else:
+                self.family(one)
+                waiting.sort(key=self.promise)
+
+    def family(self, one: Family) -> None:
+        """Compiles from the most rows that may fit downwards, to the first that does."""
+        for rows in self.rows():
+            if not self.may_fit(one, rows):
+                continue
+            report = self.kept.plan(one.setting(self.cfg, self.topology, rows), self.topology)
+            if not report.get("crashed"):
+                self.last = report
+            if report["fits"]:
+                for kind, promised in (("compute", one.products * rows), ("ici", one.network)):
+                    if promised:
+                        self.pace[kind] = report["seconds"][kind] / promised
+                if self.best is None or seconds_per_row(report) < seconds_per_row(self.best[0]):
+                    self.best = (report, one)
+                return
+
+    def promise(self, one: Family) -> float:
+        """Seconds of a row on a chip, as `seconds_per_row`; HBM traffic comes on top."""
+        rows = next((rows for rows in self.rows() if self.may_fit(one, rows)), 0)
+        if not rows:
+            return math.inf
+        products = one.products * rows * self.pace["compute"]
+        network = one.network * self.pace["ici"]
+        return (max(products, network) + products + network) / 2 / rows
+
+    def rows(self) -> list[int]:
+        return [rows for rows in ROWS_PER_CHIP if rows % self.topology.chip.devices == 0]
+
+    def may_fit(self, one: Family, rows: int) -> bool:
+        """Half of the temporaries grow with the rows, as a guess; a tenth is taken off, since
+        what fits after all is worth a compile."""
+        temporaries = TEMPORARIES * self.limit
+        if self.last:
+            there = self.last["hbm_by_kind"]["temporaries"]
+            temporaries = 0.9 * there * (1 + rows / self.last["rows_per_chip"]) / 2
+        return one.held + one.kept * rows + temporaries <= self.limit
+
+    def name(self, one: Family) -> str:
+        return f"{_name(self.topology)}, fsdp {one.fsdp}, {one.policy}"
+
+
+def _scale(
+    kept: _Kept, cfg: TrainConfig, topology: Topology, best: tuple[Report, Family],
+    curves: Sequence[str],
+) -> None:  # fmt: skip
+    """Weak scaling (rows per chip of the best) and strong (its rows) over slices that hold it."""
+    report, chosen = best
     for shape, slices in LADDERS[topology.chip.torus_axes]:
         other = Topology.parse(f"{topology.chip_name}:{shape}", slices)
-        for curve, rows in (("weak", per_chip * other.chips), ("strong", chosen.data.batch_size)):
-            if rows % (other.chips * topology.chip.devices):
+        for curve, rows in (
+            ("weak", report["rows"] // topology.chips * other.chips), ("strong", report["rows"]),
+        ):  # fmt: skip
+            per_chip, rest = divmod(rows, other.chips)
+            if curve not in curves or rest or per_chip % topology.chip.devices:
                 continue  # fewer rows than chips
-            mesh = MeshConfig(fsdp=min(chosen.mesh.fsdp, other.chips // slices), tensor=1)
-            data = dataclasses.replace(chosen.data, batch_size=rows)
-            kept.plan(dataclasses.replace(chosen, data=data, mesh=mesh), other, curve)
+            devices = other.chips // slices * topology.chip.devices
+            one = family(cfg, other, chosen.policy, min(chosen.fsdp, devices))
+            if one.held + one.kept * per_chip <= topology.chip.hbm_bytes / topology.chip.devices:
+                kept.plan(one.setting(cfg, other, per_chip), other, curve)
 
 
 def seconds_per_row(report: Report) -> float:
@@ -129,8 +260,7 @@ class _Kept:
         return report
 
     def _plan(self, cfg: TrainConfig, topology: Topology, curve: str) -> Report:
-        setting = [to_dict(cfg), str(topology), topology.slices, jax.__version__]
-        key = json.dumps(setting, sort_keys=True)
+        key = _key(cfg, topology)
         for report in self.reports:
             if report["key"] == key and report["curve"] == curve:
                 return report
@@ -158,6 +288,11 @@ class _Kept:
             time.monotonic() - started,
         )  # fmt: skip
         return report
+
+
+def _key(cfg: TrainConfig, topology: Topology) -> str:
+    setting = to_dict(dataclasses.replace(cfg, tuned={}))
+    return json.dumps([setting, str(topology), topology.slices, jax.__version__], sort_keys=True)
 
 
 def _name(topology: Topology) -> str:
@@ -222,6 +357,33 @@ def draw(reports: list[Report], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=130)
     temporary.rename(path)
+
+
+# Between these lines of a page stands the table, as the sweep wrote it.
+BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
+
+
+def put_on_page(out: Path, page: Path) -> None:
+    """Replaces what stands between `BEGIN` and `END` in `page` by the sweep's table, and copies
+    its plot beside it.
+
+    Raises:
+        UserError: no such page, or it has no place for a table.
+    """
+    try:
+        text = page.read_text()
+    except OSError as error:
+        raise UserError(f"{page}: {error.strerror}") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{page}: no lines {BEGIN} and {END} for the table to stand between")
+    _write(page, f"{before}{BEGIN}\n{(out / 'sweep.md').read_text()}{END}{after}")
+    plot = out / "scaling.png"
+    if plot.exists():
+        temporary = page.with_name(f".{plot.name}.tmp")
+        shutil.copyfile(plot, temporary)
+        temporary.rename(page.with_name(plot.name))
 
 
 def _write(path: Path, text: str) -> None:

@@ -159,8 +159,9 @@ class Trainer:
         (loss, metrics), grads = self.gradients(state, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
         ema = state.ema
         if ema:
             # A short memory at first, so that the initial weights are soon forgotten.

@@ -1,0 +1,110 @@
+"""Attention over short rows on TPUs: a Pallas kernel that holds whole rows in VMEM.
+
+The visual encoder's rows have 257 positions and heads of 88: splash attention's tiles of 128
+would pad them to 3.3 times the products and move them through HBM heads first. Here a program
+of the grid takes one row as the tower has it, [positions, heads x head width], and goes through
+its heads: scores and weights never leave the chip, and nothing is transposed or padded. The
+backward pass computes the weights again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+# Positions of a row, queries or keys, that the kernel takes: a head's scores are a few MiB.
+LONGEST = 512
+
+# Names of the kernels, as a compiled module has them.
+FORWARD, BACKWARD = "short_attention_fwd", "short_attention_bwd"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def short_attention(
+    q: Float[Array, "B T D"], k: Float[Array, "B S D"], v: Float[Array, "B S D"],
+    heads: int, scale: float, interpret: bool = False,
+) -> Float[Array, "B T D"]:  # fmt: skip
+    """softmax(scale q k^T) v for each of `heads` equal parts of D, the softmax in float32 and
+    the weights in v's dtype, as `attention.attention` has them. No mask."""
+    return _call(_forward, FORWARD, (q, k, v), (q,), heads, scale, interpret)[0]
+
+
+def _save(q, k, v, heads, scale, interpret):
+    return short_attention(q, k, v, heads, scale, interpret), (q, k, v)
+
+
+def _gradients(heads, scale, interpret, kept, d_out):
+    return _call(_backward, BACKWARD, (*kept, d_out), kept, heads, scale, interpret)
+
+
+short_attention.defvjp(_save, _gradients)
+
+
+def _call(
+    kernel: Callable[..., None], name: str, inputs: tuple[jax.Array, ...],
+    results: tuple[jax.Array, ...], heads: int, scale: float, interpret: bool,
+) -> Any:  # fmt: skip
+    """Runs `kernel` on one row after another; its results are shaped like `results`."""
+    rows, queries, width = inputs[0].shape
+    keys = inputs[1].shape[1]
+    products = 2 if kernel is _forward else 5
+    block = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda row: (row, 0, 0))  # noqa: E731
+    return pl.pallas_call(
+        functools.partial(kernel, heads=heads, scale=scale),
+        name=name,
+        grid=(rows,),
+        in_specs=[block(x) for x in inputs],
+        out_specs=[block(x) for x in results],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * rows * queries * keys * width,
+            transcendentals=rows * heads * queries * keys,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *results)),
+        ),
+        interpret=interpret,
+    )(*inputs)
+
+
+def _forward(q, k, v, out, *, heads: int, scale: float) -> None:
+    for part in _parts(q, heads):
+        weights = _weights(q[part], k[part], scale).astype(v.dtype)
+        out[part] = _dot(weights, v[part], 1, 0).astype(out.dtype)
+
+
+def _backward(q, k, v, d_out, dq, dk, dv, *, heads: int, scale: float) -> None:
+    for part in _parts(q, heads):
+        weights = _weights(q[part], k[part], scale)
+        dv[part] = _dot(weights.astype(v.dtype), d_out[part], 0, 0).astype(dv.dtype)
+        d_weights = _dot(d_out[part], v[part], 1, 1)
+        d_scores = weights * (d_weights - jnp.sum(weights * d_weights, axis=1, keepdims=True))
+        d_scores = (d_scores * scale).astype(q.dtype)
+        dq[part] = _dot(d_scores, k[part], 1, 0).astype(dq.dtype)
+        dk[part] = _dot(d_scores, q[part], 0, 0).astype(dk.dtype)
+
+
+def _parts(block, heads: int) -> list[tuple[int, slice, slice]]:
+    """Where each head stands in a block [1, positions, D]. Written out, not a loop: Mosaic
+    reads lanes from 88 on where that number is known."""
+    width = block.shape[-1] // heads
+    return [(0, slice(None), slice(h * width, (h + 1) * width)) for h in range(heads)]
+
+
+def _weights(q: Float[Array, "T K"], k: Float[Array, "S K"], scale: float) -> Float[Array, "T S"]:
+    scores = _dot(q, k, 1, 1) * scale
+    weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
+    """The product that sums over axis `of_a` of `a` and `of_b` of `b`, in float32."""
+    return jax.lax.dot_general(
+        a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32
+    )
