@@ -46,7 +46,7 @@ Report = dict[str, Any]
 # token of every row of a batch.
 PROGRAMS = ("train", "decoder", "generate")
 # Of the compiler's flags for all TPUs (launch/flags.sh) those without which it may crash.
-SAFE = {"xla_tpu_nested_dot_fusion": False, "xla_tpu_dot_dot_fusion": False}
+SAFE: dict[str, str | bool] = {"xla_tpu_nested_dot_fusion": False, "xla_tpu_dot_dot_fusion": False}
 
 
 def devices_of(topology: Topology) -> list[Any]:
