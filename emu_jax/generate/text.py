@@ -425,7 +425,8 @@ class Search(NamedTuple):
         else:
             best, index = jax.lax.top_k(scores.reshape(batch, beams * vocab), 2 * beams)
             # Or XLA's CPU compiler, mixing what follows into it, sorts the whole vocabulary.
-            best, index = jax.lax.optimization_barrier((best, index))
+            # One barrier each: XLA aborts on a sharded top_k whose tuple goes into one whole.
+            best, index = map(jax.lax.optimization_barrier, (best, index))
         parents, tokens = index // vocab, index % vocab  # [B, 2 K]
         ends = tokens == plan.tokens.eos
         sequences = jnp.take_along_axis(self.sequences, parents[..., None], axis=1)
