@@ -245,6 +245,19 @@ def test_batched_products_written_as_convolutions():
     assert hlo.count(text).flops == 2 * 64 * 16 * 257 * 129 * 88
 
 
+def test_a_part_that_is_fetched_ahead_counts_as_that_part():
+    """4 KiB of an array that waits in HBM, fetched to the chip's own memory, and to HBM."""
+    text = (
+        "ENTRY %m (a: s8[65536]) -> () {\n"
+        "  %a = s8[65536]{0} parameter(0)\n"
+        "  %near = ((s8[65536]{0}), s8[4096]{0:S(1)}, s32[]{:S(2)}) slice-start(%a), "
+        "slice={[0:4096]}\n"
+        "  %far = ((s8[65536]{0}), s8[4096]{0}, s32[]{:S(2)}) slice-start(%a), slice={[0:4096]}\n"
+        "}\n"
+    )
+    assert hlo.count(text).hbm_bytes == 4096 + 2 * 4096
+
+
 def test_the_kernel_of_short_rows_by_hand():
     """The visual encoder's attention: products of what is there, and its operands' bytes."""
     x = "bf16[2,257,1408]{2,1,0:T(8,128)(2,1)}"

@@ -27,7 +27,7 @@ zeros = jax.nn.initializers.zeros
 
 
 class VisionAttention(nnx.Module):
-    """Self-attention with one fused qkv product; q and v have a bias, k has none."""
+    """Self-attention; q, k and v share a parameter; q and v have a bias, k has none."""
 
     def __init__(self, cfg: VisionConfig, *, backend: str, rngs: nnx.Rngs):
         # [in, (q, k, v), heads x head width]: splitting heads never mixes q with k.
@@ -39,12 +39,11 @@ class VisionAttention(nnx.Module):
         self.head_width, self.backend = cfg.head_width, backend
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        qkv = jnp.einsum("bpd,dce->cbpe", x, self.qkv[...].astype(x.dtype))
-        q = qkv[0] + self.q_bias[...].astype(x.dtype)
-        v = qkv[2] + self.v_bias[...].astype(x.dtype)
+        # Three products, not one whose result would be cut into copies.
+        q, k, v = (x @ self.qkv[...][:, part].astype(x.dtype) for part in range(3))
+        q, v = (a + bias[...].astype(x.dtype) for a, bias in ((q, self.q_bias), (v, self.v_bias)))
         q, k, v = (
-            rearrange(keep(a, QKV), "b p (h k) -> b p h k", k=self.head_width)
-            for a in (q, qkv[1], v)
+            rearrange(keep(a, QKV), "b p (h k) -> b p h k", k=self.head_width) for a in (q, k, v)
         )
         out = attention(q, k, v, scale=self.head_width**-0.5, backend=self.backend)
         return keep(self.proj(rearrange(out, "b p h k -> b p (h k)")), ADDED)

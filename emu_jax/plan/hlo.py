@@ -239,6 +239,8 @@ class _Walk:
             return 2 * _hbm(one.arrays)
         if one.op in ("dynamic-update-slice", "scatter"):
             return 2 * sum(map(_hbm, operands[1:]))
+        if one.op == "slice-start":  # names (operands, result, context)
+            return one.arrays[1].bytes + _hbm(one.arrays[1:2])
         if one.op in ("copy-start", "copy"):
             # An asynchronous copy names (destination, source, context).
             return _hbm(one.arrays[:1]) + sum(map(_hbm, operands[:1]))

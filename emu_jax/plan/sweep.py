@@ -231,7 +231,10 @@ def _scale(
                 continue  # fewer rows than chips
             devices = other.chips // slices * topology.chip.devices
             one = family(cfg, other, chosen.policy, min(chosen.fsdp, devices))
-            if one.held + one.kept * per_chip <= topology.chip.hbm_bytes / topology.chip.devices:
+            needed = one.held + one.kept * per_chip
+            if curve == "weak":
+                needed += 0.9 * report["hbm_by_kind"]["temporaries"]
+            if needed <= topology.chip.hbm_bytes / topology.chip.devices:
                 kept.plan(one.setting(cfg, other, per_chip), other, curve)
 
 
