@@ -701,6 +701,16 @@ def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
     assert relative_error(ours, small.regress(["one two"])) < 0.1
 
 
+def test_beams_are_the_same_over_sharded_rows(model, words, small):
+    mesh = make_mesh(fsdp=8)
+    place = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), mesh)
+    params = jax.device_put(place.params(model), place.shardings)
+    sharded = Emu(place.module(params), words, mesh=mesh)
+    beams = {"num_beams": 3, "max_new_tokens": 5}
+    ids = small.generate_ids(MIXED_PROMPTS, **beams)
+    np.testing.assert_array_equal(sharded.generate_ids(MIXED_PROMPTS, **beams), ids)
+
+
 @pytest.mark.slow
 def test_seeds_reproduce_on_every_mesh(model, words, small):
     """Sampled text and continuations exactly, pictures to one level of 255."""
