@@ -258,6 +258,22 @@ def test_a_part_that_is_fetched_ahead_counts_as_that_part():
     assert hlo.count(text).hbm_bytes == 4096 + 2 * 4096
 
 
+@pytest.mark.parametrize("batch, before", [(2, "2,"), (1, "")])
+def test_the_kernel_of_long_rows_by_hand(batch, before):
+    """Causal splash attention in blocks of 1,024: three of four are visited. One row has no axis
+    of rows."""
+    x, blocks = f"bf16[{before}40,2048,128]", "s32[1,2,2]"
+    text = (
+        f"ENTRY %m (a: {blocks}, q: {x}, k: {x}, v: {x}) -> () {{\n"
+        f"  %a = {blocks} parameter(0)\n"
+        + "".join(f"  %{name} = {x} parameter({n + 1})\n" for n, name in enumerate("qkv"))
+        + f"  %splash_mha_fwd_residuals.7 = {x} custom-call(%a, %q, %k, %v), "
+        'custom_call_target="tpu_custom_call"\n}\n'
+    )
+    counts = hlo.count(text)
+    assert counts.flops == 2 * 2 * batch * 40 * 2048**2 * 128 * 3 / 4 and not counts.unknown
+
+
 def test_the_kernel_of_short_rows_by_hand():
     """The visual encoder's attention: products of what is there, and its operands' bytes."""
     x = "bf16[2,257,1408]{2,1,0:T(8,128)(2,1)}"

@@ -353,9 +353,14 @@ def _splash(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], flo
     """Splash attention: so many products of [queries, K] with [keys, K], masked blocks left out."""
 
     def flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
-        batch, heads, length, width = next(shape for shape in shapes if len(shape) == 4)
+        # [batch, heads, T, K]; XLA drops a batch of one.
+        queries = next((shape for shape in shapes if len(shape) == 4), None)
+        queries = queries or max((s for s in shapes if len(s) == 3), key=math.prod)
+        batch, heads, length, width = (1, *queries)[-4:]
         # Blocks [kv, q] are listed for the kernel; under a causal mask it visits the lower half.
-        mask = next((shape for shape in shapes if len(shape) == 3 and shape[0] in (1, heads)), None)
+        mask = next(
+            (s for s in shapes if len(s) == 3 and s[0] in (1, heads) and s != queries), None
+        )
         blocks = mask[-1] if mask else 1
         visited = (blocks + 1) / (2 * blocks)
         return 2.0 * products * batch * heads * length * length * width * visited
