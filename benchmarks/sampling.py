@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from emu_jax import bench, diffusion
-from emu_jax.config import EmuConfig, UNetConfig, digits
+from emu_jax.config import EmuConfig, UNetConfig, UserError, digits, suggest
 from emu_jax.convert import export
 
 floors, language = bench.load("floors"), bench.load("text_generation")
@@ -38,6 +38,8 @@ GUIDANCE = 7.5
 def run(
     size: str = "56M", steps: int = 50, turns: int = 5, rows: int = 1, dtype: str = "float32"
 ) -> dict:
+    if size not in SIZES:
+        raise UserError(f"no size {size!r}{suggest(size, SIZES)}")
     torch = language.torch_or_missing()
     small = language.config("digits")  # nothing but its denoiser is used
     cfg = dataclasses.replace(small, unet=SIZES[size], vae=None)

@@ -3,7 +3,7 @@
 Weak scaling gives every device the same rows; strong scaling shares the rows of all devices out
 over fewer. Each number of devices takes its steps by itself, since the states of all would not
 fit side by side: `turns` steps after one that is not counted. Efficiency is tokens a second of a
-device over those of one device in weak scaling.
+device over those of the curve's fewest devices.
 
 With `--set scaling.sweep=OUT/sweep.json`, what `emu-jax plan --sweep --out OUT` kept, the curves
 of this kind of chip are drawn behind the measured points. A CPU has no entry in
@@ -22,17 +22,20 @@ Several hosts: the same command on each, with the variables that `emu-jax train`
 import gc
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from emu_jax import bench
 from emu_jax.config import UserError
 from emu_jax.hardware import chip_name
 from emu_jax.train.config import TrainConfig
+from emu_jax.train.flops import train_flops
 from emu_jax.train.loop import initialize_distributed
 
 log = logging.getLogger("emu_jax")
@@ -48,12 +51,16 @@ def run(
 ) -> dict:  # fmt: skip
     initialize_distributed()
     kind = jax.devices()[0].device_kind
-    predicted = predictions(Path(sweep), chip_name(kind)) if sweep else []
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     most = devices or len(jax.devices())
-    if most > len(jax.devices()):
-        raise UserError(f"scaling.devices is {most}, here are {len(jax.devices())}")
+    if not 1 <= most <= len(jax.devices()) or turns < 1:
+        raise UserError(
+            f"scaling.devices is {most} and scaling.turns {turns}: at least 1, and here are "
+            f"{len(jax.devices())} devices"
+        )
     cfg = lambda n: step.settings(config, n, tokens, pictures, dtype, remat)  # noqa: E731
+    row_flops = train_flops(cfg(1)).total
+    predicted = predictions(Path(sweep), chip_name(kind), row_flops) if sweep else []
     points = measure(cfg, counts(most), rows, turns)
     return {
         "config": config, "dtype": dtype, "device": kind, "hosts": jax.process_count(),
@@ -93,8 +100,9 @@ def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
 
 
 def steps(cfg: TrainConfig, devices: int, turns: int) -> dict[str, float]:
-    """Seconds of a step on the first `devices`; a process that has none of them waits."""
-    taken = [0.0]
+    """Seconds of a step on the first `devices`, as the first process has them, which has one in
+    any case; a process that has none waits."""
+    taken = [0.0] * turns
     if jax.process_index() in {d.process_index for d in jax.devices()[:devices]}:
         ours = step.Ours(cfg, step.documents(cfg), devices)
         ours.step()
@@ -105,12 +113,11 @@ def steps(cfg: TrainConfig, devices: int, turns: int) -> dict[str, float]:
             taken.append(time.perf_counter() - began)
         del ours
         gc.collect()
-    multihost_utils.sync_global_devices(f"scaling {devices} {cfg.data.batch_size}")
-    return bench.median(taken)
+    return bench.median(multihost_utils.broadcast_one_to_all(np.array(taken)).tolist())
 
 
-def predictions(path: Path, chip: str) -> list[dict]:
-    """The curves of `chip` in a sweep.
+def predictions(path: Path, chip: str, row_flops: float) -> list[dict]:
+    """The curves of `chip` in a sweep, of a model whose step takes `row_flops` for a row.
 
     Raises:
         UserError: the file cannot be read, or has none.
@@ -122,10 +129,16 @@ def predictions(path: Path, chip: str) -> list[dict]:
     found = [
         {key: report[key] for key in PREDICTED}
         for report in reports
-        if report.get("fits") and report.get("curve") and report["topology"].startswith(f"{chip}:")
+        if report.get("fits")
+        and report.get("curve")
+        and report["topology"].startswith(f"{chip}:")
+        and math.isclose(report["model_flops"] / report["rows"], row_flops, rel_tol=1e-6)
     ]
     if not chip or not found:
-        raise UserError(f"--set scaling.sweep={path}: no curve of {chip or 'this device'} is in it")
+        raise UserError(
+            f"--set scaling.sweep={path}: no curve of {chip or 'this device'} for this model and "
+            "size of a row is in it"
+        )
     return found
 
 

@@ -131,7 +131,7 @@ def table(figures: dict) -> str:
     )
     if "loss_difference" in f:
         sizes += f" Losses from the same weights differ by {f['loss_difference']:.0e}."
-    head = ("Step", "Seconds", "Tokens/s", "Model FLOPs of peak", "emu_jax is faster by")
+    head = ("Step", "Seconds", "Tokens/s", "Model FLOPs of peak", "emu_jax is times as fast")
     return bench.markdown(head, rows) + "\n\n" + sizes
 
 

@@ -29,15 +29,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from emu_jax.config import UserError, shipped, suggest
+from emu_jax.config import UserError, shipped, suggest, write_text
 
 log = logging.getLogger("emu_jax")
 
 Figures = dict[str, Any]
 OUT = Path("runs/bench")  # where plots go, unless told otherwise
-# Seconds between parts: the threads of libraries go on spinning after their work, for 0.2 s those
-# of OpenMP (KMP_BLOCKTIME), and would take the processor from the next part.
-PAUSE = 0.3
 
 
 class Missing(UserError):
@@ -92,6 +89,8 @@ def run(
         UserError: there is no such benchmark or setting, `write` has no place for one, or one
             that was named cannot run here.
     """
+    import jax
+
     modules = {name: load(name) for name in names or benchmarks()}
     chosen = _settings(settings, modules)
     page = Page(write) if write else None
@@ -108,6 +107,8 @@ def run(
             log.info("bench %s: left out: %s", name, error)
             continue
         results[name] = figures
+        if jax.process_index():
+            continue  # the first of several hosts writes
         if page:
             words = [setting for setting in settings if setting.startswith(f"{name}.")]
             command = " ".join(["emu-jax bench", name, *(f"--set {word}" for word in words)])
@@ -144,27 +145,32 @@ def take_turns(
     parts: Mapping[str, Callable[[], Any]], turns: int = 5, *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds that each part takes at each turn, every second turn in reverse order. A first turn
-    is not counted: what must be compiled is, caches fill, files are mapped.
+    """Seconds that each part takes at each turn, every second turn in reverse order. A part runs
+    once, not counted, right before it is timed: it compiles what must be, and finds caches and
+    memory as it left them itself, not as the part before did.
 
     Args:
         parts: each does its work and waits for its end. What returns a number has done so many
             of something: its seconds are those of one.
         clock: seconds; `time.process_time` for a core's work, whoever else is on it.
+
+    Raises:
+        UserError: no turns.
     """
+    if turns < 1:
+        raise UserError(f"turns cannot be {turns}: at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(turns + 1):
+    for turn in range(turns):
         progress = []
         for name in list(parts)[:: 1 if turn % 2 == 0 else -1]:
-            time.sleep(PAUSE)
+            parts[name]()
             began = clock()
             done = parts[name]()
             taken = clock() - began
             seconds[name].append(taken / (1 if done is None else float(done)))
             progress.append(f"{name} {taken:.3g} s")
-        turn_of = f"turn {turn} of {turns}" if turn else "first turn, not counted"
-        log.info("%s: %s", turn_of, ", ".join(progress))
-    return {name: taken[1:] for name, taken in seconds.items()}
+        log.info("turn %d of %d: %s", turn + 1, turns, ", ".join(progress))
+    return seconds
 
 
 def median(values: Sequence[float]) -> dict[str, float]:
@@ -203,7 +209,8 @@ def shown(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict) and value.keys() == {"median", "spread"}:
-        return f"{shown(value['median'])} ± {value['spread']:.2g}"
+        spread = value["spread"]
+        return f"{shown(value['median'])} ± {float(f'{spread:.2g}'):,g}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) >= 1000:
             return f"{value:,.0f}"
@@ -233,9 +240,13 @@ class Page:
     def check(self, names: Any) -> None:
         """
         Raises:
-            UserError: the file is missing, or has no place for one of the benchmarks.
+            UserError: the file is missing, or has no place for one of the benchmarks; or what is
+                kept beside it is no JSON.
         """
-        text = self.path.read_text()
+        try:
+            text, _ = self.path.read_text(), self.records()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--write {self.path}: {error}") from None
         for name in names:
             if not self._place(name).search(text):
                 raise UserError(
@@ -250,11 +261,11 @@ class Page:
     def update(self, name: str, record: Figures) -> None:
         """Keeps a benchmark's record, and writes its table and its plot, no other's."""
         records = dict(sorted((self.records() | {name: record}).items()))
-        _write(self.kept, json.dumps(records, indent=1) + "\n")
+        write_text(self.kept, json.dumps(records, indent=1) + "\n")
         module = load(name)
         if hasattr(module, "plot"):
             module.plot(record["figures"], self._plot(name))
-        _write(self.path, self.rendered(self.path.read_text(), {name: record}))
+        write_text(self.path, self.rendered(self.path.read_text(), {name: record}))
 
     def rendered(self, text: str, records: Mapping[str, Figures]) -> str:
         """`text` with the tables of `records`."""
@@ -280,12 +291,6 @@ class Page:
     @staticmethod
     def _place(name: str) -> re.Pattern[str]:
         return re.compile(rf"(<!-- bench {re.escape(name)} -->)\n.*?(<!-- /bench -->)", re.DOTALL)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
 
 
 # What figures may depend on, where it is installed.

@@ -356,11 +356,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"config key {where!r} must be {hint.__name__}, not {value!r}")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
 def save_json(config: Any, path: Path) -> None:
     """Writes `config` atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    temporary.rename(path)
+    write_text(path, json.dumps(to_dict(config), indent=1) + "\n")
 
 
 def load_json(cls: type, path: Path) -> Any:

@@ -90,13 +90,14 @@ def test_what_cannot_run_here(folder, caplog):
         bench.run(["slow"])
 
 
-def test_turns_are_taken_in_alternating_order(monkeypatch):
-    monkeypatch.setattr(bench, "PAUSE", 0.0)
+def test_turns_are_taken_in_alternating_order():
     time, order = itertools.count(), []
     parts = {"a": lambda: order.append("a"), "b": lambda: order.append("b") or 4}
     seconds = bench.take_turns(parts, 3, clock=lambda: float(next(time)))
-    assert "".join(order) == "abbaabba"
+    assert "".join(order) == "aabb" + "bbaa" + "aabb"  # each once before it is timed
     assert seconds == {"a": [1.0] * 3, "b": [0.25] * 3}  # b does four at a time
+    with pytest.raises(UserError, match="turns cannot be 0"):
+        bench.take_turns(parts, 0)
 
 
 def test_ratio_and_spread():
@@ -226,15 +227,17 @@ def test_scaling_over_devices(monkeypatch, tmp_path):
     report = {
         "fits": True, "curve": "weak", "topology": "v5e:4x4", "slices": 1, "chips": 16,
         "rows_per_chip": 1, "tokens_per_second": 1e5, "tokens_per_second_overlap": 2e5,
+        "rows": 16, "model_flops": 16e9,
     }  # fmt: skip
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps([report, report | {"fits": False}, report | {"curve": ""}]))
-    figures["predicted"] = scaling.predictions(path, "v5e")
+    figures["predicted"] = scaling.predictions(path, "v5e", 1e9)
     assert len(figures["predicted"]) == 1
     scaling.plot(figures, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
-    with pytest.raises(UserError, match="no curve of v6e"):
-        scaling.predictions(path, "v6e")
+    for chip, row_flops in (("v6e", 1e9), ("v5e", 2e9)):
+        with pytest.raises(UserError, match=f"no curve of {chip} for this model"):
+            scaling.predictions(path, chip, row_flops)
     with pytest.raises(UserError, match="scaling.devices is 99"):
         scaling.run(devices=99)
 
