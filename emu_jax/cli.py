@@ -555,13 +555,15 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         if args.sweep:
             if args.program != "train":
                 raise UserError("--sweep plans the config's own step: leave out --for")
-            from emu_jax.plan.sweep import CURVES, put_on_page, sweep
+            from emu_jax.plan.sweep import CURVES, put_on_page, read_page, sweep
 
             curves = [] if args.scaling == "none" else args.scaling.split(",")
             for curve in curves:
                 if curve not in CURVES:
                     known = [*CURVES, "none"]
                     raise UserError(f"--scaling {curve!r} is not known{suggest(curve, known)}")
+            if args.page:
+                read_page(args.page)  # before hours of compiling
             pairs = list(zip(configs, topologies, strict=True))
             result = sweep(pairs, args.out, scaling=curves)
             if args.page:
@@ -573,6 +575,8 @@ def plan(parser: argparse.ArgumentParser) -> Run:
             return result
         if len(topologies) > 1:
             raise UserError("several topologies are for --sweep: give one")
+        if args.page:
+            raise UserError("--page takes the table of a --sweep: add it, or leave it out")
         report = planning.plan_apart(configs[0], topologies[0], args.program)
         if not args.json:
             print(planning.summary(report))

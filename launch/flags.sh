@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The compiler's flags, by accelerator: the one place that names any. Prints what to export:
+# The compiler's flags, by accelerator: the one place that names any, but for two that `emu-jax
+# plan` cannot do without (`SAFE` in emu_jax/plan/plan.py). Prints what to export:
 #
 #   source <(launch/flags.sh v5p)             # one slice
 #   source <(launch/flags.sh v5e 2)           # two slices

@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -16,7 +19,7 @@ from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
 from emu_jax.models.attention import XLA_BLOCK
 from emu_jax.plan import hlo
-from emu_jax.plan.plan import SAFE, CompilerCrash, abstract_batch, apart
+from emu_jax.plan.plan import SAFE, CompilerCrash, _report, abstract_batch, apart
 from emu_jax.plan.roofline import Network, busiest, times
 from emu_jax.plan.sweep import BEGIN, END, Family, draw, family, markdown, put_on_page, sweep
 from emu_jax.sharding import choose_mesh, make_mesh
@@ -469,7 +472,8 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
 
     before = len(asked)
     again_found = sweep(pairs, tmp_path, scaling=["weak", "strong"])
-    assert again_found["best"] == found["best"] and len(asked) == before  # all was kept
+    assert again_found["best"] == found["best"]
+    assert asked[before:] == [("v5e:4x4", 1, "full", 3, 16)]  # all but the crash was kept
     monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", lambda *_: {**pretend(*_), "fits": False})
     with pytest.raises(UserError, match="no setting fits v5e:2x2"):
         sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
@@ -527,6 +531,19 @@ def test_a_crash_of_the_compiler_is_one_line_and_not_the_end():
 
 
 def test_a_plan_is_compiled_with_the_flags_that_keep_the_compiler_from_crashing():
+    class Lowered:
+        def compile(self, compiler_options):
+            assert compiler_options == SAFE
+            raise Compiled
+
+    class Compiled(Exception):
+        pass
+
+    cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
+    mesh: Any = SimpleNamespace(size=4, devices=np.zeros((1, 4, 1)))
+    lowered: Any = Lowered()
+    with pytest.raises(Compiled):
+        _report(cfg, topology, mesh, lowered, {}, 1.0, "train")
     for chip in ("v5e", "v5p", "v6e", "tpu7x"):
         done = subprocess.run(
             [ROOT / "launch" / "flags.sh", chip], capture_output=True, text=True, check=True
@@ -588,7 +605,6 @@ def test_scanned_and_unrolled_builds_count_the_same():
     code = """
 import jax, jax.numpy as jnp, json
 from emu_jax.hardware import Topology
-from emu_jax.models.attention import XLA_BLOCK
 from emu_jax.plan import hlo
 from emu_jax.plan.plan import devices_of
 from jax.sharding import SingleDeviceSharding

@@ -240,7 +240,8 @@ class _Walk:
         if one.op in ("dynamic-update-slice", "scatter"):
             return 2 * sum(map(_hbm, operands[1:]))
         if one.op == "slice-start":  # names (operands, result, context)
-            return one.arrays[1].bytes + _hbm(one.arrays[1:2])
+            source, result = one.arrays[:2]
+            return result.bytes * (source.in_hbm + result.in_hbm)
         if one.op in ("copy-start", "copy"):
             # An asynchronous copy names (destination, source, context).
             return _hbm(one.arrays[:1]) + sum(map(_hbm, operands[:1]))

@@ -11,17 +11,20 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from emu_jax.config import UserError, to_dict
+from emu_jax.config import UserError, to_dict, write_text
 from emu_jax.hardware import Topology
 from emu_jax.plan.plan import (
+    SAFE,
     CompilerCrash,
     Report,
     abstract_batch,
@@ -129,7 +132,7 @@ def sweep(
 
 def _publish(reports: list[Report], out: Path) -> None:
     """The table and the plot of what there is so far."""
-    _write(out / "sweep.md", markdown(reports))
+    write_text(out / "sweep.md", markdown(reports))
     curves = [report for report in reports if report["curve"]]
     if curves:
         draw(curves, out / "scaling.png")
@@ -281,7 +284,9 @@ class _Kept:
             }  # fmt: skip
         report |= {"key": key, "curve": curve}
         self.reports.append(report)
-        _write(self.path, json.dumps(self.reports))
+        # A crash may have been the host's: tried again when the sweep goes on.
+        whole = [r for r in self.reports if not r.get("crashed")]
+        write_text(self.path, json.dumps(whole))
         verdict = "the compiler crashed" if report.get("crashed") else "does not fit"
         if report["fits"]:
             verdict = f"MFU {report['mfu_serial']:.3f} to {report['mfu_overlap']:.3f}"
@@ -295,7 +300,8 @@ class _Kept:
 
 def _key(cfg: TrainConfig, topology: Topology) -> str:
     setting = to_dict(dataclasses.replace(cfg, tuned={}))
-    return json.dumps([setting, str(topology), topology.slices, jax.__version__], sort_keys=True)
+    compiler = [jax.__version__, version("libtpu"), os.environ.get("LIBTPU_INIT_ARGS", ""), SAFE]
+    return json.dumps([setting, str(topology), topology.slices, *compiler], sort_keys=True)
 
 
 def _name(topology: Topology) -> str:
@@ -366,9 +372,8 @@ def draw(reports: list[Report], path: Path) -> None:
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 
 
-def put_on_page(out: Path, page: Path) -> None:
-    """Replaces what stands between `BEGIN` and `END` in `page` by the sweep's table, and copies
-    its plot beside it.
+def read_page(page: Path) -> tuple[str, str]:
+    """What stands before the table and after it.
 
     Raises:
         UserError: no such page, or it has no place for a table.
@@ -381,15 +386,20 @@ def put_on_page(out: Path, page: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{page}: no lines {BEGIN} and {END} for the table to stand between")
-    _write(page, f"{before}{BEGIN}\n{(out / 'sweep.md').read_text()}{END}{after}")
+    return before, after
+
+
+def put_on_page(out: Path, page: Path) -> None:
+    """Replaces what stands between `BEGIN` and `END` in `page` by the sweep's table, and copies
+    its plot beside it.
+
+    Raises:
+        UserError: as `read_page`.
+    """
+    before, after = read_page(page)
+    write_text(page, f"{before}{BEGIN}\n{(out / 'sweep.md').read_text()}{END}{after}")
     plot = out / "scaling.png"
     if plot.exists():
         temporary = page.with_name(f".{plot.name}.tmp")
         shutil.copyfile(plot, temporary)
         temporary.rename(page.with_name(plot.name))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
