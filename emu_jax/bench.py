@@ -295,10 +295,11 @@ class Page:
 
 # What figures may depend on, where it is installed.
 LIBRARIES = ("jax", "numpy", "pillow", "torch", "transformers", "diffusers")
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES")
 
 
 def machine() -> Figures:
-    """Cores, processor, devices and versions."""
+    """Cores, processor, devices, versions, and what was set for compiler and memory."""
     import jax
 
     devices = jax.devices()
@@ -317,6 +318,7 @@ def machine() -> Figures:
         **accelerators,
         "python": platform.python_version(),
         **known,
+        **{name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
     }
 
 
