@@ -2,7 +2,8 @@
 
 Products of several shapes by XLA and by torch, in each dtype; their best is the peak that other
 benchmarks are held against. A copy reads as much as it writes, and both count; XLA's is x + 1 in
-place, whose traffic is the same. The parts take turns; figures are medians over the turns. `--set floors.side=N` sizes it down.
+place, whose traffic is the same. The parts take turns; figures are medians over the turns.
+`--set floors.side=N` sizes it down.
 """
 
 import math

@@ -12,7 +12,6 @@ call is an error, never a silent slow path.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -94,13 +93,15 @@ def attention(
         if backend == "splash" and unmasked and max(q.shape[1], k.shape[1]) <= LONGEST:
             return short(q, k, v, scale=scale)
         return fused(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale)
-    length = q.shape[1]
-    if causal and length > XLA_BLOCK and mask is None and bias is None and dropout is None:
-        return checkpoint_name(_causal_blocks(q, k, v, segment_ids, scale), KEPT)
-    for more in (causal_mask(length) if causal else None, segment_mask(segment_ids)):
+    plain = bias is None and dropout is None and not cached
+    if plain and causal and mask is None and q.shape[1] > XLA_BLOCK:
+        return _causal_blocks(q * scale, k, v, segment_ids)
+    for more in (causal_mask(q.shape[1]) if causal else None, segment_mask(segment_ids)):
         mask = more if mask is None else mask if more is None else mask & more
-    if platform() == "cpu" and not cached and mask is None and bias is None and dropout is None:
-        return checkpoint_name(_unmasked_on_cpu(q, k, v, scale), KEPT)
+    if plain and platform() == "cpu":
+        if mask is None and q.shape[1] * k.shape[1] >= CPU_SCORES:
+            return checkpoint_name(_large_on_cpu(q, k, v, scale), KEPT)
+        return _recomputed(q * scale, k, v, mask)
     return checkpoint_name(_weighted(q, k, v, mask, bias, scale, dropout, cached), KEPT)
 
 
@@ -125,23 +126,14 @@ def _weighted(
 CPU_SCORES = 512 * 1024
 
 
-def _unmasked_on_cpu(q, k, v, scale: float) -> Float[Array, "B T H K"]:
-    """As XLA's CPU compiler computes it the fastest: the weights' sum divides what comes out, and
-    large scores stay in a processor's cache, where their sum is one more column of the product."""
-
-    def weigh(q, k):
-        scores = jnp.einsum("...tk,...sk->...ts", q * scale, k, preferred_element_type=jnp.float32)
-        return jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-
-    if q.shape[1] * k.shape[1] < CPU_SCORES:
-        q, k, values = (x.swapaxes(1, 2) for x in (q, k, v))
-        weights = weigh(q, k)
-        out = jnp.matmul(weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
-        out = out / jnp.sum(weights, axis=-1, keepdims=True)
-        return out.astype(v.dtype).swapaxes(1, 2)
+def _large_on_cpu(q, k, v, scale: float) -> Float[Array, "B T H K"]:
+    """No mask. The scores of one head stay in a processor's cache, where their sum is one more
+    column of the product."""
 
     def head(x):
-        weights = weigh(x[0], x[1]).astype(v.dtype)
+        scores = jnp.matmul(x[0] * scale, x[1].T, preferred_element_type=jnp.float32)
+        most = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - most).astype(v.dtype)
         values = jnp.concatenate([x[2], jnp.ones_like(x[2][:, :1])], axis=1)
         out = jnp.matmul(weights, values, preferred_element_type=jnp.float32)
         return (out[:, :-1] / out[:, -1:]).astype(v.dtype)
@@ -150,30 +142,65 @@ def _unmasked_on_cpu(q, k, v, scale: float) -> Float[Array, "B T H K"]:
     return rearrange(out, "(b h) t k -> b t h k", b=len(q))
 
 
+@jax.custom_vjp
+def _recomputed(q, k, v, mask) -> Float[Array, "B T H K"]:
+    """`q` is scaled. What comes out is divided by the sum of the weights, not they, and is kept
+    with largest scores and sums: from them the backward pass computes the weights again."""
+    return _recomputed_fwd(q, k, v, mask)[0]
+
+
+def _heads_first(*arrays: jax.Array) -> list[Float[Array, "B H T K"]]:
+    return [x.swapaxes(1, 2) for x in arrays]
+
+
+def _scores(q, k, mask=None) -> Float[Array, "B H T S"]:
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+
+
+def _recomputed_fwd(q, k, v, mask):
+    kept = q, k, v, mask
+    q, k, v = _heads_first(q, k, v)
+    scores = _scores(q, k, mask)
+    most = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = out / total
+    found = out.astype(v.dtype).swapaxes(1, 2), most, total
+    found = tuple(checkpoint_name(x, KEPT) for x in found)
+    return found[0], (*kept, *found)
+
+
+def _recomputed_bwd(kept, d_out):
+    q, k, v, mask, out, most, total = kept
+    q, k, v, out, d_out = _heads_first(q, k, v, out, d_out)
+    weights = jnp.exp(_scores(q, k, mask) - most) / total
+    shared = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = (weights * (_scores(d_out, v) - shared)).astype(v.dtype)
+    d_q = jnp.matmul(d_scores, k)
+    d_k = jnp.einsum("bhts,bhtk->bhsk", d_scores, q)
+    d_v = jnp.einsum("bhts,bhtk->bhsk", weights.astype(v.dtype), d_out)
+    return *_heads_first(d_q, d_k, d_v), None
+
+
+_recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
+
+
 # Queries whose scores exist at once, where rows are longer: half of them are then never computed,
 # and they stay in a processor's cache. 256 was faster than 128 and 512 (docs/performance.md).
 XLA_BLOCK = 256
 
 
-def _causal_blocks(q, k, v, segment_ids, scale: float) -> Float[Array, "B T H K"]:
-    """Each block of queries with the keys up to its end; scores are computed again for the
-    gradient."""
-
-    def attend(start: int, q, k, v, ids, keys) -> jax.Array:
-        mask = start + jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])[None, :]
-        mask = mask[None, None]
-        if ids is not None:
-            mask &= (ids[:, :, None] == keys[:, None, :])[:, None]
-        return _weighted(q, k, v, mask, scale=scale)
-
+def _causal_blocks(q, k, v, segment_ids) -> Float[Array, "B T H K"]:
+    """Each block of queries with the keys up to its end. `q` is scaled."""
     out = []
     for start in range(0, q.shape[1], XLA_BLOCK):
         end = min(start + XLA_BLOCK, q.shape[1])
-        block = jax.checkpoint(functools.partial(attend, start), prevent_cse=False)
-        ids = (None, None) if segment_ids is None else (
-            segment_ids[:, start:end], segment_ids[:, :end]
-        )  # fmt: skip
-        out.append(block(q[:, start:end], k[:, :end], v[:, :end], *ids))
+        mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
+        if segment_ids is not None:
+            mask &= (segment_ids[:, start:end, None] == segment_ids[:, None, :end])[:, None]
+        out.append(_recomputed(q[:, start:end], k[:, :end], v[:, :end], mask))
     return jnp.concatenate(out, axis=1)
 
 

@@ -15,9 +15,11 @@ from emu_jax.models.layers import (
     QKV,
     LayerNorm,
     Linear,
+    gelu,
     keep,
     normal,
     param,
+    product,
     scan,
     stack,
 )
@@ -40,7 +42,7 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         # Three products, not one whose result would be cut into copies.
-        q, k, v = (x @ self.qkv[...][:, part].astype(x.dtype) for part in range(3))
+        q, k, v = (product(x, self.qkv[...][:, part].astype(x.dtype)) for part in range(3))
         q, v = (a + bias[...].astype(x.dtype) for a, bias in ((q, self.q_bias), (v, self.v_bias)))
         q, k, v = (
             rearrange(keep(a, QKV), "b p (h k) -> b p h k", k=self.head_width) for a in (q, k, v)
@@ -57,7 +59,7 @@ class VisionMLP(nnx.Module):
         self.fc2 = Linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class VisionBlock(nnx.Module):

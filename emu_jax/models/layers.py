@@ -17,10 +17,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from emu_jax.models.attention import KEPT
+from emu_jax.sharding import platform
 
 M = TypeVar("M", bound=nnx.Module)
 Axes = tuple[str | None, ...]
@@ -42,6 +45,39 @@ def param(rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...]
     return nnx.Param(init(key, shape, jnp.float32), axes=axes)
 
 
+def product(
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: Any = None
+) -> Float[Array, "*T E"]:
+    """x @ kernel, in `dtype`: that of `x`, unless given."""
+    if platform() == "cpu" and x.dtype == jnp.float32:
+        return _product(x, kernel)
+    return jnp.matmul(x, kernel, preferred_element_type=dtype or x.dtype)
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    return x @ kernel
+
+
+def _product_bwd(kept, dy):
+    """JAX's rule has the kernel's gradient the other way round, dy^T x, which XLA's CPU compiler
+    transposes before and after the product."""
+    x, kernel = kept
+    flat, d_flat = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+    return dy @ kernel.T, flat.T @ d_flat
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_bwd)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact one: in float32 by erf, as torch has it, which takes XLA fewer steps than the erfc
+    of `jax.nn.gelu`; in less precision 1 + erf would lose small values."""
+    if x.dtype != jnp.float32:
+        return jax.nn.gelu(x, approximate=False)
+    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
+
+
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias); kernel [in, out]."""
 
@@ -54,7 +90,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, zeros, (width_out,), axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -23,6 +23,7 @@ from emu_jax.models.layers import (
     RMSNorm,
     keep,
     normal,
+    product,
     scan,
     stack,
     unstack,
@@ -324,7 +325,7 @@ def _block_losses(
 
     @jax.checkpoint
     def losses(hidden, targets):
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = product(hidden, kernel, jnp.float32)
         logits = jnp.where(column < vocab, logits, -jnp.inf)  # the others only round it up
         most = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
         if split is not None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Real
 
 from emu_jax.config import UNetConfig, UserError
 from emu_jax.models.conv import Attention, Conv, Downsample, GroupNorm, ResnetBlock, Upsample
-from emu_jax.models.layers import REMAT, LayerNorm, Linear
+from emu_jax.models.layers import REMAT, LayerNorm, Linear, gelu
 from emu_jax.sharding import shard
 
 
@@ -46,7 +46,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return self.out(value * jax.nn.gelu(gate, approximate=False))
+        return self.out(value * gelu(gate))
 
 
 class TransformerBlock(nnx.Module):
