@@ -9,7 +9,7 @@ from flax import nnx
 
 from emu_jax import config
 from emu_jax.generate import text
-from emu_jax.models import attention, llama
+from emu_jax.models import attention, conv, llama
 from emu_jax.models.emu import Emu
 
 
@@ -18,7 +18,7 @@ def elsewhere(monkeypatch):
     """Makes what is traced from then on take the way of a platform that is no CPU."""
 
     def leave():
-        for module in (attention, llama):
+        for module in (attention, conv, llama):
             monkeypatch.setattr(module, "platform", lambda: "gpu")
 
     return leave
@@ -34,6 +34,15 @@ def test_attention(queries, keys, elsewhere):
     here = attention.attention(q, k, v, scale=0.5)
     elsewhere()
     assert relative_error(here, attention.attention(q, k, v, scale=0.5)) < 2e-6
+
+
+def test_upsampling(elsewhere):
+    layer = conv.Upsample(6, rngs=nnx.Rngs(0))
+    layer.conv.bias[...] = jnp.arange(6.0)
+    x = random(0, 2, 3, 5, 6)
+    here = layer(x)
+    elsewhere()
+    assert relative_error(here, layer(x)) < 2e-6
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -41,12 +41,12 @@ class KVCache:
     slots of padding, so that left- and right-padded prompts share one layout. Keys and values
     lie as attention multiplies by them: nothing is transposed at each token.
 
-    Where a model's layers are apart (`Llama.for_reading`), so are its caches: a tuple of L, each
-    of one layer.
+    Where a model's layers are apart (`Llama.for_reading`), so are its caches: tuples of L, with
+    rows and heads as one axis.
     """
 
-    k: Float[Array, "L B H K S"] | tuple[Float[Array, "1 B H K S"], ...]
-    v: Float[Array, "L B H S K"] | tuple[Float[Array, "1 B H S K"], ...]
+    k: Float[Array, "L B H K S"] | tuple[Float[Array, "B*H K S"], ...]
+    v: Float[Array, "L B H S K"] | tuple[Float[Array, "B*H S K"], ...]
     valid: Bool[Array, "B S"]
     used: Int[Array, ""]
 
@@ -55,10 +55,10 @@ class KVCache:
         cls, cfg: LlamaConfig, batch: int, slots: int, dtype=jnp.float32, *, apart: bool = False
     ) -> KVCache:
         def zeros(*shape: int):
-            layers = 1 if apart else cfg.layers
-            one = jnp.zeros((layers, batch, cfg.heads, *shape), dtype)
-            one = shard(one, "layer", "batch", "heads", None, None)
-            return (one,) * cfg.layers if apart else one
+            if apart:
+                return (jnp.zeros((batch * cfg.heads, *shape), dtype),) * cfg.layers
+            stacked = jnp.zeros((cfg.layers, batch, cfg.heads, *shape), dtype)
+            return shard(stacked, "layer", "batch", "heads", None, None)
 
         k, v = zeros(cfg.head_width, slots), zeros(slots, cfg.head_width)
         return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
@@ -256,23 +256,40 @@ class Llama(nnx.Module):
             mask = causal[None] & slots[:, None, :]
         how = {"mask": mask[:, None], "cached": True}
 
-        def body(block: LlamaBlock, carry, layer):
-            x, k_all, v_all = carry
+        def run(block: LlamaBlock, x, write):
             q, k, v = block.self_attn.project(block.input_layernorm(x), positions)
-            k = rearrange(k, "b t h k -> 1 b h k t").astype(k_all.dtype)
-            v = rearrange(v, "b t h k -> 1 b h t k").astype(v_all.dtype)
-            k_all = jax.lax.dynamic_update_slice(k_all, k, (layer, 0, 0, 0, cache.used))
-            v_all = jax.lax.dynamic_update_slice(v_all, v, (layer, 0, 0, cache.used, 0))
-            k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_all, v_all))
-            return (block.finish(x, block.self_attn.attend(q, k, v, **how)), k_all, v_all), None
+            k, v = rearrange(k, "b t h k -> b h k t"), rearrange(v, "b t h k -> b h t k")
+            k, v = write(k.astype(cache.dtype), v.astype(cache.dtype))
+            return block.finish(x, block.self_attn.attend(q, k, v, **how))
 
         if isinstance(self.layers, nnx.List):
-            caches = []
-            for block, k, v in zip(self.layers, cache.k, cache.v, strict=True):
-                (x, *kv), _ = body(block, (x, k, v), 0)
-                caches.append(kv)
-            k, v = (tuple(each) for each in zip(*caches, strict=True))
+            ks, vs = list(cache.k), list(cache.v)
+            for n, block in enumerate(self.layers):
+
+                def write(k, v, n=n):
+                    # As a product takes them, so that XLA's CPU compiler, which would else update
+                    # one copy to multiply by and another to keep, updates them in place.
+                    flat = lambda a: rearrange(a, "b h x y -> (b h) x y")  # noqa: E731
+                    ks[n] = jax.lax.dynamic_update_slice(ks[n], flat(k), (0, 0, cache.used))
+                    vs[n] = jax.lax.dynamic_update_slice(vs[n], flat(v), (0, cache.used, 0))
+                    split = lambda a: rearrange(a, "(b h) x y -> b h x y", b=len(k))  # noqa: E731
+                    return split(ks[n]), split(vs[n])
+
+                x = run(block, x, write)
+            k, v = tuple(ks), tuple(vs)
         else:
+
+            def body(block: LlamaBlock, carry, layer):
+                x, *kv = carry
+
+                def write(k, v):
+                    at = (layer, 0, 0, 0, cache.used), (layer, 0, 0, cache.used, 0)
+                    for i, new in enumerate((k, v)):
+                        kv[i] = jax.lax.dynamic_update_slice(kv[i], new[None], at[i])
+                    return (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in kv)
+
+                return (run(block, x, write), *kv), None
+
             carry = (x, cache.k, cache.v)
             (x, k, v), _ = scan(self.layers, body, carry, jnp.arange(self.cfg.layers))
         return self.norm(x), KVCache(k, v, slots, cache.used + length)
