@@ -227,19 +227,13 @@ def test_vqa_accuracy_by_hand():
         "none": ["blue"] * 9 + ["green"],
     }
     types = {"two": "other", "three": "other", "one": "number", "four": "number", "none": "other"}
-    found = vqa.score(
-        answers,
-        dict.fromkeys(answers, "Red"),
-        answer_types=types,
-        question_types=dict.fromkeys(answers, "what color is"),
-    )
+    found = vqa.score(answers, dict.fromkeys(answers, "Red"), answer_types=types)
     expected = {"two": two, "three": three, "one": one, "four": 1, "none": 0}
     assert found.per_item == {key: rel(100 * value) for key, value in expected.items()}
     assert found.values == {
         "accuracy": rel(100 * (two + three + one + 1) / 5),
         "accuracy/answer/number": rel(100 * (one + 1) / 2),
         "accuracy/answer/other": rel(100 * (two + three) / 3),
-        "accuracy/question/what color is": rel(100 * (two + three + one + 1) / 5),
     }
     assert found.notes == ()
 
@@ -289,27 +283,10 @@ def test_vqa_that_cannot_be_scored():
         vqa.score({1: ["a", "b"]}, {1: "a"}, answer_types={})
 
 
-def test_answerability_by_hand():
-    # Unanswerable are b and d. By falling confidence: b (1/1), a, d (2/3): their mean.
-    found = vqa.answerability(
-        {"a": True, "b": False, "c": True, "d": False}, {"a": 0.3, "b": 0.1, "c": 0.9, "d": 0.6}
-    )
-    assert found.values["average_precision"] == rel(100 * (1 + 2 / 3) / 2)
-    # Above a half: b and a. Precision 1/2, recall 1/2.
-    assert found.values["f1"] == rel(50)
-    with pytest.raises(UserError, match="unanswerable"):
-        vqa.answerability({"a": True}, {"a": 0.5})
-
-
 def test_exact_match():
-    found = vqa.exact(
-        {1: "dog", 2: "Cat", 3: "run"}, {1: " Dog", 2: "cats", 3: "run."},
-        question_types={1: "what", 2: "what", 3: "how"},
-    )  # fmt: skip
+    found = vqa.exact({1: "dog", 2: "Cat", 3: "run"}, {1: " Dog", 2: "cats", 3: "run."})
     assert found.per_item == {1: 100, 2: 0, 3: 0}
-    assert found.values == {
-        "accuracy": rel(100 / 3), "accuracy/question/how": 0, "accuracy/question/what": 50,
-    }  # fmt: skip
+    assert found.values == {"accuracy": rel(100 / 3)}
 
 
 @pytest.fixture
@@ -491,17 +468,14 @@ def test_distance_of_singular_covariances():
     assert frechet.distance(none, none) == 0
 
 
-def test_moments_of_shards_are_those_of_the_whole():
+def test_moments_of_parts_are_those_of_the_whole():
     rng = np.random.default_rng(1)
     features = (1e4 + rng.normal(size=(101, 6)) * [1, 2, 3, 1e-2, 1, 1]).astype(np.float32)
     whole = frechet.Moments(6)
     whole.add(features)
-    shards = [frechet.Moments(6) for _ in range(4)]  # of which one stays empty
-    for i, part in enumerate(np.array_split(features, 9)):
-        shards[i % 3].add(part)
     joined = frechet.Moments(6)
-    for shard in shards:
-        joined.merge(shard)
+    for part in (features[:0], *np.array_split(features, 9)):
+        joined.add(part)
     exact = features.astype(np.float64)
     for found in (whole.gaussian(), joined.gaussian()):
         assert found.count == 101
@@ -539,9 +513,12 @@ def test_statistics_come_back(tmp_path):
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(UserError, match=r"mu is \(3,\) and sigma \(2, 2\)"):
         frechet.load_statistics(path)
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match="cannot read"):
-        frechet.load_statistics(path)
+    array = tmp_path / "mu.npy"
+    np.save(array, np.zeros(3))
+    for content in (path.read_bytes()[:-40], b"", array.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot read .*coco\.npz as an \.npz"):
+            frechet.load_statistics(path)
 
 
 def test_fid_needs_a_network(tmp_path):

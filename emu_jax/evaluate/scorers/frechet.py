@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from emu_jax.config import UserError
 from emu_jax.convert.files import torch_or_explain
 from emu_jax.data.images import open_image
+from emu_jax.data.storage import writing
 from emu_jax.evaluate.scorers import Scores, warned
 
 Resize = Literal["network", "clean"]
@@ -49,8 +50,8 @@ class Gaussian:
 class Moments:
     """Mean and covariance of features that come in parts, in float64.
 
-    Parts, and the moments of other shards, are joined by Chan et al.'s update: no more than one
-    matrix is held, and nothing is lost to a large mean.
+    Parts are joined by Chan et al.'s update: no more than one matrix is held, and nothing is lost
+    to a large mean.
     """
 
     def __init__(self, width: int):
@@ -63,22 +64,11 @@ class Moments:
         features = np.asarray(features, np.float64)
         if not len(features):
             return
-        mean = features.mean(0)
-        centred = features - mean
-        self._join(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: Self) -> None:
-        """Adds all that `other` has seen."""
-        self._join(other.count, other.mean, other._scatter)
-
-    def _join(
-        self, count: int, mean: Float[np.ndarray, " D"], scatter: Float[np.ndarray, "D D"]
-    ) -> None:
-        if not count:
-            return
+        count, mean = len(features), features.mean(0)
         total = self.count + count
-        apart = mean - self.mean
-        self._scatter += scatter + np.outer(apart, apart) * (self.count * count / total)
+        centred, apart = features - mean, mean - self.mean
+        self._scatter += centred.T @ centred
+        self._scatter += np.outer(apart, apart) * (self.count * count / total)
         self.mean = self.mean + apart * (count / total)
         self.count = total
 
@@ -138,8 +128,8 @@ def load_statistics(path: Path) -> Gaussian:
         raise UserError(f"{path} does not exist") from None
     except KeyError as error:
         raise UserError(f"{path} has no {error}: reference statistics are mu and sigma") from None
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {path} as an .npz: {error}") from None
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}")
     return Gaussian(mean, covariance)
@@ -147,10 +137,8 @@ def load_statistics(path: Path) -> Gaussian:
 
 def save_statistics(gaussian: Gaussian, path: Path) -> None:
     """Writes what `load_statistics` reads, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with writing(str(path)) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance)
-    temporary.rename(path)
 
 
 class Inception:
@@ -241,7 +229,7 @@ def moments(
     batch: int = 32,
 ) -> Moments:
     """Mean and covariance of the features of pictures: files, which are read one batch at a
-    time, or arrays of uint8. Shards of one set, each with its own, are joined by `merge`.
+    time, or arrays of uint8.
 
     Raises:
         UserError: there are none, or one cannot be read.

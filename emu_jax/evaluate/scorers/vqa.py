@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from emu_jax.config import UserError
@@ -33,7 +32,6 @@ def score(
     predictions: Mapping[Hashable, str],
     *,
     answer_types: Mapping[Hashable, str] | None = None,
-    question_types: Mapping[Hashable, str] | None = None,
     convention: Literal["vqa", "okvqa", "vizwiz"] = "vqa",
 ) -> Scores:
     """The VQA accuracy, in percent.
@@ -49,12 +47,11 @@ def score(
     Args:
         answers: what people answered to each question, at least one.
         predictions: one answer to each question.
-        answer_types, question_types: the types that the annotations give, for a figure of each.
+        answer_types: the types that the annotations give, for a figure of each.
 
     Returns:
-        `accuracy`, and `accuracy/answer/T` and `accuracy/question/T` for each type T. A
-        question with a single answer, for which the formula gives 0, counts as right when the
-        prediction is that answer: noted.
+        `accuracy`, and `accuracy/answer/T` for each type T. A question with a single answer, for
+        which the formula gives 0, counts as right when the prediction is that answer: noted.
 
     Raises:
         UserError: questions lack answers, types or a prediction; or nltk, whose stemmer `okvqa`
@@ -80,8 +77,7 @@ def score(
         right[key] = 100 * _leave_one_out([answer == said for answer in people])
 
     values = {"accuracy": _mean(right.values())}
-    for kind, types in (("answer", answer_types), ("question", question_types)):
-        values |= _by_type(f"accuracy/{kind}", right, types)
+    values |= _by_type("accuracy/answer", right, answer_types)
     notes = [STEMMED] if stem else []
     if single:
         note = f"{single} questions have one answer only: right is what matches it exactly"
@@ -89,58 +85,21 @@ def score(
     return Scores(values, tuple(notes), right)
 
 
-def answerability(
-    answerable: Mapping[Hashable, bool], predicted: Mapping[Hashable, float]
-) -> Scores:
-    """VizWiz's second task: which questions cannot be answered from the picture.
-
-    Args:
-        answerable: whether people could.
-        predicted: the confidence, in 0 to 1, that the question can be answered.
-
-    Returns:
-        `average_precision` and `f1` of finding the unanswerable ones, in percent.
-
-    Raises:
-        UserError: a question lacks a prediction, or none of them is unanswerable.
-    """
-    from sklearn.metrics import average_precision_score, f1_score
-
-    check_keys(answerable, predicted, "predictions")
-    truth = np.array([not answerable[key] for key in answerable])
-    found = 1 - np.array([float(predicted[key]) for key in answerable])
-    if not truth.any():
-        raise UserError("average precision needs at least one question that is unanswerable")
-    return Scores(
-        {
-            "average_precision": 100 * float(average_precision_score(truth, found)),
-            "f1": 100 * float(f1_score(truth, found > 0.5)),
-        }
-    )
-
-
-def exact(
-    answers: Mapping[Hashable, str],
-    predictions: Mapping[Hashable, str],
-    *,
-    question_types: Mapping[Hashable, str] | None = None,
-) -> Scores:
-    """The share of predictions that are the answer, in percent: `accuracy`, and
-    `accuracy/question/T` for each type T (what, who, how, when, where).
+def exact(answers: Mapping[Hashable, str], predictions: Mapping[Hashable, str]) -> Scores:
+    """The share of predictions that are the answer, in percent: `accuracy`.
 
     As for MSVD-QA and MSRVTT-QA (Xu et al., MM 2017), whose answers are one lower-case word out
     of a vocabulary: equal in lower case, white space around them aside.
 
     Raises:
-        UserError: a question lacks a prediction or a type.
+        UserError: a question lacks a prediction.
     """
     check_keys(answers, predictions, "predictions")
     right = {
         key: 100.0 * (predictions[key].strip().lower() == answer.strip().lower())
         for key, answer in answers.items()
     }
-    values = {"accuracy": _mean(right.values())}
-    return Scores(values | _by_type("accuracy/question", right, question_types), (), right)
+    return Scores({"accuracy": _mean(right.values())}, (), right)
 
 
 def wups(
