@@ -218,7 +218,9 @@ def test_visdial_without_dense_annotations_says_so(ask, tmp_path):
     LAYOUTS["visdial"](data)
     (data / "visdial_1.0_val_dense_annotations.json").unlink()
     result, _ = ask("visdial", Said())
-    assert "NDCG" not in result["scores"] and any("NDCG" in note for note in result["notes"])
+    assert "NDCG" not in result["scores"]
+    (note,) = result["notes"]
+    assert "NDCG" in note and "visdial_1.0_val_dense_annotations.json" in note
 
 
 @pytest.mark.parametrize("task", ["msvdqa", "msrvttqa"])
@@ -281,11 +283,16 @@ def test_coco_fid(ask, inception, tmp_path):
 def test_mmvet_gives_the_file_that_is_graded_elsewhere(ask):
     result, out = ask("mmvet", Said(says=lambda *_: "x is -1. Or -5"))
     assert json.loads(out.read_text()) == {"v1_0": "x is -1. Or -5", "v1_1": "x is -1. Or -5"}
-    assert (
-        result["scores"] is None
-        and "graded" in result["notes"][0]
-        or "grades" in result["notes"][0]
-    )
+    assert result["scores"] is None and "grades" in result["notes"][0]
+
+
+def test_one_item_without_answers_makes_no_split_secret(ask, tmp_path):
+    path = layout("vizwiz", tmp_path) / "Annotations" / "val.json"
+    rows = json.loads(path.read_text())
+    rows[1]["answers"] = []
+    write(path, rows)
+    with pytest.raises(UserError, match="question 'VizWiz_val_00000001.jpg' has no answers"):
+        ask("vizwiz", Said())
 
 
 def test_a_split_without_public_answers_has_a_file_and_no_score(ask, tmp_path):
@@ -415,7 +422,7 @@ def test_the_pretrained_model_reads_its_own_caption(ask):
 
 def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
     """What every task sends of its last item, in both modes, with and without examples."""
-    without = ("mmvet", "coco_fid", "nocaps", "flickr30k")
+    without = ("mmvet", "coco_fid", "flickr30k")
     sections = []
     for task in TASKS.values():
         data = layout(task.name, tmp_path)
@@ -425,9 +432,11 @@ def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
             emu = Said(mode == "instruct", says=lambda _, choices: "yes." if choices else "a cat.")
             monkeypatch.setattr(running, "load", lambda *args, emu=emu, **settings: emu)
             out = tmp_path / f"{task.name}-{mode}-{examples}.json"
-            running.Run(
-                tmp_path / "none", task, Folder(data), out, Options(examples=examples)
-            ).answer()
+            support = None
+            if task.name == "nocaps" and examples != "none":  # it has none of its own
+                support = layout("coco_caption", tmp_path)
+            options = Options(examples=examples, support=support)
+            running.Run(tmp_path / "none", task, Folder(data), out, options).answer()
             last = [emu.asked[sum(emu.batches[: n + 1]) - 1] for n in range(len(emu.batches))]
             lines = [f"{json.dumps(decoding)}\n{text}" for text, decoding in last]
             sections.append("\n".join([f"=== {task.name}, {mode}, examples: {examples}", *lines]))
@@ -497,6 +506,20 @@ def test_text_examples_are_the_same_for_all():
     few = FewShot("text", ANGLES, 2, seed=3)
     first, second = few([Item("a", Path("1.png")), Item("b", Path("2.png"))], path_features)
     assert first == second and len(first.examples) == 2 and not first.pictures
+
+
+def test_training_rows_without_answers_are_no_examples(ask, tmp_path):
+    captions = layout("coco_caption", tmp_path) / "dataset_coco.json"
+    content = json.loads(captions.read_text())
+    content["images"][-1]["sentences"] = []
+    write(captions, content)
+    assert len(TASKS["coco_caption"].examples(Folder(captions.parent))) == 3
+    questions = layout("vizwiz", tmp_path) / "Annotations" / "train.json"
+    rows = json.loads(questions.read_text())
+    rows[0]["answers"] = []
+    write(questions, rows)
+    found = TASKS["vizwiz"].examples(Folder(layout("vizwiz", tmp_path)))
+    assert [example.answer for example in found] == ["unanswerable", "no"]
 
 
 def test_too_few_examples_are_an_error(ask):
@@ -631,6 +654,29 @@ def test_files_that_are_not_the_official_ones_are_named(change, message, ask, tm
 
 
 @pytest.mark.parametrize(
+    "task, file, content",
+    [
+        (
+            "vqav2", "v2_OpenEnded_mscoco_val2014_questions.json",
+            '{"questions": [{"image_id": "7", "question": "why", "question_id": 0}]}',
+        ),
+        (
+            "visdial", "visdial_1.0_val.json",
+            '{"data": {"questions": [], "answers": [], "dialogs": [{"image_id": "7"}]}}',
+        ),
+        ("coco_caption", "coco_karpathy_test.json", '[{"image": "a.jpg", "caption": "a cat"}]'),
+        ("nextqa", "test.csv", "video,qid,question,answer,type\n1,2,caf\xe9,no,DB\n"),
+        ("nextqa", "map_vid_vidorID.json", "[]"),
+        ("msvdqa", "youtube_mapping.txt", "caf\xe9 vid1"),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_named_with_their_file(task, file, content, ask, tmp_path):
+    (layout(task, tmp_path) / file).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=f"{file} is not laid out as the official file"):
+        ask(task, Said(says=echo))
+
+
+@pytest.mark.parametrize(
     "task, options, message",
     [
         ("vqav2", {"shots": 2}, "--shots 2 needs --examples"),
@@ -640,6 +686,8 @@ def test_files_that_are_not_the_official_ones_are_named(change, message, ask, tm
         ("vqav2", {"mode": "pretrain"}, "the checkpoint is instruction-tuned"),
         ("coco_fid", {}, "coco_fid is a task for the pretrained model"),
         ("mmvet", {"examples": "text"}, "mmvet is evaluated without examples"),
+        ("nocaps", {"examples": "text"}, "nocaps has no training split and .*: give --support"),
+        ("vqav2", {"examples": "text", "support": Path("typo")}, "^there is no folder typo$"),
     ],
 )
 def test_options_that_mean_nothing(task, options, message, ask):

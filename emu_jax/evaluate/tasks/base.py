@@ -275,17 +275,17 @@ def field(items: Sequence[Item], name: str) -> dict[Hashable, Any]:
 
 
 def references(items: Sequence[Item]) -> dict[Hashable, list[str]] | None:
-    """What people said of each item; None where that is not public."""
+    """What people said of each item; None where that is not public, and no item has any."""
     found = field(items, "answers")
-    return found if all(found.values()) else None
+    return found if any(found.values()) else None
 
 
 def as_examples(items: Iterable[Item]) -> list[Example]:
-    """Items with what most people said of them."""
+    """Items with what most people said of them; those of which nobody said anything left out."""
     return [
         Example(item.media, Counter(item.fields["answers"]).most_common(1)[0][0], item.question)
         for item in items
-        if item.media is not None
+        if item.media is not None and item.fields["answers"]
     ]
 
 
@@ -298,7 +298,7 @@ class Folder:
 
     def __init__(self, root: Path):
         if not root.is_dir():
-            raise UserError(f"--data {root}: there is no such folder")
+            raise UserError(f"there is no folder {root}")
         self.root = root
         self._folders: dict[tuple[str, ...], Path] = {}
 
@@ -338,14 +338,6 @@ class Folder:
             self._folders[names] = found
         return self._folders[names]
 
-    def json(self, *names: str) -> Any:
-        """The content of the first of these files.
-
-        Raises:
-            UserError: none is there, or it is damaged.
-        """
-        return read_json(self.file(*names))
-
 
 _WITHIN = ("", "annotations", "Annotations")
 
@@ -363,10 +355,10 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def layout(path: Path) -> Iterator[None]:
-    """Whatever an annotation file lacks is named with the file."""
+    """Whatever an annotation file lacks, or has of another kind, is named with the file."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         why = f"no key {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} is not laid out as the official file: {why}") from None
 

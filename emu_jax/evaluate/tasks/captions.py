@@ -83,7 +83,9 @@ class Karpathy(Captioning):
 
     def examples(self, data: Folder) -> list[Example]:
         return [
-            Example(path, clean_caption(said[0])) for _, path, said in self._read(data, "train")
+            Example(path, clean_caption(said[0]))
+            for _, path, said in self._read(data, "train")
+            if said
         ]
 
     def _read(self, data: Folder, split: str) -> list[tuple[int, Path, list[str]]]:
@@ -154,9 +156,13 @@ class NoCaps(Captioning):
             ]  # fmt: skip
 
     def examples(self, data: Folder) -> list[Example]:
-        raise UserError(
-            "nocaps has no training split: give --support DIR with the layout of coco_caption"
-        )
+        """COCO's: NoCaps has no training split."""
+        if data.find("dataset_coco.json", "coco_karpathy_train.json") is None:
+            raise UserError(
+                f"nocaps has no training split and {data.root} no COCO captions: give --support "
+                "DIR, a folder in the layout of coco_caption"
+            )
+        return COCO.examples(data)
 
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
         whole = super().score(items, answers, place)

@@ -16,13 +16,11 @@ from emu_jax.data.dialogues import VIDEO_SYSTEM
 from emu_jax.evaluate.scorers import Scores, vqa
 from emu_jax.evaluate.tasks.base import (
     ANSWER,
-    Example,
     Folder,
     Item,
     Mode,
     Place,
     Stage,
-    as_examples,
     by_id,
     field,
     layout,
@@ -48,8 +46,7 @@ class VideoAnswering(Answering):
 
 
 class XuVideoQA(VideoAnswering):
-    """MSVD-QA and MSRVTT-QA in the layout of their makers (Xu et al. 2017). Result file:
-    `[{"question_id", "answer"}]`."""
+    """MSVD-QA and MSRVTT-QA in the layout of their makers (Xu et al. 2017)."""
 
     split, splits = "test", ("test", "val")
     source = "github.com/xudejing/video-question-answering"
@@ -69,15 +66,6 @@ class XuVideoQA(VideoAnswering):
                 for row in read_json(path)
             ]  # fmt: skip
 
-    def examples(self, data: Folder) -> list[Example]:
-        return as_examples(self.items(data, "train", 0))
-
-    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
-        return [
-            {"question_id": item.fields["question_id"], "answer": answer}
-            for item, answer in zip(items, answers, strict=True)
-        ]
-
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
         right = by_id(items, (item.fields["answers"][0] for item in items))
         return vqa.exact(right, by_id(items, answers))
@@ -92,8 +80,9 @@ class Videos:
         self.names: dict[str, str] = {}
         mapping = data.find("youtube_mapping.txt")
         if mapping is not None:
-            pairs = [line.split() for line in mapping.read_text().splitlines() if line.strip()]
             with layout(mapping):
+                lines = mapping.read_text(encoding="utf-8").splitlines()
+                pairs = [line.split() for line in lines if line.strip()]
                 self.names = {pair[1].removeprefix("vid"): pair[0] for pair in pairs}
         # One look at the folder: there may be ten thousand of them.
         self.files = {p.stem: p for p in self.folder.iterdir() if p.suffix.lower() in VIDEOS}
@@ -118,11 +107,9 @@ class NExTQA(VideoAnswering):
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
         path = data.file(f"{split}.csv")
-        mapping = data.find("map_vid_vidorID.json")
-        places = {} if mapping is None else read_json(mapping)
+        places = _table(data, "map_vid_vidorID.json")
         folder = data.folder("videos", "NExTVideo", "video")
-        more = data.find(f"add_reference_answer_{split}.json")
-        added = {} if more is None else read_json(more)
+        added = _table(data, f"add_reference_answer_{split}.json")
         items = []
         with layout(path), path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -138,9 +125,6 @@ class NExTQA(VideoAnswering):
                 ))  # fmt: skip
         return items
 
-    def examples(self, data: Folder) -> list[Example]:
-        return as_examples(self.items(data, "train", 0))
-
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
         result: dict[str, dict[str, str]] = {}
         for item, answer in zip(items, answers, strict=True):
@@ -150,6 +134,15 @@ class NExTQA(VideoAnswering):
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
         right, types = field(items, "answers"), field(items, "type")
         return vqa.wups(right, by_id(items, answers), question_types=types)
+
+
+def _table(data: Folder, name: str) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    path = data.find(name)
+    if path is None:
+        return {}
+    with layout(path):
+        return dict(read_json(path).items())
 
 
 MSVDQA = XuVideoQA(

@@ -117,8 +117,7 @@ class VisDial(Task):
         ranks = by_id(items, answers)
         judged = {key: row for key, row in relevance.items() if key in ranks}  # of --limit
         found = visdial.score(ranks, field(items, "right"), judged or None)
-        notes = found.notes if path is not None else (*found.notes, NO_DENSE)
-        return dataclasses.replace(found, notes=notes)
+        return dataclasses.replace(found, notes=(NO_DENSE,)) if path is None else found
 
     def shown(self, item: Item, answer: Any) -> tuple[str, str]:
         best = item.fields["options"][answer.index(1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,9 +49,7 @@ def described(stage: Stage) -> tuple[Stage, ...]:
     def prompt(item: Item, shown: Shown, said: Said):
         return stage.prompt(item, shown, {**said, "caption": clean_caption(said["caption"])})
 
-    return caption, Stage(
-        stage.name, prompt, stage.settings, stage.choices, stage.candidates
-    )  # fmt: skip
+    return caption, dataclasses.replace(stage, prompt=prompt)
 
 
 def from_caption(query: str) -> Wording:
@@ -67,9 +66,13 @@ INSTRUCT_KNOWN = turn(ASK + KNOWN)
 
 
 class Answering(Task):
-    """A short answer to each question."""
+    """A short answer to each question. Result file: `[{key, "answer"}]`."""
 
     metric = "accuracy"
+    key = "question_id"
+
+    def examples(self, data: Folder) -> list[Example]:
+        return as_examples(self.items(data, "train", 0))
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         if mode == "instruct":
@@ -81,9 +84,15 @@ class Answering(Task):
     def answer(self, item: Item, said: Said) -> Any:
         return short_answer(said["answer"])
 
+    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
+        return [
+            {self.key: item.fields[self.key], "answer": answer}
+            for item, answer in zip(items, answers, strict=True)
+        ]
+
 
 class VQA(Answering):
-    """The files of visualqa.org. Result file: `[{"question_id", "answer"}]`.
+    """The files of visualqa.org.
 
     Args:
         questions, annotations: the files of a split, with `{split}` in them.
@@ -131,15 +140,6 @@ class VQA(Answering):
                 for row in rows
             ]
 
-    def examples(self, data: Folder) -> list[Example]:
-        return as_examples(self.items(data, "train", 0))
-
-    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
-        return [
-            {"question_id": item.fields["question_id"], "answer": answer}
-            for item, answer in zip(items, answers, strict=True)
-        ]
-
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
         right, types = references(items), field(items, "type")
         if right is None:
@@ -154,9 +154,9 @@ def _answers(row: Any) -> list[str]:
 
 class VizWiz(Answering):
     """Pictures and questions of blind people, not all of which can be answered: the model is
-    asked that first. Result file: `[{"image", "answer"}]`."""
+    asked that first."""
 
-    name, title = "vizwiz", "VizWiz VQA"
+    name, title, key = "vizwiz", "VizWiz VQA", "image"
     paper = {
         "Emu": 34.2, "Emu*": 34.4, "Emu-I": 32.2, "Emu-I*": 38.3, "Emu 4-shot": 41.3,
         "Emu 8-shot": 43.9,
@@ -196,15 +196,6 @@ class VizWiz(Answering):
                 )
                 for row in read_json(path)
             ]  # fmt: skip
-
-    def examples(self, data: Folder) -> list[Example]:
-        return as_examples(self.items(data, "train", 0))
-
-    def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
-        return [
-            {"image": item.fields["image"], "answer": answer}
-            for item, answer in zip(items, answers, strict=True)
-        ]
 
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
         right = references(items)
