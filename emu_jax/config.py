@@ -359,7 +359,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from emu_jax.config import write_text
+
 Picture = np.ndarray | Image.Image  # uint8 [h, w, 3] or [h, w], or PIL
 
 
 def write_page(path: Path, title: str, sections: list[str], style: str = "") -> None:
     """Writes a page of HTML sections atomically; `style` is CSS beyond what all pages share."""
     page = _PAGE.format(title=html.escape(title), style=_STYLE + style, body="\n".join(sections))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, page)
 
 
 def tiles(values: Mapping[str, str]) -> str:

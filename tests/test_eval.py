@@ -30,7 +30,7 @@ from emu_jax.evaluate import run as running
 from emu_jax.evaluate.fewshot import FewShot
 from emu_jax.evaluate.run import Options, evaluate
 from emu_jax.evaluate.scorers import vqa
-from emu_jax.evaluate.tasks import TASKS
+from emu_jax.evaluate.tasks import TASKS, visdial
 from emu_jax.evaluate.tasks.base import Example, Fid, Folder, Item, clean_caption, short_answer
 from emu_jax.generate.api import Emu, load
 from emu_jax.models import emu as models
@@ -492,6 +492,33 @@ def test_features_are_kept_and_shared_out(tmp_path, monkeypatch):
     assert [e.answer for e in shown.examples] == ["at 80", "at 170"]
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"no array"])
+def test_damaged_features_are_named(content, tmp_path):
+    few = FewShot("rices", ANGLES, 2, 0)
+    few.index(tmp_path, path_features, 0, 1, here)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file.name} is damaged: delete it"):
+        few.index(tmp_path, path_features, 0, 1, here)
+
+
+@pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "default")])
+def test_all_features_are_of_one_precision(dtype, precision, ask):
+    class Noting(Said):
+        def visual_features(self, pictures):
+            seen.append(jax.config.jax_default_matmul_precision)  # pyright: ignore
+            return super().visual_features(pictures)
+
+    seen: list[str] = []
+    ask("coco_caption", Noting(says=lambda *_: "a cat"), examples="rices", dtype=dtype)
+    assert len(seen) == 2 and set(seen) == {precision}  # of the support set, and of the batch
+
+
+def test_random_examples_are_not_the_papers_shots(ask):
+    result, _ = ask("coco_caption", Said(says=lambda *_: "a cat"), examples="random")
+    assert result["column"] == "Emu-I, 2 random examples"
+
+
 def test_random_examples_are_an_items_own():
     few = FewShot("random", ANGLES, 2, seed=3)
     items = [Item(str(n), Path("10.png")) for n in range(20)]
@@ -587,6 +614,46 @@ def test_other_settings_are_not_gone_on_with(ask, tmp_path):
         ask("vqav2", Said(says=echo), "out")
 
 
+@pytest.mark.parametrize("change", ["checkpoint", "options", "history", "wording"])
+def test_what_else_predictions_depend_on(change, ask, tmp_path, monkeypatch):
+    _, out = ask("visdial", Said(), "out")
+    data = layout("visdial", tmp_path)
+    path, checkpoint = data / "visdial_1.0_val.json", tmp_path / "none"
+    content = json.loads(path.read_text())
+    if change == "checkpoint":  # another of the same name
+        checkpoint = tmp_path / "elsewhere" / "none"
+    elif change == "options":
+        content["data"]["dialogs"][0]["dialog"][0]["answer_options"].reverse()
+    elif change == "history":
+        content["data"]["dialogs"][0]["dialog"][0]["answer"] += 1
+    else:
+        monkeypatch.setattr(visdial, "IMAGE_SYSTEM", "Look.")
+    write(path, content)
+    match = "predictions with checkpoint .*elsewhere" if change == "checkpoint" else "with asked"
+    with pytest.raises(UserError, match=match):
+        evaluate(checkpoint, "visdial", data, out, Options())
+
+
+@pytest.mark.parametrize(
+    "number, line, message",
+    [
+        (1, "[]", "line 1 is damaged: delete the file"),
+        (1, '{"settings": 3}', "line 1 is damaged: delete the file"),
+        (2, '{"idx": 1}', "line 2 is damaged: delete the line"),
+        (3, "[]", "line 3 is damaged: delete the line"),
+        (3, "{", "line 3 is damaged: delete the line"),
+    ],
+)
+def test_damaged_predictions_are_named(number, line, message, ask, tmp_path):
+    ask("vqav2", Said(says=echo), "out")
+    path = tmp_path / "out.predictions.jsonl"
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=f"out.predictions.jsonl, {message}"):
+        ask("vqav2", Said(says=echo), "out")
+
+
 def test_processes_share_the_work(ask, whole, tmp_path, monkeypatch):
     data, out = layout("vqav2", tmp_path), tmp_path / "out.json"
     monkeypatch.setattr(running, "barrier", here)
@@ -615,6 +682,33 @@ def test_predictions_that_one_process_cannot_see_are_missed(ask, tmp_path, monke
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="1 of 3 items have no prediction, .* where all 2 proc"):
         ask("vqav2", Said(says=echo), "out", batch_size=1)
+
+
+def test_where_the_first_process_fails_the_others_say_so(ask, tmp_path, monkeypatch):
+    _, out = ask("vqav2", Said(says=echo), "out")
+    stale = out.with_suffix(".scores.json")
+    assert stale.is_file()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(running, "barrier", here)
+    runs = []
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(running, "load", lambda *args, **settings: Said(says=echo))
+        runs.append(running.Run(
+            tmp_path / "none", TASKS["vqav2"], Folder(layout("vqav2", tmp_path)), out, Options()
+        ))  # fmt: skip
+    met = []
+    monkeypatch.setattr(running, "barrier", lambda name: met.append((name, stale.exists())))
+
+    def fails(*args):
+        raise UserError("java failed")
+
+    monkeypatch.setattr(type(TASKS["vqav2"]), "score", fails)
+    with pytest.raises(UserError, match="java failed"):
+        runs[0].finish()
+    assert met == [("the results are written", False)]
+    with pytest.raises(UserError, match="the first process could not write the results"):
+        runs[1].finish()
 
 
 # --- What may go wrong -------------------------------------------------------------------------
@@ -682,6 +776,11 @@ def test_values_of_another_kind_are_named_with_their_file(task, file, content, a
         ("vqav2", {"shots": 2}, "--shots 2 needs --examples"),
         ("vqav2", {"examples": "text", "shots": 0}, "at least 1"),
         ("vqav2", {"limit": 0}, "--limit cannot be 0"),
+        ("vqav2", {"seed": -1}, "^--seed -1: at least 0"),
+        ("vqav2", {"support": Path("a")}, "^--support a needs --examples"),
+        ("coco_fid", {"fid": Fid(resize="clean")}, "--resize are of FID: give --inception"),
+        ("coco_fid", {"fid": Fid(reference=Path("a"))}, "--resize are of FID: give --inception"),
+        ("coco_fid", {"fid": Fid(Path("typo.pt"))}, "^--inception typo.pt: there is no such file"),
         ("vqav2", {"split": "tests"}, "--split tests: vqav2 has none; did you mean 'test'"),
         ("vqav2", {"mode": "pretrain"}, "the checkpoint is instruction-tuned"),
         ("coco_fid", {}, "coco_fid is a task for the pretrained model"),

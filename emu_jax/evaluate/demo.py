@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from sklearn.svm import SVC
 
-from emu_jax.config import UserError, save_json, shipped
+from emu_jax.config import UserError, save_json, shipped, write_text
 from emu_jax.data import digits
 from emu_jax.data.documents import DocumentFiles, Text
 from emu_jax.data.images import resize
@@ -130,9 +130,7 @@ class _Clock:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    temporary.rename(path)
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def _stage(name: str, workdir: Path, split: str, seed: int) -> TrainConfig:

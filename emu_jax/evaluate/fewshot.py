@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from emu_jax.config import UserError
+from emu_jax.data.storage import writing
 from emu_jax.evaluate.tasks.base import Example, Item, Shown
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,11 @@ class FewShot:
         barrier: Callable[[str], None],
     ) -> None:  # fmt: skip
         """Computes the features of the support set, or reads what an earlier run left in
-        `folder`, a file for each `CHUNK` pictures; processes share the work."""
+        `folder`, a file for each `CHUNK` pictures; processes share the work.
+
+        Raises:
+            UserError: what an earlier run left is damaged.
+        """
         if self.kind != "rices":
             return
         paths = self._paths
@@ -74,13 +79,11 @@ class FewShot:
             if not files[n].is_file():
                 log.info("RICES: features of pictures %d to %d of %d", n * CHUNK,
                          n * CHUNK + len(chunks[n]), len(paths))  # fmt: skip
-                temporary = files[n].with_suffix(".tmp")
-                with temporary.open("wb") as file:
-                    np.save(file, featurize(chunks[n]))
-                temporary.rename(files[n])
+                features = featurize(chunks[n])
+                with writing(str(files[n])) as temporary, temporary.open("wb") as file:
+                    np.save(file, features)
         barrier("features of the support set are written")
-        found = np.concatenate([np.load(file) for file in files])
-        self._features = _unit(found)
+        self._features = _unit(np.concatenate([_load(file) for file in files]))
 
     def __call__(self, items: Sequence[Item], featurize: Featurize) -> list[Shown]:
         """The examples of each item."""
@@ -128,6 +131,13 @@ def _same(path: Path, other: Path | None) -> bool:
 def _unit(features: Float[np.ndarray, "B W"]) -> Float[np.ndarray, "B W"]:
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.maximum(length, 1e-12)
+
+
+def _load(path: Path) -> Float[np.ndarray, "B W"]:
+    try:
+        return np.load(path)
+    except (ValueError, EOFError):
+        raise UserError(f"{path} is damaged: delete it") from None
 
 
 def _digest(paths: Sequence[Path]) -> str:

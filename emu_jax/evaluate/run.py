@@ -18,7 +18,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from emu_jax import sharding
 from emu_jax.checkpoint import latest_step
-from emu_jax.config import UserError, suggest
+from emu_jax.config import UserError, suggest, write_text
 from emu_jax.data.images import load_image
+from emu_jax.data.storage import writing
 from emu_jax.evaluate import results_page
 from emu_jax.evaluate.fewshot import Examples, FewShot
 from emu_jax.evaluate.tasks import TASKS
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal
 READERS = 4  # threads that open pictures
+COLUMNS = ("id", "answer", "said", "asked")  # of a line of the predictions
 SHOTS = 2  # of `--examples text`, as the paper has it
 
 
@@ -92,14 +94,19 @@ class Options:
         Raises:
             UserError: options that mean nothing.
         """
-        if self.examples == "none" and self.shots:
-            raise UserError(f"--shots {self.shots} needs --examples text, random or rices")
+        for name in ("shots", "support"):
+            value = getattr(self, name)
+            if self.examples == "none" and value:
+                raise UserError(f"--{name} {value} needs --examples text, random or rices")
         if self.examples != "none" and self.shots is not None and self.shots < 1:
             raise UserError(f"--shots {self.shots} with --examples {self.examples}: at least 1")
         for name in ("limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"--seed {self.seed}: at least 0, and below 2147483648")
+        self.fid.check()
 
 
 def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> dict:
@@ -164,19 +171,24 @@ class Run:
         """What predictions depend on: those of other settings are not gone on with."""
         o, asked = self.options, hashlib.sha256()
         for item in self.items:
-            named = item.media and item.media.name
-            asked.update(f"{item.id}\n{named}\n{item.question}\n".encode())
+            more = [item.fields.get(name) for name in ("history", "options")]
+            row = (item.id, item.media and item.media.name, item.question, *more)
+            asked.update(f"{row}\n".encode())
         for example in self.fewshot.support:
             asked.update(f"{example.media.name}\n{example.question}\n{example.answer}\n".encode())
-        stages = {
-            stage.name: {**stage.settings, **({"choices": stage.choices} if stage.choices else {})}
-            for stage in self.task.stages(self.mode, self.in_context)
-        }
+        stages = {}
+        asking = self.task.stages(self.mode, self.in_context)
+        said = dict.fromkeys((stage.name for stage in asking), "")
+        one = Shown(tuple(self.fewshot.support[:1]), self.in_context)
+        for stage in asking:
+            asked.update(spelled(stage.prompt(self.items[0], one, said)).encode())  # the wording
+            choices = {"choices": stage.choices} if stage.choices else {}
+            stages[stage.name] = {**stage.settings, **choices}
         return {
             "task": self.task.name, "split": self.split, "mode": self.mode,
             "examples": o.examples, "shots": self.shots, "limit": o.limit, "seed": o.seed,
             "batch_size": o.batch_size, "dtype": o.dtype,
-            "checkpoint": self.checkpoint.resolve().name, "step": _step(self.checkpoint),
+            "checkpoint": str(self.checkpoint.resolve()), "step": _step(self.checkpoint),
             "items": len(self.items), "asked": asked.hexdigest()[:12], "stages": stages,
         }  # fmt: skip
 
@@ -192,26 +204,28 @@ class Run:
         left = [b for b in batches if any(self.items[i].id not in done for i in b)]
         if done and self.process == 0:
             log.info("%d of %d items were answered before", len(done), len(self.items))
-        if self.fewshot.kind == "rices" and left:
-            self.fewshot.index(
-                self._cache(), self._featurize, self.process, self.processes, barrier
-            )
-        mine = left[self.process :: self.processes]
-        total = sum(len(b) for b in mine)
         precision = "highest" if self.options.dtype == "float32" else "default"
+        with jax.default_matmul_precision(precision):
+            if left:
+                self.fewshot.index(
+                    self._cache(), self._featurize, self.process, self.processes, barrier
+                )
+            self._answer(left[self.process :: self.processes], done)
+        barrier("all items are answered")
+
+    def _answer(self, batches: Sequence[Sequence[int]], done: Collection[str]) -> None:
+        total = sum(len(b) for b in batches)
         with (
             self.store.appending() as append,
             Progress(self.task.name, total, self.process) as progress,
             ThreadPoolExecutor(READERS) as readers,
-            jax.default_matmul_precision(precision),
         ):
-            opening = (self._open([self.items[i] for i in b], readers) for b in mine)
+            opening = (self._open([self.items[i] for i in b], readers) for b in batches)
             for items, shown, opened in one_ahead(opening):
                 pixels = {path: future.result() for path, future in opened.items()}
                 rows = self._ask(items, shown, pixels)
                 append([row for row in rows if row["id"] not in done])
                 progress.add(len(items))
-        barrier("all items are answered")
 
     def _open(
         self, items: Sequence[Item], readers: ThreadPoolExecutor
@@ -281,9 +295,8 @@ class Run:
         names = []
         for item, picture in zip(items, pictures, strict=True):
             path = folder / f"{item.id}.png"
-            temporary = path.with_suffix(f".{self.process}.tmp")
-            Image.fromarray(picture).save(temporary, format="png")
-            temporary.rename(path)
+            with writing(str(path)) as temporary:
+                Image.fromarray(picture).save(temporary, format="png")
             names.append(f"{folder.name}/{path.name}")
         return names
 
@@ -298,10 +311,24 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Joins the predictions, writes the results and scores them: the first process. The
-        others wait for it."""
+        others wait for it, also where it fails.
+
+        Raises:
+            UserError: the results could not be written.
+        """
+        scores = self.out.with_suffix(".scores.json")
         if self.process > 0:
             barrier("the results are written")
-            return json.loads(self.out.with_suffix(".scores.json").read_text())
+            if not scores.is_file():
+                raise UserError("the first process could not write the results: its log says why")
+            return json.loads(scores.read_text())
+        try:
+            scores.unlink(missing_ok=True)  # of an earlier run
+            return self._join_and_write()
+        finally:
+            barrier("the results are written")
+
+    def _join_and_write(self) -> dict[str, Any]:
         found = self.store.read()
         if lost := [item.id for item in self.items if item.id not in found]:
             raise UserError(
@@ -309,12 +336,8 @@ class Run:
                 f"{self.out.parent} must lie where all {self.processes} processes see it"
             )
         self.store.join([found[item.id] for item in self.items])
-        result = self._write([found[item.id]["answer"] for item in self.items])
-        barrier("the results are written")
-        return result
-
-    def _write(self, answers: Sequence[Any]) -> dict[str, Any]:
-        write_json(self.out, self.task.result(self.items, answers), indent=None)
+        answers = [found[item.id]["answer"] for item in self.items]
+        write_text(self.out, json.dumps(self.task.result(self.items, answers)) + "\n")
         place = Place(self.data, self.split, self.out.parent, self.options.fid)
         scores = self.task.score(self.items, answers, place)
         column = column_of(self.mode, self.options.examples, self.shots)
@@ -325,7 +348,7 @@ class Run:
             "metric": self.task.metric, "column": column, "paper": dict(self.task.paper),
             "settings": self.settings, "result": str(self.out),
         }  # fmt: skip
-        write_json(self.out.with_suffix(".scores.json"), result)
+        write_text(self.out.with_suffix(".scores.json"), json.dumps(result, indent=1) + "\n")
         per_item = scores.per_item if scores else None
         results_page.write(
             self.out.with_suffix(".html"), self.task, result, self.items, answers, per_item or {},
@@ -370,10 +393,18 @@ class Store:
         """
         rows: dict[str, dict[str, Any]] = {}
         for path in self._files():
-            head, *found = [json.loads(line) for line in whole_lines(path)] or [None]
-            if head is not None:
-                self._check(path, head.get("settings", {}))
-            rows |= {row["id"]: row for row in found}
+            for number, line in enumerate(whole_lines(path), 1):
+                try:
+                    row = json.loads(line)
+                    if number == 1:
+                        self._check(path, dict(row["settings"]))
+                    else:
+                        rows[row["id"]] = {name: row[name] for name in COLUMNS}
+                except (ValueError, LookupError, TypeError):
+                    which = "line" if number > 1 else "file"
+                    raise UserError(
+                        f"{path}, line {number} is damaged: delete the {which}"
+                    ) from None
         return rows
 
     def _check(self, path: Path, theirs: Mapping[str, Any]) -> None:
@@ -404,35 +435,17 @@ class Store:
 
     def join(self, rows: Sequence[dict[str, Any]]) -> None:
         """Leaves one file, with these rows."""
-        temporary = self.path().with_suffix(".tmp")
         lines = [{"settings": self._settings}, *rows]
-        temporary.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        temporary.rename(self.path())
+        write_text(self.path(), "".join(json.dumps(line) + "\n" for line in lines))
         for path in self._files():
             if path != self.path():
                 path.unlink()
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file, without a last one that was cut short.
-
-    Raises:
-        UserError: another line is no JSON.
-    """
+    """The lines of a file, without a last one that was cut short."""
     *lines, _ = path.read_bytes().split(b"\n")  # behind the last line's end there is nothing
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number} is damaged: delete the line") from None
     return [line + b"\n" for line in lines]
-
-
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Writes atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=indent) + "\n")
-    temporary.rename(path)
 
 
 # --- Details -------------------------------------------------------------------------------------
@@ -508,6 +521,8 @@ def column_of(mode: Mode, examples: Examples, shots: int) -> str:
     name = "Emu-I" if mode == "instruct" else "Emu"
     if examples == "text":
         return f"{name}*" if shots == SHOTS else f"{name}, {shots} text examples"
+    if examples == "random":  # the paper's are RICES
+        return f"{name}, {shots} random examples"
     return f"{name} {shots}-shot" if shots else name
 
 

@@ -104,6 +104,19 @@ class Fid:
     reference: Path | None = None
     resize: frechet.Resize = "network"
 
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: options that mean nothing without a network, or files that are not there.
+        """
+        if self.inception is None and (self.reference or self.resize != "network"):
+            raise UserError("--reference and --resize are of FID: give --inception FILE too")
+        for name, path in (("inception", self.inception), ("reference", self.reference)):
+            if path is not None and not path.is_file():
+                raise UserError(f"--{name} {path}: there is no such file")
+        if self.reference is not None:
+            frechet.load_statistics(self.reference)  # before thousands of pictures are painted
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
