@@ -210,6 +210,7 @@ def test_floors(monkeypatch):
     assert floors.table(figures).count("GFLOP/s") == 2
 
 
+@pytest.mark.slow
 def test_scaling_over_devices(monkeypatch, tmp_path):
     """Over 1 and 2 of the CPU devices, which is the mechanism alone; and a sweep behind it."""
     scaling = bench.load("scaling")

@@ -388,7 +388,7 @@ def test_documents_of_a_row_do_not_see_each_other(data_root):
         assert changed == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["emu", "clip", *SLOW])
+@pytest.mark.parametrize("objective", ["emu", pytest.param("clip", marks=pytest.mark.slow), *SLOW])
 def test_bfloat16_is_close_to_float32(objective, data_root):
     """Compute in bfloat16 moves the loss by its rounding, no more."""
     losses = []
