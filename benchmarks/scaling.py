@@ -8,11 +8,11 @@ device over those of the curve's fewest devices.
 With `--set scaling.sweep=OUT/sweep.json`, what `emu-jax plan --sweep --out OUT` kept, the curves
 of this kind of chip are drawn behind the measured points. A CPU has no entry in
 `emu_jax/hardware.py` and no prediction. Its devices are threads of one process, which try the
-mechanism rather than measure hardware; with no more of them than cores, each on one core, their
-scaling is that of the cores and of the memory that they share:
+mechanism rather than measure hardware: one of them computes with all cores. More devices than are
+used, since the collectives wait in threads that devices share, and lock each other out of few:
 
-    XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false" \\
-        emu-jax bench scaling
+    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false" \\
+        emu-jax bench scaling --set scaling.devices=2
 
 Several hosts: the same command on each, with the variables that `emu-jax train` has there
 (docs/launch.md); the first one writes. Settings: `config`, `rows` of a device, `tokens` and
