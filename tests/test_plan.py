@@ -216,6 +216,27 @@ def test_a_module_counted_by_hand():
     assert not counts.unknown
 
 
+def test_collectives_of_the_sparse_cores_are_counted():
+    """tpu7x gathers in a computation that another core runs."""
+    matrix = "bf16[128,128]{1,0}"
+    gather = f"ROOT %whole = {matrix} all-gather(%p0), channel_id=1, replica_groups=[2,2]<=[4]"
+    text = (
+        "HloModule offloaded\n\n"
+        f"%called (p0: bf16[64,128]) -> bf16[128,128] {{\n"
+        f"  %p0 = bf16[64,128]{{1,0}} parameter(0)\n  {gather}\n"
+        '}, execution_thread="sparsecore"\n\n'
+        f"ENTRY %main (a: bf16[64,128]) -> bf16[128,128] {{\n"
+        "  %a = bf16[64,128]{1,0} parameter(0)\n"
+        f"  %started = ((bf16[64,128]{{1,0}}), {matrix}) call-start(%a), "
+        'async_execution_thread="sparsecore", to_apply=%called\n'
+        f"  ROOT %done = {matrix} call-done(%started)\n"
+        "}\n"
+    )
+    counts = hlo.count(text)
+    assert counts.collectives == {hlo.Collective("all-gather", 128 * 128 * 2, (0, 1)): 1}
+    assert counts.hbm_bytes == 0  # the network's time, not the memory's
+
+
 @pytest.mark.parametrize(
     "text, rest, group",
     [

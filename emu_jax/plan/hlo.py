@@ -156,7 +156,7 @@ class _Walk:
                 both = [one.attribute("true_computation"), one.attribute("false_computation")]
                 for branch in _NAME.findall(branches) or [_bare(b) for b in both if b]:
                     self.run(branch, times)  # an upper bound
-            elif one.op in ("call", "async-start") and one.called:
+            elif one.op in ("call", "call-start", "async-start") and one.called:
                 self.run(one.called, times)
             else:
                 self.one(body, one, times, seen)
