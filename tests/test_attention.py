@@ -11,6 +11,7 @@ from flax import nnx
 from emu_jax.config import LlamaConfig, UserError
 from emu_jax.models.attention import (
     XLA_BLOCK,
+    _weighted,
     attention,
     causal_mask,
     choose_backend,
@@ -134,8 +135,11 @@ def test_blocks_of_a_long_row_equal_the_whole(segmented):
     ours, theirs = (
         (out, *back(weight))
         for out, back in (
-            jax.vjp(lambda *x, how=how: attention(*x, scale=0.3, **how), q, k, v)
-            for how in (how, {"mask": mask})
+            jax.vjp(function, q, k, v)
+            for function in (
+                lambda *x: attention(*x, scale=0.3, **how),
+                lambda *x: _weighted(*x, mask, scale=0.3),
+            )
         )
     )
     for a, b in zip(ours, theirs, strict=True):

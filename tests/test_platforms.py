@@ -9,7 +9,7 @@ from flax import nnx
 
 from emu_jax import config
 from emu_jax.generate import text
-from emu_jax.models import attention, conv, llama
+from emu_jax.models import attention, conv, layers, llama
 from emu_jax.models.emu import Emu
 
 
@@ -18,7 +18,7 @@ def elsewhere(monkeypatch):
     """Makes what is traced from then on take the way of a platform that is no CPU."""
 
     def leave():
-        for module in (attention, conv, llama):
+        for module in (attention, conv, layers, llama):
             monkeypatch.setattr(module, "platform", lambda: "gpu")
 
     return leave
@@ -36,13 +36,70 @@ def test_attention(queries, keys, elsewhere):
     assert relative_error(here, attention.attention(q, k, v, scale=0.5)) < 2e-6
 
 
-def test_upsampling(elsewhere):
+def gradients(function, *inputs):
+    """Of a weighted sum of what comes out, towards all inputs; and what comes out."""
+    out, back = jax.vjp(function, *inputs)
+    return out, *back(random(9, *out.shape).astype(out.dtype))
+
+
+@pytest.mark.parametrize("masked", ["no", "for all rows", "a row's own, one query wholly"])
+def test_attentions_gradients(masked, elsewhere):
+    q, k, v = (random(n, 2, length, 3, 8) for n, length in enumerate((6, 5, 5)))
+    mask = None if masked == "no" else jnp.tri(6, 5, dtype=bool)[None, None]
+    if masked.startswith("a row"):
+        mask = jnp.repeat(mask, 2, axis=0).at[0, 0, 2].set(False)
+    attend = lambda *x: attention.attention(*x, mask=mask, scale=0.3)  # noqa: E731
+    here = gradients(attend, q, k, v)
+    elsewhere()
+    for a, b in zip(here, gradients(attend, q, k, v), strict=True):
+        assert relative_error(a, b) < 2e-6
+
+
+def test_products(elsewhere):
+    """And a product that has another type than its operands."""
+    x, kernel = random(0, 2, 3, 5), random(1, 5, 7)
+    here = gradients(layers.product, x, kernel)
+    half = layers.product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), jnp.float32)
+    assert half.dtype == jnp.float32
+    elsewhere()
+    for a, b in zip(here, gradients(layers.product, x, kernel), strict=True):
+        assert relative_error(a, b) < 2e-6
+
+
+def test_gelu():
+    x = jnp.linspace(-6, 6, 101)
+    for a, b in zip(
+        gradients(layers.gelu, x),
+        gradients(lambda x: jax.nn.gelu(x, approximate=False), x),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-6
+    half = layers.gelu(x.astype(jnp.bfloat16))
+    assert relative_error(half, layers.gelu(x)) < 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+def test_upsampling(dtype, within, elsewhere):
     layer = conv.Upsample(6, rngs=nnx.Rngs(0))
     layer.conv.bias[...] = jnp.arange(6.0)
-    x = random(0, 2, 3, 5, 6)
-    here = layer(x)
+    x = random(0, 2, 3, 5, 6).astype(dtype)
+    here = gradients(layer, x)
     elsewhere()
-    assert relative_error(here, layer(x)) < 2e-6
+    for a, b in zip(here, gradients(layer, x), strict=True):
+        assert relative_error(a, b) < within
+
+
+def test_candidates_behind_caches_apart():
+    """What each layer holds is repeated for candidates as what all hold together is."""
+    emu = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
+    x = emu.llama.embed_tokens(jnp.asarray([[7, 8, 9], [0, 20, 21]]))
+    valid = jnp.asarray([[1, 1, 1], [0, 1, 1]], bool)
+    candidates = jnp.asarray([[[5, 6, 7], [8, 9, -1]], [[10, 11, 12], [13, -1, -1]]])
+    losses = [
+        text.candidate_losses(llama, x, valid, candidates)
+        for llama in (emu.llama, emu.llama.for_reading())
+    ]
+    assert relative_error(*losses) < 2e-6
 
 
 @pytest.mark.parametrize("beams", [1, 3])

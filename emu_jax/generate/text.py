@@ -525,11 +525,8 @@ def candidate_losses(
 
 def _repeat(reader: Reader, times: int) -> Reader:
     """Every row `times` times in a row."""
-    k, v = jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), (reader.cache.k, reader.cache.v))
-    return Reader(
-        KVCache(k, v, jnp.repeat(reader.cache.valid, times, axis=0), reader.cache.used),
-        jnp.repeat(reader.positions, times), jnp.repeat(reader.logits, times, axis=0),
-    )  # fmt: skip
+    positions, logits = (jnp.repeat(a, times, axis=0) for a in (reader.positions, reader.logits))
+    return Reader(reader.cache.repeat(times), positions, logits)
 
 
 def mean_losses(

@@ -12,6 +12,7 @@ call is an error, never a silent slow path.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -95,13 +96,14 @@ def attention(
         return fused(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale)
     plain = bias is None and dropout is None and not cached
     if plain and causal and mask is None and q.shape[1] > XLA_BLOCK:
-        return _causal_blocks(q * scale, k, v, segment_ids)
+        return _causal_blocks(*_scaled(q, scale), k, v, segment_ids)
     for more in (causal_mask(q.shape[1]) if causal else None, segment_mask(segment_ids)):
         mask = more if mask is None else mask if more is None else mask & more
     if plain and platform() == "cpu":
         if mask is None and q.shape[1] * k.shape[1] >= CPU_SCORES:
             return checkpoint_name(_large_on_cpu(q, k, v, scale), KEPT)
-        return _recomputed(q * scale, k, v, mask)
+        q, scale = _scaled(q, scale)
+        return _recomputed(q, k, v, mask, scale)
     return checkpoint_name(_weighted(q, k, v, mask, bias, scale, dropout, cached), KEPT)
 
 
@@ -142,26 +144,32 @@ def _large_on_cpu(q, k, v, scale: float) -> Float[Array, "B T H K"]:
     return rearrange(out, "(b h) t k -> b t h k", b=len(q))
 
 
-@jax.custom_vjp
-def _recomputed(q, k, v, mask) -> Float[Array, "B T H K"]:
-    """`q` is scaled. What comes out is divided by the sum of the weights, not they, and is kept
-    with largest scores and sums: from them the backward pass computes the weights again."""
-    return _recomputed_fwd(q, k, v, mask)[0]
+def _scaled(q: Float[Array, "B T H K"], scale: float) -> tuple[Float[Array, "B T H K"], float]:
+    """Queries and what their scores are still to be multiplied by: float32 ones take it at once,
+    others would be rounded."""
+    return (q * scale, 1.0) if q.dtype == jnp.float32 else (q, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _recomputed(q, k, v, mask, scale: float) -> Float[Array, "B T H K"]:
+    """What comes out is divided by the sum of the weights, not they, and is kept with largest
+    scores and sums: from them the backward pass computes the weights again."""
+    return _recomputed_fwd(q, k, v, mask, scale)[0]
 
 
 def _heads_first(*arrays: jax.Array) -> list[Float[Array, "B H T K"]]:
     return [x.swapaxes(1, 2) for x in arrays]
 
 
-def _scores(q, k, mask=None) -> Float[Array, "B H T S"]:
-    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+def _scores(q, k, mask=None, scale=1.0) -> Float[Array, "B H T S"]:
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
     return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
-def _recomputed_fwd(q, k, v, mask):
+def _recomputed_fwd(q, k, v, mask, scale):
     kept = q, k, v, mask
     q, k, v = _heads_first(q, k, v)
-    scores = _scores(q, k, mask)
+    scores = _scores(q, k, mask, scale)
     most = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - most)
     out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -172,12 +180,15 @@ def _recomputed_fwd(q, k, v, mask):
     return found[0], (*kept, *found)
 
 
-def _recomputed_bwd(kept, d_out):
+def _recomputed_bwd(scale, kept, d_out):
     q, k, v, mask, out, most, total = kept
     q, k, v, out, d_out = _heads_first(q, k, v, out, d_out)
-    weights = jnp.exp(_scores(q, k, mask) - most) / total
-    shared = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
-    d_scores = (weights * (_scores(d_out, v) - shared)).astype(v.dtype)
+    weights = jnp.exp(_scores(q, k, mask, scale) - most) / total
+    both = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    d_scores = weights * (_scores(d_out, v) - jnp.sum(both, axis=-1, keepdims=True)) * scale
+    if mask is not None:  # of a query whose keys are all masked, weights are none of 0
+        d_scores = jnp.where(mask, d_scores, 0)
+    d_scores = d_scores.astype(v.dtype)
     d_q = jnp.matmul(d_scores, k)
     d_k = jnp.einsum("bhts,bhtk->bhsk", d_scores, q)
     d_v = jnp.einsum("bhts,bhtk->bhsk", weights.astype(v.dtype), d_out)
@@ -188,19 +199,19 @@ _recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
 
 
 # Queries whose scores exist at once, where rows are longer: half of them are then never computed,
-# and they stay in a processor's cache. 256 was faster than 128 and 512 (docs/performance.md).
+# and they stay in a processor's cache.
 XLA_BLOCK = 256
 
 
-def _causal_blocks(q, k, v, segment_ids) -> Float[Array, "B T H K"]:
-    """Each block of queries with the keys up to its end. `q` is scaled."""
+def _causal_blocks(q, scale: float, k, v, segment_ids) -> Float[Array, "B T H K"]:
+    """Each block of queries with the keys up to its end."""
     out = []
     for start in range(0, q.shape[1], XLA_BLOCK):
         end = min(start + XLA_BLOCK, q.shape[1])
         mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
         if segment_ids is not None:
             mask &= (segment_ids[:, start:end, None] == segment_ids[:, None, :end])[:, None]
-        out.append(_recomputed(q[:, start:end], k[:, :end], v[:, :end], mask))
+        out.append(_recomputed(q[:, start:end], k[:, :end], v[:, :end], mask, scale))
     return jnp.concatenate(out, axis=1)
 
 

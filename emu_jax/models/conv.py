@@ -174,8 +174,8 @@ def doubled(x: Float[Array, "B h w C"], conv: Conv) -> Float[Array, "B y x E"]:
         one, two, three = jnp.moveaxis(kernel, axis, 0)
         return jnp.stack([one, two + three], axis), jnp.stack([one + two, three], axis)
 
-    kernel, bias = conv.weights(x.dtype)
-    quarters = [q for p in halves(kernel, 0) for q in halves(p, 1)]
+    kernel, bias = conv.weights(jnp.float32)
+    quarters = [q.astype(x.dtype) for p in halves(kernel, 0) for q in halves(p, 1)]
     y = jax.lax.conv_general_dilated(
         x, jnp.concatenate(quarters, axis=-1), (1, 1), ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -184,4 +184,4 @@ def doubled(x: Float[Array, "B h w C"], conv: Conv) -> Float[Array, "B y x E"]:
     # The first of two new pixels lies between an old one and the one before it.
     y = jnp.stack([y[p, q, :, p : p + height, q : q + width] for p in (0, 1) for q in (0, 1)])
     y = rearrange(y, "(p q) b h w d -> b (h p) (w q) d", p=2)
-    return y + bias
+    return y + bias.astype(x.dtype)

@@ -42,7 +42,7 @@ class KVCache:
     lie as attention multiplies by them: nothing is transposed at each token.
 
     Where a model's layers are apart (`Llama.for_reading`), so are its caches: tuples of L, with
-    rows and heads as one axis.
+    rows and heads as one axis, which is not split over devices by heads.
     """
 
     k: Float[Array, "L B H K S"] | tuple[Float[Array, "B*H K S"], ...]
@@ -66,6 +66,19 @@ class KVCache:
     @property
     def dtype(self) -> jnp.dtype:
         return jax.tree.leaves(self.k)[0].dtype
+
+    def repeat(self, times: int) -> KVCache:
+        """With every row `times` times in a row."""
+        rows = len(self.valid)
+
+        def one(a: jax.Array) -> jax.Array:
+            if a.ndim == 5:
+                return jnp.repeat(a, times, axis=1)
+            a = jnp.repeat(rearrange(a, "(b h) x y -> b h x y", b=rows), times, axis=0)
+            return rearrange(a, "b h x y -> (b h) x y")
+
+        k, v = jax.tree.map(one, (self.k, self.v))
+        return KVCache(k, v, jnp.repeat(self.valid, times, axis=0), self.used)
 
 
 def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "K/2"]:
