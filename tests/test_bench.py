@@ -173,6 +173,7 @@ def tiny(rows: int = 1) -> TrainConfig:
     return pretraining("tiny", model, data=data, dtype="float32")
 
 
+@pytest.mark.slow
 def test_the_step_and_its_twin_in_pytorch(monkeypatch):
     """From the same weights the same loss and gradients; then both are timed."""
     torch = pytest.importorskip("torch")

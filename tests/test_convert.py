@@ -1111,8 +1111,9 @@ def check_memory(folder, **sizes):
     return parameters, err
 
 
+@pytest.mark.slow
 def test_memory_stays_near_the_largest_parameter(tmp_path):
-    """0.7 GB through a budget of less: cheap, so always."""
+    """0.7 GB through a budget of less."""
     parameters, _ = check_memory(tmp_path, layers=64, width=896, mlp=896)
     assert parameters > 3e8
 

@@ -90,7 +90,7 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
         return float(loss), to_numpy(grads), to_numpy(params)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "decoder")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("clip", "vae", "decoder")]
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
 
 
-@pytest.mark.parametrize("objective", ["emu", "clip", *SLOW])
+@pytest.mark.parametrize("objective", ["emu", *SLOW])
 def test_step_is_the_same_on_every_mesh(objective, data_root):
     cfg = small(objective, data_root)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -388,7 +388,7 @@ def test_documents_of_a_row_do_not_see_each_other(data_root):
         assert changed == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["emu", pytest.param("clip", marks=pytest.mark.slow), *SLOW])
+@pytest.mark.parametrize("objective", ["emu", *SLOW])
 def test_bfloat16_is_close_to_float32(objective, data_root):
     """Compute in bfloat16 moves the loss by its rounding, no more."""
     losses = []

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 BACKENDS = ("xla", "splash", "cudnn")
 # What the kernels keep for their backward pass, under one name for `layers.REMAT`.
 KEPT = "attention"
+# The scope of what a backward pass computes a second time, for who counts products.
+AGAIN = "again"
 
 
 def choose_backend(name: str, platform: str) -> str:
@@ -183,7 +185,9 @@ def _recomputed_fwd(q, k, v, mask, scale):
 def _recomputed_bwd(scale, kept, d_out):
     q, k, v, mask, out, most, total = kept
     q, k, v, out, d_out = _heads_first(q, k, v, out, d_out)
-    weights = jnp.exp(_scores(q, k, mask, scale) - most) / total
+    with jax.named_scope(AGAIN):
+        scores = _scores(q, k, mask, scale)
+    weights = jnp.exp(scores - most) / total
     both = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     d_scores = weights * (_scores(d_out, v) - jnp.sum(both, axis=-1, keepdims=True)) * scale
     if mask is not None:  # of a query whose keys are all masked, weights are none of 0

@@ -19,6 +19,7 @@ import jax
 from flax import nnx
 
 from emu_jax.config import EmuConfig, RematConfig
+from emu_jax.models.attention import AGAIN
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import get_objective
 from emu_jax.train.optimizer import group_of
@@ -144,13 +145,16 @@ def _traced(cfg: TrainConfig) -> float:
         {p: v for p, v in arrays.items() if p not in learns},
         batch,
     )
-    return jaxpr_flops(jaxpr.jaxpr)
+    return jaxpr_flops(jaxpr.jaxpr, without=AGAIN)
 
 
-def jaxpr_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and convolutions in a jaxpr; loops count each turn."""
+def jaxpr_flops(jaxpr: Any, without: str | None = None) -> float:
+    """FLOPs of the matrix products and convolutions in a jaxpr; loops count each turn. Those in
+    scopes of the name `without` do not count."""
     total = 0.0
     for eqn in jaxpr.eqns:
+        if without in str(eqn.source_info.name_stack).split("/"):
+            continue
         out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
         if eqn.primitive.name == "dot_general":
             ((contracted, _), _) = eqn.params["dimension_numbers"]
@@ -163,7 +167,7 @@ def jaxpr_flops(jaxpr: Any) -> float:
         turns = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(value):
-                total += turns * jaxpr_flops(getattr(value, "jaxpr", value))
+                total += turns * jaxpr_flops(getattr(value, "jaxpr", value), without)
     return total
 
 
