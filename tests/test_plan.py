@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -549,6 +550,22 @@ def test_a_crash_of_the_compiler_is_one_line_and_not_the_end():
     with pytest.raises(UserError, match="no TPU 'x'"):  # a mistake stays one
         apart(Topology.parse, "x:1")
     assert apart(math.gcd, 12, 18) == 6
+
+
+def test_a_plan_that_is_killed_takes_the_compiler_along(tmp_path):
+    said = tmp_path / "pid"
+    command = f"echo $PPID > {said}.part; mv {said}.part {said}; exec sleep 100"
+    program = f"import os; from emu_jax.plan.plan import apart; apart(os.system, {command!r})"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    until = time.monotonic() + 60
+    while not said.exists():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while Path(f"/proc/{int(said.read_text())}").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_plan_is_compiled_with_the_flags_that_keep_the_compiler_from_crashing():

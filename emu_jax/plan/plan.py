@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -127,7 +128,7 @@ def apart(run: Callable[..., Any], *arguments: Any) -> Any:
     """
     level = logging.getLogger("emu_jax").getEffectiveLevel()
     with ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=_log, initargs=(level,)
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(level,)
     ) as pool:
         try:
             return pool.submit(run, *arguments).result()
@@ -137,8 +138,12 @@ def apart(run: Callable[..., Any], *arguments: Any) -> Any:
             ) from None
 
 
-def _log(level: int) -> None:
-    """As the command line logs."""
+def _begin(level: int) -> None:
+    """Logs as the command line does, and ends when the process that asked is killed: the
+    compiler would go on for minutes, in gigabytes."""
+    asked = multiprocessing.parent_process()
+    assert asked is not None
+    threading.Thread(target=lambda: (asked.join(), os._exit(1)), daemon=True).start()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(level)
 
