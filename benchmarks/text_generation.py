@@ -128,8 +128,10 @@ def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array
 
 
 def emu_of(cfg: EmuConfig, params: dict[str, jax.Array]) -> tuple[Any, Any]:
-    """The model's structure and its parameters, as jitted functions take them."""
-    return nnx.split(template(cfg).module(params))
+    """The model's structure and its parameters, as `generate.api.Emu` keeps them."""
+    emu = template(cfg).module(params)
+    emu.llama = emu.llama.for_reading()
+    return nnx.split(emu)
 
 
 def tensors(torch: Any, cfg: EmuConfig, params: dict, folder: str, dtype: str) -> dict:

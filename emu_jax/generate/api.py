@@ -141,9 +141,13 @@ class Emu:
         self.defaults = defaults or GenerationConfig()
         self.dtype, self.batch_size = jnp.dtype(dtype), batch_size
         self.paints = model.unet is not None and model.vae is not None
-        self._graphdef, self._params = nnx.split(model)
+        graphdef, params = nnx.split(model)
         if self.dtype != jnp.float32:
-            self._params = jax.tree.map(lambda a: a.astype(self.dtype), self._params)
+            params = jax.tree.map(lambda a: a.astype(self.dtype), params)
+        model = nnx.merge(graphdef, params)  # the caller's stays as it is
+        with self._on_mesh():
+            model.llama = model.llama.for_reading()
+        self._graphdef, self._params = nnx.split(model)
         self._unconditional: Float[Array, "N D"] | None = None
         self.safety: Checker | None = None
 

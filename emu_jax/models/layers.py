@@ -12,6 +12,7 @@ softmax in float32. Each parameter names its logical axes (`sharding.RULES`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -191,11 +192,19 @@ def scan(
     blocks: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any,
     xs: Any = None, *, remat: str = "none",
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Runs `carry, y = body(block, carry, x)` over stacked `blocks`, as one compiled layer.
+    """Runs `carry, y = body(block, carry, x)` over `blocks`: stacked ones as one compiled layer,
+    those of a list (`unstack`) one after the other, without `remat`.
 
     `xs` has a leading layer axis (a KV cache, say), and so have the collected ys.
     `remat` names what a layer keeps for its backward pass (`REMAT`).
     """
+    if isinstance(blocks, nnx.List):
+        ys = []
+        for n, block in enumerate(blocks):
+            carry, y = body(block, carry, jax.tree.map(lambda a, n=n: a[n], xs))
+            ys.append(y)
+        return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
     graphdef, params = nnx.split(blocks)
 
     def step(carry, layer):
@@ -210,5 +219,9 @@ def scan(
 def unstack(blocks: M, layers: int) -> nnx.List[M]:
     """The modules that `stack` made one, each with its own copy of its parameters."""
     graphdef, params = nnx.split(blocks)
-    each = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(layers)]
-    return nnx.List([nnx.merge(graphdef, params) for params in each])
+    return nnx.List([nnx.merge(graphdef, params) for params in _each_layer(params, layers)])
+
+
+@functools.partial(jax.jit, static_argnames=("layers",))
+def _each_layer(params: nnx.State, layers: int) -> list[nnx.State]:
+    return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(layers)]
