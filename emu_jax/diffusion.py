@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import SchedulerConfig, UserError, suggest
+from emu_jax.sharding import platform
 
 
 @functools.cache
@@ -115,28 +116,32 @@ def sample(
     """Latents (scaled, for `VAE.decode`: divide by its scaling factor) from Gaussian ones.
 
     Pure, so that a caller's jit holds the whole loop. `denoise(latents, timesteps [B'], cond)`
-    is the denoiser, called once a step on B' = 2 B rows, conditional ones first; its answers
-    are moved apart by `guidance`: uncond + guidance (cond - uncond). Without `uncond`, or with
-    a Python number of 1 or less as guidance, it is called on the B conditional rows alone, as
-    the release does. A traced guidance needs no new compilation for another value.
+    is the denoiser, called once a step on B' = 2 B rows, conditional ones first (on a CPU once
+    for either half); its answers are moved apart by `guidance`: uncond + guidance (cond - uncond).
+    Without `uncond`, or with a Python number of 1 or less as guidance, it is called on the B
+    conditional rows alone, as the release does. A traced guidance needs no new compilation for
+    another value.
 
     The latents' dtype is what `denoise` sees; sums are taken in float32.
     """
     if not isinstance(guidance, jax.Array) and guidance <= 1.0:
         uncond = None
-    guided = uncond is not None
-    if uncond is not None:
-        cond = jnp.concatenate([cond, uncond])
     initial = latents.astype(jnp.float32)
 
     def predict(x, t) -> jax.Array:
         x = x.astype(latents.dtype)
-        x = jnp.concatenate([x, x]) if guided else x
-        out = denoise(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(jnp.float32)
-        if guided:
-            out, unconditional = jnp.split(out, 2)
-            out = unconditional + guidance * (out - unconditional)
-        return out
+
+        def call(x, cond):
+            return denoise(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(jnp.float32)
+
+        if uncond is None:
+            return call(x, cond)
+        if platform() == "cpu":  # one fills the threads while the other's products end
+            out, unconditional = call(x, cond), call(x, uncond)
+        else:
+            both = call(jnp.concatenate([x, x]), jnp.concatenate([cond, uncond]))
+            out, unconditional = jnp.split(both, 2)
+        return unconditional + guidance * (out - unconditional)
 
     def step(state, row: Steps):
         x, past = state
