@@ -9,8 +9,8 @@ loss (`loss_difference`). Both have all cores, and take turns with each other an
 matrix product of this machine, which is what a step is held against.
 
 Settings: `config` (emu_100m, emu_400m, ...), `rows`, `tokens` and `pictures` of a row, `dtype`,
-`remat`, `turns`, and `compiled` (0 leaves torch.compile out). Without torch, or on a TPU, our
-step is measured alone.
+`remat`, `loss_block` (0 keeps all logits, as PyTorch does), `turns`, and `compiled` (0 leaves
+torch.compile out). Without torch, or on a TPU, our step is measured alone.
 """
 
 import contextlib
@@ -43,14 +43,15 @@ WAYS = {"eager": "PyTorch, eager", "compiled": "PyTorch, torch.compile"}
 
 def run(
     config: str = "emu_100m", rows: int = 1, tokens: int = 1024, pictures: int = 8,
-    dtype: str = "float32", remat: str = "dots", turns: int = 5, compiled: int = 1,
+    dtype: str = "float32", remat: str = "dots", loss_block: int = 0, turns: int = 5,
+    compiled: int = 1,
 ) -> dict:  # fmt: skip
-    cfg = settings(config, rows, tokens, pictures, dtype, remat)
+    cfg = settings(config, rows, tokens, pictures, dtype, remat, loss_block)
     return measure(cfg, turns, ["eager", "compiled"] if compiled else ["eager"])
 
 
 def settings(
-    config: str, rows: int, tokens: int, pictures: int, dtype: str, remat: str
+    config: str, rows: int, tokens: int, pictures: int, dtype: str, remat: str, loss_block: int
 ) -> TrainConfig:
     """A file of configs/ at the size of a benchmark."""
     path = shipped("configs") / f"{config}.py"
@@ -65,7 +66,7 @@ def settings(
         data=dataclasses.replace(
             cfg.data, batch_size=rows, row_tokens=tokens, row_images=pictures
         ),
-        dtype=dtype, remat=RematConfig.everywhere(remat),
+        dtype=dtype, remat=RematConfig.everywhere(remat), loss_block=loss_block,
     )  # fmt: skip
 
 

@@ -180,7 +180,8 @@ def naive(llama, hidden, targets):
 
 
 @pytest.mark.parametrize(
-    "shape, block", [((1, 1, 1), 5), ((1, 1, 1), 64), ((2, 2, 2), 7), ((1, 4, 2), 21)]
+    "shape, block",
+    [((1, 1, 1), 5), ((1, 1, 1), 64), ((1, 1, 1), 0), ((2, 2, 2), 7), ((1, 4, 2), 21)],
 )
 def test_blocked_cross_entropy_equals_the_naive_one(shape, block):
     """Value and gradients to 1e-6, also where width, columns and rows are split."""

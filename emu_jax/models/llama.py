@@ -315,7 +315,8 @@ class Llama(nnx.Module):
         self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, block: int
     ) -> Float[Array, "B T"]:
         """The cross-entropy of each target, float32, where the logits of at most `block`
-        positions of a row exist at a time: they are computed again for the gradient.
+        positions of a row exist at a time: they are computed again for the gradient. With a
+        block of 0 all exist at once, and are kept.
 
         Each device does so for its own rows, with the whole head gathered once; its gradient
         is summed over devices once, not once a block.
@@ -348,12 +349,9 @@ def _block_losses(
     *, vocab: int, block: int, split: str | None = None,
 ) -> Float[Array, "B T"]:  # fmt: skip
     """`split` names the mesh axis over which the kernel's columns are."""
-    length = hidden.shape[1]
-    blocks = next(n for n in range(-(-length // block), length + 1) if length % n == 0)
     first = 0 if split is None else jax.lax.axis_index(split) * kernel.shape[1]
     column = first + jnp.arange(kernel.shape[1])
 
-    @jax.checkpoint
     def losses(hidden, targets):
         logits = product(hidden, kernel, jnp.float32)
         logits = jnp.where(column < vocab, logits, -jnp.inf)  # the others only round it up
@@ -366,8 +364,13 @@ def _block_losses(
             total, chosen = jax.lax.psum((total, chosen), split)
         return jnp.log(total) + most - chosen
 
+    if block == 0:
+        return losses(hidden, targets)
+    length = hidden.shape[1]
+    blocks = next(n for n in range(-(-length // block), length + 1) if length % n == 0)
+
     def step(_, part):
-        return None, losses(*part)
+        return None, jax.checkpoint(losses)(*part)
 
     parts = lambda x: rearrange(x, "b (n t) ... -> n b t ...", n=blocks)  # noqa: E731
     _, out = jax.lax.scan(step, None, (parts(hidden), parts(targets)))

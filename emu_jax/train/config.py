@@ -74,7 +74,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # averages what is trained, when > 0
     remat: RematConfig = RematConfig()
     attention: str = "auto"  # models.attention.choose_backend
-    loss_block: int = 512  # positions of a row whose logits exist at once
+    loss_block: int = 512  # positions of a row whose logits exist at once; 0: all, and are kept
     # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.
     dtype: str = "bfloat16"
     # Overrides for one kind of chip, {chip: ("a.b=value", ...)}, as `hardware.CHIPS` names them;
