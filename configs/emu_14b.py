@@ -4,9 +4,9 @@
     emu-jax train --config configs/emu_14b.py --workdir runs/emu_14b \\
         --config.data.tokenizer=LLAMA_DIR
 
-A step is 1,024 rows of 2,048 tokens and 16 pictures, 512 on v6e. The sources share rows, in
-proportion to the paper's batches of 128, 128, 64, 16 and 16 (whether those are per step or per GPU
-it does not say); docs/data.md says what their files hold, and how a source gets batches of its own.
+A step is 1,024 rows of 2,048 tokens and 16 pictures. The sources share rows, in proportion to the
+paper's batches of 128, 128, 64, 16 and 16 (whether those are per step or per GPU it does not say);
+docs/data.md says what their files hold, and how a source gets batches of its own.
 """
 
 import dataclasses
@@ -42,10 +42,9 @@ def get_config():
             data=dataclasses.replace(cfg.data, sources=SOURCES),
             # The best found so far, by plans (docs/scaling.md).
             tuned={
-                "v5p": ("remat.llama=dots", "mesh.fsdp=64"),
+                "v5p": ("remat.llama=dots",),
                 "v5e": ("mesh.fsdp=64",),
-                # Rows that need less computed again, for which fewer fit.
-                "v6e": ("remat.llama=minimal", "mesh.fsdp=64", "data.batch_size=512"),
+                "v6e": ("remat.llama=minimal",),
             },
         )
     )

@@ -29,7 +29,6 @@ from emu_jax.data.images import load_image, normalize_images
 from emu_jax.data.video import frame_indices
 from emu_jax.generate import api, image
 from emu_jax.generate.text import TextConfig
-from emu_jax.models.llama import KVCache
 
 # Relative to the largest magnitude of a tensor. What feeds back on itself, through a sampler
 # or a regression of embeddings, amplifies rounding; so do adapters stored in bfloat16.
@@ -404,7 +403,7 @@ def _language(model, tokens, images, slots, mask):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Through the cache, so that padding too sees what it saw in the release.
     batch, length = tokens.shape
-    cache = KVCache.empty(model.cfg.llama, batch, length, x.dtype)
+    cache = model.llama.empty_cache(batch, length, x.dtype)
     hidden, _ = model.llama.read(x, positions, mask, cache)
     return x, hidden, model.llama.logits(hidden), model.llama.regress(hidden)
 
