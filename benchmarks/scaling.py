@@ -16,7 +16,7 @@ used, since the collectives wait in threads that devices share, and lock each ot
 
 Several hosts: the same command on each, with the variables that `emu-jax train` has there
 (docs/launch.md); the first one writes. Settings: `config`, `rows` of a device, `tokens` and
-`pictures` of a row, `dtype`, `remat`, `loss_block`, `turns`, `devices` (0: all).
+`pictures` of a row, `dtype`, `remat`, `turns`, `devices` (0: all).
 """
 
 import gc
@@ -47,8 +47,7 @@ PREDICTED = ("topology", "slices", "chips", "curve", "tokens_per_second",
 
 def run(
     config: str = "emu_100m", rows: int = 1, tokens: int = 512, pictures: int = 4,
-    dtype: str = "", remat: str = "dots", loss_block: int = 0, turns: int = 5, devices: int = 0,
-    sweep: str = "",
+    dtype: str = "", remat: str = "dots", turns: int = 5, devices: int = 0, sweep: str = "",
 ) -> dict:  # fmt: skip
     initialize_distributed()
     kind = jax.devices()[0].device_kind
@@ -61,7 +60,7 @@ def run(
         )
 
     def cfg(rows: int) -> TrainConfig:
-        return step.settings(config, rows, tokens, pictures, dtype, remat, loss_block)
+        return step.settings(config, rows, tokens, pictures, dtype, remat)
 
     row_flops = train_flops(cfg(1)).total
     predicted = predictions(Path(sweep), chip_name(kind), row_flops) if sweep else []

@@ -41,8 +41,9 @@ def run(
     ids = rng.integers(3, cfg.tokens.pad, (rows, prompt)).astype(np.int32)
     parts: dict[str, Callable[[], Any]] = {"copy": floors.fastest_copy()}
     written = {}
+    emu = emu_of(cfg, params)
     for name, beams in BEAMS.items():
-        parts[f"{name}_ours"] = ours(cfg, params, ids, tokens, beams)
+        parts[f"{name}_ours"] = ours(emu, cfg, ids, tokens, beams)
         parts[f"{name}_transformers"] = functools.partial(
             transformers_generate, torch, theirs, cfg, ids, tokens, beams
         )
@@ -155,12 +156,12 @@ def transformers_model(torch: Any, cfg: EmuConfig, params: dict, dtype: str) -> 
 
 
 def ours(
-    cfg: EmuConfig, params: dict, ids: np.ndarray, tokens: int, beams: int
+    emu: tuple[Any, Any], cfg: EmuConfig, ids: np.ndarray, tokens: int, beams: int
 ) -> Callable[[], np.ndarray]:
     settings = text.TextConfig(max_new_tokens=tokens, min_length=tokens + 1, num_beams=beams)
     plan, rules = text.Plan.of(settings, cfg.tokens), text.Rules.of(settings)
     keys = jax.random.split(jax.random.key(0), len(ids))
-    graphdef, state = emu_of(cfg, params)
+    graphdef, state = emu
 
     @jax.jit
     def decode(state, ids):

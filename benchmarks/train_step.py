@@ -46,12 +46,13 @@ def run(
     dtype: str = "float32", remat: str = "dots", loss_block: int = 0, turns: int = 5,
     compiled: int = 1,
 ) -> dict:  # fmt: skip
-    cfg = settings(config, rows, tokens, pictures, dtype, remat, loss_block)
+    cfg = settings(config, rows, tokens, pictures, dtype, remat)
+    cfg = dataclasses.replace(cfg, loss_block=loss_block)
     return measure(cfg, turns, ["eager", "compiled"] if compiled else ["eager"])
 
 
 def settings(
-    config: str, rows: int, tokens: int, pictures: int, dtype: str, remat: str, loss_block: int
+    config: str, rows: int, tokens: int, pictures: int, dtype: str, remat: str
 ) -> TrainConfig:
     """A file of configs/ at the size of a benchmark."""
     path = shipped("configs") / f"{config}.py"
@@ -66,7 +67,7 @@ def settings(
         data=dataclasses.replace(
             cfg.data, batch_size=rows, row_tokens=tokens, row_images=pictures
         ),
-        dtype=dtype, remat=RematConfig.everywhere(remat), loss_block=loss_block,
+        dtype=dtype, remat=RematConfig.everywhere(remat),
     )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> 
     ours = Ours(cfg, batch)
     parts: dict[str, Callable[[], Any]] = {"ours": ours.step}
     figures: dict[str, Any] = {
-        "config": cfg.name, "dtype": cfg.dtype,
+        "config": cfg.name, "dtype": cfg.dtype, "loss_block": cfg.loss_block,
         "rows": cfg.data.batch_size, "row_tokens": cfg.data.row_tokens,
         "row_pictures": cfg.data.row_images,
         "parameters": sum(int(np.prod(s.shape)) for s in ours.trainer.param_shapes.values()),

@@ -126,6 +126,10 @@ def sample(
     """
     if not isinstance(guidance, jax.Array) and guidance <= 1.0:
         uncond = None
+    # On a CPU one half fills the threads while the other's products end.
+    halves = uncond is not None and platform() == "cpu"
+    if uncond is not None and not halves:
+        cond = jnp.concatenate([cond, uncond])
     initial = latents.astype(jnp.float32)
 
     def predict(x, t) -> jax.Array:
@@ -136,11 +140,10 @@ def sample(
 
         if uncond is None:
             return call(x, cond)
-        if platform() == "cpu":  # one fills the threads while the other's products end
+        if halves:
             out, unconditional = call(x, cond), call(x, uncond)
         else:
-            both = call(jnp.concatenate([x, x]), jnp.concatenate([cond, uncond]))
-            out, unconditional = jnp.split(both, 2)
+            out, unconditional = jnp.split(call(jnp.concatenate([x, x]), cond), 2)
         return unconditional + guidance * (out - unconditional)
 
     def step(state, row: Steps):

@@ -1,5 +1,7 @@
 """What is computed in another way on a CPU gives what other platforms compute."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,11 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 
-from emu_jax import config
-from emu_jax.generate import text
+from emu_jax import config, diffusion
+from emu_jax.generate import api, text
 from emu_jax.models import attention, conv, layers, llama
 from emu_jax.models.emu import Emu
+from emu_jax.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def elsewhere(monkeypatch):
     """Makes what is traced from then on take the way of a platform that is no CPU."""
 
     def leave():
-        for module in (attention, conv, layers, llama):
+        for module in (attention, conv, diffusion, layers, llama):
             monkeypatch.setattr(module, "platform", lambda: "gpu")
 
     return leave
@@ -100,6 +103,54 @@ def test_candidates_behind_caches_apart():
         for llama in (emu.llama, emu.llama.for_reading())
     ]
     assert relative_error(*losses) < 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_layers_apart_compute_what_a_stack_does(dtype, within):
+    """Also adapters that drop; and parameters keep their axes, but for the layers'."""
+    lora = config.LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=("q_proj", "down_proj"))
+    cfg = dataclasses.replace(config.digits().llama, lora=lora)
+    stacked = llama.Llama(cfg, rngs=nnx.Rngs(0))
+    adapter = stacked.layers.self_attn.q_proj.lora_b
+    adapter[...] = random(1, *adapter.shape)
+    graphdef, params = nnx.split(stacked)
+    stacked = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(dtype), params))
+    apart = stacked.for_reading()
+    assert len(apart.layers) == cfg.layers and apart.for_reading() is apart
+    axes = [m.mlp.up_proj.kernel.get_metadata()["axes"] for m in (stacked.layers, apart.layers[0])]
+    assert axes == [("layer", "embed", "mlp"), ("embed", "mlp")]
+    x = random(2, 2, 5, cfg.width).astype(dtype)
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    for key in (None, jax.random.key(3)):
+        ours, theirs = (model(x, positions, dropout_key=key) for model in (apart, stacked))
+        assert relative_error(ours, theirs) < within
+
+
+def test_emu_copies_no_weights_when_it_decodes():
+    """The compiled program's temporaries are less than the layers' parameters."""
+    words = Tokenizer.train(["one two three"] * 9, 300)
+    model = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
+    layers = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model.llama.layers)))
+    settings = text.TextConfig(max_new_tokens=3)
+    plan, rules = text.Plan.of(settings, model.cfg.tokens), text.Rules.of(settings)
+
+    def temporaries(emu):
+        graphdef, params = nnx.split(emu)
+
+        def decode(params, ids):
+            llama = nnx.merge(graphdef, params).llama
+            keys = jax.random.split(jax.random.key(0), 1)
+            return text.decode(llama, llama.embed_tokens(ids), ids > 0, plan, rules, keys)
+
+        compiled = jax.jit(decode).lower(params, jnp.asarray([[7, 8]])).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    kept = api.Emu(model, words).model
+    assert temporaries(kept) < layers / 2 < layers < temporaries(model)
+    # The caller's model stays another one.
+    head = np.array(kept.llama.lm_head.kernel[...])
+    model.llama.lm_head.kernel[...] = 0 * head
+    np.testing.assert_array_equal(kept.llama.lm_head.kernel[...], head)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -446,6 +446,7 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
         ({"remat": RematConfig(llama="ful")}, "did you mean 'full'"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"log_every": 0}, "at least 1"),
+        ({"loss_block": -1}, "loss_block is -1: make it at least 0"),
         ({"optimizer": OptimizerConfig(groups=(GroupConfig("(", lr=1e-3),))}, "pattern"),
         ({"data": dataclasses.replace(base.data, batch_size=0)}, "batch_size 0"),
         ({"data": dataclasses.replace(base.data, n_causal=5)}, "n_causal is 5, the model needs 4"),
@@ -453,7 +454,7 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
     ):
         with pytest.raises(UserError, match=message):
             train(dataclasses.replace(base, **change), tmp_path / "g")
-    train(dataclasses.replace(base, steps=1), tmp_path / "e")
+    train(dataclasses.replace(base, steps=1, loss_block=0), tmp_path / "e")
     wider = dataclasses.replace(base.model.vision, width=48)
     model = dataclasses.replace(base.model, vision=wider)
     with pytest.raises(UserError, match="its vision is not configured as"):

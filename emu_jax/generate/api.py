@@ -82,6 +82,7 @@ def load(
 ) -> Emu:  # fmt: skip
     """The model of a run directory: config.json, tokenizer/ and the newest parameters; or of the
     release's own files (a folder, or Emu-instruct.pt), read as `emu-jax convert` reads them.
+    On a CPU the language model is in memory twice for a moment (`Llama.for_reading`).
 
     Args:
         mesh: where it lives (`sharding.make_mesh`); one device without it.
@@ -142,9 +143,9 @@ class Emu:
         self.dtype, self.batch_size = jnp.dtype(dtype), batch_size
         self.paints = model.unet is not None and model.vae is not None
         graphdef, params = nnx.split(model)
-        if self.dtype != jnp.float32:
-            params = jax.tree.map(lambda a: a.astype(self.dtype), params)
-        model = nnx.merge(graphdef, params)  # the caller's stays as it is
+        # Variables of its own, be it over the same arrays: what is done to the caller's model
+        # afterwards does not reach this one, nor the other way round.
+        model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(self.dtype), params))
         with self._on_mesh():
             model.llama = model.llama.for_reading()
         self._graphdef, self._params = nnx.split(model)
@@ -153,7 +154,8 @@ class Emu:
 
     @property
     def model(self) -> models.Emu:
-        """The module itself."""
+        """The module itself. On a CPU its language model's layers are a list, not one stack
+        (`Llama.for_reading`)."""
         return nnx.merge(self._graphdef, self._params)
 
     # --- Text ---

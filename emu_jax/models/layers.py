@@ -219,9 +219,16 @@ def scan(
 def unstack(blocks: M, layers: int) -> nnx.List[M]:
     """The modules that `stack` made one, each with its own copy of its parameters."""
     graphdef, params = nnx.split(blocks)
-    return nnx.List([nnx.merge(graphdef, params) for params in _each_layer(params, layers)])
+    leaves, structure = jax.tree.flatten(params)
+    each = zip(*(_apart(leaf, layers) for leaf in leaves), strict=True)
+    modules = [nnx.merge(graphdef, jax.tree.unflatten(structure, layer)) for layer in each]
+    for module in modules:
+        for _, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Param):
+                node.set_metadata(axes=node.get_metadata()["axes"][1:])
+    return nnx.List(modules)
 
 
 @functools.partial(jax.jit, static_argnames=("layers",))
-def _each_layer(params: nnx.State, layers: int) -> list[nnx.State]:
-    return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(layers)]
+def _apart(stacked: jax.Array, layers: int) -> list[jax.Array]:
+    return [stacked[n] for n in range(layers)]

@@ -321,11 +321,13 @@ def check(cfg: TrainConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype {cfg.dtype!r} is not known{suggest(cfg.dtype, DTYPES)}")
     for name in (
-        "steps", "accumulate", "loss_block", "log_every", "checkpoint_every", "keep_checkpoints",
+        "steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints",
         "max_bad_steps",
     ):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} is {getattr(cfg, name)}: make it at least 1")
+    if cfg.loss_block < 0:
+        raise UserError(f"loss_block is {cfg.loss_block}: make it at least 0")
     if cfg.accumulate > 1 and not get_objective(cfg.objective).accumulates:
         raise UserError(
             f"the objective {cfg.objective!r} compares all rows of a batch with each other: "
