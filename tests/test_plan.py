@@ -483,10 +483,11 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
 
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    before = f"between `{BEGIN}` and `{END}`\n"
+    page.write_text(f"{before}{BEGIN}\nold\n{END}\nafter\n")
     put_on_page(tmp_path, page)
     table = (tmp_path / "sweep.md").read_text()
-    assert page.read_text() == f"before\n{BEGIN}\n{table}{END}\nafter\n"
+    assert page.read_text() == f"{before}{BEGIN}\n{table}{END}\nafter\n"
     assert (page.parent / "scaling.png").stat().st_size > 10_000
     page.write_text("no place")
     with pytest.raises(UserError, match="page.md: no lines"):

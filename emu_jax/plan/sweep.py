@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -359,6 +360,7 @@ def draw(reports: list[Report], path: Path) -> None:
     for panel, (title, *_) in zip(panels, PANELS, strict=True):
         panel.set(xscale="log", xlabel="chips", title=title)
         panel.set_xticks([16, 32, 64, 128, 256, 512], ["16", "32", "64", "128", "256", "512"])
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
     panels[1].set_ylim(0, 1)
@@ -382,11 +384,11 @@ def read_page(page: Path) -> tuple[str, str]:
         text = page.read_text()
     except OSError as error:
         raise UserError(f"{page}: {error.strerror}") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    # Lines of their own: elsewhere a page may speak of them.
+    place = re.search(f"^{BEGIN}\n(?s:.*?)^{END}$", text, re.MULTILINE)
+    if place is None:
         raise UserError(f"{page}: no lines {BEGIN} and {END} for the table to stand between")
-    return before, after
+    return text[: place.start()], text[place.end() :]
 
 
 def put_on_page(out: Path, page: Path) -> None:
