@@ -9,7 +9,7 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 
-from emu_jax import config, diffusion
+from emu_jax import config
 from emu_jax.generate import api, text
 from emu_jax.models import attention, conv, layers, llama
 from emu_jax.models.emu import Emu
@@ -21,7 +21,7 @@ def elsewhere(monkeypatch):
     """Makes what is traced from then on take the way of a platform that is no CPU."""
 
     def leave():
-        for module in (attention, conv, diffusion, layers, llama):
+        for module in (attention, conv, layers, llama):
             monkeypatch.setattr(module, "platform", lambda: "gpu")
 
     return leave
