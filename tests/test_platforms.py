@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import relative_error
 from flax import nnx
@@ -58,9 +59,10 @@ def test_attentions_gradients(masked, elsewhere):
         assert relative_error(a, b) < 2e-6
 
 
-def test_products(elsewhere):
+@pytest.mark.parametrize("width", [7, 50])
+def test_products(width, elsewhere):
     """And a product that has another type than its operands."""
-    x, kernel = random(0, 2, 3, 5), random(1, 5, 7)
+    x, kernel = random(0, 2, 3, 5), random(1, 5, width)
     here = gradients(layers.product, x, kernel)
     half = layers.product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), jnp.float32)
     assert half.dtype == jnp.float32
@@ -79,6 +81,34 @@ def test_gelu():
         assert relative_error(a, b) < 1e-6
     half = layers.gelu(x.astype(jnp.bfloat16))
     assert relative_error(half, layers.gelu(x)) < 1e-2
+
+
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+def test_norms_of_a_single_row(norm, elsewhere):
+    layer = getattr(layers, norm)(8, eps=1e-6, rngs=nnx.Rngs(0))
+    layer.scale[...] = random(2, 8)
+    graphdef, params = nnx.split(layer)
+    apply = lambda x, params: nnx.merge(graphdef, params)(x)  # noqa: E731
+    here = gradients(apply, random(0, 1, 5, 8), params)
+    assert here[0].shape == (1, 5, 8)
+    elsewhere()
+    there = gradients(apply, random(0, 1, 5, 8), params)
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_cross_entropy(block, elsewhere):
+    """With columns that only round the vocabulary up, larger than all others."""
+    hidden, kernel = random(0, 2, 6, 5), random(1, 5, 16).at[:, 11:].mul(50)
+    targets = jax.random.randint(jax.random.key(2), (2, 6), 0, 11).at[0, 0].set(10)
+    losses = lambda *x: llama._block_losses(*x, targets, vocab=11, block=block)  # noqa: E731
+    here = gradients(losses, hidden, kernel)
+    wanted = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel[:, :11], targets)
+    assert relative_error(here[0], wanted) < 2e-6
+    elsewhere()
+    for a, b in zip(here, gradients(losses, hidden, kernel), strict=True):
+        assert relative_error(a, b) < 2e-6
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])

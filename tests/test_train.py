@@ -30,6 +30,7 @@ from emu_jax.train.config import (
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import Trainer, train
 from emu_jax.train.metrics import read_metrics
+from emu_jax.train.optimizer import make_optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = {
@@ -348,16 +349,61 @@ def test_non_finite_steps_change_nothing_and_end_the_run(data_root, tmp_path, on
         trainer = Trainer(cfg, mesh)
         broken = {"visual.head.bias": np.full(64, np.nan, np.float32)}
         state = trainer.start(broken)
-        before = jax.tree.map(np.asarray, state.trained)
+        before = jax.tree.map(np.array, (state.trained, state.optimizer))
         state, metrics = trainer.step(state, one_batch(cfg, "captions"))
         assert float(metrics["bad_steps"]) == 1
-        for path, value in state.trained.items():
-            np.testing.assert_array_equal(before[path], value, err_msg=path)
+        after = (state.trained, state.optimizer)
+        jax.tree.map(np.testing.assert_array_equal, before, after)
     cfg = dataclasses.replace(
         cfg, optimizer=OptimizerConfig(groups=(GroupConfig(lr=1e30),), clip_norm=1e30)
     )
     with pytest.raises(UserError, match="not finite"):
         train(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_the_optimizer_is_optaxs(moments):
+    """But that it stays where it is when a step is not finite; and it copies no moments."""
+    groups = (GroupConfig("bias", lr=0.1, decay="constant"), GroupConfig(lr=0.2, decay="constant"))
+    cfg = OptimizerConfig(groups=groups, clip_norm=2.0, moments_dtype=moments)
+    shapes = {"kernel": (300, 400), "bias": (4,)}
+    draw = lambda seed: {n: jax.random.normal(jax.random.key(seed), shapes[n]) for n in shapes}  # noqa: E731
+    ours = make_optimizer(cfg, 9, draw(0))
+    theirs = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=moments),
+        optax.add_decayed_weights(cfg.weight_decay, {"kernel": True, "bias": False}),
+        optax.partition(
+            {"a": optax.scale(-0.2), "b": optax.scale(-0.1)}, {"kernel": "a", "bias": "b"}
+        ),
+    )
+
+    def step(grads, state, finite):
+        params, state = state
+        norm = optax.tree.norm(grads)
+        updates, state = ours.update(grads, state, params, norm=norm, finite=finite)
+        return optax.apply_updates(params, updates), state
+
+    compiled = (
+        jax.jit(step, donate_argnums=1)
+        .lower(draw(0), (draw(0), ours.init(draw(0))), True)
+        .compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 300 * 400
+
+    run = lambda *x: compiled(*jax.tree.map(jax.numpy.array, x))  # noqa: E731 (what it gets is used up)
+    found = draw(0), ours.init(draw(0))
+    wanted, kept = draw(0), theirs.init(draw(0))
+    for seed, scale in enumerate((0.001, 5.0, 0.0, 5.0)):  # below and above what is clipped
+        grads = jax.tree.map(lambda g, scale=scale: scale * g, draw(9 + seed))
+        updates, kept = jax.jit(theirs.update)(grads, kept, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+        found = run(grads, found, True)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[0][name], value, rtol=2e-5, atol=2e-6)
+        _, stayed = run(grads | {"bias": grads["bias"].at[0].set(np.nan)}, found, False)
+        jax.tree.map(np.testing.assert_array_equal, stayed, found[1])
+        assert found[1][1].mu["kernel"].dtype == moments
 
 
 def test_documents_of_a_row_do_not_see_each_other(data_root):

@@ -105,8 +105,19 @@ def attention(
         if mask is None and q.shape[1] * k.shape[1] >= CPU_SCORES:
             return checkpoint_name(_large_on_cpu(q, k, v, scale), KEPT)
         q, scale = _scaled(q, scale)
-        return _recomputed(q, k, v, mask, scale)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mask is not None or (not mesh.empty and mesh.size > 1):
+            return _recomputed(q, k, v, mask, scale)
+        parts = (jnp.array_split(x, min(len(x), CPU_PARTS)) for x in (q, k, v))
+        return jnp.concatenate(
+            [_recomputed(*part, None, scale) for part in zip(*parts, strict=True)]
+        )
     return checkpoint_name(_weighted(q, k, v, mask, bias, scale, dropout, cached), KEPT)
+
+
+# Parts of a batch whose attention is computed side by side: XLA's CPU compiler gives a product of
+# many small matrices one thread.
+CPU_PARTS = 4
 
 
 def _weighted(

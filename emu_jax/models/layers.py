@@ -62,10 +62,14 @@ def _product(x, kernel):
 
 def _product_bwd(kept, dy):
     """JAX's rule has the kernel's gradient the other way round, dy^T x, which XLA's CPU compiler
-    transposes before and after the product."""
+    transposes before and after the product. Of a much wider kernel, a head's, x^T is copied: that
+    costs little there, and the faster of XLA's two products takes no transposed operand."""
     x, kernel = kept
     flat, d_flat = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
-    return dy @ kernel.T, flat.T @ d_flat
+    left = flat.T
+    if kernel.shape[1] > 8 * kernel.shape[0]:
+        left = jax.lax.optimization_barrier(left)
+    return dy @ kernel.T, left @ d_flat
 
 
 _product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_bwd)
@@ -118,8 +122,8 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = standardize(x, self.eps) * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+        y = standardize(_squeezed(x), self.eps) * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype).reshape(x.shape)
 
 
 class RMSNorm(nnx.Module):
@@ -130,9 +134,16 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
+        y = _squeezed(x).astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * self.scale[...]).astype(x.dtype).reshape(x.shape)
+
+
+def _squeezed(x: jax.Array) -> jax.Array:
+    """On a CPU a batch of one row [1, T, D] as that row: XLA's compiler there is slow at the sums
+    of a norm and of its gradient beside an axis of 1."""
+    alone = x.ndim == 3 and x.shape[0] == 1 < x.shape[1]
+    return x[0] if alone and platform() == "cpu" else x
 
 
 def standardize(x: jax.Array, eps: float) -> jax.Array:

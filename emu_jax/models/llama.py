@@ -349,18 +349,29 @@ def _block_losses(
     hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], targets: Int[Array, "B T"],
     *, vocab: int, block: int, split: str | None = None,
 ) -> Float[Array, "B T"]:  # fmt: skip
-    """`split` names the mesh axis over which the kernel's columns are."""
+    """`split` names the mesh axis over which the kernel's columns are.
+
+    XLA's CPU compiler fuses no sum with what it sums: there, and where all columns are at hand,
+    no masked copies of logits.
+    """
+    whole_on_cpu = platform() == "cpu" and split is None
+    if whole_on_cpu:
+        kernel = kernel[:, :vocab]
     first = 0 if split is None else jax.lax.axis_index(split) * kernel.shape[1]
     column = first + jnp.arange(kernel.shape[1])
 
     def losses(hidden, targets):
         logits = product(hidden, kernel, jnp.float32)
-        logits = jnp.where(column < vocab, logits, -jnp.inf)  # the others only round it up
+        if not whole_on_cpu:
+            logits = jnp.where(column < vocab, logits, -jnp.inf)  # the others only round it up
         most = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
         if split is not None:
             most = jax.lax.pmax(most, split)
         total = jnp.sum(jnp.exp(logits - most[..., None]), axis=-1)
-        chosen = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
+        if whole_on_cpu:
+            chosen = _chosen(logits, targets)
+        else:
+            chosen = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
         if split is not None:
             total, chosen = jax.lax.psum((total, chosen), split)
         return jnp.log(total) + most - chosen
@@ -376,3 +387,22 @@ def _block_losses(
     parts = lambda x: rearrange(x, "b (n t) ... -> n b t ...", n=blocks)  # noqa: E731
     _, out = jax.lax.scan(step, None, (parts(hidden), parts(targets)))
     return rearrange(out, "n b t -> b (n t)")
+
+
+@jax.custom_vjp
+def _chosen(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """The logit of each target, of 0 to V. Its gradient is a mask, which fuses with others, where
+    that of a gather is a scatter."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _chosen_fwd(logits, targets):
+    return _chosen(logits, targets), (targets, jnp.arange(logits.shape[-1]))
+
+
+def _chosen_bwd(kept, d_chosen):
+    targets, column = kept
+    return jnp.where(column == targets[..., None], d_chosen[..., None], 0), None
+
+
+_chosen.defvjp(_chosen_fwd, _chosen_bwd)

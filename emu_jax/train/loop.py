@@ -160,17 +160,18 @@ class Trainer:
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
-            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
+            updates, optimizer = self.optimizer.update(
+                grads, state.optimizer, state.trained, norm=grad_norm, finite=finite
+            )
             trained = optax.apply_updates(state.trained, updates)
         ema = state.ema
         if ema:
             # A short memory at first, so that the initial weights are soon forgotten.
             decay = jnp.minimum(self.cfg.ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
-        # A non-finite step changes nothing but the counters.
-        new = (trained, optimizer, ema)
-        old = (state.trained, state.optimizer, state.ema)
-        trained, optimizer, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        # A non-finite step changes nothing but the counters; the optimizer has seen to its own.
+        new, old = (trained, ema), (state.trained, state.ema)
+        trained, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         skipped_steps = state.skipped_steps + ~finite
         state = TrainState(

@@ -54,8 +54,13 @@ def schedule(group: GroupConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([*parts, tail], [group.delay_steps, start])
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimizerConfig, steps: int, params: Any
+) -> optax.GradientTransformationExtraArgs:
     """The transformation for `params` (a nested dict of arrays, or of their shapes).
+
+    Its `update` also takes the gradient's `norm`, and whether the step is `finite`: where it is
+    not, the state stays, and the updates mean nothing.
 
     Raises:
         UserError: a setting that is not known, or a parameter that no group takes.
@@ -70,23 +75,66 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, params: Any) -> optax.Gradi
         lambda path, x: x.ndim > 1 and not re.search(r"(bias|scale)$", dotted(path)), params
     )
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moments_dtype),
+        _clip(cfg.clip_norm),
+        _scale_by_adam(cfg),
         optax.add_decayed_weights(cfg.weight_decay, decayed),
         _scale_by_groups(groups, {g: schedule(g, steps) for g in cfg.groups}),
     )
 
 
+def _transformation(init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
+    """Any: optax's types know of no arguments that have no default."""
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clip(most: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients whose norm is above `most` are scaled down to it."""
+
+    def update(updates, state, params=None, *, norm, **_):
+        factor = jnp.minimum(1, most / norm)
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
+
+    return _transformation(optax.init_empty_state, update)
+
+
+def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, but that moments stay where a step is not finite.
+
+    Updates are computed from the moments that are kept, and from no others: were the old ones
+    chosen afterwards, XLA's CPU compiler would copy all of them before it renews them in place.
+    """
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moments_dtype)
+
+    def update(updates, state, params=None, *, finite, **_):
+        count = optax.safe_increment(state.count)
+        new = (
+            optax.tree.update_moment(updates, state.mu, cfg.b1, 1),
+            optax.tree.update_moment_per_elem_norm(updates, state.nu, cfg.b2, 2),
+        )
+        mu, nu = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (state.mu, state.nu))
+        updates = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + cfg.eps),
+            optax.tree.bias_correction(mu, cfg.b1, count),
+            optax.tree.bias_correction(nu, cfg.b2, count),
+        )
+        count = jnp.where(finite, count, state.count)
+        mu = optax.tree.cast(mu, cfg.moments_dtype)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return _transformation(adam.init, update)
+
+
 def _scale_by_groups(groups: Any, schedules: dict[GroupConfig, optax.Schedule]):
     """Multiplies each update by minus its own group's learning rate."""
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, finite, **_):
         rates = {group: rate(state.count) for group, rate in schedules.items()}
         updates = jax.tree.map(lambda u, g: -jnp.asarray(rates[g], u.dtype) * u, updates, groups)
-        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        return updates, optax.ScaleByScheduleState(count)
 
     init = lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))  # noqa: E731
-    return optax.GradientTransformation(init, update)
+    return _transformation(init, update)
 
 
 def dotted(path: tuple[Any, ...]) -> str:
