@@ -105,6 +105,7 @@ def attention(
         if mask is None and q.shape[1] * k.shape[1] >= CPU_SCORES:
             return checkpoint_name(_large_on_cpu(q, k, v, scale), KEPT)
         q, scale = _scaled(q, scale)
+        # A batch that is split over devices is not cut: its parts would have to move.
         mesh = jax.sharding.get_abstract_mesh()
         if mask is not None or (not mesh.empty and mesh.size > 1):
             return _recomputed(q, k, v, mask, scale)
