@@ -6,9 +6,12 @@ place, whose traffic is the same. The parts take turns; figures are medians over
 `--set floors.side=N` sizes it down.
 """
 
+import functools
+import logging
 import math
 import os
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu_jax import bench
+
+log = logging.getLogger("emu_jax")
 
 TURNS = 5
 SECONDS = 0.2  # of one part at one turn, about
@@ -107,7 +112,7 @@ def xla_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any]:
 
 
 def torch_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any] | None:
-    if (torch := torch_here()) is None:
+    if (torch := torch_here()) is None or (dtype == "bfloat16" and not has_bfloat16(torch)):
         return None
     device = torch_device(torch)
     left, right = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in (a, b))
@@ -118,6 +123,20 @@ def torch_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any]
         synchronise(torch)
 
     return once
+
+
+@functools.cache
+def has_bfloat16(torch: Any) -> bool:
+    """Whether torch multiplies bfloat16 as more than a plain loop, which on processors without
+    AVX-512 takes a hundred times as long as float32: a minute a product."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, dtype=dtype, device=torch_device(torch))
+        product = lambda x=x: (torch.mm(x, x), synchronise(torch))  # noqa: E731
+        seconds[dtype] = min(timeit.repeat(product, number=1, repeat=5))
+    if not (has := seconds[torch.bfloat16] < 10 * seconds[torch.float32]):
+        log.info("torch, bfloat16: left out, a plain loop on this processor")
+    return has
 
 
 def copies(size: int) -> dict[str, Callable[[], float]]:

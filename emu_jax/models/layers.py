@@ -62,12 +62,12 @@ def _product(x, kernel):
 
 def _product_bwd(kept, dy):
     """JAX's rule has the kernel's gradient the other way round, dy^T x, which XLA's CPU compiler
-    transposes before and after the product. Of a much wider kernel, a head's, x^T is copied: that
-    costs little there, and the faster of XLA's two products takes no transposed operand."""
+    transposes before and after the product. Where y is much wider than x, x^T is copied: that
+    costs little, and the faster of XLA's two products takes no transposed operand."""
     x, kernel = kept
     flat, d_flat = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
     left = flat.T
-    if kernel.shape[1] > 8 * kernel.shape[0]:
+    if kernel.shape[1] >= 4 * kernel.shape[0]:
         left = jax.lax.optimization_barrier(left)
     return dy @ kernel.T, left @ d_flat
 
