@@ -230,8 +230,9 @@ class Page:
     """A Markdown file whose tables are written from figures, never by hand: what stands between
     `<!-- bench NAME -->` and `<!-- /bench -->`.
 
-    The figures are kept beside it (`performance.md`, `performance.json`), each with the command
-    and the machine that it comes from; plots too (`performance-NAME.png`).
+    The figures are kept beside it (`performance.md`, `performance.json`), by benchmark and by
+    hardware, each with the command and the machine that it comes from; plots too
+    (`performance-NAME-HARDWARE.png`). A new measurement replaces that of the same hardware.
     """
 
     def __init__(self, path: Path):
@@ -254,43 +255,57 @@ class Page:
                     f"<!-- bench {name} --> and <!-- /bench --> where it should stand"
                 )
 
-    def records(self) -> dict[str, Figures]:
-        """What is kept, by benchmark."""
+    def records(self) -> dict[str, dict[str, Figures]]:
+        """What is kept, by benchmark and hardware."""
         return json.loads(self.kept.read_text()) if self.kept.exists() else {}
 
     def update(self, name: str, record: Figures) -> None:
-        """Keeps a benchmark's record, and writes its table and its plot, no other's."""
-        records = dict(sorted((self.records() | {name: record}).items()))
-        write_text(self.kept, json.dumps(records, indent=1) + "\n")
+        """Keeps a benchmark's record, and writes its tables and its plot, no other's."""
+        hardware = _hardware(record["machine"])
+        records = self.records()
+        records[name] = dict(sorted((records.get(name, {}) | {hardware: record}).items()))
+        write_text(self.kept, json.dumps(dict(sorted(records.items())), indent=1) + "\n")
         module = load(name)
         if hasattr(module, "plot"):
-            module.plot(record["figures"], self._plot(name))
-        write_text(self.path, self.rendered(self.path.read_text(), {name: record}))
+            module.plot(record["figures"], self._plot(name, hardware))
+        write_text(self.path, self.rendered(self.path.read_text(), {name: records[name]}))
 
-    def rendered(self, text: str, records: Mapping[str, Figures]) -> str:
+    def rendered(self, text: str, records: Mapping[str, Mapping[str, Figures]]) -> str:
         """`text` with the tables of `records`."""
-        for name, record in records.items():
-            table = self._section(name, record)
-            text = self._place(name).sub(lambda m, t=table: f"{m[1]}\n{t}\n{m[2]}", text)
+        for name, by_hardware in records.items():
+            tables = "\n\n".join(self._section(name, *item) for item in by_hardware.items())
+            text = self._place(name).sub(lambda m, t=tables: f"{m[1]}\n{t}\n{m[2]}", text)
         return text
 
-    def _section(self, name: str, record: Figures) -> str:
+    def _section(self, name: str, hardware: str, record: Figures) -> str:
         module, figures = load(name), record["figures"]
+        lines = [f"**{hardware}**", ""]
         if hasattr(module, "table"):
-            lines = [module.table(figures)]
+            lines += [module.table(figures)]
         else:
-            lines = [markdown(("Figure", "Value"), list(_rows(figures)))]
+            lines += [markdown(("Figure", "Value"), list(_rows(figures)))]
         if hasattr(module, "plot"):
-            lines += ["", f"![{name}]({self._plot(name).name})"]
-        where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+            lines += ["", f"![{name}]({self._plot(name, hardware).name})"]
+        rest = {key: value for key, value in record["machine"].items() if key not in HARDWARE}
+        where = ", ".join(f"{key} {value}" for key, value in rest.items())
         return "\n".join([*lines, "", f"(`{record['command']}`; {where})"])
 
-    def _plot(self, name: str) -> Path:
-        return self.path.with_name(f"{self.path.stem}-{name}.png")
+    def _plot(self, name: str, hardware: str) -> Path:
+        words = "-".join(re.findall(r"[a-z0-9_]+", hardware.lower()))
+        return self.path.with_name(f"{self.path.stem}-{name}-{words}.png")
 
     @staticmethod
     def _place(name: str) -> re.Pattern[str]:
         return re.compile(rf"(<!-- bench {re.escape(name)} -->)\n.*?(<!-- /bench -->)", re.DOTALL)
+
+
+# Of what `machine` says, what names the hardware.
+HARDWARE = ("cores", "processor", "devices")
+
+
+def _hardware(machine: Figures) -> str:
+    accelerators = [machine["devices"]] if "devices" in machine else []
+    return ", ".join([*accelerators, f"{machine['cores']} cores", machine["processor"]])
 
 
 # What figures may depend on, where it is installed.

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import itertools
 import json
+import os
 import re
 
 import jax
@@ -116,23 +117,39 @@ def test_the_page_is_written_from_figures(folder, capsys):
     assert cli.main(["bench", "drawn", "--write", str(path)]) == 0
     text = path.read_text()
     lines = text.splitlines()
-    assert lines[:6] == [
-        "# Speed", "Written by hand.", "<!-- bench drawn -->", "| s | bytes |", "| --- | --- |",
-        "| 2 ± 0.5 | 12,345 |",
-    ]  # fmt: skip
-    assert lines[7] == "![drawn](performance-drawn.png)"
-    assert lines[9].startswith("(`emu-jax bench drawn`; cores ") and " jax " in lines[9]
+    assert lines[:3] == ["# Speed", "Written by hand.", "<!-- bench drawn -->"]
+    assert lines[3].startswith(f"**{os.cpu_count()} cores, ")
+    assert lines[5:8] == ["| s | bytes |", "| --- | --- |", "| 2 ± 0.5 | 12,345 |"]
+    (plot,) = folder.glob("performance-drawn-*.png")
+    assert plot.read_text() == "a plot" and lines[9] == f"![drawn]({plot.name})"
+    assert lines[11].startswith("(`emu-jax bench drawn`; python ") and " jax " in lines[11]
     assert text.endswith(PAGE.partition("<!-- /bench -->")[2])  # the other table as it was
-    assert (folder / "performance-drawn.png").read_text() == "a plot"
 
     assert cli.main(["bench", "fast", "--set", "fast.rate=3", "--write", str(path)]) == 0
-    assert "(`emu-jax bench fast --set fast.rate=3`; cores " in path.read_text()
+    assert "(`emu-jax bench fast --set fast.rate=3`; python " in path.read_text()
     assert path.read_text().startswith(text.partition("Also by hand")[0])
     page = bench.Page(path)
     assert list(page.records()) == ["drawn", "fast"]
     assert page.rendered(path.read_text(), page.records()) == path.read_text()
     assert cli.main(["bench", "wide", "--write", str(path)]) == 2
     assert "has no place for the table of wide" in capsys.readouterr().err
+
+
+def test_a_page_keeps_the_figures_of_every_hardware(folder, monkeypatch):
+    path = folder / "performance.md"
+    path.write_text(PAGE)
+    here = bench.machine()
+    for machine in (
+        here | {"cores": 4, "processor": "Z"}, here | {"processor": "A", "devices": "8 x TPU v5p"},
+        here | {"cores": 4, "processor": "Z", "jax": "later"},
+    ):  # fmt: skip
+        monkeypatch.setattr(bench, "machine", lambda found=machine: found)
+        bench.run(["fast"], write=path)
+    kept = bench.Page(path).records()["fast"]
+    assert list(kept) == ["4 cores, Z", f"8 x TPU v5p, {here['cores']} cores, A"]
+    assert kept["4 cores, Z"]["machine"]["jax"] == "later"
+    text = path.read_text()
+    assert text.count("**4 cores, Z**") == 1 and text.index("**4 cores, Z**") < text.index("**8 x")
 
 
 def test_plots_go_where_they_are_asked_for(folder):
