@@ -9,7 +9,6 @@ place, whose traffic is the same. The parts take turns; figures are medians over
 import functools
 import logging
 import math
-import os
 import time
 import timeit
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu_jax import bench
+from emu_jax.config import UserError
 
 log = logging.getLogger("emu_jax")
 
@@ -28,6 +28,8 @@ SECONDS = 0.2  # of one part at one turn, about
 
 
 def run(side: int = 2048) -> dict:
+    if side < 4:
+        raise UserError(f"floors.side is {side}: make it at least 4")
     figures: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
         parts = products(dtype, shapes(side))
@@ -105,14 +107,19 @@ def products(dtype: str, sizes: list[tuple[int, int, int]]) -> dict[str, Callabl
 
 def xla_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any]:
     left, right = (jnp.asarray(x, dtype) for x in (a, b))
-    # As training in this dtype asks for it (`train.loop.train`).
-    precision = "highest" if dtype == "float32" else "default"
-    product = jax.jit(lambda x, y: jnp.matmul(x, y, precision=precision))
+    with precision(dtype):
+        product = jax.jit(jnp.matmul).lower(left, right).compile()
     return lambda: product(left, right).block_until_ready()
 
 
+def precision(dtype: Any) -> Any:
+    """The setting in which products of `dtype` are what torch's are, and training's
+    (`train.loop.train`): JAX's own would compute float32 in fewer bits on GPUs and TPUs."""
+    return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else "default")
+
+
 def torch_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any] | None:
-    if (torch := torch_here()) is None or (dtype == "bfloat16" and not has_bfloat16(torch)):
+    if (torch := torch_here(dtype)) is None:
         return None
     device = torch_device(torch)
     left, right = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in (a, b))
@@ -182,16 +189,19 @@ def repeated(once: Callable[[], Any], amount: float) -> Callable[[], float]:
     return part
 
 
-def torch_here() -> Any | None:
-    """torch on all cores, where it is installed and computes on what JAX computes on."""
+def torch_here(dtype: str = "float32") -> Any | None:
+    """torch on all cores, where it is installed and computes in `dtype` on what JAX computes on."""
     try:
         import torch
     except ModuleNotFoundError:
         return None
-    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
+    if jax.default_backend() not in ("cpu", "gpu"):
         return None
-    torch.set_num_threads(os.cpu_count() or 1)
-    return torch
+    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
+        return None
+    torch.set_num_threads(bench.cores())
+    torch.backends.cudnn.allow_tf32 = False  # float32 in all bits, as its products are
+    return None if dtype == "bfloat16" and not has_bfloat16(torch) else torch
 
 
 def torch_device(torch: Any) -> str:

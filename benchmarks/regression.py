@@ -22,7 +22,7 @@ floors, language = bench.load("floors"), bench.load("text_generation")
 
 
 def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "float32") -> dict:
-    torch = language.torch_or_missing()
+    torch = language.torch_or_missing(dtype)
     cfg = language.config(size)
     params = language.random_params(cfg, dtype)
     model = language.transformers_model(torch, cfg, params, dtype)
@@ -92,7 +92,11 @@ def ours(cfg: EmuConfig, params: dict, ids: np.ndarray):
     def regress(state, ids):
         return nnx.merge(graphdef, state).regress_after(ids, lengths)
 
-    return lambda: np.asarray(regress(state, ids), np.float32)
+    def embeddings() -> np.ndarray:
+        with floors.precision(params["llama.stu_regress_head.kernel"].dtype):
+            return np.asarray(regress(state, ids), np.float32)
+
+    return embeddings
 
 
 def release(torch: Any, model: Any, head: Any, cfg: EmuConfig, ids: np.ndarray) -> np.ndarray:

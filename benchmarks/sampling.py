@@ -40,7 +40,7 @@ def run(
 ) -> dict:
     if size not in SIZES:
         raise UserError(f"no size {size!r}{suggest(size, SIZES)}")
-    torch = language.torch_or_missing()
+    torch = language.torch_or_missing(dtype)
     small = language.config("digits")  # nothing but its denoiser is used
     cfg = dataclasses.replace(small, unet=SIZES[size], vae=None)
     assert cfg.unet is not None
@@ -112,9 +112,14 @@ def ours(cfg: EmuConfig, params: dict, noise: np.ndarray, cond: np.ndarray, step
         return nnx.merge(graphdef, state).unet(x, t, cond)
 
     both = jnp.concatenate([start, start])
-    once = denoise.lower(state, both, jnp.zeros(len(both)), jnp.concatenate([cond, uncond]))
-    run = lambda: np.asarray(sample(state, jnp.float32(GUIDANCE)), np.float32)  # noqa: E731
-    return once.compile(), run
+    with floors.precision(dtype):
+        once = denoise.lower(state, both, jnp.zeros(len(both)), jnp.concatenate([cond, uncond]))
+
+    def latents() -> np.ndarray:
+        with floors.precision(dtype):
+            return np.asarray(sample(state, jnp.float32(GUIDANCE)), np.float32)
+
+    return once.compile(), latents
 
 
 def diffusers_model(torch: Any, cfg: EmuConfig, params: dict, dtype: str) -> Any:

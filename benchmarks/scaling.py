@@ -6,23 +6,24 @@ fit side by side: `turns` steps after one that is not counted. Efficiency is tok
 device over those of the curve's fewest devices.
 
 With `--set scaling.sweep=OUT/sweep.json`, what `emu-jax plan --sweep --out OUT` kept, the curves
-of this kind of chip are drawn behind the measured points. A CPU has no entry in
-`emu_jax/hardware.py` and no prediction. Its devices are threads of one process, which try the
-mechanism rather than measure hardware: one of them computes with all cores. More devices than are
-used, since the collectives wait in threads that devices share, and lock each other out of few:
-
-    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false" \\
-        emu-jax bench scaling --set scaling.devices=2
+of this kind of chip for the same model, rows and remat stand beside the measured points. A CPU
+has no entry in `emu_jax/hardware.py` and no prediction. Its devices are threads, which try the
+mechanism rather than measure hardware: where there is one, a process with `CPU_FLAGS` measures.
 
 Several hosts: the same command on each, with the variables that `emu-jax train` has there
 (docs/launch.md); the first one writes. Settings: `config`, `rows` of a device, `tokens` and
-`pictures` of a row, `dtype`, `remat`, `turns`, `devices` (0: all).
+`pictures` of a row, `dtype`, `remat`, `turns`, `least` and `devices` (0: all), from how many
+devices to how many. What does not fit into memory is left out, with a line.
 """
 
 import gc
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,35 +37,41 @@ from emu_jax.config import UserError
 from emu_jax.hardware import chip_name
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.flops import train_flops
-from emu_jax.train.loop import initialize_distributed
 
 log = logging.getLogger("emu_jax")
 step = bench.load("train_step")
 
-PREDICTED = ("topology", "slices", "chips", "curve", "tokens_per_second",
-             "tokens_per_second_overlap", "rows_per_chip")  # fmt: skip
+PREDICTED = ("topology", "slices", "devices", "curve", "rows", "tokens_per_second",
+             "tokens_per_second_overlap")  # fmt: skip
+
+# Eight, of which as many as cores are used: collectives wait in threads that devices share, and
+# lock each other out of few. One device would compute with all cores.
+CPU_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
 
 
 def run(
     config: str = "emu_100m", rows: int = 1, tokens: int = 512, pictures: int = 4,
-    dtype: str = "", remat: str = "dots", turns: int = 5, devices: int = 0, sweep: str = "",
+    dtype: str = "", remat: str = "dots", turns: int = 5, least: int = 1, devices: int = 0,
+    sweep: str = "",
 ) -> dict:  # fmt: skip
-    initialize_distributed()
+    settings = dict(locals())
+    if jax.default_backend() == "cpu" and len(jax.devices()) == 1 < bench.cores():
+        return apart(settings | {"devices": devices or bench.cores()})
     kind = jax.devices()[0].device_kind
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     most = devices or len(jax.devices())
-    if not 1 <= most <= len(jax.devices()) or turns < 1:
+    if not 1 <= least <= most <= len(jax.devices()) or turns < 1 or rows < 1:
         raise UserError(
-            f"scaling.devices is {most} and scaling.turns {turns}: at least 1, and here are "
-            f"{len(jax.devices())} devices"
+            f"scaling.least is {least}, devices {most}, rows {rows} and turns {turns}: each at "
+            f"least 1, and here are {len(jax.devices())} devices"
         )
 
     def cfg(rows: int) -> TrainConfig:
         return step.settings(config, rows, tokens, pictures, dtype, remat)
 
-    row_flops = train_flops(cfg(1)).total
-    predicted = predictions(Path(sweep), chip_name(kind), row_flops) if sweep else []
-    points = measure(cfg, counts(most), rows, turns)
+    chip, row_flops = chip_name(kind), train_flops(cfg(1)).total
+    predicted = predictions(Path(sweep), chip, row_flops, rows, most, remat) if sweep else []
+    points = measure(cfg, counts(least, most), rows, turns)
     return {
         "config": config, "dtype": dtype, "device": kind, "hosts": jax.process_count(),
         "row_tokens": tokens, "row_pictures": pictures, "remat": remat,
@@ -72,9 +79,25 @@ def run(
     }  # fmt: skip
 
 
-def counts(most: int) -> list[int]:
-    """Powers of two, and all."""
-    return sorted({2**n for n in range(most.bit_length()) if 2**n <= most} | {most})
+def apart(settings: dict[str, Any]) -> dict:
+    """What a process with several CPU devices measures."""
+    words = [f"--set=scaling.{key}={value}" for key, value in settings.items() if value != ""]
+    flags = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), CPU_FLAGS]))
+    command = [sys.executable, "-m", "emu_jax.cli", "bench", "scaling", *words, "--json"]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [*command, "--out", folder], env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    if done.returncode:
+        raise UserError("scaling: the process with several CPU devices failed, as said above")
+    return json.loads(done.stdout.splitlines()[-1])["scaling"] | {"flags": CPU_FLAGS}
+
+
+def counts(least: int, most: int) -> list[int]:
+    """`least`, doubled while there are so many, and `most`."""
+    doubled = {least * 2**n for n in range(most.bit_length())}
+    return sorted({n for n in doubled if n <= most} | {most})
 
 
 def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
@@ -86,6 +109,9 @@ def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
                 continue  # rows that do not share out
             same = [p for p in points if (p["devices"], p["rows"]) == (devices, batch)]
             seconds = same[0]["seconds"] if same else steps(cfg(batch), devices, turns)
+            if not seconds:
+                log.info("%s, %d devices, %d rows: does not fit", curve, devices, batch)
+                continue
             used = jax.devices()[:devices]
             points.append({
                 "curve": curve, "devices": devices,
@@ -93,34 +119,48 @@ def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
                 "seconds": seconds,
             })  # fmt: skip
             log.info("%s, %d devices, %d rows: %s s", curve, devices, batch, bench.shown(seconds))
-    one: dict[str, float] = {}  # tokens a second of one device, by curve
+    if not points:
+        raise UserError("scaling: nothing fits: raise scaling.least, or choose a smaller model")
+    one: dict[str, float] = {}  # tokens a second of one device among the fewest, by curve
     for point in points:
         rate = point["rows"] * cfg(1).data.row_tokens / point["seconds"]["median"]
-        one.setdefault(point["curve"], rate)
+        one.setdefault(point["curve"], rate / point["devices"])
         point["tokens_per_second"] = round(rate, 1)
         point["efficiency"] = round(rate / point["devices"] / one[point["curve"]], 4)
     return points
 
 
-def steps(cfg: TrainConfig, devices: int, turns: int) -> dict[str, float]:
+def steps(cfg: TrainConfig, devices: int, turns: int) -> dict[str, float] | None:
     """Seconds of a step on the first `devices`, as the first process has them, which has one in
-    any case; a process that has none waits."""
+    any case; a process that has none waits. None where they do not hold it."""
     taken = [0.0] * turns
     if jax.process_index() in {d.process_index for d in jax.devices()[:devices]}:
-        ours = step.Ours(cfg, step.documents(cfg), devices)
-        ours.step()
-        taken = []
-        for _ in range(turns):
-            began = time.perf_counter()
-            ours.step()
-            taken.append(time.perf_counter() - began)
-        del ours
+        try:
+            taken = timed(cfg, devices, turns)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
         gc.collect()
-    return bench.median(multihost_utils.broadcast_one_to_all(np.array(taken)).tolist())
+    everywhere = multihost_utils.broadcast_one_to_all(np.array(taken))
+    return bench.median(everywhere.tolist()) if everywhere.all() else None
 
 
-def predictions(path: Path, chip: str, row_flops: float) -> list[dict]:
-    """The curves of `chip` in a sweep, of a model whose step takes `row_flops` for a row.
+def timed(cfg: TrainConfig, devices: int, turns: int) -> list[float]:
+    ours = step.Ours(cfg, step.documents(cfg), devices)
+    ours.step()
+    taken = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        ours.step()
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
+def predictions(
+    path: Path, chip: str, row_flops: float, rows: int, most: int, remat: str
+) -> list[dict]:
+    """The curves of `chip` in a sweep, of a model whose step takes `row_flops` for a row: with
+    `rows` a device, and with those of `most` devices shared out.
 
     Raises:
         UserError: the file cannot be read, or has none.
@@ -129,37 +169,57 @@ def predictions(path: Path, chip: str, row_flops: float) -> list[dict]:
         reports = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--set scaling.sweep={path}: {error}") from None
-    found = [
-        {key: report[key] for key in PREDICTED}
-        for report in reports
-        if report.get("fits")
-        and report.get("curve")
+    same = [
+        report for report in reports
+        if report.get("fits") and report.get("curve")
         and report["topology"].startswith(f"{chip}:")
         and math.isclose(report["model_flops"] / report["rows"], row_flops, rel_tol=1e-6)
-    ]
-    if not chip or not found:
+    ]  # fmt: skip
+    if not chip or not same:
         raise UserError(
             f"--set scaling.sweep={path}: no curve of {chip or 'this device'} for this model and "
             "size of a row is in it"
+        )
+    wanted = {"weak": lambda r: rows * r["devices"], "strong": lambda r: rows * most}
+    found = [
+        {key: report[key] for key in PREDICTED}
+        for report in same
+        if report["rows"] == wanted[report["curve"]](report) and report["remat"]["llama"] == remat
+    ]
+    if not found:
+        held = sorted({(r["rows"] / r["devices"], r["remat"]["llama"]) for r in same
+                       if r["curve"] == "weak"})  # fmt: skip
+        raise UserError(
+            f"--set scaling.sweep={path}: no curve with {rows} rows a device and remat {remat}; "
+            + " or ".join(f"rows={each:g}, remat={policy}" for each, policy in held)
         )
     return found
 
 
 def table(figures: dict) -> str:
-    head = ("Scaling", "Devices", "Hosts", "Rows", "Step, s", "Tokens/s", "Efficiency")
+    head = ["Scaling", "Devices", "Hosts", "Rows", "Step, s", "Tokens/s", "Efficiency"]
     keys = ("curve", "devices", "hosts", "rows", "seconds", "tokens_per_second", "efficiency")
     rows = [[point[key] for key in keys] for point in figures["points"]]
+    if plans := {(p["curve"], p["devices"]): p for p in figures["predicted"]}:
+        head.append("Tokens/s, plan")
+        for row, point in zip(rows, figures["points"], strict=True):
+            plan = plans.get((point["curve"], point["devices"]))
+            row.append(plan and " to ".join(
+                bench.shown(plan[key]) for key in ("tokens_per_second", "tokens_per_second_overlap")
+            ))  # fmt: skip
     about = (
         f"`{figures['config']}`, {figures['dtype']}, rows of {figures['row_tokens']:,} tokens with "
         f"{figures['row_pictures']} pictures, on {figures['device']} devices."
     )
     if not figures["predicted"]:
         about += " No prediction: no sweep of `emu-jax plan` for these devices was given."
+    if "flags" in figures:
+        about += f" XLA_FLAGS: `{figures['flags']}`."
     return bench.markdown(head, rows) + "\n\n" + about
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Tokens a second and efficiency over devices; bands are between `plan`'s bounds."""
+    """Tokens a second over devices, of all and of each; bands are between `plan`'s bounds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -167,30 +227,25 @@ def plot(figures: dict, path: Path) -> None:
     for n, curve in enumerate(("weak", "strong")):
         style = {"color": f"C{n}", "label": f"{curve}, measured", "marker": "o"}
         points = [p for p in figures["points"] if p["curve"] == curve]
-        for panel, key in zip(panels, ("tokens_per_second", "efficiency"), strict=True):
-            panel.plot([p["devices"] for p in points], [p[key] for p in points], **style)
         found = sorted(
-            (p for p in figures["predicted"] if p["curve"] == curve), key=lambda p: p["chips"]
-        )
-        if not found:
-            continue
-        chips = [p["chips"] for p in found]
-        low, high = (
-            [p[key] for p in found] for key in ("tokens_per_second", "tokens_per_second_overlap")
+            (p for p in figures["predicted"] if p["curve"] == curve), key=lambda p: p["devices"]
         )
         band = {"color": f"C{n}", "alpha": 0.15, "label": f"{curve}, plan"}
-        panels[0].fill_between(chips, low, high, **band)
-        per_chip = [[v / c for v, c in zip(values, chips, strict=True)] for values in (low, high)]
-        panels[1].fill_between(chips, *([v / values[0] for v in values] for values in per_chip),
-                               **band)  # fmt: skip
+        bounds = "tokens_per_second", "tokens_per_second_overlap"
+        for panel, share in zip(panels, (lambda p: 1, lambda p: p["devices"]), strict=True):
+            rates = [p["tokens_per_second"] / share(p) for p in points]
+            panel.plot([p["devices"] for p in points], rates, **style)
+            if found:
+                low_high = ([p[bound] / share(p) for p in found] for bound in bounds)
+                panel.fill_between([p["devices"] for p in found], *low_high, **band)
     ideal = [p for p in figures["points"] if p["curve"] == "weak"]
     panels[0].plot(
         [p["devices"] for p in ideal],
-        [ideal[0]["tokens_per_second"] * p["devices"] for p in ideal],
+        [ideal[0]["tokens_per_second"] / ideal[0]["devices"] * p["devices"] for p in ideal],
         color="grey", linewidth=0.8, linestyle=":", label="in proportion",
     )  # fmt: skip
     numbers = sorted({p["devices"] for p in figures["points"]})
-    for panel, title in zip(panels, ("tokens per second", "efficiency"), strict=True):
+    for panel, title in zip(panels, ("tokens per second", "of one device"), strict=True):
         panel.set(xscale="log", xlabel="devices", title=title)
         if not figures["predicted"]:
             panel.set_xticks(numbers, map(str, numbers))

@@ -4,8 +4,8 @@ Each turn starts new processes: emu_jax with an empty `JAX_COMPILATION_CACHE_DIR
 with what that one left there (`warm`), and transformers with the same language model. Each
 imports, loads the checkpoint from a disk that has it in memory, writes one token after a short
 prompt, and then another of the same shape, for which nothing is compiled any more; the first
-token's seconds beyond the second's are compilation, or what else is done once. `size` is a
-ladder model or "digits".
+token's seconds beyond the second's are compilation, or what else is done once. emu_jax loads all
+of Emu but a decoder, transformers the language model alone. `size` is a ladder model or "digits".
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from emu_jax import bench
-from emu_jax.config import TokenIds, save_json
+from emu_jax.config import TokenIds, UserError, save_json
 from emu_jax.convert.engine import convert
 from emu_jax.sharding import nest
 from emu_jax.tokenizer import Tokenizer
@@ -50,10 +50,10 @@ import json, sys, time
 began = time.perf_counter()
 import torch, transformers
 imported = time.perf_counter()
-model = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1]).eval().to(sys.argv[3])
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
 loaded = time.perf_counter()
-ids = tokenizer(sys.argv[2], return_tensors="pt")["input_ids"]
+ids = tokenizer(sys.argv[2], return_tensors="pt")["input_ids"].to(sys.argv[3])
 def write():
     with torch.no_grad():
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
@@ -73,7 +73,10 @@ print(json.dumps({
 
 
 def run(size: str = "0.1B", turns: int = 5) -> dict:
-    language.torch_or_missing()
+    torch = language.torch_or_missing()
+    if turns < 1:
+        raise UserError(f"startup.turns is {turns}: make it at least 1")
+    device = language.floors.torch_device(torch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(size, folder / "run")
@@ -84,7 +87,7 @@ def run(size: str = "0.1B", turns: int = 5) -> dict:
             done = {
                 "cold": measured(OURS, folder / "run", cache),
                 "warm": measured(OURS, folder / "run", cache),
-                "transformers": measured(THEIRS, folder / "hf" / "llama", cache),
+                "transformers": measured(THEIRS, folder / "hf" / "llama", cache, device),
             }
             bench.log.info("turn %d of %d: %s", turn, turns, json.dumps(done))
             for who, taken in done.items():
@@ -93,10 +96,9 @@ def run(size: str = "0.1B", turns: int = 5) -> dict:
     for who, all_taken in seconds.items():
         columns = {part: [taken[part] for taken in all_taken] for part in all_taken[0]}
         figures[who] = {part: bench.median(column) for part, column in columns.items()}
-    ours, theirs = (
-        [taken["until_first_token"] for taken in seconds[who]] for who in ("warm", "transformers")
-    )
-    figures["warm_over_transformers"] = bench.ratio(theirs, ours)
+    cold, warm, theirs = ([one["until_first_token"] for one in seconds[who]] for who in seconds)
+    figures["cold_over_transformers"] = bench.ratio(theirs, cold)
+    figures["warm_over_transformers"] = bench.ratio(theirs, warm)
     return figures
 
 
@@ -108,19 +110,19 @@ def table(figures: dict) -> str:
     }  # fmt: skip
     rows = [
         (about, *(figures[who][part] for part in parts),
-         figures["warm_over_transformers"] if who == "warm" else "")
+         figures.get(f"{who}_over_transformers", ""))
         for who, about in names.items()
     ]  # fmt: skip
     head = ("Seconds", "import", "load", "First token", "Second", "In all", "Times as fast")
     return bench.markdown(head, rows)
 
 
-def measured(program: str, checkpoint: Path, cache: Path) -> dict[str, float]:
+def measured(program: str, checkpoint: Path, cache: Path, *more: str) -> dict[str, float]:
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join(sys.path), "TRANSFORMERS_VERBOSITY": "error",
     }  # fmt: skip
-    command = [sys.executable, "-c", program + REPORT, str(checkpoint), WORDS]
+    command = [sys.executable, "-c", program + REPORT, str(checkpoint), WORDS, *more]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -8,6 +8,7 @@ that a token needs once, at the rate of this machine's fastest copy. The parts t
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ def run(
     size: str = "0.1B", prompt: int = 128, tokens: int = 64, rows: int = 1, turns: int = 5,
     dtype: str = "float32",
 ) -> dict:  # fmt: skip
-    torch = torch_or_missing()
+    torch = torch_or_missing(dtype)
     cfg = config(size)
     params = random_params(cfg, dtype)
     theirs = transformers_model(torch, cfg, params, dtype)
@@ -83,13 +84,15 @@ def table(figures: dict) -> str:
     return bench.markdown(head, rows)
 
 
-def torch_or_missing() -> Any:
+def torch_or_missing(dtype: str = "float32") -> Any:
     """torch on all cores, and what is compared with.
 
     Raises:
-        bench.Missing: it is not installed.
+        bench.Missing: it is not installed, or of no use here.
     """
-    torch = floors.torch_here()
+    torch = floors.torch_here(dtype)
+    if torch is None and importlib.util.find_spec("torch"):
+        raise bench.Missing(f"torch does not compute in {dtype} on this {jax.default_backend()}")
     if torch is None:
         raise bench.Missing("torch is missing: pip install -e '.[torch]'")
     return torch
@@ -169,7 +172,11 @@ def ours(
         x = llama.embed_tokens(ids)
         return text.decode(llama, x, jnp.ones(ids.shape, bool), plan, rules, keys)
 
-    return lambda: np.asarray(decode(state, ids))
+    def write() -> np.ndarray:
+        with floors.precision(state.llama.norm.scale[...].dtype):
+            return np.asarray(decode(state, ids))
+
+    return write
 
 
 def transformers_generate(

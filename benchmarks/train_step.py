@@ -32,7 +32,7 @@ from emu_jax.sharding import batch_sharding
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.flops import train_flops
-from emu_jax.train.loop import Trainer, mesh_for
+from emu_jax.train.loop import Trainer, check, mesh_for
 from emu_jax.train.optimizer import group_of, schedule
 
 log = logging.getLogger("emu_jax")
@@ -61,7 +61,7 @@ def settings(
         raise UserError(f"no config {config!r}{suggest(config, known)}")
     cfg = load_config(TrainConfig, path, [])
     llama = dataclasses.replace(cfg.model.llama, rope_dtype="float32")  # as transformers has it
-    return dataclasses.replace(
+    cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, llama=llama),
         data=dataclasses.replace(
@@ -69,6 +69,8 @@ def settings(
         ),
         dtype=dtype, remat=RematConfig.everywhere(remat),
     )  # fmt: skip
+    check(cfg)
+    return cfg
 
 
 def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> dict:
@@ -87,8 +89,8 @@ def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> 
         "parameters": sum(int(np.prod(s.shape)) for s in ours.trainer.param_shapes.values()),
         "model_flops": train_flops(cfg).total,
     }  # fmt: skip
-    if (torch := floors.torch_here()) is None:
-        log.info("torch is missing, or has not this device: our step is measured alone")
+    if (torch := floors.torch_here(cfg.dtype)) is None:
+        log.info("torch is missing, or has not this device or dtype: our step is measured alone")
     else:
         theirs = Theirs(torch, cfg, batch)
         theirs.take(ours.weights(), cfg.model)
@@ -184,8 +186,7 @@ class Ours:
         """What `train.loop.train` sets."""
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
-        precision = "highest" if self.cfg.dtype == "float32" else "default"
-        stack.enter_context(jax.default_matmul_precision(precision))
+        stack.enter_context(floors.precision(self.cfg.dtype))
         return stack
 
     def step(self) -> None:

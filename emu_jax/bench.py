@@ -86,17 +86,24 @@ def run(
             it is done (`Page`).
 
     Raises:
-        UserError: there is no such benchmark or setting, `write` has no place for one, or one
-            that was named cannot run here.
+        UserError: there is no such benchmark or setting, `write` has no place for one, one that
+            was named cannot run here, or one of all failed: the others run first.
     """
+    # Of a GPU jax would take three quarters at once, and leave too little to what it is
+    # compared with.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
+    from emu_jax.train.loop import initialize_distributed
+
+    initialize_distributed()
     modules = {name: load(name) for name in names or benchmarks()}
     chosen = _settings(settings, modules)
     page = Page(write) if write else None
     if page:
         page.check(modules)
     results: Figures = {}
+    failed = []
     for name, module in modules.items():
         log.info("bench %s: %s", name, about(Path(module.__file__ or "")))
         try:
@@ -105,6 +112,13 @@ def run(
             if names:
                 raise
             log.info("bench %s: left out: %s", name, error)
+            continue
+        except Exception as error:
+            if len(modules) == 1:
+                raise
+            trace = not isinstance(error, UserError)
+            log.error("bench %s: failed: %s", name, error, exc_info=trace)
+            failed.append(name)
             continue
         results[name] = figures
         if jax.process_index():
@@ -117,6 +131,9 @@ def run(
             out.mkdir(parents=True, exist_ok=True)
             module.plot(figures, out / f"{name}.png")
             log.info("bench %s: %s", name, out / f"{name}.png")
+    if failed:
+        print(table(results))  # what others found is not lost
+        raise UserError(f"bench: failed, as said above: {', '.join(failed)}")
     return results | {"machine": machine()}
 
 
@@ -324,17 +341,23 @@ def machine() -> Figures:
             known[name] = version(name)
         except PackageNotFoundError:
             continue
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     accelerators = {} if devices[0].platform == "cpu" else {
-        "devices": f"{len(devices)} x {devices[0].device_kind}"
+        "devices": f"{len(devices)} x {devices[0].device_kind}{hosts}"
     }  # fmt: skip
     return {
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "processor": _processor(),
         **accelerators,
         "python": platform.python_version(),
         **known,
         **{name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
     }
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

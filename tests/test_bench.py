@@ -81,6 +81,17 @@ def test_settings(folder):
             bench.run(["fast"], [setting])
 
 
+def test_what_fails_does_not_cost_the_others_their_figures(folder, capsys, caplog):
+    (folder / "bad.py").write_text("def run(): raise RuntimeError('no luck')")
+    assert cli.main(["bench"]) == 2
+    printed = capsys.readouterr()
+    assert "fast.rate" in printed.out and "wide.sides.left" in printed.out
+    assert printed.err.rstrip().endswith("failed, as said above: bad")
+    assert "bench bad: failed: no luck" in caplog.messages
+    with pytest.raises(RuntimeError, match="no luck"):
+        bench.run(["bad"])
+
+
 def test_what_cannot_run_here(folder, caplog):
     text = "from emu_jax.bench import Missing\ndef run(): raise Missing('torch is missing')"
     (folder / "slow.py").write_text(text)
@@ -167,6 +178,17 @@ def test_the_figures_of_performance_md_are_the_measured_ones():
     assert page.rendered(text, records) == text
 
 
+def test_the_commands_of_performance_md_are_those_there_are():
+    text = (shipped("docs") / "performance.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^emu-jax bench (.*?)(?: *#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        words = command.split()
+        settings = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+        names = [word for word in itertools.takewhile(lambda w: not w.startswith("-"), words)]
+        bench._settings(settings, {name: bench.load(name) for name in names})
+
+
 def test_every_benchmark_says_what_it_measures():
     paths = bench.benchmarks()
     assert shipped("benchmarks").name == "benchmarks" and "data" in paths
@@ -241,21 +263,72 @@ def test_scaling_over_devices(monkeypatch, tmp_path):
     assert "No prediction" in scaling.table(figures)
 
     report = {
-        "fits": True, "curve": "weak", "topology": "v5e:4x4", "slices": 1, "chips": 16,
-        "rows_per_chip": 1, "tokens_per_second": 1e5, "tokens_per_second_overlap": 2e5,
-        "rows": 16, "model_flops": 16e9,
+        "fits": True, "curve": "weak", "topology": "v5e:4x4", "slices": 1, "devices": 2,
+        "tokens_per_second": 1e5, "tokens_per_second_overlap": 2e5, "rows": 2, "model_flops": 2e9,
+        "remat": {"llama": "dots"},
     }  # fmt: skip
+    strong = report | {"curve": "strong", "devices": 1}
     path = tmp_path / "sweep.json"
-    path.write_text(json.dumps([report, report | {"fits": False}, report | {"curve": ""}]))
-    figures["predicted"] = scaling.predictions(path, "v5e", 1e9)
-    assert len(figures["predicted"]) == 1
+    path.write_text(
+        json.dumps([report, strong, report | {"fits": False}, report | {"curve": ""},
+                    report | {"devices": 1}, strong | {"rows": 4, "model_flops": 4e9}])
+    )  # fmt: skip
+    figures["predicted"] = scaling.predictions(path, "v5e", 1e9, 1, 2, "dots")
+    assert [(p["curve"], p["devices"]) for p in figures["predicted"]] == [
+        ("weak", 2), ("strong", 1),
+    ]  # fmt: skip
+    rows = [line.split(" | ")[-1] for line in scaling.table(figures).splitlines()[2:6]]
+    assert rows == ["- |", "100,000 to 200,000 |", "100,000 to 200,000 |", "- |"]
     scaling.plot(figures, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     for chip, row_flops in (("v6e", 1e9), ("v5e", 2e9)):
         with pytest.raises(UserError, match=f"no curve of {chip} for this model"):
-            scaling.predictions(path, chip, row_flops)
-    with pytest.raises(UserError, match="scaling.devices is 99"):
+            scaling.predictions(path, chip, row_flops, 1, 2, "dots")
+    with pytest.raises(UserError, match="or rows=2, remat=dots"):
+        scaling.predictions(path, "v5e", 1e9, 1, 2, "full")
+
+
+def test_scaling_leaves_out_what_does_not_fit(monkeypatch):
+    scaling = bench.load("scaling")
+    with pytest.raises(UserError, match="least is 3, devices 2"):
+        scaling.run(least=3, devices=2)
+    with pytest.raises(UserError, match="devices 99"):
         scaling.run(devices=99)
+    assert [scaling.counts(*pair) for pair in ((1, 1), (1, 6), (4, 24))] == [
+        [1], [1, 2, 4, 6], [4, 8, 16, 24],
+    ]  # fmt: skip
+
+    def timed(cfg, devices, turns):
+        if cfg.data.batch_size > 2 * devices:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return [1.0] * turns
+
+    monkeypatch.setattr(scaling, "timed", timed)
+    points = scaling.measure(tiny, [2, 4, 8], 1, 2)
+    assert [(p["curve"], p["devices"], p["efficiency"]) for p in points] == [
+        ("weak", 2, 1), ("weak", 4, 1), ("strong", 4, 1), ("weak", 8, 1), ("strong", 8, 0.5),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="nothing fits"):
+        scaling.measure(tiny, [1], 4, 2)
+
+
+def test_scaling_of_a_lone_cpu_device_is_measured_apart(monkeypatch):
+    scaling = bench.load("scaling")
+    monkeypatch.setattr(scaling.jax, "devices", lambda: ["cpu:0"])
+    monkeypatch.setattr(bench, "cores", lambda: 2)
+    code = "import json, os, sys; print('words'); print(json.dumps({'scaling': "
+    code += "{'words': sys.argv[1:], 'was': os.environ['XLA_FLAGS']}}))"
+    run = scaling.subprocess.run
+    monkeypatch.setattr(
+        scaling.subprocess, "run",
+        lambda command, **how: run([command[0], "-c", code, *command[3:]], **how),
+    )  # fmt: skip
+    figures = scaling.run(turns=3)
+    assert figures["was"].endswith(scaling.CPU_FLAGS) and figures["flags"] == scaling.CPU_FLAGS
+    assert {"--set=scaling.turns=3", "--set=scaling.devices=2"} <= set(figures["words"])
+    code = "raise SystemExit(2)"
+    with pytest.raises(UserError, match="scaling: the process with several CPU devices failed"):
+        scaling.run()
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ def test_both_sides_agree(name):
         peak, copy, floors.SECONDS = floors.peak, floors.fastest_copy, 0.001
         floors.peak, floors.fastest_copy = lambda dtype: peak(dtype, 64), lambda: copy(64)
     figures = module.run(turns=2, **TINY[name])
+    if name == "checkpoints":  # of the same turns
+        assert figures["blocks_s"]["median"] <= figures["save_s"]["median"]
     assert "|" in module.table(figures)
     assert all(value > 0 for value in medians(figures))
 
