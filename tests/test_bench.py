@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import itertools
 import json
-import os
 import re
 
 import jax
@@ -129,7 +128,7 @@ def test_the_page_is_written_from_figures(folder, capsys):
     text = path.read_text()
     lines = text.splitlines()
     assert lines[:3] == ["# Speed", "Written by hand.", "<!-- bench drawn -->"]
-    assert lines[3].startswith(f"**{os.cpu_count()} cores, ")
+    assert lines[3].startswith(f"**{bench.cores()} cores, ")
     assert lines[5:8] == ["| s | bytes |", "| --- | --- |", "| 2 ± 0.5 | 12,345 |"]
     (plot,) = folder.glob("performance-drawn-*.png")
     assert plot.read_text() == "a plot" and lines[9] == f"![drawn]({plot.name})"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from decimal import Decimal
 
 import jax
 import jax.numpy as jnp
@@ -95,12 +96,15 @@ def rows_of(ids, embeddings, cfg, counts):
 
 
 def test_rotary_frequencies_are_torchs_bits():
-    """Ours are rounded correctly. torch's vectorised power is not always: at some odd widths,
-    which they are depends on the processor, it is one bit off; not at powers of two, the
+    """Ours are rounded correctly at every step. torch's vectorised power is not always: at some
+    widths, which they are depends on the processor, it is one bit off; not at powers of two, the
     release's 128 among them."""
     for width in range(8, 129, 2):
         theirs = 1.0 / (10000 ** (torch.arange(0, width, 2).float() / width))
         ours = rotary_frequencies(width, 10000.0)
+        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        powers = np.float32([float(Decimal(10000) ** Decimal(float(e))) for e in exponents])
+        np.testing.assert_array_equal(ours, np.float32(1) / powers)
         np.testing.assert_array_max_ulp(ours, theirs.numpy(), maxulp=2)
         if width in (8, 16, 32, 64, 128):
             np.testing.assert_array_equal(ours, theirs.numpy())
