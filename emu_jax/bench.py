@@ -79,6 +79,8 @@ def run(
 ) -> Figures:  # fmt: skip
     """Runs the named benchmarks, or all: each one's figures by its name, and the machine's.
 
+    One that fails costs the others nothing: `passed` is False then, and `failed` names it.
+
     Args:
         settings: `NAME.KEY=VALUE`, an argument of a benchmark's `run`.
         out: the folder of plots.
@@ -86,8 +88,8 @@ def run(
             it is done (`Page`).
 
     Raises:
-        UserError: there is no such benchmark or setting, `write` has no place for one, one that
-            was named cannot run here, or one of all failed: the others run first.
+        UserError: there is no such benchmark or setting, `write` has no place for one, or one
+            that was named cannot run here. The error of a benchmark that runs alone is raised.
     """
     # Of a GPU jax would take three quarters at once, and leave too little to what it is
     # compared with.
@@ -131,10 +133,11 @@ def run(
             out.mkdir(parents=True, exist_ok=True)
             module.plot(figures, out / f"{name}.png")
             log.info("bench %s: %s", name, out / f"{name}.png")
+    results["machine"] = machine()
     if failed:
-        print(table(results))  # what others found is not lost
-        raise UserError(f"bench: failed, as said above: {', '.join(failed)}")
-    return results | {"machine": machine()}
+        log.error("bench: failed, as said above: %s", ", ".join(failed))
+        results |= {"passed": False, "failed": failed}
+    return results
 
 
 def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dict[str, Figures]:

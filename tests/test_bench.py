@@ -82,11 +82,12 @@ def test_settings(folder):
 
 def test_what_fails_does_not_cost_the_others_their_figures(folder, capsys, caplog):
     (folder / "bad.py").write_text("def run(): raise RuntimeError('no luck')")
-    assert cli.main(["bench"]) == 2
-    printed = capsys.readouterr()
-    assert "fast.rate" in printed.out and "wide.sides.left" in printed.out
-    assert printed.err.rstrip().endswith("failed, as said above: bad")
+    assert cli.main(["bench", "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fast"]["rate"] == 2.5 and printed["wide"]["sides"]["left"] == 1
+    assert (printed["passed"], printed["failed"]) == (False, ["bad"])
     assert "bench bad: failed: no luck" in caplog.messages
+    assert caplog.messages[-1] == "bench: failed, as said above: bad"
     with pytest.raises(RuntimeError, match="no luck"):
         bench.run(["bad"])
 
@@ -287,6 +288,7 @@ def test_scaling_over_devices(monkeypatch, tmp_path):
         scaling.predictions(path, "v5e", 1e9, 1, 2, "full")
 
 
+@pytest.mark.slow
 def test_scaling_leaves_out_what_does_not_fit(monkeypatch):
     scaling = bench.load("scaling")
     with pytest.raises(UserError, match="least is 3, devices 2"):
