@@ -16,8 +16,11 @@ SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
 
+# XLA's programs for the CPU without LLVM's optimisations: half the time, nearly all of which goes
+# into compiling. `make test-slow` compiles as users do, and compares with the release again.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=0 \
+	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

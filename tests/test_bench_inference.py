@@ -14,6 +14,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_both_sides_agree(name):
     module = bench.load(name)

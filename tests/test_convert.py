@@ -123,6 +123,7 @@ def test_the_instruct_model_comes_back_bit_for_bit(instruct_dir, tmp_path):
     assert checkpoint.load_tokenizer(instruct_dir).instruct
 
 
+@pytest.mark.slow
 def test_a_release_without_dead_tensors_comes_back_without(tmp_path):
     """Newer transformers do not store the rotary frequencies: all else keeps its place."""
     release = tmp_path / "release"
@@ -244,6 +245,7 @@ def test_newer_names_of_the_autoencoder_load_and_come_back(tmp_path):
     assert all(torch.equal(back[k], tensors[k]) for k in tensors)
 
 
+@pytest.mark.slow
 def test_bin_files_of_the_decoder_and_mixed_dtypes_come_back(tmp_path):
     release = tmp_path / "release"
     shutil.copytree(GOLDEN, release)
@@ -312,6 +314,7 @@ def test_trained_weights_are_not_rounded_on_the_way_back(instruct_dir, tmp_path)
             assert tensor.dtype == came[key].dtype and torch.equal(tensor, came[key])
 
 
+@pytest.mark.slow
 def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
     """All keys that the release's strict loading asks for, the dead ones too."""
     model = small(lora=False)
@@ -725,6 +728,7 @@ def test_a_fresh_emu_has_its_parents_weights(ancestors, tmp_path):
         assert_same_tree(tmp_path / "back" / part, ancestors / "sd" / part)
 
 
+@pytest.mark.slow
 def test_another_width_of_condition_is_reinitialised_and_said_so(ancestors, tmp_path):
     folder = tmp_path / "parents"
     shutil.copytree(ancestors, folder)
@@ -883,6 +887,7 @@ def test_missing_shards_are_named(ancestors, tmp_path):
         fresh(folder, tmp_path / "run", model_config=GOLDEN / "Emu.json")
 
 
+@pytest.mark.slow
 def test_random_damage_never_shows_a_traceback(tmp_path, capsys):
     """Bytes flipped anywhere: one line and exit 2, or (in a tensor's data) a conversion."""
     rng = np.random.default_rng(0)

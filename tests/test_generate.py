@@ -208,6 +208,7 @@ def test_a_prompt_gives_the_same_alone_and_in_a_batch(settings, small):
         np.testing.assert_array_equal(np.stack(alone), together)
 
 
+@pytest.mark.slow
 def test_small_batches_give_what_a_large_one_gives(model, words, small):
     chunked = Emu(model, words, batch_size=2)
     for settings in ({"num_beams": 1}, {"num_beams": 2}, {"do_sample": True, "num_beams": 1}):
@@ -682,6 +683,7 @@ def test_videos_are_their_frames(small):
     assert prompt.instruct([frames, "what?"])[0].startswith(prompt.VIDEO_SYSTEM)
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
     template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     path = (tmp_path / "7" / "params").absolute()
@@ -701,6 +703,7 @@ def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
     assert relative_error(ours, small.regress(["one two"])) < 0.1
 
 
+@pytest.mark.slow
 def test_beams_are_the_same_over_sharded_rows(model, words, small):
     mesh = make_mesh(fsdp=8)
     place = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), mesh)

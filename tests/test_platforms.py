@@ -122,6 +122,7 @@ def test_upsampling(dtype, within, elsewhere):
         assert relative_error(a, b) < within
 
 
+@pytest.mark.slow
 def test_candidates_behind_caches_apart():
     """What each layer holds is repeated for candidates as what all hold together is."""
     emu = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))

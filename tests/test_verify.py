@@ -20,6 +20,7 @@ def verify(capsys, checkpoint, golden=GOLDEN):
     return status, json.loads(lines[-1]) if lines else captured.err, lines[:-1]
 
 
+@pytest.mark.slow
 def test_the_pretrained_model_covers_every_key(run_dir, golden, capsys):  # noqa: F811
     status, result, lines = verify(capsys, run_dir)
     assert (status, result["passed"], result["failed"]) == (0, True, [])
