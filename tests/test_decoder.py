@@ -170,10 +170,15 @@ UNETS = [
 # Sides that do not halve evenly too, down to a single pixel.
 @pytest.mark.parametrize(
     "cfg, sides",
-    [(UNETS[0], (10, 5)), (UNETS[1], (7, 1)),
-     *(pytest.param(UNETS[i], sides, marks=pytest.mark.slow)
-       for i, sides in ((0, (8, 12)), (0, (6, 10)), (0, (3, 6)), (1, (8, 12))))],
-)  # fmt: skip
+    [
+        (UNETS[0], (10, 5)),
+        (UNETS[1], (7, 1)),
+        pytest.param(UNETS[0], (8, 12), marks=pytest.mark.slow),
+        pytest.param(UNETS[0], (6, 10), marks=pytest.mark.slow),
+        pytest.param(UNETS[0], (3, 6), marks=pytest.mark.slow),
+        pytest.param(UNETS[1], (8, 12), marks=pytest.mark.slow),
+    ],
+)
 def test_unet_diffusers(cfg, sides):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

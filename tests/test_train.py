@@ -91,7 +91,7 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
         return float(loss), to_numpy(grads), to_numpy(params)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("clip", "vae", "decoder")]
+OTHERS = ("clip", "vae", "decoder")
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def one_device(monkeypatch):
     ("emu", ["mixed"]),
     # The multimodal step is the one that must hold on every kind of mesh.
     pytest.param("emu", ["data", "fsdp", "tensor"], marks=pytest.mark.slow),
-    *(pytest.param(name, ["mixed"], marks=pytest.mark.slow) for name in ("clip", "vae", "decoder")),
+    *(pytest.param(name, ["mixed"], marks=pytest.mark.slow) for name in OTHERS),
 ])  # fmt: skip
 def test_step_is_the_same_on_every_mesh(objective, meshes, data_root):
     cfg = small(objective, data_root)
@@ -438,7 +438,9 @@ def test_documents_of_a_row_do_not_see_each_other(data_root):
         assert changed == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["emu", *SLOW])
+@pytest.mark.parametrize(
+    "objective", ["emu", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_bfloat16_is_close_to_float32(objective, data_root):
     """Compute in bfloat16 moves the loss by its rounding, no more."""
     losses = []

@@ -31,6 +31,7 @@ def test_the_pretrained_model_covers_every_key(run_dir, golden, capsys):  # noqa
     assert result["worst"]["error"] <= result["worst"]["tolerance"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
 def test_the_instruct_model_covers_its_keys(instruct_dir, merge, tmp_path, capsys):  # noqa: F811
     if merge:
