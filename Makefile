@@ -22,8 +22,10 @@ test: .venv/.installed-dev
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
+# What measures time comes last, with nothing beside it.
 test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and alone"
 
 # Everything that benchmarks/ measures, into the tables of docs/performance.md.
 bench: .venv/.installed-dev

@@ -333,6 +333,7 @@ def test_scaling_of_a_lone_cpu_device_is_measured_apart(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_pipeline_keeps_up_with_decoding():
     figures = bench.run(["data"])["data"]
     assert 75_000 < figures["picture_bytes"] < 92_000

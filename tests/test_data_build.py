@@ -268,7 +268,7 @@ class Failing(Source):
     def where(self, index):
         return f"place {index}"
 
-    def read(self, index, rng=None, wanted=None):
+    def read(self, index, seed=None, wanted=None):
         if index == 3:
             raise Damaged("damaged record", self.where(index), "why")
         if index >= 6 and not self.mended:

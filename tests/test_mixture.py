@@ -146,7 +146,7 @@ class Many(Source):
     def __len__(self) -> int:
         return 3_000_000
 
-    def read(self, index, rng=None, wanted=None) -> Document:
+    def read(self, index, seed=None, wanted=None) -> Document:
         return Document((Picture(grey(index % 250)), Text(WORDS[index % 10])))
 
     def where(self, index) -> str:

@@ -7,10 +7,8 @@ and `[USER]:` follows.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from emu_jax.data.documents import Damaged, Document, Picture, Text
 from emu_jax.data.listings import Entries, Listed, Media
@@ -59,7 +57,7 @@ class Dialogues(Listed):
         self._frames = frames
 
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         where, folder = self.where(index), self._entries.folder(index)
@@ -68,7 +66,7 @@ class Dialogues(Listed):
         frames: list[Picture] = []
         if dialogue.video is not None:
             video = Video(self._media.read(dialogue.video, folder, where), where)
-            shown = sample_frames(video, self._frames, rng)
+            shown = sample_frames(video, self._frames, seed)
             frames = [Picture(data, time, scored=False) for time, data in shown]
         return _document(dialogue, [Picture(content, scored=False) for content in files], frames)
 

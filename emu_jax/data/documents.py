@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import grain
 import msgpack
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.config import UserError
@@ -182,13 +181,13 @@ class Source(Sequence[Document]):
 
     @abc.abstractmethod
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         """A document.
 
         Args:
-            rng: what decides where something is left to chance (the frames of a video); by
+            seed: what decides where something is left to chance (the frames of a video); by
                 default it is the release's choice. It changes neither words nor the number of
                 parts.
             wanted: numbers of the parts that will be used; other pictures may be empty.
@@ -272,7 +271,7 @@ class DocumentFiles(Source):
         return f"{self.paths[file]} record {record}"
 
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         file, record = self.locate(index)

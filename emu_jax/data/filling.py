@@ -1,6 +1,6 @@
 """Documents into the arrays of a batch: read, tokenised, decoded, each where it belongs.
 
-A document is one piece of work, done on whichever thread is free. One that cannot be read
+A few documents are one piece of work, done on whichever thread is free. One that cannot be read
 changes nothing about where the others lie, so that no process needs to know of another's: in a
 row its tokens become padding, and a batch of single documents has a substitute that follows
 from its number.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ Position = tuple[int, int]  # (block, row in it); other kinds than rows: (0, doc
 STATISTICS: tuple[str, ...] = (
     "tokens", "token_slots", "images", "image_slots", "documents", "truncated",
 )  # fmt: skip
+_TOGETHER = 16  # pictures that are read, then painted, where there is work for all threads
 _ATTEMPTS = 20  # substitutes for a document, before it is no accident any more
 
 
@@ -114,8 +115,8 @@ class Filler:
         places = [
             place for n, documents in enumerate(rows[self.mine]) for place in _places(n, documents)
         ]
-        found = self._pool(lambda place: self._place(batch, place), places)
-        damaged += [damage for damage in found if damage is not None]
+        for found in self._pool(lambda some: self._place(batch, some), self._together(places)):
+            damaged += found
         sizes = {
             "token_slots": self.cfg.batch_size * self.cfg.row_tokens,
             "image_slots": self.cfg.batch_size * self.cfg.row_images,
@@ -128,24 +129,69 @@ class Filler:
         mine = [place.packed.drawn for place in places]
         return Made(batch, (block, row), mine, counted | sizes, damaged)
 
-    def _place(self, batch: Batch, place: _Place) -> Damage | None:
-        """Writes one document of a row; leaves padding where it cannot be read."""
-        n, drawn = place.row, place.packed.drawn
-        tokens = slice(place.token, place.token + place.packed.tokens)
-        pictures = slice(place.picture, place.picture + place.packed.pictures)
+    def _together(self, places: list[_Place]) -> list[list[_Place]]:
+        """Documents that are one piece of work: few pictures, or one document of many."""
+        pictures = sum(place.packed.pictures for place in places)
+        most = min(_TOGETHER, pictures // (4 * self._pool.threads))
+        pieces: list[list[_Place]] = []
+        room = 0
+        for place in places:
+            size = max(1, place.packed.pictures)
+            if size > room or not pieces:
+                pieces.append([])
+                room = most
+            pieces[-1].append(place)
+            room -= size
+        return pieces
+
+    def _place(self, batch: Batch, places: Sequence[_Place]) -> list[Damage]:
+        """Writes documents of rows; leaves padding where one cannot be read.
+
+        Each step for all of them: decoding a picture clears the processor's caches, and what is
+        done for a single document in between takes twice as long.
+        """
+        damaged: list[Damage] = []
+        whole: list[_Read] = []
+        for read in [self._read(place) for place in places]:
+            if isinstance(read, Damage):
+                damaged.append(read)
+            elif damage := self._paint_all(batch, read):
+                damaged.append(damage)
+            else:
+                whole.append(read)
+        for read in whole:
+            self._write(batch, read)
+        return damaged
+
+    def _read(self, place: _Place) -> _Read | Damage:
+        drawn = place.packed.drawn
         rng = self.group.rng(drawn)
         parts, cut = self.group.fit(drawn, rng)
         try:
-            row = _Row(self, place.picture)
-            row.open()
-            for part, content in self._contents(drawn, parts):
-                if isinstance(content, Picture):
-                    self._paint(batch["images"][n, row.pictures], content, rng)
-                row.add(part, content)
-            row.close(ended=not cut)
-        except (Damaged, images.PictureError) as error:
-            batch["images"][n, pictures] = 0
+            contents = self._contents(drawn, parts)
+        except Damaged as error:
             return _damage(drawn, error.reason)
+        row = _Row(self, place.pictures.start)
+        row.open()
+        for part, content in contents:
+            row.add(part, content)
+        row.close(ended=not cut)
+        return _Read(place, row, [c for _, c in contents if isinstance(c, Picture)], rng)
+
+    def _paint_all(self, batch: Batch, read: _Read) -> Damage | None:
+        place = read.place
+        out = batch["images"][place.row, place.pictures]
+        try:
+            for pixels, picture in zip(out, read.pictures, strict=True):
+                self._paint(pixels, picture, read.rng)
+        except images.PictureError as error:
+            out[:] = 0
+            return _damage(place.packed.drawn, error.reason)
+        return None
+
+    def _write(self, batch: Batch, read: _Read) -> None:
+        place, row = read.place, read.row
+        n, tokens, pictures = place.row, place.tokens, place.pictures
         batch["tokens"][n, tokens] = row.tokens
         batch["segment_ids"][n, tokens] = place.segment
         batch["positions"][n, tokens] = np.arange(len(row.tokens))
@@ -153,7 +199,6 @@ class Filler:
         batch["image_slots"][n, tokens] = row.slots
         batch["image_valid"][n, pictures] = True
         batch["image_scored"][n, pictures] = row.scored_pictures
-        return None
 
     # Batches of single documents
 
@@ -261,9 +306,8 @@ class Filler:
         Raises:
             Damaged: the document cannot be read, or is not what was counted.
         """
-        rng = self.group.rng(drawn, FRAMES)
-        source = drawn.source.documents
-        document = source.read(drawn.index, rng, [part.index for part in parts])
+        seed, source = self.group.seed(drawn, FRAMES), drawn.source.documents
+        document = source.read(drawn.index, seed, [part.index for part in parts])
         outline = drawn.outline
         found = {
             n: PICTURE if isinstance(p := document.parts[n], Picture) else len(self._encode(p))
@@ -300,11 +344,12 @@ class Pool:
     """Runs a function over things, on threads where there are several; results in order."""
 
     def __init__(self, cfg: DataConfig):
-        threads = cfg.decode_threads or os.cpu_count() or 1
-        self._threads = ThreadPoolExecutor(threads, "emu-jax-decode") if threads > 1 else None
+        self.threads = cfg.decode_threads or os.cpu_count() or 1
+        parallel = self.threads > 1
+        self._executor = ThreadPoolExecutor(self.threads, "emu-jax-decode") if parallel else None
 
     def __call__(self, function: Callable[[Any], Any], things: Iterable[Any]) -> list[Any]:
-        run = self._threads.map if self._threads else map
+        run = self._executor.map if self._executor else map
         return list(run(function, things))
 
 
@@ -314,15 +359,26 @@ class _Place(NamedTuple):
     packed: Packed
     row: int
     segment: int
-    token: int  # its first
-    picture: int  # its first
+    tokens: slice
+    pictures: slice
+
+
+class _Read(NamedTuple):
+    """A document of a row, whose pictures are still encoded."""
+
+    place: _Place
+    row: _Row
+    pictures: list[Picture]
+    rng: np.random.Generator
 
 
 def _places(row: int, documents: list[Packed]) -> list[_Place]:
     places, token, picture = [], 0, 0
     for segment, packed in enumerate(documents, 1):
-        places.append(_Place(packed, row, segment, token, picture))
-        token, picture = token + packed.tokens, picture + packed.pictures
+        tokens = slice(token, token + packed.tokens)
+        pictures = slice(picture, picture + packed.pictures)
+        places.append(_Place(packed, row, segment, tokens, pictures))
+        token, picture = tokens.stop, pictures.stop
     return places
 
 

@@ -95,8 +95,11 @@ class Group:
         # Batches share blocks, and a packed block is small.
         self.block = functools.lru_cache(4)(self._pack)
 
+    def seed(self, drawn: Drawn, purpose: int) -> tuple[int, ...]:
+        return self.cfg.seed, drawn.number, self.number, purpose
+
     def rng(self, drawn: Drawn, purpose: int = CONTENT) -> np.random.Generator:
-        return np.random.default_rng((self.cfg.seed, drawn.number, self.number, purpose))
+        return np.random.default_rng(self.seed(drawn, purpose))
 
     def drawn(self, number: int) -> Drawn:
         source, index = self._order[number]

@@ -135,7 +135,7 @@ def _fill(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
             members.append(chosen)
             waiting[chosen] = False
             free = free - size[chosen]
-            fits = np.flatnonzero(waiting & (size <= free).all(axis=1))
+            fits = np.flatnonzero(waiting & (size[:, 0] <= free[0]) & (size[:, 1] <= free[1]))
             if not len(fits):
                 break
             after = free - size[fits]

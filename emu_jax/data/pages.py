@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from emu_jax.data.documents import Damaged, Document, Picture, Text
 from emu_jax.data.listings import Entries, Listed, Media
@@ -43,7 +41,7 @@ class Pages(Listed):
         self._least = min_similarity
 
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         folder, where = self._entries.folder(index), self.where(index)

@@ -4,7 +4,7 @@ and prepared directories of TensorFlow Datasets."""
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Pairs(Source):
         return f"{self.paths[self._files[index]]} sample {self._numbers[index]}"
 
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         words = self._words(index)
@@ -70,7 +70,7 @@ class Pairs(Source):
             return Document((Picture(picture), *words))
         video = self._member(index, _VIDEO)
         assert video is not None  # or the sample would be damaged
-        shown = sample_frames(Video(video, self.where(index)), self._frames, rng)
+        shown = sample_frames(Video(video, self.where(index)), self._frames, seed)
         return Document((*(Picture(data, time) for time, data in shown), *words))
 
     def sketch(self, index: int) -> Document:
@@ -228,7 +228,7 @@ class TfdsPairs(Source):
         return f"{self._directory} example {index}"
 
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         where = self.where(index)

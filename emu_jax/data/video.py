@@ -118,10 +118,13 @@ class Video:
                     break
 
 
-def sample_frames(video: Video, count: int, rng: np.random.Generator | None) -> list[Frame]:
+def sample_frames(video: Video, count: int, seed: Sequence[int] | None) -> list[Frame]:
     """`count` frames: at random, or those that the release would show."""
     total = len(video.times)
-    indices = frame_indices(total, count) if rng is None else random_indices(total, count, rng)
+    if seed is None:
+        indices = frame_indices(total, count)
+    else:
+        indices = random_indices(total, count, np.random.default_rng(seed))
     return video.frames(indices.tolist())
 
 

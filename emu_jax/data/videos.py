@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,13 @@ class Videos(Listed):
         self._frames = frames
 
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         entry, where = self._entries[index], self.where(index)
         words = _words(entry, where)
         content = self._media.read(entry.get("video"), self._entries.folder(index), where)
-        shown = sample_frames(Video(content, where), self._frames, rng)
+        shown = sample_frames(Video(content, where), self._frames, seed)
         return Document((*(Picture(data, time) for time, data in shown), words))
 
     def sketch(self, index: int) -> Document:
@@ -77,7 +77,7 @@ class SubtitledVideos(Listed):
         self._apart = apart
 
     def read(
-        self, index: int, rng: np.random.Generator | None = None,
+        self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         document = self.sketch(index)
