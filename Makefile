@@ -22,7 +22,7 @@ test: .venv/.installed-dev
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-# What measures time comes last, with nothing beside it.
+# A test that holds a measured ratio to a bound comes last, with nothing beside it.
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "slow and alone"

@@ -163,16 +163,17 @@ def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dic
 
 def take_turns(
     parts: Mapping[str, Callable[[], Any]], turns: int = 5, *,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.perf_counter, warm: bool = True,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds that each part takes at each turn, every second turn in reverse order. A part runs
-    once, not counted, right before it is timed: it compiles what must be, and finds caches and
-    memory as it left them itself, not as the part before did.
+    """Seconds that each part takes at each turn, every second turn in reverse order.
 
     Args:
         parts: each does its work and waits for its end. What returns a number has done so many
             of something: its seconds are those of one.
         clock: seconds; `time.process_time` for a core's work, whoever else is on it.
+        warm: a part runs once, not counted, right before it is timed: it compiles what must be,
+            and finds caches and memory as it left them itself, not as the part before did.
+            Without, parts that need no such thing follow one another more closely.
 
     Raises:
         UserError: no turns.
@@ -183,7 +184,8 @@ def take_turns(
     for turn in range(turns):
         progress = []
         for name in list(parts)[:: 1 if turn % 2 == 0 else -1]:
-            parts[name]()
+            if warm:
+                parts[name]()
             began = clock()
             done = parts[name]()
             taken = clock() - began

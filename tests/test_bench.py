@@ -108,6 +108,9 @@ def test_turns_are_taken_in_alternating_order():
     seconds = bench.take_turns(parts, 3, clock=lambda: float(next(time)))
     assert "".join(order) == "aabb" + "bbaa" + "aabb"  # each once before it is timed
     assert seconds == {"a": [1.0] * 3, "b": [0.25] * 3}  # b does four at a time
+    order.clear()
+    bench.take_turns(parts, 2, warm=False)
+    assert "".join(order) == "ab" + "ba"
     with pytest.raises(UserError, match="turns cannot be 0"):
         bench.take_turns(parts, 0)
 

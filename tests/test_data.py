@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from emu_jax.config import UserError
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data import Batches, DataConfig, Document, Picture, Text, filling
 from emu_jax.data import digits as digits_module
 from emu_jax.data.digits import (
     CAPTIONS,
@@ -818,6 +818,31 @@ def test_augmentation_and_seed(cfg, tokenizer, kind):
         assert (batch[name] != plain[name]).any() == (name in pixels)
     other = first(seed=4)
     assert any((other[k] != batch[k]).any() for k in batch)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_documents_read_together_are_those_read_alone(tmp_path, tokenizer, monkeypatch, threads):
+    pages = [
+        Document((Text(WORDS[n % 10]), *[Picture(grey(20 * n + k)) for k in range(n % 3)]))
+        for n in range(12)
+    ]
+    pages[4] = Document((Text("four"), Picture(b"no picture")))
+    cfg = hand_made(tmp_path, pages=pages)
+    cfg = dataclasses.replace(
+        cfg, augment=True, block_documents=36, row_tokens=48, row_images=6, batch_size=4,
+        decode_threads=threads,
+    )  # fmt: skip
+
+    def read() -> tuple[list[dict[str, np.ndarray]], int]:
+        with Batches(cfg, tokenizer, "rows") as batches:
+            return take(batches, 6), batches.statistics()["damaged"]["unreadable picture"]
+
+    together, damaged = read()
+    monkeypatch.setattr(filling, "_TOGETHER", 1)
+    alone, as_many = read()
+    assert damaged == as_many > 0
+    for one, two in zip(together, alone, strict=True):
+        assert_equal(one, two)
 
 
 def test_augmentation_differs_between_epochs(tmp_path, tokenizer):

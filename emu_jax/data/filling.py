@@ -1,16 +1,16 @@
 """Documents into the arrays of a batch: read, tokenised, decoded, each where it belongs.
 
-A few documents are one piece of work, done on whichever thread is free. One that cannot be read
-changes nothing about where the others lie, so that no process needs to know of another's: in a
-row its tokens become padding, and a batch of single documents has a substitute that follows
-from its number.
+A document, or a few of a row, are one piece of work, done on whichever thread is free. One that
+cannot be read changes nothing about where the others lie, so that no process needs to know of
+another's: in a row its tokens become padding, and a batch of single documents has a substitute that
+follows from its number.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ Position = tuple[int, int]  # (block, row in it); other kinds than rows: (0, doc
 STATISTICS: tuple[str, ...] = (
     "tokens", "token_slots", "images", "image_slots", "documents", "truncated",
 )  # fmt: skip
-_TOGETHER = 16  # pictures that are read, then painted, where there is work for all threads
+_TOGETHER = 16  # pictures that are read together, then decoded
 _ATTEMPTS = 20  # substitutes for a document, before it is no accident any more
 
 
@@ -115,7 +115,9 @@ class Filler:
         places = [
             place for n, documents in enumerate(rows[self.mine]) for place in _places(n, documents)
         ]
-        for found in self._pool(lambda some: self._place(batch, some), self._together(places)):
+        for found in self._pool(
+            lambda piece: self._write_documents(batch, piece), self._pieces(places)
+        ):
             damaged += found
         sizes = {
             "token_slots": self.cfg.batch_size * self.cfg.row_tokens,
@@ -129,22 +131,22 @@ class Filler:
         mine = [place.packed.drawn for place in places]
         return Made(batch, (block, row), mine, counted | sizes, damaged)
 
-    def _together(self, places: list[_Place]) -> list[list[_Place]]:
-        """Documents that are one piece of work: few pictures, or one document of many."""
-        pictures = sum(place.packed.pictures for place in places)
-        most = min(_TOGETHER, pictures // (4 * self._pool.threads))
+    def _pieces(self, places: list[_Place]) -> list[list[_Place]]:
+        """Documents that are one piece of work: of `_TOGETHER` pictures, or one of more. Where
+        there are several threads, of fewer and fewer, so that all end at the same time."""
+        threads = self._pool.threads
+        sizes = [max(1, place.packed.pictures) for place in places]
+        left, room = sum(sizes), 0
         pieces: list[list[_Place]] = []
-        room = 0
-        for place in places:
-            size = max(1, place.packed.pictures)
-            if size > room or not pieces:
+        for place, size in zip(places, sizes, strict=True):
+            if size > room:
                 pieces.append([])
-                room = most
+                room = _TOGETHER if threads == 1 else min(_TOGETHER, left // (2 * threads))
             pieces[-1].append(place)
-            room -= size
+            left, room = left - size, room - size
         return pieces
 
-    def _place(self, batch: Batch, places: Sequence[_Place]) -> list[Damage]:
+    def _write_documents(self, batch: Batch, places: list[_Place]) -> list[Damage]:
         """Writes documents of rows; leaves padding where one cannot be read.
 
         Each step for all of them: decoding a picture clears the processor's caches, and what is
@@ -155,7 +157,7 @@ class Filler:
         for read in [self._read(place) for place in places]:
             if isinstance(read, Damage):
                 damaged.append(read)
-            elif damage := self._paint_all(batch, read):
+            elif damage := self._decode(batch, read):
                 damaged.append(damage)
             else:
                 whole.append(read)
@@ -178,15 +180,16 @@ class Filler:
         row.close(ended=not cut)
         return _Read(place, row, [c for _, c in contents if isinstance(c, Picture)], rng)
 
-    def _paint_all(self, batch: Batch, read: _Read) -> Damage | None:
+    def _decode(self, batch: Batch, read: _Read) -> Damage | None:
         place = read.place
         out = batch["images"][place.row, place.pictures]
         try:
-            for pixels, picture in zip(out, read.pictures, strict=True):
+            for pixels, picture in zip(out, read.encoded, strict=True):
                 self._paint(pixels, picture, read.rng)
         except images.PictureError as error:
             out[:] = 0
             return _damage(place.packed.drawn, error.reason)
+        read.encoded.clear()  # frames of a video are large
         return None
 
     def _write(self, batch: Batch, read: _Read) -> None:
@@ -368,7 +371,7 @@ class _Read(NamedTuple):
 
     place: _Place
     row: _Row
-    pictures: list[Picture]
+    encoded: list[Picture]
     rng: np.random.Generator
 
 

@@ -96,6 +96,7 @@ class Group:
         self.block = functools.lru_cache(4)(self._pack)
 
     def seed(self, drawn: Drawn, purpose: int) -> tuple[int, ...]:
+        """What a document's random numbers for a purpose follow from."""
         return self.cfg.seed, drawn.number, self.number, purpose
 
     def rng(self, drawn: Drawn, purpose: int = CONTENT) -> np.random.Generator:

@@ -153,7 +153,7 @@ def _spread(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in range(-(-int(sizes.sum(axis=0).max(initial=0)) // row))]
     free = np.full((len(sizes), 2), row)
     for n in np.argsort(-sizes.max(axis=1, initial=0), kind="stable").tolist():
-        fits = (free[: len(rows)] >= sizes[n]).all(axis=1)
+        fits = (free[: len(rows), 0] >= sizes[n, 0]) & (free[: len(rows), 1] >= sizes[n, 1])
         room = np.where(fits, free[: len(rows)] @ sizes[n], -1)
         place = int(np.argmax(room)) if fits.any() else len(rows)
         if place == len(rows):
