@@ -54,12 +54,14 @@ def run() -> dict:
         )  # fmt: skip
         tokenizer, fast_cfg = cfg.load_tokenizer(), dataclasses.replace(cfg, fast_decode=True)
         (group,) = open_groups(cfg, tokenizer, "rows")
-        blocks, some, same = itertools.count(), itertools.cycle(pictures), itertools.cycle(pictures)
+        blocks = itertools.count()
+        # One each, so that both have the same pictures in the same turn.
+        for_raw, for_fast = itertools.cycle(pictures), itertools.cycle(pictures)
         with Batches(cfg, tokenizer, "rows") as full, Batches(fast_cfg, tokenizer, "rows") as fast:
             parts: dict[str, Callable[[], int]] = {
                 "full": lambda: int(next(full)["image_valid"].sum()),
-                "raw": lambda: decode_alone(list(itertools.islice(some, ROW_IMAGES))),
-                "fast": lambda: decode_fast(list(itertools.islice(same, ROW_IMAGES))),
+                "raw": lambda: decode_alone(list(itertools.islice(for_raw, ROW_IMAGES))),
+                "fast": lambda: decode_fast(list(itertools.islice(for_fast, ROW_IMAGES))),
                 "full_fast": lambda: int(next(fast)["image_valid"].sum()),
                 "plan": lambda: sum(map(len, group.block(next(blocks)).rows)),
             }

@@ -1,6 +1,6 @@
 """Documents into the arrays of a batch: read, tokenised, decoded, each where it belongs.
 
-A document, or a few of a row, are one piece of work, done on whichever thread is free. One that
+A document, or of rows a few, is one piece of work, done on whichever thread is free. One that
 cannot be read changes nothing about where the others lie, so that no process needs to know of
 another's: in a row its tokens become padding, and a batch of single documents has a substitute that
 follows from its number.
