@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import grain
 import msgpack
@@ -73,11 +73,29 @@ class Picture:
         return values if self.similarity is None else [*values, self.similarity]
 
 
+class Unused(NamedTuple):
+    """Something in the data that its document does not use: a part, cue, frame or member.
+
+    Attributes:
+        reason: a few fixed words to count by, such as "missing image".
+        detail: which one it is, for messages.
+    """
+
+    reason: str
+    detail: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Texts and pictures in reading order."""
+    """Texts and pictures in reading order.
+
+    Attributes:
+        unused: everything that the source had for this document and its reader left out.
+            It is counted by reason and is not part of the stored record.
+    """
 
     parts: tuple[Text | Picture, ...]
+    unused: tuple[Unused, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def from_video(
