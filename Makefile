@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 
-.PHONY: demo test test-slow lint bench plan-table clean
+.PHONY: demo test test-slow mutants lint bench plan-table clean
 
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
@@ -26,6 +26,10 @@ test: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "slow and alone"
+
+# Plants the bugs of tools/mutants.toml and says which test notices each. Takes an hour or two.
+mutants: .venv/.installed-dev
+	$(BIN)/python tools/mutate.py --write docs/notes/mutations.md
 
 # Everything that benchmarks/ measures, into the tables of docs/performance.md.
 bench: .venv/.installed-dev

@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import io
 import json
+import re
 import threading
 import time
 import zlib
@@ -18,7 +19,7 @@ pytest.importorskip("starlette")
 
 from emu_jax.config import UserError
 from emu_jax.serve.app import make_app
-from emu_jax.serve.requests import Limits, Refused
+from emu_jax.serve.requests import Limits, Refused, parse_chat, parse_draw
 from emu_jax.serve.worker import Worker
 
 LIMITS = Limits(
@@ -174,7 +175,6 @@ HOSTILE = {
     "too many pictures": (chat(*[{"picture": png()}] * 4), 413, "more than 3 pictures"),
     "too many parts": (chat(*[{"text": "a"}] * 6), 413, "more than 5 parts"),
     "too much text": (chat({"text": "a" * 51}), 413, "more than 50 characters"),
-    "a special token": (chat({"text": "a <image> b"}), 400, "must not spell <image>"),
     "half a character": (chat({"text": "\ud800"}), 400, "surrogate"),
     "no video": (chat({"video": "aGVsbG8="}), 400, "a video cannot be read"),
     "a list of videos": (
@@ -182,7 +182,6 @@ HOSTILE = {
         400, "a video cannot be read",
     ),
     "an unknown setting": (chat({"text": "a"}, top_k=1), 400, "unknown key 'top_k'"),
-    "a huge setting": (chat({"text": "a"}, max_new_tokens=10**9), 400, "from 1 to 256"),
     "a fraction": (chat({"text": "a"}, seed=1.5), 400, "settings.seed must be"),
     "not a number": (chat({"text": "a"}, seed=True), 400, "settings.seed must be"),
     "the wrong speaker": (
@@ -213,6 +212,51 @@ def test_hostile_requests_are_refused_and_the_server_goes_on(emu, tmp_path, monk
         _, status, message = HOSTILE[name]
         assert refused[0] == status and message in refused[1], (name, refused)
         assert after[0] == 200 and lines(after[1])[0] == {"text": "hello"}, name
+
+
+SPECIAL = [
+    "[PAD]", "[IMG]", "[/IMG]", "<image>", "[USER]", "[ASSISTANT]", "<s>", "</s>", "<unk>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_no_text_spells_a_special_token(token):
+    with pytest.raises(Refused, match=f"must not spell {re.escape(token)}$") as refused:
+        parse_chat(json.dumps(chat({"text": f"a {token} b"})).encode(), LIMITS)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "name, least, most, outside",
+    [
+        ("max_new_tokens", 1, 256, (0, 257)),
+        ("seed", 0, 2**31 - 1, (-1, 2**31)),
+        ("steps", 1, 100, (0, 101)),
+        ("guidance", 0.0, 30.0, (-0.1, 30.1, float("nan"), float("inf"))),
+    ],
+)
+def test_a_setting_is_taken_up_to_its_limits(name, least, most, outside):
+    def parse(value):
+        settings = {name: value}
+        if name == "max_new_tokens":
+            return parse_chat(json.dumps(chat({"text": "a"}, **settings)).encode(), Limits())
+        return parse_draw(
+            json.dumps({"parts": [{"text": "a"}], "settings": settings}).encode(), Limits()
+        )
+
+    for value in (least, most):
+        assert parse(value).settings == {name: value}
+    for value in outside:
+        with pytest.raises(Refused, match=f"settings.{name} must be from {least} to {most}"):
+            parse(value)
+
+
+def test_the_largest_request_that_fits():
+    """All limits of a request at once; the hostile requests go past each by one."""
+    picture, words = {"picture": png((60, 55))}, {"text": "a" * 25}
+    request = json.dumps(chat(words, picture, picture, picture, words)).encode()
+    asked = parse_chat(request, dataclasses.replace(LIMITS, pixels=3 * 60 * 55))
+    assert len(asked.messages[0].parts) == 5
 
 
 def test_paths_lead_nowhere(emu):

@@ -1,0 +1,77 @@
+"""The list of planted bugs fits the code, and the tool that plants them tells right from wrong."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def mutate():
+    spec = importlib.util.spec_from_file_location("mutate", ROOT / "tools" / "mutate.py")
+    module = sys.modules["mutate"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_bug_fits_its_file_and_names_tests_that_exist(mutate):
+    wrong, names = [], {}
+    for mutant in mutate.read_mutants():
+        try:
+            mutant.apply((ROOT / mutant.file).read_text())
+        except (mutate.MutationError, OSError) as error:
+            wrong.append(f"{mutant.name}: {error}")
+        for test in mutant.tests:
+            file, _, name = test.partition("::")
+            if file not in names:
+                tree = ast.parse((ROOT / file).read_text()) if (ROOT / file).exists() else None
+                found = ast.walk(tree) if tree else ()
+                names[file] = {node.name for node in found if isinstance(node, ast.FunctionDef)}
+            if not names[file] or (name and name.split("[")[0] not in names[file]):
+                wrong.append(f"{mutant.name}: there is no {test}")
+        if not mutant.tests:
+            wrong.append(f"{mutant.name}: names no test")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_bug_is_applied_once_or_refused(mutate):
+    def apply(text, **changes):
+        values = {"name": "n", "file": "f.py", "old": "a = 1", "new": "a = 2", "tests": []}
+        return mutate.Mutant(**(values | {"why": ""} | changes)).apply(text)
+
+    assert apply("a = 1\nb = 1\n") == "a = 2\nb = 1\n"
+    assert apply("a = 1\na = 1\n", nth=2) == "a = 1\na = 2\n"
+    with pytest.raises(mutate.MutationError, match="does not occur in f.py"):
+        apply("b = 1\n")
+    with pytest.raises(mutate.MutationError, match="occurs 2 times"):
+        apply("a = 1\na = 1\n")
+    with pytest.raises(mutate.MutationError, match="nth is 3"):
+        apply("a = 1\na = 1\n", nth=3)
+    with pytest.raises(mutate.MutationError, match="not valid Python"):
+        apply("a = 1\n", new="a = (")
+
+
+def test_a_table_keeps_the_rows_of_bugs_that_were_not_planted(mutate, tmp_path):
+    mutants = [
+        mutate.Mutant(name, "emu_jax/f.py", "a", "b", [], "Goes wrong.")
+        for name in ("first", "second", "third")
+    ]
+    page = tmp_path / "mutations.md"
+
+    def write(mutants, **results):
+        chosen = {mutant.name: mutant for mutant in mutants}
+        rows = {n: mutate.table_row(chosen[n], *result) for n, result in results.items()}
+        mutate.write_table(page, mutants, rows)
+
+    write(mutants, first=("caught", "tests/test_a.py::test_b[1]"), second=("survived", ""))
+    page.write_text(page.read_text().replace("# Planted bugs\n", "# Planted bugs\n\nMore.\n"))
+    write(mutants[:2], second=("caught", "tests/test_a.py::test_c"))
+    assert page.read_text() == (
+        "# Planted bugs\n\nMore.\n\n| Bug | File | What goes wrong | Result |\n|---|---|---|---|\n"
+        "| `first` | `f.py` | Goes wrong. | caught by `test_a.py::test_b` |\n"
+        "| `second` | `f.py` | Goes wrong. | caught by `test_a.py::test_c` |\n"
+    )
