@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -21,7 +22,7 @@ from emu_jax.data.images import open_image
 from emu_jax.data.index import kept
 from emu_jax.data.outlines import text_ids
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
-from emu_jax.data.video import Video, frame_indices, subtitles
+from emu_jax.data.video import Video, frame_indices, sample_frames, subtitles
 from emu_jax.generate.prompt import instruct
 from emu_jax.tokenizer import Tokenizer
 
@@ -394,6 +395,22 @@ def test_video_frames_at_random_equal_those_in_order(form):
     assert [shade(data) for _, data in every] == [10 * k for k in range(25)]
     for indices in ([0, 4, 5, 6, 24], [24], [3, 3, 3], [1, 19]):
         assert clip.frames(indices) == [every[k] for k in indices]
+
+
+def test_frames_of_a_clip():
+    film = Video(video(25), "it")
+    assert film.times[10:12] == [1.0, 1.1]
+
+    def shades(*clip: float, seed=None) -> list[int]:
+        return [shade(data) for _, data in sample_frames(film, 4, seed, clip)]
+
+    assert shades(1.0, 1.4) == [100, 110, 120, 120]  # the release's choice among four frames
+    assert shades(0.0, math.inf) == [shade(d) for _, d in sample_frames(film, 4, None)]
+    assert shades(2.0, 9.0) == [200, 210, 220, 230]
+    assert shades(0.52, 0.55) == [50] * 4  # no frame begins in it: the one on screen
+    assert set(shades(1.0, 1.4, seed=(0,))) == {100, 110, 120, 130}
+    with pytest.raises(Damaged, match="video without frames.*none in 3.0 .. 4.0 s"):
+        shades(3.0, 4.0)
 
 
 def test_captioned_videos(tmp_path):

@@ -6,6 +6,7 @@ a copy.
 
 from __future__ import annotations
 
+import bisect
 import html
 import io
 import re
@@ -26,6 +27,7 @@ FRAMES = 8  # that the release shows of a video
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 Frame = tuple[float, bytes]  # (seconds, PPM)
+Clip = tuple[float, float]  # (start, end) in seconds
 
 
 def frame_indices(frames: int, segments: int = FRAMES) -> Int[np.ndarray, "S"]:
@@ -118,14 +120,31 @@ class Video:
                     break
 
 
-def sample_frames(video: Video, count: int, seed: Sequence[int] | None) -> list[Frame]:
-    """`count` frames: at random, or those that the release would show."""
-    total = len(video.times)
+def sample_frames(
+    video: Video, count: int, seed: Sequence[int] | None, clip: Clip | None = None
+) -> list[Frame]:
+    """Samples `count` frames: at random with a seed, or else those that the release would show.
+
+    Args:
+        clip: sample only frames whose time is in `start <= time < end`. A clip shorter than a
+            frame has the frame that is on screen at its start.
+
+    Raises:
+        Damaged: the video ends before the clip starts, or a frame cannot be decoded.
+    """
+    first, last = 0, len(video.times)
+    if clip is not None:
+        first, last = (bisect.bisect_left(video.times, time) for time in clip)
+        if clip[0] > video.times[-1]:
+            raise Damaged("video without frames", video._where, f"none in {clip[0]} .. {clip[1]} s")
+        if first >= last:
+            first = max(0, bisect.bisect_right(video.times, clip[0]) - 1)
+            last = first + 1
     if seed is None:
-        indices = frame_indices(total, count)
+        indices = frame_indices(last - first, count)
     else:
-        indices = random_indices(total, count, np.random.default_rng(seed))
-    return video.frames(indices.tolist())
+        indices = random_indices(last - first, count, np.random.default_rng(seed))
+    return video.frames((first + indices).tolist())
 
 
 def _why(error: Exception) -> str:
