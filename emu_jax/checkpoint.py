@@ -14,9 +14,11 @@ can be read without the rest. In memory they are flat (`sharding.Template`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,75 @@ def run_shapes(directory: Path) -> dict[str, Any]:
         theirs = run_shapes(parent)
         shapes |= {k: v for k, v in theirs.items() if base.get(tower_of(k)) == parent}
     return shapes | stored_shapes(directory / str(latest_step(directory)) / "params")
+
+
+def fingerprint(path: Path) -> str:
+    """Returns a short hash of the contents that `emu_jax.load(path)` computes with.
+
+    For a run directory these are config.json, tokenizer/, safety_checker/ and the newest step's
+    `params` and `ema`, with those of its bases. For a release they are its weights, model
+    configurations and tokenizer. Paths, times and optimizer state do not count, so a copy has the
+    fingerprint of its original. Every byte is read once, about as fast as `load` reads it. A path
+    that does not exist has the fingerprint of nothing.
+
+    Raises:
+        UserError: a base of the run directory is missing.
+    """
+    digest = hashlib.sha256()
+    for name, content in _contents(path):
+        digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+_RELEASE_WEIGHTS = (".bin", ".pt", ".pth", ".safetensors", ".model")
+_RELEASE_SETTINGS = {
+    "Emu.json", "config.json", "scheduler_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+}  # fmt: skip
+
+
+def _contents(path: Path) -> list[tuple[str, str]]:
+    """(name, hash) of each file that counts for `fingerprint`, sorted by name."""
+    if path.is_file():  # a release of one file; its settings lie beside it
+        beside = [path.parent / "Emu.json", *_files(path.parent / "tokenizer")]
+        return _hashes(path.parent, [path, *(p for p in beside if p.is_file())])
+    if not (path / "config.json").is_file():
+        counts = (
+            p for p in _files(path)
+            if p.suffix in _RELEASE_WEIGHTS or p.name in _RELEASE_SETTINGS
+        )  # fmt: skip
+        return _hashes(path, counts)
+    step = path / str(latest_step(path))
+    own = _hashes(path, [path / "config.json", *_files(path / "tokenizer"),
+                         *_files(path / "safety_checker")])  # fmt: skip
+    weights = [
+        (f"{item}/{name}", content)
+        for item in ("ema", "params")
+        for name, content in _hashes(step / item, _files(step / item))
+    ]
+    bases = [
+        (f"base {tower} {name}", content)
+        for tower, base in sorted(base_of(path).items())
+        for name, content in _contents(base)
+    ]
+    return own + weights + bases
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file()]
+
+
+def _hashes(root: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
+    def of(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    paths = sorted(paths)
+    with ThreadPoolExecutor(4) as readers:  # hashing and reading release the interpreter's lock
+        return [
+            (p.relative_to(root).as_posix(), content)
+            for p, content in zip(paths, readers.map(of, paths), strict=True)
+        ]
 
 
 def tower_of(path: str) -> str:

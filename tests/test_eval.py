@@ -23,6 +23,7 @@ from flax import nnx
 from PIL import Image
 
 from emu_jax import cli, config
+from emu_jax.checkpoint import fingerprint
 from emu_jax.config import UserError
 from emu_jax.data.images import load_image, normalize_images
 from emu_jax.evaluate import fewshot
@@ -614,14 +615,19 @@ def test_other_settings_are_not_gone_on_with(ask, tmp_path):
         ask("vqav2", Said(says=echo), "out")
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "options", "history", "wording"])
+@pytest.mark.parametrize("change", ["checkpoint", "weights", "options", "history", "wording"])
 def test_what_else_predictions_depend_on(change, ask, tmp_path, monkeypatch):
+    weights = tmp_path / "none" / "Emu.pt"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one model")
     _, out = ask("visdial", Said(), "out")
     data = layout("visdial", tmp_path)
     path, checkpoint = data / "visdial_1.0_val.json", tmp_path / "none"
     content = json.loads(path.read_text())
     if change == "checkpoint":  # another of the same name
         checkpoint = tmp_path / "elsewhere" / "none"
+    elif change == "weights":  # another model at the same path and step
+        weights.write_bytes(b"two model")
     elif change == "options":
         content["data"]["dialogs"][0]["dialog"][0]["answer_options"].reverse()
     elif change == "history":
@@ -629,9 +635,61 @@ def test_what_else_predictions_depend_on(change, ask, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(visdial, "IMAGE_SYSTEM", "Look.")
     write(path, content)
-    match = "predictions with checkpoint .*elsewhere" if change == "checkpoint" else "with asked"
+    match = {
+        "checkpoint": "predictions with checkpoint .*elsewhere",
+        "weights": "predictions of another model .*: delete it",
+    }.get(change, "with asked")
     with pytest.raises(UserError, match=match):
         evaluate(checkpoint, "visdial", data, out, Options())
+
+
+def test_a_fingerprint_is_of_what_a_model_computes_with(tmp_path):
+    run, base = tmp_path / "run", tmp_path / "base"
+    for folder, step in ((run, "12"), (base, "7")):
+        for name in ("config.json", "tokenizer/tokenizer.json", f"{step}/params/d/aa",
+                     f"{step}/ema/d/bb", f"{step}/optimizer/d/cc", "9/params/d/dd"):  # fmt: skip
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"{folder.name} {name}")
+    (run / "9").rename(run / "11")  # an older step, though its name sorts last
+    (run / "base.json").write_text('{"vision": "../base"}')
+    first = fingerprint(run)
+    copied = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))
+    shutil.copytree(base, tmp_path / "elsewhere" / "base")
+    assert fingerprint(copied) == first
+    counts = {
+        run / "12/params/d/aa": True, run / "12/ema/d/bb": True, run / "config.json": True,
+        run / "tokenizer/tokenizer.json": True, base / "9/params/d/dd": True,
+        run / "11/params/d/dd": False, run / "12/optimizer/d/cc": False,
+        base / "7/params/d/aa": False,
+    }  # fmt: skip
+    for path, is_used in counts.items():
+        content = path.read_text()
+        path.write_text(content.replace(path.name[-1], "x"))  # as long as before
+        assert (fingerprint(run) != first) == is_used, path
+        path.write_text(content)
+    assert fingerprint(run) == first != fingerprint(tmp_path / "nothing")
+
+    release = tmp_path / "release"
+    (release / "unet").mkdir(parents=True)
+    (release / "unet" / "weights.safetensors").write_text("a")
+    first = fingerprint(release)
+    (release / "results.json").write_text("{}")  # of an evaluation that writes beside it
+    assert fingerprint(release) == first
+    (release / "unet" / "weights.safetensors").write_text("b")
+    assert fingerprint(release) != first
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "nothing"])
+def test_features_are_of_one_model(change, ask, tmp_path):
+    weights = tmp_path / "none" / "Emu.pt"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one model")
+    ask("vqav2", Said(), "first", examples="rices")
+    if change == "weights":
+        weights.write_bytes(b"two model")
+    dtype = "float32" if change == "dtype" else "bfloat16"
+    ask("vqav2", Said(), "second", examples="rices", dtype=dtype)
+    assert len(list(tmp_path.glob("rices-*"))) == (1 if change == "nothing" else 2)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from emu_jax import sharding
-from emu_jax.checkpoint import latest_step
+from emu_jax.checkpoint import fingerprint, latest_step
 from emu_jax.config import UserError, suggest, write_text
 from emu_jax.data.images import load_image
 from emu_jax.data.storage import writing
@@ -163,6 +163,7 @@ class Run:
         )  # fmt: skip
         self.emu.defaults = GenerationConfig()  # the release's, whatever the checkpoint prefers
         self.mode: Mode = choose_mode(options.mode, self.emu, task)
+        self.weights = fingerprint(checkpoint)
         self.settings = self._settings()
         out.parent.mkdir(parents=True, exist_ok=True)
         self.store = Store(out, self.settings, self.process)
@@ -189,7 +190,8 @@ class Run:
             "examples": o.examples, "shots": self.shots, "limit": o.limit, "seed": o.seed,
             "batch_size": o.batch_size, "dtype": o.dtype,
             "checkpoint": str(self.checkpoint.resolve()), "step": _step(self.checkpoint),
-            "items": len(self.items), "asked": asked.hexdigest()[:12], "stages": stages,
+            "weights": self.weights, "items": len(self.items), "asked": asked.hexdigest()[:12],
+            "stages": stages,
         }  # fmt: skip
 
     # --- Answering ---
@@ -302,7 +304,7 @@ class Run:
 
     def _cache(self) -> Path:
         """The folder of the support set's features."""
-        name = f"{self.checkpoint.resolve()} {_step(self.checkpoint)} {self.options.dtype}"
+        name = f"{self.weights} {self.options.dtype}"
         support = self.options.support or self.data.root
         digest = hashlib.sha256(f"{name} {support.resolve()} {self.task.name}".encode())
         return self.out.parent / f"rices-{digest.hexdigest()[:12]}"
@@ -409,6 +411,11 @@ class Store:
 
     def _check(self, path: Path, theirs: Mapping[str, Any]) -> None:
         for name, ours in self._settings.items():
+            if theirs.get(name) != ours and name == "weights":
+                raise UserError(
+                    f"{path} holds predictions of another model ({theirs.get(name)}, now it is "
+                    f"{ours}): delete it, or choose another --out"
+                )
             if theirs.get(name) != ours:
                 raise UserError(
                     f"{path} holds predictions with {name.replace('_', ' ')} {theirs.get(name)}, "
