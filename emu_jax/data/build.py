@@ -39,7 +39,14 @@ import PIL
 from emu_jax.config import UserError, to_dict
 from emu_jax.data import storage
 from emu_jax.data.clean import CleanConfig, Cleaned, clean
-from emu_jax.data.documents import Damaged, Document, Picture, Source, write_documents
+from emu_jax.data.documents import (
+    Damaged,
+    Document,
+    Picture,
+    Source,
+    check_size,
+    write_documents,
+)
 from emu_jax.data.sources import SourceConfig, open_source
 
 log = logging.getLogger(__name__)
@@ -353,7 +360,9 @@ def _source(cfg: SourceConfig, fingerprint: str) -> Source:
 
 def _cleaned(source: Source, cfg: CleanConfig, index: int) -> tuple[int, Cleaned]:
     try:
-        return index, clean(source[index], cfg)
+        document = source[index]
+        check_size(document, source.where(index))
+        return index, clean(document, cfg)
     except Damaged as error:
         return index, Cleaned(None, error.reason, str(error))
 

@@ -153,7 +153,8 @@ REASONS = (
     "damaged record", "not a document", "changed document", "corrupt tar member",
     "incomplete sample", "malformed JSON", "malformed entry", "malformed subtitles",
     "invalid UTF-8", "missing file", "unreadable picture", "picture too large",
-    "picture too narrow", "unreadable video", "video without frames",
+    "picture too narrow", "unreadable video", "video without frames", "not a regular file",
+    "file too large", "text too large",
 )  # fmt: skip
 
 
@@ -169,6 +170,20 @@ class Damaged(UserError):
         assert reason in REASONS, reason
         super().__init__(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
         self.reason, self.where = reason, where
+
+
+# All texts of a document together. A row holds far less, and tokenizing more takes minutes.
+MOST_CHARACTERS = 1 << 22
+
+
+def check_size(document: Document, where: str) -> None:
+    """
+    Raises:
+        Damaged: its texts have more than `MOST_CHARACTERS`.
+    """
+    length = sum(len(part.text) for part in document.parts if isinstance(part, Text))
+    if length > MOST_CHARACTERS:
+        raise Damaged("text too large", where, f"{length:,} characters")
 
 
 def utf8(content: bytes, where: str) -> str:

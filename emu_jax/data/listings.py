@@ -49,8 +49,10 @@ class Entries:
         Raises:
             Damaged: it is not UTF-8, or no JSON object.
         """
-        path = self.paths[self._files[index]]
-        content = storage.read(path, int(self._offsets[index]), int(self._sizes[index]))
+        path, size = self.paths[self._files[index]], int(self._sizes[index])
+        if size > storage.MOST_ENTRY:
+            raise Damaged("file too large", self.where(index), f"an entry of {size:,} bytes")
+        content = storage.read(path, int(self._offsets[index]), size)
         return parse_object(content, self.where(index))
 
 
@@ -132,20 +134,31 @@ class Media:
         """Whether there is such a file. `beside` is the folder of the listing."""
         return self._find(name, beside) is not None
 
-    def read(self, name: object, beside: str, where: str) -> bytes:
+    def read(
+        self, name: object, beside: str, where: str, most: int = storage.MOST_IMAGE
+    ) -> bytes:  # fmt: skip
         """
+        Args:
+            most: bytes that the file may hold.
+
         Raises:
-            Damaged: there is no such file.
+            Damaged: there is no such file, it is larger, or it is not a regular file.
         """
         if not isinstance(name, str):
             raise Damaged("malformed entry", where, f"{name!r} is no file's name")
-        found = self._find(name, beside)
+        detail = name
         try:
-            if found is not None:
-                return storage.read(*found)
-        except OSError:
-            pass
-        raise Damaged("missing file", where, name)
+            if (found := self._find(name, beside)) is not None:
+                path, start, size = found
+                length = storage.stat(path).size if size is None else size
+                if length > most:
+                    raise Damaged("file too large", where, f"{name}: {length:,} bytes")
+                return storage.read(path, start, size)
+        except storage.Unreadable as error:
+            raise Damaged(error.reason, where, f"{name}: {error.detail}") from None
+        except OSError as error:
+            detail = f"{name}: {error.strerror}"
+        raise Damaged("missing file", where, detail)
 
     def _find(self, name: str, beside: str) -> tuple[str, int, int | None] | None:
         if not name or ".." in name.split("/"):  # nothing outside the folders that were named

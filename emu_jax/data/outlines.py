@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from emu_jax.data.documents import REASONS, Damaged, Picture, Source, Text
+from emu_jax.data.documents import REASONS, Damaged, Picture, Source, Text, check_size
 from emu_jax.data.index import Arrays, kept
 from emu_jax.data.packing import PICTURE
 from emu_jax.tokenizer import Tokenizer
@@ -86,11 +86,13 @@ def _count(source: Source, tokenizer: Tokenizer, indices: range) -> Arrays:
 
     def outline(index: int) -> tuple[list[int], int]:
         try:
-            parts = source.sketch(index).parts
+            document = source.sketch(index)
+            check_size(document, source.where(index))
         except Damaged as error:
             return [], 1 + REASONS.index(error.reason)
         return [
-            PICTURE if isinstance(p, Picture) else len(text_ids(p, tokenizer)) for p in parts
+            PICTURE if isinstance(p, Picture) else len(text_ids(p, tokenizer))
+            for p in document.parts
         ], 0
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

@@ -34,6 +34,7 @@ _ROLES = {
     "txt": "text", "json": "json",
 }  # fmt: skip
 _PICTURE, _VIDEO, _TEXT, _JSON = range(4)
+_MOST = (storage.MOST_IMAGE, storage.MOST_VIDEO, storage.MOST_TEXT, storage.MOST_ENTRY)
 _CAPTIONS = ("caption", "text", "top_caption")  # keys of a sample's JSON, the first that is there
 
 
@@ -94,6 +95,8 @@ class Pairs(Source):
         offset, size = self._spans[index, role].tolist()
         if not size:
             return None
+        if size > _MOST[role]:
+            raise Damaged("file too large", self.where(index), f"a member of {size:,} bytes")
         content = storage.read(self.paths[self._files[index]], offset, size)
         if len(content) < size:
             raise Damaged("corrupt tar member", self.where(index), "the archive is cut short")

@@ -1,5 +1,5 @@
 """Files by path, read at random and written whole: on a local disk, or wherever fsspec reaches
-(`gs://`).
+(`gs://`). Locally only regular files are read: a pipe would block, a device never ends.
 
 fsspec rather than etils: its file systems read a range of bytes in one request, which is what
 random access to a tar asks for. A read that fails is tried again, for a store that answers to
@@ -8,10 +8,13 @@ thousands of readers now and then refuses one.
 
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import logging
 import os
+import re
+import stat as modes
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +30,26 @@ T = TypeVar("T")
 ATTEMPTS = 5
 WAIT = 0.5  # seconds before the second attempt; each later wait is twice as long
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+# What a document's files may hold, in bytes. A larger file is counted as damage: it would fill the
+# memory of every thread that reads documents.
+MOST_IMAGE = 1 << 30
+MOST_VIDEO = 1 << 33
+MOST_TEXT = 1 << 26  # captions, subtitles
+MOST_ENTRY = 1 << 28  # of a listing; it may hold images
+
+
+class Unreadable(UserError):
+    """A path that must not be read.
+
+    Attributes:
+        reason: "not a regular file" or "file too large", as in `documents.REASONS`.
+    """
+
+    def __init__(self, path: str, reason: str, detail: str):
+        super().__init__(f"{path}: {reason} ({detail})")
+        self.reason, self.detail = reason, detail
 
 
 class Stat(NamedTuple):
@@ -73,23 +96,33 @@ def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_remote(pattern):
         fs, inner = _file_system(pattern)
         if fs.isdir(inner):
-            names = [p for p in fs.ls(inner, detail=False) if p.endswith(suffixes)]
+            found = [p for p in fs.ls(inner, detail=False) if p.endswith(suffixes)]
+        elif fs.exists(inner):
+            found = [inner]
         else:
-            names = fs.glob(inner) if "*" in inner else [inner] if fs.exists(inner) else []
-        return sorted(fs.unstrip_protocol(name) for name in names)
+            found = (fs.glob(_literal(inner)) or fs.glob(inner)) if "*" in inner else []
+        return sorted(fs.unstrip_protocol(name) for name in found)
     if os.path.isdir(pattern):
         return sorted(str(p) for p in Path(pattern).iterdir() if p.name.endswith(suffixes))
-    return sorted(glob.glob(pattern)) if "*" in pattern else [pattern] * os.path.exists(pattern)
+    if os.path.exists(pattern):
+        return [pattern]
+    return sorted(glob.glob(_literal(pattern)) or glob.glob(pattern)) if "*" in pattern else []
+
+
+def _literal(pattern: str) -> str:
+    """A glob in which only `*` is special: folders may be called `[v1]`."""
+    return re.sub(r"[\[?]", r"[\g<0>]", pattern)
 
 
 def stat(path: str) -> Stat:
     """
     Raises:
         FileNotFoundError, PermissionError
+        Unreadable: it is not a regular file.
         UserError: it could not be asked, however often.
     """
     if not is_remote(path):
-        found = os.stat(path)
+        found = _regular(path, os.stat(path))
         return Stat(found.st_size, str(found.st_mtime_ns))
     fs, inner = _file_system(path)
     info = _patiently(path, lambda: fs.info(inner))
@@ -102,6 +135,8 @@ def exists(path: str) -> bool:
         stat(path)
     except _FINAL:
         return False
+    except Unreadable:
+        return True
     return True
 
 
@@ -110,6 +145,7 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
 
     Raises:
         FileNotFoundError, PermissionError
+        Unreadable: it is not a regular file.
         UserError: it could not be read, however often; the line says why.
     """
     if is_remote(path):
@@ -117,13 +153,14 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
         end = None if size is None else start + size
         return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
     if size is None:  # it may have been replaced since it was opened last
-        return _patiently(path, lambda: Path(path).read_bytes()[start:])
-    return _patiently(path, lambda: _pread(path, start, size))
+        return _patiently(path, lambda: _pread(_Open(path), start, None))
+    return _patiently(path, lambda: _pread(_open(path), start, size))
 
 
 @contextmanager
 def writing(path: str) -> Iterator[Path]:
-    """A local file to fill, which then appears at `path`: whole, or not at all.
+    """A local file to fill, which then appears at `path`: whole, or not at all, even if the
+    machine loses power.
 
     Raises:
         UserError: it could not be sent, however often; the line says why.
@@ -139,9 +176,23 @@ def writing(path: str) -> Iterator[Path]:
             _patiently(path, lambda: fs.put_file(temporary, inner), "write")
         else:
             os.chmod(temporary, 0o644)  # mkstemp makes it private
+            sync(temporary)
             os.replace(temporary, path)
+            sync(folder or ".")
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a local file's content, or a directory's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems sync no directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def names(folder: str) -> list[str]:
@@ -153,13 +204,26 @@ def names(folder: str) -> list[str]:
     return sorted(os.path.basename(name) for name in found)
 
 
-def _pread(path: str, start: int, size: int) -> bytes:
-    opened = _open(path)
-    content = os.pread(opened.handle, size, start)
-    while len(content) < size and (more := os.pread(opened.handle, size - len(content),
+def _pread(file: _Open, start: int, size: int | None) -> bytes:
+    if size is None:  # no further than it reached when it was opened
+        size = max(0, os.fstat(file.handle).st_size - start)
+    content = os.pread(file.handle, size, start)
+    while len(content) < size and (more := os.pread(file.handle, size - len(content),
                                                     start + len(content))):  # fmt: skip
         content += more  # one call gives at most 2 GiB
     return content
+
+
+def _regular(path: str, found: os.stat_result) -> os.stat_result:
+    if not modes.S_ISREG(found.st_mode):
+        raise Unreadable(path, "not a regular file", _KINDS.get(modes.S_IFMT(found.st_mode), ""))
+    return found
+
+
+_KINDS = {
+    modes.S_IFIFO: "a pipe", modes.S_IFSOCK: "a socket", modes.S_IFCHR: "a device",
+    modes.S_IFBLK: "a device", modes.S_IFDIR: "a directory",
+}  # fmt: skip
 
 
 def refresh() -> None:
@@ -168,10 +232,12 @@ def refresh() -> None:
 
 
 class _Open:
-    """An open file, closed once neither the cache nor a reader holds it."""
+    """An open regular file, closed once neither the cache nor a reader holds it."""
 
     def __init__(self, path: str):
-        self.handle = os.open(path, os.O_RDONLY)
+        _regular(path, os.stat(path))  # opening a device may already do something
+        self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        _regular(path, os.fstat(self.handle))
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):

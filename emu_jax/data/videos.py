@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Document, Picture, Text
 from emu_jax.data.listings import Entries, Listed, Media
 from emu_jax.data.video import (
@@ -40,7 +41,8 @@ class Videos(Listed):
     ) -> Document:  # fmt: skip
         entry, where = self._entries[index], self.where(index)
         words = _words(entry, where)
-        content = self._media.read(entry.get("video"), self._entries.folder(index), where)
+        folder = self._entries.folder(index)
+        content = self._media.read(entry.get("video"), folder, where, storage.MOST_VIDEO)
         shown = sample_frames(Video(content, where), self._frames, seed)
         return Document((*(Picture(data, time) for time, data in shown), words))
 
@@ -92,7 +94,7 @@ class SubtitledVideos(Listed):
 
     def sketch(self, index: int) -> Document:
         entry, where = self._entries[index], self.where(index)
-        said = subtitles(self._file(index, entry.get("subtitles")), where)
+        said = subtitles(self._file(index, entry.get("subtitles"), storage.MOST_TEXT), where)
         return Document.from_video([(time, b"") for time in self._times(index, entry)], said)
 
     def _times(self, index: int, entry: dict[str, Any]) -> list[float]:
@@ -137,7 +139,8 @@ class SubtitledVideos(Listed):
         return video.frames(np.minimum(places, len(video.times) - 1).tolist())
 
     def _video(self, index: int, entry: dict[str, Any]) -> Video:
-        return Video(self._file(index, entry.get("video")), self.where(index))
+        content = self._file(index, entry.get("video"), storage.MOST_VIDEO)
+        return Video(content, self.where(index))
 
-    def _file(self, index: int, name: object) -> bytes:
-        return self._media.read(name, self._entries.folder(index), self.where(index))
+    def _file(self, index: int, name: object, most: int = storage.MOST_IMAGE) -> bytes:
+        return self._media.read(name, self._entries.folder(index), self.where(index), most)
