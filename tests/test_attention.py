@@ -167,6 +167,25 @@ def test_a_fast_backend_that_cannot_serve_is_an_error():
         cudnn(q, k, v, **how)
 
 
+@pytest.mark.parametrize("causal, segmented", [(True, True), (False, False)])
+def test_cudnn_is_asked_for_what_xla_computes(causal, segmented, monkeypatch):
+    """The kernel needs a GPU; what it is given does not. jax's own implementation stands in."""
+    q, k, v, ids = (
+        x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in packed(5, 60, 2, 16)
+    )
+    theirs, asked = jax.nn.dot_product_attention, []
+
+    def kernel(*arrays, implementation, **how):
+        asked.append(implementation)
+        return theirs(*arrays, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    how = {"causal": causal, "segment_ids": ids if segmented else None, "scale": 0.7}
+    ours = attention(q, k, v, backend="cudnn", **how)
+    assert asked == ["cudnn"]
+    assert relative_error(ours, attention(q, k, v, **how)) < 2e-2
+
+
 # --- The blocked cross-entropy --------------------------------------------------------------------
 
 SMALL = LlamaConfig(

@@ -28,9 +28,11 @@ from emu_jax.data.digits import (
 )  # fmt: skip
 from emu_jax.data.documents import Damaged, DocumentFiles, write_documents
 from emu_jax.data.images import affine, draw_affine, load_image, normalize_images, open_image
+from emu_jax.data.mixture import Drawn, open_groups
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.pipeline import batch_shapes
+from emu_jax.data.sources import SourceConfig
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"
@@ -551,24 +553,55 @@ def test_text_cannot_spell_special_tokens(tmp_path, tokenizer):
     assert (tokens == tokenizer.eos).sum() == 1
 
 
-def test_only_what_is_scored_is_learned(root, tmp_path):
+@pytest.mark.parametrize("learn_img", [True, False])
+def test_only_what_is_scored_is_learned(root, tmp_path, learn_img):
     t = Tokenizer.load(root / "tokenizer", instruct=True)
     asked = Text("see [IMG]it[/IMG] [USER]:", scored=False, special=True)
-    turn = (Text("[ASSISTANT]:", False, True), Text("a seven"), Text("</s>", special=True))
-    dialogue = Document((asked, Picture(grey(10)), Text("what? [USER]", scored=False), *turn))
+    question = (asked, Picture(grey(10), scored=False), Text("what? [USER]", scored=False))
+    own = Text("a [IMG]seven[/IMG]", special=True)
+    turn = (Text("[ASSISTANT]:", False, True), Text("see"), Picture(grey(20)), own)
+    dialogue = Document((*question, *turn, Text("</s>", special=True)))
     cfg = dataclasses.replace(hand_made(tmp_path, pages=[dialogue]), row_tokens=99)
-    with Batches(cfg, t, "rows") as batches:
+    with Batches(dataclasses.replace(cfg, learn_img=learn_img), t, "rows") as batches:
         batch = next(batches)
     pixels = t.image_placeholder(cfg.n_causal)
     want = [
         *t.encode(f"see [IMG]it[/IMG] [USER]:{pixels}"), *t.encode_plain("what? [USER]"),
-        *t.encode("[ASSISTANT]: a seven</s></s>", bos=False),
+        *t.encode(f"[ASSISTANT]: see {pixels} a [IMG]seven[/IMG]</s></s>", bos=False),
     ]  # fmt: skip
     tokens = batch["tokens"][0]
     assert tokens[tokens != t.pad_id].tolist() == want
     assert (tokens == t.user).sum() == 1  # a user's own words spell no token
-    scored = [*t.encode_plain("a seven"), t.eos, t.eos]
+    # An image that was drawn is opened by the model itself; one that a text spells is not.
+    opened = [t.img] if learn_img else []
+    scored = [
+        *t.encode_plain("see"), *opened, *t.encode_plain("a"), *t.encode_plain("seven"), t.eos,
+        t.eos,
+    ]  # fmt: skip
     assert tokens[batch["text_loss_mask"][0]].tolist() == scored
+    assert batch["image_valid"][0].tolist() == [True, True, False]
+    assert batch["image_scored"][0].tolist() == [False, True, False]
+
+
+def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
+    words, image = Text("seven"), Picture(grey(10))
+    documents = [
+        Document((words,)), Document((image,)), Document((image, words)), Document((Text(" "),)),
+        Document((words, words)),
+    ]  # fmt: skip
+    path = tmp_path / "all.array_record"
+    write_documents(path, documents)
+    source = SourceConfig("all", "records", (str(path),), paired=True)
+
+    def usable(kind: str, **changes) -> list[int]:
+        cfg = DataConfig(sources=(dataclasses.replace(source, **changes),), n_causal=2)
+        (group,) = open_groups(cfg, tokenizer, kind)
+        return [n for n in range(5) if group.usable(Drawn(n, group.sources[0], n))]
+
+    assert usable("rows") == [0, 1, 2, 4]
+    assert usable("rows", picked_images=1) == [1, 2]
+    assert usable("captions") == [2]
+    assert usable("pictures") == usable("contexts") == [1, 2]
 
 
 def test_each_epoch_has_every_document_once(tmp_path, tokenizer):

@@ -149,6 +149,16 @@ def torch_module(cls, **kwargs):
     return module, {k: v.numpy() for k, v in module.state_dict().items()}
 
 
+def check_norms(ours, theirs) -> None:
+    """Each norm's epsilon: outputs hardly tell 1e-5 from 1e-6."""
+    expected = {name: m.eps for name, m in theirs.named_modules() if hasattr(m, "eps")}
+    found = {
+        ".".join(map(str, path)): node.eps
+        for path, node in nnx.iter_graph(ours) if hasattr(node, "eps")
+    }  # fmt: skip
+    assert found == expected and expected
+
+
 UNETS = [
     # Every kind of block, an odd number of layers, three levels.
     config.UNetConfig(
@@ -184,6 +194,7 @@ def test_unet_diffusers(cfg, sides):
     diffusers = pytest.importorskip("diffusers")
     theirs, tensors = torch_module(diffusers.UNet2DConditionModel, **dataclasses.asdict(cfg))
     ours = load(UNet, cfg, tensors)
+    check_norms(ours, theirs)
     rng = np.random.default_rng(0)
     sample = rng.normal(size=(3, cfg.in_channels, *sides)).astype(np.float32)
     cond = rng.normal(size=(3, 5, cfg.cross_attention_dim)).astype(np.float32)
@@ -207,6 +218,7 @@ def test_vae_diffusers():
         up_block_types=("UpDecoderBlock2D",) * levels, **dataclasses.asdict(cfg),
     )  # fmt: skip
     ours = load(VAE, cfg, tensors)
+    check_norms(ours, theirs)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, cfg.in_channels, 12, 20)).astype(np.float32)
     z = rng.normal(size=(2, cfg.latent_channels, 3, 5)).astype(np.float32)

@@ -17,7 +17,7 @@ from emu_jax.config import UserError, save_json
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.documents import Damaged, Source, write_documents
-from emu_jax.data.images import open_image
+from emu_jax.data.images import load_image, open_image
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import PICTURE
 from emu_jax.data.sources import SourceConfig
@@ -246,6 +246,7 @@ def test_fast_decode_is_close(cfg, tokenizer, tmp_path):
     for fast in (False, True):
         with Batches(dataclasses.replace(cfg, fast_decode=fast), tokenizer, "rows") as batches:
             images.append(next(batches)["images"][0, 0].astype(int))
+    np.testing.assert_array_equal(images[0], load_image(file.getvalue(), 56))  # as released
     difference = np.abs(images[0] - images[1])
     assert 0 < difference.mean() < 2 and difference.max() < 40
     assert open_image(file.getvalue(), at_least=56).size == (80, 60)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -96,6 +97,22 @@ def test_flops_are_those_of_the_traced_step():
     assert traced == pytest.approx(counted, rel=2e-3)
 
 
+def test_products_in_a_jaxpr_by_hand():
+    def function(x, w, kernel):
+        x, _ = jax.lax.scan(lambda x, _: (jnp.einsum("bij,bjk->bik", x, w), None), x, length=3)
+        with jax.named_scope(AGAIN):
+            x = x @ w[0]
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+        )  # fmt: skip
+
+    shapes = ((2, 5, 6), (2, 6, 6), (3, 3, 8))
+    traced = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    often, again, convolution = 3 * 2 * 2 * 5 * 6 * 6, 2 * 2 * 5 * 6 * 6, 2 * 2 * 3 * 8 * 3 * 3
+    assert jaxpr_flops(traced.jaxpr) == often + again + convolution
+    assert jaxpr_flops(traced.jaxpr, without=AGAIN) == often + convolution
+
+
 def test_frozen_towers_cost_less():
     whole = config("emu_100m")
     frozen = OptimizerConfig(groups=(GroupConfig(r"^llama\.", lr=1e-3), GroupConfig(".*", lr=0.0)))
@@ -148,12 +165,34 @@ def test_topologies_are_read_and_refused():
         Topology.parse("v5e:4x4", 0)
 
 
-def test_peaks_are_known_by_device_kind():
-    assert peak_flops("TPU v5 lite") == 197e12
-    assert peak_flops("TPU v5") == peak_flops("TPU v5p") == 459e12
-    assert peak_flops("TPU7x") == 2307e12 / 2  # two devices a chip
-    assert peak_flops("TPU v6 lite", "float32") == 918e12 / 6
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+@pytest.mark.parametrize(
+    "kind, teraflops, gigabytes, hbm, ici, dcn, devices",
+    [
+        # As published: TFLOP/s in bfloat16, GiB (GPUs: GB) of HBM, its GB/s, GB/s over ICI in
+        # both directions of all links, Gbit/s to other slices; what JAX calls them.
+        ("TPU v4", 275, 32, 1200, 600, 50, 1),
+        ("TPU v5 lite", 197, 16, 800, 400, 25, 1), ("TPU v5e", 197, 16, 800, 400, 25, 1),
+        ("TPU v5p", 459, 95, 2765, 1200, 50, 1), ("TPU v5", 459, 95, 2765, 1200, 50, 1),
+        ("TPU v6 lite", 918, 32, 1638, 800, 100, 1), ("TPU v6e", 918, 32, 1638, 800, 100, 1),
+        ("TPU7x", 2307, 192, 7380, 1200, 100, 2), ("TPU v7x", 2307, 192, 7380, 1200, 100, 2),
+        ("NVIDIA A100-SXM4-80GB", 312, 80, 2039, 0, 0, 1),
+        ("NVIDIA H100 80GB HBM3", 989, 80, 3350, 0, 0, 1),
+        ("NVIDIA H200", 989, 141, 4800, 0, 0, 1), ("NVIDIA B200", 2250, 180, 7700, 0, 0, 1),
+    ],
+)  # fmt: skip
+def test_chips_are_as_published(kind, teraflops, gigabytes, hbm, ici, dcn, devices):
+    chip = chip_of(kind)
+    assert (chip.flops, chip.hbm_bandwidth, chip.devices) == (teraflops * 1e12, hbm * 1e9, devices)
+    assert chip.hbm_bytes == gigabytes * (2**30 if kind.startswith("TPU") else 1e9)
+    assert (2 * 2 * chip.torus_axes * chip.link_bandwidth, 8 * chip.dcn_bandwidth) == (
+        ici * 1e9, dcn * 1e9,
+    )  # fmt: skip
+    assert peak_flops(kind) == chip.flops / devices
+    of_float32 = chip.flops / devices / 6 if kind.startswith("TPU") else None
+    assert peak_flops(kind, "float32") == of_float32
+
+
+def test_other_devices_have_no_peak():
     assert peak_flops("cpu") is None and chip_of("cpu") is None
 
 
@@ -335,6 +374,289 @@ def test_the_network_by_hand():
     assert network.seconds(far)[0] == pytest.approx(8 * 1e9 / 50e9)
     over = dataclasses.replace(hop, group=(0, 15, 0, 256))
     assert network.seconds(over) == (0, pytest.approx(1e9 / CHIPS["v5e"].dcn_bandwidth))
+
+
+def one(line: str, *parameters: str, computations: str = "") -> hlo.Counts:
+    """Counts a module of one instruction over parameters %a, %b, ... of the given shapes."""
+    given = "".join(
+        f"  %{name} = {shape} parameter({n})\n"
+        for n, (name, shape) in enumerate(zip("abcd", parameters, strict=False))
+    )
+    return hlo.count(
+        f"{computations}\nENTRY %m (a: {parameters[0]}) -> () {{\n{given}  {line}\n}}\n"
+    )
+
+
+KIB = "f32[256]{0}"
+
+
+@pytest.mark.parametrize(
+    "line, parameters, moved",
+    [
+        ("%r = f32[256]{0} add(%a, %b)", (KIB, KIB), 3 * 1024),  # two read, one written
+        # Of what is sliced, gathered or updated in place only the part: read and written.
+        ("%r = f32[16]{0} slice(%a), slice={[0:16]}", (KIB,), 2 * 64),
+        ("%r = f32[16]{0} dynamic-slice(%a, %b)", (KIB, "s32[]"), 2 * 64),
+        ("%r = f32[3,8]{1,0} gather(%a, %b)", ("f32[32,8]{1,0}", "s32[3]{0}"), 2 * 96),
+        ("%r = f32[256]{0} dynamic-update-slice(%a, %b)", (KIB, "f32[16]{0}"), 2 * 64),
+        ("%r = f32[32,8]{1,0} scatter(%a, %b, %c)",
+         ("f32[32,8]{1,0}", "s32[3]{0}", "f32[3,8]{1,0}"), 2 * (12 + 96)),
+        ("%r = f32[256]{0} copy(%a)", (KIB,), 2 * 1024),
+        # Fetched to the chip's own memory: read alone. Destination, source and context are named.
+        ("%r = (f32[256]{0:S(1)}, f32[256]{0}, u32[]) copy-start(%a)", (KIB,), 1024),
+        ("%r = f32[256]{0} copy-done(%a)", (KIB,), 0),
+        ("%r = f32[256]{0:S(1)} add(%a, %b)", ("f32[256]{0:S(1)}", KIB), 1024),
+        ("%r = f32[256]{0} bitcast(%a)", (KIB,), 0),
+        ("%r = (f32[256]{0}, f32[256]{0}) tuple(%a, %b)", (KIB, KIB), 0),
+        # Types by their bits.
+        ("%r = pred[256]{0} compare(%a, %b)", ("s4[256]{0}", "u8[256]{0}"), 128 + 2 * 256),
+        ("%r = f8e4m3fn[256]{0} convert(%a)", ("bf16[256]{0}",), 512 + 256),
+        ("%r = c64[256]{0} complex(%a, %b)", (KIB, "f16[256]{0}"), 1024 + 512 + 2048),
+        ("%r = f64[256]{0} convert(%a)", ("s64[]",), 8 + 2048),
+    ],
+)  # fmt: skip
+def test_bytes_of_one_instruction(line, parameters, moved):
+    assert one(line, *parameters).hbm_bytes == moved
+
+
+INNER = """
+%deep (p0: f32[32,8]) -> f32[4,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  ROOT %cut = f32[4,8]{1,0} slice(%p0), slice={[0:4], [0:8]}
+}
+
+%nested (p0: f32[32,8], p1: f32[32,8]) -> f32[4,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  %p1 = f32[32,8]{1,0} parameter(1)
+  %same = f32[256]{0} bitcast(%p1)
+  %part = f32[32]{0} slice(%same), slice={[0:32]}
+  %flat = f32[4,8]{1,0} bitcast(%part)
+  %below = f32[4,8]{1,0} fusion(%p0), kind=kLoop, calls=%deep
+  ROOT %sum = f32[4,8]{1,0} add(%below, %flat)
+}
+
+%whole (p0: f32[32,8]) -> f32[32,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  %cut = f32[4,8]{1,0} slice(%p0), slice={[0:4], [0:8]}
+  ROOT %sum = f32[32,8]{1,0} negate(%p0)
+}
+
+%often (p0: f32[32,8]) -> f32[20,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  %one = f32[20,8]{1,0} slice(%p0), slice={[0:20], [0:8]}
+  %two = f32[20,8]{1,0} slice(%p0), slice={[12:32], [0:8]}
+  ROOT %sum = f32[20,8]{1,0} add(%one, %two)
+}
+
+%update (p0: f32[32,8], p1: f32[4,8]) -> (f32[32,8], f32[4,8]) {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  %p1 = f32[4,8]{1,0} parameter(1)
+  %twice = f32[4,8]{1,0} add(%p1, %p1)
+  %put = f32[32,8]{1,0} dynamic-update-slice(%p0, %twice)
+  %bits = f32[32,8]{1,0} bitcast(%put)
+  ROOT %both = (f32[32,8]{1,0}, f32[4,8]{1,0}) tuple(%bits, %twice)
+}
+"""
+BOARD, PART = "f32[32,8]{1,0}", "f32[4,8]{1,0}"
+
+
+@pytest.mark.parametrize(
+    "result, called, parameters, moved",
+    [
+        # Both operands are read through slices alone: 128 bytes of each.
+        (PART, "nested", (BOARD, BOARD), 3 * 128),
+        # One that is also used whole is read whole; of overlapping slices no more than the whole.
+        (BOARD, "whole", (BOARD,), 2 * 1024),
+        ("f32[20,8]{1,0}", "often", (BOARD,), 1024 + 640),
+        # An array that is updated in place is neither read nor written but for the update.
+        (f"({BOARD}, {PART})", "update", (BOARD, PART), 128 + 2 * 128),
+    ],
+)  # fmt: skip
+def test_bytes_of_one_fusion(result, called, parameters, moved):
+    names = ", ".join(f"%{name}" for name, _ in zip("ab", parameters, strict=False))
+    line = f"%r = {result} fusion({names}), kind=kLoop, calls=%{called}"
+    assert one(line, *parameters, computations=INNER).hbm_bytes == moved
+
+
+GROUP = "replica_groups={{0,1,2,3}}"
+
+
+@pytest.mark.parametrize(
+    "line, shape, kind, size, group",
+    [
+        # The array as it is gathered, or before it is reduced, once: of an operation that is
+        # started apart the result names both.
+        (f"%r = f32[32,8]{{1,0}} all-gather(%a), {GROUP}", "f32[8,8]{1,0}", "all-gather", 1024, 4),
+        (f"%r = (f32[8,8]{{1,0}}, f32[32,8]{{1,0}}) all-gather-start(%a), {GROUP}",
+         "f32[8,8]{1,0}", "all-gather", 1024, 4),
+        (f"%r = f32[8,8]{{1,0}} reduce-scatter(%a), {GROUP}", BOARD, "reduce-scatter", 1024, 4),
+        (f"%r = (f32[32,8]{{1,0}}, bf16[16]{{0}}) all-reduce(%a, %b), {GROUP}", BOARD,
+         "all-reduce", 1024 + 32, 4),
+        (f"%r = f32[32,8]{{1,0}} all-reduce-start(%a), {GROUP}", BOARD, "all-reduce", 1024, 4),
+        (f"%r = f32[32,8]{{1,0}} all-to-all(%a), {GROUP}", BOARD, "all-to-all", 1024, 4),
+        ("%r = (f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]) collective-permute-start(%a), "
+         "source_target_pairs={{0,1},{1,0}}", BOARD, "collective-permute", 1024, 4),
+    ],
+)  # fmt: skip
+def test_bytes_of_one_collective(line, shape, kind, size, group):
+    counts = one(line, shape)
+    ((collective, times),) = counts.collectives.items()
+    assert (collective.kind, collective.bytes, len(collective.group), times) == (
+        kind, size, group, 1,
+    )  # fmt: skip
+    assert counts.hbm_bytes == 0  # the network's time, not the memory's
+    assert not one("%r = f32[32,8]{1,0} all-gather-done(%a)", BOARD).collectives
+
+
+def test_a_sum_that_leaves_each_device_its_slice_is_a_reduce_scatter():
+    """So XLA for TPUs writes one: a fusion around an all-reduce. A channel counts once."""
+    inner = (
+        "%all-reduce-scatter.1 (p0: f32[32,8]) -> f32[8,8] {\n"
+        f"  %p0 = {BOARD} parameter(0)\n"
+        f"  %sum = {BOARD} all-reduce(%p0), channel_id=3, {GROUP}\n"
+        "  ROOT %mine = f32[8,8]{1,0} slice(%sum), slice={[0:8], [0:8]}\n}\n"
+    )
+    fusion = "fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1"
+    line = f"%r = f32[8,8]{{1,0}} {fusion}\n  %s = f32[8,8]{{1,0}} {fusion}"
+    counts = one(line, BOARD, computations=inner)
+    assert counts.collectives == {hlo.Collective("reduce-scatter", 1024, (0, 1, 2, 3)): 1}
+
+
+def loop(body: str, condition: str, attributes: str = "") -> str:
+    """A module whose loop adds two arrays of 1 KiB each time it turns."""
+    state = "(s32[], f32[256])"
+    return (
+        f"%body (p: {state}) -> {state} {{\n"
+        f"  %p = {state} parameter(0)\n"
+        "  %i = s32[]{:S(2)} get-tuple-element(%p), index=0\n"
+        "  %x = f32[256]{0} get-tuple-element(%p), index=1\n"
+        f"  %y = f32[256]{{0}} add(%x, %x)\n{body}"
+        f"  ROOT %next = {state} tuple(%j, %y)\n}}\n\n"
+        f"%condition (p: {state}) -> pred[] {{\n"
+        f"  %p = {state} parameter(0)\n{condition}"
+        "  %i = s32[]{:S(2)} get-tuple-element(%p), index=0\n"
+        "  ROOT %less = pred[]{:S(2)} compare(%i, %bound), direction=LT\n}\n\n"
+        f"%outer (p: {state}) -> {state} {{\n"
+        f"  %p = {state} parameter(0)\n"
+        f"  ROOT %l = {state} while(%p), condition=%condition, body=%body{attributes}\n}}\n\n"
+        f"ENTRY %m (a: {state}) -> {state} {{\n"
+        f"  %a = {state} parameter(0)\n"
+        "  %q = pred[]{:S(2)} constant(true)\n"
+        "  %t = s32[]{:S(2)} constant(0)\n"
+        f"  %inner = {state} while(%a), condition=%condition, body=%body{attributes}\n"
+        f"  ROOT %either = {state} conditional(%q, %a, %a), "
+        "branch_computations={%outer, %outer}\n}\n"
+    )
+
+
+ADDED = "  %one = s32[]{:S(2)} constant(1)\n  %j = s32[]{:S(2)} add(%i, %one)\n"
+BOUND = "  %bound = s32[]{:S(2)} constant(5)\n"
+
+
+@pytest.mark.parametrize(
+    "body, condition, attributes, turns, known",
+    [
+        (ADDED, BOUND, "", 5, True),
+        (ADDED.replace("(1)", "(2)"), BOUND, "", 3, True),  # 0, 2, 4
+        (ADDED, BOUND, ', backend_config={"known_trip_count":{"n":"9"}}', 9, True),
+        ("  %j = s32[]{:S(2)} multiply(%i, %i)\n", BOUND, "", 5, False),
+        (ADDED, BOUND + "  %other = s32[]{:S(2)} constant(8)\n", "", 1, False),
+    ],
+    ids=["by one", "by two", "as the compiler says", "another counter", "another bound"],
+)
+def test_turns_of_a_loop(body, condition, attributes, turns, known):
+    """The loop runs by itself, and in both branches of a conditional, each of which counts."""
+    counts = hlo.count(loop(body, condition, attributes))
+    # x is named twice by the sum, and each operand counts.
+    assert counts.hbm_bytes == 3 * turns * 3 * 1024
+    assert bool(counts.unknown) != known
+
+
+def test_products_of_one_instruction():
+    lhs, rhs = "bf16[3,5,7]{2,1,0}", "bf16[3,7,11]{2,1,0}"
+    dot = (
+        "%r = bf16[3,5,11]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, "
+        "rhs_batch_dims={0}, rhs_contracting_dims={1}"
+    )
+    assert one(dot, lhs, rhs).flops == 2 * 3 * 5 * 7 * 11
+    # Along 9 pixels with a stride of 2 and one of padding at each end, 3 taps find 2 + 3 + 3 + 3
+    # + 2 pixels; two groups of 4 features each.
+    line = (
+        "%r = f32[2,5,6]{2,1,0} convolution(%a, %b), window={size=3 stride=2 pad=1_1}, "
+        "dim_labels=b0f_0io->b0f, feature_group_count=2"
+    )
+    assert one(line, "f32[2,9,8]{2,1,0}", "f32[3,4,6]{2,1,0}").flops == 2 * 2 * 6 * 4 * 13
+    # Taps two apart find 2 + 3 + ... + 3 + 2 of 9.
+    line = line.replace("stride=2 pad=1_1", "pad=2_2 rhs_dilate=2").replace("[2,5,6]", "[2,9,6]")
+    assert one(line, "f32[2,9,8]{2,1,0}", "f32[3,4,6]{2,1,0}").flops == 2 * 2 * 6 * 4 * 23
+
+
+@pytest.mark.parametrize(
+    "name, operands, products",
+    [
+        ("splash_mha_dkv_no_residuals.1", 4, 5 * 3 / 4), ("splash_mha_dq.2", 4, 3 * 3 / 4),
+        ("splash_mha_fwd.3", 3, 2), ("short_attention_fwd", 3, 2), ("short_attention_bwd", 3, 5),
+    ],
+)  # fmt: skip
+def test_products_of_each_kernel(name, operands, products):
+    """With blocks of the mask named, three of four are visited; without, all."""
+    long = name.startswith("splash")
+    x = "bf16[2,4,256,128]" if long else "bf16[8,256,128]"
+    shapes = ["s32[1,2,2]", x, x, x] if operands == 4 else [x, x, x]
+    names = ", ".join(f"%{name}" for name in "abcd"[: len(shapes)])
+    line = f'%{name} = {x} custom-call({names}), custom_call_target="tpu_custom_call"'
+    counts = one(line, *shapes)
+    assert counts.flops == 2 * products * 8 * 256**2 * 128 and not counts.unknown
+    unknown = one(line.replace(name, "mystery.4"), *shapes)
+    assert unknown.flops == 0 and unknown.unknown == {"kernel mystery.4"}
+
+
+def test_traffic_with_the_hosts_memory_is_named():
+    line = "%r = (f32[256]{0:S(5)}, f32[256]{0}, u32[]) copy-start(%a)"
+    counts = one(line, KIB)
+    assert counts.host_bytes == 1024 and counts.hbm_bytes == 1024
+    assert counts.unknown == {"the time of traffic with the host's memory"}
+
+
+def test_the_network_between_slices_by_hand():
+    """Four slices of four chips. A slice's devices have split an array among them before it
+    leaves: each sends its part."""
+    topology = Topology.parse("v5e:2x2", 4)
+    places = [(x, y) for _ in range(4) for x in range(2) for y in range(2)]
+    network = Network(topology, places, [n // 4 for n in range(16)])
+    dcn, link = CHIPS["v5e"].dcn_bandwidth, CHIPS["v5e"].link_bandwidth
+    every = hlo.Collective("all-gather", 16e9, tuple(range(16)))
+    ici, out = network.seconds(every)
+    assert ici == pytest.approx(16e9 * 3 / 4 / (2 * link))  # a line along each of two axes
+    assert out == pytest.approx(16e9 / 4 * 3 / 4 / dcn)
+    summed = dataclasses.replace(every, kind="all-reduce")
+    assert network.seconds(summed) == (pytest.approx(2 * ici), pytest.approx(2 * out))
+    mixed = dataclasses.replace(every, kind="all-to-all")
+    assert network.seconds(mixed)[0] == pytest.approx(ici / 4)
+    assert network.seconds(dataclasses.replace(every, group=(0,))) == (0, 0)
+    # Two devices of one chip need no link.
+    twins = Network(Topology.parse("tpu7x:2x2x1"), [(0, 0, 0)] * 2, [0, 0])
+    assert twins.seconds(dataclasses.replace(every, group=(0, 1))) == (0, 0)
+    # One device has half of a chip's links.
+    pair = Network(Topology.parse("tpu7x:2x2x1"), [(0, 0, 0), (1, 0, 0)], [0, 0])
+    chip = CHIPS["tpu7x"]
+    assert pair.seconds(dataclasses.replace(every, group=(0, 1)))[0] == pytest.approx(
+        16e9 / 2 / (chip.link_bandwidth / 2)
+    )
+    # ... and of its way to other slices.
+    apart = Network(Topology.parse("tpu7x:2x2x1", 2), [(0, 0, 0)] * 2, [0, 1])
+    assert apart.seconds(dataclasses.replace(every, group=(0, 1)))[1] == pytest.approx(
+        16e9 / 2 / (chip.dcn_bandwidth / 2)
+    )
+    # Seven links of a line: no shorter way round.
+    line = Network(Topology.parse("v5e:8x1"), [(n, 0) for n in range(8)], [0] * 8)
+    far = hlo.Collective("collective-permute", 1e9, (0, 7))
+    assert line.seconds(far)[0] == pytest.approx(7e9 / link)
+    counts = hlo.Counts(collectives={every: 3, far: 2})
+    t = times(counts, network)
+    assert t.dcn == pytest.approx(3 * out + 2 * 1e9 / dcn)
+    assert t.ici == pytest.approx(3 * ici) and t.serial == t.ici + t.dcn
+    assert t.overlapped == max(t.ici, t.dcn)
 
 
 def test_sums_over_slices_go_through_the_runtime():

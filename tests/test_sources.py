@@ -474,6 +474,8 @@ def test_subtitles():
         "third",
     )
     assert subtitles(VTT.encode(), "it") == [(0.5, "rolling"), (1.2, "on")]
+    late = b"02:03:04,5 --> 02:03:05.000\nlate\n\n59:59.25 --> 60:00.000\nearly\n"
+    assert subtitles(late, "it") == [(3599.25, "early"), (2 * 3600 + 3 * 60 + 4.5, "late")]
     assert subtitles(b"WEBVTT\n", "it") == subtitles(b"", "it") == []
     with pytest.raises(Damaged, match="it: malformed subtitles"):
         subtitles(b"no times here", "it")
@@ -580,6 +582,7 @@ def test_dialogues_of_every_layout(tmp_path):
             ["3"], ["hi"], ["two", "</s>", "four"], ["red"], ["yes"],
             ["shades", "</s>", "shades"], ["red"],
         ][n]  # fmt: skip
+        assert not any(p.scored for p in dialogues[n].parts if isinstance(p, Picture))
         own = {t.text for t in texts if t.special}
         assert own <= {user, assistant, "</s>", f"{IMAGE_SYSTEM} {user}", f"{VIDEO_SYSTEM} {user}"}
 
