@@ -1,0 +1,179 @@
+"""Arrays that are kept beside their files: whole, or noticed and made again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_sources import TINY, picture, shown, source, tar
+
+from emu_jax.config import UserError
+from emu_jax.data import Document, Text, index
+from emu_jax.data.documents import write_documents
+from emu_jax.data.index import Checked, kept
+from emu_jax.data.outlines import Outlines
+from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.tokenizer import Tokenizer
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "sizes": RNG.integers(-1, 99, 9_000).astype(np.int32),
+    "spans": RNG.integers(0, 1 << 40, (2_500, 4, 2)),
+    "none": np.zeros(0, np.int8),
+}
+FILES = [*(f"{key}.{kind}" for key in ARRAYS for kind in ("npy", "crc")), "arrays.json"]
+
+
+def make() -> dict[str, np.ndarray]:
+    return dict(ARRAYS)
+
+
+def assert_right(arrays: dict[str, np.ndarray]) -> None:
+    assert arrays.keys() == ARRAYS.keys()
+    for key, array in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[key], array)
+        assert arrays[key].dtype == array.dtype
+
+
+def damage(file: Path, rng: np.random.Generator) -> list[bytes | None]:
+    """What may be left of a file: nothing, a part, more, or all of it with one bit flipped."""
+    content = file.read_bytes()
+    places = {0, len(content) - 1, *rng.integers(len(content), size=6).tolist()} if content else ()
+    flipped = []
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(rng.integers(8))
+        flipped.append(bytes(changed))
+    return [None, b"", content[:-1], content[: len(content) // 2], content + b"\0", *flipped]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("eager", [True, False])
+def test_damaged_arrays_are_made_again(tmp_path, monkeypatch, caplog, name, eager):
+    """With a warning, whatever has happened to a file; never is a wrong value given."""
+    monkeypatch.setattr(index.storage, "sync", lambda path: None)  # slow, and tested below
+    if not eager:
+        monkeypatch.setattr(index, "EAGER", 0)
+    kept(tmp_path, "it", make)
+    file, rng = tmp_path / "it" / name, np.random.default_rng(1)
+    whole = file.read_bytes()
+    for left in damage(file, rng):
+        if left is None:
+            file.unlink()
+        else:
+            file.write_bytes(left)
+        same = left == whole
+        caplog.clear()
+        try:
+            arrays = kept(tmp_path, "it", make)
+            assert_right(arrays)
+        except UserError as error:  # found in a large array, as it is looked up
+            assert not eager and name.endswith(".npy")
+            assert "run the same command again" in str(error)
+            arrays = kept(tmp_path, "it", make)
+            assert_right(arrays)
+        assert same or "is damaged" in caplog.text
+        assert all(isinstance(array, np.ndarray) == eager for array in arrays.values())
+        assert file.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]  # nothing is left behind
+
+
+def test_a_large_array_is_checked_where_it_is_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "EAGER", 0)
+    rows = np.arange(50_000).reshape(-1, 2)
+    arrays = kept(tmp_path, "it", lambda: {"rows": rows})
+    file = tmp_path / "it" / "rows.npy"
+    content = bytearray(file.read_bytes())
+    content[128 + 16 * 10_000] ^= 1  # of row 10,000
+    file.write_bytes(content)  # in place: mapped files see it
+    lazy = arrays["rows"]
+    assert isinstance(lazy, Checked) and (lazy.shape, len(lazy)) == (rows.shape, len(rows))
+    for key in (0, -1, np.int64(24_999), (3, 1), slice(5, 9), slice(20_000, None), (-2, slice(1))):
+        np.testing.assert_array_equal(lazy[key], rows[key])
+    with pytest.raises(IndexError):
+        lazy[len(rows)]
+    for broken in (
+        lambda: lazy[10_000], lambda: lazy[9_000:11_000], lambda: np.asarray(lazy),
+        lambda: lazy[::2], lambda: lazy[[0, 1]], lambda: lazy.tolist(),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="rows.npy has changed.*run the same command again"):
+            broken()
+    assert not (tmp_path / "it").exists()
+    again = kept(tmp_path, "it", lambda: {"rows": rows})["rows"]
+    np.testing.assert_array_equal(again[10_000], rows[10_000])
+    names = kept(tmp_path, "names", lambda: {"names": np.sort(RNG.integers(1 << 60, size=9_999))})
+    plain = np.array(names["names"])
+    for value in (plain[77], plain[77] + 1, 0, plain[-1] + 1):
+        for side in ("left", "right"):
+            found = np.searchsorted(names["names"], value, side)
+            assert found == np.searchsorted(plain, value, side)
+
+
+def test_arrays_without_checksums_are_made_again(tmp_path, caplog):
+    """As earlier versions kept them; and an empty folder, as a power cut may leave it."""
+    for files in (["sizes.npy"], []):
+        folder = tmp_path / f"it{len(files)}"
+        folder.mkdir()
+        for name in files:
+            np.save(folder / name, np.zeros(3))
+        caplog.clear()
+        assert_right(kept(tmp_path, folder.name, make))
+        assert "is damaged" in caplog.text and (folder / "arrays.json").is_file()
+
+
+def test_where_nothing_can_be_kept_the_arrays_are_made(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert_right(kept(tmp_path / "file", "it", make))
+    assert "cannot keep" in caplog.text and "is damaged" not in caplog.text
+
+
+def test_a_folder_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a power cut leaves empty files under it."""
+    synced, rename = [], index.os.rename
+
+    def renamed(old, new):
+        files = {str(p) for p in Path(old).iterdir()}
+        assert len(files) == len(FILES) and {*files, str(old)} <= set(synced)
+        synced.append("renamed")
+        rename(old, new)
+
+    monkeypatch.setattr(index.os, "rename", renamed)
+    monkeypatch.setattr(index.storage, "sync", lambda path: synced.append(str(path)))
+    kept(tmp_path, "it", make)
+    assert synced[-2:] == ["renamed", str(tmp_path)]
+
+
+def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
+    """Every index is looked up in ways that check what they read."""
+    tar(tmp_path / "0.tar", {f"{n}.{kind}": content for n in range(3) for kind, content in (
+        ("png", picture(10 * n, "PNG")), ("txt", f"words {n}".encode())
+    )})  # fmt: skip
+    entries = [{"images": ["1.png", None], "texts": [None, "a page"]}]
+    (tmp_path / "p.jsonl").write_text(json.dumps(entries[0]) + "\n")
+    texts = [Document((Text("word " * n),)) for n in range(1, 9)]
+    write_documents(tmp_path / "t.array_record", texts)
+    tokenizer = Tokenizer.load(TINY / "tokenizer")
+    monkeypatch.setattr(index, "_BLOCK", 128)
+
+    def read() -> list:
+        media = (str(tmp_path / "*.tar"),)
+        pairs = source("webdataset", tmp_path / "0.tar")
+        pages = source("pages", tmp_path / "p.jsonl", media=media)
+        records = open_source(SourceConfig("it", "records", (f"{tmp_path}/t.array_record",)))
+        outlines = Outlines(records, tokenizer, tmp_path / "cache")
+        return [
+            *map(shown, pairs), *map(shown, pages), outlines.totals(), outlines.damage(1),
+            *(outlines[n] for n in range(len(outlines))),
+        ]  # fmt: skip
+
+    want = read()
+    assert want[3] == [10, "a page"] and want[4]["documents"] == 8
+    monkeypatch.setattr(index, "EAGER", 0)
+    assert read() == want
+    (sizes,) = (tmp_path / "cache").rglob("sizes.npy")
+    content = bytearray(sizes.read_bytes())
+    content[-1] ^= 1
+    sizes.write_bytes(content)
+    with pytest.raises(UserError, match="sizes.npy has changed"):
+        read()
+    assert read() == want
