@@ -392,6 +392,7 @@ def data_inspect(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.data.inspect import inspect
+        from emu_jax.data.unused import Tally
         from emu_jax.page import number
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
@@ -405,7 +406,10 @@ def data_inspect(parser: argparse.ArgumentParser) -> Run:
         )  # fmt: skip
         if not args.json:
             for name, value in figures.items():
-                print(f"{name.replace('_', ' ')}: {number(value)}")
+                if name != "sources":
+                    print(f"{name.replace('_', ' ')}: {number(value)}")
+            for name, tally in figures["sources"].items():
+                print(f"source {name}: {Tally(**tally).summary()}")
         return figures
 
     return run

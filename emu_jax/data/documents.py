@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import grain
 import msgpack
@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.config import UserError
 from emu_jax.data import storage
+from emu_jax.data.unused import Tally, Unused
 from emu_jax.tokenizer import IMAGE
 
 VERSION = 1  # of the record layout
@@ -71,18 +72,6 @@ class Picture:
             return [self.data, self.time, self.similarity, self.scored]
         values = [self.data, self.time]
         return values if self.similarity is None else [*values, self.similarity]
-
-
-class Unused(NamedTuple):
-    """Something in the data that its document does not use: a part, cue, frame or member.
-
-    Attributes:
-        reason: a few fixed words to count by, such as "missing image".
-        detail: which one it is, for messages.
-    """
-
-    reason: str
-    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +153,13 @@ class Damaged(UserError):
     Attributes:
         reason: one of `REASONS`, to count by.
         where: its place.
+        detail: more about it, or nothing.
     """
 
     def __init__(self, reason: str, where: str, detail: object = ""):
         assert reason in REASONS, reason
         super().__init__(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
-        self.reason, self.where = reason, where
+        self.reason, self.where, self.detail = reason, where, str(detail)
 
 
 # All texts of a document together. A row holds far less, and tokenizing more takes minutes.
@@ -233,6 +223,10 @@ class Source(Sequence[Document]):
     def sketch(self, index: int) -> Document:
         """The document with pictures that may be empty: enough to count its tokens."""
         return self.read(index)
+
+    def unused(self) -> Tally:
+        """Counts what the files hold that belongs to no document."""
+        return Tally()
 
     def __getitem__(self, index: int) -> Document:  # type: ignore[override]
         if not 0 <= index < len(self):

@@ -16,6 +16,7 @@ import numpy as np
 
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.pipeline import Batch, Batches, Damage, DataConfig, Kind
+from emu_jax.data.unused import Tally
 from emu_jax.page import details, image, table, tiles, write_page
 from emu_jax.tokenizer import Tokenizer
 
@@ -47,6 +48,7 @@ class Sample(NamedTuple):
     damaged: list[Damage]
     counts: dict[str, int]
     seconds: float
+    tallies: dict[str, Tally]  # by source
 
 
 def inspect(
@@ -70,17 +72,20 @@ def inspect(
         **_survey(cfg, tokenizer, kind, documents),
         "read": sample.counts["documents"],
         "damaged": dict(collections.Counter(damage.reason for damage in sample.damaged)),
+        "sources": {name: tally.to_dict() for name, tally in sample.tallies.items()},
         **{
             f"{what}_per_second_per_core": count / sample.seconds
             for what, count in sample.counts.items()
         },
     }
+    plain = {name: value for name, value in figures.items() if name != "sources"}
     sections = [
         _summary(figures),
         _rows(sample.rows, tokenizer, cfg.n_causal),
         _histograms(sample.lengths),
+        _sources(sample.tallies),
         _damage(sample.damaged, sample.counts["documents"]),
-        f"<section><h2>Figures</h2>{table(figures)}</section>",
+        f"<section><h2>Figures</h2>{table(plain)}</section>",
         details("Configuration", to_dict(cfg)),
     ]
     write_page(path, f"What training reads: {kind}", sections, _STYLE)
@@ -118,7 +123,8 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
             counts["documents"] += len(names)
             counts["pictures"] += sum(row.used) + (row.target is not None)
             counts["tokens"] += sum(segment > 0 for segment in row.segments)
-    return Sample(shown, lengths, damaged, counts, seconds)
+        tallies = batches.tallies
+    return Sample(shown, lengths, damaged, counts, seconds, tallies)
 
 
 def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -> dict[str, Any]:
@@ -291,6 +297,20 @@ def _damage(damaged: Sequence[Damage], read: int) -> str:
         + (f"{table(dict(reasons.most_common()))}<ul>{places}</ul>{more}" if damaged else "")
         + "</section>"
     )
+
+
+def _sources(tallies: Mapping[str, Tally]) -> str:
+    """What is used of each source, and what is not, with the first examples."""
+    shown = ""
+    for name, tally in tallies.items():
+        examples = "".join(
+            f"<li>{html.escape(f'{reason}: {example}')}</li>"
+            for reason, found in tally.examples.items() for example in found
+        )  # fmt: skip
+        shown += f"<h3>{html.escape(name)}</h3><p>{html.escape(tally.summary())}</p>" + (
+            f"<ul>{examples}</ul>" if examples else ""
+        )
+    return f"<section><h2>Sources</h2>{shown}</section>"
 
 
 def _histograms(lengths: Mapping[str, Sequence[tuple[int, int]]]) -> str:

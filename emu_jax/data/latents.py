@@ -27,6 +27,7 @@ from jaxtyping import Float
 
 from emu_jax.config import EmuConfig, UserError, load_json, save_json
 from emu_jax.data.pipeline import Batch, Damage, DataConfig
+from emu_jax.data.unused import Tally
 from emu_jax.tokenizer import Tokenizer
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -158,6 +159,7 @@ class LatentBatches(Iterator[Batch]):
         self._cfg, self._position, self._last = cfg, 0, list[int]()
         self._pool = ThreadPoolExecutor(1, "emu-jax-latents")
         self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()
+        self.tallies: dict[str, Tally] = {}  # no source is read here
 
     def __next__(self) -> Batch:
         while len(self._ahead) <= self._cfg.prefetch:

@@ -281,6 +281,10 @@ def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer) -> Opened
     path = source.paths[0]
     folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
     outlines = Outlines(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache))
+    try:
+        outlines.tally.check(source.allow_missing)
+    except UserError as error:
+        raise UserError(f"source {source.name!r} ({path}): {error}") from None
     return Opened(source, documents, outlines)
 
 

@@ -15,11 +15,13 @@ from jaxtyping import Int
 from emu_jax.data.documents import REASONS, Damaged, Picture, Source, Text, check_size
 from emu_jax.data.index import Arrays, kept
 from emu_jax.data.packing import PICTURE
+from emu_jax.data.unused import Tally, Unused
 from emu_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16  # documents that are counted together
+_VERSION = 2  # of what is kept
 
 
 def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
@@ -31,13 +33,17 @@ def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
 class Outlines:
     """The outline of every document of a source: a size for each part, PICTURE or its tokens.
 
+    Attributes:
+        tally: what of the source is used, and what is not, as far as can be told without
+            opening an image.
+
     Counting reads the words of each document, and opens no picture. The result is kept, mapped
     into memory, under a name that follows from the source and the tokenizer; a chunk at a time,
     so that an interrupted count goes on. A document that cannot be read has no parts.
     """
 
     def __init__(self, source: Source, tokenizer: Tokenizer, folder: Path):
-        name = f"outlines-{source.fingerprint}-{tokenizer.fingerprint}"
+        name = f"outlines-{_VERSION}-{source.fingerprint}-{tokenizer.fingerprint}"
         chunks = {
             f"{name}-{start}": range(start, min(start + _CHUNK, len(source)))
             for start in range(0, len(source), _CHUNK)
@@ -51,15 +57,19 @@ class Outlines:
                 kept(folder, part, functools.partial(_count, source, tokenizer, indices))
                 for part, indices in chunks.items()
             ]
-            return _with_starts(
-                {key: np.concatenate([s[key] for s in shares]) for key in shares[0]}
-            )
+            tally = Tally()
+            for share in shares:
+                tally.merge(Tally.from_array(share["tally"]))
+            arrays = {key: np.concatenate([s[key] for s in shares]) for key in shares[0]}
+            return _with_starts(arrays | {"tally": tally.to_array()})
 
         arrays = kept(folder, name, count)
         for part in chunks if len(chunks) > 1 else ():
             shutil.rmtree(folder / part, ignore_errors=True)
         self._sizes, self._starts = arrays["sizes"], arrays["starts"]
         self._damage, self._totals = arrays["damage"], arrays["totals"]
+        self.tally = Tally.from_array(arrays["tally"])
+        self.tally.merge(source.unused())
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -84,24 +94,37 @@ _TOTALS = ("documents", "tokens", "pictures", "with_text", "with_picture", "with
 def _count(source: Source, tokenizer: Tokenizer, indices: range) -> Arrays:
     """The outlines of some documents."""
 
-    def outline(index: int) -> tuple[list[int], int]:
+    def outline(index: int) -> tuple[list[int], int, tuple[Unused, ...]]:
         try:
             document = source.sketch(index)
             check_size(document, source.where(index))
         except Damaged as error:
-            return [], 1 + REASONS.index(error.reason)
-        return [
+            return [], 1 + REASONS.index(error.reason), (Unused(error.reason, error.detail),)
+        sizes = [
             PICTURE if isinstance(p, Picture) else len(text_ids(p, tokenizer))
             for p in document.parts
-        ], 0
+        ]
+        return sizes, 0, document.unused
 
+    tally = Tally()
+    counts, damage = np.zeros(len(indices), np.int32), np.zeros(len(indices), np.int8)
+    all_sizes: list[int] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(outline, indices))
+        for n, (sizes, code, unused) in enumerate(pool.map(outline, indices)):
+            counts[n], damage[n] = len(sizes), code
+            all_sizes += sizes
+            if not code:
+                images, empty = sizes.count(PICTURE), sizes.count(0)
+                tally.use(images=images, texts=len(sizes) - images - empty)
+                unused += (Unused("empty text"),) * empty
+            for reason, detail in unused:
+                if tally.leave(reason):
+                    where = source.where(indices[n])
+                    tally.example(reason, f"{where}: {detail}" if detail else where)
     return {
-        "counts": np.array([len(sizes) for sizes, _ in found], np.int32),
-        "sizes": np.array([size for sizes, _ in found for size in sizes], np.int32),
-        "damage": np.array([damage for _, damage in found], np.int8),
-    }
+        "counts": counts, "sizes": np.array(all_sizes, np.int32), "damage": damage,
+        "tally": tally.to_array(),
+    }  # fmt: skip
 
 
 def _with_starts(arrays: Arrays) -> Arrays:
@@ -118,5 +141,6 @@ def _with_starts(arrays: Arrays) -> Arrays:
         ((texts > 0) & (pictures > 0)).sum(), (damage > 0).sum(),
     ]  # fmt: skip
     return {
-        "sizes": sizes, "starts": starts, "damage": damage, "totals": np.array(totals, np.int64)
+        "sizes": sizes, "starts": starts, "damage": damage, "tally": arrays["tally"],
+        "totals": np.array(totals, np.int64),
     }  # fmt: skip

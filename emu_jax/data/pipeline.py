@@ -36,6 +36,9 @@ class Batches(Iterator[Batch]):
         kind: the objective's batches, see `batch_shapes`. "captions" and "pictures" come
             from pairs alone; "contexts" from documents with a picture.
 
+    Attributes:
+        tallies: of each source by name, what is used of it and what is not.
+
     Raises:
         UserError: data is missing, a value of `cfg` cannot be, or too many documents are
             damaged.
@@ -59,6 +62,7 @@ class Batches(Iterator[Batch]):
         self._cfg, self._kind = cfg, kind
         self._maker = _Maker(cfg, tokenizer, kind, process_index, process_count)
         self._position = self._maker.start()
+        self.tallies = self._maker.tallies
         self._thread: _Prefetch | None = None
         self._made: Made | None = None
         self._totals = dict.fromkeys(STATISTICS, 0)
@@ -169,6 +173,9 @@ class _Maker:
         self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, process: int, processes: int
     ):
         groups = open_groups(cfg, tokenizer, kind)
+        self.tallies = {
+            source.cfg.name: source.outlines.tally for group in groups for source in group.sources
+        }
         self._schedule = schedule(groups)
         self._fillers, pool = [], Pool(cfg)
         for group in groups:

@@ -45,6 +45,9 @@ class SourceConfig:
     min_similarity: float = 0.32  # pages: of a picture to its text, where it is known
     frames: int = 8  # videos: of each
     frame_seconds: float = 4.0  # subtitled: between the frames of a video
+    # Kinds of parts that the whole source may lack: "images", "texts". Elsewhere it is an error
+    # if nothing is left of a kind. With "texts", pairs without a caption are images alone.
+    allow_missing: tuple[str, ...] = ()
 
 
 def open_source(cfg: SourceConfig, cache: str = "") -> Source:

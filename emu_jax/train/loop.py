@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -238,6 +239,8 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         if state is None:
             state = trainer.start(parents.read(cfg, workdir, trainer.param_shapes))
         if lead:
+            for name, tally in batches.tallies.items():
+                print(f"source {name}: {tally.summary()}", file=sys.stderr, flush=True)
             tokenizer.save(workdir / "tokenizer")
             save_json(cfg.model, workdir / "config.json")
             save_json(cfg, workdir / "train.json")

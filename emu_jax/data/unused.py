@@ -1,0 +1,136 @@
+"""Counts of what a source holds and what is used of it: nothing is left out without a count."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from emu_jax.config import UserError
+
+KINDS = ("documents", "images", "texts")  # see `Tally.used`
+MAY_LACK = KINDS[1:]  # values of `SourceConfig.allow_missing`
+EXAMPLES = 3  # that are kept of each reason
+
+# {reason: kinds of which the source may so lose everything}. A reason that is not here either
+# leaves out a whole document (`documents.REASONS`) or nothing that training would read.
+LOSES: dict[str, tuple[str, ...]] = {
+    "missing image": ("images",),  # named, but in none of the media
+    "no image": ("images",),  # null: it could not be downloaded
+    "ambiguous image": ("images",),  # several files fit the name
+    "image unlike its text": ("images",),  # below `min_similarity`
+    "empty text": ("texts",),
+    "no caption": ("texts",),
+    # Whole documents:
+    "missing file": ("images",),
+    "incomplete sample": ("images", "texts"),
+    "malformed subtitles": ("texts",),
+}
+
+
+class Unused(NamedTuple):
+    """Something in the data that its document does not use: a part, cue, frame or member.
+
+    Attributes:
+        reason: a few fixed words to count by, such as "missing image".
+        detail: which one it is, for messages.
+    """
+
+    reason: str
+    detail: str = ""
+
+
+@dataclasses.dataclass
+class Tally:
+    """How much of a source is used, and what is left out, by reason.
+
+    Attributes:
+        used: number of documents, of images, and of texts that are not empty.
+        unused: how many documents, parts or members each reason leaves out.
+        examples: the first few of each reason.
+    """
+
+    used: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def use(self, *, images: int, texts: int) -> None:
+        """Counts a document that is read. One without any part counts as left out."""
+        if images or texts:
+            self.used["documents"] += 1
+            self.used["images"] += images
+            self.used["texts"] += texts
+        else:
+            self.leave("empty document")
+
+    def leave(self, reason: str, count: int = 1) -> bool:
+        """Counts what is left out. Returns whether `example` would keep an example of it."""
+        self.unused[reason] = self.unused.get(reason, 0) + count
+        return len(self.examples.get(reason, ())) < EXAMPLES
+
+    def example(self, reason: str, text: str) -> None:
+        """Keeps an example of what is left out, if it is among the first."""
+        known = self.examples.setdefault(reason, [])
+        if len(known) < EXAMPLES:
+            known.append(text)
+
+    def merge(self, other: Tally) -> None:
+        """Adds the counts of what comes after."""
+        for kind, count in other.used.items():
+            self.used[kind] += count
+        for reason, count in other.unused.items():
+            self.leave(reason, count)
+            for text in other.examples.get(reason, ()):
+                self.example(reason, text)
+
+    def check(self, allowed: Collection[str] = ()) -> None:
+        """
+        Args:
+            allowed: kinds that the source may lack.
+
+        Raises:
+            UserError: no document is used, or no image or no text although there were some.
+        """
+        for kind in KINDS:
+            lost = {
+                reason: count for reason, count in self.unused.items()
+                if kind == "documents" or kind in LOSES.get(reason, ())
+            }  # fmt: skip
+            if self.used[kind] or not lost or kind in allowed:
+                continue
+            why = ", ".join(f"{reason}: {count:,}" for reason, count in lost.items())
+            shown = [text for reason in lost for text in self.examples.get(reason, ())]
+            fix = "correct its paths or its data"
+            if kind in MAY_LACK:
+                fix += f", or set allow_missing=({kind!r},) if this is intended"
+            raise UserError(f"none of its {kind} can be used ({why}; {'; '.join(shown)}): {fix}")
+
+    def summary(self) -> str:
+        """One line: what is used, then what is not, by reason."""
+        used = ", ".join(f"{self.used[kind]:,} {kind}" for kind in ("documents", "texts", "images"))
+        unused = ", ".join(f"{count:,} {reason}" for reason, count in self.unused.items())
+        return f"{used}; unused: {unused or 'none'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: `used` and `unused` by name, and `examples`."""
+        return dataclasses.asdict(self)
+
+    def to_array(self) -> UInt8[np.ndarray, "bytes"]:
+        """The tally as JSON, for a cache of arrays."""
+        return np.frombuffer(json.dumps(self.to_dict()).encode(), np.uint8)
+
+    @classmethod
+    def from_array(cls, array: UInt8[np.ndarray, "bytes"]) -> Tally:
+        """Reads what `to_array` gives.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            return cls(**json.loads(array.tobytes()))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
