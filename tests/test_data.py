@@ -27,7 +27,14 @@ from emu_jax.data.digits import (
     parse_digit,
 )  # fmt: skip
 from emu_jax.data.documents import Damaged, DocumentFiles, write_documents
-from emu_jax.data.images import affine, draw_affine, load_image, normalize_images, open_image
+from emu_jax.data.images import (
+    PictureError,
+    affine,
+    draw_affine,
+    load_image,
+    normalize_images,
+    open_image,
+)
 from emu_jax.data.mixture import Drawn, open_groups
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
@@ -209,6 +216,23 @@ def test_unreadable_picture_is_one_clear_line(tmp_path):
         assert str(error.value).startswith(f"cannot read the picture {path}: ")
     with pytest.raises(UserError, match="cannot read the picture in x record 3: "):
         load_image(content[:50], 8, "in x record 3")
+
+
+def test_images_of_impossible_sizes_are_refused(monkeypatch):
+    monkeypatch.setattr("emu_jax.data.images.MOST_PIXELS", 600)
+
+    def reason(width: int, height: int) -> str | None:
+        try:
+            assert open_image(encode_png(np.zeros((height, width), np.uint8))).size == (
+                width, height,
+            )  # fmt: skip
+        except PictureError as error:
+            return error.reason
+        return None
+
+    assert reason(30, 20) is reason(100, 1) is reason(2, 200) is None
+    assert reason(31, 20) == "picture too large"
+    assert reason(101, 1) == reason(2, 201) == "picture too narrow"
 
 
 def test_affine_moves_as_told():

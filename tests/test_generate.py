@@ -18,9 +18,10 @@ from test_golden import emu as release  # noqa: F401  (a fixture)
 from emu_jax import config
 from emu_jax.data.video import frame_indices
 from emu_jax.generate import image, mixed, prompt, text
-from emu_jax.generate.api import Emu, GenerationConfig, load
+from emu_jax.generate.api import Emu, GenerationConfig, _keys, load
 from emu_jax.generate.safety import find_checker
 from emu_jax.models import emu as models
+from emu_jax.models.llama import KVCache
 from emu_jax.sharding import Template, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 
@@ -124,6 +125,24 @@ def test_instruct_format_is_the_releases(golden, release):  # noqa: F811
     # The [IMG] [/IMG] of the system message hold no picture.
     assert (made.slots >= 0).sum() == SPEC["n_causal"]
     assert prompt.instruct(["hello"]) == ["[USER]: ", "hello", " [ASSISTANT]:"]
+
+
+def test_the_system_message_of_a_dialogue():
+    one, answer = picture(0), [" [ASSISTANT]:"]
+    for asked, system in (
+        ([one, "what?"], f"{prompt.IMAGE_SYSTEM} [USER]: "),
+        ([one, one], "[USER]: "),
+        ([[one, one], "what?"], f"{prompt.VIDEO_SYSTEM} [USER]: "),
+        ([one, [one, one]], f"{prompt.VIDEO_SYSTEM} [USER]: "),
+    ):
+        assert prompt.instruct(asked) == [system, *asked, *answer]
+    assert prompt.instruct("hi", "Be brief.") == ["Be brief. [USER]: ", "hi", *answer]
+    # The message stands before the first turn; each answer ends, and its images do not count.
+    turns = [["a?"], ["b", one], [one, "c?"]]
+    assert prompt.converse(turns) == [
+        f"{prompt.IMAGE_SYSTEM} [USER]: ", "a?", *answer, "b", one, "</s>", "[USER]: ", one, "c?",
+        *answer,
+    ]  # fmt: skip
 
 
 # --- A random model of odd sizes -------------------------------------------------------------
@@ -413,6 +432,7 @@ def test_warping_keeps_the_right_tokens():
 
 
 def test_samples_have_the_warped_distribution():
+    """Of two tokens in a row, each drawn anew: the shares of pairs are products."""
     probabilities = jnp.asarray([0.05, 0.4, 0.1, 0.25, 0.2])
     draws = 20_000
     plan = text.Plan.of(
@@ -422,11 +442,146 @@ def test_samples_have_the_warped_distribution():
     rules = text.Rules.of(text.TextConfig(top_k=4, top_p=0.8, min_length=0))
     keys = jax.vmap(jax.random.key)(jnp.arange(draws))
     logits = jnp.broadcast_to(jnp.log(probabilities), (draws, 5))
-    start = text.Walk.start(draws, plan)
-    state = jax.jit(lambda keys: start.extend(logits, plan, rules, keys, None))(keys)
-    share = np.bincount(np.asarray(state.sequences[:, 1]), minlength=5) / draws
+    extend = jax.jit(lambda state: state.extend(logits, plan, rules, keys, None))
+    one, two = np.asarray(extend(extend(text.Walk.start(draws, plan))).sequences[:, 1:3]).T
     # Of the four best 0.4, 0.25 and 0.2 make 89%; without the last 68%.
-    np.testing.assert_allclose(share, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85], atol=0.015)
+    expected = np.array([0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85])
+    share = np.bincount(5 * one + two, minlength=25).reshape(5, 5) / draws
+    np.testing.assert_allclose(share, np.outer(expected, expected), atol=0.015)
+
+
+def test_settings_reach_the_program():
+    settings = text.TextConfig(
+        max_new_tokens=7, num_beams=3, do_sample=True, temperature=0.7, top_k=4, top_p=0.6,
+        min_length=2, repetition_penalty=1.5, length_penalty=0.5, no_repeat_ngram_size=5,
+        early_stopping="never",
+    )  # fmt: skip
+    # The dummy <s> counts for the longest and the shortest length.
+    expected = [8, 2, 1.5, 0.5, 0.7, 4, 0.6]
+    np.testing.assert_allclose([float(x) for x in text.Rules.of(settings)], expected, rtol=1e-6)
+    assert text.Plan.of(settings, TOKENS) == text.Plan(8, 3, True, True, 5, "never", TOKENS)
+    assert not text.Plan.of(text.TextConfig(), TOKENS).penalise
+
+
+def test_rows_have_keys_of_their_own():
+    ours = jax.random.key_data(_keys(np.array([4, 0, 4]), 9))
+    expected = [jax.random.fold_in(jax.random.key(9), n) for n in (4, 0, 4)]
+    np.testing.assert_array_equal(ours, [jax.random.key_data(key) for key in expected])
+
+
+def test_a_row_that_has_ended_is_padded():
+    settings = text.TextConfig(num_beams=1, max_new_tokens=3)
+    plan, rules = text.Plan.of(settings, TOKENS), text.Rules.of(settings)
+    state = text.Walk.start(2, plan)
+    for tokens in ([TOKENS.eos, 4], [5, 6], [5, TOKENS.eos]):
+        logits = jax.nn.one_hot(jnp.asarray(tokens), VOCAB)
+        state = state.extend(logits, plan, rules, None, None)
+    assert state.sequences[:, :4].tolist() == [
+        [TOKENS.bos, TOKENS.eos, TOKENS.pad, TOKENS.pad], [TOKENS.bos, 4, 6, TOKENS.eos],
+    ]  # fmt: skip
+    assert state.done.tolist() == [True, True]
+
+
+def test_beams_that_are_sampled_draw_anew_at_each_step():
+    """From equal probabilities two beams draw two of 2 x 50 continuations, then again."""
+    rows, vocab = 600, 50
+    tokens = config.TokenIds(bos=0, eos=49, pad=0, img=0, img_end=0, image=0)
+    settings = text.TextConfig(do_sample=True, num_beams=2, min_length=9, top_p=1.0)
+    plan, rules = text.Plan.of(settings, tokens), text.Rules.of(settings)
+    keys = jax.vmap(jax.random.key)(jnp.arange(rows))
+    extend = jax.jit(lambda s, logits, rules: s.extend(logits, plan, rules, keys, None))
+    start, equal = text.Search.start(rows, plan), jnp.zeros((2 * rows, vocab))
+    first = extend(start, equal, rules)
+    second = extend(first, equal, rules)
+    one, two = (np.asarray(s.sequences[:, :, int(s.length) - 1]) for s in (first, second))
+    assert set(one.flatten()) == set(two.flatten()) == set(range(49))  # </s> is too early
+    # By chance one in 49 is the same again; both of a step are the same in one of 49, too.
+    for same in (one == two, one[:, 0] == one[:, 1]):
+        assert np.mean(same) == pytest.approx(1 / 49, abs=0.017)
+    parents = np.asarray(second.parents)
+    assert np.mean(parents) == pytest.approx(0.5, abs=0.06)
+    # What came before goes with the beam that a new one continues.
+    before = np.take_along_axis(one, parents, axis=1)
+    np.testing.assert_array_equal(second.sequences[:, :, 1], before)
+    # Of a beam's tokens two are kept, however likely one is: there are enough to go on with.
+    sure = extend(start, equal.at[:, 3].set(99.0), rules._replace(top_p=jnp.float32(0.5)))
+    assert np.isfinite(sure.scores).all()
+
+
+class Silent:
+    """A language model of which only the embedding of a chosen token is asked."""
+
+    def embed_tokens(self, tokens):
+        return jnp.zeros((len(tokens), 3))
+
+
+@pytest.mark.parametrize("may_open", [True, False])
+def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
+    """Each special token is the likeliest of one row; the next best ordinary one is taken."""
+    ids = config.TokenIds(pad=7, img=8, img_end=9, image=10)
+    cfg = dataclasses.replace(config.EmuConfig(), tokens=ids)
+    closed = [ids.bos, ids.pad, ids.image, ids.img_end]
+    likeliest = jnp.asarray([*closed, ids.img, ids.eos])
+    rows = len(likeliest)
+    state = mixed.Mixed(
+        tokens=jnp.full((rows, 8), ids.pad), images=jnp.zeros((rows, 1, 32, 3)),
+        step=jnp.int32(0), slot=jnp.full(rows, -1), count=jnp.zeros(rows, jnp.int32),
+        written=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool),
+        element=jnp.zeros((rows, 3)), positions=jnp.zeros(rows, jnp.int32),
+        logits=jnp.zeros((rows, 11)).at[:, 5].set(1.0).at[jnp.arange(rows), likeliest].set(2.0),
+        regressed=jnp.zeros((rows, 3)), cache=None,
+    )  # fmt: skip
+    plan = mixed.MixedPlan(text_slots=8, max_images=1, do_sample=False, may_open=may_open)
+    rules = mixed.MixedRules(np.int32(2), np.float32(1), np.int32(0), np.float32(1))
+    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, plan, rules, None))
+    state = choose(state)
+    opened = ids.img if may_open else 5
+    assert state.tokens[:, 0].tolist() == [5, 5, 5, 5, opened, ids.eos]
+    assert state.done.tolist() == [False] * 5 + [True]
+    # Two tokens of text are all; a picture that was opened is still to come.
+    state = choose(state)
+    assert state.done.tolist() == [True] * 4 + [not may_open, True]
+    assert state.tokens[-1, 1] == ids.pad
+
+
+def test_mixed_sequences_are_sampled_anew_at_each_element():
+    rows, vocab = 2_000, 50
+    ids = config.TokenIds(bos=0, eos=1, pad=0, img=0, img_end=0, image=0)
+    cfg = dataclasses.replace(config.EmuConfig(), tokens=ids)
+    state = mixed.Mixed(
+        tokens=jnp.zeros((rows, 2), jnp.int32), images=jnp.zeros((rows, 0, 32, 3)),
+        step=jnp.int32(0), slot=jnp.full(rows, -1), count=jnp.zeros(rows, jnp.int32),
+        written=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool),
+        element=jnp.zeros((rows, 3)), positions=jnp.zeros(rows, jnp.int32),
+        logits=jnp.zeros((rows, vocab)).at[:, 1].set(-jnp.inf), regressed=jnp.zeros((rows, 3)),
+        cache=None,
+    )  # fmt: skip
+    plan = mixed.MixedPlan(text_slots=2, max_images=0, do_sample=True, may_open=False)
+    rules = mixed.MixedRules(np.int32(9), np.float32(1), np.int32(0), np.float32(1))
+    keys = jax.vmap(jax.random.key)(jnp.arange(rows))
+    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, plan, rules, keys))
+    one, two = np.asarray(choose(choose(state)).tokens).T
+    assert set(one) == set(two) == set(range(2, vocab))
+    assert np.mean(one == two) == pytest.approx(1 / 48, abs=0.012)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_repeated_cache_has_each_row_in_a_row(apart):
+    cfg = config.LlamaConfig(width=6, heads=3, layers=2, mlp_width=4)
+    cache = KVCache.empty(cfg, 4, 5, apart=apart)
+    numbered = lambda a: jnp.arange(a.size, dtype=a.dtype).reshape(a.shape)  # noqa: E731
+    k, v = jax.tree.map(numbered, (cache.k, cache.v))
+    valid = jnp.asarray(np.random.default_rng(0).random((4, 5)) > 0.5)
+    cache = KVCache(k, v, valid, jnp.int32(3))
+    many = cache.repeat(2)
+    for before, after in zip(jax.tree.leaves((cache.k, cache.v)),
+                             jax.tree.leaves((many.k, many.v)), strict=True):  # fmt: skip
+        # Layers, rows, heads, and what a head has.
+        rows = np.asarray(before).reshape(-1, 4, 3, *before.shape[-2:])
+        expected = rows[:, [0, 0, 1, 1, 2, 2, 3, 3]]
+        np.testing.assert_array_equal(np.asarray(after).reshape(expected.shape), expected)
+    np.testing.assert_array_equal(many.valid, np.repeat(valid, 2, axis=0))
+    assert many.used == 3
 
 
 # --- Through the whole model -----------------------------------------------------------------

@@ -102,7 +102,51 @@ def test_steps_and_documents_follow_weights(cfg, tokenizer, tmp_path):
     assert counts["a"] / counts["b"] == pytest.approx(3, abs=0.15)
 
 
+def test_rows_of_a_block_come_in_any_order(cfg, tokenizer, tmp_path):
+    """Packing opens the first row with the first document, or with the longest ones."""
+    cfg = dataclasses.replace(cfg, sources=(records(tmp_path, "all", pairs(160)),))
+    (group,) = open_groups(cfg, tokenizer, "rows")
+    places = []
+    for block in range(10):
+        rows = [[p.drawn.number for p in row] for row in group.block(block).rows]
+        assert sorted(n for row in rows for n in row) == list(range(16 * block, 16 * block + 16))
+        places += [n for n, row in enumerate(rows) if 16 * block in row]
+    assert len(set(places)) > 1
+
+
 # Epochs and restarts
+
+
+def test_each_source_has_an_order_of_its_own_in_each_epoch(cfg, tokenizer, tmp_path):
+    sources = tuple(records(tmp_path, name, pairs(40)) for name in "ab")
+    cfg = dataclasses.replace(cfg, sources=sources)
+
+    def orders(seed: int) -> list[list[int]]:
+        (group,) = open_groups(dataclasses.replace(cfg, seed=seed), tokenizer, "rows")
+        drawn = [group.drawn(n) for n in range(160)]
+        each = [[d.index for d in drawn if d.source.cfg.name == name] for name in "ab"]
+        return [order[epoch : epoch + 40] for order in each for epoch in (0, 40)]
+
+    found = orders(5) + orders(6)
+    assert all(sorted(order) == list(range(40)) for order in found)
+    # Each is a shuffle, and none is another: by source, by epoch, by seed.
+    assert all(sum(n == m for n, m in enumerate(order)) < 10 for order in found)
+    assert len(set(map(tuple, found))) == 8
+    assert orders(5) == found[:4]
+
+
+def test_random_numbers_follow_from_the_number_of_a_document(cfg, tokenizer, tmp_path):
+    """By seed, place in the endless order (not in the source), group, and purpose."""
+    sources = tuple(records(tmp_path, name, pairs(3), batch_size=2) for name in "ab")
+    cfg = dataclasses.replace(cfg, sources=sources)
+    groups = open_groups(cfg, tokenizer, "rows")
+    one, again = groups[0].drawn(1), groups[0].drawn(7)._replace(index=groups[0].drawn(1).index)
+    drawn = [
+        groups[0].rng(one).random(), groups[0].rng(again).random(), groups[1].rng(one).random(),
+        groups[0].rng(one, mixture_module.FRAMES).random(),
+        open_groups(dataclasses.replace(cfg, seed=6), tokenizer, "rows")[0].rng(one).random(),
+    ]  # fmt: skip
+    assert len(set(drawn)) == 5 and groups[0].rng(one).random() == drawn[0]
 
 
 def read_changing(cfg: DataConfig, tokenizer: Tokenizer, readers: list[int]) -> list:
