@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+import types
 import zlib
 
 import numpy as np
@@ -18,6 +19,7 @@ from test_sources import video
 pytest.importorskip("starlette")
 
 from emu_jax.config import UserError
+from emu_jax.serve.app import chat as chat_with
 from emu_jax.serve.app import make_app
 from emu_jax.serve.requests import Limits, Refused, parse_chat, parse_draw
 from emu_jax.serve.worker import Worker
@@ -257,6 +259,32 @@ def test_the_largest_request_that_fits():
     request = json.dumps(chat(words, picture, picture, picture, words)).encode()
     asked = parse_chat(request, dataclasses.replace(LIMITS, pixels=3 * 60 * 55))
     assert len(asked.messages[0].parts) == 5
+
+
+def test_limits_hold_for_all_parts_together():
+    """Also over the turns of a chat."""
+    said = [{"role": role, "parts": [{"text": "a" * 20}]} for role in ("user", "assistant", "user")]
+    with pytest.raises(Refused, match="more than 50 characters") as refused:
+        parse_chat(json.dumps({"messages": said}).encode(), LIMITS)
+    assert refused.value.status == 413
+    with pytest.raises(Refused, match="the last message must be the user's"):
+        parse_chat(json.dumps({"messages": said[:2]}).encode(), LIMITS)
+
+
+def test_a_tuned_model_is_asked_in_its_format_and_may_draw(emu):
+    said = [
+        {"role": role, "parts": [{"text": text}]}
+        for role, text in (("user", "one?"), ("assistant", "two"), ("user", "three?"))
+    ]
+    asked = parse_chat(json.dumps({"messages": said, "settings": {"seed": 7}}).encode(), LIMITS)
+    emu.stream = lambda prompt, max_images, **settings: (prompt, max_images, settings)
+    emu.defaults = types.SimpleNamespace(system="Be brief.")
+    assert chat_with(emu, asked) == (["one?", "two", "three?"], 0, {"seed": 7})
+    emu.tokenizer = types.SimpleNamespace(instruct=True)
+    assert chat_with(emu, asked) == (
+        ["Be brief. [USER]: ", "one?", " [ASSISTANT]:", "two", "</s>", "[USER]: ", "three?",
+         " [ASSISTANT]:"], 1, {"seed": 7},
+    )  # fmt: skip
 
 
 def test_paths_lead_nowhere(emu):
