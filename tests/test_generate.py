@@ -36,7 +36,7 @@ def tiny(release):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def pixels(golden):
-    return golden["vit/pixels_nchw"].transpose(0, 2, 3, 1)
+    return [prompt.Normalized(p) for p in golden["vit/pixels_nchw"].transpose(0, 2, 3, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -816,6 +816,16 @@ def test_no_picture_is_opened_where_none_can_be_painted(drawer, words):
         (lambda e: e.generate_text("an <image> here"), "must not spell <image>"),
         (lambda e: e.generate_text(["one " * 200]), "the model reads 128: shorten it"),
         (lambda e: e.generate_text([np.zeros((12, 12), np.uint8)]), r"uint8 \[h, w, 3\]"),
+        (lambda e: e.generate_text([np.zeros((12, 12, 3), np.int64)]), "not int64"),
+        (lambda e: e.generate_text([np.zeros((0, 12, 3), np.uint8)]), "has no pixels"),
+        (lambda e: e.generate_text([np.full((12, 12, 3), 9.0)]), "floats from 9 to 9"),
+        (lambda e: e.generate_text([np.full((12, 12, 3), -0.1)]), "floats from -0.1 to -0.1"),
+        (lambda e: e.generate_text([np.full((12, 12, 3), np.nan)]), "floats from nan to nan"),
+        (lambda e: e.generate_text([prompt.Normalized(np.ones((9, 9, 3)))]), "reads .12, 12, 3."),
+        (
+            lambda e: e.generate_text([prompt.Normalized(np.ones((12, 12, 3))), picture(0)]),
+            "both `Normalized` and other",
+        ),
         (lambda e: e.generate_text("one", system="be kind"), "instruction-tuned"),
         (lambda e: e.generate_image("one", method="pmdm"), "did you mean 'pndm'"),
         (lambda e: e.generate_image("one", steps=0), "steps cannot be 0"),
@@ -836,6 +846,18 @@ def test_videos_are_their_frames(small):
     assert one.tokens.tolist() == other.tokens.tolist()
     np.testing.assert_array_equal(one.pictures, np.stack(frames))
     assert prompt.instruct([frames, "what?"])[0].startswith(prompt.VIDEO_SYSTEM)
+
+
+@pytest.mark.parametrize("side", [8, 13])
+def test_floats_from_0_to_1_are_the_picture_in_bytes(side, small):
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
+    for dtype in (np.float16, np.float32, np.float64):
+        made = prompt.pixels_of((pixels / 255.0).astype(dtype), 8)
+        np.testing.assert_array_equal(made, prompt.pixels_of(pixels, 8))
+    ready = np.linspace(-2, 2, 192).reshape(8, 8, 3)
+    np.testing.assert_array_equal(
+        prompt.pixels_of(prompt.Normalized(ready), 8), ready.astype(np.float32)
+    )
 
 
 @pytest.mark.slow

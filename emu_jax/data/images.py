@@ -1,8 +1,12 @@
-"""Pictures: the release's preprocessing, and augmentation.
+"""Pictures: decoding, the release's preprocessing, and augmentation.
 
 The release squashes a picture to a square (bicubic, no crop) and normalises it with CLIP's
 mean and deviation (`Emu1/utils.py: process_img`, `Emu1/models/pipeline.py`). Here pictures
 stay uint8 until they are on the device, where `normalize_images` does the second half.
+
+Every picture is decoded by `open_image` or passes through `load_image`. Unlike the release, they
+turn a picture as its EXIF orientation says, and scale 16-bit and floating-point gray values to 8
+bits instead of clipping them. Transparency and color profiles are ignored, as in the release.
 """
 
 from __future__ import annotations
@@ -47,10 +51,29 @@ def normalize_images(
     return ((pixels - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)).astype(dtype)
 
 
+# EXIF orientation -> the transposition that makes the picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+_EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # keys of `Image.info`
+# TIFF tags.
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_WHITE_IS_ZERO = 0
+
+
 def open_image(
     source: str | os.PathLike | bytes, where: str | None = None, *, at_least: int | None = None
 ) -> Image.Image:
-    """A PIL picture in mode RGB, or L when the source is 8-bit grey.
+    """Opens a picture, upright, in mode RGB, or L when the source is gray.
+
+    Of an animation or a file of several pages it is the first frame.
 
     Args:
         where: what an error names, by default the file.
@@ -75,10 +98,7 @@ def open_image(
             if at_least is not None:
                 picture.draft("RGB", (at_least, at_least))
             picture.load()
-            # Else Pillow warns of transparency that RGB drops, as the release drops it.
-            picture.info.pop("transparency", None)
-            # `convert` copies even what is right already.
-            return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+            return _eight_bits(_upright(picture), name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(
             f"cannot read the picture {name}: {error}", "picture too large"
@@ -90,6 +110,63 @@ def open_image(
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise PictureError(f"cannot read the picture {name}: {reason}") from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turns a loaded picture as its EXIF orientation says. Pillow turns TIFF files itself."""
+    if not any(key in picture.info for key in _EXIF):
+        return picture
+    try:
+        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # viewers show a picture whose EXIF is damaged as it is stored
+        return picture
+    if turn is None:
+        return picture
+    turned = picture.transpose(turn)
+    for key in _EXIF:  # or the result would be turned once more where it is passed on
+        turned.info.pop(key, None)
+    return turned
+
+
+def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
+    """Converts a picture of any mode to RGB, or to L if it is gray of more than 8 bits.
+
+    Raises:
+        PictureError: the range of its values is unknown.
+    """
+    if picture.mode in ("L", "RGB"):  # `convert` would copy it
+        return picture
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return Image.fromarray(_scaled(picture, name))
+    if "transparency" in picture.info:  # Pillow warns that RGB drops it
+        picture = picture.copy()
+        del picture.info["transparency"]
+    return picture.convert("RGB")
+
+
+def _scaled(picture: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
+    """Scales wide integers or floats to 8 bits: by the bits that the file declares, or else by
+    the narrowest usual range (0..255, 0..65535; floats 0..1, 0..255) that holds them."""
+    values = np.asarray(picture)
+    tags = getattr(picture, "tag_v2", {})
+    low, high = float(values.min()), float(values.max())
+    if picture.mode.startswith("I;16"):
+        pixels = values >> (tags.get(_BITS_PER_SAMPLE, (16,))[0] - 8)
+    elif picture.mode == "I" and (
+        picture.format in ("PNG", "PPM") or low >= 0 and 255 < high < 65536
+    ):
+        pixels = values >> 8
+    elif picture.mode == "F" and 0 <= low and high <= 1:
+        pixels = np.round(values * 255)
+    elif 0 <= low and high <= 255:
+        pixels = np.round(values)
+    else:
+        raise PictureError(
+            f"cannot read the picture {name}: gray values from {low:g} to {high:g}: store it with "
+            "8 or 16 bits, or as floats from 0 to 1"
+        )
+    pixels = pixels.astype(np.uint8)
+    return 255 - pixels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else pixels
 
 
 def resize(picture: Image.Image, size: int, *, fast: bool = False) -> Image.Image:
@@ -109,12 +186,17 @@ def to_array(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
 def load_image(
     source: str | os.PathLike | bytes | Image.Image, size: int, where: str | None = None
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A file, its bytes or a PIL picture, preprocessed as the release does.
+    """Reads a file, its bytes or a PIL picture, and preprocesses it as the release does. It is
+    turned upright if it has an EXIF orientation.
 
     Raises:
         UserError: the picture cannot be read; the line names it.
     """
-    picture = source if isinstance(source, Image.Image) else open_image(source, where)
+    if isinstance(source, Image.Image):
+        source.load()
+        picture = _eight_bits(_upright(source), where or "(PIL image)")
+    else:
+        picture = open_image(source, where)
     return to_array(resize(picture, size))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import platform
 import time
@@ -19,7 +18,7 @@ from sklearn.svm import SVC
 from emu_jax.config import UserError, save_json, shipped, write_text
 from emu_jax.data import digits
 from emu_jax.data.documents import DocumentFiles, Text
-from emu_jax.data.images import resize
+from emu_jax.data.images import open_image, resize
 from emu_jax.evaluate.report import write_report
 from emu_jax.generate.api import Emu, GenerationConfig, load
 from emu_jax.train.config import TrainConfig
@@ -194,7 +193,7 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
     prompts, frames, answers = [], [], []
     for document in (documents[i] for i in range(SEQUENCES)):
         parts = [
-            p.text if isinstance(p, Text) else Image.open(io.BytesIO(p.data)).convert("RGB")
+            p.text if isinstance(p, Text) else open_image(p.data).convert("RGB")
             for p in document.parts
         ]
         *given, _, answer = parts  # the last frame, and its word

@@ -198,7 +198,7 @@ class _Recording:
         first, *rest = text.split(placeholder)
         parts: list[Any] = [first] if first else []
         for i, piece in enumerate(rest):
-            parts += [self.pixels[start + i], *([piece] if piece else [])]
+            parts += [Normalized(self.pixels[start + i]), *([piece] if piece else [])]
         return parts
 
     @functools.cached_property
@@ -282,11 +282,12 @@ class _Recording:
 
     def ranks(self) -> list[list[int]]:
         spec = self.meta["spec"]
-        return [self.emu.rank([spec["text"][2], self.pixels[0]], spec["candidates"])]
+        return [self.emu.rank([spec["text"][2], Normalized(self.pixels[0])], spec["candidates"])]
 
     @functools.cache  # noqa: B019 (one recording lives as long as its verification)
     def regressed(self, tag: str) -> jax.Array:
-        text, pixels = self.meta["spec"]["text"], self.pixels
+        text = self.meta["spec"]["text"]
+        pixels = [Normalized(picture) for picture in self.pixels]
         context = {
             "text_only": lambda: [text[0]],
             "in_context": lambda: [pixels[0], text[1], pixels[1], text[0]],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from emu_jax.config import EmuConfig, UserError
@@ -22,12 +22,23 @@ from emu_jax.data.images import load_image, open_image
 from emu_jax.data.video import FRAMES, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, IMAGE, IMG, USER, Tokenizer
 
-# str, a PIL picture, uint8 pixels [h, w, 3]; or a video: [F, h, w, 3] or a list of pictures; or
-# the Path of a file of either. Pixels of a floating dtype are taken as preprocessed and normalised
-# already.
+# str, a PIL picture, pixels [h, w, 3] in uint8 or in floats from 0 to 1; or a video: [F, h, w, 3]
+# or a list of pictures; or the Path of a file of either; or `Normalized` pixels.
 Part = Any
 Parts = Sequence[Part] | str
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")  # how their files end
+_MIXED = "a batch has both `Normalized` and other pictures: pass all of them as one kind"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Normalized:
+    """A picture that the release's preprocessing has already squashed and normalized.
+
+    Attributes:
+        pixels: of any floating dtype; the side is the model's image size.
+    """
+
+    pixels: Float[np.ndarray, "side side 3"]
 
 
 def is_video(part: Part) -> bool:
@@ -44,7 +55,7 @@ def pictures_of(part: Part) -> list[Any]:
 
 def as_parts(prompt: Parts) -> list[Part]:
     """A prompt as its list of parts, files opened; a lone part is a list of one."""
-    alone = isinstance(prompt, str | Path | Image.Image | np.ndarray)
+    alone = isinstance(prompt, str | Path | Image.Image | np.ndarray | Normalized)
     parts = [prompt] if alone else list(prompt)
     return [open_file(part) if isinstance(part, Path) else part for part in parts]
 
@@ -143,25 +154,48 @@ class Prompt:
         here = tokens == cfg.tokens.image
         slots = np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)
         size = cfg.vision.image_size
+        if len({picture.dtype for picture in pictures}) > 1:
+            raise UserError(_MIXED)
         pixels = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
         return cls(tokens, slots, pixels)
 
 
 def pixels_of(picture: Any, size: int) -> np.ndarray:
-    """A picture as the visual encoder takes it: [size, size, 3], preprocessed as the release does.
+    """Preprocesses a picture as the release does, to [size, size, 3]: uint8, or float32 where it
+    is `Normalized`.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a picture, or its shape, dtype or range is wrong.
     """
-    if isinstance(picture, np.ndarray):
-        ready = picture.shape == (size, size, 3)
-        if ready and np.issubdtype(picture.dtype, np.floating):
-            return picture.astype(np.float32)
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+    if isinstance(picture, Normalized):
+        if picture.pixels.shape != (size, size, 3):
             raise UserError(
-                f"a picture must be uint8 [h, w, 3], not {picture.dtype} {list(picture.shape)}"
+                f"normalized pixels of shape {list(picture.pixels.shape)}: this model reads "
+                f"[{size}, {size}, 3]"
             )
-        if ready:
+        return picture.pixels.astype(np.float32)
+    if isinstance(picture, np.ndarray):
+        floating = np.issubdtype(picture.dtype, np.floating)
+        if (
+            picture.ndim != 3
+            or picture.shape[2] != 3
+            or not (floating or picture.dtype == np.uint8)
+        ):
+            raise UserError(
+                "a picture must be uint8 [h, w, 3], or floats from 0 to 1, not "
+                f"{picture.dtype} {list(picture.shape)}"
+            )
+        if not picture.size:
+            raise UserError(f"a picture of shape {list(picture.shape)} has no pixels")
+        if floating:
+            low, high = picture.min(), picture.max()
+            if not (low >= 0 and high <= 1):  # also where one is NaN
+                raise UserError(
+                    f"a picture of floats from {low:g} to {high:g}: scale it to 0..1, pass uint8, "
+                    "or wrap pixels that are already normalized in generate.prompt.Normalized"
+                )
+            picture = np.round(picture * 255.0).astype(np.uint8)
+        if picture.shape[:2] == (size, size):
             return picture
         picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
@@ -187,7 +221,7 @@ def pad(
     """`prompts` as [rows, length] arrays with room for `pictures` a row; missing rows repeat
     the last prompt."""
     if len({p.pictures.dtype for p in prompts if len(p.pictures)}) > 1:
-        raise UserError("pictures must be all bytes or all normalised pixels, not some of each")
+        raise UserError(_MIXED)
     padded = [prompts[min(i, len(prompts) - 1)] for i in range(rows)]
     tokens = np.full((rows, length), fill, np.int32)
     valid = np.zeros((rows, length), bool)
