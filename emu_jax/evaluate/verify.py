@@ -28,6 +28,7 @@ from emu_jax.config import UserError
 from emu_jax.data.images import load_image, normalize_images
 from emu_jax.data.video import frame_indices
 from emu_jax.generate import api, image
+from emu_jax.generate.prompt import Normalized
 from emu_jax.generate.text import TextConfig
 
 # Relative to the largest magnitude of a tensor. What feeds back on itself, through a sampler
