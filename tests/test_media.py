@@ -2,12 +2,16 @@
 
 import io
 import struct
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from emu_jax.data.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
+from emu_jax.data.documents import Damaged
 from emu_jax.data.images import PictureError, load_image, open_image
+from emu_jax.data.video import subtitles
 
 # Pictures
 
@@ -178,3 +182,200 @@ def test_colors_of_every_mode():
     assert both.mode == "LA"
     bits = Image.fromarray(CORNERS[..., 0] > 99)
     assert np.asarray(open_image(encoded(bits, "PNG"))).max() == 255
+
+
+# Subtitles
+
+GOOD = "9\n00:00:09,000 --> 00:00:10,000\nlast\n"
+ONE = "1\n00:00:01,000 --> 00:00:02,000\none\n"
+
+
+def cue(number: int, words: str, start: str = "", end: str = "") -> str:
+    start = start or f"00:00:0{number},000"
+    return f"{number}\n{start} --> {end or start}\n{words}\n\n"
+
+
+# name: (file, words by start, what is not used)
+ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
+    "sound": (ONE + "\n" + GOOD, {1: "one", 9: "last"}, {}),
+    "no milliseconds": ("1\n00:00:01 --> 00:00:02\none\n\n" + GOOD, {1: "one", 9: "last"}, {}),
+    "one digit": ("1\n0:0:1,5 --> 0:0:2,00\none\n\n" + GOOD, {1.5: "one", 9: "last"}, {}),
+    "spaces in the times": (
+        "1\n00 : 00 : 01, 250 -- > 00:00:02, 000\none\n\n" + GOOD, {1.25: "one", 9: "last"}, {},
+    ),
+    "no hours": ("01:01.5 --> 01:02.5\none\n", {61.5: "one"}, {}),
+    "seconds alone": ("1.5 --> 2.25\none\n", {1.5: "one"}, {}),
+    "colon before milliseconds": ("1\n00:00:01:500 --> 00:00:02:000\none\n", {1.5: "one"}, {}),
+    "long hours": ("1\n100:00:01,000 --> 100:00:02,000\none\n", {360001: "one"}, {}),
+    "before the start": ("1\n-00:00:01,000 --> 00:00:02,000\none\n", {0: "one"}, {}),
+    "other arrows": (
+        cue(1, "one") + cue(2, "two").replace("-->", "->") + cue(3, "three").replace("-->", "–>")
+        + cue(4, "four").replace("-->", "→") + cue(5, "five").replace("-->", "--&gt;"),
+        {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}, {},
+    ),
+    "no end": ("1\n00:00:01,000 -->\none\n\n" + GOOD, {1: "one", 9: "last"}, {}),
+    "no blank lines": (ONE + "2\n00:00:03,000 --> 00:00:04,000\ntwo\n", {1: "one", 3: "two"}, {}),
+    "no numbers, no blank lines": (
+        "00:00:01,000 --> 00:00:02,000\n42\n00:00:03,000 --> 00:00:04,000\ntwo\n",
+        {1: "42", 3: "two"}, {},
+    ),
+    "numbers that are said": (
+        cue(1, "3\n2\n1") + cue(2, "42") + cue(3, "done\n\n7") + cue(4, "4"),
+        {1: "3 2 1", 2: "42", 3: "done 7", 4: "4"}, {},
+    ),
+    "a number said before a number": (
+        "1\n00:00:01,000 --> 00:00:02,000\n42\n2\n00:00:03,000 --> 00:00:04,000\n2\n",
+        {1: "42", 3: "2"}, {},
+    ),
+    "blank lines everywhere": (
+        (cue(1, "one\ntwo") + cue(2, "three")).replace("\n", "\r\r\n"),
+        {1: "one two", 2: "three"}, {},
+    ),
+    "CR": (f"{ONE}\n{GOOD}".replace("\n", "\r"), {1: "one", 9: "last"}, {}),
+    "a blank line within": (cue(1, "\none\n\nmore") + GOOD, {1: "one more", 9: "last"}, {}),
+    "words beside the times": ("1\n0:00:01.000 --> 0:00:02.000 so it: begins\nnow\n",
+                               {1: "so it: begins now"}, {}),
+    "words beside settings": (
+        "WEBVTT\n\n00:01.000 --> 00:02.000 align:start line:0 Bob:hi there\n",
+        {1: "Bob:hi there"}, {},
+    ),
+    "coordinates": (
+        "1\n0:00:01,000 --> 0:00:02,000  X1:63 X2:223 Y1:43 Y2:58\none\n", {1: "one"}, {},
+    ),
+    "a log of Whisper": ("[00:01.000 --> 00:02.000]  one\n[00:02.000 --> 00:03.000]  two\n",
+                         {1: "one", 2: "two"}, {}),
+    "signs that are no tags": (
+        cue(1, "if a < b and c > d, x<y, a <b and c> {so}"),
+        {1: "if a < b and c > d, x<y, a <b and c> {so}"}, {},
+    ),
+    "tags": (
+        cue(1, '<i>one</i> {\\an8}two<br/>{y:i}<font color="red">three</font> &lt;i&gt; &#39;'),
+        {1: "one two three <i> '"}, {},
+    ),
+    "unordered": (cue(2, "two") + cue(1, "one"), {1: "one", 2: "two"}, {}),
+    "no duration, or less": (
+        cue(1, "one") + cue(2, "two", end="00:00:01,000"), {1: "one", 2: "two"}, {}
+    ),
+    "an empty cue": (cue(1, "") + cue(2, "<i></i>") + cue(3, "three"), {3: "three"}, {EMPTY: 2}),
+    "misspelled times": (
+        cue(1, "one", "00:00:0x,000") + cue(2, "two") + cue(3, "lost", end="00:00:xx"),
+        {2: "two", 3: "lost"}, {UNREADABLE: 1},
+    ),
+    "words before the first cue": ("A film\nby us\n\n" + ONE, {1: "one"}, {OUTSIDE: 2}),
+    "WebVTT": (
+        "WEBVTT - a title\nKind: captions\n\nSTYLE\n::cue(b) {}\n\nREGION\nid:fred\n\nNOTE a\nb\n"
+        "\nNOTE\n\nan id\n00:01.000 --> 00:02.000 line:0 align: middle\n"
+        "<v.loud Bob>hi <00:01.500><c.red>there</c>\n\nNOTE not said\n\nmore\n\n12\n"
+        "00:03.000 --> 00:04.000\n- two\n- three\n",
+        {1: "hi there more", 3: "- two - three"}, {},
+    ),
+    "WebVTT without cues": ("WEBVTT\nKind: captions\n\nNOTE nothing\n", {}, {}),
+    "nothing": ("\n", {}, {}),
+    "SBV": ("0:00:01.000,0:00:02.000\none\ntwo\n\n0:00:03.000,0:00:04.000\nthree\n",
+            {1: "one two", 3: "three"}, {}),
+    "ASS": (
+        "[Script Info]\nTitle: x\n[V4+ Styles]\nFormat: Name\n[Events]\n"
+        "Format: Layer, Start, End, Style, Text\nComment: 0,0:00:00.00,0:00:01.00,D,nothing\n"
+        "Dialogue: 0,0:00:03.50,0:00:05.00,D,{\\i1}later{\\i0}, you\\Ntwo\\hthree\n"
+        "Dialogue: 0,0:00:01.50,0:00:02.00,D,{\\k20}ka{\\k30}ra {\\p1}m 0 0 l 1 1{\\p0}ok\n"
+        "Dialogue: 0,bad,0:00:02.00,D,lost\n",
+        {1.5: "kara ok", 3.5: "later, you two three"}, {UNREADABLE: 1},
+    ),
+    "TTML": (
+        '<?xml version="1.0" encoding="UTF-8"?><tt xmlns="http://www.w3.org/ns/ttml" '
+        'xmlns:p="http://www.w3.org/ns/ttml#parameter" p:frameRate="25" p:tickRate="100"><head>'
+        '<metadata>not said</metadata></head><body begin="1s"><div>'
+        '<p begin="00:00:01.500" end="00:00:02.000">one<br/>two <span>x</span>\n y</p>'
+        '<p begin="300t" dur="1s">t</p><p begin="00:00:04:05">f</p><p begin="x">bad</p>'
+        "</div></body></tt>",
+        {2.5: "one two x y", 4: "t", 5.2: "f"}, {UNREADABLE: 1},
+    ),
+    "YouTube's XML": ('<transcript><text start="1.5" dur="2">it&amp;#39;s</text></transcript>',
+                      {1.5: "it's"}, {}),
+    "YouTube's XML, format 3": (
+        '<timedtext><body><p t="1500" d="9">a<s t="3"> b</s></p></body></timedtext>',
+        {1.5: "a b"}, {},
+    ),
+    # Captions that roll, and lines that are really said twice.
+    "said twice": (
+        cue(1, "Fire!", end="00:00:02,000") + cue(9, "Fire!"), {1: "Fire!", 9: "Fire!"}, {},
+    ),
+    "said twice at once": (cue(1, "Fire!\nFire!"), {1: "Fire! Fire!"}, {}),
+    "said twice after a short pause": (
+        cue(1, "No.", end="00:00:01,850") + cue(2, "No."), {1: "No.", 2: "No."}, {},
+    ),
+    "still on the screen": (
+        cue(1, "Fire!", end="00:00:02,000") + cue(2, "Fire!"), {1: "Fire!"}, {REPEATED: 1},
+    ),
+    "rolling with gaps": (
+        cue(1, "a\nb", end="00:00:01,800") + cue(2, "b\nc", end="00:00:02,800")
+        + cue(4, "c\nd", end="00:00:04,500"),
+        {1: "a b", 2: "c", 4: "c d"}, {REPEATED: 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_subtitles(name):
+    text, said, unused = ODD[name]
+    found = subtitles(text.encode(), "it")
+    assert dict(found) == said and len(found) == len(said)
+    assert Counter(note.reason for note in found.unused) == unused
+
+
+def test_youtubes_rolling_captions_are_read_once():
+    """Each line grows word by word, stays for 10 ms alone, and then moves up for the next."""
+    lines = ["we go", "no no", "no no", "and on"]
+    text, before = "WEBVTT\nKind: captions\nLanguage: en\n\n", " "
+    for n, line in enumerate(lines):
+        grown = "<00:00:00.100><c> ".join(line.split()) + "</c>"
+        for start, end, shown in (
+            (2 * n, 2 * n + 1.99, f"{before}\n{grown}"), (2 * n + 1.99, 2 * n + 2, f"{line}\n "),
+        ):  # fmt: skip
+            text += (
+                f"00:00:{start:06.3f} --> 00:00:{end:06.3f} align:start position:0%\n{shown}\n\n"
+            )
+        before = line
+    found = subtitles(text.encode(), "it")
+    assert found == [(0, "we go"), (2, "no no"), (4, "no no"), (6, "and on")]
+    assert {note.reason for note in found.unused} == {REPEATED} and len(found.unused) == 7
+
+
+FRENCH = (
+    "Où êtes-vous allé hier soir ?", "Je ne sais pas, c'était étrange.", "été à la plage",
+    "Après le dîner, nous sommes rentrés à la maison.", "Elle a été très déçue.",
+)  # fmt: skip
+RUSSIAN = ("Где вы были вчера вечером?", "Я не знаю, это было странно.", "После ужина домой.")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "lines", "guessed"),
+    [
+        *[(e, FRENCH, 0) for e in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")],
+        ("utf-32", RUSSIAN, 0), ("utf-16-be", RUSSIAN, 0),
+        ("cp1252", FRENCH, 1), ("cp1251", RUSSIAN, 1), ("koi8-r", RUSSIAN, 1),
+    ],
+)  # fmt: skip
+def test_encodings_of_subtitles(encoding, lines, guessed):
+    content = "".join(cue(n, line) for n, line in enumerate(lines, 1)).encode(encoding)
+    found = subtitles(content, "it")
+    assert [words for _, words in found] == list(lines)
+    assert [note.reason for note in found.unused] == [GUESSED] * guessed  # counted: it may be wrong
+    assert subtitles(content, "it", encoding).unused == ()
+
+
+def test_damaged_subtitles():
+    broken = (cue(1, "été, été") + cue(2, "é")).encode()[:-3]  # cut within a letter
+    found = subtitles(broken + b"\n\n" + GOOD.encode(), "it")
+    assert found == [(1, "été, été"), (9, "last")]
+    assert Counter(n.reason for n in found.unused) == {UNDECODABLE: 1, EMPTY: 1}
+    for content, message in (
+        (b"no times here", "malformed subtitles.*'no times here'"), (b"1\n2\n", "malformed"),
+        (b"{10}{20}frames", "malformed"), (b"00:00:xx --> 00:00:02,000\nlost\n", "malformed"),
+        (b"<tt><p", "invalid XML"), (bytes(range(128, 256)) * 3, "invalid UTF-8"),
+        (b"<tt>" * 9999 + b"</tt>" * 9999, "malformed"),
+    ):  # fmt: skip
+        with pytest.raises(Damaged, match=f"it: .*{message}"):
+            subtitles(content, "it")
+    with pytest.raises(Damaged, match="it: malformed entry .unknown encoding 'klingon'"):
+        subtitles(ONE.encode(), "it", "klingon")

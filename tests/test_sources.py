@@ -22,7 +22,7 @@ from emu_jax.data.images import open_image
 from emu_jax.data.index import kept
 from emu_jax.data.outlines import text_ids
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
-from emu_jax.data.video import Video, frame_indices, sample_frames, subtitles
+from emu_jax.data.video import Video, frame_indices, sample_frames
 from emu_jax.generate.prompt import instruct
 from emu_jax.tokenizer import Tokenizer
 
@@ -463,24 +463,6 @@ intro
 rolling
 <c.yellow>on</c>
 """
-
-
-def test_subtitles():
-    assert subtitles(SRT.encode(), "it") == [
-        (0.5, "hello there & here"), (1.2, "second line"), (1.4, "third"),
-    ]  # fmt: skip
-    assert subtitles(b"\xef\xbb\xbf" + SRT.replace("\n", "\r\n").encode(), "it")[2] == (
-        1.4,
-        "third",
-    )
-    assert subtitles(VTT.encode(), "it") == [(0.5, "rolling"), (1.2, "on")]
-    late = b"02:03:04,5 --> 02:03:05.000\nlate\n\n59:59.25 --> 60:00.000\nearly\n"
-    assert subtitles(late, "it") == [(3599.25, "early"), (2 * 3600 + 3 * 60 + 4.5, "late")]
-    assert subtitles(b"WEBVTT\n", "it") == subtitles(b"", "it") == []
-    with pytest.raises(Damaged, match="it: malformed subtitles"):
-        subtitles(b"no times here", "it")
-    with pytest.raises(Damaged, match="it: invalid UTF-8"):
-        subtitles(SRT.encode("utf-16"), "it")
 
 
 def test_subtitled_videos(tmp_path):

@@ -25,6 +25,9 @@ LOSES: dict[str, tuple[str, ...]] = {
     "image unlike its text": ("images",),  # below `min_similarity`
     "empty text": ("texts",),
     "no caption": ("texts",),
+    "empty subtitle cue": ("texts",),
+    "unreadable subtitle cue": ("texts",),
+    "undecodable subtitle line": ("texts",),
     # Whole documents:
     "missing file": ("images",),
     "incomplete sample": ("images", "texts"),

@@ -7,10 +7,8 @@ a copy.
 from __future__ import annotations
 
 import bisect
-import html
 import io
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,8 @@ from jaxtyping import Int
 from PIL import Image
 
 from emu_jax.config import UserError
-from emu_jax.data.documents import Damaged, utf8
+from emu_jax.data.cues import read_cues, unroll
+from emu_jax.data.documents import Damaged, Unused
 from emu_jax.data.images import PictureError, open_image
 
 FRAMES = 8  # that the release shows of a video
@@ -189,41 +188,30 @@ def storyboard_times(frames: int, duration: float) -> list[float]:
     return [float(n * apart) for n in range(frames)]
 
 
-_CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
-_CUE = re.compile(rf"^\s*{_CLOCK}\s*-->\s*{_CLOCK}.*$")
-_TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+class Subtitles(list[tuple[float, str]]):
+    """(start in seconds, words) of each cue, in the order of time.
+
+    Attributes:
+        unused: cues and lines of the file that are not among them.
+    """
+
+    def __init__(self, cues: Iterable[tuple[float, str]] = (), unused: Sequence[Unused] = ()):
+        super().__init__(cues)
+        self.unused = tuple(unused)
 
 
-def subtitles(content: bytes, where: str) -> list[tuple[float, str]]:
-    """(start in seconds, words) of the cues of an SRT or WebVTT file, by time.
+def subtitles(content: bytes, where: str, encoding: str | None = None) -> Subtitles:
+    """Reads a subtitle file of any format that `cues` knows, without markup.
 
-    Markup is dropped, and a line that repeats the one before it, as in captions that roll.
+    Captions that roll repeat a line in the next cue, at the moment where the last one ends: such
+    a line is read once. A line that is said again after a pause is read again.
+
+    Args:
+        encoding: of the text, where it is known; by default it is found out.
 
     Raises:
-        Damaged: it is not UTF-8, or there is text but no cue.
+        Damaged: the encoding is unknown, or there is text but no cue.
     """
-    text = utf8(content, where)
-    cues: list[tuple[float, list[str]]] = []
-    inside = False
-    for line in text.removeprefix("\ufeff").splitlines():
-        if match := _CUE.match(line):
-            hours, minutes, seconds, fraction = match.groups()[:4]
-            start = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
-            cues.append((start + int(fraction.ljust(3, "0")) / 1000, []))
-            inside = True
-        elif not line.strip():
-            inside = False
-        elif inside:
-            cues[-1][1].append(" ".join(html.unescape(_TAG.sub("", line)).split()))
-    if not cues and text.strip() not in ("", "WEBVTT"):
-        raise Damaged("malformed subtitles", where, "no HH:MM:SS,mmm --> HH:MM:SS,mmm")
-    said, last = [], ""
-    for start, lines in sorted(cues, key=lambda cue: cue[0]):
-        new = []
-        for line in filter(None, lines):
-            if line != last:
-                new.append(line)
-            last = line
-        if new:
-            said.append((start, " ".join(new)))
-    return said
+    found, unused = read_cues(content, where, encoding)
+    said = list(unroll(found, unused))
+    return Subtitles(said, unused)

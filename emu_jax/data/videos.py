@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -68,10 +69,10 @@ class SubtitledVideos(Listed):
     """Frames and subtitles in the order of time, as the release prepares YT-Storyboard-1B:
     subtitles between two frames are joined.
 
-    Entries have `subtitles` (a file of SRT or WebVTT), and either `video`, of which a frame is
-    shown every `apart` seconds, with its `duration` where opening each to count tokens would
-    be slow; or `storyboard` (a sheet or a list of them), `rows`, `columns`, `frames` and
-    `duration` in seconds.
+    Entries have `subtitles` (a file of SRT, WebVTT, SBV, ASS or TTML, whose `encoding` may be
+    given), and either `video`, of which a frame is shown every `apart` seconds, with its
+    `duration` where opening each to count tokens would be slow; or `storyboard` (a sheet or a
+    list of them), `rows`, `columns`, `frames` and `duration` in seconds.
     """
 
     def __init__(self, entries: Entries, media: Media, apart: float):
@@ -90,12 +91,17 @@ class SubtitledVideos(Listed):
             part = parts[pictures[k]]
             assert isinstance(part, Picture)
             parts[pictures[k]] = Picture(data, part.time)
-        return Document(tuple(parts))
+        return dataclasses.replace(document, parts=tuple(parts))
 
     def sketch(self, index: int) -> Document:
         entry, where = self._entries[index], self.where(index)
-        said = subtitles(self._file(index, entry.get("subtitles"), storage.MOST_TEXT), where)
-        return Document.from_video([(time, b"") for time in self._times(index, entry)], said)
+        encoding = entry.get("encoding")
+        if not isinstance(encoding, str | None):
+            raise Damaged("malformed entry", where, f"encoding {encoding!r}")
+        content = self._file(index, entry.get("subtitles"), storage.MOST_TEXT)
+        said = subtitles(content, where, encoding)
+        document = Document.from_video([(time, b"") for time in self._times(index, entry)], said)
+        return dataclasses.replace(document, unused=said.unused)
 
     def _times(self, index: int, entry: dict[str, Any]) -> list[float]:
         where = self.where(index)
