@@ -14,13 +14,15 @@ from test_data import assert_equal, check_slots, grey, take
 from test_sources import lines, picture, tar, video
 
 from emu_jax.config import UserError, save_json
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data import Batches, DataConfig, Document, Picture, Text, outlines
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.documents import Damaged, Source, write_documents
 from emu_jax.data.images import load_image, open_image
+from emu_jax.data.index import kept
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import PICTURE
 from emu_jax.data.sources import SourceConfig
+from emu_jax.data.unused import Tally
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.loop import _resume
@@ -199,13 +201,16 @@ class Many(Source):
 
 def test_a_restart_is_quick_wherever_it_is(cfg, tokenizer, tmp_path, monkeypatch):
     """Three million documents, in their thousandth epoch."""
-    folder = tmp_path / ".emu_jax" / f"outlines-many-{tokenizer.fingerprint}"
-    folder.mkdir(parents=True)
     count = len(Many())
-    np.save(folder / "sizes.npy", np.tile(np.array([PICTURE, 1], np.int32), count))
-    np.save(folder / "starts.npy", 2 * np.arange(count + 1, dtype=np.int64))
-    np.save(folder / "damage.npy", np.zeros(count, np.int8))
-    np.save(folder / "totals.npy", np.array([count] * 6 + [0], np.int64))
+    arrays = {
+        "sizes": np.tile(np.array([PICTURE, 1], np.int32), count),
+        "starts": 2 * np.arange(count + 1, dtype=np.int64),
+        "damage": np.zeros(count, np.int8),
+        "totals": np.array([count] * 6 + [0], np.int64),
+        "tally": Tally().to_array(),
+    }
+    name = f"outlines-{outlines._VERSION}-many-{tokenizer.fingerprint}"
+    kept(tmp_path / ".emu_jax", name, lambda: arrays)
     monkeypatch.setattr(mixture_module, "open_source", lambda source, cache: Many())
     sources = (SourceConfig("many", paths=(str(tmp_path / "x"),)),)
     cfg = dataclasses.replace(cfg, sources=sources, block_documents=1024, batch_size=8)

@@ -1,4 +1,5 @@
-"""Instructions and answers: ShareGPT, Alpaca, LLaVA and VideoChat in their JSON files.
+"""Instructions and answers: ShareGPT, Alpaca, LLaVA, OpenAI, VideoChat and Video-ChatGPT, in
+their JSON files.
 
 The release's format is `<system message> [USER]: <instruction> [ASSISTANT]: <answer></s>`
 (`Emu1/inference.py`); only answers are learned. In a longer dialogue each answer ends in `</s>`
@@ -7,12 +8,18 @@ and `[USER]:` follows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import base64
+import binascii
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Document, Picture, Text
 from emu_jax.data.listings import Entries, Listed, Media
-from emu_jax.data.video import Video, sample_frames
+from emu_jax.data.unused import Unused
+from emu_jax.data.video import Clip, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 # What the instruction-tuned model was told before a turn (`Emu1/inference.py`).
@@ -26,134 +33,337 @@ VIDEO_SYSTEM = (
     "provide it to you. Please answer my questions based on the given video."
 )
 
+_SPEAKERS = {
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+}
+# Video-ChatGPT names its videos by their ids alone.
+_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+
+
+class Medium(NamedTuple):
+    """An image or a video of an entry."""
+
+    name: str  # of its file, or an image itself as a data URL
+    video: bool = False
+
+
+Said = list[str | Medium]
+
 
 class Turn(NamedTuple):
-    """What a user says, and the answer that is to be learned. `Picture(b"")` stands for the
-    next of the entry's pictures, or for its video."""
+    """A question, and the answer that is learned."""
 
-    said: tuple[Text | Picture, ...]
-    answer: str
+    asked: Said
+    answer: Said
 
 
 class Dialogue(NamedTuple):
+    """An entry as it is used."""
+
     turns: list[Turn]
-    pictures: list[str]  # their files
-    video: str | None
-    system: str | None = None  # the entry's own message
+    system: Said | None  # the entry's own message
+    clip: Clip | None  # of its video
+    unused: list[Unused]
 
 
 class Dialogues(Listed):
     """One dialogue in each entry, of any of these layouts:
 
-    ShareGPT, LLaVA: `conversations` of `{"from": "human" | "gpt" | "system", "value": ...}`;
-        `image` (one or a list) or `video` stands where a value spells `<image>` or `<video>`,
-        or else before the first.
-    Alpaca: `instruction`, `input` (may be empty) and `output`.
-    VideoChat: `video` (or `image`) and `QA` of `{"i": ..., "q": ..., "a": ...}`; or `q`, `a`.
+    ShareGPT, LLaVA: `conversations` of `{"from": "human" | "gpt" | "system", "value": ...}`.
+    OpenAI: `messages` of `{"role": "user" | "assistant" | "system", "content": ...}`. A content
+        may be a list of parts: `{"type": "text", "text": ...}`, `{"type": "image_url",
+        "image_url": {"url": FILE or data URL}}`, `{"type": "image"}` for the entry's next image.
+    Alpaca: `instruction`, `input` (may be empty) and `output`; `history`, if there is one.
+    VideoChat: `video` (or `image`) and `QA` of `{"i": ..., "q": ..., "a": ...}`. `start` and
+        `end`, in seconds, choose a clip of the video.
+    Video-ChatGPT: `q`, `a` and `video_id`, a video's name without its suffix.
+
+    The entry's images and videos (`image`, `images`, `video`, `videos`; one or a list) stand
+    where its messages spell `<image>` and `<video>`, in an answer too, where an image is
+    learned. Where no message does, they stand before the first question. Without an image
+    `<image>` is a word, or stands for the video if nothing spells `<video>`.
     """
 
     def __init__(self, entries: Entries, media: Media, frames: int):
-        super().__init__(entries, media, frames)
+        super().__init__(entries, media, ("dialogues-2", frames))
         self._frames = frames
 
     def read(
         self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
-        where, folder = self.where(index), self._entries.folder(index)
         dialogue = self._dialogue(index)
-        files = [self._media.read(name, folder, where) for name in dialogue.pictures]
-        frames: list[Picture] = []
-        if dialogue.video is not None:
-            video = Video(self._media.read(dialogue.video, folder, where), where)
-            shown = sample_frames(video, self._frames, seed)
-            frames = [Picture(data, time, scored=False) for time, data in shown]
-        return _document(dialogue, [Picture(content, scored=False) for content in files], frames)
+
+        def pictures(medium: Medium, scored: bool) -> list[Picture]:
+            if not medium.video:
+                return [Picture(self._image(index, medium.name), scored=scored)]
+            frames = sample_frames(self._video(index, medium.name), self._frames, seed,
+                                   dialogue.clip)  # fmt: skip
+            return [Picture(data, time, scored=scored) for time, data in frames]
+
+        return _document(dialogue, pictures)
 
     def sketch(self, index: int) -> Document:
-        dialogue, empty = self._dialogue(index), Picture(b"", scored=False)
-        frames = [] if dialogue.video is None else [empty] * self._frames
-        return _document(dialogue, [empty] * len(dialogue.pictures), frames)
+        def pictures(medium: Medium, scored: bool) -> list[Picture]:
+            return [Picture(b"", scored=scored)] * (self._frames if medium.video else 1)
+
+        return _document(self._dialogue(index), pictures)
 
     def _dialogue(self, index: int) -> Dialogue:
+        entry, where = self._entries[index], self.where(index)
         try:
-            return _parse(self._entries[index])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Damaged("malformed entry", self.where(index), repr(error)) from None
+            return _parse(entry)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise Damaged("malformed entry", where, repr(error)) from None
+
+    def _image(self, index: int, name: str) -> bytes:
+        where = self.where(index)
+        if not name.startswith("data:"):
+            return self._media.read(name, self._entries.folder(index), where)
+        try:
+            return base64.b64decode(name.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise Damaged("unreadable picture", where, f"a data URL: {error}") from None
+
+    def _video(self, index: int, name: str) -> Video:
+        where, folder = self.where(index), self._entries.folder(index)
+        names = [name, *(name + suffix for suffix in _VIDEO_SUFFIXES)]
+        known = next((n for n in names if self._media.has(n, folder)), name)
+        return Video(self._media.read(known, folder, where, storage.MOST_VIDEO), where)
+
+
+class _Message(NamedTuple):
+    speaker: str  # "system", "user" or "assistant"
+    said: Said
+
+
+# What stands for the entry's next image or video.
+_IMAGE, _VIDEO = Medium("<image>"), Medium("<video>", video=True)
 
 
 def _parse(entry: dict[str, Any]) -> Dialogue:
-    if "conversations" in entry:
-        said = _conversation(entry["conversations"])
-    elif "instruction" in entry:
-        asked = "\n".join(filter(None, (entry["instruction"], entry.get("input"))))
-        said = None, [(asked, entry["output"])]
+    messages = [_Message(_speaker(who), list(_parts(value))) for who, value in _messages(entry)]
+    images = [Medium(name) for key in ("image", "images") for name in _names(entry.get(key))]
+    videos = [
+        Medium(name, video=True)
+        for key in ("video", "videos") for name in _names(entry.get(key))
+    ] or [Medium(name, video=True) for name in _names(entry.get("video_id"))]  # fmt: skip
+    messages, unplaced = _placed(messages, images, videos)
+    unused = [Unused(key) for key in ("tools", "audio", "audios") if entry.get(key)]
+    system, turns = _turns(messages, unused)
+    turns[0].asked[:0] = unplaced
+    return Dialogue(turns, system, _clip(entry, len(videos)), unused)
+
+
+def _messages(entry: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(speaker, value) of each message, in order, of whichever layout."""
+    if entry.get("system"):
+        yield "system", entry["system"]
+    for key in ("conversations", "messages"):
+        if key in entry:
+            yield from _conversation(entry[key])
+            return
+    if "instruction" in entry:
+        for asked, answer in entry.get("history") or ():
+            yield from (("user", asked), ("assistant", answer))
+        given = [text for text in (entry["instruction"], entry.get("input")) if text]
+        yield from (("user", "\n".join(given)), ("assistant", entry["output"]))
     elif "QA" in entry:
-        each = [(" ".join(filter(None, (t.get("i"), t["q"]))), t["a"]) for t in entry["QA"]]
-        said = None, each
+        for turn in entry["QA"]:
+            asked = " ".join(text for text in (turn.get("i"), turn["q"]) if text)
+            yield from (("user", asked), ("assistant", turn["a"]))
     else:
-        said = None, [(entry["q"], entry["a"])]
-    system, turns = said
-    shown = entry.get("image")
-    pictures = [] if shown is None else [shown] if isinstance(shown, str) else list(shown)
-    video = entry.get("video", entry.get("video_id"))
-    waiting = len(pictures) + (video is not None)
-    if not turns or not all(isinstance(text, str) for turn in turns for text in turn):
-        raise ValueError("no turns of text")
-    if not all(answer.strip() for _, answer in turns):
-        raise ValueError("an answer is empty")
-    parts = [_split(asked) for asked, _ in turns]
-    spelled = sum(isinstance(part, Picture) for turn in parts for part in turn)
-    if not spelled:
-        parts[0] = [*[Picture(b"")] * waiting, *parts[0]]
-    elif spelled != waiting:
-        raise ValueError(f"{spelled} places for {waiting} pictures")
-    made = [Turn(tuple(p), answer) for p, (_, answer) in zip(parts, turns, strict=True)]
-    return Dialogue(made, pictures, video, system)
+        yield from (("user", entry["q"]), ("assistant", entry["a"]))
 
 
-def _conversation(messages: list[dict[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
-    """(system message, turns); what a user says before an answer is joined."""
-    system, turns, asked = None, [], []
+def _conversation(messages: list[Any]) -> Iterator[tuple[Any, Any]]:
     for message in messages:
-        who, value = message["from"], message["value"]
-        if who == "system":
-            system = value
-        elif who in ("human", "user"):
-            asked.append(value)
-        elif who in ("gpt", "assistant", "chatgpt", "bing", "bard"):
-            if asked:  # an answer to nothing, as shared dialogues may begin, teaches nothing
-                turns.append(("\n".join(asked), value))
-            asked = []
+        if isinstance(message, list):
+            yield from _conversation(message)
+        elif "role" in message:
+            yield message["role"], message["content"]
         else:
-            raise ValueError(f"who is {who!r}?")
-    return system, turns
+            yield message["from"], message["value"]
 
 
-def _split(text: str) -> list[Text | Picture]:
-    """A user's words, with an empty picture where they spell one."""
-    words = text.replace("<video>", "<image>").split("<image>")
-    parts: list[Text | Picture] = [Text(words[0].strip(), scored=False)]
-    for more in words[1:]:
-        parts += [Picture(b""), Text(more.strip(), scored=False)]
-    return [part for part in parts if isinstance(part, Picture) or part.text]
+def _speaker(who: object) -> str:
+    known = _SPEAKERS.get(who.lower()) if isinstance(who, str) else None
+    if known is None:
+        raise ValueError(f"unknown speaker {who!r}")
+    return known
 
 
-def _document(dialogue: Dialogue, pictures: list[Picture], frames: list[Picture]) -> Document:
-    """The dialogue in the release's format. Only what this file itself writes may spell
-    special tokens."""
-    own = dialogue.system
+def _parts(value: Any) -> Iterator[str | Medium]:
+    """The texts and media of a message's value; nothing if there are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield str(value)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _parts(part)
+    elif isinstance(value, dict):
+        kind = value["type"]
+        if kind == "text":
+            yield from _parts(value["text"])
+        elif kind in ("image", "image_url", "video", "video_url"):
+            video = kind.startswith("video")
+            named = value.get(kind, value.get("url", value.get("path")))
+            name = named["url"] if isinstance(named, dict) else named
+            if name is not None and not isinstance(name, str):
+                raise ValueError(f"{name!r} does not name a file")
+            yield Medium(name, video) if name else _VIDEO if video else _IMAGE
+        else:
+            raise ValueError(f"unknown type of part {kind!r}")
+    elif value is not None:
+        raise ValueError(f"a message holds {value!r}")
+
+
+def _names(value: Any) -> list[str]:
+    names = [name for name in (value if isinstance(value, list) else [value]) if name]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{value!r} does not name files")
+    return names
+
+
+def _placed(
+    messages: list[_Message], images: list[Medium], videos: list[Medium]
+) -> tuple[list[_Message], list[Medium]]:
+    """(messages with the entry's media in their places, the media that have none).
+
+    Raises:
+        ValueError: there are more or fewer places than media.
+    """
+    texts = [part for message in messages for part in message.said if isinstance(part, str)]
+    tags = {"<image>": _IMAGE} if images else {}
+    if videos:
+        tags["<video>"] = _VIDEO
+        if not images and not any("<video>" in text for text in texts):
+            tags["<image>"] = _VIDEO
+    pattern = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
+
+    def split(part: str | Medium) -> Iterator[str | Medium]:
+        if isinstance(part, Medium):
+            yield part
+            return
+        start = 0
+        for tag in pattern.finditer(part):
+            yield from (part[start : tag.start()], tags[tag[0]])
+            start = tag.end()
+        yield part[start:]
+
+    split_messages = [
+        _Message(speaker, [piece for part in said for piece in split(part)])
+        for speaker, said in messages
+    ]
+    places = [part for message in split_messages for part in message.said]
+    for place, media in ((_IMAGE, images), (_VIDEO, videos)):
+        if (count := places.count(place)) not in ({0, len(media)} if media else {0}):
+            raise ValueError(f"{count} places for {len(media)} {place.name[1:-1]}s")
+    queues = {place: iter(media) for place, media in ((_IMAGE, images), (_VIDEO, videos))}
+
+    def medium(part: str | Medium) -> str | Medium:
+        queue = queues.get(part) if isinstance(part, Medium) else None
+        return part if queue is None else next(queue)
+
+    placed = [_Message(speaker, list(map(medium, said))) for speaker, said in split_messages]
+    return placed, [left for queue in queues.values() for left in queue]
+
+
+def _turns(messages: Iterable[_Message], unused: list[Unused]) -> tuple[Said | None, list[Turn]]:
+    """(system message, turns). Messages in a row by one speaker are joined; those that belong to
+    no turn are added to `unused`.
+
+    Raises:
+        ValueError: there is no question with an answer.
+    """
+    system: Said = []
+    turns: list[Turn] = []
+    asked: list[Said] = []  # since the last answer
+
+    def leave_out(reason: str, said: Said) -> None:
+        unused.append(Unused(reason, "".join(part for part in said if isinstance(part, str))[:80]))
+        unused.extend(
+            Unused("video of an unused message" if part.video else "image of an unused message",
+                   part.name[:80])
+            for part in said if isinstance(part, Medium)
+        )  # fmt: skip
+
+    answered = False  # the last message of a turn is an answer
+    for speaker, said in messages:
+        empty = not any(isinstance(part, Medium) or part.strip() for part in said)
+        if empty:
+            leave_out("empty message", [speaker])
+        if speaker == "user":
+            answered = False
+            if not empty:
+                asked.append(said)
+        elif speaker == "system":
+            if turns or asked:
+                leave_out("system message after the first turn", [] if empty else said)
+            elif not empty:
+                system += ["\n", *said] if system else said
+        elif empty:
+            for question in asked:
+                leave_out("question without an answer", question)
+            asked = []
+        elif asked:
+            question = [part for said in asked for part in ("\n", *said)][1:]
+            turns.append(Turn(question, said))
+            asked, answered = [], True
+        elif answered:
+            turns[-1].answer.extend(("\n", *said))
+        else:
+            leave_out("answer without a question", said)
+    for question in asked:
+        leave_out("question without an answer", question)
+    if not turns:
+        raise ValueError("no question with an answer")
+    return system or None, turns
+
+
+def _clip(entry: dict[str, Any], videos: int) -> Clip | None:
+    start, end = entry.get("start"), entry.get("end")
+    if not videos or (start is None and end is None):
+        return None
+    clip = (0.0 if start is None else float(start), math.inf if end is None else float(end))
+    if videos > 1 or not 0 <= clip[0] <= clip[1]:
+        raise ValueError(f"start {start!r} and end {end!r} of {videos} videos")
+    return clip
+
+
+def _document(dialogue: Dialogue, pictures: Callable[[Medium, bool], list[Picture]]) -> Document:
+    """The dialogue in the release's format. Only what this file itself writes may spell special
+    tokens."""
+
+    def parts(said: Said, scored: bool) -> list[Text | Picture]:
+        made: list[Text | Picture] = []
+        text = ""
+        for part in [*said, None]:
+            if isinstance(part, str):
+                text += part
+                continue
+            if text.strip():
+                made.append(Text(text.strip(), scored))
+            text = ""
+            if part is not None:
+                made += pictures(part, scored)
+        return made
+
+    shown = [part for turn in dialogue.turns for part in turn.asked if isinstance(part, Medium)]
     message = ""
-    if own is None:
-        message = VIDEO_SYSTEM if frames else IMAGE_SYSTEM if pictures else ""
-    queue = [[picture] for picture in pictures] + ([frames] if frames else [])
-    parts: list[Text | Picture] = [] if own is None else [Text(own, scored=False)]
+    if dialogue.system is None and shown:
+        message = VIDEO_SYSTEM if any(medium.video for medium in shown) else IMAGE_SYSTEM
+    document = parts(dialogue.system or [], scored=False)
     for number, turn in enumerate(dialogue.turns):
         if number:
-            parts.append(Text(EOS, special=True))
-        parts.append(Text(f"{message} {USER}:".lstrip(), scored=False, special=True))
+            document.append(Text(EOS, special=True))
+        document.append(Text(f"{message} {USER}:".lstrip(), scored=False, special=True))
         message = ""
-        for part in turn.said:
-            parts += queue.pop(0) if isinstance(part, Picture) else [part]
-        parts += [Text(f"{ASSISTANT}:", scored=False, special=True), Text(turn.answer)]
-    return Document(tuple(parts))
+        document += parts(turn.asked, scored=False)
+        document += [
+            Text(f"{ASSISTANT}:", scored=False, special=True), *parts(turn.answer, scored=True)
+        ]  # fmt: skip
+    return Document(tuple(document), tuple(dialogue.unused))

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from emu_jax.config import UserError
 from emu_jax.data.documents import REASONS, Damaged, Picture, Source, Text, check_size
 from emu_jax.data.index import Arrays, kept
 from emu_jax.data.packing import PICTURE
 from emu_jax.data.unused import Tally, Unused
-from emu_jax.tokenizer import Tokenizer
+from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,17 @@ _VERSION = 2  # of what is kept
 
 
 def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
-    """The ids that a text has in a row."""
+    """The ids that a text has in a row.
+
+    Raises:
+        UserError: it spells [USER] or [ASSISTANT], which are no tokens of this tokenizer.
+    """
     words = text.text.strip()
+    if text.special and not tokenizer.instruct and (USER in words or ASSISTANT in words):
+        raise UserError(
+            f"dialogues need {USER} and {ASSISTANT} as tokens, which this tokenizer does not have: "
+            "set data.instruct=True, and the model's vocab_size and tokens to match"
+        )
     return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
 
 

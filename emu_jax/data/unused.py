@@ -23,6 +23,8 @@ LOSES: dict[str, tuple[str, ...]] = {
     "no image": ("images",),  # null: it could not be downloaded
     "ambiguous image": ("images",),  # several files fit the name
     "image unlike its text": ("images",),  # below `min_similarity`
+    "image of an unused message": ("images",),
+    "video of an unused message": ("images",),
     "empty text": ("texts",),
     "no caption": ("texts",),
     "empty subtitle cue": ("texts",),
@@ -30,6 +32,9 @@ LOSES: dict[str, tuple[str, ...]] = {
     "undecodable subtitle line": ("texts",),
     # Whole documents:
     "missing file": ("images",),
+    "not a regular file": ("images",),
+    "file too large": ("images", "texts"),
+    "text too large": ("texts",),
     "incomplete sample": ("images", "texts"),
     "malformed subtitles": ("texts",),
 }
