@@ -13,7 +13,7 @@ from emu_jax import cli
 from emu_jax.config import UserError
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text
 from emu_jax.data.digits import build_digits, encode_png
-from emu_jax.data.documents import write_documents
+from emu_jax.data.documents import DocumentFiles, write_documents
 from emu_jax.data.inspect import inspect
 from emu_jax.data.sources import SourceConfig
 from emu_jax.tokenizer import Tokenizer
@@ -142,6 +142,31 @@ def test_damage_is_shown_where_it_lies(tmp_path):
     rows = page.partition("<h2>Lengths")[0]
     padding = rows.count("damaged: left as padding")
     assert 0 < padding < rows.count('<div class="document"') == padding + rows.count("<figure")
+
+
+@pytest.mark.parametrize("kind", ["rows", "captions", "contexts"])
+def test_few_images_are_opened_whatever_the_batch_size(tmp_path, cfg, kind, monkeypatch):
+    """How full rows are follows from outlines alone, and is that of the batches."""
+    opened = []
+    read = DocumentFiles.read
+    monkeypatch.setattr(
+        DocumentFiles, "read",
+        lambda self, *args, **more: opened.append(1) or read(self, *args, **more),
+    )  # fmt: skip
+    tokenizer, path = cfg.load_tokenizer(), tmp_path / "page.html"
+    fills, counts = [], []
+    for size in (1, 2, 6):
+        few = dataclasses.replace(cfg, batch_size=size, prefetch=0)
+        opened.clear()
+        figures = inspect(path, few, tokenizer, kind, rows=1, documents=9)
+        counts.append(len(opened))
+        fills.append((figures["token_fill"], figures["image_fill"]))
+    assert max(counts) < 40  # of 512 documents that are packed
+    with Batches(few, tokenizer, kind) as batches:
+        while batches.statistics()["documents"] < 8 * cfg.block_documents:
+            next(batches)
+        statistics = batches.statistics()
+        assert fills[-1] == (statistics["token_fill"], statistics["image_fill"])
 
 
 def test_nothing_to_see(tmp_path, cfg):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import html
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -128,12 +127,11 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
 
 
 def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -> dict[str, Any]:
-    """How full rows are, over many: as one of so many processes, each of which reads its own
-    share and counts everyone's. Whole blocks are packed, so that their last rows count, too."""
+    """Statistics of packing, over many documents; nothing is decoded. Whole blocks are packed, so
+    that their last rows count, too."""
     many = dataclasses.replace(cfg, prefetch=0, max_damaged_rate=1.0)
     least = max(documents, 8 * cfg.block_documents)
-    processes = math.gcd(*cfg.batch_sizes())
-    with Batches(many, tokenizer, kind, process_count=processes) as batches:
+    with Batches(many, tokenizer, kind, plan_only=True) as batches:
         while batches.statistics()["documents"] < least:
             next(batches)
         return batches.statistics()

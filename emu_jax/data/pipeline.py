@@ -35,6 +35,8 @@ class Batches(Iterator[Batch]):
     Args:
         kind: the objective's batches, see `batch_shapes`. "captions" and "pictures" come
             from pairs alone; "contexts" from documents with a picture.
+        plan_only: batches have no rows, and nothing is decoded; `statistics` are those of whole
+            batches.
 
     Attributes:
         tallies: of each source by name, what is used of it and what is not.
@@ -46,7 +48,7 @@ class Batches(Iterator[Batch]):
 
     def __init__(
         self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind,
-        process_index: int = 0, process_count: int = 1,
+        process_index: int = 0, process_count: int = 1, *, plan_only: bool = False,
     ):  # fmt: skip
         if kind not in get_args(Kind):
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, get_args(Kind))}")
@@ -60,7 +62,8 @@ class Batches(Iterator[Batch]):
                     "make it a multiple"
                 )
         self._cfg, self._kind = cfg, kind
-        self._maker = _Maker(cfg, tokenizer, kind, process_index, process_count)
+        share = None if plan_only else (process_index, process_count)
+        self._maker = _Maker(cfg, tokenizer, kind, share)
         self._position = self._maker.start()
         self.tallies = self._maker.tallies
         self._thread: _Prefetch | None = None
@@ -167,10 +170,14 @@ class _Position(NamedTuple):
 
 
 class _Maker:
-    """Makes the batch at a position; holds no position itself."""
+    """Makes the batch at a position; holds no position itself.
+
+    Args:
+        share: (process, number of processes), whose rows are made; none by default.
+    """
 
     def __init__(
-        self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, process: int, processes: int
+        self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, share: tuple[int, int] | None
     ):
         groups = open_groups(cfg, tokenizer, kind)
         self.tallies = {
@@ -179,8 +186,9 @@ class _Maker:
         self._schedule = schedule(groups)
         self._fillers, pool = [], Pool(cfg)
         for group in groups:
-            share = group.cfg.batch_size // processes
-            mine = slice(process * share, (process + 1) * share)
+            process, processes = share or (0, 1)
+            rows = group.cfg.batch_size // processes if share else 0
+            mine = slice(process * rows, (process + 1) * rows)
             self._fillers.append(Filler(group, tokenizer, mine, pool))
 
     def start(self) -> _Position:
