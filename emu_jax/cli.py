@@ -371,7 +371,7 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
         if bare := [setting for setting in args.set if "=" not in setting]:
             raise UserError(f"--set {bare[0]} has no value: write --set {bare[0]}=VALUE")
         manifest = build(args.dst, override(cfg, args.set), runner)
-        result = {key: manifest[key] for key in ("documents", "pictures", "bytes")}
+        result = {key: manifest[key] for key in ("documents", "pictures", "unused", "bytes")}
         if not args.json:
             print(_built(args.dst, result))
         return result | {"manifest": f"{args.dst}/manifest.json"}
@@ -454,6 +454,7 @@ def _built(dst: str, result: dict[str, Any]) -> str:
     ]
     for what, reasons in (
         ("documents rejected", documents["rejected"]), ("pictures dropped", pictures["dropped"]),
+        ("unused", result["unused"]),
     ):  # fmt: skip
         lines += [f"  {count:,} {what}: {reason}" for reason, count in reasons.items()]
     return "\n".join(lines)

@@ -352,6 +352,41 @@ def test_a_folder_that_holds_something_else(tmp_path, cfg):
         build(tmp_path / "out", cfg, embedded(1))
 
 
+def test_a_build_that_writes_nothing_is_an_error(tmp_path, raw, capsys):
+    """Whose line counts the reasons; also when it is run again."""
+    command = [
+        "data", "build", str(raw), str(tmp_path / "out"), "--format", "records", "--workers", "1",
+        "--set", "clean.min_text=1000",
+    ]  # fmt: skip
+    for _ in range(2):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "source 'pairs': none of its documents can be used (text too short: 90; " in error
+        assert f"{raw} record 0: " in error and "rejected.jsonl" in error
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 90
+
+
+def test_what_readers_leave_out_is_counted(tmp_path, capsys):
+    said = [{"from": who, "value": value} for who, value in (
+        ("gpt", "to nothing"), ("human", "one"), ("gpt", "two"), ("human", "three")
+    )]  # fmt: skip
+    listing = tmp_path / "d.json"
+    listing.write_text(json.dumps([{"conversations": said}, {"q": "four", "a": "five"}] * 2))
+    command = ["data", "build", str(listing), str(tmp_path / "out"), "--format", "dialogues"]
+    assert cli.main([*command, "--workers", "1", "--shard-documents", "3"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["documents"] == {"read": 4, "written": 4, "rejected": {}}
+    left = {"answer without a question": 2, "question without an answer": 2}
+    assert manifest["unused"] == left
+    assert "  2 unused: answer without a question" in capsys.readouterr().out.splitlines()
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[2]) == {
+        "document": 2, "where": f"{listing} entry 2", "unused": "answer without a question",
+        "detail": "to nothing",
+    }  # fmt: skip
+
+
 def test_no_documents_and_two_builds_at_once(tmp_path, cfg):
     empty = tmp_path / "empty.array_record"
     write_documents(empty, [])

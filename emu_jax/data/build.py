@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -44,10 +44,12 @@ from emu_jax.data.documents import (
     Document,
     Picture,
     Source,
+    Text,
     check_size,
     write_documents,
 )
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.unused import Tally
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
@@ -55,6 +57,7 @@ B = TypeVar("B")
 
 VERSION = 1  # of the layout of a built folder
 PLAIN_SECONDS = 10.0  # between plain progress lines
+_EXAMPLES = 1000  # lines of what was left out, from which examples are taken for an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +297,11 @@ def _is_whole(shard: Shard) -> bool:
 def _finish(
     folder: str, cfg: BuildConfig, source: Source, shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    """Adds up the shards."""
+    """Adds up the shards.
+
+    Raises:
+        UserError: there is no document in them, or they lack a kind of part.
+    """
     total = _Tally()
     files = []
 
@@ -302,10 +309,17 @@ def _finish(
         for shard in shards:
             entry = json.loads(storage.read(shard.entry))
             total.merge(entry["counts"])
+            total.left_out += entry["left_out"] if len(total.left_out) < _EXAMPLES else []
             files.append({key: entry[key] for key in ("file", "bytes", "sha256")})
             yield from map(json.dumps, entry["left_out"])
 
-    _write(storage.join(folder, "rejected.jsonl"), left_out())
+    total.merge({"unused": source.unused().unused})
+    rejected = storage.join(folder, "rejected.jsonl")
+    _write(rejected, left_out())
+    try:
+        total.check(cfg.source.allow_missing)
+    except UserError as error:
+        raise UserError(f"source {cfg.source.name!r}: {error}; {rejected} lists them") from None
     manifest = {
         "version": VERSION,
         "config": to_dict(cfg),
@@ -389,6 +403,8 @@ class _Tally:
         self.counts: dict[str, dict[str, Any]] = {
             "documents": {"read": 0, "written": 0, "rejected": {}},
             "pictures": {"read": 0, "written": 0, "encoded": 0, "dropped": {}},
+            "texts": {"written": 0},
+            "unused": {},  # what readers left out, by reason
         }
         self.left_out: list[dict[str, Any]] = []
 
@@ -403,6 +419,9 @@ class _Tally:
                 place | {"picture": drop.part, "reason": drop.reason, "detail": drop.detail}
                 for drop in cleaned.dropped
             ]
+        self.left_out += [
+            place | {"unused": unused.reason, "detail": unused.detail} for unused in cleaned.unused
+        ]
         self.merge({
             "documents": {
                 "read": 1,
@@ -415,6 +434,8 @@ class _Tally:
                 "encoded": cleaned.encoded,
                 "dropped": dict(collections.Counter(drop.reason for drop in cleaned.dropped)),
             },
+            "texts": {"written": sum(isinstance(part, Text) for part in kept)},
+            "unused": dict(collections.Counter(unused.reason for unused in cleaned.unused)),
         })  # fmt: skip
 
     def merge(self, counts: dict[str, dict[str, Any]]) -> None:
@@ -425,7 +446,29 @@ class _Tally:
                     summed = collections.Counter(mine[name]) + collections.Counter(value)
                     mine[name] = dict(sorted(summed.items()))
                 else:
-                    mine[name] += value
+                    mine[name] = mine.get(name, 0) + value
+
+    def check(self, allowed: Collection[str]) -> None:
+        """
+        Raises:
+            UserError: no document was written, or nothing of a kind of part that is not
+                `allowed` to be missing. The line counts the reasons.
+        """
+        counts = self.counts
+        tally = Tally({
+            "documents": counts["documents"]["written"], "images": counts["pictures"]["written"],
+            "texts": counts["texts"]["written"],
+        })  # fmt: skip
+        for reasons in (
+            counts["documents"]["rejected"], counts["pictures"]["dropped"], counts["unused"]
+        ):  # fmt: skip
+            for reason, count in reasons.items():
+                tally.leave(reason, count)
+        for line in self.left_out:
+            detail = str(line["detail"])
+            at = "" if detail.startswith(line["where"]) else f"{line['where']}: "
+            tally.example(line.get("unused") or line["reason"], f"{at}{detail}".rstrip(": "))
+        tally.check(allowed)
 
 
 def _write(path: str, lines: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from emu_jax.config import UserError, suggest
 from emu_jax.data.documents import Document, Picture, Text
 from emu_jax.data.images import PictureError, open_image
+from emu_jax.data.unused import Unused
 
 ENCODINGS = ("jpeg", "webp", "png")
 
@@ -69,6 +70,7 @@ class Cleaned:
     pictures: int = 0  # that it came with
     encoded: int = 0  # of those it keeps, the ones that are not as they came
     dropped: tuple[Dropped, ...] = ()
+    unused: tuple[Unused, ...] = ()  # what its reader left out
 
 
 def clean(document: Document, cfg: CleanConfig) -> Cleaned:
@@ -77,6 +79,10 @@ def clean(document: Document, cfg: CleanConfig) -> Cleaned:
     A picture that does not pass is taken out of its document; a document that so loses its
     last picture is rejected, and so is one whose words do not pass.
     """
+    return dataclasses.replace(_filter(document, cfg), unused=document.unused)
+
+
+def _filter(document: Document, cfg: CleanConfig) -> Cleaned:
     count = sum(isinstance(part, Picture) for part in document.parts)
     length = sum(len(part.text.strip()) for part in document.parts if isinstance(part, Text))
     if not count and not length:
