@@ -277,6 +277,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                 if saving or monitor.stopping:
                     monitor.settle(ahead=0)
                 if monitor.row.get("bad_steps", 0) >= cfg.max_bad_steps:
+                    checkpoints.wait()  # the newest one may be under way
                     raise UserError(
                         f"the loss was not finite for {cfg.max_bad_steps} steps up to step {step}: "
                         "lower the learning rate or look at the data; started again, the run goes "
