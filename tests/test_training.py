@@ -2,12 +2,13 @@
 
 The module is two linear layers, so that a whole run with `train` takes a second and everything it
 should do (accumulation, clipping, AdamW, groups, schedules, averages, skipped steps, checkpoints)
-fits on a page. The real objectives are in test_training_oracle.py.
+fits on a page. The losses are compared with sums by hand over modules that are a product or two;
+with the real ones, they are compared in test_training_oracle.py.
 """
 
 import dataclasses
-import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,18 +19,20 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from emu_jax import checkpoint, diffusion
-from emu_jax.config import LoraConfig, SchedulerConfig, digits, save_json
+from emu_jax import checkpoint
+from emu_jax.config import LORA_TARGETS, LoraConfig, SchedulerConfig, UserError, digits, save_json
+from emu_jax.data.images import normalize_images
+from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import Emu
-from emu_jax.sharding import Template, make_mesh, nest
-from emu_jax.train import loop, objectives, parents
+from emu_jax.models.llama import Llama
+from emu_jax.sharding import Template, batch_sharding, make_mesh, nest
+from emu_jax.train import loop, monitor, objectives, parents, precompute
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
-from emu_jax.train.goodput import Goodput
 from emu_jax.train.loop import Trainer, train
 from emu_jax.train.metrics import read_metrics
-from emu_jax.train.monitor import Monitor
-from emu_jax.train.optimizer import dotted, schedule
+from emu_jax.train.optimizer import dotted, make_optimizer, schedule
 
 ROWS, STEPS, CLIP = 8, 9, 20.0
 NO_GRADIENT, NO_LOSS = 3, 6  # the steps whose gradient, or loss, is not finite
@@ -216,6 +219,8 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path):
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert {norm > CLIP for norm in (row["grad_norm"] for row in expected)} == {False, True}
     assert last["loss"] == rows[-1]["loss"] and last["step"] == STEPS
+    filled = {"token_fill": 0.5, "image_fill": 0.25, "damaged": 3}
+    assert all(row | filled == row for row in rows)
 
     for number, (params, ema, mu, nu, good) in enumerate(states, start=1):
         step = run / str(number)
@@ -241,10 +246,449 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path):
     shutil.copytree(run, parts)
     for number in range(5, STEPS + 1):
         shutil.rmtree(parts / str(number))
-    train(TOY, parts)
+    train(dataclasses.replace(TOY, log_every=3, checkpoint_every=2, keep_checkpoints=2), parts)
     again = read_metrics(parts)["toy"]
-    for name in ("step", "loss", "grad_norm", "noise", "bad_steps", "skipped_steps"):
-        np.testing.assert_array_equal([r[name] for r in again], [r[name] for r in rows])
+    assert [row["step"] for row in again] == [1, 2, 3, 4, 6, 9]
+    assert sorted(path.name for path in parts.iterdir() if path.name.isdigit()) == ["8", "9"]
+    for row in again:
+        before = rows[row["step"] - 1]
+        for name in ("loss", "grad_norm", "noise", "bad_steps", "skipped_steps"):
+            np.testing.assert_array_equal(row[name], before[name], err_msg=name)
     for item in ("params", "ema", "optimizer"):
         for path, value in stored(run / "9", item).items():
             np.testing.assert_array_equal(stored(parts / "9", item)[path], value, err_msg=path)
+
+
+def test_a_loss_that_stays_infinite_ends_the_run(toy, tmp_path, monkeypatch):
+    made = ToyBatches.make
+    infinite = {"more": np.full(ROWS, np.inf, np.float32)}
+    monkeypatch.setattr(
+        ToyBatches, "make", staticmethod(lambda n: made(n) | (infinite if n >= 5 else {}))
+    )
+    with pytest.raises(UserError, match=r"not finite for 2 steps up to step 7: .* from step 5$"):
+        train(dataclasses.replace(TOY, checkpoint_every=5), tmp_path)
+
+
+def test_frozen_parameters_cost_no_gradient(monkeypatch):
+    """Two products forward; backward one for each kernel that is trained, one through the second
+    layer when the first is trained."""
+    monkeypatch.setitem(objectives.OBJECTIVES, "emu", ToyObjective())
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+    def products(pattern: str) -> int:
+        groups = (GroupConfig(pattern, lr=0.0), GroupConfig(".*", lr=0.1))
+        cfg = dataclasses.replace(TOY, accumulate=1, optimizer=OptimizerConfig(groups=groups))
+        with jax.set_mesh(mesh):
+            trainer = Trainer(cfg, mesh)
+            state = trainer.state_shapes
+            assert state.ema.keys() == state.optimizer[1].mu.keys() == state.trained.keys()
+            step = jax.make_jaxpr(trainer._step)(state, ToyBatches.make(0))
+        return str(step).count("dot_general[")
+
+    assert products("^no such") == 2 + 3
+    assert products("^llama") == 2 + 2
+    assert products("^visual") == 2 + 1
+
+
+@pytest.mark.parametrize("decay", ["cosine", "constant"])
+def test_rates_at_every_step(decay):
+    group = GroupConfig(lr=0.4, delay_steps=3, warmup_steps=4, decay=decay, final_fraction=0.25)
+    rate = schedule(group, 19)
+    for step in range(23):
+        expected = 0.4 * np.clip((step - 3) / 4, 0, 1)
+        if step >= 7 and decay == "cosine":
+            expected = 0.1 + 0.3 * (1 + np.cos(np.pi * min(step - 7, 12) / 12)) / 2
+        assert float(rate(step)) == pytest.approx(expected, abs=1e-7), step
+    assert float(schedule(dataclasses.replace(group, delay_steps=0), 19)(0)) == 0
+
+
+def test_weight_decay_spares_biases_norms_and_vectors():
+    """By name or by shape, whether layers are stacked or not."""
+    shapes = {
+        "visual.cls_token": (8,), "visual.pos_embed": (5, 8), "visual.blocks.attn.q_bias": (2, 8),
+        "visual.blocks.norm1.scale": (2, 8), "visual.blocks.norm1.bias": (2, 8),
+        "visual.blocks.attn.qkv": (2, 8, 3, 8), "cformer.relative_attention_bias": (4, 2),
+        "llama.layers.mlp.gate_proj.kernel": (2, 8, 8), "llama.embed_tokens.embedding": (9, 8),
+        "llama.layers.self_attn.q_proj.lora_a": (2, 8, 3), "logit_scale": (),
+        "unet.conv_in.kernel": (3, 3, 4, 8), "unet.conv_in.bias": (8,), "unet.norm.scale": (8,),
+    }  # fmt: skip
+    params = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
+    group = GroupConfig(lr=0.5, decay="constant")
+    optimizer = make_optimizer(OptimizerConfig((group,), weight_decay=0.1), 9, params)
+    still = jax.tree.map(np.zeros_like, params)
+
+    @jax.jit
+    def update(grads, params):
+        return optimizer.update(grads, optimizer.init(params), params, norm=1.0, finite=True)[0]
+
+    updates = update(still, params)
+    decayed = {path for path, update in updates.items() if np.any(update)}
+    assert decayed == {
+        "visual.pos_embed", "visual.blocks.attn.qkv", "llama.layers.mlp.gate_proj.kernel",
+        "llama.embed_tokens.embedding", "llama.layers.self_attn.q_proj.lora_a",
+        "unet.conv_in.kernel",
+    }  # fmt: skip
+    for path in decayed:
+        np.testing.assert_allclose(updates[path], -0.5 * 0.1, rtol=1e-6)
+
+
+# --- Objectives by hand --------------------------------------------------------------------------
+
+RNG = np.random.default_rng(7)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The random numbers that are drawn, in order, in compiled functions too."""
+    values: list[np.ndarray] = []
+
+    def recorded(function):
+        def draw(*args, **kwargs):
+            value = function(*args, **kwargs)
+            jax.debug.callback(lambda x: values.append(np.array(x)), value, ordered=True)
+            return value
+
+        return draw
+
+    for name in ("normal", "randint", "bernoulli"):
+        monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
+    return values
+
+
+def close(ours, theirs) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+def a_row():
+    """Two documents with a picture each, of which the second is not scored, and padding; (batch,
+    positions whose next token is scored, positions that regress what follows)."""
+    t = digits().tokens
+    tokens = [t.bos, 7, t.img, *[t.image] * 4, t.img_end, 8, t.eos]
+    tokens += [t.bos, t.img, *[t.image] * 4, t.img_end, 9, 0, 0]
+    slots = [-1] * 3 + [0, 1, 2, 3] + [-1] * 5 + [4, 5, 6, 7] + [-1] * 4
+    scored = [0, 1, 1, 0, 0, 0, 0, 0, 1, 1] + [1, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+    batch = {
+        "tokens": tokens, "image_slots": slots, "segment_ids": [1] * 10 + [2] * 8 + [0] * 2,
+        "positions": [*range(10), *range(8), 0, 0],
+    }  # fmt: skip
+    batch = {name: np.int32([values]) for name, values in batch.items()}
+    batch |= {
+        "text_loss_mask": np.bool_([scored]), "image_scored": np.bool_([[True, False]]),
+        "image_valid": np.bool_([[True, True]]), "images": np.zeros((1, 2, 32, 32, 3), np.uint8),
+    }  # fmt: skip
+    return batch, [0, 1, 7, 8, 16], [2, 3, 4, 5, 6]
+
+
+def language(table, weights, heads):
+    """A module whose language model is a product. It keeps the keys that it is given."""
+    keys = {}
+
+    def llama(x, positions, segments, *, dropout_key):
+        keys["llama"] = dropout_key
+        return x @ weights
+
+    def embed(tokens, images, slots):
+        x, flat = table[tokens], images.reshape(len(tokens), -1, images.shape[-1])
+        return jnp.where(slots[..., None] < 0, x, flat[:, np.maximum(slots[0], 0)])
+
+    def token_losses(hidden, targets, *, block):
+        logits = jax.nn.log_softmax(hidden @ heads[0])
+        return -jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+    def encode_images(pixels, *, dropout_key):
+        keys["visual"] = dropout_key
+        return jnp.reshape(table[:8], (1, 2, 4, -1)) + jnp.mean(pixels)
+
+    llama.token_losses, llama.regress = token_losses, lambda hidden: hidden @ heads[1]
+    module = SimpleNamespace(
+        llama=llama, embed=embed, encode_images=encode_images, cfg=digits(), keys=keys
+    )
+    module.regression_mask = partial(Emu.regression_mask, module)
+    return module
+
+
+def test_the_multimodal_loss_by_hand():
+    batch, words, pictures = a_row()
+    table, weights, heads = normal(350, 6), normal(6, 6), (normal(6, 350), normal(6, 6))
+    module = language(table, weights, heads)
+    images = normal(1, 2, 4, 6)
+    x = table[batch["tokens"][0]]
+    x[3:7], x[12:16] = images[0]
+    hidden = np.float64(x) @ weights
+    text = []
+    for t in words:
+        logits = hidden[t] @ heads[0]
+        text.append(np.log(np.sum(np.exp(logits))) - logits[batch["tokens"][0, t + 1]])
+    squares = [np.mean((hidden[t] @ heads[1] - x[t + 1]) ** 2) for t in pictures]
+
+    @jax.jit
+    def losses(images, **kwargs):
+        return objectives.sequence_losses(module, images, batch, loss_block=0, **kwargs)
+
+    close(losses(images), (np.mean(text), np.mean(squares)))
+    # A part of a batch divides by what a part has on average.
+    close(losses(images, targets={"text": 10.0, "regression": 4.0}),
+          (np.sum(text) / 10, np.sum(squares) / 4))  # fmt: skip
+    counts = objectives.OBJECTIVES["emu"].targets(module, batch)
+    assert {name: int(n) for name, n in counts.items()} == {"text": 5, "regression": 5}
+
+    # The gradient by hand: nothing comes through the targets.
+    def regression(images):
+        return losses(images)[1]
+
+    gradient = np.zeros_like(x)
+    for t in pictures:
+        error = 2 * (hidden[t] @ heads[1] - x[t + 1]) / 6 / len(pictures)
+        gradient[t] += weights @ heads[1] @ error
+    close(jax.jit(jax.grad(regression))(images), [[gradient[3:7], gradient[12:16]]])
+
+    # Weights, and keys for dropout in both towers.
+    cfg = dataclasses.replace(TOY, text_weight=0.25, regression_weight=3.0)
+    loss, metrics = objectives.OBJECTIVES["emu"].loss(cfg, module, batch, jax.random.key(3))
+    close(loss, 0.25 * metrics["text_loss"] + 3 * metrics["regression_loss"])
+    assert abs(metrics["text_loss"] - metrics["regression_loss"]) > 0.1
+    assert module.keys["visual"] is not None and module.keys["llama"] is not None
+
+
+def test_a_row_without_targets_has_no_loss():
+    batch, _, _ = a_row()
+    batch["text_loss_mask"][:], batch["image_scored"][:] = False, False
+    module = language(normal(350, 6), normal(6, 6), (normal(6, 350), normal(6, 6)))
+    found = objectives.sequence_losses(module, normal(1, 2, 4, 6), batch, loss_block=0)
+    assert tuple(map(float, found)) == (0, 0)
+
+
+def test_the_contrastive_loss_by_hand():
+    tokens = np.int32([[1, 5, 2], [1, 6, 2], [1, 5, 2], [1, 7, 2]])
+    image, text = normal(4, 6), normal(4, 6)
+    text[2] = text[0]
+    module = SimpleNamespace(
+        visual=SimpleNamespace(clip_embedding=lambda pixels: image),
+        text=lambda tokens, valid, dtype: text, logit_scale=np.float32(np.log(3.0))[None],
+    )  # fmt: skip
+    module.logit_scale = np.log(np.float32(3.0))
+    batch = {"images": np.zeros((4, 32, 32, 3), np.uint8), "tokens": tokens, "valid": tokens > 0}
+    cfg = dataclasses.replace(TOY, dtype="float32")
+    for scale in (3.0, 400.0):
+        module.logit_scale = np.array(np.log(scale), np.float32)
+        loss, metrics = objectives.OBJECTIVES["clip"].loss(cfg, module, batch, jax.random.key(0))
+        scale = min(scale, 100.0)
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
+        logits = scale * np.float64(a) @ b.T
+        share = np.array([[1, 0, 1, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 2]]) / 2
+        total = 0.0
+        for way in (logits, logits.T):
+            total -= np.sum(share * (way - np.log(np.sum(np.exp(way), 1, keepdims=True)))) / 4
+        close(loss, total / 2)
+        close(metrics["retrieval"], np.mean(share[range(4), logits.argmax(1)] > 0))
+        close(metrics["temperature"], 1 / scale)
+
+
+def test_the_autoencoders_loss_by_hand(drawn):
+    pictures = RNG.integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
+    weights = normal(3, 2), normal(3, 2), normal(2, 3)
+    vae = SimpleNamespace(
+        encode=lambda x: (x @ weights[0], x @ weights[1]), decode=lambda z: z @ weights[2]
+    )
+    cfg = dataclasses.replace(TOY, kl_weight=0.3)
+    vae_objective = objectives.OBJECTIVES["vae"]
+    batch = {"images": pictures}
+    loss, metrics = vae_objective.loss(cfg, SimpleNamespace(vae=vae), batch, jax.random.key(0))
+    x = pictures / 127.5 - 1
+    mean, logvar = x @ weights[0], x @ weights[1]
+    (noise,) = drawn
+    latents = mean + np.exp(logvar / 2) * noise
+    error = np.mean((latents @ weights[2] - x) ** 2)
+    kl = np.mean(mean**2 + np.exp(logvar) - logvar - 1) / 2
+    close(loss, error + 0.3 * kl)
+    expected = {"squared_error": error, "kl": kl, "latent_std": np.std(latents),
+                "psnr": 20 * np.log10(2 / np.sqrt(error))}  # fmt: skip
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        close(metrics[name], value)
+    # Saved with the factor that gives latents of unit variance.
+    model = vae_objective.finish(digits(), {"latent_std": 4.0})
+    assert model.vae.scaling_factor == 0.25
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_decoders_loss_by_hand(prediction, drawn):
+    model = digits()
+    scheduler = dataclasses.replace(SchedulerConfig(), prediction_type=prediction)
+    vae = dataclasses.replace(model.vae, scaling_factor=0.2)
+    model = dataclasses.replace(model, vae=vae, scheduler=scheduler)
+    cfg = dataclasses.replace(TOY, model=model)
+    decoder = objectives.OBJECTIVES["decoder"]
+
+    # Conditions and latents of the frozen model teach it nothing.
+    target = RNG.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
+    weights = normal(3, 2)
+    batch = {
+        "images": np.full((5, 1, 4, 4, 3), 200, np.uint8), "tokens": np.int32([[1, 2]] * 5),
+        "length": np.int32([2, 1, 2, 1, 2]), "image_slots": np.full((5, 2), -1), "target": target,
+    }  # fmt: skip
+
+    def frozen(weights):
+        module = SimpleNamespace(
+            encode_images=lambda pixels: pixels * jnp.sum(weights),
+            regress_after=lambda tokens, length, images, slots: (
+                images.reshape(5, 1, -1) + tokens[:, None, :1] + length[:, None, None]
+            ),
+            vae=SimpleNamespace(encode=lambda x: (x @ weights, x)),
+        )
+        return decoder.frozen(cfg, module, batch)
+
+    condition, latents = frozen(weights)
+    close(latents, (target / 127.5 - 1) @ weights * 0.2)
+    pixels = np.asarray(normalize_images(batch["images"]), np.float64) * np.sum(weights)
+    close(condition, pixels.reshape(5, 1, -1) + 1 + batch["length"][:, None, None])
+    through = jax.grad(lambda w: sum(jnp.sum(x) for x in frozen(w)))(weights)
+    assert not np.any(through)
+
+    seen = {}
+
+    def unet(noisy, times, condition):
+        seen.update(noisy=noisy, times=times, condition=condition)
+        return noisy * 0.5
+
+    latents, condition = normal(5, 4, 4, 2), normal(5, 4, 6)
+    loss, metrics = decoder.loss(
+        cfg, SimpleNamespace(unet=unet), {"condition": condition, "latents": latents},
+        jax.random.key(1),
+    )  # fmt: skip
+    times, noise = drawn
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = np.cumprod(1 - betas)[np.asarray(times)][:, None, None, None]
+    noisy = kept**0.5 * latents + (1 - kept) ** 0.5 * noise
+    close(seen["noisy"], noisy)
+    np.testing.assert_array_equal(seen["times"], times)
+    np.testing.assert_array_equal(seen["condition"], condition)
+    wanted = noise
+    if prediction == "v_prediction":
+        wanted = kept**0.5 * noise - (1 - kept) ** 0.5 * latents
+    close(loss, np.mean((0.5 * noisy - wanted) ** 2))
+    close(metrics["condition_std"], np.std(condition))
+
+
+def test_every_dropout_draws_for_itself(drawn):
+    """Each adapter of each layer, each place in the Causal Transformer; with the rate of each."""
+    llama = dataclasses.replace(
+        digits().llama, vocab_size=8, vocab_multiple=1, width=8, layers=2, heads=2, mlp_width=8,
+        lora=LoraConfig(rank=2, dropout=0.25, targets=tuple(LORA_TARGETS)),
+    )  # fmt: skip
+    cformer = dataclasses.replace(digits().cformer, width=8, heads=2, head_width=4, mlp_width=8,
+                                  dropout=0.5)  # fmt: skip
+    key, x = jax.random.key(0), normal(16, 32, 8)
+    built = (
+        lambda: Llama(llama, rngs=nnx.Rngs(0)),
+        lambda: CFormer(cformer, 8, 8, rngs=nnx.Rngs(0)),
+    )
+    positions = np.zeros(x.shape[:2], np.int32)
+    more = (positions,), ()
+    for build, inputs, masks, keep in zip(built, more, (14, 14), (0.75, 0.5), strict=True):
+        template = Template(build, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+        zeros = {path: jnp.zeros(a.shape) for path, a in template.shapes.items()}
+        drawn.clear()
+        for given in (None, key):
+            assert not drawn
+            run = jax.jit(partial(template.module(zeros), x, *inputs))
+            jax.block_until_ready(run(dropout_key=given))
+            jax.effects_barrier()
+        assert len(drawn) == masks
+        assert len({mask.tobytes() for mask in drawn}) == masks
+        assert all(0.8 * keep < np.mean(mask) < 1.2 * keep for mask in drawn)
+
+
+def test_spread_is_of_valid_pictures_and_of_the_first():
+    images, valid = normal(6, 20, 2, 3), RNG.random((6, 20)) < 0.7
+    assert valid.sum() > 64
+    variance, rank = jax.jit(partial(objectives.spread, most=64))(images, valid)
+    x = np.float64(images[valid].reshape(-1, 6)[:64])
+    share = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+    share /= share.sum()
+    close(variance, np.mean(np.var(x, axis=0)))
+    close(rank, np.exp(-np.sum(share * np.log(share))))
+
+
+# --- What a run starts from ----------------------------------------------------------------------
+
+
+def write_run(folder: Path, model, **items: dict[str, np.ndarray]) -> Path:
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name, params in items.items():
+            checkpointer.save((folder / "3" / name).absolute(), nest(params))
+    save_json(model, folder / "config.json")
+    return folder
+
+
+def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path):
+    model = digits()
+    vae = dataclasses.replace(model.vae, scaling_factor=0.125)
+    theirs = dataclasses.replace(
+        model, vae=vae, llama=dataclasses.replace(model.llama, vocab_size=10, vocab_multiple=8)
+    )
+    params = {
+        "llama.embed_tokens.embedding": normal(16, 4), "llama.lm_head.kernel": normal(4, 16),
+        "llama.norm.scale": normal(4), "visual.head.kernel": normal(4, 4),
+    }  # fmt: skip
+    averages = {path: value + 1 for path, value in params.items() if path != "llama.norm.scale"}
+    run = write_run(tmp_path / "run", theirs, params=params, ema=averages)
+    ours = dataclasses.replace(
+        theirs, llama=dataclasses.replace(theirs.llama, vocab_size=12, lora=LoraConfig(rank=2))
+    )
+    cfg = dataclasses.replace(TOY, model=ours, parents={"llama": str(run), "visual": str(run)})
+    everywhere = make_mesh(8, 1, 1)
+    wanted = {path: value.shape for path, value in params.items()}
+    wanted |= {"llama.layers.self_attn.q_proj.lora_a": (2, 4, 2), "cformer.wi.kernel": (4, 4)}
+    wanted = {
+        path: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(everywhere, PartitionSpec())
+        )
+        for path, shape in wanted.items()
+    }
+    found = parents.read(cfg, tmp_path, wanted)
+    assert found.keys() == params.keys()
+    np.testing.assert_array_equal(found["llama.norm.scale"], params["llama.norm.scale"])
+    np.testing.assert_array_equal(found["visual.head.kernel"], averages["visual.head.kernel"])
+    table = averages["llama.embed_tokens.embedding"]
+    mean = np.mean(table[:10], axis=0)
+    close(found["llama.embed_tokens.embedding"], [*table[:10], *[mean] * 6])
+    head = averages["llama.lm_head.kernel"]
+    mean = np.mean(head[:, :10], axis=1, keepdims=True)
+    close(found["llama.lm_head.kernel"], np.concatenate([head[:, :10], *[mean] * 6], axis=1))
+    # Not where the raw ones are asked for; nor is another tower's run read.
+    raw = checkpoint.read_params(run, {"visual.head.kernel": wanted["visual.head.kernel"]},
+                                 averaged=False)  # fmt: skip
+    np.testing.assert_array_equal(raw["visual.head.kernel"], params["visual.head.kernel"])
+    one = dataclasses.replace(cfg, parents={"visual": str(run)})
+    assert parents.read(one, tmp_path, wanted).keys() == {"visual.head.kernel"}
+
+    # What a parent measured, and the factor of its autoencoder, is the run's.
+    adopted = parents.adopt(
+        dataclasses.replace(TOY, model=model, parents={"vae": str(run)}), tmp_path
+    )
+    assert adopted.model.vae.scaling_factor == 0.125
+
+
+def test_this_process_s_rows_come_in_order():
+    mesh = make_mesh(2, 2, 2)
+    rows = normal(8, 3)
+    placed = jax.device_put(rows, batch_sharding(mesh))
+    np.testing.assert_array_equal(precompute._local(placed), rows)
+
+
+def test_rates_are_since_the_row_before(monkeypatch):
+    monkeypatch.setattr(monitor, "peak_flops", lambda kind, dtype: 50.0)
+    monkeypatch.setattr(monitor, "train_flops", lambda cfg: SimpleNamespace(total=800.0))
+    rates = monitor._Rates(TOY, make_mesh(8, 1, 1))
+    fill = {"tokens": 1000, "images": 10}
+    assert rates(1, 10.0, fill) == {}
+    assert rates(5, 18.0, {"tokens": 1400, "images": 14}) == {
+        "tokens_per_second": 50.0, "images_per_second": 0.5,
+        "model_flops_per_second_per_device": 50.0, "mfu": 1.0,
+    }  # fmt: skip
+    assert rates(6, 20.0, {"tokens": 1402, "images": 14})["tokens_per_second"] == 1.0
