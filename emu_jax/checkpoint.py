@@ -5,6 +5,7 @@
     DIR/<step>/params   orbax: the parameters, {tower: {...}}
     DIR/<step>/ema      where weights are averaged: the averaged parameters (preferred for use)
     DIR/<step>/...      what training needs to go on: optimizer, position
+    DIR/<step>/checksums.json  of all that is not an array's data (`emu_jax.integrity`)
     DIR/base.json       where it was trained from, when `params` has only what was trained:
                         {tower: run directory}, relative to DIR
 
@@ -29,9 +30,18 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from emu_jax.config import EmuConfig, UserError, load_json
+from emu_jax import integrity
+from emu_jax.config import EmuConfig, UserError, load_json, write_text
 from emu_jax.sharding import Template, flatten, nest
 from emu_jax.tokenizer import Tokenizer
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """The steps that a run directory holds, in no order; none where there is no directory."""
+    try:
+        return [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def latest_step(directory: Path) -> int:
@@ -42,7 +52,7 @@ def latest_step(directory: Path) -> int:
     """
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: the directory does not exist")
-    steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+    steps = complete_steps(directory)
     if not steps:
         raise UserError(f"no checkpoint in {directory}: train into it, or convert one, first")
     return max(steps)
@@ -52,12 +62,15 @@ def stored_shapes(path: Path) -> dict[str, Any]:
     """{dotted path: metadata with .shape and .dtype} of the item at `path` (DIR/step/item).
 
     Raises:
-        UserError: there is no readable item.
+        UserError: there is no readable item, or a file of it does not have its checksum.
     """
+    integrity.check_path(path)
+    if path.is_dir():
+        integrity.check_files(path.parent, [path.name])
     try:
         return flatten(ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
-    except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}") from None
+    except Exception as error:  # whatever foreign bytes make the libraries raise
+        raise UserError(f"cannot read the checkpoint {path}: {integrity.one_line(error)}") from None
 
 
 def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -65,7 +78,8 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
     `wanted` may name a part of what is stored.
 
     Raises:
-        UserError: the item lacks a wanted array or has it in another shape; all are listed.
+        UserError: the item lacks a wanted array or has it in another shape (all are listed), or
+            what is stored does not have its checksum.
     """
     if not wanted:
         return {}
@@ -83,7 +97,15 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
         item=tree, partial_restore=True,
         restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
     )  # fmt: skip
-    return flatten(ocp.PyTreeCheckpointer().restore(path.absolute(), args=args))
+    try:
+        with integrity.quiet_failures():
+            handler = ocp.PyTreeCheckpointHandler()
+            return flatten(handler.restore(epath.Path(path.absolute()), args=args))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({integrity.one_line(error)}): see emu-jax checkpoint verify "
+            f"{path.parent.parent}, and use another step or copy"
+        ) from None
 
 
 def read_params(
@@ -188,6 +210,48 @@ def _hashes(root: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
         ]
 
 
+def verify(directory: Path, step: int | None = None, *, every: bool = False) -> dict[str, Any]:
+    """Reads every byte of a step of a run directory, and of the bases that it needs.
+
+    Args:
+        step: by default the newest.
+        every: all steps instead.
+
+    Returns:
+        passed, and steps: [{path, verified, bytes, problems}]. `verified` is False for a
+        step without checksums; `problems` has a line for each file and array that is damaged.
+
+    Raises:
+        UserError: there is no such step.
+    """
+    newest = latest_step(directory)
+    steps = sorted(complete_steps(directory))
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps))
+        raise UserError(f"{directory} has no step {step}: it has {known}")
+    chosen = steps if every else [newest if step is None else step]
+    reports = [_verify_step(directory / str(number)) for number in chosen]
+    for base in sorted(set(base_of(directory).values())):
+        reports += verify(base)["steps"]
+    return {"passed": not any(r["problems"] for r in reports), "steps": reports}
+
+
+def _verify_step(step: Path) -> dict[str, Any]:
+    sizes: list[int] = []
+    try:
+        verified, problems = True, integrity.damaged_files(step)
+    except FileNotFoundError:
+        verified, problems = False, []
+    items = integrity.items_of(step)
+    for item in items:
+        problems += integrity.unreadable_arrays(step / item, progress=sizes.append)
+    if "params" not in items:
+        problems.append(f"{step / 'params'} is missing")
+    return {
+        "path": str(step), "verified": verified, "bytes": sum(sizes), "problems": problems,
+    }  # fmt: skip
+
+
 def tower_of(path: str) -> str:
     """The tower that a parameter belongs to."""
     return path.split(".")[0]
@@ -196,17 +260,22 @@ def tower_of(path: str) -> str:
 def save_base(directory: Path, towers: dict[str, Path]) -> None:
     """Notes where the parameters are that the steps of `directory` leave out."""
     places = {tower: os.path.relpath(parent, directory) for tower, parent in towers.items()}
-    temporary = directory / "base.tmp"
-    temporary.write_text(json.dumps(places, indent=1) + "\n")
-    temporary.rename(directory / "base.json")
+    write_text(directory / "base.json", json.dumps(places, indent=1) + "\n")
 
 
 def base_of(directory: Path) -> dict[str, Path]:
     """{tower: run directory} that `save_base` noted; nothing where all is in `directory`.
 
     Raises:
-        UserError: a base is not there any more.
+        UserError: a base is not there any more, or the bases form a circle.
     """
+    places = _noted_base(directory)
+    for parent in set(places.values()):
+        _check_bases(parent, [directory.resolve()])
+    return places
+
+
+def _noted_base(directory: Path) -> dict[str, Path]:
     note = directory / "base.json"
     if not note.is_file():
         return {}
@@ -219,6 +288,21 @@ def base_of(directory: Path) -> dict[str, Path]:
         if not parent.is_dir():
             raise UserError(f"{note} names {parent}, which is not there: correct it in that file")
     return places
+
+
+def _check_bases(directory: Path, users: list[Path]) -> None:
+    """
+    Raises:
+        UserError: a directory, or a base of it, is among those that are based on it.
+    """
+    resolved = directory.resolve()
+    if resolved in users:
+        raise UserError(
+            f"{users[-1] / 'base.json'} names {resolved}, which is based on it itself: write the "
+            "run directory that it was trained from"
+        )
+    for parent in set(_noted_base(directory).values()):
+        _check_bases(parent, [*users, resolved])
 
 
 # The tables that have a row, or a column, for each token.

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -599,6 +600,33 @@ def _converted(dst: Path, result: dict[str, Any]) -> str:
     )
 
 
+def checkpoint_verify(parser: argparse.ArgumentParser) -> Run:
+    """read every byte of a checkpoint, and say what is damaged"""
+    parser.add_argument("run_directory", type=_local_path, metavar="RUN")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="default: the newest",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="every step")
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.checkpoint import verify
+
+        if args.all and args.step is not None:
+            raise UserError("give --step or --all, not both")
+        result = verify(args.run_directory, args.step, every=args.all)
+        if not args.json:
+            for step in result["steps"]:
+                state = "damaged" if step["problems"] else "sound" if step["verified"] else (
+                    "readable; it has no checksums, so damage within numbers cannot be seen"
+                )  # fmt: skip
+                print(f"{step['path']}: {step['bytes']:,} bytes of arrays, {state}")
+                for problem in step["problems"]:
+                    print(f"  {problem}")
+        return result
+
+    return run
+
+
 VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "demo": demo,
     "train": train,
@@ -611,6 +639,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "eval": eval_,
     "plan": plan,
     "bench": bench,
+    "checkpoint verify": checkpoint_verify,
     "data build": data_build,
     "data inspect": data_inspect,
 }
@@ -645,13 +674,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _complain(f"{where}{error.strerror}")
     except KeyboardInterrupt:
-        resumes = (
-            "; run the same command again to go on from there"
-            if {"workdir", "task"} & vars(args).keys()
-            else ""
-        )
-        print(f"emu-jax: interrupted{resumes}", file=sys.stderr)
+        if argv is None:  # the process ends now, and its last line stays the last
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"emu-jax: interrupted{_resumes(args)}", file=sys.stderr)
         return 130
+
+
+def _resumes(args: argparse.Namespace) -> str:
+    """What running an interrupted command again does."""
+    if args.__dict__.get("verb") == "train":
+        from emu_jax.checkpoint import complete_steps
+
+        if not (steps := complete_steps(args.workdir)):
+            return f"; no step is saved in {args.workdir}: the same command starts from step 0"
+        return (
+            f"; step {max(steps)} is saved in {args.workdir}: run the same command again to "
+            "resume from it"
+        )
+    if {"workdir", "task"} & vars(args).keys():
+        return "; run the same command again to resume from what is saved"
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,7 +8,9 @@ cross-attention width of 5120).
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -357,10 +359,25 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file atomically."""
+    """Writes a whole file atomically, so that it is on disk before anything that is written
+    later."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     temporary.rename(path)
+    sync(path.parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a local file's content, or a directory's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems sync no directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def save_json(config: Any, path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
-from emu_jax.config import UserError
+from emu_jax.config import UserError, sync
 
 PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
 USER, ASSISTANT = "[USER]", "[ASSISTANT]"
@@ -118,7 +118,7 @@ class Tokenizer:
                     )
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the folder that `load` reads, each file atomically."""
+        """Writes the folder that `load` reads, each file atomically and synced to disk."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         ours = json.dumps({"instruct": self.instruct}).encode() + b"\n"
@@ -127,7 +127,9 @@ class Tokenizer:
             with os.fdopen(handle, "wb") as f:
                 f.write(content)
             os.chmod(temporary, 0o644)  # mkstemp makes it private
+            sync(temporary)
             os.replace(temporary, directory / name)
+        sync(directory)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

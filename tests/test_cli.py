@@ -274,9 +274,16 @@ def test_interrupted(run, tmp_path, config, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("emu_jax.train.loop.train", train)
-    status, out, err = run("train", "--config", config, "--workdir", tmp_path)
+    workdir = tmp_path / "run"
+    status, out, err = run("train", "--config", config, "--workdir", workdir)
     assert (status, out) == (130, "")
-    assert err == "emu-jax: interrupted; run the same command again to go on from there\n"
+    nothing = f"no step is saved in {workdir}: the same command starts from step 0"
+    assert err == f"emu-jax: interrupted; {nothing}\n"
+    for name in ("8", "12", "16.orbax-checkpoint-tmp", "20.damaged"):
+        (workdir / name).mkdir(parents=True)
+    _, _, err = run("train", "--config", config, "--workdir", workdir)
+    saved = f"step 12 is saved in {workdir}: run the same command again to resume from it"
+    assert err == f"emu-jax: interrupted; {saved}\n"
 
 
 # The process

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "emu_jax"
 LEVELS = [
     {"config", "hardware", "page", "sharding", "tokenizer"},
     {"models"},
-    {"diffusion", "data", "convert", "checkpoint"},
+    {"diffusion", "data", "convert", "checkpoint", "integrity"},
     {"train", "generate"},
     {"evaluate", "plan", "serve", "bench"},
     {"__init__", "cli"},

@@ -28,6 +28,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from emu_jax import integrity
 from emu_jax.config import UserError, save_json
 from emu_jax.convert import export, files
 from emu_jax.convert.source import (
@@ -121,6 +122,7 @@ def write_run(source: Source, folder: Path) -> None:
     (saving / "state").rename(folder / "0" / "params")
     (saving / "_CHECKPOINT_METADATA").rename(folder / "0" / "params" / "_CHECKPOINT_METADATA")
     shutil.rmtree(saving)
+    integrity.seal(folder / "0")
     save_json(source.cfg, folder / "config.json")
     source.tokenizer.save(folder / "tokenizer")
     if source.layout is None:

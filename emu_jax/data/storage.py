@@ -8,7 +8,6 @@ thousands of readers now and then refuses one.
 
 from __future__ import annotations
 
-import errno
 import functools
 import glob
 import logging
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from emu_jax.config import UserError
+from emu_jax.config import UserError, sync
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -181,18 +180,6 @@ def writing(path: str) -> Iterator[Path]:
             sync(folder or ".")
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def sync(path: str | os.PathLike) -> None:
-    """Waits until a local file's content, or a directory's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # some network file systems sync no directory
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
 
 
 def names(folder: str) -> list[str]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
-import logging
-import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from emu_jax.config import UserError
+from emu_jax import integrity
+from emu_jax.checkpoint import complete_steps
+from emu_jax.config import UserError, sync
+from emu_jax.train.lock import Lock
 
 # Under these names a step is written, and removed.
 WRITING, REMOVING = ".orbax-checkpoint-tmp", ".removing"
@@ -31,26 +31,49 @@ class Checkpoints:
     """The checkpoints in a run directory; all processes call its methods at the same steps.
 
     A checkpoint is complete when its directory has a bare number as its name: it is written
-    under another name and renamed, and renamed before it is removed.
+    under another name and renamed, and renamed before it is removed. After it is complete it is
+    read back, and only then are older ones removed.
+
+    While it is entered, no other job can write checkpoints to the directory.
     """
 
     def __init__(self, workdir: Path, keep: int):
         self.workdir, self.keep = workdir.absolute(), keep
         self._lead = jax.process_index() == 0
+        self._lock = Lock(self.workdir / "lock.json")
         self._saving: int | None = None  # the step being written
+        self._written: Future[None] | None = None  # done once it was written and read back
+        self._complete: int | None = None  # the step that was, here
+        self._worker = ThreadPoolExecutor(1)
         self._remover = ThreadPoolExecutor(1)
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Without compression, which hardly shrinks weights, arrays are written from where they
+        # are, without a second copy.
+        arrays = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(None, ocp.args.PyTreeSave, arrays)
+        registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(handler_registry=registry),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        )
         self._stack = ExitStack()
 
     def __enter__(self) -> Checkpoints:
-        self._stack.enter_context(_one_line_for_a_failure())
-        self._remove_leftovers()
+        with ExitStack() as stack:
+            integrity.check_path(self.workdir)
+            self._take_lock()
+            stack.callback(self._lock.release)
+            stack.enter_context(integrity.quiet_failures())
+            self._remove_leftovers()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = kind is not None
         try:
-            self.wait()
+            self._settle()
+            if kind is None or jax.process_count() == 1:
+                self._agree()
             self._checkpointer.close()
         except UserError as error:
             failed = True
@@ -58,11 +81,12 @@ class Checkpoints:
                 raise
             print(error, file=sys.stderr)  # beside what ended the run
         finally:
+            self._worker.shutdown()
             self._remover.shutdown()
             del self._checkpointer  # and what it holds of a failure
-            self._stack.close()
             if failed:  # what was still being written then; the next start removes what still is
                 self._remove_leftovers()
+            self._stack.close()
 
     def newest(self, before: int = sys.maxsize) -> int | None:
         """The newest complete step before another, as the first process sees it."""
@@ -82,7 +106,7 @@ class Checkpoints:
         while (step := self.newest(before=min(damaged, default=sys.maxsize))) is not None:
             saved, problem = self._read(step, items)
             if not problem:
-                self._set_aside(damaged, step)
+                self._set_aside(damaged, f"going on from step {step}")
                 return step, saved
             damaged[step] = problem
         problems = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
@@ -92,15 +116,19 @@ class Checkpoints:
         )
 
     def save(self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
-        """Copies the items and begins to write them, once the save before it has ended.
+        """Copies the items and begins to write them, once the save before it has ended: at most
+        one copy is in memory.
 
         Raises:
-            UserError: this save, or the one before, failed.
+            UserError: this save, or the one before, failed; or another job writes here.
         """
         self.wait()
+        self._lock.check()
         self._saving = step
-        place, args = self.workdir / str(step), ocp.args.Composite(**items)
+        place = self.workdir / str(step)
+        args = ocp.args.Composite(**{name: _for_saving(item) for name, item in items.items()})
         self._attempt(lambda: self._checkpointer.save(place, args))
+        self._written = self._worker.submit(self._finish, place)
 
     def check(self) -> None:
         """Looks at the save that is under way.
@@ -108,35 +136,94 @@ class Checkpoints:
         Raises:
             UserError: it has failed.
         """
-        self._attempt(self._checkpointer.check_for_errors)
-        if self._saving is not None and (self.workdir / str(self._saving)).is_dir():
-            self._saved()
+        if self._written is not None and self._written.done():
+            self._settle()
+            if jax.process_count() == 1:
+                self._agree()
 
     def wait(self) -> None:
-        """Until what was saved is on disk.
+        """Until what was saved is on disk, and was read back by all processes.
 
         Raises:
             UserError: the last save failed.
         """
-        self._attempt(self._checkpointer.wait_until_finished)
-        self._saved()
+        self._settle()
+        self._agree()
 
-    def _saved(self) -> None:
-        """What was being written is complete: the oldest go."""
-        self._saving = None
-        for step in sorted(self._steps())[: -self.keep] if self._lead else ():
-            removing = self.workdir / f"{step}{REMOVING}"
-            (self.workdir / str(step)).rename(removing)
+    def _seal(self) -> None:
+        """Called by orbax on the lead, on its own thread, before the step gets its name."""
+        integrity.seal(self.workdir / f"{self._saving}{WRITING}")
+
+    def _finish(self, place: Path) -> None:
+        """Runs on a thread: awaits the end of a save, then reads this process's share of it."""
+        self._checkpointer.wait_until_finished()
+        if self._lead:
+            sync(self.workdir)
+            if problems := integrity.damaged_files(place):
+                raise ValueError(f"read back, {problems[0]}")
+        for item in integrity.items_of(place):
+            for problem in integrity.unreadable_arrays(
+                place / item, jax.process_index(), jax.process_count()
+            ):
+                raise ValueError(f"read back, {problem}")
+
+    def _settle(self) -> None:
+        """Awaits this process's part of the save under way.
+
+        Raises:
+            UserError: it failed.
+        """
+        if self._written is None:
+            return
+        written = self._written
+        try:
+            self._attempt(written.result)
+        except UserError:
+            self._written = None
+            raise
+        self._written, self._saving, self._complete = None, None, self._saving
+
+    def _agree(self) -> None:
+        """All processes have settled a save: the oldest steps go."""
+        if self._complete is None:
+            return
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {self._complete} was read back")
+        self._complete = None
+        self._lock.check()
+        for old in sorted(self._steps())[: -self.keep] if self._lead else ():
+            removing = self.workdir / f"{old}{REMOVING}"
+            (self.workdir / str(old)).rename(removing)
             self._remover.submit(shutil.rmtree, removing, ignore_errors=True)
 
     def _steps(self) -> list[int]:
-        return [int(p.name) for p in self.workdir.iterdir() if p.name.isdigit()]
+        return complete_steps(self.workdir)
+
+    def _take_lock(self) -> None:
+        """
+        Raises:
+            UserError: another job trains in this directory; all processes say so.
+        """
+        problem = ""
+        if self._lead:
+            try:
+                self._lock.acquire()
+            except UserError as error:
+                problem = str(error)
+        if jax.process_count() > 1:
+            text = np.zeros(1000, np.uint8)
+            encoded = np.frombuffer(problem.encode()[: len(text)], np.uint8)
+            text[: len(encoded)] = encoded
+            text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+            problem = text.tobytes().rstrip(b"\0").decode(errors="replace")
+        if problem:
+            raise UserError(problem)
 
     def _remove_leftovers(self) -> None:
         """What a process that was killed, or a save that failed, left half done."""
-        if self._lead:
-            for ending in (WRITING, REMOVING):
-                for path in self.workdir.glob(f"*{ending}"):
+        if self._lock.held:
+            for path in self.workdir.iterdir():
+                if path.name.endswith((WRITING, REMOVING)):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
@@ -146,6 +233,8 @@ class Checkpoints:
         """
         if reason := _attempt(action):
             step, self._saving = self._saving, None
+            if self._lock.held and (self.workdir / str(step)).is_dir():
+                self._move_aside(step)  # it is complete, but cannot be read
             self._remove_leftovers()
             steps = self._steps()
             rest = f"start again to go on from step {max(steps)}" if steps else "start again"
@@ -162,13 +251,18 @@ class Checkpoints:
         so its handlers are asked, which wait for nobody.
         """
         saved: dict[str, Any] = {}
+        place, problem = self.workdir / str(step), ""
+        try:
+            problem = "; ".join(integrity.damaged_files(place, list(items)))
+        except FileNotFoundError:
+            if self._lead:
+                integrity.warn_unverified(place)
 
         def read() -> None:
             for name, args in items.items():
-                place = epath.Path(self.workdir / str(step) / name)
-                saved[name] = _HANDLERS[type(args)]().restore(place, args=args)
+                saved[name] = _HANDLERS[type(args)]().restore(epath.Path(place / name), args=args)
 
-        if problem := _attempt(read):
+        if not problem and (problem := _attempt(read)):
             gc.collect()  # what was read beside it, while its errors are silenced
             unread = next(name for name in items if name not in saved)
             problem = f"{unread}: {problem}"
@@ -177,20 +271,29 @@ class Checkpoints:
             return {}, problem or f"process {int(np.argmax(problems))} cannot read its part"
         return saved, ""
 
-    def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
+    def _set_aside(self, damaged: Mapping[int, str], then: str) -> None:
         if not damaged:
             return
         if self._lead:
             for number, problem in sorted(damaged.items()):
-                names = (f"{number}.damaged{n or ''}" for n in itertools.count())
-                aside = next(p for p in map(self.workdir.joinpath, names) if not p.exists())
-                (self.workdir / str(number)).rename(aside)
+                aside = self._move_aside(number)
                 print(
-                    f"checkpoint {number} cannot be read ({problem}): kept as {aside}, "
-                    f"going on from step {step}",
+                    f"checkpoint {number} cannot be read ({problem}): kept as {aside}, {then}",
                     file=sys.stderr,
                 )
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+    def _move_aside(self, step: int | None) -> Path:
+        """Renames a step to DIR/<step>.damaged, or to a number more."""
+        names = (f"{step}.damaged{n or ''}" for n in itertools.count())
+        aside = next(p for p in map(self.workdir.joinpath, names) if not p.exists())
+        (self.workdir / str(step)).rename(aside)
+        return aside
+
+
+def _for_saving(args: ocp.args.CheckpointArgs) -> ocp.args.CheckpointArgs:
+    """Arrays go to the handler that gives them checksums."""
+    return ocp.args.PyTreeSave(args.item) if isinstance(args, ocp.args.StandardSave) else args
 
 
 _HANDLERS: dict[type, Any] = {
@@ -205,51 +308,4 @@ def _attempt(action: Callable[[], Any]) -> str:
         action()
         return ""
     except Exception as error:  # whatever a disk or foreign bytes make the libraries raise
-        return _reason(error)
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one line. Errors of storage name all the layers that they passed, and
-    somewhere the operating system's own."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    text = str(error).splitlines()[0] if str(error) else repr(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else text[:300]
-
-
-@contextmanager
-def _one_line_for_a_failure() -> Iterator[None]:
-    """Silences what else is said of a failure that `_attempt` has put into one line.
-
-    Orbax logs its traceback from each thread that it passes. And it reads and writes arrays side
-    by side: when one fails, the errors of the others are nobody's, and Python prints each when it
-    finds them. So after a failure the silence stays.
-    """
-    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
-    failed = False
-
-    def without_strays(stray: Any) -> None:
-        code = getattr(stray.object, "cr_code", None)
-        if "orbax" not in getattr(code, "co_filename", "") and (
-            str(stray.exc_value) != "Event loop is closed"
-        ):
-            hook(stray)
-
-    def without_tracebacks(record: logging.LogRecord) -> bool:
-        nonlocal failed
-        failed |= bool(record.exc_info)
-        return not record.exc_info
-
-    sys.unraisablehook = without_strays
-    for logger in loggers:
-        logger.addFilter(without_tracebacks)
-    try:
-        yield
-    finally:
-        if not failed:  # else its echoes come until the process ends
-            for logger in loggers:
-                logger.removeFilter(without_tracebacks)
-            sys.unraisablehook = hook
+        return integrity.one_line(error)

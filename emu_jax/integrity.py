@@ -1,0 +1,302 @@
+"""Checksums of a checkpoint's steps: written with them, and checked at every read.
+
+    DIR/<step>/ITEM/...        arrays: zarr3 chunks in an OCDBT database. Each chunk carries a
+                               crc32c that the host that writes it computes, and whoever reads it
+                               checks. OCDBT does so for its own nodes and manifests.
+    DIR/<step>/checksums.json  SHA-256 of every other file: shapes, data position, manifests
+
+Together they cover every byte that a value depends on. Reading checks what it reads, so each host
+checks its own share of the arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorstore as ts
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from emu_jax.config import UserError, sync, write_text
+
+CHECKSUMS = "checksums.json"
+GLOB_CHARACTERS = "*?[]\\"
+# Orbax writes these behind the checksums; nothing reads them.
+UNCOVERED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
+# Chunks that `unreadable_arrays` holds in memory at once.
+_CHUNKS_AHEAD = 2
+_CONTEXT = {
+    "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},  # nodes of the database, not chunks
+    "file_io_concurrency": {"limit": 4},
+}
+
+_log = logging.getLogger(__name__)
+
+
+def _metadata(
+    global_shape: Sequence[int], chunk_shape: Sequence[int], use_compression: bool
+) -> dict[str, Any]:
+    """zarr3 metadata of an array whose chunks end with their crc32c."""
+    zstd = [{"name": "zstd", "configuration": {"level": 1}}] if use_compression else []
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
+    return {"shape": global_shape, "chunk_grid": grid, "codecs": codecs}
+
+
+# Orbax has no setting for codecs. It reads any; this is where it chooses those that it writes.
+tensorstore_utils._build_zarr3_metadata = _metadata
+
+
+def check_path(directory: Path) -> None:
+    """
+    Raises:
+        UserError: orbax would take the path for a pattern, and read or write other files.
+    """
+    if found := [c for c in GLOB_CHARACTERS if c in str(directory.absolute())]:
+        raise UserError(
+            f"the path contains {' '.join(found)} ({directory.absolute()}): checkpoints cannot be "
+            "stored there; rename the directory"
+        )
+
+
+def seal(step: Path) -> None:
+    """Writes the checksums of a step that is otherwise complete, and syncs its files to disk."""
+    files = {}
+    for folder, folders, names in os.walk(step):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            if _is_covered(path.relative_to(step)):
+                with path.open("rb") as file:
+                    files[str(path.relative_to(step))] = hashlib.sha256(file.read()).hexdigest()
+                    os.fsync(file.fileno())
+        sync(folder)
+    write_text(step / CHECKSUMS, json.dumps({"sha256": files}, indent=1) + "\n")
+
+
+def _is_covered(path: Path) -> bool:
+    """Whether checksums.json has a file; tensorstore checks what lies in its `d` folders."""
+    return "d" not in path.parts[:-1] and path.name not in UNCOVERED
+
+
+def damaged_files(step: Path, items: Sequence[str] = ()) -> list[str]:
+    """Why files of a step do not have their checksums, a line each; files of arrays excepted.
+
+    Files that only one process wrote are shared out among the processes that call this.
+
+    Args:
+        items: the items to check; by default the whole step.
+
+    Raises:
+        UserError: the step has no checksums. It is older than they are.
+    """
+    try:
+        files = json.loads((step / CHECKSUMS).read_text())["sha256"].items()
+    except FileNotFoundError:
+        if any(_has_checksums(item) for item in step.iterdir() if item.is_dir()):
+            return [f"{step / CHECKSUMS} is missing"]
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{step / CHECKSUMS} is damaged ({one_line(error)})"]
+    problems = []
+    for number, (name, expected) in enumerate(sorted(files)):
+        parts = Path(name).parts
+        if items and (len(parts) < 2 or parts[0] not in items):
+            continue
+        by_process = len(parts) > 2
+        if by_process and number % jax.process_count() != jax.process_index():
+            continue
+        try:
+            found = hashlib.sha256((step / name).read_bytes()).hexdigest()
+        except OSError as error:
+            problems.append(f"{step / name}: {error.strerror}")
+            continue
+        if found != expected:
+            problems.append(f"{step / name} is damaged (checksum mismatch)")
+    return problems
+
+
+def check_files(step: Path, items: Sequence[str]) -> None:
+    """Checks the files of some items of a step; warns where it has no checksums.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    try:
+        problems = damaged_files(step, items)
+    except FileNotFoundError:
+        warn_unverified(step)
+        return
+    if problems:
+        raise UserError(
+            f"{'; '.join(problems)}: see emu-jax checkpoint verify {step.parent}, and use another "
+            "step or copy"
+        )
+
+
+_warned: set[Path] = set()
+
+
+def warn_unverified(step: Path) -> None:
+    """Says once that a step cannot be verified."""
+    if step not in _warned:
+        _warned.add(step)
+        _log.warning("%s has no checksums (an older version wrote it): read unverified", step)
+
+
+def _database(item: Path, context: ts.Context) -> Any:
+    base = {"driver": "file", "path": f"{item.absolute()}/"}
+    return ts.KvStore.open(
+        {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context
+    ).result()
+
+
+def _array_names(keys: Sequence[bytes]) -> dict[str, str]:
+    """{name of an array: zarr or zarr3}."""
+    drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
+    split = [key.decode().rpartition("/") for key in keys]
+    return {name: drivers[last] for name, _, last in split if last in drivers}
+
+
+def _has_checksums(item: Path) -> bool:
+    """Whether an item's arrays carry checksums."""
+    try:
+        database = _database(item, ts.Context(_CONTEXT))
+        names = _array_names(database.list().result())
+        name = next(name for name, driver in names.items() if driver == "zarr3")
+        codecs = json.loads(database.read(f"{name}/zarr.json").result().value)["codecs"]
+    except Exception:  # no arrays, or damaged ones, of which reading tells
+        return False
+    return "crc32c" in json.dumps(codecs)
+
+
+def unreadable_arrays(
+    item: Path, index: int = 0, count: int = 1, progress: Callable[[int], None] | None = None
+) -> Iterator[str]:
+    """Reads every array of an item (DIR/step/item) and yields why one cannot be read, a line
+    each. Holds two chunks in memory at once.
+
+    Args:
+        index, count: read one of `count` shares of the chunks.
+        progress: called with the bytes of each chunk that has been read.
+    """
+    context = ts.Context(_CONTEXT)
+    try:
+        database = _database(item, context)
+        names = _array_names(database.list().result())
+    except Exception as error:
+        yield f"{item}: {one_line(error)}"
+        return
+    if not names:
+        yield f"{item} holds no arrays"
+        return
+    pending: deque[tuple[str, Any]] = deque()
+
+    def settle() -> Iterator[str]:
+        name, read = pending.popleft()
+        try:
+            chunk = read.result()
+        except Exception as error:
+            yield f"{item}: {name}: {one_line(error)}"
+        else:
+            if progress is not None:
+                progress(chunk.nbytes)
+
+    number = 0
+    for name, driver in sorted(names.items()):
+        base = {"driver": "file", "path": f"{item.absolute()}/"}
+        kvstore = {
+            "driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"
+        }  # fmt: skip
+        spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+        try:
+            array = ts.open(spec, context=context, open=True, read=True).result()
+        except Exception as error:
+            yield f"{item}: {name}: {one_line(error)}"
+            continue
+        chunk = [size or 1 for size in array.chunk_layout.read_chunk.shape or ()]
+        starts: list[list[int]] = [[]]
+        for size, step in zip(array.shape, chunk, strict=True):
+            starts = [[*s, at] for s in starts for at in range(0, size, step)]
+        for start in starts:
+            if number % count == index:
+                ends = [min(a + c, n) for a, c, n in zip(start, chunk, array.shape, strict=True)]
+                where = tuple(slice(a, b) for a, b in zip(start, ends, strict=True))
+                pending.append((name, array[where].read()))
+                if len(pending) > _CHUNKS_AHEAD - 1:
+                    yield from settle()
+            number += 1
+    while pending:
+        yield from settle()
+
+
+def items_of(step: Path) -> list[str]:
+    """Names of the items of a step that hold arrays."""
+    return sorted(p.parent.name for p in step.glob("*/_METADATA"))
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line. Errors of storage name all the layers that they passed, and
+    somewhere the operating system's own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    text = str(error).splitlines()[0] if str(error) else repr(error)
+    if "DATA_LOSS" in text and ("Digest mismatch" in text or "CRC-32C" in text):
+        return "checksum mismatch"
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else text[:300]
+
+
+@contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Silences what else is said of a failure that one line tells of.
+
+    Orbax logs its traceback from each thread that it passes. And it reads and writes arrays side
+    by side: when one fails, the errors of the others are nobody's, and Python prints each when it
+    finds them. So after a failure the silence stays.
+    """
+    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
+    if getattr(hook, "stays", False):
+        yield
+        return
+    failed = False
+
+    def without_strays(stray: Any) -> None:
+        code = getattr(stray.object, "cr_code", None)
+        if "orbax" not in getattr(code, "co_filename", "") and (
+            str(stray.exc_value) != "Event loop is closed"
+        ):
+            hook(stray)
+
+    def without_tracebacks(record: logging.LogRecord) -> bool:
+        nonlocal failed
+        failed |= bool(record.exc_info)
+        return not record.exc_info
+
+    sys.unraisablehook = without_strays
+    for logger in loggers:
+        logger.addFilter(without_tracebacks)
+    try:
+        yield
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if failed:  # its echoes come until the process ends
+            without_strays.stays = True
+        else:
+            for logger in loggers:
+                logger.removeFilter(without_tracebacks)
+            sys.unraisablehook = hook

@@ -1,0 +1,221 @@
+"""One job at a time in a run directory.
+
+    DIR/lock.json   who trains there: host, pid, when it started, and a heartbeat
+
+The file works on every file system that can create and rename, buckets that are mounted
+included. A lock whose owner died on this host is taken over at once; of an owner on another
+host only the heartbeat tells, so a new job watches that first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from emu_jax.config import UserError
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 35.0  # without a beat, an owner on another host is dead
+SURELY_STALE_SECONDS = 900.0  # by the clocks of two hosts, which may differ
+SETTLE_SECONDS = 0.5  # in which another job that took over at the same moment shows
+
+_log = logging.getLogger(__name__)
+
+
+class Lock:
+    """The lock of a run directory, held by one process for all of its job."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._token = uuid.uuid4().hex
+        self._held = False
+        self._lost = ""  # who has taken it over
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock, from a dead owner too, and keeps it alive on a thread.
+
+        Raises:
+            UserError: another job holds it.
+        """
+        while not self._create():
+            if dead := self._await_death():
+                self._take_over(dead)
+                break
+        self._held = True
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="emu-jax-lock")
+        self._thread.start()
+
+    def release(self) -> None:
+        """Gives the lock back, if this process has it."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._held and self._owner().get("token") == self._token:
+            self.path.unlink(missing_ok=True)
+        self._held = False
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds the lock, as far as it knows."""
+        return self._held and not self._lost
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: another job has taken the lock over, as if this process were dead.
+        """
+        if self.held:
+            owner = self._owner()
+            if owner and owner.get("token") != self._token:
+                self._lost = _name(owner)
+        if self._lost:
+            raise UserError(
+                f"{self._lost} has taken over {self.path.parent}, where this process had not "
+                f"been heard of for {STALE_SECONDS:.0f} s: this one stops, to leave the "
+                "checkpoints to it"
+            )
+
+    def _take_over(self, dead: dict[str, Any]) -> None:
+        """
+        Raises:
+            UserError: another job was faster.
+        """
+        temporary = self.path.with_name(f"{self.path.name}.{self._token}")
+        self._write(temporary, "w")
+        if (owner := self._owner()) == dead or not owner:
+            temporary.replace(self.path)
+            time.sleep(SETTLE_SECONDS)
+            if (owner := self._owner()).get("token") == self._token:
+                return
+        temporary.unlink(missing_ok=True)
+        raise self._refusal(owner)
+
+    def _create(self) -> bool:
+        try:
+            self._write(self.path, "x")
+        except FileExistsError:
+            return False
+        return True
+
+    def _write(self, path: Path, mode: str) -> None:
+        with path.open(mode) as file:
+            json.dump(_identity() | {"token": self._token, "beat": time.time()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _owner(self) -> dict[str, Any]:
+        """What stands in the file; nothing where there is none, or half a one."""
+        try:
+            owner = json.loads(self.path.read_text())
+            return owner if isinstance(owner, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def _await_death(self) -> dict[str, Any] | None:
+        """The owner, which is dead; None if the lock has been released.
+
+        Raises:
+            UserError: the owner is alive.
+        """
+        owner = self._owner()
+        if _is_here(owner):
+            if _is_running(owner):
+                raise self._refusal(owner)
+            return owner
+        if owner and time.time() - _number(owner.get("beat")) > SURELY_STALE_SECONDS:
+            return owner
+        _log.warning(
+            "%s is locked by %s: waiting up to %.0f s for a sign that it still runs",
+            self.path.parent, _name(owner), STALE_SECONDS,
+        )  # fmt: skip
+        end = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(min(1.0, STALE_SECONDS / 10))
+            if not self.path.exists():
+                return None
+            if (now := self._owner()) and now != owner:
+                raise self._refusal(now)
+        return owner or {"token": None}
+
+    def _beat(self) -> None:
+        temporary = self.path.with_name(f"{self.path.name}.{self._token}")
+        while not self._closed.wait(BEAT_SECONDS):
+            try:
+                owner = self._owner()
+                if owner and owner.get("token") != self._token:
+                    self._lost = _name(owner)
+                    return
+                self._write(temporary, "w")
+                temporary.replace(self.path)
+            except OSError:  # a full disk, or storage that is away for a while
+                temporary.unlink(missing_ok=True)
+
+    def _refusal(self, owner: dict[str, Any]) -> UserError:
+        return UserError(
+            f"{self.path.parent} is in use by {_name(owner)}: stop that job first, or give "
+            f"another --workdir (if it does not run any more, delete {self.path})"
+        )
+
+
+def _identity() -> dict[str, Any]:
+    """This process, among all that ever run anywhere."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "boot": _read("/proc/sys/kernel/random/boot_id"),
+        "processes": _pid_namespace(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether an owner's process could be seen from here if it ran."""
+    mine = _identity()
+    return bool(mine["boot"]) and all(
+        owner.get(key) == mine[key] for key in ("host", "boot", "processes")
+    )
+
+
+def _is_running(owner: dict[str, Any]) -> bool:
+    started = _started(owner.get("pid", 0))
+    return bool(started) and started == owner.get("started")
+
+
+def _started(pid: object) -> str:
+    """When a process started, in ticks since the boot; nothing where there is no such process."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _name(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another job"
+    return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

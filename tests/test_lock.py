@@ -1,0 +1,151 @@
+"""One job at a time in a run directory."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_saving import items
+
+from emu_jax.config import UserError
+from emu_jax.train import lock
+from emu_jax.train.lock import Lock
+from emu_jax.train.saving import Checkpoints
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Seconds become hundredths."""
+    for name in ("BEAT_SECONDS", "STALE_SECONDS", "SETTLE_SECONDS"):
+        monkeypatch.setattr(lock, name, getattr(lock, name) / 100)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "lock.json"
+
+
+def owner_of(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def elsewhere(path: Path, **changes) -> dict:
+    """Leaves the lock of a process on another host."""
+    owner = lock._identity() | {"host": "other", "token": "x", "beat": time.time()} | changes
+    path.write_text(json.dumps(owner))
+    return owner
+
+
+def test_a_second_job_is_refused_and_touches_nothing(tmp_path):
+    with Checkpoints(tmp_path, 10) as checkpoints:
+        checkpoints.save(1, items(1))
+        half = tmp_path / "7.orbax-checkpoint-tmp"
+        half.mkdir()
+        owner = owner_of(tmp_path / "lock.json")
+        with pytest.raises(UserError) as told, Checkpoints(tmp_path, 1):
+            pass
+        assert str(told.value) == (
+            f"{tmp_path} is in use by process {owner['pid']} on {owner['host']}, since "
+            f"{owner['since']}: stop that job first, or give another --workdir (if it does not "
+            f"run any more, delete {tmp_path / 'lock.json'})"
+        )
+        assert half.is_dir()
+    assert (tmp_path / "1").is_dir() and not (tmp_path / "lock.json").exists()
+
+
+def test_a_dead_owner_on_this_host_costs_no_waiting(path, quick, monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1e9)
+    # The number may be another process's by now.
+    for pid, started in ((child.pid, "1"), (lock.os.getpid(), "1")):
+        path.write_text(json.dumps(lock._identity() | {"pid": pid, "started": started}))
+        held = Lock(path)
+        held.acquire()
+        assert owner_of(path)["token"] == held._token
+        held.release()
+        assert not list(path.parent.iterdir())
+
+
+def test_an_owner_elsewhere_is_dead_when_its_heart_stops(path, quick):
+    elsewhere(path)
+    began = time.monotonic()
+    held = Lock(path)
+    held.acquire()
+    assert lock.STALE_SECONDS <= time.monotonic() - began < 20 * lock.STALE_SECONDS
+    held.release()
+
+
+def test_a_heart_that_stopped_long_ago_is_not_waited_for(path, quick, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1e9)
+    elsewhere(path, beat=time.time() - 1000)
+    held = Lock(path)
+    held.acquire()
+    held.release()
+
+
+def test_an_owner_elsewhere_lives_while_its_heart_beats(path, quick, monkeypatch):
+    """Whatever its clock says."""
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    owner = elsewhere(path, beat=time.time() - 500)
+    beats = threading.Timer(
+        0.3, lambda: path.write_text(json.dumps(owner | {"beat": owner["beat"] + 10}))
+    )
+    beats.start()
+    with pytest.raises(UserError, match="in use by process .* on other"):
+        Lock(path).acquire()
+    beats.join()
+    assert owner_of(path)["token"] == "x"
+
+
+def test_half_a_lock_file_is_waited_for_like_an_owner_elsewhere(path, quick):
+    path.write_text('{"host": "o')
+    held = Lock(path)
+    held.acquire()
+    assert owner_of(path)["token"] == held._token
+    held.release()
+
+
+def test_the_lock_stays_fresh_and_a_run_that_lost_it_stops(tmp_path, quick):
+    path = tmp_path / "lock.json"
+    with pytest.raises(UserError, match="process 1 on other.* has taken over"):
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            first = owner_of(path)["beat"]
+            for _ in range(200):
+                if owner_of(path)["beat"] > first:
+                    break
+                time.sleep(0.05)
+            else:
+                pytest.fail("no heartbeat")
+            checkpoints.save(1, items(1))
+            checkpoints.wait()
+            checkpoints._lock._closed.set()  # this process is suspended
+            checkpoints._lock._thread.join()
+            elsewhere(path, pid=1)
+            checkpoints.save(2, items(2))
+    assert owner_of(path)["token"] == "x" and (tmp_path / "1").is_dir()
+
+
+def test_one_of_many_that_find_a_dead_owner_gets_the_lock(path, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.2)
+    path.write_text(json.dumps(lock._identity() | {"pid": 2**22 + 1, "token": "dead"}))
+    locks, won = [Lock(path) for _ in range(8)], []
+
+    def acquire(one: Lock) -> None:
+        try:
+            one.acquire()
+            won.append(one)
+        except UserError:
+            pass
+
+    threads = [threading.Thread(target=acquire, args=(one,)) for one in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = won
+    assert owner_of(path)["token"] == winner._token
+    winner.release()
