@@ -84,6 +84,24 @@ def test_a_torn_last_line_is_dropped_and_others_are_errors(tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "[]", "3", '"x"', "{}", '{"stage": "emu"}', '{"step": 1}', '{"stage": 3, "step": 1}',
+        '{"stage": "emu", "step": "1"}', '{"stage": "emu", "step": -1}',
+        '{"stage": "emu", "step": 1, "loss": "low"}', '{"stage": "emu", "step": 1, "loss": [1]}',
+        "[" * 100_000, "\udcff{}",
+    ],
+)  # fmt: skip
+def test_an_odd_row_is_one_clear_line(row, tmp_path):
+    record(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(row.encode(errors="surrogateescape") + b"\n" + path.read_bytes())
+    for use in (lambda: read_metrics(tmp_path), lambda: record(tmp_path, [3])):
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not .*: mend or delete"):
+            use()
+
+
 def test_no_metrics_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl does not exist"):
         read_metrics(tmp_path)
@@ -107,8 +125,11 @@ def test_disabled_writes_nothing(tmp_path, capsys):
 
 
 def test_plain_progress_is_sparse_and_ends_with_the_last_row(tmp_path, capsys, monkeypatch):
-    clock = iter(range(1000, 2000, 4))  # a row every four seconds
-    fake = SimpleNamespace(time=lambda: float(next(clock)), time_ns=lambda: 0)
+    ticks = iter(range(1000, 2000, 4))  # a row every four seconds
+    wall = iter(range(9000, 0, -100))  # a clock that is set back again and again
+    fake = SimpleNamespace(
+        monotonic=lambda: float(next(ticks)), time=lambda: float(next(wall)), time_ns=lambda: 0
+    )
     monkeypatch.setattr(metrics, "time", fake)
     with MetricLogger(tmp_path, stage="emu", total_steps=1000) as logger:
         for step in range(10, 90, 10):
@@ -120,6 +141,8 @@ def test_plain_progress_is_sparse_and_ends_with_the_last_row(tmp_path, capsys, m
     assert shown == [10, 40, 70, 80]
     assert lines[0] == "emu: step 10/1000, loss 0.5, text_loss 0.25"
     assert lines[-1] == "emu: step 80/1000, loss 0.5, text_loss 0.25, 2.50 steps/s, 6m08s left"
+    rates = [row["steps_per_second"] for row in read_metrics(tmp_path)["emu"][1:]]
+    assert rates == [2.5] * 7
 
 
 def test_bar_on_a_terminal(tmp_path, monkeypatch):

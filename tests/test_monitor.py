@@ -12,7 +12,7 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.sharding import make_mesh
-from emu_jax.train import goodput
+from emu_jax.train import goodput, signals
 from emu_jax.train.goodput import Goodput, overlap, seconds_before
 from emu_jax.train.metrics import DOCUMENTS_FILE, StepLog, read_documents
 from emu_jax.train.signals import STOP, TRACE, Signals
@@ -163,22 +163,73 @@ def test_steps_are_traced_as_set_and_on_request(tmp_path):
         assert list((tmp_path / first / "process-0").rglob("*.xplane.pb"))
 
 
-def test_signals_are_votes(capsys):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with Signals(make_mesh(1, 1, 1, devices=jax.devices()[:1])) as signals:
-        nothing = signals.vote(jnp.zeros(()))
-        os.kill(os.getpid(), signal.SIGUSR1)
-        traced, after = signals.vote(jnp.zeros(())), signals.vote(jnp.zeros(()))
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`train.signals` reads this clock; and a signal reaches Python even where the process that
+    started it ignores it."""
+    clock = Clock()
+    monkeypatch.setattr(signals, "time", clock)
+    before = [signal.signal(number, signal.SIG_DFL) for number in NUMBERS]
+    yield clock
+    for number, handler in zip(NUMBERS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_signals_are_votes(clock, mesh, capsys):
+    with Signals() as listener:
+        listener.listen(mesh)
+        nothing = listener.vote(jnp.zeros(()))
+        send(signal.SIGUSR1)
+        traced, after = listener.vote(jnp.zeros(())), listener.vote(jnp.zeros(()))
         assert [vote[TRACE] for vote in (nothing, traced, after)] == [0, 1, 0]
-        for _ in range(2):  # a launcher may signal a process and its group
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.vote(jnp.zeros(()))[STOP]
+        # A launcher signals a process and its group, or passes on what both got.
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            send(number)
+            assert listener.vote(jnp.zeros(()))[STOP]
         assert not after[STOP]
-        assert capsys.readouterr().err == "SIGTERM: saving, then stopping\n"
+        said = "SIGTERM: saving, then stopping (Ctrl-C: stopping at once)\n"
+        assert capsys.readouterr().err == said
+        clock.now += 5
+        send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    assert after == before
+            send(signal.SIGINT)
+        send(signal.SIGINT)  # once is enough
+    assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_DFL] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_first_step_a_signal_interrupts(number, clock):
+    with Signals(), pytest.raises(KeyboardInterrupt):
+        send(number)
+
+
+def test_signals_interrupt_no_save_and_no_orderly_end(clock, mesh, capsys):
+    with Signals() as listener:
+        with pytest.raises(KeyboardInterrupt), listener.interruptible():
+            listener.listen(mesh)
+            send(signal.SIGINT)
+            clock.now += 5
+            saved = False
+            with listener.hold():
+                send(signal.SIGINT)
+                saved = True
+        assert saved
+        capsys.readouterr()
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+        assert capsys.readouterr().err == "already stopping: waiting for what is being saved\n"
 
 
 def test_each_step_s_documents_stand_once(tmp_path):

@@ -33,6 +33,7 @@ from emu_jax.train.monitor import Monitor
 from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, make_optimizer
 from emu_jax.train.saving import Checkpoints
+from emu_jax.train.signals import Signals
 from emu_jax.train.tracing import parse_steps
 
 Params = dict[str, jax.Array]
@@ -215,11 +216,13 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     lead = jax.process_index() == 0
 
     with (
+        Signals() as signals,
         Goodput() as goodput,
         jax.set_mesh(mesh),
         # Accelerators would round the factors of float32 products.
         jax.default_matmul_precision("highest" if cfg.dtype == "float32" else "default"),
         Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints,
+        signals.interruptible(),
     ):
         going_on = checkpoints.newest() is not None
         cfg = _resume(cfg, workdir) if going_on else parents.adopt(cfg, workdir)
@@ -235,6 +238,12 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         tokenizer = prepare_data(cfg)
         batches = trainer.objective.batches(cfg, tokenizer)
         if position is not None:
+            read = position.get("step", position.get("batch"))
+            if read != done:
+                raise UserError(
+                    f"{workdir / str(done)} holds the data position after {read} batches, not "
+                    f"after {done}: use another step"
+                )
             batches.restore(position)
         if state is None:
             state = trainer.start(parents.read(cfg, workdir, trainer.param_shapes))
@@ -253,7 +262,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                 workdir, DOCUMENTS_FILE, enabled=cfg.log_documents, start_step=done
             ) as documents,
             StepLog(workdir, DAMAGED_FILE, start_step=done) as damaged,
-            Monitor(cfg, workdir, mesh, goodput, done) as monitor,
+            Monitor(cfg, workdir, mesh, goodput, signals, done) as monitor,
         ):
             compiled: set[Any] = set()
             for step in range(done + 1, cfg.steps + 1):
@@ -288,7 +297,9 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                     model = trainer.objective.finish(cfg.model, monitor.row)
                     save_json(model, workdir / "config.json")
                 if saving or monitor.stopping:
-                    with goodput.doing("checkpoint"):
+                    for log in (documents, damaged, monitor):
+                        log.sync()
+                    with goodput.doing("checkpoint"), signals.hold():
                         _save(checkpoints, step, state, batches.state(), leave_out=inherited)
                 checkpoints.check()
                 if monitor.stopping and step < cfg.steps:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from emu_jax.config import UserError
+from emu_jax.config import UserError, write_text
 
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents-{}.jsonl"
@@ -69,7 +70,7 @@ class MetricLogger:
         """
         if not self.enabled:
             return
-        now = time.time()
+        wall, now = time.time(), time.monotonic()  # the wall clock may jump
         if self._file is None:
             self._open(step, now)
         row = dict(values)
@@ -77,9 +78,9 @@ class MetricLogger:
             row["steps_per_second"] = (step - self._last[0]) / max(now - self._last[1], 1e-9)
         self._last = step, now
         assert self._file is not None
-        self._file.write(_line({"stage": self.stage, "step": step, "time": now} | row))
+        self._file.write(_line({"stage": self.stage, "step": step, "time": wall} | row))
         self._file.flush()
-        self._write_event(step, now, row)
+        self._write_event(step, wall, row)
         self._show(step, row, now)
 
     def close(self) -> None:
@@ -91,17 +92,23 @@ class MetricLogger:
         elif self._unshown:
             print(self._unshown, file=sys.stderr, flush=True)
         self._events.close()
+        self.sync()
         self._file.close()
         self._file = None
+
+    def sync(self) -> None:
+        """Puts the rows on disk, where a checkpoint that follows may rely on them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def _open(self, step: int, now: float) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
         start = step - 1 if self.start_step is None else self.start_step
         path = self.workdir / METRICS_FILE
         if path.exists():
-            _keep(path, lambda row: row["stage"] != self.stage or row["step"] <= start)
+            _keep(path, _is_metrics, lambda row: row["stage"] != self.stage or row["step"] <= start)
         self._file = path.open("a")
-        self._events = self._open_events(now, start)
+        self._events = self._open_events(time.time(), start)
         # Rates count from the first row: what is before it is mostly compilation.
         self._first = self._last = step, now
         self._shown, self._unshown = -math.inf, ""
@@ -175,7 +182,7 @@ class StepLog:
             return
         if jax.process_index() == 0:
             for path in workdir.glob(name.format("*")):
-                _keep(path, lambda row: row["step"] <= start_step)
+                _keep(path, _is_documents, lambda row: row["step"] <= start_step)
         multihost_utils.sync_global_devices(f"{name} holds nothing beyond the checkpoint")
         self._file = (workdir / name.format(jax.process_index())).open("a")
 
@@ -186,9 +193,13 @@ class StepLog:
         if self._file is not None:
             self._file.close()
 
+    def sync(self) -> None:
+        """Puts the lines on disk, where a checkpoint that follows may rely on them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def log(self, step: int, documents: Sequence[tuple]) -> None:
-        """Writes one line, unless there is nothing; on disk before the step can be in a
-        checkpoint."""
+        """Writes one line, unless there is nothing."""
         if self._file is not None and documents:
             self._file.write(_line({"step": step, "documents": documents}))
             self._file.flush()
@@ -202,7 +213,7 @@ def read_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
     """
     steps: dict[int, list[tuple[str, int]]] = {}
     for path in sorted(workdir.glob(DOCUMENTS_FILE.format("*"))):
-        for row in _rows(path):
+        for row in _rows(path, _is_documents):
             steps.setdefault(row["step"], []).extend(map(tuple, row["documents"]))
     return steps
 
@@ -217,7 +228,7 @@ def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.exists():
         raise UserError(f"{path} does not exist: train into {workdir} first")
     stages: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(path):
+    for row in _rows(path, _is_metrics):
         values = {k: math.nan if v is None else v for k, v in row.items()}
         stages.setdefault(row["stage"], []).append(values)
     return stages
@@ -232,12 +243,33 @@ def series(
     return np.asarray(steps, np.int64), np.asarray(values, np.float64)
 
 
-def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+Row = dict[str, Any]
+
+
+def _is_metrics(row: Row) -> bool:
+    numbers = (v for k, v in row.items() if k != "stage" and v is not None)
+    return (
+        isinstance(row.get("stage"), str) and _is_step(row.get("step"))
+        and all(isinstance(v, int | float) for v in numbers)
+    )  # fmt: skip
+
+
+def _is_documents(row: Row) -> bool:
+    documents = row.get("documents")
+    return (
+        _is_step(row.get("step")) and isinstance(documents, list)
+        and all(isinstance(d, list) for d in documents)
+    )  # fmt: skip
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _keep(path: Path, valid: Callable[[Row], bool], wanted: Callable[[Row], bool]) -> None:
     """Drops the rows that are not wanted."""
-    rows = [row for row in _rows(path) if wanted(row)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(map(_line, rows)))
-    temporary.rename(path)
+    rows = [row for row in _rows(path, valid) if wanted(row)]
+    write_text(path, "".join(map(_line, rows)))
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -248,18 +280,27 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite) + "\n"
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines()
+def _rows(path: Path, valid: Callable[[Row], bool]) -> list[Row]:
+    """
+    Raises:
+        UserError: a line is not JSON, or no row of this file.
+    """
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(
                     f"{path}, line {number}: not JSON: mend or delete the line"
                 ) from None
-            # The last line may be torn: its process was killed as it wrote.
+            break  # it is torn: its process was killed as it wrote
+        if not isinstance(row, dict) or not valid(row):
+            raise UserError(
+                f"{path}, line {number}: not a row of this file: mend or delete the line"
+            )
+        rows.append(row)
     return rows
 
 

@@ -42,10 +42,14 @@ class Monitor:
 
     Args:
         goodput: already entered, so that it has seen the run's start.
+        signals: already entered; from here on they ask the run to save.
         done: steps done before this process began.
     """
 
-    def __init__(self, cfg: TrainConfig, workdir: Path, mesh: Mesh, goodput: Goodput, done: int):
+    def __init__(
+        self, cfg: TrainConfig, workdir: Path, mesh: Mesh, goodput: Goodput, signals: Signals,
+        done: int,
+    ):  # fmt: skip
         self.cfg, self.done = cfg, done
         self.row: dict[str, float] = {}  # the metrics of the last step that has ended
         self.stopping = False  # all processes agree to
@@ -56,7 +60,8 @@ class Monitor:
         self._logger = MetricLogger(
             workdir, stage=cfg.name, total_steps=cfg.steps, enabled=lead, start_step=done
         )
-        self._signals = Signals(mesh)
+        self._signals = signals
+        signals.listen(mesh)
         self._watchdog = Watchdog(workdir / f"stacks-{jax.process_index()}.txt", cfg.hang_seconds)
         self._tracer = Tracer(workdir / "profile", parse_steps(cfg.profile_steps))
         self._ends = _Ends()
@@ -69,7 +74,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         with ExitStack() as stack:
             for part in (
-                self._logger, self._signals, self._watchdog, self._tracer, self._ends,
+                self._logger, self._watchdog, self._tracer, self._ends,
             ):  # fmt: skip
                 stack.enter_context(part)
             self._stack = stack.pop_all()
@@ -99,6 +104,10 @@ class Monitor:
         the devices), and deals with what they brought."""
         while self._ends.pending > (self._ahead if ahead is None else ahead):
             self._ended(*self._ends.next())
+
+    def sync(self) -> None:
+        """Puts what was logged on disk."""
+        self._logger.sync()
 
     def _ended(self, launched: _Launched, row: dict[str, float], vote: np.ndarray, at: float):
         step = launched.step

@@ -8,6 +8,9 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,25 +19,32 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 STOP, TRACE = 0, 1  # places in a vote
+# Signals that come this close together are one request: a launcher signals a process and its
+# group, a terminal and a script both pass on Ctrl-C.
+ONE_REQUEST_SECONDS = 1.0
 
 
 class Signals:
-    """Listens while it is entered. A second SIGINT interrupts at once.
+    """Handles signals while it is entered.
+
+    Until `listen`, there is nothing to save, and SIGINT or SIGTERM raises KeyboardInterrupt at
+    once. From then on the first one asks the run to save and stop, and a later SIGINT raises
+    KeyboardInterrupt. It is raised once; then, and behind `interruptible`, the run is ending, and
+    signals change nothing.
 
     One process alone may get a signal, and processes are at different steps when it comes. So
     after each step they vote, on the devices and behind that step, and whoever reads the result
     of the same vote reads the same. Nothing waits for it.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self):
         self._asked = np.zeros(2, np.int32)
         self._previous: dict[int, Any] = {}
-        if jax.process_count() > 1:
-            self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            self._count = jax.jit(
-                lambda asked, _: jnp.max(asked, axis=0),
-                out_shardings=NamedSharding(mesh, PartitionSpec()),
-            )
+        self._listening = False
+        self._stop_asked_at = 0.0  # time.monotonic
+        self._ending = False
+        self._held = self._late = False
+        self._split: NamedSharding | None = None
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -46,12 +56,41 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def listen(self, mesh: Mesh) -> None:
+        """From here on, the run votes after each step, on a mesh."""
+        if jax.process_count() > 1:
+            self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            self._count = jax.jit(
+                lambda asked, _: jnp.max(asked, axis=0),
+                out_shardings=NamedSharding(mesh, PartitionSpec()),
+            )
+        self._listening = True
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Signals may interrupt the block. What comes behind it, ends the run in good order."""
+        try:
+            yield
+        finally:
+            self._ending = True
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Nothing interrupts the block; a KeyboardInterrupt that is due comes behind it."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._late:
+            self._interrupt()
+
     def vote(self, after: jax.Array) -> np.ndarray | jax.Array:
         """What some process has been asked: int32 [2], not zero at STOP and at TRACE. It is
         there once `after`, an output of the step, is."""
         asked = self._asked.copy()
         self._asked[TRACE] -= asked[TRACE]  # asked once
-        if jax.process_count() == 1:
+        if self._split is None:
             return asked
         shape = (self._split.num_devices, len(asked))
         votes = jax.make_array_from_callback(shape, self._split, lambda _: asked[None])
@@ -60,8 +99,25 @@ class Signals:
     def _heard(self, number: int, frame: object) -> None:
         if number == signal.SIGUSR1:
             self._asked[TRACE] = 1
+        elif self._ending:
+            if number == signal.SIGINT:
+                print("already stopping: waiting for what is being saved", file=sys.stderr)
+        elif not self._listening:
+            self._interrupt()
         elif not self._asked[STOP]:
-            self._asked[STOP] = 1
-            print(f"{signal.Signals(number).name}: saving, then stopping", file=sys.stderr)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
+            self._asked[STOP], self._stop_asked_at = 1, time.monotonic()
+            print(
+                f"{signal.Signals(number).name}: saving, then stopping (Ctrl-C: stopping at once)",
+                file=sys.stderr,
+            )
+        elif number == signal.SIGINT and (
+            time.monotonic() - self._stop_asked_at >= ONE_REQUEST_SECONDS
+        ):
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._held:
+            self._late = True
+            return
+        self._ending = True
+        raise KeyboardInterrupt
