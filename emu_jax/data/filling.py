@@ -72,6 +72,12 @@ class Filler:
             for name, (shape, dtype) in batch_shapes(self.cfg, group.kind).items()
         }
 
+    def reaches(self, block: int, row: int) -> bool:
+        """Whether a position can be one that `make` left."""
+        if self.group.kind != "rows":
+            return block == 0
+        return row < max(1, len(self.group.block(block).rows))
+
     def make(self, position: Position) -> Made:
         batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._share.items()}
         if self.group.kind == "rows":

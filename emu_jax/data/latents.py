@@ -26,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from emu_jax.config import EmuConfig, UserError, load_json, save_json
-from emu_jax.data.pipeline import Batch, Damage, DataConfig
+from emu_jax.data.pipeline import Batch, Damage, DataConfig, is_count
 from emu_jax.data.unused import Tally
 from emu_jax.tokenizer import Tokenizer
 
@@ -211,7 +211,11 @@ class LatentBatches(Iterator[Batch]):
                 f"the checkpoint's data position is for {state.get('kind')!r} batches, this run "
                 "reads latents: start it in a new workdir"
             )
-        self._position = int(state["batch"])
+        if not is_count(state.get("batch")):
+            raise UserError(
+                f"the checkpoint's data position is damaged ({state}): use another step"
+            )
+        self._position = state["batch"]
         self._ahead.clear()
 
     def documents(self) -> list[tuple[str, int]]:

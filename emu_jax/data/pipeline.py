@@ -100,23 +100,31 @@ class Batches(Iterator[Batch]):
         """Continues after the batch at which `state()` was taken.
 
         Raises:
-            UserError: `state` is of another kind of batches, or of other groups of sources.
+            UserError: `state` is of another kind of batches, of other groups of sources, or no
+                position in these sources.
         """
         if state.get("kind") != self._kind:
             raise UserError(
                 f"the checkpoint's data position is for {state.get('kind')!r} batches, "
                 f"this run reads {self._kind!r}: start it in a new workdir"
             )
-        groups = state.get("groups", ())
+        step: Any = state.get("step")
+        groups: Any = state.get("groups")
+        if not (
+            is_count(step) and isinstance(groups, list)
+            and all(isinstance(g, list) and len(g) == 2 and all(map(is_count, g)) for g in groups)
+        ):  # fmt: skip
+            raise UserError(
+                f"the checkpoint's data position is damaged ({state}): use another step"
+            )
         if len(groups) != len(self._position.groups):
             raise UserError(
                 f"the checkpoint's data position is of {len(groups)} groups of sources, this run "
                 f"has {len(self._position.groups)}: start it in a new workdir"
             )
         self.close()
-        self._position = _Position(
-            int(state["step"]), tuple((int(block), int(row)) for block, row in groups)
-        )
+        self._position = _Position(step, tuple((block, row) for block, row in groups))
+        self._maker.check(self._position)
 
     def documents(self) -> list[tuple[str, int]]:
         """(source, index in it) of each document in this process's share of the last batch that
@@ -162,6 +170,11 @@ class Batches(Iterator[Batch]):
             )
 
 
+def is_count(value: object) -> bool:
+    """Whether a value of a data position is a whole number that is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
 class _Position(NamedTuple):
     """Of a run, between two batches."""
 
@@ -193,6 +206,19 @@ class _Maker:
 
     def start(self) -> _Position:
         return _Position(0, ((0, 0),) * len(self._fillers))
+
+    def check(self, position: _Position) -> None:
+        """
+        Raises:
+            UserError: no batch ends at this position.
+        """
+        for filler, (block, row) in zip(self._fillers, position.groups, strict=True):
+            if not filler.reaches(block, row):
+                raise UserError(
+                    f"the checkpoint's data position is row {row} of block {block}, where these "
+                    "sources have no such row: use another step, or the sources that it was "
+                    "trained on"
+                )
 
     def make(self, position: _Position) -> tuple[Made, _Position]:
         """(the batch, the position after it)."""
