@@ -24,21 +24,47 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in SETTINGS}
 TRAIN = ("--", "--config", "configs/digits.py", "--workdir", "runs/a b")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C reaches the scripts where the tests run in the background, too: there SIGINT is
+    ignored, which bash cannot undo. What is caught here has its default meaning there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def processes():
+    """Processes that are ended with the test, and what they started with them."""
+    started: list[subprocess.Popen] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+
+
 # launch/local.sh
 
 
 @pytest.fixture
-def launch(tmp_path):
+def launch(tmp_path, processes):
     """Starts local.sh with a bash body in emu-jax's place; it runs in tmp_path."""
 
     def start(body: str, *arguments: str) -> subprocess.Popen:
         fake = tmp_path / "emu-jax"
         fake.write_text(f'#!/usr/bin/env bash\ncd "{tmp_path}"\n{body}\n')
         fake.chmod(0o755)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", SCRIPT, *arguments], env=ENVIRONMENT | {"EMU_JAX": str(fake), "GRACE": "3"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+        processes.append(process)
+        return process
 
     return start
 
@@ -190,7 +216,7 @@ def test_mistakes_end_with_the_usage_line(arguments, reason):
 
 
 @pytest.fixture
-def stand_ins(tmp_path):
+def stand_ins(tmp_path, processes):
     """Runs a script with programs of ours on its PATH, each a bash body. What they are called
     with is in `called`, a line a call."""
 
@@ -203,11 +229,13 @@ def stand_ins(tmp_path):
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "$CALLED"\n{body}\n')
                 path.chmod(0o755)
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                 env=ENVIRONMENT | environment
                 | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLED": str(self.called)},
             )  # fmt: skip
+            processes.append(process)
+            return process
 
         def run(self, *arguments, **environment) -> subprocess.CompletedProcess:
             process = self.start(*arguments, **environment)
