@@ -1,0 +1,98 @@
+"""What layers compute where parity with the release does not look: dropout, adapters, targets."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from emu_jax.config import LoraConfig, TokenIds
+from emu_jax.models.attention import attention
+from emu_jax.models.cformer import Dropout
+from emu_jax.models.emu import Emu
+from emu_jax.models.lora import LoraLinear, adapted, merge
+
+
+def test_dropout_by_hand():
+    x = jnp.arange(1.0, 401.0).reshape(20, 20)
+    key = jax.random.key(3)
+    dropout = Dropout(0.25, key)
+    one, two = np.asarray(dropout(x)), np.asarray(dropout(x))
+    for n, found in enumerate((one, two), 1):
+        kept = np.asarray(jax.random.bernoulli(jax.random.fold_in(key, n), 0.75, x.shape))
+        # What is kept makes up for what is not.
+        np.testing.assert_allclose(found, np.where(kept, x / 0.75, 0), rtol=1e-6)
+        assert 0.65 < kept.mean() < 0.85
+    assert (one != two).any()
+    for off in (Dropout(0.25, None), Dropout(0.0, key)):
+        np.testing.assert_array_equal(off(x), x)
+
+
+def test_adapters_by_hand():
+    """alpha is not the rank; of an input the adapter drops its own entries, the layer none."""
+    lora = LoraConfig(rank=2, alpha=3.0, dropout=0.4)
+    layer = LoraLinear(6, 5, ("embed", "heads"), lora=lora, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    layer.lora_b[...] = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32)
+    kernel, a, b = (np.asarray(p[...]) for p in (layer.kernel, layer.lora_a, layer.lora_b))
+    expected = x @ kernel + 3.0 / 2 * (np.asarray(x) @ a @ b)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
+    merged = merge(layer.kernel[...], layer.lora_a[...], layer.lora_b[...], lora)
+    np.testing.assert_allclose(x @ merged, expected, rtol=1e-5, atol=1e-6)
+
+    key = jax.random.key(1)
+    for place in (0, 3):
+        own = jax.random.fold_in(key, place)
+        low = np.where(jax.random.bernoulli(own, 0.6, x.shape), np.asarray(x) / 0.6, 0)
+        found = adapted(layer, x, key, place)
+        np.testing.assert_allclose(found, x @ kernel + 1.5 * (low @ a @ b), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(adapted(layer, x, None, 0), layer(x))
+
+
+def test_regression_targets_by_hand():
+    """The states at [IMG] and <image> regress what follows: N + 1 for each image that is scored,
+    none from one document to the next or round the end of a row."""
+    ids = TokenIds(pad=7, img=8, img_end=9, image=10)
+    emu = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(tokens=ids, cformer=types.SimpleNamespace(n_causal=2))
+    )
+    image = [8, 10, 10, 9]
+    rows = [
+        # tokens, documents, which state regresses
+        ([1, *image, 3, *image, 2, 7], [1] * 11 + [0], [0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]),
+        # An image that was cut off by the next document's, and one at the row's end.
+        ([1, 8, 10, 10, 9, 3, 4, 5, 6, 8, 10, 10], [1] * 3 + [2] * 9,
+         [0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0]),
+        # The row ends in [IMG], and begins in the middle of an image.
+        ([10, 9, 2, 1, 5, 3, 3, 3, 3, 3, 3, 8], [1] * 12, [1] + [0] * 11),
+    ]  # fmt: skip
+    tokens, segments, expected = (np.array(x) for x in zip(*rows, strict=True))
+    found = Emu.regression_mask(emu, jnp.asarray(tokens), jnp.asarray(segments))
+    assert found.astype(int).tolist() == expected.tolist()
+
+    here = tokens[0] == ids.image
+    slots = jnp.asarray(np.where(here, np.cumsum(here) - 1, -1)[None])
+    for scored in ([True, True, False], [False, True, False], [True, False, True]):
+        found = Emu.regression_mask(
+            emu, jnp.asarray(tokens[:1]), jnp.asarray(segments[:1]), slots, jnp.asarray([scored])
+        )
+        want = expected[0] * np.repeat([0, *scored[:2], 0], [1, 5, 5, 1])
+        assert found.astype(int).tolist() == [want.tolist()]
+
+
+def test_a_query_that_sees_nothing_has_no_gradient():
+    """It gets the mean of the values, which moves no query and no key."""
+    length = 5
+    q, k, v = (
+        jax.random.normal(key, (1, length, 1, 4)) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    mask = jnp.ones((1, 1, length, length), bool).at[:, :, 2].set(False)
+
+    def second(q, k, v):
+        return attention(q, k, v, mask=mask, scale=0.5)[:, 2]
+
+    np.testing.assert_allclose(second(q, k, v)[0, 0], v.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+    d_q, d_k = jax.grad(lambda q, k: second(q, k, v).sum(), (0, 1))(q, k)
+    assert not np.any(d_q) and not np.any(d_k)
