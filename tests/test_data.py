@@ -806,6 +806,24 @@ def test_long_contexts_keep_what_is_near(tmp_path, tokenizer):
     assert seen == {10: [t.bos, one, t.img], 20: [t.bos, *picture, two, t.img]}
 
 
+def test_an_image_may_be_drawn_from_itself(tmp_path, tokenizer):
+    """`autoencode` decides how often the context of an image is the image alone."""
+    pairs = [Document((Text("seven"), Picture(grey(5 * n + 5)))) for n in range(40)]
+    cfg = hand_made(tmp_path, pages=pairs)
+    cfg = dataclasses.replace(cfg, target_size=4, batch_size=40, drop_condition=0.0)
+    t = tokenizer
+    words = [t.bos, *t.encode_plain("seven"), t.img]
+    image = [t.bos, t.img, t.image, t.image, t.img_end, t.img]
+    for share in (0.0, 0.5, 1.0):
+        with Batches(dataclasses.replace(cfg, autoencode=share), t, "contexts") as batches:
+            batch = next(batches)
+        itself = batch["image_valid"][:, 0]
+        assert abs(itself.mean() - share) <= 0.25 * (share == 0.5)
+        np.testing.assert_array_equal(batch["images"][itself, 0], batch["target"][itself])
+        for row, length, same in zip(batch["tokens"], batch["length"], itself, strict=True):
+            assert row[:length].tolist() == (image if same else words)
+
+
 def test_a_long_text_before_a_picture_keeps_its_end(tmp_path, tokenizer):
     page = Document((Text("one two three four five six"), Picture(grey(10))))
     cfg = hand_made(tmp_path, pages=[page])
