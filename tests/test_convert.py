@@ -463,6 +463,69 @@ def write_run(model, path):
     engine.write_run(Fresh(), path)
 
 
+@pytest.mark.parametrize(
+    "transform, ours, theirs",
+    [
+        # Where the release has the element that stands here; no two sides are equal.
+        (tables.LINEAR, (2, 3), lambda i, o: (o, i)),
+        (tables.CONV, (2, 3, 4, 5), lambda h, w, i, o: (o, i, h, w)),
+        (tables.QKV, (2, 3, 5), lambda d, c, e: (5 * c + e, d)),
+        (tables.Transform("(p q c) o -> o c p q", {"p": 2, "q": 4, "c": 3}), (24, 5),
+         lambda x, o: (o, x % 3, x // 12, x // 3 % 4)),
+        (tables.SAME, (2, 3), lambda *at: at),
+    ],
+)  # fmt: skip
+def test_each_change_of_layout_by_hand(transform, ours, theirs):
+    x = np.arange(math.prod(ours)).reshape(ours)
+    y = transform.to_release(x)
+    for at in np.ndindex(*ours):
+        assert y[theirs(*at)] == x[at]
+    assert transform.release_shape(ours) == y.shape
+    np.testing.assert_array_equal(transform.from_release(y, ours), x)
+
+
+def test_the_layouts_that_the_towers_have():
+    """Of transforms that depend on the model: the rows of its patches, and of its vocabulary."""
+    cfg = EmuConfig()
+    rows = {row.path: row.transform for row in [*tables.visual(cfg), *tables.llama(cfg)]}
+    side, vocab = cfg.vision.patch_size, cfg.llama.vocab_size
+    patch = np.arange(side * side * 3)[:, None]
+    found = rows["visual.patch_embed.kernel"].to_release(patch)
+    for n, (p, q, c) in enumerate(np.ndindex(side, side, 3)):
+        assert found[0, c, p, q] == n
+    # Ours is rounded up with zeros, which the release does not have.
+    for path, ours in (
+        ("llama.embed_tokens.embedding", (vocab + 3, 2)), ("llama.lm_head.kernel", (2, vocab + 3)),
+    ):  # fmt: skip
+        release = np.arange(1, 2 * vocab + 1).reshape(vocab, 2)
+        read = rows[path].from_release(release, ours)
+        assert read.shape == ours and np.count_nonzero(read) == 2 * vocab
+        np.testing.assert_array_equal(read[:vocab] if ours[1] == 2 else read[:, :vocab].T, release)
+        np.testing.assert_array_equal(rows[path].to_release(read), release)
+
+
+def test_names_in_files_of_other_versions():
+    lm = "decoder.lm.model.layers.3.self_attn.q_proj."
+    new = tables.Spelling(peft=True, base_layer=True)
+    wrapped = lm.replace("decoder.lm.", "decoder.lm.base_model.model.")
+    assert new.write(lm + "weight", ["q_proj"]) == wrapped + "base_layer.weight"
+    assert new.write(lm + "weight", ["v_proj"]) == wrapped + "weight"
+    assert new.write(lm + "lora_A.default.weight", ["q_proj"]) == wrapped + "lora_A.default.weight"
+    assert tables.Spelling(peft=True).write(lm + "weight", ["q_proj"]) == wrapped + "weight"
+    assert tables.peft_key(lm + "lora_A.default.weight") == (
+        "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
+    )
+    old, stem = tables.Spelling(old_vae=True), "vae:encoder.mid_block.attentions.0."
+    for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                         ("to_out.0", "proj_attn")):  # fmt: skip
+        for part in ("weight", "bias"):
+            assert old.write(f"{stem}{ours}.{part}") == f"{stem}{theirs}.{part}"
+        assert tables.Spelling().write(f"{stem}{ours}.weight") == f"{stem}{ours}.weight"
+    for spelling in (new, old, tables.Spelling(), tables.Spelling(peft=True)):
+        keys = [spelling.write(k, ["q_proj"]) for k in (lm + "weight", stem + "to_out.0.weight")]
+        assert tables.Spelling.of(keys) == spelling
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """(the model, its folders for other libraries)."""
@@ -491,6 +554,10 @@ def test_transformers_opens_the_language_model(pretrained):
         logits = theirs(torch.tensor(IDS)).logits
     assert relative_error(our_logits(model, IDS), logits) < TIGHT
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder / "llama"), LlamaForCausalLM)
+    ids = model.cfg.tokens
+    assert [getattr(theirs.config, f"{name}_token_id") for name in ("bos", "eos", "pad")] == [
+        ids.bos, ids.eos, ids.pad,
+    ]  # fmt: skip
 
 
 def test_shards_of_the_language_model_open_too(pretrained, tmp_path):

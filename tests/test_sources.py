@@ -22,7 +22,7 @@ from emu_jax.data.images import open_image
 from emu_jax.data.index import kept
 from emu_jax.data.outlines import text_ids
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
-from emu_jax.data.video import Video, frame_indices, sample_frames
+from emu_jax.data.video import Video, frame_indices, sample_frames, storyboard_times
 from emu_jax.generate.prompt import instruct
 from emu_jax.tokenizer import Tokenizer
 
@@ -504,6 +504,8 @@ def test_storyboards(tmp_path):
     assert shown(boards[1]) == [0, "rolling on", 10]  # round(9 / 2) = 4 seconds apart
     assert boards[1].parts[2].time == 4.0
     assert reasons(boards) == dict.fromkeys((2, 3, 4), "malformed entry")
+    # A whole number of seconds apart: the nearest, and never none.
+    assert storyboard_times(4, 7.0) == [0, 2, 4, 6] and storyboard_times(3, 1.0) == [0, 1, 2]
     part = boards.read(0, wanted=[9])
     assert [bool(p.data) for p in part.parts if isinstance(p, Picture)] == [False] * 7 + [True]
     assert part.parts[9] == boards[0].parts[9]
