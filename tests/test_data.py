@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.config import UserError
+from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, UserError, VAEConfig
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text, filling
 from emu_jax.data import digits as digits_module
 from emu_jax.data.digits import (
@@ -35,6 +35,7 @@ from emu_jax.data.images import (
     normalize_images,
     open_image,
 )
+from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.mixture import Drawn, open_groups
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
@@ -973,6 +974,44 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
             batches.restore({"kind": "captions", "step": 0, "groups": [[0, 0]]})
         with pytest.raises(UserError, match="position is of 2 groups of sources, this run has 1"):
             batches.restore({"kind": "rows", "step": 0, "groups": [[0, 0], [0, 0]]})
+
+
+def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokenizer):
+    """Each epoch has every row once, condition and latents of one image together."""
+    model = EmuConfig(
+        cformer=CFormerConfig(n_causal=2), llama=LlamaConfig(width=3), unet=None,
+        vae=VAEConfig(sample_size=4, block_out_channels=(8, 8), latent_channels=1),
+    )  # fmt: skip
+    condition, latents = latent_shapes(model)
+    for process in range(2):
+        writer = PartWriter(tmp_path, 0, process)
+        for n in range(process * 20, process * 20 + 20):
+            writer.add(np.full(condition, n), np.full(latents, n))
+        writer.close()
+    progress = Progress("run").after(tmp_path, rows=40, processes=2, position=None)
+    nothing = np.full(condition, -1)
+    finish(tmp_path, progress, model=model, unconditional=nothing, tokenizer=tokenizer)
+
+    def read(count: int, **changes) -> tuple[np.ndarray, np.ndarray]:
+        cfg = DataConfig(batch_size=8, seed=3, **changes)
+        with LatentBatches(tmp_path, cfg, model) as batches:
+            made = [next(batches) for _ in range(count)]
+        shown, said = (
+            np.concatenate([np.asarray(b[k], np.float32) for b in made]).reshape(8 * count, -1)
+            for k in ("latents", "condition")
+        )
+        assert (shown == shown[:, :1]).all() and (said == said[:, :1]).all()
+        return shown[:, 0], said[:, 0]
+
+    shown, said = read(10, drop_condition=0.0)
+    one, two = shown[:40].tolist(), shown[40:].tolist()
+    assert sorted(one) == sorted(two) == list(range(40))
+    assert one != two and one != sorted(one)
+    np.testing.assert_array_equal(said, shown)
+    some_shown, some = read(10, drop_condition=0.4)
+    np.testing.assert_array_equal(some_shown, shown)
+    assert set(some[some != shown]) == {-1} and 0.25 < np.mean(some == -1) < 0.55
+    assert (read(2, drop_condition=1.0)[1] == -1).all()
 
 
 def test_close_ends_the_thread(cfg, tokenizer):

@@ -134,7 +134,7 @@ def test_words_that_do_not_pass():
     limits = CleanConfig(min_text=3, max_text=6)
     for texts, reason in (
         (("  ab ",), "text too short"), (("abc", "defg"), "text too long"),
-        (("",), "empty"), (("abc", "def"), ""),
+        (("",), "empty"), (("abc", "def"), ""), ((" abc ",), ""),
     ):  # fmt: skip
         document = Document(tuple(map(Text, texts)))
         cleaned = clean(document, limits)

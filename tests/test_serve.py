@@ -167,6 +167,7 @@ HOSTILE = {
     "two in one": (chat({"text": "a", "picture": "b"}), 400, "one of text, picture"),
     "a path": (chat({"path": "../../etc/passwd"}), 400, "unknown key 'path'"),
     "a path for a picture": (chat({"picture": "/etc/passwd"}), 400, "base64"),
+    "stray characters": (chat({"picture": "*" + png()}), 400, "base64"),
     "a picture that is none": (chat({"picture": "aGVsbG8="}), 400, "damaged"),
     "a strange format": (chat({"picture": png(format="PPM")}), 400, "none of PNG"),
     "a bomb": (chat({"picture": bomb()}), 413, "more than 10000 pixels"),
@@ -317,7 +318,7 @@ def test_too_many_wait_and_none_too_long(emu):
         # There is no place for its pictures either: they are not even looked at.
         status, _, _ = await client("/api/chat", chat({"picture": "no picture"}))
         assert status == 429
-        late = await asyncio.gather(*waiting)
+        late = await asyncio.wait_for(asyncio.gather(*waiting), 20)
         assert {status for status, _, _ in late} == {504}
         emu.hold.set()
         await asyncio.sleep(0.2)
