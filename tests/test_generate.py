@@ -386,6 +386,9 @@ def test_no_ngram_comes_twice():
     ]:
         ours = text.forbid_ngrams(jnp.zeros((2, 8)), sequences, jnp.int32(length), n)
         assert [set(np.flatnonzero(np.isneginf(row))) for row in np.asarray(ours)] == expected
+    # The newest n-gram counts, too, whose end begins the next one.
+    ours = text.forbid_ngrams(jnp.zeros((1, 8)), jnp.asarray([[1, 4, 5, 5, 0]]), jnp.int32(4), 2)
+    assert set(np.flatnonzero(np.isneginf(ours[0]))) == {5}
 
 
 def test_the_dummy_counts_for_the_minimal_length():

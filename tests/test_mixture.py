@@ -112,6 +112,7 @@ def test_rows_of_a_block_come_in_any_order(cfg, tokenizer, tmp_path):
     for block in range(10):
         rows = [[p.drawn.number for p in row] for row in group.block(block).rows]
         assert sorted(n for row in rows for n in row) == list(range(16 * block, 16 * block + 16))
+        assert [len(row) for row in rows] == [4] * 4  # as many as there is room for images
         places += [n for n, row in enumerate(rows) if 16 * block in row]
     assert len(set(places)) > 1
 
