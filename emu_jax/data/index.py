@@ -54,15 +54,17 @@ def folder_for(path: str, cache: str) -> Path:
     return Path(path).parent / ".emu_jax"
 
 
-def kept(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
+def kept(
+    folder: Path, name: str, make: Callable[[], Arrays], eager: int | None = None
+) -> Arrays:  # fmt: skip
     """The arrays in `folder/name`, made and written first if they are not there whole.
 
-    They appear at once. Where they cannot be written they are made each time. Large ones are
-    `Checked`.
+    They appear at once. Where they cannot be written they are made each time. Those of more than
+    `eager` bytes (by default `EAGER`) are `Checked`.
     """
-    target = folder / name
+    target, eager = folder / name, EAGER if eager is None else eager
     try:
-        return _load(target)
+        return _load(target, eager)
     except _Changed:
         pass
     except _BROKEN as error:
@@ -83,7 +85,7 @@ def kept(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         storage.sync(folder)
-        return _load(target)
+        return _load(target, eager)
     except (_Changed, *_BROKEN) as error:
         log.warning("cannot keep %s: %s", target, error)
         return arrays
@@ -94,7 +96,7 @@ def _save(arrays: Arrays, folder: Path) -> None:
     for key, array in arrays.items():
         file = folder / f"{key}.npy"
         np.save(file, np.ascontiguousarray(array))
-        content = np.memmap(file, np.uint8, "r")
+        content = np.memmap(file, np.uint8, "r").data
         blocks = range(0, len(content), _BLOCK)
         sums = np.array([zlib.crc32(content[n : n + _BLOCK]) for n in blocks], "<u4")
         (folder / f"{key}.crc").write_bytes(sums.tobytes())
@@ -106,7 +108,7 @@ def _save(arrays: Arrays, folder: Path) -> None:
     storage.sync(folder)
 
 
-def _load(folder: Path) -> Arrays:
+def _load(folder: Path, eager: int) -> Arrays:
     """
     Raises:
         _Changed, or one of _BROKEN: it is not there, or not as it was written.
@@ -115,14 +117,15 @@ def _load(folder: Path) -> Arrays:
     sound = listing.pop("crc") == _sum_of(listing)
     if not sound or (listing["version"], listing["block"]) != (_VERSION, _BLOCK):
         raise ValueError(f"{_LISTING} has changed")
-    return {key: _open(folder, key, *known) for key, known in listing["arrays"].items()}
+    known: dict[str, tuple[int, int]] = listing["arrays"]
+    return {key: _open(folder, key, size, crc, eager) for key, (size, crc) in known.items()}
 
 
 def _sum_of(listing: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(listing).encode())
 
 
-def _open(folder: Path, key: str, size: int, crc: int) -> np.ndarray:
+def _open(folder: Path, key: str, size: int, crc: int, eager: int) -> np.ndarray:
     file = folder / f"{key}.npy"
     sums = (folder / f"{key}.crc").read_bytes()
     if zlib.crc32(sums) != crc:
@@ -131,7 +134,7 @@ def _open(folder: Path, key: str, size: int, crc: int) -> np.ndarray:
         raise ValueError(f"{file.name} has {now:,} bytes, not {size:,}")
     checked = Checked(file, np.frombuffer(sums, "<u4"))
     # What is small is better a plain array, which is looked up faster.
-    return np.asarray(checked) if size <= EAGER else cast(np.ndarray, checked)
+    return np.asarray(checked) if size <= eager else cast(np.ndarray, checked)
 
 
 class _Changed(UserError):
@@ -151,7 +154,7 @@ class Checked:
 
     def __init__(self, file: Path, sums: np.ndarray):
         self._file, self._sums = file, sums
-        self._content = np.asarray(np.memmap(file, np.uint8, "r"))
+        self._content = np.memmap(file, np.uint8, "r").data
         self._sound, self._left = bytearray(len(sums)), len(sums)
         self._lock = threading.Lock()
         self._check(0, 1)  # the header

@@ -3,16 +3,20 @@ them, in folders or in tars."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Source, short_hash, utf8
-from emu_jax.data.index import Arrays, fingerprint, index_files
+from emu_jax.data.formats import PACKED, check_format, check_twins, unpack
+from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kept
 from emu_jax.data.tars import TarFiles
 
 _VERSION = "entries-1"
@@ -23,13 +27,17 @@ _CHUNK = 1 << 26  # of a file of lines, while looking for their ends
 class Entries:
     """The objects of JSON files, read where they lie: one on each line, or in one list.
 
+    Files that end in .gz or .zip are unpacked once, into the cache.
+
     Attributes:
         fingerprint: as a source's.
     """
 
     def __init__(self, paths: Sequence[str], cache: str):
-        self.paths = list(paths)
-        found = index_files(_VERSION, self.paths, _objects_in, cache)
+        self.paths, self._cache = list(paths), cache
+        check_twins(self.paths)
+        self._content = functools.lru_cache(1024)(self._content)  # mapped, of packed files
+        found = index_files(_VERSION, self.paths, self._scan, cache)
         self._files, self._offsets, self._sizes = found["file"], found["offset"], found["size"]
         self._numbers = found["number"]
         self.fingerprint = fingerprint(_VERSION, self.paths)
@@ -52,8 +60,23 @@ class Entries:
         path, size = self.paths[self._files[index]], int(self._sizes[index])
         if size > storage.MOST_ENTRY:
             raise Damaged("file too large", self.where(index), f"an entry of {size:,} bytes")
-        content = storage.read(path, int(self._offsets[index]), size)
+        start = int(self._offsets[index])
+        if path.endswith(PACKED):
+            content = self._content(path)[start : start + size].tobytes()
+        else:
+            content = storage.read(path, start, size)
         return parse_object(content, self.where(index))
+
+    def _scan(self, path: str) -> Arrays:
+        if path.endswith(PACKED):
+            return _objects_in(np.asarray(self._content(path)).tobytes())
+        check_format(path)
+        return _objects_in(path)
+
+    def _content(self, path: str) -> UInt8[np.ndarray, "bytes"]:
+        name = f"{os.path.basename(path)}-{fingerprint('unpacked-1', [path])}"
+        made = kept(folder_for(path, self._cache), name, lambda: unpack(path), eager=0)
+        return made["content"]
 
 
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
@@ -75,18 +98,23 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _objects_in(path: str) -> Arrays:
-    head = storage.read(path, 0, 4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    spans = list(_elements(storage.read(path)) if head.startswith(b"[") else _lines(path))
+def _objects_in(file: str | bytes) -> Arrays:
+    """Where the objects lie in a file, given by its path or its content."""
+    if isinstance(file, bytes):
+        size, read = len(file), lambda start, count: file[start : start + count]
+    else:
+        size, read = storage.stat(file).size, functools.partial(storage.read, file)
+    head = read(0, 4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    spans = list(_elements(read(0, size)) if head.startswith(b"[") else _lines(read, size))
     offsets, sizes = np.array(spans, np.int64).reshape(-1, 2).T
     return {"offset": offsets, "size": sizes, "number": np.arange(len(spans))}
 
 
-def _lines(path: str) -> Iterator[tuple[int, int]]:
+def _lines(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[int, int]]:
     """(offset, size) of each line that holds something."""
-    start, position, size = 0, 0, storage.stat(path).size
+    start, position = 0, 0
     while position < size:
-        chunk = storage.read(path, position, _CHUNK)
+        chunk = read(position, _CHUNK)
         for end in (np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position).tolist():
             if end > start + 1:  # a lone \r is as good as nothing
                 yield start, end - start

@@ -13,6 +13,7 @@ from emu_jax.config import UserError, suggest
 from emu_jax.data import storage
 from emu_jax.data.dialogues import Dialogues
 from emu_jax.data.documents import DocumentFiles, Source
+from emu_jax.data.formats import PACKED
 from emu_jax.data.listings import Entries, Media
 from emu_jax.data.pages import Pages
 from emu_jax.data.pairs import Pairs, TfdsPairs
@@ -75,7 +76,7 @@ def _entries(paths: list[str], cache: str, cfg: SourceConfig) -> tuple[Entries, 
 
 
 Make = Callable[[SourceConfig, list[str], str], Source]
-_JSON = (".jsonl", ".json")
+_JSON = tuple(name + packed for name in (".jsonl", ".json") for packed in ("", *PACKED))
 # {format: (what opens it, how its files end)}
 FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "records": (

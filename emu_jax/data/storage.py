@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 5
 WAIT = 0.5  # seconds before the second attempt; each later wait is twice as long
+_PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4|zip)$")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -83,6 +84,7 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     found = []
     for pattern in patterns:
         paths = _patiently(pattern, lambda pattern=pattern: _expand(pattern, tuple(suffixes)))
+        _check_packed(pattern, paths, tuple(suffixes))
         if not paths:
             raise UserError(f"nothing is at {pattern}: no file that ends in {', '.join(suffixes)}")
         found += paths
@@ -106,6 +108,20 @@ def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if os.path.exists(pattern):
         return [pattern]
     return sorted(glob.glob(_literal(pattern)) or glob.glob(pattern)) if "*" in pattern else []
+
+
+def _check_packed(folder: str, found: list[str], suffixes: tuple[str, ...]) -> None:
+    """
+    Raises:
+        UserError: a folder has compressed files of this kind, which would be passed over.
+    """
+    if "*" in folder:
+        return
+    known = {path.rpartition("/")[2] for path in found}
+    for name in names(folder):
+        plain = _PACKED.sub("", name).replace(".tgz", ".tar")
+        if name not in known and plain != name and plain.endswith(suffixes) and plain not in known:
+            raise UserError(f"{join(folder, name)} is compressed, which is not read: unpack it")
 
 
 def _literal(pattern: str) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from emu_jax.data import storage
+from emu_jax.data.formats import check_format
 from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kept
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -33,6 +34,7 @@ def members(path: str) -> Iterator[Member]:
     At a corrupt header one `Member` that is not whole stands for what cannot be told, and the
     walk goes on at the next header that can be read.
     """
+    check_format(path)
     size = storage.stat(path).size
     read = _Reader(path)
     offset, pax, sound = 0, {}, True
