@@ -11,6 +11,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint
 from emu_jax.config import LORA_TARGETS, LoraConfig, SchedulerConfig, UserError, digits, save_json
@@ -27,7 +28,7 @@ from emu_jax.data.images import normalize_images
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import Llama
-from emu_jax.sharding import Template, batch_sharding, make_mesh, nest
+from emu_jax.sharding import MESH_AXES, Template, batch_sharding, make_mesh, nest
 from emu_jax.train import loop, monitor, objectives, parents, precompute
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import Trainer, train
@@ -54,6 +55,8 @@ class Toy(nnx.Module):
 
 class ToyBatches:
     """Batches that follow from their position alone."""
+
+    tallies: ClassVar = {}
 
     def __init__(self):
         self.position = 0
@@ -114,7 +117,8 @@ class ToyObjective(objectives.Objective):
         # Nothing, whose gradient is 0 or, where the root is that of 0, not a number.
         root = jnp.sqrt(batch["root"] * jnp.exp(0 * module.llama.bias[0]))
         loss += jnp.sum(root - batch["root"]) + jnp.max(batch["more"])
-        return loss, {"noise": jax.random.normal(key)}
+        noise = jax.random.normal(key)
+        return loss, {"noise": noise, "square": jnp.square(noise)}
 
 
 GROUPS = (
@@ -240,8 +244,9 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path):
                 np.testing.assert_allclose(moment, value, atol=2e-6, err_msg=f"{name} {path}")
     np.testing.assert_array_equal(stored(run / "9", "params")["visual.bias"], start["visual.bias"])
 
-    # No two steps draw the same.
+    # No two steps draw the same, nor do the parts of a step, over which metrics are means.
     assert len({row["noise"] for row in rows}) == STEPS
+    assert all(row["square"] > row["noise"] ** 2 + 1e-6 for row in rows)
     # Resumed after its fourth step, the run ends as it did: data, noise, moments, averages.
     shutil.copytree(run, parts)
     for number in range(5, STEPS + 1):
@@ -460,6 +465,9 @@ def test_a_row_without_targets_has_no_loss():
     module = language(normal(350, 6), normal(6, 6), (normal(6, 350), normal(6, 6)))
     found = objectives.sequence_losses(module, normal(1, 2, 4, 6), batch, loss_block=0)
     assert tuple(map(float, found)) == (0, 0)
+    # Nothing follows the last position, though the row be full.
+    full = {"segment_ids": np.ones((2, 3)), "text_loss_mask": np.ones((2, 3), bool)}
+    np.testing.assert_array_equal(objectives.text_mask(full), [[True, True, False]] * 2)
 
 
 def test_the_contrastive_loss_by_hand():
@@ -605,13 +613,14 @@ def test_every_dropout_draws_for_itself(drawn):
 
 def test_spread_is_of_valid_pictures_and_of_the_first():
     images, valid = normal(6, 20, 2, 3), RNG.random((6, 20)) < 0.7
-    assert valid.sum() > 64
-    variance, rank = jax.jit(partial(objectives.spread, most=64))(images, valid)
-    x = np.float64(images[valid].reshape(-1, 6)[:64])
-    share = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
-    share /= share.sum()
-    close(variance, np.mean(np.var(x, axis=0)))
-    close(rank, np.exp(-np.sum(share * np.log(share))))
+    assert 64 < valid.sum() < 110
+    for most in (64, 110):  # fewer than are valid, and more
+        variance, rank = jax.jit(partial(objectives.spread, most=most))(images, valid)
+        x = np.float64(images[valid].reshape(-1, 6)[:most])
+        share = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+        share /= share.sum()
+        close(variance, np.mean(np.var(x, axis=0)))
+        close(rank, np.exp(-np.sum(share * np.log(share))))
 
 
 # --- What a run starts from ----------------------------------------------------------------------
@@ -621,6 +630,7 @@ def write_run(folder: Path, model, **items: dict[str, np.ndarray]) -> Path:
     with ocp.StandardCheckpointer() as checkpointer:
         for name, params in items.items():
             checkpointer.save((folder / "3" / name).absolute(), nest(params))
+    (folder / "2" / "params").mkdir(parents=True)  # an older step
     save_json(model, folder / "config.json")
     return folder
 
@@ -675,7 +685,7 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
 
 
 def test_this_process_s_rows_come_in_order():
-    mesh = make_mesh(2, 2, 2)
+    mesh = Mesh(np.reshape(jax.devices()[::-1], (2, 2, 2)), MESH_AXES)
     rows = normal(8, 3)
     placed = jax.device_put(rows, batch_sharding(mesh))
     np.testing.assert_array_equal(precompute._local(placed), rows)
