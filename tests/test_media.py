@@ -1,9 +1,13 @@
 """Odd pictures, videos and subtitle files are read as a viewer or player shows them."""
 
+import functools
 import io
 import struct
+import tempfile
 from collections import Counter
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -11,7 +15,16 @@ from PIL import Image, ImageOps
 from emu_jax.data.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
 from emu_jax.data.documents import Damaged
 from emu_jax.data.images import PictureError, load_image, open_image
-from emu_jax.data.video import subtitles
+from emu_jax.data.video import (
+    CUT_SHORT,
+    UNDECODABLE_FRAME,
+    VIDEO_SUFFIXES,
+    Video,
+    frame_indices,
+    sample_frames,
+    subtitles,
+)
+from emu_jax.generate.prompt import open_file
 
 # Pictures
 
@@ -379,3 +392,201 @@ def test_damaged_subtitles():
             subtitles(content, "it")
     with pytest.raises(Damaged, match="it: malformed entry .unknown encoding 'klingon'"):
         subtitles(ONE.encode(), "it", "klingon")
+
+
+# Videos
+
+SIDES = (48, 32)
+
+
+@functools.cache
+def encode(
+    form: str, codec: str, b_frames: int = 0, frames: int = 24, options: str = "",
+    at: tuple[int, ...] = (), picture: str = "shades",
+) -> bytes:  # fmt: skip
+    """A video with a key frame every six.
+
+    Args:
+        at: when each frame is shown, in twelfths of a second.
+        picture: `shades`: frame k has the shade 10 * k. `noise`: random pixels. `corners`:
+            CORNERS, in all frames.
+    """
+    # FFmpeg reads a file again to move its index to the front.
+    file = tempfile.NamedTemporaryFile() if options else io.BytesIO()
+    target, flags = (file.name, {"movflags": options}) if options else (file, {})
+    with av.open(target, "w", format=form, options=flags) as out:
+        settings = {"x264-params": f"bframes={b_frames}:b-adapt=0"} if codec == "libx264" else {}
+        stream = out.add_stream(codec, rate=25 if codec.endswith("video") else 12, options=settings)
+        stream.width, stream.height, stream.pix_fmt = *SIDES, "yuv420p"
+        stream.gop_size = stream.codec_context.gop_size = 6
+        stream.codec_context.max_b_frames = b_frames
+        for k in range(frames):
+            pixels = {
+                "shades": np.full((*SIDES[::-1], 3), 10 * k, np.uint8), "corners": CORNERS,
+                "noise": np.random.default_rng(k).integers(0, 256, (*SIDES[::-1], 3), np.uint8),
+            }[picture]  # fmt: skip
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            if at:
+                frame.pts, frame.time_base = at[k], Fraction(1, 12)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    file.seek(0)
+    return file.read()
+
+
+def played(content: bytes) -> list[tuple[float | None, bytes]]:
+    """(time, pixels) of the frames that FFmpeg shows, from the first to the last."""
+    with av.open(io.BytesIO(content)) as container:
+        return [(f.time, f.to_ndarray(format="rgb24").tobytes()) for f in container.decode(video=0)]
+
+
+def pixels(frame: bytes) -> bytes:
+    return np.asarray(Image.open(io.BytesIO(frame))).tobytes()
+
+
+def is_played(content: bytes) -> bool:
+    """Whether every frame is as FFmpeg shows it, whichever others are asked for with it."""
+    want, clip = [shown for _, shown in played(content)], Video(content, "it")
+    assert len(clip.times) == len(want)
+    for step, start in ((1, 0), (5, 0), (7, 3), (len(want), len(want) - 1)):
+        indices = range(start, len(want), step)
+        got = [pixels(frame) for _, frame in clip.frames(indices)]
+        assert got == [want[index] for index in indices], (step, start)
+    return clip.unused == [] and min(np.diff(clip.times)) > 0
+
+
+CONTAINERS = [
+    ("mp4", "libx264", 2), ("mov", "mpeg4", 2), ("3gp", "mpeg4", 0), ("matroska", "libx264", 2),
+    ("webm", "libvpx", 0), ("avi", "mpeg4", 0), ("avi", "mpeg4", 2), ("avi", "libx264", 2),
+    ("mpegts", "libx264", 2), ("mpegts", "mpeg2video", 2), ("mpeg", "mpeg1video", 2),
+    ("mpeg1video", "mpeg1video", 2), ("flv", "flv", 0), ("flv", "libx264", 2), ("asf", "wmv2", 0),
+    ("asf", "libx264", 2), ("ogg", "libvpx", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "codec", "b_frames"), CONTAINERS)
+def test_every_container_gives_the_frames_of_a_player(form, codec, b_frames, tmp_path):
+    content = encode(form, codec, b_frames)
+    assert is_played(content)
+    times = Video(content, "it").times
+    rate = 25 if codec.endswith("video") else 12
+    assert len(times) == 24 and abs(times[5] - 5 / rate) < 2e-3
+    # The content decides, not the name.
+    (tmp_path / "clip.bin").write_bytes(content)
+    assert len(open_file(tmp_path / "clip.bin")) == 8
+
+
+def trimmed(content: bytes, start: float) -> bytes:
+    """A copy from `start` seconds on, which begins at the key frame before: an edit list hides
+    what is between."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(content)) as whole, av.open(file, "w", format="mp4") as out:
+        stream = whole.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        shift = int(start / stream.time_base)
+        whole.seek(shift, stream=stream)
+        for packet in whole.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                out.mux(packet)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("codec", "b_frames"), [("mpeg4", 0), ("libx264", 0), ("libx264", 2)])
+def test_frames_before_a_cut_are_not_shown(codec, b_frames):
+    content = trimmed(encode("mp4", codec, b_frames), 9 / 12)
+    assert is_played(content)
+    times = Video(content, "it").times
+    assert len(times) == 15 and times[0] == 0
+    whole = [shown for _, shown in played(encode("mp4", codec, b_frames))]
+    first, last = (pixels(frame) for _, frame in Video(content, "it").frames([0, 14]))
+    assert (first, last) == (whole[9], whole[23])
+
+
+MATRICES = {  # (a, b, c, d) of a track: how what is stored becomes what is shown
+    (1, 0, 0, 1): None,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_videos_are_turned_and_mirrored_as_players_do(matrix):
+    content = bytearray(encode("mp4", "mpeg4", frames=2, picture="corners"))
+    a, b, c, d = (n << 16 for n in matrix)
+    at = content.index(b"tkhd") + 44
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    picture = Image.open(io.BytesIO(Video(bytes(content), "it").frames([1])[0][1]))
+    turn = MATRICES[matrix]
+    want = Image.fromarray(CORNERS)
+    want = want if turn is None else want.transpose(turn)
+    assert picture.size == want.size
+    got = np.asarray(picture.resize((2, 2), Image.Resampling.BOX)).astype(int)
+    assert np.abs(got - np.asarray(want.resize((2, 2), Image.Resampling.BOX))).max() < 40
+
+
+def test_times_of_frames():
+    at = (-3, -2, 0, 1, 5, 6, 17, 18)  # a variable rate, from before zero
+    for form in ("mp4", "matroska"):
+        clip = Video(encode(form, "libx264", 0, 8, at=tuple(n + 3 for n in at)), "it")
+        np.testing.assert_allclose(clip.times, [(n + 3) / 12 for n in at], atol=1e-3)
+    shifted = io.BytesIO()
+    with av.open(io.BytesIO(encode("mp4", "libx264", 2))) as whole:
+        with av.open(shifted, "w", format="mpegts", options={"muxdelay": "0"}) as out:
+            copy = out.add_stream_from_template(whole.streams.video[0])
+            for packet in whole.demux(video=0):
+                if packet.size:
+                    packet.pts, packet.dts = packet.pts + 70_000, packet.dts + 70_000
+                    packet.stream = copy
+                    out.mux(packet)
+    assert Video(shifted.getvalue(), "it").times[:2] == pytest.approx([0, 1 / 12], abs=2e-3)
+    assert is_played(shifted.getvalue())
+
+
+def test_what_is_left_of_a_cut_video_is_used():
+    for form, codec, options in (
+        ("mp4", "libx264", "faststart"), ("mp4", "libx264", "frag_keyframe"),
+        ("matroska", "libx264", ""), ("webm", "libvpx", ""), ("avi", "mpeg4", ""),
+        ("flv", "flv", ""),
+    ):  # fmt: skip
+        content = encode(form, codec, frames=24, options=options, picture="noise")
+        want = [shown for _, shown in played(content)]
+        cut = Video(content[: len(content) * 6 // 10], form)
+        assert 4 < len(cut.times) < 20, form
+        exact = [pixels(frame) == want[n] for n, (_, frame) in enumerate(cut.frames(range(5)))]
+        assert all(exact), form
+        assert [note.reason for note in cut.unused] == [CUT_SHORT], form
+        assert Video(content, form).unused == []
+
+
+def test_undecodable_frames_are_counted_and_those_before_shown():
+    content = bytearray(encode("avi", "mpeg4"))
+    with av.open(io.BytesIO(bytes(content))) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    for number in (12, 13):  # the second from the last key frame but one on
+        at, size = packets[number]
+        content[at : at + size] = bytes(size)
+    clip = Video(bytes(content), "it")
+    frames = clip.frames(range(24))
+    want = [shown for _, shown in played(encode("avi", "mpeg4"))]
+    assert [pixels(frame) for _, frame in frames[:12]] == want[:12]
+    assert [pixels(frame) for _, frame in frames[12:14]] == [want[11]] * 2
+    assert [pixels(frame) for _, frame in frames[18:]] == want[18:]
+    assert {note.reason for note in clip.unused} == {UNDECODABLE_FRAME}
+    assert [note.detail for note in clip.unused[:2]] == ["at 1 s", "at 1.08333 s"]
+
+
+def test_names_of_videos():
+    assert len(set(VIDEO_SUFFIXES)) == len(VIDEO_SUFFIXES)
+    assert {".mp4", ".ts", ".flv", ".mpg", ".wmv", ".m4v", ".mpeg", ".3gp", ".ogv", ".mts"} <= set(
+        VIDEO_SUFFIXES
+    )
+    clip = Video(encode("mp4", "libx264", 2), "it")
+    shades = [round(Image.open(io.BytesIO(f)).getpixel((9, 9))[0] / 10) for _, f in
+              sample_frames(clip, 8, None)]  # fmt: skip
+    assert shades == frame_indices(24).tolist()  # the release's choice

@@ -19,7 +19,7 @@ from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Document, Picture, Text
 from emu_jax.data.listings import Entries, Listed, Media
 from emu_jax.data.unused import Unused
-from emu_jax.data.video import Clip, Video, sample_frames
+from emu_jax.data.video import VIDEO_SUFFIXES, Clip, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 # What the instruction-tuned model was told before a turn (`Emu1/inference.py`).
@@ -39,7 +39,6 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
 }
 # Video-ChatGPT names its videos by their ids alone.
-_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
 class Medium(NamedTuple):
@@ -99,8 +98,9 @@ class Dialogues(Listed):
         def pictures(medium: Medium, scored: bool) -> list[Picture]:
             if not medium.video:
                 return [Picture(self._image(index, medium.name), scored=scored)]
-            frames = sample_frames(self._video(index, medium.name), self._frames, seed,
-                                   dialogue.clip)  # fmt: skip
+            video = self._video(index, medium.name)
+            frames = sample_frames(video, self._frames, seed, dialogue.clip)
+            dialogue.unused.extend(video.unused)
             return [Picture(data, time, scored=scored) for time, data in frames]
 
         return _document(dialogue, pictures)
@@ -129,7 +129,7 @@ class Dialogues(Listed):
 
     def _video(self, index: int, name: str) -> Video:
         where, folder = self.where(index), self._entries.folder(index)
-        names = [name, *(name + suffix for suffix in _VIDEO_SUFFIXES)]
+        names = [name, *(name + suffix for suffix in VIDEO_SUFFIXES)]
         known = next((n for n in names if self._media.has(n, folder)), name)
         return Video(self._media.read(known, folder, where, storage.MOST_VIDEO), where)
 

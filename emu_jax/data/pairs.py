@@ -25,12 +25,12 @@ from emu_jax.data.documents import (
 from emu_jax.data.index import Arrays, fingerprint, index_files
 from emu_jax.data.listings import parse_object
 from emu_jax.data.tars import Member, members
-from emu_jax.data.video import Video, sample_frames
+from emu_jax.data.video import VIDEO_SUFFIXES, Video, sample_frames
 
-_VERSION = "samples-2"
+_VERSION = "samples-3"
 _ROLES = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "picture"),
-    **dict.fromkeys(("mp4", "webm", "mkv", "mov", "avi"), "video"),
+    **{suffix.removeprefix("."): "video" for suffix in VIDEO_SUFFIXES},
     "txt": "text", "json": "json",
 }  # fmt: skip
 _PICTURE, _VIDEO, _TEXT, _JSON = range(4)
@@ -69,10 +69,12 @@ class Pairs(Source):
         picture = self._member(index, _PICTURE)
         if picture is not None:
             return Document((Picture(picture), *words))
-        video = self._member(index, _VIDEO)
-        assert video is not None  # or the sample would be damaged
-        shown = sample_frames(Video(video, self.where(index)), self._frames, seed)
-        return Document((*(Picture(data, time) for time, data in shown), *words))
+        content = self._member(index, _VIDEO)
+        assert content is not None  # or the sample would be damaged
+        video = Video(content, self.where(index))
+        shown = sample_frames(video, self._frames, seed)
+        parts = (*(Picture(data, time) for time, data in shown), *words)
+        return Document(parts, tuple(video.unused))
 
     def sketch(self, index: int) -> Document:
         words = self._words(index)

@@ -7,6 +7,7 @@ a copy.
 from __future__ import annotations
 
 import bisect
+import collections
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,8 +23,21 @@ from emu_jax.data.images import PictureError, open_image
 
 FRAMES = 8  # that the release shows of a video
 
+# How files of videos end. Their content decides how they are read.
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".webm", ".mkv", ".avi", ".divx", ".ts",
+    ".mts", ".m2ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".flv", ".wmv", ".asf",
+    ".ogv",
+)  # fmt: skip
 # FFmpeg also reads lists that name other files: those are no videos here.
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg"
+# These store when a frame is decoded, which is not when it is shown if frames are reordered.
+_DECODING_TIMES = ("avi", "asf")
+# Program streams: where several frames share one time, those after a leap get others.
+_SHARED_TIMES = ("mpeg", "mpegvideo")
+
+CUT_SHORT = "video cut short"
+UNDECODABLE_FRAME = "undecodable video frame"
 
 Frame = tuple[float, bytes]  # (seconds, PPM)
 Clip = tuple[float, float]  # (start, end) in seconds
@@ -56,8 +70,13 @@ def open_container(content: bytes) -> Any:
 class Video:
     """A video's frames, read at random.
 
+    They are what a player shows: turned or mirrored by the display matrix, without the frames
+    that an edit list hides. Pixels that are not square stay so, as in the release, which squashes
+    each frame to a square anyway.
+
     Attributes:
-        times: seconds at which each frame is shown, ascending. Found without decoding.
+        times: seconds from the first frame to each, ascending. Found without decoding.
+        unused: what the file should have, but cannot be decoded; `frames` adds to it.
 
     Raises:
         Damaged: it cannot be read, or has no frames.
@@ -65,58 +84,207 @@ class Video:
 
     def __init__(self, content: bytes, where: str):
         self._content, self._where = content, where
+        self.unused: list[Unused] = []
         try:
-            with self._open() as container:
-                stream = container.streams.video[0]
-                packets = [p for p in container.demux(stream) if p.pts is not None]
-                self._pts = sorted(p.pts for p in packets)
-                self._keys = sorted(p.pts for p in packets if p.is_keyframe)
-                base = stream.time_base
+            with open_container(content) as container:
+                stream = container.streams.best("video")
+                packets, whole = _packets(container, stream)
+                base, duration = stream.time_base, (container.duration or 0) / 1e6
+                rate = stream.average_rate or stream.guessed_rate or 25
+                form = container.format.name
+                reordered = stream.codec_context.has_b_frames
         except EOFError:  # at the end before the first frame
             raise Damaged("video without frames", where) from None
-        except Exception as error:  # FFmpeg's errors, and IndexError where nothing moves
+        except Exception as error:  # FFmpeg's errors, and AttributeError where nothing moves
             raise Damaged("unreadable video", where, _why(error)) from None
-        if not self._pts:
+        first = next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0)
+        self.unused += [Unused(UNDECODABLE_FRAME, "before the first key frame")] * first
+        shown = [packet for packet in packets[first:] if not packet.is_discard]
+        if not shown:
             raise Damaged("video without frames", where)
-        self.times = [float((pts - self._pts[0]) * base) for pts in self._pts]
-
-    def _open(self) -> Any:
-        return open_container(self._content)
+        given = {packet.pts for packet in shown}
+        known = None not in given and len(given) == len(shown)
+        # Whether a frame is found by its time, and not by counting.
+        counted = form in _SHARED_TIMES or (reordered and form in _DECODING_TIMES)
+        self._seekable = known and not counted
+        self._pts = sorted(given) if known else []
+        self._keys = sorted(p.pts for p in packets if p.is_keyframe) if self._seekable else []
+        if known and form != "mpegvideo":  # it has no times but those that FFmpeg makes up
+            self.times = [float((pts - self._pts[0]) * base) for pts in self._pts]
+        else:
+            self.times = [float(n / rate) for n in range(len(shown))]
+        missing = duration - self.times[-1]
+        if not whole or _cut_short(content) or missing > max(1.0, 0.1 * duration):
+            self.unused.append(Unused(CUT_SHORT, f"{len(shown)} frames, {self.times[-1]:g} s"))
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
-        """The frames of ascending numbers.
+        """Decodes the frames of ascending numbers.
+
+        Instead of a frame that cannot be decoded it gives the one that is on the screen at its
+        time, and adds it to `unused`.
 
         Raises:
-            Damaged: one of them cannot be decoded.
+            Damaged: nothing can be decoded.
         """
-        wanted = [self._pts[i] for i in indices]
+        wanted = sorted(set(indices))
         try:
-            with self._open() as container:
-                stream = container.streams.video[0]
-                stream.codec_context.thread_count = 1  # videos are decoded side by side
-                shown = dict(self._decode(container, stream, sorted(set(wanted))))
+            shown = dict(self._by_seeking(wanted)) if self._seekable else {}
+            if missing := [index for index in wanted if index not in shown]:
+                shown |= self._in_order(missing)
         except Exception as error:
             raise Damaged("unreadable video", self._where, _why(error)) from None
-        if missing := [i for i in indices if self._pts[i] not in shown]:
-            raise Damaged("unreadable video", self._where, f"frame {missing[0]}")
-        return [(self.times[i], shown[self._pts[i]]) for i in indices]
+        if not shown:
+            raise Damaged("unreadable video", self._where, "no frame can be decoded")
+        return [(self.times[index], shown[index]) for index in indices]
 
-    def _decode(
-        self, container: Any, stream: Any, wanted: list[int]
-    ) -> Iterator[tuple[int, bytes]]:
-        """Goes through the video, and leaps to a key frame where one lies between."""
-        frames, reached = container.decode(stream), self._pts[0] - 1
-        for pts in wanted:
-            key = max((k for k in self._keys if k <= pts), default=None)
-            if key is not None and key > reached + 1:
-                container.seek(key, stream=stream, backward=True)
-                frames = container.decode(stream)
-            for frame in frames:
-                reached = frame.pts
-                if frame.pts == pts:
-                    yield pts, ppm(frame.to_image())
-                if frame.pts >= pts:
+    def _by_seeking(self, wanted: list[int]) -> Iterator[tuple[int, bytes]]:
+        """Goes through the video, and leaps to a key frame where one lies between. Ends early
+        where frames do not come as their packets promise."""
+        with self._open() as container:
+            frames, reached = _decoded(container), self._pts[0] - 1
+            for index in wanted:
+                pts = self._pts[index]
+                place = bisect.bisect_right(self._keys, pts)
+                key = self._keys[place - 1] if place else reached
+                if key > reached + 1:
+                    container.seek(key, stream=container.streams.best("video"), backward=True)
+                    frames = _decoded(container)
+                else:
+                    key = None
+                for frame in frames:
+                    if key is not None:  # before it, references are missing
+                        if frame.pts is None or frame.pts > key:
+                            return
+                        if frame.pts < key:
+                            continue
+                        key = None
+                    if frame.pts is None or frame.pts <= reached:
+                        return
+                    reached = frame.pts
+                    if reached == pts:
+                        yield index, ppm(_as_shown(frame))
+                    if reached >= pts:
+                        break
+
+    def _in_order(self, wanted: list[int]) -> dict[int, bytes]:
+        """Decodes everything up to the last of some frames."""
+        shown: dict[int, bytes] = {}
+        left, last = collections.deque(wanted), None
+
+        def instead(frame: Any) -> None:
+            index = left.popleft()
+            shown[index] = ppm(_as_shown(frame))
+            self.unused.append(Unused(UNDECODABLE_FRAME, f"at {self.times[index]:g} s"))
+
+        with self._open() as container:
+            for number, frame in enumerate(_decoded(container)):
+                place = frame.pts if self._seekable else number
+                while left and place is not None and place > self._place(left[0]):
+                    instead(frame if last is None else last)
+                if left and place == self._place(left[0]):
+                    shown[left.popleft()] = ppm(_as_shown(frame))
+                if not left:
                     break
+                last = frame
+            while left and last is not None:
+                instead(last)
+        return shown
+
+    def _open(self) -> Any:
+        container = open_container(self._content)
+        # Videos are decoded side by side.
+        container.streams.best("video").codec_context.thread_count = 1
+        return container
+
+    def _place(self, index: int) -> int:
+        return self._pts[index] if self._seekable else index
+
+
+def _packets(container: Any, stream: Any) -> tuple[list[Any], bool]:
+    """A stream's packets, and whether the file could be read to its end."""
+    packets: list[Any] = []
+    whole = True
+    try:
+        for packet in container.demux(stream):
+            if packet.size:  # or it is PyAV's sign that all are read
+                packets.append(packet)
+    except Exception:
+        if not packets:
+            raise
+        whole = False
+    while len(packets) > 1 and packets[-1].is_corrupt:  # the file ends within it
+        packets.pop()
+        whole = False
+    return packets, whole
+
+
+def _decoded(container: Any) -> Iterator[Any]:
+    """The frames that can be decoded from where a container stands."""
+    import av.error
+
+    stream = container.streams.best("video")
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.error.FFmpegError:  # cut short: what the decoder still holds is left
+            packet = None
+        try:
+            yield from stream.codec_context.decode(packet)
+        except av.error.FFmpegError:
+            pass
+        if packet is None:
+            return
+
+
+# (a, b, c, d) of a display matrix, where (x, y) goes to (a x + c y, b x + d y).
+_TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+}
+
+
+def _as_shown(frame: Any) -> Image.Image:
+    """A frame turned by quarters, and mirrored, as its display matrix says."""
+    picture = frame.to_image()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    values = np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]]
+    signs = np.sign(np.where(2 * np.abs(values) > np.abs(values).max(), values, 0))
+    turn = _TURNS.get(tuple(signs.tolist()))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _cut_short(content: bytes) -> bool:
+    """Whether an MP4, RIFF or Matroska file should be longer than it is."""
+    if content.startswith(b"RIFF"):
+        return int.from_bytes(content[4:8], "little") + 8 > len(content)
+    if content.startswith(b"\x1aE\xdf\xa3"):
+        segment = content.find(b"\x18S\x80g", 0, 4096) + 4
+        if segment > 4 and (first := content[segment]):
+            width = 9 - first.bit_length()
+            size = int.from_bytes(content[segment : segment + width]) - (1 << 7 * width)
+            unknown = size == (1 << 7 * width) - 1
+            return not unknown and segment + width + size > len(content)
+    if content[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp"):
+        start = 0
+        while start + 16 <= len(content):
+            size = int.from_bytes(content[start : start + 4])
+            if size == 1:
+                size = int.from_bytes(content[start + 8 : start + 16])
+            if size < 8:  # 0: to the end of the file
+                return False
+            start += size
+        return start > len(content)
+    return False
 
 
 def sample_frames(

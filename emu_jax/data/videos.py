@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from emu_jax.data import storage
-from emu_jax.data.documents import Damaged, Document, Picture, Text
+from emu_jax.data.documents import Damaged, Document, Picture, Text, Unused
 from emu_jax.data.listings import Entries, Listed, Media
 from emu_jax.data.video import (
     Frame,
@@ -44,8 +44,10 @@ class Videos(Listed):
         words = _words(entry, where)
         folder = self._entries.folder(index)
         content = self._media.read(entry.get("video"), folder, where, storage.MOST_VIDEO)
-        shown = sample_frames(Video(content, where), self._frames, seed)
-        return Document((*(Picture(data, time) for time, data in shown), words))
+        video = Video(content, where)
+        shown = sample_frames(video, self._frames, seed)
+        parts = (*(Picture(data, time) for time, data in shown), words)
+        return Document(parts, tuple(video.unused))
 
     def sketch(self, index: int) -> Document:
         words = _words(self._entries[index], self.where(index))
@@ -87,11 +89,12 @@ class SubtitledVideos(Listed):
         pictures = [n for n, part in enumerate(document.parts) if isinstance(part, Picture)]
         shown = [k for k, n in enumerate(pictures) if wanted is None or n in wanted]
         parts = list(document.parts)
-        for k, (_, data) in zip(shown, self._frames(index, shown), strict=True):
+        frames, unused = self._frames(index, shown)
+        for k, (_, data) in zip(shown, frames, strict=True):
             part = parts[pictures[k]]
             assert isinstance(part, Picture)
             parts[pictures[k]] = Picture(data, part.time)
-        return dataclasses.replace(document, parts=tuple(parts))
+        return Document(tuple(parts), (*document.unused, *unused))
 
     def sketch(self, index: int) -> Document:
         entry, where = self._entries[index], self.where(index)
@@ -117,7 +120,8 @@ class SubtitledVideos(Listed):
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise Damaged("malformed entry", where, repr(error)) from None
 
-    def _frames(self, index: int, shown: list[int]) -> list[Frame]:
+    def _frames(self, index: int, shown: list[int]) -> tuple[list[Frame], list[Unused]]:
+        """The frames of some numbers, and what could not be decoded."""
         entry, where = self._entries[index], self.where(index)
         times = self._times(index, entry)
         if "storyboard" in entry:
@@ -132,7 +136,7 @@ class SubtitledVideos(Listed):
                 sheets = {n: self._file(index, names[n]) for n in needed}
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise Damaged("malformed entry", where, repr(error)) from None
-            return [
+            frames = [
                 frame
                 for n in needed
                 for frame in storyboard(
@@ -140,9 +144,10 @@ class SubtitledVideos(Listed):
                     [(k % per_sheet, times[k]) for k in shown if k // per_sheet == n], where,
                 )
             ]  # fmt: skip
+            return frames, []
         video = self._video(index, entry)
         places = np.searchsorted(video.times, [times[k] for k in shown])
-        return video.frames(np.minimum(places, len(video.times) - 1).tolist())
+        return video.frames(np.minimum(places, len(video.times) - 1).tolist()), video.unused
 
     def _video(self, index: int, entry: dict[str, Any]) -> Video:
         content = self._file(index, entry.get("video"), storage.MOST_VIDEO)

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.data.images import open_image
 from emu_jax.evaluate.tasks.base import Item, Task
-from emu_jax.generate.prompt import VIDEOS, open_file
+from emu_jax.generate.prompt import open_file
 from emu_jax.page import details, image, table, tiles, write_page
 
 SAMPLES = 24  # answers on the page
@@ -89,11 +88,9 @@ def _picture(media: Path | None) -> str:
     """A picture, or the middle frame of a video."""
     if media is None:
         return ""
-    if media.suffix.lower() in VIDEOS:
-        frames = open_file(media)
-        picture = frames[len(frames) // 2]
-    else:
-        picture = open_image(media)
+    picture = open_file(media)
+    if isinstance(picture, list):
+        picture = picture[len(picture) // 2]
     if max(picture.size) > PIXELS:
         picture.thumbnail((PIXELS, PIXELS))
     return image(picture, lossy=True)

@@ -51,7 +51,7 @@ from emu_jax.evaluate.tasks.base import (
     check_split,
 )
 from emu_jax.generate.api import Emu, GenerationConfig, load
-from emu_jax.generate.prompt import VIDEOS, open_file
+from emu_jax.generate.prompt import open_file
 from emu_jax.train.loop import initialize_distributed
 
 log = logging.getLogger(__name__)
@@ -249,9 +249,10 @@ class Run:
             UserError: it cannot be read; nothing is skipped.
         """
         size = self.emu.cfg.vision.image_size
-        if path.suffix.lower() in VIDEOS:
-            return np.stack([load_image(frame, size) for frame in open_file(path)])
-        return load_image(path, size)
+        media = open_file(path)
+        if isinstance(media, list):
+            return np.stack([load_image(frame, size) for frame in media])
+        return load_image(media, size)
 
     def _featurize(self, paths: Sequence[Path]) -> np.ndarray:
         """[B, W]: of a video, the mean over its frames."""

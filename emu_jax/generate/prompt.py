@@ -19,14 +19,13 @@ from PIL import Image
 from emu_jax.config import EmuConfig, UserError
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.images import load_image, open_image
-from emu_jax.data.video import FRAMES, Video, sample_frames
+from emu_jax.data.video import FRAMES, VIDEO_SUFFIXES, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, IMAGE, IMG, USER, Tokenizer
 
 # str, a PIL picture, pixels [h, w, 3] in uint8 or in floats from 0 to 1; or a video: [F, h, w, 3]
 # or a list of pictures; or the Path of a file of either; or `Normalized` pixels.
 Part = Any
 Parts = Sequence[Part] | str
-VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")  # how their files end
 _MIXED = "a batch has both `Normalized` and other pictures: pass all of them as one kind"
 
 
@@ -61,13 +60,25 @@ def as_parts(prompt: Parts) -> list[Part]:
 
 
 def open_file(path: Path) -> Part:
-    """A picture; or of a video the frames that the release shows.
+    """Reads a picture, or of a video the frames that the release shows. A file's content
+    decides which it is.
 
     Raises:
         UserError: it is neither, or cannot be read.
     """
-    if path.suffix.lower() not in VIDEOS:
-        return open_image(path)
+    readers = [open_image, _video_file]
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        readers.reverse()
+    try:
+        return readers[0](path)
+    except UserError as error:
+        try:
+            return readers[1](path)
+        except UserError:
+            raise error from None
+
+
+def _video_file(path: Path) -> list[Image.Image]:
     try:
         return open_video(path.read_bytes(), str(path))
     except OSError as error:

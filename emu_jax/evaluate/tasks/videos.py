@@ -13,6 +13,7 @@ from typing import Any
 
 from emu_jax.config import UserError
 from emu_jax.data.dialogues import VIDEO_SYSTEM
+from emu_jax.data.video import VIDEO_SUFFIXES
 from emu_jax.evaluate.scorers import Scores, vqa
 from emu_jax.evaluate.tasks.base import (
     ANSWER,
@@ -28,7 +29,6 @@ from emu_jax.evaluate.tasks.base import (
     turn,
 )
 from emu_jax.evaluate.tasks.vqa import ASK, Answering
-from emu_jax.generate.prompt import VIDEOS
 
 # The release has its message for videos and its prompt for questions, but no task with both.
 INSTRUCT = turn(
@@ -85,7 +85,9 @@ class Videos:
                 pairs = [line.split() for line in lines if line.strip()]
                 self.names = {pair[1].removeprefix("vid"): pair[0] for pair in pairs}
         # One look at the folder: there may be ten thousand of them.
-        self.files = {p.stem: p for p in self.folder.iterdir() if p.suffix.lower() in VIDEOS}
+        self.files = {
+            p.stem: p for p in self.folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES
+        }
 
     def __call__(self, number: Any) -> Path:
         names = (self.names.get(str(number)), f"video{number}", f"vid{number}", str(number))
@@ -93,7 +95,7 @@ class Videos:
             if name in self.files:
                 return self.files[name]
         wanted = next(name for name in names if name)
-        raise UserError(f"{self.folder} has no video {wanted} ({', '.join(VIDEOS)})")
+        raise UserError(f"{self.folder} has no video {wanted} ({', '.join(VIDEO_SUFFIXES)})")
 
 
 class NExTQA(VideoAnswering):
