@@ -216,9 +216,9 @@ def _video_size(content: bytes) -> tuple[int, int]:
 
     try:
         with open_container(content) as container:
-            stream = container.streams.video[0]
+            stream = container.streams.best("video")  # the one that is decoded
             return stream.width, stream.height
-    except (av.error.FFmpegError, IndexError, ValueError):
+    except (av.error.FFmpegError, AttributeError, ValueError):
         raise Refused(400, "a video cannot be read") from None
 
 
