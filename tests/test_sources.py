@@ -17,11 +17,13 @@ from PIL import Image
 from emu_jax.config import UserError
 from emu_jax.data import Document, Picture, Text, listings, storage, tars
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
-from emu_jax.data.documents import Damaged, write_documents
+from emu_jax.data.documents import ABSENT, Damaged, write_documents
 from emu_jax.data.images import open_image
 from emu_jax.data.index import kept
-from emu_jax.data.outlines import text_ids
+from emu_jax.data.outlines import Outlines, text_ids
+from emu_jax.data.packing import PICTURE
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
+from emu_jax.data.unused import Unused
 from emu_jax.data.video import Video, frame_indices, sample_frames, storyboard_times
 from emu_jax.generate.prompt import instruct
 from emu_jax.tokenizer import Tokenizer
@@ -100,10 +102,12 @@ def reasons(source) -> dict[int, str]:
 def agrees(source) -> bool:
     """Whether counting sees what reading gives, and a chosen part is as in the whole."""
     for index in range(len(source)):
-        whole = source[index]
-        assert sketched(source.sketch(index)) == sketched(whole)
+        whole = source.read(index)
+        assert [part for part in whole.parts if part is not ABSENT] == list(source[index].parts)
+        sketch = source.sketch(index)
+        assert sketched(sketch) == sketched(whole) and sketch.unused == whole.unused
         for number, part in enumerate(whole.parts):
-            assert source.read(index, wanted=[number]).parts[number] == part
+            assert part is ABSENT or source.read(index, wanted=[number]).parts[number] == part
     return len(source) > 0
 
 
@@ -326,12 +330,16 @@ def test_mmc4_pages(tmp_path):
     ]  # fmt: skip
     assert [p.similarity for p in mmc4[0].parts if isinstance(p, Picture)] == [0.32, 0.5, 0.4]
     assert agrees(mmc4) and not mmc4.paired
+    assert mmc4[0].unused == (
+        Unused("image unlike its text", "similarity 0.310"), Unused("no image", "image_info 4"),
+        Unused("missing image", "absent.png"), Unused("missing image", "../pictures/3.png"),
+    )  # fmt: skip
     some = source("pages", listing, media=(str(tmp_path / "pictures"),), min_similarity=0.45)
     assert list(map(shown, some)) == [["one", "two", 20, "three"], ["one", 20, "two"]]
     assert some.fingerprint != mmc4.fingerprint
-    assert mmc4.read(0, wanted=[3]).parts[0].data == b""  # not asked for, not read
+    assert mmc4.read(0, wanted=[5]).parts[0].data == b""  # not asked for, not read
 
-    for n in (1, 2):  # the same pictures in tars, found by the last part of their names
+    for n in (1, 2):  # the same images in tars, whose paths end in their names
         tar(tmp_path / f"{n}.tar", {f"deep/{n}.png": picture(10 * n, "PNG")})
     shutil.rmtree(tmp_path / "pictures")
     packed = source("pages", listing, media=(f"{tmp_path}/*.tar",))
@@ -349,6 +357,102 @@ def test_obelics_pages(tmp_path):
     assert reasons(pages) == {1: "malformed entry"}
 
 
+def picture_page(*names: str) -> dict:
+    return {"images": [*names, None], "texts": [*[None] * len(names), "words"]}
+
+
+def test_images_in_sub_folders(tmp_path):
+    """MMC4's downloader writes a folder for each shard. A name may also begin with the end of the
+    media folder. A name that fits several files is left out, rather than answered at random."""
+    names = {"images/0/red.jpg": 10, "images/1/blue.jpg": 20, "images/0/twice.jpg": 30,
+             "images/1/twice.jpg": 40, "images/1/a/deep.jpg": 50, "images/.hidden/x.jpg": 60,
+             "images/top.jpg": 70}  # fmt: skip
+    for name, color in names.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(color))
+    asked = ("red.jpg", "./blue.jpg", "twice.jpg", "1/twice.jpg", "deep.jpg", "x.jpg",
+             "images/0/red.jpg", "images/top.jpg", "2/red.jpg", "a/../top.jpg")  # fmt: skip
+    listing = lines(tmp_path / "pages.jsonl", [picture_page(*asked)])
+    want = [10, 20, 40, 50, 10, 70, "words"]
+    for folder in ("images", "images/", "images/*"):
+        pages = source("pages", listing, media=(f"{tmp_path}/{folder}",))
+        assert shown(pages[0]) == want and agrees(pages)
+        assert pages[0].unused == (
+            Unused("ambiguous image", "twice.jpg"), Unused("missing image", "x.jpg"),
+            Unused("missing image", "2/red.jpg"), Unused("missing image", "a/../top.jpg"),
+        )  # fmt: skip
+    (tmp_path / "images/top.jpg").unlink()  # or else images/* stands for images, too
+    pages = source("pages", listing, media=(f"{tmp_path}/images/*",))
+    assert shown(pages[0]) == [*want[:-2], "words"]
+
+
+@pytest.mark.parametrize(
+    "media, message",
+    [
+        ("nowhere", "media .*nowhere is not there"),
+        ("nowhere/*", r"media .*nowhere/\* is not there"),
+        ("pages.jsonl", "is neither a folder nor a .tar"),
+    ],
+)
+def test_media_that_are_not_there(tmp_path, media, message):
+    listing = lines(tmp_path / "pages.jsonl", [picture_page("a.jpg")])
+    with pytest.raises(UserError, match=message):
+        source("pages", listing, media=(f"{tmp_path}/{media}",))
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "top/", "top/./more/"])
+def test_names_in_media_tars(tmp_path, prefix):
+    """A path ends in the whole name, or the name in the whole path; never is another folder's
+    file of the same base name taken."""
+    files = {"a/1.jpg": 10, "b/1.jpg": 20, "b/2.jpg": 30, "c/2.jpg": 40, "d/3.jpg": 50}
+    packed = tar(tmp_path / "0.tar", {prefix + name: picture(n) for name, n in files.items()})
+    again = tar(tmp_path / "1.tar", {prefix + "a/1.jpg": picture(10), "4.jpg": picture(60)})
+    with tarfile.open(packed, "a") as archive:  # a later member replaces an earlier one
+        info = tarfile.TarInfo(f"{prefix}d/3.jpg")
+        info.size = len(content := picture(70, size=(30, 30)))
+        archive.addfile(info, io.BytesIO(content))
+    asked = ("a/1.jpg", "b/1.jpg", "c/1.jpg", "1.jpg", "./c/2.jpg", "e/3.jpg", "d/3.jpg", "3.jpg",
+             "far/away/4.jpg", f"x/{prefix}a/1.jpg")  # fmt: skip
+    listing = lines(tmp_path / "pages.jsonl", [picture_page(*asked)])
+    pages = source("pages", listing, media=(str(packed), str(again)))
+    assert shown(pages[0]) == [10, 20, 40, 70, 70, 60, 10, "words"]
+    assert [(u.reason, u.detail) for u in pages[0].unused] == [
+        ("missing image", "c/1.jpg"), ("ambiguous image", "1.jpg"), ("missing image", "e/3.jpg"),
+    ]  # fmt: skip
+    assert pages.unused().unused == {"duplicate member": 1}
+
+
+def test_images_that_arrive_later(tmp_path):
+    """What was counted stays good while a crawl goes on: images that arrive are used once the
+    source is counted again, which a resumed run does not do."""
+    tokenizer = Tokenizer.load(TINY / "tokenizer")
+    (tmp_path / "images").mkdir()
+    listing = lines(tmp_path / "pages.jsonl", [picture_page("0.jpg", "1.jpg"), picture_page()])
+
+    def count(**how) -> Outlines:
+        pages = source("pages", listing, media=(f"{tmp_path}/images",))
+        return Outlines(pages, tokenizer, tmp_path / "cache", **how)
+
+    (tmp_path / "images/1.jpg").write_bytes(picture(20))
+    words = len(text_ids(Text("words"), tokenizer))
+    before = count()
+    assert [before[0], before[1]] == [[0, PICTURE, words], [words]]
+    assert before.tally.unused == {"missing image": 1}
+    assert before.tally.examples == {"missing image": [f"{listing} entry 0: 0.jpg"]}
+    (tmp_path / "images/0.jpg").write_bytes(picture(10))
+    pages = source("pages", listing, media=(f"{tmp_path}/images",))
+    document = pages.read(0, wanted=[1, 2])  # numbers stay
+    assert shade(document.parts[1].data) == 20
+    assert count(recount=False)[0] == before[0]
+    after = count()
+    assert after[0] == [PICTURE, PICTURE, words] and after.tally.unused == {}
+    # Nothing was missing: what changes in the folder does not matter, a lost image is damage.
+    (tmp_path / "images/0.jpg").unlink()
+    assert count()[0] == after[0]
+    with pytest.raises(Damaged, match="missing file"):
+        pages.read(0, wanted=[0])
+
+
 def test_damaged_listings(tmp_path):
     good = {"images": [None], "texts": ["fine"]}
     listing = tmp_path / "pages.jsonl"
@@ -359,11 +463,13 @@ def test_damaged_listings(tmp_path):
         json.dumps(good).encode() + b"\r",
         json.dumps({"images": [None], "texts": ["\ud83d"]}).encode(),
         json.dumps({"images": ["a\0b", "x" * 999, None], "texts": [None, None, "fine"]}).encode(),
+        b"1", b"\r", b"{",
     ]))  # fmt: skip
     pages = source("pages", listing)
     assert reasons(pages) == {
         1: "malformed JSON", 2: "malformed JSON", 3: "invalid UTF-8", 4: "malformed entry",
-        5: "malformed entry", 6: "malformed entry", 8: "invalid UTF-8",
+        5: "malformed entry", 6: "malformed entry", 8: "invalid UTF-8", 10: "malformed JSON",
+        11: "malformed JSON",
     }  # fmt: skip
     assert [shown(pages[n]) for n in (0, 7, 9)] == [["fine"]] * 3
     assert pages.where(7) == f"{listing} entry 7"

@@ -177,14 +177,20 @@ def check_size(document: Document, where: str) -> None:
 
 
 def utf8(content: bytes, where: str) -> str:
-    """
+    """Decodes a text; a byte order mark is not part of it.
+
     Raises:
         Damaged: it is not UTF-8.
     """
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise Damaged("invalid UTF-8", where, f"byte {error.start}") from None
+
+
+# Stands for a part that the data lack, so that the others keep their numbers when it arrives. It is
+# counted in `Document.unused`.
+ABSENT = Text("")
 
 
 class Source(Sequence[Document]):
@@ -228,10 +234,21 @@ class Source(Sequence[Document]):
         """Counts what the files hold that belongs to no document."""
         return Tally()
 
+    def stamp(self) -> str:
+        """Follows from which files the documents may name; changes when one arrives. It is not
+        part of `fingerprint`: what is there stays good."""
+        return ""
+
     def __getitem__(self, index: int) -> Document:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.read(index)
+        document = self.read(index)
+        parts = tuple(part for part in document.parts if part is not ABSENT)
+        return (
+            document
+            if len(parts) == len(document.parts)
+            else dataclasses.replace(document, parts=parts)
+        )
 
     def __iter__(self) -> Iterator[Document]:
         return (self[i] for i in range(len(self)))

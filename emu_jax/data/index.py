@@ -32,6 +32,7 @@ import numpy as np
 from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
+from emu_jax.data.unused import Tally
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
@@ -243,7 +244,8 @@ def index_files(
     """What `scan` finds in each file, one after the other, with the file's number as `file`.
 
     Each file's share is kept as soon as it is there, so that an interrupted scan goes on, and
-    all of them together, so that a source of many files is opened by looking at one.
+    all of them together, so that a source of many files is opened by looking at one. A `tally`
+    among the arrays, which comes last, is added up (`Tally.to_array`).
     """
 
     def share(path: str) -> Arrays:
@@ -254,7 +256,11 @@ def index_files(
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             shares = list(pool.map(share, paths))
         counts = [len(next(iter(s.values()))) for s in shares]
-        arrays = {key: np.concatenate([s[key] for s in shares]) for key in shares[0]}
+        arrays = {
+            key: Tally.add([s[key] for s in shares]) if key == "tally"
+            else np.concatenate([s[key] for s in shares])
+            for key in shares[0]
+        }  # fmt: skip
         return {"file": np.repeat(np.arange(len(paths), dtype=np.int32), counts), **arrays}
 
     if len(paths) == 1:

@@ -7,19 +7,22 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Source, short_hash, utf8
+from emu_jax.data.folders import SubFolders, stamp
 from emu_jax.data.formats import PACKED, check_format, check_twins, unpack
 from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kept
-from emu_jax.data.tars import TarFiles
+from emu_jax.data.tars import Reason, TarFiles, plain
+from emu_jax.data.unused import Tally
 
-_VERSION = "entries-1"
+_VERSION = "entries-2"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, escaped
 _CHUNK = 1 << 26  # of a file of lines, while looking for their ends
 
@@ -116,51 +119,94 @@ def _lines(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[int, 
     while position < size:
         chunk = read(position, _CHUNK)
         for end in (np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position).tolist():
-            if end > start + 1:  # a lone \r is as good as nothing
+            if end > start + 1 or (end == start + 1 and read(start, 1) != b"\r"):
                 yield start, end - start
             start = end + 1
         position += len(chunk)
-    if size > start + 1:
+    if size > start and read(start, 2) != b"\r":
         yield start, size - start
 
 
 # Strings whole, so that a bracket within one counts for nothing; also one that is cut short.
 _MARKS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+_VALUES = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[^\s,"]+', re.DOTALL)
 
 
 def _elements(content: bytes) -> Iterator[tuple[int, int]]:
-    """(offset, size) of each object of a list."""
+    """(offset, size) of each element of a list; what is no object shows when it is read."""
     depth = start = 0
+    after = content.find(b"[") + 1  # the last element
     for mark in _MARKS.finditer(content):
         kind = mark[0]
         if kind in (b"{", b"["):
             depth += 1
             if depth == 2:
                 start = mark.start()
+                yield from _values(content, after, start)
         elif kind in (b"}", b"]"):
             depth -= 1
             if depth == 1:
-                yield start, mark.end() - start
+                after = mark.end()
+                yield start, after - start
+            elif depth == 0:
+                yield from _values(content, after, mark.start())
     if depth > 1:
         yield start, len(content) - start  # cut short: one malformed object
 
 
+def _values(content: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(offset, size) of the numbers, strings and nulls between objects of a list."""
+    for value in _VALUES.finditer(content, start, end):
+        yield value.start(), value.end() - value.start()
+
+
 class Media:
-    """Pictures and videos by name: in folders, or in tars wherever they lie in them.
+    """Images and videos by name: in folders and below them, or in tars.
+
+    A file's path ends in the whole name, or in a tar the name may end in the whole path. Where
+    several files fit a name, none is taken, but for one in the first of the given folders.
 
     Args:
-        paths: folders and tars; without any, names are relative to the listing's own folder.
+        paths: folders and tars, `*` stands for anything in a name; without any, names are
+            relative to the listing's own folder.
+
+    Raises:
+        UserError: one of the paths does not exist.
     """
 
     def __init__(self, paths: Sequence[str], cache: str):
-        self._folders = [p for p in paths if not p.endswith(".tar")]
-        tars = [p for p in paths if p.endswith(".tar")]
-        self._tars = TarFiles(storage.expand(tars, [".tar"]), cache) if tars else None
-        self.fingerprint = short_hash((self._folders, self._tars and self._tars.fingerprint))
+        found = {path: _matches(path) for path in paths}
+        tars = [m for path in paths for m in found[path] if m.endswith(".tar")]
+        self._tars = TarFiles(tars, cache) if tars else None
+        # Folders that are given are asked for each name, in their order.
+        listed = [
+            folder for path in paths for folder in found[path]
+            if folder != path and not folder.endswith(".tar") and not storage.is_remote(folder)
+        ]  # fmt: skip
+        self._folders = [
+            folder for path in paths for folder in found[path]
+            if folder not in listed and not folder.endswith(".tar")
+        ]  # fmt: skip
+        asked = [folder for folder in self._folders if not storage.is_remote(folder)]
+        self._local = [*asked, *listed]
+        self._below = SubFolders(asked, listed, cache) if self._local else None
+        given = [path for path in paths if not path.endswith(".tar")]
+        self.fingerprint = short_hash((given, self._tars and self._tars.fingerprint))
 
-    def has(self, name: str, beside: str) -> bool:
-        """Whether there is such a file. `beside` is the folder of the listing."""
-        return self._find(name, beside) is not None
+    @property
+    def tally(self) -> Tally:
+        """Members of the tars that no document can name."""
+        return self._tars.tally if self._tars else Tally()
+
+    def stamp(self, beside: Iterable[str]) -> str:
+        """Changes when a file arrives in a local folder. `beside` are the listings' folders."""
+        folders = self._local or ([] if self._tars or self._folders else beside)
+        return stamp([folder or "." for folder in folders if not storage.is_remote(folder)])
+
+    def lacks(self, name: str, beside: str) -> Reason | None:
+        """Why there is no such file; None if there is. `beside` is the folder of the listing."""
+        found = self._find(name, beside)
+        return found if isinstance(found, str) else None
 
     def read(
         self, name: object, beside: str, where: str, most: int = storage.MOST_IMAGE
@@ -176,32 +222,68 @@ class Media:
             raise Damaged("malformed entry", where, f"{name!r} is no file's name")
         detail = name
         try:
-            if (found := self._find(name, beside)) is not None:
+            found = self._find(name, beside)
+            if not isinstance(found, str):
                 path, start, size = found
                 length = storage.stat(path).size if size is None else size
                 if length > most:
                     raise Damaged("file too large", where, f"{name}: {length:,} bytes")
                 return storage.read(path, start, size)
+            if found == "ambiguous":
+                detail = f"{name}: several files end so"
         except storage.Unreadable as error:
             raise Damaged(error.reason, where, f"{name}: {error.detail}") from None
         except OSError as error:
             detail = f"{name}: {error.strerror}"
         raise Damaged("missing file", where, detail)
 
-    def _find(self, name: str, beside: str) -> tuple[str, int, int | None] | None:
+    def _find(self, name: str, beside: str) -> tuple[str, int, int | None] | Reason:
         if not name or ".." in name.split("/"):  # nothing outside the folders that were named
-            return None
-        if self._tars is not None and (found := self._tars.find(name)) is not None:
+            return "missing"
+        found: tuple[str, int, int] | Reason = self._tars.find(name) if self._tars else "missing"
+        if found != "missing":
             return found
-        folders = self._folders or ([] if self._tars else [beside])
-        for folder in folders:
-            path = storage.join(folder, name.lstrip("/"))
-            try:
-                if not storage.is_remote(name) and storage.exists(path):
-                    return path, 0, None
-            except (OSError, ValueError):  # no file can have such a name
-                continue
-        return None
+        name = plain(name) if not storage.is_remote(name) else ""
+        if not name or "\0" in name:
+            return "missing"
+        for folder in self._folders or ([] if self._tars or self._below else [beside]):
+            for path in _paths_in(folder, name):
+                try:
+                    if storage.exists(path):
+                        return path, 0, None
+                except (OSError, ValueError):  # no file can have such a name
+                    continue
+        below = self._below.find(name) if self._below else "missing"
+        return (below, 0, None) if below not in ("missing", "ambiguous") else below
+
+
+def _paths_in(folder: str, name: str) -> Iterator[str]:
+    """Where in a folder a file may lie; its name may begin with the end of the folder's."""
+    yield storage.join(folder, name)
+    parts = name.split("/")
+    for n in range(len(parts) - 1, 0, -1):
+        if f"/{folder.rstrip('/')}".endswith("/" + "/".join(parts[:n])):
+            yield storage.join(folder, "/".join(parts[n:]))
+
+
+def _matches(path: str) -> list[str]:
+    """The folders and tars that one of the paths means.
+
+    Raises:
+        UserError: it names none.
+    """
+    if storage.is_dir(path):
+        return [path]
+    found = storage.matches(path, [".tar"])
+    media = [match for match in found if match.endswith(".tar") or storage.is_dir(match)]
+    if "*" in path:  # of the files that it stands for, the folders
+        media += sorted({storage.parent(match) for match in set(found) - set(media)})
+    if not media:
+        raise UserError(
+            f"media {path} is {'neither a folder nor a .tar' if found else 'not there'}: "
+            "correct the path"
+        )
+    return media
 
 
 class Listed(Source):
@@ -213,7 +295,13 @@ class Listed(Source):
 
     def __init__(self, entries: Entries, media: Media, setting: object):
         self._entries, self._media = entries, media
-        self.fingerprint = short_hash((entries.fingerprint, media.fingerprint, setting))
+        self.fingerprint = short_hash((_VERSION, entries.fingerprint, media.fingerprint, setting))
+
+    def unused(self) -> Tally:
+        return self._media.tally
+
+    def stamp(self) -> str:
+        return self._media.stamp({storage.parent(path) for path in self._entries.paths})
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -194,13 +194,18 @@ class Group:
                 return other
 
 
-def open_groups(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind) -> list[Group]:
+def open_groups(
+    cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, recount: bool = True
+) -> list[Group]:
     """The groups of the mixture that this kind of batches reads.
+
+    Args:
+        recount: count the tokens of a source again if files that were missing may have arrived.
 
     Raises:
         UserError: a source cannot be opened, or has nothing that can be used.
     """
-    opened = [_open(source, cfg, tokenizer) for source in _chosen(cfg, kind)]
+    opened = [_open(source, cfg, tokenizer, recount) for source in _chosen(cfg, kind)]
     if kind in ("captions", "pictures"):
         opened = [source for source in opened if source.documents.paired]
         if not opened:
@@ -276,11 +281,13 @@ def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
     return chosen
 
 
-def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer) -> Opened:
+def _open(
+    source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: bool
+) -> Opened:  # fmt: skip
     documents = open_source(source, cfg.cache)
     path = source.paths[0]
     folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
-    outlines = Outlines(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache))
+    outlines = Outlines(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache), recount)
     try:
         outlines.tally.check(source.allow_missing)
     except UserError as error:

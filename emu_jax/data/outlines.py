@@ -10,10 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from emu_jax.config import UserError
-from emu_jax.data.documents import REASONS, Damaged, Picture, Source, Text, check_size
+from emu_jax.data.documents import (
+    ABSENT,
+    REASONS,
+    Damaged,
+    Picture,
+    Source,
+    Text,
+    check_size,
+)
 from emu_jax.data.index import Arrays, kept
 from emu_jax.data.packing import PICTURE
 from emu_jax.data.unused import Tally, Unused
@@ -23,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16  # documents that are counted together
 _VERSION = 2  # of what is kept
+_AWAITED = ("missing image", "ambiguous image", "missing file")  # may arrive later
 
 
 def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
@@ -50,9 +59,14 @@ class Outlines:
     Counting reads the words of each document, and opens no picture. The result is kept, mapped
     into memory, under a name that follows from the source and the tokenizer; a chunk at a time,
     so that an interrupted count goes on. A document that cannot be read has no parts.
+
+    Args:
+        recount: count again if files were missing and others have arrived since; else warn.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, folder: Path):
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, folder: Path, recount: bool = True
+    ):  # fmt: skip
         name = f"outlines-{_VERSION}-{source.fingerprint}-{tokenizer.fingerprint}"
         chunks = {
             f"{name}-{start}": range(start, min(start + _CHUNK, len(source)))
@@ -61,19 +75,32 @@ class Outlines:
 
         def count() -> Arrays:
             log.info("counting the tokens of %d documents for %s", len(source), folder / name)
+            # Of before counting: what arrives in the meantime may come too late for its document.
+            stamp = _stamp(source)
             if len(chunks) < 2:
-                return _with_starts(_count(source, tokenizer, range(len(source))))
+                return _with_starts(_count(source, tokenizer, range(len(source)), stamp))
             shares = [
-                kept(folder, part, functools.partial(_count, source, tokenizer, indices))
+                kept(folder, part, functools.partial(_count, source, tokenizer, indices, stamp))
                 for part, indices in chunks.items()
             ]
-            tally = Tally()
-            for share in shares:
-                tally.merge(Tally.from_array(share["tally"]))
+            tally = Tally.add([share["tally"] for share in shares])
             arrays = {key: np.concatenate([s[key] for s in shares]) for key in shares[0]}
-            return _with_starts(arrays | {"tally": tally.to_array()})
+            stamps = {share["stamp"].tobytes() for share in shares}
+            one = stamp if len(stamps) == 1 else np.zeros(1, np.uint8)  # no stamp
+            return _with_starts(arrays | {"tally": tally, "stamp": one})
 
         arrays = kept(folder, name, count)
+        missing = [r for r in Tally.from_array(arrays["tally"]).unused if r in _AWAITED]
+        if missing and arrays["stamp"].tobytes() != _stamp(source).tobytes():
+            if recount:
+                log.warning("%s: files arrived since it was counted; counting again", folder / name)
+                shutil.rmtree(folder / name, ignore_errors=True)
+                arrays = kept(folder, name, count)
+            else:
+                log.warning(
+                    "files arrived since %s was counted, and are not used: start a new run, or "
+                    "remove it to count again", folder / name,
+                )  # fmt: skip
         for part in chunks if len(chunks) > 1 else ():
             shutil.rmtree(folder / part, ignore_errors=True)
         self._sizes, self._starts = arrays["sizes"], arrays["starts"]
@@ -101,7 +128,13 @@ class Outlines:
 _TOTALS = ("documents", "tokens", "pictures", "with_text", "with_picture", "with_both", "damaged")
 
 
-def _count(source: Source, tokenizer: Tokenizer, indices: range) -> Arrays:
+def _stamp(source: Source) -> UInt8[np.ndarray, "bytes"]:
+    return np.frombuffer(f"stamp {source.stamp()}".encode(), np.uint8)
+
+
+def _count(
+    source: Source, tokenizer: Tokenizer, indices: range, stamp: UInt8[np.ndarray, "bytes"]
+) -> Arrays:
     """The outlines of some documents."""
 
     def outline(index: int) -> tuple[list[int], int, tuple[Unused, ...]]:
@@ -114,7 +147,8 @@ def _count(source: Source, tokenizer: Tokenizer, indices: range) -> Arrays:
             PICTURE if isinstance(p, Picture) else len(text_ids(p, tokenizer))
             for p in document.parts
         ]
-        return sizes, 0, document.unused
+        empty = sizes.count(0) - sum(part is ABSENT for part in document.parts)
+        return sizes, 0, document.unused + (Unused("empty text"),) * empty
 
     tally = Tally()
     counts, damage = np.zeros(len(indices), np.int32), np.zeros(len(indices), np.int8)
@@ -124,16 +158,15 @@ def _count(source: Source, tokenizer: Tokenizer, indices: range) -> Arrays:
             counts[n], damage[n] = len(sizes), code
             all_sizes += sizes
             if not code:
-                images, empty = sizes.count(PICTURE), sizes.count(0)
-                tally.use(images=images, texts=len(sizes) - images - empty)
-                unused += (Unused("empty text"),) * empty
+                images = sizes.count(PICTURE)
+                tally.use(images=images, texts=len(sizes) - images - sizes.count(0))
             for reason, detail in unused:
                 if tally.leave(reason):
                     where = source.where(indices[n])
                     tally.example(reason, f"{where}: {detail}" if detail else where)
     return {
         "counts": counts, "sizes": np.array(all_sizes, np.int32), "damage": damage,
-        "tally": tally.to_array(),
+        "tally": tally.to_array(), "stamp": stamp,
     }  # fmt: skip
 
 
@@ -152,5 +185,6 @@ def _with_starts(arrays: Arrays) -> Arrays:
     ]  # fmt: skip
     return {
         "sizes": sizes, "starts": starts, "damage": damage, "tally": arrays["tally"],
+        "stamp": arrays["stamp"],
         "totals": np.array(totals, np.int64),
     }  # fmt: skip

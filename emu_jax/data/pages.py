@@ -7,8 +7,9 @@ import binascii
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from emu_jax.data.documents import Damaged, Document, Picture, Text
+from emu_jax.data.documents import ABSENT, Damaged, Document, Picture, Text
 from emu_jax.data.listings import Entries, Listed, Media
+from emu_jax.data.unused import Unused
 
 
 class _Shown(NamedTuple):
@@ -33,7 +34,8 @@ class Pages(Listed):
     `min_similarity` is dropped (`matched_sim`, or else the page's `similarity_matrix`).
     OBELICS: `images` and `texts` of one length, null where the other has something.
 
-    A picture that is in none of `media` is dropped, too: pages name what their crawl had.
+    An image that is in none of `media` is left out and counted: pages name what their crawl
+    had. It keeps its number, so that its arrival changes no document that was counted before.
     """
 
     def __init__(self, entries: Entries, media: Media, min_similarity: float):
@@ -45,36 +47,48 @@ class Pages(Listed):
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
         folder, where = self._entries.folder(index), self.where(index)
+        shown, unused = self._shown(index)
         parts: list[Text | Picture] = []
-        for number, part in enumerate(self._parts(index)):
+        for number, part in enumerate(shown):
+            if isinstance(part, Text):
+                parts.append(part)
+            elif isinstance(part.picture, bytes) or (wanted is not None and number not in wanted):
+                parts.append(part.as_picture())
+            elif wanted is None and (reason := self._media.lacks(part.picture, folder)):
+                unused.append(Unused(f"{reason} image", part.picture))
+                parts.append(ABSENT)
+            else:
+                parts.append(part.as_picture(self._media.read(part.picture, folder, where)))
+        return Document(tuple(parts), tuple(unused))
+
+    def sketch(self, index: int) -> Document:
+        folder = self._entries.folder(index)
+        shown, unused = self._shown(index)
+        parts: list[Text | Picture] = []
+        for part in shown:
             if isinstance(part, Text):
                 parts.append(part)
                 continue
-            read = isinstance(part.picture, str) and (wanted is None or number in wanted)
-            content = self._media.read(part.picture, folder, where) if read else b""
-            parts.append(part.as_picture(content))
-        return Document(tuple(parts))
+            name = part.picture
+            reason = isinstance(name, str) and self._media.lacks(name, folder)
+            if reason:
+                unused.append(Unused(f"{reason} image", str(name)))
+            parts.append(ABSENT if reason else part.as_picture())
+        return Document(tuple(parts), tuple(unused))
 
-    def sketch(self, index: int) -> Document:
-        parts = self._parts(index)
-        return Document(tuple(p if isinstance(p, Text) else p.as_picture() for p in parts))
-
-    def _parts(self, index: int) -> list[_Part]:
-        where, entry = self._entries.where(index), self._entries[index]
+    def _shown(self, index: int) -> tuple[list[_Part], list[Unused]]:
+        """The parts of a page, wherever their files are, and what is left out for itself."""
+        entry = self._entries[index]
         try:
-            parts = _obelics(entry) if "texts" in entry else _mmc4(entry, self._least)
+            return _obelics(entry) if "texts" in entry else _mmc4(entry, self._least)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            where = self._entries.where(index)
             raise Damaged("malformed entry", where, repr(error)) from None
-        folder = self._entries.folder(index)
-        return [
-            part for part in parts
-            if isinstance(part, Text) or isinstance(part.picture, bytes)
-            or self._media.has(part.picture, folder)
-        ]  # fmt: skip
 
 
-def _mmc4(entry: dict[str, Any], least: float) -> list[_Part]:
+def _mmc4(entry: dict[str, Any], least: float) -> tuple[list[_Part], list[Unused]]:
     before: dict[int, list[_Part]] = {}
+    unused: list[Unused] = []
     for number, picture in enumerate(entry["image_info"]):
         place = int(picture["matched_text_index"])
         similarity = picture.get("matched_sim")
@@ -82,27 +96,34 @@ def _mmc4(entry: dict[str, Any], least: float) -> list[_Part]:
             similarity = entry["similarity_matrix"][number][place]
         similarity = None if similarity is None else float(similarity)
         if similarity is not None and similarity < least:
+            unused.append(Unused("image unlike its text", f"similarity {similarity:.3f}"))
             continue
         content = picture.get("image_base64")
         shown = picture["image_name"] if content is None else _decoded(content)
         if not 0 <= place < len(entry["text_list"]):
             raise IndexError(f"matched_text_index {place}")
-        if shown is not None:  # null: it could not be crawled
+        if shown is None:  # it could not be crawled
+            unused.append(Unused("no image", f"image_info {number}"))
+        else:
             before.setdefault(place, []).append(_Shown(shown, similarity))
     parts: list[_Part] = []
     for place, words in enumerate(entry["text_list"]):
         parts += [*before.get(place, ()), _words(words)]
-    return parts
+    return parts, unused
 
 
-def _obelics(entry: dict[str, Any]) -> list[_Part]:
+def _obelics(entry: dict[str, Any]) -> tuple[list[_Part], list[Unused]]:
     parts: list[_Part] = []
-    for picture, words in zip(entry["images"], entry["texts"], strict=True):
+    unused: list[Unused] = []
+    pairs = zip(entry["images"], entry["texts"], strict=True)
+    for number, (picture, words) in enumerate(pairs):
         if picture is not None:
             parts.append(_Shown(str(picture)))
         if words is not None:
             parts.append(_words(words))
-    return parts
+        elif picture is None:
+            unused.append(Unused("no image", f"images {number}"))
+    return parts, unused
 
 
 def _words(words: Any) -> Text:

@@ -9,6 +9,7 @@ and restoring it continues bit for bit.
 from __future__ import annotations
 
 import collections
+import logging
 import queue
 import threading
 import weakref
@@ -17,11 +18,14 @@ from typing import Any, NamedTuple, get_args
 
 from emu_jax.config import UserError, suggest
 from emu_jax.data.config import Batch, DataConfig, Kind, batch_shapes
+from emu_jax.data.documents import short_hash
 from emu_jax.data.filling import STATISTICS, Damage, Filler, Made, Pool, Position
 from emu_jax.data.mixture import open_groups, schedule
 from emu_jax.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]
+
+log = logging.getLogger(__name__)
 
 _LEAST_SEEN = 1000  # documents, before the share of damaged ones says something
 
@@ -37,6 +41,8 @@ class Batches(Iterator[Batch]):
             from pairs alone; "contexts" from documents with a picture.
         plan_only: batches have no rows, and nothing is decoded; `statistics` are those of whole
             batches.
+        recount: count a source again if files that were missing may have arrived, unless there
+            are several processes, which must agree. False to resume a run with what it began.
 
     Attributes:
         tallies: of each source by name, what is used of it and what is not.
@@ -49,6 +55,7 @@ class Batches(Iterator[Batch]):
     def __init__(
         self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind,
         process_index: int = 0, process_count: int = 1, *, plan_only: bool = False,
+        recount: bool = True,
     ):  # fmt: skip
         if kind not in get_args(Kind):
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, get_args(Kind))}")
@@ -63,7 +70,8 @@ class Batches(Iterator[Batch]):
                 )
         self._cfg, self._kind = cfg, kind
         share = None if plan_only else (process_index, process_count)
-        self._maker = _Maker(cfg, tokenizer, kind, share)
+        recount = recount and process_count == 1
+        self._maker = _Maker(cfg, tokenizer, kind, share, recount)
         self._position = self._maker.start()
         self.tallies = self._maker.tallies
         self._thread: _Prefetch | None = None
@@ -94,7 +102,10 @@ class Batches(Iterator[Batch]):
     def state(self) -> dict[str, Any]:
         """The position after the last batch that was yielded, as JSON types."""
         step, groups = self._position
-        return {"kind": self._kind, "step": step, "groups": [list(p) for p in groups]}
+        return {
+            "kind": self._kind, "step": step, "groups": [list(p) for p in groups],
+            "counted": self._counted(),
+        }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state()` was taken.
@@ -122,9 +133,18 @@ class Batches(Iterator[Batch]):
                 f"the checkpoint's data position is of {len(groups)} groups of sources, this run "
                 f"has {len(self._position.groups)}: start it in a new workdir"
             )
+        if state.get("counted", self._counted()) != self._counted():
+            log.warning(
+                "sources were counted again since the checkpoint was saved, and other parts of "
+                "their documents are used: batches are packed differently from here on"
+            )
         self.close()
         self._position = _Position(step, tuple((block, row) for block, row in groups))
         self._maker.check(self._position)
+
+    def _counted(self) -> str:
+        """Follows from what of the sources is used."""
+        return short_hash([(name, tally.used) for name, tally in self.tallies.items()])
 
     def documents(self) -> list[tuple[str, int]]:
         """(source, index in it) of each document in this process's share of the last batch that
@@ -190,9 +210,10 @@ class _Maker:
     """
 
     def __init__(
-        self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, share: tuple[int, int] | None
-    ):
-        groups = open_groups(cfg, tokenizer, kind)
+        self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, share: tuple[int, int] | None,
+        recount: bool,
+    ):  # fmt: skip
+        groups = open_groups(cfg, tokenizer, kind, recount)
         self.tallies = {
             source.cfg.name: source.outlines.tally for group in groups for source in group.sources
         }

@@ -83,7 +83,7 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     """
     found = []
     for pattern in patterns:
-        paths = _patiently(pattern, lambda pattern=pattern: _expand(pattern, tuple(suffixes)))
+        paths = matches(pattern, suffixes)
         _check_packed(pattern, paths, tuple(suffixes))
         if not paths:
             raise UserError(f"nothing is at {pattern}: no file that ends in {', '.join(suffixes)}")
@@ -91,6 +91,19 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     if not found:
         raise UserError("no paths are given")
     return found
+
+
+def matches(pattern: str, suffixes: Sequence[str]) -> list[str]:
+    """The files that a path names, as `expand`; and the folders, where `*` stands for them."""
+    return _patiently(pattern, lambda: _expand(pattern, tuple(suffixes)))
+
+
+def is_dir(path: str) -> bool:
+    """Whether a path is a folder, or begins the names of remote files."""
+    if not is_remote(path):
+        return os.path.isdir(path)
+    fs, inner = _file_system(path)
+    return _patiently(path, lambda: fs.isdir(inner))
 
 
 def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:

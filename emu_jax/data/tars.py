@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from emu_jax.data import storage
 from emu_jax.data.formats import check_format
 from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kept
+from emu_jax.data.unused import Tally
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 16  # read at once while walking
-_VERSION = "names-1"  # of what is kept of an archive's names
+_VERSION = "names-2"  # of what is kept of an archive's names
 _KINDS = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
@@ -98,46 +99,102 @@ class _Reader:
 
 
 class TarFiles:
-    """Files in archives, found by name; the last part of a name suffices.
+    """Files in archives, found by name.
 
     Names are kept as 64-bit hashes in order, so that a hundred million of them are a mapped
     file rather than a dictionary.
+
+    Attributes:
+        tally: members that cannot be found: corrupt ones, and those that a later member of the
+            same archive and name replaces.
     """
 
     def __init__(self, paths: list[str], cache: str):
         self.paths = paths
         self.fingerprint = fingerprint(_VERSION, paths)
         folder, name = folder_for(paths[0], cache), f"{_VERSION}-{self.fingerprint}-sorted"
-        found = kept(folder, name, lambda: _sorted_names(paths, cache))
-        self._names, self._files = found["name"], found["file"]
+        found = kept(folder, name, lambda: _sorted(index_files(_VERSION, paths, _names_in, cache)))
+        self._names, self._files, self._paths = found["name"], found["file"], found["path"]
         self._offsets, self._sizes = found["offset"], found["size"]
+        self.tally = Tally.from_array(found["tally"])
 
-    def find(self, name: str) -> tuple[str, int, int] | None:
-        """(archive, offset, size) of a file; None if there is none."""
-        for known in (name, name.rpartition("/")[2]):
-            place = int(np.searchsorted(self._names, _hash(known)))
-            if place < len(self._names) and self._names[place] == _hash(known):
-                file = self.paths[self._files[place]]
-                return file, int(self._offsets[place]), int(self._sizes[place])
-        return None
+    def find(self, name: str) -> tuple[str, int, int] | Reason:
+        """(archive, offset, size) of a file, or why there is none.
+
+        Its path is `name`, or else ends in `/name`, or else `name` ends in `/path`: never another
+        folder's file of the same base name.
+        """
+        name = plain(name)
+        for below in suffixes(name):
+            key = hashed(below)
+            found = places(self._names, key)
+            # The name itself may be the end of a longer path, what it ends in is a whole one.
+            exact = [n for n in found if self._paths[n] == key]
+            found = exact or (found if below == name else [])
+            # The same file may lie in several archives.
+            if len({(int(self._paths[n]), int(self._sizes[n])) for n in found}) > 1:
+                return "ambiguous"
+            if found:
+                n = found[0]
+                return self.paths[self._files[n]], int(self._offsets[n]), int(self._sizes[n])
+        return "missing"
 
 
-def _hash(name: str) -> np.uint64:
+Reason = Literal["missing", "ambiguous"]
+_DEEPEST = 8  # folders of a name that are compared
+_ALIKE = 64  # files that end alike, of which one may be meant
+
+
+def plain(name: str) -> str:
+    """A file's name without `.` and empty folders."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def suffixes(name: str) -> list[str]:
+    """What a path ends in, the longest first: itself, and without one folder after the other."""
+    parts = name.split("/")[-_DEEPEST:]
+    return ["/".join(parts[n:]) for n in range(len(parts))]
+
+
+def hashed(name: str) -> np.uint64:
     content = name.encode("utf-8", "surrogateescape")
     return np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), np.uint64)[0]
 
 
-def _sorted_names(paths: list[str], cache: str) -> Arrays:
-    found = index_files(_VERSION, paths, _names_in, cache)
+def places(names: np.ndarray, name: np.uint64) -> list[int]:
+    """Where a hash stands in sorted ones; of very many, the first."""
+    place = int(np.searchsorted(names, name))
+    return [n for n in range(place, min(place + _ALIKE, len(names))) if names[n] == name]
+
+
+def _sorted(found: Arrays) -> Arrays:
+    tally = found.pop("tally")
     order = np.argsort(found["name"], kind="stable")
-    return {key: array[order] for key, array in found.items()}
+    return {key: array[order] for key, array in found.items()} | {"tally": tally}
 
 
 def _names_in(path: str) -> Arrays:
-    whole = [m for m in members(path) if m.whole]
-    entries = [(n, m) for m in whole for n in dict.fromkeys((m.name, m.name.rpartition("/")[2]))]
+    tally = Tally()
+    found: dict[str, Member] = {}
+    for member in members(path):
+        if not member.whole:
+            note(tally, "corrupt tar member", path, member.name)
+            continue
+        name = plain(member.name)
+        if found.pop(name, None) is not None:
+            note(tally, "duplicate member", path, name)
+        found[name] = member
+    entries = [(below, name, member) for name, member in found.items() for below in suffixes(name)]
     return {
-        "name": np.array([_hash(n) for n, _ in entries], np.uint64),
-        "offset": np.array([m.offset for _, m in entries], np.int64),
-        "size": np.array([m.size for _, m in entries], np.int64),
+        "name": np.array([hashed(below) for below, _, _ in entries], np.uint64),
+        "path": np.array([hashed(name) for _, name, _ in entries], np.uint64),
+        "offset": np.array([member.offset for _, _, member in entries], np.int64),
+        "size": np.array([member.size for _, _, member in entries], np.int64),
+        "tally": tally.to_array(),
     }
+
+
+def note(tally: Tally, reason: str, path: str, name: str) -> None:
+    """Counts a member of an archive that is left out."""
+    if tally.leave(reason):
+        tally.example(reason, f"{path} member {name!r}" if name else path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,6 +130,14 @@ class Tally:
     def to_array(self) -> UInt8[np.ndarray, "bytes"]:
         """The tally as JSON, for a cache of arrays."""
         return np.frombuffer(json.dumps(self.to_dict()).encode(), np.uint8)
+
+    @classmethod
+    def add(cls, arrays: Iterable[UInt8[np.ndarray, "bytes"]]) -> UInt8[np.ndarray, "bytes"]:
+        """Merges what `to_array` gives."""
+        total = cls()
+        for array in arrays:
+            total.merge(cls.from_array(array))
+        return total.to_array()
 
     @classmethod
     def from_array(cls, array: UInt8[np.ndarray, "bytes"]) -> Tally:

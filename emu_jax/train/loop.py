@@ -236,7 +236,7 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         if done >= cfg.steps:
             return {"step": done, "seconds": 0.0}
         tokenizer = prepare_data(cfg)
-        batches = trainer.objective.batches(cfg, tokenizer)
+        batches = trainer.objective.batches(cfg, tokenizer, resumed=position is not None)
         if position is not None:
             read = position.get("step", position.get("batch"))
             if read != done:

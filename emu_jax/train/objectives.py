@@ -69,12 +69,15 @@ class Objective(ABC):
         """(shape, dtype) of each array of a global batch."""
         return batch_shapes(cfg.data, self.batch_kind)
 
-    def batches(self, cfg: TrainConfig, tokenizer: Tokenizer) -> Batches | LatentBatches:
-        """This process's share of the data."""
+    def batches(
+        self, cfg: TrainConfig, tokenizer: Tokenizer, resumed: bool = False
+    ) -> Batches | LatentBatches:
+        """Returns this process's share of the data. A resumed run keeps what it has counted."""
         index, count = jax.process_index(), jax.process_count()
         return Batches(
-            cfg.data, tokenizer, self.batch_kind, process_index=index, process_count=count
-        )
+            cfg.data, tokenizer, self.batch_kind, process_index=index, process_count=count,
+            recount=not resumed,
+        )  # fmt: skip
 
     def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
         """The configuration that the trained model is saved with."""
@@ -316,9 +319,11 @@ class DecoderObjective(Objective):
             "latents": ((rows, *latents), jnp.bfloat16),
         }
 
-    def batches(self, cfg: TrainConfig, tokenizer: Tokenizer) -> Batches | LatentBatches:
+    def batches(
+        self, cfg: TrainConfig, tokenizer: Tokenizer, resumed: bool = False
+    ) -> Batches | LatentBatches:
         if not cfg.latents:
-            return super().batches(cfg, tokenizer)
+            return super().batches(cfg, tokenizer, resumed)
         index, count = jax.process_index(), jax.process_count()
         return LatentBatches(Path(cfg.latents), cfg.data, cfg.model, index, count)
 

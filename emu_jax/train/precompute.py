@@ -82,7 +82,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         row_bytes = 2 * sum(map(math.prod, latent_shapes(cfg.model)))
         part_rows = count * max(1, PART_BYTES // row_bytes)
         with (
-            DecoderObjective().batches(cfg, tokenizer) as batches,
+            DecoderObjective().batches(cfg, tokenizer, resumed=progress.parts > 0) as batches,
             tqdm(total=rows, initial=progress.rows, unit="row", disable=index > 0) as bar,
         ):
             if progress.parts:

@@ -1,0 +1,111 @@
+"""Files in the sub-folders of some folders, found by name: downloaders write one for each shard."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from emu_jax.data.documents import short_hash
+from emu_jax.data.index import Arrays, folder_for, kept
+from emu_jax.data.tars import Reason, hashed, places, suffixes
+
+_VERSION = "folders-1"
+
+
+class Folder(NamedTuple):
+    """A local folder below others."""
+
+    path: str
+    changed: int  # nanoseconds: when a name in it was added or removed
+
+
+def walk(folders: Sequence[str]) -> Iterator[Folder]:
+    """Yields local folders and all below them, but for hidden ones, in a fixed order."""
+    seen: set[tuple[int, int]] = set()
+    waiting = list(reversed(folders))
+    while waiting:
+        path = waiting.pop()
+        try:
+            found = os.stat(path)
+            with os.scandir(path) as entries:
+                below = sorted(entry.path for entry in entries if _is_folder(entry))
+        except OSError:  # gone, or not ours to read: what it holds is missing
+            continue
+        if (found.st_dev, found.st_ino) in seen:  # a link in a circle
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield Folder(path, found.st_mtime_ns)
+        waiting += reversed(below)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return not entry.name.startswith(".") and entry.is_dir()
+
+
+def stamp(folders: Sequence[str]) -> str:
+    """Follows from the names in local folders and below: another one once a file arrives."""
+    return short_hash([(folder.path, folder.changed) for folder in walk(sorted(folders))])
+
+
+class SubFolders:
+    """Files below some local folders.
+
+    A path is compared up to two folders above those given.
+
+    Args:
+        only_below: folders of which only those below are meant, not what lies in them directly.
+        others: folders that are meant themselves, too.
+
+    Their names are listed when one is first asked for, and kept as sorted hashes until a folder
+    changes.
+    """
+
+    def __init__(self, only_below: Sequence[str], others: Sequence[str], cache: str):
+        self._only_below, self._cache = set(only_below), cache
+        self._roots = [*others, *only_below]
+        self._lock = threading.Lock()
+        self._found: Arrays | None = None
+        self._folders: list[str] = []
+
+    def find(self, name: str) -> str | Reason:
+        """The path of the file whose path ends in `/name`, or why there is none."""
+        found = self._open()
+        if not self._folders:
+            return "missing"
+        hits = places(found["name"], hashed(name))
+        if len(hits) != 1:
+            return "ambiguous" if hits else "missing"
+        return os.path.join(self._folders[found["folder"][hits[0]]], os.path.basename(name))
+
+    def _open(self) -> Arrays:
+        with self._lock:
+            if self._found is None:
+                folders = [f for f in walk(self._roots) if f.path not in self._only_below]
+                self._folders = [folder.path for folder in folders]
+                key = short_hash([(folder.path, folder.changed) for folder in folders])
+                where = folder_for(self._roots[0].rstrip("/"), self._cache)
+                self._found = kept(where, f"{_VERSION}-{key}", self._list) if folders else {}
+            return self._found
+
+    def _list(self) -> Arrays:
+        names, numbers = [], []
+        for number, folder in enumerate(self._folders):
+            parts = folder.rstrip("/").split("/")
+            depth = min(len(parts) - root.rstrip("/").count("/") for root in self._roots
+                        if f"{folder}/".startswith(f"{root.rstrip('/')}/"))  # fmt: skip
+            above = "/".join(parts[-depth - 1 :])
+            with os.scandir(folder) as entries:
+                found = [
+                    hashed(below)
+                    for entry in entries if not entry.is_dir()
+                    for below in suffixes(f"{above}/{entry.name}")
+                ]  # fmt: skip
+            names.append(np.array(found, np.uint64))
+            numbers.append(np.full(len(found), number, np.int32))
+        name, folder = np.concatenate(names), np.concatenate(numbers)
+        order = np.argsort(name, kind="stable")
+        return {"name": name[order], "folder": folder[order]}
