@@ -120,14 +120,17 @@ def test_webdataset_pairs(tmp_path, form):
     tar(tmp_path / "0.tar", {
         f"{folder}/0001.jpg": picture(30), f"{folder}/0001.txt": "first ünïcode 🙂".encode(),
         f"{folder}/0001.json": json.dumps({"caption": "not this"}).encode(),
-        "0002.seg.json": b"{}",  # another kind of member, of a sample of its own
+        "0002.seg.json": b"{}",  # of the same sample, but not read
         "0002.json": json.dumps({"caption": "second", "url": "x"}).encode(),
         "0002.webp": picture(60, "WEBP"),
-        "0003.PNG": picture(90, "PNG"),
+        "0003.PNG": picture(90, "PNG"), "README": b"", "._0003.jpg": b"",
     }, form)  # fmt: skip
     tar(tmp_path / "1.tar", {"x.jpeg": picture(120), "x.txt": b"third"}, form)
-    pairs = source("webdataset", tmp_path)
+    assert reasons(source("webdataset", tmp_path)) == {2: "incomplete sample"}
+    pairs = source("webdataset", tmp_path, allow_missing=("texts",))
     assert pairs.paired
+    assert pairs.unused().unused == {"other member": 3}
+    assert pairs[2].unused == (Unused("no caption"),)
     assert list(map(shown, pairs)) == [
         [30, "first ünïcode 🙂"], [60, "second"], [90], [120, "third"],
     ]  # fmt: skip
@@ -140,7 +143,7 @@ def test_webdataset_videos(tmp_path):
     tar(tmp_path / "0.tar", {
         "a.mp4": video(20), "a.txt": b"words", "b.webm": video(20, "webm"), "b.json": b"{}",
     })  # fmt: skip
-    clips = source("webdataset", tmp_path / "0.tar")
+    clips = source("webdataset", tmp_path / "0.tar", allow_missing=("texts",))
     want = (10 * frame_indices(20)).tolist()
     assert list(map(shown, clips)) == [[*want, "words"], want]
     assert agrees(clips)
@@ -149,6 +152,89 @@ def test_webdataset_videos(tmp_path):
     assert len(set(map(tuple, drawn))) == 20
     assert {shade for d in drawn for shade in d} == set(range(0, 200, 10))
     assert shown(clips.read(0, (3,)))[:-1] == drawn[3]
+
+
+def test_captions_wherever_they_are(tmp_path):
+    """Under the keys that img2dataset and LAION use, in a list, beside an empty text; otherwise
+    the sample is counted."""
+    captions: list[tuple[dict, str | None]] = [
+        ({"txt": b"\xef\xbb\xbfa bom"}, "a bom"),
+        ({"caption": b"NAME.caption", "txt": b"", "text": b"not this"}, "NAME.caption"),
+        ({"txt": b"", "json": b'{"caption": null, "text": "other key"}'}, "other key"),
+        ({"json": b'{"TEXT": "laion"}'}, "laion"),
+        ({"json": b'{"top_caption": "coco", "caption": "  "}'}, "coco"),
+        ({"json": b'{"caption": ["", "first", 3, "second"]}'}, "first"),
+        ({"json": b'\xef\xbb\xbf{"caption": "a bom"}'}, "a bom"),
+        ({"json": b'{"caption": []}'}, None),
+        ({"json": b'{"caption": {"en": "x"}, "alt": "y"}'}, None),
+        ({}, None),
+    ]
+    files = {}
+    for n, (members, _) in enumerate(captions):
+        files |= {f"{n}.jpg": picture(10)} | {f"{n}.{ext}": c for ext, c in members.items()}
+    pairs = source("webdataset", tar(tmp_path / "0.tar", files))
+    lost = {n: "incomplete sample" for n, (_, words) in enumerate(captions) if words is None}
+    assert reasons(pairs) == lost
+    for n, (_, words) in enumerate(captions):
+        assert words is None or shown(pairs[n]) == [10, words]
+    assert pairs[5].unused == (Unused("other caption", "second"),)
+    assert pairs.unused().unused == {"duplicate member": 2}  # beside 1.caption
+    alt = source("webdataset", tmp_path / "0.tar", caption_key="alt")
+    assert shown(alt[8]) == [10, "y"] and len(reasons(alt)) == 9
+
+
+def test_keys_of_samples(tmp_path):
+    """A key ends at the first dot, or else at the last; members of a sample may lie apart, and
+    two samples may share a key."""
+    files: list[tuple[str, bytes]] = []
+    for n, key in enumerate(["2024.01.03", "2024.01.04", "score_0.5_x", "a/photo.v1", "cat"]):
+        files += [(f"{key}.jpg", picture(10 * n)), (f"{key}.txt", key.encode())]
+    files += [("cat.mask.png", b""), ("cat.v2.jpg", picture(50)), ("cat.v2.txt", b"cat.v2")]
+    files += [(f"apart{n}.jpg", picture(60 + 10 * n)) for n in range(3)]
+    files += [(f"apart{n}.txt", b"apart%d" % n) for n in (1, 0)]
+    files += [("twin.jpg", picture(90)), ("twin.txt", b"one")] * 2
+    files += [("late.jpg", picture(10)), ("late.jpg", picture(100)), ("late.txt", b"last")]
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "cat.jpg"
+        archive.addfile(link)
+    pairs = source("webdataset", tmp_path / "0.tar")
+    assert reasons(pairs) == {8: "incomplete sample", 12: "incomplete sample"}
+    assert [shown(pairs[n]) for n in range(12) if n != 8] == [
+        [0, "2024.01.03"], [10, "2024.01.04"], [20, "score_0.5_x"], [30, "a/photo.v1"],
+        [40, "cat"], [50, "cat.v2"], [60, "apart0"], [70, "apart1"], [90, "one"], [90, "one"],
+        [100, "last"],
+    ]  # fmt: skip
+    assert pairs.unused().unused == {"other member": 1, "duplicate member": 1}
+    assert len(pairs) == 13
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_the_releases_storyboards(tmp_path, form):
+    """KEY.n.txt stands before KEY.n.png, and the last text after all
+    (`Emu1/data/yt-sb-1b/video_webdataset_maker_YT1b_sb.py`; members in the order of names)."""
+    files = {}
+    for key, frames in (("ü" * 60 if form == tarfile.PAX_FORMAT else "one", 12), ("two", 1)):
+        board = {f"{key}.final_meta.json": b"{}", f"{key}.{frames}.txt": b"end"}
+        for n in range(frames):
+            board |= {f"{key}.{n}.txt": b"%d" % n * (n > 0),
+                      f"{key}.{n}.png": picture(10 * n, "PNG")}  # fmt: skip
+        if frames == 12:
+            del board[f"{key}.3.png"]
+        files |= dict(sorted(board.items()))
+    boards = source("webdataset", tar(tmp_path / "0.tar", files, form))
+    want = [0, *(part for n in range(1, 12) for part in (str(n), 10 * n)), "end"]
+    want.remove(30)
+    assert list(map(shown, boards)) == [want, [0, "end"]]
+    assert not boards.paired and agrees(boards) and not boards.unused().unused
+    assert [u.reason for u in boards[0].unused] == ["missing image"]
+    tar(tmp_path / "1.tar", {"a.jpg": picture(10), "a.txt": b"a"})
+    with pytest.raises(UserError, match="1 samples are pairs and 2 are storyboards"):
+        source("webdataset", tmp_path)
 
 
 def test_tar_offsets_are_those_of_tarfile(tmp_path):

@@ -4,7 +4,8 @@ and prepared directories of TensorFlow Datasets."""
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Generator, Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,36 +25,63 @@ from emu_jax.data.documents import (
 )
 from emu_jax.data.index import Arrays, fingerprint, index_files
 from emu_jax.data.listings import parse_object
-from emu_jax.data.tars import Member, members
+from emu_jax.data.tars import Member, members, note
+from emu_jax.data.unused import Tally, Unused
 from emu_jax.data.video import VIDEO_SUFFIXES, Video, sample_frames
 
-_VERSION = "samples-3"
+_VERSION = "samples-4"
+_TEXTS = ("txt", "caption", "text")  # in this order
 _ROLES = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "picture"),
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "picture"),
     **{suffix.removeprefix("."): "video" for suffix in VIDEO_SUFFIXES},
-    "txt": "text", "json": "json",
+    **dict.fromkeys(_TEXTS, "text"),
+    "json": "json",
 }  # fmt: skip
-_PICTURE, _VIDEO, _TEXT, _JSON = range(4)
+_ORDER = ("picture", "video", "text", "json", "board")
+_PICTURE, _VIDEO, _TEXT, _JSON, _BOARD = range(len(_ORDER))
 _MOST = (storage.MOST_IMAGE, storage.MOST_VIDEO, storage.MOST_TEXT, storage.MOST_ENTRY)
-_CAPTIONS = ("caption", "text", "top_caption")  # keys of a sample's JSON, the first that is there
+# Keys of a sample's JSON, the first that holds words: img2dataset's and LAION's.
+_CAPTIONS = ("caption", "text", "top_caption", "TEXT")
+_BOARD_META = "final_meta.json"
 
 
 class Pairs(Source):
     """The samples of WebDataset tars: a picture, or `frames` frames of a video, and its words.
 
-    A sample is the run of members whose names agree up to the first dot: NAME.jpg (.png, .webp,
-    ...) or NAME.mp4 (.webm, ...), with the words in NAME.txt or under `caption` in NAME.json.
+    A sample is NAME.jpg (.png, .webp, ...) or NAME.mp4 (.webm, ...), with the words in NAME.txt
+    (.caption) or in NAME.json. As in WebDataset a name ends at its first dot, unless only then
+    something that is read would follow the last one.
+
+    The release's YT-Storyboard-1B tars are read as well. A document is then NAME.0.txt,
+    NAME.0.png, NAME.1.txt, ..., in that order; NAME.final_meta.json tells that it is one.
+
+    Args:
+        caption_key: of the JSON, instead of the text file and the usual keys.
+        wordless: keep samples without words.
+
+    Raises:
+        UserError: some samples are pairs and some are storyboards.
     """
 
-    paired = True
-
-    def __init__(self, paths: list[str], cache: str, frames: int):
+    def __init__(
+        self, paths: list[str], cache: str, frames: int, caption_key: str = "",
+        wordless: bool = False,
+    ):  # fmt: skip
         self.paths = paths
-        self._frames = frames
+        self._frames, self._caption_key, self._wordless = frames, caption_key, wordless
         found = index_files(_VERSION, paths, _samples_in, cache)
         self._files, self._spans, self._damage = found["file"], found["spans"], found["damage"]
         self._numbers = found["number"]
-        self.fingerprint = short_hash((fingerprint(_VERSION, paths), frames))
+        self._tally = Tally.from_array(found["tally"])
+        boards, pairs = self._tally.used.pop("boards", 0), self._tally.used.pop("pairs", 0)
+        if boards and pairs:
+            raise UserError(
+                f"{pairs} samples are pairs and {boards} are storyboards ({paths[0]}): give their "
+                "tars as two sources"
+            )
+        self.paired = not boards
+        setting = (frames, caption_key, wordless)
+        self.fingerprint = short_hash((fingerprint(_VERSION, paths), setting))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -61,106 +89,245 @@ class Pairs(Source):
     def where(self, index: int) -> str:
         return f"{self.paths[self._files[index]]} sample {self._numbers[index]}"
 
+    def unused(self) -> Tally:
+        return self._tally
+
     def read(
         self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
-        words = self._words(index)
+        if self._spans[index, _BOARD, 1]:
+            return self._board(index, wanted)
+        words, unused = self._words(index)
         picture = self._member(index, _PICTURE)
         if picture is not None:
-            return Document((Picture(picture), *words))
+            return Document((Picture(picture), *words), unused)
         content = self._member(index, _VIDEO)
         assert content is not None  # or the sample would be damaged
         video = Video(content, self.where(index))
         shown = sample_frames(video, self._frames, seed)
         parts = (*(Picture(data, time) for time, data in shown), *words)
-        return Document(parts, tuple(video.unused))
+        return Document(parts, (*unused, *video.unused))
 
     def sketch(self, index: int) -> Document:
-        words = self._words(index)
+        if self._spans[index, _BOARD, 1]:
+            return self._board(index, ())
+        words, unused = self._words(index)
         pictures = 1 if self._spans[index, _PICTURE, 1] else self._frames
-        return Document((*[Picture(b"")] * pictures, *words))
+        return Document((*[Picture(b"")] * pictures, *words), unused)
 
-    def _words(self, index: int) -> tuple[Text, ...]:
+    def _words(self, index: int) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:
         where = self.where(index)
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
-        content = self._member(index, _TEXT)
-        if content is not None:
-            return (Text(utf8(content, where)),)
+        unused: list[Unused] = []
+        if self._spans[index, _PICTURE, 1] and self._spans[index, _VIDEO, 1]:
+            unused.append(Unused("other member", "a video beside the picture"))
+        for caption in self._captions(index, where):
+            words = [caption] if isinstance(caption, str) else caption
+            words = [w for w in words if w.strip()]
+            if words:
+                unused += [Unused("other caption", word) for word in words[1:]]
+                return (Text(words[0]),), tuple(unused)
+        if not self._wordless:
+            raise Damaged("incomplete sample", where, "no caption")
+        return (), (*unused, Unused("no caption"))
+
+    def _captions(self, index: int, where: str) -> Iterator[str | list[str]]:
+        """Where the words may be, in order of preference; several that say the same in a list."""
+        if not self._caption_key and (content := self._member(index, _TEXT)) is not None:
+            yield utf8(content, where)
         content = self._member(index, _JSON)
         values = {} if content is None else parse_object(content, where)
-        captions = [v for key in _CAPTIONS if isinstance(v := values.get(key), str)]
-        return tuple(map(Text, captions[:1]))
+        for key in (self._caption_key,) if self._caption_key else _CAPTIONS:
+            value = values.get(key)
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                yield [word for word in value if isinstance(word, str)]
+
+    def _board(self, index: int, wanted: Collection[int] | None) -> Document:
+        """A storyboard; its pictures are empty but for those wanted."""
+        path, where = self.paths[self._files[index]], self.where(index)
+        if damage := int(self._damage[index]):
+            raise Damaged(REASONS[damage - 1], where)
+        first, size = self._spans[index, _BOARD].tolist()
+        found: dict[tuple[int, str], Member] = {}
+        key = None
+        for member in members(path, first, first + size):
+            stem, ext = _split(member.name)
+            key = key or stem
+            number, _, suffix = ext.partition(".")
+            if stem == key and number.isdecimal() and suffix in _ROLES:
+                found[int(number), _ROLES[suffix]] = member
+        parts: list[Text | Picture] = []
+        unused: list[Unused] = []
+        last = max((number for number, _ in found), default=-1)
+        for number in range(last + 1):
+            words, picture = found.get((number, "text")), found.get((number, "picture"))
+            if words and (said := utf8(_content(path, words, where), where)).strip():
+                parts.append(Text(said))
+            if picture:
+                read = wanted is None or len(parts) in wanted
+                parts.append(Picture(_content(path, picture, where) if read else b""))
+            elif number < last:
+                unused.append(Unused("missing image", f"{key}.{number}"))
+        return Document(tuple(parts), tuple(unused))
 
     def _member(self, index: int, role: int) -> bytes | None:
         offset, size = self._spans[index, role].tolist()
         if not size:
             return None
-        if size > _MOST[role]:
-            raise Damaged("file too large", self.where(index), f"a member of {size:,} bytes")
-        content = storage.read(self.paths[self._files[index]], offset, size)
-        if len(content) < size:
-            raise Damaged("corrupt tar member", self.where(index), "the archive is cut short")
-        return content
+        member = Member("", offset, size, True)
+        return _content(self.paths[self._files[index]], member, self.where(index), _MOST[role])
+
+
+def _content(path: str, member: Member, where: str, most: int = storage.MOST_IMAGE) -> bytes:
+    """
+    Raises:
+        Damaged: it is too large, or the archive ends within it.
+    """
+    if member.size > most:
+        raise Damaged("file too large", where, f"a member of {member.size:,} bytes")
+    content = storage.read(path, member.offset, member.size)
+    if len(content) < member.size:
+        raise Damaged("corrupt tar member", where, "the archive is cut short")
+    return content
+
+
+class _Part(NamedTuple):
+    """A member of a sample. A corrupt one has no name, and so no key or role."""
+
+    member: Member
+    begin: int  # of its headers
+    key: str = ""
+    role: str = ""
 
 
 class _Sample(NamedTuple):
+    key: str
     spans: np.ndarray  # [role, (offset, size)]
     damage: int  # 1 + place in REASONS, or 0
+    replaced: list[str]  # names of members of a role that another one has
 
     @property
     def lacks(self) -> bool:
         """Whether it has no picture or video, or no words."""
-        media, words = self.spans[[_PICTURE, _VIDEO], 1], self.spans[[_TEXT, _JSON], 1]
+        media = self.spans[[_PICTURE, _VIDEO, _BOARD], 1]
+        words = self.spans[[_TEXT, _JSON, _BOARD], 1]
         return not (media.any() and words.any())
 
 
 def _samples_in(path: str) -> Arrays:
-    samples = list(_samples(path))
+    tally = Tally()
+    samples = _joined(_grouped(_parts(path, tally)))
+    for name in (name for sample in samples for name in sample.replaced):
+        note(tally, "duplicate member", path, name)
+    boards = sum(bool(sample.spans[_BOARD, 1]) for sample in samples)
+    tally.used |= {"boards": boards, "pairs": len(samples) - boards}
     empty = np.zeros((0, len(_ORDER), 2), np.int64)
     return {
         "spans": np.stack([s.spans for s in samples]) if samples else empty,
         "damage": np.array([s.damage for s in samples], np.int8),
         "number": np.arange(len(samples), dtype=np.int32),
+        "tally": tally.to_array(),
     }
 
 
-_ORDER = ("picture", "video", "text", "json")
+def _parts(path: str, tally: Tally) -> Iterator[_Part]:
+    """Yields the members of a tar that belong to samples, and counts the others."""
+    found, end = list[tuple[Member, int]](), 0
+    for member in members(path):
+        found.append((member, end))
+        end = member.offset + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    key_of = _keys(member.name for member, _ in found)
+    for member, begin in found:
+        key, role = key_of(member.name) if member.name else ("", "")
+        if member.name and not role:
+            note(tally, "other member", path, member.name)
+        else:
+            yield _Part(member, begin, key, role)
 
 
-def _samples(path: str) -> Iterator[_Sample]:
+def _keys(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
+    """A function of a member's name to its sample's key and its role, "" if it has none.
+
+    WebDataset ends a key at the first dot. If that leaves nothing that is read, the key ends at
+    the last dot: `2024.01.03.jpg`. But `0002.seg.json` belongs to `0002.jpg`, and is not read.
+    """
+    short: set[str] = set()  # keys of what ends at the first dot
+    boards: set[str] = set()
+    long: dict[str, set[str]] = {}  # roles by keys that end at the last dot
+    for name in names:
+        key, ext = _split(name)
+        if ext in _ROLES:
+            short.add(key)
+        elif ext == _BOARD_META:
+            boards.add(key)
+        elif role := _ROLES.get(ext.rpartition(".")[2]):
+            long.setdefault(name.rpartition(".")[0], set()).add(role)
+
+    def key_of(name: str) -> tuple[str, str]:
+        key, ext = _split(name)
+        number, _, last = ext.rpartition(".")
+        role = _ROLES.get(last, "")
+        if os.path.basename(name).startswith("."):  # hidden, such as macOS's ._NAME
+            return key, ""
+        if key in boards:
+            frame = number.isdecimal() and role in ("picture", "text")
+            return key, "board" if frame or ext == _BOARD_META else ""
+        if not number:
+            return key, role
+        own = name.rpartition(".")[0]
+        roles = long.get(own, set())
+        whole = "text" in roles and not roles.isdisjoint(("picture", "video"))
+        return (own, role) if whole or key not in short else (key, "")
+
+    return key_of
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(folder and name up to the first dot, what follows it in lower case)."""
+    folder, base = os.path.split(name)
+    stem, _, ext = base.partition(".")
+    return f"{folder}/{stem}", ext.lower()
+
+
+def _grouped(parts: Iterable[_Part]) -> Iterator[_Sample]:
     """The samples of a tar. A member whose header is corrupt has no name: it is taken for one of
     the sample around it, or else of that before or after it which lacks something; where none
     does it stands for a sample of its own."""
-    group: list[Member] = []
-    key, before, after = None, None, None  # nameless members next to the group
-    for member in members(path):
-        base, name = os.path.split(member.name)
-        stem, _, suffix = name.partition(".")
-        if not member.name:
-            after = member
+    group: list[_Part] = []
+    before, after = None, None  # nameless members next to the group
+    for part in parts:
+        if not part.member.name:
+            after = part
             continue
-        if suffix.lower() not in _ROLES:
-            continue
-        if (base, stem) == key:
+        if group and part.key == group[0].key and not _is_next(group, part):
             group += [after] if after else []
         elif group:
             after = yield from _closed(group, before, after)
             group, before = [], after
         else:
             before = after
-        key, after = (base, stem), None
-        group.append(member)
+        after = None
+        group.append(part)
     if group:
         after = yield from _closed(group, before, after)
     if after:
         yield _sample([after])
 
 
+def _is_next(group: list[_Part], part: _Part) -> bool:
+    """Whether a part begins another sample of the same key: its name comes again, and the
+    sample before lacks nothing."""
+    again = any(part.member.name == other.member.name for other in group)
+    return again and part.role != "board" and not _sample(group).lacks
+
+
 def _closed(
-    group: list[Member], before: Member | None, after: Member | None
-) -> Generator[_Sample, None, Member | None]:
+    group: list[_Part], before: _Part | None, after: _Part | None
+) -> Generator[_Sample, None, _Part | None]:
     """Yields a finished sample; returns the nameless member after it, if it is not its own."""
     lacks = _sample(group).lacks
     if before and not lacks:
@@ -170,18 +337,64 @@ def _closed(
     return None if own is after else after
 
 
-def _sample(group: list[Member]) -> _Sample:
+def _sample(group: list[_Part]) -> _Sample:
     spans = np.zeros((len(_ORDER), 2), np.int64)
-    for member in group:
-        if member.name:
-            role = _ROLES[member.name.rpartition("/")[2].partition(".")[2].lower()]
-            spans[_ORDER.index(role)] = member.offset, member.size
+    chosen: dict[str, _Part] = {}
+    replaced: list[str] = []
+    boards = [part for part in group if part.role == "board"]
+    for part in group:
+        if part.role in ("", "board"):
+            continue
+        other = chosen.get(part.role)
+        if other is None or _preferred(part, other):
+            chosen[part.role] = part
+            replaced += [other.member.name] if other else []
+        else:
+            replaced.append(part.member.name)
+    for role, part in chosen.items():
+        spans[_ORDER.index(role)] = part.member.offset, part.member.size
+    if boards:
+        last = boards[-1].member
+        spans[_BOARD] = boards[0].begin, last.offset + last.size - boards[0].begin
     reason = None
-    if not all(m.whole for m in group):
+    if not all(part.member.whole for part in group):
         reason = "corrupt tar member"
-    elif not spans[[_PICTURE, _VIDEO], 1].any():
+    elif not spans[[_PICTURE, _VIDEO, _BOARD], 1].any():
         reason = "incomplete sample"
-    return _Sample(spans, 0 if reason is None else 1 + REASONS.index(reason))
+    damage = 0 if reason is None else 1 + REASONS.index(reason)
+    return _Sample(group[0].key, spans, damage, replaced)
+
+
+def _preferred(part: _Part, other: _Part) -> bool:
+    """Whether a member is read rather than one of the same role before it: text files have an
+    order, of others the last is read, as extracting the tar would leave it."""
+    if not part.member.size or not other.member.size:
+        return part.member.size > 0
+
+    def rank(part: _Part) -> int:
+        return _TEXTS.index(ext) if (ext := _split(part.member.name)[1]) in _TEXTS else 0
+
+    return rank(part) <= rank(other)
+
+
+def _joined(samples: Iterable[_Sample]) -> list[_Sample]:
+    """Joins what an unsorted tar holds apart: all pictures, then all words."""
+    joined: list[_Sample] = []
+    places: dict[str, int] = {}
+    corrupt = 1 + REASONS.index("corrupt tar member")
+    for sample in samples:
+        place = places.setdefault(sample.key, len(joined)) if sample.key else len(joined)
+        apart = place < len(joined) and corrupt not in (sample.damage, joined[place].damage)
+        if apart and (sample.lacks or joined[place].lacks):
+            other = joined[place]
+            if not (other.spans[:, 1] * sample.spans[:, 1]).any():
+                spans, media = other.spans + sample.spans, [_PICTURE, _VIDEO, _BOARD]
+                damage = 0 if spans[media, 1].any() else sample.damage
+                replaced = other.replaced + sample.replaced
+                joined[place] = _Sample(sample.key, spans, damage, replaced)
+                continue
+        joined.append(sample)
+    return joined
 
 
 class TfdsPairs(Source):

@@ -46,6 +46,9 @@ class SourceConfig:
     min_similarity: float = 0.32  # pages: of a picture to its text, where it is known
     frames: int = 8  # videos: of each
     frame_seconds: float = 4.0  # subtitled: between the frames of a video
+    # webdataset: the key of a sample's JSON that holds its words; by default NAME.txt, or else the
+    # keys that img2dataset and LAION use.
+    caption_key: str = ""
     # Kinds of parts that the whole source may lack: "images", "texts". Elsewhere it is an error
     # if nothing is left of a kind. With "texts", pairs without a caption are images alone.
     allow_missing: tuple[str, ...] = ()
@@ -82,7 +85,11 @@ FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "records": (
         lambda cfg, paths, cache: DocumentFiles(paths, paired=cfg.paired), (".array_record",),
     ),
-    "webdataset": (lambda cfg, paths, cache: Pairs(paths, cache, cfg.frames), (".tar",)),
+    "webdataset": (
+        lambda cfg, paths, cache: Pairs(
+            paths, cache, cfg.frames, cfg.caption_key, "texts" in cfg.allow_missing
+        ), (".tar",),
+    ),
     "tfds": (lambda cfg, paths, cache: TfdsPairs(paths), ()),
     "pages": (
         lambda cfg, paths, cache: Pages(*_entries(paths, cache, cfg), cfg.min_similarity), _JSON,

@@ -17,7 +17,8 @@ from emu_jax.data.unused import Tally
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 16  # read at once while walking
 _VERSION = "names-2"  # of what is kept of an archive's names
-_KINDS = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_NO_FILES = (tarfile.DIRTYPE, tarfile.XGLTYPE)
 
 
 class Member(NamedTuple):
@@ -29,16 +30,21 @@ class Member(NamedTuple):
     whole: bool  # False: its header is corrupt (no name then), or the archive ends within it
 
 
-def members(path: str) -> Iterator[Member]:
-    """The files of a tar, in order; with PAX headers and GNU long names.
+def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Member]:
+    """Yields the files of a tar in order; with PAX headers and GNU long names. What has no content
+    of its own there, such as a link, is empty.
+
+    Args:
+        first, end: of the part of the tar that is read; it begins with a header.
 
     At a corrupt header one `Member` that is not whole stands for what cannot be told, and the
     walk goes on at the next header that can be read.
     """
-    check_format(path)
-    size = storage.stat(path).size
+    if end is None:
+        check_format(path)
+    size = storage.stat(path).size if end is None else end
     read = _Reader(path)
-    offset, pax, sound = 0, {}, True
+    offset, pax, sound = first, {}, True
     while offset + _BLOCK <= size:
         block = read(offset, _BLOCK)
         if not block.strip(b"\0"):  # the end, or between archives one after the other
@@ -61,9 +67,12 @@ def members(path: str) -> Iterator[Member]:
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             name = read(start, min(length, size - start)).rstrip(b"\0")
             pax["path"] = name.decode("utf-8", "surrogateescape")
-        else:
-            if header.type in _KINDS:
-                yield Member(pax.get("path", header.name), start, length, start + length <= size)
+        elif header.type != tarfile.GNUTYPE_LONGLINK:
+            name = pax.get("path", header.name)
+            if header.type in _FILES:
+                yield Member(name, start, length, start + length <= size)
+            elif header.type not in _NO_FILES:
+                yield Member(name, start, 0, True)
             pax = {}
         offset = start + -(-length // _BLOCK) * _BLOCK
     if 0 < size < _BLOCK or (size % _BLOCK and offset < size):

@@ -89,7 +89,7 @@ class Tally:
     def merge(self, other: Tally) -> None:
         """Adds the counts of what comes after."""
         for kind, count in other.used.items():
-            self.used[kind] += count
+            self.used[kind] = self.used.get(kind, 0) + count
         for reason, count in other.unused.items():
             self.leave(reason, count)
             for text in other.examples.get(reason, ()):
