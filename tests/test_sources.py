@@ -105,7 +105,8 @@ def agrees(source) -> bool:
         whole = source.read(index)
         assert [part for part in whole.parts if part is not ABSENT] == list(source[index].parts)
         sketch = source.sketch(index)
-        assert sketched(sketch) == sketched(whole) and sketch.unused == whole.unused
+        assert sketched(sketch) == sketched(whole)
+        assert whole.unused[: len(sketch.unused)] == sketch.unused
         for number, part in enumerate(whole.parts):
             assert part is ABSENT or source.read(index, wanted=[number]).parts[number] == part
     return len(source) > 0
@@ -623,7 +624,9 @@ def test_captioned_videos(tmp_path):
     few = source("videos", listing, media=(str(tmp_path / "clips"),), frames=7)
     assert set(shown(few.read(1, (0,)))[:-1]) <= {0, 10, 20, 30, 40}  # fewer frames than asked for
     assert len(few.read(1, (0,)).parts) == 8
-    assert sketched(videos.sketch(4)) == [None] * 4 + ["x"]  # counting opens no video
+    assert sketched(videos.sketch(2)) == [None] * 4 + ["x"]  # counting opens no video
+    with pytest.raises(Damaged, match="missing file"):  # but asks whether it is there
+        videos.sketch(4)
     assert reasons(videos) == {
         2: "unreadable video", 3: "unreadable video", 4: "missing file", 5: "malformed entry",
         6: "malformed entry", 7: "video without frames",
@@ -701,6 +704,70 @@ def test_storyboards(tmp_path):
     part = boards.read(0, wanted=[9])
     assert [bool(p.data) for p in part.parts if isinstance(p, Picture)] == [False] * 7 + [True]
     assert part.parts[9] == boards[0].parts[9]
+
+
+@pytest.mark.parametrize("columns", [5, 3])  # of the last sheet, the site's or as many as it holds
+@pytest.mark.parametrize("size", [(16, 10), (9, 16)])
+def test_the_last_sheet_of_a_storyboard(tmp_path, columns, size):
+    """Sites cut it off below its last row, and behind the last tile of a single row; a video of
+    one sheet has only that."""
+    (tmp_path / "a.vtt").write_text(VTT)
+    width, height = size
+
+    def sheet(name: str, shades: range, rows: int, columns: int) -> str:
+        image = Image.new("RGB", (columns * width, rows * height))
+        for n, color in enumerate(shades):
+            part = open_image(picture(10 * color, "PNG", size))
+            image.paste(part, (n % columns * width, n // columns * height))
+        image.save(tmp_path / name)
+        return name
+
+    full = sheet("0.png", range(10), 2, 5)
+    last = sheet("1.png", range(10, 13), 1, columns)
+    board = {"rows": 2, "columns": 5, "duration": 13.0, "subtitles": "a.vtt", "frames": 13}
+    listing = lines(tmp_path / "boards.jsonl", [
+        board | {"storyboard": [full, last]},
+        board | {"storyboard": [full, last], "rows": [2, 1], "columns": [5, columns]},
+        board | {"storyboard": last, "frames": 3},
+        board | {"storyboard": full, "frames": 7},
+        board | {"storyboard": [full, last, last], "frames": 7},
+        board | {"storyboard": [full, "absent.png"]},
+    ])  # fmt: skip
+    boards = source("subtitled", listing)
+
+    def shades(index: int) -> list[int]:
+        parts = [part for part in boards[index].parts if isinstance(part, Picture)]
+        assert {open_image(part.data).size for part in parts} == {size}
+        return [shade(part.data) for part in parts]
+
+    for index in (0, 1):
+        assert shades(index) == [10 * n for n in range(13)]
+    assert shades(2) == [100, 110, 120]
+    assert shades(3) == shades(4) == [10 * n for n in range(7)]
+    unused = [unused for unused in boards[4].unused if "sheet" in unused.reason]
+    assert unused == [Unused("unused sheet", "1.png")] * 2
+    assert reasons(boards) == {5: "missing file"}
+
+
+def test_transcripts_of_the_release(tmp_path):
+    """`Emu1/data/yt-sb-1b/get_transcript.py` saves youtube-transcript-api's JSON."""
+    said = [{"text": "two\nlines", "start": 2.5, "duration": 1.0},
+            {"text": "one", "start": 0.5, "duration": 4.0}, {"text": " ", "start": 3.0},
+            {"start": 4.0}, {"text": "x", "start": "soon"}]  # fmt: skip
+    for name, cues in {"a": said, "none": [], "odd": [{"a": 1}], "b": [{"text": "x"}]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(cues), encoding="utf-8")
+    (tmp_path / "0.png").write_bytes(picture(30, "PNG", (20, 10)))
+    board = {"storyboard": "0.png", "rows": 1, "columns": 2, "frames": 2, "duration": 4}
+    names = ("a", "none", "odd", "b")
+    boards = source("subtitled", lines(tmp_path / "boards.jsonl", [
+        board | {"subtitles": f"{name}.json"} for name in names
+    ]))  # fmt: skip
+    assert shown(boards[0]) == [30, "one", 30, "two lines"]
+    assert [u.reason for u in boards[0].unused] == [
+        "empty subtitle cue", "unreadable subtitle cue", "unreadable subtitle cue"
+    ]  # fmt: skip
+    assert shown(boards[1]) == [30, 30]
+    assert reasons(boards) == dict.fromkeys((2, 3), "malformed subtitles")
 
 
 # Dialogues
@@ -806,7 +873,8 @@ def test_what_is_derived_is_kept_and_follows_the_files(tmp_path, monkeypatch):
     again = source("webdataset", tmp_path)
     assert len(walked) == 2 and first.fingerprint == again.fingerprint
     tar(tmp_path / "1.tar", {"c.jpg": picture(90), "c.txt": b"three", "d.jpg": picture(90)})
-    assert list(map(shown, source("webdataset", tmp_path))) == [[30, "one"], [90, "three"], [90]]
+    now = source("webdataset", tmp_path)
+    assert [shown(now[n]) for n in range(2)] == [[30, "one"], [90, "three"]] and len(now) == 3
     assert len(walked) == 3  # the other is known
     assert source("webdataset", tmp_path).fingerprint != first.fingerprint
     tar(tmp_path / "new", {"e.jpg": picture(120), "e.txt": b"other"})

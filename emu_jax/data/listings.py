@@ -203,8 +203,16 @@ class Media:
         folders = self._local or ([] if self._tars or self._folders else beside)
         return stamp([folder or "." for folder in folders if not storage.is_remote(folder)])
 
+    def is_remote(self, beside: str) -> bool:
+        """Whether each look-up is a request to a store."""
+        return any(map(storage.is_remote, self._folders or ([] if self._tars else [beside])))
+
+    def has(self, name: str, beside: str) -> bool:
+        """Whether there is such a file. `beside` is the folder of the listing."""
+        return self.lacks(name, beside) is None
+
     def lacks(self, name: str, beside: str) -> Reason | None:
-        """Why there is no such file; None if there is. `beside` is the folder of the listing."""
+        """Why there is no such file; None if there is one."""
         found = self._find(name, beside)
         return found if isinstance(found, str) else None
 
@@ -308,3 +316,16 @@ class Listed(Source):
 
     def where(self, index: int) -> str:
         return self._entries.where(index)
+
+    def _require(self, name: object, index: int) -> None:
+        """Finds out while counting whether a file is there. A remote folder is not asked: what is
+        missing there shows when it is read.
+
+        Raises:
+            Damaged: there is no such file.
+        """
+        where, folder = self.where(index), self._entries.folder(index)
+        if not isinstance(name, str):
+            raise Damaged("malformed entry", where, f"{name!r} is no file's name")
+        if not self._media.is_remote(folder) and (reason := self._media.lacks(name, folder)):
+            raise Damaged("missing file", where, f"{name}, {reason}")

@@ -19,6 +19,7 @@ EXAMPLES = 3  # that are kept of each reason
 # {reason: kinds of which the source may so lose everything}. A reason that is not here either
 # leaves out a whole document (`documents.REASONS`) or nothing that training would read.
 LOSES: dict[str, tuple[str, ...]] = {
+    "unused sheet": ("images",),  # of a storyboard, behind its last frame
     "missing image": ("images",),  # named, but in none of the media
     "no image": ("images",),  # null: it could not be downloaded
     "ambiguous image": ("images",),  # several files fit the name

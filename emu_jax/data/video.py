@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import collections
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -326,27 +327,62 @@ def ppm(picture: Image.Image) -> bytes:
 
 
 def storyboard(
-    sheet: bytes, rows: int, columns: int, frames: Sequence[tuple[int, float]], where: str
-) -> list[Frame]:
-    """Frames from a sheet of rows x columns tiles, as video sites make them.
+    sheet: bytes, rows: int, columns: int, frames: Sequence[tuple[int, float]], where: str,
+    *, held: int | None = None, full: bytes | None = None,
+) -> list[Frame]:  # fmt: skip
+    """Cuts frames from a sheet of rows x columns tiles, as video sites make them.
+
+    The last sheet of a video may be cut off below its last row of tiles, and if that is its only
+    row, behind its last tile.
 
     Args:
         frames: (number of the tile, seconds) of each.
+        held: number of tiles that show something; by default all.
+        full: another sheet of the video, with all its tiles, which tells their size.
 
     Raises:
-        Damaged: the sheet cannot be read.
+        Damaged: a sheet cannot be read, or is too small for its frames.
     """
     try:
         picture = open_image(sheet)
+        if held is None or held >= rows * columns:
+            width, height = picture.width // columns, picture.height // rows
+        elif full is not None:
+            whole = open_image(full)
+            width, height = whole.width // columns, whole.height // rows
+        else:
+            width, height = _tile(picture.size, rows, columns, held)
     except PictureError as error:
         raise Damaged(error.reason, where, "a sheet of the storyboard") from None
-    width, height = picture.width // columns, picture.height // rows
+    across = picture.width // max(1, width)
+    if not (width and height and across) or any(
+        n >= across * (picture.height // height) for n, _ in frames
+    ):
+        raise Damaged("malformed entry", where, f"a sheet of {picture.width} x {picture.height}")
 
     def tile(n: int) -> Image.Image:
-        x, y = n % columns * width, n // columns * height
+        x, y = n % across * width, n // across * height
         return picture.crop((x, y, x + width, y + height))
 
     return [(time, ppm(tile(n))) for n, time in frames]
+
+
+_ASPECTS = (16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)  # of videos
+
+
+def _tile(size: tuple[int, int], rows: int, columns: int, held: int) -> tuple[int, int]:
+    """The size of a tile of a sheet that is the only one, and not full: as wide and high as
+    videos are."""
+    left = -(-held // columns)
+    cuts = [(rows, columns), (left, columns), *([(1, held)] if left == 1 else [])]
+    whole = [(r, c) for r, c in cuts if not size[0] % c and not size[1] % r] or cuts
+    tiles = [(size[0] // c, size[1] // r) for r, c in whole]
+
+    def strange(tile: tuple[int, int]) -> float:
+        aspect = math.log(max(1, tile[0]) / max(1, tile[1]))
+        return min(abs(aspect - math.log(known)) for known in _ASPECTS)
+
+    return min(tiles, key=strange)
 
 
 def storyboard_times(frames: int, duration: float) -> list[float]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from emu_jax.data import storage
-from emu_jax.data.documents import Damaged, Document, Picture, Text, Unused
+from emu_jax.data.documents import Damaged, Document, Picture, Text, utf8
 from emu_jax.data.listings import Entries, Listed, Media
+from emu_jax.data.unused import Unused
 from emu_jax.data.video import (
     Frame,
+    Subtitles,
     Video,
     sample_frames,
     storyboard,
@@ -21,6 +25,7 @@ from emu_jax.data.video import (
     subtitles,
 )
 
+_JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*[{\]]")  # how a list of objects begins
 _MOST_FRAMES = 100_000  # of one video in the order of time; a listing that asks for more is wrong
 
 
@@ -50,7 +55,9 @@ class Videos(Listed):
         return Document(parts, tuple(video.unused))
 
     def sketch(self, index: int) -> Document:
-        words = _words(self._entries[index], self.where(index))
+        entry = self._entries[index]
+        words = _words(entry, self.where(index))
+        self._require(entry.get("video"), index)
         return Document((*[Picture(b"")] * self._frames, words))
 
 
@@ -59,6 +66,63 @@ def _words(entry: dict[str, Any], where: str) -> Text:
     if not isinstance(words, str):
         raise Damaged("malformed entry", where, "no text")
     return Text(words)
+
+
+class _Board(NamedTuple):
+    """An entry's storyboard; rows and columns of each sheet."""
+
+    sheets: list[str]
+    rows: list[int]
+    columns: list[int]
+    frames: int
+
+    @property
+    def tiles(self) -> list[int]:
+        return [r * c if min(r, c) > 0 else 0 for r, c in zip(self.rows, self.columns, strict=True)]
+
+
+def _each(value: Any, count: int) -> list[int]:
+    """A number for each sheet."""
+    numbers = [int(n) for n in value] if isinstance(value, list) else [int(value)] * count
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers)} numbers for {count} sheets")
+    return numbers
+
+
+def transcript(content: bytes, where: str) -> Subtitles | None:
+    """Reads youtube-transcript-api's JSON, a list of `{"text", "start", "duration"}`; returns None
+    for another format. Times are in seconds.
+
+    Raises:
+        Damaged: it is not UTF-8.
+    """
+    if not _JSON.match(content):
+        return None
+    try:
+        cues = json.loads(utf8(content, where))
+    except (ValueError, RecursionError) as error:
+        raise Damaged("malformed subtitles", where, error) from None
+    said, unused = list[tuple[float, str]](), list[Unused]()
+    for n, cue in enumerate(cues):
+        try:
+            start, words = float(cue["start"]), " ".join(cue["text"].split())
+            if not math.isfinite(start):
+                raise ValueError(start)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            unused.append(Unused("unreadable subtitle cue", f"cue {n}"))
+            continue
+        if words:
+            said.append((start, words))
+        else:
+            unused.append(Unused("empty subtitle cue", f"cue {n}"))
+    if (
+        cues
+        and not said
+        and len(unused) == len(cues)
+        and not any(u.reason == "empty subtitle cue" for u in unused)
+    ):
+        raise Damaged("malformed subtitles", where, "no cue has `start` and `text`")
+    return Subtitles(sorted(said, key=lambda cue: cue[0]), unused)
 
 
 def _bounded(frames: int) -> int:
@@ -74,7 +138,8 @@ class SubtitledVideos(Listed):
     Entries have `subtitles` (a file of SRT, WebVTT, SBV, ASS or TTML, whose `encoding` may be
     given), and either `video`, of which a frame is shown every `apart` seconds, with its
     `duration` where opening each to count tokens would be slow; or `storyboard` (a sheet or a
-    list of them), `rows`, `columns`, `frames` and `duration` in seconds.
+    list of them), `rows` and `columns` (of each sheet, or a list), `frames` and `duration` in
+    seconds. Subtitles may also be youtube-transcript-api's JSON, which the release reads.
     """
 
     def __init__(self, entries: Entries, media: Media, apart: float):
@@ -102,15 +167,27 @@ class SubtitledVideos(Listed):
         if not isinstance(encoding, str | None):
             raise Damaged("malformed entry", where, f"encoding {encoding!r}")
         content = self._file(index, entry.get("subtitles"), storage.MOST_TEXT)
-        said = subtitles(content, where, encoding)
+        said = transcript(content, where)
+        if said is None:
+            said = subtitles(content, where, encoding)
         document = Document.from_video([(time, b"") for time in self._times(index, entry)], said)
-        return dataclasses.replace(document, unused=said.unused)
+        unused = said.unused
+        if "storyboard" in entry:
+            board = self._board(index, entry)
+            for name in board.sheets:
+                self._require(name, index)
+            used = -(-board.frames // board.tiles[0])
+            more = board.sheets[used:] if len(set(board.tiles)) == 1 else []
+            unused += tuple(Unused("unused sheet", name) for name in more)
+        else:
+            self._require(entry.get("video"), index)
+        return dataclasses.replace(document, unused=unused)
 
     def _times(self, index: int, entry: dict[str, Any]) -> list[float]:
         where = self.where(index)
         try:
             if "storyboard" in entry:
-                frames = _bounded(int(entry["frames"]))
+                frames = self._board(index, entry).frames
                 return storyboard_times(frames, float(entry["duration"]))
             if "duration" in entry:
                 last = float(entry["duration"])
@@ -122,32 +199,53 @@ class SubtitledVideos(Listed):
 
     def _frames(self, index: int, shown: list[int]) -> tuple[list[Frame], list[Unused]]:
         """The frames of some numbers, and what could not be decoded."""
-        entry, where = self._entries[index], self.where(index)
+        entry = self._entries[index]
         times = self._times(index, entry)
         if "storyboard" in entry:
-            names = entry["storyboard"]
-            names = [names] if isinstance(names, str) else names
-            try:
-                rows, columns = int(entry["rows"]), int(entry["columns"])
-                per_sheet = rows * columns
-                if rows < 1 or columns < 1:
-                    raise ValueError(f"{rows} x {columns} tiles")
-                needed = sorted({k // per_sheet for k in shown})
-                sheets = {n: self._file(index, names[n]) for n in needed}
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise Damaged("malformed entry", where, repr(error)) from None
-            frames = [
-                frame
-                for n in needed
-                for frame in storyboard(
-                    sheets[n], rows, columns,
-                    [(k % per_sheet, times[k]) for k in shown if k // per_sheet == n], where,
-                )
-            ]  # fmt: skip
-            return frames, []
+            board = self._board(index, entry)
+            return self._tiles(index, board, [(k, times[k]) for k in shown]), []
         video = self._video(index, entry)
         places = np.searchsorted(video.times, [times[k] for k in shown])
         return video.frames(np.minimum(places, len(video.times) - 1).tolist()), video.unused
+
+    def _board(self, index: int, entry: dict[str, Any]) -> _Board:
+        """
+        Raises:
+            Damaged: the entry is malformed, or its sheets hold fewer tiles than it has frames.
+        """
+        try:
+            names = entry["storyboard"]
+            names = [names] if isinstance(names, str) else list(names)
+            rows, columns = (_each(entry[key], len(names)) for key in ("rows", "columns"))
+            board = _Board(names, rows, columns, _bounded(int(entry["frames"])))
+            if not names or min(board.tiles) < 1:
+                raise ValueError(f"{rows} x {columns} tiles")
+            if board.frames > sum(board.tiles):
+                raise ValueError(f"{board.frames} frames, {sum(board.tiles)} tiles")
+            return board
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise Damaged("malformed entry", self.where(index), repr(error)) from None
+
+    def _tiles(self, index: int, board: _Board, frames: list[tuple[int, float]]) -> list[Frame]:
+        """Cuts frames from their sheets.
+
+        Args:
+            frames: (number in the video, seconds) of each.
+        """
+        found: list[Frame] = []
+        first = 0
+        for n, (name, tiles) in enumerate(zip(board.sheets, board.tiles, strict=True)):
+            mine = [(k - first, time) for k, time in frames if first <= k < first + tiles]
+            if mine:
+                held = board.frames - first
+                alike = n and (board.rows[0], board.columns[0]) == (board.rows[n], board.columns[n])
+                full = self._file(index, board.sheets[0]) if alike and held < tiles else None
+                found += storyboard(
+                    self._file(index, name), board.rows[n], board.columns[n], mine,
+                    self.where(index), held=held, full=full,
+                )  # fmt: skip
+            first += tiles
+        return found
 
     def _video(self, index: int, entry: dict[str, Any]) -> Video:
         content = self._file(index, entry.get("video"), storage.MOST_VIDEO)
