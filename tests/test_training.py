@@ -81,10 +81,10 @@ class ToyBatches:
         pass
 
     def state(self):
-        return {"position": self.position}
+        return {"step": self.position}
 
     def restore(self, state):
-        self.position = state["position"]
+        self.position = state["step"]
 
     def documents(self):
         return []
@@ -263,6 +263,14 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path):
         for path, value in stored(run / "9", item).items():
             np.testing.assert_array_equal(stored(parts / "9", item)[path], value, err_msg=path)
 
+    # A run that starts from one of its towers takes the averages; its own first step is at rest.
+    cfg = dataclasses.replace(TOY, seed=1, steps=1, parents={"llama": "../run"})
+    train(cfg, tmp_path / "child")
+    child, average = stored(tmp_path / "child" / "1", "params"), stored(run / "9", "ema")
+    for path, value in child.items():
+        inherited = path in average and path.startswith("llama.")
+        assert np.array_equal(value, average.get(path)) == inherited, path
+
 
 def test_a_loss_that_stays_infinite_ends_the_run(toy, tmp_path, monkeypatch):
     made = ToyBatches.make
@@ -409,6 +417,7 @@ def language(table, weights, heads):
         return jnp.reshape(table[:8], (1, 2, 4, -1)) + jnp.mean(pixels)
 
     llama.token_losses, llama.regress = token_losses, lambda hidden: hidden @ heads[1]
+    llama.embed_tokens = lambda tokens: table[tokens]
     module = SimpleNamespace(
         llama=llama, embed=embed, encode_images=encode_images, cfg=digits(), keys=keys
     )
@@ -440,6 +449,15 @@ def test_the_multimodal_loss_by_hand():
           (np.sum(text) / 10, np.sum(squares) / 4))  # fmt: skip
     counts = objectives.OBJECTIVES["emu"].targets(module, batch)
     assert {name: int(n) for name, n in counts.items()} == {"text": 5, "regression": 5}
+    # The objective of words alone; the images are in them, but are not scored.
+    words_alone = objectives.OBJECTIVES["text"]
+    assert words_alone.targets(module, batch) == {"text": 5}
+    logits = np.float64(table[batch["tokens"][0]]) @ weights @ heads[0]
+    losses_of = [
+        np.log(np.sum(np.exp(logits[t]))) - logits[t, batch["tokens"][0, t + 1]] for t in words
+    ]
+    for targets, expected in ((None, np.mean(losses_of)), ({"text": 10.0}, np.sum(losses_of) / 10)):
+        close(words_alone.loss(TOY, module, batch, jax.random.key(3), targets)[0], expected)
 
     # The gradient by hand: nothing comes through the targets.
     def regression(images):
