@@ -112,6 +112,16 @@ def test_products_in_a_jaxpr_by_hand():
     assert jaxpr_flops(traced.jaxpr) == often + again + convolution
     assert jaxpr_flops(traced.jaxpr, without=AGAIN) == often + convolution
 
+    def computed_again(x, w):
+        with jax.named_scope(AGAIN):
+            return jnp.sum(jnp.square(x @ w))
+
+    # With nothing around it, a gradient's scope is called transpose(jvp(again)).
+    square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    traced = jax.make_jaxpr(jax.grad(computed_again, (0, 1)))(square, square)
+    assert jaxpr_flops(traced.jaxpr) == 3 * 2 * 4**3
+    assert jaxpr_flops(traced.jaxpr, without=AGAIN) == 0
+
 
 def test_frozen_towers_cost_less():
     whole = config("emu_100m")
