@@ -18,7 +18,7 @@ from test_golden import emu as release  # noqa: F401  (a fixture)
 from emu_jax import config
 from emu_jax.data.video import frame_indices
 from emu_jax.generate import image, mixed, prompt, text
-from emu_jax.generate.api import Emu, GenerationConfig, _keys, load
+from emu_jax.generate.api import Emu, GenerationConfig, _keys, _picture_keys, load
 from emu_jax.generate.safety import find_checker
 from emu_jax.models import emu as models
 from emu_jax.models.llama import KVCache
@@ -470,6 +470,14 @@ def test_rows_have_keys_of_their_own():
     ours = jax.random.key_data(_keys(np.array([4, 0, 4]), 9))
     expected = [jax.random.fold_in(jax.random.key(9), n) for n in (4, 0, 4)]
     np.testing.assert_array_equal(ours, [jax.random.key_data(key) for key in expected])
+
+
+def test_pictures_of_a_continuation_share_no_key_with_its_words():
+    keys = _keys(np.arange(2), 9)
+    steps = [jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in range(4)]
+    pictures = [_picture_keys(keys, n) for n in range(4)]
+    found = np.concatenate([jax.random.key_data(each) for each in (*steps, *pictures)])
+    assert len(np.unique(found, axis=0)) == 16
 
 
 def test_a_row_that_has_ended_is_padded():

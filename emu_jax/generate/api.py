@@ -385,7 +385,7 @@ class Emu:
                 if isinstance(part, str):
                     yield part
                     continue
-                own = jax.vmap(jax.random.fold_in, (0, None))(key, part)
+                own = _picture_keys(key, part)
                 yield Image.fromarray(self._paint(state.images[:1, part], own, cfg)[0])
             if done:
                 return
@@ -424,7 +424,7 @@ class Emu:
                 results[i] = self._split(np.asarray(tokens[n]), rows[i].tokens[-1])
                 for k in range(sum(p is None for p in results[i])):
                     drawn.append(images[n, k])
-                    keys.append(jax.random.fold_in(row_keys[n], k))
+                    keys.append(_picture_keys(row_keys[n : n + 1], k)[0])
         if drawn:
             # Parts are filled in the order of the batches, which is that of `drawn`.
             painted = iter(self._paint(jnp.stack(drawn), jnp.stack(keys), cfg))
@@ -517,6 +517,22 @@ class Emu:
 def _keys(which: np.ndarray, seed: int) -> Key[Array, "B"]:
     """Each row's own key, whatever the rows beside it."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(which))
+
+
+def _picture_keys(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
+    """Returns the keys of the noise of each row's picture `number`.
+
+    Elements of a continuation are sampled with `fold_in(key, step)`, so these lie a level deeper.
+    """
+
+    def own(key: Key[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.fold_in(key, _PICTURES), number)
+
+    return jax.vmap(own)(keys)
+
+
+# Beyond any step of a continuation.
+_PICTURES = 1 << 30
 
 
 def _fill(which: np.ndarray, rows: int) -> np.ndarray:
