@@ -65,6 +65,8 @@ def test_the_releases_defaults_are_ours():
     assert {k: ours[k] for k in defaults if k in ours} == {
         k: v for k, v in defaults.items() if not k.endswith("_token_id")
     }
+    # Its pipeline's: `Emu1/models/pipeline.py`.
+    assert image.ImageConfig() == image.ImageConfig(guidance=7.5, steps=50, method="pndm")
 
 
 def test_ranks_are_the_releases(tiny, pixels, golden):
