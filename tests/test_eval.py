@@ -328,6 +328,30 @@ def test_laviss_files_of_coco_give_the_same(ask, tmp_path):
     assert sum(f"shows {text}." in emu.asked[0][0] for text in trained) == 3
 
 
+def as_text(value):
+    """The same annotations with every number of an image or question as text."""
+    if isinstance(value, dict):
+        ids = ("image_id", "question_id", "id", "round_id")
+        return {k: str(v) if k in ids and k != "round_id" else as_text(v) for k, v in value.items()}
+    return [as_text(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("task, changed", [
+    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json"),
+    ("vqav2", "v2_mscoco_val2014_annotations.json"), ("visdial", "visdial_1.0_val.json"),
+    ("visdial", "visdial_1.0_val_dense_annotations.json"),
+    ("nocaps", "nocaps_val_4500_captions.json"),
+])  # fmt: skip
+def test_numbers_of_images_may_be_text(task, changed, ask, tmp_path):
+    says = in_turn([text for text, _ in CAPTIONS] * 2) if task == "nocaps" else said_of(ANSWERS)
+    first, _ = ask(task, Said(says=says), "first")
+    path = layout(task, tmp_path) / changed
+    write(path, as_text(json.loads(path.read_text())))
+    says = in_turn([text for text, _ in CAPTIONS] * 2) if task == "nocaps" else said_of(ANSWERS)
+    second, out = ask(task, Said(says=says), "second")
+    assert second["scores"] == first["scores"] and second["items"] == first["items"]
+
+
 def test_only_the_last_round_of_a_test_dialogue_is_ranked(ask, tmp_path):
     data = layout("visdial", tmp_path)
     draw(data / "VisualDialog_test2018" / f"VisualDialog_test2018_{9:012d}.jpg", 9)

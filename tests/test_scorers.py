@@ -115,6 +115,11 @@ TOKENS = {
         "i 'd 've",
     "hello!!! two\nlines\r\nof text\u2028here": "hello !!! two lines of text here",
     "St. Louis fans, a T. Rex. at 5 p.m.": "st. louis fans a t. rex at 5 p.m.",
+    # Within a word the tokenizer writes a no-break space, whichever of both it read.
+    "corner of 22 3/4 St": "corner of 22\xa03/4 st",
+    "1\xa01/2 cups, 10-3/4 inch, 3 1/2-inch": "1\xa01/2 cups 10-3/4 inch 3\xa01/2 inch",
+    "x1 1/2 and 12345 1/2": "x1 1/2 and 12345 1/2",
+    "no\xa0break, an\u3000ideographic\tspace \xa0": "no break an ideographic space",
     "": "",
 }  # fmt: skip
 
@@ -140,6 +145,18 @@ def test_both_tokenizers_give_the_same_scores(monkeypatch, tmp_path):
     ours = captions.score(references, predictions)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert captions.score(references, predictions).values == ours.values
+
+
+@needs_java
+def test_rouge_counts_words_as_the_official_evaluation():
+    """ "22 3/4" is one word. Of 6 words the prediction has 4 of the reference's 4 in order:
+    precision 4/6, recall 1, beta 1.2."""
+    references = {"a": ["corner of 22 3/4 st"], "b": ["a dog"]}
+    predictions = {"a": "the corner of 22 3/4 st 8th", "b": "a dog"}
+    precision, recall, beta = 4 / 6, 1, 1.2
+    f = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+    found = captions.score(references, predictions)
+    assert found.values["ROUGE-L"] == pytest.approx(100 * (f + 1) / 2)
 
 
 def test_the_missing_java_is_told_once(no_java, caplog, capsys):
@@ -243,6 +260,22 @@ def test_vqa_normalises_only_where_people_disagree():
     assert vqa.score(same, {"q": "yes\n"}).values == {"accuracy": 100}
     assert vqa.score(same, {"q": "Yes."}).values == {"accuracy": 0}
     assert vqa.score(other, {"q": "Yes."}).values == {"accuracy": 100}
+
+
+def test_white_space_around_peoples_answers():
+    """VQA's code drops it; the release's for OK-VQA and VizWiz's drop it around the prediction
+    alone. Of ten people eight say "yes" and two " no\\n": none of 8 is right, or both."""
+    people = {"q": ["yes"] * 8 + [" no\n"] * 2}
+    two = (2 * 1 / 3 + 8 * 2 / 3) / 10
+    assert vqa.score(people, {"q": " no\t"}).values == {"accuracy": rel(100 * two)}
+    assert vqa.score({"q": [" yes"] * 10}, {"q": "yes"}).values == {"accuracy": 100}
+    for convention in ("okvqa", "vizwiz"):
+        found = vqa.score(people, {"q": " no\t"}, convention=convention)
+        assert found.values == {"accuracy": 0}, convention
+        found = vqa.score(people, {"q": "yes\n"}, convention=convention)
+        assert found.values == {"accuracy": 100}, convention
+        same = vqa.score({"q": [" yes"] * 10}, {"q": "yes"}, convention=convention)
+        assert same.values == {"accuracy": 0}, convention
 
 
 def test_vizwiz_normalises_only_the_prediction():

@@ -71,11 +71,13 @@ def score(
 def tokenize(captions: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """Captions as the COCO evaluation compares them, and what is to be said about it.
 
-    Lower case, split as the Penn Treebank is, without punctuation, words joined by spaces.
+    Lower case, split as the Penn Treebank is, without punctuation, words joined by spaces. A word
+    may hold a no-break space: Stanford's tokenizer writes "22 3/4" so, and the evaluation, which
+    splits at spaces alone, counts it as one word.
     Stanford's tokenizer does it where there is Java, `python_tokens` where there is none.
     """
     # One caption is one line: what else ends a line would shift all captions after it.
-    lines = [" ".join(caption.split()) for caption in captions]
+    lines = [_LINE_ENDS.sub(" ", caption) for caption in captions]
     java = shutil.which("java")
     if java:
         tokens, notes = _java_tokens(java, lines), ()
@@ -122,9 +124,10 @@ def _java_tokens(java: str, lines: Sequence[str]) -> list[list[str]]:
             f"{java} did not run the PTB tokenizer (status {done.returncode}, {len(split)} of "
             f"{len(lines)} lines): {''.join(said) or 'it said nothing'}"
         )
-    return [line.split() for line in split]
+    return [line.rstrip().split(" ") for line in split]  # as pycocoevalcap splits them
 
 
+_LINE_ENDS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 # What the tokenizer writes for characters beyond ASCII, and for HTML's entities.
 _WRITTEN = {
     "‘": "'", "’": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": " ... ",
@@ -155,6 +158,7 @@ _TOKEN = re.compile(
     | n't(?!\w) | '(?:s|m|d|ll|re|ve)(?!\w)
     | '\d\ds?(?!\w) | '[nt]'(?!\w)            # '90s, rock 'n' roll
     | 't(?=is\b|was\b) | y'(?=all\b) | ma'am
+    | (?<!\w)\d{{1,4}}[\ \xa0]\d{{1,4}}/\d{{1,4}}(?!\d)  # 22 3/4
     | (?<!\S)[-+]\.?\d+(?:[.,:/-]\d+)*        # a sign is part of its number
     | \d+(?:[.:]\d+)+(?=[ap]m\b)              # 7:30 of 7:30pm
     | \.\d+ | \d+(?:[.,:]\d+)+
@@ -179,4 +183,5 @@ def python_tokens(caption: str) -> list[str]:
     for place in _SPLIT:
         text = place.sub(" ", text)
     tokens: list[str] = _TOKEN.findall(text.replace('"', "'"))
+    tokens = [token.replace(" ", "\xa0") for token in tokens]
     return ["..." if t.startswith("...") else _BRACKETS.get(t, t) for t in tokens]

@@ -42,7 +42,8 @@ def score(
     `vqa` normalises prediction and answers alike, and only where people disagree. `okvqa` is
     Emu's release (`mm_eval/datasets/vqa_tools/vqa_eval.py: OKVQAEval`): the prediction is
     normalised always; where people disagree, their answers lose their punctuation; both are
-    stemmed. `vizwiz` normalises the prediction always and the answers never.
+    stemmed. `vizwiz` normalises the prediction always and the answers never. White space around
+    the prediction never counts; around people's answers it does in `okvqa` and `vizwiz`.
 
     Args:
         answers: what people answered to each question, at least one.
@@ -62,7 +63,9 @@ def score(
     right: dict[Hashable, float] = {}
     single = 0
     for key, given in answers.items():
-        people = [_one_line(a if isinstance(a, str) else a["answer"]) for a in given]
+        people = [a if isinstance(a, str) else a["answer"] for a in given]
+        if convention == "vqa":
+            people = [_one_line(answer) for answer in people]
         if not people:
             raise UserError(f"question {key!r} has no answers")
         single += len(people) == 1

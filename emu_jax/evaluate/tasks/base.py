@@ -287,6 +287,20 @@ def field(items: Sequence[Item], name: str) -> dict[Hashable, Any]:
     return {item.id: item.fields[name] for item in items}
 
 
+def numbered_picture(folder: Path, prefix: str, image_id: int | str) -> Path:
+    """The file of a picture that COCO numbers. An `image_id` may be text, if its file is there.
+
+    Raises:
+        ValueError: it is text and names no file.
+    """
+    if not isinstance(image_id, str):
+        return folder / f"{prefix}_{image_id:012d}.jpg"
+    path = folder / f"{prefix}_{image_id.zfill(12)}.jpg"
+    if not (image_id.isdecimal() and path.is_file()):
+        raise ValueError(f"image_id is the text {image_id!r}, and {path} does not exist")
+    return path
+
+
 def references(items: Sequence[Item]) -> dict[Hashable, list[str]] | None:
     """What people said of each item; None where that is not public, and no item has any."""
     found = field(items, "answers")

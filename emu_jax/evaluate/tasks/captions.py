@@ -141,15 +141,15 @@ class NoCaps(Captioning):
         folder = data.folder(split, "nocaps_" + split, "images")
         with layout(path):
             content = read_json(path)
-            said: dict[int, list[str]] = {}
+            said: dict[str, list[str]] = {}
             for row in content.get("annotations", ()):
-                said.setdefault(row["image_id"], []).append(row["caption"])
+                said.setdefault(str(row["image_id"]), []).append(row["caption"])
             return [
                 Item(
                     str(row["id"]), folder / row["file_name"],
                     fields={
                         "image_id": row["id"], "domain": row.get("domain", ""),
-                        "answers": said.get(row["id"], []),
+                        "answers": said.get(str(row["id"]), []),
                     },
                 )
                 for row in content["images"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 from emu_jax.config import UserError
@@ -25,6 +26,7 @@ from emu_jax.evaluate.tasks.base import (
     by_id,
     field,
     layout,
+    numbered_picture,
     read_json,
 )
 from emu_jax.evaluate.tasks.vqa import described
@@ -51,8 +53,9 @@ class VisDial(Task):
             questions, answers = content["questions"], content["answers"]
             for dialog in content["dialogs"]:
                 number = dialog["image_id"]
-                picture = folder / f"{names[0]}_{number:012d}.jpg"
-                if not year:
+                if year:
+                    picture = numbered_picture(folder, names[0], number)
+                else:
                     picture = self._train_picture(data, number)
                 history: list[tuple[str, str]] = []
                 for n, row in enumerate(dialog["dialog"], 1):
@@ -74,9 +77,9 @@ class VisDial(Task):
             raise UserError(f"{path} has rounds of {min(counts)} and of {max(counts)} options")
         return items
 
-    def _train_picture(self, data: Folder, number: int):
+    def _train_picture(self, data: Folder, number: int | str) -> Path:
         for name in ("train2014", "val2014"):
-            path = data.folder(name) / f"COCO_{name}_{number:012d}.jpg"
+            path = data.folder(name) / f"COCO_{name}_{int(number):012d}.jpg"
             if path.is_file():
                 return path
         raise UserError(f"{data.root} has no picture {number} in train2014 or val2014")

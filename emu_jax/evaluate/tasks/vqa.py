@@ -25,6 +25,7 @@ from emu_jax.evaluate.tasks.base import (
     continuing,
     field,
     layout,
+    numbered_picture,
     read_json,
     references,
     short_answer,
@@ -118,23 +119,25 @@ class VQA(Answering):
         answers = data.find(self._annotations.format(split=name))
         if answers is None and split in ("val", "train"):
             data.file(self._annotations.format(split=name))
-        found: dict[int, Any] = {}
+        found: dict[str, Any] = {}
         if answers is not None:
             with layout(answers):
-                found = {row["question_id"]: row for row in read_json(answers)["annotations"]}
+                found = {str(row["question_id"]): row for row in read_json(answers)["annotations"]}
         with layout(path):
             rows = read_json(path)["questions"]
-            if answers is not None and (lost := [r for r in rows if r["question_id"] not in found]):
+            if answers is not None and (
+                lost := [r for r in rows if str(r["question_id"]) not in found]
+            ):
                 raise KeyError(f"{lost[0]['question_id']} in {answers}")
             return [
                 Item(
                     str(row["question_id"]),
-                    folder / f"COCO_{pictures}_{row['image_id']:012d}.jpg",
+                    numbered_picture(folder, f"COCO_{pictures}", row["image_id"]),
                     row["question"],
                     fields={
                         "question_id": row["question_id"],
-                        "answers": _answers(found.get(row["question_id"])),
-                        "type": found.get(row["question_id"], {}).get("answer_type", ""),
+                        "answers": _answers(found.get(str(row["question_id"]))),
+                        "type": found.get(str(row["question_id"]), {}).get("answer_type", ""),
                     },
                 )
                 for row in rows
