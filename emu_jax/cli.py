@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import logging
 import os
@@ -22,6 +23,8 @@ import emu_jax
 from emu_jax.config import UserError, suggest
 
 Run = Callable[[argparse.Namespace], "dict[str, Any]"]
+
+CONFIG_HELP = "a Python file, which is run: use none that you have not read"
 
 
 def _local_path(text: str) -> Path:
@@ -39,6 +42,23 @@ def _local_path(text: str) -> Path:
     return Path(text)
 
 
+def _seed(text: str) -> int:
+    """The type of `--seed`.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number from 0 to 2**32 - 1; JAX keeps 32 bits.
+    """
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}") from None
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]} is not a seed: give a whole number from 0 to {2**32 - 1}"
+        )
+    return seed
+
+
 # A verb declares its flags on the parser and returns what runs it: a function of the parsed
 # arguments that returns the JSON object. It imports what it calls only when it is called, so
 # that `--help` is quick.
@@ -47,7 +67,7 @@ def _local_path(text: str) -> Path:
 def demo(parser: argparse.ArgumentParser) -> Run:
     """train Emu on handwritten digits and write a page of what it learned"""
     parser.add_argument("--workdir", type=_local_path, default=Path("runs/demo"), metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument(
         "--validation", action="store_true",
         help="score on a part of the training split instead, to choose settings by",
@@ -65,7 +85,9 @@ def demo(parser: argparse.ArgumentParser) -> Run:
 def train(parser: argparse.ArgumentParser) -> Run:
     """train a model as a config file says, or go on from where a run stopped"""
     parser.usage = "%(prog)s --config configs/X.py --workdir DIR [--config.a.b=VALUE ...] [--json]"
-    parser.add_argument("--config", type=_local_path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
+    )
     parser.add_argument("--workdir", type=_local_path, required=True, metavar="DIR")
     parser.epilog = "--config.a.b=VALUE overrides one key of the config; it may be repeated."
 
@@ -92,7 +114,9 @@ def precompute(parser: argparse.ArgumentParser) -> Run:
     parser.usage = (
         "%(prog)s --config configs/X.py --out DIR --rows N [--config.a.b=VALUE ...] [--json]"
     )
-    parser.add_argument("--config", type=_local_path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
+    )
     parser.add_argument("--out", type=_local_path, required=True, metavar="DIR")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="documents to read")
 
@@ -121,7 +145,11 @@ def generate(parser: argparse.ArgumentParser) -> Run:
         "--save", type=_local_path, default=Path("emu.png"), metavar="FILE",
         help="the picture; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N",
+        help="of text (default: the checkpoint's generation.json, or 50)",
+    )  # fmt: skip
     parser.add_argument(
         "--batch", type=_local_path, metavar="FILE",
         help="many prompts: a JSON list of PARTs on each line; one JSON list of answers a line",
@@ -141,8 +169,14 @@ def generate(parser: argparse.ArgumentParser) -> Run:
             prompts = files.read_batch(args.batch)
         else:
             prompts = [[files.read_part(part) for part in args.parts]]
+        files.check_seeds(args.output, args.seed, len(prompts))  # before the model is loaded
+        settings = {}
+        if args.max_new_tokens is not None:
+            settings["max_new_tokens"] = args.max_new_tokens
         numbered = args.output == "auto"
-        answers = files.answer(emu_jax.load(args.checkpoint), prompts, args.output, args.seed)
+        answers = files.answer(
+            emu_jax.load(args.checkpoint), prompts, args.output, args.seed, **settings
+        )
         if args.batch:
             shown = files.save_batch(answers, args.save, numbered=numbered)
             if not args.json:
@@ -220,7 +254,7 @@ def init(parser: argparse.ArgumentParser) -> Run:
         "--tokenizer", type=_local_path, metavar="DIR",
         help="a LLaMA tokenizer folder (default: --llama)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -383,7 +417,9 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
 def data_inspect(parser: argparse.ArgumentParser) -> Run:
     """write a page of what a training run would read, with figures of packing and speed"""
     parser.usage = "%(prog)s --config configs/X.py [--config.a.b=VALUE ...] [--out FILE] [--json]"
-    parser.add_argument("--config", type=_local_path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
+    )
     parser.add_argument("--out", type=_local_path, default=Path("inspect.html"), metavar="FILE")
     parser.add_argument("--rows", type=int, default=6, metavar="N", help="shown (default: 6)")
     parser.add_argument(
@@ -470,8 +506,8 @@ def serve(parser: argparse.ArgumentParser) -> Run:
     )  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, metavar="N")
     parser.add_argument(
-        "--waiting", type=int, default=16, metavar="N",
-        help="requests that may be in hand or in line (default: 16)",
+        "--waiting", type=int, default=64, metavar="N",
+        help="requests that may be in hand or in line (default: 64)",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=120.0, metavar="S",
@@ -500,7 +536,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         "%(prog)s --config configs/X.py --topology v5p:4x4x8 [--slices N] [--for PROGRAM] "
         "[--sweep] [--config.a.b=VALUE ...] [--json]"
     )
-    parser.add_argument("--config", type=_local_path, metavar="FILE")
+    parser.add_argument("--config", type=_local_path, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "--topology", default="", metavar="CHIP:AxB[xC]",
         help="a slice of TPU chips; with --sweep, several with commas between",
@@ -650,6 +686,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     args = argparse.Namespace()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A text or file name that the terminal's encoding lacks is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     try:

@@ -102,6 +102,31 @@ def sampling_steps(cfg: SchedulerConfig, steps: int, method: str = "pndm") -> St
     return METHODS[method](cfg, steps)
 
 
+def padded_steps(cfg: SchedulerConfig, steps: int, method: str) -> tuple[Steps, int]:
+    """Returns `sampling_steps` padded to the longest table of `cfg`, and the number of its rows.
+
+    All numbers of steps and all methods then have one shape, and share one compiled program.
+    """
+    table = sampling_steps(cfg, steps, method)
+    count = len(table.t)
+    more = cfg.num_train_timesteps + 1 - count  # PNDM has one row more than steps
+    return Steps(*(np.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)) for a in table)), count
+
+
+class SampleState(NamedTuple):
+    """Sampling between two calls of the denoiser, in float32."""
+
+    latents: Float[Array, "B h w C"]
+    initial: Float[Array, "B h w C"]
+    past: Float[Array, "3 B h w C"]  # the last three m, newest first
+
+
+def start(latents: Float[Array, "B h w C"]) -> SampleState:
+    """The state before the first step."""
+    latents = latents.astype(jnp.float32)
+    return SampleState(latents, latents, jnp.zeros((3, *latents.shape), jnp.float32))
+
+
 def sample(
     denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     latents: Float[Array, "B h w C"],
@@ -115,25 +140,51 @@ def sample(
 ) -> Float[Array, "B h w C"]:
     """Latents (scaled, for `VAE.decode`: divide by its scaling factor) from Gaussian ones.
 
-    Pure, so that a caller's jit holds the whole loop. `denoise(latents, timesteps [B'], cond)`
-    is the denoiser, called once a step on B' = 2 B rows, conditional ones first (on a CPU once
-    for either half); its answers are moved apart by `guidance`: uncond + guidance (cond - uncond).
-    Without `uncond`, or with a Python number of 1 or less as guidance, it is called on the B
-    conditional rows alone, as the release does. A traced guidance needs no new compilation for
-    another value.
+    Pure, so that a caller's jit holds the whole loop; see `advance`. The latents' dtype is what
+    `denoise` sees; sums are taken in float32.
+    """
+    table = sampling_steps(cfg, steps, method)
+    state = advance(
+        denoise, start(latents), cond, uncond, table=table, first=0, last=len(table.t),
+        guidance=guidance, dtype=latents.dtype,
+    )  # fmt: skip
+    return state.latents.astype(latents.dtype)
 
-    The latents' dtype is what `denoise` sees; sums are taken in float32.
+
+def advance(
+    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    state: SampleState,
+    cond: Float[Array, "B N D"],
+    uncond: Float[Array, "B N D"] | None = None,
+    *,
+    table: Steps,
+    first: int | Int[Array, ""],
+    last: int | Int[Array, ""],
+    guidance: float | Float[Array, ""] = 7.5,
+    dtype: jnp.dtype | None = None,
+) -> SampleState:
+    """Takes rows `first` to `last` (exclusive) of a sampler's table.
+
+    `denoise(latents, timesteps [B'], cond)` is the denoiser, called once a row on B' = 2 B rows,
+    conditional ones first (on a CPU once for either half); its answers are moved apart by
+    `guidance`: uncond + guidance (cond - uncond). Without `uncond`, or with a Python number of 1
+    or less as guidance, it is called on the B conditional rows alone, as the release does. Traced
+    guidance, table and bounds need no new compilation for other values.
+
+    Args:
+        dtype: of the latents that `denoise` sees; that of `cond` by default.
     """
     if not isinstance(guidance, jax.Array) and guidance <= 1.0:
         uncond = None
+    dtype = cond.dtype if dtype is None else dtype
     # On a CPU one half fills the threads while the other's products end.
     halves = uncond is not None and platform() == "cpu"
     if uncond is not None and not halves:
         cond = jnp.concatenate([cond, uncond])
-    initial = latents.astype(jnp.float32)
+    table = jax.tree.map(jnp.asarray, table)
 
     def predict(x, t) -> jax.Array:
-        x = x.astype(latents.dtype)
+        x = x.astype(dtype)
 
         def call(x, cond):
             return denoise(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(jnp.float32)
@@ -146,18 +197,15 @@ def sample(
             out, unconditional = jnp.split(call(jnp.concatenate([x, x]), cond), 2)
         return unconditional + guidance * (out - unconditional)
 
-    def step(state, row: Steps):
-        x, past = state
+    def step(i, state: SampleState) -> SampleState:
+        x, row = state.latents, jax.tree.map(lambda column: column[i], table)
         m = row.convert[0] * x + row.convert[1] * predict(x, row.t)
-        recent = jnp.concatenate([m[None], past])
+        recent = jnp.concatenate([m[None], state.past])
         weights = row.weights[:, None, None, None, None]
-        x = row.carry[0] * x + row.carry[1] * initial + jnp.sum(weights * recent, 0)
-        return (x, jnp.where(row.keep, recent[:-1], past)), None
+        x = row.carry[0] * x + row.carry[1] * state.initial + jnp.sum(weights * recent, 0)
+        return SampleState(x, state.initial, jnp.where(row.keep, recent[:-1], state.past))
 
-    past = jnp.zeros((3, *initial.shape), jnp.float32)
-    table = jax.tree.map(jnp.asarray, sampling_steps(cfg, steps, method))
-    (x, _), _ = jax.lax.scan(step, (initial, past), table)
-    return x.astype(latents.dtype)
+    return jax.lax.fori_loop(first, last, step, state)
 
 
 def _pndm(cfg: SchedulerConfig, steps: int) -> Steps:

@@ -168,17 +168,34 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, in which special tokens may be spelled out (`[IMG]`, `</s>`, ...)."""
+        return self.encode_parts([text], bos)
+
+    def encode_parts(self, texts: Iterable[str], bos: bool = True) -> list[int]:
+        """Encodes texts as if joined, except that no special token spans two of them.
+
+        `["[IM", "G]"]` gives the literal characters; `["[IMG]"]` gives the special token. Where no
+        special token spans two texts the ids are those of `encode("".join(texts))`.
+
+        Raises:
+            UserError: a text contains half of a surrogate pair, which no encoding can hold.
+        """
+        pieces = [""]  # text, special, text, special, ..., text
+        for text in texts:
+            first, *rest = self._split.split(text)
+            pieces[-1] += first
+            pieces += rest
         ids = [self.bos] if bos else []
-        parts = self._split.split(text)  # text, special, text, special, ..., text
-        for i, part in enumerate(parts):
+        for i, piece in enumerate(pieces):
             if i % 2:
-                ids.append(self._special[part])
+                ids.append(self._special[piece])
                 continue
             if i > 0:
-                part = part.lstrip()
-            if i < len(parts) - 1:
-                part = part.rstrip()
-            ids += self.encode_plain(part)
+                piece = piece.lstrip()
+            if i < len(pieces) - 1:
+                piece = piece.rstrip()
+            if not piece.isascii():
+                _check_unicode(piece)
+            ids += self.encode_plain(piece)
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
@@ -301,6 +318,16 @@ def _from_sentencepiece(content: bytes) -> tuple[list[str], Callable[[str], list
 
     raw = sentencepiece.SentencePieceProcessor(model_proto=content)
     return [raw.id_to_piece(i) for i in range(raw.get_piece_size())], raw.encode
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text {text[:40]!a} is not valid Unicode (half of a surrogate pair at character "
+            f"{error.start}): pass text that was decoded from UTF-8"
+        ) from None
 
 
 def _decode_utf8(data: bytearray) -> str:

@@ -1,5 +1,6 @@
 """The command line: what is printed where, exit statuses, and one line for each mistake."""
 
+import io
 import json
 import os
 import re
@@ -254,6 +255,60 @@ def test_generate_many(run, fake_emu, tmp_path):
     assert run(*command, "auto", "--save", "c.png")[0] == 0
     pictures = {p.name for p in tmp_path.glob("c-*.png")}
     assert pictures == {"c-1-1.png", "c-1-2.png", "c-2-1.png", "c-2-2.png"}
+
+
+def test_generate_hands_over_its_settings(run, fake_emu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        FakeEmu, "generate_texts", lambda self, prompts, **given: seen.append(given) or ["a"]
+    )
+    command = ("generate", "--checkpoint", "d", "--output", "text", "--seed", 2**32 - 1, "x")
+    assert run(*command) == (0, "a\n", "")
+    assert run(*command, "--max-new-tokens", 7) == (0, "a\n", "")
+    assert seen == [{"seed": 2**32 - 1}, {"seed": 2**32 - 1, "max_new_tokens": 7}]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--seed", -1, "a"], "--seed: -1 is not a seed: give a whole number from 0 to 4294967295"),
+        (["--seed", 2**32, "a"], "4294967296 is not a seed"),
+        (["--seed", "9" * 5000, "a"], "invalid int value: '9999"),
+        (["--output", "image", "--seed", 2**32 - 1, "--batch", "two.jsonl"],
+         "--seed 4294967295 is too large for 2 prompts"),
+        (["--output", "text", "a \udcff b"], r"the text 'a \udcff b' is not UTF-8"),
+        (["--batch", "half.jsonl"], r"half.jsonl, line 1: the text 'half \ud800' is not UTF-8"),
+        (["--batch", "deep.jsonl"], "deep.jsonl, line 1: not a JSON list"),
+        (["--batch", "latin.jsonl"], "cannot read latin.jsonl"),
+    ],
+)  # fmt: skip
+def test_hostile_prompts_are_refused_before_the_model_is_loaded(
+    arguments, message, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.jsonl").write_text('"a"\n"b"\n')
+    (tmp_path / "half.jsonl").write_text('["half \\ud800"]')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "latin.jsonl").write_bytes('"caf\u00e9"'.encode("latin-1"))
+    expect_error(run("generate", "--checkpoint", "d", *arguments), message)
+
+
+def test_a_line_separator_ends_no_line_of_a_batch(run, fake_emu, tmp_path):
+    (tmp_path / "one.jsonl").write_bytes('\ufeff["a\u2028b", "c"]\r\n'.encode())
+    command = ("generate", "--checkpoint", "d", "--batch", "one.jsonl", "--output", "text")
+    assert run(*command) == (0, '[{"text": "2 parts"}]\n', "")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(run, fake_emu, monkeypatch, tmp_path):
+    """Also a file name that is not UTF-8; the file itself has the name that was given."""
+    monkeypatch.setattr(FakeEmu, "generate_texts", lambda *_, seed: ["\ufffd \u65e5"])
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.main(["generate", "--checkpoint", "d", "--output", "text", "a"]) == 0
+    assert cli.main(["generate", "--checkpoint", "d", "--output", "image", "a", "--save",
+                     "\udcff.png"]) == 0  # fmt: skip
+    assert stream.buffer.getvalue() == b"\\ufffd \\u65e5\n\\udcff.png\n"
+    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff.png"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 from test_golden import FEEDBACK
 from test_golden import emu as release  # noqa: F401  (a fixture)
 
-from emu_jax import config
+from emu_jax import config, diffusion
 from emu_jax.data.video import frame_indices
 from emu_jax.generate import image, mixed, prompt, text
 from emu_jax.generate.api import Emu, GenerationConfig, _keys, _picture_keys, load
@@ -719,23 +719,32 @@ def reference_mixed(model, x, max_new, max_images, width=96):
 
 
 @pytest.fixture(scope="module")
-def continued(drawer):
-    """Prompts of unequal length and what follows them, in one batch."""
+def continuing(drawer):
+    """Prompts of unequal length, and what continues them in one batch, given the images that
+    each row has room for."""
     model = nnx.merge(drawer._graphdef, drawer._params)
     prompts = [prompt.Prompt.of(p, drawer.tokenizer, model.cfg) for p in OPENING]
     batch = prompt.pad(prompts, "left", rows=4, length=24, pictures=1, fill=model.cfg.tokens.pad)
     images, tokens, slots, valid = drawer._device(batch)
     plan = mixed.MixedPlan(text_slots=8, max_images=2, do_sample=False, may_open=True)
-    rules = mixed.MixedRules(np.int32(7), np.float32(1), np.int32(0), np.float32(1))
 
     @nnx.jit
-    def run(emu, images, tokens, slots, valid):
+    def run(emu, images, tokens, slots, valid, room):
+        rules = mixed.MixedRules(np.int32(7), np.float32(1), np.int32(0), np.float32(1), room)
         x = emu.embed(tokens, images, slots)
         return x, mixed.complete(emu, x, valid, np.zeros(4, bool), plan, rules, None)
 
-    x, (ids, drawn) = run(model, images, tokens, slots, valid)
-    contexts = [np.asarray(row[mask]) for row, mask in zip(x, valid, strict=True)]
-    return model, contexts, np.asarray(ids), np.asarray(drawn)
+    def continue_(*room):
+        x, (ids, drawn) = run(model, images, tokens, slots, valid, np.int32(room))
+        contexts = [np.asarray(row[mask]) for row, mask in zip(x, valid, strict=True)]
+        return model, contexts, np.asarray(ids), np.asarray(drawn)
+
+    return continue_
+
+
+@pytest.fixture(scope="module")
+def continued(continuing):
+    return continuing(2, 2, 2, 2)
 
 
 def test_a_mixed_continuation_is_that_of_full_passes(continued):
@@ -845,11 +854,159 @@ def test_no_picture_is_opened_where_none_can_be_painted(drawer, words):
         (lambda e: e.generate_images(["one", "two"], seeds=[1]), "1 seeds for 2 pictures"),
         (lambda e: e.complete("one", repetition_penalty=1.2), "no effect on mixed"),
         (lambda e: e.rank("one", []), "list of candidates"),
+        (lambda e: e.generate_text("one", seed=-1), r"seed cannot be -1: .* from 0 to 4294967295"),
+        (lambda e: e.generate_text("one", seed=2**32 + 5), "seed cannot be 4294967301"),
+        (lambda e: e.complete("one", seed=10**4000), "seed cannot be a number of 13288 bits"),
+        (lambda e: e.generate_image("one", seed=-1, steps=2), "seed cannot be -1"),
+        (lambda e: e.generate_images(["one"], seeds=[2**32]), "seed cannot be 4294967296"),
+        (lambda e: e.generate_images(["one"], seeds=1.5), "seed cannot be 1.5"),
+        (lambda e: next(e.stream("one", seed="7")), "seed cannot be '7'"),
+        (lambda e: e.generate_text("one", max_new_tokens=7.5), "max_new_tokens cannot be 7.5"),
+        (lambda e: e.generate_text("one", max_new_tokens=2**31), "max_new_tokens cannot be"),
+        (lambda e: e.generate_text("one", temperature=float("nan")), "temperature cannot be nan"),
+        (lambda e: e.generate_image("one", guidance=float("inf")), "guidance cannot be inf"),
+        (lambda e: e.generate_image("one", method=3), "method cannot be 3: give a string"),
+        (lambda e: e.generate_text("half \ud800"), r"'half \\ud800' is not valid Unicode"),
+        (lambda e: e.generate_texts(["one", "a \udcff"]), r"prompt 2 of 2: the text"),
+        (lambda e: e.generate_text("one", choices=["\udcff"]), "not valid Unicode"),
+        (lambda e: e.rank("one", ["two", "\udcff"]), "not valid Unicode"),
+        (lambda e: e.generate_images(["one", "\udcff"]), "not valid Unicode"),
+        (lambda e: e.generate_texts("one"), "a list of prompts, not one text"),
+        (lambda e: e.completions(3), "a list of prompts, not int"),
+        (lambda e: e.generate_text(3), "a list of texts and images, not int"),
+        (lambda e: e.generate_text(["one", []]), "has no frames"),
+        (lambda e: e.complete(["one", "[IMG]"], max_images=0), "no room for one .max_images 0"),
+        (lambda e: next(e.stream("[IMG]", max_images=0)), "no room for one .max_images 0"),
     ],
 )
 def test_mistakes_are_named(call, message, small):
     with pytest.raises(config.UserError, match=message):
         call(small)
+
+
+def test_prompt_and_new_tokens_are_counted_together(small):
+    text = "one two " * 30
+    length, positions = len(small.tokenizer.encode(text)), small.cfg.llama.max_positions
+    left = positions - length
+    assert 8 < left < 100
+    many = [["one"], [text]]
+    message = rf"prompt 2 of 2 has {length} tokens and {left + 1} are to follow, .* at most {left}$"
+    for call in (small.generate_texts, small.completions):
+        with pytest.raises(config.UserError, match=message):
+            call(many, max_new_tokens=left + 1, num_beams=1)
+    full = "one " * positions
+    while (length := len(small.tokenizer.encode(f"{full}[IMG]"))) >= positions:
+        full = full.removesuffix("one ")
+    with pytest.raises(config.UserError, match=rf"{length} tokens and 3 are .*: shorten it$"):
+        small.generate_image(full)
+    candidates = ["two", "two three four five six"]
+    with pytest.raises(config.UserError, match="are to follow, but the model has 128 positions"):
+        small.rank(full, candidates)
+
+
+def test_images_take_no_more_positions_than_there_are(drawer, caplog):
+    """A row may open as many images as it has room for, whatever it is batched with."""
+    n, positions = drawer.cfg.cformer.n_causal, drawer.cfg.llama.max_positions
+    settings = {"max_new_tokens": positions - len(drawer.tokenizer.encode(OPENING[0])) - (n + 1)}
+    rows = drawer._prompts([OPENING[0], "ten"], settings["max_new_tokens"])
+    cfg = drawer.defaults.replace(max_images=3, **settings)
+    plan, _, room = drawer._mixed(cfg, rows)
+    spare = len(rows[0].tokens) - len(rows[1].tokens)
+    assert plan.max_images == 3 and room.tolist() == [1, min(3, 1 + spare // (n + 1))]
+    assert "1 of 2 prompts" in caplog.text or "2 of 2 prompts" in caplog.text
+    with pytest.raises(config.UserError, match="no room for one .max_images 3, 128 positions"):
+        drawer.complete([OPENING[0], "[IMG]"], max_new_tokens=settings["max_new_tokens"] + n,
+                        max_images=3)  # fmt: skip
+
+
+def test_a_row_stops_where_it_has_no_room_for_an_image(continuing, continued):
+    """The first of `OPENING` opens two images; with room for one it ends before the second."""
+    model, _, ids, drawn = continued
+    *_, ours, ours_drawn = continuing(1, 2, 2, 2)
+    second = np.flatnonzero(ids[0] == model.cfg.tokens.img)[1]
+    np.testing.assert_array_equal(ours[0, :second], ids[0, :second])
+    assert set(ours[0, second:]) == {model.cfg.tokens.pad}
+    np.testing.assert_array_equal(ours[1:], ids[1:])
+    np.testing.assert_array_equal(ours_drawn[0, 0], drawn[0, 0])
+
+
+def test_no_prompts_give_no_answers(small):
+    assert small.generate_texts([]) == [] and small.completions([]) == []
+    assert small.generate_ids([], max_new_tokens=5).shape == (0, 6)
+    assert small.generate_images([]).shape == (0, 8, 8, 3) and small.ranks([], []) == []
+    assert small.regress([]).shape == (0, 3, 48) and small.visual_features([]).shape == (0, 24)
+
+
+def test_no_special_token_spans_two_parts(small):
+    """Foreign texts in parts of their own cannot spell one; ordinary prompts keep their ids."""
+
+    def tokens(*parts):
+        return prompt.Prompt.of(parts, small.tokenizer, small.cfg)
+
+    ids, words = small.cfg.tokens, small.tokenizer
+    for halves in (("[IM", "G]"), ("<ima", "ge>"), ("</", "s>"), ("[PA", "D]"), ("<", "s", ">")):
+        made = tokens(*halves)
+        assert made.tokens.tolist() == [words.bos, *words.encode_plain("".join(halves))]
+        assert not {ids.img, ids.image, ids.pad, ids.eos} & set(made.tokens.tolist())
+    # An image's slots are its own, whatever stands beside it.
+    made = tokens("<ima", "ge>", picture(0), "<ima", picture(1), "ge>")
+    assert (
+        (made.slots >= 0).sum()
+        == 2 * small.cfg.cformer.n_causal
+        == (made.tokens == ids.image).sum()
+    )
+    for parts in (("one ", "two"), ("one", "two"), (" one ", picture(0), " two ", "three"),
+                  ("one [IMG]", " two"), ("", "one", ""), ("\u00e9", "\u0301 two")):  # fmt: skip
+        spelled = "".join(
+            p if isinstance(p, str) else words.image_placeholder(small.cfg.cformer.n_causal)
+            for p in parts
+        )
+        assert tokens(*parts).tokens.tolist() == words.encode(spelled)
+
+
+def test_all_numbers_of_steps_share_a_program(small):
+    """It gives the image of each to the last bit of a program for that number alone."""
+    cond, key = small.regress(["one"]), jax.random.split(jax.random.key(3), 1)
+    uncond, cfg = small._uncond(None), small.defaults.replace(guidance=3.0)
+    ours = small._paint(cond, key, cfg.replace(steps=3, method="pndm"))
+    traced = text.TRACES["paint"]
+    others = [(1, "ddim"), (100, "ddim"), (2, "dpm++")]
+    for steps, method in others:
+        assert not np.array_equal(
+            small._paint(cond, key, cfg.replace(steps=steps, method=method)), ours
+        )
+    assert text.TRACES["paint"] == traced
+
+    @nnx.jit
+    def alone(emu, key, cond, uncond, guidance):
+        latents = image.sample_latents(
+            emu, image.initial_latents(key, emu.cfg), cond, uncond, guidance, steps=3,
+            method="pndm",
+        )  # fmt: skip
+        return jnp.round(image.decode_latents(emu, latents) * 255).astype(jnp.uint8)
+
+    expected = alone(small.model, key, cond, uncond, jnp.float32(3.0))
+    np.testing.assert_array_equal(ours, expected)
+    for steps, method in others:
+        rows = diffusion.sampling_steps(small.cfg.scheduler, steps, method)
+        table, count = diffusion.padded_steps(small.cfg.scheduler, steps, method)
+        assert count == len(rows.t) and {len(column) for column in table} == {1001}
+        for padded, column in zip(table, rows, strict=True):
+            np.testing.assert_array_equal(padded[:count], column)
+
+
+def test_painting_can_be_stopped(small):
+    looks = []
+
+    def stop():
+        looks.append(1)
+        return len(looks) == 3
+
+    whole = small.generate_image("one", steps=12, method="ddim", stop=lambda: False)
+    assert np.array_equal(whole, small.generate_image("one", steps=12, method="ddim"))
+    with pytest.raises(image.Stopped):
+        small.generate_image("one", steps=12, method="ddim", stop=stop)
+    assert len(looks) == 3
 
 
 def test_videos_are_their_frames(small):

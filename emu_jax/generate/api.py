@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 from PIL import Image
 
-from emu_jax import checkpoint, sharding
+from emu_jax import checkpoint, diffusion, sharding
 from emu_jax.config import TokenIds, UserError, load_json, suggest
 from emu_jax.convert.source import is_release, load_release
 from emu_jax.data.images import normalize_images
@@ -35,11 +36,32 @@ from emu_jax.generate import image, mixed, text
 from emu_jax.generate.image import ImageConfig
 from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pad, pixels_of
 from emu_jax.generate.safety import Checker, find_checker
-from emu_jax.generate.text import TRACES, Plan, Rules, TextConfig, bucket
+from emu_jax.generate.text import TRACES, Plan, Rules, TextConfig, bucket, check_seed
 from emu_jax.models import emu as models
 from emu_jax.tokenizer import USER, Tokenizer
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+STOP_ROWS = 5  # calls of the denoiser between two looks at `stop`
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The smallest sizes that programs are compiled for; larger ones are rounded up.
+
+    A caller whose requests vary at random, such as a server, raises them: it then compiles few
+    programs, which compute on a little more padding.
+
+    Attributes:
+        length: tokens of a prompt.
+        images: images of a prompt.
+        new_tokens: generated text tokens that there is room for.
+    """
+
+    length: int = 16
+    images: int = 1
+    new_tokens: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +153,7 @@ class Emu:
         tokenizer: its tokenizer.
         defaults: settings that a call does not name.
         safety: looks at pictures after they are painted (`generate.safety`), if it is not None.
+        shapes: the smallest sizes that programs are compiled for.
     """
 
     def __init__(
@@ -151,6 +174,7 @@ class Emu:
         self._graphdef, self._params = nnx.split(model)
         self._unconditional: Float[Array, "N D"] | None = None
         self.safety: Checker | None = None
+        self.shapes = Shapes()
 
     @property
     def model(self) -> models.Emu:
@@ -170,7 +194,8 @@ class Emu:
             settings: fields of `TextConfig`, and `system`.
 
         Raises:
-            UserError: a part or a setting that makes no sense.
+            UserError: a part or a setting that makes no sense, or a prompt that leaves no room for
+                `max_new_tokens` in the model's positions.
         """
         return self.generate_texts([prompt], choices=choices, **settings)[0]
 
@@ -187,14 +212,14 @@ class Emu:
         """Token ids [B, max_new_tokens + 1]: the dummy `<s>` of transformers 4.31 first, padded
         behind `</s>`; see `generate_text`."""
         cfg = self.defaults.replace(**settings)
-        plan, rules = Plan.of(cfg, self.cfg.tokens), Rules.of(cfg)
         allowed = None
         if choices is not None:
             if not choices:
                 raise UserError("choices must name at least one answer")
             ids = [(*self.tokenizer.encode(c, bos=False), self.cfg.tokens.eos) for c in choices]
             allowed = text.choices_table(tuple(ids))
-        rows = [self._prompt(p, system=cfg.system) for p in prompts]
+        rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
+        plan, rules = Plan.of(cfg, self.cfg.tokens, self.shapes.new_tokens), Rules.of(cfg)
         result = np.full((len(rows), cfg.max_new_tokens + 1), self.cfg.tokens.pad, np.int32)
         for which, batch in self._batches(rows, "left", per_row=cfg.num_beams):
             with self._on_mesh():
@@ -220,14 +245,18 @@ class Emu:
         self, prompts: Sequence[Parts], candidates: Sequence[Sequence[str]], *, segments: int = 1
     ) -> list[list[int]]:
         """`rank` for many prompts, each with its own candidates."""
+        prompts = _listed(prompts)
         if len(prompts) != len(candidates) or not all(candidates):
             raise UserError("each prompt needs its list of candidates")
+        if not candidates:
+            return []
         most = max(map(len, candidates))
         if not 1 <= segments <= min(map(len, candidates)):
             raise UserError(f"segments cannot be {segments}: at most one for each candidate")
-        rows = [self._prompt(p, system=self.defaults.system) for p in prompts]
         ids = [[self.tokenizer.encode(c, bos=False) for c in row] for row in candidates]
-        longest = bucket(max(len(c) for row in ids for c in row))
+        lengths = [max(map(len, row)) for row in ids]
+        rows = self._prompts(prompts, lengths, system=self.defaults.system)
+        longest = bucket(max(lengths))
         ranked: list[list[int]] = [[] for _ in rows]
         for which, batch in self._batches(rows, "left", per_row=most):
             table = np.full((len(batch.tokens), bucket(most, 1), longest), -1, np.int32)
@@ -260,24 +289,30 @@ class Emu:
         return out
 
     def generate_image(
-        self, prompt: Parts, *, negative: Parts | None = None, **settings: Any
-    ) -> Image.Image:
+        self, prompt: Parts, *, negative: Parts | None = None,
+        stop: Callable[[], bool] | None = None, **settings: Any,
+    ) -> Image.Image:  # fmt: skip
         """A picture of a prompt: of words, of pictures blended, of both in context.
 
         Args:
             negative: what guidance leads away from; the empty prompt, as in the release.
+            stop: asked every few calls of the denoiser whether to give up.
             settings: fields of `ImageConfig`, and `seed`.
 
         Raises:
             UserError: a part or a setting that makes no sense, or a model that cannot paint.
+            image.Stopped: `stop` returned true.
         """
         seeds = [settings.pop("seed", self.defaults.seed)]
-        pictures = self.generate_images([prompt], negative=negative, seeds=seeds, **settings)
+        pictures = self.generate_images(
+            [prompt], negative=negative, seeds=seeds, stop=stop, **settings
+        )
         return Image.fromarray(pictures[0])
 
     def generate_images(
         self, prompts: Sequence[Parts], *, negative: Parts | None = None,
-        seeds: Sequence[int] | int | None = None, **settings: Any,
+        seeds: Sequence[int] | int | None = None, stop: Callable[[], bool] | None = None,
+        **settings: Any,
     ) -> UInt8[np.ndarray, "B H W 3"]:  # fmt: skip
         """Pictures of many prompts; see `generate_image`.
 
@@ -285,19 +320,22 @@ class Emu:
             seeds: one for each picture; or a number, from which each picture's own follows.
         """
         self._need_painter()
-        cond = self.regress(prompts)
-        return self.paint(cond, negative=negative, seeds=seeds, **settings)
+        cfg = self.defaults.replace(**settings)
+        prompts = _listed(prompts)
+        keys = self._painting_keys(seeds, len(prompts), cfg)
+        return self._paint(self.regress(prompts), keys, cfg, negative, stop)
 
     def regress(self, prompts: Sequence[Parts]) -> Float[Array, "B N D"]:
         """The embeddings of the picture that follows each prompt (release: `generate_image`)."""
-        rows = [self._prompt(p, opens=True) for p in prompts]
+        rows = self._prompts(prompts, self.cfg.cformer.n_causal, opens=True)
         found: list[Any] = [None] * len(rows)
         for which, batch in self._batches(rows, "right"):
             with self._on_mesh():
                 out = _regress(self._graphdef, self._params, *self._device(batch))
             for n, i in enumerate(which):
                 found[i] = out[n]
-        return jnp.stack(found)
+        n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
+        return jnp.stack(found) if found else jnp.zeros((0, n, width), self.dtype)
 
     def paint(
         self, embeddings: Float[Array, "B N D"], *, negative: Parts | None = None,
@@ -305,32 +343,51 @@ class Emu:
     ) -> UInt8[np.ndarray, "B H W 3"]:  # fmt: skip
         """Pictures of embeddings; see `generate_images`."""
         cfg = self.defaults.replace(**settings)
-        seeds = cfg.seed if seeds is None else seeds
-        count = len(embeddings)
-        if isinstance(seeds, int | np.integer):
-            keys = _keys(np.arange(count), seeds)
-        elif len(seeds) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one for each")
-        else:
-            keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        keys = self._painting_keys(seeds, len(embeddings), cfg)
         return self._paint(embeddings, keys, cfg, negative)
 
-    def _paint(self, embeddings, keys, cfg: GenerationConfig, negative: Parts | None = None):
+    def _painting_keys(
+        self, seeds: Sequence[int] | int | None, count: int, cfg: GenerationConfig
+    ) -> Key[Array, "B"]:
+        seeds = cfg.seed if seeds is None else seeds
+        if isinstance(seeds, int | float | str | np.number):
+            check_seed(seeds)
+            return _keys(np.arange(count), int(seeds))
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one for each")
+        for seed in seeds:
+            check_seed(seed)
+        return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+
+    def _paint(
+        self, embeddings, keys, cfg: GenerationConfig, negative: Parts | None = None,
+        stop: Callable[[], bool] | None = None,
+    ):  # fmt: skip
         self._need_painter()
         assert self.cfg.unet and self.cfg.vae
         uncond, guidance = None, 1.0
         if cfg.guidance > 1:
             uncond, guidance = self._uncond(negative), jnp.float32(cfg.guidance)
+        table, count = diffusion.padded_steps(self.cfg.scheduler, cfg.steps, cfg.method)
         out = np.zeros((len(embeddings), self.picture_size, self.picture_size, 3), np.uint8)
         for which, rows in self._chunks(np.arange(len(embeddings))):
             full = _fill(which, rows)
             with self._on_mesh():
-                painted = _paint(
-                    self._graphdef, self._params, keys[full], embeddings[full], uncond, guidance,
-                    cfg.steps, cfg.method,
-                )  # fmt: skip
+                cond = embeddings[full]
+                state = _start_painting(self._graphdef, self._params, keys[full], cond.dtype)
+                for first in range(0, count, count if stop is None else STOP_ROWS):
+                    if stop is not None and stop():
+                        raise image.Stopped
+                    last = count if stop is None else min(first + STOP_ROWS, count)
+                    state = _paint_steps(
+                        self._graphdef, self._params, state, cond, uncond, guidance, table,
+                        np.int32(first), np.int32(last),
+                    )  # fmt: skip
+                    if stop is not None:
+                        jax.block_until_ready(state)
+                painted = _finish_painting(self._graphdef, self._params, state, cond.dtype)
             out[which] = np.asarray(painted)[: len(which)]
-        return out if self.safety is None else self.safety(out)
+        return out if self.safety is None or not len(out) else self.safety(out)
 
     def _uncond(self, negative: Parts | None) -> Float[Array, "N D"]:
         if negative is not None:
@@ -363,9 +420,10 @@ class Emu:
         their ends.
         """
         cfg = self.defaults.replace(**settings)
-        plan, rules = self._mixed(cfg)
-        rows = [self._prompt(prompt, system=cfg.system)]
-        ((_, batch),) = self._batches(rows, "left")
+        rows = self._prompts([prompt], cfg.max_new_tokens, system=cfg.system)
+        plan, rules, room = self._mixed(cfg, rows)
+        ((which, batch),) = self._batches(rows, "left")
+        rules = rules._replace(max_images=room[_fill(which, len(batch.tokens))])
         key = _keys(np.arange(1), cfg.seed)
         keys = _keys(np.zeros(len(batch.tokens), int), cfg.seed)
         with self._on_mesh():
@@ -407,15 +465,16 @@ class Emu:
         """What follows each of many prompts; pictures as arrays. See `complete`.
 
         A continuation ends at `</s>`, after `max_new_tokens` of text, or where it would open a
-        picture more than `max_images`.
+        picture more than `max_images`, or one that its prompt leaves no room for.
         """
         cfg = self.defaults.replace(**settings)
-        plan, rules = self._mixed(cfg)
-        rows = [self._prompt(p, system=cfg.system) for p in prompts]
+        rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
+        plan, rules, room = self._mixed(cfg, rows)
         results: list[list[Any]] = [[] for _ in rows]
         drawn, keys = [], []  # embeddings and keys of all pictures
         for which, batch in self._batches(rows, "left"):
-            row_keys = _keys(_fill(which, len(batch.tokens)), cfg.seed)
+            full = _fill(which, len(batch.tokens))
+            row_keys, rules = _keys(full, cfg.seed), rules._replace(max_images=room[full])
             with self._on_mesh():
                 tokens, images = _complete(
                     self._graphdef, self._params, *self._device(batch), plan, rules, row_keys
@@ -433,17 +492,39 @@ class Emu:
                     results[i] = [next(painted) if p is None else p for p in results[i]]
         return results
 
-    def _mixed(self, cfg: GenerationConfig) -> tuple[mixed.MixedPlan, mixed.MixedRules]:
+    def _mixed(
+        self, cfg: GenerationConfig, rows: Sequence[Prompt]
+    ) -> tuple[mixed.MixedPlan, mixed.MixedRules, Int[np.ndarray, "B"]]:
+        """The plan, its rules, and the number of images that each row has room for."""
         for name in ("repetition_penalty", "no_repeat_ngram_size"):
             if getattr(cfg, name) != getattr(TextConfig, name):
                 raise UserError(f"{name} has no effect on mixed sequences: leave it out")
-        most = cfg.max_images if self.paints else 0
-        plan = mixed.MixedPlan(bucket(cfg.max_new_tokens), most, cfg.do_sample, self.paints)
+        most, opening = cfg.max_images if self.paints else 0, self.cfg.tokens.img
+        positions, size = self.cfg.llama.max_positions, self.cfg.cformer.n_causal + 1
+        free = [positions - len(row.tokens) - cfg.max_new_tokens for row in rows]
+        room = np.minimum(np.array(free, np.int32) // size, most).astype(np.int32)
+        for number, row in enumerate(rows):
+            if row.tokens[-1] == opening and not room[number]:
+                self._need_painter()
+                fix = "shorten it" if most else "raise max_images"
+                raise UserError(
+                    f"{_of(number, rows)} ends in [IMG], which opens an image, but there is no "
+                    f"room for one (max_images {most}, {positions} positions in all): {fix}"
+                )
+        if short := int(np.sum(room < most)):
+            log.warning(
+                "%d of %d prompts leave room for fewer than %d images (%d at least): the model "
+                "has %d positions for prompt, text and images together",
+                short, len(rows), most, room.min(), positions,
+            )  # fmt: skip
+        plan = mixed.MixedPlan(
+            bucket(cfg.max_new_tokens, self.shapes.new_tokens), most, cfg.do_sample, self.paints
+        )
         rules = mixed.MixedRules(
             jnp.int32(cfg.max_new_tokens), jnp.float32(cfg.temperature), jnp.int32(cfg.top_k),
             jnp.float32(cfg.top_p),
         )  # fmt: skip
-        return plan, rules
+        return plan, rules, room
 
     def _split(self, tokens: np.ndarray, last: int) -> list[str | None]:
         """Generated tokens as texts, with None where a picture stands."""
@@ -459,6 +540,35 @@ class Emu:
         return [p for p in parts if p != ""]
 
     # --- Batches ---
+
+    def _prompts(
+        self, prompts: Sequence[Parts], new: int | Sequence[int], *, system: str | None = None,
+        opens: bool = False,
+    ) -> list[Prompt]:  # fmt: skip
+        """Tokenizes prompts that `new` more tokens follow, a number for all or one for each.
+
+        Raises:
+            UserError: a prompt makes no sense, or it and what follows do not fit together into
+                the model's positions.
+        """
+        prompts = _listed(prompts)
+        positions, rows = self.cfg.llama.max_positions, []
+        for number, parts in enumerate(prompts):
+            try:
+                row = self._prompt(parts, system=system, opens=opens)
+            except UserError as error:
+                if len(prompts) == 1:
+                    raise
+                raise UserError(f"prompt {number + 1} of {len(prompts)}: {error}") from None
+            more = new if isinstance(new, int | np.integer) else new[number]
+            if (length := len(row.tokens)) + more > positions:
+                fewer = f", or ask for at most {positions - length}" if positions > length else ""
+                raise UserError(
+                    f"{_of(number, prompts)} has {length} tokens and {more} are to follow, but the "
+                    f"model has {positions} positions: shorten it{'' if opens else fewer}"
+                )
+            rows.append(row)
+        return rows
 
     def _prompt(self, parts: Parts, *, system: str | None = None, opens: bool = False) -> Prompt:
         parts = as_parts(parts)
@@ -482,8 +592,8 @@ class Emu:
         """Prompts of similar lengths together: (which prompts, the padded batch)."""
         for which, rows in self._chunks(_by_length(prompts), per_row):
             part = [prompts[i] for i in which]
-            length = bucket(max(len(p.tokens) for p in part), 16)
-            pictures = bucket(max(len(p.pictures) for p in part), 1)
+            length = bucket(max(len(p.tokens) for p in part), self.shapes.length)
+            pictures = bucket(max(len(p.pictures) for p in part), self.shapes.images)
             yield (
                 which,
                 pad(
@@ -512,6 +622,17 @@ class Emu:
 
     def _on_mesh(self):
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+
+def _listed(prompts: Any) -> list[Parts]:
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        kind = "one text" if isinstance(prompts, str) else type(prompts).__name__
+        raise UserError(f"prompts must be a list of prompts, not {kind}: put it into a list")
+    return list(prompts)
+
+
+def _of(number: int, rows: Sequence[Any]) -> str:
+    return "the prompt" if len(rows) == 1 else f"prompt {number + 1} of {len(rows)}"
 
 
 def _keys(which: np.ndarray, seed: int) -> Key[Array, "B"]:
@@ -585,12 +706,22 @@ def _regress(graphdef, params, images, tokens, slots, valid):
     return emu.regress_after(tokens, jnp.sum(valid, axis=1), images, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "steps", "method"))
-def _paint(graphdef, params, keys, cond, uncond, guidance, steps, method):
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _start_painting(graphdef, params, keys, dtype):
+    return image.start_painting(keys, nnx.merge(graphdef, params).cfg, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
+def _paint_steps(graphdef, params, state, cond, uncond, guidance, table, first, last):
     TRACES["paint"] += 1
     emu = nnx.merge(graphdef, params)
     guidance = guidance if uncond is not None else 1.0
-    return image.paint(emu, keys, cond, uncond, guidance, steps=steps, method=method)
+    return image.paint_steps(emu, state, cond, uncond, guidance, table, first, last)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _finish_painting(graphdef, params, state, dtype):
+    return image.finish_painting(nnx.merge(graphdef, params), state, dtype)
 
 
 STRIDE = 4  # elements between two looks at a streamed continuation

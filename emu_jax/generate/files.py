@@ -13,6 +13,7 @@ from PIL import Image
 from emu_jax.config import UserError
 from emu_jax.generate.api import Emu
 from emu_jax.generate.prompt import Part, open_file
+from emu_jax.generate.text import MAX_SEED, check_seed
 
 Output = Literal["text", "image", "auto"]
 
@@ -22,9 +23,13 @@ def read_part(part: str) -> Part:
     with @).
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or a text is not valid Unicode.
     """
     if part.startswith("@@") or not part.startswith("@"):
+        try:
+            part.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the text {part[:40]!a} is not UTF-8: check its encoding") from None
         return part.removeprefix("@")
     return open_file(Path(part[1:]))
 
@@ -36,7 +41,7 @@ def read_batch(path: Path) -> list[list[Part]]:
         UserError: the file cannot be read, is empty, or a line is something else.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may stand in a string
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     prompts = []
@@ -45,32 +50,54 @@ def read_batch(path: Path) -> list[list[Part]]:
             continue
         try:
             parts = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             parts = None
         parts = [parts] if isinstance(parts, str) else parts
         if not isinstance(parts, list) or not parts or not all(isinstance(p, str) for p in parts):
             raise UserError(
                 f'{path}, line {number}: not a JSON list of parts such as ["@a.png", "what is it?"]'
             )
-        prompts.append([read_part(p) for p in parts])
+        try:
+            prompts.append([read_part(p) for p in parts])
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
     if not prompts:
         raise UserError(f"{path} has no prompts: write a JSON list of parts on each line")
     return prompts
 
 
+def check_seeds(output: Output, seed: int, prompts: int) -> None:
+    """
+    Raises:
+        UserError: a seed that `answer` would use for one of `prompts` prompts is out of range.
+    """
+    last = seed + prompts - 1 if output == "image" else seed
+    if seed >= 0 and last > MAX_SEED:
+        raise UserError(
+            f"--seed {seed} is too large for {prompts} prompts, each of which takes the next seed: "
+            f"give at most {MAX_SEED - prompts + 1}"
+        )
+    check_seed(seed)
+
+
 def answer(
-    emu: Emu, prompts: Sequence[Sequence[Part]], output: Output, seed: int
+    emu: Emu, prompts: Sequence[Sequence[Part]], output: Output, seed: int, **settings: Any
 ) -> list[list[str | Image.Image]]:
     """What follows each prompt: a text, a picture, or both as the model decides. The n-th
-    picture of "image" is the one that `seed + n` gives alone."""
+    picture of "image" is the one that `seed + n` gives alone.
+
+    Args:
+        settings: fields of `GenerationConfig`.
+    """
     if output == "text":
-        return [[text] for text in emu.generate_texts(prompts, seed=seed)]
+        return [[text] for text in emu.generate_texts(prompts, seed=seed, **settings)]
     if output == "image":
         seeds = range(seed, seed + len(prompts))
-        return [[Image.fromarray(p)] for p in emu.generate_images(prompts, seeds=seeds)]
+        pictures = emu.generate_images(prompts, seeds=seeds, **settings)
+        return [[Image.fromarray(p)] for p in pictures]
     return [
         [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in parts]
-        for parts in emu.completions(prompts, seed=seed)
+        for parts in emu.completions(prompts, seed=seed, **settings)
     ]
 
 

@@ -6,10 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, UserError, suggest
+from emu_jax.generate.text import check_types
 from emu_jax.models.emu import Emu
 
 
@@ -31,6 +32,7 @@ class ImageConfig:
         Raises:
             UserError: a setting that means nothing.
         """
+        check_types(self)
         if self.method not in diffusion.METHODS:
             known = suggest(self.method, diffusion.METHODS)
             raise UserError(f"unknown sampling method {self.method!r}{known}")
@@ -74,17 +76,38 @@ def decode_latents(emu: Emu, latents: Float[Array, "B h w C"]) -> Float[Array, "
     return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
 
-def paint(
+class Stopped(Exception):
+    """The caller's `stop` said that nobody waits for the image any more."""
+
+
+def start_painting(
+    keys: Key[Array, "B"], cfg: EmuConfig, dtype: jnp.dtype
+) -> diffusion.SampleState:
+    """Noise to paint from, each image's from its own key."""
+    return diffusion.start(initial_latents(keys, cfg, dtype))
+
+
+def paint_steps(
     emu: Emu,
-    keys: Key[Array, "B"],
+    state: diffusion.SampleState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "N D"] | None,
     guidance: Float[Array, ""] | float,
-    *,
-    steps: int,
-    method: str,
+    table: diffusion.Steps,
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+) -> diffusion.SampleState:
+    """Rows `first` to `last` of the sampler's table. One `uncond` serves all images."""
+    assert emu.unet is not None
+    if uncond is not None:
+        uncond = jnp.broadcast_to(uncond, cond.shape)
+    return diffusion.advance(
+        emu.unet, state, cond, uncond, table=table, first=first, last=last, guidance=guidance
+    )
+
+
+def finish_painting(
+    emu: Emu, state: diffusion.SampleState, dtype: jnp.dtype
 ) -> UInt8[Array, "B H W 3"]:
-    """Pictures of the embeddings `cond`, each from the noise of its own key."""
-    latents = initial_latents(keys, emu.cfg, cond.dtype)
-    latents = sample_latents(emu, latents, cond, uncond, guidance, steps=steps, method=method)
-    return jnp.round(decode_latents(emu, latents) * 255).astype(jnp.uint8)
+    """Pixels of the denoised latents."""
+    return jnp.round(decode_latents(emu, state.latents.astype(dtype)) * 255).astype(jnp.uint8)

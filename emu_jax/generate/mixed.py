@@ -36,12 +36,17 @@ class MixedPlan:
 
 
 class MixedRules(NamedTuple):
-    """The part that may change without a new compilation."""
+    """The part that may change without a new compilation.
+
+    Attributes:
+        max_images: images that each row has room for, at most the plan's; None: the plan's.
+    """
 
     max_new_tokens: Int[Array, ""]
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
+    max_images: Int[Array, "B"] | None = None
 
 
 class Mixed(NamedTuple):
@@ -157,7 +162,8 @@ def _choose(
     draws, closes = (state.slot >= 0) & (state.slot < n), state.slot == n
     writes = state.slot < 0
     opens = writes & (word == ids.img)
-    refused = opens & (state.count >= plan.max_images)
+    most = plan.max_images if rules.max_images is None else rules.max_images
+    refused = opens & (state.count >= most)
 
     token = jnp.where(draws, ids.image, jnp.where(closes, ids.img_end, word))
     token = jnp.where(state.done | refused, ids.pad, token)

@@ -8,7 +8,7 @@ contexts of pictures on the right.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,8 @@ def pictures_of(part: Part) -> list[Any]:
 def as_parts(prompt: Parts) -> list[Part]:
     """A prompt as its list of parts, files opened; a lone part is a list of one."""
     alone = isinstance(prompt, str | Path | Image.Image | np.ndarray | Normalized)
+    if not alone and not isinstance(prompt, Iterable):
+        raise UserError(f"a prompt is a list of texts and images, not {type(prompt).__name__}")
     parts = [prompt] if alone else list(prompt)
     return [open_file(part) if isinstance(part, Path) else part for part in parts]
 
@@ -141,21 +143,27 @@ class Prompt:
     ) -> Prompt:
         """Spells, tokenises and preprocesses a prompt; with `opens` it ends in `[IMG]`.
 
+        A text may spell special tokens other than `<image>`; none can span two parts.
+
         Raises:
-            UserError: a part that is neither text nor a picture, a text that spells `<image>`,
-                or more tokens than the model has positions for.
+            UserError: a part that is neither text nor an image, a video without frames, a text
+                that spells `<image>` or is not valid Unicode, or more tokens than the model has
+                positions for.
         """
-        text, pictures, n = "", [], cfg.cformer.n_causal
+        texts, pictures, n = [], [], cfg.cformer.n_causal
         for part in as_parts(parts):
             if isinstance(part, str):
                 if IMAGE in part:
                     raise UserError(f"a text must not spell {IMAGE}: pass the picture itself")
-                text += part
+                texts.append(part)
                 continue
-            for picture in pictures_of(part):
-                text += tokenizer.image_placeholder(n)
+            frames = pictures_of(part)
+            if not frames:
+                raise UserError("a video of the prompt has no frames: leave it out")
+            for picture in frames:
+                texts.append(tokenizer.image_placeholder(n))
                 pictures.append(pixels_of(picture, cfg.vision.image_size))
-        tokens = tokenizer.encode(text + IMG if opens else text)
+        tokens = tokenizer.encode_parts([*texts, IMG] if opens else texts)
         if len(tokens) > cfg.llama.max_positions:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens, the model reads {cfg.llama.max_positions}: "

@@ -29,6 +29,7 @@ from emu_jax.models.llama import KVCache, Llama
 
 # How often each program was traced: once per bucket of shapes, as the tests hold.
 TRACES: Counter[str] = Counter()
+MAX_SEED = 2**32 - 1  # JAX keeps 32 bits of a seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class TextConfig:
         no_repeat_ngram_size: 0 allows repetition.
         early_stopping: True ends a search when `num_beams` sequences are finished, False when
             a better one is unlikely, "never" when it is impossible.
-        seed: of sampling. Row i of a batch draws from `fold_in(key(seed), i)`.
+        seed: of sampling, from 0 to 2**32 - 1. Row i of a batch draws from
+            `fold_in(key(seed), i)`.
     """
 
     max_new_tokens: int = 50
@@ -63,6 +65,7 @@ class TextConfig:
         Raises:
             UserError: a setting that means nothing.
         """
+        check_types(self)
         wrong = {
             "max_new_tokens": self.max_new_tokens < 1,
             "num_beams": self.num_beams < 1,
@@ -79,6 +82,51 @@ class TextConfig:
             raise UserError(f"{name} cannot be {getattr(self, name)!r}{hint}")
 
 
+def check_types(settings: Any) -> None:
+    """Checks the fields of a settings dataclass that are annotated `int`, `float` or `str`.
+
+    Raises:
+        UserError: a value of another type, not finite, or outside 32 bits.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "seed":
+            check_seed(value)
+        elif field.type == "int" and not (
+            isinstance(value, int | np.integer)
+            and not isinstance(value, bool)
+            and abs(value) < 2**31 - 1
+        ):
+            raise UserError(f"{field.name} cannot be {_shown(value)}: give a whole number")
+        elif field.type == "float" and not (
+            isinstance(value, int | float | np.integer | np.floating)
+            and not isinstance(value, bool)
+            and abs(value) <= float(np.finfo(np.float32).max)
+        ):
+            raise UserError(f"{field.name} cannot be {_shown(value)}: give a finite number")
+        elif field.type == "str" and not isinstance(value, str):
+            raise UserError(f"{field.name} cannot be {_shown(value)}: give a string")
+
+
+def check_seed(seed: Any) -> None:
+    """
+    Raises:
+        UserError: not a whole number from 0 to 2**32 - 1. Others would be wrapped to those.
+    """
+    if (
+        not isinstance(seed, int | np.integer)
+        or isinstance(seed, bool)
+        or not 0 <= seed < MAX_SEED + 1
+    ):
+        raise UserError(f"seed cannot be {_shown(seed)}: give a whole number from 0 to {MAX_SEED}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The part of the settings that a compiled program is made for."""
@@ -92,9 +140,9 @@ class Plan:
     tokens: TokenIds
 
     @classmethod
-    def of(cls, cfg: TextConfig, tokens: TokenIds) -> Plan:
+    def of(cls, cfg: TextConfig, tokens: TokenIds, least: int = 8) -> Plan:
         return cls(
-            bucket(cfg.max_new_tokens), cfg.num_beams, cfg.do_sample,
+            bucket(cfg.max_new_tokens, least), cfg.num_beams, cfg.do_sample,
             cfg.repetition_penalty != 1.0, cfg.no_repeat_ngram_size, cfg.early_stopping, tokens,
         )  # fmt: skip
 
