@@ -2,10 +2,14 @@
 
 import asyncio
 import base64
+import concurrent.futures
+import contextlib
 import dataclasses
+import http.client
 import io
 import json
 import re
+import socket
 import threading
 import time
 import types
@@ -19,8 +23,11 @@ from test_sources import video
 pytest.importorskip("starlette")
 
 from emu_jax.config import UserError
+from emu_jax.generate.image import Stopped
+from emu_jax.serve import app as serving
 from emu_jax.serve.app import chat as chat_with
-from emu_jax.serve.app import make_app
+from emu_jax.serve.app import make_app, make_server
+from emu_jax.serve.connections import listen
 from emu_jax.serve.requests import Limits, Refused, parse_chat, parse_draw
 from emu_jax.serve.worker import Worker
 
@@ -43,6 +50,7 @@ class FakeEmu:
         self.hold = threading.Event()
         self.hold.set()
         self.started = threading.Event()
+        self.asked, self.given_up = [], []
 
     def stream(self, prompt, max_images, **settings):
         self.started.set()
@@ -57,7 +65,13 @@ class FakeEmu:
             yield part if isinstance(part, str) else f"picture {part.size}"
         yield f"{settings}"
 
-    def generate_image(self, prompt, seed=0, **settings):
+    def generate_image(self, prompt, seed=0, stop=None, **settings):
+        self.asked.append(seed)
+        self.started.set()
+        while not self.hold.wait(0.01):
+            if stop is not None and stop():
+                self.given_up.append(seed)
+                raise Stopped
         return Image.new("RGB", (4, 4), (seed, len(prompt), 0))
 
 
@@ -67,14 +81,18 @@ class Client:
     def __init__(self, app):
         self.app = app
 
-    async def __call__(self, path, body=None, *, raw=None, headers=(), method="POST", stall=False):
+    async def __call__(
+        self, path, body=None, *, raw=None, headers=(), method="POST", stall=False, leave=None,
+        client="127.0.0.1",
+    ):  # fmt: skip
+        """`leave`: an event after which the client is gone."""
         content = raw if raw is not None else json.dumps(body).encode()
         given = {"host": "localhost", "content-type": "application/json", **dict(headers)}
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
             "scheme": "http", "headers": [(k.encode(), v.encode()) for k, v in given.items()],
-            "client": ("127.0.0.1", 1), "server": ("localhost", 80),
+            "client": (client, 1), "server": ("localhost", 80),
         }  # fmt: skip
         sent, out = [], []
 
@@ -82,6 +100,9 @@ class Client:
             if not sent:
                 sent.append(1)
                 return {"type": "http.request", "body": content, "more_body": stall}
+            if leave is not None:
+                await leave.wait()
+                return {"type": "http.disconnect"}
             await asyncio.sleep(60)
 
         async def send(message):
@@ -187,10 +208,21 @@ HOSTILE = {
     "an unknown setting": (chat({"text": "a"}, top_k=1), 400, "unknown key 'top_k'"),
     "a fraction": (chat({"text": "a"}, seed=1.5), 400, "settings.seed must be"),
     "not a number": (chat({"text": "a"}, seed=True), 400, "settings.seed must be"),
+    "a number without end": (
+        {"raw": json.dumps(chat({"text": "a"}, seed=7)).replace("7", "9" * 4000).encode()},
+        400, "settings.seed must be",
+    ),
+    "no number at all": (
+        {"raw": json.dumps(chat({"text": "a"}, seed=7)).replace("7", "NaN").encode()},
+        400, "settings.seed must be",
+    ),
     "the wrong speaker": (
         {"messages": [{"role": "assistant", "parts": [{"text": "a"}]}]}, 400, "must be 'user'",
     ),
     "an oversize body": ({"raw": b" " * 200_001}, 413, "larger than 200000 bytes"),
+    "a length without end": (
+        {"raw": b"{}", "headers": {"content-length": "9" * 5000}}, 413, "larger than",
+    ),
     "a false length": (
         {"raw": b"{}", "headers": {"content-length": "999999999"}}, 413, "larger than",
     ),
@@ -388,3 +420,260 @@ def test_answers_are_not_mixed_up(emu):
         assert time.monotonic() - started < 60
 
     asyncio.run(run())
+
+
+def test_every_answer_has_the_security_headers(emu, caplog):
+    def broken(*_):
+        raise RuntimeError("inside")
+
+    asked = [
+        ("/", None, {"method": "GET"}), ("/api/about", None, {"method": "GET"}),
+        ("/api/chat", chat({"text": "a"}), {}), ("/nothing", None, {"method": "GET"}),
+        ("/api/chat", None, {"method": "GET"}), ("/api/chat", chat(), {}),
+        ("/api/about", None, {"method": "GET", "headers": {"host": "evil.example"}}),
+    ]  # fmt: skip
+    answers = ask(emu, *asked)
+    assert [status for status, *_ in answers] == [200, 200, 200, 404, 405, 400, 400]
+
+    async def fail():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serving, "_client", broken)
+            sent = []
+            app = make_app(emu, LIMITS)
+
+            async def send(message):
+                sent.append(message)
+
+            with contextlib.suppress(RuntimeError):  # the server logs it
+                await app({"type": "http", "method": "POST", "path": "/api/chat", "headers": [
+                    (b"host", b"localhost")], "query_string": b""}, None, send)  # fmt: skip
+            return sent[0]["status"], sent[1]["body"].decode(), dict(sent[0]["headers"])
+
+    answers.append(asyncio.run(fail()))
+    assert answers[-1][0] == 500 and "inside" not in answers[-1][1]
+    for status, _, headers in answers:
+        policy = headers[b"content-security-policy"].decode()
+        assert "frame-ancestors 'none'" in policy and "default-src 'self'" in policy, status
+        assert headers[b"x-content-type-options"] == b"nosniff" and b"cache-control" in headers
+
+
+def draw(seed):
+    return {"parts": [{"text": "a"}], "settings": {"seed": seed}}
+
+
+def test_what_nobody_waits_for_is_not_computed(emu):
+    """A client that leaves frees its place at once; its drawing stops."""
+    emu.hold.clear()
+
+    async def run():
+        client, leave = Client(make_app(emu, LIMITS)), asyncio.Event()
+        gone = [
+            asyncio.create_task(client("/api/draw", draw(seed), leave=leave)) for seed in (1, 2, 3)
+        ]
+        await asyncio.to_thread(emu.started.wait)
+        assert (await client("/api/draw", draw(4)))[0] == 429
+        leave.set()
+        assert [status for status, *_ in await asyncio.gather(*gone)] == [499] * 3
+        waiting = [asyncio.create_task(client("/api/draw", draw(seed))) for seed in (5, 6)]
+        await asyncio.sleep(0.1)
+        emu.hold.set()
+        assert [status for status, *_ in await asyncio.gather(*waiting)] == [200, 200]
+
+    asyncio.run(run())
+    assert emu.asked == [1, 5, 6] and emu.given_up == [1]
+
+
+def test_clients_take_turns():
+    done = []
+
+    async def run():
+        worker, hold = Worker(9, 60), threading.Event()
+        for name in ["a1", "a2", "a3", "a4", "b1", "b2", "c1"]:
+            ticket = worker.reserve(client=name[0])
+            first = not done and name == "a1"
+
+            def answer(name=name, first=first):
+                if first:
+                    hold.wait()
+                done.append(name)
+                return iter(())
+
+            worker.submit(ticket, answer)
+        await asyncio.sleep(0.05)
+        hold.set()
+        await asyncio.to_thread(worker.close)
+
+    asyncio.run(run())
+    assert done == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+
+
+def test_one_client_may_not_take_all_places(emu):
+    """By address; on the loopback a proxy's clients all have one."""
+    emu.hold.clear()
+
+    async def run():
+        limits = dataclasses.replace(LIMITS, per_client=1, waiting=9, seconds=9)
+        client = Client(make_app(emu, limits))
+        far = ("192.0.2.1", "2001:db8::1", "127.0.0.1", "127.0.0.1", "::ffff:127.0.0.9")
+        waiting = [asyncio.create_task(client("/api/draw", draw(1), client=c)) for c in far]
+        await asyncio.to_thread(emu.started.wait)
+        await asyncio.sleep(0.05)
+        for address in ("192.0.2.1", "2001:db8::ffff", "::ffff:192.0.2.1"):
+            status, body, headers = await client("/api/draw", draw(2), client=address)
+            assert status == 429 and "1 of your requests" in body and headers[b"retry-after"]
+        emu.hold.set()
+        status, *_ = await client("/api/draw", draw(3), client="192.0.2.2")
+        assert status == 200
+        assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
+        assert (await client("/api/draw", draw(4), client="192.0.2.1"))[0] == 200
+
+    asyncio.run(run())
+
+
+# --- Real sockets ----------------------------------------------------------------------------
+
+
+class Served:
+    """A server in a thread, and connections to it."""
+
+    def __init__(self, emu, limits, stack):
+        (listening,) = listen("127.0.0.1", 0)
+        self.port = listening.getsockname()[1]
+        self.worker = None
+        self._stack, self._ready = stack, threading.Event()
+
+        def run():
+            async def serve():
+                app = make_app(emu, limits)
+                self.worker, self.server = app.state.worker, make_server(app, limits)
+                self._ready.set()
+                await self.server.serve([listening])
+
+            asyncio.run(serve())
+
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+        self._ready.wait()
+
+    def connect(self, content=b""):
+        made = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        self._stack.callback(made.close)
+        made.sendall(content)
+        return made
+
+    def post(self, path, body):
+        """(status, lines of the answer)."""
+        made = http.client.HTTPConnection("127.0.0.1", self.port, timeout=9)
+        made.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = made.getresponse()
+        content = answer.read().decode()
+        made.close()
+        return answer.status, content
+
+    def stop(self):
+        """Shuts down, and returns the seconds that it took."""
+        started = time.monotonic()
+        self.server.should_exit = True
+        self.thread.join()
+        return time.monotonic() - started
+
+
+@pytest.fixture
+def served():
+    with contextlib.ExitStack() as stack:
+        made = []
+
+        def start(emu, **limits):
+            made.append(Served(emu, dataclasses.replace(LIMITS, **limits), stack))
+            return made[-1]
+
+        yield start
+        for one in made:
+            one.stop()
+            one.worker.close()
+
+
+def closed_by_server(connection, seconds):
+    """Whether it is closed in so many seconds; what came before is read."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+HEADER = (
+    b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n"
+)
+
+
+def test_silent_connections_keep_nobody_out(emu, served):
+    """Beyond the limit the one that was silent longest goes, and all go in time."""
+    server = served(emu, connections=20, header_seconds=1.5, body_seconds=9)
+    busy = server.connect(HEADER % 9 + b"{")  # a request, if a slow one
+    silent = [server.connect() for _ in range(40)]
+    started = time.monotonic()
+    assert server.post("/api/chat", chat({"text": "a"}))[0] == 200
+    assert time.monotonic() - started < 0.8
+    assert all(closed_by_server(connection, 0.2) for connection in silent[:20])
+    assert not closed_by_server(silent[-1], 0.01) and not closed_by_server(busy, 0.01)
+    # Half a header, a byte now and then, is no request; nor are bytes behind an answer.
+    slow = server.connect(b"GET /api/about HTTP/1.1\r\n")
+    after = server.connect(HEADER % 10**9)
+    for _ in range(38):
+        with contextlib.suppress(OSError):
+            slow.sendall(b"x")
+        with contextlib.suppress(OSError):
+            after.sendall(b"x")
+        time.sleep(0.05)
+    assert closed_by_server(slow, 0.2) and closed_by_server(after, 0.2)
+    assert closed_by_server(silent[-1], 0.2)
+
+
+def test_slow_bodies_are_bounded_together(emu, served):
+    """Beyond the limit the one that has been arriving longest goes."""
+    server = served(emu, bodies_bytes=400_000, body_seconds=9, header_seconds=9)
+    slow = [server.connect(HEADER % 150_000 + b" " * 149_000) for _ in range(4)]
+    fine = chat({"text": "a"})
+    assert server.post("/api/chat", fine)[0] == 200
+    refused = []
+    for connection in slow:
+        connection.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            refused.append(connection.recv(4096).split(b"\r\n")[0].decode())
+    assert refused == ["HTTP/1.1 408 Request Timeout"] * 2
+
+
+def test_half_sent_requests_do_not_delay_the_end(emu, served, caplog):
+    """Nor silent connections, nor what waits in line; what is in hand may end."""
+    server = served(emu, body_seconds=30, seconds=30)
+    held = [server.connect(), server.connect(b"GET / HT"), server.connect(HEADER % 9 + b"{")]
+    emu.hold.clear()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        drawn = pool.submit(server.post, "/api/draw", draw(1))
+        emu.started.wait()
+        waits = pool.submit(server.post, "/api/draw", draw(2))
+        time.sleep(0.2)
+        threading.Timer(0.5, emu.hold.set).start()
+        assert 0.4 < server.stop() < 2.5
+        assert drawn.result()[0] == 200 and '"done": true' in drawn.result()[1]
+        assert waits.result()[0] == 503 and "shutting down" in waits.result()[1]
+    assert emu.asked == [1] and all(closed_by_server(connection, 0.1) for connection in held)
+    assert not caplog.records
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(serving, "load", lambda *_, **__: pytest.fail("loaded"))
+    (first,) = listen("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first, pytest.raises(UserError, match=f"port {port}, is in use: .* --port"):
+        serving.serve(tmp_path, "127.0.0.1", port, LIMITS)
+    with pytest.raises(UserError, match="--host 192.0.2.1|not an address of this machine"):
+        serving.serve(tmp_path, "192.0.2.1", 0, LIMITS)
+    with pytest.raises(UserError, match="--host no.such.host.invalid is not an address"):
+        serving.serve(tmp_path, "no.such.host.invalid", 0, LIMITS)

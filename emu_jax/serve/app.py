@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
+import contextlib
+import dataclasses
 import io
+import ipaddress
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,64 +26,77 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from emu_jax.generate.api import Emu, load
+from emu_jax.generate.api import Emu, Shapes, load
 from emu_jax.generate.prompt import converse
+from emu_jax.serve.connections import bounded_connections, listen, room_for_connections
 from emu_jax.serve.requests import Asked, Limits, Refused, as_parts, parse_chat, parse_draw
 from emu_jax.serve.worker import Ticket, Worker
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # the last as a request spells it
+DECODERS = 2  # requests whose images are decoded at once
+STOP_SECONDS = 5  # from a signal to the end, for answers that are under way
 _PAGE = Path(__file__).parent / "page"
 _HEADERS = {
-    # The page's own files alone, and pictures that it made or was sent.
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; media-src blob:",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
+    # The page's own files alone, and pictures that it made or was sent; in no other site's frame.
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src blob:; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
 }
+_NOTHING = object()
 
 
 def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
     """The application; requests must be addressed to one of `hosts` (`*`: any), so that no
-    page of another site can reach a server on this machine by a name of its own."""
-    worker = Worker(limits.waiting, limits.seconds)
+    page of another site can reach a server on this machine by a name of its own.
 
-    def answering(parse: Callable[[bytes, Limits], Asked], answer: Callable[[Emu, Asked], Any]):
+    `state.worker` of it is the `Worker` that answers.
+    """
+    worker = Worker(limits.waiting, limits.seconds)
+    bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
+
+    def answering(
+        parse: Callable[[bytes, Limits], Asked],
+        answer: Callable[[Emu, Asked, Callable[[], bool]], Iterator[Any]],
+    ):
         async def endpoint(request: Request) -> Response:
-            body = await _body(request, limits)
-            ticket = worker.reserve()  # before anything is decoded
+            body = await bodies.read(request)
+            ticket = worker.reserve(_client(request.scope))  # before anything is decoded
             try:
-                asked = await run_in_threadpool(parse, body, limits)
+                async with decoders:
+                    asked = await run_in_threadpool(parse, body, limits)
             except BaseException:
                 worker.release()
                 raise
-            worker.submit(ticket, lambda: answer(emu, asked))
+            del body
+            worker.submit(ticket, lambda: answer(emu, asked, ticket.over))
             # The first part decides the status.
             parts = ticket.parts()
-            first = [part async for part in _take_one(parts)]
+            first = await _first(request, parts)
             return StreamingResponse(
-                _lines(first, parts, ticket), media_type="application/x-ndjson", headers=_HEADERS
+                _lines(first, parts, ticket), media_type="application/x-ndjson"
             )
 
         return endpoint
 
     def page(name: str):
         async def endpoint(request: Request) -> Response:
-            return FileResponse(_PAGE / name, headers=_HEADERS)
+            return FileResponse(_PAGE / name)
 
         return endpoint
 
     async def about(request: Request) -> Response:
-        return JSONResponse(
-            {"paints": emu.paints, "instruct": emu.tokenizer.instruct}, headers=_HEADERS
-        )
+        return JSONResponse({"paints": emu.paints, "instruct": emu.tokenizer.instruct})
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", page("index.html")),
             Route("/page.js", page("page.js")),
@@ -88,12 +105,23 @@ def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Sta
             Route("/api/chat", answering(parse_chat, chat), methods=["POST"]),
             Route("/api/draw", answering(parse_draw, draw), methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
-        exception_handlers={Refused: _refuse, HTTPException: _refuse_http},
-    )
+        middleware=[
+            Middleware(_Headers),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
+            Middleware(_PerClient, most=limits.per_client),
+        ],
+        exception_handlers={
+            Refused: _refuse, HTTPException: _refuse_http, ClientDisconnect: _ignore,
+            Exception: _fail,
+        },
+    )  # fmt: skip
+    app.state.worker = worker
+    return app
 
 
-def chat(emu: Emu, asked: Asked) -> Iterator[str | Image.Image]:
+def chat(
+    emu: Emu, asked: Asked, over: Callable[[], bool] | None = None
+) -> Iterator[str | Image.Image]:
     """What the model says next; one that was tuned to answer may draw, too."""
     if emu.tokenizer.instruct:
         turns = [message.parts for message in asked.messages]
@@ -102,48 +130,174 @@ def chat(emu: Emu, asked: Asked) -> Iterator[str | Image.Image]:
     return emu.stream(as_parts(asked.messages), max_images=0, **asked.settings)
 
 
-def draw(emu: Emu, asked: Asked) -> Iterator[Image.Image]:
-    """One picture of the parts."""
-    yield emu.generate_image(as_parts(asked.messages), **asked.settings)
+def draw(emu: Emu, asked: Asked, over: Callable[[], bool] | None = None) -> Iterator[Image.Image]:
+    """One picture of the parts; given up where `over` says so."""
+    yield emu.generate_image(as_parts(asked.messages), stop=over, **asked.settings)
 
 
 def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
-    """Serves until it is interrupted."""
-    emu = load(checkpoint)
-    hosts = LOOPBACK if host in LOOPBACK else ("*",)
-    if hosts == ("*",):
-        log.warning("whoever reaches %s may use this server: it asks nobody who they are", host)
-    address = f"[{host}]" if ":" in host else host
-    log.info("emu-jax serves %s at http://%s:%d", checkpoint, address, port)
-    uvicorn.run(
-        make_app(emu, limits, hosts), host=host, port=port, log_level="warning",
-        limit_concurrency=8 * limits.waiting, timeout_keep_alive=5, server_header=False,
+    """Serves until it is interrupted.
+
+    Raises:
+        UserError: the address cannot be listened at, or the checkpoint cannot be loaded.
+    """
+    limits = dataclasses.replace(limits, connections=room_for_connections(limits.connections))
+    with contextlib.ExitStack() as stack:
+        sockets = listen(host, port)  # before minutes of loading
+        for opened in sockets:
+            stack.callback(opened.close)
+        # Row by row, and in few shapes: whatever is asked for, a handful of programs is compiled.
+        emu = load(checkpoint, batch_size=1)
+        emu.shapes = Shapes(length=64, images=limits.pictures, new_tokens=limits.new_tokens)
+        hosts = LOOPBACK if host in LOOPBACK else ("*",)
+        if hosts == ("*",):
+            log.warning("whoever reaches %s may use this server: it asks nobody who they are", host)
+        address = f"[{host}]" if ":" in host else host
+        port = sockets[0].getsockname()[1]
+        log.info("emu-jax serves %s at http://%s:%d", checkpoint, address, port)
+        app = make_app(emu, limits, hosts)
+        try:
+            make_server(app, limits).run(sockets)
+        finally:
+            app.state.worker.stop()
+            app.state.worker.close(timeout=STOP_SECONDS)
+
+
+def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
+    """uvicorn for `make_app`'s application, with bounds on connections, time and shutdown."""
+    config = uvicorn.Config(
+        app, http=bounded_connections(limits, app.state.worker.stop), ws="none",
+        log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=STOP_SECONDS,
+        server_header=False,
     )  # fmt: skip
+    return uvicorn.Server(config)
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, "the body must be application/json")
-    stated = request.headers.get("content-length", "0")
-    if stated.isdigit() and int(stated) > limits.body_bytes:
-        raise Refused(413, f"the request is larger than {limits.body_bytes} bytes")
-    body = bytearray()
+class _Bodies:
+    """The bodies of requests that are arriving, each bounded in size and time, and all in size."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._sizes: dict[asyncio.Timeout, int] = {}  # of those that arrive, the oldest first
+
+    async def read(self, request: Request) -> bytes:
+        """
+        Raises:
+            Refused: it is no JSON by its header, too large, too slow, or the oldest of too many.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(415, "the body must be application/json")
+        stated = request.headers.get("content-length", "0")
+        if len(stated) > 20 or (stated.isdigit() and int(stated) > self._limits.body_bytes):
+            raise self._too_large()
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds) as timeout:
+                try:
+                    async for chunk in request.stream():
+                        body += chunk
+                        if len(body) > self._limits.body_bytes:
+                            raise self._too_large()
+                        self._sizes[timeout] = len(body)
+                        self._make_room()
+                finally:
+                    self._sizes.pop(timeout, None)
+        except TimeoutError:
+            raise Refused(408, "the body did not arrive in time") from None
+        return bytes(body)
+
+    def _make_room(self) -> None:
+        while sum(self._sizes.values()) > self._limits.bodies_bytes and len(self._sizes) > 1:
+            oldest = next(iter(self._sizes))
+            del self._sizes[oldest]
+            oldest.reschedule(asyncio.get_running_loop().time())
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the request is larger than {self._limits.body_bytes} bytes")
+
+
+class _Headers:
+    """Adds the security headers to every response."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                added = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                message["headers"] = [*message.get("headers", ()), *added]
+            await send(message)
+
+        await self._app(scope, receive, secured)
+
+
+class _PerClient:
+    """Refuses a client's requests beyond `most` at once."""
+
+    def __init__(self, app: ASGIApp, most: int):
+        self._app, self._most = app, most
+        self._open: collections.Counter[str] = collections.Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = _client(scope)
+        if not client or scope.get("method") != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._open[client] >= self._most:
+            refused = Refused(429, f"{self._most} of your requests wait already: try again later")
+            await (await _refuse(None, refused))(scope, receive, send)
+            return
+        self._open[client] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open[client] -= 1
+            if not self._open[client]:
+                del self._open[client]
+
+
+def _client(scope: Scope) -> str:
+    """Who asks, by address: of IPv6 the network of one host. "" for the loopback, where whole
+    networks come from behind a proxy."""
     try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body_bytes:
-                    raise Refused(413, f"the request is larger than {limits.body_bytes} bytes")
-    except TimeoutError:
-        raise Refused(408, "the body did not arrive in time") from None
-    return bytes(body)
+        address = ipaddress.ip_address((scope.get("client") or ("",))[0].partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if address.is_loopback:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
-async def _take_one(parts: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for part in parts:
-        yield part
-        return
+async def _first(request: Request, parts: AsyncIterator[Any]) -> list[Any]:
+    """The first part of an answer, if it has one.
+
+    Raises:
+        ClientDisconnect: the client has gone; it gives its place in the line up.
+        Refused: there is no answer.
+    """
+    waiting = asyncio.ensure_future(anext(parts, _NOTHING))  # type: ignore[call-overload]
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise ClientDisconnect
+        first = waiting.result()
+    finally:
+        for task in (waiting, leaving):
+            task.cancel()
+        await asyncio.wait({waiting, leaving})  # the place is free before anything else happens
+    return [] if first is _NOTHING else [first]
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _lines(first: list[Any], parts: AsyncIterator[Any], ticket: Ticket) -> AsyncIterator[str]:
@@ -156,7 +310,7 @@ async def _lines(first: list[Any], parts: AsyncIterator[Any], ticket: Ticket) ->
     except Refused as error:
         yield json.dumps({"error": str(error)}) + "\n"
     finally:
-        ticket.gone.set()
+        ticket.leave()
 
 
 def _line(part: str | Image.Image) -> str:
@@ -168,12 +322,22 @@ def _line(part: str | Image.Image) -> str:
     return json.dumps({"picture": f"data:image/png;base64,{content}"}) + "\n"
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+async def _refuse(request: Request | None, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    headers = _HEADERS | ({"Retry-After": "5"} if error.status == 429 else {})
+    headers = {"Retry-After": "5"} if error.status == 429 else {}
     return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=_HEADERS)
+    return JSONResponse({"error": error.detail}, status_code=error.status_code)
+
+
+async def _ignore(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody is there to read it
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    # Starlette answers outside of the other middleware here, and logs the error.
+    message = "the server made a mistake; its log says which"
+    return JSONResponse({"error": message}, status_code=500, headers=_HEADERS)

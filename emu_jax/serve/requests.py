@@ -11,7 +11,6 @@ import binascii
 import dataclasses
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,11 @@ SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 class Limits:
     """What one request, and all that wait, may ask for."""
 
+    connections: int = 1000  # beyond them the one that was silent longest is closed
+    header_seconds: float = 10.0  # from a connection or an answer to the next request's header
+    per_client: int = 8  # requests of one address at once; loopback, where a proxy is, has no limit
     body_bytes: int = 32 << 20
+    bodies_bytes: int = 128 << 20  # of all bodies that are arriving; beyond, the oldest is refused
     body_seconds: float = 30.0  # in which a body must have arrived
     parts: int = 64
     text_characters: int = 8000  # of all texts together
@@ -39,7 +42,7 @@ class Limits:
     pixels: int = 25_000_000  # of all pictures and frames together
     new_tokens: int = 256
     steps: int = 100  # of sampling
-    waiting: int = 16  # requests that are being answered or wait
+    waiting: int = 64  # requests that are being answered or wait
     seconds: float = 120.0  # from arrival to the last word
 
 
@@ -130,7 +133,7 @@ def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]
         least, most = allowed[name]
         kinds = (int, float) if isinstance(least, float) else (int,)
         right = isinstance(value, kinds) and not isinstance(value, bool)
-        if not right or not math.isfinite(value) or not least <= value <= most:
+        if not right or not least <= value <= most:  # NaN is in no range
             raise Refused(400, f"settings.{name} must be from {least} to {most}")
     return settings
 
