@@ -471,6 +471,7 @@ def test_what_nobody_waits_for_is_not_computed(emu):
             asyncio.create_task(client("/api/draw", draw(seed), leave=leave)) for seed in (1, 2, 3)
         ]
         await asyncio.to_thread(emu.started.wait)
+        await asyncio.sleep(0.2)
         assert (await client("/api/draw", draw(4)))[0] == 429
         leave.set()
         assert [status for status, *_ in await asyncio.gather(*gone)] == [499] * 3
@@ -480,7 +481,7 @@ def test_what_nobody_waits_for_is_not_computed(emu):
         assert [status for status, *_ in await asyncio.gather(*waiting)] == [200, 200]
 
     asyncio.run(run())
-    assert emu.asked == [1, 5, 6] and emu.given_up == [1]
+    assert emu.given_up == emu.asked[:1] and sorted(emu.asked[1:]) == [5, 6]
 
 
 def test_clients_take_turns():
