@@ -614,26 +614,30 @@ HEADER = (
 
 
 def test_silent_connections_keep_nobody_out(emu, served):
-    """Beyond the limit the one that was silent longest goes, and all go in time."""
-    server = served(emu, connections=20, header_seconds=1.5, body_seconds=9)
+    """Beyond the limit the one that was silent longest goes."""
+    server = served(emu, connections=20, header_seconds=60, body_seconds=60)
     busy = server.connect(HEADER % 9 + b"{")  # a request, if a slow one
+    time.sleep(0.2)
     silent = [server.connect() for _ in range(40)]
-    started = time.monotonic()
     assert server.post("/api/chat", chat({"text": "a"}))[0] == 200
-    assert time.monotonic() - started < 0.8
-    assert all(closed_by_server(connection, 0.2) for connection in silent[:20])
-    assert not closed_by_server(silent[-1], 0.01) and not closed_by_server(busy, 0.01)
-    # Half a header, a byte now and then, is no request; nor are bytes behind an answer.
-    slow = server.connect(b"GET /api/about HTTP/1.1\r\n")
-    after = server.connect(HEADER % 10**9)
-    for _ in range(38):
-        with contextlib.suppress(OSError):
-            slow.sendall(b"x")
-        with contextlib.suppress(OSError):
-            after.sendall(b"x")
-        time.sleep(0.05)
-    assert closed_by_server(slow, 0.2) and closed_by_server(after, 0.2)
-    assert closed_by_server(silent[-1], 0.2)
+    assert all(closed_by_server(connection, 9) for connection in silent[:20])
+    assert not any(closed_by_server(connection, 0.01) for connection in (*silent[-18:], busy))
+
+
+def test_a_request_must_arrive_in_time(emu, served):
+    """Half a header, a byte now and then, is no request; nor are bytes behind an answer."""
+    server = served(emu, header_seconds=0.5, body_seconds=60)
+    waits = server.connect(HEADER % 9 + b"{")  # a body has more time
+    silent, slow = server.connect(), server.connect(b"GET /api/about HTTP/1.1\r\n")
+    refused = server.connect(HEADER % 10**9)
+    until = time.monotonic() + 9
+    for connection in (slow, refused):
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < until:
+                connection.sendall(b"x")
+                time.sleep(0.02)
+        assert time.monotonic() < until, "bytes keep a connection open"
+    assert closed_by_server(silent, 9) and not closed_by_server(waits, 0.01)
 
 
 def test_slow_bodies_are_bounded_together(emu, served):
@@ -644,7 +648,7 @@ def test_slow_bodies_are_bounded_together(emu, served):
     assert server.post("/api/chat", fine)[0] == 200
     refused = []
     for connection in slow:
-        connection.settimeout(0.3)
+        connection.settimeout(0.5)
         with contextlib.suppress(TimeoutError):
             refused.append(connection.recv(4096).split(b"\r\n")[0].decode())
     assert refused == ["HTTP/1.1 408 Request Timeout"] * 2
@@ -661,7 +665,7 @@ def test_half_sent_requests_do_not_delay_the_end(emu, served, caplog):
         waits = pool.submit(server.post, "/api/draw", draw(2))
         time.sleep(0.2)
         threading.Timer(0.5, emu.hold.set).start()
-        assert 0.4 < server.stop() < 2.5
+        assert 0.4 < server.stop() < 4  # not body_seconds
         assert drawn.result()[0] == 200 and '"done": true' in drawn.result()[1]
         assert waits.result()[0] == 503 and "shutting down" in waits.result()[1]
     assert emu.asked == [1] and all(closed_by_server(connection, 0.1) for connection in held)
