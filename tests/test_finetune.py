@@ -316,7 +316,22 @@ def test_a_folder_of_latents_is_what_its_listing_says(tmp_path):
     data = DataConfig(batch_size=2, drop_condition=0.0)
     with LatentBatches(tmp_path, data, model) as batches:
         assert (next(batches)["condition"].astype(np.float32) == 2).all()
-    (tmp_path / "latents-00000-00001.array_record").unlink()
+    part = tmp_path / "latents-00000-00001.array_record"
+    whole = {path: path.read_bytes() for path in (part, tmp_path / "unconditional.npy")}
+    for path, content in whole.items():
+        for left in (b"", content[: len(content) // 2], content[:-1]):
+            path.write_bytes(left)
+            with pytest.raises(UserError, match="is damaged .*precompute it again"):
+                with LatentBatches(tmp_path, data, model) as batches:
+                    next(batches)
+        path.write_bytes(content)
+    flipped = bytearray(whole[part])
+    flipped[-len(flipped) // 2] ^= 1
+    part.write_bytes(flipped)
+    with pytest.raises(UserError, match="is damaged"):
+        with LatentBatches(tmp_path, data, model) as batches:
+            next(batches)
+    part.unlink()
     with pytest.raises(UserError, match="is missing"):
         LatentBatches(tmp_path, data, model)
 

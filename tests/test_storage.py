@@ -99,3 +99,15 @@ def test_only_an_asterisk_is_special_in_a_path(tmp_path):
     assert found("a[b/*") == ["a[b/x.jsonl"]
     assert found("s[01]*.jsonl") == ["s0.jsonl", "s1.jsonl"]
     assert shown(source("dialogues", tmp_path / "[v1]" / "*.jsonl")[0])[-1] == "it"
+
+
+def test_a_file_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its folder afterwards; else a power cut leaves it empty, or without a name."""
+    target = tmp_path / "a.txt"
+    steps = []
+    monkeypatch.setattr(
+        storage, "sync", lambda path: steps.append((os.path.isdir(path), target.exists()))
+    )
+    with storage.writing(str(target)) as temporary:
+        temporary.write_text("whole")
+    assert steps == [(False, False), (True, True)] and target.read_text() == "whole"

@@ -7,6 +7,7 @@ sources.py    `SourceConfig`: every format that documents may come in
   videos.py     with captions, or with subtitles
   dialogues.py  instructions and answers
   listings.py   the JSON entries and named files that the last three read
+  formats.py    compressed listings, and formats that are named
   tars.py, video.py, storage.py  archives, moving pictures, local and remote files
   index.py      what is found in files once and kept
 build.py      raw data to ArrayRecord files, filtered by clean.py; inspect.py, a page about them

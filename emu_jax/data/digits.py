@@ -22,6 +22,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from emu_jax.config import UserError, suggest
+from emu_jax.data import storage
 from emu_jax.data.documents import Document, Picture, Text, write_documents
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
@@ -200,6 +201,5 @@ def build_digits(root: str | os.PathLike) -> None:
     names.append("tokenizer/tokenizer.json")
 
     values = {"version": _VERSION, **{name: (root / name).stat().st_size for name in names}}
-    temporary = listing.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    temporary.replace(listing)  # last: it says that the rest is whole
+    with storage.writing(str(listing)) as temporary:  # last: it says that the rest is whole
+        temporary.write_text(json.dumps(values, indent=1) + "\n")

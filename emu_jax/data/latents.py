@@ -15,6 +15,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from emu_jax.config import EmuConfig, UserError, load_json, save_json
+from emu_jax.data import storage
 from emu_jax.data.pipeline import Batch, Damage, DataConfig, is_count
 from emu_jax.data.unused import Tally
 from emu_jax.tokenizer import Tokenizer
@@ -107,7 +109,7 @@ class PartWriter:
 
     def close(self) -> None:
         self._writer.close()
-        self._temporary.rename(self._path)
+        storage.publish(self._temporary, self._path)
 
 
 def finish(
@@ -115,7 +117,9 @@ def finish(
     unconditional: Float[np.ndarray, "N D"], tokenizer: Tokenizer,
 ) -> None:  # fmt: skip
     """Completes a folder whose parts are all written."""
-    np.save(folder / "unconditional.npy", np.asarray(unconditional, np.float32))
+    with storage.writing(str(folder / "unconditional.npy")) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, np.asarray(unconditional, np.float32))
     tokenizer.save(folder / "tokenizer")
     listing = _Listing(_without_denoiser(model), progress.rows, progress.files)
     save_json(listing, folder / _LISTING)
@@ -144,13 +148,14 @@ class LatentBatches(Iterator[Batch]):
         paths = [str(folder / name) for name in listing.files]
         if missing := [path for path in paths if not Path(path).is_file()]:
             raise UserError(f"{missing[0]} is missing: precompute {folder} again")
-        self._records: Any = grain.sources.ArrayRecordDataSource(paths)
-        if len(self._records) != listing.rows:
-            raise UserError(
-                f"{folder} has {len(self._records)} rows, not {listing.rows}: precompute it again"
-            )
+        self._folder = folder
         self._condition, self._latents = latent_shapes(model)
-        self._unconditional = np.load(folder / "unconditional.npy").astype(_DTYPE)
+        with self._damage():
+            self._records: Any = grain.sources.ArrayRecordDataSource(paths)
+            if len(self._records) != listing.rows:
+                raise ValueError(f"{len(self._records)} rows, not {listing.rows}")
+            unconditional = np.load(folder / "unconditional.npy").astype(_DTYPE)
+            self._unconditional = unconditional.reshape(self._condition)
         self._order: Any = (
             grain.MapDataset.source(range(listing.rows)).seed(cfg.seed).shuffle().repeat(None)
         )
@@ -175,12 +180,24 @@ class LatentBatches(Iterator[Batch]):
         dropped = [self._drops(first + row) for row in self._rows]
         size = int(np.prod(self._condition))
         conditions, latents = [], []
-        for record, drop in zip(self._records.__getitems__(picked), dropped, strict=True):
-            values = np.frombuffer(record, _DTYPE)
-            kept = values[:size].reshape(self._condition)
-            conditions.append(self._unconditional if drop else kept)
-            latents.append(values[size:].reshape(self._latents))
+        with self._damage():
+            for record, drop in zip(self._records.__getitems__(picked), dropped, strict=True):
+                values = np.frombuffer(record, _DTYPE)
+                kept = values[:size].reshape(self._condition)
+                conditions.append(self._unconditional if drop else kept)
+                latents.append(values[size:].reshape(self._latents))
         return {"condition": np.stack(conditions), "latents": np.stack(latents)}, picked
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Turns what damaged files raise into one line."""
+        try:
+            yield
+        except Exception as error:  # ArrayRecord raises of every kind
+            why = (str(error) or repr(error)).splitlines()[0]
+            raise UserError(
+                f"{self._folder} is damaged ({why}): remove it and precompute it again"
+            ) from None
 
     def _drops(self, number: int) -> bool:
         rng = np.random.default_rng((self._cfg.seed, number))

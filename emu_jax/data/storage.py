@@ -204,11 +204,16 @@ def writing(path: str) -> Iterator[Path]:
             _patiently(path, lambda: fs.put_file(temporary, inner), "write")
         else:
             os.chmod(temporary, 0o644)  # mkstemp makes it private
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(folder or ".")
+            publish(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def publish(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives a local file, which is whole, its name, so that this outlives a power cut."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(os.path.dirname(path) or ".")
 
 
 def names(folder: str) -> list[str]:
