@@ -28,7 +28,7 @@ from emu_jax.data.images import normalize_images
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import Llama
-from emu_jax.sharding import MESH_AXES, Template, batch_sharding, make_mesh, nest
+from emu_jax.sharding import MESH_AXES, Template, batch_sharding, make_mesh, nest, spec
 from emu_jax.train import loop, monitor, objectives, parents, precompute
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import Trainer, train
@@ -103,7 +103,7 @@ class ToyObjective(objectives.Objective):
     def build(self, cfg, rngs):
         return Toy(rngs)
 
-    def batches(self, cfg, tokenizer):
+    def batches(self, cfg, tokenizer, **how):
         return ToyBatches()
 
     def targets(self, module, batch):
@@ -720,3 +720,20 @@ def test_rates_are_since_the_row_before(monkeypatch):
         "model_flops_per_second_per_device": 50.0, "mfu": 1.0,
     }  # fmt: skip
     assert rates(6, 20.0, {"tokens": 1402, "images": 14})["tokens_per_second"] == 1.0
+
+
+def test_axes_are_split_as_the_table_says():
+    mesh = make_mesh(2, 2, 2)
+    for axes, shape, expected in (
+        (("batch", None), (8, 3), (("data", "fsdp"), None)),
+        (("batch", "heads"), (6, 4), (None, "tensor")),  # 6 rows are not for 4 devices
+        (("embed", "mlp"), (4, 6), ("fsdp", "tensor")),
+        (("vocab", "embed"), (4, 6), ("tensor", "fsdp")),
+        (("embed", "heads"), (3, 4), (None, "tensor")),
+        (("layer", "embed", None), (2, 4, 4), (None, "fsdp", None)),
+        ((None, "conv_in", "conv_out"), (4, 4, 4), (None, "fsdp", "tensor")),
+        (("embed", "conv_in"), (4, 4), ("fsdp", None)),  # an axis of the mesh serves once
+        (("batch", None, "embed"), (4, 4, 4), (("data", "fsdp"), None, None)),
+    ):
+        assert spec(axes, shape, mesh) == PartitionSpec(*expected), axes
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))

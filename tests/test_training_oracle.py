@@ -127,8 +127,8 @@ def initial(shapes) -> dict[str, np.ndarray]:
     return params
 
 
-def close(found: float, expected: float) -> bool:
-    return found == pytest.approx(expected, rel=5e-6, abs=1e-9)
+def relative(found: float, expected: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -136,7 +136,7 @@ def test_ten_steps_are_those_of_a_plain_torch_loop(stage, data_root):
     cfg = shrunk(stage, data_root)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     seen: dict[str, list[np.ndarray]] = {"normal": [], "randint": []}
-    clipped = 0
+    clipped, worst = 0, dict.fromkeys(("loss", "grad_norm", "params", "ema", "moved"), 0.0)
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
         trainer.objective = Recording(trainer.objective)
@@ -154,19 +154,26 @@ def test_ten_steps_are_those_of_a_plain_torch_loop(stage, data_root):
                 clipped += theirs["grad_norm"] > cfg.optimizer.clip_norm
                 assert metrics.keys() == theirs.keys()
                 for name, value in metrics.items():
-                    assert close(float(value), theirs[name]), (int(state.step), name)
+                    error = relative(float(value), theirs[name])
+                    worst[name] = max(worst.get(name, 0.0), error)
+                    assert error <= 1e-5, (int(state.step), name, error)
     assert clipped > 0 and int(state.step) == STEPS
 
     assert state.trained.keys() == set(loop.trained)
     assert state.ema.keys() == (set(loop.trained) if cfg.ema_decay else set())
     for path, value in state.frozen.items():
         np.testing.assert_array_equal(value, start[path], err_msg=path)
-    for ours, theirs in ((state.trained, loop.params), (state.ema, loop.ema)):
+    for kind, ours, theirs in (
+        ("params", state.trained, loop.params), ("ema", state.ema, loop.ema)
+    ):  # fmt: skip
         for path, value in ours.items():
             expected = theirs[path].detach().numpy()
             moved = np.abs(expected - start[path]).max()
             error = np.abs(np.float64(value) - expected).max()
+            worst[kind], worst["moved"] = max(worst[kind], error), max(worst["moved"], moved)
             assert error <= 4e-6 + 1e-4 * moved, (path, error, moved)
+    figures = ", ".join(f"{name} {value:.1e}" for name, value in worst.items() if value)
+    print(f"\n{cfg.name}: largest differences: {figures}")
 
     # No noise comes twice, and it is distributed as the objective has it.
     if noise := seen["normal"]:
