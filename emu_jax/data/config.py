@@ -10,6 +10,7 @@ import numpy as np
 
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.sources import SourceConfig
+from emu_jax.data.unused import MAY_LACK
 from emu_jax.tokenizer import Tokenizer
 
 Kind = Literal["rows", "captions", "pictures", "contexts"]
@@ -117,6 +118,8 @@ class DataConfig:
                 (f"{where}.picked_images", source.picked_images >= 0, "not be negative"),
                 (f"{where}.frames", source.frames >= 1, "be at least 1"),
                 (f"{where}.frame_seconds", source.frame_seconds > 0, "be positive"),
+                (f"{where}.allow_missing", set(source.allow_missing) <= set(MAY_LACK),
+                 f"name some of {', '.join(MAY_LACK)}"),
             ]  # fmt: skip
         for name, fine, rule in rules:
             if not fine:

@@ -107,6 +107,8 @@ class Dialogues(Listed):
 
     def sketch(self, index: int) -> Document:
         def pictures(medium: Medium, scored: bool) -> list[Picture]:
+            if medium.video or not medium.name.startswith("data:"):
+                self._require(medium.name, index, VIDEO_SUFFIXES if medium.video else ())
             return [Picture(b"", scored=scored)] * (self._frames if medium.video else 1)
 
         return _document(self._dialogue(index), pictures)

@@ -317,9 +317,12 @@ class Listed(Source):
     def where(self, index: int) -> str:
         return self._entries.where(index)
 
-    def _require(self, name: object, index: int) -> None:
+    def _require(self, name: object, index: int, suffixes: Iterable[str] = ()) -> None:
         """Finds out while counting whether a file is there. A remote folder is not asked: what is
         missing there shows when it is read.
+
+        Args:
+            suffixes: that its name may lack.
 
         Raises:
             Damaged: there is no such file.
@@ -327,5 +330,9 @@ class Listed(Source):
         where, folder = self.where(index), self._entries.folder(index)
         if not isinstance(name, str):
             raise Damaged("malformed entry", where, f"{name!r} is no file's name")
-        if not self._media.is_remote(folder) and (reason := self._media.lacks(name, folder)):
-            raise Damaged("missing file", where, f"{name}, {reason}")
+        if self._media.is_remote(folder) or not (reason := self._media.lacks(name, folder)):
+            return
+        if not any(self._media.has(name + suffix, folder) for suffix in suffixes):
+            raise Damaged(
+                "missing file", where, name if reason == "missing" else f"{name}, {reason}"
+            )

@@ -157,9 +157,12 @@ def _count(
         for n, (sizes, code, unused) in enumerate(pool.map(outline, indices)):
             counts[n], damage[n] = len(sizes), code
             all_sizes += sizes
-            if not code:
-                images = sizes.count(PICTURE)
-                tally.use(images=images, texts=len(sizes) - images - sizes.count(0))
+            images = sizes.count(PICTURE)
+            texts = len(sizes) - images - sizes.count(0)
+            if images or texts:
+                tally.use(images=images, texts=texts)
+            elif not code:
+                unused += (Unused("empty document"),)
             for reason, detail in unused:
                 if tally.leave(reason):
                     where = source.where(indices[n])

@@ -68,13 +68,10 @@ class Tally:
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def use(self, *, images: int, texts: int) -> None:
-        """Counts a document that is read. One without any part counts as left out."""
-        if images or texts:
-            self.used["documents"] += 1
-            self.used["images"] += images
-            self.used["texts"] += texts
-        else:
-            self.leave("empty document")
+        """Counts a document that is read, with its parts."""
+        self.used["documents"] += 1
+        self.used["images"] += images
+        self.used["texts"] += texts
 
     def leave(self, reason: str, count: int = 1) -> bool:
         """Counts what is left out. Returns whether `example` would keep an example of it."""

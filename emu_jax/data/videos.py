@@ -150,7 +150,7 @@ class SubtitledVideos(Listed):
         self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
-        document = self.sketch(index)
+        document = self._timed(index)
         pictures = [n for n, part in enumerate(document.parts) if isinstance(part, Picture)]
         shown = [k for k, n in enumerate(pictures) if wanted is None or n in wanted]
         parts = list(document.parts)
@@ -162,6 +162,16 @@ class SubtitledVideos(Listed):
         return Document(tuple(parts), (*document.unused, *unused))
 
     def sketch(self, index: int) -> Document:
+        document, entry = self._timed(index), self._entries[index]
+        if "storyboard" in entry:
+            for name in self._board(index, entry).sheets:
+                self._require(name, index)
+        else:
+            self._require(entry.get("video"), index)
+        return document
+
+    def _timed(self, index: int) -> Document:
+        """The document with empty pictures."""
         entry, where = self._entries[index], self.where(index)
         encoding = entry.get("encoding")
         if not isinstance(encoding, str | None):
@@ -174,13 +184,10 @@ class SubtitledVideos(Listed):
         unused = said.unused
         if "storyboard" in entry:
             board = self._board(index, entry)
-            for name in board.sheets:
-                self._require(name, index)
-            used = -(-board.frames // board.tiles[0])
-            more = board.sheets[used:] if len(set(board.tiles)) == 1 else []
-            unused += tuple(Unused("unused sheet", name) for name in more)
-        else:
-            self._require(entry.get("video"), index)
+            first = 0
+            for name, tiles in zip(board.sheets, board.tiles, strict=True):
+                unused += (Unused("unused sheet", name),) * (first >= board.frames)
+                first += tiles
         return dataclasses.replace(document, unused=unused)
 
     def _times(self, index: int, entry: dict[str, Any]) -> list[float]:
