@@ -232,7 +232,7 @@ def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, ki
         pages = SourceConfig("crawl", "pages", (str(listing),), allow_missing=allowed)
         return DataConfig(
             sources=(pages,), batch_size=1, row_tokens=64, row_images=2, n_causal=4, image_size=4,
-            prefetch=0,
+            prefetch=0, block_documents=4,
         )  # fmt: skip
 
     if kind is None:
