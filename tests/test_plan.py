@@ -112,6 +112,16 @@ def test_products_in_a_jaxpr_by_hand():
     assert jaxpr_flops(traced.jaxpr) == often + again + convolution
     assert jaxpr_flops(traced.jaxpr, without=AGAIN) == often + convolution
 
+    def halved(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        ).sum()
+
+    # Each product of a convolution with a stride costs as much towards its input and its kernel.
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 8, 3), (2, 3, 5)))
+    traced = jax.make_jaxpr(jax.value_and_grad(halved, (0, 1)))(*shapes)
+    assert jaxpr_flops(traced.jaxpr) == 3 * 2 * 4 * 2 * 3 * 5
+
     def computed_again(x, w):
         with jax.named_scope(AGAIN):
             return jnp.sum(jnp.square(x @ w))

@@ -165,7 +165,9 @@ def jaxpr_flops(jaxpr: Any, without: str | None = None) -> float:
         elif eqn.primitive.name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
             features = eqn.params["dimension_numbers"].rhs_spec[0]
-            total += 2.0 * out * math.prod(kernel) / kernel[features]
+            # The gradient towards the input of a strided one multiplies by the zeros between.
+            zeros = math.prod(eqn.params["lhs_dilation"])
+            total += 2.0 * out * math.prod(kernel) / kernel[features] / zeros
         turns = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(value):
