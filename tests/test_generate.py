@@ -14,6 +14,7 @@ from flax import nnx
 from PIL import Image
 from test_golden import FEEDBACK
 from test_golden import emu as release  # noqa: F401  (a fixture)
+from test_sources import video
 
 from emu_jax import config, diffusion
 from emu_jax.data.video import frame_indices
@@ -1016,6 +1017,15 @@ def test_videos_are_their_frames(small):
     assert one.tokens.tolist() == other.tokens.tolist()
     np.testing.assert_array_equal(one.pictures, np.stack(frames))
     assert prompt.instruct([frames, "what?"])[0].startswith(prompt.VIDEO_SYSTEM)
+
+
+@pytest.mark.parametrize("end", [".mp4", ".M4V", ".mov", ".webm", ".mkv", ".avi"])
+def test_files_of_videos_are_known_by_their_end(end, tmp_path):
+    path = tmp_path / f"clip{end}"
+    path.write_bytes(video(9))
+    frames = prompt.open_file(path)
+    shown = [10 * n for n in frame_indices(9)]
+    assert [round(np.asarray(f).mean() / 10) * 10 for f in frames] == shown
 
 
 @pytest.mark.parametrize("side", [8, 13])

@@ -294,6 +294,14 @@ def test_the_largest_request_that_fits():
     assert len(asked.messages[0].parts) == 5
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_picture_of_each_format_is_read(format):
+    asked = parse_draw(json.dumps({"parts": [{"picture": png(format=format)}]}).encode(), LIMITS)
+    (picture,) = asked.messages[0].parts
+    assert picture.size == (8, 6)
+    assert np.abs(np.asarray(picture.convert("RGB"), int) - [10, 20, 30]).max() < 12
+
+
 def test_limits_hold_for_all_parts_together():
     """Also over the turns of a chat."""
     said = [{"role": role, "parts": [{"text": "a" * 20}]} for role in ("user", "assistant", "user")]
