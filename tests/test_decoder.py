@@ -295,6 +295,26 @@ def test_pndm_calls_the_denoiser_once_more_than_steps():
     assert len(diffusion.sampling_steps(SCHEDULER, 50, "ddim").t) == 50
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_noise_and_targets_by_hand(kind):
+    """Of Stable Diffusion's schedule, whose betas rise with the square of an even step."""
+    betas = [(0.00085**0.5 + n * (0.012**0.5 - 0.00085**0.5) / 999) ** 2 for n in range(1000)]
+    cfg = dataclasses.replace(SCHEDULER, prediction_type=kind)
+    rng = np.random.default_rng(0)
+    latents, noise = rng.normal(size=(2, 3, 2, 5, 4)).astype(np.float32)
+    times = jnp.asarray([0, 400, 999])
+    noised = diffusion.add_noise(cfg, latents, noise, times)
+    target = diffusion.denoiser_target(cfg, latents, noise, times)
+    for row, t in enumerate(times.tolist()):
+        left = math.prod(1 - beta for beta in betas[: t + 1])
+        signal, spread = left**0.5, (1 - left) ** 0.5
+        expected = signal * latents[row] + spread * noise[row]
+        np.testing.assert_allclose(noised[row], expected, rtol=1e-4, atol=1e-6)
+        velocity = signal * noise[row] - spread * latents[row]
+        expected = noise[row] if kind == "epsilon" else velocity
+        np.testing.assert_allclose(target[row], expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_guidance_and_its_passes(guidance, platform, monkeypatch):
