@@ -38,6 +38,15 @@ def test_each_bug_fits_its_file_and_names_tests_that_exist(mutate):
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_page_tells_of_no_other_bugs_and_explains_each_survivor(mutate):
+    page = (ROOT / "docs" / "notes" / "mutations.md").read_text()
+    rows = {match[1]: match[0] for match in mutate.ROW.finditer(page)}
+    mutants = {mutant.name: mutant for mutant in mutate.read_mutants()}
+    assert rows.keys() <= mutants.keys()
+    for name, row in rows.items():
+        assert "| caught by `" in row or (mutants[name].survives and mutants[name].survives in row)
+
+
 def test_a_bug_is_applied_once_or_refused(mutate):
     def apply(text, **changes):
         values = {"name": "n", "file": "f.py", "old": "a = 1", "new": "a = 2", "tests": []}
