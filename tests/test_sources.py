@@ -369,6 +369,9 @@ def test_tfds_directory(tmp_path):
             [50 * n, word] if word else [50 * n] for n, word in enumerate(words)
         ]
         assert agrees(pairs) and pairs.paired
+        reason = {3: "other caption", 2: "no caption"}[sum(word is not None for word in words)]
+        counted = [unused.reason for document in pairs for unused in document.unused]
+        assert counted == [reason] * (3 if reason == "other caption" else 1)
     with pytest.raises(UserError, match="write DIRECTORY:SPLIT"):
         source("tfds", Path("nosplit"))
     with pytest.raises(UserError, match="cannot read .*nothing"):

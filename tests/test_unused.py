@@ -253,6 +253,22 @@ def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, ki
         next(batches)
 
 
+def test_documents_that_a_kind_of_batches_cannot_use(tmp_path, tokenizer, caplog):
+    documents = [Document((Picture(picture()), Text("a")))] * 3 + [Document((Text("a"),))] * 2
+    write_documents(tmp_path / "a.array_record", documents)
+    paths = (str(tmp_path / "a.array_record"),)
+    sources = (SourceConfig("pairs", paths=paths, paired=True), SourceConfig("pages", paths=paths))
+    cfg = DataConfig(sources=sources, batch_size=1, row_tokens=64, n_causal=4, prefetch=0)
+    with Batches(cfg, tokenizer, "captions") as batches:
+        (counted,) = batches.tallies.values()  # pages are no captions, which is said
+    assert counted.used["documents"] == 3
+    assert counted.unused == {"document that captions cannot use": 2}
+    assert "source 'pages' has no pairs" in caplog.text
+    with Batches(cfg, tokenizer, "rows") as batches:
+        for counted in batches.tallies.values():
+            assert counted.used["documents"] == 5 and not counted.unused
+
+
 def test_tallies_add_up():
     one, two = Tally(), Tally()
     one.use(images=1, texts=2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,10 @@ from emu_jax.data.index import folder_for
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.unused import Tally
 from emu_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # What random numbers are drawn for: what a document holds, the frames of its video, the order
 # of a block's rows, substitutes for a document (from here on).
@@ -207,6 +211,11 @@ def open_groups(
     """
     opened = [_open(source, cfg, tokenizer, recount) for source in _chosen(cfg, kind)]
     if kind in ("captions", "pictures"):
+        for source in opened:
+            if not source.documents.paired:
+                log.warning(
+                    "source %r has no pairs: %r batches leave it out", source.cfg.name, kind
+                )
         opened = [source for source in opened if source.documents.paired]
         if not opened:
             raise UserError(f"no source has pairs, which {kind!r} batches are made of")
@@ -295,14 +304,29 @@ def _open(
     return Opened(source, documents, outlines)
 
 
-def _check_usable(source: Opened, kind: Kind) -> None:
+def tally(source: Opened, kind: Kind) -> Tally:
+    """What this kind of batches uses of a source, and what not."""
+    counted = Tally()
+    counted.merge(source.outlines.tally)
+    rest = counted.used["documents"] - _usable(source, kind)
+    if rest:
+        counted.used["documents"] -= rest
+        counted.leave(f"document that {kind} cannot use", rest)
+    return counted
+
+
+def _usable(source: Opened, kind: Kind) -> int:
+    """The number of documents that this kind of batches can use."""
     totals = source.outlines.totals()
-    words = 0 if source.cfg.picked_images else totals["with_text"]  # alone
-    usable = {
+    words = 0 if source.cfg.picked_images else totals["with_text"] - totals["with_both"]  # alone
+    return {
         "rows": words + totals["with_picture"], "captions": totals["with_both"],
         "pictures": totals["with_picture"], "contexts": totals["with_picture"],
     }[kind]  # fmt: skip
-    if not usable:
+
+
+def _check_usable(source: Opened, kind: Kind) -> None:
+    if not _usable(source, kind):
         raise UserError(
             f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that {kind!r} "
             "can use"

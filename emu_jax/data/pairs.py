@@ -452,14 +452,20 @@ class TfdsPairs(Source):
         where = self.where(index)
         try:
             example = self._records[index]
-            picture = Picture(_one(_at(example, self._picture)))
-            words = [] if self._words is None else [_one(_at(example, self._words))]
+            pictures = _listed(_at(example, self._picture))
+            words = [] if self._words is None else _listed(_at(example, self._words))
         except Exception as error:  # tfds raises of every kind
             raise Damaged("damaged record", where, _first_line(error)) from None
-        if self._names:
-            labels = [int(word) for word in words]  # -1 in a split without labels
-            return Document((picture, *(Text(self._names[n]) for n in labels if n >= 0)))
-        return Document((picture, *(Text(utf8(word, where)) for word in words)))
+        if not pictures:
+            raise Damaged("incomplete sample", where, "no picture")
+        unused = [Unused("other image")] * (len(pictures) - 1)
+        if self._names:  # -1 in a split without labels
+            words = [self._names[n].encode() for n in map(int, words) if n >= 0]
+        unused += [Unused("other caption")] * (len(words) - 1)
+        if not words:
+            unused.append(Unused("no caption"))
+        parts = (Picture(pictures[0]), *(Text(utf8(word, where)) for word in words[:1]))
+        return Document(parts, tuple(unused))
 
 
 _Path = tuple[str, ...]
@@ -484,9 +490,9 @@ def _at(values: Any, path: _Path) -> Any:
     return values
 
 
-def _one(value: Any) -> Any:
-    """A value, or the first of a sequence of them."""
-    return value[0] if isinstance(value, list | np.ndarray) else value
+def _listed(value: Any) -> list[Any]:
+    """A value alone, or those of a sequence."""
+    return list(value) if isinstance(value, list | np.ndarray) else [value]
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from emu_jax.config import UserError, suggest
 from emu_jax.data.config import Batch, DataConfig, Kind, batch_shapes
 from emu_jax.data.documents import short_hash
 from emu_jax.data.filling import STATISTICS, Damage, Filler, Made, Pool, Position
-from emu_jax.data.mixture import open_groups, schedule
+from emu_jax.data.mixture import open_groups, schedule, tally
 from emu_jax.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]
@@ -144,7 +144,7 @@ class Batches(Iterator[Batch]):
 
     def _counted(self) -> str:
         """Follows from what of the sources is used."""
-        return short_hash([(name, tally.used) for name, tally in self.tallies.items()])
+        return short_hash([(name, counted.used) for name, counted in self.tallies.items()])
 
     def documents(self) -> list[tuple[str, int]]:
         """(source, index in it) of each document in this process's share of the last batch that
@@ -215,7 +215,7 @@ class _Maker:
     ):  # fmt: skip
         groups = open_groups(cfg, tokenizer, kind, recount)
         self.tallies = {
-            source.cfg.name: source.outlines.tally for group in groups for source in group.sources
+            source.cfg.name: tally(source, kind) for group in groups for source in group.sources
         }
         self._schedule = schedule(groups)
         self._fillers, pool = [], Pool(cfg)
