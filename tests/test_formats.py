@@ -71,6 +71,13 @@ def test_other_formats_are_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_without_listings_says_what_it_has(tmp_path):
+    for n in range(5):
+        (tmp_path / f"{n}.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"no file that ends in .jsonl.* \(it has 0.parquet, 1."):
+        source("dialogues", tmp_path)
+
+
 def test_compressed_tars_are_named(tmp_path):
     whole = tar(tmp_path / "x.tar", {"a.png": picture(40, "PNG"), "a.txt": b"one"}).read_bytes()
     (tmp_path / "0.tar").write_bytes(gzip.compress(whole))

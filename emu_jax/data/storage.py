@@ -86,7 +86,13 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
         paths = matches(pattern, suffixes)
         _check_packed(pattern, paths, tuple(suffixes))
         if not paths:
-            raise UserError(f"nothing is at {pattern}: no file that ends in {', '.join(suffixes)}")
+            others = [] if "*" in pattern else names(pattern)
+            beside = f" (it has {', '.join(others[:3])}{', ...' * (len(others) > 3)})" * bool(
+                others
+            )
+            raise UserError(
+                f"nothing is at {pattern}: no file that ends in {', '.join(suffixes)}{beside}"
+            )
         found += paths
     if not found:
         raise UserError("no paths are given")
