@@ -64,6 +64,47 @@ def test_a_bug_is_applied_once_or_refused(mutate):
         apply("a = 1\n", new="a = (")
 
 
+@pytest.mark.parametrize(
+    "old, tests, survives, result, status",
+    [
+        ("a = 1", ["tests/t.py::notices"], "", "caught", 0),
+        ("a = 1", ["tests/t.py::fine", "tests/t.py::notices"], "", "caught", 0),
+        ("a = 1", ["tests/t.py::fine"], "", "survived", 1),
+        ("a = 1", ["tests/t.py::fine"], "It computes the same.", "explained", 0),
+        ("a = 1", ["tests/t.py::hangs"], "", "timeout", 1),
+        # These say nothing about the bug.
+        ("b = 1", ["tests/t.py::notices"], "", "error", 2),
+        ("a = 1", ["tests/t.py::fails"], "", "error", 2),
+        ("a = 1", ["tests/t.py::skipped"], "", "error", 2),
+        ("a = 1", ["tests/t.py::missing"], "", "error", 2),
+    ],
+)
+def test_what_is_told_of_a_bug(
+    mutate, tmp_path, monkeypatch, capsys, old, tests, survives, result, status
+):
+    (tmp_path / "emu_jax").mkdir()
+    (tmp_path / "emu_jax" / "__init__.py").write_text("a = 1\n")
+    (tmp_path / ".gitignore").write_text("runs/\n")
+
+    def run_tests(copy, tests, timeout, *options):
+        assert copy != tmp_path  # never the checkout
+        planted = (copy / "emu_jax" / "__init__.py").read_text() == "a = 2\n"
+        if planted and "tests/t.py::hangs" in tests:
+            return None
+        if "tests/t.py::missing" in tests:
+            return {"pytest": "ERROR: exit status 4"}
+        failing = {"tests/t.py::fails"} | ({"tests/t.py::notices"} if planted else set())
+        ran = [test + "[1]" for test in tests if not test.endswith("skipped")]
+        return {test: "FAILED" if test[:-3] in failing else "PASSED" for test in ran}
+
+    mutant = mutate.Mutant("bug", "emu_jax/__init__.py", old, "a = 2", tests, "", None, survives)
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    monkeypatch.setattr(mutate, "read_mutants", lambda: [mutant])
+    monkeypatch.setattr(mutate, "run_tests", run_tests)
+    assert mutate.main([]) == status
+    assert capsys.readouterr().out.splitlines()[-1] == f"1 {result}"
+
+
 def test_a_table_keeps_the_rows_of_bugs_that_were_not_planted(mutate, tmp_path):
     mutants = [
         mutate.Mutant(name, "emu_jax/f.py", "a", "b", [], "Goes wrong.")
