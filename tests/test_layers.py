@@ -1,5 +1,6 @@
 """What layers compute where parity with the release does not look: dropout, adapters, targets."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from emu_jax.config import LoraConfig, TokenIds
+from emu_jax.config import CFormerConfig, LoraConfig, TokenIds
 from emu_jax.models.attention import attention
-from emu_jax.models.cformer import Dropout
+from emu_jax.models.cformer import CFormer, Dropout
 from emu_jax.models.emu import Emu
 from emu_jax.models.lora import LoraLinear, adapted, merge
 
@@ -27,6 +28,20 @@ def test_dropout_by_hand():
     assert (one != two).any()
     for off in (Dropout(0.25, None), Dropout(0.0, key)):
         np.testing.assert_array_equal(off(x), x)
+
+
+def test_embeddings_are_normalized_where_the_config_asks_for_it():
+    cfg = CFormerConfig(n_causal=3, width=8, layers=1, heads=2, head_width=4, mlp_width=8)
+    made = {
+        normalize: CFormer(dataclasses.replace(cfg, normalize=normalize), 6, 40, rngs=nnx.Rngs(0))
+        for normalize in (False, True)
+    }
+    features = jax.random.normal(jax.random.key(1), (2, 5, 6))
+    plain, found = (np.asarray(nnx.jit(CFormer.__call__)(m, features)) for m in made.values())
+    center = plain - plain.mean(-1, keepdims=True)
+    expected = center / np.sqrt((center**2).mean(-1, keepdims=True) + cfg.eps)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(plain - expected).max() > 0.1
 
 
 def test_adapters_by_hand():
