@@ -33,8 +33,8 @@ CHECKSUMS = "checksums.json"
 GLOB_CHARACTERS = "*?[]\\"
 # Orbax writes these behind the checksums; nothing reads them.
 UNCOVERED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
-# Chunks that `unreadable_arrays` holds in memory at once.
-_CHUNKS_AHEAD = 2
+# `unreadable_arrays` reads so much side by side; a chunk that is larger is read alone.
+_BYTES_AHEAD = 1 << 26
 _CONTEXT = {
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},  # nodes of the database, not chunks
     "file_io_concurrency": {"limit": 4},
@@ -184,7 +184,7 @@ def unreadable_arrays(
     item: Path, index: int = 0, count: int = 1, progress: Callable[[int], None] | None = None
 ) -> Iterator[str]:
     """Reads every array of an item (DIR/step/item) and yields why one cannot be read, a line
-    each. Holds two chunks in memory at once.
+    each. Holds 64 MiB, or one chunk that is larger, in memory at once.
 
     Args:
         index, count: read one of `count` shares of the chunks.
@@ -200,10 +200,10 @@ def unreadable_arrays(
     if not names:
         yield f"{item} holds no arrays"
         return
-    pending: deque[tuple[str, Any]] = deque()
+    pending: deque[tuple[str, int, Any]] = deque()
 
     def settle() -> Iterator[str]:
-        name, read = pending.popleft()
+        name, _, read = pending.popleft()
         try:
             chunk = read.result()
         except Exception as error:
@@ -232,9 +232,11 @@ def unreadable_arrays(
             if number % count == index:
                 ends = [min(a + c, n) for a, c, n in zip(start, chunk, array.shape, strict=True)]
                 where = tuple(slice(a, b) for a, b in zip(start, ends, strict=True))
-                pending.append((name, array[where].read()))
-                if len(pending) > _CHUNKS_AHEAD - 1:
+                part = array[where]
+                size = part.size * part.dtype.numpy_dtype.itemsize
+                while pending and sum(n for _, n, _ in pending) + size > _BYTES_AHEAD:
                     yield from settle()
+                pending.append((name, size, part.read()))
             number += 1
     while pending:
         yield from settle()
