@@ -1,0 +1,116 @@
+"""Checkpoints of several processes: each reads back its share, all agree, one lock."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from emu_jax import checkpoint, integrity
+from emu_jax.config import UserError
+from emu_jax.train.loop import initialize_distributed
+from emu_jax.train.saving import Checkpoints
+
+COUNT = 3
+
+
+def main(workdir: Path) -> None:
+    """What each process runs; it prints a JSON object."""
+    initialize_distributed()
+    mesh = jax.make_mesh((jax.device_count(),), ("rows",))
+    sharding = NamedSharding(mesh, PartitionSpec("rows"))
+    values = np.arange(6000, dtype=np.float32).reshape(12, 500)
+
+    def items(step: int):
+        array = jax.make_array_from_callback(values.shape, sharding, lambda i: values[i] + step)
+        return {"params": ocp.args.StandardSave({"a": array})}
+
+    shape = jax.ShapeDtypeStruct(values.shape, jnp.float32, sharding=sharding)
+    wanted = {"params": ocp.args.StandardRestore({"a": shape})}
+    said: dict[str, object] = {}
+    read: list[tuple[int, int]] = []
+    unreadable_arrays = integrity.unreadable_arrays
+
+    def counted(item, index, count):
+        chunks: list[int] = []
+        yield from unreadable_arrays(item, index, count, chunks.append)
+        read.append((len(chunks), sum(chunks)))
+
+    integrity.unreadable_arrays = counted
+    with Checkpoints(workdir, 2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, items(step))
+        checkpoints.wait()
+    said["read"] = read
+    if jax.process_index() == 0:
+        said["steps"] = sorted(checkpoint.complete_steps(workdir))
+        data = max((workdir / "3" / "params" / "ocdbt.process_1").rglob("*"),
+                   key=lambda p: p.stat().st_size)  # fmt: skip
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    ocp.multihost.sync_global_processes("damaged")
+    with Checkpoints(workdir, 2) as checkpoints:
+        step, saved = checkpoints.restore(wanted)
+    mine = [(np.asarray(s.data) == values[s.index] + step).all()
+            for s in saved["params"]["a"].addressable_shards]  # fmt: skip
+    said |= {"restored": step, "right": bool(all(mine))}
+    # Somebody else's lock.
+    if jax.process_index() == 0:
+        (workdir / "lock.json").write_text(json.dumps(json.loads(os.environ["OWNER"])))
+    try:
+        Checkpoints(workdir, 2).__enter__()
+    except UserError as error:
+        said["refused"] = str(error)
+    print("SAID", json.dumps(said))
+
+
+@pytest.mark.slow  # three processes start: 15 seconds
+def test_three_processes_save_verify_and_restore_as_one(tmp_path):
+    from emu_jax.train import lock
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes"
+    code += f"; test_processes.main(test_processes.Path({str(tmp_path)!r}))"
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(COUNT),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "XLA_FLAGS": "",
+        "OWNER": json.dumps(lock._identity() | {"token": "x", "beat": 0}),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment | {"JAX_PROCESS_ID": str(n)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for n in range(COUNT)
+    ]  # fmt: skip
+    try:
+        ended = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = []
+    for process, (out, err) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, err
+        said.append(json.loads(out.partition("SAID")[2]))
+    assert said[0]["steps"] == [2, 3]
+    for one in said:
+        assert one["restored"] == 2 and one["right"]
+        assert one["refused"].startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
+        # A third of the bytes of each of three saves, once.
+        assert one["read"] == [[1, 6000 * 4 // COUNT]] * 3
+    (aside,) = tmp_path.glob("*.damaged")
+    assert aside.name == "3.damaged"
+    assert [err.count("checkpoint 3 cannot be read") for _, err in ended] == [1, 0, 0]
