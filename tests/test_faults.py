@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -16,6 +17,7 @@ from test_saving import cut, largest_file
 from test_train import one_batch, parameters, small
 
 from emu_jax import checkpoint
+from emu_jax.cli import main
 from emu_jax.config import UserError
 from emu_jax.data.digits import build_digits
 from emu_jax.sharding import make_mesh
@@ -177,6 +179,70 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_saved(root, whole, tmp_path)
         subprocess.run(["umount", "-l", str(disk)], check=True)
     train(cfg, workdir)
     assert_ends_like(whole, workdir)
+
+
+@pytest.fixture
+def default_signals():
+    """As in a terminal, where the tests run in the background, too."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def interrupt(workdir: Path, first: int, delay: float) -> threading.Thread:
+    """Sends two signals to this process, once a run has logged some more steps."""
+    log = workdir / "metrics.jsonl"
+
+    def lines() -> int:
+        return log.read_text().count("\n") if log.exists() else 0
+
+    before = lines()
+
+    def send() -> None:
+        while lines() < before + 3:
+            time.sleep(0.01)
+        for number in (first, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(delay)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow  # a run a signal
+def test_the_last_line_of_an_interrupted_run_is_true(
+    root, tmp_path, monkeypatch, capsys, default_signals
+):
+    """However close together signals come: the step that is named was saved, and the next start
+    goes on from there."""
+    cfg = dataclasses.replace(run(root, steps=100_000), checkpoint_every=1000, profile_steps="")
+    monkeypatch.setattr("emu_jax.train.config_file.load_config", lambda *_: cfg)
+    repeat = int(os.environ.get("EMU_JAX_REPEAT", "1"))
+    saved = 0
+    for first in (signal.SIGTERM, signal.SIGINT):
+        for delay in (0, 0.03, 0.1, 1.2) * repeat:
+            sender = interrupt(tmp_path, first, delay)
+            status = main(["train", "--config", "configs/digits.py", f"--workdir={tmp_path}"])
+            sender.join()
+            last = capsys.readouterr().err.splitlines()[-1]
+            steps = checkpoint.complete_steps(tmp_path)
+            if not steps:
+                end = f"no step is saved in {tmp_path}: the same command starts from step 0"
+            else:
+                end = (
+                    f"step {max(steps)} is saved in {tmp_path}: run the same command again to "
+                    "resume from it"
+                )
+            assert (status, last) == (130, f"emu-jax: interrupted; {end}")
+            if delay < 1:  # one request, which saved
+                reached = rows_of(tmp_path)[-1]["step"]
+                assert max(steps) == reached >= saved + 3
+            saved = max(steps, default=0)
+            assert not (tmp_path / "lock.json").exists()
+    assert checkpoint.verify(tmp_path, every=True)["passed"]
 
 
 @pytest.mark.slow
