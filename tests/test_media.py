@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from emu_jax.data.clean import CleanConfig, clean
 from emu_jax.data.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
-from emu_jax.data.documents import Damaged
+from emu_jax.data.documents import Damaged, Document, Picture, Text
 from emu_jax.data.images import PictureError, load_image, open_image
+from emu_jax.data.unused import Unused
 from emu_jax.data.video import (
     CUT_SHORT,
     UNDECODABLE_FRAME,
@@ -195,6 +197,22 @@ def test_colors_of_every_mode():
     assert both.mode == "LA"
     bits = Image.fromarray(CORNERS[..., 0] > 99)
     assert np.asarray(open_image(encoded(bits, "PNG"))).max() == 255
+
+
+def test_builds_store_pictures_upright_and_count_animations():
+    whole, smaller = (
+        clean(Document((Picture(stored(6, "JPEG")), Text("words"))), CleanConfig(max_side=side))
+        for side in (48, 24)
+    )
+    for cleaned, size in ((whole, (48, 32)), (smaller, (24, 16))):
+        assert cleaned.document and isinstance(picture := cleaned.document.parts[0], Picture)
+        assert is_corners(open_image(picture.data), size) and cleaned.unused == ()
+    frames = [Image.fromarray(np.roll(CORNERS, n, 0)) for n in range(3)]
+    for form in ("GIF", "WEBP", "PNG", "TIFF", "AVIF"):
+        content = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+        assert is_corners(open_image(content)), form
+        found = clean(Document((Picture(content), Text("words"))), CleanConfig())
+        assert found.document and found.unused == (Unused("frames of an animation", "part 0"),)
 
 
 # Subtitles
@@ -579,6 +597,12 @@ def test_undecodable_frames_are_counted_and_those_before_shown():
     assert [pixels(frame) for _, frame in frames[18:]] == want[18:]
     assert {note.reason for note in clip.unused} == {UNDECODABLE_FRAME}
     assert [note.detail for note in clip.unused[:2]] == ["at 1 s", "at 1.08333 s"]
+
+
+def test_frames_too_large_to_decode_are_refused(monkeypatch):
+    monkeypatch.setattr("emu_jax.data.video.MOST_PIXELS", SIDES[0] * SIDES[1] // 2)
+    with pytest.raises(Damaged, match="unreadable video .no frame can be decoded"):
+        sample_frames(Video(encode("matroska", "libx264", 2), "it"), 8, None)
 
 
 def test_names_of_videos():

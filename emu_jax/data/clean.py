@@ -13,7 +13,7 @@ from PIL import Image
 
 from emu_jax.config import UserError, suggest
 from emu_jax.data.documents import Document, Picture, Text
-from emu_jax.data.images import PictureError, open_image
+from emu_jax.data.images import PictureError, is_animated, open_image
 from emu_jax.data.unused import Unused
 
 ENCODINGS = ("jpeg", "webp", "png")
@@ -77,9 +77,15 @@ def clean(document: Document, cfg: CleanConfig) -> Cleaned:
     """Filters a document and stores its pictures anew.
 
     A picture that does not pass is taken out of its document; a document that so loses its
-    last picture is rejected, and so is one whose words do not pass.
+    last picture is rejected, and so is one whose words do not pass. Of an animation the first frame
+    is read, and the others are counted.
     """
-    return dataclasses.replace(_filter(document, cfg), unused=document.unused)
+    animations = tuple(
+        Unused("frames of an animation", f"part {number}")
+        for number, part in enumerate(document.parts)
+        if isinstance(part, Picture) and is_animated(part.data)
+    )
+    return dataclasses.replace(_filter(document, cfg), unused=document.unused + animations)
 
 
 def _filter(document: Document, cfg: CleanConfig) -> Cleaned:

@@ -43,6 +43,19 @@ class PictureError(UserError):
         self.reason = reason
 
 
+def is_animated(content: bytes) -> bool:
+    """Whether an encoded picture has more frames or pages than the first, which alone is read."""
+    if not content.startswith((b"GIF8", b"RIFF", b"\x89PNG", b"II", b"MM")) and (
+        content[4:8] != b"ftyp"
+    ):
+        return False  # a JPEG is followed by previews and depth maps only
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return bool(getattr(picture, "is_animated", False))
+    except (*_UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return False
+
+
 def normalize_images(
     images: UInt8[Array, "*batch h w 3"], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "*batch h w 3"]:

@@ -20,7 +20,7 @@ from PIL import Image
 from emu_jax.config import UserError
 from emu_jax.data.cues import read_cues, unroll
 from emu_jax.data.documents import Damaged, Unused
-from emu_jax.data.images import PictureError, open_image
+from emu_jax.data.images import MOST_PIXELS, PictureError, open_image
 
 FRAMES = 8  # that the release shows of a video
 
@@ -193,8 +193,9 @@ class Video:
 
     def _open(self) -> Any:
         container = open_container(self._content)
-        # Videos are decoded side by side.
-        container.streams.best("video").codec_context.thread_count = 1
+        codec = container.streams.best("video").codec_context
+        codec.thread_count = 1  # videos are decoded side by side
+        codec.options = {"max_pixels": str(MOST_PIXELS)}
         return container
 
     def _place(self, index: int) -> int:
