@@ -91,7 +91,14 @@ def test_pictures_are_turned_upright(form):
 CORNERS_PNG = encoded(CORNERS, "PNG")
 
 
-def test_orientation_in_xmp_is_followed_and_damaged_exif_ignored():
+def test_orientation_wherever_it_stands():
+    early = stored(6, "PNG")
+    at = early.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(early[at : at + 4])
+    late = early[:at] + early[end:-12] + early[at:end] + early[-12:]  # after the pixels
+    assert is_corners(open_image(late))
+    want = load_image(CORNERS_PNG, 8)
+    np.testing.assert_array_equal(load_image(Image.open(io.BytesIO(late)), 8), want)
     turned = Image.fromarray(CORNERS).transpose(Image.Transpose.ROTATE_90)
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
     assert is_corners(open_image(encoded(turned, "JPEG", xmp=xmp, quality=95, subsampling=0)))
@@ -135,8 +142,9 @@ WIDE = {
     "32-bit TIFF of 8 bits": (tiff(RAMP.astype(np.int32)), RAMP),
     "16-bit PGM": (pgm(RAMP * 257), RAMP),
     "dark 16-bit PGM": (pgm(RAMP), RAMP * 0),
-    "float TIFF, 0 to 1": (tiff((RAMP / 255).astype(np.float32)), RAMP),
+    "float TIFF, 0 to 1": (tiff(np.maximum(RAMP / 255 - 0.001, 0).astype(np.float32)), RAMP),
     "float TIFF, 0 to 255": (tiff(RAMP.astype(np.float32)), RAMP),
+    "dark float TIFF": (tiff((RAMP / 170).astype(np.float32)), np.round(RAMP / 170)),
     "float TIFF, white is zero": (tiff((RAMP / 255).astype(np.float32), photometric=0), 255 - RAMP),
 }
 
