@@ -613,6 +613,20 @@ def test_frames_too_large_to_decode_are_refused(monkeypatch):
         sample_frames(Video(encode("matroska", "libx264", 2), "it"), 8, None)
 
 
+def test_the_best_of_several_streams_is_the_video():
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        streams = [out.add_stream("mpeg4", rate=12) for _ in range(2)]
+        for count, stream in zip((2, 9), streams, strict=True):
+            stream.width, stream.height, stream.pix_fmt = *SIDES, "yuv420p"
+            for k in range(count):
+                pixels = CORNERS if count == 2 else np.roll(CORNERS, k, 1)
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+            out.mux(stream.encode())
+    clip = Video(file.getvalue(), "it")
+    assert len(clip.times) == 9 and len(clip.frames(range(9))) == 9
+
+
 def test_names_of_videos():
     assert len(set(VIDEO_SUFFIXES)) == len(VIDEO_SUFFIXES)
     assert {".mp4", ".ts", ".flv", ".mpg", ".wmv", ".m4v", ".mpeg", ".3gp", ".ogv", ".mts"} <= set(
