@@ -441,7 +441,8 @@ def encode(
     file = tempfile.NamedTemporaryFile() if options else io.BytesIO()
     target, flags = (file.name, {"movflags": options}) if options else (file, {})
     with av.open(target, "w", format=form, options=flags) as out:
-        settings = {"x264-params": f"bframes={b_frames}:b-adapt=0"} if codec == "libx264" else {}
+        settings = {"x264-params": f"bframes={b_frames}:b-adapt=0:scenecut=0"}
+        settings = settings if codec == "libx264" else {}
         stream = out.add_stream(codec, rate=25 if codec.endswith("video") else 12, options=settings)
         stream.width, stream.height, stream.pix_fmt = *SIDES, "yuv420p"
         stream.gop_size = stream.codec_context.gop_size = 6
@@ -615,16 +616,18 @@ def test_frames_too_large_to_decode_are_refused(monkeypatch):
 
 def test_the_best_of_several_streams_is_the_video():
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
+    with av.open(file, "w", format="matroska") as out:
         streams = [out.add_stream("mpeg4", rate=12) for _ in range(2)]
-        for count, stream in zip((2, 9), streams, strict=True):
+        streams[1].disposition = av.stream.Disposition.default
+        for stream in streams:
             stream.width, stream.height, stream.pix_fmt = *SIDES, "yuv420p"
+        for count, stream in zip((9, 8), streams, strict=True):
             for k in range(count):
-                pixels = CORNERS if count == 2 else np.roll(CORNERS, k, 1)
+                pixels = CORNERS if count == 9 else np.roll(CORNERS, 7 * k, (0, 1))
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
             out.mux(stream.encode())
     clip = Video(file.getvalue(), "it")
-    assert len(clip.times) == 9 and len(clip.frames(range(9))) == 9
+    assert len(clip.times) == 8 and len(clip.frames(range(8))) == 8
 
 
 def test_names_of_videos():
