@@ -14,6 +14,7 @@ is exempt from, does not help the server.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import re
@@ -28,6 +29,7 @@ from typing import Any
 
 WORDS = "zero one two three four five six seven eight nine".split()
 CLIENTS = 8
+VARYING = 3  # requests with settings of their own at once
 
 
 def main() -> int:
@@ -213,24 +215,39 @@ class Attack:
             one.close()
 
     def _vary(self) -> None:
-        """Requests of which no two have the same settings."""
-        pause = self._seconds / (self._settings + 1)
-        for number in range(self._settings):
-            if self._over.wait(pause):
-                return
-            part = {"text": "seven " * (1 + number % 5)}
-            if number % 2:
-                settings = {"max_new_tokens": 1 + number, "seed": number}
-                messages = [{"role": "user", "parts": [part]}]
-                body = "/api/chat", {"messages": messages, "settings": settings}
-            else:
-                settings = {"steps": 1 + number // 2, "guidance": 1.5 + number / 10}
-                body = "/api/draw", {"parts": [part], "settings": settings}
-            try:
-                ask(self._port, *body)
-            except OSError:
-                continue
-            self.counts["settings"] += 1
+        """Requests of which no two have the same settings, `VARYING` at a time."""
+        numbers = iter(range(self._settings))
+        lock = threading.Lock()
+        pause = VARYING * self._seconds / (self._settings + 1)
+
+        def vary() -> None:
+            while not self._over.is_set():
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                started = time.monotonic()
+                with contextlib.suppress(OSError):
+                    ask(self._port, *self._unusual(number))
+                    with lock:
+                        self.counts["settings"] += 1
+                self._over.wait(pause - (time.monotonic() - started))
+
+        threads = [threading.Thread(target=vary) for _ in range(VARYING)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    @staticmethod
+    def _unusual(number: int) -> tuple[str, dict[str, Any]]:
+        part = {"text": "seven " * (1 + number % 5)}
+        if number % 2:
+            settings = {"max_new_tokens": 1 + number, "seed": number}
+            messages = [{"role": "user", "parts": [part]}]
+            return "/api/chat", {"messages": messages, "settings": settings}
+        settings = {"steps": 1 + number // 2, "guidance": 1.5 + number / 10}
+        return "/api/draw", {"parts": [part], "settings": settings}
 
     def _abandon(self) -> None:
         """Drawings that nobody waits for."""
