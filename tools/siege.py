@@ -1,11 +1,11 @@
 """Measures what attackers cost a server's clients: `python tools/siege.py [--checkpoint DIR]`.
 
-Starts `emu-jax serve --host 0.0.0.0` on the checkpoint, with nothing else changed. Eight clients chat and draw for
-`--seconds`, each request behind the last one's answer: the first time alone, the second time while
-others hold silent connections, send bodies a byte at a time, ask for settings that nobody asked for
-before, and abandon drawings that they began. Prints a JSON object with the clients' latencies and
-the server's memory, and exits with 1 if the p95 more than doubled, the memory grew by more than a
-tenth, or a client got an error.
+Starts `emu-jax serve --host 0.0.0.0` on the checkpoint, with nothing else changed. Eight clients
+chat and draw for `--seconds`, each request behind the last one's answer: the first time alone, the
+second time while others hold silent connections, send bodies a byte at a time, ask for settings
+that nobody asked for before, and abandon drawings that they began. Prints a JSON object with the
+clients' latencies and the server's memory, and exits with 1 if the p95 more than doubled, the
+memory grew by more than a tenth, or a client got an error.
 
 Everything goes over the loopback, so that the bound on one address's requests, which the loopback
 is exempt from, does not help the server.
