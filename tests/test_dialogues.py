@@ -155,6 +155,16 @@ def test_malformed_entries(read, entry):
     assert error.value.reason == "malformed entry" and "\n" not in str(error.value)
 
 
+def test_a_malformed_entry_says_what_is_wrong(read):
+    for entry, why in (
+        ({"q": "x"}, "no 'a'"), (talk("x"), "no question with an answer"),
+        (talk("<image><image>", "x", image="a.png"), "2 places for 1 images"),
+        ({"messages": [role("tool", "x")]}, "unknown speaker 'tool'"),
+    ):  # fmt: skip
+        with pytest.raises(Damaged, match=f"entry 0: malformed entry \\({why}\\)$"):
+            read(entry)
+
+
 def test_videos_by_id_and_clips_of_them(read):
     def times(entry: dict) -> list[float]:
         return [p.time or 0.0 for p in read(entry).parts if isinstance(p, Picture)]

@@ -118,7 +118,8 @@ class Dialogues(Listed):
         try:
             return _parse(entry)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise Damaged("malformed entry", where, repr(error)) from None
+            detail = f"no {error}" if isinstance(error, KeyError) else error
+            raise Damaged("malformed entry", where, detail) from None
 
     def _image(self, index: int, name: str) -> bytes:
         where = self.where(index)
