@@ -21,7 +21,7 @@ from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
 from emu_jax.models.attention import AGAIN, XLA_BLOCK
 from emu_jax.plan import hlo
-from emu_jax.plan.plan import SAFE, CompilerCrash, _report, abstract_batch, apart
+from emu_jax.plan.plan import SAFE, CompilerCrash, _report, abstract_batch, apart, collective_bytes
 from emu_jax.plan.roofline import Network, busiest, times
 from emu_jax.plan.sweep import BEGIN, END, Family, draw, family, markdown, put_on_page, sweep
 from emu_jax.sharding import choose_mesh, make_mesh
@@ -396,15 +396,18 @@ def test_the_network_by_hand():
     assert network.seconds(over) == (0, pytest.approx(1e9 / CHIPS["v5e"].dcn_bandwidth))
 
 
-def one(line: str, *parameters: str, computations: str = "") -> hlo.Counts:
-    """Counts a module of one instruction over parameters %a, %b, ... of the given shapes."""
+def module_of(line: str, *parameters: str, computations: str = "") -> str:
+    """A module of one instruction over parameters %a, %b, ... of the given shapes."""
     given = "".join(
         f"  %{name} = {shape} parameter({n})\n"
         for n, (name, shape) in enumerate(zip("abcd", parameters, strict=False))
     )
-    return hlo.count(
-        f"{computations}\nENTRY %m (a: {parameters[0]}) -> () {{\n{given}  {line}\n}}\n"
-    )
+    return f"{computations}\nENTRY %m (a: {parameters[0]}) -> () {{\n{given}  {line}\n}}\n"
+
+
+def one(line: str, *parameters: str, computations: str = "") -> hlo.Counts:
+    """Counts such a module."""
+    return hlo.count(module_of(line, *parameters, computations=computations))
 
 
 KIB = "f32[256]{0}"
@@ -909,6 +912,74 @@ def test_a_plan_that_is_killed_takes_the_compiler_along(tmp_path):
     while Path(f"/proc/{int(said.read_text())}").exists():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_collectives_of_a_plan_are_told_by_the_axes_that_they_run_over():
+    mesh: Any = SimpleNamespace(size=8, devices=np.zeros((2, 2, 2)))  # data, fsdp, tensor
+    gather = hlo.Collective("all-gather", 100.0, (0, 2))
+    counts = hlo.Counts(dcn_bytes=7.0)
+    counts.collectives |= {
+        gather: 3, dataclasses.replace(gather, group=(4, 6)): 2,
+        dataclasses.replace(gather, kind="all-reduce", group=(0, 1, 2, 3)): 1,
+        # Of a permutation a pair, of those that follow each its own.
+        hlo.Collective("collective-permute", 10.0, (0, 4, 1, 2)): 1,
+    }  # fmt: skip
+    assert collective_bytes(counts, mesh) == {
+        "fsdp": {"all-gather": 500}, "fsdp+tensor": {"all-reduce": 100},
+        "data": {"collective-permute": 10}, "slices": {"all-reduce": 7},
+    }  # fmt: skip
+
+
+def test_what_a_plan_reports_by_hand():
+    """A product of 1024 x 1024 matrices on each of four chips, of which half is the model's."""
+    cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
+    devices = [SimpleNamespace(coords=(x, y, 0)) for x in range(2) for y in range(2)]
+    mesh: Any = SimpleNamespace(size=4, devices=np.array(devices, object).reshape(1, 4, 1))
+    square = "bf16[1024,1024]{1,0}"
+    product = f"%r = {square} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
+    text = module_of(product, square, square)
+    limit = 16 * 2**30
+
+    def report(memory: Any) -> dict[str, Any]:
+        def compile(compiler_options):
+            if isinstance(memory, Exception):
+                raise memory
+            return SimpleNamespace(
+                memory_analysis=lambda: memory, as_text=lambda: text,
+                cost_analysis=lambda: {"optimal_seconds": 5.0},
+            )  # fmt: skip
+
+        lowered: Any = SimpleNamespace(compile=compile)
+        kinds = {"parameters": 100.0, "optimizer": 200.0, "activations": 30.0}
+        return _report(cfg, topology, mesh, lowered, kinds, 4 * 2**31 / 2, "train")
+
+    def sizes(total: int) -> Any:
+        return SimpleNamespace(
+            argument_size_in_bytes=total - 75, output_size_in_bytes=60, alias_size_in_bytes=50,
+            temp_size_in_bytes=45, generated_code_size_in_bytes=20, host_temp_size_in_bytes=7,
+        )  # fmt: skip
+
+    found = report(sizes(limit))
+    seconds = 2 * 1024**3 / 197e12  # longer than its six MiB take
+    assert found["fits"] and found["hbm_bytes"] == found["hbm_limit_bytes"] == limit
+    assert not report(sizes(limit + 1))["fits"]
+    assert found["hbm_by_kind"]["temporaries"] == 15 and found["host_bytes"] == 7
+    assert (found["device_flops"], found["hbm_traffic_bytes"]) == (2**31, 6 * 2**20)
+    assert found["step_seconds_overlap"] == found["step_seconds_serial"] == pytest.approx(seconds)
+    assert found["mfu_overlap"] == found["mfu_serial"] == pytest.approx(0.5)
+    tokens = cfg.data.batch_size * cfg.data.row_tokens / seconds
+    assert found["tokens_per_second"] == pytest.approx(tokens)
+    assert found["tokens_per_second_overlap"] == pytest.approx(tokens)
+    assert found["rows_per_chip"] == cfg.data.batch_size / 4 and found["compiler_seconds"] == 5
+
+    # What the compiler says that it needs comes on top of what lies there already.
+    full = "RESOURCE_EXHAUSTED: Allocation (size=1) (18.25G) exceeds available HBM (15.75G)"
+    over = report(jax.errors.JaxRuntimeError(full))
+    assert not over["fits"] and over["mfu_serial"] is None
+    assert over["hbm_bytes"] == 300 + 18.25 * 2**30
+    assert over["hbm_by_kind"]["temporaries"] == 18.25 * 2**30 - 30
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        report(jax.errors.JaxRuntimeError("INTERNAL: something else"))
 
 
 def test_a_plan_is_compiled_with_the_flags_that_keep_the_compiler_from_crashing():
