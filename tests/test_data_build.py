@@ -100,6 +100,9 @@ def test_pictures_are_made_smaller_and_encoded():
     stored = np.asarray(opened(store(Picture(file.getvalue()), CLEAN)), int)
     expected = np.asarray(Image.fromarray(smooth).resize((32, 24), Image.Resampling.BICUBIC), int)
     assert np.abs(stored - expected).max() <= 4
+    noise = Picture(encode(600, 600))
+    coarse, fine = (len(store(noise, CleanConfig(quality=q)).data) for q in (30, 95))
+    assert 2 * coarse < fine
 
 
 @pytest.mark.parametrize(

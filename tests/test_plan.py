@@ -940,7 +940,7 @@ def test_what_a_plan_reports_by_hand():
     text = module_of(product, square, square)
     limit = 16 * 2**30
 
-    def report(memory: Any) -> dict[str, Any]:
+    def report(memory: Any, topology: Topology = topology, text: str = text) -> dict[str, Any]:
         def compile(compiler_options):
             if isinstance(memory, Exception):
                 raise memory
@@ -971,6 +971,20 @@ def test_what_a_plan_reports_by_hand():
     assert found["tokens_per_second"] == pytest.approx(tokens)
     assert found["tokens_per_second_overlap"] == pytest.approx(tokens)
     assert found["rows_per_chip"] == cfg.data.batch_size / 4 and found["compiler_seconds"] == 5
+
+    # tpu7x: a chip is two devices, each with half of what it has; its network is waited for.
+    twice = Topology.parse("tpu7x:2x1x1")
+    gathered = module_of(
+        f"{product}\n  %g = {square} all-gather(%a), replica_groups={{{{0,1,2,3}}}}", square, square
+    )
+    found = report(sizes(limit), twice, gathered)
+    assert found["hbm_limit_bytes"] == 96 * 2**30
+    seconds = 2 * 1024**3 / (2307e12 / 2)
+    assert found["mfu_overlap"] == pytest.approx(2**32 / (2 * 2307e12) / found["seconds"]["ici"])
+    serial = seconds + found["seconds"]["ici"]
+    assert found["step_seconds_serial"] == pytest.approx(serial)
+    tokens = cfg.data.batch_size * cfg.data.row_tokens
+    assert found["tokens_per_second"] == pytest.approx(tokens / serial)
 
     # What the compiler says that it needs comes on top of what lies there already.
     full = "RESOURCE_EXHAUSTED: Allocation (size=1) (18.25G) exceeds available HBM (15.75G)"
