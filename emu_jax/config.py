@@ -358,6 +358,47 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"config key {where!r} must be {hint.__name__}, not {value!r}")
 
 
+def refuse_stand_in(path: Path) -> None:
+    """Names a file that stands in for the one that was meant.
+
+    Raises:
+        UserError: it is a Git LFS pointer, a web page, or compressed.
+    """
+    try:
+        with path.open("rb") as f:
+            start = f.read(64)
+    except OSError:
+        return  # whoever reads the file says so
+    for known, what in (
+        (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
+        (b"<!doctype html", "a web page, not the file itself: download it again"),
+        (b"<html", "a web page, not the file itself: download it again"),
+        (b"\x1f\x8b", "compressed with gzip: unpack it"),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it"),
+        (b"\xfd7zXZ", "compressed with xz: unpack it"),
+    ):
+        if start.lstrip().lower().startswith(known.lower()):
+            raise UserError(f"{path} is {what}")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object, with or without a byte order mark.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else.
+    """
+    refuse_stand_in(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file atomically, so that it is on disk before anything that is written
     later."""
@@ -391,10 +432,6 @@ def load_json(cls: type, path: Path) -> Any:
     Raises:
         UserError: the file is missing, is not JSON, or does not fit `cls`.
     """
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: is {path.parent} a checkpoint?") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    return from_dict(cls, values)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: is {path.parent} a checkpoint?")
+    return from_dict(cls, read_json_object(path))

@@ -1,8 +1,8 @@
 """Conversion: a release to a run directory, and back to the release's files or to those of
 transformers, diffusers and peft.
 
-Parameters pass through one at a time, each straight into its sharded place or its place in a
-file, so that memory stays near the largest of them. A destination appears complete or not at
+Parameters pass through a layer at a time, each straight into its place in a file, so that memory
+does not grow with the model. A destination appears complete or not at
 all: everything is written beside it under a temporary name.
 """
 
@@ -18,29 +18,30 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from emu_jax import integrity
 from emu_jax.config import UserError, save_json
 from emu_jax.convert import export, files
+from emu_jax.convert.arrays import ArrayWriter
 from emu_jax.convert.source import (
     Merged,
     Run,
     Source,
-    batches,
+    layers,
     open_source,
     release_layout,
     rows_of,
 )
-from emu_jax.sharding import make_mesh, nest
+from emu_jax.convert.tables import Row
+from emu_jax.sharding import make_mesh
 
 
 def convert(
@@ -80,8 +81,9 @@ def convert(
     with report() as made, replacing(dst, overwrite) as temporary:
         mesh = mesh or make_mesh()
         source = open_source(
-            src, mesh, model_config=model_config, tokenizer=tokenizer, base=base and Path(base)
-        )
+            src, mesh, model_config=model_config, tokenizer=tokenizer, base=base and Path(base),
+            scratch=temporary.parent,
+        )  # fmt: skip
         if isinstance(source, Run) and to == "jax" and not merge_lora:
             raise UserError(f"{src} is a run directory already: say --to emu or --to hf")
         if merge_lora:
@@ -110,18 +112,13 @@ def write_run(source: Source, folder: Path) -> None:
     release's files back in `release/`."""
     if jax.process_count() > 1:
         raise UserError("convert runs on one host; what it writes restores onto any number")
-    saving = folder.absolute() / "saving"
-    place = str(saving)
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # weights hardly shrink; five times faster
-    with context:
-        for paths in progress(source, "writing"):
-            ocp.partial.save(place, nest(source.read(paths)))
-        ocp.partial.finalize(place)
-    (folder / "0").mkdir()
-    (saving / "state").rename(folder / "0" / "params")
-    (saving / "_CHECKPOINT_METADATA").rename(folder / "0" / "params" / "_CHECKPOINT_METADATA")
-    shutil.rmtree(saving)
+    rows = rows_of(source.cfg, source.shapes)
+    writer = ArrayWriter(
+        folder / "0" / "params", source.shapes, {row.path for row in rows if row.stacked}
+    )
+    for row, layer in progress(source, rows, "writing"):
+        writer.write(row.path, layer, source.read(row.path, layer))
+    writer.close()
     integrity.seal(folder / "0")
     save_json(source.cfg, folder / "config.json")
     source.tokenizer.save(folder / "tokenizer")
@@ -168,17 +165,18 @@ def write_release(source: Source, folder: Path, dst: Path) -> None:
             # Narrower than it is stored only where a parameter was stored wider for the sake
             # of other layers, or trained since: that is known when it is read.
             kept[key] = came[key]
-    narrowed = {
-        row.path for row in rows.values()
+    narrowed = [
+        row for row in rows.values()
         if any(came[layout.spelling.write(k, targets)] != source.shapes[row.path].dtype
                for k in row.keys)
-    }  # fmt: skip
-    for path in sorted(narrowed):  # a look ahead, since a file announces its dtypes first
-        row, (array,) = rows[path], source.read([path]).values()
-        for key, tensor in _tensors(row, np.asarray(array)):
-            key = layout.spelling.write(key, targets)
-            if not np.array_equal(tensor.astype(came[key]).astype(tensor.dtype), tensor):
-                kept[key] = tensor.dtype
+    ]  # fmt: skip
+    # A look ahead, since a file announces its dtypes first.
+    for row, layer in progress(source, narrowed, "checking dtypes"):
+        key = layout.spelling.write(row.keys[layer], targets)
+        stored = source.read(row.path, layer)
+        parts = (stored[i : i + 256] for i in range(0, len(stored), 256))
+        if any(_loses(part, came[key]) for part in parts):
+            kept[key] = source.shapes[row.path].dtype
     contents = {
         name: {key: (shapes[key], kept[key]) for key in keys}
         for name, keys in layout.tensors.items()
@@ -186,22 +184,18 @@ def write_release(source: Source, folder: Path, dst: Path) -> None:
     writer = files.Shards(contents, folder, layout.nests)
     for key, tensor in dead.items():
         writer.write(key, tensor.read())
-    for paths in progress(source, "writing"):
-        arrays = source.read(paths)
-        for path in paths:
-            for key, tensor in _tensors(rows[path], np.asarray(arrays.pop(path))):
-                key = layout.spelling.write(key, targets)
-                writer.write(key, tensor.astype(kept[key], copy=False))
+    for row, layer in progress(source, list(rows.values()), "writing"):
+        tensor = row.transform.to_release(source.read(row.path, layer))
+        writer.write(layout.spelling.write(row.keys[layer], targets), tensor)
     writer.close()
     if not single:
         export.copy(layout.carried, folder)
         export.complete_release(source, folder)
 
 
-def _tensors(row: Any, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """A parameter's tensors, as the pretrained release names them."""
-    for i, key in enumerate(row.keys):
-        yield key, row.transform.to_release(array[i] if row.stacked else array)
+def _loses(part: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether values change when they are cast to another dtype."""
+    return not np.array_equal(part.astype(dtype).astype(part.dtype), part)
 
 
 @contextlib.contextmanager
@@ -251,25 +245,28 @@ def replacing(dst: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(holder, ignore_errors=True)
 
 
-def progress(source: Source, what: str) -> Iterator[list[str]]:
-    """Groups of parameters to be read together, with a bar on a terminal and lines elsewhere."""
-    groups = list(batches(source.shapes))
-    total = sum(math.prod(s.shape) * s.dtype.itemsize for s in source.shapes.values())
+def progress(source: Source, rows: Sequence[Row], what: str) -> Iterator[tuple[Row, int]]:
+    """Yields each row with each of its layers, with a bar on a terminal and lines elsewhere."""
+    sizes = [
+        math.prod(source.shapes[row.path].shape) * source.shapes[row.path].dtype.itemsize
+        for row in rows
+    ]
+    total = sum(sizes)
     terminal = sys.stderr.isatty()
     bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not terminal)
     done, told, start = 0, time.monotonic(), time.monotonic()
-    for paths in groups:
-        yield paths
-        step = sum(
-            math.prod(source.shapes[p].shape) * source.shapes[p].dtype.itemsize for p in paths
-        )
-        done += step
-        bar.update(step)
-        now = time.monotonic()
-        if not terminal and (now - told > 10 or (done == total and now - start > 1)):
-            told = now
-            share = f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB"
-            print(f"{what}: {share} ({100 * done // total}%), {now - start:.0f} s", file=sys.stderr)
+    for row, size in zip(rows, sizes, strict=True):
+        for layer in layers(row):
+            yield row, layer
+            step = size // len(layers(row))
+            done += step
+            bar.update(step)
+            now = time.monotonic()
+            if not terminal and (now - told > 10 or (done == total and now - start > 1)):
+                told = now
+                share = f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB"
+                percent = 100 * done // total
+                print(f"{what}: {share} ({percent}%), {now - start:.0f} s", file=sys.stderr)
     bar.close()
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 from emu_jax.config import EmuConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
 from emu_jax.convert import files, sizes
 from emu_jax.convert.source import Source, rows_of
-from emu_jax.convert.tables import peft_key
+from emu_jax.convert.tables import Row, peft_key
 
-Progress = Callable[[Source, str], Iterator[list[str]]]
+Progress = Callable[[Source, Sequence[Row], str], Iterator[tuple[Row, int]]]
 
 
 def copy(carried: Mapping[str, Path], folder: Path) -> None:
@@ -159,15 +159,10 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> None:
         part: files.write_shards(folder / part, _STEMS[part], tensors)
         for part, tensors in contents.items()
     }
-    for paths in progress(source, "writing"):
-        paths = [p for p in paths if any(key in places for key in rows[p].keys)]
-        arrays = source.read(paths)
-        for path in paths:
-            row, array = rows[path], np.asarray(arrays.pop(path))
-            for i, key in enumerate(row.keys):
-                part, name = places[key]
-                tensor = row.transform.to_release(array[i] if row.stacked else array)
-                writers[part].write(name, tensor.astype(dtypes[part], copy=False))
+    wanted = [row for row in rows.values() if row.keys[0] in places]
+    for row, layer in progress(source, wanted, "writing"):
+        part, name = places[row.keys[layer]]
+        writers[part].write(name, row.transform.to_release(source.read(row.path, layer)))
     for writer in writers.values():
         writer.close()
 

@@ -1,29 +1,29 @@
-"""Tensor files, read and written one tensor at a time.
+"""Read and write tensor files one tensor at a time.
 
-Reading maps a file into memory, so that a tensor costs nothing until it is copied; writing puts
-each tensor where it belongs in the file as it comes. `.safetensors` needs no torch. `.bin` and
-`.pt` are read by torch, weights only: a pickle that holds anything else is refused.
+Reading maps a file read-only, so that a tensor costs no memory until it is copied. Writing puts
+each tensor in its place in the file, a block at a time. Neither needs torch: `.bin` and `.pt` are
+parsed by an unpickler that can only describe tensors, and it runs nothing that a file names.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import io
 import json
 import math
+import mmap
 import pickle
+import re
 import struct
-import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
-from emu_jax.config import UserError
+from emu_jax.config import UserError, read_json_object, refuse_stand_in
 from emu_jax.convert.tables import Shape
 
 # safetensors' name, torch's name and storage class.
@@ -40,14 +40,26 @@ _DTYPES: dict[np.dtype, tuple[str, str, str]] = {
     np.dtype(np.bool_): ("BOOL", "bool", "BoolStorage"),
 }
 _SAFETENSORS = {names[0]: dtype for dtype, names in _DTYPES.items()}
+_TORCH = {names[1]: dtype for dtype, names in _DTYPES.items()}
+# torch's storage classes and the names of their dtypes; None: the tensor names its own.
+_STORAGES: dict[str, str | None] = {names[2]: names[1] for names in _DTYPES.values()} | {
+    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "qint8", "QUInt8Storage": "quint8", "QInt32Storage": "qint32",
+    "UntypedStorage": None,
+}  # fmt: skip
 
 # A state dict may lie inside another dict, under one of these names.
 _NESTS = ("module", "state_dict", "model")
+# Weights in half precision have this in their name, and may be the only ones in a folder.
+_VARIANTS = ("fp16", "bf16")
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+_BLOCK = 2**25  # bytes written at once
+_MAGIC = 0x1950A86A20F9469CFC6C  # opens torch's format before 1.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file. `read` maps it; copy it to keep it."""
+    """A tensor in a file. `read` returns a view of the mapped file; copy it to keep it."""
 
     shape: Shape
     dtype: np.dtype
@@ -55,34 +67,52 @@ class Tensor:
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """torch's name of a dtype."""
+    """Returns torch's name of a dtype."""
     return _DTYPES[np.dtype(dtype)][1]
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The dtype that torch calls so."""
-    return {names[1]: dtype for dtype, names in _DTYPES.items()}[name]
+    """Returns the dtype with this name in torch."""
+    return _TORCH[name]
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name lists the shards of a model."""
+    return bool(_INDEX.search(name))
 
 
 def find(folder: Path, *stems: str) -> Path:
-    """The weights file in a folder: `STEM.safetensors`, `STEM.bin` or the index of its shards.
+    """Finds the weights in a folder: `STEM.safetensors`, `STEM.bin` or the index of their
+    shards. Half-precision variants (`STEM.fp16.safetensors`) are taken where there is no other.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
-    names = [
+    plain = [
         f"{stem}{ending}"
         for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
         for stem in stems
     ]
-    for name in names:
+    variants = [
+        f"{stem}{ending.format(variant)}"
+        for variant in _VARIANTS
+        for ending in (
+            ".{}.safetensors", ".safetensors.index.{}.json", ".{}.bin", ".bin.index.{}.json",
+        )
+        for stem in stems
+    ]  # fmt: skip
+    for name in plain + variants:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder} has no weights: expected one of {', '.join(names)}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a directory")
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
+    others = f" (it has {', '.join(others)})" if others else ""
+    raise UserError(f"{folder} has no weights{others}: expected one of {', '.join(plain)}")
 
 
 def open_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
-    """The tensors of a file, or of all the shards that an index lists.
+    """Opens the tensors of a file, or of all shards that an index lists.
 
     Returns:
         {file name: {key: tensor}} in the files' own order, and the name under which the state
@@ -92,9 +122,10 @@ def open_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
         UserError: a file is missing, truncated or damaged, or holds more than tensors.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
-    if path.name.endswith(".index.json"):
+        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    if is_index(path.name):
         return _open_shards(path), None
+    refuse_stand_in(path)
     if path.suffix == ".safetensors":
         return {path.name: _open_safetensors(path)}, None
     tensors, nest = _open_torch(path)
@@ -103,30 +134,61 @@ def open_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
 
 def _open_shards(index: Path) -> dict[str, dict[str, Tensor]]:
     try:
-        places = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        places = {
+            str(key): str(name) for key, name in read_json_object(index)["weight_map"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the index of shards {index}: {error!r}") from None
+    names = sorted(set(places.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index} names shards that are missing: {', '.join(missing)}")
-    shards = {name: open_tensors(index.parent / name)[0][name] for name in names}
+    shards = {}
+    for name in names:
+        opened, _ = open_tensors(index.parent / name)
+        if list(opened) != [Path(name).name]:
+            raise UserError(f"{index} names {name}, which is another index, not a shard")
+        shards[name] = opened[Path(name).name]
     if absent := [key for key, name in places.items() if key not in shards[name]]:
         raise UserError(f"{index} names tensors that its shards lack: {', '.join(sorted(absent))}")
     seen: dict[str, str] = {}
     for name, tensors in shards.items():
         for key in tensors:
             if key in seen:
-                raise UserError(f"{index.parent}: {key} stands in both {seen[key]} and {name}")
+                raise UserError(f"{index.parent}: {key} is in both {seen[key]} and {name}")
             seen[key] = name
     return shards
 
 
+class _Mapped:
+    """A file mapped read-only and shared: Linux refuses to map more than it could copy only
+    where a mapping is private and writable."""
+
+    def __init__(self, path: Path):
+        self.size = path.stat().st_size
+        with path.open("rb") as f:
+            self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    def array(self, start: int, dtype: np.dtype, shape: Shape) -> np.ndarray:
+        """Returns a contiguous tensor, and has the system read ahead: a transposed copy would
+        ask for its pages in an order that no read-ahead guesses."""
+        count = math.prod(shape)
+        if not count:
+            return np.empty(shape, dtype)
+        assert isinstance(self.map, mmap.mmap)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            page = start - start % mmap.PAGESIZE
+            length = min(start + count * dtype.itemsize, self.size) - page
+            self.map.madvise(mmap.MADV_WILLNEED, page, length)
+        data = np.frombuffer(self.map, np.uint8, count * dtype.itemsize, start)
+        return data.view(dtype).reshape(shape)
+
+
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    size = path.stat().st_size
+    held = path.stat().st_size - 8
     try:
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
-            if length > size - 8:
+            if length > held:
                 raise UserError(f"{path} is truncated: its header alone is longer than the file")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
@@ -134,29 +196,35 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         for key, value in header.items():
             start, end = map(int, value["data_offsets"])
             entries.append((start, end, key, str(value["dtype"]), tuple(map(int, value["shape"]))))
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no safetensors file, or damaged: {error!r}") from None
-    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else None
-    held = size - 8 - length
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError,
+            RecursionError) as error:  # fmt: skip
+        raise UserError(f"{path} is not a safetensors file, or damaged: {error!r}") from None
+    mapped = _Mapped(path)
+    held -= length
     tensors = {}
     for start, end, key, name, shape in sorted(entries):
         dtype = _SAFETENSORS.get(name)
         if dtype is None:
             raise UserError(f"{path}: {key} has dtype {name}, which no Emu tensor has")
-        if end - start != math.prod(shape) * dtype.itemsize or start < 0:
+        size = math.prod(shape) * dtype.itemsize
+        if end - start != size or start < 0 or min(shape, default=0) < 0:
             raise UserError(f"{path} is damaged: {key} {list(shape)} has {end - start} bytes")
         if end > held:
             raise UserError(f"{path} is truncated: {held} bytes of data, but {key} ends at {end}")
 
-        def read(start=start, end=end, dtype=dtype, shape=shape):
-            part = data[start:end] if data is not None else np.zeros(0, np.uint8)
-            return np.asarray(part).view(dtype).reshape(shape)
+        def read(start=8 + length + start, dtype=dtype, shape=shape):
+            return mapped.array(start, dtype, shape)
 
         tensors[key] = Tensor(shape, dtype, read)
     return tensors
 
 
 def torch_or_explain(path: Path) -> Any:
+    """Imports torch for a file that only torch can open.
+
+    Raises:
+        UserError: torch is not installed.
+    """
     try:
         import torch
     except ImportError:
@@ -166,52 +234,290 @@ def torch_or_explain(path: Path) -> Any:
     return torch
 
 
+# --- torch's format, read --------------------------------------------------------------------
+
+
+class _Storage(NamedTuple):
+    """A run of numbers in a torch file; `offset` counts them from its record's start."""
+
+    dtype: str | None
+    key: str
+    length: int
+    offset: int = 0
+
+
+class _Described(NamedTuple):
+    """A tensor as its pickle describes it. `offset` and `strides` count elements."""
+
+    storage: _Storage
+    dtype: str
+    offset: int
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+class _Dtype(NamedTuple):
+    name: str | None
+
+
+class _Refused(Exception):
+    """A pickle names something that is not a tensor."""
+
+
+def _describe(
+    storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any, dtype: str | None = None
+) -> _Described:
+    if not isinstance(storage, _Storage):
+        raise ValueError("a tensor without a storage")
+    dtype = dtype or storage.dtype
+    if dtype is None:
+        raise ValueError("a tensor without a dtype")
+    shape, strides = tuple(shape), tuple(strides)
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"a tensor of shape {shape} with strides {strides}")
+    return _Described(storage, dtype, offset, shape, strides)
+
+
+def _describe_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> _Described:
+    name = dtype.name if isinstance(dtype, _Dtype) else None
+    return _describe(storage, offset, shape, strides, dtype=name)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+# All that a pickle may call, and what is called in its stead.
+_CALLS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): lambda *pairs: dict(*pairs),
+    ("torch._utils", "_rebuild_tensor"): _describe,
+    ("torch._utils", "_rebuild_tensor_v2"): _describe,
+    ("torch._utils", "_rebuild_tensor_v3"): _describe_v3,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch", "Size"): lambda *sizes: tuple(*sizes),
+    ("torch", "device"): lambda *names: ":".join(map(str, names)),
+}
+# Those of the opcodes that data needs. All others are refused unexecuted.
+_OPCODES = b"".join(
+    getattr(pickle, name)
+    for name in (
+        "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 "
+        "LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
+        "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 TUPLE EMPTY_TUPLE TUPLE1 "
+        "TUPLE2 TUPLE3 LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS GLOBAL "
+        "STACK_GLOBAL REDUCE BUILD PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET BINPERSID"
+    ).split()
+)
+
+
+def _build(unpickler: Any) -> None:
+    """Drops the attributes of a dict: a state dict's `_metadata`."""
+    unpickler.stack.pop()
+    if not isinstance(unpickler.stack[-1], dict):
+        raise _Refused("attributes of an object")
+
+
+class _Opcodes(dict):
+    def __missing__(self, code: int) -> Any:
+        raise _Refused(f"opcode {code:#x}")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Describes the tensors of a pickle of any protocol. Python's own implementation, because
+    its table of opcodes can be cut down."""
+
+    dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code] for code in _OPCODES})
+    dispatch[pickle.BUILD[0]] = _build
+
+    def __init__(self, file: Any):
+        super().__init__(file, encoding="utf-8")
+        self.storages: dict[str, str | None] = {}  # the dtype of each
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CALLS:
+            return _CALLS[module, name]
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _Dtype(_STORAGES[name])
+        if module == "torch" and re.fullmatch(r"q?u?(int|float|bfloat|complex|bool)[\w]*", name):
+            return _Dtype(name)
+        raise _Refused(f"{module}.{name}"[:200])
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, device, length, *view = pid
+        if kind != "storage" or not isinstance(dtype, _Dtype) or type(length) is not int:
+            raise ValueError(f"a storage called {kind!r}")
+        if device == "meta":
+            raise _Refused("tensors without data (on the meta device)")
+        self.storages.setdefault(str(key), dtype.name)
+        if not view or view[0] is None:
+            return _Storage(dtype.name, str(key), length)
+        _, offset, _ = view[0]
+        return _Storage(dtype.name, str(key), length, int(offset))
+
+
 def _open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    torch = torch_or_explain(path)
-    mapped = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be mapped
-    with path.open("rb") as f:
-        if f.read(2) == b"PK" and not mapped:
-            raise UserError(f"{path} is truncated: its zip archive lacks the end")
+    mapped = _Mapped(path)
+    if mapped.size == 0:
+        raise UserError(f"{path} is damaged: it is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of how unusual a file is: it is checked below
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
+        if zipfile.is_zipfile(path):
+            stored, places = _parse_zip(path, mapped)
+        elif mapped.map[:2] == b"PK":
+            raise UserError(f"{path} is truncated: its zip archive lacks the end")
+        else:
+            stored, places = _parse_legacy(path, mapped)
+        return _bind(path, mapped, stored, places)
+    except _Refused as error:
         raise UserError(
-            f"{path} is refused: it is damaged, or its pickle holds more than tensors ({reason})"
+            f"{path} is refused: its pickle holds more than tensors ({error}): save the state "
+            "dict alone"
         ) from None
+    except UserError:
+        raise
     except Exception as error:  # what a damaged pickle leads to: IndexError, AssertionError, ...
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is truncated or damaged: {reason}") from None
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+        if isinstance(error, KeyError):
+            reason = f"{reason} is unknown"
+        raise UserError(f"{path} is refused: it is truncated or damaged ({reason})") from None
+
+
+# Where each storage begins: {key: (first byte, bytes)}.
+_Places = dict[str, tuple[int, int]]
+
+
+def _parse_zip(path: Path, mapped: _Mapped) -> tuple[Any, _Places]:
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+    pickles = [name for name in records if name.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        raise UserError(f"{path} is a zip archive but not torch's: it has no data.pkl")
+    (root,) = (name.split("/")[0] for name in pickles)
+    if f"{root}/constants.pkl" in records:
+        raise UserError(f"{path} is a TorchScript program: save its state dict with torch.save")
+    places: _Places = {}
+    for name, record in records.items():
+        if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
+            raise UserError(
+                f"{path} is compressed inside, as torch never writes it: load it with torch and "
+                "save it again"
+            )
+        header = mapped.map[record.header_offset : record.header_offset + 30]
+        if len(header) < 30 or header[:4] != b"PK\3\4":
+            raise ValueError(f"no record at byte {record.header_offset}")
+        lengths = struct.unpack("<HH", header[26:])
+        start = record.header_offset + 30 + sum(lengths)
+        if start + record.file_size > mapped.size:
+            raise ValueError(f"{name} ends behind the file's end")
+        places[name] = (start, record.file_size)
+
+    def content(name: str) -> bytes:
+        start, length = places[name]
+        return bytes(mapped.map[start : start + length])
+
+    if (order := f"{root}/byteorder") in places and content(order).strip() != b"little":
+        raise UserError(f"{path} was written on a big-endian machine: save it on another")
+    stored = _Unpickler(io.BytesIO(content(f"{root}/data.pkl"))).load()
+    prefix = f"{root}/data/"
+    return stored, {n.removeprefix(prefix): p for n, p in places.items() if n.startswith(prefix)}
+
+
+def _parse_legacy(path: Path, mapped: _Mapped) -> tuple[Any, _Places]:
+    """The format before torch 1.6: pickles of a magic number, the version, the machine, the
+    object and the storages' keys, then the storages, each behind its length."""
+    file = mapped.map
+    if bytes(file[257:262]) == b"ustar":
+        raise UserError(f"{path} is a tar archive (torch before 0.2): save it with a newer torch")
+    assert isinstance(file, mmap.mmap)
+    if _Unpickler(file).load() != _MAGIC:
+        raise UserError(f"{path} is a pickle, but torch did not write it: save it with torch.save")
+    _Unpickler(file).load()
+    machine = _Unpickler(file).load()
+    if isinstance(machine, dict) and machine.get("little_endian") is False:
+        raise UserError(f"{path} was written on a big-endian machine: save it on another")
+    unpickler = _Unpickler(file)
+    stored = unpickler.load()
+    places: _Places = {}
+    keys = _Unpickler(file).load()
+    at = file.tell()
+    for key in map(str, keys):
+        (length,) = struct.unpack("<q", file[at : at + 8])
+        dtype = _TORCH.get(str(unpickler.storages.get(key)))
+        if dtype is None:
+            raise UserError(f"{path}: storage {key} has a dtype that no Emu tensor has")
+        places[key] = (at + 8, length * dtype.itemsize)
+        at += 8 + length * dtype.itemsize
+        if length < 0 or at > mapped.size:
+            raise ValueError(f"storage {key} ends behind the file's end")
+    return stored, places
+
+
+def _bind(
+    path: Path, mapped: _Mapped, stored: Any, places: _Places
+) -> tuple[dict[str, Tensor], str | None]:
+    """Finds the bytes of the tensors that a pickle describes."""
     nest = None
     if isinstance(stored, dict):
         nest = next((n for n in _NESTS if isinstance(stored.get(n), dict)), None)
         stored = stored[nest] if nest else stored
     if not isinstance(stored, dict) or not stored:
-        raise UserError(f"{path} holds no state dict but {type(stored).__name__}")
-    names = {getattr(torch, names[1]): dtype for dtype, names in _DTYPES.items()}
+        what = "an empty dict" if isinstance(stored, dict) else _kind(stored)
+        raise UserError(f"{path} holds no state dict but {what}")
     tensors = {}
     for key, value in stored.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}")
-        if value.dtype not in names or value.layout != torch.strided or value.device.type != "cpu":
+        if not isinstance(value, _Described):
+            raise UserError(f"{path}: {key} is {_kind(value)}, expected a tensor")
+        dtype = _TORCH.get(value.dtype)
+        if dtype is None:
             raise UserError(f"{path}: {key} is {value.dtype}, which no Emu tensor is")
-        tensors[str(key)] = Tensor(
-            tuple(value.shape), names[value.dtype], lambda value=value: _as_numpy(value, torch)
-        )
+        if value.storage.key not in places:
+            raise ValueError(f"the data of {key} is missing")
+        start, held = places[value.storage.key]
+        stored_as = _TORCH.get(str(value.storage.dtype))
+        first = value.storage.offset * (stored_as.itemsize if stored_as else 1)
+        first += value.offset * dtype.itemsize
+        reach = 0
+        if 0 not in value.shape:
+            reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.strides, strict=True))
+        if first < 0 or first + reach * dtype.itemsize > held:
+            raise ValueError(f"{key} {list(value.shape)} is larger than its storage")
+
+        def read(start=start + first, dtype=dtype, reach=reach, value=value):
+            if reach in (0, math.prod(value.shape)) and _is_contiguous(value):
+                return mapped.array(start, dtype, value.shape)
+            flat = mapped.array(start, dtype, (reach,))
+            strides = [s * dtype.itemsize for s in value.strides]
+            return np.lib.stride_tricks.as_strided(flat, value.shape, strides, writeable=False)
+
+        tensors[str(key)] = Tensor(value.shape, dtype, read)
     return tensors, nest
 
 
-def _as_numpy(tensor: Any, torch: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # which numpy knows only through ml_dtypes
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+def _is_contiguous(tensor: _Described) -> bool:
+    wanted = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size > 1 and stride != wanted:
+            return False
+        wanted *= size
+    return True
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, _Described):
+        return "a tensor"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+# --- Writing ---------------------------------------------------------------------------------
 
 
 class Writer(Protocol):
-    """Puts tensors, in any order, into a file whose contents were announced."""
+    """Puts tensors, in any order, into a file whose contents were announced. They are cast to
+    the announced dtypes."""
 
     def write(self, key: str, tensor: np.ndarray) -> None: ...
 
@@ -222,7 +528,7 @@ Contents = Mapping[str, tuple[Shape, np.dtype]]
 
 
 def create(path: Path, contents: Contents, nest: str | None = None) -> Writer:
-    """A file for tensors of these shapes and dtypes: safetensors, or torch's format."""
+    """Creates a file for tensors of these shapes and dtypes: safetensors, or torch's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         return SafetensorsWriter(path, contents)
@@ -230,7 +536,7 @@ def create(path: Path, contents: Contents, nest: str | None = None) -> Writer:
 
 
 class SafetensorsWriter:
-    """The header first; then each tensor at its place."""
+    """Writes the header first, then each tensor in its place."""
 
     def __init__(self, path: Path, contents: Contents):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -251,9 +557,10 @@ class SafetensorsWriter:
     def write(self, key: str, tensor: np.ndarray) -> None:
         self._left.remove(key)
         entry = self._header[key]
-        _check(key, tensor, tuple(entry["shape"]), _SAFETENSORS[entry["dtype"]])
+        _check(key, tensor, tuple(entry["shape"]))
         self._file.seek(self._start + entry["data_offsets"][0])
-        self._file.write(_bytes(tensor))
+        for block in blocks(tensor, _SAFETENSORS[entry["dtype"]]):
+            self._file.write(block)
 
     def close(self) -> None:
         self._file.close()
@@ -262,13 +569,10 @@ class SafetensorsWriter:
 
 
 class TorchWriter:
-    """torch's zip archive: a record per storage as it comes, the pickle that names them last.
-
-    `torch.save` wants all tensors at once; this is the same file, tensor by tensor.
-    """
+    """Writes torch's zip archive: a record per storage as it comes, the pickle that names them
+    last. `torch.save` wants all tensors at once; this file holds what it would write."""
 
     def __init__(self, path: Path, contents: Contents, nest: str | None = None):
-        self._torch = torch_or_explain(path)  # now, not after hours of writing
         self._contents, self._nest = dict(contents), nest
         self._numbers = {key: i for i, key in enumerate(contents)}
         self._left = set(contents)
@@ -277,80 +581,104 @@ class TorchWriter:
 
     def write(self, key: str, tensor: np.ndarray) -> None:
         self._left.remove(key)
-        _check(key, tensor, *self._contents[key])
-        self._record(f"data/{self._numbers[key]}", _bytes(tensor))
+        shape, dtype = self._contents[key]
+        _check(key, tensor, shape)
+        length = math.prod(shape) * dtype.itemsize
+        self._record(f"data/{self._numbers[key]}", length, blocks(tensor, dtype))
 
     def close(self) -> None:
         if self._left:
             self._zip.close()
             raise AssertionError(f"{sorted(self._left)} were never written")
-        self._record("data.pkl", self._pickle())
-        self._record("byteorder", b"little")
-        self._record("version", b"3\n")
+        for name, data in (
+            ("data.pkl", self._pickle()), ("byteorder", b"little"), ("version", b"3\n"),
+        ):  # fmt: skip
+            self._record(name, len(data), [memoryview(data)])
         self._zip.close()
 
-    def _record(self, name: str, data: bytes | memoryview) -> None:
+    def _record(self, name: str, length: int, data: Iterable[memoryview]) -> None:
         info = zipfile.ZipInfo(f"{self._root}/{name}", (1980, 1, 1, 0, 0, 0))
-        info.file_size = len(data)
-        large = len(data) * 1.05 > zipfile.ZIP64_LIMIT
+        info.file_size = length
+        large = length * 1.05 > zipfile.ZIP64_LIMIT
         # torch maps storages straight from the file: pad the header so that they are aligned.
         header = 30 + len(info.filename.encode()) + (20 if large else 0)
         padding = -(self._zip.start_dir + header + 4) % 64
         info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         with self._zip.open(info, "w", force_zip64=large) as f:
-            for start in range(0, len(data), 1 << 24):
-                f.write(data[start : start + (1 << 24)])
+            for block in data:
+                f.write(block)
 
     def _pickle(self) -> bytes:
-        torch, tensors = self._torch, {}
+        """Pickles the state dict with protocol 2, as `torch.save` does."""
+        out = io.BytesIO()
+
+        def text(value: str) -> None:
+            data = value.encode()
+            out.write(pickle.BINUNICODE + struct.pack("<I", len(data)) + data)
+
+        def number(value: int) -> None:
+            data = value.to_bytes(8, "little", signed=True)
+            out.write(pickle.LONG1 + bytes([len(data)]) + data)
+
+        def numbers(values: Iterable[int]) -> None:
+            out.write(pickle.MARK)
+            for value in values:
+                number(value)
+            out.write(pickle.TUPLE)
+
+        def call(module: str, name: str) -> None:
+            out.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+
+        out.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT)
+        if self._nest:
+            text(self._nest)
+            out.write(pickle.EMPTY_DICT)
         for key, (shape, dtype) in self._contents.items():
-            kind = getattr(torch, _DTYPES[dtype][2])
-            storage = _Storage(kind, str(self._numbers[key]), math.prod(shape))
-            tensors[key] = _TensorIn(storage, shape, torch._utils._rebuild_tensor_v2)
-        buffer = io.BytesIO()
-        pickler = _Pickler(buffer, protocol=2)
-        pickler.dump({self._nest: tensors} if self._nest else tensors)
-        return buffer.getvalue()
+            text(key)
+            call("torch._utils", "_rebuild_tensor_v2")
+            out.write(pickle.MARK + pickle.MARK)
+            text("storage")
+            call("torch", _DTYPES[dtype][2])
+            text(str(self._numbers[key]))
+            text("cpu")
+            number(math.prod(shape))
+            out.write(pickle.TUPLE + pickle.BINPERSID)
+            number(0)
+            numbers(shape)
+            numbers(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+            out.write(pickle.NEWFALSE)
+            call("collections", "OrderedDict")
+            out.write(pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE)
+            out.write(pickle.SETITEM)
+        out.write((pickle.SETITEM if self._nest else b"") + pickle.STOP)
+        return out.getvalue()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    kind: type
-    key: str
-    length: int
+def _check(key: str, tensor: np.ndarray, shape: Shape) -> None:
+    if tensor.shape != tuple(shape):
+        raise AssertionError(f"{key} is {tensor.shape}, announced {shape}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _TensorIn:
-    """Pickles as a contiguous torch tensor in a storage of the archive."""
-
-    storage: _Storage
-    shape: Shape
-    rebuild: Callable[..., Any]
-
-    def __reduce__(self):
-        strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
-        hooks: collections.OrderedDict = collections.OrderedDict()
-        return self.rebuild, (self.storage, 0, self.shape, strides, False, hooks)
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, _Storage):
-            return ("storage", obj.kind, obj.key, "cpu", obj.length)
-        return None
-
-
-def _check(key: str, tensor: np.ndarray, shape: Shape, dtype: np.dtype) -> None:
-    if tensor.shape != tuple(shape) or tensor.dtype != dtype:
-        raise AssertionError(f"{key} is {tensor.dtype}{tensor.shape}, announced {dtype}{shape}")
-
-
-def _bytes(tensor: np.ndarray) -> memoryview:
-    if not tensor.flags.c_contiguous:
-        view, tensor = tensor, np.empty(tensor.shape, tensor.dtype)
-        copy_into(tensor, view)
-    return tensor.reshape(-1).view(np.uint8).data
+def blocks(tensor: np.ndarray, dtype: np.dtype, limit: int = _BLOCK) -> Iterator[memoryview]:
+    """Yields a tensor's bytes in C order, in another dtype if need be, about `limit` at once."""
+    if tensor.ndim == 0:
+        tensor = tensor.reshape(1)
+    if tensor.flags.c_contiguous and tensor.dtype == dtype:
+        data = tensor.reshape(-1).view(np.uint8)
+        for start in range(0, len(data), limit):
+            yield data[start : start + limit].data
+        return
+    row = math.prod(tensor.shape[1:]) * dtype.itemsize
+    if row > limit and tensor.ndim > 1:
+        for part in tensor:
+            yield from blocks(part, dtype, limit)
+        return
+    rows = max(1, limit // max(row, 1))
+    for start in range(0, len(tensor), rows):
+        part = tensor[start : start + rows]
+        out = np.empty(part.shape, dtype)
+        copy_into(out, part)
+        yield out.reshape(-1).view(np.uint8).data
 
 
 def copy_into(out: np.ndarray, x: np.ndarray, block: int = 256) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,17 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 
-from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, UserError, emu_14b
+from emu_jax.config import (
+    CFormerConfig,
+    EmuConfig,
+    TokenIds,
+    UserError,
+    emu_14b,
+    read_json_object,
+)
 from emu_jax.convert import engine, files, sizes, tables
 from emu_jax.convert.files import Tensor
-from emu_jax.convert.source import FLOATS, Layout, assemble, synthetic_dead, template_of
+from emu_jax.convert.source import FLOATS, Layout, layers, synthetic_dead, template_of
 from emu_jax.convert.tables import Spelling
 from emu_jax.models.emu import Emu
 from emu_jax.models.layers import lecun
@@ -85,6 +92,7 @@ class Parents:
                 raise UserError(f"{kind} {path} is no folder")
         self.tokenizer = Tokenizer.load(tokenizer, instruct=False)
         self._seed = seed
+        self._drawn: dict[str, jax.Array] = {}
         self.notes: list[str] = []
         self._tensors = {
             **_read(eva_clip, "visual.", lambda key: key),
@@ -129,7 +137,7 @@ class Parents:
             )
         chosen: dict[str, Any] = {"image_size": preset.vision.image_size}
         if model_config is not None:
-            values = sizes.read_json(model_config)
+            values = read_json_object(model_config)
             tower, language_too = (values.get(k) or {} for k in ("vision_cfg", "multimodal_cfg"))
             if not isinstance(tower, dict) or not isinstance(language_too, dict):
                 raise UserError(f"{model_config} is no model JSON of the release")
@@ -213,40 +221,39 @@ class Parents:
         dtypes = {self._tensors[self._spelling.write(k)].dtype for k in self._rows[path].keys}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
-        return {p: self._draw(p) if p in self.fresh else self._read(p) for p in paths}
+    def read(self, path: str, layer: int) -> np.ndarray:
+        row = self._rows[path]
+        if path in self.fresh:
+            if path not in self._drawn:
+                self._drawn |= self._draw(path)
+            # Other layers of it are read next.
+            last = layer + 1 == len(layers(row))
+            drawn = self._drawn.pop(path) if last else self._drawn[path]
+            return np.asarray(drawn[layer] if row.stacked else drawn)
+        inner = row.layer_shape(self.shapes[path].shape)
+        key = row.keys[layer]
+        value = self._tensors[self._spelling.write(key)].read()
+        value = self._grow(key, value, row.transform.release_shape(inner))
+        return row.transform.from_release(value, inner)
 
-    def _draw(self, path: str) -> jax.Array:
-        """A parameter as the module itself would start it."""
+    def _draw(self, path: str) -> dict[str, jax.Array]:
+        """Draws a parameter, and all others that come with it, as the module itself starts them."""
         if path.startswith("unet."):  # alone: drawing the whole denoiser would be a waste
             shape = self.shapes[path]
             key = jax.random.fold_in(jax.random.key(self._seed), sorted(self.fresh).index(path))
             draw = jax.jit(
                 lambda key: lecun(key, shape.shape, jnp.float32), out_shardings=shape.sharding
             )
-            return draw(key)
-        if not hasattr(self, "_drawn"):
-            keep = {p: s.sharding for p, s in self.shapes.items()
-                    if p in self.fresh and not p.startswith("unet.")}  # fmt: skip
+            return {path: draw(key)}
+        keep = {p: s.sharding for p, s in self.shapes.items()
+                if p in self.fresh and not p.startswith("unet.")}  # fmt: skip
 
-            def make() -> dict[str, jax.Array]:  # what is not kept is never computed
-                emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._seed))
-                params = self._template.params(emu)
-                return {p: params[p] for p in keep}
+        def make() -> dict[str, jax.Array]:  # what is not kept is never computed
+            emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._seed))
+            params = self._template.params(emu)
+            return {p: params[p] for p in keep}
 
-            self._drawn = jax.jit(make, out_shardings=keep)()
-        return self._drawn.pop(path)
-
-    def _read(self, path: str) -> jax.Array:
-        row, shape = self._rows[path], self.shapes[path]
-        inner = row.layer_shape(shape.shape)
-        tensors = [self._tensors[self._spelling.write(key)] for key in row.keys]
-
-        def layer(i: int) -> np.ndarray:
-            value = self._grow(row.keys[i], tensors[i].read(), row.transform.release_shape(inner))
-            return row.transform.from_release(value, inner)
-
-        return assemble(row, shape, layer)
+        return jax.jit(make, out_shardings=keep)()
 
     def _grow(self, key: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A parent's tensor at the size that Emu needs."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -25,26 +24,12 @@ from emu_jax.config import (
     VisionConfig,
     emu_14b,
     from_dict,
+    read_json_object,
 )
 from emu_jax.convert.tables import Shape, Spelling
 
 # Tokens that the release adds to LLaMA's vocabulary, without and with [USER] and [ASSISTANT].
 ADDED_TOKENS = (4, 6)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: it is missing or something else.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
 
 
 def multimodal(
@@ -190,7 +175,7 @@ def _lora(shapes: Mapping[str, Shape], spelling: Spelling, where: str) -> LoraCo
 
 def _with_model_json(vision: VisionConfig, cformer: CFormerConfig, path: Path) -> VisionConfig:
     """Adds what the release's model JSON knows, and checks the rest against the tensors."""
-    values = read_json(path)
+    values = read_json_object(path)
     tower = values.get("vision_cfg")
     if not isinstance(tower, dict):
         raise UserError(f"{path} has no vision_cfg: give the release's model JSON (Emu-14B.json)")
@@ -250,7 +235,7 @@ def llama_config(path: Path) -> LlamaConfig:
     Raises:
         UserError: a size is missing, or the file asks for what Emu's LLaMA does not have.
     """
-    values = read_json(path)
+    values = read_json_object(path)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling must be an object, not {rope!r}")
@@ -290,7 +275,7 @@ def diffusers_config(cls: type, path: Path) -> Any:
     Raises:
         UserError: the file asks for something that Emu's decoder does not have.
     """
-    values = read_json(path)
+    values = read_json_object(path)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     kept = dict(_DEFAULTS[cls])
     for key, value in values.items():

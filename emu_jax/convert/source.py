@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from emu_jax import checkpoint
-from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig, UserError
+from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig, UserError, read_json_object
 from emu_jax.convert import files, sizes, tables
+from emu_jax.convert.arrays import Arrays
 from emu_jax.convert.files import Tensor
 from emu_jax.convert.tables import Row, Spelling, peft_key
 from emu_jax.models.emu import Emu
@@ -74,7 +75,7 @@ class Layout:
 
         def fits(name: str) -> bool:
             folder = name.rpartition("/")[0] + "/"
-            if name.endswith(".index.json"):
+            if files.is_index(name):
                 folder = folder.lstrip("/")
                 return within(folder, tensors) == within(folder, self.tensors)
             return folder not in ("unet/", "vae/") or bool(within(folder, tensors))
@@ -97,7 +98,7 @@ class Layout:
     @classmethod
     def load(cls, path: Path, folder: Path) -> Layout:
         """What `save` wrote; what was carried lies in `folder`."""
-        values = sizes.read_json(path)
+        values = read_json_object(path)
         tensors = {
             name: {key: files.dtype_of(dtype) for key, dtype in keys.items()}
             for name, keys in values["tensors"].items()
@@ -107,7 +108,7 @@ class Layout:
 
 
 class Source(Protocol):
-    """A model that can be read parameter by parameter.
+    """A model that can be read layer by layer.
 
     Attributes:
         shapes: every parameter's shape, stored dtype and place on the mesh.
@@ -123,23 +124,17 @@ class Source(Protocol):
     @property
     def layout(self) -> Layout | None: ...
 
-    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
-        """These parameters, on their devices."""
+    def read(self, path: str, layer: int) -> np.ndarray:
+        """Reads one layer of a stacked parameter, or (as layer 0) the whole of another.
+
+        It may be a view of a mapped file and have another dtype than `shapes` says.
+        """
         ...
 
 
-def batches(shapes: Mapping[str, Any], limit: int = 2**27) -> Iterator[list[str]]:
-    """Parameters in groups of at most `limit` bytes, larger ones alone."""
-    group, size = [], 0
-    for path, shape in shapes.items():
-        length = math.prod(shape.shape) * shape.dtype.itemsize
-        if group and size + length > limit:
-            yield group
-            group, size = [], 0
-        group.append(path)
-        size += length
-    if group:
-        yield group
+def layers(row: Row) -> range:
+    """The layers that `Source.read` takes for a parameter."""
+    return range(len(row.keys) if row.stacked else 1)
 
 
 def rows_of(cfg: EmuConfig, shapes: Mapping[str, Any]) -> list[Row]:
@@ -155,12 +150,13 @@ def template_of(cfg: EmuConfig, mesh: Mesh) -> Template:
 
 def open_source(
     path: Path, mesh: Mesh, *, model_config: Path | None = None, tokenizer: Path | None = None,
-    base: Path | None = None,
+    base: Path | None = None, scratch: Path | None = None,
 ) -> Source:  # fmt: skip
     """Recognises what lies at `path`.
 
     Args:
         base: the model that a peft folder's adapters belong to.
+        scratch: where temporary files may be written; by default the system's own folder.
 
     Raises:
         UserError: it is nothing that can be converted, or a part of it is missing or wrong.
@@ -170,7 +166,9 @@ def open_source(
     if (path / "adapter_config.json").is_file():
         if base is None:
             raise UserError(f"{path} has adapters alone: name their model with --base")
-        beneath = open_source(base, mesh, model_config=model_config, tokenizer=tokenizer)
+        beneath = open_source(
+            base, mesh, model_config=model_config, tokenizer=tokenizer, scratch=scratch
+        )
         return Adapted(path, beneath, mesh)
     if base is not None:
         raise UserError(
@@ -185,7 +183,7 @@ def open_source(
     if (path / "config.json").is_file() and any(p.name.isdigit() for p in path.iterdir()):
         if model_config or tokenizer:
             raise UserError(f"{path} has its own configuration and tokenizer: give no others")
-        return Run(path, mesh)
+        return Run(path, mesh, scratch)
     if (path / INSTRUCT).is_file():
         return Release(path / INSTRUCT, mesh, model_config, tokenizer)
     raise UserError(
@@ -207,8 +205,10 @@ def load_release(path: Path, mesh: Mesh) -> tuple[Emu, Tokenizer]:
     """
     found = open_source(path, mesh)
     params = {}
-    for paths in batches(found.shapes):
-        params |= {p: a.astype(jnp.float32) for p, a in found.read(paths).items()}
+    for row in rows_of(found.cfg, found.shapes):
+        shape = found.shapes[row.path]
+        wanted = jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=shape.sharding)
+        params[row.path] = assemble(row, wanted, functools.partial(found.read, row.path))
     model = template_of(found.cfg, mesh).module(params)
     assert isinstance(model, Emu)
     return model, found.tokenizer
@@ -248,7 +248,7 @@ class Release:
                 name = str((weights.parent / name).relative_to(folder))
                 stored[name] = {prefix + key: t for key, t in tensors.items()}
                 nests[name] = nest
-            if weights.name.endswith(".index.json"):
+            if files.is_index(weights.name):
                 carried[str(weights.relative_to(folder))] = weights
             return {prefix + key: t for tensors in opened.values() for key, t in tensors.items()}
 
@@ -308,20 +308,17 @@ class Release:
         dtypes = {t.dtype for t in self._tensors[path]}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
-        return {path: self._read(path) for path in paths}
-
-    def _read(self, path: str) -> jax.Array:
-        row, tensors, shape = self._rows[path], self._tensors[path], self.shapes[path]
-        inner = row.layer_shape(shape.shape)
-        return assemble(row, shape, lambda i: row.transform.from_release(tensors[i].read(), inner))
+    def read(self, path: str, layer: int) -> np.ndarray:
+        row = self._rows[path]
+        inner = row.layer_shape(self.shapes[path].shape)
+        return row.transform.from_release(self._tensors[path][layer].read(), inner)
 
 
 def assemble(
     row: Row, shape: jax.ShapeDtypeStruct, layer: Callable[[int], np.ndarray]
 ) -> jax.Array:
-    """A parameter in its place on the mesh, from its layers as they lie in a file. Of a large
-    one only a shard is ever in memory beside it."""
+    """Puts a parameter in its place on the mesh, from its layers as `Source.read` gives them. Of
+    a large one only a shard is ever in memory beside it."""
 
     def shard(index: Any) -> np.ndarray:  # a slice for each axis
         if not row.stacked:
@@ -339,9 +336,9 @@ def assemble(
 
 
 class Run:
-    """A run directory: what `convert`, `init` or training wrote."""
+    """A run directory that `convert`, `init` or training wrote."""
 
-    def __init__(self, path: Path, mesh: Mesh):
+    def __init__(self, path: Path, mesh: Mesh, scratch: Path | None = None):
         self._path = path
         cfg = checkpoint.load_config(path)
         self.tokenizer = checkpoint.load_tokenizer(path)
@@ -357,14 +354,43 @@ class Run:
             )
             for p, s in template.shapes.items()
         }
+        self._stacked = {row.path: row.stacked for row in rows_of(cfg, template.shapes)}
+        # The items that hold the parameters, and what the model needs in another shape there:
+        # tables with rows for fewer tokens.
+        self._items = items_of(path)
+        scratch = scratch or Path(tempfile.gettempdir())
+        self._arrays = {item: Arrays(item, scratch) for item in set(self._items.values())}
+        self._odd = {
+            p for p, s in self.shapes.items()
+            if p not in stored or tuple(stored[p].shape) != tuple(s.shape)
+        }  # fmt: skip
         self.layout, self.dead = None, {}
         kept = path / "release"
         if (kept / "layout.json").is_file():
             self.layout = Layout.load(kept / "layout.json", kept / "files")
             (self.dead,) = files.open_tensors(kept / "dead.safetensors")[0].values()
 
-    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
-        return checkpoint.read_params(self._path, {p: self.shapes[p] for p in paths})
+    def read(self, path: str, layer: int) -> np.ndarray:
+        stacked = self._stacked[path]
+        if path in self._odd:  # grown, or refused with a line
+            whole = checkpoint.read_params(self._path, {path: self.shapes[path]})[path]
+            return np.asarray(whole)[layer] if stacked else np.asarray(whole)
+        return self._arrays[self._items[path]].read(path, layer if stacked else None)
+
+
+def items_of(directory: Path) -> dict[str, Path]:
+    """The saved item (DIR/<step>/params) that holds each parameter of a run directory: averaged
+    parameters where it keeps them, those of its base where it leaves some out."""
+    found = {}
+    base = checkpoint.base_of(directory)
+    for parent in set(base.values()):
+        theirs = items_of(parent)
+        found |= {k: v for k, v in theirs.items() if base.get(checkpoint.tower_of(k)) == parent}
+    step = directory / str(checkpoint.latest_step(directory))
+    for item in (step / "params", step / "ema"):
+        if item.is_dir():
+            found |= dict.fromkeys(checkpoint.stored_shapes(item), item)
+    return found
 
 
 class Merged:
@@ -402,18 +428,13 @@ class Merged:
         pair = [f"{stem}.lora_a", f"{stem}.lora_b"]
         return pair if pair[0] in self._source.shapes else []
 
-    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
-        wanted = [*paths, *(p for path in paths for p in self._adapter(path))]
-        stored = self._source.read(wanted)
-        params = {}
-        for path in paths:
-            kernel = stored.pop(path)
-            if adapter := self._adapter(path):
-                a, b = (stored.pop(p).astype(jnp.float32) for p in adapter)
-                kernel = merge(kernel.astype(jnp.float32), a, b, self._lora)
-                kernel = jax.device_put(kernel, self.shapes[path].sharding)
-            params[path] = kernel
-        return params
+    def read(self, path: str, layer: int) -> np.ndarray:
+        kernel = self._source.read(path, layer)
+        if adapter := self._adapter(path):
+            parts = [kernel, *(self._source.read(p, layer) for p in adapter)]
+            whole, a, b = (jnp.asarray(part.astype(np.float32)) for part in parts)
+            kernel = np.asarray(merge(whole, a, b, self._lora))
+        return kernel
 
 
 # Of an adapter_config.json: what would change what the adapters compute.
@@ -433,7 +454,7 @@ class Adapted:
 
     def __init__(self, folder: Path, base: Source, mesh: Mesh):
         note = folder / "adapter_config.json"
-        values = sizes.read_json(note)
+        values = read_json_object(note)
         for name, plain in _PLAIN.items():
             if name in values and values[name] not in plain:
                 raise UserError(f"{note}: {name} is {values[name]!r}; only {plain[0]!r} is known")
@@ -477,18 +498,12 @@ class Adapted:
         if found:
             raise UserError(f"{folder} has {len(found)} tensors too many: {next(iter(found))}")
 
-    def read(self, paths: Sequence[str]) -> dict[str, jax.Array]:
-        params = self._base.read([path for path in paths if path not in self._rows])
-        for path in paths:
-            if path in self._rows:
-                (row, tensors), shape = self._rows[path], self.shapes[path]
-                inner = row.layer_shape(shape.shape)
-
-                def layer(i: int, row=row, tensors=tensors, inner=inner) -> np.ndarray:
-                    return row.transform.from_release(tensors[i].read(), inner)
-
-                params[path] = assemble(row, shape, layer)
-        return params
+    def read(self, path: str, layer: int) -> np.ndarray:
+        if path not in self._rows:
+            return self._base.read(path, layer)
+        row, tensors = self._rows[path]
+        inner = row.layer_shape(self.shapes[path].shape)
+        return row.transform.from_release(tensors[layer].read(), inner)
 
 
 def synthetic_dead(cfg: EmuConfig) -> dict[str, Tensor]:
