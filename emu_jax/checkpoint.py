@@ -345,7 +345,12 @@ def load_config(directory: Path) -> EmuConfig:
     """The model configuration of a run directory."""
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: the directory does not exist")
-    return load_json(EmuConfig, directory / "config.json")
+    cfg = load_json(EmuConfig, directory / "config.json")
+    try:
+        cfg.check_tokens()
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
+    return cfg
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -228,6 +228,8 @@ def convert(parser: argparse.ArgumentParser) -> Run:
             overwrite=args.overwrite,
         )  # fmt: skip
         if not args.json:
+            for note in result["notes"]:
+                print(note)
             print(_converted(args.dst, result))
         return result
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import types
 import typing
@@ -90,6 +91,10 @@ class LoraConfig:
                 raise UserError(f"unknown LoRA target {target!r}{suggest(target, LORA_TARGETS)}")
         if self.rank < 1 or not 0 <= self.dropout < 1:
             raise UserError(f"LoRA rank {self.rank}, dropout {self.dropout}: at least 1, below 1")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise UserError(f"LoRA targets {list(self.targets)}: name each layer once")
+        if not math.isfinite(self.alpha):
+            raise UserError(f"LoRA alpha {self.alpha}: expected a finite number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +223,90 @@ class EmuConfig:
     unet: UNetConfig | None = UNetConfig()
     vae: VAEConfig | None = VAEConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: a number that no model can have, or sizes that do not fit each other.
+        """
+        _check_numbers(self, "")
+        llama, vision = self.llama, self.vision
+        width = llama.attention_width or llama.width
+        even = 2 * llama.heads  # a head rotates pairs of its entries
+        rules = [
+            ("vision.width", vision.width, "vision.head_width", vision.head_width),
+            ("vision.image_size", vision.image_size, "vision.patch_size", vision.patch_size),
+            ("llama.attention_width" if llama.attention_width else "llama.width", width,
+             "twice llama.heads", even),
+        ]  # fmt: skip
+        for name, decoder in (("unet", self.unet), ("vae", self.vae)):
+            for channels in decoder.block_out_channels if decoder else ():
+                for key in ("norm_num_groups", "attention_head_dim"):
+                    if hasattr(decoder, key):
+                        by = getattr(decoder, key)
+                        rules.append((f"{name}.block_out_channels", channels, f"{name}.{key}", by))
+        for name, value, key, by in rules:
+            if value % by:
+                raise UserError(f"{name} = {value} must be a multiple of {key} = {by}")
+        if self.unet:
+            blocks = (self.unet.down_block_types, self.unet.up_block_types)
+            if {len(b) for b in blocks} != {len(self.unet.block_out_channels)}:
+                raise UserError(
+                    "unet.block_out_channels, down_block_types and up_block_types must have one "
+                    "entry for each level"
+                )
+        if llama.rope_dtype not in ROPE_DTYPES:
+            raise UserError(
+                f"unknown llama.rope_dtype {llama.rope_dtype!r}"
+                f"{suggest(llama.rope_dtype, ROPE_DTYPES)}"
+            )
+
+    def check_tokens(self) -> None:
+        """
+        Raises:
+            UserError: a token has an id that the embeddings lack, or that of another.
+        """
+        ids = dataclasses.asdict(self.tokens)
+        if len(set(ids.values())) < len(ids) or max(ids.values()) >= self.llama.vocab_size:
+            raise UserError(
+                f"tokens {ids} must be different ids below llama.vocab_size = "
+                f"{self.llama.vocab_size}"
+            )
+
+
+ROPE_DTYPES = ("bfloat16", "float16", "float32")
+# Larger sizes are typing errors, which would ask for more memory than there is, or for ages.
+_LARGEST = {
+    "layers": 2**12, "layers_per_block": 2**6, "max_positions": 2**24, "vocab_size": 2**24,
+    "relative_max_distance": 2**24,
+}  # fmt: skip
+_MAY_BE_ZERO = {"attention_width", "freq_shift", "steps_offset", "dropout", "embed_std"}
+
+
+def _check_numbers(config: Any, where: str) -> None:
+    """
+    Raises:
+        UserError: a size is not positive or implausibly large, or a number is not finite.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), where + field.name
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, name + ".")
+            continue
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            zero = field.name in _MAY_BE_ZERO or where == "tokens."
+            if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+                if name == "llama.lora.alpha" and math.isfinite(number):
+                    continue
+                what = "zero or more" if zero else "positive"
+                raise UserError(f"{name} = {value!r} must be {what}, and finite")
+            largest = _LARGEST.get(field.name, 2**20)
+            if isinstance(number, int) and number > largest:
+                raise UserError(f"{name} = {value!r} must be at most {largest}")
+        if value == ():
+            raise UserError(f"{name} must not be empty")
 
 
 def emu_14b() -> EmuConfig:
@@ -434,4 +523,8 @@ def load_json(cls: type, path: Path) -> Any:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: is {path.parent} a checkpoint?")
-    return from_dict(cls, read_json_object(path))
+    values = read_json_object(path)
+    try:
+        return from_dict(cls, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -134,9 +134,9 @@ def load(tmp_path, body, *overrides):
 def test_load_lays_the_file_over_the_defaults(tmp_path):
     assert load(tmp_path, "dict()") == Stage()
     # Also keys that the file leaves out can be overridden.
-    stage = load(tmp_path, "dict(steps=20)", "rate=1", "model.llama.width=64", "model.vae=None")
+    stage = load(tmp_path, "dict(steps=20)", "rate=1", "model.llama.width=160", "model.vae=None")
     assert (stage.steps, stage.rate) == (20, 1.0)
-    assert stage.model == EmuConfig(llama=LlamaConfig(width=64), vae=None)
+    assert stage.model == EmuConfig(llama=LlamaConfig(width=160), vae=None)
     stage = load(tmp_path, "dict(model=digits(40), parents=dict(vae='a'))", "steps=3")
     assert stage == Stage(steps=3, model=digits(40), parents={"vae": "a"})
     lora = load(tmp_path, "dict()", "model.llama.lora={'rank': 4}").model.llama.lora

@@ -38,7 +38,9 @@ from emu_jax.config import (
     emu_14b,
     emu_14b_instruct,
 )
+from emu_jax.convert import arrays as arrays_module
 from emu_jax.convert import engine, export, files, parents, sizes, source, tables
+from emu_jax.convert.arrays import Arrays
 from emu_jax.convert.engine import convert
 from emu_jax.data.documents import Document, Picture, Text, write_documents
 from emu_jax.sharding import make_mesh
@@ -314,7 +316,7 @@ def test_trained_weights_are_not_rounded_on_the_way_back(instruct_dir, tmp_path)
 @pytest.mark.slow
 def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
     """All keys that the release's strict loading asks for, the dead ones too."""
-    model = small(lora=False)
+    model = small(lora=False, rope_dtype="bfloat16")
     write_run(model, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back", to="emu")
     ours = load_tensors(tmp_path / "back" / source.MULTIMODAL)
@@ -329,8 +331,66 @@ def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
     assert (config["vocab_size"], config["pad_token_id"]) == (512, 0)  # LLaMA's: no [PAD] yet
     again = tmp_path / "again"
     convert(tmp_path / "back", again)
-    released = dataclasses.replace(model.cfg.llama, rope_dtype="bfloat16")
-    assert checkpoint.load_config(again) == dataclasses.replace(model.cfg, llama=released)
+    assert checkpoint.load_config(again) == model.cfg
+
+
+def edit_config(run, **changes):
+    """Changes a run's config.json: `llama__lora__alpha=64.0`."""
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        *groups, last = name.split("__")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("alpha", [64.0, 7.0])
+def test_another_alpha_goes_back_as_the_same_model(instruct_dir, tmp_path, alpha):
+    """The release's code has a fixed alpha: the second matrices take up the rest."""
+    run = tmp_path / "run"
+    shutil.copytree(instruct_dir, run)
+    edit_config(run, llama__lora__alpha=alpha)
+    report = convert(run, tmp_path / "back.pt", to="emu")
+    assert any("multiplied by" in note for note in report["notes"])
+    ours, came = load_tensors(tmp_path / "back.pt"), load_tensors(GOLDEN / "Emu-instruct.pt")
+    scaled = 0
+    for key, tensor in came.items():
+        if "lora_B" in key:
+            wanted = tensor.float() * np.float32(alpha / 16)
+            scaled += int(torch.any(wanted != 0))
+            assert torch.equal(ours[key].float(), wanted), key
+        else:
+            assert torch.equal(ours[key], tensor), key
+    assert scaled
+
+
+def test_a_model_that_the_release_cannot_express_is_refused(run_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    edit_config(run, llama__embed_std=0.7, cformer__dropout=0.0)
+    report = convert(run, tmp_path / "back", to="emu")
+    assert {n.split(" = ")[0].split()[-1] for n in report["notes"]} == {
+        "llama.embed_std", "cformer.dropout",
+    }  # fmt: skip
+    kept = (run / "config.json").read_text()
+    for changes, lost in [
+        ({"cformer__normalize": True, "llama__rope_dtype": "float32"},
+         "cformer.normalize is True.*llama.rope_dtype is float32"),
+        ({"llama__rope_theta": 5e5}, "llama.rope_theta is 500000"),
+        ({"vision__eps": 1e-5}, "vision.eps is 1e-05"),
+        ({"cformer__relative_max_distance": 64}, "cformer.relative_max_distance is 64"),
+        ({"scheduler__prediction_type": "v_prediction"}, "scheduler.prediction_type"),
+    ]:  # fmt: skip
+        (run / "config.json").write_text(kept)
+        edit_config(run, **changes)
+        with pytest.raises(UserError, match=lost):
+            convert(run, tmp_path / "none", to="emu")
+    with pytest.raises(UserError, match="scheduler.prediction_type is v_prediction"):
+        convert(run, tmp_path / "none", to="hf")
+    assert not (tmp_path / "none").exists()
 
 
 # --- The full-size release -------------------------------------------------------------------
@@ -412,14 +472,14 @@ def test_the_14b_sizes_follow_from_its_tensors(released_shapes, model):
 # --- Other libraries -------------------------------------------------------------------------
 
 
-def small(*, lora, seed=0):
+def small(*, lora, seed=0, rope_dtype="float32"):
     """A model of odd sizes: nothing square where a transposition could hide."""
     cfg = EmuConfig(
         vision=VisionConfig(image_size=42, patch_size=14, width=36, layers=2, head_width=12,
                             mlp_width=50, clip_width=10),
         cformer=CFormerConfig(n_causal=5, width=24, layers=2, heads=3, head_width=10, mlp_width=40),
         llama=LlamaConfig(vocab_size=518 if lora else 516, width=48, layers=3, heads=3,
-                          mlp_width=70, rope_dtype="float32",
+                          mlp_width=70, rope_dtype=rope_dtype,
                           lora=LoraConfig(rank=5, alpha=7.0) if lora else None),
         tokens=TokenIds.after(512),
         unet=None if lora else UNetConfig(
@@ -673,6 +733,16 @@ def test_adapters_come_back_from_peft(adapted, tmp_path):
     config = json.loads(note.read_text())
     for change, message in [
         ({"use_dora": True}, "use_dora is True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'.*weight_conversion"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"init_lora_weights": 1}, "init_lora_weights is 1"),  # which is not true
+        ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens is \[3\]"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"exclude_modules": ["x"]}, "exclude_modules"),
+        ({"key_of_tomorrow": 0.5}, "key_of_tomorrow is 0.5"),
+        ({"lora_alpha": float("nan")}, "alpha nan"),
+        ({"r": 4.5}, "must have r"),
+        ({"target_modules": [["q_proj"]]}, "unknown LoRA target"),
         ({"target_modules": "all-linear"}, "as a list of layers"),
         ({"target_modules": ["q_proj", "lm_head"]}, "unknown LoRA target 'lm_head'"),
         ({"r": 4}, r"lora_A.weight is \[5, 48\], expected \[4, 48\]"),
@@ -682,6 +752,15 @@ def test_adapters_come_back_from_peft(adapted, tmp_path):
         with pytest.raises(UserError, match=message):
             convert(tmp_path / "peft", tmp_path / "none", base=folder / "run")
     assert not (tmp_path / "none").exists()
+    # Of what peft knows today nothing is unknown here; its defaults are accepted.
+    from peft import LoraConfig as PeftConfig
+
+    known = {*source._NEUTRAL, *source._READ, *source._INERT}
+    for key, value in PeftConfig(target_modules=["q_proj"]).to_dict().items():
+        assert key in known or value in (None, False, {}, []), key
+    note.write_text(json.dumps(config | {"use_rslora": True, "init_lora_weights": "gaussian"}))
+    lora = source.Adapted(tmp_path / "peft", source.Run(folder / "run", one_device()), one_device())
+    assert lora.cfg.llama.lora.alpha == pytest.approx(7 * math.sqrt(5))
 
 
 def test_merged_adapters_open_in_transformers(adapted):
@@ -1119,6 +1198,152 @@ def test_an_existing_destination_is_kept_unless_told_otherwise(instruct_file, tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no release"):
         convert(tmp_path / "empty", tmp_path / "other")
+
+
+def save_legacy(tensors, path):
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+# How a state dict comes to lie in a file: (name, how it is written).
+TORCH_FORMATS = {
+    "protocol 2": torch.save,
+    "protocol 4": lambda t, path: torch.save(t, path, pickle_protocol=4),
+    "protocol 5": lambda t, path: torch.save(t, path, pickle_protocol=5),
+    "before torch 1.6": save_legacy,
+    "ours": None,
+}
+
+
+@pytest.mark.parametrize("form", TORCH_FORMATS)
+def test_torch_files_are_read_as_torch_reads_them(form, tmp_path):
+    path = tmp_path / "it.bin"
+    whole = torch.arange(60, dtype=torch.float32).reshape(5, 12)
+    module = torch.nn.Linear(3, 2).bfloat16()
+    tensors = module.state_dict(prefix="linear.")  # an OrderedDict with attributes
+    tensors |= {
+        "parameter": torch.nn.Parameter(whole[:2].clone()), "row": whole[2], "column": whole[:, 3],
+        "part": whole[1:4, 2:9:3], "turned": whole.T, "expanded": whole[0, :1].expand(4),
+        "scalar": torch.tensor(7, dtype=torch.int64), "empty": torch.zeros(0, 3),
+        "flags": torch.tensor([True, False]), "half": whole[1].half(),
+    }  # fmt: skip
+    if form == "ours":
+        contents = {
+            k: (tuple(v.shape), files.dtype_of(str(v.dtype).removeprefix("torch.")))
+            for k, v in tensors.items()
+        }
+        writer = files.create(path, contents, nest="module")
+        for key, tensor in tensors.items():
+            bits = tensor.detach()
+            bits = bits.float() if bits.dtype == torch.bfloat16 else bits
+            writer.write(key, bits.numpy())  # cast where it was announced so
+        writer.close()
+        for mapped in (False, True):
+            again = torch.load(path, weights_only=True, mmap=mapped)["module"]
+            assert all(torch.equal(again[k], v) for k, v in tensors.items())
+    else:
+        TORCH_FORMATS[form]({"module": tensors}, path)
+    opened, nest = files.open_tensors(path)
+    assert nest == "module" and list(opened[path.name]) == list(tensors)
+    for key, tensor in opened[path.name].items():
+        theirs = tensors[key].detach()
+        ours = tensor.read()
+        assert ours.shape == tensor.shape == tuple(theirs.shape), key
+        assert files.dtype_name(ours.dtype) == str(theirs.dtype).removeprefix("torch."), key
+        assert not ours.flags.writeable or not ours.size
+        np.testing.assert_array_equal(ours.astype(np.float64), theirs.double().numpy())
+
+
+def test_a_hostile_pickle_runs_nothing_and_reads_no_other_bytes(tmp_path):
+    """Whatever the protocol, and where a tensor claims more than its storage has."""
+    for protocol in range(6):
+        for harm in (Payload(tmp_path / "executed"), getattr, np.float64(3)):
+            (tmp_path / "it.bin").write_bytes(pickle.dumps({"a": harm}, protocol))
+            with pytest.raises(UserError, match="refused"):
+                files.open_tensors(tmp_path / "it.bin")
+    path = tmp_path / "big.bin"
+    torch.save({"a": torch.arange(8.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = [name for name in records if name.endswith("data.pkl")]
+    assert records[name].count(b"K\x08") == 2  # the storage's length, the tensor's
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for record, content in records.items():
+                archive.writestr(record, content.replace(b"K\x08", b"K\x63"))
+        expected = "larger than its storage" if compression == zipfile.ZIP_STORED else "compressed"
+        with pytest.raises(UserError, match=expected):
+            files.open_tensors(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["it.bin", "it.safetensors", "it.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 27\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
+    ],
+)
+def test_what_stands_in_for_a_file_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        files.open_tensors(tmp_path / name)
+
+
+def test_variants_in_half_precision_are_read_where_there_is_no_other(tmp_path):
+    tensors = {"a": torch.ones(2, dtype=torch.float16)}
+    save_file(tensors, tmp_path / "model.fp16.safetensors")
+    index = {"weight_map": {"a": "model.fp16.safetensors"}}
+    text = json.dumps(index).encode()
+    (tmp_path / "shards.safetensors.index.fp16.json").write_bytes(b"\xef\xbb\xbf" + text)
+    for stem in ("model", "shards"):
+        opened, _ = files.open_tensors(files.find(tmp_path, stem))
+        assert opened["model.fp16.safetensors"]["a"].dtype == np.float16
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert files.find(tmp_path, "model").name == "model.safetensors"
+    with pytest.raises(UserError, match="it has model.fp16.safetensors, model.safetensors"):
+        files.find(tmp_path, "other")
+
+
+def test_arrays_in_layers_open_in_orbax_and_damage_is_seen(run_dir, tmp_path):
+    import orbax.checkpoint as ocp
+
+    item = run_dir / "0" / "params"
+    path = "llama.layers.mlp.up_proj.kernel"
+    stored = ocp.PyTreeCheckpointer().restore(item)["llama"]["layers"]["mlp"]["up_proj"]["kernel"]
+    golden = load_tensors(GOLDEN / source.MULTIMODAL)
+    for i, layer in enumerate(stored):
+        assert np.array_equal(layer, golden[WEIGHT.replace("layers.1", f"layers.{i}")].numpy().T)
+    arrays = Arrays(item, tmp_path)
+    assert arrays._open(path).chunk_layout.read_chunk.shape == (1, *stored.shape[1:])
+
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    (large,) = sorted((run / "0" / "params" / "d").iterdir(), key=lambda p: p.stat().st_size)[-1:]
+    data = bytearray(large.read_bytes())
+    data[len(data) // 2] ^= 4
+    large.write_bytes(data)
+    with pytest.raises(UserError, match="cannot read .* from the checkpoint"):
+        convert(run, tmp_path / "back", to="emu")
+
+
+def test_chunks_across_layers_are_put_in_order_once(tmp_path, monkeypatch):
+    """As training on several devices leaves them."""
+    import orbax.checkpoint as ocp
+
+    monkeypatch.setattr(arrays_module, "_CHUNK", 64)
+    values = np.arange(3 * 8 * 5, dtype=np.float32).reshape(3, 8, 5)
+    mesh = make_mesh(fsdp=4, tensor=2)
+    spec = jax.sharding.PartitionSpec(None, "fsdp", None)
+    sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
+    ocp.PyTreeCheckpointer().save(tmp_path / "item", {"a": {"b": sharded}})
+    arrays = Arrays(tmp_path / "item", tmp_path)
+    assert arrays._open("a.b").chunk_layout.read_chunk.shape[0] == 3
+    for i, layer in enumerate(values):
+        assert np.array_equal(arrays.read("a.b", i), layer)
+    assert isinstance(arrays._last[1], np.memmap)
+    assert np.array_equal(arrays.read("a.b", None), values)
 
 
 # --- Memory ----------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ from emu_jax.config import UserError, save_json
 from emu_jax.convert import export, files
 from emu_jax.convert.arrays import ArrayWriter
 from emu_jax.convert.source import (
+    RELEASE_ALPHA,
     Merged,
+    Rescaled,
     Run,
     Source,
     layers,
@@ -72,10 +74,12 @@ def convert(
         mesh: where parameters pass through; by default all devices.
 
     Returns:
-        What was done, in JSON types: sizes, seconds, and the peak of anonymous memory.
+        What was done, in JSON types: sizes, seconds, the peak of anonymous memory, and `notes`
+        on what the destination says in another way or not at all.
 
     Raises:
-        UserError: the source is missing, damaged or no Emu, or `dst` exists. `dst` is as it was.
+        UserError: the source is missing, damaged or no Emu, its model is one that the destination
+            cannot express, or `dst` exists. `dst` is as it was.
     """
     src, dst = Path(src), Path(dst)
     with report() as made, replacing(dst, overwrite) as temporary:
@@ -88,13 +92,21 @@ def convert(
             raise UserError(f"{src} is a run directory already: say --to emu or --to hf")
         if merge_lora:
             source = Merged(source)
+        notes = []
         if to == "jax":
             write_run(source, temporary)
         elif to == "emu":
-            write_release(source, temporary, dst)
+            lora = source.cfg.llama.lora
+            if lora is not None and lora.alpha != RELEASE_ALPHA:
+                source = Rescaled(source)
+                notes.append(
+                    f"lora_B was multiplied by {lora.alpha / RELEASE_ALPHA:g}: the release's "
+                    f"alpha is {RELEASE_ALPHA:g}, this model's {lora.alpha:g}"
+                )
+            notes += write_release(source, temporary, dst)
         else:
-            export.write_hf(source, temporary, progress)
-        made |= describe(source)
+            notes += export.write_hf(source, temporary, progress)
+        made |= describe(source) | {"notes": notes}
     return made
 
 
@@ -131,15 +143,22 @@ def write_run(source: Source, folder: Path) -> None:
     writer = files.create(
         kept / "dead.safetensors", {key: (t.shape, t.dtype) for key, t in dead.items()}
     )
-    for key, tensor in dead.items():
-        writer.write(key, tensor.read())
-    writer.close()
+    with files.finishing(writer):
+        for key, tensor in dead.items():
+            writer.write(key, tensor.read())
     export.copy(layout.carried, kept / "files")
 
 
-def write_release(source: Source, folder: Path, dst: Path) -> None:
-    """The release's own files. Tensors go back to the dtypes that they came in, unless that
-    would lose something: what was trained since then stays float32."""
+def write_release(source: Source, folder: Path, dst: Path) -> list[str]:
+    """Writes the release's own files. Tensors go back to the dtypes that they came in, unless
+    that would lose something: what was trained since then stays float32.
+
+    Returns:
+        Notes on settings that the release's files do not keep.
+
+    Raises:
+        UserError: the release's code would compute another model.
+    """
     layout, dead = release_layout(source)
     single = dst.suffix in (".pt", ".bin", ".pth")
     if single:
@@ -177,20 +196,22 @@ def write_release(source: Source, folder: Path, dst: Path) -> None:
         parts = (stored[i : i + 256] for i in range(0, len(stored), 256))
         if any(_loses(part, came[key]) for part in parts):
             kept[key] = source.shapes[row.path].dtype
+    notes = export.check_release(source, layout, shapes)
     contents = {
         name: {key: (shapes[key], kept[key]) for key in keys}
         for name, keys in layout.tensors.items()
     }
     writer = files.Shards(contents, folder, layout.nests)
-    for key, tensor in dead.items():
-        writer.write(key, tensor.read())
-    for row, layer in progress(source, list(rows.values()), "writing"):
-        tensor = row.transform.to_release(source.read(row.path, layer))
-        writer.write(layout.spelling.write(row.keys[layer], targets), tensor)
-    writer.close()
+    with files.finishing(writer):
+        for key, tensor in dead.items():
+            writer.write(key, tensor.read())
+        for row, layer in progress(source, list(rows.values()), "writing"):
+            tensor = row.transform.to_release(source.read(row.path, layer))
+            writer.write(layout.spelling.write(row.keys[layer], targets), tensor)
     if not single:
         export.copy(layout.carried, folder)
         export.complete_release(source, folder)
+    return notes
 
 
 def _loses(part: np.ndarray, dtype: np.dtype) -> bool:

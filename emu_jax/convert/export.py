@@ -3,19 +3,30 @@ diffusers and peft."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emu_jax.config import EmuConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
+from emu_jax.config import (
+    EmuConfig,
+    LlamaConfig,
+    SchedulerConfig,
+    UNetConfig,
+    UserError,
+    VAEConfig,
+    to_dict,
+)
 from emu_jax.convert import files, sizes
-from emu_jax.convert.source import Source, rows_of
-from emu_jax.convert.tables import Row, peft_key
+from emu_jax.convert.source import Layout, Source, rows_of
+from emu_jax.convert.tables import Row, Shape, peft_key
 
 Progress = Callable[[Source, Sequence[Row], str], Iterator[tuple[Row, int]]]
 
@@ -44,6 +55,76 @@ def complete_release(source: Source, folder: Path) -> None:
         base = source.tokenizer.base_size
         write_json(config, llama_json(cfg, vocab_size=base, pad_token_id=0))
     write_decoder_json(cfg, folder)
+
+
+def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
+    """Compares a model with what will be read from the release's files.
+
+    Args:
+        shapes: of the tensors, as the files spell them.
+
+    Returns:
+        Notes on settings that the files do not keep. None of them changes what is computed.
+
+    Raises:
+        UserError: others are lost: the release's code would compute another model.
+    """
+    cfg = source.cfg
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        read = ("Emu.json", "tokenizer", "unet/config.json", "vae/config.json", "scheduler")
+        copy(
+            {n: p for n, p in layout.carried.items() if n.split("/")[0] in read or n in read},
+            folder,
+        )
+        complete_release(source, folder)
+        again = sizes.multimodal(
+            {key: shape for key, shape in shapes.items() if ":" not in key}, where="the release",
+            base_vocab=source.tokenizer.base_size, model_json=folder / "Emu.json",
+            llama_json=folder / "tokenizer" / "config.json",
+        )  # fmt: skip
+        if cfg.unet is not None and cfg.vae is not None:
+            unet, vae, scheduler = sizes.decoder(folder)
+            again = dataclasses.replace(again, unet=unet, vae=vae, scheduler=scheduler)
+    # The JSON may say so, but the release's code does not look.
+    again = dataclasses.replace(
+        again, llama=dataclasses.replace(again.llama, rope_theta=LlamaConfig.rope_theta)
+    )
+    lost, notes = [], []
+    for name, (ours, theirs) in differences(cfg, again).items():
+        if name in _PADDING or (name.startswith("scheduler.") and cfg.unet is None):
+            continue
+        if name == "llama.attention_width" and ours == cfg.llama.width:
+            continue
+        if name in _OF_TRAINING:
+            notes.append(f"the release's files do not keep {name} = {ours} (there: {theirs})")
+        else:
+            lost.append(f"{name} is {ours} (there: {theirs})")
+    if lost:
+        raise UserError(
+            f"the release's code cannot compute this model: {'; '.join(lost)}: use it with "
+            "emu_jax, or --to hf for its language model and decoder"
+        )
+    return notes
+
+
+_PADDING = ("llama.vocab_multiple",)  # of tables: what pads them is not exported
+# Settings of training and of fresh weights; the longest prompt is for the user to keep to.
+_OF_TRAINING = (
+    "cformer.dropout", "llama.embed_std", "llama.lora.dropout", "llama.max_positions",
+)  # fmt: skip
+
+
+def differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted name: (value in a, value in b)} of all fields in which two dataclasses differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(x) and dataclasses.is_dataclass(y):
+            found |= differences(x, y, f"{where}{field.name}.")
+        elif x != y:
+            found[where + field.name] = (x, y)
+    return found
 
 
 def copy_tokenizer(source: Source, folder: Path) -> None:
@@ -107,6 +188,7 @@ def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:
         "eos_token_id": cfg.tokens.eos,
         "pad_token_id": cfg.tokens.pad,
         "tie_word_embeddings": False,
+        **({"head_dim": cfg.llama.head_width} if cfg.llama.attention_width else {}),
         **values,
         **more,
     }
@@ -129,13 +211,30 @@ def diffusers_json(part: UNetConfig | VAEConfig | SchedulerConfig) -> dict[str, 
     return extra | to_dict(part)
 
 
-def write_hf(source: Source, folder: Path, progress: Progress) -> None:
+def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
     """`llama/` for transformers, `unet/`, `vae/`, `scheduler/` for diffusers, `lora/` for peft.
 
     Each folder has one dtype, the widest of its tensors. The visual encoder, the Causal
     Transformer and the regression head have no counterpart in these libraries.
+
+    Returns:
+        Notes on what transformers computes in another way.
+
+    Raises:
+        UserError: the carried configuration of the decoder is not this model's.
     """
     cfg = source.cfg
+    if cfg.unet is not None:
+        carried = source.layout.carried if source.layout else {}
+        wanted = ("unet/config.json", "vae/config.json", "scheduler")
+        copy({n: p for n, p in carried.items() if n in wanted}, folder)
+        write_decoder_json(cfg, folder)
+        decoder = dict(zip(("unet", "vae", "scheduler"), sizes.decoder(folder), strict=True))
+        if lost := differences(dataclasses.replace(cfg, **decoder), cfg):
+            said = "; ".join(
+                f"{name} is {ours}, not {there}" for name, (there, ours) in lost.items()
+            )
+            raise UserError(f"the release's own JSON files do not describe this decoder: {said}")
     places: dict[str, tuple[str, str]] = {}  # tensor: folder, name there
     rows = {row.path: row for row in rows_of(cfg, source.shapes)}
     for row in rows.values():
@@ -160,20 +259,16 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> None:
         for part, tensors in contents.items()
     }
     wanted = [row for row in rows.values() if row.keys[0] in places]
-    for row, layer in progress(source, wanted, "writing"):
-        part, name = places[row.keys[layer]]
-        writers[part].write(name, row.transform.to_release(source.read(row.path, layer)))
-    for writer in writers.values():
-        writer.close()
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.enter_context(files.finishing(writer))
+        for row, layer in progress(source, wanted, "writing"):
+            part, name = places[row.keys[layer]]
+            writers[part].write(name, row.transform.to_release(source.read(row.path, layer)))
 
     name = files.dtype_name(dtypes["llama"])
     write_json(folder / "llama" / "config.json", llama_json(cfg, torch_dtype=name))
     copy_tokenizer(source, folder / "llama")
-    if cfg.unet is not None:
-        carried = source.layout.carried if source.layout else {}
-        wanted = ("unet/config.json", "vae/config.json", "scheduler")
-        copy({n: p for n, p in carried.items() if n in wanted}, folder)
-        write_decoder_json(cfg, folder)
     if lora := cfg.llama.lora:
         adapter = {
             "peft_type": "LORA",
@@ -187,6 +282,12 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> None:
             "inference_mode": True,
         }
         write_json(folder / "lora" / "adapter_config.json", adapter)
+    if cfg.llama.rope_dtype == "float32":
+        return []
+    return [
+        f"transformers computes rotary tables in float32, this model in {cfg.llama.rope_dtype}: "
+        "its logits differ by a few parts in ten thousand"
+    ]
 
 
 def hf_tensors(cfg: EmuConfig, params: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:

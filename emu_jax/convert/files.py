@@ -7,6 +7,7 @@ parsed by an unpickler that can only describe tensors, and it runs nothing that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -523,6 +524,21 @@ class Writer(Protocol):
 
     def close(self) -> None: ...
 
+    def abort(self) -> None:
+        """Lets go of the file, which is not complete."""
+        ...
+
+
+@contextlib.contextmanager
+def finishing(writer: Writer) -> Iterator[None]:
+    """Closes a writer when all was written, and lets go of its files when something failed."""
+    try:
+        yield
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
+
 
 Contents = Mapping[str, tuple[Shape, np.dtype]]
 
@@ -567,6 +583,9 @@ class SafetensorsWriter:
         if self._left:
             raise AssertionError(f"{sorted(self._left)} were never written")
 
+    def abort(self) -> None:
+        self._file.close()
+
 
 class TorchWriter:
     """Writes torch's zip archive: a record per storage as it comes, the pickle that names them
@@ -577,7 +596,8 @@ class TorchWriter:
         self._numbers = {key: i for i, key in enumerate(contents)}
         self._left = set(contents)
         self._root = path.stem
-        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self._file = path.open("w+b")
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
 
     def write(self, key: str, tensor: np.ndarray) -> None:
         self._left.remove(key)
@@ -588,13 +608,19 @@ class TorchWriter:
 
     def close(self) -> None:
         if self._left:
-            self._zip.close()
+            self.abort()
             raise AssertionError(f"{sorted(self._left)} were never written")
         for name, data in (
             ("data.pkl", self._pickle()), ("byteorder", b"little"), ("version", b"3\n"),
         ):  # fmt: skip
             self._record(name, len(data), [memoryview(data)])
         self._zip.close()
+        self._file.close()
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the disk may be full
+            self._zip.close()
+        self._file.close()
 
     def _record(self, name: str, length: int, data: Iterable[memoryview]) -> None:
         info = zipfile.ZipInfo(f"{self._root}/{name}", (1980, 1, 1, 0, 0, 0))
@@ -745,6 +771,10 @@ class Shards:
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+
+    def abort(self) -> None:
+        for writer in self._writers.values():
+            writer.abort()
 
 
 def _bare(key: str) -> str:

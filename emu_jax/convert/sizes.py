@@ -250,6 +250,7 @@ def llama_config(path: Path) -> LlamaConfig:
         (values.get("tie_word_embeddings"), "tied word embeddings"),
         (kinds != ["default"] * 2, f"rope scaling {rope}"),
         (values.get("hidden_act", "silu") != "silu", f"activation {values.get('hidden_act')}"),
+        (_odd_heads(values), f"heads of width {values.get('head_dim')}"),
     ):
         if wrong:
             raise UserError(f"{path}: Emu's language model is a LLaMA-1; this one has {what}")
@@ -264,6 +265,14 @@ def llama_config(path: Path) -> LlamaConfig:
             raise UserError(f"{path}: {theirs} must be a positive number, not {value!r}")
         sizes[ours] = type(default)(value)
     return LlamaConfig(**sizes)
+
+
+def _odd_heads(values: dict[str, Any]) -> bool:
+    """Whether attention is not as wide as the model."""
+    width, heads, head = (
+        values.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim")
+    )
+    return head is not None and (type(heads) is not int or heads * head != width)
 
 
 def diffusers_config(cls: type, path: Path) -> Any:

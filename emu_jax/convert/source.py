@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from emu_jax import checkpoint
-from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig, UserError, read_json_object
+from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig, UserError, read_json_object, suggest
 from emu_jax.convert import files, sizes, tables
 from emu_jax.convert.arrays import Arrays
 from emu_jax.convert.files import Tensor
@@ -38,6 +39,7 @@ CARRIED = (
     "safety_checker", "unet/config.json", "vae/config.json",
 )  # fmt: skip
 _TOKENIZER_FILE = re.compile(r"config\.json|(added|special)?_?token[\w]*\.(json|model)")
+RELEASE_ALPHA = LoraConfig.alpha
 T5_VOCABULARY = 32128  # rows of the table that the Causal Transformer never reads
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
 
@@ -369,6 +371,13 @@ class Run:
         if (kept / "layout.json").is_file():
             self.layout = Layout.load(kept / "layout.json", kept / "files")
             (self.dead,) = files.open_tensors(kept / "dead.safetensors")[0].values()
+        for key, tensor in self.dead.items():
+            width = cfg.llama.head_width // 2
+            if key.endswith("rotary_emb.inv_freq") and tensor.shape != (width,):
+                raise UserError(
+                    f"{path / 'config.json'}: llama.heads = {cfg.llama.heads} was edited: the "
+                    f"release had {cfg.llama.heads * width // tensor.shape[0]}"
+                )
 
     def read(self, path: str, layer: int) -> np.ndarray:
         stacked = self._stacked[path]
@@ -437,12 +446,97 @@ class Merged:
         return kernel
 
 
-# Of an adapter_config.json: what would change what the adapters compute.
-_PLAIN = {
-    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None),
-    "use_dora": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None), "layers_to_transform": (None,), "fan_in_fan_out": (False, None),
+class Rescaled:
+    """A source whose adapters have the alpha that the release's code is bound to: what differs is
+    multiplied into their second matrices, in float32."""
+
+    def __init__(self, source: Source):
+        lora = source.cfg.llama.lora
+        assert lora is not None
+        self._source, self._factor = source, np.float32(lora.alpha / RELEASE_ALPHA)
+        llama = dataclasses.replace(
+            source.cfg.llama, lora=dataclasses.replace(lora, alpha=RELEASE_ALPHA)
+        )
+        self.cfg = dataclasses.replace(source.cfg, llama=llama)
+        self.tokenizer, self.layout, self.dead = source.tokenizer, source.layout, source.dead
+        self.shapes = {
+            p: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding)
+            if p.endswith(".lora_b") else s
+            for p, s in source.shapes.items()
+        }  # fmt: skip
+
+    def read(self, path: str, layer: int) -> np.ndarray:
+        stored = self._source.read(path, layer)
+        if not path.endswith(".lora_b"):
+            return stored
+        return stored.astype(np.float32) * self._factor
+
+
+# Keys of peft's LoraConfig. Those that say what is computed must have one of these values;
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",),
+    # Others take something off the base weights when peft loads the adapters.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
+# these are read;
+_READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+# and these do not change what is computed: provenance, and settings of what others switch on.
+_INERT = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config",
+    "eva_config", "loftq_config", "corda_config", "lora_ga_config",
+)  # fmt: skip
+
+
+def _adapter_config(note: Path) -> LoraConfig:
+    """Reads an adapter_config.json.
+
+    Raises:
+        UserError: it says something else than plain LoRA on LLaMA's layers. A key that is not
+            known must be null, false or empty, so that those of a later peft cannot go unseen.
+    """
+    values = read_json_object(note)
+    for key, value in values.items():
+        if key in _READ or key in _INERT:
+            continue
+        allowed = _NEUTRAL.get(key, (None, False, {}, []))
+        if not any(value == a and isinstance(value, type(a)) for a in allowed):
+            hint = ""
+            if key == "init_lora_weights":
+                hint = (
+                    ": save it with peft's path_initial_model_for_weight_conversion, as LoRA on "
+                    "the original weights"
+                )
+            raise UserError(f"{note}: {key} is {value!r}; only {allowed[0]!r} is supported{hint}")
+    targets = values.get("target_modules")
+    rank: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    dropout: Any = values.get("lora_dropout", 0.0)
+    scaled = values.get("use_rslora") or False
+    if (
+        type(rank) is not int or type(alpha) not in (int, float)
+        or type(dropout) not in (int, float) or not isinstance(targets, list)
+    ):  # fmt: skip
+        raise UserError(
+            f"{note} must have r and lora_alpha as numbers, and target_modules as a list of layers"
+        )
+    if scaled not in (True, False):
+        raise UserError(f"{note}: use_rslora is {scaled!r}, expected true or false")
+    if scaled and rank > 0:  # peft divides by the root of the rank, we by the rank
+        alpha = alpha * math.sqrt(rank)
+    for target in targets:
+        if not isinstance(target, str) or target not in LORA_TARGETS:
+            raise UserError(
+                f"{note}: unknown LoRA target {target!r}{suggest(str(target), LORA_TARGETS)}"
+            )
+    order = list(LORA_TARGETS)
+    try:
+        return LoraConfig(
+            rank=rank, alpha=float(alpha), dropout=float(dropout),
+            targets=tuple(sorted(targets, key=order.index)),
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"{note}: {error}") from None
 
 
 class Adapted:
@@ -453,24 +547,7 @@ class Adapted:
     """
 
     def __init__(self, folder: Path, base: Source, mesh: Mesh):
-        note = folder / "adapter_config.json"
-        values = read_json_object(note)
-        for name, plain in _PLAIN.items():
-            if name in values and values[name] not in plain:
-                raise UserError(f"{note}: {name} is {values[name]!r}; only {plain[0]!r} is known")
-        targets = values.get("target_modules")
-        try:
-            assert isinstance(targets, list)
-            order = list(LORA_TARGETS)
-            lora = LoraConfig(
-                rank=int(values["r"]), alpha=float(values["lora_alpha"]),
-                dropout=float(values.get("lora_dropout", 0.0)),
-                targets=tuple(sorted(targets, key=lambda t: order.index(t) if t in order else 99)),
-            )  # fmt: skip
-        except (AssertionError, KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{note} must have r, lora_alpha, and target_modules as a list of layers"
-            ) from None
+        lora = _adapter_config(folder / "adapter_config.json")
         self._base, theirs = base, base.cfg.llama.lora
         llama = dataclasses.replace(base.cfg.llama, lora=lora)
         self.cfg, self.tokenizer = dataclasses.replace(base.cfg, llama=llama), base.tokenizer

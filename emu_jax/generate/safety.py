@@ -48,8 +48,9 @@ def _load(folder: Path) -> Checker:
     try:
         model = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker").eval()
         processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the safety checker in {folder}: {error}") from None
+    except Exception as error:  # what a damaged file leads to is up to three libraries
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+        raise UserError(f"cannot read the safety checker in {folder}: {reason}") from None
 
     def check(pictures: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
         seen = processor(list(pictures), return_tensors="pt").pixel_values
