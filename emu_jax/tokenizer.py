@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
-from emu_jax.config import UserError, sync
+from emu_jax.config import UserError, refuse_stand_in, sync
 
 PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
 USER, ASSISTANT = "[USER]", "[ASSISTANT]"
@@ -84,6 +84,8 @@ class Tokenizer:
         """
         directory = Path(directory)
         files = {n: (directory / n).read_bytes() for n in _FILES if (directory / n).is_file()}
+        for name in files:
+            refuse_stand_in(directory / name)
         try:
             if instruct is None and (directory / _OURS).is_file():
                 instruct = bool(json.loads((directory / _OURS).read_text())["instruct"])

@@ -1,10 +1,13 @@
 """Config files and the command line's overrides on top of them."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
-from emu_jax.config import EmuConfig, LlamaConfig, UserError, digits
+from emu_jax import checkpoint
+from emu_jax.config import EmuConfig, LlamaConfig, UserError, digits, shipped, to_dict
 from emu_jax.train.config_file import load_config, read_config
 
 SOURCE = """
@@ -112,6 +115,58 @@ def test_missing_file_suggests_its_neighbour(config_file):
     with pytest.raises(UserError) as error:
         read_config(path, [])
     assert str(error.value) == f"no config file {path}; did you mean 'digits'?"
+
+
+def test_a_config_of_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_config(Path("configs/digits.py"), []) == read_config(
+        shipped("configs") / "digits.py", []
+    )
+    with pytest.raises(UserError, match="did you mean 'digits'"):
+        read_config(Path("configs/digit.py"), [])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'a': 1})\n"
+    )
+    assert read_config(Path("configs/digits.py"), []).a == 1  # one's own comes first
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("llama.heads", 3, "llama.width = 128 must be a multiple of twice llama.heads = 6"),
+        ("llama.heads", 0, "llama.heads = 0 must be positive"),
+        ("llama.width", -128, "llama.width = -128 must be positive"),
+        ("llama.width", 10**12, "llama.width = 1000000000000 must be at most 1048576"),
+        ("llama.layers", 10**6, "llama.layers = 1000000 must be at most 4096"),
+        ("llama.rope_theta", float("nan"), "llama.rope_theta = nan must be positive, and finite"),
+        ("llama.eps", float("inf"), "llama.eps = inf"),
+        ("llama.rope_dtype", "bfloat61", "did you mean 'bfloat16'"),
+        ("llama.lora", {"alpha": float("nan")}, "LoRA alpha nan"),
+        ("llama.lora", {"rank": 10**9}, "llama.lora.rank"),
+        ("tokens.image", 10**6, "tokens .* must be different ids below llama.vocab_size = 350"),
+        ("tokens.img", 2, "must be different ids"),
+        ("vision.head_width", 25, "vision.width = 96 must be a multiple"),
+        ("vision.image_size", 33, "must be a multiple of vision.patch_size"),
+        ("unet.block_out_channels", [48, 90], "= 90 must be a multiple of unet.norm_num_groups"),
+        ("unet.block_out_channels", [48], "one entry for each level"),
+        ("unet.block_out_channels", [], "must not be empty"),
+        ("scheduler.beta_end", -1.0, "scheduler.beta_end = -1.0 must be positive"),
+    ],
+)
+def test_impossible_models_are_one_line(tmp_path, key, value, message):
+    """As edited in a run's config.json: the line names the file and the key."""
+    config = to_dict(digits(346))
+    *groups, last = key.split(".")
+    node = config
+    for group in groups:
+        node = node[group]
+    node[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load_config(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
 @dataclasses.dataclass(frozen=True)

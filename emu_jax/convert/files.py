@@ -685,8 +685,9 @@ def _check(key: str, tensor: np.ndarray, shape: Shape) -> None:
         raise AssertionError(f"{key} is {tensor.shape}, announced {shape}")
 
 
-def blocks(tensor: np.ndarray, dtype: np.dtype, limit: int = _BLOCK) -> Iterator[memoryview]:
-    """Yields a tensor's bytes in C order, in another dtype if need be, about `limit` at once."""
+def blocks(tensor: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:
+    """Yields a tensor's bytes in C order, in another dtype if need be, some MiB at once."""
+    limit = _BLOCK
     if tensor.ndim == 0:
         tensor = tensor.reshape(1)
     if tensor.flags.c_contiguous and tensor.dtype == dtype:
@@ -697,7 +698,7 @@ def blocks(tensor: np.ndarray, dtype: np.dtype, limit: int = _BLOCK) -> Iterator
     row = math.prod(tensor.shape[1:]) * dtype.itemsize
     if row > limit and tensor.ndim > 1:
         for part in tensor:
-            yield from blocks(part, dtype, limit)
+            yield from blocks(part, dtype)
         return
     rows = max(1, limit // max(row, 1))
     for start in range(0, len(tensor), rows):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import UserError, from_dict, suggest, to_dict
+from emu_jax.config import UserError, from_dict, shipped, suggest, to_dict
 from emu_jax.hardware import CHIPS
 
 T = TypeVar("T")
@@ -66,7 +66,10 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def _run(path: Path) -> Any:
-    """What the file's `get_config()` returns."""
+    """Returns what the file's `get_config()` returns. A relative `configs/NAME.py` that does not
+    exist is the one that comes with the package."""
+    if not path.is_file() and path.parts[:1] == ("configs",):
+        path = shipped("configs").joinpath(*path.parts[1:])
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.py"))
         hint = suggest(path.stem, known) if known else ""
