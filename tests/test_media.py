@@ -266,6 +266,13 @@ ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
         "1\n00:00:01,000 --> 00:00:02,000\n42\n2\n00:00:03,000 --> 00:00:04,000\n2\n",
         {1: "42", 3: "2"}, {},
     ),
+    "wrong numbers, no blank lines": (
+        ONE + "7\n00:00:03,000 --> 00:00:04,000\ntwo\n", {1: "one", 3: "two"}, {},
+    ),
+    "WebVTT, no blank lines": (
+        "WEBVTT\n\n00:01.000 --> 00:02.000\none\n00:03.000 --> 00:04.000\ntwo\n",
+        {1: "one", 3: "two"}, {},
+    ),
     "blank lines everywhere": (
         (cue(1, "one\ntwo") + cue(2, "three")).replace("\n", "\r\r\n"),
         {1: "one two", 2: "three"}, {},
