@@ -974,6 +974,14 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
             batches.restore({"kind": "captions", "step": 0, "groups": [[0, 0]]})
         with pytest.raises(UserError, match="position is of 2 groups of sources, this run has 1"):
             batches.restore({"kind": "rows", "step": 0, "groups": [[0, 0], [0, 0]]})
+        for step, groups in (
+            ("1", [[0, 0]]), (-1, [[0, 0]]), (True, [[0, 0]]), (0, None), (0, {}), (0, [[0]]),
+            (0, [0, 0]), (0, [[0, "1"]]), (0, [[0, 1.5]]), (0, [[-1, 0]]), (None, [[0, 0]]),
+        ):  # fmt: skip
+            with pytest.raises(UserError, match="the checkpoint's data position is damaged"):
+                batches.restore({"kind": "rows", "step": step, "groups": groups})
+        with pytest.raises(UserError, match="is row 1000 of block 0, where these sources have no"):
+            batches.restore({"kind": "rows", "step": 9, "groups": [[0, 1000]]})
 
 
 def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokenizer):

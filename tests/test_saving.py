@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from emu_jax import integrity
 from emu_jax.config import UserError
 from emu_jax.train.saving import Checkpoints
 
@@ -155,6 +157,58 @@ def test_a_failed_save_is_noticed_beside_the_steps(small_files):
                 time.sleep(0.05)
                 checkpoints.check()
             pytest.fail("nobody heard of it")
+
+
+def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
+    """At most one copy of the state is in memory, however often a run saves; and it stays one
+    until the step was read back."""
+    entered, go_on = threading.Event(), threading.Event()
+    unreadable_arrays = integrity.unreadable_arrays
+
+    def slow(item, *share):
+        entered.set()
+        assert go_on.wait(60)
+        return unreadable_arrays(item, *share)
+
+    monkeypatch.setattr(integrity, "unreadable_arrays", slow)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        begun = []
+        save = checkpoints._checkpointer.save
+        checkpoints._checkpointer.save = lambda place, args: (
+            begun.append(place),
+            save(place, args),
+        )
+
+        def run() -> None:
+            for step in (1, 2):
+                checkpoints.save(step, items(step))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert entered.wait(60)
+        checkpoints.check()  # waits for nothing
+        time.sleep(0.2)
+        assert begun == [tmp_path / "1"] and (tmp_path / "1").is_dir()
+        go_on.set()
+        thread.join()
+        assert begun == [tmp_path / "1", tmp_path / "2"]
+        checkpoints.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
+
+
+def test_an_older_step_goes_only_after_the_newer_one_was_read_back(tmp_path, monkeypatch):
+    write(tmp_path, [1])
+    checked = []
+    unreadable_arrays = integrity.unreadable_arrays
+
+    def look(item, *share):
+        checked.append((tmp_path / "1").is_dir())
+        return unreadable_arrays(item, *share)
+
+    monkeypatch.setattr(integrity, "unreadable_arrays", look)
+    write(tmp_path, [2], keep=1)
+    assert checked == [True]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
