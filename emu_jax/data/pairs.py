@@ -43,6 +43,7 @@ _MOST = (storage.MOST_IMAGE, storage.MOST_VIDEO, storage.MOST_TEXT, storage.MOST
 # Keys of a sample's JSON, the first that holds words: img2dataset's and LAION's.
 _CAPTIONS = ("caption", "text", "top_caption", "TEXT")
 _BOARD_META = "final_meta.json"
+_Spans = list[list[int]]  # [role, (offset, size)]
 
 
 class Pairs(Source):
@@ -96,13 +97,14 @@ class Pairs(Source):
         self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
-        if self._spans[index, _BOARD, 1]:
-            return self._board(index, wanted)
-        words, unused = self._words(index)
-        picture = self._member(index, _PICTURE)
+        spans = self._spans[index].tolist()
+        if spans[_BOARD][1]:
+            return self._board(index, spans, wanted)
+        words, unused = self._words(index, spans)
+        picture = self._member(index, spans, _PICTURE)
         if picture is not None:
             return Document((Picture(picture), *words), unused)
-        content = self._member(index, _VIDEO)
+        content = self._member(index, spans, _VIDEO)
         assert content is not None  # or the sample would be damaged
         video = Video(content, self.where(index))
         shown = sample_frames(video, self._frames, seed)
@@ -110,20 +112,21 @@ class Pairs(Source):
         return Document(parts, (*unused, *video.unused))
 
     def sketch(self, index: int) -> Document:
-        if self._spans[index, _BOARD, 1]:
-            return self._board(index, ())
-        words, unused = self._words(index)
-        pictures = 1 if self._spans[index, _PICTURE, 1] else self._frames
+        spans = self._spans[index].tolist()
+        if spans[_BOARD][1]:
+            return self._board(index, spans, ())
+        words, unused = self._words(index, spans)
+        pictures = 1 if spans[_PICTURE][1] else self._frames
         return Document((*[Picture(b"")] * pictures, *words), unused)
 
-    def _words(self, index: int) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:
+    def _words(self, index: int, spans: _Spans) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:
         where = self.where(index)
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
         unused: list[Unused] = []
-        if self._spans[index, _PICTURE, 1] and self._spans[index, _VIDEO, 1]:
+        if spans[_PICTURE][1] and spans[_VIDEO][1]:
             unused.append(Unused("other member", "a video beside the picture"))
-        for caption in self._captions(index, where):
+        for caption in self._captions(index, spans, where):
             words = [caption] if isinstance(caption, str) else caption
             words = [w for w in words if w.strip()]
             if words:
@@ -133,11 +136,11 @@ class Pairs(Source):
             raise Damaged("incomplete sample", where, "no caption")
         return (), (*unused, Unused("no caption"))
 
-    def _captions(self, index: int, where: str) -> Iterator[str | list[str]]:
+    def _captions(self, index: int, spans: _Spans, where: str) -> Iterator[str | list[str]]:
         """Where the words may be, in order of preference; several that say the same in a list."""
-        if not self._caption_key and (content := self._member(index, _TEXT)) is not None:
+        if not self._caption_key and (content := self._member(index, spans, _TEXT)) is not None:
             yield utf8(content, where)
-        content = self._member(index, _JSON)
+        content = self._member(index, spans, _JSON)
         values = {} if content is None else parse_object(content, where)
         for key in (self._caption_key,) if self._caption_key else _CAPTIONS:
             value = values.get(key)
@@ -146,12 +149,14 @@ class Pairs(Source):
             elif isinstance(value, list):
                 yield [word for word in value if isinstance(word, str)]
 
-    def _board(self, index: int, wanted: Collection[int] | None) -> Document:
+    def _board(
+        self, index: int, spans: _Spans, wanted: Collection[int] | None
+    ) -> Document:  # fmt: skip
         """A storyboard; its pictures are empty but for those wanted."""
         path, where = self.paths[self._files[index]], self.where(index)
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
-        first, size = self._spans[index, _BOARD].tolist()
+        first, size = spans[_BOARD]
         found: dict[tuple[int, str], Member] = {}
         key = None
         for member in members(path, first, first + size):
@@ -174,8 +179,8 @@ class Pairs(Source):
                 unused.append(Unused("missing image", f"{key}.{number}"))
         return Document(tuple(parts), tuple(unused))
 
-    def _member(self, index: int, role: int) -> bytes | None:
-        offset, size = self._spans[index, role].tolist()
+    def _member(self, index: int, spans: _Spans, role: int) -> bytes | None:
+        offset, size = spans[role]
         if not size:
             return None
         member = Member("", offset, size, True)
