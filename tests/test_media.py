@@ -418,6 +418,8 @@ def test_damaged_subtitles():
     for content, message in (
         (b"no times here", "malformed subtitles.*'no times here'"), (b"1\n2\n", "malformed"),
         (b"{10}{20}frames", "malformed"), (b"00:00:xx --> 00:00:02,000\nlost\n", "malformed"),
+        # Japanese or Korean: a guess would be a coin toss.
+        (cue(1, "昨日の夜はどこにいましたか\nわかりません").encode("shift_jis"), "invalid UTF-8"),
         (b"<tt><p", "invalid XML"), (bytes(range(128, 256)) * 3, "invalid UTF-8"),
         (b"<tt>" * 9999 + b"</tt>" * 9999, "malformed"),
     ):  # fmt: skip
