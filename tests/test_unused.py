@@ -18,6 +18,7 @@ from emu_jax.data.outlines import Outlines
 from emu_jax.data.pipeline import Batches
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.unused import EXAMPLES, Tally
+from emu_jax.data.video import storyboard
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"
@@ -290,3 +291,13 @@ def test_tallies_add_up():
 def test_settings_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="'sources.0.allow_missing' must name .*'pictures'"):
         DataConfig(sources=(SourceConfig("a", allow_missing=("pictures",)),)).check()
+
+
+def test_the_first_sheet_tells_how_large_a_tile_is():
+    """Whatever shape the video has: here the last sheet is padded."""
+    file = io.BytesIO()
+    Image.new("RGB", (80, 16)).save(file, "PNG")
+    ((_, frame),) = storyboard(
+        file.getvalue(), 2, 2, [(0, 1.0)], "a board", held=1, full=file.getvalue()
+    )
+    assert Image.open(io.BytesIO(frame)).size == (40, 8)
