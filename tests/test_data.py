@@ -987,8 +987,8 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
 def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokenizer):
     """Each epoch has every row once, condition and latents of one image together."""
     model = EmuConfig(
-        cformer=CFormerConfig(n_causal=2), llama=LlamaConfig(width=3), unet=None,
-        vae=VAEConfig(sample_size=4, block_out_channels=(8, 8), latent_channels=1),
+        cformer=CFormerConfig(n_causal=2), llama=LlamaConfig(width=6, heads=1), unet=None,
+        vae=VAEConfig(sample_size=4, block_out_channels=(8, 8), latent_channels=1, norm_num_groups=8),
     )  # fmt: skip
     condition, latents = latent_shapes(model)
     for process in range(2):

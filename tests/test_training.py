@@ -23,7 +23,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint
-from emu_jax.config import LORA_TARGETS, LoraConfig, SchedulerConfig, UserError, digits, save_json
+from emu_jax.config import (
+    LORA_TARGETS,
+    LoraConfig,
+    SchedulerConfig,
+    TokenIds,
+    UserError,
+    digits,
+    save_json,
+)
 from emu_jax.data.images import normalize_images
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import Emu
@@ -656,8 +664,9 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
     model = digits()
     vae = dataclasses.replace(model.vae, scaling_factor=0.125)
     theirs = dataclasses.replace(
-        model, vae=vae, llama=dataclasses.replace(model.llama, vocab_size=10, vocab_multiple=8)
-    )
+        model, vae=vae, llama=dataclasses.replace(model.llama, vocab_size=10, vocab_multiple=8),
+        tokens=TokenIds.after(6),
+    )  # fmt: skip
     params = {
         "llama.embed_tokens.embedding": normal(16, 4), "llama.lm_head.kernel": normal(4, 16),
         "llama.norm.scale": normal(4), "visual.head.kernel": normal(4, 4),
