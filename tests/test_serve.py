@@ -386,6 +386,63 @@ def test_a_late_answer_never_ends_as_done():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    "host, allowed",
+    [("127.0.0.1", True), ("127.0.0.2", True), ("LOCALHOST", True), ("0.0.0.0", False)],
+)
+def test_a_server_on_the_loopback_answers_to_its_names_alone(host, allowed):
+    """However the loopback is spelled: a page whose name leads here must not reach the model."""
+    sockets = listen(host, 0)
+    try:
+        hosts = serving.allowed_hosts(host, sockets)
+    finally:
+        for opened in sockets:
+            opened.close()
+    if not allowed:
+        assert hosts == ("*",)
+        return
+    assert {host, "localhost", "127.0.0.1"} <= set(hosts) and "*" not in hosts
+
+
+def test_pages_of_other_sites_are_granted_nothing(emu):
+    """Browsers ask before they send JSON elsewhere; the answer names no site."""
+    origin = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    plain = {"origin": "https://evil.example", "content-type": "text/plain"}
+    asked, sent = ask(
+        emu, ("/api/chat", None, {"method": "OPTIONS", "headers": origin}),
+        ("/api/chat", chat({"text": "a"}), {"headers": plain}),
+    )  # fmt: skip
+    assert (asked[0], sent[0]) == (405, 415)
+    assert not any(name.startswith(b"access-control") for _, _, h in (asked, sent) for name in h)
+
+
+def test_a_body_that_is_late_already_is_not_refused_twice():
+    """One whose time is over takes up room until its request runs again."""
+
+    async def run():
+        loop, bodies = asyncio.get_running_loop(), serving._Bodies(LIMITS)
+        failed = []
+
+        async def late():
+            async with asyncio.timeout(None) as timeout:
+                bodies._sizes |= {timeout: 10**9, asyncio.timeout(None): 1}
+                timeout.reschedule(loop.time())
+                loop.call_soon(make_room)  # the timeout expires first
+                await asyncio.sleep(9)
+
+        def make_room():
+            try:
+                bodies._make_room()
+            except RuntimeError as error:
+                failed.append(error)
+
+        with pytest.raises(TimeoutError):
+            await late()
+        assert not failed and len(bodies._sizes) == 1
+
+    asyncio.run(run())
+
+
 def test_a_request_may_be_addressed_in_ipv6(emu):
     headers = {"host": "[::1]:8000"}
     ((status, _, _),) = ask(emu, ("/api/about", None, {"method": "GET", "headers": headers}))

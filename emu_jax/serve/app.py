@@ -15,7 +15,8 @@ import io
 import ipaddress
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ _NOTHING = object()
 
 
 def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
-    """The application; requests must be addressed to one of `hosts` (`*`: any), so that no
-    page of another site can reach a server on this machine by a name of its own.
+    """Builds the application. Its `state.worker` is the `Worker` that answers.
 
-    `state.worker` of it is the `Worker` that answers.
+    Args:
+        hosts: names that a request's Host header may have, or `*` for any. With names, a page of
+            another site cannot reach a server on this machine by pointing its own name here.
     """
     worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
@@ -149,9 +151,9 @@ def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
         # Row by row, and in few shapes: whatever is asked for, a handful of programs is compiled.
         emu = load(checkpoint, batch_size=1)
         emu.shapes = Shapes(length=64, images=limits.pictures, new_tokens=limits.new_tokens)
-        hosts = LOOPBACK if host in LOOPBACK else ("*",)
+        hosts = allowed_hosts(host, sockets)
         if hosts == ("*",):
-            log.warning("whoever reaches %s may use this server: it asks nobody who they are", host)
+            log.warning("there is no authentication: anyone who can reach %s can use it", host)
         address = f"[{host}]" if ":" in host else host
         port = sockets[0].getsockname()[1]
         log.info("emu-jax serves %s at http://%s:%d", checkpoint, address, port)
@@ -161,6 +163,15 @@ def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
         finally:
             app.state.worker.stop()
             app.state.worker.close(timeout=STOP_SECONDS)
+
+
+def allowed_hosts(host: str, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
+    """Returns the `hosts` of `make_app` for a server at these sockets: the loopback's names and
+    `host` where it listens on the loopback alone, else any."""
+    addresses = [opened.getsockname()[0].partition("%")[0] for opened in sockets]
+    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        return tuple(dict.fromkeys((*LOOPBACK, host, *addresses)))
+    return ("*",)
 
 
 def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
@@ -181,9 +192,11 @@ class _Bodies:
         self._sizes: dict[asyncio.Timeout, int] = {}  # of those that arrive, the oldest first
 
     async def read(self, request: Request) -> bytes:
-        """
+        """Reads a request's body.
+
         Raises:
-            Refused: it is no JSON by its header, too large, too slow, or the oldest of too many.
+            Refused: its header does not say JSON, it is too large or too slow, or it has been
+                arriving the longest when all bodies together are too large.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -211,7 +224,8 @@ class _Bodies:
         while sum(self._sizes.values()) > self._limits.bodies_bytes and len(self._sizes) > 1:
             oldest = next(iter(self._sizes))
             del self._sizes[oldest]
-            oldest.reschedule(asyncio.get_running_loop().time())
+            if not oldest.expired():  # else its request is about to end by itself
+                oldest.reschedule(asyncio.get_running_loop().time())
 
     def _too_large(self) -> Refused:
         return Refused(413, f"the request is larger than {self._limits.body_bytes} bytes")
@@ -259,8 +273,8 @@ class _PerClient:
 
 
 def _client(scope: Scope) -> str:
-    """Who asks, by address: of IPv6 the network of one host. "" for the loopback, where whole
-    networks come from behind a proxy."""
+    """Returns the client's address, or its /64 network for IPv6. Returns "" for the loopback, where
+    all clients of a proxy have one address."""
     try:
         address = ipaddress.ip_address((scope.get("client") or ("",))[0].partition("%")[0])
     except ValueError:
@@ -275,10 +289,10 @@ def _client(scope: Scope) -> str:
 
 
 async def _first(request: Request, parts: AsyncIterator[Any]) -> list[Any]:
-    """The first part of an answer, if it has one.
+    """Waits for the first part of an answer; returns [] if the answer is empty.
 
     Raises:
-        ClientDisconnect: the client has gone; it gives its place in the line up.
+        ClientDisconnect: the client has gone. Its place in the line is free.
         Refused: there is no answer.
     """
     waiting = asyncio.ensure_future(anext(parts, _NOTHING))  # type: ignore[call-overload]
