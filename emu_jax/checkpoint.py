@@ -147,8 +147,11 @@ def fingerprint(path: Path) -> str:
     For a run directory these are config.json, tokenizer/, safety_checker/ and the newest step's
     `params` and `ema`, with those of its bases. For a release they are its weights, model
     configurations and tokenizer. Paths, times and optimizer state do not count, so a copy has the
-    fingerprint of its original. Every byte is read once, about as fast as `load` reads it. A path
-    that does not exist has the fingerprint of nothing.
+    fingerprint of its original. A path that does not exist has the fingerprint of nothing.
+
+    The checksums that a step was saved with stand for its arrays: each save names their chunks at
+    random, and `load` checks them. Of a release, and of a step without checksums, every byte is
+    read once, about as fast as `load` reads it.
 
     Raises:
         UserError: a base of the run directory is missing.
@@ -177,20 +180,29 @@ def _contents(path: Path) -> list[tuple[str, str]]:
             if p.suffix in _RELEASE_WEIGHTS or p.name in _RELEASE_SETTINGS
         )  # fmt: skip
         return _hashes(path, counts)
-    step = path / str(latest_step(path))
     own = _hashes(path, [path / "config.json", *_files(path / "tokenizer"),
                          *_files(path / "safety_checker")])  # fmt: skip
-    weights = [
-        (f"{item}/{name}", content)
-        for item in ("ema", "params")
-        for name, content in _hashes(step / item, _files(step / item))
-    ]
+    weights = _weights(path / str(latest_step(path)))
     bases = [
         (f"base {tower} {name}", content)
         for tower, base in sorted(base_of(path).items())
         for name, content in _contents(base)
     ]
     return own + weights + bases
+
+
+def _weights(step: Path) -> list[tuple[str, str]]:
+    """`_contents` of a step: as its checksums have them, or else as its files are."""
+    try:
+        stored = json.loads((step / integrity.CHECKSUMS).read_text())["sha256"]
+        weights = sorted((n, c) for n, c in stored.items() if n.startswith(("ema/", "params/")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # older, or damaged
+        weights = []
+    return weights or [
+        (f"{item}/{name}", content)
+        for item in ("ema", "params")
+        for name, content in _hashes(step / item, _files(step / item))
+    ]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from eval_data import CAPTIONS, LAYOUTS, draw, write
 from flax import nnx
 from PIL import Image
 
-from emu_jax import cli, config
+from emu_jax import cli, config, integrity
 from emu_jax.checkpoint import fingerprint
 from emu_jax.config import UserError
 from emu_jax.data.images import load_image, normalize_images
@@ -692,6 +692,22 @@ def test_a_fingerprint_is_of_what_a_model_computes_with(tmp_path):
         assert (fingerprint(run) != first) == is_used, path
         path.write_text(content)
     assert fingerprint(run) == first != fingerprint(tmp_path / "nothing")
+
+    # Checksums stand for the arrays: no host reads them again to know which they are.
+    manifest, chunk = run / "12/params/manifest", run / "12/params/d/aa"
+    manifest.write_text("a")
+    integrity.seal(run / "12")
+    sealed, content = fingerprint(run), chunk.read_text()
+    chunk.unlink()
+    assert fingerprint(run) == sealed
+    chunk.write_text(content)
+    for change, is_used in ((manifest, True), (run / "12/optimizer/manifest", False)):
+        change.write_text("b")
+        integrity.seal(run / "12")
+        assert (fingerprint(run) != sealed) == is_used, change
+        manifest.write_text("a")
+    (run / "12/checksums.json").write_text("{")
+    assert fingerprint(run) != fingerprint(tmp_path / "nothing")
 
     release = tmp_path / "release"
     (release / "unet").mkdir(parents=True)
