@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -1026,6 +1027,12 @@ def test_files_of_videos_are_known_by_their_end(end, tmp_path):
     frames = prompt.open_file(path)
     shown = [10 * n for n in frame_indices(9)]
     assert [round(np.asarray(f).mean() / 10) * 10 for f in frames] == shown
+
+
+def test_devices_and_pipes_are_no_parts():
+    """Reading one may never end."""
+    with pytest.raises(config.UserError, match="/dev/null: not a regular file"):
+        prompt.open_file(Path("/dev/null"))
 
 
 @pytest.mark.parametrize("side", [8, 13])

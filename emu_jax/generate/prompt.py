@@ -8,6 +8,7 @@ contexts of pictures on the right.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -62,12 +63,14 @@ def as_parts(prompt: Parts) -> list[Part]:
 
 
 def open_file(path: Path) -> Part:
-    """Reads a picture, or of a video the frames that the release shows. A file's content
+    """Reads an image, or of a video the frames that the release shows. A file's content
     decides which it is.
 
     Raises:
         UserError: it is neither, or cannot be read.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"cannot read {path}: not a regular file")  # a pipe may never end
     readers = [open_image, _video_file]
     if path.suffix.lower() in VIDEO_SUFFIXES:
         readers.reverse()
