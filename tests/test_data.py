@@ -988,7 +988,9 @@ def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokeni
     """Each epoch has every row once, condition and latents of one image together."""
     model = EmuConfig(
         cformer=CFormerConfig(n_causal=2), llama=LlamaConfig(width=6, heads=1), unet=None,
-        vae=VAEConfig(sample_size=4, block_out_channels=(8, 8), latent_channels=1, norm_num_groups=8),
+        vae=VAEConfig(
+            sample_size=4, block_out_channels=(8, 8), latent_channels=1, norm_num_groups=8
+        ),
     )  # fmt: skip
     condition, latents = latent_shapes(model)
     for process in range(2):
