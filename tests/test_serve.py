@@ -549,6 +549,27 @@ def test_what_nobody_waits_for_is_not_computed(emu):
     assert emu.given_up == emu.asked[:1] and sorted(emu.asked[1:]) == [5, 6]
 
 
+def test_others_are_served_while_an_image_is_encoded(emu):
+    started, served = threading.Event(), threading.Event()
+
+    class Slow:
+        def save(self, file, format):
+            started.set()
+            assert served.wait(2), "nobody was served"
+
+    emu.generate_image = lambda *_, **__: Slow()
+
+    async def run():
+        client = Client(make_app(emu, LIMITS))
+        drawn = asyncio.create_task(client("/api/draw", draw(1)))
+        await asyncio.to_thread(started.wait, 5)
+        assert (await client("/api/about", method="GET"))[0] == 200
+        served.set()
+        assert (await drawn)[0] == 200
+
+    asyncio.run(run())
+
+
 def test_clients_take_turns():
     done = []
 
