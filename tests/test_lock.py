@@ -109,6 +109,33 @@ def test_half_a_lock_file_is_waited_for_like_an_owner_elsewhere(path, quick):
     held.release()
 
 
+def test_the_heart_beats_on_after_storage_was_away_and_the_start_stays(path, quick, monkeypatch):
+    held = Lock(path)
+    held.acquire()
+    first = owner_of(path)
+    failed = threading.Event()
+
+    def fail(self, *_, **__):
+        if self.name != path.name:
+            raise OSError(5, "Input/output error", str(self))
+
+    def fail_too(self, **_):
+        failed.set()
+        fail(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        patch.setattr(Path, "unlink", fail_too)
+        assert failed.wait(20)
+    monkeypatch.setattr(lock.time, "strftime", lambda *_: "later")
+    for _ in range(200):
+        if (now := owner_of(path))["beat"] > first["beat"]:
+            break
+        time.sleep(0.05)
+    assert now["beat"] > first["beat"] and now | {"beat": 0} == first | {"beat": 0}
+    held.release()
+
+
 def test_the_lock_stays_fresh_and_a_run_that_lost_it_stops(tmp_path, quick):
     path = tmp_path / "lock.json"
     with pytest.raises(UserError, match="process 1 on other.* has taken over"):
@@ -127,6 +154,24 @@ def test_the_lock_stays_fresh_and_a_run_that_lost_it_stops(tmp_path, quick):
             elsewhere(path, pid=1)
             checkpoints.save(2, items(2))
     assert owner_of(path)["token"] == "x" and (tmp_path / "1").is_dir()
+
+
+def test_a_save_that_fails_because_the_lock_was_lost_leaves_the_other_job_alone(tmp_path):
+    step, half = tmp_path / "2", tmp_path / "4.orbax-checkpoint-tmp"
+
+    def fail() -> None:
+        raise OSError(2, "No such file or directory")
+
+    with pytest.raises(UserError, match="cannot save step 2"):
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints._lock._closed.set()  # this process is suspended
+            checkpoints._lock._thread.join()
+            elsewhere(tmp_path / "lock.json")
+            step.mkdir()
+            half.mkdir()
+            checkpoints._saving = 2
+            checkpoints._attempt(fail)
+    assert step.is_dir() and half.is_dir()
 
 
 def test_one_of_many_that_find_a_dead_owner_gets_the_lock(path, monkeypatch):

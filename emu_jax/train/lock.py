@@ -9,6 +9,7 @@ host only the heartbeat tells, so a new job watches that first.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ class Lock:
     def __init__(self, path: Path):
         self.path = path
         self._token = uuid.uuid4().hex
+        self._identity = _identity() | {"token": self._token}
         self._held = False
         self._lost = ""  # who has taken it over
         self._closed = threading.Event()
@@ -65,7 +67,11 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """Whether this process holds the lock, as far as it knows."""
+        """Whether this process holds the lock, and no other job has taken it over."""
+        if self._held and not self._lost:
+            owner = self._owner()
+            if owner and owner.get("token") != self._token:
+                self._lost = _name(owner)
         return self._held and not self._lost
 
     def check(self) -> None:
@@ -73,11 +79,7 @@ class Lock:
         Raises:
             UserError: another job has taken the lock over, as if this process were dead.
         """
-        if self.held:
-            owner = self._owner()
-            if owner and owner.get("token") != self._token:
-                self._lost = _name(owner)
-        if self._lost:
+        if not self.held and self._lost:
             raise UserError(
                 f"{self._lost} has taken over {self.path.parent}, where this process had not "
                 f"been heard of for {STALE_SECONDS:.0f} s: this one stops, to leave the "
@@ -108,7 +110,7 @@ class Lock:
 
     def _write(self, path: Path, mode: str) -> None:
         with path.open(mode) as file:
-            json.dump(_identity() | {"token": self._token, "beat": time.time()}, file)
+            json.dump(self._identity | {"beat": time.time()}, file)
             file.flush()
             os.fsync(file.fileno())
 
@@ -150,14 +152,13 @@ class Lock:
         temporary = self.path.with_name(f"{self.path.name}.{self._token}")
         while not self._closed.wait(BEAT_SECONDS):
             try:
-                owner = self._owner()
-                if owner and owner.get("token") != self._token:
-                    self._lost = _name(owner)
+                if not self.held:
                     return
                 self._write(temporary, "w")
                 temporary.replace(self.path)
             except OSError:  # a full disk, or storage that is away for a while
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
 
     def _refusal(self, owner: dict[str, Any]) -> UserError:
         return UserError(
