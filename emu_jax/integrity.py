@@ -12,6 +12,8 @@ checks its own share of the arrays.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import inspect
 import json
 import logging
 import os
@@ -25,7 +27,6 @@ from typing import Any
 
 import jax
 import tensorstore as ts
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from emu_jax.config import UserError, sync, write_text
 
@@ -53,8 +54,28 @@ def _metadata(
     return {"shape": global_shape, "chunk_grid": grid, "codecs": codecs}
 
 
-# Orbax has no setting for codecs. It reads any; this is where it chooses those that it writes.
-tensorstore_utils._build_zarr3_metadata = _metadata
+def _choose_codecs() -> None:
+    """Has orbax write `_metadata`. It reads any codecs, but has no setting for those it writes.
+
+    Raises:
+        UserError: this orbax chooses codecs elsewhere; its checkpoints would have no checksums.
+    """
+    try:
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        parameters = inspect.signature(tensorstore_utils._build_zarr3_metadata).parameters
+    except (ImportError, AttributeError):
+        parameters = {}
+    if list(parameters) != list(inspect.signature(_metadata).parameters):
+        version = importlib.metadata.version("orbax-checkpoint")
+        raise UserError(
+            f"orbax-checkpoint {version} would write checkpoints without checksums: "
+            "pip install orbax-checkpoint==0.12.8"
+        )
+    tensorstore_utils._build_zarr3_metadata = _metadata
+
+
+_choose_codecs()
 
 
 def check_path(directory: Path) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.experimental import v1
 
 from emu_jax import checkpoint, integrity
@@ -139,9 +140,7 @@ def test_every_flipped_bit_and_hole_that_changes_a_value_is_found(sound, tmp_pat
     workdir = shutil.copytree(sound, tmp_path / "run")
     rng, files = random.Random(7), files_of(sound)
     sizes = [(sound / file).stat().st_size for file in files]
-    for number in range(
-        __import__("os").environ.get("N") and int(__import__("os").environ["N"]) or 550
-    ):
+    for number in range(550):
         # Half of them anywhere, half in each file alike.
         file = rng.choices(files, sizes)[0] if number % 2 else files[number % len(files)]
         content = (sound / file).read_bytes()
@@ -156,6 +155,16 @@ def test_the_host_that_writes_an_array_adds_checksums_to_its_chunks(sound, tmp_p
     v1.partial.finalize(tmp_path / "new")
     for item in (sound / "2" / "params", sound / "2" / "optimizer", tmp_path / "new" / "state"):
         assert integrity._has_checksums(item)
+
+
+@pytest.mark.parametrize("theirs", [None, lambda shape, chunk_shape: {}])
+def test_an_orbax_that_would_write_no_checksums_is_refused(theirs, monkeypatch):
+    if theirs is None:
+        monkeypatch.delattr(tensorstore_utils, "_build_zarr3_metadata")
+    else:
+        monkeypatch.setattr(tensorstore_utils, "_build_zarr3_metadata", theirs)
+    with pytest.raises(UserError, match=r"orbax-checkpoint [\d.]+ would write .* pip install orb"):
+        integrity._choose_codecs()
 
 
 def test_shares_of_a_step_are_read_once(sound):
