@@ -1200,6 +1200,20 @@ def test_an_existing_destination_is_kept_unless_told_otherwise(instruct_file, tm
         convert(tmp_path / "empty", tmp_path / "other")
 
 
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "back\\slash"])
+def test_a_run_directory_that_nothing_could_read_is_refused_at_the_start(name, tmp_path, capsys):
+    dst, nowhere = str(tmp_path / name), str(tmp_path / "nowhere")
+    for command in (
+        ["convert", nowhere, dst],
+        ["init", dst, "--llama", nowhere, "--eva-clip", nowhere, "--sd", nowhere],
+    ):
+        assert cli.main(command) == 2
+        assert "the path contains " in capsys.readouterr().err
+    assert cli.main(["convert", nowhere, dst, "--to", "emu"]) == 2  # no run directory
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def save_legacy(tensors, path):
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
 

@@ -82,6 +82,8 @@ def convert(
             cannot express, or `dst` exists. `dst` is as it was.
     """
     src, dst = Path(src), Path(dst)
+    if to == "jax":
+        integrity.check_path(dst)
     with report() as made, replacing(dst, overwrite) as temporary:
         mesh = mesh or make_mesh()
         source = open_source(

@@ -20,6 +20,7 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 
+from emu_jax import integrity
 from emu_jax.config import (
     CFormerConfig,
     EmuConfig,
@@ -68,6 +69,7 @@ def init(
         UserError: a parent is missing, damaged or does not fit; `dst` is as it was.
     """
     dst = Path(dst)
+    integrity.check_path(dst)
     with engine.report() as made, engine.replacing(dst, overwrite) as temporary:
         parents = Parents(
             Path(llama), Path(eva_clip), Path(sd), mesh or make_mesh(),
