@@ -510,6 +510,16 @@ def sync(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
+def sync_tree(path: Path) -> None:
+    """Waits until a local file, or everything in a directory, is on the disk."""
+    if not path.is_dir():
+        sync(path)
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync(os.path.join(folder, name))
+        sync(folder)
+
+
 def save_json(config: Any, path: Path) -> None:
     """Writes `config` atomically."""
     write_text(path, json.dumps(to_dict(config), indent=1) + "\n")

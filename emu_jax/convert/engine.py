@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from emu_jax import integrity
-from emu_jax.config import UserError, save_json
+from emu_jax.config import UserError, save_json, sync, sync_tree
 from emu_jax.convert import export, files
 from emu_jax.convert.arrays import ArrayWriter
 from emu_jax.convert.source import (
@@ -247,10 +247,12 @@ def replacing(dst: Path, overwrite: bool) -> Iterator[Path]:
         if not single:
             temporary.mkdir()
         yield temporary
+        sync_tree(temporary)  # before what it replaces is removed
         try:
             if place.exists():
                 place.rename(aside)
             temporary.rename(place)
+            sync(place.parent)
         except BaseException:
             if aside.exists() and not place.exists():
                 aside.rename(place)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from emu_jax import checkpoint
-from emu_jax.config import EmuConfig, UserError, suggest
+from emu_jax.config import EmuConfig, UserError, suggest, sync, sync_tree, write_text
 from emu_jax.train.config import TrainConfig
 
 # Where a tower of the module has its configuration.
@@ -109,15 +109,16 @@ def carry(cfg: TrainConfig, workdir: Path) -> None:
     how the model that is tuned generates."""
     settings = Path(cfg.init_from) / "generation.json"
     if cfg.init_from and settings.is_file() and not (workdir / settings.name).exists():
-        shutil.copy2(settings, workdir / "generation.tmp")
-        (workdir / "generation.tmp").rename(workdir / settings.name)
+        write_text(workdir / settings.name, settings.read_text(encoding="utf-8"))
     for tower in cfg.parents:
         source, copy = parent_of(cfg, workdir, tower) / "release", workdir / "release"
         if source.is_dir() and not copy.exists():
             temporary = workdir / "release.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(source, temporary)
+            sync_tree(temporary)
             temporary.rename(copy)
+            sync(workdir)
 
 
 def note_base(cfg: TrainConfig, workdir: Path) -> None:
