@@ -1102,6 +1102,18 @@ def test_seeds_reproduce_on_every_mesh(model, words, small):
                 assert p == q if isinstance(p, str) else np.abs(p.astype(int) - q).max() <= 1
 
 
+def test_a_safety_checker_that_cannot_be_read_is_one_line(tmp_path):
+    """It is not left out: what it would have found would be shown."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path / "safety_checker"
+    folder.mkdir()
+    for content in ("{", "{}"):  # damaged; whole, but its weights are missing
+        (folder / "config.json").write_text(content)
+        with pytest.raises(config.UserError, match="cannot read the safety checker in ") as told:
+            find_checker(tmp_path)
+        assert "\n" not in str(told.value)
+
+
 def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
     """diffusers' own: what it finds is black, the rest is as it was painted."""
     import torch

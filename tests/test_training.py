@@ -7,6 +7,7 @@ with the real ones, they are compared in test_training_oracle.py.
 """
 
 import dataclasses
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from emu_jax import checkpoint
+from emu_jax import checkpoint, integrity
 from emu_jax.config import (
     LORA_TARGETS,
     LoraConfig,
@@ -278,6 +279,19 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path):
     for path, value in child.items():
         inherited = path in average and path.startswith("llama.")
         assert np.array_equal(value, average.get(path)) == inherited, path
+
+
+def test_a_data_position_of_another_step_is_refused(toy, tmp_path):
+    cfg = dataclasses.replace(TOY, steps=2, checkpoint_every=2)
+    train(cfg, tmp_path)
+    for position in ({"step": 1}, {"batch": 3}):
+        (tmp_path / "2" / "position" / "metadata").write_text(json.dumps(position))
+        integrity.seal(tmp_path / "2")
+        (found,) = position.values()
+        message = f"{tmp_path / '2'} holds the data position after {found} batches, not after 2"
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(cfg, steps=3), tmp_path)
+    assert (tmp_path / "2").is_dir() and not (tmp_path / "3").exists()
 
 
 def test_a_loss_that_stays_infinite_ends_the_run(toy, tmp_path, monkeypatch):
