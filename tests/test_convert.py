@@ -1108,6 +1108,27 @@ def test_a_failed_swap_puts_the_old_destination_back(kind, tmp_path, monkeypatch
     assert [p.name for p in dst.iterdir()] == ["new"] and dst.is_symlink() == (kind == "link")
 
 
+def test_what_replaces_a_destination_is_on_the_disk_first(tmp_path, monkeypatch):
+    dst, synced, rename = tmp_path / "dst", set(), Path.rename
+    wanted = {"new", "deep", "dst"}
+
+    def checked(self, target):
+        assert wanted <= synced
+        return rename(self, target)
+
+    dst.mkdir()
+    monkeypatch.setattr("emu_jax.config.sync", lambda path: synced.add(Path(path).name))
+    monkeypatch.setattr(Path, "rename", checked)
+    with engine.replacing(dst, True) as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "new").write_text("")
+    assert (dst / "deep" / "new").is_file()
+    wanted = {"a.pt"}
+    with engine.replacing(tmp_path / "a.pt", False) as temporary:
+        temporary.write_text("")
+    assert (tmp_path / "a.pt").is_file()
+
+
 def test_a_source_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot access .*nowhere"):
         with engine.replacing(tmp_path / "dst", False):

@@ -724,6 +724,27 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
     assert adopted.model.vae.scaling_factor == 0.125
 
 
+def test_what_a_parent_carries_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    parent, workdir, synced, rename = tmp_path / "parent", tmp_path / "run", [], Path.rename
+    (parent / "release" / "files").mkdir(parents=True)
+    (parent / "release" / "files" / "Emu.json").write_text("{}")
+    (parent / "generation.json").write_text('{"num_beams": 2}')
+    workdir.mkdir()
+
+    def checked(self, target):
+        assert ("Emu.json" if self.name == "release.tmp" else ".generation.json.tmp") in synced
+        return rename(self, target)
+
+    monkeypatch.setattr("emu_jax.config.sync", lambda path: synced.append(Path(path).name))
+    monkeypatch.setattr(Path, "rename", checked)
+    cfg = dataclasses.replace(TOY, init_from=str(parent), parents={"llama": "../parent"})
+    for _ in range(2):
+        parents.carry(cfg, workdir)
+        assert (workdir / "release" / "files" / "Emu.json").read_text() == "{}"
+        assert (workdir / "generation.json").read_text() == '{"num_beams": 2}'
+        assert len(list(workdir.iterdir())) == 2
+
+
 def test_this_process_s_rows_come_in_order():
     mesh = Mesh(np.reshape(jax.devices()[::-1], (2, 2, 2)), MESH_AXES)
     rows = normal(8, 3)
