@@ -722,7 +722,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resumes(args: argparse.Namespace) -> str:
-    """What running an interrupted command again does."""
+    """Says what running an interrupted command again does."""
     if args.__dict__.get("verb") == "train":
         from emu_jax.checkpoint import complete_steps
 

@@ -111,7 +111,7 @@ def _is_covered(path: Path) -> bool:
 
 
 def damaged_files(step: Path, items: Sequence[str] = ()) -> list[str]:
-    """Why files of a step do not have their checksums, a line each; files of arrays excepted.
+    """Returns a line for each damaged file of a step; the data of arrays is not looked at.
 
     Files that only one process wrote are shared out among the processes that call this.
 
@@ -269,8 +269,8 @@ def items_of(step: Path) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one line. Errors of storage name all the layers that they passed, and
-    somewhere the operating system's own."""
+    """Says what went wrong in one line. Errors of storage name all the layers that they passed,
+    and somewhere the operating system's own."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
@@ -284,7 +284,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_failures() -> Iterator[None]:
-    """Silences what else is said of a failure that one line tells of.
+    """Silences tracebacks and stray errors beside the one line that tells of a failure.
 
     Orbax logs its traceback from each thread that it passes. And it reads and writes arrays side
     by side: when one fails, the errors of the others are nobody's, and Python prints each when it

@@ -241,7 +241,7 @@ class Arrays:
 
 
 def _database(item: Path, path: str) -> dict[str, Any]:
-    """Where an array is in an item's OCDBT database."""
+    """Returns the specification of an array's part of an item's OCDBT database."""
     base = {"driver": "file", "path": f"{item.absolute()}/"}
     return {"driver": "ocdbt", "base": base, "path": f"{path}/"}
 

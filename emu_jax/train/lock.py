@@ -115,7 +115,7 @@ class Lock:
             os.fsync(file.fileno())
 
     def _owner(self) -> dict[str, Any]:
-        """What stands in the file; nothing where there is none, or half a one."""
+        """Returns what the file says; {} where it is missing or half written."""
         try:
             owner = json.loads(self.path.read_text())
             return owner if isinstance(owner, dict) else {}
@@ -193,7 +193,7 @@ def _is_running(owner: dict[str, Any]) -> bool:
 
 
 def _started(pid: object) -> str:
-    """When a process started, in ticks since the boot; nothing where there is no such process."""
+    """Returns when a process started, in ticks since the boot, or "" if it does not exist."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
 

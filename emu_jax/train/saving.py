@@ -143,7 +143,7 @@ class Checkpoints:
                 self._agree()
 
     def wait(self) -> None:
-        """Until what was saved is on disk, and was read back by all processes.
+        """Waits until what was saved is on disk, and was read back by all processes.
 
         Raises:
             UserError: the last save failed.
@@ -186,7 +186,7 @@ class Checkpoints:
         self._written, self._saving, self._complete = None, None, self._saving
 
     def _agree(self) -> None:
-        """All processes have settled a save: the oldest steps go."""
+        """Removes the oldest steps, once all processes have settled a save."""
         if self._complete is None:
             return
         if jax.process_count() > 1:
@@ -222,7 +222,7 @@ class Checkpoints:
             raise UserError(problem)
 
     def _remove_leftovers(self) -> None:
-        """What a process that was killed, or a save that failed, left half done."""
+        """Removes what a process that was killed, or a save that failed, left half done."""
         if self._lock.held:
             for path in self.workdir.iterdir():
                 if path.name.endswith((WRITING, REMOVING)):
