@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, UserError, VAEConfig
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text, filling
+from emu_jax.data import Batches, DataConfig, Document, Picture, Text, filling, storage
 from emu_jax.data import digits as digits_module
 from emu_jax.data.digits import (
     CAPTIONS,
@@ -26,7 +27,7 @@ from emu_jax.data.digits import (
     encode_png,
     parse_digit,
 )  # fmt: skip
-from emu_jax.data.documents import Damaged, DocumentFiles, write_documents
+from emu_jax.data.documents import REASONS, Damaged, DocumentFiles, write_documents
 from emu_jax.data.images import (
     PictureError,
     affine,
@@ -41,6 +42,7 @@ from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.pipeline import batch_shapes
 from emu_jax.data.sources import SourceConfig
+from emu_jax.generate.prompt import open_file
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"
@@ -217,6 +219,27 @@ def test_unreadable_picture_is_one_clear_line(tmp_path):
         assert str(error.value).startswith(f"cannot read the picture {path}: ")
     with pytest.raises(UserError, match="cannot read the picture in x record 3: "):
         load_image(content[:50], 8, "in x record 3")
+
+
+def test_only_regular_files_are_opened_as_pictures_or_videos(tmp_path, monkeypatch):
+    """A pipe would be waited for without end, by `generate` and `eval`."""
+    monkeypatch.setattr(storage, "MOST_IMAGE", 99)
+    monkeypatch.setattr(storage, "MOST_VIDEO", 99)
+    for suffix, kind in (("png", "picture"), ("mp4", "video")):
+        pipe, large = tmp_path / f"pipe.{suffix}", tmp_path / f"large.{suffix}"
+        os.mkfifo(pipe)
+        large.write_bytes(bytes(100))
+        for path, why in (
+            (pipe, "not a regular file (a pipe)"), (tmp_path, "not a regular file (a directory)"),
+            (large, "file too large (100 bytes, at most 99)"),
+        ):  # fmt: skip
+            shown = kind if path != tmp_path else "picture"
+            with pytest.raises(UserError) as error:
+                open_file(path)
+            assert str(error.value) == f"cannot read the {shown} {path}: {why}"
+    with pytest.raises(PictureError) as error:
+        open_image(tmp_path / "pipe.png")
+    assert error.value.reason in REASONS
 
 
 def test_images_of_impossible_sizes_are_refused(monkeypatch):

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from emu_jax.config import UserError
+from emu_jax.data import storage
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -98,8 +99,9 @@ def open_image(
     """
     name = where or (f"({len(source)} bytes)" if isinstance(source, bytes) else str(source))
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file) as picture:
+        if not isinstance(source, bytes):  # Pillow would wait for a pipe
+            source = storage.read_whole(source, storage.MOST_IMAGE)
+        with Image.open(io.BytesIO(source)) as picture:
             width, height = picture.size
             if width * height > MOST_PIXELS:
                 raise Image.DecompressionBombError(f"{width}x{height} pixels are too many")
@@ -115,6 +117,10 @@ def open_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(
             f"cannot read the picture {name}: {error}", "picture too large"
+        ) from None
+    except storage.Unreadable as error:
+        raise PictureError(
+            f"cannot read the picture {name}: {error.reason} ({error.detail})", error.reason
         ) from None
     except _UNREADABLE as error:
         reason = str(error)

@@ -134,7 +134,7 @@ def _check_packed(folder: str, found: list[str], suffixes: tuple[str, ...]) -> N
     Raises:
         UserError: a folder has compressed files of this kind, which would be passed over.
     """
-    if "*" in folder:
+    if "*" in folder or folder.endswith(suffixes):  # no folder: a store is not asked again
         return
     known = {path.rpartition("/")[2] for path in found}
     for name in names(folder):
@@ -189,6 +189,20 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
     if size is None:  # it may have been replaced since it was opened last
         return _patiently(path, lambda: _pread(_Open(path), start, None))
     return _patiently(path, lambda: _pread(_open(path), start, size))
+
+
+def read_whole(path: str | os.PathLike, most: int) -> bytes:
+    """Reads a file of at most `most` bytes.
+
+    Raises:
+        OSError: it is missing, or cannot be read.
+        Unreadable: it is not a regular file, or it is larger.
+        UserError: it could not be read, however often; the line says why.
+    """
+    path = os.fspath(path)
+    if (size := stat(path).size) > most:
+        raise Unreadable(path, "file too large", f"{size:,} bytes, at most {most:,}")
+    return read(path)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from emu_jax.config import EmuConfig, UserError
+from emu_jax.data import storage
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.images import load_image, open_image
 from emu_jax.data.video import FRAMES, VIDEO_SUFFIXES, Video, sample_frames
@@ -85,9 +86,13 @@ def open_file(path: Path) -> Part:
 
 def _video_file(path: Path) -> list[Image.Image]:
     try:
-        return open_video(path.read_bytes(), str(path))
+        content = storage.read_whole(path, storage.MOST_VIDEO)
+    except storage.Unreadable as error:
+        why = f"{error.reason} ({error.detail})"
+        raise UserError(f"cannot read the video {path}: {why}") from None
     except OSError as error:
         raise UserError(f"cannot read the video {path}: {error.strerror}") from None
+    return open_video(content, str(path))
 
 
 def open_video(content: bytes, where: str) -> list[Image.Image]:
