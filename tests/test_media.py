@@ -315,6 +315,13 @@ ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
         "00:03.000 --> 00:04.000\n- two\n- three\n",
         {1: "hi there more", 3: "- two - three"}, {},
     ),
+    "stray NUL bytes": (
+        cue(1, "o\0ne") + "\0" + cue(2, "two\0"), {1: "one", 2: "two"}, {},
+    ),
+    "a line that begins as one of ASS": (
+        cue(1, "Dialogue: a play, in 3 acts") + GOOD, {1: "Dialogue: a play, in 3 acts", 9: "last"},
+        {},
+    ),
     "WebVTT without cues": ("WEBVTT\nKind: captions\n\nNOTE nothing\n", {}, {}),
     "nothing": ("\n", {}, {}),
     "SBV": ("0:00:01.000,0:00:02.000\none\ntwo\n\n0:00:03.000,0:00:04.000\nthree\n",
@@ -333,8 +340,8 @@ ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
         '<metadata>not said</metadata></head><body begin="1s"><div>'
         '<p begin="00:00:01.500" end="00:00:02.000">one<br/>two <span>x</span>\n y</p>'
         '<p begin="300t" dur="1s">t</p><p begin="00:00:04:05">f</p><p begin="x">bad</p>'
-        "</div></body></tt>",
-        {2.5: "one two x y", 4: "t", 5.2: "f"}, {UNREADABLE: 1},
+        '<p t="nan">never</p></div></body></tt>',
+        {2.5: "one two x y", 4: "t", 5.2: "f"}, {UNREADABLE: 2},
     ),
     "YouTube's XML": ('<transcript><text start="1.5" dur="2">it&amp;#39;s</text></transcript>',
                       {1.5: "it's"}, {}),
@@ -422,6 +429,7 @@ def test_damaged_subtitles():
         (cue(1, "昨日の夜はどこにいましたか\nわかりません").encode("shift_jis"), "invalid UTF-8"),
         (b"<tt><p", "invalid XML"), (bytes(range(128, 256)) * 3, "invalid UTF-8"),
         (b"<tt>" * 9999 + b"</tt>" * 9999, "malformed"),
+        (b'{"ms": 123456789, "utf8": ">> so"},' * 30_000, "malformed"),  # in one line of 1 MB
     ):  # fmt: skip
         with pytest.raises(Damaged, match=f"it: .*{message}"):
             subtitles(content, "it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import html
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ def read_cues(
     text, unused = _decoded(content, where, encoding)
     if re.match(r"\s*<(?:\?xml|tt\b|tt:|transcript\b|timedtext\b)", text):
         cues = _xml(text, where, unused)
-    elif re.search(r"^(?:\[Script Info\]|Dialogue:)", text, re.MULTILINE | re.IGNORECASE):
+    elif _IS_ASS.search(text):
         cues = _ass(text, unused)
     else:
         cues = _plain(text, unused)
@@ -169,7 +170,8 @@ _TIMING = re.compile(
 )
 # As YouTube's SBV; looser times without an arrow may be words.
 _PAIR = re.compile(rf"\s*(?P<start>{_STRICT})\s*[-–,]\s*(?P<end>{_STRICT})(?P<rest>\s*)$")
-_ALMOST = re.compile(r"\d.*-\s?-\s?(?:>|&gt;)|-\s?-\s?(?:>|&gt;).*\d")  # times, but misspelled
+# Times, but misspelled: both in one line. One pattern for both would take hours for a long line.
+_ALMOST = (re.compile(r"-\s?-\s?(?:>|&gt;)"), re.compile(r"\d"))
 _NUMBER = re.compile(r"[\s#(]*(\d{1,9})[\s.):]*")
 _SETTINGS = re.compile(  # of a cue: align:start, X1:40
     r"^(?:\s*(?:line|position|size|align|region|vertical|[XY][12]|[DLTAS]):\s*\S+)*"
@@ -233,7 +235,7 @@ def _segments(text: str) -> Iterator[_Segment]:
             continue
         if _ARROWS.search(line):
             found = _TIMING.fullmatch(line)
-            timed = found is not None or _ALMOST.search(line) is not None
+            timed = found is not None or all(pattern.search(line) for pattern in _ALMOST)
         else:
             found = _PAIR.fullmatch(line) if line.count(":") > 3 else None
             timed = found is not None
@@ -314,6 +316,9 @@ def _words(lines: Iterator[str] | list[str], unused: list[Unused]) -> list[str]:
 
 # ASS and SSA
 
+_IS_ASS = re.compile(
+    r"^(?:\[(?:Script Info|Events)\]|Dialogue:[^,\n]*,\s*\d+:)", re.MULTILINE | re.IGNORECASE
+)
 _FIELDS = "Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text"
 _OVERRIDE = re.compile(r"(\{[^{}]*\})")
 
@@ -400,6 +405,8 @@ def _timed(
             end = origin + _offset(until, rates) if until else end
             if name in ("p", "text") and begin is None:
                 raise ValueError("no begin")
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise ValueError(f"from {start} to {end} s")
     except (ValueError, ZeroDivisionError) as error:
         words = " ".join("".join(element.itertext()).split())
         unused.append(Unused(UNREADABLE, f"{words} ({error})"))
