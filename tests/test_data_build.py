@@ -355,6 +355,18 @@ def test_a_folder_that_holds_something_else(tmp_path, cfg):
         build(tmp_path / "out", cfg, embedded(1))
 
 
+def test_a_build_that_loses_all_images_is_an_error(tmp_path):
+    """Also where other documents are words alone."""
+    broken = Document((Picture(encode(31, 32)[:-60]), Text("words")))
+    small = Document((Picture(encode(7, 7)), Text("words")))
+    for reason, document in (("unreadable picture", broken), ("picture too small", small)):
+        path = tmp_path / f"{reason}.array_record"
+        write_documents(path, [document, Document((Text("alone"),))])
+        source = SourceConfig("it", "records", (str(path),))
+        with pytest.raises(UserError, match=f"none of its images can be used .{reason}: 1; "):
+            build(tmp_path / reason, BuildConfig(source, CleanConfig(min_side=8)), embedded(1))
+
+
 def test_a_build_that_writes_nothing_is_an_error(tmp_path, raw, capsys):
     """Whose line counts the reasons; also when it is run again."""
     command = [

@@ -459,9 +459,10 @@ class _Tally:
             "documents": counts["documents"]["written"], "images": counts["pictures"]["written"],
             "texts": counts["texts"]["written"],
         })  # fmt: skip
-        for reasons in (
-            counts["documents"]["rejected"], counts["pictures"]["dropped"], counts["unused"]
-        ):  # fmt: skip
+        rejected, dropped = counts["documents"]["rejected"], counts["pictures"]["dropped"]
+        # A document that loses its last picture is rejected for the same reason.
+        lost = collections.Counter(rejected) | collections.Counter(dropped)
+        for reasons in (lost, counts["unused"]):
             for reason, count in reasons.items():
                 tally.leave(reason, count)
         for line in self.left_out:

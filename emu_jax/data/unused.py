@@ -15,6 +15,7 @@ from emu_jax.config import UserError
 KINDS = ("documents", "images", "texts")  # see `Tally.used`
 MAY_LACK = KINDS[1:]  # values of `SourceConfig.allow_missing`
 EXAMPLES = 3  # that are kept of each reason
+_LONGEST = 300  # characters of an example; data may be anything
 
 # {reason: kinds of which the source may so lose everything}. A reason that is not here either
 # leaves out a whole document (`documents.REASONS`) or nothing that training would read.
@@ -31,7 +32,14 @@ LOSES: dict[str, tuple[str, ...]] = {
     "empty subtitle cue": ("texts",),
     "unreadable subtitle cue": ("texts",),
     "undecodable subtitle line": ("texts",),
+    "unlike its words": ("images",),  # while building, as the next one
+    "picture too small": ("images",),
     # Whole documents:
+    "unreadable picture": ("images",),
+    "picture too large": ("images",),
+    "picture too narrow": ("images",),
+    "unreadable video": ("images",),
+    "video without frames": ("images",),
     "missing file": ("images",),
     "not a regular file": ("images",),
     "file too large": ("images", "texts"),
@@ -82,7 +90,7 @@ class Tally:
         """Keeps an example of what is left out, if it is among the first."""
         known = self.examples.setdefault(reason, [])
         if len(known) < EXAMPLES:
-            known.append(text)
+            known.append(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
 
     def merge(self, other: Tally) -> None:
         """Adds the counts of what comes after."""
@@ -94,7 +102,8 @@ class Tally:
                 self.example(reason, text)
 
     def check(self, allowed: Collection[str] = ()) -> None:
-        """
+        """Refuses a source of which a whole kind is lost.
+
         Args:
             allowed: kinds that the source may lack.
 
