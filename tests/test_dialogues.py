@@ -9,7 +9,7 @@ import pytest
 from test_sources import TINY, picture, shade, sketched, source, video
 
 from emu_jax.config import UserError
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data import Batches, DataConfig, Document, Picture, Text, listings
 from emu_jax.data.documents import Damaged, write_documents
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.video import frame_indices
@@ -147,12 +147,23 @@ def test_every_message_that_is_not_used_is_counted(read):
     {"messages": [role("user", [{"type": "sound"}]), role("assistant", "x")]},
     talk("x", "y", video="v.mp4", start=2, end=1), talk("x", "y", video="v.mp4", start="soon"),
     talk("x", "y", videos=["v.mp4", "v.mp4"], start=1), talk("x", "y", video="v.mp4", end=-1),
-    talk("x", "y", video="v.mp4", end=float("nan")),
+    talk("x", "y", video="v.mp4", end=float("nan")), talk("x", "y", video="v.mp4", end=10**400),
 ])  # fmt: skip
 def test_malformed_entries(read, entry):
     with pytest.raises(Damaged) as error:
         read(entry)
     assert error.value.reason == "malformed entry" and "\n" not in str(error.value)
+
+
+def test_messages_nested_too_deeply(tmp_path, monkeypatch):
+    """A JSON reader may allow more levels than Python."""
+    (tmp_path / "d.json").write_text("[{}]")
+    value: object = "x"
+    for _ in range(5000):
+        value = [value]
+    monkeypatch.setattr(listings.Entries, "__getitem__", lambda *_: talk(value, "y"))
+    with pytest.raises(Damaged, match="entry 0: malformed entry .maximum recursion depth"):
+        source("dialogues", tmp_path / "d.json").sketch(0)
 
 
 def test_a_malformed_entry_says_what_is_wrong(read):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Document, Picture, Text
-from emu_jax.data.listings import Entries, Listed, Media
+from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import VIDEO_SUFFIXES, Clip, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
@@ -38,7 +38,6 @@ _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
 }
-# Video-ChatGPT names its videos by their ids alone.
 
 
 class Medium(NamedTuple):
@@ -117,7 +116,7 @@ class Dialogues(Listed):
         entry, where = self._entries[index], self.where(index)
         try:
             return _parse(entry)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (*MALFORMED, RecursionError) as error:  # messages may be nested
             detail = f"no {error}" if isinstance(error, KeyError) else error
             raise Damaged("malformed entry", where, detail) from None
 

@@ -25,6 +25,8 @@ from emu_jax.data.unused import Tally
 _VERSION = "entries-2"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, escaped
 _CHUNK = 1 << 26  # of a file of lines, while looking for their ends
+# Exceptions of code that takes an entry for what it should be.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 class Entries:
@@ -96,6 +98,8 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise Damaged("invalid UTF-8", where, "half of a surrogate pair") from None
+        except RecursionError as error:
+            raise Damaged("malformed JSON", where, error) from None
     if not isinstance(value, dict):
         raise Damaged("malformed JSON", where, "no object")
     return value
@@ -213,7 +217,10 @@ class Media:
 
     def lacks(self, name: str, beside: str) -> Reason | None:
         """Why there is no such file; None if there is one."""
-        found = self._find(name, beside)
+        try:
+            found = self._find(name, beside)
+        except storage.Unreadable:  # there is one, and it shows when it is read
+            return None
         return found if isinstance(found, str) else None
 
     def read(
@@ -233,10 +240,9 @@ class Media:
             found = self._find(name, beside)
             if not isinstance(found, str):
                 path, start, size = found
-                length = storage.stat(path).size if size is None else size
-                if length > most:
-                    raise Damaged("file too large", where, f"{name}: {length:,} bytes")
-                return storage.read(path, start, size)
+                if size > most:
+                    raise Damaged("file too large", where, f"{name}: {size:,} bytes")
+                return storage.read(path) if start is None else storage.read(path, start, size)
             if found == "ambiguous":
                 detail = f"{name}: several files end so"
         except storage.Unreadable as error:
@@ -245,10 +251,12 @@ class Media:
             detail = f"{name}: {error.strerror}"
         raise Damaged("missing file", where, detail)
 
-    def _find(self, name: str, beside: str) -> tuple[str, int, int | None] | Reason:
+    def _find(self, name: str, beside: str) -> tuple[str, int | None, int] | Reason:
+        """(file, offset, size), or why there is none. The offset is None of a file of its own: it
+        may be replaced, unlike an archive. A store is asked once for each place."""
         if not name or ".." in name.split("/"):  # nothing outside the folders that were named
             return "missing"
-        found: tuple[str, int, int] | Reason = self._tars.find(name) if self._tars else "missing"
+        found = self._tars.find(name) if self._tars else "missing"
         if found != "missing":
             return found
         name = plain(name) if not storage.is_remote(name) else ""
@@ -257,12 +265,16 @@ class Media:
         for folder in self._folders or ([] if self._tars or self._below else [beside]):
             for path in _paths_in(folder, name):
                 try:
-                    if storage.exists(path):
-                        return path, 0, None
-                except (OSError, ValueError):  # no file can have such a name
+                    return path, None, storage.stat(path).size
+                except (OSError, ValueError):  # not there, or no file can have such a name
                     continue
         below = self._below.find(name) if self._below else "missing"
-        return (below, 0, None) if below not in ("missing", "ambiguous") else below
+        if below in ("missing", "ambiguous"):
+            return below
+        try:
+            return below, None, storage.stat(below).size
+        except OSError:  # a link to nothing, or it is gone since the folder was listed
+            return "missing"
 
 
 def _paths_in(folder: str, name: str) -> Iterator[str]:
@@ -282,6 +294,11 @@ def _matches(path: str) -> list[str]:
     """
     if storage.is_dir(path):
         return [path]
+    if storage.is_remote(path) and "*" in path and not path.endswith(".tar"):
+        raise UserError(
+            f"media {path}: in a store * stands for .tar files alone, for it would list every "
+            f"image: name the folder, {storage.parent(path)}, or its tars, *.tar"
+        )
     found = storage.matches(path, [".tar"])
     media = [match for match in found if match.endswith(".tar") or storage.is_dir(match)]
     if "*" in path:  # of the files that it stands for, the folders

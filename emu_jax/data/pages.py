@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from emu_jax.data.documents import ABSENT, Damaged, Document, Picture, Text
-from emu_jax.data.listings import Entries, Listed, Media
+from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
 from emu_jax.data.unused import Unused
 
 
@@ -81,7 +81,7 @@ class Pages(Listed):
         entry = self._entries[index]
         try:
             return _obelics(entry) if "texts" in entry else _mmc4(entry, self._least)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except MALFORMED as error:
             where = self._entries.where(index)
             raise Damaged("malformed entry", where, repr(error)) from None
 

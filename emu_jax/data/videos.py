@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emu_jax.data import storage
+from emu_jax.data.cues import EMPTY, UNREADABLE
 from emu_jax.data.documents import Damaged, Document, Picture, Text, utf8
-from emu_jax.data.listings import Entries, Listed, Media
+from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import (
     Frame,
@@ -94,7 +95,7 @@ def transcript(content: bytes, where: str) -> Subtitles | None:
     for another format. Times are in seconds.
 
     Raises:
-        Damaged: it is not UTF-8.
+        Damaged: it is not UTF-8, malformed, or no cue has `start` and `text`.
     """
     if not _JSON.match(content):
         return None
@@ -108,19 +109,14 @@ def transcript(content: bytes, where: str) -> Subtitles | None:
             start, words = float(cue["start"]), " ".join(cue["text"].split())
             if not math.isfinite(start):
                 raise ValueError(start)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            unused.append(Unused("unreadable subtitle cue", f"cue {n}"))
+        except MALFORMED:
+            unused.append(Unused(UNREADABLE, f"cue {n}"))
             continue
         if words:
             said.append((start, words))
         else:
-            unused.append(Unused("empty subtitle cue", f"cue {n}"))
-    if (
-        cues
-        and not said
-        and len(unused) == len(cues)
-        and not any(u.reason == "empty subtitle cue" for u in unused)
-    ):
+            unused.append(Unused(EMPTY, f"cue {n}"))
+    if cues and all(note.reason == UNREADABLE for note in unused) and not said:
         raise Damaged("malformed subtitles", where, "no cue has `start` and `text`")
     return Subtitles(sorted(said, key=lambda cue: cue[0]), unused)
 
@@ -201,7 +197,7 @@ class SubtitledVideos(Listed):
             else:
                 last = self._video(index, entry).times[-1]
             return [n * self._apart for n in range(_bounded(math.floor(last / self._apart) + 1))]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except MALFORMED as error:
             raise Damaged("malformed entry", where, repr(error)) from None
 
     def _frames(self, index: int, shown: list[int]) -> tuple[list[Frame], list[Unused]]:
@@ -230,7 +226,7 @@ class SubtitledVideos(Listed):
             if board.frames > sum(board.tiles):
                 raise ValueError(f"{board.frames} frames, {sum(board.tiles)} tiles")
             return board
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except MALFORMED as error:
             raise Damaged("malformed entry", self.where(index), repr(error)) from None
 
     def _tiles(self, index: int, board: _Board, frames: list[tuple[int, float]]) -> list[Frame]:
