@@ -22,6 +22,7 @@ from emu_jax.data.images import open_image
 from emu_jax.data.index import kept
 from emu_jax.data.outlines import Outlines, text_ids
 from emu_jax.data.packing import PICTURE
+from emu_jax.data.pairs import JOINED
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import Video, frame_indices, sample_frames, storyboard_times
@@ -76,6 +77,14 @@ def tar(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> 
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
+
+
+def add(archive: tarfile.TarFile, files: list[tuple[str, bytes]]) -> None:
+    """Adds members; unlike `tar`, several may have one name."""
+    for name, content in files:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
 
 
 def lines(path: Path, entries: list) -> Path:
@@ -185,33 +194,54 @@ def test_captions_wherever_they_are(tmp_path):
 
 
 def test_keys_of_samples(tmp_path):
-    """A key ends at the first dot, or else at the last; members of a sample may lie apart, and
-    two samples may share a key."""
+    """A key ends at the first dot, or else at the last; members of a sample may lie apart, or two
+    samples share a key."""
     files: list[tuple[str, bytes]] = []
     for n, key in enumerate(["2024.01.03", "2024.01.04", "score_0.5_x", "a/photo.v1", "cat"]):
         files += [(f"{key}.jpg", picture(10 * n)), (f"{key}.txt", key.encode())]
     files += [("cat.mask.png", b""), ("cat.v2.jpg", picture(50)), ("cat.v2.txt", b"cat.v2")]
     files += [(f"apart{n}.jpg", picture(60 + 10 * n)) for n in range(3)]
     files += [(f"apart{n}.txt", b"apart%d" % n) for n in (1, 0)]
-    files += [("twin.jpg", picture(90)), ("twin.txt", b"one")] * 2
     files += [("late.jpg", picture(10)), ("late.jpg", picture(100)), ("late.txt", b"last")]
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+        add(archive, files)
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "cat.jpg"
         archive.addfile(link)
     pairs = source("webdataset", tmp_path / "0.tar")
-    assert reasons(pairs) == {8: "incomplete sample", 12: "incomplete sample"}
-    assert [shown(pairs[n]) for n in range(12) if n != 8] == [
+    assert reasons(pairs) == {8: "incomplete sample", 10: "incomplete sample"}
+    assert [shown(pairs[n]) for n in range(10) if n != 8] == [
         [0, "2024.01.03"], [10, "2024.01.04"], [20, "score_0.5_x"], [30, "a/photo.v1"],
-        [40, "cat"], [50, "cat.v2"], [60, "apart0"], [70, "apart1"], [90, "one"], [90, "one"],
-        [100, "last"],
+        [40, "cat"], [50, "cat.v2"], [60, "apart0"], [70, "apart1"], [100, "last"],
     ]  # fmt: skip
-    assert pairs.unused().unused == {"other member": 1, "duplicate member": 1}
-    assert len(pairs) == 13
+    assert pairs.unused().unused == {"other member": 1, "duplicate member": 1, JOINED: 2}
+    assert len(pairs) == 11
+
+
+def test_members_of_two_samples_of_one_name_are_not_joined(tmp_path):
+    """Tars one after the other may number their samples alike: an image here and a text there are
+    no pair."""
+    one = [("a.jpg", picture(10)), ("a.txt", b"one"), ("b.jpg", picture(20))]
+    two = [("b.txt", b"two"), ("a.jpg", picture(30)), ("a.txt", b"three"), ("c.txt", b"four")]
+    for name, files in (("0", one), ("1", two)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            add(archive, files)
+    both = (tmp_path / "0.tar").read_bytes() + (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "cat.tar").write_bytes(both)
+    lost = "incomplete sample"
+    pairs = source("webdataset", tmp_path / "cat.tar")
+    assert reasons(pairs) == {1: lost, 2: lost, 4: lost} and not pairs.unused().unused
+    assert [shown(pairs[n]) for n in (0, 3)] == [[10, "one"], [30, "three"]]
+    # As `tar --concatenate` writes them, without a mark between: `a` comes twice, whole.
+    files = [*one, ("c.jpg", picture(40)), *two]
+    with tarfile.open(tmp_path / "merged.tar", "w") as archive:
+        add(archive, files)
+    pairs = source("webdataset", tmp_path / "merged.tar")
+    assert reasons(pairs) == dict.fromkeys((1, 2, 3, 5), lost) and not pairs.unused().unused
+    assert [shown(pairs[n]) for n in (0, 4)] == [[10, "one"], [30, "three"]]
+    with tarfile.open(tmp_path / "twins.tar", "w") as archive:
+        add(archive, [*one[:2], *one[:2]])
+    assert list(map(shown, source("webdataset", tmp_path / "twins.tar"))) == [[10, "one"]] * 2
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -233,6 +263,14 @@ def test_the_releases_storyboards(tmp_path, form):
     assert list(map(shown, boards)) == [want, [0, "end"]]
     assert not boards.paired and agrees(boards) and not boards.unused().unused
     assert [u.reason for u in boards[0].unused] == ["missing image"]
+    # A stray or corrupt member is no pair.
+    path = tar(tmp_path / "0.tar", {"README.txt": b"boards", "x.txt": b"", **files}, form)
+    content = bytearray(path.read_bytes())
+    content[1024:1536] = b"x" * 512  # the header of x.txt
+    path.write_bytes(content)
+    boards = source("webdataset", path)
+    assert not boards.paired and reasons(boards) == {0: "corrupt tar member"}
+    assert [shown(boards[n]) for n in (1, 2)] == [want, [0, "end"]]
     tar(tmp_path / "1.tar", {"a.jpg": picture(10), "a.txt": b"a"})
     with pytest.raises(UserError, match="1 samples are pairs and 2 are storyboards"):
         source("webdataset", tmp_path)
@@ -494,7 +532,8 @@ def test_media_that_are_not_there(tmp_path, media, message):
 def test_names_in_media_tars(tmp_path, prefix):
     """A path ends in the whole name, or the name in the whole path; never is another folder's
     file of the same base name taken."""
-    files = {"a/1.jpg": 10, "b/1.jpg": 20, "b/2.jpg": 30, "c/2.jpg": 40, "d/3.jpg": 50}
+    deep = "1/2/3/4/5/6/7/8/9/deep.jpg"
+    files = {"a/1.jpg": 10, "b/1.jpg": 20, "b/2.jpg": 30, "c/2.jpg": 40, "d/3.jpg": 50, deep: 80}
     packed = tar(tmp_path / "0.tar", {prefix + name: picture(n) for name, n in files.items()})
     again = tar(tmp_path / "1.tar", {prefix + "a/1.jpg": picture(10), "4.jpg": picture(60)})
     with tarfile.open(packed, "a") as archive:  # a later member replaces an earlier one
@@ -502,10 +541,10 @@ def test_names_in_media_tars(tmp_path, prefix):
         info.size = len(content := picture(70, size=(30, 30)))
         archive.addfile(info, io.BytesIO(content))
     asked = ("a/1.jpg", "b/1.jpg", "c/1.jpg", "1.jpg", "./c/2.jpg", "e/3.jpg", "d/3.jpg", "3.jpg",
-             "far/away/4.jpg", f"x/{prefix}a/1.jpg")  # fmt: skip
+             "far/away/4.jpg", f"x/{prefix}a/1.jpg", f"{prefix}{deep}")  # fmt: skip
     listing = lines(tmp_path / "pages.jsonl", [picture_page(*asked)])
     pages = source("pages", listing, media=(str(packed), str(again)))
-    assert shown(pages[0]) == [10, 20, 40, 70, 70, 60, 10, "words"]
+    assert shown(pages[0]) == [10, 20, 40, 70, 70, 60, 10, 80, "words"]
     assert [(u.reason, u.detail) for u in pages[0].unused] == [
         ("missing image", "c/1.jpg"), ("ambiguous image", "1.jpg"), ("missing image", "e/3.jpg"),
     ]  # fmt: skip
@@ -553,13 +592,14 @@ def test_damaged_listings(tmp_path):
         json.dumps(good).encode() + b"\r",
         json.dumps({"images": [None], "texts": ["\ud83d"]}).encode(),
         json.dumps({"images": ["a\0b", "x" * 999, None], "texts": [None, None, "fine"]}).encode(),
-        b"1", b"\r", b"{",
+        b"1", b"\r", b"{", b'{"text_list": ["a"], "image_info": [{"image_name": "x", '
+        b'"matched_text_index": Infinity}]}',
     ]))  # fmt: skip
     pages = source("pages", listing)
     assert reasons(pages) == {
         1: "malformed JSON", 2: "malformed JSON", 3: "invalid UTF-8", 4: "malformed entry",
         5: "malformed entry", 6: "malformed entry", 8: "invalid UTF-8", 10: "malformed JSON",
-        11: "malformed JSON",
+        11: "malformed JSON", 12: "malformed entry",
     }  # fmt: skip
     assert [shown(pages[n]) for n in (0, 7, 9)] == [["fine"]] * 3
     assert pages.where(7) == f"{listing} entry 7"
@@ -756,7 +796,7 @@ def test_transcripts_of_the_release(tmp_path):
     """`Emu1/data/yt-sb-1b/get_transcript.py` saves youtube-transcript-api's JSON."""
     said = [{"text": "two\nlines", "start": 2.5, "duration": 1.0},
             {"text": "one", "start": 0.5, "duration": 4.0}, {"text": " ", "start": 3.0},
-            {"start": 4.0}, {"text": "x", "start": "soon"}]  # fmt: skip
+            {"start": 10**400, "text": "x"}, {"text": "x", "start": "soon"}]  # fmt: skip
     for name, cues in {"a": said, "none": [], "odd": [{"a": 1}], "b": [{"text": "x"}]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(cues), encoding="utf-8")
     (tmp_path / "0.png").write_bytes(picture(30, "PNG", (20, 10)))
@@ -935,6 +975,29 @@ def test_remote_files_with_patience(bucket):
     ) as e:
         pairs[0]
     assert not isinstance(e.value, Damaged)  # the store's failure is not the document's
+
+
+def test_a_store_is_not_listed(bucket, monkeypatch, tmp_path):
+    """Every host opens its sources: one that lists a bucket of images would ask for hours."""
+    bucket.pipe({f"/b/m/{n}.png": picture(10 * n, "PNG") for n in range(3)})
+    listing = str(lines(tmp_path / "pages.jsonl", [picture_page("2.png", "absent.png")]))
+    asked: list[str] = []
+
+    def listed(path, *_, **__):
+        raise AssertionError(f"{path} is listed")
+
+    with monkeypatch.context() as patch:
+        for name in ("ls", "find", "glob", "walk"):
+            patch.setattr(bucket, name, listed)
+        pages = open_source(SourceConfig("it", "pages", (listing,), media=("memory://b/m",)))
+        info = bucket.info
+        patch.setattr(bucket, "info", lambda path, **how: asked.append(path) or info(path, **how))
+        assert shade(pages.read(0, wanted=[0]).parts[0].data) == 20
+        assert asked == ["/b/m/2.png"]  # once
+        assert shown(pages[0]) == [20, "words"]
+        with pytest.raises(UserError, match=r"memory://b/m/\*: in a store \* stands for .tar"):
+            open_source(SourceConfig("it", "pages", (listing,), media=("memory://b/m/*",)))
+    assert open_source(SourceConfig("it", "pages", (listing,), media=("memory://b/*.tar",)))
 
 
 def test_errors_are_one_clear_line(tmp_path):

@@ -3,6 +3,7 @@ and prepared directories of TensorFlow Datasets."""
 
 from __future__ import annotations
 
+import collections
 import os
 import tarfile
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from emu_jax.data.tars import Member, members, note
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.data.video import VIDEO_SUFFIXES, Video, sample_frames
 
-_VERSION = "samples-4"
+_VERSION = "samples-5"
 _TEXTS = ("txt", "caption", "text")  # in this order
 _ROLES = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "picture"),
@@ -43,7 +44,9 @@ _MOST = (storage.MOST_IMAGE, storage.MOST_VIDEO, storage.MOST_TEXT, storage.MOST
 # Keys of a sample's JSON, the first that holds words: img2dataset's and LAION's.
 _CAPTIONS = ("caption", "text", "top_caption", "TEXT")
 _BOARD_META = "final_meta.json"
+JOINED = "sample joined by name"
 _Spans = list[list[int]]  # [role, (offset, size)]
+_Key = tuple[int, str]  # (archive, the sample's name in it, "" of a corrupt member)
 
 
 class Pairs(Source):
@@ -55,6 +58,9 @@ class Pairs(Source):
 
     The release's YT-Storyboard-1B tars are read as well. A document is then NAME.0.txt,
     NAME.0.png, NAME.1.txt, ..., in that order; NAME.final_meta.json tells that it is one.
+
+    Members of a sample that lie apart are joined by name and counted as `JOINED`: not from one
+    archive to another within a file, nor in an archive that holds two whole samples of a name.
 
     Args:
         caption_key: of the JSON, instead of the text file and the usual keys.
@@ -100,13 +106,14 @@ class Pairs(Source):
         spans = self._spans[index].tolist()
         if spans[_BOARD][1]:
             return self._board(index, spans, wanted)
-        words, unused = self._words(index, spans)
-        picture = self._member(index, spans, _PICTURE)
+        where = self.where(index)
+        words, unused = self._words(index, spans, where)
+        picture = self._member(index, spans, _PICTURE, where)
         if picture is not None:
             return Document((Picture(picture), *words), unused)
-        content = self._member(index, spans, _VIDEO)
+        content = self._member(index, spans, _VIDEO, where)
         assert content is not None  # or the sample would be damaged
-        video = Video(content, self.where(index))
+        video = Video(content, where)
         shown = sample_frames(video, self._frames, seed)
         parts = (*(Picture(data, time) for time, data in shown), *words)
         return Document(parts, (*unused, *video.unused))
@@ -115,12 +122,13 @@ class Pairs(Source):
         spans = self._spans[index].tolist()
         if spans[_BOARD][1]:
             return self._board(index, spans, ())
-        words, unused = self._words(index, spans)
+        words, unused = self._words(index, spans, self.where(index))
         pictures = 1 if spans[_PICTURE][1] else self._frames
         return Document((*[Picture(b"")] * pictures, *words), unused)
 
-    def _words(self, index: int, spans: _Spans) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:
-        where = self.where(index)
+    def _words(
+        self, index: int, spans: _Spans, where: str
+    ) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:  # fmt: skip
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
         unused: list[Unused] = []
@@ -138,9 +146,10 @@ class Pairs(Source):
 
     def _captions(self, index: int, spans: _Spans, where: str) -> Iterator[str | list[str]]:
         """Where the words may be, in order of preference; several that say the same in a list."""
-        if not self._caption_key and (content := self._member(index, spans, _TEXT)) is not None:
+        content = None if self._caption_key else self._member(index, spans, _TEXT, where)
+        if content is not None:
             yield utf8(content, where)
-        content = self._member(index, spans, _JSON)
+        content = self._member(index, spans, _JSON, where)
         values = {} if content is None else parse_object(content, where)
         for key in (self._caption_key,) if self._caption_key else _CAPTIONS:
             value = values.get(key)
@@ -160,6 +169,8 @@ class Pairs(Source):
         found: dict[tuple[int, str], Member] = {}
         key = None
         for member in members(path, first, first + size):
+            if not member.name:  # a corrupt one before the storyboard
+                continue
             stem, ext = _split(member.name)
             key = key or stem
             number, _, suffix = ext.partition(".")
@@ -179,12 +190,12 @@ class Pairs(Source):
                 unused.append(Unused("missing image", f"{key}.{number}"))
         return Document(tuple(parts), tuple(unused))
 
-    def _member(self, index: int, spans: _Spans, role: int) -> bytes | None:
+    def _member(self, index: int, spans: _Spans, role: int, where: str) -> bytes | None:
         offset, size = spans[role]
         if not size:
             return None
         member = Member("", offset, size, True)
-        return _content(self.paths[self._files[index]], member, self.where(index), _MOST[role])
+        return _content(self.paths[self._files[index]], member, where, _MOST[role])
 
 
 def _content(path: str, member: Member, where: str, most: int = storage.MOST_IMAGE) -> bytes:
@@ -201,19 +212,20 @@ def _content(path: str, member: Member, where: str, most: int = storage.MOST_IMA
 
 
 class _Part(NamedTuple):
-    """A member of a sample. A corrupt one has no name, and so no key or role."""
+    """A member of a sample. A corrupt one has no name, and so no role."""
 
     member: Member
     begin: int  # of its headers
-    key: str = ""
-    role: str = ""
+    key: _Key
+    role: str
 
 
 class _Sample(NamedTuple):
-    key: str
+    key: _Key
     spans: np.ndarray  # [role, (offset, size)]
     damage: int  # 1 + place in REASONS, or 0
     replaced: list[str]  # names of members of a role that another one has
+    joined: bool = False  # of members that lie apart
 
     @property
     def lacks(self) -> bool:
@@ -226,10 +238,14 @@ class _Sample(NamedTuple):
 def _samples_in(path: str) -> Arrays:
     tally = Tally()
     samples = _joined(_grouped(_parts(path, tally)))
-    for name in (name for sample in samples for name in sample.replaced):
-        note(tally, "duplicate member", path, name)
+    for sample in samples:
+        for name in sample.replaced:
+            note(tally, "duplicate member", path, name)
+        if sample.joined:
+            note(tally, JOINED, path, sample.key[1].lstrip("/"))
     boards = sum(bool(sample.spans[_BOARD, 1]) for sample in samples)
-    tally.used |= {"boards": boards, "pairs": len(samples) - boards}
+    pairs = sum(bool(sample.spans[[_PICTURE, _VIDEO], 1].any()) for sample in samples)
+    tally.used |= {"boards": boards, "pairs": pairs}
     empty = np.zeros((0, len(_ORDER), 2), np.int64)
     return {
         "spans": np.stack([s.spans for s in samples]) if samples else empty,
@@ -251,7 +267,7 @@ def _parts(path: str, tally: Tally) -> Iterator[_Part]:
         if member.name and not role:
             note(tally, "other member", path, member.name)
         else:
-            yield _Part(member, begin, key, role)
+            yield _Part(member, begin, (member.archive, key), role)
 
 
 def _keys(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
@@ -383,12 +399,18 @@ def _preferred(part: _Part, other: _Part) -> bool:
 
 
 def _joined(samples: Iterable[_Sample]) -> list[_Sample]:
-    """Joins what an unsorted tar holds apart: all pictures, then all words."""
+    """Joins what an unsorted archive holds apart: all pictures, then all words. If names come
+    again in an archive, each with all its members, nothing tells which of them belong together."""
+    samples = list(samples)
+    whole = collections.Counter(sample.key for sample in samples if not sample.lacks)
+    repeats = {archive for (archive, name), count in whole.items() if name and count > 1}
     joined: list[_Sample] = []
-    places: dict[str, int] = {}
+    places: dict[_Key, int] = {}
     corrupt = 1 + REASONS.index("corrupt tar member")
     for sample in samples:
-        place = places.setdefault(sample.key, len(joined)) if sample.key else len(joined)
+        archive, name = sample.key
+        alone = not name or archive in repeats
+        place = len(joined) if alone else places.setdefault(sample.key, len(joined))
         apart = place < len(joined) and corrupt not in (sample.damage, joined[place].damage)
         if apart and (sample.lacks or joined[place].lacks):
             other = joined[place]
@@ -396,7 +418,7 @@ def _joined(samples: Iterable[_Sample]) -> list[_Sample]:
                 spans, media = other.spans + sample.spans, [_PICTURE, _VIDEO, _BOARD]
                 damage = 0 if spans[media, 1].any() else sample.damage
                 replaced = other.replaced + sample.replaced
-                joined[place] = _Sample(sample.key, spans, damage, replaced)
+                joined[place] = _Sample(sample.key, spans, damage, replaced, joined=True)
                 continue
         joined.append(sample)
     return joined

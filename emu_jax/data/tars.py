@@ -28,6 +28,7 @@ class Member(NamedTuple):
     offset: int  # of its content
     size: int
     whole: bool  # False: its header is corrupt (no name then), or the archive ends within it
+    archive: int = 0  # number of the archive, where a file holds several one after the other
 
 
 def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Member]:
@@ -45,11 +46,13 @@ def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Membe
     size = storage.stat(path).size if end is None else end
     read = _Reader(path)
     offset, pax, sound = first, {}, True
+    archive, ended = 0, False
     while offset + _BLOCK <= size:
         block = read(offset, _BLOCK)
         if not block.strip(b"\0"):  # the end, or between archives one after the other
-            offset, sound = offset + _BLOCK, True
+            offset, sound, ended = offset + _BLOCK, True, True
             continue
+        archive, ended = archive + ended, False
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             length = int(pax.get("size", header.size))
@@ -57,7 +60,7 @@ def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Membe
                 raise ValueError(length)
         except (tarfile.HeaderError, ValueError):
             if sound:
-                yield Member("", offset, 0, False)
+                yield Member("", offset, 0, False, archive)
             offset, pax, sound = offset + _BLOCK, {}, False
             continue
         sound = True
@@ -70,13 +73,13 @@ def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Membe
         elif header.type != tarfile.GNUTYPE_LONGLINK:
             name = pax.get("path", header.name)
             if header.type in _FILES:
-                yield Member(name, start, length, start + length <= size)
+                yield Member(name, start, length, start + length <= size, archive)
             elif header.type not in _NO_FILES:
-                yield Member(name, start, 0, True)
+                yield Member(name, start, 0, True, archive)
             pax = {}
         offset = start + -(-length // _BLOCK) * _BLOCK
     if 0 < size < _BLOCK or (size % _BLOCK and offset < size):
-        yield Member("", offset, 0, False)
+        yield Member("", offset, 0, False, archive)
 
 
 def _pax(content: bytes) -> dict[str, str]:
@@ -134,11 +137,12 @@ class TarFiles:
         folder's file of the same base name.
         """
         name = plain(name)
+        whole = hashed(name)
         for below in suffixes(name):
             key = hashed(below)
             found = places(self._names, key)
             # The name itself may be the end of a longer path, what it ends in is a whole one.
-            exact = [n for n in found if self._paths[n] == key]
+            exact = [n for n in found if self._paths[n] in (whole, key)]
             found = exact or (found if below == name else [])
             # The same file may lie in several archives.
             if len({(int(self._paths[n]), int(self._sizes[n])) for n in found}) > 1:
