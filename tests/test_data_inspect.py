@@ -125,6 +125,7 @@ def test_the_page_stands_alone_and_text_is_escaped(tmp_path):
 def test_damage_is_shown_where_it_lies(tmp_path):
     good = encode_png(np.full((9, 9), 9, np.uint8))
     pairs = [Document((Picture(good[: -n or None]), Text("word"))) for n in (0, 20) * 20]
+    pairs[0] = Document((Picture(good), Text("word"), Text(" ")))
     path = tmp_path / "pairs.array_record"
     write_documents(path, pairs)
     Tokenizer.train(["word"], 300).save(tmp_path / "tokenizer")
@@ -135,6 +136,15 @@ def test_damage_is_shown_where_it_lies(tmp_path):
     out = tmp_path / "page.html"
     figures = inspect(out, cfg, cfg.load_tokenizer(), "rows", rows=3, documents=40)
     page = out.read_text()
+    used = {"documents": 40, "images": 40, "texts": 40}
+    counted = {"used": used, "unused": {"empty text": 1}}
+    assert figures["sources"] == {
+        "some": counted | {"examples": {"empty text": [f"{path} record 0"]}}
+    }
+    assert (
+        "<h2>Sources</h2><h3>some</h3><p>40 documents, 40 texts, 40 images; unused: 1 empty text"
+        f"</p><ul><li>empty text: {path} record 0</li></ul>" in page
+    )
     damaged = figures["damaged"]["unreadable picture"]
     assert 0.3 * figures["read"] < damaged < 0.7 * figures["read"]
     assert f"<p>{damaged} of {figures['read']} documents could not be read.</p>" in page

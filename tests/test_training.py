@@ -34,6 +34,7 @@ from emu_jax.config import (
     save_json,
 )
 from emu_jax.data.images import normalize_images
+from emu_jax.data.unused import Tally
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import Llama
@@ -65,7 +66,9 @@ class Toy(nnx.Module):
 class ToyBatches:
     """Batches that follow from their position alone."""
 
-    tallies: ClassVar = {}
+    tallies: ClassVar = {
+        "toy": Tally({"documents": 2, "images": 1, "texts": 3}, {"missing image": 4})
+    }
 
     def __init__(self):
         self.position = 0
@@ -213,9 +216,11 @@ def stored(step: Path, item: str) -> dict[str, np.ndarray]:
     return {dotted(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_a_run_is_a_page_of_numpy(toy, tmp_path):
+def test_a_run_is_a_page_of_numpy(toy, tmp_path, capsys):
     run, parts = tmp_path / "run", tmp_path / "parts"
     last = train(TOY, run)
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("source toy: 2 documents, 3 texts, 1 images; unused: 4 missing image") == 1
     rows = read_metrics(run)["toy"]
     with jax.set_mesh(make_mesh(1, 1, 1)):
         start = jax.tree.map(np.asarray, Trainer(TOY, make_mesh(1, 1, 1)).template.init())
