@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from emu_jax import cli
 from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
 from emu_jax.models.attention import AGAIN, XLA_BLOCK
@@ -1025,37 +1026,20 @@ def plan_cli(*arguments: str, timeout: int = 1200) -> subprocess.CompletedProces
     )  # fmt: skip
 
 
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which the verb sets
+    monkeypatch.chdir(ROOT)
+    ladder = ("--config", "configs/emu_100m.py", "--topology", "v5e:2x2")
     for arguments, message in (
         ((), "give --config and --topology"),
         (("--config", "configs/emu_14b.py", "--topology", "v5p:4x4"), "v5p:4x4x4"),
         (("--config", "configs/emu_14b.py", "--topology", "v5e:4x4,v5e:8x8"), "are for --sweep"),
-        (
-            (
-                "--config",
-                "configs/emu_100m.py",
-                "--topology",
-                "v5e:2x2",
-                "--sweep",
-                "--for",
-                "generate",
-            ),
-            "leave out --for",
-        ),
-        (
-            (
-                "--config",
-                "configs/emu_100m.py",
-                "--topology",
-                "v5e:2x2",
-                "--config.remat.llama=ful",
-            ),
-            "did you mean 'full'",
-        ),
+        ((*ladder, "--sweep", "--for", "generate"), "leave out --for"),
+        ((*ladder, "--config.remat.llama=ful"), "did you mean 'full'"),
     ):
-        done = plan_cli(*arguments)
-        assert done.returncode == 2 and done.stdout == ""
-        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+        assert cli.main(["plan", *arguments]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and len(said.err.splitlines()) == 1 and said.out == ""
 
 
 needs_libtpu = pytest.mark.skipif(

@@ -67,7 +67,8 @@ def read_batch(path: Path) -> list[list[Part]]:
 
 
 def check_seeds(output: Output, seed: int, prompts: int) -> None:
-    """
+    """Checks the seeds of a batch of prompts.
+
     Raises:
         UserError: a seed that `answer` would use for one of `prompts` prompts is out of range.
     """

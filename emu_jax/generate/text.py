@@ -109,9 +109,10 @@ def check_types(settings: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """
+    """Checks that a seed is one of the 2**32 that JAX tells apart.
+
     Raises:
-        UserError: not a whole number from 0 to 2**32 - 1. Others would be wrapped to those.
+        UserError: it is not a whole number from 0 to 2**32 - 1.
     """
     if (
         not isinstance(seed, int | np.integer)

@@ -62,8 +62,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def room_for_connections(wanted: int) -> int:
-    """How many connections the process's file descriptors allow, at most `wanted`; raises the
-    soft limit where the hard one permits."""
+    """Returns the number of connections that the limit on open files allows, at most `wanted`.
+    Raises the soft limit as far as the hard one permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + SPARE_FILES:
         most = wanted + SPARE_FILES

@@ -19,7 +19,7 @@ Answer = Callable[[], Iterator[Any]]  # parts of an answer, as they come
 
 
 class Ticket:
-    """A place in the line, and what comes of it.
+    """A request's place in the queue, and its answer.
 
     Attributes:
         client: whose it is; clients take turns.
@@ -50,7 +50,7 @@ class Ticket:
         self._on_leave(self)
 
     def over(self) -> bool:
-        """Whether work on the answer is in vain."""
+        """Returns whether the answer can be given up: nobody waits for it, or it is too late."""
         return self.gone.is_set() or time.monotonic() > self.deadline
 
     async def parts(self) -> AsyncIterator[Any]:
