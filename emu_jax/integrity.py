@@ -205,7 +205,7 @@ def unreadable_arrays(
     item: Path, index: int = 0, count: int = 1, progress: Callable[[int], None] | None = None
 ) -> Iterator[str]:
     """Reads every array of an item (DIR/step/item) and yields why one cannot be read, a line
-    each. Holds 64 MiB, or one chunk that is larger, in memory at once.
+    each. Reads 64 MiB at once, or one chunk that is larger: in memory, twice that.
 
     Args:
         index, count: read one of `count` shares of the chunks.

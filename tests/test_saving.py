@@ -17,6 +17,7 @@ import pytest
 
 from emu_jax import integrity
 from emu_jax.config import UserError
+from emu_jax.train import saving
 from emu_jax.train.saving import Checkpoints
 
 
@@ -194,6 +195,18 @@ def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
         assert begun == [tmp_path / "1", tmp_path / "2"]
         checkpoints.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
+
+
+def test_large_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
+    """Whoever reads a chunk (a check of what was written, a conversion) holds all of it."""
+    assert saving.CHUNK_BYTES == 2**26
+    monkeypatch.setattr(saving, "CHUNK_BYTES", 2**17)
+    write(tmp_path, [1])
+    sizes: list[int] = []
+    assert not list(integrity.unreadable_arrays(tmp_path / "1" / "params", progress=sizes.append))
+    assert sorted(sizes) == [4] + [2**17] * 4
+    assert largest_file(tmp_path / "1").stat().st_size < 2**18
+    assert_restores(tmp_path, 1)
 
 
 def test_an_older_step_goes_only_after_the_newer_one_was_read_back(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from emu_jax.train.lock import Lock
 
 # Under these names a step is written, and removed.
 WRITING, REMOVING = ".orbax-checkpoint-tmp", ".removing"
+CHUNK_BYTES = 2**26  # of a chunk of an array, and of a file: who reads a chunk holds all of it
 
 
 class Checkpoints:
@@ -303,8 +304,10 @@ def _give_back_memory() -> None:
 
 
 def _for_saving(args: ocp.args.CheckpointArgs) -> ocp.args.CheckpointArgs:
-    """Arrays go to the handler that gives them checksums."""
-    return ocp.args.PyTreeSave(args.item) if isinstance(args, ocp.args.StandardSave) else args
+    """Arrays go to the handler that gives them checksums, in chunks of `CHUNK_BYTES` at most."""
+    if not isinstance(args, ocp.args.StandardSave):
+        return args
+    return ocp.args.PyTreeSave(args.item, ocdbt_target_data_file_size=CHUNK_BYTES)
 
 
 _HANDLERS: dict[type, Any] = {
