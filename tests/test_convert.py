@@ -43,6 +43,7 @@ from emu_jax.convert import engine, export, files, parents, sizes, source, table
 from emu_jax.convert.arrays import Arrays
 from emu_jax.convert.engine import convert
 from emu_jax.data.documents import Document, Picture, Text, write_documents
+from emu_jax.generate.api import load
 from emu_jax.sharding import make_mesh
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
@@ -390,6 +391,12 @@ def test_a_model_that_the_release_cannot_express_is_refused(run_dir, tmp_path):
             convert(run, tmp_path / "none", to="emu")
     with pytest.raises(UserError, match="scheduler.prediction_type is v_prediction"):
         convert(run, tmp_path / "none", to="hf")
+    # Every shape fits, but each head would be another slice.
+    (run / "config.json").write_text(kept)
+    edit_config(run, llama__heads=2)
+    for read in (load, lambda run: convert(run, tmp_path / "none", to="emu")):
+        with pytest.raises(UserError, match="llama.heads = 2 was edited: the release had 4$"):
+            read(run)
     assert not (tmp_path / "none").exists()
 
 

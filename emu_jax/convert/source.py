@@ -182,7 +182,7 @@ def open_source(
         return Release(path, mesh, model_config, tokenizer)
     if (path / "multimodal_encoder").is_dir():
         return Release(path, mesh, model_config, tokenizer)
-    if (path / "config.json").is_file() and any(p.name.isdigit() for p in path.iterdir()):
+    if (path / "config.json").is_file() and checkpoint.complete_steps(path):
         if model_config or tokenizer:
             raise UserError(f"{path} has its own configuration and tokenizer: give no others")
         return Run(path, mesh, scratch)
@@ -370,14 +370,8 @@ class Run:
         kept = path / "release"
         if (kept / "layout.json").is_file():
             self.layout = Layout.load(kept / "layout.json", kept / "files")
-            (self.dead,) = files.open_tensors(kept / "dead.safetensors")[0].values()
-        for key, tensor in self.dead.items():
-            width = cfg.llama.head_width // 2
-            if key.endswith("rotary_emb.inv_freq") and tensor.shape != (width,):
-                raise UserError(
-                    f"{path / 'config.json'}: llama.heads = {cfg.llama.heads} was edited: the "
-                    f"release had {cfg.llama.heads * width // tensor.shape[0]}"
-                )
+            self.dead = _dead_tensors(path)
+        check_heads(path, cfg)
 
     def read(self, path: str, layer: int) -> np.ndarray:
         stacked = self._stacked[path]
@@ -385,6 +379,28 @@ class Run:
             whole = checkpoint.read_params(self._path, {path: self.shapes[path]})[path]
             return np.asarray(whole)[layer] if stacked else np.asarray(whole)
         return self._arrays[self._items[path]].read(path, layer if stacked else None)
+
+
+def _dead_tensors(directory: Path) -> dict[str, Tensor]:
+    """Opens the release's tensors that no parameter holds, which a converted run directory, or one
+    that was trained from it, keeps; {} for others."""
+    kept = directory / "release" / "dead.safetensors"
+    return next(iter(files.open_tensors(kept)[0].values())) if kept.is_file() else {}
+
+
+def check_heads(directory: Path, cfg: EmuConfig) -> None:
+    """Compares LLaMA's heads, which no parameter tells, with the release's rotary frequencies.
+
+    Raises:
+        UserError: the run directory was converted with another number of heads.
+    """
+    width = cfg.llama.head_width // 2
+    for key, tensor in _dead_tensors(directory).items():
+        if key.endswith("rotary_emb.inv_freq") and tensor.shape != (width,):
+            raise UserError(
+                f"{directory / 'config.json'}: llama.heads = {cfg.llama.heads} was edited: the "
+                f"release had {cfg.llama.heads * width // tensor.shape[0]}"
+            )
 
 
 def items_of(directory: Path) -> dict[str, Path]:

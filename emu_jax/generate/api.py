@@ -30,7 +30,7 @@ from PIL import Image
 
 from emu_jax import checkpoint, diffusion, sharding
 from emu_jax.config import TokenIds, UserError, load_json, suggest
-from emu_jax.convert.source import is_release, load_release
+from emu_jax.convert.source import check_heads, is_release, load_release
 from emu_jax.data.images import normalize_images
 from emu_jax.generate import image, mixed, text
 from emu_jax.generate.image import ImageConfig
@@ -124,6 +124,7 @@ def load(
         emu.safety = find_checker(directory) if emu.paints else None
         return emu
     cfg = checkpoint.load_config(directory)
+    check_heads(directory, cfg)
     tokenizer = checkpoint.load_tokenizer(directory)
     defaults = GenerationConfig()
     if (directory / "generation.json").is_file():
