@@ -39,7 +39,7 @@ from emu_jax.tokenizer import Tokenizer
 def complete_steps(directory: Path) -> list[int]:
     """The steps that a run directory holds, in no order; none where there is no directory."""
     try:
-        return [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+        return [int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
 

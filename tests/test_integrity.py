@@ -250,6 +250,13 @@ def test_a_save_that_cannot_be_read_back_ends_the_run_and_older_ones_stay(tmp_pa
     assert resumed(tmp_path) == 1
 
 
+def test_only_directories_are_steps(sound, tmp_path):
+    workdir = shutil.copytree(sound, tmp_path / "run")
+    (workdir / "20241128").write_text("a note")
+    (workdir / "²").mkdir()
+    assert checkpoint.latest_step(workdir) == 2 and resumed(workdir) == 2
+
+
 @pytest.mark.parametrize("name", [".", "../b"])
 def test_a_base_that_is_based_on_its_user_is_one_line(name, tmp_path):
     for run in ("a", "b"):
