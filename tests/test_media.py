@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from emu_jax.data.clean import CleanConfig, clean
 from emu_jax.data.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
 from emu_jax.data.documents import Damaged, Document, Picture, Text
-from emu_jax.data.images import PictureError, load_image, open_image
+from emu_jax.data.images import PictureError, is_animated, load_image, open_image
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import (
     CUT_SHORT,
@@ -205,6 +205,17 @@ def test_colors_of_every_mode():
     assert both.mode == "LA"
     bits = Image.fromarray(CORNERS[..., 0] > 99)
     assert np.asarray(open_image(encoded(bits, "PNG"))).max() == 255
+
+
+def test_damage_of_every_format_is_one_line():
+    """Readers of rare formats raise errors of other types than those of JPEG and PNG."""
+    avif, dds = (bytearray(encoded(CORNERS, form)) for form in ("AVIF", "DDS"))
+    avif[-60:] = bytes(60)  # in the pixels
+    dds[80:84] = bytes(4)  # how pixels are stored
+    for content in (avif, dds):
+        with pytest.raises(PictureError, match="cannot read the picture .* bytes.: "):
+            open_image(bytes(content))
+        assert not is_animated(bytes(content))
 
 
 def test_builds_store_pictures_upright_and_count_animations():
@@ -433,8 +444,9 @@ def test_damaged_subtitles():
     ):  # fmt: skip
         with pytest.raises(Damaged, match=f"it: .*{message}"):
             subtitles(content, "it")
-    with pytest.raises(Damaged, match="it: malformed entry .unknown encoding 'klingon'"):
-        subtitles(ONE.encode(), "it", "klingon")
+    for encoding in ("klingon", "\0", "hex", "undefined"):
+        with pytest.raises(Damaged, match="it: malformed entry .unknown encoding '"):
+            subtitles(ONE.encode(), "it", encoding)
 
 
 # Videos

@@ -124,7 +124,7 @@ def _decoded(content: bytes, where: str, encoding: str | None) -> tuple[str, lis
     if name is not None:
         try:
             text = content.decode(name, "replace")
-        except LookupError:
+        except (LookupError, ValueError):  # also of a codec that is not for texts
             raise Damaged("malformed entry", where, f"unknown encoding {name!r}") from None
     return text.replace("\0", "").replace("\ufeff", ""), unused
 

@@ -15,6 +15,7 @@ import io
 import math
 import os
 import struct
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +33,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 89_478_485  # where Pillow begins to warn
 MOST_ASPECT = 100.0
 
-# What Pillow raises on files that are missing, cut short or damaged.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+# What Pillow's readers raise on files that are missing, cut short or damaged.
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
+    RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+)  # fmt: skip
 
 
 class PictureError(UserError):
