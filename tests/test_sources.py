@@ -594,12 +594,14 @@ def test_damaged_listings(tmp_path):
         json.dumps({"images": ["a\0b", "x" * 999, None], "texts": [None, None, "fine"]}).encode(),
         b"1", b"\r", b"{", b'{"text_list": ["a"], "image_info": [{"image_name": "x", '
         b'"matched_text_index": Infinity}]}',
+        b'{"text_list": ["a"], "image_info": [{"image_name": 7, "matched_text_index": 0}]}',
     ]))  # fmt: skip
     pages = source("pages", listing)
     assert reasons(pages) == {
         1: "malformed JSON", 2: "malformed JSON", 3: "invalid UTF-8", 4: "malformed entry",
         5: "malformed entry", 6: "malformed entry", 8: "invalid UTF-8", 10: "malformed JSON",
         11: "malformed JSON", 12: "malformed entry",
+        13: "malformed entry",
     }  # fmt: skip
     assert [shown(pages[n]) for n in (0, 7, 9)] == [["fine"]] * 3
     assert pages.where(7) == f"{listing} entry 7"

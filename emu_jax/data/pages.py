@@ -100,6 +100,8 @@ def _mmc4(entry: dict[str, Any], least: float) -> tuple[list[_Part], list[Unused
             continue
         content = picture.get("image_base64")
         shown = picture["image_name"] if content is None else _decoded(content)
+        if not isinstance(shown, str | bytes | None):
+            raise TypeError(f"image_name {shown!r}")
         if not 0 <= place < len(entry["text_list"]):
             raise IndexError(f"matched_text_index {place}")
         if shown is None:  # it could not be crawled
