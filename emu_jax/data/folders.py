@@ -93,11 +93,13 @@ class SubFolders:
 
     def _list(self) -> Arrays:
         names, numbers = [], []
+        roots = {root.rstrip("/") for root in self._roots}  # may be one for each shard
         for number, folder in enumerate(self._folders):
-            parts = folder.rstrip("/").split("/")
-            depth = min(len(parts) - root.rstrip("/").count("/") for root in self._roots
-                        if f"{folder}/".startswith(f"{root.rstrip('/')}/"))  # fmt: skip
-            above = "/".join(parts[-depth - 1 :])
+            root = folder.rstrip("/")
+            depth = 2
+            while root not in roots:
+                root, depth = os.path.dirname(root).rstrip("/"), depth + 1
+            above = "/".join(folder.rstrip("/").split("/")[-depth:])
             with os.scandir(folder) as entries:
                 found = [
                     hashed(below)
