@@ -271,6 +271,13 @@ def test_the_releases_storyboards(tmp_path, form):
     boards = source("webdataset", path)
     assert not boards.paired and reasons(boards) == {0: "corrupt tar member"}
     assert [shown(boards[n]) for n in (1, 2)] == [want, [0, "end"]]
+    # A tar that is cut short loses its last one, which is not read as pairs.
+    *_, last = tars.members(str(path))
+    path.write_bytes(content[: last.offset - 512])
+    assert last.name == "two.final_meta.json"
+    boards = source("webdataset", path)
+    assert reasons(boards) == {0: "corrupt tar member", 2: "incomplete sample"}
+    path.write_bytes(content)
     tar(tmp_path / "1.tar", {"a.jpg": picture(10), "a.txt": b"a"})
     with pytest.raises(UserError, match="1 samples are pairs and 2 are storyboards"):
         source("webdataset", tmp_path)

@@ -294,8 +294,8 @@ def _keys(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
         role = _ROLES.get(last, "")
         if os.path.basename(name).startswith("."):  # hidden, such as macOS's ._NAME
             return key, ""
-        if key in boards:
-            frame = number.isdecimal() and role in ("picture", "text")
+        frame = number.isdecimal() and role in ("picture", "text")
+        if key in boards or (boards and frame):  # the last one's meta data may be cut off
             return key, "board" if frame or ext == _BOARD_META else ""
         if not number:
             return key, role
@@ -381,6 +381,8 @@ def _sample(group: list[_Part]) -> _Sample:
     if not all(part.member.whole for part in group):
         reason = "corrupt tar member"
     elif not spans[[_PICTURE, _VIDEO, _BOARD], 1].any():
+        reason = "incomplete sample"
+    elif boards and not any(_split(part.member.name)[1] == _BOARD_META for part in boards):
         reason = "incomplete sample"
     damage = 0 if reason is None else 1 + REASONS.index(reason)
     return _Sample(group[0].key, spans, damage, replaced)
