@@ -21,6 +21,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,23 @@ def check_path(directory: Path) -> None:
 
 
 def seal(step: Path) -> None:
-    """Writes the checksums of a step that is otherwise complete, and syncs its files to disk."""
-    files = {}
-    for folder, folders, names in os.walk(step):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            if _is_covered(path.relative_to(step)):
-                with path.open("rb") as file:
-                    files[str(path.relative_to(step))] = hashlib.sha256(file.read()).hexdigest()
-                    os.fsync(file.fileno())
-        sync(folder)
+    """Writes the checksums of a step that is otherwise complete, and syncs its files to disk.
+
+    One process does this for the files of all, some for each: it does many at once.
+    """
+    tree = list(os.walk(step))
+    paths = [Path(folder, name) for folder, _, names in tree for name in names]
+    paths = sorted(path for path in paths if _is_covered(path.relative_to(step)))
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            return hashlib.sha256(file.read()).hexdigest()
+
+    with ThreadPoolExecutor(16) as workers:
+        sums = workers.map(digest, paths)
+        files = {str(p.relative_to(step)): s for p, s in zip(paths, sums, strict=True)}
+        list(workers.map(sync, [folder for folder, _, _ in tree]))
     write_text(step / CHECKSUMS, json.dumps({"sha256": files}, indent=1) + "\n")
 
 
@@ -222,9 +229,12 @@ def unreadable_arrays(
         yield f"{item} holds no arrays"
         return
     pending: deque[tuple[str, int, Any]] = deque()
+    ahead = 0  # bytes that are pending
 
     def settle() -> Iterator[str]:
-        name, _, read = pending.popleft()
+        nonlocal ahead
+        name, size, read = pending.popleft()
+        ahead -= size
         try:
             chunk = read.result()
         except Exception as error:
@@ -255,9 +265,10 @@ def unreadable_arrays(
                 where = tuple(slice(a, b) for a, b in zip(start, ends, strict=True))
                 part = array[where]
                 size = part.size * part.dtype.numpy_dtype.itemsize
-                while pending and sum(n for _, n, _ in pending) + size > _BYTES_AHEAD:
+                while pending and ahead + size > _BYTES_AHEAD:
                     yield from settle()
                 pending.append((name, size, part.read()))
+                ahead += size
             number += 1
     while pending:
         yield from settle()
