@@ -106,7 +106,8 @@ _LOST = "\ufffd"  # stands for bytes that could not be decoded
 
 
 def _decoded(content: bytes, where: str, encoding: str | None) -> tuple[str, list[Unused]]:
-    """
+    """Decodes a subtitle file, without byte order marks and stray NUL bytes.
+
     Raises:
         Damaged: the encoding is unknown.
     """

@@ -41,10 +41,10 @@ _FORMATS: tuple[tuple[bytes, str, str, str], ...] = (
 
 
 def check_format(path: str) -> None:
-    """
+    """Refuses a file that has to be unpacked or converted first.
+
     Raises:
-        UserError: a file is in a format that has to be unpacked or converted first. The line names
-            it, and the command where there is one.
+        UserError: it is in such a format. The line names it, and the command where there is one.
     """
     head = storage.read(path, 0, _HEAD)
     for start, what, suffix, command in _FORMATS:
@@ -90,9 +90,10 @@ def unpack(path: str) -> Arrays:
 
 
 def check_twins(paths: list[str]) -> None:
-    """
+    """Refuses listings that would be read twice.
+
     Raises:
-        UserError: a listing is among `paths` both packed and unpacked: it would be read twice.
+        UserError: a listing is among `paths` both packed and unpacked.
     """
     plain = set(paths)
     for path in paths:

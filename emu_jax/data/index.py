@@ -177,7 +177,8 @@ class Checked:
         return getattr(np.asarray(self), name)
 
     def searchsorted(self, value: Any, side: str = "left", sorter: Any = None) -> Any:
-        """As of an array; for a single value only what is compared is read."""
+        """Searches as `numpy.ndarray.searchsorted` does; for a single value it reads only the
+        values that it compares."""
         if np.ndim(value) or sorter is not None:
             return np.asarray(self).searchsorted(value, side, sorter)  # pyright: ignore
         search = bisect.bisect_left if side == "left" else bisect.bisect_right

@@ -298,7 +298,7 @@ def _damage(damaged: Sequence[Damage], read: int) -> str:
 
 
 def _sources(tallies: Mapping[str, Tally]) -> str:
-    """What is used of each source, and what is not, with the first examples."""
+    """Lists what is used of each source, and what is not, with the first examples."""
     shown = ""
     for name, tally in tallies.items():
         examples = "".join(

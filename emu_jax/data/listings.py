@@ -106,7 +106,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _objects_in(file: str | bytes) -> Arrays:
-    """Where the objects lie in a file, given by its path or its content."""
+    """Finds the objects in a file, given by its path or its content."""
     if isinstance(file, bytes):
         size, read = len(file), lambda start, count: file[start : start + count]
     else:
@@ -278,7 +278,7 @@ class Media:
 
 
 def _paths_in(folder: str, name: str) -> Iterator[str]:
-    """Where in a folder a file may lie; its name may begin with the end of the folder's."""
+    """Yields paths of a file in a folder; its name may begin with the end of the folder's."""
     yield storage.join(folder, name)
     parts = name.split("/")
     for n in range(len(parts) - 1, 0, -1):

@@ -305,7 +305,7 @@ def _open(
 
 
 def tally(source: Opened, kind: Kind) -> Tally:
-    """What this kind of batches uses of a source, and what not."""
+    """Counts what this kind of batches uses of a source, and what not."""
     counted = Tally()
     counted.merge(source.outlines.tally)
     rest = counted.used["documents"] - _usable(source, kind)

@@ -145,7 +145,7 @@ class Pairs(Source):
         return (), (*unused, Unused("no caption"))
 
     def _captions(self, index: int, spans: _Spans, where: str) -> Iterator[str | list[str]]:
-        """Where the words may be, in order of preference; several that say the same in a list."""
+        """Yields the captions in order of preference; alternatives come as one list."""
         content = None if self._caption_key else self._member(index, spans, _TEXT, where)
         if content is not None:
             yield utf8(content, where)
@@ -199,7 +199,8 @@ class Pairs(Source):
 
 
 def _content(path: str, member: Member, where: str, most: int = storage.MOST_IMAGE) -> bytes:
-    """
+    """Reads a member of at most `most` bytes.
+
     Raises:
         Damaged: it is too large, or the archive ends within it.
     """

@@ -164,18 +164,19 @@ def plain(name: str) -> str:
 
 
 def suffixes(name: str) -> list[str]:
-    """What a path ends in, the longest first: itself, and without one folder after the other."""
+    """Returns the endings of a path, the longest first: itself, and without its first folders."""
     parts = name.split("/")[-_DEEPEST:]
     return ["/".join(parts[n:]) for n in range(len(parts))]
 
 
 def hashed(name: str) -> np.uint64:
+    """Returns the 64-bit hash by which a name is kept."""
     content = name.encode("utf-8", "surrogateescape")
     return np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), np.uint64)[0]
 
 
 def places(names: np.ndarray, name: np.uint64) -> list[int]:
-    """Where a hash stands in sorted ones; of very many, the first."""
+    """Returns the indices of a hash in sorted ones, at most `_ALIKE` of them."""
     place = int(np.searchsorted(names, name))
     return [n for n in range(place, min(place + _ALIKE, len(names))) if names[n] == name]
 

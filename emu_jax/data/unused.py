@@ -63,7 +63,7 @@ class Unused(NamedTuple):
 
 @dataclasses.dataclass
 class Tally:
-    """How much of a source is used, and what is left out, by reason.
+    """Counts of the parts of a source that are used, and of those left out, by reason.
 
     Attributes:
         used: number of documents, of images, and of texts that are not empty.
