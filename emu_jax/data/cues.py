@@ -87,7 +87,7 @@ def unroll(cues: Sequence[Cue], unused: list[Unused]) -> Iterator[tuple[float, s
 def _overlap(before: list[str], lines: list[str]) -> int:
     """The most lines that both end `before` and begin `lines`."""
     for count in range(min(len(before), len(lines)), 0, -1):
-        if before[-count:] == lines[:count]:
+        if before[-count] == lines[0] and before[-count:] == lines[:count]:
             return count
     return 0
 
