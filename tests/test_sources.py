@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from emu_jax.config import UserError
-from emu_jax.data import Document, Picture, Text, listings, storage, tars
+from emu_jax.data import Document, Picture, Text, listings, outlines, storage, tars
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.documents import ABSENT, Damaged, write_documents
 from emu_jax.data.images import open_image
@@ -587,6 +587,18 @@ def test_images_that_arrive_later(tmp_path):
     assert count()[0] == after[0]
     with pytest.raises(Damaged, match="missing file"):
         pages.read(0, wanted=[0])
+
+
+def test_a_crawl_that_goes_on_is_counted_once_at_a_start(tmp_path, monkeypatch):
+    """Files that arrive while tokens are counted wait for the next run."""
+    listing = lines(tmp_path / "pages.jsonl", [picture_page("0.jpg")])
+    pages, tokenizer = source("pages", listing), Tokenizer.load(TINY / "tokenizer")
+    stamps, counted, count = iter(range(99)), [], outlines._count
+    monkeypatch.setattr(pages, "stamp", lambda: str(next(stamps)))
+    monkeypatch.setattr(outlines, "_count", lambda *how: counted.append(1) or count(*how))
+    for starts in (1, 2):
+        Outlines(pages, tokenizer, tmp_path / "cache")
+        assert len(counted) == starts
 
 
 def test_damaged_listings(tmp_path):

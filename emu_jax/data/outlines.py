@@ -73,10 +73,13 @@ class Outlines:
             for start in range(0, len(source), _CHUNK)
         }
 
+        begun: UInt8[np.ndarray, "bytes"] | None = None  # the stamp when counting began
+
         def count() -> Arrays:
+            nonlocal begun
             log.info("counting the tokens of %d documents for %s", len(source), folder / name)
             # Of before counting: what arrives in the meantime may come too late for its document.
-            stamp = _stamp(source)
+            begun = stamp = _stamp(source)
             if len(chunks) < 2:
                 return _with_starts(_count(source, tokenizer, range(len(source)), stamp))
             shares = [
@@ -91,7 +94,10 @@ class Outlines:
 
         arrays = kept(folder, name, count)
         missing = [r for r in Tally.from_array(arrays["tally"]).unused if r in _AWAITED]
-        if missing and arrays["stamp"].tobytes() != _stamp(source).tobytes():
+        # What arrived while counting waits for the next run: a crawl may never rest.
+        if missing and arrays["stamp"].tobytes() != (
+            _stamp(source) if begun is None else begun
+        ).tobytes():  # fmt: skip
             if recount:
                 log.warning("%s: files arrived since it was counted; counting again", folder / name)
                 shutil.rmtree(folder / name, ignore_errors=True)
