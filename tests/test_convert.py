@@ -1219,6 +1219,9 @@ def test_an_existing_destination_is_kept_unless_told_otherwise(instruct_file, tm
         convert(instruct_file, dst)
     convert(instruct_file, dst, overwrite=True)
     assert checkpoint.load_config(dst).llama.lora
+    for lost in (dst, tmp_path):
+        with pytest.raises(UserError, match="run would be lost, since .* replaces it"):
+            convert(dst, lost, to="emu", overwrite=True)
     with pytest.raises(UserError, match="run directory already"):
         convert(dst, tmp_path / "other")
     with pytest.raises(UserError, match="does not exist"):

@@ -56,6 +56,15 @@ def test_a_second_job_is_refused_and_touches_nothing(tmp_path):
     assert (tmp_path / "1").is_dir() and not (tmp_path / "lock.json").exists()
 
 
+def test_a_full_disk_at_the_start_is_one_line(tmp_path, monkeypatch):
+    def acquire(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Lock, "acquire", acquire)
+    with pytest.raises(UserError, match="lock.json: No space left"), Checkpoints(tmp_path, 1):
+        pass
+
+
 def test_a_dead_owner_on_this_host_costs_no_waiting(path, quick, monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()

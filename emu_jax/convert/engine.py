@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +84,8 @@ def convert(
     src, dst = Path(src), Path(dst)
     if to == "jax":
         integrity.check_path(dst)
-    with report() as made, replacing(dst, overwrite) as temporary:
+    sources = [src, *(Path(p) for p in (base, model_config, tokenizer) if p)]
+    with report() as made, replacing(dst, overwrite, sources) as temporary:
         mesh = mesh or make_mesh()
         source = open_source(
             src, mesh, model_config=model_config, tokenizer=tokenizer, base=base and Path(base),
@@ -222,11 +223,15 @@ def _loses(part: np.ndarray, dtype: np.dtype) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(dst: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(dst: Path, overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
     """A temporary folder (or file name) beside `dst`, which takes its place when all went well.
 
+    Args:
+        sources: what is read; none of them may be replaced.
+
     Raises:
-        UserError: `dst` exists and may not be overwritten, or cannot be written.
+        UserError: `dst` exists and may not be overwritten, is or holds a source, or cannot be
+            written.
     """
     single = dst.suffix in (".pt", ".bin", ".pth")
     try:
@@ -234,6 +239,11 @@ def replacing(dst: Path, overwrite: bool) -> Iterator[Path]:
         occupied = place.is_file() or (place.is_dir() and any(place.iterdir()))
         if occupied and not overwrite:
             raise UserError(f"{dst} exists: choose another destination, or say --overwrite")
+        for source in sources:
+            if source.resolve().is_relative_to(place):
+                raise UserError(
+                    f"{source} would be lost, since {dst} replaces it: choose another destination"
+                )
         place.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself

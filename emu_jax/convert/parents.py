@@ -70,7 +70,8 @@ def init(
     """
     dst = Path(dst)
     integrity.check_path(dst)
-    with engine.report() as made, engine.replacing(dst, overwrite) as temporary:
+    sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
+    with engine.report() as made, engine.replacing(dst, overwrite, sources) as temporary:
         parents = Parents(
             Path(llama), Path(eva_clip), Path(sd), mesh or make_mesh(),
             cformer or CFormerConfig(), seed, model_config, Path(tokenizer or llama),

@@ -213,6 +213,8 @@ class Checkpoints:
                 self._lock.acquire()
             except UserError as error:
                 problem = str(error)
+            except OSError as error:  # the other processes wait to hear of it
+                problem = f"cannot write {self._lock.path}: {error.strerror}"
         if jax.process_count() > 1:
             text = np.zeros(1000, np.uint8)
             encoded = np.frombuffer(problem.encode()[: len(text)], np.uint8)
