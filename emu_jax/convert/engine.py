@@ -223,7 +223,7 @@ def _loses(part: np.ndarray, dtype: np.dtype) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(dst: Path, overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
+def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """A temporary folder (or file name) beside `dst`, which takes its place when all went well.
 
     Args:

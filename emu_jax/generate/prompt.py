@@ -8,7 +8,6 @@ contexts of pictures on the right.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,8 +69,6 @@ def open_file(path: Path) -> Part:
     Raises:
         UserError: it is neither, or cannot be read.
     """
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise UserError(f"cannot read {path}: not a regular file")  # a pipe may never end
     readers = [open_image, _video_file]
     if path.suffix.lower() in VIDEO_SUFFIXES:
         readers.reverse()
