@@ -27,7 +27,7 @@ test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "slow and alone"
 
-# Plants the bugs of tools/mutants.toml and says which test notices each. Takes hours.
+# Plants the bugs of tools/mutants.toml and says which test notices each.
 mutants: .venv/.installed-dev
 	$(BIN)/python tools/mutate.py --write docs/notes/mutations.md
 
