@@ -126,7 +126,7 @@ def damaged_files(step: Path, items: Sequence[str] = ()) -> list[str]:
         items: the items to check; by default the whole step.
 
     Raises:
-        UserError: the step has no checksums. It is older than they are.
+        FileNotFoundError: the step has no checksums, since an older version wrote it.
     """
     try:
         files = json.loads((step / CHECKSUMS).read_text())["sha256"].items()
