@@ -10,6 +10,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ def run(size: str = "0.1B", turns: int = 5) -> dict:
     tree = nest(params)
     wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
     blocked: list[float] = []
-    with tempfile.TemporaryDirectory() as name, Checkpoints(Path(name) / "run", keep=1) as saves:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, steps = Path(name), itertools.count()
-        saves.workdir.mkdir()
+        workdir = folder / "run"
+        workdir.mkdir()
+        saves = stack.enter_context(Checkpoints(workdir, keep=1))
 
         def save() -> None:
             began = time.perf_counter()

@@ -23,7 +23,7 @@ from emu_jax.config import UserError
 from emu_jax.convert.files import copy_into
 
 _CHUNK = 2**26  # bytes of an array in one file
-_GROUP = 2**27  # bytes committed together: a commit is slow, and until then they are in memory
+_GROUP = 2**26  # bytes committed together: a commit is slow, and until then they are in memory
 
 
 class ArrayWriter:
