@@ -181,7 +181,7 @@ HOSTILE = {
     "deep JSON": ({"raw": b"[" * 100_000}, 400, "not JSON"),
     "not UTF-8": ({"raw": b'{"messages": "\xff"}'}, 400, "not JSON"),
     "a list": ([], 400, "must be a JSON object"),
-    "no messages": ({}, 400, "messages must be a list"),
+    "no messages": ({}, 400, "messages must be a non-empty list"),
     "an unknown key": ({"messages": [], "path": "/etc/passwd"}, 400, "unknown key 'path'"),
     "no parts": (chat(), 400, "parts must be a list"),
     "a number for text": (chat({"text": 5}), 400, "a text must be a string"),
@@ -190,7 +190,7 @@ HOSTILE = {
     "a path for a picture": (chat({"picture": "/etc/passwd"}), 400, "base64"),
     "stray characters": (chat({"picture": "*" + png()}), 400, "base64"),
     "a picture that is none": (chat({"picture": "aGVsbG8="}), 400, "damaged"),
-    "a strange format": (chat({"picture": png(format="PPM")}), 400, "none of PNG"),
+    "a strange format": (chat({"picture": png(format="PPM")}), 400, "not one of PNG"),
     "a bomb": (chat({"picture": bomb()}), 413, "more than 10000 pixels"),
     "too many pixels": (chat({"picture": png((101, 100))}), 413, "101x100 pixels"),
     "too many pixels together": (
@@ -354,7 +354,7 @@ def test_too_many_wait_and_none_too_long(emu):
         await asyncio.to_thread(emu.started.wait)
         await asyncio.sleep(0.2)
         status, body, headers = await client("/api/chat", chat({"text": "b"}))
-        assert status == 429 and "3 requests wait already" in body and headers[b"retry-after"]
+        assert status == 429 and "3 requests are waiting" in body and headers[b"retry-after"]
         # There is no place for its pictures either: they are not even looked at.
         status, _, _ = await client("/api/chat", chat({"picture": "no picture"}))
         assert status == 429

@@ -1,4 +1,4 @@
-"""The server: routes, and the way from a request to the model and back.
+"""The server: routes, middleware, and streaming the model's answers to clients.
 
 An answer is a stream of JSON lines: `{"text": ...}` and `{"picture": "data:image/png;..."}` as
 they come, `{"done": true}` at the end, or `{"error": ...}`.
@@ -40,12 +40,12 @@ from emu_jax.serve.worker import Ticket, Worker
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # the last as a request spells it
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # the last as in a Host header
 DECODERS = 2  # requests whose images are decoded at once
-STOP_SECONDS = 5  # from a signal to the end, for answers that are under way
+STOP_SECONDS = 5  # time after a signal for running answers to finish
 _PAGE = Path(__file__).parent / "page"
 _HEADERS = {
-    # The page's own files alone, and pictures that it made or was sent; in no other site's frame.
+    # Only the page's own files, and images it made or was sent. No other site may frame it.
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src blob:; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -56,11 +56,11 @@ _NOTHING = object()
 
 
 def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
-    """Builds the application. Its `state.worker` is the `Worker` that answers.
+    """Builds the application; its `state.worker` is the `Worker` that runs the model.
 
     Args:
-        hosts: names that a request's Host header may have, or `*` for any. With names, a page of
-            another site cannot reach a server on this machine by pointing its own name here.
+        hosts: allowed values of a request's Host header, or `*` for any. A list of names
+            protects a server on this machine from DNS rebinding by another site's page.
     """
     worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
@@ -71,7 +71,7 @@ def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Sta
     ):
         async def endpoint(request: Request) -> Response:
             body = await bodies.read(request)
-            ticket = worker.reserve(_client(request.scope))  # before anything is decoded
+            ticket = worker.reserve(_client(request.scope))  # before decoding anything
             try:
                 async with decoders:
                     asked = await run_in_threadpool(parse, body, limits)
@@ -124,7 +124,7 @@ def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Sta
 def chat(
     emu: Emu, asked: Asked, over: Callable[[], bool] | None = None
 ) -> Iterator[str | Image.Image]:
-    """What the model says next; one that was tuned to answer may draw, too."""
+    """Streams the model's reply; an instruction-tuned model may also generate one image."""
     if emu.tokenizer.instruct:
         turns = [message.parts for message in asked.messages]
         prompt = converse(turns, emu.defaults.system)
@@ -133,22 +133,22 @@ def chat(
 
 
 def draw(emu: Emu, asked: Asked, over: Callable[[], bool] | None = None) -> Iterator[Image.Image]:
-    """One picture of the parts; given up where `over` says so."""
+    """Generates one image from the parts; stops early once `over` returns True."""
     yield emu.generate_image(as_parts(asked.messages), stop=over, **asked.settings)
 
 
 def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
-    """Serves until it is interrupted.
+    """Loads the checkpoint and serves it until interrupted.
 
     Raises:
-        UserError: the address cannot be listened at, or the checkpoint cannot be loaded.
+        UserError: the server cannot listen on the address, or the checkpoint cannot be loaded.
     """
     limits = dataclasses.replace(limits, connections=room_for_connections(limits.connections))
     with contextlib.ExitStack() as stack:
-        sockets = listen(host, port)  # before minutes of loading
+        sockets = listen(host, port)  # before loading, which takes minutes
         for opened in sockets:
             stack.callback(opened.close)
-        # Row by row, and in few shapes: whatever is asked for, a handful of programs is compiled.
+        # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
         emu = load(checkpoint, batch_size=1)
         emu.shapes = Shapes(length=64, images=limits.pictures, new_tokens=limits.new_tokens)
         hosts = allowed_hosts(host, sockets)
@@ -166,8 +166,8 @@ def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
 
 
 def allowed_hosts(host: str, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
-    """Returns the `hosts` of `make_app` for a server at these sockets: the loopback's names and
-    `host` where it listens on the loopback alone, else any."""
+    """Returns the `hosts` of `make_app` for a server listening on `sockets`: the loopback names and
+    `host` if all sockets are on the loopback interface, otherwise `("*",)`."""
     addresses = [opened.getsockname()[0].partition("%")[0] for opened in sockets]
     if all(ipaddress.ip_address(address).is_loopback for address in addresses):
         return tuple(dict.fromkeys((*LOOPBACK, host, *addresses)))
@@ -175,7 +175,7 @@ def allowed_hosts(host: str, sockets: Sequence[socket.socket]) -> tuple[str, ...
 
 
 def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
-    """uvicorn for `make_app`'s application, with bounds on connections, time and shutdown."""
+    """Returns a uvicorn server for `app` that bounds connections, times and shutdown."""
     config = uvicorn.Config(
         app, http=bounded_connections(limits, app.state.worker.stop), ws="none",
         log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=STOP_SECONDS,
@@ -185,18 +185,18 @@ def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
 
 
 class _Bodies:
-    """The bodies of requests that are arriving, each bounded in size and time, and all in size."""
+    """Reads request bodies. Each is bounded in size and time, and all together in size."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
-        self._sizes: dict[asyncio.Timeout, int] = {}  # of those that arrive, the oldest first
+        self._sizes: dict[asyncio.Timeout, int] = {}  # of arriving bodies, oldest first
 
     async def read(self, request: Request) -> bytes:
         """Reads a request's body.
 
         Raises:
-            Refused: its header does not say JSON, it is too large or too slow, or it has been
-                arriving the longest when all bodies together are too large.
+            Refused: the content type is not JSON, the body is too large or too slow, or it has
+                been arriving the longest when all bodies together are too large.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -224,7 +224,7 @@ class _Bodies:
         while sum(self._sizes.values()) > self._limits.bodies_bytes and len(self._sizes) > 1:
             oldest = next(iter(self._sizes))
             del self._sizes[oldest]
-            if not oldest.expired():  # else its request is about to end by itself
+            if not oldest.expired():  # otherwise its request is already ending
                 oldest.reschedule(asyncio.get_running_loop().time())
 
     def _too_large(self) -> Refused:
@@ -248,7 +248,7 @@ class _Headers:
 
 
 class _PerClient:
-    """Refuses a client's requests beyond `most` at once."""
+    """Refuses a client's requests beyond `most` concurrent ones."""
 
     def __init__(self, app: ASGIApp, most: int):
         self._app, self._most = app, most
@@ -260,7 +260,7 @@ class _PerClient:
             await self._app(scope, receive, send)
             return
         if self._open[client] >= self._most:
-            refused = Refused(429, f"{self._most} of your requests wait already: try again later")
+            refused = Refused(429, f"{self._most} of your requests are waiting: try again later")
             await (await _refuse(None, refused))(scope, receive, send)
             return
         self._open[client] += 1
@@ -273,8 +273,8 @@ class _PerClient:
 
 
 def _client(scope: Scope) -> str:
-    """Returns the client's address, or its /64 network for IPv6. Returns "" for the loopback, where
-    all clients of a proxy have one address."""
+    """Returns the client's address, or its /64 network for IPv6. Returns "" for loopback addresses,
+    which all clients behind a local proxy share."""
     try:
         address = ipaddress.ip_address((scope.get("client") or ("",))[0].partition("%")[0])
     except ValueError:
@@ -289,11 +289,11 @@ def _client(scope: Scope) -> str:
 
 
 async def _first(request: Request, parts: AsyncIterator[Any]) -> list[Any]:
-    """Waits for the first part of an answer; returns [] if the answer is empty.
+    """Waits for the first part of an answer. Returns [] if the answer is empty.
 
     Raises:
-        ClientDisconnect: the client has gone. Its place in the line is free.
-        Refused: there is no answer.
+        ClientDisconnect: the client disconnected; its place in the queue is free.
+        Refused: the request was refused or failed.
     """
     waiting = asyncio.ensure_future(anext(parts, _NOTHING))  # type: ignore[call-overload]
     leaving = asyncio.ensure_future(_disconnected(request))
@@ -305,7 +305,7 @@ async def _first(request: Request, parts: AsyncIterator[Any]) -> list[Any]:
     finally:
         for task in (waiting, leaving):
             task.cancel()
-        await asyncio.wait({waiting, leaving})  # the place is free before anything else happens
+        await asyncio.wait({waiting, leaving})  # frees the place before returning
     return [] if first is _NOTHING else [first]
 
 
@@ -352,10 +352,10 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
 
 
 async def _ignore(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody is there to read it
+    return Response(status_code=499)  # the client is gone
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    # Starlette answers outside of the other middleware here, and logs the error.
-    message = "the server made a mistake; its log says which"
+    # Starlette calls this handler outside the other middleware, and logs the error.
+    message = "internal error: see the server log"
     return JSONResponse({"error": message}, status_code=500, headers=_HEADERS)

@@ -1,9 +1,9 @@
-"""Sockets: where the server listens, and connections that cannot hold it up.
+"""Listening sockets, and limits on connections.
 
-uvicorn bounds the silence between two requests and nothing else. Here a connection is also closed
-when it sends no whole header in time, when a request takes longer than any may, and, beyond
-`Limits.connections`, when it has been without a request the longest: silent connections never keep
-an active client out.
+uvicorn bounds only the idle time between two requests. Here a connection is also closed when its
+next header does not arrive in time or when a request exceeds its total time. Beyond
+`Limits.connections`, the connection that has been idle the longest is closed. Idle connections
+therefore never keep an active client out.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from emu_jax.config import UserError
 from emu_jax.serve.requests import Limits
 
-GRACE = 30.0  # seconds that an answer may take to be sent, after its last word
-SPARE_FILES = 128  # descriptors for everything but connections
+GRACE = 30.0  # seconds to send the rest of an answer after it is complete
+SPARE_FILES = 128  # file descriptors reserved for everything but connections
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen at every address of `host`; port 0 takes a free one.
+    """Opens sockets listening on every address of `host`; port 0 takes a free port.
 
     Raises:
-        UserError: the port is in use or not allowed, or the host is not this machine's.
+        UserError: the port is in use or not allowed, or `host` is not an address of this
+            machine.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -43,7 +44,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         try:
             sockets.append(socket.create_server(address, family=family, backlog=2048))
         except OSError as error:
-            # A name may have an address, of IPv6 mostly, that this machine lacks.
+            # A name may resolve to an address (usually IPv6) that this machine lacks.
             lacking = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
             if failed is None or error.errno not in lacking:
                 failed = error
@@ -62,8 +63,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def room_for_connections(wanted: int) -> int:
-    """Returns the number of connections that the limit on open files allows, at most `wanted`.
-    Raises the soft limit as far as the hard one permits."""
+    """Returns how many connections the limit on open files allows, at most `wanted`.
+    Raises the soft limit as far as needed and permitted by the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + SPARE_FILES:
         most = wanted + SPARE_FILES
@@ -73,10 +74,10 @@ def room_for_connections(wanted: int) -> int:
 
 
 def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type[H11Protocol]:
-    """uvicorn's protocol, for its `http` setting, with `limits` kept.
+    """Returns a protocol class for uvicorn's `http` setting that enforces `limits`.
 
     Args:
-        on_shutdown: called when the server starts to shut down, if it has connections then.
+        on_shutdown: called when the server starts to shut down, if any connection is open.
     """
 
     class Connection(H11Protocol):
@@ -87,7 +88,7 @@ def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type
 
         @property
         def busy(self) -> bool:
-            """Whether a request's header has arrived and its answer is not complete."""
+            """Whether a request is in progress: header received, answer not complete."""
             return self.cycle is not None and not self.cycle.response_complete
 
         def _set_timer(self, seconds: float) -> None:
@@ -98,7 +99,7 @@ def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._set_timer(limits.header_seconds)
-            # One that was aborted is among them until the loop's next turn.
+            # Aborted connections stay in the set until the event loop's next iteration.
             live: list[Any] = [c for c in self.connections if not c.transport.is_closing()]
             if len(live) > limits.connections:
                 _one_too_many(live).transport.abort()
@@ -118,22 +119,22 @@ def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type
             self.since = self.loop.time()
             self._set_timer(limits.header_seconds)
             super().on_response_complete()
-            if self.busy:  # a request that had arrived meanwhile
+            if self.busy:  # a pipelined request has already started
                 self._set_timer(limits.body_seconds + limits.seconds + GRACE)
 
         def shutdown(self) -> None:
             on_shutdown()
             if self.busy and self.cycle.more_body:
-                self.transport.abort()  # half of a request, which nobody waits for
+                self.transport.abort()  # the request is incomplete, so no answer is due
                 return
             try:
                 super().shutdown()
-            except h11.LocalProtocolError:  # after a request that was no HTTP
+            except h11.LocalProtocolError:  # the request was not valid HTTP
                 self.transport.abort()
 
     def _one_too_many(connections: list[Connection]) -> Connection:
-        """The connection that has been without a request the longest; else the request whose
-        body has been arriving the longest; else the newest."""
+        """Returns the connection to close: the one idle the longest, otherwise the one whose body
+        has been arriving the longest, otherwise the newest."""
         silent = [c for c in connections if not c.busy]
         slow = [c for c in connections if c.busy and c.cycle.more_body]
         if silent or slow:

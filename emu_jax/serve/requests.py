@@ -1,7 +1,7 @@
-"""What a client sends, checked before anything is computed.
+"""Parses and validates client requests before anything is computed.
 
-A request is JSON. Nothing in it names a file: pictures and videos come as their own bytes, and a
-text is only ever text. Whatever is wrong is a `Refused`, with a status of 4xx and one line.
+A request is JSON. It cannot name a file: images and videos arrive as bytes, and text is only ever
+text. Every error is a `Refused` with a 4xx status and a one-line message.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from emu_jax.data.video import FRAMES, open_container
 from emu_jax.generate.prompt import Part, open_video
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of pictures; Pillow knows stranger ones
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
 SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request, and all that wait, may ask for."""
+    """Limits on one request and on all waiting requests together."""
 
-    connections: int = 1000  # beyond them the one that was silent longest is closed
+    connections: int = 1000  # beyond this, the longest idle one is closed
     header_seconds: float = 10.0  # from a connection or an answer to the next request's header
-    per_client: int = 8  # requests of one address at once; loopback, where a proxy is, has no limit
+    per_client: int = 8  # concurrent requests of an address; none for loopback (proxies)
     body_bytes: int = 32 << 20
-    bodies_bytes: int = 128 << 20  # of all bodies that are arriving; beyond, the oldest is refused
-    body_seconds: float = 30.0  # in which a body must have arrived
+    bodies_bytes: int = 128 << 20  # of all arriving bodies; beyond this, the oldest is refused
+    body_seconds: float = 30.0  # within which a body must arrive
     parts: int = 64
     text_characters: int = 8000  # of all texts together
-    pictures: int = 16  # and frames of videos
-    pixels: int = 25_000_000  # of all pictures and frames together
+    pictures: int = 16  # including video frames
+    pixels: int = 25_000_000  # of all images and frames together
     new_tokens: int = 256
-    steps: int = 100  # of sampling
-    waiting: int = 64  # requests that are being answered or wait
-    seconds: float = 120.0  # from arrival to the last word
+    steps: int = 100  # of diffusion sampling
+    waiting: int = 64  # requests running or waiting
+    seconds: float = 120.0  # from arrival to the end of the answer
 
 
 class Refused(Exception):
-    """A request that is not answered.
+    """Raised for a request that the server refuses or cannot complete.
 
     Attributes:
-        status: of HTTP.
+        status: the HTTP status code.
     """
 
     def __init__(self, status: int, message: str):
@@ -60,7 +60,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What one side said."""
+    """One turn of a chat, by the user or the assistant."""
 
     said_by_user: bool
     parts: list[Part]
@@ -68,24 +68,26 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A request in our terms: one message to draw from, or a chat that ends with the user."""
+    """A parsed request: one message to draw from, or a chat that ends with the user."""
 
     messages: list[Message]
     settings: dict[str, Any]
 
 
 def parse_chat(body: bytes, limits: Limits) -> Asked:
-    """`{"messages": [{"role": "user" | "assistant", "parts": [PART, ...]}, ...],
+    """Parses a chat request.
+
+    `{"messages": [{"role": "user" | "assistant", "parts": [PART, ...]}, ...],
     "settings": {"max_new_tokens": ..., "seed": ...}}`; a PART is `{"text": ...}`, or
     `{"picture": ...}` or `{"video": ...}` with a file in base64.
 
     Raises:
-        Refused: it is anything else, or more than the limits allow.
+        Refused: the body is malformed or exceeds the limits.
     """
     values = _object(_json(body), "the request", {"messages", "settings"})
     given = values.get("messages")
     if not isinstance(given, list) or not given:
-        raise Refused(400, "messages must be a list of what was said")
+        raise Refused(400, "messages must be a non-empty list")
     room = _Room(limits)
     messages = []
     for number, message in enumerate(given):
@@ -101,10 +103,13 @@ def parse_chat(body: bytes, limits: Limits) -> Asked:
 
 
 def parse_draw(body: bytes, limits: Limits) -> Asked:
-    """`{"parts": [PART, ...], "settings": {"seed": ..., "guidance": ..., "steps": ...}}`.
+    """Parses a request for an image.
+
+    `{"parts": [PART, ...], "settings": {"seed": ..., "guidance": ..., "steps": ...}}`; a PART is
+    that of `parse_chat`.
 
     Raises:
-        Refused: as `parse_chat`.
+        Refused: the body is malformed or exceeds the limits.
     """
     values = _object(_json(body), "the request", {"parts", "settings"})
     parts = _Room(limits).parts(values.get("parts"))
@@ -133,13 +138,13 @@ def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]
         least, most = allowed[name]
         kinds = (int, float) if isinstance(least, float) else (int,)
         right = isinstance(value, kinds) and not isinstance(value, bool)
-        if not right or not least <= value <= most:  # NaN is in no range
+        if not right or not least <= value <= most:  # also refuses NaN
             raise Refused(400, f"settings.{name} must be from {least} to {most}")
     return settings
 
 
 class _Room:
-    """What is left of a request's limits."""
+    """Counts what a request contains and refuses whatever exceeds the limits."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -183,7 +188,9 @@ class _Room:
         except Image.DecompressionBombError:
             raise Refused(413, f"a picture of more than {self.limits.pixels} pixels") from None
         except (UserError, OSError, SyntaxError, ValueError):
-            raise Refused(400, f"a picture is damaged, or none of {', '.join(FORMATS)}") from None
+            raise Refused(
+                400, f"a picture is damaged, or not one of {', '.join(FORMATS)}"
+            ) from None
 
     def video(self, value: str) -> list[Image.Image]:
         content = self._file(value, "video")
@@ -219,12 +226,12 @@ def _video_size(content: bytes) -> tuple[int, int]:
 
     try:
         with open_container(content) as container:
-            stream = container.streams.best("video")  # the one that is decoded
+            stream = container.streams.best("video")  # the stream that open_video decodes
             return stream.width, stream.height
     except (av.error.FFmpegError, AttributeError, ValueError):
         raise Refused(400, "a video cannot be read") from None
 
 
 def as_parts(messages: Sequence[Message]) -> list[Part]:
-    """Messages one after the other, as a model reads them that was not tuned to answer."""
+    """Concatenates the parts of all messages, the prompt for a model without chat tuning."""
     return [part for message in messages for part in message.parts]

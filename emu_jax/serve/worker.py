@@ -1,4 +1,4 @@
-"""One thread owns the model; requests stand in line for it."""
+"""Worker thread that owns the model, and the queue of requests waiting for it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from emu_jax.serve.requests import Refused
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[], Iterator[Any]]  # parts of an answer, as they come
+Answer = Callable[[], Iterator[Any]]  # yields the parts of an answer as they are generated
 
 
 class Ticket:
-    """A request's place in the queue, and its answer.
+    """A place in the queue, and the channel for the answer.
 
     Attributes:
-        client: whose it is; clients take turns.
-        deadline: of `time.monotonic()`.
-        gone: set when nobody waits for the answer any more.
+        client: who sent the request; clients take turns.
+        deadline: on the clock of `time.monotonic()`.
+        gone: set once nobody is waiting for the answer.
     """
 
     def __init__(self, seconds: float, client: str, on_leave: Callable[[Ticket], None]):
@@ -37,27 +37,27 @@ class Ticket:
         self._parts: asyncio.Queue[Any] = asyncio.Queue()
 
     def put(self, part: Any) -> None:
-        """Hands a part over, from any thread."""
+        """Sends a part to the client; safe to call from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
         except RuntimeError as error:  # the server's loop has ended
-            log.debug("an answer was not taken: %s", error)
+            log.debug("an answer was not delivered: %s", error)
             self.gone.set()
 
     def leave(self) -> None:
-        """Gives the answer up: nobody waits for it any more."""
+        """Abandons the answer because nobody is waiting for it."""
         self.gone.set()
         self._on_leave(self)
 
     def over(self) -> bool:
-        """Returns whether the answer can be given up: nobody waits for it, or it is too late."""
+        """Returns whether to stop: nobody is waiting for the answer, or the deadline has passed."""
         return self.gone.is_set() or time.monotonic() > self.deadline
 
     async def parts(self) -> AsyncIterator[Any]:
-        """The answer's parts.
+        """Yields the parts of the answer.
 
         Raises:
-            Refused: it took too long, or was a mistake.
+            Refused: it took too long, or the request failed.
         """
         try:
             while True:
@@ -79,46 +79,47 @@ _END = object()
 
 
 def _late() -> Refused:
-    return Refused(504, "this took too long: ask for less, or later")
+    return Refused(504, "this took too long: ask for less, or try again later")
 
 
 class Worker:
-    """Answers tickets, one client's after another's, each client's in order.
+    """Answers tickets one at a time. Clients take turns; each one's tickets stay in order.
 
-    At most `waiting` are in hand or in line. A ticket that is given up leaves the line at once.
+    At most `waiting` tickets are running or queued. An abandoned ticket leaves the queue at once.
     """
 
     def __init__(self, waiting: int, seconds: float):
         self._waiting, self._seconds = waiting, seconds
-        self._places = 0  # reserved, in line or in hand
+        self._places = 0  # reserved, queued or running
         self._line: list[Ticket] = []
         self._running: Ticket | None = None
-        self._turns: dict[str, int] = {}  # when each client in line was last served
+        self._turns: dict[str, int] = {}  # turn in which each queued client was last served
         self._closing = self._stopped = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="emu-jax-serve", daemon=True)
         self._thread.start()
 
     def reserve(self, client: str = "") -> Ticket:
-        """A place in the line, to `submit` or to `release`.
+        """Reserves a place in the queue; `submit` or `release` it.
 
         Raises:
-            Refused: too many wait already, or the server is shutting down.
+            Refused: the queue is full, or the server is shutting down.
         """
         with self._changed:
             if self._stopped:
                 raise _stopping()
             if self._places >= self._waiting:
-                raise Refused(429, f"{self._waiting} requests wait already: try again later")
+                raise Refused(429, f"{self._waiting} requests are waiting: try again later")
             self._places += 1
         return Ticket(self._seconds, client, self._leave)
 
     def release(self) -> None:
-        """Gives up a place that was not submitted."""
+        """Frees a place that was reserved and not submitted."""
         with self._changed:
             self._places -= 1
 
     def submit(self, ticket: Ticket, answer: Answer) -> None:
+        """Queues a reserved ticket, or refuses it if the server is shutting down."""
         ticket.answer = answer
         with self._changed:
             if not self._stopped:
@@ -129,7 +130,7 @@ class Worker:
         ticket.put(_stopping())
 
     def stop(self, grace: float = 3.0) -> None:
-        """Refuses what is in line; what is in hand has `grace` seconds to end."""
+        """Refuses all queued tickets and gives the running one `grace` seconds to finish."""
         with self._changed:
             self._stopped = self._closing = True
             refused, self._line = self._line, []
@@ -142,7 +143,7 @@ class Worker:
             ticket.put(_stopping())
 
     def close(self, timeout: float | None = None) -> None:
-        """Ends the thread once the line is empty; waits for that up to `timeout` seconds."""
+        """Ends the thread once the queue is empty. Waits for it up to `timeout` seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -155,7 +156,8 @@ class Worker:
                 self._places -= 1
 
     def _next(self) -> Ticket | None:
-        """The first ticket of the client that was served longest ago; None at the end."""
+        """Waits for the first ticket of the client served longest ago. Returns None once closed and
+        empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._line or self._closing)
             if not self._line:
@@ -191,7 +193,7 @@ class Worker:
             end = Refused(400, str(error))
         except Exception:
             log.exception("a request failed")
-            end = Refused(500, "the server made a mistake; its log says which")
+            end = Refused(500, "internal error: see the server log")
         ticket.put(end)
 
 
