@@ -1,7 +1,7 @@
 """Documents, and ArrayRecord files of them.
 
-A document is what Emu reads as one sequence: texts and pictures in order. An image-text
-pair, a web page and a video with subtitles are all documents; they differ in content only.
+A document is one sequence for Emu: texts and images in order. An image-text pair, a web page and
+a video with subtitles are all documents; they differ only in content.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ VERSION = 1  # of the record layout
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Words. White space at either end is not part of them.
+    """A text. White space at either end is ignored.
 
     Attributes:
-        scored: whether they are learned; an instruction is read only, its answer is learned.
-        special: whether special tokens may be spelled in them (`[USER]`). Never of words of
-            unknown origin, which could spell an `<image>`.
+        scored: whether the text is a training target; an answer is, its instruction is not.
+        special: whether special tokens such as `[USER]` are parsed in the text. Never set it for
+            text of unknown origin, which could spell an `<image>`.
     """
 
     text: str
@@ -46,19 +46,19 @@ class Text:
             raise ValueError(f"a text cannot spell {IMAGE}: put the picture itself")
 
     def to_list(self) -> list[Any]:
-        """As plain values; what is as usual is left out."""
+        """Returns the fields as plain values, omitting defaults."""
         flags = (self.scored, self.special)
         return [self.text] if flags == (True, False) else [self.text, *flags]
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An encoded picture (PNG, JPEG, ...).
+    """An encoded image (PNG, JPEG, ...).
 
     Attributes:
-        time: of a frame of a video, in seconds.
-        similarity: to the words that it goes with, where the data come with such a score.
-        scored: whether it is learned, as a text is.
+        time: time of a video frame, in seconds.
+        similarity: similarity to the text beside it, if the data come with such a score.
+        scored: whether the image is a training target.
     """
 
     data: bytes
@@ -67,7 +67,7 @@ class Picture:
     scored: bool = True
 
     def to_list(self) -> list[Any]:
-        """As plain values; what is as usual is left out."""
+        """Returns the fields as plain values, omitting defaults."""
         if not self.scored:
             return [self.data, self.time, self.similarity, self.scored]
         values = [self.data, self.time]
@@ -76,11 +76,11 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Texts and pictures in reading order.
+    """Texts and images in reading order.
 
     Attributes:
-        unused: everything that the source had for this document and its reader left out.
-            It is counted by reason and is not part of the stored record.
+        unused: everything in the source that the reader left out of this document. It is counted
+            by reason, and is not part of the stored record.
     """
 
     parts: tuple[Text | Picture, ...]
@@ -90,10 +90,10 @@ class Document:
     def from_video(
         cls, frames: Iterable[tuple[float, bytes]], subtitles: Iterable[tuple[float, str]]
     ) -> Document:
-        """Frames and subtitles, each with its time in seconds, ordered by time.
+        """Builds a document of frames and subtitles, ordered by their times in seconds.
 
-        As the release prepares its storyboards (`Emu1/data/yt-sb-1b`): subtitles between two
-        frames are joined. At the same moment a frame comes before a subtitle.
+        Subtitles between two frames are joined, as in the release's storyboards
+        (`Emu1/data/yt-sb-1b`). A frame comes before a subtitle of the same time.
         """
         events = [(time, 0, Picture(data, time)) for time, data in frames]
         events += [(time, 1, Text(text)) for time, text in subtitles]
@@ -108,7 +108,7 @@ class Document:
         return cls(tuple(parts))
 
     def to_bytes(self) -> bytes:
-        """One record: msgpack, with the version of its layout."""
+        """Serializes the document to a record: msgpack, with the version of its layout."""
         parts = [
             ["text" if isinstance(part, Text) else "picture", *part.to_list()]
             for part in self.parts
@@ -117,11 +117,11 @@ class Document:
 
     @classmethod
     def from_bytes(cls, record: bytes, where: str = "a record") -> Document:
-        """Reads what `to_bytes` wrote.
+        """Parses a record that `to_bytes` wrote.
 
         Raises:
-            Damaged: it is no document.
-            UserError: it is of a later version; the line starts with `where`.
+            Damaged: it is not a document.
+            UserError: it has another layout version; the message starts with `where`.
         """
         try:
             values = msgpack.unpackb(record)
@@ -129,7 +129,7 @@ class Document:
             if version == VERSION:
                 make = {"text": Text, "picture": Picture}
                 return cls(tuple(make[kind](*rest) for kind, *rest in values["parts"]))
-        except Exception as error:  # whatever foreign bytes make msgpack raise
+        except Exception as error:  # msgpack may raise anything on foreign bytes
             raise Damaged("not a document", where, repr(error)) from None
         raise UserError(
             f"{where} is a document of version {version}, this emu_jax reads {VERSION}: "
@@ -137,7 +137,7 @@ class Document:
         )
 
 
-# Indexes hold places in this list: what is new goes to its end.
+# Stored indexes refer to positions in this tuple: append new reasons at its end.
 REASONS = (
     "damaged record", "not a document", "changed document", "corrupt tar member",
     "incomplete sample", "malformed JSON", "malformed entry", "malformed subtitles",
@@ -148,12 +148,12 @@ REASONS = (
 
 
 class Damaged(UserError):
-    """One document that cannot be read. Training passes over it and counts it.
+    """Raised for one document that cannot be read. Training skips the document and counts it.
 
     Attributes:
         reason: one of `REASONS`, to count by.
-        where: its place.
-        detail: more about it, or nothing.
+        where: location of the document.
+        detail: more about the damage, or "".
     """
 
     def __init__(self, reason: str, where: str, detail: object = ""):
@@ -162,14 +162,15 @@ class Damaged(UserError):
         self.reason, self.where, self.detail = reason, where, str(detail)
 
 
-# All texts of a document together. A row holds far less, and tokenizing more takes minutes.
+# Of all texts of a document together. A row holds far fewer, and tokenizing more takes minutes.
 MOST_CHARACTERS = 1 << 22
 
 
 def check_size(document: Document, where: str) -> None:
-    """
+    """Checks the total length of a document's texts.
+
     Raises:
-        Damaged: its texts have more than `MOST_CHARACTERS`.
+        Damaged: the texts have more than `MOST_CHARACTERS` characters.
     """
     length = sum(len(part.text) for part in document.parts if isinstance(part, Text))
     if length > MOST_CHARACTERS:
@@ -177,7 +178,7 @@ def check_size(document: Document, where: str) -> None:
 
 
 def utf8(content: bytes, where: str) -> str:
-    """Decodes a text; a byte order mark is not part of it.
+    """Decodes a text, and removes a byte order mark.
 
     Raises:
         Damaged: it is not UTF-8.
@@ -188,18 +189,18 @@ def utf8(content: bytes, where: str) -> str:
         raise Damaged("invalid UTF-8", where, f"byte {error.start}") from None
 
 
-# Stands for a part that the data lack, so that the others keep their numbers when it arrives. It is
+# Placeholder of a part that is missing: the other parts keep their numbers when it arrives. It is
 # counted in `Document.unused`.
 ABSENT = Text("")
 
 
 class Source(Sequence[Document]):
-    """Documents by index, read at random and from several threads at once.
+    """Documents by index. Safe for random access from several threads.
 
     Attributes:
-        fingerprint: a short hash, of names, sizes and times rather than contents: what was
-            derived from a source is good as long as this stays.
-        paired: whether a document is pictures and words about them in no order of its own.
+        fingerprint: a short hash of file names, sizes and times, not of contents. Anything
+            derived from a source is valid as long as its fingerprint does not change.
+        paired: whether a document is images with a caption, in no inherent order.
 
     Raises (when indexed):
         Damaged: this document cannot be read; the others can.
@@ -213,30 +214,33 @@ class Source(Sequence[Document]):
         self, index: int, seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
     ) -> Document:  # fmt: skip
-        """A document.
+        """Reads a document.
 
         Args:
-            seed: what decides where something is left to chance (the frames of a video); by
-                default it is the release's choice. It changes neither words nor the number of
-                parts.
-            wanted: numbers of the parts that will be used; other pictures may be empty.
+            seed: seed of random choices (the frames of a video); None makes the release's choice.
+                It changes neither the words nor the number of parts.
+            wanted: numbers of the parts that will be used; other images may be empty.
+
+        Raises:
+            Damaged: the document cannot be read.
         """
 
     @abc.abstractmethod
     def where(self, index: int) -> str:
-        """A document's place, for messages."""
+        """Returns the location of a document, for messages."""
 
     def sketch(self, index: int) -> Document:
-        """The document with pictures that may be empty: enough to count its tokens."""
+        """Reads a document whose images may be empty: enough to count its tokens."""
         return self.read(index)
 
     def unused(self) -> Tally:
-        """Counts what the files hold that belongs to no document."""
+        """Counts the contents of the files that belong to no document."""
         return Tally()
 
     def stamp(self) -> str:
-        """Follows from which files the documents may name; changes when one arrives. It is not
-        part of `fingerprint`: what is there stays good."""
+        """Returns a stamp of the media files that documents may name; it changes when a file
+        arrives. It is not part of `fingerprint`, because an arrival does not invalidate documents
+        that were read before."""
         return ""
 
     def __getitem__(self, index: int) -> Document:  # type: ignore[override]
@@ -260,7 +264,7 @@ def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> i
     if not storage.is_remote(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     with storage.writing(path) as temporary:
-        # Groups of one record: random reads would otherwise decompress whole groups.
+        # One record a group: random reads would otherwise decompress whole groups.
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         count = 0
         for document in documents:
@@ -271,16 +275,17 @@ def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> i
 
 
 class DocumentFiles(Source):
-    """The documents of some ArrayRecord files.
+    """The documents of ArrayRecord files.
 
     Raises:
-        UserError: a file is missing or cut short; the line names it and the mend.
+        UserError: a file is remote, missing, damaged or cut short; the message names the file and
+            the fix.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike], *, paired: bool = False):
         self.paths = [Path(p) for p in paths]
         self.paired = paired
-        self._records: list[Any] = []  # of each file
+        self._records: list[Any] = []  # one data source a file
         self._starts = [0]
         for given, path in zip(paths, self.paths, strict=True):
             if "://" in str(given):
@@ -300,14 +305,14 @@ class DocumentFiles(Source):
         return self._starts[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(file, record in it) of a document."""
+        """Returns (file, record in it) of a document."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         file = bisect.bisect_right(self._starts, index) - 1
         return file, index - self._starts[file]
 
     def range_of(self, file: int) -> range:
-        """The indices of a file's documents."""
+        """Returns the indices of a file's documents."""
         return range(self._starts[file], self._starts[file + 1])
 
     def where(self, index: int) -> str:
@@ -327,7 +332,7 @@ class DocumentFiles(Source):
 
 
 def short_hash(values: object) -> str:
-    """Twelve hexadecimal digits that follow from `repr(values)`."""
+    """Returns a hash of `repr(values)` as 12 hexadecimal digits."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 

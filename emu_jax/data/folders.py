@@ -1,4 +1,4 @@
-"""Files in the sub-folders of some folders, found by name: downloaders write one for each shard."""
+"""Look-up of files by name in subfolders: downloaders write one subfolder a shard."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _VERSION = "folders-1"
 
 
 class Folder(NamedTuple):
-    """A local folder below others."""
+    """A local folder found by `walk`."""
 
     path: str
-    changed: int  # nanoseconds: when a name in it was added or removed
+    changed: int  # modification time in nanoseconds: when a name was last added or removed
 
 
 def walk(folders: Sequence[str]) -> Iterator[Folder]:
-    """Yields local folders and all below them, but for hidden ones, in a fixed order."""
+    """Yields local folders and all folders below them except hidden ones, in a fixed order."""
     seen: set[tuple[int, int]] = set()
     waiting = list(reversed(folders))
     while waiting:
@@ -33,9 +33,9 @@ def walk(folders: Sequence[str]) -> Iterator[Folder]:
             found = os.stat(path)
             with os.scandir(path) as entries:
                 below = sorted(entry.path for entry in entries if _is_folder(entry))
-        except OSError:  # gone, or not ours to read: what it holds is missing
+        except OSError:  # deleted, or not readable: its files count as missing
             continue
-        if (found.st_dev, found.st_ino) in seen:  # a link in a circle
+        if (found.st_dev, found.st_ino) in seen:  # a cycle of links
             continue
         seen.add((found.st_dev, found.st_ino))
         yield Folder(path, found.st_mtime_ns)
@@ -47,21 +47,19 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def stamp(folders: Sequence[str]) -> str:
-    """Follows from the names in local folders and below: another one once a file arrives."""
+    """Returns a hash of local folders and all below them; it changes when a file arrives."""
     return short_hash([(folder.path, folder.changed) for folder in walk(sorted(folders))])
 
 
 class SubFolders:
-    """Files below some local folders.
+    """Look-up of files below local folders.
 
-    A path is compared up to two folders above those given.
+    A path is compared up to two folders above the given ones. File names are listed at the first
+    look-up, and cached as sorted hashes until a folder changes.
 
     Args:
-        only_below: folders of which only those below are meant, not what lies in them directly.
-        others: folders that are meant themselves, too.
-
-    Their names are listed when one is first asked for, and kept as sorted hashes until a folder
-    changes.
+        only_below: folders whose subfolders are searched, but not the folders themselves.
+        others: folders that are searched with their subfolders.
     """
 
     def __init__(self, only_below: Sequence[str], others: Sequence[str], cache: str):
@@ -72,7 +70,7 @@ class SubFolders:
         self._folders: list[str] = []
 
     def find(self, name: str) -> str | Reason:
-        """The path of the file whose path ends in `/name`, or why there is none."""
+        """Returns the path of the file whose path ends in `/name`, or why there is none."""
         found = self._open()
         if not self._folders:
             return "missing"
@@ -93,7 +91,7 @@ class SubFolders:
 
     def _list(self) -> Arrays:
         names, numbers = [], []
-        roots = {root.rstrip("/") for root in self._roots}  # may be one for each shard
+        roots = {root.rstrip("/") for root in self._roots}  # a set: there may be one a shard
         for number, folder in enumerate(self._folders):
             root = folder.rstrip("/")
             depth = 2

@@ -1,4 +1,4 @@
-"""Interleaved pages: MMC4 and OBELICS in their JSON lines."""
+"""Interleaved web pages: the JSON lines of MMC4 and OBELICS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emu_jax.data.unused import Unused
 
 
 class _Shown(NamedTuple):
-    """A picture of a page: its file's name, or its bytes."""
+    """An image of a page: the name of its file, or its bytes."""
 
     picture: str | bytes
     similarity: float | None = None
@@ -27,15 +27,16 @@ _Part = Text | _Shown
 
 
 class Pages(Listed):
-    """One page in each entry, of either layout:
+    """Web pages, one an entry, in either of two layouts.
 
-    MMC4: `text_list`, and `image_info` whose `image_name` (or `image_base64`) stands before
-    the text of number `matched_text_index`. A picture less similar to that text than
-    `min_similarity` is dropped (`matched_sim`, or else the page's `similarity_matrix`).
-    OBELICS: `images` and `texts` of one length, null where the other has something.
+    MMC4: `text_list`, and `image_info`, whose `image_name` (or `image_base64`) comes before the
+    text number `matched_text_index`. An image less similar to that text than `min_similarity` is
+    dropped (`matched_sim`, or else the page's `similarity_matrix`).
+    OBELICS: `images` and `texts` of equal length; where one has a value, the other is null.
 
-    An image that is in none of `media` is left out and counted: pages name what their crawl
-    had. It keeps its number, so that its arrival changes no document that was counted before.
+    An image that is in none of `media` is left out and counted, because pages name images that
+    their crawl could not download. It keeps its part number, so its arrival does not change
+    documents that were counted before.
     """
 
     def __init__(self, entries: Entries, media: Media, min_similarity: float):
@@ -77,7 +78,8 @@ class Pages(Listed):
         return Document(tuple(parts), tuple(unused))
 
     def _shown(self, index: int) -> tuple[list[_Part], list[Unused]]:
-        """The parts of a page, wherever their files are, and what is left out for itself."""
+        """Returns the parts of a page, whether or not their files exist, and the parts that the
+        entry itself excludes."""
         entry = self._entries[index]
         try:
             return _obelics(entry) if "texts" in entry else _mmc4(entry, self._least)
@@ -130,7 +132,7 @@ def _obelics(entry: dict[str, Any]) -> tuple[list[_Part], list[Unused]]:
 
 def _words(words: Any) -> Text:
     if not isinstance(words, str):
-        raise TypeError(f"{words!r} is no text")
+        raise TypeError(f"{words!r} is not a text")
     return Text(words)
 
 

@@ -1,4 +1,4 @@
-"""Pictures (or videos) with words: WebDataset tars as img2dataset and video2dataset write them,
+"""Image-text and video-text pairs: WebDataset tars, as img2dataset and video2dataset write them,
 and prepared directories of TensorFlow Datasets."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ROLES = {
 _ORDER = ("picture", "video", "text", "json", "board")
 _PICTURE, _VIDEO, _TEXT, _JSON, _BOARD = range(len(_ORDER))
 _MOST = (storage.MOST_IMAGE, storage.MOST_VIDEO, storage.MOST_TEXT, storage.MOST_ENTRY)
-# Keys of a sample's JSON, the first that holds words: img2dataset's and LAION's.
+# Caption keys of a sample's JSON (img2dataset's and LAION's); the first that holds words wins.
 _CAPTIONS = ("caption", "text", "top_caption", "TEXT")
 _BOARD_META = "final_meta.json"
 JOINED = "sample joined by name"
@@ -50,20 +50,21 @@ _Key = tuple[int, str]  # (archive, the sample's name in it, "" of a corrupt mem
 
 
 class Pairs(Source):
-    """The samples of WebDataset tars: a picture, or `frames` frames of a video, and its words.
+    """The samples of WebDataset tars: an image, or `frames` frames of a video, with its words.
 
-    A sample is NAME.jpg (.png, .webp, ...) or NAME.mp4 (.webm, ...), with the words in NAME.txt
-    (.caption) or in NAME.json. As in WebDataset a name ends at its first dot, unless only then
-    something that is read would follow the last one.
+    A sample is NAME.jpg (.png, .webp, ...) or NAME.mp4 (.webm, ...), with its words in NAME.txt
+    (.caption) or in NAME.json. As in WebDataset, NAME ends at the first dot; it ends at the last
+    dot only if a known suffix follows that one alone (see `_keys`).
 
     The release's YT-Storyboard-1B tars are read as well. A document is then NAME.0.txt,
-    NAME.0.png, NAME.1.txt, ..., in that order; NAME.final_meta.json tells that it is one.
+    NAME.0.png, NAME.1.txt, ..., in that order; NAME.final_meta.json marks it as a storyboard.
 
-    Members of a sample that lie apart are joined by name and counted as `JOINED`: not from one
-    archive to another within a file, nor in an archive that holds two whole samples of a name.
+    Members of a sample that are not adjacent are joined by name and counted as `JOINED`. They are
+    not joined across the archives of a concatenated tar, nor in an archive that holds two
+    complete samples of one name.
 
     Args:
-        caption_key: of the JSON, instead of the text file and the usual keys.
+        caption_key: key of the JSON to read instead of the text file and the usual keys.
         wordless: keep samples without words.
 
     Raises:
@@ -161,7 +162,7 @@ class Pairs(Source):
     def _board(
         self, index: int, spans: _Spans, wanted: Collection[int] | None
     ) -> Document:  # fmt: skip
-        """A storyboard; its pictures are empty but for those wanted."""
+        """Reads a storyboard; images other than the wanted ones are left empty."""
         path, where = self.paths[self._files[index]], self.where(index)
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
@@ -169,7 +170,7 @@ class Pairs(Source):
         found: dict[tuple[int, str], Member] = {}
         key = None
         for member in members(path, first, first + size):
-            if not member.name:  # a corrupt one before the storyboard
+            if not member.name:  # a corrupt header before the storyboard
                 continue
             stem, ext = _split(member.name)
             key = key or stem
@@ -213,10 +214,10 @@ def _content(path: str, member: Member, where: str, most: int = storage.MOST_IMA
 
 
 class _Part(NamedTuple):
-    """A member of a sample. A corrupt one has no name, and so no role."""
+    """A member of a sample. A corrupt member has neither name nor role."""
 
     member: Member
-    begin: int  # of its headers
+    begin: int  # offset of its headers
     key: _Key
     role: str
 
@@ -224,13 +225,13 @@ class _Part(NamedTuple):
 class _Sample(NamedTuple):
     key: _Key
     spans: np.ndarray  # [role, (offset, size)]
-    damage: int  # 1 + place in REASONS, or 0
-    replaced: list[str]  # names of members of a role that another one has
-    joined: bool = False  # of members that lie apart
+    damage: int  # 1 + index in REASONS, or 0
+    replaced: list[str]  # names of members whose role another member fills
+    joined: bool = False  # from members that are not adjacent
 
     @property
     def lacks(self) -> bool:
-        """Whether it has no picture or video, or no words."""
+        """Whether the image or video, or the words, are missing."""
         media = self.spans[[_PICTURE, _VIDEO, _BOARD], 1]
         words = self.spans[[_TEXT, _JSON, _BOARD], 1]
         return not (media.any() and words.any())
@@ -272,14 +273,14 @@ def _parts(path: str, tally: Tally) -> Iterator[_Part]:
 
 
 def _keys(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
-    """A function of a member's name to its sample's key and its role, "" if it has none.
+    """Returns a function from a member's name to its sample's key and its role ("" if none).
 
-    WebDataset ends a key at the first dot. If that leaves nothing that is read, the key ends at
-    the last dot: `2024.01.03.jpg`. But `0002.seg.json` belongs to `0002.jpg`, and is not read.
+    WebDataset ends a key at the first dot. If no known suffix follows that dot, the key ends at
+    the last one: `2024.01.03.jpg`. But `0002.seg.json` belongs to `0002.jpg`, and is not read.
     """
-    short: set[str] = set()  # keys of what ends at the first dot
+    short: set[str] = set()  # keys that end at the first dot
     boards: set[str] = set()
-    long: dict[str, set[str]] = {}  # roles by keys that end at the last dot
+    long: dict[str, set[str]] = {}  # roles, by keys that end at the last dot
     for name in names:
         key, ext = _split(name)
         if ext in _ROLES:
@@ -296,7 +297,7 @@ def _keys(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
         if os.path.basename(name).startswith("."):  # hidden, such as macOS's ._NAME
             return key, ""
         frame = number.isdecimal() and role in ("picture", "text")
-        if key in boards or (boards and frame):  # the last one's meta data may be cut off
+        if key in boards or (boards and frame):  # the last storyboard's metadata may be cut off
             return key, "board" if frame or ext == _BOARD_META else ""
         if not number:
             return key, role
@@ -309,16 +310,19 @@ def _keys(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(folder and name up to the first dot, what follows it in lower case)."""
+    """Returns (folder and name up to the first dot, the rest in lower case)."""
     folder, base = os.path.split(name)
     stem, _, ext = base.partition(".")
     return f"{folder}/{stem}", ext.lower()
 
 
 def _grouped(parts: Iterable[_Part]) -> Iterator[_Sample]:
-    """The samples of a tar. A member whose header is corrupt has no name: it is taken for one of
-    the sample around it, or else of that before or after it which lacks something; where none
-    does it stands for a sample of its own."""
+    """Groups the members of a tar into samples.
+
+    A member with a corrupt header has no name. It is assigned to the sample around it, or else to
+    the sample before or after it if that one is incomplete. Otherwise it becomes a sample of its
+    own.
+    """
     group: list[_Part] = []
     before, after = None, None  # nameless members next to the group
     for part in parts:
@@ -341,8 +345,8 @@ def _grouped(parts: Iterable[_Part]) -> Iterator[_Sample]:
 
 
 def _is_next(group: list[_Part], part: _Part) -> bool:
-    """Whether a part begins another sample of the same key: its name comes again, and the
-    sample before lacks nothing."""
+    """Returns whether a part begins another sample of the same key: its name repeats, and the
+    sample so far is complete."""
     again = any(part.member.name == other.member.name for other in group)
     return again and part.role != "board" and not _sample(group).lacks
 
@@ -350,7 +354,7 @@ def _is_next(group: list[_Part], part: _Part) -> bool:
 def _closed(
     group: list[_Part], before: _Part | None, after: _Part | None
 ) -> Generator[_Sample, None, _Part | None]:
-    """Yields a finished sample; returns the nameless member after it, if it is not its own."""
+    """Yields a finished sample; returns the nameless member after it unless it was assigned."""
     lacks = _sample(group).lacks
     if before and not lacks:
         yield _sample([before])
@@ -390,8 +394,11 @@ def _sample(group: list[_Part]) -> _Sample:
 
 
 def _preferred(part: _Part, other: _Part) -> bool:
-    """Whether a member is read rather than one of the same role before it: text files have an
-    order, of others the last is read, as extracting the tar would leave it."""
+    """Returns whether a member replaces an earlier one of the same role.
+
+    Text files rank as in `_TEXTS`. Otherwise the last member wins, as when the tar is extracted.
+    An empty member never replaces another, and is always replaced by one that is not empty.
+    """
     if not part.member.size or not other.member.size:
         return part.member.size > 0
 
@@ -402,8 +409,12 @@ def _preferred(part: _Part, other: _Part) -> bool:
 
 
 def _joined(samples: Iterable[_Sample]) -> list[_Sample]:
-    """Joins what an unsorted archive holds apart: all pictures, then all words. If names come
-    again in an archive, each with all its members, nothing tells which of them belong together."""
+    """Joins samples by name if an unsorted archive holds their members apart (for example all
+    images, then all words).
+
+    An archive with several complete samples of one name is left as it is: the name does not tell
+    which members belong together.
+    """
     samples = list(samples)
     whole = collections.Counter(sample.key for sample in samples if not sample.lacks)
     repeats = {archive for (archive, name), count in whole.items() if name and count > 1}
@@ -428,11 +439,16 @@ def _joined(samples: Iterable[_Sample]) -> list[_Sample]:
 
 
 class TfdsPairs(Source):
-    """A prepared directory of TensorFlow Datasets, read without TensorFlow: its first picture
-    and its first text, or the name of its label where it has no text.
+    """A prepared directory of TensorFlow Datasets, read without TensorFlow.
+
+    An example gives its first image and its first text, or the name of its label if it has no
+    text.
 
     Args:
-        paths: one `DIRECTORY:SPLIT`, for example `coco/2014/1.1.0:train`; files of ArrayRecord.
+        paths: one `DIRECTORY:SPLIT`, for example `coco/2014/1.1.0:train`, stored as ArrayRecord.
+
+    Raises:
+        UserError: the directory cannot be read, or has no image feature.
     """
 
     paired = True
@@ -502,7 +518,7 @@ _Path = tuple[str, ...]
 
 
 def _first(features: Any, kind: type, above: _Path = ()) -> _Path | None:
-    """The path of the first feature of a kind."""
+    """Returns the path of the first feature of a kind, or None."""
     if isinstance(features, kind):
         return above
     if hasattr(features, "items"):
@@ -521,7 +537,7 @@ def _at(values: Any, path: _Path) -> Any:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A value alone, or those of a sequence."""
+    """Returns the values of a sequence, or a list of a single value."""
     return list(value) if isinstance(value, list | np.ndarray) else [value]
 
 

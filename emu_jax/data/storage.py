@@ -1,9 +1,10 @@
-"""Files by path, read at random and written whole: on a local disk, or wherever fsspec reaches
-(`gs://`). Locally only regular files are read: a pipe would block, a device never ends.
+"""Random-access reads and atomic writes of files, on a local disk or through fsspec (`gs://`).
 
-fsspec rather than etils: its file systems read a range of bytes in one request, which is what
-random access to a tar asks for. A read that fails is tried again, for a store that answers to
-thousands of readers now and then refuses one.
+Only regular local files are read: reading a pipe would block, and a device has no end.
+
+fsspec is used rather than etils because its file systems read a byte range in one request, which
+random access to a tar needs. Failed reads are retried, because a store with thousands of readers
+refuses a request now and then.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ _PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4|zip)$")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-# What a document's files may hold, in bytes. A larger file is counted as damage: it would fill the
+# Size limits of a document's files, in bytes. A larger file counts as damaged: it would fill the
 # memory of every thread that reads documents.
 MOST_IMAGE = 1 << 30
 MOST_VIDEO = 1 << 33
 MOST_TEXT = 1 << 26  # captions, subtitles
-MOST_ENTRY = 1 << 28  # of a listing; it may hold images
+MOST_ENTRY = 1 << 28  # one entry of a listing, which may embed images
 
 
 class Unreadable(UserError):
-    """A path that must not be read.
+    """Raised for a path that must not be read.
 
     Attributes:
         reason: "not a regular file" or "file too large", as in `documents.REASONS`.
@@ -53,10 +54,10 @@ class Unreadable(UserError):
 
 
 class Stat(NamedTuple):
-    """What a file that stays as it is keeps."""
+    """A file's size and modification stamp; equal as long as the file does not change."""
 
     size: int
-    stamp: str  # of its last change
+    stamp: str  # of the last modification: time, ETag or generation
 
 
 def is_remote(path: str) -> bool:
@@ -64,7 +65,7 @@ def is_remote(path: str) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """`name` in `folder`, unless it is a whole path itself."""
+    """Joins a folder and a name; returns `name` itself if it is absolute or remote."""
     if is_remote(name) or os.path.isabs(name) or not folder:
         return name
     return f"{folder.rstrip('/')}/{name}"
@@ -75,11 +76,12 @@ def parent(path: str) -> str:
 
 
 def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
-    """The files that some paths name, sorted within each: `*` stands for anything in a name,
-    a folder for its files that end in one of `suffixes`.
+    """Expands paths to files, sorted within each path.
+
+    `*` matches anything in a name. A folder stands for its files that end in one of `suffixes`.
 
     Raises:
-        UserError: one of them names nothing.
+        UserError: a path matches nothing, or its folder has compressed files.
     """
     found = []
     for pattern in patterns:
@@ -100,12 +102,12 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
 
 
 def matches(pattern: str, suffixes: Sequence[str]) -> list[str]:
-    """The files that a path names, as `expand`; and the folders, where `*` stands for them."""
+    """Returns the files that a path matches (see `expand`), and the folders that `*` matches."""
     return _patiently(pattern, lambda: _expand(pattern, tuple(suffixes)))
 
 
 def is_dir(path: str) -> bool:
-    """Whether a path is a folder, or begins the names of remote files."""
+    """Returns whether a path is a folder, or a prefix of remote files."""
     if not is_remote(path):
         return os.path.isdir(path)
     fs, inner = _file_system(path)
@@ -130,11 +132,12 @@ def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _check_packed(folder: str, found: list[str], suffixes: tuple[str, ...]) -> None:
-    """
+    """Refuses a folder whose compressed files would be silently skipped.
+
     Raises:
-        UserError: a folder has compressed files of this kind, which would be passed over.
+        UserError: a folder has compressed files of this kind, and no unpacked copy.
     """
-    if "*" in folder or folder.endswith(suffixes):  # no folder: a store is not asked again
+    if "*" in folder or folder.endswith(suffixes):  # not a folder: saves a request to the store
         return
     known = {path.rpartition("/")[2] for path in found}
     for name in names(folder):
@@ -144,16 +147,17 @@ def _check_packed(folder: str, found: list[str], suffixes: tuple[str, ...]) -> N
 
 
 def _literal(pattern: str) -> str:
-    """A glob in which only `*` is special: folders may be called `[v1]`."""
+    """Returns a glob in which only `*` is special, since folders may be called `[v1]`."""
     return re.sub(r"[\[?]", r"[\g<0>]", pattern)
 
 
 def stat(path: str) -> Stat:
-    """
+    """Returns the size and modification stamp of a file.
+
     Raises:
         FileNotFoundError, PermissionError
         Unreadable: it is not a regular file.
-        UserError: it could not be asked, however often.
+        UserError: all attempts failed.
     """
     if not is_remote(path):
         found = _regular(path, os.stat(path))
@@ -175,18 +179,20 @@ def exists(path: str) -> bool:
 
 
 def read(path: str, start: int = 0, size: int | None = None) -> bytes:
-    """`size` bytes from `start`; to the end by default, and fewer where the file ends.
+    """Reads `size` bytes from `start`, or up to the end of the file.
+
+    Returns fewer bytes if the file ends first.
 
     Raises:
         FileNotFoundError, PermissionError
         Unreadable: it is not a regular file.
-        UserError: it could not be read, however often; the line says why.
+        UserError: all attempts failed; the message says why.
     """
     if is_remote(path):
         fs, inner = _file_system(path)
         end = None if size is None else start + size
         return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
-    if size is None:  # it may have been replaced since it was opened last
+    if size is None:  # open it again: it may have been replaced since
         return _patiently(path, lambda: _pread(_Open(path), start, None))
     return _patiently(path, lambda: _pread(_open(path), start, size))
 
@@ -197,7 +203,7 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes:
     Raises:
         OSError: it is missing, or cannot be read.
         Unreadable: it is not a regular file, or it is larger.
-        UserError: it could not be read, however often; the line says why.
+        UserError: all attempts failed; the message says why.
     """
     path = os.fspath(path)
     if (size := stat(path).size) > most:
@@ -207,11 +213,12 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes:
 
 @contextmanager
 def writing(path: str) -> Iterator[Path]:
-    """A local file to fill, which then appears at `path`: whole, or not at all, even if the
-    machine loses power.
+    """Yields a temporary local file that is moved to `path` on success.
+
+    The write is atomic: `path` has the whole file or does not exist, even after a power cut.
 
     Raises:
-        UserError: it could not be sent, however often; the line says why.
+        UserError: all attempts to upload it failed; the message says why.
     """
     remote = is_remote(path)
     folder = None if remote else os.path.dirname(path)
@@ -230,14 +237,14 @@ def writing(path: str) -> Iterator[Path]:
 
 
 def publish(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Gives a local file, which is whole, its name, so that this outlives a power cut."""
+    """Renames a finished local file to `path`, durably: content and name survive a power cut."""
     sync(temporary)
     os.replace(temporary, path)
     sync(os.path.dirname(path) or ".")
 
 
 def names(folder: str) -> list[str]:
-    """What is in a folder; nothing if there is none."""
+    """Lists the names in a folder, sorted; empty if it does not exist."""
     if not is_remote(folder):
         return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     fs, inner = _file_system(folder)
@@ -246,12 +253,12 @@ def names(folder: str) -> list[str]:
 
 
 def _pread(file: _Open, start: int, size: int | None) -> bytes:
-    if size is None:  # no further than it reached when it was opened
+    if size is None:  # up to the file's current end
         size = max(0, os.fstat(file.handle).st_size - start)
     content = os.pread(file.handle, size, start)
     while len(content) < size and (more := os.pread(file.handle, size - len(content),
                                                     start + len(content))):  # fmt: skip
-        content += more  # one call gives at most 2 GiB
+        content += more  # one call reads at most 2 GiB
     return content
 
 
@@ -268,7 +275,7 @@ _KINDS = {
 
 
 def refresh() -> None:
-    """Forgets which files are open: one that was replaced since is opened anew."""
+    """Closes the cached files, so that files replaced since are opened again."""
     _open.cache_clear()
 
 
@@ -276,7 +283,7 @@ class _Open:
     """An open regular file, closed once neither the cache nor a reader holds it."""
 
     def __init__(self, path: str):
-        _regular(path, os.stat(path))  # opening a device may already do something
+        _regular(path, os.stat(path))  # before opening it: opening a device may have an effect
         self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         _regular(path, os.fstat(self.handle))
 
@@ -309,7 +316,7 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 
 def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
-    """`call()`, again and again when it fails for a reason that may pass."""
+    """Returns `call()`, retried with growing waits if it fails for a transient reason."""
     for attempt in range(ATTEMPTS):
         try:
             return call()

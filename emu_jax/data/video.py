@@ -1,7 +1,7 @@
-"""Videos, storyboards and subtitles: moving pictures as pictures with times.
+"""Videos, storyboards and subtitles, decoded to images with times.
 
-Frames are handed on as PPM, pixels behind a short header: nothing is lost, and reading it costs
-a copy.
+Frames are passed on as PPM, raw pixels behind a short header: it is lossless, and reading it
+costs one copy.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from emu_jax.data.cues import read_cues, unroll
 from emu_jax.data.documents import Damaged, Unused
 from emu_jax.data.images import MOST_PIXELS, PictureError, open_image
 
-FRAMES = 8  # that the release shows of a video
+FRAMES = 8  # frames of a video that the release shows
 
-# How files of videos end. Their content decides how they are read.
+# File suffixes of videos. How a file is read depends on its content.
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".webm", ".mkv", ".avi", ".divx", ".ts",
     ".mts", ".m2ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".flv", ".wmv", ".asf",
     ".ogv",
 )  # fmt: skip
-# FFmpeg also reads lists that name other files: those are no videos here.
+# FFmpeg also reads playlists that name other files; those are refused.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg"
-# These store when a frame is decoded, which is not when it is shown if frames are reordered.
+# These store decoding times, which differ from presentation times if frames are reordered.
 _DECODING_TIMES = ("avi", "asf")
-# Program streams: where several frames share one time, those after a leap get others.
+# Program streams: frames that share one timestamp get other timestamps after a seek.
 _SHARED_TIMES = ("mpeg", "mpegvideo")
 
 CUT_SHORT = "video cut short"
@@ -45,7 +45,8 @@ Clip = tuple[float, float]  # (start, end) in seconds
 
 
 def frame_indices(frames: int, segments: int = FRAMES) -> Int[np.ndarray, "S"]:
-    """Which frames stand for a video (release: `Emu1/utils.py: get_index`).
+    """Returns the indices of `segments` frames, evenly spaced in a video (release:
+    `Emu1/utils.py: get_index`).
 
     Raises:
         UserError: the video has no frames.
@@ -57,30 +58,30 @@ def frame_indices(frames: int, segments: int = FRAMES) -> Int[np.ndarray, "S"]:
 
 
 def random_indices(frames: int, count: int, rng: np.random.Generator) -> Int[np.ndarray, "count"]:
-    """`count` frames at random, in order; one twice only where there are fewer."""
+    """Returns the sorted indices of `count` random frames; repeats some only if there are fewer."""
     return np.sort(rng.choice(frames, count, replace=frames < count))
 
 
 def open_container(content: bytes) -> Any:
-    """A video's file as PyAV reads it; nothing outside of `content` is opened."""
+    """Opens a video file with PyAV; nothing outside `content` is read."""
     import av  # loads FFmpeg
 
     return av.open(io.BytesIO(content), options={"format_whitelist": _CONTAINERS})
 
 
 class Video:
-    """A video's frames, read at random.
+    """Random access to the frames of a video.
 
-    They are what a player shows: turned or mirrored by the display matrix, without the frames
-    that an edit list hides. Pixels that are not square stay so, as in the release, which squashes
+    Frames are as a player shows them: rotated or mirrored by the display matrix, without those
+    that an edit list hides. The pixel aspect ratio is ignored, as in the release, which squashes
     each frame to a square anyway.
 
     Attributes:
-        times: seconds from the first frame to each, ascending. Found without decoding.
-        unused: what the file should have, but cannot be decoded; `frames` adds to it.
+        times: seconds from the first frame to each frame, ascending. Found without decoding.
+        unused: frames that the file should have but that cannot be decoded; `frames` adds to it.
 
     Raises:
-        Damaged: it cannot be read, or has no frames.
+        Damaged: the video cannot be read, or has no frames.
     """
 
     def __init__(self, content: bytes, where: str):
@@ -94,9 +95,9 @@ class Video:
                 rate = stream.average_rate or stream.guessed_rate or 25
                 form = container.format.name
                 reordered = stream.codec_context.has_b_frames
-        except EOFError:  # at the end before the first frame
+        except EOFError:  # the file ends before the first frame
             raise Damaged("video without frames", where) from None
-        except Exception as error:  # FFmpeg's errors, and AttributeError where nothing moves
+        except Exception as error:  # FFmpeg's errors, and AttributeError without a video stream
             raise Damaged("unreadable video", where, _why(error)) from None
         first = next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0)
         self.unused += [Unused(UNDECODABLE_FRAME, "before the first key frame")] * first
@@ -105,12 +106,12 @@ class Video:
             raise Damaged("video without frames", where)
         given = {packet.pts for packet in shown}
         known = None not in given and len(given) == len(shown)
-        # Whether a frame is found by its time, and not by counting.
+        # Whether frames are found by counting them, not by their timestamps.
         counted = form in _SHARED_TIMES or (reordered and form in _DECODING_TIMES)
         self._seekable = known and not counted
         self._pts = sorted(given) if known else []
         self._keys = sorted(p.pts for p in packets if p.is_keyframe) if self._seekable else []
-        if known and form != "mpegvideo":  # it has no times but those that FFmpeg makes up
+        if known and form != "mpegvideo":  # which has only timestamps that FFmpeg makes up
             self.times = [float((pts - self._pts[0]) * base) for pts in self._pts]
         else:
             self.times = [float(n / rate) for n in range(len(shown))]
@@ -119,13 +120,13 @@ class Video:
             self.unused.append(Unused(CUT_SHORT, f"{len(shown)} frames, {self.times[-1]:g} s"))
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
-        """Decodes the frames of ascending numbers.
+        """Decodes the frames with the given numbers, which ascend.
 
-        Instead of a frame that cannot be decoded it gives the one that is on the screen at its
-        time, and adds it to `unused`.
+        A frame that cannot be decoded is replaced by the frame that a player shows at its time,
+        and added to `unused`.
 
         Raises:
-            Damaged: nothing can be decoded.
+            Damaged: none of the frames can be decoded.
         """
         wanted = sorted(set(indices))
         try:
@@ -139,8 +140,10 @@ class Video:
         return [(self.times[index], shown[index]) for index in indices]
 
     def _by_seeking(self, wanted: list[int]) -> Iterator[tuple[int, bytes]]:
-        """Goes through the video, and leaps to a key frame where one lies between. Ends early
-        where frames do not come as their packets promise."""
+        """Decodes frames in order, and seeks to a key frame if one lies between two of them.
+
+        Stops early if the decoded frames do not match the timestamps of their packets.
+        """
         with self._open() as container:
             frames, reached = _decoded(container), self._pts[0] - 1
             for index in wanted:
@@ -153,7 +156,7 @@ class Video:
                 else:
                     key = None
                 for frame in frames:
-                    if key is not None:  # before it, references are missing
+                    if key is not None:  # frames before it lack their reference frames
                         if frame.pts is None or frame.pts > key:
                             return
                         if frame.pts < key:
@@ -168,7 +171,7 @@ class Video:
                         break
 
     def _in_order(self, wanted: list[int]) -> dict[int, bytes]:
-        """Decodes everything up to the last of some frames."""
+        """Decodes everything up to the last wanted frame."""
         shown: dict[int, bytes] = {}
         left, last = collections.deque(wanted), None
 
@@ -194,7 +197,7 @@ class Video:
     def _open(self) -> Any:
         container = open_container(self._content)
         codec = container.streams.best("video").codec_context
-        codec.thread_count = 1  # videos are decoded side by side
+        codec.thread_count = 1  # several videos are decoded in parallel
         codec.options = {"max_pixels": str(MOST_PIXELS)}
         return container
 
@@ -203,12 +206,12 @@ class Video:
 
 
 def _packets(container: Any, stream: Any) -> tuple[list[Any], bool]:
-    """A stream's packets, and whether the file could be read to its end."""
+    """Returns a stream's packets, and whether the file could be read to its end."""
     packets: list[Any] = []
     whole = True
     try:
         for packet in container.demux(stream):
-            if packet.size:  # or it is PyAV's sign that all are read
+            if packet.size:  # PyAV ends the stream with an empty packet
                 packets.append(packet)
     except Exception:
         if not packets:
@@ -221,7 +224,7 @@ def _packets(container: Any, stream: Any) -> tuple[list[Any], bool]:
 
 
 def _decoded(container: Any) -> Iterator[Any]:
-    """The frames that can be decoded from where a container stands."""
+    """Yields the frames that can be decoded from the container's current position on."""
     import av.error
 
     stream = container.streams.best("video")
@@ -231,7 +234,7 @@ def _decoded(container: Any) -> Iterator[Any]:
             packet = next(packets)
         except StopIteration:
             return
-        except av.error.FFmpegError:  # cut short: what the decoder still holds is left
+        except av.error.FFmpegError:  # cut short: flush the frames that the decoder still holds
             packet = None
         try:
             yield from stream.codec_context.decode(packet)
@@ -241,7 +244,7 @@ def _decoded(container: Any) -> Iterator[Any]:
             return
 
 
-# (a, b, c, d) of a display matrix, where (x, y) goes to (a x + c y, b x + d y).
+# (a, b, c, d) of a display matrix, which maps (x, y) to (a x + c y, b x + d y).
 _TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
@@ -254,7 +257,7 @@ _TURNS = {
 
 
 def _as_shown(frame: Any) -> Image.Image:
-    """A frame turned by quarters, and mirrored, as its display matrix says."""
+    """Rotates a frame by multiples of 90 degrees and mirrors it, as its display matrix says."""
     picture = frame.to_image()
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -266,7 +269,7 @@ def _as_shown(frame: Any) -> Image.Image:
 
 
 def _cut_short(content: bytes) -> bool:
-    """Whether an MP4, RIFF or Matroska file should be longer than it is."""
+    """Returns whether an MP4, RIFF or Matroska file is shorter than its headers say."""
     if content.startswith(b"RIFF"):
         return int.from_bytes(content[4:8], "little") + 8 > len(content)
     if content.startswith(b"\x1aE\xdf\xa3"):
@@ -292,11 +295,11 @@ def _cut_short(content: bytes) -> bool:
 def sample_frames(
     video: Video, count: int, seed: Sequence[int] | None, clip: Clip | None = None
 ) -> list[Frame]:
-    """Samples `count` frames: at random with a seed, or else those that the release would show.
+    """Samples `count` frames: at random with a seed, otherwise those that the release shows.
 
     Args:
         clip: sample only frames whose time is in `start <= time < end`. A clip shorter than a
-            frame has the frame that is on screen at its start.
+            frame gives the frame that is on screen at its start.
 
     Raises:
         Damaged: the video ends before the clip starts, or a frame cannot be decoded.
@@ -321,7 +324,7 @@ def _why(error: Exception) -> str:
 
 
 def ppm(picture: Image.Image) -> bytes:
-    """A picture's pixels as a file."""
+    """Encodes an image as PPM."""
     file = io.BytesIO()
     picture.convert("RGB").save(file, "PPM")
     return file.getvalue()
@@ -331,15 +334,15 @@ def storyboard(
     sheet: bytes, rows: int, columns: int, frames: Sequence[tuple[int, float]], where: str,
     *, held: int | None = None, full: bytes | None = None,
 ) -> list[Frame]:  # fmt: skip
-    """Cuts frames from a sheet of rows x columns tiles, as video sites make them.
+    """Cuts frames from a storyboard sheet of rows x columns tiles, as video sites make them.
 
-    The last sheet of a video may be cut off below its last row of tiles, and if that is its only
-    row, behind its last tile.
+    The last sheet of a video may be cropped below its last row of tiles. If it has only one row,
+    it may also be cropped after its last tile.
 
     Args:
-        frames: (number of the tile, seconds) of each.
-        held: number of tiles that show something; by default all.
-        full: another sheet of the video, with all its tiles, which tells their size.
+        frames: (number of the tile, seconds) of each frame.
+        held: number of tiles in use; by default all.
+        full: a full sheet of the same video, from which the size of a tile is taken.
 
     Raises:
         Damaged: a sheet cannot be read, or is too small for its frames.
@@ -368,12 +371,12 @@ def storyboard(
     return [(time, ppm(tile(n))) for n, time in frames]
 
 
-_ASPECTS = (16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)  # of videos
+_ASPECTS = (16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)  # usual aspect ratios of videos
 
 
 def _tile(size: tuple[int, int], rows: int, columns: int, held: int) -> tuple[int, int]:
-    """The size of a tile of a sheet that is the only one, and not full: as wide and high as
-    videos are."""
+    """Guesses the tile size of a video's only sheet when it is not full: takes the division whose
+    tiles are closest to a usual aspect ratio."""
     left = -(-held // columns)
     cuts = [(rows, columns), (left, columns), *([(1, held)] if left == 1 else [])]
     whole = [(r, c) for r, c in cuts if not size[0] % c and not size[1] % r] or cuts
@@ -387,17 +390,17 @@ def _tile(size: tuple[int, int], rows: int, columns: int, held: int) -> tuple[in
 
 
 def storyboard_times(frames: int, duration: float) -> list[float]:
-    """When each frame is shown: a whole number of seconds apart
-    (release: `Emu1/data/yt-sb-1b`)."""
+    """Returns the times of a storyboard's frames, a whole number of seconds apart (release:
+    `Emu1/data/yt-sb-1b`)."""
     apart = max(1, round(duration / frames)) if frames else 0
     return [float(n * apart) for n in range(frames)]
 
 
 class Subtitles(list[tuple[float, str]]):
-    """(start in seconds, words) of each cue, in the order of time.
+    """A list of (start in seconds, words) of each cue, ordered by time.
 
     Attributes:
-        unused: cues and lines of the file that are not among them.
+        unused: cues and lines of the file that were left out.
     """
 
     def __init__(self, cues: Iterable[tuple[float, str]] = (), unused: Sequence[Unused] = ()):
@@ -406,13 +409,13 @@ class Subtitles(list[tuple[float, str]]):
 
 
 def subtitles(content: bytes, where: str, encoding: str | None = None) -> Subtitles:
-    """Reads a subtitle file of any format that `cues` knows, without markup.
+    """Reads a subtitle file of any format that `cues` supports, without markup.
 
-    Captions that roll repeat a line in the next cue, at the moment where the last one ends: such
-    a line is read once. A line that is said again after a pause is read again.
+    Roll-up captions repeat a line in the next cue, which starts when the last one ends; such a
+    line is read once. A line that is repeated after a pause is read again.
 
     Args:
-        encoding: of the text, where it is known; by default it is found out.
+        encoding: encoding of the text, if known; detected by default.
 
     Raises:
         Damaged: the encoding is unknown, or there is text but no cue.

@@ -1,4 +1,4 @@
-"""Videos as documents: with a caption, or frames and subtitles in the order of time."""
+"""Videos as documents: with a caption, or as frames and subtitles ordered by time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from emu_jax.data.video import (
     subtitles,
 )
 
-_JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*[{\]]")  # how a list of objects begins
-_MOST_FRAMES = 100_000  # of one video in the order of time; a listing that asks for more is wrong
+_JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*[{\]]")  # the beginning of a list of objects
+_MOST_FRAMES = 100_000  # of a video with subtitles; a listing that asks for more is wrong
 
 
 class Videos(Listed):
-    """Entries `{"video": FILE, "text": WORDS}`: `frames` frames of each and its words.
+    """Videos with captions, from entries `{"video": FILE, "text": WORDS}`.
 
-    In training frames are drawn at random; else they are the release's.
+    A document is `frames` frames and the words. Training samples frames at random; otherwise
+    they are the frames that the release would show.
     """
 
     paired = True
@@ -70,7 +71,7 @@ def _words(entry: dict[str, Any], where: str) -> Text:
 
 
 class _Board(NamedTuple):
-    """An entry's storyboard; rows and columns of each sheet."""
+    """An entry's storyboard: its sheets, with the rows and columns of each."""
 
     sheets: list[str]
     rows: list[int]
@@ -83,7 +84,11 @@ class _Board(NamedTuple):
 
 
 def _each(value: Any, count: int) -> list[int]:
-    """A number for each sheet."""
+    """Returns one number a sheet, from a list or a single number.
+
+    Raises:
+        ValueError: the list has another length.
+    """
     numbers = [int(n) for n in value] if isinstance(value, list) else [int(value)] * count
     if len(numbers) != count:
         raise ValueError(f"{len(numbers)} numbers for {count} sheets")
@@ -91,8 +96,8 @@ def _each(value: Any, count: int) -> list[int]:
 
 
 def transcript(content: bytes, where: str) -> Subtitles | None:
-    """Reads youtube-transcript-api's JSON, a list of `{"text", "start", "duration"}`; returns None
-    for another format. Times are in seconds.
+    """Reads the JSON of youtube-transcript-api, a list of `{"text", "start", "duration"}` with
+    times in seconds. Returns None for any other format.
 
     Raises:
         Damaged: it is not UTF-8, malformed, or no cue has `start` and `text`.
@@ -128,14 +133,15 @@ def _bounded(frames: int) -> int:
 
 
 class SubtitledVideos(Listed):
-    """Frames and subtitles in the order of time, as the release prepares YT-Storyboard-1B:
-    subtitles between two frames are joined.
+    """Frames and subtitles ordered by time; subtitles between two frames are joined, as in the
+    release's YT-Storyboard-1B.
 
-    Entries have `subtitles` (a file of SRT, WebVTT, SBV, ASS or TTML, whose `encoding` may be
-    given), and either `video`, of which a frame is shown every `apart` seconds, with its
-    `duration` where opening each to count tokens would be slow; or `storyboard` (a sheet or a
-    list of them), `rows` and `columns` (of each sheet, or a list), `frames` and `duration` in
-    seconds. Subtitles may also be youtube-transcript-api's JSON, which the release reads.
+    An entry has `subtitles`, a file of SRT, WebVTT, SBV, ASS or TTML (whose `encoding` may be
+    given), or the JSON of youtube-transcript-api, which the release reads. It also has either
+        `video`, which is shown as one frame every `apart` seconds. Its `duration` is optional;
+        with it, counting tokens need not open each video. Or
+        `storyboard` (a sheet, or a list of sheets), with `rows` and `columns` (one number, or
+        one a sheet), `frames`, and `duration` in seconds.
     """
 
     def __init__(self, entries: Entries, media: Media, apart: float):
@@ -167,7 +173,7 @@ class SubtitledVideos(Listed):
         return document
 
     def _timed(self, index: int) -> Document:
-        """The document with empty pictures."""
+        """Returns the document with empty images."""
         entry, where = self._entries[index], self.where(index)
         encoding = entry.get("encoding")
         if not isinstance(encoding, str | None):
@@ -201,7 +207,7 @@ class SubtitledVideos(Listed):
             raise Damaged("malformed entry", where, repr(error)) from None
 
     def _frames(self, index: int, shown: list[int]) -> tuple[list[Frame], list[Unused]]:
-        """The frames of some numbers, and what could not be decoded."""
+        """Returns the frames with the given numbers, and those that could not be decoded."""
         entry = self._entries[index]
         times = self._times(index, entry)
         if "storyboard" in entry:
@@ -212,7 +218,8 @@ class SubtitledVideos(Listed):
         return video.frames(np.minimum(places, len(video.times) - 1).tolist()), video.unused
 
     def _board(self, index: int, entry: dict[str, Any]) -> _Board:
-        """
+        """Parses the storyboard of an entry.
+
         Raises:
             Damaged: the entry is malformed, or its sheets hold fewer tiles than it has frames.
         """
@@ -233,7 +240,7 @@ class SubtitledVideos(Listed):
         """Cuts frames from their sheets.
 
         Args:
-            frames: (number in the video, seconds) of each.
+            frames: (number in the video, seconds) of each frame.
         """
         found: list[Frame] = []
         first = 0
