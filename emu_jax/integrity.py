@@ -1,12 +1,12 @@
-"""Checksums of a checkpoint's steps: written with them, and checked at every read.
+"""Checksums of checkpoint steps, written on save and verified on every read.
 
     DIR/<step>/ITEM/...        arrays: zarr3 chunks in an OCDBT database. Each chunk carries a
-                               crc32c that the host that writes it computes, and whoever reads it
-                               checks. OCDBT does so for its own nodes and manifests.
+                               crc32c, computed by the host that writes it and verified by the
+                               reader. OCDBT does so for its own nodes and manifests.
     DIR/<step>/checksums.json  SHA-256 of every other file: shapes, data position, manifests
 
-Together they cover every byte that a value depends on. Reading checks what it reads, so each host
-checks its own share of the arrays.
+Together they cover every byte that a value depends on. A host verifies only the chunks it reads,
+which is its own share of the arrays.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from emu_jax.config import UserError, sync, write_text
 
 CHECKSUMS = "checksums.json"
 GLOB_CHARACTERS = "*?[]\\"
-# Orbax writes these behind the checksums; nothing reads them.
+# Orbax writes these after the checksums; nothing reads them.
 UNCOVERED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
-# `unreadable_arrays` reads so much side by side; a chunk that is larger is read alone.
+# Bytes that `unreadable_arrays` reads concurrently. A larger chunk is read alone.
 _BYTES_AHEAD = 1 << 26
 _CONTEXT = {
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},  # nodes of the database, not chunks
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 def _metadata(
     global_shape: Sequence[int], chunk_shape: Sequence[int], use_compression: bool
 ) -> dict[str, Any]:
-    """zarr3 metadata of an array whose chunks end with their crc32c."""
+    """Returns zarr3 metadata for an array whose chunks end with a crc32c."""
     zstd = [{"name": "zstd", "configuration": {"level": 1}}] if use_compression else []
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]
     grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
@@ -56,10 +56,10 @@ def _metadata(
 
 
 def _choose_codecs() -> None:
-    """Has orbax write `_metadata`. It reads any codecs, but has no setting for those it writes.
+    """Patches orbax to write `_metadata`: it has no setting for the codecs, but reads any.
 
     Raises:
-        UserError: this orbax chooses codecs elsewhere; its checkpoints would have no checksums.
+        UserError: this version of orbax cannot be patched; its checkpoints would lack checksums.
     """
     try:
         from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -80,9 +80,12 @@ _choose_codecs()
 
 
 def check_path(directory: Path) -> None:
-    """
+    """Checks that a path holds no glob characters.
+
+    Orbax treats such a path as a pattern, and would read or write other files.
+
     Raises:
-        UserError: orbax would take the path for a pattern, and read or write other files.
+        UserError: the path contains a glob character.
     """
     if found := [c for c in GLOB_CHARACTERS if c in str(directory.absolute())]:
         raise UserError(
@@ -92,9 +95,9 @@ def check_path(directory: Path) -> None:
 
 
 def seal(step: Path) -> None:
-    """Writes the checksums of a step that is otherwise complete, and syncs its files to disk.
+    """Writes the checksums of an otherwise complete step and syncs its files to disk.
 
-    One process does this for the files of all, some for each: it does many at once.
+    One process does this for the files of all processes, several at a time.
     """
     tree = list(os.walk(step))
     paths = [Path(folder, name) for folder, _, names in tree for name in names]
@@ -113,20 +116,20 @@ def seal(step: Path) -> None:
 
 
 def _is_covered(path: Path) -> bool:
-    """Whether checksums.json has a file; tensorstore checks what lies in its `d` folders."""
+    """Returns whether checksums.json covers a file. Tensorstore verifies those in `d` folders."""
     return "d" not in path.parts[:-1] and path.name not in UNCOVERED
 
 
 def damaged_files(step: Path, items: Sequence[str] = ()) -> list[str]:
-    """Returns a line for each damaged file of a step; the data of arrays is not looked at.
+    """Returns a line for each damaged file of a step, without reading the data of its arrays.
 
-    Files that only one process wrote are shared out among the processes that call this.
+    Each calling process checks the files shared by all, and its share of the per-process files.
 
     Args:
         items: the items to check; by default the whole step.
 
     Raises:
-        FileNotFoundError: the step has no checksums, since an older version wrote it.
+        FileNotFoundError: the step has no checksums because an older version wrote it.
     """
     try:
         files = json.loads((step / CHECKSUMS).read_text())["sha256"].items()
@@ -155,7 +158,7 @@ def damaged_files(step: Path, items: Sequence[str] = ()) -> list[str]:
 
 
 def check_files(step: Path, items: Sequence[str]) -> None:
-    """Checks the files of some items of a step; warns where it has no checksums.
+    """Checks the files of some items of a step. Warns if the step has no checksums.
 
     Raises:
         UserError: a file is damaged.
@@ -176,7 +179,7 @@ _warned: set[Path] = set()
 
 
 def warn_unverified(step: Path) -> None:
-    """Says once that a step cannot be verified."""
+    """Warns, once for each step, that it cannot be verified."""
     if step not in _warned:
         _warned.add(step)
         _log.warning("%s has no checksums (an older version wrote it): read unverified", step)
@@ -190,20 +193,20 @@ def _database(item: Path, context: ts.Context) -> Any:
 
 
 def _array_names(keys: Sequence[bytes]) -> dict[str, str]:
-    """{name of an array: zarr or zarr3}."""
+    """Returns {array name: its driver, zarr or zarr3}."""
     drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
     split = [key.decode().rpartition("/") for key in keys]
     return {name: drivers[last] for name, _, last in split if last in drivers}
 
 
 def _has_checksums(item: Path) -> bool:
-    """Whether an item's arrays carry checksums."""
+    """Returns whether an item's arrays carry checksums."""
     try:
         database = _database(item, ts.Context(_CONTEXT))
         names = _array_names(database.list().result())
         name = next(name for name, driver in names.items() if driver == "zarr3")
         codecs = json.loads(database.read(f"{name}/zarr.json").result().value)["codecs"]
-    except Exception:  # no arrays, or damaged ones, of which reading tells
+    except Exception:  # no arrays, or damaged ones: reading them reports the damage
         return False
     return "crc32c" in json.dumps(codecs)
 
@@ -211,12 +214,13 @@ def _has_checksums(item: Path) -> bool:
 def unreadable_arrays(
     item: Path, index: int = 0, count: int = 1, progress: Callable[[int], None] | None = None
 ) -> Iterator[str]:
-    """Reads every array of an item (DIR/step/item) and yields why one cannot be read, a line
-    each. Reads 64 MiB at once, or one chunk that is larger: in memory, twice that.
+    """Reads every array of an item (DIR/step/item) and yields a line for each read that fails.
+
+    Reads 64 MiB at a time, or a single chunk if it is larger. Takes twice that memory.
 
     Args:
-        index, count: read one of `count` shares of the chunks.
-        progress: called with the bytes of each chunk that has been read.
+        index, count: read share `index` of `count` shares of the chunks.
+        progress: called with the size in bytes of each chunk that has been read.
     """
     context = ts.Context(_CONTEXT)
     try:
@@ -229,7 +233,7 @@ def unreadable_arrays(
         yield f"{item} holds no arrays"
         return
     pending: deque[tuple[str, int, Any]] = deque()
-    ahead = 0  # bytes that are pending
+    ahead = 0  # pending bytes
 
     def settle() -> Iterator[str]:
         nonlocal ahead
@@ -275,13 +279,16 @@ def unreadable_arrays(
 
 
 def items_of(step: Path) -> list[str]:
-    """Names of the items of a step that hold arrays."""
+    """Returns the names of a step's items that hold arrays, sorted."""
     return sorted(p.parent.name for p in step.glob("*/_METADATA"))
 
 
 def one_line(error: BaseException) -> str:
-    """Says what went wrong in one line. Errors of storage name all the layers that they passed,
-    and somewhere the operating system's own."""
+    """Returns one line that says what went wrong.
+
+    A storage error lists all the layers it passed through; the operating system's message, where
+    it holds one, is preferred.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
@@ -295,11 +302,11 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_failures() -> Iterator[None]:
-    """Silences tracebacks and stray errors beside the one line that tells of a failure.
+    """Silences the tracebacks and stray errors that accompany a failure reported in one line.
 
-    Orbax logs its traceback from each thread that it passes. And it reads and writes arrays side
-    by side: when one fails, the errors of the others are nobody's, and Python prints each when it
-    finds them. So after a failure the silence stays.
+    Orbax logs a traceback in each thread that a failure passes through. It also reads and writes
+    arrays concurrently: when one fails, nobody awaits the errors of the others, and Python prints
+    them whenever it collects them. After a failure the filters therefore stay installed.
     """
     hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
     if getattr(hook, "stays", False):
@@ -328,7 +335,7 @@ def quiet_failures() -> Iterator[None]:
         failed = True
         raise
     finally:
-        if failed:  # its echoes come until the process ends
+        if failed:  # more of its errors may surface until the process ends
             without_strays.stays = True
         else:
             for logger in loggers:
