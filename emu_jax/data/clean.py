@@ -1,6 +1,6 @@
-"""What `emu-jax data build` keeps of a document, and how its pictures are stored.
+"""Filters of `emu-jax data build`, and the re-encoding of images.
 
-Functions of one document alone: any runner may call them, anywhere and in any order.
+All functions depend on one document alone, so any runner may call them anywhere, in any order.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ ENCODINGS = ("jpeg", "webp", "png")
 
 @dataclasses.dataclass(frozen=True)
 class CleanConfig:
-    """The filters and the encoding. A length, side or aspect of 0 is no limit."""
+    """Filters and encoding. A length, side or aspect ratio of 0 means no limit."""
 
     min_text: int = 0  # characters of all texts of a document together
     max_text: int = 0
-    min_side: int = 0  # pixels of a picture's short side
-    max_aspect: float = 0.0  # of its long side over its short one
-    min_similarity: float = 0.32  # to its words, where the data come with a score
-    max_side: int = 512  # pixels of the long side; larger pictures are made smaller
-    encoding: str = "jpeg"  # of those, and of what is in another format than ENCODINGS
+    min_side: int = 0  # pixels of an image's short side
+    max_aspect: float = 0.0  # long side over short side
+    min_similarity: float = 0.32  # of an image to its text, if the data come with a score
+    max_side: int = 512  # pixels of the long side; larger images are downscaled
+    encoding: str = "jpeg"  # of downscaled images, and of formats that are not in ENCODINGS
     quality: int = 92  # of jpeg and webp
 
     def check(self) -> None:
-        """
+        """Validates the encoding and its quality.
+
         Raises:
-            UserError: a value cannot be.
+            UserError: the encoding is unknown, or the quality is out of range.
         """
         if self.encoding not in ENCODINGS:
             close = suggest(self.encoding, ENCODINGS)
@@ -45,7 +46,7 @@ class CleanConfig:
 
 
 class Unfit(Exception):
-    """A picture that does not pass: `reason` is a few words of a fixed set, to count by."""
+    """Raised for an image that a filter rejects; `reason` is one of a fixed set, to count by."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -53,7 +54,7 @@ class Unfit(Exception):
 
 
 class Dropped(NamedTuple):
-    """A picture that was taken out of its document."""
+    """An image that was removed from its document."""
 
     part: int  # of the document
     reason: str
@@ -62,23 +63,23 @@ class Dropped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cleaned:
-    """What became of a document."""
+    """Result of cleaning a document."""
 
     document: Document | None  # None: rejected
-    reason: str = ""  # why it was rejected, of a fixed set
+    reason: str = ""  # why it was rejected, one of a fixed set
     detail: str = ""
-    pictures: int = 0  # that it came with
-    encoded: int = 0  # of those it keeps, the ones that are not as they came
+    pictures: int = 0  # number of images before cleaning
+    encoded: int = 0  # number of kept images that were encoded again
     dropped: tuple[Dropped, ...] = ()
-    unused: tuple[Unused, ...] = ()  # what its reader left out
+    unused: tuple[Unused, ...] = ()  # parts that the reader left out
 
 
 def clean(document: Document, cfg: CleanConfig) -> Cleaned:
-    """Filters a document and stores its pictures anew.
+    """Filters a document and re-encodes its images.
 
-    A picture that does not pass is taken out of its document; a document that so loses its
-    last picture is rejected, and so is one whose words do not pass. Of an animation the first frame
-    is read, and the others are counted.
+    An image that fails a filter is removed from its document. A document is rejected if it loses
+    its last image this way, or if its text fails a filter. Only the first frame of an animation
+    is kept; the animation is counted in `unused`.
     """
     animations = tuple(
         Unused("frames of an animation", f"part {number}")
@@ -115,13 +116,13 @@ def _filter(document: Document, cfg: CleanConfig) -> Cleaned:
 
 
 def store(picture: Picture, cfg: CleanConfig) -> Picture:
-    """The picture as it is stored.
+    """Returns the image as it is stored.
 
-    One that is small enough and in one of ENCODINGS keeps its bytes: to encode it once more
-    would only cost quality.
+    An image that is small enough and in one of ENCODINGS keeps its bytes, because encoding it
+    again would only cost quality.
 
     Raises:
-        Unfit: it does not pass.
+        Unfit: it fails a filter, or cannot be read.
     """
     if picture.similarity is not None and picture.similarity < cfg.min_similarity:
         raise Unfit("unlike its words", f"{picture.similarity:.3f}")

@@ -1,4 +1,4 @@
-"""What training reads: `DataConfig`, and the shapes of the batches it describes."""
+"""`DataConfig`, the configuration of the training data, and the shapes of its batches."""
 
 from __future__ import annotations
 
@@ -16,76 +16,77 @@ from emu_jax.tokenizer import Tokenizer
 Kind = Literal["rows", "captions", "pictures", "contexts"]
 Batch = dict[str, np.ndarray]
 
-PAIRS = "pairs"  # the mixture's documents of one picture and its words
+PAIRS = "pairs"  # kind of documents of one image and its caption
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which documents, and how they become batches.
+    """Selects the documents, and how they become batches.
 
-    Documents come from `sources`, or without any from the ArrayRecord files in `root/split`:
-    `KIND.array_record`, or `KIND-*.array_record`, for each kind of `mixture`.
+    Documents come from `sources`. Without sources they come from the ArrayRecord files in
+    `root/split`: `KIND.array_record`, or `KIND-*.array_record`, for each kind of `mixture`.
 
-    Sources with no sizes of their own are packed together: rows hold documents of all of them,
-    drawn in proportion to their weights. A source that gives one (`batch_size`, `row_tokens`
-    or `row_images`) has batches to itself. A step draws from the one or the other in proportion
-    to weights, a group's being the sum of its sources'.
+    Sources without sizes of their own are packed together: a row holds documents of all of them,
+    sampled in proportion to their weights. A source that sets `batch_size`, `row_tokens` or
+    `row_images` has batches of its own. Each step samples one of these groups in proportion to
+    weight; the weight of a group is the sum of its sources' weights.
     """
 
     root: str = "data"
     split: str = "train"
     sources: tuple[SourceConfig, ...] = ()
-    cache: str = ""  # a folder for what is found in sources once; by default beside their files
-    embedded: str = ""  # "digits": made at `root` when it is not there
+    cache: str = ""  # folder of indexes and token counts; by default beside the sources' files
+    embedded: str = ""  # "digits": built at `root` if missing
     tokenizer: str = ""  # a folder; by default `root/tokenizer`
-    instruct: bool = False  # [USER] and [ASSISTANT] are tokens, whatever the folder says
-    # Documents are drawn in proportion to these weights, by kind; 0 leaves a kind out.
+    instruct: bool = False  # add [USER] and [ASSISTANT] as tokens even if the folder does not
+    # Documents are sampled in proportion to these weights, by kind; 0 leaves a kind out.
     mixture: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"pairs": 1.0, "pages": 1.0, "storyboards": 1.0}
     )
     seed: int = 0
 
-    batch_size: int = 128  # rows, of all processes together
+    batch_size: int = 128  # rows of a global batch, over all processes
     row_tokens: int = 2048  # T
     row_images: int = 16  # I
-    n_causal: int = 32  # N, embeddings of a picture
+    n_causal: int = 32  # N, embeddings of an image
     image_size: int = 224  # of the visual encoder
     target_size: int = 512  # of the autoencoder
 
-    picture_first: float = 0.5  # how often a pair's picture comes before its words
-    learn_img: bool = False  # score [IMG] as a text target
-    drop_condition: float = 0.1  # how often the decoder's context is dropped
-    autoencode: float = 0.0  # how often, of the others, it is the picture itself
+    picture_first: float = 0.5  # probability that a pair's image comes before its words
+    learn_img: bool = False  # make [IMG] a text target
+    drop_condition: float = 0.1  # probability that the decoder's context is dropped
+    autoencode: float = 0.0  # otherwise, probability that the context is the target image
 
     augment: bool = False
-    rotate: float = 15.0  # degrees, either way
-    scale: float = 0.15  # a fraction, either way
-    shift: float = 0.125  # a fraction of the side, either way
+    rotate: float = 15.0  # at most, in degrees, either way
+    scale: float = 0.15  # at most, as a fraction, either way
+    shift: float = 0.125  # at most, as a fraction of the side, either way
 
-    # A damaged document is passed over and counted; when more than this share is, of a thousand
-    # documents or more, training stops.
+    # Damaged documents are skipped and counted. Training stops when more than this fraction is
+    # damaged, after at least 1,000 documents.
     max_damaged_rate: float = 0.05
 
-    block_documents: int = 1024  # packed together
-    decode_threads: int = 1  # that read and decode documents; 0: one for each processor
-    fast_decode: bool = False  # JPEGs at a fraction of their size: other pixels, twice as fast
-    prefetch: int = 4  # batches made ahead, on a thread; 0: each when it is asked for
+    block_documents: int = 1024  # documents packed together
+    decode_threads: int = 1  # threads that read and decode documents; 0: one a processor
+    fast_decode: bool = False  # decode JPEGs at reduced size: twice as fast, pixels differ
+    prefetch: int = 4  # batches made ahead on a thread; 0: make each on demand
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that these data are read with."""
+        """Loads the tokenizer of the data."""
         folder = self.tokenizer or Path(self.root) / "tokenizer"
         return Tokenizer.load(folder, instruct=self.instruct or None)
 
     def batch_sizes(self) -> set[int]:
-        """The rows of each batch that there may be."""
+        """Returns the batch sizes that occur, of any source."""
         return {source.batch_size or self.batch_size for source in self.sources} or {
             self.batch_size
         }
 
     def check(self) -> None:
-        """
+        """Validates the config.
+
         Raises:
-            UserError: a value that means nothing.
+            UserError: a value is out of range, or the sources are inconsistent.
         """
         smallest = self.n_causal + 4
         rules: list[tuple[str, bool, str]] = [
@@ -138,19 +139,20 @@ class DataConfig:
 
 
 def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...], type]]:
-    """(shape, dtype) of each array of a global batch.
+    """Returns (shape, dtype) of each array of a global batch.
 
     rows:     tokens, segment_ids (0 = padding), positions int32 [B,T]; text_loss_mask bool
               [B,T], True where the token is a text target; images uint8 [B,I,h,w,3];
               image_valid, image_scored (a regression target) bool [B,I]; image_slots
-              int32 [B,T], which of the I*N embeddings of the row stands at an <image>, -1
+              int32 [B,T], the index among the row's I*N embeddings at an <image>, -1
               elsewhere.
-    captions: images uint8 [B,h,w,3]; tokens int32 [B,T], `<s> words </s>` and padding on
-              the right; valid bool [B,T].
-    pictures: images uint8 [B,H,W,3], of the autoencoder's size.
-    contexts: tokens int32 [B,T], what comes before a picture, up to and with its [IMG],
-              padded on the right; length int32 [B]; images, image_valid, image_slots of
-              the context's own pictures as in rows; target uint8 [B,H,W,3], the picture.
+    captions: images uint8 [B,h,w,3]; tokens int32 [B,T], `<s> words </s>`, padded on the
+              right; valid bool [B,T].
+    pictures: images uint8 [B,H,W,3], at the autoencoder's size.
+    contexts: tokens int32 [B,T], the context before an image, up to and including its
+              [IMG], padded on the right; length int32 [B]; images, image_valid,
+              image_slots of the context's own images as in rows; target uint8 [B,H,W,3],
+              the image.
     """
     B, T, I = cfg.batch_size, cfg.row_tokens, cfg.row_images  # noqa: E741
     h, H = cfg.image_size, cfg.target_size

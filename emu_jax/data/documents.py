@@ -43,7 +43,7 @@ class Text:
 
     def __post_init__(self) -> None:
         if self.special and IMAGE in self.text:
-            raise ValueError(f"a text cannot spell {IMAGE}: put the picture itself")
+            raise ValueError(f"a text cannot spell {IMAGE}: use a Picture part instead")
 
     def to_list(self) -> list[Any]:
         """Returns the fields as plain values, omitting defaults."""

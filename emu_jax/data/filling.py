@@ -1,9 +1,9 @@
-"""Documents into the arrays of a batch: read, tokenised, decoded, each where it belongs.
+"""Fills the arrays of a batch: reads, tokenizes and decodes its documents.
 
-A document, or of rows a few, is one piece of work, done on whichever thread is free. One that
-cannot be read changes nothing about where the others lie, so that no process needs to know of
-another's: in a row its tokens become padding, and a batch of single documents has a substitute that
-follows from its number.
+A document, or a few documents of packed rows, are one task for a thread pool. A document that
+cannot be read does not change where the others lie, so processes need not tell each other about
+damage. In a packed row its tokens become padding. In a batch of single documents it is replaced
+by a substitute that is a function of its number.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from emu_jax.data.outlines import text_ids
 from emu_jax.data.packing import PICTURE, Part, part_tokens, truncate
 from emu_jax.tokenizer import Tokenizer
 
-Position = tuple[int, int]  # (block, row in it); other kinds than rows: (0, document)
+Position = tuple[int, int]  # (block, row in it) for rows; (0, document) for other kinds
 
 STATISTICS: tuple[str, ...] = (
     "tokens", "token_slots", "images", "image_slots", "documents", "truncated",
 )  # fmt: skip
-_TOGETHER = 16  # pictures that are read together, then decoded
-_ATTEMPTS = 20  # substitutes for a document, before it is no accident any more
+_TOGETHER = 16  # images that one task reads, then decodes
+_ATTEMPTS = 20  # unreadable substitutes in a row before giving up
 
 
 class Damage(NamedTuple):
-    """A document that was passed over."""
+    """A document that was skipped because it cannot be read."""
 
     source: str
     index: int
@@ -45,17 +45,17 @@ class Damage(NamedTuple):
 
 
 class Made(NamedTuple):
-    """This process's share of a batch, and what there is to know of it."""
+    """This process's share of a batch, with its documents and statistics."""
 
     batch: Batch
     position: Position  # of the next batch
     documents: list[Drawn]  # in this process's share
-    statistics: dict[str, int]  # of all shares
-    damaged: list[Damage]  # of this process
+    statistics: dict[str, int]  # of the global batch
+    damaged: list[Damage]  # found by this process
 
 
 class Filler:
-    """Makes the batch of a group at a position; holds no position itself.
+    """Makes the batch of a group at a given position. Stateless.
 
     Args:
         mine: this process's rows of a global batch.
@@ -64,7 +64,7 @@ class Filler:
     def __init__(self, group: Group, tokenizer: Tokenizer, mine: slice, pool: Pool):
         self.group, self.cfg, self.tokenizer, self.mine = group, group.cfg, tokenizer, mine
         self._pool = pool
-        # Captions repeat, and the pictures of a small set do.
+        # Captions repeat, and so do the images of a small data set.
         self._encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
         self._small_picture = functools.lru_cache(1 << 12)(self._resized)
         self._share = {
@@ -73,7 +73,7 @@ class Filler:
         }
 
     def reaches(self, block: int, row: int) -> bool:
-        """Whether a position can be one that `make` left."""
+        """Returns whether `make` can end at a position."""
         if self.group.kind != "rows":
             return block == 0
         return row < max(1, len(self.group.block(block).rows))
@@ -96,7 +96,7 @@ class Filler:
         )
 
     def _counted(self, damaged: list[Drawn]) -> list[Damage]:
-        """What was found damaged when tokens were counted; the first process speaks for all."""
+        """Reports documents found damaged while counting tokens, on the first process only."""
         if self.mine.start:
             return []
         return [_damage(d, d.damage or "") for d in damaged]
@@ -138,8 +138,9 @@ class Filler:
         return Made(batch, (block, row), mine, counted | sizes, damaged)
 
     def _pieces(self, places: list[_Place]) -> list[list[_Place]]:
-        """Documents that are one piece of work: of `_TOGETHER` pictures, or one of more. Where
-        there are several threads, of fewer and fewer, so that all end at the same time."""
+        """Splits documents into tasks of at most `_TOGETHER` images; a document with more images
+        is a task of its own. With several threads tasks get smaller towards the end, so that all
+        threads finish at about the same time."""
         threads = self._pool.threads
         sizes = [max(1, place.packed.pictures) for place in places]
         left, room = sum(sizes), 0
@@ -153,10 +154,10 @@ class Filler:
         return pieces
 
     def _write_documents(self, batch: Batch, places: list[_Place]) -> list[Damage]:
-        """Writes documents of rows; leaves padding where one cannot be read.
+        """Writes documents to their rows; leaves padding in place of one that cannot be read.
 
-        Each step for all of them: decoding a picture clears the processor's caches, and what is
-        done for a single document in between takes twice as long.
+        Runs each step for all documents before the next step. Decoding an image evicts the
+        processor's caches, and the other steps take twice as long when they alternate with it.
         """
         damaged: list[Damage] = []
         whole: list[_Read] = []
@@ -195,7 +196,7 @@ class Filler:
         except images.PictureError as error:
             out[:] = 0
             return _damage(place.packed.drawn, error.reason)
-        read.encoded.clear()  # frames of a video are large
+        read.encoded.clear()  # frees video frames, which are large
         return None
 
     def _write(self, batch: Batch, read: _Read) -> None:
@@ -214,10 +215,10 @@ class Filler:
     def _filled(
         self, fill: Callable[[Batch, int, Drawn], None], batch: Batch, n: int, drawn: Drawn
     ) -> list[Damage]:
-        """Fills one row, with a substitute as long as a document cannot be read.
+        """Fills one row. A document that cannot be read is replaced by substitutes.
 
         Raises:
-            UserError: one after the other cannot be read.
+            UserError: `_ATTEMPTS` documents in a row cannot be read.
         """
         damaged, chosen = [], drawn
         for attempt in range(_ATTEMPTS):
@@ -239,7 +240,7 @@ class Filler:
         words = [part for part in parts if part.size != PICTURE]
         (_, picture), *rest = self._contents(drawn, [*pictures[:1], *words])
         ids = [i for part, content in rest for i in self._ids(part, content)]
-        # What reads the state at </s> finds it in a shortened caption, too.
+        # A truncated caption also ends in </s>, whose hidden state is read.
         ids = [self.tokenizer.bos, *ids[: self.cfg.row_tokens - 2], self.tokenizer.eos]
         self._paint(batch["images"][n], picture, self.group.rng(drawn))
         batch["tokens"][n] = self.tokenizer.pad_id
@@ -277,7 +278,7 @@ class Filler:
         batch["length"][n] = len(ids)
         batch["image_slots"][n] = -1
         batch["image_slots"][n, :used] = row.slots
-        batch["images"][n, row.pictures :] = 0  # what a document before left there
+        batch["images"][n, row.pictures :] = 0  # clears images of a document that failed
         batch["image_valid"][n] = np.arange(self.cfg.row_images) < row.pictures
 
     def _context_statistics(self, drawn: Drawn) -> dict[str, int]:
@@ -290,10 +291,11 @@ class Filler:
         }  # fmt: skip
 
     def _chosen(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], Part, bool]:
-        """(what stands before a picture, the picture, whether more stood before it)."""
+        """Samples an image of a document. Returns (the parts before it that are its context, the
+        image, whether the context was truncated)."""
         dropped = rng.random() < self.cfg.drop_condition
         itself = self.cfg.autoencode > 0 and rng.random() < self.cfg.autoencode
-        # The words of a pair come before its picture: there is nothing else to draw from.
+        # The words of a pair come first: they are the only possible context.
         parts = self.group.parts(drawn, picture_first=False)
         choices = [k for k, part in enumerate(parts) if part.size == PICTURE]
         chosen = choices[int(rng.random() * len(choices))]
@@ -310,10 +312,10 @@ class Filler:
     # Words and pixels
 
     def _contents(self, drawn: Drawn, parts: list[Part]) -> list[tuple[Part, Text | Picture]]:
-        """What the parts hold.
+        """Reads the contents of some parts of a document.
 
         Raises:
-            Damaged: the document cannot be read, or is not what was counted.
+            Damaged: the document cannot be read, or has changed since its tokens were counted.
         """
         seed, source = self.group.seed(drawn, FRAMES), drawn.source.documents
         document = source.read(drawn.index, seed, [part.index for part in parts])
@@ -324,16 +326,18 @@ class Filler:
         }
         if len(document.parts) != len(outline) or any(outline[n] != found[n] for n in found):
             where = drawn.source.documents.where(drawn.index)
-            raise Damaged("changed document", where, "its tokens were counted of another content")
+            raise Damaged(
+                "changed document", where, "its content has changed since its tokens were counted"
+            )
         return [(part, document.parts[part.index]) for part in parts]
 
     def _ids(self, part: Part, content: Text | Picture) -> list[int]:
-        """The ids of a text that are kept."""
+        """Returns the token ids of a text that are kept."""
         assert isinstance(content, Text)
         return self._encode(content)[part.first : part.first + part.size]
 
     def _paint(self, out: np.ndarray, picture: Text | Picture, rng: np.random.Generator) -> None:
-        """Decodes one picture into its place."""
+        """Decodes one image into `out`."""
         assert isinstance(picture, Picture)
         cfg = self.cfg
         resized = self._small_picture if len(picture.data) < 4096 else self._resized
@@ -350,7 +354,7 @@ class Filler:
 
 
 class Pool:
-    """Runs a function over things, on threads where there are several; results in order."""
+    """Maps a function over items, on several threads if configured; results keep the order."""
 
     def __init__(self, cfg: DataConfig):
         self.threads = cfg.decode_threads or os.cpu_count() or 1
@@ -363,7 +367,7 @@ class Pool:
 
 
 class _Place(NamedTuple):
-    """Where a document lies."""
+    """The place of a document in a batch: row, segment, and slices of tokens and images."""
 
     packed: Packed
     row: int
@@ -373,7 +377,7 @@ class _Place(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A document of a row, whose pictures are still encoded."""
+    """A document of a packed row whose images are still encoded."""
 
     place: _Place
     row: _Row
@@ -401,7 +405,7 @@ class _Row:
         self.tokens: list[int] = []
         self.scored: list[bool] = []
         self.slots: list[int] = []
-        self.pictures = pictures  # in the row, so far
+        self.pictures = pictures  # number of images in the row so far
         self.scored_pictures: list[bool] = []
 
     def open(self) -> None:
@@ -424,7 +428,7 @@ class _Row:
         )
 
     def close(self, ended: bool) -> None:
-        """Ends the document; one that was cut has no </s> to learn."""
+        """Ends the document; a truncated document gets no </s>."""
         if ended:
             self._extend([self._tokenizer.eos], [True])
 

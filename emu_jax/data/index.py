@@ -1,15 +1,15 @@
-"""Arrays derived from files once and kept beside them, mapped into memory rather than read.
+"""Memory-mapped arrays that are derived from files once and cached beside them.
 
-An index of a billion documents is some tens of gigabytes on disk; opening it costs nothing,
-and only what is looked up is ever read.
+An index of a billion documents takes tens of gigabytes on disk. Opening it is cheap, and only the
+values that are looked up are read.
 
     FOLDER/NAME/KEY.npy        an array
     FOLDER/NAME/KEY.crc        CRC-32 of each block of that file, uint32
     FOLDER/NAME/arrays.json    each array's length in bytes and the CRC-32 of its .crc
 
-A folder is synced to the disk before it gets its name. A file that is missing, shorter or changed
-is found before one of its values is used: arrays up to `EAGER` bytes are checked when they are
-opened, larger ones block by block as they are first looked up.
+A folder is synced to disk before it is renamed to its final name. A file that is missing,
+truncated or changed is detected before any of its values is used: arrays of up to `EAGER` bytes
+are checked when they are opened, larger ones block by block at the first look-up.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from emu_jax.data.unused import Tally
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 
-EAGER = 1 << 27  # bytes that are checked in a moment
+EAGER = 1 << 27  # bytes; checking so much takes a moment
 _BLOCK = 1 << 14
 _LISTING, _VERSION = "arrays.json", 1
 _INTEGERS = (int, np.integer)
-# What reading a damaged folder raises.
+# Exceptions raised by reading a damaged folder.
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def folder_for(path: str, cache: str) -> Path:
-    """Where what is derived from a file is kept: `cache`, or else `.emu_jax` beside it; of a
-    remote file, the user's own cache."""
+    """Returns the cache folder for data derived from a file: `cache` if given, otherwise
+    `.emu_jax` beside the file, or the user's own cache if the file is remote."""
     if cache:
         return Path(cache)
     if storage.is_remote(path):
@@ -58,10 +58,10 @@ def folder_for(path: str, cache: str) -> Path:
 def kept(
     folder: Path, name: str, make: Callable[[], Arrays], eager: int | None = None
 ) -> Arrays:  # fmt: skip
-    """The arrays in `folder/name`, made and written first if they are not there whole.
+    """Loads the arrays in `folder/name`; makes and writes them first if missing or damaged.
 
-    They appear at once. Where they cannot be written they are made each time. Those of more than
-    `eager` bytes (by default `EAGER`) are `Checked`.
+    The write is atomic. If they cannot be written, it warns and returns the arrays from memory.
+    Arrays of more than `eager` bytes (by default `EAGER`) are `Checked`.
     """
     target, eager = folder / name, EAGER if eager is None else eager
     try:
@@ -110,9 +110,10 @@ def _save(arrays: Arrays, folder: Path) -> None:
 
 
 def _load(folder: Path, eager: int) -> Arrays:
-    """
+    """Loads the arrays of a folder.
+
     Raises:
-        _Changed, or one of _BROKEN: it is not there, or not as it was written.
+        _Changed, or one of _BROKEN: the folder is missing, or differs from what was written.
     """
     listing = json.loads((folder / _LISTING).read_bytes())
     if (listing["version"], listing["block"]) != (_VERSION, _BLOCK):
@@ -129,23 +130,23 @@ def _open(folder: Path, key: str, size: int, crc: int, eager: int) -> np.ndarray
     if (now := file.stat().st_size) != size:
         raise ValueError(f"{file.name} has {now:,} bytes, not {size:,}")
     checked = Checked(file, np.frombuffer(sums, "<u4"))
-    # What is small is better a plain array, which is looked up faster.
+    # Small arrays are plain ones, whose look-ups are faster.
     return np.asarray(checked) if size <= eager else cast(np.ndarray, checked)
 
 
 class _Changed(UserError):
-    """A block of a file is not as it was written; its folder has been removed."""
+    """Raised when a block of a file has changed since it was written; its folder was removed."""
 
 
 class Checked:
-    """A mapped array, each block of which is checked when a value in it is first looked up.
+    """A mapped array that checks each block when a value in it is first looked up.
 
-    Rows are looked up by number or slice. Everything else that an array does is done by the
-    array itself, after all of it has been checked.
+    Rows are looked up by number or slice. Any other operation first checks the whole array, and
+    is then delegated to it.
 
     Raises (when looked up):
-        UserError: the values have changed since they were written. They are removed, so that
-            they are made again the next time.
+        UserError: the values have changed since they were written. Their folder is removed, and
+            rebuilt the next time.
     """
 
     def __init__(self, file: Path, sums: np.ndarray):
@@ -156,7 +157,7 @@ class Checked:
         self._check(0, 1)  # the header
         mapped = np.load(file, mmap_mode="r")
         self._first, self.shape, self.dtype = mapped.offset, mapped.shape, mapped.dtype
-        # As a plain array: a look-up in a `memmap` takes four times as long.
+        # A plain array, because a look-up in a `memmap` takes four times as long.
         self._array, self._width = np.asarray(mapped), mapped.strides[0]
 
     def __len__(self) -> int:
@@ -177,8 +178,8 @@ class Checked:
         return getattr(np.asarray(self), name)
 
     def searchsorted(self, value: Any, side: str = "left", sorter: Any = None) -> Any:
-        """Searches as `numpy.ndarray.searchsorted` does; for a single value it reads only the
-        values that it compares."""
+        """Searches like `numpy.ndarray.searchsorted`. For a single value it reads only the values
+        that it compares."""
         if np.ndim(value) or sorter is not None:
             return np.asarray(self).searchsorted(value, side, sorter)  # pyright: ignore
         search = bisect.bisect_left if side == "left" else bisect.bisect_right
@@ -207,25 +208,25 @@ class Checked:
                     _discard(folder, why)
                     raise _Changed(
                         f"{folder} was damaged ({why}) and has been removed: run the same "
-                        "command again to make it again"
+                        "command again to rebuild it"
                     )
                 self._sound[n] = 1
                 self._left -= 1
 
 
 def _discard(folder: Path, why: object) -> None:
-    """Removes a damaged folder, so that it is made again."""
-    log.warning("%s is damaged (%s): removing it, to make it again", folder, why)
+    """Removes a damaged folder, so that it is rebuilt."""
+    log.warning("%s is damaged (%s): removing it, to rebuild it", folder, why)
     try:
         aside = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
-        os.rename(folder, f"{aside}/damaged")  # at once, whatever another process does with it
+        os.rename(folder, f"{aside}/damaged")  # atomic: another process may be using the folder
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         log.warning("cannot remove %s: %s", folder, error)
 
 
 def fingerprint(kind: str, paths: Sequence[str]) -> str:
-    """Follows from the names, sizes and times of files, and from what is made of them."""
+    """Returns a hash of the names, sizes and times of files, and of the kind of derived data."""
     storage.refresh()
     with ThreadPoolExecutor(16) as pool:
         stats = list(pool.map(storage.stat, paths))
@@ -237,11 +238,11 @@ def fingerprint(kind: str, paths: Sequence[str]) -> str:
 def index_files(
     kind: str, paths: Sequence[str], scan: Callable[[str], Arrays], cache: str
 ) -> Arrays:
-    """What `scan` finds in each file, one after the other, with the file's number as `file`.
+    """Returns the concatenated results of `scan` on each file, with the file's number as `file`.
 
-    Each file's share is kept as soon as it is there, so that an interrupted scan goes on, and
-    all of them together, so that a source of many files is opened by looking at one. A `tally`
-    among the arrays, which comes last, is added up (`Tally.to_array`).
+    The result of each file is cached as soon as it is complete, so that an interrupted scan
+    resumes. The concatenation is cached too, so that a source of many files is opened by reading
+    one folder. A `tally` among the arrays, which must come last, is summed (`Tally.add`).
     """
 
     def share(path: str) -> Arrays:

@@ -1,5 +1,5 @@
-"""What listings and documents name: entries of JSON files, and the pictures and videos beside
-them, in folders or in tars."""
+"""Listings: the entries of JSON files, and the images and videos that they name, in folders or
+tars."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from emu_jax.data.unused import Tally
 
 _VERSION = "entries-2"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, escaped
-_CHUNK = 1 << 26  # of a file of lines, while looking for their ends
-# Exceptions of code that takes an entry for what it should be.
+_CHUNK = 1 << 26  # bytes read at once while scanning for line ends
+# Exceptions raised by parsing a malformed entry without checking it first.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 class Entries:
-    """The objects of JSON files, read where they lie: one on each line, or in one list.
+    """The objects of JSON files, read in place: one a line, or all in one list.
 
     Files that end in .gz or .zip are unpacked once, into the cache.
 
     Attributes:
-        fingerprint: as a source's.
+        fingerprint: a short hash of the files' names, sizes and times (see `Source`).
     """
 
     def __init__(self, paths: Sequence[str], cache: str):
         self.paths, self._cache = list(paths), cache
         check_twins(self.paths)
-        self._content = functools.lru_cache(1024)(self._content)  # mapped, of packed files
+        self._content = functools.lru_cache(1024)(self._content)  # mapped content of packed files
         found = index_files(_VERSION, self.paths, self._scan, cache)
         self._files, self._offsets, self._sizes = found["file"], found["offset"], found["size"]
         self._numbers = found["number"]
@@ -54,13 +54,14 @@ class Entries:
         return f"{self.paths[self._files[index]]} entry {self._numbers[index]}"
 
     def folder(self, index: int) -> str:
-        """The folder of an entry's file."""
+        """Returns the folder of the file that holds an entry."""
         return storage.parent(self.paths[self._files[index]])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """
+        """Reads an entry.
+
         Raises:
-            Damaged: it is not UTF-8, or no JSON object.
+            Damaged: the entry is too large, not UTF-8, or not a JSON object.
         """
         path, size = self.paths[self._files[index]], int(self._sizes[index])
         if size > storage.MOST_ENTRY:
@@ -85,9 +86,10 @@ class Entries:
 
 
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """
+    """Parses a JSON object.
+
     Raises:
-        Damaged: it is not UTF-8, or no JSON object.
+        Damaged: the content is not UTF-8, or not a JSON object.
     """
     try:
         value = json.loads(utf8(content, where))
@@ -97,11 +99,11 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise Damaged("invalid UTF-8", where, "half of a surrogate pair") from None
+            raise Damaged("invalid UTF-8", where, "an unpaired surrogate") from None
         except RecursionError as error:
             raise Damaged("malformed JSON", where, error) from None
     if not isinstance(value, dict):
-        raise Damaged("malformed JSON", where, "no object")
+        raise Damaged("malformed JSON", where, "not an object")
     return value
 
 
@@ -118,7 +120,7 @@ def _objects_in(file: str | bytes) -> Arrays:
 
 
 def _lines(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[int, int]]:
-    """(offset, size) of each line that holds something."""
+    """Yields (offset, size) of each line that is not empty."""
     start, position = 0, 0
     while position < size:
         chunk = read(position, _CHUNK)
@@ -131,15 +133,16 @@ def _lines(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[int, 
         yield start, size - start
 
 
-# Strings whole, so that a bracket within one counts for nothing; also one that is cut short.
+# Matches whole strings (also a truncated one), so that brackets inside them do not count.
 _MARKS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
 _VALUES = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[^\s,"]+', re.DOTALL)
 
 
 def _elements(content: bytes) -> Iterator[tuple[int, int]]:
-    """(offset, size) of each element of a list; what is no object shows when it is read."""
+    """Yields (offset, size) of each element of a list. An element that is not an object is only
+    found to be malformed when it is read."""
     depth = start = 0
-    after = content.find(b"[") + 1  # the last element
+    after = content.find(b"[") + 1  # end of the last element
     for mark in _MARKS.finditer(content):
         kind = mark[0]
         if kind in (b"{", b"["):
@@ -159,20 +162,21 @@ def _elements(content: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _values(content: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """(offset, size) of the numbers, strings and nulls between objects of a list."""
+    """Yields (offset, size) of the numbers, strings and nulls between objects of a list."""
     for value in _VALUES.finditer(content, start, end):
         yield value.start(), value.end() - value.start()
 
 
 class Media:
-    """Images and videos by name: in folders and below them, or in tars.
+    """Look-up of images and videos by name: in folders and their subfolders, or in tars.
 
-    A file's path ends in the whole name, or in a tar the name may end in the whole path. Where
-    several files fit a name, none is taken, but for one in the first of the given folders.
+    The path of a file must end in the whole name; in a tar, the name may also end in the whole
+    path of the file. Tars are searched first, then the given folders in order, then everything
+    below them. If several files in tars or subfolders match, none is taken.
 
     Args:
-        paths: folders and tars, `*` stands for anything in a name; without any, names are
-            relative to the listing's own folder.
+        paths: folders and tars; `*` matches anything in a name. Without any, names are relative
+            to the folder of the listing.
 
     Raises:
         UserError: one of the paths does not exist.
@@ -182,7 +186,7 @@ class Media:
         found = {path: _matches(path) for path in paths}
         tars = [m for path in paths for m in found[path] if m.endswith(".tar")]
         self._tars = TarFiles(tars, cache) if tars else None
-        # Folders that are given are asked for each name, in their order.
+        # Given folders are tried for each name, in order; those that `*` matched are only listed.
         listed = [
             folder for path in paths for folder in found[path]
             if folder != path and not folder.endswith(".tar") and not storage.is_remote(folder)
@@ -199,42 +203,48 @@ class Media:
 
     @property
     def tally(self) -> Tally:
-        """Members of the tars that no document can name."""
+        """Counts the members of the tars that no document can name."""
         return self._tars.tally if self._tars else Tally()
 
     def stamp(self, beside: Iterable[str]) -> str:
-        """Changes when a file arrives in a local folder. `beside` are the listings' folders."""
+        """Returns a stamp that changes when a file arrives in a local folder.
+
+        Args:
+            beside: folders of the listings.
+        """
         folders = self._local or ([] if self._tars or self._folders else beside)
         return stamp([folder or "." for folder in folders if not storage.is_remote(folder)])
 
     def is_remote(self, beside: str) -> bool:
-        """Whether each look-up is a request to a store."""
+        """Returns whether each look-up is a request to a remote store."""
         return any(map(storage.is_remote, self._folders or ([] if self._tars else [beside])))
 
     def has(self, name: str, beside: str) -> bool:
-        """Whether there is such a file. `beside` is the folder of the listing."""
+        """Returns whether the file exists. `beside` is the folder of the listing."""
         return self.lacks(name, beside) is None
 
     def lacks(self, name: str, beside: str) -> Reason | None:
-        """Why there is no such file; None if there is one."""
+        """Returns why there is no such file, or None if there is one."""
         try:
             found = self._find(name, beside)
-        except storage.Unreadable:  # there is one, and it shows when it is read
+        except storage.Unreadable:  # it exists; reading it will raise
             return None
         return found if isinstance(found, str) else None
 
     def read(
         self, name: object, beside: str, where: str, most: int = storage.MOST_IMAGE
     ) -> bytes:  # fmt: skip
-        """
+        """Reads a file by name. `beside` is the folder of the listing.
+
         Args:
-            most: bytes that the file may hold.
+            where: location of the entry, for error messages.
+            most: size limit of the file, in bytes.
 
         Raises:
             Damaged: there is no such file, it is larger, or it is not a regular file.
         """
         if not isinstance(name, str):
-            raise Damaged("malformed entry", where, f"{name!r} is no file's name")
+            raise Damaged("malformed entry", where, f"{name!r} is not a file name")
         detail = name
         try:
             found = self._find(name, beside)
@@ -244,7 +254,7 @@ class Media:
                     raise Damaged("file too large", where, f"{name}: {size:,} bytes")
                 return storage.read(path) if start is None else storage.read(path, start, size)
             if found == "ambiguous":
-                detail = f"{name}: several files end so"
+                detail = f"{name}: several files match"
         except storage.Unreadable as error:
             raise Damaged(error.reason, where, f"{name}: {error.detail}") from None
         except OSError as error:
@@ -252,9 +262,12 @@ class Media:
         raise Damaged("missing file", where, detail)
 
     def _find(self, name: str, beside: str) -> tuple[str, int | None, int] | Reason:
-        """(file, offset, size), or why there is none. The offset is None of a file of its own: it
-        may be replaced, unlike an archive. A store is asked once for each place."""
-        if not name or ".." in name.split("/"):  # nothing outside the folders that were named
+        """Returns (file, offset, size), or why there is none.
+
+        The offset is None for a plain file, which is opened anew at each read because, unlike an
+        archive, it may be replaced. A remote store gets one request for each candidate path.
+        """
+        if not name or ".." in name.split("/"):  # never leave the given folders
             return "missing"
         found = self._tars.find(name) if self._tars else "missing"
         if found != "missing":
@@ -266,19 +279,20 @@ class Media:
             for path in _paths_in(folder, name):
                 try:
                     return path, None, storage.stat(path).size
-                except (OSError, ValueError):  # not there, or no file can have such a name
+                except (OSError, ValueError):  # missing, or not a valid file name
                     continue
         below = self._below.find(name) if self._below else "missing"
         if below in ("missing", "ambiguous"):
             return below
         try:
             return below, None, storage.stat(below).size
-        except OSError:  # a link to nothing, or it is gone since the folder was listed
+        except OSError:  # a broken link, or deleted since the folder was listed
             return "missing"
 
 
 def _paths_in(folder: str, name: str) -> Iterator[str]:
-    """Yields paths of a file in a folder; its name may begin with the end of the folder's."""
+    """Yields candidate paths of a file in a folder: the name may repeat the end of the folder's
+    path."""
     yield storage.join(folder, name)
     parts = name.split("/")
     for n in range(len(parts) - 1, 0, -1):
@@ -287,10 +301,10 @@ def _paths_in(folder: str, name: str) -> Iterator[str]:
 
 
 def _matches(path: str) -> list[str]:
-    """The folders and tars that one of the paths means.
+    """Returns the folders and tars that a path of the config matches.
 
     Raises:
-        UserError: it names none.
+        UserError: there are none.
     """
     if storage.is_dir(path):
         return [path]
@@ -301,7 +315,7 @@ def _matches(path: str) -> list[str]:
         )
     found = storage.matches(path, [".tar"])
     media = [match for match in found if match.endswith(".tar") or storage.is_dir(match)]
-    if "*" in path:  # of the files that it stands for, the folders
+    if "*" in path:  # matched files stand for their folders
         media += sorted({storage.parent(match) for match in set(found) - set(media)})
     if not media:
         raise UserError(
@@ -312,10 +326,10 @@ def _matches(path: str) -> list[str]:
 
 
 class Listed(Source):
-    """Documents that are the entries of listings, and the media that they name.
+    """A source whose documents are entries of listings, with the media that they name.
 
     Args:
-        setting: what the documents depend on beside the files.
+        setting: settings that change the documents; part of the fingerprint.
     """
 
     def __init__(self, entries: Entries, media: Media, setting: object):
@@ -335,18 +349,18 @@ class Listed(Source):
         return self._entries.where(index)
 
     def _require(self, name: object, index: int, suffixes: Iterable[str] = ()) -> None:
-        """Finds out while counting whether a file is there. A remote folder is not asked: what is
-        missing there shows when it is read.
+        """Checks, while tokens are counted, that a file exists. Remote folders are not checked:
+        a file that is missing there is found when it is read.
 
         Args:
-            suffixes: that its name may lack.
+            suffixes: file suffixes that the name may omit.
 
         Raises:
             Damaged: there is no such file.
         """
         where, folder = self.where(index), self._entries.folder(index)
         if not isinstance(name, str):
-            raise Damaged("malformed entry", where, f"{name!r} is no file's name")
+            raise Damaged("malformed entry", where, f"{name!r} is not a file name")
         if self._media.is_remote(folder) or not (reason := self._media.lacks(name, folder)):
             return
         if not any(self._media.has(name + suffix, folder) for suffix in suffixes):

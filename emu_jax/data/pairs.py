@@ -457,10 +457,10 @@ class TfdsPairs(Source):
         import tensorflow_datasets as tfds
 
         if len(paths) != 1:
-            raise UserError(f"tfds reads one DIRECTORY:SPLIT, not {len(paths)}")
+            raise UserError(f"tfds takes one DIRECTORY:SPLIT, not {len(paths)} paths")
         self._directory, _, split = paths[0].rpartition(":")
         if not self._directory:
-            raise UserError(f"{paths[0]} names no split: write DIRECTORY:SPLIT")
+            raise UserError(f"{paths[0]} has no split: write DIRECTORY:SPLIT")
         try:
             builder: Any = tfds.builder_from_directory(self._directory)
             features = builder.info.features
