@@ -217,7 +217,7 @@ def test_training_passes_over_every_damaged_document(corpus, cfg, tmp_path):
 def test_a_lower_rate_stops_training(cfg):
     data = dataclasses.replace(cfg.data, max_damaged_rate=0.01)
     with Batches(data, cfg.data.load_tokenizer(), "rows") as batches:
-        with pytest.raises(UserError, match="documents cannot be read .*mend the data, or raise"):
+        with pytest.raises(UserError, match="documents cannot be read .*repair the data, or raise"):
             for _ in range(100):
                 next(batches)
         assert 1000 <= batches.statistics()["documents"] < 2500

@@ -420,7 +420,8 @@ def test_too_much_damage_stops_training(cfg, tokenizer, tmp_path):
         with pytest.raises(
             UserError,
             match=r"1\d\d of 1\d\d\d documents cannot be read \(1\d\d unreadable picture; the "
-            r"last: .*all.array_record record \d+\): mend the data, or raise data.max_damaged_rate",
+            r"last: .*all.array_record record \d+\): repair the data, or raise "
+            r"data.max_damaged_rate",
         ):
             take(batches, 40)
         assert batches.statistics()["documents"] < 1100  # as soon as a thousand were seen

@@ -1,12 +1,12 @@
-"""Conditions and latents that were computed once, for training the visual decoder alone.
+"""Precomputed conditions and latents, for training the visual decoder alone.
 
-    DIR/latents-00000-00004.array_record   part 0, of the process 4 that computed it
+    DIR/latents-00000-00004.array_record   part 0, written by process 4
     DIR/unconditional.npy                  the condition of a dropped context, [N, D]
-    DIR/progress.json                      while it is made: the parts so far, and how to go on
-    DIR/tokenizer/, DIR/latents.json       what they were made with; written last
+    DIR/progress.json                      while in progress: finished parts, and the data position
+    DIR/tokenizer/, DIR/latents.json       the tokenizer, and the model's config; written last
 
-Numbers are bfloat16. As with documents, the order is a pure function of the seed and a position
-is one integer, the same for any number of processes.
+Values are bfloat16. The order is a pure function of the seed. A position is one integer,
+independent of the number of processes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LISTING, _PROGRESS = "latents.json", "progress.json"
 class _Listing:
     """`latents.json`."""
 
-    model: EmuConfig  # that computed them, its denoiser left out
+    model: EmuConfig  # the model that computed them, without its denoiser
     rows: int
     files: tuple[str, ...]
 
@@ -50,7 +50,7 @@ def _part_file(part: int, process: int) -> str:
 
 
 def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of one condition, and of one picture's latents."""
+    """Returns the shapes of one condition [N, D] and of one image's latents [h, w, C]."""
     assert model.vae is not None
     side = model.vae.sample_size // model.vae.downscale
     condition = (model.cformer.n_causal, model.llama.width)
@@ -61,18 +61,18 @@ def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
 class Progress:
     """`progress.json`: the parts of a folder that all processes have written."""
 
-    run: str  # a digest of the settings
+    run: str  # digest of the settings
     rows: int = 0
     parts: int = 0
     files: tuple[str, ...] = ()
-    position: Any = None  # of the data after them (`Batches.state`)
+    position: Any = None  # data position after them (`Batches.state`)
 
     @classmethod
     def of(cls, folder: Path, run: str) -> Progress:
-        """Where to go on.
+        """Loads the progress of a folder, from which a run resumes; empty for a new folder.
 
         Raises:
-            UserError: the folder is complete, or was begun with other settings.
+            UserError: the folder is complete, or was started with other settings.
         """
         if (folder / _LISTING).exists():
             raise UserError(f"{folder} holds latents already: name another folder, or remove it")
@@ -81,12 +81,13 @@ class Progress:
         found = load_json(cls, folder / _PROGRESS)
         if found.run != run:
             raise UserError(
-                f"{folder} was begun with another config: give that one, or another folder"
+                f"{folder} was started with another config: use that config, or another folder"
             )
         return found
 
     def after(self, folder: Path, *, rows: int, processes: int, position: Any) -> Progress:
-        """With one more part, which all processes have written."""
+        """Returns the progress with one more part, which all processes have written; process 0
+        saves it."""
         files = tuple(_part_file(self.parts, process) for process in range(processes))
         done = Progress(self.run, rows, self.parts + 1, self.files + files, position)
         if jax.process_index() == 0:
@@ -116,7 +117,7 @@ def finish(
     folder: Path, progress: Progress, *, model: EmuConfig,
     unconditional: Float[np.ndarray, "N D"], tokenizer: Tokenizer,
 ) -> None:  # fmt: skip
-    """Completes a folder whose parts are all written."""
+    """Completes a folder after all parts are written."""
     with storage.writing(str(folder / "unconditional.npy")) as temporary:
         with temporary.open("wb") as file:
             np.save(file, np.asarray(unconditional, np.float32))
@@ -128,10 +129,12 @@ def finish(
 
 class LatentBatches(Iterator[Batch]):
     """An endless iterator over batches of `condition` bfloat16 [B, N, D] and `latents` bfloat16
-    [B, h, w, C]; like `pipeline.Batches`, whose rules on processes hold here.
+    [B, h, w, C].
+
+    Each process gets a contiguous share of a global batch, as in `pipeline.Batches`.
 
     Raises:
-        UserError: the folder is not complete, or was made with another model.
+        UserError: the folder is incomplete or damaged, or was made with another model.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class LatentBatches(Iterator[Batch]):
         self._cfg, self._position, self._last = cfg, 0, list[int]()
         self._pool = ThreadPoolExecutor(1, "emu-jax-latents")
         self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()
-        self.tallies: dict[str, Tally] = {}  # no source is read here
+        self.tallies: dict[str, Tally] = {}  # empty: no source is read
 
     def __next__(self) -> Batch:
         while len(self._ahead) <= self._cfg.prefetch:
@@ -190,10 +193,10 @@ class LatentBatches(Iterator[Batch]):
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Turns what damaged files raise into one line."""
+        """Turns any exception of a damaged file into a `UserError` that names the folder."""
         try:
             yield
-        except Exception as error:  # ArrayRecord raises of every kind
+        except Exception as error:  # ArrayRecord raises many types
             why = (str(error) or repr(error)).splitlines()[0]
             raise UserError(
                 f"{self._folder} is damaged ({why}): remove it and precompute it again"
@@ -210,18 +213,18 @@ class LatentBatches(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stops prefetching."""
         self._pool.shutdown(cancel_futures=True)
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch that was yielded, as JSON types."""
+        """Returns the position after the last batch that was yielded, as JSON types."""
         return {"kind": "latents", "batch": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state()` was taken.
 
         Raises:
-            UserError: `state` is of another kind of batches.
+            UserError: `state` is damaged, or belongs to another kind of batches.
         """
         if state.get("kind") != "latents":
             raise UserError(
@@ -236,15 +239,16 @@ class LatentBatches(Iterator[Batch]):
         self._ahead.clear()
 
     def documents(self) -> list[tuple[str, int]]:
-        """("latents", row) of each row in this process's share of the last batch."""
+        """Returns ("latents", row) of each row in this process's share of the last batch."""
         return [("latents", row) for row in self._last]
 
     def damaged(self) -> list[Damage]:
-        """Nothing: what is here was read before."""
+        """Returns an empty list: damaged documents were skipped when the latents were computed."""
         return []
 
     def statistics(self) -> dict[str, Any]:
-        """Over the batches so far, of all processes; a row is a picture, and its text is gone."""
+        """Returns statistics of the global batches so far. A row counts as one image and no text,
+        because its text is not stored."""
         rows = self._position * self._cfg.batch_size
         return {
             "token_fill": 1.0, "image_fill": 1.0, "tokens": 0, "images": rows, "documents": rows,

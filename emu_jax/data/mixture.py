@@ -1,8 +1,8 @@
-"""Which documents a batch holds: sources mixed into one endless order, and packed.
+"""Chooses the documents of each batch: mixes sources into one endless order, and packs them.
 
-Documents of the sources that are read together are shuffled and mixed (grain) and numbered
-0, 1, 2, ... Which document a number stands for, what is kept of it, and which row it goes to
-follow from the seed and the number, without reading a picture: every process plans the same.
+The documents of sources that share batches are shuffled and mixed (grain), and numbered
+0, 1, 2, ... A number's document, the parts of it that are kept, and its row are functions of the
+seed and the number. Planning reads no image, and every process makes the same plan.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from emu_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# What random numbers are drawn for: what a document holds, the frames of its video, the order
-# of a block's rows, substitutes for a document (from here on).
+# Purposes of random numbers: a document's content, the frames of its video, the order of a block's
+# rows, and substitutes for a document (SUBSTITUTE + attempt).
 CONTENT, FRAMES, ROWS, SUBSTITUTE = range(4)
 
 
@@ -55,7 +55,7 @@ class Drawn(NamedTuple):
 
     @property
     def damage(self) -> str | None:
-        """Why it could not be read when its tokens were counted."""
+        """Reason why it could not be read when its tokens were counted, or None."""
         return self.source.outlines.damage(self.index)
 
 
@@ -79,8 +79,8 @@ class Group:
     """Sources whose documents share batches.
 
     Args:
-        cfg: with the sizes of this group's batches.
-        number: of the group in the mixture.
+        cfg: config with the sizes of this group's batches.
+        number: number of the group in the mixture.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Group:
         self.block = functools.lru_cache(4)(self._pack)
 
     def seed(self, drawn: Drawn, purpose: int) -> tuple[int, ...]:
-        """What a document's random numbers for a purpose follow from."""
+        """Returns the seed of a document's random numbers for a purpose."""
         return self.cfg.seed, drawn.number, self.number, purpose
 
     def rng(self, drawn: Drawn, purpose: int = CONTENT) -> np.random.Generator:
@@ -111,18 +111,18 @@ class Group:
         return Drawn(number, self.sources[source], index)
 
     def usable(self, drawn: Drawn) -> bool:
-        """Whether this kind of batches can use a document."""
+        """Returns whether this kind of batches can use a document."""
         outline = drawn.outline
         picture, text = PICTURE in outline, any(size > 0 for size in outline)
-        alone = not drawn.source.cfg.picked_images  # words alone will do
+        alone = not drawn.source.cfg.picked_images  # text without images is usable
         return {
             "rows": picture or (text and alone), "captions": picture and text,
             "pictures": picture, "contexts": picture,
         }[self.kind]  # fmt: skip
 
     def next(self, position: int, count: int) -> tuple[list[Drawn], list[Drawn], int]:
-        """(the next `count` documents that can be used, damaged ones passed over, the position
-        after them)."""
+        """Returns (the next `count` usable documents, the damaged ones skipped on the way, the
+        position after them)."""
         found: list[Drawn] = []
         damaged: list[Drawn] = []
         while len(found) < count:
@@ -135,14 +135,14 @@ class Group:
         return found, damaged, position
 
     def parts(self, drawn: Drawn, picture_first: bool) -> list[Part]:
-        """The parts that are not empty; the order of a pair's is the caller's choice."""
+        """Returns the non-empty parts; `picture_first` decides the order of a pair's parts."""
         parts = [Part(n, size) for n, size in enumerate(drawn.outline) if size]
         if drawn.source.documents.paired:
             parts.sort(key=lambda part: (part.size == PICTURE) != picture_first)
         return parts
 
     def fit(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], bool]:
-        """(the parts that go into a row, whether the document's end is not among them)."""
+        """Returns (the parts that go into a row, whether the end of the document is cut off)."""
         cfg, source = self.cfg, drawn.source.cfg
         parts = whole = self.parts(drawn, rng.random() < cfg.picture_first)
         if source.picked_images:
@@ -184,13 +184,13 @@ class Group:
             row_tokens=self.cfg.row_tokens,
             row_images=self.cfg.row_images,
         )
-        # The first rows of a block hold its longest documents.
+        # Packing puts the longest documents of a block into its first rows.
         rng = np.random.default_rng((self.cfg.seed, block, self.number, ROWS))
         rows = [rows[n] for n in rng.permutation(len(rows))]
         return Block([[measured[n] for n in row] for row in rows], [d for d in drawn if d.damage])
 
     def substitute(self, drawn: Drawn, attempt: int) -> Drawn:
-        """Another document of the same source, in place of one that cannot be read."""
+        """Samples another document of the same source, to replace one that cannot be read."""
         rng = self.rng(drawn, SUBSTITUTE + attempt)
         while True:
             index = int(rng.integers(len(drawn.source.documents)))
@@ -201,13 +201,13 @@ class Group:
 def open_groups(
     cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, recount: bool = True
 ) -> list[Group]:
-    """The groups of the mixture that this kind of batches reads.
+    """Opens the groups of the mixture that this kind of batches reads.
 
     Args:
         recount: count the tokens of a source again if files that were missing may have arrived.
 
     Raises:
-        UserError: a source cannot be opened, or has nothing that can be used.
+        UserError: a source cannot be opened, or has no usable document.
     """
     opened = [_open(source, cfg, tokenizer, recount) for source in _chosen(cfg, kind)]
     if kind in ("captions", "pictures"):
@@ -241,7 +241,8 @@ def open_groups(
 
 
 def schedule(groups: list[Group]) -> Any:
-    """Step -> number of the group that it draws from, endless, in proportion to weights."""
+    """Returns an endless sequence: step -> number of the group it samples from, in proportion to
+    the groups' weights."""
     if len(groups) == 1:
         return _Always()
     each = [
@@ -258,7 +259,8 @@ class _Always:
 
 
 def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
-    """The sources to open; those of `mixture` are the files in `root/split`."""
+    """Returns the sources to open; without `sources`, the files in `root/split` named by
+    `mixture`."""
     if cfg.sources:
         return [source for source in cfg.sources if source.weight > 0]
     folder = Path(cfg.root) / cfg.split
@@ -305,7 +307,7 @@ def _open(
 
 
 def tally(source: Opened, kind: Kind) -> Tally:
-    """Counts what this kind of batches uses of a source, and what not."""
+    """Counts the parts of a source that this kind of batches uses, and those that it does not."""
     counted = Tally()
     counted.merge(source.outlines.tally)
     rest = counted.used["documents"] - _usable(source, kind)
@@ -316,7 +318,7 @@ def tally(source: Opened, kind: Kind) -> Tally:
 
 
 def _usable(source: Opened, kind: Kind) -> int:
-    """The number of documents that this kind of batches can use."""
+    """Returns the number of documents that this kind of batches can use."""
     totals = source.outlines.totals()
     words = 0 if source.cfg.picked_images else totals["with_text"] - totals["with_both"]  # alone
     return {
@@ -334,7 +336,7 @@ def _check_usable(source: Opened, kind: Kind) -> None:
 
 
 def _shuffled(source: int, count: int, seed: int) -> grain.MapDataset:
-    """(source, index in it), each epoch in another order: a permutation that is computed
-    index by index, not stored."""
+    """Returns an endless sequence of (source, index in it), in another order each epoch. The
+    permutation is computed index by index, not stored."""
     indices = grain.MapDataset.source(range(count)).seed(seed).shuffle()
     return indices.map(lambda index: (source, int(index))).repeat(None)

@@ -1,4 +1,4 @@
-"""How long documents are, counted once: tokens of each text, and where pictures stand."""
+"""Outlines of documents, counted once: the tokens of each text, and the places of images."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1 << 16  # documents that are counted together
-_VERSION = 2  # of what is kept
+_CHUNK = 1 << 16  # documents counted together
+_VERSION = 2  # of the cached arrays
 _AWAITED = ("missing image", "ambiguous image", "missing file")  # may arrive later
 
 
 def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
-    """The ids that a text has in a row.
+    """Returns the token ids of a text in a row.
 
     Raises:
-        UserError: it spells [USER] or [ASSISTANT], which are no tokens of this tokenizer.
+        UserError: the text contains [USER] or [ASSISTANT], which this tokenizer lacks.
     """
     words = text.text.strip()
     if text.special and not tokenizer.instruct and (USER in words or ASSISTANT in words):
@@ -50,18 +50,18 @@ def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
 
 
 class Outlines:
-    """The outline of every document of a source: a size for each part, PICTURE or its tokens.
+    """The outlines of a source's documents: one size a part, its number of tokens or PICTURE.
 
-    Attributes:
-        tally: what of the source is used, and what is not, as far as can be told without
-            opening an image.
-
-    Counting reads the words of each document, and opens no picture. The result is kept, mapped
-    into memory, under a name that follows from the source and the tokenizer; a chunk at a time,
-    so that an interrupted count goes on. A document that cannot be read has no parts.
+    Counting reads the words of each document, and opens no image. The result is cached as mapped
+    arrays, keyed by the source and the tokenizer. It is written a chunk at a time, so that an
+    interrupted count resumes. A document that cannot be read has no parts.
 
     Args:
-        recount: count again if files were missing and others have arrived since; else warn.
+        recount: count again if files were missing and some have arrived since; otherwise warn.
+
+    Attributes:
+        tally: counts of used and unused parts of the source, as far as they are known without
+            opening an image.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Outlines:
         def count() -> Arrays:
             nonlocal begun
             log.info("counting the tokens of %d documents for %s", len(source), folder / name)
-            # Of before counting: what arrives in the meantime may come too late for its document.
+            # Taken before counting: a file that arrives meanwhile may be too late for its document.
             begun = stamp = _stamp(source)
             if len(chunks) < 2:
                 return _with_starts(_count(source, tokenizer, range(len(source)), stamp))
@@ -94,7 +94,7 @@ class Outlines:
 
         arrays = kept(folder, name, count)
         missing = [r for r in Tally.from_array(arrays["tally"]).unused if r in _AWAITED]
-        # What arrived while counting waits for the next run: a crawl may never rest.
+        # Files that arrived while counting wait for the next run: a crawl may never pause.
         if missing and arrays["stamp"].tobytes() != (
             _stamp(source) if begun is None else begun
         ).tobytes():  # fmt: skip
@@ -121,13 +121,13 @@ class Outlines:
         return self._sizes[self._starts[index] : self._starts[index + 1]].tolist()
 
     def damage(self, index: int) -> str | None:
-        """Why a document could not be read; None of one that could."""
+        """Returns why a document could not be read, or None if it could."""
         code = int(self._damage[index])
         return REASONS[code - 1] if code else None
 
     def totals(self) -> dict[str, int]:
-        """Of all documents: their number, text tokens and pictures; how many have text, how
-        many a picture, how many both; how many are damaged."""
+        """Returns totals over all documents (see `_TOTALS`): documents, text tokens, images; how
+        many documents have text, an image, or both; how many are damaged."""
         return dict(zip(_TOTALS, self._totals.tolist(), strict=True))
 
 
@@ -141,7 +141,7 @@ def _stamp(source: Source) -> UInt8[np.ndarray, "bytes"]:
 def _count(
     source: Source, tokenizer: Tokenizer, indices: range, stamp: UInt8[np.ndarray, "bytes"]
 ) -> Arrays:
-    """The outlines of some documents."""
+    """Counts the outlines of some documents."""
 
     def outline(index: int) -> tuple[list[int], int, tuple[Unused, ...]]:
         try:

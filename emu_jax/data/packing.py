@@ -1,7 +1,7 @@
-"""Documents into rows of fixed size: what is kept of each, and where it goes.
+"""Packing of documents into rows of fixed size: truncation, sampling of parts, bin packing.
 
-Everything here is decided from lengths alone and is a pure function of its arguments, so
-that every process packs the same rows without reading a single picture.
+All functions are pure functions of lengths (and a generator), so every process packs the same
+rows without reading an image.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from jaxtyping import Int
 # A document's outline is one integer for each part: its tokens, or PICTURE.
 PICTURE = -1
 
-_SKEW = 3  # what `_fill` gives for balance, against a fuller row
+_SKEW = 3  # weight of balance against a fuller row in `_fill`
 
 
 def part_tokens(size: int, n_causal: int) -> int:
-    """Tokens that a part takes: a picture is [IMG], n_causal <image>, [/IMG]."""
+    """Returns the tokens that a part takes: an image is [IMG], n_causal <image>, [/IMG]."""
     return n_causal + 2 if size == PICTURE else size
 
 
 class Part(NamedTuple):
-    """What is kept of a part of a document."""
+    """A part of a document, or the range of a text's tokens that is kept."""
 
     index: int  # in the document
-    size: int  # tokens that are kept, or PICTURE
-    first: int = 0  # of a text's tokens that are kept
+    size: int  # number of tokens that are kept, or PICTURE
+    first: int = 0  # first token of a text that is kept
 
     def end(self, size: int) -> Part:
-        """The last `size` tokens of a text; a picture is whole."""
+        """Returns the last `size` tokens of a text, or a whole image."""
         return (
             self if self.size == PICTURE else Part(self.index, size, self.first + self.size - size)
         )
@@ -40,10 +40,10 @@ class Part(NamedTuple):
 def window(
     parts: Sequence[Part], rng: np.random.Generator, *, tokens: int, images: int, n_causal: int
 ) -> list[Part]:
-    """A random run of `tokens` tokens of a longer document, with its first `images` pictures.
+    """Samples a window of `tokens` tokens of a longer document, with its first `images` images,
+    as the paper does for MMC4.
 
-    As the paper samples MMC4. A text is cut where the run begins and ends; of a picture that
-    lies across nothing is kept.
+    Texts are cut at both ends of the window; an image that crosses an end is dropped.
     """
     total = sum(part_tokens(part.size, n_causal) for part in parts)
     begin = int(rng.integers(total - tokens + 1)) if total > tokens else 0
@@ -61,8 +61,8 @@ def window(
 
 
 def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
-    """`count` random pictures of a document, each with the text that follows it (or, of the
-    last, precedes it): the paper's second way with MMC4."""
+    """Samples `count` images of a document, each with the text that follows it (or, if none
+    follows, the text before it): the paper's second sampling of MMC4."""
     pictures = [n for n, part in enumerate(parts) if part.size == PICTURE]
     chosen = rng.choice(pictures, min(count, len(pictures)), replace=False).tolist()
     kept = set(chosen)
@@ -76,15 +76,15 @@ def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Pa
 def truncate(
     outline: Sequence[int], *, tokens: int, images: int, n_causal: int, end: str = "tail"
 ) -> list[int]:
-    """The parts of an over-long document that are kept, as its new outline.
+    """Truncates a document that is too long, and returns its new outline.
 
-    Whole parts are kept as long as they fit, and the first that does not fit ends the
-    document. Only a text that does not fit and would leave the document without words is
-    itself shortened; a picture never is.
+    Whole parts are kept as long as they fit; the document ends before the first one that does
+    not fit. A text that does not fit is shortened only if the document would otherwise have no
+    words. Images are never cut.
 
     Args:
-        outline: tokens of each part, or PICTURE.
-        tokens, images: the room there is (without <s> and </s>).
+        outline: number of tokens of each part, or PICTURE.
+        tokens, images: available slots (without <s> and </s>).
         end: which end is dropped, "tail" or "head".
     """
     kept: list[int] = []
@@ -104,17 +104,20 @@ def pack(
     tokens: Int[np.ndarray, "documents"], images: Int[np.ndarray, "documents"],
     *, row_tokens: int, row_images: int,
 ) -> list[list[int]]:  # fmt: skip
-    """Documents into few rows, as lists of document numbers.
+    """Packs documents into few rows; returns lists of document numbers.
 
-    First fit would heap long texts in some rows and pictures in others, each of which then lacks
-    the one while there is room for the other. Two ways that balance them are tried, and the one
-    that needs fewer rows is taken: `_fill` where documents are of many sizes, `_spread` where
-    they are alike.
+    First fit would collect long texts in some rows and images in others, so that each row runs
+    out of one kind of slots while the other kind stays empty. Two balanced algorithms are tried,
+    and the result with fewer rows is taken: usually `_fill` if documents differ in size, and
+    `_spread` if they are similar.
+
+    Raises:
+        ValueError: a document does not fit in a row.
     """
     if len(over := np.flatnonzero((tokens > row_tokens) | (images > row_images))):
         raise ValueError(f"document {over[0]} does not fit in a row: truncate it first")
-    # Integers on one scale, 1 / (T * I) of a row: all processes, whatever their processors, get
-    # the same rows.
+    # Integers in units of 1 / (T * I) of a row: exact, so all processes get the same rows on any
+    # processor.
     sizes = np.stack([tokens * row_images, images * row_tokens], axis=1).astype(np.int64)
     return min(
         _fill(sizes, row_tokens * row_images), _spread(sizes, row_tokens * row_images), key=len
@@ -122,9 +125,12 @@ def pack(
 
 
 def _fill(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
-    """One row after the other. The first document that is left opens it; then each time comes
-    the one of those with room that leaves least room, and leaves tokens and pictures in the
-    proportion in which all that is left needs them."""
+    """Fills one row at a time.
+
+    The first remaining document opens a row. Then, among the documents that fit, the one is added
+    that leaves the least room, with tokens and images left in the proportion that the remaining
+    documents need.
+    """
     rows = []
     left = np.arange(len(sizes))
     while len(left):
@@ -147,9 +153,12 @@ def _fill(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
 
 
 def _spread(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
-    """All rows at once. So many are opened as all documents together would fill; each document,
-    the largest first, goes to the row that has most room left of what it needs most, or opens
-    another where none has room."""
+    """Fills all rows at once.
+
+    Opens as many rows as all documents together would fill. Each document, the largest first,
+    goes to the row with the most room for what the document needs most, or to a new row if none
+    has room.
+    """
     rows: list[list[int]] = [[] for _ in range(-(-int(sizes.sum(axis=0).max(initial=0)) // row))]
     free = np.full((len(sizes), 2), row)
     for n in np.argsort(-sizes.max(axis=1, initial=0), kind="stable").tolist():

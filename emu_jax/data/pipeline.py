@@ -1,9 +1,9 @@
 """Batches for the four training objectives, in an order that is a pure function of the seed.
 
-A step draws from one group of sources (`mixture.py`), which has a position of two integers in
-its own endless order; documents follow from their numbers, and packing works on fixed blocks of
-numbers. So the position of a run is a handful of integers, the same for any number of processes,
-and restoring it continues bit for bit.
+Each step samples from one group of sources (`mixture.py`). A group has an endless order of
+documents, and a position of two integers in it. A document is a function of its number, and
+packing works on fixed blocks of numbers. The position of a run is therefore a few integers,
+independent of the number of processes, and a restored run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ __all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]
 
 log = logging.getLogger(__name__)
 
-_LEAST_SEEN = 1000  # documents, before the share of damaged ones says something
+_LEAST_SEEN = 1000  # documents, before the share of damaged ones is meaningful
 
 
 class Batches(Iterator[Batch]):
-    """An endless iterator over batches, made ahead on a thread.
+    """An endless iterator over batches, prefetched on a thread.
 
-    A process gets its contiguous share of the rows of each global batch; the shares of all
-    processes together are the same batch whatever their number.
+    A process gets a contiguous share of the rows of each global batch. The global batch does not
+    depend on the number of processes.
 
     Args:
-        kind: the objective's batches, see `batch_shapes`. "captions" and "pictures" come
-            from pairs alone; "contexts" from documents with a picture.
-        plan_only: batches have no rows, and nothing is decoded; `statistics` are those of whole
+        kind: kind of batches, one for each objective (see `batch_shapes`). "captions" and
+            "pictures" use pairs only, "contexts" uses documents with an image.
+        plan_only: make batches without rows, and decode nothing; `statistics` still count whole
             batches.
-        recount: count a source again if files that were missing may have arrived, unless there
-            are several processes, which must agree. False to resume a run with what it began.
+        recount: count a source again if files that were missing may have arrived. Ignored with
+            several processes, which must agree. False to resume a run with the data that it
+            started with.
 
     Attributes:
-        tallies: of each source by name, what is used of it and what is not.
+        tallies: counts of used and unused parts of each source, by name.
 
     Raises:
-        UserError: data is missing, a value of `cfg` cannot be, or too many documents are
+        UserError: data is missing, a value of `cfg` is out of range, or too many documents are
             damaged.
     """
 
@@ -78,7 +79,7 @@ class Batches(Iterator[Batch]):
         self._made: Made | None = None
         self._totals = dict.fromkeys(STATISTICS, 0)
         self._damaged = collections.Counter[str]()
-        self._seen = 0  # documents of this process
+        self._seen = 0  # documents that this process has read
 
     def __next__(self) -> Batch:
         if self._thread is None and self._cfg.prefetch > 0:
@@ -100,7 +101,7 @@ class Batches(Iterator[Batch]):
         self.close()
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch that was yielded, as JSON types."""
+        """Returns the position after the last batch that was yielded, as JSON types."""
         step, groups = self._position
         return {
             "kind": self._kind, "step": step, "groups": [list(p) for p in groups],
@@ -111,8 +112,8 @@ class Batches(Iterator[Batch]):
         """Continues after the batch at which `state()` was taken.
 
         Raises:
-            UserError: `state` is of another kind of batches, of other groups of sources, or no
-                position in these sources.
+            UserError: `state` is damaged, belongs to another kind of batches or to other groups
+                of sources, or is not a position in these sources.
         """
         if state.get("kind") != self._kind:
             raise UserError(
@@ -143,25 +144,25 @@ class Batches(Iterator[Batch]):
         self._maker.check(self._position)
 
     def _counted(self) -> str:
-        """Follows from what of the sources is used."""
+        """Returns a hash of the counts of used documents and parts of all sources."""
         return short_hash([(name, counted.used) for name, counted in self.tallies.items()])
 
     def documents(self) -> list[tuple[str, int]]:
-        """(source, index in it) of each document in this process's share of the last batch that
-        was yielded, damaged ones included; nothing before the first."""
+        """Returns (source, index in it) of each document in this process's share of the last
+        batch that was yielded, including damaged ones; empty before the first batch."""
         drawn = self._made.documents if self._made else []
         return [(d.source.cfg.name, d.index) for d in drawn]
 
     def damaged(self) -> list[Damage]:
-        """The documents that this process passed over in making the last batch."""
+        """Returns the documents that this process skipped while making the last batch."""
         return list(self._made.damaged) if self._made else []
 
     def statistics(self) -> dict[str, Any]:
-        """Over the batches yielded so far, of all processes.
+        """Returns statistics of the global batches yielded so far.
 
-        token_fill, image_fill: the share of token and picture slots in use; tokens, images:
-        how many that is; documents; truncated: how many of them were over-long and cut;
-        damaged: how many this process passed over, by reason.
+        token_fill, image_fill: fraction of token and image slots in use; tokens, images: number
+        of slots in use; documents: number of documents; truncated: how many of them were too long
+        and were cut; damaged: how many this process skipped, by reason.
         """
         total = self._totals
         return {
@@ -175,7 +176,7 @@ class Batches(Iterator[Batch]):
         }
 
     def close(self) -> None:
-        """Stops the thread. The next batch would start it again."""
+        """Stops the prefetch thread. The next call to `next` starts it again."""
         if self._thread is not None:
             self._thread.stop()
             self._thread = None
@@ -186,27 +187,27 @@ class Batches(Iterator[Batch]):
             reasons = ", ".join(f"{n} {reason}" for reason, n in self._damaged.most_common())
             raise UserError(
                 f"{count} of {self._seen} documents cannot be read ({reasons}; the last: "
-                f"{last[-1].where}): mend the data, or raise data.max_damaged_rate above {most}"
+                f"{last[-1].where}): repair the data, or raise data.max_damaged_rate above {most}"
             )
 
 
 def is_count(value: object) -> bool:
-    """Whether a value of a data position is a whole number that is not negative."""
+    """Returns whether a value of a data position is a non-negative integer."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 class _Position(NamedTuple):
-    """Of a run, between two batches."""
+    """Position of a run between two batches."""
 
     step: int
     groups: tuple[Position, ...]
 
 
 class _Maker:
-    """Makes the batch at a position; holds no position itself.
+    """Makes the batch at a given position. Stateless.
 
     Args:
-        share: (process, number of processes), whose rows are made; none by default.
+        share: (process, number of processes) whose rows are made; None makes no rows.
     """
 
     def __init__(
@@ -229,7 +230,8 @@ class _Maker:
         return _Position(0, ((0, 0),) * len(self._fillers))
 
     def check(self, position: _Position) -> None:
-        """
+        """Validates a position.
+
         Raises:
             UserError: no batch ends at this position.
         """
@@ -242,7 +244,7 @@ class _Maker:
                 )
 
     def make(self, position: _Position) -> tuple[Made, _Position]:
-        """(the batch, the position after it)."""
+        """Returns (the batch, the position after it)."""
         group = self._schedule[position.step]
         made = self._fillers[group].make(position.groups[group])
         groups = list(position.groups)
@@ -251,7 +253,7 @@ class _Maker:
 
 
 class _Prefetch:
-    """Makes batches on a thread, a few ahead."""
+    """Makes batches ahead of time on a thread."""
 
     def __init__(self, maker: _Maker, position: _Position, ahead: int):
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
@@ -266,7 +268,7 @@ class _Prefetch:
             try:
                 item = maker.make(position)
                 position = item[1]
-            except BaseException as error:  # handed to the thread that asks
+            except BaseException as error:  # raised by `get` in the consumer's thread
                 item = error
             while not self._stopped.is_set():
                 try:
