@@ -1,4 +1,4 @@
-"""The main job: train an Emu on handwritten digits from nothing, and see what it can do."""
+"""The demo: trains a small Emu on handwritten digits from scratch and evaluates it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
 from emu_jax.train.metrics import read_metrics
 
-# In the order in which they are needed; the last stage's run directory is the demo's own.
+# In training order. The last stage uses the demo's directory as its run directory.
 STAGES = ("digits_clip", "digits_vae", "digits", "digits_decoder")
 DRAWINGS = 20  # of each digit
-SEQUENCES = 200  # counting sequences that are continued
-SHOWN = 12  # of them in the report
+SEQUENCES = 200  # counting sequences to continue
+SHOWN = 12  # sequences shown in the report
 # Chosen with --validation.
 GENERATION = GenerationConfig(
     guidance=6.0, steps=20, method="ddim", max_new_tokens=8, num_beams=1, system=""
@@ -38,14 +38,15 @@ GENERATION = GenerationConfig(
 
 
 def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any]:
-    """Trains the four stages, going on where an earlier call stopped, scores the result, and
-    writes `report.html` and `metrics.json` into `workdir`, which is then a run directory that
-    `emu_jax.load` takes.
+    """Trains the four stages and scores the result. Resumes an earlier call's work.
+
+    Writes `report.html` and `metrics.json` into `workdir`, which is then a run directory for
+    `emu_jax.load`.
 
     Args:
-        validation: train on a part of the training split and score on the rest of it: the way
-            in which every choice here was made. Without it the whole training split trains
-            and the held-out digits score.
+        validation: train on a part of the training split and score on the rest of it, as was done
+            to choose all settings here. By default, train on the whole training split and score
+            on the held-out digits.
 
     Raises:
         UserError: `workdir` holds a demo with another seed or split.
@@ -91,8 +92,8 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
 
 
 class _Clock:
-    """Seconds that a demo took, over all calls that worked on it; what a killed call spent on
-    the stage that it was in is lost.
+    """Total time of a demo in seconds, over all calls that worked on it. The time that a killed
+    call spent on its last stage is lost.
 
     Raises:
         UserError: `workdir` holds a demo with other settings.
@@ -133,18 +134,18 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _stage(name: str, workdir: Path, split: str, seed: int) -> TrainConfig:
-    """The stage's config file, with this run's seed and places."""
+    """Loads the config of a stage and sets the seed, the data split and the paths."""
     cfg = load_config(TrainConfig, shipped("configs") / f"{name}.py", [])
     data = dataclasses.replace(cfg.data, root=str(workdir / "data"), split=split, seed=seed)
     parents = cfg.parents
-    if name == STAGES[-1]:  # one level up from where it would stand beside its parents
+    if name == STAGES[-1]:  # its directory is one level above its parents'
         parents = {tower: f"parents/{Path(path).name}" for tower, path in parents.items()}
     return dataclasses.replace(cfg, seed=seed, data=data, parents=parents)
 
 
 class Judge:
-    """Names the digit in a picture: a support vector machine on 8x8 pixels, trained on the
-    training split only, that never sees a drawing before it judges it."""
+    """Recognizes the digit in an image, by a support vector machine on 8x8 pixels. It is trained
+    on the training split only and never on generated images."""
 
     def __init__(self, split: str, size: int):
         self.size = size
@@ -159,7 +160,7 @@ class Judge:
         return _mean(self(self._shown(pictures)) == labels)
 
     def _shown(self, pictures: UInt8[np.ndarray, "B 8 8"]) -> UInt8[np.ndarray, "B H W 3"]:
-        """Digits as large as the model draws them."""
+        """Resizes digits to the size of generated images."""
         return np.stack([np.asarray(resize(_rgb(p), self.size)) for p in pictures])
 
     @staticmethod
@@ -170,7 +171,8 @@ class Judge:
 
 
 def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]], float]:
-    """What the model says of each held-out picture, up to where it would open another."""
+    """Captions each image of the split. Returns (image, caption, correct) for each, and the
+    accuracy."""
     pictures, labels = digits.digit_pictures(split)
     shown = [_rgb(p) for p in pictures]
     said = [" ".join(map(str, c)) for c in emu.completions([[p] for p in shown], max_images=0)]
@@ -179,7 +181,7 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
 
 
 def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
-    """A 10x10 grid of drawings from words, and how many of all drawings the judge reads right."""
+    """Generates images from words. Returns a 10x10 grid and the share that the judge recognizes."""
     labels = np.repeat(np.arange(10), DRAWINGS)
     pictures = emu.generate_images([[digits.caption(int(d), 0)] for d in labels], seeds=seed)
     grid = pictures.reshape(10, DRAWINGS, *pictures.shape[1:])[:, :10]
@@ -187,8 +189,8 @@ def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
 
 
 def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any], float]:
-    """Counting sequences of held-out pictures: three frames with their subtitles are given,
-    and the model goes on by itself. Right is a picture of the digit that comes next."""
+    """Continues counting sequences of the split, given three frames with subtitles. Correct is an
+    image of the next digit. Returns the sequences to show and the accuracy."""
     documents = DocumentFiles([data / split / "storyboards.array_record"])
     prompts, frames, answers = [], [], []
     for document in (documents[i] for i in range(SEQUENCES)):
@@ -204,7 +206,9 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
     drawn = {i: p for i, parts in enumerate(following) for p in parts if not isinstance(p, str)}
     read = dict(zip(drawn, judge(np.stack(list(drawn.values()))), strict=True)) if drawn else {}
     right = [read.get(i) == answer for i, answer in enumerate(answers)]
-    blank = np.zeros((emu.picture_size, emu.picture_size, 3), np.uint8)  # where it drew nothing
+    blank = np.zeros(
+        (emu.picture_size, emu.picture_size, 3), np.uint8
+    )  # shown if no image was generated
     shown = [
         (frames[i], drawn.get(i, blank), right[i], f"{digits.WORDS[answers[i]]} comes next")
         for i in range(SHOWN)
@@ -213,7 +217,7 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
 
 
 def _training_figures(directory: Path) -> dict[str, list[float]]:
-    """First and last value of what must fall and of what must not collapse."""
+    """Returns the first and last values of losses and of measures of embedding collapse."""
     rows = read_metrics(directory)["digits"]
     names = ("text_loss", "regression_loss", "embedding_variance", "embedding_rank")
     return {f"{n}_first_last": [round(rows[0][n], 4), round(rows[-1][n], 4)] for n in names}

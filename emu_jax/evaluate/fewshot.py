@@ -1,9 +1,9 @@
-"""Examples before a question: which ones, and in which order.
+"""Selection and order of in-context examples.
 
-`text`: the same for every question, drawn with the seed, without their pictures (the paper's `*`).
-`random`: drawn anew for each question.
-`rices`: those whose pictures are most like the question's (Yang et al. 2021, arXiv:2109.05014),
-    by the cosine of the model's own visual encoder's output; the most similar stands last.
+`text`: sampled once for all questions, shown without their images (the paper's `*`).
+`random`: sampled for each question.
+`rices`: the examples whose images are most similar to the question's (Yang et al. 2021,
+    arXiv:2109.05014), by cosine similarity of the model's visual features; the most similar last.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from emu_jax.evaluate.tasks.base import Example, Item, Shown
 log = logging.getLogger(__name__)
 
 Examples = Literal["none", "text", "random", "rices"]
-CHUNK = 1024  # pictures whose features lie in one file
+CHUNK = 1024  # images per cached feature file
 
-# Features [B, W] of files of pictures or videos.
+# Returns features [B, W] of image or video files.
 Featurize = Callable[[Sequence[Path]], np.ndarray]
 
 
 class FewShot:
-    """Chooses the examples that are shown before each item.
+    """Chooses the in-context examples of each item.
 
     Args:
-        support: what is chosen from.
-        shots: how many.
-        seed: of what is drawn; the same for any number of processes.
+        support: the examples to choose from.
+        shots: examples per item.
+        seed: for sampling; the choice does not depend on the number of processes.
 
     Raises:
-        UserError: there are fewer examples than are to be shown.
+        UserError: the support set has too few different images.
     """
 
     def __init__(self, kind: Examples, support: Sequence[Example], shots: int, seed: int):
@@ -50,24 +50,24 @@ class FewShot:
         for example in self.support:
             of_each.setdefault(example.media, []).append(example)
         self._paths, self._of_each = list(of_each), list(of_each.values())
-        # One more, since a question's own picture is no example.
+        # One more, since a question's own image is never an example.
         if kind != "none" and len(self._paths) <= shots:
             raise UserError(
                 f"--shots {shots} needs {shots + 1} pictures with answers to choose from, the "
                 f"training split has {len(self._paths)}"
             )
-        self._features: np.ndarray | None = None  # [pictures, W], of length 1
+        self._features: np.ndarray | None = None  # [images, W], unit length
         self._fixed = self._draw(np.random.default_rng(seed), None) if kind == "text" else ()
 
     def index(
         self, folder: Path, featurize: Featurize, process: int, count: int,
         barrier: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """Computes the features of the support set, or reads what an earlier run left in
-        `folder`, a file for each `CHUNK` pictures; processes share the work.
+        """Computes the features of the support set, or reads them from `folder`, which holds a file
+        for each `CHUNK` images. Processes share the work.
 
         Raises:
-            UserError: what an earlier run left is damaged.
+            UserError: a file in `folder` is damaged.
         """
         if self.kind != "rices":
             return
@@ -86,7 +86,7 @@ class FewShot:
         self._features = _unit(np.concatenate([_load(file) for file in files]))
 
     def __call__(self, items: Sequence[Item], featurize: Featurize) -> list[Shown]:
-        """The examples of each item."""
+        """Returns the examples of each item."""
         if self.kind == "none":
             return [Shown() for _ in items]
         if self.kind == "text":
@@ -101,7 +101,7 @@ class FewShot:
         return [Shown(examples, pictures=True) for examples in chosen]
 
     def _draw(self, rng: np.random.Generator, without: Path | None) -> tuple[Example, ...]:
-        """Examples of different pictures, none of them `without`."""
+        """Samples examples of different images, excluding the image `without`."""
         chosen: dict[Path, Example] = {}
         while len(chosen) < self.shots:
             example = self.support[rng.integers(len(self.support))]
@@ -110,7 +110,7 @@ class FewShot:
         return tuple(chosen.values())
 
     def _nearest(self, wanted: Float[np.ndarray, "W"], item: Item) -> tuple[Example, ...]:
-        """One example of each of the nearest pictures, the nearest last."""
+        """Samples one example for each of the most similar images, the most similar last."""
         assert self._features is not None
         order = np.argsort(-(self._features @ wanted), kind="stable")
         near = [i for i in order[: self.shots + 1] if not _same(self._paths[i], item.media)]
@@ -119,12 +119,12 @@ class FewShot:
         return tuple(reversed(chosen))
 
     def _rng(self, item: Item) -> np.random.Generator:
-        """An item's own, whatever is asked beside it."""
+        """Returns a generator seeded by the item alone, independent of its batch."""
         return np.random.default_rng((self.seed, zlib.crc32(item.id.encode())))
 
 
 def _same(path: Path, other: Path | None) -> bool:
-    """Whether both are the same picture: a support set may overlap with what is evaluated."""
+    """Returns whether two paths name one image; the support set may overlap the items."""
     return other is not None and path.name == other.name
 
 

@@ -1,4 +1,4 @@
-"""What an instruction-tuned model of the digits answers about the held-out ones."""
+"""Scores an instruction-tuned digits model on questions about held-out digits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from emu_jax.data import digits
 from emu_jax.evaluate.demo import Judge
 from emu_jax.generate.api import Emu
 
-SEQUENCES = 200  # that are continued
+SEQUENCES = 200  # number of counting sequences
 
 
 def score(emu: Emu, *, fit: str = "train", split: str = "heldout", seed: int = 0) -> dict[str, Any]:
-    """Shares of right answers to the three questions of `digits.QUESTIONS`.
+    """Returns the accuracy on each of the three questions of `digits.QUESTIONS`.
 
-    The first two are asked of every picture of the split; the third of counting sequences of
-    them, whose answer is right when the judge, trained on `fit`, reads the drawing as the digit
-    that comes next.
+    The first two are asked about every image of the split. The third is asked about counting
+    sequences of images. Its answer is correct if the judge, trained on `fit`, recognizes the
+    generated image as the next digit.
     """
     named, even, following = digits.QUESTIONS
     pictures, labels = digits.digit_pictures(split)

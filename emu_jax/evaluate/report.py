@@ -1,7 +1,7 @@
-"""report.html: one self-contained page of what a run learned.
+"""Self-contained HTML report of a training run (report.html).
 
-Pictures are inline PNG, curves inline SVG, styles inline CSS; there is no script and nothing
-is fetched. The page follows the reader's light or dark setting.
+Images are inline PNG, curves inline SVG and styles inline CSS. The page has no scripts and fetches
+nothing. It follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from emu_jax.page import Picture, details, image, table, tiles, words, write_page
 from emu_jax.train.metrics import series
 
-# Metrics that are drawn, in this order: the first pattern that matches a name.
+# Metrics to plot, ordered by the first pattern that matches their name.
 CURVES = (r"^loss$", r"loss", r"variance", r"rank", r"accuracy|retrieval", r"psnr")
-OPEN_CAPTIONS = 60  # shown at once; the rest unfold
+OPEN_CAPTIONS = 60  # shown by default; the rest are folded
 
 
 def write_report(
@@ -38,13 +38,13 @@ def write_report(
     """Writes the page atomically.
 
     Args:
-        figures: metric name to value. Those named `*accuracy` are shares of one and head the
-            page as percentages; all stand in the table.
-        curves: stage to its rows, as `train.metrics.read_metrics` gives them.
-        captions: (picture, what the model said, whether that is right).
-        drawings: uint8 [rows, columns, h, w, 3] or [rows, columns, h, w]; row i is drawn for
-            the i-th thing asked for.
-        continuations: (given frames, the frame the model drew, whether it is right, caption).
+        figures: metric name to value; all are listed in the table. Those named `*accuracy` are
+            fractions of one and also head the page as percentages.
+        curves: stage to its rows, as returned by `train.metrics.read_metrics`.
+        captions: (image, generated caption, whether it is correct).
+        drawings: uint8 [rows, columns, h, w, 3] or [rows, columns, h, w]; row i holds the images
+            generated for the i-th prompt.
+        continuations: (given frames, generated frame, whether it is correct, caption).
     """
     sections = [
         _figures(figures),
@@ -66,7 +66,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
 def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
     if not captions:
         return ""
-    # Mistakes first: they teach most.
+    # Mistakes first: they are the most informative.
     cards = [
         f'<figure class="card {_verdict(right)}">{image(picture)}'
         f"<figcaption>{_mark(right)} {html.escape(said)}</figcaption></figure>"
@@ -136,12 +136,12 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     )
 
 
-# Colours that matplotlib writes and the page replaces by its own.
+# Placeholder colors in the SVG, replaced by the page's own.
 _INK, _LINE = "#010203", "#040506"
 
 
 def _chart(name: str, steps: np.ndarray, values: np.ndarray, rank: int) -> str:
-    """One metric over steps as inline SVG."""
+    """Plots one metric over steps as inline SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

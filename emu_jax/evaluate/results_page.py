@@ -1,4 +1,4 @@
-"""The page of a task's results: scores beside the paper's, and answers with their pictures."""
+"""HTML page of a task's results: scores next to the paper's, and sample answers with images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emu_jax.generate.prompt import open_file
 from emu_jax.page import details, image, table, tiles, write_page
 
 SAMPLES = 24  # answers on the page
-PIXELS = 320  # of a picture's longer side
+PIXELS = 320  # maximum length of an image's longer side
 
 
 def write(
@@ -24,9 +24,9 @@ def write(
     """Writes the page atomically.
 
     Args:
-        result: what `.scores.json` holds.
-        per_item: an item's own figure, where it has one.
-        out: the folder of the result file.
+        result: the content of `.scores.json`.
+        per_item: the scores of single items; may lack some.
+        out: directory of the result file.
     """
     scores = result["scores"] or {}
     heads = {name: f"{value:.2f}" for name, value in scores.items() if name == task.metric}
@@ -85,7 +85,7 @@ def _samples(
 
 
 def _picture(media: Path | None) -> str:
-    """A picture, or the middle frame of a video."""
+    """Renders an image, or the middle frame of a video."""
     if media is None:
         return ""
     picture = open_file(media)

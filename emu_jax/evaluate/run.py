@@ -1,11 +1,10 @@
-"""`emu-jax eval`: a task from its official files to its official result file.
+"""`emu-jax eval`: evaluates a checkpoint on a task and writes the official result file.
 
-Items are put into batches once, in an order that depends on nothing but the task, and whole
-batches are dealt out to the processes. What a batch holds does therefore not depend on how many
-processes there are or on what an earlier run had done, and neither do the answers. Each process
-holds a model of its own, spread over its local devices, and appends to its own predictions file;
-what stands there is not asked again. In the end the first process joins the files, which must
-lie where all processes see them.
+Items are batched once, in an order that depends only on the task, and whole batches are dealt out
+to the processes. The content of a batch, and so the answers, therefore depend neither on the number
+of processes nor on what an earlier run completed. Each process has its own model, spread over its
+local devices, and appends to its own predictions file. Items in those files are not asked again. At
+the end the first process merges the files, which must be visible to all processes.
 """
 
 from __future__ import annotations
@@ -56,26 +55,26 @@ from emu_jax.train.loop import initialize_distributed
 
 log = logging.getLogger(__name__)
 
-LINE_SECONDS = 30  # between two lines of progress where there is no terminal
-READERS = 4  # threads that open pictures
-COLUMNS = ("id", "answer", "said", "asked")  # of a line of the predictions
-SHOTS = 2  # of `--examples text`, as the paper has it
+LINE_SECONDS = 30  # between progress lines if stderr is not a terminal
+READERS = 4  # threads that load images
+COLUMNS = ("id", "answer", "said", "asked")  # keys of a line of the predictions file
+SHOTS = 2  # default number of examples, the paper's for `--examples text`
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What may be asked for beside checkpoint, task, data and result file.
+    """Options of an evaluation.
 
     Attributes:
-        split: the task's own by default.
-        mode: which prompts; `auto` takes those of the model that the checkpoint is.
-        shots: examples before each question; 2 by default where there are any.
-        support: the folder that they are taken from; the data's own by default.
-        limit: of items, the first ones.
-        seed: of examples, of drawn prompts and of drawings.
-        batch_size: items that are answered at once.
-        dtype: what is computed in; the release evaluates in bfloat16.
-        fid: how drawn pictures are compared with real ones.
+        split: the split to evaluate; the task's default if empty.
+        mode: the kind of prompts; `auto` follows the kind of the checkpoint.
+        shots: examples before each question; 2 by default unless `examples` is `none`.
+        support: directory of the examples; the evaluated data by default.
+        limit: evaluate only the first `limit` items.
+        seed: for sampling examples, prompts and images.
+        batch_size: items answered in one batch.
+        dtype: the compute dtype; the release evaluates in bfloat16.
+        fid: settings for comparing generated images with real ones.
     """
 
     split: str = ""
@@ -90,9 +89,10 @@ class Options:
     fid: Fid = Fid()
 
     def check(self) -> None:
-        """
+        """Checks the options.
+
         Raises:
-            UserError: options that mean nothing.
+            UserError: an option is out of range or conflicts with another.
         """
         for name in ("shots", "support"):
             value = getattr(self, name)
@@ -110,15 +110,15 @@ class Options:
 
 
 def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> dict:
-    """Runs a task, or goes on with it, and writes OUT and beside it its stem with
+    """Runs or resumes a task. Writes OUT, and beside it files with its stem and the suffixes
     `.predictions.jsonl`, `.scores.json` and `.html`.
 
     Returns:
-        what `.scores.json` holds.
+        The content of `.scores.json`.
 
     Raises:
-        UserError: options that mean nothing, files that are missing or damaged, or earlier
-            predictions of other settings.
+        UserError: options are invalid, files are missing or damaged, or earlier predictions were
+            made with other settings.
     """
     options.check()
     if task not in TASKS:
@@ -132,7 +132,7 @@ def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Option
 
 
 class Run:
-    """One task on one checkpoint."""
+    """An evaluation of one checkpoint on one task."""
 
     def __init__(self, checkpoint: Path, task: Task, data: Folder, out: Path, options: Options):
         self.task, self.data, self.out, self.options = task, data, out, options
@@ -152,16 +152,16 @@ class Run:
         devices = jax.local_devices()
         if options.batch_size % len(devices) and self.process == 0:
             log.warning(
-                "--batch-size %d is no multiple of the %d devices here: all do the same work",
+                "--batch-size %d is not a multiple of the %d local devices: all do the same work",
                 options.batch_size, len(devices),
             )  # fmt: skip
         mesh = sharding.make_mesh(devices=devices)
-        # Room for the beams of a whole batch, so that it is one batch for the model too.
+        # Fit the beams of a whole batch, so that the model does not split it.
         self.emu = load(
             checkpoint, mesh=mesh, dtype=jnp.dtype(options.dtype),
             batch_size=options.batch_size * 5,
         )  # fmt: skip
-        self.emu.defaults = GenerationConfig()  # the release's, whatever the checkpoint prefers
+        self.emu.defaults = GenerationConfig()  # the release's defaults, not the checkpoint's
         self.mode: Mode = choose_mode(options.mode, self.emu, task)
         self.weights = fingerprint(checkpoint)
         self.settings = self._settings()
@@ -169,7 +169,7 @@ class Run:
         self.store = Store(out, self.settings, self.process)
 
     def _settings(self) -> dict[str, Any]:
-        """What predictions depend on: those of other settings are not gone on with."""
+        """Settings that the predictions depend on. A run with other settings cannot resume them."""
         o, asked = self.options, hashlib.sha256()
         for item in self.items:
             more = [item.fields.get(name) for name in ("history", "options")]
@@ -197,7 +197,7 @@ class Run:
     # --- Answering ---
 
     def answer(self) -> None:
-        """Asks whatever has no answer yet."""
+        """Answers all items that have no prediction yet."""
         done = self.store.read()
         barrier("predictions of earlier runs are read")
         order = sorted(range(len(self.items)), key=lambda i: _length(self.items[i]))
@@ -232,7 +232,7 @@ class Run:
     def _open(
         self, items: Sequence[Item], readers: ThreadPoolExecutor
     ) -> tuple[Sequence[Item], list[Shown], dict[Path, Future]]:
-        """A batch with its examples; its pictures are being opened."""
+        """Chooses a batch's examples and starts loading its images in background threads."""
         shown = self.fewshot(items, self._featurize)
         wanted: dict[Path, None] = {}
         for item, examples in zip(items, shown, strict=True):
@@ -243,10 +243,10 @@ class Run:
         return items, shown, {path: readers.submit(self._pixels, path) for path in wanted}
 
     def _pixels(self, path: Path) -> np.ndarray:
-        """A picture, uint8 [s, s, 3], or the frames of a video, uint8 [F, s, s, 3].
+        """Loads an image, uint8 [s, s, 3], or the frames of a video, uint8 [F, s, s, 3].
 
         Raises:
-            UserError: it cannot be read; nothing is skipped.
+            UserError: the file cannot be read. Files are never skipped.
         """
         size = self.emu.cfg.vision.image_size
         media = open_file(path)
@@ -255,7 +255,7 @@ class Run:
         return load_image(media, size)
 
     def _featurize(self, paths: Sequence[Path]) -> np.ndarray:
-        """[B, W]: of a video, the mean over its frames."""
+        """Returns visual features [B, W] of files, averaged over the frames of a video."""
         with ThreadPoolExecutor(READERS) as readers:
             pixels = [p if p.ndim == 4 else p[None] for p in readers.map(self._pixels, paths)]
         features = self.emu.visual_features(list(np.concatenate(pixels)))
@@ -265,7 +265,7 @@ class Run:
     def _ask(
         self, items: Sequence[Item], shown: Sequence[Shown], pixels: Mapping[Path, np.ndarray]
     ) -> list[dict[str, Any]]:
-        """A row of the predictions for each item of a batch."""
+        """Runs all stages on a batch and returns one row of the predictions file per item."""
         said: list[dict[str, Any]] = [{} for _ in items]
         asked: list[dict[str, str]] = [{} for _ in items]
         for stage in self.task.stages(self.mode, self.in_context):
@@ -290,7 +290,7 @@ class Run:
         )
 
     def _paint(self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]) -> list[str]:
-        """Files of pictures, beside the result, each from a seed of its own."""
+        """Generates one image per item, each with its own seed, and returns the files' names."""
         folder = self.out.with_suffix(".images")
         folder.mkdir(exist_ok=True)
         seeds = [self.options.seed + item.fields["seed"] for item in items]
@@ -304,7 +304,7 @@ class Run:
         return names
 
     def _cache(self) -> Path:
-        """The folder of the support set's features."""
+        """Returns the directory that caches the features of the support set."""
         name = f"{self.weights} {self.options.dtype}"
         support = self.options.support or self.data.root
         digest = hashlib.sha256(f"{name} {support.resolve()} {self.task.name}".encode())
@@ -313,8 +313,8 @@ class Run:
     # --- Results ---
 
     def finish(self) -> dict[str, Any]:
-        """Joins the predictions, writes the results and scores them: the first process. The
-        others wait for it, also where it fails.
+        """Merges the predictions, writes the results and scores them in the first process. The
+        other processes wait for it, even if it fails.
 
         Raises:
             UserError: the results could not be written.
@@ -323,10 +323,10 @@ class Run:
         if self.process > 0:
             barrier("the results are written")
             if not scores.is_file():
-                raise UserError("the first process could not write the results: its log says why")
+                raise UserError("the first process failed to write the results: see its log")
             return json.loads(scores.read_text())
         try:
-            scores.unlink(missing_ok=True)  # of an earlier run
+            scores.unlink(missing_ok=True)  # left by an earlier run
             return self._join_and_write()
         finally:
             barrier("the results are written")
@@ -366,12 +366,13 @@ class Run:
 
 
 class Store:
-    """Predictions beside the result file, a JSON object a line behind one with the settings.
+    """Predictions files beside the result file: a line with the settings, then a JSON object per
+    item.
 
     The first process writes STEM.predictions.jsonl, process k STEM.predictions.k.jsonl.
 
     Args:
-        settings: what the predictions depend on.
+        settings: the settings that the predictions depend on.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], process: int):
@@ -389,10 +390,10 @@ class Store:
         return sorted(path for path in names if pattern.fullmatch(path.name))
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Rows by item, of all processes that there ever were.
+        """Reads the files of all processes of this and earlier runs. Returns rows by item id.
 
         Raises:
-            UserError: a file is damaged or of other settings.
+            UserError: a file is damaged or was written with other settings.
         """
         rows: dict[str, dict[str, Any]] = {}
         for path in self._files():
@@ -425,12 +426,12 @@ class Store:
 
     @contextlib.contextmanager
     def appending(self) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-        """A function that appends rows to this process's file; what it has written outlives a
-        killed process."""
+        """Yields a function that appends rows to this process's file and flushes them, so that
+        they survive a killed process."""
         path = self.path(self._process)
         lines = whole_lines(path) if path.exists() else []
         with path.open("r+b" if path.exists() else "wb") as file:
-            file.truncate(sum(len(line) for line in lines))  # a line that a kill cut short
+            file.truncate(sum(len(line) for line in lines))  # drop a line cut short by a kill
             file.seek(0, 2)
 
             def append(rows: list[dict[str, Any]]) -> None:
@@ -442,7 +443,7 @@ class Store:
             yield append
 
     def join(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Leaves one file, with these rows."""
+        """Replaces all files by one with these rows."""
         lines = [{"settings": self._settings}, *rows]
         write_text(self.path(), "".join(json.dumps(line) + "\n" for line in lines))
         for path in self._files():
@@ -451,8 +452,8 @@ class Store:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file, without a last one that was cut short."""
-    *lines, _ = path.read_bytes().split(b"\n")  # behind the last line's end there is nothing
+    """Returns the complete lines of a file, dropping a truncated last one."""
+    *lines, _ = path.read_bytes().split(b"\n")  # the last piece is empty or truncated
     return [line + b"\n" for line in lines]
 
 
@@ -460,7 +461,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere; of the first process's share."""
+    """Progress of the first process: a bar on a terminal, otherwise an occasional log line."""
 
     def __init__(self, name: str, total: int, process: int):
         self._name, self._total, self._done = name, total, 0
@@ -493,7 +494,7 @@ T = TypeVar("T")
 
 
 def one_ahead(values: Iterable[T]) -> Iterator[T]:
-    """The values, each after the next one has been asked for."""
+    """Yields the values, requesting each next one before yielding the current one."""
     waiting: list[T] = []
     for value in values:
         waiting.append(value)
@@ -509,10 +510,10 @@ def barrier(name: str) -> None:
 
 
 def choose_mode(asked: str, emu: Emu, task: Task) -> Mode:
-    """The prompts for a checkpoint.
+    """Returns the kind of prompts for a checkpoint.
 
     Raises:
-        UserError: they are not those of this kind of model, or the task has none for it.
+        UserError: `asked` does not fit this kind of model, or the task has no prompts for it.
     """
     mode: Mode = "instruct" if emu.tokenizer.instruct else "pretrain"
     if asked not in ("auto", mode):
@@ -525,26 +526,26 @@ def choose_mode(asked: str, emu: Emu, task: Task) -> Mode:
 
 
 def column_of(mode: Mode, examples: Examples, shots: int) -> str:
-    """Which of the paper's columns a run is comparable to."""
+    """Returns the column of the paper's table that a run is comparable to."""
     name = "Emu-I" if mode == "instruct" else "Emu"
     if examples == "text":
         return f"{name}*" if shots == SHOTS else f"{name}, {shots} text examples"
-    if examples == "random":  # the paper's are RICES
+    if examples == "random":  # the paper's few-shot columns use RICES
         return f"{name}, {shots} random examples"
     return f"{name} {shots}-shot" if shots else name
 
 
 def spelled(prompt: Sequence[Part]) -> str:
-    """A prompt for a reader: pictures by their names."""
+    """Formats a prompt for a reader, with file names in place of images."""
     return "".join(p if isinstance(p, str) else f"<{p.name}>" for p in prompt)
 
 
 def _length(item: Item) -> int:
-    """About how long a prompt is: like lengths are batched together."""
+    """Estimates the length of a prompt, to batch similar lengths together."""
     history = item.fields.get("history", ())
     return len(item.question) + sum(len(text) for pair in history for text in pair)
 
 
 def _step(checkpoint: Path) -> int | None:
-    """The step of a run directory; a release's files have none."""
+    """Returns the latest step of a run directory, or None for a release's files."""
     return latest_step(checkpoint) if (checkpoint / "config.json").is_file() else None

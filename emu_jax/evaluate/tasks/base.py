@@ -1,9 +1,9 @@
-"""What a task is: official files in, prompts, official files out.
+"""The interface of a task: reads official files, prompts the model, writes official files.
 
-A task reads items from the official layout. Each item goes through its stages in turn; a stage
-spells one prompt and says how the model is to answer it: by writing, by ranking candidates or by
-painting. Prompts and settings are those of the release's `Emu1/mm_eval` for the instruction-tuned
-model, which the release evaluates; docs/evaluation.md says where the others come from.
+A task reads items from the official layout. Each item passes through the task's stages in order. A
+stage builds one prompt and says how the model answers it: by generating text, by ranking candidates
+or by generating an image. Prompts and settings for the instruction-tuned model are those of the
+release's `Emu1/mm_eval`. docs/evaluation.md gives the sources of the others.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 Mode = Literal["pretrain", "instruct"]
 
-# Decoding in the release's evaluation; what is not named is `TextConfig`'s, the release's own
-# defaults (`Emu1/models/modeling_emu.py: generate`).
+# Decoding settings of the release's evaluation. The rest are `TextConfig`'s defaults, which are the
+# release's (`Emu1/models/modeling_emu.py: generate`).
 CAPTION = {"num_beams": 5, "max_new_tokens": 20, "min_length": 8, "length_penalty": -1.0}
 ANSWER = {"num_beams": 5, "max_new_tokens": 20, "min_length": 1, "length_penalty": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing that is asked.
+    """One example to evaluate.
 
     Attributes:
-        id: of its own in the task.
-        media: the picture or video it is about; None where there is only text.
-        question: what is asked, where the prompt does not say it already.
-        fields: whatever else the result file and the score need.
+        id: unique within the task.
+        media: the image or video; None if the item is text only.
+        question: the question, if the prompt needs one.
+        fields: other values that the result file and the score need.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An item of the training split with its answer, to be shown before a question."""
+    """A solved item of the training split, used as an in-context example."""
 
     media: Path
     answer: str
@@ -59,27 +59,28 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """The examples before a question, the most telling last; `pictures` is False where they are
-    shown without theirs."""
+    """The in-context examples before a question, the most relevant last. `pictures` tells whether
+    their images are shown."""
 
     examples: tuple[Example, ...] = ()
     pictures: bool = False
 
 
 Part = str | Path
-Said = Mapping[str, Any]  # what earlier stages answered
+Said = Mapping[str, Any]  # answers of earlier stages, by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One prompt and how it is answered.
+    """One prompt and the way it is answered.
 
     Attributes:
-        name: under which later stages and the task find the answer.
-        prompt: the parts of the prompt, files as Paths.
-        settings: of `Emu.generate_texts`, or of `generate_images` where `paints`.
-        choices: all that may be written.
-        candidates: the texts to be ranked, where nothing is to be written.
+        name: key of the answer for later stages and the task.
+        prompt: builds the parts of the prompt, files as Paths.
+        settings: for `Emu.generate_texts`, or for `generate_images` if `paints`.
+        choices: the only texts that may be generated.
+        candidates: the texts to rank, for a stage that generates nothing.
+        paints: whether the stage generates an image.
     """
 
     name: str
@@ -92,12 +93,12 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Fid:
-    """How pictures are compared (`scorers.frechet`).
+    """Settings of the Fréchet inception distance (`scorers.frechet`).
 
     Attributes:
-        inception: the network, as TorchScript; no FID without it.
-        reference: statistics of the real pictures, instead of the data's own.
-        resize: what a picture goes through first.
+        inception: the network as TorchScript; without it there is no FID.
+        reference: statistics of the real images; by default they are computed from the data.
+        resize: the resizing before the network.
     """
 
     inception: Path | None = None
@@ -105,25 +106,26 @@ class Fid:
     resize: frechet.Resize = "network"
 
     def check(self) -> None:
-        """
+        """Checks the settings.
+
         Raises:
-            UserError: options that mean nothing without a network, or files that are not there.
+            UserError: an option needs `inception`, or a file is missing or damaged.
         """
         if self.inception is None and (self.reference or self.resize != "network"):
-            raise UserError("--reference and --resize are of FID: give --inception FILE too")
+            raise UserError("--reference and --resize need --inception FILE")
         for name, path in (("inception", self.inception), ("reference", self.reference)):
             if path is not None and not path.is_file():
                 raise UserError(f"--{name} {path}: there is no such file")
         if self.reference is not None:
-            frechet.load_statistics(self.reference)  # before thousands of pictures are painted
+            frechet.load_statistics(self.reference)  # fails before generating thousands of images
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a score finds what it needs beside the answers.
+    """Inputs of a score other than the items and answers.
 
     Attributes:
-        out: the folder of the result file.
+        out: directory of the result file.
     """
 
     data: Folder
@@ -136,16 +138,16 @@ class Task(abc.ABC):
     """A benchmark.
 
     Attributes:
-        name: as `--task` names it.
-        title: as a reader knows it.
-        metric: which of the scores the paper reports.
-        paper: its figures by column (Emu, Emu*, Emu-I, Emu-I*, n-shot), from the results tables
-            of arXiv 2307.05222v2.
-        split: which is read unless another is asked for.
-        splits: what may be asked for.
-        modes: for which models there are prompts.
-        source: where the official files come from.
-        unscored: why there is no score, where there is none.
+        name: value of `--task`.
+        title: name for display.
+        metric: the score that the paper reports.
+        paper: the paper's figures by column (Emu, Emu*, Emu-I, Emu-I*, n-shot), from the results
+            tables of arXiv 2307.05222v2.
+        split: the default split.
+        splits: the available splits.
+        modes: the kinds of model it has prompts for.
+        source: where to get the official files.
+        unscored: the note in the results if `score` returns None.
     """
 
     name: str
@@ -163,38 +165,38 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
-        """The items of a split, in the order of the official file."""
+        """Returns the items of a split, in the order of the official file."""
 
     def examples(self, data: Folder) -> list[Example]:
-        """The training split, from which examples are taken.
+        """Returns the training split, the source of in-context examples.
 
         Raises:
-            UserError: the task has none.
+            UserError: the task has no training split.
         """
         raise UserError(f"{self.name} is evaluated without examples: leave out --examples")
 
     @abc.abstractmethod
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        """What is asked in turn; `in_context` if examples are shown with their pictures."""
+        """Returns the stages in order. `in_context` means that examples are shown with images."""
 
     @abc.abstractmethod
     def answer(self, item: Item, said: Said) -> Any:
-        """What the stages said, as the result file has it; plain JSON."""
+        """Turns the answers of all stages into the result file's answer (plain JSON)."""
 
     @abc.abstractmethod
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
-        """The official result file."""
+        """Returns the content of the official result file."""
 
     @abc.abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
-        """None where the answers are not public, or a judge is needed that is not here."""
+        """Returns the scores, or None if the answers are not public or need an external judge."""
 
     def shown(self, item: Item, answer: Any) -> tuple[str, str]:
-        """What a reader wants to see of an answer: (given, right), the latter "" if unknown."""
+        """Returns (given answer, correct answer) for display; the latter is "" if unknown."""
         return str(answer), "; ".join(dict.fromkeys(map(str, item.fields.get("answers", ()))))
 
     def media_of(self, item: Item, answer: Any, out: Path) -> Path | None:
-        """The picture to show beside an answer; `out` is the folder of the result file."""
+        """Returns the image or video to show beside an answer. `out` holds the result file."""
         return item.media
 
 
@@ -203,9 +205,9 @@ class Task(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """How a prompt is spelled: the head, examples, and the question, with spaces between.
+    """Template of a prompt: head, examples and question, separated by spaces.
 
-    `{image}` stands for the picture or the frames of a video, other names for texts.
+    `{image}` stands for the image or the frames of a video, other names for texts.
     """
 
     query: str
@@ -213,7 +215,7 @@ class Wording:
     head: str = ""
 
     def spell(self, item: Item, shown: Shown, said: Said) -> list[Part]:
-        """The parts of a prompt, texts joined."""
+        """Returns the parts of the prompt, with adjacent texts joined."""
         parts: list[Part] = [self.head] if self.head else []
         for example in shown.examples:
             text = self.example if shown.pictures else re.sub(r"\{image\} ?", "", self.example)
@@ -232,7 +234,7 @@ class Wording:
 
 
 def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[Part]:
-    """`text` with `{image}` as the file and other `{name}`s as words; braces in those stay."""
+    """Replaces `{image}` by the file and other `{name}`s by words. Braces in words stay literal."""
     parts: list[Part] = []
     for piece in re.split(r"(\{\w+\})", text):
         if piece == "{image}":
@@ -246,15 +248,15 @@ def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[Part]:
 
 
 def turn(asked: str, opening: str = "", system: str = IMAGE_SYSTEM) -> Wording:
-    """A turn of the instruction-tuned model, whose answer begins with `opening`. Past turns end
-    in `.</s>`, as those of the release's VisDial do."""
+    """Returns the wording of one turn for the instruction-tuned model. The answer begins with
+    `opening`. Past turns end in `.</s>`, as in the release's VisDial."""
     query = f"{USER}: {asked} {ASSISTANT}:{' ' * bool(opening)}{opening}"
     return Wording(query=query, example=f"{query} {{answer}}.{EOS}", head=system)
 
 
 def continuing(query: str) -> Wording:
-    """What the pretrained model goes on with. Examples are sentences, as in the release's
-    `pretrain_example`."""
+    """Returns a wording that the pretrained model completes. Examples are sentences, as in the
+    release's `pretrain_example`."""
     return Wording(query=query, example=f"{query} {{answer}}.")
 
 
@@ -262,13 +264,13 @@ def continuing(query: str) -> Wording:
 
 
 def clean_caption(text: str) -> str:
-    """The first sentence, in lower case, without its period
+    """Returns the first sentence, in lower case, without its period
     (release: `coco.py: coco_results_processor`)."""
     return text.split("\n")[0].split(". ")[0].removesuffix(".").lower()
 
 
 def short_answer(text: str) -> str:
-    """The words of an answer (release: `mm_eval/datasets/utils.py`)."""
+    """Returns the bare words of a short answer (release: `mm_eval/datasets/utils.py`)."""
     for end in ("\n", ". ", '"', ", "):
         text = text.split(end)[0]
     text = text.strip().lower().removesuffix(".")
@@ -278,20 +280,20 @@ def short_answer(text: str) -> str:
 
 
 def by_id(items: Sequence[Item], values: Iterable[Any]) -> dict[Hashable, Any]:
-    """Values under their items' ids."""
+    """Maps item ids to values."""
     return {item.id: value for item, value in zip(items, values, strict=True)}
 
 
 def field(items: Sequence[Item], name: str) -> dict[Hashable, Any]:
-    """A field of each item."""
+    """Maps item ids to one of their fields."""
     return {item.id: item.fields[name] for item in items}
 
 
 def numbered_picture(folder: Path, prefix: str, image_id: int | str) -> Path:
-    """The file of a picture that COCO numbers. An `image_id` may be text, if its file is there.
+    """Returns the file of a COCO-numbered image. `image_id` may be a string if its file exists.
 
     Raises:
-        ValueError: it is text and names no file.
+        ValueError: `image_id` is a string and its file does not exist.
     """
     if not isinstance(image_id, str):
         return folder / f"{prefix}_{image_id:012d}.jpg"
@@ -302,13 +304,13 @@ def numbered_picture(folder: Path, prefix: str, image_id: int | str) -> Path:
 
 
 def references(items: Sequence[Item]) -> dict[Hashable, list[str]] | None:
-    """What people said of each item; None where that is not public, and no item has any."""
+    """Maps item ids to the human answers; returns None if no item has any (not public)."""
     found = field(items, "answers")
     return found if any(found.values()) else None
 
 
 def as_examples(items: Iterable[Item]) -> list[Example]:
-    """Items with what most people said of them; those of which nobody said anything left out."""
+    """Turns items into examples with their most common answer. Skips items without answers."""
     return [
         Example(item.media, Counter(item.fields["answers"]).most_common(1)[0][0], item.question)
         for item in items
@@ -320,8 +322,8 @@ def as_examples(items: Iterable[Item]) -> list[Example]:
 
 
 class Folder:
-    """A folder in an official layout. What is looked for may also lie in one of the usual folders
-    within: `annotations/` for files, `images/` or `videos/` for folders of media."""
+    """A directory in an official layout. Files may also lie in its `annotations/`, and media
+    directories in its `images/` or `videos/`."""
 
     def __init__(self, root: Path):
         if not root.is_dir():
@@ -330,10 +332,10 @@ class Folder:
         self._folders: dict[tuple[str, ...], Path] = {}
 
     def file(self, *names: str) -> Path:
-        """The first of these that is there.
+        """Returns the first of the named files that exists.
 
         Raises:
-            UserError: none is.
+            UserError: none exists.
         """
         found = self.find(*names)
         if found is None:
@@ -344,15 +346,15 @@ class Folder:
         return found
 
     def find(self, *names: str) -> Path | None:
-        """As `file`, None where nothing is."""
+        """Returns the first of the named files that exists, or None."""
         places = [self.root / within / n for n in names for within in _WITHIN]
         return next((p for p in places if p.exists()), None)
 
     def folder(self, *names: str) -> Path:
-        """The first of these folders that is there.
+        """Returns the first of the named directories that exists.
 
         Raises:
-            UserError: none is.
+            UserError: none exists.
         """
         if names not in self._folders:
             places = [self.root / within / n for n in names for within in ("", "images", "videos")]
@@ -370,9 +372,10 @@ _WITHIN = ("", "annotations", "Annotations")
 
 
 def read_json(path: Path) -> Any:
-    """
+    """Reads a JSON file.
+
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     try:
         return json.loads(path.read_bytes())
@@ -382,7 +385,7 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def layout(path: Path) -> Iterator[None]:
-    """Whatever an annotation file lacks, or has of another kind, is named with the file."""
+    """Context that turns a missing or mistyped value of an annotation file into a UserError."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -391,7 +394,8 @@ def layout(path: Path) -> Iterator[None]:
 
 
 def check_split(task: Task, split: str) -> str:
-    """
+    """Returns `split`, or the default split of the task if it is empty.
+
     Raises:
         UserError: the task has no such split.
     """

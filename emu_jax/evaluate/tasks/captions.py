@@ -35,7 +35,7 @@ DESCRIBE_INSTRUCT = turn(
 
 
 class Captioning(Task):
-    """A caption of each picture. Result file: `[{"image_id", "caption"}]`, COCO's own."""
+    """One caption for each image. Result file: `[{"image_id", "caption"}]`, COCO's format."""
 
     metric = "CIDEr"
 
@@ -58,11 +58,11 @@ class Captioning(Task):
 
 
 class Karpathy(Captioning):
-    """A split of Karpathy's: his own `dataset_*.json`, or for COCO LAVIS's files.
+    """Karpathy's splits, read from his `dataset_*.json` or, for COCO, from LAVIS's files.
 
     Args:
-        folders: where the pictures may lie.
-        lavis: LAVIS's file of a split, if it has one.
+        folders: directories that may hold the images.
+        lavis: name of LAVIS's file of a split, or "".
     """
 
     splits = ("test", "val")
@@ -107,7 +107,7 @@ class Karpathy(Captioning):
             ]
 
     def _read_lavis(self, data: Folder, path: Path) -> list[tuple[int, Path, list[str]]]:
-        # One row a picture to test, one a caption to train.
+        # Test files have one row per image, training files one per caption.
         found: dict[str, list[str]] = {}
         with layout(path):
             for row in read_json(path):
@@ -128,7 +128,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 class NoCaps(Captioning):
-    """The validation split, whose captions are public, by the kind of what it shows."""
+    """NoCaps, also scored by domain. Only the captions of the validation split are public."""
 
     name, title = "nocaps", "NoCaps"
     paper = {"Emu": 96.5}
@@ -156,7 +156,7 @@ class NoCaps(Captioning):
             ]  # fmt: skip
 
     def examples(self, data: Folder) -> list[Example]:
-        """COCO's: NoCaps has no training split."""
+        """Returns COCO's training split, since NoCaps has none."""
         if data.find("dataset_coco.json", "coco_karpathy_train.json") is None:
             raise UserError(
                 f"nocaps has no training split and {data.root} no COCO captions: give --support "

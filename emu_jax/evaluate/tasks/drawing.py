@@ -1,4 +1,4 @@
-"""Text to image on COCO: pictures of its captions, and their Fréchet distance to real ones."""
+"""Text to image on COCO, scored by the Fréchet distance to real images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PAINT = {"steps": 50, "guidance": 5.0, "method": "pndm"}
 
 
 class CocoDrawing(Task):
-    """30,000 captions of the validation split, drawn with the seed. Result file:
-    `[{"image_id", "caption", "file"}]`; pictures lie beside it, in `STEM.images/`."""
+    """Images for 30,000 captions of the validation split, sampled with the seed. Result file:
+    `[{"image_id", "caption", "file"}]`. The images lie beside it in `STEM.images/`."""
 
     name, title, metric = "coco_fid", "COCO text to image (zero-shot)", "FID"
     paper = {"Emu": 11.66}
@@ -80,7 +80,7 @@ class CocoDrawing(Task):
         return frechet.score(found, real, (network.note,))
 
     def _reference(self, place: Place, network: frechet.Inception) -> frechet.Gaussian:
-        """Of the statistics given, or of all pictures of the split, kept for the next run."""
+        """Returns the given statistics, or computes and caches those of all images of the split."""
         if place.fid.reference is not None:
             return frechet.load_statistics(place.fid.reference)
         path, folder = place.data.file("captions_val2014.json"), place.data.folder("val2014")

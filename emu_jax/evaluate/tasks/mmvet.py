@@ -1,4 +1,4 @@
-"""MM-Vet: open questions, whose answers GPT-4 grades elsewhere."""
+"""MM-Vet: open questions. GPT-4 grades the answers outside this project."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INSTRUCT = turn("{image}{question}")
 
 
 class MMVet(Task):
-    """Result file: `{id: answer}`, as MM-Vet's online grader takes it."""
+    """MM-Vet. Result file: `{id: answer}`, the format of MM-Vet's online grader."""
 
     name, title, metric = "mmvet", "MM-Vet", "GPT-4 score"
     paper = {"Emu-I": 36.3}

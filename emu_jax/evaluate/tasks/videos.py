@@ -1,6 +1,6 @@
 """Questions about a video: MSVD-QA, MSRVTT-QA, NExT-QA (open-ended).
 
-A video is shown as the release shows one: 8 frames spread over it, each as a picture
+As in the release, a video is shown as 8 frames spread over it, each as an image
 (`Emu1/utils.py: process_video`).
 """
 
@@ -30,14 +30,14 @@ from emu_jax.evaluate.tasks.base import (
 )
 from emu_jax.evaluate.tasks.vqa import ASK, Answering
 
-# The release has its message for videos and its prompt for questions, but no task with both.
+# The release has a system message for videos and a prompt for questions, but no task with both.
 INSTRUCT = turn(
     ASK.replace("of the image", "of the video") + "{question}", "the answer is:", VIDEO_SYSTEM
 )
 
 
 class VideoAnswering(Answering):
-    """Answering, with a video's frames for the picture."""
+    """`Answering` with the frames of a video in place of an image."""
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         if mode == "instruct":
@@ -46,7 +46,7 @@ class VideoAnswering(Answering):
 
 
 class XuVideoQA(VideoAnswering):
-    """MSVD-QA and MSRVTT-QA in the layout of their makers (Xu et al. 2017)."""
+    """MSVD-QA and MSRVTT-QA in their authors' layout (Xu et al. 2017)."""
 
     split, splits = "test", ("test", "val")
     source = "github.com/xudejing/video-question-answering"
@@ -72,7 +72,7 @@ class XuVideoQA(VideoAnswering):
 
 
 class Videos:
-    """Video numbers as files: `video7010.mp4`, `vid1234.avi`, or by the name that
+    """Maps video numbers to files: `video7010.mp4`, `vid1234.avi`, or the name that
     `youtube_mapping.txt` gives a number."""
 
     def __init__(self, data: Folder):
@@ -84,7 +84,7 @@ class Videos:
                 lines = mapping.read_text(encoding="utf-8").splitlines()
                 pairs = [line.split() for line in lines if line.strip()]
                 self.names = {pair[1].removeprefix("vid"): pair[0] for pair in pairs}
-        # One look at the folder: there may be ten thousand of them.
+        # List the directory once: it may hold ten thousand videos.
         self.files = {
             p.stem: p for p in self.folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES
         }
@@ -99,8 +99,8 @@ class Videos:
 
 
 class NExTQA(VideoAnswering):
-    """Open-ended answers, scored by WUPS. Result file: `{video: {qid: answer}}`, as the makers'
-    `eval_oe.py` reads it."""
+    """Open-ended answers, scored by WUPS. Result file: `{video: {qid: answer}}`, the format of
+    the authors' `eval_oe.py`."""
 
     name, title, metric = "nextqa", "NExT-QA (open-ended)", "WUPS"
     paper = {"Emu": 19.6, "Emu*": 23.4, "Emu-I": 5.8, "Emu-I*": 19.9}
@@ -139,7 +139,7 @@ class NExTQA(VideoAnswering):
 
 
 def _table(data: Folder, name: str) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Returns a JSON object, or an empty one if the file does not exist."""
     path = data.find(name)
     if path is None:
         return {}

@@ -1,4 +1,4 @@
-"""VisDial 1.0: in each round of a dialogue, 100 answers are ranked."""
+"""VisDial 1.0: the model ranks 100 candidate answers in each round of a dialogue."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 
 class VisDial(Task):
-    """Result file: `[{"image_id", "round_id", "ranks"}]`, rounds from 1, a rank from 1 for each
-    candidate, in the file's order."""
+    """VisDial. Result file: `[{"image_id", "round_id", "ranks"}]`, with rounds and ranks from 1 and
+    a rank for each candidate in the order of the official file."""
 
     name, title, metric = "visdial", "VisDial 1.0", "NDCG"
     paper = {"Emu": 47.4, "Emu*": 47.8, "Emu-I": 43.0, "Emu-I*": 51.1}
@@ -61,7 +61,7 @@ class VisDial(Task):
                 for n, row in enumerate(dialog["dialog"], 1):
                     question = questions[row["question"]]
                     right = row.get("gt_index")
-                    # Of a test dialogue only the last round has options, and no answer.
+                    # In a test dialogue only the last round has options, and it has no answer.
                     if "answer_options" in row:
                         options = [answers[i] for i in row["answer_options"]]
                         fields = {
@@ -85,7 +85,7 @@ class VisDial(Task):
         raise UserError(f"{data.root} has no picture {number} in train2014 or val2014")
 
     def examples(self, data: Folder) -> list[Example]:
-        """The first round of each dialogue."""
+        """Returns the first round of each training dialogue."""
         first = (i for i in self.items(data, "train", 0) if i.fields["round_id"] == 1)
         return as_examples(first)
 
@@ -118,7 +118,9 @@ class VisDial(Task):
                     for row in read_json(path)
                 }
         ranks = by_id(items, answers)
-        judged = {key: row for key, row in relevance.items() if key in ranks}  # of --limit
+        judged = {
+            key: row for key, row in relevance.items() if key in ranks
+        }  # --limit may drop some
         found = visdial.score(ranks, field(items, "right"), judged or None)
         return dataclasses.replace(found, notes=(NO_DENSE,)) if path is None else found
 
@@ -134,7 +136,7 @@ NO_DENSE = "no NDCG, which the paper reports: visdial_1.0_val_dense_annotations.
 
 
 def _instruct(item: Item, shown: Shown, said: Said) -> list[Part]:
-    """As the release spells a dialogue: `</s>` behind the picture and each past turn."""
+    """Builds the release's prompt, with `</s>` after the image and after each past turn."""
     example = f"{USER}: {{image}}{EOS} {USER}: {{question}}? {ASSISTANT}: {{answer}}.{EOS}"
     if not shown.pictures:
         example = f"{USER}: {{question}}? {ASSISTANT}: {{answer}}.{EOS}"
@@ -148,7 +150,7 @@ def _instruct(item: Item, shown: Shown, said: Said) -> list[Part]:
 
 
 def _pretrain(item: Item, shown: Shown, said: Said) -> list[Part]:
-    """Past rounds as answered questions about the same picture."""
+    """Builds a prompt with the past rounds as answered questions about the image."""
     query = "{image}" if "caption" not in said else "a picture of {caption}."
     words: dict[str, Any] = dict(said)
     for n, (question, answer) in enumerate(item.fields["history"]):

@@ -1,4 +1,4 @@
-"""Questions about a picture: VQAv2, OK-VQA, VizWiz."""
+"""Questions about an image: VQAv2, OK-VQA, VizWiz."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ ASK = (
     "consisting of only one word or phrase. "
 )
 KNOWN = "{question}, is the answer known?"
-# Of the caption that the pretrained model reads in the picture's stead.
+# Decoding of the caption that replaces the image for the pretrained model.
 LONG_CAPTION = {"num_beams": 5, "max_new_tokens": 64, "min_length": 1, "length_penalty": 0.0}
 
 
 def described(stage: Stage) -> tuple[Stage, ...]:
-    """A stage that reads `{caption}`, behind the one that writes it."""
+    """Returns a captioning stage followed by `stage`, which reads `{caption}`."""
     caption = Stage("caption", lambda item, _, said: DESCRIBE.spell(item, Shown(), said),
                     LONG_CAPTION)  # fmt: skip
 
@@ -54,13 +54,13 @@ def described(stage: Stage) -> tuple[Stage, ...]:
 
 
 def from_caption(query: str) -> Wording:
-    """A question to the pretrained model, to be answered from a caption; examples are questions
-    and answers alone."""
+    """Returns a wording that asks the pretrained model to answer from a caption. Examples are
+    questions and answers without captions."""
     wording = continuing(f"a picture of {{caption}}. based on the picture, {query} short answer:")
     return Wording(wording.query, IN_CONTEXT.example)
 
 
-# With examples that show their pictures, the question shows its own.
+# If examples show their images, the question shows its image too.
 IN_CONTEXT = continuing("{image} based on the picture, {question} short answer:")
 INSTRUCT = turn(ASK + "{question}", "the answer is:")
 INSTRUCT_KNOWN = turn(ASK + KNOWN)
@@ -93,11 +93,11 @@ class Answering(Task):
 
 
 class VQA(Answering):
-    """The files of visualqa.org.
+    """VQA tasks in the layout of visualqa.org.
 
     Args:
-        questions, annotations: the files of a split, with `{split}` in them.
-        splits: name to (name in the files, folder of pictures).
+        questions, annotations: file names, with `{split}` for the split.
+        splits: split to (its name in file names, directory of the images).
     """
 
     split = "val"
@@ -156,8 +156,8 @@ def _answers(row: Any) -> list[str]:
 
 
 class VizWiz(Answering):
-    """Pictures and questions of blind people, not all of which can be answered: the model is
-    asked that first."""
+    """Images and questions from blind people. Some questions are unanswerable, so the model is
+    first asked whether it knows the answer."""
 
     name, title, key = "vizwiz", "VizWiz VQA", "image"
     paper = {
@@ -168,7 +168,7 @@ class VizWiz(Answering):
     source = "vizwiz.org"
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        # Asked without examples, which show no such question, and with the release's defaults.
+        # No examples: none asks such a question. Settings are the release's defaults.
         if mode == "instruct":
             known = (self._known(INSTRUCT_KNOWN),)
         else:
