@@ -16,9 +16,11 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tensorstore as ts
 
 from emu_jax.config import UserError, sync, write_text
@@ -41,6 +44,8 @@ _CONTEXT = {
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},  # nodes of the database, not chunks
     "file_io_concurrency": {"limit": 4},
 }
+
+_STORAGE = {"orbax", "tensorstore"}  # folders of the libraries
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +204,22 @@ def _array_names(keys: Sequence[bytes]) -> dict[str, str]:
     return {name: drivers[last] for name, _, last in split if last in drivers}
 
 
+def _names_by_metadata(item: Path) -> dict[str, str]:
+    """Returns `_array_names` as orbax's description of the tree gives them: as many as there are
+    arrays. A database has as many keys as there are chunks, and more hosts write more.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError or AttributeError: it is missing or damaged.
+    """
+    metadata = json.loads((item / "_METADATA").read_bytes())
+    driver = "zarr3" if metadata["use_zarr3"] else "zarr"
+    return {
+        ".".join(str(key["key"]) for key in leaf["key_metadata"]): driver
+        for leaf in metadata["tree_metadata"].values()
+        if not leaf["value_metadata"]["skip_deserialize"]
+    }
+
+
 def _has_checksums(item: Path) -> bool:
     """Returns whether an item's arrays carry checksums."""
     try:
@@ -224,8 +245,10 @@ def unreadable_arrays(
     """
     context = ts.Context(_CONTEXT)
     try:
-        database = _database(item, context)
-        names = _array_names(database.list().result())
+        if count > 1:
+            names = _names_by_metadata(item)
+        else:
+            names = _array_names(_database(item, context).list().result())
     except Exception as error:
         yield f"{item}: {one_line(error)}"
         return
@@ -247,7 +270,7 @@ def unreadable_arrays(
             if progress is not None:
                 progress(chunk.nbytes)
 
-    number = 0
+    number = 0  # of chunks before those of the array
     for name, driver in sorted(names.items()):
         base = {"driver": "file", "path": f"{item.absolute()}/"}
         kvstore = {
@@ -260,20 +283,19 @@ def unreadable_arrays(
             yield f"{item}: {name}: {one_line(error)}"
             continue
         chunk = [size or 1 for size in array.chunk_layout.read_chunk.shape or ()]
-        starts: list[list[int]] = [[]]
-        for size, step in zip(array.shape, chunk, strict=True):
-            starts = [[*s, at] for s in starts for at in range(0, size, step)]
-        for start in starts:
-            if number % count == index:
-                ends = [min(a + c, n) for a, c, n in zip(start, chunk, array.shape, strict=True)]
-                where = tuple(slice(a, b) for a, b in zip(start, ends, strict=True))
-                part = array[where]
-                size = part.size * part.dtype.numpy_dtype.itemsize
-                while pending and ahead + size > _BYTES_AHEAD:
-                    yield from settle()
-                pending.append((name, size, part.read()))
-                ahead += size
-            number += 1
+        grid = [-(-size // step) for size, step in zip(array.shape, chunk, strict=True)]
+        chunks = math.prod(grid)
+        for position in range((index - number) % count, chunks, count):
+            place = np.unravel_index(position, grid)
+            start = [int(n) * c for n, c in zip(place, chunk, strict=True)]
+            ends = [min(a + c, n) for a, c, n in zip(start, chunk, array.shape, strict=True)]
+            part = array[tuple(slice(a, b) for a, b in zip(start, ends, strict=True))]
+            size = part.size * part.dtype.numpy_dtype.itemsize
+            while pending and ahead + size > _BYTES_AHEAD:
+                yield from settle()
+            pending.append((name, size, part.read()))
+            ahead += size
+        number += chunks
     while pending:
         yield from settle()
 
@@ -302,7 +324,8 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_failures() -> Iterator[None]:
-    """Silences the tracebacks and stray errors that accompany a failure reported in one line.
+    """Silences the tracebacks and stray errors that accompany a failure reported in one line: those
+    that passed orbax or tensorstore. All others are shown.
 
     Orbax logs a traceback in each thread that a failure passes through. It also reads and writes
     arrays concurrently: when one fails, nobody awaits the errors of the others, and Python prints
@@ -323,8 +346,9 @@ def quiet_failures() -> Iterator[None]:
 
     def without_tracebacks(record: logging.LogRecord) -> bool:
         nonlocal failed
-        failed |= bool(record.exc_info)
-        return not record.exc_info
+        echo = _is_of_storage(record)
+        failed |= echo
+        return not echo
 
     sys.unraisablehook = without_strays
     for logger in loggers:
@@ -341,3 +365,16 @@ def quiet_failures() -> Iterator[None]:
             for logger in loggers:
                 logger.removeFilter(without_tracebacks)
             sys.unraisablehook = hook
+
+
+def _is_of_storage(record: logging.LogRecord) -> bool:
+    """Whether a record has a traceback that orbax logged, or that passed it or tensorstore."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None:
+        return False
+    files, seen = [record.pathname], set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        files += [f.f_code.co_filename for f, _ in traceback.walk_tb(error.__traceback__)]
+        error = error.__cause__ or error.__context__
+    return any(not _STORAGE.isdisjoint(Path(file).parts) for file in files)

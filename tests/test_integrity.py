@@ -1,6 +1,7 @@
 """Damage within a checkpoint's files is found by everything that reads it."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from orbax.checkpoint.experimental import v1
 from emu_jax import checkpoint, integrity
 from emu_jax.cli import main
 from emu_jax.config import UserError
+from emu_jax.train import saving
 from emu_jax.train.saving import Checkpoints
 
 
@@ -178,6 +180,24 @@ def test_shares_of_a_step_are_read_once(sound):
     assert sorted(sum(read, [])) == sorted(sizes) and all(read)
 
 
+def test_shares_of_an_array_of_many_chunks_are_read_once(tmp_path, monkeypatch):
+    """Neither divides the other evenly: the array into chunks, the chunks into shares."""
+    monkeypatch.setattr(saving, "CHUNK_BYTES", 2**11)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, items(1))
+    read = []
+    for index in range(3):
+        mine: list[int] = []
+        item = tmp_path / "1" / "params"
+        assert not list(integrity.unreadable_arrays(item, index, 3, mine.append))
+        read.append(mine)
+    whole: list[int] = []
+    assert not list(integrity.unreadable_arrays(item, progress=whole.append))
+    counts = [len(mine) for mine in read]
+    assert sorted(sum(read, [])) == sorted(whole) and sum(counts) > 12
+    assert max(counts) - min(counts) <= 1
+
+
 def test_a_checkpoint_without_checksums_is_read_with_a_warning(tmp_path, caplog):
     ocp.PyTreeCheckpointer().save(tmp_path / "1" / "params", state(1)["params"])
     assert loads(tmp_path, 1) and loads(tmp_path, 1)
@@ -266,3 +286,23 @@ def test_a_base_that_is_based_on_its_user_is_one_line(name, tmp_path):
     (tmp_path / "b" / "base.json").write_text(json.dumps({"llama": "../a"}))
     with pytest.raises(UserError, match="which is based on it itself"):
         checkpoint.base_of(tmp_path / "a")
+
+
+def test_tracebacks_of_failed_saves_alone_are_silenced(tmp_path, caplog):
+    absl, aio = logging.getLogger("absl"), logging.getLogger("asyncio")
+    with integrity.quiet_failures():
+        try:
+            raise RuntimeError("of a library that nobody speaks for")
+        except RuntimeError:
+            absl.exception("shown")
+            aio.exception("shown too")
+        try:
+            ocp.PyTreeCheckpointer().restore(tmp_path / "missing")
+        except Exception as error:
+            absl.exception("orbax's")
+            try:
+                raise ValueError("caused by orbax") from error
+            except ValueError:
+                aio.error("Task exception was never retrieved", exc_info=True)
+    said = [record.getMessage() for record in caplog.records if record.exc_info]
+    assert said == ["shown", "shown too"]

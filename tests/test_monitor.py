@@ -187,7 +187,7 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_signals_are_votes(clock, mesh, capsys):
+def test_signals_are_votes(clock, mesh, capfd):
     with Signals() as listener:
         listener.listen(mesh)
         nothing = listener.vote(jnp.zeros(()))
@@ -200,7 +200,7 @@ def test_signals_are_votes(clock, mesh, capsys):
             assert listener.vote(jnp.zeros(()))[STOP]
         assert not after[STOP]
         said = "SIGTERM: saving, then stopping (Ctrl-C: stopping at once)\n"
-        assert capsys.readouterr().err == said
+        assert capfd.readouterr().err == said
         clock.now += 5
         send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -215,7 +215,7 @@ def test_before_the_first_step_a_signal_interrupts(number, clock):
         send(number)
 
 
-def test_signals_interrupt_no_save_and_no_orderly_end(clock, mesh, capsys):
+def test_signals_interrupt_no_save_and_no_orderly_end(clock, mesh, capfd):
     with Signals() as listener:
         with pytest.raises(KeyboardInterrupt), listener.interruptible():
             listener.listen(mesh)
@@ -226,10 +226,10 @@ def test_signals_interrupt_no_save_and_no_orderly_end(clock, mesh, capsys):
                 send(signal.SIGINT)
                 saved = True
         assert saved
-        capsys.readouterr()
+        capfd.readouterr()
         send(signal.SIGTERM)
         send(signal.SIGINT)
-        assert capsys.readouterr().err == "already stopping: waiting for what is being saved\n"
+        assert capfd.readouterr().err == "already stopping: waiting for what is being saved\n"
 
 
 def test_each_step_s_documents_stand_once(tmp_path):

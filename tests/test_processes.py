@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -49,7 +50,7 @@ def main(workdir: Path) -> None:
         for step in (1, 2, 3):
             checkpoints.save(step, items(step))
         checkpoints.wait()
-    said["read"] = read
+    said["read"] = list(read)
     if jax.process_index() == 0:
         said["steps"] = sorted(checkpoint.complete_steps(workdir))
         data = max((workdir / "3" / "params" / "ocdbt.process_1").rglob("*"),
@@ -58,6 +59,10 @@ def main(workdir: Path) -> None:
         content[len(content) // 2] ^= 1
         data.write_bytes(content)
     ocp.multihost.sync_global_processes("damaged")
+    listed: list[Path] = []
+    integrity._database = lambda item, context: listed.append(item)
+    said |= disagreement(workdir / "other", items, wanted)
+    said["listed"] = len(listed)
     with Checkpoints(workdir, 2) as checkpoints:
         step, saved = checkpoints.restore(wanted)
     mine = [(np.asarray(s.data) == values[s.index] + step).all()
@@ -71,6 +76,36 @@ def main(workdir: Path) -> None:
     except UserError as error:
         said["refused"] = str(error)
     print("SAID", json.dumps(said))
+
+
+def disagreement(workdir: Path, items, wanted) -> dict[str, object]:
+    """One process cannot read its share of step 2 back; then the lead alone has lost the lock."""
+    workdir.mkdir(exist_ok=True)
+    said: dict[str, object] = {}
+    unreadable_arrays = integrity.unreadable_arrays
+    with Checkpoints(workdir, 2) as checkpoints:
+        checkpoints.save(1, items(1))
+        checkpoints.wait()
+        if jax.process_index() == 1:
+            integrity.unreadable_arrays = lambda *_: iter(["a worn disk"])
+        checkpoints.save(2, items(2))
+        checkpoints._written.result()
+        said["unread"] = checkpoints.check()
+        said["failed"] = error_of(checkpoints.wait)
+        integrity.unreadable_arrays = unreadable_arrays
+        said["newest"] = checkpoints.restore(wanted)[0]
+        if jax.process_index() == 0:
+            (workdir / "lock.json").write_text(json.dumps({"token": "x", "pid": 7, "host": "h"}))
+        said["lost"] = error_of(lambda: checkpoints.save(3, items(3)))
+    return said
+
+
+def error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+        return ""
+    except UserError as error:
+        return str(error)
 
 
 @pytest.mark.slow  # three processes start: 15 seconds
@@ -111,6 +146,17 @@ def test_three_processes_save_verify_and_restore_as_one(tmp_path):
         assert one["refused"].startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
         # A third of the bytes of each of three saves, once.
         assert one["read"] == [[1, 6000 * 4 // COUNT]] * 3
+    # What one process finds, all raise.
+    assert [one["unread"] for one in said] == [False, True, False]
+    other = tmp_path / "other"
+    for one in said:
+        assert one["failed"] == (
+            f"cannot save step 2 in {other}: read back, a worn disk: mend that, then start again "
+            "to go on from step 1"
+        )
+        assert one["newest"] == 1 and one["lost"] == said[0]["lost"]
+        assert one["lost"].startswith("process 7 on h, since None has taken over")
+        assert one["listed"] == 0  # keys of a database: more with more processes
     (aside,) = tmp_path.glob("*.damaged")
     assert aside.name == "3.damaged"
     assert [err.count("checkpoint 3 cannot be read") for _, err in ended] == [1, 0, 0]

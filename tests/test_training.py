@@ -44,6 +44,7 @@ from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import Trainer, train
 from emu_jax.train.metrics import read_metrics
 from emu_jax.train.optimizer import dotted, make_optimizer, schedule
+from emu_jax.train.saving import Checkpoints
 
 ROWS, STEPS, CLIP = 8, 9, 20.0
 NO_GRADIENT, NO_LOSS = 3, 6  # the steps whose gradient, or loss, is not finite
@@ -307,6 +308,15 @@ def test_a_loss_that_stays_infinite_ends_the_run(toy, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"not finite for 2 steps up to step 7: .* from step 5$"):
         train(dataclasses.replace(TOY, checkpoint_every=5), tmp_path)
+
+
+def test_a_process_that_cannot_read_a_save_back_asks_all_to_save(toy, tmp_path, monkeypatch):
+    """Where they save, all raise its error."""
+    monkeypatch.setattr(Checkpoints, "check", lambda self: True)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(TOY, steps=12, checkpoint_every=100), tmp_path)
+    (step,) = checkpoint.complete_steps(tmp_path)
+    assert 1 < step < 12
 
 
 def test_frozen_parameters_cost_no_gradient(monkeypatch):

@@ -301,7 +301,8 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                         log.sync()
                     with goodput.doing("checkpoint"), signals.hold():
                         _save(checkpoints, step, state, batches.state(), leave_out=inherited)
-                checkpoints.check()
+                if checkpoints.check():
+                    signals.ask_to_stop()  # all processes, at the same step
                 if monitor.stopping and step < cfg.steps:
                     checkpoints.wait()
                     raise KeyboardInterrupt

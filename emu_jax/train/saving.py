@@ -26,6 +26,7 @@ from emu_jax.train.lock import Lock
 
 # Under these names a step is written, and removed.
 WRITING, REMOVING = ".orbax-checkpoint-tmp", ".removing"
+MESSAGE_BYTES = 1000  # of a problem that one process tells to all
 CHUNK_BYTES = 2**26  # of a chunk of an array, and of a file: who reads a chunk holds all of it
 
 
@@ -44,8 +45,10 @@ class Checkpoints:
         self._lead = jax.process_index() == 0
         self._lock = Lock(self.workdir / "lock.json")
         self._saving: int | None = None  # the step being written
-        self._written: Future[None] | None = None  # done once it was written and read back
-        self._complete: int | None = None  # the step that was, here
+        # Done once it was written and read back; why this process could not read it, or "".
+        self._written: Future[str] | None = None
+        self._complete: int | None = None  # the step that was written, as this process knows
+        self._unread = ""  # why this process could not read that back
         self._worker = ThreadPoolExecutor(1)
         self._remover = ThreadPoolExecutor(1)
         # Without compression, which hardly shrinks weights, arrays are written from where they
@@ -76,6 +79,8 @@ class Checkpoints:
             self._settle()
             if kind is None or jax.process_count() == 1:
                 self._agree()
+            elif self._unread:  # the other processes may not be there to be told
+                raise self._failure(self._complete, self._unread)
             self._checkpointer.close()
         except UserError as error:
             failed = True
@@ -125,29 +130,34 @@ class Checkpoints:
             UserError: this save, or the one before, failed; or another job writes here.
         """
         self.wait()
-        self._lock.check()
+        self._check_lock()
         self._saving = step
         place = self.workdir / str(step)
         args = ocp.args.Composite(**{name: _for_saving(item) for name, item in items.items()})
         self._attempt(lambda: self._checkpointer.save(place, args))
         self._written = self._worker.submit(self._finish, place)
 
-    def check(self) -> None:
-        """Looks at the save that is under way.
+    def check(self) -> bool:
+        """Looks at the save that is under way, and waits for nothing.
+
+        Returns whether this process could not read it back. It is one of several then: all of
+        them should soon call `save` or `wait`, which fail on all alike.
 
         Raises:
-            UserError: it has failed.
+            UserError: the save has failed; one process alone may raise where it was not written.
         """
         if self._written is not None and self._written.done():
             self._settle()
             if jax.process_count() == 1:
                 self._agree()
+        return bool(self._unread)
 
     def wait(self) -> None:
         """Waits until what was saved is on disk, and was read back by all processes.
 
         Raises:
-            UserError: the last save failed.
+            UserError: the last save failed. All processes raise it if one could not read the save
+                back.
         """
         self._settle()
         self._agree()
@@ -156,25 +166,32 @@ class Checkpoints:
         """Called by orbax on the lead, on its own thread, before the step gets its name."""
         integrity.seal(self.workdir / f"{self._saving}{WRITING}")
 
-    def _finish(self, place: Path) -> None:
-        """Runs on a thread: awaits the end of a save, then reads this process's share of it."""
+    def _finish(self, place: Path) -> str:
+        """Runs on a thread: awaits the end of a save, then reads this process's share of it.
+        Returns why that cannot be read, or ""."""
         self._checkpointer.wait_until_finished()
+        problem = ""
+        if reason := _attempt(lambda: self._read_back(place)):
+            problem = f"read back, {reason}"
+        _give_back_memory()
+        return problem
+
+    def _read_back(self, place: Path) -> None:
         if self._lead:
             sync(self.workdir)
             if problems := integrity.damaged_files(place):
-                raise ValueError(f"read back, {problems[0]}")
+                raise ValueError(problems[0])
         for item in integrity.items_of(place):
             for problem in integrity.unreadable_arrays(
                 place / item, jax.process_index(), jax.process_count()
             ):
-                raise ValueError(f"read back, {problem}")
-        _give_back_memory()
+                raise ValueError(problem)
 
     def _settle(self) -> None:
         """Awaits this process's part of the save under way.
 
         Raises:
-            UserError: it failed.
+            UserError: it was not written.
         """
         if self._written is None:
             return
@@ -184,16 +201,23 @@ class Checkpoints:
         except UserError:
             self._written = None
             raise
+        self._unread = written.result()
         self._written, self._saving, self._complete = None, None, self._saving
 
     def _agree(self) -> None:
-        """Removes the oldest steps, once all processes have settled a save."""
+        """Removes the oldest steps, once all processes have settled a save.
+
+        Raises:
+            UserError: some process could not read the save back, or another job writes here. All
+                processes raise it.
+        """
         if self._complete is None:
             return
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {self._complete} was read back")
-        self._complete = None
-        self._lock.check()
+        step, self._complete = self._complete, None
+        problem, self._unread = _told_to_all(self._unread), ""
+        if problem:
+            raise self._failure(step, problem)
+        self._check_lock()
         for old in sorted(self._steps())[: -self.keep] if self._lead else ():
             removing = self.workdir / f"{old}{REMOVING}"
             (self.workdir / str(old)).rename(removing)
@@ -213,15 +237,22 @@ class Checkpoints:
                 self._lock.acquire()
             except UserError as error:
                 problem = str(error)
-            except OSError as error:  # the other processes wait to hear of it
+            except OSError as error:
                 problem = f"cannot write {self._lock.path}: {error.strerror}"
-        if jax.process_count() > 1:
-            text = np.zeros(1000, np.uint8)
-            encoded = np.frombuffer(problem.encode()[: len(text)], np.uint8)
-            text[: len(encoded)] = encoded
-            text = np.asarray(multihost_utils.broadcast_one_to_all(text))
-            problem = text.tobytes().rstrip(b"\0").decode(errors="replace")
-        if problem:
+        if problem := _told_to_all(problem):
+            raise UserError(problem)
+
+    def _check_lock(self) -> None:
+        """
+        Raises:
+            UserError: another job has taken the lock over; all processes say so.
+        """
+        problem = ""
+        try:
+            self._lock.check()
+        except UserError as error:
+            problem = str(error)
+        if problem := _told_to_all(problem):
             raise UserError(problem)
 
     def _remove_leftovers(self) -> None:
@@ -238,14 +269,19 @@ class Checkpoints:
         """
         if reason := _attempt(action):
             step, self._saving = self._saving, None
-            if self._lock.held and (self.workdir / str(step)).is_dir():
-                self._move_aside(step)  # it is complete, but cannot be read
-            self._remove_leftovers()
-            steps = self._steps()
-            rest = f"start again to go on from step {max(steps)}" if steps else "start again"
-            raise UserError(
-                f"cannot save step {step} in {self.workdir}: {reason}: mend that, then {rest}"
-            )
+            raise self._failure(step, reason)
+
+    def _failure(self, step: int | None, reason: str) -> UserError:
+        """Cleans up after a failed save; returns the error that tells of it."""
+        if self._lock.held and (self.workdir / str(step)).is_dir():
+            self._move_aside(step)  # it is complete, but cannot be read
+        self._remove_leftovers()
+        # Other processes may look before the lead has moved the step aside.
+        steps = [number for number in self._steps() if number != step]
+        rest = f"start again to go on from step {max(steps)}" if steps else "start again"
+        return UserError(
+            f"cannot save step {step} in {self.workdir}: {reason}: mend that, then {rest}"
+        )
 
     def _read(
         self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]
@@ -294,6 +330,21 @@ class Checkpoints:
         aside = next(p for p in map(self.workdir.joinpath, names) if not p.exists())
         (self.workdir / str(step)).rename(aside)
         return aside
+
+
+def _told_to_all(problem: str) -> str:
+    """Returns the problem of the first process that has one, on every process; "" if none has."""
+    if jax.process_count() == 1:
+        return problem
+    troubled = np.ravel(multihost_utils.process_allgather(np.array(bool(problem))))
+    if not troubled.any():
+        return ""
+    text = np.zeros(MESSAGE_BYTES, np.uint8)
+    encoded = np.frombuffer(problem.encode()[: len(text)], np.uint8)
+    text[: len(encoded)] = encoded
+    first = jax.process_index() == int(np.argmax(troubled))
+    text = np.asarray(multihost_utils.broadcast_one_to_all(text, is_source=first))
+    return text.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def _give_back_memory() -> None:

@@ -5,8 +5,9 @@ SIGINT and SIGTERM (a preemption notice): save and stop. SIGUSR1: trace the next
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -85,6 +86,10 @@ class Signals:
         if self._late:
             self._interrupt()
 
+    def ask_to_stop(self) -> None:
+        """Asks the run to save and stop, as the first SIGTERM does."""
+        self._asked[STOP], self._stop_asked_at = 1, time.monotonic()
+
     def vote(self, after: jax.Array) -> np.ndarray | jax.Array:
         """What some process has been asked: int32 [2], not zero at STOP and at TRACE. It is
         there once `after`, an output of the step, is."""
@@ -101,15 +106,12 @@ class Signals:
             self._asked[TRACE] = 1
         elif self._ending:
             if number == signal.SIGINT:
-                print("already stopping: waiting for what is being saved", file=sys.stderr)
+                _say("already stopping: waiting for what is being saved")
         elif not self._listening:
             self._interrupt()
         elif not self._asked[STOP]:
-            self._asked[STOP], self._stop_asked_at = 1, time.monotonic()
-            print(
-                f"{signal.Signals(number).name}: saving, then stopping (Ctrl-C: stopping at once)",
-                file=sys.stderr,
-            )
+            self.ask_to_stop()
+            _say(f"{signal.Signals(number).name}: saving, then stopping (Ctrl-C: stopping at once)")
         elif number == signal.SIGINT and (
             time.monotonic() - self._stop_asked_at >= ONE_REQUEST_SECONDS
         ):
@@ -121,3 +123,10 @@ class Signals:
             return
         self._ending = True
         raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    """Writes a line to standard error past `sys.stderr`: the signal may have come while that was
+    being written to, and Python refuses to enter it again."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
