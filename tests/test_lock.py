@@ -88,18 +88,26 @@ def test_an_owner_elsewhere_is_dead_when_its_heart_stops(path, quick):
     held.release()
 
 
-def test_a_heart_that_stopped_long_ago_is_not_waited_for(path, quick, monkeypatch):
-    monkeypatch.setattr(lock, "STALE_SECONDS", 1e9)
-    elsewhere(path, beat=time.time() - 1000)
-    held = Lock(path)
-    held.acquire()
-    held.release()
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_lock_that_does_not_fit_on_the_disk_is_not_left_behind(path, taken_over, monkeypatch):
+    if taken_over:
+        path.write_text(json.dumps(lock._identity() | {"pid": 2**22 + 1, "token": "dead"}))
+    before = [p.name for p in path.parent.iterdir()]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            Lock(path).acquire()
+    assert [p.name for p in path.parent.iterdir()] == before
 
 
 def test_an_owner_elsewhere_lives_while_its_heart_beats(path, quick, monkeypatch):
     """Whatever its clock says."""
     monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
-    owner = elsewhere(path, beat=time.time() - 500)
+    owner = elsewhere(path, beat=time.time() - 10_000)
     beats = threading.Timer(
         0.3, lambda: path.write_text(json.dumps(owner | {"beat": owner["beat"] + 10}))
     )

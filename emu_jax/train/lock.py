@@ -4,7 +4,8 @@
 
 The file works on every file system that can create and rename, buckets that are mounted
 included. A lock whose owner died on this host is taken over at once; of an owner on another
-host only the heartbeat tells, so a new job watches that first.
+host only the heartbeat tells, so a new job watches that first. It compares the file with itself and
+never with its own clock: two hosts' clocks may differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from emu_jax.config import UserError
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 35.0  # without a beat, an owner on another host is dead
-SURELY_STALE_SECONDS = 900.0  # by the clocks of two hosts, which may differ
 SETTLE_SECONDS = 0.5  # in which another job that took over at the same moment shows
 
 _log = logging.getLogger(__name__)
@@ -109,10 +109,16 @@ class Lock:
         return True
 
     def _write(self, path: Path, mode: str) -> None:
-        with path.open(mode) as file:
-            json.dump(self._identity | {"beat": time.time()}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        file = path.open(mode)
+        try:
+            with file:
+                json.dump(self._identity | {"beat": time.time()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:  # half a lock would have the next job wait for its owner
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise
 
     def _owner(self) -> dict[str, Any]:
         """Returns what the file says; {} where it is missing or half written."""
@@ -132,8 +138,6 @@ class Lock:
         if _is_here(owner):
             if _is_running(owner):
                 raise self._refusal(owner)
-            return owner
-        if owner and time.time() - _number(owner.get("beat")) > SURELY_STALE_SECONDS:
             return owner
         _log.warning(
             "%s is locked by %s: waiting up to %.0f s for a sign that it still runs",
@@ -216,7 +220,3 @@ def _name(owner: dict[str, Any]) -> str:
     if not owner:
         return "another job"
     return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
