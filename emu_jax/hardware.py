@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from emu_jax.config import UserError, suggest
 
@@ -100,7 +101,7 @@ class Topology:
             raise UserError(f"topology {text!r}: no TPU {name!r}{suggest(name, tpus)}")
         sides = shape.split("x")
         axes = CHIPS[name].torus_axes
-        if len(sides) != axes or not all(side.isdigit() and int(side) > 0 for side in sides):
+        if len(sides) != axes or not all(re.fullmatch("[1-9][0-9]{0,5}", side) for side in sides):
             example = "x".join(["4"] * axes)
             raise UserError(
                 f"topology {text!r}: {name} is shaped along {axes} axes: {name}:{example}"

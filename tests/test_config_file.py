@@ -76,6 +76,8 @@ def test_overrides(config_file, override, key, value):
         ("zzz=7", "unknown config key 'zzz'; known: groups, keep, model,"),
         ("steps.x=7", "unknown config key 'steps.x'; 'steps' is a value, not a group"),
         ("groups.2.lr=7", "unknown config key 'groups.2'; 'groups' is a list of 2"),
+        ("groups.².lr=7", "unknown config key 'groups.²'; 'groups' is a list of 2"),
+        (f"groups.{'9' * 5000}.lr=7", "unknown config key 'groups.999"),
         ("steps=many", "config key 'steps' must be int, not 'many'"),
         ("steps=1.5", "config key 'steps' must be int, not '1.5'"),
         ("steps=True", "config key 'steps' must be int, not 'True'"),

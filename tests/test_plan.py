@@ -178,6 +178,7 @@ def test_topologies_are_read_and_refused():
     assert Topology.parse("v5p:2x2x1").link_ways() == [1, 1, 0]
     for text, message in (
         ("v5x:4x4", "no TPU 'v5x'"), ("v5p:4x4", "v5p:4x4x4"), ("v5e:4xa", "v5e:4x4"),
+        ("v5e:4x²", "v5e:4x4"), ("v5e:4x" + "9" * 5000, "v5e:4x4"),
         ("h100:8", "no TPU"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -223,6 +223,9 @@ HOSTILE = {
     "a length without end": (
         {"raw": b"{}", "headers": {"content-length": "9" * 5000}}, 413, "larger than",
     ),
+    "a length in small raised digits": (
+        {"raw": b"{}", "headers": {"content-length": "\xb2"}}, 400, "",
+    ),
     "a false length": (
         {"raw": b"{}", "headers": {"content-length": "999999999"}}, 413, "larger than",
     ),

@@ -202,7 +202,7 @@ class _Bodies:
         if kind != "application/json":
             raise Refused(415, "the body must be application/json")
         stated = request.headers.get("content-length", "0")
-        if len(stated) > 20 or (stated.isdigit() and int(stated) > self._limits.body_bytes):
+        if len(stated) > 20 or (stated.isdecimal() and int(stated) > self._limits.body_bytes):
             raise self._too_large()
         body = bytearray()
         try:

@@ -124,8 +124,9 @@ def _find(group: Any, part: str, above: list[str]) -> str | int:
             return part
         raise UserError(f"unknown config key {where!r}{suggest(part, group)}")
     if isinstance(group, list):
-        if part.isdigit() and int(part) < len(group):
-            return int(part)
+        places = [str(place) for place in range(len(group))]
+        if part in places:
+            return places.index(part)
         raise UserError(
             f"unknown config key {where!r}; {'.'.join(above)!r} is a list of {len(group)}"
         )
