@@ -8,12 +8,15 @@ sources.py    `SourceConfig`: every format that documents may come in
   dialogues.py  instructions and answers
   listings.py   the JSON entries and named files that the last three read
   formats.py    compressed listings, and formats that are named
-  tars.py, video.py, storage.py  archives, moving pictures, local and remote files
-  index.py      what is found in files once and kept
+  cues.py       subtitle files as cues
+  folders.py    files found by name in sub-folders
+  tars.py, video.py, storage.py  archives, video, local and remote files
+  index.py      arrays derived from files once and kept beside them
+  unused.py     counts of what a source holds and what is used of it
 build.py      raw data to ArrayRecord files, filtered by clean.py; inspect.py, a page about them
 outlines.py   how long documents are, counted once
 packing.py    what is kept of a document, and which row it goes to
-mixture.py    sources in an endless order, planned without reading a picture
+mixture.py    sources in an endless order, planned without reading an image
 filling.py    documents into arrays: read, tokenised, decoded
 images.py     the release's preprocessing, and augmentation
 pipeline.py   `Batches`, what training reads; config.py, its `DataConfig`

@@ -1,0 +1,19 @@
+"""Training: configuration, objectives, the step, the loop, and telemetry.
+
+config.py       `TrainConfig`: one stage of training
+config_file.py  configs/*.py, and overrides on the command line
+loop.py         the training step and the loop around it
+objectives.py   the module and the loss of each stage
+optimizer.py    AdamW with a learning rate per group of parameters
+parents.py      initial weights from other runs
+saving.py       checkpoints during a run
+lock.py         one job at a time in a run directory
+precompute.py   the decoder's conditions and latents, computed once
+flops.py        model FLOPs of a step
+monitor.py      steps in flight: completion times, metrics, throughput
+metrics.py      metrics.jsonl, TensorBoard events and progress
+goodput.py      where a run's time goes: steps, data, checkpoints, compilation
+signals.py      requests that reach a run as signals
+tracing.py      profiler traces of chosen steps
+watchdog.py     stack traces when a step takes too long
+"""
