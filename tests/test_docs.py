@@ -23,11 +23,11 @@ from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config, override
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^ *(?:[A-Z_]+=\S+ )?(?:emu-jax|python|make|pip) ", re.MULTILINE)
 # Programs of others, whose arguments are not checked here.
-OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd"}
+OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd", "pre-commit"}
 # What `...` stands for: the arguments that a page leaves out of a verb's command.
 LEFT_OUT = {
     "eval": "--checkpoint runs/emu --data data --out result.json",
