@@ -36,7 +36,7 @@ def write(
         tiles(heads),
         f"<section><h2>Beside the paper</h2>{_paper(task, result)}</section>",
         f"<section><h2>Scores</h2>{table(scores)}</section>" if scores else "",
-        f"<section><h2>To be known</h2><ul>{notes}</ul></section>" if notes else "",
+        f"<section><h2>Notes</h2><ul>{notes}</ul></section>" if notes else "",
         _samples(task, items, answers, per_item, out),
         details("Settings", result["settings"]),
     ]

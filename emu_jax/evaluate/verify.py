@@ -1,8 +1,8 @@
-"""`emu-jax verify`: a checkpoint against what the released code computed.
+"""`emu-jax verify`: compares a checkpoint with tensors recorded from the released code.
 
-A golden folder holds `expected.npz` and `meta.json` (`tools/record_golden.py` writes one in a
-clone of the release). Every tensor gets a row: the relative error max |a - b| / max |b|, or
-equality for ids. All is computed in float32.
+A golden directory holds `expected.npz` and `meta.json`; `tools/record_golden.py` writes one in a
+clone of the release. Each tensor gets a row with the relative error max |a - b| / max |b|; ids must
+be equal. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from emu_jax.generate import api, image
 from emu_jax.generate.prompt import Normalized
 from emu_jax.generate.text import TextConfig
 
-# Relative to the largest magnitude of a tensor. What feeds back on itself, through a sampler
-# or a regression of embeddings, amplifies rounding; so do adapters stored in bfloat16.
+# Tolerances relative to the largest magnitude of a tensor. Feedback through a sampler or through
+# regressed embeddings amplifies rounding; so do adapters stored in bfloat16.
 TIGHT, FEEDBACK = 2e-5, 1e-4
 _FEEDBACK = re.compile(r"gen_image/.*|sample/.*|unet/cond|instruct/logits")
 
@@ -42,9 +42,9 @@ class Row:
     """The verdict on one tensor.
 
     Attributes:
-        error: relative; None for what must be equal, for inputs and for what does not apply.
-            Not finite where the checkpoint computes no numbers.
-        verdict: ok, FAILED, input (the recording's own choice, whose shape was checked) or
+        error: relative error; None for tensors that must be equal, for inputs and if not
+            applicable. Not finite if the checkpoint computes NaN or infinity.
+        verdict: ok, FAILED, input (given by the recording, so there is nothing to compare) or
             not applicable.
     """
 
@@ -56,14 +56,14 @@ class Row:
 
 
 class Difference(Exception):
-    """Why a tensor cannot be what was recorded."""
+    """Raised when a tensor cannot equal the recorded one; the message says why."""
 
 
 def verify(checkpoint: Path, golden: Path) -> list[Row]:
-    """A row for every tensor of `golden/expected.npz`.
+    """Returns a row for every tensor of `golden/expected.npz`.
 
     Raises:
-        UserError: one of the folders cannot be read, or they are of different models.
+        UserError: a directory cannot be read, or they are for different models.
     """
     expected, meta = _open(golden)
     emu = api.load(checkpoint)
@@ -73,7 +73,7 @@ def verify(checkpoint: Path, golden: Path) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """The JSON object that the command prints."""
+    """Returns the JSON object that the command prints."""
     checked = [r for r in rows if r.verdict != "not applicable"]
     errors = [r for r in checked if r.error is not None]
     worst = max(errors, key=_badness, default=None)
@@ -91,13 +91,13 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 
 def _badness(row: Row) -> float:
-    """The error in units of what is tolerated; infinite for what is no number."""
+    """Returns the error in units of the tolerance; infinite if it is not finite."""
     error = (row.error or 0.0) / (row.tolerance or 1.0)
     return error if math.isfinite(error) else math.inf
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
     width = max(len(r.key) for r in rows)
     lines = []
     for r in rows:
@@ -127,8 +127,8 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 class _Recording:
-    """Recomputes what was recorded. Each tensor's name leads to one method; tensors that come
-    out of one computation share it."""
+    """Recomputes the recorded tensors. `_METHODS` maps the name of a tensor to a method. Tensors of
+    one computation share it."""
 
     def __init__(self, emu: api.Emu, expected: dict[str, np.ndarray], meta: dict, golden: Path):
         self.emu, self.expected, self.meta, self.golden = emu, expected, meta, golden
@@ -152,7 +152,7 @@ class _Recording:
                 except Difference as difference:
                     return Row(key, "FAILED", note=str(difference))
                 except (LookupError, TypeError, ValueError, OSError, UserError) as error:
-                    # The recording lacks what this needs: a picture, a prompt, a setting.
+                    # The recording lacks an image, a prompt or a setting.
                     reason = str(error).strip().split("\n")[0]
                     note = f"cannot be computed: {type(error).__name__} {reason}"
                     return Row(key, "FAILED", note=note)
@@ -194,7 +194,7 @@ class _Recording:
         return _embeddings(self.model, self.pixels)
 
     def spelled(self, text: str, start: int = 0) -> list[Any]:
-        """A recorded prompt, in which pictures are spelled out, as parts."""
+        """Splits a recorded prompt, with image placeholders written out, into parts."""
         placeholder = self.tokenizer.image_placeholder(self.cfg.cformer.n_causal)
         first, *rest = text.split(placeholder)
         parts: list[Any] = [first] if first else []
@@ -211,7 +211,7 @@ class _Recording:
         return prompts
 
     def encoded(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of right-padded texts, and the mask of what is real."""
+        """Returns ids of right-padded texts, and the mask of real tokens."""
         rows = [self.tokenizer.encode(text) for text in texts]
         ids = np.full((len(rows), max(map(len, rows))), self.cfg.tokens.pad, np.int64)
         mask = np.zeros(ids.shape, np.int64)
@@ -220,8 +220,8 @@ class _Recording:
         return ids, mask
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
-        """Embeddings, states and logits of right-padded rows, whose pictures are the recorded
-        ones in order."""
+        """Returns embeddings, hidden states, logits and regressions of right-padded rows. Their
+        images are the recorded ones, in order."""
         flat = np.flatnonzero(ids.reshape(-1) == self.cfg.tokens.image)
         held = len(self.pixels) * self.cfg.cformer.n_causal
         if len(flat) > held:
@@ -270,7 +270,7 @@ class _Recording:
             raise UserError(f"{self.golden}: unknown generation settings {sorted(unknown)}")
         settings["max_new_tokens"] = self.meta["spec"]["new_tokens"]
         ids = self.emu.generate_ids(self.prompts, **settings)
-        # The recording is as wide as its longest row; ours has room for every token.
+        # The recording is as wide as its longest row, ours as wide as max_new_tokens.
         width = self.expected[f"generate/{tag}/ids"].shape[1]
         if (ids[:, width:] == self.cfg.tokens.pad).all():
             ids = ids[:, :width]
@@ -297,7 +297,7 @@ class _Recording:
         return self.emu.regress([context, ""])
 
     def condition(self, part: str) -> jax.Array:
-        """What conditions the decoder repeats one of the regressions."""
+        """Returns the recomputed regression that equals the recorded condition of the decoder."""
         theirs = self.expected[f"{part}/cond"]
         for tag in ("text_only", "in_context", "blend"):
             recorded = self.expected.get(f"gen_image/{tag}", np.zeros(0))
@@ -307,7 +307,7 @@ class _Recording:
 
     def denoised(self) -> np.ndarray:
         sample = np.moveaxis(self.expected["unet/sample"], 1, -1)
-        t = np.broadcast_to(self.expected["unet/t"], len(sample))  # one for all, or one each
+        t = np.broadcast_to(self.expected["unet/t"], len(sample))  # shared, or one per row
         cond = self.expected["unet/cond"]
         out = _denoise(self.model.unet, sample, jnp.asarray(t, jnp.int32), cond)
         return np.moveaxis(np.asarray(out), -1, 1)
@@ -326,7 +326,7 @@ class _Recording:
     @functools.cache  # noqa: B019
     def latents(self, steps: str, guidance: str) -> jax.Array:
         start = jnp.asarray(np.moveaxis(self.expected["sample/init_latents"], 1, -1))
-        # Conditional rows before unconditional ones: a pair for all latents, or one each.
+        # Conditional rows before unconditional ones; one pair for all latents, or one per latent.
         rows = jnp.asarray(self.expected["sample/cond"])
         if len(rows) not in (2, 2 * len(start)):
             raise Difference(f"{len(start)} latents, but sample/cond has {len(rows)} rows")
@@ -363,7 +363,7 @@ class _Recording:
         return self.instructed[what]
 
     def given(self, *_: str) -> None:
-        """An input: there is nothing to compute."""
+        """Returns None for a recorded input: there is nothing to compute."""
         return None
 
 
@@ -403,7 +403,7 @@ def _embeddings(model, pixels):
 def _language(model, tokens, images, slots, mask):
     x = model.embed(tokens, images, slots)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    # Through the cache, so that padding too sees what it saw in the release.
+    # Through the KV cache, so that padding attends to the same positions as in the release.
     batch, length = tokens.shape
     cache = model.llama.empty_cache(batch, length, x.dtype)
     hidden, _ = model.llama.read(x, positions, mask, cache)

@@ -1,7 +1,7 @@
-"""What the benchmarks are scored by: captions, answers, rankings, pictures.
+"""Scorers of the benchmarks: captions, answers, rankings, images.
 
-Each scorer follows the evaluation that its benchmark's numbers are published with, and returns
-a `Scores`. Where it has to depart from that evaluation, `Scores.notes` says how.
+Each scorer follows the official evaluation of its benchmark and returns a `Scores`. Any departure
+from that evaluation is recorded in `Scores.notes`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a scorer found.
+    """The result of a scorer.
 
     Attributes:
-        values: figures by name, in the units that papers print (percent where there is one).
-        notes: the conventions followed, and what was not as the official evaluation has it.
-        per_item: the first of the figures item by item, in the same units. None where items
-            have no figure of their own.
+        values: figures by name, in the units that papers print (usually percent).
+        notes: conventions followed, and departures from the official evaluation.
+        per_item: the first figure for each item, in the same units. None if the figure is not
+            defined for single items.
     """
 
     values: dict[str, float]
@@ -34,16 +34,16 @@ class Scores:
 
 @functools.cache
 def warned(note: str) -> str:
-    """`note` itself, logged as a warning the first time."""
+    """Returns `note`, and logs it as a warning the first time."""
     log.warning("%s", note)
     return note
 
 
 def check_keys(expected: Collection[Hashable], given: Collection[Hashable], what: str) -> None:
-    """One of `what` for each that is expected, and at least one in all.
+    """Checks that every expected key is given, and no other. `what` names the values in errors.
 
     Raises:
-        UserError: one is missing or belongs to nothing, or nothing is expected.
+        UserError: a key is missing or unknown, or nothing is expected.
     """
     if not expected:
         raise UserError("there is nothing to score: the references are empty")

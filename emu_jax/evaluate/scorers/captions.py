@@ -1,8 +1,8 @@
 """CIDEr, BLEU and ROUGE-L of captions, by the COCO caption evaluation (pycocoevalcap).
 
 CIDEr is CIDEr-D (Vedantam et al., arXiv:1411.5726, section 7): n-grams up to 4, clipped, with a
-Gaussian penalty of sigma 6 on the difference in length. The document frequencies are those of
-the references that are scored, so a figure depends on the whole set of them.
+Gaussian penalty of sigma 6 on the difference in length. Document frequencies are computed from the
+scored references, so a figure depends on the whole set.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ PYTHON_TOKENIZER = (
 def score(
     references: Mapping[Hashable, Sequence[str]], predictions: Mapping[Hashable, str]
 ) -> Scores:
-    """Scores one caption for each picture or clip against all that people wrote of it.
+    """Scores one caption for each image or clip against all its human captions.
 
     Args:
         references: at least one caption for each item.
-        predictions: one caption for each item of `references`; it may be empty.
+        predictions: one caption, possibly empty, for each item of `references`.
 
     Returns:
         CIDEr, BLEU-1 to BLEU-4 and ROUGE-L, all times 100. CIDEr times 100 can exceed 100.
-        Items have their CIDEr.
+        The figure of single items is CIDEr.
 
     Raises:
         UserError: items lack references or predictions, or pycocoevalcap is not installed.
@@ -50,7 +50,7 @@ def score(
     counts = [len(references[key]) for key in keys]
     lines = [caption for key in keys for caption in references[key]]
     split, notes = tokenize(lines + [predictions[key] for key in keys])
-    # The package takes dictionaries of lists, a caption being its words joined by spaces.
+    # The package takes dictionaries of lists of captions, with tokens joined by spaces.
     words = iter(split)
     wanted = {i: [next(words) for _ in range(n)] for i, n in enumerate(counts)}
     given = {i: [next(words)] for i in range(len(keys))}
@@ -69,14 +69,14 @@ def score(
 
 
 def tokenize(captions: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Captions as the COCO evaluation compares them, and what is to be said about it.
+    """Tokenizes captions for the COCO evaluation. Returns them and notes for `Scores`.
 
-    Lower case, split as the Penn Treebank is, without punctuation, words joined by spaces. A word
-    may hold a no-break space: Stanford's tokenizer writes "22 3/4" so, and the evaluation, which
-    splits at spaces alone, counts it as one word.
-    Stanford's tokenizer does it where there is Java, `python_tokens` where there is none.
+    Captions come out in lower case, split by Penn Treebank rules, without punctuation, with tokens
+    joined by spaces. A token may contain a no-break space: Stanford's tokenizer writes "22 3/4"
+    with one, and the evaluation, which splits at ordinary spaces, counts it as one word.
+    Uses Stanford's tokenizer if Java is installed, otherwise `python_tokens`.
     """
-    # One caption is one line: what else ends a line would shift all captions after it.
+    # The tokenizer reads one caption per line, so other line ends would shift later captions.
     lines = [_LINE_ENDS.sub(" ", caption) for caption in captions]
     java = shutil.which("java")
     if java:
@@ -107,15 +107,15 @@ def _pycocoevalcap() -> SimpleNamespace:
 
 
 def _java_tokens(java: str, lines: Sequence[str]) -> list[list[str]]:
-    """What pycocoevalcap's PTBTokenizer runs, through pipes: it writes beside its jar, which
-    may be read-only."""
+    """Runs the command of pycocoevalcap's PTBTokenizer through pipes. The original writes a file
+    beside its jar, which may be read-only."""
     command = [
         java, "-Dfile.encoding=UTF-8", "-cp", os.fspath(_pycocoevalcap().jar),
         "edu.stanford.nlp.process.PTBTokenizer",
         "-preserveLines", "-lowerCase", "-encoding", "UTF-8",
     ]  # fmt: skip
     text = "".join(line + "\n" for line in lines)
-    # Characters outside UTF-8, such as half of a surrogate pair, cannot be sent.
+    # Lone surrogates cannot be encoded as UTF-8.
     done = subprocess.run(command, input=text.encode(errors="replace"), capture_output=True)
     split = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(split) != len(lines):
@@ -128,7 +128,7 @@ def _java_tokens(java: str, lines: Sequence[str]) -> list[list[str]]:
 
 
 _LINE_ENDS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
-# What the tokenizer writes for characters beyond ASCII, and for HTML's entities.
+# The tokenizer's replacements of non-ASCII characters and HTML entities.
 _WRITTEN = {
     "‘": "'", "’": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": " ... ",
     "£": "#", "€": "$", "¢": " cents ", "½": "1/2", "¼": "1/4", "¾": "3/4",
@@ -172,12 +172,12 @@ _TOKEN = re.compile(
 
 
 def python_tokens(caption: str) -> list[str]:
-    """The tokens that Stanford's PTBTokenizer makes of a caption, by its rules for what
-    captions hold: contractions, quotes, brackets, numbers, abbreviations, hyphens.
+    """Splits a caption into the tokens of Stanford's PTBTokenizer. Covers what occurs in captions:
+    contractions, quotes, brackets, numbers, abbreviations, hyphens.
 
-    All 40,460 captions of Flickr8k are split alike. Not covered: its longer lists of
-    abbreviations and of emoticons, phone numbers and dates. Opening and closing quotes
-    are all `'`: the evaluation drops either.
+    All 40,460 captions of Flickr8k are split identically. Not covered: the longer lists of
+    abbreviations and emoticons, phone numbers and dates. Opening and closing quotes both become
+    `'`, since the evaluation drops them.
     """
     text = _REPLACED.sub(lambda found: _WRITTEN[found[0]], caption).lower()
     for place in _SPLIT:

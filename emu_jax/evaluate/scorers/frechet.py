@@ -1,11 +1,11 @@
-"""The Fréchet distance between two sets of pictures, over the features of an Inception network.
+"""The Fréchet distance between two sets of images, on the features of an Inception network.
 
-Heusel et al., arXiv:1706.08500: both sets of features are taken for Gaussians, and
+Heusel et al., arXiv:1706.08500. Each set of features is modeled as a Gaussian, and
 
     d^2 = |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr (S_a S_b)^(1/2)
 
-The network is the user's file: the 2015 Inception as TorchScript, `inception-2015-12-05.pt` of
-StyleGAN and clean-fid, or any other that maps pictures to features.
+The user provides the network: the 2015 Inception as TorchScript (`inception-2015-12-05.pt` of
+StyleGAN and clean-fid) or any other that maps images to features.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from emu_jax.data.storage import writing
 from emu_jax.evaluate.scorers import Scores, warned
 
 Resize = Literal["network", "clean"]
-SIZE = 299  # of the pictures that the 2015 Inception takes
+SIZE = 299  # input size of the 2015 Inception
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Gaussian:
     """Mean and covariance of features.
 
     Attributes:
-        count: of the pictures that they are of; None where a file does not say.
+        count: the number of images; None if unknown, as in statistics files.
     """
 
     mean: Float[np.ndarray, " D"]
@@ -48,10 +48,10 @@ class Gaussian:
 
 
 class Moments:
-    """Mean and covariance of features that come in parts, in float64.
+    """Streaming mean and covariance of features, in float64.
 
-    Parts are joined by Chan et al.'s update: no more than one matrix is held, and nothing is lost
-    to a large mean.
+    Batches are merged by Chan et al.'s update, which holds a single matrix and stays accurate for a
+    large mean.
     """
 
     def __init__(self, width: int):
@@ -60,7 +60,7 @@ class Moments:
         self._scatter = np.zeros((width, width))  # sum of outer products about the mean
 
     def add(self, features: Num[np.ndarray, "N D"]) -> None:
-        """Adds the features of some pictures."""
+        """Adds the features of a batch of images."""
         features = np.asarray(features, np.float64)
         if not len(features):
             return
@@ -73,10 +73,10 @@ class Moments:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """The mean and the unbiased covariance (divided by N - 1).
+        """Returns the mean and the unbiased covariance (divided by N - 1).
 
         Raises:
-            UserError: of fewer than two pictures there is no covariance.
+            UserError: there are fewer than two images.
         """
         if self.count < 2:
             raise UserError(f"a covariance needs at least two pictures, not {self.count}")
@@ -84,10 +84,10 @@ class Moments:
 
 
 def distance(a: Gaussian, b: Gaussian) -> float:
-    """The squared Fréchet distance, as FID is given.
+    """Returns the squared Fréchet distance, the FID of two sets.
 
-    Tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b for any S = R R^T. Taken
-    so, it is real and needs no inverse: covariances of fewer pictures than features will do.
+    Tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b for any S = R R^T. Computed
+    this way it is real and needs no inverse, so singular covariances are allowed.
 
     Raises:
         UserError: the widths differ, or a figure is not finite.
@@ -107,19 +107,19 @@ def distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
-    """R with R R^T = covariance, without the directions that rounding alone has filled: their
-    square root would be 1e-8 of the largest, not 1e-16."""
+    """Returns R with R R^T = covariance. Drops directions of pure rounding error: their square root
+    would be 1e-8 of the largest, not 1e-16."""
     values, vectors = np.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def load_statistics(path: Path) -> Gaussian:
-    """Mean `mu` and covariance `sigma` of reference pictures from an .npz, as pytorch-fid and
-    the TTUR release write them.
+    """Reads the mean `mu` and covariance `sigma` of reference images from an .npz file, the format
+    of pytorch-fid and the TTUR release.
 
     Raises:
-        UserError: the file is missing, is no such archive, or the shapes do not fit.
+        UserError: the file is missing, is not such an archive, or the shapes do not fit.
     """
     try:
         with path.open("rb") as file, np.load(file) as stored:
@@ -136,22 +136,23 @@ def load_statistics(path: Path) -> Gaussian:
 
 
 def save_statistics(gaussian: Gaussian, path: Path) -> None:
-    """Writes what `load_statistics` reads, atomically."""
+    """Writes a file for `load_statistics`, atomically."""
     with writing(str(path)) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance)
 
 
 class Inception:
-    """Features of pictures, by a TorchScript network.
+    """Computes features of images with a TorchScript network.
 
     Args:
-        path: the TorchScript. It is given pictures [N 3 H W] of values 0 to 255 and gives
-            features [N D]; if its `forward` has an argument `return_features`, that is set.
-        resize: what a picture goes through first. `network`: nothing, as uint8; the network
-            brings it to its own size. `clean`: PIL's bicubic filter, to 299 x 299 in float32.
+        path: the TorchScript file. The network takes images [N 3 H W] with values 0 to 255 and
+            returns features [N D]. If its `forward` has an argument `return_features`, it is set.
+        resize: the preprocessing. `network` passes uint8 images unchanged, and the network resizes
+            them. `clean` resizes to 299 x 299 in float32 with PIL's bicubic filter.
 
     Raises:
-        UserError: there is no network, torch is not installed, or the file is not TorchScript.
+        UserError: `path` is None or missing, torch is not installed, or the file is not
+            TorchScript.
     """
 
     def __init__(self, path: Path | None, resize: Resize = "network"):
@@ -169,7 +170,7 @@ class Inception:
         self._resize = resize
         try:
             with warnings.catch_warnings():
-                # torch.jit is deprecated; the network that the field compares by is of it.
+                # torch.jit is deprecated, but the standard FID network is a torch.jit file.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._network = self._torch.jit.load(path, map_location=self._device).eval()
         except RuntimeError as error:
@@ -186,10 +187,10 @@ class Inception:
         self.note = f"features by {path.name} (sha256 {digest[:12]}), pictures {way}"
 
     def __call__(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "N D"]:
-        """The features of pictures, which may differ in size.
+        """Returns the features of images, which may differ in size.
 
         Raises:
-            UserError: the network does not give a row of features for each.
+            UserError: the network does not return one row of features per image.
         """
         torch = self._torch
         entering = [_clean(p) for p in pictures] if self._resize == "clean" else pictures
@@ -211,7 +212,7 @@ class Inception:
 
 
 def _clean(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "299 299 3"]:
-    """clean-fid's resizing: channel by channel in float32, clipped and not rounded."""
+    """Resizes as clean-fid does: each channel in float32, clipped but not rounded."""
     channels = [
         Image.fromarray(np.ascontiguousarray(picture[..., c], np.float32)).resize(
             (SIZE, SIZE), Image.Resampling.BICUBIC
@@ -228,11 +229,11 @@ def moments(
     what: str = "pictures",
     batch: int = 32,
 ) -> Moments:
-    """Mean and covariance of the features of pictures: files, which are read one batch at a
-    time, or arrays of uint8.
+    """Computes the mean and covariance of the features of images, given as files (read one batch at
+    a time) or as uint8 arrays.
 
     Raises:
-        UserError: there are none, or one cannot be read.
+        UserError: there are no images, or one cannot be read.
     """
     seen: Moments | None = None
     pending: list[np.ndarray] = []
@@ -260,17 +261,17 @@ def _read(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def score(drawn: Gaussian, reference: Gaussian, notes: Sequence[str] = ()) -> Scores:
-    """`FID`, the distance of drawn pictures from real ones.
+    """Returns `FID`, the distance of generated images from real ones.
 
     Args:
-        notes: how the features came about, as `Inception.note` says it.
+        notes: notes to add, such as `Inception.note`.
 
     Returns:
-        The distance. How many pictures it is of is noted: FID falls with their number, so
-        figures of different numbers do not compare.
+        The distance, with a note of the numbers of images. FID falls as they grow, so figures for
+        different numbers of images are not comparable.
 
     Raises:
-        UserError: as `distance`.
+        UserError: the feature widths differ, or a figure is not finite.
     """
     counts = [f"{g.count:,}" if g.count else "an unknown number of" for g in (drawn, reference)]
     said = [f"{counts[0]} pictures against {counts[1]} real ones", *notes]

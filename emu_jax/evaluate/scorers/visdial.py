@@ -1,8 +1,8 @@
-"""Visual Dialog v1.0: where a model ranks the answer among the 100 candidates of a round.
+"""Visual Dialog v1.0: retrieval scores of a model's ranking of the 100 candidates of a round.
 
-Das et al., arXiv:1611.08669, for the single answer that was given (sparse); the VisDial
-challenge for the relevance that people judged each candidate to have in one round of a dialogue
-(dense; batra-mlp-lab/visdial-challenge-starter-pytorch `metrics.py`).
+Sparse scores use the single human answer (Das et al., arXiv:1611.08669). Dense scores use human
+relevance judgments of all candidates in one round of a dialogue (the VisDial challenge,
+batra-mlp-lab/visdial-challenge-starter-pytorch `metrics.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def score(
     answers: Mapping[Hashable, int],
     relevance: Mapping[Hashable, Sequence[float]] | None = None,
 ) -> Scores:
-    """The figures of `sparse`, and of `dense` where there is a relevance. A round has its
-    reciprocal rank, in percent."""
+    """Returns the figures of `sparse`, and those of `dense` if `relevance` is given. The figure of
+    a single round is its reciprocal rank, in percent."""
     found = sparse(ranks, answers)
     if not relevance:
         return Scores(found.values, ("NDCG is left out: no relevance was given",), found.per_item)
@@ -31,11 +31,11 @@ def score(
 
 
 def sparse(ranks: Mapping[Hashable, Sequence[int]], answers: Mapping[Hashable, int]) -> Scores:
-    """`MRR`, `R@1`, `R@5`, `R@10`, all in percent, and the answer's `mean rank`, from 1.
+    """Returns `MRR`, `R@1`, `R@5` and `R@10` in percent, and the answer's `mean rank`, from 1.
 
     Args:
-        ranks: of each candidate of each round, in the candidates' order; 1 is the best.
-        answers: the index of the answer among them, from 0 (`gt_index` of the annotations).
+        ranks: for each round, the candidates' ranks in the candidates' order; 1 is the best.
+        answers: the index of the correct candidate, from 0 (`gt_index` of the annotations).
 
     Raises:
         UserError: rounds lack ranks, the ranks are not 1 to their number, or an index is out
@@ -58,20 +58,20 @@ def sparse(ranks: Mapping[Hashable, Sequence[int]], answers: Mapping[Hashable, i
 def dense(
     ranks: Mapping[Hashable, Sequence[int]], relevance: Mapping[Hashable, Sequence[float]]
 ) -> Scores:
-    """`NDCG`, in percent, over the rounds whose candidates people judged.
+    """Returns `NDCG`, in percent, over the rounds with relevance judgments.
 
-    A round's is DCG@k in the order of the ranks by DCG@k in the best order: k is the number of
-    candidates of a relevance above 0, and the i-th candidate, from 1, counts its relevance by
-    log2(i + 1).
+    The NDCG of a round is DCG@k in ranked order divided by DCG@k in the best order. k is the number
+    of candidates with a relevance above 0. The i-th candidate, from 1, contributes its relevance
+    divided by log2(i + 1).
 
     Args:
-        ranks: of each candidate of each round; rounds that `relevance` lacks are passed over.
-        relevance: of each candidate, in 0 to 1 (`gt_relevance` of the annotations). Rounds
-            without a relevant candidate are left out: noted.
+        ranks: for each round, the candidates' ranks; rounds missing in `relevance` are ignored.
+        relevance: for each round, the candidates' relevance from 0 to 1 (`gt_relevance` of the
+            annotations). Rounds without a relevant candidate are left out, with a note.
 
     Raises:
-        UserError: rounds lack ranks, the ranks are not 1 to their number, or there are more or
-            fewer of them than relevances.
+        UserError: rounds lack ranks, the ranks are not 1 to their number, or the numbers of ranks
+            and relevances differ.
     """
     check_keys(relevance, [key for key in ranks if key in relevance], "rounds")
     found: dict[Hashable, float] = {}

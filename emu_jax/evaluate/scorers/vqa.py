@@ -1,7 +1,7 @@
 """Answers to questions: the VQA accuracy, exact match, and WUPS.
 
-- `score`: VQAv2 as VQA's evaluation has it (Antol et al., arXiv:1505.00468, section 5;
-  GT-Vision-Lab/VQA `vqaEval.py`), OK-VQA as Emu's release does, VizWiz as VizWiz's own does.
+- `score`: VQAv2 by VQA's evaluation (Antol et al., arXiv:1505.00468, section 5;
+  GT-Vision-Lab/VQA `vqaEval.py`), OK-VQA by Emu's release, VizWiz by VizWiz's own evaluation.
 - `exact`: MSVD-QA and MSRVTT-QA.
 - `wups`: open-ended NExT-QA (Xiao et al., arXiv:2105.08276; doc-doc/NExT-OE `eval_oe.py`).
 """
@@ -24,7 +24,7 @@ STEMMED = (
     "answers were reduced to their stems (Porter's, by nltk), as Emu's release does for OK-VQA"
 )
 
-Answer = str | Mapping[str, Any]  # as the annotations have it: the answer under "answer"
+Answer = str | Mapping[str, Any]  # a dict as in the annotations holds it under "answer"
 
 
 def score(
@@ -34,29 +34,29 @@ def score(
     answer_types: Mapping[Hashable, str] | None = None,
     convention: Literal["vqa", "okvqa", "vizwiz"] = "vqa",
 ) -> Scores:
-    """The VQA accuracy, in percent.
+    """Returns the VQA accuracy, in percent.
 
-    An answer's accuracy is min(1, matches / 3) against the other people's answers, averaged
+    The accuracy of a prediction is min(1, matches / 3) against the other people's answers, averaged
     over leaving out each of the (ten) people in turn.
 
-    `vqa` normalises prediction and answers alike, and only where people disagree. `okvqa` is
-    Emu's release (`mm_eval/datasets/vqa_tools/vqa_eval.py: OKVQAEval`): the prediction is
-    normalised always; where people disagree, their answers lose their punctuation; both are
-    stemmed. `vizwiz` normalises the prediction always and the answers never. White space around
-    the prediction never counts; around people's answers it does in `okvqa` and `vizwiz`.
+    `vqa` normalizes prediction and answers alike, and only if people disagree. `okvqa` follows
+    Emu's release (`mm_eval/datasets/vqa_tools/vqa_eval.py: OKVQAEval`): the prediction is always
+    normalized. If people disagree, their answers lose their punctuation and are stemmed; the
+    prediction is always stemmed. `vizwiz` always normalizes the prediction and never the answers.
+    White space around the prediction never counts; around people's answers it counts in `okvqa`
+    and `vizwiz`.
 
     Args:
-        answers: what people answered to each question, at least one.
+        answers: the human answers to each question, at least one.
         predictions: one answer to each question.
-        answer_types: the types that the annotations give, for a figure of each.
+        answer_types: the answer types of the annotations, to report a figure for each.
 
     Returns:
-        `accuracy`, and `accuracy/answer/T` for each type T. A question with a single answer, for
-        which the formula gives 0, counts as right when the prediction is that answer: noted.
+        `accuracy`, and `accuracy/answer/T` for each type T. The formula gives 0 for a question with
+        a single answer; there an exact match counts as correct, with a note.
 
     Raises:
-        UserError: questions lack answers, types or a prediction; or nltk, whose stemmer `okvqa`
-            needs, is not installed.
+        UserError: questions lack answers, types or a prediction, or `okvqa` lacks nltk's stemmer.
     """
     check_keys(answers, predictions, "predictions")
     stem = _porter() if convention == "okvqa" else None
@@ -83,16 +83,16 @@ def score(
     values |= _by_type("accuracy/answer", right, answer_types)
     notes = [STEMMED] if stem else []
     if single:
-        note = f"{single} questions have one answer only: right is what matches it exactly"
+        note = f"{single} questions have only one answer: an exact match counts as correct"
         notes.append(warned(note))
     return Scores(values, tuple(notes), right)
 
 
 def exact(answers: Mapping[Hashable, str], predictions: Mapping[Hashable, str]) -> Scores:
-    """The share of predictions that are the answer, in percent: `accuracy`.
+    """Returns `accuracy`, the share of predictions that equal the answer, in percent.
 
-    As for MSVD-QA and MSRVTT-QA (Xu et al., MM 2017), whose answers are one lower-case word out
-    of a vocabulary: equal in lower case, white space around them aside.
+    Used for MSVD-QA and MSRVTT-QA (Xu et al., MM 2017), whose answers are one lower-case word of a
+    vocabulary. Case and surrounding white space are ignored.
 
     Raises:
         UserError: a question lacks a prediction.
@@ -111,24 +111,24 @@ def wups(
     *,
     question_types: Mapping[Hashable, str] | None = None,
 ) -> Scores:
-    """WUPS@0 of open-ended answers, in percent, as NExT-QA's evaluation has it: of the makers'
-    released predictions (HGA, validation) it gives their published 21.48.
+    """Returns WUPS@0 of open-ended answers, in percent, by NExT-QA's evaluation. On the authors'
+    released predictions (HGA, validation) it reproduces their published 21.48.
 
-    Words are lemmatised and stop words dropped. Each word of one answer has its best Wu-Palmer
-    similarity (WordNet 3.0, first senses) to a word of the other; words unlike all others are
-    passed over; the similarities of a side are multiplied, and the smaller product counts. Of
-    several answers, the one nearest to the prediction counts. Counting and yes-no questions
-    (DC, DB) must match exactly.
+    Words are lemmatized and stop words dropped. Each word of one answer gets its best Wu-Palmer
+    similarity (WordNet 3.0, first senses) to a word of the other. Words with no similar word are
+    skipped. The similarities of a side are multiplied, and the smaller product counts. Of several
+    answers, the one nearest to the prediction counts. Counting and yes-no questions (DC, DB) must
+    match exactly.
 
     Args:
         answers: the annotated answer, and the additional one of the test split if there is one.
         predictions: one answer to each question.
-        question_types: NExT-QA's: CW, CH, TN, TP, TC, DL, DB, DC or DO.
+        question_types: NExT-QA's types: CW, CH, TN, TP, TC, DL, DB, DC or DO.
 
     Returns:
-        `WUPS` and, given types, `WUPS_C`, `WUPS_T`, `WUPS_D` and `WUPS/T` of each type (TN and
-        TP are one). Without nltk's WordNet: `exact`, the share that is equal in lower case
-        without stop words, under the like names; noted.
+        `WUPS` and, given types, `WUPS_C`, `WUPS_T`, `WUPS_D` and `WUPS/T` of each type (TN and TP
+        are merged). Without nltk's WordNet, `exact` takes the place of `WUPS` in these names, with
+        a note: the share that matches in lower case without stop words.
 
     Raises:
         UserError: questions lack answers, types or a prediction.
@@ -170,7 +170,7 @@ _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_WITHIN = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official table, less the lines that change nothing: words are in lower case by then.
+# The official table without the entries that have no effect on lower-case words.
 _CONTRACTIONS = {
     **{
         word.replace("'", ""): word
@@ -184,7 +184,7 @@ _CONTRACTIONS = {
             why're why's won't would've wouldn't y'all you'd you'll you're you've
         """.split()
     },
-    # Two apostrophes, of which the first or the second is missing.
+    # Words with two apostrophes, with the first or the second missing.
     **{
         short: word
         for word in """
@@ -202,10 +202,12 @@ _CONTRACTIONS = {
 
 
 def normalize(answer: str) -> str:
-    """An answer as VQA's evaluation compares it.
+    """Normalizes an answer as VQA's evaluation does.
 
-    Punctuation goes, or becomes a space where it stands between letters without a comma within
-    a number; then lower case, number words as digits, no articles, apostrophes put back.
+    Removes each punctuation mark that is next to a space anywhere in the answer, or all marks if
+    the answer has a comma within a number. Replaces other marks by spaces, and drops periods that
+    no digit follows. Then converts to lower case, turns number words into digits, drops articles
+    and restores apostrophes.
     """
     return _plain_words(_unpunctuated(answer))
 
@@ -216,7 +218,7 @@ def _unpunctuated(answer: str) -> str:
     for mark in _PUNCTUATION:
         alone = mark + " " in answer or " " + mark in answer
         text = text.replace(mark, "" if alone or within else " ")
-    # The official code hands a flag (32) to `sub` where the count goes.
+    # The official code passes a flag (32) in place of the count.
     return _PERIOD.sub("", text, count=32)
 
 
@@ -226,7 +228,7 @@ def _plain_words(text: str) -> str:
 
 
 def _porter() -> Callable[[str], str]:
-    """Porter's stemmer. The release gives it whole answers, so that it stems the last word."""
+    """Returns Porter's stemmer. The release stems whole answers, so only the last word changes."""
     try:
         from nltk.stem import PorterStemmer
     except ImportError as error:
@@ -241,7 +243,7 @@ def _one_line(answer: str) -> str:
 
 
 def _leave_one_out(matches: Sequence[bool]) -> float:
-    """min(1, matches / 3) of the others, averaged over who is left out."""
+    """Averages min(1, matches / 3) of the other people over the person left out."""
     if len(matches) == 1:
         return float(matches[0])
     total = sum(matches)
@@ -256,7 +258,7 @@ def _mean(values: Any) -> float:
 def _by_type(
     name: str, figures: Mapping[Hashable, float], types: Mapping[Hashable, str] | None
 ) -> dict[str, float]:
-    """The mean of the items of each type, under `name/type`."""
+    """Returns the mean over the items of each type, under `name/type`."""
     if types is None:
         return {}
     groups: dict[str, list[float]] = {}
@@ -277,7 +279,7 @@ NO_TAGGER = (
     "words were lemmatised without their part of speech, since nltk's "
     "averaged_perceptron_tagger_eng is missing: WUPS can differ slightly"
 )
-# NExT-OE's stop words: nltk's English list, less the words that answer a question.
+# NExT-OE's stop words: nltk's English list without words that can answer a question.
 _STOP_WORDS = frozenset(
     """
     i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself
@@ -299,7 +301,7 @@ def _content_words(answer: str) -> list[str]:
 
 
 class _WordNet:
-    """NExT-OE's lemmas and similarities, over nltk's WordNet (its lemmatiser is pywsd's)."""
+    """NExT-OE's lemmas and similarities, by nltk's WordNet (lemmatized as by pywsd)."""
 
     def __init__(self, net: Any, tagged: bool):
         from nltk.stem import PorterStemmer, WordNetLemmatizer
@@ -309,17 +311,17 @@ class _WordNet:
         self._split = NLTKWordTokenizer().tokenize
         self._stem = PorterStemmer().stem
         self._base = WordNetLemmatizer().lemmatize
-        # The first sense of a word stands for it, whatever its part of speech.
+        # A word is represented by its first sense, of any part of speech.
         self._sense = functools.cache(lambda word: next(iter(net.synsets(word)), None))
         self._similarity = functools.cache(self._wu_palmer)
 
     def prepare(self, answer: str) -> list[str]:
-        """The lemmas of an answer, without stop words."""
+        """Returns the lemmas of an answer, without stop words."""
         lemmas = [self._lemma(word.lower(), pos) for word, pos in self._tag(self._split(answer))]
         return [lemma for lemma in lemmas if lemma not in _STOP_WORDS]
 
     def wups(self, one: Sequence[str], other: Sequence[str]) -> float:
-        """WUPS@0 of two lists of lemmas: the smaller of both directions."""
+        """Returns WUPS@0 of two lists of lemmas, the smaller of both directions."""
         return min(self._directed(one, other), self._directed(other, one))
 
     def _directed(self, one: Sequence[str], other: Sequence[str]) -> float:
@@ -332,8 +334,8 @@ class _WordNet:
         first, second = self._sense(a), self._sense(b)
         if first is None or second is None:
             return 0.0
-        # Verbs alone are given a common root, so that a noun is unlike any verb while a verb is
-        # a little like any noun: so did nltk 3.3, which NExT-OE's figures are of.
+        # Only verbs get a common root, so the similarity is asymmetric: a noun is unlike any verb,
+        # a verb slightly like any noun. NExT-OE's figures come from nltk 3.3, which does this.
         return first.wup_similarity(second, simulate_root=first.pos() == "v") or 0.0
 
     def _tag(self, words: list[str]) -> list[tuple[str, str | None]]:
@@ -341,7 +343,7 @@ class _WordNet:
             return [(word, None) for word in words]
         from nltk import pos_tag
 
-        # A word whose tag WordNet has no part of speech for is tagged again by itself.
+        # A word whose tag is not a WordNet part of speech is tagged again on its own.
         kinds = {"NN": "n", "JJ": "a", "VB": "v", "RB": "r"}
         return [
             (word, kinds.get(tag[:2]) or kinds.get(pos_tag([word.lower()])[0][1][:2], "n"))
@@ -349,14 +351,14 @@ class _WordNet:
         ]
 
     def _lemma(self, word: str, pos: str | None) -> str:
-        """Its base form if WordNet has that, else its stem if WordNet has that, else itself."""
+        """Returns the base form or else the stem, whichever WordNet has, or else the word."""
         lemma = self._base(word, pos) if pos else self._net.morphy(word) or word
         stem = self._stem(word)
         return next((form for form in (lemma, stem) if self._sense(form)), word)
 
 
 def _wordnet() -> tuple[_WordNet | None, tuple[str, ...]]:
-    """nltk's WordNet and what is to be said about it; None where it is missing."""
+    """Returns nltk's WordNet, or None if it is missing, and notes for `Scores`."""
     try:
         import nltk
         from nltk.corpus import wordnet
