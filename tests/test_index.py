@@ -1,6 +1,11 @@
 """Arrays that are kept beside their files: whole, or noticed and made again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +182,26 @@ def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="sizes.npy has changed"):
         read()
     assert read() == want
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from emu_jax.data import index\n"
+        "index._save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "index.kept(Path(sys.argv[1]), 'it', dict)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert ended.returncode == -signal.SIGKILL
+    (dead,) = tmp_path.iterdir()
+    kept(tmp_path, "first", make)
+    assert dead.is_dir()  # it is young
+
+    living = Path(tempfile.mkdtemp(dir=tmp_path, prefix=index._temporary_prefix()))
+    elsewhere = Path(tempfile.mkdtemp(dir=tmp_path, prefix=".making.other."))
+    locked = index._lock(living)
+    for folder in (dead, living, elsewhere):
+        os.utime(folder, (0, 0))
+    index._sweep.cache_clear()  # the next process
+    kept(tmp_path, "second", make)
+    os.close(locked)
+    assert not dead.exists() and living.is_dir() and elsewhere.is_dir()

@@ -15,12 +15,16 @@ are checked when they are opened, larger ones block by block at the first look-u
 from __future__ import annotations
 
 import bisect
+import fcntl
+import functools
 import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 
 EAGER = 1 << 27  # bytes; checking so much takes a moment
+SWEEP_SECONDS = 3600.0  # a temporary folder without an owner is removed when it is this old
 _BLOCK = 1 << 14
 _LISTING, _VERSION = "arrays.json", 1
 _INTEGERS = (int, np.integer)
@@ -74,7 +79,9 @@ def kept(
     arrays = make()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name}."))
+        _sweep(folder)
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_temporary_prefix()))
+        locked = _lock(temporary)  # until the process ends, if it is killed
         try:
             _save(arrays, temporary)
             os.chmod(temporary, 0o755)  # mkdtemp makes it private
@@ -85,11 +92,48 @@ def kept(
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if locked is not None:
+                os.close(locked)
         storage.sync(folder)
         return _load(target, eager)
     except (_Changed, *_BROKEN) as error:
         log.warning("cannot keep %s: %s", target, error)
         return arrays
+
+
+def _temporary_prefix() -> str:
+    return f".making.{short_hash(socket.gethostname())}."
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a folder; returns the open descriptor, or None if it is locked or cannot be."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@functools.cache  # listing a folder of many arrays takes long: once is enough
+def _sweep(folder: Path) -> None:
+    """Removes the temporary folders that killed processes of this host left behind.
+
+    A process holds a lock on its own. Younger ones than `SWEEP_SECONDS` are spared, since their
+    process may not have locked them yet.
+    """
+    for left in folder.glob(f"{_temporary_prefix()}*"):
+        try:
+            young = time.time() - left.stat().st_mtime < SWEEP_SECONDS
+        except OSError:  # it has just got its name
+            continue
+        if not young and (locked := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(locked)
 
 
 def _save(arrays: Arrays, folder: Path) -> None:
