@@ -322,6 +322,10 @@ def _grouped(parts: Iterable[_Part]) -> Iterator[_Sample]:
     A member with a corrupt header has no name. It is assigned to the sample around it, or else to
     the sample before or after it if that one is incomplete. Otherwise it becomes a sample of its
     own.
+
+    Tars that were merged without their end marks read as one archive. If the first ends with K.txt
+    alone and the next begins with K.jpg, the two look like any sample of two members: they are
+    grouped, and not counted as joined.
     """
     group: list[_Part] = []
     before, after = None, None  # nameless members next to the group
