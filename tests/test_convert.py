@@ -753,7 +753,7 @@ def test_adapters_come_back_from_peft(adapted, tmp_path):
         ({"target_modules": "all-linear"}, "as a list of layers"),
         ({"target_modules": ["q_proj", "lm_head"]}, "unknown LoRA target 'lm_head'"),
         ({"r": 4}, r"lora_A.weight is \[5, 48\], expected \[4, 48\]"),
-        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "tensors too many"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "unexpected tensors"),
     ]:
         note.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
@@ -993,9 +993,9 @@ DAMAGE = {
     "doubles": (edit_bin(lambda t: t | {WEIGHT: t[WEIGHT].double()}), f"{WEIGHT} is float64"),
     "complex": (edit_bin(lambda t: t | {WEIGHT: t[WEIGHT].to(torch.complex64)}), "complex64"),
     "no tensor": (edit_bin(lambda t: t | {WEIGHT: 3}), f"{WEIGHT} is an int, expected a tensor"),
-    "a list": (lambda f: torch.save([1, 2], f / source.MULTIMODAL), "no state dict but a list"),
+    "a list": (lambda f: torch.save([1, 2], f / source.MULTIMODAL), "expected a state dict"),
     "no layers": (edit_bin(lambda t: {k: v for k, v in t.items() if ".layers." not in k}),
-                  "no Emu checkpoint"),
+                  "not an Emu checkpoint"),
     "other tokenizer": (
         edit_bin(lambda t: t | {k: torch.ones(600, 64) for k in (
             "decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")}),
@@ -1227,7 +1227,7 @@ def test_an_existing_destination_is_kept_unless_told_otherwise(instruct_file, tm
     with pytest.raises(UserError, match="does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no release"):
+    with pytest.raises(UserError, match="neither a release"):
         convert(tmp_path / "empty", tmp_path / "other")
 
 

@@ -1,8 +1,8 @@
 """Arrays of a checkpoint, written and read a layer at a time.
 
 Orbax saves and restores whole arrays, and a stacked parameter of a large model is several GiB.
-Here each layer is written as chunks of its own, in orbax's layout (zarr3 in an OCDBT database) and
-with a checksum each: ordinary orbax readers open them.
+Here each layer is written as its own chunks, each with a checksum, in orbax's layout (zarr3 in an
+OCDBT database). Ordinary orbax readers can open them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from emu_jax.config import UserError
 from emu_jax.convert.files import copy_into
 
 _CHUNK = 2**26  # bytes of an array in one file
-_GROUP = 2**26  # bytes committed together: a commit is slow, and until then they are in memory
+_GROUP = 2**26  # bytes committed together: they stay in memory until then, and a commit is slow
 
 
 class ArrayWriter:
     """Writes an item of a checkpoint (DIR/<step>/params) layer by layer.
 
     Args:
-        item: the directory to make.
-        arrays: {dotted path: anything with .shape and .dtype} of all arrays.
+        item: the directory to create.
+        arrays: {dotted path: object with .shape and .dtype} of all arrays.
         stacked: the paths of arrays with a leading axis of layers.
     """
 
@@ -70,11 +70,12 @@ class ArrayWriter:
         return shape
 
     def write(self, path: str, layer: int, array: np.ndarray) -> None:
-        """Writes one layer of a stacked array, or (as layer 0) the whole of another. It is cast
-        to the announced dtype; `array` may be a view of a mapped file.
+        """Writes one layer of a stacked array, or (as layer 0) the whole of another.
+
+        It is cast to the declared dtype. `array` may be a view of a mapped file.
 
         Raises:
-            UserError: it could not be written.
+            UserError: writing failed.
         """
         self._left.remove((path, layer))
         wanted = self._arrays[path]
@@ -101,7 +102,8 @@ class ArrayWriter:
                     store = store[layer]
 
     def _commit(self) -> None:
-        """Has the group written while the next one fills, once the one before is on disk."""
+        """Starts committing the group, after the previous one is on disk. The next one can fill
+        meanwhile."""
         for future in self._writes:
             self._run(future.copy.result)
         if self._committed is not None:
@@ -115,7 +117,7 @@ class ArrayWriter:
         return {
             "driver": "zarr3",
             "kvstore": _database(self._item, path) | {
-                # Data wait in memory until they fill a file.
+                # Data stay in memory until they fill a file of this size.
                 "target_data_file_size": _CHUNK,
             },
             "metadata": {
@@ -138,7 +140,7 @@ class ArrayWriter:
             raise UserError(f"cannot write {self._item}: {_reason(error)}") from None
 
     def close(self) -> None:
-        """Waits until all is on disk and writes orbax's description of it."""
+        """Waits until everything is on disk, then writes orbax's metadata."""
         self._commit()
         self._run(self._committed.result)
         if self._left:
@@ -169,13 +171,13 @@ class ArrayWriter:
 
 
 class Arrays:
-    """The arrays of an item of a checkpoint that orbax or `ArrayWriter` wrote.
+    """The arrays of a checkpoint item that orbax or `ArrayWriter` wrote.
 
-    An array whose chunks hold many layers is first put in order in a temporary file, chunk by
-    chunk: decoding its chunks again for each layer would take as many times as long.
+    An array whose chunks span several layers is first reordered into a temporary file, chunk by
+    chunk: otherwise each chunk would be decoded again for every layer.
 
     Args:
-        scratch: where temporary files may be written.
+        scratch: a directory for temporary files.
     """
 
     def __init__(self, item: Path, scratch: Path):
@@ -193,13 +195,13 @@ class Arrays:
         """Reads a layer of a stacked array, or all of an array.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: the array is missing or damaged.
         """
         try:
             if layer is None:
                 return self._open(path).read().result()
             if self._last[0] != path:
-                self._last = ("", None)  # lets go of the one before
+                self._last = ("", None)  # frees the previous array
                 self._last = path, self._by_layers(path)
             stored = self._last[1][layer]
             return stored if isinstance(stored, np.ndarray) else stored.read().result()
@@ -228,7 +230,7 @@ class Arrays:
             return store.read().result()
         with tempfile.TemporaryFile(dir=self._scratch) as f:
             length = math.prod(store.shape) * dtype.itemsize
-            # Blocks are taken at once: a full disk is an error now, not a signal later.
+            # Allocate now: a full disk is then an error here, not a SIGBUS later.
             os.posix_fallocate(f.fileno(), 0, length)
             ordered = np.memmap(f, np.uint8, "r+", shape=(length,)).view(dtype).reshape(store.shape)
         starts = [range(0, n, c) for n, c in zip(store.shape, chunk, strict=True)]
@@ -241,13 +243,13 @@ class Arrays:
 
 
 def _database(item: Path, path: str) -> dict[str, Any]:
-    """Returns the specification of an array's part of an item's OCDBT database."""
+    """Returns the kvstore specification of one array in an item's OCDBT database."""
     base = {"driver": "file", "path": f"{item.absolute()}/"}
     return {"driver": "ocdbt", "base": base, "path": f"{path}/"}
 
 
 def _reason(error: Exception) -> str:
-    """The part of a storage error that says what is wrong, in one line."""
+    """Returns one line that says what went wrong in a storage error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,9 +1,9 @@
 """Conversion: a release to a run directory, and back to the release's files or to those of
 transformers, diffusers and peft.
 
-Parameters pass through a layer at a time, each straight into its place in a file, so that memory
-does not grow with the model. A destination appears complete or not at
-all: everything is written beside it under a temporary name.
+Parameters are converted a layer at a time, each straight into its place in a file: memory does not
+grow with the number of layers. A destination appears complete or not at all, because everything is
+written beside it under a temporary name.
 """
 
 from __future__ import annotations
@@ -58,28 +58,28 @@ def convert(
     overwrite: bool = False,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Converts a model; what `src` is, is recognised.
+    """Converts a model. The kind of `src` is recognized.
 
     Args:
         src: a release folder, `Emu-instruct.pt`, a run directory, or a peft folder.
-        dst: what to write. With `to="emu"` it may be the name of a .pt file, when the model
-            has no image decoder.
-        to: a run directory, the release's own files, or folders for transformers, diffusers
-            and peft.
+        dst: the destination. With `to="emu"` it may be a .pt file, if the model has no image
+            decoder.
+        to: "jax" for a run directory, "emu" for the release's own files, "hf" for folders that
+            transformers, diffusers and peft read.
         model_config: the release's model JSON; by default `Emu.json` beside the weights.
         tokenizer: a LLaMA tokenizer folder; by default `tokenizer/` beside the weights.
         base: the model that a peft folder's adapters belong to.
         merge_lora: multiply the adapters into the kernels, in float32.
-        overwrite: replace `dst` when it is done.
-        mesh: where parameters pass through; by default all devices.
+        overwrite: replace `dst` once the conversion is complete.
+        mesh: the devices to use; by default all of them.
 
     Returns:
-        What was done, in JSON types: sizes, seconds, the peak of anonymous memory, and `notes`
-        on what the destination says in another way or not at all.
+        A report in JSON types: sizes, seconds, the peak of anonymous memory, and `notes` on
+        settings that the destination stores differently or not at all.
 
     Raises:
-        UserError: the source is missing, damaged or no Emu, its model is one that the destination
-            cannot express, or `dst` exists. `dst` is as it was.
+        UserError: the source is missing, damaged or not an Emu, the destination cannot express
+            its model, or `dst` exists. `dst` is left unchanged.
     """
     src, dst = Path(src), Path(dst)
     if to == "jax":
@@ -92,7 +92,7 @@ def convert(
             scratch=temporary.parent,
         )  # fmt: skip
         if isinstance(source, Run) and to == "jax" and not merge_lora:
-            raise UserError(f"{src} is a run directory already: say --to emu or --to hf")
+            raise UserError(f"{src} is a run directory already: use --to emu or --to hf")
         if merge_lora:
             source = Merged(source)
         notes = []
@@ -123,8 +123,10 @@ def describe(source: Source) -> dict[str, Any]:
 
 
 def write_run(source: Source, folder: Path) -> None:
-    """A run directory at step 0, in the source's dtypes, with what it takes to give the
-    release's files back in `release/`."""
+    """Writes a run directory at step 0, in the source's dtypes.
+
+    Its `release/` holds everything needed to restore the release's files.
+    """
     if jax.process_count() > 1:
         raise UserError("convert runs on one host; what it writes restores onto any number")
     rows = rows_of(source.cfg, source.shapes)
@@ -153,8 +155,10 @@ def write_run(source: Source, folder: Path) -> None:
 
 
 def write_release(source: Source, folder: Path, dst: Path) -> list[str]:
-    """Writes the release's own files. Tensors go back to the dtypes that they came in, unless
-    that would lose something: what was trained since then stays float32.
+    """Writes the release's own files.
+
+    Tensors return to their original dtypes unless that would lose precision: parameters that were
+    trained since then stay float32.
 
     Returns:
         Notes on settings that the release's files do not keep.
@@ -184,15 +188,15 @@ def write_release(source: Source, folder: Path, dst: Path) -> list[str]:
         for key in row.keys:
             key = layout.spelling.write(key, targets)
             shapes[key] = row.transform.release_shape(row.layer_shape(stored.shape))
-            # Narrower than it is stored only where a parameter was stored wider for the sake
-            # of other layers, or trained since: that is known when it is read.
+            # A parameter is stored wider than it came if other layers needed it or it was trained
+            # since. Reading it tells which.
             kept[key] = came[key]
     narrowed = [
         row for row in rows.values()
         if any(came[layout.spelling.write(k, targets)] != source.shapes[row.path].dtype
                for k in row.keys)
     ]  # fmt: skip
-    # A look ahead, since a file announces its dtypes first.
+    # Values are read ahead because a file declares its dtypes first.
     for row, layer in progress(source, narrowed, "checking dtypes"):
         key = layout.spelling.write(row.keys[layer], targets)
         stored = source.read(row.path, layer)
@@ -218,19 +222,19 @@ def write_release(source: Source, folder: Path, dst: Path) -> list[str]:
 
 
 def _loses(part: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether values change when they are cast to another dtype."""
+    """Returns whether casting to another dtype changes any value."""
     return not np.array_equal(part.astype(dtype).astype(part.dtype), part)
 
 
 @contextlib.contextmanager
 def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Iterator[Path]:
-    """A temporary folder (or file name) beside `dst`, which takes its place when all went well.
+    """Yields a temporary folder (or file name) beside `dst`, which replaces `dst` on success.
 
     Args:
-        sources: what is read; none of them may be replaced.
+        sources: the paths that are read; none of them may be replaced.
 
     Raises:
-        UserError: `dst` exists and may not be overwritten, is or holds a source, or cannot be
+        UserError: `dst` exists and may not be overwritten, is or contains a source, or cannot be
             written.
     """
     single = dst.suffix in (".pt", ".bin", ".pth")
@@ -238,7 +242,7 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
         place = dst.resolve()  # `.` has no name, and a link must not be replaced by a folder
         occupied = place.is_file() or (place.is_dir() and any(place.iterdir()))
         if occupied and not overwrite:
-            raise UserError(f"{dst} exists: choose another destination, or say --overwrite")
+            raise UserError(f"{dst} exists: choose another destination, or use --overwrite")
         for source in sources:
             if source.resolve().is_relative_to(place):
                 raise UserError(
@@ -276,12 +280,12 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
         verb = "write" if culprit == str(dst) else "access"
         raise UserError(f"cannot {verb} {culprit}: {os.strerror(error.errno)}") from error
     finally:
-        if place.exists() or not aside.exists():  # else it holds the only copy
+        if place.exists() or not aside.exists():  # otherwise `aside` is the only copy
             shutil.rmtree(holder, ignore_errors=True)
 
 
 def progress(source: Source, rows: Sequence[Row], what: str) -> Iterator[tuple[Row, int]]:
-    """Yields each row with each of its layers, with a bar on a terminal and lines elsewhere."""
+    """Yields each row with each of its layers. Shows a bar on a terminal, plain lines elsewhere."""
     sizes = [
         math.prod(source.shapes[row.path].shape) * source.shapes[row.path].dtype.itemsize
         for row in rows
@@ -307,7 +311,7 @@ def progress(source: Source, rows: Sequence[Row], what: str) -> Iterator[tuple[R
 
 @contextlib.contextmanager
 def report() -> Iterator[dict[str, Any]]:
-    """Measures the time and the peak of anonymous memory of what runs inside."""
+    """Measures the time and the peak anonymous memory of the code inside the context."""
     made: dict[str, Any] = {}
     done, start = threading.Event(), time.monotonic()
     peak = before = anonymous_memory()
@@ -331,8 +335,8 @@ def report() -> Iterator[dict[str, Any]]:
 
 
 def anonymous_memory() -> int | None:
-    """Bytes of this process's memory that no file stands behind; None where the system does
-    not tell (it is Linux that does)."""
+    """Returns the bytes of this process's memory that no file backs, or None on systems other
+    than Linux."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What other libraries read: JSON beside the release's tensors, and folders for transformers,
+"""Exports for other libraries: JSON beside the release's tensors, and folders for transformers,
 diffusers and peft."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Progress = Callable[[Source, Sequence[Row], str], Iterator[tuple[Row, int]]]
 
 
 def copy(carried: Mapping[str, Path], folder: Path) -> None:
-    """Copies files and folders, untouched, to their names under `folder`."""
+    """Copies files and folders unchanged to their names under `folder`."""
     for name, path in carried.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def copy(carried: Mapping[str, Path], folder: Path) -> None:
 
 
 def complete_release(source: Source, folder: Path) -> None:
-    """Writes what the release has beside its tensors and the source did not bring."""
+    """Writes the release's files other than tensors that the source did not provide."""
     cfg = source.cfg
     if not (folder / "Emu.json").exists():
         write_json(folder / "Emu.json", model_json(cfg))
@@ -51,23 +51,24 @@ def complete_release(source: Source, folder: Path) -> None:
         copy_tokenizer(source, folder / "tokenizer")
     config = folder / "tokenizer" / "config.json"
     if not config.exists():
-        # As the release's: LLaMA's own, before Emu's tokens are added.
+        # The release's file is LLaMA's own, from before Emu's tokens were added.
         base = source.tokenizer.base_size
         write_json(config, llama_json(cfg, vocab_size=base, pad_token_id=0))
     write_decoder_json(cfg, folder)
 
 
 def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
-    """Compares a model with what will be read from the release's files.
+    """Compares a model's configuration with the one that the release's files will give.
 
     Args:
-        shapes: of the tensors, as the files spell them.
+        shapes: {tensor's name as the files spell it: its shape}.
 
     Returns:
-        Notes on settings that the files do not keep. None of them changes what is computed.
+        Notes on settings that the files do not keep and that do not change the computation.
 
     Raises:
-        UserError: others are lost: the release's code would compute another model.
+        UserError: a setting would be lost that does: the release's code would compute another
+            model.
     """
     cfg = source.cfg
     with tempfile.TemporaryDirectory() as made:
@@ -86,7 +87,7 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
         if cfg.unet is not None and cfg.vae is not None:
             unet, vae, scheduler = sizes.decoder(folder)
             again = dataclasses.replace(again, unet=unet, vae=vae, scheduler=scheduler)
-    # The JSON may say so, but the release's code does not look.
+    # The release's code ignores this key of the JSON.
     again = dataclasses.replace(
         again, llama=dataclasses.replace(again.llama, rope_theta=LlamaConfig.rope_theta)
     )
@@ -108,15 +109,15 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
     return notes
 
 
-_PADDING = ("llama.vocab_multiple",)  # of tables: what pads them is not exported
-# Settings of training and of fresh weights; the longest prompt is for the user to keep to.
+_PADDING = ("llama.vocab_multiple",)  # rows that pad a table are not exported
+# Settings of training and initialization, and the longest prompt, which the user must respect.
 _OF_TRAINING = (
     "cformer.dropout", "llama.embed_std", "llama.lora.dropout", "llama.max_positions",
 )  # fmt: skip
 
 
 def differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """{dotted name: (value in a, value in b)} of all fields in which two dataclasses differ."""
+    """Returns {dotted name: (value in a, value in b)} of all fields that differ."""
     found: dict[str, tuple[Any, Any]] = {}
     for field in dataclasses.fields(a):
         x, y = getattr(a, field.name), getattr(b, field.name)
@@ -128,7 +129,7 @@ def differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
 
 
 def copy_tokenizer(source: Source, folder: Path) -> None:
-    """The LLaMA tokenizer, without the note that `Tokenizer.save` adds."""
+    """Writes the LLaMA tokenizer, without the note that `Tokenizer.save` adds."""
     source.tokenizer.save(folder)
     (folder / "emu_tokenizer.json").unlink()
 
@@ -151,7 +152,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def model_json(cfg: EmuConfig) -> dict[str, Any]:
-    """The sizes in the format of the release's `Emu-14B.json`."""
+    """Returns the sizes in the format of the release's `Emu-14B.json`."""
     vision = cfg.vision
     ratio = round(vision.mlp_width / vision.width, 4)
     if int(vision.width * ratio) != vision.mlp_width:
@@ -178,7 +179,7 @@ def model_json(cfg: EmuConfig) -> dict[str, Any]:
 
 
 def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:
-    """A transformers `config.json`."""
+    """Returns a transformers `config.json`."""
     values = {theirs: getattr(cfg.llama, ours) for ours, theirs in sizes.LLAMA_JSON.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -195,7 +196,7 @@ def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:
 
 
 def diffusers_json(part: UNetConfig | VAEConfig | SchedulerConfig) -> dict[str, Any]:
-    """A diffusers configuration."""
+    """Returns a diffusers configuration."""
     extra: dict[str, Any] = {
         UNetConfig: {"_class_name": "UNet2DConditionModel"},
         VAEConfig: {
@@ -212,16 +213,17 @@ def diffusers_json(part: UNetConfig | VAEConfig | SchedulerConfig) -> dict[str, 
 
 
 def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
-    """`llama/` for transformers, `unet/`, `vae/`, `scheduler/` for diffusers, `lora/` for peft.
+    """Writes folders for transformers (`llama/`), diffusers (`unet/`, `vae/`, `scheduler/`) and
+    peft (`lora/`).
 
     Each folder has one dtype, the widest of its tensors. The visual encoder, the Causal
     Transformer and the regression head have no counterpart in these libraries.
 
     Returns:
-        Notes on what transformers computes in another way.
+        Notes on where transformers computes differently.
 
     Raises:
-        UserError: the carried configuration of the decoder is not this model's.
+        UserError: the decoder's carried JSON files describe another decoder.
     """
     cfg = source.cfg
     if cfg.unet is not None:
@@ -235,7 +237,7 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
                 f"{name} is {ours}, not {there}" for name, (there, ours) in lost.items()
             )
             raise UserError(f"the release's own JSON files do not describe this decoder: {said}")
-    places: dict[str, tuple[str, str]] = {}  # tensor: folder, name there
+    places: dict[str, tuple[str, str]] = {}  # {tensor: (folder, name there)}
     rows = {row.path: row for row in rows_of(cfg, source.shapes)}
     for row in rows.values():
         for key in row.keys:
@@ -291,7 +293,7 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
 
 
 def hf_tensors(cfg: EmuConfig, params: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """What `write_hf` writes of a model that is in memory: {folder: {tensor's name: tensor}}."""
+    """Returns the tensors `write_hf` writes of a model in memory: {folder: {name: tensor}}."""
     folders: dict[str, dict[str, np.ndarray]] = {}
     for row in rows_of(cfg, params):
         array = np.asarray(params[row.path])
@@ -311,7 +313,7 @@ _STEMS = {
 
 
 def _place(key: str) -> tuple[str, str] | None:
-    """In which folder a tensor goes, and how it is called there."""
+    """Returns the folder that a tensor goes to and its name there, or None if it is left out."""
     if ":" in key:
         tower, name = key.split(":")
         return tower, name

@@ -1,8 +1,8 @@
-"""Read and write tensor files one tensor at a time.
+"""Reads and writes tensor files one tensor at a time.
 
-Reading maps a file read-only, so that a tensor costs no memory until it is copied. Writing puts
-each tensor in its place in the file, a block at a time. Neither needs torch: `.bin` and `.pt` are
-parsed by an unpickler that can only describe tensors, and it runs nothing that a file names.
+Reading maps a file read-only: a tensor takes no memory until it is copied. Writing puts each
+tensor in its place in the file, a block at a time. Neither needs torch: `.bin` and `.pt` files are
+parsed by an unpickler that can only describe tensors and never runs code that a file names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from emu_jax.config import UserError, read_json_object, refuse_stand_in
 from emu_jax.convert.tables import Shape
 
-# safetensors' name, torch's name and storage class.
+# The name in safetensors, the name in torch, and torch's storage class.
 _DTYPES: dict[np.dtype, tuple[str, str, str]] = {
     np.dtype(np.float64): ("F64", "float64", "DoubleStorage"),
     np.dtype(np.float32): ("F32", "float32", "FloatStorage"),
@@ -42,7 +42,7 @@ _DTYPES: dict[np.dtype, tuple[str, str, str]] = {
 }
 _SAFETENSORS = {names[0]: dtype for dtype, names in _DTYPES.items()}
 _TORCH = {names[1]: dtype for dtype, names in _DTYPES.items()}
-# torch's storage classes and the names of their dtypes; None: the tensor names its own.
+# torch's storage classes and the names of their dtypes. None: the tensor names its dtype.
 _STORAGES: dict[str, str | None] = {names[2]: names[1] for names in _DTYPES.values()} | {
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
     "QInt8Storage": "qint8", "QUInt8Storage": "quint8", "QInt32Storage": "qint32",
@@ -51,11 +51,11 @@ _STORAGES: dict[str, str | None] = {names[2]: names[1] for names in _DTYPES.valu
 
 # A state dict may lie inside another dict, under one of these names.
 _NESTS = ("module", "state_dict", "model")
-# Weights in half precision have this in their name, and may be the only ones in a folder.
+# File names of half-precision weights contain one of these. A folder may hold no others.
 _VARIANTS = ("fp16", "bf16")
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
-_BLOCK = 2**25  # bytes written at once
-_MAGIC = 0x1950A86A20F9469CFC6C  # opens torch's format before 1.6
+_BLOCK = 2**25  # bytes per write
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first value in torch's format before 1.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +78,17 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name lists the shards of a model."""
+    """Returns whether a file of this name lists the shards of a model."""
     return bool(_INDEX.search(name))
 
 
 def find(folder: Path, *stems: str) -> Path:
-    """Finds the weights in a folder: `STEM.safetensors`, `STEM.bin` or the index of their
-    shards. Half-precision variants (`STEM.fp16.safetensors`) are taken where there is no other.
+    """Finds the weights in a folder: `STEM.safetensors`, `STEM.bin` or an index of shards.
+
+    A half-precision variant (`STEM.fp16.safetensors`) is taken only if there is nothing else.
 
     Raises:
-        UserError: there are none.
+        UserError: the folder has no weights.
     """
     plain = [
         f"{stem}{ending}"
@@ -161,8 +162,10 @@ def _open_shards(index: Path) -> dict[str, dict[str, Tensor]]:
 
 
 class _Mapped:
-    """A file mapped read-only and shared: Linux refuses to map more than it could copy only
-    where a mapping is private and writable."""
+    """A file mapped read-only and shared.
+
+    Linux may refuse a private writable mapping that is larger than memory.
+    """
 
     def __init__(self, path: Path):
         self.size = path.stat().st_size
@@ -170,8 +173,10 @@ class _Mapped:
             self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
 
     def array(self, start: int, dtype: np.dtype, shape: Shape) -> np.ndarray:
-        """Returns a contiguous tensor, and has the system read ahead: a transposed copy would
-        ask for its pages in an order that no read-ahead guesses."""
+        """Returns a contiguous tensor, and asks the system to read it ahead.
+
+        A transposed copy touches the pages in an order that defeats automatic read-ahead.
+        """
         count = math.prod(shape)
         if not count:
             return np.empty(shape, dtype)
@@ -199,14 +204,14 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
             entries.append((start, end, key, str(value["dtype"]), tuple(map(int, value["shape"]))))
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError,
             RecursionError) as error:  # fmt: skip
-        raise UserError(f"{path} is not a safetensors file, or damaged: {error!r}") from None
+        raise UserError(f"{path} is not a valid safetensors file: {error!r}") from None
     mapped = _Mapped(path)
     held -= length
     tensors = {}
     for start, end, key, name, shape in sorted(entries):
         dtype = _SAFETENSORS.get(name)
         if dtype is None:
-            raise UserError(f"{path}: {key} has dtype {name}, which no Emu tensor has")
+            raise UserError(f"{path}: {key} has the unsupported dtype {name}")
         size = math.prod(shape) * dtype.itemsize
         if end - start != size or start < 0 or min(shape, default=0) < 0:
             raise UserError(f"{path} is damaged: {key} {list(shape)} has {end - start} bytes")
@@ -235,11 +240,11 @@ def torch_or_explain(path: Path) -> Any:
     return torch
 
 
-# --- torch's format, read --------------------------------------------------------------------
+# --- Reading torch's format ------------------------------------------------------------------
 
 
 class _Storage(NamedTuple):
-    """A run of numbers in a torch file; `offset` counts them from its record's start."""
+    """A run of numbers in a torch file. `offset` is in elements from its record's start."""
 
     dtype: str | None
     key: str
@@ -291,7 +296,7 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-# All that a pickle may call, and what is called in its stead.
+# The callables that a pickle may name, and what is called instead.
 _CALLS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): lambda *pairs: dict(*pairs),
     ("torch._utils", "_rebuild_tensor"): _describe,
@@ -302,7 +307,7 @@ _CALLS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): lambda *sizes: tuple(*sizes),
     ("torch", "device"): lambda *names: ":".join(map(str, names)),
 }
-# Those of the opcodes that data needs. All others are refused unexecuted.
+# The opcodes that data needs. All others are refused without being executed.
 _OPCODES = b"".join(
     getattr(pickle, name)
     for name in (
@@ -316,7 +321,7 @@ _OPCODES = b"".join(
 
 
 def _build(unpickler: Any) -> None:
-    """Drops the attributes of a dict: a state dict's `_metadata`."""
+    """Drops the attributes of a dict, such as a state dict's `_metadata`."""
     unpickler.stack.pop()
     if not isinstance(unpickler.stack[-1], dict):
         raise _Refused("attributes of an object")
@@ -328,8 +333,10 @@ class _Opcodes(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Describes the tensors of a pickle of any protocol. Python's own implementation, because
-    its table of opcodes can be cut down."""
+    """Describes the tensors of a pickle of any protocol.
+
+    Derives from the pure-Python unpickler because its opcode table can be restricted.
+    """
 
     dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code] for code in _OPCODES})
     dispatch[pickle.BUILD[0]] = _build
@@ -379,14 +386,14 @@ def _open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         ) from None
     except UserError:
         raise
-    except Exception as error:  # what a damaged pickle leads to: IndexError, AssertionError, ...
+    except Exception as error:  # a damaged pickle raises anything: IndexError, AssertionError, ...
         reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
         if isinstance(error, KeyError):
             reason = f"{reason} is unknown"
         raise UserError(f"{path} is refused: it is truncated or damaged ({reason})") from None
 
 
-# Where each storage begins: {key: (first byte, bytes)}.
+# The place of each storage: {key: (offset in bytes, length in bytes)}.
 _Places = dict[str, tuple[int, int]]
 
 
@@ -403,7 +410,7 @@ def _parse_zip(path: Path, mapped: _Mapped) -> tuple[Any, _Places]:
     for name, record in records.items():
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise UserError(
-                f"{path} is compressed inside, as torch never writes it: load it with torch and "
+                f"{path} is a compressed archive, which torch never writes: load it with torch and "
                 "save it again"
             )
         header = mapped.map[record.header_offset : record.header_offset + 30]
@@ -412,7 +419,7 @@ def _parse_zip(path: Path, mapped: _Mapped) -> tuple[Any, _Places]:
         lengths = struct.unpack("<HH", header[26:])
         start = record.header_offset + 30 + sum(lengths)
         if start + record.file_size > mapped.size:
-            raise ValueError(f"{name} ends behind the file's end")
+            raise ValueError(f"{name} extends past the end of the file")
         places[name] = (start, record.file_size)
 
     def content(name: str) -> bytes:
@@ -427,8 +434,11 @@ def _parse_zip(path: Path, mapped: _Mapped) -> tuple[Any, _Places]:
 
 
 def _parse_legacy(path: Path, mapped: _Mapped) -> tuple[Any, _Places]:
-    """The format before torch 1.6: pickles of a magic number, the version, the machine, the
-    object and the storages' keys, then the storages, each behind its length."""
+    """Parses the format before torch 1.6.
+
+    It holds pickles of a magic number, the version, the machine, the object and the storages'
+    keys, then the storages, each preceded by its length.
+    """
     file = mapped.map
     if bytes(file[257:262]) == b"ustar":
         raise UserError(f"{path} is a tar archive (torch before 0.2): save it with a newer torch")
@@ -448,11 +458,11 @@ def _parse_legacy(path: Path, mapped: _Mapped) -> tuple[Any, _Places]:
         (length,) = struct.unpack("<q", file[at : at + 8])
         dtype = _TORCH.get(str(unpickler.storages.get(key)))
         if dtype is None:
-            raise UserError(f"{path}: storage {key} has a dtype that no Emu tensor has")
+            raise UserError(f"{path}: storage {key} has an unsupported dtype")
         places[key] = (at + 8, length * dtype.itemsize)
         at += 8 + length * dtype.itemsize
         if length < 0 or at > mapped.size:
-            raise ValueError(f"storage {key} ends behind the file's end")
+            raise ValueError(f"storage {key} extends past the end of the file")
     return stored, places
 
 
@@ -466,14 +476,14 @@ def _bind(
         stored = stored[nest] if nest else stored
     if not isinstance(stored, dict) or not stored:
         what = "an empty dict" if isinstance(stored, dict) else _kind(stored)
-        raise UserError(f"{path} holds no state dict but {what}")
+        raise UserError(f"{path} holds {what}, expected a state dict")
     tensors = {}
     for key, value in stored.items():
         if not isinstance(value, _Described):
             raise UserError(f"{path}: {key} is {_kind(value)}, expected a tensor")
         dtype = _TORCH.get(value.dtype)
         if dtype is None:
-            raise UserError(f"{path}: {key} is {value.dtype}, which no Emu tensor is")
+            raise UserError(f"{path}: {key} has the unsupported dtype {value.dtype}")
         if value.storage.key not in places:
             raise ValueError(f"the data of {key} is missing")
         start, held = places[value.storage.key]
@@ -517,21 +527,23 @@ def _kind(value: Any) -> str:
 
 
 class Writer(Protocol):
-    """Puts tensors, in any order, into a file whose contents were announced. They are cast to
-    the announced dtypes."""
+    """Writes tensors, in any order, to a file whose contents were declared when it was created.
+
+    Tensors are cast to the declared dtypes.
+    """
 
     def write(self, key: str, tensor: np.ndarray) -> None: ...
 
     def close(self) -> None: ...
 
     def abort(self) -> None:
-        """Lets go of the file, which is not complete."""
+        """Closes the incomplete file."""
         ...
 
 
 @contextlib.contextmanager
 def finishing(writer: Writer) -> Iterator[None]:
-    """Closes a writer when all was written, and lets go of its files when something failed."""
+    """Closes a writer on success and aborts it on failure."""
     try:
         yield
     except BaseException:
@@ -544,7 +556,7 @@ Contents = Mapping[str, tuple[Shape, np.dtype]]
 
 
 def create(path: Path, contents: Contents, nest: str | None = None) -> Writer:
-    """Creates a file for tensors of these shapes and dtypes: safetensors, or torch's format."""
+    """Creates a file for tensors of these shapes and dtypes, in safetensors or torch's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         return SafetensorsWriter(path, contents)
@@ -588,8 +600,10 @@ class SafetensorsWriter:
 
 
 class TorchWriter:
-    """Writes torch's zip archive: a record per storage as it comes, the pickle that names them
-    last. `torch.save` wants all tensors at once; this file holds what it would write."""
+    """Writes torch's zip archive: one record per storage as it arrives, then the pickle.
+
+    `torch.save` needs all tensors at once. This writes an equivalent file tensor by tensor.
+    """
 
     def __init__(self, path: Path, contents: Contents, nest: str | None = None):
         self._contents, self._nest = dict(contents), nest
@@ -626,7 +640,7 @@ class TorchWriter:
         info = zipfile.ZipInfo(f"{self._root}/{name}", (1980, 1, 1, 0, 0, 0))
         info.file_size = length
         large = length * 1.05 > zipfile.ZIP64_LIMIT
-        # torch maps storages straight from the file: pad the header so that they are aligned.
+        # torch maps storages straight from the file: pad the header to align them.
         header = 30 + len(info.filename.encode()) + (20 if large else 0)
         padding = -(self._zip.start_dir + header + 4) % 64
         info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -686,7 +700,7 @@ def _check(key: str, tensor: np.ndarray, shape: Shape) -> None:
 
 
 def blocks(tensor: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:
-    """Yields a tensor's bytes in C order, in another dtype if need be, some MiB at once."""
+    """Yields a tensor's bytes in C order, cast to `dtype`, in blocks of at most about 32 MiB."""
     limit = _BLOCK
     if tensor.ndim == 0:
         tensor = tensor.reshape(1)
@@ -709,8 +723,10 @@ def blocks(tensor: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:
 
 
 def copy_into(out: np.ndarray, x: np.ndarray, block: int = 256) -> None:
-    """out[...] = x, by blocks where x is transposed: three times faster than numpy's own, whose
-    every access would miss the cache."""
+    """Copies x into out, block by block where x is transposed.
+
+    This is three times faster than numpy's assignment, which misses the cache on every access.
+    """
     if out.dtype == x.dtype == ml_dtypes.bfloat16:  # numpy copies integers faster
         out, x = out.view(np.uint16), x.view(np.uint16)
     if x.ndim != 2 or x.strides[0] >= x.strides[1]:
@@ -722,8 +738,10 @@ def copy_into(out: np.ndarray, x: np.ndarray, block: int = 256) -> None:
 
 
 def write_shards(folder: Path, stem: str, contents: Contents, limit: int = 5 * 2**30) -> Shards:
-    """A folder of safetensors as transformers and peft read it: one file, or shards of at most
-    `limit` bytes with their index."""
+    """Returns a writer for a folder of safetensors that transformers and peft can read.
+
+    The folder holds one file, or shards of at most `limit` bytes with their index.
+    """
     groups: list[list[str]] = [[]]
     size = 0
     for key, (shape, dtype) in contents.items():
@@ -747,12 +765,12 @@ def write_shards(folder: Path, stem: str, contents: Contents, limit: int = 5 * 2
 
 
 class Shards:
-    """Several files written as one.
+    """A writer for several files.
 
     Args:
-        contents: what each file, relative to `folder`, holds. A key's `unet:` or `vae:`
-            tells files apart and is not written.
-        nests: under which name a file nests its state dict.
+        contents: the contents of each file, by its path relative to `folder`. The prefix `unet:`
+            or `vae:` of a key only tells files apart and is not written.
+        nests: {file: the name under which it nests its state dict}.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""A fresh Emu from its parents: LLaMA, EVA-CLIP and Stable Diffusion v1.5 (paper section 3).
+"""Builds a fresh Emu from its parents: LLaMA, EVA-CLIP and Stable Diffusion v1.5 (paper section 3).
 
-What no parent has starts at random: the Causal Transformer, the norm before it, the regression
-head, and the denoiser's keys and values where the condition has another width. New tokens start
-at the mean of the old ones, as the release has it (`modeling_llama.py`).
+Parameters that no parent has start at random: the Causal Transformer, the norm before it, the
+regression head, and the denoiser's keys and values where the condition has another width. The
+embeddings of new tokens start at the mean of the old ones (release: `modeling_llama.py`).
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ def init(
     overwrite: bool = False,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Writes a run directory with an Emu that was never trained as such.
+    """Writes a run directory with an Emu that was assembled from its parents and never trained.
 
     Args:
         llama: a transformers folder, sharded or not, safetensors or .bin.
-        eva_clip: a .pt file; of its tensors the `visual.*` are read.
+        eva_clip: a .pt file; only its `visual.*` tensors are read.
         sd: a diffusers folder with `unet/`, `vae/` and `scheduler/`.
         model_config: the release's model JSON; by default that of the 14B model.
         tokenizer: a LLaMA tokenizer folder; by default `llama`.
         cformer: sizes of the Causal Transformer; by default t5-base's.
 
     Returns:
-        What `convert` returns, and `fresh`: the parameters that start at random.
+        The report of `convert`, and `fresh`: the parameters that start at random.
 
     Raises:
-        UserError: a parent is missing, damaged or does not fit; `dst` is as it was.
+        UserError: a parent is missing, damaged or does not fit. `dst` is left unchanged.
     """
     dst = Path(dst)
     integrity.check_path(dst)
@@ -84,7 +84,7 @@ def init(
 
 
 class Parents:
-    """The parameters of a fresh Emu, one after the other (a `source.Source`)."""
+    """A `source.Source` of a fresh Emu's parameters, produced one after the other."""
 
     def __init__(
         self, llama: Path, eva_clip: Path, sd: Path, mesh: Mesh, cformer: CFormerConfig,
@@ -92,7 +92,7 @@ class Parents:
     ):  # fmt: skip
         for path, kind in ((llama, "--llama"), (sd, "--sd")):
             if not path.is_dir():
-                raise UserError(f"{kind} {path} is no folder")
+                raise UserError(f"{kind} {path} is not a directory")
         self.tokenizer = Tokenizer.load(tokenizer, instruct=False)
         self._seed = seed
         self._drawn: dict[str, jax.Array] = {}
@@ -110,7 +110,7 @@ class Parents:
             if key.endswith(("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")):
                 del self._tensors[key]
         self.cfg = self._sizes(llama, sd, cformer, model_config)
-        # A release's own folders that are only carried along; its tensors in their usual files.
+        # Folders that a release only carries along. Tensors go to their default files.
         names = ("scheduler", "safety_checker", "feature_extractor")
         self.layout = Layout(Spelling(), {}, {}, {n: sd / n for n in names if (sd / n).is_dir()})
         self.dead = synthetic_dead(self.cfg)
@@ -129,7 +129,7 @@ class Parents:
     def _sizes(
         self, llama: Path, sd: Path, cformer: CFormerConfig, model_config: Path | None
     ) -> EmuConfig:
-        """The sizes of the parents; the pictures' size and n_causal are free to choose."""
+        """Returns the configuration: the parents' sizes, with a chosen image size and n_causal."""
         preset = emu_14b()
         shapes = {key: t.shape for key, t in self._tensors.items()}
         language = sizes.llama_config(llama / "config.json")
@@ -143,7 +143,10 @@ class Parents:
             values = read_json_object(model_config)
             tower, language_too = (values.get(k) or {} for k in ("vision_cfg", "multimodal_cfg"))
             if not isinstance(tower, dict) or not isinstance(language_too, dict):
-                raise UserError(f"{model_config} is no model JSON of the release")
+                raise UserError(
+                    f"{model_config} is not a model JSON of the release: vision_cfg and "
+                    "multimodal_cfg must be objects"
+                )
             chosen |= {k: tower[k] for k in ("image_size", "head_width") if k in tower}
             causal = language_too.get("n_causal", cformer.n_causal)
             for value in (*chosen.values(), causal):
@@ -159,11 +162,12 @@ class Parents:
                 clip_width=shapes["visual.head.weight"][0],
             )  # fmt: skip
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise UserError(f"--eva-clip: this is no EVA-CLIP vision tower ({error})") from None
+            raise UserError(f"--eva-clip: not an EVA-CLIP vision tower ({error})") from None
         if 0 in (width, patch) or width % vision.head_width or vision.image_size % patch:
             raise UserError(
-                f"--eva-clip: width {width} in heads of {vision.head_width}, pictures of "
-                f"{vision.image_size} in patches of {patch}: give its JSON with --model-config"
+                f"--eva-clip: width {width} does not split into heads of {vision.head_width}, or "
+                f"images of {vision.image_size} into patches of {patch}: give its JSON with "
+                "--model-config"
             )
         unet, vae, scheduler = sizes.decoder(sd)
         return EmuConfig(
@@ -173,10 +177,10 @@ class Parents:
         )  # fmt: skip
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> set[str]:
-        """Which parameters start at random. All others must find their tensors.
+        """Returns the parameters that start at random, and checks that all others have tensors.
 
         Raises:
-            UserError: listing in full what is missing, unexpected or misshapen.
+            UserError: tensors are missing, unexpected or misshapen. The message lists all of them.
         """
         fresh = {p for p in shapes if p.startswith(("cformer.", "ln_visual."))}
         fresh.add("llama.stu_regress_head.kernel")
@@ -240,8 +244,8 @@ class Parents:
         return row.transform.from_release(value, inner)
 
     def _draw(self, path: str) -> dict[str, jax.Array]:
-        """Draws a parameter, and all others that come with it, as the module itself starts them."""
-        if path.startswith("unet."):  # alone: drawing the whole denoiser would be a waste
+        """Initializes a parameter, and all others made with it, as the module does."""
+        if path.startswith("unet."):  # alone: initializing the whole denoiser would be a waste
             shape = self.shapes[path]
             key = jax.random.fold_in(jax.random.key(self._seed), sorted(self.fresh).index(path))
             draw = jax.jit(
@@ -251,7 +255,7 @@ class Parents:
         keep = {p: s.sharding for p, s in self.shapes.items()
                 if p in self.fresh and not p.startswith("unet.")}  # fmt: skip
 
-        def make() -> dict[str, jax.Array]:  # what is not kept is never computed
+        def make() -> dict[str, jax.Array]:  # XLA removes the parameters that are not returned
             emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._seed))
             params = self._template.params(emu)
             return {p: params[p] for p in keep}
@@ -259,7 +263,7 @@ class Parents:
         return jax.jit(make, out_shardings=keep)()
 
     def _grow(self, key: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """A parent's tensor at the size that Emu needs."""
+        """Returns a parent's tensor resized to the shape that Emu needs."""
         if key in _VOCABULARY:
             mean = value.astype(np.float32).mean(axis=0, keepdims=True).astype(value.dtype)
             return np.concatenate([value, np.repeat(mean, shape[0] - len(value), axis=0)])
@@ -272,8 +276,10 @@ _VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weigh
 
 
 def resize_positions(table: np.ndarray, tokens: int) -> np.ndarray:
-    """Position embeddings [1, P, D] for another number of patches, bicubic, the class token's
-    kept (release: `interpolate_pos_embed`, without antialiasing)."""
+    """Resizes position embeddings [1, P, D] to another number of patches, by bicubic interpolation.
+
+    The class token's embedding is kept (release: `interpolate_pos_embed`, without antialiasing).
+    """
     old, new = _square(table.shape[1] - 1), _square(tokens - 1)
     grid = rearrange(table[:, 1:].astype(np.float32), "1 (y x) d -> y x d", y=old)
     weights = _cubic(old, new)
@@ -297,7 +303,7 @@ def _cubic(old: int, new: int) -> np.ndarray:
 
 
 def _square(n: int) -> int:
-    """The side of a square of n, 0 if there is none."""
+    """Returns the square root of n, or 0 if n is not a square."""
     side = round(n**0.5)
     return side if side * side == n else 0
 
@@ -307,7 +313,7 @@ def _count(shapes: dict[str, Any], pattern: str) -> int:
 
 
 def _read(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tensor]:
-    """The tensors of a file whose names begin so, renamed."""
+    """Returns the tensors of a file whose names begin with `prefix`, renamed by `name`."""
     opened, _ = files.open_tensors(path)
     return {
         name(key): tensor

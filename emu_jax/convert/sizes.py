@@ -40,14 +40,14 @@ def multimodal(
     model_json: Path | None = None,
     llama_json: Path | None = None,
 ) -> EmuConfig:
-    """The sizes of everything but the image decoder, which is left out.
+    """Returns the configuration of everything but the image decoder.
 
-    Most sizes follow from the tensors. Those that do not (heads, the epsilons of the norms)
-    come from the JSON files, and without them from the 14B preset where it fits.
+    Most sizes follow from the tensors. The others (heads, the epsilons of the norms) come from
+    the JSON files or, without them, from the 14B preset where it fits.
 
     Args:
-        shapes: of the tensors, as the file spells them.
-        where: how the file is called in messages.
+        shapes: {tensor's name as the file spells it: its shape}.
+        where: the file's name in messages.
         base_vocab: size of the tokenizer's vocabulary before Emu's tokens.
         model_json: in the release's own format (`Emu-14B.json`).
         llama_json: a transformers `config.json` of LLaMA.
@@ -63,13 +63,13 @@ def multimodal(
         if name not in shapes and spelling.base_layer:
             name = spelling.write(key, ("q_proj", "k_proj", "v_proj", "o_proj"))
         if name not in shapes:
-            raise UserError(f"{where} is no Emu checkpoint: it lacks {name}")
+            raise UserError(f"{where} is not an Emu checkpoint: it lacks {name}")
         if len(shapes[name]) != dims or 0 in shapes[name]:
             raise UserError(f"{where}: {name} is {list(shapes[name])}, expected {dims} dimensions")
         return tuple(shapes[name])
 
     def layers(pattern: str) -> int:
-        # How many, not the highest: the table lists what a gap leaves missing and unexpected.
+        # The count, not the highest number: after a gap the table lists missing and unexpected.
         return len({m[1] for key in shapes if (m := re.match(pattern, key))})
 
     preset = emu_14b()
@@ -121,8 +121,8 @@ def multimodal(
         llama = dataclasses.replace(llama, heads=width // (2 * rotary[0]))
     elif any(getattr(preset.llama, f) != v for f, v in sized.items()):
         raise UserError(
-            f"{where} does not tell how many heads its language model has: put LLaMA's "
-            "config.json into the tokenizer folder (--tokenizer)"
+            f"cannot infer the number of attention heads from {where}: add LLaMA's config.json to "
+            "the tokenizer folder (--tokenizer)"
         )
     if rotary is not None and rotary != (llama.head_width // 2,):
         raise UserError(
@@ -134,8 +134,8 @@ def multimodal(
         vision = _with_model_json(vision, cformer, model_json)
     elif any(getattr(preset.vision, f) != getattr(vision, f) for f in ("width", "mlp_width")):
         raise UserError(
-            f"{where} is not the 14B model, and no tensor tells the width of the visual encoder's "
-            "heads: give the release's model JSON (Emu.json) with --model-config"
+            f"{where} is not the 14B model, and the width of the visual encoder's heads cannot be "
+            "inferred: give the release's model JSON (Emu.json) with --model-config"
         )
     for name, cut, of in (
         ("visual encoder", vision.head_width, vision.width),
@@ -143,7 +143,7 @@ def multimodal(
         ("Causal Transformer", heads, shape(f"{t5}0.SelfAttention.q.weight", 2)[0]),
     ):
         if cut < 1 or of % cut:
-            raise UserError(f"{where}: the {name}'s width {of} cannot be cut into heads by {cut}")
+            raise UserError(f"{where}: the {name}'s width {of} cannot be split into heads by {cut}")
     return EmuConfig(
         vision=vision, cformer=cformer, llama=llama, unet=None, vae=None,
         tokens=TokenIds.after(base_vocab),
@@ -151,7 +151,7 @@ def multimodal(
 
 
 def _lora(shapes: Mapping[str, Shape], spelling: Spelling, where: str) -> LoraConfig | None:
-    """The adapters' sizes. Their alpha, which no tensor tells, is the release's."""
+    """Returns the adapters' sizes, with the release's alpha, which no tensor reveals."""
     if not spelling.peft:
         return None
     ranks: collections.Counter[int] = collections.Counter()
@@ -163,18 +163,18 @@ def _lora(shapes: Mapping[str, Shape], spelling: Spelling, where: str) -> LoraCo
             found.add(match[1])
             ranks[shape[0]] += 1
     if not found:
-        return None  # wrapped by peft, without adapters: the table lists what is unexpected
+        return None  # wrapped by peft, without adapters: the table lists the unexpected tensors
     order = tuple(LORA_TARGETS)
     if unknown := found - set(order):
         raise UserError(f"{where} has LoRA on {', '.join(sorted(unknown))}: only on {order}")
-    # The most common rank: the table names the adapters that have another.
+    # The most common rank: the table lists the adapters whose rank differs.
     return LoraConfig(
         rank=ranks.most_common(1)[0][0], targets=tuple(sorted(found, key=order.index))
     )
 
 
 def _with_model_json(vision: VisionConfig, cformer: CFormerConfig, path: Path) -> VisionConfig:
-    """Adds what the release's model JSON knows, and checks the rest against the tensors."""
+    """Adds the head width from the release's model JSON. Checks the rest against the tensors."""
     values = read_json_object(path)
     tower = values.get("vision_cfg")
     if not isinstance(tower, dict):
@@ -205,7 +205,7 @@ def _with_model_json(vision: VisionConfig, cformer: CFormerConfig, path: Path) -
 
 
 def _with_llama_json(llama: LlamaConfig, path: Path) -> LlamaConfig:
-    """Adds what LLaMA's `config.json` knows, and checks the rest against the tensors."""
+    """Adds settings from LLaMA's `config.json`, and checks the sizes against the tensors."""
     read = llama_config(path)
     for name in ("width", "layers", "mlp_width"):
         if getattr(read, name) != getattr(llama, name):
@@ -216,7 +216,7 @@ def _with_llama_json(llama: LlamaConfig, path: Path) -> LlamaConfig:
     return dataclasses.replace(read, vocab_size=llama.vocab_size, lora=llama.lora)
 
 
-# Our name, transformers' name; None where transformers has a default that LLaMA-1 keeps.
+# Our name: transformers' name.
 LLAMA_JSON = {
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -230,10 +230,10 @@ LLAMA_JSON = {
 
 
 def llama_config(path: Path) -> LlamaConfig:
-    """A transformers `config.json` of LLaMA.
+    """Reads a transformers `config.json` of LLaMA.
 
     Raises:
-        UserError: a size is missing, or the file asks for what Emu's LLaMA does not have.
+        UserError: a size is missing, or the file sets a feature that Emu's LLaMA lacks.
     """
     values = read_json_object(path)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -268,7 +268,7 @@ def llama_config(path: Path) -> LlamaConfig:
 
 
 def _odd_heads(values: dict[str, Any]) -> bool:
-    """Whether attention is not as wide as the model."""
+    """Returns whether the heads together are not as wide as the model."""
     width, heads, head = (
         values.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim")
     )
@@ -276,13 +276,13 @@ def _odd_heads(values: dict[str, Any]) -> bool:
 
 
 def diffusers_config(cls: type, path: Path) -> Any:
-    """A diffusers `config.json` (or `scheduler_config.json`) as our dataclass.
+    """Reads a diffusers `config.json` (or `scheduler_config.json`) as our dataclass.
 
-    What is absent has diffusers' own default. Keys that we do not have must hold a value that
-    leaves the network as Stable Diffusion v1.5 has it.
+    Absent keys have diffusers' own defaults. Keys without a field must have a value that leaves
+    the network as in Stable Diffusion v1.5.
 
     Raises:
-        UserError: the file asks for something that Emu's decoder does not have.
+        UserError: the file sets a feature that Emu's decoder lacks.
     """
     values = read_json_object(path)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -292,7 +292,7 @@ def diffusers_config(cls: type, path: Path) -> Any:
             continue
         if key in fields:
             if isinstance(value, list) and not fields[key].type.startswith("tuple"):
-                # A number for each level, which we have only for all.
+                # A number for each level; our field has one for all levels.
                 if not value or any(v != value[0] for v in value):
                     raise UserError(f"{path}: {key} = {value!r} is not supported, only equal ones")
                 value = value[0]
@@ -300,7 +300,7 @@ def diffusers_config(cls: type, path: Path) -> Any:
                 kept[key] = value
             continue
         allowed = _PLAIN[cls].get(key, (None, False))
-        # True is no 1.
+        # bool is an int in Python: do not let True match 1.
         if not all(
             any(v == a and isinstance(v, bool) == isinstance(a, bool) for a in allowed)
             for v in (value if isinstance(value, list) and value else [value])
@@ -325,7 +325,7 @@ def diffusers_config(cls: type, path: Path) -> Any:
     return made
 
 
-# Where diffusers' defaults are not those of our dataclasses, which are Stable Diffusion's.
+# diffusers' defaults, where they differ from our dataclasses' (those of Stable Diffusion).
 _DEFAULTS: dict[type, dict[str, Any]] = {
     UNetConfig: {"cross_attention_dim": 1280},
     VAEConfig: {"sample_size": 32, "block_out_channels": [64], "layers_per_block": 1},
@@ -336,8 +336,8 @@ _DEFAULTS: dict[type, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# What other keys of these files may say: nothing that changes the network. Keys that are not
-# listed may be null or false.
+# Allowed values of the other keys in these files: none of them changes the network. Keys that are
+# not listed may be null or false.
 _PLAIN: dict[type, dict[str, tuple[Any, ...]]] = {
     UNetConfig: {
         "act_fn": ("silu",),
@@ -374,7 +374,7 @@ _PLAIN: dict[type, dict[str, tuple[Any, ...]]] = {
 
 
 def decoder(folder: Path) -> tuple[UNetConfig, VAEConfig, SchedulerConfig]:
-    """The sizes of an image decoder in diffusers' layout.
+    """Returns the configuration of an image decoder in diffusers' layout.
 
     Raises:
         UserError: a part is missing or not supported.

@@ -1,5 +1,7 @@
-"""Where a model's parameters come from: a release, a run directory, either with its adapters
-merged. All are read a few parameters at a time."""
+"""Sources of a model's parameters: a release, a run directory, or either with adapters merged.
+
+All are read a few parameters at a time.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +35,25 @@ from emu_jax.tokenizer import Tokenizer
 
 MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
 INSTRUCT = "Emu-instruct.pt"
-# What a release holds besides tensors; carried along as it is.
+# Files and folders of a release that hold no tensors. They are copied unchanged.
 CARRIED = (
     "Emu.json", "model_index.json", "tokenizer", "scheduler", "feature_extractor",
     "safety_checker", "unet/config.json", "vae/config.json",
 )  # fmt: skip
 _TOKENIZER_FILE = re.compile(r"config\.json|(added|special)?_?token[\w]*\.(json|model)")
 RELEASE_ALPHA = LoraConfig.alpha
-T5_VOCABULARY = 32128  # rows of the table that the Causal Transformer never reads
+T5_VOCABULARY = 32128  # rows of the embedding table that the Causal Transformer never uses
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the release's own files hold a model, so that they can be given back.
+    """The layout of a model in the release's own files, from which they can be restored.
 
     Attributes:
-        tensors: {file: {key as it is spelled there, `unet:` and `vae:` prefixed: dtype}}.
+        tensors: {file: {key as it is spelled there, prefixed `unet:` or `vae:`: dtype}}.
         nests: {file: the name under which it nests its state dict}.
-        carried: what lies beside the tensors: {name: where it is now}.
+        carried: other files and folders: {name: its present path}.
     """
 
     spelling: Spelling
@@ -64,8 +66,11 @@ class Layout:
         return {key for keys in self.tensors.values() for key in keys}
 
     def only(self, wanted: Callable[[str], bool]) -> Layout:
-        """The same without the other tensors, and without what spoke of them: the index of
-        shards that are not complete any more, the configuration of a tower that is gone."""
+        """Returns a copy with only the wanted tensors.
+
+        Files about the others are dropped too: the index of shards that are no longer complete,
+        and the configuration of a tower that is gone.
+        """
         tensors = {
             name: {key: dtype for key, dtype in keys.items() if wanted(key)}
             for name, keys in self.tensors.items()
@@ -99,7 +104,7 @@ class Layout:
 
     @classmethod
     def load(cls, path: Path, folder: Path) -> Layout:
-        """What `save` wrote; what was carried lies in `folder`."""
+        """Loads what `save` wrote. The carried files are in `folder`."""
         values = read_json_object(path)
         tensors = {
             name: {key: files.dtype_of(dtype) for key, dtype in keys.items()}
@@ -113,9 +118,9 @@ class Source(Protocol):
     """A model that can be read layer by layer.
 
     Attributes:
-        shapes: every parameter's shape, stored dtype and place on the mesh.
-        layout: how the release held it; None where it never came from one.
-        dead: tensors of the release that no parameter holds.
+        shapes: every parameter's shape, stored dtype and sharding.
+        layout: the release's layout, or None if the model did not come from a release.
+        dead: tensors of the release that belong to no parameter.
     """
 
     cfg: EmuConfig
@@ -129,24 +134,25 @@ class Source(Protocol):
     def read(self, path: str, layer: int) -> np.ndarray:
         """Reads one layer of a stacked parameter, or (as layer 0) the whole of another.
 
-        It may be a view of a mapped file and have another dtype than `shapes` says.
+        The result may be a view of a mapped file, and its dtype may differ from the one in
+        `shapes`.
         """
         ...
 
 
 def layers(row: Row) -> range:
-    """The layers that `Source.read` takes for a parameter."""
+    """Returns the layer numbers that `Source.read` accepts for a parameter."""
     return range(len(row.keys) if row.stacked else 1)
 
 
 def rows_of(cfg: EmuConfig, shapes: Mapping[str, Any]) -> list[Row]:
-    """The table of a model."""
+    """Returns the table of a model with these parameter shapes."""
     return tables.table(cfg, {path: tuple(s.shape) for path, s in shapes.items()})
 
 
 @functools.cache
 def template_of(cfg: EmuConfig, mesh: Mesh) -> Template:
-    """The model that `cfg` describes, without its arrays."""
+    """Returns the model that `cfg` describes, without its arrays."""
     return Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
 
 
@@ -154,27 +160,27 @@ def open_source(
     path: Path, mesh: Mesh, *, model_config: Path | None = None, tokenizer: Path | None = None,
     base: Path | None = None, scratch: Path | None = None,
 ) -> Source:  # fmt: skip
-    """Recognises what lies at `path`.
+    """Opens the source at `path`, recognizing its kind.
 
     Args:
         base: the model that a peft folder's adapters belong to.
-        scratch: where temporary files may be written; by default the system's own folder.
+        scratch: a directory for temporary files; by default the system's.
 
     Raises:
-        UserError: it is nothing that can be converted, or a part of it is missing or wrong.
+        UserError: the source is of no known kind, or a part of it is missing or wrong.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if (path / "adapter_config.json").is_file():
         if base is None:
-            raise UserError(f"{path} has adapters alone: name their model with --base")
+            raise UserError(f"{path} holds only adapters: name their model with --base")
         beneath = open_source(
             base, mesh, model_config=model_config, tokenizer=tokenizer, scratch=scratch
         )
         return Adapted(path, beneath, mesh)
     if base is not None:
         raise UserError(
-            f"{path} is no peft folder (it has no adapter_config.json): leave out --base"
+            f"{path} is not a peft folder (it has no adapter_config.json): leave out --base"
         )
     if path.is_file():
         if path.suffix not in (".pt", ".bin", ".pth", ".safetensors"):
@@ -189,21 +195,21 @@ def open_source(
     if (path / INSTRUCT).is_file():
         return Release(path / INSTRUCT, mesh, model_config, tokenizer)
     raise UserError(
-        f"{path} is no release (it has no multimodal_encoder/ and no {INSTRUCT}) and no run "
+        f"{path} is neither a release (it has no multimodal_encoder/ and no {INSTRUCT}) nor a run "
         "directory (no config.json beside numbered steps)"
     )
 
 
 def is_release(path: Path) -> bool:
-    """Whether `open_source` would take it for the release's own files."""
+    """Returns whether `open_source` would treat `path` as the release's own files."""
     return path.is_file() or (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
 
 
 def load_release(path: Path, mesh: Mesh) -> tuple[Emu, Tokenizer]:
-    """The model of the release's own files, in float32, without a run directory between.
+    """Loads a model in float32 from the release's own files, without an intermediate run directory.
 
     Raises:
-        UserError: as `open_source`.
+        UserError: the path is not a release, or a part of it is missing or wrong.
     """
     found = open_source(path, mesh)
     params = {}
@@ -217,7 +223,7 @@ def load_release(path: Path, mesh: Mesh) -> tuple[Emu, Tokenizer]:
 
 
 class Release:
-    """The release's folder, or one of its .pt files."""
+    """A source that reads the release's folder, or one of its .pt files."""
 
     def __init__(self, path: Path, mesh: Mesh, model_config: Path | None, tokenizer: Path | None):
         folder = path if path.is_dir() else path.parent
@@ -230,7 +236,7 @@ class Release:
             model_config = folder / "Emu.json"
 
         carried = {n: folder / n for n in CARRIED if path.is_dir() and (folder / n).exists()}
-        if tokenizer != folder / "tokenizer":  # which may hold LLaMA's weights too
+        if tokenizer != folder / "tokenizer":  # that folder may hold LLaMA's weights too
             carried.pop("tokenizer", None)
             carried |= {
                 f"tokenizer/{p.name}": p for p in sorted(tokenizer.iterdir())
@@ -306,7 +312,7 @@ class Release:
         self.layout = Layout(spelling, tensors, nests, carried)
 
     def _dtype(self, path: str) -> np.dtype:
-        """The narrowest dtype that holds all layers of a parameter exactly."""
+        """Returns a dtype that holds all layers of a parameter exactly."""
         dtypes = {t.dtype for t in self._tensors[path]}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
@@ -319,8 +325,10 @@ class Release:
 def assemble(
     row: Row, shape: jax.ShapeDtypeStruct, layer: Callable[[int], np.ndarray]
 ) -> jax.Array:
-    """Puts a parameter in its place on the mesh, from its layers as `Source.read` gives them. Of
-    a large one only a shard is ever in memory beside it."""
+    """Places a parameter on the mesh, from its layers as `Source.read` returns them.
+
+    Beside the parameter itself, at most one shard is in memory at a time.
+    """
 
     def shard(index: Any) -> np.ndarray:  # a slice for each axis
         if not row.stacked:
@@ -338,14 +346,14 @@ def assemble(
 
 
 class Run:
-    """A run directory that `convert`, `init` or training wrote."""
+    """A source that reads a run directory written by `convert`, `init` or training."""
 
     def __init__(self, path: Path, mesh: Mesh, scratch: Path | None = None):
         self._path = path
         cfg = checkpoint.load_config(path)
         self.tokenizer = checkpoint.load_tokenizer(path)
         stored = checkpoint.run_shapes(path)
-        for tower in ("unet", "vae"):  # pretraining may leave them out
+        for tower in ("unet", "vae"):  # pretraining may omit them
             if not any(p.startswith(f"{tower}.") for p in stored):
                 cfg = dataclasses.replace(cfg, **{tower: None})
         self.cfg = cfg
@@ -357,7 +365,7 @@ class Run:
             for p, s in template.shapes.items()
         }
         self._stacked = {row.path: row.stacked for row in rows_of(cfg, template.shapes)}
-        # The items that hold the parameters, and what the model needs in another shape there:
+        # The items that hold the parameters, and the parameters stored in another shape there:
         # tables with rows for fewer tokens.
         self._items = items_of(path)
         scratch = scratch or Path(tempfile.gettempdir())
@@ -375,21 +383,25 @@ class Run:
 
     def read(self, path: str, layer: int) -> np.ndarray:
         stacked = self._stacked[path]
-        if path in self._odd:  # grown, or refused with a line
+        if path in self._odd:  # `read_params` grows the table, or raises a UserError
             whole = checkpoint.read_params(self._path, {path: self.shapes[path]})[path]
             return np.asarray(whole)[layer] if stacked else np.asarray(whole)
         return self._arrays[self._items[path]].read(path, layer if stacked else None)
 
 
 def _dead_tensors(directory: Path) -> dict[str, Tensor]:
-    """Opens the release's tensors that no parameter holds, which a converted run directory, or one
-    that was trained from it, keeps; {} for others."""
+    """Opens the release's tensors that belong to no parameter.
+
+    A converted run directory keeps them, and so does one trained from it. Returns {} for others.
+    """
     kept = directory / "release" / "dead.safetensors"
     return next(iter(files.open_tensors(kept)[0].values())) if kept.is_file() else {}
 
 
 def check_heads(directory: Path, cfg: EmuConfig) -> None:
-    """Compares LLaMA's heads, which no parameter tells, with the release's rotary frequencies.
+    """Checks LLaMA's number of heads against the release's rotary frequencies.
+
+    No parameter's shape reveals the number.
 
     Raises:
         UserError: the run directory was converted with another number of heads.
@@ -404,8 +416,10 @@ def check_heads(directory: Path, cfg: EmuConfig) -> None:
 
 
 def items_of(directory: Path) -> dict[str, Path]:
-    """The saved item (DIR/<step>/params) that holds each parameter of a run directory: averaged
-    parameters where it keeps them, those of its base where it leaves some out."""
+    """Returns {parameter: the saved item (DIR/<step>/params) that holds it} of a run directory.
+
+    Averaged parameters are preferred. Parameters that the steps omit come from the base.
+    """
     found = {}
     base = checkpoint.base_of(directory)
     for parent in set(base.values()):
@@ -419,7 +433,7 @@ def items_of(directory: Path) -> dict[str, Path]:
 
 
 class Merged:
-    """A source whose adapters are multiplied into the kernels, in float32."""
+    """A source whose adapters are merged into the kernels, in float32."""
 
     def __init__(self, source: Source):
         if source.cfg.llama.lora is None:
@@ -442,7 +456,7 @@ class Merged:
             if self._adapter(path):
                 shape = jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=shape.sharding)
             self.shapes[path] = shape
-        # The language model's tensors get other names, and so their usual file.
+        # The language model's tensors get other names, and so go to their default file.
         self.layout = source.layout and dataclasses.replace(
             source.layout.only(lambda key: ":" in key),
             spelling=dataclasses.replace(spelling, peft=False, base_layer=False),
@@ -463,8 +477,10 @@ class Merged:
 
 
 class Rescaled:
-    """A source whose adapters have the alpha that the release's code is bound to: what differs is
-    multiplied into their second matrices, in float32."""
+    """A source whose adapters are rescaled to the alpha hard-coded in the release.
+
+    The ratio is multiplied into their second matrices (`lora_b`), in float32.
+    """
 
     def __init__(self, source: Source):
         lora = source.cfg.llama.lora
@@ -488,15 +504,15 @@ class Rescaled:
         return stored.astype(np.float32) * self._factor
 
 
-# Keys of peft's LoraConfig. Those that say what is computed must have one of these values;
+# Keys of peft's LoraConfig. Keys that change the computation must have one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",),
-    # Others take something off the base weights when peft loads the adapters.
+    # With other values peft modifies the base weights when it loads the adapters.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
-# these are read;
+# Keys that are read.
 _READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-# and these do not change what is computed: provenance, and settings of what others switch on.
+# Keys that do not change the computation: provenance, and settings of features that are off.
 _INERT = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config",
@@ -507,9 +523,10 @@ _INERT = (
 def _adapter_config(note: Path) -> LoraConfig:
     """Reads an adapter_config.json.
 
+    Unknown keys must be null, false or empty: a setting of a later peft is refused, not ignored.
+
     Raises:
-        UserError: it says something else than plain LoRA on LLaMA's layers. A key that is not
-            known must be null, false or empty, so that those of a later peft cannot go unseen.
+        UserError: the file describes something other than plain LoRA on LLaMA's layers.
     """
     values = read_json_object(note)
     for key, value in values.items():
@@ -538,7 +555,7 @@ def _adapter_config(note: Path) -> LoraConfig:
         )
     if scaled not in (True, False):
         raise UserError(f"{note}: use_rslora is {scaled!r}, expected true or false")
-    if scaled and rank > 0:  # peft divides by the root of the rank, we by the rank
+    if scaled and rank > 0:  # peft divides by the square root of the rank, we by the rank
         alpha = alpha * math.sqrt(rank)
     for target in targets:
         if not isinstance(target, str) or target not in LORA_TARGETS:
@@ -556,10 +573,10 @@ def _adapter_config(note: Path) -> LoraConfig:
 
 
 class Adapted:
-    """A source with the adapters of a peft folder, in place of its own if it has some.
+    """A source with the adapters of a peft folder, which replace any of its own.
 
     Raises:
-        UserError: the folder cannot be read, or has other adapters than plain LoRA on LLaMA.
+        UserError: the folder cannot be read, or its adapters are not plain LoRA on LLaMA.
     """
 
     def __init__(self, folder: Path, base: Source, mesh: Mesh):
@@ -589,7 +606,7 @@ class Adapted:
             self.shapes[path] = shape
             self._rows[path] = row, [found.pop(key) for key in keys]
         if found:
-            raise UserError(f"{folder} has {len(found)} tensors too many: {next(iter(found))}")
+            raise UserError(f"{folder} has {len(found)} unexpected tensors: {next(iter(found))}")
 
     def read(self, path: str, layer: int) -> np.ndarray:
         if path not in self._rows:
@@ -600,8 +617,10 @@ class Adapted:
 
 
 def synthetic_dead(cfg: EmuConfig) -> dict[str, Tensor]:
-    """The tensors that compute nothing, for a model that never had them: the release's
-    `strict=True` asks for them. Named as in the pretrained release."""
+    """Returns unused tensors for a model that has none; the release's `strict=True` requires them.
+
+    They are named as in the pretrained release.
+    """
     frequencies = rotary_frequencies(cfg.llama.head_width, cfg.llama.rope_theta)
     made = {}
     for key, shape in tables.dead(cfg).items():
@@ -615,14 +634,16 @@ def synthetic_dead(cfg: EmuConfig) -> dict[str, Tensor]:
 
 
 def release_layout(source: Source) -> tuple[Layout, dict[str, Tensor]]:
-    """The release's files for any source, and the dead tensors that belong into them: as they
-    came where that is known, else as the release would have them."""
+    """Returns the layout of a source in the release's files, and the unused tensors they contain.
+
+    The layout is the original one where it is known, and otherwise the release's default.
+    """
     cfg, known, dead = source.cfg, source.layout, source.dead
     targets = cfg.llama.lora.targets if cfg.llama.lora else ()
     if known is None:
         known = Layout(Spelling(peft=cfg.llama.lora is not None), {})
         dead = {known.spelling.write(k, targets): t for k, t in synthetic_dead(cfg).items()}
-    elif cfg.llama.lora and not known.spelling.peft:  # adapters were added since
+    elif cfg.llama.lora and not known.spelling.peft:  # adapters were added later
         spelling = dataclasses.replace(known.spelling, peft=True)
         dead = {spelling.write(key, targets): t for key, t in dead.items()}
         known = dataclasses.replace(known.only(lambda key: ":" in key), spelling=spelling)
@@ -632,7 +653,7 @@ def release_layout(source: Source) -> tuple[Layout, dict[str, Tensor]]:
         for key in row.keys
     } | {key: tensor.dtype for key, tensor in dead.items()}
 
-    # Fewer than the release had where a run trained without its painter.
+    # A run trained without its image decoder has fewer tensors than the release.
     known = known.only(lambda key: key in dtypes)
     tensors = {name: dict(keys) for name, keys in known.tensors.items()}
     held = known.keys

@@ -1,13 +1,13 @@
-"""One invertible table per tower: the release's tensors and our parameters.
+"""One invertible table per tower that maps the release's tensors to our parameters.
 
-A row says which parameter holds which tensors, and how one becomes the other. Parameters are
-named as `checkpoint` names them (`visual.blocks.attn.qkv`), tensors as in the state dict of the
-pretrained release; `{}` in a tensor's name runs over the layers that a parameter stacks along
-its leading axis. How a particular file spells the same names is a `Spelling`.
+A row names a parameter, the tensors that it holds, and the transform between them. Parameters are
+named as in `checkpoint` (`visual.blocks.attn.qkv`), tensors as in the state dict of the pretrained
+release. `{}` in a tensor's name runs over the layers that a parameter stacks along its leading
+axis. A `Spelling` says how a particular file writes these names.
 
 Transforms are written in einops' notation, ours on the left, the release's on the right:
 
-  i o          input and output width of a product       h w i o      a convolution (HWIO)
+  i o          input and output width of a matmul        h w i o      a convolution (HWIO)
   d c e        the fused q, k, v of a width d             p q c        rows, columns, channels
 """
 
@@ -31,9 +31,9 @@ class Transform:
 
     Attributes:
         pattern: "ours -> release", in einops' notation.
-        axes: lengths that the pattern alone does not tell.
-        rows: how many rows (first axis) the release has, where ours are rounded up; zeros
-            fill the rest.
+        axes: lengths that do not follow from the pattern.
+        rows: the release's number of rows (first axis) where ours is rounded up; zeros fill the
+            rest.
     """
 
     pattern: str
@@ -41,11 +41,11 @@ class Transform:
     rows: int | None = None
 
     def to_release(self, x: np.ndarray) -> np.ndarray:
-        """One layer's parameter as the release's tensor."""
+        """Converts one layer's parameter to the release's tensor."""
         return rearrange(x, self.pattern, **self.axes)[: self.rows]
 
     def from_release(self, y: np.ndarray, shape: Shape) -> np.ndarray:
-        """The release's tensor as one layer's parameter, which has this `shape`."""
+        """Converts the release's tensor to one layer's parameter of this `shape`."""
         if self.rows is not None:
             full = rearrange(np.broadcast_to(np.int8(0), shape), self.pattern, **self.axes)
             if missing := len(full) - self.rows:
@@ -54,7 +54,7 @@ class Transform:
         return rearrange(y, f"{release} -> {ours}", **self.axes)
 
     def release_shape(self, shape: Shape) -> Shape:
-        """The shape of the release's tensor for one layer's parameter of this `shape`."""
+        """Returns the shape of the release's tensor for one layer's parameter of this `shape`."""
         return self.to_release(np.broadcast_to(np.int8(0), shape)).shape
 
 
@@ -74,17 +74,17 @@ class Row:
     stacked: bool = False
 
     def layer_shape(self, shape: Shape) -> Shape:
-        """A parameter's shape without the layers' axis."""
+        """Returns a parameter's shape without the layer axis."""
         return shape[1:] if self.stacked else shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Spelling:
-    """How the names of the pretrained release are written in another file.
+    """The spelling that a file uses for the names of the pretrained release.
 
     Attributes:
         peft: the language model is wrapped by peft, as in `Emu-instruct.pt`.
-        base_layer: peft 0.7 and later: an adapted layer's own weight is its `base_layer`.
+        base_layer: an adapted layer's own weight is called `base_layer` (peft 0.7 and later).
         old_vae: the autoencoder's attention is named as in diffusers 0.15.
     """
 
@@ -93,7 +93,7 @@ class Spelling:
     old_vae: bool = False
 
     def write(self, key: str, targets: Iterable[str] = ()) -> str:
-        """A tensor's name in such a file; `targets` are the adapted layers' names."""
+        """Returns a tensor's name in such a file. `targets` are the adapted layers' names."""
         if self.peft and key.startswith("decoder.lm."):
             key = key.replace("decoder.lm.", "decoder.lm.base_model.model.", 1)
             if self.base_layer and "lora_" not in key and key.split(".")[-2] in set(targets):
@@ -104,7 +104,7 @@ class Spelling:
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> Spelling:
-        """The spelling that a file with these keys uses."""
+        """Infers the spelling of a file from its keys."""
         keys = list(keys)
         return cls(
             peft=any(k.startswith("decoder.lm.base_model.") for k in keys),
@@ -114,7 +114,7 @@ class Spelling:
 
 
 def peft_key(key: str) -> str:
-    """An adapter's tensor as peft names it in a folder of its own."""
+    """Returns the name of an adapter's tensor in a peft folder."""
     return key.replace("decoder.lm.", "base_model.model.", 1).replace(".default.", ".")
 
 
@@ -125,13 +125,13 @@ _VAE_ATTENTION = re.compile(
 
 
 def table(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[Row]:
-    """Every row of the model `cfg` describes, whose parameters have these `shapes`.
+    """Returns every row of the model that `cfg` describes, whose parameters have these `shapes`.
 
-    Names of the denoiser's and the autoencoder's tensors are prefixed `unet:` and `vae:`, the
-    files they stand in.
+    Names of the denoiser's and the autoencoder's tensors are prefixed `unet:` and `vae:`, after
+    the files that contain them.
 
     Raises:
-        KeyError: a parameter is in no table, or a row names one that the model lacks.
+        KeyError: a parameter has no row, or a row names a parameter that the model lacks.
     """
     rows = [*visual(cfg), *cformer(cfg), *llama(cfg)]
     rows += diffusers("unet", shapes) if cfg.unet else []
@@ -217,8 +217,8 @@ def llama(cfg: EmuConfig) -> list[Row]:
 
 
 def diffusers(tower: str, shapes: Mapping[str, Shape]) -> list[Row]:
-    """The denoiser or the autoencoder, whose submodules are named as diffusers names them:
-    only a parameter's own name and layout differ."""
+    """The denoiser or the autoencoder. Submodules are named as in diffusers: only a parameter's
+    own name and layout differ."""
     rows = []
     for path, shape in shapes.items():
         if not path.startswith(f"{tower}."):
@@ -257,7 +257,7 @@ def _norm(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[
 
 
 def _stack(path: str, key: str, block: list[Row], layers: int) -> list[Row]:
-    """The rows of one layer as rows of all, stacked."""
+    """Turns the rows of one layer into stacked rows of all layers."""
     return [
         Row(f"{path}.{row.path}", tuple(f"{key.format(i)}.{row.keys[0]}" for i in range(layers)),
             row.transform, stacked=True)
@@ -266,8 +266,10 @@ def _stack(path: str, key: str, block: list[Row], layers: int) -> list[Row]:
 
 
 def dead(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
-    """Tensors that stand in the release and compute nothing, with their shapes (None: any
-    length). They are carried along, since the release loads with `strict=True`."""
+    """Returns the release's unused tensors with their shapes (None: any length).
+
+    They are carried along because the release loads with `strict=True`.
+    """
     tensors: dict[str, tuple[int | None, ...]] = {
         f"decoder.lm.model.layers.{i}.self_attn.rotary_emb.inv_freq": (cfg.llama.head_width // 2,)
         for i in range(cfg.llama.layers)
@@ -286,15 +288,15 @@ def match(
     """Checks every name and shape before anything is read or transposed.
 
     Args:
-        shapes: of our parameters.
-        found: names and shapes of the tensors of the source, `unet:` and `vae:` prefixed.
-        where: how the source is called in the message.
+        shapes: the shapes of our parameters.
+        found: names and shapes of the source's tensors, prefixed `unet:` or `vae:`.
+        where: the source's name in the message.
 
     Returns:
-        The dead tensors that the source has.
+        The unused tensors that the source has.
 
     Raises:
-        UserError: listing in full what is missing, unexpected or misshapen.
+        UserError: tensors are missing, unexpected or misshapen. The message lists all of them.
     """
     targets = cfg.llama.lora.targets if cfg.llama.lora else ()
     missing, misshapen, expected = [], [], set()
