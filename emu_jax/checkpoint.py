@@ -1,16 +1,16 @@
-"""Run directories: what is saved, and the way back onto any mesh.
+"""Run directories: their layout, and restoring them onto any mesh.
 
     DIR/config.json     EmuConfig of the model
-    DIR/tokenizer/      what `Tokenizer.load` reads
+    DIR/tokenizer/      the folder that `Tokenizer.load` reads
     DIR/<step>/params   orbax: the parameters, {tower: {...}}
-    DIR/<step>/ema      where weights are averaged: the averaged parameters (preferred for use)
-    DIR/<step>/...      what training needs to go on: optimizer, position
-    DIR/<step>/checksums.json  of all that is not an array's data (`emu_jax.integrity`)
-    DIR/base.json       where it was trained from, when `params` has only what was trained:
+    DIR/<step>/ema      the averaged parameters, if the run averages weights (preferred for use)
+    DIR/<step>/...      what training needs to resume: optimizer, data position
+    DIR/<step>/checksums.json  of every file but the arrays' data (`emu_jax.integrity`)
+    DIR/base.json       the runs that hold the other towers, if `params` has only the trained ones:
                         {tower: run directory}, relative to DIR
 
-Saved parameters are nested dicts under the module's own attribute names, so that a tower
-can be read without the rest. In memory they are flat (`sharding.Template`).
+Saved parameters are nested dicts under the module's own attribute names, which allows reading one
+tower without the rest. In memory they are flat (`sharding.Template`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from emu_jax.tokenizer import Tokenizer
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """The steps that a run directory holds, in no order; none where there is no directory."""
+    """Returns the steps of a run directory, in no particular order. [] if there is no directory."""
     try:
         return [int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -45,10 +45,10 @@ def complete_steps(directory: Path) -> list[int]:
 
 
 def latest_step(directory: Path) -> int:
-    """The newest complete step.
+    """Returns the newest complete step.
 
     Raises:
-        UserError: the directory holds none.
+        UserError: the directory does not exist or holds no complete step.
     """
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: the directory does not exist")
@@ -59,27 +59,28 @@ def latest_step(directory: Path) -> int:
 
 
 def stored_shapes(path: Path) -> dict[str, Any]:
-    """{dotted path: metadata with .shape and .dtype} of the item at `path` (DIR/step/item).
+    """Returns {dotted path: metadata with .shape and .dtype} of the item at `path` (DIR/step/item).
 
     Raises:
-        UserError: there is no readable item, or a file of it does not have its checksum.
+        UserError: the item cannot be read, or a file of it fails its checksum.
     """
     integrity.check_path(path)
     if path.is_dir():
         integrity.check_files(path.parent, [path.name])
     try:
         return flatten(ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
-    except Exception as error:  # whatever foreign bytes make the libraries raise
+    except Exception as error:  # the libraries raise anything on foreign bytes
         raise UserError(f"cannot read the checkpoint {path}: {integrity.one_line(error)}") from None
 
 
 def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads flat parameters of the item at `path` into the wanted shapes, dtypes, shardings.
-    `wanted` may name a part of what is stored.
+    """Reads flat parameters of the item at `path` into the wanted shapes, dtypes and shardings.
+
+    `wanted` may name a subset of the stored parameters.
 
     Raises:
         UserError: the item lacks a wanted array or has it in another shape (all are listed), or
-            what is stored does not have its checksum.
+            stored data fails its checksum.
     """
     if not wanted:
         return {}
@@ -111,11 +112,13 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
 def read_params(
     directory: Path, wanted: dict[str, jax.ShapeDtypeStruct], *, averaged: bool = True
 ) -> dict[str, jax.Array]:
-    """The newest parameters of a run directory, those of its base included; averaged ones where
-    it keeps them.
+    """Reads the newest parameters of a run directory, including those of its base.
+
+    Args:
+        averaged: prefer averaged parameters, where the run keeps them.
 
     Raises:
-        UserError: an array is missing or has another shape, or the base is not there.
+        UserError: an array is missing or has another shape, or the base is missing.
     """
     step = directory / str(latest_step(directory))
     params = {}
@@ -132,7 +135,7 @@ def read_params(
 
 
 def run_shapes(directory: Path) -> dict[str, Any]:
-    """{dotted path: metadata with .shape and .dtype} of a run directory, its base included."""
+    """Returns {dotted path: metadata with .shape and .dtype} of a run directory and its base."""
     shapes = {}
     base = base_of(directory)
     for parent in set(base.values()):
@@ -171,7 +174,7 @@ _RELEASE_SETTINGS = {
 
 def _contents(path: Path) -> list[tuple[str, str]]:
     """(name, hash) of each file that counts for `fingerprint`, sorted by name."""
-    if path.is_file():  # a release of one file; its settings lie beside it
+    if path.is_file():  # a release of one file, with its settings beside it
         beside = [path.parent / "Emu.json", *_files(path.parent / "tokenizer")]
         return _hashes(path.parent, [path, *(p for p in beside if p.is_file())])
     if not (path / "config.json").is_file():
@@ -192,7 +195,7 @@ def _contents(path: Path) -> list[tuple[str, str]]:
 
 
 def _weights(step: Path) -> list[tuple[str, str]]:
-    """`_contents` of a step: as its checksums have them, or else as its files are."""
+    """Returns `_contents` of a step, from its checksums or else by hashing its files."""
     try:
         stored = json.loads((step / integrity.CHECKSUMS).read_text())["sha256"]
         weights = sorted((n, c) for n, c in stored.items() if n.startswith(("ema/", "params/")))
@@ -223,18 +226,18 @@ def _hashes(root: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
 
 
 def verify(directory: Path, step: int | None = None, *, every: bool = False) -> dict[str, Any]:
-    """Reads every byte of a step of a run directory, and of the bases that it needs.
+    """Reads and verifies every byte of a step of a run directory, and of the bases that it needs.
 
     Args:
-        step: by default the newest.
-        every: all steps instead.
+        step: the step to verify; by default the newest.
+        every: verify all steps.
 
     Returns:
-        passed, and steps: [{path, verified, bytes, problems}]. `verified` is False for a
-        step without checksums; `problems` has a line for each file and array that is damaged.
+        {passed, steps: [{path, verified, bytes, problems}]}. `verified` is False for a step
+        without checksums. `problems` has a line for each damaged file and array.
 
     Raises:
-        UserError: there is no such step.
+        UserError: the run directory does not have the step.
     """
     newest = latest_step(directory)
     steps = sorted(complete_steps(directory))
@@ -265,21 +268,21 @@ def _verify_step(step: Path) -> dict[str, Any]:
 
 
 def tower_of(path: str) -> str:
-    """The tower that a parameter belongs to."""
+    """Returns the tower that a parameter belongs to."""
     return path.split(".")[0]
 
 
 def save_base(directory: Path, towers: dict[str, Path]) -> None:
-    """Notes where the parameters are that the steps of `directory` leave out."""
+    """Writes base.json: the run directories of the towers that the steps of `directory` omit."""
     places = {tower: os.path.relpath(parent, directory) for tower, parent in towers.items()}
     write_text(directory / "base.json", json.dumps(places, indent=1) + "\n")
 
 
 def base_of(directory: Path) -> dict[str, Path]:
-    """{tower: run directory} that `save_base` noted; nothing where all is in `directory`.
+    """Returns the {tower: run directory} that `save_base` wrote, or {} if there is no base.
 
     Raises:
-        UserError: a base is not there any more, or the bases form a circle.
+        UserError: a base is missing, or the bases form a cycle.
     """
     places = _noted_base(directory)
     for parent in set(places.values()):
@@ -303,9 +306,10 @@ def _noted_base(directory: Path) -> dict[str, Path]:
 
 
 def _check_bases(directory: Path, users: list[Path]) -> None:
-    """
+    """Checks that the bases form no cycle.
+
     Raises:
-        UserError: a directory, or a base of it, is among those that are based on it.
+        UserError: a directory, or a base of it, is among the directories based on it.
     """
     resolved = directory.resolve()
     if resolved in users:
@@ -317,16 +321,17 @@ def _check_bases(directory: Path, users: list[Path]) -> None:
         _check_bases(parent, [*users, resolved])
 
 
-# The tables that have a row, or a column, for each token.
+# Parameters with an axis over the vocabulary, and that axis.
 _VOCABULARY = {"llama.embed_tokens.embedding": 0, "llama.lm_head.kernel": 1}
 
 
 def read_parent(
     directory: Path, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
 ) -> dict[str, jax.Array]:
-    """Parameters of another run for `model`, which may have adapters and tokens that the other
-    run lacks. The adapters are left out; a new token gets the mean of the old ones' rows
-    (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added).
+    """Reads parameters of another run for `model`, which may have more adapters and tokens.
+
+    Adapters that the other run lacks are left out. A new token gets the mean of the old tokens'
+    rows (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added).
     """
     theirs = load_config(directory).llama
     if theirs.lora is None:
@@ -354,7 +359,7 @@ def read_parent(
 
 
 def load_config(directory: Path) -> EmuConfig:
-    """The model configuration of a run directory."""
+    """Loads the model configuration of a run directory."""
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: the directory does not exist")
     cfg = load_json(EmuConfig, directory / "config.json")
@@ -372,8 +377,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def load_module(
     directory: Path, build: Callable[[], nnx.Module], mesh: Mesh, dtype: Any = jnp.float32
 ) -> nnx.Module:
-    """The module that `build()` makes, with the newest parameters of `directory`, sharded, each
-    read into `dtype`: no wider copy is ever in memory."""
+    """Builds a module with the newest parameters of `directory`, sharded over `mesh`.
+
+    Each parameter is read straight into `dtype`: no wider copy is ever in memory.
+    """
     template = Template(build, mesh)
     wanted = {
         path: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)

@@ -20,7 +20,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake the user can mend: printed as one line, exit status 2."""
+    """An error that the user can fix. The command line prints it as one line and exits with 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """Patches and the class token."""
+        """Number of patches, plus the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
@@ -82,9 +82,10 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def __post_init__(self) -> None:
-        """
+        """Checks the settings.
+
         Raises:
-            UserError: a setting that means nothing.
+            UserError: a setting is out of range, or a target is unknown or repeated.
         """
         for target in self.targets:
             if target not in LORA_TARGETS:
@@ -128,7 +129,7 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Denoiser, field names as in diffusers' `UNet2DConditionModel`."""
+    """Denoiser. Field names are those of diffusers' `UNet2DConditionModel`."""
 
     sample_size: int = 64
     in_channels: int = 4
@@ -147,7 +148,7 @@ class UNetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Autoencoder, field names as in diffusers' `AutoencoderKL`."""
+    """Autoencoder. Field names are those of diffusers' `AutoencoderKL`."""
 
     sample_size: int = 512
     in_channels: int = 3
@@ -160,13 +161,13 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent, along one side."""
+        """Number of pixels per latent along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """Noise schedule, field names as in diffusers' `PNDMScheduler`."""
+    """Noise schedule. Field names are those of diffusers' `PNDMScheduler`."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -181,7 +182,7 @@ class SchedulerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RematConfig:
-    """What each layer keeps for its backward pass, by tower: a name in `models.layers.REMAT`."""
+    """Rematerialization policy of each tower's layers: a name in `models.layers.REMAT`."""
 
     visual: str = "none"
     cformer: str = "none"
@@ -190,14 +191,16 @@ class RematConfig:
 
     @classmethod
     def everywhere(cls, policy: str) -> RematConfig:
-        """One policy for all towers."""
+        """Returns a config with one policy for all towers."""
         return cls(policy, policy, policy, policy)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """Ids of the tokens that the model itself treats apart. The base vocabulary has the first
-    three; the release appends the others to it in this order."""
+    """Ids of the special tokens that the model itself uses.
+
+    `bos` and `eos` are in the base vocabulary. The release appends the others to it, in this order.
+    """
 
     bos: int = 1
     eos: int = 2
@@ -208,13 +211,13 @@ class TokenIds:
 
     @classmethod
     def after(cls, base: int) -> TokenIds:
-        """The ids behind a base vocabulary of `base` tokens."""
+        """Returns the ids for a base vocabulary of `base` tokens."""
         return cls(pad=base, img=base + 1, img_end=base + 2, image=base + 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class EmuConfig:
-    """The whole model. `unet` and `vae` may be absent (an instruct checkpoint cannot paint)."""
+    """The whole model. `unet` and `vae` may be absent: the instruct model has no image decoder."""
 
     vision: VisionConfig = VisionConfig()
     cformer: CFormerConfig = CFormerConfig()
@@ -225,9 +228,10 @@ class EmuConfig:
     scheduler: SchedulerConfig = SchedulerConfig()
 
     def __post_init__(self) -> None:
-        """
+        """Checks the numbers.
+
         Raises:
-            UserError: a number that no model can have, or sizes that do not fit each other.
+            UserError: a number is out of range, or sizes do not fit each other.
         """
         _check_numbers(self, "")
         llama, vision = self.llama, self.vision
@@ -262,9 +266,10 @@ class EmuConfig:
             )
 
     def check_tokens(self) -> None:
-        """
+        """Checks that the special tokens have different ids, all below the vocabulary size.
+
         Raises:
-            UserError: a token has an id that the embeddings lack, or that of another.
+            UserError: two tokens share an id, or an id is too large.
         """
         ids = dataclasses.asdict(self.tokens)
         if len(set(ids.values())) < len(ids) or max(ids.values()) >= self.llama.vocab_size:
@@ -275,7 +280,7 @@ class EmuConfig:
 
 
 ROPE_DTYPES = ("bfloat16", "float16", "float32")
-# Larger sizes are typing errors, which would ask for more memory than there is, or for ages.
+# Larger sizes are typing errors, and would take more memory or time than there is.
 _LARGEST = {
     "layers": 2**12, "layers_per_block": 2**6, "max_positions": 2**24, "vocab_size": 2**24,
     "relative_max_distance": 2**24,
@@ -284,7 +289,8 @@ _MAY_BE_ZERO = {"attention_width", "freq_shift", "steps_offset", "dropout", "emb
 
 
 def _check_numbers(config: Any, where: str) -> None:
-    """
+    """Checks every number of a config, recursively.
+
     Raises:
         UserError: a size is not positive or implausibly large, or a number is not finite.
     """
@@ -310,22 +316,28 @@ def _check_numbers(config: Any, where: str) -> None:
 
 
 def emu_14b() -> EmuConfig:
-    """The released pretrained model with its visual decoder."""
+    """Returns the config of the released pretrained model with its visual decoder."""
     return EmuConfig()
 
 
 def emu_14b_instruct() -> EmuConfig:
-    """The released instruction-tuned model: two more tokens, LoRA, no visual decoder."""
+    """Returns the config of the released instruction-tuned model.
+
+    It has two more tokens, LoRA and no visual decoder.
+    """
     llama = LlamaConfig(vocab_size=32006, lora=LoraConfig())
     return EmuConfig(llama=llama, unet=None, vae=None)
 
 
 def emu_ladder(size: str) -> EmuConfig:
-    """Smaller models of the release's proportions, for scaling studies: "0.1B", "0.4B", "1.5B"
-    or "7B" parameters, about, without the visual decoder. Heads keep the width of 128 and
-    pictures the 32 embeddings of the 14B model, so that the same kernels serve."""
-    # Width and layers of the visual encoder, the Causal Transformer and the language model, and
-    # the width of the last one's MLP.
+    """Returns a smaller config of the release's proportions, for scaling studies.
+
+    `size` is "0.1B", "0.4B", "1.5B" or "7B": the approximate number of parameters, without the
+    visual decoder. As in the 14B model a head is 128 wide and an image has 32 embeddings, which
+    lets the same kernels serve.
+    """
+    # Width and layers of the visual encoder, the Causal Transformer and the language model, then
+    # the width of the language model's MLP.
     sizes = {
         "0.1B": (512, 12, 256, 4, 512, 8, 1408),
         "0.4B": (768, 12, 384, 6, 1024, 16, 2816),
@@ -351,7 +363,7 @@ def emu_ladder(size: str) -> EmuConfig:
 
 
 def digits(base_vocab: int = 346) -> EmuConfig:
-    """Every part of the architecture at a size that two cores train in minutes."""
+    """Returns a config with every part of the architecture that two cores train in minutes."""
     return EmuConfig(
         tokens=TokenIds.after(base_vocab),
         vision=VisionConfig(
@@ -380,7 +392,7 @@ def digits(base_vocab: int = 346) -> EmuConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON types (tuples become lists)."""
+    """Converts a dataclass to plain JSON types (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -388,7 +400,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """Builds the frozen dataclass `cls` from plain JSON types.
 
     Raises:
-        UserError: an unknown key, or a value of the wrong type; the line names the key.
+        UserError: a key is unknown or a value has the wrong type. The message names the key.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
@@ -399,7 +411,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` when something close to `word` is known, else the choices."""
+    """Returns `; did you mean 'x'?` if a known word is close to `word`, else the choices."""
     import difflib
 
     known = sorted(known)
@@ -408,16 +420,16 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def shipped(folder: str) -> Path:
-    """A top-level folder of the repository (configs, benchmarks), or its copy in the wheel.
+    """Returns a top-level folder of the repository (configs, benchmarks), or its copy in the wheel.
 
     Raises:
-        UserError: neither is there.
+        UserError: the folder is missing.
     """
     package = Path(__file__).parent
     checkout = (package.parent / "pyproject.toml").is_file()
     place = (package.parent if checkout else package) / folder
     if not place.is_dir():
-        raise UserError(f"there is no {place}: install emu_jax anew, or run it from a clone")
+        raise UserError(f"{place} is missing: reinstall emu_jax, or run it from a clone")
     return place
 
 
@@ -448,16 +460,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Names a file that stands in for the one that was meant.
+    """Checks that a file is not a stand-in for the intended one.
 
     Raises:
-        UserError: it is a Git LFS pointer, a web page, or compressed.
+        UserError: the file is a Git LFS pointer, a web page, or compressed.
     """
     try:
         with path.open("rb") as f:
             start = f.read(64)
     except OSError:
-        return  # whoever reads the file says so
+        return  # the code that reads the file reports it
     for known, what in (
         (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
         (b"<!doctype html", "a web page, not the file itself: download it again"),
@@ -474,7 +486,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object, with or without a byte order mark.
 
     Raises:
-        UserError: the file is missing, is not JSON, or holds something else.
+        UserError: the file is missing, is not JSON, or does not hold an object.
     """
     refuse_stand_in(path)
     try:
@@ -489,8 +501,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file atomically, so that it is on disk before anything that is written
-    later."""
+    """Writes a whole file atomically and syncs it to disk before returning."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -499,11 +510,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Waits until a local file's content, or a directory's list of names, is on the disk."""
+    """Waits until a local file's content, or a directory's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems sync no directory
+    except OSError as error:  # some network file systems cannot sync directories
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -511,7 +522,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Waits until a local file, or everything in a directory, is on the disk."""
+    """Waits until a local file, or everything in a directory, is on disk."""
     if not path.is_dir():
         sync(path)
     for folder, _, names in os.walk(path):
@@ -526,7 +537,7 @@ def save_json(config: Any, path: Path) -> None:
 
 
 def load_json(cls: type, path: Path) -> Any:
-    """Reads what `save_json` wrote.
+    """Reads a config that `save_json` wrote.
 
     Raises:
         UserError: the file is missing, is not JSON, or does not fit `cls`.
