@@ -112,7 +112,7 @@ def test_pictures_are_made_smaller_and_encoded():
         (Picture(encode(9, 40)), "picture too narrow", "9x40"),
         (Picture(encode(31, 32), similarity=0.29), "unlike its words", "0.290"),
         (Picture(encode(31, 32)[:-60]), "unreadable picture", "truncated"),
-        (Picture(b"none"), "unreadable picture", "no picture format"),
+        (Picture(b"none"), "unreadable picture", "unknown image format"),
     ],
 )
 def test_pictures_that_do_not_pass(picture, reason, detail):

@@ -1,27 +1,27 @@
 """Sources -> documents -> packed rows -> batches.
 
-documents.py  what a record holds, what a source is, and ArrayRecord files
-sources.py    `SourceConfig`: every format that documents may come in
+documents.py  documents, the interface of a source, and ArrayRecord files
+sources.py    `SourceConfig`: the supported formats
   pairs.py      WebDataset tars, TensorFlow Datasets
   pages.py      MMC4, OBELICS
   videos.py     with captions, or with subtitles
   dialogues.py  instructions and answers
-  listings.py   the JSON entries and named files that the last three read
-  formats.py    compressed listings, and formats that are named
+  listings.py   JSON entries and the media files that they name, for the three above
+  formats.py    compressed listings, and detection of unsupported formats
   cues.py       subtitle files as cues
-  folders.py    files found by name in sub-folders
-  tars.py, video.py, storage.py  archives, video, local and remote files
-  index.py      arrays derived from files once and kept beside them
-  unused.py     counts of what a source holds and what is used of it
+  folders.py    files found by name in subfolders
+  tars.py, video.py, storage.py  archives, videos, local and remote files
+  index.py      cached, memory-mapped indexes
+  unused.py     counts of the used and unused parts of a source
 build.py      raw data to ArrayRecord files, filtered by clean.py; inspect.py, a page about them
-outlines.py   how long documents are, counted once
-packing.py    what is kept of a document, and which row it goes to
-mixture.py    sources in an endless order, planned without reading an image
-filling.py    documents into arrays: read, tokenised, decoded
+outlines.py   lengths of documents, counted once
+packing.py    truncation and packing of documents into rows
+mixture.py    sources mixed into an endless order, planned without reading an image
+filling.py    fills arrays with documents: reads, tokenizes, decodes
 images.py     the release's preprocessing, and augmentation
-pipeline.py   `Batches`, what training reads; config.py, its `DataConfig`
+pipeline.py   `Batches`, the iterator that training reads; config.py, its `DataConfig`
 digits.py     scikit-learn's handwritten digits as documents
-latents.py    conditions and latents of the decoder, computed once
+latents.py    precomputed conditions and latents of the decoder
 """
 
 from emu_jax.data.documents import Document, Picture, Text

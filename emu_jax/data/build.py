@@ -1,14 +1,14 @@
-"""`emu-jax data build`: any source to ArrayRecord shards that training reads.
+"""`emu-jax data build`: converts any source to ArrayRecord shards for training.
 
-    DST/build.json                         what is being built, from what
-    DST/NAME-00003-of-00008.array_record   what is kept of so many documents of the source
-    DST/NAME-00003-of-00008.json           its counts, and what was left out; written after it
-    DST/rejected.jsonl                     what was left out of all of them, a line each
-    DST/manifest.json                      the counts of all; written when every shard is there
+    DST/build.json                         the config and the source of the build
+    DST/NAME-00003-of-00008.array_record   the documents kept of one range of the source
+    DST/NAME-00003-of-00008.json           its counts, and the parts left out; written after it
+    DST/rejected.jsonl                     all parts that were left out, one a line
+    DST/manifest.json                      total counts; written once every shard is complete
 
-A shard follows from the source and the config alone, so that any number of workers, in any
-order, killed and started again, write the same bytes. One whose counts are there and whose
-size agrees is not built again.
+A shard is a function of the source and the config alone. Any number of workers, in any order,
+killed and restarted, write the same bytes. A shard is not built again if its counts exist and its
+size matches them.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ B = TypeVar("B")
 
 VERSION = 1  # of the layout of a built folder
 PLAIN_SECONDS = 10.0  # between plain progress lines
-_EXAMPLES = 1000  # lines of what was left out, from which examples are taken for an error
+_EXAMPLES = 1000  # entries of parts left out that are kept, as examples for an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
-    """What is built: the bytes that are written follow from this and the source alone."""
+    """Config of a build. It and the source alone determine the bytes that are written."""
 
     source: SourceConfig = SourceConfig()
     clean: CleanConfig = CleanConfig()
-    shard_documents: int = 4096  # of the source, that become one file
+    shard_documents: int = 4096  # documents of the source for each shard
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A piece of the work, which may be done on any machine that sees the same paths."""
+    """A unit of work, for any machine that sees the same paths."""
 
     cfg: BuildConfig
     fingerprint: str  # of the source
@@ -86,7 +86,7 @@ class Shard:
 
     @property
     def entry(self) -> str:
-        """The file of its counts."""
+        """Path of the JSON file with the shard's counts."""
         return self._file("json")
 
     def _file(self, kind: str) -> str:
@@ -94,12 +94,12 @@ class Shard:
         return storage.join(self.folder, name)
 
 
-# A runner builds shards, in any order, and yields each that is done.
+# A runner builds shards in any order, and yields each one when it is done.
 Runner = Callable[[Sequence[Shard]], Iterable[Shard]]
 
 
 def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[str, Any]:
-    """Builds the shards that are not there yet; returns what `manifest.json` then holds.
+    """Builds the missing shards; returns the content of `manifest.json`.
 
     Raises:
         UserError: the source cannot be opened or read, `folder` holds something else, or
@@ -123,10 +123,10 @@ def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[s
 
 
 def build_shard(shard: Shard, threads: int = 1) -> Shard:
-    """Builds one shard: all that a worker does, whatever the runner.
+    """Builds one shard; the whole work of a worker, with any runner.
 
     Raises:
-        UserError: the source cannot be read, or is not the one that the work was split from.
+        UserError: the source cannot be read, or has changed since the shards were planned.
     """
     source = _source(shard.cfg.source, shard.fingerprint)
     tally = _Tally()
@@ -154,8 +154,8 @@ def build_shard(shard: Shard, threads: int = 1) -> Shard:
 
 
 def embedded(workers: int, threads: int = 1) -> Runner:
-    """Processes of this machine. The threads of each overlap reading with decoding, which
-    Pillow and PyAV do without the interpreter's lock."""
+    """Returns a runner that uses processes on this machine. The threads of each process overlap
+    reading with decoding, for which Pillow and PyAV release the GIL."""
 
     def run(shards: Sequence[Shard]) -> Iterator[Shard]:
         if workers <= 1 or len(shards) == 1:
@@ -171,10 +171,10 @@ def embedded(workers: int, threads: int = 1) -> Runner:
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker was killed, perhaps for want of memory: run the same command again, "
-                "with fewer --workers; it goes on from the finished shards"
+                "a worker was killed, perhaps because memory ran out: run the same command again "
+                "with fewer --workers; it resumes from the finished shards"
             ) from None
-        except BaseException:  # whatever it is, do not wait for what is under way
+        except BaseException:  # on any error, do not wait for shards in progress
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             raise
@@ -185,12 +185,12 @@ def embedded(workers: int, threads: int = 1) -> Runner:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed outright cannot end its workers."""
+    """Exits when the parent dies: a parent killed by SIGKILL cannot terminate its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -198,10 +198,11 @@ def _end_with_parent() -> None:
 
 
 def on_beam(options: Sequence[str], threads: int = 1) -> Runner:
-    """An Apache Beam pipeline (Dataflow, Flink, Spark, ...), as its own options say.
+    """Returns a runner that uses Apache Beam (Dataflow, Flink, Spark, ...), configured by Beam's
+    own options.
 
     Raises:
-        UserError: Beam is not installed, or the pipeline failed.
+        UserError: Beam is not installed, or (when run) the pipeline failed.
     """
     try:
         import apache_beam as beam  # pyright: ignore[reportMissingImports]
@@ -217,13 +218,13 @@ def on_beam(options: Sequence[str], threads: int = 1) -> Runner:
     def run(shards: Sequence[Shard]) -> Sequence[Shard]:
         try:
             with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-                # Reshuffled, or else fused into one step that one worker takes alone.
+                # Without a reshuffle Beam fuses both steps, and one worker does all the work.
                 work = pipeline | beam.Create(shards) | beam.Reshuffle()
                 work | beam.Map(build_shard, threads)  # pyright: ignore[reportUnusedExpression]
         except Exception as error:
             raise UserError(
                 f"the Beam pipeline failed: {' '.join(str(error).split())}; the same command "
-                "goes on from the finished shards"
+                "resumes from the finished shards"
             ) from error
         return shards
 
@@ -235,7 +236,10 @@ def on_beam(options: Sequence[str], threads: int = 1) -> Runner:
 
 def _split(folder: str, cfg: BuildConfig, source: Source) -> list[Shard]:
     if not re.fullmatch(r"\w[\w.-]*", cfg.source.name):
-        raise UserError(f"a source's name becomes a file's: {cfg.source.name!r} cannot be one")
+        raise UserError(
+            f"the source's name is used in file names, and {cfg.source.name!r} cannot be one: "
+            "use letters, digits, '_', '-' and '.'"
+        )
     cfg.clean.check()
     if cfg.shard_documents < 1:
         raise UserError(f"a shard must hold at least 1 document, not {cfg.shard_documents}")
@@ -252,7 +256,11 @@ def _split(folder: str, cfg: BuildConfig, source: Source) -> list[Shard]:
 
 
 def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
-    """Says what is built in `folder`, or finds that it is the same as before."""
+    """Writes `build.json`, or checks that `folder` was begun with the same build.
+
+    Raises:
+        UserError: `folder` holds something else, or its `build.json` is damaged.
+    """
     ours = {
         "version": VERSION,
         "pillow": PIL.__version__,  # decides the bytes of encoded pictures
@@ -277,7 +285,7 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
 
 
 def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any]:
-    """(dotted key, its two values) of the first difference."""
+    """Returns (dotted key, its two values) of the first difference."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for name in {**ours, **theirs}:
             old, new = theirs.get(name), ours.get(name)
@@ -290,17 +298,17 @@ def _is_whole(shard: Shard) -> bool:
     try:
         entry = json.loads(storage.read(shard.entry))
         return entry["bytes"] == storage.stat(shard.path).size
-    except (OSError, ValueError, KeyError):  # not there, or cut short by a crash
+    except (OSError, ValueError, KeyError):  # missing, or truncated by a crash
         return False
 
 
 def _finish(
     folder: str, cfg: BuildConfig, source: Source, shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    """Adds up the shards.
+    """Sums the counts of the shards, and writes the manifest.
 
     Raises:
-        UserError: there is no document in them, or they lack a kind of part.
+        UserError: the shards hold no document, or lack a kind of part.
     """
     total = _Tally()
     files = []
@@ -323,7 +331,7 @@ def _finish(
     manifest = {
         "version": VERSION,
         "config": to_dict(cfg),
-        "paired": source.paired,  # what a SourceConfig of these files must say
+        "paired": source.paired,  # required in a SourceConfig of these files
         **total.counts,
         "bytes": sum(file["bytes"] for file in files),
         "shards": files,
@@ -334,7 +342,7 @@ def _finish(
 
 
 def _sweep(folder: str, name: str) -> None:
-    """Removes what interrupted writes left; a remote file appears whole, or not at all."""
+    """Removes temporary files of interrupted writes; remote writes leave none."""
     if storage.is_remote(folder):
         return
     for written in (f"{name}-*", "build.json", "rejected.jsonl", "manifest.json"):
@@ -344,7 +352,7 @@ def _sweep(folder: str, name: str) -> None:
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Keeps other processes out of a local folder; given up by the system if this one dies."""
+    """Locks a local folder against other processes; the system releases it if this one dies."""
     if storage.is_remote(folder):
         yield
         return
@@ -354,7 +362,7 @@ def _locked(folder: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is building in {folder}: wait for it") from None
-        except OSError as error:  # not every network file system can
+        except OSError as error:  # not every network file system supports locks
             log.warning("cannot lock %s (%s): let no other process build there", folder, error)
         yield
     finally:
@@ -382,7 +390,7 @@ def _cleaned(source: Source, cfg: CleanConfig, index: int) -> tuple[int, Cleaned
 
 
 def _map(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """`map` on threads, in order, and never far ahead of what is taken."""
+    """Maps a function over items on threads, in order, never far ahead of the consumer."""
     if threads <= 1:
         yield from map(function, items)
         return
@@ -397,14 +405,14 @@ def _map(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterat
 
 
 class _Tally:
-    """Counts what became of documents and of their pictures, and lists what was left out."""
+    """Counts kept and rejected documents and images, and lists the parts left out."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Any]] = {
             "documents": {"read": 0, "written": 0, "rejected": {}},
             "pictures": {"read": 0, "written": 0, "encoded": 0, "dropped": {}},
             "texts": {"written": 0},
-            "unused": {},  # what readers left out, by reason
+            "unused": {},  # parts that readers left out, by reason
         }
         self.left_out: list[dict[str, Any]] = []
 
@@ -449,10 +457,11 @@ class _Tally:
                     mine[name] = mine.get(name, 0) + value
 
     def check(self, allowed: Collection[str]) -> None:
-        """
+        """Refuses a build that lost a whole kind of part.
+
         Raises:
-            UserError: no document was written, or nothing of a kind of part that is not
-                `allowed` to be missing. The line counts the reasons.
+            UserError: no document was written, or no part of a kind that is not `allowed` to be
+                missing. The message counts the reasons.
         """
         counts = self.counts
         tally = Tally({
@@ -478,7 +487,7 @@ def _write(path: str, lines: Iterable[str]) -> None:
 
 
 class _Progress:
-    """On stderr: a bar on a terminal, plain lines elsewhere."""
+    """Progress on stderr: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, name: str, total: int, done: int):
         self._name, self._total, self._first, self._done = name, total, done, done

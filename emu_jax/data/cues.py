@@ -1,8 +1,8 @@
 """Subtitle files as cues: SRT, WebVTT, SBV, ASS/SSA, TTML and YouTube's XML.
 
-One lenient reader serves the formats made of lines, because real files break their rules in
-every way: no blank lines or too many, no numbers, other arrows and decimal marks, words beside
-the times. What it cannot use it returns as `Unused`.
+One lenient parser handles all line-based formats, because real files break the rules in every
+way: missing or extra blank lines, missing numbers, other arrows and decimal marks, words beside
+the times. Lines that it cannot use are returned as `Unused`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ OUTSIDE = "subtitle line outside a cue"
 UNDECODABLE = "undecodable subtitle line"
 GUESSED = "guessed subtitle encoding"
 
-# Captions that roll repeat a line the moment that its cue ends, give or take a frame. A cue that
-# also adds a line may leave a short gap.
+# Roll-up captions repeat a line when its cue ends, give or take a frame. A cue that also adds a
+# line may leave a short gap.
 _SAME_MOMENT, _SHORT_GAP = 0.05, 0.25  # seconds
 
 
 class Cue(NamedTuple):
-    """Words on the screen from `start` to `end`, in seconds, line by line."""
+    """The lines on the screen from `start` to `end`, in seconds."""
 
     start: float
     end: float
@@ -40,11 +40,11 @@ class Cue(NamedTuple):
 def read_cues(
     content: bytes, where: str, encoding: str | None = None
 ) -> tuple[list[Cue], list[Unused]]:
-    """Reads the cues of a subtitle file, in the order of time, without markup.
+    """Reads the cues of a subtitle file, ordered by time, without markup.
 
     Args:
-        encoding: of the text, where it is known. By default it follows from a byte order mark,
-            is UTF-8 or UTF-16, or is guessed; a guess is listed as `GUESSED`.
+        encoding: encoding of the text, if known. By default it is given by a byte order mark, is
+            UTF-8 or UTF-16, or is guessed; a guess is listed as `GUESSED`.
 
     Raises:
         Damaged: the encoding is unknown, or there is text but no cue.
@@ -67,10 +67,10 @@ def read_cues(
 
 
 def unroll(cues: Sequence[Cue], unused: list[Unused]) -> Iterator[tuple[float, str]]:
-    """Yields (start, words) of cues in the order of time, each line once where captions roll.
+    """Yields (start, words) of cues ordered by time, with the lines of roll-up captions only once.
 
-    A cue that continues the one before it may begin with that one's last lines: these were not
-    said again. They are appended to `unused`.
+    A cue that continues the previous one may begin with its last lines, which are not spoken
+    again. They are appended to `unused`.
     """
     before: list[str] = []
     end = float("-inf")
@@ -85,7 +85,7 @@ def unroll(cues: Sequence[Cue], unused: list[Unused]) -> Iterator[tuple[float, s
 
 
 def _overlap(before: list[str], lines: list[str]) -> int:
-    """The most lines that both end `before` and begin `lines`."""
+    """Returns the largest number of lines that both end `before` and begin `lines`."""
     for count in range(min(len(before), len(lines)), 0, -1):
         if before[-count] == lines[0] and before[-count:] == lines[:count]:
             return count
@@ -102,7 +102,7 @@ _LEGACY = (
     "cp1252", "cp1251", "cp1250", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258",
     "cp874", "koi8_r", "cp932", "euc_jp", "gb18030", "big5", "cp949",
 )  # fmt: skip
-_LOST = "\ufffd"  # stands for bytes that could not be decoded
+_LOST = "\ufffd"  # replaces bytes that could not be decoded
 
 
 def _decoded(content: bytes, where: str, encoding: str | None) -> tuple[str, list[Unused]]:
@@ -125,13 +125,13 @@ def _decoded(content: bytes, where: str, encoding: str | None) -> tuple[str, lis
     if name is not None:
         try:
             text = content.decode(name, "replace")
-        except (LookupError, ValueError):  # also of a codec that is not for texts
+        except (LookupError, ValueError):  # unknown, or not a text codec
             raise Damaged("malformed entry", where, f"unknown encoding {name!r}") from None
     return text.replace("\0", "").replace("\ufeff", ""), unused
 
 
 def _wide(content: bytes) -> str | None:
-    """UTF-16 without a mark: the digits of its times are zeros and ASCII in turn."""
+    """Detects UTF-16 without a byte order mark: every other byte of its times is zero."""
     even, odd = content[0::2].count(0), content[1::2].count(0)
     if 8 * (even + odd) < len(content):
         return None
@@ -139,14 +139,14 @@ def _wide(content: bytes) -> str | None:
 
 
 def _guessed(content: bytes) -> str | None:
-    """The legacy encoding in which the words look most like a language; None in doubt."""
+    """Guesses the legacy encoding in which the words look most like a language; None if unsure."""
     from charset_normalizer import from_bytes
 
     words = b"\n".join(line for line in content.splitlines() if not line.isascii())
     found = from_bytes(words, cp_isolation=list(_LEGACY))
     least = min((match.chaos for match in found), default=0.0)
     close = [match for match in found if match.chaos <= least + 0.05]
-    # Code pages may agree on all letters here; the first of _LEGACY is then the likeliest.
+    # Code pages may agree on all letters here; then the first in _LEGACY is the most likely.
     close.sort(key=lambda match: (-match.coherence, _LEGACY.index(match.encoding)))
     if not close or (len(close) > 1 and not close[0].coherence):
         return None
@@ -164,14 +164,15 @@ _PARTS = re.compile(
     r"(?:(?:\s?[.,;]\s?|:(?=\d{3}$))(\d+))?"
 )
 _ARROW = r"(?:(?:[-–—−=]\s?)+(?:>|&gt;)+|[→⟶➔])"
-_ARROWS = re.compile(r"[>→⟶➔]|&gt;")  # a quick look before a thorough one
+_ARROWS = re.compile(r"[>→⟶➔]|&gt;")  # a cheap test before the full pattern
 _STRICT = r"\d{1,6}:\d\d:\d\d[.,]\d{1,3}"
 _TIMING = re.compile(
     rf"[\s\[(]*(?:\d+[.)]?\s+)?(?P<start>{_CLOCK})\s*{_ARROW}\s*(?:(?P<end>{_CLOCK})(?![\w:]))?(?P<rest>.*)"
 )
-# As YouTube's SBV; looser times without an arrow may be words.
+# YouTube's SBV. Looser times without an arrow could be words.
 _PAIR = re.compile(rf"\s*(?P<start>{_STRICT})\s*[-–,]\s*(?P<end>{_STRICT})(?P<rest>\s*)$")
-# Times, but misspelled: both in one line. One pattern for both would take hours for a long line.
+# A line that matches both has misspelled times. A single pattern for both would take hours on a
+# long line.
 _ALMOST = (re.compile(r"-\s?-\s?(?:>|&gt;)"), re.compile(r"\d"))
 _NUMBER = re.compile(r"[\s#(]*(\d{1,9})[\s.):]*")
 _SETTINGS = re.compile(  # of a cue: align:start, X1:40
@@ -188,15 +189,17 @@ _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
 
 class _Line(NamedTuple):
-    """A line that is not blank, and whether a blank one is before it."""
+    """A line that is not blank, and whether a blank line comes before it."""
 
     text: str
     after_blank: bool
 
 
 class _Segment(NamedTuple):
-    """The lines from one line of times to the next; `times` is None before the first, and has no
-    match where they cannot be read."""
+    """The lines from one timing line to the next.
+
+    `times` is None before the first timing line; `match` is None if its times cannot be parsed.
+    """
 
     times: str | None
     match: re.Match[str] | None
@@ -255,8 +258,8 @@ def _without_number(
     """Splits the next cue's number or name from the lines before it.
 
     Args:
-        place: the next cue's place in the file, from 1, less one.
-        number: this cue's own.
+        place: index of the next cue in the file, from 0.
+        number: this cue's own number.
     """
     *before, last = segment.lines
     match = _NUMBER.fullmatch(last.text)
@@ -286,7 +289,7 @@ def _without_blocks(lines: list[_Line], header: bool) -> list[_Line]:
 def _cue(match: re.Match[str], lines: list[str], unused: list[Unused]) -> Cue:
     start, end, rest = max(0.0, _seconds(match["start"])), match["end"], match["rest"]
     if rest and not rest.isspace():
-        if end is None:  # one that cannot be read
+        if end is None:  # drop an end time that cannot be parsed
             rest = re.sub(r"^\S*\d\S*", "", rest)
         lines = _words([_SETTINGS.sub("", rest.lstrip("])"), count=1)], unused) + lines
     return Cue(start, max(start, start if end is None else _seconds(end)), lines)
@@ -301,7 +304,7 @@ def _seconds(clock: str) -> float:
 
 
 def _words(lines: Iterator[str] | list[str], unused: list[Unused]) -> list[str]:
-    """Lines without markup, and without those that have lost bytes."""
+    """Strips markup, and drops lines that could not be decoded."""
     words = []
     for line in lines:
         marked = "<" in line or "{" in line
@@ -348,7 +351,7 @@ def _ass(text: str, unused: list[Unused]) -> list[Cue]:
 
 
 def _without_overrides(text: str) -> str:
-    """Drops style overrides, and the shapes that some of them draw."""
+    """Removes style overrides, and the vector shapes that some of them draw."""
     words, drawing = [], False
     for piece in _OVERRIDE.split(text):
         if not piece.startswith("{"):
@@ -359,7 +362,8 @@ def _without_overrides(text: str) -> str:
 
 
 def _clock(text: str) -> float:
-    """
+    """Parses a clock time to seconds; negative times become 0.
+
     Raises:
         ValueError: it is not a time.
     """
@@ -374,9 +378,10 @@ _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
 
 
 def _xml(text: str, where: str, unused: list[Unused]) -> list[Cue]:
-    """
+    """Reads the cues of TTML or of YouTube's XML.
+
     Raises:
-        Damaged: it is not XML.
+        Damaged: the text is not XML, or is nested too deeply.
     """
     try:
         root = ET.fromstring(text.strip())
@@ -392,7 +397,7 @@ def _xml(text: str, where: str, unused: list[Unused]) -> list[Cue]:
 def _timed(
     element: ET.Element, origin: float, rates: dict[str, str], unused: list[Unused]
 ) -> Iterator[Cue]:
-    """The cues of an element and those within it; their times count from `origin`."""
+    """Yields the cues of an element and its descendants; their times are relative to `origin`."""
     name, given = _local(element.tag), element.attrib
     try:
         if "t" in given:  # YouTube's format 3 counts milliseconds
@@ -420,7 +425,7 @@ def _timed(
 
 
 def _said(element: ET.Element) -> Iterator[str]:
-    """An element's words; only `<br/>` breaks a line."""
+    """Yields the words of an element; only `<br/>` breaks a line."""
     yield " ".join((element.text or "").split("\n"))
     for child in element:
         if _local(child.tag) == "br":
@@ -431,7 +436,7 @@ def _said(element: ET.Element) -> Iterator[str]:
 
 
 def _offset(text: str, rates: dict[str, str]) -> float:
-    """Seconds of a time in TTML: of a clock, with frames, or a number with its unit.
+    """Parses a TTML time to seconds: a clock, optionally with frames, or a number with a unit.
 
     Raises:
         ValueError: it is not a time.
@@ -449,5 +454,5 @@ def _offset(text: str, rates: dict[str, str]) -> float:
 
 
 def _local(name: str) -> str:
-    """A name without its namespace."""
+    """Returns a name without its namespace."""
     return name.rpartition("}")[2] if isinstance(name, str) else ""

@@ -22,7 +22,7 @@ from emu_jax.data.unused import Unused
 from emu_jax.data.video import VIDEO_SUFFIXES, Clip, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
-# What the instruction-tuned model was told before a turn (`Emu1/inference.py`).
+# System messages of the instruction-tuned model (`Emu1/inference.py`).
 IMAGE_SYSTEM = (
     "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the "
     "image after I provide it to you. Please answer my questions based on the given image."
@@ -51,14 +51,14 @@ Said = list[str | Medium]
 
 
 class Turn(NamedTuple):
-    """A question, and the answer that is learned."""
+    """A question, and the answer, which is the training target."""
 
     asked: Said
     answer: Said
 
 
 class Dialogue(NamedTuple):
-    """An entry as it is used."""
+    """A parsed entry."""
 
     turns: list[Turn]
     system: Said | None  # the entry's own message
@@ -67,7 +67,7 @@ class Dialogue(NamedTuple):
 
 
 class Dialogues(Listed):
-    """One dialogue in each entry, of any of these layouts:
+    """Dialogues, one an entry, in any of these layouts:
 
     ShareGPT, LLaVA: `conversations` of `{"from": "human" | "gpt" | "system", "value": ...}`.
     OpenAI: `messages` of `{"role": "user" | "assistant" | "system", "content": ...}`. A content
@@ -78,10 +78,10 @@ class Dialogues(Listed):
         `end`, in seconds, choose a clip of the video.
     Video-ChatGPT: `q`, `a` and `video_id`, a video's name without its suffix.
 
-    The entry's images and videos (`image`, `images`, `video`, `videos`; one or a list) stand
-    where its messages spell `<image>` and `<video>`, in an answer too, where an image is
-    learned. Where no message does, they stand before the first question. Without an image
-    `<image>` is a word, or stands for the video if nothing spells `<video>`.
+    The entry's images and videos (`image`, `images`, `video`, `videos`; one or a list) replace
+    `<image>` and `<video>` in its messages. In an answer, an image is a training target. If no
+    message has a placeholder, the media go before the first question. In an entry without
+    images, `<image>` is plain text, or the placeholder of the video if no message has `<video>`.
     """
 
     def __init__(self, entries: Entries, media: Media, frames: int):
@@ -141,7 +141,7 @@ class _Message(NamedTuple):
     said: Said
 
 
-# What stands for the entry's next image or video.
+# Placeholders of the entry's next image or video.
 _IMAGE, _VIDEO = Medium("<image>"), Medium("<video>", video=True)
 
 
@@ -160,7 +160,7 @@ def _parse(entry: dict[str, Any]) -> Dialogue:
 
 
 def _messages(entry: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """(speaker, value) of each message, in order, of whichever layout."""
+    """Yields (speaker, value) of each message in order, in any layout."""
     if entry.get("system"):
         yield "system", entry["system"]
     for key in ("conversations", "messages"):
@@ -198,7 +198,7 @@ def _speaker(who: object) -> str:
 
 
 def _parts(value: Any) -> Iterator[str | Medium]:
-    """The texts and media of a message's value; nothing if there are none."""
+    """Yields the texts and media of a message's value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -233,10 +233,10 @@ def _names(value: Any) -> list[str]:
 def _placed(
     messages: list[_Message], images: list[Medium], videos: list[Medium]
 ) -> tuple[list[_Message], list[Medium]]:
-    """(messages with the entry's media in their places, the media that have none).
+    """Returns (messages with the entry's media in place of placeholders, media without one).
 
     Raises:
-        ValueError: there are more or fewer places than media.
+        ValueError: the number of placeholders is neither 0 nor the number of media.
     """
     texts = [part for message in messages for part in message.said if isinstance(part, str)]
     tags = {"<image>": _IMAGE} if images else {}
@@ -275,8 +275,8 @@ def _placed(
 
 
 def _turns(messages: Iterable[_Message], unused: list[Unused]) -> tuple[Said | None, list[Turn]]:
-    """(system message, turns). Messages in a row by one speaker are joined; those that belong to
-    no turn are added to `unused`.
+    """Returns (system message, turns). Consecutive messages of one speaker are joined; messages
+    that belong to no turn are added to `unused`.
 
     Raises:
         ValueError: there is no question with an answer.
@@ -337,8 +337,8 @@ def _clip(entry: dict[str, Any], videos: int) -> Clip | None:
 
 
 def _document(dialogue: Dialogue, pictures: Callable[[Medium, bool], list[Picture]]) -> Document:
-    """The dialogue in the release's format. Only what this file itself writes may spell special
-    tokens."""
+    """Formats the dialogue as the release does. Special tokens are parsed only in the texts that
+    this function adds, never in the data."""
 
     def parts(said: Said, scored: bool) -> list[Text | Picture]:
         made: list[Text | Picture] = []

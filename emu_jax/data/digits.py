@@ -1,9 +1,9 @@
 """scikit-learn's 1,797 handwritten digits as documents of four kinds.
 
-The label of a picture reaches a document only as a word. Splits are taken from
-`numpy.random.default_rng(0).permutation(1797)`: the first 1,437 pictures train, the other
-360 are held out; of the training pictures the first 1,300 are for fitting, the last 137 for
-choosing anything that has to be chosen.
+The label of an image enters a document only as a word. Splits are taken from
+`numpy.random.default_rng(0).permutation(1797)`: the first 1,437 images are for training, the
+other 360 are held out. Of the training images the first 1,300 are for fitting, and the last 137
+for validation.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ SPLITS = {
     "train": slice(0, 1437), "heldout": slice(1437, 1797),
     "fit": slice(0, 1300), "validation": slice(1300, 1437),
 }  # fmt: skip
-VOCABULARY = 512  # an upper bound; the few words there are need less
+VOCABULARY = 512  # an upper bound; the few words need less
 
 QUESTIONS = ("what digit is this?", "is it even?", "what comes next? draw it")
 
 _VERSION = 2  # of the files `build_digits` writes
 _SEED = 1
-_PER_PICTURE = 3  # pages, and storyboards, for each picture of a split
+_PER_PICTURE = 3  # pages, and storyboards, for each image of a split
 
 
 def digit_pictures(
     split: str,
 ) -> tuple[UInt8[np.ndarray, "pictures 8 8"], Int64[np.ndarray, "pictures"]]:
-    """(grey pictures, white on black, 0..255; labels 0..9) of a split."""
+    """Returns (gray images, white on black, 0..255; labels 0..9) of a split."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}")
     pictures, labels = _all_digits()
@@ -67,25 +67,25 @@ def _all_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_png(pixels: UInt8[np.ndarray, "h w"]) -> bytes:
-    """A grey picture as PNG."""
+    """Encodes a gray image as PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def caption(digit: int, template: int) -> str:
-    """One of the sentences that `pairs` say of a digit."""
+    """Returns one of the captions of a digit in `pairs`."""
     return _say(CAPTIONS[template], digit)
 
 
 def parse_digit(text: str) -> int | None:
-    """The digit that a text names; None when it names none, or several."""
+    """Returns the digit that a text names, or None if it names none or several."""
     named = [w for w in re.findall(r"[a-z]+", text.lower()) if w in WORDS]
     return WORDS.index(named[0]) if len(named) == 1 else None
 
 
 def counting_digits(rng: np.random.Generator, frames: int = FRAMES) -> list[int]:
-    """Digits of a counting sequence by a step of `STEPS`, all within 0..9."""
+    """Samples a counting sequence of digits within 0..9, by one of `STEPS`."""
     step = int(rng.choice(STEPS))
     reach = step * (frames - 1)
     start = int(rng.integers(max(0, -reach), min(9, 9 - reach) + 1))
@@ -101,14 +101,14 @@ Shown = Callable[[int], Picture]  # a random picture of a digit
 
 
 def _pairs(pictures: list[Picture], labels: np.ndarray) -> Iterator[Document]:
-    """Every picture with every caption."""
+    """Yields every image with every caption."""
     for picture, label in zip(pictures, labels.tolist(), strict=True):
         for template in range(len(CAPTIONS)):
             yield Document((picture, Text(caption(label, template))))
 
 
 def _page(rng: np.random.Generator, show: Shown) -> Document:
-    """Two to four digits and words about them, the words before or after each picture."""
+    """Makes a page of two to four digits, with words before or after each image."""
     digits = rng.integers(10, size=rng.integers(2, 5)).tolist()
     style = int(rng.integers(4))
     parts: list[Text | Picture] = []
@@ -128,7 +128,7 @@ def _page(rng: np.random.Generator, show: Shown) -> Document:
 
 
 def _storyboard(rng: np.random.Generator, show: Shown) -> Document:
-    """A count, as a video with subtitles: a frame a second, its word half a second later."""
+    """Makes a count as a video with subtitles: a frame a second, its word half a second later."""
     digits = counting_digits(rng)
     frames = [(float(n), show(digit).data) for n, digit in enumerate(digits)]
     subtitles = [(n + 0.5, WORDS[digit]) for n, digit in enumerate(digits)]
@@ -138,7 +138,7 @@ def _storyboard(rng: np.random.Generator, show: Shown) -> Document:
 def _instructions(
     rng: np.random.Generator, pictures: list[Picture], labels: np.ndarray, show: Shown
 ) -> Iterator[Document]:
-    """For each picture the two questions about it, and the third about a count."""
+    """Yields, for each image, the first two questions about it and the third about a count."""
     for picture, digit in zip(pictures, labels.tolist(), strict=True):
         yield _turn([picture], QUESTIONS[0], Text(WORDS[digit]))
         yield _turn([picture], QUESTIONS[1], Text("no" if digit % 2 else "yes"))
@@ -147,7 +147,8 @@ def _instructions(
 
 
 def _turn(pictures: list[Picture], question: str, answer: Text | Picture) -> Document:
-    """As `generate.prompt.instruct` spells it without a system message; the answer is scored."""
+    """Makes one turn, formatted like `generate.prompt.instruct` without a system message; the
+    answer is scored."""
     opening = Text(f"{USER}:", scored=False, special=True)
     shown = [dataclasses.replace(picture, scored=False) for picture in pictures]
     closing = Text(f"{question} {ASSISTANT}:", scored=False, special=True)
@@ -155,7 +156,7 @@ def _turn(pictures: list[Picture], question: str, answer: Text | Picture) -> Doc
 
 
 def _documents(split: str) -> dict[str, list[Document]]:
-    """All documents of a split, by kind."""
+    """Returns all documents of a split, by kind."""
     images, labels = digit_pictures(split)
     pictures = [Picture(encode_png(image)) for image in images]
     rng = np.random.default_rng([_SEED, list(SPLITS).index(split)])
@@ -176,8 +177,8 @@ def _documents(split: str) -> dict[str, list[Document]]:
 def build_digits(root: str | os.PathLike) -> None:
     """Writes `root/SPLIT/KIND.array_record` for every split and kind, and `root/tokenizer`.
 
-    What is already there whole is left alone, so that a second call is quick and an
-    interrupted one is made good. Each file appears at once.
+    Does nothing if a previous call has finished; an interrupted build starts over. Writes are
+    atomic.
     """
     root = Path(root)
     listing = root / "digits.json"
@@ -201,5 +202,5 @@ def build_digits(root: str | os.PathLike) -> None:
     names.append("tokenizer/tokenizer.json")
 
     values = {"version": _VERSION, **{name: (root / name).stat().st_size for name in names}}
-    with storage.writing(str(listing)) as temporary:  # last: it says that the rest is whole
+    with storage.writing(str(listing)) as temporary:  # last: it marks the build as complete
         temporary.write_text(json.dumps(values, indent=1) + "\n")

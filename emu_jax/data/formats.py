@@ -1,5 +1,5 @@
-"""Files that are not plain listings or tars: listings that are unpacked, and formats that are named
-rather than taken for damage."""
+"""Compressed listings, which are unpacked, and unsupported formats, which are reported by name
+instead of as damage."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.index import Arrays
 
-PACKED = (".gz", ".zip")  # that listings are unpacked from
-_MOST_UNPACKED = 1 << 33  # bytes, for they are in memory once
-_HEAD = 512  # bytes that tell a format
+PACKED = (".gz", ".zip")  # compressed listings that are unpacked
+_MOST_UNPACKED = 1 << 33  # bytes; all of them are in memory at once
+_HEAD = 512  # bytes that identify a format
 
 _PARQUET = (
     "import pandas as p; p.read_parquet({path}).to_json({plain}, orient='records', lines=True)"
 )
-# (how a file begins, what it is, the suffixes of its name, a command that makes a plain file)
+# (magic bytes, description, file suffix, command that makes a plain file)
 _FORMATS: tuple[tuple[bytes, str, str, str], ...] = (
     (b"\x1f\x8b", "compressed with gzip", ".gz", "gzip -dc {path} > {plain}"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", ".zst", "zstd -dc {path} > {plain}"),
@@ -44,7 +44,7 @@ def check_format(path: str) -> None:
     """Refuses a file that has to be unpacked or converted first.
 
     Raises:
-        UserError: it is in such a format. The line names it, and the command where there is one.
+        UserError: it is in such a format. The message names the format, and the command if known.
     """
     head = storage.read(path, 0, _HEAD)
     for start, what, suffix, command in _FORMATS:
@@ -62,10 +62,10 @@ def check_format(path: str) -> None:
 
 
 def unpack(path: str) -> Arrays:
-    """The one listing in a compressed file, as the bytes `content`.
+    """Unpacks the only listing in a compressed file; returns its bytes as `content`.
 
     Raises:
-        UserError: it is damaged, too large, or holds several files.
+        UserError: the file is damaged, too large, or holds several files.
     """
     packed = io.BytesIO(storage.read(path))
     try:

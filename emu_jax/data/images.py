@@ -1,12 +1,12 @@
-"""Pictures: decoding, the release's preprocessing, and augmentation.
+"""Images: decoding, the release's preprocessing, and augmentation.
 
-The release squashes a picture to a square (bicubic, no crop) and normalises it with CLIP's
-mean and deviation (`Emu1/utils.py: process_img`, `Emu1/models/pipeline.py`). Here pictures
-stay uint8 until they are on the device, where `normalize_images` does the second half.
+The release squashes an image to a square (bicubic, no crop) and normalizes it with CLIP's mean
+and standard deviation (`Emu1/utils.py: process_img`, `Emu1/models/pipeline.py`). Here images stay
+uint8 until they are on the device, where `normalize_images` normalizes them.
 
-Every picture is decoded by `open_image` or passes through `load_image`. Unlike the release, they
-turn a picture as its EXIF orientation says, and scale 16-bit and floating-point gray values to 8
-bits instead of clipping them. Transparency and color profiles are ignored, as in the release.
+Every image is decoded by `open_image` or passes through `load_image`. Unlike the release, they
+apply the EXIF orientation, and scale 16-bit and floating-point gray values to 8 bits instead of
+clipping them. Transparency and color profiles are ignored, as in the release.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from emu_jax.data import storage
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# What is larger is taken for an attack on the decoder's memory, and what is narrower for no
-# picture: squashed to a square it shows nothing.
-MOST_PIXELS = 89_478_485  # where Pillow begins to warn
+# A larger image counts as an attack on the decoder's memory. A narrower one shows nothing once
+# squashed to a square.
+MOST_PIXELS = 89_478_485  # above this Pillow warns
 MOST_ASPECT = 100.0
 
-# What Pillow's readers raise on files that are missing, cut short or damaged.
+# Exceptions that Pillow's readers raise on files that are missing, truncated or damaged.
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
     RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -41,7 +41,7 @@ _UNREADABLE = (
 
 
 class PictureError(UserError):
-    """A picture that cannot be read; `reason` is one of `documents.REASONS`."""
+    """Raised for an image that cannot be read; `reason` is one of `documents.REASONS`."""
 
     def __init__(self, line: str, reason: str = "unreadable picture"):
         super().__init__(line)
@@ -49,7 +49,7 @@ class PictureError(UserError):
 
 
 def is_animated(content: bytes) -> bool:
-    """Whether an encoded picture has more frames or pages than the first, which alone is read."""
+    """Returns whether an encoded image has several frames or pages (only the first is read)."""
     if not content.startswith((b"GIF8", b"RIFF", b"\x89PNG", b"II", b"MM")) and (
         content[4:8] != b"ftyp"
     ):
@@ -64,12 +64,12 @@ def is_animated(content: bytes) -> bool:
 def normalize_images(
     images: UInt8[Array, "*batch h w 3"], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "*batch h w 3"]:
-    """RGB in 0..255 to what the visual encoder reads; computed in float32."""
+    """Normalizes RGB in 0..255 for the visual encoder; computed in float32."""
     pixels = jnp.asarray(images).astype(jnp.float32) / 255
     return ((pixels - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)).astype(dtype)
 
 
-# EXIF orientation -> the transposition that makes the picture upright.
+# EXIF orientation -> the transposition that makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,21 +89,21 @@ _WHITE_IS_ZERO = 0
 def open_image(
     source: str | os.PathLike | bytes, where: str | None = None, *, at_least: int | None = None
 ) -> Image.Image:
-    """Opens a picture, upright, in mode RGB, or L when the source is gray.
+    """Opens an image, upright, in mode RGB, or L if the source is gray.
 
-    Of an animation or a file of several pages it is the first frame.
+    Animations and files of several pages give their first frame.
 
     Args:
-        where: what an error names, by default the file.
-        at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as each side
-            keeps so many pixels. Several times as fast, and the pixels differ slightly.
+        where: name of the image in error messages; by default the file.
+        at_least: minimum side in pixels. A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if
+            each side stays at least this long. Several times faster; the pixels differ slightly.
 
     Raises:
-        PictureError: it cannot be read, or is too large or too narrow to be one.
+        PictureError: it cannot be read, or is too large or too narrow.
     """
     name = where or (f"({len(source)} bytes)" if isinstance(source, bytes) else str(source))
     try:
-        if not isinstance(source, bytes):  # Pillow would wait for a pipe
+        if not isinstance(source, bytes):  # Pillow would block on a pipe
             source = storage.read_whole(source, storage.MOST_IMAGE)
         with Image.open(io.BytesIO(source)) as picture:
             width, height = picture.size
@@ -129,35 +129,35 @@ def open_image(
     except _UNREADABLE as error:
         reason = str(error)
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "it is in no picture format known here"
+            reason = "unknown image format"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise PictureError(f"cannot read the picture {name}: {reason}") from None
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turns a loaded picture as its EXIF orientation says. Pillow turns TIFF files itself."""
+    """Applies the EXIF orientation to a loaded image. Pillow does so itself for TIFF files."""
     if not any(key in picture.info for key in _EXIF):
         return picture
     try:
         turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # viewers show a picture whose EXIF is damaged as it is stored
+    except Exception:  # like viewers, ignore damaged EXIF
         return picture
     if turn is None:
         return picture
     turned = picture.transpose(turn)
-    for key in _EXIF:  # or the result would be turned once more where it is passed on
+    for key in _EXIF:  # otherwise a later reader would rotate the result again
         turned.info.pop(key, None)
     return turned
 
 
 def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
-    """Converts a picture of any mode to RGB, or to L if it is gray of more than 8 bits.
+    """Converts an image of any mode to RGB, or to L if it is gray of more than 8 bits.
 
     Raises:
         PictureError: the range of its values is unknown.
     """
-    if picture.mode in ("L", "RGB"):  # `convert` would copy it
+    if picture.mode in ("L", "RGB"):  # saves the copy that `convert` makes
         return picture
     if picture.mode == "F" or picture.mode.startswith("I"):
         return Image.fromarray(_scaled(picture, name))
@@ -193,7 +193,7 @@ def _scaled(picture: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
 
 
 def resize(picture: Image.Image, size: int, *, fast: bool = False) -> Image.Image:
-    """The release's preprocessing: squashed to size x size, bicubic (bilinear if `fast`)."""
+    """Squashes an image to size x size as the release does: bicubic (bilinear if `fast`)."""
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     method = Image.Resampling.BILINEAR if fast else Image.Resampling.BICUBIC
@@ -201,7 +201,7 @@ def resize(picture: Image.Image, size: int, *, fast: bool = False) -> Image.Imag
 
 
 def to_array(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels; grey becomes RGB of equal parts."""
+    """Returns the pixels as RGB; gray is repeated in the three channels."""
     pixels = np.asarray(picture)
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
 
@@ -209,11 +209,11 @@ def to_array(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
 def load_image(
     source: str | os.PathLike | bytes | Image.Image, size: int, where: str | None = None
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Reads a file, its bytes or a PIL picture, and preprocesses it as the release does. It is
-    turned upright if it has an EXIF orientation.
+    """Reads a file, its bytes or a PIL image, and preprocesses it as the release does. Its EXIF
+    orientation is applied.
 
     Raises:
-        UserError: the picture cannot be read; the line names it.
+        UserError: the image cannot be read; the message names it.
     """
     if isinstance(source, Image.Image):
         source.load()
@@ -226,12 +226,12 @@ def load_image(
 def draw_affine(
     rng: np.random.Generator, *, rotate: float, scale: float, shift: float
 ) -> tuple[float, float, float, float]:
-    """Draws the arguments of `affine`: (angle, factor, right, down).
+    """Samples the arguments of `affine`: (angle, factor, right, down).
 
     Args:
         rotate: the largest angle, in degrees, either way.
         scale: the largest change of size, as a fraction, either way.
-        shift: the largest move along each side, as a fraction of it, either way.
+        shift: the largest translation along each side, as a fraction of it, either way.
     """
     angle, grow, right, down = rng.uniform(-1, 1, 4).tolist()
     return angle * rotate, 1 + grow * scale, right * shift, down * shift
@@ -240,16 +240,16 @@ def draw_affine(
 def affine(
     picture: Image.Image, angle: float, factor: float, right: float, down: float
 ) -> Image.Image:
-    """Turns a picture clockwise and scales it about its middle, then moves it.
+    """Rotates an image clockwise and scales it about its center, then translates it.
 
-    `angle` in degrees, `right` and `down` as fractions of the sides. What comes in from
-    outside is black.
+    `angle` is in degrees, `right` and `down` are fractions of the sides. Pixels from outside the
+    image are black.
     """
     width, height = picture.size
     turn = math.radians(angle)
     cos, sin = math.cos(turn) / factor, math.sin(turn) / factor
-    x, y = width * (0.5 + right), height * (0.5 + down)  # where the middle goes
-    # PIL asks where in the input each output pixel lies: the inverse map.
+    x, y = width * (0.5 + right), height * (0.5 + down)  # where the center goes
+    # PIL takes the inverse map, from output to input pixels.
     matrix = (
         cos, sin, width / 2 - cos * x - sin * y,
         -sin, cos, height / 2 + sin * x - cos * y,

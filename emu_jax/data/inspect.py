@@ -1,4 +1,4 @@
-"""`emu-jax data inspect`: a page of what training reads, taken from the batches themselves."""
+"""`emu-jax data inspect`: an HTML page of the training data, made from the batches themselves."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from emu_jax.data.unused import Tally
 from emu_jax.page import details, image, table, tiles, write_page
 from emu_jax.tokenizer import Tokenizer
 
-LOSSY_FROM = 64  # pixels: smaller pictures are shown exactly
+LOSSY_FROM = 64  # pixels; smaller images are shown losslessly
 BINS = 24
-LISTED = 50  # damaged documents
+LISTED = 50  # damaged documents that the page lists
 Name = tuple[str, int]  # of a document: its source, and its index there
 
 
 class Row(NamedTuple):
-    """One example of a batch; of its tokens those up to the last in use."""
+    """One example of a batch, with its tokens up to the last one in use."""
 
     tokens: list[int]
     segments: list[int]  # of each token: its document, from 1; 0 is padding
     scored: list[bool]  # of each token: a text target
-    slots: list[int]  # of each token: the embedding that stands there, or -1
+    slots: list[int]  # of each token: the index of the embedding at its place, or -1
     pictures: np.ndarray  # uint8 [I, h, w, 3], some of them empty
     used: list[bool]  # of each picture
     regressed: list[bool]  # of each picture: its embeddings are targets
-    target: np.ndarray | None = None  # the picture that is to be drawn
-    room: int = 0  # for tokens
+    target: np.ndarray | None = None  # the image that the decoder learns to generate
+    room: int = 0  # number of token slots
 
 
 class Sample(NamedTuple):
-    """What was read to be shown and measured."""
+    """The data read for the page: rows to show, and measurements."""
 
     rows: list[tuple[Row, list[Name]]]  # with the documents of each
     lengths: dict[str, list[tuple[int, int]]]  # (tokens, pictures) of documents, by source
@@ -57,11 +57,11 @@ def inspect(
     """Writes the page and returns its figures.
 
     Args:
-        rows: how many are shown.
-        documents: how many are read, at least, to measure; packing is judged by more.
+        rows: number of rows to show.
+        documents: minimum number of documents to read and measure; packing is measured on more.
 
     Raises:
-        UserError: as `Batches`; or there would be nothing to see.
+        UserError: `Batches` cannot be opened, or `rows` or `documents` is less than 1.
     """
     if rows < 1 or documents < 1:
         raise UserError("show at least one row, and read at least one document")
@@ -87,7 +87,7 @@ def inspect(
         f"<section><h2>Figures</h2>{table(plain)}</section>",
         details("Configuration", to_dict(cfg)),
     ]
-    write_page(path, f"What training reads: {kind}", sections, _STYLE)
+    write_page(path, f"Training data: {kind}", sections, _STYLE)
     return figures | {"page": str(path)}
 
 
@@ -95,7 +95,7 @@ def inspect(
 
 
 def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, documents: int) -> Sample:
-    """Reads one row at a time, on this thread alone, so that its time is one core's."""
+    """Reads one row at a time on this thread alone, so that the time measured is one core's."""
     alone = dataclasses.replace(
         cfg, batch_size=1, prefetch=0, decode_threads=1, max_damaged_rate=1.0,
         sources=tuple(
@@ -127,8 +127,8 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
 
 
 def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -> dict[str, Any]:
-    """Statistics of packing, over many documents; nothing is decoded. Whole blocks are packed, so
-    that their last rows count, too."""
+    """Returns statistics of packing over many documents, without decoding them. Packs whole
+    blocks, because the last rows of a block are emptier and have to count."""
     many = dataclasses.replace(cfg, prefetch=0, max_damaged_rate=1.0)
     least = max(documents, 8 * cfg.block_documents)
     with Batches(many, tokenizer, kind, plan_only=True) as batches:
@@ -138,7 +138,7 @@ def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -
 
 
 def _row(batch: Batch, kind: Kind) -> Row:
-    """The first example of a batch."""
+    """Returns the first example of a batch."""
     one = {name: values[0] for name, values in batch.items()}
     if kind == "pictures":
         return Row([], [], [], [], one["images"][None], [True], [False])
@@ -162,7 +162,7 @@ def _row(batch: Batch, kind: Kind) -> Row:
 
 
 def _length(row: Row, segment: int, n_causal: int) -> tuple[int, int]:
-    """(tokens, pictures) of a document of a row; nothing of one that was damaged."""
+    """Returns (tokens, images) of a document of a row; (0, 0) for a damaged one."""
     if not row.tokens:
         return 0, sum(row.used)
     slots = [slot for slot, owner in zip(row.slots, row.segments, strict=True) if owner == segment]
@@ -187,10 +187,10 @@ def _summary(figures: Mapping[str, Any]) -> str:
 
 def _rows(shown: Sequence[tuple[Row, list[Name]]], tokenizer: Tokenizer, n_causal: int) -> str:
     legend = (
-        '<p class="legend">Colours tell documents apart. Strong words are <b>text targets</b>, '
-        "faint ones are only read. A picture with a frame in the document's colour is a "
-        "<b>regression target</b>. In the bar of a row, dark is a picture and grey is padding; "
-        "beneath it, text targets are blue, regression targets orange.</p>"
+        '<p class="legend">Each document has its own color. Strong words are <b>text targets</b>; '
+        "faint ones are not. An image with a frame in the document's color is a "
+        "<b>regression target</b>. In the bar of a row, dark is an image and gray is padding; "
+        "beneath it, text targets are blue and regression targets are orange.</p>"
     )
     cards = "".join(
         _card(n, row, names, tokenizer, n_causal) for n, (row, names) in enumerate(shown, 1)
@@ -217,8 +217,8 @@ def _card(number: int, row: Row, names: Sequence[Name], tokenizer: Tokenizer, n_
 
 
 def _content(row: Row, segment: int, tokenizer: Tokenizer, n_causal: int) -> Iterator[str]:
-    """A document's tokens and pictures, in their order."""
-    if not any(slot >= 0 for slot in row.slots):  # no token stands for a picture
+    """Yields a document's tokens and images in order, as HTML."""
+    if not any(slot >= 0 for slot in row.slots):  # no token is a placeholder of an image
         yield from (_picture(row.pictures[n], "", False) for n, used in enumerate(row.used) if used)
     placed = set()
     for n, (token, owner) in enumerate(zip(row.tokens, row.segments, strict=True)):
@@ -236,7 +236,7 @@ def _content(row: Row, segment: int, tokenizer: Tokenizer, n_causal: int) -> Ite
         piece = html.escape(tokenizer.piece(token).replace("\u2581", " "))
         yield f'<i class="{" ".join(kinds)}" title="{n}: {token}">{piece}</i>'
     if row.target is not None:
-        yield _picture(row.target, "to be drawn", True)
+        yield _picture(row.target, "target", True)
 
 
 def _picture(picture: np.ndarray, label: str, framed: bool) -> str:
@@ -245,7 +245,7 @@ def _picture(picture: np.ndarray, label: str, framed: bool) -> str:
 
 
 def _bar(row: Row, n_causal: int) -> str:
-    """A row at a glance: its documents and pictures, what is learned, how much is padding."""
+    """Draws a row as a bar: its documents, images, targets and padding."""
     if not row.room:
         return ""
     learned = [
@@ -270,7 +270,7 @@ def _bar(row: Row, n_causal: int) -> str:
 
 
 def _runs(values: Iterable[Any]) -> Iterator[tuple[Any, int, int]]:
-    """(value, start, length) of each run of equal values."""
+    """Yields (value, start, length) of each run of equal values."""
     start = 0
     for value, run in groupby(values):
         size = sum(1 for _ in run)
@@ -279,12 +279,12 @@ def _runs(values: Iterable[Any]) -> Iterator[tuple[Any, int, int]]:
 
 
 def _hue(segment: int) -> str:
-    """Neighbours differ: by the golden angle."""
+    """Returns a hue of a document; the golden angle keeps neighbors distinct."""
     return f"--h:{segment * 137.5 % 360:.0f}"
 
 
 def _damage(damaged: Sequence[Damage], read: int) -> str:
-    """What could not be read, by reason, and where."""
+    """Lists the documents that could not be read, by reason."""
     reasons = collections.Counter(damage.reason for damage in damaged)
     places = "".join(
         f"<li>{html.escape(f'{damage.where}: {damage.reason}')}</li>" for damage in damaged[:LISTED]
@@ -298,7 +298,7 @@ def _damage(damaged: Sequence[Damage], read: int) -> str:
 
 
 def _sources(tallies: Mapping[str, Tally]) -> str:
-    """Lists what is used of each source, and what is not, with the first examples."""
+    """Lists the used and unused parts of each source, with the first examples."""
     shown = ""
     for name, tally in tallies.items():
         examples = "".join(
@@ -320,14 +320,14 @@ def _histograms(lengths: Mapping[str, Sequence[tuple[int, int]]]) -> str:
             f'<div class="histograms">{_histogram("tokens of a document", tokens)}'
             f"{_histogram('pictures of a document', pictures)}</div>"
         )
-    return f"<section><h2>Lengths</h2><p>As they stand in rows, after cuts.</p>{charts}</section>"
+    return f"<section><h2>Lengths</h2><p>Measured in rows, after truncation.</p>{charts}</section>"
 
 
 def _histogram(title: str, values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     if low == high:
         return f"<figure><h4>{title}</h4><figcaption>each has {low:,}</figcaption></figure>"
-    step = max(1, -(-(high - low + 1) // BINS))  # whole numbers to a bar
+    step = max(1, -(-(high - low + 1) // BINS))  # integers in a bar
     bars = -(-(high - low + 1) // step)
     counts = np.bincount([(value - low) // step for value in values], minlength=bars)
     shown = ""

@@ -1,7 +1,7 @@
-"""Where documents come from: a source for each format that teams keep their data in.
+"""Sources of documents, one for each supported format.
 
-A source reads its files in place. What it needs to find a document (offsets in a tar, lines of
-a listing) is found once, without decoding a picture, and kept (`index.py`).
+A source reads its files in place. The index of its documents (offsets in a tar, lines of a
+listing) is built once, without decoding an image, and cached (`index.py`).
 """
 
 from __future__ import annotations
@@ -22,46 +22,47 @@ from emu_jax.data.videos import SubtitledVideos, Videos
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of a mixture: what is on disk, and how often it is drawn."""
+    """One source of a mixture: its files, format and weight."""
 
-    name: str = ""  # in messages, metrics and lists of documents; no two alike
+    name: str = ""  # in messages, metrics and lists of documents; must be unique
     format: str = "records"  # see FORMATS
-    paths: tuple[str, ...] = ()  # files or folders, local or gs://; `*` is anything in a name
-    # Pictures and videos that listings name: folders or tars; else relative to the listing.
+    paths: tuple[str, ...] = ()  # files or folders, local or gs://; `*` matches within a name
+    # Folders or tars with the images and videos that listings name; by default relative to the
+    # listing.
     media: tuple[str, ...] = ()
-    # Of sources packed together, the share of documents; else see `DataConfig.sources`.
+    # Share of the documents among sources packed together; otherwise see `DataConfig`.
     weight: float = 1.0
-    # Batches of its own, instead of rows shared with other sources; 0: as `DataConfig` says.
+    # Batches of its own, instead of rows shared with other sources; 0: as in `DataConfig`.
     batch_size: int = 0
     row_tokens: int = 0
     row_images: int = 0
 
-    paired: bool = False  # records: pictures and their words, in an order that is drawn
-    # Of a longer document so many tokens are read, from a random place; 0: as many as fit into
-    # a row, from its beginning.
+    paired: bool = False  # records: images with captions, whose order is random
+    # Tokens read of a longer document, at a random place; 0: as many as fit in a row, from its
+    # beginning.
     window_tokens: int = 0
-    window_images: int = 5  # the first of them
-    # Instead of a window: so many random pictures, each with the text that follows it.
+    window_images: int = 5  # images kept in a window: the first ones
+    # Instead of a window: number of random images, each with the text that follows it.
     picked_images: int = 0
-    min_similarity: float = 0.32  # pages: of a picture to its text, where it is known
-    frames: int = 8  # videos: of each
-    frame_seconds: float = 4.0  # subtitled: between the frames of a video
-    # webdataset: the key of a sample's JSON that holds its words; by default NAME.txt, or else the
-    # keys that img2dataset and LAION use.
+    min_similarity: float = 0.32  # pages: of an image to its text, if known
+    frames: int = 8  # videos, dialogues, webdataset: frames of each video
+    frame_seconds: float = 4.0  # subtitled: seconds between the frames of a video
+    # webdataset: key of the caption in a sample's JSON; by default NAME.txt, or else the keys that
+    # img2dataset and LAION use.
     caption_key: str = ""
-    # Kinds of parts that the whole source may lack: "images", "texts". Elsewhere it is an error
-    # if nothing is left of a kind. With "texts", pairs without a caption are images alone.
+    # Kinds of parts that the whole source may lack: "images", "texts". For other kinds it is an
+    # error if none is left. With "texts", pairs without a caption are images alone.
     allow_missing: tuple[str, ...] = ()
 
 
 def open_source(cfg: SourceConfig, cache: str = "") -> Source:
-    """The source that `cfg` describes.
+    """Opens the source that `cfg` describes.
 
     Args:
-        cache: a folder for what is derived from its files; by default beside them.
+        cache: folder of its indexes; by default beside its files.
 
     Raises:
-        UserError: an unknown format, or nothing is there.
+        UserError: the format is unknown, or the files are missing or cannot be read.
     """
     if cfg.format not in FORMATS:
         close = suggest(cfg.format, FORMATS)
@@ -80,7 +81,7 @@ def _entries(paths: list[str], cache: str, cfg: SourceConfig) -> tuple[Entries, 
 
 Make = Callable[[SourceConfig, list[str], str], Source]
 _JSON = tuple(name + packed for name in (".jsonl", ".json") for packed in ("", *PACKED))
-# {format: (what opens it, how its files end)}
+# {format: (constructor, file suffixes)}
 FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "records": (
         lambda cfg, paths, cache: DocumentFiles(paths, paired=cfg.paired), (".array_record",),

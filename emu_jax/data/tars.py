@@ -1,4 +1,4 @@
-"""Tar archives read in place: where each member lies, found once by walking the headers."""
+"""Tar archives read in place, with an index of their members made by walking the headers once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kep
 from emu_jax.data.unused import Tally
 
 _BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 16  # read at once while walking
-_VERSION = "names-2"  # of what is kept of an archive's names
+_CHUNK = 1 << 16  # bytes read at once while walking
+_VERSION = "names-2"  # of the cached index
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _NO_FILES = (tarfile.DIRTYPE, tarfile.XGLTYPE)
 
@@ -27,19 +27,19 @@ class Member(NamedTuple):
     name: str
     offset: int  # of its content
     size: int
-    whole: bool  # False: its header is corrupt (no name then), or the archive ends within it
-    archive: int = 0  # number of the archive, where a file holds several one after the other
+    whole: bool  # False: its header is corrupt (then it has no name), or the archive is truncated
+    archive: int = 0  # number of the archive in a file of several concatenated ones
 
 
 def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Member]:
-    """Yields the files of a tar in order; with PAX headers and GNU long names. What has no content
-    of its own there, such as a link, is empty.
+    """Yields the files of a tar in order, with PAX headers and GNU long names. Members without
+    content, such as links, are empty.
+
+    A run of corrupt headers gives one `Member` that is not whole; the walk continues at the next
+    readable header.
 
     Args:
-        first, end: of the part of the tar that is read; it begins with a header.
-
-    At a corrupt header one `Member` that is not whole stands for what cannot be told, and the
-    walk goes on at the next header that can be read.
+        first, end: byte range of the tar that is read; it begins with a header.
     """
     if end is None:
         check_format(path)
@@ -49,7 +49,7 @@ def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Membe
     archive, ended = 0, False
     while offset + _BLOCK <= size:
         block = read(offset, _BLOCK)
-        if not block.strip(b"\0"):  # the end, or between archives one after the other
+        if not block.strip(b"\0"):  # the end, or a gap between concatenated archives
             offset, sound, ended = offset + _BLOCK, True, True
             continue
         archive, ended = archive + ended, False
@@ -83,7 +83,7 @@ def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Membe
 
 
 def _pax(content: bytes) -> dict[str, str]:
-    """`LENGTH KEY=VALUE\\n`, again and again; what is not so ends it."""
+    """Parses PAX records, `LENGTH KEY=VALUE\\n`, up to the first malformed one."""
     values = {}
     while content:
         length, _, _ = content.partition(b" ")
@@ -97,7 +97,7 @@ def _pax(content: bytes) -> dict[str, str]:
 
 
 class _Reader:
-    """Small reads that follow each other, from larger ones."""
+    """Buffers small sequential reads of a file."""
 
     def __init__(self, path: str):
         self._path, self._start, self._content = path, 0, b""
@@ -111,14 +111,14 @@ class _Reader:
 
 
 class TarFiles:
-    """Files in archives, found by name.
+    """Look-up of files in archives by name.
 
-    Names are kept as 64-bit hashes in order, so that a hundred million of them are a mapped
-    file rather than a dictionary.
+    Names are stored as sorted 64-bit hashes, so that a hundred million of them are a mapped file
+    rather than a dictionary.
 
     Attributes:
-        tally: members that cannot be found: corrupt ones, and those that a later member of the
-            same archive and name replaces.
+        tally: counts of members that cannot be found: corrupt ones, and those replaced by a later
+            member of the same archive and name.
     """
 
     def __init__(self, paths: list[str], cache: str):
@@ -131,17 +131,17 @@ class TarFiles:
         self.tally = Tally.from_array(found["tally"])
 
     def find(self, name: str) -> tuple[str, int, int] | Reason:
-        """(archive, offset, size) of a file, or why there is none.
+        """Returns (archive, offset, size) of a file, or why there is none.
 
-        Its path is `name`, or else ends in `/name`, or else `name` ends in `/path`: never another
-        folder's file of the same base name.
+        Its path is `name`, or else ends in `/name`, or else `name` ends in `/path`. A file of the
+        same base name in another folder never matches.
         """
         name = plain(name)
         whole = hashed(name)
         for below in suffixes(name):
             key = hashed(below)
             found = places(self._names, key)
-            # The name itself may be the end of a longer path, what it ends in is a whole one.
+            # The whole name may be the end of a longer path; its shorter endings must be a path.
             exact = [n for n in found if self._paths[n] in (whole, key)]
             found = exact or (found if below == name else [])
             # The same file may lie in several archives.
@@ -154,29 +154,29 @@ class TarFiles:
 
 
 Reason = Literal["missing", "ambiguous"]
-_DEEPEST = 8  # folders of a name that are compared
-_ALIKE = 64  # files that end alike, of which one may be meant
+_DEEPEST = 8  # trailing components of a path that are compared
+_ALIKE = 64  # most candidates with the same hash that are examined
 
 
 def plain(name: str) -> str:
-    """A file's name without `.` and empty folders."""
+    """Returns a file's name without `.` and empty components."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def suffixes(name: str) -> list[str]:
-    """Returns the endings of a path, the longest first: itself, and without its first folders."""
+    """Returns the endings of a path of whole components, the longest first."""
     parts = name.split("/")[-_DEEPEST:]
     return ["/".join(parts[n:]) for n in range(len(parts))]
 
 
 def hashed(name: str) -> np.uint64:
-    """Returns the 64-bit hash by which a name is kept."""
+    """Returns the 64-bit hash under which a name is stored."""
     content = name.encode("utf-8", "surrogateescape")
     return np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), np.uint64)[0]
 
 
 def places(names: np.ndarray, name: np.uint64) -> list[int]:
-    """Returns the indices of a hash in sorted ones, at most `_ALIKE` of them."""
+    """Returns the indices of a hash in sorted hashes, at most `_ALIKE` of them."""
     place = int(np.searchsorted(names, name))
     return [n for n in range(place, min(place + _ALIKE, len(names))) if names[n] == name]
 

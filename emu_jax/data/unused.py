@@ -1,4 +1,4 @@
-"""Counts of what a source holds and what is used of it: nothing is left out without a count."""
+"""Counts of the used and unused parts of a source: every part that is left out is counted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from emu_jax.config import UserError
 
 KINDS = ("documents", "images", "texts")  # see `Tally.used`
 MAY_LACK = KINDS[1:]  # values of `SourceConfig.allow_missing`
-EXAMPLES = 3  # that are kept of each reason
-_LONGEST = 300  # characters of an example; data may be anything
+EXAMPLES = 3  # kept for each reason
+_LONGEST = 300  # characters of an example, which may quote the data
 
-# {reason: kinds of which the source may so lose everything}. A reason that is not here either
-# leaves out a whole document (`documents.REASONS`) or nothing that training would read.
+# {reason: kinds of parts that it loses}; `Tally.check` refuses a source that lost a whole kind. A
+# reason that is not listed leaves out a whole document (`documents.REASONS`), or nothing that
+# training would read.
 LOSES: dict[str, tuple[str, ...]] = {
     "unused sheet": ("images",),  # of a storyboard, behind its last frame
     "missing image": ("images",),  # named, but in none of the media
@@ -32,7 +33,7 @@ LOSES: dict[str, tuple[str, ...]] = {
     "empty subtitle cue": ("texts",),
     "unreadable subtitle cue": ("texts",),
     "undecodable subtitle line": ("texts",),
-    "unlike its words": ("images",),  # while building, as the next one
+    "unlike its words": ("images",),  # found by `data build`, like the next one
     "picture too small": ("images",),
     # Whole documents:
     "unreadable picture": ("images",),
@@ -53,8 +54,8 @@ class Unused(NamedTuple):
     """Something in the data that its document does not use: a part, cue, frame or member.
 
     Attributes:
-        reason: a few fixed words to count by, such as "missing image".
-        detail: which one it is, for messages.
+        reason: a fixed phrase to count by, such as "missing image".
+        detail: identifies the part, for messages.
     """
 
     reason: str
@@ -63,12 +64,12 @@ class Unused(NamedTuple):
 
 @dataclasses.dataclass
 class Tally:
-    """Counts of the parts of a source that are used, and of those left out, by reason.
+    """Counts of the used parts of a source, and of the unused ones by reason.
 
     Attributes:
-        used: number of documents, of images, and of texts that are not empty.
-        unused: how many documents, parts or members each reason leaves out.
-        examples: the first few of each reason.
+        used: number of documents, images, and texts that are not empty.
+        unused: number of documents, parts or members left out for each reason.
+        examples: the first few examples of each reason.
     """
 
     used: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -76,24 +77,24 @@ class Tally:
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def use(self, *, images: int, texts: int) -> None:
-        """Counts a document that is read, with its parts."""
+        """Counts a used document with its parts."""
         self.used["documents"] += 1
         self.used["images"] += images
         self.used["texts"] += texts
 
     def leave(self, reason: str, count: int = 1) -> bool:
-        """Counts what is left out. Returns whether `example` would keep an example of it."""
+        """Counts parts that are left out. Returns whether `example` would keep an example."""
         self.unused[reason] = self.unused.get(reason, 0) + count
         return len(self.examples.get(reason, ())) < EXAMPLES
 
     def example(self, reason: str, text: str) -> None:
-        """Keeps an example of what is left out, if it is among the first."""
+        """Keeps an example for a reason, if there are fewer than `EXAMPLES`."""
         known = self.examples.setdefault(reason, [])
         if len(known) < EXAMPLES:
             known.append(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
 
     def merge(self, other: Tally) -> None:
-        """Adds the counts of what comes after."""
+        """Adds the counts of another tally; its examples come last."""
         for kind, count in other.used.items():
             self.used[kind] = self.used.get(kind, 0) + count
         for reason, count in other.unused.items():
@@ -102,13 +103,13 @@ class Tally:
                 self.example(reason, text)
 
     def check(self, allowed: Collection[str] = ()) -> None:
-        """Refuses a source of which a whole kind is lost.
+        """Refuses a source that has lost all parts of a kind.
 
         Args:
             allowed: kinds that the source may lack.
 
         Raises:
-            UserError: no document is used, or no image or no text although there were some.
+            UserError: no document is used, or no image or no text although the source has some.
         """
         for kind in KINDS:
             lost = {
@@ -125,22 +126,22 @@ class Tally:
             raise UserError(f"none of its {kind} can be used ({why}; {'; '.join(shown)}): {fix}")
 
     def summary(self) -> str:
-        """One line: what is used, then what is not, by reason."""
+        """Formats the tally as one line: used parts, then unused ones by reason."""
         used = ", ".join(f"{self.used[kind]:,} {kind}" for kind in ("documents", "texts", "images"))
         unused = ", ".join(f"{count:,} {reason}" for reason, count in self.unused.items())
         return f"{used}; unused: {unused or 'none'}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: `used` and `unused` by name, and `examples`."""
+        """Returns `used`, `unused` and `examples` as plain values."""
         return dataclasses.asdict(self)
 
     def to_array(self) -> UInt8[np.ndarray, "bytes"]:
-        """The tally as JSON, for a cache of arrays."""
+        """Encodes the tally as JSON bytes, for a cache of arrays."""
         return np.frombuffer(json.dumps(self.to_dict()).encode(), np.uint8)
 
     @classmethod
     def add(cls, arrays: Iterable[UInt8[np.ndarray, "bytes"]]) -> UInt8[np.ndarray, "bytes"]:
-        """Merges what `to_array` gives."""
+        """Merges tallies encoded by `to_array`."""
         total = cls()
         for array in arrays:
             total.merge(cls.from_array(array))
@@ -148,10 +149,10 @@ class Tally:
 
     @classmethod
     def from_array(cls, array: UInt8[np.ndarray, "bytes"]) -> Tally:
-        """Reads what `to_array` gives.
+        """Decodes a tally encoded by `to_array`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the array is not an encoded tally.
         """
         try:
             return cls(**json.loads(array.tobytes()))
