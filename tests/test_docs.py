@@ -5,6 +5,7 @@ import argparse
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -198,3 +199,15 @@ def test_commands_that_are_refused_are_found():
     ):  # fmt: skip
         with pytest.raises((AssertionError, UserError)):
             check(shlex.split(line))
+
+
+def test_the_config_reference_has_every_key_with_its_type_and_default():
+    """`python tools/config_reference.py > docs/config.md` renews the page."""
+
+    def keys(page):
+        rows = (re.split(r"(?<!\\) \| ", line) for line in page.splitlines())
+        return [row[:3] for row in rows if row[0][:1] in "|#" and row[0][:2] != "|-"]
+
+    wanted = keys(runpy.run_path(str(ROOT / "tools/config_reference.py"))["page"]())
+    assert len(wanted) > 100
+    assert keys((ROOT / "docs/config.md").read_text()) == wanted
