@@ -56,8 +56,8 @@ def denoiser_target(
     noise: Float[Array, "B h w C"],
     timesteps: Int[Array, "B"],
 ) -> Float[Array, "B h w C"]:
-    """What the denoiser learns to say: the noise, or the velocity sqrt(a) noise - sqrt(1 - a)
-    latents, as `cfg.prediction_type` has it."""
+    """Returns the denoiser's training target: the noise, or the velocity sqrt(a) noise -
+    sqrt(1 - a) latents, according to `cfg.prediction_type`."""
     if _predicts_velocity(cfg):
         signal, spread = _signal_and_spread(cfg, timesteps, latents.dtype)
         return signal * noise - spread * latents

@@ -57,12 +57,12 @@ _KINDS = {
 
 
 def chip_name(device_kind: str) -> str:
-    """The chip that `jax.Device.device_kind` names, as in `CHIPS`; "" for what is not there."""
+    """Returns the key in `CHIPS` for a `jax.Device.device_kind`, or "" if it is unknown."""
     return next((name for prefix, name in _KINDS.items() if device_kind.startswith(prefix)), "")
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The same, as its figures; None for what is not in the table."""
+    """Returns the specs of the chip that `device_kind` names, or None if it is unknown."""
     return CHIPS.get(chip_name(device_kind))
 
 
@@ -90,7 +90,8 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str, slices: int = 1) -> Topology:
-        """
+        """Parses a topology such as `v5p:4x4x8`.
+
         Raises:
             UserError: no such chip, or no such shape.
         """

@@ -166,7 +166,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def platform() -> str:
-    """What the program that is being traced will run on: `cpu`, `gpu` or `tpu`."""
+    """Returns the platform that the program being traced will run on: `cpu`, `gpu` or `tpu`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

@@ -273,7 +273,7 @@ class Tokenizer:
         return ids, mask
 
     def image_placeholder(self, n_causal: int) -> str:
-        """How a picture is spelled in a prompt."""
+        """Returns the text that stands for an image in a prompt."""
         return IMG + IMAGE * n_causal + IMG_END
 
 

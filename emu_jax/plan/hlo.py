@@ -162,7 +162,7 @@ class _Walk:
                 self.one(body, one, times, seen)
 
     def turns(self, loop: Instruction) -> float:
-        """How often a loop runs. Its counter starts at 0, is compared with a constant, and grows
+        """The trip count of a loop. Its counter starts at 0, is compared with a constant, and grows
         by another: 2 where XLA multiplies pieces as they arrive from both sides of a ring."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -248,7 +248,7 @@ class _Walk:
         return _hbm(one.arrays) + sum(map(_hbm, operands))
 
     def read(self, inner: Computation, number: int, arrays: Sequence[Array]) -> float:
-        """What a fusion reads of operand `number`: of one that it only slices, the slices."""
+        """Bytes that a fusion reads of operand `number`: only the slices, if it only slices it."""
         whole = _hbm(arrays)
         if not whole:
             return 0.0
@@ -291,7 +291,7 @@ class _Walk:
         return total
 
     def written(self, inner: Computation, fusion: Instruction) -> float:
-        """What a fusion writes: of an array that it updates in place, the update."""
+        """Bytes that a fusion writes: only the update, for an array that it updates in place."""
         root = next(one for one in inner.values() if one.root)
         results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
         total = 0.0

@@ -1,4 +1,4 @@
-"""Compiles a program for TPUs that are not here, and reports what it will need and take.
+"""Ahead-of-time compilation for a TPU topology, with predicted memory and step time.
 
 libtpu's compiler runs on any x86 host: what is compiled is the very program that a pod would
 run. Its memory is the compiler's own figure; its time is a roofline of the compiled module
@@ -76,7 +76,7 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
-    """What one step of `program` needs and takes on `topology`, from compiling it.
+    """Compiles one step of `program` for `topology` and reports its memory and time.
 
     The keys of the report are described in docs/scaling.md.
 

@@ -375,7 +375,7 @@ BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 
 
 def read_page(page: Path) -> tuple[str, str]:
-    """What stands before the table and after it.
+    """Returns the text before the table and the text after it.
 
     Raises:
         UserError: no such page, or it has no place for a table.
