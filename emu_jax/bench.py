@@ -1,13 +1,14 @@
-"""`emu-jax bench`: runs what stands in benchmarks/, and keeps the tables of docs/performance.md.
+"""`emu-jax bench`: runs the benchmarks in benchmarks/ and updates the tables of
+docs/performance.md.
 
-A benchmark is a Python file there. Its docstring says what is measured and how.
+A benchmark is a Python file in benchmarks/. Its docstring explains what it measures and how.
 
-    run(key=default, ...) -> dict    measures, and returns figures of plain JSON types
+    run(key=default, ...) -> dict    measures; returns figures as plain JSON types
     table(figures) -> str            optional: the figures as Markdown
     plot(figures, path)              optional: the figures as a PNG
 
-Progress goes to the `emu_jax` logger. What is compared takes turns (`take_turns`), and the
-comparison is a ratio of the same turn (`ratio`), so that whatever else the machine does hits all.
+Progress goes to the `emu_jax` logger. The parts of a comparison take turns (`take_turns`), and
+ratios are taken within a turn (`ratio`). Other load on the machine then affects all parts alike.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from emu_jax.config import UserError, shipped, suggest, write_text
 log = logging.getLogger("emu_jax")
 
 Figures = dict[str, Any]
-OUT = Path("runs/bench")  # where plots go, unless told otherwise
+OUT = Path("runs/bench")  # default folder of plots
 
 
 class Missing(UserError):
-    """A benchmark cannot run here: a library or a device is not there. Where all benchmarks are
-    asked for it is passed over, with its line."""
+    """Raised when a benchmark cannot run here, because a library or device is missing. If all
+    benchmarks were requested, it is skipped and its message logged."""
 
 
 def benchmarks() -> dict[str, Path]:
-    """Name to file, in the order of their names.
+    """Maps the names of benchmarks to files, sorted by name.
 
     Raises:
         UserError: the folder is missing.
@@ -52,12 +53,12 @@ def benchmarks() -> dict[str, Path]:
 
 
 def about(path: Path) -> str:
-    """The first line of a benchmark's docstring."""
+    """Returns the first line of a benchmark's docstring."""
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
 def load(name: str) -> ModuleType:
-    """The benchmark's module: how one uses what another measures.
+    """Loads a benchmark as a module, also for use by another benchmark.
 
     Raises:
         UserError: there is no such benchmark.
@@ -77,22 +78,22 @@ def run(
     names: Sequence[str] = (), settings: Sequence[str] = (), *, out: Path = OUT,
     write: Path | None = None,
 ) -> Figures:  # fmt: skip
-    """Runs the named benchmarks, or all: each one's figures by its name, and the machine's.
+    """Runs the named benchmarks, or all. Returns figures by benchmark, and `machine`.
 
-    One that fails costs the others nothing: `passed` is False then, and `failed` names it.
+    A failing benchmark does not stop the others: `passed` is then False, and `failed` lists it.
 
     Args:
-        settings: `NAME.KEY=VALUE`, an argument of a benchmark's `run`.
-        out: the folder of plots.
-        write: a Markdown file, in which the table of each benchmark is written anew as soon as
-            it is done (`Page`).
+        settings: `NAME.KEY=VALUE`, arguments of the benchmarks' `run`.
+        out: directory for plots.
+        write: a Markdown file. The table of each benchmark is updated there as soon as it is
+            done (`Page`).
 
     Raises:
-        UserError: there is no such benchmark or setting, `write` has no place for one, or one
-            that was named cannot run here. The error of a benchmark that runs alone is raised.
+        UserError: there is no such benchmark or setting, `write` has no place for a benchmark, or
+            a named benchmark cannot run here. A benchmark that runs alone raises its own error.
     """
-    # Of a GPU jax would take three quarters at once, and leave too little to what it is
-    # compared with.
+    # JAX preallocates three quarters of a GPU by default, which leaves too little for the
+    # libraries it is compared with.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -124,7 +125,7 @@ def run(
             continue
         results[name] = figures
         if jax.process_index():
-            continue  # the first of several hosts writes
+            continue  # only the first host writes
         if page:
             words = [setting for setting in settings if setting.startswith(f"{name}.")]
             command = " ".join(["emu-jax bench", name, *(f"--set {word}" for word in words)])
@@ -141,7 +142,7 @@ def run(
 
 
 def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dict[str, Figures]:
-    """The arguments of each benchmark's `run`, as the type of their defaults."""
+    """Parses the arguments of each benchmark's `run` to the types of their defaults."""
     chosen: dict[str, Figures] = {name: {} for name in modules}
     for setting in settings:
         where, equals, value = setting.partition("=")
@@ -157,7 +158,7 @@ def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dic
         try:
             chosen[name][key] = kind(value)
         except ValueError:
-            raise UserError(f"--set {setting}: {value!r} is no {kind.__name__}") from None
+            raise UserError(f"--set {setting}: {value!r} is not of type {kind.__name__}") from None
     return chosen
 
 
@@ -165,18 +166,18 @@ def take_turns(
     parts: Mapping[str, Callable[[], Any]], turns: int = 5, *,
     clock: Callable[[], float] = time.perf_counter, warm: bool = True,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds that each part takes at each turn, every second turn in reverse order.
+    """Times each part once per turn, in reverse order on every second turn. Returns seconds.
 
     Args:
-        parts: each does its work and waits for its end. What returns a number has done so many
-            of something: its seconds are those of one.
-        clock: seconds; `time.process_time` for a core's work, whoever else is on it.
-        warm: a part runs once, not counted, right before it is timed: it compiles what must be,
-            and finds caches and memory as it left them itself, not as the part before did.
-            Without, parts that need no such thing follow one another more closely.
+        parts: functions that do their work and wait for its end. If one returns a number, its
+            time is divided by it.
+        clock: returns seconds; `time.process_time` excludes other processes on the core.
+        warm: run each part once, untimed, right before timing it. This compiles it and leaves
+            caches and memory as the part itself leaves them, not as the previous part did. Without
+            it, the parts follow one another more closely.
 
     Raises:
-        UserError: no turns.
+        UserError: `turns` is less than 1.
     """
     if turns < 1:
         raise UserError(f"turns cannot be {turns}: at least 1")
@@ -196,7 +197,7 @@ def take_turns(
 
 
 def median(values: Sequence[float]) -> dict[str, float]:
-    """The median, and half the distance between the quartiles (`spread`), to four digits."""
+    """Returns the median and half the interquartile range (`spread`), to four digits."""
     if len(values) < 2:
         return {"median": _digits(values[0]), "spread": 0.0}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -204,8 +205,8 @@ def median(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
-    """`median` of the ratios of the same turns. Seconds of B over those of A say how many times
-    as fast A is."""
+    """Returns the `median` of the ratios within each turn. Seconds of B over seconds of A is the
+    speed-up of A over B."""
     return median([a / b for a, b in zip(over, under, strict=True)])
 
 
@@ -214,20 +215,20 @@ def _digits(value: float) -> float:
 
 
 def table(figures: Figures) -> str:
-    """What `run` returned, a figure a line."""
+    """Formats the result of `run`, one figure per line."""
     rows = list(_rows(figures))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table of figures."""
+    """Formats a Markdown table of figures."""
     lines = [head, ["---"] * len(head), *([shown(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def shown(value: Any) -> str:
-    """One figure as text: `1.23 ± 0.04`, `12,300`, `-` for what was not measured."""
+    """Formats one figure: `1.23 ± 0.04`, `12,300`, or `-` if not measured."""
     if value is None:
         return "-"
     if isinstance(value, dict) and value.keys() == {"median", "spread"}:
@@ -249,22 +250,22 @@ def _rows(values: Figures, above: str = "") -> Iterator[tuple[str, str]]:
 
 
 class Page:
-    """A Markdown file whose tables are written from figures, never by hand: what stands between
-    `<!-- bench NAME -->` and `<!-- /bench -->`.
+    """A Markdown file with generated tables between `<!-- bench NAME -->` and `<!-- /bench -->`.
 
-    The figures are kept beside it (`performance.md`, `performance.json`), by benchmark and by
-    hardware, each with the command and the machine that it comes from; plots too
-    (`performance-NAME-HARDWARE.png`). A new measurement replaces that of the same hardware.
+    The figures are stored beside it (`performance.json` for `performance.md`), by benchmark and
+    hardware, each with its command and machine. Plots are stored there too
+    (`performance-NAME-HARDWARE.png`). A new measurement replaces the one of the same hardware.
     """
 
     def __init__(self, path: Path):
         self.path, self.kept = path, path.with_suffix(".json")
 
     def check(self, names: Any) -> None:
-        """
+        """Checks that the file can take the tables of the named benchmarks.
+
         Raises:
-            UserError: the file is missing, or has no place for one of the benchmarks; or what is
-                kept beside it is no JSON.
+            UserError: the file is missing or has no place for a benchmark, or the stored figures
+                are not valid JSON.
         """
         try:
             text, _ = self.path.read_text(), self.records()
@@ -278,11 +279,11 @@ class Page:
                 )
 
     def records(self) -> dict[str, dict[str, Figures]]:
-        """What is kept, by benchmark and hardware."""
+        """Returns the stored records, by benchmark and hardware."""
         return json.loads(self.kept.read_text()) if self.kept.exists() else {}
 
     def update(self, name: str, record: Figures) -> None:
-        """Keeps a benchmark's record, and writes its tables and its plot, no other's."""
+        """Stores the record of one benchmark and rewrites only its tables and its plot."""
         hardware = _hardware(record["machine"])
         records = self.records()
         records[name] = dict(sorted((records.get(name, {}) | {hardware: record}).items()))
@@ -293,7 +294,7 @@ class Page:
         write_text(self.path, self.rendered(self.path.read_text(), {name: records[name]}))
 
     def rendered(self, text: str, records: Mapping[str, Mapping[str, Figures]]) -> str:
-        """`text` with the tables of `records`."""
+        """Returns `text` with the tables of `records` filled in."""
         for name, by_hardware in records.items():
             tables = "\n\n".join(self._section(name, *item) for item in by_hardware.items())
             text = self._place(name).sub(lambda m, t=tables: f"{m[1]}\n{t}\n{m[2]}", text)
@@ -321,7 +322,7 @@ class Page:
         return re.compile(rf"(<!-- bench {re.escape(name)} -->)\n.*?(<!-- /bench -->)", re.DOTALL)
 
 
-# Of what `machine` says, what names the hardware.
+# Keys of `machine()` that identify the hardware.
 HARDWARE = ("cores", "processor", "devices")
 
 
@@ -330,13 +331,13 @@ def _hardware(machine: Figures) -> str:
     return ", ".join([*accelerators, f"{machine['cores']} cores", machine["processor"]])
 
 
-# What figures may depend on, where it is installed.
+# Libraries and variables that may affect the figures; recorded if present.
 LIBRARIES = ("jax", "numpy", "pillow", "torch", "transformers", "diffusers")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES")
 
 
 def machine() -> Figures:
-    """Cores, processor, devices, versions, and what was set for compiler and memory."""
+    """Returns cores, processor, devices, library versions, and compiler and memory settings."""
     import jax
 
     devices = jax.devices()
@@ -361,12 +362,12 @@ def machine() -> Figures:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
-    """Its model and features, as Linux tells them."""
+    """Returns the processor's model and widest vector extension, as reported by Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""`emu-jax VERB`: parses, calls, prints. Each verb is one function below.
+"""The command line, `emu-jax VERB`. Each verb is one function below.
 
-Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 a check that did
-not pass, 2 a mistake that the user can mend (one line says which and how), 130 interrupted.
+Results go to stdout, progress and errors to stderr. Exit status: 0 success, 1 a failed check, 2 an
+error that the user can fix (reported in one line), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from emu_jax.config import UserError, suggest
 
 Run = Callable[[argparse.Namespace], "dict[str, Any]"]
 
-CONFIG_HELP = "a Python file, which is run: use none that you have not read"
+CONFIG_HELP = "a Python file. It is executed: do not use files that you have not read"
 
 
 def _local_path(text: str) -> Path:
-    """The type of every flag that names a file or folder here.
+    """Argument type of every flag that names a local file or directory.
 
     Raises:
-        argparse.ArgumentTypeError: it is an address, which `Path` would make a folder of this
-            directory ("gs:/...").
+        argparse.ArgumentTypeError: the text is a URL, which `Path` would turn into a relative path
+            ("gs:/...").
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text} is no local path: mount the bucket, with Cloud Storage FUSE for one, and "
-            "give the mounted path (docs/launch.md)"
+            f"{text} is not a local path: mount the bucket, for example with Cloud Storage FUSE, "
+            "and give the mounted path (docs/launch.md)"
         )
     return Path(text)
 
 
 def _seed(text: str) -> int:
-    """The type of `--seed`.
+    """Argument type of `--seed`.
 
     Raises:
-        argparse.ArgumentTypeError: not a whole number from 0 to 2**32 - 1; JAX keeps 32 bits.
+        argparse.ArgumentTypeError: not a whole number from 0 to 2**32 - 1 (JAX keeps 32 bits).
     """
     try:
         seed = int(text)
@@ -59,37 +59,36 @@ def _seed(text: str) -> int:
     return seed
 
 
-# A verb declares its flags on the parser and returns what runs it: a function of the parsed
-# arguments that returns the JSON object. It imports what it calls only when it is called, so
-# that `--help` is quick.
+# Each verb declares its flags on the parser and returns a function that runs it: it takes the
+# parsed arguments and returns the JSON object. Imports are inside it to keep `--help` fast.
 
 
 def demo(parser: argparse.ArgumentParser) -> Run:
-    """train Emu on handwritten digits and write a page of what it learned"""
+    """train Emu on handwritten digits and write a report of the results"""
     parser.add_argument("--workdir", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument(
         "--validation", action="store_true",
-        help="score on a part of the training split instead, to choose settings by",
+        help="score on a part of the training split instead, for choosing settings",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.evaluate import demo
 
-        args.json = True  # the figures are the result: always printed
+        args.json = True  # always print the figures: they are the result
         return demo.run(args.workdir, args.seed, args.validation)
 
     return run
 
 
 def train(parser: argparse.ArgumentParser) -> Run:
-    """train a model as a config file says, or go on from where a run stopped"""
+    """train a model from a config file, or resume a run"""
     parser.usage = "%(prog)s --config configs/X.py --workdir DIR [--config.a.b=VALUE ...] [--json]"
     parser.add_argument(
         "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
     )
     parser.add_argument("--workdir", type=_local_path, required=True, metavar="DIR")
-    parser.epilog = "--config.a.b=VALUE overrides one key of the config; it may be repeated."
+    parser.epilog = "--config.a.b=VALUE overrides one key of the config and may be repeated."
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         import jax
@@ -135,28 +134,28 @@ def precompute(parser: argparse.ArgumentParser) -> Run:
 
 
 def generate(parser: argparse.ArgumentParser) -> Run:
-    """continue a sequence of text and pictures"""
+    """continue a sequence of text and images"""
     parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
         "--output", choices=("text", "image", "auto"), default="auto",
-        help="auto (the default): both, as the model decides",
+        help="auto (the default): text and images, as the model decides",
     )  # fmt: skip
     parser.add_argument(
         "--save", type=_local_path, default=Path("emu.png"), metavar="FILE",
-        help="the picture; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
+        help="file of the image; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
     )  # fmt: skip
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N",
-        help="of text (default: the checkpoint's generation.json, or 50)",
+        help="text tokens to generate (default: from the checkpoint's generation.json, or 50)",
     )  # fmt: skip
     parser.add_argument(
         "--batch", type=_local_path, metavar="FILE",
-        help="many prompts: a JSON list of PARTs on each line; one JSON list of answers a line",
+        help="file of many prompts, a JSON list of PARTs per line; prints one JSON list per line",
     )  # fmt: skip
     parser.add_argument(
         "parts", nargs="*", metavar="PART",
-        help="text, or @FILE for a picture or a video (@@ for text that begins with @)",
+        help="text, or @FILE for an image or a video (@@ for text that begins with @)",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def generate(parser: argparse.ArgumentParser) -> Run:
             prompts = files.read_batch(args.batch)
         else:
             prompts = [[files.read_part(part) for part in args.parts]]
-        files.check_seeds(args.output, args.seed, len(prompts))  # before the model is loaded
+        files.check_seeds(args.output, args.seed, len(prompts))  # before loading the model
         settings = {}
         if args.max_new_tokens is not None:
             settings["max_new_tokens"] = args.max_new_tokens
@@ -192,7 +191,7 @@ def generate(parser: argparse.ArgumentParser) -> Run:
 
 
 def convert(parser: argparse.ArgumentParser) -> Run:
-    """convert a release to a run directory, or back, or for other libraries"""
+    """convert a release to a run directory, back, or for other libraries"""
     parser.add_argument(
         "src", type=_local_path, metavar="SRC",
         help="a release folder, Emu-instruct.pt, a run directory, or a peft folder (with --base)",
@@ -212,10 +211,10 @@ def convert(parser: argparse.ArgumentParser) -> Run:
         help="a LLaMA tokenizer folder (default: tokenizer/ beside the weights)",
     )  # fmt: skip
     parser.add_argument(
-        "--base", type=_local_path, metavar="DIR", help="the model of a peft folder's adapters"
+        "--base", type=_local_path, metavar="DIR", help="the base model of a peft folder"
     )
     parser.add_argument(
-        "--merge-lora", action="store_true", help="multiply adapters into the weights, in float32"
+        "--merge-lora", action="store_true", help="merge LoRA adapters into the weights, in float32"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
 
@@ -237,7 +236,7 @@ def convert(parser: argparse.ArgumentParser) -> Run:
 
 
 def init(parser: argparse.ArgumentParser) -> Run:
-    """make a fresh Emu from LLaMA, EVA-CLIP and Stable Diffusion"""
+    """initialize a new Emu from LLaMA, EVA-CLIP and Stable Diffusion"""
     parser.add_argument("dst", type=_local_path, metavar="DST")
     parser.add_argument(
         "--llama", type=_local_path, required=True, metavar="DIR", help="a transformers folder"
@@ -250,7 +249,7 @@ def init(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument(
         "--model-config", type=_local_path, metavar="FILE",
-        help="the release's model JSON (default: that of the 14B model)",
+        help="the release's model JSON (default: the 14B model's)",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", type=_local_path, metavar="DIR",
@@ -277,11 +276,11 @@ def init(parser: argparse.ArgumentParser) -> Run:
 
 
 def verify(parser: argparse.ArgumentParser) -> Run:
-    """compare a checkpoint with what the released code computed"""
+    """compare a checkpoint with outputs of the released code"""
     parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
         "--golden", type=_local_path, required=True, metavar="DIR",
-        help="a folder that tools/record_golden.py wrote",
+        help="a folder written by tools/record_golden.py",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -304,43 +303,47 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
         "--task", required=True, metavar="TASK", help="coco_caption, vqav2, ...: docs/evaluation.md"
     )
     parser.add_argument(
-        "--data", type=_local_path, required=True, metavar="DIR", help="in the official layout"
+        "--data",
+        type=_local_path,
+        required=True,
+        metavar="DIR",
+        help="folder in the official layout",
     )
     parser.add_argument(
         "--out", type=_local_path, required=True, metavar="FILE",
         help="the result file, .json; predictions, scores and a page are written beside it",
     )  # fmt: skip
-    parser.add_argument("--split", default="", help="of the data (default: the task's own)")
+    parser.add_argument("--split", default="", help="split of the data (default: the task's)")
     parser.add_argument(
         "--mode", choices=("auto", "pretrain", "instruct"), default="auto",
-        help="whose prompts (default: those of the checkpoint's kind)",
+        help="kind of prompts (default: auto, by the kind of checkpoint)",
     )  # fmt: skip
     parser.add_argument(
         "--examples", choices=("none", "text", "random", "rices"), default="none",
-        help="what precedes each question (default: nothing): text alone, examples at random, or "
-        "those with the most similar pictures",
+        help="in-context examples (default: none): text only, random ones, or those with the most "
+        "similar images",
     )  # fmt: skip
-    parser.add_argument("--shots", type=int, metavar="K", help="examples (default: 2)")
+    parser.add_argument("--shots", type=int, metavar="K", help="examples per question (default: 2)")
     parser.add_argument(
         "--support", type=_local_path, metavar="DIR",
-        help="where examples are taken from, the task's training split (default: --data)",
+        help="folder with the task's training split, the source of examples (default: --data)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N items alone")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N items")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="items at once (default: 16)"
+        "--batch-size", type=int, default=16, metavar="N", help="items per batch (default: 16)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--inception", type=_local_path, metavar="FILE", help="the network of FID, as TorchScript"
+        "--inception", type=_local_path, metavar="FILE", help="the network for FID, as TorchScript"
     )
     parser.add_argument(
         "--reference", type=_local_path, metavar="FILE",
-        help="statistics of real pictures, mu and sigma, for FID (default: the pictures of --data)",
+        help="statistics (mu, sigma) of real images for FID (default: the images in --data)",
     )  # fmt: skip
     parser.add_argument(
         "--resize", choices=("network", "clean"), default="network",
-        help="before Inception: its own resizing (the default), or clean-fid's",
+        help="resizing before Inception: the network's own (default) or clean-fid's",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -367,28 +370,32 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
 def data_build(parser: argparse.ArgumentParser) -> Run:
     """filter, resize and encode raw data into the files that training reads"""
     parser.add_argument("paths", nargs="+", metavar="SRC", help="files or folders")
-    parser.add_argument("dst", metavar="DST", help="a folder, new or half-built")
-    parser.add_argument("--format", required=True, help="of SRC, see docs/data.md")
-    parser.add_argument("--name", default="pairs", help="of the files (default: pairs)")
+    parser.add_argument("dst", metavar="DST", help="output folder, new or partly built")
+    parser.add_argument("--format", required=True, help="format of SRC, see docs/data.md")
+    parser.add_argument("--name", default="pairs", help="name of the output files (default: pairs)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="a filter or the encoding (clean.min_side=64), or a key of the source "
+        help="set a key of the cleaning and encoding (clean.min_side=64) or of the source "
         "(source.frames=4); may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--shard-documents", type=int, default=4096, metavar="N", help="of SRC for each file"
+        "--shard-documents",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="documents of SRC per output file",
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N",
-        help="processes (default: one for each core)",
+        help="processes (default: one per core)",
     )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N",
-        help="of each worker: more where SRC answers slowly",
+        help="threads per worker; use more if reading SRC is slow",
     )  # fmt: skip
     parser.add_argument(
         "--beam", metavar="OPTIONS",
-        help="run on Apache Beam with these of its options: '--runner=DataflowRunner ...'",
+        help="run on Apache Beam with these options: '--runner=DataflowRunner ...'",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -396,7 +403,7 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
         from emu_jax.data.sources import SourceConfig
         from emu_jax.train.config_file import override
 
-        # What is unlike its words is left to `clean`, which counts it.
+        # Low similarity is filtered by `clean`, which counts rejections.
         source = SourceConfig(
             name=args.name, format=args.format, paths=tuple(args.paths), min_similarity=-1.0
         )
@@ -417,16 +424,18 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
 
 
 def data_inspect(parser: argparse.ArgumentParser) -> Run:
-    """write a page of what a training run would read, with figures of packing and speed"""
+    """write a page of the data a training run would read, with packing and speed figures"""
     parser.usage = "%(prog)s --config configs/X.py [--config.a.b=VALUE ...] [--out FILE] [--json]"
     parser.add_argument(
         "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
     )
     parser.add_argument("--out", type=_local_path, default=Path("inspect.html"), metavar="FILE")
-    parser.add_argument("--rows", type=int, default=6, metavar="N", help="shown (default: 6)")
+    parser.add_argument(
+        "--rows", type=int, default=6, metavar="N", help="rows to show (default: 6)"
+    )
     parser.add_argument(
         "--documents", type=int, default=1000, metavar="N",
-        help="read, at least, to measure (default: 1000)",
+        help="minimum number of documents to read for the measurement (default: 1000)",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -455,20 +464,20 @@ def data_inspect(parser: argparse.ArgumentParser) -> Run:
 
 
 def bench(parser: argparse.ArgumentParser) -> Run:
-    """measure this machine: one benchmark or all, see --list"""
+    """run benchmarks on this machine, see --list"""
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    parser.add_argument("--list", action="store_true", help="say what there is, measure nothing")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and exit")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME.KEY=VALUE", dest="settings",
-        help="a setting of a benchmark, as its file in benchmarks/ names it; may be repeated",
+        help="set an argument of a benchmark's run() in benchmarks/; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=_local_path, default=Path("runs/bench"), metavar="DIR",
-        help="where plots go (default: runs/bench)",
+        help="folder for plots (default: runs/bench)",
     )  # fmt: skip
     parser.add_argument(
         "--write", type=_local_path, metavar="FILE",
-        help="write their tables into this Markdown file, docs/performance.md for one",
+        help="update the tables in this Markdown file, such as docs/performance.md",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -504,16 +513,16 @@ def serve(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--checkpoint", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS",
-        help="where to listen (default: 127.0.0.1, this machine alone)",
+        help="address to listen on (default: 127.0.0.1, only this machine)",
     )  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, metavar="N")
     parser.add_argument(
         "--waiting", type=int, default=64, metavar="N",
-        help="requests that may be in hand or in line (default: 64)",
+        help="maximum number of running and waiting requests (default: 64)",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=120.0, metavar="S",
-        help="from a request's arrival to its last word (default: 120)",
+        help="maximum time to answer a request, in seconds (default: 120)",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -533,7 +542,7 @@ def serve(parser: argparse.ArgumentParser) -> Run:
 
 
 def plan(parser: argparse.ArgumentParser) -> Run:
-    """compile a step for TPUs that are not here: memory, time, MFU"""
+    """compile a step for a TPU topology without the TPUs: memory, time, MFU"""
     parser.usage = (
         "%(prog)s --config configs/X.py --topology v5p:4x4x8 [--slices N] [--for PROGRAM] "
         "[--sweep] [--config.a.b=VALUE ...] [--json]"
@@ -541,39 +550,39 @@ def plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--config", type=_local_path, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "--topology", default="", metavar="CHIP:AxB[xC]",
-        help="a slice of TPU chips; with --sweep, several with commas between",
+        help="a slice of TPU chips; with --sweep, a comma-separated list",
     )  # fmt: skip
     parser.add_argument("--slices", type=int, default=1, metavar="N")
     parser.add_argument(
         "--for", dest="program", default="train", metavar="PROGRAM",
-        help="train (the config's step; the default), decoder (decoder tuning), generate (one "
-        "token of every row)",
+        help="train (the config's step; the default), decoder (decoder tuning) or generate (one "
+        "token for every row)",
     )  # fmt: skip
     parser.add_argument(
         "--sweep", action="store_true",
-        help="try meshes, remat policies and batch sizes, and the best one's scaling",
+        help="search meshes, remat policies and batch sizes; plot the scaling of the best",
     )  # fmt: skip
     parser.add_argument(
         "--scaling", default="weak", metavar="CURVES",
-        help="with --sweep: weak (rows per chip stay; the default), strong (rows stay), "
+        help="with --sweep: weak (fixed rows per chip; the default), strong (fixed rows), "
         "weak,strong, or none",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=_local_path, default=Path("runs/plan"), metavar="DIR",
-        help="of a sweep's files",
+        help="folder for the files of a sweep",
     )  # fmt: skip
     parser.add_argument(
         "--page", type=_local_path, metavar="FILE",
-        help="with --sweep: a Markdown file with a place for the table, which takes it, and the "
-        "plot beside it",
+        help="with --sweep: a Markdown file with a marked place for the table; the plot is written "
+        "beside it",
     )  # fmt: skip
     parser.add_argument(
         "--calibrate", action="store_true",
-        help="predict published runs instead, and show the error",
+        help="predict published runs instead and show the errors",
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; the TPU is only compiled for
+        os.environ["JAX_PLATFORMS"] = "cpu"  # compile only: nothing runs on a TPU
         from emu_jax.hardware import Topology
         from emu_jax.plan import plan as planning
         from emu_jax.train.config import TrainConfig
@@ -589,7 +598,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
             raise UserError("give --config and --topology, or --calibrate; see emu-jax plan --help")
         topologies = [Topology.parse(t, args.slices) for t in args.topology.split(",")]
         configs = [
-            # What is tuned for a chip is tuned for training.
+            # Settings tuned for a chip are tuned for training.
             load_config(
                 TrainConfig, args.config, args.overrides,
                 chip="" if args.program == "generate" else topology.chip_name,
@@ -607,7 +616,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
                     known = [*CURVES, "none"]
                     raise UserError(f"--scaling {curve!r} is not known{suggest(curve, known)}")
             if args.page:
-                read_page(args.page)  # before hours of compiling
+                read_page(args.page)  # fails before hours of compiling
             pairs = list(zip(configs, topologies, strict=True))
             result = sweep(pairs, args.out, scaling=curves)
             if args.page:
@@ -618,7 +627,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
                     print(f"best on {name}:\n{planning.summary(best)}")
             return result
         if len(topologies) > 1:
-            raise UserError("several topologies are for --sweep: give one")
+            raise UserError("several topologies need --sweep: give one")
         if args.page:
             raise UserError("--page takes the table of a --sweep: add it, or leave it out")
         report = planning.plan_apart(configs[0], topologies[0], args.program)
@@ -639,12 +648,12 @@ def _converted(dst: Path, result: dict[str, Any]) -> str:
 
 
 def checkpoint_verify(parser: argparse.ArgumentParser) -> Run:
-    """read every byte of a checkpoint, and say what is damaged"""
+    """read every byte of a checkpoint and report damage"""
     parser.add_argument("run_directory", type=_local_path, metavar="RUN")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="default: the newest",
+        "--step", type=int, metavar="N", help="step to verify (default: the newest)",
     )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="every step")
+    parser.add_argument("--all", action="store_true", help="verify every step")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.checkpoint import verify
@@ -689,7 +698,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     args = argparse.Namespace()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A text or file name that the terminal's encoding lacks is no reason to fail.
+        # Do not fail on text or file names that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(logging.INFO)
@@ -705,24 +714,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _complain(str(error))
     except BrokenPipeError:
-        # Whoever read stdout has gone. The interpreter flushes it once more as it ends.
+        # The reader of stdout is gone. The interpreter flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        # No room, no permission, not a directory: a line says it all.
+        # Disk full, no permission, not a directory: one line is enough.
         if debug or (error.filename is None and error.errno != errno.ENOSPC):
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
         return _complain(f"{where}{error.strerror}")
     except KeyboardInterrupt:
-        if argv is None:  # the process ends now, and its last line stays the last
+        if argv is None:  # a second Ctrl-C must not print after the last line
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"emu-jax: interrupted{_resumes(args)}", file=sys.stderr)
         return 130
 
 
 def _resumes(args: argparse.Namespace) -> str:
-    """Says what running an interrupted command again does."""
+    """Returns a hint on what rerunning the interrupted command does, or ""."""
     if args.__dict__.get("verb") == "train":
         from emu_jax.checkpoint import complete_steps
 
@@ -742,12 +751,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        sys.stdout.flush()  # here, where a closed pipe is noticed
+        sys.stdout.flush()  # here, where a closed pipe raises
         super().exit(status, message)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parsed arguments, with `run` (the verb) and `overrides` (`a.b=value`)."""
+    """Parses arguments and adds `run` (the verb) and `overrides` (`a.b=value`)."""
     if arguments and arguments[0] in {name.split()[0] for name in VERBS if " " in name}:
         arguments = [" ".join(arguments[:2]), *arguments[2:]]  # a verb of two words
     parser = _Parser(prog="emu-jax", description="Emu, a generative multimodal model, in JAX.")
@@ -763,7 +772,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             "--json", action="store_true", help="print one JSON object as the last line of stdout"
         )
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    # argparse's own words for a missing or misspelt verb are long.
+    # argparse's own messages for a missing or misspelled verb are long.
     if not arguments:
         parser.error(f"no verb given; known: {', '.join(VERBS)}")
     if arguments[0] not in VERBS and not arguments[0].startswith("-"):

@@ -72,7 +72,7 @@ def test_settings(folder):
     }  # fmt: skip
     for setting, message in {
         "fast.rat=1": "fast has no setting 'rat'; did you mean 'rate'?",
-        "fast.rate=much": "'much' is no float",
+        "fast.rate=much": "'much' is not of type float",
         "wide.rate=1": "write NAME.KEY=VALUE, NAME one of fast",
         "fast.rate": "write NAME.KEY=VALUE",
     }.items():

@@ -96,11 +96,11 @@ def test_no_verb_and_unknown_verbs(run):
         (("generate", "--checkpoint", "d", "--output", "song", "x"), "'song'"),
         (
             ("train", "--config", "c", "--workdir", "gs://b/x"),
-            "--workdir: gs://b/x is no local path",
+            "--workdir: gs://b/x is not a local path",
         ),
-        (("serve", "--checkpoint=gs://b/x"), "--checkpoint: gs://b/x is no local path"),
-        (("plan", "--out", "s3://b/x"), "--out: s3://b/x is no local path"),
-        (("convert", "d", "gs://b/x"), "DST: gs://b/x is no local path"),
+        (("serve", "--checkpoint=gs://b/x"), "--checkpoint: gs://b/x is not a local path"),
+        (("plan", "--out", "s3://b/x"), "--out: s3://b/x is not a local path"),
+        (("convert", "d", "gs://b/x"), "DST: gs://b/x is not a local path"),
     ],
 )
 def test_mistakes_in_flags(run, arguments, message):
