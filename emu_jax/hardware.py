@@ -1,4 +1,4 @@
-"""What chips can do: the one table behind MFU figures and `emu-jax plan`.
+"""Peaks and bandwidths of chips: the one table behind MFU figures and `emu-jax plan`.
 
 TPU figures are those of Google Cloud's "system architecture" pages of each version, GPU
 figures those of NVIDIA's data sheets (dense, not sparse).

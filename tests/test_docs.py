@@ -29,6 +29,8 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^ *(?:[A-Z_]+=\S+ )?(?:emu-jax|python|make|pip) ", re.MULTILINE)
 # Programs of others, whose arguments are not checked here.
 OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd", "pre-commit"}
+# Words that begin no docstring.
+OPENINGS = re.compile(r"(What|Of|Those|Which|Where|How|Raises)\b")
 # What `...` stands for: the arguments that a page leaves out of a verb's command.
 LEFT_OUT = {
     "eval": "--checkpoint runs/emu --data data --out result.json",
@@ -211,3 +213,13 @@ def test_the_config_reference_has_every_key_with_its_type_and_default():
     wanted = keys(runpy.run_path(str(ROOT / "tools/config_reference.py"))["page"]())
     assert len(wanted) > 100
     assert keys((ROOT / "docs/config.md").read_text()) == wanted
+
+
+def test_docstrings_begin_with_a_verb_or_a_name():
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    wrong = []
+    for path in sorted((ROOT / "emu_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, documented) and OPENINGS.match(ast.get_docstring(node) or ""):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.body[0].lineno}")
+    assert not wrong, "\n".join(wrong)

@@ -79,9 +79,10 @@ class GenerationConfig(TextConfig, ImageConfig):
     system: str | None = None
 
     def replace(self, **settings: Any) -> GenerationConfig:
-        """
+        """Returns a copy with other settings.
+
         Raises:
-            UserError: an unknown setting, or one that means nothing.
+            UserError: a setting is unknown or its value is invalid.
         """
         known = {f.name for f in dataclasses.fields(self)}
         for name in settings:
@@ -415,9 +416,9 @@ class Emu:
     # --- Both ---
 
     def stream(self, prompt: Parts, **settings: Any) -> Iterator[str | Image.Image]:
-        """What `complete` gives, as it comes: texts a few tokens at a time, pictures whole.
+        """Streams the output of `complete`: text a few tokens at a time, images whole.
 
-        Joined, the texts between two pictures are those of `complete`, but for white space at
+        The texts between two images, joined, are those of `complete`, up to white space at
         their ends.
         """
         cfg = self.defaults.replace(**settings)
@@ -452,7 +453,7 @@ class Emu:
                 state = _go_on_mixed(self._graphdef, self._params, state, plan, rules, keys)
 
     def complete(self, prompt: Parts, **settings: Any) -> list[str | Image.Image]:
-        """What follows a prompt, texts and pictures as the model decides.
+        """Continues a prompt with text and images, as the model decides.
 
         Args:
             settings: fields of `GenerationConfig`; text is decoded greedily unless `do_sample`.
@@ -463,10 +464,10 @@ class Emu:
     def completions(
         self, prompts: Sequence[Parts], **settings: Any
     ) -> list[list[str | UInt8[np.ndarray, "H W 3"]]]:
-        """What follows each of many prompts; pictures as arrays. See `complete`.
+        """Continues each of many prompts, with images as arrays. See `complete`.
 
-        A continuation ends at `</s>`, after `max_new_tokens` of text, or where it would open a
-        picture more than `max_images`, or one that its prompt leaves no room for.
+        A continuation ends at `</s>`, after `max_new_tokens` of text, or where it would start
+        more than `max_images` images or an image that no longer fits after its prompt.
         """
         cfg = self.defaults.replace(**settings)
         rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
@@ -729,7 +730,7 @@ STRIDE = 4  # elements between two looks at a streamed continuation
 
 
 class _Shown:
-    """How much of a continuation has been shown."""
+    """The part of a continuation that has been shown."""
 
     def __init__(self, tokenizer: Tokenizer, ids: TokenIds, opened: int):
         self._tokenizer, self._ids = tokenizer, ids

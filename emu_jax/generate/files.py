@@ -84,8 +84,9 @@ def check_seeds(output: Output, seed: int, prompts: int) -> None:
 def answer(
     emu: Emu, prompts: Sequence[Sequence[Part]], output: Output, seed: int, **settings: Any
 ) -> list[list[str | Image.Image]]:
-    """What follows each prompt: a text, a picture, or both as the model decides. The n-th
-    picture of "image" is the one that `seed + n` gives alone.
+    """Answers each prompt with text, an image, or both as the model decides.
+
+    With output "image", prompt n gets the image that a single prompt gets from `seed + n`.
 
     Args:
         settings: fields of `GenerationConfig`.
@@ -103,9 +104,10 @@ def answer(
 
 
 def check_save(path: Path) -> None:
-    """
+    """Checks that an image can be saved under a name.
+
     Raises:
-        UserError: no picture can be saved under this name.
+        UserError: the suffix is of no image format.
     """
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--save {path}: no picture format {path.suffix!r}: use .png")

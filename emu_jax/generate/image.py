@@ -16,10 +16,10 @@ from emu_jax.models.emu import Emu
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """How pictures are painted; the release's defaults.
+    """Settings of image generation; the defaults are the release's.
 
     Attributes:
-        guidance: how far from the unconditional answer; 1 or less does without it.
+        guidance: scale of classifier-free guidance; 1 or less turns it off.
         method: pndm (the release's), ddim or dpm++.
     """
 
@@ -28,9 +28,10 @@ class ImageConfig:
     method: str = "pndm"
 
     def check(self) -> None:
-        """
+        """Checks the values.
+
         Raises:
-            UserError: a setting that means nothing.
+            UserError: a value is invalid.
         """
         check_types(self)
         if self.method not in diffusion.METHODS:

@@ -50,7 +50,7 @@ class MixedRules(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What came out, and the loop's state between two steps.
+    """Output so far and state of the mixed loop between two steps.
 
     Attributes:
         tokens: in order; `<image>` stands for an embedding, padding follows the end.

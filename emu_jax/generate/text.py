@@ -34,7 +34,8 @@ MAX_SEED = 2**32 - 1  # JAX keeps 32 bits of a seed
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """How text is decoded; the release's defaults (`Emu1/models/modeling_emu.py: generate`).
+    """Settings of text decoding; the defaults are the release's
+    (`Emu1/models/modeling_emu.py: generate`).
 
     Attributes:
         top_k: 0 keeps every token.
@@ -61,9 +62,10 @@ class TextConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """
+        """Checks the values.
+
         Raises:
-            UserError: a setting that means nothing.
+            UserError: a value is invalid.
         """
         check_types(self)
         wrong = {
@@ -244,8 +246,9 @@ def warp(
     scores: Float[Array, "R V"], temperature: Float[Array, ""], top_k: Int[Array, ""],
     top_p: Float[Array, ""], *, keep: int = 1,
 ) -> Float[Array, "R V"]:  # fmt: skip
-    """What sampling draws from: temperature, then the `top_k` best tokens (0: all), then the
-    fewest of them whose probabilities reach `top_p`; at least `keep` tokens."""
+    """Filters logits for sampling: divides by the temperature, keeps the `top_k` best tokens
+    (0: all), then the fewest of these whose probabilities reach `top_p`. At least `keep` tokens
+    remain."""
     vocab = scores.shape[1]
     order = jnp.argsort(scores / temperature, axis=1)
     ranked = jnp.take_along_axis(scores / temperature, order, axis=1)  # ascending

@@ -166,8 +166,8 @@ def _scaled(q: Float[Array, "B T H K"], scale: float) -> tuple[Float[Array, "B T
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _recomputed(q, k, v, mask, scale: float) -> Float[Array, "B T H K"]:
-    """What comes out is divided by the sum of the weights, not they, and is kept with largest
-    scores and sums: from them the backward pass computes the weights again."""
+    """Attention with a FlashAttention-style backward pass: normalizes the output instead of the
+    weights, saves it with the row maxima and sums, and recomputes the weights from these."""
     return _recomputed_fwd(q, k, v, mask, scale)[0]
 
 

@@ -91,8 +91,9 @@ def _backward(q, k, v, d_out, dq, dk, dv, *, heads: int, scale: float) -> None:
 
 
 def _parts(block, heads: int) -> list[tuple[int, slice, slice]]:
-    """Where each head stands in a block [1, positions, D]. Written out, not a loop: Mosaic
-    reads lanes from 88 on where that number is known."""
+    """Returns the head, positions and lanes of each part of a block [1, positions, D].
+
+    A static list, since Mosaic can slice lanes at an offset like 88 only if it is a constant."""
     width = block.shape[-1] // heads
     return [(0, slice(None), slice(h * width, (h + 1) * width)) for h in range(heads)]
 

@@ -237,7 +237,7 @@ class UNet(nnx.Module):
 
 
 def _attends(cfg: UNetConfig, key: str, plain: str) -> list[bool]:
-    """Which blocks have attention, from diffusers' names of their types."""
+    """Returns whether each block has attention, from the names of diffusers' block types."""
     kinds = {plain: False, f"CrossAttn{plain}": True}
     types = getattr(cfg, key)
     for name in types:

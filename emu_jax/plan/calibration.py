@@ -81,7 +81,7 @@ def calibrate() -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """What `calibrate` found, as text."""
+    """Formats the rows of `calibrate` as a text table."""
     lines = ["run          topology   published  no overlap (error)  overlap (error)"]
     for row in rows:
         line = f"{row['run']:12} {row['topology']:10} {row['published']:9.3f}"

@@ -84,7 +84,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one instruction, each time it runs."""
+    """Cost of one instruction, each time it runs."""
 
     flops: float
     hbm_bytes: float
@@ -94,7 +94,7 @@ class Cost:
 
 @dataclasses.dataclass
 class Counts:
-    """Of one device, over a whole run of the module."""
+    """Totals of one device over one run of the module."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0

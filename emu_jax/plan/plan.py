@@ -121,7 +121,7 @@ def plan_apart(cfg: TrainConfig, topology: Topology, program: str = "train") -> 
 
 
 def apart(run: Callable[..., Any], *arguments: Any) -> Any:
-    """What `run(*arguments)` returns, or raises, in a process of its own.
+    """Calls `run(*arguments)` in a process of its own; returns or raises what it does.
 
     Raises:
         CompilerCrash: the process was ended by a fault.

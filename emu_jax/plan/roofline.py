@@ -1,4 +1,4 @@
-"""How long a compiled module takes, at the least, from what it does and what the chip can do.
+"""Lower bounds on the time of a compiled module, from its work and the chip's peaks.
 
 Three resources: products (`flops` over the peak), HBM (bytes over its bandwidth) and the
 network (collective bytes over the links that carry them). Two bounds follow:
@@ -44,7 +44,7 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Where the logical devices of a mesh stand: coordinates in the torus, and slice."""
+    """Coordinates in the torus, and slice, of a mesh's logical devices."""
 
     topology: Topology
     coordinates: Sequence[tuple[int, ...]]

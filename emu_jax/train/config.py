@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass, filled by a file in configs/."""
+"""The configuration of a training run: one frozen dataclass, filled by a file in configs/."""
 
 from __future__ import annotations
 
@@ -126,5 +126,5 @@ def digits_data(**changes: Any) -> DataConfig:
 
 
 def config_dict(cfg: TrainConfig) -> ConfigDict:
-    """What a file in configs/ returns."""
+    """Returns a config as the ConfigDict that a file in configs/ returns."""
     return ConfigDict(to_dict(cfg))

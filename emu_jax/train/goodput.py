@@ -1,4 +1,4 @@
-"""Where a run's time goes: what its devices did in each moment, and what they waited for."""
+"""Goodput: the share of a run's time that its devices trained, and what the rest went to."""
 
 from __future__ import annotations
 

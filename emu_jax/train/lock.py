@@ -75,7 +75,8 @@ class Lock:
         return self._held and not self._lost
 
     def check(self) -> None:
-        """
+        """Checks that no other job has taken the lock over.
+
         Raises:
             UserError: another job has taken the lock over, as if this process were dead.
         """
@@ -87,7 +88,8 @@ class Lock:
             )
 
     def _take_over(self, dead: dict[str, Any]) -> None:
-        """
+        """Replaces the lock of a dead owner by this process's.
+
         Raises:
             UserError: another job was faster.
         """

@@ -328,9 +328,10 @@ def _compile(trainer: Trainer, state: TrainState, batch: Batch, name: str) -> No
 
 
 def check(cfg: TrainConfig) -> None:
-    """
+    """Checks the settings of a run.
+
     Raises:
-        UserError: a setting that means nothing.
+        UserError: a setting is invalid.
     """
     for tower, policy in to_dict(cfg.remat).items():
         if policy not in REMAT:
@@ -359,7 +360,8 @@ def check(cfg: TrainConfig) -> None:
 
 
 def _check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> None:
-    """
+    """Checks that each process can hold its own rows of a batch.
+
     Raises:
         UserError: the rows of a batch cannot be shared out so that each process holds its own.
     """

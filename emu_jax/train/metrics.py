@@ -1,4 +1,4 @@
-"""What a run records about itself: metrics.jsonl, TensorBoard events, and progress.
+"""Records of a run: metrics.jsonl, TensorBoard events, and progress.
 
     DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
     DIR/tensorboard/STAGE/  event files with the same scalars
@@ -281,9 +281,10 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _rows(path: Path, valid: Callable[[Row], bool]) -> list[Row]:
-    """
+    """Reads the rows of a file.
+
     Raises:
-        UserError: a line is not JSON, or no row of this file.
+        UserError: a line is not JSON, or is not a row of this file.
     """
     lines = path.read_bytes().splitlines()
     rows = []

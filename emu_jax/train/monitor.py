@@ -1,8 +1,8 @@
-"""What is known of a run's steps while they run: their ends, metrics, rates, and requests.
+"""Tracks in-flight steps: completion times, metrics, throughput, signals.
 
-The devices are a step ahead of what is read of them: while one step runs, the next is launched,
-and only then does the loop look at the results of the one before. A thread waits for each step's
-end, so that the moment is known whatever the loop is doing.
+The devices run a step ahead of the loop: while one step runs, the next is dispatched, and only then
+does the loop read the results of the one before. A thread waits for the end of each step, which
+gives its completion time whatever the loop is doing.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ class _Ends:
 
 
 class _Rates:
-    """What was trained on each second, since the row before. Tokens and images are those in
-    use, not the padding; model FLOPs are those of the convention in `train.flops`, padding too,
-    where all batches have one shape. MFU is left out where the chip's peak is not known."""
+    """Throughput since the previous row. Tokens and images do not count padding. Model FLOPs
+    follow the convention of `train.flops` and count padding, since all batches have one shape.
+    MFU is left out where the chip's peak is unknown."""
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh):
         self._last: tuple[int, float, dict[str, float]] | None = None
@@ -196,7 +196,7 @@ class _Rates:
 
 
 def _rows(workdir: Path, stage: str) -> list[dict[str, Any]]:
-    """What earlier processes logged of this stage."""
+    """Returns the rows that earlier processes logged for this stage."""
     if not (workdir / METRICS_FILE).exists():
         return []
     return read_metrics(workdir).get(stage, [])

@@ -1,4 +1,4 @@
-"""What each stage minimises: a module and its loss on one batch."""
+"""The objective of each stage: a module and its loss on one batch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Objective(ABC):
         """
 
     def targets(self, module: Any, batch: Batch) -> Metrics:
-        """How many targets the loss is a mean over, where that is not the number of rows."""
+        """Returns how many targets the loss is a mean over, if not over the rows."""
         return {}
 
     def batch_shapes(self, cfg: TrainConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -153,7 +153,7 @@ def text_mask(batch: Batch) -> Bool[Array, "B T"]:
 
 
 def following(x: Array) -> Array:
-    """What stands at t + 1."""
+    """Shifts a sequence left: position t holds the entry of t + 1."""
     return jnp.roll(x, -1, axis=1)
 
 
@@ -180,7 +180,7 @@ def sequence_losses(
 
 
 def target_masks(module: Emu, batch: Batch) -> Metrics:
-    """Where there is something to predict: text and regression, [B, T]."""
+    """Returns the masks of the targets, of text and of regression, [B, T]."""
     return {
         "text": text_mask(batch),
         "regression": module.regression_mask(
@@ -198,11 +198,11 @@ def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = No
 def spread(
     images: Float[Array, "B I N D"], valid: Bool[Array, "B I"], most: int = 64
 ) -> tuple[jax.Array, jax.Array]:
-    """How much pictures differ: the mean variance of an embedding's entries over pictures, and
-    the effective rank (exponential of the entropy of the covariance's normalised spectrum;
-    Roy and Vetterli 2007) of whole pictures. A collapsing C-Former drives both down.
+    """Measures how much images differ: the mean variance of an embedding's entries over images,
+    and the effective rank (exponential of the entropy of the covariance's normalized spectrum;
+    Roy and Vetterli 2007) of whole images. A collapsing Causal Transformer drives both down.
 
-    At most `most` pictures are compared, the first ones.
+    Compares the first `most` images at most.
     """
     images = jax.lax.stop_gradient(images)
     first = jnp.argsort(~valid.reshape(-1), stable=True)[:most]

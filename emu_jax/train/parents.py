@@ -1,4 +1,4 @@
-"""What a run starts from: other runs' towers, and where they stay."""
+"""Warm starts: the towers that a run takes from other runs, and where they are stored."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
 def read(
     cfg: TrainConfig, workdir: Path, shapes: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Those of the parameters that parents have, averaged ones where they keep them."""
+    """Loads the parameters found in parent runs, preferring EMA weights."""
     params: dict[str, jax.Array] = {}
     for tower in cfg.parents:
         wanted = {k: v for k, v in shapes.items() if checkpoint.tower_of(k) == tower}
@@ -93,8 +93,8 @@ def read(
 def inherited(
     cfg: TrainConfig, workdir: Path, frozen: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Those of the frozen parameters that stay in the parents' run directories: this run does
-    not save them."""
+    """Returns the frozen parameters that stay in the parents' run directories and that this run
+    does not save."""
     if cfg.save_frozen:
         return {}
     stored = {
@@ -105,8 +105,8 @@ def inherited(
 
 
 def carry(cfg: TrainConfig, workdir: Path) -> None:
-    """What a converted parent keeps for the way back (`convert.source`), for this run's own; and
-    how the model that is tuned generates."""
+    """Copies into this run the files of a converted parent that converting back needs
+    (`convert.source`), and the generation settings of the model that is tuned."""
     settings = Path(cfg.init_from) / "generation.json"
     if cfg.init_from and settings.is_file() and not (workdir / settings.name).exists():
         write_text(workdir / settings.name, settings.read_text(encoding="utf-8"))

@@ -112,7 +112,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def _digest(cfg: TrainConfig) -> str:
-    """Of what the numbers follow from."""
+    """Returns a digest of all that the latents depend on."""
     settings = to_dict(loop.without_places(cfg))
     names = ("data", "model", "parents", "init_from", "seed", "dtype")
     made = {name: settings[name] for name in names}

@@ -227,7 +227,8 @@ class Checkpoints:
         return complete_steps(self.workdir)
 
     def _take_lock(self) -> None:
-        """
+        """Takes the lock of the run directory.
+
         Raises:
             UserError: another job trains in this directory; all processes say so.
         """
@@ -243,7 +244,8 @@ class Checkpoints:
             raise UserError(problem)
 
     def _check_lock(self) -> None:
-        """
+        """Checks that this job still holds the lock.
+
         Raises:
             UserError: another job has taken the lock over; all processes say so.
         """
@@ -263,7 +265,8 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
-        """
+        """Runs a part of saving.
+
         Raises:
             UserError: it failed, and so the save that is under way.
         """

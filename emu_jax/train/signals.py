@@ -1,4 +1,4 @@
-"""What a run is asked from outside while it trains, by signals, and all its processes' consent.
+"""Signals to a running job, which all of its processes act on at the same step.
 
 SIGINT and SIGTERM (a preemption notice): save and stop. SIGUSR1: trace the next steps.
 """
@@ -91,8 +91,8 @@ class Signals:
         self._asked[STOP], self._stop_asked_at = 1, time.monotonic()
 
     def vote(self, after: jax.Array) -> np.ndarray | jax.Array:
-        """What some process has been asked: int32 [2], not zero at STOP and at TRACE. It is
-        there once `after`, an output of the step, is."""
+        """Returns int32 [2], nonzero at STOP and at TRACE where any process got that signal.
+        Ready when `after`, an output of the step, is."""
         asked = self._asked.copy()
         self._asked[TRACE] -= asked[TRACE]  # asked once
         if self._split is None:
