@@ -805,7 +805,7 @@ def test_where_the_first_process_fails_the_others_say_so(ask, tmp_path, monkeypa
     with pytest.raises(UserError, match="java failed"):
         runs[0].finish()
     assert met == [("the results are written", False)]
-    with pytest.raises(UserError, match="the first process could not write the results"):
+    with pytest.raises(UserError, match="the first process failed to write the results"):
         runs[1].finish()
 
 

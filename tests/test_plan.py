@@ -1034,7 +1034,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
     for arguments, message in (
         ((), "give --config and --topology"),
         (("--config", "configs/emu_14b.py", "--topology", "v5p:4x4"), "v5p:4x4x4"),
-        (("--config", "configs/emu_14b.py", "--topology", "v5e:4x4,v5e:8x8"), "are for --sweep"),
+        (("--config", "configs/emu_14b.py", "--topology", "v5e:4x4,v5e:8x8"), "need --sweep"),
         ((*ladder, "--sweep", "--for", "generate"), "leave out --for"),
         ((*ladder, "--config.remat.llama=ful"), "did you mean 'full'"),
     ):
