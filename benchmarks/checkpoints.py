@@ -65,25 +65,34 @@ def run(size: str = "0.1B", turns: int = 5) -> dict:
         jax.tree.map(np.testing.assert_array_equal, saved["params"], tree)
     seconds["blocks"] = blocked[1::2]  # a turn saves twice: the second time counts
     return {
-        "size": size, "bytes": flat.nbytes,
+        "size": size,
+        "bytes": flat.nbytes,
         **{f"{name}_s": bench.median(taken) for name, taken in seconds.items()},
         "blocks_over_torch_save": bench.ratio(seconds["torch_save"], seconds["blocks"]),
         "save_over_torch_save": bench.ratio(seconds["torch_save"], seconds["save"]),
         "restore_over_torch_load": bench.ratio(seconds["torch_load"], seconds["restore"]),
         "save_over_floor": bench.ratio(seconds["save"], seconds["floor_write"]),
         "restore_over_floor": bench.ratio(seconds["restore"], seconds["floor_read"]),
-    }  # fmt: skip
+    }
 
 
 def table(figures: dict) -> str:
     def row(about: str, ours: str, other: str, floor: str) -> tuple:
         return (
-            about, figures[f"{ours}_s"], figures[f"torch_{other}_s"],
-            figures[f"{ours}_over_torch_{other}"], figures[f"floor_{floor}_s"],
-        )  # fmt: skip
+            about,
+            figures[f"{ours}_s"],
+            figures[f"torch_{other}_s"],
+            figures[f"{ours}_over_torch_{other}"],
+            figures[f"floor_{floor}_s"],
+        )
 
-    head = (f"{figures['bytes'] / 1e6:,.0f} MB, seconds", "emu_jax", "torch", "Times as fast",
-            "Floor")  # fmt: skip
+    head = (
+        f"{figures['bytes'] / 1e6:,.0f} MB, seconds",
+        "emu_jax",
+        "torch",
+        "Times as fast",
+        "Floor",
+    )
     rows = [
         row("Save: training waits", "blocks", "save", "write"),
         row("Save: until it is complete", "save", "save", "write"),

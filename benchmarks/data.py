@@ -49,9 +49,14 @@ def run() -> dict:
         write_documents(path, pairs)
         Tokenizer.train(captions[:PICTURES], 1000).save(Path(folder) / "tokenizer")
         cfg = DataConfig(
-            root=folder, sources=(SourceConfig("pairs", paths=(str(path),), paired=True),),
-            batch_size=1, row_tokens=2176, row_images=ROW_IMAGES, image_size=SIZE, prefetch=0,
-        )  # fmt: skip
+            root=folder,
+            sources=(SourceConfig("pairs", paths=(str(path),), paired=True),),
+            batch_size=1,
+            row_tokens=2176,
+            row_images=ROW_IMAGES,
+            image_size=SIZE,
+            prefetch=0,
+        )
         tokenizer, fast_cfg = cfg.load_tokenizer(), dataclasses.replace(cfg, fast_decode=True)
         (group,) = open_groups(cfg, tokenizer, "rows")
         blocks = itertools.count()
@@ -75,11 +80,12 @@ def run() -> dict:
         **{f"{name}_per_core": bench.median(rate) for name, rate in rates.items()},
         **{
             f"{name}_over_raw": bench.ratio(rate, rates["raw"])
-            for name, rate in rates.items() if name != "raw"
+            for name, rate in rates.items()
+            if name != "raw"
         },
         "plan_ms": bench.median([1e3 * second for second in plan]),
         "turns": TURNS,
-    }  # fmt: skip
+    }
 
 
 def table(figures: dict) -> str:

@@ -39,8 +39,9 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
     found = {name: part() for name, part in parts.items()}
     error = {
         name: float(np.abs(found["ours"] - theirs).max() / np.abs(theirs).max())
-        for name, theirs in found.items() if name != "ours"
-    }  # fmt: skip
+        for name, theirs in found.items()
+        if name != "ours"
+    }
     if dtype == "float32" and max(error.values()) > 1e-4:
         raise AssertionError(f"the embeddings differ: {error}")
     # Each returns how many: not what `take_turns` would divide by.
@@ -48,9 +49,10 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
     timed |= {"product": floors.peak(dtype), "copy": floors.fastest_copy()}
     seconds = bench.take_turns(timed, turns)
     weights = [
-        a for path, a in params.items()
+        a
+        for path, a in params.items()
         if path.startswith("llama.layers.") and a.ndim == 3 or "stu_regress_head" in path
-    ]  # fmt: skip
+    ]
     flops = 2.0 * prompt * sum(math.prod(a.shape) for a in weights)
     read = sum(math.prod(a.shape) * a.dtype.itemsize for a in weights)
     steps = cfg.cformer.n_causal - 1
@@ -59,10 +61,14 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
         for product, copy in zip(seconds["product"], seconds["copy"], strict=True)
     ]
     figures: dict[str, Any] = {
-        "size": size, "prompt": prompt, "n": cfg.cformer.n_causal, "dtype": dtype,
-        "relative_error": error, "floor_ms": bench.median([1e3 * s for s in floor]),
+        "size": size,
+        "prompt": prompt,
+        "n": cfg.cformer.n_causal,
+        "dtype": dtype,
+        "relative_error": error,
+        "floor_ms": bench.median([1e3 * s for s in floor]),
         "over_floor": bench.ratio(seconds["ours"], floor),
-    }  # fmt: skip
+    }
     for name in parts:
         figures[name] = {
             "ms": bench.median([1e3 * s for s in seconds[name]]),
@@ -73,9 +79,10 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
 
 def table(figures: dict) -> str:
     names = {
-        "ours": "emu_jax", "release": "The release's way: N whole forwards, torch",
+        "ours": "emu_jax",
+        "release": "The release's way: N whole forwards, torch",
         "cached": "torch with transformers' cache",
-    }  # fmt: skip
+    }
     rows = [
         (about, figures[name]["ms"], figures[name]["ours_times_as_fast"] if name != "ours" else "")
         for name, about in names.items()

@@ -25,13 +25,15 @@ floors, language = bench.load("floors"), bench.load("text_generation")
 
 SIZES = {
     "56M": UNetConfig(
-        sample_size=32, block_out_channels=(160, 320, 320), cross_attention_dim=512,
+        sample_size=32,
+        block_out_channels=(160, 320, 320),
+        cross_attention_dim=512,
         down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
     ),
     "860M": UNetConfig(cross_attention_dim=768),
     "digits": digits().unet,
-}  # fmt: skip
+}
 GUIDANCE = 7.5
 
 
@@ -66,12 +68,17 @@ def run(
     seconds = bench.take_turns(timed | {"product": floors.peak(dtype)}, turns)
     flops = denoise.cost_analysis()["flops"]
     figures: dict[str, Any] = {
-        "size": size, "parameters": sum(p.numel() for p in model.parameters()),
-        "latents": cfg.unet.sample_size, "rows": rows, "dtype": dtype, "calls": calls,
-        "relative_error": error, "flops": flops,
+        "size": size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "latents": cfg.unet.sample_size,
+        "rows": rows,
+        "dtype": dtype,
+        "calls": calls,
+        "relative_error": error,
+        "flops": flops,
         "floor_ms": bench.median([1e3 * flops * s for s in seconds["product"]]),
         "over_floor": bench.ratio(seconds["ours"], [flops * s for s in seconds["product"]]),
-    }  # fmt: skip
+    }
     for name in parts:
         figures[name] = {
             "ms_a_call": bench.median([1e3 * s for s in seconds[name]]),
@@ -83,13 +90,18 @@ def run(
 
 def table(figures: dict) -> str:
     names = {
-        "ours": "emu_jax", "diffusers": "diffusers", "channels_last": "diffusers, `channels_last`",
-    }  # fmt: skip
+        "ours": "emu_jax",
+        "diffusers": "diffusers",
+        "channels_last": "diffusers, `channels_last`",
+    }
     rows = [
-        (about, figures[name]["ms_a_call"],
-         figures[name]["ours_times_as_fast"] if name != "ours" else "")
+        (
+            about,
+            figures[name]["ms_a_call"],
+            figures[name]["ours_times_as_fast"] if name != "ours" else "",
+        )
         for name, about in names.items()
-    ]  # fmt: skip
+    ]
     rows.append(("Floor", figures["floor_ms"], ""))
     return bench.markdown(("", "ms a call", "emu_jax is times as fast"), rows)
 

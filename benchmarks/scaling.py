@@ -41,8 +41,15 @@ from emu_jax.train.flops import train_flops
 log = logging.getLogger("emu_jax")
 step = bench.load("train_step")
 
-PREDICTED = ("topology", "slices", "devices", "curve", "rows", "tokens_per_second",
-             "tokens_per_second_overlap")  # fmt: skip
+PREDICTED = (
+    "topology",
+    "slices",
+    "devices",
+    "curve",
+    "rows",
+    "tokens_per_second",
+    "tokens_per_second_overlap",
+)
 
 # Eight, of which as many as cores are used: collectives wait in threads that devices share, and
 # lock each other out of few. One device would compute with all cores.
@@ -50,10 +57,17 @@ CPU_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eig
 
 
 def run(
-    config: str = "emu_100m", rows: int = 1, tokens: int = 512, pictures: int = 4,
-    dtype: str = "", remat: str = "dots", turns: int = 5, least: int = 1, devices: int = 0,
+    config: str = "emu_100m",
+    rows: int = 1,
+    tokens: int = 512,
+    pictures: int = 4,
+    dtype: str = "",
+    remat: str = "dots",
+    turns: int = 5,
+    least: int = 1,
+    devices: int = 0,
     sweep: str = "",
-) -> dict:  # fmt: skip
+) -> dict:
     settings = dict(locals())
     if jax.default_backend() == "cpu" and len(jax.devices()) == 1 < bench.cores():
         return apart(settings | {"devices": devices or bench.cores()})
@@ -73,10 +87,16 @@ def run(
     predicted = predictions(Path(sweep), chip, row_flops, rows, most, remat) if sweep else []
     points = measure(cfg, counts(least, most), rows, turns)
     return {
-        "config": config, "dtype": dtype, "device": kind, "hosts": jax.process_count(),
-        "row_tokens": tokens, "row_pictures": pictures, "remat": remat,
-        "points": points, "predicted": predicted,
-    }  # fmt: skip
+        "config": config,
+        "dtype": dtype,
+        "device": kind,
+        "hosts": jax.process_count(),
+        "row_tokens": tokens,
+        "row_pictures": pictures,
+        "remat": remat,
+        "points": points,
+        "predicted": predicted,
+    }
 
 
 def apart(settings: dict[str, Any]) -> dict:
@@ -86,9 +106,11 @@ def apart(settings: dict[str, Any]) -> dict:
     command = [sys.executable, "-m", "emu_jax.cli", "bench", "scaling", *words, "--json"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [*command, "--out", folder], env=os.environ | {"XLA_FLAGS": flags},
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [*command, "--out", folder],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     if done.returncode:
         raise UserError("scaling: the process with several CPU devices failed, as said above")
     return json.loads(done.stdout.splitlines()[-1])["scaling"] | {"flags": CPU_FLAGS}
@@ -113,11 +135,15 @@ def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
                 log.info("%s, %d devices, %d rows: does not fit", curve, devices, batch)
                 continue
             used = jax.devices()[:devices]
-            points.append({
-                "curve": curve, "devices": devices,
-                "hosts": len({device.process_index for device in used}), "rows": batch,
-                "seconds": seconds,
-            })  # fmt: skip
+            points.append(
+                {
+                    "curve": curve,
+                    "devices": devices,
+                    "hosts": len({device.process_index for device in used}),
+                    "rows": batch,
+                    "seconds": seconds,
+                }
+            )
             log.info("%s, %d devices, %d rows: %s s", curve, devices, batch, bench.shown(seconds))
     if not points:
         raise UserError("scaling: nothing fits: raise scaling.least, or choose a smaller model")
@@ -170,11 +196,13 @@ def predictions(
     except (OSError, ValueError) as error:
         raise UserError(f"--set scaling.sweep={path}: {error}") from None
     same = [
-        report for report in reports
-        if report.get("fits") and report.get("curve")
+        report
+        for report in reports
+        if report.get("fits")
+        and report.get("curve")
         and report["topology"].startswith(f"{chip}:")
         and math.isclose(report["model_flops"] / report["rows"], row_flops, rel_tol=1e-6)
-    ]  # fmt: skip
+    ]
     if not chip or not same:
         raise UserError(
             f"--set scaling.sweep={path}: no curve of {chip or 'this device'} for this model and "
@@ -187,8 +215,9 @@ def predictions(
         if report["rows"] == wanted[report["curve"]](report) and report["remat"]["llama"] == remat
     ]
     if not found:
-        held = sorted({(r["rows"] / r["devices"], r["remat"]["llama"]) for r in same
-                       if r["curve"] == "weak"})  # fmt: skip
+        held = sorted(
+            {(r["rows"] / r["devices"], r["remat"]["llama"]) for r in same if r["curve"] == "weak"}
+        )
         raise UserError(
             f"--set scaling.sweep={path}: no curve with {rows} rows a device and remat {remat}; "
             + " or ".join(f"rows={each:g}, remat={policy}" for each, policy in held)
@@ -204,9 +233,13 @@ def table(figures: dict) -> str:
         head.append("Tokens/s, plan")
         for row, point in zip(rows, figures["points"], strict=True):
             plan = plans.get((point["curve"], point["devices"]))
-            row.append(plan and " to ".join(
-                bench.shown(plan[key]) for key in ("tokens_per_second", "tokens_per_second_overlap")
-            ))  # fmt: skip
+            row.append(
+                plan
+                and " to ".join(
+                    bench.shown(plan[key])
+                    for key in ("tokens_per_second", "tokens_per_second_overlap")
+                )
+            )
     about = (
         f"`{figures['config']}`, {figures['dtype']}, rows of {figures['row_tokens']:,} tokens with "
         f"{figures['row_pictures']} pictures, on {figures['device']} devices."
@@ -242,8 +275,11 @@ def plot(figures: dict, path: Path) -> None:
     panels[0].plot(
         [p["devices"] for p in ideal],
         [ideal[0]["tokens_per_second"] / ideal[0]["devices"] * p["devices"] for p in ideal],
-        color="grey", linewidth=0.8, linestyle=":", label="in proportion",
-    )  # fmt: skip
+        color="grey",
+        linewidth=0.8,
+        linestyle=":",
+        label="in proportion",
+    )
     numbers = sorted({p["devices"] for p in figures["points"]})
     for panel, title in zip(panels, ("tokens per second", "of one device"), strict=True):
         panel.set(xscale="log", xlabel="devices", title=title)

@@ -105,23 +105,29 @@ def run(size: str = "0.1B", turns: int = 5) -> dict:
 def table(figures: dict) -> str:
     parts = ("import", "load", "first_token", "second_token", "until_first_token")
     names = {
-        "cold": "emu_jax, empty cache", "warm": "emu_jax, warm cache",
+        "cold": "emu_jax, empty cache",
+        "warm": "emu_jax, warm cache",
         "transformers": "transformers",
-    }  # fmt: skip
+    }
     rows = [
-        (about, *(figures[who][part] for part in parts),
-         figures.get(f"{who}_over_transformers", ""))
+        (
+            about,
+            *(figures[who][part] for part in parts),
+            figures.get(f"{who}_over_transformers", ""),
+        )
         for who, about in names.items()
-    ]  # fmt: skip
+    ]
     head = ("Seconds", "import", "load", "First token", "Second", "In all", "Times as fast")
     return bench.markdown(head, rows)
 
 
 def measured(program: str, checkpoint: Path, cache: Path, *more: str) -> dict[str, float]:
     env = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": os.pathsep.join(sys.path), "TRANSFORMERS_VERBOSITY": "error",
-    }  # fmt: skip
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     command = [sys.executable, "-c", program + REPORT, str(checkpoint), WORDS, *more]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -134,10 +140,14 @@ def write_checkpoint(size: str, folder: Path) -> None:
     tokenizer = Tokenizer.train([WORDS] * 2, 300)
     cfg = language.config(size)
     cfg = dataclasses.replace(
-        cfg, tokens=TokenIds.after(tokenizer.base_size), unet=None, vae=None,
+        cfg,
+        tokens=TokenIds.after(tokenizer.base_size),
+        unet=None,
+        vae=None,
         llama=dataclasses.replace(cfg.llama, vocab_size=tokenizer.base_size + 4)
-        if size == "digits" else cfg.llama,
-    )  # fmt: skip
+        if size == "digits"
+        else cfg.llama,
+    )
     tokenizer.save(folder / "tokenizer")
     save_json(cfg, folder / "config.json")
     params = nest(jax.tree.map(np.asarray, language.random_params(cfg)))

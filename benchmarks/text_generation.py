@@ -31,9 +31,13 @@ BEAMS = {"greedy": 1, "beams": 5}
 
 
 def run(
-    size: str = "0.1B", prompt: int = 128, tokens: int = 64, rows: int = 1, turns: int = 5,
+    size: str = "0.1B",
+    prompt: int = 128,
+    tokens: int = 64,
+    rows: int = 1,
+    turns: int = 5,
     dtype: str = "float32",
-) -> dict:  # fmt: skip
+) -> dict:
     torch = torch_or_missing(dtype)
     cfg = config(size)
     params = random_params(cfg, dtype)
@@ -55,14 +59,21 @@ def run(
     timed = {name: part if name == "copy" else count(part, tokens) for name, part in parts.items()}
     seconds = bench.take_turns(timed, turns)  # a token; a byte copied
     read = sum(
-        math.prod(a.shape) * a.dtype.itemsize for path, a in params.items()
-        if path.startswith("llama.") and a.ndim > 1
+        math.prod(a.shape) * a.dtype.itemsize
+        for path, a in params.items()
+        if path.startswith("llama.")
+        and a.ndim > 1
         and path not in ("llama.embed_tokens.embedding", "llama.stu_regress_head.kernel")
-    )  # fmt: skip
+    )
     figures: dict[str, Any] = {
-        "size": size, "prompt": prompt, "tokens": tokens, "rows": rows, "dtype": dtype,
-        "weight_bytes": read, "floor_ms": bench.median([1e3 * read * s for s in seconds["copy"]]),
-    }  # fmt: skip
+        "size": size,
+        "prompt": prompt,
+        "tokens": tokens,
+        "rows": rows,
+        "dtype": dtype,
+        "weight_bytes": read,
+        "floor_ms": bench.median([1e3 * read * s for s in seconds["copy"]]),
+    }
     for name in BEAMS:
         mine, other = seconds[f"{name}_ours"], seconds[f"{name}_transformers"]
         figures[name] = {
@@ -76,10 +87,16 @@ def run(
 
 def table(figures: dict) -> str:
     rows = [
-        (about, values["ms_a_token"], values["transformers_ms_a_token"],
-         values["over_transformers"], figures["floor_ms"], values["over_floor"])
+        (
+            about,
+            values["ms_a_token"],
+            values["transformers_ms_a_token"],
+            values["over_transformers"],
+            figures["floor_ms"],
+            values["over_floor"],
+        )
         for about, values in (("Greedy", figures["greedy"]), ("5 beams", figures["beams"]))
-    ]  # fmt: skip
+    ]
     head = ("", "ms a token", "transformers", "Times as fast", "Floor, ms", "Over the floor")
     return bench.markdown(head, rows)
 
@@ -187,10 +204,15 @@ def transformers_generate(
     penalty = {"length_penalty": 0.0} if beams > 1 else {}
     with torch.no_grad():
         out = model.generate(
-            ids_there, attention_mask=torch.ones_like(ids_there), max_new_tokens=tokens,
-            min_new_tokens=tokens, num_beams=beams, do_sample=False, pad_token_id=cfg.tokens.pad,
+            ids_there,
+            attention_mask=torch.ones_like(ids_there),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            num_beams=beams,
+            do_sample=False,
+            pad_token_id=cfg.tokens.pad,
             **penalty,
-        )  # fmt: skip
+        )
     return out[:, ids.shape[1] :].cpu().numpy()
 
 

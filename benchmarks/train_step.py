@@ -42,10 +42,16 @@ WAYS = {"eager": "PyTorch, eager", "compiled": "PyTorch, torch.compile"}
 
 
 def run(
-    config: str = "emu_100m", rows: int = 1, tokens: int = 1024, pictures: int = 8,
-    dtype: str = "float32", remat: str = "dots", loss_block: int = 0, turns: int = 5,
+    config: str = "emu_100m",
+    rows: int = 1,
+    tokens: int = 1024,
+    pictures: int = 8,
+    dtype: str = "float32",
+    remat: str = "dots",
+    loss_block: int = 0,
+    turns: int = 5,
     compiled: int = 1,
-) -> dict:  # fmt: skip
+) -> dict:
     cfg = settings(config, rows, tokens, pictures, dtype, remat)
     cfg = dataclasses.replace(cfg, loss_block=loss_block)
     return measure(cfg, turns, ["eager", "compiled"] if compiled else ["eager"])
@@ -64,11 +70,10 @@ def settings(
     cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, llama=llama),
-        data=dataclasses.replace(
-            cfg.data, batch_size=rows, row_tokens=tokens, row_images=pictures
-        ),
-        dtype=dtype, remat=RematConfig.everywhere(remat),
-    )  # fmt: skip
+        data=dataclasses.replace(cfg.data, batch_size=rows, row_tokens=tokens, row_images=pictures),
+        dtype=dtype,
+        remat=RematConfig.everywhere(remat),
+    )
     check(cfg)
     return cfg
 
@@ -83,12 +88,15 @@ def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> 
     ours = Ours(cfg, batch)
     parts: dict[str, Callable[[], Any]] = {"ours": ours.step}
     figures: dict[str, Any] = {
-        "config": cfg.name, "dtype": cfg.dtype, "loss_block": cfg.loss_block,
-        "rows": cfg.data.batch_size, "row_tokens": cfg.data.row_tokens,
+        "config": cfg.name,
+        "dtype": cfg.dtype,
+        "loss_block": cfg.loss_block,
+        "rows": cfg.data.batch_size,
+        "row_tokens": cfg.data.row_tokens,
         "row_pictures": cfg.data.row_images,
         "parameters": sum(int(np.prod(s.shape)) for s in ours.trainer.param_shapes.values()),
         "model_flops": train_flops(cfg).total,
-    }  # fmt: skip
+    }
     if (torch := floors.torch_here(cfg.dtype)) is None:
         log.info("torch is missing, or has not this device or dtype: our step is measured alone")
     else:
@@ -121,11 +129,15 @@ def table(figures: dict) -> str:
     names = {"ours": "emu_jax"} | WAYS
     rows = [
         (
-            about, figures[f"{name}_seconds"], figures[f"{name}_tokens_per_second"],
-            figures[f"{name}_of_peak"], figures.get(f"ours_over_{name}", 1),
+            about,
+            figures[f"{name}_seconds"],
+            figures[f"{name}_tokens_per_second"],
+            figures[f"{name}_of_peak"],
+            figures.get(f"ours_over_{name}", 1),
         )
-        for name, about in names.items() if f"{name}_seconds" in figures
-    ]  # fmt: skip
+        for name, about in names.items()
+        if f"{name}_seconds" in figures
+    ]
     f = figures
     sizes = (
         f"`{f['config']}`, {f['parameters'] / 1e6:.1f}M parameters, {f['dtype']}: {f['rows']} x "
@@ -143,8 +155,9 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
     """A batch of rows that are one document each: pictures among words, to the last token."""
     data, ids = cfg.data, cfg.model.tokens
     rng = np.random.default_rng(0)
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in
-             batch_shapes(data, "rows").items()}  # fmt: skip
+    batch = {
+        name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_shapes(data, "rows").items()
+    }
     batch["images"][:] = rng.integers(0, 256, batch["images"].shape, np.uint8)
     tokens, slots, scored = (batch[n] for n in ("tokens", "image_slots", "text_loss_mask"))
     tokens[:] = rng.integers(3, ids.pad, tokens.shape)  # words, but where pictures stand
@@ -157,8 +170,10 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
         first = 1 + picture * room
         inside = slice(first + 1, first + span - 1)
         tokens[:, first], tokens[:, inside], tokens[:, first + span - 1] = (
-            ids.img, ids.image, ids.img_end,
-        )  # fmt: skip
+            ids.img,
+            ids.image,
+            ids.img_end,
+        )
         slots[:, inside] = picture * data.n_causal + np.arange(data.n_causal)
         scored[:, first : first + span] = False
     batch["segment_ids"][:] = 1
@@ -229,8 +244,11 @@ class Theirs:
                 {"params": values, "weight_decay": o.weight_decay * decays}
                 for (_, decays), values in groups.items()
             ],
-            lr=1.0, betas=(o.b1, o.b2), eps=o.eps, fused=True,
-        )  # fmt: skip
+            lr=1.0,
+            betas=(o.b1, o.b2),
+            eps=o.eps,
+            fused=True,
+        )
         rates = [schedule(group, cfg.steps) for group, _ in groups]
         # Computed ahead: jax has no part in their step.
         tables = [[float(rate(step)) for step in range(64)] for rate in rates]
@@ -240,8 +258,10 @@ class Theirs:
 
     def take(self, weights: dict[str, np.ndarray], model: EmuConfig) -> None:
         """Loads our weights."""
-        state = {name: self.torch.from_numpy(np.array(value)) for name, value in
-                 translated(weights, model).items()}  # fmt: skip
+        state = {
+            name: self.torch.from_numpy(np.array(value))
+            for name, value in translated(weights, model).items()
+        }
         self.model.load_state_dict(state, strict=True)
 
     def loss(self) -> float:
@@ -280,33 +300,49 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
     from transformers.models.t5.modeling_t5 import T5Stack
 
     vision, causal, llama, ids = (
-        cfg.model.vision, cfg.model.cformer, cfg.model.llama, cfg.model.tokens,
-    )  # fmt: skip
+        cfg.model.vision,
+        cfg.model.cformer,
+        cfg.model.llama,
+        cfg.model.tokens,
+    )
 
     class Emu(nn.Module):
         def __init__(self):
             super().__init__()
             self.encoder = transformers.ViTModel(
                 transformers.ViTConfig(
-                    hidden_size=vision.width, num_hidden_layers=vision.layers,
+                    hidden_size=vision.width,
+                    num_hidden_layers=vision.layers,
                     num_attention_heads=vision.width // vision.head_width,
-                    intermediate_size=vision.mlp_width, image_size=vision.image_size,
-                    patch_size=vision.patch_size, layer_norm_eps=vision.eps,
-                    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                    intermediate_size=vision.mlp_width,
+                    image_size=vision.image_size,
+                    patch_size=vision.patch_size,
+                    layer_norm_eps=vision.eps,
+                    hidden_dropout_prob=0.0,
+                    attention_probs_dropout_prob=0.0,
                 ),
                 add_pooling_layer=False,
-            )  # fmt: skip
+            )
             decoder = T5Stack(
                 transformers.T5Config(
-                    d_model=causal.width, d_kv=causal.head_width, d_ff=causal.mlp_width,
-                    num_layers=causal.layers, num_heads=causal.heads, vocab_size=1,
+                    d_model=causal.width,
+                    d_kv=causal.head_width,
+                    d_ff=causal.mlp_width,
+                    num_layers=causal.layers,
+                    num_heads=causal.heads,
+                    vocab_size=1,
                     relative_attention_num_buckets=causal.relative_buckets,
                     relative_attention_max_distance=causal.relative_max_distance,
-                    dropout_rate=causal.dropout, layer_norm_epsilon=causal.eps,
-                    feed_forward_proj="relu", is_decoder=True, is_encoder_decoder=False,
-                    use_cache=False, eos_token_id=None, pad_token_id=None,
+                    dropout_rate=causal.dropout,
+                    layer_norm_epsilon=causal.eps,
+                    feed_forward_proj="relu",
+                    is_decoder=True,
+                    is_encoder_decoder=False,
+                    use_cache=False,
+                    eos_token_id=None,
+                    pad_token_id=None,
                 )
-            )  # fmt: skip
+            )
             decoder.embed_tokens = None
             inner = causal.heads * causal.head_width
             for block in decoder.block:
@@ -318,12 +354,16 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
             self.cformer.projection = nn.Linear(causal.width, llama.width)
             self.llama = transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(
-                    vocab_size=llama.vocab_size, hidden_size=llama.width,
-                    num_hidden_layers=llama.layers, num_attention_heads=llama.heads,
-                    intermediate_size=llama.mlp_width, rms_norm_eps=llama.eps,
-                    max_position_embeddings=llama.max_positions, use_cache=False,
+                    vocab_size=llama.vocab_size,
+                    hidden_size=llama.width,
+                    num_hidden_layers=llama.layers,
+                    num_attention_heads=llama.heads,
+                    intermediate_size=llama.mlp_width,
+                    rms_norm_eps=llama.eps,
+                    max_position_embeddings=llama.max_positions,
+                    use_cache=False,
                 )
-            )  # fmt: skip
+            )
             self.llama.stu_regress_head = nn.Linear(llama.width, llama.width, bias=False)
             mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
             self.register_buffer("mean", mean, persistent=False)
@@ -403,12 +443,17 @@ NAMES = {
     "cformer.final_layer_norm": "cformer.decoder.final_layer_norm",
     "llama.norm": "llama.model.norm",
     # Of a layer.
-    "norm1.": "layernorm_before.", "norm2.": "layernorm_after.",
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
     "attn.proj.": "attention.o_proj.",
-    "self_attention.": "0.SelfAttention.", "self_norm.": "0.layer_norm.",
-    "cross_attention.": "1.EncDecAttention.", "cross_norm.": "1.layer_norm.",
-    "wi.": "2.DenseReluDense.wi.", "wo.": "2.DenseReluDense.wo.", "mlp_norm.": "2.layer_norm.",
-}  # fmt: skip
+    "self_attention.": "0.SelfAttention.",
+    "self_norm.": "0.layer_norm.",
+    "cross_attention.": "1.EncDecAttention.",
+    "cross_norm.": "1.layer_norm.",
+    "wi.": "2.DenseReluDense.wi.",
+    "wo.": "2.DenseReluDense.wo.",
+    "mlp_norm.": "2.layer_norm.",
+}
 
 
 def _layer(tower: str, name: str, value: np.ndarray) -> dict[str, np.ndarray]:

@@ -20,15 +20,35 @@ SOURCES = (
     SourceConfig("laion_coco", "webdataset", ("data/laion-coco/*.tar",), weight=128),
     # Half of the pages as windows of 1,024 tokens with their first five pictures, half as five
     # random pictures with their sentences.
-    SourceConfig("mmc4", "pages", ("data/mmc4/*.jsonl",), media=("data/mmc4/images",), weight=32,
-                 window_tokens=1024, window_images=5),
-    SourceConfig("mmc4_picked", "pages", ("data/mmc4/*.jsonl",), media=("data/mmc4/images",),
-                 weight=32, picked_images=5),
-    SourceConfig("webvid", "videos", ("data/webvid.jsonl",), media=("data/webvid",), weight=16,
-                 frames=8),
-    SourceConfig("yt_sb_1b", "subtitled", ("data/yt-sb-1b/*.jsonl",), weight=16,
-                 window_tokens=1024, window_images=16),
-)  # fmt: skip
+    SourceConfig(
+        "mmc4",
+        "pages",
+        ("data/mmc4/*.jsonl",),
+        media=("data/mmc4/images",),
+        weight=32,
+        window_tokens=1024,
+        window_images=5,
+    ),
+    SourceConfig(
+        "mmc4_picked",
+        "pages",
+        ("data/mmc4/*.jsonl",),
+        media=("data/mmc4/images",),
+        weight=32,
+        picked_images=5,
+    ),
+    SourceConfig(
+        "webvid", "videos", ("data/webvid.jsonl",), media=("data/webvid",), weight=16, frames=8
+    ),
+    SourceConfig(
+        "yt_sb_1b",
+        "subtitled",
+        ("data/yt-sb-1b/*.jsonl",),
+        weight=16,
+        window_tokens=1024,
+        window_images=16,
+    ),
+)
 
 
 def get_config():

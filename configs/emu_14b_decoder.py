@@ -26,12 +26,16 @@ def get_config():
                 tokenizer="runs/emu/tokenizer",
                 sources=(
                     SourceConfig(
-                        name="laion_coco", format="webdataset", paths=("DATA/laion-coco/*.tar",),
+                        name="laion_coco",
+                        format="webdataset",
+                        paths=("DATA/laion-coco/*.tar",),
                         weight=7.0,
                     ),
                     SourceConfig(
-                        name="laion_aesthetics", format="webdataset",
-                        paths=("DATA/laion-aesthetics/*.tar",), weight=2.0,
+                        name="laion_aesthetics",
+                        format="webdataset",
+                        paths=("DATA/laion-aesthetics/*.tar",),
+                        weight=2.0,
                     ),
                 ),
                 batch_size=1600,  # 50 rows, accumulated 4 times, on 8 GPUs of 4 nodes
@@ -43,8 +47,11 @@ def get_config():
             optimizer=OptimizerConfig(
                 groups=(
                     GroupConfig(
-                        r"^unet\.", lr=1e-4, warmup_steps=5000,
-                        decay="steps", drops=((10_000, 5e-5), (14_000, 1e-5)),
+                        r"^unet\.",
+                        lr=1e-4,
+                        warmup_steps=5000,
+                        decay="steps",
+                        drops=((10_000, 5e-5), (14_000, 1e-5)),
                     ),
                     GroupConfig(".*", lr=0.0),
                 ),
@@ -57,4 +64,4 @@ def get_config():
             save_frozen=False,
             remat=RematConfig.everywhere("full"),
         )
-    )  # fmt: skip
+    )

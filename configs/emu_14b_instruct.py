@@ -19,9 +19,12 @@ from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, conf
 
 def dialogues(name: str, weight: float) -> SourceConfig:
     return SourceConfig(
-        name=name, format="dialogues", paths=(f"DATA/{name}.json",), media=(f"DATA/{name}",),
+        name=name,
+        format="dialogues",
+        paths=(f"DATA/{name}.json",),
+        media=(f"DATA/{name}",),
         weight=weight,
-    )  # fmt: skip
+    )
 
 
 def get_config():

@@ -75,9 +75,12 @@ def load(name: str) -> ModuleType:
 
 
 def run(
-    names: Sequence[str] = (), settings: Sequence[str] = (), *, out: Path = OUT,
+    names: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    *,
+    out: Path = OUT,
     write: Path | None = None,
-) -> Figures:  # fmt: skip
+) -> Figures:
     """Runs the named benchmarks, or all. Returns figures by benchmark, and `machine`.
 
     A failing benchmark does not stop the others: `passed` is then False, and `failed` lists it.
@@ -163,9 +166,12 @@ def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dic
 
 
 def take_turns(
-    parts: Mapping[str, Callable[[], Any]], turns: int = 5, *,
-    clock: Callable[[], float] = time.perf_counter, warm: bool = True,
-) -> dict[str, list[float]]:  # fmt: skip
+    parts: Mapping[str, Callable[[], Any]],
+    turns: int = 5,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = True,
+) -> dict[str, list[float]]:
     """Times each part once per turn, in reverse order on every second turn. Returns seconds.
 
     Args:
@@ -348,9 +354,11 @@ def machine() -> Figures:
         except PackageNotFoundError:
             continue
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-    accelerators = {} if devices[0].platform == "cpu" else {
-        "devices": f"{len(devices)} x {devices[0].device_kind}{hosts}"
-    }  # fmt: skip
+    accelerators = (
+        {}
+        if devices[0].platform == "cpu"
+        else {"devices": f"{len(devices)} x {devices[0].device_kind}{hosts}"}
+    )
     return {
         "cores": cores(),
         "processor": _processor(),

@@ -95,9 +95,10 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
         raise UserError(f"{path} does not fit the configuration: " + "; ".join(problems))
     tree = nest(wanted)
     args = ocp.args.PyTreeRestore(
-        item=tree, partial_restore=True,
+        item=tree,
+        partial_restore=True,
         restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-    )  # fmt: skip
+    )
     try:
         with integrity.quiet_failures():
             handler = ocp.PyTreeCheckpointHandler()
@@ -167,9 +168,14 @@ def fingerprint(path: Path) -> str:
 
 _RELEASE_WEIGHTS = (".bin", ".pt", ".pth", ".safetensors", ".model")
 _RELEASE_SETTINGS = {
-    "Emu.json", "config.json", "scheduler_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
-}  # fmt: skip
+    "Emu.json",
+    "config.json",
+    "scheduler_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
 
 
 def _contents(path: Path) -> list[tuple[str, str]]:
@@ -179,12 +185,12 @@ def _contents(path: Path) -> list[tuple[str, str]]:
         return _hashes(path.parent, [path, *(p for p in beside if p.is_file())])
     if not (path / "config.json").is_file():
         counts = (
-            p for p in _files(path)
-            if p.suffix in _RELEASE_WEIGHTS or p.name in _RELEASE_SETTINGS
-        )  # fmt: skip
+            p for p in _files(path) if p.suffix in _RELEASE_WEIGHTS or p.name in _RELEASE_SETTINGS
+        )
         return _hashes(path, counts)
-    own = _hashes(path, [path / "config.json", *_files(path / "tokenizer"),
-                         *_files(path / "safety_checker")])  # fmt: skip
+    own = _hashes(
+        path, [path / "config.json", *_files(path / "tokenizer"), *_files(path / "safety_checker")]
+    )
     weights = _weights(path / str(latest_step(path)))
     bases = [
         (f"base {tower} {name}", content)
@@ -263,8 +269,11 @@ def _verify_step(step: Path) -> dict[str, Any]:
     if "params" not in items:
         problems.append(f"{step / 'params'} is missing")
     return {
-        "path": str(step), "verified": verified, "bytes": sum(sizes), "problems": problems,
-    }  # fmt: skip
+        "path": str(step),
+        "verified": verified,
+        "bytes": sum(sizes),
+        "problems": problems,
+    }
 
 
 def tower_of(path: str) -> str:
@@ -295,8 +304,10 @@ def _noted_base(directory: Path) -> dict[str, Path]:
     if not note.is_file():
         return {}
     try:
-        places = {t: Path(os.path.normpath(directory / p)) for t, p in
-                  json.loads(note.read_text()).items()}  # fmt: skip
+        places = {
+            t: Path(os.path.normpath(directory / p))
+            for t, p in json.loads(note.read_text()).items()
+        }
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{note} is damaged ({error}): write {{tower: run directory}}") from None
     for parent in places.values():

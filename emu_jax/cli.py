@@ -68,9 +68,10 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--workdir", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument(
-        "--validation", action="store_true",
+        "--validation",
+        action="store_true",
         help="score on a part of the training split instead, for choosing settings",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.evaluate import demo
@@ -137,26 +138,37 @@ def generate(parser: argparse.ArgumentParser) -> Run:
     """continue a sequence of text and images"""
     parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
-        "--output", choices=("text", "image", "auto"), default="auto",
+        "--output",
+        choices=("text", "image", "auto"),
+        default="auto",
         help="auto (the default): text and images, as the model decides",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--save", type=_local_path, default=Path("emu.png"), metavar="FILE",
+        "--save",
+        type=_local_path,
+        default=Path("emu.png"),
+        metavar="FILE",
         help="file of the image; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
         help="text tokens to generate (default: from the checkpoint's generation.json, or 50)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--batch", type=_local_path, metavar="FILE",
+        "--batch",
+        type=_local_path,
+        metavar="FILE",
         help="file of many prompts, a JSON list of PARTs per line; prints one JSON list per line",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART",
+        "parts",
+        nargs="*",
+        metavar="PART",
         help="text, or @FILE for an image or a video (@@ for text that begins with @)",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.generate import files
@@ -193,23 +205,31 @@ def generate(parser: argparse.ArgumentParser) -> Run:
 def convert(parser: argparse.ArgumentParser) -> Run:
     """convert a release to a run directory, back, or for other libraries"""
     parser.add_argument(
-        "src", type=_local_path, metavar="SRC",
+        "src",
+        type=_local_path,
+        metavar="SRC",
         help="a release folder, Emu-instruct.pt, a run directory, or a peft folder (with --base)",
-    )  # fmt: skip
+    )
     parser.add_argument("dst", type=_local_path, metavar="DST")
     parser.add_argument(
-        "--to", choices=("jax", "emu", "hf"), default="jax",
+        "--to",
+        choices=("jax", "emu", "hf"),
+        default="jax",
         help="a run directory (the default), the release's own files, or folders for "
         "transformers, diffusers and peft",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--model-config", type=_local_path, metavar="FILE",
+        "--model-config",
+        type=_local_path,
+        metavar="FILE",
         help="the release's model JSON (default: Emu.json beside the weights)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tokenizer", type=_local_path, metavar="DIR",
+        "--tokenizer",
+        type=_local_path,
+        metavar="DIR",
         help="a LLaMA tokenizer folder (default: tokenizer/ beside the weights)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--base", type=_local_path, metavar="DIR", help="the base model of a peft folder"
     )
@@ -222,10 +242,15 @@ def convert(parser: argparse.ArgumentParser) -> Run:
         from emu_jax.convert.engine import convert
 
         result = convert(
-            args.src, args.dst, to=args.to, model_config=args.model_config,
-            tokenizer=args.tokenizer, base=args.base, merge_lora=args.merge_lora,
+            args.src,
+            args.dst,
+            to=args.to,
+            model_config=args.model_config,
+            tokenizer=args.tokenizer,
+            base=args.base,
+            merge_lora=args.merge_lora,
             overwrite=args.overwrite,
-        )  # fmt: skip
+        )
         if not args.json:
             for note in result["notes"]:
                 print(note)
@@ -248,13 +273,17 @@ def init(parser: argparse.ArgumentParser) -> Run:
         "--sd", type=_local_path, required=True, metavar="DIR", help="a diffusers folder"
     )
     parser.add_argument(
-        "--model-config", type=_local_path, metavar="FILE",
+        "--model-config",
+        type=_local_path,
+        metavar="FILE",
         help="the release's model JSON (default: the 14B model's)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tokenizer", type=_local_path, metavar="DIR",
+        "--tokenizer",
+        type=_local_path,
+        metavar="DIR",
         help="a LLaMA tokenizer folder (default: --llama)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
 
@@ -262,9 +291,15 @@ def init(parser: argparse.ArgumentParser) -> Run:
         from emu_jax.convert.parents import init
 
         result = init(
-            args.dst, llama=args.llama, eva_clip=args.eva_clip, sd=args.sd, seed=args.seed,
-            model_config=args.model_config, tokenizer=args.tokenizer, overwrite=args.overwrite,
-        )  # fmt: skip
+            args.dst,
+            llama=args.llama,
+            eva_clip=args.eva_clip,
+            sd=args.sd,
+            seed=args.seed,
+            model_config=args.model_config,
+            tokenizer=args.tokenizer,
+            overwrite=args.overwrite,
+        )
         if not args.json:
             for note in result["notes"]:
                 print(note)
@@ -279,9 +314,12 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     """compare a checkpoint with outputs of the released code"""
     parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
-        "--golden", type=_local_path, required=True, metavar="DIR",
+        "--golden",
+        type=_local_path,
+        required=True,
+        metavar="DIR",
         help="a folder written by tools/record_golden.py",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.evaluate.verify import summary, table, verify
@@ -310,24 +348,33 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
         help="folder in the official layout",
     )
     parser.add_argument(
-        "--out", type=_local_path, required=True, metavar="FILE",
+        "--out",
+        type=_local_path,
+        required=True,
+        metavar="FILE",
         help="the result file, .json; predictions, scores and a page are written beside it",
-    )  # fmt: skip
+    )
     parser.add_argument("--split", default="", help="split of the data (default: the task's)")
     parser.add_argument(
-        "--mode", choices=("auto", "pretrain", "instruct"), default="auto",
+        "--mode",
+        choices=("auto", "pretrain", "instruct"),
+        default="auto",
         help="kind of prompts (default: auto, by the kind of checkpoint)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--examples", choices=("none", "text", "random", "rices"), default="none",
+        "--examples",
+        choices=("none", "text", "random", "rices"),
+        default="none",
         help="in-context examples (default: none): text only, random ones, or those with the most "
         "similar images",
-    )  # fmt: skip
+    )
     parser.add_argument("--shots", type=int, metavar="K", help="examples per question (default: 2)")
     parser.add_argument(
-        "--support", type=_local_path, metavar="DIR",
+        "--support",
+        type=_local_path,
+        metavar="DIR",
         help="folder with the task's training split, the source of examples (default: --data)",
-    )  # fmt: skip
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N items")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
@@ -338,21 +385,33 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
         "--inception", type=_local_path, metavar="FILE", help="the network for FID, as TorchScript"
     )
     parser.add_argument(
-        "--reference", type=_local_path, metavar="FILE",
+        "--reference",
+        type=_local_path,
+        metavar="FILE",
         help="statistics (mu, sigma) of real images for FID (default: the images in --data)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--resize", choices=("network", "clean"), default="network",
+        "--resize",
+        choices=("network", "clean"),
+        default="network",
         help="resizing before Inception: the network's own (default) or clean-fid's",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.evaluate.run import Options, evaluate
         from emu_jax.evaluate.tasks.base import Fid
 
         names = (
-            "split", "mode", "examples", "shots", "support", "limit", "seed", "batch_size", "dtype",
-        )  # fmt: skip
+            "split",
+            "mode",
+            "examples",
+            "shots",
+            "support",
+            "limit",
+            "seed",
+            "batch_size",
+            "dtype",
+        )
         options = Options(
             **{name: getattr(args, name) for name in names},
             fid=Fid(args.inception, args.reference, args.resize),
@@ -374,10 +433,13 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--format", required=True, help="format of SRC, see docs/data.md")
     parser.add_argument("--name", default="pairs", help="name of the output files (default: pairs)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
         help="set a key of the cleaning and encoding (clean.min_side=64) or of the source "
         "(source.frames=4); may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--shard-documents",
         type=int,
@@ -386,17 +448,24 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
         help="documents of SRC per output file",
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N",
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
         help="processes (default: one per core)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--threads", type=int, default=1, metavar="N",
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
         help="threads per worker; use more if reading SRC is slow",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--beam", metavar="OPTIONS",
+        "--beam",
+        metavar="OPTIONS",
         help="run on Apache Beam with these options: '--runner=DataflowRunner ...'",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.data.build import BuildConfig, build, embedded, on_beam
@@ -434,9 +503,12 @@ def data_inspect(parser: argparse.ArgumentParser) -> Run:
         "--rows", type=int, default=6, metavar="N", help="rows to show (default: 6)"
     )
     parser.add_argument(
-        "--documents", type=int, default=1000, metavar="N",
+        "--documents",
+        type=int,
+        default=1000,
+        metavar="N",
         help="minimum number of documents to read for the measurement (default: 1000)",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.data.inspect import inspect
@@ -449,9 +521,13 @@ def data_inspect(parser: argparse.ArgumentParser) -> Run:
 
         cfg = load_config(TrainConfig, args.config, args.overrides)
         figures = inspect(
-            args.out, cfg.data, prepare_data(cfg), get_objective(cfg.objective).batch_kind,
-            rows=args.rows, documents=args.documents,
-        )  # fmt: skip
+            args.out,
+            cfg.data,
+            prepare_data(cfg),
+            get_objective(cfg.objective).batch_kind,
+            rows=args.rows,
+            documents=args.documents,
+        )
         if not args.json:
             for name, value in figures.items():
                 if name != "sources":
@@ -468,17 +544,26 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--list", action="store_true", help="list the benchmarks and exit")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME.KEY=VALUE", dest="settings",
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        dest="settings",
         help="set an argument of a benchmark's run() in benchmarks/; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=_local_path, default=Path("runs/bench"), metavar="DIR",
+        "--out",
+        type=_local_path,
+        default=Path("runs/bench"),
+        metavar="DIR",
         help="folder for plots (default: runs/bench)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--write", type=_local_path, metavar="FILE",
+        "--write",
+        type=_local_path,
+        metavar="FILE",
         help="update the tables in this Markdown file, such as docs/performance.md",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax import bench
@@ -501,9 +586,10 @@ def _built(dst: str, result: dict[str, Any]) -> str:
         f"{pictures['written']:,} of {pictures['read']:,} pictures, {result['bytes'] / 1e6:,.1f} MB"
     ]
     for what, reasons in (
-        ("documents rejected", documents["rejected"]), ("pictures dropped", pictures["dropped"]),
+        ("documents rejected", documents["rejected"]),
+        ("pictures dropped", pictures["dropped"]),
         ("unused", result["unused"]),
-    ):  # fmt: skip
+    ):
         lines += [f"  {count:,} {what}: {reason}" for reason, count in reasons.items()]
     return "\n".join(lines)
 
@@ -512,18 +598,26 @@ def serve(parser: argparse.ArgumentParser) -> Run:
     """serve a local web page for chat and drawing"""
     parser.add_argument("--checkpoint", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS",
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
         help="address to listen on (default: 127.0.0.1, only this machine)",
-    )  # fmt: skip
+    )
     parser.add_argument("--port", type=int, default=7860, metavar="N")
     parser.add_argument(
-        "--waiting", type=int, default=64, metavar="N",
+        "--waiting",
+        type=int,
+        default=64,
+        metavar="N",
         help="maximum number of running and waiting requests (default: 64)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--seconds", type=float, default=120.0, metavar="S",
+        "--seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
         help="maximum time to answer a request, in seconds (default: 120)",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         try:
@@ -549,37 +643,51 @@ def plan(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument("--config", type=_local_path, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
-        "--topology", default="", metavar="CHIP:AxB[xC]",
+        "--topology",
+        default="",
+        metavar="CHIP:AxB[xC]",
         help="a slice of TPU chips; with --sweep, a comma-separated list",
-    )  # fmt: skip
+    )
     parser.add_argument("--slices", type=int, default=1, metavar="N")
     parser.add_argument(
-        "--for", dest="program", default="train", metavar="PROGRAM",
+        "--for",
+        dest="program",
+        default="train",
+        metavar="PROGRAM",
         help="train (the config's step; the default), decoder (decoder tuning) or generate (one "
         "token for every row)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--sweep", action="store_true",
+        "--sweep",
+        action="store_true",
         help="search meshes, remat policies and batch sizes; plot the scaling of the best",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--scaling", default="weak", metavar="CURVES",
+        "--scaling",
+        default="weak",
+        metavar="CURVES",
         help="with --sweep: weak (fixed rows per chip; the default), strong (fixed rows), "
         "weak,strong, or none",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=_local_path, default=Path("runs/plan"), metavar="DIR",
+        "--out",
+        type=_local_path,
+        default=Path("runs/plan"),
+        metavar="DIR",
         help="folder for the files of a sweep",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--page", type=_local_path, metavar="FILE",
+        "--page",
+        type=_local_path,
+        metavar="FILE",
         help="with --sweep: a Markdown file with a marked place for the table; the plot is written "
         "beside it",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--calibrate", action="store_true",
+        "--calibrate",
+        action="store_true",
         help="predict published runs instead and show the errors",
-    )  # fmt: skip
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         os.environ["JAX_PLATFORMS"] = "cpu"  # compile only: nothing runs on a TPU
@@ -600,11 +708,13 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         configs = [
             # Settings tuned for a chip are tuned for training.
             load_config(
-                TrainConfig, args.config, args.overrides,
+                TrainConfig,
+                args.config,
+                args.overrides,
                 chip="" if args.program == "generate" else topology.chip_name,
             )
             for topology in topologies
-        ]  # fmt: skip
+        ]
         if args.sweep:
             if args.program != "train":
                 raise UserError("--sweep plans the config's own step: leave out --for")
@@ -651,8 +761,11 @@ def checkpoint_verify(parser: argparse.ArgumentParser) -> Run:
     """read every byte of a checkpoint and report damage"""
     parser.add_argument("run_directory", type=_local_path, metavar="RUN")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="step to verify (default: the newest)",
-    )  # fmt: skip
+        "--step",
+        type=int,
+        metavar="N",
+        help="step to verify (default: the newest)",
+    )
     parser.add_argument("--all", action="store_true", help="verify every step")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -663,9 +776,13 @@ def checkpoint_verify(parser: argparse.ArgumentParser) -> Run:
         result = verify(args.run_directory, args.step, every=args.all)
         if not args.json:
             for step in result["steps"]:
-                state = "damaged" if step["problems"] else "sound" if step["verified"] else (
-                    "readable; it has no checksums, so damage within numbers cannot be seen"
-                )  # fmt: skip
+                state = (
+                    "damaged"
+                    if step["problems"]
+                    else "sound"
+                    if step["verified"]
+                    else ("readable; it has no checksums, so damage within numbers cannot be seen")
+                )
                 print(f"{step['path']}: {step['bytes']:,} bytes of arrays, {state}")
                 for problem in step["problems"]:
                     print(f"  {problem}")

@@ -67,9 +67,14 @@ class CFormerConfig:
 
 # Layers of the language model that may have adapters, and the part of a block each is in.
 LORA_TARGETS = {
-    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
-    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
-}  # fmt: skip
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,9 +245,13 @@ class EmuConfig:
         rules = [
             ("vision.width", vision.width, "vision.head_width", vision.head_width),
             ("vision.image_size", vision.image_size, "vision.patch_size", vision.patch_size),
-            ("llama.attention_width" if llama.attention_width else "llama.width", width,
-             "twice llama.heads", even),
-        ]  # fmt: skip
+            (
+                "llama.attention_width" if llama.attention_width else "llama.width",
+                width,
+                "twice llama.heads",
+                even,
+            ),
+        ]
         for name, decoder in (("unet", self.unet), ("vae", self.vae)):
             for channels in decoder.block_out_channels if decoder else ():
                 for key in ("norm_num_groups", "attention_head_dim"):
@@ -282,9 +291,12 @@ class EmuConfig:
 ROPE_DTYPES = ("bfloat16", "float16", "float32")
 # Larger sizes are typing errors, and would take more memory or time than there is.
 _LARGEST = {
-    "layers": 2**12, "layers_per_block": 2**6, "max_positions": 2**24, "vocab_size": 2**24,
+    "layers": 2**12,
+    "layers_per_block": 2**6,
+    "max_positions": 2**24,
+    "vocab_size": 2**24,
     "relative_max_distance": 2**24,
-}  # fmt: skip
+}
 _MAY_BE_ZERO = {"attention_width", "freq_shift", "steps_offset", "dropout", "embed_std"}
 
 
@@ -349,17 +361,18 @@ def emu_ladder(size: str) -> EmuConfig:
     seen, depth, causal, steps, width, layers, mlp = sizes[size]
     return EmuConfig(
         vision=VisionConfig(
-            width=seen, layers=depth, head_width=88 if seen == 1408 else 64,
+            width=seen,
+            layers=depth,
+            head_width=88 if seen == 1408 else 64,
             mlp_width=6144 if seen == 1408 else 4 * seen,
         ),
-        cformer=CFormerConfig(
-            width=causal, layers=steps, heads=causal // 64, mlp_width=4 * causal
-        ),
+        cformer=CFormerConfig(width=causal, layers=steps, heads=causal // 64, mlp_width=4 * causal),
         llama=LlamaConfig(
             vocab_multiple=128, width=width, layers=layers, heads=width // 128, mlp_width=mlp
         ),
-        unet=None, vae=None,
-    )  # fmt: skip
+        unet=None,
+        vae=None,
+    )
 
 
 def digits(base_vocab: int = 346) -> EmuConfig:
@@ -367,28 +380,53 @@ def digits(base_vocab: int = 346) -> EmuConfig:
     return EmuConfig(
         tokens=TokenIds.after(base_vocab),
         vision=VisionConfig(
-            image_size=32, patch_size=8, width=96, layers=4, head_width=24, mlp_width=384,
+            image_size=32,
+            patch_size=8,
+            width=96,
+            layers=4,
+            head_width=24,
+            mlp_width=384,
             clip_width=64,
         ),
         cformer=CFormerConfig(
-            n_causal=4, width=96, layers=2, heads=4, head_width=24, mlp_width=384, dropout=0.0,
+            n_causal=4,
+            width=96,
+            layers=2,
+            heads=4,
+            head_width=24,
+            mlp_width=384,
+            dropout=0.0,
             normalize=True,
         ),
         llama=LlamaConfig(
-            vocab_size=base_vocab + 4, vocab_multiple=8, width=128, layers=4, heads=4,
-            mlp_width=352, max_positions=256, rope_dtype="float32", embed_std=0.7,
+            vocab_size=base_vocab + 4,
+            vocab_multiple=8,
+            width=128,
+            layers=4,
+            heads=4,
+            mlp_width=352,
+            max_positions=256,
+            rope_dtype="float32",
+            embed_std=0.7,
         ),
         unet=UNetConfig(
-            sample_size=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(48, 96), layers_per_block=1, attention_head_dim=4,
-            cross_attention_dim=128, norm_num_groups=16,
+            block_out_channels=(48, 96),
+            layers_per_block=1,
+            attention_head_dim=4,
+            cross_attention_dim=128,
+            norm_num_groups=16,
         ),
         vae=VAEConfig(
-            sample_size=32, block_out_channels=(16, 32, 32), layers_per_block=1,
-            norm_num_groups=8, scaling_factor=1.0,
+            sample_size=32,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            scaling_factor=1.0,
         ),
-    )  # fmt: skip
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

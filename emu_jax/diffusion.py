@@ -145,9 +145,16 @@ def sample(
     """
     table = sampling_steps(cfg, steps, method)
     state = advance(
-        denoise, start(latents), cond, uncond, table=table, first=0, last=len(table.t),
-        guidance=guidance, dtype=latents.dtype,
-    )  # fmt: skip
+        denoise,
+        start(latents),
+        cond,
+        uncond,
+        table=table,
+        first=0,
+        last=len(table.t),
+        guidance=guidance,
+        dtype=latents.dtype,
+    )
     return state.latents.astype(latents.dtype)
 
 
@@ -233,10 +240,12 @@ def _pndm(cfg: SchedulerConfig, steps: int) -> Steps:
         along = along + across * (1 - a) ** 0.5
         across = across * a**0.5
     return _table(
-        t, convert=np.tile([0.0, 1.0], (len(t), 1)),
+        t,
+        convert=np.tile([0.0, 1.0], (len(t), 1)),
         carry=along[:, None] * np.stack([~repeated, repeated], 1),
-        weights=across[:, None] * slope, keep=~repeated,
-    )  # fmt: skip
+        weights=across[:, None] * slope,
+        keep=~repeated,
+    )
 
 
 def _ddim(cfg: SchedulerConfig, steps: int) -> Steps:
@@ -300,8 +309,9 @@ def _timesteps(cfg: SchedulerConfig, steps: int, ends: bool = False) -> Int[np.n
     elif cfg.timestep_spacing == "trailing":
         t = np.arange(train, 0, -train / steps).round().astype(int)[::-1] - 1
     else:
-        raise _unknown("scheduler.timestep_spacing", cfg.timestep_spacing,
-                       ["leading", "linspace", "trailing"])  # fmt: skip
+        raise _unknown(
+            "scheduler.timestep_spacing", cfg.timestep_spacing, ["leading", "linspace", "trailing"]
+        )
     if t[-1] >= train or points > train:
         raise UserError(
             f"{steps} sampling steps do not fit between {train} timesteps of training with "
@@ -333,8 +343,9 @@ def _latents_conversion(cfg: SchedulerConfig, a: np.ndarray) -> np.ndarray:
 
 def _predicts_velocity(cfg: SchedulerConfig) -> bool:
     if cfg.prediction_type not in ("epsilon", "v_prediction"):
-        raise _unknown("scheduler.prediction_type", cfg.prediction_type,
-                       ["epsilon", "v_prediction"])  # fmt: skip
+        raise _unknown(
+            "scheduler.prediction_type", cfg.prediction_type, ["epsilon", "v_prediction"]
+        )
     return cfg.prediction_type == "v_prediction"
 
 

@@ -274,8 +274,11 @@ def unreadable_arrays(
     for name, driver in sorted(names.items()):
         base = {"driver": "file", "path": f"{item.absolute()}/"}
         kvstore = {
-            "driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"
-        }  # fmt: skip
+            "driver": "ocdbt",
+            "base": base,
+            "path": f"{name}/",
+            "cache_pool": "cache_pool#ocdbt",
+        }
         spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
             array = ts.open(spec, context=context, open=True, read=True).result()

@@ -38,9 +38,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    data: int = 0, fsdp: int = 0, tensor: int = 0, *, devices: Any | None = None,
-    rows: int | None = None, heads: int | None = None, widths: Sequence[int] = (),
-) -> Mesh:  # fmt: skip
+    data: int = 0,
+    fsdp: int = 0,
+    tensor: int = 0,
+    *,
+    devices: Any | None = None,
+    rows: int | None = None,
+    heads: int | None = None,
+    widths: Sequence[int] = (),
+) -> Mesh:
     """A mesh over all devices; `choose_mesh` decides the axes that are 0.
 
     Neighbours along `tensor`, then `fsdp`, are neighbours in the interconnect; `data` alone
@@ -81,9 +87,16 @@ def slice_count(devices: Sequence[Any]) -> int:
 
 
 def choose_mesh(
-    devices: int, slices: int = 1, *, data: int = 0, fsdp: int = 0, tensor: int = 0,
-    rows: int | None = None, heads: int | None = None, widths: Sequence[int] = (),
-) -> tuple[tuple[int, int, int], str]:  # fmt: skip
+    devices: int,
+    slices: int = 1,
+    *,
+    data: int = 0,
+    fsdp: int = 0,
+    tensor: int = 0,
+    rows: int | None = None,
+    heads: int | None = None,
+    widths: Sequence[int] = (),
+) -> tuple[tuple[int, int, int], str]:
     """(ways along `data`, `fsdp`, `tensor`; why). An axis of 0 is chosen here:
 
     tensor: 1, unless a batch of `rows` is too small for every device to have its own; its
@@ -101,11 +114,16 @@ def choose_mesh(
         tensor = max(1, devices // (data * fsdp))
         reasons.append(f"tensor={tensor}")
     if tensor == 0:
-        tensor = next((
-            n for n in range(1, devices // slices + 1)
-            if devices % n == 0 and (heads is None or heads % n == 0)
-            and (rows is None or rows % (devices // n) == 0)
-        ), 0)  # fmt: skip
+        tensor = next(
+            (
+                n
+                for n in range(1, devices // slices + 1)
+                if devices % n == 0
+                and (heads is None or heads % n == 0)
+                and (rows is None or rows % (devices // n) == 0)
+            ),
+            0,
+        )
         if not tensor:
             raise UserError(
                 f"a batch of {rows} rows cannot be shared by {devices} devices, nor their rest by "

@@ -47,9 +47,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, pieces: Sequence[str], encode_plain: Callable[[str], list[int]],
-        files: dict[str, bytes], *, instruct: bool = False,
-    ):  # fmt: skip
+        self,
+        pieces: Sequence[str],
+        encode_plain: Callable[[str], list[int]],
+        files: dict[str, bytes],
+        *,
+        instruct: bool = False,
+    ):
         added = [PAD, IMG, IMG_END, IMAGE] + ([USER, ASSISTANT] if instruct else [])
         ids = {piece: i for i, piece in enumerate(pieces)}
         if missing := [t for t in (UNK, BOS, EOS) if t not in ids]:
@@ -149,9 +153,10 @@ class Tokenizer:
             replacement=_SPACE, prepend_scheme="always", split=True
         )
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[UNK, BOS, EOS, *byte_pieces],
+            vocab_size=vocab_size,
+            special_tokens=[UNK, BOS, EOS, *byte_pieces],
             show_progress=False,
-        )  # fmt: skip
+        )
         trainee.train_from_iterator(list(texts), trainer)
         values = json.loads(trainee.to_str())
         # Byte pieces marked as special would be dropped by other decoders.

@@ -32,8 +32,9 @@ weights = jax.ShapeDtypeStruct(
     (4, 2048, 2048), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp"))
 )
 x = jax.ShapeDtypeStruct(
-    (16 * len(description.devices), 2048), jnp.bfloat16,
+    (16 * len(description.devices), 2048),
+    jnp.bfloat16,
     sharding=NamedSharding(mesh, P(("data", "fsdp"))),
-)  # fmt: skip
+)
 text = jax.jit(step, out_shardings=weights.sharding).lower(weights, x).compile().as_text()
 print("all-gather" in text, "reduce-scatter" in text or "all-reduce" in text)

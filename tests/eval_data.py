@@ -57,11 +57,16 @@ def coco_caption(root: Path, test: int = 4) -> None:
     for n in range(test + 4):
         name = f"COCO_val2014_{n:012d}.jpg"
         draw(root / "val2014" / name, n)
-        images.append({
-            "filepath": "val2014", "filename": name, "imgid": 100 + n, "cocoid": n,
-            "split": "test" if n < test else "train",
-            "sentences": [{"raw": f"{text.capitalize()}."} for text in CAPTIONS[n % 6]],
-        })  # fmt: skip
+        images.append(
+            {
+                "filepath": "val2014",
+                "filename": name,
+                "imgid": 100 + n,
+                "cocoid": n,
+                "split": "test" if n < test else "train",
+                "sentences": [{"raw": f"{text.capitalize()}."} for text in CAPTIONS[n % 6]],
+            }
+        )
     write(root / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
 
@@ -69,10 +74,14 @@ def flickr30k(root: Path) -> None:
     images = []
     for n in range(3):
         draw(root / "flickr30k-images" / f"{n}.jpg", n)
-        images.append({
-            "filename": f"{n}.jpg", "imgid": n, "split": "test",
-            "sentences": [{"raw": text} for text in CAPTIONS[n]],
-        })  # fmt: skip
+        images.append(
+            {
+                "filename": f"{n}.jpg",
+                "imgid": n,
+                "split": "test",
+                "sentences": [{"raw": text} for text in CAPTIONS[n]],
+            }
+        )
     write(root / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
 
 
@@ -100,14 +109,19 @@ def _vqa(root: Path, questions: str, annotations: str) -> None:
             image = n // 2 if split == "val2014" else n + 10
             draw(root / split / f"COCO_{split}_{image:012d}.jpg", image)
             rows.append({"image_id": image, "question": question, "question_id": 1000 * image + n})
-            answers.append({
-                "question_id": 1000 * image + n, "image_id": image, "answer_type": "other",
-                "question_type": "what", "multiple_choice_answer": people[0],
-                "answers": [
-                    {"answer": a, "answer_id": i, "answer_confidence": "yes"}
-                    for i, a in enumerate(people, 1)
-                ],
-            })  # fmt: skip
+            answers.append(
+                {
+                    "question_id": 1000 * image + n,
+                    "image_id": image,
+                    "answer_type": "other",
+                    "question_type": "what",
+                    "multiple_choice_answer": people[0],
+                    "answers": [
+                        {"answer": a, "answer_id": i, "answer_confidence": "yes"}
+                        for i, a in enumerate(people, 1)
+                    ],
+                }
+            )
         write(root / questions.format(split), {"questions": rows})
         write(root / annotations.format(split), {"annotations": answers})
 
@@ -127,11 +141,15 @@ def vizwiz(root: Path) -> None:
             people = ["unanswerable"] * 10 if n == 1 else people
             name = f"VizWiz_{split}_{n:08d}.jpg"
             draw(root / split / name, n + 5)
-            rows.append({
-                "image": name, "question": question, "answer_type": "other",
-                "answerable": int(n != 1),
-                "answers": [{"answer": a, "answer_confidence": "yes"} for a in people],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "image": name,
+                    "question": question,
+                    "answer_type": "other",
+                    "answerable": int(n != 1),
+                    "answers": [{"answer": a, "answer_confidence": "yes"} for a in people],
+                }
+            )
         write(root / "Annotations" / f"{split}.json", rows)
 
 
@@ -142,18 +160,25 @@ def visdial(root: Path) -> None:
     for split, folder, stem in (
         ("val", "VisualDialog_val2018", "VisualDialog_val2018"),
         ("train", "train2014", "COCO_train2014"),
-    ):  # fmt: skip
+    ):
         dialogs = []
         for n in range(2 if split == "val" else 4):
             draw(root / folder / f"{stem}_{n:012d}.jpg", n)
-            dialogs.append({
-                "image_id": n, "caption": "a cat",
-                "dialog": [
-                    {"question": 0, "answer": 0, "answer_options": [0, 1, 2, 3], "gt_index": 0},
-                    {"question": 1 + n % 2, "answer": 2, "answer_options": [1, 4, 2, 0],
-                     "gt_index": 2},
-                ],
-            })  # fmt: skip
+            dialogs.append(
+                {
+                    "image_id": n,
+                    "caption": "a cat",
+                    "dialog": [
+                        {"question": 0, "answer": 0, "answer_options": [0, 1, 2, 3], "gt_index": 0},
+                        {
+                            "question": 1 + n % 2,
+                            "answer": 2,
+                            "answer_options": [1, 4, 2, 0],
+                            "gt_index": 2,
+                        },
+                    ],
+                }
+            )
         content = {"questions": questions, "answers": answers, "dialogs": dialogs}
         write(root / f"visdial_1.0_{split}.json", {"split": split, "data": content})
     write(
@@ -180,9 +205,12 @@ def mmvet(root: Path) -> None:
     for n in range(2):
         draw(root / "images" / f"v1_{n}.png", n)
         rows[f"v1_{n}"] = {
-            "imagename": f"v1_{n}.png", "question": "What is x in the equation?",
-            "answer": "-1<AND>-5", "imagesource": "web", "capability": ["math"],
-        }  # fmt: skip
+            "imagename": f"v1_{n}.png",
+            "question": "What is x in the equation?",
+            "answer": "-1<AND>-5",
+            "imagesource": "web",
+            "capability": ["math"],
+        }
     write(root / "mm-vet.json", rows)
 
 
@@ -191,11 +219,15 @@ def msrvttqa(root: Path) -> None:
         rows = []
         for n in range(3):
             video(root / "video" / f"video{first + n}.mp4", first + n)
-            rows.append({
-                "answer": ["cat", "man", "ball"][n], "category_id": 1, "id": first + n,
-                "question": ["what runs?", "who is singing?", "what is it?"][n],
-                "video_id": first + n,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "answer": ["cat", "man", "ball"][n],
+                    "category_id": 1,
+                    "id": first + n,
+                    "question": ["what runs?", "who is singing?", "what is it?"][n],
+                    "video_id": first + n,
+                }
+            )
         write(root / f"{split}_qa.json", rows)
 
 
@@ -205,10 +237,14 @@ def msvdqa(root: Path) -> None:
         for n in range(3):
             number = first + n
             video(root / "video" / f"name{number}.mp4", number)
-            rows.append({
-                "answer": ["cat", "man", "ball"][n], "id": number,
-                "question": ["what runs?", "who sings?", "what is it?"][n], "video_id": number,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "answer": ["cat", "man", "ball"][n],
+                    "id": number,
+                    "question": ["what runs?", "who sings?", "what is it?"][n],
+                    "video_id": number,
+                }
+            )
         write(root / f"{split}_qa.json", rows)
     numbers = [*range(1, 4), *range(11, 14)]
     write(root / "youtube_mapping.txt", "".join(f"name{n} vid{n}\n" for n in numbers))
@@ -219,11 +255,13 @@ def nextqa(root: Path) -> None:
     places = {}
     for split, first in (("test", 100), ("train", 200)):
         rows = []
-        for n, (question, answer, kind) in enumerate([
-            ("why did the boy run", "catch the ball", "CW"),
-            ("how many dogs are there", "two", "DC"),
-            ("where is this", "park", "DL"),
-        ]):  # fmt: skip
+        for n, (question, answer, kind) in enumerate(
+            [
+                ("why did the boy run", "catch the ball", "CW"),
+                ("how many dogs are there", "two", "DC"),
+                ("where is this", "park", "DL"),
+            ]
+        ):
             places[str(first + n)] = f"11/{first + n}"
             video(root / "videos" / f"11/{first + n}.mp4", n)
             rows.append(f"{first + n},12,32,32,{question},{answer},{n},{kind}\n")
@@ -234,7 +272,17 @@ def nextqa(root: Path) -> None:
 LAYOUTS = {
     make.__name__: make
     for make in (
-        coco_caption, vqav2, okvqa, vizwiz, visdial, coco_fid, mmvet, msvdqa, msrvttqa, nextqa,
-        nocaps, flickr30k,
+        coco_caption,
+        vqav2,
+        okvqa,
+        vizwiz,
+        visdial,
+        coco_fid,
+        mmvet,
+        msvdqa,
+        msrvttqa,
+        nextqa,
+        nocaps,
+        flickr30k,
     )
-}  # fmt: skip
+}

@@ -117,9 +117,14 @@ def test_masks_add_up():
     # The sixth position is the first of its document: it sees itself alone.
     assert relative_error(out[:, 5], v[:, 5]) < 1e-6
     moved = attention(
-        q, k.at[:, 3].add(5.0), v.at[:, 3].add(5.0), causal=True, segment_ids=ids, mask=mask,
+        q,
+        k.at[:, 3].add(5.0),
+        v.at[:, 3].add(5.0),
+        causal=True,
+        segment_ids=ids,
+        mask=mask,
         scale=1.0,
-    )  # fmt: skip
+    )
     assert relative_error(moved, out) < 1e-6
 
 
@@ -201,10 +206,14 @@ def naive(llama, hidden, targets):
 @pytest.mark.parametrize(
     "shape, block",
     [
-        ((1, 1, 1), 5), ((1, 1, 1), 64), ((1, 1, 1), 0), ((2, 2, 2), 7), ((1, 4, 2), 21),
+        ((1, 1, 1), 5),
+        ((1, 1, 1), 64),
+        ((1, 1, 1), 0),
+        ((2, 2, 2), 7),
+        ((1, 4, 2), 21),
         ((2, 2, 2), 0),
     ],
-)  # fmt: skip
+)
 def test_blocked_cross_entropy_equals_the_naive_one(shape, block):
     """Losses and gradients to 1e-6, also where width, columns and rows are split."""
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])

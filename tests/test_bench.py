@@ -58,8 +58,10 @@ def test_what_is_printed(folder, capsys):
     assert cli.main(["bench", "fast", "wide"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
-        ["fast.rate", "2.5"], ["fast.name", "a"], ["wide.sides.left", "1"],
-    ]  # fmt: skip
+        ["fast.rate", "2.5"],
+        ["fast.name", "a"],
+        ["wide.sides.left", "1"],
+    ]
     assert cli.main(["bench", "fast", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fast"] == {"rate": 2.5, "name": "a"}
     assert cli.main(["bench", "--list"]) == 0
@@ -68,8 +70,9 @@ def test_what_is_printed(folder, capsys):
 
 def test_settings(folder):
     assert bench.run(["fast"], ["fast.rate=3", "fast.name=b=c"])["fast"] == {
-        "rate": 3.0, "name": "b=c",
-    }  # fmt: skip
+        "rate": 3.0,
+        "name": "b=c",
+    }
     for setting, message in {
         "fast.rat=1": "fast has no setting 'rat'; did you mean 'rate'?",
         "fast.rate=much": "'much' is not of type float",
@@ -154,9 +157,10 @@ def test_a_page_keeps_the_figures_of_every_hardware(folder, monkeypatch):
     path.write_text(PAGE)
     here = bench.machine()
     for machine in (
-        here | {"cores": 4, "processor": "Z"}, here | {"processor": "A", "devices": "8 x TPU v5p"},
+        here | {"cores": 4, "processor": "Z"},
+        here | {"processor": "A", "devices": "8 x TPU v5p"},
         here | {"cores": 4, "processor": "Z", "jax": "later"},
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(bench, "machine", lambda found=machine: found)
         bench.run(["fast"], write=path)
     kept = bench.Page(path).records()["fast"]
@@ -266,20 +270,36 @@ def test_scaling_over_devices(monkeypatch, tmp_path):
     assert "No prediction" in scaling.table(figures)
 
     report = {
-        "fits": True, "curve": "weak", "topology": "v5e:4x4", "slices": 1, "devices": 2,
-        "tokens_per_second": 1e5, "tokens_per_second_overlap": 2e5, "rows": 2, "model_flops": 2e9,
+        "fits": True,
+        "curve": "weak",
+        "topology": "v5e:4x4",
+        "slices": 1,
+        "devices": 2,
+        "tokens_per_second": 1e5,
+        "tokens_per_second_overlap": 2e5,
+        "rows": 2,
+        "model_flops": 2e9,
         "remat": {"llama": "dots"},
-    }  # fmt: skip
+    }
     strong = report | {"curve": "strong", "devices": 1}
     path = tmp_path / "sweep.json"
     path.write_text(
-        json.dumps([report, strong, report | {"fits": False}, report | {"curve": ""},
-                    report | {"devices": 1}, strong | {"rows": 4, "model_flops": 4e9}])
-    )  # fmt: skip
+        json.dumps(
+            [
+                report,
+                strong,
+                report | {"fits": False},
+                report | {"curve": ""},
+                report | {"devices": 1},
+                strong | {"rows": 4, "model_flops": 4e9},
+            ]
+        )
+    )
     figures["predicted"] = scaling.predictions(path, "v5e", 1e9, 1, 2, "dots")
     assert [(p["curve"], p["devices"]) for p in figures["predicted"]] == [
-        ("weak", 2), ("strong", 1),
-    ]  # fmt: skip
+        ("weak", 2),
+        ("strong", 1),
+    ]
     rows = [line.split(" | ")[-1] for line in scaling.table(figures).splitlines()[2:6]]
     assert rows == ["- |", "100,000 to 200,000 |", "100,000 to 200,000 |", "- |"]
     scaling.plot(figures, tmp_path / "scaling.png")
@@ -299,8 +319,10 @@ def test_scaling_leaves_out_what_does_not_fit(monkeypatch):
     with pytest.raises(UserError, match="devices 99"):
         scaling.run(devices=99)
     assert [scaling.counts(*pair) for pair in ((1, 1), (1, 6), (4, 24))] == [
-        [1], [1, 2, 4, 6], [4, 8, 16, 24],
-    ]  # fmt: skip
+        [1],
+        [1, 2, 4, 6],
+        [4, 8, 16, 24],
+    ]
 
     def timed(cfg, devices, turns):
         if cfg.data.batch_size > 2 * devices:
@@ -310,8 +332,12 @@ def test_scaling_leaves_out_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(scaling, "timed", timed)
     points = scaling.measure(tiny, [2, 4, 8], 1, 2)
     assert [(p["curve"], p["devices"], p["efficiency"]) for p in points] == [
-        ("weak", 2, 1), ("weak", 4, 1), ("strong", 4, 1), ("weak", 8, 1), ("strong", 8, 0.5),
-    ]  # fmt: skip
+        ("weak", 2, 1),
+        ("weak", 4, 1),
+        ("strong", 4, 1),
+        ("weak", 8, 1),
+        ("strong", 8, 0.5),
+    ]
     with pytest.raises(UserError, match="nothing fits"):
         scaling.measure(tiny, [1], 4, 2)
 
@@ -324,9 +350,10 @@ def test_scaling_of_a_lone_cpu_device_is_measured_apart(monkeypatch):
     code += "{'words': sys.argv[1:], 'was': os.environ['XLA_FLAGS']}}))"
     run = scaling.subprocess.run
     monkeypatch.setattr(
-        scaling.subprocess, "run",
+        scaling.subprocess,
+        "run",
         lambda command, **how: run([command[0], "-c", code, *command[3:]], **how),
-    )  # fmt: skip
+    )
     figures = scaling.run(turns=3)
     assert figures["was"].endswith(scaling.CPU_FLAGS) and figures["flags"] == scaling.CPU_FLAGS
     assert {"--set=scaling.turns=3", "--set=scaling.devices=2"} <= set(figures["words"])

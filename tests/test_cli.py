@@ -182,12 +182,16 @@ def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
     status, out, err = run("demo")
     assert (status, err) == (0, "")
     assert json.loads(out.splitlines()[-1]) == {
-        "workdir": "runs/demo", "seed": 0, "validation": False
-    }  # fmt: skip
+        "workdir": "runs/demo",
+        "seed": 0,
+        "validation": False,
+    }
     _, out, _ = run("demo", "--workdir", tmp_path, "--seed", 3, "--validation")
     assert json.loads(out.splitlines()[-1]) == {
-        "workdir": str(tmp_path), "seed": 3, "validation": True
-    }  # fmt: skip
+        "workdir": str(tmp_path),
+        "seed": 3,
+        "validation": True,
+    }
 
 
 def test_train_hands_over_the_config(run, tmp_path, config, monkeypatch):
@@ -236,8 +240,10 @@ def test_generate_image(run, fake_emu, tmp_path):
 
 def test_generate_both(run, fake_emu, tmp_path):
     assert run("generate", "--checkpoint", "d", "count", "--save", "c.png") == (
-        0, "one\nc-1.png\ntwo\nc-2.png\n", "",
-    )  # fmt: skip
+        0,
+        "one\nc-1.png\ntwo\nc-2.png\n",
+        "",
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"c-1.png", "c-2.png"}
 
 
@@ -246,8 +252,10 @@ def test_generate_many(run, fake_emu, tmp_path):
     (tmp_path / "many.jsonl").write_text('["@a.png", "what is this?"]\n\n"two"\n')
     command = ("generate", "--checkpoint", "d", "--batch", "many.jsonl", "--output")
     assert run(*command, "text") == (
-        0, '[{"text": "2 parts"}]\n[{"text": "1 parts"}]\n', "",
-    )  # fmt: skip
+        0,
+        '[{"text": "2 parts"}]\n[{"text": "1 parts"}]\n',
+        "",
+    )
     status, out, _ = run(*command, "image", "--seed", 5, "--json")
     assert json.loads(out) == {"answers": [[{"image": "emu-1.png"}], [{"image": "emu-2.png"}]]}
     with Image.open("emu-2.png") as picture:
@@ -274,14 +282,16 @@ def test_generate_hands_over_its_settings(run, fake_emu, monkeypatch):
         (["--seed", -1, "a"], "--seed: -1 is not a seed: give a whole number from 0 to 4294967295"),
         (["--seed", 2**32, "a"], "4294967296 is not a seed"),
         (["--seed", "9" * 5000, "a"], "invalid int value: '9999"),
-        (["--output", "image", "--seed", 2**32 - 1, "--batch", "two.jsonl"],
-         "--seed 4294967295 is too large for 2 prompts"),
+        (
+            ["--output", "image", "--seed", 2**32 - 1, "--batch", "two.jsonl"],
+            "--seed 4294967295 is too large for 2 prompts",
+        ),
         (["--output", "text", "a \udcff b"], r"the text 'a \udcff b' is not UTF-8"),
         (["--batch", "half.jsonl"], r"half.jsonl, line 1: the text 'half \ud800' is not UTF-8"),
         (["--batch", "deep.jsonl"], "deep.jsonl, line 1: not a JSON list"),
         (["--batch", "latin.jsonl"], "cannot read latin.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_hostile_prompts_are_refused_before_the_model_is_loaded(
     arguments, message, run, tmp_path, monkeypatch
 ):
@@ -305,8 +315,12 @@ def test_what_a_terminal_cannot_show_is_escaped(run, fake_emu, monkeypatch, tmp_
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
     assert cli.main(["generate", "--checkpoint", "d", "--output", "text", "a"]) == 0
-    assert cli.main(["generate", "--checkpoint", "d", "--output", "image", "a", "--save",
-                     "\udcff.png"]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            ["generate", "--checkpoint", "d", "--output", "image", "a", "--save", "\udcff.png"]
+        )
+        == 0
+    )
     assert stream.buffer.getvalue() == b"\\ufffd \\u65e5\n\\udcff.png\n"
     assert os.listdir(os.fsencode(tmp_path)) == [b"\xff.png"]
 
@@ -314,10 +328,14 @@ def test_what_a_terminal_cannot_show_is_escaped(run, fake_emu, monkeypatch, tmp_
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "has no prompts"), ('["a"]\n{"a": 1}', "many.jsonl, line 2: not a JSON list"),
-        ("[", "line 1"), ("[1]", "line 1"), ("[]", "line 1"), ('["@no.png"]', "no.png"),
+        ("", "has no prompts"),
+        ('["a"]\n{"a": 1}', "many.jsonl, line 2: not a JSON list"),
+        ("[", "line 1"),
+        ("[1]", "line 1"),
+        ("[]", "line 1"),
+        ('["@no.png"]', "no.png"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_a_batch(run, fake_emu, tmp_path, content, message):
     (tmp_path / "many.jsonl").write_text(content)
     expect_error(run("generate", "--checkpoint", "d", "--batch", "many.jsonl"), message)
@@ -380,8 +398,11 @@ def test_a_closed_pipe_is_no_traceback(unbuffered):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", script],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
-    )  # fmt: skip
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

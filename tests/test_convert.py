@@ -70,9 +70,12 @@ def instruct_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("instruct")
     shutil.copy(GOLDEN / "Emu-instruct.pt", folder)  # alone: nothing beside it to find
     convert(
-        folder / "Emu-instruct.pt", folder / "run", mesh=one_device(),
-        model_config=GOLDEN / "Emu.json", tokenizer=GOLDEN / "tokenizer",
-    )  # fmt: skip
+        folder / "Emu-instruct.pt",
+        folder / "run",
+        mesh=one_device(),
+        model_config=GOLDEN / "Emu.json",
+        tokenizer=GOLDEN / "tokenizer",
+    )
     return folder / "run"
 
 
@@ -374,17 +377,20 @@ def test_a_model_that_the_release_cannot_express_is_refused(run_dir, tmp_path):
     edit_config(run, llama__embed_std=0.7, cformer__dropout=0.0)
     report = convert(run, tmp_path / "back", to="emu")
     assert {n.split(" = ")[0].split()[-1] for n in report["notes"]} == {
-        "llama.embed_std", "cformer.dropout",
-    }  # fmt: skip
+        "llama.embed_std",
+        "cformer.dropout",
+    }
     kept = (run / "config.json").read_text()
     for changes, lost in [
-        ({"cformer__normalize": True, "llama__rope_dtype": "float32"},
-         "cformer.normalize is True.*llama.rope_dtype is float32"),
+        (
+            {"cformer__normalize": True, "llama__rope_dtype": "float32"},
+            "cformer.normalize is True.*llama.rope_dtype is float32",
+        ),
         ({"llama__rope_theta": 5e5}, "llama.rope_theta is 500000"),
         ({"vision__eps": 1e-5}, "vision.eps is 1e-05"),
         ({"cformer__relative_max_distance": 64}, "cformer.relative_max_distance is 64"),
         ({"scheduler__prediction_type": "v_prediction"}, "scheduler.prediction_type"),
-    ]:  # fmt: skip
+    ]:
         (run / "config.json").write_text(kept)
         edit_config(run, **changes)
         with pytest.raises(UserError, match=lost):
@@ -415,11 +421,18 @@ def test_fine_tuning_a_release_and_the_way_back(run_dir, tmp_path):
         TrainConfig,
         Path(__file__).parent.parent / "configs" / "finetune.py",
         [
-            f"init_from={run_dir}", f"data.root={tmp_path / 'data'}", "data.n_causal=24",
-            f"data.tokenizer={run_dir / 'tokenizer'}", "data.image_size=56", "data.row_tokens=64",
-            "data.row_images=2", "data.block_documents=16", "steps=2", "dtype=float32",
+            f"init_from={run_dir}",
+            f"data.root={tmp_path / 'data'}",
+            "data.n_causal=24",
+            f"data.tokenizer={run_dir / 'tokenizer'}",
+            "data.image_size=56",
+            "data.row_tokens=64",
+            "data.row_images=2",
+            "data.block_documents=16",
+            "steps=2",
+            "dtype=float32",
         ],
-    )  # fmt: skip
+    )
     train(cfg, tmp_path / "mine")
     convert(tmp_path / "mine", tmp_path / "out", to="emu")
     theirs = load_tensors(GOLDEN / "multimodal_encoder" / "pytorch_model.bin")
@@ -482,29 +495,54 @@ def test_the_14b_sizes_follow_from_its_tensors(released_shapes, model):
 def small(*, lora, seed=0, rope_dtype="float32"):
     """A model of odd sizes: nothing square where a transposition could hide."""
     cfg = EmuConfig(
-        vision=VisionConfig(image_size=42, patch_size=14, width=36, layers=2, head_width=12,
-                            mlp_width=50, clip_width=10),
+        vision=VisionConfig(
+            image_size=42,
+            patch_size=14,
+            width=36,
+            layers=2,
+            head_width=12,
+            mlp_width=50,
+            clip_width=10,
+        ),
         cformer=CFormerConfig(n_causal=5, width=24, layers=2, heads=3, head_width=10, mlp_width=40),
-        llama=LlamaConfig(vocab_size=518 if lora else 516, width=48, layers=3, heads=3,
-                          mlp_width=70, rope_dtype=rope_dtype,
-                          lora=LoraConfig(rank=5, alpha=7.0) if lora else None),
+        llama=LlamaConfig(
+            vocab_size=518 if lora else 516,
+            width=48,
+            layers=3,
+            heads=3,
+            mlp_width=70,
+            rope_dtype=rope_dtype,
+            lora=LoraConfig(rank=5, alpha=7.0) if lora else None,
+        ),
         tokens=TokenIds.after(512),
-        unet=None if lora else UNetConfig(
-            sample_size=6, block_out_channels=(24, 40), layers_per_block=2, attention_head_dim=4,
+        unet=None
+        if lora
+        else UNetConfig(
+            sample_size=6,
+            block_out_channels=(24, 40),
+            layers_per_block=2,
+            attention_head_dim=4,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=48,
-            norm_num_groups=4),
-        vae=None if lora else VAEConfig(
-            sample_size=12, block_out_channels=(12, 20), layers_per_block=1, norm_num_groups=4),
-    )  # fmt: skip
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=48,
+            norm_num_groups=4,
+        ),
+        vae=None
+        if lora
+        else VAEConfig(
+            sample_size=12, block_out_channels=(12, 20), layers_per_block=1, norm_num_groups=4
+        ),
+    )
     template = source.template_of(cfg, one_device())
     rng = np.random.default_rng(seed)
     params = {
         path: jnp.asarray(
             rng.normal(size=s.shape) * (0.3 / math.sqrt(s.shape[-2] if len(s.shape) > 1 else 9))
-            + path.endswith("scale"), jnp.float32)
+            + path.endswith("scale"),
+            jnp.float32,
+        )
         for path, s in template.shapes.items()
-    }  # fmt: skip
+    }
     return template.module(params)
 
 
@@ -536,11 +574,14 @@ def write_run(model, path):
         (tables.LINEAR, (2, 3), lambda i, o: (o, i)),
         (tables.CONV, (2, 3, 4, 5), lambda h, w, i, o: (o, i, h, w)),
         (tables.QKV, (2, 3, 5), lambda d, c, e: (5 * c + e, d)),
-        (tables.Transform("(p q c) o -> o c p q", {"p": 2, "q": 4, "c": 3}), (24, 5),
-         lambda x, o: (o, x % 3, x // 12, x // 3 % 4)),
+        (
+            tables.Transform("(p q c) o -> o c p q", {"p": 2, "q": 4, "c": 3}),
+            (24, 5),
+            lambda x, o: (o, x % 3, x // 12, x // 3 % 4),
+        ),
         (tables.SAME, (2, 3), lambda *at: at),
     ],
-)  # fmt: skip
+)
 def test_each_change_of_layout_by_hand(transform, ours, theirs):
     x = np.arange(math.prod(ours)).reshape(ours)
     y = transform.to_release(x)
@@ -561,8 +602,9 @@ def test_the_layouts_that_the_towers_have():
         assert found[0, c, p, q] == n
     # Ours is rounded up with zeros, which the release does not have.
     for path, ours in (
-        ("llama.embed_tokens.embedding", (vocab + 3, 2)), ("llama.lm_head.kernel", (2, vocab + 3)),
-    ):  # fmt: skip
+        ("llama.embed_tokens.embedding", (vocab + 3, 2)),
+        ("llama.lm_head.kernel", (2, vocab + 3)),
+    ):
         release = np.arange(1, 2 * vocab + 1).reshape(vocab, 2)
         read = rows[path].from_release(release, ours)
         assert read.shape == ours and np.count_nonzero(read) == 2 * vocab
@@ -582,8 +624,12 @@ def test_names_in_files_of_other_versions():
         "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
     )
     old, stem = tables.Spelling(old_vae=True), "vae:encoder.mid_block.attentions.0."
-    for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
-                         ("to_out.0", "proj_attn")):  # fmt: skip
+    for ours, theirs in (
+        ("to_q", "query"),
+        ("to_k", "key"),
+        ("to_v", "value"),
+        ("to_out.0", "proj_attn"),
+    ):
         for part in ("weight", "bias"):
             assert old.write(f"{stem}{ours}.{part}") == f"{stem}{theirs}.{part}"
         assert tables.Spelling().write(f"{stem}{ours}.weight") == f"{stem}{ours}.weight"
@@ -622,8 +668,10 @@ def test_transformers_opens_the_language_model(pretrained):
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder / "llama"), LlamaForCausalLM)
     ids = model.cfg.tokens
     assert [getattr(theirs.config, f"{name}_token_id") for name in ("bos", "eos", "pad")] == [
-        ids.bos, ids.eos, ids.pad,
-    ]  # fmt: skip
+        ids.bos,
+        ids.eos,
+        ids.pad,
+    ]
 
 
 def test_shards_of_the_language_model_open_too(pretrained, tmp_path):
@@ -804,9 +852,14 @@ def ancestors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parents")
     torch.manual_seed(0)
     hf = HFLlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=90, num_hidden_layers=2,
-        num_attention_heads=4, rms_norm_eps=1e-6, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=90,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
     LlamaForCausalLM(hf).save_pretrained(folder / "llama", max_shard_size="100KB")
     assert (folder / "llama" / "model.safetensors.index.json").is_file()
     for file in (GOLDEN / "tokenizer").glob("tokenizer*"):
@@ -827,9 +880,13 @@ def ancestors(tmp_path_factory):
 
 def fresh(folder, dst, **options):
     return parents.init(
-        dst, llama=folder / "llama", eva_clip=folder / "eva.pt", sd=folder / "sd",
-        cformer=CFormerConfig(width=24, layers=2, heads=3, head_width=8, mlp_width=40), **options,
-    )  # fmt: skip
+        dst,
+        llama=folder / "llama",
+        eva_clip=folder / "eva.pt",
+        sd=folder / "sd",
+        cformer=CFormerConfig(width=24, layers=2, heads=3, head_width=8, mlp_width=40),
+        **options,
+    )
 
 
 def read_all(path):
@@ -855,9 +912,10 @@ def test_a_fresh_emu_has_its_parents_weights(ancestors, tmp_path):
     np.testing.assert_allclose(params["llama.embed_tokens.embedding"][512:], mean, atol=1e-7)
     head = llama["lm_head.weight"].numpy()
     np.testing.assert_allclose(
-        params["llama.lm_head.kernel"][:, 512:], np.broadcast_to(head.mean(0)[:, None], (64, 4)),
+        params["llama.lm_head.kernel"][:, 512:],
+        np.broadcast_to(head.mean(0)[:, None], (64, 4)),
         atol=1e-7,
-    )  # fmt: skip
+    )
     up = llama["model.layers.1.mlp.up_proj.weight"].numpy()
     np.testing.assert_array_equal(params["llama.layers.mlp.up_proj.kernel"][1], up.T)
 
@@ -911,8 +969,11 @@ def test_a_parent_that_does_not_fit_is_refused(ancestors, tmp_path):
     torch.save(tower, folder / "eva.pt")
     with pytest.raises(UserError) as error:
         fresh(folder, tmp_path / "run", model_config=GOLDEN / "Emu.json")
-    for part in ("visual.odd is unexpected", "visual.norm.weight is [7], expected [48]",
-                 "visual.blocks.1.norm1.bias is missing"):  # fmt: skip
+    for part in (
+        "visual.odd is unexpected",
+        "visual.norm.weight is [7], expected [48]",
+        "visual.blocks.1.norm1.bias is missing",
+    ):
         assert part in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -968,12 +1029,17 @@ DAMAGE = {
     "nearly empty bin": (lambda f: cut(f / source.MULTIMODAL, 0.0001), "truncated"),
     "empty bin": (lambda f: cut(f / source.MULTIMODAL, 0), "damaged"),
     "truncated safetensors": (
-        lambda f: cut(f / "unet" / "diffusion_pytorch_model.safetensors", 0.6), "truncated"),
+        lambda f: cut(f / "unet" / "diffusion_pytorch_model.safetensors", 0.6),
+        "truncated",
+    ),
     "truncated header": (
-        lambda f: cut(f / "vae" / "diffusion_pytorch_model.safetensors", 0.001), "truncated"),
+        lambda f: cut(f / "vae" / "diffusion_pytorch_model.safetensors", 0.001),
+        "truncated",
+    ),
     "no safetensors": (
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"{" * 99),
-        "diffusion_pytorch_model.safetensors"),
+        "diffusion_pytorch_model.safetensors",
+    ),
     "no weights": (lambda f: (f / source.MULTIMODAL).unlink(), "has no weights"),
     "no vae": (lambda f: shutil.rmtree(f / "vae"), "vae"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "--tokenizer"),
@@ -981,32 +1047,55 @@ DAMAGE = {
     "pickle in a zip": (execute_in_zip, "refused"),
     "missing": (edit_bin(without(WEIGHT)), f"1 missing: {WEIGHT}"),
     "missing in vae": (
-        edit_decoder("vae", without("quant_conv.bias")), "1 missing: vae:quant_conv.bias"),
-    "unexpected": (edit_bin(lambda t: t | {"extra.weight": torch.ones(2)}),
-                   "1 unexpected: extra.weight"),
-    "transposed": (edit_bin(lambda t: t | {WEIGHT: t[WEIGHT].T.contiguous()}),
-                   f"1 misshapen: {WEIGHT} is [64, 176], expected [176, 64]"),
+        edit_decoder("vae", without("quant_conv.bias")),
+        "1 missing: vae:quant_conv.bias",
+    ),
+    "unexpected": (
+        edit_bin(lambda t: t | {"extra.weight": torch.ones(2)}),
+        "1 unexpected: extra.weight",
+    ),
+    "transposed": (
+        edit_bin(lambda t: t | {WEIGHT: t[WEIGHT].T.contiguous()}),
+        f"1 misshapen: {WEIGHT} is [64, 176], expected [176, 64]",
+    ),
     "transposed conv": (
-        edit_decoder("unet", lambda t: t | {"conv_out.weight": t["conv_out.weight"].transpose(
-            0, 1).contiguous()}), "unet:conv_out.weight is [32, 4, 3, 3], expected [4, 32, 3, 3]"),
+        edit_decoder(
+            "unet",
+            lambda t: t | {"conv_out.weight": t["conv_out.weight"].transpose(0, 1).contiguous()},
+        ),
+        "unet:conv_out.weight is [32, 4, 3, 3], expected [4, 32, 3, 3]",
+    ),
     "integers": (edit_bin(lambda t: t | {WEIGHT: t[WEIGHT].to(torch.int64)}), f"{WEIGHT} is int64"),
     "doubles": (edit_bin(lambda t: t | {WEIGHT: t[WEIGHT].double()}), f"{WEIGHT} is float64"),
     "complex": (edit_bin(lambda t: t | {WEIGHT: t[WEIGHT].to(torch.complex64)}), "complex64"),
     "no tensor": (edit_bin(lambda t: t | {WEIGHT: 3}), f"{WEIGHT} is an int, expected a tensor"),
     "a list": (lambda f: torch.save([1, 2], f / source.MULTIMODAL), "expected a state dict"),
-    "no layers": (edit_bin(lambda t: {k: v for k, v in t.items() if ".layers." not in k}),
-                  "not an Emu checkpoint"),
+    "no layers": (
+        edit_bin(lambda t: {k: v for k, v in t.items() if ".layers." not in k}),
+        "not an Emu checkpoint",
+    ),
     "other tokenizer": (
-        edit_bin(lambda t: t | {k: torch.ones(600, 64) for k in (
-            "decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")}),
-        "600 tokens"),
-    "wrong json": (lambda f: (f / "Emu.json").write_text('{"vision_cfg": {"width": 99}}'),
-                   "vision_cfg.width is 99, but the tensors have 48"),
+        edit_bin(
+            lambda t: (
+                t
+                | {
+                    k: torch.ones(600, 64)
+                    for k in ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
+                }
+            )
+        ),
+        "600 tokens",
+    ),
+    "wrong json": (
+        lambda f: (f / "Emu.json").write_text('{"vision_cfg": {"width": 99}}'),
+        "vision_cfg.width is 99, but the tensors have 48",
+    ),
     "broken json": (lambda f: (f / "unet" / "config.json").write_text("{"), "cannot read"),
     "unknown feature": (
         lambda f: (f / "unet" / "config.json").write_text('{"use_linear_projection": true}'),
-        "use_linear_projection"),
-}  # fmt: skip
+        "use_linear_projection",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -1165,13 +1254,20 @@ def test_what_a_diffusers_configuration_leaves_out_has_diffusers_defaults(tmp_pa
 @pytest.mark.parametrize(
     "values",
     [
-        {"downsample_padding": 0}, {"mid_block_scale_factor": 0}, {"dropout": True},
-        {"num_attention_heads": 1}, {"layers_per_block": [1, 2]}, {"norm_num_groups": 0},
-        {"norm_num_groups": 7}, {"norm_num_groups": None}, {"block_out_channels": []},
-        {"attention_head_dim": "8"}, {"unknown_of_tomorrow": 1},
+        {"downsample_padding": 0},
+        {"mid_block_scale_factor": 0},
+        {"dropout": True},
+        {"num_attention_heads": 1},
+        {"layers_per_block": [1, 2]},
+        {"norm_num_groups": 0},
+        {"norm_num_groups": 7},
+        {"norm_num_groups": None},
+        {"block_out_channels": []},
+        {"attention_head_dim": "8"},
+        {"unknown_of_tomorrow": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_denoiser_that_ours_is_not_is_refused(tmp_path, values):
     with pytest.raises(UserError, match=next(iter(values))):
         diffusers_json(tmp_path, UNetConfig, **values)
@@ -1266,11 +1362,17 @@ def test_torch_files_are_read_as_torch_reads_them(form, tmp_path):
     module = torch.nn.Linear(3, 2).bfloat16()
     tensors = module.state_dict(prefix="linear.")  # an OrderedDict with attributes
     tensors |= {
-        "parameter": torch.nn.Parameter(whole[:2].clone()), "row": whole[2], "column": whole[:, 3],
-        "part": whole[1:4, 2:9:3], "turned": whole.T, "expanded": whole[0, :1].expand(4),
-        "scalar": torch.tensor(7, dtype=torch.int64), "empty": torch.zeros(0, 3),
-        "flags": torch.tensor([True, False]), "half": whole[1].half(),
-    }  # fmt: skip
+        "parameter": torch.nn.Parameter(whole[:2].clone()),
+        "row": whole[2],
+        "column": whole[:, 3],
+        "part": whole[1:4, 2:9:3],
+        "turned": whole.T,
+        "expanded": whole[0, :1].expand(4),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "empty": torch.zeros(0, 3),
+        "flags": torch.tensor([True, False]),
+        "half": whole[1].half(),
+    }
     if form == "ours":
         contents = {
             k: (tuple(v.shape), files.dtype_of(str(v.dtype).removeprefix("torch.")))
@@ -1398,12 +1500,15 @@ def write_large(folder, *, layers, width, mlp, dtype=torch.bfloat16):
     """A release of random weights without its decoder, written tensor by tensor."""
     heads, vision = width // 64, 64
     cfg = EmuConfig(
-        vision=VisionConfig(image_size=28, width=vision, layers=2, head_width=16, mlp_width=96,
-                            clip_width=8),
+        vision=VisionConfig(
+            image_size=28, width=vision, layers=2, head_width=16, mlp_width=96, clip_width=8
+        ),
         cformer=CFormerConfig(n_causal=4, width=64, layers=2, heads=4, head_width=16, mlp_width=96),
         llama=LlamaConfig(vocab_size=516, width=width, layers=layers, heads=heads, mlp_width=mlp),
-        tokens=TokenIds.after(512), unet=None, vae=None,
-    )  # fmt: skip
+        tokens=TokenIds.after(512),
+        unet=None,
+        vae=None,
+    )
     template = source.template_of(cfg, one_device())
     shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
     kind = files.dtype_of(str(dtype).removeprefix("torch."))

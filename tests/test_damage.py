@@ -51,9 +51,15 @@ def words(n: int) -> str:
 def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
     """{where: reason} of what is damaged, as of the others."""
     ways = [
-        "unreadable picture", "no picture", "corrupt tar member", "incomplete sample",
-        "invalid UTF-8", "picture too large", "picture too narrow", "malformed JSON",
-    ]  # fmt: skip
+        "unreadable picture",
+        "no picture",
+        "corrupt tar member",
+        "incomplete sample",
+        "invalid UTF-8",
+        "picture too large",
+        "picture too narrow",
+        "malformed JSON",
+    ]
     damaged, per_tar = damage(rng, SIZES["tars"], ways), 2000
     found = {}
     for first in range(0, SIZES["tars"], per_tar):
@@ -62,9 +68,11 @@ def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
             way = damaged.get(n)
             form, suffix = [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")][n % 3]
             content = {
-                "unreadable picture": CUT, "no picture": b"<html>404</html>",
-                "picture too large": BOMB, "picture too narrow": STRIP,
-            }.get(way or "", None) or picture(10 * (n % 25), form)  # fmt: skip
+                "unreadable picture": CUT,
+                "no picture": b"<html>404</html>",
+                "picture too large": BOMB,
+                "picture too narrow": STRIP,
+            }.get(way or "", None) or picture(10 * (n % 25), form)
             if way != "incomplete sample":
                 files[f"{n:05}.{suffix}"] = content
             if way == "malformed JSON":
@@ -93,10 +101,17 @@ def make_pages(folder: Path, rng: np.random.Generator) -> dict[str, str]:
     for n in range(SIZES["pages"]):
         way = damaged.get(n)
         content = CUT if way == "unreadable picture" else picture(10 * (n % 25))
-        entry = {"text_list": [words(n), words(n + 1)], "image_info": [{
-            "image_name": "x", "matched_text_index": 9 if way == "malformed entry" else 1,
-            "matched_sim": 0.5, "image_base64": base64.b64encode(content).decode(),
-        }]}  # fmt: skip
+        entry = {
+            "text_list": [words(n), words(n + 1)],
+            "image_info": [
+                {
+                    "image_name": "x",
+                    "matched_text_index": 9 if way == "malformed entry" else 1,
+                    "matched_sim": 0.5,
+                    "image_base64": base64.b64encode(content).decode(),
+                }
+            ],
+        }
         line = json.dumps(entry).encode()
         if way == "malformed JSON":
             line = line[:-30]
@@ -123,16 +138,27 @@ def make_videos(folder: Path, rng: np.random.Generator) -> dict[str, str]:
     ways = ["unreadable video", "video without frames", "missing file"]
     damaged = damage(rng, SIZES["videos"], ways)
     for name, content in (
-        ("good.mp4", video(12)), ("good.webm", video(12, "webm")), ("empty.webm", video(0, "webm")),
+        ("good.mp4", video(12)),
+        ("good.webm", video(12, "webm")),
+        ("empty.webm", video(0, "webm")),
         ("cut.mp4", video(12)[:700]),
-    ):  # fmt: skip
+    ):
         (folder / name).write_bytes(content)
-    names = {"unreadable video": "cut.mp4", "video without frames": "empty.webm",
-             "missing file": "absent.mp4"}  # fmt: skip
-    path = lines(folder / "videos.jsonl", [
-        {"video": names.get(damaged.get(n, ""), ["good.mp4", "good.webm"][n % 2]), "text": words(n)}
-        for n in range(SIZES["videos"])
-    ])  # fmt: skip
+    names = {
+        "unreadable video": "cut.mp4",
+        "video without frames": "empty.webm",
+        "missing file": "absent.mp4",
+    }
+    path = lines(
+        folder / "videos.jsonl",
+        [
+            {
+                "video": names.get(damaged.get(n, ""), ["good.mp4", "good.webm"][n % 2]),
+                "text": words(n),
+            }
+            for n in range(SIZES["videos"])
+        ],
+    )
     return {f"{path} entry {n}": reason for n, reason in damaged.items()}
 
 
@@ -142,8 +168,11 @@ def corpus(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     root, damaged = tmp_path_factory.mktemp("corpus"), {}
     rng = np.random.default_rng(0)
     makers = {
-        "tars": make_tars, "pages": make_pages, "records": make_records, "videos": make_videos
-    }  # fmt: skip
+        "tars": make_tars,
+        "pages": make_pages,
+        "records": make_records,
+        "videos": make_videos,
+    }
     for name, make in makers.items():
         (root / name).mkdir()
         damaged |= make(root / name, rng)
@@ -158,30 +187,55 @@ def cfg(corpus) -> TrainConfig:
     tokenizer.save(root / "tokenizer")
     # Drawn in proportion to their sizes, all sources end their first epoch together.
     sources = tuple(
-        SourceConfig(
-            name, FORMATS[name], _paths(root / name), weight=float(count), frames=4
-        )
+        SourceConfig(name, FORMATS[name], _paths(root / name), weight=float(count), frames=4)
         for name, count in SIZES.items()
-    )  # fmt: skip
+    )
     data = DataConfig(
-        root=str(root), sources=sources, batch_size=16, row_tokens=512, row_images=40, n_causal=2,
-        image_size=16, block_documents=500, decode_threads=2,
-    )  # fmt: skip
+        root=str(root),
+        sources=sources,
+        batch_size=16,
+        row_tokens=512,
+        row_images=40,
+        n_causal=2,
+        image_size=16,
+        block_documents=500,
+        decode_threads=2,
+    )
     model = digits(tokenizer.base_size)
     model = dataclasses.replace(
-        model, unet=None, vae=None,
+        model,
+        unet=None,
+        vae=None,
         vision=dataclasses.replace(model.vision, image_size=16, layers=1, width=24, mlp_width=48),
-        cformer=dataclasses.replace(model.cformer, n_causal=2, layers=1, width=24, mlp_width=48,
-                                    heads=1),
-        llama=dataclasses.replace(model.llama, layers=1, width=32, heads=2, mlp_width=48,
-                                  vocab_size=len(tokenizer), max_positions=512),
-        tokens=TokenIds(tokenizer.bos, tokenizer.eos, tokenizer.pad_id, tokenizer.img,
-                        tokenizer.img_end, tokenizer.image),
-    )  # fmt: skip
+        cformer=dataclasses.replace(
+            model.cformer, n_causal=2, layers=1, width=24, mlp_width=48, heads=1
+        ),
+        llama=dataclasses.replace(
+            model.llama,
+            layers=1,
+            width=32,
+            heads=2,
+            mlp_width=48,
+            vocab_size=len(tokenizer),
+            max_positions=512,
+        ),
+        tokens=TokenIds(
+            tokenizer.bos,
+            tokenizer.eos,
+            tokenizer.pad_id,
+            tokenizer.img,
+            tokenizer.img_end,
+            tokenizer.image,
+        ),
+    )
     return TrainConfig(
-        model=model, data=data, dtype="float32", log_every=10, checkpoint_every=1000,
+        model=model,
+        data=data,
+        dtype="float32",
+        log_every=10,
+        checkpoint_every=1000,
         optimizer=OptimizerConfig(groups=(GroupConfig(".*", lr=1e-3),)),
-    )  # fmt: skip
+    )
 
 
 def _paths(folder: Path) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from emu_jax.data.digits import (
     digit_pictures,
     encode_png,
     parse_digit,
-)  # fmt: skip
+)
 from emu_jax.data.documents import REASONS, Damaged, DocumentFiles, write_documents
 from emu_jax.data.images import (
     PictureError,
@@ -64,11 +64,19 @@ def tokenizer(root) -> Tokenizer:
 @pytest.fixture
 def cfg(root) -> DataConfig:
     return DataConfig(
-        root=str(root), split="validation",
-        mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 1.0}, batch_size=6,
-        row_tokens=64, row_images=8, n_causal=4, image_size=16, target_size=24, augment=True,
-        seed=3, block_documents=64,
-    )  # fmt: skip
+        root=str(root),
+        split="validation",
+        mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 1.0},
+        batch_size=6,
+        row_tokens=64,
+        row_images=8,
+        n_causal=4,
+        image_size=16,
+        target_size=24,
+        augment=True,
+        seed=3,
+        block_documents=64,
+    )
 
 
 def take(batches: Batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -134,9 +142,13 @@ def test_video_is_ordered_by_time():
         [(1.5, "then "), (0.5, "hello"), (1.0, " at once"), (3.0, "end")],
     )
     assert document.parts == (
-        Picture(b"a", 0.0), Text("hello"), Picture(b"b", 1.0), Text("at once then"),
-        Picture(b"c", 2.0), Text("end"),
-    )  # fmt: skip
+        Picture(b"a", 0.0),
+        Text("hello"),
+        Picture(b"b", 1.0),
+        Text("at once then"),
+        Picture(b"c", 2.0),
+        Text("end"),
+    )
 
 
 @pytest.mark.parametrize("left", [0, 100, 0.5, 0.9])
@@ -230,9 +242,10 @@ def test_only_regular_files_are_opened_as_pictures_or_videos(tmp_path, monkeypat
         os.mkfifo(pipe)
         large.write_bytes(bytes(100))
         for path, why in (
-            (pipe, "not a regular file (a pipe)"), (tmp_path, "not a regular file (a directory)"),
+            (pipe, "not a regular file (a pipe)"),
+            (tmp_path, "not a regular file (a directory)"),
             (large, "file too large (100 bytes, at most 99)"),
-        ):  # fmt: skip
+        ):
             shown = kind if path != tmp_path else "picture"
             with pytest.raises(UserError) as error:
                 open_file(path)
@@ -248,8 +261,9 @@ def test_images_of_impossible_sizes_are_refused(monkeypatch):
     def reason(width: int, height: int) -> str | None:
         try:
             assert open_image(encode_png(np.zeros((height, width), np.uint8))).size == (
-                width, height,
-            )  # fmt: skip
+                width,
+                height,
+            )
         except PictureError as error:
             return error.reason
         return None
@@ -494,9 +508,14 @@ def test_outlines_are_kept_and_noticed_stale(tmp_path, tokenizer, monkeypatch):
     counted = outlines(path, path)
     assert [counted[n] for n in range(4)] == [[3, P], [], [3, P], []]
     assert counted.totals() == {
-        "documents": 4, "tokens": 6, "pictures": 2, "with_text": 2, "with_picture": 2,
-        "with_both": 2, "damaged": 0,
-    }  # fmt: skip
+        "documents": 4,
+        "tokens": 6,
+        "pictures": 2,
+        "with_text": 2,
+        "with_picture": 2,
+        "with_both": 2,
+        "damaged": 0,
+    }
     with monkeypatch.context() as patch:
         patch.setattr(DocumentFiles, "sketch", None)  # nothing is counted again
         assert outlines(path, path)[2] == [3, P]
@@ -537,9 +556,16 @@ def hand_made(tmp_path: Path, **documents: list[Document]) -> DataConfig:
     for kind, each in documents.items():
         write_documents(tmp_path / "train" / f"{kind}.array_record", each)
     return DataConfig(
-        root=str(tmp_path), mixture=dict.fromkeys(documents, 1.0), batch_size=1, row_tokens=24,
-        row_images=3, n_causal=2, image_size=4, target_size=6, block_documents=1,
-    )  # fmt: skip
+        root=str(tmp_path),
+        mixture=dict.fromkeys(documents, 1.0),
+        batch_size=1,
+        row_tokens=24,
+        row_images=3,
+        n_causal=2,
+        image_size=4,
+        target_size=6,
+        block_documents=1,
+    )
 
 
 def test_a_row_by_hand(tmp_path, tokenizer):
@@ -557,9 +583,14 @@ def test_a_row_by_hand(tmp_path, tokenizer):
     with Batches(cfg, tokenizer, "rows") as batches:
         batch = next(batches)
         assert batches.statistics() == {
-            "token_fill": 2 * n / 33, "image_fill": 1.0, "tokens": 2 * n, "images": 4,
-            "documents": 2, "truncated": 0, "damaged": {},
-        }  # fmt: skip
+            "token_fill": 2 * n / 33,
+            "image_fill": 1.0,
+            "tokens": 2 * n,
+            "images": 4,
+            "documents": 2,
+            "truncated": 0,
+            "damaged": {},
+        }
     assert batch["tokens"].tolist() == [one + one + [t.pad_id] * 5]
     assert batch["segment_ids"].tolist() == [[1] * n + [2] * n + [0] * 5]
     assert batch["positions"].tolist() == [[*range(n), *range(n), 0, 0, 0, 0, 0]]
@@ -614,18 +645,23 @@ def test_only_what_is_scored_is_learned(root, tmp_path, learn_img):
         batch = next(batches)
     pixels = t.image_placeholder(cfg.n_causal)
     want = [
-        *t.encode(f"see [IMG]it[/IMG] [USER]:{pixels}"), *t.encode_plain("what? [USER]"),
+        *t.encode(f"see [IMG]it[/IMG] [USER]:{pixels}"),
+        *t.encode_plain("what? [USER]"),
         *t.encode(f"[ASSISTANT]: see {pixels} a [IMG]seven[/IMG]</s></s>", bos=False),
-    ]  # fmt: skip
+    ]
     tokens = batch["tokens"][0]
     assert tokens[tokens != t.pad_id].tolist() == want
     assert (tokens == t.user).sum() == 1  # a user's own words spell no token
     # An image that was drawn is opened by the model itself; one that a text spells is not.
     opened = [t.img] if learn_img else []
     scored = [
-        *t.encode_plain("see"), *opened, *t.encode_plain("a"), *t.encode_plain("seven"), t.eos,
+        *t.encode_plain("see"),
+        *opened,
+        *t.encode_plain("a"),
+        *t.encode_plain("seven"),
         t.eos,
-    ]  # fmt: skip
+        t.eos,
+    ]
     assert tokens[batch["text_loss_mask"][0]].tolist() == scored
     assert batch["image_valid"][0].tolist() == [True, True, False]
     assert batch["image_scored"][0].tolist() == [False, True, False]
@@ -634,9 +670,12 @@ def test_only_what_is_scored_is_learned(root, tmp_path, learn_img):
 def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
     words, image = Text("seven"), Picture(grey(10))
     documents = [
-        Document((words,)), Document((image,)), Document((image, words)), Document((Text(" "),)),
+        Document((words,)),
+        Document((image,)),
+        Document((image, words)),
+        Document((Text(" "),)),
         Document((words, words)),
-    ]  # fmt: skip
+    ]
     path = tmp_path / "all.array_record"
     write_documents(path, documents)
     source = SourceConfig("all", "records", (str(path),), paired=True)
@@ -928,9 +967,14 @@ def test_documents_read_together_are_those_read_alone(tmp_path, tokenizer, monke
     pages[4] = Document((Text("four"), Picture(b"no picture")))
     cfg = hand_made(tmp_path, pages=pages)
     cfg = dataclasses.replace(
-        cfg, augment=True, block_documents=36, row_tokens=48, row_images=6, batch_size=4,
+        cfg,
+        augment=True,
+        block_documents=36,
+        row_tokens=48,
+        row_images=6,
+        batch_size=4,
         decode_threads=threads,
-    )  # fmt: skip
+    )
 
     def read() -> tuple[list[dict[str, np.ndarray]], int]:
         with Batches(cfg, tokenizer, "rows") as batches:
@@ -989,18 +1033,30 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
     fails("does not exist: write documents there first", split="test")
     write_documents(tmp_path / "train" / "pages.array_record", [Document((Text("seven"),))])
     fails(
-        "has no document that 'contexts' can use", "contexts", root=str(tmp_path), split="train",
+        "has no document that 'contexts' can use",
+        "contexts",
+        root=str(tmp_path),
+        split="train",
         mixture={"pages": 1.0},
-    )  # fmt: skip
+    )
     with Batches(cfg, tokenizer, "rows") as batches:
         with pytest.raises(UserError, match="position is for 'captions' batches"):
             batches.restore({"kind": "captions", "step": 0, "groups": [[0, 0]]})
         with pytest.raises(UserError, match="position is of 2 groups of sources, this run has 1"):
             batches.restore({"kind": "rows", "step": 0, "groups": [[0, 0], [0, 0]]})
         for step, groups in (
-            ("1", [[0, 0]]), (-1, [[0, 0]]), (True, [[0, 0]]), (0, None), (0, {}), (0, [[0]]),
-            (0, [0, 0]), (0, [[0, "1"]]), (0, [[0, 1.5]]), (0, [[-1, 0]]), (None, [[0, 0]]),
-        ):  # fmt: skip
+            ("1", [[0, 0]]),
+            (-1, [[0, 0]]),
+            (True, [[0, 0]]),
+            (0, None),
+            (0, {}),
+            (0, [[0]]),
+            (0, [0, 0]),
+            (0, [[0, "1"]]),
+            (0, [[0, 1.5]]),
+            (0, [[-1, 0]]),
+            (None, [[0, 0]]),
+        ):
             with pytest.raises(UserError, match="the checkpoint's data position is damaged"):
                 batches.restore({"kind": "rows", "step": step, "groups": groups})
         with pytest.raises(UserError, match="is row 1000 of block 0, where these sources have no"):
@@ -1010,11 +1066,13 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
 def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokenizer):
     """Each epoch has every row once, condition and latents of one image together."""
     model = EmuConfig(
-        cformer=CFormerConfig(n_causal=2), llama=LlamaConfig(width=6, heads=1), unet=None,
+        cformer=CFormerConfig(n_causal=2),
+        llama=LlamaConfig(width=6, heads=1),
+        unet=None,
         vae=VAEConfig(
             sample_size=4, block_out_channels=(8, 8), latent_channels=1, norm_num_groups=8
         ),
-    )  # fmt: skip
+    )
     condition, latents = latent_shapes(model)
     for process in range(2):
         writer = PartWriter(tmp_path, 0, process)

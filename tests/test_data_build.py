@@ -136,9 +136,12 @@ def test_a_page_loses_the_pictures_that_do_not_pass():
 def test_words_that_do_not_pass():
     limits = CleanConfig(min_text=3, max_text=6)
     for texts, reason in (
-        (("  ab ",), "text too short"), (("abc", "defg"), "text too long"),
-        (("",), "empty"), (("abc", "def"), ""), ((" abc ",), ""),
-    ):  # fmt: skip
+        (("  ab ",), "text too short"),
+        (("abc", "defg"), "text too long"),
+        (("",), "empty"),
+        (("abc", "def"), ""),
+        ((" abc ",), ""),
+    ):
         document = Document(tuple(map(Text, texts)))
         cleaned = clean(document, limits)
         assert cleaned.reason == reason
@@ -167,8 +170,10 @@ def test_build(tmp_path, raw, cfg):
     assert (counts["read"], counts["written"]) == (90, len(kept))
     assert counts["rejected"] == pictures["dropped"]
     assert counts["rejected"].keys() == {
-        "picture too small", "picture too narrow", "unreadable picture"
-    }  # fmt: skip
+        "picture too small",
+        "picture too narrow",
+        "unreadable picture",
+    }
     assert sum(counts["rejected"].values()) == 90 - len(kept)
     assert (pictures["read"], pictures["written"]) == (90, len(kept))
     assert pictures["encoded"] == sum(cleaned.encoded for cleaned in expected) > 20
@@ -222,22 +227,36 @@ def test_the_same_bytes_whatever_happened(tmp_path, cfg, monkeypatch):
 def test_tars_and_pages(tmp_path, capsys):
     """Sources of other formats: their damage and their scores are counted."""
     samples = {
-        "a.jpg": encode(40, 30), "a.txt": b"a cat", "b.jpg": encode(40, 30)[:-80], "b.txt": b"cut",
-        "c.jpg": encode(40, 30), "c.txt": b"\xff\xfe", "d.jpg": encode(40, 30),
+        "a.jpg": encode(40, 30),
+        "a.txt": b"a cat",
+        "b.jpg": encode(40, 30)[:-80],
+        "b.txt": b"cut",
+        "c.jpg": encode(40, 30),
+        "c.txt": b"\xff\xfe",
+        "d.jpg": encode(40, 30),
         "d.json": b'{"caption": "a dog"}',
-    }  # fmt: skip
+    }
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for name, content in samples.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    command = ["data", "build", f"{tmp_path}/*.tar", f"{tmp_path}/out", "--format", "webdataset",
-               "--json"]  # fmt: skip
+    command = [
+        "data",
+        "build",
+        f"{tmp_path}/*.tar",
+        f"{tmp_path}/out",
+        "--format",
+        "webdataset",
+        "--json",
+    ]
     assert cli.main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["documents"] == {
-        "read": 4, "written": 2, "rejected": {"invalid UTF-8": 1, "unreadable picture": 1}
-    }  # fmt: skip
+        "read": 4,
+        "written": 2,
+        "rejected": {"invalid UTF-8": 1, "unreadable picture": 1},
+    }
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["paired"] is True
     built = DocumentFiles([tmp_path / "out" / "pairs-00000-of-00001.array_record"])
     assert [d.parts[1] for d in built] == [Text("a cat"), Text("a dog")]
@@ -299,9 +318,11 @@ def test_damage_is_listed_and_a_store_that_fails_is_not(tmp_path, failing, capsy
     assert manifest["documents"] == {"read": 10, "written": 9, "rejected": {"damaged record": 1}}
     (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "document": 3, "where": "place 3", "reason": "damaged record",
+        "document": 3,
+        "where": "place 3",
+        "reason": "damaged record",
         "detail": "place 3: damaged record (why)",
-    }  # fmt: skip
+    }
     assert capsys.readouterr().err.splitlines()[-1].startswith("f: 10 of 10 documents, ")
 
 
@@ -370,9 +391,17 @@ def test_a_build_that_loses_all_images_is_an_error(tmp_path):
 def test_a_build_that_writes_nothing_is_an_error(tmp_path, raw, capsys):
     """Whose line counts the reasons; also when it is run again."""
     command = [
-        "data", "build", str(raw), str(tmp_path / "out"), "--format", "records", "--workers", "1",
-        "--set", "clean.min_text=1000",
-    ]  # fmt: skip
+        "data",
+        "build",
+        str(raw),
+        str(tmp_path / "out"),
+        "--format",
+        "records",
+        "--workers",
+        "1",
+        "--set",
+        "clean.min_text=1000",
+    ]
     for _ in range(2):
         assert cli.main(command) == 2
         error = capsys.readouterr().err.splitlines()[-1]
@@ -383,9 +412,15 @@ def test_a_build_that_writes_nothing_is_an_error(tmp_path, raw, capsys):
 
 
 def test_what_readers_leave_out_is_counted(tmp_path, capsys):
-    said = [{"from": who, "value": value} for who, value in (
-        ("gpt", "to nothing"), ("human", "one"), ("gpt", "two"), ("human", "three")
-    )]  # fmt: skip
+    said = [
+        {"from": who, "value": value}
+        for who, value in (
+            ("gpt", "to nothing"),
+            ("human", "one"),
+            ("gpt", "two"),
+            ("human", "three"),
+        )
+    ]
     listing = tmp_path / "d.json"
     listing.write_text(json.dumps([{"conversations": said}, {"q": "four", "a": "five"}] * 2))
     command = ["data", "build", str(listing), str(tmp_path / "out"), "--format", "dialogues"]
@@ -397,9 +432,11 @@ def test_what_readers_leave_out_is_counted(tmp_path, capsys):
     assert "  2 unused: answer without a question" in capsys.readouterr().out.splitlines()
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[2]) == {
-        "document": 2, "where": f"{listing} entry 2", "unused": "answer without a question",
+        "document": 2,
+        "where": f"{listing} entry 2",
+        "unused": "answer without a question",
         "detail": "to nothing",
-    }  # fmt: skip
+    }
 
 
 def test_no_documents_and_two_builds_at_once(tmp_path, cfg):
@@ -423,9 +460,21 @@ def test_no_documents_and_two_builds_at_once(tmp_path, cfg):
 
 def test_command(tmp_path, raw, capsys):
     command = [
-        "data", "build", str(raw), str(tmp_path / "out"), "--format", "records", "--name", "laion",
-        "--set", "clean.min_side=8", "--set", "clean.max_side=32", "--workers", "1",
-    ]  # fmt: skip
+        "data",
+        "build",
+        str(raw),
+        str(tmp_path / "out"),
+        "--format",
+        "records",
+        "--name",
+        "laion",
+        "--set",
+        "clean.min_side=8",
+        "--set",
+        "clean.max_side=32",
+        "--workers",
+        "1",
+    ]
     assert cli.main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["documents"]["read"] == 90
@@ -485,10 +534,26 @@ def test_killed_half_way_and_started_again(tmp_path):
     raw, killed = tmp_path / "raw.array_record", tmp_path / "killed"
     write_documents(raw, raw_documents(20_000))
     command = [
-        sys.executable, "-m", "emu_jax.cli", "data", "build", str(raw), str(killed),
-        "--format", "records", "--name", "small", "--shard-documents", "1000", "--workers", "2",
-        "--set", "clean.max_side=32", "--set", "clean.min_side=8",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "emu_jax.cli",
+        "data",
+        "build",
+        str(raw),
+        str(killed),
+        "--format",
+        "records",
+        "--name",
+        "small",
+        "--shard-documents",
+        "1000",
+        "--workers",
+        "2",
+        "--set",
+        "clean.max_side=32",
+        "--set",
+        "clean.min_side=8",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     try:
         wait_for(lambda: len(list(killed.glob("small-*.json"))) >= 10, 300)

@@ -31,11 +31,18 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cfg(root) -> DataConfig:
     return DataConfig(
-        root=str(root), split="validation",
-        mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 1.0}, batch_size=6,
-        row_tokens=64, row_images=8, n_causal=4, image_size=16, target_size=24, seed=3,
+        root=str(root),
+        split="validation",
+        mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 1.0},
+        batch_size=6,
+        row_tokens=64,
+        row_images=8,
+        n_causal=4,
+        image_size=16,
+        target_size=24,
+        seed=3,
         block_documents=64,
-    )  # fmt: skip
+    )
 
 
 def shown(page: str) -> dict[str, int]:
@@ -108,9 +115,14 @@ def test_the_page_stands_alone_and_text_is_escaped(tmp_path):
     )
     Tokenizer.train([ATTACK], 300).save(tmp_path / "tokenizer")
     cfg = DataConfig(
-        root=str(tmp_path), mixture={"pairs": 1.0}, row_tokens=80, row_images=2, n_causal=4,
-        image_size=70, block_documents=4,
-    )  # fmt: skip
+        root=str(tmp_path),
+        mixture={"pairs": 1.0},
+        row_tokens=80,
+        row_images=2,
+        n_causal=4,
+        image_size=70,
+        block_documents=4,
+    )
     inspect(tmp_path / "page.html", cfg, cfg.load_tokenizer(), "rows", rows=1, documents=1)
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "http" not in page
@@ -130,9 +142,14 @@ def test_damage_is_shown_where_it_lies(tmp_path):
     write_documents(path, pairs)
     Tokenizer.train(["word"], 300).save(tmp_path / "tokenizer")
     cfg = DataConfig(
-        root=str(tmp_path), sources=(SourceConfig("some", paths=(str(path),), batch_size=4),),
-        row_tokens=80, row_images=4, n_causal=4, image_size=9, block_documents=20,
-    )  # fmt: skip
+        root=str(tmp_path),
+        sources=(SourceConfig("some", paths=(str(path),), batch_size=4),),
+        row_tokens=80,
+        row_images=4,
+        n_causal=4,
+        image_size=9,
+        block_documents=20,
+    )
     out = tmp_path / "page.html"
     figures = inspect(out, cfg, cfg.load_tokenizer(), "rows", rows=3, documents=40)
     page = out.read_text()
@@ -160,9 +177,10 @@ def test_few_images_are_opened_whatever_the_batch_size(tmp_path, cfg, kind, monk
     opened = []
     read = DocumentFiles.read
     monkeypatch.setattr(
-        DocumentFiles, "read",
+        DocumentFiles,
+        "read",
         lambda self, *args, **more: opened.append(1) or read(self, *args, **more),
-    )  # fmt: skip
+    )
     tokenizer, path = cfg.load_tokenizer(), tmp_path / "page.html"
     fills, counts = [], []
     for size in (1, 2, 6):
@@ -183,9 +201,13 @@ def test_nothing_to_see(tmp_path, cfg):
     for rows, documents in ((0, 5), (5, 0)):
         with pytest.raises(UserError, match="at least one row"):
             inspect(
-                tmp_path / "x.html", cfg, cfg.load_tokenizer(), "rows", rows=rows,
+                tmp_path / "x.html",
+                cfg,
+                cfg.load_tokenizer(),
+                "rows",
+                rows=rows,
                 documents=documents,
-            )  # fmt: skip
+            )
 
 
 CONFIG = """
@@ -234,19 +256,24 @@ def test_packing_of_a_mixture_like_the_papers(tmp_path):
         return Document(tuple(p for _ in range(8) for p in (picture, words(rng.integers(5, 40)))))
 
     kinds = {
-        "captions": (pair, 256.0), "pages": (page, 64.0),
-        "videos": (video, 16.0), "storyboards": (storyboard, 16.0),
-    }  # fmt: skip
+        "captions": (pair, 256.0),
+        "pages": (page, 64.0),
+        "videos": (video, 16.0),
+        "storyboards": (storyboard, 16.0),
+    }
     sources = []
     for name, (make, weight) in kinds.items():
         path = tmp_path / f"{name}.array_record"
         write_documents(path, [make() for _ in range(400)])
         sources.append(
             SourceConfig(
-                name, paths=(str(path),), weight=weight, paired=name == "captions",
+                name,
+                paths=(str(path),),
+                weight=weight,
+                paired=name == "captions",
                 window_tokens=1024 if name == "pages" else 0,
             )
-        )  # fmt: skip
+        )
     Tokenizer.train(["word word"], 300).save(tmp_path / "tokenizer")
     cfg = DataConfig(root=str(tmp_path), sources=tuple(sources), row_images=23, image_size=2)
     out = tmp_path / "page.html"

@@ -154,27 +154,38 @@ def check_norms(ours, theirs) -> None:
     expected = {name: m.eps for name, m in theirs.named_modules() if hasattr(m, "eps")}
     found = {
         ".".join(map(str, path)): node.eps
-        for path, node in nnx.iter_graph(ours) if hasattr(node, "eps")
-    }  # fmt: skip
+        for path, node in nnx.iter_graph(ours)
+        if hasattr(node, "eps")
+    }
     assert found == expected and expected
 
 
 UNETS = [
     # Every kind of block, an odd number of layers, three levels.
     config.UNetConfig(
-        in_channels=3, out_channels=5, block_out_channels=(12, 20, 28), layers_per_block=1,
+        in_channels=3,
+        out_channels=5,
+        block_out_channels=(12, 20, 28),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2, cross_attention_dim=11, norm_num_groups=4, flip_sin_to_cos=False,
-        freq_shift=1, norm_eps=1e-4,
+        attention_head_dim=2,
+        cross_attention_dim=11,
+        norm_num_groups=4,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-4,
     ),
     config.UNetConfig(
-        block_out_channels=(18, 24), layers_per_block=2,
+        block_out_channels=(18, 24),
+        layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=3, cross_attention_dim=7, norm_num_groups=6,
+        attention_head_dim=3,
+        cross_attention_dim=7,
+        norm_num_groups=6,
     ),
-]  # fmt: skip
+]
 
 
 # Sides that do not halve evenly too, down to a single pixel.
@@ -209,14 +220,20 @@ def test_vae_diffusers():
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     cfg = config.VAEConfig(
-        in_channels=2, out_channels=3, latent_channels=5, block_out_channels=(12, 18, 24),
-        layers_per_block=1, norm_num_groups=6,
-    )  # fmt: skip
+        in_channels=2,
+        out_channels=3,
+        latent_channels=5,
+        block_out_channels=(12, 18, 24),
+        layers_per_block=1,
+        norm_num_groups=6,
+    )
     levels = len(cfg.block_out_channels)
     theirs, tensors = torch_module(
-        diffusers.AutoencoderKL, down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, **dataclasses.asdict(cfg),
-    )  # fmt: skip
+        diffusers.AutoencoderKL,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **dataclasses.asdict(cfg),
+    )
     ours = load(VAE, cfg, tensors)
     check_norms(ours, theirs)
     rng = np.random.default_rng(0)
@@ -254,8 +271,10 @@ def test_samplers_diffusers(method, prediction_type, space, steps):
     diffusers = pytest.importorskip("diffusers")
     cfg = config.SchedulerConfig(
         beta_schedule="linear" if steps == 7 else "scaled_linear",
-        prediction_type=prediction_type, set_alpha_to_one=steps == 3, **space,
-    )  # fmt: skip
+        prediction_type=prediction_type,
+        set_alpha_to_one=steps == 3,
+        **space,
+    )
     cls = getattr(diffusers, CLASSES[method])
     options = {"clip_sample": False} if method == "ddim" else {}
     theirs = cls.from_config({**dataclasses.asdict(cfg), **options})
@@ -420,10 +439,14 @@ def test_full_size_shapes():
 
 
 SMALL = config.UNetConfig(
-    block_out_channels=(16,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("UpBlock2D",), attention_head_dim=2, cross_attention_dim=8,
+    block_out_channels=(16,),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    attention_head_dim=2,
+    cross_attention_dim=8,
     norm_num_groups=4,
-)  # fmt: skip
+)
 
 
 def small_unet(mesh=None):

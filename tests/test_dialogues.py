@@ -63,46 +63,95 @@ def one(*asked: str | int, answer: tuple = ("yes",)) -> list:
     return [USER, *asked, ASSISTANT, *((part,) for part in answer)]
 
 
-@pytest.mark.parametrize(("entry", "want"), [
-    # An image in an answer stands there and is learned.
-    (talk("draw", "<image>", image="a.png"), one("draw", answer=(40,))),
-    (talk("<image> now red", "Here: <image> enjoy", image=["a.png", "b.png"]),
-     one(40, "now red", answer=("Here:", 80, "enjoy"))),
-    ({"image": "a.png", "instruction": "draw", "output": "<image>"}, one("draw", answer=(40,))),
-    # Without media a tag is a word; with an image <video> is one.
-    (talk("Why does <video> not play, <image> does?", "yes"),
-     one("Why does <video> not play, <image> does?")),
-    (talk("<image> of a <video> tag", "yes", image="a.png"), one(40, "of a <video> tag")),
-    (talk("see", "use <image>"), one("see", answer=("use <image>",))),
-    # `images`, with tags and without.
-    (talk("<image> or <image>?", "yes", images=["a.png", "b.png"]), one(40, "or", 80, "?")),
-    (talk("which?", "yes", images=["a.png", "b.png"]), one(40, 80, "which?")),
-    (talk("which?", "yes", images=[], image=""), one("which?")),
-    # A video where either tag stands, beside an image, or before the question.
-    (talk("look: <video>", "yes", video="v.mp4"), one("look:", 40, 140)),
-    (talk("<image>\nlook", "yes", video="v.mp4"), one(40, 140, "look")),
-    (talk("<video> has <image>?", "yes", videos=["v.mp4"], images="b.png"),
-     one(40, 140, "has", 80, "?")),
-    # OpenAI's layout.
-    ({"messages": [
-        role("system", "Be brief."),
-        role("user", [{"type": "image_url", "image_url": {"url": "a.png"}},
-                      {"type": "text", "text": "what?"}, {"type": "image"}]),
-        role("assistant", [{"type": "text", "text": "yes"}]),
-     ], "images": ["b.png"]}, ["Be brief.", *one(40, "what?", 80)]),
-    ({"messages": [
-        role("user", [{"type": "image_url", "image_url": {
-            "url": "data:image/png;base64," + base64.b64encode(picture(120, "PNG")).decode()
-        }}]),
-        role("assistant", "yes"),
-     ]}, one(120)),
-    # Joined: messages in a row, lists of texts, nested lists, a number; also a history.
-    ({"conversations": [says("Human", "one"), says("USER", "and"), says("gpt", "yes"),
-                        says("bing", "no")]}, one("one\nand", answer=("yes\nno",))),
-    ({"conversations": [[says("human", ["a", "b"])], [says("gpt", 5)]]}, one("ab", answer=("5",))),
-    ({"instruction": "x", "history": [["h", "i"]], "output": "yes", "system": "S"},
-     ["S", *one("h", answer=("i",)), ("</s>",), *one("x")]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entry", "want"),
+    [
+        # An image in an answer stands there and is learned.
+        (talk("draw", "<image>", image="a.png"), one("draw", answer=(40,))),
+        (
+            talk("<image> now red", "Here: <image> enjoy", image=["a.png", "b.png"]),
+            one(40, "now red", answer=("Here:", 80, "enjoy")),
+        ),
+        ({"image": "a.png", "instruction": "draw", "output": "<image>"}, one("draw", answer=(40,))),
+        # Without media a tag is a word; with an image <video> is one.
+        (
+            talk("Why does <video> not play, <image> does?", "yes"),
+            one("Why does <video> not play, <image> does?"),
+        ),
+        (talk("<image> of a <video> tag", "yes", image="a.png"), one(40, "of a <video> tag")),
+        (talk("see", "use <image>"), one("see", answer=("use <image>",))),
+        # `images`, with tags and without.
+        (talk("<image> or <image>?", "yes", images=["a.png", "b.png"]), one(40, "or", 80, "?")),
+        (talk("which?", "yes", images=["a.png", "b.png"]), one(40, 80, "which?")),
+        (talk("which?", "yes", images=[], image=""), one("which?")),
+        # A video where either tag stands, beside an image, or before the question.
+        (talk("look: <video>", "yes", video="v.mp4"), one("look:", 40, 140)),
+        (talk("<image>\nlook", "yes", video="v.mp4"), one(40, 140, "look")),
+        (
+            talk("<video> has <image>?", "yes", videos=["v.mp4"], images="b.png"),
+            one(40, 140, "has", 80, "?"),
+        ),
+        # OpenAI's layout.
+        (
+            {
+                "messages": [
+                    role("system", "Be brief."),
+                    role(
+                        "user",
+                        [
+                            {"type": "image_url", "image_url": {"url": "a.png"}},
+                            {"type": "text", "text": "what?"},
+                            {"type": "image"},
+                        ],
+                    ),
+                    role("assistant", [{"type": "text", "text": "yes"}]),
+                ],
+                "images": ["b.png"],
+            },
+            ["Be brief.", *one(40, "what?", 80)],
+        ),
+        (
+            {
+                "messages": [
+                    role(
+                        "user",
+                        [
+                            {
+                                "type": "image_url",
+                                "image_url": {
+                                    "url": "data:image/png;base64,"
+                                    + base64.b64encode(picture(120, "PNG")).decode()
+                                },
+                            }
+                        ],
+                    ),
+                    role("assistant", "yes"),
+                ]
+            },
+            one(120),
+        ),
+        # Joined: messages in a row, lists of texts, nested lists, a number; also a history.
+        (
+            {
+                "conversations": [
+                    says("Human", "one"),
+                    says("USER", "and"),
+                    says("gpt", "yes"),
+                    says("bing", "no"),
+                ]
+            },
+            one("one\nand", answer=("yes\nno",)),
+        ),
+        (
+            {"conversations": [[says("human", ["a", "b"])], [says("gpt", 5)]]},
+            one("ab", answer=("5",)),
+        ),
+        (
+            {"instruction": "x", "history": [["h", "i"]], "output": "yes", "system": "S"},
+            ["S", *one("h", answer=("i",)), ("</s>",), *one("x")],
+        ),
+    ],
+)
 def test_media_stand_where_the_entry_says(read, entry, want):
     document = read(entry)
     assert parts(document) == want and not document.unused
@@ -113,42 +162,81 @@ def test_media_stand_where_the_entry_says(read, entry, want):
 def test_the_system_message_speaks_of_what_is_shown(read):
     messages = [
         read(entry).parts[0].text.partition(".")[0]
-        for entry in (talk("draw", "<image>", image="a.png"), talk("what?", "y", image="a.png"),
-                      talk("what?", "y", video="v.mp4"), talk("what?", "y"))
-    ]  # fmt: skip
+        for entry in (
+            talk("draw", "<image>", image="a.png"),
+            talk("what?", "y", image="a.png"),
+            talk("what?", "y", video="v.mp4"),
+            talk("what?", "y"),
+        )
+    ]
     assert messages[0] == messages[3] == USER
     assert "presented with an image:" in messages[1] and "a video" in messages[2]
 
 
 def test_every_message_that_is_not_used_is_counted(read):
-    document = read({"conversations": [
-        says("gpt", "hello"), says("system", "S"), says("human", None), says("human", "one"),
-        says("gpt", " "), says("human", "two"), says("gpt", "yes"), says("system", "late"),
-        says("human", "<image> three"), says("gpt", ""), says("human", "four"),
-    ], "image": "a.png", "tools": ["t"]})  # fmt: skip
+    document = read(
+        {
+            "conversations": [
+                says("gpt", "hello"),
+                says("system", "S"),
+                says("human", None),
+                says("human", "one"),
+                says("gpt", " "),
+                says("human", "two"),
+                says("gpt", "yes"),
+                says("system", "late"),
+                says("human", "<image> three"),
+                says("gpt", ""),
+                says("human", "four"),
+            ],
+            "image": "a.png",
+            "tools": ["t"],
+        }
+    )
     assert parts(document) == ["S", *one("two")]
     assert document.unused == (
-        ("tools", ""), ("answer without a question", "hello"), ("empty message", "user"),
-        ("empty message", "assistant"), ("question without an answer", "one"),
-        ("system message after the first turn", "late"), ("empty message", "assistant"),
-        ("question without an answer", " three"), ("image of an unused message", "a.png"),
+        ("tools", ""),
+        ("answer without a question", "hello"),
+        ("empty message", "user"),
+        ("empty message", "assistant"),
+        ("question without an answer", "one"),
+        ("system message after the first turn", "late"),
+        ("empty message", "assistant"),
+        ("question without an answer", " three"),
+        ("image of an unused message", "a.png"),
         ("question without an answer", "four"),
-    )  # fmt: skip
+    )
 
 
-@pytest.mark.parametrize("entry", [
-    talk(), talk("x"), talk("x", None), talk("x", {"a": 1}), talk("x", True),
-    {"conversations": [says("alien", "x"), *talk("x", "y")["conversations"]]},
-    {"conversations": [says(None, "x")]}, {"conversations": ["x"]}, {"conversations": None},
-    {"messages": [{"role": "user"}]}, {"q": "x"}, {"instruction": 5, "output": "x"},
-    talk("<image>", "x", images=["a.png", "b.png"]), talk("<image><image>", "x", image="a.png"),
-    talk("x", "x", image={"path": "a.png"}), talk("x", "x", image=[["a.png"]]),
-    {"messages": [role("user", [{"type": "image"}]), role("assistant", "x")]},
-    {"messages": [role("user", [{"type": "sound"}]), role("assistant", "x")]},
-    talk("x", "y", video="v.mp4", start=2, end=1), talk("x", "y", video="v.mp4", start="soon"),
-    talk("x", "y", videos=["v.mp4", "v.mp4"], start=1), talk("x", "y", video="v.mp4", end=-1),
-    talk("x", "y", video="v.mp4", end=float("nan")), talk("x", "y", video="v.mp4", end=10**400),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        talk(),
+        talk("x"),
+        talk("x", None),
+        talk("x", {"a": 1}),
+        talk("x", True),
+        {"conversations": [says("alien", "x"), *talk("x", "y")["conversations"]]},
+        {"conversations": [says(None, "x")]},
+        {"conversations": ["x"]},
+        {"conversations": None},
+        {"messages": [{"role": "user"}]},
+        {"q": "x"},
+        {"instruction": 5, "output": "x"},
+        talk("<image>", "x", images=["a.png", "b.png"]),
+        talk("<image><image>", "x", image="a.png"),
+        talk("x", "x", image={"path": "a.png"}),
+        talk("x", "x", image=[["a.png"]]),
+        {"messages": [role("user", [{"type": "image"}]), role("assistant", "x")]},
+        {"messages": [role("user", [{"type": "sound"}]), role("assistant", "x")]},
+        talk("x", "y", video="v.mp4", start=2, end=1),
+        talk("x", "y", video="v.mp4", start="soon"),
+        talk("x", "y", videos=["v.mp4", "v.mp4"], start=1),
+        talk("x", "y", video="v.mp4", end=-1),
+        talk("x", "y", video="v.mp4", end=float("nan")),
+        talk("x", "y", video="v.mp4", end=10**400),
+    ],
+)
 def test_malformed_entries(read, entry):
     with pytest.raises(Damaged) as error:
         read(entry)
@@ -168,10 +256,11 @@ def test_messages_nested_too_deeply(tmp_path, monkeypatch):
 
 def test_a_malformed_entry_says_what_is_wrong(read):
     for entry, why in (
-        ({"q": "x"}, "no 'a'"), (talk("x"), "no question with an answer"),
+        ({"q": "x"}, "no 'a'"),
+        (talk("x"), "no question with an answer"),
         (talk("<image><image>", "x", image="a.png"), "2 places for 1 images"),
         ({"messages": [role("tool", "x")]}, "unknown speaker 'tool'"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(Damaged, match=f"entry 0: malformed entry \\({why}\\)$"):
             read(entry)
 
@@ -206,10 +295,15 @@ def test_dialogues_need_their_tokens(tmp_path):
 
     def first(form: str, path: Path, instruct: bool) -> list[str]:
         cfg = DataConfig(
-            sources=(SourceConfig("d", form, (str(path),)),), tokenizer=str(TINY / "tokenizer"),
-            batch_size=1, row_tokens=64, prefetch=0, image_size=32, instruct=instruct,
+            sources=(SourceConfig("d", form, (str(path),)),),
+            tokenizer=str(TINY / "tokenizer"),
+            batch_size=1,
+            row_tokens=64,
+            prefetch=0,
+            image_size=32,
+            instruct=instruct,
             block_documents=2,
-        )  # fmt: skip
+        )
         tokenizer = cfg.load_tokenizer()
         with Batches(cfg, tokenizer, "rows") as batches:
             return [tokenizer.piece(int(n)) for n in next(batches)["tokens"][0][:3]]

@@ -91,9 +91,15 @@ def check_emu_jax(words):
     elif verb == "eval":
         assert args.task in TASKS, args.task
         Options(
-            split=args.split, examples=args.examples, shots=args.shots, support=args.support,
-            limit=args.limit, seed=args.seed, batch_size=args.batch_size, fid=Fid(args.inception),
-        ).check()  # fmt: skip
+            split=args.split,
+            examples=args.examples,
+            shots=args.shots,
+            support=args.support,
+            limit=args.limit,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            fid=Fid(args.inception),
+        ).check()
     elif verb == "data build":
         source = SourceConfig(name=args.name, format=args.format, paths=tuple(args.paths))
         override(BuildConfig(source=source, shard_documents=args.shard_documents), args.set)
@@ -191,14 +197,21 @@ def test_the_environment_is_activated_before_it_is_needed(page):
 
 def test_commands_that_are_refused_are_found():
     for line in (
-        "emu-jax convert RUN DST", "emu-jax data build ... --max-text 150",
+        "emu-jax convert RUN DST",
+        "emu-jax data build ... --max-text 150",
         "emu-jax train --config configs/digits.py --workdir w --config.step=3",
-        "emu-jax train --config configs/nothing.py --workdir w", "emu-jax trian",
+        "emu-jax train --config configs/nothing.py --workdir w",
+        "emu-jax trian",
         "emu-jax plan --config configs/emu_14b.py --topology v5p:4x4",
-        "emu-jax eval ... --task vqa", "emu-jax eval ... --task vqav2 --shots 4",
-        "emu-jax bench flors", "emu-jax data build ... --set clean.min_sides=3",
-        "make everything", "pip install '.[all]'", "launch/tpu.sh train --nmae x", "curl x",
-    ):  # fmt: skip
+        "emu-jax eval ... --task vqa",
+        "emu-jax eval ... --task vqav2 --shots 4",
+        "emu-jax bench flors",
+        "emu-jax data build ... --set clean.min_sides=3",
+        "make everything",
+        "pip install '.[all]'",
+        "launch/tpu.sh train --nmae x",
+        "curl x",
+    ):
         with pytest.raises((AssertionError, UserError)):
             check(shlex.split(line))
 

@@ -154,9 +154,14 @@ def test_nocaps_by_domain(ask):
     )
     cider = {k: v for k, v in result["scores"].items() if "CIDEr" in k}
     assert cider == pytest.approx(
-        {"CIDEr": 2500 / 6, "CIDEr_in-domain": 500, "CIDEr_near-domain": 250,
-         "CIDEr_out-domain": 500}, abs=1e-3,
-    )  # fmt: skip
+        {
+            "CIDEr": 2500 / 6,
+            "CIDEr_in-domain": 500,
+            "CIDEr_near-domain": 250,
+            "CIDEr_out-domain": 500,
+        },
+        abs=1e-3,
+    )
     assert json.loads(out.read_text())[5] == {"image_id": 5, "caption": texts[5]}
 
 
@@ -174,9 +179,10 @@ def test_vqav2(ask):
     answers = ANSWERS | {"raining": "Yes\nno"}
     result, out = ask("vqav2", Said(says=said_of(answers)))
     assert json.loads(out.read_text()) == [
-        {"question_id": 0, "answer": "orange"}, {"question_id": 1, "answer": "2"},
+        {"question_id": 0, "answer": "orange"},
+        {"question_id": 1, "answer": "2"},
         {"question_id": 1002, "answer": "yes"},
-    ]  # fmt: skip
+    ]
     assert result["scores"]["accuracy"] == pytest.approx((60 + 100 + 60) / 3)
     assert result["scores"]["accuracy/answer/other"] == pytest.approx(220 / 3)
 
@@ -206,12 +212,19 @@ def test_visdial(ask):
     result, out = ask("visdial", Said())
     assert json.loads(out.read_text()) == [
         {"image_id": image, "round_id": number, "ranks": [2, 3, 1, 4]}
-        for image in (0, 1) for number in (1, 2)
-    ]  # fmt: skip
-    assert result["scores"] == pytest.approx({
-        "NDCG": 100 / (1 + 0.5 / np.log2(3)), "MRR": 75, "R@1": 50, "R@5": 100, "R@10": 100,
-        "mean rank": 1.5,
-    })  # fmt: skip
+        for image in (0, 1)
+        for number in (1, 2)
+    ]
+    assert result["scores"] == pytest.approx(
+        {
+            "NDCG": 100 / (1 + 0.5 / np.log2(3)),
+            "MRR": 75,
+            "R@1": 50,
+            "R@5": 100,
+            "R@10": 100,
+            "mean rank": 1.5,
+        }
+    )
 
 
 def test_visdial_without_dense_annotations_says_so(ask, tmp_path):
@@ -237,8 +250,10 @@ def test_nextqa(ask):
     answers = {"run?": "catch the ball", "dogs": "two", "where": "xyzzy"}
     result, out = ask("nextqa", Said(says=said_of(answers)))
     assert json.loads(out.read_text()) == {
-        "100": {"0": "catch the ball"}, "101": {"1": "two"}, "102": {"2": "xyzzy"},
-    }  # fmt: skip
+        "100": {"0": "catch the ball"},
+        "101": {"1": "two"},
+        "102": {"2": "xyzzy"},
+    }
     (figure,) = [v for k, v in result["scores"].items() if k in ("WUPS", "exact")]
     assert figure == pytest.approx(200 / 3)
 
@@ -336,12 +351,16 @@ def as_text(value):
     return [as_text(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("task, changed", [
-    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json"),
-    ("vqav2", "v2_mscoco_val2014_annotations.json"), ("visdial", "visdial_1.0_val.json"),
-    ("visdial", "visdial_1.0_val_dense_annotations.json"),
-    ("nocaps", "nocaps_val_4500_captions.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, changed",
+    [
+        ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json"),
+        ("vqav2", "v2_mscoco_val2014_annotations.json"),
+        ("visdial", "visdial_1.0_val.json"),
+        ("visdial", "visdial_1.0_val_dense_annotations.json"),
+        ("nocaps", "nocaps_val_4500_captions.json"),
+    ],
+)
 def test_numbers_of_images_may_be_text(task, changed, ask, tmp_path):
     says = in_turn([text for text, _ in CAPTIONS] * 2) if task == "nocaps" else said_of(ANSWERS)
     first, _ = ask(task, Said(says=says), "first")
@@ -357,9 +376,10 @@ def test_only_the_last_round_of_a_test_dialogue_is_ranked(ask, tmp_path):
     draw(data / "VisualDialog_test2018" / f"VisualDialog_test2018_{9:012d}.jpg", 9)
     dialog = [{"question": 0, "answer": 1}, {"question": 1, "answer_options": [0, 1, 2, 3]}]
     content = {
-        "questions": ["is it a cat", "is it red"], "answers": ["yes", "no", "maybe", "so"],
+        "questions": ["is it a cat", "is it red"],
+        "answers": ["yes", "no", "maybe", "so"],
         "dialogs": [{"image_id": 9, "caption": "a dog", "dialog": dialog}],
-    }  # fmt: skip
+    }
     write(data / "visdial_1.0_test.json", {"split": "test", "data": content})
     emu = Said()
     result, out = ask("visdial", emu, split="test")
@@ -419,7 +439,8 @@ def settings(new, least, penalty):
             {"choices": ("yes.", "no.")},
         ),
         (
-            "mmvet", f"{SYSTEM} [USER]: {IMAGE}What is x in the equation? [ASSISTANT]:",
+            "mmvet",
+            f"{SYSTEM} [USER]: {IMAGE}What is x in the equation? [ASSISTANT]:",
             settings(128, 1, 1.0),
         ),
         (
@@ -429,7 +450,7 @@ def settings(new, least, penalty):
             {"segments": 4, "candidates": ["no", "brown", "it is red", "yes"]},
         ),
     ],
-)  # fmt: skip
+)
 def test_prompts_are_the_releases(task, prompt, decoding, ask):
     emu = Said(says=lambda *_: "yes.")
     ask(task, emu)
@@ -670,8 +691,14 @@ def test_what_else_predictions_depend_on(change, ask, tmp_path, monkeypatch):
 def test_a_fingerprint_is_of_what_a_model_computes_with(tmp_path):
     run, base = tmp_path / "run", tmp_path / "base"
     for folder, step in ((run, "12"), (base, "7")):
-        for name in ("config.json", "tokenizer/tokenizer.json", f"{step}/params/d/aa",
-                     f"{step}/ema/d/bb", f"{step}/optimizer/d/cc", "9/params/d/dd"):  # fmt: skip
+        for name in (
+            "config.json",
+            "tokenizer/tokenizer.json",
+            f"{step}/params/d/aa",
+            f"{step}/ema/d/bb",
+            f"{step}/optimizer/d/cc",
+            "9/params/d/dd",
+        ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(f"{folder.name} {name}")
     (run / "9").rename(run / "11")  # an older step, though its name sorts last
@@ -681,11 +708,15 @@ def test_a_fingerprint_is_of_what_a_model_computes_with(tmp_path):
     shutil.copytree(base, tmp_path / "elsewhere" / "base")
     assert fingerprint(copied) == first
     counts = {
-        run / "12/params/d/aa": True, run / "12/ema/d/bb": True, run / "config.json": True,
-        run / "tokenizer/tokenizer.json": True, base / "9/params/d/dd": True,
-        run / "11/params/d/dd": False, run / "12/optimizer/d/cc": False,
+        run / "12/params/d/aa": True,
+        run / "12/ema/d/bb": True,
+        run / "config.json": True,
+        run / "tokenizer/tokenizer.json": True,
+        base / "9/params/d/dd": True,
+        run / "11/params/d/dd": False,
+        run / "12/optimizer/d/cc": False,
         base / "7/params/d/aa": False,
-    }  # fmt: skip
+    }
     for path, is_used in counts.items():
         content = path.read_text()
         path.write_text(content.replace(path.name[-1], "x"))  # as long as before
@@ -792,9 +823,11 @@ def test_where_the_first_process_fails_the_others_say_so(ask, tmp_path, monkeypa
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(running, "load", lambda *args, **settings: Said(says=echo))
-        runs.append(running.Run(
-            tmp_path / "none", TASKS["vqav2"], Folder(layout("vqav2", tmp_path)), out, Options()
-        ))  # fmt: skip
+        runs.append(
+            running.Run(
+                tmp_path / "none", TASKS["vqav2"], Folder(layout("vqav2", tmp_path)), out, Options()
+            )
+        )
     met = []
     monkeypatch.setattr(running, "barrier", lambda name: met.append((name, stale.exists())))
 
@@ -849,11 +882,13 @@ def test_files_that_are_not_the_official_ones_are_named(change, message, ask, tm
     "task, file, content",
     [
         (
-            "vqav2", "v2_OpenEnded_mscoco_val2014_questions.json",
+            "vqav2",
+            "v2_OpenEnded_mscoco_val2014_questions.json",
             '{"questions": [{"image_id": "7", "question": "why", "question_id": 0}]}',
         ),
         (
-            "visdial", "visdial_1.0_val.json",
+            "visdial",
+            "visdial_1.0_val.json",
             '{"data": {"questions": [], "answers": [], "dialogs": [{"image_id": "7"}]}}',
         ),
         ("coco_caption", "coco_karpathy_test.json", '[{"image": "a.jpg", "caption": "a cat"}]'),
@@ -861,7 +896,7 @@ def test_files_that_are_not_the_official_ones_are_named(change, message, ask, tm
         ("nextqa", "map_vid_vidorID.json", "[]"),
         ("msvdqa", "youtube_mapping.txt", "caf\xe9 vid1"),
     ],
-)  # fmt: skip
+)
 def test_values_of_another_kind_are_named_with_their_file(task, file, content, ask, tmp_path):
     (layout(task, tmp_path) / file).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=f"{file} is not laid out as the official file"):
@@ -935,11 +970,17 @@ def small():
             n_causal=3, width=16, layers=1, heads=2, head_width=8, mlp_width=24
         ),
         llama=config.LlamaConfig(
-            vocab_size=base + 4, vocab_multiple=8, width=48, layers=1, heads=3, mlp_width=56,
+            vocab_size=base + 4,
+            vocab_multiple=8,
+            width=48,
+            layers=1,
+            heads=3,
+            mlp_width=56,
             max_positions=512,
         ),
-        unet=None, vae=None,
-    )  # fmt: skip
+        unet=None,
+        vae=None,
+    )
     model = models.Emu(cfg, rngs=nnx.Rngs(3))
     head = model.llama.lm_head.kernel
     head[...] = head[...] * 3  # probabilities that are far from equal
@@ -1146,10 +1187,14 @@ def test_captions_are_those_of_the_releases_prompt(checkpoints, tmp_path):
     for row in json.loads(out.read_text()):
         picture = data / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
         text = emu.generate_text(
-            [f"{SYSTEM} [USER]: ", picture, " please provide an accurate and concise description "
-             "of the given image. [ASSISTANT]: the image depicts a photo of"],
+            [
+                f"{SYSTEM} [USER]: ",
+                picture,
+                " please provide an accurate and concise description "
+                "of the given image. [ASSISTANT]: the image depicts a photo of",
+            ],
             **settings(20, 8, -1.0),
-        )  # fmt: skip
+        )
         assert row["caption"] == text.split("\n")[0].split(". ")[0].removesuffix(".").lower()
 
 
@@ -1179,9 +1224,11 @@ class Command:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),
-            "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": "",
-        }  # fmt: skip
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_NUM_CPU_DEVICES": "2",
+            "XLA_FLAGS": "",
+        }
         words = ["--checkpoint", checkpoint, "--task", "coco_caption", "--data", data, "--out", out]
         words += ["--batch-size", "2", "--dtype", "float32", *more]
         self.logs = [out.with_name(f"{out.stem}.{n}.log") for n in range(count)]
@@ -1190,9 +1237,10 @@ class Command:
             with log.open("w") as file:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "emu_jax.cli", "eval", *map(str, words)],
-                    stdout=file, stderr=subprocess.STDOUT,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
                     env=environment | {"JAX_PROCESS_ID": str(n)},
-                )  # fmt: skip
+                )
             self.processes.append(process)
 
     def said(self):

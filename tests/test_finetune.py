@@ -106,14 +106,16 @@ def small_model(lora=None):
     return dataclasses.replace(
         model,
         unet=dataclasses.replace(
-            model.unet, block_out_channels=(16, 32), norm_num_groups=8,
+            model.unet,
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
         vision=dataclasses.replace(model.vision, layers=1),
         cformer=dataclasses.replace(model.cformer, layers=1),
         llama=dataclasses.replace(model.llama, layers=2, vocab_multiple=1, lora=lora),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +136,26 @@ def parent(tmp_path_factory):
 def tuning(parent, steps=2, **changes) -> TrainConfig:
     run, data = parent
     groups = (GroupConfig(r"\.lora_[ab]$", lr=1e-2), GroupConfig(".*", lr=0.0))
-    return TrainConfig(**{
-        "model": small_model(LORA), "init_from": str(run), "save_frozen": False, "steps": steps,
-        "checkpoint_every": 1, "log_every": 1, "optimizer": OptimizerConfig(groups=groups),
-        "data": digits_data(
-            root=str(data), instruct=True, mixture={"instructions": 1.0}, batch_size=2,
-            row_tokens=64, block_documents=16,
-        ), **changes,
-    })  # fmt: skip
+    return TrainConfig(
+        **{
+            "model": small_model(LORA),
+            "init_from": str(run),
+            "save_frozen": False,
+            "steps": steps,
+            "checkpoint_every": 1,
+            "log_every": 1,
+            "optimizer": OptimizerConfig(groups=groups),
+            "data": digits_data(
+                root=str(data),
+                instruct=True,
+                mixture={"instructions": 1.0},
+                batch_size=2,
+                row_tokens=64,
+                block_documents=16,
+            ),
+            **changes,
+        }
+    )
 
 
 @pytest.mark.slow
@@ -169,9 +183,10 @@ def test_a_run_saves_its_adapters_alone_and_goes_on(parent, tmp_path, monkeypatc
     np.testing.assert_allclose(head[:, 351], np.mean(old, axis=1), atol=1e-6)
     assert whole.tokenizer.user == 350 and whole.cfg.llama.lora == LORA
     adapters = [
-        a[...] for path, a in nnx.to_flat_state(nnx.state(whole.model.llama))
+        a[...]
+        for path, a in nnx.to_flat_state(nnx.state(whole.model.llama))
         if path[-2:] == ("o_proj", "lora_b")
-    ]  # fmt: skip
+    ]
     assert max(np.abs(a).max() for a in adapters) > 0
 
     (parent[0].parent / "run").rename(tmp_path / "moved")
@@ -185,15 +200,31 @@ def test_a_run_saves_its_adapters_alone_and_goes_on(parent, tmp_path, monkeypatc
 def decoding(parent, **changes) -> TrainConfig:
     run, data = parent
     groups = (GroupConfig(r"^unet\.", lr=1e-3), GroupConfig(".*", lr=0.0))
-    return TrainConfig(**{
-        "objective": "decoder", "model": small_model(), "init_from": str(run), "steps": 2,
-        "checkpoint_every": 1, "log_every": 1, "optimizer": OptimizerConfig(groups=groups),
-        "ema_decay": 0.9, "save_frozen": False, "dtype": "float32",
-        "data": digits_data(
-            root=str(data), mixture={"pairs": 1.0}, batch_size=4, row_tokens=40, row_images=1,
-            picture_first=0.0, augment=False, drop_condition=0.4,
-        ), **changes,
-    })  # fmt: skip
+    return TrainConfig(
+        **{
+            "objective": "decoder",
+            "model": small_model(),
+            "init_from": str(run),
+            "steps": 2,
+            "checkpoint_every": 1,
+            "log_every": 1,
+            "optimizer": OptimizerConfig(groups=groups),
+            "ema_decay": 0.9,
+            "save_frozen": False,
+            "dtype": "float32",
+            "data": digits_data(
+                root=str(data),
+                mixture={"pairs": 1.0},
+                batch_size=4,
+                row_tokens=40,
+                row_images=1,
+                picture_first=0.0,
+                augment=False,
+                drop_condition=0.4,
+            ),
+            **changes,
+        }
+    )
 
 
 def test_a_decoder_may_be_conditioned_on_the_picture_itself(parent):
@@ -224,8 +255,11 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
     whole = dataclasses.replace(cfg.data, drop_condition=0.0)
     with Batches(whole, emu.tokenizer, "contexts") as batches:
         contexts = [next(batches) for _ in range(3)]
-    words = [emu.tokenizer.decode(c["tokens"][n, : c["length"][n] - 1])
-             for c in contexts for n in range(4)]  # fmt: skip
+    words = [
+        emu.tokenizer.decode(c["tokens"][n, : c["length"][n] - 1])
+        for c in contexts
+        for n in range(4)
+    ]
     data = dataclasses.replace(cfg.data, batch_size=12)
     made = LatentBatches(tmp_path / "latents", data, emu.cfg)
     seen = [next(made) for _ in range(6)]

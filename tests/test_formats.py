@@ -56,18 +56,25 @@ def test_images_lie_beside_a_compressed_listing(tmp_path):
 GZIP = gzip.compress(b"x" * 99, mtime=0)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("d.jsonl", GZIP, "d.jsonl is compressed with gzip.*: gzip -dc .*d.jsonl > "),
-    ("d.jsonl.zst", b"\x28\xb5\x2f\xfd...", "compressed with zstd.*: zstd -dc .* > .*d.jsonl$"),
-    ("d.jsonl.bz2", b"BZh9...", "compressed with bzip2"),
-    ("d.jsonl", b"PK\x03\x04...", "d.jsonl is a zip archive"),
-    ("d.parquet", b"PAR1...PAR1", "is in the Parquet format.*read_parquet.*d.jsonl"),
-    ("d.json", "[{}]".encode("utf-16"), "is in UTF-16"),
-    ("d.json", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer.*git lfs pull"),
-    ("d.jsonl.gz", GZIP[:-9], "cannot unpack .*: download or unpack it again"),
-    ("d.jsonl.gz", b"{}", "cannot unpack .*Not a gzipped file"),
-    ("d.jsonl.zip", b"{}", "cannot unpack .*not a zip file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", GZIP, "d.jsonl is compressed with gzip.*: gzip -dc .*d.jsonl > "),
+        ("d.jsonl.zst", b"\x28\xb5\x2f\xfd...", "compressed with zstd.*: zstd -dc .* > .*d.jsonl$"),
+        ("d.jsonl.bz2", b"BZh9...", "compressed with bzip2"),
+        ("d.jsonl", b"PK\x03\x04...", "d.jsonl is a zip archive"),
+        ("d.parquet", b"PAR1...PAR1", "is in the Parquet format.*read_parquet.*d.jsonl"),
+        ("d.json", "[{}]".encode("utf-16"), "is in UTF-16"),
+        (
+            "d.json",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "Git LFS pointer.*git lfs pull",
+        ),
+        ("d.jsonl.gz", GZIP[:-9], "cannot unpack .*: download or unpack it again"),
+        ("d.jsonl.gz", b"{}", "cannot unpack .*Not a gzipped file"),
+        ("d.jsonl.zip", b"{}", "cannot unpack .*not a zip file"),
+    ],
+)
 def test_other_formats_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"source 'it': .*{message}") as error:

@@ -144,9 +144,17 @@ def test_the_system_message_of_a_dialogue():
     # The message stands before the first turn; each answer ends, and its images do not count.
     turns = [["a?"], ["b", one], [one, "c?"]]
     assert prompt.converse(turns) == [
-        f"{prompt.IMAGE_SYSTEM} [USER]: ", "a?", *answer, "b", one, "</s>", "[USER]: ", one, "c?",
+        f"{prompt.IMAGE_SYSTEM} [USER]: ",
+        "a?",
         *answer,
-    ]  # fmt: skip
+        "b",
+        one,
+        "</s>",
+        "[USER]: ",
+        one,
+        "c?",
+        *answer,
+    ]
 
 
 # --- A random model of odd sizes -------------------------------------------------------------
@@ -157,25 +165,40 @@ def small_config(tokenizer):
     return config.EmuConfig(
         tokens=config.TokenIds.after(base),
         vision=config.VisionConfig(
-            image_size=12, patch_size=4, width=24, layers=1, head_width=8, mlp_width=40,
+            image_size=12,
+            patch_size=4,
+            width=24,
+            layers=1,
+            head_width=8,
+            mlp_width=40,
             clip_width=8,
         ),
         cformer=config.CFormerConfig(
             n_causal=3, width=16, layers=1, heads=2, head_width=8, mlp_width=24, normalize=True
         ),
         llama=config.LlamaConfig(
-            vocab_size=base + 4, vocab_multiple=8, width=48, layers=2, heads=3, mlp_width=56,
+            vocab_size=base + 4,
+            vocab_multiple=8,
+            width=48,
+            layers=2,
+            heads=3,
+            mlp_width=56,
             max_positions=128,
         ),
         unet=config.UNetConfig(
-            sample_size=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(8, 16),
-            layers_per_block=1, attention_head_dim=2, cross_attention_dim=48, norm_num_groups=4,
+            sample_size=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=48,
+            norm_num_groups=4,
         ),
         vae=config.VAEConfig(
             sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -434,8 +457,9 @@ def test_warping_keeps_the_right_tokens():
     assert kept(top_k=3, top_p=0.7) == {1, 3}
     assert kept(temperature=0.5, top_p=0.5) == {1}  # squared: 0.57 of the mass
     warm = text.warp(scores, jnp.float32(2.0), jnp.int32(0), jnp.float32(1.0))
-    np.testing.assert_allclose(jax.nn.softmax(warm)[0], probabilities**0.5 / np.sum(
-        probabilities**0.5), rtol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        jax.nn.softmax(warm)[0], probabilities**0.5 / np.sum(probabilities**0.5), rtol=1e-5
+    )
 
 
 def test_samples_have_the_warped_distribution():
@@ -459,10 +483,18 @@ def test_samples_have_the_warped_distribution():
 
 def test_settings_reach_the_program():
     settings = text.TextConfig(
-        max_new_tokens=7, num_beams=3, do_sample=True, temperature=0.7, top_k=4, top_p=0.6,
-        min_length=2, repetition_penalty=1.5, length_penalty=0.5, no_repeat_ngram_size=5,
+        max_new_tokens=7,
+        num_beams=3,
+        do_sample=True,
+        temperature=0.7,
+        top_k=4,
+        top_p=0.6,
+        min_length=2,
+        repetition_penalty=1.5,
+        length_penalty=0.5,
+        no_repeat_ngram_size=5,
         early_stopping="never",
-    )  # fmt: skip
+    )
     # The dummy <s> counts for the longest and the shortest length.
     expected = [8, 2, 1.5, 0.5, 0.7, 4, 0.6]
     np.testing.assert_allclose([float(x) for x in text.Rules.of(settings)], expected, rtol=1e-6)
@@ -492,8 +524,9 @@ def test_a_row_that_has_ended_is_padded():
         logits = jax.nn.one_hot(jnp.asarray(tokens), VOCAB)
         state = state.extend(logits, plan, rules, None, None)
     assert state.sequences[:, :4].tolist() == [
-        [TOKENS.bos, TOKENS.eos, TOKENS.pad, TOKENS.pad], [TOKENS.bos, 4, 6, TOKENS.eos],
-    ]  # fmt: skip
+        [TOKENS.bos, TOKENS.eos, TOKENS.pad, TOKENS.pad],
+        [TOKENS.bos, 4, 6, TOKENS.eos],
+    ]
     assert state.done.tolist() == [True, True]
 
 
@@ -539,13 +572,19 @@ def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
     likeliest = jnp.asarray([*closed, ids.img, ids.eos])
     rows = len(likeliest)
     state = mixed.Mixed(
-        tokens=jnp.full((rows, 8), ids.pad), images=jnp.zeros((rows, 1, 32, 3)),
-        step=jnp.int32(0), slot=jnp.full(rows, -1), count=jnp.zeros(rows, jnp.int32),
-        written=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool),
-        element=jnp.zeros((rows, 3)), positions=jnp.zeros(rows, jnp.int32),
+        tokens=jnp.full((rows, 8), ids.pad),
+        images=jnp.zeros((rows, 1, 32, 3)),
+        step=jnp.int32(0),
+        slot=jnp.full(rows, -1),
+        count=jnp.zeros(rows, jnp.int32),
+        written=jnp.zeros(rows, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        element=jnp.zeros((rows, 3)),
+        positions=jnp.zeros(rows, jnp.int32),
         logits=jnp.zeros((rows, 11)).at[:, 5].set(1.0).at[jnp.arange(rows), likeliest].set(2.0),
-        regressed=jnp.zeros((rows, 3)), cache=None,
-    )  # fmt: skip
+        regressed=jnp.zeros((rows, 3)),
+        cache=None,
+    )
     plan = mixed.MixedPlan(text_slots=8, max_images=1, do_sample=False, may_open=may_open)
     rules = mixed.MixedRules(np.int32(2), np.float32(1), np.int32(0), np.float32(1))
     choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, plan, rules, None))
@@ -564,13 +603,19 @@ def test_mixed_sequences_are_sampled_anew_at_each_element():
     ids = config.TokenIds(bos=0, eos=1, pad=0, img=0, img_end=0, image=0)
     cfg = dataclasses.replace(config.EmuConfig(), tokens=ids)
     state = mixed.Mixed(
-        tokens=jnp.zeros((rows, 2), jnp.int32), images=jnp.zeros((rows, 0, 32, 3)),
-        step=jnp.int32(0), slot=jnp.full(rows, -1), count=jnp.zeros(rows, jnp.int32),
-        written=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool),
-        element=jnp.zeros((rows, 3)), positions=jnp.zeros(rows, jnp.int32),
-        logits=jnp.zeros((rows, vocab)).at[:, 1].set(-jnp.inf), regressed=jnp.zeros((rows, 3)),
+        tokens=jnp.zeros((rows, 2), jnp.int32),
+        images=jnp.zeros((rows, 0, 32, 3)),
+        step=jnp.int32(0),
+        slot=jnp.full(rows, -1),
+        count=jnp.zeros(rows, jnp.int32),
+        written=jnp.zeros(rows, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        element=jnp.zeros((rows, 3)),
+        positions=jnp.zeros(rows, jnp.int32),
+        logits=jnp.zeros((rows, vocab)).at[:, 1].set(-jnp.inf),
+        regressed=jnp.zeros((rows, 3)),
         cache=None,
-    )  # fmt: skip
+    )
     plan = mixed.MixedPlan(text_slots=2, max_images=0, do_sample=True, may_open=False)
     rules = mixed.MixedRules(np.int32(9), np.float32(1), np.int32(0), np.float32(1))
     keys = jax.vmap(jax.random.key)(jnp.arange(rows))
@@ -589,8 +634,9 @@ def test_a_repeated_cache_has_each_row_in_a_row(apart):
     valid = jnp.asarray(np.random.default_rng(0).random((4, 5)) > 0.5)
     cache = KVCache(k, v, valid, jnp.int32(3))
     many = cache.repeat(2)
-    for before, after in zip(jax.tree.leaves((cache.k, cache.v)),
-                             jax.tree.leaves((many.k, many.v)), strict=True):  # fmt: skip
+    for before, after in zip(
+        jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((many.k, many.v)), strict=True
+    ):
         # Layers, rows, heads, and what a head has.
         rows = np.asarray(before).reshape(-1, 4, 3, *before.shape[-2:])
         expected = rows[:, [0, 0, 1, 1, 2, 2, 3, 3]]
@@ -917,8 +963,9 @@ def test_images_take_no_more_positions_than_there_are(drawer, caplog):
     assert plan.max_images == 3 and room.tolist() == [1, min(3, 1 + spare // (n + 1))]
     assert "1 of 2 prompts" in caplog.text or "2 of 2 prompts" in caplog.text
     with pytest.raises(config.UserError, match="no room for one .max_images 3, 128 positions"):
-        drawer.complete([OPENING[0], "[IMG]"], max_new_tokens=settings["max_new_tokens"] + n,
-                        max_images=3)  # fmt: skip
+        drawer.complete(
+            [OPENING[0], "[IMG]"], max_new_tokens=settings["max_new_tokens"] + n, max_images=3
+        )
 
 
 def test_a_row_stops_where_it_has_no_room_for_an_image(continuing, continued):
@@ -957,8 +1004,14 @@ def test_no_special_token_spans_two_parts(small):
         == 2 * small.cfg.cformer.n_causal
         == (made.tokens == ids.image).sum()
     )
-    for parts in (("one ", "two"), ("one", "two"), (" one ", picture(0), " two ", "three"),
-                  ("one [IMG]", " two"), ("", "one", ""), ("\u00e9", "\u0301 two")):  # fmt: skip
+    for parts in (
+        ("one ", "two"),
+        ("one", "two"),
+        (" one ", picture(0), " two ", "three"),
+        ("one [IMG]", " two"),
+        ("", "one", ""),
+        ("\u00e9", "\u0301 two"),
+    ):
         spelled = "".join(
             p if isinstance(p, str) else words.image_placeholder(small.cfg.cformer.n_causal)
             for p in parts
@@ -982,9 +1035,14 @@ def test_all_numbers_of_steps_share_a_program(small):
     @nnx.jit
     def alone(emu, key, cond, uncond, guidance):
         latents = image.sample_latents(
-            emu, image.initial_latents(key, emu.cfg), cond, uncond, guidance, steps=3,
+            emu,
+            image.initial_latents(key, emu.cfg),
+            cond,
+            uncond,
+            guidance,
+            steps=3,
             method="pndm",
-        )  # fmt: skip
+        )
         return jnp.round(image.decode_latents(emu, latents) * 255).astype(jnp.uint8)
 
     expected = alone(small.model, key, cond, uncond, jnp.float32(3.0))
@@ -1121,8 +1179,12 @@ def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
     from transformers import CLIPConfig, CLIPImageProcessor
 
     assert find_checker(tmp_path) is None and "has no safety checker" in caplog.text
-    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 1}  # fmt: skip
+    tiny = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     vision = tiny | {"image_size": 16, "patch_size": 8}
     clip = CLIPConfig(text_config=tiny, vision_config=vision, projection_dim=6)
     torch.manual_seed(0)

@@ -36,9 +36,12 @@ def load(tensors, decoder=None):
     """The model that holds these tensors of a release, in float32, through the tables alone."""
     found = {key: tuple(t.shape) for key, t in tensors.items()}
     cfg = sizes.multimodal(
-        found, where="golden", base_vocab=META["special"]["[PAD]"],
-        model_json=GOLDEN / "Emu.json", llama_json=GOLDEN / "tokenizer" / "config.json",
-    )  # fmt: skip
+        found,
+        where="golden",
+        base_vocab=META["special"]["[PAD]"],
+        model_json=GOLDEN / "Emu.json",
+        llama_json=GOLDEN / "tokenizer" / "config.json",
+    )
     if decoder:
         for tower in ("unet", "vae"):
             stored = load_file(GOLDEN / tower / "diffusion_pytorch_model.safetensors")
@@ -147,10 +150,13 @@ def test_language_model_and_losses(emu, embeddings, golden):
 
     # The training objective finds the same: documents that are rows of their own.
     batch = {
-        "tokens": tokens, "segment_ids": segments, "positions": positions, "image_slots": slots,
+        "tokens": tokens,
+        "segment_ids": segments,
+        "positions": positions,
+        "image_slots": slots,
         "image_scored": np.ones(images.shape[:2], bool),
         "text_loss_mask": np.isin(ids, [t.pad, t.bos, t.image, t.img, t.img_end], invert=True),
-    }  # fmt: skip
+    }
     text_loss, regression_loss = nnx.jit(sequence_losses, static_argnames="loss_block")(
         emu, images, batch, loss_block=7
     )

@@ -98,9 +98,13 @@ def test_a_large_array_is_checked_where_it_is_looked_up(tmp_path, monkeypatch):
     with pytest.raises(IndexError):
         lazy[len(rows)]
     for broken in (
-        lambda: lazy[10_000], lambda: lazy[9_000:11_000], lambda: np.asarray(lazy),
-        lambda: lazy[::2], lambda: lazy[[0, 1]], lambda: lazy.tolist(),
-    ):  # fmt: skip
+        lambda: lazy[10_000],
+        lambda: lazy[9_000:11_000],
+        lambda: np.asarray(lazy),
+        lambda: lazy[::2],
+        lambda: lazy[[0, 1]],
+        lambda: lazy.tolist(),
+    ):
         with pytest.raises(UserError, match="rows.npy has changed.*run the same command again"):
             broken()
     assert not (tmp_path / "it").exists()
@@ -150,9 +154,14 @@ def test_a_folder_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
     """Every index is looked up in ways that check what they read."""
-    tar(tmp_path / "0.tar", {f"{n}.{kind}": content for n in range(3) for kind, content in (
-        ("png", picture(10 * n, "PNG")), ("txt", f"words {n}".encode())
-    )})  # fmt: skip
+    tar(
+        tmp_path / "0.tar",
+        {
+            f"{n}.{kind}": content
+            for n in range(3)
+            for kind, content in (("png", picture(10 * n, "PNG")), ("txt", f"words {n}".encode()))
+        },
+    )
     entries = [{"images": ["1.png", None], "texts": [None, "a page"]}]
     (tmp_path / "p.jsonl").write_text(json.dumps(entries[0]) + "\n")
     texts = [Document((Text("word " * n),)) for n in range(1, 9)]
@@ -167,9 +176,12 @@ def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
         records = open_source(SourceConfig("it", "records", (f"{tmp_path}/t.array_record",)))
         outlines = Outlines(records, tokenizer, tmp_path / "cache")
         return [
-            *map(shown, pairs), *map(shown, pages), outlines.totals(), outlines.damage(1),
+            *map(shown, pairs),
+            *map(shown, pages),
+            outlines.totals(),
+            outlines.damage(1),
             *(outlines[n] for n in range(len(outlines))),
-        ]  # fmt: skip
+        ]
 
     want = read()
     assert want[3] == [10, "a page"] and want[4]["documents"] == 8

@@ -24,8 +24,10 @@ from emu_jax.train.saving import Checkpoints
 
 def state(step: int):
     rng = np.random.default_rng(step)
-    params = {"a": {"wide": rng.normal(size=(64, 96)), "low": rng.normal(size=(32, 16))},
-              "scale": rng.normal(size=(8,))}  # fmt: skip
+    params = {
+        "a": {"wide": rng.normal(size=(64, 96)), "low": rng.normal(size=(32, 16))},
+        "scale": rng.normal(size=(8,)),
+    }
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     params["a"]["low"] = params["a"]["low"].astype(jnp.bfloat16)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -202,8 +204,9 @@ def test_a_checkpoint_without_checksums_is_read_with_a_warning(tmp_path, caplog)
     ocp.PyTreeCheckpointer().save(tmp_path / "1" / "params", state(1)["params"])
     assert loads(tmp_path, 1) and loads(tmp_path, 1)
     (record,) = caplog.records
-    assert record.getMessage().endswith("has no checksums (an older version wrote it): "
-                                        "read unverified")  # fmt: skip
+    assert record.getMessage().endswith(
+        "has no checksums (an older version wrote it): read unverified"
+    )
     report = checkpoint.verify(tmp_path)
     assert report["passed"] and not report["steps"][0]["verified"]
 
@@ -220,8 +223,9 @@ def test_verify_says_what_is_damaged(sound, tmp_path, capsys):
     assert main([*command, "--all", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(s["path"], s["verified"]) for s in report["steps"]] == [
-        (str(workdir / "1"), True), (str(workdir / "2"), True),
-    ]  # fmt: skip
+        (str(workdir / "1"), True),
+        (str(workdir / "2"), True),
+    ]
     assert report["steps"][0]["bytes"] == sum(a.nbytes for a in jax.tree.leaves(state(1)))
     (workdir / "2" / "position" / "metadata").write_text("{}")
     data = max((workdir / "2" / "params").rglob("*"), key=lambda p: p.stat().st_size)

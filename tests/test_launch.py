@@ -60,9 +60,12 @@ def launch(tmp_path, processes):
         fake.write_text(f'#!/usr/bin/env bash\ncd "{tmp_path}"\n{body}\n')
         fake.chmod(0o755)
         process = subprocess.Popen(
-            ["bash", SCRIPT, *arguments], env=ENVIRONMENT | {"EMU_JAX": str(fake), "GRACE": "3"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            ["bash", SCRIPT, *arguments],
+            env=ENVIRONMENT | {"EMU_JAX": str(fake), "GRACE": "3"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         processes.append(process)
         return process
 
@@ -152,9 +155,12 @@ def test_dry_run(golden):
     the programs that it would run."""
     command, expected = golden.read_text().removeprefix("$ ").split("\n", 1)
     done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True,
+        ["bash", "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env={"PATH": "/usr/bin:/bin", "PORT": "12345", "EMU_JAX": "emu-jax"},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == expected
 
@@ -204,12 +210,14 @@ V6E = (*GKE, "--topology=v6e:4x4", "--image=i")
         (("flags.sh",), ""),
         (("flags.sh", "v5p", "many"), ""),
     ],
-)  # fmt: skip
+)
 def test_mistakes_end_with_the_usage_line(arguments, reason):
     done = subprocess.run(
         [ROOT / "launch" / arguments[0], *arguments[1:]],
-        env=ENVIRONMENT | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=ENVIRONMENT | {"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert reason in done.stderr
     assert f"usage: launch/{arguments[0]} " in done.stderr
@@ -230,10 +238,15 @@ def stand_ins(tmp_path, processes):
                 path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "$CALLED"\n{body}\n')
                 path.chmod(0o755)
             process = subprocess.Popen(
-                arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                env=ENVIRONMENT | environment
+                arguments,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+                env=ENVIRONMENT
+                | environment
                 | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLED": str(self.called)},
-            )  # fmt: skip
+            )
             processes.append(process)
             return process
 
@@ -276,10 +289,18 @@ def supervise(stand_ins, tmp_path):
         (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
         (tmp_path / "containers").write_text(containers.replace(",", "\n") + "\n")
         done = stand_ins.run(
-            {"gcloud": GCLOUD}, ROOT / "launch" / "tpu.sh", "train", "--name=emu", "--zone=z",
-            "--topology=v5p:4x4x8", "--spot", "--image=i", *(["--delete"] if delete else []),
-            *TRAIN, **({"POLL": "0"} | environment),
-        )  # fmt: skip
+            {"gcloud": GCLOUD},
+            ROOT / "launch" / "tpu.sh",
+            "train",
+            "--name=emu",
+            "--zone=z",
+            "--topology=v5p:4x4x8",
+            "--spot",
+            "--image=i",
+            *(["--delete"] if delete else []),
+            *TRAIN,
+            **({"POLL": "0"} | environment),
+        )
         words = {" create ": "create", " delete ": "delete", "docker run": "run"}
         did = [word for call in stand_ins.calls() for text, word in words.items() if text in call]
         return done.returncode, " ".join(did), done.stderr
@@ -390,9 +411,17 @@ def on_a_host(stand_ins):
         if gcsfuse:
             programs["gcsfuse"] = ""
         done = stand_ins.run(
-            programs, ROOT / "launch" / "tpu.sh", "run", "--name=emu", "--zone=z",
-            "--topology=v5p:4x4x8", "--image=i", "--bucket=my-bucket", *TRAIN, BROKEN=broken,
-        )  # fmt: skip
+            programs,
+            ROOT / "launch" / "tpu.sh",
+            "run",
+            "--name=emu",
+            "--zone=z",
+            "--topology=v5p:4x4x8",
+            "--image=i",
+            "--bucket=my-bucket",
+            *TRAIN,
+            BROKEN=broken,
+        )
         calls = [call.removeprefix("sudo ") for call in stand_ins.calls() if call[:5] == "sudo "]
         return done.returncode, calls
 
@@ -427,8 +456,10 @@ def job_set(*arguments: str) -> dict:
     done = subprocess.run(
         [ROOT / "launch" / "gke.sh", "yaml", "--name=emu", "--image=a.b/c:1", *arguments],
         env=ENVIRONMENT | {"GRACE": "120", "RESTARTS": "4"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return yaml.safe_load(done.stdout)
 
 
@@ -490,9 +521,14 @@ def test_job_set_quotes_what_yaml_would_read_otherwise():
 
 def test_run_replaces_the_job_set(stand_ins, tmp_path):
     done = stand_ins.run(
-        {"kubectl": '[[ $1 != create ]] || cat > manifest'}, ROOT / "launch" / "gke.sh", "run",
-        "--name=emu", "--topology=v5p:4x4x8", "--image=i", *TRAIN,
-    )  # fmt: skip
+        {"kubectl": "[[ $1 != create ]] || cat > manifest"},
+        ROOT / "launch" / "gke.sh",
+        "run",
+        "--name=emu",
+        "--topology=v5p:4x4x8",
+        "--image=i",
+        *TRAIN,
+    )
     assert done.returncode == 0
     assert [call.split()[1] for call in stand_ins.calls()] == ["delete", "create"]
     assert yaml.safe_load((tmp_path / "manifest").read_text())["kind"] == "JobSet"
@@ -527,14 +563,22 @@ def job(stand_ins, tmp_path):
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
         queued = stand_ins.run(
-            {"sbatch": "cat > batch"}, ROOT / "launch" / "slurm.sh", "run", "--name=emu",
-            "--nodes=1", "--gpus=2", f"--venv={tmp_path}/venv", *TRAIN,
-        )  # fmt: skip
+            {"sbatch": "cat > batch"},
+            ROOT / "launch" / "slurm.sh",
+            "run",
+            "--name=emu",
+            "--nodes=1",
+            "--gpus=2",
+            f"--venv={tmp_path}/venv",
+            *TRAIN,
+        )
         assert queued.returncode == 0, queued.stderr
         return stand_ins.start(
-            {"srun": SRUN, "scontrol": ""}, "bash", "batch",
+            {"srun": SRUN, "scontrol": ""},
+            "bash",
+            "batch",
             **({"SLURM_JOB_ID": "123", "SLURM_NTASKS": "2"} | environment),
-        )  # fmt: skip
+        )
 
     return start
 
@@ -613,17 +657,22 @@ def flags(accelerator: str, slices: int = 1) -> list[str]:
     )
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True,
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     return done.stdout.split()
 
 
 def test_every_flag_has_a_reason_and_a_source():
     lines = [
-        line for line in (ROOT / "launch" / "flags.sh").read_text().splitlines()
+        line
+        for line in (ROOT / "launch" / "flags.sh").read_text().splitlines()
         if line.startswith("--")
-    ]  # fmt: skip
+    ]
     listed = {flag for name in ("v4", "v5e", "v5p", "v6e", "tpu7x", "gpu") for flag in flags(name)}
     assert len(lines) > 20
     assert {line.split()[0] for line in lines} == listed | set(flags("v5p", 2))
@@ -633,9 +682,12 @@ def test_every_flag_has_a_reason_and_a_source():
 
 def test_extra_flags_come_last():
     variable = subprocess.run(
-        [ROOT / "launch" / "flags.sh", "v5e"], env=ENVIRONMENT | {"EXTRA_FLAGS": "--a=1 --b=2"},
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        [ROOT / "launch" / "flags.sh", "v5e"],
+        env=ENVIRONMENT | {"EXTRA_FLAGS": "--a=1 --b=2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert variable.endswith(" --a=1 --b=2'\n")
 
 
@@ -644,25 +696,32 @@ def test_jaxlib_knows_the_gpu_flags(extra):
     """XLA on the CPU knows the GPU's flags by name; what they do takes a GPU to see."""
     environment = ENVIRONMENT | {"XLA_FLAGS": " ".join(flags("gpu")) + extra}
     done = subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices()"], env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode == 0) == (not extra)
     assert ("Unknown flag in XLA_FLAGS: --xla_gpu_no_such_flag=1" in done.stderr) == bool(extra)
 
 
 def compile_for_tpu(topology: str, slices: int, flags: list[str], dump: Path):
     environment = ENVIRONMENT | {
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": " ".join(flags), "XLA_FLAGS": f"--xla_dump_to={dump}",
-    }  # fmt: skip
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": " ".join(flags),
+        "XLA_FLAGS": f"--xla_dump_to={dump}",
+    }
     # A cached program would not be compiled with the flags.
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     script = Path(__file__).parent / "compile_for_tpu.py"
     return subprocess.run(
-        [sys.executable, script, topology, str(slices)], env=environment, capture_output=True,
+        [sys.executable, script, topology, str(slices)],
+        env=environment,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow

@@ -78,11 +78,14 @@ def test_regression_targets_by_hand():
         # tokens, documents, which state regresses
         ([1, *image, 3, *image, 2, 7], [1] * 11 + [0], [0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]),
         # An image that was cut off by the next document's, and one at the row's end.
-        ([1, 8, 10, 10, 9, 3, 4, 5, 6, 8, 10, 10], [1] * 3 + [2] * 9,
-         [0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0]),
+        (
+            [1, 8, 10, 10, 9, 3, 4, 5, 6, 8, 10, 10],
+            [1] * 3 + [2] * 9,
+            [0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0],
+        ),
         # The row ends in [IMG], and begins in the middle of an image.
         ([10, 9, 2, 1, 5, 3, 3, 3, 3, 3, 3, 8], [1] * 12, [1] + [0] * 11),
-    ]  # fmt: skip
+    ]
     tokens, segments, expected = (np.array(x) for x in zip(*rows, strict=True))
     found = Emu.regression_mask(emu, jnp.asarray(tokens), jnp.asarray(segments))
     assert found.astype(int).tolist() == expected.tolist()

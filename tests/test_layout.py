@@ -95,9 +95,10 @@ def test_the_walk_sees_every_form_of_import():
 def test_torch_only_in_convert():
     """The other libraries that weigh as much are imported where they are used, not at the top."""
     torch = [
-        where for where, room, name in package_imports()
+        where
+        for where, room, name in package_imports()
         if name.split(".")[0] in ("torch", "peft") and room != "convert"
-    ]  # fmt: skip
+    ]
     assert not torch
     for path in PACKAGE.rglob("*.py"):
         body = ast.Module(ast.parse(path.read_text()).body, [])

@@ -120,16 +120,22 @@ def tiff(values: np.ndarray, photometric: int = 1, bits: int | None = None) -> b
     height, width = values.shape
     data = values.tobytes()
     tags = [
-        (256, 4, width), (257, 4, height), (258, 3, bits or 8 * values.itemsize), (259, 3, 1),
-        (262, 3, photometric), (273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, len(data)),
+        (256, 4, width),
+        (257, 4, height),
+        (258, 3, bits or 8 * values.itemsize),
+        (259, 3, 1),
+        (262, 3, photometric),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 4, height),
+        (279, 4, len(data)),
         (339, 3, kind),
-    ]  # fmt: skip
+    ]
     fields = b"".join(struct.pack("<HHII", tag, form, 1, value) for tag, form, value in tags)
     at = 8 + len(data)
     return (
-        b"II*\0" + struct.pack("<I", at) + data
-        + struct.pack("<H", len(tags)) + fields + bytes(4)
-    )  # fmt: skip
+        b"II*\0" + struct.pack("<I", at) + data + struct.pack("<H", len(tags)) + fields + bytes(4)
+    )
 
 
 WIDE = {
@@ -251,7 +257,9 @@ ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
     "no milliseconds": ("1\n00:00:01 --> 00:00:02\none\n\n" + GOOD, {1: "one", 9: "last"}, {}),
     "one digit": ("1\n0:0:1,5 --> 0:0:2,00\none\n\n" + GOOD, {1.5: "one", 9: "last"}, {}),
     "spaces in the times": (
-        "1\n00 : 00 : 01, 250 -- > 00:00:02, 000\none\n\n" + GOOD, {1.25: "one", 9: "last"}, {},
+        "1\n00 : 00 : 01, 250 -- > 00:00:02, 000\none\n\n" + GOOD,
+        {1.25: "one", 9: "last"},
+        {},
     ),
     "no hours": ("01:01.5 --> 01:02.5\none\n", {61.5: "one"}, {}),
     "seconds alone": ("1.5 --> 2.25\none\n", {1.5: "one"}, {}),
@@ -259,64 +267,89 @@ ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
     "long hours": ("1\n100:00:01,000 --> 100:00:02,000\none\n", {360001: "one"}, {}),
     "before the start": ("1\n-00:00:01,000 --> 00:00:02,000\none\n", {0: "one"}, {}),
     "other arrows": (
-        cue(1, "one") + cue(2, "two").replace("-->", "->") + cue(3, "three").replace("-->", "–>")
-        + cue(4, "four").replace("-->", "→") + cue(5, "five").replace("-->", "--&gt;"),
-        {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}, {},
+        cue(1, "one")
+        + cue(2, "two").replace("-->", "->")
+        + cue(3, "three").replace("-->", "–>")
+        + cue(4, "four").replace("-->", "→")
+        + cue(5, "five").replace("-->", "--&gt;"),
+        {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"},
+        {},
     ),
     "no end": ("1\n00:00:01,000 -->\none\n\n" + GOOD, {1: "one", 9: "last"}, {}),
     "no blank lines": (ONE + "2\n00:00:03,000 --> 00:00:04,000\ntwo\n", {1: "one", 3: "two"}, {}),
     "no numbers, no blank lines": (
         "00:00:01,000 --> 00:00:02,000\n42\n00:00:03,000 --> 00:00:04,000\ntwo\n",
-        {1: "42", 3: "two"}, {},
+        {1: "42", 3: "two"},
+        {},
     ),
     "numbers that are said": (
         cue(1, "3\n2\n1") + cue(2, "42") + cue(3, "done\n\n7") + cue(4, "4"),
-        {1: "3 2 1", 2: "42", 3: "done 7", 4: "4"}, {},
+        {1: "3 2 1", 2: "42", 3: "done 7", 4: "4"},
+        {},
     ),
     "a number said before a number": (
         "1\n00:00:01,000 --> 00:00:02,000\n42\n2\n00:00:03,000 --> 00:00:04,000\n2\n",
-        {1: "42", 3: "2"}, {},
+        {1: "42", 3: "2"},
+        {},
     ),
     "wrong numbers, no blank lines": (
-        ONE + "7\n00:00:03,000 --> 00:00:04,000\ntwo\n", {1: "one", 3: "two"}, {},
+        ONE + "7\n00:00:03,000 --> 00:00:04,000\ntwo\n",
+        {1: "one", 3: "two"},
+        {},
     ),
     "WebVTT, no blank lines": (
         "WEBVTT\n\n00:01.000 --> 00:02.000\none\n00:03.000 --> 00:04.000\ntwo\n",
-        {1: "one", 3: "two"}, {},
+        {1: "one", 3: "two"},
+        {},
     ),
     "blank lines everywhere": (
         (cue(1, "one\ntwo") + cue(2, "three")).replace("\n", "\r\r\n"),
-        {1: "one two", 2: "three"}, {},
+        {1: "one two", 2: "three"},
+        {},
     ),
     "CR": (f"{ONE}\n{GOOD}".replace("\n", "\r"), {1: "one", 9: "last"}, {}),
     "a blank line within": (cue(1, "\none\n\nmore") + GOOD, {1: "one more", 9: "last"}, {}),
-    "words beside the times": ("1\n0:00:01.000 --> 0:00:02.000 so it: begins\nnow\n",
-                               {1: "so it: begins now"}, {}),
+    "words beside the times": (
+        "1\n0:00:01.000 --> 0:00:02.000 so it: begins\nnow\n",
+        {1: "so it: begins now"},
+        {},
+    ),
     "words beside settings": (
         "WEBVTT\n\n00:01.000 --> 00:02.000 align:start line:0 Bob:hi there\n",
-        {1: "Bob:hi there"}, {},
+        {1: "Bob:hi there"},
+        {},
     ),
     "coordinates": (
-        "1\n0:00:01,000 --> 0:00:02,000  X1:63 X2:223 Y1:43 Y2:58\none\n", {1: "one"}, {},
+        "1\n0:00:01,000 --> 0:00:02,000  X1:63 X2:223 Y1:43 Y2:58\none\n",
+        {1: "one"},
+        {},
     ),
-    "a log of Whisper": ("[00:01.000 --> 00:02.000]  one\n[00:02.000 --> 00:03.000]  two\n",
-                         {1: "one", 2: "two"}, {}),
+    "a log of Whisper": (
+        "[00:01.000 --> 00:02.000]  one\n[00:02.000 --> 00:03.000]  two\n",
+        {1: "one", 2: "two"},
+        {},
+    ),
     "signs that are no tags": (
         cue(1, "if a < b and c > d, x<y, a <b and c> {so}"),
-        {1: "if a < b and c > d, x<y, a <b and c> {so}"}, {},
+        {1: "if a < b and c > d, x<y, a <b and c> {so}"},
+        {},
     ),
     "tags": (
         cue(1, '<i>one</i> {\\an8}two<br/>{y:i}<font color="red">three</font> &lt;i&gt; &#39;'),
-        {1: "one two three <i> '"}, {},
+        {1: "one two three <i> '"},
+        {},
     ),
     "unordered": (cue(2, "two") + cue(1, "one"), {1: "one", 2: "two"}, {}),
     "no duration, or less": (
-        cue(1, "one") + cue(2, "two", end="00:00:01,000"), {1: "one", 2: "two"}, {}
+        cue(1, "one") + cue(2, "two", end="00:00:01,000"),
+        {1: "one", 2: "two"},
+        {},
     ),
     "an empty cue": (cue(1, "") + cue(2, "<i></i>") + cue(3, "three"), {3: "three"}, {EMPTY: 2}),
     "misspelled times": (
         cue(1, "one", "00:00:0x,000") + cue(2, "two") + cue(3, "lost", end="00:00:xx"),
-        {2: "two", 3: "lost"}, {UNREADABLE: 1},
+        {2: "two", 3: "lost"},
+        {UNREADABLE: 1},
     ),
     "words before the first cue": ("A film\nby us\n\n" + ONE, {1: "one"}, {OUTSIDE: 2}),
     "WebVTT": (
@@ -324,26 +357,34 @@ ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
         "\nNOTE\n\nan id\n00:01.000 --> 00:02.000 line:0 align: middle\n"
         "<v.loud Bob>hi <00:01.500><c.red>there</c>\n\nNOTE not said\n\nmore\n\n12\n"
         "00:03.000 --> 00:04.000\n- two\n- three\n",
-        {1: "hi there more", 3: "- two - three"}, {},
+        {1: "hi there more", 3: "- two - three"},
+        {},
     ),
     "stray NUL bytes": (
-        cue(1, "o\0ne") + "\0" + cue(2, "two\0"), {1: "one", 2: "two"}, {},
+        cue(1, "o\0ne") + "\0" + cue(2, "two\0"),
+        {1: "one", 2: "two"},
+        {},
     ),
     "a line that begins as one of ASS": (
-        cue(1, "Dialogue: a play, in 3 acts") + GOOD, {1: "Dialogue: a play, in 3 acts", 9: "last"},
+        cue(1, "Dialogue: a play, in 3 acts") + GOOD,
+        {1: "Dialogue: a play, in 3 acts", 9: "last"},
         {},
     ),
     "WebVTT without cues": ("WEBVTT\nKind: captions\n\nNOTE nothing\n", {}, {}),
     "nothing": ("\n", {}, {}),
-    "SBV": ("0:00:01.000,0:00:02.000\none\ntwo\n\n0:00:03.000,0:00:04.000\nthree\n",
-            {1: "one two", 3: "three"}, {}),
+    "SBV": (
+        "0:00:01.000,0:00:02.000\none\ntwo\n\n0:00:03.000,0:00:04.000\nthree\n",
+        {1: "one two", 3: "three"},
+        {},
+    ),
     "ASS": (
         "[Script Info]\nTitle: x\n[V4+ Styles]\nFormat: Name\n[Events]\n"
         "Format: Layer, Start, End, Style, Text\nComment: 0,0:00:00.00,0:00:01.00,D,nothing\n"
         "Dialogue: 0,0:00:03.50,0:00:05.00,D,{\\i1}later{\\i0}, you\\Ntwo\\hthree\n"
         "Dialogue: 0,0:00:01.50,0:00:02.00,D,{\\k20}ka{\\k30}ra {\\p1}m 0 0 l 1 1{\\p0}ok\n"
         "Dialogue: 0,bad,0:00:02.00,D,lost\n",
-        {1.5: "kara ok", 3.5: "later, you two three"}, {UNREADABLE: 1},
+        {1.5: "kara ok", 3.5: "later, you two three"},
+        {UNREADABLE: 1},
     ),
     "TTML": (
         '<?xml version="1.0" encoding="UTF-8"?><tt xmlns="http://www.w3.org/ns/ttml" '
@@ -352,31 +393,44 @@ ODD: dict[str, tuple[str, dict[float, str], dict[str, int]]] = {
         '<p begin="00:00:01.500" end="00:00:02.000">one<br/>two <span>x</span>\n y</p>'
         '<p begin="300t" dur="1s">t</p><p begin="00:00:04:05">f</p><p begin="x">bad</p>'
         '<p t="nan">never</p></div></body></tt>',
-        {2.5: "one two x y", 4: "t", 5.2: "f"}, {UNREADABLE: 2},
+        {2.5: "one two x y", 4: "t", 5.2: "f"},
+        {UNREADABLE: 2},
     ),
-    "YouTube's XML": ('<transcript><text start="1.5" dur="2">it&amp;#39;s</text></transcript>',
-                      {1.5: "it's"}, {}),
+    "YouTube's XML": (
+        '<transcript><text start="1.5" dur="2">it&amp;#39;s</text></transcript>',
+        {1.5: "it's"},
+        {},
+    ),
     "YouTube's XML, format 3": (
         '<timedtext><body><p t="1500" d="9">a<s t="3"> b</s></p></body></timedtext>',
-        {1.5: "a b"}, {},
+        {1.5: "a b"},
+        {},
     ),
     # Captions that roll, and lines that are really said twice.
     "said twice": (
-        cue(1, "Fire!", end="00:00:02,000") + cue(9, "Fire!"), {1: "Fire!", 9: "Fire!"}, {},
+        cue(1, "Fire!", end="00:00:02,000") + cue(9, "Fire!"),
+        {1: "Fire!", 9: "Fire!"},
+        {},
     ),
     "said twice at once": (cue(1, "Fire!\nFire!"), {1: "Fire! Fire!"}, {}),
     "said twice after a short pause": (
-        cue(1, "No.", end="00:00:01,850") + cue(2, "No."), {1: "No.", 2: "No."}, {},
+        cue(1, "No.", end="00:00:01,850") + cue(2, "No."),
+        {1: "No.", 2: "No."},
+        {},
     ),
     "still on the screen": (
-        cue(1, "Fire!", end="00:00:02,000") + cue(2, "Fire!"), {1: "Fire!"}, {REPEATED: 1},
+        cue(1, "Fire!", end="00:00:02,000") + cue(2, "Fire!"),
+        {1: "Fire!"},
+        {REPEATED: 1},
     ),
     "rolling with gaps": (
-        cue(1, "a\nb", end="00:00:01,800") + cue(2, "b\nc", end="00:00:02,800")
+        cue(1, "a\nb", end="00:00:01,800")
+        + cue(2, "b\nc", end="00:00:02,800")
         + cue(4, "c\nd", end="00:00:04,500"),
-        {1: "a b", 2: "c", 4: "c d"}, {REPEATED: 1},
+        {1: "a b", 2: "c", 4: "c d"},
+        {REPEATED: 1},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -394,8 +448,9 @@ def test_youtubes_rolling_captions_are_read_once():
     for n, line in enumerate(lines):
         grown = "<00:00:00.100><c> ".join(line.split()) + "</c>"
         for start, end, shown in (
-            (2 * n, 2 * n + 1.99, f"{before}\n{grown}"), (2 * n + 1.99, 2 * n + 2, f"{line}\n "),
-        ):  # fmt: skip
+            (2 * n, 2 * n + 1.99, f"{before}\n{grown}"),
+            (2 * n + 1.99, 2 * n + 2, f"{line}\n "),
+        ):
             text += (
                 f"00:00:{start:06.3f} --> 00:00:{end:06.3f} align:start position:0%\n{shown}\n\n"
             )
@@ -406,9 +461,12 @@ def test_youtubes_rolling_captions_are_read_once():
 
 
 FRENCH = (
-    "Où êtes-vous allé hier soir ?", "Je ne sais pas, c'était étrange.", "été à la plage",
-    "Après le dîner, nous sommes rentrés à la maison.", "Elle a été très déçue.",
-)  # fmt: skip
+    "Où êtes-vous allé hier soir ?",
+    "Je ne sais pas, c'était étrange.",
+    "été à la plage",
+    "Après le dîner, nous sommes rentrés à la maison.",
+    "Elle a été très déçue.",
+)
 RUSSIAN = ("Где вы были вчера вечером?", "Я не знаю, это было странно.", "После ужина домой.")
 
 
@@ -416,10 +474,13 @@ RUSSIAN = ("Где вы были вчера вечером?", "Я не знаю,
     ("encoding", "lines", "guessed"),
     [
         *[(e, FRENCH, 0) for e in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")],
-        ("utf-32", RUSSIAN, 0), ("utf-16-be", RUSSIAN, 0),
-        ("cp1252", FRENCH, 1), ("cp1251", RUSSIAN, 1), ("koi8-r", RUSSIAN, 1),
+        ("utf-32", RUSSIAN, 0),
+        ("utf-16-be", RUSSIAN, 0),
+        ("cp1252", FRENCH, 1),
+        ("cp1251", RUSSIAN, 1),
+        ("koi8-r", RUSSIAN, 1),
     ],
-)  # fmt: skip
+)
 def test_encodings_of_subtitles(encoding, lines, guessed):
     content = "".join(cue(n, line) for n, line in enumerate(lines, 1)).encode(encoding)
     found = subtitles(content, "it")
@@ -434,14 +495,17 @@ def test_damaged_subtitles():
     assert found == [(1, "été, été"), (9, "last")]
     assert Counter(n.reason for n in found.unused) == {UNDECODABLE: 1, EMPTY: 1}
     for content, message in (
-        (b"no times here", "malformed subtitles.*'no times here'"), (b"1\n2\n", "malformed"),
-        (b"{10}{20}frames", "malformed"), (b"00:00:xx --> 00:00:02,000\nlost\n", "malformed"),
+        (b"no times here", "malformed subtitles.*'no times here'"),
+        (b"1\n2\n", "malformed"),
+        (b"{10}{20}frames", "malformed"),
+        (b"00:00:xx --> 00:00:02,000\nlost\n", "malformed"),
         # Japanese or Korean: a guess would be a coin toss.
         (cue(1, "昨日の夜はどこにいましたか\nわかりません").encode("shift_jis"), "invalid UTF-8"),
-        (b"<tt><p", "invalid XML"), (bytes(range(128, 256)) * 3, "invalid UTF-8"),
+        (b"<tt><p", "invalid XML"),
+        (bytes(range(128, 256)) * 3, "invalid UTF-8"),
         (b"<tt>" * 9999 + b"</tt>" * 9999, "malformed"),
         (b'{"ms": 123456789, "utf8": ">> so"},' * 30_000, "malformed"),  # in one line of 1 MB
-    ):  # fmt: skip
+    ):
         with pytest.raises(Damaged, match=f"it: .*{message}"):
             subtitles(content, "it")
     for encoding in ("klingon", "\0", "hex", "undefined"):
@@ -456,9 +520,14 @@ SIDES = (48, 32)
 
 @functools.cache
 def encode(
-    form: str, codec: str, b_frames: int = 0, frames: int = 24, options: str = "",
-    at: tuple[int, ...] = (), picture: str = "shades",
-) -> bytes:  # fmt: skip
+    form: str,
+    codec: str,
+    b_frames: int = 0,
+    frames: int = 24,
+    options: str = "",
+    at: tuple[int, ...] = (),
+    picture: str = "shades",
+) -> bytes:
     """A video with a key frame every six.
 
     Args:
@@ -478,9 +547,10 @@ def encode(
         stream.codec_context.max_b_frames = b_frames
         for k in range(frames):
             pixels = {
-                "shades": np.full((*SIDES[::-1], 3), 10 * k, np.uint8), "corners": CORNERS,
+                "shades": np.full((*SIDES[::-1], 3), 10 * k, np.uint8),
+                "corners": CORNERS,
                 "noise": np.random.default_rng(k).integers(0, 256, (*SIDES[::-1], 3), np.uint8),
-            }[picture]  # fmt: skip
+            }[picture]
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             if at:
                 frame.pts, frame.time_base = at[k], Fraction(1, 12)
@@ -512,12 +582,24 @@ def is_played(content: bytes) -> bool:
 
 
 CONTAINERS = [
-    ("mp4", "libx264", 2), ("mov", "mpeg4", 2), ("3gp", "mpeg4", 0), ("matroska", "libx264", 2),
-    ("webm", "libvpx", 0), ("avi", "mpeg4", 0), ("avi", "mpeg4", 2), ("avi", "libx264", 2),
-    ("mpegts", "libx264", 2), ("mpegts", "mpeg2video", 2), ("mpeg", "mpeg1video", 2),
-    ("mpeg1video", "mpeg1video", 2), ("flv", "flv", 0), ("flv", "libx264", 2), ("asf", "wmv2", 0),
-    ("asf", "libx264", 2), ("ogg", "libvpx", 0),
-]  # fmt: skip
+    ("mp4", "libx264", 2),
+    ("mov", "mpeg4", 2),
+    ("3gp", "mpeg4", 0),
+    ("matroska", "libx264", 2),
+    ("webm", "libvpx", 0),
+    ("avi", "mpeg4", 0),
+    ("avi", "mpeg4", 2),
+    ("avi", "libx264", 2),
+    ("mpegts", "libx264", 2),
+    ("mpegts", "mpeg2video", 2),
+    ("mpeg", "mpeg1video", 2),
+    ("mpeg1video", "mpeg1video", 2),
+    ("flv", "flv", 0),
+    ("flv", "libx264", 2),
+    ("asf", "wmv2", 0),
+    ("asf", "libx264", 2),
+    ("ogg", "libvpx", 0),
+]
 
 
 @pytest.mark.parametrize(("form", "codec", "b_frames"), CONTAINERS)
@@ -606,10 +688,13 @@ def test_times_of_frames():
 
 def test_what_is_left_of_a_cut_video_is_used():
     for form, codec, options in (
-        ("mp4", "libx264", "faststart"), ("mp4", "libx264", "frag_keyframe"),
-        ("matroska", "libx264", ""), ("webm", "libvpx", ""), ("avi", "mpeg4", ""),
+        ("mp4", "libx264", "faststart"),
+        ("mp4", "libx264", "frag_keyframe"),
+        ("matroska", "libx264", ""),
+        ("webm", "libvpx", ""),
+        ("avi", "mpeg4", ""),
         ("flv", "flv", ""),
-    ):  # fmt: skip
+    ):
         content = encode(form, codec, frames=24, options=options, picture="noise")
         want = [shown for _, shown in played(content)]
         cut = Video(content[: len(content) * 6 // 10], form)
@@ -665,6 +750,8 @@ def test_names_of_videos():
         VIDEO_SUFFIXES
     )
     clip = Video(encode("mp4", "libx264", 2), "it")
-    shades = [round(Image.open(io.BytesIO(f)).getpixel((9, 9))[0] / 10) for _, f in
-              sample_frames(clip, 8, None)]  # fmt: skip
+    shades = [
+        round(Image.open(io.BytesIO(f)).getpixel((9, 9))[0] / 10)
+        for _, f in sample_frames(clip, 8, None)
+    ]
     assert shades == frame_indices(24).tolist()  # the release's choice

@@ -87,12 +87,21 @@ def test_a_torn_last_line_is_dropped_and_others_are_errors(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        "[]", "3", '"x"', "{}", '{"stage": "emu"}', '{"step": 1}', '{"stage": 3, "step": 1}',
-        '{"stage": "emu", "step": "1"}', '{"stage": "emu", "step": -1}',
-        '{"stage": "emu", "step": 1, "loss": "low"}', '{"stage": "emu", "step": 1, "loss": [1]}',
-        "[" * 100_000, "\udcff{}",
+        "[]",
+        "3",
+        '"x"',
+        "{}",
+        '{"stage": "emu"}',
+        '{"step": 1}',
+        '{"stage": 3, "step": 1}',
+        '{"stage": "emu", "step": "1"}',
+        '{"stage": "emu", "step": -1}',
+        '{"stage": "emu", "step": 1, "loss": "low"}',
+        '{"stage": "emu", "step": 1, "loss": [1]}',
+        "[" * 100_000,
+        "\udcff{}",
     ],
-)  # fmt: skip
+)
 def test_an_odd_row_is_one_clear_line(row, tmp_path):
     record(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"

@@ -38,9 +38,17 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def cfg(tmp_path) -> DataConfig:
     return DataConfig(
-        root=str(tmp_path), batch_size=4, row_tokens=40, row_images=4, n_causal=2, image_size=4,
-        target_size=6, block_documents=16, seed=5, prefetch=0,
-    )  # fmt: skip
+        root=str(tmp_path),
+        batch_size=4,
+        row_tokens=40,
+        row_images=4,
+        n_causal=2,
+        image_size=4,
+        target_size=6,
+        block_documents=16,
+        seed=5,
+        prefetch=0,
+    )
 
 
 def records(folder: Path, name: str, documents: list[Document], **changes) -> SourceConfig:
@@ -145,10 +153,12 @@ def test_random_numbers_follow_from_the_number_of_a_document(cfg, tokenizer, tmp
     groups = open_groups(cfg, tokenizer, "rows")
     one, again = groups[0].drawn(1), groups[0].drawn(7)._replace(index=groups[0].drawn(1).index)
     drawn = [
-        groups[0].rng(one).random(), groups[0].rng(again).random(), groups[1].rng(one).random(),
+        groups[0].rng(one).random(),
+        groups[0].rng(again).random(),
+        groups[1].rng(one).random(),
         groups[0].rng(one, mixture_module.FRAMES).random(),
         open_groups(dataclasses.replace(cfg, seed=6), tokenizer, "rows")[0].rng(one).random(),
-    ]  # fmt: skip
+    ]
     assert len(set(drawn)) == 5 and groups[0].rng(one).random() == drawn[0]
 
 
@@ -241,12 +251,15 @@ def test_a_run_goes_on_where_its_files_have_moved(tmp_path):
 
 
 def test_windows_of_pages(cfg, tokenizer, tmp_path):
-    page = Document(tuple(
-        part for n in range(10) for part in (Picture(grey(20 * n)), Text(WORDS[n]))
-    ))  # fmt: skip
-    cfg = dataclasses.replace(cfg, batch_size=1, block_documents=1, sources=(
-        records(tmp_path, "pages", [page], window_tokens=20, window_images=2),
-    ))  # fmt: skip
+    page = Document(
+        tuple(part for n in range(10) for part in (Picture(grey(20 * n)), Text(WORDS[n])))
+    )
+    cfg = dataclasses.replace(
+        cfg,
+        batch_size=1,
+        block_documents=1,
+        sources=(records(tmp_path, "pages", [page], window_tokens=20, window_images=2),),
+    )
     seen = set()
     with Batches(cfg, tokenizer, "rows") as batches:
         for batch in take(batches, 60):
@@ -384,8 +397,11 @@ def test_a_damaged_single_document_has_a_substitute(cfg, tokenizer, tmp_path, ki
 
 
 def test_what_was_damaged_when_counted_is_counted_once(cfg, tokenizer, tmp_path):
-    samples = {f"{n:03}.{s}": picture(n % 250) if s == "jpg" else WORDS[n % 10].encode()
-               for n in range(64) for s in ("jpg", "txt")}  # fmt: skip
+    samples = {
+        f"{n:03}.{s}": picture(n % 250) if s == "jpg" else WORDS[n % 10].encode()
+        for n in range(64)
+        for s in ("jpg", "txt")
+    }
     for n in range(5, 64, 8):
         samples[f"{n:03}.txt"] = b"\xff\xfe"
     tar(tmp_path / "0.tar", samples)

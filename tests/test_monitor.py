@@ -73,8 +73,13 @@ def test_time_is_split_by_what_the_devices_wait_for(monkeypatch):
     assert seconds(run) == {"data": 3, "compile": 6, "step": 9, "checkpoint": 4, "other": 5}
     run.add({"step": 10.0, "lost": 2.0})
     assert seconds(run) == {
-        "data": 3, "compile": 6, "step": 19, "checkpoint": 4, "other": 5, "lost": 2
-    }  # fmt: skip
+        "data": 3,
+        "compile": 6,
+        "step": 19,
+        "checkpoint": 4,
+        "other": 5,
+        "lost": 2,
+    }
 
 
 def test_steps_done_again_are_lost_time():

@@ -65,8 +65,18 @@ def serving(checkpoint):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "emu_jax.cli", "serve", "--checkpoint", checkpoint,
-               "--port", port, "--seconds", 300]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "emu_jax.cli",
+        "serve",
+        "--checkpoint",
+        checkpoint,
+        "--port",
+        port,
+        "--seconds",
+        300,
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     process = subprocess.Popen([*map(str, command)], env=environment)
     address = f"http://127.0.0.1:{port}"
@@ -122,9 +132,14 @@ def page(server, problems):
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-background-networking", "--disable-sync",
-                  "--disable-component-update", "--no-first-run"],
-        )  # fmt: skip
+            args=[
+                "--no-sandbox",
+                "--disable-background-networking",
+                "--disable-sync",
+                "--disable-component-update",
+                "--no-first-run",
+            ],
+        )
         page = browser.new_page()
         page.set_default_timeout(300_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -178,8 +193,9 @@ def test_a_digit_is_asked_for_and_drawn(page):
         page.click("#draw-form button[type=submit]")
         page.wait_for_function(
             "before => { const i = document.querySelector('#drawn img');"
-            " return i && i.src !== before && i.complete && i.naturalWidth }", arg=before,
-        )  # fmt: skip
+            " return i && i.src !== before && i.complete && i.naturalWidth }",
+            arg=before,
+        )
         assert page.is_visible("#drawn img") and page.inner_text("#problem") == ""
         source = page.get_attribute("#drawn img", "src")
         content = base64.b64decode(source.removeprefix("data:image/png;base64,"))
@@ -210,8 +226,10 @@ def test_eight_clients_for_a_minute(server):
         return "/api/chat", body
 
     def draw(n):
-        return "/api/draw", {"parts": [{"text": f"the digit {digits.WORDS[n]}"}],
-                             "settings": {"seed": n, "steps": 4}}  # fmt: skip
+        return "/api/draw", {
+            "parts": [{"text": f"the digit {digits.WORDS[n]}"}],
+            "settings": {"seed": n, "steps": 4},
+        }
 
     alone = {}
     for n in range(8):

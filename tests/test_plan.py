@@ -105,7 +105,7 @@ def test_products_in_a_jaxpr_by_hand():
             x = x @ w[0]
         return jax.lax.conv_general_dilated(
             x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
-        )  # fmt: skip
+        )
 
     shapes = ((2, 5, 6), (2, 6, 6), (3, 3, 8))
     traced = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
@@ -177,10 +177,13 @@ def test_topologies_are_read_and_refused():
     assert Topology.parse("v5e:8x16").link_ways() == [1, 2]
     assert Topology.parse("v5p:2x2x1").link_ways() == [1, 1, 0]
     for text, message in (
-        ("v5x:4x4", "no TPU 'v5x'"), ("v5p:4x4", "v5p:4x4x4"), ("v5e:4xa", "v5e:4x4"),
-        ("v5e:4x²", "v5e:4x4"), ("v5e:4x" + "9" * 5000, "v5e:4x4"),
+        ("v5x:4x4", "no TPU 'v5x'"),
+        ("v5p:4x4", "v5p:4x4x4"),
+        ("v5e:4xa", "v5e:4x4"),
+        ("v5e:4x²", "v5e:4x4"),
+        ("v5e:4x" + "9" * 5000, "v5e:4x4"),
         ("h100:8", "no TPU"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=message):
             Topology.parse(text)
     with pytest.raises(UserError, match="at least 1"):
@@ -193,22 +196,28 @@ def test_topologies_are_read_and_refused():
         # As published: TFLOP/s in bfloat16, GiB (GPUs: GB) of HBM, its GB/s, GB/s over ICI in
         # both directions of all links, Gbit/s to other slices; what JAX calls them.
         ("TPU v4", 275, 32, 1200, 600, 50, 1),
-        ("TPU v5 lite", 197, 16, 800, 400, 25, 1), ("TPU v5e", 197, 16, 800, 400, 25, 1),
-        ("TPU v5p", 459, 95, 2765, 1200, 50, 1), ("TPU v5", 459, 95, 2765, 1200, 50, 1),
-        ("TPU v6 lite", 918, 32, 1638, 800, 100, 1), ("TPU v6e", 918, 32, 1638, 800, 100, 1),
-        ("TPU7x", 2307, 192, 7380, 1200, 100, 2), ("TPU v7x", 2307, 192, 7380, 1200, 100, 2),
+        ("TPU v5 lite", 197, 16, 800, 400, 25, 1),
+        ("TPU v5e", 197, 16, 800, 400, 25, 1),
+        ("TPU v5p", 459, 95, 2765, 1200, 50, 1),
+        ("TPU v5", 459, 95, 2765, 1200, 50, 1),
+        ("TPU v6 lite", 918, 32, 1638, 800, 100, 1),
+        ("TPU v6e", 918, 32, 1638, 800, 100, 1),
+        ("TPU7x", 2307, 192, 7380, 1200, 100, 2),
+        ("TPU v7x", 2307, 192, 7380, 1200, 100, 2),
         ("NVIDIA A100-SXM4-80GB", 312, 80, 2039, 0, 0, 1),
         ("NVIDIA H100 80GB HBM3", 989, 80, 3350, 0, 0, 1),
-        ("NVIDIA H200", 989, 141, 4800, 0, 0, 1), ("NVIDIA B200", 2250, 180, 7700, 0, 0, 1),
+        ("NVIDIA H200", 989, 141, 4800, 0, 0, 1),
+        ("NVIDIA B200", 2250, 180, 7700, 0, 0, 1),
     ],
-)  # fmt: skip
+)
 def test_chips_are_as_published(kind, teraflops, gigabytes, hbm, ici, dcn, devices):
     chip = chip_of(kind)
     assert (chip.flops, chip.hbm_bandwidth, chip.devices) == (teraflops * 1e12, hbm * 1e9, devices)
     assert chip.hbm_bytes == gigabytes * (2**30 if kind.startswith("TPU") else 1e9)
     assert (2 * 2 * chip.torus_axes * chip.link_bandwidth, 8 * chip.dcn_bandwidth) == (
-        ici * 1e9, dcn * 1e9,
-    )  # fmt: skip
+        ici * 1e9,
+        dcn * 1e9,
+    )
     assert peak_flops(kind) == chip.flops / devices
     of_float32 = chip.flops / devices / 6 if kind.startswith("TPU") else None
     assert peak_flops(kind, "float32") == of_float32
@@ -424,8 +433,11 @@ KIB = "f32[256]{0}"
         ("%r = f32[16]{0} dynamic-slice(%a, %b)", (KIB, "s32[]"), 2 * 64),
         ("%r = f32[3,8]{1,0} gather(%a, %b)", ("f32[32,8]{1,0}", "s32[3]{0}"), 2 * 96),
         ("%r = f32[256]{0} dynamic-update-slice(%a, %b)", (KIB, "f32[16]{0}"), 2 * 64),
-        ("%r = f32[32,8]{1,0} scatter(%a, %b, %c)",
-         ("f32[32,8]{1,0}", "s32[3]{0}", "f32[3,8]{1,0}"), 2 * (12 + 96)),
+        (
+            "%r = f32[32,8]{1,0} scatter(%a, %b, %c)",
+            ("f32[32,8]{1,0}", "s32[3]{0}", "f32[3,8]{1,0}"),
+            2 * (12 + 96),
+        ),
         ("%r = f32[256]{0} copy(%a)", (KIB,), 2 * 1024),
         # Fetched to the chip's own memory: read alone. Destination, source and context are named.
         ("%r = (f32[256]{0:S(1)}, f32[256]{0}, u32[]) copy-start(%a)", (KIB,), 1024),
@@ -439,7 +451,7 @@ KIB = "f32[256]{0}"
         ("%r = c64[256]{0} complex(%a, %b)", (KIB, "f16[256]{0}"), 1024 + 512 + 2048),
         ("%r = f64[256]{0} convert(%a)", ("s64[]",), 8 + 2048),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_one_instruction(line, parameters, moved):
     assert one(line, *parameters).hbm_bytes == moved
 
@@ -496,7 +508,7 @@ BOARD, PART = "f32[32,8]{1,0}", "f32[4,8]{1,0}"
         # An array that is updated in place is neither read nor written but for the update.
         (f"({BOARD}, {PART})", "update", (BOARD, PART), 128 + 2 * 128),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_one_fusion(result, called, parameters, moved):
     names = ", ".join(f"%{name}" for name, _ in zip("ab", parameters, strict=False))
     line = f"%r = {result} fusion({names}), kind=kLoop, calls=%{called}"
@@ -512,23 +524,42 @@ GROUP = "replica_groups={{0,1,2,3}}"
         # The array as it is gathered, or before it is reduced, once: of an operation that is
         # started apart the result names both.
         (f"%r = f32[32,8]{{1,0}} all-gather(%a), {GROUP}", "f32[8,8]{1,0}", "all-gather", 1024, 4),
-        (f"%r = (f32[8,8]{{1,0}}, f32[32,8]{{1,0}}) all-gather-start(%a), {GROUP}",
-         "f32[8,8]{1,0}", "all-gather", 1024, 4),
+        (
+            f"%r = (f32[8,8]{{1,0}}, f32[32,8]{{1,0}}) all-gather-start(%a), {GROUP}",
+            "f32[8,8]{1,0}",
+            "all-gather",
+            1024,
+            4,
+        ),
         (f"%r = f32[8,8]{{1,0}} reduce-scatter(%a), {GROUP}", BOARD, "reduce-scatter", 1024, 4),
-        (f"%r = (f32[32,8]{{1,0}}, bf16[16]{{0}}) all-reduce(%a, %b), {GROUP}", BOARD,
-         "all-reduce", 1024 + 32, 4),
+        (
+            f"%r = (f32[32,8]{{1,0}}, bf16[16]{{0}}) all-reduce(%a, %b), {GROUP}",
+            BOARD,
+            "all-reduce",
+            1024 + 32,
+            4,
+        ),
         (f"%r = f32[32,8]{{1,0}} all-reduce-start(%a), {GROUP}", BOARD, "all-reduce", 1024, 4),
         (f"%r = f32[32,8]{{1,0}} all-to-all(%a), {GROUP}", BOARD, "all-to-all", 1024, 4),
-        ("%r = (f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]) collective-permute-start(%a), "
-         "source_target_pairs={{0,1},{1,0}}", BOARD, "collective-permute", 1024, 4),
+        (
+            "%r = (f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]) collective-permute-start(%a), "
+            "source_target_pairs={{0,1},{1,0}}",
+            BOARD,
+            "collective-permute",
+            1024,
+            4,
+        ),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_one_collective(line, shape, kind, size, group):
     counts = one(line, shape)
     ((collective, times),) = counts.collectives.items()
     assert (collective.kind, collective.bytes, len(collective.group), times) == (
-        kind, size, group, 1,
-    )  # fmt: skip
+        kind,
+        size,
+        group,
+        1,
+    )
     assert counts.hbm_bytes == 0  # the network's time, not the memory's
     assert not one("%r = f32[32,8]{1,0} all-gather-done(%a)", BOARD).collectives
 
@@ -619,10 +650,13 @@ def test_products_of_one_instruction():
 @pytest.mark.parametrize(
     "name, operands, products",
     [
-        ("splash_mha_dkv_no_residuals.1", 4, 5 * 3 / 4), ("splash_mha_dq.2", 4, 3 * 3 / 4),
-        ("splash_mha_fwd.3", 3, 2), ("short_attention_fwd", 3, 2), ("short_attention_bwd", 3, 5),
+        ("splash_mha_dkv_no_residuals.1", 4, 5 * 3 / 4),
+        ("splash_mha_dq.2", 4, 3 * 3 / 4),
+        ("splash_mha_fwd.3", 3, 2),
+        ("short_attention_fwd", 3, 2),
+        ("short_attention_bwd", 3, 5),
     ],
-)  # fmt: skip
+)
 def test_products_of_each_kernel(name, operands, products):
     """With blocks of the mask named, three of four are visited; without, all."""
     long = name.startswith("splash")
@@ -704,9 +738,10 @@ def test_sums_over_slices_go_through_the_runtime():
 def test_bounds_of_a_roofline():
     counts = hlo.Counts(flops=197e12, hbm_bytes=400e9)
     counts.instructions = [
-        hlo.Cost(197e12, 80e9, 1.0, "product"), hlo.Cost(0.0, 160e9, 2.0, "sum"),
+        hlo.Cost(197e12, 80e9, 1.0, "product"),
+        hlo.Cost(0.0, 160e9, 2.0, "sum"),
         hlo.Cost(0.0, 8e9, 1.0, "product"),
-    ]  # fmt: skip
+    ]
     topology = Topology.parse("v5e:1x1")
     t = times(counts, Network(topology, [(0, 0)], [0]))
     assert (t.compute, t.hbm, t.overlapped) == (1.0, 0.5, 1.0)
@@ -746,9 +781,11 @@ def test_ladder_sizes():
     from emu_jax.models.emu import Emu
 
     for size, least, most in (
-        ("0.1B", 0.09e9, 0.12e9), ("0.4B", 0.35e9, 0.45e9), ("1.5B", 1.4e9, 1.6e9),
+        ("0.1B", 0.09e9, 0.12e9),
+        ("0.4B", 0.35e9, 0.45e9),
+        ("1.5B", 1.4e9, 1.6e9),
         ("7B", 7e9, 8e9),
-    ):  # fmt: skip
+    ):
         state = nnx.state(nnx.eval_shape(lambda s=size: Emu(emu_ladder(s), rngs=nnx.Rngs(0))))
         assert least < sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) < most
     assert emu_14b().llama.head_width == emu_ladder("7B").llama.head_width == 128
@@ -759,12 +796,23 @@ def test_ladder_sizes():
 
 def report(**changes):
     base = {
-        "fits": True, "curve": "weak", "topology": "v5e:4x4", "slices": 1, "chips": 16,
-        "mesh": {"data": 1, "fsdp": 16, "tensor": 1}, "remat": {"llama": "full"},
-        "rows_per_chip": 2.0, "hbm_bytes": 2**33, "hbm_limit_bytes": 2**34,
-        "step_seconds_overlap": 1.0, "step_seconds_serial": 1.5, "tokens_per_second": 100.0,
-        "tokens_per_second_overlap": 150.0, "mfu_serial": 0.4, "mfu_overlap": 0.6,
-    }  # fmt: skip
+        "fits": True,
+        "curve": "weak",
+        "topology": "v5e:4x4",
+        "slices": 1,
+        "chips": 16,
+        "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
+        "remat": {"llama": "full"},
+        "rows_per_chip": 2.0,
+        "hbm_bytes": 2**33,
+        "hbm_limit_bytes": 2**34,
+        "step_seconds_overlap": 1.0,
+        "step_seconds_serial": 1.5,
+        "tokens_per_second": 100.0,
+        "tokens_per_second_overlap": 150.0,
+        "mfu_serial": 0.4,
+        "mfu_overlap": 0.6,
+    }
     return base | changes
 
 
@@ -795,12 +843,19 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
         # What does not grow with rows is shared by more of them; half of the links, twice as long.
         seconds = rows * again[policy] + (1.5 if cfg.mesh.fsdp == 8 else 0.7)
         made = report(
-            topology=str(topology), slices=topology.slices, chips=topology.chips,
-            fits=rows * room[policy] <= 4, rows=cfg.data.batch_size, rows_per_chip=rows,
-            mesh={"data": 1, "fsdp": cfg.mesh.fsdp, "tensor": 1}, remat={"llama": policy},
-            hbm_by_kind={"temporaries": 2**30}, step_seconds_overlap=seconds,
-            step_seconds_serial=seconds, seconds={"compute": rows * again[policy], "ici": 0.5},
-        )  # fmt: skip
+            topology=str(topology),
+            slices=topology.slices,
+            chips=topology.chips,
+            fits=rows * room[policy] <= 4,
+            rows=cfg.data.batch_size,
+            rows_per_chip=rows,
+            mesh={"data": 1, "fsdp": cfg.mesh.fsdp, "tensor": 1},
+            remat={"llama": policy},
+            hbm_by_kind={"temporaries": 2**30},
+            step_seconds_overlap=seconds,
+            step_seconds_serial=seconds,
+            seconds={"compute": rows * again[policy], "ici": 0.5},
+        )
         return {key: value for key, value in made.items() if key != "curve"}
 
     monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", pretend)
@@ -820,8 +875,12 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     )
     tried = [(policy, rows, fsdp) for name, _, policy, rows, fsdp in asked if name == "v5e:4x4"]
     assert tried == [
-        ("full", 3, 16), ("full", 2, 16), ("dots", 1, 16), ("minimal", 2, 16), ("minimal", 2, 8),
-    ]  # fmt: skip
+        ("full", 3, 16),
+        ("full", 2, 16),
+        ("dots", 1, 16),
+        ("minimal", 2, 16),
+        ("minimal", 2, 8),
+    ]
     curves = [r for r in json.loads((tmp_path / "sweep.json").read_text()) if r["curve"]]
     weak = {(r["chips"], r["rows_per_chip"]) for r in curves if r["curve"] == "weak"}
     assert weak == {(16, 2), (64, 2), (256, 2), (512, 2)}
@@ -857,10 +916,15 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
         asked.append((cfg.remat.llama, cfg.data.batch_size // topology.chips))
         rows = asked[-1][1]
         made = report(
-            chips=4, rows=rows * 4, rows_per_chip=rows, remat={"llama": cfg.remat.llama},
-            hbm_by_kind={"temporaries": 2**30}, seconds={"compute": rows * 1.0, "ici": 0.1},
-            step_seconds_overlap=rows * 1.0, step_seconds_serial=rows * 1.05,
-        )  # fmt: skip
+            chips=4,
+            rows=rows * 4,
+            rows_per_chip=rows,
+            remat={"llama": cfg.remat.llama},
+            hbm_by_kind={"temporaries": 2**30},
+            seconds={"compute": rows * 1.0, "ici": 0.1},
+            step_seconds_overlap=rows * 1.0,
+            step_seconds_serial=rows * 1.05,
+        )
         return {key: value for key, value in made.items() if key != "curve"}
 
     monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", pretend)
@@ -921,15 +985,18 @@ def test_collectives_of_a_plan_are_told_by_the_axes_that_they_run_over():
     gather = hlo.Collective("all-gather", 100.0, (0, 2))
     counts = hlo.Counts(dcn_bytes=7.0)
     counts.collectives |= {
-        gather: 3, dataclasses.replace(gather, group=(4, 6)): 2,
+        gather: 3,
+        dataclasses.replace(gather, group=(4, 6)): 2,
         dataclasses.replace(gather, kind="all-reduce", group=(0, 1, 2, 3)): 1,
         # Of a permutation a pair, of those that follow each its own.
         hlo.Collective("collective-permute", 10.0, (0, 4, 1, 2)): 1,
-    }  # fmt: skip
+    }
     assert collective_bytes(counts, mesh) == {
-        "fsdp": {"all-gather": 500}, "fsdp+tensor": {"all-reduce": 100},
-        "data": {"collective-permute": 10}, "slices": {"all-reduce": 7},
-    }  # fmt: skip
+        "fsdp": {"all-gather": 500},
+        "fsdp+tensor": {"all-reduce": 100},
+        "data": {"collective-permute": 10},
+        "slices": {"all-reduce": 7},
+    }
 
 
 def test_what_a_plan_reports_by_hand():
@@ -947,9 +1014,10 @@ def test_what_a_plan_reports_by_hand():
             if isinstance(memory, Exception):
                 raise memory
             return SimpleNamespace(
-                memory_analysis=lambda: memory, as_text=lambda: text,
+                memory_analysis=lambda: memory,
+                as_text=lambda: text,
                 cost_analysis=lambda: {"optimal_seconds": 5.0},
-            )  # fmt: skip
+            )
 
         lowered: Any = SimpleNamespace(compile=compile)
         kinds = {"parameters": 100.0, "optimizer": 200.0, "activations": 30.0}
@@ -957,9 +1025,13 @@ def test_what_a_plan_reports_by_hand():
 
     def sizes(total: int) -> Any:
         return SimpleNamespace(
-            argument_size_in_bytes=total - 75, output_size_in_bytes=60, alias_size_in_bytes=50,
-            temp_size_in_bytes=45, generated_code_size_in_bytes=20, host_temp_size_in_bytes=7,
-        )  # fmt: skip
+            argument_size_in_bytes=total - 75,
+            output_size_in_bytes=60,
+            alias_size_in_bytes=50,
+            temp_size_in_bytes=45,
+            generated_code_size_in_bytes=20,
+            host_temp_size_in_bytes=7,
+        )
 
     found = report(sizes(limit))
     seconds = 2 * 1024**3 / 197e12  # longer than its six MiB take
@@ -1022,9 +1094,12 @@ def test_a_plan_is_compiled_with_the_flags_that_keep_the_compiler_from_crashing(
 
 def plan_cli(*arguments: str, timeout: int = 1200) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "emu_jax.cli", "plan", *arguments], cwd=ROOT, text=True,
-        capture_output=True, timeout=timeout,
-    )  # fmt: skip
+        [sys.executable, "-m", "emu_jax.cli", "plan", *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 def test_mistakes_are_one_line(monkeypatch, capsys):
@@ -1078,9 +1153,13 @@ counts = [hlo.count(jax.jit(jax.value_and_grad(f, (0, 1))).lower(*shapes).compil
 print(json.dumps([[c.flops, c.hbm_bytes, sorted(c.unknown)] for c in counts]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=900,
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=900,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (scanned, _, unknown), (unrolled, _, more) = json.loads(done.stdout.splitlines()[-1])
     assert not unknown and not more
@@ -1093,8 +1172,14 @@ print(json.dumps([[c.flops, c.hbm_bytes, sorted(c.unknown)] for c in counts]))
 @needs_libtpu
 @pytest.mark.slow
 def test_plan_of_the_smallest_model_on_a_small_slice():
-    done = plan_cli("--config", "configs/emu_100m.py", "--topology", "v5p:2x2x1", "--json",
-                    "--config.data.batch_size=8")  # fmt: skip
+    done = plan_cli(
+        "--config",
+        "configs/emu_100m.py",
+        "--topology",
+        "v5p:2x2x1",
+        "--json",
+        "--config.data.batch_size=8",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["fits"] and found["chips"] == 4 and found["rows_per_chip"] == 2

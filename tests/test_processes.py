@@ -53,8 +53,10 @@ def main(workdir: Path) -> None:
     said["read"] = list(read)
     if jax.process_index() == 0:
         said["steps"] = sorted(checkpoint.complete_steps(workdir))
-        data = max((workdir / "3" / "params" / "ocdbt.process_1").rglob("*"),
-                   key=lambda p: p.stat().st_size)  # fmt: skip
+        data = max(
+            (workdir / "3" / "params" / "ocdbt.process_1").rglob("*"),
+            key=lambda p: p.stat().st_size,
+        )
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
         data.write_bytes(content)
@@ -65,8 +67,10 @@ def main(workdir: Path) -> None:
     said["listed"] = len(listed)
     with Checkpoints(workdir, 2) as checkpoints:
         step, saved = checkpoints.restore(wanted)
-    mine = [(np.asarray(s.data) == values[s.index] + step).all()
-            for s in saved["params"]["a"].addressable_shards]  # fmt: skip
+    mine = [
+        (np.asarray(s.data) == values[s.index] + step).all()
+        for s in saved["params"]["a"].addressable_shards
+    ]
     said |= {"restored": step, "right": bool(all(mine))}
     # Somebody else's lock.
     if jax.process_index() == 0:
@@ -126,11 +130,14 @@ def test_three_processes_save_verify_and_restore_as_one(tmp_path):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env=environment | {"JAX_PROCESS_ID": str(n)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", code],
+            env=environment | {"JAX_PROCESS_ID": str(n)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for n in range(COUNT)
-    ]  # fmt: skip
+    ]
     try:
         ended = [process.communicate(timeout=300) for process in processes]
     finally:

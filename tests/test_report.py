@@ -57,11 +57,20 @@ def picture(rng, shape=(5, 7, 3)):
 def contents():
     rng = np.random.default_rng(0)
     rows = [
-        {"stage": "emu", "step": s, "time": 0.0, "loss": 3 / s, "text_loss": 2 / s,
-         "regression_loss": 1 / s, "embedding_variance": 0.8, "embedding_rank": 6.5 + s,
-         "grad_norm": 1.0, "bad_steps": 0.0}
+        {
+            "stage": "emu",
+            "step": s,
+            "time": 0.0,
+            "loss": 3 / s,
+            "text_loss": 2 / s,
+            "regression_loss": 1 / s,
+            "embedding_variance": 0.8,
+            "embedding_rank": 6.5 + s,
+            "grad_norm": 1.0,
+            "bad_steps": 0.0,
+        }
         for s in range(1, 90)
-    ]  # fmt: skip
+    ]
     return {
         "title": "Emu & digits",
         "figures": {"caption_accuracy": 0.9806, "seconds": 612.34, "report": "report.html"},
@@ -135,6 +144,11 @@ def test_empty_parts_are_left_out(tmp_path):
 
 def test_pictures_must_be_bytes(tmp_path):
     with pytest.raises(TypeError, match="uint8"):
-        write_report(tmp_path / "report.html", title="t", figures={}, curves={},
-                     captions=[(np.zeros((2, 2, 3)), "x", True)])  # fmt: skip
+        write_report(
+            tmp_path / "report.html",
+            title="t",
+            figures={},
+            curves={},
+            captions=[(np.zeros((2, 2, 3)), "x", True)],
+        )
     assert not list(tmp_path.iterdir())

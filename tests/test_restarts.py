@@ -45,10 +45,17 @@ def shrunk(root: str) -> TrainConfig:
         for group in cfg.optimizer.groups
     )
     return dataclasses.replace(
-        cfg, model=model, data=data, parents={}, steps=STEPS, log_every=1, checkpoint_every=4,
-        keep_checkpoints=3, log_documents=True,
+        cfg,
+        model=model,
+        data=data,
+        parents={},
+        steps=STEPS,
+        log_every=1,
+        checkpoint_every=4,
+        keep_checkpoints=3,
+        log_documents=True,
         optimizer=dataclasses.replace(cfg.optimizer, groups=groups),
-    )  # fmt: skip
+    )
 
 
 def main(root: str, workdir: str) -> None:
@@ -80,9 +87,11 @@ class Job:
         for n, log in enumerate(self.logs):
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT,
+                    [sys.executable, "-c", code],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
                     env=environment | {"JAX_PROCESS_ID": str(n)},
-                )  # fmt: skip
+                )
             self.processes.append(process)
 
     def said(self) -> str:

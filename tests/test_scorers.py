@@ -17,9 +17,7 @@ from emu_jax.evaluate import scorers
 from emu_jax.evaluate.scorers import captions, frechet, visdial, vqa
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
-needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="needs torch"
-)  # fmt: skip
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +55,7 @@ def test_cider_by_hand(no_java):
 
 
 def test_cider_clips_and_penalises_length(no_java):
-    found = captions.score(
-        {1: ["red bus", "red bus stop"], 2: ["dog"]}, {1: "red red", 2: "cat"}
-    )  # fmt: skip
+    found = captions.score({1: ["red bus", "red bus stop"], 2: ["dog"]}, {1: "red red", 2: "cat"})
     # Prediction (red 2L): norm 2L. Clipped to the reference's L.
     # First reference (red L, bus L): L L / (2L . L sqrt2) = 1 / (2 sqrt2)
     # Second (red L, bus L, stop L): L L / (2L . L sqrt3) = 1 / (2 sqrt3); it is longer by one
@@ -370,12 +366,23 @@ def write_wordnet(folder):
 def test_wups_by_hand(nltk_data, caplog):
     write_wordnet(nltk_data / "corpora" / "wordnet")
     answers = {
-        1: ["cat"], 2: ["the dog"], 3: ["cat", "dogs"], 4: ["dog"], 5: ["dog"], 6: ["xyz"],
+        1: ["cat"],
+        2: ["the dog"],
+        3: ["cat", "dogs"],
+        4: ["dog"],
+        5: ["dog"],
+        6: ["xyz"],
         7: ["cat"],
-    }  # fmt: skip
+    }
     predictions = {
-        1: "dogs ran", 2: "dog", 3: "an animal", 4: "run", 5: "cat", 6: "cat", 7: "xyz dog"
-    }  # fmt: skip
+        1: "dogs ran",
+        2: "dog",
+        3: "an animal",
+        4: "run",
+        5: "cat",
+        6: "cat",
+        7: "xyz dog",
+    }
     types = {1: "CW", 2: "DB", 3: "TP", 4: "TN", 5: "DC", 6: "DO", 7: "DL"}
     found = vqa.wups(answers, predictions, question_types=types)
     # Wu-Palmer: twice the depth of what both are over the depths of both, entity being at 1:
@@ -415,8 +422,11 @@ def test_ranks_by_hand():
     # The answers rank 1, 3 and 100 - 93 = 7.
     assert found.values == {
         "MRR": rel(100 * (1 + 1 / 3 + 1 / 7) / 3),
-        "R@1": rel(100 / 3), "R@5": rel(200 / 3), "R@10": 100, "mean rank": rel(11 / 3),
-    }  # fmt: skip
+        "R@1": rel(100 / 3),
+        "R@5": rel(200 / 3),
+        "R@10": 100,
+        "mean rank": rel(11 / 3),
+    }
     assert found.per_item == {"a": 100, "b": rel(100 / 3), "c": rel(100 / 7)}
 
 

@@ -32,9 +32,15 @@ from emu_jax.serve.requests import Limits, Refused, parse_chat, parse_draw
 from emu_jax.serve.worker import Worker
 
 LIMITS = Limits(
-    body_bytes=200_000, body_seconds=0.5, parts=5, text_characters=50, pictures=3, pixels=10_000,
-    waiting=3, seconds=2.0,
-)  # fmt: skip
+    body_bytes=200_000,
+    body_seconds=0.5,
+    parts=5,
+    text_characters=50,
+    pictures=3,
+    pixels=10_000,
+    waiting=3,
+    seconds=2.0,
+)
 
 
 class FakeTokenizer:
@@ -82,18 +88,34 @@ class Client:
         self.app = app
 
     async def __call__(
-        self, path, body=None, *, raw=None, headers=(), method="POST", stall=False, leave=None,
+        self,
+        path,
+        body=None,
+        *,
+        raw=None,
+        headers=(),
+        method="POST",
+        stall=False,
+        leave=None,
         client="127.0.0.1",
-    ):  # fmt: skip
+    ):
         """`leave`: an event after which the client is gone."""
         content = raw if raw is not None else json.dumps(body).encode()
         given = {"host": "localhost", "content-type": "application/json", **dict(headers)}
         scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
-            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-            "scheme": "http", "headers": [(k.encode(), v.encode()) for k, v in given.items()],
-            "client": (client, 1), "server": ("localhost", 80),
-        }  # fmt: skip
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(k.encode(), v.encode()) for k, v in given.items()],
+            "client": (client, 1),
+            "server": ("localhost", 80),
+        }
         sent, out = [], []
 
         async def receive():
@@ -151,9 +173,11 @@ def test_an_answer_comes_in_lines(emu):
         ("/", None, {"method": "GET"}),
     )
     assert status == 200 and lines(body) == [
-        {"text": "picture (8, 6)"}, {"text": "what?"},
-        {"text": "{'max_new_tokens': 7, 'seed': 3}"}, {"done": True},
-    ]  # fmt: skip
+        {"text": "picture (8, 6)"},
+        {"text": "what?"},
+        {"text": "{'max_new_tokens': 7, 'seed': 3}"},
+        {"done": True},
+    ]
     assert b"default-src 'self'" in headers[b"content-security-policy"]
     picture, done = lines(drawn)
     content = base64.b64decode(picture["picture"].removeprefix("data:image/png;base64,"))
@@ -194,7 +218,9 @@ HOSTILE = {
     "a bomb": (chat({"picture": bomb()}), 413, "more than 10000 pixels"),
     "too many pixels": (chat({"picture": png((101, 100))}), 413, "101x100 pixels"),
     "too many pixels together": (
-        chat({"picture": png((80, 80))}, {"picture": png((80, 50))}), 413, "10000 in all",
+        chat({"picture": png((80, 80))}, {"picture": png((80, 50))}),
+        413,
+        "10000 in all",
     ),
     "too many pictures": (chat(*[{"picture": png()}] * 4), 413, "more than 3 pictures"),
     "too many parts": (chat(*[{"text": "a"}] * 6), 413, "more than 5 parts"),
@@ -203,36 +229,47 @@ HOSTILE = {
     "no video": (chat({"video": "aGVsbG8="}), 400, "a video cannot be read"),
     "a list of videos": (
         chat({"video": base64.b64encode(b"ffconcat version 1.0\nfile x.mp4").decode()}),
-        400, "a video cannot be read",
+        400,
+        "a video cannot be read",
     ),
     "an unknown setting": (chat({"text": "a"}, top_k=1), 400, "unknown key 'top_k'"),
     "a fraction": (chat({"text": "a"}, seed=1.5), 400, "settings.seed must be"),
     "not a number": (chat({"text": "a"}, seed=True), 400, "settings.seed must be"),
     "a number without end": (
         {"raw": json.dumps(chat({"text": "a"}, seed=7)).replace("7", "9" * 4000).encode()},
-        400, "settings.seed must be",
+        400,
+        "settings.seed must be",
     ),
     "no number at all": (
         {"raw": json.dumps(chat({"text": "a"}, seed=7)).replace("7", "NaN").encode()},
-        400, "settings.seed must be",
+        400,
+        "settings.seed must be",
     ),
     "the wrong speaker": (
-        {"messages": [{"role": "assistant", "parts": [{"text": "a"}]}]}, 400, "must be 'user'",
+        {"messages": [{"role": "assistant", "parts": [{"text": "a"}]}]},
+        400,
+        "must be 'user'",
     ),
     "an oversize body": ({"raw": b" " * 200_001}, 413, "larger than 200000 bytes"),
     "a length without end": (
-        {"raw": b"{}", "headers": {"content-length": "9" * 5000}}, 413, "larger than",
+        {"raw": b"{}", "headers": {"content-length": "9" * 5000}},
+        413,
+        "larger than",
     ),
     "a length in small raised digits": (
-        {"raw": b"{}", "headers": {"content-length": "\xb2"}}, 400, "",
+        {"raw": b"{}", "headers": {"content-length": "\xb2"}},
+        400,
+        "",
     ),
     "a false length": (
-        {"raw": b"{}", "headers": {"content-length": "999999999"}}, 413, "larger than",
+        {"raw": b"{}", "headers": {"content-length": "999999999"}},
+        413,
+        "larger than",
     ),
     "a form": ({"raw": b"a=1", "headers": {"content-type": "text/plain"}}, 415, "application/json"),
     "a slow body": ({"raw": b"{", "stall": True}, 408, "in time"),
     "another host": ({"raw": b"{}", "headers": {"host": "evil.example"}}, 400, "Invalid host"),
-}  # fmt: skip
+}
 
 
 def test_hostile_requests_are_refused_and_the_server_goes_on(emu, tmp_path, monkeypatch):
@@ -253,8 +290,16 @@ def test_hostile_requests_are_refused_and_the_server_goes_on(emu, tmp_path, monk
 
 
 SPECIAL = [
-    "[PAD]", "[IMG]", "[/IMG]", "<image>", "[USER]", "[ASSISTANT]", "<s>", "</s>", "<unk>",
-]  # fmt: skip
+    "[PAD]",
+    "[IMG]",
+    "[/IMG]",
+    "<image>",
+    "[USER]",
+    "[ASSISTANT]",
+    "<s>",
+    "</s>",
+    "<unk>",
+]
 
 
 @pytest.mark.parametrize("token", SPECIAL)
@@ -326,9 +371,19 @@ def test_a_tuned_model_is_asked_in_its_format_and_may_draw(emu):
     assert chat_with(emu, asked) == (["one?", "two", "three?"], 0, {"seed": 7})
     emu.tokenizer = types.SimpleNamespace(instruct=True)
     assert chat_with(emu, asked) == (
-        ["Be brief. [USER]: ", "one?", " [ASSISTANT]:", "two", "</s>", "[USER]: ", "three?",
-         " [ASSISTANT]:"], 1, {"seed": 7},
-    )  # fmt: skip
+        [
+            "Be brief. [USER]: ",
+            "one?",
+            " [ASSISTANT]:",
+            "two",
+            "</s>",
+            "[USER]: ",
+            "three?",
+            " [ASSISTANT]:",
+        ],
+        1,
+        {"seed": 7},
+    )
 
 
 def test_paths_lead_nowhere(emu):
@@ -412,9 +467,10 @@ def test_pages_of_other_sites_are_granted_nothing(emu):
     origin = {"origin": "https://evil.example", "access-control-request-method": "POST"}
     plain = {"origin": "https://evil.example", "content-type": "text/plain"}
     asked, sent = ask(
-        emu, ("/api/chat", None, {"method": "OPTIONS", "headers": origin}),
+        emu,
+        ("/api/chat", None, {"method": "OPTIONS", "headers": origin}),
         ("/api/chat", chat({"text": "a"}), {"headers": plain}),
-    )  # fmt: skip
+    )
     assert (asked[0], sent[0]) == (405, 415)
     assert not any(name.startswith(b"access-control") for _, _, h in (asked, sent) for name in h)
 
@@ -495,11 +551,14 @@ def test_every_answer_has_the_security_headers(emu, caplog):
         raise RuntimeError("inside")
 
     asked = [
-        ("/", None, {"method": "GET"}), ("/api/about", None, {"method": "GET"}),
-        ("/api/chat", chat({"text": "a"}), {}), ("/nothing", None, {"method": "GET"}),
-        ("/api/chat", None, {"method": "GET"}), ("/api/chat", chat(), {}),
+        ("/", None, {"method": "GET"}),
+        ("/api/about", None, {"method": "GET"}),
+        ("/api/chat", chat({"text": "a"}), {}),
+        ("/nothing", None, {"method": "GET"}),
+        ("/api/chat", None, {"method": "GET"}),
+        ("/api/chat", chat(), {}),
         ("/api/about", None, {"method": "GET", "headers": {"host": "evil.example"}}),
-    ]  # fmt: skip
+    ]
     answers = ask(emu, *asked)
     assert [status for status, *_ in answers] == [200, 200, 200, 404, 405, 400, 400]
 
@@ -513,8 +572,17 @@ def test_every_answer_has_the_security_headers(emu, caplog):
                 sent.append(message)
 
             with contextlib.suppress(RuntimeError):  # the server logs it
-                await app({"type": "http", "method": "POST", "path": "/api/chat", "headers": [
-                    (b"host", b"localhost")], "query_string": b""}, None, send)  # fmt: skip
+                await app(
+                    {
+                        "type": "http",
+                        "method": "POST",
+                        "path": "/api/chat",
+                        "headers": [(b"host", b"localhost")],
+                        "query_string": b"",
+                    },
+                    None,
+                    send,
+                )
             return sent[0]["status"], sent[1]["body"].decode(), dict(sent[0]["headers"])
 
     answers.append(asyncio.run(fail()))

@@ -127,14 +127,21 @@ def agrees(source) -> bool:
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_webdataset_pairs(tmp_path, form):
     folder = "a/" * 40 + "ü" * 20 if form != tarfile.USTAR_FORMAT else "shard"  # a long name
-    tar(tmp_path / "0.tar", {
-        f"{folder}/0001.jpg": picture(30), f"{folder}/0001.txt": "first ünïcode 🙂".encode(),
-        f"{folder}/0001.json": json.dumps({"caption": "not this"}).encode(),
-        "0002.seg.json": b"{}",  # of the same sample, but not read
-        "0002.json": json.dumps({"caption": "second", "url": "x"}).encode(),
-        "0002.webp": picture(60, "WEBP"),
-        "0003.PNG": picture(90, "PNG"), "README": b"", "._0003.jpg": b"",
-    }, form)  # fmt: skip
+    tar(
+        tmp_path / "0.tar",
+        {
+            f"{folder}/0001.jpg": picture(30),
+            f"{folder}/0001.txt": "first ünïcode 🙂".encode(),
+            f"{folder}/0001.json": json.dumps({"caption": "not this"}).encode(),
+            "0002.seg.json": b"{}",  # of the same sample, but not read
+            "0002.json": json.dumps({"caption": "second", "url": "x"}).encode(),
+            "0002.webp": picture(60, "WEBP"),
+            "0003.PNG": picture(90, "PNG"),
+            "README": b"",
+            "._0003.jpg": b"",
+        },
+        form,
+    )
     tar(tmp_path / "1.tar", {"x.jpeg": picture(120), "x.txt": b"third"}, form)
     assert reasons(source("webdataset", tmp_path)) == {2: "incomplete sample"}
     pairs = source("webdataset", tmp_path, allow_missing=("texts",))
@@ -142,17 +149,26 @@ def test_webdataset_pairs(tmp_path, form):
     assert pairs.unused().unused == {"other member": 3}
     assert pairs[2].unused == (Unused("no caption"),)
     assert list(map(shown, pairs)) == [
-        [30, "first ünïcode 🙂"], [60, "second"], [90], [120, "third"],
-    ]  # fmt: skip
+        [30, "first ünïcode 🙂"],
+        [60, "second"],
+        [90],
+        [120, "third"],
+    ]
     assert pairs[3].parts[0].data == picture(120)  # as they are in the tar
     assert pairs.where(3) == f"{tmp_path / '1.tar'} sample 0"
     assert agrees(pairs)
 
 
 def test_webdataset_videos(tmp_path):
-    tar(tmp_path / "0.tar", {
-        "a.mp4": video(20), "a.txt": b"words", "b.webm": video(20, "webm"), "b.json": b"{}",
-    })  # fmt: skip
+    tar(
+        tmp_path / "0.tar",
+        {
+            "a.mp4": video(20),
+            "a.txt": b"words",
+            "b.webm": video(20, "webm"),
+            "b.json": b"{}",
+        },
+    )
     clips = source("webdataset", tmp_path / "0.tar", allow_missing=("texts",))
     want = (10 * frame_indices(20)).tolist()
     assert list(map(shown, clips)) == [[*want, "words"], want]
@@ -211,9 +227,16 @@ def test_keys_of_samples(tmp_path):
     pairs = source("webdataset", tmp_path / "0.tar")
     assert reasons(pairs) == {8: "incomplete sample", 10: "incomplete sample"}
     assert [shown(pairs[n]) for n in range(10) if n != 8] == [
-        [0, "2024.01.03"], [10, "2024.01.04"], [20, "score_0.5_x"], [30, "a/photo.v1"],
-        [40, "cat"], [50, "cat.v2"], [60, "apart0"], [70, "apart1"], [100, "last"],
-    ]  # fmt: skip
+        [0, "2024.01.03"],
+        [10, "2024.01.04"],
+        [20, "score_0.5_x"],
+        [30, "a/photo.v1"],
+        [40, "cat"],
+        [50, "cat.v2"],
+        [60, "apart0"],
+        [70, "apart1"],
+        [100, "last"],
+    ]
     assert pairs.unused().unused == {"other member": 1, "duplicate member": 1, JOINED: 2}
     assert len(pairs) == 11
 
@@ -252,8 +275,10 @@ def test_the_releases_storyboards(tmp_path, form):
     for key, frames in (("ü" * 60 if form == tarfile.PAX_FORMAT else "one", 12), ("two", 1)):
         board = {f"{key}.final_meta.json": b"{}", f"{key}.{frames}.txt": b"end"}
         for n in range(frames):
-            board |= {f"{key}.{n}.txt": b"%d" % n * (n > 0),
-                      f"{key}.{n}.png": picture(10 * n, "PNG")}  # fmt: skip
+            board |= {
+                f"{key}.{n}.txt": b"%d" % n * (n > 0),
+                f"{key}.{n}.png": picture(10 * n, "PNG"),
+            }
         if frames == 12:
             del board[f"{key}.3.png"]
         files |= dict(sorted(board.items()))
@@ -306,8 +331,11 @@ def test_a_false_size_is_a_corrupt_header(tmp_path, size):
 
 
 def test_damaged_tars(tmp_path):
-    samples = {f"{n}.{s}": picture(10 * n) if s == "jpg" else b"word %d" % n
-               for n in range(8) for s in ("jpg", "txt")}  # fmt: skip
+    samples = {
+        f"{n}.{s}": picture(10 * n) if s == "jpg" else b"word %d" % n
+        for n in range(8)
+        for s in ("jpg", "txt")
+    }
     samples["3.txt"] = b"\xff\xfe"
     del samples["6.jpg"]
     path = tar(tmp_path / "0.tar", samples)
@@ -317,9 +345,11 @@ def test_damaged_tars(tmp_path):
     path.write_bytes(content[: at["7.txt"] + 3])
     damaged = source("webdataset", path)
     assert reasons(damaged) == {
-        3: "invalid UTF-8", 4: "corrupt tar member", 6: "incomplete sample",
+        3: "invalid UTF-8",
+        4: "corrupt tar member",
+        6: "incomplete sample",
         7: "corrupt tar member",
-    }  # fmt: skip
+    }
     for index in (0, 1, 2, 5):
         assert shown(damaged[index]) == [10 * index, f"word {index}"]
 
@@ -327,9 +357,11 @@ def test_damaged_tars(tmp_path):
     path.write_bytes(content)
     again = source("webdataset", path)  # the index follows the file
     assert reasons(again) == {
-        3: "invalid UTF-8", 4: "corrupt tar member", 5: "incomplete sample",
+        3: "invalid UTF-8",
+        4: "corrupt tar member",
+        5: "incomplete sample",
         6: "incomplete sample",
-    }  # fmt: skip
+    }
     assert shown(again[7]) == [70, "word 7"]
 
 
@@ -348,8 +380,15 @@ def test_damaged_tars(tmp_path):
     ],
 )
 def test_corrupt_headers(tmp_path, lost, want):
-    files = {"a.jpg": picture(10), "a.txt": b"one", "b.jpg": picture(20), "b.txt": b"two",
-             "b.json": b"{}", "c.jpg": picture(30), "c.txt": b"three"}  # fmt: skip
+    files = {
+        "a.jpg": picture(10),
+        "a.txt": b"one",
+        "b.jpg": picture(20),
+        "b.txt": b"two",
+        "b.json": b"{}",
+        "c.jpg": picture(30),
+        "c.txt": b"three",
+    }
     path = tar(tmp_path / "0.tar", files)
     content = bytearray(path.read_bytes())
     for member in tars.members(str(path)):
@@ -450,25 +489,38 @@ def test_mmc4_pages(tmp_path):
 
     inline = base64.b64encode(picture(70)).decode()
     pages = [
-        {"text_list": ["one", "two", "three"], "image_info": [
-            info("2.png", 2, 0.5), info("1.png", 0, 0.32), info("3.png", 1, 0.31),
-            info("absent.png", 1, 0.9), info(None, 1, 0.9), info("../pictures/3.png", 1, 0.9),
-            info("x", 2, 0.4, image_base64=inline),
-        ]},
-        {"text_list": ["one", "two"], "similarity_matrix": [[0.1, 0.4], [0.2, 0.9]],
-         "image_info": [info("1.png", 0), info("2.png", 1)]},
-    ]  # fmt: skip
+        {
+            "text_list": ["one", "two", "three"],
+            "image_info": [
+                info("2.png", 2, 0.5),
+                info("1.png", 0, 0.32),
+                info("3.png", 1, 0.31),
+                info("absent.png", 1, 0.9),
+                info(None, 1, 0.9),
+                info("../pictures/3.png", 1, 0.9),
+                info("x", 2, 0.4, image_base64=inline),
+            ],
+        },
+        {
+            "text_list": ["one", "two"],
+            "similarity_matrix": [[0.1, 0.4], [0.2, 0.9]],
+            "image_info": [info("1.png", 0), info("2.png", 1)],
+        },
+    ]
     listing = lines(tmp_path / "pages.jsonl", pages)
     mmc4 = source("pages", listing, media=(str(tmp_path / "pictures"),))
     assert list(map(shown, mmc4)) == [
-        [10, "one", "two", 20, 70, "three"], ["one", 20, "two"],
-    ]  # fmt: skip
+        [10, "one", "two", 20, 70, "three"],
+        ["one", 20, "two"],
+    ]
     assert [p.similarity for p in mmc4[0].parts if isinstance(p, Picture)] == [0.32, 0.5, 0.4]
     assert agrees(mmc4) and not mmc4.paired
     assert mmc4[0].unused == (
-        Unused("image unlike its text", "similarity 0.310"), Unused("no image", "image_info 4"),
-        Unused("missing image", "absent.png"), Unused("missing image", "../pictures/3.png"),
-    )  # fmt: skip
+        Unused("image unlike its text", "similarity 0.310"),
+        Unused("no image", "image_info 4"),
+        Unused("missing image", "absent.png"),
+        Unused("missing image", "../pictures/3.png"),
+    )
     some = source("pages", listing, media=(str(tmp_path / "pictures"),), min_similarity=0.45)
     assert list(map(shown, some)) == [["one", "two", 20, "three"], ["one", 20, "two"]]
     assert some.fingerprint != mmc4.fingerprint
@@ -499,23 +551,41 @@ def picture_page(*names: str) -> dict:
 def test_images_in_sub_folders(tmp_path):
     """MMC4's downloader writes a folder for each shard. A name may also begin with the end of the
     media folder. A name that fits several files is left out, rather than answered at random."""
-    names = {"images/0/red.jpg": 10, "images/1/blue.jpg": 20, "images/0/twice.jpg": 30,
-             "images/1/twice.jpg": 40, "images/1/a/deep.jpg": 50, "images/.hidden/x.jpg": 60,
-             "images/top.jpg": 70}  # fmt: skip
+    names = {
+        "images/0/red.jpg": 10,
+        "images/1/blue.jpg": 20,
+        "images/0/twice.jpg": 30,
+        "images/1/twice.jpg": 40,
+        "images/1/a/deep.jpg": 50,
+        "images/.hidden/x.jpg": 60,
+        "images/top.jpg": 70,
+    }
     for name, color in names.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture(color))
-    asked = ("red.jpg", "./blue.jpg", "twice.jpg", "1/twice.jpg", "deep.jpg", "x.jpg",
-             "images/0/red.jpg", "images/top.jpg", "2/red.jpg", "a/../top.jpg")  # fmt: skip
+    asked = (
+        "red.jpg",
+        "./blue.jpg",
+        "twice.jpg",
+        "1/twice.jpg",
+        "deep.jpg",
+        "x.jpg",
+        "images/0/red.jpg",
+        "images/top.jpg",
+        "2/red.jpg",
+        "a/../top.jpg",
+    )
     listing = lines(tmp_path / "pages.jsonl", [picture_page(*asked)])
     want = [10, 20, 40, 50, 10, 70, "words"]
     for folder in ("images", "images/", "images/*"):
         pages = source("pages", listing, media=(f"{tmp_path}/{folder}",))
         assert shown(pages[0]) == want and agrees(pages)
         assert pages[0].unused == (
-            Unused("ambiguous image", "twice.jpg"), Unused("missing image", "x.jpg"),
-            Unused("missing image", "2/red.jpg"), Unused("missing image", "a/../top.jpg"),
-        )  # fmt: skip
+            Unused("ambiguous image", "twice.jpg"),
+            Unused("missing image", "x.jpg"),
+            Unused("missing image", "2/red.jpg"),
+            Unused("missing image", "a/../top.jpg"),
+        )
     (tmp_path / "images/top.jpg").unlink()  # or else images/* stands for images, too
     pages = source("pages", listing, media=(f"{tmp_path}/images/*",))
     assert shown(pages[0]) == [*want[:-2], "words"]
@@ -547,14 +617,27 @@ def test_names_in_media_tars(tmp_path, prefix):
         info = tarfile.TarInfo(f"{prefix}d/3.jpg")
         info.size = len(content := picture(70, size=(30, 30)))
         archive.addfile(info, io.BytesIO(content))
-    asked = ("a/1.jpg", "b/1.jpg", "c/1.jpg", "1.jpg", "./c/2.jpg", "e/3.jpg", "d/3.jpg", "3.jpg",
-             "far/away/4.jpg", f"x/{prefix}a/1.jpg", f"{prefix}{deep}")  # fmt: skip
+    asked = (
+        "a/1.jpg",
+        "b/1.jpg",
+        "c/1.jpg",
+        "1.jpg",
+        "./c/2.jpg",
+        "e/3.jpg",
+        "d/3.jpg",
+        "3.jpg",
+        "far/away/4.jpg",
+        f"x/{prefix}a/1.jpg",
+        f"{prefix}{deep}",
+    )
     listing = lines(tmp_path / "pages.jsonl", [picture_page(*asked)])
     pages = source("pages", listing, media=(str(packed), str(again)))
     assert shown(pages[0]) == [10, 20, 40, 70, 70, 60, 10, 80, "words"]
     assert [(u.reason, u.detail) for u in pages[0].unused] == [
-        ("missing image", "c/1.jpg"), ("ambiguous image", "1.jpg"), ("missing image", "e/3.jpg"),
-    ]  # fmt: skip
+        ("missing image", "c/1.jpg"),
+        ("ambiguous image", "1.jpg"),
+        ("missing image", "e/3.jpg"),
+    ]
     assert pages.unused().unused == {"duplicate member": 1}
 
 
@@ -604,24 +687,45 @@ def test_a_crawl_that_goes_on_is_counted_once_at_a_start(tmp_path, monkeypatch):
 def test_damaged_listings(tmp_path):
     good = {"images": [None], "texts": ["fine"]}
     listing = tmp_path / "pages.jsonl"
-    listing.write_bytes(b"\n".join([
-        json.dumps(good).encode(), b"", b'{"images": [', b"[1]", b'{"texts": ["\xff"]}', b"{}",
-        json.dumps({"text_list": ["a"], "image_info": [{"image_name": "x"}]}).encode(),
-        json.dumps({"text_list": [3], "image_info": []}).encode(),
-        json.dumps(good).encode() + b"\r",
-        json.dumps({"images": [None], "texts": ["\ud83d"]}).encode(),
-        json.dumps({"images": ["a\0b", "x" * 999, None], "texts": [None, None, "fine"]}).encode(),
-        b"1", b"\r", b"{", b'{"text_list": ["a"], "image_info": [{"image_name": "x", '
-        b'"matched_text_index": Infinity}]}',
-        b'{"text_list": ["a"], "image_info": [{"image_name": 7, "matched_text_index": 0}]}',
-    ]))  # fmt: skip
+    listing.write_bytes(
+        b"\n".join(
+            [
+                json.dumps(good).encode(),
+                b"",
+                b'{"images": [',
+                b"[1]",
+                b'{"texts": ["\xff"]}',
+                b"{}",
+                json.dumps({"text_list": ["a"], "image_info": [{"image_name": "x"}]}).encode(),
+                json.dumps({"text_list": [3], "image_info": []}).encode(),
+                json.dumps(good).encode() + b"\r",
+                json.dumps({"images": [None], "texts": ["\ud83d"]}).encode(),
+                json.dumps(
+                    {"images": ["a\0b", "x" * 999, None], "texts": [None, None, "fine"]}
+                ).encode(),
+                b"1",
+                b"\r",
+                b"{",
+                b'{"text_list": ["a"], "image_info": [{"image_name": "x", '
+                b'"matched_text_index": Infinity}]}',
+                b'{"text_list": ["a"], "image_info": [{"image_name": 7, "matched_text_index": 0}]}',
+            ]
+        )
+    )
     pages = source("pages", listing)
     assert reasons(pages) == {
-        1: "malformed JSON", 2: "malformed JSON", 3: "invalid UTF-8", 4: "malformed entry",
-        5: "malformed entry", 6: "malformed entry", 8: "invalid UTF-8", 10: "malformed JSON",
-        11: "malformed JSON", 12: "malformed entry",
+        1: "malformed JSON",
+        2: "malformed JSON",
+        3: "invalid UTF-8",
+        4: "malformed entry",
+        5: "malformed entry",
+        6: "malformed entry",
+        8: "invalid UTF-8",
+        10: "malformed JSON",
+        11: "malformed JSON",
+        12: "malformed entry",
         13: "malformed entry",
-    }  # fmt: skip
+    }
     assert [shown(pages[n]) for n in (0, 7, 9)] == [["fine"]] * 3
     assert pages.where(7) == f"{listing} entry 7"
 
@@ -672,16 +776,27 @@ def test_frames_of_a_clip():
 
 def test_captioned_videos(tmp_path):
     (tmp_path / "clips").mkdir()
-    for name, content in (("a.mp4", video(25)), ("b.webm", video(5, "webm")),
-                          ("cut.mp4", video(25)[:900]), ("none.mp4", b"")):  # fmt: skip
+    for name, content in (
+        ("a.mp4", video(25)),
+        ("b.webm", video(5, "webm")),
+        ("cut.mp4", video(25)[:900]),
+        ("none.mp4", b""),
+    ):
         (tmp_path / "clips" / name).write_bytes(content)
     (tmp_path / "clips" / "empty.webm").write_bytes(video(0, "webm"))
-    listing = lines(tmp_path / "videos.jsonl", [
-        {"video": "a.mp4", "text": "long"}, {"video": "b.webm", "caption": "short"},
-        {"video": "cut.mp4", "text": "x"}, {"video": "none.mp4", "text": "x"},
-        {"video": "absent.mp4", "text": "x"}, {"video": "a.mp4"}, {"text": "x"},
-        {"video": "empty.webm", "text": "x"},
-    ])  # fmt: skip
+    listing = lines(
+        tmp_path / "videos.jsonl",
+        [
+            {"video": "a.mp4", "text": "long"},
+            {"video": "b.webm", "caption": "short"},
+            {"video": "cut.mp4", "text": "x"},
+            {"video": "none.mp4", "text": "x"},
+            {"video": "absent.mp4", "text": "x"},
+            {"video": "a.mp4"},
+            {"text": "x"},
+            {"video": "empty.webm", "text": "x"},
+        ],
+    )
     videos = source("videos", listing, media=(str(tmp_path / "clips"),), frames=4)
     assert shown(videos[0]) == [*(10 * frame_indices(25, 4)).tolist(), "long"]
     assert shown(videos[1]) == [*(10 * frame_indices(5, 4)).tolist(), "short"]
@@ -692,9 +807,13 @@ def test_captioned_videos(tmp_path):
     with pytest.raises(Damaged, match="missing file"):  # but asks whether it is there
         videos.sketch(4)
     assert reasons(videos) == {
-        2: "unreadable video", 3: "unreadable video", 4: "missing file", 5: "malformed entry",
-        6: "malformed entry", 7: "video without frames",
-    }  # fmt: skip
+        2: "unreadable video",
+        3: "unreadable video",
+        4: "missing file",
+        5: "malformed entry",
+        6: "malformed entry",
+        7: "video without frames",
+    }
 
 
 SRT = """1
@@ -727,13 +846,16 @@ rolling
 def test_subtitled_videos(tmp_path):
     (tmp_path / "a.srt").write_text(SRT)
     (tmp_path / "a.mp4").write_bytes(video(25))
-    listing = lines(tmp_path / "videos.jsonl", [
-        {"video": "a.mp4", "subtitles": "a.srt"},
-        {"video": "a.mp4", "subtitles": "a.srt", "duration": 1.3},
-        {"video": "a.mp4", "subtitles": "absent.srt"},
-        {"video": "a.mp4", "subtitles": "a.srt", "duration": 1e15},
-        {"storyboard": "a", "subtitles": "a.srt", "frames": 10**12, "duration": 9},
-    ])  # fmt: skip
+    listing = lines(
+        tmp_path / "videos.jsonl",
+        [
+            {"video": "a.mp4", "subtitles": "a.srt"},
+            {"video": "a.mp4", "subtitles": "a.srt", "duration": 1.3},
+            {"video": "a.mp4", "subtitles": "absent.srt"},
+            {"video": "a.mp4", "subtitles": "a.srt", "duration": 1e15},
+            {"storyboard": "a", "subtitles": "a.srt", "frames": 10**12, "duration": 9},
+        ],
+    )
     videos = source("subtitled", listing, frame_seconds=1.0)
     assert shown(videos[0]) == [0, "hello there & here", 100, "second line third", 200]
     assert [p.time for p in videos[0].parts if isinstance(p, Picture)] == [0.0, 1.0, 2.0]
@@ -751,12 +873,24 @@ def test_storyboards(tmp_path):
             part = open_image(picture(10 * (6 * sheet + tile), "PNG", (16, 12)))
             whole.paste(part, (tile % 3 * 16, tile // 3 * 12))
         whole.save(tmp_path / f"{sheet}.png")
-    board = {"storyboard": ["0.png", "1.png"], "rows": 2, "columns": 3, "frames": 8,
-             "duration": 9.0, "subtitles": "a.vtt"}  # fmt: skip
-    listing = lines(tmp_path / "boards.jsonl", [
-        board, board | {"storyboard": "0.png", "frames": 2}, board | {"frames": 13},
-        board | {"rows": 0}, {"subtitles": "a.vtt", "storyboard": "0.png"},
-    ])  # fmt: skip
+    board = {
+        "storyboard": ["0.png", "1.png"],
+        "rows": 2,
+        "columns": 3,
+        "frames": 8,
+        "duration": 9.0,
+        "subtitles": "a.vtt",
+    }
+    listing = lines(
+        tmp_path / "boards.jsonl",
+        [
+            board,
+            board | {"storyboard": "0.png", "frames": 2},
+            board | {"frames": 13},
+            board | {"rows": 0},
+            {"subtitles": "a.vtt", "storyboard": "0.png"},
+        ],
+    )
     boards = source("subtitled", listing)
     assert shown(boards[0]) == [0, "rolling", 10, "on", 20, 30, 40, 50, 60, 70]
     assert [p.time for p in boards[0].parts if isinstance(p, Picture)] == list(range(8))
@@ -789,14 +923,17 @@ def test_the_last_sheet_of_a_storyboard(tmp_path, columns, size):
     full = sheet("0.png", range(10), 2, 5)
     last = sheet("1.png", range(10, 13), 1, columns)
     board = {"rows": 2, "columns": 5, "duration": 13.0, "subtitles": "a.vtt", "frames": 13}
-    listing = lines(tmp_path / "boards.jsonl", [
-        board | {"storyboard": [full, last]},
-        board | {"storyboard": [full, last], "rows": [2, 1], "columns": [5, columns]},
-        board | {"storyboard": last, "frames": 3},
-        board | {"storyboard": full, "frames": 7},
-        board | {"storyboard": [full, last, last], "frames": 7},
-        board | {"storyboard": [full, "absent.png"]},
-    ])  # fmt: skip
+    listing = lines(
+        tmp_path / "boards.jsonl",
+        [
+            board | {"storyboard": [full, last]},
+            board | {"storyboard": [full, last], "rows": [2, 1], "columns": [5, columns]},
+            board | {"storyboard": last, "frames": 3},
+            board | {"storyboard": full, "frames": 7},
+            board | {"storyboard": [full, last, last], "frames": 7},
+            board | {"storyboard": [full, "absent.png"]},
+        ],
+    )
     boards = source("subtitled", listing)
 
     def shades(index: int) -> list[int]:
@@ -815,21 +952,28 @@ def test_the_last_sheet_of_a_storyboard(tmp_path, columns, size):
 
 def test_transcripts_of_the_release(tmp_path):
     """`Emu1/data/yt-sb-1b/get_transcript.py` saves youtube-transcript-api's JSON."""
-    said = [{"text": "two\nlines", "start": 2.5, "duration": 1.0},
-            {"text": "one", "start": 0.5, "duration": 4.0}, {"text": " ", "start": 3.0},
-            {"start": 10**400, "text": "x"}, {"text": "x", "start": "soon"}]  # fmt: skip
+    said = [
+        {"text": "two\nlines", "start": 2.5, "duration": 1.0},
+        {"text": "one", "start": 0.5, "duration": 4.0},
+        {"text": " ", "start": 3.0},
+        {"start": 10**400, "text": "x"},
+        {"text": "x", "start": "soon"},
+    ]
     for name, cues in {"a": said, "none": [], "odd": [{"a": 1}], "b": [{"text": "x"}]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(cues), encoding="utf-8")
     (tmp_path / "0.png").write_bytes(picture(30, "PNG", (20, 10)))
     board = {"storyboard": "0.png", "rows": 1, "columns": 2, "frames": 2, "duration": 4}
     names = ("a", "none", "odd", "b")
-    boards = source("subtitled", lines(tmp_path / "boards.jsonl", [
-        board | {"subtitles": f"{name}.json"} for name in names
-    ]))  # fmt: skip
+    boards = source(
+        "subtitled",
+        lines(tmp_path / "boards.jsonl", [board | {"subtitles": f"{name}.json"} for name in names]),
+    )
     assert shown(boards[0]) == [30, "one", 30, "two lines"]
     assert [u.reason for u in boards[0].unused] == [
-        "empty subtitle cue", "unreadable subtitle cue", "unreadable subtitle cue"
-    ]  # fmt: skip
+        "empty subtitle cue",
+        "unreadable subtitle cue",
+        "unreadable subtitle cue",
+    ]
     assert shown(boards[1]) == [30, 30]
     assert reasons(boards) == dict.fromkeys((2, 3), "malformed subtitles")
 
@@ -845,28 +989,56 @@ def test_dialogues_of_every_layout(tmp_path):
     def says(who: str, value: str) -> dict:
         return {"from": who, "value": value}
 
-    (tmp_path / "data.json").write_text(json.dumps([
-        {"instruction": "Add them.", "input": "1 2", "output": "3"},
-        {"instruction": "Say [USER] hi <b>", "input": "", "output": "hi"},
-        {"conversations": [
-            says("system", "Be brief."), says("gpt", "to nothing"), says("human", "one"),
-            says("user", "and"), says("gpt", "two"), says("human", "three"), says("gpt", "four"),
-            says("human", "unanswered"),
-        ]},
-        {"image": "a.png", "conversations": [
-            says("human", "<image>\nwhat is it?"), says("gpt", "red"),
-        ]},
-        {"image": ["a.png", "b.png"], "conversations": [
-            says("human", "first <image> and <image> differ?"), says("gpt", "yes"),
-        ]},
-        {"video": "v.mp4", "QA": [
-            {"i": "Watch.", "q": "what?", "a": "shades"}, {"q": "again?", "a": "shades"},
-        ]},
-        {"image": "b.png", "q": "what?", "a": "red"},
-        {"conversations": [says("alien", "x")]}, {"instruction": "x", "output": " "},
-        {"image": "a.png", "conversations": [says("human", "<image><image>"), says("gpt", "y")]},
-        {"image": "absent.png", "q": "what?", "a": "red"}, {"conversations": []},
-    ]))  # fmt: skip
+    (tmp_path / "data.json").write_text(
+        json.dumps(
+            [
+                {"instruction": "Add them.", "input": "1 2", "output": "3"},
+                {"instruction": "Say [USER] hi <b>", "input": "", "output": "hi"},
+                {
+                    "conversations": [
+                        says("system", "Be brief."),
+                        says("gpt", "to nothing"),
+                        says("human", "one"),
+                        says("user", "and"),
+                        says("gpt", "two"),
+                        says("human", "three"),
+                        says("gpt", "four"),
+                        says("human", "unanswered"),
+                    ]
+                },
+                {
+                    "image": "a.png",
+                    "conversations": [
+                        says("human", "<image>\nwhat is it?"),
+                        says("gpt", "red"),
+                    ],
+                },
+                {
+                    "image": ["a.png", "b.png"],
+                    "conversations": [
+                        says("human", "first <image> and <image> differ?"),
+                        says("gpt", "yes"),
+                    ],
+                },
+                {
+                    "video": "v.mp4",
+                    "QA": [
+                        {"i": "Watch.", "q": "what?", "a": "shades"},
+                        {"q": "again?", "a": "shades"},
+                    ],
+                },
+                {"image": "b.png", "q": "what?", "a": "red"},
+                {"conversations": [says("alien", "x")]},
+                {"instruction": "x", "output": " "},
+                {
+                    "image": "a.png",
+                    "conversations": [says("human", "<image><image>"), says("gpt", "y")],
+                },
+                {"image": "absent.png", "q": "what?", "a": "red"},
+                {"conversations": []},
+            ]
+        )
+    )
     dialogues = source("dialogues", tmp_path / "data.json", frames=2)
     user, assistant = "[USER]:", "[ASSISTANT]:"
     assert [shown(dialogues[n]) for n in range(7)] == [
@@ -875,10 +1047,21 @@ def test_dialogues_of_every_layout(tmp_path):
         ["Be brief.", user, "one\nand", assistant, "two", "</s>", user, "three", assistant, "four"],
         [f"{IMAGE_SYSTEM} {user}", 40, "what is it?", assistant, "red"],
         [f"{IMAGE_SYSTEM} {user}", "first", 40, "and", 80, "differ?", assistant, "yes"],
-        [f"{VIDEO_SYSTEM} {user}", 40, 140, "Watch. what?", assistant, "shades", "</s>", user,
-         "again?", assistant, "shades"],
+        [
+            f"{VIDEO_SYSTEM} {user}",
+            40,
+            140,
+            "Watch. what?",
+            assistant,
+            "shades",
+            "</s>",
+            user,
+            "again?",
+            assistant,
+            "shades",
+        ],
         [f"{IMAGE_SYSTEM} {user}", 80, "what?", assistant, "red"],
-    ]  # fmt: skip
+    ]
     assert reasons(dialogues) == dict.fromkeys((7, 8, 9, 11), "malformed entry") | {
         10: "missing file"
     }
@@ -886,9 +1069,14 @@ def test_dialogues_of_every_layout(tmp_path):
         assert sketched(dialogues.sketch(n)) == sketched(dialogues[n])
         texts = [p for p in dialogues[n].parts if isinstance(p, Text)]
         assert [t.text for t in texts if t.scored] == [
-            ["3"], ["hi"], ["two", "</s>", "four"], ["red"], ["yes"],
-            ["shades", "</s>", "shades"], ["red"],
-        ][n]  # fmt: skip
+            ["3"],
+            ["hi"],
+            ["two", "</s>", "four"],
+            ["red"],
+            ["yes"],
+            ["shades", "</s>", "shades"],
+            ["red"],
+        ][n]
         assert not any(p.scored for p in dialogues[n].parts if isinstance(p, Picture))
         own = {t.text for t in texts if t.special}
         assert own <= {user, assistant, "</s>", f"{IMAGE_SYSTEM} {user}", f"{VIDEO_SYSTEM} {user}"}
@@ -962,11 +1150,18 @@ def bucket(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(storage, "WAIT", 0.001)
     store = fsspec.filesystem("memory")
-    store.pipe({"/b/0.tar": tar(tmp_path / "x.tar", {
-        "a.jpg": picture(30), "a.txt": b"one", "b.jpg": picture(60), "b.txt": b"two"
-    }).read_bytes(), "/b/l/pages.jsonl": json.dumps(
-        {"images": ["p.png", None], "texts": [None, "words"]}
-    ).encode(), "/b/l/p.png": picture(90, "PNG")})  # fmt: skip
+    store.pipe(
+        {
+            "/b/0.tar": tar(
+                tmp_path / "x.tar",
+                {"a.jpg": picture(30), "a.txt": b"one", "b.jpg": picture(60), "b.txt": b"two"},
+            ).read_bytes(),
+            "/b/l/pages.jsonl": json.dumps(
+                {"images": ["p.png", None], "texts": [None, "words"]}
+            ).encode(),
+            "/b/l/p.png": picture(90, "PNG"),
+        }
+    )
     store.failures = 0
     whole = store.cat_file
 

@@ -36,8 +36,13 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch):
     dialogues = source("dialogues", lines(tmp_path / "d.jsonl", asked), media=(str(media),))
     other = "not a regular file"
     assert reasons(dialogues) == {
-        1: other, 2: other, 3: other, 4: other, 5: "file too large", 6: "missing file",
-    }  # fmt: skip
+        1: other,
+        2: other,
+        3: other,
+        4: other,
+        5: "file too large",
+        6: "missing file",
+    }
     boards = [
         {"storyboard": s, "rows": 1, "columns": 1, "frames": 1, "duration": 1, "subtitles": t}
         for s, t in (("good.png", "pipe.jpg"), ("good.png", "huge.srt"))
@@ -55,11 +60,17 @@ def test_a_source_that_is_not_a_regular_file_is_one_clear_line(tmp_path, form):
 
 def test_large_members_and_entries_are_damage(tmp_path, monkeypatch):
     """With limits that a test can reach; the real ones hold for what really comes."""
-    tar(tmp_path / "0.tar", {
-        "a.png": picture(40, "PNG"), "a.txt": b"x" * 100,
-        "b.png": picture(40, "PNG"), "b.txt": b"x" * 101,
-        "c.mp4": video(5), "c.txt": b"x",
-    })  # fmt: skip
+    tar(
+        tmp_path / "0.tar",
+        {
+            "a.png": picture(40, "PNG"),
+            "a.txt": b"x" * 100,
+            "b.png": picture(40, "PNG"),
+            "b.txt": b"x" * 101,
+            "c.mp4": video(5),
+            "c.txt": b"x",
+        },
+    )
     monkeypatch.setattr("emu_jax.data.pairs._MOST", (1 << 30, 1000, 100, 100))
     assert reasons(source("webdataset", tmp_path)) == dict.fromkeys((1, 2), "file too large")
     entries = [{"q": "what?", "a": "it"}, {"q": "what?", "a": "its"}]

@@ -17,9 +17,30 @@ EXPECTED = np.load(TINY / "expected.npz")
 
 # Spaces, accents, control characters, emoji, what looks special and is not.
 SNIPPETS = [
-    "a cat", " the dog ", "héllo", "🙂", "日本語", "\n", "\t", "  ", " ", "▁", "<0x0A>", "[IM",
-    "]:", ".", ", ", " \n ", "e\u0301", "\u00a0", "\u3000", "don't", "123", "image", "\x00b",
-]  # fmt: skip
+    "a cat",
+    " the dog ",
+    "héllo",
+    "🙂",
+    "日本語",
+    "\n",
+    "\t",
+    "  ",
+    " ",
+    "▁",
+    "<0x0A>",
+    "[IM",
+    "]:",
+    ".",
+    ", ",
+    " \n ",
+    "e\u0301",
+    "\u00a0",
+    "\u3000",
+    "don't",
+    "123",
+    "image",
+    "\x00b",
+]
 SPECIAL = ["[IMG]", "[/IMG]", "<image>", "[PAD]", "<s>", "</s>", "<unk>"]
 
 
@@ -44,11 +65,16 @@ def test_special_ids(tokenizer):
     want = META["special"]
     assert len(tokenizer) == META["vocab"]
     assert (tokenizer.unk, tokenizer.bos, tokenizer.eos) == (
-        want["<unk>"], want["<s>"], want["</s>"],
-    )  # fmt: skip
+        want["<unk>"],
+        want["<s>"],
+        want["</s>"],
+    )
     assert (tokenizer.pad_id, tokenizer.img, tokenizer.img_end, tokenizer.image) == (
-        want["[PAD]"], want["[IMG]"], want["[/IMG]"], want["<image>"],
-    )  # fmt: skip
+        want["[PAD]"],
+        want["[IMG]"],
+        want["[/IMG]"],
+        want["<image>"],
+    )
     assert tokenizer.user is None and tokenizer.assistant is None
 
     instruct = Tokenizer.load(TINY / "tokenizer", instruct=True)
@@ -100,7 +126,7 @@ def test_decode_golden(tokenizer, tag):
         ([1, 1, 2, 0, 260], "a", "<s><s></s><unk>a"),
         ([35, 260], "  a", "  a"),
         ([], "", ""),
-    ],  # fmt: skip
+    ],
 )
 def test_decode_recorded(tokenizer, ids, skipped, spelled):
     assert tokenizer.decode(ids) == skipped

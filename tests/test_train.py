@@ -33,8 +33,11 @@ from emu_jax.train.optimizer import make_optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = {
-    "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2),
-}  # fmt: skip
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "tensor": (1, 1, 8),
+    "mixed": (2, 2, 2),
+}
 
 
 @pytest.fixture(scope="session")
@@ -52,17 +55,24 @@ def small(objective: str, root: str, **changes) -> TrainConfig:
         vision=dataclasses.replace(model.vision, layers=2),
         llama=dataclasses.replace(model.llama, layers=2),
         unet=dataclasses.replace(
-            model.unet, block_out_channels=(16, 32), norm_num_groups=8,
+            model.unet,
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
-    )  # fmt: skip
+    )
     group = GroupConfig("^unet" if objective == "decoder" else ".*", lr=1e-3)
     cfg = TrainConfig(
-        objective=objective, model=model, dtype="float32", steps=6, log_every=1, checkpoint_every=2,
+        objective=objective,
+        model=model,
+        dtype="float32",
+        steps=6,
+        log_every=1,
+        checkpoint_every=2,
         data=digits_data(root=root, batch_size=8, row_tokens=40, row_images=4, block_documents=64),
         optimizer=OptimizerConfig(groups=(group, GroupConfig(".*", lr=0.0))),
-    )  # fmt: skip
+    )
     return dataclasses.replace(cfg, **changes)
 
 
@@ -100,12 +110,15 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
 
 
-@pytest.mark.parametrize("objective, meshes", [
-    ("emu", ["mixed"]),
-    # The multimodal step is the one that must hold on every kind of mesh.
-    pytest.param("emu", ["data", "fsdp", "tensor"], marks=pytest.mark.slow),
-    *(pytest.param(name, ["mixed"], marks=pytest.mark.slow) for name in OTHERS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objective, meshes",
+    [
+        ("emu", ["mixed"]),
+        # The multimodal step is the one that must hold on every kind of mesh.
+        pytest.param("emu", ["data", "fsdp", "tensor"], marks=pytest.mark.slow),
+        *(pytest.param(name, ["mixed"], marks=pytest.mark.slow) for name in OTHERS),
+    ],
+)
 def test_step_is_the_same_on_every_mesh(objective, meshes, data_root):
     cfg = small(objective, data_root)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -289,8 +302,10 @@ def test_two_processes_train_as_one(data_root, tmp_path):
         workdir = tmp_path / str(count)
         done = subprocess.run(
             [str(script), str(count), "--config", str(config), "--workdir", str(workdir)],
-            env=environment | {"DEVICES": str(devices)}, capture_output=True, text=True,
-        )  # fmt: skip
+            env=environment | {"DEVICES": str(devices)},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     one, two = (read_metrics(tmp_path / n)["emu"] for n in ("1", "2"))
     assert len(one) == len(two) == 6

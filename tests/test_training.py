@@ -106,8 +106,13 @@ class ToyBatches:
 
     def statistics(self):
         done = self.position
-        return {"token_fill": 0.5, "image_fill": 0.25, "tokens": 100 * done, "images": done,
-                "damaged": {"torn": 2, "gone": 1}}  # fmt: skip
+        return {
+            "token_fill": 0.5,
+            "image_fill": 0.25,
+            "tokens": 100 * done,
+            "images": done,
+            "damaged": {"torn": 2, "gone": 1},
+        }
 
 
 class ToyObjective(objectives.Objective):
@@ -140,11 +145,20 @@ GROUPS = (
     GroupConfig(r".*", lr=0.1, warmup_steps=3),
 )
 TOY = TrainConfig(
-    name="toy", objective="emu", model=digits(), dtype="float32", steps=STEPS, accumulate=2,
-    ema_decay=0.3, log_every=1, checkpoint_every=1, keep_checkpoints=99, max_bad_steps=2,
+    name="toy",
+    objective="emu",
+    model=digits(),
+    dtype="float32",
+    steps=STEPS,
+    accumulate=2,
+    ema_decay=0.3,
+    log_every=1,
+    checkpoint_every=1,
+    keep_checkpoints=99,
+    max_bad_steps=2,
     optimizer=OptimizerConfig(groups=GROUPS, b1=0.8, b2=0.9, weight_decay=0.3, clip_norm=CLIP),
     data=dataclasses.replace(TrainConfig().data, batch_size=ROWS),
-)  # fmt: skip
+)
 
 
 def reference(start: dict[str, np.ndarray]):
@@ -161,16 +175,18 @@ def reference(start: dict[str, np.ndarray]):
         loss = np.sum(3 * error**2) * b["mask"].sum()
         back = 2 * error
         grads = {
-            "llama.kernel": hidden.T @ back, "llama.bias": back.sum(0),
+            "llama.kernel": hidden.T @ back,
+            "llama.bias": back.sum(0),
             "visual.kernel": b["x"].T @ back @ params["llama.kernel"].T,
-        }  # fmt: skip
+        }
         norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
         rows.append({"loss": loss, "grad_norm": norm})
         if done + 1 not in (NO_GRADIENT, NO_LOSS):
             rates = {
-                "visual.kernel": 0.05 * visual_rate(good), "llama.bias": 0.1 * llama_rate(good),
+                "visual.kernel": 0.05 * visual_rate(good),
+                "llama.bias": 0.1 * llama_rate(good),
                 "llama.kernel": 0.1 * llama_rate(good),
-            }  # fmt: skip
+            }
             good += 1
             for path, grad in grads.items():
                 grad = grad * min(1, CLIP / norm)
@@ -356,13 +372,21 @@ def test_rates_at_every_step(decay):
 def test_weight_decay_spares_biases_norms_and_vectors():
     """By name or by shape, whether layers are stacked or not."""
     shapes = {
-        "visual.cls_token": (8,), "visual.pos_embed": (5, 8), "visual.blocks.attn.q_bias": (2, 8),
-        "visual.blocks.norm1.scale": (2, 8), "visual.blocks.norm1.bias": (2, 8),
-        "visual.blocks.attn.qkv": (2, 8, 3, 8), "cformer.relative_attention_bias": (4, 2),
-        "llama.layers.mlp.gate_proj.kernel": (2, 8, 8), "llama.embed_tokens.embedding": (9, 8),
-        "llama.layers.self_attn.q_proj.lora_a": (2, 8, 3), "logit_scale": (),
-        "unet.conv_in.kernel": (3, 3, 4, 8), "unet.conv_in.bias": (8,), "unet.norm.scale": (8,),
-    }  # fmt: skip
+        "visual.cls_token": (8,),
+        "visual.pos_embed": (5, 8),
+        "visual.blocks.attn.q_bias": (2, 8),
+        "visual.blocks.norm1.scale": (2, 8),
+        "visual.blocks.norm1.bias": (2, 8),
+        "visual.blocks.attn.qkv": (2, 8, 3, 8),
+        "cformer.relative_attention_bias": (4, 2),
+        "llama.layers.mlp.gate_proj.kernel": (2, 8, 8),
+        "llama.embed_tokens.embedding": (9, 8),
+        "llama.layers.self_attn.q_proj.lora_a": (2, 8, 3),
+        "logit_scale": (),
+        "unet.conv_in.kernel": (3, 3, 4, 8),
+        "unet.conv_in.bias": (8,),
+        "unet.norm.scale": (8,),
+    }
     params = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
     group = GroupConfig(lr=0.5, decay="constant")
     optimizer = make_optimizer(OptimizerConfig((group,), weight_decay=0.1), 9, params)
@@ -375,10 +399,13 @@ def test_weight_decay_spares_biases_norms_and_vectors():
     updates = update(still, params)
     decayed = {path for path, update in updates.items() if np.any(update)}
     assert decayed == {
-        "visual.pos_embed", "visual.blocks.attn.qkv", "llama.layers.mlp.gate_proj.kernel",
-        "llama.embed_tokens.embedding", "llama.layers.self_attn.q_proj.lora_a",
+        "visual.pos_embed",
+        "visual.blocks.attn.qkv",
+        "llama.layers.mlp.gate_proj.kernel",
+        "llama.embed_tokens.embedding",
+        "llama.layers.self_attn.q_proj.lora_a",
         "unet.conv_in.kernel",
-    }  # fmt: skip
+    }
     for path in decayed:
         np.testing.assert_allclose(updates[path], -0.5 * 0.1, rtol=1e-6)
 
@@ -423,14 +450,18 @@ def a_row():
     slots = [-1] * 3 + [0, 1, 2, 3] + [-1] * 5 + [4, 5, 6, 7] + [-1] * 4
     scored = [0, 1, 1, 0, 0, 0, 0, 0, 1, 1] + [1, 0, 0, 0, 0, 0, 0, 1, 0, 0]
     batch = {
-        "tokens": tokens, "image_slots": slots, "segment_ids": [1] * 10 + [2] * 8 + [0] * 2,
+        "tokens": tokens,
+        "image_slots": slots,
+        "segment_ids": [1] * 10 + [2] * 8 + [0] * 2,
         "positions": [*range(10), *range(8), 0, 0],
-    }  # fmt: skip
+    }
     batch = {name: np.int32([values]) for name, values in batch.items()}
     batch |= {
-        "text_loss_mask": np.bool_([scored]), "image_scored": np.bool_([[True, False]]),
-        "image_valid": np.bool_([[True, True]]), "images": np.zeros((1, 2, 32, 32, 3), np.uint8),
-    }  # fmt: skip
+        "text_loss_mask": np.bool_([scored]),
+        "image_scored": np.bool_([[True, False]]),
+        "image_valid": np.bool_([[True, True]]),
+        "images": np.zeros((1, 2, 32, 32, 3), np.uint8),
+    }
     return batch, [0, 1, 7, 8, 16], [2, 3, 4, 5, 6]
 
 
@@ -483,8 +514,10 @@ def test_the_multimodal_loss_by_hand():
 
     close(losses(images), (np.mean(text), np.mean(squares)))
     # A part of a batch divides by what a part has on average.
-    close(losses(images, targets={"text": 10.0, "regression": 4.0}),
-          (np.sum(text) / 10, np.sum(squares) / 4))  # fmt: skip
+    close(
+        losses(images, targets={"text": 10.0, "regression": 4.0}),
+        (np.sum(text) / 10, np.sum(squares) / 4),
+    )
     counts = objectives.OBJECTIVES["emu"].targets(module, batch)
     assert {name: int(n) for name, n in counts.items()} == {"text": 5, "regression": 5}
     # The objective of words alone; the images are in them, but are not scored.
@@ -531,8 +564,8 @@ def test_the_contrastive_loss_by_hand():
     image, text = normal(4, 6), normal(4, 6)
     module = SimpleNamespace(
         visual=SimpleNamespace(clip_embedding=lambda pixels: image),
-        text=lambda tokens, valid, dtype: text
-    )  # fmt: skip
+        text=lambda tokens, valid, dtype: text,
+    )
     batch = {"images": np.zeros((4, 32, 32, 3), np.uint8), "tokens": tokens, "valid": tokens > 0}
     cfg = dataclasses.replace(TOY, dtype="float32")
     for scale in (3.0, 400.0):
@@ -567,8 +600,12 @@ def test_the_autoencoders_loss_by_hand(drawn):
     error = np.mean((latents @ weights[2] - x) ** 2)
     kl = np.mean(mean**2 + np.exp(logvar) - logvar - 1) / 2
     close(loss, error + 0.3 * kl)
-    expected = {"squared_error": error, "kl": kl, "latent_std": np.std(latents),
-                "psnr": 20 * np.log10(2 / np.sqrt(error))}  # fmt: skip
+    expected = {
+        "squared_error": error,
+        "kl": kl,
+        "latent_std": np.std(latents),
+        "psnr": 20 * np.log10(2 / np.sqrt(error)),
+    }
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         close(metrics[name], value)
@@ -590,9 +627,12 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
     target = RNG.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
     weights = normal(3, 2)
     batch = {
-        "images": np.full((5, 1, 4, 4, 3), 200, np.uint8), "tokens": np.int32([[1, 2]] * 5),
-        "length": np.int32([2, 1, 2, 1, 2]), "image_slots": np.full((5, 2), -1), "target": target,
-    }  # fmt: skip
+        "images": np.full((5, 1, 4, 4, 3), 200, np.uint8),
+        "tokens": np.int32([[1, 2]] * 5),
+        "length": np.int32([2, 1, 2, 1, 2]),
+        "image_slots": np.full((5, 2), -1),
+        "target": target,
+    }
 
     def frozen(weights):
         module = SimpleNamespace(
@@ -619,9 +659,11 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
 
     latents, condition = normal(5, 4, 4, 2), normal(5, 4, 6)
     loss, metrics = decoder.loss(
-        cfg, SimpleNamespace(unet=unet), {"condition": condition, "latents": latents},
+        cfg,
+        SimpleNamespace(unet=unet),
+        {"condition": condition, "latents": latents},
         jax.random.key(1),
-    )  # fmt: skip
+    )
     times, noise = drawn
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     kept = np.cumprod(1 - betas)[np.asarray(times)][:, None, None, None]
@@ -639,11 +681,18 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
 def test_every_dropout_draws_for_itself(drawn):
     """Each adapter of each layer, each place in the Causal Transformer; with the rate of each."""
     llama = dataclasses.replace(
-        digits().llama, vocab_size=8, vocab_multiple=1, width=8, layers=2, heads=2, mlp_width=8,
+        digits().llama,
+        vocab_size=8,
+        vocab_multiple=1,
+        width=8,
+        layers=2,
+        heads=2,
+        mlp_width=8,
         lora=LoraConfig(rank=2, dropout=0.25, targets=tuple(LORA_TARGETS)),
-    )  # fmt: skip
-    cformer = dataclasses.replace(digits().cformer, width=8, heads=2, head_width=4, mlp_width=8,
-                                  dropout=0.5)  # fmt: skip
+    )
+    cformer = dataclasses.replace(
+        digits().cformer, width=8, heads=2, head_width=4, mlp_width=8, dropout=0.5
+    )
     key, x = jax.random.key(0), normal(16, 32, 8)
     built = (
         lambda: Llama(llama, rngs=nnx.Rngs(0)),
@@ -693,13 +742,17 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
     model = digits()
     vae = dataclasses.replace(model.vae, scaling_factor=0.125)
     theirs = dataclasses.replace(
-        model, vae=vae, llama=dataclasses.replace(model.llama, vocab_size=10, vocab_multiple=8),
+        model,
+        vae=vae,
+        llama=dataclasses.replace(model.llama, vocab_size=10, vocab_multiple=8),
         tokens=TokenIds.after(6),
-    )  # fmt: skip
+    )
     params = {
-        "llama.embed_tokens.embedding": normal(16, 4), "llama.lm_head.kernel": normal(4, 16),
-        "llama.norm.scale": normal(4), "visual.head.kernel": normal(4, 4),
-    }  # fmt: skip
+        "llama.embed_tokens.embedding": normal(16, 4),
+        "llama.lm_head.kernel": normal(4, 16),
+        "llama.norm.scale": normal(4),
+        "visual.head.kernel": normal(4, 4),
+    }
     averages = {path: value + 1 for path, value in params.items() if path != "llama.norm.scale"}
     run = write_run(tmp_path / "run", theirs, params=params, ema=averages)
     ours = dataclasses.replace(
@@ -726,8 +779,9 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
     mean = np.mean(head[:, :10], axis=1, keepdims=True)
     close(found["llama.lm_head.kernel"], np.concatenate([head[:, :10], *[mean] * 6], axis=1))
     # Not where the raw ones are asked for; nor is another tower's run read.
-    raw = checkpoint.read_params(run, {"visual.head.kernel": wanted["visual.head.kernel"]},
-                                 averaged=False)  # fmt: skip
+    raw = checkpoint.read_params(
+        run, {"visual.head.kernel": wanted["visual.head.kernel"]}, averaged=False
+    )
     np.testing.assert_array_equal(raw["visual.head.kernel"], params["visual.head.kernel"])
     one = dataclasses.replace(cfg, parents={"visual": str(run)})
     assert parents.read(one, tmp_path, wanted).keys() == {"visual.head.kernel"}
@@ -774,9 +828,11 @@ def test_rates_are_since_the_row_before(monkeypatch):
     fill = {"tokens": 1000, "images": 10}
     assert rates(1, 10.0, fill) == {}
     assert rates(5, 18.0, {"tokens": 1400, "images": 14}) == {
-        "tokens_per_second": 50.0, "images_per_second": 0.5,
-        "model_flops_per_second_per_device": 50.0, "mfu": 1.0,
-    }  # fmt: skip
+        "tokens_per_second": 50.0,
+        "images_per_second": 0.5,
+        "model_flops_per_second_per_device": 50.0,
+        "mfu": 1.0,
+    }
     assert rates(6, 20.0, {"tokens": 1402, "images": 14})["tokens_per_second"] == 1.0
 
 

@@ -52,29 +52,43 @@ def shrunk(stage: str, root: str) -> TrainConfig:
             model.llama, layers=2, width=64, heads=2, mlp_width=96, vocab_size=words, lora=lora
         ),
         unet=dataclasses.replace(
-            model.unet, block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8,
+            model.unet,
+            block_out_channels=(16, 32),
+            attention_head_dim=2,
+            norm_num_groups=8,
             cross_attention_dim=64,
         ),
         vae=dataclasses.replace(
             model.vae, block_out_channels=(8, 16, 16), norm_num_groups=4, scaling_factor=0.7
         ),
-    )  # fmt: skip
+    )
     groups = tuple(
         dataclasses.replace(
-            group, delay_steps=3 if group.delay_steps else 0,
-            warmup_steps=3 if group.warmup_steps else 0, final_fraction=0.1,
+            group,
+            delay_steps=3 if group.delay_steps else 0,
+            warmup_steps=3 if group.warmup_steps else 0,
+            final_fraction=0.1,
         )
         for group in cfg.optimizer.groups
-    )  # fmt: skip
+    )
     return dataclasses.replace(
-        cfg, model=model, steps=STEPS, init_from="", parents={},
+        cfg,
+        model=model,
+        steps=STEPS,
+        init_from="",
+        parents={},
         data=dataclasses.replace(
-            cfg.data, root=root, batch_size=4, row_tokens=min(cfg.data.row_tokens, 64),
-            row_images=4, block_documents=32,
+            cfg.data,
+            root=root,
+            batch_size=4,
+            row_tokens=min(cfg.data.row_tokens, 64),
+            row_images=4,
+            block_documents=32,
         ),
-        ema_decay=0.3 if cfg.ema_decay else 0.0, text_weight=0.7,
+        ema_decay=0.3 if cfg.ema_decay else 0.0,
+        text_weight=0.7,
         optimizer=dataclasses.replace(cfg.optimizer, groups=groups),
-    )  # fmt: skip
+    )
 
 
 class Recording:
@@ -164,8 +178,9 @@ def test_ten_steps_are_those_of_a_plain_torch_loop(stage, data_root):
     for path, value in state.frozen.items():
         np.testing.assert_array_equal(value, start[path], err_msg=path)
     for kind, ours, theirs in (
-        ("params", state.trained, loop.params), ("ema", state.ema, loop.ema)
-    ):  # fmt: skip
+        ("params", state.trained, loop.params),
+        ("ema", state.ema, loop.ema),
+    ):
         for path, value in ours.items():
             expected = theirs[path].detach().numpy()
             moved = np.abs(expected - start[path]).max()

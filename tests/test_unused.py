@@ -46,9 +46,12 @@ Made = tuple[dict, dict[str, int], dict[str, int]]  # settings, what is used, wh
 
 def make_records(folder: Path) -> Made:
     odd = [
-        Document(()), Document((Text(" "),)), Document((Picture(picture()), Text(""))),
-        Document((Text("x" * (1 << 22) + "x"),)), Document((Text(""), Text("a"))),
-    ]  # fmt: skip
+        Document(()),
+        Document((Text(" "),)),
+        Document((Picture(picture()), Text(""))),
+        Document((Text("x" * (1 << 22) + "x"),)),
+        Document((Text(""), Text("a"))),
+    ]
     sound = Document((Picture(picture()), Text("words")))
     documents = [odd[n // 3 % 5] if n % 3 == 0 else sound for n in range(COUNT)]
     write_documents(folder / "a.array_record", documents)
@@ -99,31 +102,50 @@ def make_pages(folder: Path) -> Made:
         return {"text_list": texts, "image_info": [{"image_name": i} | matched for i in images]}
 
     odd = [
-        page("absent.png"), page(None, "there.png"), page("twice.png"),
-        page("there.png", matched_sim=0.1), page("there.png", texts=("", "b")),
-        page("there.png", texts=(None,)), page("there.png", matched_text_index=7),
-        "not json\n", {"images": ["there.png", None], "texts": [None, None]},
+        page("absent.png"),
+        page(None, "there.png"),
+        page("twice.png"),
+        page("there.png", matched_sim=0.1),
+        page("there.png", texts=("", "b")),
+        page("there.png", texts=(None,)),
+        page("there.png", matched_text_index=7),
+        "not json\n",
+        {"images": ["there.png", None], "texts": [None, None]},
         page("../images/there.png", texts=()),
-    ]  # fmt: skip
+    ]
     sound = page("there.png", "below.png")
     pages = [odd[n // 3 % 10] if n % 3 == 0 else sound for n in range(COUNT)]
     listing = lines(folder / "pages.jsonl", pages)
     return (
         {"paths": (str(listing),), "media": (str(folder / "images"),)},
         {"documents": 26, "images": 43, "texts": 25},
-        {"missing image": 1, "ambiguous image": 1, "no image": 2, "image unlike its text": 1,
-         "empty text": 1, "malformed entry": 3, "malformed JSON": 1},
-    )  # fmt: skip
+        {
+            "missing image": 1,
+            "ambiguous image": 1,
+            "no image": 2,
+            "image unlike its text": 1,
+            "empty text": 1,
+            "malformed entry": 3,
+            "malformed JSON": 1,
+        },
+    )
 
 
 def make_videos(folder: Path) -> Made:
     (folder / "a.mp4").write_bytes(b"not opened while tokens are counted")
     sound = {"video": "a.mp4", "text": "words"}
     odd = [
-        {"video": "absent.mp4", "text": "x"}, {"video": "a.mp4"}, {"text": "x"},
-        {"video": "a.mp4", "text": ["x"]}, "[1]\n", "7\n", {"video": "a.mp4", "caption": ""},
-        {"video": "a.mp4", "text": None, "caption": "x"}, {"video": ["a.mp4"], "text": "x"}, "{\n",
-    ]  # fmt: skip
+        {"video": "absent.mp4", "text": "x"},
+        {"video": "a.mp4"},
+        {"text": "x"},
+        {"video": "a.mp4", "text": ["x"]},
+        "[1]\n",
+        "7\n",
+        {"video": "a.mp4", "caption": ""},
+        {"video": "a.mp4", "text": None, "caption": "x"},
+        {"video": ["a.mp4"], "text": "x"},
+        "{\n",
+    ]
     entries = [odd[n // 3 % 10] if n % 3 == 0 else sound for n in range(COUNT)]
     return (
         {"paths": (str(lines(folder / "videos.jsonl", entries)),), "frames": 2},
@@ -136,27 +158,46 @@ def make_subtitled(folder: Path) -> Made:
     files = {
         "a.srt": "1\n00:00:00,500 --> 00:00:01,000\nfirst\n\n"
         "2\n00:00:02,000 --> 00:00:03,000\nsecond\n",
-        "empty.srt": "", "none.srt": "words without a time\n",
+        "empty.srt": "",
+        "none.srt": "words without a time\n",
         "odd.json": '[{"text": "first", "start": 0.5}, {"text": "x"}, {"text": "", "start": 1}]',
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (folder / name).write_text(content)
     (folder / "0.png").write_bytes(picture())
-    sound = {"storyboard": "0.png", "rows": 1, "columns": 2, "frames": 2, "duration": 2,
-             "subtitles": "a.srt"}  # fmt: skip
+    sound = {
+        "storyboard": "0.png",
+        "rows": 1,
+        "columns": 2,
+        "frames": 2,
+        "duration": 2,
+        "subtitles": "a.srt",
+    }
     odd = [
-        sound | {"subtitles": "absent.srt"}, sound | {"subtitles": "none.srt"},
-        sound | {"subtitles": "empty.srt"}, sound | {"storyboard": "absent.png"},
-        sound | {"frames": 3}, sound | {"rows": 0}, sound | {"subtitles": "odd.json"},
-        sound | {"storyboard": ["0.png", "0.png"]}, sound | {"duration": None}, "{}\n",
-    ]  # fmt: skip
+        sound | {"subtitles": "absent.srt"},
+        sound | {"subtitles": "none.srt"},
+        sound | {"subtitles": "empty.srt"},
+        sound | {"storyboard": "absent.png"},
+        sound | {"frames": 3},
+        sound | {"rows": 0},
+        sound | {"subtitles": "odd.json"},
+        sound | {"storyboard": ["0.png", "0.png"]},
+        sound | {"duration": None},
+        "{}\n",
+    ]
     entries = [odd[n // 3 % 10] if n % 3 == 0 else sound for n in range(COUNT)]
     return (
         {"paths": (str(lines(folder / "boards.jsonl", entries)),)},
         {"documents": 23, "images": 46, "texts": 43},
-        {"missing file": 2, "malformed subtitles": 1, "malformed entry": 4, "unused sheet": 1,
-         "unreadable subtitle cue": 1, "empty subtitle cue": 1},
-    )  # fmt: skip
+        {
+            "missing file": 2,
+            "malformed subtitles": 1,
+            "malformed entry": 4,
+            "unused sheet": 1,
+            "unreadable subtitle cue": 1,
+            "empty subtitle cue": 1,
+        },
+    )
 
 
 def make_dialogues(folder: Path) -> Made:
@@ -184,16 +225,27 @@ def make_dialogues(folder: Path) -> Made:
         {"paths": (str(lines(folder / "talk.jsonl", entries)),)},
         # Before and after what a user says stand [USER] and [ASSISTANT]; the first has no image.
         {"documents": 25, "images": 23, "texts": 100},
-        {"missing file": 1, "malformed entry": 3, "malformed JSON": 1, "tools": 1,
-         "answer without a question": 1, "empty message": 1, "question without an answer": 2,
-         "image of an unused message": 1},
-    )  # fmt: skip
+        {
+            "missing file": 1,
+            "malformed entry": 3,
+            "malformed JSON": 1,
+            "tools": 1,
+            "answer without a question": 1,
+            "empty message": 1,
+            "question without an answer": 2,
+            "image of an unused message": 1,
+        },
+    )
 
 
 MAKE: dict[str, Callable[[Path], Made]] = {
-    "records": make_records, "webdataset": make_webdataset, "pages": make_pages,
-    "videos": make_videos, "subtitled": make_subtitled, "dialogues": make_dialogues,
-}  # fmt: skip
+    "records": make_records,
+    "webdataset": make_webdataset,
+    "pages": make_pages,
+    "videos": make_videos,
+    "subtitled": make_subtitled,
+    "dialogues": make_dialogues,
+}
 
 
 def test_every_format_is_among_them():
@@ -219,12 +271,15 @@ def test_used_and_counted_are_what_is_there(tmp_path, tokenizer, form):
     "entries, lost, kind",
     [
         ([{"images": [f"{n}.jpg", None], "texts": [None, "a"]} for n in range(9)], 9, "images"),
-        ([{"images": [None], "texts": [None]}] * 3 + [{"images": ["a.png"], "texts": [None]}], 1,
-         None),
+        (
+            [{"images": [None], "texts": [None]}] * 3 + [{"images": ["a.png"], "texts": [None]}],
+            1,
+            None,
+        ),
         ([{"images": ["a.png", None], "texts": [None, " "]}] * 4, 4, "texts"),
         ([{"images": ["a.png", None]}] * 5, 5, "documents"),
     ],
-)  # fmt: skip
+)
 def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, kind):
     (tmp_path / "a.png").write_bytes(picture())
     listing = lines(tmp_path / "pages.jsonl", entries)
@@ -232,9 +287,15 @@ def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, ki
     def config(*allowed: str) -> DataConfig:
         pages = SourceConfig("crawl", "pages", (str(listing),), allow_missing=allowed)
         return DataConfig(
-            sources=(pages,), batch_size=1, row_tokens=64, row_images=2, n_causal=4, image_size=4,
-            prefetch=0, block_documents=4,
-        )  # fmt: skip
+            sources=(pages,),
+            batch_size=1,
+            row_tokens=64,
+            row_images=2,
+            n_causal=4,
+            image_size=4,
+            prefetch=0,
+            block_documents=4,
+        )
 
     if kind is None:
         assert open_groups(config(), tokenizer, "rows")
@@ -281,9 +342,7 @@ def test_tallies_add_up():
     assert total.used == {"documents": 1, "images": 1, "texts": 2}
     assert total.unused == {"missing image": 10, "tools": 14}
     assert total.examples == {"missing image": ["0", "1", "2"]}
-    assert total.summary() == (
-        "1 documents, 2 texts, 1 images; unused: 10 missing image, 14 tools"
-    )  # fmt: skip
+    assert total.summary() == ("1 documents, 2 texts, 1 images; unused: 10 missing image, 14 tools")
     with pytest.raises(ValueError, match="unexpected keyword"):
         Tally.from_array(np.frombuffer(b'{"a": 1}', np.uint8))
 

@@ -81,8 +81,18 @@ def keep(arrays, *prefixes):
 
 def test_what_a_recording_lacks_fails_its_rows(run_dir, tmp_path, capsys):  # noqa: F811
     def change(arrays):
-        keep(arrays, "predict/", "train/ids", "generate/greedy/", "sample/cond", "preprocess/0",
-             "preprocess/1", "vit/pixels", "gen_image/text_only", "cformer/")  # fmt: skip
+        keep(
+            arrays,
+            "predict/",
+            "train/ids",
+            "generate/greedy/",
+            "sample/cond",
+            "preprocess/0",
+            "preprocess/1",
+            "vit/pixels",
+            "gen_image/text_only",
+            "cformer/",
+        )
         arrays["sample/cond"] = arrays["sample/cond"] * 1.01
         arrays["cformer/out"] = arrays["cformer/out"] * np.nan
 
@@ -96,9 +106,15 @@ def test_what_a_recording_lacks_fails_its_rows(run_dir, tmp_path, capsys):  # no
     status, result, lines = verify(capsys, run_dir, tmp_path / "golden")
     assert status == 1
     assert set(result["failed"]) == {
-        "predict/ranks", "train/ids", "generate/greedy/ids", "sample/cond", "cformer/out",
-        "preprocess/0/process_img", "preprocess/1/process_img", "preprocess/1/pipeline",
-    }  # fmt: skip
+        "predict/ranks",
+        "train/ids",
+        "generate/greedy/ids",
+        "sample/cond",
+        "cformer/out",
+        "preprocess/0/process_img",
+        "preprocess/1/process_img",
+        "preprocess/1/pipeline",
+    }
     assert result["worst"] == {"key": "cformer/out", "error": None, "tolerance": 2e-5}
     notes = {line.split()[0]: line for line in lines}
     assert "<image> tokens" in notes["train/ids"] and "frames" in notes["preprocess/0/process_img"]
@@ -117,8 +133,15 @@ def test_decoded_texts_count(run_dir, tmp_path, capsys):  # noqa: F811
 
 def test_several_latents_and_one_timestep(run_dir, tmp_path, capsys):  # noqa: F811
     def change(arrays):
-        keep(arrays, "vit/pixels", "unet/", "sample/init", "sample/cond", "sample/4_1.0/",
-             "gen_image/")  # fmt: skip
+        keep(
+            arrays,
+            "vit/pixels",
+            "unet/",
+            "sample/init",
+            "sample/cond",
+            "sample/4_1.0/",
+            "gen_image/",
+        )
         for key in ("init_latents", "4_1.0/latents", "4_1.0/image"):
             arrays[f"sample/{key}"] = np.repeat(arrays[f"sample/{key}"], 3, axis=0)
         arrays["unet/t"] = np.int64(5)

@@ -63,12 +63,16 @@ class Loop:
         o = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [self.params[path] for path in paths],
-                 "weight_decay": o.weight_decay if decay else 0.0}
+                {
+                    "params": [self.params[path] for path in paths],
+                    "weight_decay": o.weight_decay if decay else 0.0,
+                }
                 for (_, decay), paths in groups.items()
             ],
-            lr=1.0, betas=(o.b1, o.b2), eps=o.eps,
-        )  # fmt: skip
+            lr=1.0,
+            betas=(o.b1, o.b2),
+            eps=o.eps,
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, [lambda n, g=g: rate(g, n, cfg.steps) for g, _ in groups]
         )
@@ -142,9 +146,11 @@ def cformer(p: Tensors, cfg: Any, features: torch.Tensor) -> torch.Tensor:
     """Features to N causal embeddings: a T5 decoder without its scale of attention."""
     at = torch.arange(cfg.n_causal)
     buckets = T5Attention._relative_position_bucket(
-        at[None] - at[:, None], bidirectional=False, num_buckets=cfg.relative_buckets,
+        at[None] - at[:, None],
+        bidirectional=False,
+        num_buckets=cfg.relative_buckets,
         max_distance=cfg.relative_max_distance,
-    )  # fmt: skip
+    )
     bias = p["cformer.relative_attention_bias"][buckets].permute(2, 0, 1)
     bias = bias.masked_fill(at[None] > at[:, None], -math.inf)
 
@@ -226,8 +232,10 @@ def inputs_of(p: Tensors, tokens: torch.Tensor, slots: torch.Tensor, images: tor
 
 # diffusers' name -> ours, where they differ.
 RENAMED = (
-    (".to_out.0.", ".to_out."), (".ff.net.0.proj.", ".ff.proj."), (".ff.net.2.", ".ff.out."),
-)  # fmt: skip
+    (".to_out.0.", ".to_out."),
+    (".ff.net.0.proj.", ".ff.proj."),
+    (".ff.net.2.", ".ff.out."),
+)
 
 
 @functools.cache

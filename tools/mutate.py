@@ -195,9 +195,13 @@ def table_row(mutant: Mutant, result: str, detail: str) -> str:
     else:
         said = f"**{result}**: {mutant.survives or detail or 'not explained yet'}"
     file = mutant.file.removeprefix("emu_jax/")
-    return "| " + " | ".join(
-        part.replace("|", "\\|") for part in (f"`{mutant.name}`", f"`{file}`", mutant.why, said)
-    ) + " |"  # fmt: skip
+    return (
+        "| "
+        + " | ".join(
+            part.replace("|", "\\|") for part in (f"`{mutant.name}`", f"`{file}`", mutant.why, said)
+        )
+        + " |"
+    )
 
 
 def write_table(path: Path, mutants: list[Mutant], rows: dict[str, str]) -> None:
@@ -228,8 +232,12 @@ def main(argv: list[str] | None = None) -> int:
         copy_project(copy)
         where = subprocess.run(
             [sys.executable, "-c", "import emu_jax; print(emu_jax.__file__)"],
-            cwd=folder, env=environment(copy), capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+            cwd=folder,
+            env=environment(copy),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
         if not Path(where).is_relative_to(copy):
             print(f"the tests would import {where}, not the copy in {copy}", file=sys.stderr)
             return 2

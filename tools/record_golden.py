@@ -35,9 +35,13 @@ TEXT = [
 ]
 CANDIDATES = ["a cat", "the red bird stands", "two", "a pair of glasses"]
 CASES = [
-    *TEXT, "", " two  spaces", "h\u00e9llo w\u00f6rld \U0001f642", "a\nb\tc",
+    *TEXT,
+    "",
+    " two  spaces",
+    "h\u00e9llo w\u00f6rld \U0001f642",
+    "a\nb\tc",
     "[USER] x [ASSISTANT] y",
-]  # fmt: skip
+]
 GENERATE = {
     "greedy": {"num_beams": 1},
     "beam5": {"num_beams": 5, "length_penalty": 0.0},
@@ -47,9 +51,15 @@ GENERATE = {
     "greedy_ngram2": {"num_beams": 1, "no_repeat_ngram_size": 2},
 }
 DEFAULTS = {
-    "do_sample": False, "min_length": 1, "top_p": 0.9, "temperature": 1,
-    "repetition_penalty": 1.0, "length_penalty": 0.0, "num_beams": 5, "early_stopping": False,
-}  # fmt: skip
+    "do_sample": False,
+    "min_length": 1,
+    "top_p": 0.9,
+    "temperature": 1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 0.0,
+    "num_beams": 5,
+    "early_stopping": False,
+}
 SAMPLING = [(10, 7.5), (4, 1.0)]
 SYSTEM = (
     "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the "
@@ -73,9 +83,13 @@ def build(weights: Path, model_json: Path, device: str, instruct: bool):
 
         rank = next(t.shape[0] for key, t in stored.items() if "lora_A" in key)
         config = LoraConfig(
-            r=rank, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            lora_dropout=0.05, bias="none", task_type="CAUSAL_LM",
-        )  # fmt: skip
+            r=rank,
+            lora_alpha=16,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            lora_dropout=0.05,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
         emu.decoder.lm = get_peft_model(emu.decoder.lm, config)
     # The constructor rounds to bfloat16 what the release stores so. In float32 first, weights that
     # were stored wider keep their bits; the rotary tables stay rounded, as the release has them.
@@ -149,9 +163,10 @@ class Recorder:
 
         t = self.tokenizer
         special = {
-            "bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id,
+            "bos_token_id": t.bos_token_id,
+            "eos_token_id": t.eos_token_id,
             "pad_token_id": t.pad_token_id,
-        }  # fmt: skip
+        }
         texts = {}
         ids, mask = self.tokens(prompts, "left")
         x = self.embed(ids, pixels)
@@ -159,9 +174,12 @@ class Recorder:
             settings = DEFAULTS | kw
             # top_p and temperature are of sampling only; the release passes them all the same.
             out = self.lm.generate(
-                generation_config=GenerationConfig(**special), inputs_embeds=x,
-                attention_mask=mask, max_new_tokens=new_tokens, **settings,
-            )  # fmt: skip
+                generation_config=GenerationConfig(**special),
+                inputs_embeds=x,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                **settings,
+            )
             self.save(f"generate/{tag}/ids", out)
             texts[tag] = {"kw": kw, "texts": t.batch_decode(out, skip_special_tokens=True)}
         return texts, DEFAULTS | special
@@ -247,10 +265,13 @@ def preprocess(recorder, paths, size: int, out: Path):
 
     mean = (0.48145466, 0.4578275, 0.40821073)
     std = (0.26862954, 0.26130258, 0.27577711)
-    pipeline = tf.Compose([
-        tf.Resize((size, size), interpolation=tf.InterpolationMode.BICUBIC),
-        tf.ToTensor(), tf.Normalize(mean=mean, std=std),
-    ])  # fmt: skip
+    pipeline = tf.Compose(
+        [
+            tf.Resize((size, size), interpolation=tf.InterpolationMode.BICUBIC),
+            tf.ToTensor(),
+            tf.Normalize(mean=mean, std=std),
+        ]
+    )
     pixels = []
     for i, path in enumerate(paths):
         picture = Image.open(path)
@@ -271,10 +292,13 @@ def main() -> None:
     parser.add_argument("--instruct", type=Path, metavar="FILE", help="Emu-instruct.pt")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--images", type=Path, nargs="+", metavar="FILE",
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
         default=[Path("examples") / n for n in ("dog.png", "panda.png", "sunflower.png")],
         help="three pictures or more",
-    )  # fmt: skip
+    )
     parser.add_argument("--model-json", type=Path, default=Path("models/Emu-14B.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--new-tokens", type=int, default=20)

@@ -41,8 +41,9 @@ def main() -> int:
     parser.add_argument("--settings", type=int, default=100, help="distinct settings")
     parser.add_argument("--cancelled", type=int, default=50, help="abandoned drawings")
     args = parser.parse_args()
-    report = siege(args.checkpoint, args.seconds, args.idle, args.bodies, args.settings,
-                   args.cancelled)  # fmt: skip
+    report = siege(
+        args.checkpoint, args.seconds, args.idle, args.bodies, args.settings, args.cancelled
+    )
     print(json.dumps(report, indent=1))
     return 0 if report["passed"] else 1
 
@@ -121,9 +122,12 @@ def run(checkpoint: Path, seconds: float, attack: Attack | None) -> dict[str, An
         server.terminate()
         server.wait(60)
         return {
-            "requests": len(latencies), "errors": errors[:5], **latency_figures(latencies),
-            "rss_anon_mib": round(memory, 1), "shutdown_s": round(time.monotonic() - started, 2),
-        }  # fmt: skip
+            "requests": len(latencies),
+            "errors": errors[:5],
+            **latency_figures(latencies),
+            "rss_anon_mib": round(memory, 1),
+            "shutdown_s": round(time.monotonic() - started, 2),
+        }
     finally:
         server.kill()
         server.wait()

@@ -116,7 +116,8 @@ class ArrayWriter:
         chunk = self._chunk(path)
         return {
             "driver": "zarr3",
-            "kvstore": _database(self._item, path) | {
+            "kvstore": _database(self._item, path)
+            | {
                 # Data stay in memory until they fill a file of this size.
                 "target_data_file_size": _CHUNK,
             },
@@ -131,7 +132,7 @@ class ArrayWriter:
                 ],
             },
             "store_data_equal_to_fill_value": True,  # a missing file is damage, not zeros
-        }  # fmt: skip
+        }
 
     def _run(self, action: Any) -> Any:
         try:
@@ -152,17 +153,28 @@ class ArrayWriter:
             tree[str(tuple(keys))] = {
                 "key_metadata": [{"key": key, "key_type": 2} for key in keys],
                 "value_metadata": {
-                    "value_type": "np.ndarray", "skip_deserialize": False, "write_shape": shape,
+                    "value_type": "np.ndarray",
+                    "skip_deserialize": False,
+                    "write_shape": shape,
                 },
-            }  # fmt: skip
-            notes.append({"array_metadata": {
-                "param_name": path, "write_shape": shape, "chunk_shape": chunk,
-                "ext_metadata": None,
-            }})  # fmt: skip
+            }
+            notes.append(
+                {
+                    "array_metadata": {
+                        "param_name": path,
+                        "write_shape": shape,
+                        "chunk_shape": chunk,
+                        "ext_metadata": None,
+                    }
+                }
+            )
         described = {
-            "tree_metadata": tree, "use_ocdbt": True, "use_zarr3": True,
-            "store_array_data_equal_to_fill_value": True, "custom_metadata": None,
-        }  # fmt: skip
+            "tree_metadata": tree,
+            "use_ocdbt": True,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
         (self._item / "_METADATA").write_text(json.dumps(described))
         (self._item / "array_metadatas").mkdir()
         (self._item / "array_metadatas" / "process_0").write_text(
@@ -215,9 +227,11 @@ class Arrays:
         if self._ocdbt:
             kvstore = _database(self._item, path)
         spec = {
-            "driver": "zarr3" if self._zarr3 else "zarr", "kvstore": kvstore,
-            "fill_missing_data_reads": False, "recheck_cached_data": False,
-        }  # fmt: skip
+            "driver": "zarr3" if self._zarr3 else "zarr",
+            "kvstore": kvstore,
+            "fill_missing_data_reads": False,
+            "recheck_cached_data": False,
+        }
         return ts.open(spec, read=True, context=self._context).result()
 
     def _by_layers(self, path: str) -> Any:

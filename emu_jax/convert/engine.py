@@ -88,9 +88,13 @@ def convert(
     with report() as made, replacing(dst, overwrite, sources) as temporary:
         mesh = mesh or make_mesh()
         source = open_source(
-            src, mesh, model_config=model_config, tokenizer=tokenizer, base=base and Path(base),
+            src,
+            mesh,
+            model_config=model_config,
+            tokenizer=tokenizer,
+            base=base and Path(base),
             scratch=temporary.parent,
-        )  # fmt: skip
+        )
         if isinstance(source, Run) and to == "jax" and not merge_lora:
             raise UserError(f"{src} is a run directory already: use --to emu or --to hf")
         if merge_lora:
@@ -173,9 +177,11 @@ def write_release(source: Source, folder: Path, dst: Path) -> list[str]:
             raise UserError(f"{dst}: a model with its image decoder needs a folder, not a file")
         (name,) = layout.tensors
         layout = dataclasses.replace(
-            layout, tensors={folder.name: layout.tensors[name]}, carried={},
+            layout,
+            tensors={folder.name: layout.tensors[name]},
+            carried={},
             nests={folder.name: layout.nests.get(name)},
-        )  # fmt: skip
+        )
         folder = folder.parent
     cfg = source.cfg
     targets = cfg.llama.lora.targets if cfg.llama.lora else ()
@@ -192,10 +198,13 @@ def write_release(source: Source, folder: Path, dst: Path) -> list[str]:
             # since. Reading it tells which.
             kept[key] = came[key]
     narrowed = [
-        row for row in rows.values()
-        if any(came[layout.spelling.write(k, targets)] != source.shapes[row.path].dtype
-               for k in row.keys)
-    ]  # fmt: skip
+        row
+        for row in rows.values()
+        if any(
+            came[layout.spelling.write(k, targets)] != source.shapes[row.path].dtype
+            for k in row.keys
+        )
+    ]
     # Values are read ahead because a file declares its dtypes first.
     for row, layer in progress(source, narrowed, "checking dtypes"):
         key = layout.spelling.write(row.keys[layer], targets)

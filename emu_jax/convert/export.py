@@ -80,10 +80,12 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
         )
         complete_release(source, folder)
         again = sizes.multimodal(
-            {key: shape for key, shape in shapes.items() if ":" not in key}, where="the release",
-            base_vocab=source.tokenizer.base_size, model_json=folder / "Emu.json",
+            {key: shape for key, shape in shapes.items() if ":" not in key},
+            where="the release",
+            base_vocab=source.tokenizer.base_size,
+            model_json=folder / "Emu.json",
             llama_json=folder / "tokenizer" / "config.json",
-        )  # fmt: skip
+        )
         if cfg.unet is not None and cfg.vae is not None:
             unet, vae, scheduler = sizes.decoder(folder)
             again = dataclasses.replace(again, unet=unet, vae=vae, scheduler=scheduler)
@@ -112,8 +114,11 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
 _PADDING = ("llama.vocab_multiple",)  # rows that pad a table are not exported
 # Settings of training and initialization, and the longest prompt, which the user must respect.
 _OF_TRAINING = (
-    "cformer.dropout", "llama.embed_std", "llama.lora.dropout", "llama.max_positions",
-)  # fmt: skip
+    "cformer.dropout",
+    "llama.embed_std",
+    "llama.lora.dropout",
+    "llama.max_positions",
+)
 
 
 def differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
@@ -172,10 +177,13 @@ def model_json(cfg: EmuConfig) -> dict[str, Any]:
             "freeze": False,
         },
         "multimodal_cfg": {
-            "name": "llama-13B", "xattn": True, "n_causal": cfg.cformer.n_causal, "freeze": False,
+            "name": "llama-13B",
+            "xattn": True,
+            "n_causal": cfg.cformer.n_causal,
+            "freeze": False,
         },
         "vladapter_cfg": {"name": "cformer", "n_causal": cfg.cformer.n_causal},
-    }  # fmt: skip
+    }
 
 
 def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:

@@ -44,10 +44,13 @@ _SAFETENSORS = {names[0]: dtype for dtype, names in _DTYPES.items()}
 _TORCH = {names[1]: dtype for dtype, names in _DTYPES.items()}
 # torch's storage classes and the names of their dtypes. None: the tensor names its dtype.
 _STORAGES: dict[str, str | None] = {names[2]: names[1] for names in _DTYPES.values()} | {
-    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
-    "QInt8Storage": "qint8", "QUInt8Storage": "quint8", "QInt32Storage": "qint32",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
     "UntypedStorage": None,
-}  # fmt: skip
+}
 
 # A state dict may lie inside another dict, under one of these names.
 _NESTS = ("module", "state_dict", "model")
@@ -99,10 +102,13 @@ def find(folder: Path, *stems: str) -> Path:
         f"{stem}{ending.format(variant)}"
         for variant in _VARIANTS
         for ending in (
-            ".{}.safetensors", ".safetensors.index.{}.json", ".{}.bin", ".bin.index.{}.json",
+            ".{}.safetensors",
+            ".safetensors.index.{}.json",
+            ".{}.bin",
+            ".bin.index.{}.json",
         )
         for stem in stems
-    ]  # fmt: skip
+    ]
     for name in plain + variants:
         if (folder / name).is_file():
             return folder / name
@@ -202,8 +208,15 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         for key, value in header.items():
             start, end = map(int, value["data_offsets"])
             entries.append((start, end, key, str(value["dtype"]), tuple(map(int, value["shape"]))))
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError,
-            RecursionError) as error:  # fmt: skip
+    except (
+        OSError,
+        struct.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{path} is not a valid safetensors file: {error!r}") from None
     mapped = _Mapped(path)
     held -= length
@@ -572,8 +585,10 @@ class SafetensorsWriter:
         for key, (shape, dtype) in contents.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[key] = {
-                "dtype": _DTYPES[dtype][0], "shape": list(shape), "data_offsets": [start, end],
-            }  # fmt: skip
+                "dtype": _DTYPES[dtype][0],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
@@ -625,8 +640,10 @@ class TorchWriter:
             self.abort()
             raise AssertionError(f"{sorted(self._left)} were never written")
         for name, data in (
-            ("data.pkl", self._pickle()), ("byteorder", b"little"), ("version", b"3\n"),
-        ):  # fmt: skip
+            ("data.pkl", self._pickle()),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+        ):
             self._record(name, len(data), [memoryview(data)])
         self._zip.close()
         self._file.close()
@@ -774,9 +791,11 @@ class Shards:
     """
 
     def __init__(
-        self, contents: Mapping[str, Contents], folder: Path,
+        self,
+        contents: Mapping[str, Contents],
+        folder: Path,
         nests: Mapping[str, str | None] | None = None,
-    ):  # fmt: skip
+    ):
         nests = nests or {}
         self._writers = {
             name: create(folder / name, {_bare(k): v for k, v in c.items()}, nests.get(name))

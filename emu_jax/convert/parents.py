@@ -73,9 +73,15 @@ def init(
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
     with engine.report() as made, engine.replacing(dst, overwrite, sources) as temporary:
         parents = Parents(
-            Path(llama), Path(eva_clip), Path(sd), mesh or make_mesh(),
-            cformer or CFormerConfig(), seed, model_config, Path(tokenizer or llama),
-        )  # fmt: skip
+            Path(llama),
+            Path(eva_clip),
+            Path(sd),
+            mesh or make_mesh(),
+            cformer or CFormerConfig(),
+            seed,
+            model_config,
+            Path(tokenizer or llama),
+        )
         engine.write_run(parents, temporary)
         made |= engine.describe(parents)
         made["fresh"] = sorted(parents.fresh)
@@ -87,9 +93,16 @@ class Parents:
     """A `source.Source` of a fresh Emu's parameters, produced one after the other."""
 
     def __init__(
-        self, llama: Path, eva_clip: Path, sd: Path, mesh: Mesh, cformer: CFormerConfig,
-        seed: int, model_config: Path | None, tokenizer: Path,
-    ):  # fmt: skip
+        self,
+        llama: Path,
+        eva_clip: Path,
+        sd: Path,
+        mesh: Mesh,
+        cformer: CFormerConfig,
+        seed: int,
+        model_config: Path | None,
+        tokenizer: Path,
+    ):
         for path, kind in ((llama, "--llama"), (sd, "--sd")):
             if not path.is_dir():
                 raise UserError(f"{kind} {path} is not a directory")
@@ -121,10 +134,11 @@ class Parents:
         self._template = template
         self.fresh = self._check(shapes)
         self.shapes = {
-            p: s if p in self.fresh else jax.ShapeDtypeStruct(
-                s.shape, self._stored(p), sharding=s.sharding)
+            p: s
+            if p in self.fresh
+            else jax.ShapeDtypeStruct(s.shape, self._stored(p), sharding=s.sharding)
             for p, s in template.shapes.items()
-        }  # fmt: skip
+        }
 
     def _sizes(
         self, llama: Path, sd: Path, cformer: CFormerConfig, model_config: Path | None
@@ -156,11 +170,14 @@ class Parents:
         try:
             width, _, patch, _ = shapes["visual.patch_embed.proj.weight"]
             vision = dataclasses.replace(
-                preset.vision, **chosen, patch_size=patch, width=width,
+                preset.vision,
+                **chosen,
+                patch_size=patch,
+                width=width,
                 layers=_count(shapes, r"visual\.blocks\.(\d+)\."),
                 mlp_width=shapes["visual.blocks.0.mlp.fc1.weight"][0],
                 clip_width=shapes["visual.head.weight"][0],
-            )  # fmt: skip
+            )
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise UserError(f"--eva-clip: not an EVA-CLIP vision tower ({error})") from None
         if 0 in (width, patch) or width % vision.head_width or vision.image_size % patch:
@@ -171,10 +188,14 @@ class Parents:
             )
         unet, vae, scheduler = sizes.decoder(sd)
         return EmuConfig(
-            vision=vision, cformer=cformer, tokens=TokenIds.after(base), vae=vae,
+            vision=vision,
+            cformer=cformer,
+            tokens=TokenIds.after(base),
+            vae=vae,
             llama=dataclasses.replace(language, vocab_size=base + sizes.ADDED_TOKENS[0]),
-            unet=dataclasses.replace(unet, cross_attention_dim=language.width), scheduler=scheduler,
-        )  # fmt: skip
+            unet=dataclasses.replace(unet, cross_attention_dim=language.width),
+            scheduler=scheduler,
+        )
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> set[str]:
         """Returns the parameters that start at random, and checks that all others have tensors.
@@ -213,13 +234,15 @@ class Parents:
             *(f"{k} is unexpected" for k in found if k not in expected),
             *(
                 f"{k} is {list(found[k])}, expected {list(s)}"
-                for k, s in expected.items() if k in found and tuple(found[k]) != s
+                for k, s in expected.items()
+                if k in found and tuple(found[k]) != s
             ),
             *(
-                f"{k} is {t.dtype}" for k, t in self._tensors.items()
+                f"{k} is {t.dtype}"
+                for k, t in self._tensors.items()
                 if k in expected and t.dtype not in FLOATS
             ),
-        ]  # fmt: skip
+        ]
         if problems:
             raise UserError("the parents do not fit: " + "; ".join(problems))
         return fresh
@@ -252,8 +275,11 @@ class Parents:
                 lambda key: lecun(key, shape.shape, jnp.float32), out_shardings=shape.sharding
             )
             return {path: draw(key)}
-        keep = {p: s.sharding for p, s in self.shapes.items()
-                if p in self.fresh and not p.startswith("unet.")}  # fmt: skip
+        keep = {
+            p: s.sharding
+            for p, s in self.shapes.items()
+            if p in self.fresh and not p.startswith("unet.")
+        }
 
         def make() -> dict[str, jax.Array]:  # XLA removes the parameters that are not returned
             emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._seed))

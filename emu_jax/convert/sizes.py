@@ -87,26 +87,34 @@ def multimodal(
         raise UserError(f"{where}: visual.pos_embed has {tokens} rows, not a square plus one")
     vision = dataclasses.replace(
         preset.vision,
-        image_size=side * patch_size, patch_size=patch_size, width=vision_width,
+        image_size=side * patch_size,
+        patch_size=patch_size,
+        width=vision_width,
         layers=layers(r"visual\.blocks\.(\d+)\."),
         mlp_width=shape("visual.blocks.0.mlp.fc1.weight", 2)[0],
         clip_width=shape("visual.head.weight", 2)[0],
-    )  # fmt: skip
+    )
     t5 = "cformer.cformer.block.0.layer."
     n_causal, cformer_width = shape("cformer.causal_tokens", 3)[1:]
     buckets, heads = shape(f"{t5}0.SelfAttention.relative_attention_bias.weight", 2)
     cformer = CFormerConfig(
-        n_causal=n_causal, width=cformer_width, heads=heads, relative_buckets=buckets,
+        n_causal=n_causal,
+        width=cformer_width,
+        heads=heads,
+        relative_buckets=buckets,
         layers=layers(r"cformer\.cformer\.block\.(\d+)\."),
         head_width=shape(f"{t5}0.SelfAttention.q.weight", 2)[0] // heads,
         mlp_width=shape(f"{t5}2.DenseReluDense.wi.weight", 2)[0],
-    )  # fmt: skip
+    )
 
     llama = dataclasses.replace(
-        preset.llama, vocab_size=vocab, width=width, layers=layers(lm + r"model\.layers\.(\d+)\."),
+        preset.llama,
+        vocab_size=vocab,
+        width=width,
+        layers=layers(lm + r"model\.layers\.(\d+)\."),
         mlp_width=shape("decoder.lm.model.layers.0.mlp.gate_proj.weight", 2)[0],
         lora=_lora(shapes, spelling, where),
-    )  # fmt: skip
+    )
     rotary = shapes.get(spelling.write("decoder.lm.model.layers.0.self_attn.rotary_emb.inv_freq"))
     rotary = None if rotary is None else tuple(rotary)
     sized = {f: getattr(llama, f) for f in ("width", "layers", "mlp_width")}
@@ -145,9 +153,13 @@ def multimodal(
         if cut < 1 or of % cut:
             raise UserError(f"{where}: the {name}'s width {of} cannot be split into heads by {cut}")
     return EmuConfig(
-        vision=vision, cformer=cformer, llama=llama, unet=None, vae=None,
+        vision=vision,
+        cformer=cformer,
+        llama=llama,
+        unet=None,
+        vae=None,
         tokens=TokenIds.after(base_vocab),
-    )  # fmt: skip
+    )
 
 
 def _lora(shapes: Mapping[str, Shape], spelling: Spelling, where: str) -> LoraConfig | None:
@@ -312,8 +324,11 @@ def diffusers_config(cls: type, path: Path) -> Any:
         raise UserError(f"{path}: {error}") from None
     for name in fields.keys() - {"freq_shift", "steps_offset"}:
         value = getattr(made, name)
-        numbers = [v for v in (value if isinstance(value, tuple) else [value])
-                   if isinstance(v, int | float) and not isinstance(v, bool)]  # fmt: skip
+        numbers = [
+            v
+            for v in (value if isinstance(value, tuple) else [value])
+            if isinstance(v, int | float) and not isinstance(v, bool)
+        ]
         if any(not 0 < v < math.inf for v in numbers) or value == ():
             raise UserError(f"{path}: {name} = {value!r} must be positive")
     for width in getattr(made, "block_out_channels", ()):
@@ -330,10 +345,13 @@ _DEFAULTS: dict[type, dict[str, Any]] = {
     UNetConfig: {"cross_attention_dim": 1280},
     VAEConfig: {"sample_size": 32, "block_out_channels": [64], "layers_per_block": 1},
     SchedulerConfig: {
-        "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-        "skip_prk_steps": False, "steps_offset": 0,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "skip_prk_steps": False,
+        "steps_offset": 0,
     },
-}  # fmt: skip
+}
 
 
 # Allowed values of the other keys in these files: none of them changes the network. Keys that are

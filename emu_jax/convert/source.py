@@ -37,9 +37,15 @@ MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
 INSTRUCT = "Emu-instruct.pt"
 # Files and folders of a release that hold no tensors. They are copied unchanged.
 CARRIED = (
-    "Emu.json", "model_index.json", "tokenizer", "scheduler", "feature_extractor",
-    "safety_checker", "unet/config.json", "vae/config.json",
-)  # fmt: skip
+    "Emu.json",
+    "model_index.json",
+    "tokenizer",
+    "scheduler",
+    "feature_extractor",
+    "safety_checker",
+    "unet/config.json",
+    "vae/config.json",
+)
 _TOKENIZER_FILE = re.compile(r"config\.json|(added|special)?_?token[\w]*\.(json|model)")
 RELEASE_ALPHA = LoraConfig.alpha
 T5_VOCABULARY = 32128  # rows of the embedding table that the Causal Transformer never uses
@@ -157,9 +163,14 @@ def template_of(cfg: EmuConfig, mesh: Mesh) -> Template:
 
 
 def open_source(
-    path: Path, mesh: Mesh, *, model_config: Path | None = None, tokenizer: Path | None = None,
-    base: Path | None = None, scratch: Path | None = None,
-) -> Source:  # fmt: skip
+    path: Path,
+    mesh: Mesh,
+    *,
+    model_config: Path | None = None,
+    tokenizer: Path | None = None,
+    base: Path | None = None,
+    scratch: Path | None = None,
+) -> Source:
     """Opens the source at `path`, recognizing its kind.
 
     Args:
@@ -239,9 +250,10 @@ class Release:
         if tokenizer != folder / "tokenizer":  # that folder may hold LLaMA's weights too
             carried.pop("tokenizer", None)
             carried |= {
-                f"tokenizer/{p.name}": p for p in sorted(tokenizer.iterdir())
+                f"tokenizer/{p.name}": p
+                for p in sorted(tokenizer.iterdir())
                 if p.is_file() and _TOKENIZER_FILE.fullmatch(p.name)
-            }  # fmt: skip
+            }
         elif tokenizer.is_dir():
             carried["tokenizer"] = tokenizer
         if model_config:
@@ -268,10 +280,12 @@ class Release:
         llama_json = tokenizer / "config.json"
         base = Tokenizer.load(tokenizer, instruct=False)
         cfg = sizes.multimodal(
-            {key: t.shape for key, t in found.items()}, where=str(weights),
-            base_vocab=base.base_size, model_json=model_config,
+            {key: t.shape for key, t in found.items()},
+            where=str(weights),
+            base_vocab=base.base_size,
+            model_json=model_config,
             llama_json=llama_json if llama_json.is_file() else None,
-        )  # fmt: skip
+        )
         decoder = path.is_dir() and any((path / part).is_dir() for part in ("unet", "vae"))
         if decoder:
             unet, vae, scheduler = sizes.decoder(path)
@@ -289,9 +303,13 @@ class Release:
         self._rows = {row.path: row for row in tables.table(cfg, shapes)}
         spelling = Spelling.of(found)
         dead = tables.match(
-            self._rows.values(), shapes, cfg, spelling, {k: t.shape for k, t in found.items()},
+            self._rows.values(),
+            shapes,
+            cfg,
+            spelling,
+            {k: t.shape for k, t in found.items()},
             str(path),
-        )  # fmt: skip
+        )
         wrong = {k: t.dtype for k, t in found.items() if t.dtype not in FLOATS and k not in dead}
         if wrong:
             raise UserError(
@@ -371,9 +389,10 @@ class Run:
         scratch = scratch or Path(tempfile.gettempdir())
         self._arrays = {item: Arrays(item, scratch) for item in set(self._items.values())}
         self._odd = {
-            p for p, s in self.shapes.items()
+            p
+            for p, s in self.shapes.items()
             if p not in stored or tuple(stored[p].shape) != tuple(s.shape)
-        }  # fmt: skip
+        }
         self.layout, self.dead = None, {}
         kept = path / "release"
         if (kept / "layout.json").is_file():
@@ -493,9 +512,10 @@ class Rescaled:
         self.tokenizer, self.layout, self.dead = source.tokenizer, source.layout, source.dead
         self.shapes = {
             p: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding)
-            if p.endswith(".lora_b") else s
+            if p.endswith(".lora_b")
+            else s
             for p, s in source.shapes.items()
-        }  # fmt: skip
+        }
 
     def read(self, path: str, layer: int) -> np.ndarray:
         stored = self._source.read(path, layer)
@@ -506,18 +526,30 @@ class Rescaled:
 
 # Keys of peft's LoraConfig. Keys that change the computation must have one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none",),
+    "peft_type": ("LORA",),
+    "bias": ("none",),
     # With other values peft modifies the base weights when it loads the adapters.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
+}
 # Keys that are read.
 _READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 # Keys that do not change the computation: provenance, and settings of features that are off.
 _INERT = (
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config",
-    "eva_config", "loftq_config", "corda_config", "lora_ga_config",
-)  # fmt: skip
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "layers_pattern",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "eva_config",
+    "loftq_config",
+    "corda_config",
+    "lora_ga_config",
+)
 
 
 def _adapter_config(note: Path) -> LoraConfig:
@@ -547,9 +579,11 @@ def _adapter_config(note: Path) -> LoraConfig:
     dropout: Any = values.get("lora_dropout", 0.0)
     scaled = values.get("use_rslora") or False
     if (
-        type(rank) is not int or type(alpha) not in (int, float)
-        or type(dropout) not in (int, float) or not isinstance(targets, list)
-    ):  # fmt: skip
+        type(rank) is not int
+        or type(alpha) not in (int, float)
+        or type(dropout) not in (int, float)
+        or not isinstance(targets, list)
+    ):
         raise UserError(
             f"{note} must have r and lora_alpha as numbers, and target_modules as a list of layers"
         )
@@ -565,9 +599,11 @@ def _adapter_config(note: Path) -> LoraConfig:
     order = list(LORA_TARGETS)
     try:
         return LoraConfig(
-            rank=rank, alpha=float(alpha), dropout=float(dropout),
+            rank=rank,
+            alpha=float(alpha),
+            dropout=float(dropout),
             targets=tuple(sorted(targets, key=order.index)),
-        )  # fmt: skip
+        )
     except UserError as error:
         raise UserError(f"{note}: {error}") from None
 
@@ -659,8 +695,11 @@ def release_layout(source: Source) -> tuple[Layout, dict[str, Tensor]]:
     held = known.keys
     for key in [key for key in dtypes if key not in held]:
         tower = key.split(":")[0] if ":" in key else None
-        name = f"{tower}/diffusion_pytorch_model.safetensors" if tower else (
-            INSTRUCT if cfg.llama.lora else MULTIMODAL)  # fmt: skip
+        name = (
+            f"{tower}/diffusion_pytorch_model.safetensors"
+            if tower
+            else (INSTRUCT if cfg.llama.lora else MULTIMODAL)
+        )
         tensors.setdefault(name, {})[key] = dtypes[key]
     nests = {INSTRUCT: "module"} | known.nests
     return dataclasses.replace(known, tensors=tensors, nests=nests), dead

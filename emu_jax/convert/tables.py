@@ -197,12 +197,15 @@ def llama(cfg: EmuConfig) -> list[Row]:
     """LLaMA, its regression head and its adapters (release: `modeling_llama.py`)."""
     lm, vocab = "decoder.lm", cfg.llama.vocab_size
     rows = [
-        Row("llama.embed_tokens.embedding", (f"{lm}.model.embed_tokens.weight",),
-            Transform("v d -> v d", rows=vocab)),
+        Row(
+            "llama.embed_tokens.embedding",
+            (f"{lm}.model.embed_tokens.weight",),
+            Transform("v d -> v d", rows=vocab),
+        ),
         Row("llama.lm_head.kernel", (f"{lm}.lm_head.weight",), Transform("i v -> v i", rows=vocab)),
         *_linear("llama.stu_regress_head", f"{lm}.stu_regress_head"),
         *_norm("llama.norm", f"{lm}.model.norm"),
-    ]  # fmt: skip
+    ]
     block = [
         *_norm("input_layernorm"),
         *_linears("self_attn.", "self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -259,10 +262,14 @@ def _norm(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[
 def _stack(path: str, key: str, block: list[Row], layers: int) -> list[Row]:
     """Turns the rows of one layer into stacked rows of all layers."""
     return [
-        Row(f"{path}.{row.path}", tuple(f"{key.format(i)}.{row.keys[0]}" for i in range(layers)),
-            row.transform, stacked=True)
+        Row(
+            f"{path}.{row.path}",
+            tuple(f"{key.format(i)}.{row.keys[0]}" for i in range(layers)),
+            row.transform,
+            stacked=True,
+        )
         for row in block
-    ]  # fmt: skip
+    ]
 
 
 def dead(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
@@ -322,10 +329,13 @@ def match(
     unexpected = sorted(set(found) - expected - set(carried))
     problems = [
         f"{len(names)} {kind}: " + ", ".join(names)
-        for kind, names in
-        (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
         if names
-    ]  # fmt: skip
+    ]
     if problems:
         raise UserError(f"{where} does not fit the model: " + "; ".join(problems))
     return carried

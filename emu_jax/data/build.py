@@ -248,11 +248,15 @@ def _split(folder: str, cfg: BuildConfig, source: Source) -> list[Shard]:
     starts = range(0, len(source), cfg.shard_documents)
     return [
         Shard(
-            cfg, source.fingerprint, folder, number, len(starts),
+            cfg,
+            source.fingerprint,
+            folder,
+            number,
+            len(starts),
             range(start, min(start + cfg.shard_documents, len(source))),
         )
         for number, start in enumerate(starts)
-    ]  # fmt: skip
+    ]
 
 
 def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
@@ -430,21 +434,23 @@ class _Tally:
         self.left_out += [
             place | {"unused": unused.reason, "detail": unused.detail} for unused in cleaned.unused
         ]
-        self.merge({
-            "documents": {
-                "read": 1,
-                "written": int(cleaned.document is not None),
-                "rejected": {cleaned.reason: 1} if cleaned.document is None else {},
-            },
-            "pictures": {
-                "read": cleaned.pictures,
-                "written": sum(isinstance(part, Picture) for part in kept),
-                "encoded": cleaned.encoded,
-                "dropped": dict(collections.Counter(drop.reason for drop in cleaned.dropped)),
-            },
-            "texts": {"written": sum(isinstance(part, Text) for part in kept)},
-            "unused": dict(collections.Counter(unused.reason for unused in cleaned.unused)),
-        })  # fmt: skip
+        self.merge(
+            {
+                "documents": {
+                    "read": 1,
+                    "written": int(cleaned.document is not None),
+                    "rejected": {cleaned.reason: 1} if cleaned.document is None else {},
+                },
+                "pictures": {
+                    "read": cleaned.pictures,
+                    "written": sum(isinstance(part, Picture) for part in kept),
+                    "encoded": cleaned.encoded,
+                    "dropped": dict(collections.Counter(drop.reason for drop in cleaned.dropped)),
+                },
+                "texts": {"written": sum(isinstance(part, Text) for part in kept)},
+                "unused": dict(collections.Counter(unused.reason for unused in cleaned.unused)),
+            }
+        )
 
     def merge(self, counts: dict[str, dict[str, Any]]) -> None:
         for group, values in counts.items():
@@ -464,10 +470,13 @@ class _Tally:
                 missing. The message counts the reasons.
         """
         counts = self.counts
-        tally = Tally({
-            "documents": counts["documents"]["written"], "images": counts["pictures"]["written"],
-            "texts": counts["texts"]["written"],
-        })  # fmt: skip
+        tally = Tally(
+            {
+                "documents": counts["documents"]["written"],
+                "images": counts["pictures"]["written"],
+                "texts": counts["texts"]["written"],
+            }
+        )
         rejected, dropped = counts["documents"]["rejected"], counts["pictures"]["dropped"]
         # A document that loses its last picture is rejected for the same reason.
         lost = collections.Counter(rejected) | collections.Counter(dropped)
@@ -520,5 +529,7 @@ class _Progress:
         left = (self._total - self._done) / rate
         print(
             f"{self._name}: {self._done:,} of {self._total:,} documents, {rate:.0f}/s, "
-            f"{left:.0f} s left", file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"{left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -111,17 +111,26 @@ class DataConfig:
                 (f"{where}.weight", source.weight >= 0, "not be negative"),
                 (f"{where}.batch_size", source.batch_size >= 0, "not be negative"),
                 (f"{where}.row_images", source.row_images >= 0, "not be negative"),
-                (f"{where}.row_tokens", tokens == 0 or tokens >= smallest,
-                 f"hold one picture: at least {smallest}"),
-                (f"{where}.window_tokens", source.window_tokens == 0 or
-                 source.window_tokens >= smallest, f"hold one picture: at least {smallest}"),
+                (
+                    f"{where}.row_tokens",
+                    tokens == 0 or tokens >= smallest,
+                    f"hold one picture: at least {smallest}",
+                ),
+                (
+                    f"{where}.window_tokens",
+                    source.window_tokens == 0 or source.window_tokens >= smallest,
+                    f"hold one picture: at least {smallest}",
+                ),
                 (f"{where}.window_images", source.window_images >= 0, "not be negative"),
                 (f"{where}.picked_images", source.picked_images >= 0, "not be negative"),
                 (f"{where}.frames", source.frames >= 1, "be at least 1"),
                 (f"{where}.frame_seconds", source.frame_seconds > 0, "be positive"),
-                (f"{where}.allow_missing", set(source.allow_missing) <= set(MAY_LACK),
-                 f"name some of {', '.join(MAY_LACK)}"),
-            ]  # fmt: skip
+                (
+                    f"{where}.allow_missing",
+                    set(source.allow_missing) <= set(MAY_LACK),
+                    f"name some of {', '.join(MAY_LACK)}",
+                ),
+            ]
         for name, fine, rule in rules:
             if not fine:
                 value: Any = to_dict(self)
@@ -158,22 +167,30 @@ def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...]
     h, H = cfg.image_size, cfg.target_size
     int32, uint8 = np.int32, np.uint8
     inputs = {
-        "images": ((B, I, h, h, 3), uint8), "image_valid": ((B, I), bool),
+        "images": ((B, I, h, h, 3), uint8),
+        "image_valid": ((B, I), bool),
         "image_slots": ((B, T), int32),
-    }  # fmt: skip
+    }
     shapes: dict[str, dict[str, tuple[tuple[int, ...], Any]]] = {
         "rows": {
-            "tokens": ((B, T), int32), "segment_ids": ((B, T), int32),
-            "positions": ((B, T), int32), "text_loss_mask": ((B, T), bool),
-            "image_scored": ((B, I), bool), **inputs,
+            "tokens": ((B, T), int32),
+            "segment_ids": ((B, T), int32),
+            "positions": ((B, T), int32),
+            "text_loss_mask": ((B, T), bool),
+            "image_scored": ((B, I), bool),
+            **inputs,
         },
         "captions": {
-            "images": ((B, h, h, 3), uint8), "tokens": ((B, T), int32), "valid": ((B, T), bool),
+            "images": ((B, h, h, 3), uint8),
+            "tokens": ((B, T), int32),
+            "valid": ((B, T), bool),
         },
         "pictures": {"images": ((B, H, H, 3), uint8)},
         "contexts": {
-            "tokens": ((B, T), int32), "length": ((B,), int32), **inputs,
+            "tokens": ((B, T), int32),
+            "length": ((B,), int32),
+            **inputs,
             "target": ((B, H, H, 3), uint8),
         },
-    }  # fmt: skip
+    }
     return shapes[kind]

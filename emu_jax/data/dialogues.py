@@ -89,9 +89,11 @@ class Dialogues(Listed):
         self._frames = frames
 
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         dialogue = self._dialogue(index)
 
         def pictures(medium: Medium, scored: bool) -> list[Picture]:
@@ -149,9 +151,8 @@ def _parse(entry: dict[str, Any]) -> Dialogue:
     messages = [_Message(_speaker(who), list(_parts(value))) for who, value in _messages(entry)]
     images = [Medium(name) for key in ("image", "images") for name in _names(entry.get(key))]
     videos = [
-        Medium(name, video=True)
-        for key in ("video", "videos") for name in _names(entry.get(key))
-    ] or [Medium(name, video=True) for name in _names(entry.get("video_id"))]  # fmt: skip
+        Medium(name, video=True) for key in ("video", "videos") for name in _names(entry.get(key))
+    ] or [Medium(name, video=True) for name in _names(entry.get("video_id"))]
     messages, unplaced = _placed(messages, images, videos)
     unused = [Unused(key) for key in ("tools", "audio", "audios") if entry.get(key)]
     system, turns = _turns(messages, unused)
@@ -288,10 +289,13 @@ def _turns(messages: Iterable[_Message], unused: list[Unused]) -> tuple[Said | N
     def leave_out(reason: str, said: Said) -> None:
         unused.append(Unused(reason, "".join(part for part in said if isinstance(part, str))[:80]))
         unused.extend(
-            Unused("video of an unused message" if part.video else "image of an unused message",
-                   part.name[:80])
-            for part in said if isinstance(part, Medium)
-        )  # fmt: skip
+            Unused(
+                "video of an unused message" if part.video else "image of an unused message",
+                part.name[:80],
+            )
+            for part in said
+            if isinstance(part, Medium)
+        )
 
     answered = False  # the last message of a turn is an answer
     for speaker, said in messages:
@@ -366,6 +370,7 @@ def _document(dialogue: Dialogue, pictures: Callable[[Medium, bool], list[Pictur
         message = ""
         document += parts(turn.asked, scored=False)
         document += [
-            Text(f"{ASSISTANT}:", scored=False, special=True), *parts(turn.answer, scored=True)
-        ]  # fmt: skip
+            Text(f"{ASSISTANT}:", scored=False, special=True),
+            *parts(turn.answer, scored=True),
+        ]
     return Document(tuple(document), tuple(dialogue.unused))

@@ -28,15 +28,20 @@ from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = (
-    "a handwritten {digit}", "the digit {digit}", "{digit}", "a picture of a {digit}",
+    "a handwritten {digit}",
+    "the digit {digit}",
+    "{digit}",
+    "a picture of a {digit}",
     "this is a {digit}",
-)  # fmt: skip
+)
 STEPS = (1, -1, 2, -2)  # of the counting sequences
 FRAMES = 4
 SPLITS = {
-    "train": slice(0, 1437), "heldout": slice(1437, 1797),
-    "fit": slice(0, 1300), "validation": slice(1300, 1437),
-}  # fmt: skip
+    "train": slice(0, 1437),
+    "heldout": slice(1437, 1797),
+    "fit": slice(0, 1300),
+    "validation": slice(1300, 1437),
+}
 VOCABULARY = 512  # an upper bound; the few words need less
 
 QUESTIONS = ("what digit is this?", "is it even?", "what comes next? draw it")

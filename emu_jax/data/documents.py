@@ -139,12 +139,25 @@ class Document:
 
 # Stored indexes refer to positions in this tuple: append new reasons at its end.
 REASONS = (
-    "damaged record", "not a document", "changed document", "corrupt tar member",
-    "incomplete sample", "malformed JSON", "malformed entry", "malformed subtitles",
-    "invalid UTF-8", "missing file", "unreadable picture", "picture too large",
-    "picture too narrow", "unreadable video", "video without frames", "not a regular file",
-    "file too large", "text too large",
-)  # fmt: skip
+    "damaged record",
+    "not a document",
+    "changed document",
+    "corrupt tar member",
+    "incomplete sample",
+    "malformed JSON",
+    "malformed entry",
+    "malformed subtitles",
+    "invalid UTF-8",
+    "missing file",
+    "unreadable picture",
+    "picture too large",
+    "picture too narrow",
+    "unreadable video",
+    "video without frames",
+    "not a regular file",
+    "file too large",
+    "text too large",
+)
 
 
 class Damaged(UserError):
@@ -211,9 +224,11 @@ class Source(Sequence[Document]):
 
     @abc.abstractmethod
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         """Reads a document.
 
         Args:
@@ -320,9 +335,11 @@ class DocumentFiles(Source):
         return f"{self.paths[file]} record {record}"
 
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         file, record = self.locate(index)
         try:
             content = self._records[file][record]

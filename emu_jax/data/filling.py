@@ -29,8 +29,13 @@ from emu_jax.tokenizer import Tokenizer
 Position = tuple[int, int]  # (block, row in it) for rows; (0, document) for other kinds
 
 STATISTICS: tuple[str, ...] = (
-    "tokens", "token_slots", "images", "image_slots", "documents", "truncated",
-)  # fmt: skip
+    "tokens",
+    "token_slots",
+    "images",
+    "image_slots",
+    "documents",
+    "truncated",
+)
 _TOGETHER = 16  # images that one task reads, then decodes
 _ATTEMPTS = 20  # unreadable substitutes in a row before giving up
 
@@ -250,8 +255,10 @@ class Filler:
     def _caption_statistics(self, drawn: Drawn) -> dict[str, int]:
         text, room = sum(size for size in drawn.outline if size > 0), self.cfg.row_tokens - 2
         return self._picture_statistics(drawn) | {
-            "tokens": min(text, room) + 2, "token_slots": room + 2, "truncated": int(text > room)
-        }  # fmt: skip
+            "tokens": min(text, room) + 2,
+            "token_slots": room + 2,
+            "truncated": int(text > room),
+        }
 
     def _picture(self, batch: Batch, n: int, drawn: Drawn) -> None:
         parts = self.group.parts(drawn, picture_first=True)[:1]
@@ -286,9 +293,12 @@ class Filler:
         sizes = [part.size for part in context]
         return {
             "tokens": 2 + sum(part_tokens(size, self.cfg.n_causal) for size in sizes),
-            "token_slots": self.cfg.row_tokens, "images": sizes.count(PICTURE),
-            "image_slots": self.cfg.row_images, "documents": 1, "truncated": int(truncated),
-        }  # fmt: skip
+            "token_slots": self.cfg.row_tokens,
+            "images": sizes.count(PICTURE),
+            "image_slots": self.cfg.row_images,
+            "documents": 1,
+            "truncated": int(truncated),
+        }
 
     def _chosen(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], Part, bool]:
         """Samples an image of a document. Returns (the parts before it that are its context, the
@@ -302,9 +312,12 @@ class Filler:
         before = [] if dropped else [parts[chosen]] if itself else parts[:chosen]
         sizes = [part.size for part in before]
         kept = truncate(
-            sizes, tokens=self.cfg.row_tokens - 2, images=self.cfg.row_images,
-            n_causal=self.cfg.n_causal, end="head",
-        )  # fmt: skip
+            sizes,
+            tokens=self.cfg.row_tokens - 2,
+            images=self.cfg.row_images,
+            n_causal=self.cfg.n_causal,
+            end="head",
+        )
         last = before[len(before) - len(kept) :]
         context = [part.end(size) for part, size in zip(last, kept, strict=True)]
         return context, parts[chosen], kept != sizes

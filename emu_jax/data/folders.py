@@ -101,9 +101,10 @@ class SubFolders:
             with os.scandir(folder) as entries:
                 found = [
                     hashed(below)
-                    for entry in entries if not entry.is_dir()
+                    for entry in entries
+                    if not entry.is_dir()
                     for below in suffixes(f"{above}/{entry.name}")
-                ]  # fmt: skip
+                ]
             names.append(np.array(found, np.uint64))
             numbers.append(np.full(len(found), number, np.int32))
         name, folder = np.concatenate(names), np.concatenate(numbers)

@@ -37,7 +37,7 @@ _FORMATS: tuple[tuple[bytes, str, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer", "", "git lfs pull --include={path}"),
     (b"\xff\xfe", "in UTF-16", "", "iconv -f UTF-16 -t UTF-8 {path} > {plain}"),
     (b"\xfe\xff", "in UTF-16", "", "iconv -f UTF-16 -t UTF-8 {path} > {plain}"),
-)  # fmt: skip
+)
 
 
 def check_format(path: str) -> None:
@@ -72,9 +72,10 @@ def unpack(path: str) -> Arrays:
         if path.endswith(".zip"):
             with zipfile.ZipFile(packed) as archive:
                 names = [
-                    name for name in archive.namelist()
+                    name
+                    for name in archive.namelist()
                     if not name.endswith("/") and not name.startswith("__MACOSX/")
-                ]  # fmt: skip
+                ]
                 if len(names) != 1:
                     raise UserError(f"{path} holds {len(names)} files, not one listing: unpack it")
                 with archive.open(names[0]) as file:

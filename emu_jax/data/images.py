@@ -35,9 +35,18 @@ MOST_ASPECT = 100.0
 
 # Exceptions that Pillow's readers raise on files that are missing, truncated or damaged.
 _UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
-    RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
 
 
 class PictureError(UserError):
@@ -251,9 +260,13 @@ def affine(
     x, y = width * (0.5 + right), height * (0.5 + down)  # where the center goes
     # PIL takes the inverse map, from output to input pixels.
     matrix = (
-        cos, sin, width / 2 - cos * x - sin * y,
-        -sin, cos, height / 2 + sin * x - cos * y,
-    )  # fmt: skip
+        cos,
+        sin,
+        width / 2 - cos * x - sin * y,
+        -sin,
+        cos,
+        height / 2 + sin * x - cos * y,
+    )
     return picture.transform(
         picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
     )

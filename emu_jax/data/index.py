@@ -60,9 +60,7 @@ def folder_for(path: str, cache: str) -> Path:
     return Path(path).parent / ".emu_jax"
 
 
-def kept(
-    folder: Path, name: str, make: Callable[[], Arrays], eager: int | None = None
-) -> Arrays:  # fmt: skip
+def kept(folder: Path, name: str, make: Callable[[], Arrays], eager: int | None = None) -> Arrays:
     """Loads the arrays in `folder/name`; makes and writes them first if missing or damaged.
 
     The write is atomic. If they cannot be written, it warns and returns the arrays from memory.
@@ -298,10 +296,11 @@ def index_files(
             shares = list(pool.map(share, paths))
         counts = [len(next(iter(s.values()))) for s in shares]
         arrays = {
-            key: Tally.add([s[key] for s in shares]) if key == "tally"
+            key: Tally.add([s[key] for s in shares])
+            if key == "tally"
             else np.concatenate([s[key] for s in shares])
             for key in shares[0]
-        }  # fmt: skip
+        }
         return {"file": np.repeat(np.arange(len(paths), dtype=np.int32), counts), **arrays}
 
     if len(paths) == 1:

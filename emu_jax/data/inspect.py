@@ -51,9 +51,14 @@ class Sample(NamedTuple):
 
 
 def inspect(
-    path: Path, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, *,
-    rows: int = 6, documents: int = 1000,
-) -> dict[str, Any]:  # fmt: skip
+    path: Path,
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    *,
+    rows: int = 6,
+    documents: int = 1000,
+) -> dict[str, Any]:
     """Writes the page and returns its figures.
 
     Args:
@@ -97,12 +102,16 @@ def inspect(
 def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, documents: int) -> Sample:
     """Reads one row at a time on this thread alone, so that the time measured is one core's."""
     alone = dataclasses.replace(
-        cfg, batch_size=1, prefetch=0, decode_threads=1, max_damaged_rate=1.0,
+        cfg,
+        batch_size=1,
+        prefetch=0,
+        decode_threads=1,
+        max_damaged_rate=1.0,
         sources=tuple(
             dataclasses.replace(source, batch_size=min(1, source.batch_size))
             for source in cfg.sources
         ),
-    )  # fmt: skip
+    )
     shown, damaged, seconds = [], [], 0.0
     lengths: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
     counts: dict[str, int] = dict.fromkeys(("rows", "documents", "pictures", "tokens"), 0)
@@ -156,9 +165,16 @@ def _row(batch: Batch, kind: Kind) -> Row:
         scored, regressed = segments < 0, used & False
     count = int(np.flatnonzero(segments).max(initial=-1)) + 1
     return Row(
-        one["tokens"][:count].tolist(), segments[:count].tolist(), scored[:count].tolist(),
-        slots[:count].tolist(), pictures, used.tolist(), regressed.tolist(), target, room,
-    )  # fmt: skip
+        one["tokens"][:count].tolist(),
+        segments[:count].tolist(),
+        scored[:count].tolist(),
+        slots[:count].tolist(),
+        pictures,
+        used.tolist(),
+        regressed.tolist(),
+        target,
+        room,
+    )
 
 
 def _length(row: Row, segment: int, n_causal: int) -> tuple[int, int]:
@@ -251,7 +267,7 @@ def _bar(row: Row, n_causal: int) -> str:
     learned = [
         "text" if scored else "picture" if slot >= 0 and row.regressed[slot // n_causal] else ""
         for scored, slot in zip(row.scored, row.slots, strict=True)
-    ]  # fmt: skip
+    ]
     parts = [(segment, slot >= 0) for segment, slot in zip(row.segments, row.slots, strict=True)]
     rests = row.room - len(parts)
     rects = [
@@ -261,8 +277,9 @@ def _bar(row: Row, n_causal: int) -> str:
     ]
     rects += [
         f'<rect x="{start}" y="14" width="{size}" height="4" class="{kind}"/>'
-        for kind, start, size in _runs(learned) if kind
-    ]  # fmt: skip
+        for kind, start, size in _runs(learned)
+        if kind
+    ]
     return (
         f'<svg class="bar" viewBox="0 0 {row.room} 18" preserveAspectRatio="none" role="img" '
         f'aria-label="{len(parts)} of {row.room} tokens in use">{"".join(rects)}</svg>'
@@ -303,8 +320,9 @@ def _sources(tallies: Mapping[str, Tally]) -> str:
     for name, tally in tallies.items():
         examples = "".join(
             f"<li>{html.escape(f'{reason}: {example}')}</li>"
-            for reason, found in tally.examples.items() for example in found
-        )  # fmt: skip
+            for reason, found in tally.examples.items()
+            for example in found
+        )
         shown += f"<h3>{html.escape(name)}</h3><p>{html.escape(tally.summary())}</p>" + (
             f"<ul>{examples}</ul>" if examples else ""
         )

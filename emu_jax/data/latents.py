@@ -114,9 +114,13 @@ class PartWriter:
 
 
 def finish(
-    folder: Path, progress: Progress, *, model: EmuConfig,
-    unconditional: Float[np.ndarray, "N D"], tokenizer: Tokenizer,
-) -> None:  # fmt: skip
+    folder: Path,
+    progress: Progress,
+    *,
+    model: EmuConfig,
+    unconditional: Float[np.ndarray, "N D"],
+    tokenizer: Tokenizer,
+) -> None:
     """Completes a folder after all parts are written."""
     with storage.writing(str(folder / "unconditional.npy")) as temporary:
         with temporary.open("wb") as file:
@@ -138,9 +142,13 @@ class LatentBatches(Iterator[Batch]):
     """
 
     def __init__(
-        self, folder: Path, cfg: DataConfig, model: EmuConfig, process_index: int = 0,
+        self,
+        folder: Path,
+        cfg: DataConfig,
+        model: EmuConfig,
+        process_index: int = 0,
         process_count: int = 1,
-    ):  # fmt: skip
+    ):
         if not (folder / _LISTING).is_file():
             raise UserError(f"{folder} has no {_LISTING}: write it with `emu-jax precompute`")
         listing = load_json(_Listing, folder / _LISTING)
@@ -251,9 +259,14 @@ class LatentBatches(Iterator[Batch]):
         because its text is not stored."""
         rows = self._position * self._cfg.batch_size
         return {
-            "token_fill": 1.0, "image_fill": 1.0, "tokens": 0, "images": rows, "documents": rows,
-            "truncated": 0, "damaged": {},
-        }  # fmt: skip
+            "token_fill": 1.0,
+            "image_fill": 1.0,
+            "tokens": 0,
+            "images": rows,
+            "documents": rows,
+            "truncated": 0,
+            "damaged": {},
+        }
 
 
 def _without_denoiser(model: EmuConfig) -> EmuConfig:

@@ -188,13 +188,17 @@ class Media:
         self._tars = TarFiles(tars, cache) if tars else None
         # Given folders are tried for each name, in order; those that `*` matched are only listed.
         listed = [
-            folder for path in paths for folder in found[path]
+            folder
+            for path in paths
+            for folder in found[path]
             if folder != path and not folder.endswith(".tar") and not storage.is_remote(folder)
-        ]  # fmt: skip
+        ]
         self._folders = [
-            folder for path in paths for folder in found[path]
+            folder
+            for path in paths
+            for folder in found[path]
             if folder not in listed and not folder.endswith(".tar")
-        ]  # fmt: skip
+        ]
         asked = [folder for folder in self._folders if not storage.is_remote(folder)]
         self._local = [*asked, *listed]
         self._below = SubFolders(asked, listed, cache) if self._local else None
@@ -231,9 +235,7 @@ class Media:
             return None
         return found if isinstance(found, str) else None
 
-    def read(
-        self, name: object, beside: str, where: str, most: int = storage.MOST_IMAGE
-    ) -> bytes:  # fmt: skip
+    def read(self, name: object, beside: str, where: str, most: int = storage.MOST_IMAGE) -> bytes:
         """Reads a file by name. `beside` is the folder of the listing.
 
         Args:

@@ -116,9 +116,11 @@ class Group:
         picture, text = PICTURE in outline, any(size > 0 for size in outline)
         alone = not drawn.source.cfg.picked_images  # text without images is usable
         return {
-            "rows": picture or (text and alone), "captions": picture and text,
-            "pictures": picture, "contexts": picture,
-        }[self.kind]  # fmt: skip
+            "rows": picture or (text and alone),
+            "captions": picture and text,
+            "pictures": picture,
+            "contexts": picture,
+        }[self.kind]
 
     def next(self, position: int, count: int) -> tuple[list[Drawn], list[Drawn], int]:
         """Returns (the next `count` usable documents, the damaged ones skipped on the way, the
@@ -149,13 +151,18 @@ class Group:
             parts = pick(parts, rng, source.picked_images)
         if source.window_tokens:
             parts = window(
-                parts, rng, tokens=source.window_tokens - 2, images=source.window_images,
+                parts,
+                rng,
+                tokens=source.window_tokens - 2,
+                images=source.window_images,
                 n_causal=cfg.n_causal,
-            )  # fmt: skip
+            )
         kept = truncate(
-            [part.size for part in parts], tokens=cfg.row_tokens - 2, images=cfg.row_images,
+            [part.size for part in parts],
+            tokens=cfg.row_tokens - 2,
+            images=cfg.row_images,
             n_causal=cfg.n_causal,
-        )  # fmt: skip
+        )
         fitted = [p._replace(size=s) for p, s in zip(parts, kept, strict=False)]
         last = whole[-1]
         return fitted, not fitted or fitted[-1].index != last.index or (
@@ -275,9 +282,9 @@ def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
             raise UserError("config key 'mixture' has no positive weight: nothing to read")
     chosen = []
     for name, weight in weights.items():
-        paths = sorted([
-            *folder.glob(f"{name}.array_record"), *folder.glob(f"{name}-*.array_record")
-        ])  # fmt: skip
+        paths = sorted(
+            [*folder.glob(f"{name}.array_record"), *folder.glob(f"{name}-*.array_record")]
+        )
         if not paths:
             known = {p.name.removesuffix(".array_record") for p in folder.glob("*.array_record")}
             raise UserError(
@@ -292,9 +299,7 @@ def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
     return chosen
 
 
-def _open(
-    source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: bool
-) -> Opened:  # fmt: skip
+def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: bool) -> Opened:
     documents = open_source(source, cfg.cache)
     path = source.paths[0]
     folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
@@ -322,9 +327,11 @@ def _usable(source: Opened, kind: Kind) -> int:
     totals = source.outlines.totals()
     words = 0 if source.cfg.picked_images else totals["with_text"] - totals["with_both"]  # alone
     return {
-        "rows": words + totals["with_picture"], "captions": totals["with_both"],
-        "pictures": totals["with_picture"], "contexts": totals["with_picture"],
-    }[kind]  # fmt: skip
+        "rows": words + totals["with_picture"],
+        "captions": totals["with_both"],
+        "pictures": totals["with_picture"],
+        "contexts": totals["with_picture"],
+    }[kind]
 
 
 def _check_usable(source: Opened, kind: Kind) -> None:

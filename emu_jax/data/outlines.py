@@ -64,9 +64,7 @@ class Outlines:
             opening an image.
     """
 
-    def __init__(
-        self, source: Source, tokenizer: Tokenizer, folder: Path, recount: bool = True
-    ):  # fmt: skip
+    def __init__(self, source: Source, tokenizer: Tokenizer, folder: Path, recount: bool = True):
         name = f"outlines-{_VERSION}-{source.fingerprint}-{tokenizer.fingerprint}"
         chunks = {
             f"{name}-{start}": range(start, min(start + _CHUNK, len(source)))
@@ -95,9 +93,10 @@ class Outlines:
         arrays = kept(folder, name, count)
         missing = [r for r in Tally.from_array(arrays["tally"]).unused if r in _AWAITED]
         # Files that arrived while counting wait for the next run: a crawl may never pause.
-        if missing and arrays["stamp"].tobytes() != (
-            _stamp(source) if begun is None else begun
-        ).tobytes():  # fmt: skip
+        if (
+            missing
+            and arrays["stamp"].tobytes() != (_stamp(source) if begun is None else begun).tobytes()
+        ):
             if recount:
                 log.warning("%s: files arrived since it was counted; counting again", folder / name)
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -105,8 +104,9 @@ class Outlines:
             else:
                 log.warning(
                     "files arrived since %s was counted, and are not used: start a new run, or "
-                    "remove it to count again", folder / name,
-                )  # fmt: skip
+                    "remove it to count again",
+                    folder / name,
+                )
         for part in chunks if len(chunks) > 1 else ():
             shutil.rmtree(folder / part, ignore_errors=True)
         self._sizes, self._starts = arrays["sizes"], arrays["starts"]
@@ -174,9 +174,12 @@ def _count(
                     where = source.where(indices[n])
                     tally.example(reason, f"{where}: {detail}" if detail else where)
     return {
-        "counts": counts, "sizes": np.array(all_sizes, np.int32), "damage": damage,
-        "tally": tally.to_array(), "stamp": stamp,
-    }  # fmt: skip
+        "counts": counts,
+        "sizes": np.array(all_sizes, np.int32),
+        "damage": damage,
+        "tally": tally.to_array(),
+        "stamp": stamp,
+    }
 
 
 def _with_starts(arrays: Arrays) -> Arrays:
@@ -189,11 +192,19 @@ def _with_starts(arrays: Arrays) -> Arrays:
 
     texts, pictures = each(np.maximum(sizes, 0)), each(sizes == PICTURE)
     totals = [
-        len(counts), texts.sum(), pictures.sum(), (texts > 0).sum(), (pictures > 0).sum(),
-        ((texts > 0) & (pictures > 0)).sum(), (damage > 0).sum(),
-    ]  # fmt: skip
+        len(counts),
+        texts.sum(),
+        pictures.sum(),
+        (texts > 0).sum(),
+        (pictures > 0).sum(),
+        ((texts > 0) & (pictures > 0)).sum(),
+        (damage > 0).sum(),
+    ]
     return {
-        "sizes": sizes, "starts": starts, "damage": damage, "tally": arrays["tally"],
+        "sizes": sizes,
+        "starts": starts,
+        "damage": damage,
+        "tally": arrays["tally"],
         "stamp": arrays["stamp"],
         "totals": np.array(totals, np.int64),
-    }  # fmt: skip
+    }

@@ -101,9 +101,12 @@ def truncate(
 
 
 def pack(
-    tokens: Int[np.ndarray, "documents"], images: Int[np.ndarray, "documents"],
-    *, row_tokens: int, row_images: int,
-) -> list[list[int]]:  # fmt: skip
+    tokens: Int[np.ndarray, "documents"],
+    images: Int[np.ndarray, "documents"],
+    *,
+    row_tokens: int,
+    row_images: int,
+) -> list[list[int]]:
     """Packs documents into few rows; returns lists of document numbers.
 
     First fit would collect long texts in some rows and images in others, so that each row runs

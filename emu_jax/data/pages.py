@@ -44,9 +44,11 @@ class Pages(Listed):
         self._least = min_similarity
 
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         folder, where = self._entries.folder(index), self.where(index)
         shown, unused = self._shown(index)
         parts: list[Text | Picture] = []

@@ -37,7 +37,7 @@ _ROLES = {
     **{suffix.removeprefix("."): "video" for suffix in VIDEO_SUFFIXES},
     **dict.fromkeys(_TEXTS, "text"),
     "json": "json",
-}  # fmt: skip
+}
 _ORDER = ("picture", "video", "text", "json", "board")
 _PICTURE, _VIDEO, _TEXT, _JSON, _BOARD = range(len(_ORDER))
 _MOST = (storage.MOST_IMAGE, storage.MOST_VIDEO, storage.MOST_TEXT, storage.MOST_ENTRY)
@@ -72,9 +72,13 @@ class Pairs(Source):
     """
 
     def __init__(
-        self, paths: list[str], cache: str, frames: int, caption_key: str = "",
+        self,
+        paths: list[str],
+        cache: str,
+        frames: int,
+        caption_key: str = "",
         wordless: bool = False,
-    ):  # fmt: skip
+    ):
         self.paths = paths
         self._frames, self._caption_key, self._wordless = frames, caption_key, wordless
         found = index_files(_VERSION, paths, _samples_in, cache)
@@ -101,9 +105,11 @@ class Pairs(Source):
         return self._tally
 
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         spans = self._spans[index].tolist()
         if spans[_BOARD][1]:
             return self._board(index, spans, wanted)
@@ -129,7 +135,7 @@ class Pairs(Source):
 
     def _words(
         self, index: int, spans: _Spans, where: str
-    ) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:  # fmt: skip
+    ) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
         unused: list[Unused] = []
@@ -159,9 +165,7 @@ class Pairs(Source):
             elif isinstance(value, list):
                 yield [word for word in value if isinstance(word, str)]
 
-    def _board(
-        self, index: int, spans: _Spans, wanted: Collection[int] | None
-    ) -> Document:  # fmt: skip
+    def _board(self, index: int, spans: _Spans, wanted: Collection[int] | None) -> Document:
         """Reads a storyboard; images other than the wanted ones are left empty."""
         path, where = self.paths[self._files[index]], self.where(index)
         if damage := int(self._damage[index]):
@@ -496,9 +500,11 @@ class TfdsPairs(Source):
         return f"{self._directory} example {index}"
 
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         where = self.where(index)
         try:
             example = self._records[index]

@@ -54,10 +54,16 @@ class Batches(Iterator[Batch]):
     """
 
     def __init__(
-        self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind,
-        process_index: int = 0, process_count: int = 1, *, plan_only: bool = False,
+        self,
+        cfg: DataConfig,
+        tokenizer: Tokenizer,
+        kind: Kind,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        plan_only: bool = False,
         recount: bool = True,
-    ):  # fmt: skip
+    ):
         if kind not in get_args(Kind):
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, get_args(Kind))}")
         if not 0 <= process_index < process_count:
@@ -104,9 +110,11 @@ class Batches(Iterator[Batch]):
         """Returns the position after the last batch that was yielded, as JSON types."""
         step, groups = self._position
         return {
-            "kind": self._kind, "step": step, "groups": [list(p) for p in groups],
+            "kind": self._kind,
+            "step": step,
+            "groups": [list(p) for p in groups],
             "counted": self._counted(),
-        }  # fmt: skip
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state()` was taken.
@@ -123,9 +131,10 @@ class Batches(Iterator[Batch]):
         step: Any = state.get("step")
         groups: Any = state.get("groups")
         if not (
-            is_count(step) and isinstance(groups, list)
+            is_count(step)
+            and isinstance(groups, list)
             and all(isinstance(g, list) and len(g) == 2 and all(map(is_count, g)) for g in groups)
-        ):  # fmt: skip
+        ):
             raise UserError(
                 f"the checkpoint's data position is damaged ({state}): use another step"
             )
@@ -211,9 +220,13 @@ class _Maker:
     """
 
     def __init__(
-        self, cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, share: tuple[int, int] | None,
+        self,
+        cfg: DataConfig,
+        tokenizer: Tokenizer,
+        kind: Kind,
+        share: tuple[int, int] | None,
         recount: bool,
-    ):  # fmt: skip
+    ):
         groups = open_groups(cfg, tokenizer, kind, recount)
         self.tallies = {
             source.cfg.name: tally(source, kind) for group in groups for source in group.sources

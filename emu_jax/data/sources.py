@@ -84,24 +84,27 @@ _JSON = tuple(name + packed for name in (".jsonl", ".json") for packed in ("", *
 # {format: (constructor, file suffixes)}
 FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "records": (
-        lambda cfg, paths, cache: DocumentFiles(paths, paired=cfg.paired), (".array_record",),
+        lambda cfg, paths, cache: DocumentFiles(paths, paired=cfg.paired),
+        (".array_record",),
     ),
     "webdataset": (
         lambda cfg, paths, cache: Pairs(
             paths, cache, cfg.frames, cfg.caption_key, "texts" in cfg.allow_missing
-        ), (".tar",),
+        ),
+        (".tar",),
     ),
     "tfds": (lambda cfg, paths, cache: TfdsPairs(paths), ()),
     "pages": (
-        lambda cfg, paths, cache: Pages(*_entries(paths, cache, cfg), cfg.min_similarity), _JSON,
+        lambda cfg, paths, cache: Pages(*_entries(paths, cache, cfg), cfg.min_similarity),
+        _JSON,
     ),
     "videos": (lambda cfg, paths, cache: Videos(*_entries(paths, cache, cfg), cfg.frames), _JSON),
     "subtitled": (
-        lambda cfg, paths, cache: SubtitledVideos(
-            *_entries(paths, cache, cfg), cfg.frame_seconds
-        ), _JSON,
+        lambda cfg, paths, cache: SubtitledVideos(*_entries(paths, cache, cfg), cfg.frame_seconds),
+        _JSON,
     ),
     "dialogues": (
-        lambda cfg, paths, cache: Dialogues(*_entries(paths, cache, cfg), cfg.frames), _JSON,
+        lambda cfg, paths, cache: Dialogues(*_entries(paths, cache, cfg), cfg.frames),
+        _JSON,
     ),
-}  # fmt: skip
+}

@@ -256,8 +256,9 @@ def _pread(file: _Open, start: int, size: int | None) -> bytes:
     if size is None:  # up to the file's current end
         size = max(0, os.fstat(file.handle).st_size - start)
     content = os.pread(file.handle, size, start)
-    while len(content) < size and (more := os.pread(file.handle, size - len(content),
-                                                    start + len(content))):  # fmt: skip
+    while len(content) < size and (
+        more := os.pread(file.handle, size - len(content), start + len(content))
+    ):
         content += more  # one call reads at most 2 GiB
     return content
 
@@ -269,9 +270,12 @@ def _regular(path: str, found: os.stat_result) -> os.stat_result:
 
 
 _KINDS = {
-    modes.S_IFIFO: "a pipe", modes.S_IFSOCK: "a socket", modes.S_IFCHR: "a device",
-    modes.S_IFBLK: "a device", modes.S_IFDIR: "a directory",
-}  # fmt: skip
+    modes.S_IFIFO: "a pipe",
+    modes.S_IFSOCK: "a socket",
+    modes.S_IFCHR: "a device",
+    modes.S_IFBLK: "a device",
+    modes.S_IFDIR: "a directory",
+}
 
 
 def refresh() -> None:

@@ -113,9 +113,10 @@ class Tally:
         """
         for kind in KINDS:
             lost = {
-                reason: count for reason, count in self.unused.items()
+                reason: count
+                for reason, count in self.unused.items()
                 if kind == "documents" or kind in LOSES.get(reason, ())
-            }  # fmt: skip
+            }
             if self.used[kind] or not lost or kind in allowed:
                 continue
             why = ", ".join(f"{reason}: {count:,}" for reason, count in lost.items())

@@ -26,10 +26,31 @@ FRAMES = 8  # frames of a video that the release shows
 
 # File suffixes of videos. How a file is read depends on its content.
 VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".webm", ".mkv", ".avi", ".divx", ".ts",
-    ".mts", ".m2ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".flv", ".wmv", ".asf",
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".qt",
+    ".3gp",
+    ".3g2",
+    ".f4v",
+    ".webm",
+    ".mkv",
+    ".avi",
+    ".divx",
+    ".ts",
+    ".mts",
+    ".m2ts",
+    ".mpg",
+    ".mpeg",
+    ".mpe",
+    ".m1v",
+    ".m2v",
+    ".vob",
+    ".flv",
+    ".wmv",
+    ".asf",
     ".ogv",
-)  # fmt: skip
+)
 # FFmpeg also reads playlists that name other files; those are refused.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg"
 # These store decoding times, which differ from presentation times if frames are reordered.
@@ -331,9 +352,15 @@ def ppm(picture: Image.Image) -> bytes:
 
 
 def storyboard(
-    sheet: bytes, rows: int, columns: int, frames: Sequence[tuple[int, float]], where: str,
-    *, held: int | None = None, full: bytes | None = None,
-) -> list[Frame]:  # fmt: skip
+    sheet: bytes,
+    rows: int,
+    columns: int,
+    frames: Sequence[tuple[int, float]],
+    where: str,
+    *,
+    held: int | None = None,
+    full: bytes | None = None,
+) -> list[Frame]:
     """Cuts frames from a storyboard sheet of rows x columns tiles, as video sites make them.
 
     The last sheet of a video may be cropped below its last row of tiles. If it has only one row,

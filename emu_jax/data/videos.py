@@ -44,9 +44,11 @@ class Videos(Listed):
         self._frames = frames
 
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         entry, where = self._entries[index], self.where(index)
         words = _words(entry, where)
         folder = self._entries.folder(index)
@@ -149,9 +151,11 @@ class SubtitledVideos(Listed):
         self._apart = apart
 
     def read(
-        self, index: int, seed: Sequence[int] | None = None,
+        self,
+        index: int,
+        seed: Sequence[int] | None = None,
         wanted: Collection[int] | None = None,
-    ) -> Document:  # fmt: skip
+    ) -> Document:
         document = self._timed(index)
         pictures = [n for n, part in enumerate(document.parts) if isinstance(part, Picture)]
         shown = [k for k, n in enumerate(pictures) if wanted is None or n in wanted]
@@ -251,9 +255,14 @@ class SubtitledVideos(Listed):
                 alike = n and (board.rows[0], board.columns[0]) == (board.rows[n], board.columns[n])
                 full = self._file(index, board.sheets[0]) if alike and held < tiles else None
                 found += storyboard(
-                    self._file(index, name), board.rows[n], board.columns[n], mine,
-                    self.where(index), held=held, full=full,
-                )  # fmt: skip
+                    self._file(index, name),
+                    board.rows[n],
+                    board.columns[n],
+                    mine,
+                    self.where(index),
+                    held=held,
+                    full=full,
+                )
             first += tiles
         return found
 

@@ -60,9 +60,13 @@ class FewShot:
         self._fixed = self._draw(np.random.default_rng(seed), None) if kind == "text" else ()
 
     def index(
-        self, folder: Path, featurize: Featurize, process: int, count: int,
+        self,
+        folder: Path,
+        featurize: Featurize,
+        process: int,
+        count: int,
         barrier: Callable[[str], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Computes the features of the support set, or reads them from `folder`, which holds a file
         for each `CHUNK` images. Processes share the work.
 
@@ -77,8 +81,12 @@ class FewShot:
         files = [folder / f"{n:05d}-{_digest(chunk)}.npy" for n, chunk in enumerate(chunks)]
         for n in range(process, len(chunks), count):
             if not files[n].is_file():
-                log.info("RICES: features of pictures %d to %d of %d", n * CHUNK,
-                         n * CHUNK + len(chunks[n]), len(paths))  # fmt: skip
+                log.info(
+                    "RICES: features of pictures %d to %d of %d",
+                    n * CHUNK,
+                    n * CHUNK + len(chunks[n]),
+                    len(paths),
+                )
                 features = featurize(chunks[n])
                 with writing(str(files[n])) as temporary, temporary.open("wb") as file:
                     np.save(file, features)

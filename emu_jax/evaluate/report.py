@@ -75,8 +75,10 @@ def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
     shown, rest = "".join(cards[:OPEN_CAPTIONS]), cards[OPEN_CAPTIONS:]
     more = (
         f'<details><summary>{len(rest)} more</summary><div class="cards">{"".join(rest)}</div>'
-        "</details>" if rest else ""
-    )  # fmt: skip
+        "</details>"
+        if rest
+        else ""
+    )
     right = sum(right for _, _, right in captions)
     return (
         "<section><h2>Captions of held-out pictures</h2>"
@@ -122,9 +124,10 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for stage, rows in curves.items():
         names = dict.fromkeys(name for row in rows for name in row)
         drawn = sorted(
-            (rank, name) for name in names
+            (rank, name)
+            for name in names
             if (rank := next((i for i, p in enumerate(CURVES) if re.search(p, name)), -1)) >= 0
-        )  # fmt: skip
+        )
         charts = "".join(_chart(name, *series(rows, name), rank) for rank, name in drawn)
         if charts:
             stages.append(f'<h3>{html.escape(stage)}</h3><div class="charts">{charts}</div>')
@@ -150,12 +153,24 @@ def _chart(name: str, steps: np.ndarray, values: np.ndarray, rank: int) -> str:
     if not len(values):
         return ""
     style: dict[Any, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8, "text.color": _INK,
-        "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
-        "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-        "ytick.minor.width": 0.4, "grid.color": _INK, "grid.linewidth": 0.5, "grid.alpha": 0.15,
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 8,
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "ytick.minor.width": 0.4,
+        "grid.color": _INK,
+        "grid.linewidth": 0.5,
+        "grid.alpha": 0.15,
+    }
     with rc_context(style):
         figure = Figure(figsize=(3.4, 2.0), layout="constrained")
         axes = figure.add_subplot()

@@ -18,9 +18,14 @@ PIXELS = 320  # maximum length of an image's longer side
 
 
 def write(
-    path: Path, task: Task, result: Mapping[str, Any], items: Sequence[Item],
-    answers: Sequence[Any], per_item: Mapping[Hashable, float], out: Path,
-) -> None:  # fmt: skip
+    path: Path,
+    task: Task,
+    result: Mapping[str, Any],
+    items: Sequence[Item],
+    answers: Sequence[Any],
+    per_item: Mapping[Hashable, float],
+    out: Path,
+) -> None:
     """Writes the page atomically.
 
     Args:
@@ -59,9 +64,12 @@ def _paper(task: Task, result: Mapping[str, Any]) -> str:
 
 
 def _samples(
-    task: Task, items: Sequence[Item], answers: Sequence[Any],
-    per_item: Mapping[Hashable, float], out: Path,
-) -> str:  # fmt: skip
+    task: Task,
+    items: Sequence[Item],
+    answers: Sequence[Any],
+    per_item: Mapping[Hashable, float],
+    out: Path,
+) -> str:
     some = np.random.default_rng(0).permutation(len(items))[:SAMPLES]
     cards = []
     for i in sorted(some.tolist()):

@@ -153,14 +153,17 @@ class Run:
         if options.batch_size % len(devices) and self.process == 0:
             log.warning(
                 "--batch-size %d is not a multiple of the %d local devices: all do the same work",
-                options.batch_size, len(devices),
-            )  # fmt: skip
+                options.batch_size,
+                len(devices),
+            )
         mesh = sharding.make_mesh(devices=devices)
         # Fit the beams of a whole batch, so that the model does not split it.
         self.emu = load(
-            checkpoint, mesh=mesh, dtype=jnp.dtype(options.dtype),
+            checkpoint,
+            mesh=mesh,
+            dtype=jnp.dtype(options.dtype),
             batch_size=options.batch_size * 5,
-        )  # fmt: skip
+        )
         self.emu.defaults = GenerationConfig()  # the release's defaults, not the checkpoint's
         self.mode: Mode = choose_mode(options.mode, self.emu, task)
         self.weights = fingerprint(checkpoint)
@@ -186,13 +189,22 @@ class Run:
             choices = {"choices": stage.choices} if stage.choices else {}
             stages[stage.name] = {**stage.settings, **choices}
         return {
-            "task": self.task.name, "split": self.split, "mode": self.mode,
-            "examples": o.examples, "shots": self.shots, "limit": o.limit, "seed": o.seed,
-            "batch_size": o.batch_size, "dtype": o.dtype,
-            "checkpoint": str(self.checkpoint.resolve()), "step": _step(self.checkpoint),
-            "weights": self.weights, "items": len(self.items), "asked": asked.hexdigest()[:12],
+            "task": self.task.name,
+            "split": self.split,
+            "mode": self.mode,
+            "examples": o.examples,
+            "shots": self.shots,
+            "limit": o.limit,
+            "seed": o.seed,
+            "batch_size": o.batch_size,
+            "dtype": o.dtype,
+            "checkpoint": str(self.checkpoint.resolve()),
+            "step": _step(self.checkpoint),
+            "weights": self.weights,
+            "items": len(self.items),
+            "asked": asked.hexdigest()[:12],
             "stages": stages,
-        }  # fmt: skip
+        }
 
     # --- Answering ---
 
@@ -345,18 +357,28 @@ class Run:
         scores = self.task.score(self.items, answers, place)
         column = column_of(self.mode, self.options.examples, self.shots)
         result = {
-            "task": self.task.name, "split": self.split, "items": len(self.items),
+            "task": self.task.name,
+            "split": self.split,
+            "items": len(self.items),
             "scores": dict(scores.values) if scores else None,
             "notes": list(scores.notes) if scores else [self.task.unscored],
-            "metric": self.task.metric, "column": column, "paper": dict(self.task.paper),
-            "settings": self.settings, "result": str(self.out),
-        }  # fmt: skip
+            "metric": self.task.metric,
+            "column": column,
+            "paper": dict(self.task.paper),
+            "settings": self.settings,
+            "result": str(self.out),
+        }
         write_text(self.out.with_suffix(".scores.json"), json.dumps(result, indent=1) + "\n")
         per_item = scores.per_item if scores else None
         results_page.write(
-            self.out.with_suffix(".html"), self.task, result, self.items, answers, per_item or {},
+            self.out.with_suffix(".html"),
+            self.task,
+            result,
+            self.items,
+            answers,
+            per_item or {},
             self.out.parent,
-        )  # fmt: skip
+        )
         for note in result["notes"]:
             log.info("%s: %s", self.task.name, note)
         return result
@@ -486,8 +508,13 @@ class Progress:
         elif self._shown and (now - self._last > LINE_SECONDS or self._done == self._total):
             self._last = now
             rate = self._done / (now - self._start)
-            log.info("%s: %s of %s items, %.3g a second", self._name, f"{self._done:,}",
-                     f"{self._total:,}", rate)  # fmt: skip
+            log.info(
+                "%s: %s of %s items, %.3g a second",
+                self._name,
+                f"{self._done:,}",
+                f"{self._total:,}",
+                rate,
+            )
 
 
 T = TypeVar("T")

@@ -231,9 +231,12 @@ class _Recording:
         slots = slots.reshape(ids.shape)
         images = jnp.broadcast_to(self.embeddings, (len(ids), *self.embeddings.shape))
         x, hidden, logits, predicted = _language(
-            self.model, jnp.asarray(ids, jnp.int32), images, jnp.asarray(slots),
+            self.model,
+            jnp.asarray(ids, jnp.int32),
+            images,
+            jnp.asarray(slots),
             jnp.asarray(mask, bool),
-        )  # fmt: skip
+        )
         return {"x": x, "hidden": hidden, "logits": logits, "predicted": predicted}
 
     @functools.cached_property
@@ -247,11 +250,14 @@ class _Recording:
         predict = np.asarray(self.model.regression_mask(jnp.asarray(ids), jnp.asarray(mask)))
         target = np.roll(predict, 1, axis=1)
         return {
-            "ids": ids, "mask": mask, "logits": out["logits"], "hidden": out["hidden"],
+            "ids": ids,
+            "mask": mask,
+            "logits": out["logits"],
+            "hidden": out["hidden"],
             "llm_loss": -picked[scored].mean(),
             "regress_pred": np.asarray(out["predicted"])[predict],
             "regress_target": np.asarray(out["x"])[target],
-        }  # fmt: skip
+        }
 
     def train(self, what: str) -> Any:
         return self.trained[what]
@@ -335,9 +341,13 @@ class _Recording:
         )
         guided = float(guidance) > 1
         return _sample(
-            self.model, start, cond, uncond if guided else None,
-            float(guidance) if guided else 1.0, int(steps),
-        )  # fmt: skip
+            self.model,
+            start,
+            cond,
+            uncond if guided else None,
+            float(guidance) if guided else 1.0,
+            int(steps),
+        )
 
     def sampled(self, steps: str, guidance: str) -> np.ndarray:
         return np.moveaxis(np.asarray(self.latents(steps, guidance)), -1, 1)

@@ -100,9 +100,12 @@ class GenerationConfig(TextConfig, ImageConfig):
 
 
 def load(
-    directory: str | Path, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32,
+    directory: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: jnp.dtype = jnp.float32,
     batch_size: int = 64,
-) -> Emu:  # fmt: skip
+) -> Emu:
     """The model of a run directory: config.json, tokenizer/ and the newest parameters; or of the
     release's own files (a folder, or Emu-instruct.pt), read as `emu-jax convert` reads them.
     On a CPU the language model is in memory twice for a moment (`Llama.for_reading`).
@@ -159,10 +162,15 @@ class Emu:
     """
 
     def __init__(
-        self, model: models.Emu, tokenizer: Tokenizer, *,
-        defaults: GenerationConfig | None = None, mesh: Mesh | None = None,
-        dtype: jnp.dtype = jnp.float32, batch_size: int = 64,
-    ):  # fmt: skip
+        self,
+        model: models.Emu,
+        tokenizer: Tokenizer,
+        *,
+        defaults: GenerationConfig | None = None,
+        mesh: Mesh | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        batch_size: int = 64,
+    ):
         self.cfg, self.tokenizer, self.mesh = model.cfg, tokenizer, mesh
         self.defaults = defaults or GenerationConfig()
         self.dtype, self.batch_size = jnp.dtype(dtype), batch_size
@@ -226,9 +234,14 @@ class Emu:
         for which, batch in self._batches(rows, "left", per_row=cfg.num_beams):
             with self._on_mesh():
                 out = _decode(
-                    self._graphdef, self._params, *self._device(batch),
-                    plan, rules, _keys(_fill(which, len(batch.tokens)), cfg.seed), allowed,
-                )  # fmt: skip
+                    self._graphdef,
+                    self._params,
+                    *self._device(batch),
+                    plan,
+                    rules,
+                    _keys(_fill(which, len(batch.tokens)), cfg.seed),
+                    allowed,
+                )
             result[which] = np.asarray(out)[: len(which), : result.shape[1]]
         return result
 
@@ -291,9 +304,13 @@ class Emu:
         return out
 
     def generate_image(
-        self, prompt: Parts, *, negative: Parts | None = None,
-        stop: Callable[[], bool] | None = None, **settings: Any,
-    ) -> Image.Image:  # fmt: skip
+        self,
+        prompt: Parts,
+        *,
+        negative: Parts | None = None,
+        stop: Callable[[], bool] | None = None,
+        **settings: Any,
+    ) -> Image.Image:
         """A picture of a prompt: of words, of pictures blended, of both in context.
 
         Args:
@@ -312,10 +329,14 @@ class Emu:
         return Image.fromarray(pictures[0])
 
     def generate_images(
-        self, prompts: Sequence[Parts], *, negative: Parts | None = None,
-        seeds: Sequence[int] | int | None = None, stop: Callable[[], bool] | None = None,
+        self,
+        prompts: Sequence[Parts],
+        *,
+        negative: Parts | None = None,
+        seeds: Sequence[int] | int | None = None,
+        stop: Callable[[], bool] | None = None,
         **settings: Any,
-    ) -> UInt8[np.ndarray, "B H W 3"]:  # fmt: skip
+    ) -> UInt8[np.ndarray, "B H W 3"]:
         """Pictures of many prompts; see `generate_image`.
 
         Args:
@@ -340,9 +361,13 @@ class Emu:
         return jnp.stack(found) if found else jnp.zeros((0, n, width), self.dtype)
 
     def paint(
-        self, embeddings: Float[Array, "B N D"], *, negative: Parts | None = None,
-        seeds: Sequence[int] | int | None = None, **settings: Any,
-    ) -> UInt8[np.ndarray, "B H W 3"]:  # fmt: skip
+        self,
+        embeddings: Float[Array, "B N D"],
+        *,
+        negative: Parts | None = None,
+        seeds: Sequence[int] | int | None = None,
+        **settings: Any,
+    ) -> UInt8[np.ndarray, "B H W 3"]:
         """Pictures of embeddings; see `generate_images`."""
         cfg = self.defaults.replace(**settings)
         keys = self._painting_keys(seeds, len(embeddings), cfg)
@@ -362,9 +387,13 @@ class Emu:
         return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
     def _paint(
-        self, embeddings, keys, cfg: GenerationConfig, negative: Parts | None = None,
+        self,
+        embeddings,
+        keys,
+        cfg: GenerationConfig,
+        negative: Parts | None = None,
         stop: Callable[[], bool] | None = None,
-    ):  # fmt: skip
+    ):
         self._need_painter()
         assert self.cfg.unet and self.cfg.vae
         uncond, guidance = None, 1.0
@@ -382,9 +411,16 @@ class Emu:
                         raise image.Stopped
                     last = count if stop is None else min(first + STOP_ROWS, count)
                     state = _paint_steps(
-                        self._graphdef, self._params, state, cond, uncond, guidance, table,
-                        np.int32(first), np.int32(last),
-                    )  # fmt: skip
+                        self._graphdef,
+                        self._params,
+                        state,
+                        cond,
+                        uncond,
+                        guidance,
+                        table,
+                        np.int32(first),
+                        np.int32(last),
+                    )
                     if stop is not None:
                         jax.block_until_ready(state)
                 painted = _finish_painting(self._graphdef, self._params, state, cond.dtype)
@@ -517,15 +553,21 @@ class Emu:
             log.warning(
                 "%d of %d prompts leave room for fewer than %d images (%d at least): the model "
                 "has %d positions for prompt, text and images together",
-                short, len(rows), most, room.min(), positions,
-            )  # fmt: skip
+                short,
+                len(rows),
+                most,
+                room.min(),
+                positions,
+            )
         plan = mixed.MixedPlan(
             bucket(cfg.max_new_tokens, self.shapes.new_tokens), most, cfg.do_sample, self.paints
         )
         rules = mixed.MixedRules(
-            jnp.int32(cfg.max_new_tokens), jnp.float32(cfg.temperature), jnp.int32(cfg.top_k),
+            jnp.int32(cfg.max_new_tokens),
+            jnp.float32(cfg.temperature),
+            jnp.int32(cfg.top_k),
             jnp.float32(cfg.top_p),
-        )  # fmt: skip
+        )
         return plan, rules, room
 
     def _split(self, tokens: np.ndarray, last: int) -> list[str | None]:
@@ -544,9 +586,13 @@ class Emu:
     # --- Batches ---
 
     def _prompts(
-        self, prompts: Sequence[Parts], new: int | Sequence[int], *, system: str | None = None,
+        self,
+        prompts: Sequence[Parts],
+        new: int | Sequence[int],
+        *,
+        system: str | None = None,
         opens: bool = False,
-    ) -> list[Prompt]:  # fmt: skip
+    ) -> list[Prompt]:
         """Tokenizes prompts that `new` more tokens follow, a number for all or one for each.
 
         Raises:

@@ -65,9 +65,15 @@ def sample_latents(
     if uncond is not None:
         uncond = jnp.broadcast_to(uncond, cond.shape)
     return diffusion.sample(
-        emu.unet, latents, cond, uncond, cfg=emu.cfg.scheduler, steps=steps, guidance=guidance,
+        emu.unet,
+        latents,
+        cond,
+        uncond,
+        cfg=emu.cfg.scheduler,
+        steps=steps,
+        guidance=guidance,
         method=method,
-    )  # fmt: skip
+    )
 
 
 def decode_latents(emu: Emu, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:

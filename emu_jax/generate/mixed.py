@@ -98,9 +98,14 @@ def complete(
 
 
 def start(
-    emu: Emu, x: Float[Array, "B P D"], valid: Bool[Array, "B P"], opened: Bool[Array, "B"],
-    plan: MixedPlan, rules: MixedRules, keys: Key[Array, "B"],
-) -> Mixed:  # fmt: skip
+    emu: Emu,
+    x: Float[Array, "B P D"],
+    valid: Bool[Array, "B P"],
+    opened: Bool[Array, "B"],
+    plan: MixedPlan,
+    rules: MixedRules,
+    keys: Key[Array, "B"],
+) -> Mixed:
     """The state after the first element; see `complete`."""
     ids, n = emu.cfg.tokens, emu.cfg.cformer.n_causal
     steps, (batch, _, width) = plan.steps(n), x.shape
@@ -108,19 +113,28 @@ def start(
     state = Mixed(
         tokens=jnp.full((batch, steps), ids.pad),
         images=jnp.zeros((batch, plan.max_images, n, width), x.dtype),
-        step=jnp.int32(0), slot=jnp.where(opened, 0, -1),
-        count=jnp.zeros(batch, jnp.int32), written=jnp.zeros(batch, jnp.int32),
-        done=opened & (plan.max_images == 0), element=jnp.zeros((batch, width), x.dtype),
-        positions=reader.positions, logits=reader.logits,
-        regressed=emu.llama.regress(last), cache=reader.cache,
-    )  # fmt: skip
+        step=jnp.int32(0),
+        slot=jnp.where(opened, 0, -1),
+        count=jnp.zeros(batch, jnp.int32),
+        written=jnp.zeros(batch, jnp.int32),
+        done=opened & (plan.max_images == 0),
+        element=jnp.zeros((batch, width), x.dtype),
+        positions=reader.positions,
+        logits=reader.logits,
+        regressed=emu.llama.regress(last),
+        cache=reader.cache,
+    )
     return _choose(emu.llama, emu.cfg, state, plan, rules, keys)
 
 
 def go_on(
-    emu: Emu, state: Mixed, until: Int[Array, ""], plan: MixedPlan, rules: MixedRules,
+    emu: Emu,
+    state: Mixed,
+    until: Int[Array, ""],
+    plan: MixedPlan,
+    rules: MixedRules,
     keys: Key[Array, "B"],
-) -> Mixed:  # fmt: skip
+) -> Mixed:
     """Goes on until every row has ended or `until` elements are there, at most `plan.steps`."""
     until = jnp.minimum(until, plan.steps(emu.cfg.cformer.n_causal))
     graphdef, params = nnx.split(emu.llama.for_reading())
@@ -128,14 +142,17 @@ def go_on(
     def read(state: Mixed) -> Mixed:
         llama = nnx.merge(graphdef, params)
         hidden, cache = llama.read(
-            state.element[:, None], state.positions[:, None], jnp.ones((len(state.slot), 1), bool),
+            state.element[:, None],
+            state.positions[:, None],
+            jnp.ones((len(state.slot), 1), bool),
             state.cache,
-        )  # fmt: skip
+        )
         return state._replace(
-            positions=state.positions + 1, cache=cache,
+            positions=state.positions + 1,
+            cache=cache,
             logits=llama.logits(hidden)[:, 0].astype(jnp.float32),
             regressed=llama.regress(hidden)[:, 0],
-        )  # fmt: skip
+        )
 
     return jax.lax.while_loop(
         lambda s: (s.step < until) & ~jnp.all(s.done),
@@ -145,9 +162,13 @@ def go_on(
 
 
 def _choose(
-    llama: Llama, cfg: EmuConfig, state: Mixed, plan: MixedPlan, rules: MixedRules,
+    llama: Llama,
+    cfg: EmuConfig,
+    state: Mixed,
+    plan: MixedPlan,
+    rules: MixedRules,
     keys: Key[Array, "B"],
-) -> Mixed:  # fmt: skip
+) -> Mixed:
     """The next element of every row that has not ended."""
     ids, n = cfg.tokens, cfg.cformer.n_causal
     # Tokens that only the picture itself, or padding, may put there.
@@ -178,8 +199,12 @@ def _choose(
     spent = (slot < 0) & (written >= rules.max_new_tokens)
     word_embedding = llama.embed_tokens(token).astype(state.element.dtype)
     return state._replace(
-        tokens=state.tokens.at[:, state.step].set(token), images=images,
-        step=state.step + 1, slot=slot, count=count, written=written,
+        tokens=state.tokens.at[:, state.step].set(token),
+        images=images,
+        step=state.step + 1,
+        slot=slot,
+        count=count,
+        written=written,
         done=state.done | refused | (writes & (word == ids.eos)) | spent,
         element=jnp.where(draws[:, None], state.regressed, word_embedding),
-    )  # fmt: skip
+    )

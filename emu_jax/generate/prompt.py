@@ -239,9 +239,14 @@ class Batch:
 
 
 def pad(
-    prompts: Sequence[Prompt], side: Literal["left", "right"], *, rows: int, length: int,
-    pictures: int, fill: int,
-) -> Batch:  # fmt: skip
+    prompts: Sequence[Prompt],
+    side: Literal["left", "right"],
+    *,
+    rows: int,
+    length: int,
+    pictures: int,
+    fill: int,
+) -> Batch:
     """`prompts` as [rows, length] arrays with room for `pictures` a row; missing rows repeat
     the last prompt."""
     if len({p.pictures.dtype for p in prompts if len(p.pictures)}) > 1:

@@ -145,9 +145,14 @@ class Plan:
     @classmethod
     def of(cls, cfg: TextConfig, tokens: TokenIds, least: int = 8) -> Plan:
         return cls(
-            bucket(cfg.max_new_tokens, least), cfg.num_beams, cfg.do_sample,
-            cfg.repetition_penalty != 1.0, cfg.no_repeat_ngram_size, cfg.early_stopping, tokens,
-        )  # fmt: skip
+            bucket(cfg.max_new_tokens, least),
+            cfg.num_beams,
+            cfg.do_sample,
+            cfg.repetition_penalty != 1.0,
+            cfg.no_repeat_ngram_size,
+            cfg.early_stopping,
+            tokens,
+        )
 
 
 class Rules(NamedTuple):
@@ -165,9 +170,14 @@ class Rules(NamedTuple):
     def of(cls, cfg: TextConfig) -> Rules:
         i, f = jnp.int32, jnp.float32
         return cls(
-            i(cfg.max_new_tokens + 1), i(cfg.min_length), f(cfg.repetition_penalty),
-            f(cfg.length_penalty), f(cfg.temperature), i(cfg.top_k), f(cfg.top_p),
-        )  # fmt: skip
+            i(cfg.max_new_tokens + 1),
+            i(cfg.min_length),
+            f(cfg.repetition_penalty),
+            f(cfg.length_penalty),
+            f(cfg.temperature),
+            i(cfg.top_k),
+            f(cfg.top_p),
+        )
 
 
 def bucket(n: int, least: int = 8) -> int:
@@ -180,9 +190,11 @@ def bucket(n: int, least: int = 8) -> int:
 
 
 def penalise_repetition(
-    scores: Float[Array, "R V"], sequences: Int[Array, "R T"], length: Int[Array, ""],
+    scores: Float[Array, "R V"],
+    sequences: Int[Array, "R T"],
+    length: Int[Array, ""],
     penalty: Float[Array, ""],
-) -> Float[Array, "R V"]:  # fmt: skip
+) -> Float[Array, "R V"]:
     """Scores of tokens already there move down: a negative one is multiplied by the penalty,
     a positive one divided."""
     rows, written = jnp.arange(scores.shape[0])[:, None], jnp.arange(sequences.shape[1]) < length
@@ -211,9 +223,11 @@ def forbid_short(
 
 
 def allow_only(
-    scores: Float[Array, "R V"], sequences: Int[Array, "R T"], length: Int[Array, ""],
+    scores: Float[Array, "R V"],
+    sequences: Int[Array, "R T"],
+    length: Int[Array, ""],
     allowed: Int[Array, "C M"],
-) -> Float[Array, "R V"]:  # fmt: skip
+) -> Float[Array, "R V"]:
     """Only tokens that continue one of the `allowed` sequences (padded with -1), each of which
     begins behind the dummy `<s>`: a trie's children."""
     width = allowed.shape[1]
@@ -228,9 +242,13 @@ def allow_only(
 
 
 def process(
-    scores: Float[Array, "R V"], sequences: Int[Array, "R T"], length: Int[Array, ""],
-    plan: Plan, rules: Rules, allowed: Int[Array, "C M"] | None,
-) -> Float[Array, "R V"]:  # fmt: skip
+    scores: Float[Array, "R V"],
+    sequences: Int[Array, "R T"],
+    length: Int[Array, ""],
+    plan: Plan,
+    rules: Rules,
+    allowed: Int[Array, "C M"] | None,
+) -> Float[Array, "R V"]:
     """All processors, in the order of transformers 4.31."""
     if plan.penalise:
         scores = penalise_repetition(scores, sequences, length, rules.repetition_penalty)
@@ -243,9 +261,13 @@ def process(
 
 
 def warp(
-    scores: Float[Array, "R V"], temperature: Float[Array, ""], top_k: Int[Array, ""],
-    top_p: Float[Array, ""], *, keep: int = 1,
-) -> Float[Array, "R V"]:  # fmt: skip
+    scores: Float[Array, "R V"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    *,
+    keep: int = 1,
+) -> Float[Array, "R V"]:
     """Filters logits for sampling: divides by the temperature, keeps the `top_k` best tokens
     (0: all), then the fewest of these whose probabilities reach `top_p`. At least `keep` tokens
     remain."""
@@ -359,9 +381,15 @@ class Walk(NamedTuple):
 
 
 def walk_on(
-    llama: Llama, state: Walk, reader: Reader, until: Int[Array, ""], plan: Plan, rules: Rules,
-    keys, allowed,
-) -> tuple[Walk, Reader]:  # fmt: skip
+    llama: Llama,
+    state: Walk,
+    reader: Reader,
+    until: Int[Array, ""],
+    plan: Plan,
+    rules: Rules,
+    keys,
+    allowed,
+) -> tuple[Walk, Reader]:
     """Goes on until every row has ended or is `until` long (with the dummy `<s>`)."""
     graphdef, params = nnx.split(llama)
 
@@ -449,10 +477,13 @@ class Search(NamedTuple):
         # Beam sampling has no need of it, as its beams draw different tokens.
         scores = jnp.zeros((batch, beams)).at[:, 1:].set(0.0 if plan.do_sample else -1e9)
         return cls(
-            sequences.at[:, :, 0].set(plan.tokens.bos), scores,
-            jnp.broadcast_to(jnp.arange(beams), (batch, beams)), jnp.int32(1),
-            jnp.zeros(batch, bool), Finished.none(batch, beams, width, plan.tokens.pad),
-        )  # fmt: skip
+            sequences.at[:, :, 0].set(plan.tokens.bos),
+            scores,
+            jnp.broadcast_to(jnp.arange(beams), (batch, beams)),
+            jnp.int32(1),
+            jnp.zeros(batch, bool),
+            Finished.none(batch, beams, width, plan.tokens.pad),
+        )
 
     def extend(
         self, logits: Float[Array, "R V"], plan: Plan, rules: Rules, keys, allowed
@@ -502,9 +533,12 @@ class Search(NamedTuple):
         sequences = jnp.take_along_axis(sequences, on[..., None], axis=1)
         return Search(
             sequences.at[:, :, self.length].set(tokens),
-            jnp.take_along_axis(best, on, axis=1), jnp.take_along_axis(parents, on, axis=1),
-            self.length + 1, self.done | (finished.full() & enough), finished,
-        )  # fmt: skip
+            jnp.take_along_axis(best, on, axis=1),
+            jnp.take_along_axis(parents, on, axis=1),
+            self.length + 1,
+            self.done | (finished.full() & enough),
+            finished,
+        )
 
     def best(self, plan: Plan, rules: Rules) -> Int[Array, "B T"]:
         """The best sequence of each row, open beams included where the search was cut off."""

@@ -265,17 +265,25 @@ def splash(
         )
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     sizes = kernels.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=min(block, SPLASH_COMPUTE),
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=min(block, SPLASH_COMPUTE),
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=min(block, SPLASH_COMPUTE),
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=min(block, SPLASH_COMPUTE),
         use_fused_bwd_kernel=True,
-    )  # fmt: skip
+    )
     one = (kernels.CausalMask if causal else kernels.FullMask)((length, length))
 
     def local(q, k, v, segments):
         kernel = kernels.make_splash_mha(
-            mask=kernels.MultiHeadMask([one] * q.shape[1]), block_sizes=sizes, head_shards=1,
-            q_seq_shards=1, residual_checkpoint_name=KEPT, interpret=interpret,
-        )  # fmt: skip
+            mask=kernels.MultiHeadMask([one] * q.shape[1]),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=KEPT,
+            interpret=interpret,
+        )
         ids = None if segments is None else kernels.SegmentIds(segments, segments)
         return jax.vmap(kernel)(q, k, v, ids)
 
@@ -342,7 +350,12 @@ def cudnn(
             f"{q.dtype} and {q.shape[-1]}: use dtype=bfloat16 or attention=xla"
         )
     out = jax.nn.dot_product_attention(
-        q, k, v, mask=segment_mask(segment_ids), is_causal=causal, scale=scale,
+        q,
+        k,
+        v,
+        mask=segment_mask(segment_ids),
+        is_causal=causal,
+        scale=scale,
         implementation="cudnn",
-    )  # fmt: skip
+    )
     return checkpoint_name(shard(out, "batch", None, "heads", None), KEPT)

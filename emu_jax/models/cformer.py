@@ -87,9 +87,14 @@ class CFormer(nnx.Module):
     """Features [B, P, vision width] to causal embeddings [B, N, language width]."""
 
     def __init__(
-        self, cfg: CFormerConfig, memory_width: int, out_width: int, *, remat: str = "none",
+        self,
+        cfg: CFormerConfig,
+        memory_width: int,
+        out_width: int,
+        *,
+        remat: str = "none",
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         self.causal_tokens = param(rngs, normal(0.02), (cfg.n_causal, cfg.width), (None, "embed"))
         # Block 0 of the release owns this table; every block uses it.
         self.relative_attention_bias = param(

@@ -41,6 +41,7 @@ class CLIP(nnx.Module):
 
     def __init__(self, cfg: EmuConfig, *, remat: str = "none", rngs: nnx.Rngs):
         self.visual = VisionTransformer(cfg.vision, remat=remat, rngs=rngs)
-        self.text = TextTower(cfg.llama.padded_vocab, cfg.vision.clip_width,
-                              cfg.vision.clip_width, rngs=rngs)  # fmt: skip
+        self.text = TextTower(
+            cfg.llama.padded_vocab, cfg.vision.clip_width, cfg.vision.clip_width, rngs=rngs
+        )
         self.logit_scale = param(rngs, lambda *_: jnp.log(jnp.float32(1 / 0.07)), (), ())

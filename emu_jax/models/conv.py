@@ -25,11 +25,18 @@ class Conv(nnx.Module):
     """
 
     def __init__(
-        self, width_in: int, width_out: int, *, size: int = 3, stride: int = 1,
-        padding: tuple[tuple[int, int], tuple[int, int]] | None = None, rngs: nnx.Rngs,
-    ):  # fmt: skip
-        self.kernel = param(rngs, lecun, (size, size, width_in, width_out),
-                            (None, None, "conv_in", "conv_out"))  # fmt: skip
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        size: int = 3,
+        stride: int = 1,
+        padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = param(
+            rngs, lecun, (size, size, width_in, width_out), (None, None, "conv_in", "conv_out")
+        )
         self.bias = param(rngs, jax.nn.initializers.zeros, (width_out,), ("conv_out",))
         self.stride = stride
         self.padding = padding or ((size // 2, size // 2), (size // 2, size // 2))
@@ -47,9 +54,12 @@ class Conv(nnx.Module):
             y = x @ kernel[0, 0]
         else:
             y = jax.lax.conv_general_dilated(
-                x, kernel, (self.stride, self.stride), self.padding,
+                x,
+                kernel,
+                (self.stride, self.stride),
+                self.padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )  # fmt: skip
+            )
         return y + bias
 
 
@@ -103,9 +113,15 @@ class ResnetBlock(nnx.Module):
     between them (`time_width`)."""
 
     def __init__(
-        self, width_in: int, width_out: int, *, groups: int, eps: float,
-        time_width: int | None = None, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        groups: int,
+        eps: float,
+        time_width: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.norm1 = GroupNorm(width_in, groups=groups, eps=eps, rngs=rngs)
         self.conv1 = Conv(width_in, width_out, rngs=rngs)
         self.time_emb_proj = (
@@ -177,9 +193,12 @@ def doubled(x: Float[Array, "B h w C"], conv: Conv) -> Float[Array, "B y x E"]:
     kernel, bias = conv.weights(jnp.float32)
     quarters = [q.astype(x.dtype) for p in halves(kernel, 0) for q in halves(p, 1)]
     y = jax.lax.conv_general_dilated(
-        x, jnp.concatenate(quarters, axis=-1), (1, 1), ((1, 1), (1, 1)),
+        x,
+        jnp.concatenate(quarters, axis=-1),
+        (1, 1),
+        ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    )
     y = rearrange(y, "b h w (p q d) -> p q b h w d", p=2, q=2)
     # The first of two new pixels lies between an old one and the one before it.
     y = jnp.stack([y[p, q, :, p : p + height, q : q + width] for p in (0, 1) for q in (0, 1)])

@@ -29,14 +29,21 @@ class Emu(nnx.Module):
     """
 
     def __init__(
-        self, cfg: EmuConfig, *, painter: bool = True, remat: RematConfig | None = None,
-        backend: str = "xla", rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        cfg: EmuConfig,
+        *,
+        painter: bool = True,
+        remat: RematConfig | None = None,
+        backend: str = "xla",
+        rngs: nnx.Rngs,
+    ):
         remat = remat or RematConfig()
         self.visual = VisionTransformer(
-            cfg.vision, remat=remat.visual, rngs=rngs,
+            cfg.vision,
+            remat=remat.visual,
+            rngs=rngs,
             backend="splash" if backend == "splash" else "xla",
-        )  # fmt: skip
+        )
         self.ln_visual = LayerNorm(cfg.vision.width, eps=cfg.vision.eps, rngs=rngs)
         self.cformer = CFormer(
             cfg.cformer, cfg.vision.width, cfg.llama.width, remat=remat.cformer, rngs=rngs

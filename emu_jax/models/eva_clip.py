@@ -33,8 +33,9 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, cfg: VisionConfig, *, backend: str, rngs: nnx.Rngs):
         # [in, (q, k, v), heads x head width]: splitting heads never mixes q with k.
-        self.qkv = param(rngs, normal(cfg.width**-0.5), (cfg.width, 3, cfg.width),
-                         ("embed", None, "heads"))  # fmt: skip
+        self.qkv = param(
+            rngs, normal(cfg.width**-0.5), (cfg.width, 3, cfg.width), ("embed", None, "heads")
+        )
         self.q_bias = param(rngs, zeros, (cfg.width,), ("heads",))
         self.v_bias = param(rngs, zeros, (cfg.width,), ("heads",))
         self.proj = Linear(cfg.width, cfg.width, ("heads", "embed"), rngs=rngs)
@@ -96,8 +97,9 @@ class VisionTransformer(nnx.Module):
         """Normalised pixels to un-normed features, the class token first
         (`forward_features` of the release)."""
         # A convolution whose stride is its size is a product over flattened patches.
-        patches = rearrange(pixels, "b (y p) (x q) c -> b (y x) (p q c)",
-                            p=self.patch_size, q=self.patch_size)  # fmt: skip
+        patches = rearrange(
+            pixels, "b (y p) (x q) c -> b (y x) (p q c)", p=self.patch_size, q=self.patch_size
+        )
         x = self.patch_embed(patches)
         cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.pos_embed[...].astype(x.dtype)

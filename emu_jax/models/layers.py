@@ -87,9 +87,15 @@ class Linear(nnx.Module):
     """y = x @ kernel (+ bias); kernel [in, out]."""
 
     def __init__(
-        self, width_in: int, width_out: int, axes: Axes, *, bias: bool = True,
-        init: Callable[..., jax.Array] = lecun, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        width_in: int,
+        width_out: int,
+        axes: Axes,
+        *,
+        bias: bool = True,
+        init: Callable[..., jax.Array] = lecun,
+        rngs: nnx.Rngs,
+    ):
         self.kernel = param(rngs, init, (width_in, width_out), axes)
         zeros = jax.nn.initializers.zeros
         self.bias = param(rngs, zeros, (width_out,), axes[1:]) if bias else None
@@ -103,9 +109,13 @@ class Embedding(nnx.Module):
     """A table [rows, D], looked up by id."""
 
     def __init__(
-        self, rows: int, width: int, *, init: Callable[..., jax.Array] | None = None,
+        self,
+        rows: int,
+        width: int,
+        *,
+        init: Callable[..., jax.Array] | None = None,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         init = init or normal(0.02)
         self.embedding = param(rngs, init, (rows, width), ("vocab", "embed"))
 
@@ -192,17 +202,23 @@ REMAT: dict[str, Any] = {
     ),
     "minimal": _policies.save_only_these_names(KEPT, QKV, ADDED),
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[KEPT, QKV, ADDED],
-        offload_src="device", offload_dst="pinned_host",
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[KEPT, QKV, ADDED],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
     "full": _policies.nothing_saveable,
-}  # fmt: skip
+}
 
 
 def scan(
-    blocks: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any,
-    xs: Any = None, *, remat: str = "none",
-) -> tuple[Any, Any]:  # fmt: skip
+    blocks: nnx.Module,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[Any, Any]:
     """Runs `carry, y = body(block, carry, x)` over `blocks`: stacked ones as one compiled layer,
     those of a list (`unstack`) one after the other, without `remat`.
 

@@ -112,9 +112,13 @@ def rotary(
 
 
 def _linear(
-    cfg: LlamaConfig, name: str, width_in: int, width_out: int, axes: tuple[str, str],
+    cfg: LlamaConfig,
+    name: str,
+    width_in: int,
+    width_out: int,
+    axes: tuple[str, str],
     rngs: nnx.Rngs,
-) -> Linear:  # fmt: skip
+) -> Linear:
     """A layer without bias; with an adapter where the configuration asks for one."""
     if cfg.lora and name in cfg.lora.targets:
         return LoraLinear(width_in, width_out, axes, lora=cfg.lora, rngs=rngs)
@@ -134,9 +138,11 @@ class LlamaAttention(nnx.Module):
         self.cfg = cfg
 
     def project(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"],
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
         dropout_key: jax.Array | None = None,
-    ):  # fmt: skip
+    ):
         """Rotated queries and keys, and values, each [B, T, H, K]."""
         q, k, v = (
             rearrange(
@@ -336,9 +342,11 @@ class Llama(nnx.Module):
             return blocks(hidden, kernel, targets, split=columns)
 
         return jax.shard_map(
-            local, in_specs=(P(rows), P(width, columns), P(rows)), out_specs=P(rows),
+            local,
+            in_specs=(P(rows), P(width, columns), P(rows)),
+            out_specs=P(rows),
             check_vma=False,
-        )(hidden, kernel, targets)  # fmt: skip
+        )(hidden, kernel, targets)
 
     def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """The next visual embedding."""
@@ -346,9 +354,14 @@ class Llama(nnx.Module):
 
 
 def _block_losses(
-    hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], targets: Int[Array, "B T"],
-    *, vocab: int, block: int, split: str | None = None,
-) -> Float[Array, "B T"]:  # fmt: skip
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    vocab: int,
+    block: int,
+    split: str | None = None,
+) -> Float[Array, "B T"]:
     """`split` names the mesh axis over which the kernel's columns are.
 
     XLA's CPU compiler fuses no sum with what it sums: there, and where all columns are at hand,

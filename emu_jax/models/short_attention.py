@@ -28,9 +28,13 @@ FORWARD, BACKWARD = "short_attention_fwd", "short_attention_bwd"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def short_attention(
-    q: Float[Array, "B T D"], k: Float[Array, "B S D"], v: Float[Array, "B S D"],
-    heads: int, scale: float, interpret: bool = False,
-) -> Float[Array, "B T D"]:  # fmt: skip
+    q: Float[Array, "B T D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S D"],
+    heads: int,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B T D"]:
     """softmax(scale q k^T) v for each of `heads` equal parts of D, the softmax in float32 and
     the weights in v's dtype, as `attention.attention` has them. No mask."""
     return _call(_forward, FORWARD, (q, k, v), (q,), heads, scale, interpret)[0]
@@ -48,9 +52,14 @@ short_attention.defvjp(_save, _gradients)
 
 
 def _call(
-    kernel: Callable[..., None], name: str, inputs: tuple[jax.Array, ...],
-    results: tuple[jax.Array, ...], heads: int, scale: float, interpret: bool,
-) -> Any:  # fmt: skip
+    kernel: Callable[..., None],
+    name: str,
+    inputs: tuple[jax.Array, ...],
+    results: tuple[jax.Array, ...],
+    heads: int,
+    scale: float,
+    interpret: bool,
+) -> Any:
     """Runs `kernel` on one row after another; its results are shaped like `results`."""
     rows, queries, width = inputs[0].shape
     keys = inputs[1].shape[1]

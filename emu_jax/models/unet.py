@@ -89,18 +89,28 @@ class Transformer2D(nnx.Module):
 
 def resnet(width_in: int, width_out: int, cfg: UNetConfig, rngs: nnx.Rngs) -> ResnetBlock:
     return ResnetBlock(
-        width_in, width_out, groups=cfg.norm_num_groups, eps=cfg.norm_eps,
-        time_width=4 * cfg.block_out_channels[0], rngs=rngs,
-    )  # fmt: skip
+        width_in,
+        width_out,
+        groups=cfg.norm_num_groups,
+        eps=cfg.norm_eps,
+        time_width=4 * cfg.block_out_channels[0],
+        rngs=rngs,
+    )
 
 
 class DownBlock(nnx.Module):
     """ResNet blocks, each followed by attention if `attend`, and a halving unless `last`."""
 
     def __init__(
-        self, width_in: int, width: int, cfg: UNetConfig, *, attend: bool, last: bool,
+        self,
+        width_in: int,
+        width: int,
+        cfg: UNetConfig,
+        *,
+        attend: bool,
+        last: bool,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         inputs = [width_in] + [width] * (cfg.layers_per_block - 1)
         self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
         self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
@@ -136,9 +146,16 @@ class UpBlock(nnx.Module):
     """As `DownBlock`, each ResNet block reading a map of the way down too; then a doubling."""
 
     def __init__(
-        self, width_in: int, width: int, skips: list[int], cfg: UNetConfig, *, attend: bool,
-        last: bool, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        width_in: int,
+        width: int,
+        skips: list[int],
+        cfg: UNetConfig,
+        *,
+        attend: bool,
+        last: bool,
+        rngs: nnx.Rngs,
+    ):
         inputs = [w + s for w, s in zip([width_in] + [width] * len(skips), skips, strict=False)]
         self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
         self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])

@@ -45,9 +45,16 @@ class Level(nnx.Module):
     """The ResNet blocks of one resolution, then a change to the next (`down`, `up`)."""
 
     def __init__(
-        self, width_in: int, width: int, layers: int, groups: int, *, down: bool = False,
-        up: bool = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        width_in: int,
+        width: int,
+        layers: int,
+        groups: int,
+        *,
+        down: bool = False,
+        up: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.resnets = nnx.List(
             [
                 ResnetBlock(w, width, groups=groups, eps=EPS, rngs=rngs)
@@ -71,13 +78,14 @@ class Encoder(nnx.Module):
         self.conv_in = Conv(cfg.in_channels, widths[0], rngs=rngs)
         self.down_blocks = nnx.List(
             [
-                Level(before, width, cfg.layers_per_block, groups,
-                      down=i < len(widths) - 1, rngs=rngs)
+                Level(
+                    before, width, cfg.layers_per_block, groups, down=i < len(widths) - 1, rngs=rngs
+                )
                 for i, (before, width) in enumerate(
                     zip((widths[0], *widths[:-1]), widths, strict=True)
                 )
             ]
-        )  # fmt: skip
+        )
         self.mid_block = MidBlock(widths[-1], groups, rngs=rngs)
         self.conv_norm_out = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(widths[-1], 2 * cfg.latent_channels, rngs=rngs)
@@ -99,13 +107,19 @@ class Decoder(nnx.Module):
         self.mid_block = MidBlock(widths[0], groups, rngs=rngs)
         self.up_blocks = nnx.List(
             [
-                Level(before, width, cfg.layers_per_block + 1, groups,
-                      up=i < len(widths) - 1, rngs=rngs)
+                Level(
+                    before,
+                    width,
+                    cfg.layers_per_block + 1,
+                    groups,
+                    up=i < len(widths) - 1,
+                    rngs=rngs,
+                )
                 for i, (before, width) in enumerate(
                     zip((widths[0], *widths[:-1]), widths, strict=True)
                 )
             ]
-        )  # fmt: skip
+        )
         self.conv_norm_out = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(widths[-1], cfg.out_channels, rngs=rngs)
 

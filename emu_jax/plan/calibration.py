@@ -73,9 +73,11 @@ def calibrate() -> list[dict[str, Any]]:
         if "seconds" in report:
             overlap, serial = (full * report[f"mfu_{bound}"] for bound in ("overlap", "serial"))
             row |= {
-                "mfu_overlap": overlap, "mfu_serial": serial,
-                "error_overlap": overlap / run.mfu - 1, "error_serial": serial / run.mfu - 1,
-            }  # fmt: skip
+                "mfu_overlap": overlap,
+                "mfu_serial": serial,
+                "error_overlap": overlap / run.mfu - 1,
+                "error_serial": serial / run.mfu - 1,
+            }
         rows.append(row)
     return rows
 

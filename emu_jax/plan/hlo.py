@@ -123,9 +123,13 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             name, result, op, rest = found.groups()
             inside = _until(rest, ")")
             current[name] = Instruction(
-                name, tuple(_arrays(result)), op, tuple(_NAME.findall(inside)),
-                inside + ")" + rest[len(inside) + 1 :], line.lstrip().startswith("ROOT"),
-            )  # fmt: skip
+                name,
+                tuple(_arrays(result)),
+                op,
+                tuple(_NAME.findall(inside)),
+                inside + ")" + rest[len(inside) + 1 :],
+                line.lstrip().startswith("ROOT"),
+            )
     return computations, entry
 
 
@@ -253,9 +257,10 @@ class _Walk:
         if not whole:
             return 0.0
         parameter = next(
-            one for one in inner.values()
+            one
+            for one in inner.values()
             if one.op == "parameter" and one.attributes.startswith(f"{number})")
-        )  # fmt: skip
+        )
         sliced = self.sliced(inner, parameter.name)
         return whole if sliced is None else min(sliced, whole)
 
@@ -279,9 +284,10 @@ class _Walk:
                 for number, operand in enumerate(one.operands):
                     if operand == name:
                         parameter = next(
-                            each for each in nested.values()
+                            each
+                            for each in nested.values()
                             if each.op == "parameter" and each.attributes.startswith(f"{number})")
-                        )  # fmt: skip
+                        )
                         below = self.sliced(nested, parameter.name)
                         if below is None:
                             return None
@@ -341,13 +347,29 @@ class _Walk:
 
 _HOST = 5  # the memory space of the host
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
-    "partition-id", "replica-id", "opt-barrier", "domain",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "iota",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "domain",
+}
 _COLLECTIVES = {
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-    "all-gather-start", "all-reduce-start", "collective-permute-start", "ragged-all-to-all",
-}  # fmt: skip
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "all-gather-start",
+    "all-reduce-start",
+    "collective-permute-start",
+    "ragged-all-to-all",
+}
 
 
 def _splash(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], float]:
@@ -417,10 +439,13 @@ def _window(text: str, axes: int) -> list[dict[str, int]]:
     return [
         {"stride": int(stride), "low": int(pad.split("_")[0]), "base": int(base), "kernel": int(k)}
         for stride, pad, base, k in zip(
-            along("stride", "1"), along("pad", "0_0"), along("lhs_dilate", "1"),
-            along("rhs_dilate", "1"), strict=True,
+            along("stride", "1"),
+            along("pad", "0_0"),
+            along("lhs_dilate", "1"),
+            along("rhs_dilate", "1"),
+            strict=True,
         )
-    ]  # fmt: skip
+    ]
 
 
 def _meetings(

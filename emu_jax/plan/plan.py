@@ -176,9 +176,10 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
         valid = array((rows, length), bool, "batch", None)
         cache = KVCache(keys, values, valid, array((), jnp.int32))
         reader = text.Reader(
-            cache, array((rows,), jnp.int32, "batch"),
+            cache,
+            array((rows,), jnp.int32, "batch"),
             array((rows, llama.vocab_size), jnp.float32, "batch", "vocab"),
-        )  # fmt: skip
+        )
 
         def one_token(params: Any, reader: Any, tokens: Any) -> Any:
             module: Any = template.module(params)
@@ -188,15 +189,20 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
             params, reader, array((rows,), jnp.int32, "batch")
         )
         products = sum(
-            math.prod(leaf.shape) for path, leaf in params.items()
-            if len(leaf.shape) > 1 and not path.endswith(("scale", "embed_tokens.embedding"))
+            math.prod(leaf.shape)
+            for path, leaf in params.items()
+            if len(leaf.shape) > 1
+            and not path.endswith(("scale", "embed_tokens.embedding"))
             and "stu_regress_head" not in path
-        )  # fmt: skip
+        )
         attended = 2 * llama.layers * length * llama.heads * llama.head_width
         kinds = {
-            "parameters": shard_bytes(params), "cache": shard_bytes(reader), "optimizer": 0.0,
-            "batch": 0.0, "activations": 0.0,
-        }  # fmt: skip
+            "parameters": shard_bytes(params),
+            "cache": shard_bytes(reader),
+            "optimizer": 0.0,
+            "batch": 0.0,
+            "activations": 0.0,
+        }
         flops = 2.0 * rows * (products + attended)
         report = _report(cfg, topology, mesh, lowered, kinds, flops, "generate")
     if report["fits"]:  # one token a row, not a row of them
@@ -206,9 +212,14 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
 
 
 def _report(
-    cfg: TrainConfig, topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
-    kinds: Mapping[str, float], model_flops: float, program: str,
-) -> Report:  # fmt: skip
+    cfg: TrainConfig,
+    topology: Topology,
+    mesh: Mesh,
+    lowered: jax.stages.Lowered,
+    kinds: Mapping[str, float],
+    model_flops: float,
+    program: str,
+) -> Report:
     started = time.monotonic()
     chip = topology.chip
     limit = chip.hbm_bytes / chip.devices
@@ -235,9 +246,12 @@ def _report(
         state = sum(size for kind, size in kinds.items() if kind != "activations")
         temporary = float(needed[1]) * scale[needed[2]]
         unknown = (
-            "step_seconds_overlap", "step_seconds_serial", "mfu_overlap", "mfu_serial",
+            "step_seconds_overlap",
+            "step_seconds_serial",
+            "mfu_overlap",
+            "mfu_serial",
             "tokens_per_second",
-        )  # fmt: skip
+        )
         return (
             report
             | dict.fromkeys(unknown)
@@ -253,9 +267,12 @@ def _report(
     memory = compiled.memory_analysis()
     assert memory is not None
     total = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    )  # fmt: skip
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
     temporaries = max(0.0, memory.temp_size_in_bytes - kinds["activations"])
     counts = hlo.count(compiled.as_text() or "")
     network = Network.of(topology, list(mesh.devices.flat))
@@ -298,10 +315,12 @@ def abstract_batch(trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
 
 def shard_bytes(tree: Any) -> float:
     """Bytes of one device's shards of abstract arrays."""
-    return float(sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    ))  # fmt: skip
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
 
 
 def memory_by_kind(trainer: Trainer, batch: Any) -> dict[str, float]:

@@ -105,9 +105,12 @@ class Network:
         """Links between two places, the shorter way round a ring."""
         total = 0
         for a, b, side, ways in zip(
-            self.coordinates[source], self.coordinates[target], self.topology.shape,
-            self.topology.link_ways(), strict=True,
-        ):  # fmt: skip
+            self.coordinates[source],
+            self.coordinates[target],
+            self.topology.shape,
+            self.topology.link_ways(),
+            strict=True,
+        ):
             distance = abs(a - b)
             total += min(distance, side - distance) if ways == 2 else distance
         return max(total, 1)

@@ -92,12 +92,13 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
     # Of float32 parameters, each is gathered in bfloat16 for both passes, and its gradient summed.
     passed = 3 * kinds["parameters"] * fsdp / 2 * chip.devices
     return Family(
-        policy, fsdp,
+        policy,
+        fsdp,
         held=kinds["parameters"] + kinds["optimizer"],
         kept=(kinds["activations"] + kinds["batch"]) / rows,
         products=flops / cfg.data.batch_size / chip.flops,
         network=passed / (sum(topology.link_ways()) * chip.link_bandwidth),
-    )  # fmt: skip
+    )
 
 
 def sweep(
@@ -220,16 +221,20 @@ class _Search:
 
 
 def _scale(
-    kept: _Kept, cfg: TrainConfig, topology: Topology, best: tuple[Report, Family],
+    kept: _Kept,
+    cfg: TrainConfig,
+    topology: Topology,
+    best: tuple[Report, Family],
     curves: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     """Weak scaling (rows per chip of the best) and strong (its rows) over slices that hold it."""
     report, chosen = best
     for shape, slices in LADDERS[topology.chip.torus_axes]:
         other = Topology.parse(f"{topology.chip_name}:{shape}", slices)
         for curve, rows in (
-            ("weak", report["rows"] // topology.chips * other.chips), ("strong", report["rows"]),
-        ):  # fmt: skip
+            ("weak", report["rows"] // topology.chips * other.chips),
+            ("strong", report["rows"]),
+        ):
             per_chip, rest = divmod(rows, other.chips)
             if curve not in curves or rest or per_chip % topology.chip.devices:
                 continue  # fewer rows than chips
@@ -278,11 +283,15 @@ class _Kept:
         except CompilerCrash as crash:
             log.warning("%s: %s", _name(topology), crash)
             report = {
-                "fits": False, "crashed": True, "topology": str(topology),
-                "slices": topology.slices, "chips": topology.chips, "mesh": to_dict(cfg.mesh),
+                "fits": False,
+                "crashed": True,
+                "topology": str(topology),
+                "slices": topology.slices,
+                "chips": topology.chips,
+                "mesh": to_dict(cfg.mesh),
                 "remat": to_dict(cfg.remat),
                 "rows_per_chip": cfg.data.batch_size / topology.chips,
-            }  # fmt: skip
+            }
         report |= {"key": key, "curve": curve}
         self.reports.append(report)
         # A crash may have been the host's: tried again when the sweep goes on.
@@ -292,10 +301,14 @@ class _Kept:
         if report["fits"]:
             verdict = f"MFU {report['mfu_serial']:.3f} to {report['mfu_overlap']:.3f}"
         log.info(
-            "%s, fsdp %d, %s, %d rows a chip: %s (%.0f s)", _name(topology),
-            report["mesh"]["fsdp"], report["remat"]["llama"], report["rows_per_chip"], verdict,
+            "%s, fsdp %d, %s, %d rows a chip: %s (%.0f s)",
+            _name(topology),
+            report["mesh"]["fsdp"],
+            report["remat"]["llama"],
+            report["rows_per_chip"],
+            verdict,
             time.monotonic() - started,
-        )  # fmt: skip
+        )
         return report
 
 

@@ -113,10 +113,12 @@ def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Sta
             Middleware(_PerClient, most=limits.per_client),
         ],
         exception_handlers={
-            Refused: _refuse, HTTPException: _refuse_http, ClientDisconnect: _ignore,
+            Refused: _refuse,
+            HTTPException: _refuse_http,
+            ClientDisconnect: _ignore,
             Exception: _fail,
         },
-    )  # fmt: skip
+    )
     app.state.worker = worker
     return app
 
@@ -177,10 +179,14 @@ def allowed_hosts(host: str, sockets: Sequence[socket.socket]) -> tuple[str, ...
 def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
     """Returns a uvicorn server for `app` that bounds connections, times and shutdown."""
     config = uvicorn.Config(
-        app, http=bounded_connections(limits, app.state.worker.stop), ws="none",
-        log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=STOP_SECONDS,
+        app,
+        http=bounded_connections(limits, app.state.worker.stop),
+        ws="none",
+        log_level="warning",
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=STOP_SECONDS,
         server_header=False,
-    )  # fmt: skip
+    )
     return uvicorn.Server(config)
 
 

@@ -108,20 +108,32 @@ def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
                 GroupConfig(r"^cformer\.", lr=1e-4, warmup_steps=steps // 5),
                 GroupConfig(r"^llama\.", lr=3e-5, warmup_steps=steps // 5),
             ),
-            b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.05, clip_norm=1.0,
+            b1=0.9,
+            b2=0.98,
+            eps=1e-6,
+            weight_decay=0.05,
+            clip_norm=1.0,
         ),
         steps=steps,
         remat=RematConfig.everywhere("full"),
-    )  # fmt: skip
+    )
     return dataclasses.replace(base, **changes)
 
 
 def digits_data(**changes: Any) -> DataConfig:
     """The embedded handwritten digits at the size of `config.digits()`."""
     base = DataConfig(
-        root="runs/digits_data", embedded="digits", row_tokens=64, row_images=8, n_causal=4,
-        image_size=32, target_size=32, learn_img=True, augment=True, shift=0.08,
-    )  # fmt: skip
+        root="runs/digits_data",
+        embedded="digits",
+        row_tokens=64,
+        row_images=8,
+        n_causal=4,
+        image_size=32,
+        target_size=32,
+        learn_img=True,
+        augment=True,
+        shift=0.08,
+    )
     return dataclasses.replace(base, **changes)
 
 

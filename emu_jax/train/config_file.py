@@ -82,8 +82,9 @@ def _run(path: Path) -> Any:
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
-                 if f.filename == str(path)]  # fmt: skip
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+        ]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):

@@ -66,9 +66,13 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
         "cformer.blocks.cross_attention.v": met["visual"],
         "llama.stu_regress_head": regressed,
         # Tables are looked up, and the contrastive head is CLIP's own.
-        "llama.embed_tokens": 0, "visual.pos_embed": 0, "visual.cls_token": 0, "visual.head": 0,
-        "cformer.causal_tokens": 0, "cformer.relative_attention_bias": 0,
-    }  # fmt: skip
+        "llama.embed_tokens": 0,
+        "visual.pos_embed": 0,
+        "visual.cls_token": 0,
+        "visual.head": 0,
+        "cformer.causal_tokens": 0,
+        "cformer.relative_attention_bias": 0,
+    }
     trained = {tower: False for tower in met}
     matrices = {}
     for path, shape in _shapes(cfg).items():

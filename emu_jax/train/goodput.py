@@ -13,9 +13,10 @@ import jax
 KINDS = ("step", "data", "checkpoint", "compile", "other", "lost")
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 COMPILING = (
-    "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
     COMPILATION,
-)  # fmt: skip
+)
 
 Span = tuple[float, float]  # (start, end), of `time.monotonic`
 

@@ -143,8 +143,10 @@ class Lock:
             return owner
         _log.warning(
             "%s is locked by %s: waiting up to %.0f s for a sign that it still runs",
-            self.path.parent, _name(owner), STALE_SECONDS,
-        )  # fmt: skip
+            self.path.parent,
+            _name(owner),
+            STALE_SECONDS,
+        )
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
             time.sleep(min(1.0, STALE_SECONDS / 10))

@@ -315,9 +315,12 @@ def mesh_for(cfg: TrainConfig, devices: Any | None = None) -> Mesh:
     model = cfg.model
     widths = {model.vision.width, model.cformer.width, model.llama.width}
     return make_mesh(
-        **dataclasses.asdict(cfg.mesh), devices=devices, rows=math.gcd(*cfg.data.batch_sizes()),
-        heads=model.llama.heads, widths=sorted(widths),
-    )  # fmt: skip
+        **dataclasses.asdict(cfg.mesh),
+        devices=devices,
+        rows=math.gcd(*cfg.data.batch_sizes()),
+        heads=model.llama.heads,
+        widths=sorted(widths),
+    )
 
 
 def _compile(trainer: Trainer, state: TrainState, batch: Batch, name: str) -> None:
@@ -339,9 +342,13 @@ def check(cfg: TrainConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise UserError(f"dtype {cfg.dtype!r} is not known{suggest(cfg.dtype, DTYPES)}")
     for name in (
-        "steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints",
+        "steps",
+        "accumulate",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
         "max_bad_steps",
-    ):  # fmt: skip
+    ):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} is {getattr(cfg, name)}: make it at least 1")
     if cfg.loss_block < 0:
@@ -383,13 +390,29 @@ def _check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> No
 
 # What may be another when a run goes on.
 MAY_CHANGE = (
-    "steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "mesh", "remat",
-    "log_documents", "profile_steps", "hang_seconds",
-    "attention", "loss_block", "tuned",
-    "parents", "init_from", "data.root", "data.tokenizer", "data.decode_threads", "data.prefetch",
-    "data.cache", "data.max_damaged_rate",
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_bad_steps",
+    "mesh",
+    "remat",
+    "log_documents",
+    "profile_steps",
+    "hang_seconds",
+    "attention",
+    "loss_block",
+    "tuned",
+    "parents",
+    "init_from",
+    "data.root",
+    "data.tokenizer",
+    "data.decode_threads",
+    "data.prefetch",
+    "data.cache",
+    "data.max_damaged_rate",
     "model.vae.scaling_factor",
-)  # fmt: skip
+)
 
 
 def _resume(cfg: TrainConfig, workdir: Path) -> TrainConfig:
@@ -454,9 +477,13 @@ def prepare_data(cfg: TrainConfig) -> Tokenizer:
 
 
 def _save(
-    checkpoints: Checkpoints, step: int, state: TrainState, position: dict[str, Any],
-    *, leave_out: Collection[str],
-) -> None:  # fmt: skip
+    checkpoints: Checkpoints,
+    step: int,
+    state: TrainState,
+    position: dict[str, Any],
+    *,
+    leave_out: Collection[str],
+) -> None:
     """Starts an asynchronous, atomic save of the state, but for some frozen parameters, and of
     the data position."""
     frozen = {path: a for path, a in state.frozen.items() if path not in leave_out}

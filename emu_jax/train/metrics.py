@@ -48,9 +48,14 @@ class MetricLogger:
     """
 
     def __init__(
-        self, workdir: Path, *, stage: str, total_steps: int, enabled: bool = True,
+        self,
+        workdir: Path,
+        *,
+        stage: str,
+        total_steps: int,
+        enabled: bool = True,
         start_step: int | None = None,
-    ):  # fmt: skip
+    ):
         self.workdir, self.stage, self.total_steps = workdir, stage, total_steps
         self.enabled, self.start_step = enabled, start_step
         self._file: TextIO | None = None  # opened at the first row
@@ -117,9 +122,13 @@ class MetricLogger:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=self.total_steps, initial=step, desc=self.stage, unit="step",
-                dynamic_ncols=True, smoothing=0.1,
-            )  # fmt: skip
+                total=self.total_steps,
+                initial=step,
+                desc=self.stage,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
 
     def _open_events(self, now: float, start: int) -> Any:
         # Imported late: it brings torch along where that is installed. What tensorboardX writes
@@ -249,17 +258,19 @@ Row = dict[str, Any]
 def _is_metrics(row: Row) -> bool:
     numbers = (v for k, v in row.items() if k != "stage" and v is not None)
     return (
-        isinstance(row.get("stage"), str) and _is_step(row.get("step"))
+        isinstance(row.get("stage"), str)
+        and _is_step(row.get("step"))
         and all(isinstance(v, int | float) for v in numbers)
-    )  # fmt: skip
+    )
 
 
 def _is_documents(row: Row) -> bool:
     documents = row.get("documents")
     return (
-        _is_step(row.get("step")) and isinstance(documents, list)
+        _is_step(row.get("step"))
+        and isinstance(documents, list)
         and all(isinstance(d, list) for d in documents)
-    )  # fmt: skip
+    )
 
 
 def _is_step(value: object) -> bool:

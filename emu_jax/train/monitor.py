@@ -47,9 +47,14 @@ class Monitor:
     """
 
     def __init__(
-        self, cfg: TrainConfig, workdir: Path, mesh: Mesh, goodput: Goodput, signals: Signals,
+        self,
+        cfg: TrainConfig,
+        workdir: Path,
+        mesh: Mesh,
+        goodput: Goodput,
+        signals: Signals,
         done: int,
-    ):  # fmt: skip
+    ):
         self.cfg, self.done = cfg, done
         self.row: dict[str, float] = {}  # the metrics of the last step that has ended
         self.stopping = False  # all processes agree to
@@ -74,8 +79,11 @@ class Monitor:
     def __enter__(self) -> Monitor:
         with ExitStack() as stack:
             for part in (
-                self._logger, self._watchdog, self._tracer, self._ends,
-            ):  # fmt: skip
+                self._logger,
+                self._watchdog,
+                self._tracer,
+                self._ends,
+            ):
                 stack.enter_context(part)
             self._stack = stack.pop_all()
         return self

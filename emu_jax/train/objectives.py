@@ -52,9 +52,13 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(
-        self, cfg: TrainConfig, module: Any, batch: Batch, key: jax.Array,
+        self,
+        cfg: TrainConfig,
+        module: Any,
+        batch: Batch,
+        key: jax.Array,
         targets: Metrics | None = None,
-    ) -> tuple[jax.Array, Metrics]:  # fmt: skip
+    ) -> tuple[jax.Array, Metrics]:
         """The scalar loss of one batch, and what to report beside it.
 
         Args:
@@ -75,9 +79,13 @@ class Objective(ABC):
         """Returns this process's share of the data. A resumed run keeps what it has counted."""
         index, count = jax.process_index(), jax.process_count()
         return Batches(
-            cfg.data, tokenizer, self.batch_kind, process_index=index, process_count=count,
+            cfg.data,
+            tokenizer,
+            self.batch_kind,
+            process_index=index,
+            process_count=count,
             recount=not resumed,
-        )  # fmt: skip
+        )
 
     def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
         """The configuration that the trained model is saved with."""
@@ -97,9 +105,13 @@ class EmuObjective(Objective):
         return {name: jnp.sum(mask) for name, mask in target_masks(module, batch).items()}
 
     def loss(
-        self, cfg: TrainConfig, module: Emu, batch: Batch, key: jax.Array,
+        self,
+        cfg: TrainConfig,
+        module: Emu,
+        batch: Batch,
+        key: jax.Array,
         targets: Metrics | None = None,
-    ):  # fmt: skip
+    ):
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         images = module.encode_images(pixels, dropout_key=key)
         words, regression_loss = sequence_losses(
@@ -135,9 +147,13 @@ class TextObjective(Objective):
         return {"text": jnp.sum(text_mask(batch))}
 
     def loss(
-        self, cfg: TrainConfig, module: LanguageModel, batch: Batch, key: jax.Array,
+        self,
+        cfg: TrainConfig,
+        module: LanguageModel,
+        batch: Batch,
+        key: jax.Array,
         targets: Metrics | None = None,
-    ):  # fmt: skip
+    ):
         x = module.llama.embed_tokens(batch["tokens"]).astype(jnp.dtype(cfg.dtype))
         hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=key)
         words = module.llama.token_losses(hidden, following(batch["tokens"]), block=cfg.loss_block)
@@ -158,9 +174,14 @@ def following(x: Array) -> Array:
 
 
 def sequence_losses(
-    module: Emu, images: Float[Array, "B I N D"], batch: Batch, *, loss_block: int,
-    dropout_key: jax.Array | None = None, targets: Metrics | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    module: Emu,
+    images: Float[Array, "B I N D"],
+    batch: Batch,
+    *,
+    loss_block: int,
+    dropout_key: jax.Array | None = None,
+    targets: Metrics | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Both losses of packed rows, in float32: the mean cross-entropy over text targets, and
     the squared error of regressed embeddings, a mean over targets and width
     (release: `modeling_llama.py`, which prepares the pairs of the second)."""
@@ -228,9 +249,13 @@ class ClipObjective(Objective):
         return CLIP(cfg.model, remat=cfg.remat.visual, rngs=rngs)
 
     def loss(
-        self, cfg: TrainConfig, module: CLIP, batch: Batch, key: jax.Array,
+        self,
+        cfg: TrainConfig,
+        module: CLIP,
+        batch: Batch,
+        key: jax.Array,
         targets: Metrics | None = None,
-    ):  # fmt: skip
+    ):
         dtype = jnp.dtype(cfg.dtype)
         image = module.visual.clip_embedding(normalize_images(batch["images"], dtype))
         text = module.text(batch["tokens"], batch["valid"], dtype)
@@ -267,9 +292,13 @@ class VaeObjective(Objective):
         return Autoencoder(cfg, rngs)
 
     def loss(
-        self, cfg: TrainConfig, module: Autoencoder, batch: Batch, key: jax.Array,
+        self,
+        cfg: TrainConfig,
+        module: Autoencoder,
+        batch: Batch,
+        key: jax.Array,
         targets: Metrics | None = None,
-    ):  # fmt: skip
+    ):
         pictures = to_signed(batch["images"], cfg)
         mean, logvar = module.vae.encode(pictures)
         noise = jax.random.normal(key, mean.shape).astype(mean.dtype)
@@ -282,8 +311,11 @@ class VaeObjective(Objective):
         # Peak to peak is 2, so psnr = 10 log10(4 / error).
         psnr = 10 * jnp.log10(4 / error)
         return error + cfg.kl_weight * kl, {
-            "squared_error": error, "psnr": psnr, "kl": kl, "latent_std": std,
-        }  # fmt: skip
+            "squared_error": error,
+            "psnr": psnr,
+            "kl": kl,
+            "latent_std": std,
+        }
 
     def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
         """Diffusion wants latents of unit variance, as Stable Diffusion's 0.18215 gives."""
@@ -341,9 +373,13 @@ class DecoderObjective(Objective):
         return jax.lax.stop_gradient((condition.astype(dtype), latents))
 
     def loss(
-        self, cfg: TrainConfig, module: Emu | Painter, batch: Batch, key: jax.Array,
+        self,
+        cfg: TrainConfig,
+        module: Emu | Painter,
+        batch: Batch,
+        key: jax.Array,
         targets: Metrics | None = None,
-    ):  # fmt: skip
+    ):
         dtype = jnp.dtype(cfg.dtype)
         if isinstance(module, Emu):
             condition, latents = self.frozen(cfg, module, batch)

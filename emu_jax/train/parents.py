@@ -15,9 +15,13 @@ from emu_jax.train.config import TrainConfig
 
 # Where a tower of the module has its configuration.
 CONFIG_OF = {
-    "visual": "vision", "ln_visual": "vision", "cformer": "cformer", "llama": "llama",
-    "unet": "unet", "vae": "vae",
-}  # fmt: skip
+    "visual": "vision",
+    "ln_visual": "vision",
+    "cformer": "cformer",
+    "llama": "llama",
+    "unet": "unet",
+    "vae": "vae",
+}
 
 
 def parent_of(cfg: TrainConfig, workdir: Path, tower: str) -> Path:
@@ -98,9 +102,10 @@ def inherited(
     if cfg.save_frozen:
         return {}
     stored = {
-        (tower, path) for tower in cfg.parents
+        (tower, path)
+        for tower in cfg.parents
         for path in checkpoint.run_shapes(parent_of(cfg, workdir, tower))
-    }  # fmt: skip
+    }
     return {path: s for path, s in frozen.items() if (checkpoint.tower_of(path), path) in stored}
 
 

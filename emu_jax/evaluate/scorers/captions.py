@@ -110,10 +110,16 @@ def _java_tokens(java: str, lines: Sequence[str]) -> list[list[str]]:
     """Runs the command of pycocoevalcap's PTBTokenizer through pipes. The original writes a file
     beside its jar, which may be read-only."""
     command = [
-        java, "-Dfile.encoding=UTF-8", "-cp", os.fspath(_pycocoevalcap().jar),
+        java,
+        "-Dfile.encoding=UTF-8",
+        "-cp",
+        os.fspath(_pycocoevalcap().jar),
         "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines", "-lowerCase", "-encoding", "UTF-8",
-    ]  # fmt: skip
+        "-preserveLines",
+        "-lowerCase",
+        "-encoding",
+        "UTF-8",
+    ]
     text = "".join(line + "\n" for line in lines)
     # Lone surrogates cannot be encoded as UTF-8.
     done = subprocess.run(command, input=text.encode(errors="replace"), capture_output=True)
@@ -130,13 +136,33 @@ def _java_tokens(java: str, lines: Sequence[str]) -> list[list[str]]:
 _LINE_ENDS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 # The tokenizer's replacements of non-ASCII characters and HTML entities.
 _WRITTEN = {
-    "‘": "'", "’": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": " ... ",
-    "£": "#", "€": "$", "¢": " cents ", "½": "1/2", "¼": "1/4", "¾": "3/4",
-    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "'n'": " 'n' ",
-}  # fmt: skip
+    "‘": "'",
+    "’": "'",
+    "“": '"',
+    "”": '"',
+    "–": " -- ",
+    "—": " -- ",
+    "…": " ... ",
+    "£": "#",
+    "€": "$",
+    "¢": " cents ",
+    "½": "1/2",
+    "¼": "1/4",
+    "¾": "3/4",
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": '"',
+    "'n'": " 'n' ",
+}
 _BRACKETS = {
-    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
-}  # fmt: skip
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+}
 _REPLACED = re.compile("|".join(map(re.escape, _WRITTEN)))
 _SPLIT = [
     re.compile(r"(?<=\w)(?=n't(?!\w)|'(?:s|m|d|ll|re|ve)(?!\w))"),  # is n't, it 's

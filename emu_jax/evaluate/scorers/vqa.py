@@ -196,9 +196,13 @@ _CONTRACTIONS = {
         for short in (f"{first}{second}'{third}", f"{first}'{second}{third}")
     },
     "somebody'd": "somebodyd",  # sic
-    "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
-    "yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've",
-}  # fmt: skip
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+}
 
 
 def normalize(answer: str) -> str:

@@ -13,7 +13,17 @@ from emu_jax.evaluate.tasks.vqa import OKVQA, VQAV2, VizWiz
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        COCO, VQAV2, OKVQA, VizWiz(), VisDial(), CocoDrawing(), MMVet(), MSVDQA, MSRVTTQA, NExTQA(),
-        NoCaps(), FLICKR,
+        COCO,
+        VQAV2,
+        OKVQA,
+        VizWiz(),
+        VisDial(),
+        CocoDrawing(),
+        MMVet(),
+        MSVDQA,
+        MSRVTTQA,
+        NExTQA(),
+        NoCaps(),
+        FLICKR,
     )
-}  # fmt: skip
+}

@@ -69,9 +69,15 @@ class Karpathy(Captioning):
     split = "test"
 
     def __init__(
-        self, name: str, title: str, file: str, folders: Sequence[str],
-        paper: Mapping[str, float], source: str, lavis: str = "",
-    ):  # fmt: skip
+        self,
+        name: str,
+        title: str,
+        file: str,
+        folders: Sequence[str],
+        paper: Mapping[str, float],
+        source: str,
+        lavis: str = "",
+    ):
         self.name, self.title, self.paper, self.source = name, title, paper, source
         self._file, self._folders, self._lavis = file, folders, lavis
 
@@ -146,14 +152,16 @@ class NoCaps(Captioning):
                 said.setdefault(str(row["image_id"]), []).append(row["caption"])
             return [
                 Item(
-                    str(row["id"]), folder / row["file_name"],
+                    str(row["id"]),
+                    folder / row["file_name"],
                     fields={
-                        "image_id": row["id"], "domain": row.get("domain", ""),
+                        "image_id": row["id"],
+                        "domain": row.get("domain", ""),
                         "answers": said.get(str(row["id"]), []),
                     },
                 )
                 for row in content["images"]
-            ]  # fmt: skip
+            ]
 
     def examples(self, data: Folder) -> list[Example]:
         """Returns COCO's training split, since NoCaps has none."""
@@ -179,13 +187,19 @@ class NoCaps(Captioning):
 
 
 COCO = Karpathy(
-    "coco_caption", "COCO captions (Karpathy test)", "dataset_coco.json", ("val2014",),
+    "coco_caption",
+    "COCO captions (Karpathy test)",
+    "dataset_coco.json",
+    ("val2014",),
     {"Emu": 112.4, "Emu*": 120.4, "Emu-I": 117.7},
     "cs.stanford.edu/people/karpathy/deepimagesent, pictures cocodataset.org",
     lavis="coco_karpathy_{split}.json",
-)  # fmt: skip
+)
 FLICKR = Karpathy(
-    "flickr30k", "Flickr30k (Karpathy test)", "dataset_flickr30k.json",
-    ("flickr30k-images", "flickr30k_images", "images"), {"Emu": 72.0},
+    "flickr30k",
+    "Flickr30k (Karpathy test)",
+    "dataset_flickr30k.json",
+    ("flickr30k-images", "flickr30k_images", "images"),
+    {"Emu": 72.0},
     "cs.stanford.edu/people/karpathy/deepimagesent, pictures shannon.cs.illinois.edu",
-)  # fmt: skip
+)

@@ -45,11 +45,13 @@ class CocoDrawing(Task):
             order = np.random.default_rng(seed).permutation(len(rows))[:PROMPTS]
             return [
                 Item(
-                    str(rows[i]["id"]), None, rows[i]["caption"].strip(),
+                    str(rows[i]["id"]),
+                    None,
+                    rows[i]["caption"].strip(),
                     fields={"image_id": rows[i]["image_id"], "seed": n},
                 )
                 for n, i in enumerate(order)
-            ]  # fmt: skip
+            ]
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         return (Stage("drawn", lambda item, _, said: [item.question], PAINT, paints=True),)

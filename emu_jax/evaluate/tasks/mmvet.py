@@ -38,11 +38,13 @@ class MMVet(Task):
         with layout(path):
             return [
                 Item(
-                    name, folder / row["imagename"], row["question"],
+                    name,
+                    folder / row["imagename"],
+                    row["question"],
                     fields={"answers": [row["answer"]] if "answer" in row else []},
                 )
                 for name, row in read_json(path).items()
-            ]  # fmt: skip
+            ]
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         return (Stage("answer", INSTRUCT.spell, WRITE),)

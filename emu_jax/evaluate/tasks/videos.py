@@ -60,11 +60,13 @@ class XuVideoQA(VideoAnswering):
         with layout(path):
             return [
                 Item(
-                    str(row["id"]), videos(row["video_id"]), row["question"],
+                    str(row["id"]),
+                    videos(row["video_id"]),
+                    row["question"],
                     fields={"question_id": row["id"], "answers": [row["answer"]]},
                 )
                 for row in read_json(path)
-            ]  # fmt: skip
+            ]
 
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
         right = by_id(items, (item.fields["answers"][0] for item in items))
@@ -119,12 +121,20 @@ class NExTQA(VideoAnswering):
                 answers = [row["answer"]]
                 if qid in added.get(video, {}):
                     answers.append(added[video][qid])
-                items.append(Item(
-                    f"{video}_{qid}", folder / f"{places.get(video, video)}.mp4",
-                    # The file has neither capitals nor question marks.
-                    row["question"].removesuffix("?") + "?",
-                    fields={"video": video, "qid": qid, "answers": answers, "type": row["type"]},
-                ))  # fmt: skip
+                items.append(
+                    Item(
+                        f"{video}_{qid}",
+                        folder / f"{places.get(video, video)}.mp4",
+                        # The file has neither capitals nor question marks.
+                        row["question"].removesuffix("?") + "?",
+                        fields={
+                            "video": video,
+                            "qid": qid,
+                            "answers": answers,
+                            "type": row["type"],
+                        },
+                    )
+                )
         return items
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
@@ -147,10 +157,9 @@ def _table(data: Folder, name: str) -> dict[str, Any]:
         return dict(read_json(path).items())
 
 
-MSVDQA = XuVideoQA(
-    "msvdqa", "MSVD-QA", {"Emu": 18.8, "Emu*": 34.3, "Emu-I": 34.6, "Emu-I*": 37.0}
-)  # fmt: skip
+MSVDQA = XuVideoQA("msvdqa", "MSVD-QA", {"Emu": 18.8, "Emu*": 34.3, "Emu-I": 34.6, "Emu-I*": 37.0})
 MSRVTTQA = XuVideoQA(
-    "msrvttqa", "MSRVTT-QA",
+    "msrvttqa",
+    "MSRVTT-QA",
     {"Emu": 8.3, "Emu*": 17.8, "Emu-I": 16.8, "Emu-I*": 21.2, "Emu 4-shot": 21.8},
-)  # fmt: skip
+)

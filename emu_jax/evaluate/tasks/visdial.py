@@ -65,10 +65,13 @@ class VisDial(Task):
                     if "answer_options" in row:
                         options = [answers[i] for i in row["answer_options"]]
                         fields = {
-                            "image_id": number, "round_id": n, "options": options,
-                            "right": right, "history": list(history),
+                            "image_id": number,
+                            "round_id": n,
+                            "options": options,
+                            "right": right,
+                            "history": list(history),
                             "answers": [] if right is None else [options[right]],
-                        }  # fmt: skip
+                        }
                         items.append(Item(f"{number}-{n}", picture, question, fields))
                     if "answer" in row:
                         history.append((question, answers[row["answer"]]))

@@ -44,8 +44,9 @@ LONG_CAPTION = {"num_beams": 5, "max_new_tokens": 64, "min_length": 1, "length_p
 
 def described(stage: Stage) -> tuple[Stage, ...]:
     """Returns a captioning stage followed by `stage`, which reads `{caption}`."""
-    caption = Stage("caption", lambda item, _, said: DESCRIBE.spell(item, Shown(), said),
-                    LONG_CAPTION)  # fmt: skip
+    caption = Stage(
+        "caption", lambda item, _, said: DESCRIBE.spell(item, Shown(), said), LONG_CAPTION
+    )
 
     def prompt(item: Item, shown: Shown, said: Said):
         return stage.prompt(item, shown, {**said, "caption": clean_caption(said["caption"])})
@@ -103,10 +104,17 @@ class VQA(Answering):
     split = "val"
 
     def __init__(
-        self, name: str, title: str, questions: str, annotations: str,
-        splits: Mapping[str, tuple[str, str]], paper: Mapping[str, float], source: str,
-        *, stem: bool = False,
-    ):  # fmt: skip
+        self,
+        name: str,
+        title: str,
+        questions: str,
+        annotations: str,
+        splits: Mapping[str, tuple[str, str]],
+        paper: Mapping[str, float],
+        source: str,
+        *,
+        stem: bool = False,
+    ):
         self.name, self.title, self.paper, self.source = name, title, paper, source
         self._questions, self._annotations, self._splits = questions, annotations, splits
         self.splits = tuple(split for split in splits if split != "train")
@@ -161,9 +169,13 @@ class VizWiz(Answering):
 
     name, title, key = "vizwiz", "VizWiz VQA", "image"
     paper = {
-        "Emu": 34.2, "Emu*": 34.4, "Emu-I": 32.2, "Emu-I*": 38.3, "Emu 4-shot": 41.3,
+        "Emu": 34.2,
+        "Emu*": 34.4,
+        "Emu-I": 32.2,
+        "Emu-I*": 38.3,
+        "Emu 4-shot": 41.3,
         "Emu 8-shot": 43.9,
-    }  # fmt: skip
+    }
     split, splits = "val", ("val", "test")
     source = "vizwiz.org"
 
@@ -179,9 +191,10 @@ class VizWiz(Answering):
     @staticmethod
     def _known(wording: Wording) -> Stage:
         return Stage(
-            "known", lambda item, _, said: wording.spell(item, Shown(), said),
+            "known",
+            lambda item, _, said: wording.spell(item, Shown(), said),
             choices=("yes.", "no."),
-        )  # fmt: skip
+        )
 
     def answer(self, item: Item, said: Said) -> Any:
         return "unanswerable" if said["known"] == "no." else super().answer(item, said)
@@ -191,14 +204,16 @@ class VizWiz(Answering):
         with layout(path):
             return [
                 Item(
-                    row["image"], folder / row["image"], row["question"],
+                    row["image"],
+                    folder / row["image"],
+                    row["question"],
                     fields={
                         "image": row["image"],
                         "answers": [a["answer"] for a in row.get("answers", ())],
                     },
                 )
                 for row in read_json(path)
-            ]  # fmt: skip
+            ]
 
     def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
         right = references(items)
@@ -208,22 +223,33 @@ class VizWiz(Answering):
 
 
 VQAV2 = VQA(
-    "vqav2", "VQAv2", "v2_OpenEnded_mscoco_{split}_questions.json",
+    "vqav2",
+    "VQAv2",
+    "v2_OpenEnded_mscoco_{split}_questions.json",
     "v2_mscoco_{split}_annotations.json",
     {
-        "train": ("train2014", "train2014"), "val": ("val2014", "val2014"),
-        "test-dev": ("test-dev2015", "test2015"), "test": ("test2015", "test2015"),
+        "train": ("train2014", "train2014"),
+        "val": ("val2014", "val2014"),
+        "test-dev": ("test-dev2015", "test2015"),
+        "test": ("test2015", "test2015"),
     },
     {
-        "Emu": 52.0, "Emu*": 52.9, "Emu-I": 57.2, "Emu-I*": 62.0, "Emu 4-shot": 58.4,
+        "Emu": 52.0,
+        "Emu*": 52.9,
+        "Emu-I": 57.2,
+        "Emu-I*": 62.0,
+        "Emu 4-shot": 58.4,
         "Emu 8-shot": 59.0,
     },
     "visualqa.org/download.html, pictures cocodataset.org",
-)  # fmt: skip
+)
 OKVQA = VQA(
-    "okvqa", "OK-VQA", "OpenEnded_mscoco_{split}_questions.json", "mscoco_{split}_annotations.json",
+    "okvqa",
+    "OK-VQA",
+    "OpenEnded_mscoco_{split}_questions.json",
+    "mscoco_{split}_annotations.json",
     {"train": ("train2014", "train2014"), "val": ("val2014", "val2014")},
     {"Emu": 38.2, "Emu*": 42.8, "Emu-I": 43.4, "Emu-I*": 49.2},
     "okvqa.allenai.org/download.html, pictures cocodataset.org",
     stem=True,
-)  # fmt: skip
+)
