@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu_jax import bench
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 log = logging.getLogger("emu_jax")
 

@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 from emu_jax import bench, diffusion
-from emu_jax.config import EmuConfig, UNetConfig, UserError, digits, suggest
+from emu_jax.config import EmuConfig, UNetConfig, digits
 from emu_jax.convert import export
+from emu_jax.errors import UserError, suggest
 
 floors, language = bench.load("floors"), bench.load("text_generation")
 

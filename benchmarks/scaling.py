@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from emu_jax import bench
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.hardware import chip_name
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.flops import train_flops

@@ -30,7 +30,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from emu_jax.config import UserError, shipped, suggest, write_text
+from emu_jax.errors import UserError, suggest
+from emu_jax.filesystem import shipped, write_text
 
 log = logging.getLogger("emu_jax")
 

@@ -31,7 +31,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import integrity
-from emu_jax.config import EmuConfig, UserError, load_json, write_text
+from emu_jax.config import EmuConfig, load_json
+from emu_jax.errors import UserError
+from emu_jax.filesystem import write_text
 from emu_jax.sharding import Template, flatten, nest
 from emu_jax.tokenizer import Tokenizer
 

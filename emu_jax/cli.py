@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import emu_jax
-from emu_jax.config import UserError, suggest
+from emu_jax.errors import UserError, suggest
 
 Run = Callable[[argparse.Namespace], "dict[str, Any]"]
 

@@ -8,19 +8,15 @@ cross-attention width of 5120).
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
-import os
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-
-class UserError(Exception):
-    """An error that the user can fix. The command line prints it as one line and exits with 2."""
+from .errors import UserError, suggest
+from .filesystem import read_json_object, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -448,29 +444,6 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     return cls(**{k: _convert(hints[k], v, where + k) for k, v in values.items()})
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'?` if a known word is close to `word`, else the choices."""
-    import difflib
-
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def shipped(folder: str) -> Path:
-    """Returns a top-level folder of the repository (configs, benchmarks), or its copy in the wheel.
-
-    Raises:
-        UserError: the folder is missing.
-    """
-    package = Path(__file__).parent
-    checkout = (package.parent / "pyproject.toml").is_file()
-    place = (package.parent if checkout else package) / folder
-    if not place.is_dir():
-        raise UserError(f"{place} is missing: reinstall emu_jax, or run it from a clone")
-    return place
-
-
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -495,78 +468,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise UserError(f"config key {where!r} must be {hint.__name__}, not {value!r}")
-
-
-def refuse_stand_in(path: Path) -> None:
-    """Checks that a file is not a stand-in for the intended one.
-
-    Raises:
-        UserError: the file is a Git LFS pointer, a web page, or compressed.
-    """
-    try:
-        with path.open("rb") as f:
-            start = f.read(64)
-    except OSError:
-        return  # the code that reads the file reports it
-    for known, what in (
-        (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
-        (b"<!doctype html", "a web page, not the file itself: download it again"),
-        (b"<html", "a web page, not the file itself: download it again"),
-        (b"\x1f\x8b", "compressed with gzip: unpack it"),
-        (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it"),
-        (b"\xfd7zXZ", "compressed with xz: unpack it"),
-    ):
-        if start.lstrip().lower().startswith(known.lower()):
-            raise UserError(f"{path} is {what}")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object, with or without a byte order mark.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or does not hold an object.
-    """
-    refuse_stand_in(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file atomically and syncs it to disk before returning."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def sync(path: str | os.PathLike) -> None:
-    """Waits until a local file's content, or a directory's list of names, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # some network file systems cannot sync directories
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
-def sync_tree(path: Path) -> None:
-    """Waits until a local file, or everything in a directory, is on disk."""
-    if not path.is_dir():
-        sync(path)
-    for folder, _, names in os.walk(path):
-        for name in names:
-            sync(os.path.join(folder, name))
-        sync(folder)
 
 
 def save_json(config: Any, path: Path) -> None:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from emu_jax.config import SchedulerConfig, UserError, suggest
+from emu_jax.config import SchedulerConfig
+from emu_jax.errors import UserError, suggest
 from emu_jax.sharding import platform
 
 

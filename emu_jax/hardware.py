@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 
-from emu_jax.config import UserError, suggest
+from emu_jax.errors import UserError, suggest
 
 GB = 1e9
 GIB = 2**30

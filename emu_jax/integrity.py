@@ -32,7 +32,8 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from emu_jax.config import UserError, sync, write_text
+from emu_jax.errors import UserError
+from emu_jax.filesystem import sync, write_text
 
 CHECKSUMS = "checksums.json"
 GLOB_CHARACTERS = "*?[]\\"

@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

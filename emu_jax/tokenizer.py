@@ -22,7 +22,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
-from emu_jax.config import UserError, refuse_stand_in, sync
+from emu_jax.errors import UserError
+from emu_jax.filesystem import refuse_stand_in, sync
 
 PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
 USER, ASSISTANT = "[USER]", "[ASSISTANT]"

@@ -8,7 +8,8 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 
-from emu_jax.config import LlamaConfig, UserError
+from emu_jax.config import LlamaConfig
+from emu_jax.errors import UserError
 from emu_jax.models.attention import (
     XLA_BLOCK,
     _weighted,

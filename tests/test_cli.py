@@ -14,7 +14,7 @@ from PIL import Image
 
 import emu_jax
 from emu_jax import cli
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.generate import files
 
 CONFIG = """

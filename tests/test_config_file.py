@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.config import EmuConfig, LlamaConfig, UserError, digits, shipped, to_dict
+from emu_jax.config import EmuConfig, LlamaConfig, digits, to_dict
+from emu_jax.errors import UserError
+from emu_jax.filesystem import shipped
 from emu_jax.train.config_file import load_config, read_config
 
 SOURCE = """

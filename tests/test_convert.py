@@ -32,7 +32,6 @@ from emu_jax.config import (
     SchedulerConfig,
     TokenIds,
     UNetConfig,
-    UserError,
     VAEConfig,
     VisionConfig,
     emu_14b,
@@ -43,6 +42,7 @@ from emu_jax.convert import engine, export, files, parents, sizes, source, table
 from emu_jax.convert.arrays import Arrays
 from emu_jax.convert.engine import convert
 from emu_jax.data.documents import Document, Picture, Text, write_documents
+from emu_jax.errors import UserError
 from emu_jax.generate.api import load
 from emu_jax.sharding import make_mesh
 from emu_jax.train.config import TrainConfig
@@ -1213,7 +1213,7 @@ def test_what_replaces_a_destination_is_on_the_disk_first(tmp_path, monkeypatch)
         return rename(self, target)
 
     dst.mkdir()
-    monkeypatch.setattr("emu_jax.config.sync", lambda path: synced.add(Path(path).name))
+    monkeypatch.setattr("emu_jax.filesystem.sync", lambda path: synced.add(Path(path).name))
     monkeypatch.setattr(Path, "rename", checked)
     with engine.replacing(dst, True) as temporary:
         (temporary / "deep").mkdir()

@@ -13,10 +13,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from test_sources import lines, picture, tar, video
 
-from emu_jax.config import TokenIds, UserError, digits
+from emu_jax.config import TokenIds, digits
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.sources import SourceConfig
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import train

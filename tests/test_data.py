@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, UserError, VAEConfig
+from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, VAEConfig
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text, filling, storage
 from emu_jax.data import digits as digits_module
 from emu_jax.data.digits import (
@@ -42,6 +42,7 @@ from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.pipeline import batch_shapes
 from emu_jax.data.sources import SourceConfig
+from emu_jax.errors import UserError
 from emu_jax.generate.prompt import open_file
 from emu_jax.tokenizer import Tokenizer
 

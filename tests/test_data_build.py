@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 
 from emu_jax import cli
-from emu_jax.config import UserError
 from emu_jax.data import Document, Picture, Text, storage
 from emu_jax.data import build as build_module
 from emu_jax.data.build import BuildConfig, build, embedded, on_beam
 from emu_jax.data.clean import CleanConfig, Cleaned, Unfit, clean, store
 from emu_jax.data.documents import Damaged, DocumentFiles, Source, write_documents
 from emu_jax.data.sources import SourceConfig
+from emu_jax.errors import UserError
 
 CLEAN = CleanConfig(max_side=32, min_side=8, max_aspect=4.0, min_similarity=0.3, max_text=40)
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from emu_jax import cli
-from emu_jax.config import UserError
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text
 from emu_jax.data.digits import build_digits, encode_png
 from emu_jax.data.documents import DocumentFiles, write_documents
 from emu_jax.data.inspect import inspect
 from emu_jax.data.sources import SourceConfig
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 ATTACK = "<script>alert('x')</script> & so on"

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from emu_jax import config, diffusion, sharding
+from emu_jax.errors import UserError
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
 
@@ -406,21 +407,21 @@ def test_samplers_recover_what_was_noised(method, prediction_type):
     ],
 )
 def test_sampler_mistakes(change, steps, method, line):
-    with pytest.raises(config.UserError, match=line):
+    with pytest.raises(UserError, match=line):
         diffusion.sampling_steps(dataclasses.replace(SCHEDULER, **change), steps, method)
 
 
 def test_network_mistakes(vae):
-    with pytest.raises(config.UserError, match="picture of 9x8.*multiple of 2"):
+    with pytest.raises(UserError, match="picture of 9x8.*multiple of 2"):
         vae.encode(jnp.zeros((1, 9, 8, 3)))
 
     def build(**change):
         cfg = dataclasses.replace(config.UNetConfig(), **change)
         nnx.eval_shape(lambda: UNet(cfg, rngs=nnx.Rngs(0)))
 
-    with pytest.raises(config.UserError, match="unknown block 'UpBlock'"):
+    with pytest.raises(UserError, match="unknown block 'UpBlock'"):
         build(up_block_types=("UpBlock",) * 4)
-    with pytest.raises(config.UserError, match="down_block_types names 1 blocks"):
+    with pytest.raises(UserError, match="down_block_types names 1 blocks"):
         build(down_block_types=("DownBlock2D",))
 
 

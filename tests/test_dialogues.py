@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_sources import TINY, picture, shade, sketched, source, video
 
-from emu_jax.config import UserError
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text, listings
 from emu_jax.data.documents import Damaged, write_documents
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.video import frame_indices
+from emu_jax.errors import UserError
 
 USER, ASSISTANT = "[USER]:", "[ASSISTANT]:"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from emu_jax import bench, cli
-from emu_jax.config import UserError
 from emu_jax.data.build import BuildConfig
 from emu_jax.data.sources import SourceConfig
+from emu_jax.errors import UserError
 from emu_jax.evaluate.run import Options
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.evaluate.tasks.base import Fid

@@ -24,8 +24,8 @@ from PIL import Image
 
 from emu_jax import cli, config, integrity
 from emu_jax.checkpoint import fingerprint
-from emu_jax.config import UserError
 from emu_jax.data.images import load_image, normalize_images
+from emu_jax.errors import UserError
 from emu_jax.evaluate import fewshot
 from emu_jax.evaluate import run as running
 from emu_jax.evaluate.fewshot import FewShot

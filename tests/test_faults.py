@@ -18,8 +18,8 @@ from test_train import one_batch, parameters, small
 
 from emu_jax import checkpoint
 from emu_jax.cli import main
-from emu_jax.config import UserError
 from emu_jax.data.digits import build_digits
+from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
 from emu_jax.train.goodput import KINDS
 from emu_jax.train.loop import Trainer, train

@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 
 from emu_jax import checkpoint
-from emu_jax.config import LoraConfig, UserError, digits, save_json
+from emu_jax.config import LoraConfig, digits, save_json
 from emu_jax.data.digits import build_digits
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.pipeline import Batches, DataConfig
+from emu_jax.errors import UserError
 from emu_jax.generate.api import load
 from emu_jax.models.emu import Emu
 from emu_jax.models.lora import LoraLinear

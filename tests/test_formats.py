@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from test_sources import lines, picture, shown, source, tar
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 ENTRIES = [{"q": f"what is {n}?", "a": f"it is {n}"} for n in range(300)]
 

@@ -19,6 +19,7 @@ from test_sources import video
 
 from emu_jax import config, diffusion
 from emu_jax.data.video import frame_indices
+from emu_jax.errors import UserError
 from emu_jax.generate import image, mixed, prompt, text
 from emu_jax.generate.api import Emu, GenerationConfig, _keys, _picture_keys, load
 from emu_jax.generate.safety import find_checker
@@ -867,7 +868,7 @@ def test_no_picture_is_opened_where_none_can_be_painted(drawer, words):
     model.unet = None
     blind = Emu(model, words)
     assert all(isinstance(p, str) for p in blind.complete("one two three", max_new_tokens=7))
-    with pytest.raises(config.UserError, match="no visual decoder"):
+    with pytest.raises(UserError, match="no visual decoder"):
         blind.generate_image("one")
 
 
@@ -928,7 +929,7 @@ def test_no_picture_is_opened_where_none_can_be_painted(drawer, words):
     ],
 )
 def test_mistakes_are_named(call, message, small):
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         call(small)
 
 
@@ -940,15 +941,15 @@ def test_prompt_and_new_tokens_are_counted_together(small):
     many = [["one"], [text]]
     message = rf"prompt 2 of 2 has {length} tokens and {left + 1} are to follow, .* at most {left}$"
     for call in (small.generate_texts, small.completions):
-        with pytest.raises(config.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             call(many, max_new_tokens=left + 1, num_beams=1)
     full = "one " * positions
     while (length := len(small.tokenizer.encode(f"{full}[IMG]"))) >= positions:
         full = full.removesuffix("one ")
-    with pytest.raises(config.UserError, match=rf"{length} tokens and 3 are .*: shorten it$"):
+    with pytest.raises(UserError, match=rf"{length} tokens and 3 are .*: shorten it$"):
         small.generate_image(full)
     candidates = ["two", "two three four five six"]
-    with pytest.raises(config.UserError, match="are to follow, but the model has 128 positions"):
+    with pytest.raises(UserError, match="are to follow, but the model has 128 positions"):
         small.rank(full, candidates)
 
 
@@ -962,7 +963,7 @@ def test_images_take_no_more_positions_than_there_are(drawer, caplog):
     spare = len(rows[0].tokens) - len(rows[1].tokens)
     assert plan.max_images == 3 and room.tolist() == [1, min(3, 1 + spare // (n + 1))]
     assert "1 of 2 prompts" in caplog.text or "2 of 2 prompts" in caplog.text
-    with pytest.raises(config.UserError, match="no room for one .max_images 3, 128 positions"):
+    with pytest.raises(UserError, match="no room for one .max_images 3, 128 positions"):
         drawer.complete(
             [OPENING[0], "[IMG]"], max_new_tokens=settings["max_new_tokens"] + n, max_images=3
         )
@@ -1089,7 +1090,7 @@ def test_files_of_videos_are_known_by_their_end(end, tmp_path):
 
 def test_devices_and_pipes_are_no_parts():
     """Reading one may never end."""
-    with pytest.raises(config.UserError, match="/dev/null: not a regular file"):
+    with pytest.raises(UserError, match="/dev/null: not a regular file"):
         prompt.open_file(Path("/dev/null"))
 
 
@@ -1167,7 +1168,7 @@ def test_a_safety_checker_that_cannot_be_read_is_one_line(tmp_path):
     folder.mkdir()
     for content in ("{", "{}"):  # damaged; whole, but its weights are missing
         (folder / "config.json").write_text(content)
-        with pytest.raises(config.UserError, match="cannot read the safety checker in ") as told:
+        with pytest.raises(UserError, match="cannot read the safety checker in ") as told:
             find_checker(tmp_path)
         assert "\n" not in str(told.value)
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from test_sources import TINY, picture, shown, source, tar
 
-from emu_jax.config import UserError
 from emu_jax.data import Document, Text, index
 from emu_jax.data.documents import write_documents
 from emu_jax.data.index import Checked, kept
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 RNG = np.random.default_rng(0)

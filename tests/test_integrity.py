@@ -17,7 +17,7 @@ from orbax.checkpoint.experimental import v1
 
 from emu_jax import checkpoint, integrity
 from emu_jax.cli import main
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.train import saving
 from emu_jax.train.saving import Checkpoints
 

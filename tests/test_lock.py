@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_saving import items
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.train import lock
 from emu_jax.train.lock import Lock
 from emu_jax.train.saving import Checkpoints

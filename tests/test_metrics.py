@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.train import metrics
 from emu_jax.train.metrics import MetricLogger, read_metrics, series
 

@@ -13,7 +13,7 @@ from PIL import Image
 from test_data import assert_equal, check_slots, grey, take
 from test_sources import lines, picture, tar, video
 
-from emu_jax.config import UserError, save_json
+from emu_jax.config import save_json
 from emu_jax.data import Batches, DataConfig, Document, Picture, Text, outlines
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.documents import Damaged, Source, write_documents
@@ -23,6 +23,7 @@ from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import PICTURE
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.loop import _resume

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
 from emu_jax.train import goodput, signals
 from emu_jax.train.goodput import Goodput, overlap, seconds_before

@@ -18,7 +18,8 @@ import pytest
 from flax import nnx
 
 from emu_jax import cli
-from emu_jax.config import RematConfig, UserError, emu_14b, emu_ladder
+from emu_jax.config import RematConfig, emu_14b, emu_ladder
+from emu_jax.errors import UserError
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
 from emu_jax.models.attention import AGAIN, XLA_BLOCK
 from emu_jax.plan import hlo

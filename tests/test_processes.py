@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint, integrity
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.train.loop import initialize_distributed
 from emu_jax.train.saving import Checkpoints
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from emu_jax import integrity
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.train import saving
 from emu_jax.train.saving import Checkpoints
 

@@ -12,7 +12,7 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.evaluate import scorers
 from emu_jax.evaluate.scorers import captions, frechet, visdial, vqa
 

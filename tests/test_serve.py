@@ -22,7 +22,7 @@ from test_sources import video
 
 pytest.importorskip("starlette")
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.generate.image import Stopped
 from emu_jax.serve import app as serving
 from emu_jax.serve.app import chat as chat_with

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.config import UserError
 from emu_jax.data import Document, Picture, Text, listings, outlines, storage, tars
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.documents import ABSENT, Damaged, write_documents
@@ -26,6 +25,7 @@ from emu_jax.data.pairs import JOINED
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import Video, frame_indices, sample_frames, storyboard_times
+from emu_jax.errors import UserError
 from emu_jax.generate.prompt import instruct
 from emu_jax.tokenizer import Tokenizer
 

@@ -7,11 +7,11 @@ import socket
 import pytest
 from test_sources import TINY, lines, picture, reasons, shown, source, tar, video
 
-from emu_jax.config import UserError
 from emu_jax.data import Document, Text, storage
 from emu_jax.data.documents import MOST_CHARACTERS, write_documents
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"

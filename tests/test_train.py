@@ -14,9 +14,10 @@ import optax
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.config import RematConfig, TokenIds, UserError, digits
+from emu_jax.config import RematConfig, TokenIds, digits
 from emu_jax.data.digits import build_digits
 from emu_jax.data.pipeline import Batches
+from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding, make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import (

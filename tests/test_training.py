@@ -24,17 +24,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint, integrity
-from emu_jax.config import (
-    LORA_TARGETS,
-    LoraConfig,
-    SchedulerConfig,
-    TokenIds,
-    UserError,
-    digits,
-    save_json,
-)
+from emu_jax.config import LORA_TARGETS, LoraConfig, SchedulerConfig, TokenIds, digits, save_json
 from emu_jax.data.images import normalize_images
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import Llama
@@ -804,7 +797,7 @@ def test_what_a_parent_carries_is_on_the_disk_before_it_has_its_name(tmp_path, m
         assert ("Emu.json" if self.name == "release.tmp" else ".generation.json.tmp") in synced
         return rename(self, target)
 
-    monkeypatch.setattr("emu_jax.config.sync", lambda path: synced.append(Path(path).name))
+    monkeypatch.setattr("emu_jax.filesystem.sync", lambda path: synced.append(Path(path).name))
     monkeypatch.setattr(Path, "rename", checked)
     cfg = dataclasses.replace(TOY, init_from=str(parent), parents={"llama": "../parent"})
     for _ in range(2):

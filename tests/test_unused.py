@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.config import UserError
 from emu_jax.data import DataConfig, Document, Picture, Text
 from emu_jax.data.documents import REASONS, write_documents
 from emu_jax.data.mixture import open_groups
@@ -19,6 +18,7 @@ from emu_jax.data.pipeline import Batches
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.unused import EXAMPLES, Tally
 from emu_jax.data.video import storyboard
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"

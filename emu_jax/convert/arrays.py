@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from emu_jax.config import UserError
 from emu_jax.convert.files import copy_into
+from emu_jax.errors import UserError
 
 _CHUNK = 2**26  # bytes of an array in one file
 _GROUP = 2**26  # bytes committed together: they stay in memory until then, and a commit is slow

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from emu_jax import integrity
-from emu_jax.config import UserError, save_json, sync, sync_tree
+from emu_jax.config import save_json
 from emu_jax.convert import export, files
 from emu_jax.convert.arrays import ArrayWriter
 from emu_jax.convert.source import (
@@ -43,6 +43,8 @@ from emu_jax.convert.source import (
     rows_of,
 )
 from emu_jax.convert.tables import Row
+from emu_jax.errors import UserError
+from emu_jax.filesystem import sync, sync_tree
 from emu_jax.sharding import make_mesh
 
 

@@ -15,18 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.config import (
-    EmuConfig,
-    LlamaConfig,
-    SchedulerConfig,
-    UNetConfig,
-    UserError,
-    VAEConfig,
-    to_dict,
-)
+from emu_jax.config import EmuConfig, LlamaConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
 from emu_jax.convert import files, sizes
 from emu_jax.convert.source import Layout, Source, rows_of
 from emu_jax.convert.tables import Row, Shape, peft_key
+from emu_jax.errors import UserError
 
 Progress = Callable[[Source, Sequence[Row], str], Iterator[tuple[Row, int]]]
 

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from emu_jax.config import UserError, read_json_object, refuse_stand_in
 from emu_jax.convert.tables import Shape
+from emu_jax.errors import UserError
+from emu_jax.filesystem import read_json_object, refuse_stand_in
 
 # The name in safetensors, the name in torch, and torch's storage class.
 _DTYPES: dict[np.dtype, tuple[str, str, str]] = {

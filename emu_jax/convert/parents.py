@@ -21,18 +21,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from emu_jax import integrity
-from emu_jax.config import (
-    CFormerConfig,
-    EmuConfig,
-    TokenIds,
-    UserError,
-    emu_14b,
-    read_json_object,
-)
+from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, emu_14b
 from emu_jax.convert import engine, files, sizes, tables
 from emu_jax.convert.files import Tensor
 from emu_jax.convert.source import FLOATS, Layout, layers, synthetic_dead, template_of
 from emu_jax.convert.tables import Spelling
+from emu_jax.errors import UserError
+from emu_jax.filesystem import read_json_object
 from emu_jax.models.emu import Emu
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import make_mesh

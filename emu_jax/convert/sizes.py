@@ -19,14 +19,14 @@ from emu_jax.config import (
     SchedulerConfig,
     TokenIds,
     UNetConfig,
-    UserError,
     VAEConfig,
     VisionConfig,
     emu_14b,
     from_dict,
-    read_json_object,
 )
 from emu_jax.convert.tables import Shape, Spelling
+from emu_jax.errors import UserError
+from emu_jax.filesystem import read_json_object
 
 # Tokens that the release adds to LLaMA's vocabulary, without and with [USER] and [ASSISTANT].
 ADDED_TOKENS = (4, 6)

@@ -22,11 +22,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from emu_jax import checkpoint
-from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig, UserError, read_json_object, suggest
+from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig
 from emu_jax.convert import files, sizes, tables
 from emu_jax.convert.arrays import Arrays
 from emu_jax.convert.files import Tensor
 from emu_jax.convert.tables import Row, Spelling, peft_key
+from emu_jax.errors import UserError, suggest
+from emu_jax.filesystem import read_json_object
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge

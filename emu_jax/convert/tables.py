@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from einops import rearrange
 
-from emu_jax.config import LORA_TARGETS, EmuConfig, UserError
+from emu_jax.config import LORA_TARGETS, EmuConfig
+from emu_jax.errors import UserError
 
 Shape = tuple[int, ...]
 

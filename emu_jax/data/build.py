@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 import PIL
 
-from emu_jax.config import UserError, to_dict
+from emu_jax.config import to_dict
 from emu_jax.data import storage
 from emu_jax.data.clean import CleanConfig, Cleaned, clean
 from emu_jax.data.documents import (
@@ -50,6 +50,7 @@ from emu_jax.data.documents import (
 )
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from emu_jax.config import UserError, suggest
 from emu_jax.data.documents import Document, Picture, Text
 from emu_jax.data.images import PictureError, is_animated, open_image
 from emu_jax.data.unused import Unused
+from emu_jax.errors import UserError, suggest
 
 ENCODINGS = ("jpeg", "webp", "png")
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from emu_jax.config import UserError, to_dict
+from emu_jax.config import to_dict
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.unused import MAY_LACK
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 Kind = Literal["rows", "captions", "pictures", "contexts"]

@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
-from emu_jax.config import UserError, suggest
 from emu_jax.data import storage
 from emu_jax.data.documents import Document, Picture, Text, write_documents
+from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

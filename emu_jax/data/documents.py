@@ -19,9 +19,9 @@ import grain
 import msgpack
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.unused import Tally, Unused
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import IMAGE
 
 VERSION = 1  # of the record layout

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.config import Batch, DataConfig, batch_shapes
 from emu_jax.data.documents import Damaged, Picture, Text
 from emu_jax.data.mixture import FRAMES, Drawn, Group, Packed
 from emu_jax.data.outlines import text_ids
 from emu_jax.data.packing import PICTURE, Part, part_tokens, truncate
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 Position = tuple[int, int]  # (block, row in it) for rows; (0, document) for other kinds

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.index import Arrays
+from emu_jax.errors import UserError
 
 PACKED = (".gz", ".zip")  # compressed listings that are unpacked
 _MOST_UNPACKED = 1 << 33  # bytes; all of them are in memory at once

@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from emu_jax.config import UserError
 from emu_jax.data import storage
+from emu_jax.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -33,10 +33,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]

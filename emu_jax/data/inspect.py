@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emu_jax.config import UserError, to_dict
+from emu_jax.config import to_dict
 from emu_jax.data.pipeline import Batch, Batches, Damage, DataConfig, Kind
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
 from emu_jax.page import details, image, table, tiles, write_page
 from emu_jax.tokenizer import Tokenizer
 

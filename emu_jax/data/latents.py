@@ -26,10 +26,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
-from emu_jax.config import EmuConfig, UserError, load_json, save_json
+from emu_jax.config import EmuConfig, load_json, save_json
 from emu_jax.data import storage
 from emu_jax.data.pipeline import Batch, Damage, DataConfig, is_count
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Source, short_hash, utf8
 from emu_jax.data.folders import SubFolders, stamp
@@ -21,6 +20,7 @@ from emu_jax.data.formats import PACKED, check_format, check_twins, unpack
 from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kept
 from emu_jax.data.tars import Reason, TarFiles, plain
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
 
 _VERSION = "entries-2"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, escaped

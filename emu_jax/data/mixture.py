@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from emu_jax.config import UserError, suggest
 from emu_jax.data import storage
 from emu_jax.data.config import PAIRS, DataConfig, Kind
 from emu_jax.data.documents import Source
@@ -25,6 +24,7 @@ from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from emu_jax.config import UserError
 from emu_jax.data.documents import (
     ABSENT,
     REASONS,
@@ -25,6 +24,7 @@ from emu_jax.data.documents import (
 from emu_jax.data.index import Arrays, kept
 from emu_jax.data.packing import PICTURE
 from emu_jax.data.unused import Tally, Unused
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 log = logging.getLogger(__name__)

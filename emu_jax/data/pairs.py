@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emu_jax.config import UserError
 from emu_jax.data import storage
 from emu_jax.data.documents import (
     REASONS,
@@ -29,6 +28,7 @@ from emu_jax.data.listings import parse_object
 from emu_jax.data.tars import Member, members, note
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.data.video import VIDEO_SUFFIXES, Video, sample_frames
+from emu_jax.errors import UserError
 
 _VERSION = "samples-5"
 _TEXTS = ("txt", "caption", "text")  # in this order

@@ -16,11 +16,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-from emu_jax.config import UserError, suggest
 from emu_jax.data.config import Batch, DataConfig, Kind, batch_shapes
 from emu_jax.data.documents import short_hash
 from emu_jax.data.filling import STATISTICS, Damage, Filler, Made, Pool, Position
 from emu_jax.data.mixture import open_groups, schedule, tally
+from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from emu_jax.config import UserError, suggest
 from emu_jax.data import storage
 from emu_jax.data.dialogues import Dialogues
 from emu_jax.data.documents import DocumentFiles, Source
@@ -18,6 +17,7 @@ from emu_jax.data.listings import Entries, Media
 from emu_jax.data.pages import Pages
 from emu_jax.data.pairs import Pairs, TfdsPairs
 from emu_jax.data.videos import SubtitledVideos, Videos
+from emu_jax.errors import UserError, suggest
 
 
 @dataclasses.dataclass(frozen=True)

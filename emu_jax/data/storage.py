@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from emu_jax.config import UserError, sync
+from emu_jax.errors import UserError
+from emu_jax.filesystem import sync
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 KINDS = ("documents", "images", "texts")  # see `Tally.used`
 MAY_LACK = KINDS[1:]  # values of `SourceConfig.allow_missing`

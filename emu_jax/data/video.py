@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from emu_jax.config import UserError
 from emu_jax.data.cues import read_cues, unroll
 from emu_jax.data.documents import Damaged, Unused
 from emu_jax.data.images import MOST_PIXELS, PictureError, open_image
+from emu_jax.errors import UserError
 
 FRAMES = 8  # frames of a video that the release shows
 

@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from emu_jax.config import UserError
 from emu_jax.data.storage import writing
+from emu_jax.errors import UserError
 from emu_jax.evaluate.tasks.base import Example, Item, Shown
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from emu_jax import sharding
 from emu_jax.checkpoint import fingerprint, latest_step
-from emu_jax.config import UserError, suggest, write_text
 from emu_jax.data.images import load_image
 from emu_jax.data.storage import writing
+from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate import results_page
 from emu_jax.evaluate.fewshot import Examples, FewShot
 from emu_jax.evaluate.tasks import TASKS
@@ -49,6 +49,7 @@ from emu_jax.evaluate.tasks.base import (
     Task,
     check_split,
 )
+from emu_jax.filesystem import write_text
 from emu_jax.generate.api import Emu, GenerationConfig, load
 from emu_jax.generate.prompt import open_file
 from emu_jax.train.loop import initialize_distributed

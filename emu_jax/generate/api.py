@@ -29,9 +29,10 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from PIL import Image
 
 from emu_jax import checkpoint, diffusion, sharding
-from emu_jax.config import TokenIds, UserError, load_json, suggest
+from emu_jax.config import TokenIds, load_json
 from emu_jax.convert.source import check_heads, is_release, load_release
 from emu_jax.data.images import normalize_images
+from emu_jax.errors import UserError, suggest
 from emu_jax.generate import image, mixed, text
 from emu_jax.generate.image import ImageConfig
 from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pad, pixels_of

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu
 from emu_jax.generate.prompt import Part, open_file
 from emu_jax.generate.text import MAX_SEED, check_seed

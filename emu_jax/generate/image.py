@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from emu_jax import diffusion
-from emu_jax.config import EmuConfig, UserError, suggest
+from emu_jax.config import EmuConfig
+from emu_jax.errors import UserError, suggest
 from emu_jax.generate.text import check_types
 from emu_jax.models.emu import Emu
 

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from emu_jax.config import EmuConfig, UserError
+from emu_jax.config import EmuConfig
 from emu_jax.data import storage
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.images import load_image, open_image
 from emu_jax.data.video import FRAMES, VIDEO_SUFFIXES, Video, sample_frames
+from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, EOS, IMAGE, IMG, USER, Tokenizer
 
 # str, a PIL picture, pixels [h, w, 3] in uint8 or in floats from 0 to 1; or a video: [F, h, w, 3]

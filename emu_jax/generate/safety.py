@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from emu_jax.config import TokenIds, UserError
+from emu_jax.config import TokenIds
+from emu_jax.errors import UserError
 from emu_jax.models.llama import KVCache, Llama
 
 # How often each program was traced: once per bucket of shapes, as the tests hold.

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from emu_jax.config import UserError, suggest
+from emu_jax.errors import UserError, suggest
 from emu_jax.models.short_attention import LONGEST, short_attention
 from emu_jax.sharding import platform, shard, spec
 

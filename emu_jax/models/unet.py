@@ -11,7 +11,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from emu_jax.config import UNetConfig, UserError
+from emu_jax.config import UNetConfig
+from emu_jax.errors import UserError
 from emu_jax.models.conv import Attention, Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 from emu_jax.models.layers import REMAT, LayerNorm, Linear, gelu
 from emu_jax.sharding import shard

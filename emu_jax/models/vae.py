@@ -9,7 +9,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from emu_jax.config import UserError, VAEConfig
+from emu_jax.config import VAEConfig
+from emu_jax.errors import UserError
 from emu_jax.models.conv import Attention, Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 from emu_jax.sharding import shard
 

@@ -29,7 +29,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from emu_jax.config import UserError, suggest, to_dict
+from emu_jax.config import to_dict
+from emu_jax.errors import UserError, suggest
 from emu_jax.generate import text
 from emu_jax.hardware import Topology
 from emu_jax.models.llama import KVCache, Llama

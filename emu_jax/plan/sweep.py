@@ -22,7 +22,9 @@ from typing import Any
 
 import jax
 
-from emu_jax.config import UserError, to_dict, write_text
+from emu_jax.config import to_dict
+from emu_jax.errors import UserError
+from emu_jax.filesystem import write_text
 from emu_jax.hardware import Topology
 from emu_jax.plan.plan import (
     SAFE,

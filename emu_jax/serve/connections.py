@@ -18,7 +18,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.serve.requests import Limits
 
 GRACE = 30.0  # seconds to send the rest of an answer after it is complete

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.generate.image import Stopped
 from emu_jax.serve.requests import Refused
 

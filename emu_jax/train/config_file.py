@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import UserError, from_dict, shipped, suggest, to_dict
+from emu_jax.config import from_dict, to_dict
+from emu_jax.errors import UserError, suggest
+from emu_jax.filesystem import shipped
 from emu_jax.hardware import CHIPS
 
 T = TypeVar("T")

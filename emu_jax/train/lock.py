@@ -21,7 +21,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 35.0  # without a beat, an owner on another host is dead

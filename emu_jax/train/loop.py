@@ -19,8 +19,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from emu_jax.config import TokenIds, UserError, load_json, save_json, suggest, to_dict
+from emu_jax.config import TokenIds, load_json, save_json, to_dict
 from emu_jax.data import digits
+from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import choose_backend
 from emu_jax.models.layers import REMAT
 from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest

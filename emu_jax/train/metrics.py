@@ -24,7 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from emu_jax.config import UserError, write_text
+from emu_jax.errors import UserError
+from emu_jax.filesystem import write_text
 
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents-{}.jsonl"

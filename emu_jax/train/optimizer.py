@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.train.config import GroupConfig, OptimizerConfig
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 
 from emu_jax import checkpoint
-from emu_jax.config import EmuConfig, UserError, suggest, sync, sync_tree, write_text
+from emu_jax.config import EmuConfig
+from emu_jax.errors import UserError, suggest
+from emu_jax.filesystem import sync, sync_tree, write_text
 from emu_jax.train.config import TrainConfig
 
 # Where a tower of the module has its configuration.

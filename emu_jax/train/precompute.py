@@ -21,8 +21,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from emu_jax.config import UserError, to_dict
+from emu_jax.config import to_dict
 from emu_jax.data.latents import PartWriter, Progress, finish, latent_shapes
+from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding
 from emu_jax.train import loop, parents
 from emu_jax.train.config import TrainConfig

@@ -21,7 +21,8 @@ from jax.experimental import multihost_utils
 
 from emu_jax import integrity
 from emu_jax.checkpoint import complete_steps
-from emu_jax.config import UserError, sync
+from emu_jax.errors import UserError
+from emu_jax.filesystem import sync
 from emu_jax.train.lock import Lock
 
 # Under these names a step is written, and removed.

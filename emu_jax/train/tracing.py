@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 ON_REQUEST = 3  # steps traced when a running process is asked
 

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Collection, Hashable, Mapping
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, check_keys, warned
 
 PYTHON_TOKENIZER = (

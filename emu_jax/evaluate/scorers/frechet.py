@@ -24,10 +24,10 @@ from jaxtyping import Float, Num, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from emu_jax.config import UserError
 from emu_jax.convert.files import torch_or_explain
 from emu_jax.data.images import open_image
 from emu_jax.data.storage import writing
+from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, warned
 
 Resize = Literal["network", "clean"]

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, check_keys, warned
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, check_keys, warned
 
 STEMMED = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emu_jax.config import UserError
+from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, captions
 from emu_jax.evaluate.tasks.base import (
     CAPTION,
