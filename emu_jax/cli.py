@@ -74,7 +74,7 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.evaluate import demo
+        from emu_jax.demo import demo
 
         args.json = True  # always print the figures: they are the result
         return demo.run(args.workdir, args.seed, args.validation)
@@ -322,7 +322,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.evaluate.verify import summary, table, verify
+        from emu_jax.verify import summary, table, verify
 
         rows = verify(args.checkpoint, args.golden)
         result = summary(rows)

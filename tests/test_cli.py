@@ -178,7 +178,7 @@ def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
         print("something")
         return {"workdir": str(workdir), "seed": seed, "validation": validation}
 
-    monkeypatch.setattr("emu_jax.evaluate.demo.run", demo)
+    monkeypatch.setattr("emu_jax.demo.demo.run", demo)
     status, out, err = run("demo")
     assert (status, err) == (0, "")
     assert json.loads(out.splitlines()[-1]) == {

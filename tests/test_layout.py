@@ -20,7 +20,7 @@ LEVELS = [
     {"models"},
     {"diffusion", "data", "convert", "checkpoint", "integrity"},
     {"train", "generate"},
-    {"evaluate", "plan", "serve", "bench"},
+    {"demo", "evaluate", "plan", "serve", "bench", "verify"},
     {"__init__", "cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -122,7 +122,7 @@ def loaded_by(code: str) -> set[str]:
     [
         "import emu_jax",
         "import emu_jax; emu_jax.load, emu_jax.Emu, emu_jax.EmuConfig",
-        "import emu_jax.cli, emu_jax.train.loop, emu_jax.evaluate.demo",
+        "import emu_jax.cli, emu_jax.train.loop, emu_jax.demo.demo",
     ],
 )
 def test_imports_load_no_other_framework(code):

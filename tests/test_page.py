@@ -28,7 +28,7 @@ from PIL import Image
 from emu_jax.config import digits as digits_model
 from emu_jax.config import save_json
 from emu_jax.data import digits
-from emu_jax.evaluate.demo import GENERATION, Judge
+from emu_jax.demo.demo import GENERATION, Judge
 from emu_jax.models.emu import Emu
 from emu_jax.sharding import Template, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer

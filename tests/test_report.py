@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.evaluate.report import write_report
+from emu_jax.demo.report import write_report
 
 VOID = {"meta", "img"}
 

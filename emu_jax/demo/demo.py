@@ -19,8 +19,8 @@ from emu_jax.config import save_json
 from emu_jax.data import digits
 from emu_jax.data.documents import DocumentFiles, Text
 from emu_jax.data.images import open_image, resize
+from emu_jax.demo.report import write_report
 from emu_jax.errors import UserError
-from emu_jax.evaluate.report import write_report
 from emu_jax.filesystem import shipped, write_text
 from emu_jax.generate.api import Emu, GenerationConfig, load
 from emu_jax.train.config import TrainConfig
