@@ -73,11 +73,14 @@ def test_what_the_14b_model_keeps_while_it_is_tuned(name, trained):
 
 
 def test_adapters_drop_what_they_read():
-    layer = LoraLinear(40, 24, ("embed", "heads"), lora=LORA, rngs=nnx.Rngs(0))
+    path = "self_attn.v_proj"
+    layer = LoraLinear(40, 24, ("embed", "heads"), path=path, lora=LORA, rngs=nnx.Rngs(0))
     layer.lora_b.set_value(jax.random.normal(jax.random.key(1), (3, 24)))
     x = jax.random.normal(jax.random.key(2), (5, 7, 40))
     key = jax.random.key(3)
-    kept = jax.random.bernoulli(key, 0.75, x.shape)
+    # The CRC-32 of the layer's name is folded into the key of its block.
+    own = jax.random.fold_in(key, 2690200301)
+    kept = jax.random.bernoulli(own, 0.75, x.shape)
     assert 0.7 < kept.mean() < 0.8
     base = x @ layer.kernel[...]
     low = jnp.where(kept, x / 0.75, 0) @ layer.lora_a[...] @ layer.lora_b[...]

@@ -47,7 +47,7 @@ def test_embeddings_are_normalized_where_the_config_asks_for_it():
 def test_adapters_by_hand():
     """alpha is not the rank; of an input the adapter drops its own entries, the layer none."""
     lora = LoraConfig(rank=2, alpha=3.0, dropout=0.4)
-    layer = LoraLinear(6, 5, ("embed", "heads"), lora=lora, rngs=nnx.Rngs(0))
+    layer = LoraLinear(6, 5, ("embed", "heads"), path="mlp.up_proj", lora=lora, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     layer.lora_b[...] = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32)
@@ -58,12 +58,13 @@ def test_adapters_by_hand():
     np.testing.assert_allclose(x @ merged, expected, rtol=1e-5, atol=1e-6)
 
     key = jax.random.key(1)
-    for place in (0, 3):
-        own = jax.random.fold_in(key, place)
+    # CRC-32 of the names, from `printf mlp.up_proj | gzip -c | tail -c8 | od -An -N4 -tu4`.
+    for layer.path, name_hash in (("mlp.up_proj", 1530557511), ("self_attn.q_proj", 3176923733)):
+        own = jax.random.fold_in(key, name_hash)
         low = np.where(jax.random.bernoulli(own, 0.6, x.shape), np.asarray(x) / 0.6, 0)
-        found = adapted(layer, x, key, place)
+        found = adapted(layer, x, key)
         np.testing.assert_allclose(found, x @ kernel + 1.5 * (low @ a @ b), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(adapted(layer, x, None, 0), layer(x))
+    np.testing.assert_array_equal(adapted(layer, x, None), layer(x))
 
 
 def test_regression_targets_by_hand():

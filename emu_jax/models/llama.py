@@ -113,15 +113,16 @@ def rotary(
 
 def _linear(
     cfg: LlamaConfig,
-    name: str,
+    path: str,
     width_in: int,
     width_out: int,
     axes: tuple[str, str],
     rngs: nnx.Rngs,
 ) -> Linear:
-    """A layer without bias; with an adapter where the configuration asks for one."""
-    if cfg.lora and name in cfg.lora.targets:
-        return LoraLinear(width_in, width_out, axes, lora=cfg.lora, rngs=rngs)
+    """A layer without bias, at `path` of its block; with an adapter where the configuration asks
+    for one."""
+    if cfg.lora and path.rsplit(".", 1)[-1] in cfg.lora.targets:
+        return LoraLinear(width_in, width_out, axes, path=path, lora=cfg.lora, rngs=rngs)
     return Linear(width_in, width_out, axes, bias=False, rngs=rngs)
 
 
@@ -131,10 +132,10 @@ class LlamaAttention(nnx.Module):
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         inner = cfg.heads * cfg.head_width
         into = (cfg.width, inner, ("embed", "heads"), rngs)
-        self.q_proj = _linear(cfg, "q_proj", *into)
-        self.k_proj = _linear(cfg, "k_proj", *into)
-        self.v_proj = _linear(cfg, "v_proj", *into)
-        self.o_proj = _linear(cfg, "o_proj", inner, cfg.width, ("heads", "embed"), rngs)
+        self.q_proj = _linear(cfg, "self_attn.q_proj", *into)
+        self.k_proj = _linear(cfg, "self_attn.k_proj", *into)
+        self.v_proj = _linear(cfg, "self_attn.v_proj", *into)
+        self.o_proj = _linear(cfg, "self_attn.o_proj", inner, cfg.width, ("heads", "embed"), rngs)
         self.cfg = cfg
 
     def project(
@@ -145,10 +146,8 @@ class LlamaAttention(nnx.Module):
     ):
         """Rotated queries and keys, and values, each [B, T, H, K]."""
         q, k, v = (
-            rearrange(
-                adapted(proj, x, dropout_key, n), "b t (h k) -> b t h k", k=self.cfg.head_width
-            )
-            for n, proj in enumerate((self.q_proj, self.k_proj, self.v_proj))
+            rearrange(adapted(proj, x, dropout_key), "b t (h k) -> b t h k", k=self.cfg.head_width)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         rope = self.cfg.rope_theta, self.cfg.rope_dtype
         q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
@@ -159,7 +158,7 @@ class LlamaAttention(nnx.Module):
         """`how`: masks and backend, as `attention` takes them."""
         out = attention(q, k, v, scale=self.cfg.head_width**-0.5, **how)
         out = rearrange(out, "b t h k -> b t (h k)")
-        return keep(adapted(self.o_proj, out, dropout_key, 3), ADDED)
+        return keep(adapted(self.o_proj, out, dropout_key), ADDED)
 
 
 class LlamaMLP(nnx.Module):
@@ -167,16 +166,16 @@ class LlamaMLP(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         width, hidden = cfg.width, cfg.mlp_width
-        self.gate_proj = _linear(cfg, "gate_proj", width, hidden, ("embed", "mlp"), rngs)
-        self.up_proj = _linear(cfg, "up_proj", width, hidden, ("embed", "mlp"), rngs)
-        self.down_proj = _linear(cfg, "down_proj", hidden, width, ("mlp", "embed"), rngs)
+        self.gate_proj = _linear(cfg, "mlp.gate_proj", width, hidden, ("embed", "mlp"), rngs)
+        self.up_proj = _linear(cfg, "mlp.up_proj", width, hidden, ("embed", "mlp"), rngs)
+        self.down_proj = _linear(cfg, "mlp.down_proj", hidden, width, ("mlp", "embed"), rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None
     ) -> Float[Array, "B T D"]:
-        gate = shard(adapted(self.gate_proj, x, dropout_key, 4), "batch", None, "mlp")
-        up = shard(adapted(self.up_proj, x, dropout_key, 5), "batch", None, "mlp")
-        return adapted(self.down_proj, jax.nn.silu(gate) * up, dropout_key, 6)
+        gate = shard(adapted(self.gate_proj, x, dropout_key), "batch", None, "mlp")
+        up = shard(adapted(self.up_proj, x, dropout_key), "batch", None, "mlp")
+        return adapted(self.down_proj, jax.nn.silu(gate) * up, dropout_key)
 
 
 class LlamaBlock(nnx.Module):
