@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(root, whole, tmp_path, capsy
     cut(largest_file(workdir / "6" / "params"))
     assert train(run(root), workdir)["step"] == 6
     said = capsys.readouterr().err
-    assert "checkpoint 6 cannot be read (params: " in said and "going on from step 4" in said
+    assert "checkpoint 6 cannot be read (params: " in said and "resuming from step 4" in said
     assert (workdir / "6.damaged").is_dir()
     assert_ends_like(whole, workdir)
     assert rows_of(workdir)[-1]["lost_seconds"] > 0
@@ -130,7 +130,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(root, tmp_path, monke
 
 @pytest.mark.slow
 def test_data_that_cannot_be_read_any_more_end_the_run(root, tmp_path):
-    """The file is cut short in mid-epoch. Once it is mended, the run goes on."""
+    """The file is cut short in mid-epoch. Once it is repaired, the run resumes."""
     copy = shutil.copytree(root, tmp_path / "data")
     file = copy / "train" / "pairs.array_record"
     whole = file.read_bytes()
@@ -171,8 +171,8 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_saved(root, whole, tmp_path)
             train(cfg, disk)
         step = checkpoint.latest_step(disk)
         assert str(told.value) == (
-            f"cannot save step {step + 2} in {disk}: No space left on device: mend that, then "
-            f"start again to go on from step {step}"
+            f"failed to save step {step + 2} to {disk}: No space left on device: fix this and "
+            f"rerun; training resumes from step {step}"
         )
         workdir = shutil.copytree(disk, tmp_path / "larger")
     finally:

@@ -269,7 +269,7 @@ def test_a_save_that_cannot_be_read_back_ends_the_run_and_older_ones_stay(tmp_pa
         checkpoints.wait()
         monkeypatch.setattr(integrity, "seal", damage)
         checkpoints.save(2, items(2))
-        with pytest.raises(UserError, match="cannot save step 2 in .*: read back, .*params"):
+        with pytest.raises(UserError, match="failed to save step 2 to .*: read back, .*params"):
             checkpoints.wait()
     assert (tmp_path / "1").is_dir() and (tmp_path / "2.damaged").is_dir()
     assert resumed(tmp_path) == 1

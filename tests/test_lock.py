@@ -49,8 +49,8 @@ def test_a_second_job_is_refused_and_touches_nothing(tmp_path):
             pass
         assert str(told.value) == (
             f"{tmp_path} is in use by process {owner['pid']} on {owner['host']}, since "
-            f"{owner['since']}: stop that job first, or give another --workdir (if it does not "
-            f"run any more, delete {tmp_path / 'lock.json'})"
+            f"{owner['since']}: stop that job first, or use another --workdir (if that job is no "
+            f"longer running, delete {tmp_path / 'lock.json'})"
         )
         assert half.is_dir()
     assert (tmp_path / "1").is_dir() and not (tmp_path / "lock.json").exists()
@@ -179,7 +179,7 @@ def test_a_save_that_fails_because_the_lock_was_lost_leaves_the_other_job_alone(
     def fail() -> None:
         raise OSError(2, "No such file or directory")
 
-    with pytest.raises(UserError, match="cannot save step 2"):
+    with pytest.raises(UserError, match="failed to save step 2"):
         with Checkpoints(tmp_path, 1) as checkpoints:
             checkpoints._lock._closed.set()  # this process is suspended
             checkpoints._lock._thread.join()

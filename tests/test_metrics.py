@@ -107,7 +107,7 @@ def test_an_odd_row_is_one_clear_line(row, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(row.encode(errors="surrogateescape") + b"\n" + path.read_bytes())
     for use in (lambda: read_metrics(tmp_path), lambda: record(tmp_path, [3])):
-        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not .*: mend or delete"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not .*: fix or delete"):
             use()
 
 

@@ -130,9 +130,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypat
         tracer.before(1)
         tracer.after(2)
     said = capsys.readouterr().err.splitlines()
-    assert said[1:] == [
-        "the trace could not be written: RESOURCE_EXHAUSTED: No space left on device"
-    ]
+    assert said[1:] == ["failed to write the trace: RESOURCE_EXHAUSTED: No space left on device"]
 
 
 def test_the_watchdog_lets_steps_alone_that_end_in_time(tmp_path):
@@ -234,7 +232,7 @@ def test_signals_interrupt_no_save_and_no_orderly_end(clock, mesh, capfd):
         capfd.readouterr()
         send(signal.SIGTERM)
         send(signal.SIGINT)
-        assert capfd.readouterr().err == "already stopping: waiting for what is being saved\n"
+        assert capfd.readouterr().err == "already stopping: waiting for the save in progress\n"
 
 
 def test_each_step_s_documents_stand_once(tmp_path):

@@ -158,8 +158,8 @@ def test_three_processes_save_verify_and_restore_as_one(tmp_path):
     other = tmp_path / "other"
     for one in said:
         assert one["failed"] == (
-            f"cannot save step 2 in {other}: read back, a worn disk: mend that, then start again "
-            "to go on from step 1"
+            f"failed to save step 2 to {other}: read back, a worn disk: fix this and rerun; "
+            "training resumes from step 1"
         )
         assert one["newest"] == 1 and one["lost"] == said[0]["lost"]
         assert one["lost"].startswith("process 7 on h, since None has taken over")

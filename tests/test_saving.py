@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_named(how, tmp_path, capsys):
     assert_restores(tmp_path, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("checkpoint 3 cannot be read (")
-    assert line.endswith(f"): kept as {tmp_path / '3.damaged'}, going on from step 2")
+    assert line.endswith(f"): renamed to {tmp_path / '3.damaged'}, resuming from step 2")
     assert (tmp_path / "3.damaged").is_dir() and not (tmp_path / "3").exists()
     # Its place is free, and a second one that is damaged does not take the first one's.
     write(tmp_path, [3])
@@ -142,8 +142,8 @@ def test_a_save_that_fails_is_one_line_and_costs_nothing_saved(disk, reason, req
     whole = sorted(int(p.name) for p in workdir.iterdir() if p.name.isdigit())
     failed = whole[-1] + 1
     assert str(told.value) == (
-        f"cannot save step {failed} in {workdir}: {reason}: mend that, then start again to go "
-        f"on from step {whole[-1]}"
+        f"failed to save step {failed} to {workdir}: {reason}: fix this and rerun; training "
+        f"resumes from step {whole[-1]}"
     )
     assert not [record for record in caplog.records if record.exc_info]
     assert_restores(workdir, whole[-1])
@@ -151,7 +151,7 @@ def test_a_save_that_fails_is_one_line_and_costs_nothing_saved(disk, reason, req
 
 
 def test_a_failed_save_is_noticed_beside_the_steps(small_files):
-    with pytest.raises(UserError, match="cannot save step 3"):
+    with pytest.raises(UserError, match="failed to save step 3"):
         with Checkpoints(small_files, 10) as checkpoints:
             checkpoints.save(3, items(3))
             for _ in range(400):

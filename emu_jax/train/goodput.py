@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-# Every moment of a run is one of these. `lost`: steps that were done again after a restart.
+# Every moment of a run belongs to one kind. `lost`: steps that were repeated after a restart.
 KINDS = ("step", "data", "checkpoint", "compile", "other", "lost")
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 COMPILING = (
@@ -22,17 +22,17 @@ Span = tuple[float, float]  # (start, end), of `time.monotonic`
 
 
 class Goodput:
-    """Splits a run's time, as the loop reports what it does and when each step ended.
+    """Splits a run's time by kind, from what the loop reports.
 
-    Devices work on a step from its launch, or from the end of the step before it, to its own
-    end. What the loop does meanwhile costs nothing; what it does while they are idle is what
-    they wait for.
+    Devices work on a step from its dispatch, or from the end of the previous step, to its own end.
+    Work that the loop does meanwhile costs nothing. While the devices are idle, the time counts as
+    what the loop is doing.
     """
 
-    def __init__(self):
-        self.compilations = 0  # of this process, those read from the cache too
+    def __init__(self) -> None:
+        self.compilations = 0  # of this process, including cache hits
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-        self._until = time.monotonic()  # what is split so far
+        self._until = time.monotonic()  # the time up to here has been split
         self._spans: dict[str, list[Span]] = {"data": [], "checkpoint": [], "compile": []}
 
     def __enter__(self) -> Goodput:
@@ -43,7 +43,7 @@ class Goodput:
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Counts what earlier processes of the run spent, too."""
+        """Adds the time that earlier processes of the run spent."""
         for kind, value in seconds.items():
             self._seconds[kind] += value
 
@@ -76,8 +76,8 @@ class Goodput:
             self._spans[kind] = [span for span in spans if span[1] > ended]
 
     def metrics(self) -> dict[str, float]:
-        """Seconds by kind since the run began, the share of them that went into steps, and
-        the number of compilations."""
+        """Returns the seconds by kind since the run began, the share of them that went into steps,
+        and the number of compilations."""
         total = sum(self._seconds.values())
         return {
             **{f"{kind}_seconds": seconds for kind, seconds in self._seconds.items()},
@@ -93,8 +93,10 @@ class Goodput:
 
 
 def seconds_before(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """Seconds by kind of the processes that logged `rows`, the last of which this run goes on
-    from `step`: what was done beyond it is lost."""
+    """Returns the seconds by kind of the processes that logged `rows`.
+
+    The run resumes from `step`, so the time of later steps counts as lost.
+    """
     if not rows:
         return {}
     seconds = {kind: float(rows[-1].get(f"{kind}_seconds", 0.0)) for kind in KINDS}
@@ -106,7 +108,7 @@ def seconds_before(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, fl
 
 
 def overlap(spans: Iterable[Span], within: Span) -> float:
-    """Seconds of `within` that some of the spans cover."""
+    """Returns how many seconds of `within` the spans cover."""
     covered, until = 0.0, within[0]
     for start, end in sorted(spans):
         start, end = max(start, until), min(end, within[1])

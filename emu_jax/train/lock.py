@@ -1,11 +1,11 @@
 """One job at a time in a run directory.
 
-    DIR/lock.json   who trains there: host, pid, when it started, and a heartbeat
+    DIR/lock.json   the job that trains there: host, pid, start time, and a heartbeat
 
-The file works on every file system that can create and rename, buckets that are mounted
-included. A lock whose owner died on this host is taken over at once; of an owner on another
-host only the heartbeat tells, so a new job watches that first. It compares the file with itself and
-never with its own clock: two hosts' clocks may differ.
+The lock works on every file system that can create and rename files, including mounted buckets. A
+lock whose owner died on this host is taken over at once. The only sign of life from an owner on
+another host is the heartbeat, so a new job watches it first. It compares the file with its own
+earlier content, never with a clock: two hosts' clocks may differ.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 from emu_jax.errors import UserError
 
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 35.0  # without a beat, an owner on another host is dead
-SETTLE_SECONDS = 0.5  # in which another job that took over at the same moment shows
+STALE_SECONDS = 35.0  # an owner on another host without a heartbeat for this long is dead
+SETTLE_SECONDS = 0.5  # reveals another job that takes the lock over at the same moment
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ class Lock:
         self._token = uuid.uuid4().hex
         self._identity = _identity() | {"token": self._token}
         self._held = False
-        self._lost = ""  # who has taken it over
+        self._lost = ""  # the job that has taken it over
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Takes the lock, from a dead owner too, and keeps it alive on a thread.
+        """Takes the lock, also from a dead owner, and starts a heartbeat thread.
 
         Raises:
             UserError: another job holds it.
@@ -57,7 +57,7 @@ class Lock:
         self._thread.start()
 
     def release(self) -> None:
-        """Gives the lock back, if this process has it."""
+        """Releases the lock, if this process holds it."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -82,13 +82,13 @@ class Lock:
         """
         if not self.held and self._lost:
             raise UserError(
-                f"{self._lost} has taken over {self.path.parent}, where this process had not "
-                f"been heard of for {STALE_SECONDS:.0f} s: this one stops, to leave the "
+                f"{self._lost} has taken over {self.path.parent}, because this process wrote no "
+                f"heartbeat for {STALE_SECONDS:.0f} s: this process stops and leaves the "
                 "checkpoints to it"
             )
 
     def _take_over(self, dead: dict[str, Any]) -> None:
-        """Replaces the lock of a dead owner by this process's.
+        """Replaces the lock of a dead owner.
 
         Raises:
             UserError: another job was faster.
@@ -117,13 +117,13 @@ class Lock:
                 json.dump(self._identity | {"beat": time.time()}, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:  # half a lock would have the next job wait for its owner
+        except BaseException:  # half a lock would make the next job wait for its owner
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             raise
 
     def _owner(self) -> dict[str, Any]:
-        """Returns what the file says; {} where it is missing or half written."""
+        """Returns the contents of the file, or {} if it is missing or half written."""
         try:
             owner = json.loads(self.path.read_text())
             return owner if isinstance(owner, dict) else {}
@@ -131,7 +131,7 @@ class Lock:
             return {}
 
     def _await_death(self) -> dict[str, Any] | None:
-        """The owner, which is dead; None if the lock has been released.
+        """Returns the dead owner, or None if the lock has been released.
 
         Raises:
             UserError: the owner is alive.
@@ -142,7 +142,7 @@ class Lock:
                 raise self._refusal(owner)
             return owner
         _log.warning(
-            "%s is locked by %s: waiting up to %.0f s for a sign that it still runs",
+            "%s is locked by %s: waiting up to %.0f s for a heartbeat",
             self.path.parent,
             _name(owner),
             STALE_SECONDS,
@@ -164,19 +164,19 @@ class Lock:
                     return
                 self._write(temporary, "w")
                 temporary.replace(self.path)
-            except OSError:  # a full disk, or storage that is away for a while
+            except OSError:  # a full disk, or storage that is briefly unavailable
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
     def _refusal(self, owner: dict[str, Any]) -> UserError:
         return UserError(
-            f"{self.path.parent} is in use by {_name(owner)}: stop that job first, or give "
-            f"another --workdir (if it does not run any more, delete {self.path})"
+            f"{self.path.parent} is in use by {_name(owner)}: stop that job first, or use "
+            f"another --workdir (if that job is no longer running, delete {self.path})"
         )
 
 
 def _identity() -> dict[str, Any]:
-    """This process, among all that ever run anywhere."""
+    """Identifies this process uniquely among hosts and reboots."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -188,7 +188,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _is_here(owner: dict[str, Any]) -> bool:
-    """Whether an owner's process could be seen from here if it ran."""
+    """Returns whether an owner's process would be visible from this process."""
     mine = _identity()
     return bool(mine["boot"]) and all(
         owner.get(key) == mine[key] for key in ("host", "boot", "processes")

@@ -2,7 +2,7 @@
 
     DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
     DIR/tensorboard/STAGE/  event files with the same scalars
-    DIR/documents-N.jsonl   where asked for, one object a line: step, and the documents
+    DIR/documents-N.jsonl   if `log_documents` is set, one object a line: step, and the documents
                             [kind, index] of process N's share of its batch
 
 Progress goes to stderr: a bar on a terminal, plain lines elsewhere.
@@ -36,16 +36,16 @@ PLAIN_SECONDS = 10.0  # between plain progress lines
 class MetricLogger:
     """Records a stage's metrics as it trains.
 
-    When a run goes on from a checkpoint, rows that an earlier process logged beyond it are
-    dropped, so that each step of a stage stands in the file once.
+    When a run resumes, rows that an earlier process logged beyond the checkpoint are dropped, so
+    each step of a stage is in the file once.
 
     Args:
-        workdir: the run directory, made if it is not there.
-        stage: the name on the rows and beside the bar.
+        workdir: the run directory, created if it does not exist.
+        stage: the name in the rows and on the progress bar.
         total_steps: the step at which the stage ends.
-        enabled: False makes every method do nothing (all processes but one).
-        start_step: steps done before this process began. By default the row logged first
-            is taken to follow the checkpoint.
+        enabled: if False, every method does nothing (all processes but one).
+        start_step: steps done before this process began. By default, the steps before the first
+            logged row.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class MetricLogger:
         self._file = None
 
     def sync(self) -> None:
-        """Puts the rows on disk, where a checkpoint that follows may rely on them."""
+        """Flushes the rows to disk, so that they are there before the checkpoint is."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -112,10 +112,12 @@ class MetricLogger:
         start = step - 1 if self.start_step is None else self.start_step
         path = self.workdir / METRICS_FILE
         if path.exists():
-            _keep(path, _is_metrics, lambda row: row["stage"] != self.stage or row["step"] <= start)
+            _filter_rows(
+                path, _is_metrics, lambda row: row["stage"] != self.stage or row["step"] <= start
+            )
         self._file = path.open("a")
         self._events = self._open_events(time.time(), start)
-        # Rates count from the first row: what is before it is mostly compilation.
+        # Rates count from the first row, because compilation dominates the time before it.
         self._first = self._last = step, now
         self._shown, self._unshown = -math.inf, ""
         self._bar = None
@@ -132,17 +134,16 @@ class MetricLogger:
             )
 
     def _open_events(self, now: float, start: int) -> Any:
-        # Imported late: it brings torch along where that is installed. What tensorboardX writes
-        # with by itself is a thread that ends when the disk is full, and a queue that then
-        # blocks whoever adds to it.
+        # Imported late because it imports torch if that is installed. tensorboardX's own writer is
+        # a thread that dies when the disk is full, after which its queue blocks the caller.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         folder = self.workdir / "tensorboard" / self.stage
         folder.mkdir(parents=True, exist_ok=True)
-        suffix = f".{time.time_ns()}"  # else named by the second
+        suffix = f".{time.time_ns()}"  # the default name has a resolution of one second
         events = EventsWriter(str(folder / "events"), suffix)
-        if start > 0:  # readers drop what an earlier process wrote beyond
+        if start > 0:  # makes readers drop later steps that an earlier process wrote
             log = SessionLog(status=SessionLog.START)
             events.write_event(Event(wall_time=now, step=start + 1, session_log=log))
         return events
@@ -175,15 +176,16 @@ class MetricLogger:
 
 
 class StepLog:
-    """Records something of each step in a file of each process, once however often and on
-    whatever number of processes the run goes on: which documents were read, so that it can be
-    held to its promise that none is lost or read twice, and which were damaged.
+    """Records the documents that each step read, or the damaged ones, in a file per process.
+
+    Each step is recorded once, however often the run resumes and on whatever number of processes.
+    Tests use the record to show that no document is lost or read twice.
 
     Args:
-        name: of the files, `DOCUMENTS_FILE` or `DAMAGED_FILE`.
-        enabled: False makes every method do nothing.
-        start_step: steps done before this process began; what stands in the files of any number
-            of processes beyond them is dropped.
+        name: pattern of the file names, `DOCUMENTS_FILE` or `DAMAGED_FILE`.
+        enabled: if False, every method does nothing.
+        start_step: steps done before this process began. Lines of later steps are dropped from the
+            files of all processes.
     """
 
     def __init__(self, workdir: Path, name: str, *, enabled: bool = True, start_step: int):
@@ -192,7 +194,7 @@ class StepLog:
             return
         if jax.process_index() == 0:
             for path in workdir.glob(name.format("*")):
-                _keep(path, _is_documents, lambda row: row["step"] <= start_step)
+                _filter_rows(path, _is_documents, lambda row: row["step"] <= start_step)
         multihost_utils.sync_global_devices(f"{name} holds nothing beyond the checkpoint")
         self._file = (workdir / name.format(jax.process_index())).open("a")
 
@@ -204,19 +206,19 @@ class StepLog:
             self._file.close()
 
     def sync(self) -> None:
-        """Puts the lines on disk, where a checkpoint that follows may rely on them."""
+        """Flushes the lines to disk, so that they are there before the checkpoint is."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def log(self, step: int, documents: Sequence[tuple]) -> None:
-        """Writes one line, unless there is nothing."""
+        """Writes one line, unless there are no documents."""
         if self._file is not None and documents:
             self._file.write(_line({"step": step, "documents": documents}))
             self._file.flush()
 
 
 def read_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
-    """(kind, index) of the documents of each step, over all processes, in no order.
+    """Returns {step: [(kind, index)]} of the documents that all processes read, unordered.
 
     Raises:
         UserError: a file is damaged.
@@ -229,7 +231,7 @@ def read_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
 
 
 def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a run, by stage, in the order of their steps; null is read as NaN.
+    """Returns the rows of a run by stage, in the order of their steps. Reads null as NaN.
 
     Raises:
         UserError: the run has no metrics, or the file is damaged.
@@ -247,7 +249,7 @@ def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
 def series(
     rows: Iterable[Mapping[str, Any]], name: str
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """One metric's steps and values, from the rows that have it."""
+    """Returns one metric's steps and values, from the rows that have it."""
     points = [(row["step"], row[name]) for row in rows if name in row]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.asarray(steps, np.int64), np.asarray(values, np.float64)
@@ -278,14 +280,14 @@ def _is_step(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _keep(path: Path, valid: Callable[[Row], bool], wanted: Callable[[Row], bool]) -> None:
-    """Drops the rows that are not wanted."""
-    rows = [row for row in _rows(path, valid) if wanted(row)]
+def _filter_rows(path: Path, valid: Callable[[Row], bool], keep: Callable[[Row], bool]) -> None:
+    """Rewrites a file with only the rows for which `keep` holds."""
+    rows = [row for row in _rows(path, valid) if keep(row)]
     write_text(path, "".join(map(_line, rows)))
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """One JSON line. JSON has no NaN."""
+    """Returns one JSON line, with null for NaN and infinity, which JSON lacks."""
     finite = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
     }
@@ -306,12 +308,12 @@ def _rows(path: Path, valid: Callable[[Row], bool]) -> list[Row]:
         except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(
-                    f"{path}, line {number}: not JSON: mend or delete the line"
+                    f"{path}, line {number}: not JSON: fix or delete the line"
                 ) from None
-            break  # it is torn: its process was killed as it wrote
+            break  # an incomplete last line: the process was killed while writing it
         if not isinstance(row, dict) or not valid(row):
             raise UserError(
-                f"{path}, line {number}: not a row of this file: mend or delete the line"
+                f"{path}, line {number}: not a row of this file: fix or delete the line"
             )
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Checkpoints of a run under way: saved beside the steps, and the newest that can be read."""
+"""Checkpoints of a running job: saves them asynchronously, and restores the newest readable one."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from emu_jax.errors import UserError
 from emu_jax.filesystem import sync
 from emu_jax.train.lock import Lock
 
-# Under these names a step is written, and removed.
+# Suffixes of a step that is being written, and of one that is being removed.
 WRITING, REMOVING = ".orbax-checkpoint-tmp", ".removing"
-MESSAGE_BYTES = 1000  # of a problem that one process tells to all
-CHUNK_BYTES = 2**26  # of a chunk of an array, and of a file: who reads a chunk holds all of it
+MESSAGE_BYTES = 1000  # longest message that one process broadcasts to all
+CHUNK_BYTES = 2**26  # of an array's chunks and of files: a reader holds a whole chunk
 
 
 class Checkpoints:
-    """The checkpoints in a run directory; all processes call its methods at the same steps.
+    """The checkpoints in a run directory. All processes call its methods at the same steps.
 
-    A checkpoint is complete when its directory has a bare number as its name: it is written
-    under another name and renamed, and renamed before it is removed. After it is complete it is
-    read back, and only then are older ones removed.
+    A checkpoint is complete when the name of its directory is a bare number: it is written under
+    another name and renamed, and renamed again before it is removed. A complete checkpoint is read
+    back before older ones are removed.
 
-    While it is entered, no other job can write checkpoints to the directory.
+    As a context manager, it keeps other jobs from writing checkpoints to the directory.
     """
 
     def __init__(self, workdir: Path, keep: int):
@@ -46,14 +46,13 @@ class Checkpoints:
         self._lead = jax.process_index() == 0
         self._lock = Lock(self.workdir / "lock.json")
         self._saving: int | None = None  # the step being written
-        # Done once it was written and read back; why this process could not read it, or "".
+        # Resolves once the step is written and read back, to this process's read error or "".
         self._written: Future[str] | None = None
-        self._complete: int | None = None  # the step that was written, as this process knows
-        self._unread = ""  # why this process could not read that back
+        self._complete: int | None = None  # the step that this process has finished writing
+        self._unread = ""  # why this process could not read that step back
         self._worker = ThreadPoolExecutor(1)
         self._remover = ThreadPoolExecutor(1)
-        # Without compression, which hardly shrinks weights, arrays are written from where they
-        # are, without a second copy.
+        # Compression hardly shrinks weights. Without it, arrays are written without another copy.
         arrays = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(None, ocp.args.PyTreeSave, arrays)
@@ -77,119 +76,121 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = kind is not None
         try:
-            self._settle()
+            self._await_written()
             if kind is None or jax.process_count() == 1:
-                self._agree()
-            elif self._unread:  # the other processes may not be there to be told
+                self._retire_old_steps()
+            elif self._unread:  # the other processes may be gone
                 raise self._failure(self._complete, self._unread)
             self._checkpointer.close()
         except UserError as error:
             failed = True
             if kind is None:
                 raise
-            print(error, file=sys.stderr)  # beside what ended the run
+            print(error, file=sys.stderr)  # in addition to the error that ended the run
         finally:
             self._worker.shutdown()
             self._remover.shutdown()
-            del self._checkpointer  # and what it holds of a failure
-            if failed:  # what was still being written then; the next start removes what still is
+            del self._checkpointer  # and the references that it holds to a failure
+            if failed:  # the next start removes what is still being written
                 self._remove_leftovers()
             self._stack.close()
 
     def newest(self, before: int = sys.maxsize) -> int | None:
-        """The newest complete step before another, as the first process sees it."""
+        """Returns the newest complete step below `before`, as the first process sees it."""
         newest = max((step for step in self._steps() if step < before), default=-1)
         newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
     def restore(self, items: Mapping[str, ocp.args.CheckpointArgs]) -> tuple[int, dict[str, Any]]:
-        """The newest step that all processes can read, and its items.
+        """Returns the newest step that all processes can read, and its items.
 
-        Newer ones that cannot be read are set aside as DIR/<step>.damaged, with a line.
+        Newer, unreadable steps are renamed to DIR/<step>.damaged, each with a line on stderr.
 
         Raises:
-            UserError: none can be read. All are left as they are.
+            UserError: no step can be read. All are left as they are.
         """
         damaged: dict[int, str] = {}
         while (step := self.newest(before=min(damaged, default=sys.maxsize))) is not None:
             saved, problem = self._read(step, items)
             if not problem:
-                self._set_aside(damaged, f"going on from step {step}")
+                self._set_aside(damaged, f"resuming from step {step}")
                 return step, saved
             damaged[step] = problem
         problems = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
         raise UserError(
             f"no checkpoint in {self.workdir} can be read ({problems}): "
-            "mend one, or start again in another workdir"
+            "repair one of them, or use a new --workdir"
         )
 
     def save(self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
-        """Copies the items and begins to write them, once the save before it has ended: at most
-        one copy is in memory.
+        """Waits for the previous save, copies the items and starts to write them. At most one copy
+        is in memory.
 
         Raises:
-            UserError: this save, or the one before, failed; or another job writes here.
+            UserError: this save or the previous one failed, or another job writes here.
         """
         self.wait()
         self._check_lock()
         self._saving = step
-        place = self.workdir / str(step)
-        args = ocp.args.Composite(**{name: _for_saving(item) for name, item in items.items()})
-        self._attempt(lambda: self._checkpointer.save(place, args))
-        self._written = self._worker.submit(self._finish, place)
+        folder = self.workdir / str(step)
+        args = ocp.args.Composite(**{name: _with_checksums(item) for name, item in items.items()})
+        self._attempt(lambda: self._checkpointer.save(folder, args))
+        self._written = self._worker.submit(self._finish, folder)
 
     def check(self) -> bool:
-        """Looks at the save that is under way, and waits for nothing.
+        """Checks the save in progress without waiting.
 
-        Returns whether this process could not read it back. It is one of several then: all of
-        them should soon call `save` or `wait`, which fail on all alike.
+        Returns whether this process, as one of several, could not read it back. All of them should
+        then soon call `save` or `wait`, which fail on all processes.
 
         Raises:
-            UserError: the save has failed; one process alone may raise where it was not written.
+            UserError: the save has failed. A process that failed to write may raise alone.
         """
         if self._written is not None and self._written.done():
-            self._settle()
+            self._await_written()
             if jax.process_count() == 1:
-                self._agree()
+                self._retire_old_steps()
         return bool(self._unread)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk, and was read back by all processes.
+        """Waits until the last save is on disk and all processes have read it back.
 
         Raises:
             UserError: the last save failed. All processes raise it if one could not read the save
                 back.
         """
-        self._settle()
-        self._agree()
+        self._await_written()
+        self._retire_old_steps()
 
     def _seal(self) -> None:
-        """Called by orbax on the lead, on its own thread, before the step gets its name."""
+        """Writes the checksums. Orbax calls it on the lead, before it renames the step."""
         integrity.seal(self.workdir / f"{self._saving}{WRITING}")
 
-    def _finish(self, place: Path) -> str:
-        """Runs on a thread: awaits the end of a save, then reads this process's share of it.
-        Returns why that cannot be read, or ""."""
+    def _finish(self, folder: Path) -> str:
+        """Runs on a thread: awaits the end of a save, then reads this process's share of it back.
+
+        Returns why that cannot be read, or "".
+        """
         self._checkpointer.wait_until_finished()
         problem = ""
-        if reason := _attempt(lambda: self._read_back(place)):
+        if reason := _attempt(lambda: self._read_back(folder)):
             problem = f"read back, {reason}"
         _give_back_memory()
         return problem
 
-    def _read_back(self, place: Path) -> None:
+    def _read_back(self, folder: Path) -> None:
         if self._lead:
             sync(self.workdir)
-            if problems := integrity.damaged_files(place):
+            if problems := integrity.damaged_files(folder):
                 raise ValueError(problems[0])
-        for item in integrity.items_of(place):
+        for item in integrity.items_of(folder):
             for problem in integrity.unreadable_arrays(
-                place / item, jax.process_index(), jax.process_count()
+                folder / item, jax.process_index(), jax.process_count()
             ):
                 raise ValueError(problem)
 
-    def _settle(self) -> None:
-        """Awaits this process's part of the save under way.
+    def _await_written(self) -> None:
+        """Awaits this process's part of the save in progress.
 
         Raises:
             UserError: it was not written.
@@ -205,8 +206,8 @@ class Checkpoints:
         self._unread = written.result()
         self._written, self._saving, self._complete = None, None, self._saving
 
-    def _agree(self) -> None:
-        """Removes the oldest steps, once all processes have settled a save.
+    def _retire_old_steps(self) -> None:
+        """Removes the oldest steps, once all processes have written and read back a save.
 
         Raises:
             UserError: some process could not read the save back, or another job writes here. All
@@ -215,7 +216,7 @@ class Checkpoints:
         if self._complete is None:
             return
         step, self._complete = self._complete, None
-        problem, self._unread = _told_to_all(self._unread), ""
+        problem, self._unread = _broadcast_problem(self._unread), ""
         if problem:
             raise self._failure(step, problem)
         self._check_lock()
@@ -231,7 +232,7 @@ class Checkpoints:
         """Takes the lock of the run directory.
 
         Raises:
-            UserError: another job trains in this directory; all processes say so.
+            UserError: another job trains in this directory. All processes raise it.
         """
         problem = ""
         if self._lead:
@@ -240,26 +241,26 @@ class Checkpoints:
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"cannot write {self._lock.path}: {error.strerror}"
-        if problem := _told_to_all(problem):
+                problem = f"failed to write {self._lock.path}: {error.strerror}"
+        if problem := _broadcast_problem(problem):
             raise UserError(problem)
 
     def _check_lock(self) -> None:
         """Checks that this job still holds the lock.
 
         Raises:
-            UserError: another job has taken the lock over; all processes say so.
+            UserError: another job has taken the lock over. All processes raise it.
         """
         problem = ""
         try:
             self._lock.check()
         except UserError as error:
             problem = str(error)
-        if problem := _told_to_all(problem):
+        if problem := _broadcast_problem(problem):
             raise UserError(problem)
 
     def _remove_leftovers(self) -> None:
-        """Removes what a process that was killed, or a save that failed, left half done."""
+        """Removes half-written and half-removed steps of killed processes and failed saves."""
         if self._lock.held:
             for path in self.workdir.iterdir():
                 if path.name.endswith((WRITING, REMOVING)):
@@ -269,46 +270,47 @@ class Checkpoints:
         """Runs a part of saving.
 
         Raises:
-            UserError: it failed, and so the save that is under way.
+            UserError: it failed, which fails the save in progress.
         """
         if reason := _attempt(action):
             step, self._saving = self._saving, None
             raise self._failure(step, reason)
 
     def _failure(self, step: int | None, reason: str) -> UserError:
-        """Cleans up after a failed save; returns the error that tells of it."""
+        """Cleans up after a failed save, and returns the error to raise."""
         if self._lock.held and (self.workdir / str(step)).is_dir():
-            self._move_aside(step)  # it is complete, but cannot be read
+            self._move_aside(step)  # complete, but unreadable
         self._remove_leftovers()
-        # Other processes may look before the lead has moved the step aside.
+        # Other processes may get here before the lead has moved the step aside.
         steps = [number for number in self._steps() if number != step]
-        rest = f"start again to go on from step {max(steps)}" if steps else "start again"
+        resumes = f"resumes from step {max(steps)}" if steps else "starts from the beginning"
         return UserError(
-            f"cannot save step {step} in {self.workdir}: {reason}: mend that, then {rest}"
+            f"failed to save step {step} to {self.workdir}: {reason}: fix this and rerun; training "
+            f"{resumes}"
         )
 
     def _read(
         self, step: int, items: Mapping[str, ocp.args.CheckpointArgs]
     ) -> tuple[dict[str, Any], str]:
-        """(the items of a step, "") or ({}, why it cannot be read on some process).
+        """Returns (the items of a step, ""), or ({}, why some process cannot read it).
 
-        Orbax's own restore would leave processes that can read theirs waiting for the others,
-        so its handlers are asked, which wait for nobody.
+        Uses orbax's handlers, which do not wait for other processes. With orbax's own restore,
+        processes that can read their part would wait forever for one that cannot.
         """
         saved: dict[str, Any] = {}
-        place, problem = self.workdir / str(step), ""
+        folder, problem = self.workdir / str(step), ""
         try:
-            problem = "; ".join(integrity.damaged_files(place, list(items)))
+            problem = "; ".join(integrity.damaged_files(folder, list(items)))
         except FileNotFoundError:
             if self._lead:
-                integrity.warn_unverified(place)
+                integrity.warn_unverified(folder)
 
         def read() -> None:
             for name, args in items.items():
-                saved[name] = _HANDLERS[type(args)]().restore(epath.Path(place / name), args=args)
+                saved[name] = _HANDLERS[type(args)]().restore(epath.Path(folder / name), args=args)
 
         if not problem and (problem := _attempt(read)):
-            gc.collect()  # what was read beside it, while its errors are silenced
+            gc.collect()  # collects the other reads while their errors are silenced
             unread = next(name for name in items if name not in saved)
             problem = f"{unread}: {problem}"
         problems = multihost_utils.process_allgather(np.array(bool(problem)))
@@ -323,45 +325,48 @@ class Checkpoints:
             for number, problem in sorted(damaged.items()):
                 aside = self._move_aside(number)
                 print(
-                    f"checkpoint {number} cannot be read ({problem}): kept as {aside}, {then}",
+                    f"checkpoint {number} cannot be read ({problem}): renamed to {aside}, {then}",
                     file=sys.stderr,
                 )
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
     def _move_aside(self, step: int | None) -> Path:
-        """Renames a step to DIR/<step>.damaged, or to a number more."""
+        """Renames a step to DIR/<step>.damaged, or .damaged1 and so on if that exists."""
         names = (f"{step}.damaged{n or ''}" for n in itertools.count())
         aside = next(p for p in map(self.workdir.joinpath, names) if not p.exists())
         (self.workdir / str(step)).rename(aside)
         return aside
 
 
-def _told_to_all(problem: str) -> str:
-    """Returns the problem of the first process that has one, on every process; "" if none has."""
+def _broadcast_problem(problem: str) -> str:
+    """Returns on every process the problem of the first process that has one, or ""."""
     if jax.process_count() == 1:
         return problem
-    troubled = np.ravel(multihost_utils.process_allgather(np.array(bool(problem))))
-    if not troubled.any():
+    affected = np.ravel(multihost_utils.process_allgather(np.array(bool(problem))))
+    if not affected.any():
         return ""
     text = np.zeros(MESSAGE_BYTES, np.uint8)
     encoded = np.frombuffer(problem.encode()[: len(text)], np.uint8)
     text[: len(encoded)] = encoded
-    first = jax.process_index() == int(np.argmax(troubled))
+    first = jax.process_index() == int(np.argmax(affected))
     text = np.asarray(multihost_utils.broadcast_one_to_all(text, is_source=first))
     return text.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def _give_back_memory() -> None:
-    """Returns freed memory to the system. glibc would keep what each thread freed of the copy
-    that was saved, several copies after a few saves."""
+    """Returns freed memory to the system.
+
+    glibc keeps the freed copy of a save in the arenas of each thread, which adds up to several
+    copies after a few saves.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
+    except (OSError, AttributeError):  # the C library is not glibc
         pass
 
 
-def _for_saving(args: ocp.args.CheckpointArgs) -> ocp.args.CheckpointArgs:
-    """Arrays go to the handler that gives them checksums, in chunks of `CHUNK_BYTES` at most."""
+def _with_checksums(args: ocp.args.CheckpointArgs) -> ocp.args.CheckpointArgs:
+    """Saves arrays with checksums, in chunks of at most `CHUNK_BYTES`."""
     if not isinstance(args, ocp.args.StandardSave):
         return args
     return ocp.args.PyTreeSave(args.item, ocdbt_target_data_file_size=CHUNK_BYTES)
@@ -374,9 +379,9 @@ _HANDLERS: dict[type, Any] = {
 
 
 def _attempt(action: Callable[[], Any]) -> str:
-    """Runs it, and returns why it failed, in one line, or ""."""
+    """Runs an action. Returns why it failed, in one line, or ""."""
     try:
         action()
         return ""
-    except Exception as error:  # whatever a disk or foreign bytes make the libraries raise
+    except Exception as error:  # the libraries raise anything on a full disk or foreign bytes
         return integrity.one_line(error)

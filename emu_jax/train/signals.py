@@ -1,4 +1,4 @@
-"""Signals to a running job, which all of its processes act on at the same step.
+"""Signals to a running job. All of its processes act on a signal at the same step.
 
 SIGINT and SIGTERM (a preemption notice): save and stop. SIGUSR1: trace the next steps.
 """
@@ -19,26 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-STOP, TRACE = 0, 1  # places in a vote
-# Signals that come this close together are one request: a launcher signals a process and its
-# group, a terminal and a script both pass on Ctrl-C.
+STOP, TRACE = 0, 1  # indices into a vote
+# Signals this close together count as one request: a launcher signals both a process and its group,
+# and a terminal and a script both forward Ctrl-C.
 ONE_REQUEST_SECONDS = 1.0
 
 
 class Signals:
-    """Handles signals while it is entered.
+    """Context manager that handles signals.
 
-    Until `listen`, there is nothing to save, and SIGINT or SIGTERM raises KeyboardInterrupt at
-    once. From then on the first one asks the run to save and stop, and a later SIGINT raises
-    KeyboardInterrupt. It is raised once; then, and behind `interruptible`, the run is ending, and
-    signals change nothing.
+    Before `listen` there is nothing to save, so SIGINT or SIGTERM raises KeyboardInterrupt at once.
+    After `listen` the first one requests a save and a stop, and a later SIGINT raises
+    KeyboardInterrupt. It is raised once. After that, or after `interruptible`, the run is ending
+    and signals have no effect.
 
-    One process alone may get a signal, and processes are at different steps when it comes. So
-    after each step they vote, on the devices and behind that step, and whoever reads the result
-    of the same vote reads the same. Nothing waits for it.
+    A signal may reach only one process, and processes are at different steps when it arrives.
+    After each step an all-reduce of the signal flags is therefore queued behind it, so all
+    processes see the same flags at the same step. It is asynchronous.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._asked = np.zeros(2, np.int32)
         self._previous: dict[int, Any] = {}
         self._listening = False
@@ -58,7 +58,7 @@ class Signals:
             signal.signal(number, handler)
 
     def listen(self, mesh: Mesh) -> None:
-        """From here on, the run votes after each step, on a mesh."""
+        """Handles signals by a vote after each step from here on, over the devices of `mesh`."""
         if jax.process_count() > 1:
             self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             self._count = jax.jit(
@@ -69,7 +69,7 @@ class Signals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Signals may interrupt the block. What comes behind it, ends the run in good order."""
+        """Lets signals interrupt the block, and nothing after it, where the run ends cleanly."""
         try:
             yield
         finally:
@@ -77,7 +77,7 @@ class Signals:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Nothing interrupts the block; a KeyboardInterrupt that is due comes behind it."""
+        """Defers a KeyboardInterrupt to the end of the block."""
         self._held = True
         try:
             yield
@@ -87,14 +87,14 @@ class Signals:
             self._interrupt()
 
     def ask_to_stop(self) -> None:
-        """Asks the run to save and stop, as the first SIGTERM does."""
+        """Requests a save and a stop, like the first SIGTERM."""
         self._asked[STOP], self._stop_asked_at = 1, time.monotonic()
 
     def vote(self, after: jax.Array) -> np.ndarray | jax.Array:
         """Returns int32 [2], nonzero at STOP and at TRACE where any process got that signal.
         Ready when `after`, an output of the step, is."""
         asked = self._asked.copy()
-        self._asked[TRACE] -= asked[TRACE]  # asked once
+        self._asked[TRACE] -= asked[TRACE]  # one request, one trace
         if self._split is None:
             return asked
         shape = (self._split.num_devices, len(asked))
@@ -106,7 +106,7 @@ class Signals:
             self._asked[TRACE] = 1
         elif self._ending:
             if number == signal.SIGINT:
-                _say("already stopping: waiting for what is being saved")
+                _say("already stopping: waiting for the save in progress")
         elif not self._listening:
             self._interrupt()
         elif not self._asked[STOP]:
@@ -126,7 +126,7 @@ class Signals:
 
 
 def _say(line: str) -> None:
-    """Writes a line to standard error past `sys.stderr`: the signal may have come while that was
-    being written to, and Python refuses to enter it again."""
+    """Writes a line to standard error, bypassing `sys.stderr`, which is not reentrant: the signal
+    may have interrupted a write to it."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())

@@ -1,4 +1,4 @@
-"""Profiler traces of chosen steps, while a run goes on."""
+"""Profiler traces of chosen steps of a running job."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ import jax
 
 from emu_jax.errors import UserError
 
-ON_REQUEST = 3  # steps traced when a running process is asked
+ON_REQUEST = 3  # steps to trace after SIGUSR1
 
 
 def parse_steps(text: str) -> range:
-    """ "10:13" is steps 10, 11 and 12; "" none.
+    """Parses "10:13" as steps 10, 11 and 12, and "" as none.
 
     Raises:
-        UserError: it is neither.
+        UserError: the text is neither.
     """
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    steps = range(int(found[1]), int(found[2])) if found else range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(int(match[1]), int(match[2])) if match else range(0)
     if text and not (steps and steps[0] > 0):
-        raise UserError(f'profile_steps {text!r}: write FIRST:END, as in "10:13" for 10, 11, 12')
+        raise UserError(
+            f'invalid profile_steps {text!r}: write FIRST:END, as in "10:13" for steps 10, 11, 12'
+        )
     return steps
 
 
 class Tracer:
-    """Writes traces for TensorBoard's profile plugin and for xprof, one folder for each
-    process: DIR/<first step>/process-<index>.
+    """Writes traces for TensorBoard's profile plugin and xprof, in one folder per process:
+    DIR/<first step>/process-<index>.
 
     Args:
-        steps: those to trace without being asked.
+        steps: the steps to trace without a request.
     """
 
     def __init__(self, directory: Path, steps: range):
@@ -45,20 +47,20 @@ class Tracer:
         self._stop()
 
     def request(self, next_step: int) -> None:
-        """Traces the next steps, unless some are being traced."""
+        """Traces the next `ON_REQUEST` steps, unless a trace is in progress."""
         if not self._tracing:
             self.steps = range(next_step, next_step + ON_REQUEST)
 
     def before(self, step: int) -> None:
-        """`step` is about to be launched."""
+        """Starts a trace if `step`, which is about to be dispatched, is the first to trace."""
         if not self._tracing and step in self.steps:
-            place = self.directory / str(step) / f"process-{jax.process_index()}"
-            jax.profiler.start_trace(str(place))
+            folder = self.directory / str(step) / f"process-{jax.process_index()}"
+            jax.profiler.start_trace(str(folder))
             self._tracing = True
-            print(f"tracing steps {step} to {self.steps[-1]} into {place}", file=sys.stderr)
+            print(f"tracing steps {step} to {self.steps[-1]} into {folder}", file=sys.stderr)
 
     def after(self, step: int) -> None:
-        """`step` has ended."""
+        """Ends the trace if `step`, which has ended, is the last to trace."""
         if self._tracing and step >= self.steps[-1]:
             self._stop()
 
@@ -68,6 +70,6 @@ class Tracer:
         self._tracing = False
         try:
             jax.profiler.stop_trace()
-        except Exception as error:  # no room, say: a trace is not worth a run
+        except Exception as error:  # a full disk, for example: a trace must not end the run
             reason = str(error).splitlines()[0]
-            print(f"the trace could not be written: {reason}", file=sys.stderr)
+            print(f"failed to write the trace: {reason}", file=sys.stderr)

@@ -1,4 +1,9 @@
-"""Says where a run hangs: stack traces of all threads when a step takes too long."""
+"""Stack traces of all threads when a step takes too long.
+
+`faulthandler.dump_traceback_later` cannot replace the thread: it writes to one file, not to stderr
+as well, creates that file before anything hangs, cannot name the step and the time, and has one
+timer per process, which pytest uses too.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +16,18 @@ from pathlib import Path
 
 class Watchdog:
     """Writes the stack traces of all threads to a file and to stderr when no step has ended for
-    `seconds`, and again each time as long passes. It ends nothing.
+    `seconds`, and again after every further `seconds`. The run continues.
 
-    Before the first step, which compiles, it does not watch.
+    Starts to watch after the first step, which includes compilation.
 
     Args:
-        seconds: 0 never watches.
+        seconds: 0 disables the watchdog.
     """
 
     def __init__(self, path: Path, seconds: float):
         self.path, self.seconds = path, seconds
         self._step = 0
-        self._ended = 0.0  # when that step did
+        self._ended = 0.0  # when that step ended
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -35,6 +40,7 @@ class Watchdog:
             self._thread.join()
 
     def step_ended(self, step: int) -> None:
+        """Restarts the timer."""
         self._step, self._ended = step, time.monotonic()
         if self._thread is None and self.seconds > 0:
             self._thread = threading.Thread(
@@ -43,14 +49,14 @@ class Watchdog:
             self._thread.start()
 
     def _watch(self) -> None:
-        said = 0.0  # when traces were last written
+        reported = 0.0  # when traces were last written
         while True:
-            due = max(self._ended, said) + self.seconds
+            due = max(self._ended, reported) + self.seconds
             if self._closed.wait(max(0.0, due - time.monotonic())):
                 return
-            if time.monotonic() - max(self._ended, said) >= self.seconds:
-                said = time.monotonic()
-                self._write(said - self._ended)
+            if time.monotonic() - max(self._ended, reported) >= self.seconds:
+                reported = time.monotonic()
+                self._write(reported - self._ended)
 
     def _write(self, passed: float) -> None:
         try:
@@ -64,6 +70,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.seek(start)
                 print(file.read(), file=sys.stderr, flush=True)
-        except OSError as error:  # a full disk must not end the watch
-            print(f"cannot write {self.path}: {error}", file=sys.stderr)
+        except OSError as error:  # a full disk must not stop the watchdog
+            print(f"failed to write {self.path}: {error}", file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True)
