@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from emu_jax import progress
 from emu_jax.errors import UserError
 from emu_jax.train import metrics
 from emu_jax.train.metrics import MetricLogger, read_metrics, series
@@ -134,12 +135,15 @@ def test_disabled_writes_nothing(tmp_path, capsys):
 
 
 def test_plain_progress_is_sparse_and_ends_with_the_last_row(tmp_path, capsys, monkeypatch):
-    ticks = iter(range(1000, 2000, 4))  # a row every four seconds
     wall = iter(range(9000, 0, -100))  # a clock that is set back again and again
-    fake = SimpleNamespace(
-        monotonic=lambda: float(next(ticks)), time=lambda: float(next(wall)), time_ns=lambda: 0
-    )
-    monkeypatch.setattr(metrics, "time", fake)
+    for module in (metrics, progress):
+        ticks = iter(range(1000, 2000, 4))  # a row every four seconds
+        fake = SimpleNamespace(
+            monotonic=lambda ticks=ticks: float(next(ticks)),
+            time=lambda: float(next(wall)),
+            time_ns=lambda: 0,
+        )
+        monkeypatch.setattr(module, "time", fake)
     with MetricLogger(tmp_path, stage="emu", total_steps=1000) as logger:
         for step in range(10, 90, 10):
             logger.log(step, {"loss": 0.5, "text_loss": 0.25, "grad_norm": 7.0})

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +24,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from emu_jax import integrity
 from emu_jax.config import save_json
@@ -45,6 +43,7 @@ from emu_jax.convert.source import (
 from emu_jax.convert.tables import Row
 from emu_jax.errors import UserError
 from emu_jax.filesystem import sync, sync_tree
+from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import make_mesh
 
 
@@ -296,28 +295,16 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
 
 
 def progress(source: Source, rows: Sequence[Row], what: str) -> Iterator[tuple[Row, int]]:
-    """Yields each row with each of its layers. Shows a bar on a terminal, plain lines elsewhere."""
+    """Yields each row with each of its layers, and shows the progress."""
     sizes = [
         math.prod(source.shapes[row.path].shape) * source.shapes[row.path].dtype.itemsize
         for row in rows
     ]
-    total = sum(sizes)
-    terminal = sys.stderr.isatty()
-    bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not terminal)
-    done, told, start = 0, time.monotonic(), time.monotonic()
-    for row, size in zip(rows, sizes, strict=True):
-        for layer in layers(row):
-            yield row, layer
-            step = size // len(layers(row))
-            done += step
-            bar.update(step)
-            now = time.monotonic()
-            if not terminal and (now - told > 10 or (done == total and now - start > 1)):
-                told = now
-                share = f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB"
-                percent = 100 * done // total
-                print(f"{what}: {share} ({percent}%), {now - start:.0f} s", file=sys.stderr)
-    bar.close()
+    with ProgressBar(what, sum(sizes), "B", min_seconds=BRIEF_SECONDS) as bar:
+        for row, size in zip(rows, sizes, strict=True):
+            for layer in layers(row):
+                yield row, layer
+                bar.add(size // len(layers(row)))
 
 
 @contextlib.contextmanager

@@ -24,9 +24,7 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -51,13 +49,13 @@ from emu_jax.data.documents import (
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
+from emu_jax.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 
 VERSION = 1  # of the layout of a built folder
-PLAIN_SECONDS = 10.0  # between plain progress lines
 _EXAMPLES = 1000  # entries of parts left out that are kept, as examples for an error message
 
 
@@ -117,7 +115,8 @@ def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[s
         if len(missing) < len(shards):
             log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
         left = sum(len(shard.documents) for shard in missing)
-        with _Progress(cfg.source.name, len(source), len(source) - left) as progress:
+        done = len(source) - left
+        with ProgressBar(cfg.source.name, len(source), "document", done=done) as progress:
             for shard in runner(missing) if missing else ():
                 progress.add(len(shard.documents))
         return _finish(folder, cfg, source, shards)
@@ -494,43 +493,3 @@ class _Tally:
 def _write(path: str, lines: Iterable[str]) -> None:
     with storage.writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
-
-
-class _Progress:
-    """Progress on stderr: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, name: str, total: int, done: int):
-        self._name, self._total, self._first, self._done = name, total, done, done
-        self._began = self._shown = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total, initial=done, desc=name, unit="document", dynamic_ncols=True
-            )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(count)
-            return
-        now = time.monotonic()
-        if now - self._shown < PLAIN_SECONDS and self._done < self._total:
-            return
-        self._shown = now
-        rate = (self._done - self._first) / max(now - self._began, 1e-9)
-        left = (self._total - self._done) / rate
-        print(
-            f"{self._name}: {self._done:,} of {self._total:,} documents, {rate:.0f}/s, "
-            f"{left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )

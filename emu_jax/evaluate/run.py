@@ -15,8 +15,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
-from tqdm import tqdm
 
 from emu_jax import sharding
 from emu_jax.checkpoint import fingerprint, latest_step
@@ -52,11 +49,11 @@ from emu_jax.evaluate.tasks.base import (
 from emu_jax.filesystem import write_text
 from emu_jax.generate.api import Emu, GenerationConfig, load
 from emu_jax.generate.prompt import open_file
+from emu_jax.progress import ProgressBar
 from emu_jax.train.loop import initialize_distributed
 
 log = logging.getLogger(__name__)
 
-LINE_SECONDS = 30  # between progress lines if stderr is not a terminal
 READERS = 4  # threads that load images
 COLUMNS = ("id", "answer", "said", "asked")  # keys of a line of the predictions file
 SHOTS = 2  # default number of examples, the paper's for `--examples text`
@@ -232,7 +229,7 @@ class Run:
         total = sum(len(b) for b in batches)
         with (
             self.store.appending() as append,
-            Progress(self.task.name, total, self.process) as progress,
+            ProgressBar(self.task.name, total, "item", enabled=self.process == 0) as progress,
             ThreadPoolExecutor(READERS) as readers,
         ):
             opening = (self._open([self.items[i] for i in b], readers) for b in batches)
@@ -481,41 +478,6 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 # --- Details -------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Progress of the first process: a bar on a terminal, otherwise an occasional log line."""
-
-    def __init__(self, name: str, total: int, process: int):
-        self._name, self._total, self._done = name, total, 0
-        self._shown = process == 0
-        self._start = self._last = time.monotonic()
-        self._bar = None
-
-    def __enter__(self) -> Progress:
-        if self._shown and sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, desc=self._name, unit="item", dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(count)
-        elif self._shown and (now - self._last > LINE_SECONDS or self._done == self._total):
-            self._last = now
-            rate = self._done / (now - self._start)
-            log.info(
-                "%s: %s of %s items, %.3g a second",
-                self._name,
-                f"{self._done:,}",
-                f"{self._total:,}",
-                rate,
-            )
 
 
 T = TypeVar("T")

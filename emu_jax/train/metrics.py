@@ -5,7 +5,7 @@
     DIR/documents-N.jsonl   if `log_documents` is set, one object a line: step, and the documents
                             [kind, index] of process N's share of its batch
 
-Progress goes to stderr: a bar on a terminal, plain lines elsewhere.
+Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +25,11 @@ from jaxtyping import Float, Int
 
 from emu_jax.errors import UserError
 from emu_jax.filesystem import write_text
+from emu_jax.progress import ProgressBar
 
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents-{}.jsonl"
 DAMAGED_FILE = "damaged-{}.jsonl"
-PLAIN_SECONDS = 10.0  # between plain progress lines
 
 
 class MetricLogger:
@@ -60,6 +59,7 @@ class MetricLogger:
         self.workdir, self.stage, self.total_steps = workdir, stage, total_steps
         self.enabled, self.start_step = enabled, start_step
         self._file: TextIO | None = None  # opened at the first row
+        self._progress: ProgressBar | None = None  # as well
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -87,16 +87,21 @@ class MetricLogger:
         self._file.write(_line({"stage": self.stage, "step": step, "time": wall} | row))
         self._file.flush()
         self._write_event(step, wall, row)
-        self._show(step, row, now)
+        losses = {k: v for k, v in row.items() if k == "loss" or k.endswith("_loss")}
+        if self._progress is None:
+            self._progress = ProgressBar(
+                self.stage, self.total_steps, "step", done=step, values=losses
+            )
+        else:
+            self._progress.update(step, losses)
 
     def close(self) -> None:
         """Ends the progress display and closes the files; may be called twice."""
         if self._file is None:
             return
-        if self._bar is not None:
-            self._bar.close()
-        elif self._unshown:
-            print(self._unshown, file=sys.stderr, flush=True)
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
         self._events.close()
         self.sync()
         self._file.close()
@@ -118,20 +123,7 @@ class MetricLogger:
         self._file = path.open("a")
         self._events = self._open_events(time.time(), start)
         # Rates count from the first row, because compilation dominates the time before it.
-        self._first = self._last = step, now
-        self._shown, self._unshown = -math.inf, ""
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=self.total_steps,
-                initial=step,
-                desc=self.stage,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.1,
-            )
+        self._last = step, now
 
     def _open_events(self, now: float, start: int) -> Any:
         # Imported late because it imports torch if that is installed. tensorboardX's own writer is
@@ -156,23 +148,6 @@ class MetricLogger:
         event = Event(wall_time=now, step=step, summary=Summary(value=values))
         self._events.write_event(event)
         self._events.flush()
-
-    def _show(self, step: int, row: Mapping[str, float], now: float) -> None:
-        losses = {k: v for k, v in row.items() if k == "loss" or k.endswith("_loss")}
-        if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()}, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        parts = [f"{self.stage}: step {step}/{self.total_steps}"]
-        parts += [f"{k} {v:.4g}" for k, v in losses.items()]
-        if step > self._first[0]:
-            rate = (step - self._first[0]) / max(now - self._first[1], 1e-9)
-            parts.append(f"{rate:.2f} steps/s")
-            parts.append(f"{_duration((self.total_steps - step) / rate)} left")
-        self._unshown = ", ".join(parts)
-        if now - self._shown >= PLAIN_SECONDS or step >= self.total_steps:
-            print(self._unshown, file=sys.stderr, flush=True)
-            self._shown, self._unshown = now, ""
 
 
 class StepLog:
@@ -317,9 +292,3 @@ def _rows(path: Path, valid: Callable[[Row], bool]) -> list[Row]:
             )
         rows.append(row)
     return rows
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

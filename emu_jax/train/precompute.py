@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from emu_jax.config import to_dict
 from emu_jax.data.latents import PartWriter, Progress, finish, latent_shapes
 from emu_jax.errors import UserError
+from emu_jax.progress import ProgressBar
 from emu_jax.sharding import batch_sharding
 from emu_jax.train import loop, parents
 from emu_jax.train.config import TrainConfig
@@ -84,7 +84,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         part_rows = count * max(1, PART_BYTES // row_bytes)
         with (
             DecoderObjective().batches(cfg, tokenizer, resumed=progress.parts > 0) as batches,
-            tqdm(total=rows, initial=progress.rows, unit="row", disable=index > 0) as bar,
+            ProgressBar("latents", rows, "row", done=progress.rows, enabled=index == 0) as bar,
         ):
             if progress.parts:
                 batches.restore(progress.position)
@@ -99,7 +99,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
                         writer.add(*pair)
                     size = batch["tokens"].shape[0]  # of all processes; a source may have its own
                     done += size
-                    bar.update(size)
+                    bar.add(size)
                 writer.close()
                 multihost_utils.sync_global_devices(f"latents, part {progress.parts}")
                 progress = progress.after(

@@ -15,20 +15,20 @@ import hashlib
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
-from tqdm import tqdm
 
 from emu_jax.convert.files import torch_or_explain
 from emu_jax.data.images import open_image
 from emu_jax.data.storage import writing
 from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, warned
+from emu_jax.progress import track
 
 Resize = Literal["network", "clean"]
 SIZE = 299  # input size of the 2015 Inception
@@ -245,7 +245,8 @@ def moments(
         seen.add(features)
         pending.clear()
 
-    for picture in tqdm(pictures, desc=f"features of {what}", unit="picture", disable=None):
+    total = len(pictures) if isinstance(pictures, Sized) else None
+    for picture in track(pictures, total, f"features of {what}", "picture"):
         pending.append(_read(picture) if isinstance(picture, Path) else picture)
         if len(pending) == batch:
             flush()

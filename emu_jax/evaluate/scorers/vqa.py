@@ -15,10 +15,9 @@ import zipfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, check_keys, warned
+from emu_jax.progress import track
 
 STEMMED = (
     "answers were reduced to their stems (Porter's, by nltk), as Emu's release does for OK-VQA"
@@ -139,7 +138,7 @@ def wups(
     name = "WUPS" if net else "exact"
     prepare = net.prepare if net else _content_words
     found: dict[Hashable, float] = {}
-    for key, given in tqdm(answers.items(), desc=name, unit="answer", disable=None):
+    for key, given in track(answers.items(), len(answers), name, "answer"):
         if not given:
             raise UserError(f"question {key!r} has no answers")
         if question_types is not None and types[key] is None:
