@@ -1,4 +1,4 @@
-"""Pictures a second on one core: the whole pipeline against decode and resize alone.
+"""Images a second on one core: the whole pipeline against decode and resize alone.
 
 Generated JPEGs of web size (about 83 KB, short side 512), each with a caption, are planned, read,
 decoded, resized to 224 x 224 (bicubic), tokenised, packed and batched, as training reads
@@ -6,7 +6,7 @@ them. The yardstick, `raw`, is the same library's decode and resize of such file
 nothing else; `fast` is that with `fast_decode`, and `full_fast` the pipeline with it. The parts
 take many short turns, so that what else the machine does hits all of them, and are timed by
 the processor time of the whole process: a core's work, whoever else is on it. Planning, which
-is done for a block of documents once, is timed by itself, and its share added to each picture.
+is done for a block of documents once, is timed by itself, and its share added to each image.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import PIL.Image
 
 from emu_jax import bench
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data.documents import write_documents
 from emu_jax.data.images import open_image, resize
 from emu_jax.data.mixture import open_groups
@@ -30,24 +30,24 @@ from emu_jax.data.sources import SourceConfig
 from emu_jax.tokenizer import Tokenizer
 
 ROW_IMAGES = 36  # of a row, at the most
-PICTURES = 3 * ROW_IMAGES
-DOCUMENTS = 32 * PICTURES  # more than are read: no caption comes twice
+IMAGES = 3 * ROW_IMAGES
+DOCUMENTS = 32 * IMAGES  # more than are read: no caption comes twice
 TURNS = 96
 SIZE = 224
 
 
 def run() -> dict:
     rng = np.random.default_rng(0)
-    pictures = [jpeg(rng) for _ in range(PICTURES)]
+    images = [jpeg(rng) for _ in range(IMAGES)]
     captions = [caption(rng) for _ in range(DOCUMENTS)]
     pairs = (
-        Document((Picture(picture), Text(words)))
-        for picture, words in zip(itertools.cycle(pictures), captions, strict=False)
+        Document((Image(image), Text(words)))
+        for image, words in zip(itertools.cycle(images), captions, strict=False)
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.array_record"
         write_documents(path, pairs)
-        Tokenizer.train(captions[:PICTURES], 1000).save(Path(folder) / "tokenizer")
+        Tokenizer.train(captions[:IMAGES], 1000).save(Path(folder) / "tokenizer")
         cfg = DataConfig(
             root=folder,
             sources=(SourceConfig("pairs", paths=(str(path),), paired=True),),
@@ -60,8 +60,8 @@ def run() -> dict:
         tokenizer, fast_cfg = cfg.load_tokenizer(), dataclasses.replace(cfg, fast_decode=True)
         (group,) = open_groups(cfg, tokenizer, "rows")
         blocks = itertools.count()
-        # One each, so that both have the same pictures in the same turn.
-        for_raw, for_fast = itertools.cycle(pictures), itertools.cycle(pictures)
+        # One each, so that both have the same images in the same turn.
+        for_raw, for_fast = itertools.cycle(images), itertools.cycle(images)
         with Batches(cfg, tokenizer, "rows") as full, Batches(fast_cfg, tokenizer, "rows") as fast:
             parts: dict[str, Callable[[], int]] = {
                 "full": lambda: int(next(full)["image_valid"].sum()),
@@ -76,7 +76,7 @@ def run() -> dict:
         seconds[name] = [a + b for a, b in zip(seconds[name], plan, strict=True)]
     rates = {name: [1 / second for second in taken] for name, taken in seconds.items()}
     return {
-        "picture_bytes": round(statistics.mean(map(len, pictures))),
+        "picture_bytes": round(statistics.mean(map(len, images))),
         **{f"{name}_per_core": bench.median(rate) for name, rate in rates.items()},
         **{
             f"{name}_over_raw": bench.ratio(rate, rates["raw"])
@@ -96,7 +96,7 @@ def table(figures: dict) -> str:
         "full_fast": "`full_fast`: as `full`, with `fast_decode`",
     }
     return bench.markdown(
-        ("", "Pictures a second, one core", "Over `raw`"),
+        ("", "Images a second, one core", "Over `raw`"),
         [
             (about, figures[f"{name}_per_core"], figures.get(f"{name}_over_raw", ""))
             for name, about in names.items()
@@ -106,9 +106,9 @@ def table(figures: dict) -> str:
 
 def decode_alone(contents: list[bytes]) -> int:
     for content in contents:
-        picture = Image.open(io.BytesIO(content))
-        picture.load()
-        picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        image = PIL.Image.open(io.BytesIO(content))
+        image.load()
+        image.resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC)
     return len(contents)
 
 
@@ -119,7 +119,7 @@ def decode_fast(contents: list[bytes]) -> int:
 
 
 def jpeg(rng: np.random.Generator) -> bytes:
-    """A picture with the spectrum of a photograph, short side 512, about 83 KB."""
+    """A image with the spectrum of a photograph, short side 512, about 83 KB."""
     height, width = (512, 683) if rng.random() < 0.5 else (683, 512)
     waves = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     waves[0, 0] = 1
@@ -128,7 +128,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
     planes = [np.fft.irfft2(grey + 0.3 * colour, (height, width)) for colour in colours]
     pixels = np.stack([128 + 50 * (plane - plane.mean()) / plane.std() for plane in planes], -1)
     file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=70)
+    PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=70)
     return file.getvalue()
 
 

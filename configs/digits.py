@@ -27,7 +27,7 @@ def get_config():
             model=digits(),
             data=digits_data(
                 batch_size=24,
-                picture_first=0.3,
+                image_first=0.3,
                 mixture={"pairs": 2.0, "pages": 1.0, "storyboards": 3.0},
             ),
             optimizer=OptimizerConfig(

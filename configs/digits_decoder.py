@@ -27,7 +27,7 @@ def get_config():
                 batch_size=64,
                 row_tokens=40,
                 row_images=4,
-                picture_first=0.0,
+                image_first=0.0,
                 mixture={"pairs": 2.0, "pages": 0.5, "storyboards": 1.5},
                 augment=False,
             ),

@@ -41,7 +41,7 @@ def get_config():
                 batch_size=1600,  # 50 rows, accumulated 4 times, on 8 GPUs of 4 nodes
                 row_tokens=192,
                 row_images=1,
-                picture_first=0.0,
+                image_first=0.0,
                 drop_condition=0.1,
             ),
             optimizer=OptimizerConfig(

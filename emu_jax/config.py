@@ -12,11 +12,15 @@ import json
 import math
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError, suggest
 from .filesystem import read_json_object, write_text
+
+# Former names of config keys, which old run directories and command lines still use.
+RENAMED_KEYS = {"picture_first": "image_first"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,10 +442,21 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
+    known: dict[str, Any] = {}
+    for key, value in values.items():
+        name = current_key(key, fields)
+        if name not in fields:
             raise UserError(f"unknown config key {where + key!r}{suggest(key, fields)}")
-    return cls(**{k: _convert(hints[k], v, where + k) for k, v in values.items()})
+        if name in known:
+            raise UserError(f"config keys {where + name!r} and its former name are both set")
+        known[name] = value
+    return cls(**{k: _convert(hints[k], v, where + k) for k, v in known.items()})
+
+
+def current_key(key: str, known: Collection[str]) -> str:
+    """Returns the current name of a config key that has been renamed, or else the key."""
+    name = RENAMED_KEYS.get(key, key)
+    return name if key not in known and name in known else key
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

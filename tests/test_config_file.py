@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.config import EmuConfig, LlamaConfig, digits, to_dict
+from emu_jax.config import EmuConfig, LlamaConfig, digits, from_dict, to_dict
+from emu_jax.data import DataConfig
 from emu_jax.errors import UserError
 from emu_jax.filesystem import shipped
+from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config, read_config
 
 SOURCE = """
@@ -215,3 +217,17 @@ def test_load_lays_the_file_over_the_defaults(tmp_path):
 def test_load_reports_what_the_dataclass_forbids(tmp_path, body, override, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, body, override)
+
+
+def test_former_names_of_keys_are_read(tmp_path):
+    """Run directories and command lines from before `picture_first` became `image_first`."""
+    saved = to_dict(DataConfig(image_first=0.25))
+    saved["picture_first"] = saved.pop("image_first")
+    assert from_dict(DataConfig, saved).image_first == 0.25
+    path = tmp_path / "config.py"
+    path.write_text("from ml_collections import ConfigDict\nget_config = ConfigDict\n")
+    assert load_config(TrainConfig, path, ["data.picture_first=0.75"]).data.image_first == 0.75
+    with pytest.raises(UserError, match="'data.image_first' and its former name are both set"):
+        from_dict(TrainConfig, {"data": saved | {"image_first": 0.5}})
+    with pytest.raises(UserError, match="unknown config key 'picture_first'"):
+        from_dict(LlamaConfig, {"picture_first": 0.5})

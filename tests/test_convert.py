@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import GOLDEN, relative_error
 from flax import nnx
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from emu_jax import checkpoint, cli
@@ -41,7 +41,7 @@ from emu_jax.convert import arrays as arrays_module
 from emu_jax.convert import engine, export, files, parents, sizes, source, tables
 from emu_jax.convert.arrays import Arrays
 from emu_jax.convert.engine import convert
-from emu_jax.data.documents import Document, Picture, Text, write_documents
+from emu_jax.data.documents import Document, Image, Text, write_documents
 from emu_jax.errors import UserError
 from emu_jax.generate.api import load
 from emu_jax.sharding import make_mesh
@@ -413,9 +413,9 @@ def test_a_model_that_the_release_cannot_express_is_refused(run_dir, tmp_path):
 def test_fine_tuning_a_release_and_the_way_back(run_dir, tmp_path):
     """The steps of docs/conversion.md."""
     rng = np.random.default_rng(0)
-    picture = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (40, 30, 3), np.uint8)).save(picture, "PNG")
-    document = Document((Picture(picture.getvalue()), Text("a cat sits on a mat.")))
+    file = io.BytesIO()
+    PIL.Image.fromarray(rng.integers(0, 256, (40, 30, 3), np.uint8)).save(file, "PNG")
+    document = Document((Image(file.getvalue()), Text("a cat sits on a mat.")))
     write_documents(tmp_path / "data/train/pairs.array_record", [document] * 16)
     cfg = load_config(
         TrainConfig,
@@ -845,7 +845,7 @@ def test_a_merged_run_directory_has_no_adapters(instruct_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def ancestors(tmp_path_factory):
-    """LLaMA in shards, EVA-CLIP for larger pictures, a Stable Diffusion of another width."""
+    """LLaMA in shards, EVA-CLIP for larger images, a Stable Diffusion of another width."""
     from transformers import LlamaConfig as HFLlamaConfig
     from transformers import LlamaForCausalLM
 

@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
-from test_sources import lines, picture, tar, video
+from test_sources import lines, make_image, tar, video
 
 from emu_jax.config import TokenIds, digits
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
@@ -29,13 +29,13 @@ FORMATS = {"tars": "webdataset", "pages": "pages", "records": "records", "videos
 
 
 def blank(width: int, height: int) -> bytes:
-    """A picture of which a few kilobytes make so many pixels."""
+    """A image of which a few kilobytes make so many pixels."""
     file = io.BytesIO()
-    Image.new("1", (width, height)).save(file, "PNG")
+    PIL.Image.new("1", (width, height)).save(file, "PNG")
     return file.getvalue()
 
 
-CUT = picture(40)[:-200]
+CUT = make_image(40)[:-200]
 BOMB, STRIP = blank(30_000, 30_000), blank(1_000_000, 1)
 
 
@@ -53,7 +53,7 @@ def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
     """{where: reason} of what is damaged, as of the others."""
     ways = [
         "unreadable picture",
-        "no picture",
+        "no image",
         "corrupt tar member",
         "incomplete sample",
         "invalid UTF-8",
@@ -70,10 +70,10 @@ def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
             form, suffix = [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")][n % 3]
             content = {
                 "unreadable picture": CUT,
-                "no picture": b"<html>404</html>",
+                "no image": b"<html>404</html>",
                 "picture too large": BOMB,
                 "picture too narrow": STRIP,
-            }.get(way or "", None) or picture(10 * (n % 25), form)
+            }.get(way or "", None) or make_image(10 * (n % 25), form)
             if way != "incomplete sample":
                 files[f"{n:05}.{suffix}"] = content
             if way == "malformed JSON":
@@ -89,7 +89,7 @@ def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
                 header = content.index(f"{n:05}.txt".encode())
                 content[header : header + 512] = rng.bytes(512)
             if n in damaged:
-                reason = damaged[n].replace("no picture", "unreadable picture")
+                reason = damaged[n].replace("no image", "unreadable picture")
                 found[f"{path} sample {n - first}"] = reason
         path.write_bytes(content)
     return found
@@ -101,7 +101,7 @@ def make_pages(folder: Path, rng: np.random.Generator) -> dict[str, str]:
     path, entries = folder / "pages.jsonl", []
     for n in range(SIZES["pages"]):
         way = damaged.get(n)
-        content = CUT if way == "unreadable picture" else picture(10 * (n % 25))
+        content = CUT if way == "unreadable picture" else make_image(10 * (n % 25))
         entry = {
             "text_list": [words(n), words(n + 1)],
             "image_info": [
@@ -129,7 +129,7 @@ def make_records(folder: Path, rng: np.random.Generator) -> dict[str, str]:
     for n in range(SIZES["records"]):
         way = damaged.get(n)
         content = {"unreadable picture": CUT, "picture too large": BOMB}.get(way or "")
-        document = Document((Picture(content or picture(10 * (n % 25))), Text(words(n))))
+        document = Document((Image(content or make_image(10 * (n % 25))), Text(words(n))))
         writer.write(b"garbage" if way == "not a document" else document.to_bytes())
     writer.close()
     return {f"{path} record {n}": reason for n, reason in damaged.items()}

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image
 
 from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, VAEConfig
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text, filling, storage
+from emu_jax.data import Batches, DataConfig, Document, Image, Text, filling, storage
 from emu_jax.data import digits as digits_module
 from emu_jax.data.digits import (
     CAPTIONS,
@@ -23,13 +23,13 @@ from emu_jax.data.digits import (
     build_digits,
     caption,
     counting_digits,
-    digit_pictures,
+    digit_images,
     encode_png,
     parse_digit,
 )
 from emu_jax.data.documents import REASONS, Damaged, DocumentFiles, write_documents
 from emu_jax.data.images import (
-    PictureError,
+    ImageError,
     affine,
     draw_affine,
     load_image,
@@ -39,7 +39,7 @@ from emu_jax.data.images import (
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.mixture import Drawn, open_groups
 from emu_jax.data.outlines import Outlines
-from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
+from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.pipeline import batch_shapes
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
@@ -47,7 +47,7 @@ from emu_jax.generate.prompt import open_file
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"
-KINDS = ("rows", "captions", "pictures", "contexts")
+KINDS = ("rows", "captions", "images", "contexts")
 
 
 @pytest.fixture(scope="session")
@@ -100,9 +100,9 @@ def grey(value: int, size: int = 5) -> bytes:
 
 def test_document_round_trip(tmp_path):
     documents = [
-        Document((Text("ünïcode 🙂"), Picture(b"\x00\xff"), Text(""), Picture(b"", time=1.25))),
+        Document((Text("ünïcode 🙂"), Image(b"\x00\xff"), Text(""), Image(b"", time=1.25))),
         Document(()),
-        Document((Picture(b"x", None, 0.32),)),
+        Document((Image(b"x", None, 0.32),)),
         Document((Text("[USER]: hi", scored=False, special=True), Text("you", scored=False))),
     ]
     for document in documents:
@@ -143,11 +143,11 @@ def test_video_is_ordered_by_time():
         [(1.5, "then "), (0.5, "hello"), (1.0, " at once"), (3.0, "end")],
     )
     assert document.parts == (
-        Picture(b"a", 0.0),
+        Image(b"a", 0.0),
         Text("hello"),
-        Picture(b"b", 1.0),
+        Image(b"b", 1.0),
         Text("at once then"),
-        Picture(b"c", 2.0),
+        Image(b"c", 2.0),
         Text("end"),
     )
 
@@ -156,7 +156,7 @@ def test_video_is_ordered_by_time():
 def test_cut_file_is_one_clear_line(tmp_path, left):
     path = tmp_path / "x.array_record"
     rng = np.random.default_rng(0)
-    write_documents(path, (Document((Picture(rng.bytes(900)),)) for _ in range(500)))
+    write_documents(path, (Document((Image(rng.bytes(900)),)) for _ in range(500)))
     content = path.read_bytes()
     path.write_bytes(content[: int(left * len(content)) if left < 1 else left])
     with pytest.raises(UserError) as error:
@@ -168,7 +168,7 @@ def test_cut_file_is_one_clear_line(tmp_path, left):
 def test_damage_inside_a_file_is_one_clear_line(tmp_path):
     path = tmp_path / "x.array_record"
     rng = np.random.default_rng(0)
-    write_documents(path, (Document((Picture(rng.bytes(900)),)) for _ in range(500)))
+    write_documents(path, (Document((Image(rng.bytes(900)),)) for _ in range(500)))
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 1000] = bytes(1000)
@@ -189,7 +189,7 @@ def test_missing_file_is_one_clear_line(tmp_path):
         DocumentFiles([tmp_path / "none.array_record"])
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("path", ["process_img", "pipeline"])
@@ -197,7 +197,7 @@ def test_missing_file_is_one_clear_line(tmp_path):
 def test_preprocessing_golden(golden, n, path):
     want = golden[f"preprocess/{n}/{path}"].transpose(1, 2, 0)
     file = TINY / f"preprocess_{n}.png"
-    for source in (file, file.read_bytes(), Image.open(file)):
+    for source in (file, file.read_bytes(), PIL.Image.open(file)):
         pixels = load_image(source, want.shape[0])
         assert pixels.dtype == np.uint8
         got = np.asarray(normalize_images(jnp.asarray(pixels)))
@@ -215,30 +215,30 @@ def test_normalize_images_in_bfloat16_batches():
 def test_grey_equals_its_rgb():
     pixels = np.random.default_rng(0).integers(256, size=(9, 13)).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).convert("RGB").save(file, "PNG")
+    PIL.Image.fromarray(pixels).convert("RGB").save(file, "PNG")
     np.testing.assert_array_equal(
         load_image(encode_png(pixels), 32), load_image(file.getvalue(), 32)
     )
 
 
-def test_unreadable_picture_is_one_clear_line(tmp_path):
+def test_unreadable_image_is_one_clear_line(tmp_path):
     missing, text, cut = (tmp_path / name for name in ("missing.png", "text.png", "cut.png"))
-    text.write_text("no picture")
+    text.write_text("no image")
     content = (TINY / "preprocess_0.png").read_bytes()
     cut.write_bytes(content[: len(content) // 2])
     for path in (missing, text, cut):
         with pytest.raises(UserError) as error:
             open_image(path)
-        assert str(error.value).startswith(f"cannot read the picture {path}: ")
-    with pytest.raises(UserError, match="cannot read the picture in x record 3: "):
+        assert str(error.value).startswith(f"cannot read the image {path}: ")
+    with pytest.raises(UserError, match="cannot read the image in x record 3: "):
         load_image(content[:50], 8, "in x record 3")
 
 
-def test_only_regular_files_are_opened_as_pictures_or_videos(tmp_path, monkeypatch):
+def test_only_regular_files_are_opened_as_images_or_videos(tmp_path, monkeypatch):
     """A pipe would be waited for without end, by `generate` and `eval`."""
     monkeypatch.setattr(storage, "MOST_IMAGE", 99)
     monkeypatch.setattr(storage, "MOST_VIDEO", 99)
-    for suffix, kind in (("png", "picture"), ("mp4", "video")):
+    for suffix, kind in (("png", "image"), ("mp4", "video")):
         pipe, large = tmp_path / f"pipe.{suffix}", tmp_path / f"large.{suffix}"
         os.mkfifo(pipe)
         large.write_bytes(bytes(100))
@@ -247,11 +247,11 @@ def test_only_regular_files_are_opened_as_pictures_or_videos(tmp_path, monkeypat
             (tmp_path, "not a regular file (a directory)"),
             (large, "file too large (100 bytes, at most 99)"),
         ):
-            shown = kind if path != tmp_path else "picture"
+            shown = kind if path != tmp_path else "image"
             with pytest.raises(UserError) as error:
                 open_file(path)
             assert str(error.value) == f"cannot read the {shown} {path}: {why}"
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(ImageError) as error:
         open_image(tmp_path / "pipe.png")
     assert error.value.reason in REASONS
 
@@ -265,7 +265,7 @@ def test_images_of_impossible_sizes_are_refused(monkeypatch):
                 width,
                 height,
             )
-        except PictureError as error:
+        except ImageError as error:
             return error.reason
         return None
 
@@ -276,15 +276,15 @@ def test_images_of_impossible_sizes_are_refused(monkeypatch):
 
 def test_affine_moves_as_told():
     pixels = np.zeros((40, 40), np.uint8)
-    pixels[10:14, 20:24] = 255  # its middle is 8 above the picture's, and 2 to the right
-    picture = Image.fromarray(pixels)
+    pixels[10:14, 20:24] = 255  # its middle is 8 above the image's, and 2 to the right
+    image = PIL.Image.fromarray(pixels)
 
     def middle(*draw: float) -> tuple[float, float]:
-        moved = np.asarray(affine(picture, *draw), float)
+        moved = np.asarray(affine(image, *draw), float)
         y, x = np.mgrid[:40, :40] + 0.5
         return (moved * x).sum() / moved.sum() - 20, (moved * y).sum() / moved.sum() - 20
 
-    np.testing.assert_array_equal(affine(picture, 0, 1, 0, 0), picture)
+    np.testing.assert_array_equal(affine(image, 0, 1, 0, 0), image)
     np.testing.assert_allclose(middle(0, 1, 0, 0), (2, -8), atol=0.01)
     np.testing.assert_allclose(middle(0, 1, 0.1, 0.25), (6, 2), atol=0.01)
     np.testing.assert_allclose(middle(0, 1.5, 0, 0), (3, -12), atol=0.1)
@@ -304,50 +304,50 @@ def test_drawn_affine_stays_in_range():
 
 
 def test_splits():
-    pictures = {split: digit_pictures(split) for split in SPLITS}
-    sizes = {split: len(images) for split, (images, _) in pictures.items()}
+    splits = {split: digit_images(split) for split in SPLITS}
+    sizes = {split: len(images) for split, (images, _) in splits.items()}
     assert sizes == {"train": 1437, "heldout": 360, "fit": 1300, "validation": 137}
-    images, labels = pictures["train"]
+    images, labels = splits["train"]
     assert images.dtype == np.uint8 and images.shape[1:] == (8, 8) and images.max() == 255
     for n in (0, 1):
-        together = np.concatenate([pictures["fit"][n], pictures["validation"][n]])
-        np.testing.assert_array_equal(together, pictures["train"][n])
+        together = np.concatenate([splits["fit"][n], splits["validation"][n]])
+        np.testing.assert_array_equal(together, splits["train"][n])
 
     from sklearn.datasets import load_digits
 
     order = np.random.default_rng(0).permutation(1797)
     np.testing.assert_array_equal(labels, load_digits().target[order[:1437]])
-    np.testing.assert_array_equal(pictures["heldout"][1], load_digits().target[order[1437:]])
+    np.testing.assert_array_equal(splits["heldout"][1], load_digits().target[order[1437:]])
     with pytest.raises(UserError, match="unknown split 'helduot'; did you mean 'heldout'"):
-        digit_pictures("helduot")
+        digit_images("helduot")
 
 
-def test_files_hold_only_the_pictures_of_their_split(root):
-    def pictures(split: str) -> set[bytes]:
+def test_files_hold_only_the_images_of_their_split(root):
+    def contents(split: str) -> set[bytes]:
         kinds = ("pairs", "pages", "storyboards")
         files = DocumentFiles([root / split / f"{kind}.array_record" for kind in kinds])
-        return {p.data for d in files for p in d.parts if isinstance(p, Picture)}
+        return {p.data for d in files for p in d.parts if isinstance(p, Image)}
 
-    held, fit, validation = map(pictures, ("heldout", "fit", "validation"))
+    held, fit, validation = map(contents, ("heldout", "fit", "validation"))
     assert len(held) == 360 and len(fit) == 1300 and len(validation) == 137
     assert not held & (fit | validation) and not fit & validation
-    assert pictures("train") == fit | validation
-    images, _ = digit_pictures("heldout")
+    assert contents("train") == fit | validation
+    images, _ = digit_images("heldout")
     decoded = {np.asarray(open_image(data)).tobytes() for data in held}
     assert decoded == {image.tobytes() for image in images}
 
 
 def test_words_tell_the_truth(root):
-    images, labels = digit_pictures("heldout")
+    images, labels = digit_images("heldout")
     label = {encode_png(i): d for i, d in zip(images, labels.tolist(), strict=True)}
     for document in DocumentFiles([root / "heldout" / "pairs.array_record"]):
-        picture, text = document.parts
-        assert parse_digit(text.text) == label[picture.data]
+        image, text = document.parts
+        assert parse_digit(text.text) == label[image.data]
     for document in DocumentFiles([root / "heldout" / "pages.array_record"]):
         assert 2 <= len(document.parts) // 2 <= 4
         for one, two in zip(document.parts[::2], document.parts[1::2], strict=True):
-            picture, text = (one, two) if isinstance(one, Picture) else (two, one)
-            assert parse_digit(text.text) == label[picture.data]
+            image, text = (one, two) if isinstance(one, Image) else (two, one)
+            assert parse_digit(text.text) == label[image.data]
     steps = set()
     for document in DocumentFiles([root / "heldout" / "storyboards.array_record"]):
         frames, subtitles = document.parts[::2], document.parts[1::2]
@@ -412,9 +412,9 @@ def test_pack_by_hand():
         rows = pack(np.array(tokens, int), np.array(images, int), row_tokens=10, row_images=2)
         return sorted(sorted(row) for row in rows)
 
-    # 2 would fill 0's tokens, but not with two pictures more.
+    # 2 would fill 0's tokens, but not with two images more.
     assert packed([6, 6, 4, 4, 3, 1], [1, 1, 2, 1, 1, 0]) == [[0, 3], [1, 4, 5], [2]]
-    # Two long texts and four pictures: a row has one of the former, two of the latter.
+    # Two long texts and four images: a row has one of the former, two of the latter.
     assert packed([5, 6, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1]) == [[0, 2, 3], [1, 4, 5]]
     # Alike: by turns, not the longest together.
     assert packed([4, 4, 3, 3, 3, 3], [0] * 6) == [[0, 2, 4], [1, 3, 5]]
@@ -434,15 +434,15 @@ def test_pack_loses_nothing(seed):
     assert len(rows) <= 1.2 * max(tokens.sum() / 50, images.sum() / 6)
 
 
-P = PICTURE
+P = IMAGE_PART
 
 
 @pytest.mark.parametrize(
     "outline, tokens, images, end, kept",
     [
-        ([5, P, 3], 14, 9, "tail", [5, P, 3]),  # a picture takes 4 + 2 tokens
+        ([5, P, 3], 14, 9, "tail", [5, P, 3]),  # a image takes 4 + 2 tokens
         ([5, P, 3], 13, 9, "tail", [5, P]),
-        ([5, P, 3], 10, 9, "tail", [5]),  # never inside a picture
+        ([5, P, 3], 10, 9, "tail", [5]),  # never inside a image
         ([5, P, 3], 4, 9, "tail", [4]),  # or no words would be left
         ([P, 9], 10, 9, "tail", [P, 4]),
         ([P, 9], 5, 9, "tail", []),
@@ -464,7 +464,7 @@ def parts_of(outline: list[int]) -> list[Part]:
 
 
 def test_windows_by_hand():
-    outline = parts_of([5, P, 3, P, 4, P])  # pictures take 4 tokens: 5 4 3 4 4 4
+    outline = parts_of([5, P, 3, P, 4, P])  # images take 4 tokens: 5 4 3 4 4 4
     seen = {}
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -473,7 +473,7 @@ def test_windows_by_hand():
         assert seen.setdefault(begin, kept) == kept
     assert sorted(seen) == list(range(15))
     assert seen[0] == [Part(0, 5), Part(1, P), Part(2, 1)]
-    assert seen[4] == [Part(0, 1, 4), Part(1, P), Part(2, 3)]  # the second picture lies across
+    assert seen[4] == [Part(0, 1, 4), Part(1, P), Part(2, 3)]  # the second image lies across
     assert seen[6] == [Part(2, 3), Part(3, P)]  # the first lies across
     assert seen[8] == [Part(2, 3), Part(3, P), Part(4, 2)]
     assert seen[14] == [Part(3, P), Part(4, 4)] or seen[14] == [Part(4, 4), Part(5, P)]
@@ -484,16 +484,16 @@ def test_windows_by_hand():
     assert len(window(outline, np.random.default_rng(0), tokens=24, images=2, n_causal=2)) == 5
 
 
-def test_pictures_are_picked_with_their_texts():
+def test_images_are_picked_with_their_texts():
     outline = parts_of([5, P, 3, P, P, 4, 2, P])
-    both = {1: 2, 3: 5, 4: 5, 7: 6}  # the last picture has the text before it
+    both = {1: 2, 3: 5, 4: 5, 7: 6}  # the last image has the text before it
     seen = set()
     for seed in range(60):
         kept = [part.index for part in pick(outline, np.random.default_rng(seed), 2)]
-        pictures = [n for n in kept if n in both]
-        assert len(pictures) == 2
-        assert kept == sorted({*pictures, *(both[n] for n in pictures)})
-        seen.add(tuple(pictures))
+        images = [n for n in kept if n in both]
+        assert len(images) == 2
+        assert kept == sorted({*images, *(both[n] for n in images)})
+        seen.add(tuple(images))
     assert len(seen) == 6
     assert pick(outline, np.random.default_rng(0), 9) == outline[1:]
     assert pick(parts_of([3, 4]), np.random.default_rng(0), 2) == []
@@ -505,15 +505,15 @@ def test_outlines_are_kept_and_noticed_stale(tmp_path, tokenizer, monkeypatch):
     def outlines(*paths: Path) -> Outlines:
         return Outlines(DocumentFiles(paths), tokenizer, folder)
 
-    write_documents(path, [Document((Text(" the digit seven "), Picture(b"x"))), Document(())])
+    write_documents(path, [Document((Text(" the digit seven "), Image(b"x"))), Document(())])
     counted = outlines(path, path)
     assert [counted[n] for n in range(4)] == [[3, P], [], [3, P], []]
     assert counted.totals() == {
         "documents": 4,
         "tokens": 6,
-        "pictures": 2,
+        "images": 2,
         "with_text": 2,
-        "with_picture": 2,
+        "with_image": 2,
         "with_both": 2,
         "damaged": 0,
     }
@@ -570,14 +570,14 @@ def hand_made(tmp_path: Path, **documents: list[Document]) -> DataConfig:
 
 
 def test_a_row_by_hand(tmp_path, tokenizer):
-    page = Document((Text("first a three"), Picture(grey(10)), Text(" nine "), Picture(grey(20))))
+    page = Document((Text("first a three"), Image(grey(10)), Text(" nine "), Image(grey(20))))
     cfg = hand_made(tmp_path, pages=[page])
     cfg = dataclasses.replace(cfg, block_documents=2, row_tokens=33, row_images=4)
     t = tokenizer
     first, a, three = t.encode_plain("first a three")
     (nine,) = t.encode_plain("nine")
-    picture = [t.img, t.image, t.image, t.img_end]
-    one = [t.bos, first, a, three, *picture, nine, *picture, t.eos]
+    image = [t.img, t.image, t.image, t.img_end]
+    one = [t.bos, first, a, three, *image, nine, *image, t.eos]
     scored = [0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
     slots = [-1] * 5 + [0, 1] + [-1] * 3 + [2, 3] + [-1] * 2
     n = len(one)
@@ -610,7 +610,7 @@ def test_a_row_by_hand(tmp_path, tokenizer):
 
 
 def test_a_cut_document_has_no_end(tmp_path, tokenizer):
-    page = Document((Picture(grey(10)), Text("seven " * 9), Picture(grey(20)), Text("nine")))
+    page = Document((Image(grey(10)), Text("seven " * 9), Image(grey(20)), Text("nine")))
     cfg = dataclasses.replace(hand_made(tmp_path, pages=[page]), row_tokens=16)
     with Batches(cfg, tokenizer, "rows") as batches:
         batch = next(batches)
@@ -625,7 +625,7 @@ def test_a_cut_document_has_no_end(tmp_path, tokenizer):
 
 
 def test_text_cannot_spell_special_tokens(tmp_path, tokenizer):
-    page = Document((Text("an <image> and [IMG] </s>"), Picture(grey(10))))
+    page = Document((Text("an <image> and [IMG] </s>"), Image(grey(10))))
     cfg = dataclasses.replace(hand_made(tmp_path, pages=[page]), row_tokens=99)
     with Batches(cfg, tokenizer, "rows") as batches:
         tokens = next(batches)["tokens"]
@@ -637,9 +637,9 @@ def test_text_cannot_spell_special_tokens(tmp_path, tokenizer):
 def test_only_what_is_scored_is_learned(root, tmp_path, learn_img):
     t = Tokenizer.load(root / "tokenizer", instruct=True)
     asked = Text("see [IMG]it[/IMG] [USER]:", scored=False, special=True)
-    question = (asked, Picture(grey(10), scored=False), Text("what? [USER]", scored=False))
+    question = (asked, Image(grey(10), scored=False), Text("what? [USER]", scored=False))
     own = Text("a [IMG]seven[/IMG]", special=True)
-    turn = (Text("[ASSISTANT]:", False, True), Text("see"), Picture(grey(20)), own)
+    turn = (Text("[ASSISTANT]:", False, True), Text("see"), Image(grey(20)), own)
     dialogue = Document((*question, *turn, Text("</s>", special=True)))
     cfg = dataclasses.replace(hand_made(tmp_path, pages=[dialogue]), row_tokens=99)
     with Batches(dataclasses.replace(cfg, learn_img=learn_img), t, "rows") as batches:
@@ -669,7 +669,7 @@ def test_only_what_is_scored_is_learned(root, tmp_path, learn_img):
 
 
 def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
-    words, image = Text("seven"), Picture(grey(10))
+    words, image = Text("seven"), Image(grey(10))
     documents = [
         Document((words,)),
         Document((image,)),
@@ -689,12 +689,12 @@ def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
     assert usable("rows") == [0, 1, 2, 4]
     assert usable("rows", picked_images=1) == [1, 2]
     assert usable("captions") == [2]
-    assert usable("pictures") == usable("contexts") == [1, 2]
+    assert usable("images") == usable("contexts") == [1, 2]
 
 
 def test_each_epoch_has_every_document_once(tmp_path, tokenizer):
     """What is in the rows of as many documents as there are: each once, in another order."""
-    pages = [Document((Picture(grey(n)), Text(WORDS[n % 10]))) for n in range(48)]
+    pages = [Document((Image(grey(n)), Text(WORDS[n % 10]))) for n in range(48)]
     cfg = hand_made(tmp_path, pages=pages)
     cfg = dataclasses.replace(cfg, block_documents=16)
     with Batches(cfg, tokenizer, "rows") as batches:
@@ -715,7 +715,7 @@ def test_each_epoch_has_every_document_once(tmp_path, tokenizer):
 
 
 def check_slots(tokens, slots, valid, tokenizer, n_causal):
-    """<image> positions gather the slots of the row's pictures, in order."""
+    """<image> positions gather the slots of the row's images, in order."""
     for row, where, real in zip(tokens, slots, valid, strict=True):
         used = where[row == tokenizer.image]
         assert used.tolist() == list(range(real.sum() * n_causal))
@@ -764,7 +764,7 @@ def test_rows_invariants(cfg, tokenizer):
 
 def test_captions(cfg, tokenizer):
     plain = dataclasses.replace(cfg, augment=False, row_tokens=12)
-    images, labels = digit_pictures("validation")
+    images, labels = digit_images("validation")
     pixels = [load_image(encode_png(image), 16).tobytes() for image in images]
     shown = dict(zip(pixels, labels.tolist(), strict=True))
     with Batches(plain, tokenizer, "captions") as batches:
@@ -784,10 +784,10 @@ def test_captions(cfg, tokenizer):
         assert 0 < batches.statistics()["truncated"] < 60
 
 
-def test_pictures(cfg, tokenizer):
+def test_images(cfg, tokenizer):
     plain = dataclasses.replace(cfg, augment=False)
-    known = {load_image(encode_png(i), 24).tobytes() for i in digit_pictures("validation")[0]}
-    with Batches(plain, tokenizer, "pictures") as batches:
+    known = {load_image(encode_png(i), 24).tobytes() for i in digit_images("validation")[0]}
+    with Batches(plain, tokenizer, "images") as batches:
         seen = {image.tobytes() for batch in take(batches, 6) for image in batch["images"]}
     assert seen <= known and len(seen) > 10
 
@@ -795,7 +795,7 @@ def test_pictures(cfg, tokenizer):
 def test_contexts(cfg, tokenizer):
     t = tokenizer
     plain = dataclasses.replace(cfg, augment=False)
-    images, labels = digit_pictures("validation")
+    images, labels = digit_images("validation")
     pngs = [encode_png(i) for i in images]
     small = {load_image(p, 16).tobytes(): n for n, p in enumerate(pngs)}
     large = {load_image(p, 24).tobytes(): n for n, p in enumerate(pngs)}
@@ -837,14 +837,14 @@ def test_drop_condition_frequency(cfg, tokenizer, share):
     )
     with Batches(only, tokenizer, "contexts") as batches:
         lengths = np.concatenate([b["length"] for b in take(batches, 10)])
-    dropped = np.mean(lengths == 2)  # a pair's words stand before its picture: never by chance
+    dropped = np.mean(lengths == 2)  # a pair's words stand before its image: never by chance
     assert abs(dropped - share) <= 3 * np.sqrt(share * (1 - share) / 1000)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_picture_first_frequency(cfg, tokenizer, share):
+def test_image_first_frequency(cfg, tokenizer, share):
     only = dataclasses.replace(
-        cfg, mixture={"pairs": 1.0}, picture_first=share, batch_size=50, augment=False
+        cfg, mixture={"pairs": 1.0}, image_first=share, batch_size=50, augment=False
     )
     with Batches(only, tokenizer, "rows") as batches:
         batch = next(batches)
@@ -855,7 +855,7 @@ def test_picture_first_frequency(cfg, tokenizer, share):
 
 
 def test_long_contexts_keep_what_is_near(tmp_path, tokenizer):
-    page = Document((Text("one"), Picture(grey(10)), Text("two"), Picture(grey(20)), Text("three")))
+    page = Document((Text("one"), Image(grey(10)), Text("two"), Image(grey(20)), Text("three")))
     cfg = hand_made(tmp_path, pages=[page])
     cfg = dataclasses.replace(cfg, row_tokens=7, drop_condition=0.0)
     t = tokenizer
@@ -866,13 +866,13 @@ def test_long_contexts_keep_what_is_near(tmp_path, tokenizer):
             ids = batch["tokens"][0, : batch["length"][0]].tolist()
             seen[int(batch["target"][0, 0, 0, 0])] = ids
         assert 0 < batches.statistics()["truncated"] < 20
-    picture = [t.img, t.image, t.image, t.img_end]
-    assert seen == {10: [t.bos, one, t.img], 20: [t.bos, *picture, two, t.img]}
+    image = [t.img, t.image, t.image, t.img_end]
+    assert seen == {10: [t.bos, one, t.img], 20: [t.bos, *image, two, t.img]}
 
 
 def test_an_image_may_be_drawn_from_itself(tmp_path, tokenizer):
     """`autoencode` decides how often the context of an image is the image alone."""
-    pairs = [Document((Text("seven"), Picture(grey(5 * n + 5)))) for n in range(40)]
+    pairs = [Document((Text("seven"), Image(grey(5 * n + 5)))) for n in range(40)]
     cfg = hand_made(tmp_path, pages=pairs)
     cfg = dataclasses.replace(cfg, target_size=4, batch_size=40, drop_condition=0.0)
     t = tokenizer
@@ -888,8 +888,8 @@ def test_an_image_may_be_drawn_from_itself(tmp_path, tokenizer):
             assert row[:length].tolist() == (image if same else words)
 
 
-def test_a_long_text_before_a_picture_keeps_its_end(tmp_path, tokenizer):
-    page = Document((Text("one two three four five six"), Picture(grey(10))))
+def test_a_long_text_before_a_image_keeps_its_end(tmp_path, tokenizer):
+    page = Document((Text("one two three four five six"), Image(grey(10))))
     cfg = hand_made(tmp_path, pages=[page])
     cfg = dataclasses.replace(cfg, row_tokens=6, drop_condition=0.0)
     with Batches(cfg, tokenizer, "contexts") as batches:
@@ -962,10 +962,10 @@ def test_augmentation_and_seed(cfg, tokenizer, kind):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_documents_read_together_are_those_read_alone(tmp_path, tokenizer, monkeypatch, threads):
     pages = [
-        Document((Text(WORDS[n % 10]), *[Picture(grey(20 * n + k)) for k in range(n % 3)]))
+        Document((Text(WORDS[n % 10]), *[Image(grey(20 * n + k)) for k in range(n % 3)]))
         for n in range(12)
     ]
-    pages[4] = Document((Text("four"), Picture(b"no picture")))
+    pages[4] = Document((Text("four"), Image(b"no image")))
     cfg = hand_made(tmp_path, pages=pages)
     cfg = dataclasses.replace(
         cfg,
@@ -991,10 +991,10 @@ def test_documents_read_together_are_those_read_alone(tmp_path, tokenizer, monke
 
 def test_augmentation_differs_between_epochs(tmp_path, tokenizer):
     content = encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
-    pair = Document((Picture(content), Text("seven")))
+    pair = Document((Image(content), Text("seven")))
     cfg = hand_made(tmp_path, pairs=[pair])
     cfg = dataclasses.replace(cfg, augment=True, target_size=16)
-    with Batches(cfg, tokenizer, "pictures") as batches:
+    with Batches(cfg, tokenizer, "images") as batches:
         seen = {next(batches)["images"].tobytes() for _ in range(10)}
     assert len(seen) == 10
 
@@ -1026,7 +1026,7 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
     fails("batch_size 6 cannot be shared by 4 processes", processes=4)
     fails("row_tokens.*at least 8, not 7", row_tokens=7)
     fails("seed", seed=-1)
-    fails("picture_first", picture_first=1.5)
+    fails("image_first", image_first=1.5)
     fails("mixture.pages.*negative", mixture={"pages": -1.0})
     fails("no positive weight", mixture={"pages": 0.0})
     fails("no page.array_record; did you mean 'pages'", mixture={"page": 1.0})
@@ -1108,7 +1108,7 @@ def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokeni
 
 def test_close_ends_the_thread(cfg, tokenizer):
     before = set(threading.enumerate())
-    batches = Batches(cfg, tokenizer, "pictures")
+    batches = Batches(cfg, tokenizer, "images")
     first = next(batches)
     (thread,) = set(threading.enumerate()) - before
     state = batches.state()
@@ -1124,7 +1124,7 @@ def test_close_ends_the_thread(cfg, tokenizer):
 
 def test_a_forgotten_iterator_ends_its_thread(cfg, tokenizer):
     before = set(threading.enumerate())
-    batches = Batches(cfg, tokenizer, "pictures")
+    batches = Batches(cfg, tokenizer, "images")
     next(batches)
     (thread,) = set(threading.enumerate()) - before
     del batches

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image
 
 from emu_jax import cli
-from emu_jax.data import Document, Picture, Text, storage
+from emu_jax.data import Document, Image, Text, storage
 from emu_jax.data import build as build_module
 from emu_jax.data.build import BuildConfig, build, embedded, on_beam
 from emu_jax.data.clean import CleanConfig, Cleaned, Unfit, clean, store
@@ -32,12 +32,12 @@ CLEAN = CleanConfig(max_side=32, min_side=8, max_aspect=4.0, min_similarity=0.3,
 def encode(width: int, height: int, format: str = "JPEG", seed: int = 0, mode="RGB") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, format)
+    PIL.Image.fromarray(pixels).convert(mode).save(file, format)
     return file.getvalue()
 
 
-def opened(picture: Picture) -> Image.Image:
-    return Image.open(io.BytesIO(picture.data))
+def opened(image: Image) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(image.data))
 
 
 def raw_documents(count: int) -> list[Document]:
@@ -49,7 +49,7 @@ def raw_documents(count: int) -> list[Document]:
     ]
     contents[17 % len(contents)] = contents[17 % len(contents)][:-60]
     return [
-        Document((Picture(contents[n % len(contents)]), Text(f"picture number {n}")))
+        Document((Image(contents[n % len(contents)]), Text(f"image number {n}")))
         for n in range(count)
     ]
 
@@ -74,60 +74,62 @@ def contents(folder: Path) -> dict[str, bytes]:
 # One document
 
 
-def test_pictures_that_are_small_enough_keep_their_bytes():
+def test_images_that_are_small_enough_keep_their_bytes():
     for format in ("JPEG", "PNG", "WEBP"):
-        picture = Picture(encode(31, 32, format), time=1.5, similarity=0.4)
-        assert store(picture, CLEAN) is picture
-    assert opened(store(Picture(encode(31, 32, "GIF")), CLEAN)).format == "JPEG"
+        image = Image(encode(31, 32, format), time=1.5, similarity=0.4)
+        assert store(image, CLEAN) is image
+    assert opened(store(Image(encode(31, 32, "GIF")), CLEAN)).format == "JPEG"
 
 
-def test_pictures_are_made_smaller_and_encoded():
-    picture = Picture(encode(100, 53), time=1.5, similarity=0.4)
-    stored = store(picture, CLEAN)
+def test_images_are_made_smaller_and_encoded():
+    image = Image(encode(100, 53), time=1.5, similarity=0.4)
+    stored = store(image, CLEAN)
     assert (opened(stored).size, opened(stored).format) == ((32, 17), "JPEG")
-    assert stored == dataclasses.replace(picture, data=stored.data)
-    narrow = store(Picture(encode(40, 3000, "PNG")), CleanConfig(encoding="png"))
+    assert stored == dataclasses.replace(image, data=stored.data)
+    narrow = store(Image(encode(40, 3000, "PNG")), CleanConfig(encoding="png"))
     assert (opened(narrow).size, opened(narrow).format) == ((7, 512), "PNG")
-    webp = store(Picture(encode(64, 64, "BMP")), CleanConfig(max_side=16, encoding="webp"))
+    webp = store(Image(encode(64, 64, "BMP")), CleanConfig(max_side=16, encoding="webp"))
     assert (opened(webp).size, opened(webp).format) == ((16, 16), "WEBP")
-    grey = opened(store(Picture(encode(64, 20, "PNG", mode="L")), CLEAN))
+    grey = opened(store(Image(encode(64, 20, "PNG", mode="L")), CLEAN))
     assert (grey.size, grey.mode) == ((32, 10), "L")
-    assert store(Picture(encode(99, 12)), CleanConfig(max_side=0)).data == encode(99, 12)
+    assert store(Image(encode(99, 12)), CleanConfig(max_side=0)).data == encode(99, 12)
 
     smooth = np.linspace(0, 255, 64)[None, :, None].repeat(48, 0).repeat(3, 2).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(smooth).save(file, "PNG")
-    stored = np.asarray(opened(store(Picture(file.getvalue()), CLEAN)), int)
-    expected = np.asarray(Image.fromarray(smooth).resize((32, 24), Image.Resampling.BICUBIC), int)
+    PIL.Image.fromarray(smooth).save(file, "PNG")
+    stored = np.asarray(opened(store(Image(file.getvalue()), CLEAN)), int)
+    expected = np.asarray(
+        PIL.Image.fromarray(smooth).resize((32, 24), PIL.Image.Resampling.BICUBIC), int
+    )
     assert np.abs(stored - expected).max() <= 4
-    noise = Picture(encode(600, 600))
+    noise = Image(encode(600, 600))
     coarse, fine = (len(store(noise, CleanConfig(quality=q)).data) for q in (30, 95))
     assert 2 * coarse < fine
 
 
 @pytest.mark.parametrize(
-    "picture, reason, detail",
+    "image, reason, detail",
     [
-        (Picture(encode(7, 20)), "picture too small", "7x20"),
-        (Picture(encode(9, 40)), "picture too narrow", "9x40"),
-        (Picture(encode(31, 32), similarity=0.29), "unlike its words", "0.290"),
-        (Picture(encode(31, 32)[:-60]), "unreadable picture", "truncated"),
-        (Picture(b"none"), "unreadable picture", "unknown image format"),
+        (Image(encode(7, 20)), "picture too small", "7x20"),
+        (Image(encode(9, 40)), "picture too narrow", "9x40"),
+        (Image(encode(31, 32), similarity=0.29), "unlike its words", "0.290"),
+        (Image(encode(31, 32)[:-60]), "unreadable picture", "truncated"),
+        (Image(b"none"), "unreadable picture", "unknown image format"),
     ],
 )
-def test_pictures_that_do_not_pass(picture, reason, detail):
+def test_images_that_do_not_pass(image, reason, detail):
     with pytest.raises(Unfit) as unfit:
-        store(picture, CLEAN)
+        store(image, CLEAN)
     assert unfit.value.reason == reason and detail in unfit.value.detail
 
 
-def test_a_page_loses_the_pictures_that_do_not_pass():
-    good, small = Picture(encode(20, 20)), Picture(encode(5, 5))
+def test_a_page_loses_the_images_that_do_not_pass():
+    good, small = Image(encode(20, 20)), Image(encode(5, 5))
     page = Document((Text("one"), small, Text("two"), good, small))
     cleaned = clean(page, CLEAN)
     assert cleaned.document == Document((Text("one"), Text("two"), good))
     assert [drop.part for drop in cleaned.dropped] == [1, 4]
-    assert (cleaned.pictures, cleaned.encoded) == (3, 0)
+    assert (cleaned.images, cleaned.encoded) == (3, 0)
     cleaned = clean(Document((Text("one"), small, small)), CLEAN)
     assert (cleaned.document, cleaned.reason) == (None, "picture too small")
     assert len(cleaned.dropped) == 2
@@ -166,17 +168,17 @@ def test_build(tmp_path, raw, cfg):
     assert 50 < len(kept) < 90
 
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
-    counts, pictures = manifest["documents"], manifest["pictures"]
+    counts, images = manifest["documents"], manifest["pictures"]
     assert (counts["read"], counts["written"]) == (90, len(kept))
-    assert counts["rejected"] == pictures["dropped"]
+    assert counts["rejected"] == images["dropped"]
     assert counts["rejected"].keys() == {
         "picture too small",
         "picture too narrow",
         "unreadable picture",
     }
     assert sum(counts["rejected"].values()) == 90 - len(kept)
-    assert (pictures["read"], pictures["written"]) == (90, len(kept))
-    assert pictures["encoded"] == sum(cleaned.encoded for cleaned in expected) > 20
+    assert (images["read"], images["written"]) == (90, len(kept))
+    assert images["encoded"] == sum(cleaned.encoded for cleaned in expected) > 20
     assert [shard["bytes"] for shard in manifest["shards"]] == [p.stat().st_size for p in shards]
 
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
@@ -260,7 +262,7 @@ def test_tars_and_pages(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["paired"] is True
     built = DocumentFiles([tmp_path / "out" / "pairs-00000-of-00001.array_record"])
     assert [d.parts[1] for d in built] == [Text("a cat"), Text("a dog")]
-    assert built[0].parts[0] == Picture(samples["a.jpg"])
+    assert built[0].parts[0] == Image(samples["a.jpg"])
 
     (tmp_path / "p.png").write_bytes(encode(9, 9, "PNG"))
     shown = [
@@ -275,8 +277,8 @@ def test_tars_and_pages(tmp_path, capsys):
     assert result["documents"] == {"read": 2, "written": 1, "rejected": {"malformed JSON": 1}}
     assert result["pictures"]["dropped"] == {"unlike its words": 1}
     built = DocumentFiles([tmp_path / "pages" / "pages-00000-of-00001.array_record"])
-    picture = Picture(encode(9, 9, "PNG"), similarity=0.33)
-    assert built[0].parts == (Text("one"), picture, Text("two"))
+    image = Image(encode(9, 9, "PNG"), similarity=0.33)
+    assert built[0].parts == (Text("one"), image, Text("two"))
 
 
 class Failing(Source):
@@ -378,8 +380,8 @@ def test_a_folder_that_holds_something_else(tmp_path, cfg):
 
 def test_a_build_that_loses_all_images_is_an_error(tmp_path):
     """Also where other documents are words alone."""
-    broken = Document((Picture(encode(31, 32)[:-60]), Text("words")))
-    small = Document((Picture(encode(7, 7)), Text("words")))
+    broken = Document((Image(encode(31, 32)[:-60]), Text("words")))
+    small = Document((Image(encode(7, 7)), Text("words")))
     for reason, document in (("unreadable picture", broken), ("picture too small", small)):
         path = tmp_path / f"{reason}.array_record"
         write_documents(path, [document, Document((Text("alone"),))])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emu_jax import cli
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text
+from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data.digits import build_digits, encode_png
 from emu_jax.data.documents import DocumentFiles, write_documents
 from emu_jax.data.inspect import inspect
@@ -51,7 +51,7 @@ def shown(page: str) -> dict[str, int]:
         "targets": len(re.findall(r'<i class="(?:s )?t" title', page)),
         "others": len(re.findall(r'<i class="s?" title', page)),
         "framed": page.count('<figure class="framed"><img'),
-        "pictures": len(re.findall(r"<figure[^>]*><img", page)),
+        "images": len(re.findall(r"<figure[^>]*><img", page)),
         "documents": page.count('<div class="document"'),
         "rows": page.count("<article>"),
     }
@@ -72,7 +72,7 @@ def test_rows_are_shown_as_they_are(tmp_path, cfg):
         "targets": batch["text_loss_mask"].sum(),
         "others": (words & ~batch["text_loss_mask"]).sum(),
         "framed": batch["image_scored"].sum(),
-        "pictures": batch["image_valid"].sum(),
+        "images": batch["image_valid"].sum(),
         "documents": len(documents),
         "rows": 5,
     }
@@ -90,7 +90,7 @@ def test_rows_are_shown_as_they_are(tmp_path, cfg):
     assert figures["pictures_per_second_per_core"] > 0
 
 
-@pytest.mark.parametrize("kind", ["captions", "pictures", "contexts"])
+@pytest.mark.parametrize("kind", ["captions", "images", "contexts"])
 def test_the_other_kinds(tmp_path, cfg, kind):
     tokenizer, path = cfg.load_tokenizer(), tmp_path / "page.html"
     figures = inspect(path, cfg, tokenizer, kind, rows=3, documents=5)
@@ -100,18 +100,18 @@ def test_the_other_kinds(tmp_path, cfg, kind):
     counts = shown(path.read_text())
     assert (counts["rows"], counts["documents"]) == (3, 3)
     if kind == "contexts":
-        assert counts["pictures"] == 3 + batch["image_valid"].sum()
+        assert counts["images"] == 3 + batch["image_valid"].sum()
         assert (counts["framed"], counts["targets"]) == (3, 0)
     else:
-        assert (counts["pictures"], counts["framed"]) == (3, 0)
+        assert (counts["images"], counts["framed"]) == (3, 0)
         words = batch["valid"].sum() if kind == "captions" else 0
         assert counts["targets"] + counts["others"] == words
 
 
 def test_the_page_stands_alone_and_text_is_escaped(tmp_path):
-    picture = Picture(encode_png(np.full((70, 70), 9, np.uint8)))
+    image = Image(encode_png(np.full((70, 70), 9, np.uint8)))
     write_documents(
-        tmp_path / "train" / "pairs.array_record", [Document((picture, Text(ATTACK)))] * 3
+        tmp_path / "train" / "pairs.array_record", [Document((image, Text(ATTACK)))] * 3
     )
     Tokenizer.train([ATTACK], 300).save(tmp_path / "tokenizer")
     cfg = DataConfig(
@@ -127,7 +127,7 @@ def test_the_page_stands_alone_and_text_is_escaped(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "http" not in page
     assert all(src.startswith("data:image/") for src in re.findall(r'src="([^"]*)', page))
-    assert "data:image/jpeg" in page  # a large picture
+    assert "data:image/jpeg" in page  # a large image
     spans = re.findall(r'<i class="(?:s )?t?" title="[^"]*">([^<]*)</i>', page)
     assert ATTACK in html.unescape("".join(spans))
     for word in ("prefers-color-scheme: dark", "color-scheme: light dark"):
@@ -136,8 +136,8 @@ def test_the_page_stands_alone_and_text_is_escaped(tmp_path):
 
 def test_damage_is_shown_where_it_lies(tmp_path):
     good = encode_png(np.full((9, 9), 9, np.uint8))
-    pairs = [Document((Picture(good[: -n or None]), Text("word"))) for n in (0, 20) * 20]
-    pairs[0] = Document((Picture(good), Text("word"), Text(" ")))
+    pairs = [Document((Image(good[: -n or None]), Text("word"))) for n in (0, 20) * 20]
+    pairs[0] = Document((Image(good), Text("word"), Text(" ")))
     path = tmp_path / "pairs.array_record"
     write_documents(path, pairs)
     Tokenizer.train(["word"], 300).save(tmp_path / "tokenizer")
@@ -235,25 +235,25 @@ def test_command(tmp_path, root, capsys):
 def test_packing_of_a_mixture_like_the_papers(tmp_path):
     """Captions, pages, videos and storyboards, in the proportions of the paper's batches."""
     rng = np.random.default_rng(0)
-    picture = Picture(encode_png(np.zeros((2, 2), np.uint8)))
+    image = Image(encode_png(np.zeros((2, 2), np.uint8)))
 
     def words(count: float) -> Text:
         return Text(" ".join(["word"] * max(1, int(count))))  # a token each
 
     def pair() -> Document:
-        return Document((picture, words(min(77, rng.lognormal(2.6, 0.6)))))
+        return Document((image, words(min(77, rng.lognormal(2.6, 0.6)))))
 
     def page() -> Document:
         count = rng.integers(1, 6)
         lengths = rng.lognormal(6.3, 0.6) * rng.dirichlet(np.ones(count + 1))
-        pictures = [part for length in lengths[1:] for part in (picture, words(length))]
-        return Document((words(lengths[0]), *pictures))
+        images = [part for length in lengths[1:] for part in (image, words(length))]
+        return Document((words(lengths[0]), *images))
 
     def video() -> Document:
-        return Document((*[picture] * 8, words(rng.integers(6, 40))))
+        return Document((*[image] * 8, words(rng.integers(6, 40))))
 
     def storyboard() -> Document:
-        return Document(tuple(p for _ in range(8) for p in (picture, words(rng.integers(5, 40)))))
+        return Document(tuple(p for _ in range(8) for p in (image, words(rng.integers(5, 40)))))
 
     kinds = {
         "captions": (pair, 256.0),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import TINY, picture, shade, sketched, source, video
+from test_sources import TINY, make_image, shade, sketched, source, video
 
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text, listings
+from emu_jax.data import Batches, DataConfig, Document, Image, Text, listings
 from emu_jax.data.documents import Damaged, write_documents
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.video import frame_indices
@@ -35,7 +35,7 @@ def talk(*values: object, **more: object) -> dict:
 def read(tmp_path):
     """Reads one entry: (what is read, what is learned), without the turns' own words."""
     for name, n in (("a.png", 40), ("b.png", 80)):
-        (tmp_path / name).write_bytes(picture(n, "PNG"))
+        (tmp_path / name).write_bytes(make_image(n, "PNG"))
     (tmp_path / "v.mp4").write_bytes(video(20))
 
     def document(entry: dict) -> Document:
@@ -120,7 +120,7 @@ def one(*asked: str | int, answer: tuple = ("yes",)) -> list:
                                 "type": "image_url",
                                 "image_url": {
                                     "url": "data:image/png;base64,"
-                                    + base64.b64encode(picture(120, "PNG")).decode()
+                                    + base64.b64encode(make_image(120, "PNG")).decode()
                                 },
                             }
                         ],
@@ -267,7 +267,7 @@ def test_a_malformed_entry_says_what_is_wrong(read):
 
 def test_videos_by_id_and_clips_of_them(read):
     def times(entry: dict) -> list[float]:
-        return [p.time or 0.0 for p in read(entry).parts if isinstance(p, Picture)]
+        return [p.time or 0.0 for p in read(entry).parts if isinstance(p, Image)]
 
     asked = {"q": "what?", "a": "yes", "video_id": "v"}
     assert parts(read(asked)) == one(40, 140, "what?")

@@ -852,7 +852,7 @@ def test_a_picture_that_cannot_be_read_ends_the_run(damage, ask, tmp_path):
     picture.unlink()
     if damage == "cut short":
         picture.write_bytes(content[:200])
-    with pytest.raises(UserError, match="cannot read the picture .*COCO_val2014_000000000001.jpg"):
+    with pytest.raises(UserError, match="cannot read the image .*COCO_val2014_000000000001.jpg"):
         ask("vqav2", Said(says=echo))
 
 

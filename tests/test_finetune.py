@@ -222,7 +222,7 @@ def decoding(parent, **changes) -> TrainConfig:
                 batch_size=4,
                 row_tokens=40,
                 row_images=1,
-                picture_first=0.0,
+                image_first=0.0,
                 augment=False,
                 drop_condition=0.4,
             ),

@@ -5,7 +5,7 @@ import json
 import zipfile
 
 import pytest
-from test_sources import lines, picture, shown, source, tar
+from test_sources import lines, make_image, shown, source, tar
 
 from emu_jax.errors import UserError
 
@@ -45,7 +45,7 @@ def test_compressed_listings_are_read_as_the_plain_ones(tmp_path, kind, caplog):
 
 
 def test_images_lie_beside_a_compressed_listing(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(40, "PNG"))
+    (tmp_path / "a.png").write_bytes(make_image(40, "PNG"))
     entry = json.dumps({"image": "a.png", "q": "what?", "a": "it"}).encode()
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(entry))
     (dialogue,) = source("dialogues", tmp_path / "d.jsonl.gz")
@@ -90,7 +90,7 @@ def test_a_folder_without_listings_says_what_it_has(tmp_path):
 
 
 def test_compressed_tars_are_named(tmp_path):
-    whole = tar(tmp_path / "x.tar", {"a.png": picture(40, "PNG"), "a.txt": b"one"}).read_bytes()
+    whole = tar(tmp_path / "x.tar", {"a.png": make_image(40, "PNG"), "a.txt": b"one"}).read_bytes()
     (tmp_path / "0.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(UserError, match="0.tar is compressed with gzip"):
         source("webdataset", tmp_path / "0.tar")

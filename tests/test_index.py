@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import TINY, picture, shown, source, tar
+from test_sources import TINY, make_image, shown, source, tar
 
 from emu_jax.data import Document, Text, index
 from emu_jax.data.documents import write_documents
@@ -159,7 +159,10 @@ def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
         {
             f"{n}.{kind}": content
             for n in range(3)
-            for kind, content in (("png", picture(10 * n, "PNG")), ("txt", f"words {n}".encode()))
+            for kind, content in (
+                ("png", make_image(10 * n, "PNG")),
+                ("txt", f"words {n}".encode()),
+            )
         },
     )
     entries = [{"images": ["1.png", None], "texts": [None, "a page"]}]

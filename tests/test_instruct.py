@@ -44,7 +44,7 @@ def score(emu: Emu, *, fit: str = "train", split: str = "heldout", seed: int = 0
     generated image as the next digit.
     """
     named, even, following = digits.QUESTIONS
-    pictures, labels = digits.digit_pictures(split)
+    pictures, labels = digits.digit_images(split)
     shown = [Image.fromarray(p).convert("RGB") for p in pictures]
     names = emu.generate_texts([[p, named] for p in shown])
     parities = emu.generate_texts([[p, even] for p in shown])

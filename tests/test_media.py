@@ -1,4 +1,4 @@
-"""Odd pictures, videos and subtitle files are read as a viewer or player shows them."""
+"""Odd images, videos and subtitle files are read as a viewer or player shows them."""
 
 import functools
 import io
@@ -9,13 +9,14 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from emu_jax.data.clean import CleanConfig, clean
 from emu_jax.data.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
-from emu_jax.data.documents import Damaged, Document, Picture, Text
-from emu_jax.data.images import PictureError, is_animated, load_image, open_image
+from emu_jax.data.documents import Damaged, Document, Image, Text
+from emu_jax.data.images import ImageError, is_animated, load_image, open_image
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import (
     CUT_SHORT,
@@ -28,50 +29,50 @@ from emu_jax.data.video import (
 )
 from emu_jax.generate.prompt import open_file
 
-# Pictures
+# Images
 
 CORNERS = np.zeros((32, 48, 3), np.uint8)  # a different color in each quarter
 CORNERS[:16, :24], CORNERS[:16, 24:] = (220, 20, 20), (20, 200, 20)
 CORNERS[16:, :24], CORNERS[16:, 24:] = (20, 20, 220), (240, 240, 240)
 
-# EXIF orientation -> how the stored picture differs from the upright one.
+# EXIF orientation -> how the stored image differs from the upright one.
 STORED = {
     1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_90,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_270,
 }
 
 
-def encoded(picture: Image.Image | np.ndarray, form: str, **settings) -> bytes:
+def encoded(image: PIL.Image.Image | np.ndarray, form: str, **settings) -> bytes:
     file = io.BytesIO()
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    picture.save(file, form, **settings)
+    image = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(file, form, **settings)
     return file.getvalue()
 
 
-def is_corners(picture: Image.Image, size: tuple[int, int] = (48, 32)) -> bool:
-    """Whether the picture is CORNERS, upright, give or take lossy compression."""
-    middles = np.asarray(picture.convert("RGB").resize((2, 2), Image.Resampling.BOX)).astype(int)
+def is_corners(image: PIL.Image.Image, size: tuple[int, int] = (48, 32)) -> bool:
+    """Whether the image is CORNERS, upright, give or take lossy compression."""
+    middles = np.asarray(image.convert("RGB").resize((2, 2), PIL.Image.Resampling.BOX)).astype(int)
     want = CORNERS[8::16, 12::24].astype(int)
-    return picture.size == size and int(np.abs(middles - want).max()) < 16
+    return image.size == size and int(np.abs(middles - want).max()) < 16
 
 
 def stored(orientation: int, form: str) -> bytes:
-    picture, turn = Image.fromarray(CORNERS), STORED[orientation]
-    exif = Image.Exif()
+    image, turn = PIL.Image.fromarray(CORNERS), STORED[orientation]
+    exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     settings = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
-    picture = picture if turn is None else picture.transpose(turn)
-    return encoded(picture, form, exif=exif, **settings.get(form, {}))
+    image = image if turn is None else image.transpose(turn)
+    return encoded(image, form, exif=exif, **settings.get(form, {}))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "AVIF"])
-def test_pictures_are_turned_upright(form):
+def test_images_are_turned_upright(form):
     for orientation in STORED:
         content = stored(orientation, form)
         assert is_corners(open_image(content)), orientation
@@ -80,9 +81,9 @@ def test_pictures_are_turned_upright(form):
         # A PIL image is turned as well, once.
         want = load_image(CORNERS_PNG, 8).astype(int)
         for given in (
-            Image.open(io.BytesIO(content)),
-            Image.open(io.BytesIO(content)).convert("RGB"),
-            ImageOps.exif_transpose(Image.open(io.BytesIO(content))),
+            PIL.Image.open(io.BytesIO(content)),
+            PIL.Image.open(io.BytesIO(content)).convert("RGB"),
+            ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(content))),
             open_image(content),
         ):
             assert np.abs(load_image(given, 8).astype(int) - want).max() < 24, orientation
@@ -98,8 +99,8 @@ def test_orientation_wherever_it_stands():
     late = early[:at] + early[end:-12] + early[at:end] + early[-12:]  # after the pixels
     assert is_corners(open_image(late))
     want = load_image(CORNERS_PNG, 8)
-    np.testing.assert_array_equal(load_image(Image.open(io.BytesIO(late)), 8), want)
-    turned = Image.fromarray(CORNERS).transpose(Image.Transpose.ROTATE_90)
+    np.testing.assert_array_equal(load_image(PIL.Image.open(io.BytesIO(late)), 8), want)
+    turned = PIL.Image.fromarray(CORNERS).transpose(PIL.Image.Transpose.ROTATE_90)
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
     assert is_corners(open_image(encoded(turned, "JPEG", xmp=xmp, quality=95, subsampling=0)))
     damaged = encoded(CORNERS, "JPEG", exif=b"Exif\0\0IIjunk", quality=95, subsampling=0)
@@ -142,7 +143,7 @@ WIDE = {
     "16-bit PNG": (encoded(RAMP * 257, "PNG"), RAMP),
     "dark 16-bit PNG": (encoded(RAMP, "PNG"), RAMP * 0),
     "16-bit TIFF": (tiff(RAMP * 256), RAMP),
-    "big-endian TIFF": (encoded(Image.fromarray((RAMP * 256).astype(">u2")), "TIFF"), RAMP),
+    "big-endian TIFF": (encoded(PIL.Image.fromarray((RAMP * 256).astype(">u2")), "TIFF"), RAMP),
     "16-bit TIFF, white is zero": (tiff(RAMP * 256, photometric=0), 255 - RAMP),
     "32-bit TIFF of 16 bits": (tiff((RAMP * 257).astype(np.int32)), RAMP),
     "32-bit TIFF of 8 bits": (tiff(RAMP.astype(np.int32)), RAMP),
@@ -159,7 +160,7 @@ WIDE = {
 def test_wide_gray_values_are_scaled_to_8_bits(name):
     content, want = WIDE[name]
     np.testing.assert_array_equal(np.asarray(open_image(content)), want)
-    given = load_image(Image.open(io.BytesIO(content)), 64)
+    given = load_image(PIL.Image.open(io.BytesIO(content)), 64)
     np.testing.assert_array_equal(given, load_image(content, 64))
 
 
@@ -180,14 +181,14 @@ def test_12_bits_of_a_tiff_are_scaled_as_12():
 )
 def test_gray_values_of_unknown_range_are_refused(values):
     values = values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
-    for content in (tiff(values), Image.fromarray(values)):
-        with pytest.raises(PictureError, match="gray values from .* store it with"):
+    for content in (tiff(values), PIL.Image.fromarray(values)):
+        with pytest.raises(ImageError, match="gray values from .* store it with"):
             load_image(content, 8)
 
 
 def test_colors_of_every_mode():
     """The same colors, whatever mode stores them; transparency is dropped, as in the release."""
-    rgb = Image.fromarray(CORNERS)
+    rgb = PIL.Image.fromarray(CORNERS)
     clear = np.concatenate([CORNERS, np.full((32, 48, 1), 9, np.uint8)], 2)
     palette = rgb.quantize(4)
     wide = (CORNERS.astype(np.uint16) * 257).astype(">u2")
@@ -204,12 +205,12 @@ def test_colors_of_every_mode():
     for name, content in forms.items():
         assert is_corners(open_image(content)), name
     gray = np.asarray(rgb.convert("L"))
-    both = Image.fromarray(np.stack([gray, gray // 2], 2))
+    both = PIL.Image.fromarray(np.stack([gray, gray // 2], 2))
     np.testing.assert_array_equal(
         load_image(encoded(both, "PNG"), 16), load_image(encoded(gray, "PNG"), 16)
     )
     assert both.mode == "LA"
-    bits = Image.fromarray(CORNERS[..., 0] > 99)
+    bits = PIL.Image.fromarray(CORNERS[..., 0] > 99)
     assert np.asarray(open_image(encoded(bits, "PNG"))).max() == 255
 
 
@@ -219,24 +220,24 @@ def test_damage_of_every_format_is_one_line():
     avif[-60:] = bytes(60)  # in the pixels
     dds[80:84] = bytes(4)  # how pixels are stored
     for content in (avif, dds):
-        with pytest.raises(PictureError, match="cannot read the picture .* bytes.: "):
+        with pytest.raises(ImageError, match="cannot read the image .* bytes.: "):
             open_image(bytes(content))
         assert not is_animated(bytes(content))
 
 
-def test_builds_store_pictures_upright_and_count_animations():
+def test_builds_store_images_upright_and_count_animations():
     whole, smaller = (
-        clean(Document((Picture(stored(6, "JPEG")), Text("words"))), CleanConfig(max_side=side))
+        clean(Document((Image(stored(6, "JPEG")), Text("words"))), CleanConfig(max_side=side))
         for side in (48, 24)
     )
     for cleaned, size in ((whole, (48, 32)), (smaller, (24, 16))):
-        assert cleaned.document and isinstance(picture := cleaned.document.parts[0], Picture)
-        assert is_corners(open_image(picture.data), size) and cleaned.unused == ()
-    frames = [Image.fromarray(np.roll(CORNERS, n, 0)) for n in range(3)]
+        assert cleaned.document and isinstance(image := cleaned.document.parts[0], Image)
+        assert is_corners(open_image(image.data), size) and cleaned.unused == ()
+    frames = [PIL.Image.fromarray(np.roll(CORNERS, n, 0)) for n in range(3)]
     for form in ("GIF", "WEBP", "PNG", "TIFF", "AVIF"):
         content = encoded(frames[0], form, save_all=True, append_images=frames[1:])
         assert is_corners(open_image(content)), form
-        found = clean(Document((Picture(content), Text("words"))), CleanConfig())
+        found = clean(Document((Image(content), Text("words"))), CleanConfig())
         assert found.document and found.unused == (Unused("frames of an animation", "part 0"),)
 
 
@@ -526,13 +527,13 @@ def encode(
     frames: int = 24,
     options: str = "",
     at: tuple[int, ...] = (),
-    picture: str = "shades",
+    image: str = "shades",
 ) -> bytes:
     """A video with a key frame every six.
 
     Args:
         at: when each frame is shown, in twelfths of a second.
-        picture: `shades`: frame k has the shade 10 * k. `noise`: random pixels. `corners`:
+        image: `shades`: frame k has the shade 10 * k. `noise`: random pixels. `corners`:
             CORNERS, in all frames.
     """
     # FFmpeg reads a file again to move its index to the front.
@@ -550,7 +551,7 @@ def encode(
                 "shades": np.full((*SIDES[::-1], 3), 10 * k, np.uint8),
                 "corners": CORNERS,
                 "noise": np.random.default_rng(k).integers(0, 256, (*SIDES[::-1], 3), np.uint8),
-            }[picture]
+            }[image]
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             if at:
                 frame.pts, frame.time_base = at[k], Fraction(1, 12)
@@ -567,7 +568,7 @@ def played(content: bytes) -> list[tuple[float | None, bytes]]:
 
 
 def pixels(frame: bytes) -> bytes:
-    return np.asarray(Image.open(io.BytesIO(frame))).tobytes()
+    return np.asarray(PIL.Image.open(io.BytesIO(frame))).tobytes()
 
 
 def is_played(content: bytes) -> bool:
@@ -643,29 +644,29 @@ def test_frames_before_a_cut_are_not_shown(codec, b_frames):
 
 MATRICES = {  # (a, b, c, d) of a track: how what is stored becomes what is shown
     (1, 0, 0, 1): None,
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
-    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
-    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    (0, 1, -1, 0): PIL.Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): PIL.Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): PIL.Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): PIL.Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): PIL.Image.Transpose.TRANSVERSE,
 }
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_videos_are_turned_and_mirrored_as_players_do(matrix):
-    content = bytearray(encode("mp4", "mpeg4", frames=2, picture="corners"))
+    content = bytearray(encode("mp4", "mpeg4", frames=2, image="corners"))
     a, b, c, d = (n << 16 for n in matrix)
     at = content.index(b"tkhd") + 44
     content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    picture = Image.open(io.BytesIO(Video(bytes(content), "it").frames([1])[0][1]))
+    image = PIL.Image.open(io.BytesIO(Video(bytes(content), "it").frames([1])[0][1]))
     turn = MATRICES[matrix]
-    want = Image.fromarray(CORNERS)
+    want = PIL.Image.fromarray(CORNERS)
     want = want if turn is None else want.transpose(turn)
-    assert picture.size == want.size
-    got = np.asarray(picture.resize((2, 2), Image.Resampling.BOX)).astype(int)
-    assert np.abs(got - np.asarray(want.resize((2, 2), Image.Resampling.BOX))).max() < 40
+    assert image.size == want.size
+    got = np.asarray(image.resize((2, 2), PIL.Image.Resampling.BOX)).astype(int)
+    assert np.abs(got - np.asarray(want.resize((2, 2), PIL.Image.Resampling.BOX))).max() < 40
 
 
 def test_times_of_frames():
@@ -695,7 +696,7 @@ def test_what_is_left_of_a_cut_video_is_used():
         ("avi", "mpeg4", ""),
         ("flv", "flv", ""),
     ):
-        content = encode(form, codec, frames=24, options=options, picture="noise")
+        content = encode(form, codec, frames=24, options=options, image="noise")
         want = [shown for _, shown in played(content)]
         cut = Video(content[: len(content) * 6 // 10], form)
         assert 4 < len(cut.times) < 20, form
@@ -751,7 +752,7 @@ def test_names_of_videos():
     )
     clip = Video(encode("mp4", "libx264", 2), "it")
     shades = [
-        round(Image.open(io.BytesIO(f)).getpixel((9, 9))[0] / 10)
+        round(PIL.Image.open(io.BytesIO(f)).getpixel((9, 9))[0] / 10)
         for _, f in sample_frames(clip, 8, None)
     ]
     assert shades == frame_indices(24).tolist()  # the release's choice

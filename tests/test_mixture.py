@@ -8,19 +8,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image
 from test_data import assert_equal, check_slots, grey, take
-from test_sources import lines, picture, tar, video
+from test_sources import lines, make_image, tar, video
 
 from emu_jax.config import save_json
-from emu_jax.data import Batches, DataConfig, Document, Picture, Text, outlines
+from emu_jax.data import Batches, DataConfig, Document, Image, Text, outlines
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.documents import Damaged, Source, write_documents
 from emu_jax.data.images import load_image, open_image
 from emu_jax.data.index import kept
 from emu_jax.data.mixture import open_groups
-from emu_jax.data.packing import PICTURE
+from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
@@ -59,7 +59,7 @@ def records(folder: Path, name: str, documents: list[Document], **changes) -> So
 
 
 def pairs(count: int) -> list[Document]:
-    return [Document((Picture(grey(n % 250)), Text(WORDS[n % 10]))) for n in range(count)]
+    return [Document((Image(grey(n % 250)), Text(WORDS[n % 10]))) for n in range(count)]
 
 
 # Whose turn it is
@@ -181,9 +181,7 @@ def read_changing(cfg: DataConfig, tokenizer: Tokenizer, readers: list[int]) -> 
 
 def test_an_epoch_is_exact_whatever_the_readers(cfg, tokenizer, tmp_path):
     """For 1, 2 and 4 readers and changes between them: no document is lost, none comes twice."""
-    documents = [
-        Document((Picture(grey(n)), Text(" ".join(WORDS[: n % 7 + 1])))) for n in range(96)
-    ]
+    documents = [Document((Image(grey(n)), Text(" ".join(WORDS[: n % 7 + 1])))) for n in range(96)]
     cfg = dataclasses.replace(cfg, sources=(records(tmp_path, "all", documents),))
     steps = 24
     whole = read_changing(cfg, tokenizer, [1] * steps)
@@ -205,7 +203,7 @@ class Many(Source):
         return 3_000_000
 
     def read(self, index, seed=None, wanted=None) -> Document:
-        return Document((Picture(grey(index % 250)), Text(WORDS[index % 10])))
+        return Document((Image(grey(index % 250)), Text(WORDS[index % 10])))
 
     def where(self, index) -> str:
         return str(index)
@@ -215,7 +213,7 @@ def test_a_restart_is_quick_wherever_it_is(cfg, tokenizer, tmp_path, monkeypatch
     """Three million documents, in their thousandth epoch."""
     count = len(Many())
     arrays = {
-        "sizes": np.tile(np.array([PICTURE, 1], np.int32), count),
+        "sizes": np.tile(np.array([IMAGE_PART, 1], np.int32), count),
         "starts": 2 * np.arange(count + 1, dtype=np.int64),
         "damage": np.zeros(count, np.int8),
         "totals": np.array([count] * 6 + [0], np.int64),
@@ -253,7 +251,7 @@ def test_a_run_goes_on_where_its_files_have_moved(tmp_path):
 
 def test_windows_of_pages(cfg, tokenizer, tmp_path):
     page = Document(
-        tuple(part for n in range(10) for part in (Picture(grey(20 * n)), Text(WORDS[n])))
+        tuple(part for n in range(10) for part in (Image(grey(20 * n)), Text(WORDS[n])))
     )
     cfg = dataclasses.replace(
         cfg,
@@ -301,10 +299,10 @@ def test_frames_are_drawn_anew_each_epoch(cfg, tokenizer, tmp_path):
 
 def test_fast_decode_is_close(cfg, tokenizer, tmp_path):
     rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(256, size=(6, 8, 3)).astype(np.uint8))
+    smooth = PIL.Image.fromarray(rng.integers(256, size=(6, 8, 3)).astype(np.uint8))
     file = io.BytesIO()
-    smooth.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
-    source = records(tmp_path, "p", [Document((Picture(file.getvalue()), Text("one")))])
+    smooth.resize((640, 480), PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
+    source = records(tmp_path, "p", [Document((Image(file.getvalue()), Text("one")))])
     cfg = dataclasses.replace(cfg, batch_size=1, image_size=56, sources=(source,))
     images = []
     for fast in (False, True):
@@ -320,11 +318,11 @@ def test_fast_decode_is_close(cfg, tokenizer, tmp_path):
 
 
 def damaged_pairs(count: int) -> tuple[list[Document], dict[int, str]]:
-    """Every seventh picture cannot be read."""
-    cut = picture(40)[:-300]
+    """Every seventh image cannot be read."""
+    cut = make_image(40)[:-300]
     documents, damaged = pairs(count), {}
     for n in range(0, count, 7):
-        documents[n] = Document((Picture(cut), Text(WORDS[n % 10])))
+        documents[n] = Document((Image(cut), Text(WORDS[n % 10])))
         damaged[n] = "unreadable picture"
     return documents, damaged
 
@@ -371,7 +369,7 @@ def test_a_damaged_document_leaves_padding(cfg, tokenizer, tmp_path):
             reader.close()
 
 
-@pytest.mark.parametrize("kind", ["captions", "pictures", "contexts"])
+@pytest.mark.parametrize("kind", ["captions", "images", "contexts"])
 def test_a_damaged_single_document_has_a_substitute(cfg, tokenizer, tmp_path, kind):
     documents, damaged = damaged_pairs(60)
     source = records(tmp_path, "all", documents, paired=True)
@@ -399,7 +397,7 @@ def test_a_damaged_single_document_has_a_substitute(cfg, tokenizer, tmp_path, ki
 
 def test_what_was_damaged_when_counted_is_counted_once(cfg, tokenizer, tmp_path):
     samples = {
-        f"{n:03}.{s}": picture(n % 250) if s == "jpg" else WORDS[n % 10].encode()
+        f"{n:03}.{s}": make_image(n % 250) if s == "jpg" else WORDS[n % 10].encode()
         for n in range(64)
         for s in ("jpg", "txt")
     }
@@ -442,9 +440,9 @@ def test_too_much_damage_stops_training(cfg, tokenizer, tmp_path):
         ):
             take(batches, 40)
         assert batches.statistics()["documents"] < 1100  # as soon as a thousand were seen
-    alone = [Document((Picture(b"no picture"), Text("seven")))]
+    alone = [Document((Image(b"no image"), Text("seven")))]
     nothing = records(tmp_path, "nothing", alone, paired=True)
-    with Batches(dataclasses.replace(cfg, sources=(nothing,)), tokenizer, "pictures") as batches:
+    with Batches(dataclasses.replace(cfg, sources=(nothing,)), tokenizer, "images") as batches:
         for _ in range(2):  # again and again, not only the first time
             with pytest.raises(UserError, match="20 documents of source 'nothing' in a row cannot"):
                 next(batches)
@@ -455,7 +453,7 @@ def test_a_changed_document_is_damage(cfg, tokenizer, tmp_path, monkeypatch):
     cfg = dataclasses.replace(cfg, sources=(source,), max_damaged_rate=1.0)
     with Batches(cfg, tokenizer, "rows") as batches:
         group = batches._maker._fillers[0].group
-        other = Document((Picture(grey(1)), Text("one two")))
+        other = Document((Image(grey(1)), Text("one two")))
         monkeypatch.setattr(group.sources[0].documents, "read", lambda *_: other)
         next(batches)
         assert {d.reason for d in batches.damaged()} == {"changed document"}
@@ -479,14 +477,14 @@ def test_a_failing_store_stops_training(cfg, tokenizer, tmp_path, monkeypatch):
 
 
 def paper_like(rng: np.random.Generator) -> dict[str, list[Document]]:
-    """Documents of the paper's five sources at a scale of 1/16: a picture takes 4 tokens for 34,
+    """Documents of the paper's five sources at a scale of 1/16: a image takes 4 tokens for 34,
     rows have 256 tokens for 2,048. Lengths are drawn as captions and pages have them."""
 
     def words(mean: float, spread: float, most: int) -> Text:
         count = int(np.clip(rng.lognormal(np.log(mean), spread), 1, most))
         return Text(" ".join(rng.choice(WORDS, count)))
 
-    shot = Picture(grey(1, 2))
+    shot = Image(grey(1, 2))
 
     def page() -> Document:
         parts: list = []
@@ -508,7 +506,7 @@ def paper_like(rng: np.random.Generator) -> dict[str, list[Document]]:
 
 
 def test_rows_of_a_mixture_like_the_papers_are_full(cfg, tokenizer, tmp_path):
-    """>= 0.95 of text slots and >= 0.85 of picture slots, packed together."""
+    """>= 0.95 of text slots and >= 0.85 of image slots, packed together."""
     weights = {"laion": 128.0, "coco": 128.0, "mmc4": 64.0, "webvid": 16.0, "storyboards": 16.0}
     windows = {
         "mmc4": {"window_tokens": 128, "window_images": 5},
@@ -525,7 +523,7 @@ def test_rows_of_a_mixture_like_the_papers_are_full(cfg, tokenizer, tmp_path):
     (group,) = open_groups(cfg, tokenizer, "rows")
     rows = [row for block in range(3) for row in group.block(block).rows]
     tokens = sum(p.tokens for row in rows for p in row) / (256 * len(rows))
-    images = sum(p.pictures for row in rows for p in row) / (26 * len(rows))
+    images = sum(p.images for row in rows for p in row) / (26 * len(rows))
     print(f"token_fill {tokens:.3f}, image_fill {images:.3f}")
     assert tokens >= 0.95 and images >= 0.85
     names = {name for row in rows for name in {p.drawn.source.cfg.name for p in row}}
@@ -549,7 +547,7 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
 
     fails("'sources.0.name' must not be empty, not ''", changed(name=""))
     fails("'sources.1.weight' must not be negative, not -1", good, changed(weight=-1.0))
-    fails("'sources.0.row_tokens' must hold one picture: at least 6, not 3", changed(row_tokens=3))
+    fails("'sources.0.row_tokens' must hold one image: at least 6, not 3", changed(row_tokens=3))
     fails("'sources.0.frames' must be at least 1, not 0", changed(frames=0))
     fails("'max_damaged_rate' must be in 0 .. 1, not 2.0", good, max_damaged_rate=2.0)
     fails("two sources are called 'a'", good, good)

@@ -102,7 +102,7 @@ def server(checkpoint):
 
 def picture_of(index):
     """(PNG, label) of a held-out digit."""
-    pictures, labels = digits.digit_pictures("heldout")
+    pictures, labels = digits.digit_images("heldout")
     return digits.encode_png(pictures[index]), int(labels[index])
 
 

@@ -11,16 +11,16 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image
 
-from emu_jax.data import Document, Picture, Text, listings, outlines, storage, tars
+from emu_jax.data import Document, Image, Text, listings, outlines, storage, tars
 from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.documents import ABSENT, Damaged, write_documents
 from emu_jax.data.images import open_image
 from emu_jax.data.index import kept
 from emu_jax.data.outlines import Outlines, text_ids
-from emu_jax.data.packing import PICTURE
+from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.pairs import JOINED
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.unused import Unused
@@ -32,20 +32,20 @@ from emu_jax.tokenizer import Tokenizer
 TINY = Path(__file__).parent / "golden" / "tiny"
 
 
-def picture(n: int, form: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
-    """A picture of one colour, which `shade` reads back as `n` (a multiple of 10)."""
+def make_image(n: int, form: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
+    """A image of one colour, which `shade` reads back as `n` (a multiple of 10)."""
     file = io.BytesIO()
-    Image.new("RGB", size, (n, 255 - n, 128)).save(file, form, quality=95)
+    PIL.Image.new("RGB", size, (n, 255 - n, 128)).save(file, form, quality=95)
     return file.getvalue()
 
 
 def shade(content: bytes) -> int:
-    """The `n` that `picture` or `video` was given."""
+    """The `n` that `image` or `video` was given."""
     return round(float(np.asarray(open_image(content))[..., 0].mean()) / 10) * 10
 
 
 def shown(document: Document) -> list[int | str]:
-    """Words, and the shades of pictures."""
+    """Words, and the shades of images."""
     return [p.text if isinstance(p, Text) else shade(p.data) for p in document.parts]
 
 
@@ -130,19 +130,19 @@ def test_webdataset_pairs(tmp_path, form):
     tar(
         tmp_path / "0.tar",
         {
-            f"{folder}/0001.jpg": picture(30),
+            f"{folder}/0001.jpg": make_image(30),
             f"{folder}/0001.txt": "first ünïcode 🙂".encode(),
             f"{folder}/0001.json": json.dumps({"caption": "not this"}).encode(),
             "0002.seg.json": b"{}",  # of the same sample, but not read
             "0002.json": json.dumps({"caption": "second", "url": "x"}).encode(),
-            "0002.webp": picture(60, "WEBP"),
-            "0003.PNG": picture(90, "PNG"),
+            "0002.webp": make_image(60, "WEBP"),
+            "0003.PNG": make_image(90, "PNG"),
             "README": b"",
             "._0003.jpg": b"",
         },
         form,
     )
-    tar(tmp_path / "1.tar", {"x.jpeg": picture(120), "x.txt": b"third"}, form)
+    tar(tmp_path / "1.tar", {"x.jpeg": make_image(120), "x.txt": b"third"}, form)
     assert reasons(source("webdataset", tmp_path)) == {2: "incomplete sample"}
     pairs = source("webdataset", tmp_path, allow_missing=("texts",))
     assert pairs.paired
@@ -154,7 +154,7 @@ def test_webdataset_pairs(tmp_path, form):
         [90],
         [120, "third"],
     ]
-    assert pairs[3].parts[0].data == picture(120)  # as they are in the tar
+    assert pairs[3].parts[0].data == make_image(120)  # as they are in the tar
     assert pairs.where(3) == f"{tmp_path / '1.tar'} sample 0"
     assert agrees(pairs)
 
@@ -197,7 +197,7 @@ def test_captions_wherever_they_are(tmp_path):
     ]
     files = {}
     for n, (members, _) in enumerate(captions):
-        files |= {f"{n}.jpg": picture(10)} | {f"{n}.{ext}": c for ext, c in members.items()}
+        files |= {f"{n}.jpg": make_image(10)} | {f"{n}.{ext}": c for ext, c in members.items()}
     pairs = source("webdataset", tar(tmp_path / "0.tar", files))
     lost = {n: "incomplete sample" for n, (_, words) in enumerate(captions) if words is None}
     assert reasons(pairs) == lost
@@ -214,11 +214,11 @@ def test_keys_of_samples(tmp_path):
     samples share a key."""
     files: list[tuple[str, bytes]] = []
     for n, key in enumerate(["2024.01.03", "2024.01.04", "score_0.5_x", "a/photo.v1", "cat"]):
-        files += [(f"{key}.jpg", picture(10 * n)), (f"{key}.txt", key.encode())]
-    files += [("cat.mask.png", b""), ("cat.v2.jpg", picture(50)), ("cat.v2.txt", b"cat.v2")]
-    files += [(f"apart{n}.jpg", picture(60 + 10 * n)) for n in range(3)]
+        files += [(f"{key}.jpg", make_image(10 * n)), (f"{key}.txt", key.encode())]
+    files += [("cat.mask.png", b""), ("cat.v2.jpg", make_image(50)), ("cat.v2.txt", b"cat.v2")]
+    files += [(f"apart{n}.jpg", make_image(60 + 10 * n)) for n in range(3)]
     files += [(f"apart{n}.txt", b"apart%d" % n) for n in (1, 0)]
-    files += [("late.jpg", picture(10)), ("late.jpg", picture(100)), ("late.txt", b"last")]
+    files += [("late.jpg", make_image(10)), ("late.jpg", make_image(100)), ("late.txt", b"last")]
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         add(archive, files)
         link = tarfile.TarInfo("link.jpg")
@@ -244,8 +244,8 @@ def test_keys_of_samples(tmp_path):
 def test_members_of_two_samples_of_one_name_are_not_joined(tmp_path):
     """Tars one after the other may number their samples alike: an image here and a text there are
     no pair."""
-    one = [("a.jpg", picture(10)), ("a.txt", b"one"), ("b.jpg", picture(20))]
-    two = [("b.txt", b"two"), ("a.jpg", picture(30)), ("a.txt", b"three"), ("c.txt", b"four")]
+    one = [("a.jpg", make_image(10)), ("a.txt", b"one"), ("b.jpg", make_image(20))]
+    two = [("b.txt", b"two"), ("a.jpg", make_image(30)), ("a.txt", b"three"), ("c.txt", b"four")]
     for name, files in (("0", one), ("1", two)):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
             add(archive, files)
@@ -256,7 +256,7 @@ def test_members_of_two_samples_of_one_name_are_not_joined(tmp_path):
     assert reasons(pairs) == {1: lost, 2: lost, 4: lost} and not pairs.unused().unused
     assert [shown(pairs[n]) for n in (0, 3)] == [[10, "one"], [30, "three"]]
     # As `tar --concatenate` writes them, without a mark between: `a` comes twice, whole.
-    files = [*one, ("c.jpg", picture(40)), *two]
+    files = [*one, ("c.jpg", make_image(40)), *two]
     with tarfile.open(tmp_path / "merged.tar", "w") as archive:
         add(archive, files)
     pairs = source("webdataset", tmp_path / "merged.tar")
@@ -277,7 +277,7 @@ def test_the_releases_storyboards(tmp_path, form):
         for n in range(frames):
             board |= {
                 f"{key}.{n}.txt": b"%d" % n * (n > 0),
-                f"{key}.{n}.png": picture(10 * n, "PNG"),
+                f"{key}.{n}.png": make_image(10 * n, "PNG"),
             }
         if frames == 12:
             del board[f"{key}.3.png"]
@@ -303,7 +303,7 @@ def test_the_releases_storyboards(tmp_path, form):
     boards = source("webdataset", path)
     assert reasons(boards) == {0: "corrupt tar member", 2: "incomplete sample"}
     path.write_bytes(content)
-    tar(tmp_path / "1.tar", {"a.jpg": picture(10), "a.txt": b"a"})
+    tar(tmp_path / "1.tar", {"a.jpg": make_image(10), "a.txt": b"a"})
     with pytest.raises(UserError, match="1 samples are pairs and 2 are storyboards"):
         source("webdataset", tmp_path)
 
@@ -332,7 +332,7 @@ def test_a_false_size_is_a_corrupt_header(tmp_path, size):
 
 def test_damaged_tars(tmp_path):
     samples = {
-        f"{n}.{s}": picture(10 * n) if s == "jpg" else b"word %d" % n
+        f"{n}.{s}": make_image(10 * n) if s == "jpg" else b"word %d" % n
         for n in range(8)
         for s in ("jpg", "txt")
     }
@@ -372,7 +372,7 @@ def test_damaged_tars(tmp_path):
         (["a.txt"], {0: "corrupt tar member"}),
         (["b.jpg"], {1: "corrupt tar member"}),
         (["b.txt"], {1: "corrupt tar member"}),
-        (["b.json"], {2: "corrupt tar member"}),  # b has picture and words without it
+        (["b.json"], {2: "corrupt tar member"}),  # b has image and words without it
         (["b.jpg", "b.txt", "b.json"], {1: "corrupt tar member"}),
         (["c.jpg"], {2: "corrupt tar member"}),
         (["c.txt"], {2: "corrupt tar member"}),
@@ -381,12 +381,12 @@ def test_damaged_tars(tmp_path):
 )
 def test_corrupt_headers(tmp_path, lost, want):
     files = {
-        "a.jpg": picture(10),
+        "a.jpg": make_image(10),
         "a.txt": b"one",
-        "b.jpg": picture(20),
+        "b.jpg": make_image(20),
         "b.txt": b"two",
         "b.json": b"{}",
-        "c.jpg": picture(30),
+        "c.jpg": make_image(30),
         "c.txt": b"three",
     }
     path = tar(tmp_path / "0.tar", files)
@@ -407,7 +407,7 @@ def test_tfds_directory(tmp_path):
     import tensorflow_datasets as tfds
 
     for n in range(3):
-        (tmp_path / f"{n}.jpg").write_bytes(picture(50 * n))
+        (tmp_path / f"{n}.jpg").write_bytes(make_image(50 * n))
 
     def info(builder, features: dict):
         return tfds.core.DatasetInfo(builder=builder, features=tfds.features.FeaturesDict(features))
@@ -463,7 +463,7 @@ def test_tfds_directory(tmp_path):
 
 
 def test_records(tmp_path):
-    documents = [Document((Picture(picture(20), similarity=0.5), Text("a"))), Document(())]
+    documents = [Document((Image(make_image(20), similarity=0.5), Text("a"))), Document(())]
     write_documents(tmp_path / "b.array_record", documents)
     write_documents(tmp_path / "a.array_record", documents[1:])
     assert list(source("records", tmp_path)) == [documents[1], *documents]
@@ -476,9 +476,9 @@ def test_records(tmp_path):
 
 
 def test_mmc4_pages(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for n in (1, 2, 3):
-        (tmp_path / "pictures" / f"{n}.png").write_bytes(picture(10 * n, "PNG"))
+        (tmp_path / "images" / f"{n}.png").write_bytes(make_image(10 * n, "PNG"))
 
     def info(name, place, similarity=None, **more):
         return (
@@ -487,7 +487,7 @@ def test_mmc4_pages(tmp_path):
             | ({} if similarity is None else {"matched_sim": similarity})
         )
 
-    inline = base64.b64encode(picture(70)).decode()
+    inline = base64.b64encode(make_image(70)).decode()
     pages = [
         {
             "text_list": ["one", "two", "three"],
@@ -497,7 +497,7 @@ def test_mmc4_pages(tmp_path):
                 info("3.png", 1, 0.31),
                 info("absent.png", 1, 0.9),
                 info(None, 1, 0.9),
-                info("../pictures/3.png", 1, 0.9),
+                info("../images/3.png", 1, 0.9),
                 info("x", 2, 0.4, image_base64=inline),
             ],
         },
@@ -508,34 +508,34 @@ def test_mmc4_pages(tmp_path):
         },
     ]
     listing = lines(tmp_path / "pages.jsonl", pages)
-    mmc4 = source("pages", listing, media=(str(tmp_path / "pictures"),))
+    mmc4 = source("pages", listing, media=(str(tmp_path / "images"),))
     assert list(map(shown, mmc4)) == [
         [10, "one", "two", 20, 70, "three"],
         ["one", 20, "two"],
     ]
-    assert [p.similarity for p in mmc4[0].parts if isinstance(p, Picture)] == [0.32, 0.5, 0.4]
+    assert [p.similarity for p in mmc4[0].parts if isinstance(p, Image)] == [0.32, 0.5, 0.4]
     assert agrees(mmc4) and not mmc4.paired
     assert mmc4[0].unused == (
         Unused("image unlike its text", "similarity 0.310"),
         Unused("no image", "image_info 4"),
         Unused("missing image", "absent.png"),
-        Unused("missing image", "../pictures/3.png"),
+        Unused("missing image", "../images/3.png"),
     )
-    some = source("pages", listing, media=(str(tmp_path / "pictures"),), min_similarity=0.45)
+    some = source("pages", listing, media=(str(tmp_path / "images"),), min_similarity=0.45)
     assert list(map(shown, some)) == [["one", "two", 20, "three"], ["one", 20, "two"]]
     assert some.fingerprint != mmc4.fingerprint
     assert mmc4.read(0, wanted=[5]).parts[0].data == b""  # not asked for, not read
 
     for n in (1, 2):  # the same images in tars, whose paths end in their names
-        tar(tmp_path / f"{n}.tar", {f"deep/{n}.png": picture(10 * n, "PNG")})
-    shutil.rmtree(tmp_path / "pictures")
+        tar(tmp_path / f"{n}.tar", {f"deep/{n}.png": make_image(10 * n, "PNG")})
+    shutil.rmtree(tmp_path / "images")
     packed = source("pages", listing, media=(f"{tmp_path}/*.tar",))
     assert list(map(shown, packed)) == list(map(shown, [packed[0], packed[1]]))
     assert shown(packed[0]) == [10, "one", "two", 20, 70, "three"]
 
 
 def test_obelics_pages(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture(40))
+    (tmp_path / "a.jpg").write_bytes(make_image(40))
     page = {"images": [None, "a.jpg", None], "texts": ["ünï", None, "end"], "metadata": "[]"}
     listing = tmp_path / "pages.json"
     listing.write_text(json.dumps([page, page | {"images": [None]}], indent=1))
@@ -544,7 +544,7 @@ def test_obelics_pages(tmp_path):
     assert reasons(pages) == {1: "malformed entry"}
 
 
-def picture_page(*names: str) -> dict:
+def image_page(*names: str) -> dict:
     return {"images": [*names, None], "texts": [*[None] * len(names), "words"]}
 
 
@@ -562,7 +562,7 @@ def test_images_in_sub_folders(tmp_path):
     }
     for name, color in names.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(picture(color))
+        (tmp_path / name).write_bytes(make_image(color))
     asked = (
         "red.jpg",
         "./blue.jpg",
@@ -575,7 +575,7 @@ def test_images_in_sub_folders(tmp_path):
         "2/red.jpg",
         "a/../top.jpg",
     )
-    listing = lines(tmp_path / "pages.jsonl", [picture_page(*asked)])
+    listing = lines(tmp_path / "pages.jsonl", [image_page(*asked)])
     want = [10, 20, 40, 50, 10, 70, "words"]
     for folder in ("images", "images/", "images/*"):
         pages = source("pages", listing, media=(f"{tmp_path}/{folder}",))
@@ -600,7 +600,7 @@ def test_images_in_sub_folders(tmp_path):
     ],
 )
 def test_media_that_are_not_there(tmp_path, media, message):
-    listing = lines(tmp_path / "pages.jsonl", [picture_page("a.jpg")])
+    listing = lines(tmp_path / "pages.jsonl", [image_page("a.jpg")])
     with pytest.raises(UserError, match=message):
         source("pages", listing, media=(f"{tmp_path}/{media}",))
 
@@ -611,11 +611,11 @@ def test_names_in_media_tars(tmp_path, prefix):
     file of the same base name taken."""
     deep = "1/2/3/4/5/6/7/8/9/deep.jpg"
     files = {"a/1.jpg": 10, "b/1.jpg": 20, "b/2.jpg": 30, "c/2.jpg": 40, "d/3.jpg": 50, deep: 80}
-    packed = tar(tmp_path / "0.tar", {prefix + name: picture(n) for name, n in files.items()})
-    again = tar(tmp_path / "1.tar", {prefix + "a/1.jpg": picture(10), "4.jpg": picture(60)})
+    packed = tar(tmp_path / "0.tar", {prefix + name: make_image(n) for name, n in files.items()})
+    again = tar(tmp_path / "1.tar", {prefix + "a/1.jpg": make_image(10), "4.jpg": make_image(60)})
     with tarfile.open(packed, "a") as archive:  # a later member replaces an earlier one
         info = tarfile.TarInfo(f"{prefix}d/3.jpg")
-        info.size = len(content := picture(70, size=(30, 30)))
+        info.size = len(content := make_image(70, size=(30, 30)))
         archive.addfile(info, io.BytesIO(content))
     asked = (
         "a/1.jpg",
@@ -630,7 +630,7 @@ def test_names_in_media_tars(tmp_path, prefix):
         f"x/{prefix}a/1.jpg",
         f"{prefix}{deep}",
     )
-    listing = lines(tmp_path / "pages.jsonl", [picture_page(*asked)])
+    listing = lines(tmp_path / "pages.jsonl", [image_page(*asked)])
     pages = source("pages", listing, media=(str(packed), str(again)))
     assert shown(pages[0]) == [10, 20, 40, 70, 70, 60, 10, 80, "words"]
     assert [(u.reason, u.detail) for u in pages[0].unused] == [
@@ -646,25 +646,25 @@ def test_images_that_arrive_later(tmp_path):
     source is counted again, which a resumed run does not do."""
     tokenizer = Tokenizer.load(TINY / "tokenizer")
     (tmp_path / "images").mkdir()
-    listing = lines(tmp_path / "pages.jsonl", [picture_page("0.jpg", "1.jpg"), picture_page()])
+    listing = lines(tmp_path / "pages.jsonl", [image_page("0.jpg", "1.jpg"), image_page()])
 
     def count(**how) -> Outlines:
         pages = source("pages", listing, media=(f"{tmp_path}/images",))
         return Outlines(pages, tokenizer, tmp_path / "cache", **how)
 
-    (tmp_path / "images/1.jpg").write_bytes(picture(20))
+    (tmp_path / "images/1.jpg").write_bytes(make_image(20))
     words = len(text_ids(Text("words"), tokenizer))
     before = count()
-    assert [before[0], before[1]] == [[0, PICTURE, words], [words]]
+    assert [before[0], before[1]] == [[0, IMAGE_PART, words], [words]]
     assert before.tally.unused == {"missing image": 1}
     assert before.tally.examples == {"missing image": [f"{listing} entry 0: 0.jpg"]}
-    (tmp_path / "images/0.jpg").write_bytes(picture(10))
+    (tmp_path / "images/0.jpg").write_bytes(make_image(10))
     pages = source("pages", listing, media=(f"{tmp_path}/images",))
     document = pages.read(0, wanted=[1, 2])  # numbers stay
     assert shade(document.parts[1].data) == 20
     assert count(recount=False)[0] == before[0]
     after = count()
-    assert after[0] == [PICTURE, PICTURE, words] and after.tally.unused == {}
+    assert after[0] == [IMAGE_PART, IMAGE_PART, words] and after.tally.unused == {}
     # Nothing was missing: what changes in the folder does not matter, a lost image is damage.
     (tmp_path / "images/0.jpg").unlink()
     assert count()[0] == after[0]
@@ -674,7 +674,7 @@ def test_images_that_arrive_later(tmp_path):
 
 def test_a_crawl_that_goes_on_is_counted_once_at_a_start(tmp_path, monkeypatch):
     """Files that arrive while tokens are counted wait for the next run."""
-    listing = lines(tmp_path / "pages.jsonl", [picture_page("0.jpg")])
+    listing = lines(tmp_path / "pages.jsonl", [image_page("0.jpg")])
     pages, tokenizer = source("pages", listing), Tokenizer.load(TINY / "tokenizer")
     stamps, counted, count = iter(range(99)), [], outlines._count
     monkeypatch.setattr(pages, "stamp", lambda: str(next(stamps)))
@@ -858,7 +858,7 @@ def test_subtitled_videos(tmp_path):
     )
     videos = source("subtitled", listing, frame_seconds=1.0)
     assert shown(videos[0]) == [0, "hello there & here", 100, "second line third", 200]
-    assert [p.time for p in videos[0].parts if isinstance(p, Picture)] == [0.0, 1.0, 2.0]
+    assert [p.time for p in videos[0].parts if isinstance(p, Image)] == [0.0, 1.0, 2.0]
     assert shown(videos[1]) == [0, "hello there & here", 100, "second line third"]
     assert reasons(videos) == {2: "missing file", 3: "malformed entry", 4: "malformed entry"}
     for index in (0, 1):
@@ -868,9 +868,9 @@ def test_subtitled_videos(tmp_path):
 def test_storyboards(tmp_path):
     (tmp_path / "a.vtt").write_text(VTT)
     for sheet in range(2):
-        whole = Image.new("RGB", (3 * 16, 2 * 12))
+        whole = PIL.Image.new("RGB", (3 * 16, 2 * 12))
         for tile in range(6):
-            part = open_image(picture(10 * (6 * sheet + tile), "PNG", (16, 12)))
+            part = open_image(make_image(10 * (6 * sheet + tile), "PNG", (16, 12)))
             whole.paste(part, (tile % 3 * 16, tile // 3 * 12))
         whole.save(tmp_path / f"{sheet}.png")
     board = {
@@ -893,14 +893,14 @@ def test_storyboards(tmp_path):
     )
     boards = source("subtitled", listing)
     assert shown(boards[0]) == [0, "rolling", 10, "on", 20, 30, 40, 50, 60, 70]
-    assert [p.time for p in boards[0].parts if isinstance(p, Picture)] == list(range(8))
+    assert [p.time for p in boards[0].parts if isinstance(p, Image)] == list(range(8))
     assert shown(boards[1]) == [0, "rolling on", 10]  # round(9 / 2) = 4 seconds apart
     assert boards[1].parts[2].time == 4.0
     assert reasons(boards) == dict.fromkeys((2, 3, 4), "malformed entry")
     # A whole number of seconds apart: the nearest, and never none.
     assert storyboard_times(4, 7.0) == [0, 2, 4, 6] and storyboard_times(3, 1.0) == [0, 1, 2]
     part = boards.read(0, wanted=[9])
-    assert [bool(p.data) for p in part.parts if isinstance(p, Picture)] == [False] * 7 + [True]
+    assert [bool(p.data) for p in part.parts if isinstance(p, Image)] == [False] * 7 + [True]
     assert part.parts[9] == boards[0].parts[9]
 
 
@@ -913,9 +913,9 @@ def test_the_last_sheet_of_a_storyboard(tmp_path, columns, size):
     width, height = size
 
     def sheet(name: str, shades: range, rows: int, columns: int) -> str:
-        image = Image.new("RGB", (columns * width, rows * height))
+        image = PIL.Image.new("RGB", (columns * width, rows * height))
         for n, color in enumerate(shades):
-            part = open_image(picture(10 * color, "PNG", size))
+            part = open_image(make_image(10 * color, "PNG", size))
             image.paste(part, (n % columns * width, n // columns * height))
         image.save(tmp_path / name)
         return name
@@ -937,7 +937,7 @@ def test_the_last_sheet_of_a_storyboard(tmp_path, columns, size):
     boards = source("subtitled", listing)
 
     def shades(index: int) -> list[int]:
-        parts = [part for part in boards[index].parts if isinstance(part, Picture)]
+        parts = [part for part in boards[index].parts if isinstance(part, Image)]
         assert {open_image(part.data).size for part in parts} == {size}
         return [shade(part.data) for part in parts]
 
@@ -961,7 +961,7 @@ def test_transcripts_of_the_release(tmp_path):
     ]
     for name, cues in {"a": said, "none": [], "odd": [{"a": 1}], "b": [{"text": "x"}]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(cues), encoding="utf-8")
-    (tmp_path / "0.png").write_bytes(picture(30, "PNG", (20, 10)))
+    (tmp_path / "0.png").write_bytes(make_image(30, "PNG", (20, 10)))
     board = {"storyboard": "0.png", "rows": 1, "columns": 2, "frames": 2, "duration": 4}
     names = ("a", "none", "odd", "b")
     boards = source(
@@ -982,8 +982,8 @@ def test_transcripts_of_the_release(tmp_path):
 
 
 def test_dialogues_of_every_layout(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(40, "PNG"))
-    (tmp_path / "b.png").write_bytes(picture(80, "PNG"))
+    (tmp_path / "a.png").write_bytes(make_image(40, "PNG"))
+    (tmp_path / "b.png").write_bytes(make_image(80, "PNG"))
     (tmp_path / "v.mp4").write_bytes(video(20))
 
     def says(who: str, value: str) -> dict:
@@ -1077,7 +1077,7 @@ def test_dialogues_of_every_layout(tmp_path):
             ["shades", "</s>", "shades"],
             ["red"],
         ][n]
-        assert not any(p.scored for p in dialogues[n].parts if isinstance(p, Picture))
+        assert not any(p.scored for p in dialogues[n].parts if isinstance(p, Image))
         own = {t.text for t in texts if t.special}
         assert own <= {user, assistant, "</s>", f"{IMAGE_SYSTEM} {user}", f"{VIDEO_SYSTEM} {user}"}
 
@@ -1085,13 +1085,13 @@ def test_dialogues_of_every_layout(tmp_path):
 def test_a_dialogue_is_the_prompt_that_the_model_is_asked_with(tmp_path):
     """A row of training begins with the ids of the prompt, and what is learned follows it."""
     tokenizer = Tokenizer.load(TINY / "tokenizer", instruct=True)
-    (tmp_path / "a.png").write_bytes(picture(40, "PNG"))
-    for image, parts in ((None, []), ("a.png", [Image.new("RGB", (8, 8))])):
+    (tmp_path / "a.png").write_bytes(make_image(40, "PNG"))
+    for image, parts in ((None, []), ("a.png", [PIL.Image.new("RGB", (8, 8))])):
         entry = {"q": "what is it?", "a": "it is red"} | ({"image": image} if image else {})
         (tmp_path / "data.json").write_text(json.dumps([entry]))
         ids = [tokenizer.bos]
         for part in source("dialogues", tmp_path / "data.json")[0].parts:
-            if isinstance(part, Picture):
+            if isinstance(part, Image):
                 ids += tokenizer.encode(tokenizer.image_placeholder(4), bos=False)
             else:
                 ids += text_ids(part, tokenizer)
@@ -1116,20 +1116,20 @@ def test_what_another_process_kept_first_is_used(tmp_path):
 
 
 def test_what_is_derived_is_kept_and_follows_the_files(tmp_path, monkeypatch):
-    tar(tmp_path / "0.tar", {"a.jpg": picture(30), "a.txt": b"one"})
-    tar(tmp_path / "1.tar", {"b.jpg": picture(60), "b.txt": b"two"})
+    tar(tmp_path / "0.tar", {"a.jpg": make_image(30), "a.txt": b"one"})
+    tar(tmp_path / "1.tar", {"b.jpg": make_image(60), "b.txt": b"two"})
     walked = []
     walk = tars.members
     monkeypatch.setattr("emu_jax.data.pairs.members", lambda p: walked.append(p) or walk(p))
     first = source("webdataset", tmp_path)
     again = source("webdataset", tmp_path)
     assert len(walked) == 2 and first.fingerprint == again.fingerprint
-    tar(tmp_path / "1.tar", {"c.jpg": picture(90), "c.txt": b"three", "d.jpg": picture(90)})
+    tar(tmp_path / "1.tar", {"c.jpg": make_image(90), "c.txt": b"three", "d.jpg": make_image(90)})
     now = source("webdataset", tmp_path)
     assert [shown(now[n]) for n in range(2)] == [[30, "one"], [90, "three"]] and len(now) == 3
     assert len(walked) == 3  # the other is known
     assert source("webdataset", tmp_path).fingerprint != first.fingerprint
-    tar(tmp_path / "new", {"e.jpg": picture(120), "e.txt": b"other"})
+    tar(tmp_path / "new", {"e.jpg": make_image(120), "e.txt": b"other"})
     (tmp_path / "new").replace(tmp_path / "0.tar")
     assert shown(source("webdataset", tmp_path)[0]) == [120, "other"]
     for array in (tmp_path / ".emu_jax").rglob("spans.npy"):
@@ -1154,12 +1154,17 @@ def bucket(monkeypatch, tmp_path):
         {
             "/b/0.tar": tar(
                 tmp_path / "x.tar",
-                {"a.jpg": picture(30), "a.txt": b"one", "b.jpg": picture(60), "b.txt": b"two"},
+                {
+                    "a.jpg": make_image(30),
+                    "a.txt": b"one",
+                    "b.jpg": make_image(60),
+                    "b.txt": b"two",
+                },
             ).read_bytes(),
             "/b/l/pages.jsonl": json.dumps(
                 {"images": ["p.png", None], "texts": [None, "words"]}
             ).encode(),
-            "/b/l/p.png": picture(90, "PNG"),
+            "/b/l/p.png": make_image(90, "PNG"),
         }
     )
     store.failures = 0
@@ -1195,8 +1200,8 @@ def test_remote_files_with_patience(bucket):
 
 def test_a_store_is_not_listed(bucket, monkeypatch, tmp_path):
     """Every host opens its sources: one that lists a bucket of images would ask for hours."""
-    bucket.pipe({f"/b/m/{n}.png": picture(10 * n, "PNG") for n in range(3)})
-    listing = str(lines(tmp_path / "pages.jsonl", [picture_page("2.png", "absent.png")]))
+    bucket.pipe({f"/b/m/{n}.png": make_image(10 * n, "PNG") for n in range(3)})
+    listing = str(lines(tmp_path / "pages.jsonl", [image_page("2.png", "absent.png")]))
     asked: list[str] = []
 
     def listed(path, *_, **__):

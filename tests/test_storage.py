@@ -5,7 +5,7 @@ import os
 import socket
 
 import pytest
-from test_sources import TINY, lines, picture, reasons, shown, source, tar, video
+from test_sources import TINY, lines, make_image, reasons, shown, source, tar, video
 
 from emu_jax.data import Document, Text, storage
 from emu_jax.data.documents import MOST_CHARACTERS, write_documents
@@ -19,7 +19,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch):
     """Anything else would block, never end, or fill the memory."""
     media = tmp_path / "media"
     media.mkdir()
-    (media / "good.png").write_bytes(picture(40, "PNG"))
+    (media / "good.png").write_bytes(make_image(40, "PNG"))
     os.mkfifo(media / "pipe.jpg")
     (media / "zero.jpg").symlink_to("/dev/zero")
     (media / "loop.jpg").symlink_to("loop.jpg")
@@ -63,9 +63,9 @@ def test_large_members_and_entries_are_damage(tmp_path, monkeypatch):
     tar(
         tmp_path / "0.tar",
         {
-            "a.png": picture(40, "PNG"),
+            "a.png": make_image(40, "PNG"),
             "a.txt": b"x" * 100,
-            "b.png": picture(40, "PNG"),
+            "b.png": make_image(40, "PNG"),
             "b.txt": b"x" * 101,
             "c.mp4": video(5),
             "c.txt": b"x",

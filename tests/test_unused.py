@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image
 
-from emu_jax.data import DataConfig, Document, Picture, Text
+from emu_jax.data import DataConfig, Document, Image, Text
 from emu_jax.data.documents import REASONS, write_documents
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.outlines import Outlines
@@ -30,9 +30,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(TINY / "tokenizer", instruct=True)
 
 
-def picture(n: int = 100) -> bytes:
+def make_image(n: int = 100) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (12, 8), (n, n, n)).save(file, "PNG")
+    PIL.Image.new("RGB", (12, 8), (n, n, n)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -48,11 +48,11 @@ def make_records(folder: Path) -> Made:
     odd = [
         Document(()),
         Document((Text(" "),)),
-        Document((Picture(picture()), Text(""))),
+        Document((Image(make_image()), Text(""))),
         Document((Text("x" * (1 << 22) + "x"),)),
         Document((Text(""), Text("a"))),
     ]
-    sound = Document((Picture(picture()), Text("words")))
+    sound = Document((Image(make_image()), Text("words")))
     documents = [odd[n // 3 % 5] if n % 3 == 0 else sound for n in range(COUNT)]
     write_documents(folder / "a.array_record", documents)
     return (
@@ -72,7 +72,7 @@ def make_webdataset(folder: Path) -> Made:
         for n in range(COUNT):
             key, way = f"{n:03}", n // 3 % 10 if n % 3 == 0 else None
             key += ".v1" * (way == 0)
-            member(f"{key}.{'jpg' if way != 1 else 'heic'}", picture() if way != 2 else b"")
+            member(f"{key}.{'jpg' if way != 1 else 'heic'}", make_image() if way != 2 else b"")
             words = {3: b"", 4: b"\xff", 5: b" "}.get(way or -1, b"words")
             if way != 6:
                 member(f"{key}.txt", words)
@@ -95,7 +95,7 @@ def make_pages(folder: Path) -> Made:
     (folder / "images" / "0").mkdir(parents=True)
     for name in ("there", "0/below", "0/twice", "1/twice"):
         (folder / "images" / name).parent.mkdir(exist_ok=True)
-        (folder / "images" / f"{name}.png").write_bytes(picture())
+        (folder / "images" / f"{name}.png").write_bytes(make_image())
 
     def page(*images: str | None, texts: tuple[str | None, ...] = ("a",), **info) -> dict:
         matched = {"matched_text_index": 0, "matched_sim": 0.5} | info
@@ -164,7 +164,7 @@ def make_subtitled(folder: Path) -> Made:
     }
     for name, content in files.items():
         (folder / name).write_text(content)
-    (folder / "0.png").write_bytes(picture())
+    (folder / "0.png").write_bytes(make_image())
     sound = {
         "storyboard": "0.png",
         "rows": 1,
@@ -201,7 +201,7 @@ def make_subtitled(folder: Path) -> Made:
 
 
 def make_dialogues(folder: Path) -> Made:
-    (folder / "a.png").write_bytes(picture())
+    (folder / "a.png").write_bytes(make_image())
 
     def talk(*said: tuple[str, object], **more: object) -> dict:
         return {"conversations": [{"from": who, "value": value} for who, value in said]} | more
@@ -281,7 +281,7 @@ def test_used_and_counted_are_what_is_there(tmp_path, tokenizer, form):
     ],
 )
 def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, kind):
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(make_image())
     listing = lines(tmp_path / "pages.jsonl", entries)
 
     def config(*allowed: str) -> DataConfig:
@@ -316,7 +316,7 @@ def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, ki
 
 
 def test_documents_that_a_kind_of_batches_cannot_use(tmp_path, tokenizer, caplog):
-    documents = [Document((Picture(picture()), Text("a")))] * 3 + [Document((Text("a"),))] * 2
+    documents = [Document((Image(make_image()), Text("a")))] * 3 + [Document((Text("a"),))] * 2
     write_documents(tmp_path / "a.array_record", documents)
     paths = (str(tmp_path / "a.array_record"),)
     sources = (SourceConfig("pairs", paths=paths, paired=True), SourceConfig("pages", paths=paths))
@@ -355,8 +355,8 @@ def test_settings_that_cannot_be(tmp_path):
 def test_the_first_sheet_tells_how_large_a_tile_is():
     """Whatever shape the video has: here the last sheet is padded."""
     file = io.BytesIO()
-    Image.new("RGB", (80, 16)).save(file, "PNG")
+    PIL.Image.new("RGB", (80, 16)).save(file, "PNG")
     ((_, frame),) = storyboard(
         file.getvalue(), 2, 2, [(0, 1.0)], "a board", held=1, full=file.getvalue()
     )
-    assert Image.open(io.BytesIO(frame)).size == (40, 8)
+    assert PIL.Image.open(io.BytesIO(frame)).size == (40, 8)

@@ -24,7 +24,7 @@ digits.py     scikit-learn's handwritten digits as documents
 latents.py    precomputed conditions and latents of the decoder
 """
 
-from emu_jax.data.documents import Document, Picture, Text
+from emu_jax.data.documents import Document, Image, Text
 from emu_jax.data.pipeline import Batches, DataConfig
 
-__all__ = ["Batches", "DataConfig", "Document", "Picture", "Text"]
+__all__ = ["Batches", "DataConfig", "Document", "Image", "Text"]

@@ -40,7 +40,7 @@ from emu_jax.data.clean import CleanConfig, Cleaned, clean
 from emu_jax.data.documents import (
     Damaged,
     Document,
-    Picture,
+    Image,
     Source,
     Text,
     check_size,
@@ -267,7 +267,7 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
     """
     ours = {
         "version": VERSION,
-        "pillow": PIL.__version__,  # decides the bytes of encoded pictures
+        "pillow": PIL.__version__,  # decides the bytes of encoded images
         "source_files": source.fingerprint,
         **to_dict(cfg),
     }
@@ -442,8 +442,8 @@ class _Tally:
                     "rejected": {cleaned.reason: 1} if cleaned.document is None else {},
                 },
                 "pictures": {
-                    "read": cleaned.pictures,
-                    "written": sum(isinstance(part, Picture) for part in kept),
+                    "read": cleaned.images,
+                    "written": sum(isinstance(part, Image) for part in kept),
                     "encoded": cleaned.encoded,
                     "dropped": dict(collections.Counter(drop.reason for drop in cleaned.dropped)),
                 },
@@ -478,7 +478,7 @@ class _Tally:
             }
         )
         rejected, dropped = counts["documents"]["rejected"], counts["pictures"]["dropped"]
-        # A document that loses its last picture is rejected for the same reason.
+        # A document that loses its last image is rejected for the same reason.
         lost = collections.Counter(rejected) | collections.Counter(dropped)
         for reasons in (lost, counts["unused"]):
             for reason, count in reasons.items():

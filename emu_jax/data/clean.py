@@ -9,10 +9,10 @@ import dataclasses
 import io
 from typing import NamedTuple
 
-from PIL import Image
+import PIL.Image
 
-from emu_jax.data.documents import Document, Picture, Text
-from emu_jax.data.images import PictureError, is_animated, open_image
+from emu_jax.data.documents import Document, Image, Text
+from emu_jax.data.images import ImageError, is_animated, open_image
 from emu_jax.data.unused import Unused
 from emu_jax.errors import UserError, suggest
 
@@ -68,7 +68,7 @@ class Cleaned:
     document: Document | None  # None: rejected
     reason: str = ""  # why it was rejected, one of a fixed set
     detail: str = ""
-    pictures: int = 0  # number of images before cleaning
+    images: int = 0  # number of images before cleaning
     encoded: int = 0  # number of kept images that were encoded again
     dropped: tuple[Dropped, ...] = ()
     unused: tuple[Unused, ...] = ()  # parts that the reader left out
@@ -84,13 +84,13 @@ def clean(document: Document, cfg: CleanConfig) -> Cleaned:
     animations = tuple(
         Unused("frames of an animation", f"part {number}")
         for number, part in enumerate(document.parts)
-        if isinstance(part, Picture) and is_animated(part.data)
+        if isinstance(part, Image) and is_animated(part.data)
     )
     return dataclasses.replace(_filter(document, cfg), unused=document.unused + animations)
 
 
 def _filter(document: Document, cfg: CleanConfig) -> Cleaned:
-    count = sum(isinstance(part, Picture) for part in document.parts)
+    count = sum(isinstance(part, Image) for part in document.parts)
     length = sum(len(part.text.strip()) for part in document.parts if isinstance(part, Text))
     if not count and not length:
         return Cleaned(None, "empty")
@@ -98,7 +98,7 @@ def _filter(document: Document, cfg: CleanConfig) -> Cleaned:
         return Cleaned(None, "text too short", f"{length} characters", count)
     if 0 < cfg.max_text < length:
         return Cleaned(None, "text too long", f"{length} characters", count)
-    parts: list[Text | Picture] = []
+    parts: list[Text | Image] = []
     dropped: list[Dropped] = []
     encoded = 0
     for n, part in enumerate(document.parts):
@@ -112,10 +112,10 @@ def _filter(document: Document, cfg: CleanConfig) -> Cleaned:
     if count and len(dropped) == count:
         _, reason, detail = dropped[0]
         return Cleaned(None, reason, detail, count, dropped=tuple(dropped))
-    return Cleaned(Document(tuple(parts)), pictures=count, encoded=encoded, dropped=tuple(dropped))
+    return Cleaned(Document(tuple(parts)), images=count, encoded=encoded, dropped=tuple(dropped))
 
 
-def store(picture: Picture, cfg: CleanConfig) -> Picture:
+def store(image: Image, cfg: CleanConfig) -> Image:
     """Returns the image as it is stored.
 
     An image that is small enough and in one of ENCODINGS keeps its bytes, because encoding it
@@ -124,11 +124,11 @@ def store(picture: Picture, cfg: CleanConfig) -> Picture:
     Raises:
         Unfit: it fails a filter, or cannot be read.
     """
-    if picture.similarity is not None and picture.similarity < cfg.min_similarity:
-        raise Unfit("unlike its words", f"{picture.similarity:.3f}")
+    if image.similarity is not None and image.similarity < cfg.min_similarity:
+        raise Unfit("unlike its words", f"{image.similarity:.3f}")
     try:
-        pixels = open_image(picture.data)
-    except PictureError as error:
+        pixels = open_image(image.data)
+    except ImageError as error:
         raise Unfit(error.reason, str(error)) from None
     short, long = sorted(pixels.size)
     size = "x".join(map(str, pixels.size))
@@ -139,14 +139,14 @@ def store(picture: Picture, cfg: CleanConfig) -> Picture:
     if 0 < cfg.max_side < long:
         scale = cfg.max_side / long
         width, height = (max(1, round(side * scale)) for side in pixels.size)
-        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
-    elif _format(picture.data) in ENCODINGS:
-        return picture
+        pixels = pixels.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    elif _format(image.data) in ENCODINGS:
+        return image
     file = io.BytesIO()
     pixels.save(file, cfg.encoding, quality=cfg.quality)
-    return dataclasses.replace(picture, data=file.getvalue())
+    return dataclasses.replace(image, data=file.getvalue())
 
 
 def _format(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as picture:
-        return (picture.format or "").lower()
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        return (image.format or "").lower()

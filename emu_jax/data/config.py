@@ -14,7 +14,7 @@ from emu_jax.data.unused import MAY_LACK
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
-Kind = Literal["rows", "captions", "pictures", "contexts"]
+Kind = Literal["rows", "captions", "images", "contexts"]
 Batch = dict[str, np.ndarray]
 
 PAIRS = "pairs"  # kind of documents of one image and its caption
@@ -53,7 +53,7 @@ class DataConfig:
     image_size: int = 224  # of the visual encoder
     target_size: int = 512  # of the autoencoder
 
-    picture_first: float = 0.5  # probability that a pair's image comes before its words
+    image_first: float = 0.5  # probability that a pair's image comes before its words
     learn_img: bool = False  # make [IMG] a text target
     drop_condition: float = 0.1  # probability that the decoder's context is dropped
     autoencode: float = 0.0  # otherwise, probability that the context is the target image
@@ -92,12 +92,12 @@ class DataConfig:
         smallest = self.n_causal + 4
         rules: list[tuple[str, bool, str]] = [
             ("seed", 0 <= self.seed < 2**32, "be in 0 .. 2**32 - 1"),
-            ("row_tokens", self.row_tokens >= smallest, f"hold one picture: at least {smallest}"),
+            ("row_tokens", self.row_tokens >= smallest, f"hold one image: at least {smallest}"),
             ("row_images", self.row_images >= 1, "be at least 1"),
             ("block_documents", self.block_documents >= 1, "be at least 1"),
             ("image_size", self.image_size >= 1, "be at least 1"),
             ("target_size", self.target_size >= 1, "be at least 1"),
-            ("picture_first", 0 <= self.picture_first <= 1, "be in 0 .. 1"),
+            ("image_first", 0 <= self.image_first <= 1, "be in 0 .. 1"),
             ("drop_condition", 0 <= self.drop_condition <= 1, "be in 0 .. 1"),
             ("autoencode", 0 <= self.autoencode <= 1, "be in 0 .. 1"),
             ("scale", 0 <= self.scale < 1, "be in 0 .. 1"),
@@ -115,12 +115,12 @@ class DataConfig:
                 (
                     f"{where}.row_tokens",
                     tokens == 0 or tokens >= smallest,
-                    f"hold one picture: at least {smallest}",
+                    f"hold one image: at least {smallest}",
                 ),
                 (
                     f"{where}.window_tokens",
                     source.window_tokens == 0 or source.window_tokens >= smallest,
-                    f"hold one picture: at least {smallest}",
+                    f"hold one image: at least {smallest}",
                 ),
                 (f"{where}.window_images", source.window_images >= 0, "not be negative"),
                 (f"{where}.picked_images", source.picked_images >= 0, "not be negative"),
@@ -158,7 +158,7 @@ def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...]
               elsewhere.
     captions: images uint8 [B,h,w,3]; tokens int32 [B,T], `<s> words </s>`, padded on the
               right; valid bool [B,T].
-    pictures: images uint8 [B,H,W,3], at the autoencoder's size.
+    images: images uint8 [B,H,W,3], at the autoencoder's size.
     contexts: tokens int32 [B,T], the context before an image, up to and including its
               [IMG], padded on the right; length int32 [B]; images, image_valid,
               image_slots of the context's own images as in rows; target uint8 [B,H,W,3],
@@ -186,7 +186,7 @@ def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...]
             "tokens": ((B, T), int32),
             "valid": ((B, T), bool),
         },
-        "pictures": {"images": ((B, H, H, 3), uint8)},
+        "images": {"images": ((B, H, H, 3), uint8)},
         "contexts": {
             "tokens": ((B, T), int32),
             "length": ((B,), int32),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from emu_jax.data import storage
-from emu_jax.data.documents import Damaged, Document, Picture, Text
+from emu_jax.data.documents import Damaged, Document, Image, Text
 from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import VIDEO_SUFFIXES, Clip, Video, sample_frames
@@ -96,23 +96,23 @@ class Dialogues(Listed):
     ) -> Document:
         dialogue = self._dialogue(index)
 
-        def pictures(medium: Medium, scored: bool) -> list[Picture]:
+        def images(medium: Medium, scored: bool) -> list[Image]:
             if not medium.video:
-                return [Picture(self._image(index, medium.name), scored=scored)]
+                return [Image(self._image(index, medium.name), scored=scored)]
             video = self._video(index, medium.name)
             frames = sample_frames(video, self._frames, seed, dialogue.clip)
             dialogue.unused.extend(video.unused)
-            return [Picture(data, time, scored=scored) for time, data in frames]
+            return [Image(data, time, scored=scored) for time, data in frames]
 
-        return _document(dialogue, pictures)
+        return _document(dialogue, images)
 
     def sketch(self, index: int) -> Document:
-        def pictures(medium: Medium, scored: bool) -> list[Picture]:
+        def images(medium: Medium, scored: bool) -> list[Image]:
             if medium.video or not medium.name.startswith("data:"):
                 self._require(medium.name, index, VIDEO_SUFFIXES if medium.video else ())
-            return [Picture(b"", scored=scored)] * (self._frames if medium.video else 1)
+            return [Image(b"", scored=scored)] * (self._frames if medium.video else 1)
 
-        return _document(self._dialogue(index), pictures)
+        return _document(self._dialogue(index), images)
 
     def _dialogue(self, index: int) -> Dialogue:
         entry, where = self._entries[index], self.where(index)
@@ -340,12 +340,12 @@ def _clip(entry: dict[str, Any], videos: int) -> Clip | None:
     return clip
 
 
-def _document(dialogue: Dialogue, pictures: Callable[[Medium, bool], list[Picture]]) -> Document:
+def _document(dialogue: Dialogue, images: Callable[[Medium, bool], list[Image]]) -> Document:
     """Formats the dialogue as the release does. Special tokens are parsed only in the texts that
     this function adds, never in the data."""
 
-    def parts(said: Said, scored: bool) -> list[Text | Picture]:
-        made: list[Text | Picture] = []
+    def parts(said: Said, scored: bool) -> list[Text | Image]:
+        made: list[Text | Image] = []
         text = ""
         for part in [*said, None]:
             if isinstance(part, str):
@@ -355,7 +355,7 @@ def _document(dialogue: Dialogue, pictures: Callable[[Medium, bool], list[Pictur
                 made.append(Text(text.strip(), scored))
             text = ""
             if part is not None:
-                made += pictures(part, scored)
+                made += images(part, scored)
         return made
 
     shown = [part for turn in dialogue.turns for part in turn.asked if isinstance(part, Medium)]

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Int64, UInt8
-from PIL import Image
 
 from emu_jax.data import storage
-from emu_jax.data.documents import Document, Picture, Text, write_documents
+from emu_jax.data.documents import Document, Image, Text, write_documents
 from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
@@ -48,18 +48,18 @@ QUESTIONS = ("what digit is this?", "is it even?", "what comes next? draw it")
 
 _VERSION = 2  # of the files `build_digits` writes
 _SEED = 1
-_PER_PICTURE = 3  # pages, and storyboards, for each image of a split
+_PER_IMAGE = 3  # pages, and storyboards, for each image of a split
 
 
-def digit_pictures(
+def digit_images(
     split: str,
-) -> tuple[UInt8[np.ndarray, "pictures 8 8"], Int64[np.ndarray, "pictures"]]:
+) -> tuple[UInt8[np.ndarray, "images 8 8"], Int64[np.ndarray, "images"]]:
     """Returns (gray images, white on black, 0..255; labels 0..9) of a split."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}")
-    pictures, labels = _all_digits()
+    images, labels = _all_digits()
     chosen = np.random.default_rng(0).permutation(len(labels))[SPLITS[split]]
-    return pictures[chosen], labels[chosen]
+    return images[chosen], labels[chosen]
 
 
 @functools.cache
@@ -67,14 +67,14 @@ def _all_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    pictures = np.round(pixels.reshape(-1, 8, 8) * (255 / 16))  # they come as 0..16
-    return pictures.astype(np.uint8), labels.astype(np.int64)
+    images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16))  # they come as 0..16
+    return images.astype(np.uint8), labels.astype(np.int64)
 
 
 def encode_png(pixels: UInt8[np.ndarray, "h w"]) -> bytes:
     """Encodes a gray image as PNG."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    PIL.Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
@@ -102,23 +102,23 @@ def _say(template: str, digit: int) -> str:
     return said.replace("a eight", "an eight")
 
 
-Shown = Callable[[int], Picture]  # a random picture of a digit
+Shown = Callable[[int], Image]  # a random image of a digit
 
 
-def _pairs(pictures: list[Picture], labels: np.ndarray) -> Iterator[Document]:
+def _pairs(images: list[Image], labels: np.ndarray) -> Iterator[Document]:
     """Yields every image with every caption."""
-    for picture, label in zip(pictures, labels.tolist(), strict=True):
+    for image, label in zip(images, labels.tolist(), strict=True):
         for template in range(len(CAPTIONS)):
-            yield Document((picture, Text(caption(label, template))))
+            yield Document((image, Text(caption(label, template))))
 
 
 def _page(rng: np.random.Generator, show: Shown) -> Document:
     """Makes a page of two to four digits, with words before or after each image."""
     digits = rng.integers(10, size=rng.integers(2, 5)).tolist()
     style = int(rng.integers(4))
-    parts: list[Text | Picture] = []
+    parts: list[Text | Image] = []
     for n, digit in enumerate(digits):
-        picture = show(digit)
+        image = show(digit)
         if style == 0:
             words = "first a {digit}" if n == 0 else "then a {digit}"
         elif style == 1:
@@ -128,7 +128,7 @@ def _page(rng: np.random.Generator, show: Shown) -> Document:
         else:
             words = "{digit}"
         said = Text(_say(words, digit))
-        parts += [picture, said] if style == 1 else [said, picture]
+        parts += [image, said] if style == 1 else [said, image]
     return Document(tuple(parts))
 
 
@@ -141,41 +141,41 @@ def _storyboard(rng: np.random.Generator, show: Shown) -> Document:
 
 
 def _instructions(
-    rng: np.random.Generator, pictures: list[Picture], labels: np.ndarray, show: Shown
+    rng: np.random.Generator, images: list[Image], labels: np.ndarray, show: Shown
 ) -> Iterator[Document]:
     """Yields, for each image, the first two questions about it and the third about a count."""
-    for picture, digit in zip(pictures, labels.tolist(), strict=True):
-        yield _turn([picture], QUESTIONS[0], Text(WORDS[digit]))
-        yield _turn([picture], QUESTIONS[1], Text("no" if digit % 2 else "yes"))
+    for image, digit in zip(images, labels.tolist(), strict=True):
+        yield _turn([image], QUESTIONS[0], Text(WORDS[digit]))
+        yield _turn([image], QUESTIONS[1], Text("no" if digit % 2 else "yes"))
         *count, following = (show(d) for d in counting_digits(rng))
         yield _turn(count, QUESTIONS[2], following)
 
 
-def _turn(pictures: list[Picture], question: str, answer: Text | Picture) -> Document:
+def _turn(images: list[Image], question: str, answer: Text | Image) -> Document:
     """Makes one turn, formatted like `generate.prompt.instruct` without a system message; the
     answer is scored."""
     opening = Text(f"{USER}:", scored=False, special=True)
-    shown = [dataclasses.replace(picture, scored=False) for picture in pictures]
+    shown = [dataclasses.replace(image, scored=False) for image in images]
     closing = Text(f"{question} {ASSISTANT}:", scored=False, special=True)
     return Document((opening, *shown, closing, answer))
 
 
 def _documents(split: str) -> dict[str, list[Document]]:
     """Returns all documents of a split, by kind."""
-    images, labels = digit_pictures(split)
-    pictures = [Picture(encode_png(image)) for image in images]
+    pixels, labels = digit_images(split)
+    images = [Image(encode_png(values)) for values in pixels]
     rng = np.random.default_rng([_SEED, list(SPLITS).index(split)])
     by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
 
-    def show(digit: int) -> Picture:
-        return pictures[int(rng.choice(by_label[digit]))]
+    def show(digit: int) -> Image:
+        return images[int(rng.choice(by_label[digit]))]
 
-    count = _PER_PICTURE * len(pictures)
+    count = _PER_IMAGE * len(images)
     return {
-        "pairs": list(_pairs(pictures, labels)),
+        "pairs": list(_pairs(images, labels)),
         "pages": [_page(rng, show) for _ in range(count)],
         "storyboards": [_storyboard(rng, show) for _ in range(count)],
-        "instructions": list(_instructions(rng, pictures, labels, show)),
+        "instructions": list(_instructions(rng, images, labels, show)),
     }
 
 

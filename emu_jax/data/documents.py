@@ -43,7 +43,7 @@ class Text:
 
     def __post_init__(self) -> None:
         if self.special and IMAGE in self.text:
-            raise ValueError(f"a text cannot spell {IMAGE}: use a Picture part instead")
+            raise ValueError(f"a text cannot spell {IMAGE}: use an Image part instead")
 
     def to_list(self) -> list[Any]:
         """Returns the fields as plain values, omitting defaults."""
@@ -52,7 +52,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Image:
     """An encoded image (PNG, JPEG, ...).
 
     Attributes:
@@ -83,7 +83,7 @@ class Document:
             by reason, and is not part of the stored record.
     """
 
-    parts: tuple[Text | Picture, ...]
+    parts: tuple[Text | Image, ...]
     unused: tuple[Unused, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
@@ -95,10 +95,10 @@ class Document:
         Subtitles between two frames are joined, as in the release's storyboards
         (`Emu1/data/yt-sb-1b`). A frame comes before a subtitle of the same time.
         """
-        events = [(time, 0, Picture(data, time)) for time, data in frames]
+        events = [(time, 0, Image(data, time)) for time, data in frames]
         events += [(time, 1, Text(text)) for time, text in subtitles]
         events.sort(key=lambda event: event[:2])
-        parts: list[Text | Picture] = []
+        parts: list[Text | Image] = []
         for _, _, part in events:
             last = parts[-1] if parts else None
             if isinstance(part, Text) and isinstance(last, Text):
@@ -127,7 +127,7 @@ class Document:
             values = msgpack.unpackb(record)
             version = values["version"]
             if version == VERSION:
-                make = {"text": Text, "picture": Picture}
+                make = {"text": Text, "picture": Image}
                 return cls(tuple(make[kind](*rest) for kind, *rest in values["parts"]))
         except Exception as error:  # msgpack may raise anything on foreign bytes
             raise Damaged("not a document", where, repr(error)) from None

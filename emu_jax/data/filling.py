@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+import PIL.Image
 
-from emu_jax.data import images
 from emu_jax.data.config import Batch, DataConfig, batch_shapes
-from emu_jax.data.documents import Damaged, Picture, Text
+from emu_jax.data.documents import Damaged, Image, Text
+from emu_jax.data.images import ImageError, affine, draw_affine, open_image, resize, to_array
 from emu_jax.data.mixture import FRAMES, Drawn, Group, Packed
 from emu_jax.data.outlines import text_ids
-from emu_jax.data.packing import PICTURE, Part, part_tokens, truncate
+from emu_jax.data.packing import IMAGE_PART, Part, part_tokens, truncate
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class Filler:
         self._pool = pool
         # Captions repeat, and so do the images of a small data set.
         self._encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
-        self._small_picture = functools.lru_cache(1 << 12)(self._resized)
+        self._resized_small = functools.lru_cache(1 << 12)(self._resized)
         self._share = {
             name: ((mine.stop - mine.start, *shape[1:]), dtype)
             for name, (shape, dtype) in batch_shapes(self.cfg, group.kind).items()
@@ -89,7 +89,7 @@ class Filler:
             return self._rows(batch, position)
         fill, measure = {
             "captions": (self._caption, self._caption_statistics),
-            "pictures": (self._picture, self._picture_statistics),
+            "images": (self._image, self._image_statistics),
             "contexts": (self._context, self._context_statistics),
         }[self.group.kind]
         documents, passed, after = self.group.next(position[1], self.cfg.batch_size)
@@ -135,7 +135,7 @@ class Filler:
             "image_slots": self.cfg.batch_size * self.cfg.row_images,
         }
         counted = _sum(
-            {"tokens": p.tokens, "images": p.pictures, "documents": 1, "truncated": int(p.cut)}
+            {"tokens": p.tokens, "images": p.images, "documents": 1, "truncated": int(p.cut)}
             for documents in rows
             for p in documents
         )
@@ -147,7 +147,7 @@ class Filler:
         is a task of its own. With several threads tasks get smaller towards the end, so that all
         threads finish at about the same time."""
         threads = self._pool.threads
-        sizes = [max(1, place.packed.pictures) for place in places]
+        sizes = [max(1, place.packed.images) for place in places]
         left, room = sum(sizes), 0
         pieces: list[list[_Place]] = []
         for place, size in zip(places, sizes, strict=True):
@@ -185,20 +185,20 @@ class Filler:
             contents = self._contents(drawn, parts)
         except Damaged as error:
             return _damage(drawn, error.reason)
-        row = _Row(self, place.pictures.start)
+        row = _Row(self, place.images.start)
         row.open()
         for part, content in contents:
             row.add(part, content)
         row.close(ended=not cut)
-        return _Read(place, row, [c for _, c in contents if isinstance(c, Picture)], rng)
+        return _Read(place, row, [c for _, c in contents if isinstance(c, Image)], rng)
 
     def _decode(self, batch: Batch, read: _Read) -> Damage | None:
         place = read.place
-        out = batch["images"][place.row, place.pictures]
+        out = batch["images"][place.row, place.images]
         try:
-            for pixels, picture in zip(out, read.encoded, strict=True):
-                self._paint(pixels, picture, read.rng)
-        except images.PictureError as error:
+            for pixels, image in zip(out, read.encoded, strict=True):
+                self._paint(pixels, image, read.rng)
+        except ImageError as error:
             out[:] = 0
             return _damage(place.packed.drawn, error.reason)
         read.encoded.clear()  # frees video frames, which are large
@@ -206,14 +206,14 @@ class Filler:
 
     def _write(self, batch: Batch, read: _Read) -> None:
         place, row = read.place, read.row
-        n, tokens, pictures = place.row, place.tokens, place.pictures
+        n, tokens, images = place.row, place.tokens, place.images
         batch["tokens"][n, tokens] = row.tokens
         batch["segment_ids"][n, tokens] = place.segment
         batch["positions"][n, tokens] = np.arange(len(row.tokens))
         batch["text_loss_mask"][n, tokens] = row.scored
         batch["image_slots"][n, tokens] = row.slots
-        batch["image_valid"][n, pictures] = True
-        batch["image_scored"][n, pictures] = row.scored_pictures
+        batch["image_valid"][n, images] = True
+        batch["image_scored"][n, images] = row.scored_images
 
     # Batches of single documents
 
@@ -230,7 +230,7 @@ class Filler:
             try:
                 fill(batch, n, chosen)
                 return damaged
-            except (Damaged, images.PictureError) as error:
+            except (Damaged, ImageError) as error:
                 damaged.append(_damage(chosen, error.reason))
                 last = error
             chosen = self.group.substitute(drawn, attempt)
@@ -240,32 +240,32 @@ class Filler:
         )
 
     def _caption(self, batch: Batch, n: int, drawn: Drawn) -> None:
-        parts = self.group.parts(drawn, picture_first=True)
-        pictures = [part for part in parts if part.size == PICTURE]
-        words = [part for part in parts if part.size != PICTURE]
-        (_, picture), *rest = self._contents(drawn, [*pictures[:1], *words])
+        parts = self.group.parts(drawn, image_first=True)
+        images = [part for part in parts if part.size == IMAGE_PART]
+        words = [part for part in parts if part.size != IMAGE_PART]
+        (_, image), *rest = self._contents(drawn, [*images[:1], *words])
         ids = [i for part, content in rest for i in self._ids(part, content)]
         # A truncated caption also ends in </s>, whose hidden state is read.
         ids = [self.tokenizer.bos, *ids[: self.cfg.row_tokens - 2], self.tokenizer.eos]
-        self._paint(batch["images"][n], picture, self.group.rng(drawn))
+        self._paint(batch["images"][n], image, self.group.rng(drawn))
         batch["tokens"][n] = self.tokenizer.pad_id
         batch["tokens"][n, : len(ids)] = ids
         batch["valid"][n] = np.arange(self.cfg.row_tokens) < len(ids)
 
     def _caption_statistics(self, drawn: Drawn) -> dict[str, int]:
         text, room = sum(size for size in drawn.outline if size > 0), self.cfg.row_tokens - 2
-        return self._picture_statistics(drawn) | {
+        return self._image_statistics(drawn) | {
             "tokens": min(text, room) + 2,
             "token_slots": room + 2,
             "truncated": int(text > room),
         }
 
-    def _picture(self, batch: Batch, n: int, drawn: Drawn) -> None:
-        parts = self.group.parts(drawn, picture_first=True)[:1]
-        ((_, picture),) = self._contents(drawn, parts)
-        self._paint(batch["images"][n], picture, self.group.rng(drawn))
+    def _image(self, batch: Batch, n: int, drawn: Drawn) -> None:
+        parts = self.group.parts(drawn, image_first=True)[:1]
+        ((_, image),) = self._contents(drawn, parts)
+        self._paint(batch["images"][n], image, self.group.rng(drawn))
 
-    def _picture_statistics(self, drawn: Drawn) -> dict[str, int]:
+    def _image_statistics(self, drawn: Drawn) -> dict[str, int]:
         return {"images": 1, "image_slots": 1, "documents": 1}
 
     def _context(self, batch: Batch, n: int, drawn: Drawn) -> None:
@@ -275,8 +275,8 @@ class Filler:
         row.open()
         *contents, (_, target) = self._contents(drawn, [*context, chosen])
         for part, content in contents:
-            if isinstance(content, Picture):
-                self._paint(batch["images"][n, row.pictures], content, rng)
+            if isinstance(content, Image):
+                self._paint(batch["images"][n, row.images], content, rng)
             row.add(part, content)
         self._paint(batch["target"][n], target, rng)
         ids, used = [*row.tokens, self.tokenizer.img], len(row.tokens)
@@ -285,8 +285,8 @@ class Filler:
         batch["length"][n] = len(ids)
         batch["image_slots"][n] = -1
         batch["image_slots"][n, :used] = row.slots
-        batch["images"][n, row.pictures :] = 0  # clears images of a document that failed
-        batch["image_valid"][n] = np.arange(self.cfg.row_images) < row.pictures
+        batch["images"][n, row.images :] = 0  # clears images of a document that failed
+        batch["image_valid"][n] = np.arange(self.cfg.row_images) < row.images
 
     def _context_statistics(self, drawn: Drawn) -> dict[str, int]:
         context, _, truncated = self._chosen(drawn, self.group.rng(drawn))
@@ -294,7 +294,7 @@ class Filler:
         return {
             "tokens": 2 + sum(part_tokens(size, self.cfg.n_causal) for size in sizes),
             "token_slots": self.cfg.row_tokens,
-            "images": sizes.count(PICTURE),
+            "images": sizes.count(IMAGE_PART),
             "image_slots": self.cfg.row_images,
             "documents": 1,
             "truncated": int(truncated),
@@ -306,8 +306,8 @@ class Filler:
         dropped = rng.random() < self.cfg.drop_condition
         itself = self.cfg.autoencode > 0 and rng.random() < self.cfg.autoencode
         # The words of a pair come first: they are the only possible context.
-        parts = self.group.parts(drawn, picture_first=False)
-        choices = [k for k, part in enumerate(parts) if part.size == PICTURE]
+        parts = self.group.parts(drawn, image_first=False)
+        choices = [k for k, part in enumerate(parts) if part.size == IMAGE_PART]
         chosen = choices[int(rng.random() * len(choices))]
         before = [] if dropped else [parts[chosen]] if itself else parts[:chosen]
         sizes = [part.size for part in before]
@@ -324,7 +324,7 @@ class Filler:
 
     # Words and pixels
 
-    def _contents(self, drawn: Drawn, parts: list[Part]) -> list[tuple[Part, Text | Picture]]:
+    def _contents(self, drawn: Drawn, parts: list[Part]) -> list[tuple[Part, Text | Image]]:
         """Reads the contents of some parts of a document.
 
         Raises:
@@ -334,7 +334,7 @@ class Filler:
         document = source.read(drawn.index, seed, [part.index for part in parts])
         outline = drawn.outline
         found = {
-            n: PICTURE if isinstance(p := document.parts[n], Picture) else len(self._encode(p))
+            n: IMAGE_PART if isinstance(p := document.parts[n], Image) else len(self._encode(p))
             for n in (part.index for part in parts if part.index < len(document.parts))
         }
         if len(document.parts) != len(outline) or any(outline[n] != found[n] for n in found):
@@ -344,26 +344,26 @@ class Filler:
             )
         return [(part, document.parts[part.index]) for part in parts]
 
-    def _ids(self, part: Part, content: Text | Picture) -> list[int]:
+    def _ids(self, part: Part, content: Text | Image) -> list[int]:
         """Returns the token ids of a text that are kept."""
         assert isinstance(content, Text)
         return self._encode(content)[part.first : part.first + part.size]
 
-    def _paint(self, out: np.ndarray, picture: Text | Picture, rng: np.random.Generator) -> None:
+    def _paint(self, out: np.ndarray, image: Text | Image, rng: np.random.Generator) -> None:
         """Decodes one image into `out`."""
-        assert isinstance(picture, Picture)
+        assert isinstance(image, Image)
         cfg = self.cfg
-        resized = self._small_picture if len(picture.data) < 4096 else self._resized
-        pixels = resized(picture.data, out.shape[0])
+        resized = self._resized_small if len(image.data) < 4096 else self._resized
+        pixels = resized(image.data, out.shape[0])
         if cfg.augment:
-            draw = images.draw_affine(rng, rotate=cfg.rotate, scale=cfg.scale, shift=cfg.shift)
-            pixels = images.affine(pixels, *draw)
-        out[:] = images.to_array(pixels)
+            draw = draw_affine(rng, rotate=cfg.rotate, scale=cfg.scale, shift=cfg.shift)
+            pixels = affine(pixels, *draw)
+        out[:] = to_array(pixels)
 
-    def _resized(self, data: bytes, size: int) -> Image.Image:
+    def _resized(self, data: bytes, size: int) -> PIL.Image.Image:
         fast = self.cfg.fast_decode
-        picture = images.open_image(data, at_least=size if fast else None)
-        return images.resize(picture, size, fast=fast)
+        image = open_image(data, at_least=size if fast else None)
+        return resize(image, size, fast=fast)
 
 
 class Pool:
@@ -386,7 +386,7 @@ class _Place(NamedTuple):
     row: int
     segment: int
     tokens: slice
-    pictures: slice
+    images: slice
 
 
 class _Read(NamedTuple):
@@ -394,46 +394,46 @@ class _Read(NamedTuple):
 
     place: _Place
     row: _Row
-    encoded: list[Picture]
+    encoded: list[Image]
     rng: np.random.Generator
 
 
 def _places(row: int, documents: list[Packed]) -> list[_Place]:
-    places, token, picture = [], 0, 0
+    places, token, image = [], 0, 0
     for segment, packed in enumerate(documents, 1):
         tokens = slice(token, token + packed.tokens)
-        pictures = slice(picture, picture + packed.pictures)
-        places.append(_Place(packed, row, segment, tokens, pictures))
-        token, picture = tokens.stop, pictures.stop
+        images = slice(image, image + packed.images)
+        places.append(_Place(packed, row, segment, tokens, images))
+        token, image = tokens.stop, images.stop
     return places
 
 
 class _Row:
     """The arrays of one document, grown part by part."""
 
-    def __init__(self, filler: Filler, pictures: int):
+    def __init__(self, filler: Filler, images: int):
         self._ids, self._tokenizer = filler._ids, filler.tokenizer
         self._n_causal = filler.cfg.n_causal
         self._learn_img = filler.cfg.learn_img
         self.tokens: list[int] = []
         self.scored: list[bool] = []
         self.slots: list[int] = []
-        self.pictures = pictures  # number of images in the row so far
-        self.scored_pictures: list[bool] = []
+        self.images = images  # number of images in the row so far
+        self.scored_images: list[bool] = []
 
     def open(self) -> None:
         self._extend([self._tokenizer.bos], [False])
 
-    def add(self, part: Part, content: Text | Picture) -> None:
+    def add(self, part: Part, content: Text | Image) -> None:
         if isinstance(content, Text):
             ids = self._ids(part, content)
             unscored = (self._tokenizer.img, self._tokenizer.img_end, self._tokenizer.pad_id)
             self._extend(ids, [content.scored and i not in unscored for i in ids])
             return
         n, t = self._n_causal, self._tokenizer
-        first = self.pictures * n
-        self.pictures += 1
-        self.scored_pictures.append(content.scored)
+        first = self.images * n
+        self.images += 1
+        self.scored_images.append(content.scored)
         self._extend(
             [t.img, *[t.image] * n, t.img_end],
             [self._learn_img and content.scored, *[False] * (n + 1)],

@@ -19,8 +19,8 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
 
 from emu_jax.data import storage
 from emu_jax.errors import UserError
@@ -49,7 +49,7 @@ _UNREADABLE = (
 )
 
 
-class PictureError(UserError):
+class ImageError(UserError):
     """Raised for an image that cannot be read; `reason` is one of `documents.REASONS`."""
 
     def __init__(self, line: str, reason: str = "unreadable picture"):
@@ -64,9 +64,9 @@ def is_animated(content: bytes) -> bool:
     ):
         return False  # a JPEG is followed by previews and depth maps only
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return bool(getattr(picture, "is_animated", False))
-    except (*_UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            return bool(getattr(image, "is_animated", False))
+    except (*_UNREADABLE, PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         return False
 
 
@@ -80,13 +80,13 @@ def normalize_images(
 
 # EXIF orientation -> the transposition that makes the image upright.
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
 _EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # keys of `Image.info`
@@ -97,7 +97,7 @@ _WHITE_IS_ZERO = 0
 
 def open_image(
     source: str | os.PathLike | bytes, where: str | None = None, *, at_least: int | None = None
-) -> Image.Image:
+) -> PIL.Image.Image:
     """Opens an image, upright, in mode RGB, or L if the source is gray.
 
     Animations and files of several pages give their first frame.
@@ -108,115 +108,111 @@ def open_image(
             each side stays at least this long. Several times faster; the pixels differ slightly.
 
     Raises:
-        PictureError: it cannot be read, or is too large or too narrow.
+        ImageError: it cannot be read, or is too large or too narrow.
     """
     name = where or (f"({len(source)} bytes)" if isinstance(source, bytes) else str(source))
     try:
         if not isinstance(source, bytes):  # Pillow would block on a pipe
             source = storage.read_whole(source, storage.MOST_IMAGE)
-        with Image.open(io.BytesIO(source)) as picture:
-            width, height = picture.size
+        with PIL.Image.open(io.BytesIO(source)) as image:
+            width, height = image.size
             if width * height > MOST_PIXELS:
-                raise Image.DecompressionBombError(f"{width}x{height} pixels are too many")
+                raise PIL.Image.DecompressionBombError(f"{width}x{height} pixels are too many")
             if max(width, height) > MOST_ASPECT * min(width, height):
-                raise PictureError(
-                    f"cannot read the picture {name}: {width}x{height} is too narrow",
+                raise ImageError(
+                    f"cannot read the image {name}: {width}x{height} is too narrow",
                     "picture too narrow",
                 )
             if at_least is not None:
-                picture.draft("RGB", (at_least, at_least))
-            picture.load()
-            return _eight_bits(_upright(picture), name)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(
-            f"cannot read the picture {name}: {error}", "picture too large"
-        ) from None
+                image.draft("RGB", (at_least, at_least))
+            image.load()
+            return _eight_bits(_upright(image), name)
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise ImageError(f"cannot read the image {name}: {error}", "picture too large") from None
     except storage.Unreadable as error:
-        raise PictureError(
-            f"cannot read the picture {name}: {error.reason} ({error.detail})", error.reason
+        raise ImageError(
+            f"cannot read the image {name}: {error.reason} ({error.detail})", error.reason
         ) from None
     except _UNREADABLE as error:
         reason = str(error)
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, PIL.Image.UnidentifiedImageError):
             reason = "unknown image format"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        raise PictureError(f"cannot read the picture {name}: {reason}") from None
+        raise ImageError(f"cannot read the image {name}: {reason}") from None
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """Applies the EXIF orientation to a loaded image. Pillow does so itself for TIFF files."""
-    if not any(key in picture.info for key in _EXIF):
-        return picture
+    if not any(key in image.info for key in _EXIF):
+        return image
     try:
-        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # like viewers, ignore damaged EXIF
-        return picture
+        return image
     if turn is None:
-        return picture
-    turned = picture.transpose(turn)
+        return image
+    turned = image.transpose(turn)
     for key in _EXIF:  # otherwise a later reader would rotate the result again
         turned.info.pop(key, None)
     return turned
 
 
-def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
+def _eight_bits(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Converts an image of any mode to RGB, or to L if it is gray of more than 8 bits.
 
     Raises:
-        PictureError: the range of its values is unknown.
+        ImageError: the range of its values is unknown.
     """
-    if picture.mode in ("L", "RGB"):  # saves the copy that `convert` makes
-        return picture
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        return Image.fromarray(_scaled(picture, name))
-    if "transparency" in picture.info:  # Pillow warns that RGB drops it
-        picture = picture.copy()
-        del picture.info["transparency"]
-    return picture.convert("RGB")
+    if image.mode in ("L", "RGB"):  # saves the copy that `convert` makes
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return PIL.Image.fromarray(_scaled(image, name))
+    if "transparency" in image.info:  # Pillow warns that RGB drops it
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
 
 
-def _scaled(picture: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
+def _scaled(image: PIL.Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
     """Scales wide integers or floats to 8 bits: by the bits that the file declares, or else by
     the narrowest usual range (0..255, 0..65535; floats 0..1, 0..255) that holds them."""
-    values = np.asarray(picture)
-    tags = getattr(picture, "tag_v2", {})
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
     low, high = float(values.min()), float(values.max())
-    if picture.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):
         pixels = values >> (tags.get(_BITS_PER_SAMPLE, (16,))[0] - 8)
-    elif picture.mode == "I" and (
-        picture.format in ("PNG", "PPM") or low >= 0 and 255 < high < 65536
-    ):
+    elif image.mode == "I" and (image.format in ("PNG", "PPM") or low >= 0 and 255 < high < 65536):
         pixels = values >> 8
-    elif picture.mode == "F" and 0 <= low and high <= 1:
+    elif image.mode == "F" and 0 <= low and high <= 1:
         pixels = np.round(values * 255)
     elif 0 <= low and high <= 255:
         pixels = np.round(values)
     else:
-        raise PictureError(
-            f"cannot read the picture {name}: gray values from {low:g} to {high:g}: store it with "
+        raise ImageError(
+            f"cannot read the image {name}: gray values from {low:g} to {high:g}: store it with "
             "8 or 16 bits, or as floats from 0 to 1"
         )
     pixels = pixels.astype(np.uint8)
     return 255 - pixels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else pixels
 
 
-def resize(picture: Image.Image, size: int, *, fast: bool = False) -> Image.Image:
+def resize(image: PIL.Image.Image, size: int, *, fast: bool = False) -> PIL.Image.Image:
     """Squashes an image to size x size as the release does: bicubic (bilinear if `fast`)."""
-    if picture.mode not in ("L", "RGB"):
-        picture = picture.convert("RGB")
-    method = Image.Resampling.BILINEAR if fast else Image.Resampling.BICUBIC
-    return picture.resize((size, size), method)
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    method = PIL.Image.Resampling.BILINEAR if fast else PIL.Image.Resampling.BICUBIC
+    return image.resize((size, size), method)
 
 
-def to_array(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+def to_array(image: PIL.Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the pixels as RGB; gray is repeated in the three channels."""
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
 
 
 def load_image(
-    source: str | os.PathLike | bytes | Image.Image, size: int, where: str | None = None
+    source: str | os.PathLike | bytes | PIL.Image.Image, size: int, where: str | None = None
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Reads a file, its bytes or a PIL image, and preprocesses it as the release does. Its EXIF
     orientation is applied.
@@ -224,12 +220,12 @@ def load_image(
     Raises:
         UserError: the image cannot be read; the message names it.
     """
-    if isinstance(source, Image.Image):
+    if isinstance(source, PIL.Image.Image):
         source.load()
-        picture = _eight_bits(_upright(source), where or "(PIL image)")
+        image = _eight_bits(_upright(source), where or "(PIL image)")
     else:
-        picture = open_image(source, where)
-    return to_array(resize(picture, size))
+        image = open_image(source, where)
+    return to_array(resize(image, size))
 
 
 def draw_affine(
@@ -247,14 +243,14 @@ def draw_affine(
 
 
 def affine(
-    picture: Image.Image, angle: float, factor: float, right: float, down: float
-) -> Image.Image:
+    image: PIL.Image.Image, angle: float, factor: float, right: float, down: float
+) -> PIL.Image.Image:
     """Rotates an image clockwise and scales it about its center, then translates it.
 
     `angle` is in degrees, `right` and `down` are fractions of the sides. Pixels from outside the
     image are black.
     """
-    width, height = picture.size
+    width, height = image.size
     turn = math.radians(angle)
     cos, sin = math.cos(turn) / factor, math.sin(turn) / factor
     x, y = width * (0.5 + right), height * (0.5 + down)  # where the center goes
@@ -267,6 +263,6 @@ def affine(
         cos,
         height / 2 + sin * x - cos * y,
     )
-    return picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+    return image.transform(
+        image.size, PIL.Image.Transform.AFFINE, matrix, PIL.Image.Resampling.BILINEAR
     )

@@ -33,9 +33,9 @@ class Row(NamedTuple):
     segments: list[int]  # of each token: its document, from 1; 0 is padding
     scored: list[bool]  # of each token: a text target
     slots: list[int]  # of each token: the index of the embedding at its place, or -1
-    pictures: np.ndarray  # uint8 [I, h, w, 3], some of them empty
-    used: list[bool]  # of each picture
-    regressed: list[bool]  # of each picture: its embeddings are targets
+    images: np.ndarray  # uint8 [I, h, w, 3], some of them empty
+    used: list[bool]  # of each image
+    regressed: list[bool]  # of each image: its embeddings are targets
     target: np.ndarray | None = None  # the image that the decoder learns to generate
     room: int = 0  # number of token slots
 
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
     """The data read for the page: rows to show, and measurements."""
 
     rows: list[tuple[Row, list[Name]]]  # with the documents of each
-    lengths: dict[str, list[tuple[int, int]]]  # (tokens, pictures) of documents, by source
+    lengths: dict[str, list[tuple[int, int]]]  # (tokens, images) of documents, by source
     damaged: list[Damage]
     counts: dict[str, int]
     seconds: float
@@ -150,17 +150,17 @@ def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -
 def _row(batch: Batch, kind: Kind) -> Row:
     """Returns the first example of a batch."""
     one = {name: values[0] for name, values in batch.items()}
-    if kind == "pictures":
+    if kind == "images":
         return Row([], [], [], [], one["images"][None], [True], [False])
     room, target = len(one["tokens"]), one.get("target")
-    pictures, used = one["images"], one.get("image_valid", np.array([True]))
+    images, used = one["images"], one.get("image_valid", np.array([True]))
     slots = one.get("image_slots", np.full(room, -1))
     if kind == "rows":
         segments = one["segment_ids"]
         scored, regressed = one["text_loss_mask"], one["image_scored"]
     elif kind == "captions":
         segments, scored = one["valid"].astype(int), one["valid"]
-        pictures, regressed = pictures[None], ~used
+        images, regressed = images[None], ~used
     else:
         segments = (np.arange(room) < one["length"]).astype(int)
         scored, regressed = segments < 0, used & False
@@ -170,7 +170,7 @@ def _row(batch: Batch, kind: Kind) -> Row:
         segments[:count].tolist(),
         scored[:count].tolist(),
         slots[:count].tolist(),
-        pictures,
+        images,
         used.tolist(),
         regressed.tolist(),
         target,
@@ -194,10 +194,10 @@ def _summary(figures: Mapping[str, Any]) -> str:
         return f"{figures[f'{what}_per_second_per_core']:,.0f}"
 
     shown = {}
-    if figures["kind"] != "pictures":
+    if figures["kind"] != "images":
         shown["of token slots in use"] = f"{100 * figures['token_fill']:.1f}%"
-    shown["of picture slots in use"] = f"{100 * figures['image_fill']:.1f}%"
-    shown["pictures a second on one core"] = rate("pictures")
+    shown["of image slots in use"] = f"{100 * figures['image_fill']:.1f}%"
+    shown["images a second on one core"] = rate("pictures")
     shown["tokens a second on one core"] = rate("tokens")
     return tiles(shown)
 
@@ -219,7 +219,7 @@ def _card(number: int, row: Row, names: Sequence[Name], tokenizer: Tokenizer, n_
     facts = [f"{len(names)} document{'s' * (len(names) != 1)}"]
     if row.room:
         facts.append(f"{sum(s > 0 for s in row.segments):,} of {row.room:,} tokens")
-    facts.append(f"{sum(row.used)} picture{'s' * (sum(row.used) != 1)}")
+    facts.append(f"{sum(row.used)} image{'s' * (sum(row.used) != 1)}")
     body = ""
     for segment, (name, index) in enumerate(names, 1):
         content = "".join(_content(row, segment, tokenizer, n_causal)) or "damaged: left as padding"
@@ -236,28 +236,28 @@ def _card(number: int, row: Row, names: Sequence[Name], tokenizer: Tokenizer, n_
 def _content(row: Row, segment: int, tokenizer: Tokenizer, n_causal: int) -> Iterator[str]:
     """Yields a document's tokens and images in order, as HTML."""
     if not any(slot >= 0 for slot in row.slots):  # no token is a placeholder of an image
-        yield from (_picture(row.pictures[n], "", False) for n, used in enumerate(row.used) if used)
+        yield from (_figure(row.images[n], "", False) for n, used in enumerate(row.used) if used)
     placed = set()
     for n, (token, owner) in enumerate(zip(row.tokens, row.segments, strict=True)):
         if owner != segment:
             continue
         if (slot := row.slots[n]) >= 0:
-            picture = slot // n_causal
-            if picture not in placed:
-                placed.add(picture)
+            number = slot // n_causal
+            if number not in placed:
+                placed.add(number)
                 label = f"{n_causal} &times; &lt;image&gt;"
-                yield _picture(row.pictures[picture], label, row.regressed[picture])
+                yield _figure(row.images[number], label, row.regressed[number])
             continue
         special = token >= tokenizer.base_size or token in (tokenizer.bos, tokenizer.eos)
         kinds = [name for name, on in (("s", special), ("t", row.scored[n])) if on]
         piece = html.escape(tokenizer.piece(token).replace("\u2581", " "))
         yield f'<i class="{" ".join(kinds)}" title="{n}: {token}">{piece}</i>'
     if row.target is not None:
-        yield _picture(row.target, "target", True)
+        yield _figure(row.target, "target", True)
 
 
-def _picture(picture: np.ndarray, label: str, framed: bool) -> str:
-    shown = image(picture, lossy=max(picture.shape[:2]) >= LOSSY_FROM)
+def _figure(pixels: np.ndarray, label: str, framed: bool) -> str:
+    shown = image(pixels, lossy=max(pixels.shape[:2]) >= LOSSY_FROM)
     return f'<figure class="{"framed" if framed else ""}">{shown}{label}</figure>'
 
 
@@ -266,15 +266,15 @@ def _bar(row: Row, n_causal: int) -> str:
     if not row.room:
         return ""
     learned = [
-        "text" if scored else "picture" if slot >= 0 and row.regressed[slot // n_causal] else ""
+        "text" if scored else "image" if slot >= 0 and row.regressed[slot // n_causal] else ""
         for scored, slot in zip(row.scored, row.slots, strict=True)
     ]
     parts = [(segment, slot >= 0) for segment, slot in zip(row.segments, row.slots, strict=True)]
     rests = row.room - len(parts)
     rects = [
         f'<rect x="{start}" width="{size}" height="12" style="{_hue(segment)}" '
-        f'class="{"padding" if not segment else "dark" if picture else "light"}"/>'
-        for (segment, picture), start, size in _runs([*parts, *[(0, False)] * rests])
+        f'class="{"padding" if not segment else "dark" if is_image else "light"}"/>'
+        for (segment, is_image), start, size in _runs([*parts, *[(0, False)] * rests])
     ]
     rects += [
         f'<rect x="{start}" y="14" width="{size}" height="4" class="{kind}"/>'
@@ -333,11 +333,11 @@ def _sources(tallies: Mapping[str, Tally]) -> str:
 def _histograms(lengths: Mapping[str, Sequence[tuple[int, int]]]) -> str:
     charts = ""
     for name, values in sorted(lengths.items()):
-        tokens, pictures = zip(*values, strict=True)
+        tokens, images = zip(*values, strict=True)
         charts += (
             f"<h3>{html.escape(name)} <span>{len(values):,} documents</span></h3>"
             f'<div class="histograms">{_histogram("tokens of a document", tokens)}'
-            f"{_histogram('pictures of a document', pictures)}</div>"
+            f"{_histogram('images of a document', images)}</div>"
         )
     return f"<section><h2>Lengths</h2><p>Measured in rows, after truncation.</p>{charts}</section>"
 
@@ -375,7 +375,7 @@ article h3 { margin-top: 0; }
 .bar .light { fill: hsl(var(--h) 60% 72%); }
 .bar .dark { fill: hsl(var(--h) 55% 48%); }
 .bar .text { fill: var(--line-0); }
-.bar .picture { fill: var(--line-2); }
+.bar .image { fill: var(--line-2); }
 .bar .padding { fill: var(--rule); }
 .documents { columns: 2 26rem; column-gap: .6rem; }
 .document { break-inside: avoid; margin-bottom: .6rem;

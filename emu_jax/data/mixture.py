@@ -21,7 +21,7 @@ from emu_jax.data.config import PAIRS, DataConfig, Kind
 from emu_jax.data.documents import Source
 from emu_jax.data.index import folder_for
 from emu_jax.data.outlines import Outlines
-from emu_jax.data.packing import PICTURE, Part, pack, part_tokens, pick, truncate, window
+from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError, suggest
@@ -64,7 +64,7 @@ class Packed(NamedTuple):
 
     drawn: Drawn
     tokens: int
-    pictures: int
+    images: int
     cut: bool
 
 
@@ -113,13 +113,13 @@ class Group:
     def usable(self, drawn: Drawn) -> bool:
         """Returns whether this kind of batches can use a document."""
         outline = drawn.outline
-        picture, text = PICTURE in outline, any(size > 0 for size in outline)
+        image, text = IMAGE_PART in outline, any(size > 0 for size in outline)
         alone = not drawn.source.cfg.picked_images  # text without images is usable
         return {
-            "rows": picture or (text and alone),
-            "captions": picture and text,
-            "pictures": picture,
-            "contexts": picture,
+            "rows": image or (text and alone),
+            "captions": image and text,
+            "images": image,
+            "contexts": image,
         }[self.kind]
 
     def next(self, position: int, count: int) -> tuple[list[Drawn], list[Drawn], int]:
@@ -136,17 +136,17 @@ class Group:
             position += 1
         return found, damaged, position
 
-    def parts(self, drawn: Drawn, picture_first: bool) -> list[Part]:
-        """Returns the non-empty parts; `picture_first` decides the order of a pair's parts."""
+    def parts(self, drawn: Drawn, image_first: bool) -> list[Part]:
+        """Returns the non-empty parts; `image_first` decides the order of a pair's parts."""
         parts = [Part(n, size) for n, size in enumerate(drawn.outline) if size]
         if drawn.source.documents.paired:
-            parts.sort(key=lambda part: (part.size == PICTURE) != picture_first)
+            parts.sort(key=lambda part: (part.size == IMAGE_PART) != image_first)
         return parts
 
     def fit(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], bool]:
         """Returns (the parts that go into a row, whether the end of the document is cut off)."""
         cfg, source = self.cfg, drawn.source.cfg
-        parts = whole = self.parts(drawn, rng.random() < cfg.picture_first)
+        parts = whole = self.parts(drawn, rng.random() < cfg.image_first)
         if source.picked_images:
             parts = pick(parts, rng, source.picked_images)
         if source.window_tokens:
@@ -171,15 +171,15 @@ class Group:
 
     def _measured(self, drawn: Drawn) -> Packed:
         cfg, source, outline = self.cfg, drawn.source.cfg, drawn.outline
-        pictures = outline.count(PICTURE)
+        images = outline.count(IMAGE_PART)
         tokens = 2 + sum(part_tokens(size, cfg.n_causal) for size in outline)
         chosen = source.window_tokens or source.picked_images
-        if not chosen and tokens <= cfg.row_tokens and pictures <= cfg.row_images:
-            return Packed(drawn, tokens, pictures, False)
+        if not chosen and tokens <= cfg.row_tokens and images <= cfg.row_images:
+            return Packed(drawn, tokens, images, False)
         parts, cut = self.fit(drawn, self.rng(drawn))
         sizes = [part.size for part in parts]
         tokens = 2 - cut + sum(part_tokens(size, cfg.n_causal) for size in sizes)
-        return Packed(drawn, tokens, sizes.count(PICTURE), cut)
+        return Packed(drawn, tokens, sizes.count(IMAGE_PART), cut)
 
     def _pack(self, block: int) -> Block:
         size = self.cfg.block_documents
@@ -187,7 +187,7 @@ class Group:
         measured = [self._measured(d) for d in drawn if self.usable(d)]
         rows = pack(
             np.array([m.tokens for m in measured], int),
-            np.array([m.pictures for m in measured], int),
+            np.array([m.images for m in measured], int),
             row_tokens=self.cfg.row_tokens,
             row_images=self.cfg.row_images,
         )
@@ -217,7 +217,7 @@ def open_groups(
         UserError: a source cannot be opened, or has no usable document.
     """
     opened = [_open(source, cfg, tokenizer, recount) for source in _chosen(cfg, kind)]
-    if kind in ("captions", "pictures"):
+    if kind in ("captions", "images"):
         for source in opened:
             if not source.documents.paired:
                 log.warning(
@@ -327,10 +327,10 @@ def _usable(source: Opened, kind: Kind) -> int:
     totals = source.outlines.totals()
     words = 0 if source.cfg.picked_images else totals["with_text"] - totals["with_both"]  # alone
     return {
-        "rows": words + totals["with_picture"],
+        "rows": words + totals["with_image"],
         "captions": totals["with_both"],
-        "pictures": totals["with_picture"],
-        "contexts": totals["with_picture"],
+        "images": totals["with_image"],
+        "contexts": totals["with_image"],
     }[kind]
 
 

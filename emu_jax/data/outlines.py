@@ -16,13 +16,13 @@ from emu_jax.data.documents import (
     ABSENT,
     REASONS,
     Damaged,
-    Picture,
+    Image,
     Source,
     Text,
     check_size,
 )
 from emu_jax.data.index import Arrays, kept
-from emu_jax.data.packing import PICTURE
+from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
@@ -50,7 +50,7 @@ def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
 
 
 class Outlines:
-    """The outlines of a source's documents: one size a part, its number of tokens or PICTURE.
+    """The outlines of a source's documents: one size a part, its number of tokens or IMAGE_PART.
 
     Counting reads the words of each document, and opens no image. The result is cached as mapped
     arrays, keyed by the source and the tokenizer. It is written a chunk at a time, so that an
@@ -131,7 +131,7 @@ class Outlines:
         return dict(zip(_TOTALS, self._totals.tolist(), strict=True))
 
 
-_TOTALS = ("documents", "tokens", "pictures", "with_text", "with_picture", "with_both", "damaged")
+_TOTALS = ("documents", "tokens", "images", "with_text", "with_image", "with_both", "damaged")
 
 
 def _stamp(source: Source) -> UInt8[np.ndarray, "bytes"]:
@@ -150,7 +150,7 @@ def _count(
         except Damaged as error:
             return [], 1 + REASONS.index(error.reason), (Unused(error.reason, error.detail),)
         sizes = [
-            PICTURE if isinstance(p, Picture) else len(text_ids(p, tokenizer))
+            IMAGE_PART if isinstance(p, Image) else len(text_ids(p, tokenizer))
             for p in document.parts
         ]
         empty = sizes.count(0) - sum(part is ABSENT for part in document.parts)
@@ -163,7 +163,7 @@ def _count(
         for n, (sizes, code, unused) in enumerate(pool.map(outline, indices)):
             counts[n], damage[n] = len(sizes), code
             all_sizes += sizes
-            images = sizes.count(PICTURE)
+            images = sizes.count(IMAGE_PART)
             texts = len(sizes) - images - sizes.count(0)
             if images or texts:
                 tally.use(images=images, texts=texts)
@@ -190,14 +190,14 @@ def _with_starts(arrays: Arrays) -> Arrays:
         total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return total[starts[1:]] - total[starts[:-1]]
 
-    texts, pictures = each(np.maximum(sizes, 0)), each(sizes == PICTURE)
+    texts, images = each(np.maximum(sizes, 0)), each(sizes == IMAGE_PART)
     totals = [
         len(counts),
         texts.sum(),
-        pictures.sum(),
+        images.sum(),
         (texts > 0).sum(),
-        (pictures > 0).sum(),
-        ((texts > 0) & (pictures > 0)).sum(),
+        (images > 0).sum(),
+        ((texts > 0) & (images > 0)).sum(),
         (damage > 0).sum(),
     ]
     return {

@@ -12,29 +12,29 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-# A document's outline is one integer for each part: its tokens, or PICTURE.
-PICTURE = -1
+# A document's outline is one integer for each part: its tokens, or IMAGE_PART.
+IMAGE_PART = -1
 
 _SKEW = 3  # weight of balance against a fuller row in `_fill`
 
 
 def part_tokens(size: int, n_causal: int) -> int:
     """Returns the tokens that a part takes: an image is [IMG], n_causal <image>, [/IMG]."""
-    return n_causal + 2 if size == PICTURE else size
+    return n_causal + 2 if size == IMAGE_PART else size
 
 
 class Part(NamedTuple):
     """A part of a document, or the range of a text's tokens that is kept."""
 
     index: int  # in the document
-    size: int  # number of tokens that are kept, or PICTURE
+    size: int  # number of tokens that are kept, or IMAGE_PART
     first: int = 0  # first token of a text that is kept
 
     def end(self, size: int) -> Part:
         """Returns the last `size` tokens of a text, or a whole image."""
-        return (
-            self if self.size == PICTURE else Part(self.index, size, self.first + self.size - size)
-        )
+        if self.size == IMAGE_PART:
+            return self
+        return Part(self.index, size, self.first + self.size - size)
 
 
 def window(
@@ -51,7 +51,7 @@ def window(
     for part in parts:
         start, position = position, position + part_tokens(part.size, n_causal)
         low, high = max(start, begin), min(position, begin + tokens)
-        if part.size == PICTURE:
+        if part.size == IMAGE_PART:
             if images and (low, high) == (start, position):
                 kept.append(part)
                 images -= 1
@@ -63,12 +63,12 @@ def window(
 def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
     """Samples `count` images of a document, each with the text that follows it (or, if none
     follows, the text before it): the paper's second sampling of MMC4."""
-    pictures = [n for n, part in enumerate(parts) if part.size == PICTURE]
-    chosen = rng.choice(pictures, min(count, len(pictures)), replace=False).tolist()
+    images = [n for n, part in enumerate(parts) if part.size == IMAGE_PART]
+    chosen = rng.choice(images, min(count, len(images)), replace=False).tolist()
     kept = set(chosen)
     for n in chosen:
-        after = [m for m in range(n + 1, len(parts)) if parts[m].size != PICTURE]
-        before = [m for m in range(n) if parts[m].size != PICTURE]
+        after = [m for m in range(n + 1, len(parts)) if parts[m].size != IMAGE_PART]
+        before = [m for m in range(n) if parts[m].size != IMAGE_PART]
         kept |= set(after[:1] or before[-1:])
     return [parts[n] for n in sorted(kept)]
 
@@ -83,20 +83,20 @@ def truncate(
     words. Images are never cut.
 
     Args:
-        outline: number of tokens of each part, or PICTURE.
+        outline: number of tokens of each part, or IMAGE_PART.
         tokens, images: available slots (without <s> and </s>).
         end: which end is dropped, "tail" or "head".
     """
     kept: list[int] = []
     for size in outline if end == "tail" else reversed(outline):
         need = part_tokens(size, n_causal)
-        if need > tokens or (size == PICTURE and images == 0):
-            if size != PICTURE and tokens > 0 and all(k == PICTURE for k in kept):
+        if need > tokens or (size == IMAGE_PART and images == 0):
+            if size != IMAGE_PART and tokens > 0 and all(k == IMAGE_PART for k in kept):
                 kept.append(tokens)
             break
         kept.append(size)
         tokens -= need
-        images -= size == PICTURE
+        images -= size == IMAGE_PART
     return kept if end == "tail" else kept[::-1]
 
 

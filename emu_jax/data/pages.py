@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from emu_jax.data.documents import ABSENT, Damaged, Document, Picture, Text
+from emu_jax.data.documents import ABSENT, Damaged, Document, Image, Text
 from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
 from emu_jax.data.unused import Unused
 
@@ -15,12 +15,12 @@ from emu_jax.data.unused import Unused
 class _Shown(NamedTuple):
     """An image of a page: the name of its file, or its bytes."""
 
-    picture: str | bytes
+    image: str | bytes
     similarity: float | None = None
 
-    def as_picture(self, content: bytes = b"") -> Picture:
-        content = content if isinstance(self.picture, str) else self.picture
-        return Picture(content, similarity=self.similarity)
+    def as_image(self, content: bytes = b"") -> Image:
+        content = content if isinstance(self.image, str) else self.image
+        return Image(content, similarity=self.similarity)
 
 
 _Part = Text | _Shown
@@ -51,32 +51,32 @@ class Pages(Listed):
     ) -> Document:
         folder, where = self._entries.folder(index), self.where(index)
         shown, unused = self._shown(index)
-        parts: list[Text | Picture] = []
+        parts: list[Text | Image] = []
         for number, part in enumerate(shown):
             if isinstance(part, Text):
                 parts.append(part)
-            elif isinstance(part.picture, bytes) or (wanted is not None and number not in wanted):
-                parts.append(part.as_picture())
-            elif wanted is None and (reason := self._media.lacks(part.picture, folder)):
-                unused.append(Unused(f"{reason} image", part.picture))
+            elif isinstance(part.image, bytes) or (wanted is not None and number not in wanted):
+                parts.append(part.as_image())
+            elif wanted is None and (reason := self._media.lacks(part.image, folder)):
+                unused.append(Unused(f"{reason} image", part.image))
                 parts.append(ABSENT)
             else:
-                parts.append(part.as_picture(self._media.read(part.picture, folder, where)))
+                parts.append(part.as_image(self._media.read(part.image, folder, where)))
         return Document(tuple(parts), tuple(unused))
 
     def sketch(self, index: int) -> Document:
         folder = self._entries.folder(index)
         shown, unused = self._shown(index)
-        parts: list[Text | Picture] = []
+        parts: list[Text | Image] = []
         for part in shown:
             if isinstance(part, Text):
                 parts.append(part)
                 continue
-            name = part.picture
+            name = part.image
             reason = isinstance(name, str) and self._media.lacks(name, folder)
             if reason:
                 unused.append(Unused(f"{reason} image", str(name)))
-            parts.append(ABSENT if reason else part.as_picture())
+            parts.append(ABSENT if reason else part.as_image())
         return Document(tuple(parts), tuple(unused))
 
     def _shown(self, index: int) -> tuple[list[_Part], list[Unused]]:
@@ -93,17 +93,17 @@ class Pages(Listed):
 def _mmc4(entry: dict[str, Any], least: float) -> tuple[list[_Part], list[Unused]]:
     before: dict[int, list[_Part]] = {}
     unused: list[Unused] = []
-    for number, picture in enumerate(entry["image_info"]):
-        place = int(picture["matched_text_index"])
-        similarity = picture.get("matched_sim")
+    for number, image in enumerate(entry["image_info"]):
+        place = int(image["matched_text_index"])
+        similarity = image.get("matched_sim")
         if similarity is None and "similarity_matrix" in entry:
             similarity = entry["similarity_matrix"][number][place]
         similarity = None if similarity is None else float(similarity)
         if similarity is not None and similarity < least:
             unused.append(Unused("image unlike its text", f"similarity {similarity:.3f}"))
             continue
-        content = picture.get("image_base64")
-        shown = picture["image_name"] if content is None else _decoded(content)
+        content = image.get("image_base64")
+        shown = image["image_name"] if content is None else _decoded(content)
         if not isinstance(shown, str | bytes | None):
             raise TypeError(f"image_name {shown!r}")
         if not 0 <= place < len(entry["text_list"]):
@@ -122,12 +122,12 @@ def _obelics(entry: dict[str, Any]) -> tuple[list[_Part], list[Unused]]:
     parts: list[_Part] = []
     unused: list[Unused] = []
     pairs = zip(entry["images"], entry["texts"], strict=True)
-    for number, (picture, words) in enumerate(pairs):
-        if picture is not None:
-            parts.append(_Shown(str(picture)))
+    for number, (image, words) in enumerate(pairs):
+        if image is not None:
+            parts.append(_Shown(str(image)))
         if words is not None:
             parts.append(_words(words))
-        elif picture is None:
+        elif image is None:
             unused.append(Unused("no image", f"images {number}"))
     return parts, unused
 

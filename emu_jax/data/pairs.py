@@ -17,7 +17,7 @@ from emu_jax.data.documents import (
     REASONS,
     Damaged,
     Document,
-    Picture,
+    Image,
     Source,
     Text,
     short_hash,
@@ -33,13 +33,13 @@ from emu_jax.errors import UserError
 _VERSION = "samples-5"
 _TEXTS = ("txt", "caption", "text")  # in this order
 _ROLES = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "picture"),
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "image"),
     **{suffix.removeprefix("."): "video" for suffix in VIDEO_SUFFIXES},
     **dict.fromkeys(_TEXTS, "text"),
     "json": "json",
 }
-_ORDER = ("picture", "video", "text", "json", "board")
-_PICTURE, _VIDEO, _TEXT, _JSON, _BOARD = range(len(_ORDER))
+_ORDER = ("image", "video", "text", "json", "board")
+_IMAGE, _VIDEO, _TEXT, _JSON, _BOARD = range(len(_ORDER))
 _MOST = (storage.MOST_IMAGE, storage.MOST_VIDEO, storage.MOST_TEXT, storage.MOST_ENTRY)
 # Caption keys of a sample's JSON (img2dataset's and LAION's); the first that holds words wins.
 _CAPTIONS = ("caption", "text", "top_caption", "TEXT")
@@ -115,14 +115,14 @@ class Pairs(Source):
             return self._board(index, spans, wanted)
         where = self.where(index)
         words, unused = self._words(index, spans, where)
-        picture = self._member(index, spans, _PICTURE, where)
-        if picture is not None:
-            return Document((Picture(picture), *words), unused)
+        image = self._member(index, spans, _IMAGE, where)
+        if image is not None:
+            return Document((Image(image), *words), unused)
         content = self._member(index, spans, _VIDEO, where)
         assert content is not None  # or the sample would be damaged
         video = Video(content, where)
         shown = sample_frames(video, self._frames, seed)
-        parts = (*(Picture(data, time) for time, data in shown), *words)
+        parts = (*(Image(data, time) for time, data in shown), *words)
         return Document(parts, (*unused, *video.unused))
 
     def sketch(self, index: int) -> Document:
@@ -130,8 +130,8 @@ class Pairs(Source):
         if spans[_BOARD][1]:
             return self._board(index, spans, ())
         words, unused = self._words(index, spans, self.where(index))
-        pictures = 1 if spans[_PICTURE][1] else self._frames
-        return Document((*[Picture(b"")] * pictures, *words), unused)
+        images = 1 if spans[_IMAGE][1] else self._frames
+        return Document((*[Image(b"")] * images, *words), unused)
 
     def _words(
         self, index: int, spans: _Spans, where: str
@@ -139,8 +139,8 @@ class Pairs(Source):
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
         unused: list[Unused] = []
-        if spans[_PICTURE][1] and spans[_VIDEO][1]:
-            unused.append(Unused("other member", "a video beside the picture"))
+        if spans[_IMAGE][1] and spans[_VIDEO][1]:
+            unused.append(Unused("other member", "a video beside the image"))
         for caption in self._captions(index, spans, where):
             words = [caption] if isinstance(caption, str) else caption
             words = [w for w in words if w.strip()]
@@ -181,16 +181,16 @@ class Pairs(Source):
             number, _, suffix = ext.partition(".")
             if stem == key and number.isdecimal() and suffix in _ROLES:
                 found[int(number), _ROLES[suffix]] = member
-        parts: list[Text | Picture] = []
+        parts: list[Text | Image] = []
         unused: list[Unused] = []
         last = max((number for number, _ in found), default=-1)
         for number in range(last + 1):
-            words, picture = found.get((number, "text")), found.get((number, "picture"))
+            words, image = found.get((number, "text")), found.get((number, "image"))
             if words and (said := utf8(_content(path, words, where), where)).strip():
                 parts.append(Text(said))
-            if picture:
+            if image:
                 read = wanted is None or len(parts) in wanted
-                parts.append(Picture(_content(path, picture, where) if read else b""))
+                parts.append(Image(_content(path, image, where) if read else b""))
             elif number < last:
                 unused.append(Unused("missing image", f"{key}.{number}"))
         return Document(tuple(parts), tuple(unused))
@@ -236,7 +236,7 @@ class _Sample(NamedTuple):
     @property
     def lacks(self) -> bool:
         """Whether the image or video, or the words, are missing."""
-        media = self.spans[[_PICTURE, _VIDEO, _BOARD], 1]
+        media = self.spans[[_IMAGE, _VIDEO, _BOARD], 1]
         words = self.spans[[_TEXT, _JSON, _BOARD], 1]
         return not (media.any() and words.any())
 
@@ -250,7 +250,7 @@ def _samples_in(path: str) -> Arrays:
         if sample.joined:
             note(tally, JOINED, path, sample.key[1].lstrip("/"))
     boards = sum(bool(sample.spans[_BOARD, 1]) for sample in samples)
-    pairs = sum(bool(sample.spans[[_PICTURE, _VIDEO], 1].any()) for sample in samples)
+    pairs = sum(bool(sample.spans[[_IMAGE, _VIDEO], 1].any()) for sample in samples)
     tally.used |= {"boards": boards, "pairs": pairs}
     empty = np.zeros((0, len(_ORDER), 2), np.int64)
     return {
@@ -300,14 +300,14 @@ def _keys(names: Iterable[str]) -> Callable[[str], tuple[str, str]]:
         role = _ROLES.get(last, "")
         if os.path.basename(name).startswith("."):  # hidden, such as macOS's ._NAME
             return key, ""
-        frame = number.isdecimal() and role in ("picture", "text")
+        frame = number.isdecimal() and role in ("image", "text")
         if key in boards or (boards and frame):  # the last storyboard's metadata may be cut off
             return key, "board" if frame or ext == _BOARD_META else ""
         if not number:
             return key, role
         own = name.rpartition(".")[0]
         roles = long.get(own, set())
-        whole = "text" in roles and not roles.isdisjoint(("picture", "video"))
+        whole = "text" in roles and not roles.isdisjoint(("image", "video"))
         return (own, role) if whole or key not in short else (key, "")
 
     return key_of
@@ -393,7 +393,7 @@ def _sample(group: list[_Part]) -> _Sample:
     reason = None
     if not all(part.member.whole for part in group):
         reason = "corrupt tar member"
-    elif not spans[[_PICTURE, _VIDEO, _BOARD], 1].any():
+    elif not spans[[_IMAGE, _VIDEO, _BOARD], 1].any():
         reason = "incomplete sample"
     elif boards and not any(_split(part.member.name)[1] == _BOARD_META for part in boards):
         reason = "incomplete sample"
@@ -437,7 +437,7 @@ def _joined(samples: Iterable[_Sample]) -> list[_Sample]:
         if apart and (sample.lacks or joined[place].lacks):
             other = joined[place]
             if not (other.spans[:, 1] * sample.spans[:, 1]).any():
-                spans, media = other.spans + sample.spans, [_PICTURE, _VIDEO, _BOARD]
+                spans, media = other.spans + sample.spans, [_IMAGE, _VIDEO, _BOARD]
                 damage = 0 if spans[media, 1].any() else sample.damage
                 replaced = other.replaced + sample.replaced
                 joined[place] = _Sample(sample.key, spans, damage, replaced, joined=True)
@@ -472,17 +472,17 @@ class TfdsPairs(Source):
         try:
             builder: Any = tfds.builder_from_directory(self._directory)
             features = builder.info.features
-            picture = _first(features, tfds.features.Image)
-            if picture is None:
-                raise UserError(f"{self._directory} has no picture among its features")
-            self._picture = picture
+            image = _first(features, tfds.features.Image)
+            if image is None:
+                raise UserError(f"{self._directory} has no image among its features")
+            self._image = image
             self._words, self._names = _first(features, tfds.features.Text), []
             if self._words is None:
                 self._words = _first(features, tfds.features.ClassLabel)
                 if self._words is not None:
                     self._names = _at(features, self._words).names
             decoders: Any = tfds.decode.SkipDecoding()
-            for name in reversed(picture):
+            for name in reversed(image):
                 decoders = {name: decoders}
             self._records = builder.as_data_source(split, decoders=decoders)
         except UserError:
@@ -508,19 +508,19 @@ class TfdsPairs(Source):
         where = self.where(index)
         try:
             example = self._records[index]
-            pictures = _listed(_at(example, self._picture))
+            images = _listed(_at(example, self._image))
             words = [] if self._words is None else _listed(_at(example, self._words))
         except Exception as error:  # tfds raises of every kind
             raise Damaged("damaged record", where, _first_line(error)) from None
-        if not pictures:
-            raise Damaged("incomplete sample", where, "no picture")
-        unused = [Unused("other image")] * (len(pictures) - 1)
+        if not images:
+            raise Damaged("incomplete sample", where, "no image")
+        unused = [Unused("other image")] * (len(images) - 1)
         if self._names:  # -1 in a split without labels
             words = [self._names[n].encode() for n in map(int, words) if n >= 0]
         unused += [Unused("other caption")] * (len(words) - 1)
         if not words:
             unused.append(Unused("no caption"))
-        parts = (Picture(pictures[0]), *(Text(utf8(word, where)) for word in words[:1]))
+        parts = (Image(images[0]), *(Text(utf8(word, where)) for word in words[:1]))
         return Document(parts, tuple(unused))
 
 

@@ -38,7 +38,7 @@ class Batches(Iterator[Batch]):
 
     Args:
         kind: kind of batches, one for each objective (see `batch_shapes`). "captions" and
-            "pictures" use pairs only, "contexts" uses documents with an image.
+            "images" use pairs only, "contexts" uses documents with an image.
         plan_only: make batches without rows, and decode nothing; `statistics` still count whole
             batches.
         recount: count a source again if files that were missing may have arrived. Ignored with

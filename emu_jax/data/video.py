@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Int
-from PIL import Image
 
 from emu_jax.data.cues import read_cues, unroll
 from emu_jax.data.documents import Damaged, Unused
-from emu_jax.data.images import MOST_PIXELS, PictureError, open_image
+from emu_jax.data.images import MOST_PIXELS, ImageError, open_image
 from emu_jax.errors import UserError
 
 FRAMES = 8  # frames of a video that the release shows
@@ -267,26 +267,26 @@ def _decoded(container: Any) -> Iterator[Any]:
 
 # (a, b, c, d) of a display matrix, which maps (x, y) to (a x + c y, b x + d y).
 _TURNS = {
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
-    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
-    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    (-1, 0, 0, -1): PIL.Image.Transpose.ROTATE_180,
+    (1, 0, 0, -1): PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): PIL.Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): PIL.Image.Transpose.ROTATE_270,
+    (0, -1, -1, 0): PIL.Image.Transpose.TRANSVERSE,
+    (0, -1, 1, 0): PIL.Image.Transpose.ROTATE_90,
 }
 
 
-def _as_shown(frame: Any) -> Image.Image:
+def _as_shown(frame: Any) -> PIL.Image.Image:
     """Rotates a frame by multiples of 90 degrees and mirrors it, as its display matrix says."""
-    picture = frame.to_image()
+    image = frame.to_image()
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return picture
+        return image
     values = np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]]
     signs = np.sign(np.where(2 * np.abs(values) > np.abs(values).max(), values, 0))
     turn = _TURNS.get(tuple(signs.tolist()))
-    return picture if turn is None else picture.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def _cut_short(content: bytes) -> bool:
@@ -344,10 +344,10 @@ def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or repr(error)
 
 
-def ppm(picture: Image.Image) -> bytes:
+def ppm(image: PIL.Image.Image) -> bytes:
     """Encodes an image as PPM."""
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "PPM")
+    image.convert("RGB").save(file, "PPM")
     return file.getvalue()
 
 
@@ -375,25 +375,25 @@ def storyboard(
         Damaged: a sheet cannot be read, or is too small for its frames.
     """
     try:
-        picture = open_image(sheet)
+        image = open_image(sheet)
         if held is None or held >= rows * columns:
-            width, height = picture.width // columns, picture.height // rows
+            width, height = image.width // columns, image.height // rows
         elif full is not None:
             whole = open_image(full)
             width, height = whole.width // columns, whole.height // rows
         else:
-            width, height = _tile(picture.size, rows, columns, held)
-    except PictureError as error:
+            width, height = _tile(image.size, rows, columns, held)
+    except ImageError as error:
         raise Damaged(error.reason, where, "a sheet of the storyboard") from None
-    across = picture.width // max(1, width)
+    across = image.width // max(1, width)
     if not (width and height and across) or any(
-        n >= across * (picture.height // height) for n, _ in frames
+        n >= across * (image.height // height) for n, _ in frames
     ):
-        raise Damaged("malformed entry", where, f"a sheet of {picture.width} x {picture.height}")
+        raise Damaged("malformed entry", where, f"a sheet of {image.width} x {image.height}")
 
-    def tile(n: int) -> Image.Image:
+    def tile(n: int) -> PIL.Image.Image:
         x, y = n % across * width, n // across * height
-        return picture.crop((x, y, x + width, y + height))
+        return image.crop((x, y, x + width, y + height))
 
     return [(time, ppm(tile(n))) for n, time in frames]
 

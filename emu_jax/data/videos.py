@@ -13,7 +13,7 @@ import numpy as np
 
 from emu_jax.data import storage
 from emu_jax.data.cues import EMPTY, UNREADABLE
-from emu_jax.data.documents import Damaged, Document, Picture, Text, utf8
+from emu_jax.data.documents import Damaged, Document, Image, Text, utf8
 from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
 from emu_jax.data.unused import Unused
 from emu_jax.data.video import (
@@ -55,14 +55,14 @@ class Videos(Listed):
         content = self._media.read(entry.get("video"), folder, where, storage.MOST_VIDEO)
         video = Video(content, where)
         shown = sample_frames(video, self._frames, seed)
-        parts = (*(Picture(data, time) for time, data in shown), words)
+        parts = (*(Image(data, time) for time, data in shown), words)
         return Document(parts, tuple(video.unused))
 
     def sketch(self, index: int) -> Document:
         entry = self._entries[index]
         words = _words(entry, self.where(index))
         self._require(entry.get("video"), index)
-        return Document((*[Picture(b"")] * self._frames, words))
+        return Document((*[Image(b"")] * self._frames, words))
 
 
 def _words(entry: dict[str, Any], where: str) -> Text:
@@ -157,14 +157,14 @@ class SubtitledVideos(Listed):
         wanted: Collection[int] | None = None,
     ) -> Document:
         document = self._timed(index)
-        pictures = [n for n, part in enumerate(document.parts) if isinstance(part, Picture)]
-        shown = [k for k, n in enumerate(pictures) if wanted is None or n in wanted]
+        images = [n for n, part in enumerate(document.parts) if isinstance(part, Image)]
+        shown = [k for k, n in enumerate(images) if wanted is None or n in wanted]
         parts = list(document.parts)
         frames, unused = self._frames(index, shown)
         for k, (_, data) in zip(shown, frames, strict=True):
-            part = parts[pictures[k]]
-            assert isinstance(part, Picture)
-            parts[pictures[k]] = Picture(data, part.time)
+            part = parts[images[k]]
+            assert isinstance(part, Image)
+            parts[images[k]] = Image(data, part.time)
         return Document(tuple(parts), (*document.unused, *unused))
 
     def sketch(self, index: int) -> Document:

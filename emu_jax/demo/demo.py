@@ -151,14 +151,14 @@ class Judge:
 
     def __init__(self, split: str, size: int):
         self.size = size
-        pictures, labels = digits.digit_pictures(split)
+        pictures, labels = digits.digit_images(split)
         self.machine = SVC(C=10).fit(self._features(self._shown(pictures)), labels)
 
     def __call__(self, pictures: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B"]:
         return self.machine.predict(self._features(pictures))
 
     def accuracy(self, split: str) -> float:
-        pictures, labels = digits.digit_pictures(split)
+        pictures, labels = digits.digit_images(split)
         return _mean(self(self._shown(pictures)) == labels)
 
     def _shown(self, pictures: UInt8[np.ndarray, "B 8 8"]) -> UInt8[np.ndarray, "B H W 3"]:
@@ -175,7 +175,7 @@ class Judge:
 def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]], float]:
     """Captions each image of the split. Returns (image, caption, correct) for each, and the
     accuracy."""
-    pictures, labels = digits.digit_pictures(split)
+    pictures, labels = digits.digit_images(split)
     shown = [_rgb(p) for p in pictures]
     said = [" ".join(map(str, c)) for c in emu.completions([[p] for p in shown], max_images=0)]
     right = [digits.parse_digit(s) == label for s, label in zip(said, labels, strict=True)]

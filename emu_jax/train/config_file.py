@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import from_dict, to_dict
+from emu_jax.config import current_key, from_dict, to_dict
 from emu_jax.errors import UserError, suggest
 from emu_jax.filesystem import shipped
 from emu_jax.hardware import CHIPS
@@ -125,6 +125,8 @@ def _find(group: Any, part: str, above: list[str]) -> str | int:
         # An empty group is a map that the command line may fill.
         if part in group or not group:
             return part
+        if (name := current_key(part, group)) in group:
+            return name
         raise UserError(f"unknown config key {where!r}{suggest(part, group)}")
     if isinstance(group, list):
         places = [str(place) for place in range(len(group))]

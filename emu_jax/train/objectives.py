@@ -287,7 +287,7 @@ class VaeObjective(Objective):
     """The autoencoder: squared error and a light KL term (Rombach et al. 2022, without the
     adversarial and perceptual terms)."""
 
-    batch_kind = "pictures"
+    batch_kind = "images"
 
     def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Autoencoder:
         return Autoencoder(cfg, rngs)
