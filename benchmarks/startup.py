@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from emu_jax import bench
 from emu_jax.config import TokenIds, save_json
-from emu_jax.convert.engine import convert
+from emu_jax.convert.convert import convert
 from emu_jax.errors import UserError
 from emu_jax.sharding import nest
 from emu_jax.tokenizer import Tokenizer

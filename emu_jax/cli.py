@@ -239,7 +239,7 @@ def convert(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.convert.engine import convert
+        from emu_jax.convert.convert import convert
 
         result = convert(
             args.src,
@@ -288,7 +288,7 @@ def init(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.convert.parents import init
+        from emu_jax.convert.init import init
 
         result = init(
             args.dst,

@@ -37,10 +37,18 @@ from emu_jax.config import (
     emu_14b,
     emu_14b_instruct,
 )
-from emu_jax.convert import arrays as arrays_module
-from emu_jax.convert import engine, export, files, parents, sizes, source, tables
-from emu_jax.convert.arrays import Arrays
-from emu_jax.convert.engine import convert
+from emu_jax.convert import (
+    checkpoint_arrays,
+    export,
+    release_config,
+    source,
+    tables,
+    tensor_files,
+)
+from emu_jax.convert.checkpoint_arrays import Arrays
+from emu_jax.convert.convert import convert, replacing, write_release, write_run_directory
+from emu_jax.convert.init import init
+from emu_jax.convert.tensors import dtype_name, dtype_of
 from emu_jax.data.documents import Document, Image, Text, write_documents
 from emu_jax.errors import UserError
 from emu_jax.generate.api import load
@@ -159,7 +167,7 @@ def test_what_is_not_exported_is_not_spoken_of(run_dir, tmp_path):
         shapes = {p: s for p, s in run.shapes.items() if not p.startswith(("unet.", "vae."))}
 
     (tmp_path / "back").mkdir()
-    engine.write_release(Blind(), tmp_path / "back", tmp_path / "back")
+    write_release(Blind(), tmp_path / "back", tmp_path / "back")
     assert not (tmp_path / "back" / "unet").exists() and not (tmp_path / "back" / "vae").exists()
     convert(tmp_path / "back", tmp_path / "again")
     assert checkpoint.load_config(tmp_path / "again").unet is None
@@ -307,7 +315,7 @@ def test_trained_weights_are_not_rounded_on_the_way_back(instruct_dir, tmp_path)
             return stored + np.float32(1e-6 if path.endswith("lora_a") else 0)
 
     (tmp_path / "back").mkdir()
-    engine.write_release(Trained(), tmp_path / "back", tmp_path / "back")
+    write_release(Trained(), tmp_path / "back", tmp_path / "back")
     came = load_tensors(GOLDEN / "Emu-instruct.pt")
     for key, tensor in load_tensors(tmp_path / "back" / "Emu-instruct.pt").items():
         if "lora_A" in key:
@@ -482,7 +490,7 @@ def test_every_tensor_of_the_14b_release_has_its_place(released_shapes, model, v
 
 @pytest.mark.parametrize("model", ["pretrain", "instruct"])
 def test_the_14b_sizes_follow_from_its_tensors(released_shapes, model):
-    read = sizes.multimodal(
+    read = release_config.multimodal(
         {k: tuple(s) for k, s in released_shapes[model].items()}, where="Emu", base_vocab=32000
     )
     preset = emu_14b() if model == "pretrain" else emu_14b_instruct()
@@ -564,7 +572,7 @@ def write_run(model, path):
 
     Fresh.tokenizer = tokenizer
     path.mkdir()
-    engine.write_run(Fresh(), path)
+    write_run_directory(Fresh(), path)
 
 
 @pytest.mark.parametrize(
@@ -681,7 +689,7 @@ def test_shards_of_the_language_model_open_too(pretrained, tmp_path):
     shutil.copy(folder / "llama" / "config.json", tmp_path)
     tensors = load_file(folder / "llama" / "model.safetensors")
     contents = {k: (tuple(v.shape), np.dtype(np.float32)) for k, v in tensors.items()}
-    writer = files.write_shards(tmp_path, "model", contents, limit=20_000)
+    writer = tensor_files.write_shards(tmp_path, "model", contents, limit=20_000)
     for key in reversed(contents):
         writer.write(key, tensors[key].numpy())
     writer.close()
@@ -879,7 +887,7 @@ def ancestors(tmp_path_factory):
 
 
 def fresh(folder, dst, **options):
-    return parents.init(
+    return init(
         dst,
         llama=folder / "llama",
         eva_clip=folder / "eva.pt",
@@ -1167,7 +1175,7 @@ def test_a_damaged_pickle_is_refused_whatever_it_leads_to(tmp_path):
             for record, content in records.items():
                 archive.writestr(record, bytes(data) if record == name else content)
         try:
-            opened, _ = files.open_tensors(path)
+            opened, _ = tensor_files.open_tensors(path)
             for tensor in opened[path.name].values():
                 tensor.read()
         except UserError as error:
@@ -1195,11 +1203,11 @@ def test_a_failed_swap_puts_the_old_destination_back(kind, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail)
         with pytest.raises(UserError, match=f"cannot write {dst}: No space"):
-            with engine.replacing(dst, True) as temporary:
+            with replacing(dst, True) as temporary:
                 (temporary / "new").write_text("")
     assert (dst / "precious").read_text() == "data"
     assert not list(tmp_path.glob(".*"))
-    with engine.replacing(dst, True) as temporary:
+    with replacing(dst, True) as temporary:
         (temporary / "new").write_text("")
     assert [p.name for p in dst.iterdir()] == ["new"] and dst.is_symlink() == (kind == "link")
 
@@ -1215,26 +1223,26 @@ def test_what_replaces_a_destination_is_on_the_disk_first(tmp_path, monkeypatch)
     dst.mkdir()
     monkeypatch.setattr("emu_jax.filesystem.sync", lambda path: synced.add(Path(path).name))
     monkeypatch.setattr(Path, "rename", checked)
-    with engine.replacing(dst, True) as temporary:
+    with replacing(dst, True) as temporary:
         (temporary / "deep").mkdir()
         (temporary / "deep" / "new").write_text("")
     assert (dst / "deep" / "new").is_file()
     wanted = {"a.pt"}
-    with engine.replacing(tmp_path / "a.pt", False) as temporary:
+    with replacing(tmp_path / "a.pt", False) as temporary:
         temporary.write_text("")
     assert (tmp_path / "a.pt").is_file()
 
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot access .*nowhere"):
-        with engine.replacing(tmp_path / "dst", False):
+        with replacing(tmp_path / "dst", False):
             (tmp_path / "nowhere").read_bytes()
     assert not list(tmp_path.iterdir())
 
 
 def diffusers_json(tmp_path, kind, **values):
     (tmp_path / "config.json").write_text(json.dumps(values))
-    return sizes.diffusers_config(kind, tmp_path / "config.json")
+    return release_config.diffusers_config(kind, tmp_path / "config.json")
 
 
 def test_what_a_diffusers_configuration_leaves_out_has_diffusers_defaults(tmp_path):
@@ -1290,7 +1298,7 @@ EMBEDDING = "decoder.lm.base_model.model.model.layers.{}.mlp.up_proj.weight"
 )
 def test_odd_sizes_are_one_line(instruct_shapes, change, message):
     with pytest.raises(UserError, match=message):
-        sizes.multimodal(
+        release_config.multimodal(
             instruct_shapes | change, where="it", base_vocab=512, model_json=GOLDEN / "Emu.json"
         )
 
@@ -1302,7 +1310,7 @@ def instruct_shapes():
 
 def test_one_odd_adapter_or_layer_does_not_rule_the_rest(instruct_shapes):
     change = {ADAPTER.format(0, "v_proj"): (900, 64), EMBEDDING.format("9" * 5000): (3, 3)}
-    cfg = sizes.multimodal(
+    cfg = release_config.multimodal(
         instruct_shapes | change, where="it", base_vocab=512, model_json=GOLDEN / "Emu.json"
     )
     assert cfg.llama.lora.rank == 4 and cfg.llama.layers == 4  # 3, and the absurd one
@@ -1375,10 +1383,10 @@ def test_torch_files_are_read_as_torch_reads_them(form, tmp_path):
     }
     if form == "ours":
         contents = {
-            k: (tuple(v.shape), files.dtype_of(str(v.dtype).removeprefix("torch.")))
+            k: (tuple(v.shape), dtype_of(str(v.dtype).removeprefix("torch.")))
             for k, v in tensors.items()
         }
-        writer = files.create(path, contents, nest="module")
+        writer = tensor_files.create(path, contents, nest="module")
         for key, tensor in tensors.items():
             bits = tensor.detach()
             bits = bits.float() if bits.dtype == torch.bfloat16 else bits
@@ -1389,13 +1397,13 @@ def test_torch_files_are_read_as_torch_reads_them(form, tmp_path):
             assert all(torch.equal(again[k], v) for k, v in tensors.items())
     else:
         TORCH_FORMATS[form]({"module": tensors}, path)
-    opened, nest = files.open_tensors(path)
+    opened, nest = tensor_files.open_tensors(path)
     assert nest == "module" and list(opened[path.name]) == list(tensors)
     for key, tensor in opened[path.name].items():
         theirs = tensors[key].detach()
         ours = tensor.read()
         assert ours.shape == tensor.shape == tuple(theirs.shape), key
-        assert files.dtype_name(ours.dtype) == str(theirs.dtype).removeprefix("torch."), key
+        assert dtype_name(ours.dtype) == str(theirs.dtype).removeprefix("torch."), key
         assert not ours.flags.writeable or not ours.size
         np.testing.assert_array_equal(ours.astype(np.float64), theirs.double().numpy())
 
@@ -1406,7 +1414,7 @@ def test_a_hostile_pickle_runs_nothing_and_reads_no_other_bytes(tmp_path):
         for harm in (Payload(tmp_path / "executed"), getattr, np.float64(3)):
             (tmp_path / "it.bin").write_bytes(pickle.dumps({"a": harm}, protocol))
             with pytest.raises(UserError, match="refused"):
-                files.open_tensors(tmp_path / "it.bin")
+                tensor_files.open_tensors(tmp_path / "it.bin")
     path = tmp_path / "big.bin"
     torch.save({"a": torch.arange(8.0)}, path)
     with zipfile.ZipFile(path) as archive:
@@ -1419,7 +1427,7 @@ def test_a_hostile_pickle_runs_nothing_and_reads_no_other_bytes(tmp_path):
                 archive.writestr(record, content.replace(b"K\x08", b"K\x63"))
         expected = "larger than its storage" if compression == zipfile.ZIP_STORED else "compressed"
         with pytest.raises(UserError, match=expected):
-            files.open_tensors(path)
+            tensor_files.open_tensors(path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -1435,7 +1443,7 @@ def test_a_hostile_pickle_runs_nothing_and_reads_no_other_bytes(tmp_path):
 def test_what_stands_in_for_a_file_is_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        files.open_tensors(tmp_path / name)
+        tensor_files.open_tensors(tmp_path / name)
 
 
 def test_variants_in_half_precision_are_read_where_there_is_no_other(tmp_path):
@@ -1445,12 +1453,12 @@ def test_variants_in_half_precision_are_read_where_there_is_no_other(tmp_path):
     text = json.dumps(index).encode()
     (tmp_path / "shards.safetensors.index.fp16.json").write_bytes(b"\xef\xbb\xbf" + text)
     for stem in ("model", "shards"):
-        opened, _ = files.open_tensors(files.find(tmp_path, stem))
+        opened, _ = tensor_files.open_tensors(tensor_files.find(tmp_path, stem))
         assert opened["model.fp16.safetensors"]["a"].dtype == np.float16
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert files.find(tmp_path, "model").name == "model.safetensors"
+    assert tensor_files.find(tmp_path, "model").name == "model.safetensors"
     with pytest.raises(UserError, match="it has model.fp16.safetensors, model.safetensors"):
-        files.find(tmp_path, "other")
+        tensor_files.find(tmp_path, "other")
 
 
 def test_arrays_in_layers_open_in_orbax_and_damage_is_seen(run_dir, tmp_path):
@@ -1479,7 +1487,7 @@ def test_chunks_across_layers_are_put_in_order_once(tmp_path, monkeypatch):
     """As training on several devices leaves them."""
     import orbax.checkpoint as ocp
 
-    monkeypatch.setattr(arrays_module, "_CHUNK", 64)
+    monkeypatch.setattr(checkpoint_arrays, "_CHUNK", 64)
     values = np.arange(3 * 8 * 5, dtype=np.float32).reshape(3, 8, 5)
     mesh = make_mesh(fsdp=4, tensor=2)
     spec = jax.sharding.PartitionSpec(None, "fsdp", None)
@@ -1511,13 +1519,13 @@ def write_large(folder, *, layers, width, mlp, dtype=torch.bfloat16):
     )
     template = source.template_of(cfg, one_device())
     shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
-    kind = files.dtype_of(str(dtype).removeprefix("torch."))
+    kind = dtype_of(str(dtype).removeprefix("torch."))
     contents = {
         key: (row.transform.release_shape(row.layer_shape(shapes[row.path])), kind)
         for row in tables.table(cfg, shapes)
         for key in row.keys
     }
-    writer = files.create(folder / source.MULTIMODAL, contents)
+    writer = tensor_files.create(folder / source.MULTIMODAL, contents)
     rng = np.random.default_rng(0)
     for key, (shape, _) in contents.items():
         writer.write(key, rng.standard_normal(shape, np.float32).astype(kind))
@@ -1539,8 +1547,8 @@ def convert_measured(*arguments):
 
 def rss_anon_limited(monkeypatch):
     """Makes what conversion holds in memory small beside a small model."""
-    for module, name in ((arrays_module, "_CHUNK"), (arrays_module, "_GROUP"), (files, "_BLOCK")):
-        monkeypatch.setattr(module, name, 2**21)
+    for name in ("checkpoint_arrays._CHUNK", "checkpoint_arrays._GROUP", "tensors.BLOCK"):
+        monkeypatch.setattr(f"emu_jax.convert.{name}", 2**21)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):

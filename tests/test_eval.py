@@ -1028,7 +1028,7 @@ def test_features_do_not_depend_on_their_batch(small):
 def checkpoints(tmp_path_factory):
     """The golden release's models by kind, as run directories."""
     pytest.importorskip("torch")
-    from emu_jax.convert.engine import convert
+    from emu_jax.convert.convert import convert
 
     folder = tmp_path_factory.mktemp("checkpoints")
     convert(GOLDEN, folder / "pretrain")

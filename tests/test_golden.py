@@ -13,7 +13,7 @@ from conftest import GOLDEN, relative_error
 from flax import nnx
 from safetensors.torch import load_file
 
-from emu_jax.convert import sizes, tables
+from emu_jax.convert import release_config, tables
 from emu_jax.data.images import load_image, normalize_images
 from emu_jax.models.emu import Emu
 from emu_jax.models.llama import rotary_frequencies
@@ -35,7 +35,7 @@ def as_numpy(tensor):
 def load(tensors, decoder=None):
     """The model that holds these tensors of a release, in float32, through the tables alone."""
     found = {key: tuple(t.shape) for key, t in tensors.items()}
-    cfg = sizes.multimodal(
+    cfg = release_config.multimodal(
         found,
         where="golden",
         base_vocab=META["special"]["[PAD]"],
@@ -46,7 +46,7 @@ def load(tensors, decoder=None):
         for tower in ("unet", "vae"):
             stored = load_file(GOLDEN / tower / "diffusion_pytorch_model.safetensors")
             tensors = tensors | {f"{tower}:{key}": t for key, t in stored.items()}
-        unet, vae, scheduler = sizes.decoder(GOLDEN)
+        unet, vae, scheduler = release_config.decoder(GOLDEN)
         cfg = dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)
     template = Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     shapes = {path: leaf.shape for path, leaf in template.shapes.items()}

@@ -21,7 +21,7 @@ from flax import nnx
 from PIL import Image
 
 from emu_jax import checkpoint
-from emu_jax.convert.engine import convert
+from emu_jax.convert.convert import convert
 from emu_jax.data import digits
 from emu_jax.demo.demo import Judge
 from emu_jax.generate.api import Emu, load

@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from test_convert import instruct_dir, run_dir  # noqa: F401  (fixtures)
 
 from emu_jax import cli
-from emu_jax.convert.engine import convert
+from emu_jax.convert.convert import convert
 
 
 def verify(capsys, checkpoint, golden=GOLDEN):

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from emu_jax.config import EmuConfig, LlamaConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
-from emu_jax.convert import files, sizes
+from emu_jax.convert import release_config, tensor_files
 from emu_jax.convert.source import Layout, Source, rows_of
-from emu_jax.convert.tables import Row, Shape, peft_key
+from emu_jax.convert.tables import Row, peft_key
+from emu_jax.convert.tensors import Shape, dtype_name, finishing
 from emu_jax.errors import UserError
 
 Progress = Callable[[Source, Sequence[Row], str], Iterator[tuple[Row, int]]]
@@ -72,7 +73,7 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
             folder,
         )
         complete_release(source, folder)
-        again = sizes.multimodal(
+        again = release_config.multimodal(
             {key: shape for key, shape in shapes.items() if ":" not in key},
             where="the release",
             base_vocab=source.tokenizer.base_size,
@@ -80,7 +81,7 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
             llama_json=folder / "tokenizer" / "config.json",
         )
         if cfg.unet is not None and cfg.vae is not None:
-            unet, vae, scheduler = sizes.decoder(folder)
+            unet, vae, scheduler = release_config.decoder(folder)
             again = dataclasses.replace(again, unet=unet, vae=vae, scheduler=scheduler)
     # The release's code ignores this key of the JSON.
     again = dataclasses.replace(
@@ -181,7 +182,9 @@ def model_json(cfg: EmuConfig) -> dict[str, Any]:
 
 def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:
     """Returns a transformers `config.json`."""
-    values = {theirs: getattr(cfg.llama, ours) for ours, theirs in sizes.LLAMA_JSON.items()}
+    values = {
+        theirs: getattr(cfg.llama, ours) for ours, theirs in release_config.LLAMA_JSON.items()
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -232,7 +235,9 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
         wanted = ("unet/config.json", "vae/config.json", "scheduler")
         copy({n: p for n, p in carried.items() if n in wanted}, folder)
         write_decoder_json(cfg, folder)
-        decoder = dict(zip(("unet", "vae", "scheduler"), sizes.decoder(folder), strict=True))
+        decoder = dict(
+            zip(("unet", "vae", "scheduler"), release_config.decoder(folder), strict=True)
+        )
         if lost := differences(dataclasses.replace(cfg, **decoder), cfg):
             said = "; ".join(
                 f"{name} is {ours}, not {there}" for name, (there, ours) in lost.items()
@@ -258,18 +263,18 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
                 part, name = places[key]
                 contents.setdefault(part, {})[name] = (shape, dtypes[part])
     writers = {
-        part: files.write_shards(folder / part, _STEMS[part], tensors)
+        part: tensor_files.write_shards(folder / part, _STEMS[part], tensors)
         for part, tensors in contents.items()
     }
     wanted = [row for row in rows.values() if row.keys[0] in places]
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
-            stack.enter_context(files.finishing(writer))
+            stack.enter_context(finishing(writer))
         for row, layer in progress(source, wanted, "writing"):
             part, name = places[row.keys[layer]]
             writers[part].write(name, row.transform.to_release(source.read(row.path, layer)))
 
-    name = files.dtype_name(dtypes["llama"])
+    name = dtype_name(dtypes["llama"])
     write_json(folder / "llama" / "config.json", llama_json(cfg, torch_dtype=name))
     copy_tokenizer(source, folder / "llama")
     if lora := cfg.llama.lora:

@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from emu_jax import checkpoint
 from emu_jax.config import LORA_TARGETS, EmuConfig, LoraConfig
-from emu_jax.convert import files, sizes, tables
-from emu_jax.convert.arrays import Arrays
-from emu_jax.convert.files import Tensor
+from emu_jax.convert import release_config, tables, tensor_files
+from emu_jax.convert.checkpoint_arrays import Arrays
 from emu_jax.convert.tables import Row, Spelling, peft_key
+from emu_jax.convert.tensors import Tensor, copy_into, dtype_name, dtype_of
 from emu_jax.errors import UserError, suggest
 from emu_jax.filesystem import read_json_object
 from emu_jax.models.emu import Emu
@@ -90,7 +90,7 @@ class Layout:
 
         def fits(name: str) -> bool:
             folder = name.rpartition("/")[0] + "/"
-            if files.is_index(name):
+            if tensor_files.is_index(name):
                 folder = folder.lstrip("/")
                 return within(folder, tensors) == within(folder, self.tensors)
             return folder not in ("unet/", "vae/") or bool(within(folder, tensors))
@@ -104,7 +104,7 @@ class Layout:
             "nests": self.nests,
             "carried": sorted(self.carried),
             "tensors": {
-                name: {key: files.dtype_name(dtype) for key, dtype in keys.items()}
+                name: {key: dtype_name(dtype) for key, dtype in keys.items()}
                 for name, keys in self.tensors.items()
             },
         }
@@ -115,7 +115,7 @@ class Layout:
         """Loads what `save` wrote. The carried files are in `folder`."""
         values = read_json_object(path)
         tensors = {
-            name: {key: files.dtype_of(dtype) for key, dtype in keys.items()}
+            name: {key: dtype_of(dtype) for key, dtype in keys.items()}
             for name, keys in values["tensors"].items()
         }
         carried = {name: folder / name for name in values["carried"]}
@@ -265,23 +265,23 @@ class Release:
         nests: dict[str, str | None] = {}
 
         def open_part(weights: Path, prefix: str = "") -> dict[str, Tensor]:
-            opened, nest = files.open_tensors(weights)
+            opened, nest = tensor_files.open_tensors(weights)
             for name, tensors in opened.items():
                 name = str((weights.parent / name).relative_to(folder))
                 stored[name] = {prefix + key: t for key, t in tensors.items()}
                 nests[name] = nest
-            if files.is_index(weights.name):
+            if tensor_files.is_index(weights.name):
                 carried[str(weights.relative_to(folder))] = weights
             return {prefix + key: t for tensors in opened.values() for key, t in tensors.items()}
 
         weights = path
         if path.is_dir():
-            weights = files.find(path / "multimodal_encoder", "pytorch_model", "model")
+            weights = tensor_files.find(path / "multimodal_encoder", "pytorch_model", "model")
         found = open_part(weights)
 
         llama_json = tokenizer / "config.json"
         base = Tokenizer.load(tokenizer, instruct=False)
-        cfg = sizes.multimodal(
+        cfg = release_config.multimodal(
             {key: t.shape for key, t in found.items()},
             where=str(weights),
             base_vocab=base.base_size,
@@ -290,15 +290,16 @@ class Release:
         )
         decoder = path.is_dir() and any((path / part).is_dir() for part in ("unet", "vae"))
         if decoder:
-            unet, vae, scheduler = sizes.decoder(path)
+            unet, vae, scheduler = release_config.decoder(path)
             cfg = dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)
             for part in ("unet", "vae"):
-                weights = files.find(path / part, "diffusion_pytorch_model")
+                weights = tensor_files.find(path / part, "diffusion_pytorch_model")
                 found |= open_part(weights, f"{part}:")
 
         self.cfg = cfg
         self.tokenizer = Tokenizer.load(
-            tokenizer, instruct=cfg.llama.vocab_size - base.base_size == sizes.ADDED_TOKENS[1]
+            tokenizer,
+            instruct=cfg.llama.vocab_size - base.base_size == release_config.ADDED_TOKENS[1],
         )
         template = template_of(cfg, mesh)
         shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
@@ -354,12 +355,12 @@ def assemble(
         if not row.stacked:
             part = layer(0)[index]
             out = np.empty(part.shape, shape.dtype)
-            files.copy_into(out, part)
+            copy_into(out, part)
             return out
         size = [len(range(*s.indices(n))) for s, n in zip(index, shape.shape, strict=True)]
         out = np.empty(size, shape.dtype)
         for n, i in enumerate(range(*index[0].indices(shape.shape[0]))):
-            files.copy_into(out[n], layer(i)[index[1:]])
+            copy_into(out[n], layer(i)[index[1:]])
         return out
 
     return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
@@ -416,7 +417,7 @@ def _dead_tensors(directory: Path) -> dict[str, Tensor]:
     A converted run directory keeps them, and so does one trained from it. Returns {} for others.
     """
     kept = directory / "release" / "dead.safetensors"
-    return next(iter(files.open_tensors(kept)[0].values())) if kept.is_file() else {}
+    return next(iter(tensor_files.open_tensors(kept)[0].values())) if kept.is_file() else {}
 
 
 def check_heads(directory: Path, cfg: EmuConfig) -> None:
@@ -625,7 +626,7 @@ class Adapted:
         same = theirs is None or theirs.targets == lora.targets
         self.layout, self.dead = (base.layout, base.dead) if same else (None, {})
 
-        opened, _ = files.open_tensors(files.find(folder, "adapter_model"))
+        opened, _ = tensor_files.open_tensors(tensor_files.find(folder, "adapter_model"))
         found = {key: t for tensors in opened.values() for key, t in tensors.items()}
         template = template_of(self.cfg, mesh)
         self.shapes, self._rows = {}, {}

@@ -21,9 +21,8 @@ import numpy as np
 from einops import rearrange
 
 from emu_jax.config import LORA_TARGETS, EmuConfig
+from emu_jax.convert.tensors import Shape
 from emu_jax.errors import UserError
-
-Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

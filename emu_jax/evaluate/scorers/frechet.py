@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
-from emu_jax.convert.files import torch_or_explain
+from emu_jax.convert.torch_format import torch_or_explain
 from emu_jax.data.images import open_image
 from emu_jax.data.storage import writing
 from emu_jax.errors import UserError

@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 
 from emu_jax import integrity
 from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, emu_14b
-from emu_jax.convert import engine, files, sizes, tables
-from emu_jax.convert.files import Tensor
+from emu_jax.convert import release_config, tables, tensor_files
+from emu_jax.convert.convert import describe, replacing, report, write_run_directory
 from emu_jax.convert.source import FLOATS, Layout, layers, synthetic_dead, template_of
 from emu_jax.convert.tables import Spelling
+from emu_jax.convert.tensors import Tensor
 from emu_jax.errors import UserError
 from emu_jax.filesystem import read_json_object
 from emu_jax.models.emu import Emu
@@ -66,7 +67,7 @@ def init(
     dst = Path(dst)
     integrity.check_path(dst)
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
-    with engine.report() as made, engine.replacing(dst, overwrite, sources) as temporary:
+    with report() as made, replacing(dst, overwrite, sources) as temporary:
         parents = Parents(
             Path(llama),
             Path(eva_clip),
@@ -77,8 +78,8 @@ def init(
             model_config,
             Path(tokenizer or llama),
         )
-        engine.write_run(parents, temporary)
-        made |= engine.describe(parents)
+        write_run_directory(parents, temporary)
+        made |= describe(parents)
         made["fresh"] = sorted(parents.fresh)
         made["notes"] = parents.notes
     return made
@@ -108,11 +109,13 @@ class Parents:
         self._tensors = {
             **_read(eva_clip, "visual.", lambda key: key),
             **_read(
-                files.find(llama, "model", "pytorch_model"), "", lambda key: f"decoder.lm.{key}"
+                tensor_files.find(llama, "model", "pytorch_model"),
+                "",
+                lambda key: f"decoder.lm.{key}",
             ),
         }
         for tower in ("unet", "vae"):
-            weights = files.find(sd / tower, "diffusion_pytorch_model")
+            weights = tensor_files.find(sd / tower, "diffusion_pytorch_model")
             self._tensors |= _read(weights, "", lambda key, tower=tower: f"{tower}:{key}")
         for key in list(self._tensors):  # buffers, not parameters
             if key.endswith(("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")):
@@ -141,7 +144,7 @@ class Parents:
         """Returns the configuration: the parents' sizes, with a chosen image size and n_causal."""
         preset = emu_14b()
         shapes = {key: t.shape for key, t in self._tensors.items()}
-        language = sizes.llama_config(llama / "config.json")
+        language = release_config.llama_config(llama / "config.json")
         base = self.tokenizer.base_size
         if language.vocab_size != base:
             raise UserError(
@@ -181,13 +184,13 @@ class Parents:
                 f"images of {vision.image_size} into patches of {patch}: give its JSON with "
                 "--model-config"
             )
-        unet, vae, scheduler = sizes.decoder(sd)
+        unet, vae, scheduler = release_config.decoder(sd)
         return EmuConfig(
             vision=vision,
             cformer=cformer,
             tokens=TokenIds.after(base),
             vae=vae,
-            llama=dataclasses.replace(language, vocab_size=base + sizes.ADDED_TOKENS[0]),
+            llama=dataclasses.replace(language, vocab_size=base + release_config.ADDED_TOKENS[0]),
             unet=dataclasses.replace(unet, cross_attention_dim=language.width),
             scheduler=scheduler,
         )
@@ -335,7 +338,7 @@ def _count(shapes: dict[str, Any], pattern: str) -> int:
 
 def _read(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tensor]:
     """Returns the tensors of a file whose names begin with `prefix`, renamed by `name`."""
-    opened, _ = files.open_tensors(path)
+    opened, _ = tensor_files.open_tensors(path)
     return {
         name(key): tensor
         for tensors in opened.values()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from emu_jax.convert.files import copy_into
+from emu_jax.convert.tensors import copy_into
 from emu_jax.errors import UserError
 
 _CHUNK = 2**26  # bytes of an array in one file

@@ -24,7 +24,8 @@ from emu_jax.config import (
     emu_14b,
     from_dict,
 )
-from emu_jax.convert.tables import Shape, Spelling
+from emu_jax.convert.tables import Spelling
+from emu_jax.convert.tensors import Shape
 from emu_jax.errors import UserError
 from emu_jax.filesystem import read_json_object
 

@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 
 from emu_jax import integrity
 from emu_jax.config import save_json
-from emu_jax.convert import export, files
-from emu_jax.convert.arrays import ArrayWriter
+from emu_jax.convert import export, tensor_files
+from emu_jax.convert.checkpoint_arrays import ArrayWriter
 from emu_jax.convert.source import (
     RELEASE_ALPHA,
     Merged,
@@ -41,6 +41,7 @@ from emu_jax.convert.source import (
     rows_of,
 )
 from emu_jax.convert.tables import Row
+from emu_jax.convert.tensors import finishing
 from emu_jax.errors import UserError
 from emu_jax.filesystem import sync, sync_tree
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
@@ -102,7 +103,7 @@ def convert(
             source = Merged(source)
         notes = []
         if to == "jax":
-            write_run(source, temporary)
+            write_run_directory(source, temporary)
         elif to == "emu":
             lora = source.cfg.llama.lora
             if lora is not None and lora.alpha != RELEASE_ALPHA:
@@ -127,7 +128,7 @@ def describe(source: Source) -> dict[str, Any]:
     }
 
 
-def write_run(source: Source, folder: Path) -> None:
+def write_run_directory(source: Source, folder: Path) -> None:
     """Writes a run directory at step 0, in the source's dtypes.
 
     Its `release/` holds everything needed to restore the release's files.
@@ -150,10 +151,10 @@ def write_run(source: Source, folder: Path) -> None:
     kept.mkdir()
     layout, dead = release_layout(source)
     layout.save(kept / "layout.json")
-    writer = files.create(
+    writer = tensor_files.create(
         kept / "dead.safetensors", {key: (t.shape, t.dtype) for key, t in dead.items()}
     )
-    with files.finishing(writer):
+    with finishing(writer):
         for key, tensor in dead.items():
             writer.write(key, tensor.read())
     export.copy(layout.carried, kept / "files")
@@ -218,8 +219,8 @@ def write_release(source: Source, folder: Path, dst: Path) -> list[str]:
         name: {key: (shapes[key], kept[key]) for key in keys}
         for name, keys in layout.tensors.items()
     }
-    writer = files.Shards(contents, folder, layout.nests)
-    with files.finishing(writer):
+    writer = tensor_files.ShardedWriter(contents, folder, layout.nests)
+    with finishing(writer):
         for key, tensor in dead.items():
             writer.write(key, tensor.read())
         for row, layer in progress(source, list(rows.values()), "writing"):
