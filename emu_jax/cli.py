@@ -468,7 +468,7 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.data.build import BuildConfig, build, embedded, on_beam
+        from emu_jax.data.build.build import BuildConfig, build, embedded, on_beam
         from emu_jax.data.sources import SourceConfig
         from emu_jax.train.config_file import override
 

@@ -25,7 +25,7 @@ from flax import nnx
 
 from emu_jax import diffusion
 from emu_jax.data.images import load_image, normalize_images
-from emu_jax.data.video import frame_indices
+from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import api, image
 from emu_jax.generate.prompt import Normalized

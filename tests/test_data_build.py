@@ -19,9 +19,9 @@ import pytest
 
 from emu_jax import cli
 from emu_jax.data import Document, Image, Text, storage
-from emu_jax.data import build as build_module
-from emu_jax.data.build import BuildConfig, build, embedded, on_beam
-from emu_jax.data.clean import CleanConfig, Cleaned, Unfit, clean, store
+from emu_jax.data.build import build as build_module
+from emu_jax.data.build.build import BuildConfig, build, embedded, on_beam
+from emu_jax.data.build.clean import CleanConfig, Cleaned, Unfit, clean, store
 from emu_jax.data.documents import Damaged, DocumentFiles, Source, write_documents
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_sources import TINY, make_image, shade, sketched, source, video
 
-from emu_jax.data import Batches, DataConfig, Document, Image, Text, listings
+from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data.documents import Damaged, write_documents
-from emu_jax.data.sources import SourceConfig
-from emu_jax.data.video import frame_indices
+from emu_jax.data.sources import SourceConfig, listings
+from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 
 USER, ASSISTANT = "[USER]:", "[ASSISTANT]:"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from emu_jax import bench, cli
-from emu_jax.data.build import BuildConfig
+from emu_jax.data.build.build import BuildConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
 from emu_jax.evaluate.run import Options

@@ -18,7 +18,7 @@ from test_golden import emu as release  # noqa: F401  (a fixture)
 from test_sources import video
 
 from emu_jax import config, diffusion
-from emu_jax.data.video import frame_indices
+from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import image, mixed, prompt, text
 from emu_jax.generate.api import Emu, GenerationConfig, _keys, _picture_keys, load

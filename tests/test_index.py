@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from test_sources import TINY, make_image, shown, source, tar
 
-from emu_jax.data import Document, Text, index
+from emu_jax.data import Document, Text
 from emu_jax.data.documents import write_documents
-from emu_jax.data.index import Checked, kept
 from emu_jax.data.outlines import Outlines
-from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.sources import SourceConfig, index, open_source
+from emu_jax.data.sources.index import Checked, kept
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
@@ -201,7 +201,7 @@ def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from emu_jax.data import index\n"
+        "import os, signal, sys; from pathlib import Path; from emu_jax.data.sources import index\n"
         "index._save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "index.kept(Path(sys.argv[1]), 'it', dict)"
     )

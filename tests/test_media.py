@@ -13,12 +13,11 @@ import PIL.Image
 import pytest
 from PIL import ImageOps
 
-from emu_jax.data.clean import CleanConfig, clean
-from emu_jax.data.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
+from emu_jax.data.build.clean import CleanConfig, clean
 from emu_jax.data.documents import Damaged, Document, Image, Text
 from emu_jax.data.images import ImageError, is_animated, load_image, open_image
-from emu_jax.data.unused import Unused
-from emu_jax.data.video import (
+from emu_jax.data.sources.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
+from emu_jax.data.sources.video import (
     CUT_SHORT,
     UNDECODABLE_FRAME,
     VIDEO_SUFFIXES,
@@ -27,6 +26,7 @@ from emu_jax.data.video import (
     sample_frames,
     subtitles,
 )
+from emu_jax.data.unused import Unused
 from emu_jax.generate.prompt import open_file
 
 # Images
@@ -724,7 +724,7 @@ def test_undecodable_frames_are_counted_and_those_before_shown():
 
 
 def test_frames_too_large_to_decode_are_refused(monkeypatch):
-    monkeypatch.setattr("emu_jax.data.video.MOST_PIXELS", SIDES[0] * SIDES[1] // 2)
+    monkeypatch.setattr("emu_jax.data.sources.video.MOST_PIXELS", SIDES[0] * SIDES[1] // 2)
     with pytest.raises(Damaged, match="unreadable video .no frame can be decoded"):
         sample_frames(Video(encode("matroska", "libx264", 2), "it"), 8, None)
 

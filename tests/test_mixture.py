@@ -18,10 +18,10 @@ from emu_jax.data import Batches, DataConfig, Document, Image, Text, outlines
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.documents import Damaged, Source, write_documents
 from emu_jax.data.images import load_image, open_image
-from emu_jax.data.index import kept
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.sources import SourceConfig
+from emu_jax.data.sources.index import kept
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer

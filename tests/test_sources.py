@@ -14,17 +14,17 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from emu_jax.data import Document, Image, Text, listings, outlines, storage, tars
-from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
+from emu_jax.data import Document, Image, Text, outlines, storage
 from emu_jax.data.documents import ABSENT, Damaged, write_documents
 from emu_jax.data.images import open_image
-from emu_jax.data.index import kept
 from emu_jax.data.outlines import Outlines, text_ids
 from emu_jax.data.packing import IMAGE_PART
-from emu_jax.data.pairs import JOINED
-from emu_jax.data.sources import FORMATS, SourceConfig, open_source
+from emu_jax.data.sources import FORMATS, SourceConfig, listings, open_source, tars
+from emu_jax.data.sources.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
+from emu_jax.data.sources.index import kept
+from emu_jax.data.sources.pairs import JOINED
+from emu_jax.data.sources.video import Video, frame_indices, sample_frames, storyboard_times
 from emu_jax.data.unused import Unused
-from emu_jax.data.video import Video, frame_indices, sample_frames, storyboard_times
 from emu_jax.errors import UserError
 from emu_jax.generate.prompt import instruct
 from emu_jax.tokenizer import Tokenizer
@@ -1120,7 +1120,7 @@ def test_what_is_derived_is_kept_and_follows_the_files(tmp_path, monkeypatch):
     tar(tmp_path / "1.tar", {"b.jpg": make_image(60), "b.txt": b"two"})
     walked = []
     walk = tars.members
-    monkeypatch.setattr("emu_jax.data.pairs.members", lambda p: walked.append(p) or walk(p))
+    monkeypatch.setattr("emu_jax.data.sources.pairs.members", lambda p: walked.append(p) or walk(p))
     first = source("webdataset", tmp_path)
     again = source("webdataset", tmp_path)
     assert len(walked) == 2 and first.fingerprint == again.fingerprint

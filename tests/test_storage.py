@@ -71,7 +71,7 @@ def test_large_members_and_entries_are_damage(tmp_path, monkeypatch):
             "c.txt": b"x",
         },
     )
-    monkeypatch.setattr("emu_jax.data.pairs._MOST", (1 << 30, 1000, 100, 100))
+    monkeypatch.setattr("emu_jax.data.sources.pairs._MOST", (1 << 30, 1000, 100, 100))
     assert reasons(source("webdataset", tmp_path)) == dict.fromkeys((1, 2), "file too large")
     entries = [{"q": "what?", "a": "it"}, {"q": "what?", "a": "its"}]
     monkeypatch.setattr(storage, "MOST_ENTRY", len(json.dumps(entries[0])))

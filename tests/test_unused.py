@@ -16,8 +16,8 @@ from emu_jax.data.mixture import open_groups
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.pipeline import Batches
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
+from emu_jax.data.sources.video import storyboard
 from emu_jax.data.unused import EXAMPLES, Tally
-from emu_jax.data.video import storyboard
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 

@@ -21,7 +21,7 @@ CLASSES = (
     ("train/config.py", "MeshConfig", "mesh"),
     ("config.py", "RematConfig", "remat"),
     ("data/config.py", "DataConfig", "data"),
-    ("data/sources.py", "SourceConfig", "data.sources.N"),
+    ("data/sources/open.py", "SourceConfig", "data.sources.N"),
     ("config.py", "EmuConfig", "model"),
     ("config.py", "VisionConfig", "model.vision"),
     ("config.py", "CFormerConfig", "model.cformer"),

@@ -19,10 +19,10 @@ import numpy as np
 from emu_jax.data import storage
 from emu_jax.data.config import PAIRS, DataConfig, Kind
 from emu_jax.data.documents import Source
-from emu_jax.data.index import folder_for
 from emu_jax.data.outlines import Outlines
 from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.sources.index import folder_for
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer

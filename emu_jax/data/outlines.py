@@ -21,8 +21,8 @@ from emu_jax.data.documents import (
     Text,
     check_size,
 )
-from emu_jax.data.index import Arrays, kept
 from emu_jax.data.packing import IMAGE_PART
+from emu_jax.data.sources.index import Arrays, kept
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer

@@ -18,9 +18,9 @@ from PIL import Image
 
 from emu_jax.config import EmuConfig
 from emu_jax.data import storage
-from emu_jax.data.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.images import load_image, open_image
-from emu_jax.data.video import FRAMES, VIDEO_SUFFIXES, Video, sample_frames
+from emu_jax.data.sources.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
+from emu_jax.data.sources.video import FRAMES, VIDEO_SUFFIXES, Video, sample_frames
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, EOS, IMAGE, IMG, USER, Tokenizer
 

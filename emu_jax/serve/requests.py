@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from emu_jax.data.images import open_image
-from emu_jax.data.video import FRAMES, open_container
+from emu_jax.data.sources.video import FRAMES, open_container
 from emu_jax.errors import UserError
 from emu_jax.generate.prompt import Part, open_video
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER

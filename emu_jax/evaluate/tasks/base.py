@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from emu_jax.data.dialogues import IMAGE_SYSTEM
+from emu_jax.data.sources.dialogues import IMAGE_SYSTEM
 from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate.scorers import Scores, frechet
 from emu_jax.tokenizer import ASSISTANT, EOS, USER

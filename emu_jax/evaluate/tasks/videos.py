@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emu_jax.data.dialogues import VIDEO_SYSTEM
-from emu_jax.data.video import VIDEO_SUFFIXES
+from emu_jax.data.sources.dialogues import VIDEO_SYSTEM
+from emu_jax.data.sources.video import VIDEO_SUFFIXES
 from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, vqa
 from emu_jax.evaluate.tasks.base import (

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from emu_jax.data.dialogues import IMAGE_SYSTEM
+from emu_jax.data.sources.dialogues import IMAGE_SYSTEM
 from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, visdial
 from emu_jax.evaluate.tasks.base import (

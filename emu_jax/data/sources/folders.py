@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from emu_jax.data.documents import short_hash
-from emu_jax.data.index import Arrays, folder_for, kept
-from emu_jax.data.tars import Reason, hashed, places, suffixes
+from emu_jax.data.sources.index import Arrays, folder_for, kept
+from emu_jax.data.sources.tars import Reason, hashed, places, suffixes
 
 _VERSION = "folders-1"
 

@@ -17,9 +17,9 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int
 
-from emu_jax.data.cues import read_cues, unroll
 from emu_jax.data.documents import Damaged, Unused
 from emu_jax.data.images import MOST_PIXELS, ImageError, open_image
+from emu_jax.data.sources.cues import read_cues, unroll
 from emu_jax.errors import UserError
 
 FRAMES = 8  # frames of a video that the release shows

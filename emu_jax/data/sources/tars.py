@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from emu_jax.data import storage
-from emu_jax.data.formats import check_format
-from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kept
+from emu_jax.data.sources.formats import check_format
+from emu_jax.data.sources.index import Arrays, fingerprint, folder_for, index_files, kept
 from emu_jax.data.unused import Tally
 
 _BLOCK = tarfile.BLOCKSIZE

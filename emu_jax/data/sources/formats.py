@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from emu_jax.data import storage
-from emu_jax.data.index import Arrays
+from emu_jax.data.sources.index import Arrays
 from emu_jax.errors import UserError
 
 PACKED = (".gz", ".zip")  # compressed listings that are unpacked

@@ -23,11 +23,11 @@ from emu_jax.data.documents import (
     short_hash,
     utf8,
 )
-from emu_jax.data.index import Arrays, fingerprint, index_files
-from emu_jax.data.listings import parse_object
-from emu_jax.data.tars import Member, members, note
+from emu_jax.data.sources.index import Arrays, fingerprint, index_files
+from emu_jax.data.sources.listings import parse_object
+from emu_jax.data.sources.tars import Member, members, note
+from emu_jax.data.sources.video import VIDEO_SUFFIXES, Video, sample_frames
 from emu_jax.data.unused import Tally, Unused
-from emu_jax.data.video import VIDEO_SUFFIXES, Video, sample_frames
 from emu_jax.errors import UserError
 
 _VERSION = "samples-5"

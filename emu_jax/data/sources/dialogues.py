@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Document, Image, Text
-from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
+from emu_jax.data.sources.listings import MALFORMED, Entries, Listed, Media
+from emu_jax.data.sources.video import VIDEO_SUFFIXES, Clip, Video, sample_frames
 from emu_jax.data.unused import Unused
-from emu_jax.data.video import VIDEO_SUFFIXES, Clip, Video, sample_frames
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 # System messages of the instruction-tuned model (`Emu1/inference.py`).

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emu_jax.data import storage
-from emu_jax.data.cues import EMPTY, UNREADABLE
 from emu_jax.data.documents import Damaged, Document, Image, Text, utf8
-from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
-from emu_jax.data.unused import Unused
-from emu_jax.data.video import (
+from emu_jax.data.sources.cues import EMPTY, UNREADABLE
+from emu_jax.data.sources.listings import MALFORMED, Entries, Listed, Media
+from emu_jax.data.sources.video import (
     Frame,
     Subtitles,
     Video,
@@ -25,6 +24,7 @@ from emu_jax.data.video import (
     storyboard_times,
     subtitles,
 )
+from emu_jax.data.unused import Unused
 
 _JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*[{\]]")  # the beginning of a list of objects
 _MOST_FRAMES = 100_000  # of a video with subtitles; a listing that asks for more is wrong

@@ -15,10 +15,10 @@ from jaxtyping import UInt8
 
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Source, short_hash, utf8
-from emu_jax.data.folders import SubFolders, stamp
-from emu_jax.data.formats import PACKED, check_format, check_twins, unpack
-from emu_jax.data.index import Arrays, fingerprint, folder_for, index_files, kept
-from emu_jax.data.tars import Reason, TarFiles, plain
+from emu_jax.data.sources.folders import SubFolders, stamp
+from emu_jax.data.sources.formats import PACKED, check_format, check_twins, unpack
+from emu_jax.data.sources.index import Arrays, fingerprint, folder_for, index_files, kept
+from emu_jax.data.sources.tars import Reason, TarFiles, plain
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 

@@ -36,7 +36,7 @@ import PIL
 
 from emu_jax.config import to_dict
 from emu_jax.data import storage
-from emu_jax.data.clean import CleanConfig, Cleaned, clean
+from emu_jax.data.build.clean import CleanConfig, Cleaned, clean
 from emu_jax.data.documents import (
     Damaged,
     Document,

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from emu_jax.data.documents import ABSENT, Damaged, Document, Image, Text
-from emu_jax.data.listings import MALFORMED, Entries, Listed, Media
+from emu_jax.data.sources.listings import MALFORMED, Entries, Listed, Media
 from emu_jax.data.unused import Unused
 
 

@@ -1,4 +1,4 @@
-"""Sources of documents, one for each supported format.
+"""The configuration of a source, and the table of supported formats.
 
 A source reads its files in place. The index of its documents (offsets in a tar, lines of a
 listing) is built once, without decoding an image, and cached (`index.py`).
@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Callable
 
 from emu_jax.data import storage
-from emu_jax.data.dialogues import Dialogues
 from emu_jax.data.documents import DocumentFiles, Source
-from emu_jax.data.formats import PACKED
-from emu_jax.data.listings import Entries, Media
-from emu_jax.data.pages import Pages
-from emu_jax.data.pairs import Pairs, TfdsPairs
-from emu_jax.data.videos import SubtitledVideos, Videos
+from emu_jax.data.sources.dialogues import Dialogues
+from emu_jax.data.sources.formats import PACKED
+from emu_jax.data.sources.listings import Entries, Media
+from emu_jax.data.sources.pages import Pages
+from emu_jax.data.sources.pairs import Pairs, TfdsPairs
+from emu_jax.data.sources.videos import SubtitledVideos, Videos
 from emu_jax.errors import UserError, suggest
 
 
