@@ -1,30 +1,21 @@
-"""The visual encoder, contrastively on digits and their captions: EVA-CLIP's stand-in.
+"""Contrastive training of the visual encoder on digits and their captions, in place of EVA-CLIP.
 
 emu-jax train --config configs/digits_clip.py --workdir runs/digits_clip
 """
 
-from emu_jax.config import digits
-from emu_jax.train.config import (
-    GroupConfig,
-    OptimizerConfig,
-    TrainConfig,
-    config_dict,
-    digits_data,
-)
+from ml_collections import ConfigDict
+
+from emu_jax.train.config import GroupConfig, OptimizerConfig, digits_config, digits_data
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            name="digits_clip",
-            objective="clip",
-            model=digits(),
-            data=digits_data(batch_size=128, row_tokens=12),
-            optimizer=OptimizerConfig(
-                groups=(GroupConfig(lr=1e-3, warmup_steps=50),), weight_decay=0.1
-            ),
-            steps=600,
-            dtype="float32",
-            checkpoint_every=200,
-        )
+def get_config() -> ConfigDict:
+    return digits_config(
+        "digits_clip",
+        objective="clip",
+        data=digits_data(batch_size=128, row_tokens=12),
+        optimizer=OptimizerConfig(
+            groups=(GroupConfig(lr=1e-3, warmup_steps=50),), weight_decay=0.1
+        ),
+        steps=600,
+        checkpoint_every=200,
     )

@@ -1,15 +1,17 @@
-"""Pretraining of the whole 14B model with the paper's hyperparameters.
+"""Pretraining of the 14B model with the paper's hyperparameters; all parameters are trained.
 
     emu-jax plan --config configs/emu_14b.py --topology v5p:4x4x8
     emu-jax train --config configs/emu_14b.py --workdir runs/emu_14b \\
         --config.data.tokenizer=LLAMA_DIR
 
-A step is 1,024 rows of 2,048 tokens and 16 pictures. The sources share rows, in proportion to the
-paper's batches of 128, 128, 64, 16 and 16 (whether those are per step or per GPU it does not say);
-docs/data.md says what their files hold, and how a source gets batches of its own.
+A step has 1,024 rows of 2,048 tokens and 16 images. Sources share rows in proportion to the paper's
+batches of 128, 128, 64, 16 and 16; the paper does not say whether these are per step or per GPU.
+docs/data.md describes their files, and how a source gets batches of its own.
 """
 
 import dataclasses
+
+from ml_collections import ConfigDict
 
 from emu_jax.config import emu_14b
 from emu_jax.data.config import SourceConfig
@@ -18,8 +20,8 @@ from emu_jax.train.config import config_dict, pretraining
 SOURCES = (
     SourceConfig("laion_2b", "webdataset", ("data/laion-2b/*.tar",), weight=128),
     SourceConfig("laion_coco", "webdataset", ("data/laion-coco/*.tar",), weight=128),
-    # Half of the pages as windows of 1,024 tokens with their first five pictures, half as five
-    # random pictures with their sentences.
+    # Half of the pages as windows of 1,024 tokens with their first five images, half as five
+    # random images with their sentences.
     SourceConfig(
         "mmc4",
         "pages",
@@ -51,16 +53,16 @@ SOURCES = (
 )
 
 
-def get_config():
+def get_config() -> ConfigDict:
     release = emu_14b()
-    # Rows that only round the vocabulary up are split over chips, and trimmed on export.
+    # Padding rows let the vocabulary be sharded; they are trimmed on export.
     llama = dataclasses.replace(release.llama, vocab_multiple=128)
     cfg = pretraining("emu_14b", dataclasses.replace(release, llama=llama))
     return config_dict(
         dataclasses.replace(
             cfg,
             data=dataclasses.replace(cfg.data, sources=SOURCES),
-            # The best found so far, by plans (docs/scaling.md).
+            # The best settings of docs/scaling.md for 1,024 rows.
             tuned={
                 "v5p": ("remat.llama=dots",),
                 "v5e": ("mesh.fsdp=64",),

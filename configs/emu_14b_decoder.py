@@ -1,14 +1,16 @@
-"""The visual decoder of the 14B model: Stable Diffusion's U-Net, on the embeddings that the
-frozen model regresses after a caption (paper, visual decoding).
+"""The visual decoder of the 14B model: Stable Diffusion's U-Net, conditioned on the embeddings that
+the frozen model regresses after a caption (paper, visual decoding).
 
     emu-jax train --config configs/emu_14b_decoder.py --workdir runs/emu_decoder \\
         --config.init_from=runs/emu
 
-DATA holds WebDataset tars of pictures and captions of at most 150 characters. One context in ten
-is dropped to `<s>[IMG]`, which guidance takes as its unconditional one. What is frozen is kept in
-bfloat16 and is not saved again: checkpoints hold the U-Net, its average and its moments.
-docs/finetuning.md tells how conditions and latents are computed once.
+DATA holds WebDataset tars of images and captions of at most 150 characters. One context in ten is
+dropped to `<s>[IMG]`, the unconditional context of guidance. Frozen parameters are stored in
+bfloat16 and not saved: checkpoints hold the U-Net, its average and its moments.
+docs/finetuning.md says how to compute conditions and latents once.
 """
+
+from ml_collections import ConfigDict
 
 from emu_jax.config import RematConfig, emu_14b
 from emu_jax.data.pipeline import DataConfig
@@ -16,7 +18,7 @@ from emu_jax.data.sources import SourceConfig
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return config_dict(
         TrainConfig(
             name="emu_14b_decoder",

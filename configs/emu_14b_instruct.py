@@ -1,15 +1,17 @@
-"""Instruction tuning of the 14B model by low-rank adapters on its attention (paper, Emu-I).
+"""Instruction tuning of the 14B model with LoRA adapters on its attention (paper, Emu-I).
 
     emu-jax train --config configs/emu_14b_instruct.py --workdir runs/emu_instruct \\
         --config.init_from=runs/emu
 
-DATA holds the JSON files of five sets of dialogues, and the pictures and videos that they name
-(docs/data.md); answers alone are scored. The paper names the sets, not how often each is drawn:
-here it is in proportion to its published size. The adapters are the release's: rank 16, alpha 16,
-dropout 0.05 on q, k, v and o. What is frozen is kept in bfloat16 and is not saved again: a
-checkpoint holds the adapters and their moments. The batch size, the number of steps, the rate and
-its warmup are as the authors' reports have them; the rest of the optimizer is pretraining's.
+DATA holds the JSON files of five sets of dialogues, and their images and videos (docs/data.md).
+Only answers are learned. The paper names the sets but not their weights; here they are
+proportional to their published sizes. Adapters are the release's: rank 16, alpha 16, dropout 0.05
+on q, k, v and o. Frozen parameters are stored in bfloat16 and not saved: a checkpoint holds the
+adapters and their moments. Batch size, steps, learning rate and warm-up follow the authors'
+reports; the rest of the optimizer is pretraining's.
 """
+
+from ml_collections import ConfigDict
 
 from emu_jax.config import RematConfig, emu_14b_instruct
 from emu_jax.data.pipeline import DataConfig
@@ -27,7 +29,7 @@ def dialogues(name: str, weight: float) -> SourceConfig:
     )
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return config_dict(
         TrainConfig(
             name="emu_14b_instruct",

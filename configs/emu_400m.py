@@ -4,9 +4,11 @@ emu-jax train --config configs/emu_400m.py --workdir runs/emu_400m
 emu-jax plan --config configs/emu_400m.py --topology v5e:4x4
 """
 
+from ml_collections import ConfigDict
+
 from emu_jax.config import emu_ladder
 from emu_jax.train.config import config_dict, pretraining
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return config_dict(pretraining("emu_400m", emu_ladder("0.4B")))

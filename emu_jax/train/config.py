@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import EmuConfig, RematConfig, to_dict
+from emu_jax.config import EmuConfig, RematConfig, digits, to_dict
 from emu_jax.data.pipeline import DataConfig
 
 
@@ -140,3 +140,8 @@ def digits_data(**changes: Any) -> DataConfig:
 def config_dict(cfg: TrainConfig) -> ConfigDict:
     """Returns a config as the ConfigDict that a file in configs/ returns."""
     return ConfigDict(to_dict(cfg))
+
+
+def digits_config(name: str, **changes: Any) -> ConfigDict:
+    """Returns the config of a stage on the digits: the small model, in float32."""
+    return config_dict(TrainConfig(name=name, **{"model": digits(), "dtype": "float32"} | changes))
