@@ -1062,6 +1062,12 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
                 batches.restore({"kind": "rows", "step": step, "groups": groups})
         with pytest.raises(UserError, match="is row 1000 of block 0, where these sources have no"):
             batches.restore({"kind": "rows", "step": 9, "groups": [[0, 1000]]})
+        with pytest.raises(UserError, match="position is for None batches"):
+            batches.restore({"step": 0, "groups": [[0, 0]]})
+    with Batches(cfg, tokenizer, "images") as batches:  # called "pictures" in older checkpoints
+        state = batches.state()
+        batches.restore(state | {"kind": "pictures"})
+        assert batches.state() == state
 
 
 def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokenizer):

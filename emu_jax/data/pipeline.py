@@ -27,6 +27,7 @@ __all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]
 
 log = logging.getLogger(__name__)
 
+_FORMER_KINDS: dict[Kind, str] = {"images": "pictures"}  # names in older checkpoints
 _LEAST_SEEN = 1000  # documents, before the share of damaged ones is meaningful
 
 
@@ -123,7 +124,7 @@ class Batches(Iterator[Batch]):
             UserError: `state` is damaged, belongs to another kind of batches or to other groups
                 of sources, or is not a position in these sources.
         """
-        if state.get("kind") != self._kind:
+        if state.get("kind") not in (self._kind, _FORMER_KINDS.get(self._kind, self._kind)):
             raise UserError(
                 f"the checkpoint's data position is for {state.get('kind')!r} batches, "
                 f"this run reads {self._kind!r}: start it in a new workdir"
