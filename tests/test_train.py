@@ -1,6 +1,7 @@
 """The training step on any mesh, restarts, and what ends a run."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.config import RematConfig, TokenIds, digits
+from emu_jax.config import TokenIds, digits, load_json, to_dict
 from emu_jax.data.digits import build_digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.errors import UserError
@@ -446,12 +447,6 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
     with pytest.raises(UserError, match="make the three multiply to"):
         train(dataclasses.replace(base, mesh=MeshConfig(3, 1, 1)), tmp_path / "d")
     for change, message in (
-        ({"remat": RematConfig(llama="ful")}, "did you mean 'full'"),
-        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
-        ({"log_every": 0}, "at least 1"),
-        ({"loss_block": -1}, "loss_block is -1: make it at least 0"),
-        ({"optimizer": OptimizerConfig(groups=(GroupConfig("(", lr=1e-3),))}, "pattern"),
-        ({"data": dataclasses.replace(base.data, batch_size=0)}, "batch_size 0"),
         ({"data": dataclasses.replace(base.data, n_causal=5)}, "n_causal is 5, the model needs 4"),
         ({"model": dataclasses.replace(base.model, tokens=TokenIds())}, "the tokenizer's are"),
     ):
@@ -462,6 +457,43 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
     model = dataclasses.replace(base.model, vision=wider)
     with pytest.raises(UserError, match="its vision is not configured as"):
         train(dataclasses.replace(base, model=model, parents={"visual": "../e"}), tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("remat.llama", "ful", "unknown remat.llama 'ful'; did you mean 'full'"),
+        ("dtype", "bfloat", "unknown dtype 'bfloat'; did you mean 'bfloat16'"),
+        ("attention", "spalsh", "unknown attention 'spalsh'; did you mean 'splash'"),
+        ("log_every", 0, "log_every is 0: make it at least 1"),
+        ("loss_block", -1, "loss_block is -1: make it at least 0"),
+        ("hang_seconds", float("nan"), "hang_seconds is nan: make it at least 0"),
+        ("ema_decay", 1.0, "ema_decay is 1.0: make it at least 0.0 and below 1.0"),
+        ("profile_steps", "5", "profile_steps '5'"),
+        ("mesh.fsdp", -1, r"fsdp is -1 \(mesh\): make it at least 0"),
+        ("data.batch_size", 0, "'batch_size' must be at least 1"),
+        ("optimizer.b2", 1.0, r"b2 is 1.0 \(optimizer\): make it at least 0.0 and below 1.0"),
+        ("optimizer.clip_norm", 0.0, r"clip_norm is 0.0 \(optimizer\): make it above 0.0"),
+        ("optimizer.moments_dtype", "float16", "optimizer.moments_dtype 'float16'"),
+        ("optimizer.groups.0.pattern", "(", "optimizer pattern '\\('"),
+        ("optimizer.groups.0.lr", -1.0, "lr is -1.0 .*: make it at least 0.0"),
+        ("optimizer.groups.0.decay", "cosin", "unknown decay 'cosin' .*did you mean 'cosine'"),
+    ],
+)
+def test_a_bad_setting_is_refused_where_it_is_read(key, value, message, tmp_path):
+    """From a config file as from the run directory of an older version, with one line."""
+    values = to_dict(TrainConfig())
+    *path, last = key.split(".")
+    group = values
+    for part in path:
+        group = group[int(part) if isinstance(group, list) else part]
+    group[last] = value
+    (tmp_path / "train.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message) as told:
+        load_json(TrainConfig, tmp_path / "train.json")
+    assert str(told.value).startswith(f"{tmp_path / 'train.json'}: ") and "\n" not in str(
+        told.value
+    )
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)

@@ -349,7 +349,7 @@ def test_tallies_add_up():
 
 def test_settings_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="'sources.0.allow_missing' must name .*'pictures'"):
-        DataConfig(sources=(SourceConfig("a", allow_missing=("pictures",)),)).check()
+        DataConfig(sources=(SourceConfig("a", allow_missing=("pictures",)),))
 
 
 def test_the_first_sheet_tells_how_large_a_tile_is():

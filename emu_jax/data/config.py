@@ -83,7 +83,7 @@ class DataConfig:
             self.batch_size
         }
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Validates the config.
 
         Raises:
@@ -92,6 +92,8 @@ class DataConfig:
         smallest = self.n_causal + 4
         rules: list[tuple[str, bool, str]] = [
             ("seed", 0 <= self.seed < 2**32, "be in 0 .. 2**32 - 1"),
+            ("batch_size", self.batch_size >= 1, "be at least 1"),
+            ("n_causal", self.n_causal >= 1, "be at least 1"),
             ("row_tokens", self.row_tokens >= smallest, f"hold one image: at least {smallest}"),
             ("row_images", self.row_images >= 1, "be at least 1"),
             ("block_documents", self.block_documents >= 1, "be at least 1"),

@@ -69,7 +69,6 @@ class Batches(Iterator[Batch]):
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, get_args(Kind))}")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
-        cfg.check()
         for size in sorted(cfg.batch_sizes()):
             if size < 1 or size % process_count:
                 raise UserError(

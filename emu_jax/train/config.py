@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from emu_jax.config import EmuConfig, RematConfig, digits, to_dict
 from emu_jax.data.pipeline import DataConfig
+from emu_jax.errors import UserError, suggest
+from emu_jax.models.attention import BACKENDS
+from emu_jax.models.layers import REMAT
+from emu_jax.train.tracing import parse_steps
+
+DECAYS = ("cosine", "constant", "steps")
+DTYPES = ("bfloat16", "float32")  # of the computation, and of the optimizer's first moment
+_AT_LEAST_ONE = (
+    "steps",
+    "accumulate",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_bad_steps",
+)
+_AT_LEAST_ZERO = ("text_weight", "regression_weight", "kl_weight", "loss_block", "hang_seconds")
+
+
+def _check_range(
+    config: object,
+    name: str,
+    least: float,
+    *,
+    below: float = math.inf,
+    exclusive: bool = False,
+    where: str = "",
+) -> None:
+    """Checks that a number is finite, at least `least` (or above it) and less than `below`.
+
+    Raises:
+        UserError: the number is out of range.
+    """
+    value = getattr(config, name)
+    if (value > least if exclusive else value >= least) and value < below:
+        return
+    rule = f"above {least}" if exclusive else f"at least {least}"
+    rule += f" and below {below}" if below < math.inf else ""
+    raise UserError(f"{name} is {value}{where}: make it {rule}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +64,27 @@ class GroupConfig:
     decay: str = "cosine"
     final_fraction: float = 0.0
     drops: tuple[tuple[float, float], ...] = ()  # (step, learning rate from there on), in order
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            UserError: a setting is out of range, the pattern is invalid, or the drops are not in
+                order after the warm-up.
+        """
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"optimizer pattern {self.pattern!r}: {error}") from None
+        where = f" (optimizer group {self.pattern!r})"
+        for name in ("lr", "delay_steps", "warmup_steps", "final_fraction"):
+            _check_range(self, name, 0.0, where=where)
+        if self.decay not in DECAYS:
+            raise UserError(f"unknown decay {self.decay!r}{where}{suggest(self.decay, DECAYS)}")
+        start = self.delay_steps + self.warmup_steps
+        steps = [start, *(step for step, _ in self.drops)]
+        if self.decay == "steps" and any(a >= b for a, b in itertools.pairwise(steps)):
+            raise UserError(f"optimizer drops {self.drops} must rise from after step {start}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +101,23 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            UserError: a setting is out of range, or the dtype is unknown.
+        """
+        if self.moments_dtype not in DTYPES:
+            raise UserError(
+                f"unknown optimizer.moments_dtype {self.moments_dtype!r}"
+                f"{suggest(self.moments_dtype, DTYPES)}"
+            )
+        for name in ("b1", "b2"):
+            _check_range(self, name, 0.0, below=1.0, where=" (optimizer)")
+        for name in ("eps", "clip_norm"):
+            _check_range(self, name, 0.0, exclusive=True, where=" (optimizer)")
+        _check_range(self, "weight_decay", 0.0, where=" (optimizer)")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -47,6 +126,15 @@ class MeshConfig:
     data: int = 0
     fsdp: int = 0
     tensor: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            UserError: a number is negative.
+        """
+        for name in ("data", "fsdp", "tensor"):
+            _check_range(self, name, 0, where=" (mesh)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +177,29 @@ class TrainConfig:
     profile_steps: str = ""  # "10:13" traces steps 10, 11 and 12; SIGUSR1 traces the next three
     hang_seconds: float = 600.0  # without a step: stack traces of all threads; 0 writes none
     max_bad_steps: int = 20  # non-finite steps in a row before training stops
+
+    def __post_init__(self) -> None:
+        """Checks the settings that need neither devices nor data.
+
+        Raises:
+            UserError: a setting is out of range, or a name is unknown.
+        """
+        for tower, policy in dataclasses.asdict(self.remat).items():
+            if policy not in REMAT:
+                raise UserError(f"unknown remat.{tower} {policy!r}{suggest(policy, REMAT)}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {self.dtype!r}{suggest(self.dtype, DTYPES)}")
+        backends = ("auto", *BACKENDS)
+        if self.attention not in backends:
+            raise UserError(
+                f"unknown attention {self.attention!r}{suggest(self.attention, backends)}"
+            )
+        for name in _AT_LEAST_ONE:
+            _check_range(self, name, 1)
+        for name in _AT_LEAST_ZERO:
+            _check_range(self, name, 0)
+        _check_range(self, "ema_decay", 0.0, below=1.0)
+        parse_steps(self.profile_steps)
 
 
 def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
