@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# The compiler's flags, by accelerator: the one place that names any, but for two that `emu-jax
-# plan` cannot do without (`SAFE` in emu_jax/plan/plan.py). Prints what to export:
+# Compiler flags by accelerator. This is the only place that names any, except for the two flags that
+# every plan needs (`SAFE` in emu_jax/plan/plan.py). Prints the variable to export:
 #
 #   source <(launch/flags.sh v5p)             # one slice
 #   source <(launch/flags.sh v5e 2)           # two slices
 #   emu-jax plan --config configs/emu_14b.py --topology v5e:16x16 --slices 2
 #
-# Only what differs from the default of the pinned libtpu or jaxlib is here, each with its
-# reason and where it was found (docs/launch.md has the list); tests/test_launch.py compiles
-# with every one. EXTRA_FLAGS, where set, comes last and therefore wins.
+# Only flags that differ from the defaults of the pinned libtpu or jaxlib are listed, each with its
+# reason and its source (docs/launch.md lists the sources). tests/test_launch.py compiles with every
+# flag. EXTRA_FLAGS comes last, so it wins.
 set -euo pipefail
 
-# The flags of the accelerator `$1` for `$2` slices, one a line: flag, `#`, reason.
+# Prints the flags of the accelerator `$1` for `$2` slices, one per line: flag, `#`, reason.
 flags() {
   case $1 in
     v4) cat <<'END'
---xla_enable_async_all_gather=true           # weights arrive while the chip computes: the default from v5 on [axlearn, MaxText v4]
+--xla_enable_async_all_gather=true           # weights arrive while the chip computes; the default from v5 on [axlearn, MaxText v4]
 --xla_enable_async_collective_permute=true   # the same for the permutes of tensor sharding [axlearn]
 END
       ;;
@@ -66,21 +66,21 @@ END
   esac
   if [[ $1 != gpu ]]; then
     cat <<'END'
---xla_tpu_nested_dot_fusion=false               # libtpu 0.0.42.1 overflows its stack on some products inside products [docs/scaling.md]
---xla_tpu_dot_dot_fusion=false                  # the same [docs/scaling.md]
+--xla_tpu_nested_dot_fusion=false               # libtpu 0.0.42.1 overflows its stack on some nested matmuls [docs/notes/scaling.md]
+--xla_tpu_dot_dot_fusion=false                  # the same [docs/notes/scaling.md]
 END
   fi
   if [[ $1 != gpu && $2 -gt 1 ]]; then
     cat <<'END'
---megascale_grpc_premap_memory_bytes=17179869184  # host memory for transfers between slices: 4 GiB, the default, is small for a large model [axlearn]
---megascale_graph_hang_threshold=10m              # 5 minutes, the default, calls a slow save a hang [axlearn]
---megascale_error_reporter_abort_on_hang=true     # a slice that hangs ends the run, which then starts again [axlearn]
---megascale_error_reporter_abort_on_error=true    # the same for one that fails [axlearn]
+--megascale_grpc_premap_memory_bytes=17179869184  # host memory for transfers between slices; the default of 4 GiB is small for a large model [axlearn]
+--megascale_graph_hang_threshold=10m              # the default of 5 minutes takes a slow save for a hang [axlearn]
+--megascale_error_reporter_abort_on_hang=true     # a hanging slice ends the run, which then restarts [axlearn]
+--megascale_error_reporter_abort_on_error=true    # the same for a failing slice [axlearn]
 END
   fi
 }
 
-# The same as one environment variable, NAME=VALUE.
+# Prints these flags as one environment variable, NAME=VALUE.
 flags_variable() {
   local lines line words=() name=LIBTPU_INIT_ARGS
   [[ $1 != gpu ]] || name=XLA_FLAGS

@@ -6,21 +6,21 @@
 #     --image "$IMAGE" --bucket my-bucket -- \
 #     --config configs/emu_14b.py --workdir /bucket/emu_14b
 #
-#   pool   makes a node pool for each slice    stop    lets training save and end
-#   run    (re)starts training                 delete  removes the node pools: they cost until then
+#   pool   creates a node pool for each slice  stop    saves, then ends training
+#   run    (re)starts training                 delete  removes the node pools, which cost until then
 #   tail   follows the first host's log        yaml    prints the JobSet
-# The same options may stand with every verb; --dry-run prints what would be run. The cluster has
-# JobSet installed, and kubectl points to it: docs/launch.md. JobSet starts everything again when
-# a host fails or is preempted; preemptions do not count as failures.
+# All verbs accept the same options; --dry-run prints the commands. The cluster needs JobSet, and
+# kubectl must point to the cluster (docs/launch.md). JobSet restarts everything when a host fails or
+# is preempted; preemptions do not count as failures.
 #
-# --bucket is mounted in every pod, at /bucket if it names no other place: by the cluster's Cloud
-# Storage FUSE driver, as the pods' Kubernetes service account. docs/launch.md says how to make the
-# bucket, which has to have a hierarchical namespace, and how to let that account use it.
+# --bucket is mounted in every pod, by default at /bucket, by the cluster's Cloud Storage FUSE driver
+# and as the pods' Kubernetes service account. The bucket needs a hierarchical namespace, and the
+# account needs access to it (docs/launch.md).
 #
 # Environment:
-#   GRACE     seconds that training has to save and end when it is stopped (default: 300)
-#   RESTARTS  failures, preemptions aside, after which JobSet gives up (default: 10)
-#   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
+#   GRACE     seconds that training gets to save and end (default: 300)
+#   RESTARTS  failures, not counting preemptions, after which JobSet gives up (default: 10)
+#   EXTRA_FLAGS  compiler flags, appended to those of launch/flags.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -42,7 +42,7 @@ name=${option[name]}
   usage "--name is '$name': Kubernetes wants small letters, digits and dashes"
 namespace="--namespace=${option[namespace]:-default}"
 
-# The nodes, by the names that GKE has for them. All of these have four chips.
+# Sets the names that GKE uses for the nodes. All of these have four chips.
 hardware() {
   need topology
   read_topology
@@ -56,7 +56,7 @@ hardware() {
   esac
 }
 
-# What every gcloud command on the cluster ends with.
+# Sets the last arguments of every gcloud command on the cluster.
 where() {
   need cluster location
   at=("--cluster=${option[cluster]}" "--location=${option[location]}")
@@ -71,7 +71,7 @@ pool() {
   [[ -z ${option[reservation]:-} ]] ||
     more+=(--reservation-affinity=specific "--reservation=${option[reservation]}")
   if [[ $generation == tpu7x ]]; then
-    # Its pools take the place of their hosts from a policy, which is a region's.
+    # Its pools take the placement of hosts from a policy, which belongs to a region.
     run gcloud compute resource-policies create workload-policy "$name" --type=HIGH_THROUGHPUT \
       "--accelerator-topology=$shape" "--region=${option[location]%-?}" "${at[@]:2}"
     more+=("--placement-policy=$name")
@@ -82,13 +82,14 @@ pool() {
   done
 }
 
-# A YAML string in double quotes.
+# Prints a YAML string in double quotes.
 yaml_string() {
   local text=${1//\\/\\\\}
   echo "\"${text//\"/\\\"}\""
 }
 
-# One Job a slice, one pod a host. A pod that fails ends its Job, and with it the JobSet's try.
+# Prints the JobSet: one Job per slice, one pod per host. A failed pod fails its Job, and the JobSet
+# then restarts all of them.
 yaml() {
   hardware
   need image
@@ -102,8 +103,8 @@ yaml() {
   variable=$(flags_variable "$generation" "$slices")
   [[ -z ${option[spot]:-} ]] || spot='
                 cloud.google.com/gke-spot: "true"'
-  # The limits are those of the container that mounts: none, so that checkpoints of any size pass.
-  # Nothing that is known of a file is kept: another host may have changed it.
+  # The container that mounts the bucket has no limits, so that checkpoints of any size pass. Metadata
+  # is not cached, because another host may have changed a file.
   [[ -z $bucket ]] || annotations='
             metadata:
               annotations:
@@ -126,7 +127,7 @@ kind: JobSet
 metadata:
   name: $name
   annotations:
-    # A slice is a node pool, and no two Jobs share one.
+    # A slice is a node pool, and no two Jobs share a slice.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
@@ -167,7 +168,7 @@ spec:
                   imagePullPolicy: Always
                   args:$args
                   env:
-                    # GKE tells the rest: who this host is, and where the first one.
+                    # GKE sets the rest: this host's number, and the first host's address.
                     - {name: JAX_NUM_PROCESSES, value: "$((hosts * slices))"}
                     - name: ${variable%%=*}
                       value: $(yaml_string "${variable#*=}")
@@ -178,7 +179,7 @@ spec:
 END
 }
 
-# Removes the JobSet, and waits until its pods have saved and ended.
+# Removes the JobSet and waits until its pods have saved and ended.
 stop() {
   run kubectl delete jobset "$name" "$namespace" --ignore-not-found --cascade=foreground
 }

@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What the scripts of this directory share: their options, --dry-run, TPU topologies. Sourced.
+# Sourced by the scripts of this directory: options, --dry-run, TPU topologies.
 #
-# A script sets `usage` (its usage line), `options` (those with a value) and `switches` (those
+# A script sets `usage` (its usage line), `options` (options with a value) and `switches` (options
 # without), then calls `parse "$@"`, which fills:
 #   verb     the first word
-#   option   by name, without the dashes
-#   train    what follows `--`: the arguments of `emu-jax train`
-#   given    whether there was a `--`
+#   option   values by name, without the dashes
+#   train    the words after `--`: the arguments of `emu-jax train`
+#   given    "yes" if there was a `--`
 declare -A option=()
 verb='' given='' train=()
 
-# Ends the script with status 2: what is wrong, then the usage line.
+# Prints what is wrong and the usage line, and ends the script with status 2.
 usage() {
   [[ $# -eq 0 ]] || echo "${0##*/}: $1" >&2
   echo "usage: ${usage:?}" >&2
@@ -47,7 +47,7 @@ need() {
   for name; do [[ -n ${option[$name]:-} ]] || usage "$verb needs --$name"; done
 }
 
-# Ends the script unless there are arguments for `emu-jax train`, and a workdir that it takes.
+# Ends the script unless there are arguments for `emu-jax train`, with a workdir that it accepts.
 need_train() {
   [[ -n $given && ${#train[@]} -gt 0 ]] ||
     usage "$verb needs the arguments of emu-jax train after --"
@@ -60,7 +60,7 @@ need_train() {
   done
 }
 
-# Reads --bucket into `bucket` and `mount_point`, which are empty without it.
+# Reads --bucket into `bucket` and `mount_point`; both are empty without it.
 read_bucket() {
   bucket=${option[bucket]:-} mount_point=''
   [[ -n $bucket ]] || return 0
@@ -71,14 +71,14 @@ read_bucket() {
   bucket=${bucket%%:*} mount_point=${mount_point:-/bucket}
 }
 
-# The option `$1`, or `$2` without it; a whole number from 1 up.
+# Prints the value of option `$1` (default: `$2`), which must be a whole number of at least 1.
 number() {
   local value=${option[$1]:-$2}
   [[ $value =~ ^[1-9][0-9]*$ ]] || usage "--$1 is '$value': make it a number from 1 up"
   echo "$value"
 }
 
-# A command as one line that can be pasted into a shell.
+# Prints a command as one line that can be pasted into a shell.
 quote() {
   local word line=''
   for word; do
@@ -93,7 +93,7 @@ run() {
   if [[ ${option[dry-run]:-} ]]; then quote "$@"; else "$@"; fi
 }
 
-# The same, with the text `$1` on its stdin.
+# Runs a command with the text `$1` on its stdin; --dry-run prints both.
 feed() {
   local text=$1
   shift
@@ -104,8 +104,8 @@ feed() {
   fi
 }
 
-# Reads --topology, spelled as `emu-jax plan` does (v5p:4x4x8), into `generation`, `shape`
-# and `chips`, and --slices into `slices`.
+# Reads --topology, spelled as for `emu-jax plan` (v5p:4x4x8), into `generation`, `shape` and `chips`,
+# and --slices into `slices`.
 read_topology() {
   local topology=${option[topology]} axes=3
   generation=${topology%%:*} shape=${topology#*:}

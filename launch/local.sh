@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine, as a pod does with one a host:
+# Trains with N processes on this machine, as a pod does with one process per host:
 #
 #   launch/local.sh 2 --config configs/digits.py --workdir runs/digits
 #
-# What follows N goes to `emu-jax train`. When one process fails, the others are stopped and
-# its status is returned; --dry-run prints what would be run. Needs bash 4.3 or later, as all of
-# these scripts do. Environment:
+# The arguments after N go to `emu-jax train`. When one process fails, the others are stopped and its
+# status is returned. --dry-run prints the commands. All scripts of this directory need bash 4.3 or
+# later. Environment:
 #   EMU_JAX  the command (default: .venv/bin/emu-jax of this checkout)
-#   PORT     of the coordinator (default: one that is free)
-#   DEVICES  CPU devices for each process (default: 1)
-#   GRACE    seconds that a process has to save and end (default: 60)
+#   PORT     port of the coordinator (default: a free one)
+#   DEVICES  CPU devices per process (default: 1)
+#   GRACE    seconds that a process gets to save and end (default: 60)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/lib.sh
@@ -29,12 +29,12 @@ shift
 emu_jax=${EMU_JAX:-$root/.venv/bin/emu-jax}
 port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
-# Each process in its own group, so that Ctrl-C reaches it once, through `stop`.
+# Each process has its own group, so that Ctrl-C reaches it once, through `stop`.
 set -m
 pids=()
 
-# Asks the processes to save and end, and ends those that do not: one that waits for a peer
-# that is gone never would.
+# Asks the processes to save and end, and kills those that do not: a process that waits for a dead
+# peer never ends by itself.
 stop() {
   trap - EXIT INT TERM
   kill "${pids[@]}" 2>/dev/null || return 0

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a SLURM cluster, one process a GPU, in a container (pyxis) or from a
+# Trains on the GPUs of a SLURM cluster, one process per GPU, in a container (pyxis) or from a
 # virtual environment that every node sees:
 #
 #   launch/slurm.sh run --name emu --nodes 16 --image my-registry#emu/gpu --mount /data:/data -- \
 #     --config configs/emu_14b.py --workdir /data/runs/emu_14b
 #   launch/slurm.sh run --name emu --nodes 16 --venv /data/emu_jax/.venv -- ...
 #
-#   run   queues training    tail  follows its log    stop  lets it save and end
-# The same options may stand with every verb; --dry-run prints what would be run. The job saves
-# before its time is over or another takes its place, and queues itself again, under the same
-# number and with the same log, until training has ended. Environment:
-#   GRACE     seconds that training has to save and end when it is stopped (default: 300)
-#   RESTARTS  restarts of the job after which failures end it (default: 10)
-#   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
+#   run   queues training    tail  follows its log    stop  saves, then ends training
+# All verbs accept the same options; --dry-run prints the commands. Before its time limit or a
+# preemption the job saves and requeues itself, with the same number and the same log, until training
+# has ended. Environment:
+#   GRACE     seconds that training gets to save and end (default: 300)
+#   RESTARTS  restarts of the job after which a failure ends it (default: 10)
+#   EXTRA_FLAGS  compiler flags, appended to those of launch/flags.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -29,8 +29,8 @@ parse "$@"
 need name
 log=${option[log]:-${option[name]}.log}
 
-# The batch script. SLURM tells JAX who is who: all that it needs is how many they are. Every
-# task sees all GPUs of its node, and JAX gives it the one of its local number.
+# Prints the batch script. JAX reads the process numbers from SLURM and needs only their count. Every
+# task sees all GPUs of its node, and JAX assigns it the one with its local number.
 batch() {
   local variable step=(srun --kill-on-bad-exit=1)
   variable=$(flags_variable gpu)
@@ -47,7 +47,7 @@ export JAX_NUM_PROCESSES=\$SLURM_NTASKS
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 export $(quote "$variable")
 
-# \`launch/slurm.sh stop\` sends USR1: training is told to save and end, and the job ends too.
+# \`launch/slurm.sh stop\` sends USR1: training saves and ends, and so does the job.
 stopped=
 trap 'stopped=yes; kill -TERM \$step' USR1
 $(quote "${step[@]}" train "${train[@]}") &
@@ -56,7 +56,7 @@ wait \$step; status=\$?
 [[ ! \$stopped ]] || { wait \$step; status=\$?; }
 echo "training ended with status \$status (start \$((\${SLURM_RESTART_COUNT:-0} + 1)))" >&2
 
-# 0: done. 2: a mistake that starting again does not mend. 130: it saved before the time was over.
+# 0: done. 2: an error that a restart does not fix. 130: it saved before its time limit.
 case \$stopped:\$status in
   yes:* | :0 | :2) exit \$status ;;
   :130) scontrol requeue "\$SLURM_JOB_ID" ;;

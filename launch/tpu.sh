@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU slices, got through queued resources, in a container on every host:
+# Trains on Cloud TPU slices from queued resources, in a container on every host:
 #
 #   launch/tpu.sh train --name emu --zone us-east5-a --topology v5p:4x4x8 --spot \
 #     --image "$IMAGE" --bucket my-bucket -- \
 #     --config configs/emu_14b.py --workdir /bucket/emu_14b
 #
-# `train` is the whole life of a run: it asks for the slices, starts the command on every host,
-# and does so again whenever they are preempted or the run fails, until training has ended. It
-# may itself be stopped and started again at any time. Its steps are verbs of their own:
-#   create  asks for the slices             stop    lets training save and end
-#   run     starts the command everywhere   delete  gives the slices back: they cost until then
-#   tail    follows the first host's log    state   says what became of the request
-# With --delete, `train` gives the slices back once training has ended or failed for good. The
-# same options may stand with every verb; --dry-run prints what would be run. Cloud TPU itself
-# lays out the chips: of --topology it is told the number alone. tpu7x is not served there: see
+# `train` manages a whole run: it requests the slices, starts the command on every host, and does
+# both again after a preemption or a failure, until training has ended. You may stop and restart
+# `train` itself at any time. Its steps are also verbs:
+#   create  requests the slices             stop    saves, then ends training
+#   run     starts the command everywhere   delete  gives the slices back; they cost money until then
+#   tail    follows the first host's log    state   prints the state of the request
+# With --delete, `train` gives the slices back when training has ended or failed for good. All verbs
+# accept the same options; --dry-run prints the commands. Cloud TPU chooses the layout of the chips:
+# only their number is taken from --topology. For tpu7x, which Cloud TPU does not offer, use
 # launch/gke.sh.
 #
-# --bucket is mounted on every host and in the container, at /bucket if it names no other place.
-# docs/launch.md says how to make the bucket: it has to have a hierarchical namespace.
+# --bucket is mounted on every host and in the container, by default at /bucket. The bucket needs a
+# hierarchical namespace (docs/launch.md).
 #
 # Environment:
-#   GRACE     seconds that training has to save and end when it is stopped (default: 300)
-#   POLL      seconds between two looks at the slices (default: 60)
-#   RESTARTS  failures, preemptions aside, after which `train` gives up (default: 10)
-#   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
+#   GRACE     seconds that training gets to save and end (default: 300)
+#   POLL      seconds between checks of the slices (default: 60)
+#   RESTARTS  failures, not counting preemptions, after which `train` gives up (default: 10)
+#   EXTRA_FLAGS  compiler flags, appended to those of launch/flags.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -45,7 +45,7 @@ at=("--zone=${option[zone]}")
 [[ -z ${option[project]:-} ]] || at+=("--project=${option[project]}")
 resources=(gcloud compute tpus queued-resources)
 
-# The TPU and the software of its hosts, by the names that Cloud TPU has for them.
+# Sets the names that Cloud TPU uses for the accelerator and for the software of its hosts.
 hardware() {
   need topology
   read_topology
@@ -57,7 +57,7 @@ hardware() {
     v6e) accelerator=v6e-$chips runtime=v2-alpha-tpuv6e ;;
     tpu7x) usage "Cloud TPU does not serve tpu7x: use launch/gke.sh" ;;
   esac
-  # Eight chips of these are one host.
+  # These put eight chips on one host.
   [[ $generation == v[56]e && $chips -eq 8 ]] && hosts=1
   runtime=${option[runtime-version]:-$runtime}
 }
@@ -88,9 +88,9 @@ on_hosts() {
     "--command=$2"
 }
 
-# The shell command that mounts the bucket at the mount point of a host, which gets gcsfuse first
-# where it has none. Whatever an earlier run has mounted there goes: it may be of another bucket,
-# or dead. Nothing that is known of a file is kept: another host may have changed it.
+# Prints the shell command that mounts the bucket on a host, and installs gcsfuse if missing. It
+# replaces an earlier mount, which may be dead or of another bucket. Metadata is not cached, because
+# another host may have changed a file.
 mount_bucket() {
   local packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/gcsfuse.asc
   echo "{ command -v gcsfuse >/dev/null || {" \
@@ -104,8 +104,8 @@ mount_bucket() {
     "--metadata-cache-negative-ttl-secs=0 $bucket $mount_point && "
 }
 
-# On every host: whatever ran before saves and makes room, then the container is started. It is
-# root, to whom the chips' device files belong.
+# Starts the container on every host, after the previous one has saved and stopped. It runs as root,
+# which owns the chips' device files.
 start() {
   hardware
   need image
@@ -125,13 +125,13 @@ start() {
   on_hosts all "$remote$(quote "${container[@]}")"
 }
 
-# WAITING_FOR_RESOURCES, ..., ACTIVE, ..., SUSPENDED, FAILED; ABSENT where there is no such
-# request; UNKNOWN where one cannot tell now.
+# Prints the state of the request: WAITING_FOR_RESOURCES, ..., ACTIVE, ..., SUSPENDED, FAILED; ABSENT
+# if there is no such request; UNKNOWN if the query failed.
 state() {
   local answer
   if answer=$("${resources[@]}" describe "${option[name]}" "${at[@]}" \
     "--format=value(state.state)" 2>&1); then
-    # Warnings may stand around it.
+    # gcloud may print warnings around it.
     grep -xE '[A-Z_]+' <<<"$answer" || echo UNKNOWN
   elif grep -qiE 'NOT_FOUND|not found' <<<"$answer"; then
     echo ABSENT
@@ -141,17 +141,17 @@ state() {
   fi
 }
 
-# What the container of the first host does: `running 0`, `exited STATUS`, `stopped` (by hand),
-# `none`; nothing where the host does not answer.
+# Prints the state of the first host's container: `running 0`, `exited STATUS`, `stopped` (by the
+# verb), `none`; nothing if the host does not answer.
 container() {
   on_hosts 0 "test -e emu-jax.stopped && echo stopped ||
     sudo docker inspect --format '{{.State.Status}} {{.State.ExitCode}}' emu-jax 2>/dev/null ||
     echo none" 2>/dev/null | tail -n 1 || true
 }
 
-# Keeps the run going until training has ended, and returns its status. Whatever happened while
-# nobody looked, the state of the request and of the container say what to do: all that is
-# remembered is whether the container is one that was started or seen running from here.
+# Keeps the run going until training has ended, and returns its status. The states of the request
+# and of the container determine what to do, whatever happened in between. The only memory is `ours`:
+# whether this script started the container or saw it running.
 supervise() {
   local now before='' does='' ours='' failures=0
   while true; do
@@ -169,13 +169,13 @@ supervise() {
       ACTIVE)
         does=$(container)
         case $ours:$does in
-          *:) ;; # no answer: perhaps it is being preempted, and the state will tell
+          *:) ;; # no answer, perhaps a preemption: the state will show it
           *:running*) ours=yes ;;
           yes:'exited 0') return 0 ;;
           yes:'exited 2') say "training ended with status 2: its log has the reason"; return 2 ;;
           yes:stopped) return 130 ;;
           *)
-            # 130: told to save and stop, though not by `stop`: a preemption is no failure.
+            # 130: saved and stopped by a signal. A preemption is not a failure.
             [[ -z $ours || $does == 'exited 130' ]] || fail "training: $does"
             if start; then ours=yes; else fail "the command could not be started"; fi ;;
         esac ;;
@@ -192,7 +192,7 @@ fail() {
   ((failures < ${RESTARTS:-10})) || finish 1
 }
 
-# Ends `train`; with --delete the slices are given back, unless somebody stopped it.
+# Ends `train`. With --delete it gives the slices back, unless `stop` ended training.
 finish() {
   [[ -z ${option[delete]:-} || $1 -eq 130 ]] || delete
   exit "$1"

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Trains on the TPU slices of a GKE cluster that xpk made, which queues the runs of a team:
+# Trains on the TPU slices of a GKE cluster that xpk created and whose queue a team shares:
 #
 #   launch/xpk.sh run --name emu --cluster pods --zone us-east5-a --topology v5p:4x4x8 \
 #     --image "$IMAGE" --storage emu -- \
 #     --config configs/emu_14b.py --workdir /bucket/emu_14b
 #
-#   run    queues training    tail  follows the first host's log    stop  lets it save and end
-# The same options may stand with every verb; --dry-run prints what would be run. For a cluster
-# without xpk, which these may share, see launch/gke.sh.
+#   run    queues training    tail  follows the first host's log    stop  saves, then ends training
+# All verbs accept the same options; --dry-run prints the commands. For a cluster without xpk, use
+# launch/gke.sh.
 #
-# --storage is the name that `xpk storage attach` gave to a bucket; it is mounted where that said.
-# docs/launch.md has the command.
+# --storage is the name that `xpk storage attach` gave to a bucket, which is mounted as that command
+# said (docs/launch.md).
 #
 # Environment:
-#   GRACE     seconds that training has to save and end when it is stopped (default: 300)
-#   RESTARTS  restarts, after failures and preemptions, until it gives up (default: 50)
-#   EXTRA_FLAGS  for the compiler, after those of launch/flags.sh
+#   GRACE     seconds that training gets to save and end (default: 300)
+#   RESTARTS  restarts, after failures and preemptions, before it gives up (default: 50)
+#   EXTRA_FLAGS  compiler flags, appended to those of launch/flags.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -47,8 +47,8 @@ case $verb in
     esac
     storage=()
     [[ -z ${option[storage]:-} ]] || storage=("--storage=${option[storage]}")
-    # 1: a crash. What a signal ends, 128 and up, xpk restarts without being told. `exec`, so that
-    # the SIGTERM which xpk passes on reaches training.
+    # 1 is a crash. xpk always restarts processes that a signal ended (128 and up). `exec` lets
+    # the SIGTERM that xpk forwards reach training.
     run xpk workload create "${at[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
       "--docker-image=${option[image]}" "--priority=${option[priority]:-medium}" \
       "${storage[@]}" \
