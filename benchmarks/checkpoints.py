@@ -1,9 +1,10 @@
 """Saving and restoring a model: emu_jax's checkpoints against torch.save and torch.load.
 
-The parameters of one model (`size`, a ladder model or "digits"). `blocks` is how long training
-waits for a save, which goes on beside it; `save` until it is complete. `floor` writes and reads
-the same bytes by numpy, to one file on the same disk. Files are in the operating system's memory
-when they are read. What was restored is compared with what was saved. The parts take turns.
+The parameters are those of one model (`size`: a ladder model, or "digits"). `blocks` is how long
+training waits for a save, which continues in the background; `save` is the time until it is
+complete. `floor` writes and reads the same bytes with numpy, in one file on the same disk. Files
+are in the page cache when they are read. Restored parameters are compared with the saved ones.
+The parts take turns.
 """
 
 import itertools
@@ -57,13 +58,14 @@ def run(size: str = "0.1B", turns: int = 5) -> dict:
             "floor_write": lambda: flat.tofile(folder / "floor"),
             "floor_read": lambda: np.fromfile(folder / "floor", np.float32),
         }
-        parts["save"](), parts["torch_save"](), parts["floor_write"]()  # there is something to read
+        for name in ("save", "torch_save", "floor_write"):  # so that there are files to read
+            parts[name]()
         blocked.clear()
         timed = {name: language.count(part, 1) for name, part in parts.items()}
         seconds = bench.take_turns(timed, turns)
         _, saved = saves.restore({"params": ocp.args.StandardRestore(wanted)})
         jax.tree.map(np.testing.assert_array_equal, saved["params"], tree)
-    seconds["blocks"] = blocked[1::2]  # a turn saves twice: the second time counts
+    seconds["blocks"] = blocked[1::2]  # each turn saves twice; the second time counts
     return {
         "size": size,
         "bytes": flat.nbytes,
@@ -90,7 +92,7 @@ def table(figures: dict) -> str:
         f"{figures['bytes'] / 1e6:,.0f} MB, seconds",
         "emu_jax",
         "torch",
-        "Times as fast",
+        "Speed-up over torch",
         "Floor",
     )
     rows = [

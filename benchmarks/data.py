@@ -1,12 +1,12 @@
-"""Images a second on one core: the whole pipeline against decode and resize alone.
+"""Images per second on one core: the whole pipeline against decode and resize alone.
 
 Generated JPEGs of web size (about 83 KB, short side 512), each with a caption, are planned, read,
-decoded, resized to 224 x 224 (bicubic), tokenised, packed and batched, as training reads
-them. The yardstick, `raw`, is the same library's decode and resize of such files in memory, and
-nothing else; `fast` is that with `fast_decode`, and `full_fast` the pipeline with it. The parts
-take many short turns, so that what else the machine does hits all of them, and are timed by
-the processor time of the whole process: a core's work, whoever else is on it. Planning, which
-is done for a block of documents once, is timed by itself, and its share added to each image.
+decoded, resized to 224 x 224 (bicubic), tokenized, packed and batched, as in training. The
+reference, `raw`, only decodes and resizes such files from memory with the same library. `fast` is
+`raw` with `fast_decode`, and `full_fast` is the pipeline with it. The parts take many short
+turns, so that other load hits all of them alike, and are timed by the processor time of the
+process. Planning happens once per block of documents; it is timed separately and its share added
+to each image.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from emu_jax.data.mixture import open_groups
 from emu_jax.data.sources import SourceConfig
 from emu_jax.tokenizer import Tokenizer
 
-ROW_IMAGES = 36  # of a row, at the most
+ROW_IMAGES = 36  # images of a row, at most
 IMAGES = 3 * ROW_IMAGES
-DOCUMENTS = 32 * IMAGES  # more than are read: no caption comes twice
+DOCUMENTS = 32 * IMAGES  # more than are read, so that no caption repeats
 TURNS = 96
 SIZE = 224
 
@@ -60,7 +60,7 @@ def run() -> dict:
         tokenizer, fast_cfg = cfg.load_tokenizer(), dataclasses.replace(cfg, fast_decode=True)
         (group,) = open_groups(cfg, tokenizer, "rows")
         blocks = itertools.count()
-        # One each, so that both have the same images in the same turn.
+        # Separate iterators, so that both decode the same images in a turn.
         for_raw, for_fast = itertools.cycle(images), itertools.cycle(images)
         with Batches(cfg, tokenizer, "rows") as full, Batches(fast_cfg, tokenizer, "rows") as fast:
             parts: dict[str, Callable[[], int]] = {
@@ -90,13 +90,13 @@ def run() -> dict:
 
 def table(figures: dict) -> str:
     names = {
-        "raw": "`raw`: decode and bicubic resize to 224 x 224, and nothing else",
-        "full": "`full`: plan, read, decode, resize, tokenise, pack, batch",
+        "raw": "`raw`: decode and bicubic resize to 224 x 224 only",
+        "full": "`full`: plan, read, decode, resize, tokenize, pack, batch",
         "fast": "`fast`: as `raw`, with `fast_decode`",
         "full_fast": "`full_fast`: as `full`, with `fast_decode`",
     }
     return bench.markdown(
-        ("", "Images a second, one core", "Over `raw`"),
+        ("", "Images per second, one core", "Relative to `raw`"),
         [
             (about, figures[f"{name}_per_core"], figures.get(f"{name}_over_raw", ""))
             for name, about in names.items()
@@ -119,7 +119,7 @@ def decode_fast(contents: list[bytes]) -> int:
 
 
 def jpeg(rng: np.random.Generator) -> bytes:
-    """A image with the spectrum of a photograph, short side 512, about 83 KB."""
+    """Returns an image with the spectrum of a photograph, short side 512, about 83 KB."""
     height, width = (512, 683) if rng.random() < 0.5 else (683, 512)
     waves = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     waves[0, 0] = 1
@@ -133,7 +133,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 
 def caption(rng: np.random.Generator) -> str:
-    """Eight to twenty-four words."""
+    """Returns eight to twenty-four random words."""
     letters = np.array(list("etaoinshrdlu"))
     return " ".join(
         "".join(rng.choice(letters, rng.integers(2, 8))) for _ in range(rng.integers(8, 25))

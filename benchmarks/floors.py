@@ -1,9 +1,9 @@
-"""How fast this machine multiplies matrices and copies memory, at the best.
+"""The fastest matmuls and memory copies of this machine.
 
-Products of several shapes by XLA and by torch, in each dtype; their best is the peak that other
-benchmarks are held against. A copy reads as much as it writes, and both count; XLA's is x + 1 in
-place, whose traffic is the same. The parts take turns; figures are medians over the turns.
-`--set floors.side=N` sizes it down.
+Matmuls of several shapes run in XLA and in torch, in each dtype. The fastest is the peak that
+other benchmarks are compared with. A copy counts the bytes it reads and the bytes it writes;
+XLA's copy is x + 1 in place, which has the same traffic. The parts take turns, and figures are
+medians over the turns. `--set floors.side=N` makes it smaller.
 """
 
 import functools
@@ -24,7 +24,7 @@ from emu_jax.errors import UserError
 log = logging.getLogger("emu_jax")
 
 TURNS = 5
-SECONDS = 0.2  # of one part at one turn, about
+SECONDS = 0.2  # about, of one part in one turn
 
 
 def run(side: int = 2048) -> dict:
@@ -65,7 +65,7 @@ def _giga(value: dict | None) -> dict | None:
 
 
 def rate(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Per second, of parts that return how much they did."""
+    """Returns rates per second from seconds per unit."""
     return {name: bench.median([1 / s for s in taken]) for name, taken in seconds.items()}
 
 
@@ -74,27 +74,28 @@ def best(rates: dict[str, dict[str, float]]) -> dict[str, float] | None:
 
 
 def shapes(side: int = 2048) -> list[tuple[int, int, int]]:
-    """(m, k, n): squares, and what a language model's layers and its head multiply."""
+    """Returns (m, k, n) of matmuls: a square one, and those of a language model's layers and
+    head."""
     return [(side, side, side), (2 * side, side // 4, side), (side, side // 4, 8 * side)]
 
 
 def peak(dtype: str, side: int = 2048) -> Callable[[], float]:
-    """The fastest product here, as a part for `take_turns` that returns its FLOPs: what another
-    benchmark takes turns with."""
+    """Returns the fastest matmul as a part for `take_turns`, which returns its FLOPs."""
     parts = products(dtype, shapes(side))
     seconds = bench.take_turns(parts, turns=3)
     return parts[min(parts, key=lambda name: sorted(seconds[name])[1])]
 
 
 def fastest_copy(side: int = 2048) -> Callable[[], float]:
-    """The fastest copy here, as a part for `take_turns` that returns the bytes read and written."""
+    """Returns the fastest copy as a part for `take_turns`, which returns the bytes read and
+    written."""
     parts = copies(side * side * 128)
     seconds = bench.take_turns(parts, turns=3)
     return parts[min(parts, key=lambda name: sorted(seconds[name])[1])]
 
 
 def products(dtype: str, sizes: list[tuple[int, int, int]]) -> dict[str, Callable[[], float]]:
-    """Each computes for a while and returns its FLOPs."""
+    """Returns matmuls by name; each runs for about `SECONDS` and returns its FLOPs."""
     parts = {}
     for m, k, n in sizes:
         rng = np.random.default_rng(0)
@@ -113,8 +114,8 @@ def xla_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any]:
 
 
 def precision(dtype: Any) -> Any:
-    """The setting in which products of `dtype` are what torch's are, and training's
-    (`train.loop.train`): JAX's own would compute float32 in fewer bits on GPUs and TPUs."""
+    """Returns a context in which matmuls have the precision of torch's and of training
+    (`train.loop.train`). JAX's default computes float32 in fewer bits on GPUs and TPUs."""
     return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else "default")
 
 
@@ -134,8 +135,8 @@ def torch_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any]
 
 @functools.cache
 def has_bfloat16(torch: Any) -> bool:
-    """Whether torch multiplies bfloat16 as more than a plain loop, which on processors without
-    AVX-512 takes a hundred times as long as float32: a minute a product."""
+    """Tells whether torch has a fast bfloat16 matmul. Without AVX-512 it falls back to a plain
+    loop, a hundred times slower than float32: a minute per matmul."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(256, 256, dtype=dtype, device=torch_device(torch))
@@ -147,8 +148,9 @@ def has_bfloat16(torch: Any) -> bool:
 
 
 def copies(size: int) -> dict[str, Callable[[], float]]:
-    """Each copies for a while and returns the bytes that it has read and written."""
-    # In place: what is fresh memory must be zeroed by the kernel first.
+    """Returns copies by name; each runs for about `SECONDS` and returns the bytes read and
+    written."""
+    # In place, because the operating system would have to zero fresh memory first.
     state = [jnp.zeros(size // 4, jnp.float32)]
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
 
@@ -172,7 +174,8 @@ def copies(size: int) -> dict[str, Callable[[], float]]:
 
 
 def repeated(once: Callable[[], Any], amount: float) -> Callable[[], float]:
-    """Does `once` as often as takes about `SECONDS`; returns `amount` times that."""
+    """Returns a part that repeats `once` for about `SECONDS` and returns `amount` times the
+    repeats."""
     times = 0
 
     def part() -> float:
@@ -190,7 +193,8 @@ def repeated(once: Callable[[], Any], amount: float) -> Callable[[], float]:
 
 
 def torch_here(dtype: str = "float32") -> Any | None:
-    """torch on all cores, where it is installed and computes in `dtype` on what JAX computes on."""
+    """Returns torch, set to use all cores, or None if it is not installed or cannot compute in
+    `dtype` on JAX's platform."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -200,7 +204,7 @@ def torch_here(dtype: str = "float32") -> Any | None:
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
         return None
     torch.set_num_threads(bench.cores())
-    torch.backends.cudnn.allow_tf32 = False  # float32 in all bits, as its products are
+    torch.backends.cudnn.allow_tf32 = False  # full float32, as in matmuls
     return None if dtype == "bfloat16" and not has_bfloat16(torch) else torch
 
 

@@ -1,11 +1,11 @@
-"""The N embeddings of a picture after a prompt: emu_jax against the release's way and a cache.
+"""Regressing the N embeddings of an image: emu_jax against the release's loop and a KV cache.
 
-The release computes the whole row anew for each of the N embeddings (`generate_image`); `release`
-does so with the same language model in torch. `cached` is what one would write instead: a loop
-over transformers' dynamic cache. All three have the same random weights, and their embeddings
-agree within 1e-4, which is checked. `floor` is the sum of the prompt's FLOPs at this machine's
-fastest product and, for each further embedding, of its weights at the rate of its fastest copy.
-The parts take turns.
+The release recomputes the whole row for each of the N embeddings (`generate_image`); `release`
+does so with the same language model in torch. `cached` is the obvious alternative, a loop over
+transformers' dynamic cache. All three have the same random weights, and a check compares their
+embeddings within 1e-4. `floor` is the prompt's FLOPs at this machine's fastest matmul plus, for
+each further embedding, one read of the weights at the rate of its fastest copy. The parts take
+turns.
 """
 
 import math
@@ -44,7 +44,7 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
     }
     if dtype == "float32" and max(error.values()) > 1e-4:
         raise AssertionError(f"the embeddings differ: {error}")
-    # Each returns how many: not what `take_turns` would divide by.
+    # `count` replaces the returned array by the number that `take_turns` divides by.
     timed = {name: language.count(part, 1) for name, part in parts.items()}
     timed |= {"product": floors.peak(dtype), "copy": floors.fastest_copy()}
     seconds = bench.take_turns(timed, turns)
@@ -80,7 +80,7 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
 def table(figures: dict) -> str:
     names = {
         "ours": "emu_jax",
-        "release": "The release's way: N whole forwards, torch",
+        "release": "The release's loop: N forward passes, torch",
         "cached": "torch with transformers' cache",
     }
     rows = [
@@ -88,7 +88,7 @@ def table(figures: dict) -> str:
         for name, about in names.items()
     ]
     rows.append(("Floor", figures["floor_ms"], ""))
-    return bench.markdown((f"N = {figures['n']}", "ms", "emu_jax is times as fast"), rows)
+    return bench.markdown((f"N = {figures['n']}", "ms", "Speed-up of emu_jax"), rows)
 
 
 def ours(cfg: EmuConfig, params: dict, ids: np.ndarray):

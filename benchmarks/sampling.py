@@ -1,12 +1,12 @@
-"""Latents by 50 PNDM steps with guidance: emu_jax against diffusers with the same U-Net.
+"""Sampling latents in 50 PNDM steps with guidance: emu_jax against diffusers.
 
-Both have the same random weights (56M parameters, 32 x 32 latents, the release's layout with
-three resolutions; `size` 860M is the release's own shape, "digits" the demo's), the same noise
-and the same conditions, and their latents agree within 1e-4, which is checked. diffusers runs as
-its users run it: its `UNet2DConditionModel` on both rows of guidance at once, and `PNDMScheduler`
-without Runge-Kutta steps, so that 50 steps are 51 calls. `channels_last` is the same in the
-memory format that torch recommends for convolutions. `floor` is one call's FLOPs at this
-machine's fastest product. The parts take turns; figures are of one call.
+Both have the same U-Net with random weights (56M parameters, 32 x 32 latents, the release's
+layout with three resolutions; `size` 860M is the release's shape, "digits" the demo's), the same
+noise and the same conditions. A check compares their latents within 1e-4. diffusers runs as its
+users run it: `UNet2DConditionModel` on both rows of guidance at once, and `PNDMScheduler` without
+Runge-Kutta steps, so 50 steps are 51 calls. `channels_last` uses the memory format that torch
+recommends for convolutions. `floor` is one call's FLOPs at this machine's fastest matmul. The
+parts take turns, and figures are per call.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def run(
     if size not in SIZES:
         raise UserError(f"no size {size!r}{suggest(size, SIZES)}")
     torch = language.torch_or_missing(dtype)
-    small = language.config("digits")  # nothing but its denoiser is used
+    small = language.config("digits")  # only its denoiser is used
     cfg = dataclasses.replace(small, unet=SIZES[size], vae=None)
     assert cfg.unet is not None
     params = language.random_params(cfg, dtype)
@@ -104,11 +104,11 @@ def table(figures: dict) -> str:
         for name, about in names.items()
     ]
     rows.append(("Floor", figures["floor_ms"], ""))
-    return bench.markdown(("", "ms a call", "emu_jax is times as fast"), rows)
+    return bench.markdown(("", "ms per call", "Speed-up of emu_jax"), rows)
 
 
 def ours(cfg: EmuConfig, params: dict, noise: np.ndarray, cond: np.ndarray, steps: int):
-    """One call of the denoiser, compiled, and the sampler."""
+    """Returns a compiled call of the denoiser, and the sampler."""
     graphdef, state = language.emu_of(cfg, params)
     dtype = params["unet.conv_in.kernel"].dtype
     start, (cond, uncond) = jnp.asarray(noise, dtype), jnp.split(jnp.asarray(cond, dtype), 2)

@@ -1,19 +1,20 @@
-"""Step time and tokens a second over 1 to N devices and hosts, beside what `plan` predicted.
+"""Step time and tokens per second on 1 to N devices and hosts, next to the prediction of `plan`.
 
-Weak scaling gives every device the same rows; strong scaling shares the rows of all devices out
-over fewer. Each number of devices takes its steps by itself, since the states of all would not
-fit side by side: `turns` steps after one that is not counted. Efficiency is tokens a second of a
-device over those of the curve's fewest devices.
+Weak scaling gives every device the same number of rows. Strong scaling divides a fixed number of
+rows over the devices. Each number of devices is measured on its own, because their states would
+not fit together: `turns` steps after one that is not counted. Efficiency is tokens per second and
+device, relative to the fewest devices of the curve.
 
-With `--set scaling.sweep=OUT/sweep.json`, what `emu-jax plan --sweep --out OUT` kept, the curves
-of this kind of chip for the same model, rows and remat stand beside the measured points. A CPU
-has no entry in `emu_jax/hardware.py` and no prediction. Its devices are threads, which try the
-mechanism rather than measure hardware: where there is one, a process with `CPU_FLAGS` measures.
+`--set scaling.sweep=OUT/sweep.json` reads the reports of `emu-jax plan --sweep --out OUT` and
+shows the curves for this kind of chip and the same model, rows and remat next to the
+measurements. CPUs are not in `emu_jax/hardware.py` and have no prediction. Their devices are
+threads, which exercise the mechanism rather than measure hardware. If there is only one, a
+process with `CPU_FLAGS` measures.
 
-Several hosts: the same command on each, with the variables that `emu-jax train` has there
-(docs/launch.md); the first one writes. Settings: `config`, `rows` of a device, `tokens` and
-`pictures` of a row, `dtype`, `remat`, `turns`, `least` and `devices` (0: all), from how many
-devices to how many. What does not fit into memory is left out, with a line.
+On several hosts run the same command on each, with the variables of `emu-jax train`
+(docs/launch.md); the first host writes. Settings: `config`, `rows` per device, `tokens` and
+`pictures` (images) per row, `dtype`, `remat`, `turns`, and `least` to `devices` (0: all), the
+range of devices. A setting that does not fit in memory is skipped with a line.
 """
 
 import gc
@@ -51,8 +52,8 @@ PREDICTED = (
     "tokens_per_second_overlap",
 )
 
-# Eight, of which as many as cores are used: collectives wait in threads that devices share, and
-# lock each other out of few. One device would compute with all cores.
+# Eight devices, of which as many as there are cores are used. Collectives wait in threads that
+# devices share, and with too few threads they deadlock. One device would compute with all cores.
 CPU_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
 
 
@@ -100,7 +101,7 @@ def run(
 
 
 def apart(settings: dict[str, Any]) -> dict:
-    """What a process with several CPU devices measures."""
+    """Runs the benchmark in a process with several CPU devices and returns its figures."""
     words = [f"--set=scaling.{key}={value}" for key, value in settings.items() if value != ""]
     flags = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), CPU_FLAGS]))
     command = [sys.executable, "-m", "emu_jax.cli", "bench", "scaling", *words, "--json"]
@@ -117,18 +118,19 @@ def apart(settings: dict[str, Any]) -> dict:
 
 
 def counts(least: int, most: int) -> list[int]:
-    """`least`, doubled while there are so many, and `most`."""
+    """Returns `least`, its doubles up to `most`, and `most`."""
     doubled = {least * 2**n for n in range(most.bit_length())}
     return sorted({n for n in doubled if n <= most} | {most})
 
 
 def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
-    """A point for each number of devices, weak and strong; `cfg` of a number of rows."""
+    """Returns a point per curve and number of devices. `cfg` makes the config for a number of
+    rows."""
     points = []
     for devices in numbers:
         for curve, batch in (("weak", rows * devices), ("strong", rows * numbers[-1])):
             if batch % devices:
-                continue  # rows that do not share out
+                continue  # rows do not divide
             same = [p for p in points if (p["devices"], p["rows"]) == (devices, batch)]
             seconds = same[0]["seconds"] if same else steps(cfg(batch), devices, turns)
             if not seconds:
@@ -147,7 +149,7 @@ def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
             log.info("%s, %d devices, %d rows: %s s", curve, devices, batch, bench.shown(seconds))
     if not points:
         raise UserError("scaling: nothing fits: raise scaling.least, or choose a smaller model")
-    one: dict[str, float] = {}  # tokens a second of one device among the fewest, by curve
+    one: dict[str, float] = {}  # tokens per second and device at the fewest devices, by curve
     for point in points:
         rate = point["rows"] * cfg(1).data.row_tokens / point["seconds"]["median"]
         one.setdefault(point["curve"], rate / point["devices"])
@@ -157,8 +159,8 @@ def measure(cfg: Any, numbers: list[int], rows: int, turns: int) -> list[dict]:
 
 
 def steps(cfg: TrainConfig, devices: int, turns: int) -> dict[str, float] | None:
-    """Seconds of a step on the first `devices`, as the first process has them, which has one in
-    any case; a process that has none waits. None where they do not hold it."""
+    """Returns the seconds of a step on the first `devices`, or None if the model does not fit. All
+    processes get the figure of the first one, which always has a device; others may only wait."""
     taken = [0.0] * turns
     if jax.process_index() in {d.process_index for d in jax.devices()[:devices]}:
         try:
@@ -185,11 +187,11 @@ def timed(cfg: TrainConfig, devices: int, turns: int) -> list[float]:
 def predictions(
     path: Path, chip: str, row_flops: float, rows: int, most: int, remat: str
 ) -> list[dict]:
-    """The curves of `chip` in a sweep, of a model whose step takes `row_flops` for a row: with
-    `rows` a device, and with those of `most` devices shared out.
+    """Returns the curves of `chip` in a sweep, for a model whose step takes `row_flops` per row:
+    weak with `rows` per device, strong with the rows of `most` devices.
 
     Raises:
-        UserError: the file cannot be read, or has none.
+        UserError: the file cannot be read, or has no such curve.
     """
     try:
         reports = json.loads(path.read_text())
@@ -242,7 +244,7 @@ def table(figures: dict) -> str:
             )
     about = (
         f"`{figures['config']}`, {figures['dtype']}, rows of {figures['row_tokens']:,} tokens with "
-        f"{figures['row_pictures']} pictures, on {figures['device']} devices."
+        f"{figures['row_pictures']} images, on {figures['device']} devices."
     )
     if not figures["predicted"]:
         about += " No prediction: no sweep of `emu-jax plan` for these devices was given."
@@ -252,7 +254,8 @@ def table(figures: dict) -> str:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Tokens a second over devices, of all and of each; bands are between `plan`'s bounds."""
+    """Plots tokens per second over devices, in total and per device. Bands lie between the bounds
+    of `plan`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -278,10 +281,12 @@ def plot(figures: dict, path: Path) -> None:
         color="grey",
         linewidth=0.8,
         linestyle=":",
-        label="in proportion",
+        label="ideal",
     )
     numbers = sorted({p["devices"] for p in figures["points"]})
-    for panel, title in zip(panels, ("tokens per second", "of one device"), strict=True):
+    for panel, title in zip(
+        panels, ("tokens per second", "tokens per second and device"), strict=True
+    ):
         panel.set(xscale="log", xlabel="devices", title=title)
         if not figures["predicted"]:
             panel.set_xticks(numbers, map(str, numbers))

@@ -1,11 +1,11 @@
-"""From a fresh process to the first token: emu_jax with cold and warm compilation cache.
+"""From a new process to the first token, with a cold and with a warm compilation cache.
 
-Each turn starts new processes: emu_jax with an empty `JAX_COMPILATION_CACHE_DIR` (`cold`), again
-with what that one left there (`warm`), and transformers with the same language model. Each
-imports, loads the checkpoint from a disk that has it in memory, writes one token after a short
-prompt, and then another of the same shape, for which nothing is compiled any more; the first
-token's seconds beyond the second's are compilation, or what else is done once. emu_jax loads all
-of Emu but a decoder, transformers the language model alone. `size` is a ladder model or "digits".
+Each turn starts new processes: emu_jax with an empty `JAX_COMPILATION_CACHE_DIR` (`cold`),
+emu_jax with the cache of the first (`warm`), and transformers with the same language model. Each
+imports, loads the checkpoint from the page cache, generates one token after a short prompt, and
+then another of the same shape, which compiles nothing. The difference between the two is
+compilation and other one-time work. emu_jax loads all of Emu except the decoder, transformers
+only the language model. `size` is a ladder model or "digits".
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def run(size: str = "0.1B", turns: int = 5) -> dict:
             }
             bench.log.info("turn %d of %d: %s", turn, turns, json.dumps(done))
             for who, taken in done.items():
-                seconds[who] += [taken] if turn else []  # at first, files are not in memory
+                seconds[who] += [taken] if turn else []  # in turn 0 files are not cached
     figures: dict[str, Any] = {"size": size}
     for who, all_taken in seconds.items():
         columns = {part: [taken[part] for taken in all_taken] for part in all_taken[0]}
@@ -118,7 +118,15 @@ def table(figures: dict) -> str:
         )
         for who, about in names.items()
     ]
-    head = ("Seconds", "import", "load", "First token", "Second", "In all", "Times as fast")
+    head = (
+        "Seconds",
+        "import",
+        "load",
+        "First token",
+        "Second",
+        "Total",
+        "Speed-up over transformers",
+    )
     return bench.markdown(head, rows)
 
 
@@ -137,7 +145,7 @@ def measured(program: str, checkpoint: Path, cache: Path, *more: str) -> dict[st
 
 
 def write_checkpoint(size: str, folder: Path) -> None:
-    """A run directory of a random model that needs nothing else."""
+    """Writes a run directory of a random model without a decoder."""
     tokenizer = Tokenizer.train([WORDS] * 2, 300)
     cfg = language.config(size)
     cfg = dataclasses.replace(

@@ -1,9 +1,9 @@
-"""Text from a prompt, greedily and by 5 beams: tokens a second against transformers' generate.
+"""Generating text, greedily and with 5 beams: time per token against transformers' generate.
 
-Both have the same random weights of one language model (`size`: a ladder model, or "digits") and
-write the same ids, which is checked; neither may end early. transformers runs as its users run
-it: eager, `generate` with its dynamic cache. `floor` is how long it takes to read every weight
-that a token needs once, at the rate of this machine's fastest copy. The parts take turns.
+Both have the same random weights of one language model (`size`: a ladder model, or "digits").
+Neither may end early, and a check compares their ids. transformers runs as its users run it:
+eager, `generate` with its dynamic cache. `floor` is the time to read every weight of a decode
+step once, at the rate of this machine's fastest copy. The parts take turns.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def run(
         if dtype == "float32" and not same.all():
             raise AssertionError(f"{name}: {same.mean():.1%} of the ids are those of transformers")
     timed = {name: part if name == "copy" else count(part, tokens) for name, part in parts.items()}
-    seconds = bench.take_turns(timed, turns)  # a token; a byte copied
+    seconds = bench.take_turns(timed, turns)  # per token; per byte copied
     read = sum(
         math.prod(a.shape) * a.dtype.itemsize
         for path, a in params.items()
@@ -97,15 +97,15 @@ def table(figures: dict) -> str:
         )
         for about, values in (("Greedy", figures["greedy"]), ("5 beams", figures["beams"]))
     ]
-    head = ("", "ms a token", "transformers", "Times as fast", "Floor, ms", "Over the floor")
+    head = ("", "ms per token", "transformers", "Speed-up", "Floor, ms", "Relative to floor")
     return bench.markdown(head, rows)
 
 
 def torch_or_missing(dtype: str = "float32") -> Any:
-    """torch on all cores, and what is compared with.
+    """Returns torch, set to use all cores.
 
     Raises:
-        bench.Missing: it is not installed, or of no use here.
+        bench.Missing: torch is not installed, or cannot compute in `dtype` on JAX's platform.
     """
     torch = floors.torch_here(dtype)
     if torch is None and importlib.util.find_spec("torch"):
@@ -116,7 +116,8 @@ def torch_or_missing(dtype: str = "float32") -> Any:
 
 
 def config(size: str) -> EmuConfig:
-    """Rotary tables are float32, as transformers has them, where the release rounds them."""
+    """Returns the config of a model, with float32 rotary tables as in transformers. The release
+    rounds them."""
     cfg = digits() if size == "digits" else emu_ladder(size)
     return dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, rope_dtype="float32"))
 
@@ -127,7 +128,7 @@ def template(cfg: EmuConfig) -> Template:
 
 
 def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array]:
-    """Flat parameters whose activations keep about one size; made by numpy, at once."""
+    """Returns flat random parameters that keep the scale of activations."""
     rng = np.random.default_rng(0)
 
     def fill(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -135,12 +136,12 @@ def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array
             return np.ones(shape, np.float32)
         fan_in = 2500 if path.endswith("bias") else math.prod(shape[:-1])
         if path.startswith(("llama.layers", "visual.blocks", "cformer.blocks")) and len(shape) > 1:
-            fan_in //= shape[0]  # the layers' axis
+            fan_in //= shape[0]  # the axis of layers
         if path == "llama.embed_tokens.embedding":
             fan_in = 1
         if path == "llama.stu_regress_head.kernel":
-            # Embeddings that are large beside what layers add to them: else a chain of N would
-            # magnify rounding until torch itself, with its cache and without, disagrees.
+            # Keep embeddings large relative to what layers add. Otherwise N steps would amplify
+            # rounding so much that torch with a cache and torch without one disagree.
             fan_in /= 100
         return rng.standard_normal(shape, np.float32) / np.float32(max(1, fan_in)) ** 0.5
 
@@ -149,14 +150,14 @@ def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array
 
 
 def emu_of(cfg: EmuConfig, params: dict[str, jax.Array]) -> tuple[Any, Any]:
-    """The model's structure and its parameters, as `generate.api.Emu` keeps them."""
+    """Returns the model's structure and its parameters, as `generate.api.Emu` keeps them."""
     emu = template(cfg).module(params)
     emu.llama = emu.llama.for_reading()
     return nnx.split(emu)
 
 
 def tensors(torch: Any, cfg: EmuConfig, params: dict, folder: str, dtype: str) -> dict:
-    """The same weights as the state dict of a torch module."""
+    """Returns the weights as the state dict of a torch module."""
     kind, device = getattr(torch, dtype), floors.torch_device(torch)
     wide = {path: np.asarray(a, np.float32) for path, a in params.items()}
     found = export.hf_tensors(cfg, wide)[folder]
@@ -200,7 +201,7 @@ def transformers_generate(
     torch: Any, model: Any, cfg: EmuConfig, ids: np.ndarray, tokens: int, beams: int
 ) -> np.ndarray:
     ids_there = torch.from_numpy(ids).long().to(floors.torch_device(torch))
-    # Sequences of one length: a penalty of lengths chooses nothing, and greedy warns of it.
+    # All sequences have one length, so the penalty has no effect; greedy search warns about it.
     penalty = {"length_penalty": 0.0} if beams > 1 else {}
     with torch.no_grad():
         out = model.generate(
@@ -217,7 +218,7 @@ def transformers_generate(
 
 
 def count(part: Callable[[], Any], number: int) -> Callable[[], int]:
-    """`part` as `take_turns` has it, which does `number` of something."""
+    """Returns a part for `take_turns` that runs `part` and returns `number`."""
 
     def counted() -> int:
         part()

@@ -1,16 +1,16 @@
 """A training step of the 0.1B ladder model against the same model in PyTorch, eager and compiled.
 
-Both train the whole model on the same batch: one document a row, no padding, so that PyTorch's
-plain causal mask is the same mathematics as our packed rows. PyTorch's is what one would put
-together from transformers: ViTModel, a T5 decoder (whose cross-attention reads the encoder's
-width, as Emu's does) and LlamaForCausalLM, with sdpa attention, the same two losses, clipping,
-and fused AdamW with the same groups. From the same weights, without dropout, both give the same
-loss (`loss_difference`). Both have all cores, and take turns with each other and with the fastest
-matrix product of this machine, which is what a step is held against.
+Both train the whole model on the same batch. Each row is one document without padding, so
+PyTorch's plain causal mask computes the same as our packed rows. The PyTorch model is assembled
+from transformers: ViTModel, a T5 decoder (whose cross-attention reads the encoder's width, as in
+Emu) and LlamaForCausalLM, with sdpa attention, the same two losses, gradient clipping, and fused
+AdamW with the same groups. From the same weights and without dropout both give the same loss
+(`loss_difference`). Both use all cores. They take turns with each other and with the fastest
+matmul of this machine, the reference for a step.
 
-Settings: `config` (emu_100m, emu_400m, ...), `rows`, `tokens` and `pictures` of a row, `dtype`,
-`remat`, `loss_block` (0 keeps all logits, as PyTorch does), `turns`, and `compiled` (0 leaves
-torch.compile out). Without torch, or on a TPU, our step is measured alone.
+Settings: `config` (emu_100m, emu_400m, ...), `rows`, `tokens` and `pictures` (images) per row,
+`dtype`, `remat`, `loss_block` (0 keeps all logits, as PyTorch does), `turns`, and `compiled` (0
+skips torch.compile). Without torch, or on a TPU, only our step is measured.
 """
 
 import contextlib
@@ -62,13 +62,13 @@ def run(
 def settings(
     config: str, rows: int, tokens: int, pictures: int, dtype: str, remat: str
 ) -> TrainConfig:
-    """A file of configs/ at the size of a benchmark."""
+    """Returns a config of configs/ at the size of a benchmark."""
     path = shipped("configs") / f"{config}.py"
     if not path.exists():
         known = [p.stem for p in path.parent.glob("emu_*.py")]
         raise UserError(f"no config {config!r}{suggest(config, known)}")
     cfg = load_config(TrainConfig, path, [])
-    llama = dataclasses.replace(cfg.model.llama, rope_dtype="float32")  # as transformers has it
+    llama = dataclasses.replace(cfg.model.llama, rope_dtype="float32")  # as in transformers
     cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, llama=llama),
@@ -81,10 +81,10 @@ def settings(
 
 
 def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> dict:
-    """The figures of `run`, of any config with the objective `emu`.
+    """Returns the figures of `run` for a config with the objective `emu`.
 
     Args:
-        ways: PyTorch's, of `WAYS`.
+        ways: variants of PyTorch's step to measure, of `WAYS`.
     """
     batch = documents(cfg)
     ours = Ours(cfg, batch)
@@ -100,7 +100,9 @@ def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> 
         "model_flops": train_flops(cfg).total,
     }
     if (torch := floors.torch_here(cfg.dtype)) is None:
-        log.info("torch is missing, or has not this device or dtype: our step is measured alone")
+        log.info(
+            "torch is missing or does not support this device or dtype: measuring emu_jax only"
+        )
     else:
         theirs = Theirs(torch, cfg, batch)
         theirs.take(ours.weights(), cfg.model)
@@ -143,18 +145,18 @@ def table(figures: dict) -> str:
     f = figures
     sizes = (
         f"`{f['config']}`, {f['parameters'] / 1e6:.1f}M parameters, {f['dtype']}: {f['rows']} x "
-        f"{f['row_tokens']:,} tokens with {f['row_pictures']} pictures a row, "
-        f"{f['model_flops'] / 1e12:.2f} TFLOP of the model a step; peak "
+        f"{f['row_tokens']:,} tokens with {f['row_pictures']} images per row, "
+        f"{f['model_flops'] / 1e12:.2f} TFLOP of the model per step; peak "
         f"{f['peak_flops']['median'] / 1e9:,.0f} GFLOP/s."
     )
     if "loss_difference" in f:
         sizes += f" Losses from the same weights differ by {f['loss_difference']:.0e}."
-    head = ("Step", "Seconds", "Tokens/s", "Model FLOPs of peak", "emu_jax is times as fast")
+    head = ("Step", "Seconds", "Tokens/s", "Fraction of peak", "Speed-up of emu_jax")
     return bench.markdown(head, rows) + "\n\n" + sizes
 
 
 def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
-    """A batch of rows that are one document each: pictures among words, to the last token."""
+    """Returns a batch whose rows are one document each, images between text, without padding."""
     data, ids = cfg.data, cfg.model.tokens
     rng = np.random.default_rng(0)
     batch = {
@@ -162,21 +164,21 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
     }
     batch["images"][:] = rng.integers(0, 256, batch["images"].shape, np.uint8)
     tokens, slots, scored = (batch[n] for n in ("tokens", "image_slots", "text_loss_mask"))
-    tokens[:] = rng.integers(3, ids.pad, tokens.shape)  # words, but where pictures stand
+    tokens[:] = rng.integers(3, ids.pad, tokens.shape)  # text; images are filled in below
     tokens[:, 0], slots[:], scored[:] = ids.bos, -1, True
-    span = data.n_causal + 2  # of one picture
+    span = data.n_causal + 2  # of one image
     room = (data.row_tokens - 1) // max(1, data.row_images)
     if room <= span:
-        raise UserError(f"{data.row_tokens} tokens have no room for {data.row_images} pictures")
-    for picture in range(data.row_images):
-        first = 1 + picture * room
+        raise UserError(f"{data.row_tokens} tokens have no room for {data.row_images} images")
+    for image in range(data.row_images):
+        first = 1 + image * room
         inside = slice(first + 1, first + span - 1)
         tokens[:, first], tokens[:, inside], tokens[:, first + span - 1] = (
             ids.img,
             ids.image,
             ids.img_end,
         )
-        slots[:, inside] = picture * data.n_causal + np.arange(data.n_causal)
+        slots[:, inside] = image * data.n_causal + np.arange(data.n_causal)
         scored[:, first : first + span] = False
     batch["segment_ids"][:] = 1
     batch["positions"][:] = np.arange(data.row_tokens)
@@ -185,7 +187,7 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """`Trainer.step`, on the first `devices`."""
+    """Our training step, on the first `devices`."""
 
     def __init__(self, cfg: TrainConfig, batch: dict[str, np.ndarray], devices: int = 1):
         mesh = mesh_for(cfg, jax.devices()[:devices])
@@ -200,7 +202,7 @@ class Ours:
             }
 
     def settings(self):
-        """What `train.loop.train` sets."""
+        """Returns a context with the settings of `train.loop.train`."""
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
         stack.enter_context(floors.precision(self.cfg.dtype))
@@ -215,7 +217,7 @@ class Ours:
         return {path: np.asarray(value) for path, value in self.state.trained.items()}
 
     def loss(self) -> float:
-        """Without dropout."""
+        """Returns the loss without dropout."""
         still = dataclasses.replace(self.cfg.model.cformer, dropout=0.0)
         model = dataclasses.replace(self.cfg.model, cformer=still)
         with self.settings():
@@ -224,7 +226,7 @@ class Ours:
 
 
 class Theirs:
-    """The same model of transformers' modules, and its training step."""
+    """The model assembled from transformers' modules, and its training step."""
 
     def __init__(self, torch: Any, cfg: TrainConfig, batch: dict[str, np.ndarray]):
         device = floors.torch_device(torch)
@@ -252,7 +254,7 @@ class Theirs:
             fused=True,
         )
         rates = [schedule(group, cfg.steps) for group, _ in groups]
-        # Computed ahead: jax has no part in their step.
+        # Computed in advance, so that their step does not call JAX.
         tables = [[float(rate(step)) for step in range(64)] for rate in rates]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, [lambda step, t=t: t[min(step, 63)] for t in tables]
@@ -267,7 +269,7 @@ class Theirs:
         self.model.load_state_dict(state, strict=True)
 
     def loss(self) -> float:
-        """Without dropout."""
+        """Returns the loss without dropout."""
         self.model.eval()
         with self.torch.no_grad():
             return float(self.model(**self.batch))
@@ -295,7 +297,7 @@ class Theirs:
 
 
 def twin(torch: Any, cfg: TrainConfig) -> Any:
-    """An Emu put together from transformers' modules."""
+    """Returns an Emu assembled from transformers' modules."""
     import transformers
     from torch import nn
     from torch.nn import functional as F
@@ -372,10 +374,10 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
             self.register_buffer("std", std, persistent=False)
 
         def forward(self, tokens, images, image_slots, text_loss_mask):
-            rows, pictures = images.shape[:2]
+            rows, count = images.shape[:2]
             pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
             features = self.encoder((pixels - self.mean) / self.std).last_hidden_state
-            queries = self.cformer.causal_tokens.expand(rows * pictures, -1, -1)
+            queries = self.cformer.causal_tokens.expand(rows * count, -1, -1)
             causal = self.cformer.decoder(inputs_embeds=queries, encoder_hidden_states=features)
             visual = self.cformer.projection(causal.last_hidden_state)
             visual = visual.reshape(rows, -1, visual.shape[-1])
@@ -397,13 +399,13 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
 
 
 def translated(weights: dict[str, np.ndarray], model: EmuConfig) -> dict[str, np.ndarray]:
-    """Our parameters under the names and in the layouts of `twin`."""
+    """Returns our parameters with the names and layouts of `twin`."""
     state: dict[str, np.ndarray] = {}
     for path, value in weights.items():
         name = path.replace(".kernel", ".weight").replace(".scale", ".weight")
         name = name.replace("embed_tokens.embedding", "embed_tokens.weight")
         if path.startswith(("visual.norm.", "visual.head.")):
-            continue  # CLIP's own
+            continue  # used by CLIP only
         if path == "llama.embed_tokens.embedding":
             state["llama.model.embed_tokens.weight"] = value[: model.llama.vocab_size]
         elif path == "llama.lm_head.kernel":
@@ -444,7 +446,7 @@ NAMES = {
     "ln_visual.": "encoder.layernorm.",
     "cformer.final_layer_norm": "cformer.decoder.final_layer_norm",
     "llama.norm": "llama.model.norm",
-    # Of a layer.
+    # Parts of a layer.
     "norm1.": "layernorm_before.",
     "norm2.": "layernorm_after.",
     "attn.proj.": "attention.o_proj.",
@@ -459,7 +461,7 @@ NAMES = {
 
 
 def _layer(tower: str, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-    """One layer's parameter, or the parts of one that we keep fused."""
+    """Returns one layer's parameter, or the parts of one that we store fused."""
     if name == "attn.qkv":
         return {f"attention.{n}_proj.weight": value[:, i].T for i, n in enumerate("qkv")}
     if name in ("attn.q_bias", "attn.v_bias"):
