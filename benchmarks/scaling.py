@@ -35,6 +35,7 @@ from jax.experimental import multihost_utils
 
 from emu_jax import bench
 from emu_jax.errors import UserError
+from emu_jax.filesystem import writing
 from emu_jax.hardware import chip_name
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.flops import train_flops
@@ -295,6 +296,5 @@ def plot(figures: dict, path: Path) -> None:
     panels[0].set_yscale("log")
     panels[1].set_ylim(bottom=0)
     panels[0].legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=130)
-    temporary.rename(path)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +70,45 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file atomically and syncs it to disk before returning."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+@contextlib.contextmanager
+def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a path for a temporary file or directory, which replaces `path` on success.
+
+    The write is atomic and durable: `path` has the whole new content or is as before, even after
+    a power cut.
+
+    Args:
+        shared: whether several processes may write `path` at once. Each then has a temporary name
+            of its own. Otherwise there is one name, and what a killed process left is overwritten.
+    """
+    temporary = temporary_path(path, shared=shared)
+    _remove(temporary)
+    try:
+        yield temporary
+        publish(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
+        raise
+
+
+def temporary_path(path: Path, *, shared: bool = False) -> Path:
+    """Returns the temporary name beside `path` (see `writing`)."""
+    token = f".{secrets.token_hex(4)}" if shared else ""
+    return path.with_name(f".{path.name}{token}.tmp")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Renames a finished file or directory to `path` durably."""
+    sync_tree(temporary)
     temporary.rename(path)
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file atomically and durably."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -85,6 +121,13 @@ def sync(path: str | os.PathLike) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_tree(path: Path) -> None:

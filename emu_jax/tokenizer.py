@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ import tokenizers
 from jaxtyping import Bool, Int32
 
 from emu_jax.errors import UserError
-from emu_jax.filesystem import refuse_stand_in, sync
+from emu_jax.filesystem import refuse_stand_in, writing
 
 PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
 USER, ASSISTANT = "[USER]", "[ASSISTANT]"
@@ -130,13 +129,8 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         ours = json.dumps({"instruct": self.instruct}).encode() + b"\n"
         for name, content in {**self._files, _OURS: ours}.items():
-            handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
-            with os.fdopen(handle, "wb") as f:
-                f.write(content)
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            sync(temporary)
-            os.replace(temporary, directory / name)
-        sync(directory)
+            with writing(directory / name, shared=True) as temporary:
+                temporary.write_bytes(content)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

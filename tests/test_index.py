@@ -56,7 +56,7 @@ def damage(file: Path, rng: np.random.Generator) -> list[bytes | None]:
 @pytest.mark.parametrize("eager", [True, False])
 def test_damaged_arrays_are_made_again(tmp_path, monkeypatch, caplog, name, eager):
     """With a warning, whatever has happened to a file; never is a wrong value given."""
-    monkeypatch.setattr(index.storage, "sync", lambda path: None)  # slow, and tested below
+    monkeypatch.setattr(index, "sync", lambda path: None)  # slow, and tested below
     if not eager:
         monkeypatch.setattr(index, "EAGER", 0)
     kept(tmp_path, "it", make)
@@ -147,7 +147,7 @@ def test_a_folder_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
         rename(old, new)
 
     monkeypatch.setattr(index.os, "rename", renamed)
-    monkeypatch.setattr(index.storage, "sync", lambda path: synced.append(str(path)))
+    monkeypatch.setattr(index, "sync", lambda path: synced.append(str(path)))
     kept(tmp_path, "it", make)
     assert synced[-2:] == ["renamed", str(tmp_path)]
 

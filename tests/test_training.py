@@ -794,7 +794,7 @@ def test_what_a_parent_carries_is_on_the_disk_before_it_has_its_name(tmp_path, m
     workdir.mkdir()
 
     def checked(self, target):
-        assert ("Emu.json" if self.name == "release.tmp" else ".generation.json.tmp") in synced
+        assert ("Emu.json" if self.name == ".release.tmp" else ".generation.json.tmp") in synced
         return rename(self, target)
 
     monkeypatch.setattr("emu_jax.filesystem.sync", lambda path: synced.append(Path(path).name))

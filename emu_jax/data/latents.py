@@ -27,10 +27,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from emu_jax.config import EmuConfig, load_json, save_json
-from emu_jax.data import storage
 from emu_jax.data.pipeline import Batch, Damage, DataConfig, is_count
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
+from emu_jax.filesystem import publish, temporary_path, writing
 from emu_jax.tokenizer import Tokenizer
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -102,7 +102,7 @@ class PartWriter:
     def __init__(self, folder: Path, part: int, process: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / _part_file(part, process)
-        self._temporary = folder / f".{self._path.name}.tmp"
+        self._temporary = temporary_path(self._path)
         self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
 
     def add(self, condition: Float[np.ndarray, "N D"], latents: Float[np.ndarray, "h w C"]) -> None:
@@ -111,7 +111,7 @@ class PartWriter:
 
     def close(self) -> None:
         self._writer.close()
-        storage.publish(self._temporary, self._path)
+        publish(self._temporary, self._path)
 
 
 def finish(
@@ -123,7 +123,7 @@ def finish(
     tokenizer: Tokenizer,
 ) -> None:
     """Completes a folder after all parts are written."""
-    with storage.writing(str(folder / "unconditional.npy")) as temporary:
+    with writing(folder / "unconditional.npy") as temporary:
         with temporary.open("wb") as file:
             np.save(file, np.asarray(unconditional, np.float32))
     tokenizer.save(folder / "tokenizer")

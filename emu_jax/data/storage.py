@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from emu_jax import filesystem
 from emu_jax.errors import UserError
-from emu_jax.filesystem import sync
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -221,27 +221,18 @@ def writing(path: str) -> Iterator[Path]:
     Raises:
         UserError: all attempts to upload it failed; the message says why.
     """
-    remote = is_remote(path)
-    folder = None if remote else os.path.dirname(path)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    if not is_remote(path):
+        with filesystem.writing(Path(path), shared=True) as temporary:
+            yield temporary
+        return
+    handle, name = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.")
     os.close(handle)
     try:
-        yield Path(temporary)
-        if remote:
-            fs, inner = _file_system(path)
-            _patiently(path, lambda: fs.put_file(temporary, inner), "write")
-        else:
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            publish(temporary, path)
+        yield Path(name)
+        fs, inner = _file_system(path)
+        _patiently(path, lambda: fs.put_file(name, inner), "write")
     finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def publish(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Renames a finished local file to `path`, durably: content and name survive a power cut."""
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(os.path.dirname(path) or ".")
+        Path(name).unlink(missing_ok=True)
 
 
 def names(folder: str) -> list[str]:

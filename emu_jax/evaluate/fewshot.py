@@ -18,9 +18,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from emu_jax.data.storage import writing
 from emu_jax.errors import UserError
 from emu_jax.evaluate.tasks.base import Example, Item, Shown
+from emu_jax.filesystem import writing
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class FewShot:
                     len(paths),
                 )
                 features = featurize(chunks[n])
-                with writing(str(files[n])) as temporary, temporary.open("wb") as file:
+                with writing(files[n], shared=True) as temporary, temporary.open("wb") as file:
                     np.save(file, features)
         barrier("features of the support set are written")
         self._features = _unit(np.concatenate([_load(file) for file in files]))

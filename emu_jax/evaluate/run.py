@@ -29,7 +29,6 @@ from PIL import Image
 from emu_jax import sharding
 from emu_jax.checkpoint import fingerprint, latest_step
 from emu_jax.data.images import load_image
-from emu_jax.data.storage import writing
 from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate import results_page
 from emu_jax.evaluate.fewshot import Examples, FewShot
@@ -46,7 +45,7 @@ from emu_jax.evaluate.tasks.base import (
     Task,
     check_split,
 )
-from emu_jax.filesystem import write_text
+from emu_jax.filesystem import write_text, writing
 from emu_jax.generate.api import Emu, GenerationConfig, load
 from emu_jax.generate.prompt import open_file
 from emu_jax.progress import ProgressBar
@@ -308,7 +307,7 @@ class Run:
         names = []
         for item, picture in zip(items, pictures, strict=True):
             path = folder / f"{item.id}.png"
-            with writing(str(path)) as temporary:
+            with writing(path, shared=True) as temporary:
                 Image.fromarray(picture).save(temporary, format="png")
             names.append(f"{folder.name}/{path.name}")
         return names

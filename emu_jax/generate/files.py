@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from emu_jax.errors import UserError
+from emu_jax.filesystem import writing
 from emu_jax.generate.api import Emu
 from emu_jax.generate.prompt import Part, open_file
 from emu_jax.generate.text import MAX_SEED, check_seed
@@ -127,9 +128,8 @@ def save(parts: Iterable[str | Image.Image], path: Path, *, numbered: bool) -> l
             continue
         number = 1 + sum("image" in earlier for earlier in shown)
         file = path.with_name(f"{path.stem}-{number}{path.suffix}") if numbered else path
-        temporary = file.with_name(f".{file.name}.tmp{file.suffix}")
-        part.save(temporary)
-        temporary.rename(file)
+        with writing(file) as temporary:
+            part.save(temporary, format=Image.registered_extensions()[file.suffix.lower()])
         shown.append({"image": str(file)})
     return shown
 

@@ -24,7 +24,7 @@ import jax
 
 from emu_jax.config import to_dict
 from emu_jax.errors import UserError
-from emu_jax.filesystem import write_text
+from emu_jax.filesystem import write_text, writing
 from emu_jax.hardware import Topology
 from emu_jax.plan.plan import (
     SAFE,
@@ -380,9 +380,8 @@ def draw(reports: list[Report], path: Path) -> None:
     panels[0].set_yscale("log")
     panels[1].set_ylim(0, 1)
     panels[0].legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=130)
-    temporary.rename(path)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 # Between these lines of a page stands the table, as the sweep wrote it.
@@ -417,6 +416,5 @@ def put_on_page(out: Path, page: Path) -> None:
     write_text(page, f"{before}{BEGIN}\n{(out / 'sweep.md').read_text()}{END}{after}")
     plot = out / "scaling.png"
     if plot.exists():
-        temporary = page.with_name(f".{plot.name}.tmp")
-        shutil.copyfile(plot, temporary)
-        temporary.rename(page.with_name(plot.name))
+        with writing(page.with_name(plot.name)) as temporary:
+            shutil.copyfile(plot, temporary)

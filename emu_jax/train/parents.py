@@ -12,7 +12,7 @@ import jax
 from emu_jax import checkpoint
 from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError, suggest
-from emu_jax.filesystem import sync, sync_tree, write_text
+from emu_jax.filesystem import write_text, writing
 from emu_jax.train.config import TrainConfig
 
 # Where a tower of the module has its configuration.
@@ -120,12 +120,8 @@ def carry(cfg: TrainConfig, workdir: Path) -> None:
     for tower in cfg.parents:
         source, copy = parent_of(cfg, workdir, tower) / "release", workdir / "release"
         if source.is_dir() and not copy.exists():
-            temporary = workdir / "release.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary)
-            sync_tree(temporary)
-            temporary.rename(copy)
-            sync(workdir)
+            with writing(copy) as temporary:
+                shutil.copytree(source, temporary)
 
 
 def note_base(cfg: TrainConfig, workdir: Path) -> None:

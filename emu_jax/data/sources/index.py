@@ -37,6 +37,7 @@ from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
+from emu_jax.filesystem import sync
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
@@ -92,7 +93,7 @@ def kept(folder: Path, name: str, make: Callable[[], Arrays], eager: int | None 
             shutil.rmtree(temporary, ignore_errors=True)
             if locked is not None:
                 os.close(locked)
-        storage.sync(folder)
+        sync(folder)
         return _load(target, eager)
     except (_Changed, *_BROKEN) as error:
         log.warning("cannot keep %s: %s", target, error)
@@ -147,8 +148,8 @@ def _save(arrays: Arrays, folder: Path) -> None:
     listing = {"version": _VERSION, "block": _BLOCK, "arrays": sizes}
     (folder / _LISTING).write_text(json.dumps(listing))
     for file in folder.iterdir():
-        storage.sync(file)
-    storage.sync(folder)
+        sync(file)
+    sync(folder)
 
 
 def _load(folder: Path, eager: int) -> Arrays:

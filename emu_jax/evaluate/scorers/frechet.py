@@ -25,9 +25,9 @@ from PIL import Image
 
 from emu_jax.convert.torch_format import torch_or_explain
 from emu_jax.data.images import open_image
-from emu_jax.data.storage import writing
 from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, warned
+from emu_jax.filesystem import writing
 from emu_jax.progress import track
 
 Resize = Literal["network", "clean"]
@@ -137,7 +137,7 @@ def load_statistics(path: Path) -> Gaussian:
 
 def save_statistics(gaussian: Gaussian, path: Path) -> None:
     """Writes a file for `load_statistics`, atomically."""
-    with writing(str(path)) as temporary, temporary.open("wb") as file:
+    with writing(path, shared=True) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance)
 
 
