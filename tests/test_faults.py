@@ -111,7 +111,8 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(root, whole, tmp_path, capsy
 def test_a_batch_that_is_not_finite_is_skipped_and_counted(root, tmp_path, monkeypatch):
     cfg = run(root)
     clean = ClipObjective.loss
-    poisoned = jax.random.key_data(jax.random.fold_in(jax.random.key(cfg.seed), 2))  # step 3
+    step_key = jax.random.split(jax.random.key(cfg.seed))[1]
+    poisoned = jax.random.key_data(jax.random.fold_in(step_key, 2))  # step 3
 
     def loss(self, cfg, module, batch, key, targets=None):
         value, metrics = clean(self, cfg, module, batch, key, targets)

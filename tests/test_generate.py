@@ -21,7 +21,7 @@ from emu_jax import config, diffusion
 from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import image, mixed, prompt, text
-from emu_jax.generate.api import Emu, GenerationConfig, _keys, _picture_keys, load
+from emu_jax.generate.api import Emu, GenerationConfig, _image_keys, _row_keys, load
 from emu_jax.generate.safety import find_checker
 from emu_jax.models import emu as models
 from emu_jax.models.llama import KVCache
@@ -504,16 +504,22 @@ def test_settings_reach_the_program():
 
 
 def test_rows_have_keys_of_their_own():
-    ours = jax.random.key_data(_keys(np.array([4, 0, 4]), 9))
-    expected = [jax.random.fold_in(jax.random.key(9), n) for n in (4, 0, 4)]
-    np.testing.assert_array_equal(ours, [jax.random.key_data(key) for key in expected])
+    for rows, seeds in (([4, 0, 4], [9, 9, 9]), ([0, 0, 0], [3, 9, 3])):
+        ours = _row_keys(np.array(rows), 9 if rows[0] else seeds)
+        expected = [
+            jax.random.split(jax.random.fold_in(jax.random.key(seed), row))
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        for keys, theirs in zip(ours, zip(*expected, strict=True), strict=True):
+            found, wanted = jax.random.key_data(keys), [jax.random.key_data(k) for k in theirs]
+            np.testing.assert_array_equal(found, wanted)
 
 
-def test_pictures_of_a_continuation_share_no_key_with_its_words():
-    keys = _keys(np.arange(2), 9)
-    steps = [jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in range(4)]
-    pictures = [_picture_keys(keys, n) for n in range(4)]
-    found = np.concatenate([jax.random.key_data(each) for each in (*steps, *pictures)])
+def test_images_of_a_continuation_share_no_key_with_its_words():
+    text_keys, image_keys = _row_keys(np.arange(2), 9)
+    steps = [jax.vmap(jax.random.fold_in, (0, None))(text_keys, n) for n in range(4)]
+    images = [_image_keys(image_keys, n) for n in range(4)]
+    found = np.concatenate([jax.random.key_data(each) for each in (*steps, *images)])
     assert len(np.unique(found, axis=0)) == 16
 
 

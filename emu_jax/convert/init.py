@@ -103,7 +103,9 @@ class Parents:
             if not path.is_dir():
                 raise UserError(f"{kind} {path} is not a directory")
         self.tokenizer = Tokenizer.load(tokenizer, instruct=False)
-        self._seed = seed
+        # As in training, whose steps take the second key.
+        init_key, _ = jax.random.split(jax.random.key(seed))
+        self._emu_key, self._painter_key = jax.random.split(init_key)
         self._drawn: dict[str, jax.Array] = {}
         self.notes: list[str] = []
         self._tensors = {
@@ -268,7 +270,7 @@ class Parents:
         """Initializes a parameter, and all others made with it, as the module does."""
         if path.startswith("unet."):  # alone: initializing the whole denoiser would be a waste
             shape = self.shapes[path]
-            key = jax.random.fold_in(jax.random.key(self._seed), sorted(self.fresh).index(path))
+            key = jax.random.fold_in(self._painter_key, sorted(self.fresh).index(path))
             draw = jax.jit(
                 lambda key: lecun(key, shape.shape, jnp.float32), out_shardings=shape.sharding
             )
@@ -280,7 +282,7 @@ class Parents:
         }
 
         def make() -> dict[str, jax.Array]:  # XLA removes the parameters that are not returned
-            emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._seed))
+            emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._emu_key))
             params = self._template.params(emu)
             return {p: params[p] for p in keep}
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, UInt8
 from PIL import Image
 
@@ -151,8 +152,8 @@ class Emu:
     """A model with its tokenizer, ready to generate.
 
     Methods take their settings (fields of `GenerationConfig`) by name and fall back on
-    `defaults`. Row i of many prompts draws its random numbers from `fold_in(key(seed), i)`:
-    it gets the same whatever it is batched with.
+    `defaults`. Row i of many prompts samples from `fold_in(key(seed), i)`, split into a key of
+    its text and one of its images: the result does not depend on what it is batched with.
 
     Attributes:
         cfg: the model's configuration.
@@ -240,7 +241,7 @@ class Emu:
                     *self._device(batch),
                     plan,
                     rules,
-                    _keys(_fill(which, len(batch.tokens)), cfg.seed),
+                    _row_keys(_fill(which, len(batch.tokens)), cfg.seed)[0],
                     allowed,
                 )
             result[which] = np.asarray(out)[: len(which), : result.shape[1]]
@@ -380,12 +381,14 @@ class Emu:
         seeds = cfg.seed if seeds is None else seeds
         if isinstance(seeds, int | float | str | np.number):
             check_seed(seeds)
-            return _keys(np.arange(count), int(seeds))
+            rows, seeds = np.arange(count), int(seeds)
+            return _image_keys(_row_keys(rows, seeds)[1], 0)
         if len(seeds) != count:
             raise UserError(f"{len(seeds)} seeds for {count} pictures: give one for each")
         for seed in seeds:
             check_seed(seed)
-        return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+        # Each image is the one that its seed gives alone.
+        return _image_keys(_row_keys(np.zeros(count, int), seeds)[1], 0)
 
     def _paint(
         self,
@@ -463,11 +466,10 @@ class Emu:
         plan, rules, room = self._mixed(cfg, rows)
         ((which, batch),) = self._batches(rows, "left")
         rules = rules._replace(max_images=room[_fill(which, len(batch.tokens))])
-        key = _keys(np.arange(1), cfg.seed)
-        keys = _keys(np.zeros(len(batch.tokens), int), cfg.seed)
+        text_keys, image_keys = _row_keys(np.zeros(len(batch.tokens), int), cfg.seed)
         with self._on_mesh():
             state = _open_mixed(
-                self._graphdef, self._params, *self._device(batch), plan, rules, keys
+                self._graphdef, self._params, *self._device(batch), plan, rules, text_keys
             )
         shown = _Shown(self.tokenizer, self.cfg.tokens, opened=rows[0].tokens[-1])
         while True:
@@ -482,12 +484,12 @@ class Emu:
                 if isinstance(part, str):
                     yield part
                     continue
-                own = _picture_keys(key, part)
-                yield Image.fromarray(self._paint(state.images[:1, part], own, cfg)[0])
+                keys = _image_keys(image_keys[:1], part)
+                yield Image.fromarray(self._paint(state.images[:1, part], keys, cfg)[0])
             if done:
                 return
             with self._on_mesh():
-                state = _go_on_mixed(self._graphdef, self._params, state, plan, rules, keys)
+                state = _go_on_mixed(self._graphdef, self._params, state, plan, rules, text_keys)
 
     def complete(self, prompt: Parts, **settings: Any) -> list[str | Image.Image]:
         """Continues a prompt with text and images, as the model decides.
@@ -513,16 +515,17 @@ class Emu:
         drawn, keys = [], []  # embeddings and keys of all pictures
         for which, batch in self._batches(rows, "left"):
             full = _fill(which, len(batch.tokens))
-            row_keys, rules = _keys(full, cfg.seed), rules._replace(max_images=room[full])
+            rules = rules._replace(max_images=room[full])
+            text_keys, image_keys = _row_keys(full, cfg.seed)
             with self._on_mesh():
                 tokens, images = _complete(
-                    self._graphdef, self._params, *self._device(batch), plan, rules, row_keys
+                    self._graphdef, self._params, *self._device(batch), plan, rules, text_keys
                 )
             for n, i in enumerate(which):
                 results[i] = self._split(np.asarray(tokens[n]), rows[i].tokens[-1])
                 for k in range(sum(p is None for p in results[i])):
                     drawn.append(images[n, k])
-                    keys.append(_picture_keys(row_keys[n : n + 1], k)[0])
+                    keys.append(_image_keys(image_keys[n : n + 1], k)[0])
         if drawn:
             # Parts are filled in the order of the batches, which is that of `drawn`.
             painted = iter(self._paint(jnp.stack(drawn), jnp.stack(keys), cfg))
@@ -684,25 +687,28 @@ def _of(number: int, rows: Sequence[Any]) -> str:
     return "the prompt" if len(rows) == 1 else f"prompt {number + 1} of {len(rows)}"
 
 
-def _keys(which: np.ndarray, seed: int) -> Key[Array, "B"]:
-    """Each row's own key, whatever the rows beside it."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(which))
+def _row_keys(rows: ArrayLike, seeds: ArrayLike) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
+    """Returns the keys of each row's text and of its images.
 
+    A row's keys follow from its number and its seed alone, whatever it is batched with. Text
+    folds in the step, images fold in their number (`_image_keys`).
 
-def _picture_keys(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
-    """Returns the keys of the noise of each row's picture `number`.
-
-    Elements of a continuation are sampled with `fold_in(key, step)`, so these lie a level deeper.
+    Args:
+        rows: the number of each row, [B].
+        seeds: one for all rows, or one for each.
     """
 
-    def own(key: Key[Array, ""]) -> Key[Array, ""]:
-        return jax.random.fold_in(jax.random.fold_in(key, _PICTURES), number)
+    def keys(row: Array, seed: Array) -> tuple[Array, Array]:
+        text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), row))
+        return text_key, image_key
 
-    return jax.vmap(own)(keys)
+    rows, seeds = np.broadcast_arrays(rows, np.asarray(seeds, np.uint32))
+    return jax.vmap(keys)(rows, seeds)
 
 
-# Beyond any step of a continuation.
-_PICTURES = 1 << 30
+def _image_keys(image_keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
+    """Returns the keys of the initial latents of each row's image `number`."""
+    return jax.vmap(jax.random.fold_in, (0, None))(image_keys, number)
 
 
 def _fill(which: np.ndarray, rows: int) -> np.ndarray:

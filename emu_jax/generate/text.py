@@ -45,8 +45,8 @@ class TextConfig:
         no_repeat_ngram_size: 0 allows repetition.
         early_stopping: True ends a search when `num_beams` sequences are finished, False when
             a better one is unlikely, "never" when it is impossible.
-        seed: of sampling, from 0 to 2**32 - 1. Row i of a batch draws from
-            `fold_in(key(seed), i)`.
+        seed: of sampling, from 0 to 2**32 - 1. Row i of a batch samples with a key that
+            follows from the seed and i.
     """
 
     max_new_tokens: int = 50

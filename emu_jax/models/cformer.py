@@ -116,12 +116,16 @@ class CFormer(nnx.Module):
         bias = rearrange(bias.astype(jnp.float32), "t s h -> 1 h t s")
         mask = causal_mask(cfg.n_causal)
 
+        blocks_key = outer_key = None
+        if dropout_key is not None:
+            blocks_key, outer_key = jax.random.split(dropout_key)
+
         def body(block, carry, layer):
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+            key = None if blocks_key is None else jax.random.fold_in(blocks_key, layer)
             dropout = Dropout(cfg.dropout, key)
             return block(carry, features, mask=mask, bias=bias, dropout=dropout), None
 
-        outer = Dropout(cfg.dropout, dropout_key)
+        outer = Dropout(cfg.dropout, outer_key)
         x = self.causal_tokens[...].astype(features.dtype)
         x = outer(jnp.broadcast_to(x, (features.shape[0], *x.shape)))
         x, _ = scan(self.blocks, body, x, jnp.arange(1, cfg.layers + 1) << 16, remat=self.remat)

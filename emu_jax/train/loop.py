@@ -18,6 +18,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
 
 from emu_jax.config import TokenIds, load_json, save_json, to_dict
 from emu_jax.data import digits
@@ -63,9 +64,7 @@ class Trainer:
         cfg = dataclasses.replace(cfg, attention=backend)
         self.cfg, self.mesh = cfg, mesh
         self.objective = get_objective(cfg.objective)
-        self.template = Template(
-            lambda: self.objective.build(cfg, nnx.Rngs(jax.random.key(cfg.seed))), mesh
-        )
+        self.template = Template(lambda: self.objective.build(cfg, nnx.Rngs(self._keys()[0])), mesh)
         shapes = self.template.shapes
         rates = {path: group_of(path, cfg.optimizer).lr for path in shapes}
         self.trained = [path for path in shapes if rates[path] > 0]
@@ -97,8 +96,12 @@ class Trainer:
 
     def loss(self, params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
         """The objective at `params`; its randomness follows from the seed and the step."""
-        key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
-        return self._loss(params, batch, key)
+        _, step_key = self._keys()
+        return self._loss(params, batch, jax.random.fold_in(step_key, step))
+
+    def _keys(self) -> Key[Array, "2"]:
+        """Returns the keys of the initial parameters and of the steps."""
+        return jax.random.split(jax.random.key(self.cfg.seed))
 
     def _loss(
         self, params: Params, batch: Batch, key: jax.Array, targets: Metrics | None = None
@@ -115,7 +118,8 @@ class Trainer:
         keeps its own. Each part divides by the targets that a part has on average: the mean over
         parts is then what the whole batch gives, whatever targets a part has.
         """
-        key = jax.random.fold_in(jax.random.key(self.cfg.seed), state.step)
+        _, step_key = self._keys()
+        key = jax.random.fold_in(step_key, state.step)
 
         def loss(trained: Params, part: Batch, key: jax.Array, targets: Metrics | None):
             return self._loss(trained | state.frozen, part, key, targets)

@@ -114,9 +114,15 @@ class EmuObjective(Objective):
         targets: Metrics | None = None,
     ):
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
-        images = module.encode_images(pixels, dropout_key=key)
+        visual_key, language_key = jax.random.split(key)
+        images = module.encode_images(pixels, dropout_key=visual_key)
         words, regression_loss = sequence_losses(
-            module, images, batch, loss_block=cfg.loss_block, dropout_key=key, targets=targets
+            module,
+            images,
+            batch,
+            loss_block=cfg.loss_block,
+            dropout_key=language_key,
+            targets=targets,
         )
         variance, rank = spread(images.astype(jnp.float32), batch["image_valid"])
         loss = cfg.text_weight * words + cfg.regression_weight * regression_loss
