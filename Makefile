@@ -1,37 +1,46 @@
-# Each target first makes the one .venv, if it is not there or pyproject.toml or
-# constraints.txt changed since. `make PYTHON=python3.12 test` chooses the interpreter of a
-# .venv that is yet to be made.
+# Each target first creates .venv, or updates it if pyproject.toml or constraints.txt changed.
+# `make PYTHON=python3.12 test` chooses the interpreter of a new .venv.
 
 BIN := .venv/bin
-# Two workers, a file at a time: compiling is most of the work, and one thread does it.
+# Two workers, one file at a time: most of the time goes into compiling, which uses one thread.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-# Huge pages for malloc (glibc 2.35 and later; ignored elsewhere): XLA on the CPU takes fresh
-# memory at every step, and touching it in pages of 4 KiB is a third of a small step's time.
+# Huge pages for malloc (glibc 2.35 and later; ignored elsewhere). XLA on the CPU allocates fresh
+# memory at every step, and touching it in pages of 4 KiB takes a third of a small step.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 
-.PHONY: demo test test-slow mutants lint bench plan-table clean
+.PHONY: demo test test-slow test-all mutants lint bench plan-table clean
 
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
 
-# XLA's programs for the CPU without LLVM's optimisations: the tests take 0.7 of the time.
+# The fast tests, without LLVM's optimizations of XLA's CPU programs: they take 0.7 of the time.
 # `make test-slow` compiles as users do, and compares with the release again.
 test: .venv/.installed-dev
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-# A test that holds a measured ratio to a bound comes last, with nothing beside it.
+# The long tests. Tests that compare speeds run last and alone.
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "slow and alone"
 
-# Plants the bugs of tools/mutants.toml and says which test notices each.
+# Everything, including what is too long for CI: hours. Run it before a release.
+test-all: lint test demo
+	EMU_JAX_REPEAT=5 $(MAKE) test-slow PYTEST_ARGS="$(PYTEST_ARGS) --timeout 3600"
+	for topology in v5e:16x16 v5p:4x4x8 v6e:16x16 tpu7x:4x4x8; do \
+	  $(BIN)/emu-jax plan --config configs/emu_14b.py --topology $$topology --json | tail -n 1 | \
+	    $(BIN)/python -c 'import json, sys; sys.exit(not json.load(sys.stdin)["fits"])' || exit 1; \
+	done
+	$(BIN)/python tools/siege.py --checkpoint runs/demo
+	$(BIN)/python tools/mutate.py
+
+# Plants the bugs of tools/mutants.toml, one at a time; the tests named there must fail.
 mutants: .venv/.installed-dev
 	$(BIN)/python tools/mutate.py --write docs/notes/mutations.md
 
-# Everything that benchmarks/ measures, into the tables of docs/performance.md.
+# Runs every benchmark and updates the tables of docs/performance.md.
 bench: .venv/.installed-dev
 	$(BIN)/emu-jax bench --write docs/performance.md
 
@@ -41,7 +50,7 @@ lint: .venv/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
-# Compiles the 14B step for four kinds of TPU: hours. It goes on where it was stopped.
+# Compiles the 14B step for four kinds of TPU and updates docs/scaling.md: hours. It can be resumed.
 plan-table: .venv/.installed-dev
 	$(BIN)/emu-jax plan --config configs/emu_14b.py --sweep --out runs/plan --page docs/scaling.md \
 	  --topology v5e:16x16,v5p:4x4x8,v6e:16x16,tpu7x:4x4x8
@@ -50,7 +59,7 @@ clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The demo needs none of the tools that the tests need (torch among them).
+# The demo does not need the test dependencies, such as torch.
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet -e . -c constraints.txt
 	touch $@
