@@ -187,7 +187,7 @@ class SchedulerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RematConfig:
-    """Rematerialization policy of each tower's layers: a name in `models.layers.REMAT`."""
+    """Rematerialization policy of each tower's layers: a name in `models.remat.REMAT`."""
 
     visual: str = "none"
     cformer: str = "none"

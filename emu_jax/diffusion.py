@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import SchedulerConfig
 from emu_jax.errors import UserError, suggest
-from emu_jax.sharding import platform
+from emu_jax.models.backend import kernels
 
 
 @functools.cache
@@ -185,24 +185,18 @@ def advance(
     if not isinstance(guidance, jax.Array) and guidance <= 1.0:
         uncond = None
     dtype = cond.dtype if dtype is None else dtype
-    # On a CPU one half fills the threads while the other's products end.
-    halves = uncond is not None and platform() == "cpu"
-    if uncond is not None and not halves:
-        cond = jnp.concatenate([cond, uncond])
+
+    def call(x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
+        return denoise(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(jnp.float32)
+
+    guided = None if uncond is None else kernels().guided_denoiser(call, cond, uncond)
     table = jax.tree.map(jnp.asarray, table)
 
-    def predict(x, t) -> jax.Array:
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
         x = x.astype(dtype)
-
-        def call(x, cond):
-            return denoise(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(jnp.float32)
-
-        if uncond is None:
-            return call(x, cond)
-        if halves:
-            out, unconditional = call(x, cond), call(x, uncond)
-        else:
-            out, unconditional = jnp.split(call(jnp.concatenate([x, x]), cond), 2)
+        if guided is None:
+            return call(x, t, cond)
+        out, unconditional = guided(x, t)
         return unconditional + guidance * (out - unconditional)
 
     def step(i, state: SampleState) -> SampleState:

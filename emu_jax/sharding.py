@@ -183,12 +183,6 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def platform() -> str:
-    """Returns the platform that the program being traced will run on: `cpu`, `gpu` or `tpu`."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 class Template:
     """A module without its arrays: what parameters it has, where they go, and the way back.
 

@@ -10,18 +10,9 @@ from flax import nnx
 
 from emu_jax.config import LlamaConfig
 from emu_jax.errors import UserError
-from emu_jax.models.attention import (
-    XLA_BLOCK,
-    _weighted,
-    attention,
-    causal_mask,
-    choose_backend,
-    cudnn,
-    segment_mask,
-    short,
-    splash,
-)
+from emu_jax.models.attention import attention, choose_backend, cudnn, short, splash
 from emu_jax.models.llama import Llama
+from emu_jax.models.xla import CAUSAL_BLOCK, causal_mask, plain_attention, segment_mask
 from emu_jax.sharding import make_mesh
 
 
@@ -132,7 +123,7 @@ def test_masks_add_up():
 @pytest.mark.parametrize("segmented", [True, False])
 def test_blocks_of_a_long_row_equal_the_whole(segmented):
     """Outputs and gradients, where the last block is a short one."""
-    q, k, v, ids = packed(4, XLA_BLOCK + 37, 3, 8)
+    q, k, v, ids = packed(4, CAUSAL_BLOCK + 37, 3, 8)
     mask = causal_mask(q.shape[1])
     if segmented:
         mask &= segment_mask(ids)
@@ -144,7 +135,7 @@ def test_blocks_of_a_long_row_equal_the_whole(segmented):
             jax.vjp(function, q, k, v)
             for function in (
                 lambda *x: attention(*x, scale=0.3, **how),
-                lambda *x: _weighted(*x, mask, scale=0.3),
+                lambda *x: plain_attention(*x, mask, scale=0.3),
             )
         )
     )
@@ -155,7 +146,11 @@ def test_blocks_of_a_long_row_equal_the_whole(segmented):
 def test_backend_is_chosen_by_name_or_platform():
     assert choose_backend("auto", "tpu") == "splash"
     assert choose_backend("auto", "gpu") == choose_backend("cudnn", "cuda") == "cudnn"
-    assert choose_backend("auto", "cpu") == choose_backend("xla", "tpu") == "xla"
+    assert choose_backend("auto", "cpu") == choose_backend("cpu", "cpu") == "cpu"
+    assert choose_backend("xla", "cpu") == choose_backend("xla", "tpu") == "xla"
+    assert choose_backend("auto", "rocm") == "xla"
+    with pytest.raises(UserError, match="does not run on tpu: use splash or xla"):
+        choose_backend("cpu", "tpu")
     with pytest.raises(UserError, match="does not run on cpu"):
         choose_backend("splash", "cpu")
     with pytest.raises(UserError, match="did you mean 'splash'"):
@@ -171,6 +166,8 @@ def test_a_fast_backend_that_cannot_serve_is_an_error():
         attention(q, k, v, backend="splash", bias=jnp.zeros((1, 1, 200, 200)), **how)
     with pytest.raises(UserError, match="not float32"):
         cudnn(q, k, v, **how)
+    with pytest.raises(ValueError, match="splash attention cannot read a cache"):
+        attention(q, k, v, backend="splash", cached=True, scale=1.0)
 
 
 @pytest.mark.parametrize("causal, segmented", [(True, True), (False, False)])

@@ -21,7 +21,8 @@ from emu_jax import cli
 from emu_jax.config import RematConfig, emu_14b, emu_ladder
 from emu_jax.errors import UserError
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
-from emu_jax.models.attention import AGAIN, XLA_BLOCK
+from emu_jax.models.remat import RECOMPUTED_SCOPE
+from emu_jax.models.xla import CAUSAL_BLOCK
 from emu_jax.plan import hlo
 from emu_jax.plan.plan import SAFE, CompilerCrash, _report, abstract_batch, apart, collective_bytes
 from emu_jax.plan.roofline import Network, busiest, times
@@ -85,7 +86,9 @@ def test_flops_are_those_of_the_traced_step():
     def loss(state, batch):
         return objective.loss(cfg, nnx.merge(graphdef, state), batch, jax.random.key(0))[0]
 
-    traced = jaxpr_flops(jax.make_jaxpr(jax.grad(loss))(state, batch).jaxpr, without=AGAIN)
+    traced = jaxpr_flops(
+        jax.make_jaxpr(jax.grad(loss))(state, batch).jaxpr, without=RECOMPUTED_SCOPE
+    )
     llama, rows, tokens, n = cfg.model.llama, 2, 128, cfg.model.cformer.n_causal
     pictures, inner = 4, cfg.model.cformer.heads * 64
     extra = 3 * 4 * rows * llama.layers * llama.width * tokens**2 / 2
@@ -102,7 +105,7 @@ def test_flops_are_those_of_the_traced_step():
 def test_products_in_a_jaxpr_by_hand():
     def function(x, w, kernel):
         x, _ = jax.lax.scan(lambda x, _: (jnp.einsum("bij,bjk->bik", x, w), None), x, length=3)
-        with jax.named_scope(AGAIN):
+        with jax.named_scope(RECOMPUTED_SCOPE):
             x = x @ w[0]
         return jax.lax.conv_general_dilated(
             x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
@@ -112,7 +115,7 @@ def test_products_in_a_jaxpr_by_hand():
     traced = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
     often, again, convolution = 3 * 2 * 2 * 5 * 6 * 6, 2 * 2 * 5 * 6 * 6, 2 * 2 * 3 * 8 * 3 * 3
     assert jaxpr_flops(traced.jaxpr) == often + again + convolution
-    assert jaxpr_flops(traced.jaxpr, without=AGAIN) == often + convolution
+    assert jaxpr_flops(traced.jaxpr, without=RECOMPUTED_SCOPE) == often + convolution
 
     def halved(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -125,14 +128,14 @@ def test_products_in_a_jaxpr_by_hand():
     assert jaxpr_flops(traced.jaxpr) == 3 * 2 * 4 * 2 * 3 * 5
 
     def computed_again(x, w):
-        with jax.named_scope(AGAIN):
+        with jax.named_scope(RECOMPUTED_SCOPE):
             return jnp.sum(jnp.square(x @ w))
 
     # With nothing around it, a gradient's scope is called transpose(jvp(again)).
     square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     traced = jax.make_jaxpr(jax.grad(computed_again, (0, 1)))(square, square)
     assert jaxpr_flops(traced.jaxpr) == 3 * 2 * 4**3
-    assert jaxpr_flops(traced.jaxpr, without=AGAIN) == 0
+    assert jaxpr_flops(traced.jaxpr, without=RECOMPUTED_SCOPE) == 0
 
 
 def test_frozen_towers_cost_less():
@@ -948,7 +951,7 @@ def test_a_traced_step_says_what_it_holds_without_compiling(monkeypatch):
     assert full.kept < dots.kept
     # The forward pass again, but for each layer's last product, whose result is not needed.
     llama, tokens = cfg.model.llama, cfg.data.row_tokens
-    seen = (tokens + XLA_BLOCK) / 2  # keys that a query meets, on average
+    seen = (tokens + CAUSAL_BLOCK) / 2  # keys that a query meets, on average
     again = 4 * llama.width**2 + 2 * llama.width * llama.mlp_width + 2 * seen * llama.width
     more = (full.products - dots.products) * CHIPS["v5e"].flops
     assert more == pytest.approx(2 * tokens * llama.layers * again, rel=0.02)

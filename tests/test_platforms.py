@@ -1,6 +1,9 @@
-"""What is computed in another way on a CPU gives what other platforms compute."""
+"""The kernels for CPUs compute what the plain ones do."""
 
 import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +15,41 @@ from flax import nnx
 
 from emu_jax import config
 from emu_jax.generate import api, text
-from emu_jax.models import attention, conv, layers, llama
+from emu_jax.models import backend, conv, cpu, layers, llama, xla
+from emu_jax.models.attention import attention
 from emu_jax.models.emu import Emu
 from emu_jax.tokenizer import Tokenizer
 
 
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """Makes what is traced from then on take the way of a platform that is no CPU."""
+def public_functions(module) -> dict[str, inspect.Signature]:
+    return {
+        name: inspect.signature(function)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and function.__module__ == module.__name__
+        and name[0] != "_"
+    }
 
-    def leave():
-        for module in (attention, conv, layers, llama):
-            monkeypatch.setattr(module, "platform", lambda: "gpu")
 
-    return leave
+def test_kernels_for_cpus_have_the_entry_points_of_the_plain_ones():
+    plain = public_functions(xla)
+    for name, signature in public_functions(cpu).items():
+        parameters = dict(plain[name].parameters)
+        if name == "cross_entropy":
+            parameters.pop("matmul")
+        assert dict(signature.parameters) == parameters, name
+    assert backend.kernels() is cpu
+    with backend.use("xla"):
+        assert backend.kernels() is xla
+    with backend.use("cpu"):
+        assert backend.kernels() is cpu
+    mesh = jax.sharding.AbstractMesh(
+        (1,),
+        ("data",),
+        abstract_device=jax.sharding.AbstractDevice("TPU v5p", None, platform="tpu"),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert backend.kernels() is xla and not backend.on_cpu()
 
 
 def random(seed: int, *shape: int) -> jax.Array:
@@ -33,11 +57,18 @@ def random(seed: int, *shape: int) -> jax.Array:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(9, 5), (1000, 600)])
-def test_attention(queries, keys, elsewhere):
+def test_attention(queries, keys):
     q, k, v = random(0, 2, queries, 3, 8), random(1, 2, keys, 3, 8), random(2, 2, keys, 3, 8)
-    here = attention.attention(q, k, v, scale=0.5)
-    elsewhere()
-    assert relative_error(here, attention.attention(q, k, v, scale=0.5)) < 2e-6
+    ours, plain = (attention(q, k, v, scale=0.5, backend=name) for name in ("cpu", "xla"))
+    assert relative_error(ours, plain) < 2e-6
+
+
+def both(run: Callable[[], Any]) -> tuple[Any, Any]:
+    """The results of `run` with the kernels for CPUs and with the plain ones."""
+    with backend.use("cpu"):
+        ours = run()
+    with backend.use("xla"):
+        return ours, run()
 
 
 def gradients(function, *inputs):
@@ -47,27 +78,27 @@ def gradients(function, *inputs):
 
 
 @pytest.mark.parametrize("masked", ["no", "for all rows", "a row's own, one query wholly"])
-def test_attentions_gradients(masked, elsewhere):
+def test_attentions_gradients(masked):
     q, k, v = (random(n, 2, length, 3, 8) for n, length in enumerate((6, 5, 5)))
     mask = None if masked == "no" else jnp.tri(6, 5, dtype=bool)[None, None]
     if masked.startswith("a row"):
         mask = jnp.repeat(mask, 2, axis=0).at[0, 0, 2].set(False)
-    attend = lambda *x: attention.attention(*x, mask=mask, scale=0.3)  # noqa: E731
-    here = gradients(attend, q, k, v)
-    elsewhere()
-    for a, b in zip(here, gradients(attend, q, k, v), strict=True):
+    ours, plain = (
+        gradients(lambda *x, name=name: attention(*x, mask=mask, scale=0.3, backend=name), q, k, v)
+        for name in ("cpu", "xla")
+    )
+    for a, b in zip(ours, plain, strict=True):
         assert relative_error(a, b) < 2e-6
 
 
 @pytest.mark.parametrize("width", [7, 50])
-def test_products(width, elsewhere):
+def test_products(width):
     """And a product that has another type than its operands."""
     x, kernel = random(0, 2, 3, 5), random(1, 5, width)
-    here = gradients(layers.product, x, kernel)
-    half = layers.product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), jnp.float32)
+    half = cpu.matmul(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), jnp.float32)
     assert half.dtype == jnp.float32
-    elsewhere()
-    for a, b in zip(here, gradients(layers.product, x, kernel), strict=True):
+    ours, plain = (gradients(module.matmul, x, kernel) for module in (cpu, xla))
+    for a, b in zip(ours, plain, strict=True):
         assert relative_error(a, b) < 2e-6
 
 
@@ -84,41 +115,42 @@ def test_gelu():
 
 
 @pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
-def test_norms_of_a_single_row(norm, elsewhere):
+def test_norms_of_a_single_row(norm):
     layer = getattr(layers, norm)(8, eps=1e-6, rngs=nnx.Rngs(0))
     layer.scale[...] = random(2, 8)
     graphdef, params = nnx.split(layer)
     apply = lambda x, params: nnx.merge(graphdef, params)(x)  # noqa: E731
-    here = gradients(apply, random(0, 1, 5, 8), params)
-    assert here[0].shape == (1, 5, 8)
-    elsewhere()
-    there = gradients(apply, random(0, 1, 5, 8), params)
-    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+    ours, plain = both(lambda: gradients(apply, random(0, 1, 5, 8), params))
+    assert ours[0].shape == (1, 5, 8)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert relative_error(a, b) < 2e-6
 
 
 @pytest.mark.parametrize("block", [0, 3])
-def test_cross_entropy(block, elsewhere):
+def test_cross_entropy(block):
     """With columns that only round the vocabulary up, larger than all others."""
     hidden, kernel = random(0, 2, 6, 5), random(1, 5, 16).at[:, 11:].mul(50)
     targets = jax.random.randint(jax.random.key(2), (2, 6), 0, 11).at[0, 0].set(10)
-    losses = lambda *x: llama._block_losses(*x, targets, vocab=11, block=block)  # noqa: E731
-    here = gradients(losses, hidden, kernel)
+    ours, plain = (
+        gradients(
+            lambda *x, module=module: module.cross_entropy(*x, targets, vocab=11, block=block),
+            hidden,
+            kernel,
+        )
+        for module in (cpu, xla)
+    )
     wanted = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel[:, :11], targets)
-    assert relative_error(here[0], wanted) < 2e-6
-    elsewhere()
-    for a, b in zip(here, gradients(losses, hidden, kernel), strict=True):
+    assert relative_error(ours[0], wanted) < 2e-6
+    for a, b in zip(ours, plain, strict=True):
         assert relative_error(a, b) < 2e-6
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
-def test_upsampling(dtype, within, elsewhere):
+def test_upsampling(dtype, within):
     layer = conv.Upsample(6, rngs=nnx.Rngs(0))
     layer.conv.bias[...] = jnp.arange(6.0)
     x = random(0, 2, 3, 5, 6).astype(dtype)
-    here = gradients(layer, x)
-    elsewhere()
-    for a, b in zip(here, gradients(layer, x), strict=True):
+    for a, b in zip(*both(lambda: gradients(layer, x)), strict=True):
         assert relative_error(a, b) < within
 
 
@@ -185,7 +217,7 @@ def test_emu_copies_no_weights_when_it_decodes():
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_decoding(beams, elsewhere):
+def test_decoding(beams):
     emu = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
     ids = jnp.asarray([[7, 8, 9, 10, 11], [0, 0, 20, 21, 22]])
     settings = text.TextConfig(max_new_tokens=6, num_beams=beams)
@@ -201,8 +233,6 @@ def test_decoding(beams, elsewhere):
 
         return decode(emu)
 
-    written, regressed = run()
-    elsewhere()
-    others = run()
-    np.testing.assert_array_equal(written, others[0])
-    assert relative_error(regressed, others[1]) < 2e-5
+    ours, plain = both(run)
+    np.testing.assert_array_equal(ours[0], plain[0])
+    assert relative_error(ours[1], plain[1]) < 2e-5

@@ -10,6 +10,10 @@ clip.py             contrastive pretraining of the visual encoder
 lora.py             low-rank adapters
 layers.py           linear layers, norms and other layers that towers share
 conv.py             convolutional layers of the denoiser and the autoencoder
+remat.py            what a backward pass saves
 attention.py        the one entry point of attention, and its backends
 short_attention.py  a Pallas kernel for short rows on TPUs
+backend.py          chooses the kernels below by platform
+cpu.py              kernels for XLA's CPU compiler
+xla.py              the plain kernels, and the reference for tests
 """

@@ -12,9 +12,11 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
+from emu_jax.models import xla
 from emu_jax.models.attention import attention
+from emu_jax.models.backend import kernels
 from emu_jax.models.layers import Linear, lecun, param
-from emu_jax.sharding import platform, shard
+from emu_jax.sharding import shard
 
 
 class Conv(nnx.Module):
@@ -53,13 +55,7 @@ class Conv(nnx.Module):
         if kernel.shape[:2] == (1, 1):
             y = x @ kernel[0, 0]
         else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                self.padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            y = xla.convolution(x, kernel, self.stride, self.padding)
         return y + bias
 
 
@@ -171,36 +167,8 @@ class Upsample(nnx.Module):
     ) -> Float[Array, "B y x C"]:
         height, width = x.shape[1:3]
         if size is None or size == (2 * height, 2 * width):
-            if platform() == "cpu":
-                return doubled(x, self.conv)
-            return self.conv(repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2))
+            return kernels().upsampled_convolution(x, self.conv.weights)
         rows, columns = (
             np.arange(new) * old // new for new, old in zip(size, (height, width), strict=True)
         )
         return self.conv(x[:, rows][:, :, columns])
-
-
-def doubled(x: Float[Array, "B h w C"], conv: Conv) -> Float[Array, "B y x E"]:
-    """`conv`, 3 x 3, of `x` with its pixels repeated, by 4/9 of the multiplications: around a new
-    pixel there are only 2 x 2 different old ones, so the kernel's taps on each are added up."""
-    height, width = x.shape[1:3]
-
-    def halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-        """Its taps on (the pixel before, the same) and on (the same, the one after)."""
-        one, two, three = jnp.moveaxis(kernel, axis, 0)
-        return jnp.stack([one, two + three], axis), jnp.stack([one + two, three], axis)
-
-    kernel, bias = conv.weights(jnp.float32)
-    quarters = [q.astype(x.dtype) for p in halves(kernel, 0) for q in halves(p, 1)]
-    y = jax.lax.conv_general_dilated(
-        x,
-        jnp.concatenate(quarters, axis=-1),
-        (1, 1),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    y = rearrange(y, "b h w (p q d) -> p q b h w d", p=2, q=2)
-    # The first of two new pixels lies between an old one and the one before it.
-    y = jnp.stack([y[p, q, :, p : p + height, q : q + width] for p in (0, 1) for q in (0, 1)])
-    y = rearrange(y, "(p q) b h w d -> b (h p) (w q) d", p=2)
-    return y + bias.astype(x.dtype)

@@ -24,8 +24,9 @@ class Emu(nnx.Module):
 
     `unet` and `vae` are None where the configuration has none, or where `painter=False`
     leaves them out (pretraining does not need them). `backend` is that of the language model's
-    attention over whole rows, and "splash" that of the visual encoder's too; the causal
-    transformer, whose weights have dropout, and decoding use XLA's.
+    attention over whole rows, and, but for "cudnn", of the visual encoder's. The causal
+    transformer, whose weights have dropout, and decoding use the platform's kernels that are not
+    fused, as everything does without a `backend`.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Emu(nnx.Module):
         *,
         painter: bool = True,
         remat: RematConfig | None = None,
-        backend: str = "xla",
+        backend: str | None = None,
         rngs: nnx.Rngs,
     ):
         remat = remat or RematConfig()
@@ -42,7 +43,7 @@ class Emu(nnx.Module):
             cfg.vision,
             remat=remat.visual,
             rngs=rngs,
-            backend="splash" if backend == "splash" else "xla",
+            backend=None if backend == "cudnn" else backend,
         )
         self.ln_visual = LayerNorm(cfg.vision.width, eps=cfg.vision.eps, rngs=rngs)
         self.cformer = CFormer(

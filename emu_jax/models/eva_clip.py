@@ -6,23 +6,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from emu_jax.config import VisionConfig
 from emu_jax.models.attention import attention
-from emu_jax.models.layers import (
-    ADDED,
-    QKV,
-    LayerNorm,
-    Linear,
-    gelu,
-    keep,
-    normal,
-    param,
-    product,
-    scan,
-    stack,
-)
+from emu_jax.models.backend import kernels
+from emu_jax.models.layers import LayerNorm, Linear, gelu, normal, param, scan, stack
+from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 from emu_jax.sharding import shard
 
 zeros = jax.nn.initializers.zeros
@@ -31,7 +22,7 @@ zeros = jax.nn.initializers.zeros
 class VisionAttention(nnx.Module):
     """Self-attention; q, k and v share a parameter; q and v have a bias, k has none."""
 
-    def __init__(self, cfg: VisionConfig, *, backend: str, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs):
         # [in, (q, k, v), heads x head width]: splitting heads never mixes q with k.
         self.qkv = param(
             rngs, normal(cfg.width**-0.5), (cfg.width, 3, cfg.width), ("embed", None, "heads")
@@ -43,13 +34,15 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         # Three products, not one whose result would be cut into copies.
-        q, k, v = (product(x, self.qkv[...][:, part].astype(x.dtype)) for part in range(3))
+        q, k, v = (kernels().matmul(x, self.qkv[...][:, part].astype(x.dtype)) for part in range(3))
         q, v = (a + bias[...].astype(x.dtype) for a, bias in ((q, self.q_bias), (v, self.v_bias)))
         q, k, v = (
-            rearrange(keep(a, QKV), "b p (h k) -> b p h k", k=self.head_width) for a in (q, k, v)
+            rearrange(checkpoint_name(a, CHECKPOINT_QKV), "b p (h k) -> b p h k", k=self.head_width)
+            for a in (q, k, v)
         )
         out = attention(q, k, v, scale=self.head_width**-0.5, backend=self.backend)
-        return keep(self.proj(rearrange(out, "b p h k -> b p (h k)")), ADDED)
+        out = self.proj(rearrange(out, "b p h k -> b p (h k)"))
+        return checkpoint_name(out, CHECKPOINT_RESIDUAL)
 
 
 class VisionMLP(nnx.Module):
@@ -66,7 +59,7 @@ class VisionMLP(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, cfg: VisionConfig, *, backend: str, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs):
         self.norm1 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.attn = VisionAttention(cfg, backend=backend, rngs=rngs)
         self.norm2 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
@@ -81,7 +74,7 @@ class VisionTransformer(nnx.Module):
     """The visual encoder. Emu uses its blocks' raw output; `norm` and `head` are CLIP's."""
 
     def __init__(
-        self, cfg: VisionConfig, *, remat: str = "none", backend: str = "xla", rngs: nnx.Rngs
+        self, cfg: VisionConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
     ):
         self.patch_embed = Linear(cfg.patch_size**2 * 3, cfg.width, (None, "embed"), rngs=rngs)
         self.cls_token = param(rngs, normal(0.02), (cfg.width,), (None,))

@@ -12,7 +12,6 @@ softmax in float32. Each parameter names its logical axes (`sharding.RULES`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,11 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
 
-from emu_jax.models.attention import KEPT
-from emu_jax.sharding import platform
+from emu_jax.models.backend import kernels
+from emu_jax.models.remat import REMAT
 
 M = TypeVar("M", bound=nnx.Module)
 Axes = tuple[str | None, ...]
@@ -44,35 +41,6 @@ def param(rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...]
     key = jax.random.fold_in(stream.key[...], stream.count[...])
     stream.count.set_value(stream.count[...] + 1)
     return nnx.Param(init(key, shape, jnp.float32), axes=axes)
-
-
-def product(
-    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: Any = None
-) -> Float[Array, "*T E"]:
-    """x @ kernel, in `dtype`: that of `x`, unless given."""
-    if platform() == "cpu" and x.dtype == jnp.float32:
-        return _product(x, kernel)
-    return jnp.matmul(x, kernel, preferred_element_type=dtype or x.dtype)
-
-
-@jax.custom_vjp
-def _product(x, kernel):
-    return x @ kernel
-
-
-def _product_bwd(kept, dy):
-    """JAX's rule has the kernel's gradient the other way round, dy^T x, which XLA's CPU compiler
-    transposes before and after the product. Where y is much wider than x, x^T is copied: that
-    costs little, and the faster of XLA's two products takes no transposed operand."""
-    x, kernel = kept
-    flat, d_flat = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
-    left = flat.T
-    if kernel.shape[1] >= 4 * kernel.shape[0]:
-        left = jax.lax.optimization_barrier(left)
-    return dy @ kernel.T, left @ d_flat
-
-
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_bwd)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -101,7 +69,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, zeros, (width_out,), axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.kernel[...].astype(x.dtype))
+        y = kernels().matmul(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -132,8 +100,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = standardize(_squeezed(x), self.eps) * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype).reshape(x.shape)
+        return kernels().layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 class RMSNorm(nnx.Module):
@@ -144,23 +111,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _squeezed(x).astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype).reshape(x.shape)
-
-
-def _squeezed(x: jax.Array) -> jax.Array:
-    """On a CPU a batch of one row [1, T, D] as that row: XLA's compiler there is slow at the sums
-    of a norm and of its gradient beside an axis of 1."""
-    alone = x.ndim == 3 and x.shape[0] == 1 < x.shape[1]
-    return x[0] if alone and platform() == "cpu" else x
-
-
-def standardize(x: jax.Array, eps: float) -> jax.Array:
-    """Zero mean and unit variance over the last axis, float32."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+        return kernels().rms_norm(x, self.scale[...], self.eps)
 
 
 def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
@@ -178,39 +129,6 @@ def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
     return blocks
 
 
-# What `keep` names, beside `attention.KEPT`: queries, keys and values as attention reads them,
-# and what a block adds to the residual stream after attention.
-QKV, ADDED = "qkv", "added"
-
-
-def keep(x: jax.Array, name: str) -> jax.Array:
-    """Names a value that some remat policy may keep."""
-    return checkpoint_name(x, name)
-
-
-_policies = jax.checkpoint_policies
-# What a layer keeps for its backward pass; all else it computes again. From most memory to least:
-#   none     everything
-#   dots     the output of every product of activations with a parameter, and of attention
-#   minimal  attention, its inputs, and what it adds: the MLP's products are computed again
-#   offload  as minimal, in the host's memory
-#   full     the layer's input alone
-REMAT: dict[str, Any] = {
-    "none": _policies.everything_saveable,
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(KEPT)
-    ),
-    "minimal": _policies.save_only_these_names(KEPT, QKV, ADDED),
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[KEPT, QKV, ADDED],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "full": _policies.nothing_saveable,
-}
-
-
 def scan(
     blocks: nnx.Module,
     body: Callable[[Any, Any, Any], tuple[Any, Any]],
@@ -220,10 +138,10 @@ def scan(
     remat: str = "none",
 ) -> tuple[Any, Any]:
     """Runs `carry, y = body(block, carry, x)` over `blocks`: stacked ones as one compiled layer,
-    those of a list (`unstack`) one after the other, without `remat`.
+    those of a list one after the other, without `remat`.
 
     `xs` has a leading layer axis (a KV cache, say), and so have the collected ys.
-    `remat` names what a layer keeps for its backward pass (`REMAT`).
+    `remat` names what a layer saves for its backward pass (`remat.REMAT`).
     """
     if isinstance(blocks, nnx.List):
         ys = []
@@ -241,21 +159,3 @@ def scan(
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (params, xs))
-
-
-def unstack(blocks: M, layers: int) -> nnx.List[M]:
-    """The modules that `stack` made one, each with its own copy of its parameters."""
-    graphdef, params = nnx.split(blocks)
-    leaves, structure = jax.tree.flatten(params)
-    each = zip(*(_apart(leaf, layers) for leaf in leaves), strict=True)
-    modules = [nnx.merge(graphdef, jax.tree.unflatten(structure, layer)) for layer in each]
-    for module in modules:
-        for _, node in nnx.iter_graph(module):
-            if isinstance(node, nnx.Param):
-                node.set_metadata(axes=node.get_metadata()["axes"][1:])
-    return nnx.List(modules)
-
-
-@functools.partial(jax.jit, static_argnames=("layers",))
-def _apart(stacked: jax.Array, layers: int) -> list[jax.Array]:
-    return [stacked[n] for n in range(layers)]

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import LlamaConfig
 from emu_jax.models.attention import attention
-from emu_jax.models.layers import (
-    ADDED,
-    QKV,
-    Embedding,
-    Linear,
-    RMSNorm,
-    keep,
-    normal,
-    product,
-    scan,
-    stack,
-    unstack,
-)
+from emu_jax.models.backend import kernels
+from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stack
 from emu_jax.models.lora import LoraLinear, adapted
-from emu_jax.sharding import platform, shard, spec
+from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
+from emu_jax.sharding import shard, spec
 
 
 @jax.tree_util.register_dataclass
@@ -151,14 +141,14 @@ class LlamaAttention(nnx.Module):
         )
         rope = self.cfg.rope_theta, self.cfg.rope_dtype
         q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
-        heads = lambda x: keep(shard(x, "batch", None, "heads", None), QKV)  # noqa: E731
+        heads = lambda x: checkpoint_name(shard(x, "batch", None, "heads", None), CHECKPOINT_QKV)  # noqa: E731
         return heads(q), heads(k), heads(v)
 
     def attend(self, q, k, v, dropout_key=None, **how) -> Float[Array, "B T D"]:
         """`how`: masks and backend, as `attention` takes them."""
         out = attention(q, k, v, scale=self.cfg.head_width**-0.5, **how)
         out = rearrange(out, "b t h k -> b t (h k)")
-        return keep(adapted(self.o_proj, out, dropout_key), ADDED)
+        return checkpoint_name(adapted(self.o_proj, out, dropout_key), CHECKPOINT_RESIDUAL)
 
 
 class LlamaMLP(nnx.Module):
@@ -198,7 +188,7 @@ class Llama(nnx.Module):
     """The multimodal language model over embeddings [B, T, D]."""
 
     def __init__(
-        self, cfg: LlamaConfig, *, remat: str = "none", backend: str = "xla", rngs: nnx.Rngs
+        self, cfg: LlamaConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
     ):
         self.embed_tokens = Embedding(
             cfg.padded_vocab, cfg.width, init=normal(cfg.embed_std), rngs=rngs
@@ -242,10 +232,11 @@ class Llama(nnx.Module):
         their stack before it multiplies by them, and so all of them for each token. Taking them
         apart copies them once: outside of compiled functions best, else before their loop.
         """
-        if platform() != "cpu" or isinstance(self.layers, nnx.List):
+        layers = kernels().decoding_layers(self.layers, self.cfg.layers)
+        if layers is self.layers:
             return self
         llama = nnx.merge(*nnx.split(self))
-        llama.layers = unstack(self.layers, self.cfg.layers)
+        llama.layers = layers
         return llama
 
     def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
@@ -328,17 +319,17 @@ class Llama(nnx.Module):
         is summed over devices once, not once a block.
         """
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        blocks = functools.partial(_block_losses, vocab=self.cfg.vocab_size, block=block)
+        how = {"vocab": self.cfg.vocab_size, "block": block}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return blocks(hidden, kernel, targets)
+            return kernels().cross_entropy(hidden, kernel, targets, **how)
         rows = spec(("batch", None, None), hidden.shape, mesh)[0]
         width, columns = spec(("embed", "vocab"), kernel.shape, mesh)
 
         def local(hidden, kernel, targets):
             if width is not None:
                 kernel = jax.lax.all_gather(kernel, width, axis=0, tiled=True)
-            return blocks(hidden, kernel, targets, split=columns)
+            return kernels().cross_entropy(hidden, kernel, targets, axis=columns, **how)
 
         return jax.shard_map(
             local,
@@ -350,71 +341,3 @@ class Llama(nnx.Module):
     def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """The next visual embedding."""
         return self.stu_regress_head(hidden)
-
-
-def _block_losses(
-    hidden: Float[Array, "B T D"],
-    kernel: Float[Array, "D V"],
-    targets: Int[Array, "B T"],
-    *,
-    vocab: int,
-    block: int,
-    split: str | None = None,
-) -> Float[Array, "B T"]:
-    """`split` names the mesh axis over which the kernel's columns are.
-
-    XLA's CPU compiler fuses no sum with what it sums: there, and where all columns are at hand,
-    no masked copies of logits.
-    """
-    whole_on_cpu = platform() == "cpu" and split is None
-    if whole_on_cpu:
-        kernel = kernel[:, :vocab]
-    first = 0 if split is None else jax.lax.axis_index(split) * kernel.shape[1]
-    column = first + jnp.arange(kernel.shape[1])
-
-    def losses(hidden, targets):
-        logits = product(hidden, kernel, jnp.float32)
-        if not whole_on_cpu:
-            logits = jnp.where(column < vocab, logits, -jnp.inf)  # the others only round it up
-        most = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
-        if split is not None:
-            most = jax.lax.pmax(most, split)
-        total = jnp.sum(jnp.exp(logits - most[..., None]), axis=-1)
-        if whole_on_cpu:
-            chosen = _chosen(logits, targets)
-        else:
-            chosen = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
-        if split is not None:
-            total, chosen = jax.lax.psum((total, chosen), split)
-        return jnp.log(total) + most - chosen
-
-    if block == 0:
-        return losses(hidden, targets)
-    length = hidden.shape[1]
-    blocks = next(n for n in range(-(-length // block), length + 1) if length % n == 0)
-
-    def step(_, part):
-        return None, jax.checkpoint(losses)(*part)
-
-    parts = lambda x: rearrange(x, "b (n t) ... -> n b t ...", n=blocks)  # noqa: E731
-    _, out = jax.lax.scan(step, None, (parts(hidden), parts(targets)))
-    return rearrange(out, "n b t -> b (n t)")
-
-
-@jax.custom_vjp
-def _chosen(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """The logit of each target, of 0 to V. Its gradient is a mask, which fuses with others, where
-    that of a gather is a scatter."""
-    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-
-
-def _chosen_fwd(logits, targets):
-    return _chosen(logits, targets), (targets, jnp.arange(logits.shape[-1]))
-
-
-def _chosen_bwd(kept, d_chosen):
-    targets, column = kept
-    return jnp.where(column == targets[..., None], d_chosen[..., None], 0), None
-
-
-_chosen.defvjp(_chosen_fwd, _chosen_bwd)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Real
 from emu_jax.config import UNetConfig
 from emu_jax.errors import UserError
 from emu_jax.models.conv import Attention, Conv, Downsample, GroupNorm, ResnetBlock, Upsample
-from emu_jax.models.layers import REMAT, LayerNorm, Linear, gelu
+from emu_jax.models.layers import LayerNorm, Linear, gelu
+from emu_jax.models.remat import REMAT
 from emu_jax.sharding import shard
 
 
@@ -179,7 +180,7 @@ class UpBlock(nnx.Module):
 class UNet(nnx.Module):
     """Predicts the noise in latents (or their velocity: `SchedulerConfig.prediction_type`).
 
-    `remat` names what each block keeps for its backward pass (`layers.REMAT`).
+    `remat` names what each block saves for its backward pass (`remat.REMAT`).
 
     Raises:
         UserError: the configuration's lists disagree, or name a block that does not exist.

@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from emu_jax.config import EmuConfig, RematConfig
-from emu_jax.models.attention import AGAIN
+from emu_jax.models.remat import RECOMPUTED_SCOPE
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import get_objective
 from emu_jax.train.optimizer import group_of
@@ -150,7 +150,7 @@ def _traced(cfg: TrainConfig) -> float:
         {p: v for p, v in arrays.items() if p not in learns},
         batch,
     )
-    return jaxpr_flops(jaxpr.jaxpr, without=AGAIN)
+    return jaxpr_flops(jaxpr.jaxpr, without=RECOMPUTED_SCOPE)
 
 
 def jaxpr_flops(jaxpr: Any, without: str | None = None) -> float:

@@ -24,7 +24,7 @@ from emu_jax.config import TokenIds, load_json, save_json, to_dict
 from emu_jax.data import digits
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import choose_backend
-from emu_jax.models.layers import REMAT
+from emu_jax.models.remat import REMAT
 from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train import parents

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from emu_jax.hardware import peak_flops
+from emu_jax.models.backend import on_cpu
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.flops import train_flops
 from emu_jax.train.goodput import Goodput, seconds_before
@@ -73,7 +74,7 @@ class Monitor:
         self._rates = _Rates(cfg, mesh) if lead else None
         # Processors compute on the threads that would run ahead, and a second program with
         # collectives beside the first can block both.
-        self._ahead = 0 if jax.default_backend() == "cpu" else 1
+        self._ahead = 0 if on_cpu() else 1
         self._stack = ExitStack()
 
     def __enter__(self) -> Monitor:

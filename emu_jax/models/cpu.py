@@ -1,0 +1,280 @@
+"""Kernels for XLA's CPU compiler, with the entry points of `xla.py`.
+
+Each computes what its namesake there computes, in a form that this compiler runs faster.
+docs/notes/performance.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from emu_jax.models import xla
+from emu_jax.models.remat import CHECKPOINT_ATTENTION
+
+# Scores of one row and head from which heads are computed one after the other: 2 MiB, a cache.
+LARGE_SCORES = 512 * 1024
+# Parts of a batch whose attention is computed side by side: a product of many small matrices has
+# one thread.
+BATCH_PARTS = 4
+
+# --- Matmul, norms, convolutions -----------------------------------------------------------------
+
+
+def matmul(
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: Any = None
+) -> Float[Array, "*T E"]:
+    """Returns x @ kernel in `dtype`, by default the dtype of `x`."""
+    return _matmul(x, kernel) if x.dtype == jnp.float32 else xla.matmul(x, kernel, dtype)
+
+
+@jax.custom_vjp
+def _matmul(x: Float[Array, "*T D"], kernel: Float[Array, "D E"]) -> Float[Array, "*T E"]:
+    return x @ kernel
+
+
+def _matmul_fwd(
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"]
+) -> tuple[Float[Array, "*T E"], tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_bwd(
+    saved: tuple[jax.Array, jax.Array], dy: Float[Array, "*T E"]
+) -> tuple[Float[Array, "*T D"], Float[Array, "D E"]]:
+    """Computes the kernel's gradient as x^T dy.
+
+    JAX's rule computes dy^T x, which the compiler transposes before and after the product. Where y
+    is much wider than x, x^T is copied: that costs little, and the faster of XLA's two matmuls
+    takes no transposed operand.
+    """
+    x, kernel = saved
+    flat_x, flat_dy = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+    left = flat_x.T
+    if kernel.shape[1] >= 4 * kernel.shape[0]:
+        left = jax.lax.optimization_barrier(left)
+    return dy @ kernel.T, left @ flat_dy
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def layer_norm(
+    x: Float[Array, "*T D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "*T D"]:
+    """LayerNorm over the last axis, computed in float32."""
+    return xla.layer_norm(_squeezed(x), scale, bias, eps).reshape(x.shape)
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
+    """Returns x / rms(x) * scale over the last axis, computed in float32."""
+    return xla.rms_norm(_squeezed(x), scale, eps).reshape(x.shape)
+
+
+def _squeezed(x: Float[Array, "*T D"]) -> Float[Array, "*S D"]:
+    """Drops the batch axis of a single row: beside an axis of 1 the sums of a norm and of its
+    gradient are slow."""
+    return x[0] if x.ndim == 3 and x.shape[0] == 1 < x.shape[1] else x
+
+
+def upsampled_convolution(
+    x: Float[Array, "B Hh Ww C"],
+    weights: Callable[[Any], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
+) -> Float[Array, "B 2*Hh 2*Ww E"]:
+    """A 3 x 3 convolution of `x` with both of its sides doubled by repeating pixels.
+
+    It takes 4/9 of the multiplications: around a new pixel there are only 2 x 2 different old
+    ones, so the kernel's taps on each are added up first.
+    """
+    height, width = x.shape[1:3]
+    kernel, bias = weights(jnp.float32)
+    quarters = [q.astype(x.dtype) for p in _halves(kernel, 0) for q in _halves(p, 1)]
+    y = xla.convolution(x, jnp.concatenate(quarters, axis=-1))
+    y = rearrange(y, "b h w (p q d) -> p q b h w d", p=2, q=2)
+    # The first of two new pixels lies between an old one and the one before it.
+    y = jnp.stack([y[p, q, :, p : p + height, q : q + width] for p in (0, 1) for q in (0, 1)])
+    y = rearrange(y, "(p q) b h w d -> b (h p) (w q) d", p=2)
+    return y + bias.astype(x.dtype)
+
+
+def _halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Three taps as two: on (the pixel before, the pixel) and on (the pixel, the one after)."""
+    first, second, third = jnp.moveaxis(kernel, axis, 0)
+    return jnp.stack([first, second + third], axis), jnp.stack([first + second, third], axis)
+
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"] | Float[Array, "B H K S"],
+    v: Float[Array, "B S H K"] | Float[Array, "B H S K"],
+    *,
+    causal: bool,
+    segment_ids: Int[Array, "B T"] | None,
+    mask: Bool[Array, "#B 1 T S"] | None,
+    bias: Float[Array, "1 H T S"] | None,
+    scale: float,
+    dropout: Callable[[jax.Array], jax.Array] | None,
+    cached: bool,
+) -> Float[Array, "B T H K"]:
+    """Flash-style attention on parts of the batch, or one head at a time if heads are large."""
+    if (
+        bias is not None
+        or dropout is not None
+        or cached
+        or xla.in_causal_blocks(q, causal, mask, bias, dropout, cached)
+    ):
+        return xla.attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            segment_ids=segment_ids,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            dropout=dropout,
+            cached=cached,
+        )
+    mask = xla.joint_mask(q.shape[1], causal, segment_ids, mask)
+    if mask is None and q.shape[1] * k.shape[1] >= LARGE_SCORES:
+        return checkpoint_name(_large_attention(q, k, v, scale), CHECKPOINT_ATTENTION)
+    q, scale = xla.scaled(q, scale)
+    # A batch that is split over devices is not cut: its parts would have to move.
+    mesh = jax.sharding.get_abstract_mesh()
+    if mask is not None or (not mesh.empty and mesh.size > 1):
+        return xla.flash_style_attention(q, k, v, mask, scale)
+    parts = (jnp.array_split(x, min(len(x), BATCH_PARTS)) for x in (q, k, v))
+    return jnp.concatenate(
+        [xla.flash_style_attention(*part, None, scale) for part in zip(*parts, strict=True)]
+    )
+
+
+def _large_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """Attention one head after the other, so that a head's scores stay in a processor's cache.
+
+    The sum of the weights is one more column of their product with the values.
+    """
+
+    def head(x: tuple[jax.Array, jax.Array, jax.Array]) -> Float[Array, "T K"]:
+        scores = jnp.matmul(x[0] * scale, x[1].T, preferred_element_type=jnp.float32)
+        row_max = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - row_max).astype(v.dtype)
+        values = jnp.concatenate([x[2], jnp.ones_like(x[2][:, :1])], axis=1)
+        out = jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+        return (out[:, :-1] / out[:, -1:]).astype(v.dtype)
+
+    out = jax.lax.map(head, tuple(rearrange(x, "b t h k -> (b h) t k") for x in (q, k, v)))
+    return rearrange(out, "(b h) t k -> b t h k", b=len(q))
+
+
+# --- Cross-entropy -------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    vocab: int,
+    block: int,
+    axis: str | None = None,
+) -> Float[Array, "B T"]:
+    """The cross-entropy of each target under the logits hidden @ kernel, in float32.
+
+    Without masked copies of the logits, unless their columns are split: this compiler fuses no
+    sum with what it sums.
+    """
+    if axis is not None:
+        return xla.cross_entropy(
+            hidden, kernel, targets, vocab=vocab, block=block, axis=axis, matmul=matmul
+        )
+    kernel = kernel[:, :vocab]
+
+    def losses(hidden: Float[Array, "B t D"], targets: Int[Array, "B t"]) -> Float[Array, "B t"]:
+        logits = matmul(hidden, kernel, jnp.float32)
+        row_max = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+        row_sum = jnp.sum(jnp.exp(logits - row_max[..., None]), axis=-1)
+        target_logit = _target_logits(logits, targets)
+        return jnp.log(row_sum) + row_max - target_logit
+
+    return xla.in_blocks(losses, hidden, targets, block)
+
+
+@jax.custom_vjp
+def _target_logits(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """The logit of each target, from 0 to V - 1.
+
+    Its gradient is a mask, which fuses with others; that of a gather is a scatter.
+    """
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _target_logits_fwd(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], tuple[jax.Array, jax.Array]]:
+    return _target_logits(logits, targets), (targets, jnp.arange(logits.shape[-1]))
+
+
+def _target_logits_bwd(
+    saved: tuple[jax.Array, jax.Array], d_out: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], None]:
+    targets, column = saved
+    return jnp.where(column == targets[..., None], d_out[..., None], 0), None
+
+
+_target_logits.defvjp(_target_logits_fwd, _target_logits_bwd)
+
+# --- Layout of a computation ---------------------------------------------------------------------
+
+
+def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
+    """Stacked layers in the layout that decodes fastest: each with its own parameters.
+
+    This compiler copies a layer's parameters out of their stack before it multiplies by them, so
+    all of them for each token. Here they are copied once: best outside of compiled functions,
+    else before their loop.
+    """
+    if isinstance(blocks, nnx.List):
+        return blocks
+    graphdef, params = nnx.split(blocks)
+    leaves, structure = jax.tree.flatten(params)
+    unstacked = zip(*(_unstacked(leaf, layers) for leaf in leaves), strict=True)
+    modules = [nnx.merge(graphdef, jax.tree.unflatten(structure, layer)) for layer in unstacked]
+    for module in modules:
+        for _, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Param):
+                node.set_metadata(axes=node.get_metadata()["axes"][1:])
+    return nnx.List(modules)
+
+
+@functools.partial(jax.jit, static_argnames=("layers",))
+def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
+    return [stacked[n] for n in range(layers)]
+
+
+def guided_denoiser(
+    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    cond: Float[Array, "B N D"],
+    uncond: Float[Array, "B N D"],
+) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns a function of latents and timestep that gives the conditional and the unconditional
+    prediction, each from its own call: one fills the threads while the other's matmuls end."""
+    return lambda x, t: (denoise(x, t, cond), denoise(x, t, uncond))

@@ -1,0 +1,350 @@
+"""The plain kernels: the reference that every other backend is tested against.
+
+They run on any device, and XLA compiles them well on accelerators. `cpu.py` has the same entry
+points. `backend.kernels` chooses between the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from emu_jax.models.remat import CHECKPOINT_ATTENTION, RECOMPUTED_SCOPE
+
+# Longer causal rows are computed in blocks of this many queries: half of the scores are then never
+# computed.
+CAUSAL_BLOCK = 256
+
+# --- Matmul, norms, convolutions -----------------------------------------------------------------
+
+
+def matmul(
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: Any = None
+) -> Float[Array, "*T E"]:
+    """Returns x @ kernel in `dtype`, by default the dtype of `x`."""
+    return jnp.matmul(x, kernel, preferred_element_type=dtype or x.dtype)
+
+
+def standardize(x: Float[Array, "*T D"], eps: float) -> Float[Array, "*T D"]:
+    """Shifts and scales the last axis to zero mean and unit variance, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
+def layer_norm(
+    x: Float[Array, "*T D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "*T D"]:
+    """LayerNorm over the last axis, computed in float32."""
+    return (standardize(x, eps) * scale + bias).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
+    """Returns x / rms(x) * scale over the last axis, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
+def convolution(
+    x: Float[Array, "B Hh Ww C"],
+    kernel: Float[Array, "p q C E"],
+    stride: int = 1,
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1)),
+) -> Float[Array, "B Yy Xx E"]:
+    """A 2D convolution without bias; `padding` is ((top, bottom), (left, right))."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def upsampled_convolution(
+    x: Float[Array, "B Hh Ww C"],
+    weights: Callable[[Any], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
+) -> Float[Array, "B 2*Hh 2*Ww E"]:
+    """A 3 x 3 convolution of `x` with both of its sides doubled by repeating pixels.
+
+    `weights` returns the kernel and the bias in a dtype.
+    """
+    x = repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2)
+    kernel, bias = weights(x.dtype)
+    return convolution(x, kernel) + bias
+
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
+    """True where a key is not after the query."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+def segment_mask(segments: Int[Array, "B T"] | None) -> Bool[Array, "B 1 T T"] | None:
+    """True where query and key belong to the same document of a packed row."""
+    return None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+
+
+def joint_mask(
+    length: int,
+    causal: bool,
+    segment_ids: Int[Array, "B T"] | None,
+    mask: Bool[Array, "#B 1 T S"] | None,
+) -> Bool[Array, "#B 1 T S"] | None:
+    """All of the masks that `attention` takes as one."""
+    for other in (causal_mask(length) if causal else None, segment_mask(segment_ids)):
+        mask = other if mask is None else mask if other is None else mask & other
+    return mask
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"] | Float[Array, "B H K S"],
+    v: Float[Array, "B S H K"] | Float[Array, "B H S K"],
+    *,
+    causal: bool,
+    segment_ids: Int[Array, "B T"] | None,
+    mask: Bool[Array, "#B 1 T S"] | None,
+    bias: Float[Array, "1 H T S"] | None,
+    scale: float,
+    dropout: Callable[[jax.Array], jax.Array] | None,
+    cached: bool,
+) -> Float[Array, "B T H K"]:
+    """Materializes all scores; those of long causal rows in blocks of queries."""
+    if in_causal_blocks(q, causal, mask, bias, dropout, cached):
+        return blockwise_causal_attention(*scaled(q, scale), k, v, segment_ids)
+    mask = joint_mask(q.shape[1], causal, segment_ids, mask)
+    out = plain_attention(q, k, v, mask, bias, scale, dropout, cached)
+    return checkpoint_name(out, CHECKPOINT_ATTENTION)
+
+
+def in_causal_blocks(
+    q: Float[Array, "B T H K"],
+    causal: bool,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    dropout: Callable[[jax.Array], jax.Array] | None,
+    cached: bool,
+) -> bool:
+    """Whether `blockwise_causal_attention` serves a call."""
+    plain = mask is None and bias is None and dropout is None and not cached
+    return plain and causal and q.shape[1] > CAUSAL_BLOCK
+
+
+def plain_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"] | Float[Array, "B H K S"],
+    v: Float[Array, "B S H K"] | Float[Array, "B H S K"],
+    mask: Bool[Array, "#B 1 T S"] | None,
+    bias: Float[Array, "1 H T S"] | None = None,
+    scale: float = 1.0,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    cached: bool = False,
+) -> Float[Array, "B T H K"]:
+    """The textbook computation: all scores at once, a softmax in float32, a weighted sum."""
+    keys, values = ("bhks", "bhsk") if cached else ("bshk", "bshk")
+    scores = jnp.einsum(f"bthk,{keys}->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    # As "-> bthk" XLA's CPU compiler would transpose the values before the product.
+    return jnp.einsum(f"bhts,{values}->bhtk", weights, v).swapaxes(1, 2)
+
+
+def scaled(q: Float[Array, "B T H K"], scale: float) -> tuple[Float[Array, "B T H K"], float]:
+    """Returns queries, and the scale that is left for their scores.
+
+    float32 queries are multiplied at once; others would be rounded.
+    """
+    return (q * scale, 1.0) if q.dtype == jnp.float32 else (q, scale)
+
+
+def blockwise_causal_attention(
+    q: Float[Array, "B T H K"],
+    scale: float,
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T H K"]:
+    """Causal attention in which each block of queries sees the keys up to its end."""
+    out = []
+    for start in range(0, q.shape[1], CAUSAL_BLOCK):
+        end = min(start + CAUSAL_BLOCK, q.shape[1])
+        mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
+        if segment_ids is not None:
+            mask &= (segment_ids[:, start:end, None] == segment_ids[:, None, :end])[:, None]
+        out.append(flash_style_attention(q[:, start:end], k[:, :end], v[:, :end], mask, scale))
+    return jnp.concatenate(out, axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def flash_style_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    mask: Bool[Array, "#B 1 T S"] | None,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """Attention with a FlashAttention-style backward pass.
+
+    Normalizes the output instead of the weights, and saves it with the row maxima and sums; the
+    backward pass recomputes the weights from these.
+    """
+    return _flash_style_fwd(q, k, v, mask, scale)[0]
+
+
+def _flash_style_fwd(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    mask: Bool[Array, "#B 1 T S"] | None,
+    scale: float,
+) -> tuple[Float[Array, "B T H K"], tuple[Any, ...]]:
+    inputs = q, k, v, mask
+    q, k, v = _heads_first(q, k, v)
+    scores = _scores(q, k, mask, scale)
+    row_max = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - row_max)
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    row_sum = jnp.sum(weights, axis=-1, keepdims=True)
+    out = (out / row_sum).astype(v.dtype).swapaxes(1, 2)
+    out, row_max, row_sum = (
+        checkpoint_name(x, CHECKPOINT_ATTENTION) for x in (out, row_max, row_sum)
+    )
+    return out, (*inputs, out, row_max, row_sum)
+
+
+def _flash_style_bwd(
+    scale: float, saved: tuple[Any, ...], d_out: Float[Array, "B T H K"]
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, mask, out, row_max, row_sum = saved
+    q, k, v, out, d_out = _heads_first(q, k, v, out, d_out)
+    with jax.named_scope(RECOMPUTED_SCOPE):
+        scores = _scores(q, k, mask, scale)
+    weights = jnp.exp(scores - row_max) / row_sum
+    both = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    d_scores = weights * (_scores(d_out, v) - jnp.sum(both, axis=-1, keepdims=True)) * scale
+    if mask is not None:  # fully masked queries have uniform weights, not zeros
+        d_scores = jnp.where(mask, d_scores, 0)
+    d_scores = d_scores.astype(v.dtype)
+    d_q = jnp.matmul(d_scores, k)
+    d_k = jnp.einsum("bhts,bhtk->bhsk", d_scores, q)
+    d_v = jnp.einsum("bhts,bhtk->bhsk", weights.astype(v.dtype), d_out)
+    d_q, d_k, d_v = _heads_first(d_q, d_k, d_v)
+    return d_q, d_k, d_v, None
+
+
+flash_style_attention.defvjp(_flash_style_fwd, _flash_style_bwd)
+
+
+def _heads_first(*arrays: Float[Array, "B _ H K"]) -> list[Float[Array, "B H _ K"]]:
+    return [x.swapaxes(1, 2) for x in arrays]
+
+
+def _scores(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H S K"],
+    mask: Bool[Array, "#B 1 T S"] | None = None,
+    scale: float = 1.0,
+) -> Float[Array, "B H T S"]:
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+
+
+# --- Cross-entropy -------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    vocab: int,
+    block: int,
+    axis: str | None = None,
+    matmul: Callable[..., jax.Array] = matmul,
+) -> Float[Array, "B T"]:
+    """The cross-entropy of each target under the logits hidden @ kernel, in float32.
+
+    Args:
+        vocab: columns of the whole kernel that are tokens; the rest only round the number up.
+        block: positions whose logits exist at a time; 0 for all (`in_blocks`).
+        axis: the mesh axis over which the columns are split.
+    """
+    first = 0 if axis is None else jax.lax.axis_index(axis) * kernel.shape[1]
+    column = first + jnp.arange(kernel.shape[1])
+
+    def losses(hidden: Float[Array, "B t D"], targets: Int[Array, "B t"]) -> Float[Array, "B t"]:
+        logits = matmul(hidden, kernel, jnp.float32)
+        logits = jnp.where(column < vocab, logits, -jnp.inf)
+        row_max = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+        if axis is not None:
+            row_max = jax.lax.pmax(row_max, axis)
+        row_sum = jnp.sum(jnp.exp(logits - row_max[..., None]), axis=-1)
+        target_logit = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
+        if axis is not None:
+            row_sum, target_logit = jax.lax.psum((row_sum, target_logit), axis)
+        return jnp.log(row_sum) + row_max - target_logit
+
+    return in_blocks(losses, hidden, targets, block)
+
+
+def in_blocks(
+    losses: Callable[[jax.Array, jax.Array], jax.Array],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    block: int,
+) -> Float[Array, "B T"]:
+    """Calls `losses` on at most `block` positions of each row at a time.
+
+    The backward pass recomputes each block. With a block of 0 all positions are computed at once,
+    and saved.
+    """
+    if block == 0:
+        return losses(hidden, targets)
+    length = hidden.shape[1]
+    blocks = next(n for n in range(-(-length // block), length + 1) if length % n == 0)
+
+    def step(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, jax.checkpoint(losses)(*part)
+
+    hidden, targets = (
+        rearrange(x, "b (n t) ... -> n b t ...", n=blocks) for x in (hidden, targets)
+    )
+    _, out = jax.lax.scan(step, None, (hidden, targets))
+    return rearrange(out, "n b t -> b (n t)")
+
+
+# --- Layout of a computation ---------------------------------------------------------------------
+
+
+def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
+    """Stacked layers in the layout that decodes fastest: as they are."""
+    return blocks
+
+
+def guided_denoiser(
+    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    cond: Float[Array, "B N D"],
+    uncond: Float[Array, "B N D"],
+) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns a function of latents and timestep that gives the conditional and the unconditional
+    prediction, both from one call of `denoise` on twice the batch."""
+    both = jnp.concatenate([cond, uncond])
+
+    def predict(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        conditional, unconditional = jnp.split(denoise(jnp.concatenate([x, x]), t, both), 2)
+        return conditional, unconditional
+
+    return predict
