@@ -537,9 +537,8 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
     good = records(tmp_path, "a", pairs(4))
 
     def fails(match: str, *sources: SourceConfig, kind: str = "rows", **changes) -> None:
-        changed = dataclasses.replace(cfg, sources=sources, **changes)
         with pytest.raises(UserError, match=match) as error:
-            Batches(changed, tokenizer, kind)
+            Batches(dataclasses.replace(cfg, sources=sources, **changes), tokenizer, kind)
         assert "\n" not in str(error.value)
 
     def changed(**changes) -> SourceConfig:
