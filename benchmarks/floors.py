@@ -53,8 +53,8 @@ def table(figures: dict) -> str:
     return bench.markdown(
         ("Best of the shapes", "XLA", "torch", "numpy", ""),
         [
-            row("Products, float32", "float32", "GFLOP/s"),
-            row("Products, bfloat16", "bfloat16", "GFLOP/s"),
+            row("Matmuls, float32", "float32", "GFLOP/s"),
+            row("Matmuls, bfloat16", "bfloat16", "GFLOP/s"),
             row("Copies, read and written", "copy", "GB/s"),
         ],
     )
