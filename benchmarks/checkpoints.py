@@ -100,4 +100,4 @@ def table(figures: dict) -> str:
         row("Save: until it is complete", "save", "save", "write"),
         row("Restore", "restore", "load", "read"),
     ]
-    return bench.markdown(head, rows)
+    return bench.markdown_table(head, rows)

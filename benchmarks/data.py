@@ -95,7 +95,7 @@ def table(figures: dict) -> str:
         "fast": "`fast`: as `raw`, with `fast_decode`",
         "full_fast": "`full_fast`: as `full`, with `fast_decode`",
     }
-    return bench.markdown(
+    return bench.markdown_table(
         ("", "Images per second, one core", "Relative to `raw`"),
         [
             (about, figures[f"{name}_per_core"], figures.get(f"{name}_over_raw", ""))

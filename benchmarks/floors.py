@@ -50,7 +50,7 @@ def table(figures: dict) -> str:
         }
         return (name, *(_giga(value) for value in found.values()), unit)
 
-    return bench.markdown(
+    return bench.markdown_table(
         ("Best of the shapes", "XLA", "torch", "numpy", ""),
         [
             row("Matmuls, float32", "float32", "GFLOP/s"),

@@ -88,7 +88,7 @@ def table(figures: dict) -> str:
         for name, about in names.items()
     ]
     rows.append(("Floor", figures["floor_ms"], ""))
-    return bench.markdown((f"N = {figures['n']}", "ms", "Speed-up of emu_jax"), rows)
+    return bench.markdown_table((f"N = {figures['n']}", "ms", "Speed-up of emu_jax"), rows)
 
 
 def ours(cfg: EmuConfig, params: dict, ids: np.ndarray):

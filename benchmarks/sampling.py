@@ -104,7 +104,7 @@ def table(figures: dict) -> str:
         for name, about in names.items()
     ]
     rows.append(("Floor", figures["floor_ms"], ""))
-    return bench.markdown(("", "ms per call", "Speed-up of emu_jax"), rows)
+    return bench.markdown_table(("", "ms per call", "Speed-up of emu_jax"), rows)
 
 
 def ours(cfg: EmuConfig, params: dict, noise: np.ndarray, cond: np.ndarray, steps: int):

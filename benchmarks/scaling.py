@@ -251,7 +251,7 @@ def table(figures: dict) -> str:
         about += " No prediction: no sweep of `emu-jax plan` for these devices was given."
     if "flags" in figures:
         about += f" XLA_FLAGS: `{figures['flags']}`."
-    return bench.markdown(head, rows) + "\n\n" + about
+    return bench.markdown_table(head, rows) + "\n\n" + about
 
 
 def plot(figures: dict, path: Path) -> None:

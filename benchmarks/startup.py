@@ -127,7 +127,7 @@ def table(figures: dict) -> str:
         "Total",
         "Speed-up over transformers",
     )
-    return bench.markdown(head, rows)
+    return bench.markdown_table(head, rows)
 
 
 def measured(program: str, checkpoint: Path, cache: Path, *more: str) -> dict[str, float]:

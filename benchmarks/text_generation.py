@@ -98,7 +98,7 @@ def table(figures: dict) -> str:
         for about, values in (("Greedy", figures["greedy"]), ("5 beams", figures["beams"]))
     ]
     head = ("", "ms per token", "transformers", "Speed-up", "Floor, ms", "Relative to floor")
-    return bench.markdown(head, rows)
+    return bench.markdown_table(head, rows)
 
 
 def torch_or_missing(dtype: str = "float32") -> Any:

@@ -152,7 +152,7 @@ def table(figures: dict) -> str:
     if "loss_difference" in f:
         sizes += f" Losses from the same weights differ by {f['loss_difference']:.0e}."
     head = ("Step", "Seconds", "Tokens/s", "Fraction of peak", "Speed-up of emu_jax")
-    return bench.markdown(head, rows) + "\n\n" + sizes
+    return bench.markdown_table(head, rows) + "\n\n" + sizes
 
 
 def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:

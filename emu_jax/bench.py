@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from emu_jax import markdown
 from emu_jax.errors import UserError, suggest
 from emu_jax.filesystem import shipped, write_text
 
@@ -228,10 +229,9 @@ def table(figures: Figures) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Formats a Markdown table of figures."""
-    lines = [head, ["---"] * len(head), *([shown(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(head, [[shown(cell) for cell in row] for row in rows])
 
 
 def shown(value: Any) -> str:
@@ -279,10 +279,11 @@ class Page:
         except (OSError, ValueError) as error:
             raise UserError(f"--write {self.path}: {error}") from None
         for name in names:
-            if not self._place(name).search(text):
+            if not markdown.has_region(text, f"bench {name}"):
+                lines = " and ".join(markdown.markers(f"bench {name}"))
                 raise UserError(
-                    f"{self.path} has no place for the table of {name}: add the lines "
-                    f"<!-- bench {name} --> and <!-- /bench --> where it should stand"
+                    f"{self.path} has no place for the table of {name}: add the lines {lines} "
+                    "where it should stand"
                 )
 
     def records(self) -> dict[str, dict[str, Figures]]:
@@ -304,7 +305,7 @@ class Page:
         """Returns `text` with the tables of `records` filled in."""
         for name, by_hardware in records.items():
             tables = "\n\n".join(self._section(name, *item) for item in by_hardware.items())
-            text = self._place(name).sub(lambda m, t=tables: f"{m[1]}\n{t}\n{m[2]}", text)
+            text = markdown.replace_region(text, f"bench {name}", tables)
         return text
 
     def _section(self, name: str, hardware: str, record: Figures) -> str:
@@ -313,7 +314,7 @@ class Page:
         if hasattr(module, "table"):
             lines += [module.table(figures)]
         else:
-            lines += [markdown(("Figure", "Value"), list(_rows(figures)))]
+            lines += [markdown_table(("Figure", "Value"), list(_rows(figures)))]
         if hasattr(module, "plot"):
             lines += ["", f"![{name}]({self._plot(name, hardware).name})"]
         rest = {key: value for key, value in record["machine"].items() if key not in HARDWARE}
@@ -323,10 +324,6 @@ class Page:
     def _plot(self, name: str, hardware: str) -> Path:
         words = "-".join(re.findall(r"[a-z0-9_]+", hardware.lower()))
         return self.path.with_name(f"{self.path.stem}-{name}-{words}.png")
-
-    @staticmethod
-    def _place(name: str) -> re.Pattern[str]:
-        return re.compile(rf"(<!-- bench {re.escape(name)} -->)\n.*?(<!-- /bench -->)", re.DOTALL)
 
 
 # Keys of `machine()` that identify the hardware.

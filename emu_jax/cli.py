@@ -718,7 +718,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         if args.sweep:
             if args.program != "train":
                 raise UserError("--sweep plans the config's own step: leave out --for")
-            from emu_jax.plan.sweep import CURVES, put_on_page, read_page, sweep
+            from emu_jax.plan.sweep import CURVES, check_page, put_on_page, sweep
 
             curves = [] if args.scaling == "none" else args.scaling.split(",")
             for curve in curves:
@@ -726,7 +726,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
                     known = [*CURVES, "none"]
                     raise UserError(f"--scaling {curve!r} is not known{suggest(curve, known)}")
             if args.page:
-                read_page(args.page)  # fails before hours of compiling
+                check_page(args.page)  # fails before hours of compiling
             pairs = list(zip(configs, topologies, strict=True))
             result = sweep(pairs, args.out, scaling=curves)
             if args.page:

@@ -22,7 +22,7 @@ WIDE = 'def run(): return {"sides": {"left": 1, "right": "x"}}'
 DRAWN = """
 from emu_jax import bench
 def run(): return {"seconds": bench.median([1.0, 2.0, 3.0]), "bytes": 12345}
-def table(figures): return bench.markdown(("s", "bytes"), [figures.values()])
+def table(figures): return bench.markdown_table(("s", "bytes"), [figures.values()])
 def plot(figures, path): path.write_text("a plot")
 """
 PAGE = """# Speed

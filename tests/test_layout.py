@@ -16,7 +16,17 @@ PACKAGE = ROOT / "emu_jax"
 # A room may import those of its own line and of the lines above it; rooms of one line may
 # not import each other in a circle.
 LEVELS = [
-    {"config", "errors", "filesystem", "hardware", "page", "progress", "sharding", "tokenizer"},
+    {
+        "config",
+        "errors",
+        "filesystem",
+        "hardware",
+        "markdown",
+        "page",
+        "progress",
+        "sharding",
+        "tokenizer",
+    },
     {"models"},
     {"diffusion", "data", "convert", "checkpoint", "integrity"},
     {"train", "generate"},

@@ -121,7 +121,8 @@ def test_a_table_keeps_the_rows_of_bugs_that_were_not_planted(mutate, tmp_path):
     page.write_text(page.read_text().replace("# Planted bugs\n", "# Planted bugs\n\nMore.\n"))
     write(mutants[:2], second=("caught", "tests/test_a.py::test_c"))
     assert page.read_text() == (
-        "# Planted bugs\n\nMore.\n\n| Bug | File | What goes wrong | Result |\n|---|---|---|---|\n"
+        "# Planted bugs\n\nMore.\n\n<!-- mutants -->\n"
+        "| Bug | File | What goes wrong | Result |\n| --- | --- | --- | --- |\n"
         "| `first` | `f.py` | Goes wrong. | caught by `test_a.py::test_b` |\n"
-        "| `second` | `f.py` | Goes wrong. | caught by `test_a.py::test_c` |\n"
+        "| `second` | `f.py` | Goes wrong. | caught by `test_a.py::test_c` |\n<!-- /mutants -->\n"
     )

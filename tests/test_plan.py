@@ -26,7 +26,7 @@ from emu_jax.models.xla import CAUSAL_BLOCK
 from emu_jax.plan import hlo
 from emu_jax.plan.plan import SAFE, CompilerCrash, _report, abstract_batch, apart, collective_bytes
 from emu_jax.plan.roofline import Network, busiest, times
-from emu_jax.plan.sweep import BEGIN, END, Family, draw, family, markdown, put_on_page, sweep
+from emu_jax.plan.sweep import Family, check_page, draw, family, put_on_page, sweep, table
 from emu_jax.sharding import choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
@@ -822,12 +822,17 @@ def report(**changes):
 
 def test_sweep_table_and_plot(tmp_path):
     slow = report(curve="", step_seconds_serial=3.0, mfu_serial=0.2)
-    lines = markdown([slow, report(curve=""), report(curve="", fits=False)]).splitlines()
+    lines = table([slow, report(curve=""), report(curve="", fits=False)]).splitlines()
     assert len(lines) == 4 and "| 0.400 | 0.600 |" in lines[2] and "| 0.200 |" in lines[3]
     draw(
         [report(), report(chips=32, topology="v5e:4x8"), report(curve="strong")], tmp_path / "x.png"
     )
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_the_page_on_scaling_has_a_table():
+    text = check_page(ROOT / "docs" / "scaling.md")
+    assert table([]).splitlines()[0] in text and "| v5e:16x16 | 256 |" in text
 
 
 def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -893,11 +898,12 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
 
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
-    before = f"between `{BEGIN}` and `{END}`\n"
-    page.write_text(f"{before}{BEGIN}\nold\n{END}\nafter\n")
+    begin, end = "<!-- sweep -->", "<!-- /sweep -->"
+    before = f"between `{begin}` and `{end}`\n"
+    page.write_text(f"{before}{begin}\nold\n{end}\nafter\n")
     put_on_page(tmp_path, page)
-    table = (tmp_path / "sweep.md").read_text()
-    assert page.read_text() == f"{before}{BEGIN}\n{table}{END}\nafter\n"
+    text = (tmp_path / "sweep.md").read_text()
+    assert page.read_text() == f"{before}{begin}\n{text}{end}\nafter\n"
     assert (page.parent / "scaling.png").stat().st_size > 10_000
     page.write_text("no place")
     with pytest.raises(UserError, match="page.md: no lines"):

@@ -30,9 +30,12 @@ import time
 import tomllib
 from pathlib import Path
 
+from emu_jax import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tools" / "mutants.toml"
-HEAD = "| Bug | File | What goes wrong | Result |\n|---|---|---|---|\n"
+HEAD = ("Bug", "File", "What goes wrong", "Result")
+REGION = "mutants"  # of the page, between two HTML comments
 ROW = re.compile(r"^\| `([^`]+)` \|.*$", re.MULTILINE)
 # A line of pytest's summary: the outcome and the test.
 OUTCOME = re.compile(r"^(PASSED|FAILED|ERROR) (tests/\S+?\.py(?:::.*?)?)(?: - .*)?$", re.MULTILINE)
@@ -195,22 +198,17 @@ def table_row(mutant: Mutant, result: str, detail: str) -> str:
     else:
         said = f"**{result}**: {mutant.survives or detail or 'not explained yet'}"
     file = mutant.file.removeprefix("emu_jax/")
-    return (
-        "| "
-        + " | ".join(
-            part.replace("|", "\\|") for part in (f"`{mutant.name}`", f"`{file}`", mutant.why, said)
-        )
-        + " |"
-    )
+    return markdown.row((f"`{mutant.name}`", f"`{file}`", mutant.why, said))
 
 
 def write_table(path: Path, mutants: list[Mutant], rows: dict[str, str]) -> None:
     """Replaces the table of `path`: `rows` by name, other mutants' rows as they are there."""
-    text = path.read_text() if path.exists() else "# Planted bugs\n\n" + HEAD
-    before = text[: text.index(HEAD)]
+    begin, end = markdown.markers(REGION)
+    text = path.read_text() if path.exists() else f"# Planted bugs\n\n{begin}\n{end}\n"
     old = {match[1]: match[0] for match in ROW.finditer(text)}
     lines = [rows.get(mutant.name) or old.get(mutant.name) for mutant in mutants]
-    path.write_text(before + HEAD + "".join(f"{line}\n" for line in lines if line))
+    table = "\n".join([markdown.table(HEAD, []), *filter(None, lines)])
+    path.write_text(markdown.replace_region(text, REGION, table))
 
 
 def main(argv: list[str] | None = None) -> int:

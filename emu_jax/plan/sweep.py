@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import jax
 
+from emu_jax import markdown
 from emu_jax.config import to_dict
 from emu_jax.errors import UserError
 from emu_jax.filesystem import write_text, writing
@@ -50,6 +50,19 @@ LADDERS: dict[int, tuple[tuple[str, int], ...]] = {
     3: (("4x4x4", 1), ("4x4x8", 1), ("8x8x8", 1)),
 }
 CURVES = ("weak", "strong")
+REGION = "sweep"  # of a page, between two HTML comments
+HEAD = (
+    "topology",
+    "chips",
+    "data x fsdp x tensor",
+    "remat",
+    "rows/chip",
+    "HBM, GiB",
+    "step, s",
+    "tokens/s",
+    "MFU, no overlap",
+    "MFU, overlap",
+)
 # Before anything was compiled for a chip: the part of its memory that temporaries take.
 TEMPORARIES = 0.2
 
@@ -136,7 +149,7 @@ def sweep(
 
 def _publish(reports: list[Report], out: Path) -> None:
     """The table and the plot of what there is so far."""
-    write_text(out / "sweep.md", markdown(reports))
+    write_text(out / "sweep.md", table(reports))
     curves = [report for report in reports if report["curve"]]
     if curves:
         draw(curves, out / "scaling.png")
@@ -324,25 +337,27 @@ def _name(topology: Topology) -> str:
     return str(topology) + (f" x{topology.slices}" if topology.slices > 1 else "")
 
 
-def markdown(reports: list[Report]) -> str:
-    """One line a setting that fits, best first for each topology."""
-    lines = [
-        "| topology | chips | data x fsdp x tensor | remat | rows/chip | HBM, GiB | step, s | "
-        "tokens/s | MFU, no overlap | MFU, overlap |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def table(reports: list[Report]) -> str:
+    """Formats one row for each setting that fits, the best first for each topology."""
     order = lambda r: (r["topology"], r["slices"], seconds_per_row(r))  # noqa: E731
-    for r in sorted((r for r in reports if r["fits"] and not r["curve"]), key=order):
-        slices = f" x{r['slices']}" if r["slices"] > 1 else ""
-        lines.append(
-            f"| {r['topology']}{slices} | {r['chips']} | {' x '.join(map(str, r['mesh'].values()))}"
-            f" | {r['remat']['llama']} | {r['rows_per_chip']:g} | {r['hbm_bytes'] / 2**30:.1f} of "
-            f"{r['hbm_limit_bytes'] / 2**30:.0f} | {r['step_seconds_overlap']:.2f} to "
-            f"{r['step_seconds_serial']:.2f} | {r['tokens_per_second']:,.0f} to "
-            f"{r['tokens_per_second_overlap']:,.0f} | {r['mfu_serial']:.3f} | "
-            f"{r['mfu_overlap']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+    chosen = sorted((r for r in reports if r["fits"] and not r["curve"]), key=order)
+    return markdown.table(HEAD, map(_row, chosen)) + "\n"
+
+
+def _row(report: Report) -> list[str]:
+    r = report
+    return [
+        f"{r['topology']} x{r['slices']}" if r["slices"] > 1 else r["topology"],
+        f"{r['chips']}",
+        " x ".join(map(str, r["mesh"].values())),
+        r["remat"]["llama"],
+        f"{r['rows_per_chip']:g}",
+        f"{r['hbm_bytes'] / 2**30:.1f} of {r['hbm_limit_bytes'] / 2**30:.0f}",
+        f"{r['step_seconds_overlap']:.2f} to {r['step_seconds_serial']:.2f}",
+        f"{r['tokens_per_second']:,.0f} to {r['tokens_per_second_overlap']:,.0f}",
+        f"{r['mfu_serial']:.3f}",
+        f"{r['mfu_overlap']:.3f}",
+    ]
 
 
 # Title, and the keys of the serial and of the overlapped bound.
@@ -384,12 +399,8 @@ def draw(reports: list[Report], path: Path) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-# Between these lines of a page stands the table, as the sweep wrote it.
-BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
-
-
-def read_page(page: Path) -> tuple[str, str]:
-    """Returns the text before the table and the text after it.
+def check_page(page: Path) -> str:
+    """Reads a page that has a place for the table.
 
     Raises:
         UserError: no such page, or it has no place for a table.
@@ -398,22 +409,20 @@ def read_page(page: Path) -> tuple[str, str]:
         text = page.read_text()
     except OSError as error:
         raise UserError(f"{page}: {error.strerror}") from None
-    # Lines of their own: elsewhere a page may speak of them.
-    place = re.search(f"^{BEGIN}\n(?s:.*?)^{END}$", text, re.MULTILINE)
-    if place is None:
-        raise UserError(f"{page}: no lines {BEGIN} and {END} for the table to stand between")
-    return text[: place.start()], text[place.end() :]
+    if not markdown.has_region(text, REGION):
+        lines = " and ".join(markdown.markers(REGION))
+        raise UserError(f"{page}: no lines {lines}: add them where the table should stand")
+    return text
 
 
 def put_on_page(out: Path, page: Path) -> None:
-    """Replaces what stands between `BEGIN` and `END` in `page` by the sweep's table, and copies
-    its plot beside it.
+    """Writes the sweep's table into its region of a page, and copies the plot beside the page.
 
     Raises:
-        UserError: as `read_page`.
+        UserError: as `check_page`.
     """
-    before, after = read_page(page)
-    write_text(page, f"{before}{BEGIN}\n{(out / 'sweep.md').read_text()}{END}{after}")
+    text = check_page(page)
+    write_text(page, markdown.replace_region(text, REGION, (out / "sweep.md").read_text()))
     plot = out / "scaling.png"
     if plot.exists():
         with writing(page.with_name(plot.name)) as temporary:
