@@ -236,3 +236,26 @@ def test_docstrings_begin_with_a_verb_or_a_name():
             if isinstance(node, documented) and OPENINGS.match(ast.get_docstring(node) or ""):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.body[0].lineno}")
     assert not wrong, "\n".join(wrong)
+
+
+def anchor_of(heading):
+    """Returns the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Relative links name files that exist, and their anchors are headings of the target."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists():
+            broken.append(link)
+        elif anchor:
+            headings = re.findall(r"^#+ (.*)", FENCE.sub("", target.read_text()), re.MULTILINE)
+            if anchor not in map(anchor_of, headings):
+                broken.append(link)
+    assert not broken
