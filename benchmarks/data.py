@@ -23,6 +23,7 @@ import PIL.Image
 
 from emu_jax import bench
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
+from emu_jax.data.batches import RowBuilder
 from emu_jax.data.documents import write_documents
 from emu_jax.data.images import open_image, resize
 from emu_jax.data.mixture import open_groups
@@ -58,7 +59,7 @@ def run() -> dict:
             prefetch=0,
         )
         tokenizer, fast_cfg = cfg.load_tokenizer(), dataclasses.replace(cfg, fast_decode=True)
-        (group,) = open_groups(cfg, tokenizer, "rows")
+        (group,) = open_groups(cfg, tokenizer, RowBuilder.usage)
         blocks = itertools.count()
         # Separate iterators, so that both decode the same images in a turn.
         for_raw, for_fast = itertools.cycle(images), itertools.cycle(images)

@@ -26,7 +26,7 @@ import numpy as np
 
 from emu_jax import bench
 from emu_jax.config import EmuConfig, RematConfig
-from emu_jax.data.config import batch_shapes
+from emu_jax.data.batches import batch_shapes
 from emu_jax.data.images import CLIP_MEAN, CLIP_STD
 from emu_jax.errors import UserError, suggest
 from emu_jax.filesystem import shipped

@@ -15,6 +15,7 @@ from test_sources import lines, make_image, tar, video
 
 from emu_jax.config import TokenIds, digits
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
+from emu_jax.data.batches import RowBuilder
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
@@ -186,7 +187,7 @@ def cfg(corpus) -> TrainConfig:
     root, _ = corpus
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 3, 400)
     tokenizer.save(root / "tokenizer")
-    # Drawn in proportion to their sizes, all sources end their first epoch together.
+    # SampledDocument in proportion to their sizes, all sources end their first epoch together.
     sources = tuple(
         SourceConfig(name, FORMATS[name], _paths(root / name), weight=float(count), frames=4)
         for name, count in SIZES.items()
@@ -248,7 +249,7 @@ def _paths(folder: Path) -> tuple[str, ...]:
 def test_training_passes_over_every_damaged_document(corpus, cfg, tmp_path):
     _, damaged = corpus
     tokenizer = cfg.data.load_tokenizer()
-    (group,) = open_groups(cfg.data, tokenizer, "rows")
+    (group,) = open_groups(cfg.data, tokenizer, RowBuilder.usage)
     blocks = sum(SIZES.values()) // cfg.data.block_documents + 1  # an epoch and a little more
     rows = sum(len(group.block(n).rows) for n in range(blocks))
     steps = -(-rows // cfg.data.batch_size)

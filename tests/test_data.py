@@ -14,8 +14,10 @@ import PIL.Image
 import pytest
 
 from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, VAEConfig
-from emu_jax.data import Batches, DataConfig, Document, Image, Text, filling, storage
+from emu_jax.data import Batches, DataConfig, Document, Image, Text, storage
+from emu_jax.data import batches as batches_module
 from emu_jax.data import digits as digits_module
+from emu_jax.data.batches import BUILDERS
 from emu_jax.data.digits import (
     CAPTIONS,
     SPLITS,
@@ -31,14 +33,14 @@ from emu_jax.data.documents import REASONS, Damaged, DocumentFiles, write_docume
 from emu_jax.data.images import (
     ImageError,
     affine,
-    draw_affine,
     load_image,
     normalize_images,
     open_image,
+    sample_affine,
 )
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
-from emu_jax.data.mixture import Drawn, open_groups
-from emu_jax.data.outlines import Outlines
+from emu_jax.data.lengths import TokenLengths
+from emu_jax.data.mixture import SampledDocument, open_groups
 from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.pipeline import batch_shapes
 from emu_jax.data.sources import SourceConfig
@@ -294,7 +296,7 @@ def test_affine_moves_as_told():
 
 def test_drawn_affine_stays_in_range():
     rng = np.random.default_rng(0)
-    drawn = np.array([draw_affine(rng, rotate=15, scale=0.15, shift=0.1) for _ in range(500)])
+    drawn = np.array([sample_affine(rng, rotate=15, scale=0.15, shift=0.1) for _ in range(500)])
     low, high = drawn.min(axis=0), drawn.max(axis=0)
     assert (low >= (-15, 0.85, -0.1, -0.1)).all() and (high <= (15, 1.15, 0.1, 0.1)).all()
     assert (low < (-14, 0.86, -0.09, -0.09)).all() and (high > (14, 1.14, 0.09, 0.09)).all()
@@ -502,11 +504,11 @@ def test_images_are_picked_with_their_texts():
 def test_outlines_are_kept_and_noticed_stale(tmp_path, tokenizer, monkeypatch):
     path, folder = tmp_path / "x.array_record", tmp_path / "kept"
 
-    def outlines(*paths: Path) -> Outlines:
-        return Outlines(DocumentFiles(paths), tokenizer, folder)
+    def count(*paths: Path) -> TokenLengths:
+        return TokenLengths(DocumentFiles(paths), tokenizer, folder)
 
     write_documents(path, [Document((Text(" the digit seven "), Image(b"x"))), Document(())])
-    counted = outlines(path, path)
+    counted = count(path, path)
     assert [counted[n] for n in range(4)] == [[3, P], [], [3, P], []]
     assert counted.totals() == {
         "documents": 4,
@@ -519,18 +521,18 @@ def test_outlines_are_kept_and_noticed_stale(tmp_path, tokenizer, monkeypatch):
     }
     with monkeypatch.context() as patch:
         patch.setattr(DocumentFiles, "sketch", None)  # nothing is counted again
-        assert outlines(path, path)[2] == [3, P]
+        assert count(path, path)[2] == [3, P]
 
     write_documents(path, [Document((Text("seven"),))])
-    assert outlines(path)[0] == [1]
+    assert count(path)[0] == [1]
     for kept in folder.rglob("sizes.npy"):
         kept.write_bytes(b"broken")
-    assert outlines(path)[0] == [1]
+    assert count(path)[0] == [1]
     assert not [f for f in folder.iterdir() if f.name.startswith(".")]
 
 
 def test_an_interrupted_count_goes_on(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("emu_jax.data.outlines._CHUNK", 4)
+    monkeypatch.setattr("emu_jax.data.lengths._CHUNK", 4)
     path = tmp_path / "x.array_record"
     write_documents(path, [Document((Text("seven " * n),)) for n in range(11)])
     files, read = DocumentFiles([path]), []
@@ -544,12 +546,12 @@ def test_an_interrupted_count_goes_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(files, "sketch", sketch)
     interrupt = True
     with pytest.raises(RuntimeError, match="interrupted"):
-        Outlines(files, tokenizer, tmp_path)
+        TokenLengths(files, tokenizer, tmp_path)
     interrupt = False
     read.clear()
-    outlines = Outlines(files, tokenizer, tmp_path)
+    lengths = TokenLengths(files, tokenizer, tmp_path)
     assert min(read) == 8
-    assert [outlines[n] for n in range(11)] == [[n] for n in range(11)]
+    assert [lengths[n] for n in range(11)] == [[n] for n in range(11)]
     assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 1
 
 
@@ -683,8 +685,8 @@ def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
 
     def usable(kind: str, **changes) -> list[int]:
         cfg = DataConfig(sources=(dataclasses.replace(source, **changes),), n_causal=2)
-        (group,) = open_groups(cfg, tokenizer, kind)
-        return [n for n in range(5) if group.usable(Drawn(n, group.sources[0], n))]
+        (group,) = open_groups(cfg, tokenizer, BUILDERS[kind].usage)
+        return [n for n in range(5) if group.usable(SampledDocument(n, group.sources[0], n))]
 
     assert usable("rows") == [0, 1, 2, 4]
     assert usable("rows", picked_images=1) == [1, 2]
@@ -982,7 +984,7 @@ def test_documents_read_together_are_those_read_alone(tmp_path, tokenizer, monke
             return take(batches, 6), batches.statistics()["damaged"]["unreadable picture"]
 
     together, damaged = read()
-    monkeypatch.setattr(filling, "_TOGETHER", 1)
+    monkeypatch.setattr(batches_module, "_TOGETHER", 1)
     alone, as_many = read()
     assert damaged == as_many > 0
     for one, two in zip(together, alone, strict=True):

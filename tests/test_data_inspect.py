@@ -173,7 +173,7 @@ def test_damage_is_shown_where_it_lies(tmp_path):
 
 @pytest.mark.parametrize("kind", ["rows", "captions", "contexts"])
 def test_few_images_are_opened_whatever_the_batch_size(tmp_path, cfg, kind, monkeypatch):
-    """How full rows are follows from outlines alone, and is that of the batches."""
+    """How full rows are follows from token lengths alone, and is that of the batches."""
     opened = []
     read = DocumentFiles.read
     monkeypatch.setattr(

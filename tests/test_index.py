@@ -14,9 +14,9 @@ from test_sources import TINY, make_image, shown, source, tar
 
 from emu_jax.data import Document, Text
 from emu_jax.data.documents import write_documents
-from emu_jax.data.outlines import Outlines
+from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.sources import SourceConfig, index, open_source
-from emu_jax.data.sources.index import Checked, kept
+from emu_jax.data.sources.index import Checked, cached_arrays
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def test_damaged_arrays_are_made_again(tmp_path, monkeypatch, caplog, name, eage
     monkeypatch.setattr(index, "sync", lambda path: None)  # slow, and tested below
     if not eager:
         monkeypatch.setattr(index, "EAGER", 0)
-    kept(tmp_path, "it", make)
+    cached_arrays(tmp_path, "it", make)
     file, rng = tmp_path / "it" / name, np.random.default_rng(1)
     whole = file.read_bytes()
     for left in damage(file, rng):
@@ -70,12 +70,12 @@ def test_damaged_arrays_are_made_again(tmp_path, monkeypatch, caplog, name, eage
         same = left == whole
         caplog.clear()
         try:
-            arrays = kept(tmp_path, "it", make)
+            arrays = cached_arrays(tmp_path, "it", make)
             assert_right(arrays)
         except UserError as error:  # found in a large array, as it is looked up
             assert not eager and name.endswith(".npy")
             assert "run the same command again" in str(error)
-            arrays = kept(tmp_path, "it", make)
+            arrays = cached_arrays(tmp_path, "it", make)
             assert_right(arrays)
         assert same or "is damaged" in caplog.text
         assert all(isinstance(array, np.ndarray) == eager for array in arrays.values())
@@ -86,7 +86,7 @@ def test_damaged_arrays_are_made_again(tmp_path, monkeypatch, caplog, name, eage
 def test_a_large_array_is_checked_where_it_is_looked_up(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "EAGER", 0)
     rows = np.arange(50_000).reshape(-1, 2)
-    arrays = kept(tmp_path, "it", lambda: {"rows": rows})
+    arrays = cached_arrays(tmp_path, "it", lambda: {"rows": rows})
     file = tmp_path / "it" / "rows.npy"
     content = bytearray(file.read_bytes())
     content[128 + 16 * 10_000] ^= 1  # of row 10,000
@@ -108,9 +108,11 @@ def test_a_large_array_is_checked_where_it_is_looked_up(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="rows.npy has changed.*run the same command again"):
             broken()
     assert not (tmp_path / "it").exists()
-    again = kept(tmp_path, "it", lambda: {"rows": rows})["rows"]
+    again = cached_arrays(tmp_path, "it", lambda: {"rows": rows})["rows"]
     np.testing.assert_array_equal(again[10_000], rows[10_000])
-    names = kept(tmp_path, "names", lambda: {"names": np.sort(RNG.integers(1 << 60, size=9_999))})
+    names = cached_arrays(
+        tmp_path, "names", lambda: {"names": np.sort(RNG.integers(1 << 60, size=9_999))}
+    )
     plain = np.array(names["names"])
     for value in (plain[77], plain[77] + 1, 0, plain[-1] + 1):
         for side in ("left", "right"):
@@ -126,13 +128,13 @@ def test_arrays_without_checksums_are_made_again(tmp_path, caplog):
         for name in files:
             np.save(folder / name, np.zeros(3))
         caplog.clear()
-        assert_right(kept(tmp_path, folder.name, make))
+        assert_right(cached_arrays(tmp_path, folder.name, make))
         assert "is damaged" in caplog.text and (folder / "arrays.json").is_file()
 
 
 def test_where_nothing_can_be_kept_the_arrays_are_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    assert_right(kept(tmp_path / "file", "it", make))
+    assert_right(cached_arrays(tmp_path / "file", "it", make))
     assert "cannot keep" in caplog.text and "is damaged" not in caplog.text
 
 
@@ -148,7 +150,7 @@ def test_a_folder_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(index.os, "rename", renamed)
     monkeypatch.setattr(index, "sync", lambda path: synced.append(str(path)))
-    kept(tmp_path, "it", make)
+    cached_arrays(tmp_path, "it", make)
     assert synced[-2:] == ["renamed", str(tmp_path)]
 
 
@@ -177,13 +179,13 @@ def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
         pairs = source("webdataset", tmp_path / "0.tar")
         pages = source("pages", tmp_path / "p.jsonl", media=media)
         records = open_source(SourceConfig("it", "records", (f"{tmp_path}/t.array_record",)))
-        outlines = Outlines(records, tokenizer, tmp_path / "cache")
+        lengths = TokenLengths(records, tokenizer, tmp_path / "cache")
         return [
             *map(shown, pairs),
             *map(shown, pages),
-            outlines.totals(),
-            outlines.damage(1),
-            *(outlines[n] for n in range(len(outlines))),
+            lengths.totals(),
+            lengths.damage(1),
+            *(lengths[n] for n in range(len(lengths))),
         ]
 
     want = read()
@@ -203,12 +205,12 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_no
     code = (
         "import os, signal, sys; from pathlib import Path; from emu_jax.data.sources import index\n"
         "index._save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "index.kept(Path(sys.argv[1]), 'it', dict)"
+        "index.cached_arrays(Path(sys.argv[1]), 'it', dict)"
     )
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
     assert ended.returncode == -signal.SIGKILL
     (dead,) = tmp_path.iterdir()
-    kept(tmp_path, "first", make)
+    cached_arrays(tmp_path, "first", make)
     assert dead.is_dir()  # it is young
 
     living = Path(tempfile.mkdtemp(dir=tmp_path, prefix=index._temporary_prefix()))
@@ -217,6 +219,6 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_no
     for folder in (dead, living, elsewhere):
         os.utime(folder, (0, 0))
     index._sweep.cache_clear()  # the next process
-    kept(tmp_path, "second", make)
+    cached_arrays(tmp_path, "second", make)
     os.close(locked)
     assert not dead.exists() and living.is_dir() and elsewhere.is_dir()

@@ -14,14 +14,15 @@ from test_data import assert_equal, check_slots, grey, take
 from test_sources import lines, make_image, tar, video
 
 from emu_jax.config import save_json
-from emu_jax.data import Batches, DataConfig, Document, Image, Text, outlines
+from emu_jax.data import Batches, DataConfig, Document, Image, Text, lengths
 from emu_jax.data import mixture as mixture_module
+from emu_jax.data.batches import RowBuilder
 from emu_jax.data.documents import Damaged, Source, write_documents
 from emu_jax.data.images import load_image, open_image
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.sources import SourceConfig
-from emu_jax.data.sources.index import kept
+from emu_jax.data.sources.index import cached_arrays
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
@@ -116,10 +117,10 @@ def test_steps_and_documents_follow_weights(cfg, tokenizer, tmp_path):
 def test_rows_of_a_block_come_in_any_order(cfg, tokenizer, tmp_path):
     """Packing opens the first row with the first document, or with the longest ones."""
     cfg = dataclasses.replace(cfg, sources=(records(tmp_path, "all", pairs(160)),))
-    (group,) = open_groups(cfg, tokenizer, "rows")
+    (group,) = open_groups(cfg, tokenizer, RowBuilder.usage)
     places = []
     for block in range(10):
-        rows = [[p.drawn.number for p in row] for row in group.block(block).rows]
+        rows = [[p.sampled.number for p in row] for row in group.block(block).rows]
         assert sorted(n for row in rows for n in row) == list(range(16 * block, 16 * block + 16))
         assert [len(row) for row in rows] == [4] * 4  # as many as there is room for images
         places += [n for n, row in enumerate(rows) if 16 * block in row]
@@ -134,8 +135,8 @@ def test_each_source_has_an_order_of_its_own_in_each_epoch(cfg, tokenizer, tmp_p
     cfg = dataclasses.replace(cfg, sources=sources)
 
     def orders(seed: int) -> list[list[int]]:
-        (group,) = open_groups(dataclasses.replace(cfg, seed=seed), tokenizer, "rows")
-        drawn = [group.drawn(n) for n in range(160)]
+        (group,) = open_groups(dataclasses.replace(cfg, seed=seed), tokenizer, RowBuilder.usage)
+        drawn = [group.sample(n) for n in range(160)]
         each = [[d.index for d in drawn if d.source.cfg.name == name] for name in "ab"]
         return [order[epoch : epoch + 40] for order in each for epoch in (0, 40)]
 
@@ -151,14 +152,16 @@ def test_random_numbers_follow_from_the_number_of_a_document(cfg, tokenizer, tmp
     """By seed, place in the endless order (not in the source), group, and purpose."""
     sources = tuple(records(tmp_path, name, pairs(3), batch_size=2) for name in "ab")
     cfg = dataclasses.replace(cfg, sources=sources)
-    groups = open_groups(cfg, tokenizer, "rows")
-    one, again = groups[0].drawn(1), groups[0].drawn(7)._replace(index=groups[0].drawn(1).index)
+    groups = open_groups(cfg, tokenizer, RowBuilder.usage)
+    one, again = groups[0].sample(1), groups[0].sample(7)._replace(index=groups[0].sample(1).index)
     drawn = [
         groups[0].rng(one).random(),
         groups[0].rng(again).random(),
         groups[1].rng(one).random(),
         groups[0].rng(one, mixture_module.FRAMES).random(),
-        open_groups(dataclasses.replace(cfg, seed=6), tokenizer, "rows")[0].rng(one).random(),
+        open_groups(dataclasses.replace(cfg, seed=6), tokenizer, RowBuilder.usage)[0]
+        .rng(one)
+        .random(),
     ]
     assert len(set(drawn)) == 5 and groups[0].rng(one).random() == drawn[0]
 
@@ -219,8 +222,8 @@ def test_a_restart_is_quick_wherever_it_is(cfg, tokenizer, tmp_path, monkeypatch
         "totals": np.array([count] * 6 + [0], np.int64),
         "tally": Tally().to_array(),
     }
-    name = f"outlines-{outlines._VERSION}-many-{tokenizer.fingerprint}"
-    kept(tmp_path / ".emu_jax", name, lambda: arrays)
+    name = f"outlines-{lengths._VERSION}-many-{tokenizer.fingerprint}"
+    cached_arrays(tmp_path / ".emu_jax", name, lambda: arrays)
     monkeypatch.setattr(mixture_module, "open_source", lambda source, cache: Many())
     sources = (SourceConfig("many", paths=(str(tmp_path / "x"),)),)
     cfg = dataclasses.replace(cfg, sources=sources, block_documents=1024, batch_size=8)
@@ -452,7 +455,7 @@ def test_a_changed_document_is_damage(cfg, tokenizer, tmp_path, monkeypatch):
     source = records(tmp_path, "all", pairs(16))
     cfg = dataclasses.replace(cfg, sources=(source,), max_damaged_rate=1.0)
     with Batches(cfg, tokenizer, "rows") as batches:
-        group = batches._maker._fillers[0].group
+        group = batches._maker._builders[0].group
         other = Document((Image(grey(1)), Text("one two")))
         monkeypatch.setattr(group.sources[0].documents, "read", lambda *_: other)
         next(batches)
@@ -462,7 +465,7 @@ def test_a_changed_document_is_damage(cfg, tokenizer, tmp_path, monkeypatch):
 def test_a_failing_store_stops_training(cfg, tokenizer, tmp_path, monkeypatch):
     source = records(tmp_path, "all", pairs(16))
     with Batches(dataclasses.replace(cfg, sources=(source,)), tokenizer, "rows") as batches:
-        group = batches._maker._fillers[0].group
+        group = batches._maker._builders[0].group
 
         def fail(*_):
             raise UserError("cannot read gs://b/x, tried 5 times: 503")
@@ -520,13 +523,13 @@ def test_rows_of_a_mixture_like_the_papers_are_full(cfg, tokenizer, tmp_path):
     cfg = dataclasses.replace(
         cfg, sources=sources, row_tokens=256, row_images=26, block_documents=1024
     )
-    (group,) = open_groups(cfg, tokenizer, "rows")
+    (group,) = open_groups(cfg, tokenizer, RowBuilder.usage)
     rows = [row for block in range(3) for row in group.block(block).rows]
     tokens = sum(p.tokens for row in rows for p in row) / (256 * len(rows))
     images = sum(p.images for row in rows for p in row) / (26 * len(rows))
     print(f"token_fill {tokens:.3f}, image_fill {images:.3f}")
     assert tokens >= 0.95 and images >= 0.85
-    names = {name for row in rows for name in {p.drawn.source.cfg.name for p in row}}
+    names = {name for row in rows for name in {p.sampled.source.cfg.name for p in row}}
     assert names == set(weights)
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from emu_jax.data import Document, Image, Text, outlines, storage
+from emu_jax.data import Document, Image, Text, lengths, storage
 from emu_jax.data.documents import ABSENT, Damaged, write_documents
 from emu_jax.data.images import open_image
-from emu_jax.data.outlines import Outlines, text_ids
+from emu_jax.data.lengths import TokenLengths, text_ids
 from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.sources import FORMATS, SourceConfig, listings, open_source, tars
 from emu_jax.data.sources.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
-from emu_jax.data.sources.index import kept
+from emu_jax.data.sources.index import cached_arrays
 from emu_jax.data.sources.pairs import JOINED
 from emu_jax.data.sources.video import Video, frame_indices, sample_frames, storyboard_times
 from emu_jax.data.unused import Unused
@@ -648,9 +648,9 @@ def test_images_that_arrive_later(tmp_path):
     (tmp_path / "images").mkdir()
     listing = lines(tmp_path / "pages.jsonl", [image_page("0.jpg", "1.jpg"), image_page()])
 
-    def count(**how) -> Outlines:
+    def count(**how) -> TokenLengths:
         pages = source("pages", listing, media=(f"{tmp_path}/images",))
-        return Outlines(pages, tokenizer, tmp_path / "cache", **how)
+        return TokenLengths(pages, tokenizer, tmp_path / "cache", **how)
 
     (tmp_path / "images/1.jpg").write_bytes(make_image(20))
     words = len(text_ids(Text("words"), tokenizer))
@@ -676,11 +676,11 @@ def test_a_crawl_that_goes_on_is_counted_once_at_a_start(tmp_path, monkeypatch):
     """Files that arrive while tokens are counted wait for the next run."""
     listing = lines(tmp_path / "pages.jsonl", [image_page("0.jpg")])
     pages, tokenizer = source("pages", listing), Tokenizer.load(TINY / "tokenizer")
-    stamps, counted, count = iter(range(99)), [], outlines._count
+    stamps, counted, count = iter(range(99)), [], lengths._count
     monkeypatch.setattr(pages, "stamp", lambda: str(next(stamps)))
-    monkeypatch.setattr(outlines, "_count", lambda *how: counted.append(1) or count(*how))
+    monkeypatch.setattr(lengths, "_count", lambda *how: counted.append(1) or count(*how))
     for starts in (1, 2):
-        Outlines(pages, tokenizer, tmp_path / "cache")
+        TokenLengths(pages, tokenizer, tmp_path / "cache")
         assert len(counted) == starts
 
 
@@ -1108,10 +1108,10 @@ def test_a_dialogue_is_the_prompt_that_the_model_is_asked_with(tmp_path):
 def test_what_another_process_kept_first_is_used(tmp_path):
     def make():
         if not (tmp_path / "it").exists():
-            kept(tmp_path, "it", lambda: {"n": np.array([1])})
+            cached_arrays(tmp_path, "it", lambda: {"n": np.array([1])})
         return {"n": np.array([2])}
 
-    assert kept(tmp_path, "it", make)["n"].tolist() == [1]
+    assert cached_arrays(tmp_path, "it", make)["n"].tolist() == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["it"]
 
 

@@ -9,7 +9,7 @@ from test_sources import TINY, lines, make_image, reasons, shown, source, tar, v
 
 from emu_jax.data import Document, Text, storage
 from emu_jax.data.documents import MOST_CHARACTERS, write_documents
-from emu_jax.data.outlines import Outlines
+from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
@@ -85,8 +85,8 @@ def test_a_text_that_no_row_can_hold_is_damage(tmp_path):
     path = tmp_path / "a.array_record"
     write_documents(path, [Document((Text(long), Text(long))), Document((Text("short"),))])
     documents = open_source(SourceConfig("it", "records", (str(path),)))
-    outlines = Outlines(documents, Tokenizer.load(TINY / "tokenizer"), tmp_path)
-    assert [outlines.damage(n) for n in range(2)] == ["text too large", None]
+    lengths = TokenLengths(documents, Tokenizer.load(TINY / "tokenizer"), tmp_path)
+    assert [lengths.damage(n) for n in range(2)] == ["text too large", None]
 
 
 def test_only_an_asterisk_is_special_in_a_path(tmp_path):

@@ -11,9 +11,10 @@ import PIL.Image
 import pytest
 
 from emu_jax.data import DataConfig, Document, Image, Text
+from emu_jax.data.batches import RowBuilder
 from emu_jax.data.documents import REASONS, write_documents
+from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import open_groups
-from emu_jax.data.outlines import Outlines
 from emu_jax.data.pipeline import Batches
 from emu_jax.data.sources import FORMATS, SourceConfig, open_source
 from emu_jax.data.sources.video import storyboard
@@ -256,14 +257,14 @@ def test_every_format_is_among_them():
 def test_used_and_counted_are_what_is_there(tmp_path, tokenizer, form):
     settings, used, unused = MAKE[form](tmp_path)
     source = open_source(SourceConfig("it", form, **settings))
-    tally = Outlines(source, tokenizer, tmp_path / "cache").tally
+    tally = TokenLengths(source, tokenizer, tmp_path / "cache").tally
     assert (tally.used, tally.unused) == (used, unused)
     documents = {*REASONS, "empty document"}
     lost = sum(count for reason, count in tally.unused.items() if reason in documents)
     assert tally.used["documents"] + lost == len(source) == COUNT
     for reason, count in tally.unused.items():
         assert len(tally.examples[reason]) == min(count, EXAMPLES)
-    again = Outlines(source, tokenizer, tmp_path / "cache").tally
+    again = TokenLengths(source, tokenizer, tmp_path / "cache").tally
     assert again == tally  # from the cache
 
 
@@ -298,11 +299,11 @@ def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, ki
         )
 
     if kind is None:
-        assert open_groups(config(), tokenizer, "rows")
+        assert open_groups(config(), tokenizer, RowBuilder.usage)
         return
     match = rf"source 'crawl' \(.*\): none of its {kind} can be used \([a-z ]+: {lost}; .* entry 0"
     with pytest.raises(UserError, match=match) as error:
-        open_groups(config(), tokenizer, "rows")
+        open_groups(config(), tokenizer, RowBuilder.usage)
     assert f"entry {EXAMPLES - 1}" in str(error.value) and f"entry {EXAMPLES}" not in str(
         error.value
     )

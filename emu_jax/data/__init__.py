@@ -6,10 +6,10 @@ storage.py    local and remote files
 unused.py     counts of the used and unused parts of a source
 build/        raw data to filtered ArrayRecord files
 inspect.py    a page about the training data
-outlines.py   lengths of documents, counted once
+lengths.py    tokens and images of each document, counted once
 packing.py    truncation and packing of documents into rows
 mixture.py    sources mixed into an endless order, planned without reading an image
-filling.py    fills arrays with documents: reads, tokenizes, decodes
+batches.py    `BatchBuilder`, one for each kind: reads, tokenizes and decodes documents
 images.py     the release's preprocessing, and augmentation
 pipeline.py   `Batches`, the iterator that training reads; config.py, its `DataConfig`
 digits.py     scikit-learn's handwritten digits as documents

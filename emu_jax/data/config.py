@@ -1,4 +1,4 @@
-"""`DataConfig`, the configuration of the training data, and the shapes of its batches."""
+"""`DataConfig`, the configuration of the training data."""
 
 from __future__ import annotations
 
@@ -148,52 +148,3 @@ class DataConfig:
             raise UserError(f"two sources are called {twice[0]!r}: give one another name")
         if self.sources and not any(source.weight for source in self.sources):
             raise UserError("config key 'sources' has no positive weight: nothing to read")
-
-
-def batch_shapes(cfg: DataConfig, kind: Kind) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Returns (shape, dtype) of each array of a global batch.
-
-    rows:     tokens, segment_ids (0 = padding), positions int32 [B,T]; text_loss_mask bool
-              [B,T], True where the token is a text target; images uint8 [B,I,h,w,3];
-              image_valid, image_scored (a regression target) bool [B,I]; image_slots
-              int32 [B,T], the index among the row's I*N embeddings at an <image>, -1
-              elsewhere.
-    captions: images uint8 [B,h,w,3]; tokens int32 [B,T], `<s> words </s>`, padded on the
-              right; valid bool [B,T].
-    images: images uint8 [B,H,W,3], at the autoencoder's size.
-    contexts: tokens int32 [B,T], the context before an image, up to and including its
-              [IMG], padded on the right; length int32 [B]; images, image_valid,
-              image_slots of the context's own images as in rows; target uint8 [B,H,W,3],
-              the image.
-    """
-    B, T, I = cfg.batch_size, cfg.row_tokens, cfg.row_images  # noqa: E741
-    h, H = cfg.image_size, cfg.target_size
-    int32, uint8 = np.int32, np.uint8
-    inputs = {
-        "images": ((B, I, h, h, 3), uint8),
-        "image_valid": ((B, I), bool),
-        "image_slots": ((B, T), int32),
-    }
-    shapes: dict[str, dict[str, tuple[tuple[int, ...], Any]]] = {
-        "rows": {
-            "tokens": ((B, T), int32),
-            "segment_ids": ((B, T), int32),
-            "positions": ((B, T), int32),
-            "text_loss_mask": ((B, T), bool),
-            "image_scored": ((B, I), bool),
-            **inputs,
-        },
-        "captions": {
-            "images": ((B, h, h, 3), uint8),
-            "tokens": ((B, T), int32),
-            "valid": ((B, T), bool),
-        },
-        "images": {"images": ((B, H, H, 3), uint8)},
-        "contexts": {
-            "tokens": ((B, T), int32),
-            "length": ((B,), int32),
-            **inputs,
-            "target": ((B, H, H, 3), uint8),
-        },
-    }
-    return shapes[kind]

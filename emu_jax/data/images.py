@@ -228,7 +228,7 @@ def load_image(
     return to_array(resize(image, size))
 
 
-def draw_affine(
+def sample_affine(
     rng: np.random.Generator, *, rotate: float, scale: float, shift: float
 ) -> tuple[float, float, float, float]:
     """Samples the arguments of `affine`: (angle, factor, right, down).

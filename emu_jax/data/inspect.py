@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emu_jax.config import to_dict
-from emu_jax.data.pipeline import Batch, Batches, Damage, DataConfig, Kind
+from emu_jax.data.batches import BUILDERS, BatchExample
+from emu_jax.data.pipeline import Batches, Damage, DataConfig, Kind
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.page import details, image, table, tiles, write_page
@@ -26,24 +27,10 @@ LISTED = 50  # damaged documents that the page lists
 Name = tuple[str, int]  # of a document: its source, and its index there
 
 
-class Row(NamedTuple):
-    """One example of a batch, with its tokens up to the last one in use."""
-
-    tokens: list[int]
-    segments: list[int]  # of each token: its document, from 1; 0 is padding
-    scored: list[bool]  # of each token: a text target
-    slots: list[int]  # of each token: the index of the embedding at its place, or -1
-    images: np.ndarray  # uint8 [I, h, w, 3], some of them empty
-    used: list[bool]  # of each image
-    regressed: list[bool]  # of each image: its embeddings are targets
-    target: np.ndarray | None = None  # the image that the decoder learns to generate
-    room: int = 0  # number of token slots
-
-
 class Sample(NamedTuple):
     """The data read for the page: rows to show, and measurements."""
 
-    rows: list[tuple[Row, list[Name]]]  # with the documents of each
+    rows: list[tuple[BatchExample, list[Name]]]  # with the documents of each
     lengths: dict[str, list[tuple[int, int]]]  # (tokens, images) of documents, by source
     damaged: list[Damage]
     counts: dict[str, int]
@@ -121,7 +108,7 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
             began = time.process_time()
             batch = next(batches)
             seconds += time.process_time() - began
-            row, names = _row(batch, kind), batches.documents()
+            row, names = BUILDERS[kind].example(batch), batches.documents()
             if len(shown) < rows:
                 shown.append((row, names))
             for segment, (name, _) in enumerate(names, 1):
@@ -147,38 +134,7 @@ def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -
         return batches.statistics()
 
 
-def _row(batch: Batch, kind: Kind) -> Row:
-    """Returns the first example of a batch."""
-    one = {name: values[0] for name, values in batch.items()}
-    if kind == "images":
-        return Row([], [], [], [], one["images"][None], [True], [False])
-    room, target = len(one["tokens"]), one.get("target")
-    images, used = one["images"], one.get("image_valid", np.array([True]))
-    slots = one.get("image_slots", np.full(room, -1))
-    if kind == "rows":
-        segments = one["segment_ids"]
-        scored, regressed = one["text_loss_mask"], one["image_scored"]
-    elif kind == "captions":
-        segments, scored = one["valid"].astype(int), one["valid"]
-        images, regressed = images[None], ~used
-    else:
-        segments = (np.arange(room) < one["length"]).astype(int)
-        scored, regressed = segments < 0, used & False
-    count = int(np.flatnonzero(segments).max(initial=-1)) + 1
-    return Row(
-        one["tokens"][:count].tolist(),
-        segments[:count].tolist(),
-        scored[:count].tolist(),
-        slots[:count].tolist(),
-        images,
-        used.tolist(),
-        regressed.tolist(),
-        target,
-        room,
-    )
-
-
-def _length(row: Row, segment: int, n_causal: int) -> tuple[int, int]:
+def _length(row: BatchExample, segment: int, n_causal: int) -> tuple[int, int]:
     """Returns (tokens, images) of a document of a row; (0, 0) for a damaged one."""
     if not row.tokens:
         return 0, sum(row.used)
@@ -194,7 +150,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
         return f"{figures[f'{what}_per_second_per_core']:,.0f}"
 
     shown = {}
-    if figures["kind"] != "images":
+    if figures["tokens"]:
         shown["of token slots in use"] = f"{100 * figures['token_fill']:.1f}%"
     shown["of image slots in use"] = f"{100 * figures['image_fill']:.1f}%"
     shown["images a second on one core"] = rate("pictures")
@@ -202,7 +158,9 @@ def _summary(figures: Mapping[str, Any]) -> str:
     return tiles(shown)
 
 
-def _rows(shown: Sequence[tuple[Row, list[Name]]], tokenizer: Tokenizer, n_causal: int) -> str:
+def _rows(
+    shown: Sequence[tuple[BatchExample, list[Name]]], tokenizer: Tokenizer, n_causal: int
+) -> str:
     legend = (
         '<p class="legend">Each document has its own color. Strong words are <b>text targets</b>; '
         "faint ones are not. An image with a frame in the document's color is a "
@@ -215,7 +173,9 @@ def _rows(shown: Sequence[tuple[Row, list[Name]]], tokenizer: Tokenizer, n_causa
     return f"<section><h2>Rows</h2>{legend}{cards}</section>"
 
 
-def _card(number: int, row: Row, names: Sequence[Name], tokenizer: Tokenizer, n_causal: int) -> str:
+def _card(
+    number: int, row: BatchExample, names: Sequence[Name], tokenizer: Tokenizer, n_causal: int
+) -> str:
     facts = [f"{len(names)} document{'s' * (len(names) != 1)}"]
     if row.room:
         facts.append(f"{sum(s > 0 for s in row.segments):,} of {row.room:,} tokens")
@@ -233,7 +193,7 @@ def _card(number: int, row: Row, names: Sequence[Name], tokenizer: Tokenizer, n_
     )
 
 
-def _content(row: Row, segment: int, tokenizer: Tokenizer, n_causal: int) -> Iterator[str]:
+def _content(row: BatchExample, segment: int, tokenizer: Tokenizer, n_causal: int) -> Iterator[str]:
     """Yields a document's tokens and images in order, as HTML."""
     if not any(slot >= 0 for slot in row.slots):  # no token is a placeholder of an image
         yield from (_figure(row.images[n], "", False) for n, used in enumerate(row.used) if used)
@@ -261,7 +221,7 @@ def _figure(pixels: np.ndarray, label: str, framed: bool) -> str:
     return f'<figure class="{"framed" if framed else ""}">{shown}{label}</figure>'
 
 
-def _bar(row: Row, n_causal: int) -> str:
+def _bar(row: BatchExample, n_causal: int) -> str:
     """Draws a row as a bar: its documents, images, targets and padding."""
     if not row.room:
         return ""

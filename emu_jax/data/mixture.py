@@ -19,7 +19,7 @@ import numpy as np
 from emu_jax.data import storage
 from emu_jax.data.config import PAIRS, DataConfig, Kind
 from emu_jax.data.documents import Source
-from emu_jax.data.outlines import Outlines
+from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources.index import folder_for
@@ -34,35 +34,51 @@ log = logging.getLogger(__name__)
 CONTENT, FRAMES, ROWS, SUBSTITUTE = range(4)
 
 
-class Opened(NamedTuple):
+class Usage(NamedTuple):
+    """Documents that a kind of batches can use.
+
+    Attributes:
+        kind: name of the kind.
+        image: whether a document needs an image.
+        text: whether a document needs a text that is not empty.
+        pairs: whether only sources of image-text pairs are read.
+    """
+
+    kind: Kind
+    image: bool = False
+    text: bool = False
+    pairs: bool = False
+
+
+class OpenSource(NamedTuple):
     """A source of the mixture."""
 
     cfg: SourceConfig
     documents: Source
-    outlines: Outlines
+    lengths: TokenLengths
 
 
-class Drawn(NamedTuple):
+class SampledDocument(NamedTuple):
     """A document in the endless order of its group."""
 
     number: int
-    source: Opened
+    source: OpenSource
     index: int  # in the source
 
     @property
-    def outline(self) -> list[int]:
-        return self.source.outlines[self.index]
+    def lengths(self) -> list[int]:
+        return self.source.lengths[self.index]
 
     @property
     def damage(self) -> str | None:
         """Reason why it could not be read when its tokens were counted, or None."""
-        return self.source.outlines.damage(self.index)
+        return self.source.lengths.damage(self.index)
 
 
-class Packed(NamedTuple):
-    """A document in a row."""
+class PackedDocument(NamedTuple):
+    """A document in a packed row: its slots, and whether its end is cut off."""
 
-    drawn: Drawn
+    sampled: SampledDocument
     tokens: int
     images: int
     cut: bool
@@ -71,8 +87,8 @@ class Packed(NamedTuple):
 class Block(NamedTuple):
     """Documents of consecutive numbers, packed together."""
 
-    rows: list[list[Packed]]
-    damaged: list[Drawn]
+    rows: list[list[PackedDocument]]
+    damaged: list[SampledDocument]
 
 
 class Group:
@@ -80,16 +96,21 @@ class Group:
 
     Args:
         cfg: config with the sizes of this group's batches.
+        usage: documents that the batches can use.
         number: number of the group in the mixture.
     """
 
     def __init__(
-        self, cfg: DataConfig, kind: Kind, sources: list[Opened], number: int, seeds: list[int]
+        self,
+        cfg: DataConfig,
+        usage: Usage,
+        sources: list[OpenSource],
+        number: int,
+        seeds: list[int],
     ):
-        self.cfg, self.number, self.sources = cfg, number, sources
-        self.kind: Kind = kind
+        self.cfg, self.usage, self.number, self.sources = cfg, usage, number, sources
         for source in sources:
-            _check_usable(source, kind)
+            _check_usable(source, usage)
         orders = [
             _shuffled(n, len(source.documents), seed)
             for n, (source, seed) in enumerate(zip(sources, seeds, strict=True))
@@ -99,54 +120,53 @@ class Group:
         # Batches share blocks, and a packed block is small.
         self.block = functools.lru_cache(4)(self._pack)
 
-    def seed(self, drawn: Drawn, purpose: int) -> tuple[int, ...]:
+    def seed(self, sampled: SampledDocument, purpose: int) -> tuple[int, ...]:
         """Returns the seed of a document's random numbers for a purpose."""
-        return self.cfg.seed, drawn.number, self.number, purpose
+        return self.cfg.seed, sampled.number, self.number, purpose
 
-    def rng(self, drawn: Drawn, purpose: int = CONTENT) -> np.random.Generator:
-        return np.random.default_rng(self.seed(drawn, purpose))
+    def rng(self, sampled: SampledDocument, purpose: int = CONTENT) -> np.random.Generator:
+        return np.random.default_rng(self.seed(sampled, purpose))
 
-    def drawn(self, number: int) -> Drawn:
+    def sample(self, number: int) -> SampledDocument:
         source, index = self._order[number]
-        return Drawn(number, self.sources[source], index)
+        return SampledDocument(number, self.sources[source], index)
 
-    def usable(self, drawn: Drawn) -> bool:
+    def usable(self, sampled: SampledDocument) -> bool:
         """Returns whether this kind of batches can use a document."""
-        outline = drawn.outline
-        image, text = IMAGE_PART in outline, any(size > 0 for size in outline)
-        alone = not drawn.source.cfg.picked_images  # text without images is usable
-        return {
-            "rows": image or (text and alone),
-            "captions": image and text,
-            "images": image,
-            "contexts": image,
-        }[self.kind]
+        lengths, usage = sampled.lengths, self.usage
+        image, text = IMAGE_PART in lengths, any(size > 0 for size in lengths)
+        if usage.image or usage.text:
+            return (image or not usage.image) and (text or not usage.text)
+        # Text alone has no image to pick.
+        return image or (text and not sampled.source.cfg.picked_images)
 
-    def next(self, position: int, count: int) -> tuple[list[Drawn], list[Drawn], int]:
+    def next(
+        self, position: int, count: int
+    ) -> tuple[list[SampledDocument], list[SampledDocument], int]:
         """Returns (the next `count` usable documents, the damaged ones skipped on the way, the
         position after them)."""
-        found: list[Drawn] = []
-        damaged: list[Drawn] = []
+        found: list[SampledDocument] = []
+        damaged: list[SampledDocument] = []
         while len(found) < count:
-            drawn = self.drawn(position)
-            if self.usable(drawn):
-                found.append(drawn)
-            elif drawn.damage:
-                damaged.append(drawn)
+            sampled = self.sample(position)
+            if self.usable(sampled):
+                found.append(sampled)
+            elif sampled.damage:
+                damaged.append(sampled)
             position += 1
         return found, damaged, position
 
-    def parts(self, drawn: Drawn, image_first: bool) -> list[Part]:
+    def parts(self, sampled: SampledDocument, image_first: bool) -> list[Part]:
         """Returns the non-empty parts; `image_first` decides the order of a pair's parts."""
-        parts = [Part(n, size) for n, size in enumerate(drawn.outline) if size]
-        if drawn.source.documents.paired:
+        parts = [Part(n, size) for n, size in enumerate(sampled.lengths) if size]
+        if sampled.source.documents.paired:
             parts.sort(key=lambda part: (part.size == IMAGE_PART) != image_first)
         return parts
 
-    def fit(self, drawn: Drawn, rng: np.random.Generator) -> tuple[list[Part], bool]:
+    def fit(self, sampled: SampledDocument, rng: np.random.Generator) -> tuple[list[Part], bool]:
         """Returns (the parts that go into a row, whether the end of the document is cut off)."""
-        cfg, source = self.cfg, drawn.source.cfg
-        parts = whole = self.parts(drawn, rng.random() < cfg.image_first)
+        cfg, source = self.cfg, sampled.source.cfg
+        parts = whole = self.parts(sampled, rng.random() < cfg.image_first)
         if source.picked_images:
             parts = pick(parts, rng, source.picked_images)
         if source.window_tokens:
@@ -169,22 +189,22 @@ class Group:
             fitted[-1].first + fitted[-1].size != last.first + last.size
         )
 
-    def _measured(self, drawn: Drawn) -> Packed:
-        cfg, source, outline = self.cfg, drawn.source.cfg, drawn.outline
-        images = outline.count(IMAGE_PART)
-        tokens = 2 + sum(part_tokens(size, cfg.n_causal) for size in outline)
+    def _measured(self, sampled: SampledDocument) -> PackedDocument:
+        cfg, source, lengths = self.cfg, sampled.source.cfg, sampled.lengths
+        images = lengths.count(IMAGE_PART)
+        tokens = 2 + sum(part_tokens(size, cfg.n_causal) for size in lengths)
         chosen = source.window_tokens or source.picked_images
         if not chosen and tokens <= cfg.row_tokens and images <= cfg.row_images:
-            return Packed(drawn, tokens, images, False)
-        parts, cut = self.fit(drawn, self.rng(drawn))
+            return PackedDocument(sampled, tokens, images, False)
+        parts, cut = self.fit(sampled, self.rng(sampled))
         sizes = [part.size for part in parts]
         tokens = 2 - cut + sum(part_tokens(size, cfg.n_causal) for size in sizes)
-        return Packed(drawn, tokens, sizes.count(IMAGE_PART), cut)
+        return PackedDocument(sampled, tokens, sizes.count(IMAGE_PART), cut)
 
     def _pack(self, block: int) -> Block:
         size = self.cfg.block_documents
-        drawn = [self.drawn(n) for n in range(block * size, (block + 1) * size)]
-        measured = [self._measured(d) for d in drawn if self.usable(d)]
+        sampled = [self.sample(n) for n in range(block * size, (block + 1) * size)]
+        measured = [self._measured(d) for d in sampled if self.usable(d)]
         rows = pack(
             np.array([m.tokens for m in measured], int),
             np.array([m.images for m in measured], int),
@@ -194,19 +214,19 @@ class Group:
         # Packing puts the longest documents of a block into its first rows.
         rng = np.random.default_rng((self.cfg.seed, block, self.number, ROWS))
         rows = [rows[n] for n in rng.permutation(len(rows))]
-        return Block([[measured[n] for n in row] for row in rows], [d for d in drawn if d.damage])
+        return Block([[measured[n] for n in row] for row in rows], [d for d in sampled if d.damage])
 
-    def substitute(self, drawn: Drawn, attempt: int) -> Drawn:
+    def substitute(self, sampled: SampledDocument, attempt: int) -> SampledDocument:
         """Samples another document of the same source, to replace one that cannot be read."""
-        rng = self.rng(drawn, SUBSTITUTE + attempt)
+        rng = self.rng(sampled, SUBSTITUTE + attempt)
         while True:
-            index = int(rng.integers(len(drawn.source.documents)))
-            if self.usable(other := drawn._replace(index=index)):
+            index = int(rng.integers(len(sampled.source.documents)))
+            if self.usable(other := sampled._replace(index=index)):
                 return other
 
 
 def open_groups(
-    cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, recount: bool = True
+    cfg: DataConfig, tokenizer: Tokenizer, usage: Usage, recount: bool = True
 ) -> list[Group]:
     """Opens the groups of the mixture that this kind of batches reads.
 
@@ -216,21 +236,21 @@ def open_groups(
     Raises:
         UserError: a source cannot be opened, or has no usable document.
     """
-    opened = [_open(source, cfg, tokenizer, recount) for source in _chosen(cfg, kind)]
-    if kind in ("captions", "images"):
+    opened = [_open(source, cfg, tokenizer, recount) for source in _chosen(cfg, usage.pairs)]
+    if usage.pairs:
         for source in opened:
             if not source.documents.paired:
                 log.warning(
-                    "source %r has no pairs: %r batches leave it out", source.cfg.name, kind
+                    "source %r has no pairs: %r batches leave it out", source.cfg.name, usage.kind
                 )
         opened = [source for source in opened if source.documents.paired]
         if not opened:
-            raise UserError(f"no source has pairs, which {kind!r} batches are made of")
+            raise UserError(f"no source has pairs, which {usage.kind!r} batches are made of")
     groups: dict[Any, list[int]] = {}
     for n, source in enumerate(opened):
-        own = (source.cfg.batch_size, source.cfg.row_tokens, source.cfg.row_images)
-        groups.setdefault(n if any(own) else None, []).append(n)
-    made = []
+        own_sizes = (source.cfg.batch_size, source.cfg.row_tokens, source.cfg.row_images)
+        groups.setdefault(n if any(own_sizes) else None, []).append(n)
+    result = []
     for number, members in enumerate(groups.values()):
         first = opened[members[0]].cfg
         sizes = {
@@ -239,12 +259,9 @@ def open_groups(
             if (value := getattr(first, name))
         }
         seeds = [int(np.random.SeedSequence((cfg.seed, n)).generate_state(1)[0]) for n in members]
-        made.append(
-            Group(
-                dataclasses.replace(cfg, **sizes), kind, [opened[n] for n in members], number, seeds
-            )
-        )
-    return made
+        sized = dataclasses.replace(cfg, **sizes)
+        result.append(Group(sized, usage, [opened[n] for n in members], number, seeds))
+    return result
 
 
 def schedule(groups: list[Group]) -> Any:
@@ -265,9 +282,9 @@ class _Always:
         return 0
 
 
-def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
+def _chosen(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
     """Returns the sources to open; without `sources`, the files in `root/split` named by
-    `mixture`."""
+    `mixture`, or only the pairs."""
     if cfg.sources:
         return [source for source in cfg.sources if source.weight > 0]
     folder = Path(cfg.root) / cfg.split
@@ -276,7 +293,7 @@ def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
             f"{folder} does not exist: write documents there first (emu_jax.data.documents)"
         )
     weights = {PAIRS: 1.0}
-    if kind in ("rows", "contexts"):
+    if not pairs:
         weights = {name: weight for name, weight in cfg.mixture.items() if weight > 0}
         if not weights:
             raise UserError("config key 'mixture' has no positive weight: nothing to read")
@@ -299,46 +316,45 @@ def _chosen(cfg: DataConfig, kind: Kind) -> list[SourceConfig]:
     return chosen
 
 
-def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: bool) -> Opened:
+def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: bool) -> OpenSource:
     documents = open_source(source, cfg.cache)
     path = source.paths[0]
     folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
-    outlines = Outlines(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache), recount)
+    lengths = TokenLengths(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache), recount)
     try:
-        outlines.tally.check(source.allow_missing)
+        lengths.tally.check(source.allow_missing)
     except UserError as error:
         raise UserError(f"source {source.name!r} ({path}): {error}") from None
-    return Opened(source, documents, outlines)
+    return OpenSource(source, documents, lengths)
 
 
-def tally(source: Opened, kind: Kind) -> Tally:
+def tally(source: OpenSource, usage: Usage) -> Tally:
     """Counts the parts of a source that this kind of batches uses, and those that it does not."""
     counted = Tally()
-    counted.merge(source.outlines.tally)
-    rest = counted.used["documents"] - _usable(source, kind)
+    counted.merge(source.lengths.tally)
+    rest = counted.used["documents"] - _usable(source, usage)
     if rest:
         counted.used["documents"] -= rest
-        counted.leave(f"document that {kind} cannot use", rest)
+        counted.leave(f"document that {usage.kind} cannot use", rest)
     return counted
 
 
-def _usable(source: Opened, kind: Kind) -> int:
+def _usable(source: OpenSource, usage: Usage) -> int:
     """Returns the number of documents that this kind of batches can use."""
-    totals = source.outlines.totals()
-    words = 0 if source.cfg.picked_images else totals["with_text"] - totals["with_both"]  # alone
-    return {
-        "rows": words + totals["with_image"],
-        "captions": totals["with_both"],
-        "images": totals["with_image"],
-        "contexts": totals["with_image"],
-    }[kind]
+    totals = source.lengths.totals()
+    if usage.text:
+        return totals["with_both"] if usage.image else totals["with_text"]
+    text_alone = totals["with_text"] - totals["with_both"]
+    if usage.image or source.cfg.picked_images:
+        return totals["with_image"]
+    return totals["with_image"] + text_alone
 
 
-def _check_usable(source: Opened, kind: Kind) -> None:
-    if not _usable(source, kind):
+def _check_usable(source: OpenSource, usage: Usage) -> None:
+    if not _usable(source, usage):
         raise UserError(
-            f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that {kind!r} "
-            "can use"
+            f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that "
+            f"{usage.kind!r} can use"
         )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-# A document's outline is one integer for each part: its tokens, or IMAGE_PART.
+# The lengths of a document are one integer for each part: its tokens, or IMAGE_PART.
 IMAGE_PART = -1
 
 _SKEW = 3  # weight of balance against a fuller row in `_fill`
@@ -74,21 +74,21 @@ def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Pa
 
 
 def truncate(
-    outline: Sequence[int], *, tokens: int, images: int, n_causal: int, end: str = "tail"
+    lengths: Sequence[int], *, tokens: int, images: int, n_causal: int, end: str = "tail"
 ) -> list[int]:
-    """Truncates a document that is too long, and returns its new outline.
+    """Truncates a document that is too long, and returns its new lengths.
 
     Whole parts are kept as long as they fit; the document ends before the first one that does
     not fit. A text that does not fit is shortened only if the document would otherwise have no
     words. Images are never cut.
 
     Args:
-        outline: number of tokens of each part, or IMAGE_PART.
+        lengths: number of tokens of each part, or IMAGE_PART.
         tokens, images: available slots (without <s> and </s>).
         end: which end is dropped, "tail" or "head".
     """
     kept: list[int] = []
-    for size in outline if end == "tail" else reversed(outline):
+    for size in lengths if end == "tail" else reversed(lengths):
         need = part_tokens(size, n_causal)
         if need > tokens or (size == IMAGE_PART and images == 0):
             if size != IMAGE_PART and tokens > 0 and all(k == IMAGE_PART for k in kept):

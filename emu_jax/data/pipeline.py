@@ -14,11 +14,19 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from emu_jax.data.config import Batch, DataConfig, Kind, batch_shapes
+from emu_jax.data.batches import (
+    BUILDERS,
+    STATISTICS,
+    BuiltBatch,
+    Damage,
+    Pool,
+    Position,
+    batch_shapes,
+)
+from emu_jax.data.config import Batch, DataConfig, Kind
 from emu_jax.data.documents import short_hash
-from emu_jax.data.filling import STATISTICS, Damage, Filler, Made, Pool, Position
 from emu_jax.data.mixture import open_groups, schedule, tally
 from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
@@ -27,7 +35,7 @@ __all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]
 
 log = logging.getLogger(__name__)
 
-_FORMER_KINDS: dict[Kind, str] = {"images": "pictures"}  # names in older checkpoints
+_FORMER_KINDS: dict[str, str] = {"images": "pictures"}  # names in older checkpoints
 _LEAST_SEEN = 1000  # documents, before the share of damaged ones is meaningful
 
 
@@ -38,7 +46,7 @@ class Batches(Iterator[Batch]):
     depend on the number of processes.
 
     Args:
-        kind: kind of batches, one for each objective (see `batch_shapes`). "captions" and
+        kind: kind of batches, one for each objective (see `BUILDERS`). "captions" and
             "images" use pairs only, "contexts" uses documents with an image.
         plan_only: make batches without rows, and decode nothing; `statistics` still count whole
             batches.
@@ -65,8 +73,8 @@ class Batches(Iterator[Batch]):
         plan_only: bool = False,
         recount: bool = True,
     ):
-        if kind not in get_args(Kind):
-            raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, get_args(Kind))}")
+        if kind not in BUILDERS:
+            raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, BUILDERS)}")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
         for size in sorted(cfg.batch_sizes()):
@@ -82,7 +90,7 @@ class Batches(Iterator[Batch]):
         self._position = self._maker.start()
         self.tallies = self._maker.tallies
         self._thread: _Prefetch | None = None
-        self._made: Made | None = None
+        self._last: BuiltBatch | None = None
         self._totals = dict.fromkeys(STATISTICS, 0)
         self._damaged = collections.Counter[str]()
         self._seen = 0  # documents that this process has read
@@ -91,14 +99,14 @@ class Batches(Iterator[Batch]):
         if self._thread is None and self._cfg.prefetch > 0:
             self._thread = _Prefetch(self._maker, self._position, self._cfg.prefetch)
             weakref.finalize(self, self._thread.stop)
-        made, position = self._thread.get() if self._thread else self._maker.make(self._position)
-        self._made, self._position = made, position
-        for name, value in made.statistics.items():
+        built, position = self._thread.get() if self._thread else self._maker.make(self._position)
+        self._last, self._position = built, position
+        for name, value in built.statistics.items():
             self._totals[name] += value
-        self._damaged.update(damage.reason for damage in made.damaged)
-        self._seen += len(made.documents)
-        self._check_damaged(made.damaged)
-        return made.batch
+        self._damaged.update(damage.reason for damage in built.damaged)
+        self._seen += len(built.documents)
+        self._check_damaged(built.damaged)
+        return built.batch
 
     def __enter__(self) -> Batches:
         return self
@@ -159,12 +167,12 @@ class Batches(Iterator[Batch]):
     def documents(self) -> list[tuple[str, int]]:
         """Returns (source, index in it) of each document in this process's share of the last
         batch that was yielded, including damaged ones; empty before the first batch."""
-        drawn = self._made.documents if self._made else []
-        return [(d.source.cfg.name, d.index) for d in drawn]
+        sampled = self._last.documents if self._last else []
+        return [(document.source.cfg.name, document.index) for document in sampled]
 
     def damaged(self) -> list[Damage]:
         """Returns the documents that this process skipped while making the last batch."""
-        return list(self._made.damaged) if self._made else []
+        return list(self._last.damaged) if self._last else []
 
     def statistics(self) -> dict[str, Any]:
         """Returns statistics of the global batches yielded so far.
@@ -227,20 +235,23 @@ class _Maker:
         share: tuple[int, int] | None,
         recount: bool,
     ):
-        groups = open_groups(cfg, tokenizer, kind, recount)
+        builder = BUILDERS[kind]
+        groups = open_groups(cfg, tokenizer, builder.usage, recount)
         self.tallies = {
-            source.cfg.name: tally(source, kind) for group in groups for source in group.sources
+            source.cfg.name: tally(source, builder.usage)
+            for group in groups
+            for source in group.sources
         }
         self._schedule = schedule(groups)
-        self._fillers, pool = [], Pool(cfg)
+        self._builders, pool = [], Pool(cfg)
         for group in groups:
             process, processes = share or (0, 1)
             rows = group.cfg.batch_size // processes if share else 0
             mine = slice(process * rows, (process + 1) * rows)
-            self._fillers.append(Filler(group, tokenizer, mine, pool))
+            self._builders.append(builder(group, tokenizer, mine, pool))
 
     def start(self) -> _Position:
-        return _Position(0, ((0, 0),) * len(self._fillers))
+        return _Position(0, ((0, 0),) * len(self._builders))
 
     def check(self, position: _Position) -> None:
         """Validates a position.
@@ -248,21 +259,21 @@ class _Maker:
         Raises:
             UserError: no batch ends at this position.
         """
-        for filler, (block, row) in zip(self._fillers, position.groups, strict=True):
-            if not filler.reaches(block, row):
+        for builder, (block, row) in zip(self._builders, position.groups, strict=True):
+            if not builder.reaches((block, row)):
                 raise UserError(
                     f"the checkpoint's data position is row {row} of block {block}, where these "
                     "sources have no such row: use another step, or the sources that it was "
                     "trained on"
                 )
 
-    def make(self, position: _Position) -> tuple[Made, _Position]:
+    def make(self, position: _Position) -> tuple[BuiltBatch, _Position]:
         """Returns (the batch, the position after it)."""
         group = self._schedule[position.step]
-        made = self._fillers[group].make(position.groups[group])
+        built = self._builders[group].build(position.groups[group])
         groups = list(position.groups)
-        groups[group] = made.position
-        return made, _Position(position.step + 1, tuple(groups))
+        groups[group] = built.position
+        return built, _Position(position.step + 1, tuple(groups))
 
 
 class _Prefetch:
@@ -292,7 +303,7 @@ class _Prefetch:
             if isinstance(item, BaseException):
                 return
 
-    def get(self) -> tuple[Made, _Position]:
+    def get(self) -> tuple[BuiltBatch, _Position]:
         if self._failure is None:
             item = self._queue.get()
             if not isinstance(item, BaseException):

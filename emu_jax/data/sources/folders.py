@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from emu_jax.data.documents import short_hash
-from emu_jax.data.sources.index import Arrays, folder_for, kept
+from emu_jax.data.sources.index import Arrays, cached_arrays, folder_for
 from emu_jax.data.sources.tars import Reason, hashed, places, suffixes
 
 _VERSION = "folders-1"
@@ -86,7 +86,9 @@ class SubFolders:
                 self._folders = [folder.path for folder in folders]
                 key = short_hash([(folder.path, folder.changed) for folder in folders])
                 where = folder_for(self._roots[0].rstrip("/"), self._cache)
-                self._found = kept(where, f"{_VERSION}-{key}", self._list) if folders else {}
+                self._found = (
+                    cached_arrays(where, f"{_VERSION}-{key}", self._list) if folders else {}
+                )
             return self._found
 
     def _list(self) -> Arrays:

@@ -61,7 +61,9 @@ def folder_for(path: str, cache: str) -> Path:
     return Path(path).parent / ".emu_jax"
 
 
-def kept(folder: Path, name: str, make: Callable[[], Arrays], eager: int | None = None) -> Arrays:
+def cached_arrays(
+    folder: Path, name: str, make: Callable[[], Arrays], eager: int | None = None
+) -> Arrays:
     """Loads the arrays in `folder/name`; makes and writes them first if missing or damaged.
 
     The write is atomic. If they cannot be written, it warns and returns the arrays from memory.
@@ -290,7 +292,7 @@ def index_files(
 
     def share(path: str) -> Arrays:
         name = f"{os.path.basename(path)}-{fingerprint(kind, [path])}"
-        return kept(folder_for(path, cache), name, lambda: scan(path))
+        return cached_arrays(folder_for(path, cache), name, lambda: scan(path))
 
     def together() -> Arrays:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -308,4 +310,6 @@ def index_files(
         arrays = share(paths[0])
         count = len(next(iter(arrays.values())))
         return {"file": np.zeros(count, np.int32), **arrays}
-    return kept(folder_for(paths[0], cache), f"{kind}-{fingerprint(kind, paths)}", together)
+    return cached_arrays(
+        folder_for(paths[0], cache), f"{kind}-{fingerprint(kind, paths)}", together
+    )

@@ -17,7 +17,7 @@ from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Source, short_hash, utf8
 from emu_jax.data.sources.folders import SubFolders, stamp
 from emu_jax.data.sources.formats import PACKED, check_format, check_twins, unpack
-from emu_jax.data.sources.index import Arrays, fingerprint, folder_for, index_files, kept
+from emu_jax.data.sources.index import Arrays, cached_arrays, fingerprint, folder_for, index_files
 from emu_jax.data.sources.tars import Reason, TarFiles, plain
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
@@ -81,7 +81,7 @@ class Entries:
 
     def _content(self, path: str) -> UInt8[np.ndarray, "bytes"]:
         name = f"{os.path.basename(path)}-{fingerprint('unpacked-1', [path])}"
-        made = kept(folder_for(path, self._cache), name, lambda: unpack(path), eager=0)
+        made = cached_arrays(folder_for(path, self._cache), name, lambda: unpack(path), eager=0)
         return made["content"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from emu_jax.data import storage
 from emu_jax.data.sources.formats import check_format
-from emu_jax.data.sources.index import Arrays, fingerprint, folder_for, index_files, kept
+from emu_jax.data.sources.index import Arrays, cached_arrays, fingerprint, folder_for, index_files
 from emu_jax.data.unused import Tally
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -125,7 +125,9 @@ class TarFiles:
         self.paths = paths
         self.fingerprint = fingerprint(_VERSION, paths)
         folder, name = folder_for(paths[0], cache), f"{_VERSION}-{self.fingerprint}-sorted"
-        found = kept(folder, name, lambda: _sorted(index_files(_VERSION, paths, _names_in, cache)))
+        found = cached_arrays(
+            folder, name, lambda: _sorted(index_files(_VERSION, paths, _names_in, cache))
+        )
         self._names, self._files, self._paths = found["name"], found["file"], found["path"]
         self._offsets, self._sizes = found["offset"], found["size"]
         self.tally = Tally.from_array(found["tally"])

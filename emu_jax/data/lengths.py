@@ -1,4 +1,4 @@
-"""Outlines of documents, counted once: the tokens of each text, and the places of images."""
+"""TokenLengths of documents, counted once: the tokens of each text, and the places of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from emu_jax.data.documents import (
     check_size,
 )
 from emu_jax.data.packing import IMAGE_PART
-from emu_jax.data.sources.index import Arrays, kept
+from emu_jax.data.sources.index import Arrays, cached_arrays
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
@@ -49,8 +49,8 @@ def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
 
 
-class Outlines:
-    """The outlines of a source's documents: one size a part, its number of tokens or IMAGE_PART.
+class TokenLengths:
+    """The lengths of a source's documents: for each part, its number of tokens or IMAGE_PART.
 
     Counting reads the words of each document, and opens no image. The result is cached as mapped
     arrays, keyed by the source and the tokenizer. It is written a chunk at a time, so that an
@@ -81,7 +81,9 @@ class Outlines:
             if len(chunks) < 2:
                 return _with_starts(_count(source, tokenizer, range(len(source)), stamp))
             shares = [
-                kept(folder, part, functools.partial(_count, source, tokenizer, indices, stamp))
+                cached_arrays(
+                    folder, part, functools.partial(_count, source, tokenizer, indices, stamp)
+                )
                 for part, indices in chunks.items()
             ]
             tally = Tally.add([share["tally"] for share in shares])
@@ -90,7 +92,7 @@ class Outlines:
             one = stamp if len(stamps) == 1 else np.zeros(1, np.uint8)  # no stamp
             return _with_starts(arrays | {"tally": tally, "stamp": one})
 
-        arrays = kept(folder, name, count)
+        arrays = cached_arrays(folder, name, count)
         missing = [r for r in Tally.from_array(arrays["tally"]).unused if r in _AWAITED]
         # Files that arrived while counting wait for the next run: a crawl may never pause.
         if (
@@ -100,7 +102,7 @@ class Outlines:
             if recount:
                 log.warning("%s: files arrived since it was counted; counting again", folder / name)
                 shutil.rmtree(folder / name, ignore_errors=True)
-                arrays = kept(folder, name, count)
+                arrays = cached_arrays(folder, name, count)
             else:
                 log.warning(
                     "files arrived since %s was counted, and are not used: start a new run, or "
@@ -141,9 +143,9 @@ def _stamp(source: Source) -> UInt8[np.ndarray, "bytes"]:
 def _count(
     source: Source, tokenizer: Tokenizer, indices: range, stamp: UInt8[np.ndarray, "bytes"]
 ) -> Arrays:
-    """Counts the outlines of some documents."""
+    """Counts the tokens of some documents."""
 
-    def outline(index: int) -> tuple[list[int], int, tuple[Unused, ...]]:
+    def measure(index: int) -> tuple[list[int], int, tuple[Unused, ...]]:
         try:
             document = source.sketch(index)
             check_size(document, source.where(index))
@@ -160,7 +162,7 @@ def _count(
     counts, damage = np.zeros(len(indices), np.int32), np.zeros(len(indices), np.int8)
     all_sizes: list[int] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for n, (sizes, code, unused) in enumerate(pool.map(outline, indices)):
+        for n, (sizes, code, unused) in enumerate(pool.map(measure, indices)):
             counts[n], damage[n] = len(sizes), code
             all_sizes += sizes
             images = sizes.count(IMAGE_PART)

@@ -1,0 +1,678 @@
+"""Batches: one class for each kind, which reads, tokenizes and decodes documents into arrays.
+
+A document, or a few documents of packed rows, are one task for a thread pool. A document that
+cannot be read does not change where the others lie, so processes need not tell each other about
+damage. In a packed row its tokens become padding. In a batch of single documents it is replaced
+by a substitute that is a function of its number.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from emu_jax.data.config import Batch, DataConfig, Kind
+from emu_jax.data.documents import Damaged, Image, Text
+from emu_jax.data.images import ImageError, affine, open_image, resize, sample_affine, to_array
+from emu_jax.data.lengths import text_ids
+from emu_jax.data.mixture import FRAMES, Group, PackedDocument, SampledDocument, Usage
+from emu_jax.data.packing import IMAGE_PART, Part, part_tokens, truncate
+from emu_jax.errors import UserError
+from emu_jax.tokenizer import Tokenizer
+
+Position = tuple[int, int]  # (block, row in it) for rows; (0, document) for other kinds
+Shapes = dict[str, tuple[tuple[int, ...], type]]  # {name: (shape, dtype)} of a batch's arrays
+
+STATISTICS: tuple[str, ...] = (
+    "tokens",
+    "token_slots",
+    "images",
+    "image_slots",
+    "documents",
+    "truncated",
+)
+_TOGETHER = 16  # images that one task reads, then decodes
+_ATTEMPTS = 20  # unreadable substitutes in a row before giving up
+_SMALL_IMAGE = 4096  # bytes; smaller images are cached once resized
+
+
+class Damage(NamedTuple):
+    """A document that was skipped because it cannot be read."""
+
+    source: str
+    index: int
+    reason: str
+    where: str
+
+
+class BuiltBatch(NamedTuple):
+    """This process's share of a batch, with its documents and statistics."""
+
+    batch: Batch
+    position: Position  # of the next batch
+    documents: list[SampledDocument]  # in this process's share
+    statistics: dict[str, int]  # of the global batch
+    damaged: list[Damage]  # found by this process
+
+
+class BatchExample(NamedTuple):
+    """One row of a batch of any kind, for display, with its tokens up to the last one in use."""
+
+    tokens: list[int]
+    segments: list[int]  # of each token: its document, from 1; 0 is padding
+    scored: list[bool]  # of each token: a text target
+    slots: list[int]  # of each token: the index of the embedding at its place, or -1
+    images: np.ndarray  # uint8 [I, h, w, 3], some of them empty
+    used: list[bool]  # of each image
+    regressed: list[bool]  # of each image: its embeddings are targets
+    target: np.ndarray | None = None  # the image that the decoder learns to generate
+    room: int = 0  # number of token slots
+
+
+class BatchBuilder(abc.ABC):
+    """Builds the batch of a group at a given position. Stateless. One subclass for each kind.
+
+    Args:
+        mine: this process's rows of a global batch.
+
+    Attributes:
+        usage: documents that this kind of batches can use.
+    """
+
+    usage: ClassVar[Usage]
+
+    def __init__(self, group: Group, tokenizer: Tokenizer, mine: slice, pool: Pool):
+        self.group, self.cfg, self.tokenizer, self.mine = group, group.cfg, tokenizer, mine
+        self._pool = pool
+        # Captions repeat, and so do the images of a small data set.
+        self.encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
+        self._resized_small = functools.lru_cache(1 << 12)(self._resized)
+        rows = mine.stop - mine.start
+        self._share = {
+            name: ((rows, *shape[1:]), dtype)
+            for name, (shape, dtype) in self.shapes(self.cfg).items()
+        }
+
+    @staticmethod
+    @abc.abstractmethod
+    def shapes(cfg: DataConfig) -> Shapes:
+        """Returns the arrays of a global batch."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def example(batch: Batch) -> BatchExample:
+        """Returns the first row of a batch."""
+
+    @abc.abstractmethod
+    def reaches(self, position: Position) -> bool:
+        """Returns whether a batch can end at a position."""
+
+    @abc.abstractmethod
+    def build(self, position: Position) -> BuiltBatch:
+        """Builds the batch that begins at a position."""
+
+    def _empty(self) -> Batch:
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._share.items()}
+
+    def _counted(self, damaged: list[SampledDocument]) -> list[Damage]:
+        """Reports documents found damaged while counting tokens, on the first process only."""
+        if self.mine.start:
+            return []
+        return [_damage(document, document.damage or "") for document in damaged]
+
+    def _contents(
+        self, sampled: SampledDocument, parts: list[Part]
+    ) -> list[tuple[Part, Text | Image]]:
+        """Reads the contents of some parts of a document.
+
+        Raises:
+            Damaged: the document cannot be read, or has changed since its tokens were counted.
+        """
+        seed, source = self.group.seed(sampled, FRAMES), sampled.source.documents
+        document = source.read(sampled.index, seed, [part.index for part in parts])
+        counted = sampled.lengths
+        found = {
+            n: IMAGE_PART if isinstance(p := document.parts[n], Image) else len(self.encode(p))
+            for n in (part.index for part in parts if part.index < len(document.parts))
+        }
+        if len(document.parts) != len(counted) or any(counted[n] != found[n] for n in found):
+            raise Damaged(
+                "changed document",
+                source.where(sampled.index),
+                "its content has changed since its tokens were counted",
+            )
+        return [(part, document.parts[part.index]) for part in parts]
+
+    def kept_ids(self, part: Part, content: Text | Image) -> list[int]:
+        """Returns the token ids of a text that are kept."""
+        assert isinstance(content, Text)
+        return self.encode(content)[part.first : part.first + part.size]
+
+    def _decode_into(self, out: np.ndarray, image: Text | Image, rng: np.random.Generator) -> None:
+        """Decodes, resizes and augments one image.
+
+        Raises:
+            ImageError: the image cannot be read.
+        """
+        assert isinstance(image, Image)
+        cfg = self.cfg
+        resized = self._resized_small if len(image.data) < _SMALL_IMAGE else self._resized
+        pixels = resized(image.data, out.shape[0])
+        if cfg.augment:
+            motion = sample_affine(rng, rotate=cfg.rotate, scale=cfg.scale, shift=cfg.shift)
+            pixels = affine(pixels, *motion)
+        out[:] = to_array(pixels)
+
+    def _resized(self, data: bytes, size: int) -> PIL.Image.Image:
+        fast = self.cfg.fast_decode
+        image = open_image(data, at_least=size if fast else None)
+        return resize(image, size, fast=fast)
+
+
+class RowBuilder(BatchBuilder):
+    """Packed rows of several documents.
+
+    tokens, segment_ids (0 = padding), positions int32 [B,T]; text_loss_mask bool [B,T], True where
+    the token is a text target; images uint8 [B,I,h,w,3]; image_valid, image_scored (a regression
+    target) bool [B,I]; image_slots int32 [B,T], the index among the row's I*N embeddings at an
+    <image>, -1 elsewhere.
+    """
+
+    usage = Usage("rows")
+
+    @staticmethod
+    def shapes(cfg: DataConfig) -> Shapes:
+        B, T, I = cfg.batch_size, cfg.row_tokens, cfg.row_images  # noqa: E741
+        return {
+            "tokens": ((B, T), np.int32),
+            "segment_ids": ((B, T), np.int32),
+            "positions": ((B, T), np.int32),
+            "text_loss_mask": ((B, T), bool),
+            "image_scored": ((B, I), bool),
+            **_input_shapes(cfg),
+        }
+
+    @staticmethod
+    def example(batch: Batch) -> BatchExample:
+        row = {name: values[0] for name, values in batch.items()}
+        return _example(
+            row,
+            segments=row["segment_ids"],
+            scored=row["text_loss_mask"],
+            regressed=row["image_scored"],
+        )
+
+    def reaches(self, position: Position) -> bool:
+        block, row = position
+        return row < max(1, len(self.group.block(block).rows))
+
+    def build(self, position: Position) -> BuiltBatch:
+        batch = self._empty()
+        block, row = position
+        rows: list[list[PackedDocument]] = []
+        damaged: list[Damage] = []
+        while len(rows) < self.cfg.batch_size:
+            packed = self.group.block(block)
+            if row == 0:
+                damaged += self._counted(packed.damaged)
+            taken = packed.rows[row : row + self.cfg.batch_size - len(rows)]
+            rows += taken
+            row += len(taken)
+            if row == len(packed.rows):
+                block, row = block + 1, 0
+        batch["tokens"][:] = self.tokenizer.pad_id
+        batch["image_slots"][:] = -1
+        places = [
+            place for n, documents in enumerate(rows[self.mine]) for place in _places(n, documents)
+        ]
+        for unreadable in self._pool(
+            lambda task: self._write_documents(batch, task), self._tasks(places)
+        ):
+            damaged += unreadable
+        counted = _sum(
+            {"tokens": p.tokens, "images": p.images, "documents": 1, "truncated": int(p.cut)}
+            for documents in rows
+            for p in documents
+        )
+        slots = {
+            "token_slots": self.cfg.batch_size * self.cfg.row_tokens,
+            "image_slots": self.cfg.batch_size * self.cfg.row_images,
+        }
+        mine = [place.packed.sampled for place in places]
+        return BuiltBatch(batch, (block, row), mine, counted | slots, damaged)
+
+    def _tasks(self, places: list[_Placement]) -> list[list[_Placement]]:
+        """Splits documents into tasks of at most `_TOGETHER` images; a document with more images
+        is a task of its own. With several threads tasks get smaller towards the end, so that all
+        threads finish at about the same time."""
+        threads = self._pool.threads
+        sizes = [max(1, place.packed.images) for place in places]
+        left, room = sum(sizes), 0
+        tasks: list[list[_Placement]] = []
+        for place, size in zip(places, sizes, strict=True):
+            if size > room:
+                tasks.append([])
+                room = _TOGETHER if threads == 1 else min(_TOGETHER, left // (2 * threads))
+            tasks[-1].append(place)
+            left, room = left - size, room - size
+        return tasks
+
+    def _write_documents(self, batch: Batch, places: list[_Placement]) -> list[Damage]:
+        """Writes documents to their rows; leaves padding in place of one that cannot be read.
+
+        Runs each step for all documents before the next step. Decoding an image evicts the
+        processor's caches, and the other steps take twice as long when they alternate with it.
+        """
+        damaged: list[Damage] = []
+        whole: list[_ReadDocument] = []
+        for read in [self._read(place) for place in places]:
+            if isinstance(read, Damage):
+                damaged.append(read)
+            elif damage := self._decode(batch, read):
+                damaged.append(damage)
+            else:
+                whole.append(read)
+        for read in whole:
+            self._write(batch, read)
+        return damaged
+
+    def _read(self, place: _Placement) -> _ReadDocument | Damage:
+        sampled = place.packed.sampled
+        rng = self.group.rng(sampled)
+        parts, cut = self.group.fit(sampled, rng)
+        try:
+            contents = self._contents(sampled, parts)
+        except Damaged as error:
+            return _damage(sampled, error.reason)
+        sequence = _Sequence(self, place.images.start)
+        sequence.open()
+        for part, content in contents:
+            sequence.add(part, content)
+        sequence.close(ended=not cut)
+        encoded = [content for _, content in contents if isinstance(content, Image)]
+        return _ReadDocument(place, sequence, encoded, rng)
+
+    def _decode(self, batch: Batch, read: _ReadDocument) -> Damage | None:
+        place = read.place
+        out = batch["images"][place.row, place.images]
+        try:
+            for pixels, image in zip(out, read.encoded, strict=True):
+                self._decode_into(pixels, image, read.rng)
+        except ImageError as error:
+            out[:] = 0
+            return _damage(place.packed.sampled, error.reason)
+        read.encoded.clear()  # frees video frames, which are large
+        return None
+
+    def _write(self, batch: Batch, read: _ReadDocument) -> None:
+        place, sequence = read.place, read.sequence
+        n, tokens, images = place.row, place.tokens, place.images
+        batch["tokens"][n, tokens] = sequence.tokens
+        batch["segment_ids"][n, tokens] = place.segment
+        batch["positions"][n, tokens] = np.arange(len(sequence.tokens))
+        batch["text_loss_mask"][n, tokens] = sequence.scored
+        batch["image_slots"][n, tokens] = sequence.slots
+        batch["image_valid"][n, images] = True
+        batch["image_scored"][n, images] = sequence.scored_images
+
+
+class _SingleBuilder(BatchBuilder):
+    """Batches with one document a row."""
+
+    def reaches(self, position: Position) -> bool:
+        return position[0] == 0
+
+    def build(self, position: Position) -> BuiltBatch:
+        batch = self._empty()
+        documents, skipped, after = self.group.next(position[1], self.cfg.batch_size)
+        mine = documents[self.mine]
+        unreadable = self._pool(
+            lambda n: self._fill_or_replace(batch, n, mine[n]), range(len(mine))
+        )
+        damaged = self._counted(skipped) + [damage for row in unreadable for damage in row]
+        return BuiltBatch(batch, (0, after), mine, _sum(map(self._measure, documents)), damaged)
+
+    @abc.abstractmethod
+    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+        """Fills row `n` with a document.
+
+        Raises:
+            Damaged, ImageError: the document cannot be read.
+        """
+
+    @abc.abstractmethod
+    def _measure(self, sampled: SampledDocument) -> dict[str, int]:
+        """Returns the statistics of a document's row, without reading the document."""
+
+    def _fill_or_replace(self, batch: Batch, n: int, sampled: SampledDocument) -> list[Damage]:
+        """Fills one row. A document that cannot be read is replaced by substitutes.
+
+        Raises:
+            UserError: `_ATTEMPTS` documents in a row cannot be read.
+        """
+        damaged, chosen = [], sampled
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._fill(batch, n, chosen)
+                return damaged
+            except (Damaged, ImageError) as error:
+                damaged.append(_damage(chosen, error.reason))
+                last = error
+            chosen = self.group.substitute(sampled, attempt)
+        raise UserError(
+            f"{_ATTEMPTS} documents of source {sampled.source.cfg.name!r} in a row cannot be read; "
+            f"the last: {last}"
+        )
+
+
+class CaptionBuilder(_SingleBuilder):
+    """Image-text pairs.
+
+    images uint8 [B,h,w,3]; tokens int32 [B,T], `<s> words </s>`, padded on the right; valid bool
+    [B,T].
+    """
+
+    usage = Usage("captions", image=True, text=True, pairs=True)
+
+    @staticmethod
+    def shapes(cfg: DataConfig) -> Shapes:
+        B, T, h = cfg.batch_size, cfg.row_tokens, cfg.image_size
+        return {
+            "images": ((B, h, h, 3), np.uint8),
+            "tokens": ((B, T), np.int32),
+            "valid": ((B, T), bool),
+        }
+
+    @staticmethod
+    def example(batch: Batch) -> BatchExample:
+        row = {name: values[0] for name, values in batch.items()}
+        return _example(
+            row | {"images": row["images"][None], "image_valid": np.array([True])},
+            segments=row["valid"].astype(int),
+            scored=row["valid"],
+            regressed=np.array([False]),
+        )
+
+    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+        parts = self.group.parts(sampled, image_first=True)
+        images = [part for part in parts if part.size == IMAGE_PART]
+        words = [part for part in parts if part.size != IMAGE_PART]
+        (_, image), *texts = self._contents(sampled, [*images[:1], *words])
+        ids = [i for part, content in texts for i in self.kept_ids(part, content)]
+        # A truncated caption also ends in </s>, whose hidden state is read.
+        ids = [self.tokenizer.bos, *ids[: self.cfg.row_tokens - 2], self.tokenizer.eos]
+        self._decode_into(batch["images"][n], image, self.group.rng(sampled))
+        batch["tokens"][n] = self.tokenizer.pad_id
+        batch["tokens"][n, : len(ids)] = ids
+        batch["valid"][n] = np.arange(self.cfg.row_tokens) < len(ids)
+
+    def _measure(self, sampled: SampledDocument) -> dict[str, int]:
+        text, room = sum(size for size in sampled.lengths if size > 0), self.cfg.row_tokens - 2
+        return {
+            "images": 1,
+            "image_slots": 1,
+            "documents": 1,
+            "tokens": min(text, room) + 2,
+            "token_slots": room + 2,
+            "truncated": int(text > room),
+        }
+
+
+class ImageBuilder(_SingleBuilder):
+    """Images alone, at the autoencoder's size: images uint8 [B,H,W,3]."""
+
+    usage = Usage("images", image=True, pairs=True)
+
+    @staticmethod
+    def shapes(cfg: DataConfig) -> Shapes:
+        return {"images": ((cfg.batch_size, cfg.target_size, cfg.target_size, 3), np.uint8)}
+
+    @staticmethod
+    def example(batch: Batch) -> BatchExample:
+        return BatchExample([], [], [], [], batch["images"][:1], [True], [False])
+
+    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+        parts = self.group.parts(sampled, image_first=True)[:1]
+        ((_, image),) = self._contents(sampled, parts)
+        self._decode_into(batch["images"][n], image, self.group.rng(sampled))
+
+    def _measure(self, sampled: SampledDocument) -> dict[str, int]:
+        return {"images": 1, "image_slots": 1, "documents": 1}
+
+
+class ContextBuilder(_SingleBuilder):
+    """Images that the decoder learns to generate, each with its context.
+
+    tokens int32 [B,T], the context before the image, up to and including its [IMG], padded on the
+    right; length int32 [B]; images, image_valid, image_slots of the context's own images as in
+    packed rows; target uint8 [B,H,W,3], the image.
+    """
+
+    usage = Usage("contexts", image=True)
+
+    @staticmethod
+    def shapes(cfg: DataConfig) -> Shapes:
+        B, T, H = cfg.batch_size, cfg.row_tokens, cfg.target_size
+        return {
+            "tokens": ((B, T), np.int32),
+            "length": ((B,), np.int32),
+            **_input_shapes(cfg),
+            "target": ((B, H, H, 3), np.uint8),
+        }
+
+    @staticmethod
+    def example(batch: Batch) -> BatchExample:
+        row = {name: values[0] for name, values in batch.items()}
+        segments = (np.arange(len(row["tokens"])) < row["length"]).astype(int)
+        return _example(
+            row,
+            segments=segments,
+            scored=np.zeros_like(segments, bool),
+            regressed=np.zeros_like(row["image_valid"]),
+        )._replace(target=row["target"])
+
+    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+        rng = self.group.rng(sampled)
+        context, chosen, _ = self._choose(sampled, rng)
+        sequence = _Sequence(self, 0)
+        sequence.open()
+        *contents, (_, target) = self._contents(sampled, [*context, chosen])
+        for part, content in contents:
+            if isinstance(content, Image):
+                self._decode_into(batch["images"][n, sequence.images], content, rng)
+            sequence.add(part, content)
+        self._decode_into(batch["target"][n], target, rng)
+        ids, used = [*sequence.tokens, self.tokenizer.img], len(sequence.tokens)
+        batch["tokens"][n] = self.tokenizer.pad_id
+        batch["tokens"][n, : len(ids)] = ids
+        batch["length"][n] = len(ids)
+        batch["image_slots"][n] = -1
+        batch["image_slots"][n, :used] = sequence.slots
+        batch["images"][n, sequence.images :] = 0  # clears images of a document that failed
+        batch["image_valid"][n] = np.arange(self.cfg.row_images) < sequence.images
+
+    def _measure(self, sampled: SampledDocument) -> dict[str, int]:
+        context, _, truncated = self._choose(sampled, self.group.rng(sampled))
+        sizes = [part.size for part in context]
+        return {
+            "tokens": 2 + sum(part_tokens(size, self.cfg.n_causal) for size in sizes),
+            "token_slots": self.cfg.row_tokens,
+            "images": sizes.count(IMAGE_PART),
+            "image_slots": self.cfg.row_images,
+            "documents": 1,
+            "truncated": int(truncated),
+        }
+
+    def _choose(
+        self, sampled: SampledDocument, rng: np.random.Generator
+    ) -> tuple[list[Part], Part, bool]:
+        """Samples an image of a document. Returns (the parts before it that are its context, the
+        image, whether the context was truncated)."""
+        dropped = rng.random() < self.cfg.drop_condition
+        itself = self.cfg.autoencode > 0 and rng.random() < self.cfg.autoencode
+        # The words of a pair come first: they are the only possible context.
+        parts = self.group.parts(sampled, image_first=False)
+        choices = [k for k, part in enumerate(parts) if part.size == IMAGE_PART]
+        chosen = choices[int(rng.random() * len(choices))]
+        before = [] if dropped else [parts[chosen]] if itself else parts[:chosen]
+        sizes = [part.size for part in before]
+        kept = truncate(
+            sizes,
+            tokens=self.cfg.row_tokens - 2,
+            images=self.cfg.row_images,
+            n_causal=self.cfg.n_causal,
+            end="head",
+        )
+        last = before[len(before) - len(kept) :]
+        context = [part.end(size) for part, size in zip(last, kept, strict=True)]
+        return context, parts[chosen], kept != sizes
+
+
+BUILDERS: dict[Kind, type[BatchBuilder]] = {
+    builder.usage.kind: builder
+    for builder in (RowBuilder, CaptionBuilder, ImageBuilder, ContextBuilder)
+}
+
+
+def batch_shapes(cfg: DataConfig, kind: Kind) -> Shapes:
+    """Returns (shape, dtype) of each array of a global batch; see the class of the kind."""
+    return BUILDERS[kind].shapes(cfg)
+
+
+def _input_shapes(cfg: DataConfig) -> Shapes:
+    """Returns the arrays with the images that a row shows to the model."""
+    B, T, I, h = cfg.batch_size, cfg.row_tokens, cfg.row_images, cfg.image_size  # noqa: E741
+    return {
+        "images": ((B, I, h, h, 3), np.uint8),
+        "image_valid": ((B, I), bool),
+        "image_slots": ((B, T), np.int32),
+    }
+
+
+def _example(
+    row: dict[str, np.ndarray], *, segments: np.ndarray, scored: np.ndarray, regressed: np.ndarray
+) -> BatchExample:
+    room = len(row["tokens"])
+    slots = row.get("image_slots", np.full(room, -1))
+    count = int(np.flatnonzero(segments).max(initial=-1)) + 1
+    return BatchExample(
+        row["tokens"][:count].tolist(),
+        segments[:count].tolist(),
+        scored[:count].tolist(),
+        slots[:count].tolist(),
+        row["images"],
+        row["image_valid"].tolist(),
+        regressed.tolist(),
+        room=room,
+    )
+
+
+class Pool:
+    """Maps a function over items, on several threads if configured; results keep the order."""
+
+    def __init__(self, cfg: DataConfig):
+        self.threads = cfg.decode_threads or os.cpu_count() or 1
+        parallel = self.threads > 1
+        self._executor = ThreadPoolExecutor(self.threads, "emu-jax-decode") if parallel else None
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        run = self._executor.map if self._executor else map
+        return list(run(function, items))
+
+
+class _Placement(NamedTuple):
+    """The place of a document in a batch: row, segment, and slices of tokens and images."""
+
+    packed: PackedDocument
+    row: int
+    segment: int
+    tokens: slice
+    images: slice
+
+
+class _ReadDocument(NamedTuple):
+    """A document of a packed row whose images are still encoded."""
+
+    place: _Placement
+    sequence: _Sequence
+    encoded: list[Image]
+    rng: np.random.Generator
+
+
+def _places(row: int, documents: list[PackedDocument]) -> list[_Placement]:
+    places, token, image = [], 0, 0
+    for segment, packed in enumerate(documents, 1):
+        tokens = slice(token, token + packed.tokens)
+        images = slice(image, image + packed.images)
+        places.append(_Placement(packed, row, segment, tokens, images))
+        token, image = tokens.stop, images.stop
+    return places
+
+
+class _Sequence:
+    """The token sequence of one document, grown part by part.
+
+    Args:
+        images: number of images that stand before the document in its row.
+    """
+
+    def __init__(self, builder: BatchBuilder, images: int):
+        self._kept_ids, self._tokenizer = builder.kept_ids, builder.tokenizer
+        self._n_causal = builder.cfg.n_causal
+        self._learn_img = builder.cfg.learn_img
+        self.tokens: list[int] = []
+        self.scored: list[bool] = []
+        self.slots: list[int] = []
+        self.images = images  # number of images in the row so far
+        self.scored_images: list[bool] = []
+
+    def open(self) -> None:
+        """Begins the document with <s>."""
+        self._extend([self._tokenizer.bos], [False])
+
+    def add(self, part: Part, content: Text | Image) -> None:
+        """Appends a text, or the placeholders of an image."""
+        if isinstance(content, Text):
+            ids = self._kept_ids(part, content)
+            unscored = (self._tokenizer.img, self._tokenizer.img_end, self._tokenizer.pad_id)
+            self._extend(ids, [content.scored and i not in unscored for i in ids])
+            return
+        n, t = self._n_causal, self._tokenizer
+        first = self.images * n
+        self.images += 1
+        self.scored_images.append(content.scored)
+        self._extend(
+            [t.img, *[t.image] * n, t.img_end],
+            [self._learn_img and content.scored, *[False] * (n + 1)],
+            [-1, *range(first, first + n), -1],
+        )
+
+    def close(self, ended: bool) -> None:
+        """Ends the document; a truncated document gets no </s>."""
+        if ended:
+            self._extend([self._tokenizer.eos], [True])
+
+    def _extend(self, ids: list[int], scored: list[bool], slots: list[int] | None = None) -> None:
+        self.tokens += ids
+        self.scored += scored
+        self.slots += slots or [-1] * len(ids)
+
+
+def _damage(sampled: SampledDocument, reason: str) -> Damage:
+    where = sampled.source.documents.where(sampled.index)
+    return Damage(sampled.source.cfg.name, sampled.index, reason, where)
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = dict.fromkeys(STATISTICS, 0)
+    for count in counts:
+        for name, value in count.items():
+            total[name] += value
+    return total
