@@ -152,7 +152,7 @@ def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array
 def emu_of(cfg: EmuConfig, params: dict[str, jax.Array]) -> tuple[Any, Any]:
     """Returns the model's structure and its parameters, as `generate.api.Emu` keeps them."""
     emu = template(cfg).module(params)
-    emu.llama = emu.llama.for_reading()
+    emu.llama = emu.llama.unstacked_for_decoding()
     return nnx.split(emu)
 
 

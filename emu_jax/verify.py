@@ -416,7 +416,7 @@ def _language(model, tokens, images, slots, mask):
     # Through the KV cache, so that padding attends to the same positions as in the release.
     batch, length = tokens.shape
     cache = model.llama.empty_cache(batch, length, x.dtype)
-    hidden, _ = model.llama.read(x, positions, mask, cache)
+    hidden, _ = model.llama.extend(x, positions, mask, cache)
     return x, hidden, model.llama.logits(hidden), model.llama.regress(hidden)
 
 

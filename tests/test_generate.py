@@ -24,7 +24,7 @@ from emu_jax.generate import image, mixed, prompt, text
 from emu_jax.generate.api import Emu, GenerationConfig, _image_keys, _row_keys, load
 from emu_jax.generate.safety import find_checker
 from emu_jax.models import emu as models
-from emu_jax.models.llama import KVCache
+from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
 from emu_jax.sharding import Template, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 
@@ -632,14 +632,14 @@ def test_mixed_sequences_are_sampled_anew_at_each_element():
     assert np.mean(one == two) == pytest.approx(1 / 48, abs=0.012)
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_repeated_cache_has_each_row_in_a_row(apart):
+@pytest.mark.parametrize("layout", [KVCache, UnstackedKVCache])
+def test_a_repeated_cache_has_each_row_in_a_row(layout):
     cfg = config.LlamaConfig(width=6, heads=3, layers=2, mlp_width=4)
-    cache = KVCache.empty(cfg, 4, 5, apart=apart)
+    cache = layout.empty(cfg, 4, 5)
     numbered = lambda a: jnp.arange(a.size, dtype=a.dtype).reshape(a.shape)  # noqa: E731
     k, v = jax.tree.map(numbered, (cache.k, cache.v))
     valid = jnp.asarray(np.random.default_rng(0).random((4, 5)) > 0.5)
-    cache = KVCache(k, v, valid, jnp.int32(3))
+    cache = layout(k, v, valid, jnp.int32(3))
     many = cache.repeat(2)
     for before, after in zip(
         jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((many.k, many.v)), strict=True

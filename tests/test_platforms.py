@@ -163,7 +163,7 @@ def test_candidates_behind_caches_apart():
     candidates = jnp.asarray([[[5, 6, 7], [8, 9, -1]], [[10, 11, 12], [13, -1, -1]]])
     losses = [
         text.candidate_losses(llama, x, valid, candidates)
-        for llama in (emu.llama, emu.llama.for_reading())
+        for llama in (emu.llama, emu.llama.unstacked_for_decoding())
     ]
     assert relative_error(*losses) < 2e-6
 
@@ -178,8 +178,8 @@ def test_layers_apart_compute_what_a_stack_does(dtype, within):
     adapter[...] = random(1, *adapter.shape)
     graphdef, params = nnx.split(stacked)
     stacked = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(dtype), params))
-    apart = stacked.for_reading()
-    assert len(apart.layers) == cfg.layers and apart.for_reading() is apart
+    apart = stacked.unstacked_for_decoding()
+    assert len(apart.layers) == cfg.layers and apart.unstacked_for_decoding() is apart
     axes = [m.mlp.up_proj.kernel.get_metadata()["axes"] for m in (stacked.layers, apart.layers[0])]
     assert axes == [("layer", "embed", "mlp"), ("embed", "mlp")]
     x = random(2, 2, 5, cfg.width).astype(dtype)

@@ -110,7 +110,7 @@ def load(
 ) -> Emu:
     """The model of a run directory: config.json, tokenizer/ and the newest parameters; or of the
     release's own files (a folder, or Emu-instruct.pt), read as `emu-jax convert` reads them.
-    On a CPU the language model is in memory twice for a moment (`Llama.for_reading`).
+    On a CPU the language model is in memory twice for a moment (`Llama.unstacked_for_decoding`).
 
     Args:
         mesh: where it lives (`sharding.make_mesh`); one device without it.
@@ -182,7 +182,7 @@ class Emu:
         # afterwards does not reach this one, nor the other way round.
         model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(self.dtype), params))
         with self._on_mesh():
-            model.llama = model.llama.for_reading()
+            model.llama = model.llama.unstacked_for_decoding()
         self._graphdef, self._params = nnx.split(model)
         self._unconditional: Float[Array, "N D"] | None = None
         self.safety: Checker | None = None
@@ -191,7 +191,7 @@ class Emu:
     @property
     def model(self) -> models.Emu:
         """The module itself. On a CPU its language model's layers are a list, not one stack
-        (`Llama.for_reading`)."""
+        (`Llama.unstacked_for_decoding`)."""
         return nnx.merge(self._graphdef, self._params)
 
     # --- Text ---

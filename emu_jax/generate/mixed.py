@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from emu_jax.config import EmuConfig
 from emu_jax.generate.text import prefill, warp
 from emu_jax.models.emu import Emu
-from emu_jax.models.llama import KVCache, Llama
+from emu_jax.models.kv_cache import KVCache
+from emu_jax.models.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def start(
     """The state after the first element; see `complete`."""
     ids, n = emu.cfg.tokens, emu.cfg.cformer.n_causal
     steps, (batch, _, width) = plan.steps(n), x.shape
-    reader, last = prefill(emu.llama.for_reading(), x, valid, steps - 1)
+    reader, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, steps - 1)
     state = Mixed(
         tokens=jnp.full((batch, steps), ids.pad),
         images=jnp.zeros((batch, plan.max_images, n, width), x.dtype),
@@ -137,11 +138,11 @@ def go_on(
 ) -> Mixed:
     """Goes on until every row has ended or `until` elements are there, at most `plan.steps`."""
     until = jnp.minimum(until, plan.steps(emu.cfg.cformer.n_causal))
-    graphdef, params = nnx.split(emu.llama.for_reading())
+    graphdef, params = nnx.split(emu.llama.unstacked_for_decoding())
 
     def read(state: Mixed) -> Mixed:
         llama = nnx.merge(graphdef, params)
-        hidden, cache = llama.read(
+        hidden, cache = llama.extend(
             state.element[:, None],
             state.positions[:, None],
             jnp.ones((len(state.slot), 1), bool),

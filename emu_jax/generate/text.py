@@ -26,7 +26,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.config import TokenIds
 from emu_jax.errors import UserError
-from emu_jax.models.llama import KVCache, Llama
+from emu_jax.models.kv_cache import KVCache
+from emu_jax.models.llama import Llama
 
 # How often each program was traced: once per bucket of shapes, as the tests hold.
 TRACES: Counter[str] = Counter()
@@ -301,7 +302,7 @@ def prefill(
     # The release counts positions from the first real token; padding has position 1.
     positions = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 1)
     cache = llama.empty_cache(x.shape[0], x.shape[1] + slots, x.dtype)
-    hidden, cache = llama.read(x, positions, valid, cache)
+    hidden, cache = llama.extend(x, positions, valid, cache)
     last = hidden[:, -1:]
     logits = llama.logits(last)[:, 0].astype(jnp.float32)
     return Reader(cache, jnp.sum(valid, axis=1), logits), last[:, 0]
@@ -329,7 +330,7 @@ def read_beams(
 def _read(llama: Llama, reader: Reader, tokens: Int[Array, "B T"], **how):
     x = llama.embed_tokens(tokens).astype(reader.cache.dtype)
     positions = jnp.broadcast_to(reader.positions[:, None], tokens.shape)
-    return llama.read(x, positions, jnp.ones(tokens.shape, bool), reader.cache, **how)
+    return llama.extend(x, positions, jnp.ones(tokens.shape, bool), reader.cache, **how)
 
 
 def decode(
@@ -349,7 +350,7 @@ def decode(
         allowed: the only sequences that may come out, padded with -1; each should end in
             `</s>`.
     """
-    llama = llama.for_reading()
+    llama = llama.unstacked_for_decoding()
     reader, _ = prefill(llama, x, valid, plan.num_beams * (plan.slots - 1))
     return (_search if plan.num_beams > 1 else _walk)(llama, reader, plan, rules, keys, allowed)
 
@@ -602,7 +603,7 @@ def candidate_losses(
     if length > 1:
         here = llama.embed_tokens(jnp.maximum(tokens[:, :-1], 0)).astype(x.dtype)
         positions = reader.positions[:, None] + jnp.arange(length - 1)
-        hidden, _ = llama.read(here, positions, tokens[:, :-1] >= 0, reader.cache)
+        hidden, _ = llama.extend(here, positions, tokens[:, :-1] >= 0, reader.cache)
         more = llama.logits(hidden).astype(jnp.float32)
         logits = jnp.concatenate([logits, more], axis=1)
     logp = jax.nn.log_softmax(logits, axis=-1)

@@ -3,7 +3,8 @@
 emu.py              Emu: the towers put together
 eva_clip.py         EVA-CLIP's vision transformer
 cformer.py          the Causal Transformer
-llama.py            LLaMA with the regression head, and its KV cache
+llama.py            LLaMA with the regression head
+kv_cache.py         its KV cache
 unet.py             the denoiser
 vae.py              the autoencoder
 clip.py             contrastive pretraining of the visual encoder

@@ -27,9 +27,11 @@ class TextTower(nnx.Module):
     ) -> Float[Array, "B E"]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-        def body(block, x, _):
-            q, k, v = block.self_attn.project(block.input_layernorm(x), positions)
-            return block.finish(x, block.self_attn.attend(q, k, v, causal=True)), None
+        def body(
+            block: LlamaBlock, x: Float[Array, "B T D"], _: None
+        ) -> tuple[Float[Array, "B T D"], None]:
+            x, _ = block(x, positions)
+            return x, None
 
         x, _ = scan(self.layers, body, self.embed_tokens(tokens).astype(dtype))
         last = jnp.sum(valid, axis=1) - 1

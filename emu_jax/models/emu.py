@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.eva_clip import VisionTransformer
+from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.layers import LayerNorm
-from emu_jax.models.llama import KVCache, Llama
+from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
 from emu_jax.sharding import shard
@@ -116,9 +117,9 @@ class Emu(nnx.Module):
         """The N embeddings of the next picture, one after the other
         (release: `generate_image`, which recomputes the whole row for each).
 
-        `llama` is this model's, perhaps `for_reading`. `hidden` are the states at `[IMG]`, which
-        stands at `positions`. The cache comes back with the first N - 1 embeddings read; it needs
-        N - 1 free slots.
+        `llama` is this model's, perhaps `unstacked_for_decoding`. `hidden` are the states at
+        `[IMG]`, which stands at `positions`. The cache comes back with the first N - 1 embeddings
+        in it; it needs N - 1 free slots.
         """
         first = llama.regress(hidden)[:, None]
         graphdef, params = nnx.split(llama)
@@ -127,7 +128,7 @@ class Emu(nnx.Module):
             previous, cache = carry
             llama = nnx.merge(graphdef, params)
             valid = jnp.ones(previous.shape[:2], bool)
-            h, cache = llama.read(previous, (positions + i)[:, None], valid, cache)
+            h, cache = llama.extend(previous, (positions + i)[:, None], valid, cache)
             following = llama.regress(h)
             return (following, cache), following[:, 0]
 
@@ -148,9 +149,9 @@ class Emu(nnx.Module):
         """
         batch, length = tokens.shape
         x = self.embed(tokens, images, image_slots)
-        llama = self.llama.for_reading()
+        llama = self.llama.unstacked_for_decoding()
         cache = llama.empty_cache(batch, length + self.cfg.cformer.n_causal - 1, x.dtype)
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        hidden, cache = llama.read(x, positions, positions < lengths[:, None], cache)
+        hidden, cache = llama.extend(x, positions, positions < lengths[:, None], cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.regress_image(llama, last, lengths - 1, cache)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,59 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from emu_jax.config import LlamaConfig
 from emu_jax.models.attention import attention
 from emu_jax.models.backend import kernels
+from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
 from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stack
 from emu_jax.models.lora import LoraLinear, adapted
 from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 from emu_jax.sharding import shard, spec
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens read so far.
-
-    A token takes the next slot of its row whatever its position; `valid` is False on the
-    slots of padding, so that left- and right-padded prompts share one layout. Keys and values
-    lie as attention multiplies by them: nothing is transposed at each token.
-
-    Where a model's layers are apart (`Llama.for_reading`), so are its caches: tuples of L, with
-    rows and heads as one axis, which is not split over devices by heads.
-    """
-
-    k: Float[Array, "L B H K S"] | tuple[Float[Array, "B*H K S"], ...]
-    v: Float[Array, "L B H S K"] | tuple[Float[Array, "B*H S K"], ...]
-    valid: Bool[Array, "B S"]
-    used: Int[Array, ""]
-
-    @classmethod
-    def empty(
-        cls, cfg: LlamaConfig, batch: int, slots: int, dtype=jnp.float32, *, apart: bool = False
-    ) -> KVCache:
-        def zeros(*shape: int):
-            if apart:
-                return (jnp.zeros((batch * cfg.heads, *shape), dtype),) * cfg.layers
-            stacked = jnp.zeros((cfg.layers, batch, cfg.heads, *shape), dtype)
-            return shard(stacked, "layer", "batch", "heads", None, None)
-
-        k, v = zeros(cfg.head_width, slots), zeros(slots, cfg.head_width)
-        return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jax.tree.leaves(self.k)[0].dtype
-
-    def repeat(self, times: int) -> KVCache:
-        """With every row `times` times in a row."""
-        rows = len(self.valid)
-
-        def one(a: jax.Array) -> jax.Array:
-            if a.ndim == 5:
-                return jnp.repeat(a, times, axis=1)
-            a = jnp.repeat(rearrange(a, "(b h) x y -> b h x y", b=rows), times, axis=0)
-            return rearrange(a, "b h x y -> (b h) x y")
-
-        k, v = jax.tree.map(one, (self.k, self.v))
-        return KVCache(k, v, jnp.repeat(self.valid, times, axis=0), self.used)
+Cache = TypeVar("Cache", KVCache, None)
 
 
 def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "K/2"]:
@@ -128,27 +83,50 @@ class LlamaAttention(nnx.Module):
         self.o_proj = _linear(cfg, "self_attn.o_proj", inner, cfg.width, ("heads", "embed"), rngs)
         self.cfg = cfg
 
-    def project(
+    def __call__(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache = None,
+        layer: int | Int[Array, ""] = 0,
+        mask: Bool[Array, "B 1 T S"] | None = None,
         dropout_key: jax.Array | None = None,
-    ):
-        """Rotated queries and keys, and values, each [B, T, H, K]."""
+        backend: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Attends among `x`, or to a cache: see `LlamaBlock`."""
+        q, k, v = self._project(x, positions, dropout_key)
+        scale = self.cfg.head_width**-0.5
+        if cache is None:
+            out = attention(
+                q, k, v, causal=True, segment_ids=segment_ids, scale=scale, backend=backend
+            )
+        else:
+            cache, k, v = cache.update(layer, k, v)
+            out = attention(q, k, v, mask=mask, scale=scale, cached=True)
+        out = rearrange(out, "b t h k -> b t (h k)")
+        out = checkpoint_name(adapted(self.o_proj, out, dropout_key), CHECKPOINT_RESIDUAL)
+        return out, cache
+
+    def _project(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+        """Rotated queries and keys, and values."""
         q, k, v = (
             rearrange(adapted(proj, x, dropout_key), "b t (h k) -> b t h k", k=self.cfg.head_width)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         rope = self.cfg.rope_theta, self.cfg.rope_dtype
         q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
-        heads = lambda x: checkpoint_name(shard(x, "batch", None, "heads", None), CHECKPOINT_QKV)  # noqa: E731
-        return heads(q), heads(k), heads(v)
-
-    def attend(self, q, k, v, dropout_key=None, **how) -> Float[Array, "B T D"]:
-        """`how`: masks and backend, as `attention` takes them."""
-        out = attention(q, k, v, scale=self.cfg.head_width**-0.5, **how)
-        out = rearrange(out, "b t h k -> b t (h k)")
-        return checkpoint_name(adapted(self.o_proj, out, dropout_key), CHECKPOINT_RESIDUAL)
+        q, k, v = (
+            checkpoint_name(shard(a, "batch", None, "heads", None), CHECKPOINT_QKV)
+            for a in (q, k, v)
+        )
+        return q, k, v
 
 
 class LlamaMLP(nnx.Module):
@@ -177,11 +155,37 @@ class LlamaBlock(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.mlp = LlamaMLP(cfg, rngs=rngs)
 
-    def finish(self, x, attended, dropout_key=None) -> Float[Array, "B T D"]:
-        """The residual sums after attention."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache = None,
+        layer: int | Int[Array, ""] = 0,
+        mask: Bool[Array, "B 1 T S"] | None = None,
+        dropout_key: jax.Array | None = None,
+        backend: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Returns hidden states and the cache.
+
+        Without a cache attention is causal among `x`, within a segment if there are ids, by
+        `backend`. With one the keys and values are written to it as those of `layer`, and `mask`
+        says which of its slots a token sees.
+        """
+        attended, cache = self.self_attn(
+            self.input_layernorm(x),
+            positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            layer=layer,
+            mask=mask,
+            dropout_key=dropout_key,
+            backend=backend,
+        )
         x = shard(x + attended, "batch", None, None)
         mlp = self.mlp(self.post_attention_layernorm(x), dropout_key)
-        return shard(x + mlp, "batch", None, None)
+        return shard(x + mlp, "batch", None, None), cache
 
 
 class Llama(nnx.Module):
@@ -211,27 +215,25 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm; causal, within a segment when ids are given.
         With a key the adapters drop, as in training."""
-        how = {"causal": True, "segment_ids": segment_ids, "backend": self.backend}
-
         keys = None
         if dropout_key is not None and self.cfg.lora and self.cfg.lora.dropout > 0:
             keys = jax.random.split(dropout_key, self.cfg.layers)
 
-        def body(block: LlamaBlock, x, key):
-            q, k, v = block.self_attn.project(block.input_layernorm(x), positions, key)
-            return block.finish(x, block.self_attn.attend(q, k, v, key, **how), key), None
+        def body(
+            block: LlamaBlock, x: Float[Array, "B T D"], key: jax.Array | None
+        ) -> tuple[Float[Array, "B T D"], None]:
+            x, _ = block(
+                x, positions, segment_ids=segment_ids, dropout_key=key, backend=self.backend
+            )
+            return x, None
 
         with jax.named_scope("llama"):
             x, _ = scan(self.layers, body, shard(x, "batch", None, None), keys, remat=self.remat)
             return self.norm(x)
 
-    def for_reading(self) -> Llama:
-        """This model as it reads tokens one by one the fastest; itself where it is so already.
-
-        On a CPU its layers are apart: XLA's compiler there copies a layer's parameters out of
-        their stack before it multiplies by them, and so all of them for each token. Taking them
-        apart copies them once: outside of compiled functions best, else before their loop.
-        """
+    def unstacked_for_decoding(self) -> Llama:
+        """Returns a copy in the layout that decodes fastest on this platform, or self if it
+        already is (`decoding_layers` of `models/cpu.py`)."""
         layers = kernels().decoding_layers(self.layers, self.cfg.layers)
         if layers is self.layers:
             return self
@@ -240,10 +242,11 @@ class Llama(nnx.Module):
         return llama
 
     def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-        apart = isinstance(self.layers, nnx.List)
-        return KVCache.empty(self.cfg, batch, slots, dtype, apart=apart)
+        """A cache of `slots` free slots a row, in the layout of this model's layers."""
+        cls = UnstackedKVCache if isinstance(self.layers, nnx.List) else KVCache
+        return cls.empty(self.cfg, batch, slots, dtype)
 
-    def read(
+    def extend(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
@@ -252,57 +255,27 @@ class Llama(nnx.Module):
         *,
         mask: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Hidden states of T more tokens after those in `cache`, and the cache with them.
+        """Hidden states of T more tokens after those in `cache`, and the cache with them: a
+        prompt, or one decode step.
 
         `valid` is False on padding, which nothing attends to. A token attends to all valid slots
         up to its own, or to those of `mask`. The cache must have T free slots left; it is updated
         in place under jit when donated.
         """
         length = x.shape[1]
-        slots = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.used))
-        if mask is None:
-            query = cache.used + jnp.arange(length)
-            causal = jnp.arange(slots.shape[1])[None, :] <= query[:, None]  # [T, S]
-            mask = causal[None] & slots[:, None, :]
-        how = {"mask": mask[:, None], "cached": True}
+        cache = cache.mark(valid)
+        mask = (cache.causal_mask(length) if mask is None else mask)[:, None]
 
-        def run(block: LlamaBlock, x, write):
-            q, k, v = block.self_attn.project(block.input_layernorm(x), positions)
-            k, v = rearrange(k, "b t h k -> b h k t"), rearrange(v, "b t h k -> b h t k")
-            k, v = write(k.astype(cache.dtype), v.astype(cache.dtype))
-            return block.finish(x, block.self_attn.attend(q, k, v, **how))
+        def body(
+            block: LlamaBlock, carry: tuple[jax.Array, Any, Any], layer: int | Int[Array, ""]
+        ) -> tuple[tuple[jax.Array, Any, Any], None]:
+            x, k, v = carry  # all that changes from layer to layer
+            layers_cache = dataclasses.replace(cache, k=k, v=v)
+            x, layers_cache = block(x, positions, cache=layers_cache, layer=layer, mask=mask)
+            return (x, layers_cache.k, layers_cache.v), None
 
-        if isinstance(self.layers, nnx.List):
-            ks, vs = list(cache.k), list(cache.v)
-            for n, block in enumerate(self.layers):
-
-                def write(k, v, n=n):
-                    # As a product takes them, so that XLA's CPU compiler, which would else update
-                    # one copy to multiply by and another to keep, updates them in place.
-                    flat = lambda a: rearrange(a, "b h x y -> (b h) x y")  # noqa: E731
-                    ks[n] = jax.lax.dynamic_update_slice(ks[n], flat(k), (0, 0, cache.used))
-                    vs[n] = jax.lax.dynamic_update_slice(vs[n], flat(v), (0, cache.used, 0))
-                    split = lambda a: rearrange(a, "(b h) x y -> b h x y", b=len(k))  # noqa: E731
-                    return split(ks[n]), split(vs[n])
-
-                x = run(block, x, write)
-            k, v = tuple(ks), tuple(vs)
-        else:
-
-            def body(block: LlamaBlock, carry, layer):
-                x, *kv = carry
-
-                def write(k, v):
-                    at = (layer, 0, 0, 0, cache.used), (layer, 0, 0, cache.used, 0)
-                    for i, new in enumerate((k, v)):
-                        kv[i] = jax.lax.dynamic_update_slice(kv[i], new[None], at[i])
-                    return (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in kv)
-
-                return (run(block, x, write), *kv), None
-
-            carry = (x, cache.k, cache.v)
-            (x, k, v), _ = scan(self.layers, body, carry, jnp.arange(self.cfg.layers))
-        return self.norm(x), KVCache(k, v, slots, cache.used + length)
+        (x, k, v), _ = scan(self.layers, body, (x, cache.k, cache.v), cache.layers)
+        return self.norm(x), dataclasses.replace(cache, k=k, v=v).advance(length)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits, without the rows that only round the vocabulary up."""

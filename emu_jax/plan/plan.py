@@ -33,7 +33,8 @@ from emu_jax.config import to_dict
 from emu_jax.errors import UserError, suggest
 from emu_jax.generate import text
 from emu_jax.hardware import Topology
-from emu_jax.models.llama import KVCache, Llama
+from emu_jax.models.kv_cache import KVCache
+from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
 from emu_jax.plan.roofline import Network, busiest, times
 from emu_jax.sharding import MESH_AXES, Template, batch_sharding, spec

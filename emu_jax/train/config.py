@@ -14,7 +14,7 @@ from emu_jax.config import EmuConfig, RematConfig, digits, to_dict
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import BACKENDS
-from emu_jax.models.layers import REMAT
+from emu_jax.models.remat import REMAT
 from emu_jax.train.tracing import parse_steps
 
 DECAYS = ("cosine", "constant", "steps")

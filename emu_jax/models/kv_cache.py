@@ -1,0 +1,143 @@
+"""The language model's KV cache: stacked as its layers are, or with an array for each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from emu_jax.config import LlamaConfig
+from emu_jax.sharding import shard
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens so far, of all layers in one array each.
+
+    A token takes the next slot of its row whatever its position; `valid` is False on the
+    slots of padding, so that left- and right-padded prompts share one layout. Keys and values
+    lie as attention multiplies by them: nothing is transposed at each token.
+    """
+
+    k: Any  # Float[Array, "L B H K S"]
+    v: Any  # Float[Array, "L B H S K"]
+    valid: Bool[Array, "B S"]
+    used: Int[Array, ""]
+
+    @classmethod
+    def empty(
+        cls, cfg: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype | type = jnp.float32
+    ) -> Self:
+        """A cache of `slots` free slots a row."""
+        k = cls._zeros(cfg, batch, (cfg.head_width, slots), dtype)
+        v = cls._zeros(cfg, batch, (slots, cfg.head_width), dtype)
+        return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+    @classmethod
+    def _zeros(
+        cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
+    ) -> Any:
+        stacked = jnp.zeros((cfg.layers, batch, cfg.heads, *shape), dtype)
+        return shard(stacked, "layer", "batch", "heads", None, None)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jax.tree.leaves(self.k)[0].dtype
+
+    @property
+    def layers(self) -> Int[Array, "L"] | Int[np.ndarray, "L"]:
+        """The numbers that `update` takes, for `layers.scan`."""
+        return jnp.arange(len(self.k))
+
+    def update(
+        self,
+        layer: int | Int[Array, ""],
+        k: Float[Array, "B T H K"],
+        v: Float[Array, "B T H K"],
+    ) -> tuple[Self, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+        """Writes T tokens of a layer into the next free slots, which stay free: `advance` takes
+        them once all layers are written.
+
+        Returns:
+            The cache, and all keys and values of the layer.
+        """
+        k, v = self._as_multiplied(k, v)
+        ks = jax.lax.dynamic_update_slice(self.k, k[None], (layer, 0, 0, 0, self.used))
+        vs = jax.lax.dynamic_update_slice(self.v, v[None], (layer, 0, 0, self.used, 0))
+        k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (ks, vs))
+        return dataclasses.replace(self, k=ks, v=vs), k, v
+
+    def _as_multiplied(
+        self, k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
+    ) -> tuple[Float[Array, "B H K T"], Float[Array, "B H T K"]]:
+        k, v = rearrange(k, "b t h k -> b h k t"), rearrange(v, "b t h k -> b h t k")
+        return k.astype(self.dtype), v.astype(self.dtype)
+
+    def mark(self, valid: Bool[Array, "B T"]) -> Self:
+        """Says which of the next T slots hold tokens, not padding."""
+        slots = jax.lax.dynamic_update_slice(self.valid, valid, (0, self.used))
+        return dataclasses.replace(self, valid=slots)
+
+    def causal_mask(self, length: int) -> Bool[Array, "B T S"]:
+        """Each of the next `length` tokens sees the valid slots up to its own."""
+        query = self.used + jnp.arange(length)
+        causal = jnp.arange(self.valid.shape[1])[None, :] <= query[:, None]  # [T, S]
+        return causal[None] & self.valid[:, None, :]
+
+    def advance(self, length: int) -> Self:
+        """Takes the next `length` slots."""
+        return dataclasses.replace(self, used=self.used + length)
+
+    def repeat(self, times: int) -> Self:
+        """Repeats each row `times` times."""
+        k, v = jax.tree.map(lambda a: self._repeated(a, times), (self.k, self.v))
+        valid = jnp.repeat(self.valid, times, axis=0)
+        return dataclasses.replace(self, k=k, v=v, valid=valid)
+
+    def _repeated(self, a: jax.Array, times: int) -> jax.Array:
+        return jnp.repeat(a, times, axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UnstackedKVCache(KVCache):
+    """A cache whose layers are apart, as those of `Llama.unstacked_for_decoding` are.
+
+    Keys and values are tuples of a layer's [B*H, K, S] and [B*H, S, K]: as a matmul takes them.
+    XLA's CPU compiler would else keep one copy to multiply by and another to update; so it updates
+    them in place. They are not split over devices by heads.
+    """
+
+    @classmethod
+    def _zeros(
+        cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
+    ) -> Any:
+        return (jnp.zeros((batch * cfg.heads, *shape), dtype),) * cfg.layers
+
+    @property
+    def layers(self) -> Int[np.ndarray, "L"]:
+        return np.arange(len(self.k))
+
+    def update(
+        self,
+        layer: int | Int[Array, ""],
+        k: Float[Array, "B T H K"],
+        v: Float[Array, "B T H K"],
+    ) -> tuple[Self, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+        k, v = self._as_multiplied(k, v)
+        n, batch, flat = int(layer), len(k), "b h x y -> (b h) x y"
+        ks, vs = list(self.k), list(self.v)
+        ks[n] = jax.lax.dynamic_update_slice(ks[n], rearrange(k, flat), (0, 0, self.used))
+        vs[n] = jax.lax.dynamic_update_slice(vs[n], rearrange(v, flat), (0, self.used, 0))
+        k, v = (rearrange(a, "(b h) x y -> b h x y", b=batch) for a in (ks[n], vs[n]))
+        return dataclasses.replace(self, k=tuple(ks), v=tuple(vs)), k, v
+
+    def _repeated(self, a: jax.Array, times: int) -> jax.Array:
+        a = rearrange(a, "(b h) x y -> b h x y", b=len(self.valid))
+        return rearrange(jnp.repeat(a, times, axis=0), "b h x y -> (b h) x y")
