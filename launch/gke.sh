@@ -39,7 +39,7 @@ parse "$@"
 need name
 name=${option[name]}
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-  usage "--name is '$name': Kubernetes wants small letters, digits and dashes"
+  usage "invalid --name '$name': use lower-case letters, digits and dashes, as Kubernetes requires"
 namespace="--namespace=${option[namespace]:-default}"
 
 # Sets the names that GKE uses for the nodes. All of these have four chips.

@@ -27,7 +27,7 @@ parse() {
         if [[ " ${switches:-} " == *" $name "* ]]; then
           option[$name]=yes
         elif [[ " ${options:-} " != *" ${name%%=*} "* ]]; then
-          usage "there is no option $1"
+          usage "unknown option $1"
         elif [[ $name == *=* ]]; then
           option[${name%%=*}]=$value
         else
@@ -35,7 +35,7 @@ parse() {
           option[$name]=$2
           shift
         fi ;;
-      *) [[ -z $verb ]] || usage "what is '$1'?"; verb=$1 ;;
+      *) [[ -z $verb ]] || usage "unexpected argument '$1'"; verb=$1 ;;
     esac
     shift
   done
@@ -55,7 +55,7 @@ need_train() {
   for word in "${train[@]}"; do
     [[ $before != --workdir ]] || word=--workdir=$word
     [[ $word != --workdir=*://* ]] ||
-      usage "the workdir is '${word#*=}': give a path on a mounted bucket (docs/launch.md)"
+      usage "invalid --workdir '${word#*=}': give a path on a mounted bucket (docs/launch.md)"
     before=$word
   done
 }
@@ -65,7 +65,7 @@ read_bucket() {
   bucket=${option[bucket]:-} mount_point=''
   [[ -n $bucket ]] || return 0
   [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+(:(/[A-Za-z0-9._-]+)+)?$ ]] ||
-    usage "--bucket is '$bucket': make it my-bucket or my-bucket:/mount/point"
+    usage "invalid --bucket '$bucket': give my-bucket or my-bucket:/mount/point"
   [[ $bucket != *:* ]] || mount_point=${bucket#*:}
   # shellcheck disable=SC2034 # the scripts use it
   bucket=${bucket%%:*} mount_point=${mount_point:-/bucket}
@@ -74,7 +74,7 @@ read_bucket() {
 # Prints the value of option `$1` (default: `$2`), which must be a whole number of at least 1.
 number() {
   local value=${option[$1]:-$2}
-  [[ $value =~ ^[1-9][0-9]*$ ]] || usage "--$1 is '$value': make it a number from 1 up"
+  [[ $value =~ ^[1-9][0-9]*$ ]] || usage "invalid --$1 '$value': give a whole number of at least 1"
   echo "$value"
 }
 
@@ -112,13 +112,13 @@ read_topology() {
   case $generation in
     v4 | v5p | tpu7x) ;;
     v5e | v6e) axes=2 ;;
-    *) usage "--topology is '$topology': the generations are v4, v5e, v5p, v6e and tpu7x" ;;
+    *) usage "invalid --topology '$topology': the generation is one of v4, v5e, v5p, v6e and tpu7x" ;;
   esac
   [[ $topology == *:* && $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){$((axes - 1))}$ ]] ||
-    usage "--topology is '$topology': a $generation has $axes axes, as in $(
+    usage "invalid --topology '$topology': a $generation has $axes axes, as in $(
       if ((axes == 3)); then echo "$generation:4x4x8"; else echo "$generation:16x16"; fi)"
   chips=$((${shape//x/*}))
-  ((chips % 4 == 0)) || usage "--topology is '$topology': the chips come in fours"
+  ((chips % 4 == 0)) || usage "invalid --topology '$topology': the number of chips must be a multiple of 4"
   # shellcheck disable=SC2034 # the scripts use it
   slices=$(number slices 1)
 }

@@ -71,7 +71,7 @@ case $verb in
   run)
     need nodes
     [[ -n ${option[image]:-} || -n ${option[venv]:-} ]] || usage "run needs --image or --venv"
-    [[ -z ${option[image]:-} || -z ${option[venv]:-} ]] || usage "--image or --venv, not both"
+    [[ -z ${option[image]:-} || -z ${option[venv]:-} ]] || usage "give --image or --venv, not both"
     need_train
     nodes=$(number nodes 1)
     gpus=$(number gpus 8)

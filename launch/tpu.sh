@@ -55,7 +55,7 @@ hardware() {
     v5p) accelerator=v5p-$((2 * chips)) runtime=v2-alpha-tpuv5 ;;
     v5e) accelerator=v5litepod-$chips runtime=v2-alpha-tpuv5-lite ;;
     v6e) accelerator=v6e-$chips runtime=v2-alpha-tpuv6e ;;
-    tpu7x) usage "Cloud TPU does not serve tpu7x: use launch/gke.sh" ;;
+    tpu7x) usage "Cloud TPU does not offer tpu7x: use launch/gke.sh" ;;
   esac
   # These put eight chips on one host.
   [[ $generation == v[56]e && $chips -eq 8 ]] && hosts=1
