@@ -34,7 +34,6 @@ from emu_jax.data.images import (
     ImageError,
     affine,
     load_image,
-    normalize_images,
     open_image,
     sample_affine,
 )
@@ -46,6 +45,7 @@ from emu_jax.data.pipeline import batch_shapes
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
 from emu_jax.generate.prompt import open_file
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"

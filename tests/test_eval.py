@@ -24,7 +24,7 @@ from PIL import Image
 
 from emu_jax import cli, config, integrity
 from emu_jax.checkpoint import fingerprint
-from emu_jax.data.images import load_image, normalize_images
+from emu_jax.data.images import load_image
 from emu_jax.errors import UserError
 from emu_jax.evaluate import fewshot
 from emu_jax.evaluate import run as running
@@ -35,6 +35,7 @@ from emu_jax.evaluate.tasks import TASKS, visdial
 from emu_jax.evaluate.tasks.base import Example, Fid, Folder, Item, clean_caption, short_answer
 from emu_jax.generate.api import Emu, load
 from emu_jax.models import emu as models
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parent / "golden" / "eval_prompts.txt"

@@ -14,8 +14,9 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from emu_jax.convert import release_config, tables
-from emu_jax.data.images import load_image, normalize_images
+from emu_jax.data.images import load_image
 from emu_jax.models.emu import Emu
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge
 from emu_jax.sharding import Template, make_mesh

@@ -145,6 +145,13 @@ def test_import_is_light():
     assert not loaded_by("import emu_jax, emu_jax.cli") & {"jax", "flax", "numpy", "PIL"}
 
 
+def test_a_worker_of_data_build_loads_no_jax():
+    """Every decoding process would spend seconds and memory on it."""
+    loaded = loaded_by("import emu_jax.data.build.build, emu_jax.data.sources")
+    assert {"numpy", "PIL", "array_record"} <= loaded
+    assert not loaded & {"jax", "flax", "grain"}
+
+
 def test_unknown_name_is_an_attribute_error():
     import emu_jax
 

@@ -25,11 +25,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint, integrity
 from emu_jax.config import LORA_TARGETS, LoraConfig, SchedulerConfig, TokenIds, digits, save_json
-from emu_jax.data.images import normalize_images
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import Emu
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
 from emu_jax.sharding import MESH_AXES, Template, batch_sharding, make_mesh, nest, spec
 from emu_jax.train import loop, monitor, objectives, parents, precompute

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from emu_jax.data.images import CLIP_MEAN, CLIP_STD
+from emu_jax.models.eva_clip import CLIP_MEAN, CLIP_STD
 
 Tensors = dict[str, torch.Tensor]
 

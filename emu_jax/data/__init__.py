@@ -14,9 +14,37 @@ images.py     the release's preprocessing, and augmentation
 pipeline.py   `Batches`, the iterator that training reads; config.py, its `DataConfig`
 digits.py     scikit-learn's handwritten digits as documents
 latents.py    precomputed conditions and latents of the decoder
+
+Importing this package imports nothing else: decoding processes load neither jax nor grain.
 """
 
-from emu_jax.data.documents import Document, Image, Text
-from emu_jax.data.pipeline import Batches, DataConfig
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emu_jax.data.config import DataConfig as DataConfig
+    from emu_jax.data.documents import Document as Document
+    from emu_jax.data.documents import Image as Image
+    from emu_jax.data.documents import Text as Text
+    from emu_jax.data.pipeline import Batches as Batches
+
+_HOME = {
+    "Batches": "emu_jax.data.pipeline",
+    "DataConfig": "emu_jax.data.config",
+    "Document": "emu_jax.data.documents",
+    "Image": "emu_jax.data.documents",
+    "Text": "emu_jax.data.documents",
+}
 __all__ = ["Batches", "DataConfig", "Document", "Image", "Text"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'emu_jax.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

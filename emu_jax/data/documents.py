@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import grain
 import msgpack
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.data import storage
@@ -308,7 +308,7 @@ class DocumentFiles(Source):
             if not path.is_file():
                 raise UserError(f"{path} does not exist: write it first (emu_jax.data.documents)")
             try:
-                records: Any = grain.sources.ArrayRecordDataSource([str(path)])
+                records: Any = ArrayRecordDataSource([str(path)])
                 self._starts.append(self._starts[-1] + len(records))
             except Exception as error:
                 raise _damaged(path, error) from None
@@ -325,10 +325,6 @@ class DocumentFiles(Source):
             raise IndexError(index)
         file = bisect.bisect_right(self._starts, index) - 1
         return file, index - self._starts[file]
-
-    def range_of(self, file: int) -> range:
-        """Returns the indices of a file's documents."""
-        return range(self._starts[file], self._starts[file + 1])
 
     def where(self, index: int) -> str:
         file, record = self.locate(index)

@@ -2,7 +2,8 @@
 
 The release squashes an image to a square (bicubic, no crop) and normalizes it with CLIP's mean
 and standard deviation (`Emu1/utils.py: process_img`, `Emu1/models/pipeline.py`). Here images stay
-uint8 until they are on the device, where `normalize_images` normalizes them.
+uint8 until they are on the device, where `models.eva_clip.normalize_images` normalizes them:
+decoding loads no jax.
 
 Every image is decoded by `open_image` or passes through `load_image`. Unlike the release, they
 apply the EXIF orientation, and scale 16-bit and floating-point gray values to 8 bits instead of
@@ -17,16 +18,12 @@ import os
 import struct
 import zlib
 
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 
 from emu_jax.data import storage
 from emu_jax.errors import UserError
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # A larger image counts as an attack on the decoder's memory. A narrower one shows nothing once
 # squashed to a square.
@@ -68,14 +65,6 @@ def is_animated(content: bytes) -> bool:
             return bool(getattr(image, "is_animated", False))
     except (*_UNREADABLE, PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         return False
-
-
-def normalize_images(
-    images: UInt8[Array, "*batch h w 3"], dtype: jnp.dtype = jnp.float32
-) -> Float[Array, "*batch h w 3"]:
-    """Normalizes RGB in 0..255 for the visual encoder; computed in float32."""
-    pixels = jnp.asarray(images).astype(jnp.float32) / 255
-    return ((pixels - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)).astype(dtype)
 
 
 # EXIF orientation -> the transposition that makes the image upright.

@@ -32,7 +32,6 @@ from PIL import Image
 from emu_jax import checkpoint, diffusion, sharding
 from emu_jax.config import TokenIds, load_json
 from emu_jax.convert.source import check_heads, is_release, load_release
-from emu_jax.data.images import normalize_images
 from emu_jax.errors import UserError, suggest
 from emu_jax.generate import image, mixed, text
 from emu_jax.generate.image import ImageConfig
@@ -40,6 +39,7 @@ from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pa
 from emu_jax.generate.safety import Checker, find_checker
 from emu_jax.generate.text import TRACES, Plan, Rules, TextConfig, bucket, check_seed
 from emu_jax.models import emu as models
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import USER, Tokenizer
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from emu_jax.config import VisionConfig
 from emu_jax.models.attention import attention
@@ -16,7 +16,18 @@ from emu_jax.models.layers import LayerNorm, Linear, gelu, normal, param, scan, 
 from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 from emu_jax.sharding import shard
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 zeros = jax.nn.initializers.zeros
+
+
+def normalize_images(
+    images: UInt8[Array, "*batch h w 3"], dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "*batch h w 3"]:
+    """Normalizes RGB in 0..255 for the visual encoder; computed in float32."""
+    pixels = jnp.asarray(images).astype(jnp.float32) / 255
+    return ((pixels - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)).astype(dtype)
 
 
 class VisionAttention(nnx.Module):

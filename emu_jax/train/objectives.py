@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig
-from emu_jax.data.images import normalize_images
 from emu_jax.data.latents import LatentBatches, latent_shapes
 from emu_jax.data.pipeline import Batches, Kind, batch_shapes
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import Emu
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
