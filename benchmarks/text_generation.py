@@ -22,6 +22,7 @@ from emu_jax import bench
 from emu_jax.config import EmuConfig, digits, emu_ladder
 from emu_jax.convert import export
 from emu_jax.generate import text
+from emu_jax.generate.settings import DynamicSettings, StaticSettings, TextConfig
 from emu_jax.models.emu import Emu
 from emu_jax.sharding import Template, make_mesh
 
@@ -179,8 +180,11 @@ def transformers_model(torch: Any, cfg: EmuConfig, params: dict, dtype: str) -> 
 def ours(
     emu: tuple[Any, Any], cfg: EmuConfig, ids: np.ndarray, tokens: int, beams: int
 ) -> Callable[[], np.ndarray]:
-    settings = text.TextConfig(max_new_tokens=tokens, min_length=tokens + 1, num_beams=beams)
-    plan, rules = text.Plan.of(settings, cfg.tokens), text.Rules.of(settings)
+    settings = TextConfig(max_new_tokens=tokens, min_length=tokens + 1, num_beams=beams)
+    static, dynamic = (
+        StaticSettings.of(settings, cfg.tokens),
+        DynamicSettings.of(settings),
+    )
     keys = jax.random.split(jax.random.key(0), len(ids))
     graphdef, state = emu
 
@@ -188,7 +192,7 @@ def ours(
     def decode(state, ids):
         llama = nnx.merge(graphdef, state).llama
         x = llama.embed_tokens(ids)
-        return text.decode(llama, x, jnp.ones(ids.shape, bool), plan, rules, keys)
+        return text.decode(llama, x, jnp.ones(ids.shape, bool), static, dynamic, keys)
 
     def write() -> np.ndarray:
         with floors.precision(state.llama.norm.scale[...].dtype):

@@ -171,29 +171,26 @@ def generate(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.generate import files
+        from emu_jax.generate import cli_io
 
         if bool(args.parts) == bool(args.batch):
             raise UserError("give the PARTs of one prompt, or --batch FILE")
-        files.check_save(args.save)
+        cli_io.check_save(args.save)
         if args.batch:
-            prompts = files.read_batch(args.batch)
+            prompts = cli_io.read_batch(args.batch)
         else:
-            prompts = [[files.read_part(part) for part in args.parts]]
-        files.check_seeds(args.output, args.seed, len(prompts))  # before loading the model
-        settings = {}
-        if args.max_new_tokens is not None:
-            settings["max_new_tokens"] = args.max_new_tokens
+            prompts = [[cli_io.read_part(part) for part in args.parts]]
+        cli_io.check_seeds(args.output, args.seed, len(prompts))  # before loading the model
         numbered = args.output == "auto"
-        answers = files.answer(
-            emu_jax.load(args.checkpoint), prompts, args.output, args.seed, **settings
+        answers = cli_io.answer(
+            emu_jax.load(args.checkpoint), prompts, args.output, args.seed, args.max_new_tokens
         )
         if args.batch:
-            shown = files.save_batch(answers, args.save, numbered=numbered)
+            shown = cli_io.save_batch(answers, args.save, numbered=numbered)
             if not args.json:
-                print(files.lines(shown))
+                print(cli_io.lines(shown))
             return {"answers": shown}
-        parts = files.save(answers[0], args.save, numbered=numbered)
+        parts = cli_io.save(answers[0], args.save, numbered=numbered)
         if not args.json:
             for part in parts:
                 print(*part.values())
@@ -603,6 +600,14 @@ def serve(parser: argparse.ArgumentParser) -> Run:
         metavar="ADDRESS",
         help="address to listen on (default: 127.0.0.1, only this machine)",
     )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that clients use for this server, beside loopback names and, with another "
+        "--host, IP addresses (repeatable; default with another --host: this machine's names)",
+    )
     parser.add_argument("--port", type=int, default=7860, metavar="N")
     parser.add_argument(
         "--waiting",
@@ -629,7 +634,7 @@ def serve(parser: argparse.ArgumentParser) -> Run:
                 "--waiting, --seconds and --port must be positive, the port below 65536"
             )
         limits = Limits(waiting=args.waiting, seconds=args.seconds)
-        serve(args.checkpoint, args.host, args.port, limits)
+        serve(args.checkpoint, args.host, args.port, limits, args.allow_host)
         return {}
 
     return run

@@ -29,7 +29,7 @@ from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import api, image
 from emu_jax.generate.prompt import Normalized
-from emu_jax.generate.text import TextConfig
+from emu_jax.generate.settings import TextConfig
 from emu_jax.models.eva_clip import normalize_images
 
 # Tolerances relative to the largest magnitude of a tensor. Feedback through a sampler or through

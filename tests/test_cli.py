@@ -15,7 +15,7 @@ from PIL import Image
 import emu_jax
 from emu_jax import cli
 from emu_jax.errors import UserError
-from emu_jax.generate import files
+from emu_jax.generate import cli_io
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -56,15 +56,15 @@ def expect_error(result, *parts):
 
 
 class FakeEmu:
-    def generate_texts(self, prompts, *, seed):
+    def generate_text(self, prompts, *, seed):
         return [f"{len(parts)} parts" for parts in prompts]
 
-    def generate_images(self, prompts, *, seeds):
-        return np.stack([np.full((2, 3, 3), seed, np.uint8) for seed in seeds])
+    def generate_image(self, prompts, *, seed):
+        return [Image.fromarray(np.full((2, 3, 3), each, np.uint8)) for each in seed]
 
-    def completions(self, prompts, *, seed):
-        picture = self.generate_images(prompts, seeds=[seed])[0]
-        return [["one", picture, "two", picture] for _ in prompts]
+    def complete(self, prompts, *, seed):
+        (image,) = self.generate_image(prompts, seed=[seed])
+        return [["one", image, "two", image] for _ in prompts]
 
 
 @pytest.fixture
@@ -221,9 +221,9 @@ def test_generate_text(run, fake_emu, tmp_path):
 
 def test_at_sign_means_a_picture_and_two_a_sign(fake_emu, tmp_path):
     Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
-    assert files.read_part("a@b") == "a@b"
-    assert files.read_part("@@home") == "@home"
-    assert files.read_part("@a.png").size == (4, 3)
+    assert cli_io.read_part("a@b") == "a@b"
+    assert cli_io.read_part("@@home") == "@home"
+    assert cli_io.read_part("@a.png").size == (4, 3)
 
 
 def test_generate_image(run, fake_emu, tmp_path):
@@ -268,7 +268,7 @@ def test_generate_many(run, fake_emu, tmp_path):
 def test_generate_hands_over_its_settings(run, fake_emu, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        FakeEmu, "generate_texts", lambda self, prompts, **given: seen.append(given) or ["a"]
+        FakeEmu, "generate_text", lambda self, prompts, **given: seen.append(given) or ["a"]
     )
     command = ("generate", "--checkpoint", "d", "--output", "text", "--seed", 2**32 - 1, "x")
     assert run(*command) == (0, "a\n", "")
@@ -311,7 +311,7 @@ def test_a_line_separator_ends_no_line_of_a_batch(run, fake_emu, tmp_path):
 
 def test_what_a_terminal_cannot_show_is_escaped(run, fake_emu, monkeypatch, tmp_path):
     """Also a file name that is not UTF-8; the file itself has the name that was given."""
-    monkeypatch.setattr(FakeEmu, "generate_texts", lambda *_, seed: ["\ufffd \u65e5"])
+    monkeypatch.setattr(FakeEmu, "generate_text", lambda *_, seed: ["\ufffd \u65e5"])
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
     assert cli.main(["generate", "--checkpoint", "d", "--output", "text", "a"]) == 0
@@ -392,7 +392,7 @@ def test_a_closed_pipe_is_no_traceback(unbuffered):
     script = (
         "import sys, types, emu_jax\nfrom emu_jax import cli\n"
         "emu_jax.load = lambda _: types.SimpleNamespace("
-        "generate_texts=lambda prompts, seed: ['words'])\n"
+        "generate_text=lambda prompts, seed: ['words'])\n"
         "sys.exit(cli.main(['generate', '--checkpoint', 'd', '--output', 'text', 'x']))"
     )
     read, write = os.pipe()

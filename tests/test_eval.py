@@ -66,19 +66,19 @@ class Said:
         self.batches.append(len(prompts))
         return spelled
 
-    def generate_texts(self, prompts, *, choices=None, seed, **settings):
+    def generate_text(self, prompts, *, choices=None, seed, **settings):
         settings |= {"choices": choices} if choices else {}
         return [self.says(text, choices) for text in self._note(prompts, [settings] * len(prompts))]
 
-    def ranks(self, prompts, candidates, *, segments):
+    def rank(self, prompts, candidates, *, segments):
         self._note(prompts, [{"segments": segments, "candidates": row} for row in candidates])
         return [self.order for _ in prompts]
 
-    def generate_images(self, prompts, *, seeds, **settings):
+    def generate_image(self, prompts, *, seed, **settings):
         self._note(prompts, [settings] * len(prompts))
-        return np.stack([np.full((8, 8, 3), seed, np.uint8) for seed in seeds])
+        return [Image.fromarray(np.full((8, 8, 3), each, np.uint8)) for each in seed]
 
-    def visual_features(self, pictures):
+    def embed(self, pictures):
         return np.stack([p.reshape(-1).astype(np.float32) for p in pictures])
 
 
@@ -113,7 +113,7 @@ def said_of(answers):
     return says
 
 
-PAINT = {"steps": 50, "guidance": 5.0, "method": "pndm"}
+PAINT = {"num_inference_steps": 50, "guidance_scale": 5.0, "scheduler": "pndm"}
 
 
 # --- Scores, worked by hand ------------------------------------------------------------------
@@ -552,9 +552,9 @@ def test_damaged_features_are_named(content, tmp_path):
 @pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "default")])
 def test_all_features_are_of_one_precision(dtype, precision, ask):
     class Noting(Said):
-        def visual_features(self, pictures):
+        def embed(self, pictures):
             seen.append(jax.config.jax_default_matmul_precision)  # pyright: ignore
-            return super().visual_features(pictures)
+            return super().embed(pictures)
 
     seen: list[str] = []
     ask("coco_caption", Noting(says=lambda *_: "a cat"), examples="rices", dtype=dtype)
@@ -1015,9 +1015,9 @@ def test_rankings_are_those_of_the_public_api(small, ask, tmp_path):
 
 def test_features_do_not_depend_on_their_batch(small):
     pictures = list(np.random.default_rng(0).integers(0, 256, (25, 9, 11, 3), np.uint8))
-    together = small.visual_features(pictures)
+    together = small.embed(pictures)
     assert together.shape == (25, 24)
-    alone = np.concatenate([small.visual_features([p]) for p in pictures[19:22]])
+    alone = np.concatenate([small.embed([p]) for p in pictures[19:22]])
     np.testing.assert_allclose(together[19:22], alone, rtol=1e-5, atol=1e-6)
     ready = np.stack([load_image(Image.fromarray(p), 8) for p in pictures[:2]])
     pixels = normalize_images(ready)

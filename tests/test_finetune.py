@@ -19,6 +19,7 @@ from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, la
 from emu_jax.data.pipeline import Batches, DataConfig
 from emu_jax.errors import UserError
 from emu_jax.generate.api import load
+from emu_jax.generate.settings import ImageSettings
 from emu_jax.models import backend
 from emu_jax.models.emu import Emu
 from emu_jax.models.lora import LoraLinear
@@ -269,8 +270,8 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
     seen = [next(made) for _ in range(6)]
     order = [row for _, row in made.documents()]
     assert sorted(order) == list(range(12))
-    empty = np.asarray(emu.regress([""])[0])
-    conditions = np.asarray(emu.regress(words))
+    empty = np.asarray(emu.regress(""))
+    conditions = np.asarray(emu.regress([[text] for text in words]))
     dropped = 0
     for row, condition in zip(order, seen[-1]["condition"].astype(np.float32), strict=True):
         drops = np.abs(condition - empty).max() < 0.02
@@ -296,7 +297,8 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
     stored = checkpoint.stored_shapes(tmp_path / "run" / "3" / "params")
     assert {checkpoint.tower_of(path) for path in stored} == {"unet"}
     tuned = load(tmp_path / "run")
-    assert tuned.generate_image("the digit one", steps=2, method="ddim").size == (32, 32)
+    settings: ImageSettings = {"num_inference_steps": 2, "scheduler": "ddim"}
+    assert tuned.generate_image("the digit one", **settings).size == (32, 32)
     model = dataclasses.replace(emu.cfg, vae=dataclasses.replace(emu.cfg.vae, scaling_factor=3.0))
     with pytest.raises(UserError, match="another model"):
         LatentBatches(tmp_path / "latents", data, model)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -20,13 +21,34 @@ from test_sources import video
 from emu_jax import config, diffusion
 from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
-from emu_jax.generate import image, mixed, prompt, text
-from emu_jax.generate.api import Emu, GenerationConfig, _image_keys, _row_keys, load
+from emu_jax.generate import api, image, logits, mixed, prompt, text
+from emu_jax.generate.api import Emu, _image_keys, _row_keys, load
 from emu_jax.generate.safety import find_checker
+from emu_jax.generate.settings import (
+    RENAMED,
+    DynamicSettings,
+    GenerationConfig,
+    ImageConfig,
+    ImageSettings,
+    MixedSettings,
+    StaticSettings,
+    TextConfig,
+)
 from emu_jax.models import emu as models
 from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
 from emu_jax.sharding import Template, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
+
+# How often each program was traced: once per bucket of shapes.
+TRACES: Counter[str] = Counter()
+
+
+def _count_trace(event: str, duration: float, *, fun_name: str = "", **_: object) -> None:
+    if event == "/jax/core/compile/jaxpr_trace_duration" and hasattr(api, fun_name):
+        TRACES[fun_name] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_trace)
 
 META = json.loads((GOLDEN / "meta.json").read_text())
 SPEC = META["spec"]
@@ -64,12 +86,14 @@ def test_text_is_the_releases(tag, tiny, prompts, golden):
 
 def test_the_releases_defaults_are_ours():
     defaults = META["generate_defaults"]
-    ours = dataclasses.asdict(text.TextConfig())
+    ours = dataclasses.asdict(TextConfig())
     assert {k: ours[k] for k in defaults if k in ours} == {
         k: v for k, v in defaults.items() if not k.endswith("_token_id")
     }
     # Its pipeline's: `Emu1/models/pipeline.py`.
-    assert image.ImageConfig() == image.ImageConfig(guidance=7.5, steps=50, method="pndm")
+    assert ImageConfig() == ImageConfig(
+        guidance_scale=7.5, num_inference_steps=50, scheduler="pndm"
+    )
 
 
 def test_ranks_are_the_releases(tiny, pixels, golden):
@@ -92,14 +116,14 @@ def test_regressed_embeddings_are_the_releases(tiny, pixels, golden):
         "blend": [pixels[1], pixels[2]],
     }
     for name, parts in cases.items():
-        ours = tiny.regress([parts, ""])
+        ours = tiny.regress([parts, [""]])
         assert relative_error(ours, golden[f"gen_image/{name}"]) < FEEDBACK
 
 
 @pytest.mark.parametrize(("steps", "guidance"), SPEC["sampling"])
 def test_painting_is_the_releases(steps, guidance, tiny, release, pixels, golden):  # noqa: F811
     words = SPEC["text"]
-    cond, uncond = tiny.regress([[pixels[0], words[1], pixels[1], words[0]], ""])
+    cond, uncond = tiny.regress([[pixels[0], words[1], pixels[1], words[0]], [""]])
     start = jnp.asarray(golden["sample/init_latents"].transpose(0, 2, 3, 1))
 
     @nnx.jit(static_argnames=("guidance",))
@@ -229,7 +253,7 @@ MIXED_PROMPTS = [
     ["one two three four five", picture(0), "six"],
     ["two"],
     [picture(1), picture(2), "seven eight nine ten one two three four five six seven"],
-    "three four",
+    ["three four"],
     [picture(3)],
 ]
 
@@ -269,13 +293,13 @@ def test_small_batches_give_what_a_large_one_gives(model, words, small):
 
 def test_shapes_are_compiled_once(small):
     settings = {"num_beams": 1, "max_new_tokens": 5}
-    small.generate_ids(["one"], **settings)
-    before = text.TRACES.copy()
-    small.generate_ids(["two three"], **settings)
-    small.generate_ids(["four"], **settings | {"max_new_tokens": 8, "min_length": 3})
-    assert text.TRACES == before
-    small.generate_ids(["four"], **settings | {"max_new_tokens": 33})
-    assert text.TRACES["decode"] == before["decode"] + 1
+    small.generate_ids([["one"]], **settings)
+    before = TRACES.copy()
+    small.generate_ids([["two three"]], **settings)
+    small.generate_ids([["four"]], **settings | {"max_new_tokens": 8, "min_length": 3})
+    assert TRACES == before
+    small.generate_ids([["four"]], **settings | {"max_new_tokens": 33})
+    assert TRACES["_decode"] == before["_decode"] + 1
 
 
 def log_probabilities(model, prompt_ids, ids):
@@ -288,7 +312,7 @@ def log_probabilities(model, prompt_ids, ids):
 
 
 def test_greedy_takes_the_likeliest_token_each_time(small, model):
-    ids = small.generate_ids(["one two"], num_beams=1, max_new_tokens=6)[0, 1:]
+    ids = small.generate_ids([["one two"]], num_beams=1, max_new_tokens=6)[0, 1:]
     so_far = small.tokenizer.encode("one two")
     for token in ids:
         hidden = model.llama(model.embed(jnp.asarray([so_far])), jnp.arange(len(so_far))[None])
@@ -344,20 +368,20 @@ def chains(rows):
 
 def search(table, settings):
     """Beam search on Markov chains, one for each row."""
-    plan, rules = text.Plan.of(settings, TOKENS), text.Rules.of(settings)
-    rows = jnp.repeat(table, plan.num_beams, axis=0)
-    extend = jax.jit(lambda state, logits: state.extend(logits, plan, rules, None, None))
-    state = text.Search.start(len(table), plan)
-    while int(state.length) < int(rules.max_length) and not bool(jnp.all(state.done)):
+    static, dynamic = StaticSettings.of(settings, TOKENS), DynamicSettings.of(settings)
+    rows = jnp.repeat(table, static.num_beams, axis=0)
+    extend = jax.jit(lambda state, logits: state.extend(logits, static, dynamic, None, None))
+    state = text.BeamState.start(len(table), static)
+    while int(state.length) < int(dynamic.max_length) and not bool(jnp.all(state.done)):
         last = jnp.take(state.sequences, state.length - 1, axis=2).reshape(-1)
         state = extend(state, rows[jnp.arange(len(rows)), last])
-    return np.asarray(state.best(plan, rules))
+    return np.asarray(state.best(static, dynamic))
 
 
 @pytest.mark.parametrize("early", [True, False, "never"])
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.5])
 def test_beam_search_is_that_of_transformers(early, penalty):
-    settings = text.TextConfig(
+    settings = TextConfig(
         max_new_tokens=6, num_beams=4, length_penalty=penalty, early_stopping=early, min_length=2
     )
     table = chains(8)
@@ -375,7 +399,7 @@ def test_beam_search_is_that_of_transformers(early, penalty):
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.5])
 def test_a_wide_enough_beam_finds_the_best_of_all_sequences(penalty):
     longest = 3
-    settings = text.TextConfig(
+    settings = TextConfig(
         max_new_tokens=longest, num_beams=36, length_penalty=penalty, early_stopping="never"
     )
     table = chains(3)[:, :6, :6]
@@ -398,7 +422,7 @@ def test_a_wide_enough_beam_finds_the_best_of_all_sequences(penalty):
 def test_a_repeated_token_is_penalised_and_the_dummy_counts():
     scores = jnp.asarray([[2.0, -2.0, 4.0, -4.0, 1.0]] * 2)
     sequences = jnp.asarray([[1, 2, 0, 0], [1, 3, 0, 0]])
-    ours = text.penalise_repetition(scores, sequences, jnp.int32(2), jnp.float32(2.0))
+    ours = logits.penalize_repetition(scores, sequences, jnp.int32(2), jnp.float32(2.0))
     np.testing.assert_allclose(ours, [[2, -4, 2, -4, 1], [2, -4, 4, -8, 1]])
 
 
@@ -412,16 +436,16 @@ def test_no_ngram_comes_twice():
         (4, 2, [set(), set()]),
         (2, 1, [set(), set()]),
     ]:
-        ours = text.forbid_ngrams(jnp.zeros((2, 8)), sequences, jnp.int32(length), n)
+        ours = logits.forbid_ngrams(jnp.zeros((2, 8)), sequences, jnp.int32(length), n)
         assert [set(np.flatnonzero(np.isneginf(row))) for row in np.asarray(ours)] == expected
     # The newest n-gram counts, too, whose end begins the next one.
-    ours = text.forbid_ngrams(jnp.zeros((1, 8)), jnp.asarray([[1, 4, 5, 5, 0]]), jnp.int32(4), 2)
+    ours = logits.forbid_ngrams(jnp.zeros((1, 8)), jnp.asarray([[1, 4, 5, 5, 0]]), jnp.int32(4), 2)
     assert set(np.flatnonzero(np.isneginf(ours[0]))) == {5}
 
 
 def test_the_dummy_counts_for_the_minimal_length():
     for length, forbidden in [(1, True), (2, True), (3, False)]:
-        ours = text.forbid_short(jnp.zeros((1, 5)), jnp.int32(length), jnp.int32(3), 2)
+        ours = logits.enforce_min_length(jnp.zeros((1, 5)), jnp.int32(length), jnp.int32(3), 2)
         assert bool(jnp.isneginf(ours[0, 2])) == forbidden
 
 
@@ -434,7 +458,7 @@ def test_only_allowed_sequences_go_on():
         (3, [{2}, set(), set()]),
         (4, [set()] * 3),
     ]:
-        ours = text.allow_only(jnp.zeros((3, 9)), sequences, jnp.int32(length), table)
+        ours = logits.allow_only(jnp.zeros((3, 9)), sequences, jnp.int32(length), table)
         assert [set(np.flatnonzero(np.isfinite(row))) for row in np.asarray(ours)] == expected
 
 
@@ -442,9 +466,13 @@ def test_warping_keeps_the_right_tokens():
     probabilities = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)
     scores = jnp.log(probabilities)[None]
 
-    def kept(temperature=1.0, top_k=0, top_p=1.0, keep=1):
-        ours = text.warp(
-            scores, jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), keep=keep
+    def kept(temperature=1.0, top_k=0, top_p=1.0, min_tokens=1):
+        ours = logits.filter_logits(
+            scores,
+            jnp.float32(temperature),
+            jnp.int32(top_k),
+            jnp.float32(top_p),
+            min_tokens=min_tokens,
         )
         return set(np.flatnonzero(np.isfinite(np.asarray(ours)[0])))
 
@@ -453,11 +481,11 @@ def test_warping_keeps_the_right_tokens():
     assert kept(top_p=0.5) == {1, 3}
     assert kept(top_p=0.66) == {1, 3, 4}
     assert kept(top_p=0.3) == {1}
-    assert kept(top_p=0.3, keep=2) == {1, 3}
+    assert kept(top_p=0.3, min_tokens=2) == {1, 3}
     # 0.4 and 0.25 of the three best are 76% of them, not 65%.
     assert kept(top_k=3, top_p=0.7) == {1, 3}
     assert kept(temperature=0.5, top_p=0.5) == {1}  # squared: 0.57 of the mass
-    warm = text.warp(scores, jnp.float32(2.0), jnp.int32(0), jnp.float32(1.0))
+    warm = logits.filter_logits(scores, jnp.float32(2.0), jnp.int32(0), jnp.float32(1.0))
     np.testing.assert_allclose(
         jax.nn.softmax(warm)[0], probabilities**0.5 / np.sum(probabilities**0.5), rtol=1e-5
     )
@@ -467,15 +495,15 @@ def test_samples_have_the_warped_distribution():
     """Of two tokens in a row, each drawn anew: the shares of pairs are products."""
     probabilities = jnp.asarray([0.05, 0.4, 0.1, 0.25, 0.2])
     draws = 20_000
-    plan = text.Plan.of(
-        text.TextConfig(do_sample=True, num_beams=1),
+    static = StaticSettings.of(
+        TextConfig(do_sample=True, num_beams=1),
         config.TokenIds(bos=0, eos=2, pad=0, img=0, img_end=0, image=0),
     )
-    rules = text.Rules.of(text.TextConfig(top_k=4, top_p=0.8, min_length=0))
+    dynamic = DynamicSettings.of(TextConfig(top_k=4, top_p=0.8, min_length=0))
     keys = jax.vmap(jax.random.key)(jnp.arange(draws))
     logits = jnp.broadcast_to(jnp.log(probabilities), (draws, 5))
-    extend = jax.jit(lambda state: state.extend(logits, plan, rules, keys, None))
-    one, two = np.asarray(extend(extend(text.Walk.start(draws, plan))).sequences[:, 1:3]).T
+    extend = jax.jit(lambda state: state.extend(logits, static, dynamic, keys, None))
+    one, two = np.asarray(extend(extend(text.SampleState.start(draws, static))).sequences[:, 1:3]).T
     # Of the four best 0.4, 0.25 and 0.2 make 89%; without the last 68%.
     expected = np.array([0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85])
     share = np.bincount(5 * one + two, minlength=25).reshape(5, 5) / draws
@@ -483,7 +511,7 @@ def test_samples_have_the_warped_distribution():
 
 
 def test_settings_reach_the_program():
-    settings = text.TextConfig(
+    settings = TextConfig(
         max_new_tokens=7,
         num_beams=3,
         do_sample=True,
@@ -498,9 +526,13 @@ def test_settings_reach_the_program():
     )
     # The dummy <s> counts for the longest and the shortest length.
     expected = [8, 2, 1.5, 0.5, 0.7, 4, 0.6]
-    np.testing.assert_allclose([float(x) for x in text.Rules.of(settings)], expected, rtol=1e-6)
-    assert text.Plan.of(settings, TOKENS) == text.Plan(8, 3, True, True, 5, "never", TOKENS)
-    assert not text.Plan.of(text.TextConfig(), TOKENS).penalise
+    np.testing.assert_allclose(
+        [float(x) for x in DynamicSettings.of(settings)], expected, rtol=1e-6
+    )
+    assert StaticSettings.of(settings, TOKENS) == StaticSettings(
+        8, 3, True, True, 5, "never", TOKENS
+    )
+    assert not StaticSettings.of(TextConfig(), TOKENS).penalize_repetition
 
 
 def test_rows_have_keys_of_their_own():
@@ -524,12 +556,12 @@ def test_images_of_a_continuation_share_no_key_with_its_words():
 
 
 def test_a_row_that_has_ended_is_padded():
-    settings = text.TextConfig(num_beams=1, max_new_tokens=3)
-    plan, rules = text.Plan.of(settings, TOKENS), text.Rules.of(settings)
-    state = text.Walk.start(2, plan)
+    settings = TextConfig(num_beams=1, max_new_tokens=3)
+    static, dynamic = StaticSettings.of(settings, TOKENS), DynamicSettings.of(settings)
+    state = text.SampleState.start(2, static)
     for tokens in ([TOKENS.eos, 4], [5, 6], [5, TOKENS.eos]):
         logits = jax.nn.one_hot(jnp.asarray(tokens), VOCAB)
-        state = state.extend(logits, plan, rules, None, None)
+        state = state.extend(logits, static, dynamic, None, None)
     assert state.sequences[:, :4].tolist() == [
         [TOKENS.bos, TOKENS.eos, TOKENS.pad, TOKENS.pad],
         [TOKENS.bos, 4, 6, TOKENS.eos],
@@ -541,13 +573,13 @@ def test_beams_that_are_sampled_draw_anew_at_each_step():
     """From equal probabilities two beams draw two of 2 x 50 continuations, then again."""
     rows, vocab = 600, 50
     tokens = config.TokenIds(bos=0, eos=49, pad=0, img=0, img_end=0, image=0)
-    settings = text.TextConfig(do_sample=True, num_beams=2, min_length=9, top_p=1.0)
-    plan, rules = text.Plan.of(settings, tokens), text.Rules.of(settings)
+    settings = TextConfig(do_sample=True, num_beams=2, min_length=9, top_p=1.0)
+    static, dynamic = StaticSettings.of(settings, tokens), DynamicSettings.of(settings)
     keys = jax.vmap(jax.random.key)(jnp.arange(rows))
-    extend = jax.jit(lambda s, logits, rules: s.extend(logits, plan, rules, keys, None))
-    start, equal = text.Search.start(rows, plan), jnp.zeros((2 * rows, vocab))
-    first = extend(start, equal, rules)
-    second = extend(first, equal, rules)
+    extend = jax.jit(lambda s, logits, dynamic: s.extend(logits, static, dynamic, keys, None))
+    start, equal = text.BeamState.start(rows, static), jnp.zeros((2 * rows, vocab))
+    first = extend(start, equal, dynamic)
+    second = extend(first, equal, dynamic)
     one, two = (np.asarray(s.sequences[:, :, int(s.length) - 1]) for s in (first, second))
     assert set(one.flatten()) == set(two.flatten()) == set(range(49))  # </s> is too early
     # By chance one in 49 is the same again; both of a step are the same in one of 49, too.
@@ -559,7 +591,7 @@ def test_beams_that_are_sampled_draw_anew_at_each_step():
     before = np.take_along_axis(one, parents, axis=1)
     np.testing.assert_array_equal(second.sequences[:, :, 1], before)
     # Of a beam's tokens two are kept, however likely one is: there are enough to go on with.
-    sure = extend(start, equal.at[:, 3].set(99.0), rules._replace(top_p=jnp.float32(0.5)))
+    sure = extend(start, equal.at[:, 3].set(99.0), dynamic._replace(top_p=jnp.float32(0.5)))
     assert np.isfinite(sure.scores).all()
 
 
@@ -578,7 +610,7 @@ def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
     closed = [ids.bos, ids.pad, ids.image, ids.img_end]
     likeliest = jnp.asarray([*closed, ids.img, ids.eos])
     rows = len(likeliest)
-    state = mixed.Mixed(
+    state = mixed.MixedState(
         tokens=jnp.full((rows, 8), ids.pad),
         images=jnp.zeros((rows, 1, 32, 3)),
         step=jnp.int32(0),
@@ -592,9 +624,11 @@ def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
         regressed=jnp.zeros((rows, 3)),
         cache=None,
     )
-    plan = mixed.MixedPlan(text_slots=8, max_images=1, do_sample=False, may_open=may_open)
-    rules = mixed.MixedRules(np.int32(2), np.float32(1), np.int32(0), np.float32(1))
-    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, plan, rules, None))
+    static = mixed.StaticMixedSettings(
+        text_slots=8, max_images=1, do_sample=False, may_open=may_open
+    )
+    dynamic = mixed.DynamicMixedSettings(np.int32(2), np.float32(1), np.int32(0), np.float32(1))
+    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, static, dynamic, None))
     state = choose(state)
     opened = ids.img if may_open else 5
     assert state.tokens[:, 0].tolist() == [5, 5, 5, 5, opened, ids.eos]
@@ -609,7 +643,7 @@ def test_mixed_sequences_are_sampled_anew_at_each_element():
     rows, vocab = 2_000, 50
     ids = config.TokenIds(bos=0, eos=1, pad=0, img=0, img_end=0, image=0)
     cfg = dataclasses.replace(config.EmuConfig(), tokens=ids)
-    state = mixed.Mixed(
+    state = mixed.MixedState(
         tokens=jnp.zeros((rows, 2), jnp.int32),
         images=jnp.zeros((rows, 0, 32, 3)),
         step=jnp.int32(0),
@@ -623,10 +657,10 @@ def test_mixed_sequences_are_sampled_anew_at_each_element():
         regressed=jnp.zeros((rows, 3)),
         cache=None,
     )
-    plan = mixed.MixedPlan(text_slots=2, max_images=0, do_sample=True, may_open=False)
-    rules = mixed.MixedRules(np.int32(9), np.float32(1), np.int32(0), np.float32(1))
+    static = mixed.StaticMixedSettings(text_slots=2, max_images=0, do_sample=True, may_open=False)
+    dynamic = mixed.DynamicMixedSettings(np.int32(9), np.float32(1), np.int32(0), np.float32(1))
     keys = jax.vmap(jax.random.key)(jnp.arange(rows))
-    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, plan, rules, keys))
+    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, static, dynamic, keys))
     one, two = np.asarray(choose(choose(state)).tokens).T
     assert set(one) == set(two) == set(range(2, vocab))
     assert np.mean(one == two) == pytest.approx(1 / 48, abs=0.012)
@@ -656,15 +690,15 @@ def test_a_repeated_cache_has_each_row_in_a_row(layout):
 
 
 def test_choices_are_all_that_may_come_out(small, model):
-    prompts = ["one", "two", "three four", [picture(0)]]
+    prompts = [["one"], ["two"], ["three four"], [picture(0)]]
     for settings in ({"num_beams": 1}, {"num_beams": 5}, {"num_beams": 1, "do_sample": True}):
-        answers = small.generate_texts(prompts, choices=["yes.", "no."], **settings)
+        answers = small.generate_text(prompts, choices=["yes.", "no."], **settings)
         assert set(answers) <= {"yes.", "no."}
     # Beams wider than the trie find the likelier one.
     eos = small.cfg.tokens.eos
     options = {c: [*small.tokenizer.encode(c, bos=False), eos] for c in ("yes.", "no.")}
-    for words, answer in zip(
-        prompts[:3], small.generate_texts(prompts, choices=["yes.", "no."])[:3], strict=True
+    for (words,), answer in zip(
+        prompts[:3], small.generate_text(prompts, choices=["yes.", "no."])[:3], strict=True
     ):
         ids = np.asarray(small.tokenizer.encode(words))
         sums = {c: log_probabilities(model, ids, np.asarray(o)).sum() for c, o in options.items()}
@@ -672,11 +706,11 @@ def test_choices_are_all_that_may_come_out(small, model):
 
 
 def test_candidates_are_ranked_by_their_loss(small, model):
-    prompts = ["one two three", "six", "seven eight"]
+    prompts = [["one two three"], ["six"], ["seven eight"]]
     candidates = [["four", "four five six", "nine ten one", "yes."], ["one", "two", "no."], ["two"]]
-    ours = small.ranks(prompts, candidates)
-    alone = small.ranks(prompts[:2], candidates[:2], segments=3)
-    for row, (words, options) in enumerate(zip(prompts, candidates, strict=True)):
+    ours = small.rank(prompts, candidates)
+    alone = small.rank(prompts[:2], candidates[:2], segments=3)
+    for row, ((words,), options) in enumerate(zip(prompts, candidates, strict=True)):
         ids = np.asarray(small.tokenizer.encode(words))
         parts = [np.asarray(small.tokenizer.encode(c, bos=False)) for c in options]
         sums = np.array([-log_probabilities(model, ids, p).sum() for p in parts])
@@ -687,9 +721,10 @@ def test_candidates_are_ranked_by_their_loss(small, model):
 
 
 def test_pictures_do_not_depend_on_their_batch(small):
-    seeds, settings = [4, 9, 4], {"steps": 3, "method": "ddim", "guidance": 3.0}
-    prompts = ["one", "one", [picture(0), "two"]]
-    together = small.generate_images(prompts, seeds=seeds, **settings).astype(int)
+    seeds, settings = [4, 9, 4], DRAW | {"guidance_scale": 3.0}
+    prompts = [["one"], ["one"], [picture(0), "two"]]
+    images = small.generate_image(prompts, seed=seeds, **settings)
+    together = np.stack([np.asarray(image) for image in images]).astype(int)
     assert together.shape == (3, 8, 8, 3)
     assert np.abs(together[0] - together[1]).max() > 10
     for n in range(3):
@@ -698,22 +733,34 @@ def test_pictures_do_not_depend_on_their_batch(small):
 
 
 def test_guidance_moves_away_from_the_negative_prompt(small):
-    settings = {"steps": 3, "method": "ddim", "seed": 1}
-    plain = np.asarray(small.generate_image("one", guidance=1.0, **settings)).astype(int)
-    empty = np.asarray(small.generate_image("one", guidance=4.0, **settings)).astype(int)
-    other = small.generate_image("one", guidance=4.0, negative=[picture(0), "ten"], **settings)
+    settings = DRAW | {"seed": 1}
+    plain = np.asarray(small.generate_image("one", guidance_scale=1.0, **settings)).astype(int)
+    empty = np.asarray(small.generate_image("one", guidance_scale=4.0, **settings)).astype(int)
+    other = small.generate_image(
+        "one", guidance_scale=4.0, negative_prompt=[picture(0), "ten"], **settings
+    )
     assert np.abs(plain - empty).max() > 0
     assert np.abs(np.asarray(other).astype(int) - empty).max() > 0
     # Guided away from itself, the condition stays what it is.
-    same = small.generate_image("one", guidance=4.0, negative="one", **settings)
+    same = small.generate_image("one", guidance_scale=4.0, negative_prompt="one", **settings)
     assert np.abs(np.asarray(same).astype(int) - plain).max() <= 1
 
 
 # --- Mixed sequences -------------------------------------------------------------------------
 
 
-OPENING = ["one two three", "six seven eight nine", [picture(6), "one two three"], "ten"]
-DRAW = {"steps": 3, "method": "ddim"}
+OPENING = [
+    ["one two three"],
+    ["six seven eight nine"],
+    [picture(6), "one two three"],
+    ["ten"],
+]
+DRAW = {"num_inference_steps": 3, "scheduler": "ddim"}
+
+
+def levels(image, other):
+    """Returns the largest difference of two images, in levels of 255."""
+    return np.abs(np.asarray(image).astype(int) - np.asarray(other)).max()
 
 
 @pytest.fixture(scope="module")
@@ -723,7 +770,7 @@ def drawer(model, words):
     graphdef, params = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
     ids, llama = copy.cfg.tokens, copy.llama
-    contexts = [copy.embed(jnp.asarray([words.encode(t)])) for t in OPENING[:2]]
+    contexts = [copy.embed(jnp.asarray([words.encode(t)])) for (t,) in OPENING[:2]]
     opens, closes = (llama.embed_tokens(jnp.asarray([[i]])) for i in (ids.img, ids.img_end))
     drawn = Emu(copy, words).regress(OPENING[:1])
     contexts.append(jnp.concatenate([contexts[0], opens, drawn, closes], axis=1))
@@ -779,15 +826,17 @@ def continuing(drawer):
     each row has room for."""
     model = nnx.merge(drawer._graphdef, drawer._params)
     prompts = [prompt.Prompt.of(p, drawer.tokenizer, model.cfg) for p in OPENING]
-    batch = prompt.pad(prompts, "left", rows=4, length=24, pictures=1, fill=model.cfg.tokens.pad)
-    images, tokens, slots, valid = drawer._device(batch)
-    plan = mixed.MixedPlan(text_slots=8, max_images=2, do_sample=False, may_open=True)
+    batch = prompt.pad(prompts, "left", rows=4, length=24, images=1, fill=model.cfg.tokens.pad)
+    images, tokens, slots, valid = drawer._inputs(batch)
+    static = mixed.StaticMixedSettings(text_slots=8, max_images=2, do_sample=False, may_open=True)
 
     @nnx.jit
     def run(emu, images, tokens, slots, valid, room):
-        rules = mixed.MixedRules(np.int32(7), np.float32(1), np.int32(0), np.float32(1), room)
+        dynamic = mixed.DynamicMixedSettings(
+            np.int32(7), np.float32(1), np.int32(0), np.float32(1), room
+        )
         x = emu.embed(tokens, images, slots)
-        return x, mixed.complete(emu, x, valid, np.zeros(4, bool), plan, rules, None)
+        return x, mixed.complete(emu, x, valid, np.zeros(4, bool), static, dynamic, None)
 
     def continue_(*room):
         x, (ids, drawn) = run(model, images, tokens, slots, valid, np.int32(room))
@@ -825,7 +874,7 @@ def test_a_continuations_picture_is_the_one_regressed_alone(continued, drawer):
 
 def test_complete_gives_texts_and_pictures_in_order(drawer, continued):
     settings = DRAW | {"max_new_tokens": 7, "max_images": 2}
-    ours = drawer.completions(OPENING, **settings)
+    ours = drawer.complete(OPENING, **settings)
     for row, parts in enumerate(ours):
         ids = continued[2][row].tolist()
         expected = [isinstance(p, str) for p in parts].count(False)
@@ -834,12 +883,12 @@ def test_complete_gives_texts_and_pictures_in_order(drawer, continued):
         assert "".join(said.split()) == "".join(drawer.tokenizer.decode(ids).split())
     alone = drawer.complete(OPENING[0], **settings)
     assert isinstance(alone[0], Image.Image)
-    assert np.abs(np.asarray(alone[0]).astype(int) - ours[0][0]).max() <= 1
+    assert levels(alone[0], ours[0][0]) <= 1
     # In batches of one, each still gets its own noise.
     single = Emu(nnx.merge(drawer._graphdef, drawer._params), drawer.tokenizer, batch_size=1)
-    for a, b in zip(ours, single.completions(OPENING, **settings), strict=True):
+    for a, b in zip(ours, single.complete(OPENING, **settings), strict=True):
         for p, q in zip(a, b, strict=True):
-            assert p == q if isinstance(p, str) else np.abs(p.astype(int) - q).max() <= 1
+            assert p == q if isinstance(p, str) else levels(p, q) <= 1
 
 
 def test_streamed_parts_are_those_of_complete(drawer):
@@ -904,30 +953,37 @@ def test_no_picture_is_opened_where_none_can_be_painted(drawer, words):
             "both `Normalized` and other",
         ),
         (lambda e: e.generate_text("one", system="be kind"), "instruction-tuned"),
-        (lambda e: e.generate_image("one", method="pmdm"), "did you mean 'pndm'"),
-        (lambda e: e.generate_image("one", steps=0), "steps cannot be 0"),
-        (lambda e: e.generate_images(["one", "two"], seeds=[1]), "1 seeds for 2 pictures"),
+        (lambda e: e.generate_image("one", scheduler="pmdm"), "did you mean 'pndm'"),
+        (lambda e: e.generate_image("one", num_inference_steps=0), "steps cannot be 0"),
+        (lambda e: e.generate_image("one", steps=9), "'steps': it is now 'num_inference_steps'"),
+        (lambda e: e.generate_image([["one"], ["two"]], seed=[1]), "1 seeds for 2 images"),
         (lambda e: e.complete("one", repetition_penalty=1.2), "no effect on mixed"),
         (lambda e: e.rank("one", []), "list of candidates"),
         (lambda e: e.generate_text("one", seed=-1), r"seed cannot be -1: .* from 0 to 4294967295"),
         (lambda e: e.generate_text("one", seed=2**32 + 5), "seed cannot be 4294967301"),
         (lambda e: e.complete("one", seed=10**4000), "seed cannot be a number of 13288 bits"),
-        (lambda e: e.generate_image("one", seed=-1, steps=2), "seed cannot be -1"),
-        (lambda e: e.generate_images(["one"], seeds=[2**32]), "seed cannot be 4294967296"),
-        (lambda e: e.generate_images(["one"], seeds=1.5), "seed cannot be 1.5"),
+        (lambda e: e.generate_image("one", seed=-1, num_inference_steps=2), "seed cannot be -1"),
+        (lambda e: e.generate_image([["one"]], seed=[2**32]), "seed cannot be 4294967296"),
+        (lambda e: e.generate_image([["one"]], seed=1.5), "seed cannot be 1.5"),
         (lambda e: next(e.stream("one", seed="7")), "seed cannot be '7'"),
         (lambda e: e.generate_text("one", max_new_tokens=7.5), "max_new_tokens cannot be 7.5"),
         (lambda e: e.generate_text("one", max_new_tokens=2**31), "max_new_tokens cannot be"),
         (lambda e: e.generate_text("one", temperature=float("nan")), "temperature cannot be nan"),
-        (lambda e: e.generate_image("one", guidance=float("inf")), "guidance cannot be inf"),
-        (lambda e: e.generate_image("one", method=3), "method cannot be 3: give a string"),
+        (
+            lambda e: e.generate_image("one", guidance_scale=float("inf")),
+            "guidance_scale cannot be inf",
+        ),
+        (lambda e: e.generate_image("one", scheduler=3), "scheduler cannot be 3: give a string"),
         (lambda e: e.generate_text("half \ud800"), r"'half \\ud800' is not valid Unicode"),
-        (lambda e: e.generate_texts(["one", "a \udcff"]), r"prompt 2 of 2: the text"),
+        (lambda e: e.generate_text([["one"], ["a \udcff"]]), r"prompt 2 of 2: the text"),
         (lambda e: e.generate_text("one", choices=["\udcff"]), "not valid Unicode"),
         (lambda e: e.rank("one", ["two", "\udcff"]), "not valid Unicode"),
-        (lambda e: e.generate_images(["one", "\udcff"]), "not valid Unicode"),
-        (lambda e: e.generate_texts("one"), "a list of prompts, not one text"),
-        (lambda e: e.completions(3), "a list of prompts, not int"),
+        (lambda e: e.generate_image([["one"], ["\udcff"]]), "not valid Unicode"),
+        (
+            lambda e: e.generate_text([["one"], "two"]),
+            "list within a prompt is a video.*not a text",
+        ),
+        (lambda e: e.complete(3), "a list of texts and images, not int"),
         (lambda e: e.generate_text(3), "a list of texts and images, not int"),
         (lambda e: e.generate_text(["one", []]), "has no frames"),
         (lambda e: e.complete(["one", "[IMG]"], max_images=0), "no room for one .max_images 0"),
@@ -946,7 +1002,7 @@ def test_prompt_and_new_tokens_are_counted_together(small):
     assert 8 < left < 100
     many = [["one"], [text]]
     message = rf"prompt 2 of 2 has {length} tokens and {left + 1} are to follow, .* at most {left}$"
-    for call in (small.generate_texts, small.completions):
+    for call in (small.generate_text, small.complete):
         with pytest.raises(UserError, match=message):
             call(many, max_new_tokens=left + 1, num_beams=1)
     full = "one " * positions
@@ -962,16 +1018,16 @@ def test_prompt_and_new_tokens_are_counted_together(small):
 def test_images_take_no_more_positions_than_there_are(drawer, caplog):
     """A row may open as many images as it has room for, whatever it is batched with."""
     n, positions = drawer.cfg.cformer.n_causal, drawer.cfg.llama.max_positions
-    settings = {"max_new_tokens": positions - len(drawer.tokenizer.encode(OPENING[0])) - (n + 1)}
+    settings = {"max_new_tokens": positions - len(drawer.tokenizer.encode(*OPENING[0])) - (n + 1)}
     rows = drawer._prompts([OPENING[0], "ten"], settings["max_new_tokens"])
     cfg = drawer.defaults.replace(max_images=3, **settings)
-    plan, _, room = drawer._mixed(cfg, rows)
+    static, _, room = drawer._mixed(cfg, rows)
     spare = len(rows[0].tokens) - len(rows[1].tokens)
-    assert plan.max_images == 3 and room.tolist() == [1, min(3, 1 + spare // (n + 1))]
+    assert static.max_images == 3 and room.tolist() == [1, min(3, 1 + spare // (n + 1))]
     assert "1 of 2 prompts" in caplog.text or "2 of 2 prompts" in caplog.text
     with pytest.raises(UserError, match="no room for one .max_images 3, 128 positions"):
         drawer.complete(
-            [OPENING[0], "[IMG]"], max_new_tokens=settings["max_new_tokens"] + n, max_images=3
+            [*OPENING[0], "[IMG]"], max_new_tokens=settings["max_new_tokens"] + n, max_images=3
         )
 
 
@@ -987,10 +1043,49 @@ def test_a_row_stops_where_it_has_no_room_for_an_image(continuing, continued):
 
 
 def test_no_prompts_give_no_answers(small):
-    assert small.generate_texts([]) == [] and small.completions([]) == []
+    assert small.generate_text([]) == [] and small.complete([]) == []
     assert small.generate_ids([], max_new_tokens=5).shape == (0, 6)
-    assert small.generate_images([]).shape == (0, 8, 8, 3) and small.ranks([], []) == []
-    assert small.regress([]).shape == (0, 3, 48) and small.visual_features([]).shape == (0, 24)
+    assert small.generate_image([]) == [] and small.rank([], []) == []
+    assert small.regress([]).shape == (0, 3, 48) and small.embed([]).shape == (0, 24)
+
+
+def test_one_prompt_gives_what_it_gives_among_several(drawer):
+    """Each method takes one prompt or many, and returns one result or a list of them."""
+    prompts = OPENING[:3]
+    candidates = [["two", "three four"], ["one two", "six"], ["ten", "nine", "eight"]]
+    images, seeds = [picture(0), picture(1), picture(2)], [5, 6, 7]
+    short = {"max_new_tokens": 5}
+    texts = drawer.generate_text(prompts, **short)
+    ids = drawer.generate_ids(prompts, **short)
+    ranked = drawer.rank(prompts, candidates)
+    features = drawer.embed(images)
+    painted = drawer.generate_image(prompts, seed=seeds, **DRAW)
+    embeddings = drawer.regress(prompts)
+    repainted = drawer.paint(embeddings, seed=seeds, **DRAW)
+    completed = drawer.complete(prompts, **short, **DRAW)
+    assert len(set(texts)) == 3 and not np.array_equal(painted[0], painted[1])
+    assert isinstance(drawer.generate_text("one"), str)
+    for n, one in enumerate(prompts):
+        assert drawer.generate_text(one, **short) == texts[n]
+        np.testing.assert_array_equal(drawer.generate_ids(one, **short), ids[n])
+        assert drawer.rank(one, candidates[n]) == ranked[n]
+        np.testing.assert_allclose(drawer.embed(images[n]), features[n], rtol=1e-5, atol=1e-6)
+        assert levels(drawer.generate_image(one, seed=seeds[n], **DRAW), painted[n]) <= 1
+        assert relative_error(drawer.regress(one), embeddings[n]) < 1e-5
+        assert levels(drawer.paint(embeddings[n], seed=seeds[n], **DRAW), repainted[n]) <= 1
+        assert levels(repainted[n], painted[n]) <= 1
+        parts = drawer.complete(one, **short, **DRAW)
+        assert [type(p) for p in parts] == [type(p) for p in completed[n]]
+        assert [p for p in parts if isinstance(p, str)] == [
+            p for p in completed[n] if isinstance(p, str)
+        ]
+
+
+def test_settings_are_keywords_of_the_methods():
+    fields = {f.name: f.type for f in dataclasses.fields(GenerationConfig)}
+    keywords = MixedSettings.__annotations__
+    assert {name: hint.__forward_arg__ for name, hint in keywords.items()} == fields
+    assert set(RENAMED.values()) <= set(ImageSettings.__annotations__)
 
 
 def test_no_special_token_spans_two_parts(small):
@@ -1028,16 +1123,16 @@ def test_no_special_token_spans_two_parts(small):
 
 def test_all_numbers_of_steps_share_a_program(small):
     """It gives the image of each to the last bit of a program for that number alone."""
-    cond, key = small.regress(["one"]), jax.random.split(jax.random.key(3), 1)
-    uncond, cfg = small._uncond(None), small.defaults.replace(guidance=3.0)
-    ours = small._paint(cond, key, cfg.replace(steps=3, method="pndm"))
-    traced = text.TRACES["paint"]
+    cond, key = small.regress([["one"]]), jax.random.split(jax.random.key(3), 1)
+    uncond, cfg = small._uncond(None), small.defaults.replace(guidance_scale=3.0)
+    ours = small._paint(cond, key, cfg.replace(num_inference_steps=3, scheduler="pndm"))
+    traced = TRACES["_paint_steps"]
     others = [(1, "ddim"), (100, "ddim"), (2, "dpm++")]
     for steps, method in others:
         assert not np.array_equal(
-            small._paint(cond, key, cfg.replace(steps=steps, method=method)), ours
+            small._paint(cond, key, cfg.replace(num_inference_steps=steps, scheduler=method)), ours
         )
-    assert text.TRACES["paint"] == traced
+    assert TRACES["_paint_steps"] == traced > 0
 
     @nnx.jit
     def alone(emu, key, cond, uncond, guidance):
@@ -1069,10 +1164,14 @@ def test_painting_can_be_stopped(small):
         looks.append(1)
         return len(looks) == 3
 
-    whole = small.generate_image("one", steps=12, method="ddim", stop=lambda: False)
-    assert np.array_equal(whole, small.generate_image("one", steps=12, method="ddim"))
+    whole = small.generate_image(
+        "one", num_inference_steps=12, scheduler="ddim", stop=lambda: False
+    )
+    assert np.array_equal(
+        whole, small.generate_image("one", num_inference_steps=12, scheduler="ddim")
+    )
     with pytest.raises(image.Stopped):
-        small.generate_image("one", steps=12, method="ddim", stop=stop)
+        small.generate_image("one", num_inference_steps=12, scheduler="ddim", stop=stop)
     assert len(looks) == 3
 
 
@@ -1081,7 +1180,7 @@ def test_videos_are_their_frames(small):
     one = prompt.Prompt.of([np.stack(frames), "two"], small.tokenizer, small.cfg)
     other = prompt.Prompt.of([*frames, "two"], small.tokenizer, small.cfg)
     assert one.tokens.tolist() == other.tokens.tolist()
-    np.testing.assert_array_equal(one.pictures, np.stack(frames))
+    np.testing.assert_array_equal(one.images, np.stack(frames))
     assert prompt.instruct([frames, "what?"])[0].startswith(prompt.VIDEO_SYSTEM)
 
 
@@ -1104,11 +1203,11 @@ def test_devices_and_pipes_are_no_parts():
 def test_floats_from_0_to_1_are_the_picture_in_bytes(side, small):
     pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
     for dtype in (np.float16, np.float32, np.float64):
-        made = prompt.pixels_of((pixels / 255.0).astype(dtype), 8)
-        np.testing.assert_array_equal(made, prompt.pixels_of(pixels, 8))
+        made = prompt.preprocess_image((pixels / 255.0).astype(dtype), 8)
+        np.testing.assert_array_equal(made, prompt.preprocess_image(pixels, 8))
     ready = np.linspace(-2, 2, 192).reshape(8, 8, 3)
     np.testing.assert_array_equal(
-        prompt.pixels_of(prompt.Normalized(ready), 8), ready.astype(np.float32)
+        prompt.preprocess_image(prompt.Normalized(ready), 8), ready.astype(np.float32)
     )
 
 
@@ -1121,7 +1220,7 @@ def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
     words.save(tmp_path / "tokenizer")
     (tmp_path / "generation.json").write_text('{"guidance": 2, "num_beams": 1, "max_images": 2}')
     loaded = load(tmp_path)
-    assert loaded.defaults == GenerationConfig(guidance=2.0, num_beams=1, max_images=2)
+    assert loaded.defaults == GenerationConfig(guidance_scale=2.0, num_beams=1, max_images=2)
     assert loaded.generate_text("one two") == small.generate_text("one two", num_beams=1)
     sharded = load(tmp_path, mesh=make_mesh(fsdp=2, tensor=4))
     assert sharded.generate_text("one two") == loaded.generate_text("one two")
@@ -1147,12 +1246,12 @@ def test_beams_are_the_same_over_sharded_rows(model, words, small):
 def test_seeds_reproduce_on_every_mesh(model, words, small):
     """Sampled text and continuations exactly, pictures to one level of 255."""
     sample = {"num_beams": 1, "do_sample": True, "temperature": 0.7, "max_new_tokens": 7, "seed": 3}
-    drawing = DRAW | {"seeds": 5, "guidance": 3.0}
-    prompts = ["one", [picture(0), "two"], "three"]
+    drawing = DRAW | {"seed": 5, "guidance_scale": 3.0}
+    prompts = [["one"], [picture(0), "two"], ["three"]]
     text = small.generate_ids(MIXED_PROMPTS, **sample)
-    drawn = small.generate_images(prompts, **drawing)
+    drawn = small.generate_image(prompts, **drawing)
     mixed_sample = {k: v for k, v in sample.items() if k != "num_beams"} | DRAW
-    parts = small.completions(prompts, **mixed_sample)
+    parts = small.complete(prompts, **mixed_sample)
     template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     params = template.params(model)
     for shape in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}):
@@ -1160,11 +1259,11 @@ def test_seeds_reproduce_on_every_mesh(model, words, small):
         place = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), mesh)
         sharded = Emu(place.module(jax.device_put(params, place.shardings)), words, mesh=mesh)
         np.testing.assert_array_equal(sharded.generate_ids(MIXED_PROMPTS, **sample), text)
-        again = sharded.generate_images(prompts, **drawing)
-        assert np.abs(again.astype(int) - drawn).max() <= 1
-        for ours, theirs in zip(sharded.completions(prompts, **mixed_sample), parts, strict=True):
+        again = sharded.generate_image(prompts, **drawing)
+        assert max(levels(a, b) for a, b in zip(again, drawn, strict=True)) <= 1
+        for ours, theirs in zip(sharded.complete(prompts, **mixed_sample), parts, strict=True):
             for p, q in zip(ours, theirs, strict=True):
-                assert p == q if isinstance(p, str) else np.abs(p.astype(int) - q).max() <= 1
+                assert p == q if isinstance(p, str) else levels(p, q) <= 1
 
 
 def test_a_safety_checker_that_cannot_be_read_is_one_line(tmp_path):
@@ -1196,7 +1295,8 @@ def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
     clip = CLIPConfig(text_config=tiny, vision_config=vision, projection_dim=6)
     torch.manual_seed(0)
     checker = StableDiffusionSafetyChecker(clip).eval()
-    pictures = small.generate_images(["one", "two", "three"], **DRAW, seeds=1)
+    prompts = [["one"], ["two"], ["three"]]
+    pictures = np.stack([np.asarray(p) for p in small.generate_image(prompts, **DRAW, seed=1)])
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     with torch.no_grad():
         seen = processor(list(pictures), return_tensors="pt").pixel_values
@@ -1212,9 +1312,8 @@ def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
     checker.save_pretrained(folder / "safety_checker")
     processor.save_pretrained(folder / "feature_extractor")
 
-    emu = Emu(small.model, small.tokenizer)
-    emu.safety = find_checker(tmp_path)
-    looked = emu.generate_images(["one", "two", "three"], **DRAW, seeds=1)
+    emu = Emu(small.model, small.tokenizer, safety=find_checker(tmp_path))
+    looked = np.stack([np.asarray(p) for p in emu.generate_image(prompts, **DRAW, seed=1)])
     assert pictures[1].any() and not looked[1].any()
     np.testing.assert_array_equal(looked[[0, 2]], pictures[[0, 2]])
-    assert "found something in 1 pictures" in caplog.text
+    assert "found something in 1 images" in caplog.text

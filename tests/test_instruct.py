@@ -46,19 +46,19 @@ def score(emu: Emu, *, fit: str = "train", split: str = "heldout", seed: int = 0
     named, even, following = digits.QUESTIONS
     pictures, labels = digits.digit_images(split)
     shown = [Image.fromarray(p).convert("RGB") for p in pictures]
-    names = emu.generate_texts([[p, named] for p in shown])
-    parities = emu.generate_texts([[p, even] for p in shown])
+    names = emu.generate_text([[p, named] for p in shown])
+    parities = emu.generate_text([[p, even] for p in shown])
 
     rng = np.random.default_rng(seed)
     by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
     counts = [digits.counting_digits(rng) for _ in range(SEQUENCES)]
     prompts = [[*(shown[rng.choice(by_label[d])] for d in c[:-1]), following] for c in counts]
-    answers = emu.completions(prompts, max_images=1, seed=seed)
-    drawn = [[p for p in parts if not isinstance(p, str)] for parts in answers]
+    answers = emu.complete(prompts, max_images=1, seed=seed)
+    drawn = [[np.asarray(p) for p in parts if not isinstance(p, str)] for parts in answers]
     some = [i for i, parts in enumerate(drawn) if parts]
     read: dict[int, int] = {}
     if some:
-        judge = Judge(fit, emu.picture_size)
+        judge = Judge(fit, emu.image_size)
         read = dict(zip(some, judge(np.stack([drawn[i][0] for i in some])), strict=True))
     return {
         "named": _mean([digits.parse_digit(n) == d for n, d in zip(names, labels, strict=True)]),

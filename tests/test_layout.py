@@ -131,7 +131,7 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import emu_jax",
-        "import emu_jax; emu_jax.load, emu_jax.Emu, emu_jax.EmuConfig",
+        "import emu_jax; [getattr(emu_jax, name) for name in emu_jax.__all__]",
         "import emu_jax.cli, emu_jax.train.loop, emu_jax.demo.demo",
     ],
 )
@@ -157,7 +157,18 @@ def test_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="lod"):
         emu_jax.lod  # noqa: B018
-    assert {"Emu", "EmuConfig", "load"} <= set(dir(emu_jax))
+    assert set(emu_jax.__all__) <= set(dir(emu_jax))
+
+
+def test_exports_are_the_documented_ones():
+    """Documented in docs/serving.md and in the package's docstring."""
+    import emu_jax
+
+    page = (ROOT / "docs" / "serving.md").read_text()
+    table = re.findall(r"^\| `emu_jax\.(\w+)", page, re.MULTILINE)
+    assert sorted(table) == sorted(emu_jax.__all__)
+    assert emu_jax.__doc__
+    assert set(emu_jax.__all__) <= set(re.findall(r"\w+", emu_jax.__doc__))
 
 
 def test_readme_maps_the_package():

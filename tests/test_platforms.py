@@ -15,6 +15,7 @@ from flax import nnx
 
 from emu_jax import config
 from emu_jax.generate import api, text
+from emu_jax.generate.settings import DynamicSettings, StaticSettings, TextConfig
 from emu_jax.models import backend, conv, cpu, layers, llama, xla
 from emu_jax.models.attention import attention
 from emu_jax.models.emu import Emu
@@ -194,8 +195,11 @@ def test_emu_copies_no_weights_when_it_decodes():
     words = Tokenizer.train(["one two three"] * 9, 300)
     model = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
     layers = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model.llama.layers)))
-    settings = text.TextConfig(max_new_tokens=3)
-    plan, rules = text.Plan.of(settings, model.cfg.tokens), text.Rules.of(settings)
+    settings = TextConfig(max_new_tokens=3)
+    static, dynamic = (
+        StaticSettings.of(settings, model.cfg.tokens),
+        DynamicSettings.of(settings),
+    )
 
     def temporaries(emu):
         graphdef, params = nnx.split(emu)
@@ -203,7 +207,7 @@ def test_emu_copies_no_weights_when_it_decodes():
         def decode(params, ids):
             llama = nnx.merge(graphdef, params).llama
             keys = jax.random.split(jax.random.key(0), 1)
-            return text.decode(llama, llama.embed_tokens(ids), ids > 0, plan, rules, keys)
+            return text.decode(llama, llama.embed_tokens(ids), ids > 0, static, dynamic, keys)
 
         compiled = jax.jit(decode).lower(params, jnp.asarray([[7, 8]])).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -220,15 +224,18 @@ def test_emu_copies_no_weights_when_it_decodes():
 def test_decoding(beams):
     emu = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
     ids = jnp.asarray([[7, 8, 9, 10, 11], [0, 0, 20, 21, 22]])
-    settings = text.TextConfig(max_new_tokens=6, num_beams=beams)
-    plan, rules = text.Plan.of(settings, emu.cfg.tokens), text.Rules.of(settings)
+    settings = TextConfig(max_new_tokens=6, num_beams=beams)
+    static, dynamic = (
+        StaticSettings.of(settings, emu.cfg.tokens),
+        DynamicSettings.of(settings),
+    )
 
     def run():
         @nnx.jit
         def decode(emu):
             keys = jax.random.split(jax.random.key(0), 2)
             x = emu.llama.embed_tokens(ids)
-            out = text.decode(emu.llama, x, ids > 0, plan, rules, keys)
+            out = text.decode(emu.llama, x, ids > 0, static, dynamic, keys)
             return out, emu.regress_after(ids[::-1], jnp.asarray([3, 5]))
 
         return decode(emu)

@@ -139,7 +139,7 @@ def test_no_key_of_a_mixed_generation_has_two_purposes(drawer, keys, monkeypatch
 
     monkeypatch.setattr(Emu, "_paint", paint)
     settings = dict(do_sample=True, temperature=0.1, max_new_tokens=9, max_images=3, seed=5)
-    results = drawer.completions(OPENING, **settings)
+    results = drawer.complete(OPENING, **settings)
     list(drawer.stream(OPENING[0], **settings))
     assert sum(not isinstance(part, str) for parts in results for part in parts) >= 3
     keys.check("mixed._choose", "image.initial_latents")

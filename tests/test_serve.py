@@ -24,6 +24,7 @@ pytest.importorskip("starlette")
 
 from emu_jax.errors import UserError
 from emu_jax.generate.image import Stopped
+from emu_jax.generate.settings import RENAMED
 from emu_jax.serve import app as serving
 from emu_jax.serve.app import chat as chat_with
 from emu_jax.serve.app import make_app, make_server
@@ -36,7 +37,7 @@ LIMITS = Limits(
     body_seconds=0.5,
     parts=5,
     text_characters=50,
-    pictures=3,
+    images=3,
     pixels=10_000,
     waiting=3,
     seconds=2.0,
@@ -71,14 +72,15 @@ class FakeEmu:
             yield part if isinstance(part, str) else f"picture {part.size}"
         yield f"{settings}"
 
-    def generate_image(self, prompt, seed=0, stop=None, **settings):
+    def generate_image(self, prompts, seed=0, stop=None, **settings):
+        (prompt,) = prompts
         self.asked.append(seed)
         self.started.set()
         while not self.hold.wait(0.01):
             if stop is not None and stop():
                 self.given_up.append(seed)
                 raise Stopped
-        return Image.new("RGB", (4, 4), (seed, len(prompt), 0))
+        return [Image.new("RGB", (4, 4), (seed, len(prompt), 0))]
 
 
 class Client:
@@ -140,11 +142,11 @@ def emu():
     return FakeEmu()
 
 
-def ask(emu, *requests, limits=LIMITS):
+def ask(emu, *requests, limits=LIMITS, hosts=serving.Hosts()):  # noqa: B008
     """Answers to requests (path, body, keywords), asked one after the other."""
 
     async def run():
-        client = Client(make_app(emu, limits))
+        client = Client(make_app(emu, limits, hosts))
         return [await client(path, body, **more) for path, body, more in requests]
 
     return asyncio.run(run())
@@ -222,7 +224,7 @@ HOSTILE = {
         413,
         "10000 in all",
     ),
-    "too many pictures": (chat(*[{"picture": png()}] * 4), 413, "more than 3 pictures"),
+    "too many images": (chat(*[{"picture": png()}] * 4), 413, "more than 3 images"),
     "too many parts": (chat(*[{"text": "a"}] * 6), 413, "more than 5 parts"),
     "too much text": (chat({"text": "a" * 51}), 413, "more than 50 characters"),
     "half a character": (chat({"text": "\ud800"}), 400, "surrogate"),
@@ -314,6 +316,8 @@ def test_no_text_spells_a_special_token(token):
     [
         ("max_new_tokens", 1, 256, (0, 257)),
         ("seed", 0, 2**31 - 1, (-1, 2**31)),
+        ("num_inference_steps", 1, 100, (0, 101)),
+        ("guidance_scale", 0.0, 30.0, (-0.1, 30.1, float("nan"), float("inf"))),
         ("steps", 1, 100, (0, 101)),
         ("guidance", 0.0, 30.0, (-0.1, 30.1, float("nan"), float("inf"))),
     ],
@@ -328,7 +332,7 @@ def test_a_setting_is_taken_up_to_its_limits(name, least, most, outside):
         )
 
     for value in (least, most):
-        assert parse(value).settings == {name: value}
+        assert parse(value).settings == {RENAMED.get(name, name): value}
     for value in outside:
         with pytest.raises(Refused, match=f"settings.{name} must be from {least} to {most}"):
             parse(value)
@@ -445,21 +449,60 @@ def test_a_late_answer_never_ends_as_done():
 
 
 @pytest.mark.parametrize(
-    "host, allowed",
-    [("127.0.0.1", True), ("127.0.0.2", True), ("LOCALHOST", True), ("0.0.0.0", False)],
+    "host, names, known, unknown",
+    [
+        ("127.0.0.1", [], [], ["10.0.0.7", "machine", "[fe80::1]"]),
+        ("127.0.0.2", [], ["127.0.0.2:80"], ["127.0.0.3"]),
+        ("LOCALHOST", ["Model.lan"], ["model.lan:7860", "MODEL.LAN."], ["machine"]),
+        (
+            "0.0.0.0",
+            [],
+            [
+                "machine",
+                "MACHINE:7860",
+                "machine.local",
+                "machine.lan",
+                "10.0.0.7:80",
+                "[fe80::1]:80",
+            ],
+            ["model.lan"],
+        ),
+        ("0.0.0.0", ["model.lan"], ["model.lan", "10.0.0.7"], ["machine", "evil.model.lan"]),
+    ],
 )
-def test_a_server_on_the_loopback_answers_to_its_names_alone(host, allowed):
-    """However the loopback is spelled: a page whose name leads here must not reach the model."""
+def test_a_server_answers_to_its_names_alone(host, names, known, unknown, monkeypatch, emu):
+    """However it is reached: a page whose name leads here must not reach the model."""
+    monkeypatch.setattr(serving.socket, "gethostname", lambda: "Machine")
+    monkeypatch.setattr(serving.socket, "getfqdn", lambda: "machine.lan")
     sockets = listen(host, 0)
     try:
-        hosts = serving.allowed_hosts(host, sockets)
+        hosts = serving.allowed_hosts(host, sockets, names)
     finally:
         for opened in sockets:
             opened.close()
-    if not allowed:
-        assert hosts == ("*",)
-        return
-    assert {host, "localhost", "127.0.0.1"} <= set(hosts) and "*" not in hosts
+    known = [host, "localhost", "localhost:80", "127.0.0.1:7860", "[::1]:80", "[::1]", *known]
+    unknown = [
+        "evil.example",
+        "evil.example:80",
+        "",
+        ":80",
+        "localhost:evil",
+        "1.2.3.4.evil",
+        *unknown,
+    ]
+    assert [name for name in known if not hosts.allow(name)] == []
+    assert [name for name in unknown if hosts.allow(name)] == []
+
+
+def test_the_names_of_a_server_are_checked_on_every_path(emu):
+    def get(path, host):
+        return path, None, {"method": "GET", "headers": {"host": host}}
+
+    hosts = serving.Hosts(frozenset({"model.lan"}), addresses=True)
+    asked = [get(path, host) for path in ("/", "/api/about") for host in ("model.lan", "10.0.0.7")]
+    answers = ask(emu, *asked, *(get(path, "evil") for path in ("/", "/api/about")), hosts=hosts)
+    assert [status for status, *_ in answers] == [200] * 4 + [400] * 2
+    assert "--allow-host" in answers[-1][1]
 
 
 def test_pages_of_other_sites_are_granted_nothing(emu):
@@ -520,13 +563,13 @@ def test_frames_of_a_video_count_together(emu):
             container.mux(stream.encode())
         return chat({"video": base64.b64encode(file.getvalue()).decode()})
 
-    limits = dataclasses.replace(LIMITS, pictures=8)
+    limits = dataclasses.replace(LIMITS, images=8)
     asked = [("/api/chat", video(side), {}) for side in (32, 64)]
     fits, larger = ask(emu, *asked, limits=limits)
     assert fits[0] == 200 and lines(fits[1])[0] == {"text": "8 frames"}
     assert larger[0] == 413 and "64x64 pixels in 8 frames: at most 10000 in all" in larger[1]
     ((status, body, _),) = ask(emu, asked[0])
-    assert status == 413 and "more than 3 pictures" in body
+    assert status == 413 and "more than 3 images" in body
 
 
 def test_answers_are_not_mixed_up(emu):
@@ -628,7 +671,7 @@ def test_others_are_served_while_an_image_is_encoded(emu):
             started.set()
             assert served.wait(2), "nobody was served"
 
-    emu.generate_image = lambda *_, **__: Slow()
+    emu.generate_image = lambda *_, **__: [Slow()]
 
     async def run():
         client = Client(make_app(emu, LIMITS))

@@ -265,13 +265,15 @@ class Attack:
             settings = {"max_new_tokens": 1 + number, "seed": number}
             messages = [{"role": "user", "parts": [part]}]
             return "/api/chat", {"messages": messages, "settings": settings}
-        settings = {"steps": 1 + number // 2, "guidance": 1.5 + number / 10}
+        settings = {"num_inference_steps": 1 + number // 2, "guidance_scale": 1.5 + number / 10}
         return "/api/draw", {"parts": [part], "settings": settings}
 
     def _abandon(self) -> None:
         """Drawings that nobody waits for."""
         pause = self._seconds / (self._cancelled + 1)
-        content = json.dumps({"parts": [{"text": "nine"}], "settings": {"steps": 100}}).encode()
+        content = json.dumps(
+            {"parts": [{"text": "nine"}], "settings": {"num_inference_steps": 100}}
+        ).encode()
         for _ in range(self._cancelled):
             if self._over.wait(pause):
                 return

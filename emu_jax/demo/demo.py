@@ -22,7 +22,8 @@ from emu_jax.data.images import open_image, resize
 from emu_jax.demo.report import write_report
 from emu_jax.errors import UserError
 from emu_jax.filesystem import shipped, write_text
-from emu_jax.generate.api import Emu, GenerationConfig, load
+from emu_jax.generate.api import Emu, load
+from emu_jax.generate.settings import GenerationConfig
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
@@ -35,7 +36,12 @@ SEQUENCES = 200  # counting sequences to continue
 SHOWN = 12  # sequences shown in the report
 # Chosen with --validation.
 GENERATION = GenerationConfig(
-    guidance=6.0, steps=20, method="ddim", max_new_tokens=8, num_beams=1, system=""
+    guidance_scale=6.0,
+    num_inference_steps=20,
+    scheduler="ddim",
+    max_new_tokens=8,
+    num_beams=1,
+    system="",
 )
 
 
@@ -63,7 +69,7 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
         save_json(GENERATION, workdir / "generation.json")
 
         emu = load(workdir, batch_size=100)
-        judge = Judge(fit, emu.picture_size)
+        judge = Judge(fit, emu.image_size)
         captions, caption_accuracy = _caption(emu, scored)
         drawings, drawn_accuracy = _draw(emu, judge, seed)
         continuations, continuation_accuracy = _continue(emu, judge, workdir / "data", scored)
@@ -177,7 +183,7 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
     accuracy."""
     pictures, labels = digits.digit_images(split)
     shown = [_rgb(p) for p in pictures]
-    said = [" ".join(map(str, c)) for c in emu.completions([[p] for p in shown], max_images=0)]
+    said = [" ".join(map(str, c)) for c in emu.complete([[p] for p in shown], max_images=0)]
     right = [digits.parse_digit(s) == label for s, label in zip(said, labels, strict=True)]
     return list(zip(shown, said, right, strict=True)), _mean(right)
 
@@ -185,7 +191,8 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
 def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
     """Generates images from words. Returns a 10x10 grid and the share that the judge recognizes."""
     labels = np.repeat(np.arange(10), DRAWINGS)
-    pictures = emu.generate_images([[digits.caption(int(d), 0)] for d in labels], seeds=seed)
+    images = emu.generate_image([[digits.caption(int(d), 0)] for d in labels], seed=seed)
+    pictures = np.stack([np.asarray(image) for image in images])
     grid = pictures.reshape(10, DRAWINGS, *pictures.shape[1:])[:, :10]
     return grid, _mean(judge(pictures) == labels)
 
@@ -204,12 +211,17 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
         prompts.append(given)
         frames.append([p for p in given if isinstance(p, Image.Image)])
         answers.append(digits.parse_digit(str(answer)))
-    following = emu.completions(prompts, max_images=1)
-    drawn = {i: p for i, parts in enumerate(following) for p in parts if not isinstance(p, str)}
+    following = emu.complete(prompts, max_images=1)
+    drawn = {
+        i: np.asarray(p)
+        for i, parts in enumerate(following)
+        for p in parts
+        if not isinstance(p, str)
+    }
     read = dict(zip(drawn, judge(np.stack(list(drawn.values()))), strict=True)) if drawn else {}
     right = [read.get(i) == answer for i, answer in enumerate(answers)]
     blank = np.zeros(
-        (emu.picture_size, emu.picture_size, 3), np.uint8
+        (emu.image_size, emu.image_size, 3), np.uint8
     )  # shown if no image was generated
     shown = [
         (frames[i], drawn.get(i, blank), right[i], f"{digits.WORDS[answers[i]]} comes next")

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from PIL import Image
 
 from emu_jax import sharding
 from emu_jax.checkpoint import fingerprint, latest_step
@@ -46,8 +45,9 @@ from emu_jax.evaluate.tasks.base import (
     check_split,
 )
 from emu_jax.filesystem import write_text, writing
-from emu_jax.generate.api import Emu, GenerationConfig, load
+from emu_jax.generate.api import Emu, load
 from emu_jax.generate.prompt import open_file
+from emu_jax.generate.settings import RENAMED, GenerationConfig
 from emu_jax.progress import ProgressBar
 from emu_jax.train.loop import initialize_distributed
 
@@ -267,7 +267,7 @@ class Run:
         """Returns visual features [B, W] of files, averaged over the frames of a video."""
         with ThreadPoolExecutor(READERS) as readers:
             pixels = [p if p.ndim == 4 else p[None] for p in readers.map(self._pixels, paths)]
-        features = self.emu.visual_features(list(np.concatenate(pixels)))
+        features = self.emu.embed(list(np.concatenate(pixels)))
         ends = np.cumsum([len(p) for p in pixels])
         return np.stack([part.mean(0) for part in np.split(features, ends[:-1])])
 
@@ -291,10 +291,10 @@ class Run:
     def _one(self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]) -> Sequence[Any]:
         if stage.candidates is not None:
             options = [stage.candidates(item) for item in items]
-            return self.emu.ranks(prompts, options, segments=min(map(len, options)))
+            return self.emu.rank(prompts, options, segments=min(map(len, options)))
         if stage.paints:
             return self._paint(stage, items, prompts)
-        return self.emu.generate_texts(
+        return self.emu.generate_text(
             prompts, choices=stage.choices, seed=self.options.seed, **stage.settings
         )
 
@@ -303,12 +303,14 @@ class Run:
         folder = self.out.with_suffix(".images")
         folder.mkdir(exist_ok=True)
         seeds = [self.options.seed + item.fields["seed"] for item in items]
-        pictures = self.emu.generate_images(prompts, seeds=seeds, **stage.settings)
+        # The recorded settings keep their former names, so that old predictions still resume.
+        settings = {RENAMED.get(name, name): value for name, value in stage.settings.items()}
+        images = self.emu.generate_image(prompts, seed=seeds, **settings)
         names = []
-        for item, picture in zip(items, pictures, strict=True):
+        for item, image in zip(items, images, strict=True):
             path = folder / f"{item.id}.png"
             with writing(path, shared=True) as temporary:
-                Image.fromarray(picture).save(temporary, format="png")
+                image.save(temporary, format="png")
             names.append(f"{folder.name}/{path.name}")
         return names
 

@@ -1,24 +1,26 @@
-"""Emu for its users: prompts of text and pictures in, text and pictures out.
+"""The public API: load a model, then generate text and images from mixed prompts.
 
     emu = emu_jax.load("runs/demo")
     emu.generate_text([Image.open("a.png"), "what is this?"])
-    emu.generate_image(["a dog wearing glasses"])
+    emu.generate_image("a dog wearing glasses")
     emu.complete([first, "one", second, "two"])
 
-A prompt is a list of parts in reading order: texts, pictures (PIL, or uint8 [h, w, 3]), videos
-(lists of pictures, or uint8 [F, h, w, 3]), and Paths of files of pictures and videos. Every method
-has a form for many prompts, which runs them in batches of few shapes, each compiled once.
+A prompt is a list of parts in reading order, or a single part: texts, images (PIL, or uint8
+[h, w, 3]), videos (lists of images, or uint8 [F, h, w, 3]), and Paths of image and video files.
+
+Every method but `stream` also takes many prompts, as a list of lists of parts, and then returns a
+list. They run in batches of few shapes, each compiled once. A list that holds nothing but lists is
+always many prompts: pass a video alone as an array or a Path.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,126 +28,101 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from PIL import Image
 
 from emu_jax import checkpoint, diffusion, sharding
-from emu_jax.config import TokenIds, load_json
+from emu_jax.config import TokenIds
 from emu_jax.convert.source import check_heads, is_release, load_release
-from emu_jax.errors import UserError, suggest
-from emu_jax.generate import image, mixed, text
-from emu_jax.generate.image import ImageConfig
-from emu_jax.generate.prompt import Batch, Parts, Prompt, as_parts, instruct, pad, pixels_of
+from emu_jax.errors import UserError
+from emu_jax.generate import mixed, text
+from emu_jax.generate.batching import Batcher, Shapes
+from emu_jax.generate.image import Stopped, finish_painting, paint_steps, start_painting
+from emu_jax.generate.prompt import (
+    Batch,
+    Parts,
+    Prompt,
+    Prompts,
+    as_parts,
+    as_prompts,
+    instruct,
+    preprocess_image,
+)
 from emu_jax.generate.safety import Checker, find_checker
-from emu_jax.generate.text import TRACES, Plan, Rules, TextConfig, bucket, check_seed
+from emu_jax.generate.settings import (
+    DynamicSettings,
+    GenerationConfig,
+    ImageSettings,
+    MixedSettings,
+    StaticSettings,
+    TextConfig,
+    TextSettings,
+    bucket,
+    check_seed,
+)
 from emu_jax.models import emu as models
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import USER, Tokenizer
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 STOP_ROWS = 5  # calls of the denoiser between two looks at `stop`
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The smallest sizes that programs are compiled for; larger ones are rounded up.
-
-    A caller whose requests vary at random, such as a server, raises them: it then compiles few
-    programs, which compute on a little more padding.
-
-    Attributes:
-        length: tokens of a prompt.
-        images: images of a prompt.
-        new_tokens: generated text tokens that there is room for.
-    """
-
-    length: int = 16
-    images: int = 1
-    new_tokens: int = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig(TextConfig, ImageConfig):
-    """Settings of generation; `generation.json` in a run directory may change the defaults.
-
-    Attributes:
-        max_images: pictures that a continuation may hold.
-        system: the system message of an instruction-tuned model, whose prompts are put into its
-            format unless they spell `[USER]` already; None chooses as the release's examples do
-            (`prompt.instruct`).
-    """
-
-    max_images: int = 4
-    system: str | None = None
-
-    def replace(self, **settings: Any) -> GenerationConfig:
-        """Returns a copy with other settings.
-
-        Raises:
-            UserError: a setting is unknown or its value is invalid.
-        """
-        known = {f.name for f in dataclasses.fields(self)}
-        for name in settings:
-            if name not in known:
-                raise UserError(f"unknown generation setting {name!r}{suggest(name, known)}")
-        changed = dataclasses.replace(self, **settings)
-        changed.check()
-        return changed
-
-    def check(self) -> None:
-        TextConfig.check(self)
-        ImageConfig.check(self)
-        if self.max_images < 0:
-            raise UserError(f"max_images cannot be {self.max_images}")
+STREAM_STEPS = 4  # elements between two looks at a streamed continuation
 
 
 def load(
     directory: str | Path,
     *,
     mesh: Mesh | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jnp.dtype | type = jnp.float32,
     batch_size: int = 64,
+    shapes: Shapes | None = None,
 ) -> Emu:
-    """The model of a run directory: config.json, tokenizer/ and the newest parameters; or of the
-    release's own files (a folder, or Emu-instruct.pt), read as `emu-jax convert` reads them.
-    On a CPU the language model is in memory twice for a moment (`Llama.unstacked_for_decoding`).
+    """Loads a run directory, or the release's own files (a folder, or Emu-instruct.pt).
+
+    A run directory has config.json, tokenizer/ and parameters, of which the newest are loaded. The
+    release's files are read as `emu-jax convert` reads them. On a CPU the language model briefly
+    takes twice its memory (`Llama.unstacked_for_decoding`).
 
     Args:
-        mesh: where it lives (`sharding.make_mesh`); one device without it.
-        dtype: bfloat16 keeps and computes everything in it, as the release does.
+        mesh: devices to load it onto (`make_mesh`); a single device by default.
+        dtype: bfloat16 stores and computes everything in it, as the release does.
         batch_size: rows that are computed at once.
+        shapes: the smallest sizes that programs are compiled for.
 
     Raises:
-        UserError: the directory is no checkpoint, a part of it cannot be read, or it has a safety
-            checker, which torch is missing for.
+        UserError: the directory is not a checkpoint, a part of it cannot be read, or it has a
+            safety checker and torch is missing.
     """
     directory = Path(directory)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    defaults = GenerationConfig()
     if not (directory / "config.json").is_file() and is_release(directory):
         model, tokenizer = load_release(directory, mesh)
-        emu = Emu(model, tokenizer, mesh=mesh, dtype=dtype, batch_size=batch_size)
-        emu.safety = find_checker(directory) if emu.paints else None
-        return emu
-    cfg = checkpoint.load_config(directory)
-    check_heads(directory, cfg)
-    tokenizer = checkpoint.load_tokenizer(directory)
-    defaults = GenerationConfig()
-    if (directory / "generation.json").is_file():
-        defaults = load_json(GenerationConfig, directory / "generation.json")
-        defaults.check()
-    towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(directory)))
+    else:
+        cfg = checkpoint.load_config(directory)
+        check_heads(directory, cfg)
+        tokenizer = checkpoint.load_tokenizer(directory)
+        if (directory / "generation.json").is_file():
+            defaults = GenerationConfig.load(directory / "generation.json")
+        towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(directory)))
 
-    def build() -> models.Emu:
-        return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
+        def build() -> models.Emu:
+            return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
-    model = checkpoint.load_module(directory, build, mesh, dtype)
-    assert isinstance(model, models.Emu)
-    emu = Emu(model, tokenizer, defaults=defaults, mesh=mesh, dtype=dtype, batch_size=batch_size)
-    emu.safety = find_checker(directory) if emu.paints else None
-    return emu
+        model = checkpoint.load_module(directory, build, mesh, jnp.dtype(dtype))
+        assert isinstance(model, models.Emu)
+    return Emu(
+        model,
+        tokenizer,
+        defaults=defaults,
+        safety=find_checker(directory) if _paints(model) else None,
+        mesh=mesh,
+        dtype=dtype,
+        batch_size=batch_size,
+        shapes=shapes,
+    )
 
 
 class Emu:
@@ -159,8 +136,8 @@ class Emu:
         cfg: the model's configuration.
         tokenizer: its tokenizer.
         defaults: settings that a call does not name.
-        safety: looks at pictures after they are painted (`generate.safety`), if it is not None.
-        shapes: the smallest sizes that programs are compiled for.
+        safety: checks images after they are painted (`generate.safety`), if it is not None.
+        paints: whether the model can generate images.
     """
 
     def __init__(
@@ -169,24 +146,24 @@ class Emu:
         tokenizer: Tokenizer,
         *,
         defaults: GenerationConfig | None = None,
+        safety: Checker | None = None,
         mesh: Mesh | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype | type = jnp.float32,
         batch_size: int = 64,
+        shapes: Shapes | None = None,
     ):
         self.cfg, self.tokenizer, self.mesh = model.cfg, tokenizer, mesh
-        self.defaults = defaults or GenerationConfig()
-        self.dtype, self.batch_size = jnp.dtype(dtype), batch_size
-        self.paints = model.unet is not None and model.vae is not None
+        self.defaults, self.safety = defaults or GenerationConfig(), safety
+        self.dtype, self.paints = jnp.dtype(dtype), _paints(model)
+        self._batcher = Batcher(batch_size, shapes or Shapes(), model.cfg.tokens.pad)
         graphdef, params = nnx.split(model)
-        # Variables of its own, be it over the same arrays: what is done to the caller's model
-        # afterwards does not reach this one, nor the other way round.
+        # Own variables, even over the same arrays: later changes to the caller's model do not
+        # reach this one, nor the other way round.
         model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(self.dtype), params))
         with self._on_mesh():
             model.llama = model.llama.unstacked_for_decoding()
         self._graphdef, self._params = nnx.split(model)
         self._unconditional: Float[Array, "N D"] | None = None
-        self.safety: Checker | None = None
-        self.shapes = Shapes()
 
     @property
     def model(self) -> models.Emu:
@@ -194,35 +171,71 @@ class Emu:
         (`Llama.unstacked_for_decoding`)."""
         return nnx.merge(self._graphdef, self._params)
 
+    @property
+    def image_size(self) -> int:
+        """Side of generated images, in pixels."""
+        self._need_painter()
+        assert self.cfg.unet and self.cfg.vae
+        return self.cfg.unet.sample_size * self.cfg.vae.downscale
+
     # --- Text ---
 
+    @overload
     def generate_text(
-        self, prompt: Parts, *, choices: Sequence[str] | None = None, **settings: Any
-    ) -> str:
-        """The text that follows a prompt.
+        self,
+        prompt: Prompts,
+        *,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> list[str]: ...
+    @overload
+    def generate_text(
+        self,
+        prompt: Parts,
+        *,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> str: ...
+    def generate_text(
+        self,
+        prompt: Any,
+        *,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> str | list[str]:
+        """Generates the text that follows a prompt, or each of many prompts.
 
         Args:
-            choices: the only answers that may come out (the release's yes/no trie).
-            settings: fields of `TextConfig`, and `system`.
+            choices: the only possible answers (the release's yes/no trie).
 
         Raises:
-            UserError: a part or a setting that makes no sense, or a prompt that leaves no room for
+            UserError: a part or a setting is invalid, or the prompt leaves no room for
                 `max_new_tokens` in the model's positions.
         """
-        return self.generate_texts([prompt], choices=choices, **settings)[0]
-
-    def generate_texts(
-        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None, **settings: Any
-    ) -> list[str]:
-        """The texts that follow many prompts; see `generate_text`."""
-        ids = self.generate_ids(prompts, choices=choices, **settings)
-        return [self.tokenizer.decode(row).strip() for row in ids]
+        prompts, single = as_prompts(prompt)
+        ids = self._generate_ids(prompts, choices, settings)
+        texts = [self.tokenizer.decode(row).strip() for row in ids]
+        return texts[0] if single else texts
 
     def generate_ids(
-        self, prompts: Sequence[Parts], *, choices: Sequence[str] | None = None, **settings: Any
-    ) -> np.ndarray:
-        """Token ids [B, max_new_tokens + 1]: the dummy `<s>` of transformers 4.31 first, padded
-        behind `</s>`; see `generate_text`."""
+        self,
+        prompt: Parts | Prompts,
+        *,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> Int[np.ndarray, "T"] | Int[np.ndarray, "B T"]:
+        """Generates token ids instead of text; see `generate_text`.
+
+        Returns [max_new_tokens + 1], or [B, max_new_tokens + 1] for many prompts: the dummy `<s>`
+        of transformers 4.31 first, padded behind `</s>`.
+        """
+        prompts, single = as_prompts(prompt)
+        ids = self._generate_ids(prompts, choices, settings)
+        return ids[0] if single else ids
+
+    def _generate_ids(
+        self, prompts: Sequence[Parts], choices: Sequence[str] | None, settings: TextSettings
+    ) -> Int[np.ndarray, "B T"]:
         cfg = self.defaults.replace(**settings)
         allowed = None
         if choices is not None:
@@ -231,188 +244,214 @@ class Emu:
             ids = [(*self.tokenizer.encode(c, bos=False), self.cfg.tokens.eos) for c in choices]
             allowed = text.choices_table(tuple(ids))
         rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
-        plan, rules = Plan.of(cfg, self.cfg.tokens, self.shapes.new_tokens), Rules.of(cfg)
+        slots = self._batcher.shapes.new_tokens
+        static, dynamic = StaticSettings.of(cfg, self.cfg.tokens, slots), DynamicSettings.of(cfg)
         result = np.full((len(rows), cfg.max_new_tokens + 1), self.cfg.tokens.pad, np.int32)
-        for which, batch in self._batches(rows, "left", per_row=cfg.num_beams):
+        for chunk, batch in self._batcher.batches(rows, "left", per_row=cfg.num_beams):
+            text_keys, _ = _row_keys(chunk.filled, cfg.seed)
             with self._on_mesh():
                 out = _decode(
                     self._graphdef,
                     self._params,
-                    *self._device(batch),
-                    plan,
-                    rules,
-                    _row_keys(_fill(which, len(batch.tokens)), cfg.seed)[0],
+                    *self._inputs(batch),
+                    static,
+                    dynamic,
+                    text_keys,
                     allowed,
                 )
-            result[which] = np.asarray(out)[: len(which), : result.shape[1]]
+            result[chunk.index] = np.asarray(out)[: len(chunk.index), : result.shape[1]]
         return result
 
     # --- Ranking ---
 
-    def rank(self, prompt: Parts, candidates: Sequence[str], *, segments: int = 1) -> list[int]:
-        """Indices of the candidates, the likeliest continuation of the prompt first.
+    @overload
+    def rank(
+        self, prompt: Prompts, candidates: Sequence[Sequence[str]], *, segments: int = 1
+    ) -> list[list[int]]: ...
+    @overload
+    def rank(self, prompt: Parts, candidates: Sequence[str], *, segments: int = 1) -> list[int]: ...
+    def rank(
+        self, prompt: Any, candidates: Sequence[Any], *, segments: int = 1
+    ) -> list[int] | list[list[int]]:
+        """Ranks candidate continuations of a prompt, and returns their indices, likeliest first.
 
         Args:
-            segments: as the release's `predict`: candidates of one segment share the length
+            candidates: the continuations; for many prompts, a list for each.
+            segments: as in the release's `predict`: candidates of one segment share the length
                 that their loss is divided by (`text.mean_losses`).
-        """
-        return self.ranks([prompt], [candidates], segments=segments)[0]
 
-    def ranks(
-        self, prompts: Sequence[Parts], candidates: Sequence[Sequence[str]], *, segments: int = 1
+        Raises:
+            UserError: a part is invalid, or a prompt has no candidates.
+        """
+        prompts, single = as_prompts(prompt)
+        ranked = self._rank(prompts, [candidates] if single else candidates, segments)
+        return ranked[0] if single else ranked
+
+    def _rank(
+        self, prompts: Sequence[Parts], candidates: Sequence[Sequence[str]], segments: int
     ) -> list[list[int]]:
-        """`rank` for many prompts, each with its own candidates."""
-        prompts = _listed(prompts)
         if len(prompts) != len(candidates) or not all(candidates):
             raise UserError("each prompt needs its list of candidates")
         if not candidates:
             return []
-        most = max(map(len, candidates))
+        count = max(map(len, candidates))
         if not 1 <= segments <= min(map(len, candidates)):
             raise UserError(f"segments cannot be {segments}: at most one for each candidate")
         ids = [[self.tokenizer.encode(c, bos=False) for c in row] for row in candidates]
-        lengths = [max(map(len, row)) for row in ids]
-        rows = self._prompts(prompts, lengths, system=self.defaults.system)
-        longest = bucket(max(lengths))
+        longest = [max(map(len, row)) for row in ids]
+        rows = self._prompts(prompts, longest, system=self.defaults.system)
+        width = bucket(max(longest))
         ranked: list[list[int]] = [[] for _ in rows]
-        for which, batch in self._batches(rows, "left", per_row=most):
-            table = np.full((len(batch.tokens), bucket(most, 1), longest), -1, np.int32)
-            for n, i in enumerate(which):
+        for chunk, batch in self._batcher.batches(rows, "left", per_row=count):
+            table = np.full((len(batch.tokens), bucket(count, 1), width), -1, np.int32)
+            for n, i in enumerate(chunk.index):
                 for c, candidate in enumerate(ids[i]):
                     table[n, c, : len(candidate)] = candidate
             with self._on_mesh():
-                sums = _losses(self._graphdef, self._params, *self._device(batch), table)
-            for i, row in zip(which, np.asarray(sums), strict=False):
+                sums = _losses(self._graphdef, self._params, *self._inputs(batch), table)
+            for i, row in zip(chunk.index, np.asarray(sums), strict=False):
                 lengths, prompt = [len(c) for c in ids[i]], len(rows[i].tokens)
                 means = text.mean_losses(row[: len(lengths)], lengths, prompt, segments)
                 ranked[i] = np.argsort(means, kind="stable").tolist()
         return ranked
 
-    # --- Pictures ---
+    # --- Images ---
 
-    def visual_features(
-        self, pictures: Sequence[Image.Image | UInt8[np.ndarray, "h w 3"]]
-    ) -> Float[np.ndarray, "B W"]:
-        """The visual encoder's output of each picture, averaged over its patches and the class
-        token: what like pictures are found by."""
+    def embed(self, image: Any) -> Float[np.ndarray, "width"] | Float[np.ndarray, "B width"]:
+        """Returns mean-pooled visual features of an image, or of each of a list of images, for
+        nearest-neighbor retrieval."""
+        single = not isinstance(image, list | tuple)
         size = self.cfg.vision.image_size
-        pixels = [pixels_of(picture, size) for picture in pictures]
+        pixels = [preprocess_image(each, size) for each in ([image] if single else image)]
         out = np.zeros((len(pixels), self.cfg.vision.width), np.float32)
-        for which, rows in self._chunks(np.arange(len(pixels))):
-            batch = np.stack([pixels[i] for i in _fill(which, rows)])
+        for chunk in self._batcher.chunks(len(pixels)):
+            batch = np.stack([pixels[i] for i in chunk.filled])
             with self._on_mesh():
-                found = _features(self._graphdef, self._params, batch, self.dtype)
-            out[which] = np.asarray(found)[: len(which)]
-        return out
+                features = _features(self._graphdef, self._params, batch, self.dtype)
+            out[chunk.index] = np.asarray(features)[: len(chunk.index)]
+        return out[0] if single else out
 
+    @overload
+    def generate_image(
+        self,
+        prompt: Prompts,
+        *,
+        negative_prompt: Parts | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: Callable[[], bool] | None = None,
+        **settings: Unpack[ImageSettings],
+    ) -> list[Image.Image]: ...
+    @overload
     def generate_image(
         self,
         prompt: Parts,
         *,
-        negative: Parts | None = None,
+        negative_prompt: Parts | None = None,
+        seed: int | None = None,
         stop: Callable[[], bool] | None = None,
-        **settings: Any,
-    ) -> Image.Image:
-        """A picture of a prompt: of words, of pictures blended, of both in context.
+        **settings: Unpack[ImageSettings],
+    ) -> Image.Image: ...
+    def generate_image(
+        self,
+        prompt: Any,
+        *,
+        negative_prompt: Any = None,
+        seed: Any = None,
+        stop: Callable[[], bool] | None = None,
+        **settings: Unpack[ImageSettings],
+    ) -> Image.Image | list[Image.Image]:
+        """Generates an image from a prompt, or from each of many prompts.
+
+        Words describe it, images are varied or blended, and both together are read in context.
 
         Args:
-            negative: what guidance leads away from; the empty prompt, as in the release.
+            negative_prompt: what guidance leads away from; the empty prompt by default, as in the
+                release.
+            seed: for many prompts, either a seed for each image, or one from which each image's
+                own follows.
             stop: asked every few calls of the denoiser whether to give up.
-            settings: fields of `ImageConfig`, and `seed`.
 
         Raises:
-            UserError: a part or a setting that makes no sense, or a model that cannot paint.
-            image.Stopped: `stop` returned true.
-        """
-        seeds = [settings.pop("seed", self.defaults.seed)]
-        pictures = self.generate_images(
-            [prompt], negative=negative, seeds=seeds, stop=stop, **settings
-        )
-        return Image.fromarray(pictures[0])
-
-    def generate_images(
-        self,
-        prompts: Sequence[Parts],
-        *,
-        negative: Parts | None = None,
-        seeds: Sequence[int] | int | None = None,
-        stop: Callable[[], bool] | None = None,
-        **settings: Any,
-    ) -> UInt8[np.ndarray, "B H W 3"]:
-        """Pictures of many prompts; see `generate_image`.
-
-        Args:
-            seeds: one for each picture; or a number, from which each picture's own follows.
+            UserError: a part or a setting is invalid, or the model cannot generate images.
+            Stopped: `stop` returned True (`generate.image`).
         """
         self._need_painter()
+        prompts, single = as_prompts(prompt)
         cfg = self.defaults.replace(**settings)
-        prompts = _listed(prompts)
-        keys = self._painting_keys(seeds, len(prompts), cfg)
-        return self._paint(self.regress(prompts), keys, cfg, negative, stop)
+        keys = self._image_keys(seed, len(prompts), cfg)
+        images = self._paint(self._regress(prompts), keys, cfg, negative_prompt, stop)
+        return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
-    def regress(self, prompts: Sequence[Parts]) -> Float[Array, "B N D"]:
-        """The embeddings of the picture that follows each prompt (release: `generate_image`)."""
-        rows = self._prompts(prompts, self.cfg.cformer.n_causal, opens=True)
-        found: list[Any] = [None] * len(rows)
-        for which, batch in self._batches(rows, "right"):
-            with self._on_mesh():
-                out = _regress(self._graphdef, self._params, *self._device(batch))
-            for n, i in enumerate(which):
-                found[i] = out[n]
+    def regress(self, prompt: Any) -> Float[Array, "N D"] | Float[Array, "B N D"]:
+        """Returns the embeddings of the image that follows a prompt, or each of many prompts
+        (release: `generate_image`)."""
+        prompts, single = as_prompts(prompt)
+        embeddings = self._regress(prompts)
+        return embeddings[0] if single else embeddings
+
+    def _regress(self, prompts: Sequence[Parts]) -> Float[Array, "B N D"]:
         n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
-        return jnp.stack(found) if found else jnp.zeros((0, n, width), self.dtype)
+        rows = self._prompts(prompts, n, opens=True)
+        found: dict[int, Array] = {}
+        for chunk, batch in self._batcher.batches(rows, "right"):
+            with self._on_mesh():
+                out = _regress(self._graphdef, self._params, *self._inputs(batch))
+            found |= {i: out[n] for n, i in enumerate(chunk.index.tolist())}
+        if not found:
+            return jnp.zeros((0, n, width), self.dtype)
+        return jnp.stack([found[i] for i in range(len(rows))])
 
     def paint(
         self,
-        embeddings: Float[Array, "B N D"],
+        embeddings: Float[Array, "N D"] | Float[Array, "B N D"],
         *,
-        negative: Parts | None = None,
-        seeds: Sequence[int] | int | None = None,
-        **settings: Any,
-    ) -> UInt8[np.ndarray, "B H W 3"]:
-        """Pictures of embeddings; see `generate_images`."""
+        negative_prompt: Parts | None = None,
+        seed: int | Sequence[int] | None = None,
+        **settings: Unpack[ImageSettings],
+    ) -> Image.Image | list[Image.Image]:
+        """Paints the image of embeddings, or of each of many; see `generate_image`."""
+        single = embeddings.ndim == 2
+        embeddings = embeddings[None] if single else embeddings
         cfg = self.defaults.replace(**settings)
-        keys = self._painting_keys(seeds, len(embeddings), cfg)
-        return self._paint(embeddings, keys, cfg, negative)
+        keys = self._image_keys(seed, len(embeddings), cfg)
+        images = self._paint(embeddings, keys, cfg, negative_prompt)
+        return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
-    def _painting_keys(
-        self, seeds: Sequence[int] | int | None, count: int, cfg: GenerationConfig
-    ) -> Key[Array, "B"]:
-        seeds = cfg.seed if seeds is None else seeds
-        if isinstance(seeds, int | float | str | np.number):
-            check_seed(seeds)
-            rows, seeds = np.arange(count), int(seeds)
-            return _image_keys(_row_keys(rows, seeds)[1], 0)
-        if len(seeds) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one for each")
-        for seed in seeds:
+    def _image_keys(self, seed: Any, count: int, cfg: GenerationConfig) -> Key[Array, "B"]:
+        seed = cfg.seed if seed is None else seed
+        if isinstance(seed, int | float | str | np.number):
             check_seed(seed)
+            return _image_keys(_row_keys(np.arange(count), int(seed))[1], 0)
+        if len(seed) != count:
+            raise UserError(f"{len(seed)} seeds for {count} images: give one for each")
+        for each in seed:
+            check_seed(each)
         # Each image is the one that its seed gives alone.
-        return _image_keys(_row_keys(np.zeros(count, int), seeds)[1], 0)
+        return _image_keys(_row_keys(np.zeros(count, int), seed)[1], 0)
 
     def _paint(
         self,
-        embeddings,
-        keys,
+        embeddings: Float[Array, "B N D"],
+        keys: Key[Array, "B"],
         cfg: GenerationConfig,
-        negative: Parts | None = None,
+        negative_prompt: Parts | None = None,
         stop: Callable[[], bool] | None = None,
-    ):
+    ) -> UInt8[np.ndarray, "B side side 3"]:
         self._need_painter()
-        assert self.cfg.unet and self.cfg.vae
         uncond, guidance = None, 1.0
-        if cfg.guidance > 1:
-            uncond, guidance = self._uncond(negative), jnp.float32(cfg.guidance)
-        table, count = diffusion.padded_steps(self.cfg.scheduler, cfg.steps, cfg.method)
-        out = np.zeros((len(embeddings), self.picture_size, self.picture_size, 3), np.uint8)
-        for which, rows in self._chunks(np.arange(len(embeddings))):
-            full = _fill(which, rows)
+        if cfg.guidance_scale > 1:
+            uncond, guidance = self._uncond(negative_prompt), jnp.float32(cfg.guidance_scale)
+        table, count = diffusion.padded_steps(
+            self.cfg.scheduler, cfg.num_inference_steps, cfg.scheduler
+        )
+        out = np.zeros((len(embeddings), self.image_size, self.image_size, 3), np.uint8)
+        for chunk in self._batcher.chunks(len(embeddings)):
             with self._on_mesh():
-                cond = embeddings[full]
-                state = _start_painting(self._graphdef, self._params, keys[full], cond.dtype)
+                cond, own = embeddings[chunk.filled], keys[chunk.filled]
+                state = _start_painting(self._graphdef, self._params, own, cond.dtype)
                 for first in range(0, count, count if stop is None else STOP_ROWS):
                     if stop is not None and stop():
-                        raise image.Stopped
+                        raise Stopped
                     last = count if stop is None else min(first + STOP_ROWS, count)
                     state = _paint_steps(
                         self._graphdef,
@@ -428,23 +467,16 @@ class Emu:
                     if stop is not None:
                         jax.block_until_ready(state)
                 painted = _finish_painting(self._graphdef, self._params, state, cond.dtype)
-            out[which] = np.asarray(painted)[: len(which)]
+            out[chunk.index] = np.asarray(painted)[: len(chunk.index)]
         return out if self.safety is None or not len(out) else self.safety(out)
 
-    def _uncond(self, negative: Parts | None) -> Float[Array, "N D"]:
-        if negative is not None:
-            return self.regress([negative])[0]
+    def _uncond(self, negative_prompt: Parts | None) -> Float[Array, "N D"]:
+        if negative_prompt is not None:
+            return self._regress([negative_prompt])[0]
         if self._unconditional is None:
-            # What the model itself would draw after nothing: <s>[IMG], not zeros.
-            self._unconditional = self.regress([""])[0]
+            # The model's own image of the empty prompt, <s>[IMG], not zeros.
+            self._unconditional = self._regress([""])[0]
         return self._unconditional
-
-    @property
-    def picture_size(self) -> int:
-        """Pixels along a side of what it paints."""
-        self._need_painter()
-        assert self.cfg.unet and self.cfg.vae
-        return self.cfg.unet.sample_size * self.cfg.vae.downscale
 
     def _need_painter(self) -> None:
         if not self.paints:
@@ -453,132 +485,151 @@ class Emu:
                 "take the pretrained model with its decoder"
             )
 
-    # --- Both ---
+    # --- Text and images ---
 
-    def stream(self, prompt: Parts, **settings: Any) -> Iterator[str | Image.Image]:
-        """Streams the output of `complete`: text a few tokens at a time, images whole.
+    def stream(self, prompt: Any, **settings: Unpack[MixedSettings]) -> Iterator[str | Image.Image]:
+        """Streams the output of `complete` for one prompt: text a few tokens at a time, images
+        whole.
 
         The texts between two images, joined, are those of `complete`, up to white space at
         their ends.
         """
         cfg = self.defaults.replace(**settings)
         rows = self._prompts([prompt], cfg.max_new_tokens, system=cfg.system)
-        plan, rules, room = self._mixed(cfg, rows)
-        ((which, batch),) = self._batches(rows, "left")
-        rules = rules._replace(max_images=room[_fill(which, len(batch.tokens))])
+        static, dynamic, room = self._mixed(cfg, rows)
+        ((chunk, batch),) = self._batcher.batches(rows, "left")
+        dynamic = dynamic._replace(max_images=room[chunk.filled])
         text_keys, image_keys = _row_keys(np.zeros(len(batch.tokens), int), cfg.seed)
         with self._on_mesh():
             state = _open_mixed(
-                self._graphdef, self._params, *self._device(batch), plan, rules, text_keys
+                self._graphdef, self._params, *self._inputs(batch), static, dynamic, text_keys
             )
-        shown = _Shown(self.tokenizer, self.cfg.tokens, opened=rows[0].tokens[-1])
+        progress = _StreamProgress(self.tokenizer, self.cfg.tokens, last=int(rows[0].tokens[-1]))
         while True:
-            # Read before the state is given away.
-            tokens, drawn, done = (
+            # Read before the state is donated.
+            tokens, count, done = (
                 np.asarray(a) for a in (state.tokens[0], state.count[0], state.done[0])
             )
-            done = done or state.step >= plan.steps(self.cfg.cformer.n_causal)
-            for part in shown.more(
-                tokens[: int(state.step)], pictures=int(drawn), ended=bool(done)
-            ):
+            ended = bool(done) or int(state.step) >= static.steps(self.cfg.cformer.n_causal)
+            for part in progress.advance(tokens[: int(state.step)], images=int(count), ended=ended):
                 if isinstance(part, str):
                     yield part
                     continue
                 keys = _image_keys(image_keys[:1], part)
                 yield Image.fromarray(self._paint(state.images[:1, part], keys, cfg)[0])
-            if done:
+            if ended:
                 return
             with self._on_mesh():
-                state = _go_on_mixed(self._graphdef, self._params, state, plan, rules, text_keys)
+                state = _decode_mixed(
+                    self._graphdef, self._params, state, static, dynamic, text_keys
+                )
 
-    def complete(self, prompt: Parts, **settings: Any) -> list[str | Image.Image]:
-        """Continues a prompt with text and images, as the model decides.
+    @overload
+    def complete(
+        self, prompt: Prompts, **settings: Unpack[MixedSettings]
+    ) -> list[list[str | Image.Image]]: ...
+    @overload
+    def complete(
+        self, prompt: Parts, **settings: Unpack[MixedSettings]
+    ) -> list[str | Image.Image]: ...
+    def complete(
+        self, prompt: Any, **settings: Unpack[MixedSettings]
+    ) -> list[str | Image.Image] | list[list[str | Image.Image]]:
+        """Continues a prompt, or each of many, with text and images, as the model decides.
 
-        Args:
-            settings: fields of `GenerationConfig`; text is decoded greedily unless `do_sample`.
+        Text is decoded greedily unless `do_sample`. A continuation ends at `</s>`, after
+        `max_new_tokens` of text, or where it would start more than `max_images` images or an
+        image that no longer fits after its prompt.
+
+        Raises:
+            UserError: a part or a setting is invalid, or the prompt leaves no room for
+                `max_new_tokens` in the model's positions.
         """
-        parts = self.completions([prompt], **settings)[0]
-        return [p if isinstance(p, str) else Image.fromarray(p) for p in parts]
+        prompts, single = as_prompts(prompt)
+        completed = self._complete(prompts, settings)
+        return completed[0] if single else completed
 
-    def completions(
-        self, prompts: Sequence[Parts], **settings: Any
-    ) -> list[list[str | UInt8[np.ndarray, "H W 3"]]]:
-        """Continues each of many prompts, with images as arrays. See `complete`.
-
-        A continuation ends at `</s>`, after `max_new_tokens` of text, or where it would start
-        more than `max_images` images or an image that no longer fits after its prompt.
-        """
+    def _complete(
+        self, prompts: Sequence[Parts], settings: MixedSettings
+    ) -> list[list[str | Image.Image]]:
         cfg = self.defaults.replace(**settings)
         rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
-        plan, rules, room = self._mixed(cfg, rows)
-        results: list[list[Any]] = [[] for _ in rows]
-        drawn, keys = [], []  # embeddings and keys of all pictures
-        for which, batch in self._batches(rows, "left"):
-            full = _fill(which, len(batch.tokens))
-            rules = rules._replace(max_images=room[full])
-            text_keys, image_keys = _row_keys(full, cfg.seed)
+        static, dynamic, room = self._mixed(cfg, rows)
+        parts: dict[int, list[str | None]] = {}
+        embeddings, keys = [], []  # of all images
+        for chunk, batch in self._batcher.batches(rows, "left"):
+            dynamic = dynamic._replace(max_images=room[chunk.filled])
+            text_keys, image_keys = _row_keys(chunk.filled, cfg.seed)
             with self._on_mesh():
                 tokens, images = _complete(
-                    self._graphdef, self._params, *self._device(batch), plan, rules, text_keys
+                    self._graphdef, self._params, *self._inputs(batch), static, dynamic, text_keys
                 )
-            for n, i in enumerate(which):
-                results[i] = self._split(np.asarray(tokens[n]), rows[i].tokens[-1])
-                for k in range(sum(p is None for p in results[i])):
-                    drawn.append(images[n, k])
+            for n, i in enumerate(chunk.index.tolist()):
+                parts[i] = self._split(np.asarray(tokens[n]), int(rows[i].tokens[-1]))
+                for k in range(parts[i].count(None)):
+                    embeddings.append(images[n, k])
                     keys.append(_image_keys(image_keys[n : n + 1], k)[0])
-        if drawn:
-            # Parts are filled in the order of the batches, which is that of `drawn`.
-            painted = iter(self._paint(jnp.stack(drawn), jnp.stack(keys), cfg))
-            for which, _ in self._chunks(_by_length(rows)):
-                for i in which:
-                    results[i] = [next(painted) if p is None else p for p in results[i]]
-        return results
+        painted: Iterator[Image.Image] = iter(())
+        if embeddings:
+            arrays = self._paint(jnp.stack(embeddings), jnp.stack(keys), cfg)
+            painted = map(Image.fromarray, arrays)
+        # Rows take their images in the order in which they were computed.
+        completed = {
+            i: [next(painted) if part is None else part for part in row] for i, row in parts.items()
+        }
+        return [completed[i] for i in range(len(rows))]
 
     def _mixed(
         self, cfg: GenerationConfig, rows: Sequence[Prompt]
-    ) -> tuple[mixed.MixedPlan, mixed.MixedRules, Int[np.ndarray, "B"]]:
-        """The plan, its rules, and the number of images that each row has room for."""
+    ) -> tuple[mixed.StaticMixedSettings, mixed.DynamicMixedSettings, Int[np.ndarray, "B"]]:
+        """Returns the static and dynamic settings, and how many images each row has room for."""
         for name in ("repetition_penalty", "no_repeat_ngram_size"):
             if getattr(cfg, name) != getattr(TextConfig, name):
                 raise UserError(f"{name} has no effect on mixed sequences: leave it out")
-        most, opening = cfg.max_images if self.paints else 0, self.cfg.tokens.img
+        max_images, opening = cfg.max_images if self.paints else 0, self.cfg.tokens.img
         positions, size = self.cfg.llama.max_positions, self.cfg.cformer.n_causal + 1
         free = [positions - len(row.tokens) - cfg.max_new_tokens for row in rows]
-        room = np.minimum(np.array(free, np.int32) // size, most).astype(np.int32)
+        room = np.minimum(np.array(free, np.int32) // size, max_images).astype(np.int32)
         for number, row in enumerate(rows):
             if row.tokens[-1] == opening and not room[number]:
                 self._need_painter()
-                fix = "shorten it" if most else "raise max_images"
+                fix = "shorten it" if max_images else "raise max_images"
                 raise UserError(
-                    f"{_of(number, rows)} ends in [IMG], which opens an image, but there is no "
-                    f"room for one (max_images {most}, {positions} positions in all): {fix}"
+                    f"{_name(number, rows)} ends in [IMG], which opens an image, but there is no "
+                    f"room for one (max_images {max_images}, {positions} positions in all): {fix}"
                 )
-        if short := int(np.sum(room < most)):
+        if short := int(np.sum(room < max_images)):
             log.warning(
                 "%d of %d prompts leave room for fewer than %d images (%d at least): the model "
                 "has %d positions for prompt, text and images together",
                 short,
                 len(rows),
-                most,
+                max_images,
                 room.min(),
                 positions,
             )
-        plan = mixed.MixedPlan(
-            bucket(cfg.max_new_tokens, self.shapes.new_tokens), most, cfg.do_sample, self.paints
+        static = mixed.StaticMixedSettings(
+            bucket(cfg.max_new_tokens, self._batcher.shapes.new_tokens),
+            max_images,
+            cfg.do_sample,
+            self.paints,
         )
-        rules = mixed.MixedRules(
+        dynamic = mixed.DynamicMixedSettings(
             jnp.int32(cfg.max_new_tokens),
             jnp.float32(cfg.temperature),
             jnp.int32(cfg.top_k),
             jnp.float32(cfg.top_p),
         )
-        return plan, rules, room
+        return static, dynamic, room
 
-    def _split(self, tokens: np.ndarray, last: int) -> list[str | None]:
-        """Generated tokens as texts, with None where a picture stands."""
-        ids, parts, words = self.cfg.tokens, [], []
-        pictures: list[int] = [ids.img] if last == ids.img else []
-        for token in [*pictures, *tokens.tolist()]:
+    def _split(self, tokens: Int[np.ndarray, "T"], last: int) -> list[str | None]:
+        """Splits generated tokens into texts, with None for each image. `last` is the prompt's
+        last token."""
+        ids = self.cfg.tokens
+        parts: list[str | None] = []
+        words: list[int] = []
+        opened: list[int] = [ids.img] if last == ids.img else []
+        for token in [*opened, *tokens.tolist()]:
             if token == ids.img:
                 parts += [self.tokenizer.decode(words).strip(), None]
                 words = []
@@ -587,7 +638,7 @@ class Emu:
         parts.append(self.tokenizer.decode(words).strip())
         return [p for p in parts if p != ""]
 
-    # --- Batches ---
+    # --- Prompts ---
 
     def _prompts(
         self,
@@ -600,10 +651,9 @@ class Emu:
         """Tokenizes prompts that `new` more tokens follow, a number for all or one for each.
 
         Raises:
-            UserError: a prompt makes no sense, or it and what follows do not fit together into
-                the model's positions.
+            UserError: a prompt is invalid, or it and what follows do not fit together into the
+                model's positions.
         """
-        prompts = _listed(prompts)
         positions, rows = self.cfg.llama.max_positions, []
         for number, parts in enumerate(prompts):
             try:
@@ -616,8 +666,8 @@ class Emu:
             if (length := len(row.tokens)) + more > positions:
                 fewer = f", or ask for at most {positions - length}" if positions > length else ""
                 raise UserError(
-                    f"{_of(number, prompts)} has {length} tokens and {more} are to follow, but the "
-                    f"model has {positions} positions: shorten it{'' if opens else fewer}"
+                    f"{_name(number, prompts)} has {length} tokens and {more} are to follow, but "
+                    f"the model has {positions} positions: shorten it{'' if opens else fewer}"
                 )
             rows.append(row)
         return rows
@@ -631,59 +681,81 @@ class Emu:
             raise UserError("a system message needs an instruction-tuned model and a plain prompt")
         return Prompt.of(parts, self.tokenizer, self.cfg, opens=opens)
 
-    def _chunks(self, which: np.ndarray, per_row: int = 1) -> Iterator[tuple[np.ndarray, int]]:
-        """(indices, rows to compute): the same rows for all chunks, the last one included."""
-        size = max(1, self.batch_size // per_row)
-        rows = size if len(which) > size else min(size, bucket(len(which), 1))
-        for start in range(0, len(which), size):
-            yield which[start : start + size], rows
-
-    def _batches(
-        self, prompts: Sequence[Prompt], side: Literal["left", "right"], *, per_row: int = 1
-    ) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Prompts of similar lengths together: (which prompts, the padded batch)."""
-        for which, rows in self._chunks(_by_length(prompts), per_row):
-            part = [prompts[i] for i in which]
-            length = bucket(max(len(p.tokens) for p in part), self.shapes.length)
-            pictures = bucket(max(len(p.pictures) for p in part), self.shapes.images)
-            yield (
-                which,
-                pad(
-                    part,
-                    side,
-                    rows=rows,
-                    length=length,
-                    pictures=pictures,
-                    fill=self.cfg.tokens.pad,
-                ),
-            )
-
-    def _device(self, batch: Batch) -> tuple[Any, ...]:
-        """A batch as the programs take it: (images [B, I, N, D], tokens, slots, valid)."""
+    def _inputs(
+        self, batch: Batch
+    ) -> tuple[
+        Float[Array, "B images N D"],
+        Int[np.ndarray, "B T"],
+        Int[np.ndarray, "B T"],
+        Bool[np.ndarray, "B T"],
+    ]:
+        """Encodes a batch's images. Returns what the programs take of it: embeddings, tokens,
+        slots, valid."""
         n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
-        found = []
-        for which, rows in self._chunks(np.arange(len(batch.pictures))):
-            full = _fill(which, rows)
+        encoded = []
+        for chunk in self._batcher.chunks(len(batch.images)):
             with self._on_mesh():
-                found.append(
-                    _encode(self._graphdef, self._params, batch.pictures[full], self.dtype)
-                )
-        flat = jnp.concatenate(found) if found else jnp.zeros((1, n, width), self.dtype)
-        images = jnp.take(flat, batch.which, axis=0)
-        return images, batch.tokens, batch.slots, batch.valid
+                images = batch.images[chunk.filled]
+                encoded.append(_encode(self._graphdef, self._params, images, self.dtype))
+        flat = jnp.concatenate(encoded) if encoded else jnp.zeros((1, n, width), self.dtype)
+        return jnp.take(flat, batch.image_index, axis=0), batch.tokens, batch.slots, batch.valid
 
-    def _on_mesh(self):
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
 
-def _listed(prompts: Any) -> list[Parts]:
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        kind = "one text" if isinstance(prompts, str) else type(prompts).__name__
-        raise UserError(f"prompts must be a list of prompts, not {kind}: put it into a list")
-    return list(prompts)
+class _StreamProgress:
+    """Tracks how much of a continuation has been streamed.
+
+    Args:
+        last: the prompt's last token; `[IMG]` starts an image.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ids: TokenIds, *, last: int):
+        self._tokenizer, self._ids = tokenizer, ids
+        self._words: list[int] = []  # of the current text
+        self._text = ""  # the streamed part of it
+        self._read = 0
+        self._waiting = [0] if last == ids.img else []  # images that are not complete yet
+        self._opened = len(self._waiting)
+
+    def advance(
+        self, tokens: Int[np.ndarray, "T"], *, images: int, ended: bool
+    ) -> Iterator[str | int]:
+        """Yields new texts and the numbers of new images. `images` of them are complete."""
+        ids = self._ids
+        for token in tokens[self._read :].tolist():
+            self._read += 1
+            if token == ids.img:
+                yield from self._new_text(whole=True)
+                self._words, self._text = [], ""
+                self._waiting.append(self._opened)
+                self._opened += 1
+            elif token not in (ids.image, ids.img_end, ids.pad, ids.eos):
+                # An image comes before the words that follow it.
+                yield from self._waiting
+                self._waiting = []
+                self._words.append(token)
+        ready = [n for n in self._waiting if n < images or ended]
+        self._waiting = [n for n in self._waiting if n not in ready]
+        yield from ready
+        yield from self._new_text(whole=ended)
+
+    def _new_text(self, whole: bool) -> Iterator[str]:
+        """Yields new words, without the bytes of an unfinished character."""
+        text = self._tokenizer.decode(self._words)
+        if not whole:
+            text = text.rstrip("\ufffd")
+        if len(text) > len(self._text):
+            yield text[len(self._text) :]
+            self._text = text
 
 
-def _of(number: int, rows: Sequence[Any]) -> str:
+def _paints(model: models.Emu) -> bool:
+    return model.unet is not None and model.vae is not None
+
+
+def _name(number: int, rows: Sequence[Any]) -> str:
     return "the prompt" if len(rows) == 1 else f"prompt {number + 1} of {len(rows)}"
 
 
@@ -698,7 +770,7 @@ def _row_keys(rows: ArrayLike, seeds: ArrayLike) -> tuple[Key[Array, "B"], Key[A
         seeds: one for all rows, or one for each.
     """
 
-    def keys(row: Array, seed: Array) -> tuple[Array, Array]:
+    def keys(row: ArrayLike, seed: ArrayLike) -> tuple[Array, Array]:
         text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), row))
         return text_key, image_key
 
@@ -711,137 +783,153 @@ def _image_keys(image_keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
     return jax.vmap(jax.random.fold_in, (0, None))(image_keys, number)
 
 
-def _fill(which: np.ndarray, rows: int) -> np.ndarray:
-    """Indices for a batch of `rows`: the last one again where there are fewer."""
-    return which[np.minimum(np.arange(rows), len(which) - 1)]
-
-
-def _by_length(prompts: Sequence[Prompt]) -> np.ndarray:
-    return np.argsort([len(p.tokens) for p in prompts], kind="stable")
-
-
 # --- Programs: compiled once per bucket of shapes; the module's structure is part of the key ------
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _encode(graphdef, params, pictures, dtype):
-    TRACES["encode"] += 1
-    floating = jnp.issubdtype(pictures.dtype, jnp.floating)
-    pixels = pictures.astype(dtype) if floating else normalize_images(pictures, dtype)
+def _encode(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    images: UInt8[Array, "B side side 3"] | Float[Array, "B side side 3"],
+    dtype: jnp.dtype,
+) -> Float[Array, "B N D"]:
+    floating = jnp.issubdtype(images.dtype, jnp.floating)
+    pixels = images.astype(dtype) if floating else normalize_images(images, dtype)
     return nnx.merge(graphdef, params).encode_images(pixels)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _features(graphdef, params, pictures, dtype):
-    TRACES["features"] += 1
-    features = nnx.merge(graphdef, params).visual(normalize_images(pictures, dtype))
+def _features(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    images: UInt8[Array, "B side side 3"],
+    dtype: jnp.dtype,
+) -> Float[Array, "B width"]:
+    features = nnx.merge(graphdef, params).visual(normalize_images(images, dtype))
     return jnp.mean(features.astype(jnp.float32), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
-def _decode(graphdef, params, images, tokens, slots, valid, plan, rules, keys, allowed):
-    TRACES["decode"] += 1
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
+def _decode(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    images: Float[Array, "B images N D"],
+    tokens: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    static: StaticSettings,
+    dynamic: DynamicSettings,
+    keys: Key[Array, "B"],
+    allowed: Int[Array, "choices choice"] | None,
+) -> Int[Array, "B length"]:
     emu = nnx.merge(graphdef, params)
     x = emu.embed(tokens, images, slots)
-    return text.decode(emu.llama, x, valid, plan, rules, keys, allowed)
+    return text.decode(emu.llama, x, valid, static, dynamic, keys, allowed)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
-def _losses(graphdef, params, images, tokens, slots, valid, candidates):
-    TRACES["losses"] += 1
+def _losses(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    images: Float[Array, "B images N D"],
+    tokens: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    candidates: Int[Array, "B candidates length"],
+) -> Float[Array, "B candidates"]:
     emu = nnx.merge(graphdef, params)
     x = emu.embed(tokens, images, slots)
     return text.candidate_losses(emu.llama, x, valid, candidates)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
-def _regress(graphdef, params, images, tokens, slots, valid):
-    TRACES["regress"] += 1
+def _regress(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    images: Float[Array, "B images N D"],
+    tokens: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Float[Array, "B N D"]:
     emu = nnx.merge(graphdef, params)
     return emu.regress_after(tokens, jnp.sum(valid, axis=1), images, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _start_painting(graphdef, params, keys, dtype):
-    return image.start_painting(keys, nnx.merge(graphdef, params).cfg, dtype)
+def _start_painting(
+    graphdef: nnx.GraphDef, params: nnx.State, keys: Key[Array, "B"], dtype: jnp.dtype
+) -> diffusion.SampleState:
+    return start_painting(keys, nnx.merge(graphdef, params).cfg, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
-def _paint_steps(graphdef, params, state, cond, uncond, guidance, table, first, last):
-    TRACES["paint"] += 1
+def _paint_steps(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: diffusion.SampleState,
+    cond: Float[Array, "B N D"],
+    uncond: Float[Array, "N D"] | None,
+    guidance: Float[Array, ""] | float,
+    table: diffusion.Steps,
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+) -> diffusion.SampleState:
     emu = nnx.merge(graphdef, params)
     guidance = guidance if uncond is not None else 1.0
-    return image.paint_steps(emu, state, cond, uncond, guidance, table, first, last)
+    return paint_steps(emu, state, cond, uncond, guidance, table, first, last)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _finish_painting(graphdef, params, state, dtype):
-    return image.finish_painting(nnx.merge(graphdef, params), state, dtype)
+def _finish_painting(
+    graphdef: nnx.GraphDef, params: nnx.State, state: diffusion.SampleState, dtype: jnp.dtype
+) -> UInt8[Array, "B side side 3"]:
+    return finish_painting(nnx.merge(graphdef, params), state, dtype)
 
 
-STRIDE = 4  # elements between two looks at a streamed continuation
-
-
-class _Shown:
-    """The part of a continuation that has been shown."""
-
-    def __init__(self, tokenizer: Tokenizer, ids: TokenIds, opened: int):
-        self._tokenizer, self._ids = tokenizer, ids
-        self._words: list[int] = []  # of the text that is being written
-        self._text = ""  # what was shown of it
-        self._read = 0
-        self._waiting = [0] if opened == ids.img else []  # pictures that were opened
-        self._opened = len(self._waiting)
-
-    def more(self, tokens: np.ndarray, *, pictures: int, ended: bool) -> Iterator[str | int]:
-        """Texts and numbers of pictures that are new in `tokens`; `pictures` are complete."""
-        ids = self._ids
-        for token in tokens[self._read :].tolist():
-            self._read += 1
-            if token == ids.img:
-                yield from self._say(whole=True)
-                self._words, self._text = [], ""
-                self._waiting.append(self._opened)
-                self._opened += 1
-            elif token not in (ids.image, ids.img_end, ids.pad, ids.eos):
-                # A picture stands before the words that follow it.
-                yield from self._waiting
-                self._waiting = []
-                self._words.append(token)
-        ready = [n for n in self._waiting if n < pictures or ended]
-        self._waiting = [n for n in self._waiting if n not in ready]
-        yield from ready
-        yield from self._say(whole=ended)
-
-    def _say(self, whole: bool) -> Iterator[str]:
-        """New words; not yet the bytes of an unfinished character."""
-        text = self._tokenizer.decode(self._words)
-        if not whole:
-            text = text.rstrip("\ufffd")
-        if len(text) > len(self._text):
-            yield text[len(self._text) :]
-            self._text = text
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
-def _open_mixed(graphdef, params, images, tokens, slots, valid, plan, rules, keys):
-    TRACES["open"] += 1
-    emu = nnx.merge(graphdef, params)
-    x = emu.embed(tokens, images, slots)
-    return mixed.start(emu, x, valid, tokens[:, -1] == emu.cfg.tokens.img, plan, rules, keys)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "plan"), donate_argnames=("state",))
-def _go_on_mixed(graphdef, params, state, plan, rules, keys):
-    TRACES["go_on"] += 1
-    emu = nnx.merge(graphdef, params)
-    return mixed.go_on(emu, state, state.step + STRIDE, plan, rules, keys)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
-def _complete(graphdef, params, images, tokens, slots, valid, plan, rules, keys):
-    TRACES["complete"] += 1
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
+def _open_mixed(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    images: Float[Array, "B images N D"],
+    tokens: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    static: mixed.StaticMixedSettings,
+    dynamic: mixed.DynamicMixedSettings,
+    keys: Key[Array, "B"],
+) -> mixed.MixedState:
     emu = nnx.merge(graphdef, params)
     x = emu.embed(tokens, images, slots)
     opened = tokens[:, -1] == emu.cfg.tokens.img
-    return mixed.complete(emu, x, valid, opened, plan, rules, keys)
+    return mixed.start(emu, x, valid, opened, static, dynamic, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
+def _decode_mixed(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: mixed.MixedState,
+    static: mixed.StaticMixedSettings,
+    dynamic: mixed.DynamicMixedSettings,
+    keys: Key[Array, "B"],
+) -> mixed.MixedState:
+    emu = nnx.merge(graphdef, params)
+    return mixed.decode_until(emu, state, state.step + STREAM_STEPS, static, dynamic, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
+def _complete(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    images: Float[Array, "B images N D"],
+    tokens: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    static: mixed.StaticMixedSettings,
+    dynamic: mixed.DynamicMixedSettings,
+    keys: Key[Array, "B"],
+) -> tuple[Int[Array, "B length"], Float[Array, "B new_images N D"]]:
+    emu = nnx.merge(graphdef, params)
+    x = emu.embed(tokens, images, slots)
+    opened = tokens[:, -1] == emu.cfg.tokens.img
+    return mixed.complete(emu, x, valid, opened, static, dynamic, keys)

@@ -1,8 +1,8 @@
-"""Prompts: texts and pictures in reading order, as token ids and pixels.
+"""Prompts: texts and images in reading order, as token ids and pixels.
 
-The release spells a prompt as one string, each picture as `[IMG]<image>*N[/IMG]`, and tokenises
-it whole (`Emu1/inference.py`, `Emu1/models/pipeline.py`). Text prompts are padded on the left,
-contexts of pictures on the right.
+The release spells a prompt as one string, each image as `[IMG]<image>*N[/IMG]`, and tokenizes
+it whole (`Emu1/inference.py`, `Emu1/models/pipeline.py`). Prompts for text are padded on the left,
+prompts for images on the right.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from emu_jax.config import EmuConfig
@@ -24,51 +24,60 @@ from emu_jax.data.sources.video import FRAMES, VIDEO_SUFFIXES, Video, sample_fra
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, EOS, IMAGE, IMG, USER, Tokenizer
 
-# str, a PIL picture, pixels [h, w, 3] in uint8 or in floats from 0 to 1; or a video: [F, h, w, 3]
-# or a list of pictures; or the Path of a file of either; or `Normalized` pixels.
-Part = Any
-Parts = Sequence[Part] | str
-_MIXED = "a batch has both `Normalized` and other pictures: pass all of them as one kind"
+# A text; an image: PIL, pixels [h, w, 3] in uint8 or in floats from 0 to 1, `Normalized` pixels; a
+# video: pixels [F, h, w, 3] or a list of images; or the Path of an image or a video.
+Part: TypeAlias = Any
+Parts: TypeAlias = Sequence[Part] | str
+Prompts: TypeAlias = Sequence[list[Any]]
+_MIXED = "a batch has both `Normalized` and other images: pass all of them as one kind"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Normalized:
-    """A picture that the release's preprocessing has already squashed and normalized.
+    """An image that the release's preprocessing has already resized and normalized.
 
     Attributes:
-        pixels: of any floating dtype; the side is the model's image size.
+        pixels: of any floating dtype; `side` is the model's image size.
     """
 
     pixels: Float[np.ndarray, "side side 3"]
 
 
 def is_video(part: Part) -> bool:
-    """Whether a part is a list of frames."""
+    """Returns whether a part is a list of frames."""
     return isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim == 4)
 
 
-def pictures_of(part: Part) -> list[Any]:
-    """The pictures of a part: none of a text, one of a picture, each frame of a video."""
+def images_of(part: Part) -> list[Any]:
+    """Returns the images of a part: none of a text, each frame of a video."""
     if isinstance(part, str):
         return []
     return list(part) if is_video(part) else [part]
 
 
+def as_prompts(prompt: Any) -> tuple[list[Parts], bool]:
+    """Returns the prompts of an argument that is one prompt or a list of lists of parts, and
+    whether it is one."""
+    many = isinstance(prompt, list | tuple) and all(isinstance(p, list | tuple) for p in prompt)
+    return (list(prompt), False) if many else ([prompt], True)
+
+
 def as_parts(prompt: Parts) -> list[Part]:
-    """A prompt as its list of parts, files opened; a lone part is a list of one."""
-    alone = isinstance(prompt, str | Path | Image.Image | np.ndarray | Normalized)
-    if not alone and not isinstance(prompt, Iterable):
+    """Returns a prompt as a list of parts, with files opened. A single part becomes a list."""
+    single = isinstance(prompt, str | Path | Image.Image | np.ndarray | Normalized)
+    if not single and not isinstance(prompt, Iterable):
         raise UserError(f"a prompt is a list of texts and images, not {type(prompt).__name__}")
-    parts = [prompt] if alone else list(prompt)
+    parts = [prompt] if single else list(prompt)
     return [open_file(part) if isinstance(part, Path) else part for part in parts]
 
 
 def open_file(path: Path) -> Part:
-    """Reads an image, or of a video the frames that the release shows. A file's content
-    decides which it is.
+    """Reads an image, or the frames of a video that the release shows to the model.
+
+    The content decides which it is, not the name.
 
     Raises:
-        UserError: it is neither, or cannot be read.
+        UserError: the file is neither, or cannot be read.
     """
     readers = [open_image, _video_file]
     if path.suffix.lower() in VIDEO_SUFFIXES:
@@ -94,33 +103,35 @@ def _video_file(path: Path) -> list[Image.Image]:
 
 
 def open_video(content: bytes, where: str) -> list[Image.Image]:
-    """The frames that the release shows of a video file.
+    """Returns the frames of a video that the release shows to the model.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the video cannot be read.
     """
     return [open_image(data) for _, data in sample_frames(Video(content, where), FRAMES, None)]
 
 
 def instruct(prompt: Parts, system: str | None = None) -> list[Part]:
-    """A user's turn in the format of the instruction-tuned model:
+    """Puts a user's turn into the format of the instruction-tuned model:
     `<system> [USER]: <prompt> [ASSISTANT]:`.
 
-    Without `system` it is chosen as the release's examples do: their message for one picture,
-    that for a video, nothing before text alone or several pictures between texts.
+    Without `system`, the message is that of the release's examples: one for a single image, one
+    for a video, and none for text alone or several images.
     """
     return converse([prompt], system)
 
 
 def converse(turns: Sequence[Parts], system: str | None = None) -> list[Part]:
-    """`instruct` for a dialogue, in which user and model take turns: the user is first, and last.
-    An answer ends in `</s>`."""
+    """Puts a dialogue into the format of the instruction-tuned model; see `instruct`.
+
+    User and model take turns. The user has the first and the last turn; each answer ends in `</s>`.
+    """
     asked = [as_parts(turn) for turn in turns]
     if system is None:
-        shown = [part for parts in asked[::2] for part in parts]
-        pictures = sum(len(pictures_of(part)) for part in shown)
-        videos = any(map(is_video, shown))
-        system = VIDEO_SYSTEM if videos else IMAGE_SYSTEM if pictures == 1 else ""
+        said = [part for parts in asked[::2] for part in parts]
+        count = sum(len(images_of(part)) for part in said)
+        videos = any(map(is_video, said))
+        system = VIDEO_SYSTEM if videos else IMAGE_SYSTEM if count == 1 else ""
     spelled: list[Part] = []
     for number, parts in enumerate(asked):
         if number % 2:
@@ -133,42 +144,51 @@ def converse(turns: Sequence[Parts], system: str | None = None) -> list[Part]:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt.
+    """A tokenized prompt.
 
     Attributes:
-        slots: picture * N + slot at the `<image>` positions of its pictures, else -1.
+        slots: image * N + slot at the `<image>` positions, else -1.
+        images: preprocessed images, uint8, or float32 if `Normalized`.
     """
 
     tokens: Int[np.ndarray, "T"]
     slots: Int[np.ndarray, "T"]
-    pictures: np.ndarray  # uint8 [I, h, w, 3], or float32 where normalised
+    images: UInt8[np.ndarray, "images side side 3"] | Float[np.ndarray, "images side side 3"]
 
     @classmethod
     def of(
         cls, parts: Parts, tokenizer: Tokenizer, cfg: EmuConfig, *, opens: bool = False
     ) -> Prompt:
-        """Spells, tokenises and preprocesses a prompt; with `opens` it ends in `[IMG]`.
+        """Tokenizes and preprocesses a prompt.
 
         A text may spell special tokens other than `<image>`; none can span two parts.
 
+        Args:
+            opens: whether to append `[IMG]`, which starts an image.
+
         Raises:
-            UserError: a part that is neither text nor an image, a video without frames, a text
-                that spells `<image>` or is not valid Unicode, or more tokens than the model has
-                positions for.
+            UserError: a part is neither text nor an image, a video has no frames, a text spells
+                `<image>` or is not valid Unicode, or the prompt has more tokens than the model
+                has positions.
         """
-        texts, pictures, n = [], [], cfg.cformer.n_causal
+        texts, images, n = [], [], cfg.cformer.n_causal
         for part in as_parts(parts):
             if isinstance(part, str):
                 if IMAGE in part:
-                    raise UserError(f"a text must not spell {IMAGE}: pass the picture itself")
+                    raise UserError(f"a text must not spell {IMAGE}: pass the image itself")
                 texts.append(part)
                 continue
-            frames = pictures_of(part)
+            frames = images_of(part)
             if not frames:
                 raise UserError("a video of the prompt has no frames: leave it out")
-            for picture in frames:
+            for image in frames:
+                if isinstance(image, str):
+                    raise UserError(
+                        "a list within a prompt is a video, of images and not a text: to pass "
+                        "many prompts, make each of them a list"
+                    )
                 texts.append(tokenizer.image_placeholder(n))
-                pictures.append(pixels_of(picture, cfg.vision.image_size))
+                images.append(preprocess_image(image, cfg.vision.image_size))
         tokens = tokenizer.encode_parts([*texts, IMG] if opens else texts)
         if len(tokens) > cfg.llama.max_positions:
             raise UserError(
@@ -179,64 +199,68 @@ class Prompt:
         here = tokens == cfg.tokens.image
         slots = np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)
         size = cfg.vision.image_size
-        if len({picture.dtype for picture in pictures}) > 1:
+        if len({image.dtype for image in images}) > 1:
             raise UserError(_MIXED)
-        pixels = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+        pixels = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
         return cls(tokens, slots, pixels)
 
 
-def pixels_of(picture: Any, size: int) -> np.ndarray:
-    """Preprocesses a picture as the release does, to [size, size, 3]: uint8, or float32 where it
-    is `Normalized`.
+def preprocess_image(
+    image: Any, size: int
+) -> UInt8[np.ndarray, "side side 3"] | Float[np.ndarray, "side side 3"]:
+    """Resizes an image as the release does, to [size, size, 3].
+
+    Returns uint8, or float32 if the image is `Normalized`.
 
     Raises:
-        UserError: it is not a picture, or its shape, dtype or range is wrong.
+        UserError: it is not an image, or its shape, dtype or range is wrong.
     """
-    if isinstance(picture, Normalized):
-        if picture.pixels.shape != (size, size, 3):
+    if isinstance(image, Normalized):
+        if image.pixels.shape != (size, size, 3):
             raise UserError(
-                f"normalized pixels of shape {list(picture.pixels.shape)}: this model reads "
+                f"normalized pixels of shape {list(image.pixels.shape)}: this model reads "
                 f"[{size}, {size}, 3]"
             )
-        return picture.pixels.astype(np.float32)
-    if isinstance(picture, np.ndarray):
-        floating = np.issubdtype(picture.dtype, np.floating)
-        if (
-            picture.ndim != 3
-            or picture.shape[2] != 3
-            or not (floating or picture.dtype == np.uint8)
-        ):
+        return image.pixels.astype(np.float32)
+    if isinstance(image, np.ndarray):
+        floating = np.issubdtype(image.dtype, np.floating)
+        if image.ndim != 3 or image.shape[2] != 3 or not (floating or image.dtype == np.uint8):
             raise UserError(
-                "a picture must be uint8 [h, w, 3], or floats from 0 to 1, not "
-                f"{picture.dtype} {list(picture.shape)}"
+                "an image must be uint8 [h, w, 3], or floats from 0 to 1, not "
+                f"{image.dtype} {list(image.shape)}"
             )
-        if not picture.size:
-            raise UserError(f"a picture of shape {list(picture.shape)} has no pixels")
+        if not image.size:
+            raise UserError(f"an image of shape {list(image.shape)} has no pixels")
         if floating:
-            low, high = picture.min(), picture.max()
+            low, high = image.min(), image.max()
             if not (low >= 0 and high <= 1):  # also where one is NaN
                 raise UserError(
-                    f"a picture of floats from {low:g} to {high:g}: scale it to 0..1, pass uint8, "
+                    f"an image of floats from {low:g} to {high:g}: scale it to 0..1, pass uint8, "
                     "or wrap pixels that are already normalized in generate.prompt.Normalized"
                 )
-            picture = np.round(picture * 255.0).astype(np.uint8)
-        if picture.shape[:2] == (size, size):
-            return picture
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
-        raise UserError(f"a prompt has texts and pictures, not {type(picture).__name__}")
-    return load_image(picture, size)
+            image = np.round(image * 255.0).astype(np.uint8)
+        if image.shape[:2] == (size, size):
+            return image
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise UserError(f"a prompt has texts and images, not {type(image).__name__}")
+    return load_image(image, size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Prompts of one shape. The pictures of all rows stand in one list."""
+    """Padded prompts.
+
+    Attributes:
+        images: the preprocessed images of all rows, uint8, or float32 if `Normalized`.
+        image_index: each row's images as indices into `images`; 0 beyond its last one.
+    """
 
     tokens: Int[np.ndarray, "B T"]
     valid: Bool[np.ndarray, "B T"]
     slots: Int[np.ndarray, "B T"]
-    pictures: np.ndarray  # uint8 [M, h, w, 3], or float32 where normalised
-    which: Int[np.ndarray, "B I"]  # a row's pictures in that list; 0 where it has fewer
+    images: UInt8[np.ndarray, "all side side 3"] | Float[np.ndarray, "all side side 3"]
+    image_index: Int[np.ndarray, "B images"]
 
 
 def pad(
@@ -245,28 +269,30 @@ def pad(
     *,
     rows: int,
     length: int,
-    pictures: int,
+    images: int,
     fill: int,
 ) -> Batch:
-    """`prompts` as [rows, length] arrays with room for `pictures` a row; missing rows repeat
-    the last prompt."""
-    if len({p.pictures.dtype for p in prompts if len(p.pictures)}) > 1:
+    """Pads prompts to [rows, length] with room for `images` images in each row.
+
+    Missing rows repeat the last prompt.
+    """
+    if len({p.images.dtype for p in prompts if len(p.images)}) > 1:
         raise UserError(_MIXED)
     padded = [prompts[min(i, len(prompts) - 1)] for i in range(rows)]
     tokens = np.full((rows, length), fill, np.int32)
     valid = np.zeros((rows, length), bool)
     slots = np.full((rows, length), -1, np.int32)
-    which = np.zeros((rows, pictures), np.int32)
-    starts = np.cumsum([0] + [len(p.pictures) for p in prompts])
+    image_index = np.zeros((rows, images), np.int32)
+    starts = np.cumsum([0] + [len(p.images) for p in prompts])
     for i, prompt in enumerate(padded):
         n = len(prompt.tokens)
         where = slice(length - n, length) if side == "left" else slice(0, n)
         tokens[i, where], valid[i, where], slots[i, where] = prompt.tokens, True, prompt.slots
-        which[i, : len(prompt.pictures)] = starts[min(i, len(prompts) - 1)] + np.arange(
-            len(prompt.pictures)
+        image_index[i, : len(prompt.images)] = starts[min(i, len(prompts) - 1)] + np.arange(
+            len(prompt.images)
         )
-    return Batch(tokens, valid, slots, _join([p.pictures for p in prompts]), which)
+    return Batch(tokens, valid, slots, _join([p.images for p in prompts]), image_index)
 
 
-def _join(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([p for p in pictures if len(p)] or [pictures[0]])
+def _join(images: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([p for p in images if len(p)] or [images[0]])

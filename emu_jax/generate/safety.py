@@ -1,7 +1,7 @@
-"""The release's safety checker: diffusers' own, on what was painted.
+"""The release's safety checker, which is diffusers' own.
 
-It runs in torch, on the CPU, and only where the checkpoint has one: the release's folder
-`safety_checker/` with its `feature_extractor/`, which `emu-jax convert` carries along.
+It runs in torch on the CPU, and only if the checkpoint has one: the release's folders
+`safety_checker/` and `feature_extractor/`, which `emu-jax convert` copies.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Checker = Callable[[UInt8[np.ndarray, "B H W 3"]], UInt8[np.ndarray, "B H W 3"]]
+Checker = Callable[[UInt8[np.ndarray, "B side side 3"]], UInt8[np.ndarray, "B side side 3"]]
 
 
 def find_checker(directory: Path) -> Checker | None:
-    """The checker of a run directory or a release folder: it gives pictures back, black where it
-    found something (diffusers: `StableDiffusionSafetyChecker`). None where there is none, which
-    is said.
+    """Loads the checker of a run directory or a release folder.
+
+    The checker returns images, with those it objects to in black (diffusers:
+    `StableDiffusionSafetyChecker`). Returns None, and warns, if the checkpoint has no checker.
 
     Raises:
-        UserError: there is one, and torch or diffusers is missing.
+        UserError: there is one, but torch or diffusers is missing, or it cannot be read.
     """
     for folder in (directory, directory / "release" / "files"):
         if (folder / "safety_checker" / "config.json").is_file():
             return _load(folder)
-    log.warning("%s has no safety checker: pictures are shown as they are painted", directory)
+    log.warning("%s has no safety checker: generated images are not checked", directory)
     return None
 
 
@@ -48,16 +49,16 @@ def _load(folder: Path) -> Checker:
     try:
         model = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker").eval()
         processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
-    except Exception as error:  # what a damaged file leads to is up to three libraries
+    except Exception as error:  # a damaged file raises errors of three libraries
         reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
         raise UserError(f"cannot read the safety checker in {folder}: {reason}") from None
 
-    def check(pictures: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
-        seen = processor(list(pictures), return_tensors="pt").pixel_values
-        # It blackens what it is given; whether it found something is all that is asked.
-        _, found = model(images=[p / 255 for p in pictures], clip_input=seen)
+    def check(images: UInt8[np.ndarray, "B side side 3"]) -> UInt8[np.ndarray, "B side side 3"]:
+        seen = processor(list(images), return_tensors="pt").pixel_values
+        # It blackens the images that it is given, so only its verdict is used.
+        _, found = model(images=[p / 255 for p in images], clip_input=seen)
         if any(found):
-            log.warning("the safety checker found something in %d pictures", sum(found))
-        return np.where(np.asarray(found)[:, None, None, None], np.uint8(0), pictures)
+            log.warning("the safety checker found something in %d images", sum(found))
+        return np.where(np.asarray(found)[:, None, None, None], np.uint8(0), images)
 
     return check

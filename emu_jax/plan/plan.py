@@ -177,7 +177,7 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
         keys, values = (array(a.shape, dtype, *axes) for a in (cache.k, cache.v))
         valid = array((rows, length), bool, "batch", None)
         cache = KVCache(keys, values, valid, array((), jnp.int32))
-        reader = text.Reader(
+        reader = text.DecodeState(
             cache,
             array((rows,), jnp.int32, "batch"),
             array((rows, llama.vocab_size), jnp.float32, "batch", "vocab"),
@@ -185,7 +185,7 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
 
         def one_token(params: Any, reader: Any, tokens: Any) -> Any:
             module: Any = template.module(params)
-            return text.read_token(module, reader, tokens)
+            return text.decode_token(module, reader, tokens)
 
         lowered = jax.jit(one_token, donate_argnums=1).lower(
             params, reader, array((rows,), jnp.int32, "batch")

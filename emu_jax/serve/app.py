@@ -24,23 +24,32 @@ import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from emu_jax.generate.api import Emu, Shapes, load
+from emu_jax.generate.api import Emu, load
+from emu_jax.generate.batching import Shapes
 from emu_jax.generate.prompt import converse
 from emu_jax.serve.connections import bounded_connections, listen, room_for_connections
-from emu_jax.serve.requests import Asked, Limits, Refused, as_parts, parse_chat, parse_draw
+from emu_jax.serve.requests import (
+    IMAGE_KEY,
+    Asked,
+    Limits,
+    Refused,
+    as_parts,
+    parse_chat,
+    parse_draw,
+)
 from emu_jax.serve.worker import Ticket, Worker
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # the last as in a Host header
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DECODERS = 2  # requests whose images are decoded at once
 STOP_SECONDS = 5  # time after a signal for running answers to finish
 _PAGE = Path(__file__).parent / "page"
@@ -55,12 +64,35 @@ _HEADERS = {
 _NOTHING = object()
 
 
-def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Names that the server answers to.
+
+    Any other name in a Host header may belong to another site, whose page could reach the server
+    through DNS rebinding. An address cannot.
+
+    Attributes:
+        names: allowed names, in lower case.
+        addresses: whether every IP address is allowed too.
+    """
+
+    names: frozenset[str] = frozenset(LOOPBACK)
+    addresses: bool = False
+
+    def allow(self, header: str) -> bool:
+        """Returns whether a Host header names this server; its port is ignored."""
+        name, _, port = header.rpartition(":")
+        if not name or not (port.isascii() and port.isdecimal()):
+            name = header
+        name = name.removeprefix("[").removesuffix("]").lower().removesuffix(".")
+        return name in self.names or (self.addresses and _is_address(name))
+
+
+def make_app(emu: Emu, limits: Limits, hosts: Hosts = Hosts()) -> Starlette:  # noqa: B008
     """Builds the application; its `state.worker` is the `Worker` that runs the model.
 
     Args:
-        hosts: allowed values of a request's Host header, or `*` for any. A list of names
-            protects a server on this machine from DNS rebinding by another site's page.
+        hosts: the names that it answers to.
     """
     worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
@@ -109,7 +141,7 @@ def make_app(emu: Emu, limits: Limits, hosts: tuple[str, ...] = LOOPBACK) -> Sta
         ],
         middleware=[
             Middleware(_Headers),
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
+            Middleware(_CheckHost, hosts=hosts),
             Middleware(_PerClient, most=limits.per_client),
         ],
         exception_handlers={
@@ -136,11 +168,16 @@ def chat(
 
 def draw(emu: Emu, asked: Asked, over: Callable[[], bool] | None = None) -> Iterator[Image.Image]:
     """Generates one image from the parts; stops early once `over` returns True."""
-    yield emu.generate_image(as_parts(asked.messages), stop=over, **asked.settings)
+    yield from emu.generate_image([as_parts(asked.messages)], stop=over, **asked.settings)
 
 
-def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
+def serve(
+    checkpoint: Path, host: str, port: int, limits: Limits, names: Sequence[str] = ()
+) -> None:
     """Loads the checkpoint and serves it until interrupted.
+
+    Args:
+        names: names that clients use for this server (`allowed_hosts`).
 
     Raises:
         UserError: the server cannot listen on the address, or the checkpoint cannot be loaded.
@@ -151,10 +188,10 @@ def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
         for opened in sockets:
             stack.callback(opened.close)
         # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
-        emu = load(checkpoint, batch_size=1)
-        emu.shapes = Shapes(length=64, images=limits.pictures, new_tokens=limits.new_tokens)
-        hosts = allowed_hosts(host, sockets)
-        if hosts == ("*",):
+        shapes = Shapes(length=64, images=limits.images, new_tokens=limits.new_tokens)
+        emu = load(checkpoint, batch_size=1, shapes=shapes)
+        hosts = allowed_hosts(host, sockets, names)
+        if hosts.addresses:
             log.warning("there is no authentication: anyone who can reach %s can use it", host)
         address = f"[{host}]" if ":" in host else host
         port = sockets[0].getsockname()[1]
@@ -167,13 +204,27 @@ def serve(checkpoint: Path, host: str, port: int, limits: Limits) -> None:
             app.state.worker.close(timeout=STOP_SECONDS)
 
 
-def allowed_hosts(host: str, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
-    """Returns the `hosts` of `make_app` for a server listening on `sockets`: the loopback names and
-    `host` if all sockets are on the loopback interface, otherwise `("*",)`."""
+def allowed_hosts(host: str, sockets: Sequence[socket.socket], names: Sequence[str] = ()) -> Hosts:
+    """Returns the names that a server listening on `sockets` answers to.
+
+    These are the loopback names, `host` and `names`. A server that other machines can reach also
+    answers to every IP address and, unless `names` are given, to this machine's own names.
+    """
     addresses = [opened.getsockname()[0].partition("%")[0] for opened in sockets]
-    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
-        return tuple(dict.fromkeys((*LOOPBACK, host, *addresses)))
-    return ("*",)
+    reachable = not all(ipaddress.ip_address(address).is_loopback for address in addresses)
+    allowed = [*LOOPBACK, host, *addresses, *names]
+    if reachable and not names:
+        machine = socket.gethostname()
+        allowed += [machine, f"{machine}.local", socket.getfqdn()]
+    return Hosts(frozenset(name.lower().removesuffix(".") for name in allowed), reachable)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
@@ -251,6 +302,22 @@ class _Headers:
             await send(message)
 
         await self._app(scope, receive, secured)
+
+
+class _CheckHost:
+    """Refuses requests that are addressed to a name other than the server's own."""
+
+    def __init__(self, app: ASGIApp, hosts: Hosts):
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "")
+            if not self._hosts.allow(host):
+                message = f"Invalid host {host[:100]!r}: start the server with --allow-host NAME"
+                app = JSONResponse({"error": message}, status_code=400)
+        await app(scope, receive, send)
 
 
 class _PerClient:
@@ -343,7 +410,7 @@ def _image_line(part: Image.Image) -> str:
     file = io.BytesIO()
     part.save(file, "PNG")
     content = base64.b64encode(file.getvalue()).decode()
-    return json.dumps({"picture": f"data:image/png;base64,{content}"}) + "\n"
+    return json.dumps({IMAGE_KEY: f"data:image/png;base64,{content}"}) + "\n"
 
 
 async def _refuse(request: Request | None, error: Exception) -> Response:

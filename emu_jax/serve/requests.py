@@ -20,9 +20,11 @@ from emu_jax.data.images import open_image
 from emu_jax.data.sources.video import FRAMES, open_container
 from emu_jax.errors import UserError
 from emu_jax.generate.prompt import Part, open_video
+from emu_jax.generate.settings import RENAMED
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
+IMAGE_KEY = "picture"  # of an image in requests and answers
 SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 
 
@@ -38,7 +40,7 @@ class Limits:
     body_seconds: float = 30.0  # within which a body must arrive
     parts: int = 64
     text_characters: int = 8000  # of all texts together
-    pictures: int = 16  # including video frames
+    images: int = 16  # including video frames
     pixels: int = 25_000_000  # of all images and frames together
     new_tokens: int = 256
     steps: int = 100  # of diffusion sampling
@@ -105,15 +107,18 @@ def parse_chat(body: bytes, limits: Limits) -> Asked:
 def parse_draw(body: bytes, limits: Limits) -> Asked:
     """Parses a request for an image.
 
-    `{"parts": [PART, ...], "settings": {"seed": ..., "guidance": ..., "steps": ...}}`; a PART is
-    that of `parse_chat`.
+    `{"parts": [PART, ...], "settings": {"seed": ..., "guidance_scale": ...,
+    "num_inference_steps": ...}}`; a PART is that of `parse_chat`. The former names `guidance` and
+    `steps` are accepted too.
 
     Raises:
         Refused: the body is malformed or exceeds the limits.
     """
     values = _object(_json(body), "the request", {"parts", "settings"})
     parts = _Room(limits).parts(values.get("parts"))
-    allowed = {"seed": (0, 2**31 - 1), "guidance": (0.0, 30.0), "steps": (1, limits.steps)}
+    allowed = {"seed": (0, 2**31 - 1), "guidance_scale": (0.0, 30.0)}
+    allowed["num_inference_steps"] = (1, limits.steps)
+    allowed |= {old: allowed[new] for old, new in RENAMED.items() if new in allowed}
     return Asked([Message(True, parts)], _settings(values, allowed))
 
 
@@ -140,7 +145,7 @@ def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]
         right = isinstance(value, kinds) and not isinstance(value, bool)
         if not right or not least <= value <= most:  # also refuses NaN
             raise Refused(400, f"settings.{name} must be from {least} to {most}")
-    return settings
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 class _Room:
@@ -148,24 +153,24 @@ class _Room:
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self.count, self.characters, self.pictures, self.pixels = 0, 0, 0, 0
+        self.count, self.characters, self.images, self.pixels = 0, 0, 0, 0
 
     def parts(self, given: Any) -> list[Part]:
         if not isinstance(given, list) or not given:
-            raise Refused(400, "parts must be a list of texts, pictures and videos")
+            raise Refused(400, "parts must be a list of texts, images and videos")
         return [self.part(part) for part in given]
 
     def part(self, given: Any) -> Part:
         self.count += 1
         if self.count > self.limits.parts:
             raise Refused(413, f"more than {self.limits.parts} parts")
-        part = _object(given, "a part", {"text", "picture", "video"})
+        part = _object(given, "a part", {"text", IMAGE_KEY, "video"})
         if len(part) != 1:
-            raise Refused(400, "a part is one of text, picture and video")
+            raise Refused(400, f"a part is one of text, {IMAGE_KEY} and video")
         ((kind, value),) = part.items()
         if not isinstance(value, str):
             raise Refused(400, f"a {kind} must be a string")
-        return {"text": self.text, "picture": self.picture, "video": self.video}[kind](value)
+        return {"text": self.text, IMAGE_KEY: self.image, "video": self.video}[kind](value)
 
     def text(self, text: str) -> str:
         self.characters += len(text)
@@ -179,18 +184,16 @@ class _Room:
             raise Refused(400, "a text has half of a surrogate pair") from None
         return text
 
-    def picture(self, value: str) -> Image.Image:
-        content = self._file(value, "picture")
+    def image(self, value: str) -> Image.Image:
+        content = self._file(value, IMAGE_KEY)
         try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-                self._fits(*picture.size)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                self._fits(*image.size)
             return open_image(content)
         except Image.DecompressionBombError:
-            raise Refused(413, f"a picture of more than {self.limits.pixels} pixels") from None
+            raise Refused(413, f"an image of more than {self.limits.pixels} pixels") from None
         except (UserError, OSError, SyntaxError, ValueError):
-            raise Refused(
-                400, f"a picture is damaged, or not one of {', '.join(FORMATS)}"
-            ) from None
+            raise Refused(400, f"an image is damaged, or not one of {', '.join(FORMATS)}") from None
 
     def video(self, value: str) -> list[Image.Image]:
         content = self._file(value, "video")
@@ -209,10 +212,10 @@ class _Room:
         except (binascii.Error, ValueError):
             raise Refused(400, f"a {kind} must be base64") from None
 
-    def _more(self, pictures: int) -> None:
-        self.pictures += pictures
-        if self.pictures > self.limits.pictures:
-            raise Refused(413, f"more than {self.limits.pictures} pictures and frames")
+    def _more(self, images: int) -> None:
+        self.images += images
+        if self.images > self.limits.images:
+            raise Refused(413, f"more than {self.limits.images} images and frames")
 
     def _fits(self, width: int, height: int, frames: int = 1) -> None:
         self.pixels += width * height * frames

@@ -77,7 +77,7 @@ class Stage:
     Attributes:
         name: key of the answer for later stages and the task.
         prompt: builds the parts of the prompt, files as Paths.
-        settings: for `Emu.generate_texts`, or for `generate_images` if `paints`.
+        settings: for `Emu.generate_text`, or for `generate_image` if `paints`.
         choices: the only texts that may be generated.
         candidates: the texts to rank, for a stage that generates nothing.
         paints: whether the stage generates an image.

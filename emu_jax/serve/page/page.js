@@ -43,7 +43,7 @@ function element(part) {
     return Object.assign(document.createElement("video"), { src: source, controls: true });
   }
   const source = `data:${part.type || "image/png"};base64,${part.picture}`;
-  return Object.assign(document.createElement("img"), { src: source, alt: "a picture" });
+  return Object.assign(document.createElement("img"), { src: source, alt: "an image" });
 }
 
 function showParts(name) {
@@ -178,12 +178,14 @@ $("draw-form").addEventListener("submit", async (event) => {
   // They stay, to draw again.
   const parts = [...waiting.draw, ...(text ? [{ text }] : [])].map(bare);
   if (!parts.length) return;
-  const fields = { seed: "draw-seed", guidance: "draw-guidance", steps: "draw-steps" };
+  const fields = {
+    seed: "draw-seed", guidance_scale: "draw-guidance", num_inference_steps: "draw-steps",
+  };
   await ask("api/draw", { parts, settings: settings(fields) }, (part) => {
-    const picture = Object.assign(document.createElement("img"), {
+    const image = Object.assign(document.createElement("img"), {
       src: part.picture, alt: "what was drawn",
     });
-    $("drawn").replaceChildren(picture);
+    $("drawn").replaceChildren(image);
   });
 });
 

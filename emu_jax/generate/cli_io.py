@@ -1,4 +1,4 @@
-"""Prompts as the command line and its batch files spell them, and answers as text and files."""
+"""Prompts and answers on the command line and in its batch files."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 
 from emu_jax.errors import UserError
 from emu_jax.filesystem import writing
 from emu_jax.generate.api import Emu
 from emu_jax.generate.prompt import Part, open_file
-from emu_jax.generate.text import MAX_SEED, check_seed
+from emu_jax.generate.settings import MAX_SEED, GenerationConfig, TextSettings, check_seed
 
 Output = Literal["text", "image", "auto"]
 
 
 def read_part(part: str) -> Part:
-    """A PART: `@FILE` is a picture or a video, anything else text (`@@` for text that begins
-    with @).
+    """Reads a PART: `@FILE` is an image or a video, anything else is text. `@@` starts a text that
+    begins with @.
 
     Raises:
         UserError: the file cannot be read, or a text is not valid Unicode.
@@ -36,10 +35,10 @@ def read_part(part: str) -> Part:
 
 
 def read_batch(path: Path) -> list[list[Part]]:
-    """The prompts of a file: on each line a JSON list of PARTs, or one PART alone.
+    """Reads a file of prompts, each line a JSON list of PARTs or a single PART.
 
     Raises:
-        UserError: the file cannot be read, is empty, or a line is something else.
+        UserError: the file cannot be read or is empty, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may stand in a string
@@ -83,25 +82,26 @@ def check_seeds(output: Output, seed: int, prompts: int) -> None:
 
 
 def answer(
-    emu: Emu, prompts: Sequence[Sequence[Part]], output: Output, seed: int, **settings: Any
+    emu: Emu,
+    prompts: Sequence[list[Part]],
+    output: Output,
+    seed: int,
+    max_new_tokens: int | None = None,
 ) -> list[list[str | Image.Image]]:
     """Answers each prompt with text, an image, or both as the model decides.
 
     With output "image", prompt n gets the image that a single prompt gets from `seed + n`.
-
-    Args:
-        settings: fields of `GenerationConfig`.
     """
+    settings: TextSettings = {"seed": seed}
+    if max_new_tokens is not None:
+        settings["max_new_tokens"] = max_new_tokens
+    GenerationConfig().replace(**settings)  # an invalid number is an error with any output
     if output == "text":
-        return [[text] for text in emu.generate_texts(prompts, seed=seed, **settings)]
+        return [[text] for text in emu.generate_text(prompts, **settings)]
     if output == "image":
         seeds = range(seed, seed + len(prompts))
-        pictures = emu.generate_images(prompts, seeds=seeds, **settings)
-        return [[Image.fromarray(p)] for p in pictures]
-    return [
-        [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in parts]
-        for parts in emu.completions(prompts, seed=seed, **settings)
-    ]
+        return [[image] for image in emu.generate_image(prompts, seed=seeds)]
+    return emu.complete(prompts, **settings)
 
 
 def check_save(path: Path) -> None:
@@ -111,15 +111,15 @@ def check_save(path: Path) -> None:
         UserError: the suffix is of no image format.
     """
     if path.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--save {path}: no picture format {path.suffix!r}: use .png")
+        raise UserError(f"--save {path}: no image format {path.suffix!r}: use .png")
     if not path.parent.is_dir():
         raise UserError(f"--save {path}: there is no directory {path.parent}")
 
 
 def save(parts: Iterable[str | Image.Image], path: Path, *, numbered: bool) -> list[dict[str, str]]:
-    """Writes pictures and gives what to show of each part: `{"text": ...}` or `{"image": file}`.
+    """Saves images and returns a description of each part, `{"text": ...}` or `{"image": file}`.
 
-    The only picture goes to `path` itself; where they are numbered, to STEM-1, STEM-2, ...
+    A single image is saved as `path`; numbered images are saved as STEM-1, STEM-2, ...
     """
     shown: list[dict[str, str]] = []
     for part in parts:
@@ -137,7 +137,7 @@ def save(parts: Iterable[str | Image.Image], path: Path, *, numbered: bool) -> l
 def save_batch(
     answers: Sequence[Iterable[str | Image.Image]], path: Path, *, numbered: bool
 ) -> list[list[dict[str, str]]]:
-    """`save` for each of many answers, the pictures of the n-th under STEM-n."""
+    """Saves many answers (`save`), the images of the n-th as STEM-n."""
     return [
         save(parts, path.with_name(f"{path.stem}-{n}{path.suffix}"), numbered=numbered)
         for n, parts in enumerate(answers, start=1)
@@ -145,5 +145,5 @@ def save_batch(
 
 
 def lines(shown: Sequence[Any]) -> str:
-    """The answers of a batch, one JSON list a line."""
+    """Formats the answers of a batch, one JSON list a line."""
     return "\n".join(json.dumps(parts) for parts in shown)
