@@ -7,6 +7,7 @@ error that the user can fix (reported in one line), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import io
 import json
@@ -17,10 +18,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import emu_jax
 from emu_jax.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from emu_jax.convert.convert import ConversionReport
 
 Run = Callable[[argparse.Namespace], "dict[str, Any]"]
 
@@ -249,10 +253,10 @@ def convert(parser: argparse.ArgumentParser) -> Run:
             overwrite=args.overwrite,
         )
         if not args.json:
-            for note in result["notes"]:
+            for note in result.notes:
                 print(note)
             print(_converted(args.dst, result))
-        return result
+        return dataclasses.asdict(result)
 
     return run
 
@@ -298,11 +302,11 @@ def init(parser: argparse.ArgumentParser) -> Run:
             overwrite=args.overwrite,
         )
         if not args.json:
-            for note in result["notes"]:
+            for note in result.notes:
                 print(note)
-            print(f"at random: {len(result['fresh'])} parameters")
+            print(f"at random: {len(result.fresh)} parameters")
             print(_converted(args.dst, result))
-        return result
+        return dataclasses.asdict(result)
 
     return run
 
@@ -753,12 +757,12 @@ def plan(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def _converted(dst: Path, result: dict[str, Any]) -> str:
-    peak = result["peak_rss_anon_bytes"]
+def _converted(dst: Path, report: ConversionReport) -> str:
+    peak = report.peak_rss_anon_bytes
     memory = "" if peak is None else f", peak RssAnon {peak / 2**30:.2f} GiB"
     return (
-        f"{dst}: {result['parameters']:,} parameters, {result['bytes'] / 2**30:.2f} GiB, largest "
-        f"{result['largest_parameter_bytes'] / 2**30:.2f} GiB{memory}, {result['seconds']:.0f} s"
+        f"{dst}: {report.parameters:,} parameters, {report.bytes / 2**30:.2f} GiB, largest "
+        f"{report.largest_parameter_bytes / 2**30:.2f} GiB{memory}, {report.seconds:.0f} s"
     )
 
 

@@ -45,8 +45,9 @@ from emu_jax.convert import (
     tables,
     tensor_files,
 )
-from emu_jax.convert.checkpoint_arrays import Arrays
-from emu_jax.convert.convert import convert, replacing, write_release, write_run_directory
+from emu_jax.convert.checkpoint_arrays import ArrayReader
+from emu_jax.convert.convert import convert, replacing, write_run_directory
+from emu_jax.convert.export import write_release
 from emu_jax.convert.init import init
 from emu_jax.convert.tensors import dtype_name, dtype_of
 from emu_jax.data.documents import Document, Image, Text, write_documents
@@ -138,7 +139,7 @@ def test_the_instruct_model_comes_back_bit_for_bit(instruct_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_release_without_dead_tensors_comes_back_without(tmp_path):
+def test_a_release_without_unused_tensors_comes_back_without(tmp_path):
     """Newer transformers do not store the rotary frequencies: all else keeps its place."""
     release = tmp_path / "release"
     shutil.copytree(GOLDEN, release)
@@ -159,11 +160,11 @@ def test_a_release_without_dead_tensors_comes_back_without(tmp_path):
 
 def test_what_is_not_exported_is_not_spoken_of(run_dir, tmp_path):
     """A model that lost its painter: its export converts again."""
-    run = source.Run(run_dir, one_device())
+    run = source.RunSource.open(run_dir, one_device())
 
     class Blind:
         cfg = dataclasses.replace(run.cfg, unet=None, vae=None)
-        tokenizer, layout, dead, read = run.tokenizer, run.layout, run.dead, run.read
+        tokenizer, layout, unused, read = run.tokenizer, run.layout, run.unused, run.read
         shapes = {p: s for p, s in run.shapes.items() if not p.startswith(("unet.", "vae."))}
 
     (tmp_path / "back").mkdir()
@@ -206,9 +207,9 @@ def test_what_lies_beside_the_tensors_is_carried_untouched(tmp_path):
 def rewrite(path, change):
     """Applies `change` to the dict of tensors in a torch file."""
     stored = torch.load(path, weights_only=True)
-    nest = "module" in stored
-    tensors = change(stored["module"] if nest else stored)
-    torch.save({"module": tensors} if nest else tensors, path)
+    wrapped = "module" in stored
+    tensors = change(stored["module"] if wrapped else stored)
+    torch.save({"module": tensors} if wrapped else tensors, path)
 
 
 @pytest.fixture
@@ -301,10 +302,10 @@ def test_a_sharded_release_comes_back_in_its_shards(tmp_path):
 
 def test_trained_weights_are_not_rounded_on_the_way_back(instruct_dir, tmp_path):
     """What the release had in bfloat16 and training changed comes back in float32."""
-    run = source.Run(instruct_dir, one_device())
+    run = source.RunSource.open(instruct_dir, one_device())
 
     class Trained:
-        cfg, tokenizer, layout, dead = run.cfg, run.tokenizer, run.layout, run.dead
+        cfg, tokenizer, layout, unused = run.cfg, run.tokenizer, run.layout, run.unused
         shapes = {
             p: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding)
             for p, s in run.shapes.items()
@@ -327,7 +328,7 @@ def test_trained_weights_are_not_rounded_on_the_way_back(instruct_dir, tmp_path)
 
 @pytest.mark.slow
 def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
-    """All keys that the release's strict loading asks for, the dead ones too."""
+    """All keys that the release's strict loading asks for, the unused ones too."""
     model = small(lora=False, rope_dtype="bfloat16")
     write_run(model, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back", to="emu")
@@ -366,7 +367,7 @@ def test_another_alpha_goes_back_as_the_same_model(instruct_dir, tmp_path, alpha
     shutil.copytree(instruct_dir, run)
     edit_config(run, llama__lora__alpha=alpha)
     report = convert(run, tmp_path / "back.pt", to="emu")
-    assert any("multiplied by" in note for note in report["notes"])
+    assert any("multiplied by" in note for note in report.notes)
     ours, came = load_tensors(tmp_path / "back.pt"), load_tensors(GOLDEN / "Emu-instruct.pt")
     scaled = 0
     for key, tensor in came.items():
@@ -384,7 +385,7 @@ def test_a_model_that_the_release_cannot_express_is_refused(run_dir, tmp_path):
     shutil.copytree(run_dir, run)
     edit_config(run, llama__embed_std=0.7, cformer__dropout=0.0)
     report = convert(run, tmp_path / "back", to="emu")
-    assert {n.split(" = ")[0].split()[-1] for n in report["notes"]} == {
+    assert {n.split(" = ")[0].split()[-1] for n in report.notes} == {
         "llama.embed_std",
         "cformer.dropout",
     }
@@ -469,21 +470,21 @@ def test_every_tensor_of_the_14b_release_has_its_place(released_shapes, model, v
     template = source.template_of(cfg, one_device())
     shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
     rows = tables.table(cfg, shapes)
-    spelling = tables.Spelling.of(found)
-    dead = tables.match(rows, shapes, cfg, spelling, found, "the release")
+    style = tables.KeyStyle.of(found)
+    unused = tables.match(rows, shapes, cfg, style, found, "the release")
     assert sorted(row.path for row in rows) == sorted(shapes)  # every leaf, once
 
     # And back: the shapes that our parameters give, under the names of the release.
     targets = cfg.llama.lora.targets if cfg.llama.lora else ()
     back = {
-        spelling.write(key, targets): list(
+        style.write(key, targets): list(
             row.transform.release_shape(row.layer_shape(shapes[row.path]))
         )
         for row in rows
         for key in row.keys
     }
-    assert back == {k: s for k, s in found.items() if k not in dead}
-    assert len(back) + len(dead) == sum(
+    assert back == {k: s for k, s in found.items() if k not in unused}
+    assert len(back) + len(unused) == sum(
         len(released_shapes[n]) for n in ([model, "unet", vae] if cfg.unet else [model])
     )
 
@@ -564,7 +565,7 @@ def write_run(model, path):
     stacked = {row.path for row in source.rows_of(model.cfg, params) if row.stacked}
 
     class Fresh:
-        cfg, shapes, layout, dead = model.cfg, template.shapes, None, {}
+        cfg, shapes, layout, unused = model.cfg, template.shapes, None, {}
 
         def read(self, path, layer):
             whole = np.asarray(params[path])
@@ -622,16 +623,16 @@ def test_the_layouts_that_the_towers_have():
 
 def test_names_in_files_of_other_versions():
     lm = "decoder.lm.model.layers.3.self_attn.q_proj."
-    new = tables.Spelling(peft=True, base_layer=True)
+    new = tables.KeyStyle(peft=True, base_layer=True)
     wrapped = lm.replace("decoder.lm.", "decoder.lm.base_model.model.")
     assert new.write(lm + "weight", ["q_proj"]) == wrapped + "base_layer.weight"
     assert new.write(lm + "weight", ["v_proj"]) == wrapped + "weight"
     assert new.write(lm + "lora_A.default.weight", ["q_proj"]) == wrapped + "lora_A.default.weight"
-    assert tables.Spelling(peft=True).write(lm + "weight", ["q_proj"]) == wrapped + "weight"
+    assert tables.KeyStyle(peft=True).write(lm + "weight", ["q_proj"]) == wrapped + "weight"
     assert tables.peft_key(lm + "lora_A.default.weight") == (
         "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
     )
-    old, stem = tables.Spelling(old_vae=True), "vae:encoder.mid_block.attentions.0."
+    old, stem = tables.KeyStyle(old_vae=True), "vae:encoder.mid_block.attentions.0."
     for ours, theirs in (
         ("to_q", "query"),
         ("to_k", "key"),
@@ -640,10 +641,10 @@ def test_names_in_files_of_other_versions():
     ):
         for part in ("weight", "bias"):
             assert old.write(f"{stem}{ours}.{part}") == f"{stem}{theirs}.{part}"
-        assert tables.Spelling().write(f"{stem}{ours}.weight") == f"{stem}{ours}.weight"
-    for spelling in (new, old, tables.Spelling(), tables.Spelling(peft=True)):
-        keys = [spelling.write(k, ["q_proj"]) for k in (lm + "weight", stem + "to_out.0.weight")]
-        assert tables.Spelling.of(keys) == spelling
+        assert tables.KeyStyle().write(f"{stem}{ours}.weight") == f"{stem}{ours}.weight"
+    for style in (new, old, tables.KeyStyle(), tables.KeyStyle(peft=True)):
+        keys = [style.write(k, ["q_proj"]) for k in (lm + "weight", stem + "to_out.0.weight")]
+        assert tables.KeyStyle.of(keys) == style
 
 
 @pytest.fixture(scope="module")
@@ -689,7 +690,8 @@ def test_shards_of_the_language_model_open_too(pretrained, tmp_path):
     shutil.copy(folder / "llama" / "config.json", tmp_path)
     tensors = load_file(folder / "llama" / "model.safetensors")
     contents = {k: (tuple(v.shape), np.dtype(np.float32)) for k, v in tensors.items()}
-    writer = tensor_files.write_shards(tmp_path, "model", contents, limit=20_000)
+    shards = tensor_files.split_into_shards(tmp_path, "model", contents, limit=20_000)
+    writer = tensor_files.ShardedWriter(shards, tmp_path)
     for key in reversed(contents):
         writer.write(key, tensors[key].numpy())
     writer.close()
@@ -822,7 +824,9 @@ def test_adapters_come_back_from_peft(adapted, tmp_path):
     for key, value in PeftConfig(target_modules=["q_proj"]).to_dict().items():
         assert key in known or value in (None, False, {}, []), key
     note.write_text(json.dumps(config | {"use_rslora": True, "init_lora_weights": "gaussian"}))
-    lora = source.Adapted(tmp_path / "peft", source.Run(folder / "run", one_device()), one_device())
+    lora = source.AdaptedSource.open(
+        tmp_path / "peft", source.RunSource.open(folder / "run", one_device()), one_device()
+    )
     assert lora.cfg.llama.lora.alpha == pytest.approx(7 * math.sqrt(5))
 
 
@@ -898,7 +902,7 @@ def fresh(folder, dst, **options):
 
 
 def read_all(path):
-    shapes = source.Run(path, one_device()).shapes
+    shapes = source.RunSource.open(path, one_device()).shapes
     return checkpoint.load_config(path), checkpoint.read_params(path, shapes)
 
 
@@ -932,9 +936,9 @@ def test_a_fresh_emu_has_its_parents_weights(ancestors, tmp_path):
     grid = torch.nn.functional.interpolate(grid, (6, 6), mode="bicubic", align_corners=False)
     expected = torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 36, -1)], 1)[0]
     assert relative_error(params["visual.pos_embed"], expected) < TIGHT
-    assert any("interpolated" in note for note in report["notes"])
-    assert "cformer.projection.kernel" in report["fresh"]
-    assert not any(p.startswith("unet.") for p in report["fresh"])  # of the same width here
+    assert any("interpolated" in note for note in report.notes)
+    assert "cformer.projection.kernel" in report.fresh
+    assert not any(p.startswith("unet.") for p in report.fresh)  # of the same width here
     std = float(jnp.std(params["llama.stu_regress_head.kernel"]))
     assert 0.5 < std * 8 < 2  # lecun: 1 / sqrt(64)
 
@@ -959,9 +963,9 @@ def test_another_width_of_condition_is_reinitialised_and_said_so(ancestors, tmp_
     report = fresh(folder, tmp_path / "run", model_config=GOLDEN / "Emu.json")
     cfg, params = read_all(tmp_path / "run")
     assert cfg.unet.cross_attention_dim == 64
-    again = [p for p in report["fresh"] if p.startswith("unet.")]
+    again = [p for p in report.fresh if p.startswith("unet.")]
     assert len(again) == len(odd) > 0
-    assert sum("re-initialised" in note for note in report["notes"]) == len(odd)
+    assert sum("re-initialised" in note for note in report.notes) == len(odd)
     values = [np.asarray(params[p]) for p in again]
     assert all(0.03 < v.std() < 0.3 for v in values)
     assert len({v.ravel()[0] for v in values}) == len(values)  # each with its own draw
@@ -1386,7 +1390,7 @@ def test_torch_files_are_read_as_torch_reads_them(form, tmp_path):
             k: (tuple(v.shape), dtype_of(str(v.dtype).removeprefix("torch.")))
             for k, v in tensors.items()
         }
-        writer = tensor_files.create(path, contents, nest="module")
+        writer = tensor_files.create(path, contents, wrapper_key="module")
         for key, tensor in tensors.items():
             bits = tensor.detach()
             bits = bits.float() if bits.dtype == torch.bfloat16 else bits
@@ -1397,8 +1401,8 @@ def test_torch_files_are_read_as_torch_reads_them(form, tmp_path):
             assert all(torch.equal(again[k], v) for k, v in tensors.items())
     else:
         TORCH_FORMATS[form]({"module": tensors}, path)
-    opened, nest = tensor_files.open_tensors(path)
-    assert nest == "module" and list(opened[path.name]) == list(tensors)
+    opened, wrapper_key = tensor_files.open_tensors(path)
+    assert wrapper_key == "module" and list(opened[path.name]) == list(tensors)
     for key, tensor in opened[path.name].items():
         theirs = tensors[key].detach()
         ours = tensor.read()
@@ -1470,7 +1474,7 @@ def test_arrays_in_layers_open_in_orbax_and_damage_is_seen(run_dir, tmp_path):
     golden = load_tensors(GOLDEN / source.MULTIMODAL)
     for i, layer in enumerate(stored):
         assert np.array_equal(layer, golden[WEIGHT.replace("layers.1", f"layers.{i}")].numpy().T)
-    arrays = Arrays(item, tmp_path)
+    arrays = ArrayReader(item, tmp_path)
     assert arrays._open(path).chunk_layout.read_chunk.shape == (1, *stored.shape[1:])
 
     run = tmp_path / "run"
@@ -1493,7 +1497,7 @@ def test_chunks_across_layers_are_put_in_order_once(tmp_path, monkeypatch):
     spec = jax.sharding.PartitionSpec(None, "fsdp", None)
     sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
     ocp.PyTreeCheckpointer().save(tmp_path / "item", {"a": {"b": sharded}})
-    arrays = Arrays(tmp_path / "item", tmp_path)
+    arrays = ArrayReader(tmp_path / "item", tmp_path)
     assert arrays._open("a.b").chunk_layout.read_chunk.shape[0] == 3
     for i, layer in enumerate(values):
         assert np.array_equal(arrays.read("a.b", i), layer)
@@ -1558,8 +1562,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
     write_large(tmp_path / "release", layers=32, width=512, mlp=1024)
     for src, dst, to in (("release", "run", "jax"), ("run", "back", "emu"), ("run", "hf", "hf")):
         report = convert(tmp_path / src, tmp_path / dst, to=to, mesh=one_device())
-        taken = report["peak_rss_anon_bytes"] - report["rss_anon_bytes_before"]
-        assert taken < 24 * 2**20 < report["largest_parameter_bytes"], (to, report)
+        taken = report.peak_rss_anon_bytes - report.rss_anon_bytes_before
+        assert taken < 24 * 2**20 < report.largest_parameter_bytes, (to, report)
     assert_same_file(
         tmp_path / "back" / source.MULTIMODAL, tmp_path / "release" / source.MULTIMODAL
     )

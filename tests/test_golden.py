@@ -51,16 +51,16 @@ def load(tensors, decoder=None):
         cfg = dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)
     template = Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     shapes = {path: leaf.shape for path, leaf in template.shapes.items()}
-    spelling = tables.Spelling.of(tensors)
+    style = tables.KeyStyle.of(tensors)
     rows = tables.table(cfg, shapes)
     found = {key: tuple(t.shape) for key, t in tensors.items()}
-    tables.match(rows, shapes, cfg, spelling, found, "golden")
+    tables.match(rows, shapes, cfg, style, found, "golden")
     targets = cfg.llama.lora.targets if cfg.llama.lora else ()
     params = {}
     for row in rows:
         shape = row.layer_shape(shapes[row.path])
         arrays = [
-            row.transform.from_release(as_numpy(tensors[spelling.write(k, targets)]), shape)
+            row.transform.from_release(as_numpy(tensors[style.write(k, targets)]), shape)
             for k in row.keys
         ]
         value = np.stack(arrays) if row.stacked else arrays[0]

@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint, written and read a layer at a time.
+"""ArrayReader of a checkpoint, written and read a layer at a time.
 
 Orbax saves and restores whole arrays, and a stacked parameter of a large model is several GiB.
 Here each layer is written as its own chunks, each with a checksum, in orbax's layout (zarr3 in an
@@ -182,7 +182,7 @@ class ArrayWriter:
         )
 
 
-class Arrays:
+class ArrayReader:
     """The arrays of a checkpoint item that orbax or `ArrayWriter` wrote.
 
     An array whose chunks span several layers is first reordered into a temporary file, chunk by

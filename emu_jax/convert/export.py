@@ -1,28 +1,164 @@
-"""Exports for other libraries: JSON beside the release's tensors, and folders for transformers,
-diffusers and peft."""
+"""Exports: the release's own files, and folders for transformers, diffusers and peft."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from emu_jax.config import EmuConfig, LlamaConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
 from emu_jax.convert import release_config, tensor_files
-from emu_jax.convert.source import Layout, Source, rows_of
-from emu_jax.convert.tables import Row, peft_key
-from emu_jax.convert.tensors import Shape, dtype_name, finishing
+from emu_jax.convert.source import (
+    ModelSource,
+    ReleaseLayout,
+    each_layer,
+    layers,
+    release_layout,
+    rows_of,
+)
+from emu_jax.convert.tables import TableRow, peft_key
+from emu_jax.convert.tensors import Shape, TensorWriter, dtype_name, finishing
+from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError
 
-Progress = Callable[[Source, Sequence[Row], str], Iterator[tuple[Row, int]]]
+_PADDING = ("llama.vocab_multiple",)  # rows that pad a table are not exported
+# Settings of training and initialization, and the longest prompt, which the user must respect.
+_OF_TRAINING = (
+    "cformer.dropout",
+    "llama.embed_std",
+    "llama.lora.dropout",
+    "llama.max_positions",
+)
+# The name of the weights in each folder for other libraries.
+_STEMS = {
+    "llama": "model",
+    "lora": "adapter_model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+
+
+def release_tensors(
+    layers: Iterable[tuple[TableRow, int]], read: Callable[[str, int], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the release's tensors, each with its key in the tables.
+
+    Args:
+        layers: rows, each with the number of a layer.
+        read: returns a layer of the parameter with this path, as `ModelSource.read` does.
+    """
+    for row, layer in layers:
+        yield row.keys[layer], row.transform.to_release(read(row.path, layer))
+
+
+def write_tensors(
+    source: ModelSource, rows: Sequence[TableRow], names: Mapping[str, str], writer: TensorWriter
+) -> None:
+    """Writes the tensors of these rows, layer by layer.
+
+    Args:
+        names: {key in the tables: key of the writer}.
+    """
+    for key, tensor in release_tensors(each_layer(source, rows, "writing"), source.read):
+        writer.write(names[key], tensor)
+
+
+# --- The release's own files -----------------------------------------------------------------
+
+
+def write_release(source: ModelSource, folder: Path, dst: Path) -> list[str]:
+    """Writes the release's own files.
+
+    Tensors return to their original dtypes unless that would lose precision: parameters that were
+    trained since then stay float32.
+
+    Args:
+        folder: where to write: a folder, or a file if `dst` is a single file.
+        dst: the destination that `folder` replaces later.
+
+    Returns:
+        Notes on settings that the release's files do not keep.
+
+    Raises:
+        UserError: the release's code would compute another model.
+    """
+    layout, unused = release_layout(source)
+    single = dst.suffix in TORCH_SUFFIXES
+    if single:
+        layout, folder = _in_one_file(layout, folder.name, dst), folder.parent
+    rows = rows_of(source.cfg, source.shapes)
+    names = layout.style.names(rows, source.cfg)
+    shapes: dict[str, Shape] = {key: tensor.shape for key, tensor in unused.items()}
+    for row in rows:
+        shape = row.release_shape(source.shapes[row.path].shape)
+        shapes |= {names[key]: shape for key in row.keys}
+    dtypes = {key: tensor.dtype for key, tensor in unused.items()}
+    dtypes |= _exact_dtypes(source, rows, names, layout.dtypes)
+    notes = check_release(source, layout, shapes)
+    contents = {
+        file: {key: (shapes[key], dtypes[key]) for key in keys}
+        for file, keys in layout.tensors.items()
+    }
+    writer = tensor_files.ShardedWriter(contents, folder, layout.wrapper_keys)
+    with finishing(writer):
+        for key, tensor in unused.items():
+            writer.write(key, tensor.read())
+        write_tensors(source, rows, names, writer)
+    if not single:
+        copy(layout.carried, folder)
+        complete_release(source, folder)
+    return notes
+
+
+def _in_one_file(layout: ReleaseLayout, name: str, dst: Path) -> ReleaseLayout:
+    """Returns the layout of a model whose tensors all go to the file of this name."""
+    if len(layout.tensors) > 1:
+        raise UserError(f"{dst}: a model with its image decoder needs a folder, not a file")
+    ((original, tensors),) = layout.tensors.items()
+    return dataclasses.replace(
+        layout,
+        tensors={name: tensors},
+        carried={},
+        wrapper_keys={name: layout.wrapper_keys.get(original)},
+    )
+
+
+def _exact_dtypes(
+    source: ModelSource,
+    rows: Sequence[TableRow],
+    names: Mapping[str, str],
+    original: Mapping[str, np.dtype],
+) -> dict[str, np.dtype]:
+    """Returns {name: its original dtype, or the stored one if casting would change a value}.
+
+    A parameter is stored wider than it came if other layers needed it or it was trained since.
+    Only reading it tells which, and a file declares its dtypes before its tensors.
+    """
+    dtypes = {names[key]: original[names[key]] for row in rows for key in row.keys}
+    wider = [
+        row
+        for row in rows
+        if any(dtypes[names[key]] != source.shapes[row.path].dtype for key in row.keys)
+    ]
+    for row, layer in each_layer(source, wider, "checking dtypes"):
+        name = names[row.keys[layer]]
+        stored = source.read(row.path, layer)
+        parts = (stored[i : i + 256] for i in range(0, len(stored), 256))
+        if any(_loses(part, dtypes[name]) for part in parts):
+            dtypes[name] = source.shapes[row.path].dtype
+    return dtypes
+
+
+def _loses(part: np.ndarray, dtype: np.dtype) -> bool:
+    """Returns whether casting to another dtype changes any value."""
+    return not np.array_equal(part.astype(dtype).astype(part.dtype), part)
 
 
 def copy(carried: Mapping[str, Path], folder: Path) -> None:
@@ -36,7 +172,7 @@ def copy(carried: Mapping[str, Path], folder: Path) -> None:
             shutil.copy2(path, target)
 
 
-def complete_release(source: Source, folder: Path) -> None:
+def complete_release(source: ModelSource, folder: Path) -> None:
     """Writes the release's files other than tensors that the source did not provide."""
     cfg = source.cfg
     if not (folder / "Emu.json").exists():
@@ -51,11 +187,13 @@ def complete_release(source: Source, folder: Path) -> None:
     write_decoder_json(cfg, folder)
 
 
-def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
+def check_release(
+    source: ModelSource, layout: ReleaseLayout, shapes: Mapping[str, Shape]
+) -> list[str]:
     """Compares a model's configuration with the one that the release's files will give.
 
     Args:
-        shapes: {tensor's name as the files spell it: its shape}.
+        shapes: {tensor's name in the files: its shape}.
 
     Returns:
         Notes on settings that the files do not keep and that do not change the computation.
@@ -65,8 +203,8 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
             model.
     """
     cfg = source.cfg
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         read = ("Emu.json", "tokenizer", "unet/config.json", "vae/config.json", "scheduler")
         copy(
             {n: p for n, p in layout.carried.items() if n.split("/")[0] in read or n in read},
@@ -88,15 +226,15 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
         again, llama=dataclasses.replace(again.llama, rope_theta=LlamaConfig.rope_theta)
     )
     lost, notes = [], []
-    for name, (ours, theirs) in differences(cfg, again).items():
+    for name, (value, restored) in differences(cfg, again).items():
         if name in _PADDING or (name.startswith("scheduler.") and cfg.unet is None):
             continue
-        if name == "llama.attention_width" and ours == cfg.llama.width:
+        if name == "llama.attention_width" and value == cfg.llama.width:
             continue
         if name in _OF_TRAINING:
-            notes.append(f"the release's files do not keep {name} = {ours} (there: {theirs})")
+            notes.append(f"the release's files do not keep {name} = {value} (there: {restored})")
         else:
-            lost.append(f"{name} is {ours} (there: {theirs})")
+            lost.append(f"{name} is {value} (there: {restored})")
     if lost:
         raise UserError(
             f"the release's code cannot compute this model: {'; '.join(lost)}: use it with "
@@ -105,35 +243,26 @@ def check_release(source: Source, layout: Layout, shapes: Mapping[str, Shape]) -
     return notes
 
 
-_PADDING = ("llama.vocab_multiple",)  # rows that pad a table are not exported
-# Settings of training and initialization, and the longest prompt, which the user must respect.
-_OF_TRAINING = (
-    "cformer.dropout",
-    "llama.embed_std",
-    "llama.lora.dropout",
-    "llama.max_positions",
-)
-
-
 def differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Returns {dotted name: (value in a, value in b)} of all fields that differ."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changes: dict[str, tuple[Any, Any]] = {}
     for field in dataclasses.fields(a):
         x, y = getattr(a, field.name), getattr(b, field.name)
         if dataclasses.is_dataclass(x) and dataclasses.is_dataclass(y):
-            found |= differences(x, y, f"{where}{field.name}.")
+            changes |= differences(x, y, f"{where}{field.name}.")
         elif x != y:
-            found[where + field.name] = (x, y)
-    return found
+            changes[where + field.name] = (x, y)
+    return changes
 
 
-def copy_tokenizer(source: Source, folder: Path) -> None:
+def copy_tokenizer(source: ModelSource, folder: Path) -> None:
     """Writes the LLaMA tokenizer, without the note that `Tokenizer.save` adds."""
     source.tokenizer.save(folder)
     (folder / "emu_tokenizer.json").unlink()
 
 
 def write_decoder_json(cfg: EmuConfig, folder: Path) -> None:
+    """Writes the decoder's JSON files that the folder does not have yet."""
     if cfg.unet is None or cfg.vae is None:
         return
     for name, part in (
@@ -216,7 +345,10 @@ def diffusers_json(part: UNetConfig | VAEConfig | SchedulerConfig) -> dict[str, 
     return extra | to_dict(part)
 
 
-def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
+# --- Folders for other libraries -------------------------------------------------------------
+
+
+def write_hf(source: ModelSource, folder: Path) -> list[str]:
     """Writes folders for transformers (`llama/`), diffusers (`unet/`, `vae/`, `scheduler/`) and
     peft (`lora/`).
 
@@ -231,51 +363,38 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
     """
     cfg = source.cfg
     if cfg.unet is not None:
-        carried = source.layout.carried if source.layout else {}
-        wanted = ("unet/config.json", "vae/config.json", "scheduler")
-        copy({n: p for n, p in carried.items() if n in wanted}, folder)
-        write_decoder_json(cfg, folder)
-        decoder = dict(
-            zip(("unet", "vae", "scheduler"), release_config.decoder(folder), strict=True)
-        )
-        if lost := differences(dataclasses.replace(cfg, **decoder), cfg):
-            said = "; ".join(
-                f"{name} is {ours}, not {there}" for name, (there, ours) in lost.items()
-            )
-            raise UserError(f"the release's own JSON files do not describe this decoder: {said}")
-    places: dict[str, tuple[str, str]] = {}  # {tensor: (folder, name there)}
-    rows = {row.path: row for row in rows_of(cfg, source.shapes)}
-    for row in rows.values():
+        _copy_decoder_json(source, folder)
+    names = {}  # {key in the tables: FOLDER:name}
+    dtypes: dict[str, np.dtype] = {}  # by folder
+    rows = []
+    for row in rows_of(cfg, source.shapes):
+        row_names = {key: name for key in row.keys if (name := _hf_name(key))}
+        if row_names:
+            rows.append(row)
+            names |= row_names
+            part = row_names[row.keys[0]].split(":")[0]
+            dtype = np.dtype(source.shapes[row.path].dtype)
+            same = dtypes.setdefault(part, dtype) == dtype
+            dtypes[part] = dtype if same else np.dtype(np.float32)
+    contents: dict[str, dict[str, tuple[Shape, np.dtype]]] = {part: {} for part in dtypes}
+    for row in rows:
+        shape = row.release_shape(source.shapes[row.path].shape)
         for key in row.keys:
-            if place := _place(key):
-                places[key] = place
-    dtypes: dict[str, np.dtype] = {}
-    for row in rows.values():
-        for key in row.keys:
-            if key in places:
-                part, dtype = places[key][0], np.dtype(source.shapes[row.path].dtype)
-                dtypes[part] = _wider(dtypes.get(part, dtype), dtype)
-    contents: dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
-    for row in rows.values():
-        shape = row.transform.release_shape(row.layer_shape(source.shapes[row.path].shape))
-        for key in row.keys:
-            if key in places:
-                part, name = places[key]
-                contents.setdefault(part, {})[name] = (shape, dtypes[part])
-    writers = {
-        part: tensor_files.write_shards(folder / part, _STEMS[part], tensors)
+            part = names[key].split(":")[0]
+            contents[part][names[key]] = (shape, dtypes[part])
+    files = {
+        f"{part}/{file}": shard
         for part, tensors in contents.items()
+        for file, shard in tensor_files.split_into_shards(
+            folder / part, _STEMS[part], tensors
+        ).items()
     }
-    wanted = [row for row in rows.values() if row.keys[0] in places]
-    with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.enter_context(finishing(writer))
-        for row, layer in progress(source, wanted, "writing"):
-            part, name = places[row.keys[layer]]
-            writers[part].write(name, row.transform.to_release(source.read(row.path, layer)))
+    writer = tensor_files.ShardedWriter(files, folder)
+    with finishing(writer):
+        write_tensors(source, rows, names, writer)
 
-    name = dtype_name(dtypes["llama"])
-    write_json(folder / "llama" / "config.json", llama_json(cfg, torch_dtype=name))
+    torch_dtype = dtype_name(dtypes["llama"])
+    write_json(folder / "llama" / "config.json", llama_json(cfg, torch_dtype=torch_dtype))
     copy_tokenizer(source, folder / "llama")
     if lora := cfg.llama.lora:
         adapter = {
@@ -298,38 +417,47 @@ def write_hf(source: Source, folder: Path, progress: Progress) -> list[str]:
     ]
 
 
-def hf_tensors(cfg: EmuConfig, params: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def _copy_decoder_json(source: ModelSource, folder: Path) -> None:
+    """Copies the decoder's JSON files, or writes those that the source lacks.
+
+    Raises:
+        UserError: the copied files describe another decoder.
+    """
+    carried = source.layout.carried if source.layout else {}
+    wanted = ("unet/config.json", "vae/config.json", "scheduler")
+    copy({name: path for name, path in carried.items() if name in wanted}, folder)
+    write_decoder_json(source.cfg, folder)
+    unet, vae, scheduler = release_config.decoder(folder)
+    copied = dataclasses.replace(source.cfg, unet=unet, vae=vae, scheduler=scheduler)
+    if lost := differences(copied, source.cfg):
+        said = "; ".join(f"{name} is {value}, not {there}" for name, (there, value) in lost.items())
+        raise UserError(f"the release's own JSON files do not describe this decoder: {said}")
+
+
+def hf_tensors(
+    cfg: EmuConfig, params: Mapping[str, jax.Array | np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
     """Returns the tensors `write_hf` writes of a model in memory: {folder: {name: tensor}}."""
+    rows = {row.path: row for row in rows_of(cfg, params)}
+
+    def read(path: str, layer: int) -> np.ndarray:
+        return rows[path].layer(np.asarray(params[path]), layer)
+
     folders: dict[str, dict[str, np.ndarray]] = {}
-    for row in rows_of(cfg, params):
-        array = np.asarray(params[row.path])
-        for i, key in enumerate(row.keys):
-            if place := _place(key):
-                tensor = row.transform.to_release(array[i] if row.stacked else array)
-                folders.setdefault(place[0], {})[place[1]] = np.ascontiguousarray(tensor)
+    every_layer = ((row, layer) for row in rows.values() for layer in layers(row))
+    for key, tensor in release_tensors(every_layer, read):
+        if name := _hf_name(key):
+            part, name = name.split(":")
+            folders.setdefault(part, {})[name] = np.ascontiguousarray(tensor)
     return folders
 
 
-_STEMS = {
-    "llama": "model",
-    "lora": "adapter_model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}
-
-
-def _place(key: str) -> tuple[str, str] | None:
-    """Returns the folder that a tensor goes to and its name there, or None if it is left out."""
+def _hf_name(key: str) -> str | None:
+    """Returns FOLDER:name of a tensor in other libraries' folders, or None if it is left out."""
     if ":" in key:
-        tower, name = key.split(":")
-        return tower, name
+        return key
     if not key.startswith("decoder.lm.") or "stu_regress_head" in key:
         return None
     if ".lora_" in key:
-        return "lora", peft_key(key)
-    return "llama", key.removeprefix("decoder.lm.")
-
-
-@functools.cache
-def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
-    return a if a == b else np.dtype(np.float32)
+        return f"lora:{peft_key(key)}"
+    return f"llama:{key.removeprefix('decoder.lm.')}"

@@ -22,17 +22,49 @@ from jax.sharding import Mesh
 
 from emu_jax import integrity
 from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, emu_14b
-from emu_jax.convert import release_config, tables, tensor_files
-from emu_jax.convert.convert import describe, replacing, report, write_run_directory
-from emu_jax.convert.source import FLOATS, Layout, layers, synthetic_dead, template_of
-from emu_jax.convert.tables import Spelling
-from emu_jax.convert.tensors import Tensor
+from emu_jax.convert import release_config, tensor_files
+from emu_jax.convert.convert import (
+    ConversionReport,
+    measured,
+    replacing,
+    report,
+    write_run_directory,
+)
+from emu_jax.convert.source import (
+    DECODER,
+    FLOATS,
+    ReleaseLayout,
+    common_dtype,
+    default_unused,
+    layers,
+    rows_of,
+    template_of,
+)
+from emu_jax.convert.tables import KeyStyle, TableRow
+from emu_jax.convert.tensors import Shape, Tensor
 from emu_jax.errors import UserError
 from emu_jax.filesystem import read_json_object
 from emu_jax.models.emu import Emu
 from emu_jax.models.layers import lecun
-from emu_jax.sharding import make_mesh
+from emu_jax.sharding import Template, make_mesh
 from emu_jax.tokenizer import Tokenizer
+
+_VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
+# Tensors of the parents that are buffers, not parameters.
+_BUFFERS = ("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")
+# Folders of Stable Diffusion that a release only carries along.
+_CARRIED = ("scheduler", "safety_checker", "feature_extractor")
+
+
+@dataclasses.dataclass
+class InitReport(ConversionReport):
+    """The report on a fresh model.
+
+    Attributes:
+        fresh: the parameters that start at random.
+    """
+
+    fresh: list[str]
 
 
 def init(
@@ -47,7 +79,7 @@ def init(
     seed: int = 0,
     overwrite: bool = False,
     mesh: Mesh | None = None,
-) -> dict[str, Any]:
+) -> InitReport:
     """Writes a run directory with an Emu that was assembled from its parents and never trained.
 
     Args:
@@ -58,247 +90,320 @@ def init(
         tokenizer: a LLaMA tokenizer folder; by default `llama`.
         cformer: sizes of the Causal Transformer; by default t5-base's.
 
-    Returns:
-        The report of `convert`, and `fresh`: the parameters that start at random.
-
     Raises:
         UserError: a parent is missing, damaged or does not fit. `dst` is left unchanged.
     """
     dst = Path(dst)
     integrity.check_path(dst)
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
-    with report() as made, replacing(dst, overwrite, sources) as temporary:
-        parents = Parents(
+    with measured() as usage, replacing(dst, overwrite, sources) as temporary:
+        source = FreshSource.open(
             Path(llama),
             Path(eva_clip),
             Path(sd),
             mesh or make_mesh(),
-            cformer or CFormerConfig(),
-            seed,
-            model_config,
-            Path(tokenizer or llama),
+            cformer=cformer or CFormerConfig(),
+            seed=seed,
+            model_config=model_config,
+            tokenizer=Path(tokenizer or llama),
         )
-        write_run_directory(parents, temporary)
-        made |= describe(parents)
-        made["fresh"] = sorted(parents.fresh)
-        made["notes"] = parents.notes
-    return made
+        write_run_directory(source, temporary)
+    written = report(source, source.notes, usage)
+    return InitReport(**vars(written), fresh=sorted(source.fresh))
 
 
-class Parents:
-    """A `source.Source` of a fresh Emu's parameters, produced one after the other."""
+@dataclasses.dataclass
+class FreshSource:
+    """A fresh Emu whose parameters come from its parents, or start at random.
 
-    def __init__(
-        self,
+    Attributes:
+        notes: what was resized or re-initialized.
+        fresh: the parameters that start at random.
+        emu_key: the random key of the whole model's initialization.
+        painter_key: the random key of the denoiser's parameters.
+        abstract: the model without its arrays.
+        rows: the row of each parameter.
+        tensors: the parents' tensors by their key in the tables, as `style` writes it.
+        style: how the parents' files write the keys.
+        initialized: random parameters of which some layers were not read yet.
+    """
+
+    cfg: EmuConfig
+    tokenizer: Tokenizer
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    layout: ReleaseLayout
+    unused: dict[str, Tensor]
+    notes: list[str]
+    fresh: set[str]
+    emu_key: jax.Array
+    painter_key: jax.Array
+    abstract: Template
+    rows: dict[str, TableRow]
+    tensors: dict[str, Tensor]
+    style: KeyStyle
+    initialized: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
         llama: Path,
         eva_clip: Path,
         sd: Path,
         mesh: Mesh,
+        *,
         cformer: CFormerConfig,
         seed: int,
         model_config: Path | None,
         tokenizer: Path,
-    ):
+    ) -> FreshSource:
+        """Opens the parents, and checks that they fit together. See `init` for the arguments.
+
+        Raises:
+            UserError: a parent is missing, damaged or does not fit.
+        """
         for path, kind in ((llama, "--llama"), (sd, "--sd")):
             if not path.is_dir():
                 raise UserError(f"{kind} {path} is not a directory")
-        self.tokenizer = Tokenizer.load(tokenizer, instruct=False)
+        loaded = Tokenizer.load(tokenizer, instruct=False)
         # As in training, whose steps take the second key.
         init_key, _ = jax.random.split(jax.random.key(seed))
-        self._emu_key, self._painter_key = jax.random.split(init_key)
-        self._drawn: dict[str, jax.Array] = {}
-        self.notes: list[str] = []
-        self._tensors = {
-            **_read(eva_clip, "visual.", lambda key: key),
-            **_read(
-                tensor_files.find(llama, "model", "pytorch_model"),
-                "",
-                lambda key: f"decoder.lm.{key}",
-            ),
-        }
-        for tower in ("unet", "vae"):
-            weights = tensor_files.find(sd / tower, "diffusion_pytorch_model")
-            self._tensors |= _read(weights, "", lambda key, tower=tower: f"{tower}:{key}")
-        for key in list(self._tensors):  # buffers, not parameters
-            if key.endswith(("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")):
-                del self._tensors[key]
-        self.cfg = self._sizes(llama, sd, cformer, model_config)
-        # Folders that a release only carries along. Tensors go to their default files.
-        names = ("scheduler", "safety_checker", "feature_extractor")
-        self.layout = Layout(Spelling(), {}, {}, {n: sd / n for n in names if (sd / n).is_dir()})
-        self.dead = synthetic_dead(self.cfg)
-        template = template_of(self.cfg, mesh)
-        shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
-        self._rows = {row.path: row for row in tables.table(self.cfg, shapes)}
-        self._spelling = Spelling.of(self._tensors)
-        self._template = template
-        self.fresh = self._check(shapes)
-        self.shapes = {
-            p: s
-            if p in self.fresh
-            else jax.ShapeDtypeStruct(s.shape, self._stored(p), sharding=s.sharding)
-            for p, s in template.shapes.items()
-        }
-
-    def _sizes(
-        self, llama: Path, sd: Path, cformer: CFormerConfig, model_config: Path | None
-    ) -> EmuConfig:
-        """Returns the configuration: the parents' sizes, with a chosen image size and n_causal."""
-        preset = emu_14b()
-        shapes = {key: t.shape for key, t in self._tensors.items()}
-        language = release_config.llama_config(llama / "config.json")
-        base = self.tokenizer.base_size
-        if language.vocab_size != base:
-            raise UserError(
-                f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {base}"
-            )
-        chosen: dict[str, Any] = {"image_size": preset.vision.image_size}
-        if model_config is not None:
-            values = read_json_object(model_config)
-            tower, language_too = (values.get(k) or {} for k in ("vision_cfg", "multimodal_cfg"))
-            if not isinstance(tower, dict) or not isinstance(language_too, dict):
-                raise UserError(
-                    f"{model_config} is not a model JSON of the release: vision_cfg and "
-                    "multimodal_cfg must be objects"
+        emu_key, painter_key = jax.random.split(init_key)
+        tensors = _parents_tensors(llama, eva_clip, sd)
+        parents = {key: tensor.shape for key, tensor in tensors.items()}
+        cfg = _config(parents, llama, sd, loaded.base_size, cformer, model_config)
+        abstract = template_of(cfg, mesh)
+        rows = {row.path: row for row in rows_of(cfg, abstract.shapes)}
+        style = KeyStyle.of(tensors)
+        fresh, notes = _check(rows, abstract.shapes, style, tensors, cfg, loaded.base_size)
+        names = style.names(rows.values(), cfg)
+        return cls(
+            cfg=cfg,
+            tokenizer=loaded,
+            shapes={
+                p: s
+                if p in fresh
+                else jax.ShapeDtypeStruct(
+                    s.shape,
+                    common_dtype(tensors[names[key]] for key in rows[p].keys),
+                    sharding=s.sharding,
                 )
-            chosen |= {k: tower[k] for k in ("image_size", "head_width") if k in tower}
-            causal = language_too.get("n_causal", cformer.n_causal)
-            for value in (*chosen.values(), causal):
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise UserError(f"{model_config}: a size is {value!r}, not a positive number")
-            cformer = dataclasses.replace(cformer, n_causal=causal)
-        try:
-            width, _, patch, _ = shapes["visual.patch_embed.proj.weight"]
-            vision = dataclasses.replace(
-                preset.vision,
-                **chosen,
-                patch_size=patch,
-                width=width,
-                layers=_count(shapes, r"visual\.blocks\.(\d+)\."),
-                mlp_width=shapes["visual.blocks.0.mlp.fc1.weight"][0],
-                clip_width=shapes["visual.head.weight"][0],
-            )
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise UserError(f"--eva-clip: not an EVA-CLIP vision tower ({error})") from None
-        if 0 in (width, patch) or width % vision.head_width or vision.image_size % patch:
-            raise UserError(
-                f"--eva-clip: width {width} does not split into heads of {vision.head_width}, or "
-                f"images of {vision.image_size} into patches of {patch}: give its JSON with "
-                "--model-config"
-            )
-        unet, vae, scheduler = release_config.decoder(sd)
-        return EmuConfig(
-            vision=vision,
-            cformer=cformer,
-            tokens=TokenIds.after(base),
-            vae=vae,
-            llama=dataclasses.replace(language, vocab_size=base + release_config.ADDED_TOKENS[0]),
-            unet=dataclasses.replace(unet, cross_attention_dim=language.width),
-            scheduler=scheduler,
+                for p, s in abstract.shapes.items()
+            },
+            # Tensors go to their default files.
+            layout=ReleaseLayout(
+                KeyStyle(), {}, {}, {n: sd / n for n in _CARRIED if (sd / n).is_dir()}
+            ),
+            unused=default_unused(cfg),
+            notes=notes,
+            fresh=fresh,
+            emu_key=emu_key,
+            painter_key=painter_key,
+            abstract=abstract,
+            rows=rows,
+            tensors=tensors,
+            style=style,
         )
 
-    def _check(self, shapes: dict[str, tuple[int, ...]]) -> set[str]:
-        """Returns the parameters that start at random, and checks that all others have tensors.
-
-        Raises:
-            UserError: tensors are missing, unexpected or misshapen. The message lists all of them.
-        """
-        fresh = {p for p in shapes if p.startswith(("cformer.", "ln_visual."))}
-        fresh.add("llama.stu_regress_head.kernel")
-        found = {key: t.shape for key, t in self._tensors.items()}
-        expected: dict[str, tuple[int, ...]] = {}
-        for row in self._rows.values():
-            released = row.transform.release_shape(row.layer_shape(shapes[row.path]))
-            for key in row.keys:
-                key, shape = self._spelling.write(key), released
-                if row.path in fresh:
-                    continue
-                if key in _VOCABULARY:
-                    shape = (self.tokenizer.base_size, shape[1])
-                got = found.get(key)
-                if key == "visual.pos_embed" and got and len(got) == 3 and got != shape:
-                    if not _square(got[1] - 1):
-                        raise UserError(f"--eva-clip: visual.pos_embed has {got[1]} rows")
-                    self.notes.append(f"visual.pos_embed: interpolated from {got[1]} to {shape[1]}")
-                    shape = (1, got[1], self.cfg.vision.width)
-                if re.search(r"\.attn2\.to_[kv]\.weight$", key) and got and got != shape:
-                    if len(got) == 2 and got[0] == shape[0]:
-                        self.notes.append(
-                            f"{key}: condition of width {got[1]}, now {shape[1]}: re-initialised"
-                        )
-                        fresh.add(row.path)
-                        shape = got
-                expected[key] = shape
-        problems = [
-            *(f"{k} is missing" for k in expected if k not in found),
-            *(f"{k} is unexpected" for k in found if k not in expected),
-            *(
-                f"{k} is {list(found[k])}, expected {list(s)}"
-                for k, s in expected.items()
-                if k in found and tuple(found[k]) != s
-            ),
-            *(
-                f"{k} is {t.dtype}"
-                for k, t in self._tensors.items()
-                if k in expected and t.dtype not in FLOATS
-            ),
-        ]
-        if problems:
-            raise UserError("the parents do not fit: " + "; ".join(problems))
-        return fresh
-
-    def _stored(self, path: str) -> np.dtype:
-        dtypes = {self._tensors[self._spelling.write(k)].dtype for k in self._rows[path].keys}
-        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-
     def read(self, path: str, layer: int) -> np.ndarray:
-        row = self._rows[path]
+        row = self.rows[path]
         if path in self.fresh:
-            if path not in self._drawn:
-                self._drawn |= self._draw(path)
-            # Other layers of it are read next.
+            if path not in self.initialized:
+                self.initialized |= self._initialize(path)
+            # Its other layers are read next.
             last = layer + 1 == len(layers(row))
-            drawn = self._drawn.pop(path) if last else self._drawn[path]
-            return np.asarray(drawn[layer] if row.stacked else drawn)
-        inner = row.layer_shape(self.shapes[path].shape)
+            whole = self.initialized.pop(path) if last else self.initialized[path]
+            return np.asarray(whole[layer] if row.stacked else whole)
+        shape = row.layer_shape(self.shapes[path].shape)
         key = row.keys[layer]
-        value = self._tensors[self._spelling.write(key)].read()
-        value = self._grow(key, value, row.transform.release_shape(inner))
-        return row.transform.from_release(value, inner)
+        value = self.tensors[self.style.write(key)].read()
+        value = _resized(key, value, row.transform.release_shape(shape))
+        return row.transform.from_release(value, shape)
 
-    def _draw(self, path: str) -> dict[str, jax.Array]:
+    def _initialize(self, path: str) -> dict[str, jax.Array]:
         """Initializes a parameter, and all others made with it, as the module does."""
         if path.startswith("unet."):  # alone: initializing the whole denoiser would be a waste
             shape = self.shapes[path]
-            key = jax.random.fold_in(self._painter_key, sorted(self.fresh).index(path))
-            draw = jax.jit(
+            key = jax.random.fold_in(self.painter_key, sorted(self.fresh).index(path))
+            initialize = jax.jit(
                 lambda key: lecun(key, shape.shape, jnp.float32), out_shardings=shape.sharding
             )
-            return {path: draw(key)}
-        keep = {
+            return {path: initialize(key)}
+        shardings = {
             p: s.sharding
             for p, s in self.shapes.items()
             if p in self.fresh and not p.startswith("unet.")
         }
 
         def make() -> dict[str, jax.Array]:  # XLA removes the parameters that are not returned
-            emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self._emu_key))
-            params = self._template.params(emu)
-            return {p: params[p] for p in keep}
+            emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self.emu_key))
+            params = self.abstract.params(emu)
+            return {p: params[p] for p in shardings}
 
-        return jax.jit(make, out_shardings=keep)()
-
-    def _grow(self, key: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns a parent's tensor resized to the shape that Emu needs."""
-        if key in _VOCABULARY:
-            mean = value.astype(np.float32).mean(axis=0, keepdims=True).astype(value.dtype)
-            return np.concatenate([value, np.repeat(mean, shape[0] - len(value), axis=0)])
-        if key == "visual.pos_embed" and value.shape != shape:
-            return resize_positions(value, shape[1])
-        return value
+        return jax.jit(make, out_shardings=shardings)()
 
 
-_VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
+def _parents_tensors(llama: Path, eva_clip: Path, sd: Path) -> dict[str, Tensor]:
+    """Opens the parents' tensors, named as in the release."""
+    tensors = _read(eva_clip, "visual.", lambda key: key)
+    language = tensor_files.find(llama, "model", "pytorch_model")
+    tensors |= _read(language, "", lambda key: f"decoder.lm.{key}")
+    for tower in DECODER:
+        weights = tensor_files.find(sd / tower, "diffusion_pytorch_model")
+        tensors |= _read(weights, "", lambda key, tower=tower: f"{tower}:{key}")
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFERS)}
+
+
+def _config(
+    parents: dict[str, Shape],
+    llama: Path,
+    sd: Path,
+    base_vocab: int,
+    cformer: CFormerConfig,
+    model_config: Path | None,
+) -> EmuConfig:
+    """Returns the configuration: the parents' sizes, with a chosen image size and n_causal.
+
+    Args:
+        parents: the shapes of the parents' tensors.
+        base_vocab: the size of the tokenizer's vocabulary before Emu's tokens.
+    """
+    language = release_config.llama_config(llama / "config.json")
+    if language.vocab_size != base_vocab:
+        raise UserError(
+            f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {base_vocab}"
+        )
+    preset = emu_14b().vision
+    chosen: dict[str, Any] = {"image_size": preset.image_size}
+    if model_config is not None:
+        stated, causal = _chosen_sizes(model_config)
+        chosen |= stated
+        cformer = dataclasses.replace(cformer, n_causal=causal or cformer.n_causal)
+    try:
+        width, _, patch, _ = parents["visual.patch_embed.proj.weight"]
+        vision = dataclasses.replace(
+            preset,
+            **chosen,
+            patch_size=patch,
+            width=width,
+            layers=release_config.count_layers(parents, r"visual\.blocks\.(\d+)\."),
+            mlp_width=parents["visual.blocks.0.mlp.fc1.weight"][0],
+            clip_width=parents["visual.head.weight"][0],
+        )
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise UserError(f"--eva-clip: not an EVA-CLIP vision tower ({error})") from None
+    if 0 in (width, patch) or width % vision.head_width or vision.image_size % patch:
+        raise UserError(
+            f"--eva-clip: width {width} does not split into heads of {vision.head_width}, or "
+            f"images of {vision.image_size} into patches of {patch}: give its JSON with "
+            "--model-config"
+        )
+    unet, vae, scheduler = release_config.decoder(sd)
+    return EmuConfig(
+        vision=vision,
+        cformer=cformer,
+        tokens=TokenIds.after(base_vocab),
+        vae=vae,
+        llama=dataclasses.replace(language, vocab_size=base_vocab + release_config.ADDED_TOKENS[0]),
+        unet=dataclasses.replace(unet, cross_attention_dim=language.width),
+        scheduler=scheduler,
+    )
+
+
+def _chosen_sizes(model_config: Path) -> tuple[dict[str, int], int | None]:
+    """Reads the sizes that no parent has from the release's model JSON.
+
+    Returns:
+        The image size and the head width, if they are given, and n_causal (None: not given).
+    """
+    values = read_json_object(model_config)
+    tower, language = (values.get(key) or {} for key in ("vision_cfg", "multimodal_cfg"))
+    if not isinstance(tower, dict) or not isinstance(language, dict):
+        raise UserError(
+            f"{model_config} is not a model JSON of the release: vision_cfg and "
+            "multimodal_cfg must be objects"
+        )
+    chosen = {key: tower[key] for key in ("image_size", "head_width") if key in tower}
+    for value in (*chosen.values(), *([language["n_causal"]] if "n_causal" in language else ())):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{model_config}: a size is {value!r}, not a positive number")
+    return chosen, language.get("n_causal")
+
+
+def _check(
+    rows: dict[str, TableRow],
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    style: KeyStyle,
+    tensors: dict[str, Tensor],
+    cfg: EmuConfig,
+    base_vocab: int,
+) -> tuple[set[str], list[str]]:
+    """Checks that all parameters have tensors, or start at random.
+
+    Args:
+        shapes: the parameters' shapes.
+        tensors: the parents' tensors.
+        base_vocab: the number of tokens that the parents' tables have.
+
+    Returns:
+        The parameters that start at random, and notes on what is resized or re-initialized.
+
+    Raises:
+        UserError: tensors are missing, unexpected or misshapen. The message lists all of them.
+    """
+    fresh = {p for p in shapes if p.startswith(("cformer.", "ln_visual."))}
+    fresh.add("llama.stu_regress_head.kernel")
+    notes = []
+    stored = {key: tensor.shape for key, tensor in tensors.items()}
+    expected: dict[str, Shape] = {}
+    for row in rows.values():
+        if row.path in fresh:
+            continue
+        released = row.release_shape(shapes[row.path].shape)
+        for key in row.keys:
+            key, shape = style.write(key), released
+            if key in _VOCABULARY:
+                shape = (base_vocab, shape[1])
+            got = stored.get(key)
+            if key == "visual.pos_embed" and got and len(got) == 3 and got != shape:
+                if not _square(got[1] - 1):
+                    raise UserError(f"--eva-clip: visual.pos_embed has {got[1]} rows")
+                notes.append(f"visual.pos_embed: interpolated from {got[1]} to {shape[1]}")
+                shape = (1, got[1], cfg.vision.width)
+            if re.search(r"\.attn2\.to_[kv]\.weight$", key) and got and got != shape:
+                if len(got) == 2 and got[0] == shape[0]:
+                    notes.append(
+                        f"{key}: condition of width {got[1]}, now {shape[1]}: re-initialised"
+                    )
+                    fresh.add(row.path)
+                    shape = got
+            expected[key] = shape
+    problems = [
+        *(f"{key} is missing" for key in expected if key not in stored),
+        *(f"{key} is unexpected" for key in stored if key not in expected),
+        *(
+            f"{key} is {list(stored[key])}, expected {list(shape)}"
+            for key, shape in expected.items()
+            if key in stored and tuple(stored[key]) != shape
+        ),
+        *(
+            f"{key} is {tensor.dtype}"
+            for key, tensor in tensors.items()
+            if key in expected and tensor.dtype not in FLOATS
+        ),
+    ]
+    if problems:
+        raise UserError("the parents do not fit: " + "; ".join(problems))
+    return fresh, notes
+
+
+def _resized(key: str, value: np.ndarray, shape: Shape) -> np.ndarray:
+    """Returns a parent's tensor resized to the shape that Emu needs."""
+    if key in _VOCABULARY:
+        mean = value.astype(np.float32).mean(axis=0, keepdims=True).astype(value.dtype)
+        return np.concatenate([value, np.repeat(mean, shape[0] - len(value), axis=0)])
+    if key == "visual.pos_embed" and value.shape != shape:
+        return resize_positions(value, shape[1])
+    return value
 
 
 def resize_positions(table: np.ndarray, tokens: int) -> np.ndarray:
@@ -332,10 +437,6 @@ def _square(n: int) -> int:
     """Returns the square root of n, or 0 if n is not a square."""
     side = round(n**0.5)
     return side if side * side == n else 0
-
-
-def _count(shapes: dict[str, Any], pattern: str) -> int:
-    return len({m[1] for key in shapes if (m := re.match(pattern, key))})
 
 
 def _read(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 A row names a parameter, the tensors that it holds, and the transform between them. Parameters are
 named as in `checkpoint` (`visual.blocks.attn.qkv`), tensors as in the state dict of the pretrained
 release. `{}` in a tensor's name runs over the layers that a parameter stacks along its leading
-axis. A `Spelling` says how a particular file writes these names.
+axis. A `KeyStyle` describes how a particular file writes these names.
 
 Transforms are written in einops' notation, ours on the left, the release's on the right:
 
@@ -23,6 +23,22 @@ from einops import rearrange
 from emu_jax.config import LORA_TARGETS, EmuConfig
 from emu_jax.convert.tensors import Shape
 from emu_jax.errors import UserError
+
+# Parameters that the tables cover begin with one of these.
+TOWERS = ("visual", "ln_visual", "cformer", "llama", "unet", "vae")
+
+# The autoencoder's attention: our name, and the name in diffusers 0.15.
+_OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_VAE_ATTENTION = re.compile(
+    r"((?:vae:)?(?:en|de)coder\.mid_block\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)(\..*)"
+)
+# The decoder's names: a pattern of ours, and its replacement in diffusers.
+_DIFFUSERS = {
+    r"\.to_out\.": ".to_out.0.",
+    r"\.ff\.proj\.": ".ff.net.0.proj.",
+    r"\.ff\.out\.": ".ff.net.2.",
+    r"\.(kernel|scale)$": ".weight",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +81,8 @@ QKV = Transform("d c e -> (c e) d", {"c": 3})
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A parameter and its tensors: one, or one per layer when `stacked`."""
+class TableRow:
+    """A parameter and its tensors in the release: one, or one per layer when `stacked`."""
 
     path: str
     keys: tuple[str, ...]
@@ -74,13 +90,21 @@ class Row:
     stacked: bool = False
 
     def layer_shape(self, shape: Shape) -> Shape:
-        """Returns a parameter's shape without the layer axis."""
+        """Returns the shape of one layer of a parameter of this `shape`."""
         return shape[1:] if self.stacked else shape
+
+    def layer(self, array: np.ndarray, i: int) -> np.ndarray:
+        """Returns one layer of a stacked parameter, or (as layer 0) the whole of another."""
+        return array[i] if self.stacked else array
+
+    def release_shape(self, shape: Shape) -> Shape:
+        """Returns the shape of each of the row's tensors, for a parameter of this `shape`."""
+        return self.transform.release_shape(self.layer_shape(shape))
 
 
 @dataclasses.dataclass(frozen=True)
-class Spelling:
-    """The spelling that a file uses for the names of the pretrained release.
+class KeyStyle:
+    """The style in which a file writes the names of the pretrained release.
 
     Attributes:
         peft: the language model is wrapped by peft, as in `Emu-instruct.pt`.
@@ -102,9 +126,14 @@ class Spelling:
             key = f"{match[1]}{_OLD_VAE[match[2]]}{match[3]}"
         return key
 
+    def names(self, rows: Iterable[TableRow], cfg: EmuConfig) -> dict[str, str]:
+        """Returns {the rows' keys: their names in such a file}."""
+        targets = lora_targets(cfg)
+        return {key: self.write(key, targets) for row in rows for key in row.keys}
+
     @classmethod
-    def of(cls, keys: Iterable[str]) -> Spelling:
-        """Infers the spelling of a file from its keys."""
+    def of(cls, keys: Iterable[str]) -> KeyStyle:
+        """Infers a file's style from its keys."""
         keys = list(keys)
         return cls(
             peft=any(k.startswith("decoder.lm.base_model.") for k in keys),
@@ -113,57 +142,56 @@ class Spelling:
         )
 
 
+def lora_targets(cfg: EmuConfig) -> tuple[str, ...]:
+    """Returns the names of the adapted layers."""
+    return cfg.llama.lora.targets if cfg.llama.lora else ()
+
+
 def peft_key(key: str) -> str:
     """Returns the name of an adapter's tensor in a peft folder."""
     return key.replace("decoder.lm.", "base_model.model.", 1).replace(".default.", ".")
 
 
-_OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-_VAE_ATTENTION = re.compile(
-    r"((?:vae:)?(?:en|de)coder\.mid_block\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)(\..*)"
-)
-
-
-def table(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[Row]:
+def table(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[TableRow]:
     """Returns every row of the model that `cfg` describes, whose parameters have these `shapes`.
 
     Names of the denoiser's and the autoencoder's tensors are prefixed `unet:` and `vae:`, after
     the files that contain them.
 
     Raises:
-        KeyError: a parameter has no row, or a row names a parameter that the model lacks.
+        ValueError: a parameter has no row, or a row names a parameter that the model lacks.
     """
     rows = [*visual(cfg), *cformer(cfg), *llama(cfg)]
     rows += diffusers("unet", shapes) if cfg.unet else []
     rows += diffusers("vae", shapes) if cfg.vae else []
     paths = {row.path for row in rows}
-    shapes = {p: s for p, s in shapes.items() if p.split(".")[0] in _TOWERS}
-    if odd := paths ^ set(shapes):
-        raise KeyError(f"the tables and the model disagree on {sorted(odd)}")
+    shapes = {p: s for p, s in shapes.items() if p.split(".")[0] in TOWERS}
+    if unmatched := paths ^ set(shapes):
+        raise ValueError(
+            f"parameters in only one of the model and its table: {sorted(unmatched)} "
+            "(convert/tables.py): add the missing rows, or remove the stale ones"
+        )
     return rows
 
 
-_TOWERS = ("visual", "ln_visual", "cformer", "llama", "unet", "vae")
-
-
-def visual(cfg: EmuConfig) -> list[Row]:
+def visual(cfg: EmuConfig) -> list[TableRow]:
     """EVA-CLIP's ViT and the norm after it (release: `eva_vit_model.py`)."""
     side = cfg.vision.patch_size
     patches = Transform("(p q c) o -> o c p q", {"p": side, "q": side, "c": 3})
     rows = [
-        Row("visual.cls_token", ("visual.cls_token",), Transform("d -> 1 1 d")),
-        Row("visual.pos_embed", ("visual.pos_embed",), Transform("p d -> 1 p d")),
-        Row("visual.patch_embed.kernel", ("visual.patch_embed.proj.weight",), patches),
-        Row("visual.patch_embed.bias", ("visual.patch_embed.proj.bias",), SAME),
+        TableRow("visual.cls_token", ("visual.cls_token",), Transform("d -> 1 1 d")),
+        TableRow("visual.pos_embed", ("visual.pos_embed",), Transform("p d -> 1 p d")),
+        TableRow("visual.patch_embed.kernel", ("visual.patch_embed.proj.weight",), patches),
+        TableRow("visual.patch_embed.bias", ("visual.patch_embed.proj.bias",), SAME),
         *_norm("visual.norm", bias=True),
         *_linear("visual.head", bias=True),
         *_norm("ln_visual", bias=True),
     ]
     block = [
         *_norm("norm1", bias=True),
-        Row("attn.qkv", ("attn.qkv.weight",), QKV),
-        Row("attn.q_bias", ("attn.q_bias",), SAME),
-        Row("attn.v_bias", ("attn.v_bias",), SAME),
+        TableRow("attn.qkv", ("attn.qkv.weight",), QKV),
+        TableRow("attn.q_bias", ("attn.q_bias",), SAME),
+        TableRow("attn.v_bias", ("attn.v_bias",), SAME),
         *_linear("attn.proj", bias=True),
         *_norm("norm2", bias=True),
         *_linear("mlp.fc1", bias=True),
@@ -172,54 +200,70 @@ def visual(cfg: EmuConfig) -> list[Row]:
     return rows + _stack("visual.blocks", "visual.blocks.{}", block, cfg.vision.layers)
 
 
-def cformer(cfg: EmuConfig) -> list[Row]:
+def cformer(cfg: EmuConfig) -> list[TableRow]:
     """The Causal Transformer (release: `causal_former.py`, `modeling_t5.py`)."""
     t5 = "cformer.cformer"
     bias = f"{t5}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     rows = [
-        Row("cformer.causal_tokens", ("cformer.causal_tokens",), Transform("n d -> 1 n d")),
-        Row("cformer.relative_attention_bias", (bias,), SAME),
+        TableRow("cformer.causal_tokens", ("cformer.causal_tokens",), Transform("n d -> 1 n d")),
+        TableRow("cformer.relative_attention_bias", (bias,), SAME),
         *_norm("cformer.final_layer_norm", f"{t5}.final_layer_norm"),
         *_linear("cformer.projection", bias=True),
     ]
     block = [
         *_norm("self_norm", "layer.0.layer_norm"),
-        *_linears("self_attention.", "layer.0.SelfAttention.", "qkvo"),
+        *_linear("self_attention.q", "layer.0.SelfAttention.q"),
+        *_linear("self_attention.k", "layer.0.SelfAttention.k"),
+        *_linear("self_attention.v", "layer.0.SelfAttention.v"),
+        *_linear("self_attention.o", "layer.0.SelfAttention.o"),
         *_norm("cross_norm", "layer.1.layer_norm"),
-        *_linears("cross_attention.", "layer.1.EncDecAttention.", "qkvo"),
+        *_linear("cross_attention.q", "layer.1.EncDecAttention.q"),
+        *_linear("cross_attention.k", "layer.1.EncDecAttention.k"),
+        *_linear("cross_attention.v", "layer.1.EncDecAttention.v"),
+        *_linear("cross_attention.o", "layer.1.EncDecAttention.o"),
         *_norm("mlp_norm", "layer.2.layer_norm"),
-        *_linears("", "layer.2.DenseReluDense.", ("wi", "wo")),
+        *_linear("wi", "layer.2.DenseReluDense.wi"),
+        *_linear("wo", "layer.2.DenseReluDense.wo"),
     ]
     return rows + _stack("cformer.blocks", f"{t5}.block.{{}}", block, cfg.cformer.layers)
 
 
-def llama(cfg: EmuConfig) -> list[Row]:
+def llama(cfg: EmuConfig) -> list[TableRow]:
     """LLaMA, its regression head and its adapters (release: `modeling_llama.py`)."""
     lm, vocab = "decoder.lm", cfg.llama.vocab_size
     rows = [
-        Row(
+        TableRow(
             "llama.embed_tokens.embedding",
             (f"{lm}.model.embed_tokens.weight",),
             Transform("v d -> v d", rows=vocab),
         ),
-        Row("llama.lm_head.kernel", (f"{lm}.lm_head.weight",), Transform("i v -> v i", rows=vocab)),
+        TableRow(
+            "llama.lm_head.kernel", (f"{lm}.lm_head.weight",), Transform("i v -> v i", rows=vocab)
+        ),
         *_linear("llama.stu_regress_head", f"{lm}.stu_regress_head"),
         *_norm("llama.norm", f"{lm}.model.norm"),
     ]
     block = [
         *_norm("input_layernorm"),
-        *_linears("self_attn.", "self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *_linear("self_attn.q_proj"),
+        *_linear("self_attn.k_proj"),
+        *_linear("self_attn.v_proj"),
+        *_linear("self_attn.o_proj"),
         *_norm("post_attention_layernorm"),
-        *_linears("mlp.", "mlp.", ("gate_proj", "up_proj", "down_proj")),
+        *_linear("mlp.gate_proj"),
+        *_linear("mlp.up_proj"),
+        *_linear("mlp.down_proj"),
     ]
-    for target in cfg.llama.lora.targets if cfg.llama.lora else ():
-        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            name = f"{LORA_TARGETS[target]}.{target}"
-            block.append(Row(f"{name}.{ours}", (f"{name}.{theirs}.default.weight",), LINEAR))
+    for target in lora_targets(cfg):
+        name = f"{LORA_TARGETS[target]}.{target}"  # such as self_attn.q_proj
+        block += [
+            TableRow(f"{name}.lora_a", (f"{name}.lora_A.default.weight",), LINEAR),
+            TableRow(f"{name}.lora_b", (f"{name}.lora_B.default.weight",), LINEAR),
+        ]
     return rows + _stack("llama.layers", f"{lm}.model.layers.{{}}", block, cfg.llama.layers)
 
 
-def diffusers(tower: str, shapes: Mapping[str, Shape]) -> list[Row]:
+def diffusers(tower: str, shapes: Mapping[str, Shape]) -> list[TableRow]:
     """The denoiser or the autoencoder. Submodules are named as in diffusers: only a parameter's
     own name and layout differ."""
     rows = []
@@ -227,42 +271,29 @@ def diffusers(tower: str, shapes: Mapping[str, Shape]) -> list[Row]:
         if not path.startswith(f"{tower}."):
             continue
         key = path.removeprefix(f"{tower}.")
-        for ours, theirs in _DIFFUSERS.items():
-            key = re.sub(ours, theirs, key)
+        for pattern, name in _DIFFUSERS.items():
+            key = re.sub(pattern, name, key)
         transform = {4: CONV, 2: LINEAR}.get(len(shape), SAME)
-        rows.append(Row(path, (f"{tower}:{key}",), transform))
+        rows.append(TableRow(path, (f"{tower}:{key}",), transform))
     return rows
 
 
-_DIFFUSERS = {
-    r"\.to_out\.": ".to_out.0.",
-    r"\.ff\.proj\.": ".ff.net.0.proj.",
-    r"\.ff\.out\.": ".ff.net.2.",
-    r"\.(kernel|scale)$": ".weight",
-}
-
-
-def _linear(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[Row]:
-    yield Row(f"{path}.kernel", (f"{key or path}.weight",), LINEAR)
+def _linear(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[TableRow]:
+    yield TableRow(f"{path}.kernel", (f"{key or path}.weight",), LINEAR)
     if bias:
-        yield Row(f"{path}.bias", (f"{key or path}.bias",), SAME)
+        yield TableRow(f"{path}.bias", (f"{key or path}.bias",), SAME)
 
 
-def _linears(path: str, key: str, names: Iterable[str]) -> Iterator[Row]:
-    for name in names:
-        yield from _linear(path + name, key + name)
-
-
-def _norm(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[Row]:
-    yield Row(f"{path}.scale", (f"{key or path}.weight",), SAME)
+def _norm(path: str, key: str | None = None, *, bias: bool = False) -> Iterator[TableRow]:
+    yield TableRow(f"{path}.scale", (f"{key or path}.weight",), SAME)
     if bias:
-        yield Row(f"{path}.bias", (f"{key or path}.bias",), SAME)
+        yield TableRow(f"{path}.bias", (f"{key or path}.bias",), SAME)
 
 
-def _stack(path: str, key: str, block: list[Row], layers: int) -> list[Row]:
+def _stack(path: str, key: str, block: list[TableRow], layers: int) -> list[TableRow]:
     """Turns the rows of one layer into stacked rows of all layers."""
     return [
-        Row(
+        TableRow(
             f"{path}.{row.path}",
             tuple(f"{key.format(i)}.{row.keys[0]}" for i in range(layers)),
             row.transform,
@@ -272,7 +303,7 @@ def _stack(path: str, key: str, block: list[Row], layers: int) -> list[Row]:
     ]
 
 
-def dead(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
+def unused(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
     """Returns the release's unused tensors with their shapes (None: any length).
 
     They are carried along because the release loads with `strict=True`.
@@ -285,18 +316,18 @@ def dead(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
 
 
 def match(
-    rows: Iterable[Row],
+    rows: Iterable[TableRow],
     shapes: Mapping[str, Shape],
     cfg: EmuConfig,
-    spelling: Spelling,
-    found: Mapping[str, Shape],
+    style: KeyStyle,
+    stored: Mapping[str, Shape],
     where: str,
 ) -> list[str]:
     """Checks every name and shape before anything is read or transposed.
 
     Args:
         shapes: the shapes of our parameters.
-        found: names and shapes of the source's tensors, prefixed `unet:` or `vae:`.
+        stored: {name: shape} of the source's tensors, prefixed `unet:` or `vae:`.
         where: the source's name in the message.
 
     Returns:
@@ -305,28 +336,28 @@ def match(
     Raises:
         UserError: tensors are missing, unexpected or misshapen. The message lists all of them.
     """
-    targets = cfg.llama.lora.targets if cfg.llama.lora else ()
+    targets = lora_targets(cfg)
     missing, misshapen, expected = [], [], set()
     for row in rows:
-        shape = row.transform.release_shape(row.layer_shape(shapes[row.path]))
+        shape = row.release_shape(shapes[row.path])
         for key in row.keys:
-            key = spelling.write(key, targets)
+            key = style.write(key, targets)
             expected.add(key)
-            if key not in found:
+            if key not in stored:
                 missing.append(key)
-            elif tuple(found[key]) != shape:
-                misshapen.append(f"{key} is {list(found[key])}, expected {list(shape)}")
-    carried = []
-    for key, shape in dead(cfg).items():
-        key = spelling.write(key, targets)
-        if key not in found:
+            elif tuple(stored[key]) != shape:
+                misshapen.append(f"{key} is {list(stored[key])}, expected {list(shape)}")
+    unused_keys = []
+    for key, shape in unused(cfg).items():
+        key = style.write(key, targets)
+        if key not in stored:
             continue
-        carried.append(key)
-        got = tuple(found[key])
+        unused_keys.append(key)
+        got = tuple(stored[key])
         wanted = [got[i] if n is None and i < len(got) else n for i, n in enumerate(shape)]
         if list(got) != wanted:
             misshapen.append(f"{key} is {list(got)}, expected {wanted}")
-    unexpected = sorted(set(found) - expected - set(carried))
+    unexpected = sorted(set(stored) - expected - set(unused_keys))
     problems = [
         f"{len(names)} {kind}: " + ", ".join(names)
         for kind, names in (
@@ -338,4 +369,4 @@ def match(
     ]
     if problems:
         raise UserError(f"{where} does not fit the model: " + "; ".join(problems))
-    return carried
+    return unused_keys

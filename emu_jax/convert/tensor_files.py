@@ -91,8 +91,8 @@ def open_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
     refuse_stand_in(path)
     if path.suffix == ".safetensors":
         return {path.name: _open_safetensors(path)}, None
-    tensors, nest = open_torch(path)
-    return {path.name: tensors}, nest
+    tensors, wrapper_key = open_torch(path)
+    return {path.name: tensors}, wrapper_key
 
 
 def _open_shards(index: Path) -> dict[str, dict[str, Tensor]]:
@@ -165,12 +165,12 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def create(path: Path, contents: Contents, nest: str | None = None) -> TensorWriter:
+def create(path: Path, contents: Contents, wrapper_key: str | None = None) -> TensorWriter:
     """Creates a file for tensors of these shapes and dtypes, in safetensors or torch's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         return SafetensorsWriter(path, contents)
-    return TorchWriter(path, contents, nest)
+    return TorchWriter(path, contents, wrapper_key)
 
 
 class SafetensorsWriter:
@@ -211,12 +211,15 @@ class SafetensorsWriter:
         self._file.close()
 
 
-def write_shards(
+def split_into_shards(
     folder: Path, stem: str, contents: Contents, limit: int = 5 * 2**30
-) -> ShardedWriter:
-    """Returns a writer for a folder of safetensors that transformers and peft can read.
+) -> Mapping[str, Contents]:
+    """Splits a folder's tensors into safetensors that transformers, diffusers and peft can read.
 
-    The folder holds one file, or shards of at most `limit` bytes with their index.
+    These are one file, or shards of at most `limit` bytes. The index of the shards is written.
+
+    Returns:
+        {file name: its contents}.
     """
     groups: list[list[str]] = [[]]
     size = 0
@@ -227,43 +230,48 @@ def write_shards(
             size = 0
         groups[-1].append(key)
         size += length
-    names = [f"{stem}.safetensors"]
-    if len(groups) > 1:
-        names = [f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-        total = sum(math.prod(s) * d.itemsize for s, d in contents.values())
-        places = {key: name for name, keys in zip(names, groups, strict=True) for key in keys}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    return ShardedWriter(
-        {n: {k: contents[k] for k in keys} for n, keys in zip(names, groups, strict=True)}, folder
-    )
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": contents}
+    shards = {
+        f"{stem}-{i:05}-of-{len(groups):05}.safetensors": {key: contents[key] for key in keys}
+        for i, keys in enumerate(groups, 1)
+    }
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in contents.values())
+    weight_map = {_bare(key): name for name, keys in shards.items() for key in keys}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return shards
 
 
 class ShardedWriter:
-    """A writer for several files.
+    """Writes tensors to several files.
 
     Args:
-        contents: the contents of each file, by its path relative to `folder`. The prefix `unet:`
-            or `vae:` of a key only tells files apart and is not written.
-        nests: {file: the name under which it nests its state dict}.
+        contents: the contents of each file, by its path relative to `folder`. A key's prefix up
+            to the colon (`unet:`) only tells files apart and is not written.
+        wrapper_keys: {file: the key under which it wraps its state dict}.
     """
 
     def __init__(
         self,
         contents: Mapping[str, Contents],
         folder: Path,
-        nests: Mapping[str, str | None] | None = None,
+        wrapper_keys: Mapping[str, str | None] | None = None,
     ):
-        nests = nests or {}
+        wrapper_keys = wrapper_keys or {}
         self._writers = {
-            name: create(folder / name, {_bare(k): v for k, v in c.items()}, nests.get(name))
-            for name, c in contents.items()
+            name: create(
+                folder / name,
+                {_bare(key): declared for key, declared in tensors.items()},
+                wrapper_keys.get(name),
+            )
+            for name, tensors in contents.items()
         }
-        self._places = {key: name for name, c in contents.items() for key in c}
+        self._file_of = {key: name for name, tensors in contents.items() for key in tensors}
 
     def write(self, key: str, tensor: np.ndarray) -> None:
-        self._writers[self._places[key]].write(_bare(key), tensor)
+        self._writers[self._file_of[key]].write(_bare(key), tensor)
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -275,4 +283,5 @@ class ShardedWriter:
 
 
 def _bare(key: str) -> str:
+    """Returns a key without the prefix that tells files apart."""
     return key.rsplit(":", 1)[-1]

@@ -31,6 +31,7 @@ from emu_jax.convert.tensors import (
 )
 from emu_jax.errors import UserError
 
+TORCH_SUFFIXES = (".pt", ".bin", ".pth")
 # torch's storage classes and the names of their dtypes. None: the tensor names its dtype.
 _STORAGES: dict[str, str | None] = {names[2]: names[1] for names in DTYPES.values()} | {
     "ComplexFloatStorage": "complex64",
@@ -42,7 +43,7 @@ _STORAGES: dict[str, str | None] = {names[2]: names[1] for names in DTYPES.value
 }
 
 # A state dict may lie inside another dict, under one of these names.
-_NESTS = ("module", "state_dict", "model")
+_WRAPPER_KEYS = ("module", "state_dict", "model")
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first value in torch's format before 1.6
 
 
@@ -291,10 +292,10 @@ def _bind(
     path: Path, mapped: MappedFile, stored: Any, places: _Places
 ) -> tuple[dict[str, Tensor], str | None]:
     """Finds the bytes of the tensors that a pickle describes."""
-    nest = None
+    wrapper_key = None
     if isinstance(stored, dict):
-        nest = next((n for n in _NESTS if isinstance(stored.get(n), dict)), None)
-        stored = stored[nest] if nest else stored
+        wrapper_key = next((n for n in _WRAPPER_KEYS if isinstance(stored.get(n), dict)), None)
+        stored = stored[wrapper_key] if wrapper_key else stored
     if not isinstance(stored, dict) or not stored:
         what = "an empty dict" if isinstance(stored, dict) else _kind(stored)
         raise UserError(f"{path} holds {what}, expected a state dict")
@@ -325,7 +326,7 @@ def _bind(
             return np.lib.stride_tricks.as_strided(flat, value.shape, strides, writeable=False)
 
         tensors[str(key)] = Tensor(value.shape, dtype, read)
-    return tensors, nest
+    return tensors, wrapper_key
 
 
 def _is_contiguous(tensor: _Described) -> bool:
@@ -353,8 +354,8 @@ class TorchWriter:
     `torch.save` needs all tensors at once. This writes an equivalent file tensor by tensor.
     """
 
-    def __init__(self, path: Path, contents: Contents, nest: str | None = None):
-        self._contents, self._nest = dict(contents), nest
+    def __init__(self, path: Path, contents: Contents, wrapper_key: str | None = None):
+        self._contents, self._wrapper_key = dict(contents), wrapper_key
         self._numbers = {key: i for i, key in enumerate(contents)}
         self._left = set(contents)
         self._root = path.stem
@@ -420,8 +421,8 @@ class TorchWriter:
             out.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
 
         out.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT)
-        if self._nest:
-            text(self._nest)
+        if self._wrapper_key:
+            text(self._wrapper_key)
             out.write(pickle.EMPTY_DICT)
         for key, (shape, dtype) in self._contents.items():
             text(key)
@@ -440,5 +441,5 @@ class TorchWriter:
             call("collections", "OrderedDict")
             out.write(pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE)
             out.write(pickle.SETITEM)
-        out.write((pickle.SETITEM if self._nest else b"") + pickle.STOP)
+        out.write((pickle.SETITEM if self._wrapper_key else b"") + pickle.STOP)
         return out.getvalue()
