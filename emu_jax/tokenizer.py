@@ -1,10 +1,9 @@
 """LLaMA ids with Emu's special tokens, exactly as the release gives them.
 
-The release runs the slow `LlamaTokenizer` of transformers 4.29-4.31 with `[PAD]`,
-`[IMG]`, `[/IMG]`, `<image>` (and `[USER]`, `[ASSISTANT]` for the instruction-tuned model)
-added after the base vocabulary (`Emu1/models/modeling_llama.py`). Its rule: text is split
-at special tokens; white space next to one is stripped; each piece of text is then encoded
-by itself, with LLaMA's leading space.
+The release runs the slow `LlamaTokenizer` of transformers 4.29-4.31. It adds `[PAD]`, `[IMG]`,
+`[/IMG]`, `<image>` (and `[USER]`, `[ASSISTANT]` for the instruction-tuned model) after the base
+vocabulary (`Emu1/models/modeling_llama.py`). Text is split at special tokens, and white space next
+to them is stripped. Each piece of text is then encoded separately, with LLaMA's leading space.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -28,15 +27,15 @@ PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
 USER, ASSISTANT = "[USER]", "[ASSISTANT]"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 
-# What a LLaMA tokenizer folder may hold; `save` gives back what `load` found.
+# The files of a LLaMA tokenizer folder. `save` writes those that `load` read.
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-_OURS = "emu_tokenizer.json"
-_SPACE = "\u2581"  # sentencepiece writes a space so
+_NOTE = "emu_tokenizer.json"  # what `save` notes beside the files: {"instruct": bool}
+_SPACE = "\u2581"  # sentencepiece's character for a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
-    """Text to ids and back. Made by `Tokenizer.load` or `Tokenizer.train`.
+    """Converts text to ids and back. Create it with `Tokenizer.load` or `Tokenizer.train`.
 
     Attributes:
         bos, eos, unk, pad_id, img, img_end, image: ids of `<s>`, `</s>`, `<unk>`, `[PAD]`,
@@ -76,23 +75,23 @@ class Tokenizer:
         self.fingerprint = digest.hexdigest()[:12]
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, instruct: bool | None = None) -> Tokenizer:
+    def load(cls, directory: str | os.PathLike[str], instruct: bool | None = None) -> Tokenizer:
         """Reads a LLaMA tokenizer folder: its `tokenizer.json`, or else `tokenizer.model`.
 
         Args:
-            instruct: whether `[USER]` and `[ASSISTANT]` exist. By default what `save` noted
-                in the folder, and False in a folder it did not write.
+            instruct: whether `[USER]` and `[ASSISTANT]` exist. By default the value that `save`
+                noted in the folder, or False in a folder that it did not write.
 
         Raises:
-            UserError: neither file is there, or it cannot be read.
+            UserError: neither file exists, or it cannot be read.
         """
         directory = Path(directory)
         files = {n: (directory / n).read_bytes() for n in _FILES if (directory / n).is_file()}
         for name in files:
             refuse_stand_in(directory / name)
         try:
-            if instruct is None and (directory / _OURS).is_file():
-                instruct = bool(json.loads((directory / _OURS).read_text())["instruct"])
+            if instruct is None and (directory / _NOTE).is_file():
+                instruct = bool(json.loads((directory / _NOTE).read_text())["instruct"])
             if "tokenizer.json" in files:
                 source = directory / "tokenizer.json"
                 pieces, encode_plain = _from_json(files["tokenizer.json"])
@@ -108,13 +107,13 @@ class Tokenizer:
             raise
         except Exception as error:  # the libraries raise bare Exception
             raise UserError(f"cannot read the tokenizer in {directory}: {error}") from None
-        made = cls(pieces, encode_plain, files, instruct=bool(instruct))
+        tokenizer = cls(pieces, encode_plain, files, instruct=bool(instruct))
         if source.suffix == ".json":
-            made._check_added(json.loads(files["tokenizer.json"]), source)
-        return made
+            tokenizer._check_added(json.loads(files["tokenizer.json"]), source)
+        return tokenizer
 
-    def _check_added(self, values: dict, source: Path) -> None:
-        """A folder that already has added tokens must give them our ids."""
+    def _check_added(self, values: dict[str, Any], source: Path) -> None:
+        """Checks that tokens which the file already adds have the release's ids."""
         for token in values.get("added_tokens") or ():
             if token["id"] >= self.base_size and token["content"] in self._added:
                 if token["id"] != self._added[token["content"]]:
@@ -123,22 +122,22 @@ class Tokenizer:
                         f"{self._added[token['content']]}: use the tokenizer without added tokens"
                     )
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the folder that `load` reads, each file atomically and synced to disk."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         ours = json.dumps({"instruct": self.instruct}).encode() + b"\n"
-        for name, content in {**self._files, _OURS: ours}.items():
+        for name, content in {**self._files, _NOTE: ours}.items():
             with writing(directory / name, shared=True) as temporary:
                 temporary.write_bytes(content)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """A byte-fallback BPE in LLaMA's format, learned from `texts`, deterministically.
+        """Trains a byte-fallback BPE in LLaMA's format, deterministically.
 
-        `<unk>`, `<s>`, `</s>` are 0, 1, 2, the 256 bytes follow, then characters and merges,
-        which never cross a space. There may be fewer than `vocab_size` pieces when the
-        texts have no more to merge; Emu's own tokens come on top.
+        `<unk>`, `<s>`, `</s>` have the ids 0, 1, 2. The 256 bytes follow, then characters and
+        merges, which never cross a space. There are fewer than `vocab_size` pieces if the texts
+        have no more to merge. Emu's own tokens are added to these.
         """
         byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
         trainee = tokenizers.Tokenizer(
@@ -161,15 +160,15 @@ class Tokenizer:
         return cls(*_from_json(content), {"tokenizer.json": content})
 
     def __len__(self) -> int:
-        """Size of the vocabulary, Emu's tokens included."""
+        """Returns the size of the vocabulary, including Emu's tokens."""
         return len(self._pieces)
 
     def piece(self, id: int) -> str:
-        """The vocabulary's own spelling of a token: U+2581 is a space, `<0x0A>` a byte."""
+        """Returns a token as the vocabulary writes it: U+2581 is a space, `<0x0A>` a byte."""
         return self._pieces[id]
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`, in which special tokens may be spelled out (`[IMG]`, `</s>`, ...)."""
+        """Encodes text, in which special tokens may be spelled out (`[IMG]`, `</s>`, ...)."""
         return self.encode_parts([text], bos)
 
     def encode_parts(self, texts: Iterable[str], bos: bool = True) -> list[int]:
@@ -201,17 +200,17 @@ class Tokenizer:
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of `text` taken literally: no `<s>`, and special tokens are not recognised.
+        """Encodes text literally, without `<s>`: special tokens are not recognized.
 
-        For text of unknown origin, which must not be able to spell an `<image>`.
+        Use it for text of unknown origin, which must not be able to spell an `<image>`.
         """
         return self._encode_plain(text) if text else []
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`, as `LlamaTokenizer.decode` of transformers 4.31 gives it.
+        """Decodes ids as `LlamaTokenizer.decode` of transformers 4.31 does.
 
-        Without `skip_special_tokens` special tokens are spelled out, with that library's
-        spaces around them.
+        Without `skip_special_tokens`, special tokens are spelled out, with that library's spaces
+        around them.
         """
         groups: list[str | list[int]] = []  # Emu's tokens, and runs of LLaMA's
         for i in map(int, ids):
@@ -228,7 +227,8 @@ class Tokenizer:
         return " ".join(g if isinstance(g, str) else self._join(g) for g in groups)
 
     def _join(self, ids: list[int]) -> str:
-        text, run, after_special = "", [], False
+        text, after_special = "", False
+        run: list[int] = []
         for n, i in enumerate(ids):
             if i not in (self.bos, self.eos, self.unk):
                 run.append(i)
@@ -241,7 +241,7 @@ class Tokenizer:
         return text + self._spell(run)
 
     def _spell(self, ids: list[int]) -> str:
-        """sentencepiece's decoding: bytes become characters, one leading space is dropped."""
+        """Decodes like sentencepiece: bytes become characters, and one leading space is dropped."""
         text, pending, first = "", bytearray(), True
         for i in ids:
             if (byte := self._bytes[i]) is not None:
@@ -259,10 +259,13 @@ class Tokenizer:
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"]
     ) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-        """Rows of unequal length as one array, and the mask of what is real.
+        """Pads rows of unequal length to one array.
 
-        The release pads on the left for text generation, on the right for training and
-        image generation.
+        The release pads on the left for text generation, on the right for training and image
+        generation.
+
+        Returns:
+            The ids, and a mask that is True at the rows' own tokens.
         """
         width = max(map(len, rows), default=0)
         ids = np.full((len(rows), width), self.pad_id, np.int32)
@@ -333,7 +336,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _decode_utf8(data: bytearray) -> str:
-    """UTF-8, with one U+FFFD for each byte that belongs to no character."""
+    """Decodes UTF-8, with one U+FFFD for each byte that belongs to no character."""
     text, start = "", 0
     while start < len(data):
         for length in (1, 2, 3, 4):

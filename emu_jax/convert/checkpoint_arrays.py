@@ -12,16 +12,18 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore as ts
 
-from emu_jax.convert.tensors import copy_into
+from emu_jax import integrity
+from emu_jax.convert.tensors import check_complete, check_shape, copy_into
 from emu_jax.errors import UserError
 
+T = TypeVar("T")
 _CHUNK = 2**26  # bytes of an array in one file
 _GROUP = 2**26  # bytes committed together: they stay in memory until then, and a commit is slow
 
@@ -51,9 +53,9 @@ class ArrayWriter:
         self._run(created.commit_sync)
         self._stores = {p: store.with_transaction(None) for p, store in self._stores.items()}
         self._group = ts.Transaction()  # chunks that are committed together
-        self._writes: list[Any] = []
+        self._writes: list[ts.WriteFutures] = []
         self._size = 0  # bytes in the group
-        self._committed: Any = None  # the group before it
+        self._committed: ts.Future[None] | None = None  # the group before it
 
     def _layers(self, path: str) -> int:
         return self._arrays[path].shape[0] if path in self._stacked else 1
@@ -81,8 +83,7 @@ class ArrayWriter:
         wanted = self._arrays[path]
         dtype = np.dtype(wanted.dtype)
         stacked = path in self._stacked
-        if array.shape != tuple(wanted.shape[1:] if stacked else wanted.shape):
-            raise AssertionError(f"{path} is {array.shape}, announced {wanted.shape}")
+        check_shape(path, array, tuple(wanted.shape[1:] if stacked else wanted.shape))
         store = self._stores[path].with_transaction(self._group)
         if stacked:
             store = store[layer]
@@ -134,19 +135,24 @@ class ArrayWriter:
             "store_data_equal_to_fill_value": True,  # a missing file is damage, not zeros
         }
 
-    def _run(self, action: Any) -> Any:
+    def _run(self, action: Callable[[], T]) -> T:
+        """Calls a function of tensorstore.
+
+        Raises:
+            UserError: it failed.
+        """
         try:
             return action()
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"cannot write {self._item}: {_reason(error)}") from None
+            raise UserError(f"cannot write {self._item}: {integrity.one_line(error)}") from None
 
     def close(self) -> None:
         """Waits until everything is on disk, then writes orbax's metadata."""
         self._commit()
-        self._run(self._committed.result)
-        if self._left:
-            raise AssertionError(f"{sorted(self._left)} were never written")
-        tree, notes = {}, []
+        if self._committed is not None:
+            self._run(self._committed.result)
+        check_complete(self._item, (f"{path} (layer {layer})" for path, layer in self._left))
+        tree, metadata = {}, []
         for path, array in self._arrays.items():
             keys = path.split(".")
             shape, chunk = list(array.shape), self._chunk(path)
@@ -158,7 +164,7 @@ class ArrayWriter:
                     "write_shape": shape,
                 },
             }
-            notes.append(
+            metadata.append(
                 {
                     "array_metadata": {
                         "param_name": path,
@@ -168,17 +174,17 @@ class ArrayWriter:
                     }
                 }
             )
-        described = {
+        description = {
             "tree_metadata": tree,
             "use_ocdbt": True,
             "use_zarr3": True,
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
-        (self._item / "_METADATA").write_text(json.dumps(described))
+        (self._item / "_METADATA").write_text(json.dumps(description))
         (self._item / "array_metadatas").mkdir()
         (self._item / "array_metadatas" / "process_0").write_text(
-            json.dumps({"array_metadatas": notes})
+            json.dumps({"array_metadatas": metadata})
         )
 
 
@@ -195,10 +201,12 @@ class ArrayReader:
     def __init__(self, item: Path, scratch: Path):
         self._item, self._scratch = item.absolute(), scratch
         try:
-            note = json.loads((self._item / "_METADATA").read_text())
-            self._zarr3 = bool(note.get("use_zarr3"))
+            metadata = json.loads((self._item / "_METADATA").read_text())
+            self._zarr3 = bool(metadata.get("use_zarr3"))
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read the checkpoint {item}: {_reason(error)}") from None
+            raise UserError(
+                f"cannot read the checkpoint {item}: {integrity.one_line(error)}"
+            ) from None
         self._ocdbt = (self._item / "manifest.ocdbt").is_file()
         self._context = ts.Context()
         self._last: tuple[str, Any] = ("", None)
@@ -219,10 +227,10 @@ class ArrayReader:
             return stored if isinstance(stored, np.ndarray) else stored.read().result()
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"cannot read {path} from the checkpoint {self._item}: {_reason(error)}"
+                f"cannot read {path} from the checkpoint {self._item}: {integrity.one_line(error)}"
             ) from None
 
-    def _open(self, path: str) -> Any:
+    def _open(self, path: str) -> Any:  # a tensorstore of known shape, which its stubs cannot say
         kvstore = {"driver": "file", "path": f"{self._item / path}/"}
         if self._ocdbt:
             kvstore = _database(self._item, path)
@@ -235,6 +243,7 @@ class ArrayReader:
         return ts.open(spec, read=True, context=self._context).result()
 
     def _by_layers(self, path: str) -> Any:
+        """Opens a stacked array so that reading a layer touches only its own bytes."""
         store = self._open(path)
         chunk = store.chunk_layout.read_chunk.shape
         if chunk[0] == 1:
@@ -260,10 +269,3 @@ def _database(item: Path, path: str) -> dict[str, Any]:
     """Returns the kvstore specification of one array in an item's OCDBT database."""
     base = {"driver": "file", "path": f"{item.absolute()}/"}
     return {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-
-
-def _reason(error: Exception) -> str:
-    """Returns one line that says what went wrong in a storage error."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -24,6 +24,7 @@ from emu_jax.convert.tensors import (
     Tensor,
     TensorWriter,
     blocks,
+    check_complete,
     check_shape,
 )
 from emu_jax.convert.torch_format import TorchWriter, open_torch
@@ -189,7 +190,7 @@ class SafetensorsWriter:
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
-        self._header, self._left = header, set(contents)
+        self._path, self._header, self._left = path, header, set(contents)
         self._file = path.open("wb")
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
         self._file.truncate(self._start + end)
@@ -204,8 +205,7 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         self._file.close()
-        if self._left:
-            raise AssertionError(f"{sorted(self._left)} were never written")
+        check_complete(self._path, self._left)
 
     def abort(self) -> None:
         self._file.close()

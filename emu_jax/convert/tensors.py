@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -51,7 +51,7 @@ def dtype_name(dtype: np.dtype) -> str:
 
 
 def dtype_of(name: str) -> np.dtype:
-    """Returns the dtype with this name in torch."""
+    """Returns the dtype with this name in torch. The inverse of `dtype_name`."""
     return TORCH_DTYPES[name]
 
 
@@ -110,8 +110,26 @@ def finishing(writer: TensorWriter) -> Iterator[None]:
 
 
 def check_shape(key: str, tensor: np.ndarray, shape: Shape) -> None:
+    """Checks a tensor against the shape with which its file was created.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if tensor.shape != tuple(shape):
-        raise AssertionError(f"{key} is {tensor.shape}, announced {shape}")
+        raise ValueError(f"{key} has shape {tensor.shape}, but the file declares {tuple(shape)}")
+
+
+def check_complete(path: Path, missing: Iterable[str]) -> None:
+    """Checks that everything was written to a file.
+
+    Raises:
+        ValueError: something is missing.
+    """
+    if missing := sorted(missing):
+        raise ValueError(
+            f"{path} is incomplete: {', '.join(missing)} was declared but not written: write every "
+            "tensor before close()"
+        )
 
 
 def blocks(tensor: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:

@@ -27,6 +27,7 @@ from emu_jax.convert.tensors import (
     Shape,
     Tensor,
     blocks,
+    check_complete,
     check_shape,
 )
 from emu_jax.errors import UserError
@@ -351,14 +352,15 @@ def _kind(value: Any) -> str:
 class TorchWriter:
     """Writes torch's zip archive: one record per storage as it arrives, then the pickle.
 
-    `torch.save` needs all tensors at once. This writes an equivalent file tensor by tensor.
+    `torch.save` would need torch, and all tensors at once: to bound the memory, they would have to
+    be mapped from a second copy on disk. This writes an equivalent file tensor by tensor.
     """
 
     def __init__(self, path: Path, contents: Contents, wrapper_key: str | None = None):
         self._contents, self._wrapper_key = dict(contents), wrapper_key
         self._numbers = {key: i for i, key in enumerate(contents)}
         self._left = set(contents)
-        self._root = path.stem
+        self._path, self._root = path, path.stem
         self._file = path.open("w+b")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
 
@@ -370,9 +372,11 @@ class TorchWriter:
         self._record(f"data/{self._numbers[key]}", length, blocks(tensor, dtype))
 
     def close(self) -> None:
-        if self._left:
+        try:
+            check_complete(self._path, self._left)
+        except ValueError:
             self.abort()
-            raise AssertionError(f"{sorted(self._left)} were never written")
+            raise
         for name, data in (
             ("data.pkl", self._pickle()),
             ("byteorder", b"little"),
