@@ -23,8 +23,8 @@ from emu_jax.config import EmuConfig, digits, emu_ladder
 from emu_jax.convert import export
 from emu_jax.generate import text
 from emu_jax.generate.settings import DynamicSettings, StaticSettings, TextConfig
-from emu_jax.models.emu import Emu
-from emu_jax.sharding import Template, make_mesh
+from emu_jax.models.emu import EmuModel
+from emu_jax.sharding import AbstractModel, make_mesh
 
 floors = bench.load("floors")
 
@@ -123,9 +123,9 @@ def config(size: str) -> EmuConfig:
     return dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, rope_dtype="float32"))
 
 
-def template(cfg: EmuConfig) -> Template:
+def template(cfg: EmuConfig) -> AbstractModel:
     mesh = make_mesh(devices=jax.devices()[:1])
-    return Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+    return AbstractModel(lambda: EmuModel(cfg, rngs=nnx.Rngs(0)), mesh)
 
 
 def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array]:

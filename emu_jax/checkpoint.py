@@ -10,7 +10,7 @@
                         {tower: run directory}, relative to DIR
 
 Saved parameters are nested dicts under the module's own attribute names, which allows reading one
-tower without the rest. In memory they are flat (`sharding.Template`).
+tower without the rest. In memory they are flat (`sharding.AbstractModel`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from emu_jax import integrity
 from emu_jax.config import EmuConfig, load_json
 from emu_jax.errors import UserError
 from emu_jax.filesystem import write_text
-from emu_jax.sharding import Template, flatten, nest
+from emu_jax.sharding import AbstractModel, flatten, nest
 from emu_jax.tokenizer import Tokenizer
 
 
@@ -394,7 +394,7 @@ def load_module(
 
     Each parameter is read straight into `dtype`: no wider copy is ever in memory.
     """
-    template = Template(build, mesh)
+    template = AbstractModel(build, mesh)
     wanted = {
         path: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
         for path, shape in template.shapes.items()

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -183,7 +184,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-class Template:
+class AbstractModel:
     """A module without its arrays: what parameters it has, where they go, and the way back.
 
     Parameters are flat dicts {dotted path: array}, such as `visual.blocks.attn.qkv`.
@@ -226,23 +227,12 @@ class Template:
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": x} as {"a": {"b": x}}, the form that is saved."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *groups, name = path.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = leaf
-    return tree
+    return unflatten_dict(flat, sep=".")
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `nest`."""
-    flat: dict[str, Any] = {}
-    for name, node in tree.items():
-        path = f"{prefix}{name}"
-        flat |= flatten(node, path + ".") if isinstance(node, dict) else {path: node}
-    return flat
+    return dict(flatten_dict(tree, sep="."))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -53,9 +53,9 @@ def our_array(array: np.ndarray) -> np.ndarray:
     )
 
 
-def template(cls: type, cfg, mesh=None) -> sharding.Template:
+def template(cls: type, cfg, mesh=None) -> sharding.AbstractModel:
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    return sharding.Template(lambda: cls(cfg, rngs=nnx.Rngs(0)), mesh)
+    return sharding.AbstractModel(lambda: cls(cfg, rngs=nnx.Rngs(0)), mesh)
 
 
 def load(cls: type, cfg, tensors: dict[str, np.ndarray]):

@@ -982,7 +982,7 @@ def small():
         unet=None,
         vae=None,
     )
-    model = models.Emu(cfg, rngs=nnx.Rngs(3))
+    model = models.EmuModel(cfg, rngs=nnx.Rngs(3))
     head = model.llama.lm_head.kernel
     head[...] = head[...] * 3  # probabilities that are far from equal
     return Emu(model, words, batch_size=20)

@@ -21,9 +21,9 @@ from emu_jax.errors import UserError
 from emu_jax.generate.api import load
 from emu_jax.generate.settings import ImageSettings
 from emu_jax.models import backend
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.lora import LoraLinear
-from emu_jax.sharding import Template, make_mesh, nest
+from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train import parents
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, digits_data
@@ -129,7 +129,7 @@ def parent(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parent")
     build_digits(folder / "data")
     model = small_model()
-    template = Template(lambda: Emu(model, rngs=nnx.Rngs(5)), one_device())
+    template = AbstractModel(lambda: EmuModel(model, rngs=nnx.Rngs(5)), one_device())
     params = nest(template.init())
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "run" / "0" / "params").absolute(), params)

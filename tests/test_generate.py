@@ -36,7 +36,7 @@ from emu_jax.generate.settings import (
 )
 from emu_jax.models import emu as models
 from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
-from emu_jax.sharding import Template, make_mesh, nest
+from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 
 # How often each program was traced: once per bucket of shapes.
@@ -233,7 +233,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def model(words):
-    made = models.Emu(small_config(words), rngs=nnx.Rngs(3))
+    made = models.EmuModel(small_config(words), rngs=nnx.Rngs(3))
     # Sharper than a fresh model, so that probabilities are far from equal.
     head = made.llama.lm_head.kernel
     head[...] = head[...] * 3
@@ -1213,7 +1213,9 @@ def test_floats_from_0_to_1_are_the_picture_in_bytes(side, small):
 
 @pytest.mark.slow
 def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
-    template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
+    template = AbstractModel(
+        lambda: models.EmuModel(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8)
+    )
     path = (tmp_path / "7" / "params").absolute()
     ocp.PyTreeCheckpointer().save(path, nest(template.params(model)))
     config.save_json(model.cfg, tmp_path / "config.json")
@@ -1234,7 +1236,7 @@ def test_a_run_directory_is_all_that_load_needs(tmp_path, model, words, small):
 @pytest.mark.slow
 def test_beams_are_the_same_over_sharded_rows(model, words, small):
     mesh = make_mesh(fsdp=8)
-    place = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), mesh)
+    place = AbstractModel(lambda: models.EmuModel(model.cfg, rngs=nnx.Rngs(0)), mesh)
     params = jax.device_put(place.params(model), place.shardings)
     sharded = Emu(place.module(params), words, mesh=mesh)
     beams = {"num_beams": 3, "max_new_tokens": 5}
@@ -1252,11 +1254,13 @@ def test_seeds_reproduce_on_every_mesh(model, words, small):
     drawn = small.generate_image(prompts, **drawing)
     mixed_sample = {k: v for k, v in sample.items() if k != "num_beams"} | DRAW
     parts = small.complete(prompts, **mixed_sample)
-    template = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
+    template = AbstractModel(
+        lambda: models.EmuModel(model.cfg, rngs=nnx.Rngs(0)), make_mesh(data=8)
+    )
     params = template.params(model)
     for shape in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}):
         mesh = make_mesh(**shape)
-        place = Template(lambda: models.Emu(model.cfg, rngs=nnx.Rngs(0)), mesh)
+        place = AbstractModel(lambda: models.EmuModel(model.cfg, rngs=nnx.Rngs(0)), mesh)
         sharded = Emu(place.module(jax.device_put(params, place.shardings)), words, mesh=mesh)
         np.testing.assert_array_equal(sharded.generate_ids(MIXED_PROMPTS, **sample), text)
         again = sharded.generate_image(prompts, **drawing)

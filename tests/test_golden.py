@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from emu_jax.convert import release_config, tables
 from emu_jax.data.images import load_image
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge
-from emu_jax.sharding import Template, make_mesh
+from emu_jax.sharding import AbstractModel, make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.objectives import sequence_losses
 
@@ -49,7 +49,7 @@ def load(tensors, decoder=None):
             tensors = tensors | {f"{tower}:{key}": t for key, t in stored.items()}
         unet, vae, scheduler = release_config.decoder(GOLDEN)
         cfg = dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)
-    template = Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
+    template = AbstractModel(lambda: EmuModel(cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     shapes = {path: leaf.shape for path, leaf in template.shapes.items()}
     style = tables.KeyStyle.of(tensors)
     rows = tables.table(cfg, shapes)
@@ -232,7 +232,7 @@ def test_instruct_adapters(instruct, golden):
 
     llama = dataclasses.replace(instruct.cfg.llama, lora=None)
     plain = dataclasses.replace(instruct.cfg, llama=llama)
-    template = Template(lambda: Emu(plain, rngs=nnx.Rngs(0)), make_mesh(data=8))
+    template = AbstractModel(lambda: EmuModel(plain, rngs=nnx.Rngs(0)), make_mesh(data=8))
     merged = template.module(merge_params(instruct))
     assert relative_error(nnx.jit(logits)(merged), golden["instruct/logits"]) < FEEDBACK
 

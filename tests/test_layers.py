@@ -11,7 +11,7 @@ from flax import nnx
 from emu_jax.config import CFormerConfig, LoraConfig, TokenIds
 from emu_jax.models.attention import attention
 from emu_jax.models.cformer import CFormer, Dropout
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.lora import LoraLinear, adapted, merge
 
 
@@ -88,13 +88,13 @@ def test_regression_targets_by_hand():
         ([10, 9, 2, 1, 5, 3, 3, 3, 3, 3, 3, 8], [1] * 12, [1] + [0] * 11),
     ]
     tokens, segments, expected = (np.array(x) for x in zip(*rows, strict=True))
-    found = Emu.regression_mask(emu, jnp.asarray(tokens), jnp.asarray(segments))
+    found = EmuModel.regression_mask(emu, jnp.asarray(tokens), jnp.asarray(segments))
     assert found.astype(int).tolist() == expected.tolist()
 
     here = tokens[0] == ids.image
     slots = jnp.asarray(np.where(here, np.cumsum(here) - 1, -1)[None])
     for scored in ([True, True, False], [False, True, False], [True, False, True]):
-        found = Emu.regression_mask(
+        found = EmuModel.regression_mask(
             emu, jnp.asarray(tokens[:1]), jnp.asarray(segments[:1]), slots, jnp.asarray([scored])
         )
         want = expected[0] * np.repeat([0, *scored[:2], 0], [1, 5, 5, 1])

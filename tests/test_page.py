@@ -29,8 +29,8 @@ from emu_jax.config import digits as digits_model
 from emu_jax.config import save_json
 from emu_jax.data import digits
 from emu_jax.demo.demo import GENERATION, Judge
-from emu_jax.models.emu import Emu
-from emu_jax.sharding import Template, make_mesh, nest
+from emu_jax.models.emu import EmuModel
+from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 
 pytest.importorskip("starlette")
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory):
     digits.build_digits(folder / "data")
     model = digits_model()
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    params = nest(Template(lambda: Emu(model, rngs=nnx.Rngs(0)), mesh).init())
+    params = nest(AbstractModel(lambda: EmuModel(model, rngs=nnx.Rngs(0)), mesh).init())
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "0" / "params").absolute(), params)
     save_json(model, folder / "config.json")

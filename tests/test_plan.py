@@ -782,7 +782,7 @@ def test_sharding_of_the_14b_step_is_pinned():
 
 
 def test_ladder_sizes():
-    from emu_jax.models.emu import Emu
+    from emu_jax.models.emu import EmuModel
 
     for size, least, most in (
         ("0.1B", 0.09e9, 0.12e9),
@@ -790,7 +790,7 @@ def test_ladder_sizes():
         ("1.5B", 1.4e9, 1.6e9),
         ("7B", 7e9, 8e9),
     ):
-        state = nnx.state(nnx.eval_shape(lambda s=size: Emu(emu_ladder(s), rngs=nnx.Rngs(0))))
+        state = nnx.state(nnx.eval_shape(lambda s=size: EmuModel(emu_ladder(s), rngs=nnx.Rngs(0))))
         assert least < sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) < most
     assert emu_14b().llama.head_width == emu_ladder("7B").llama.head_width == 128
 

@@ -18,7 +18,7 @@ from emu_jax.generate import api, text
 from emu_jax.generate.settings import DynamicSettings, StaticSettings, TextConfig
 from emu_jax.models import backend, conv, cpu, layers, llama, xla
 from emu_jax.models.attention import attention
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.tokenizer import Tokenizer
 
 
@@ -158,7 +158,7 @@ def test_upsampling(dtype, within):
 @pytest.mark.slow
 def test_candidates_behind_caches_apart():
     """What each layer holds is repeated for candidates as what all hold together is."""
-    emu = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
+    emu = EmuModel(config.digits(), painter=False, rngs=nnx.Rngs(0))
     x = emu.llama.embed_tokens(jnp.asarray([[7, 8, 9], [0, 20, 21]]))
     valid = jnp.asarray([[1, 1, 1], [0, 1, 1]], bool)
     candidates = jnp.asarray([[[5, 6, 7], [8, 9, -1]], [[10, 11, 12], [13, -1, -1]]])
@@ -193,7 +193,7 @@ def test_layers_apart_compute_what_a_stack_does(dtype, within):
 def test_emu_copies_no_weights_when_it_decodes():
     """The compiled program's temporaries are less than the layers' parameters."""
     words = Tokenizer.train(["one two three"] * 9, 300)
-    model = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
+    model = EmuModel(config.digits(), painter=False, rngs=nnx.Rngs(0))
     layers = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model.llama.layers)))
     settings = TextConfig(max_new_tokens=3)
     static, dynamic = (
@@ -222,7 +222,7 @@ def test_emu_copies_no_weights_when_it_decodes():
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_decoding(beams):
-    emu = Emu(config.digits(), painter=False, rngs=nnx.Rngs(0))
+    emu = EmuModel(config.digits(), painter=False, rngs=nnx.Rngs(0))
     ids = jnp.asarray([[7, 8, 9, 10, 11], [0, 0, 20, 21, 22]])
     settings = TextConfig(max_new_tokens=6, num_beams=beams)
     static, dynamic = (

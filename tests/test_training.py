@@ -28,10 +28,10 @@ from emu_jax.config import LORA_TARGETS, LoraConfig, SchedulerConfig, TokenIds, 
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.models.cformer import CFormer
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
-from emu_jax.sharding import MESH_AXES, Template, batch_sharding, make_mesh, nest, spec
+from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, make_mesh, nest, spec
 from emu_jax.train import loop, monitor, objectives, parents, precompute
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import Trainer, train
@@ -483,7 +483,7 @@ def language(table, weights, heads):
     module = SimpleNamespace(
         llama=llama, embed=embed, encode_images=encode_images, cfg=digits(), keys=keys
     )
-    module.regression_mask = partial(Emu.regression_mask, module)
+    module.regression_mask = partial(EmuModel.regression_mask, module)
     return module
 
 
@@ -694,7 +694,7 @@ def test_every_dropout_draws_for_itself(drawn):
     positions = np.zeros(x.shape[:2], np.int32)
     more = (positions,), ()
     for build, inputs, masks, keep in zip(built, more, (14, 14), (0.75, 0.5), strict=True):
-        template = Template(build, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+        template = AbstractModel(build, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
         zeros = {path: jnp.zeros(a.shape) for path, a in template.shapes.items()}
         drawn.clear()
         for given in (None, key):

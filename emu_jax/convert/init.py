@@ -44,9 +44,9 @@ from emu_jax.convert.tables import KeyStyle, TableRow
 from emu_jax.convert.tensors import Shape, Tensor
 from emu_jax.errors import UserError
 from emu_jax.filesystem import read_json_object
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.layers import lecun
-from emu_jax.sharding import Template, make_mesh
+from emu_jax.sharding import AbstractModel, make_mesh
 from emu_jax.tokenizer import Tokenizer
 
 _VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
@@ -137,7 +137,7 @@ class FreshSource:
     fresh: set[str]
     emu_key: jax.Array
     painter_key: jax.Array
-    abstract: Template
+    abstract: AbstractModel
     rows: dict[str, TableRow]
     tensors: dict[str, Tensor]
     style: KeyStyle
@@ -235,7 +235,7 @@ class FreshSource:
         }
 
         def make() -> dict[str, jax.Array]:  # XLA removes the parameters that are not returned
-            emu = Emu(self.cfg, painter=False, rngs=nnx.Rngs(self.emu_key))
+            emu = EmuModel(self.cfg, painter=False, rngs=nnx.Rngs(self.emu_key))
             params = self.abstract.params(emu)
             return {p: params[p] for p in shardings}
 

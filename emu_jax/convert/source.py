@@ -30,11 +30,11 @@ from emu_jax.convert.tensors import Tensor, copy_into, dtype_name, dtype_of
 from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError, suggest
 from emu_jax.filesystem import read_json_object
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
-from emu_jax.sharding import Template
+from emu_jax.sharding import AbstractModel
 from emu_jax.tokenizer import Tokenizer
 
 MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
@@ -219,9 +219,9 @@ def rows_of(cfg: EmuConfig, shapes: Mapping[str, Any]) -> list[TableRow]:
 
 
 @functools.cache
-def template_of(cfg: EmuConfig, mesh: Mesh) -> Template:
+def template_of(cfg: EmuConfig, mesh: Mesh) -> AbstractModel:
     """Returns the model that `cfg` describes, without its arrays."""
-    return Template(lambda: Emu(cfg, rngs=nnx.Rngs(0)), mesh)
+    return AbstractModel(lambda: EmuModel(cfg, rngs=nnx.Rngs(0)), mesh)
 
 
 def open_source(
@@ -278,7 +278,7 @@ def is_release(path: Path) -> bool:
     return path.is_file() or (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
 
 
-def load_release(path: Path, mesh: Mesh) -> tuple[Emu, Tokenizer]:
+def load_release(path: Path, mesh: Mesh) -> tuple[EmuModel, Tokenizer]:
     """Loads a model in float32 from the release's own files, without an intermediate run directory.
 
     Raises:
@@ -291,7 +291,7 @@ def load_release(path: Path, mesh: Mesh) -> tuple[Emu, Tokenizer]:
         wanted = jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=shape.sharding)
         params[row.path] = assemble(row, wanted, functools.partial(source.read, row.path))
     model = template_of(source.cfg, mesh).module(params)
-    assert isinstance(model, Emu)
+    assert isinstance(model, EmuModel)
     return model, source.tokenizer
 
 

@@ -108,11 +108,11 @@ def load(
             defaults = GenerationConfig.load(directory / "generation.json")
         towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(directory)))
 
-        def build() -> models.Emu:
-            return models.Emu(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
+        def build() -> models.EmuModel:
+            return models.EmuModel(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
         model = checkpoint.load_module(directory, build, mesh, jnp.dtype(dtype))
-        assert isinstance(model, models.Emu)
+        assert isinstance(model, models.EmuModel)
     return Emu(
         model,
         tokenizer,
@@ -142,7 +142,7 @@ class Emu:
 
     def __init__(
         self,
-        model: models.Emu,
+        model: models.EmuModel,
         tokenizer: Tokenizer,
         *,
         defaults: GenerationConfig | None = None,
@@ -166,7 +166,7 @@ class Emu:
         self._unconditional: Float[Array, "N D"] | None = None
 
     @property
-    def model(self) -> models.Emu:
+    def model(self) -> models.EmuModel:
         """The module itself. On a CPU its language model's layers are a list, not one stack
         (`Llama.unstacked_for_decoding`)."""
         return nnx.merge(self._graphdef, self._params)
@@ -751,7 +751,7 @@ class _StreamProgress:
             self._text = text
 
 
-def _paints(model: models.Emu) -> bool:
+def _paints(model: models.EmuModel) -> bool:
     return model.unet is not None and model.vae is not None
 
 

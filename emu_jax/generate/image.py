@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 
 
 def initial_latents(
@@ -22,7 +22,7 @@ def initial_latents(
 
 
 def sample_latents(
-    emu: Emu,
+    emu: EmuModel,
     latents: Float[Array, "B height width channels"],
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "N D"] | None,
@@ -48,7 +48,7 @@ def sample_latents(
 
 
 def decode_latents(
-    emu: Emu, latents: Float[Array, "B height width channels"]
+    emu: EmuModel, latents: Float[Array, "B height width channels"]
 ) -> Float[Array, "B side side 3"]:
     """Decodes latents to pixels in [0, 1]."""
     assert emu.vae is not None
@@ -68,7 +68,7 @@ def start_painting(
 
 
 def paint_steps(
-    emu: Emu,
+    emu: EmuModel,
     state: diffusion.SampleState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "N D"] | None,
@@ -87,7 +87,7 @@ def paint_steps(
 
 
 def finish_painting(
-    emu: Emu, state: diffusion.SampleState, dtype: jnp.dtype
+    emu: EmuModel, state: diffusion.SampleState, dtype: jnp.dtype
 ) -> UInt8[Array, "B side side 3"]:
     """Decodes the denoised latents to pixels."""
     return jnp.round(decode_latents(emu, state.latents.astype(dtype)) * 255).astype(jnp.uint8)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from emu_jax.config import EmuConfig
 from emu_jax.generate.logits import filter_logits
 from emu_jax.generate.text import prefill, step_keys
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 
@@ -84,7 +84,7 @@ class MixedState(NamedTuple):
 
 
 def complete(
-    emu: Emu,
+    emu: EmuModel,
     x: Float[Array, "B prompt D"],
     valid: Bool[Array, "B prompt"],
     opened: Bool[Array, "B"],
@@ -107,7 +107,7 @@ def complete(
 
 
 def start(
-    emu: Emu,
+    emu: EmuModel,
     x: Float[Array, "B prompt D"],
     valid: Bool[Array, "B prompt"],
     opened: Bool[Array, "B"],
@@ -137,7 +137,7 @@ def start(
 
 
 def decode_until(
-    emu: Emu,
+    emu: EmuModel,
     state: MixedState,
     until: Int[Array, ""],
     static: StaticMixedSettings,

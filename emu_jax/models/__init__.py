@@ -1,6 +1,6 @@
 """The towers of Emu, one module each, and the layers beneath them.
 
-emu.py              Emu: the towers put together
+emu.py              EmuModel: the towers put together
 eva_clip.py         EVA-CLIP's vision transformer
 cformer.py          the Causal Transformer
 llama.py            LLaMA with the regression head

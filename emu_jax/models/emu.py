@@ -1,4 +1,4 @@
-"""Emu: the towers put together (release: `modeling_emu.py`, paper section 2)."""
+"""The towers put together (release: `modeling_emu.py`, paper section 2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emu_jax.models.vae import VAE
 from emu_jax.sharding import shard
 
 
-class Emu(nnx.Module):
+class EmuModel(nnx.Module):
     """One autoregressive model over text tokens and visual embeddings, and the decoder that
     paints its embeddings.
 

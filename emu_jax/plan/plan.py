@@ -37,7 +37,7 @@ from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
 from emu_jax.plan.roofline import Network, busiest, times
-from emu_jax.sharding import MESH_AXES, Template, batch_sharding, spec
+from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import train_flops
 from emu_jax.train.loop import Trainer, check, mesh_for
@@ -167,7 +167,7 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     with jax.set_mesh(mesh):
-        template = Template(lambda: Llama(llama, rngs=nnx.Rngs(0)), mesh)
+        template = AbstractModel(lambda: Llama(llama, rngs=nnx.Rngs(0)), mesh)
         params = {
             path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
             for path, leaf in template.shapes.items()

@@ -25,7 +25,7 @@ from emu_jax.data import digits
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import choose_backend
 from emu_jax.models.remat import REMAT
-from emu_jax.sharding import Template, batch_sharding, flatten, make_mesh, nest
+from emu_jax.sharding import AbstractModel, batch_sharding, flatten, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train import parents
 from emu_jax.train.config import TrainConfig
@@ -64,7 +64,9 @@ class Trainer:
         cfg = dataclasses.replace(cfg, attention=backend)
         self.cfg, self.mesh = cfg, mesh
         self.objective = get_objective(cfg.objective)
-        self.template = Template(lambda: self.objective.build(cfg, nnx.Rngs(self._keys()[0])), mesh)
+        self.template = AbstractModel(
+            lambda: self.objective.build(cfg, nnx.Rngs(self._keys()[0])), mesh
+        )
         shapes = self.template.shapes
         rates = {path: group_of(path, cfg.optimizer).lr for path in shapes}
         self.trained = [path for path in shapes if rates[path] > 0]

@@ -19,7 +19,7 @@ from emu_jax.data.latents import LatentBatches, latent_shapes
 from emu_jax.data.pipeline import Batches, Kind, batch_shapes
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.clip import CLIP
-from emu_jax.models.emu import Emu
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
@@ -99,16 +99,16 @@ class EmuObjective(Objective):
 
     batch_kind = "rows"
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu:
-        return Emu(cfg.model, painter=False, remat=cfg.remat, backend=cfg.attention, rngs=rngs)
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> EmuModel:
+        return EmuModel(cfg.model, painter=False, remat=cfg.remat, backend=cfg.attention, rngs=rngs)
 
-    def targets(self, module: Emu, batch: Batch) -> Metrics:
+    def targets(self, module: EmuModel, batch: Batch) -> Metrics:
         return {name: jnp.sum(mask) for name, mask in target_masks(module, batch).items()}
 
     def loss(
         self,
         cfg: TrainConfig,
-        module: Emu,
+        module: EmuModel,
         batch: Batch,
         key: jax.Array,
         targets: Metrics | None = None,
@@ -181,7 +181,7 @@ def following(x: Array) -> Array:
 
 
 def sequence_losses(
-    module: Emu,
+    module: EmuModel,
     images: Float[Array, "B I N D"],
     batch: Batch,
     *,
@@ -207,7 +207,7 @@ def sequence_losses(
     )
 
 
-def target_masks(module: Emu, batch: Batch) -> Metrics:
+def target_masks(module: EmuModel, batch: Batch) -> Metrics:
     """Returns the masks of the targets, of text and of regression, [B, T]."""
     return {
         "text": text_mask(batch),
@@ -341,12 +341,12 @@ class DecoderObjective(Objective):
 
     batch_kind = "contexts"
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Emu | Painter:
+    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> EmuModel | Painter:
         if cfg.model.unet is None or cfg.model.vae is None:
             raise UserError("the decoder objective needs model.unet and model.vae")
         if cfg.latents:
             return Painter(cfg, rngs)
-        return Emu(cfg.model, remat=cfg.remat, rngs=rngs)
+        return EmuModel(cfg.model, remat=cfg.remat, rngs=rngs)
 
     def batch_shapes(self, cfg: TrainConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
         if not cfg.latents:
@@ -367,7 +367,7 @@ class DecoderObjective(Objective):
         return LatentBatches(Path(cfg.latents), cfg.data, cfg.model, index, count)
 
     @staticmethod
-    def frozen(cfg: TrainConfig, module: Emu, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def frozen(cfg: TrainConfig, module: EmuModel, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The conditions [B, N, D] and latents [B, h, w, C] of a batch of contexts."""
         assert module.vae and cfg.model.vae
         dtype = jnp.dtype(cfg.dtype)
@@ -382,13 +382,13 @@ class DecoderObjective(Objective):
     def loss(
         self,
         cfg: TrainConfig,
-        module: Emu | Painter,
+        module: EmuModel | Painter,
         batch: Batch,
         key: jax.Array,
         targets: Metrics | None = None,
     ):
         dtype = jnp.dtype(cfg.dtype)
-        if isinstance(module, Emu):
+        if isinstance(module, EmuModel):
             condition, latents = self.frozen(cfg, module, batch)
         else:
             condition, latents = (batch[name].astype(dtype) for name in ("condition", "latents"))
