@@ -16,6 +16,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Before any test imports the package.
+install_import_hook("emu_jax", "shape_checks.check")
 
 # The release's weights are torch files; torch is installed for Python 3.11 alone.
 TORCH = ("convert", "generate", "golden", "training_oracle", "verify")
