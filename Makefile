@@ -21,10 +21,11 @@ test: .venv/.installed-dev
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-# The long tests. Tests that compare speeds run last and alone.
+# The long tests. Tests that compare speeds run last and alone. Checking the shapes of every call
+# takes time of its own, so it is left to `make test`.
 test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "slow and alone"
+	EMU_JAX_CHECK_SHAPES=0 $(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
+	EMU_JAX_CHECK_SHAPES=0 $(BIN)/python -m pytest -m "slow and alone"
 
 # Everything, including what is too long for CI: hours. Run it before a release.
 test-all: lint test demo

@@ -1086,10 +1086,10 @@ def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokeni
     for process in range(2):
         writer = PartWriter(tmp_path, 0, process)
         for n in range(process * 20, process * 20 + 20):
-            writer.add(np.full(condition, n), np.full(latents, n))
+            writer.add(np.full(condition, float(n)), np.full(latents, float(n)))
         writer.close()
     progress = Progress("run").after(tmp_path, rows=40, processes=2, position=None)
-    nothing = np.full(condition, -1)
+    nothing = np.full(condition, -1.0)
     finish(tmp_path, progress, model=model, unconditional=nothing, tokenizer=tokenizer)
 
     def read(count: int, **changes) -> tuple[np.ndarray, np.ndarray]:

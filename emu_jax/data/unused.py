@@ -141,7 +141,7 @@ class Tally:
         return np.frombuffer(json.dumps(self.to_dict()).encode(), np.uint8)
 
     @classmethod
-    def add(cls, arrays: Iterable[UInt8[np.ndarray, "bytes"]]) -> UInt8[np.ndarray, "bytes"]:
+    def add(cls, arrays: Iterable[UInt8[np.ndarray, "_"]]) -> UInt8[np.ndarray, "_"]:
         """Merges tallies encoded by `to_array`."""
         total = cls()
         for array in arrays:
