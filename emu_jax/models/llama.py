@@ -26,7 +26,7 @@ from emu_jax.sharding import shard, spec
 Cache = TypeVar("Cache", KVCache, None)
 
 
-def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "K/2"]:
+def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "pairs"]:
     """1 / theta^(2i / K) (`rotary_emb.inv_freq`), every step rounded as torch rounds it.
 
     In numpy, when a program is traced: XLA's power differs in the last bits, and rounding the

@@ -248,7 +248,7 @@ def _flash_style_bwd(
 flash_style_attention.defvjp(_flash_style_fwd, _flash_style_bwd)
 
 
-def _heads_first(*arrays: Float[Array, "B _ H K"]) -> list[Float[Array, "B H _ K"]]:
+def _heads_first(*arrays: Float[Array, "B _ _ K"]) -> list[Float[Array, "B _ _ K"]]:
     return [x.swapaxes(1, 2) for x in arrays]
 
 
