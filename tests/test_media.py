@@ -27,7 +27,8 @@ from emu_jax.data.sources.video import (
     subtitles,
 )
 from emu_jax.data.unused import Unused
-from emu_jax.generate.prompt import open_file
+from emu_jax.errors import UserError
+from emu_jax.generate.prompt import open_file, open_video
 
 # Images
 
@@ -743,6 +744,36 @@ def test_the_best_of_several_streams_is_the_video():
             out.mux(stream.encode())
     clip = Video(file.getvalue(), "it")
     assert len(clip.times) == 8 and len(clip.frames(range(8))) == 8
+
+
+class Ticking:
+    """A clock that shows one second more at each look."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        self.seconds += 1
+        return self.seconds
+
+
+@pytest.mark.parametrize("form, codec", [("mp4", "mpeg4"), ("mpeg", "mpeg1video")])
+def test_a_video_that_takes_too_long_is_damaged(monkeypatch, form, codec):
+    """By seeking or in order; it is not taken for one that was cut short."""
+    content = encode(form, codec)
+    monkeypatch.setattr("emu_jax.data.sources.video.time", clock := Ticking())
+    assert len(Video(content, "it", 1000.0).times) == 24
+    opened = clock.seconds
+    assert opened > 24  # it looks at the clock for each packet
+    with pytest.raises(Damaged, match=r"it: slow video \(not decoded within 10 s\)"):
+        Video(content, "it", 10.0)
+    video = Video(content, "it", 1000.0)
+    assert len(video.frames([2, 20])) == 2
+    video._seconds = 1.0
+    with pytest.raises(Damaged, match=r"it: slow video \(not decoded within 1 s\)"):
+        video.frames([2, 20])
+    with pytest.raises(UserError, match="not decoded within 5 s"):
+        open_video(content, "it", 5.0)
 
 
 def test_names_of_videos():

@@ -157,6 +157,7 @@ REASONS = (
     "not a regular file",
     "file too large",
     "text too large",
+    "slow video",
 )
 
 

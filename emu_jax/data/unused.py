@@ -41,6 +41,7 @@ LOSES: dict[str, tuple[str, ...]] = {
     "picture too narrow": ("images",),
     "unreadable video": ("images",),
     "video without frames": ("images",),
+    "slow video": ("images",),
     "missing file": ("images",),
     "not a regular file": ("images",),
     "file too large": ("images", "texts"),

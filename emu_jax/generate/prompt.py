@@ -20,7 +20,13 @@ from emu_jax.config import EmuConfig
 from emu_jax.data import storage
 from emu_jax.data.images import load_image, open_image
 from emu_jax.data.sources.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
-from emu_jax.data.sources.video import FRAMES, VIDEO_SUFFIXES, Video, sample_frames
+from emu_jax.data.sources.video import (
+    FRAMES,
+    SECONDS,
+    VIDEO_SUFFIXES,
+    Video,
+    sample_frames,
+)
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, EOS, IMAGE, IMG, USER, Tokenizer
 
@@ -102,13 +108,17 @@ def _video_file(path: Path) -> list[Image.Image]:
     return open_video(content, str(path))
 
 
-def open_video(content: bytes, where: str) -> list[Image.Image]:
+def open_video(content: bytes, where: str, seconds: float = SECONDS) -> list[Image.Image]:
     """Returns the frames of a video that the release shows to the model.
 
+    Args:
+        seconds: time limit (see `Video`).
+
     Raises:
-        UserError: the video cannot be read.
+        UserError: the video cannot be read, or not in time.
     """
-    return [open_image(data) for _, data in sample_frames(Video(content, where), FRAMES, None)]
+    video = Video(content, where, seconds)
+    return [open_image(data) for _, data in sample_frames(video, FRAMES, None)]
 
 
 def instruct(prompt: Parts, system: str | None = None) -> list[Part]:

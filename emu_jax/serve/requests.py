@@ -42,6 +42,7 @@ class Limits:
     text_characters: int = 8000  # of all texts together
     images: int = 16  # including video frames
     pixels: int = 25_000_000  # of all images and frames together
+    video_seconds: float = 20.0  # to open a video, and again to decode its frames
     new_tokens: int = 256
     steps: int = 100  # of diffusion sampling
     waiting: int = 64  # requests running or waiting
@@ -201,7 +202,7 @@ class _Room:
         self._more(FRAMES - 1)
         self._fits(*size, FRAMES)
         try:
-            return open_video(content, "video")
+            return open_video(content, "video", self.limits.video_seconds)
         except UserError:
             raise Refused(400, "a video cannot be read") from None
 

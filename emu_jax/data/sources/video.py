@@ -10,6 +10,7 @@ import bisect
 import collections
 import io
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -58,6 +59,10 @@ _DECODING_TIMES = ("avi", "asf")
 # Program streams: frames that share one timestamp get other timestamps after a seek.
 _SHARED_TIMES = ("mpeg", "mpegvideo")
 
+# A hostile file of a few megabytes may take hours to decode. Long videos of formats without usable
+# timestamps, which are decoded from their beginning, take minutes.
+SECONDS = 1800.0
+
 CUT_SHORT = "video cut short"
 UNDECODABLE_FRAME = "undecodable video frame"
 
@@ -90,6 +95,26 @@ def open_container(content: bytes) -> Any:
     return av.open(io.BytesIO(content), options={"format_whitelist": _CONTAINERS})
 
 
+class _Overdue(Exception):
+    """Raised past a deadline. Not one of FFmpeg's errors, which only cut a video short."""
+
+
+class _Deadline:
+    """A limit on the time that one step may take."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self._end = seconds, time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Checks the time.
+
+        Raises:
+            _Overdue: the time is up.
+        """
+        if time.monotonic() > self._end:
+            raise _Overdue(f"not decoded within {self.seconds:g} s")
+
+
 class Video:
     """Random access to the frames of a video.
 
@@ -97,27 +122,33 @@ class Video:
     that an edit list hides. The pixel aspect ratio is ignored, as in the release, which squashes
     each frame to a square anyway.
 
+    Args:
+        seconds: time limit of opening the video, and of each call of `frames`. It is checked
+            between packets.
+
     Attributes:
         times: seconds from the first frame to each frame, ascending. Found without decoding.
         unused: frames that the file should have but that cannot be decoded; `frames` adds to it.
 
     Raises:
-        Damaged: the video cannot be read, or has no frames.
+        Damaged: the video cannot be read in time, or has no frames.
     """
 
-    def __init__(self, content: bytes, where: str):
-        self._content, self._where = content, where
+    def __init__(self, content: bytes, where: str, seconds: float = SECONDS):
+        self._content, self._where, self._seconds = content, where, seconds
         self.unused: list[Unused] = []
         try:
             with open_container(content) as container:
                 stream = container.streams.best("video")
-                packets, whole = _packets(container, stream)
+                packets, whole = _packets(container, stream, _Deadline(seconds))
                 base, duration = stream.time_base, (container.duration or 0) / 1e6
                 rate = stream.average_rate or stream.guessed_rate or 25
                 form = container.format.name
                 reordered = stream.codec_context.has_b_frames
         except EOFError:  # the file ends before the first frame
             raise Damaged("video without frames", where) from None
+        except _Overdue as error:
+            raise Damaged("slow video", where, error) from None
         except Exception as error:  # FFmpeg's errors, and AttributeError without a video stream
             raise Damaged("unreadable video", where, _why(error)) from None
         first = next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0)
@@ -147,33 +178,36 @@ class Video:
         and added to `unused`.
 
         Raises:
-            Damaged: none of the frames can be decoded.
+            Damaged: none of the frames can be decoded, or not in time.
         """
         wanted = sorted(set(indices))
+        deadline = _Deadline(self._seconds)
         try:
-            shown = dict(self._by_seeking(wanted)) if self._seekable else {}
+            shown = dict(self._by_seeking(wanted, deadline)) if self._seekable else {}
             if missing := [index for index in wanted if index not in shown]:
-                shown |= self._in_order(missing)
+                shown |= self._in_order(missing, deadline)
+        except _Overdue as error:
+            raise Damaged("slow video", self._where, error) from None
         except Exception as error:
             raise Damaged("unreadable video", self._where, _why(error)) from None
         if not shown:
             raise Damaged("unreadable video", self._where, "no frame can be decoded")
         return [(self.times[index], shown[index]) for index in indices]
 
-    def _by_seeking(self, wanted: list[int]) -> Iterator[tuple[int, bytes]]:
+    def _by_seeking(self, wanted: list[int], deadline: _Deadline) -> Iterator[tuple[int, bytes]]:
         """Decodes frames in order, and seeks to a key frame if one lies between two of them.
 
         Stops early if the decoded frames do not match the timestamps of their packets.
         """
         with self._open() as container:
-            frames, reached = _decoded(container), self._pts[0] - 1
+            frames, reached = _decoded(container, deadline), self._pts[0] - 1
             for index in wanted:
                 pts = self._pts[index]
                 place = bisect.bisect_right(self._keys, pts)
                 key = self._keys[place - 1] if place else reached
                 if key > reached + 1:
                     container.seek(key, stream=container.streams.best("video"), backward=True)
-                    frames = _decoded(container)
+                    frames = _decoded(container, deadline)
                 else:
                     key = None
                 for frame in frames:
@@ -191,7 +225,7 @@ class Video:
                     if reached >= pts:
                         break
 
-    def _in_order(self, wanted: list[int]) -> dict[int, bytes]:
+    def _in_order(self, wanted: list[int], deadline: _Deadline) -> dict[int, bytes]:
         """Decodes everything up to the last wanted frame."""
         shown: dict[int, bytes] = {}
         left, last = collections.deque(wanted), None
@@ -202,7 +236,7 @@ class Video:
             self.unused.append(Unused(UNDECODABLE_FRAME, f"at {self.times[index]:g} s"))
 
         with self._open() as container:
-            for number, frame in enumerate(_decoded(container)):
+            for number, frame in enumerate(_decoded(container, deadline)):
                 place = frame.pts if self._seekable else number
                 while left and place is not None and place > self._place(left[0]):
                     instead(frame if last is None else last)
@@ -226,14 +260,17 @@ class Video:
         return self._pts[index] if self._seekable else index
 
 
-def _packets(container: Any, stream: Any) -> tuple[list[Any], bool]:
+def _packets(container: Any, stream: Any, deadline: _Deadline) -> tuple[list[Any], bool]:
     """Returns a stream's packets, and whether the file could be read to its end."""
     packets: list[Any] = []
     whole = True
     try:
         for packet in container.demux(stream):
+            deadline.check()
             if packet.size:  # PyAV ends the stream with an empty packet
                 packets.append(packet)
+    except _Overdue:
+        raise
     except Exception:
         if not packets:
             raise
@@ -244,13 +281,14 @@ def _packets(container: Any, stream: Any) -> tuple[list[Any], bool]:
     return packets, whole
 
 
-def _decoded(container: Any) -> Iterator[Any]:
+def _decoded(container: Any, deadline: _Deadline) -> Iterator[Any]:
     """Yields the frames that can be decoded from the container's current position on."""
     import av.error
 
     stream = container.streams.best("video")
     packets = container.demux(stream)
     while True:
+        deadline.check()
         try:
             packet = next(packets)
         except StopIteration:
