@@ -1,9 +1,9 @@
 """Conversion: a release to a run directory, and back to the release's files or to those of
 transformers, diffusers and peft.
 
-Parameters are converted a layer at a time, each straight into its place in a file: memory does not
-grow with the number of layers. A destination appears complete or not at all, because everything is
-written beside it under a temporary name.
+Parameters are converted a layer at a time, and each is written to its place in a file, so memory
+does not grow with the number of layers. A destination appears complete or not at all, because
+everything is written beside it under a temporary name.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ConversionReport:
 
 
 @dataclasses.dataclass
-class Usage:
+class ResourceUsage:
     """The time and memory of a piece of work, filled in when it ends."""
 
     seconds: float = 0.0
@@ -141,7 +141,7 @@ def convert(
     return report(source, notes, usage)
 
 
-def report(source: ModelSource, notes: list[str], usage: Usage) -> ConversionReport:
+def report(source: ModelSource, notes: list[str], usage: ResourceUsage) -> ConversionReport:
     """Returns the report on a model that was written."""
     sizes = [parameter_bytes(shape) for shape in source.shapes.values()]
     return ConversionReport(
@@ -244,9 +244,9 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
 
 
 @contextlib.contextmanager
-def measured() -> Iterator[Usage]:
+def measured() -> Iterator[ResourceUsage]:
     """Measures the time and the peak anonymous memory of the code inside the context."""
-    usage = Usage()
+    usage = ResourceUsage()
     done, start = threading.Event(), time.monotonic()
     peak = usage.rss_anon_bytes_before = anonymous_memory()
 

@@ -311,9 +311,7 @@ def model_json(cfg: EmuConfig) -> dict[str, Any]:
 
 def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:
     """Returns a transformers `config.json`."""
-    values = {
-        theirs: getattr(cfg.llama, ours) for ours, theirs in release_config.LLAMA_JSON.items()
-    }
+    values = {key: getattr(cfg.llama, field) for field, key in release_config.LLAMA_JSON.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

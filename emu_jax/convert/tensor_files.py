@@ -98,12 +98,12 @@ def open_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
 
 def _open_shards(index: Path) -> dict[str, dict[str, Tensor]]:
     try:
-        places = {
+        file_of = {
             str(key): str(name) for key, name in read_json_object(index)["weight_map"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the index of shards {index}: {error!r}") from None
-    names = sorted(set(places.values()))
+    names = sorted(set(file_of.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index} names shards that are missing: {', '.join(missing)}")
     shards = {}
@@ -112,7 +112,7 @@ def _open_shards(index: Path) -> dict[str, dict[str, Tensor]]:
         if list(opened) != [Path(name).name]:
             raise UserError(f"{index} names {name}, which is another index, not a shard")
         shards[name] = opened[Path(name).name]
-    if absent := [key for key, name in places.items() if key not in shards[name]]:
+    if absent := [key for key, name in file_of.items() if key not in shards[name]]:
         raise UserError(f"{index} names tensors that its shards lack: {', '.join(sorted(absent))}")
     seen: dict[str, str] = {}
     for name, tensors in shards.items():
