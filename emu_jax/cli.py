@@ -329,8 +329,8 @@ def verify(parser: argparse.ArgumentParser) -> Run:
         result = summary(rows)
         print(table(rows))
         if not args.json:
-            print(f"{result['checked']} checked, {len(result['failed'])} failed")
-        return result
+            print(f"{result.checked} checked, {len(result.failed)} failed")
+        return dataclasses.asdict(result)
 
     return run
 
@@ -419,10 +419,10 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
         )
         result = evaluate(args.checkpoint, args.task, args.data, args.out, options)
         if not args.json:
-            for name, value in (result["scores"] or {}).items():
+            for name, value in (result.scores or {}).items():
                 print(f"{name}: {value:.2f}")
-            print(f"{result['items']:,} answers: {args.out}")
-        return result
+            print(f"{result.items:,} answers: {args.out}")
+        return dataclasses.asdict(result)
 
     return run
 

@@ -56,6 +56,38 @@ class Row:
     note: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class WorstTensor:
+    """The tensor with the largest error in units of its tolerance.
+
+    Attributes:
+        error: relative error, or None if it is not finite.
+    """
+
+    key: str
+    error: float | None
+    tolerance: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """The JSON object that the command prints.
+
+    Attributes:
+        passed: whether some tensors were checked and none failed.
+        checked: number of tensors that apply to the checkpoint.
+        failed: keys of those that failed.
+        worst: None if no tensor has an error.
+        not_applicable: keys of the others.
+    """
+
+    passed: bool
+    checked: int
+    failed: list[str]
+    worst: WorstTensor | None
+    not_applicable: list[str]
+
+
 class Difference(Exception):
     """Raised when a tensor cannot equal the recorded one; the message says why."""
 
@@ -73,8 +105,8 @@ def verify(checkpoint: Path, golden: Path) -> list[Row]:
         return [recording.row(key) for key in expected]
 
 
-def summary(rows: list[Row]) -> dict[str, Any]:
-    """Returns the JSON object that the command prints."""
+def summary(rows: list[Row]) -> Verification:
+    """Summarizes the verdicts."""
     checked = [r for r in rows if r.verdict != "not applicable"]
     errors = [r for r in checked if r.error is not None]
     worst = max(errors, key=_badness, default=None)
@@ -82,13 +114,13 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         worst.error if worst and worst.error is not None and _badness(worst) < math.inf else None
     )
     failed = [r.key for r in rows if r.verdict == "FAILED"]
-    return {
-        "passed": bool(checked) and not failed,
-        "checked": len(checked),
-        "failed": failed,
-        "worst": worst and {"key": worst.key, "error": error, "tolerance": worst.tolerance},
-        "not_applicable": [r.key for r in rows if r.verdict == "not applicable"],
-    }
+    return Verification(
+        passed=bool(checked) and not failed,
+        checked=len(checked),
+        failed=failed,
+        worst=worst and WorstTensor(worst.key, error, worst.tolerance),
+        not_applicable=[r.key for r in rows if r.verdict == "not applicable"],
+    )
 
 
 def _badness(row: Row) -> float:

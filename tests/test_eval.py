@@ -1,6 +1,7 @@
 """The benchmarks: files in, prompts, answers, files out, scores, restarts."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -90,7 +91,8 @@ def ask(tmp_path, monkeypatch):
         data = layout(task, tmp_path)
         monkeypatch.setattr(running, "load", lambda *args, **settings: emu)
         out = tmp_path / f"{name}.json"
-        return evaluate(tmp_path / "none", task, data, out, Options(**options)), out
+        result = evaluate(tmp_path / "none", task, data, out, Options(**options))
+        return dataclasses.asdict(result), out
 
     return call
 
@@ -1158,7 +1160,7 @@ def test_the_golden_models_score_is_the_one_worked_by_hand(
         pytest.skip("there are no prompts for it")
     data, out = layout(task, tmp_path), tmp_path / "out.json"
     options = Options(dtype="float32", fid=Fid(inception))
-    result = evaluate(checkpoints[mode], task, data, out, options)
+    result = dataclasses.asdict(evaluate(checkpoints[mode], task, data, out, options))
     assert result["settings"]["mode"] == mode and out.with_suffix(".html").is_file()
     said = out.read_bytes()
     if task == "mmvet":
@@ -1174,7 +1176,7 @@ def test_the_golden_models_score_is_the_one_worked_by_hand(
         assert result["scores"]["FID"] == pytest.approx(wanted, rel=1e-6)
         return
     wanted = agree(task, data, json.loads(said))
-    result = evaluate(checkpoints[mode], task, data, out, options)
+    result = dataclasses.asdict(evaluate(checkpoints[mode], task, data, out, options))
     assert out.read_bytes() == said
     assert {k: result["scores"][k] for k in wanted} == pytest.approx(wanted, abs=1e-3)
 

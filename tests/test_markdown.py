@@ -11,13 +11,15 @@ def test_table():
 
 def test_only_the_lines_between_the_comments_are_replaced():
     page = (
-        "`<!-- bench a -->` and `<!-- /bench -->`\n<!-- bench a -->\nold\n\nold\n<!-- /bench -->\n"
+        "After `<!-- bench b -->` and <!-- bench a -->\n"
+        "<!-- bench a -->\nold\n\nold\n<!-- /bench -->\n"
         "<!-- bench ab -->\nkept\n<!-- /bench -->\n"
     )
     for _ in range(2):
         page = markdown.replace_region(page, "bench a", "new \\1\n")
         assert page == (
-            "`<!-- bench a -->` and `<!-- /bench -->`\n<!-- bench a -->\nnew \\1\n<!-- /bench -->\n"
+            "After `<!-- bench b -->` and <!-- bench a -->\n"
+            "<!-- bench a -->\nnew \\1\n<!-- /bench -->\n"
             "<!-- bench ab -->\nkept\n<!-- /bench -->\n"
         )
     assert markdown.has_region(page, "bench ab") and not markdown.has_region(page, "bench b")

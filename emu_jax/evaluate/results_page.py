@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.evaluate.tasks.base import Item, Task
+from emu_jax.evaluate.tasks.base import Item, Result, Task
 from emu_jax.generate.prompt import open_file
 from emu_jax.page import details, image, table, tiles, write_page
 
@@ -20,7 +20,7 @@ PIXELS = 320  # maximum length of an image's longer side
 def write(
     path: Path,
     task: Task,
-    result: Mapping[str, Any],
+    result: Result,
     items: Sequence[Item],
     answers: Sequence[Any],
     per_item: Mapping[Hashable, float],
@@ -29,36 +29,35 @@ def write(
     """Writes the page atomically.
 
     Args:
-        result: the content of `.scores.json`.
         per_item: the scores of single items; may lack some.
         out: directory of the result file.
     """
-    scores = result["scores"] or {}
+    scores = result.scores or {}
     heads = {name: f"{value:.2f}" for name, value in scores.items() if name == task.metric}
-    heads |= {"items": f"{result['items']:,}"}
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in result["notes"])
+    heads |= {"items": f"{result.items:,}"}
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
     sections = [
         tiles(heads),
         f"<section><h2>Beside the paper</h2>{_paper(task, result)}</section>",
         f"<section><h2>Scores</h2>{table(scores)}</section>" if scores else "",
         f"<section><h2>Notes</h2><ul>{notes}</ul></section>" if notes else "",
         _samples(task, items, answers, per_item, out),
-        details("Settings", result["settings"]),
+        details("Settings", result.settings),
     ]
-    write_page(path, f"{task.title}, {result['column']}", sections, _STYLE)
+    write_page(path, f"{task.title}, {result.column}", sections, _STYLE)
 
 
-def _paper(task: Task, result: Mapping[str, Any]) -> str:
-    ours = (result["scores"] or {}).get(task.metric)
-    rows = [("this run", result["column"], ours)]
+def _paper(task: Task, result: Result) -> str:
+    ours = (result.scores or {}).get(task.metric)
+    rows = [("this run", result.column, ours)]
     rows += [("paper", column, value) for column, value in task.paper.items()]
     cells = "".join(
-        f"<tr{' class=same' if column == result['column'] else ''}><th scope=row>{who}</th>"
+        f"<tr{' class=same' if column == result.column else ''}><th scope=row>{who}</th>"
         f"<td>{html.escape(column)}</td><td>{'–' if value is None else f'{value:.2f}'}</td></tr>"
         for who, column, value in rows
     )
     return (
-        f"<p>{html.escape(task.metric)}, split {html.escape(result['split'])}. The paper's figures "
+        f"<p>{html.escape(task.metric)}, split {html.escape(result.split)}. The paper's figures "
         f"are of the released weights and the whole data set.</p><table>{cells}</table>"
     )
 

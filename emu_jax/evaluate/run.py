@@ -39,6 +39,7 @@ from emu_jax.evaluate.tasks.base import (
     Mode,
     Part,
     Place,
+    Result,
     Shown,
     Stage,
     Task,
@@ -106,12 +107,9 @@ class Options:
         self.fid.check()
 
 
-def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> dict:
+def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> Result:
     """Runs or resumes a task. Writes OUT, and beside it files with its stem and the suffixes
     `.predictions.jsonl`, `.scores.json` and `.html`.
-
-    Returns:
-        The content of `.scores.json`.
 
     Raises:
         UserError: options are invalid, files are missing or damaged, or earlier predictions were
@@ -323,7 +321,7 @@ class Run:
 
     # --- Results ---
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Result:
         """Merges the predictions, writes the results and scores them in the first process. The
         other processes wait for it, even if it fails.
 
@@ -335,14 +333,14 @@ class Run:
             barrier("the results are written")
             if not scores.is_file():
                 raise UserError("the first process failed to write the results: see its log")
-            return json.loads(scores.read_text())
+            return Result(**json.loads(scores.read_text()))
         try:
             scores.unlink(missing_ok=True)  # left by an earlier run
             return self._join_and_write()
         finally:
             barrier("the results are written")
 
-    def _join_and_write(self) -> dict[str, Any]:
+    def _join_and_write(self) -> Result:
         found = self.store.read()
         if lost := [item.id for item in self.items if item.id not in found]:
             raise UserError(
@@ -355,19 +353,20 @@ class Run:
         place = Place(self.data, self.split, self.out.parent, self.options.fid)
         scores = self.task.score(self.items, answers, place)
         column = column_of(self.mode, self.options.examples, self.shots)
-        result = {
-            "task": self.task.name,
-            "split": self.split,
-            "items": len(self.items),
-            "scores": dict(scores.values) if scores else None,
-            "notes": list(scores.notes) if scores else [self.task.unscored],
-            "metric": self.task.metric,
-            "column": column,
-            "paper": dict(self.task.paper),
-            "settings": self.settings,
-            "result": str(self.out),
-        }
-        write_text(self.out.with_suffix(".scores.json"), json.dumps(result, indent=1) + "\n")
+        result = Result(
+            task=self.task.name,
+            split=self.split,
+            items=len(self.items),
+            scores=dict(scores.values) if scores else None,
+            notes=list(scores.notes) if scores else [self.task.unscored],
+            metric=self.task.metric,
+            column=column,
+            paper=dict(self.task.paper),
+            settings=self.settings,
+            result=str(self.out),
+        )
+        values = json.dumps(dataclasses.asdict(result), indent=1)
+        write_text(self.out.with_suffix(".scores.json"), values + "\n")
         per_item = scores.per_item if scores else None
         results_page.write(
             self.out.with_suffix(".html"),
@@ -378,7 +377,7 @@ class Run:
             per_item or {},
             self.out.parent,
         )
-        for note in result["notes"]:
+        for note in result.notes:
             log.info("%s: %s", self.task.name, note)
         return result
 

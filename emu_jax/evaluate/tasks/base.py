@@ -134,6 +134,33 @@ class Place:
     fid: Fid = Fid()
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The content of `.scores.json`.
+
+    Attributes:
+        items: number of items that were answered.
+        scores: the scores by name, or None if they cannot be computed here.
+        notes: remarks for a reader of the scores.
+        metric: name of the score that the paper reports.
+        column: the column of the paper's table that the run is comparable to.
+        paper: the paper's figures, by column.
+        settings: everything that the predictions depend on.
+        result: path of the official result file.
+    """
+
+    task: str
+    split: str
+    items: int
+    scores: dict[str, float] | None
+    notes: list[str]
+    metric: str
+    column: str
+    paper: dict[str, float]
+    settings: dict[str, Any]
+    result: str
+
+
 class Task(abc.ABC):
     """A benchmark.
 
