@@ -26,7 +26,7 @@ from emu_jax.errors import UserError, suggest
 if TYPE_CHECKING:
     from emu_jax.convert.convert import ConversionReport
 
-Run = Callable[[argparse.Namespace], "dict[str, Any]"]
+Command = Callable[[argparse.Namespace], "dict[str, Any]"]
 
 CONFIG_HELP = "a Python file. It is executed: do not use files that you have not read"
 
@@ -67,7 +67,7 @@ def _seed(text: str) -> int:
 # parsed arguments and returns the JSON object. Imports are inside it to keep `--help` fast.
 
 
-def demo(parser: argparse.ArgumentParser) -> Run:
+def demo(parser: argparse.ArgumentParser) -> Command:
     """train Emu on handwritten digits and write a report of the results"""
     parser.add_argument("--workdir", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
@@ -86,7 +86,7 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def train(parser: argparse.ArgumentParser) -> Run:
+def train(parser: argparse.ArgumentParser) -> Command:
     """train a model from a config file, or resume a run"""
     parser.usage = "%(prog)s --config configs/X.py --workdir DIR [--config.a.b=VALUE ...] [--json]"
     parser.add_argument(
@@ -113,7 +113,7 @@ def train(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def precompute(parser: argparse.ArgumentParser) -> Run:
+def precompute(parser: argparse.ArgumentParser) -> Command:
     """compute a decoder's conditions and latents once, for `train --config.latents=DIR`"""
     parser.usage = (
         "%(prog)s --config configs/X.py --out DIR --rows N [--config.a.b=VALUE ...] [--json]"
@@ -138,7 +138,7 @@ def precompute(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def generate(parser: argparse.ArgumentParser) -> Run:
+def generate(parser: argparse.ArgumentParser) -> Command:
     """continue a sequence of text and images"""
     parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
@@ -203,7 +203,7 @@ def generate(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def convert(parser: argparse.ArgumentParser) -> Run:
+def convert(parser: argparse.ArgumentParser) -> Command:
     """convert a release to a run directory, back, or for other libraries"""
     parser.add_argument(
         "src",
@@ -261,7 +261,7 @@ def convert(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def init(parser: argparse.ArgumentParser) -> Run:
+def init(parser: argparse.ArgumentParser) -> Command:
     """initialize a new Emu from LLaMA, EVA-CLIP and Stable Diffusion"""
     parser.add_argument("dst", type=_local_path, metavar="DST")
     parser.add_argument(
@@ -311,7 +311,7 @@ def init(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def verify(parser: argparse.ArgumentParser) -> Run:
+def verify(parser: argparse.ArgumentParser) -> Command:
     """compare a checkpoint with outputs of the released code"""
     parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
@@ -335,7 +335,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def eval_(parser: argparse.ArgumentParser) -> Run:
+def eval_(parser: argparse.ArgumentParser) -> Command:
     """run a benchmark of the paper: official files in, official result file out"""
     parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
     parser.add_argument(
@@ -400,7 +400,7 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.evaluate.run import Options, evaluate
-        from emu_jax.evaluate.tasks.base import Fid
+        from emu_jax.evaluate.tasks.base import FidOptions
 
         names = (
             "split",
@@ -415,7 +415,7 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
         )
         options = Options(
             **{name: getattr(args, name) for name in names},
-            fid=Fid(args.inception, args.reference, args.resize),
+            fid=FidOptions(args.inception, args.reference, args.resize),
         )
         result = evaluate(args.checkpoint, args.task, args.data, args.out, options)
         if not args.json:
@@ -427,7 +427,7 @@ def eval_(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def data_build(parser: argparse.ArgumentParser) -> Run:
+def data_build(parser: argparse.ArgumentParser) -> Command:
     """filter, resize and encode raw data into the files that training reads"""
     parser.add_argument("paths", nargs="+", metavar="SRC", help="files or folders")
     parser.add_argument("dst", metavar="DST", help="output folder, new or partly built")
@@ -493,7 +493,7 @@ def data_build(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def data_inspect(parser: argparse.ArgumentParser) -> Run:
+def data_inspect(parser: argparse.ArgumentParser) -> Command:
     """write a page of the data a training run would read, with packing and speed figures"""
     parser.usage = "%(prog)s --config configs/X.py [--config.a.b=VALUE ...] [--out FILE] [--json]"
     parser.add_argument(
@@ -540,7 +540,7 @@ def data_inspect(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def bench(parser: argparse.ArgumentParser) -> Run:
+def bench(parser: argparse.ArgumentParser) -> Command:
     """run benchmarks on this machine, see --list"""
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--list", action="store_true", help="list the benchmarks and exit")
@@ -595,7 +595,7 @@ def _built(dst: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def serve(parser: argparse.ArgumentParser) -> Run:
+def serve(parser: argparse.ArgumentParser) -> Command:
     """serve a local web page for chat and drawing"""
     parser.add_argument("--checkpoint", type=_local_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument(
@@ -644,7 +644,7 @@ def serve(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def plan(parser: argparse.ArgumentParser) -> Run:
+def plan(parser: argparse.ArgumentParser) -> Command:
     """compile a step for a TPU topology without the TPUs: memory, time, MFU"""
     parser.usage = (
         "%(prog)s --config configs/X.py --topology v5p:4x4x8 [--slices N] [--for PROGRAM] "
@@ -749,7 +749,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
             raise UserError("several topologies need --sweep: give one")
         if args.page:
             raise UserError("--page takes the table of a --sweep: add it, or leave it out")
-        report = planning.plan_apart(configs[0], topologies[0], args.program)
+        report = planning.plan_in_subprocess(configs[0], topologies[0], args.program)
         if not args.json:
             print(planning.summary(report))
         return report
@@ -766,7 +766,7 @@ def _converted(dst: Path, report: ConversionReport) -> str:
     )
 
 
-def checkpoint_verify(parser: argparse.ArgumentParser) -> Run:
+def checkpoint_verify(parser: argparse.ArgumentParser) -> Command:
     """read every byte of a checkpoint and report damage"""
     parser.add_argument("run_directory", type=_local_path, metavar="RUN")
     parser.add_argument(
@@ -800,7 +800,7 @@ def checkpoint_verify(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-VERBS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+VERBS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "demo": demo,
     "train": train,
     "precompute": precompute,

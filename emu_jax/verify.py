@@ -39,7 +39,7 @@ _FEEDBACK = re.compile(r"gen_image/.*|sample/.*|unet/cond|instruct/logits")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TensorVerdict:
     """The verdict on one tensor.
 
     Attributes:
@@ -92,7 +92,7 @@ class Difference(Exception):
     """Raised when a tensor cannot equal the recorded one; the message says why."""
 
 
-def verify(checkpoint: Path, golden: Path) -> list[Row]:
+def verify(checkpoint: Path, golden: Path) -> list[TensorVerdict]:
     """Returns a row for every tensor of `golden/expected.npz`.
 
     Raises:
@@ -105,7 +105,7 @@ def verify(checkpoint: Path, golden: Path) -> list[Row]:
         return [recording.row(key) for key in expected]
 
 
-def summary(rows: list[Row]) -> Verification:
+def summary(rows: list[TensorVerdict]) -> Verification:
     """Summarizes the verdicts."""
     checked = [r for r in rows if r.verdict != "not applicable"]
     errors = [r for r in checked if r.error is not None]
@@ -123,13 +123,13 @@ def summary(rows: list[Row]) -> Verification:
     )
 
 
-def _badness(row: Row) -> float:
+def _badness(row: TensorVerdict) -> float:
     """Returns the error in units of the tolerance; infinite if it is not finite."""
     error = (row.error or 0.0) / (row.tolerance or 1.0)
     return error if math.isfinite(error) else math.inf
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[TensorVerdict]) -> str:
     """Formats the rows as text."""
     width = max(len(r.key) for r in rows)
     lines = []
@@ -175,21 +175,21 @@ class _Recording:
             )
         self.pixels = np.moveaxis(pixels, 1, -1)
 
-    def row(self, key: str) -> Row:
+    def row(self, key: str) -> TensorVerdict:
         if reason := self._excluded(key):
-            return Row(key, "not applicable", note=reason)
+            return TensorVerdict(key, "not applicable", note=reason)
         for pattern, compute in _METHODS.items():
             if match := re.fullmatch(pattern, key):
                 try:
                     return self._judge(key, compute(self, *match.groups()))
                 except Difference as difference:
-                    return Row(key, "FAILED", note=str(difference))
+                    return TensorVerdict(key, "FAILED", note=str(difference))
                 except (LookupError, TypeError, ValueError, OSError, UserError) as error:
                     # The recording lacks an image, a prompt or a setting.
                     reason = str(error).strip().split("\n")[0]
                     note = f"cannot be computed: {type(error).__name__} {reason}"
-                    return Row(key, "FAILED", note=note)
-        return Row(key, "FAILED", note="unknown to this version of emu_jax")
+                    return TensorVerdict(key, "FAILED", note=note)
+        return TensorVerdict(key, "FAILED", note="unknown to this version of emu_jax")
 
     def _excluded(self, key: str) -> str:
         instruct = key.startswith("instruct/")
@@ -201,20 +201,20 @@ class _Recording:
             return "this checkpoint has no image decoder"
         return ""
 
-    def _judge(self, key: str, ours: Any) -> Row:
+    def _judge(self, key: str, ours: Any) -> TensorVerdict:
         theirs = self.expected[key]
         if ours is None:
-            return Row(key, "input")
+            return TensorVerdict(key, "input")
         ours = np.asarray(ours)
         if ours.shape != theirs.shape:
             note = f"shape {list(ours.shape)}, recorded {list(theirs.shape)}"
-            return Row(key, "FAILED", note=note)
+            return TensorVerdict(key, "FAILED", note=note)
         if not np.issubdtype(theirs.dtype, np.floating):
             same = bool(np.array_equal(ours, theirs))
-            return Row(key, "ok" if same else "FAILED", note="" if same else "not equal")
+            return TensorVerdict(key, "ok" if same else "FAILED", note="" if same else "not equal")
         error = _relative(ours, theirs)
         tolerance = FEEDBACK if _FEEDBACK.fullmatch(key) else TIGHT
-        return Row(key, "ok" if error <= tolerance else "FAILED", error, tolerance)
+        return TensorVerdict(key, "ok" if error <= tolerance else "FAILED", error, tolerance)
 
     # --- Computations ---
 

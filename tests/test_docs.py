@@ -18,7 +18,7 @@ from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
 from emu_jax.evaluate.run import Options
 from emu_jax.evaluate.tasks import TASKS
-from emu_jax.evaluate.tasks.base import Fid
+from emu_jax.evaluate.tasks.base import FidOptions
 from emu_jax.hardware import Topology
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config, override
@@ -98,7 +98,7 @@ def check_emu_jax(words):
             limit=args.limit,
             seed=args.seed,
             batch_size=args.batch_size,
-            fid=Fid(args.inception),
+            fid=FidOptions(args.inception),
         ).check()
     elif verb == "data build":
         source = SourceConfig(name=args.name, format=args.format, paths=tuple(args.paths))

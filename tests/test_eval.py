@@ -33,7 +33,14 @@ from emu_jax.evaluate.fewshot import FewShot
 from emu_jax.evaluate.run import Options, evaluate
 from emu_jax.evaluate.scorers import vqa
 from emu_jax.evaluate.tasks import TASKS, visdial
-from emu_jax.evaluate.tasks.base import Example, Fid, Folder, Item, clean_caption, short_answer
+from emu_jax.evaluate.tasks.base import (
+    Example,
+    FidOptions,
+    Folder,
+    Item,
+    clean_caption,
+    short_answer,
+)
 from emu_jax.generate.api import Emu, load
 from emu_jax.models import emu as models
 from emu_jax.models.eva_clip import normalize_images
@@ -293,7 +300,7 @@ def test_coco_fid(ask, inception, tmp_path):
     greys = [np.asarray(Image.open(tmp_path / row["file"])).max() for row in rows]
     assert greys == [0, 1, 2, 3, 4]
     for _ in range(2):  # the second time with the statistics that the first one left
-        result, out = ask("coco_fid", emu, fid=Fid(inception))
+        result, out = ask("coco_fid", emu, fid=FidOptions(inception))
         assert result["scores"] == {"FID": pytest.approx(146.5)}
         assert result["notes"][0] == "5 pictures against 5 real ones"
     assert len(emu.asked) == 5 and len(list(tmp_path.glob("fid-*.npz"))) == 1
@@ -485,7 +492,7 @@ def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
             if task.name == "nocaps" and examples != "none":  # it has none of its own
                 support = layout("coco_caption", tmp_path)
             options = Options(examples=examples, support=support)
-            running.Run(tmp_path / "none", task, Folder(data), out, options).answer()
+            running.Evaluation(tmp_path / "none", task, Folder(data), out, options).answer()
             last = [emu.asked[sum(emu.batches[: n + 1]) - 1] for n in range(len(emu.batches))]
             lines = [f"{json.dumps(decoding)}\n{text}" for text, decoding in last]
             sections.append("\n".join([f"=== {task.name}, {mode}, examples: {examples}", *lines]))
@@ -795,7 +802,7 @@ def test_processes_share_the_work(ask, whole, tmp_path, monkeypatch):
         emus.append(Said(says=echo))
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(running, "load", lambda *args, **settings: emus[-1])
-        run = running.Run(
+        run = running.Evaluation(
             tmp_path / "none", TASKS["vqav2"], Folder(data), out, Options(batch_size=1)
         )
         monkeypatch.setattr(run.store, "read", dict)  # as if both had begun at once
@@ -827,7 +834,7 @@ def test_where_the_first_process_fails_the_others_say_so(ask, tmp_path, monkeypa
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(running, "load", lambda *args, **settings: Said(says=echo))
         runs.append(
-            running.Run(
+            running.Evaluation(
                 tmp_path / "none", TASKS["vqav2"], Folder(layout("vqav2", tmp_path)), out, Options()
             )
         )
@@ -914,9 +921,13 @@ def test_values_of_another_kind_are_named_with_their_file(task, file, content, a
         ("vqav2", {"limit": 0}, "--limit cannot be 0"),
         ("vqav2", {"seed": -1}, "^--seed -1: at least 0"),
         ("vqav2", {"support": Path("a")}, "^--support a needs --examples"),
-        ("coco_fid", {"fid": Fid(resize="clean")}, "--resize need --inception FILE"),
-        ("coco_fid", {"fid": Fid(reference=Path("a"))}, "--resize need --inception FILE"),
-        ("coco_fid", {"fid": Fid(Path("typo.pt"))}, "^--inception typo.pt: there is no such file"),
+        ("coco_fid", {"fid": FidOptions(resize="clean")}, "--resize need --inception FILE"),
+        ("coco_fid", {"fid": FidOptions(reference=Path("a"))}, "--resize need --inception FILE"),
+        (
+            "coco_fid",
+            {"fid": FidOptions(Path("typo.pt"))},
+            "^--inception typo.pt: there is no such file",
+        ),
         ("vqav2", {"split": "tests"}, "--split tests: vqav2 has none; did you mean 'test'"),
         ("vqav2", {"mode": "pretrain"}, "the checkpoint is instruction-tuned"),
         ("coco_fid", {}, "coco_fid is a task for the pretrained model"),
@@ -1159,7 +1170,7 @@ def test_the_golden_models_score_is_the_one_worked_by_hand(
     if mode not in TASKS[task].modes:
         pytest.skip("there are no prompts for it")
     data, out = layout(task, tmp_path), tmp_path / "out.json"
-    options = Options(dtype="float32", fid=Fid(inception))
+    options = Options(dtype="float32", fid=FidOptions(inception))
     result = dataclasses.asdict(evaluate(checkpoints[mode], task, data, out, options))
     assert result["settings"]["mode"] == mode and out.with_suffix(".html").is_file()
     said = out.read_bytes()

@@ -24,7 +24,14 @@ from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
 from emu_jax.models.remat import RECOMPUTED_SCOPE
 from emu_jax.models.xla import CAUSAL_BLOCK
 from emu_jax.plan import hlo
-from emu_jax.plan.plan import SAFE, CompilerCrash, _report, abstract_batch, apart, collective_bytes
+from emu_jax.plan.plan import (
+    SAFE,
+    CompilerCrash,
+    _report,
+    abstract_batch,
+    collective_bytes,
+    run_in_subprocess,
+)
 from emu_jax.plan.roofline import Network, busiest, times
 from emu_jax.plan.sweep import Family, check_page, draw, family, put_on_page, sweep, table
 from emu_jax.sharding import choose_mesh, make_mesh
@@ -867,7 +874,7 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
         )
         return {key: value for key, value in made.items() if key != "curve"}
 
-    monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", pretend)
+    monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
     monkeypatch.setattr("emu_jax.plan.sweep.family", trace)
     monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [16, 8])
     pairs = [(config("emu_100m"), Topology.parse("v5e:4x4"))]
@@ -913,7 +920,9 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     again_found = sweep(pairs, tmp_path, scaling=["weak", "strong"])
     assert again_found["best"] == found["best"]
     assert asked[before:] == [("v5e:4x4", 1, "full", 3, 16)]  # all but the crash was kept
-    monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", lambda *_: {**pretend(*_), "fits": False})
+    monkeypatch.setattr(
+        "emu_jax.plan.sweep.plan_in_subprocess", lambda *_: {**pretend(*_), "fits": False}
+    )
     with pytest.raises(UserError, match="no setting fits v5e:2x2"):
         sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
 
@@ -937,7 +946,7 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
         )
         return {key: value for key, value in made.items() if key != "curve"}
 
-    monkeypatch.setattr("emu_jax.plan.sweep.plan_apart", pretend)
+    monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
     cost = {"dots": 1.0, "minimal": 1.2, "full": 1.3}
     monkeypatch.setattr(
         "emu_jax.plan.sweep.family",
@@ -968,16 +977,19 @@ def test_a_traced_step_says_what_it_holds_without_compiling(monkeypatch):
 
 def test_a_crash_of_the_compiler_is_one_line_and_not_the_end():
     with pytest.raises(CompilerCrash, match="crashed: try other rows per chip"):
-        apart(os.abort)
+        run_in_subprocess(os.abort)
     with pytest.raises(UserError, match="no TPU 'x'"):  # a mistake stays one
-        apart(Topology.parse, "x:1")
-    assert apart(math.gcd, 12, 18) == 6
+        run_in_subprocess(Topology.parse, "x:1")
+    assert run_in_subprocess(math.gcd, 12, 18) == 6
 
 
 def test_a_plan_that_is_killed_takes_the_compiler_along(tmp_path):
     said = tmp_path / "pid"
     command = f"echo $PPID > {said}.part; mv {said}.part {said}; exec sleep 100"
-    program = f"import os; from emu_jax.plan.plan import apart; apart(os.system, {command!r})"
+    program = (
+        "import os; from emu_jax.plan.plan import run_in_subprocess; "
+        f"run_in_subprocess(os.system, {command!r})"
+    )
     process = subprocess.Popen([sys.executable, "-c", program])
     until = time.monotonic() + 60
     while not said.exists():

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from emu_jax.errors import UserError
-from emu_jax.evaluate.tasks.base import Example, Item, Shown
+from emu_jax.evaluate.tasks.base import Example, FewShotExamples, Item
 from emu_jax.filesystem import writing
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,12 @@ class FewShot:
         barrier("features of the support set are written")
         self._features = _unit(np.concatenate([_load(file) for file in files]))
 
-    def __call__(self, items: Sequence[Item], featurize: Featurize) -> list[Shown]:
+    def __call__(self, items: Sequence[Item], featurize: Featurize) -> list[FewShotExamples]:
         """Returns the examples of each item."""
         if self.kind == "none":
-            return [Shown() for _ in items]
+            return [FewShotExamples() for _ in items]
         if self.kind == "text":
-            return [Shown(self._fixed, pictures=False) for _ in items]
+            return [FewShotExamples(self._fixed, pictures=False) for _ in items]
         if self.kind == "random":
             chosen = [self._draw(self._rng(item), item.media) for item in items]
         else:
@@ -106,7 +106,7 @@ class FewShot:
             media = [item.media for item in items if item.media is not None]
             wanted = _unit(featurize(media))
             chosen = [self._nearest(w, item) for w, item in zip(wanted, items, strict=True)]
-        return [Shown(examples, pictures=True) for examples in chosen]
+        return [FewShotExamples(examples, pictures=True) for examples in chosen]
 
     def _draw(self, rng: np.random.Generator, without: Path | None) -> tuple[Example, ...]:
         """Samples examples of different images, excluding the image `without`."""

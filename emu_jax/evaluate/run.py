@@ -33,14 +33,14 @@ from emu_jax.evaluate import results_page
 from emu_jax.evaluate.fewshot import Examples, FewShot
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.evaluate.tasks.base import (
-    Fid,
+    FewShotExamples,
+    FidOptions,
     Folder,
     Item,
     Mode,
-    Part,
-    Place,
+    PromptPart,
     Result,
-    Shown,
+    ScoringContext,
     Stage,
     Task,
     check_split,
@@ -84,7 +84,7 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    fid: Fid = Fid()
+    fid: FidOptions = FidOptions()
 
     def check(self) -> None:
         """Checks the options.
@@ -121,12 +121,12 @@ def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Option
     if out.suffix != ".json":
         raise UserError(f"--out {out}: the result is a JSON file, name it so")
     initialize_distributed()
-    run = Run(checkpoint, TASKS[task], Folder(data), out, options)
+    run = Evaluation(checkpoint, TASKS[task], Folder(data), out, options)
     run.answer()
     return run.finish()
 
 
-class Run:
+class Evaluation:
     """An evaluation of one checkpoint on one task."""
 
     def __init__(self, checkpoint: Path, task: Task, data: Folder, out: Path, options: Options):
@@ -178,7 +178,7 @@ class Run:
         stages = {}
         asking = self.task.stages(self.mode, self.in_context)
         said = dict.fromkeys((stage.name for stage in asking), "")
-        one = Shown(tuple(self.fewshot.support[:1]), self.in_context)
+        one = FewShotExamples(tuple(self.fewshot.support[:1]), self.in_context)
         for stage in asking:
             asked.update(spelled(stage.prompt(self.items[0], one, said)).encode())  # the wording
             choices = {"choices": stage.choices} if stage.choices else {}
@@ -238,7 +238,7 @@ class Run:
 
     def _open(
         self, items: Sequence[Item], readers: ThreadPoolExecutor
-    ) -> tuple[Sequence[Item], list[Shown], dict[Path, Future]]:
+    ) -> tuple[Sequence[Item], list[FewShotExamples], dict[Path, Future]]:
         """Chooses a batch's examples and starts loading its images in background threads."""
         shown = self.fewshot(items, self._featurize)
         wanted: dict[Path, None] = {}
@@ -270,7 +270,10 @@ class Run:
         return np.stack([part.mean(0) for part in np.split(features, ends[:-1])])
 
     def _ask(
-        self, items: Sequence[Item], shown: Sequence[Shown], pixels: Mapping[Path, np.ndarray]
+        self,
+        items: Sequence[Item],
+        shown: Sequence[FewShotExamples],
+        pixels: Mapping[Path, np.ndarray],
     ) -> list[dict[str, Any]]:
         """Runs all stages on a batch and returns one row of the predictions file per item."""
         said: list[dict[str, Any]] = [{} for _ in items]
@@ -350,8 +353,8 @@ class Run:
         self.store.join([found[item.id] for item in self.items])
         answers = [found[item.id]["answer"] for item in self.items]
         write_text(self.out, json.dumps(self.task.result(self.items, answers)) + "\n")
-        place = Place(self.data, self.split, self.out.parent, self.options.fid)
-        scores = self.task.score(self.items, answers, place)
+        context = ScoringContext(self.data, self.split, self.out.parent, self.options.fid)
+        scores = self.task.score(self.items, answers, context)
         column = column_of(self.mode, self.options.examples, self.shots)
         result = Result(
             task=self.task.name,
@@ -525,7 +528,7 @@ def column_of(mode: Mode, examples: Examples, shots: int) -> str:
     return f"{name} {shots}-shot" if shots else name
 
 
-def spelled(prompt: Sequence[Part]) -> str:
+def spelled(prompt: Sequence[PromptPart]) -> str:
     """Formats a prompt for a reader, with file names in place of images."""
     return "".join(p if isinstance(p, str) else f"<{p.name}>" for p in prompt)
 

@@ -15,7 +15,7 @@ from typing import Any
 from emu_jax.config import EmuConfig, LlamaConfig, RematConfig
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.hardware import Topology
-from emu_jax.plan.plan import plan_apart
+from emu_jax.plan.plan import plan_in_subprocess
 from emu_jax.train.config import MeshConfig, TrainConfig
 
 
@@ -64,7 +64,7 @@ def calibrate() -> list[dict[str, Any]]:
     rows = []
     for run in PUBLISHED:
         cfg = run.config
-        report = plan_apart(cfg, Topology.parse(run.topology))
+        report = plan_in_subprocess(cfg, Topology.parse(run.topology))
         llama, tokens = run.llama, cfg.data.row_tokens
         inner = llama.heads * llama.head_width
         half = 6.0 * cfg.data.batch_size * llama.layers * inner * tokens**2

@@ -113,16 +113,16 @@ class CompilerCrash(UserError):
     """The compiler ended the process that it ran in."""
 
 
-def plan_apart(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
+def plan_in_subprocess(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
     """`plan` in a process of its own: a fault of the compiler ends that one alone.
 
     Raises:
         UserError: as `plan`; `CompilerCrash` after a fault.
     """
-    return apart(plan, cfg, topology, program)
+    return run_in_subprocess(plan, cfg, topology, program)
 
 
-def apart(run: Callable[..., Any], *arguments: Any) -> Any:
+def run_in_subprocess(run: Callable[..., Any], *arguments: Any) -> Any:
     """Calls `run(*arguments)` in a process of its own; returns or raises what it does.
 
     Raises:

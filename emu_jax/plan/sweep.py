@@ -33,7 +33,7 @@ from emu_jax.plan.plan import (
     abstract_batch,
     devices_of,
     memory_by_kind,
-    plan_apart,
+    plan_in_subprocess,
 )
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import jaxpr_flops
@@ -294,7 +294,7 @@ class _Kept:
         started = time.monotonic()
         same = [report for report in self.reports if report["key"] == key]
         try:
-            report = dict(same[0]) if same else plan_apart(cfg, topology)
+            report = dict(same[0]) if same else plan_in_subprocess(cfg, topology)
         except CompilerCrash as crash:
             log.warning("%s: %s", _name(topology), crash)
             report = {

@@ -58,7 +58,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class FewShotExamples:
     """The in-context examples before a question, the most relevant last. `pictures` tells whether
     their images are shown."""
 
@@ -66,8 +66,8 @@ class Shown:
     pictures: bool = False
 
 
-Part = str | Path
-Said = Mapping[str, Any]  # answers of earlier stages, by name
+PromptPart = str | Path
+PreviousAnswers = Mapping[str, Any]  # answers of earlier stages, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Stage:
     """
 
     name: str
-    prompt: Callable[[Item, Shown, Said], list[Part]]
+    prompt: Callable[[Item, FewShotExamples, PreviousAnswers], list[PromptPart]]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: tuple[str, ...] | None = None
     candidates: Callable[[Item], Sequence[str]] | None = None
@@ -92,7 +92,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fid:
+class FidOptions:
     """Settings of the Fréchet inception distance (`scorers.frechet`).
 
     Attributes:
@@ -121,7 +121,7 @@ class Fid:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ScoringContext:
     """Inputs of a score other than the items and answers.
 
     Attributes:
@@ -131,7 +131,7 @@ class Place:
     data: Folder
     split: str
     out: Path
-    fid: Fid = Fid()
+    fid: FidOptions = FidOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Task(abc.ABC):
         """Returns the stages in order. `in_context` means that examples are shown with images."""
 
     @abc.abstractmethod
-    def answer(self, item: Item, said: Said) -> Any:
+    def answer(self, item: Item, said: PreviousAnswers) -> Any:
         """Turns the answers of all stages into the result file's answer (plain JSON)."""
 
     @abc.abstractmethod
@@ -215,7 +215,9 @@ class Task(abc.ABC):
         """Returns the content of the official result file."""
 
     @abc.abstractmethod
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         """Returns the scores, or None if the answers are not public or need an external judge."""
 
     def shown(self, item: Item, answer: Any) -> tuple[str, str]:
@@ -241,15 +243,15 @@ class Wording:
     example: str
     head: str = ""
 
-    def spell(self, item: Item, shown: Shown, said: Said) -> list[Part]:
+    def spell(self, item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
         """Returns the parts of the prompt, with adjacent texts joined."""
-        parts: list[Part] = [self.head] if self.head else []
+        parts: list[PromptPart] = [self.head] if self.head else []
         for example in shown.examples:
             text = self.example if shown.pictures else re.sub(r"\{image\} ?", "", self.example)
             words = {"question": example.question, "answer": example.answer}
             parts += [" ", *fill(text, example.media, words)]
         parts += [" ", *fill(self.query, item.media, {**said, "question": item.question})]
-        joined: list[Part] = []
+        joined: list[PromptPart] = []
         for part in parts:
             if joined and isinstance(part, str) and isinstance(joined[-1], str):
                 joined[-1] += part
@@ -260,9 +262,9 @@ class Wording:
         return [part for part in joined if part != ""]
 
 
-def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[Part]:
+def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[PromptPart]:
     """Replaces `{image}` by the file and other `{name}`s by words. Braces in words stay literal."""
-    parts: list[Part] = []
+    parts: list[PromptPart] = []
     for piece in re.split(r"(\{\w+\})", text):
         if piece == "{image}":
             assert media is not None, text

@@ -14,8 +14,8 @@ from emu_jax.evaluate.tasks.base import (
     Folder,
     Item,
     Mode,
-    Place,
-    Said,
+    PreviousAnswers,
+    ScoringContext,
     Stage,
     Task,
     by_id,
@@ -43,7 +43,7 @@ class Captioning(Task):
         wording = DESCRIBE_INSTRUCT if mode == "instruct" else DESCRIBE
         return (Stage("caption", wording.spell, CAPTION),)
 
-    def answer(self, item: Item, said: Said) -> str:
+    def answer(self, item: Item, said: PreviousAnswers) -> str:
         return clean_caption(said["caption"])
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
@@ -52,7 +52,9 @@ class Captioning(Task):
             for item, answer in zip(items, answers, strict=True)
         ]
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         said = references(items)
         return None if said is None else captions.score(said, by_id(items, answers))
 
@@ -172,15 +174,17 @@ class NoCaps(Captioning):
             )
         return COCO.examples(data)
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
-        whole = super().score(items, answers, place)
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
+        whole = super().score(items, answers, context)
         if whole is None:
             return None
         values = dict(whole.values)
         for domain in ("in-domain", "near-domain", "out-domain"):
             some = [i for i, item in enumerate(items) if item.fields["domain"] == domain]
             if some:
-                part = super().score([items[i] for i in some], [answers[i] for i in some], place)
+                part = super().score([items[i] for i in some], [answers[i] for i in some], context)
                 assert part is not None
                 values[f"CIDEr_{domain}"] = part.values["CIDEr"]
         return Scores(values, whole.notes, whole.per_item)

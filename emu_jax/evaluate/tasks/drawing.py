@@ -15,8 +15,8 @@ from emu_jax.evaluate.tasks.base import (
     Folder,
     Item,
     Mode,
-    Place,
-    Said,
+    PreviousAnswers,
+    ScoringContext,
     Stage,
     Task,
     layout,
@@ -56,7 +56,7 @@ class CocoDrawing(Task):
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         return (Stage("drawn", lambda item, _, said: [item.question], PAINT, paints=True),)
 
-    def answer(self, item: Item, said: Said) -> str:
+    def answer(self, item: Item, said: PreviousAnswers) -> str:
         return said["drawn"]
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
@@ -71,25 +71,27 @@ class CocoDrawing(Task):
     def media_of(self, item: Item, answer: Any, out: Path) -> Path | None:
         return out / answer
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
-        fid = place.fid
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
+        fid = context.fid
         if fid.inception is None:
             return None
         network = frechet.Inception(fid.inception, fid.resize)
-        real = self._reference(place, network)
-        drawn = [place.out / file for file in answers]
+        real = self._reference(context, network)
+        drawn = [context.out / file for file in answers]
         found = frechet.moments(drawn, network, what="drawn pictures").gaussian()
         return frechet.score(found, real, (network.note,))
 
-    def _reference(self, place: Place, network: frechet.Inception) -> frechet.Gaussian:
+    def _reference(self, context: ScoringContext, network: frechet.Inception) -> frechet.Gaussian:
         """Returns the given statistics, or computes and caches those of all images of the split."""
-        if place.fid.reference is not None:
-            return frechet.load_statistics(place.fid.reference)
-        path, folder = place.data.file("captions_val2014.json"), place.data.folder("val2014")
+        if context.fid.reference is not None:
+            return frechet.load_statistics(context.fid.reference)
+        path, folder = context.data.file("captions_val2014.json"), context.data.folder("val2014")
         with layout(path):
             files = sorted(folder / row["file_name"] for row in read_json(path)["images"])
         digest = hashlib.sha256("\n".join([network.note, *map(str, files)]).encode())
-        kept = place.out / f"fid-{digest.hexdigest()[:12]}.npz"
+        kept = context.out / f"fid-{digest.hexdigest()[:12]}.npz"
         if kept.is_file():
             return dataclasses.replace(frechet.load_statistics(kept), count=len(files))
         found = frechet.moments(files, network, what="real pictures").gaussian()

@@ -10,8 +10,8 @@ from emu_jax.evaluate.tasks.base import (
     Folder,
     Item,
     Mode,
-    Place,
-    Said,
+    PreviousAnswers,
+    ScoringContext,
     Stage,
     Task,
     layout,
@@ -49,11 +49,13 @@ class MMVet(Task):
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         return (Stage("answer", INSTRUCT.spell, WRITE),)
 
-    def answer(self, item: Item, said: Said) -> str:
+    def answer(self, item: Item, said: PreviousAnswers) -> str:
         return said["answer"]
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
         return {item.id: answer for item, answer in zip(items, answers, strict=True)}
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         return None

@@ -20,7 +20,7 @@ from emu_jax.evaluate.tasks.base import (
     Folder,
     Item,
     Mode,
-    Place,
+    ScoringContext,
     Stage,
     by_id,
     field,
@@ -68,7 +68,9 @@ class XuVideoQA(VideoAnswering):
                 for row in read_json(path)
             ]
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         right = by_id(items, (item.fields["answers"][0] for item in items))
         return vqa.exact(right, by_id(items, answers))
 
@@ -143,7 +145,9 @@ class NExTQA(VideoAnswering):
             result.setdefault(item.fields["video"], {})[item.fields["qid"]] = answer
         return result
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         right, types = field(items, "answers"), field(items, "type")
         return vqa.wups(right, by_id(items, answers), question_types=types)
 

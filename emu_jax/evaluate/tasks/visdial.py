@@ -12,13 +12,13 @@ from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, visdial
 from emu_jax.evaluate.tasks.base import (
     Example,
+    FewShotExamples,
     Folder,
     Item,
     Mode,
-    Part,
-    Place,
-    Said,
-    Shown,
+    PreviousAnswers,
+    PromptPart,
+    ScoringContext,
     Stage,
     Task,
     Wording,
@@ -97,7 +97,7 @@ class VisDial(Task):
         stage = Stage("ranking", spell, candidates=lambda item: item.fields["options"])
         return (stage,) if mode == "instruct" or in_context else described(stage)
 
-    def answer(self, item: Item, said: Said) -> list[int]:
+    def answer(self, item: Item, said: PreviousAnswers) -> list[int]:
         ranks = [0] * len(said["ranking"])
         for rank, option in enumerate(said["ranking"], 1):
             ranks[option] = rank
@@ -109,10 +109,12 @@ class VisDial(Task):
             for i, ranks in zip(items, answers, strict=True)
         ]
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         if any(item.fields["right"] is None for item in items):
             return None
-        path = place.data.find(f"visdial_1.0_{place.split}_dense_annotations.json")
+        path = context.data.find(f"visdial_1.0_{context.split}_dense_annotations.json")
         relevance: dict[Hashable, list[float]] = {}
         if path is not None:
             with layout(path):
@@ -138,7 +140,7 @@ class VisDial(Task):
 NO_DENSE = "no NDCG, which the paper reports: visdial_1.0_val_dense_annotations.json is not there"
 
 
-def _instruct(item: Item, shown: Shown, said: Said) -> list[Part]:
+def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
     """Builds the release's prompt, with `</s>` after the image and after each past turn."""
     example = f"{USER}: {{image}}{EOS} {USER}: {{question}}? {ASSISTANT}: {{answer}}.{EOS}"
     if not shown.pictures:
@@ -152,7 +154,7 @@ def _instruct(item: Item, shown: Shown, said: Said) -> list[Part]:
     return Wording(query, example, IMAGE_SYSTEM).spell(item, shown, words)
 
 
-def _pretrain(item: Item, shown: Shown, said: Said) -> list[Part]:
+def _pretrain(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
     """Builds a prompt with the past rounds as answered questions about the image."""
     query = "{image}" if "caption" not in said else "a picture of {caption}."
     words: dict[str, Any] = dict(said)

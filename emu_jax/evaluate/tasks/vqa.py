@@ -10,12 +10,12 @@ from emu_jax.evaluate.scorers import Scores, vqa
 from emu_jax.evaluate.tasks.base import (
     ANSWER,
     Example,
+    FewShotExamples,
     Folder,
     Item,
     Mode,
-    Place,
-    Said,
-    Shown,
+    PreviousAnswers,
+    ScoringContext,
     Stage,
     Task,
     Wording,
@@ -45,10 +45,10 @@ LONG_CAPTION = {"num_beams": 5, "max_new_tokens": 64, "min_length": 1, "length_p
 def described(stage: Stage) -> tuple[Stage, ...]:
     """Returns a captioning stage followed by `stage`, which reads `{caption}`."""
     caption = Stage(
-        "caption", lambda item, _, said: DESCRIBE.spell(item, Shown(), said), LONG_CAPTION
+        "caption", lambda item, _, said: DESCRIBE.spell(item, FewShotExamples(), said), LONG_CAPTION
     )
 
-    def prompt(item: Item, shown: Shown, said: Said):
+    def prompt(item: Item, shown: FewShotExamples, said: PreviousAnswers):
         return stage.prompt(item, shown, {**said, "caption": clean_caption(said["caption"])})
 
     return caption, dataclasses.replace(stage, prompt=prompt)
@@ -83,7 +83,7 @@ class Answering(Task):
             return (Stage("answer", IN_CONTEXT.spell, ANSWER),)
         return described(Stage("answer", from_caption("{question}").spell, ANSWER))
 
-    def answer(self, item: Item, said: Said) -> Any:
+    def answer(self, item: Item, said: PreviousAnswers) -> Any:
         return short_answer(said["answer"])
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
@@ -151,7 +151,9 @@ class VQA(Answering):
                 for row in rows
             ]
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         right, types = references(items), field(items, "type")
         if right is None:
             return None
@@ -192,11 +194,11 @@ class VizWiz(Answering):
     def _known(wording: Wording) -> Stage:
         return Stage(
             "known",
-            lambda item, _, said: wording.spell(item, Shown(), said),
+            lambda item, _, said: wording.spell(item, FewShotExamples(), said),
             choices=("yes.", "no."),
         )
 
-    def answer(self, item: Item, said: Said) -> Any:
+    def answer(self, item: Item, said: PreviousAnswers) -> Any:
         return "unanswerable" if said["known"] == "no." else super().answer(item, said)
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
@@ -215,7 +217,9 @@ class VizWiz(Answering):
                 for row in read_json(path)
             ]
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any], place: Place) -> Scores | None:
+    def score(
+        self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
+    ) -> Scores | None:
         right = references(items)
         if right is None:
             return None
