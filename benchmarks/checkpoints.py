@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from emu_jax import bench
 from emu_jax.sharding import nest
-from emu_jax.train.saving import Checkpoints
+from emu_jax.train.checkpoints import Checkpoints
 
 language = bench.load("text_generation")
 

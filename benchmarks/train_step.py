@@ -34,8 +34,8 @@ from emu_jax.sharding import batch_sharding
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.flops import train_flops
-from emu_jax.train.loop import Trainer, check, mesh_for
 from emu_jax.train.optimizer import group_of, schedule
+from emu_jax.train.step import Trainer, mesh_for
 
 log = logging.getLogger("emu_jax")
 floors = bench.load("floors")
@@ -76,7 +76,6 @@ def settings(
         dtype=dtype,
         remat=RematConfig.everywhere(remat),
     )
-    check(cfg)
     return cfg
 
 
@@ -195,7 +194,7 @@ class Ours:
         sharding = batch_sharding(mesh)
         with self.settings():
             self.trainer = Trainer(cfg, mesh)
-            self.state = self.trainer.start({})
+            self.state = self.trainer.init({})
             self.batch = {
                 name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
                 for name, value in batch.items()

@@ -102,7 +102,7 @@ def run(
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    from emu_jax.train.loop import initialize_distributed
+    from emu_jax.train.distributed import initialize_distributed
 
     initialize_distributed()
     modules = {name: load(name) for name in names or benchmarks()}

@@ -101,7 +101,8 @@ def train(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.hardware import chip_name
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
-        from emu_jax.train.loop import initialize_distributed, train
+        from emu_jax.train.distributed import initialize_distributed
+        from emu_jax.train.loop import train
 
         initialize_distributed()
         chip = chip_name(jax.devices()[0].device_kind)
@@ -517,15 +518,15 @@ def data_inspect(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.page import number
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
-        from emu_jax.train.loop import prepare_data
         from emu_jax.train.objectives import get_objective
 
         cfg = load_config(TrainConfig, args.config, args.overrides)
+        objective = get_objective(cfg)
         figures = inspect(
             args.out,
             cfg.data,
-            prepare_data(cfg),
-            get_objective(cfg.objective).batch_kind,
+            objective.prepare_data(),
+            objective.batch_kind,
             rows=args.rows,
             documents=args.documents,
         )

@@ -22,9 +22,10 @@ from emu_jax.data.digits import build_digits
 from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
 from emu_jax.train.goodput import KINDS
-from emu_jax.train.loop import Trainer, train
+from emu_jax.train.loop import train
 from emu_jax.train.metrics import read_documents, read_metrics
 from emu_jax.train.objectives import ClipObjective
+from emu_jax.train.step import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,8 +115,8 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(root, tmp_path, monke
     step_key = jax.random.split(jax.random.key(cfg.seed))[1]
     poisoned = jax.random.key_data(jax.random.fold_in(step_key, 2))  # step 3
 
-    def loss(self, cfg, module, batch, key, targets=None):
-        value, metrics = clean(self, cfg, module, batch, key, targets)
+    def loss(self, module, batch, key, targets=None):
+        value, metrics = clean(self, module, batch, key, targets)
         here = jnp.all(jax.random.key_data(key) == poisoned)
         return value * jnp.where(here, jnp.nan, 1), metrics
 
@@ -256,7 +257,7 @@ def test_a_bfloat16_first_moment_is_close_to_a_float32_one(root):
         cfg = dataclasses.replace(cfg, optimizer=optimizer)
         with jax.set_mesh(mesh):
             trainer = Trainer(cfg, mesh)
-            state = trainer.start({})
+            state = trainer.init({})
             first = jax.tree.map(np.array, state.trained)
             for leaf in jax.tree.leaves(state.optimizer[1].mu):
                 assert leaf.dtype == dtype

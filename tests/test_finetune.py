@@ -25,13 +25,14 @@ from emu_jax.models.emu import EmuModel
 from emu_jax.models.lora import LoraLinear
 from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
-from emu_jax.train import parents
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, digits_data
 from emu_jax.train.config_file import load_config
 from emu_jax.train.flops import train_flops
-from emu_jax.train.loop import Trainer, train
+from emu_jax.train.loop import train
 from emu_jax.train.optimizer import schedule
 from emu_jax.train.precompute import precompute
+from emu_jax.train.step import Trainer
+from emu_jax.train.warm_start import WarmStart
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.25)
@@ -387,7 +388,7 @@ def test_adapters_that_differ_from_the_parents_are_refused(parent, tmp_path, mon
     run.mkdir()
     save_json(model, run / "config.json")
     with pytest.raises(UserError, match="has adapters of its own"):
-        parents.adopt(tuning(parent, init_from=str(run)), tmp_path)
+        WarmStart.resolve(tuning(parent, init_from=str(run)), tmp_path)
 
 
 def test_the_work_of_a_decoder_on_latents_is_the_denoisers_alone(parent):

@@ -18,8 +18,8 @@ from orbax.checkpoint.experimental import v1
 from emu_jax import checkpoint, integrity
 from emu_jax.cli import main
 from emu_jax.errors import UserError
-from emu_jax.train import saving
-from emu_jax.train.saving import Checkpoints
+from emu_jax.train import checkpoints as checkpoints_module
+from emu_jax.train.checkpoints import Checkpoints
 
 
 def state(step: int):
@@ -184,7 +184,7 @@ def test_shares_of_a_step_are_read_once(sound):
 
 def test_shares_of_an_array_of_many_chunks_are_read_once(tmp_path, monkeypatch):
     """Neither divides the other evenly: the array into chunks, the chunks into shares."""
-    monkeypatch.setattr(saving, "CHUNK_BYTES", 2**11)
+    monkeypatch.setattr(checkpoints_module, "CHUNK_BYTES", 2**11)
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, items(1))
     read = []

@@ -632,7 +632,7 @@ def test_slurm_tells_jax_who_is_who(job, tmp_path):
     script.write_text(
         "import jax\n"
         "from jax.experimental import multihost_utils\n"
-        "from emu_jax.train.loop import initialize_distributed\n"
+        "from emu_jax.train.distributed import initialize_distributed\n"
         "initialize_distributed()\n"
         "met = multihost_utils.process_allgather(jax.numpy.array([jax.process_index()]))\n"
         "with open(f'met.{jax.process_index()}', 'w') as file:\n"

@@ -12,8 +12,8 @@ from test_saving import items
 
 from emu_jax.errors import UserError
 from emu_jax.train import lock
+from emu_jax.train.checkpoints import Checkpoints
 from emu_jax.train.lock import Lock
-from emu_jax.train.saving import Checkpoints
 
 
 @pytest.fixture

@@ -26,8 +26,7 @@ from emu_jax.data.sources.index import cached_arrays
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
-from emu_jax.train.config import TrainConfig
-from emu_jax.train.loop import _resume
+from emu_jax.train.config import TrainConfig, resume_config
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -244,9 +243,9 @@ def test_a_run_goes_on_where_its_files_have_moved(tmp_path):
 
     save_json(run(), tmp_path / "train.json")
     moved = run(paths=("gs://x",), media=())
-    assert _resume(moved, tmp_path).data == moved.data
+    assert resume_config(moved, tmp_path).data == moved.data
     with pytest.raises(UserError, match="holds a run with data.sources="):
-        _resume(run(weight=2.0), tmp_path)
+        resume_config(run(weight=2.0), tmp_path)
 
 
 # What is drawn at random

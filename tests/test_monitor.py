@@ -45,31 +45,31 @@ def test_time_is_split_by_what_the_devices_wait_for(monkeypatch):
         return {kind: value for kind, value in found.items() if value}
 
     run = Goodput()
-    with run.doing("data"):
+    with run.timed("data"):
         clock.now = 103
     clock.now = 104
     run._heard(goodput.COMPILING[0], 1.0)  # tracing, within the launch
     clock.now = 109
     run._heard(goodput.COMPILATION, 5.0)
     run._heard("/jax/some/other/event", 50.0)
-    run.step(launched=103, ended=111)  # 3 s of data, 6 of compilation, 2 of work
+    run.step(dispatched=103, ended=111)  # 3 s of data, 6 of compilation, 2 of work
     assert seconds(run) == {"data": 3, "compile": 6, "step": 2}
     assert run.metrics()["goodput"] == pytest.approx(2 / 11)
     assert run.metrics()["compilations"] == 1
 
     # The next step was launched while this one ran, and data were read behind it, too.
     clock.now = 105
-    with run.doing("data"):
+    with run.timed("data"):
         clock.now = 110
-    run.step(launched=110, ended=115)
+    run.step(dispatched=110, ended=115)
     assert seconds(run) == {"data": 3, "compile": 6, "step": 6}
 
     # The loop saved a checkpoint for 5 s, the first of which the step still ran in.
     clock.now = 119
-    with run.doing("checkpoint"):
+    with run.timed("checkpoint"):
         clock.now = 124
-    run.step(launched=118, ended=120)
-    run.step(launched=126, ended=127)
+    run.step(dispatched=118, ended=120)
+    run.step(dispatched=126, ended=127)
     assert seconds(run) == {"data": 3, "compile": 6, "step": 9, "checkpoint": 4, "other": 5}
     run.add({"step": 10.0, "lost": 2.0})
     assert seconds(run) == {

@@ -38,8 +38,8 @@ from emu_jax.sharding import choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.flops import jaxpr_flops, train_flops
-from emu_jax.train.loop import Trainer
 from emu_jax.train.objectives import get_objective
+from emu_jax.train.step import Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,8 +81,8 @@ def test_flops_are_those_of_the_traced_step():
     the regression head everywhere, and the logits twice forward."""
     cfg = config("emu_100m", "data.batch_size=2", "data.row_tokens=128", "data.row_images=2")
     cfg = dataclasses.replace(cfg, remat=RematConfig(), attention="xla")
-    objective = get_objective("emu")
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: objective.build(cfg, nnx.Rngs(0))))
+    objective = get_objective(cfg)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: objective.build(nnx.Rngs(0))))
     from emu_jax.data.pipeline import batch_shapes
 
     batch = {
@@ -91,7 +91,7 @@ def test_flops_are_those_of_the_traced_step():
     }
 
     def loss(state, batch):
-        return objective.loss(cfg, nnx.merge(graphdef, state), batch, jax.random.key(0))[0]
+        return objective.loss(nnx.merge(graphdef, state), batch, jax.random.key(0))[0]
 
     traced = jaxpr_flops(
         jax.make_jaxpr(jax.grad(loss))(state, batch).jaxpr, without=RECOMPUTED_SCOPE

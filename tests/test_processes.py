@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint, integrity
 from emu_jax.errors import UserError
-from emu_jax.train.loop import initialize_distributed
-from emu_jax.train.saving import Checkpoints
+from emu_jax.train.checkpoints import Checkpoints
+from emu_jax.train.distributed import initialize_distributed
 
 COUNT = 3
 

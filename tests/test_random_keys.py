@@ -18,8 +18,8 @@ from emu_jax.generate import image
 from emu_jax.generate.api import Emu
 from emu_jax.sharding import make_mesh
 from emu_jax.train.config import TrainConfig
-from emu_jax.train.loop import Trainer
 from emu_jax.train.objectives import OBJECTIVES
+from emu_jax.train.step import Trainer
 
 PACKAGE = str(Path(sys.modules["emu_jax"].__file__).parent)
 DRAWS = (
@@ -112,7 +112,7 @@ def test_no_key_of_a_training_run_has_two_purposes(objective, words, keys, monke
             trainer.state_shapes,
             {
                 name: jax.ShapeDtypeStruct(*shape)
-                for name, shape in trainer.objective.batch_shapes(trainer.cfg).items()
+                for name, shape in trainer.objective.batch_shapes().items()
             },
         ),
     )

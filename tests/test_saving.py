@@ -17,8 +17,8 @@ import pytest
 
 from emu_jax import integrity
 from emu_jax.errors import UserError
-from emu_jax.train import saving
-from emu_jax.train.saving import Checkpoints
+from emu_jax.train import checkpoints as checkpoints_module
+from emu_jax.train.checkpoints import Checkpoints
 
 
 def items(step: int):
@@ -199,8 +199,8 @@ def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
 
 def test_large_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
     """Whoever reads a chunk (a check of what was written, a conversion) holds all of it."""
-    assert saving.CHUNK_BYTES == 2**26
-    monkeypatch.setattr(saving, "CHUNK_BYTES", 2**17)
+    assert checkpoints_module.CHUNK_BYTES == 2**26
+    monkeypatch.setattr(checkpoints_module, "CHUNK_BYTES", 2**17)
     write(tmp_path, [1])
     sizes: list[int] = []
     assert not list(integrity.unreadable_arrays(tmp_path / "1" / "params", progress=sizes.append))

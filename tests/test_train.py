@@ -29,9 +29,10 @@ from emu_jax.train.config import (
     digits_data,
 )
 from emu_jax.train.config_file import load_config
-from emu_jax.train.loop import Trainer, train
+from emu_jax.train.loop import train
 from emu_jax.train.metrics import read_metrics
 from emu_jax.train.optimizer import make_optimizer
+from emu_jax.train.step import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = {
@@ -172,7 +173,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_ro
     with jax.set_mesh(mesh):
         for accumulate in (1, parts):
             trainer = Trainer(dataclasses.replace(cfg, accumulate=accumulate), mesh)
-            state = trainer.start({})
+            state = trainer.init({})
             placed = jax.device_put(batch, batch_sharding(mesh))
             (loss, metrics), grads = jax.jit(trainer.gradients)(state, placed)
             found.append((metrics | {"loss": loss}, jax.tree.map(np.asarray, grads)))
@@ -197,7 +198,7 @@ def test_parameters_are_split_over_the_mesh(data_root):
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
-        state = trainer.start({})
+        state = trainer.init({})
         assert state.optimizer[1].mu.keys() == state.trained.keys()
         for tree in (state.trained, state.optimizer[1].mu, state.optimizer[1].nu):
             kernel = tree["llama.layers.mlp.gate_proj.kernel"]
@@ -414,7 +415,7 @@ def test_rematerialisation_reaches_what_trains(data_root):
         with jax.set_mesh(mesh):
             trainer = Trainer(cfg, mesh)
             batch = one_batch(cfg, trainer.objective.batch_kind)
-            step = jax.make_jaxpr(trainer._step)(trainer.state_shapes, batch)
+            step = jax.make_jaxpr(trainer.update)(trainer.state_shapes, batch)
         assert "remat" in str(step), objective
 
 
@@ -448,7 +449,7 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
         train(dataclasses.replace(base, mesh=MeshConfig(3, 1, 1)), tmp_path / "d")
     for change, message in (
         ({"data": dataclasses.replace(base.data, n_causal=5)}, "n_causal is 5, the model needs 4"),
-        ({"model": dataclasses.replace(base.model, tokens=TokenIds())}, "the tokenizer's are"),
+        ({"model": dataclasses.replace(base.model, tokens=TokenIds())}, "the tokenizer's ids are"),
     ):
         with pytest.raises(UserError, match=message):
             train(dataclasses.replace(base, **change), tmp_path / "g")

@@ -32,12 +32,14 @@ from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
 from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, make_mesh, nest, spec
-from emu_jax.train import loop, monitor, objectives, parents, precompute
+from emu_jax.train import monitor, objectives, precompute
+from emu_jax.train.checkpoints import Checkpoints
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
-from emu_jax.train.loop import Trainer, train
+from emu_jax.train.loop import train
 from emu_jax.train.metrics import read_metrics
 from emu_jax.train.optimizer import dotted, make_optimizer, schedule
-from emu_jax.train.saving import Checkpoints
+from emu_jax.train.step import Trainer
+from emu_jax.train.warm_start import WarmStart
 
 ROWS, STEPS, CLIP = 8, 9, 20.0
 NO_GRADIENT, NO_LOSS = 3, 6  # the steps whose gradient, or loss, is not finite
@@ -111,16 +113,19 @@ class ToyBatches:
 class ToyObjective(objectives.Objective):
     """Squared error where the mask holds. It draws, but what it draws changes no parameter."""
 
-    def build(self, cfg, rngs):
+    def build(self, rngs):
         return Toy(rngs)
 
-    def batches(self, cfg, tokenizer, **how):
+    def prepare_data(self):
+        return SimpleNamespace(save=lambda folder: None)
+
+    def batches(self, tokenizer, **how):
         return ToyBatches()
 
     def targets(self, module, batch):
         return {"squares": jnp.sum(batch["mask"])}
 
-    def loss(self, cfg, module, batch, key, targets=None):
+    def loss(self, module, batch, key, targets=None):
         hidden = batch["x"] @ module.visual.kernel[...] + module.visual.bias[...]
         out = hidden @ module.llama.kernel[...] + module.llama.bias[...]
         errors = jnp.mean(jnp.square(out - batch["y"]), axis=-1)
@@ -211,9 +216,7 @@ def llama_rate(step: int) -> float:
 def toy(monkeypatch):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    monkeypatch.setitem(objectives.OBJECTIVES, "emu", ToyObjective())
-    tokenizer = SimpleNamespace(save=lambda folder: None)
-    monkeypatch.setattr(loop, "prepare_data", lambda cfg: tokenizer)
+    monkeypatch.setitem(objectives.OBJECTIVES, "emu", ToyObjective)
 
 
 def stored(step: Path, item: str) -> dict[str, np.ndarray]:
@@ -331,7 +334,7 @@ def test_a_process_that_cannot_read_a_save_back_asks_all_to_save(toy, tmp_path, 
 def test_frozen_parameters_cost_no_gradient(monkeypatch):
     """Two products forward; backward one for each kernel that is trained, one through the second
     layer when the first is trained."""
-    monkeypatch.setitem(objectives.OBJECTIVES, "emu", ToyObjective())
+    monkeypatch.setitem(objectives.OBJECTIVES, "emu", ToyObjective)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
     def products(pattern: str) -> int:
@@ -342,7 +345,7 @@ def test_frozen_parameters_cost_no_gradient(monkeypatch):
             state = trainer.state_shapes
             assert state.ema.keys() == state.optimizer[1].mu.keys() == state.trained.keys()
             assert len(state.trained) + len(state.frozen) == len({**state.trained, **state.frozen})
-            step = jax.make_jaxpr(trainer._step)(state, ToyBatches.make(0))
+            step = jax.make_jaxpr(trainer.update)(state, ToyBatches.make(0))
         return str(step).count("dot_general[")
 
     assert products("^no such") == 2 + 3
@@ -511,17 +514,17 @@ def test_the_multimodal_loss_by_hand():
         losses(images, targets={"text": 10.0, "regression": 4.0}),
         (np.sum(text) / 10, np.sum(squares) / 4),
     )
-    counts = objectives.OBJECTIVES["emu"].targets(module, batch)
+    counts = objectives.EmuObjective(TOY).targets(module, batch)
     assert {name: int(n) for name, n in counts.items()} == {"text": 5, "regression": 5}
     # The objective of words alone; the images are in them, but are not scored.
-    words_alone = objectives.OBJECTIVES["text"]
+    words_alone = objectives.TextObjective(TOY)
     assert words_alone.targets(module, batch) == {"text": 5}
     logits = np.float64(table[batch["tokens"][0]]) @ weights @ heads[0]
     losses_of = [
         np.log(np.sum(np.exp(logits[t]))) - logits[t, batch["tokens"][0, t + 1]] for t in words
     ]
     for targets, expected in ((None, np.mean(losses_of)), ({"text": 10.0}, np.sum(losses_of) / 10)):
-        close(words_alone.loss(TOY, module, batch, jax.random.key(3), targets)[0], expected)
+        close(words_alone.loss(module, batch, jax.random.key(3), targets)[0], expected)
 
     # The gradient by hand: nothing comes through the targets.
     def regression(images):
@@ -535,7 +538,7 @@ def test_the_multimodal_loss_by_hand():
 
     # Weights, and keys for dropout in both towers.
     cfg = dataclasses.replace(TOY, text_weight=0.25, regression_weight=3.0)
-    loss, metrics = objectives.OBJECTIVES["emu"].loss(cfg, module, batch, jax.random.key(3))
+    loss, metrics = objectives.EmuObjective(cfg).loss(module, batch, jax.random.key(3))
     close(loss, 0.25 * metrics["text_loss"] + 3 * metrics["regression_loss"])
     assert abs(metrics["text_loss"] - metrics["regression_loss"]) > 0.1
     assert module.keys["visual"] is not None and module.keys["llama"] is not None
@@ -560,10 +563,10 @@ def test_the_contrastive_loss_by_hand():
         text=lambda tokens, valid, dtype: text,
     )
     batch = {"images": np.zeros((4, 32, 32, 3), np.uint8), "tokens": tokens, "valid": tokens > 0}
-    cfg = dataclasses.replace(TOY, dtype="float32")
+    cfg = dataclasses.replace(TOY, dtype="float32", accumulate=1)
     for scale in (3.0, 400.0):
         module.logit_scale = np.array(np.log(scale), np.float32)
-        loss, metrics = objectives.OBJECTIVES["clip"].loss(cfg, module, batch, jax.random.key(0))
+        loss, metrics = objectives.ClipObjective(cfg).loss(module, batch, jax.random.key(0))
         scale = min(scale, 100.0)
         a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
         logits = scale * np.float64(a) @ b.T
@@ -582,10 +585,9 @@ def test_the_autoencoders_loss_by_hand(drawn):
     vae = SimpleNamespace(
         encode=lambda x: (x @ weights[0], x @ weights[1]), decode=lambda z: z @ weights[2]
     )
-    cfg = dataclasses.replace(TOY, kl_weight=0.3)
-    vae_objective = objectives.OBJECTIVES["vae"]
+    vae_objective = objectives.VaeObjective(dataclasses.replace(TOY, kl_weight=0.3))
     batch = {"images": pictures}
-    loss, metrics = vae_objective.loss(cfg, SimpleNamespace(vae=vae), batch, jax.random.key(0))
+    loss, metrics = vae_objective.loss(SimpleNamespace(vae=vae), batch, jax.random.key(0))
     x = pictures / 127.5 - 1
     mean, logvar = x @ weights[0], x @ weights[1]
     (noise,) = drawn
@@ -603,7 +605,7 @@ def test_the_autoencoders_loss_by_hand(drawn):
     for name, value in expected.items():
         close(metrics[name], value)
     # Saved with the factor that gives latents of unit variance.
-    model = vae_objective.finish(digits(), {"latent_std": 4.0})
+    model = vae_objective.trained_model({"latent_std": 4.0})
     assert model.vae.scaling_factor == 0.25
 
 
@@ -614,7 +616,7 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
     vae = dataclasses.replace(model.vae, scaling_factor=0.2)
     model = dataclasses.replace(model, vae=vae, scheduler=scheduler)
     cfg = dataclasses.replace(TOY, model=model)
-    decoder = objectives.OBJECTIVES["decoder"]
+    decoder = objectives.DecoderObjective(cfg)
 
     # Conditions and latents of the frozen model teach it nothing.
     target = RNG.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
@@ -635,7 +637,7 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
             ),
             vae=SimpleNamespace(encode=lambda x: (x @ weights, x)),
         )
-        return decoder.frozen(cfg, module, batch)
+        return decoder.conditions_and_latents(module, batch)
 
     condition, latents = frozen(weights)
     close(latents, (target / 127.5 - 1) @ weights * 0.2)
@@ -651,8 +653,7 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
         return noisy * 0.5
 
     latents, condition = normal(5, 4, 4, 2), normal(5, 4, 6)
-    loss, metrics = decoder.loss(
-        cfg,
+    loss, metrics = objectives.LatentDecoderObjective(cfg).loss(
         SimpleNamespace(unet=unet),
         {"condition": condition, "latents": latents},
         jax.random.key(1),
@@ -761,7 +762,7 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
         )
         for path, shape in wanted.items()
     }
-    found = parents.read(cfg, tmp_path, wanted)
+    found = WarmStart(cfg, tmp_path).load(wanted)
     assert found.keys() == params.keys()
     np.testing.assert_array_equal(found["llama.norm.scale"], params["llama.norm.scale"])
     np.testing.assert_array_equal(found["visual.head.kernel"], averages["visual.head.kernel"])
@@ -777,13 +778,13 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
     )
     np.testing.assert_array_equal(raw["visual.head.kernel"], params["visual.head.kernel"])
     one = dataclasses.replace(cfg, parents={"visual": str(run)})
-    assert parents.read(one, tmp_path, wanted).keys() == {"visual.head.kernel"}
+    assert WarmStart(one, tmp_path).load(wanted).keys() == {"visual.head.kernel"}
 
     # What a parent measured, and the factor of its autoencoder, is the run's.
-    adopted = parents.adopt(
+    resolved = WarmStart.resolve(
         dataclasses.replace(TOY, model=model, parents={"vae": str(run)}), tmp_path
     )
-    assert adopted.model.vae.scaling_factor == 0.125
+    assert resolved.cfg.model.vae.scaling_factor == 0.125
 
 
 def test_what_a_parent_carries_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -801,7 +802,7 @@ def test_what_a_parent_carries_is_on_the_disk_before_it_has_its_name(tmp_path, m
     monkeypatch.setattr(Path, "rename", checked)
     cfg = dataclasses.replace(TOY, init_from=str(parent), parents={"llama": "../parent"})
     for _ in range(2):
-        parents.carry(cfg, workdir)
+        WarmStart(cfg, workdir).copy_release_files()
         assert (workdir / "release" / "files" / "Emu.json").read_text() == "{}"
         assert (workdir / "generation.json").read_text() == '{"num_beams": 2}'
         assert len(list(workdir.iterdir())) == 2

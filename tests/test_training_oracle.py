@@ -21,7 +21,7 @@ from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
-from emu_jax.train.loop import Trainer
+from emu_jax.train.step import Trainer
 
 torch.set_num_threads(1)
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -155,7 +155,7 @@ def test_ten_steps_are_those_of_a_plain_torch_loop(stage, data_root):
         trainer = Trainer(cfg, mesh)
         trainer.objective = Recording(trainer.objective)
         start = initial(trainer.template.shapes)
-        state = trainer.start(jax.tree.map(jnp.asarray, start))
+        state = trainer.init(jax.tree.map(jnp.asarray, start))
         loop = reference.Loop(cfg, reference.LOSSES[cfg.objective], start)
         tokenizer = Tokenizer.load(Path(data_root) / "tokenizer", instruct=cfg.data.instruct)
         with Batches(cfg.data, tokenizer, trainer.objective.batch_kind) as batches:

@@ -50,7 +50,7 @@ from emu_jax.generate.api import Emu, load
 from emu_jax.generate.prompt import open_file
 from emu_jax.generate.settings import RENAMED, GenerationConfig
 from emu_jax.progress import ProgressBar
-from emu_jax.train.loop import initialize_distributed
+from emu_jax.train.distributed import initialize_distributed
 
 log = logging.getLogger(__name__)
 

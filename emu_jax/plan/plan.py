@@ -40,7 +40,7 @@ from emu_jax.plan.roofline import Network, busiest, times
 from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import train_flops
-from emu_jax.train.loop import Trainer, check, mesh_for
+from emu_jax.train.step import Trainer, mesh_for
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,6 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
     """
     if program not in PROGRAMS:
         raise UserError(f"--for {program!r} is not known{suggest(program, PROGRAMS)}")
-    check(cfg)
     if cfg.dtype != "bfloat16":
         raise UserError(f"a plan is for dtype=bfloat16, not {cfg.dtype}: TPUs have no other peak")
     devices = devices_of(topology)
@@ -311,7 +310,7 @@ def abstract_batch(trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
     where = batch_sharding(trainer.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-        for name, (shape, dtype) in trainer.objective.batch_shapes(trainer.cfg).items()
+        for name, (shape, dtype) in trainer.objective.batch_shapes().items()
     }
 
 

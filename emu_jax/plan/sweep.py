@@ -37,7 +37,7 @@ from emu_jax.plan.plan import (
 )
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import jaxpr_flops
-from emu_jax.train.loop import Trainer, mesh_for
+from emu_jax.train.step import Trainer, mesh_for
 
 log = logging.getLogger(__name__)
 

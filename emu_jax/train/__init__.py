@@ -2,12 +2,14 @@
 
 config.py       `TrainConfig`: one stage of training
 config_file.py  configs/*.py, and overrides on the command line
-loop.py         the training step and the loop around it
-objectives.py   the module and the loss of each stage
+loop.py         `train`: where a run starts, its steps, logs and checkpoints
+step.py         the state, the gradients and the update of a step
+objectives.py   the module, the data and the loss of each stage
 optimizer.py    AdamW with a learning rate per group of parameters
-parents.py      initial weights from other runs
-saving.py       checkpoints during a run
+warm_start.py   initial weights from other runs
+checkpoints.py  checkpoints during a run
 lock.py         one job at a time in a run directory
+distributed.py  the start of a job with several processes
 precompute.py   the decoder's conditions and latents, computed once
 flops.py        model FLOPs of a step
 monitor.py      steps in flight: completion times, metrics, throughput

@@ -6,17 +6,21 @@ import dataclasses
 import itertools
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import EmuConfig, RematConfig, digits, to_dict
+from emu_jax.config import EmuConfig, RematConfig, digits, load_json, to_dict
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import BACKENDS
 from emu_jax.models.remat import REMAT
+from emu_jax.sharding import flatten
 from emu_jax.train.tracing import parse_steps
 
+# Objectives whose loss compares all rows of a batch. It is not a mean over parts of the batch.
+COMPARES_ROWS = ("clip",)
 DECAYS = ("cosine", "constant", "steps")
 DTYPES = ("bfloat16", "float32")  # of the computation, and of the optimizer's first moment
 _AT_LEAST_ONE = (
@@ -28,6 +32,31 @@ _AT_LEAST_ONE = (
     "max_bad_steps",
 )
 _AT_LEAST_ZERO = ("text_weight", "regression_weight", "kl_weight", "loss_block", "hang_seconds")
+# Config keys that may change when a run resumes.
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_bad_steps",
+    "mesh",
+    "remat",
+    "log_documents",
+    "profile_steps",
+    "hang_seconds",
+    "attention",
+    "loss_block",
+    "tuned",
+    "parents",
+    "init_from",
+    "data.root",
+    "data.tokenizer",
+    "data.decode_threads",
+    "data.prefetch",
+    "data.cache",
+    "data.max_damaged_rate",
+    "model.vae.scaling_factor",
+)
 
 
 def _check_range(
@@ -199,6 +228,11 @@ class TrainConfig:
         for name in _AT_LEAST_ZERO:
             _check_range(self, name, 0)
         _check_range(self, "ema_decay", 0.0, below=1.0)
+        if self.accumulate > 1 and self.objective in COMPARES_ROWS:
+            raise UserError(
+                f"the objective {self.objective!r} compares all rows of a batch with each other: "
+                "set accumulate to 1"
+            )
         parse_steps(self.profile_steps)
 
 
@@ -256,3 +290,31 @@ def config_dict(cfg: TrainConfig) -> ConfigDict:
 def digits_config(name: str, **changes: Any) -> ConfigDict:
     """Returns the config of a stage on the digits: the small model, in float32."""
     return config_dict(TrainConfig(name=name, **{"model": digits(), "dtype": "float32"} | changes))
+
+
+def resume_config(cfg: TrainConfig, workdir: Path) -> TrainConfig:
+    """Returns the config of the run in `workdir`, with `MAY_CHANGE` taken from `cfg`.
+
+    Raises:
+        UserError: `cfg` describes another run.
+    """
+    saved = load_json(TrainConfig, workdir / "train.json")
+    model = saved.model if saved.init_from else cfg.model
+    model = dataclasses.replace(model, vae=model.vae and saved.model.vae)
+    ours = flatten(to_dict(without_paths(dataclasses.replace(cfg, model=model))))
+    theirs = flatten(to_dict(without_paths(saved)))
+    for key in sorted(ours.keys() | theirs.keys()):
+        changes = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
+        if not changes and ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{workdir} holds a run with {key}={theirs.get(key)!r}, not {ours.get(key)!r}: "
+                "give another --workdir, or that value"
+            )
+    return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
+
+
+def without_paths(cfg: TrainConfig) -> TrainConfig:
+    """Returns a config without the locations of its sources, which do not change what a run
+    computes."""
+    sources = tuple(dataclasses.replace(s, paths=(), media=()) for s in cfg.data.sources)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=sources))

@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 def load_config(cls: type[T], path: Path, overrides: list[str], chip: str = "") -> T:
-    """The frozen dataclass `cls` that a config file and the overrides describe.
+    """Loads the frozen dataclass `cls` from a config file and overrides.
 
-    Every key of `cls` may be overridden, also one that the file leaves at its default. What the
-    file has `tuned` for `chip` stands between the two.
+    Every key of `cls` may be overridden, including those that the file leaves at their defaults.
+    The file's `tuned` overrides for `chip` apply before `overrides`.
 
     Raises:
         UserError: as `read_config` and `emu_jax.config.from_dict`.
@@ -36,7 +36,7 @@ def load_config(cls: type[T], path: Path, overrides: list[str], chip: str = "") 
 
 
 def override(cfg: T, overrides: list[str]) -> T:
-    """A frozen dataclass with `a.b=value` overrides, as `read_config` takes them.
+    """Returns a frozen dataclass with `a.b=value` overrides applied, as in `read_config`.
 
     Raises:
         UserError: as `read_config`.
@@ -47,13 +47,14 @@ def override(cfg: T, overrides: list[str]) -> T:
 def read_config(path: Path, overrides: list[str]) -> ConfigDict:
     """Runs `get_config()` of the Python file at `path` and applies `a.b=value` overrides.
 
-    Values are Python literals, or else strings. A value must have the type of the one it
-    replaces, but an int may replace a float, anything may replace None, and None anything
-    (whether a key may be None is for the dataclass to say). Elements of lists are named by
-    their number: `optimizer.groups.0.lr=1e-4`.
+    Values are Python literals, or else strings. A value must have the type of the one it replaces,
+    except that an int may replace a float, anything may replace None, and None anything (the
+    dataclass decides whether a key may be None). Elements of lists are named by their index:
+    `optimizer.groups.0.lr=1e-4`.
 
     Raises:
-        UserError: no such file, the file fails, an unknown key, or a value of the wrong type.
+        UserError: the file does not exist or fails, a key is unknown, or a value has the wrong
+            type.
     """
     return ConfigDict(_apply(_plain(_run(path)), overrides))
 
@@ -68,8 +69,8 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def _run(path: Path) -> Any:
-    """Returns what the file's `get_config()` returns. A relative `configs/NAME.py` that does not
-    exist is the one that comes with the package."""
+    """Returns the result of the file's `get_config()`. A relative `configs/NAME.py` that does not
+    exist is looked up among the configs of the package."""
     if not path.is_file() and path.parts[:1] == ("configs",):
         path = shipped("configs").joinpath(*path.parts[1:])
     if not path.is_file():
@@ -95,7 +96,7 @@ def _run(path: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Dicts and lists all the way down: `ConfigDict.to_dict` leaves those inside lists."""
+    """Converts to dicts and lists at every depth. `ConfigDict.to_dict` skips those in lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_dict(value)
     if isinstance(value, ConfigDict):
@@ -111,27 +112,26 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
     *path, last = parts = key.split(".")
     group: Any = values
     for depth, part in enumerate(path):
-        place = _find(group, part, parts[:depth])
-        group = group.setdefault(place, {}) if isinstance(group, dict) else group[place]
-    place = _find(group, last, path)
-    current = group.get(place) if isinstance(group, dict) else group[place]
-    group[place] = _parse(text, current, key)
+        index = _find(group, part, parts[:depth])
+        group = group.setdefault(index, {}) if isinstance(group, dict) else group[index]
+    index = _find(group, last, path)
+    current = group.get(index) if isinstance(group, dict) else group[index]
+    group[index] = _parse(text, current, key)
 
 
 def _find(group: Any, part: str, above: list[str]) -> str | int:
-    """The dict key or list position that `part` names in `group`."""
+    """Returns the dict key or list index that `part` names in `group`."""
     where = ".".join([*above, part])
     if isinstance(group, dict):
-        # An empty group is a map that the command line may fill.
+        # The command line may add keys to an empty group.
         if part in group or not group:
             return part
         if (name := current_key(part, group)) in group:
             return name
         raise UserError(f"unknown config key {where!r}{suggest(part, group)}")
     if isinstance(group, list):
-        places = [str(place) for place in range(len(group))]
-        if part in places:
-            return places.index(part)
+        if part in map(str, range(len(group))):
+            return int(part)
         raise UserError(
             f"unknown config key {where!r}; {'.'.join(above)!r} is a list of {len(group)}"
         )

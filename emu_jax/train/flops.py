@@ -38,9 +38,9 @@ class Flops:
 
 
 def train_flops(cfg: TrainConfig) -> Flops:
-    """Model FLOPs of one step of `cfg`.
+    """Returns the model FLOPs of one step of `cfg`.
 
-    What reads rows is counted tower by tower; the other objectives by tracing their step.
+    Objectives that read rows are counted tower by tower, the others by tracing their step.
     """
     if cfg.objective == "emu":
         return emu_flops(cfg, cfg.data.row_images)
@@ -119,16 +119,16 @@ def _is_matrix(path: str, shape: tuple[int, ...]) -> bool:
 
 
 def _shapes(cfg: TrainConfig) -> dict[str, tuple[int, ...]]:
-    build = lambda: get_objective(cfg.objective).build(cfg, nnx.Rngs(0))  # noqa: E731
+    build = lambda: get_objective(cfg).build(nnx.Rngs(0))  # noqa: E731
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))
     return {".".join(map(str, path)): leaf.shape for path, leaf in state}
 
 
 def _traced(cfg: TrainConfig) -> float:
-    """The products in the traced gradient of the loss, nothing computed twice."""
+    """Returns the FLOPs of the traced gradient of the loss, without recomputation."""
     cfg = dataclasses.replace(cfg, remat=RematConfig(), attention="xla")
-    objective = get_objective(cfg.objective)
-    build = lambda: objective.build(cfg, nnx.Rngs(0))  # noqa: E731
+    objective = get_objective(cfg)
+    build = lambda: objective.build(nnx.Rngs(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(build))
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     paths = dict(zip(flat, nnx.to_flat_state(state), strict=True))
@@ -138,12 +138,12 @@ def _traced(cfg: TrainConfig) -> float:
         values = trained | frozen
         leaves = [(paths[p][0], paths[p][1].replace(values[p])) for p in flat]
         module = nnx.merge(graphdef, nnx.from_flat_state(leaves))
-        return objective.loss(cfg, module, batch, jax.random.key(0))[0]
+        return objective.loss(module, batch, jax.random.key(0))[0]
 
     arrays = {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in flat.items()}
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype)
-        for name, (shape, dtype) in objective.batch_shapes(cfg).items()
+        for name, (shape, dtype) in objective.batch_shapes().items()
     }
     jaxpr = jax.make_jaxpr(jax.grad(loss))(
         {p: v for p, v in arrays.items() if p in learns},

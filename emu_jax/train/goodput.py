@@ -48,17 +48,17 @@ class Goodput:
             self._seconds[kind] += value
 
     @contextmanager
-    def doing(self, kind: str) -> Iterator[None]:
-        """The loop waits for data, or saves a checkpoint."""
+    def timed(self, kind: str) -> Iterator[None]:
+        """Counts the block as time that the loop waits for data, or saves a checkpoint."""
         start = time.monotonic()
         try:
             yield
         finally:
             self._spans[kind].append((start, time.monotonic()))
 
-    def step(self, launched: float, ended: float) -> None:
-        """A step was launched and has ended."""
-        begin = min(max(self._until, launched), ended)
+    def step(self, dispatched: float, ended: float) -> None:
+        """Adds a step that was dispatched and has ended."""
+        begin = min(max(self._until, dispatched), ended)
         idle, busy = (self._until, begin), (begin, ended)
         compiling = self._spans["compile"]
         compiled = {span: overlap(compiling, span) for span in (idle, busy)}

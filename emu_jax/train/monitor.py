@@ -30,7 +30,7 @@ from emu_jax.train.tracing import Tracer, parse_steps
 from emu_jax.train.watchdog import Watchdog
 
 
-class _Launched(NamedTuple):
+class _InFlight(NamedTuple):
     step: int
     at: float  # time.monotonic
     metrics: Mapping[str, jax.Array]
@@ -42,8 +42,8 @@ class Monitor:
     """Follows a run's steps: logs metrics and rates, watches for hangs, traces on request.
 
     Args:
-        goodput: already entered, so that it has seen the run's start.
-        signals: already entered; from here on they ask the run to save.
+        goodput: already entered, so that it covers the run's start.
+        signals: already entered. From here on they request a save.
         done: steps done before this process began.
     """
 
@@ -58,7 +58,7 @@ class Monitor:
     ):
         self.cfg, self.done = cfg, done
         self.row: dict[str, float] = {}  # the metrics of the last step that has ended
-        self.stopping = False  # all processes agree to
+        self.stopping = False  # requested by a signal, on all processes at the same step
         lead = jax.process_index() == 0
         self._goodput = goodput
         if lead and done:
@@ -72,9 +72,9 @@ class Monitor:
         self._tracer = Tracer(workdir / "profile", parse_steps(cfg.profile_steps))
         self._ends = _Ends()
         self._rates = _Rates(cfg, mesh) if lead else None
-        # Processors compute on the threads that would run ahead, and a second program with
-        # collectives beside the first can block both.
-        self._ahead = 0 if on_cpu() else 1
+        # CPUs compute on the threads that would dispatch ahead, and two concurrent programs with
+        # collectives can block each other.
+        self._in_flight = 0 if on_cpu() else 1
         self._stack = ExitStack()
 
     def __enter__(self) -> Monitor:
@@ -92,45 +92,51 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def launching(self, step: int) -> None:
-        """The loop is about to launch a step."""
+    def before_dispatch(self, step: int) -> None:
+        """Called before the loop dispatches a step."""
         self._tracer.before(step)
-        self._launching = time.monotonic()
+        self._dispatched = time.monotonic()
 
-    def launched(
+    def on_dispatch(
         self, step: int, metrics: Mapping[str, jax.Array], fill: Mapping[str, Any]
     ) -> None:
-        """The loop has launched a step, whose metrics are under way.
+        """Called after the loop has dispatched a step.
 
         Args:
+            metrics: those of the step, not yet computed.
             fill: `Batches.statistics` up to its batch.
         """
         vote = self._signals.vote(metrics["loss"])
-        self._ends.await_end(_Launched(step, self._launching, metrics, vote, fill))
+        self._ends.push(_InFlight(step, self._dispatched, metrics, vote, fill))
 
-    def settle(self, ahead: int | None = None) -> None:
-        """Waits for launched steps, but for the last `ahead` ones (by default as many as suit
-        the devices), and deals with what they brought."""
-        while self._ends.pending > (self._ahead if ahead is None else ahead):
+    def drain(self, in_flight: int | None = None) -> None:
+        """Waits until at most `in_flight` steps are in flight, and logs those that have ended.
+
+        Args:
+            in_flight: by default as many as suit the devices.
+        """
+        while self._ends.pending > (self._in_flight if in_flight is None else in_flight):
             self._ended(*self._ends.next())
 
     def sync(self) -> None:
-        """Puts what was logged on disk."""
+        """Flushes the logs to disk."""
         self._logger.sync()
 
-    def _ended(self, launched: _Launched, row: dict[str, float], vote: np.ndarray, at: float):
-        step = launched.step
+    def _ended(
+        self, dispatched: _InFlight, row: dict[str, float], vote: np.ndarray, at: float
+    ) -> None:
+        step = dispatched.step
         self.row = row
-        self._goodput.step(launched.at, at)
+        self._goodput.step(dispatched.at, at)
         self._watchdog.step_ended(step)
         self._tracer.after(step)
         self.stopping |= bool(vote[STOP])
         if vote[TRACE]:
             self._tracer.request(next_step=step + self._ends.pending + 1)
         if step % self.cfg.log_every == 0 or step in (1, self.cfg.steps):
-            fill = {name: launched.fill[name] for name in ("token_fill", "image_fill")}
-            fill["damaged"] = sum(launched.fill["damaged"].values())
-            rates = self._rates(step, at, launched.fill) if self._rates else {}
+            fill = {name: dispatched.fill[name] for name in ("token_fill", "image_fill")}
+            fill["damaged"] = sum(dispatched.fill["damaged"].values())
+            rates = self._rates(step, at, dispatched.fill) if self._rates else {}
             self._logger.log(step, row | fill | rates | self._goodput.metrics())
 
 
@@ -139,7 +145,7 @@ class _Ends:
 
     def __init__(self):
         self.pending = 0
-        self._launched: queue.Queue[_Launched | None] = queue.Queue()
+        self._dispatched: queue.Queue[_InFlight | None] = queue.Queue()
         self._ended: queue.Queue[Any] = queue.Queue()
 
     def __enter__(self) -> _Ends:
@@ -147,17 +153,17 @@ class _Ends:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._launched.put(None)
+        self._dispatched.put(None)
 
-    def await_end(self, launched: _Launched) -> None:
+    def push(self, dispatched: _InFlight) -> None:
         self.pending += 1
-        self._launched.put(launched)
+        self._dispatched.put(dispatched)
 
-    def next(self) -> tuple[_Launched, dict[str, float], np.ndarray, float]:
-        """(the oldest step that is pending, its metrics, its vote, when it ended).
+    def next(self) -> tuple[_InFlight, dict[str, float], np.ndarray, float]:
+        """Returns (the oldest pending step, its metrics, its vote, when it ended).
 
         Raises:
-            Exception: what the step raised on the devices.
+            Exception: the error that the step raised on the devices.
         """
         self.pending -= 1
         ended = self._ended.get()
@@ -166,12 +172,12 @@ class _Ends:
         return ended
 
     def _wait(self) -> None:
-        while (launched := self._launched.get()) is not None:
+        while (dispatched := self._dispatched.get()) is not None:
             try:
-                metrics, vote = jax.device_get((launched.metrics, launched.vote))
+                metrics, vote = jax.device_get((dispatched.metrics, dispatched.vote))
                 row = {name: float(value) for name, value in metrics.items()}
-                self._ended.put((launched, row, vote, time.monotonic()))
-            except BaseException as error:  # handed to the thread that asks
+                self._ended.put((dispatched, row, vote, time.monotonic()))
+            except BaseException as error:  # raised in the thread that calls `next`
                 self._ended.put(error)
 
 

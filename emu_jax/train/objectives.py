@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from emu_jax import diffusion
-from emu_jax.config import EmuConfig
+from emu_jax.config import EmuConfig, TokenIds
+from emu_jax.data import digits
 from emu_jax.data.latents import LatentBatches, latent_shapes
 from emu_jax.data.pipeline import Batches, Kind, batch_shapes
 from emu_jax.errors import UserError, suggest
@@ -31,7 +32,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-class Painter(nnx.Module):
+class UNetOnly(nnx.Module):
     """The denoiser alone, under the name it has in Emu."""
 
     def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
@@ -40,47 +41,90 @@ class Painter(nnx.Module):
 
 
 class Objective(ABC):
-    """One stage's module and loss. `batch_kind` names what the data pipeline must yield;
-    `accumulates` says that the loss is a mean over rows, or over targets in them, and so the
-    mean of the losses of equal parts of a batch, when these divide by `targets`."""
+    """The module, the data and the loss of a stage.
+
+    The loss is a mean over rows, or over targets in rows (except for `config.COMPARES_ROWS`). It
+    equals the mean of the losses of equal parts of a batch that divide by `targets`.
+
+    Attributes:
+        batch_kind: the kind of batches that the data pipeline yields.
+        reads_targets: whether batches hold images at the autoencoder's size.
+        has_all_towers: whether the module has every tower that the run's model needs. If not, the
+            other towers stay in the parents' run directories.
+
+    Raises:
+        UserError: the config does not fit the objective.
+    """
 
     batch_kind: Kind
-    accumulates = True
+    reads_targets = False
+    has_all_towers = True
+
+    def __init__(self, cfg: TrainConfig):
+        self.cfg = cfg
 
     @abstractmethod
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> nnx.Module:
-        """A fresh module, its towers under the names they have in Emu."""
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Returns a new module, its towers under the names they have in Emu."""
 
     @abstractmethod
     def loss(
-        self,
-        cfg: TrainConfig,
-        module: Any,
-        batch: Batch,
-        key: jax.Array,
-        targets: Metrics | None = None,
+        self, module: Any, batch: Batch, key: jax.Array, targets: Metrics | None = None
     ) -> tuple[jax.Array, Metrics]:
-        """The scalar loss of one batch, and what to report beside it.
+        """Returns the scalar loss of a batch, and the metrics to log.
 
         Args:
-            targets: what means are to divide by, as `targets` counts it; by default the batch's.
+            targets: the counts that means divide by, as `targets` returns them. By default those of
+                the batch.
         """
 
     def targets(self, module: Any, batch: Batch) -> Metrics:
-        """Returns how many targets the loss is a mean over, if not over the rows."""
+        """Returns the number of targets that the loss is a mean over, if not over the rows."""
         return {}
 
-    def batch_shapes(self, cfg: TrainConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """(shape, dtype) of each array of a global batch."""
-        return batch_shapes(cfg.data, self.batch_kind)
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Returns (shape, dtype) of each array of a global batch."""
+        return batch_shapes(self.cfg.data, self.batch_kind)
 
-    def batches(
-        self, cfg: TrainConfig, tokenizer: Tokenizer, resumed: bool = False
-    ) -> Batches | LatentBatches:
-        """Returns this process's share of the data. A resumed run keeps what it has counted."""
+    def prepare_data(self) -> Tokenizer:
+        """Builds the embedded data if the config asks for them, and loads the data's tokenizer.
+
+        Raises:
+            UserError: the tokenizer or a size does not fit the model.
+        """
+        data, model = self.cfg.data, self.cfg.model
+        if data.embedded == "digits":
+            digits.build_digits(data.root)
+        elif data.embedded:
+            raise UserError(f"unknown data.embedded {data.embedded!r}: use 'digits'")
+        tokenizer = t = data.load_tokenizer()
+        if len(tokenizer) != model.llama.vocab_size:
+            raise UserError(
+                f"the tokenizer in {data.root} has {len(tokenizer)} tokens, the model "
+                f"{model.llama.vocab_size}: set model.llama.vocab_size and model.tokens to match"
+            )
+        ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image)
+        if ids != model.tokens:
+            raise UserError(
+                f"model.tokens are {model.tokens}, the tokenizer's ids are {ids}: set model.tokens "
+                "to these"
+            )
+        sizes = [
+            ("n_causal", data.n_causal, model.cformer.n_causal),
+            ("image_size", data.image_size, model.vision.image_size),
+        ]
+        if model.vae is not None and self.reads_targets:
+            sizes.append(("target_size", data.target_size, model.vae.sample_size))
+        for name, size, needed in sizes:
+            if size != needed:
+                raise UserError(f"data.{name} is {size}, the model needs {needed}: set it to that")
+        return tokenizer
+
+    def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> Batches | LatentBatches:
+        """Returns this process's share of the data. A resumed run keeps its token counts."""
         index, count = jax.process_index(), jax.process_count()
         return Batches(
-            cfg.data,
+            self.cfg.data,
             tokenizer,
             self.batch_kind,
             process_index=index,
@@ -88,9 +132,13 @@ class Objective(ABC):
             recount=not resumed,
         )
 
-    def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
-        """The configuration that the trained model is saved with."""
-        return model
+    def trained_model(self, metrics: dict[str, float]) -> EmuConfig:
+        """Returns the model config to save with the trained model.
+
+        Args:
+            metrics: those of the last step.
+        """
+        return self.cfg.model
 
 
 class EmuObjective(Objective):
@@ -99,20 +147,17 @@ class EmuObjective(Objective):
 
     batch_kind = "rows"
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> EmuModel:
+    def build(self, rngs: nnx.Rngs) -> EmuModel:
+        cfg = self.cfg
         return EmuModel(cfg.model, painter=False, remat=cfg.remat, backend=cfg.attention, rngs=rngs)
 
     def targets(self, module: EmuModel, batch: Batch) -> Metrics:
         return {name: jnp.sum(mask) for name, mask in target_masks(module, batch).items()}
 
     def loss(
-        self,
-        cfg: TrainConfig,
-        module: EmuModel,
-        batch: Batch,
-        key: jax.Array,
-        targets: Metrics | None = None,
-    ):
+        self, module: EmuModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        cfg = self.cfg
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         visual_key, language_key = jax.random.split(key)
         images = module.encode_images(pixels, dropout_key=visual_key)
@@ -142,25 +187,21 @@ class LanguageModel(nnx.Module):
 
 
 class TextObjective(Objective):
-    """The language model on the words of rows alone: the parent of an Emu, and what its speed
-    is compared with."""
+    """Cross-entropy on text alone, with the language model alone. Trains the parent of an Emu, and
+    is the baseline of its speed."""
 
     batch_kind = "rows"
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> LanguageModel:
-        return LanguageModel(cfg, rngs)
+    def build(self, rngs: nnx.Rngs) -> LanguageModel:
+        return LanguageModel(self.cfg, rngs)
 
     def targets(self, module: LanguageModel, batch: Batch) -> Metrics:
         return {"text": jnp.sum(text_mask(batch))}
 
     def loss(
-        self,
-        cfg: TrainConfig,
-        module: LanguageModel,
-        batch: Batch,
-        key: jax.Array,
-        targets: Metrics | None = None,
-    ):
+        self, module: LanguageModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        cfg = self.cfg
         x = module.llama.embed_tokens(batch["tokens"]).astype(jnp.dtype(cfg.dtype))
         hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=key)
         words = module.llama.token_losses(hidden, following(batch["tokens"]), block=cfg.loss_block)
@@ -168,8 +209,8 @@ class TextObjective(Objective):
 
 
 def text_mask(batch: Batch) -> Bool[Array, "B T"]:
-    """Positions t that predict a text target at t + 1, in their own document. The last of a row
-    has no next."""
+    """Returns the positions t that predict a text target at t + 1 of the same document. The last
+    position of a row predicts nothing."""
     segments = batch["segment_ids"]
     scored = following(batch["text_loss_mask"]) & (following(segments) == segments)
     return scored.at[:, -1].set(False)
@@ -189,14 +230,14 @@ def sequence_losses(
     dropout_key: jax.Array | None = None,
     targets: Metrics | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Both losses of packed rows, in float32: the mean cross-entropy over text targets, and
-    the squared error of regressed embeddings, a mean over targets and width
-    (release: `modeling_llama.py`, which prepares the pairs of the second)."""
+    """Returns both losses of packed rows, in float32: the mean cross-entropy over text targets, and
+    the squared error of regressed embeddings, a mean over targets and width (release:
+    `modeling_llama.py`, which prepares the pairs of the second)."""
     masks, targets = target_masks(module, batch), targets or {}
     x = module.embed(batch["tokens"], images, batch["image_slots"])
     hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
 
-    # The regression's targets teach nothing themselves.
+    # No gradient flows into the regression's targets.
     target = jax.lax.stop_gradient(following(x)).astype(jnp.float32)
     error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
     errors = jnp.mean(error, axis=-1)
@@ -218,51 +259,47 @@ def target_masks(module: EmuModel, batch: Batch) -> Metrics:
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
-    """The mean where `mask` holds, or the sum there over `count`; 0 where it holds nowhere."""
+    """Returns the mean where `mask` holds, or the sum there over `count`. 0 if it holds nowhere."""
     count = jnp.sum(mask) if count is None else count
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.where(count > 0, count, 1)
 
 
 def spread(
-    images: Float[Array, "B I N D"], valid: Bool[Array, "B I"], most: int = 64
+    images: Float[Array, "B I N D"], valid: Bool[Array, "B I"], max_images: int = 64
 ) -> tuple[jax.Array, jax.Array]:
     """Measures how much images differ: the mean variance of an embedding's entries over images,
     and the effective rank (exponential of the entropy of the covariance's normalized spectrum;
     Roy and Vetterli 2007) of whole images. A collapsing Causal Transformer drives both down.
 
-    Compares the first `most` images at most.
+    Compares at most the first `max_images` images.
     """
     images = jax.lax.stop_gradient(images)
-    first = jnp.argsort(~valid.reshape(-1), stable=True)[:most]
+    first = jnp.argsort(~valid.reshape(-1), stable=True)[:max_images]
     x = images.reshape(-1, images.shape[2] * images.shape[3])[first]
     weight = valid.reshape(-1, 1)[first].astype(jnp.float32)
     count = jnp.maximum(jnp.sum(weight), 1)
     x = (x - jnp.sum(x * weight, 0) / count) * weight
     variance = jnp.sum(jnp.square(x)) / (count * x.shape[1])
-    gram = jnp.matmul(x, x.T, precision="highest")  # has the spectrum of the covariance
+    # The Gram matrix has the spectrum of the covariance.
+    gram = jnp.matmul(x, x.T, precision="highest")
     spectrum = jnp.clip(jnp.linalg.eigvalsh(gram), 0)
     p = spectrum / jnp.maximum(jnp.sum(spectrum), 1e-30)
     return variance, jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30))))
 
 
 class ClipObjective(Objective):
-    """Contrastive pretraining of the visual encoder on pictures and captions
-    (Radford et al. 2021). Pictures whose captions are equal are positives of each other."""
+    """Contrastive pretraining of the visual encoder on images and captions
+    (Radford et al. 2021). Images whose captions are equal are positives of each other."""
 
     batch_kind = "captions"
-    accumulates = False  # each row is compared with all others
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> CLIP:
-        return CLIP(cfg.model, remat=cfg.remat.visual, rngs=rngs)
+    def build(self, rngs: nnx.Rngs) -> CLIP:
+        return CLIP(self.cfg.model, remat=self.cfg.remat.visual, rngs=rngs)
 
     def loss(
-        self,
-        cfg: TrainConfig,
-        module: CLIP,
-        batch: Batch,
-        key: jax.Array,
-        targets: Metrics | None = None,
-    ):
+        self, module: CLIP, batch: Batch, key: jax.Array, targets: Metrics | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         image = module.visual.clip_embedding(normalize_images(batch["images"], dtype))
         text = module.text(batch["tokens"], batch["valid"], dtype)
@@ -284,8 +321,7 @@ class Autoencoder(nnx.Module):
     """The autoencoder alone, under the name it has in Emu."""
 
     def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
-        if cfg.model.vae is None:
-            raise UserError("the vae objective needs model.vae")
+        assert cfg.model.vae
         self.vae = VAE(cfg.model.vae, rngs=rngs)
 
 
@@ -294,24 +330,26 @@ class VaeObjective(Objective):
     adversarial and perceptual terms)."""
 
     batch_kind = "images"
+    reads_targets = True
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> Autoencoder:
-        return Autoencoder(cfg, rngs)
+    def __init__(self, cfg: TrainConfig):
+        super().__init__(cfg)
+        if cfg.model.vae is None:
+            raise UserError("the vae objective needs model.vae")
+
+    def build(self, rngs: nnx.Rngs) -> Autoencoder:
+        return Autoencoder(self.cfg, rngs)
 
     def loss(
-        self,
-        cfg: TrainConfig,
-        module: Autoencoder,
-        batch: Batch,
-        key: jax.Array,
-        targets: Metrics | None = None,
-    ):
-        pictures = to_signed(batch["images"], cfg)
-        mean, logvar = module.vae.encode(pictures)
+        self, module: Autoencoder, batch: Batch, key: jax.Array, targets: Metrics | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        cfg = self.cfg
+        images = to_signed(batch["images"], cfg)
+        mean, logvar = module.vae.encode(images)
         noise = jax.random.normal(key, mean.shape).astype(mean.dtype)
         latents = mean + jnp.exp(logvar / 2) * noise
         painted = module.vae.decode(latents).astype(jnp.float32)
-        error = jnp.mean(jnp.square(painted - pictures.astype(jnp.float32)))
+        error = jnp.mean(jnp.square(painted - images.astype(jnp.float32)))
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
         kl = jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar) / 2
         std = jnp.std(latents.astype(jnp.float32))
@@ -324,51 +362,36 @@ class VaeObjective(Objective):
             "latent_std": std,
         }
 
-    def finish(self, model: EmuConfig, metrics: dict[str, float]) -> EmuConfig:
-        """Diffusion wants latents of unit variance, as Stable Diffusion's 0.18215 gives."""
+    def trained_model(self, metrics: dict[str, float]) -> EmuConfig:
+        """Sets the scaling factor that gives latents unit variance, as Stable Diffusion does."""
+        model = self.cfg.model
         assert model.vae is not None
         vae = dataclasses.replace(model.vae, scaling_factor=round(1 / metrics["latent_std"], 5))
         return dataclasses.replace(model, vae=vae)
 
 
 class DecoderObjective(Objective):
-    """The U-Net learns to denoise a picture's latents, given the embeddings that the frozen
-    model regresses after the picture's context (paper section 2.3, visual decoding).
-
-    Both are computed in the step; or, with `cfg.latents`, read as `precompute` wrote them, and
-    the U-Net is then all there is of the model.
+    """Denoising of an image's latents by the U-Net, given the embeddings that the frozen model
+    regresses after the image's context (paper section 2.3, visual decoding).
     """
 
     batch_kind = "contexts"
+    reads_targets = True
 
-    def build(self, cfg: TrainConfig, rngs: nnx.Rngs) -> EmuModel | Painter:
+    def __init__(self, cfg: TrainConfig):
+        super().__init__(cfg)
         if cfg.model.unet is None or cfg.model.vae is None:
             raise UserError("the decoder objective needs model.unet and model.vae")
-        if cfg.latents:
-            return Painter(cfg, rngs)
-        return EmuModel(cfg.model, remat=cfg.remat, rngs=rngs)
 
-    def batch_shapes(self, cfg: TrainConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
-        if not cfg.latents:
-            return super().batch_shapes(cfg)
-        rows = cfg.data.batch_size
-        condition, latents = latent_shapes(cfg.model)
-        return {
-            "condition": ((rows, *condition), jnp.bfloat16),
-            "latents": ((rows, *latents), jnp.bfloat16),
-        }
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        return EmuModel(self.cfg.model, remat=self.cfg.remat, rngs=rngs)
 
-    def batches(
-        self, cfg: TrainConfig, tokenizer: Tokenizer, resumed: bool = False
-    ) -> Batches | LatentBatches:
-        if not cfg.latents:
-            return super().batches(cfg, tokenizer, resumed)
-        index, count = jax.process_index(), jax.process_count()
-        return LatentBatches(Path(cfg.latents), cfg.data, cfg.model, index, count)
+    def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the conditions [B, N, D] and latents [B, h, w, C] of a batch.
 
-    @staticmethod
-    def frozen(cfg: TrainConfig, module: EmuModel, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The conditions [B, N, D] and latents [B, h, w, C] of a batch of contexts."""
+        Here the frozen model computes them from a batch of contexts.
+        """
+        cfg = self.cfg
         assert module.vae and cfg.model.vae
         dtype = jnp.dtype(cfg.dtype)
         images = module.encode_images(normalize_images(batch["images"], dtype))
@@ -380,45 +403,72 @@ class DecoderObjective(Objective):
         return jax.lax.stop_gradient((condition.astype(dtype), latents))
 
     def loss(
-        self,
-        cfg: TrainConfig,
-        module: EmuModel | Painter,
-        batch: Batch,
-        key: jax.Array,
-        targets: Metrics | None = None,
-    ):
-        dtype = jnp.dtype(cfg.dtype)
-        if isinstance(module, EmuModel):
-            condition, latents = self.frozen(cfg, module, batch)
-        else:
-            condition, latents = (batch[name].astype(dtype) for name in ("condition", "latents"))
-        assert module.unet
-
+        self, module: Any, batch: Batch, key: jax.Array, targets: Metrics | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        condition, latents = self.conditions_and_latents(module, batch)
         time_key, noise_key = jax.random.split(key)
-        schedule = cfg.model.scheduler
+        schedule, dtype = self.cfg.model.scheduler, jnp.dtype(self.cfg.dtype)
         times = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
         noise = jax.random.normal(noise_key, latents.shape).astype(dtype)
         noisy = diffusion.add_noise(schedule, latents, noise, times)
-        wanted = diffusion.denoiser_target(schedule, latents, noise, times).astype(jnp.float32)
-        error = jnp.square(module.unet(noisy, times, condition).astype(jnp.float32) - wanted)
+        target = diffusion.denoiser_target(schedule, latents, noise, times).astype(jnp.float32)
+        error = jnp.square(module.unet(noisy, times, condition).astype(jnp.float32) - target)
         return jnp.mean(error), {"condition_std": jnp.std(condition.astype(jnp.float32))}
 
 
+class LatentDecoderObjective(DecoderObjective):
+    """`DecoderObjective` on conditions and latents that `precompute` wrote. The module is the U-Net
+    alone."""
+
+    has_all_towers = False
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        return UNetOnly(self.cfg, rngs)
+
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        rows = self.cfg.data.batch_size
+        condition, latents = latent_shapes(self.cfg.model)
+        return {
+            "condition": ((rows, *condition), jnp.bfloat16),
+            "latents": ((rows, *latents), jnp.bfloat16),
+        }
+
+    def prepare_data(self) -> Tokenizer:
+        return Tokenizer.load(Path(self.cfg.latents) / "tokenizer")
+
+    def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> LatentBatches:
+        index, count = jax.process_index(), jax.process_count()
+        return LatentBatches(Path(self.cfg.latents), self.cfg.data, self.cfg.model, index, count)
+
+    def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        dtype = jnp.dtype(self.cfg.dtype)
+        return batch["condition"].astype(dtype), batch["latents"].astype(dtype)
+
+
 def to_signed(images: jax.Array, cfg: TrainConfig) -> jax.Array:
-    """Bytes to [-1, 1], the autoencoder's range."""
+    """Converts bytes to [-1, 1], the autoencoder's range."""
     return (images.astype(jnp.float32) / 127.5 - 1).astype(jnp.dtype(cfg.dtype))
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "emu": EmuObjective(),
-    "text": TextObjective(),
-    "clip": ClipObjective(),
-    "vae": VaeObjective(),
-    "decoder": DecoderObjective(),
+OBJECTIVES: dict[str, type[Objective]] = {
+    "emu": EmuObjective,
+    "text": TextObjective,
+    "clip": ClipObjective,
+    "vae": VaeObjective,
+    "decoder": DecoderObjective,
 }
 
 
-def get_objective(name: str) -> Objective:
-    if name not in OBJECTIVES:
-        raise UserError(f"objective {name!r} is not known{suggest(name, OBJECTIVES)}")
-    return OBJECTIVES[name]
+def get_objective(cfg: TrainConfig) -> Objective:
+    """Returns the objective of a run.
+
+    Raises:
+        UserError: the objective is unknown, or does not fit the config.
+    """
+    if cfg.objective not in OBJECTIVES:
+        raise UserError(f"unknown objective {cfg.objective!r}{suggest(cfg.objective, OBJECTIVES)}")
+    if not cfg.latents:
+        return OBJECTIVES[cfg.objective](cfg)
+    if cfg.objective != "decoder":
+        raise UserError(f"the objective {cfg.objective!r} reads no latents: remove latents")
+    return LatentDecoderObjective(cfg)

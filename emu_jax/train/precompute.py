@@ -1,7 +1,7 @@
-"""Computes the decoder's conditions and latents once (`data.latents`).
+"""Computes the decoder's conditions and latents once (config key `latents`).
 
-The frozen model is nearly all of a decoder's training step: 14B parameters read a caption so that
-a U-Net of 1B can take one gradient. Pictures that are seen more than once, or a U-Net that is
+The frozen model is nearly all of a decoder's training step: 14B parameters read a caption for one
+gradient of a U-Net of 1B. Pictures that are seen more than once, or a U-Net that is
 trained more than once, pay for it once this way, and training then needs the U-Net alone.
 """
 
@@ -25,57 +25,61 @@ from emu_jax.data.latents import PartWriter, Progress, finish, latent_shapes
 from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
 from emu_jax.sharding import batch_sharding
-from emu_jax.train import loop, parents
-from emu_jax.train.config import TrainConfig
+from emu_jax.train.config import TrainConfig, without_paths
+from emu_jax.train.distributed import initialize_distributed
 from emu_jax.train.objectives import Batch, DecoderObjective
+from emu_jax.train.step import Params, Trainer, mesh_for
+from emu_jax.train.warm_start import WarmStart
 
 log = logging.getLogger(__name__)
 
-PART_BYTES = 1 << 28  # of one process: what is computed again after a kill, at the most
+PART_BYTES = 1 << 28  # of one process: the most that is computed again after a kill
 
 
 def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
     """Writes the conditions and latents of the first `rows` documents (rounded up to whole
-    batches) of a decoder's training run into `folder`, part by part: a call that was stopped goes
-    on after the last part that all processes have written, on any number of processes.
+    batches) of a decoder's training run into `folder`, part by part. An interrupted call resumes
+    after the last part that all processes have written, on any number of processes.
 
-    Contexts are whole: what is dropped is chosen anew whenever they are read.
+    Contexts are written whole. Training chooses which to drop each time it reads them.
 
     Raises:
-        UserError: `cfg` trains no decoder from a pretrained model, its data cannot be read, or
-            `folder` is complete or was begun with another config.
+        UserError: `cfg` does not train a decoder from a pretrained model, its data cannot be read,
+            or `folder` is complete or was written with another config.
     """
     if cfg.objective != "decoder" or cfg.latents:
         raise UserError("precompute needs the config of a decoder (objective) without latents")
     if rows < 1:
         raise UserError(f"{rows} rows: give at least 1")
-    loop.check(cfg)
-    loop.initialize_distributed()
-    mesh = loop.mesh_for(cfg)
+    initialize_distributed()
+    mesh = mesh_for(cfg)
     count, index = jax.process_count(), jax.process_index()
     data = dataclasses.replace(cfg.data, drop_condition=0.0)
     with jax.set_mesh(mesh):
-        cfg = parents.adopt(dataclasses.replace(cfg, data=data), folder)
-        tokenizer = loop.prepare_data(cfg)
-        trainer = loop.Trainer(cfg, mesh)
-        kept = parents.read(cfg, folder, trainer.param_shapes)
-        if missing := [path for path in trainer.frozen if path not in kept]:
+        warm_start = WarmStart.resolve(dataclasses.replace(cfg, data=data), folder)
+        cfg = warm_start.cfg
+        trainer = Trainer(cfg, mesh)
+        objective = trainer.objective
+        assert isinstance(objective, DecoderObjective)
+        tokenizer = objective.prepare_data()
+        loaded = warm_start.load(trainer.param_shapes)
+        if missing := [path for path in trainer.frozen if path not in loaded]:
             raise UserError(
                 f"no parent has {missing[0].split('.')[0]}: set init_from to a pretrained model"
             )
-        params = {path: kept[path] for path in trainer.frozen}
-        # The U-Net is no part of it, but the module wants its parameters.
+        params = {path: loaded[path] for path in trainer.frozen}
+        # Nothing here uses the U-Net, but the module needs parameters for it.
         zeros = {path: jnp.zeros((), a.dtype) for path, a in trainer.param_shapes.items()}
 
-        def module(params) -> Any:
+        def module(params: Params) -> Any:
             return trainer.template.module(zeros | params)
 
         @jax.jit
-        def compute(params, batch: Batch):
-            return DecoderObjective.frozen(cfg, module(params), batch)
+        def compute(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return objective.conditions_and_latents(module(params), batch)
 
         @jax.jit
-        def unconditional(params):
+        def unconditional(params: Params) -> jax.Array:
             tokens = jnp.asarray([[cfg.model.tokens.bos, cfg.model.tokens.img]])
             return module(params).regress_after(tokens, jnp.asarray([2]))[0]
 
@@ -83,7 +87,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         row_bytes = 2 * sum(map(math.prod, latent_shapes(cfg.model)))
         part_rows = count * max(1, PART_BYTES // row_bytes)
         with (
-            DecoderObjective().batches(cfg, tokenizer, resumed=progress.parts > 0) as batches,
+            objective.batches(tokenizer, resumed=progress.parts > 0) as batches,
             ProgressBar("latents", rows, "row", done=progress.rows, enabled=index == 0) as bar,
         ):
             if progress.parts:
@@ -113,14 +117,14 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def _digest(cfg: TrainConfig) -> str:
-    """Returns a digest of all that the latents depend on."""
-    settings = to_dict(loop.without_places(cfg))
+    """Returns a digest of the settings that the latents depend on."""
+    settings = to_dict(without_paths(cfg))
     names = ("data", "model", "parents", "init_from", "seed", "dtype")
-    made = {name: settings[name] for name in names}
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    relevant = {name: settings[name] for name in names}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _local(array: jax.Array) -> np.ndarray:
-    """This process's rows."""
+    """Returns this process's rows, in order."""
     rows = {s.index[0].start or 0: s.data for s in array.addressable_shards}
     return np.concatenate([np.asarray(rows[start].astype(jnp.float32)) for start in sorted(rows)])

@@ -7,13 +7,14 @@ import gc
 import itertools
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -23,7 +24,9 @@ from emu_jax import integrity
 from emu_jax.checkpoint import complete_steps
 from emu_jax.errors import UserError
 from emu_jax.filesystem import sync
+from emu_jax.sharding import flatten, nest
 from emu_jax.train.lock import Lock
+from emu_jax.train.step import Params, Trainer, TrainState
 
 # Suffixes of a step that is being written, and of one that is being removed.
 WRITING, REMOVING = ".orbax-checkpoint-tmp", ".removing"
@@ -385,3 +388,63 @@ def _attempt(action: Callable[[], Any]) -> str:
         return ""
     except Exception as error:  # the libraries raise anything on a full disk or foreign bytes
         return integrity.one_line(error)
+
+
+def save_state(
+    checkpoints: Checkpoints,
+    step: int,
+    state: TrainState,
+    position: dict[str, Any],
+    *,
+    leave_out: Collection[str],
+) -> None:
+    """Starts an asynchronous, atomic save of the state and the data position.
+
+    Args:
+        leave_out: paths of frozen parameters that stay in the parents' run directories.
+    """
+    frozen = {path: a for path, a in state.frozen.items() if path not in leave_out}
+    counts = {"bad": state.bad_steps, "skipped": state.skipped_steps}
+    items: dict[str, ocp.args.CheckpointArgs] = {
+        "params": ocp.args.StandardSave(nest(state.trained | frozen)),
+        "optimizer": ocp.args.StandardSave({"state": state.optimizer} | counts),
+        "position": ocp.args.JsonSave(position),
+    }
+    if state.ema:
+        items["ema"] = ocp.args.StandardSave(nest(state.ema))
+    checkpoints.save(step, items)
+
+
+def restore_state(
+    checkpoints: Checkpoints, trainer: Trainer, left_out: Params
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Restores the newest readable step onto this run's mesh.
+
+    Args:
+        left_out: the frozen parameters that the step omits.
+
+    Returns:
+        (steps done, the state, the data position).
+    """
+    shapes = trainer.state_shapes
+    frozen = {path: shape for path, shape in shapes.frozen.items() if path not in left_out}
+    counts = {"bad": shapes.bad_steps, "skipped": shapes.skipped_steps}
+    items: dict[str, ocp.args.CheckpointArgs] = {
+        "params": ocp.args.StandardRestore(nest(shapes.trained | frozen)),
+        "optimizer": ocp.args.StandardRestore({"state": shapes.optimizer} | counts),
+        "position": ocp.args.JsonRestore(),
+    }
+    if shapes.ema:
+        items["ema"] = ocp.args.StandardRestore(nest(shapes.ema))
+    step, saved = checkpoints.restore(items)
+    params = flatten(saved["params"]) | left_out
+    state = TrainState(
+        step=jax.device_put(jnp.int32(step), trainer.state_shardings.step),
+        trained={path: params[path] for path in trainer.trained},
+        frozen={path: params[path] for path in trainer.frozen},
+        optimizer=saved["optimizer"]["state"],
+        ema=flatten(saved["ema"]) if shapes.ema else {},
+        bad_steps=saved["optimizer"]["bad"],
+        skipped_steps=saved["optimizer"]["skipped"],
+    )
+    return step, state, saved["position"]

@@ -1,0 +1,235 @@
+"""The training step: its state, the loss, gradients and the update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from emu_jax.errors import UserError
+from emu_jax.models.attention import choose_backend
+from emu_jax.sharding import AbstractModel, batch_sharding, make_mesh
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.objectives import Batch, Metrics, get_objective
+from emu_jax.train.optimizer import group_of, make_optimizer
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything a step reads and writes. Parameters are flat: {dotted path: array}."""
+
+    step: jax.Array  # steps done, int32
+    trained: Params
+    frozen: Params
+    optimizer: optax.OptState
+    ema: Params  # of `trained`; empty unless weights are averaged
+    bad_steps: jax.Array  # non-finite steps in a row
+    skipped_steps: jax.Array  # non-finite steps so far
+
+
+class Trainer:
+    """A run's objective and optimizer, the shapes and shardings of its state, and the compiled
+    step.
+
+    Attributes:
+        trained, frozen: paths of the parameters.
+        param_shapes: shape, dtype and sharding of every parameter.
+        state_shapes: a `TrainState` of shapes with shardings.
+        step: the jitted (state, batch) -> (state, metrics). It donates the state.
+
+    Raises:
+        UserError: the config does not fit its objective, or an optimizer group is missing.
+    """
+
+    def __init__(self, cfg: TrainConfig, mesh: Mesh):
+        backend = choose_backend(cfg.attention, mesh.devices.flat[0].platform)
+        cfg = dataclasses.replace(cfg, attention=backend)
+        self.cfg, self.mesh = cfg, mesh
+        self.objective = get_objective(cfg)
+        self.template = AbstractModel(lambda: self.objective.build(nnx.Rngs(self._keys()[0])), mesh)
+        shapes = self.template.shapes
+        rates = {path: group_of(path, cfg.optimizer).lr for path in shapes}
+        self.trained = [path for path in shapes if rates[path] > 0]
+        self.frozen = [path for path in shapes if rates[path] == 0]
+        if not self.trained:
+            raise UserError("every parameter is frozen: give an optimizer group a positive lr")
+        self.optimizer = make_optimizer(
+            cfg.optimizer, cfg.steps, {path: shapes[path] for path in self.trained}
+        )
+        # Frozen parameters are stored in the compute dtype.
+        dtypes = dict.fromkeys(self.frozen, jnp.dtype(cfg.dtype))
+        self.param_shapes = {
+            path: jax.ShapeDtypeStruct(s.shape, dtypes.get(path, s.dtype), sharding=s.sharding)
+            for path, s in shapes.items()
+        }
+        self.state_shapes = self._with_shardings(jax.eval_shape(self._initial_state, shapes))
+        self.state_shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        self.step = jax.jit(
+            self.update,
+            in_shardings=(self.state_shardings, batch_sharding(mesh)),
+            out_shardings=(self.state_shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+    def init(self, params: Params) -> TrainState:
+        """Returns the state before the first step.
+
+        Args:
+            params: parameters from other runs. All others are initialized from the seed.
+        """
+        params = self.template.init(without=params) | params
+        return jax.jit(self._initial_state, out_shardings=self.state_shardings)(params)
+
+    def loss(self, params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Returns the loss and the metrics at `params`, with the random key of a step."""
+        _, step_key = self._keys()
+        return self._objective_loss(params, batch, jax.random.fold_in(step_key, step))
+
+    def gradients(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        """Returns ((loss, metrics), the gradients of the trained parameters).
+
+        With accumulation, a batch is split into parts of every n-th row, so each device keeps its
+        own rows. Each part divides by the average number of targets of a part. The mean over the
+        parts is then that of the whole batch, whatever number of targets each part has.
+        """
+        _, step_key = self._keys()
+        key = jax.random.fold_in(step_key, state.step)
+
+        def trained_loss(
+            trained: Params, part: Batch, key: jax.Array, targets: Metrics | None
+        ) -> tuple[jax.Array, Metrics]:
+            return self._objective_loss(trained | state.frozen, part, key, targets)
+
+        gradients = jax.value_and_grad(trained_loss, has_aux=True)
+        n = self.cfg.accumulate
+        if n == 1:
+            return gradients(state.trained, batch, key, None)
+
+        module = self.template.module(state.trained | state.frozen)
+        targets = {k: count / n for k, count in self.objective.targets(module, batch).items()}
+        rows = NamedSharding(self.mesh, PartitionSpec(None, *batch_sharding(self.mesh).spec))
+        parts = jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(
+                jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), rows
+            ),
+            batch,
+        )
+
+        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            value, grads = gradients(state.trained, *part, targets)
+            grads = jax.lax.with_sharding_constraint(grads, self.state_shardings.trained)
+            return jax.tree.map(jnp.add, total, (value, grads)), None
+
+        keys = jax.random.split(key, n)
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        shapes = jax.eval_shape(lambda: gradients(state.trained, *first, targets))
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), (parts, keys))
+        return jax.tree.map(lambda x: x / n, total)
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Returns the state after a step, and its metrics. `step` is this function, compiled."""
+        (loss, metrics), grads = self.gradients(state, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = self.optimizer.update(
+                grads, state.optimizer, state.trained, norm=grad_norm, finite=finite
+            )
+            trained = optax.apply_updates(state.trained, updates)
+        ema = state.ema
+        if ema:
+            # The average decays faster in early steps, to forget the initial weights.
+            decay = jnp.minimum(self.cfg.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
+        # Skip the update on a non-finite step. The optimizer has already kept its own state.
+        new, old = (trained, ema), (state.trained, state.ema)
+        trained, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+        skipped_steps = state.skipped_steps + ~finite
+        state = TrainState(
+            state.step + 1, trained, state.frozen, optimizer, ema, bad_steps, skipped_steps
+        )
+        counts = {"bad_steps": bad_steps, "skipped_steps": skipped_steps}
+        metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, **counts}
+        return state, metrics
+
+    def _keys(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the keys of the initial parameters and of the steps."""
+        init_key, step_key = jax.random.split(jax.random.key(self.cfg.seed))
+        return init_key, step_key
+
+    def _objective_loss(
+        self, params: Params, batch: Batch, key: jax.Array, targets: Metrics | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        module = self.template.module(params)
+        return self.objective.loss(module, batch, key, targets)
+
+    def _initial_state(self, params: Params) -> TrainState:
+        trained = {path: params[path] for path in self.trained}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trained=trained,
+            frozen={path: params[path].astype(self.cfg.dtype) for path in self.frozen},
+            optimizer=self.optimizer.init(trained),
+            ema=jax.tree.map(jnp.copy, trained) if self.cfg.ema_decay > 0 else {},
+            bad_steps=jnp.zeros((), jnp.int32),
+            skipped_steps=jnp.zeros((), jnp.int32),
+        )
+
+    def _with_shardings(self, tree: Any) -> Any:
+        """Shards optimizer moments and averages like their parameters. Scalars are replicated."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+
+        def sharded(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+            sharding = self.template.shardings[keys[-1]] if keys else replicated
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(sharded, tree)
+
+
+def mesh_for(cfg: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh of a run over `devices`, by default all."""
+    model = cfg.model
+    widths = {model.vision.width, model.cformer.width, model.llama.width}
+    return make_mesh(
+        **dataclasses.asdict(cfg.mesh),
+        devices=devices,
+        rows=math.gcd(*cfg.data.batch_sizes()),
+        heads=model.llama.heads,
+        widths=sorted(widths),
+    )
+
+
+def check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> None:
+    """Checks that the rows of a batch split over devices so that each process holds its own.
+
+    Raises:
+        UserError: they do not.
+    """
+    ways = sharding.num_devices // sharding.mesh.shape["tensor"]
+    if batch_size % (ways * accumulate):
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        raise UserError(
+            f"data.batch_size {batch_size} does not split over {ways} devices{parts}: "
+            f"make it a multiple of {ways * accumulate}"
+        )
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = {
+        row for index in slices for row in range(batch_size)[index[0] if index else slice(None)]
+    }
+    share = batch_size // jax.process_count()
+    if rows != set(range(jax.process_index() * share, (jax.process_index() + 1) * share)):
+        raise UserError("the mesh splits rows over processes: make `tensor` fit into one process")

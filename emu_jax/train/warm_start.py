@@ -1,0 +1,143 @@
+"""Warm starts: the parameters that a run takes from other runs, its parents."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import jax
+
+from emu_jax import checkpoint
+from emu_jax.config import EmuConfig
+from emu_jax.errors import UserError, suggest
+from emu_jax.filesystem import write_text, writing
+from emu_jax.train.config import TrainConfig
+
+# The key in EmuConfig that configures each tower of the module.
+CONFIG_OF = {
+    "visual": "vision",
+    "ln_visual": "vision",
+    "cformer": "cformer",
+    "llama": "llama",
+    "unet": "unet",
+    "vae": "vae",
+}
+
+
+class WarmStart:
+    """The parents of a run: which towers they hold, and how to read and record them.
+
+    Args:
+        cfg: a config that `resolve` returned, possibly in an earlier process.
+        workdir: the run directory. Relative parents are relative to it.
+
+    Raises:
+        UserError: a parent is named for a tower that does not exist.
+    """
+
+    def __init__(self, cfg: TrainConfig, workdir: Path):
+        for tower in cfg.parents:
+            if tower not in CONFIG_OF:
+                raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")
+        self.cfg, self.workdir = cfg, workdir
+        self._parents = {
+            tower: Path(os.path.normpath(workdir / parent)) for tower, parent in cfg.parents.items()
+        }
+
+    @classmethod
+    def resolve(cls, cfg: TrainConfig, workdir: Path) -> WarmStart:
+        """Returns the warm start of a new run. Its `cfg` has the model and the towers of
+        `init_from`, and the scaling factor that a parent measured for its autoencoder.
+
+        Raises:
+            UserError: a parent does not exist, or configures a tower differently.
+        """
+        if cfg.init_from:
+            return cls(_from_run(cfg), workdir)
+        warm_start = cls(cfg, workdir)
+        model = cfg.model
+        for tower, parent in warm_start._parents.items():
+            name = CONFIG_OF[tower]
+            theirs, ours = getattr(checkpoint.load_config(parent), name), getattr(model, name)
+            if name == "vae" and ours and theirs:
+                ours = dataclasses.replace(ours, scaling_factor=theirs.scaling_factor)
+            if theirs != ours:
+                raise UserError(
+                    f"parent {parent}: its {name} is not configured as this run's: make "
+                    f"model.{name} equal to {parent / 'config.json'}"
+                )
+            model = dataclasses.replace(model, **{name: ours})
+        return cls(dataclasses.replace(cfg, model=model), workdir)
+
+    def load(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Loads the parameters found in parent runs, preferring EMA weights."""
+        params: dict[str, jax.Array] = {}
+        for tower, parent in self._parents.items():
+            wanted = {k: v for k, v in shapes.items() if checkpoint.tower_of(k) == tower}
+            if wanted:
+                params |= checkpoint.read_parent(parent, wanted, self.cfg.model)
+        return params
+
+    def unsaved(self, frozen: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the frozen parameters that this run does not save, because parents hold them."""
+        if self.cfg.save_frozen:
+            return {}
+        stored = {
+            (tower, path)
+            for tower, parent in self._parents.items()
+            for path in checkpoint.run_shapes(parent)
+        }
+        return {
+            path: s for path, s in frozen.items() if (checkpoint.tower_of(path), path) in stored
+        }
+
+    def copy_release_files(self) -> None:
+        """Copies from the parents the files that converting back to the release needs, and the
+        generation settings of the model that is fine-tuned."""
+        settings = Path(self.cfg.init_from) / "generation.json"
+        if self.cfg.init_from and settings.is_file():
+            if not (self.workdir / settings.name).exists():
+                write_text(self.workdir / settings.name, settings.read_text(encoding="utf-8"))
+        for parent in self._parents.values():
+            source, copy = parent / "release", self.workdir / "release"
+            if source.is_dir() and not copy.exists():
+                with writing(copy) as temporary:
+                    shutil.copytree(source, temporary)
+
+    def write_base_json(self) -> None:
+        """Records the run directories of the towers that this run's steps omit."""
+        checkpoint.save_base(self.workdir, self._parents)
+
+
+def _from_run(cfg: TrainConfig) -> TrainConfig:
+    """Returns a config with the model and the towers of `cfg.init_from`."""
+    parent = Path(cfg.init_from).absolute()
+    model = _extended(checkpoint.load_config(parent), cfg)
+    decoder = {"unet": model.unet is not None, "vae": model.vae is not None}
+    towers = [tower for tower in CONFIG_OF if decoder.get(tower, True)]
+    if cfg.objective != "decoder" and cfg.save_frozen:  # this run's module has no image decoder
+        towers = [tower for tower in towers if tower not in decoder]
+    parents = {tower: str(parent) for tower in towers} | cfg.parents
+    return dataclasses.replace(cfg, model=model, parents=parents)
+
+
+def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
+    """Returns a parent's model with the adapters of this run, and with the tokens of its data.
+
+    Raises:
+        UserError: the parent has other adapters.
+    """
+    llama, lora = parent.llama, cfg.model.llama.lora
+    if lora is not None and llama.lora not in (None, lora):
+        raise UserError(
+            f"{cfg.init_from} has adapters of its own, {llama.lora}: merge them first "
+            "(emu-jax convert --merge-lora), or set model.llama.lora to these"
+        )
+    # `[USER]` and `[ASSISTANT]` follow `<image>`.
+    tokens = parent.tokens.image + 1 + (2 if cfg.data.instruct else 0)
+    llama = dataclasses.replace(
+        llama, lora=lora or llama.lora, vocab_size=max(llama.vocab_size, tokens)
+    )
+    return dataclasses.replace(parent, llama=llama)
