@@ -20,7 +20,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, TypeAlias, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,8 @@ from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import USER, Tokenizer
 
 log = logging.getLogger(__name__)
+
+Params: TypeAlias = Any  # an nnx.State; beartype warns of its definition
 
 STOP_ROWS = 5  # calls of the denoiser between two looks at `stop`
 STREAM_STEPS = 4  # elements between two looks at a streamed continuation
@@ -234,7 +236,7 @@ class Emu:
         return ids[0] if single else ids
 
     def _generate_ids(
-        self, prompts: Sequence[Parts], choices: Sequence[str] | None, settings: TextSettings
+        self, prompts: Sequence[Any], choices: Sequence[str] | None, settings: TextSettings
     ) -> Int[np.ndarray, "B T"]:
         cfg = self.defaults.replace(**settings)
         allowed = None
@@ -288,7 +290,7 @@ class Emu:
         return ranked[0] if single else ranked
 
     def _rank(
-        self, prompts: Sequence[Parts], candidates: Sequence[Sequence[str]], segments: int
+        self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]], segments: int
     ) -> list[list[int]]:
         if len(prompts) != len(candidates) or not all(candidates):
             raise UserError("each prompt needs its list of candidates")
@@ -389,7 +391,7 @@ class Emu:
         embeddings = self._regress(prompts)
         return embeddings[0] if single else embeddings
 
-    def _regress(self, prompts: Sequence[Parts]) -> Float[Array, "B N D"]:
+    def _regress(self, prompts: Sequence[Any]) -> Float[Array, "B N D"]:
         n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
         rows = self._prompts(prompts, n, opens=True)
         found: dict[int, Array] = {}
@@ -550,7 +552,7 @@ class Emu:
         return completed[0] if single else completed
 
     def _complete(
-        self, prompts: Sequence[Parts], settings: MixedSettings
+        self, prompts: Sequence[Any], settings: MixedSettings
     ) -> list[list[str | Image.Image]]:
         cfg = self.defaults.replace(**settings)
         rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
@@ -642,7 +644,7 @@ class Emu:
 
     def _prompts(
         self,
-        prompts: Sequence[Parts],
+        prompts: Sequence[Any],
         new: int | Sequence[int],
         *,
         system: str | None = None,
@@ -672,7 +674,7 @@ class Emu:
             rows.append(row)
         return rows
 
-    def _prompt(self, parts: Parts, *, system: str | None = None, opens: bool = False) -> Prompt:
+    def _prompt(self, parts: Any, *, system: str | None = None, opens: bool = False) -> Prompt:
         parts = as_parts(parts)
         spelled = any(isinstance(p, str) and USER in p for p in parts)
         if self.tokenizer.user is not None and not spelled and not opens:
@@ -759,7 +761,9 @@ def _name(number: int, rows: Sequence[Any]) -> str:
     return "the prompt" if len(rows) == 1 else f"prompt {number + 1} of {len(rows)}"
 
 
-def _row_keys(rows: ArrayLike, seeds: ArrayLike) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
+def _row_keys(
+    rows: ArrayLike, seeds: ArrayLike | Sequence[int]
+) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
     """Returns the keys of each row's text and of its images.
 
     A row's keys follow from its number and its seed alone, whatever it is batched with. Text
@@ -789,7 +793,7 @@ def _image_keys(image_keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _encode(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     images: UInt8[Array, "B side side 3"] | Float[Array, "B side side 3"],
     dtype: jnp.dtype,
 ) -> Float[Array, "B N D"]:
@@ -801,7 +805,7 @@ def _encode(
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _features(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     images: UInt8[Array, "B side side 3"],
     dtype: jnp.dtype,
 ) -> Float[Array, "B width"]:
@@ -812,7 +816,7 @@ def _features(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _decode(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
     slots: Int[Array, "B T"],
@@ -830,7 +834,7 @@ def _decode(
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def _losses(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
     slots: Int[Array, "B T"],
@@ -845,7 +849,7 @@ def _losses(
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def _regress(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
     slots: Int[Array, "B T"],
@@ -857,7 +861,7 @@ def _regress(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _start_painting(
-    graphdef: nnx.GraphDef, params: nnx.State, keys: Key[Array, "B"], dtype: jnp.dtype
+    graphdef: nnx.GraphDef, params: Params, keys: Key[Array, "B"], dtype: jnp.dtype
 ) -> diffusion.SampleState:
     return start_painting(keys, nnx.merge(graphdef, params).cfg, dtype)
 
@@ -865,7 +869,7 @@ def _start_painting(
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def _paint_steps(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     state: diffusion.SampleState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "N D"] | None,
@@ -881,7 +885,7 @@ def _paint_steps(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _finish_painting(
-    graphdef: nnx.GraphDef, params: nnx.State, state: diffusion.SampleState, dtype: jnp.dtype
+    graphdef: nnx.GraphDef, params: Params, state: diffusion.SampleState, dtype: jnp.dtype
 ) -> UInt8[Array, "B side side 3"]:
     return finish_painting(nnx.merge(graphdef, params), state, dtype)
 
@@ -889,7 +893,7 @@ def _finish_painting(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _open_mixed(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
     slots: Int[Array, "B T"],
@@ -907,7 +911,7 @@ def _open_mixed(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
 def _decode_mixed(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     state: mixed.MixedState,
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
@@ -920,7 +924,7 @@ def _decode_mixed(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _complete(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
     slots: Int[Array, "B T"],

@@ -61,14 +61,14 @@ def images_of(part: Part) -> list[Any]:
     return list(part) if is_video(part) else [part]
 
 
-def as_prompts(prompt: Any) -> tuple[list[Parts], bool]:
+def as_prompts(prompt: Any) -> tuple[list[Any], bool]:
     """Returns the prompts of an argument that is one prompt or a list of lists of parts, and
     whether it is one."""
     many = isinstance(prompt, list | tuple) and all(isinstance(p, list | tuple) for p in prompt)
     return (list(prompt), False) if many else ([prompt], True)
 
 
-def as_parts(prompt: Parts) -> list[Part]:
+def as_parts(prompt: Any) -> list[Part]:
     """Returns a prompt as a list of parts, with files opened. A single part becomes a list."""
     single = isinstance(prompt, str | Path | Image.Image | np.ndarray | Normalized)
     if not single and not isinstance(prompt, Iterable):
