@@ -333,7 +333,7 @@ class _Recording:
             "in_context": lambda: [pixels[0], text[1], pixels[1], text[0]],
             "blend": lambda: [pixels[1], pixels[2]],
         }[tag]()
-        return self.emu.regress([context, ""])
+        return self.emu.regress([context, [""]])
 
     def condition(self, part: str) -> jax.Array:
         """Returns the recomputed regression that equals the recorded condition of the decoder."""
