@@ -79,7 +79,7 @@ def _choose_codecs() -> None:
             f"orbax-checkpoint {version} would write checkpoints without checksums: "
             "pip install orbax-checkpoint==0.12.8"
         )
-    tensorstore_utils._build_zarr3_metadata = _metadata
+    tensorstore_utils._build_zarr3_metadata = _metadata  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 _choose_codecs()
@@ -364,7 +364,7 @@ def quiet_failures() -> Iterator[None]:
         raise
     finally:
         if failed:  # more of its errors may surface until the process ends
-            without_strays.stays = True
+            without_strays.stays = True  # pyright: ignore[reportFunctionMemberAccess]
         else:
             for logger in loggers:
                 logger.removeFilter(without_tracebacks)

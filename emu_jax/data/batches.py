@@ -357,7 +357,7 @@ class _SingleBuilder(BatchBuilder):
         Raises:
             UserError: `_ATTEMPTS` documents in a row cannot be read.
         """
-        damaged, chosen = [], sampled
+        damaged, chosen, last = [], sampled, None
         for attempt in range(_ATTEMPTS):
             try:
                 self._fill(batch, n, chosen)

@@ -182,8 +182,8 @@ class Emu:
 
     # --- Text ---
 
-    @overload
-    def generate_text(
+    @overload  # a list is many prompts; pyright cannot tell it from the parts of one
+    def generate_text(  # pyright: ignore[reportOverlappingOverload]
         self,
         prompt: Prompts,
         *,
@@ -333,8 +333,8 @@ class Emu:
             out[chunk.index] = np.asarray(features)[: len(chunk.index)]
         return out[0] if single else out
 
-    @overload
-    def generate_image(
+    @overload  # a list is many prompts; pyright cannot tell it from the parts of one
+    def generate_image(  # pyright: ignore[reportOverlappingOverload]
         self,
         prompt: Prompts,
         *,
@@ -526,8 +526,8 @@ class Emu:
                     self._graphdef, self._params, state, static, dynamic, text_keys
                 )
 
-    @overload
-    def complete(
+    @overload  # a list is many prompts; pyright cannot tell it from the parts of one
+    def complete(  # pyright: ignore[reportOverlappingOverload]
         self, prompt: Prompts, **settings: Unpack[MixedSettings]
     ) -> list[list[str | Image.Image]]: ...
     @overload

@@ -129,6 +129,7 @@ def _decoded(content: bytes, where: str, encoding: str | None) -> tuple[str, lis
         Damaged: the encoding is unknown.
     """
     unused: list[Unused] = []
+    text = ""
     marked = next((name for mark, name in _MARKS if content.startswith(mark)), None)
     name = marked or encoding or _wide(content)
     if name is None:
