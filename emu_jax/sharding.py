@@ -7,6 +7,7 @@ which mesh axis each name is split over. Mesh axes: `data` (replicas, across sli
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from emu_jax.errors import UserError
+from emu_jax.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
@@ -155,15 +156,28 @@ def choose_mesh(
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
-    """The PartitionSpec of an array with these logical axes.
+    """Returns the PartitionSpec of an array with these logical axes.
 
     A dimension that its mesh axes do not divide stays whole, so that small models run on
-    any mesh. A name that `RULES` lacks is a KeyError.
+    any mesh.
+
+    Raises:
+        ValueError: `RULES` lacks an axis, or the shape has another number of axes.
     """
+    return P(*_split(axes, shape, mesh)[0])
+
+
+def _split(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any
+) -> tuple[list[Any], list[str]]:
+    """Returns the entries of a PartitionSpec, and a description of each dimension that its mesh
+    axes do not divide."""
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {axes} for a shape {shape}")
-    entries, used = [], set()
+    entries, used, undivided = [], set(), []
     for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}{suggest(name, RULES)}")
         rule = RULES[name] if name is not None else None
         names = (rule,) if isinstance(rule, str) else (rule or ())
         names = tuple(n for n in names if n not in used)
@@ -172,8 +186,17 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
             used.update(names)
             entries.append(names[0] if len(names) == 1 else names)
         else:
+            if ways > 1:
+                along = " ".join(f"{n}={mesh.shape[n]}" for n in names)
+                undivided.append(f"{along} does not divide {name} of {size}")
             entries.append(None)
-    return P(*entries)
+    return entries, undivided
+
+
+@functools.cache
+def _log_undivided(path: str, undivided: str, device_bytes: int) -> None:
+    """Logs once what a parameter that stays whole along an axis takes."""
+    log.info("%s: %s: replicated (%.3g GiB per device)", path, undivided, device_bytes / 2**30)
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -196,8 +219,12 @@ class AbstractModel:
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         for path, variable in nnx.to_flat_state(self._state):
             axes = variable.get_metadata().get("axes") or (None,) * len(variable.shape)
-            where = NamedSharding(mesh, spec(axes, variable.shape, mesh))
+            entries, undivided = _split(axes, variable.shape, mesh)
+            where = NamedSharding(mesh, P(*entries))
             shape = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=where)
+            if undivided:
+                shard_bytes = math.prod(where.shard_shape(shape.shape)) * shape.dtype.itemsize
+                _log_undivided(".".join(map(str, path)), ", ".join(undivided), shard_bytes)
             self.shapes[".".join(map(str, path))] = shape
 
     @property

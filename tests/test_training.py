@@ -30,6 +30,7 @@ from emu_jax.errors import UserError
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
+from emu_jax.models.layers import Embedding
 from emu_jax.models.llama import Llama
 from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, make_mesh, nest, spec
 from emu_jax.train import monitor, objectives, precompute
@@ -845,3 +846,18 @@ def test_axes_are_split_as_the_table_says():
     ):
         assert spec(axes, shape, mesh) == PartitionSpec(*expected), axes
     assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    with pytest.raises(ValueError, match="unknown logical axis 'heds'; did you mean 'heads'"):
+        spec(("embed", "heds"), (4, 4), mesh)
+
+
+def test_a_parameter_that_does_not_divide_is_logged_once(caplog):
+    """33 rows over two devices: half of the columns of all of them on each, 33 x 2 x 4 bytes."""
+    caplog.set_level("INFO", "emu_jax.sharding")
+    mesh = make_mesh(2, 2, 2)
+    for _ in range(2):
+        AbstractModel(lambda: Embedding(33, 4, rngs=nnx.Rngs(0)), mesh)
+        AbstractModel(lambda: Embedding(34, 4, rngs=nnx.Rngs(0)), mesh)
+    assert [r.message for r in caplog.records if "replicated" in r.message] == [
+        f"embedding: tensor=2 does not divide vocab of 33: replicated ({264 / 2**30:.3g} GiB per "
+        "device)"
+    ]

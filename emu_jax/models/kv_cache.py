@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class KVCache:
     @classmethod
     def empty(
         cls, cfg: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype | type = jnp.float32
-    ) -> Self:
+    ) -> KVCache:
         """A cache of `slots` free slots a row."""
         k = cls._zeros(cfg, batch, (cfg.head_width, slots), dtype)
         v = cls._zeros(cfg, batch, (slots, cfg.head_width), dtype)
@@ -60,7 +60,7 @@ class KVCache:
         layer: int | Int[Array, ""],
         k: Float[Array, "B T H K"],
         v: Float[Array, "B T H K"],
-    ) -> tuple[Self, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+    ) -> tuple[KVCache, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
         """Writes T tokens of a layer into the next free slots, which stay free: `advance` takes
         them once all layers are written.
 
@@ -79,7 +79,7 @@ class KVCache:
         k, v = rearrange(k, "b t h k -> b h k t"), rearrange(v, "b t h k -> b h t k")
         return k.astype(self.dtype), v.astype(self.dtype)
 
-    def mark(self, valid: Bool[Array, "B T"]) -> Self:
+    def mark(self, valid: Bool[Array, "B T"]) -> KVCache:
         """Says which of the next T slots hold tokens, not padding."""
         slots = jax.lax.dynamic_update_slice(self.valid, valid, (0, self.used))
         return dataclasses.replace(self, valid=slots)
@@ -90,11 +90,11 @@ class KVCache:
         causal = jnp.arange(self.valid.shape[1])[None, :] <= query[:, None]  # [T, S]
         return causal[None] & self.valid[:, None, :]
 
-    def advance(self, length: int) -> Self:
+    def advance(self, length: int) -> KVCache:
         """Takes the next `length` slots."""
         return dataclasses.replace(self, used=self.used + length)
 
-    def repeat(self, times: int) -> Self:
+    def repeat(self, times: int) -> KVCache:
         """Repeats each row `times` times."""
         k, v = jax.tree.map(lambda a: self._repeated(a, times), (self.k, self.v))
         valid = jnp.repeat(self.valid, times, axis=0)
@@ -129,7 +129,7 @@ class UnstackedKVCache(KVCache):
         layer: int | Int[Array, ""],
         k: Float[Array, "B T H K"],
         v: Float[Array, "B T H K"],
-    ) -> tuple[Self, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+    ) -> tuple[KVCache, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
         k, v = self._as_multiplied(k, v)
         n, batch, flat = int(layer), len(k), "b h x y -> (b h) x y"
         ks, vs = list(self.k), list(self.v)
