@@ -272,11 +272,11 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
         **to_dict(cfg),
     }
     path = storage.join(folder, "build.json")
-    mend = "give an empty folder, or remove this one"
+    fix = "give an empty folder, or remove this one"
     _sweep(folder, cfg.source.name)
     if not storage.exists(path):
         if storage.names(folder):
-            raise UserError(f"{folder} is not empty and holds no build: {mend}")
+            raise UserError(f"{folder} is not empty and holds no build: {fix}")
         _write(path, [json.dumps(ours, indent=1)])
         return
     try:
@@ -285,7 +285,7 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
         raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
     if theirs != ours:
         key, old, new = _difference(theirs, ours)
-        raise UserError(f"{folder} holds another build, of {key} {old} rather than {new}: {mend}")
+        raise UserError(f"{folder} holds another build, of {key} {old} rather than {new}: {fix}")
 
 
 def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any]:
