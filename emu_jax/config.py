@@ -210,7 +210,7 @@ class TokenIds:
     bos: int = 1
     eos: int = 2
     pad: int = 32000
-    img: int = 32001  # opens a picture
+    img: int = 32001  # opens an image
     img_end: int = 32002
     image: int = 32003  # stands for one visual embedding
 

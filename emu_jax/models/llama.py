@@ -277,7 +277,7 @@ class Llama(nnx.Module):
         (x, k, v), _ = scan(self.layers, body, (x, cache.k, cache.v), cache.layers)
         return self.norm(x), dataclasses.replace(cache, k=k, v=v).advance(length)
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Next-token logits, without the rows that only round the vocabulary up."""
         return self.lm_head(hidden)[..., : self.cfg.vocab_size]
 
