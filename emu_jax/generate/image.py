@@ -25,13 +25,13 @@ def sample_latents(
     emu: EmuModel,
     latents: Float[Array, "B height width channels"],
     cond: Float[Array, "B N D"],
-    uncond: Float[Array, "N D"] | None,
+    uncond: Float[Array, "N D"] | Float[Array, "B N D"] | None,
     guidance: Float[Array, ""] | float,
     *,
     steps: int,
     method: str,
 ) -> Float[Array, "B height width channels"]:
-    """Denoises latents in one scan. All images share `uncond`."""
+    """Denoises latents in one scan. `uncond` is one condition for all images, or one for each."""
     assert emu.unet is not None
     if uncond is not None:
         uncond = jnp.broadcast_to(uncond, cond.shape)
