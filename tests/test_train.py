@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.config import TokenIds, digits, load_json, to_dict
+from emu_jax.config import RematConfig, TokenIds, digits, load_json, to_dict
 from emu_jax.data.digits import build_digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.errors import UserError

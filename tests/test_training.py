@@ -713,7 +713,7 @@ def test_spread_is_of_valid_pictures_and_of_the_first():
     images, valid = normal(6, 20, 2, 3), RNG.random((6, 20)) < 0.7
     assert 64 < valid.sum() < 110
     for most in (64, 110):  # fewer than are valid, and more
-        variance, rank = jax.jit(partial(objectives.spread, most=most))(images, valid)
+        variance, rank = jax.jit(partial(objectives.spread, max_images=most))(images, valid)
         x = np.float64(images[valid].reshape(-1, 6)[:most])
         share = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
         share /= share.sum()
