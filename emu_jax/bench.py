@@ -264,7 +264,7 @@ class Page:
     (`performance-NAME-HARDWARE.png`). A new measurement replaces the one of the same hardware.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path, self.kept = path, path.with_suffix(".json")
 
     def check(self, names: Any) -> None:

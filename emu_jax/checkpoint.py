@@ -361,7 +361,9 @@ def read_parent(
     for path, axis in grown.items():
         ours = wanted[path]
 
-        def grow(table, axis=axis, shape=ours.shape):
+        def grow(
+            table: jax.Array, axis: int = axis, shape: tuple[int, ...] = ours.shape
+        ) -> jax.Array:
             old = jnp.moveaxis(table, axis, 0)[: theirs.vocab_size]
             mean = jnp.mean(old.astype(jnp.float32), axis=0, keepdims=True).astype(old.dtype)
             more = jnp.repeat(mean, shape[axis] - theirs.vocab_size, axis=0)

@@ -8,12 +8,13 @@ what the denoiser said last. So one loop, compiled once, runs them all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import SchedulerConfig
@@ -65,10 +66,13 @@ def denoiser_target(
     return noise
 
 
-def _signal_and_spread(cfg, timesteps, dtype):
+def _signal_and_spread(
+    cfg: SchedulerConfig, timesteps: Int[Array, "B"], dtype: DTypeLike
+) -> tuple[Float[Array, "B 1 1 1"], Float[Array, "B 1 1 1"]]:
     alphas = alphas_cumprod(cfg)
     tables = jnp.asarray(alphas**0.5, dtype), jnp.asarray((1 - alphas) ** 0.5, dtype)
-    return tuple(table[timesteps][:, None, None, None] for table in tables)
+    signal, spread = (table[timesteps][:, None, None, None] for table in tables)
+    return signal, spread
 
 
 class Steps(NamedTuple):
@@ -199,7 +203,7 @@ def advance(
         out, unconditional = guided(x, t)
         return unconditional + guidance * (out - unconditional)
 
-    def step(i, state: SampleState) -> SampleState:
+    def step(i: jax.Array, state: SampleState) -> SampleState:
         x, row = state.latents, jax.tree.map(lambda column: column[i], table)
         m = row.convert[0] * x + row.convert[1] * predict(x, row.t)
         recent = jnp.concatenate([m[None], state.past])
@@ -279,7 +283,14 @@ METHODS: dict[str, Callable[[SchedulerConfig, int], Steps]] = {
 }
 
 
-def _table(t, *, convert, carry, weights, keep=None) -> Steps:
+def _table(
+    t: np.ndarray,
+    *,
+    convert: Any,
+    carry: Any,
+    weights: Any,
+    keep: np.ndarray | None = None,
+) -> Steps:
     """`Steps` in the device's dtypes; every m is kept unless `keep` says otherwise."""
     keep = np.ones(len(t), bool) if keep is None else keep
     convert, carry, weights = (np.asarray(x, np.float32) for x in (convert, carry, weights))
@@ -315,7 +326,9 @@ def _timesteps(cfg: SchedulerConfig, steps: int, ends: bool = False) -> Int[np.n
     return t[::-1][:steps]
 
 
-def _alphas(cfg: SchedulerConfig, t: np.ndarray, t_next: np.ndarray):
+def _alphas(
+    cfg: SchedulerConfig, t: np.ndarray, t_next: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Signal shares at `t` and at `t_next`, which may lie past the clean end."""
     alphas = alphas_cumprod(cfg)
     clean = 1.0 if cfg.set_alpha_to_one else alphas[0]
@@ -344,5 +357,5 @@ def _predicts_velocity(cfg: SchedulerConfig) -> bool:
     return cfg.prediction_type == "v_prediction"
 
 
-def _unknown(what: str, value: str, known) -> UserError:
+def _unknown(what: str, value: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {value!r}{suggest(value, known)}")

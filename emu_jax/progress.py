@@ -38,7 +38,7 @@ class ProgressBar:
         enabled: bool = True,
         values: Mapping[str, float] | None = None,
         min_seconds: float = 0.0,
-    ):
+    ) -> None:
         self._name, self._total, self._unit, self._enabled = name, total, unit, enabled
         self._start_done = self._done = done
         self._start = self._printed = time.monotonic()

@@ -213,7 +213,7 @@ class AbstractModel:
     Parameters are flat dicts {dotted path: array}, such as `visual.blocks.attn.qkv`.
     """
 
-    def __init__(self, build: Callable[[], nnx.Module], mesh: Mesh):
+    def __init__(self, build: Callable[[], nnx.Module], mesh: Mesh) -> None:
         self.graphdef, self._state = nnx.split(nnx.eval_shape(build))
         self._build = build
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}

@@ -52,7 +52,7 @@ class Tokenizer:
         files: dict[str, bytes],
         *,
         instruct: bool = False,
-    ):
+    ) -> None:
         added = [PAD, IMG, IMG_END, IMAGE] + ([USER, ASSISTANT] if instruct else [])
         ids = {piece: i for i, piece in enumerate(pieces)}
         if missing := [t for t in (UNK, BOS, EOS) if t not in ids]:

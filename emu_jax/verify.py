@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from emu_jax import diffusion
 from emu_jax.data.images import load_image
@@ -30,6 +31,7 @@ from emu_jax.errors import UserError
 from emu_jax.generate import api, image
 from emu_jax.generate.prompt import Normalized
 from emu_jax.generate.settings import TextConfig
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 
 # Tolerances relative to the largest magnitude of a tensor. Feedback through a sampler or through
@@ -163,7 +165,9 @@ class _Recording:
     """Recomputes the recorded tensors. `_METHODS` maps the name of a tensor to a method. Tensors of
     one computation share it."""
 
-    def __init__(self, emu: api.Emu, expected: dict[str, np.ndarray], meta: dict, golden: Path):
+    def __init__(
+        self, emu: api.Emu, expected: dict[str, np.ndarray], meta: dict, golden: Path
+    ) -> None:
         self.emu, self.expected, self.meta, self.golden = emu, expected, meta, golden
         self.model, self.cfg, self.tokenizer = emu.model, emu.cfg, emu.tokenizer
         size = self.cfg.vision.image_size
@@ -431,19 +435,22 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+# NumPy's arrays, which become JAX's inside, are `Any`.
 @nnx.jit
-def _features(model, pixels):
+def _features(model: EmuModel, pixels: Any) -> tuple[Array, Array]:
     features = model.visual(pixels)
     return features, model.ln_visual(features)
 
 
 @nnx.jit
-def _embeddings(model, pixels):
+def _embeddings(model: EmuModel, pixels: Any) -> Array:
     return model.encode_images(pixels)
 
 
 @nnx.jit
-def _language(model, tokens, images, slots, mask):
+def _language(
+    model: EmuModel, tokens: Any, images: Any, slots: Any, mask: Any
+) -> tuple[Array, Array, Array, Array]:
     x = model.embed(tokens, images, slots)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Through the KV cache, so that padding attends to the same positions as in the release.
@@ -454,20 +461,22 @@ def _language(model, tokens, images, slots, mask):
 
 
 @nnx.jit
-def _denoise(unet, sample, timesteps, cond):
+def _denoise(unet: Any, sample: Any, timesteps: Any, cond: Any) -> Array:
     return unet(sample, timesteps, cond)
 
 
 @nnx.jit
-def _encode(vae, pixels):
+def _encode(vae: Any, pixels: Any) -> tuple[Array, Array]:
     return vae.encode(pixels)
 
 
 @nnx.jit
-def _decode(vae, latents):
+def _decode(vae: Any, latents: Any) -> Array:
     return vae.decode(latents)
 
 
 @functools.partial(nnx.jit, static_argnums=(5,))
-def _sample(model, latents, cond, uncond, guidance, steps):
+def _sample(
+    model: EmuModel, latents: Any, cond: Any, uncond: Any, guidance: Any, steps: int
+) -> Array:
     return image.sample_latents(model, latents, cond, uncond, guidance, steps=steps, method="pndm")

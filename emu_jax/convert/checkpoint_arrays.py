@@ -37,7 +37,7 @@ class ArrayWriter:
         stacked: the paths of arrays with a leading axis of layers.
     """
 
-    def __init__(self, item: Path, arrays: Mapping[str, Any], stacked: set[str]):
+    def __init__(self, item: Path, arrays: Mapping[str, Any], stacked: set[str]) -> None:
         self._item, self._arrays, self._stacked = item, arrays, stacked
         self._left = {(p, i) for p in arrays for i in range(self._layers(p))}
         item.mkdir(parents=True)
@@ -198,7 +198,7 @@ class ArrayReader:
         scratch: a directory for temporary files.
     """
 
-    def __init__(self, item: Path, scratch: Path):
+    def __init__(self, item: Path, scratch: Path) -> None:
         self._item, self._scratch = item.absolute(), scratch
         try:
             metadata = json.loads((self._item / "_METADATA").read_text())

@@ -159,7 +159,11 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         if end > held:
             raise UserError(f"{path} is truncated: {held} bytes of data, but {key} ends at {end}")
 
-        def read(start=8 + length + start, dtype=dtype, shape=shape):
+        def read(
+            start: int = 8 + length + start,
+            dtype: np.dtype = dtype,
+            shape: tuple[int, ...] = shape,
+        ) -> np.ndarray:
             return mapped.array(start, dtype, shape)
 
         tensors[key] = Tensor(shape, dtype, read)
@@ -177,7 +181,7 @@ def create(path: Path, contents: Contents, wrapper_key: str | None = None) -> Te
 class SafetensorsWriter:
     """Writes the header first, then each tensor in its place."""
 
-    def __init__(self, path: Path, contents: Contents):
+    def __init__(self, path: Path, contents: Contents) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for key, (shape, dtype) in contents.items():
@@ -258,7 +262,7 @@ class ShardedWriter:
         contents: Mapping[str, Contents],
         folder: Path,
         wrapper_keys: Mapping[str, str | None] | None = None,
-    ):
+    ) -> None:
         wrapper_keys = wrapper_keys or {}
         self._writers = {
             name: create(

@@ -61,7 +61,7 @@ class MappedFile:
     Linux may refuse a private writable mapping that is larger than memory.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size
         with path.open("rb") as f:
             self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""

@@ -164,7 +164,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code] for code in _OPCODES})
     dispatch[pickle.BUILD[0]] = _build
 
-    def __init__(self, file: Any):
+    def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, str | None] = {}  # the dtype of each
 
@@ -319,7 +319,12 @@ def _bind(
         if first < 0 or first + reach * dtype.itemsize > held:
             raise ValueError(f"{key} {list(value.shape)} is larger than its storage")
 
-        def read(start=start + first, dtype=dtype, reach=reach, value=value):
+        def read(
+            start: int = start + first,
+            dtype: np.dtype = dtype,
+            reach: int = reach,
+            value: Any = value,
+        ) -> np.ndarray:
             if reach in (0, math.prod(value.shape)) and _is_contiguous(value):
                 return mapped.array(start, dtype, value.shape)
             flat = mapped.array(start, dtype, (reach,))
@@ -356,7 +361,7 @@ class TorchWriter:
     be mapped from a second copy on disk. This writes an equivalent file tensor by tensor.
     """
 
-    def __init__(self, path: Path, contents: Contents, wrapper_key: str | None = None):
+    def __init__(self, path: Path, contents: Contents, wrapper_key: str | None = None) -> None:
         self._contents, self._wrapper_key = dict(contents), wrapper_key
         self._numbers = {key: i for i, key in enumerate(contents)}
         self._left = set(contents)

@@ -88,7 +88,7 @@ class BatchBuilder(abc.ABC):
 
     usage: ClassVar[Usage]
 
-    def __init__(self, group: Group, tokenizer: Tokenizer, mine: slice, pool: Pool):
+    def __init__(self, group: Group, tokenizer: Tokenizer, mine: slice, pool: Pool) -> None:
         self.group, self.cfg, self.tokenizer, self.mine = group, group.cfg, tokenizer, mine
         self._pool = pool
         # Captions repeat, and so do the images of a small data set.
@@ -577,7 +577,7 @@ def _example(
 class Pool:
     """Maps a function over items, on several threads if configured; results keep the order."""
 
-    def __init__(self, cfg: DataConfig):
+    def __init__(self, cfg: DataConfig) -> None:
         self.threads = cfg.decode_threads or os.cpu_count() or 1
         parallel = self.threads > 1
         self._executor = ThreadPoolExecutor(self.threads, "emu-jax-decode") if parallel else None
@@ -623,7 +623,7 @@ class _Sequence:
         images: number of images that stand before the document in its row.
     """
 
-    def __init__(self, builder: BatchBuilder, images: int):
+    def __init__(self, builder: BatchBuilder, images: int) -> None:
         self._kept_ids, self._tokenizer = builder.kept_ids, builder.tokenizer
         self._n_causal = builder.cfg.n_causal
         self._learn_img = builder.cfg.learn_img

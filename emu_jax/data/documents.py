@@ -170,7 +170,7 @@ class Damaged(UserError):
         detail: more about the damage, or "".
     """
 
-    def __init__(self, reason: str, where: str, detail: object = ""):
+    def __init__(self, reason: str, where: str, detail: object = "") -> None:
         assert reason in REASONS, reason
         super().__init__(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
         self.reason, self.where, self.detail = reason, where, str(detail)
@@ -298,7 +298,7 @@ class DocumentFiles(Source):
             the fix.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike], *, paired: bool = False):
+    def __init__(self, paths: Sequence[str | os.PathLike], *, paired: bool = False) -> None:
         self.paths = [Path(p) for p in paths]
         self.paired = paired
         self._records: list[Any] = []  # one data source a file

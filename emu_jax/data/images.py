@@ -49,7 +49,7 @@ _UNREADABLE = (
 class ImageError(UserError):
     """Raised for an image that cannot be read; `reason` is one of `documents.REASONS`."""
 
-    def __init__(self, line: str, reason: str = "unreadable picture"):
+    def __init__(self, line: str, reason: str = "unreadable picture") -> None:
         super().__init__(line)
         self.reason = reason
 

@@ -99,7 +99,7 @@ class Progress:
 class PartWriter:
     """Writes a process's share of one part."""
 
-    def __init__(self, folder: Path, part: int, process: int):
+    def __init__(self, folder: Path, part: int, process: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / _part_file(part, process)
         self._temporary = temporary_path(self._path)
@@ -149,7 +149,7 @@ class LatentBatches(Iterator[Batch]):
         model: EmuConfig,
         process_index: int = 0,
         process_count: int = 1,
-    ):
+    ) -> None:
         if not (folder / _LISTING).is_file():
             raise UserError(f"{folder} has no {_LISTING}: write it with `emu-jax precompute`")
         listing = load_json(_Listing, folder / _LISTING)

@@ -64,7 +64,9 @@ class TokenLengths:
             opening an image.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, folder: Path, recount: bool = True):
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, folder: Path, recount: bool = True
+    ) -> None:
         name = f"outlines-{_VERSION}-{source.fingerprint}-{tokenizer.fingerprint}"
         chunks = {
             f"{name}-{start}": range(start, min(start + _CHUNK, len(source)))

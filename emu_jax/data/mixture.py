@@ -107,7 +107,7 @@ class Group:
         sources: list[OpenSource],
         number: int,
         seeds: list[int],
-    ):
+    ) -> None:
         self.cfg, self.usage, self.number, self.sources = cfg, usage, number, sources
         for source in sources:
             _check_usable(source, usage)

@@ -72,7 +72,7 @@ class Batches(Iterator[Batch]):
         *,
         plan_only: bool = False,
         recount: bool = True,
-    ):
+    ) -> None:
         if kind not in BUILDERS:
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, BUILDERS)}")
         if not 0 <= process_index < process_count:
@@ -234,7 +234,7 @@ class _Maker:
         kind: Kind,
         share: tuple[int, int] | None,
         recount: bool,
-    ):
+    ) -> None:
         builder = BUILDERS[kind]
         groups = open_groups(cfg, tokenizer, builder.usage, recount)
         self.tallies = {
@@ -279,7 +279,7 @@ class _Maker:
 class _Prefetch:
     """Makes batches ahead of time on a thread."""
 
-    def __init__(self, maker: _Maker, position: _Position, ahead: int):
+    def __init__(self, maker: _Maker, position: _Position, ahead: int) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stopped = threading.Event()
         self._failure: BaseException | None = None

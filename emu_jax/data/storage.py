@@ -49,7 +49,7 @@ class Unreadable(UserError):
         reason: "not a regular file" or "file too large", as in `documents.REASONS`.
     """
 
-    def __init__(self, path: str, reason: str, detail: str):
+    def __init__(self, path: str, reason: str, detail: str) -> None:
         super().__init__(f"{path}: {reason} ({detail})")
         self.reason, self.detail = reason, detail
 
@@ -278,7 +278,7 @@ def refresh() -> None:
 class _Open:
     """An open regular file, closed once neither the cache nor a reader holds it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         _regular(path, os.stat(path))  # before opening it: opening a device may have an effect
         self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         _regular(path, os.fstat(self.handle))

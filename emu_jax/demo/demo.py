@@ -107,7 +107,7 @@ class _Clock:
         UserError: `workdir` holds a demo with other settings.
     """
 
-    def __init__(self, workdir: Path, settings: dict[str, Any]):
+    def __init__(self, workdir: Path, settings: dict[str, Any]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         self.path, self.settings, self.spent = workdir / "demo.json", settings, 0.0
         if self.path.is_file():
@@ -155,7 +155,7 @@ class Judge:
     """Recognizes the digit in an image, by a support vector machine on 8x8 pixels. It is trained
     on the training split only and never on generated images."""
 
-    def __init__(self, split: str, size: int):
+    def __init__(self, split: str, size: int) -> None:
         self.size = size
         pictures, labels = digits.digit_images(split)
         self.machine = SVC(C=10).fit(self._features(self._shown(pictures)), labels)

@@ -43,7 +43,7 @@ class FewShot:
         UserError: the support set has too few different images.
     """
 
-    def __init__(self, kind: Examples, support: Sequence[Example], shots: int, seed: int):
+    def __init__(self, kind: Examples, support: Sequence[Example], shots: int, seed: int) -> None:
         self.kind, self.shots, self.seed = kind, shots, seed
         self.support = list(support)
         of_each: dict[Path, list[Example]] = {}

@@ -129,7 +129,9 @@ def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Option
 class Evaluation:
     """An evaluation of one checkpoint on one task."""
 
-    def __init__(self, checkpoint: Path, task: Task, data: Folder, out: Path, options: Options):
+    def __init__(
+        self, checkpoint: Path, task: Task, data: Folder, out: Path, options: Options
+    ) -> None:
         self.task, self.data, self.out, self.options = task, data, out, options
         self.checkpoint = checkpoint
         self.split = check_split(task, options.split)
@@ -398,7 +400,7 @@ class Store:
         settings: the settings that the predictions depend on.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], process: int):
+    def __init__(self, out: Path, settings: Mapping[str, Any], process: int) -> None:
         self._stem = out.with_suffix(".predictions")
         self._settings = json.loads(json.dumps(settings))
         self._process = process

@@ -153,7 +153,7 @@ class Emu:
         dtype: jnp.dtype | type = jnp.float32,
         batch_size: int = 64,
         shapes: Shapes | None = None,
-    ):
+    ) -> None:
         self.cfg, self.tokenizer, self.mesh = model.cfg, tokenizer, mesh
         self.defaults, self.safety = defaults or GenerationConfig(), safety
         self.dtype, self.paints = jnp.dtype(dtype), _paints(model)
@@ -713,7 +713,7 @@ class _StreamProgress:
         last: the prompt's last token; `[IMG]` starts an image.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ids: TokenIds, *, last: int):
+    def __init__(self, tokenizer: Tokenizer, ids: TokenIds, *, last: int) -> None:
         self._tokenizer, self._ids = tokenizer, ids
         self._words: list[int] = []  # of the current text
         self._text = ""  # the streamed part of it

@@ -52,7 +52,7 @@ class Batcher:
         pad_id: token id of padding.
     """
 
-    def __init__(self, size: int, shapes: Shapes, pad_id: int):
+    def __init__(self, size: int, shapes: Shapes, pad_id: int) -> None:
         self.size, self.shapes, self._pad_id = size, shapes, pad_id
 
     def chunks(self, index: Int[np.ndarray, "rows"] | int, *, per_row: int = 1) -> Iterator[Chunk]:

@@ -157,7 +157,7 @@ def splash(
     )
     one = (kernels.CausalMask if causal else kernels.FullMask)((length, length))
 
-    def local(q, k, v, segments):
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> Any:
         kernel = kernels.make_splash_mha(
             mask=kernels.MultiHeadMask([one] * q.shape[1]),
             block_sizes=sizes,
@@ -193,7 +193,7 @@ def short(
 ) -> Float[Array, "B T H K"]:
     """`short_attention`, each device on its own rows and heads."""
 
-    def local(q, k, v):
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         flat = (rearrange(x, "b t h k -> b t (h k)") for x in (q, k, v))
         out = checkpoint_name(
             short_attention(*flat, q.shape[2], scale, interpret), CHECKPOINT_ATTENTION

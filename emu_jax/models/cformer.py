@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import CFormerConfig
 from emu_jax.models.attention import attention
@@ -30,7 +30,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
 class Dropout:
     """Inverted dropout; a key of None switches it off. Each call takes the next sub-key."""
 
-    def __init__(self, rate: float, key: jax.Array | None):
+    def __init__(self, rate: float, key: jax.Array | None) -> None:
         self.rate, self.key, self.calls = rate, key if rate > 0 else None, 0
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,7 +45,7 @@ class Dropout:
 class T5Attention(nnx.Module):
     """T5 attention: no biases, no 1/sqrt(head width)."""
 
-    def __init__(self, cfg: CFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: CFormerConfig, memory_width: int, *, rngs: nnx.Rngs) -> None:
         inner = cfg.heads * cfg.head_width
         # T5 folds the missing 1/sqrt(head width) into q's initial scale.
         q_init = normal((cfg.width * cfg.head_width) ** -0.5)
@@ -55,7 +55,15 @@ class T5Attention(nnx.Module):
         self.o = Linear(inner, cfg.width, ("heads", "embed"), bias=False, rngs=rngs)
         self.head_width = cfg.head_width
 
-    def __call__(self, x, memory, *, mask=None, bias=None, dropout: Dropout):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Float[Array, "B S _"],
+        *,
+        mask: Bool[Array, "1 1 T S"] | None = None,
+        bias: Float[Array, "1 H T S"] | None = None,
+        dropout: Dropout,
+    ) -> Float[Array, "B T D"]:
         q, k, v = (
             rearrange(a, "b t (h k) -> b t h k", k=self.head_width)
             for a in (self.q(x), self.k(memory), self.v(memory))
@@ -67,7 +75,7 @@ class T5Attention(nnx.Module):
 class CFormerBlock(nnx.Module):
     """Causal self-attention, cross-attention to the patches, ungated ReLU MLP."""
 
-    def __init__(self, cfg: CFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: CFormerConfig, memory_width: int, *, rngs: nnx.Rngs) -> None:
         self.self_norm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.self_attention = T5Attention(cfg, cfg.width, rngs=rngs)
         self.cross_norm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
@@ -76,7 +84,15 @@ class CFormerBlock(nnx.Module):
         self.wi = Linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), bias=False, rngs=rngs)
         self.wo = Linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), bias=False, rngs=rngs)
 
-    def __call__(self, x, features, *, mask, bias, dropout: Dropout):
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        features: Float[Array, "B P C"],
+        *,
+        mask: Bool[Array, "1 1 N N"],
+        bias: Float[Array, "1 H N N"],
+        dropout: Dropout,
+    ) -> Float[Array, "B N D"]:
         y = self.self_norm(x)
         x = x + dropout(self.self_attention(y, y, mask=mask, bias=bias, dropout=dropout))
         x = x + dropout(self.cross_attention(self.cross_norm(x), features, dropout=dropout))
@@ -95,7 +111,7 @@ class CFormer(nnx.Module):
         *,
         remat: str = "none",
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.causal_tokens = param(rngs, normal(0.02), (cfg.n_causal, cfg.width), (None, "embed"))
         # Block 0 of the release owns this table; every block uses it.
         self.relative_attention_bias = param(
@@ -121,7 +137,9 @@ class CFormer(nnx.Module):
         if dropout_key is not None:
             blocks_key, outer_key = jax.random.split(dropout_key)
 
-        def body(block, carry, layer):
+        def body(
+            block: CFormerBlock, carry: Float[Array, "B N D"], layer: Int[Array, ""]
+        ) -> tuple[Float[Array, "B N D"], None]:
             key = None if blocks_key is None else jax.random.fold_in(blocks_key, layer)
             dropout = Dropout(cfg.dropout, key)
             return block(carry, features, mask=mask, bias=bias, dropout=dropout), None

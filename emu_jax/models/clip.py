@@ -15,7 +15,9 @@ from emu_jax.models.llama import LlamaBlock
 class TextTower(nnx.Module):
     """A small causal transformer; a caption is its state at the last token."""
 
-    def __init__(self, vocab: int, width: int, out_width: int, *, layers: int = 2, rngs: nnx.Rngs):
+    def __init__(
+        self, vocab: int, width: int, out_width: int, *, layers: int = 2, rngs: nnx.Rngs
+    ) -> None:
         cfg = LlamaConfig(vocab, width=width, layers=layers, heads=width // 32, mlp_width=2 * width)
         self.embed_tokens = Embedding(vocab, width, rngs=rngs)
         self.layers = stack(layers, lambda rngs: LlamaBlock(cfg, rngs=rngs), rngs)
@@ -41,7 +43,7 @@ class TextTower(nnx.Module):
 class CLIP(nnx.Module):
     """The encoder and a text tower, with a learned temperature."""
 
-    def __init__(self, cfg: EmuConfig, *, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, cfg: EmuConfig, *, remat: str = "none", rngs: nnx.Rngs) -> None:
         self.visual = VisionTransformer(cfg.vision, remat=remat, rngs=rngs)
         self.text = TextTower(
             cfg.llama.padded_vocab, cfg.vision.clip_width, cfg.vision.clip_width, rngs=rngs

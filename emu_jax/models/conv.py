@@ -35,7 +35,7 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.kernel = param(
             rngs, lecun, (size, size, width_in, width_out), (None, None, "conv_in", "conv_out")
         )
@@ -62,7 +62,7 @@ class Conv(nnx.Module):
 class GroupNorm(nnx.Module):
     """Normalises groups of channels over all pixels, in float32."""
 
-    def __init__(self, width: int, *, groups: int, eps: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, groups: int, eps: float, rngs: nnx.Rngs) -> None:
         self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
         self.bias = param(rngs, jax.nn.initializers.zeros, (width,), (None,))
         self.groups, self.eps = groups, eps
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
 
     def __init__(
         self, width: int, context_width: int, *, heads: int, bias: bool = False, rngs: nnx.Rngs
-    ):
+    ) -> None:
         axes = ("embed", "heads")
         self.to_q = Linear(width, width, axes, bias=bias, rngs=rngs)
         self.to_k = Linear(context_width, width, axes, bias=bias, rngs=rngs)
@@ -117,7 +117,7 @@ class ResnetBlock(nnx.Module):
         eps: float,
         time_width: int | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.norm1 = GroupNorm(width_in, groups=groups, eps=eps, rngs=rngs)
         self.conv1 = Conv(width_in, width_out, rngs=rngs)
         self.time_emb_proj = (
@@ -145,7 +145,7 @@ class Downsample(nnx.Module):
     The denoiser pads every edge; the autoencoder pads bottom and right only (`one_sided`).
     """
 
-    def __init__(self, width: int, *, one_sided: bool = False, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, one_sided: bool = False, rngs: nnx.Rngs) -> None:
         padding = ((0, 1), (0, 1)) if one_sided else None
         self.conv = Conv(width, width, stride=2, padding=padding, rngs=rngs)
 
@@ -159,7 +159,7 @@ class Upsample(nnx.Module):
     `size` asks for another height and width: what was halved may have been odd.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.conv = Conv(width, width, rngs=rngs)
 
     def __call__(

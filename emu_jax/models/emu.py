@@ -38,7 +38,7 @@ class EmuModel(nnx.Module):
         remat: RematConfig | None = None,
         backend: str | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         remat = remat or RematConfig()
         self.visual = VisionTransformer(
             cfg.vision,
@@ -124,7 +124,9 @@ class EmuModel(nnx.Module):
         first = llama.regress(hidden)[:, None]
         graphdef, params = nnx.split(llama)
 
-        def step(carry, i):
+        def step(
+            carry: tuple[jax.Array, KVCache], i: jax.Array
+        ) -> tuple[tuple[jax.Array, KVCache], jax.Array]:
             previous, cache = carry
             llama = nnx.merge(graphdef, params)
             valid = jnp.ones(previous.shape[:2], bool)

@@ -33,7 +33,7 @@ def normalize_images(
 class VisionAttention(nnx.Module):
     """Self-attention; q, k and v share a parameter; q and v have a bias, k has none."""
 
-    def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs) -> None:
         # [in, (q, k, v), heads x head width]: splitting heads never mixes q with k.
         self.qkv = param(
             rngs, normal(cfg.width**-0.5), (cfg.width, 3, cfg.width), ("embed", None, "heads")
@@ -59,7 +59,7 @@ class VisionAttention(nnx.Module):
 class VisionMLP(nnx.Module):
     """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
 
-    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
         self.fc1 = Linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), rngs=rngs)
         self.fc2 = Linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), rngs=rngs)
 
@@ -70,7 +70,7 @@ class VisionMLP(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs) -> None:
         self.norm1 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.attn = VisionAttention(cfg, backend=backend, rngs=rngs)
         self.norm2 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
@@ -86,7 +86,7 @@ class VisionTransformer(nnx.Module):
 
     def __init__(
         self, cfg: VisionConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
-    ):
+    ) -> None:
         self.patch_embed = Linear(cfg.patch_size**2 * 3, cfg.width, (None, "embed"), rngs=rngs)
         self.cls_token = param(rngs, normal(0.02), (cfg.width,), (None,))
         self.pos_embed = param(rngs, normal(0.02), (cfg.tokens, cfg.width), (None, "embed"))

@@ -33,7 +33,9 @@ def normal(std: float) -> Callable[..., jax.Array]:
     return jax.nn.initializers.normal(std)
 
 
-def param(rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: Axes):
+def param(
+    rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: Axes
+) -> nnx.Param:
     """A float32 parameter that knows its logical axes."""
     # What `rngs.params()` does. Its `count[...] += 1` looks for the sharding of a traced number,
     # which takes jax time that grows with the number of parameters: minutes for the 14B model.
@@ -63,7 +65,7 @@ class Linear(nnx.Module):
         bias: bool = True,
         init: Callable[..., jax.Array] = lecun,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.kernel = param(rngs, init, (width_in, width_out), axes)
         zeros = jax.nn.initializers.zeros
         self.bias = param(rngs, zeros, (width_out,), axes[1:]) if bias else None
@@ -83,7 +85,7 @@ class Embedding(nnx.Module):
         *,
         init: Callable[..., jax.Array] | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         init = init or normal(0.02)
         self.embedding = param(rngs, init, (rows, width), ("vocab", "embed"))
 
@@ -94,7 +96,7 @@ class Embedding(nnx.Module):
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis, in float32."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs) -> None:
         self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
         self.bias = param(rngs, jax.nn.initializers.zeros, (width,), (None,))
         self.eps = eps
@@ -106,7 +108,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (T5's and LLaMA's norm)."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs) -> None:
         self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
         self.eps = eps
 
@@ -119,7 +121,7 @@ def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
-    def build(rngs):
+    def build(rngs: nnx.Rngs) -> M:
         return make(rngs)
 
     blocks = build(rngs)
@@ -152,7 +154,7 @@ def scan(
 
     graphdef, params = nnx.split(blocks)
 
-    def step(carry, layer):
+    def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
         params, x = layer
         return body(nnx.merge(graphdef, params), carry, x)
 

@@ -74,7 +74,7 @@ def _linear(
 class LlamaAttention(nnx.Module):
     """Rotary multi-head attention, no biases, every head with its own keys."""
 
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         inner = cfg.heads * cfg.head_width
         into = (cfg.width, inner, ("embed", "heads"), rngs)
         self.q_proj = _linear(cfg, "self_attn.q_proj", *into)
@@ -132,7 +132,7 @@ class LlamaAttention(nnx.Module):
 class LlamaMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         width, hidden = cfg.width, cfg.mlp_width
         self.gate_proj = _linear(cfg, "mlp.gate_proj", width, hidden, ("embed", "mlp"), rngs)
         self.up_proj = _linear(cfg, "mlp.up_proj", width, hidden, ("embed", "mlp"), rngs)
@@ -149,7 +149,7 @@ class LlamaMLP(nnx.Module):
 class LlamaBlock(nnx.Module):
     """Pre-norm decoder layer."""
 
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.self_attn = LlamaAttention(cfg, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
@@ -193,7 +193,7 @@ class Llama(nnx.Module):
 
     def __init__(
         self, cfg: LlamaConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
-    ):
+    ) -> None:
         self.embed_tokens = Embedding(
             cfg.padded_vocab, cfg.width, init=normal(cfg.embed_std), rngs=rngs
         )
@@ -299,7 +299,7 @@ class Llama(nnx.Module):
         rows = spec(("batch", None, None), hidden.shape, mesh)[0]
         width, columns = spec(("embed", "vocab"), kernel.shape, mesh)
 
-        def local(hidden, kernel, targets):
+        def local(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
             if width is not None:
                 kernel = jax.lax.all_gather(kernel, width, axis=0, tiled=True)
             return kernels().cross_entropy(hidden, kernel, targets, axis=columns, **how)

@@ -28,7 +28,7 @@ class LoraLinear(Linear):
         path: str,
         lora: LoraConfig,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         super().__init__(width_in, width_out, axes, bias=False, rngs=rngs)
         self.lora_a = param(rngs, lecun, (width_in, lora.rank), (axes[0], None))
         zeros = jax.nn.initializers.zeros

@@ -40,11 +40,15 @@ def short_attention(
     return _call(_forward, FORWARD, (q, k, v), (q,), heads, scale, interpret)[0]
 
 
-def _save(q, k, v, heads, scale, interpret):
+def _save(
+    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, scale: float, interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     return short_attention(q, k, v, heads, scale, interpret), (q, k, v)
 
 
-def _gradients(heads, scale, interpret, kept, d_out):
+def _gradients(
+    heads: int, scale: float, interpret: bool, kept: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, ...]:
     return _call(_backward, BACKWARD, (*kept, d_out), kept, heads, scale, interpret)
 
 
@@ -82,13 +86,15 @@ def _call(
     )(*inputs)
 
 
-def _forward(q, k, v, out, *, heads: int, scale: float) -> None:
+def _forward(q: Any, k: Any, v: Any, out: Any, *, heads: int, scale: float) -> None:
     for part in _parts(q, heads):
         weights = _weights(q[part], k[part], scale).astype(v.dtype)
         out[part] = _dot(weights, v[part], 1, 0).astype(out.dtype)
 
 
-def _backward(q, k, v, d_out, dq, dk, dv, *, heads: int, scale: float) -> None:
+def _backward(
+    q: Any, k: Any, v: Any, d_out: Any, dq: Any, dk: Any, dv: Any, *, heads: int, scale: float
+) -> None:
     for part in _parts(q, heads):
         weights = _weights(q[part], k[part], scale)
         dv[part] = _dot(weights.astype(v.dtype), d_out[part], 0, 0).astype(dv.dtype)
@@ -99,7 +105,7 @@ def _backward(q, k, v, d_out, dq, dk, dv, *, heads: int, scale: float) -> None:
         dk[part] = _dot(d_scores, q[part], 0, 0).astype(dk.dtype)
 
 
-def _parts(block, heads: int) -> list[tuple[int, slice, slice]]:
+def _parts(block: Any, heads: int) -> list[tuple[int, slice, slice]]:
     """Returns the head, positions and lanes of each part of a block [1, positions, D].
 
     A static list, since Mosaic can slice lanes at an offset like 88 only if it is a constant."""

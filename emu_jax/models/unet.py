@@ -4,6 +4,8 @@ of a text encoder's states (release: `Emu1/models/pipeline.py`; diffusers 0.21,
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ def timestep_features(timesteps: Real[Array, "B"], cfg: UNetConfig) -> Float[Arr
 class TimestepEmbedding(nnx.Module):
     """linear_2(silu(linear_1(features)))."""
 
-    def __init__(self, width_in: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width_in: int, width: int, *, rngs: nnx.Rngs) -> None:
         self.linear_1 = Linear(width_in, width, ("embed", "mlp"), rngs=rngs)
         self.linear_2 = Linear(width, width, ("mlp", "embed"), rngs=rngs)
 
@@ -42,7 +44,7 @@ class TimestepEmbedding(nnx.Module):
 class FeedForward(nnx.Module):
     """out(value * gelu(gate)), value and gate from one product (GEGLU, exact GELU)."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.proj = Linear(width, 8 * width, ("embed", "mlp"), rngs=rngs)
         self.out = Linear(4 * width, width, ("mlp", "embed"), rngs=rngs)
 
@@ -54,7 +56,7 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention among pixels, cross-attention to the condition, feed-forward."""
 
-    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
         heads = cfg.attention_head_dim
         self.norm1 = LayerNorm(width, eps=1e-5, rngs=rngs)
         self.attn1 = Attention(width, width, heads=heads, rngs=rngs)
@@ -74,7 +76,7 @@ class TransformerBlock(nnx.Module):
 class Transformer2D(nnx.Module):
     """A transformer block over the pixels of a feature map."""
 
-    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
         self.norm = GroupNorm(width, groups=cfg.norm_num_groups, eps=1e-6, rngs=rngs)
         self.proj_in = Conv(width, width, size=1, rngs=rngs)
         self.transformer_blocks = nnx.List([TransformerBlock(width, cfg, rngs=rngs)])
@@ -112,13 +114,18 @@ class DownBlock(nnx.Module):
         attend: bool,
         last: bool,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         inputs = [width_in] + [width] * (cfg.layers_per_block - 1)
         self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
         self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
         self.downsamplers = nnx.List([] if last else [Downsample(width, rngs=rngs)])
 
-    def __call__(self, x, time, cond) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(
+        self,
+        x: Float[Array, "B _ _ _"],
+        time: Float[Array, "B _"],
+        cond: Float[Array, "B N _"],
+    ) -> tuple[Float[Array, "B _ _ _"], list[jax.Array]]:
         """The feature map, and every map on the way to it for the way up."""
         skips = []
         for i, block in enumerate(self.resnets):
@@ -135,11 +142,13 @@ class DownBlock(nnx.Module):
 class MidBlock(nnx.Module):
     """ResNet block, attention, ResNet block."""
 
-    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
         self.resnets = nnx.List([resnet(width, width, cfg, rngs) for _ in range(2)])
         self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs)])
 
-    def __call__(self, x, time, cond) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B h w C"], time: Float[Array, "B _"], cond: Float[Array, "B N _"]
+    ) -> Float[Array, "B h w C"]:
         x = self.attentions[0](self.resnets[0](x, time), cond)
         return self.resnets[1](x, time)
 
@@ -157,15 +166,21 @@ class UpBlock(nnx.Module):
         attend: bool,
         last: bool,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         inputs = [w + s for w, s in zip([width_in] + [width] * len(skips), skips, strict=False)]
         self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
         self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
         self.upsamplers = nnx.List([] if last else [Upsample(width, rngs=rngs)])
 
     def __call__(
-        self, x, skips: list[jax.Array], time, cond, *, size: tuple[int, int] | None = None
-    ) -> jax.Array:
+        self,
+        x: Float[Array, "B h w _"],
+        skips: list[jax.Array],
+        time: Float[Array, "B _"],
+        cond: Float[Array, "B N _"],
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> Float[Array, "B _ _ _"]:
         """`skips` in the order in which they are read; `size` of what comes out, when it is
         not the double."""
         for i, (block, skip) in enumerate(zip(self.resnets, skips, strict=True)):
@@ -186,7 +201,7 @@ class UNet(nnx.Module):
         UserError: the configuration's lists disagree, or name a block that does not exist.
     """
 
-    def __init__(self, cfg: UNetConfig, *, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, cfg: UNetConfig, *, remat: str = "none", rngs: nnx.Rngs) -> None:
         widths, layers = cfg.block_out_channels, cfg.layers_per_block
         down = _attends(cfg, "down_block_types", "DownBlock2D")
         up = _attends(cfg, "up_block_types", "UpBlock2D")
@@ -244,7 +259,7 @@ class UNet(nnx.Module):
             x = shard(x, "batch", None, None, None)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
-    def _run(self, block: nnx.Module, *inputs, **static):
+    def _run(self, block: Any, *inputs: Any, **static: Any) -> Any:
         if self.remat == "none":
             return block(*inputs, **static)
         graphdef, params = nnx.split(block)

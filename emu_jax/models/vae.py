@@ -20,7 +20,7 @@ EPS = 1e-6
 class AttentionBlock(Attention):
     """Single-head self-attention over all pixels, with a residual."""
 
-    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs) -> None:
         super().__init__(width, width, heads=1, bias=True, rngs=rngs)
         self.group_norm = GroupNorm(width, groups=groups, eps=EPS, rngs=rngs)
 
@@ -32,7 +32,7 @@ class AttentionBlock(Attention):
 class MidBlock(nnx.Module):
     """ResNet block, attention, ResNet block."""
 
-    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs) -> None:
         self.resnets = nnx.List(
             [ResnetBlock(width, width, groups=groups, eps=EPS, rngs=rngs) for _ in range(2)]
         )
@@ -55,7 +55,7 @@ class Level(nnx.Module):
         down: bool = False,
         up: bool = False,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.resnets = nnx.List(
             [
                 ResnetBlock(w, width, groups=groups, eps=EPS, rngs=rngs)
@@ -74,7 +74,7 @@ class Level(nnx.Module):
 class Encoder(nnx.Module):
     """Pixels to the moments of the latents."""
 
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs) -> None:
         widths, groups = cfg.block_out_channels, cfg.norm_num_groups
         self.conv_in = Conv(cfg.in_channels, widths[0], rngs=rngs)
         self.down_blocks = nnx.List(
@@ -102,7 +102,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to pixels; one ResNet block more at each resolution than the encoder."""
 
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs) -> None:
         widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
         self.conv_in = Conv(cfg.latent_channels, widths[0], rngs=rngs)
         self.mid_block = MidBlock(widths[0], groups, rngs=rngs)
@@ -138,7 +138,7 @@ class VAE(nnx.Module):
     them: multiply what `encode` gives, divide what `decode` gets.
     """
 
-    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs) -> None:
         self.encoder = Encoder(cfg, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
         self.quant_conv = Conv(2 * cfg.latent_channels, 2 * cfg.latent_channels, size=1, rngs=rngs)

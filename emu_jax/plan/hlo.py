@@ -144,7 +144,7 @@ def count(text: str) -> Counts:
 
 
 class _Walk:
-    def __init__(self, computations: dict[str, Computation], counts: Counts):
+    def __init__(self, computations: dict[str, Computation], counts: Counts) -> None:
         self.computations, self.counts = computations, counts
 
     def run(self, name: str, times: float) -> None:

@@ -40,7 +40,7 @@ from emu_jax.plan.roofline import Network, busiest, times
 from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import train_flops
-from emu_jax.train.step import Trainer, mesh_for
+from emu_jax.train.step import Params, Trainer, mesh_for
 
 log = logging.getLogger(__name__)
 
@@ -340,7 +340,7 @@ def kept_bytes(trainer: Trainer, batch: Any) -> float:
     function holds but for parameters, shared out like the batch."""
     state = trainer.state_shapes
 
-    def backward(trained, frozen, batch):
+    def backward(trained: Params, frozen: Params, batch: Any) -> Any:
         loss = lambda p: trainer.loss(p | frozen, batch, jnp.int32(0))[0]  # noqa: E731
         return jax.vjp(loss, trained)[1]
 

@@ -177,7 +177,7 @@ class _Search:
     pace of those that were compiled.
     """
 
-    def __init__(self, cfg: TrainConfig, topology: Topology, kept: _Kept):
+    def __init__(self, cfg: TrainConfig, topology: Topology, kept: _Kept) -> None:
         self.cfg, self.topology, self.kept = cfg, topology, kept
         self.best: tuple[Report, Family] | None = None
         self.last: Report | None = None  # that says what its temporaries take
@@ -271,7 +271,7 @@ def seconds_per_row(report: Report) -> float:
 class _Kept:
     """Reports on disk, each made once."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.reports: list[Report] = []
         self.used: list[Report] = []  # of this sweep

@@ -16,7 +16,7 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from emu_jax.serve.worker import Ticket, Worker
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+Endpoint = Callable[[Request], Awaitable[Response]]
 DECODERS = 2  # requests whose images are decoded at once
 STOP_SECONDS = 5  # time after a signal for running answers to finish
 _PAGE = Path(__file__).parent / "page"
@@ -100,7 +101,7 @@ def make_app(emu: Emu, limits: Limits, hosts: Hosts = Hosts()) -> Starlette:  # 
     def answering(
         parse: Callable[[bytes, Limits], Asked],
         answer: Callable[[Emu, Asked, Callable[[], bool]], Iterator[Any]],
-    ):
+    ) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             body = await bodies.read(request)
             ticket = worker.reserve(_client(request.scope))  # before decoding anything
@@ -121,7 +122,7 @@ def make_app(emu: Emu, limits: Limits, hosts: Hosts = Hosts()) -> Starlette:  # 
 
         return endpoint
 
-    def page(name: str):
+    def page(name: str) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             return FileResponse(_PAGE / name)
 
@@ -244,7 +245,7 @@ def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
 class _Bodies:
     """Reads request bodies. Each is bounded in size and time, and all together in size."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._sizes: dict[asyncio.Timeout, int] = {}  # of arriving bodies, oldest first
 
@@ -291,7 +292,7 @@ class _Bodies:
 class _Headers:
     """Adds the security headers to every response."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -307,7 +308,7 @@ class _Headers:
 class _CheckHost:
     """Refuses requests that are addressed to a name other than the server's own."""
 
-    def __init__(self, app: ASGIApp, hosts: Hosts):
+    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -323,7 +324,7 @@ class _CheckHost:
 class _PerClient:
     """Refuses a client's requests beyond `most` concurrent ones."""
 
-    def __init__(self, app: ASGIApp, most: int):
+    def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
         self._open: collections.Counter[str] = collections.Counter()
 

@@ -81,7 +81,7 @@ def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type
     """
 
     class Connection(H11Protocol):
-        def __init__(self, *args: Any, **settings: Any):
+        def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings)
             self.since = self.loop.time()  # when the last request ended
             self._timer: asyncio.TimerHandle | None = None

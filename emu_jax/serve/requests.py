@@ -56,7 +56,7 @@ class Refused(Exception):
         status: the HTTP status code.
     """
 
-    def __init__(self, status: int, message: str):
+    def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
 
@@ -152,7 +152,7 @@ def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]
 class _Room:
     """Counts what a request contains and refuses whatever exceeds the limits."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.count, self.characters, self.images, self.pixels = 0, 0, 0, 0
 

@@ -27,7 +27,7 @@ class Ticket:
         gone: set once nobody is waiting for the answer.
     """
 
-    def __init__(self, seconds: float, client: str, on_leave: Callable[[Ticket], None]):
+    def __init__(self, seconds: float, client: str, on_leave: Callable[[Ticket], None]) -> None:
         self.client = client
         self.deadline = time.monotonic() + seconds
         self.answer: Answer = lambda: iter(())
@@ -88,7 +88,7 @@ class Worker:
     At most `waiting` tickets are running or queued. An abandoned ticket leaves the queue at once.
     """
 
-    def __init__(self, waiting: int, seconds: float):
+    def __init__(self, waiting: int, seconds: float) -> None:
         self._waiting, self._seconds = waiting, seconds
         self._places = 0  # reserved, queued or running
         self._line: list[Ticket] = []

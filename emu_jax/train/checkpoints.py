@@ -44,7 +44,7 @@ class Checkpoints:
     As a context manager, it keeps other jobs from writing checkpoints to the directory.
     """
 
-    def __init__(self, workdir: Path, keep: int):
+    def __init__(self, workdir: Path, keep: int) -> None:
         self.workdir, self.keep = workdir.absolute(), keep
         self._lead = jax.process_index() == 0
         self._lock = Lock(self.workdir / "lock.json")

@@ -22,7 +22,7 @@ from flax import nnx
 from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.models.remat import RECOMPUTED_SCOPE
 from emu_jax.train.config import TrainConfig
-from emu_jax.train.objectives import get_objective
+from emu_jax.train.objectives import Batch, get_objective
 from emu_jax.train.optimizer import group_of
 
 
@@ -134,7 +134,9 @@ def _traced(cfg: TrainConfig) -> float:
     paths = dict(zip(flat, nnx.to_flat_state(state), strict=True))
     learns = {path for path in flat if group_of(path, cfg.optimizer).lr > 0}
 
-    def loss(trained, frozen, batch):
+    def loss(
+        trained: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch
+    ) -> jax.Array:
         values = trained | frozen
         leaves = [(paths[p][0], paths[p][1].replace(values[p])) for p in flat]
         module = nnx.merge(graphdef, nnx.from_flat_state(leaves))

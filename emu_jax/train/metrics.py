@@ -55,7 +55,7 @@ class MetricLogger:
         total_steps: int,
         enabled: bool = True,
         start_step: int | None = None,
-    ):
+    ) -> None:
         self.workdir, self.stage, self.total_steps = workdir, stage, total_steps
         self.enabled, self.start_step = enabled, start_step
         self._file: TextIO | None = None  # opened at the first row
@@ -163,7 +163,7 @@ class StepLog:
             files of all processes.
     """
 
-    def __init__(self, workdir: Path, name: str, *, enabled: bool = True, start_step: int):
+    def __init__(self, workdir: Path, name: str, *, enabled: bool = True, start_step: int) -> None:
         self._file: TextIO | None = None
         if not enabled:
             return

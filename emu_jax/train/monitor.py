@@ -55,7 +55,7 @@ class Monitor:
         goodput: Goodput,
         signals: Signals,
         done: int,
-    ):
+    ) -> None:
         self.cfg, self.done = cfg, done
         self.row: dict[str, float] = {}  # the metrics of the last step that has ended
         self.stopping = False  # requested by a signal, on all processes at the same step
@@ -143,7 +143,7 @@ class Monitor:
 class _Ends:
     """Awaits the ends of steps on a thread, in order."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pending = 0
         self._dispatched: queue.Queue[_InFlight | None] = queue.Queue()
         self._ended: queue.Queue[Any] = queue.Queue()
@@ -186,7 +186,7 @@ class _Rates:
     follow the convention of `train.flops` and count padding, since all batches have one shape.
     MFU is left out where the chip's peak is unknown."""
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh):
+    def __init__(self, cfg: TrainConfig, mesh: Mesh) -> None:
         self._last: tuple[int, float, dict[str, float]] | None = None
         alike = not any(s.batch_size or s.row_tokens or s.row_images for s in cfg.data.sources)
         self._flops = train_flops(cfg).total / mesh.size if alike else None

@@ -35,7 +35,7 @@ Metrics = dict[str, jax.Array]
 class UNetOnly(nnx.Module):
     """The denoiser alone, under the name it has in Emu."""
 
-    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs) -> None:
         assert cfg.model.unet
         self.unet = UNet(cfg.model.unet, remat=cfg.remat.unet, rngs=rngs)
 
@@ -60,7 +60,7 @@ class Objective(ABC):
     reads_targets = False
     has_all_towers = True
 
-    def __init__(self, cfg: TrainConfig):
+    def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
 
     @abstractmethod
@@ -182,7 +182,7 @@ class EmuObjective(Objective):
 class LanguageModel(nnx.Module):
     """The language model alone, under the name it has in Emu."""
 
-    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs) -> None:
         self.llama = Llama(cfg.model.llama, remat=cfg.remat.llama, backend=cfg.attention, rngs=rngs)
 
 
@@ -320,7 +320,7 @@ class ClipObjective(Objective):
 class Autoencoder(nnx.Module):
     """The autoencoder alone, under the name it has in Emu."""
 
-    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs) -> None:
         assert cfg.model.vae
         self.vae = VAE(cfg.model.vae, rngs=rngs)
 
@@ -332,7 +332,7 @@ class VaeObjective(Objective):
     batch_kind = "images"
     reads_targets = True
 
-    def __init__(self, cfg: TrainConfig):
+    def __init__(self, cfg: TrainConfig) -> None:
         super().__init__(cfg)
         if cfg.model.vae is None:
             raise UserError("the vae objective needs model.vae")
@@ -378,7 +378,7 @@ class DecoderObjective(Objective):
     batch_kind = "contexts"
     reads_targets = True
 
-    def __init__(self, cfg: TrainConfig):
+    def __init__(self, cfg: TrainConfig) -> None:
         super().__init__(cfg)
         if cfg.model.unet is None or cfg.model.vae is None:
             raise UserError("the decoder objective needs model.unet and model.vae")

@@ -75,7 +75,9 @@ def _transformation(init: Any, update: Any) -> optax.GradientTransformationExtra
 def _clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
     """Scales gradients whose norm is above `clip_norm` down to it."""
 
-    def update(updates, state, params=None, *, norm, **_):
+    def update(
+        updates: Any, state: optax.EmptyState, params: Any = None, *, norm: jax.Array, **_: Any
+    ) -> tuple[Any, optax.EmptyState]:
         factor = jnp.minimum(1, clip_norm / norm)
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
 
@@ -90,7 +92,14 @@ def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     """
     adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moments_dtype)
 
-    def update(updates, state, params=None, *, finite, **_):
+    def update(
+        updates: Any,
+        state: optax.ScaleByAdamState,
+        params: Any = None,
+        *,
+        finite: jax.Array,
+        **_: Any,
+    ) -> tuple[Any, optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
         new = (
             optax.tree.update_moment(updates, state.mu, cfg.b1, 1),
@@ -114,7 +123,14 @@ def _scale_by_groups(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each update by minus the learning rate of its group."""
 
-    def update(updates, state, params=None, *, finite, **_):
+    def update(
+        updates: Any,
+        state: optax.ScaleByScheduleState,
+        params: Any = None,
+        *,
+        finite: jax.Array,
+        **_: Any,
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
         rates = {group: rate(state.count) for group, rate in schedules.items()}
         updates = jax.tree.map(lambda u, g: -jnp.asarray(rates[g], u.dtype) * u, updates, groups)
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)

@@ -51,7 +51,7 @@ class Trainer:
         UserError: the config does not fit its objective, or an optimizer group is missing.
     """
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh):
+    def __init__(self, cfg: TrainConfig, mesh: Mesh) -> None:
         backend = choose_backend(cfg.attention, mesh.devices.flat[0].platform)
         cfg = dataclasses.replace(cfg, attention=backend)
         self.cfg, self.mesh = cfg, mesh

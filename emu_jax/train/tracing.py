@@ -36,7 +36,7 @@ class Tracer:
         steps: the steps to trace without a request.
     """
 
-    def __init__(self, directory: Path, steps: range):
+    def __init__(self, directory: Path, steps: range) -> None:
         self.directory, self.steps = directory, steps
         self._tracing = False
 

@@ -37,7 +37,7 @@ class WarmStart:
         UserError: a parent is named for a tower that does not exist.
     """
 
-    def __init__(self, cfg: TrainConfig, workdir: Path):
+    def __init__(self, cfg: TrainConfig, workdir: Path) -> None:
         for tower in cfg.parents:
             if tower not in CONFIG_OF:
                 raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")

@@ -24,7 +24,7 @@ class Watchdog:
         seconds: 0 disables the watchdog.
     """
 
-    def __init__(self, path: Path, seconds: float):
+    def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.seconds = path, seconds
         self._step = 0
         self._ended = 0.0  # when that step ended

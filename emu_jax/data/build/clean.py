@@ -48,7 +48,7 @@ class CleanConfig:
 class Unfit(Exception):
     """Raised for an image that a filter rejects; `reason` is one of a fixed set, to count by."""
 
-    def __init__(self, reason: str, detail: str = ""):
+    def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 

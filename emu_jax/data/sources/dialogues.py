@@ -84,7 +84,7 @@ class Dialogues(Listed):
     images, `<image>` is plain text, or the placeholder of the video if no message has `<video>`.
     """
 
-    def __init__(self, entries: Entries, media: Media, frames: int):
+    def __init__(self, entries: Entries, media: Media, frames: int) -> None:
         super().__init__(entries, media, ("dialogues-2", frames))
         self._frames = frames
 

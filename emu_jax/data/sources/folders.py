@@ -62,7 +62,7 @@ class SubFolders:
         others: folders that are searched with their subfolders.
     """
 
-    def __init__(self, only_below: Sequence[str], others: Sequence[str], cache: str):
+    def __init__(self, only_below: Sequence[str], others: Sequence[str], cache: str) -> None:
         self._only_below, self._cache = set(only_below), cache
         self._roots = [*others, *only_below]
         self._lock = threading.Lock()

@@ -194,7 +194,7 @@ class Checked:
             rebuilt the next time.
     """
 
-    def __init__(self, file: Path, sums: np.ndarray):
+    def __init__(self, file: Path, sums: np.ndarray) -> None:
         self._file, self._sums = file, sums
         self._content = np.memmap(file, np.uint8, "r").data
         self._sound, self._left = bytearray(len(sums)), len(sums)

@@ -38,7 +38,7 @@ class Entries:
         fingerprint: a short hash of the files' names, sizes and times (see `Source`).
     """
 
-    def __init__(self, paths: Sequence[str], cache: str):
+    def __init__(self, paths: Sequence[str], cache: str) -> None:
         self.paths, self._cache = list(paths), cache
         check_twins(self.paths)
         self._content = functools.lru_cache(1024)(self._content)  # mapped content of packed files
@@ -182,7 +182,7 @@ class Media:
         UserError: one of the paths does not exist.
     """
 
-    def __init__(self, paths: Sequence[str], cache: str):
+    def __init__(self, paths: Sequence[str], cache: str) -> None:
         found = {path: _matches(path) for path in paths}
         tars = [m for path in paths for m in found[path] if m.endswith(".tar")]
         self._tars = TarFiles(tars, cache) if tars else None
@@ -334,7 +334,7 @@ class Listed(Source):
         setting: settings that change the documents; part of the fingerprint.
     """
 
-    def __init__(self, entries: Entries, media: Media, setting: object):
+    def __init__(self, entries: Entries, media: Media, setting: object) -> None:
         self._entries, self._media = entries, media
         self.fingerprint = short_hash((_VERSION, entries.fingerprint, media.fingerprint, setting))
 

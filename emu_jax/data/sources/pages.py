@@ -39,7 +39,7 @@ class Pages(Listed):
     documents that were counted before.
     """
 
-    def __init__(self, entries: Entries, media: Media, min_similarity: float):
+    def __init__(self, entries: Entries, media: Media, min_similarity: float) -> None:
         super().__init__(entries, media, min_similarity)
         self._least = min_similarity
 

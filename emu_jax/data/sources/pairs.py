@@ -78,7 +78,7 @@ class Pairs(Source):
         frames: int,
         caption_key: str = "",
         wordless: bool = False,
-    ):
+    ) -> None:
         self.paths = paths
         self._frames, self._caption_key, self._wordless = frames, caption_key, wordless
         found = index_files(_VERSION, paths, _samples_in, cache)
@@ -461,7 +461,7 @@ class TfdsPairs(Source):
 
     paired = True
 
-    def __init__(self, paths: list[str]):
+    def __init__(self, paths: list[str]) -> None:
         import tensorflow_datasets as tfds
 
         if len(paths) != 1:

@@ -99,7 +99,7 @@ def _pax(content: bytes) -> dict[str, str]:
 class _Reader:
     """Buffers small sequential reads of a file."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self._path, self._start, self._content = path, 0, b""
 
     def __call__(self, offset: int, size: int) -> bytes:
@@ -121,7 +121,7 @@ class TarFiles:
             member of the same archive and name.
     """
 
-    def __init__(self, paths: list[str], cache: str):
+    def __init__(self, paths: list[str], cache: str) -> None:
         self.paths = paths
         self.fingerprint = fingerprint(_VERSION, paths)
         folder, name = folder_for(paths[0], cache), f"{_VERSION}-{self.fingerprint}-sorted"

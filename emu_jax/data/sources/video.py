@@ -102,7 +102,7 @@ class _Overdue(Exception):
 class _Deadline:
     """A limit on the time that one step may take."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         self.seconds, self._end = seconds, time.monotonic() + seconds
 
     def check(self) -> None:
@@ -134,7 +134,7 @@ class Video:
         Damaged: the video cannot be read in time, or has no frames.
     """
 
-    def __init__(self, content: bytes, where: str, seconds: float = SECONDS):
+    def __init__(self, content: bytes, where: str, seconds: float = SECONDS) -> None:
         self._content, self._where, self._seconds = content, where, seconds
         self.unused: list[Unused] = []
         try:
@@ -468,7 +468,9 @@ class Subtitles(list[tuple[float, str]]):
         unused: cues and lines of the file that were left out.
     """
 
-    def __init__(self, cues: Iterable[tuple[float, str]] = (), unused: Sequence[Unused] = ()):
+    def __init__(
+        self, cues: Iterable[tuple[float, str]] = (), unused: Sequence[Unused] = ()
+    ) -> None:
         super().__init__(cues)
         self.unused = tuple(unused)
 

@@ -39,7 +39,7 @@ class Videos(Listed):
 
     paired = True
 
-    def __init__(self, entries: Entries, media: Media, frames: int):
+    def __init__(self, entries: Entries, media: Media, frames: int) -> None:
         super().__init__(entries, media, frames)
         self._frames = frames
 
@@ -146,7 +146,7 @@ class SubtitledVideos(Listed):
         one a sheet), `frames`, and `duration` in seconds.
     """
 
-    def __init__(self, entries: Entries, media: Media, apart: float):
+    def __init__(self, entries: Entries, media: Media, apart: float) -> None:
         super().__init__(entries, media, apart)
         self._apart = apart
 

@@ -54,7 +54,7 @@ class Moments:
     large mean.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         self.count = 0
         self.mean = np.zeros(width)
         self._scatter = np.zeros((width, width))  # sum of outer products about the mean
@@ -155,7 +155,7 @@ class Inception:
             TorchScript.
     """
 
-    def __init__(self, path: Path | None, resize: Resize = "network"):
+    def __init__(self, path: Path | None, resize: Resize = "network") -> None:
         if path is None:
             raise UserError(
                 "FID needs the Inception network, which is not included: give the TorchScript "

@@ -306,7 +306,7 @@ def _content_words(answer: str) -> list[str]:
 class _WordNet:
     """NExT-OE's lemmas and similarities, by nltk's WordNet (lemmatized as by pywsd)."""
 
-    def __init__(self, net: Any, tagged: bool):
+    def __init__(self, net: Any, tagged: bool) -> None:
         from nltk.stem import PorterStemmer, WordNetLemmatizer
         from nltk.tokenize import NLTKWordTokenizer
 

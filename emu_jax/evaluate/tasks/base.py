@@ -354,7 +354,7 @@ class Folder:
     """A directory in an official layout. Files may also lie in its `annotations/`, and media
     directories in its `images/` or `videos/`."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise UserError(f"there is no folder {root}")
         self.root = root

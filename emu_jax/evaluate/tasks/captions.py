@@ -79,7 +79,7 @@ class Karpathy(Captioning):
         paper: Mapping[str, float],
         source: str,
         lavis: str = "",
-    ):
+    ) -> None:
         self.name, self.title, self.paper, self.source = name, title, paper, source
         self._file, self._folders, self._lavis = file, folders, lavis
 

@@ -51,7 +51,7 @@ class XuVideoQA(VideoAnswering):
     split, splits = "test", ("test", "val")
     source = "github.com/xudejing/video-question-answering"
 
-    def __init__(self, name: str, title: str, paper: Mapping[str, float]):
+    def __init__(self, name: str, title: str, paper: Mapping[str, float]) -> None:
         self.name, self.title, self.paper = name, title, paper
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
@@ -79,7 +79,7 @@ class Videos:
     """Maps video numbers to files: `video7010.mp4`, `vid1234.avi`, or the name that
     `youtube_mapping.txt` gives a number."""
 
-    def __init__(self, data: Folder):
+    def __init__(self, data: Folder) -> None:
         self.folder = data.folder("video", "videos", "TestVideo")
         self.names: dict[str, str] = {}
         mapping = data.find("youtube_mapping.txt")

@@ -15,6 +15,7 @@ from emu_jax.evaluate.tasks.base import (
     Item,
     Mode,
     PreviousAnswers,
+    PromptPart,
     ScoringContext,
     Stage,
     Task,
@@ -48,7 +49,7 @@ def described(stage: Stage) -> tuple[Stage, ...]:
         "caption", lambda item, _, said: DESCRIBE.spell(item, FewShotExamples(), said), LONG_CAPTION
     )
 
-    def prompt(item: Item, shown: FewShotExamples, said: PreviousAnswers):
+    def prompt(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
         return stage.prompt(item, shown, {**said, "caption": clean_caption(said["caption"])})
 
     return caption, dataclasses.replace(stage, prompt=prompt)
@@ -114,7 +115,7 @@ class VQA(Answering):
         source: str,
         *,
         stem: bool = False,
-    ):
+    ) -> None:
         self.name, self.title, self.paper, self.source = name, title, paper, source
         self._questions, self._annotations, self._splits = questions, annotations, splits
         self.splits = tuple(split for split in splits if split != "train")
