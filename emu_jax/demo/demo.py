@@ -100,8 +100,9 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
 
 
 class _Clock:
-    """Total time of a demo in seconds, over all calls that worked on it. The time that a killed
-    call spent on its last stage is lost.
+    """Total time of a demo in seconds, over all calls that worked on it.
+
+    The time that a killed call spent on its last stage is lost.
 
     Raises:
         UserError: `workdir` holds a demo with other settings.

@@ -24,7 +24,7 @@ from emu_jax.generate.settings import RENAMED
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
-IMAGE_KEY = "picture"  # of an image in requests and answers
+IMAGE_KEY = "picture"  # JSON key of an image in requests and answers
 SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 
 
@@ -71,7 +71,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A parsed request: one message to draw from, or a chat that ends with the user."""
+    """A parsed request: one message as an image's prompt, or a chat that ends with the user."""
 
     messages: list[Message]
     settings: dict[str, Any]
