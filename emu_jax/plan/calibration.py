@@ -56,7 +56,7 @@ PUBLISHED = (
     Published("MaxText 16B", "v5e:16x16", 0.6110, 6, "full", _16B),
     Published("MaxText 32B", "v5e:16x16", 0.6686, 4, "full", _32B),
     # MaxText's "minimal" saves more matmul outputs, with the residual stream sharded over `tensor`.
-    # Here the residual stream is replicated, and the MLP's outputs do not fit as well.
+    # Here the residual stream is replicated, which leaves no room for the MLP's outputs.
     Published("MaxText 32B", "v5p:4x4x4", 0.7147, 6, "minimal", _32B, tensor=4),
 )
 

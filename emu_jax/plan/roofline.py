@@ -52,7 +52,7 @@ class Network:
 
     @classmethod
     def of(cls, topology: Topology, devices: Sequence[Any]) -> Network:
-        """Creates the network of `devices`, given in the mesh's order, which collectives use."""
+        """Creates the network of a mesh's devices, in the order by which collectives index them."""
         axes = len(topology.shape)
         return cls(
             topology,

@@ -119,10 +119,11 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
 def sweep(
     pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: Sequence[str] = CURVES
 ) -> Report:
-    """Finds the best setting for each topology, and compiles it on other sizes of slices.
+    """Finds the best setting for each topology, and compiles the points of its scaling curves.
 
     Compiling takes most of the time, so settings that are sure to lose are skipped (`_Search`).
-    All policies are tried on the first mesh, and only the best one on the others.
+    All policies are tried on the first mesh. Only the best one is tried on the others, unless none
+    has fit so far.
 
     Returns:
         {best: {topology: its best report}, reports: number of reports, out: the directory}.
@@ -157,7 +158,7 @@ def _publish(reports: list[Report], out: Path) -> None:
 
 
 def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
-    """Returns the FSDP sizes to try: the largest that fits the model, and half of it.
+    """Returns the FSDP sizes to try: the largest that divides the model, and half of it.
 
     The more promising one comes first. That is the smaller one if the larger spans a whole slice,
     because XLA then turns all-gathers into all-reduces.

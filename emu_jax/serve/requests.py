@@ -37,7 +37,7 @@ class Limits:
     per_client: int = 8  # concurrent requests of an address; none for loopback (proxies)
     body_bytes: int = 32 << 20
     bodies_bytes: int = 128 << 20  # of all arriving bodies; beyond this, the oldest is refused
-    body_seconds: float = 30.0  # within which a body must arrive
+    body_seconds: float = 30.0  # for a body to arrive
     parts: int = 64
     text_characters: int = 8000  # of all texts together
     images: int = 16  # including video frames
