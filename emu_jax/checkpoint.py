@@ -153,11 +153,11 @@ def fingerprint(path: Path) -> str:
     For a run directory these are config.json, tokenizer/, safety_checker/ and the newest step's
     `params` and `ema`, with those of its bases. For a release they are its weights, model
     configurations and tokenizer. Paths, times and optimizer state do not count, so a copy has the
-    fingerprint of its original. A path that does not exist has the fingerprint of nothing.
+    fingerprint of its original. A path that does not exist has that of an empty directory.
 
-    The checksums that a step was saved with stand for its arrays: each save names their chunks at
-    random, and `load` checks them. Of a release, and of a step without checksums, every byte is
-    read once, about as fast as `load` reads it.
+    The checksums that were saved with a step represent its arrays, since chunks get random names at
+    each save. `load` verifies these checksums. Of a release, and of a step without checksums, every
+    byte is read once, about as fast as `load` reads it.
 
     Raises:
         UserError: a base of the run directory is missing.
@@ -181,7 +181,7 @@ _RELEASE_SETTINGS = {
 
 
 def _contents(path: Path) -> list[tuple[str, str]]:
-    """(name, hash) of each file that counts for `fingerprint`, sorted by name."""
+    """Returns (name, hash) of each file that `fingerprint` includes."""
     if path.is_file():  # a release of one file, with its settings beside it
         beside = [path.parent / "Emu.json", *_files(path.parent / "tokenizer")]
         return _hashes(path.parent, [path, *(p for p in beside if p.is_file())])
@@ -226,7 +226,7 @@ def _hashes(root: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     paths = sorted(paths)
-    with ThreadPoolExecutor(4) as readers:  # hashing and reading release the interpreter's lock
+    with ThreadPoolExecutor(4) as readers:  # hashing and reading release the GIL
         return [
             (p.relative_to(root).as_posix(), content)
             for p, content in zip(paths, readers.map(of, paths), strict=True)
@@ -355,7 +355,7 @@ def read_parent(
     for path, axis in grown.items():
         ours = wanted[path]
         shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
-        whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # it may not divide any more
+        whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # the old size may not divide
         asked[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
     params = read_params(directory, asked)
     for path, axis in grown.items():
@@ -374,7 +374,11 @@ def read_parent(
 
 
 def load_config(directory: Path) -> EmuConfig:
-    """Loads the model configuration of a run directory."""
+    """Loads the model configuration of a run directory.
+
+    Raises:
+        UserError: the directory or its config.json is missing, or the config is invalid.
+    """
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: the directory does not exist")
     cfg = load_json(EmuConfig, directory / "config.json")

@@ -39,7 +39,7 @@ CHECKSUMS = "checksums.json"
 GLOB_CHARACTERS = "*?[]\\"
 # Orbax writes these after the checksums; nothing reads them.
 UNCOVERED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
-# Bytes that `unreadable_arrays` reads concurrently. A larger chunk is read alone.
+# Bytes that `unreadable_arrays` reads concurrently. It reads a larger chunk alone.
 _BYTES_AHEAD = 1 << 26
 _CONTEXT = {
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},  # nodes of the database, not chunks
@@ -206,11 +206,13 @@ def _array_names(keys: Sequence[bytes]) -> dict[str, str]:
 
 
 def _names_by_metadata(item: Path) -> dict[str, str]:
-    """Returns `_array_names` as orbax's description of the tree gives them: as many as there are
-    arrays. A database has as many keys as there are chunks, and more hosts write more.
+    """Returns {array name: its driver} from orbax's metadata, which has one entry per array.
+
+    Listing the database takes longer: it has a key for each chunk, and more hosts write more.
 
     Raises:
-        OSError, ValueError, LookupError, TypeError or AttributeError: it is missing or damaged.
+        OSError, ValueError, LookupError, TypeError or AttributeError: the metadata is missing or
+            damaged.
     """
     metadata = json.loads((item / "_METADATA").read_bytes())
     driver = "zarr3" if metadata["use_zarr3"] else "zarr"
@@ -271,7 +273,7 @@ def unreadable_arrays(
             if progress is not None:
                 progress(chunk.nbytes)
 
-    number = 0  # of chunks before those of the array
+    number = 0  # chunks of the arrays before this one
     for name, driver in sorted(names.items()):
         base = {"driver": "file", "path": f"{item.absolute()}/"}
         kvstore = {
@@ -312,8 +314,8 @@ def items_of(step: Path) -> list[str]:
 def one_line(error: BaseException) -> str:
     """Returns one line that says what went wrong.
 
-    A storage error lists all the layers it passed through; the operating system's message, where
-    it holds one, is preferred.
+    A storage error lists all layers that it passed through. If it contains a message or error code
+    of the operating system, only that message is returned.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -328,11 +330,12 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_failures() -> Iterator[None]:
-    """Silences the tracebacks and stray errors that accompany a failure reported in one line: those
-    that passed orbax or tensorstore. All others are shown.
+    """Silences the tracebacks and stray errors that accompany a failure reported in one line.
+
+    Only those that passed through orbax or tensorstore are silenced.
 
     Orbax logs a traceback in each thread that a failure passes through. It also reads and writes
-    arrays concurrently: when one fails, nobody awaits the errors of the others, and Python prints
+    arrays concurrently. When one fails, nothing awaits the errors of the others, and Python prints
     them whenever it collects them. After a failure the filters therefore stay installed.
     """
     hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
@@ -372,7 +375,7 @@ def quiet_failures() -> Iterator[None]:
 
 
 def _is_of_storage(record: logging.LogRecord) -> bool:
-    """Whether a record has a traceback that orbax logged, or that passed it or tensorstore."""
+    """Returns whether a record has a traceback that orbax or tensorstore logged or passed on."""
     error = record.exc_info[1] if record.exc_info else None
     if error is None:
         return False

@@ -1,5 +1,7 @@
-"""Self-contained web pages: pictures are inline PNG, styles inline CSS; there is no script and
-nothing is fetched. A page follows the reader's light or dark setting.
+"""Self-contained HTML pages.
+
+Images are inline PNG or JPEG, and styles are inline CSS. A page has no scripts and fetches nothing.
+It follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ Picture = np.ndarray | Image.Image  # uint8 [h, w, 3] or [h, w], or PIL
 
 
 def write_page(path: Path, title: str, sections: list[str], style: str = "") -> None:
-    """Writes a page of HTML sections atomically; `style` is CSS beyond what all pages share."""
+    """Writes a page of HTML sections atomically. `style` is CSS added to that of all pages."""
     page = _PAGE.format(title=html.escape(title), style=_STYLE + style, body="\n".join(sections))
     write_text(path, page)
 
 
 def tiles(values: Mapping[str, str]) -> str:
-    """Name to figure, large."""
+    """Formats {name: figure} as large tiles."""
     shown = "".join(
         f'<div class="tile"><b>{html.escape(value)}</b><span>{words(name)}</span></div>'
         for name, value in values.items()
@@ -36,7 +38,7 @@ def tiles(values: Mapping[str, str]) -> str:
 
 
 def table(values: Mapping[str, Any]) -> str:
-    """Name to figure, a row each."""
+    """Formats {name: figure} as a table with one row each."""
     rows = "".join(
         f"<tr><th scope=row>{words(k)}</th><td>{html.escape(number(v))}</td></tr>"
         for k, v in values.items()
@@ -45,7 +47,7 @@ def table(values: Mapping[str, Any]) -> str:
 
 
 def details(title: str, values: Mapping[str, Any] | None) -> str:
-    """Values as JSON, unfolded on demand; nothing if there are none."""
+    """Formats values as JSON in a collapsed section. Returns "" if there are none."""
     if not values:
         return ""
     text = html.escape(json.dumps(values, indent=2, default=str))
@@ -53,7 +55,11 @@ def details(title: str, values: Mapping[str, Any] | None) -> str:
 
 
 def image(picture: Picture, *, lossy: bool = False) -> str:
-    """An inline picture; `lossy` is for photographs, of which a page holds many."""
+    """Formats an inline image: PNG, or JPEG if `lossy`, for pages with many photographs.
+
+    Raises:
+        TypeError: an array is not uint8.
+    """
     if not isinstance(picture, Image.Image):
         picture = np.asarray(picture)
         if picture.dtype != np.uint8:
@@ -68,12 +74,12 @@ def image(picture: Picture, *, lossy: bool = False) -> str:
 
 
 def words(name: str) -> str:
-    """A name of code, as one reads it."""
+    """Formats an identifier for display, with spaces in place of underscores."""
     return html.escape(name.replace("_", " "))
 
 
 def number(value: Any) -> str:
-    """A figure, as one reads it."""
+    """Formats a figure for display."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {number(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list | tuple):

@@ -29,7 +29,7 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 
 # The files of a LLaMA tokenizer folder. `save` writes those that `load` read.
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-_NOTE = "emu_tokenizer.json"  # what `save` notes beside the files: {"instruct": bool}
+_NOTE = "emu_tokenizer.json"  # written by `save` next to the files: {"instruct": bool}
 _SPACE = "\u2581"  # sentencepiece's character for a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 

@@ -78,9 +78,9 @@ class Verification:
     Attributes:
         passed: whether some tensors were checked and none failed.
         checked: number of tensors that apply to the checkpoint.
-        failed: keys of those that failed.
-        worst: None if no tensor has an error.
-        not_applicable: keys of the others.
+        failed: keys of the tensors that failed.
+        worst: the tensor with the largest error; None if no tensor has an error.
+        not_applicable: keys of the tensors that do not apply to the checkpoint.
     """
 
     passed: bool
@@ -162,8 +162,10 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 class _Recording:
-    """Recomputes the recorded tensors. `_METHODS` maps the name of a tensor to a method. Tensors of
-    one computation share it."""
+    """Recomputes the recorded tensors.
+
+    `_METHODS` maps the name of a tensor to a method. Tensors of one computation share its result.
+    """
 
     def __init__(
         self, emu: api.Emu, expected: dict[str, np.ndarray], meta: dict, golden: Path
@@ -257,8 +259,10 @@ class _Recording:
         return ids, mask
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
-        """Returns embeddings, hidden states, logits and regressions of right-padded rows. Their
-        images are the recorded ones, in order."""
+        """Returns embeddings, hidden states, logits and regressions of right-padded rows.
+
+        The images of the rows are the recorded ones, in order.
+        """
         flat = np.flatnonzero(ids.reshape(-1) == self.cfg.tokens.image)
         held = len(self.pixels) * self.cfg.cformer.n_causal
         if len(flat) > held:

@@ -35,14 +35,14 @@ from emu_jax import markdown
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tools" / "mutants.toml"
 HEAD = ("Bug", "File", "What goes wrong", "Result")
-REGION = "mutants"  # of the page, between two HTML comments
+REGION = "mutants"  # region of the page, between two HTML comments
 ROW = re.compile(r"^\| `([^`]+)` \|.*$", re.MULTILINE)
 # A line of pytest's summary: the outcome and the test.
 OUTCOME = re.compile(r"^(PASSED|FAILED|ERROR) (tests/\S+?\.py(?:::.*?)?)(?: - .*)?$", re.MULTILINE)
 
 
 class MutationError(Exception):
-    """A bug that cannot be planted or whose tests say nothing."""
+    """Raised for a bug that cannot be planted or whose tests cannot be relied on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def run_tests(copy: Path, tests: list[str], timeout: float, *options: str) -> di
         except subprocess.TimeoutExpired:
             return None
         finally:
-            # Also what the tests started and left behind.
+            # Also kill processes that the tests started and left behind.
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -202,7 +202,7 @@ def table_row(mutant: Mutant, result: str, detail: str) -> str:
 
 
 def write_table(path: Path, mutants: list[Mutant], rows: dict[str, str]) -> None:
-    """Replaces the table of `path`: `rows` by name, other mutants' rows as they are there."""
+    """Replaces the table of `path`. Mutants that are not in `rows` keep their rows."""
     begin, end = markdown.markers(REGION)
     text = path.read_text() if path.exists() else f"# Planted bugs\n\n{begin}\n{end}\n"
     old = {match[1]: match[0] for match in ROW.finditer(text)}

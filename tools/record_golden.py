@@ -1,18 +1,18 @@
-"""Records what the released Emu code computes, for `emu-jax verify --golden`.
+"""Records outputs of the released Emu code, for `emu-jax verify --golden`.
 
-Run it inside a clone of the release (github.com/baaivision/Emu, folder Emu1) and its own
-environment: torch, transformers 4.31, peft 0.4, diffusers 0.15 to 0.21, torchvision. It imports
-nothing of emu_jax.
+Run it in a clone of the release (github.com/baaivision/Emu, folder Emu1) and in the release's
+environment: torch, transformers 4.31, peft 0.4, diffusers 0.15 to 0.21, torchvision. It does not
+import emu_jax.
 
     cd Emu/Emu1
     python /path/to/record_golden.py --pretrained CKPT --out GOLDEN [--instruct Emu-instruct.pt]
 
 CKPT is the release's folder (multimodal_encoder/, unet/, vae/, scheduler/). Everything runs in
-float32, so that a difference is a difference: 56 GB for the 14B model, on a GPU or, slowly, on
-the CPU. The release's own `generate` and `predict` cast to bfloat16; what they do is spelled
-out here without the casts.
+float32, so differences are not due to rounding to bfloat16. The 14B model takes 56 GB, on a GPU or,
+slowly, on the CPU. The release's own `generate` and `predict` cast to bfloat16, so this script
+repeats their steps without the casts.
 
-It writes GOLDEN/expected.npz, meta.json and the pictures that it preprocessed.
+It writes GOLDEN/expected.npz, meta.json and the images that it preprocessed.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ SYSTEM = (
 
 
 def build(weights: Path, model_json: Path, device: str, instruct: bool):
-    """The release's model with its weights, float32."""
+    """Builds the release's model with its weights, in float32."""
     from models.modeling_emu import Emu
 
     args = SimpleNamespace(instruct=instruct, device=torch.device(device), ckpt_path=str(weights))
     sizes = json.loads(model_json.read_text())
     if device == "cpu":
-        sizes["vision_cfg"]["xattn"] = False  # xformers wants a GPU; plain attention is the same
+        sizes["vision_cfg"]["xattn"] = False  # xformers needs a GPU; plain attention is equal
     emu = Emu(**sizes, cast_dtype=torch.float, args=args)
     stored = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     stored = stored.get("module", stored)
@@ -91,8 +91,8 @@ def build(weights: Path, model_json: Path, device: str, instruct: bool):
             task_type="CAUSAL_LM",
         )
         emu.decoder.lm = get_peft_model(emu.decoder.lm, config)
-    # The constructor rounds to bfloat16 what the release stores so. In float32 first, weights that
-    # were stored wider keep their bits; the rotary tables stay rounded, as the release has them.
+    # The constructor casts some weights to bfloat16. A cast to float32 before loading keeps all
+    # bits of weights that were stored wider. The rotary tables stay rounded, as in the release.
     emu = emu.float()
     emu.load_state_dict(stored, strict=True)
     return emu.eval().to(device)
@@ -118,7 +118,7 @@ class Recorder:
         return out.input_ids, out.attention_mask
 
     def embed(self, ids, pixels):
-        """Token embeddings with the pictures' at `<image>`."""
+        """Returns token embeddings, with the embeddings of the images at each `<image>`."""
         table = self.lm.get_input_embeddings()
         x = table(ids)
         if pixels is not None and len(pixels):
@@ -172,7 +172,7 @@ class Recorder:
         x = self.embed(ids, pixels)
         for tag, kw in GENERATE.items():
             settings = DEFAULTS | kw
-            # top_p and temperature are of sampling only; the release passes them all the same.
+            # top_p and temperature have no effect without sampling, but the release passes them.
             out = self.lm.generate(
                 generation_config=GenerationConfig(**special),
                 inputs_embeds=x,
@@ -260,7 +260,7 @@ class Recorder:
 
 
 def preprocess(recorder, paths, size: int, out: Path):
-    """Both of the release's paths; the pixels of the first three pictures come back."""
+    """Records both preprocessing paths of the release. Returns pixels of the first three images."""
     from torchvision import transforms as tf
 
     mean = (0.48145466, 0.4578275, 0.40821073)

@@ -1,14 +1,14 @@
 """Measures what attackers cost a server's clients: `python tools/siege.py [--checkpoint DIR]`.
 
-Starts `emu-jax serve --host 0.0.0.0` on the checkpoint, with nothing else changed. Eight clients
-chat and draw for `--seconds`, each request behind the last one's answer: the first time alone, the
-second time while others hold silent connections, send bodies a byte at a time, ask for settings
-that nobody asked for before, and abandon drawings that they began. Prints a JSON object with the
-clients' latencies and the server's memory, and exits with 1 if the p95 more than doubled, the
-memory grew by more than a tenth, or a client got an error.
+Starts `emu-jax serve --host 0.0.0.0` on the checkpoint, with default settings. Eight clients chat
+and generate images for `--seconds`, each sending its next request after the last answer. The first
+run has no other clients. In the second run attackers hold silent connections, send bodies a byte at
+a time, request new settings each time, and abandon requests for images. Prints a JSON object with
+the clients' latencies and the server's memory. Exits with 1 if the p95 latency more than doubled,
+the memory grew by more than a tenth, or a client got an error.
 
-Everything goes over the loopback, so that the bound on one address's requests, which the loopback
-is exempt from, does not help the server.
+All connections use the loopback address. It is exempt from the limit on requests per address, so
+that limit does not protect the server here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 WORDS = "zero one two three four five six seven eight nine".split()
 CLIENTS = 8
-VARYING = 3  # requests with settings of their own at once
+VARYING = 3  # concurrent requests with new settings
 
 
 def main() -> int:
@@ -51,7 +51,7 @@ def main() -> int:
 def siege(
     checkpoint: Path, seconds: float, idle: int, bodies: int, settings: int, cancelled: int
 ) -> dict[str, Any]:
-    """The report: figures of the run in peace and of the one under attack."""
+    """Runs the server in peace and under attack, and returns the report."""
     run(checkpoint, 1.0, None)  # fills the compilation cache, if JAX_COMPILATION_CACHE_DIR is set
     peace = run(checkpoint, seconds, None)
     attack = Attack(seconds, idle, bodies, settings, cancelled)
@@ -60,7 +60,7 @@ def siege(
 
 
 def judge(peace: dict[str, Any], war: dict[str, Any]) -> dict[str, Any]:
-    """The report on two runs. It did not pass if one of them answered too few requests."""
+    """Returns the report on two runs. It fails if one of them answered too few requests."""
     larger = war["rss_anon_mib"] / peace["rss_anon_mib"]
     errors = peace["errors"] + war["errors"]
     report = {"peace": peace, "attacked": war, "memory_ratio": round(larger, 3)}
@@ -74,7 +74,7 @@ def judge(peace: dict[str, Any], war: dict[str, Any]) -> dict[str, Any]:
 
 
 def latency_figures(latencies: list[float]) -> dict[str, float | None]:
-    """Quantiles of the seconds that requests took; None where there are fewer than two."""
+    """Returns quantiles of the latencies in seconds, or None for fewer than two requests."""
     if len(latencies) < 2:
         return dict.fromkeys(("p50_s", "p95_s", "max_s"))
     return {
@@ -85,7 +85,7 @@ def latency_figures(latencies: list[float]) -> dict[str, float | None]:
 
 
 def run(checkpoint: Path, seconds: float, attack: Attack | None) -> dict[str, Any]:
-    """Serves, lets the clients work, and shuts down."""
+    """Starts a server, runs the clients and the attack, stops the server, and returns figures."""
     command = [sys.executable, "-m", "emu_jax.cli", "serve", "--host", "0.0.0.0", "--port", "0"]
     server = subprocess.Popen(
         [*command, "--checkpoint", str(checkpoint)], stderr=subprocess.PIPE, text=True
@@ -100,7 +100,7 @@ def run(checkpoint: Path, seconds: float, attack: Attack | None) -> dict[str, An
         if port is None:
             raise RuntimeError("the server ended before it served")
         threading.Thread(target=server.stderr.read, daemon=True).start()
-        for number in range(2 * CLIENTS):  # compiles what the clients need
+        for number in range(2 * CLIENTS):  # compiles the clients' programs
             ask(port, *request(number // 2, number))
         latencies: list[float] = []
         errors: list[str] = []
@@ -134,7 +134,7 @@ def run(checkpoint: Path, seconds: float, attack: Attack | None) -> dict[str, An
 
 
 def request(client: int, number: int) -> tuple[str, dict[str, Any]]:
-    """A chat or a drawing of a client's own."""
+    """Returns (path, body) of a chat request or a request for an image, specific to a client."""
     part = {"text": f"the digit {WORDS[client]}"}
     if number % 2:
         chat = {"max_new_tokens": 8, "seed": client}
@@ -153,7 +153,7 @@ def ask(port: int, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
 
 
 def work(port: int, client: int, until: float, latencies: list[float], errors: list[str]) -> None:
-    """One client's requests, until the time is over."""
+    """Sends one client's requests until the time `until`, one after another."""
     number = 0
     while time.monotonic() < until:
         started = time.monotonic()
@@ -169,7 +169,7 @@ def work(port: int, client: int, until: float, latencies: list[float], errors: l
 
 
 class Attack:
-    """Everything at once, spread over the time that the clients work."""
+    """All attacks at once, spread over the time that the clients run."""
 
     def __init__(self, seconds: float, idle: int, bodies: int, settings: int, cancelled: int):
         self._seconds, self._idle, self._bodies = seconds, idle, bodies
@@ -179,7 +179,7 @@ class Attack:
         self.counts = dict.fromkeys(("idle", "bodies", "settings", "cancelled"), 0)
 
     def report(self) -> dict[str, int]:
-        """How much of each was done."""
+        """Returns the count of each attack."""
         return {f"attackers_{name}": count for name, count in self.counts.items()}
 
     def start(self, port: int) -> None:
@@ -200,7 +200,7 @@ class Attack:
             return None
 
     def _hold(self) -> None:
-        """Connections that say nothing; those that the server closes are opened anew."""
+        """Holds silent connections, and replaces those that the server closes."""
         held: list[socket.socket] = []
         while not self._over.wait(0.2):
             held = [one for one in held if not closed(one)]
@@ -211,7 +211,7 @@ class Attack:
             one.close()
 
     def _drip(self) -> None:
-        """Bodies that arrive a byte at a time."""
+        """Sends bodies a byte at a time."""
         header = (
             b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 30000000\r\n\r\n" + b" " * 10_000
@@ -234,7 +234,7 @@ class Attack:
             one.close()
 
     def _vary(self) -> None:
-        """Requests of which no two have the same settings, `VARYING` at a time."""
+        """Sends requests with different settings each, `VARYING` at a time."""
         numbers = iter(range(self._settings))
         lock = threading.Lock()
         pause = VARYING * self._seconds / (self._settings + 1)
@@ -269,7 +269,7 @@ class Attack:
         return "/api/draw", {"parts": [part], "settings": settings}
 
     def _abandon(self) -> None:
-        """Drawings that nobody waits for."""
+        """Sends requests for images, and disconnects without waiting for the answers."""
         pause = self._seconds / (self._cancelled + 1)
         content = json.dumps(
             {"parts": [{"text": "nine"}], "settings": {"num_inference_steps": 100}}
@@ -289,7 +289,7 @@ class Attack:
 
 
 def closed(connection: socket.socket) -> bool:
-    """Whether the server has closed a connection."""
+    """Returns whether the server has closed a connection."""
     connection.setblocking(False)
     try:
         return not connection.recv(1)
@@ -300,7 +300,7 @@ def closed(connection: socket.socket) -> bool:
 
 
 def rss_anon(pid: int) -> float:
-    """MiB of memory that belong to a process alone; the least of some moments."""
+    """Returns the anonymous memory of a process in MiB, the minimum of 20 samples."""
     path = Path(f"/proc/{pid}/status")
     found = []
     for _ in range(20):

@@ -15,7 +15,8 @@ pipeline.py   `Batches`, the iterator that training reads; config.py, its `DataC
 digits.py     scikit-learn's handwritten digits as documents
 latents.py    precomputed conditions and latents of the decoder
 
-Importing this package imports nothing else: decoding processes load neither jax nor grain.
+Importing this package imports none of its modules, so decoding processes load neither jax nor
+grain.
 """
 
 from __future__ import annotations

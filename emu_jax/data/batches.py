@@ -1,9 +1,9 @@
 """Batches: one class for each kind, which reads, tokenizes and decodes documents into arrays.
 
-A document, or a few documents of packed rows, are one task for a thread pool. A document that
-cannot be read does not change where the others lie, so processes need not tell each other about
-damage. In a packed row its tokens become padding. In a batch of single documents it is replaced
-by a substitute that is a function of its number.
+A task for the thread pool is a document, or a few documents of packed rows. A document that cannot
+be read does not move the others, so processes need not tell each other about damage. In a packed
+row its tokens become padding. In a batch of single documents it is replaced by a substitute that
+is a function of its number.
 """
 
 from __future__ import annotations
@@ -249,9 +249,11 @@ class RowBuilder(BatchBuilder):
         return BuiltBatch(batch, (block, row), mine, counted | slots, damaged)
 
     def _tasks(self, places: list[_Placement]) -> list[list[_Placement]]:
-        """Splits documents into tasks of at most `_TOGETHER` images; a document with more images
-        is a task of its own. With several threads tasks get smaller towards the end, so that all
-        threads finish at about the same time."""
+        """Splits documents into tasks of at most `_TOGETHER` images.
+
+        A document with more images is a task of its own. With several threads, tasks get smaller
+        towards the end to let all threads finish at about the same time.
+        """
         threads = self._pool.threads
         sizes = [max(1, place.packed.images) for place in places]
         left, room = sum(sizes), 0
@@ -324,7 +326,7 @@ class RowBuilder(BatchBuilder):
 
 
 class _SingleBuilder(BatchBuilder):
-    """Batches with one document a row."""
+    """Batches with one document per row."""
 
     def reaches(self, position: Position) -> bool:
         return position[0] == 0
@@ -620,7 +622,7 @@ class _Sequence:
     """The token sequence of one document, grown part by part.
 
     Args:
-        images: number of images that stand before the document in its row.
+        images: number of images before the document in its row.
     """
 
     def __init__(self, builder: BatchBuilder, images: int) -> None:

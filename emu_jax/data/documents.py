@@ -254,9 +254,11 @@ class Source(Sequence[Document]):
         return Tally()
 
     def stamp(self) -> str:
-        """Returns a stamp of the media files that documents may name; it changes when a file
-        arrives. It is not part of `fingerprint`, because an arrival does not invalidate documents
-        that were read before."""
+        """Returns a stamp of the media files that documents may name.
+
+        It changes when a file arrives. It is not part of `fingerprint`, because an arrival does not
+        invalidate documents that were read before.
+        """
         return ""
 
     def __getitem__(self, index: int) -> Document:  # type: ignore[override]
@@ -280,7 +282,7 @@ def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> i
     if not storage.is_remote(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     with storage.writing(path) as temporary:
-        # One record a group: random reads would otherwise decompress whole groups.
+        # One record per group, since a random read decompresses a whole group.
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         count = 0
         for document in documents:
@@ -301,7 +303,7 @@ class DocumentFiles(Source):
     def __init__(self, paths: Sequence[str | os.PathLike], *, paired: bool = False) -> None:
         self.paths = [Path(p) for p in paths]
         self.paired = paired
-        self._records: list[Any] = []  # one data source a file
+        self._records: list[Any] = []  # one data source per file
         self._starts = [0]
         for given, path in zip(paths, self.paths, strict=True):
             if "://" in str(given):

@@ -25,7 +25,7 @@ from jaxtyping import UInt8
 from emu_jax.data import storage
 from emu_jax.errors import UserError
 
-# A larger image counts as an attack on the decoder's memory. A narrower one shows nothing once
+# A larger image counts as an attack on the decoder's memory. A narrower one is unrecognizable once
 # squashed to a square.
 MOST_PIXELS = 89_478_485  # above this Pillow warns
 MOST_ASPECT = 100.0

@@ -88,7 +88,7 @@ def inspect(
 
 
 def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, documents: int) -> Sample:
-    """Reads one row at a time on this thread alone, so that the time measured is one core's."""
+    """Reads one row at a time on this thread alone, to measure the time on one core."""
     alone = dataclasses.replace(
         cfg,
         batch_size=1,
@@ -124,8 +124,10 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
 
 
 def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -> dict[str, Any]:
-    """Returns statistics of packing over many documents, without decoding them. Packs whole
-    blocks, because the last rows of a block are emptier and have to count."""
+    """Returns statistics of packing over many documents, without decoding them.
+
+    Packs whole blocks, because the last rows of a block are emptier and have to count.
+    """
     many = dataclasses.replace(cfg, prefetch=0, max_damaged_rate=1.0)
     least = max(documents, 8 * cfg.block_documents)
     with Batches(many, tokenizer, kind, plan_only=True) as batches:
@@ -306,7 +308,7 @@ def _histogram(title: str, values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     if low == high:
         return f"<figure><h4>{title}</h4><figcaption>each has {low:,}</figcaption></figure>"
-    step = max(1, -(-(high - low + 1) // BINS))  # integers in a bar
+    step = max(1, -(-(high - low + 1) // BINS))  # integers per bar
     bars = -(-(high - low + 1) // step)
     counts = np.bincount([(value - low) // step for value in values], minlength=bars)
     shown = ""

@@ -87,8 +87,10 @@ class Progress:
         return found
 
     def after(self, folder: Path, *, rows: int, processes: int, position: Any) -> Progress:
-        """Returns the progress with one more part, which all processes have written; process 0
-        saves it."""
+        """Returns the progress with one more part, which all processes have written.
+
+        Process 0 saves it.
+        """
         files = tuple(_part_file(self.parts, process) for process in range(processes))
         done = Progress(self.run, rows, self.parts + 1, self.files + files, position)
         if jax.process_index() == 0:
@@ -256,8 +258,10 @@ class LatentBatches(Iterator[Batch]):
         return []
 
     def statistics(self) -> dict[str, Any]:
-        """Returns statistics of the global batches so far. A row counts as one image and no text,
-        because its text is not stored."""
+        """Returns statistics of the global batches so far.
+
+        A row counts as one image and no text, because its text is not stored.
+        """
         rows = self._position * self._cfg.batch_size
         return {
             "token_fill": 1.0,

@@ -1,4 +1,4 @@
-"""TokenLengths of documents, counted once: the tokens of each text, and the places of images."""
+"""Lengths of documents, counted once and cached: tokens of each text, and positions of images."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class TokenLengths:
     """The lengths of a source's documents: for each part, its number of tokens or IMAGE_PART.
 
     Counting reads the words of each document, and opens no image. The result is cached as mapped
-    arrays, keyed by the source and the tokenizer. It is written a chunk at a time, so that an
-    interrupted count resumes. A document that cannot be read has no parts.
+    arrays, keyed by the source and the tokenizer. It is written a chunk at a time, so an
+    interrupted count can be resumed. A document that cannot be read has no parts.
 
     Args:
         recount: count again if files were missing and some have arrived since; otherwise warn.

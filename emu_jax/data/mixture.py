@@ -359,7 +359,9 @@ def _check_usable(source: OpenSource, usage: Usage) -> None:
 
 
 def _shuffled(source: int, count: int, seed: int) -> grain.MapDataset:
-    """Returns an endless sequence of (source, index in it), in another order each epoch. The
-    permutation is computed index by index, not stored."""
+    """Returns an endless sequence of (source, index in it), in another order each epoch.
+
+    The permutation is computed index by index, not stored.
+    """
     indices = grain.MapDataset.source(range(count)).seed(seed).shuffle()
     return indices.map(lambda index: (source, int(index))).repeat(None)

@@ -40,10 +40,10 @@ class Part(NamedTuple):
 def window(
     parts: Sequence[Part], rng: np.random.Generator, *, tokens: int, images: int, n_causal: int
 ) -> list[Part]:
-    """Samples a window of `tokens` tokens of a longer document, with its first `images` images,
-    as the paper does for MMC4.
+    """Samples a window of `tokens` tokens of a longer document, as the paper does for MMC4.
 
-    Texts are cut at both ends of the window; an image that crosses an end is dropped.
+    The window keeps its first `images` images. Texts are cut at both ends of the window; an image
+    that crosses an end is dropped.
     """
     total = sum(part_tokens(part.size, n_causal) for part in parts)
     begin = int(rng.integers(total - tokens + 1)) if total > tokens else 0
@@ -61,8 +61,10 @@ def window(
 
 
 def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
-    """Samples `count` images of a document, each with the text that follows it (or, if none
-    follows, the text before it): the paper's second sampling of MMC4."""
+    """Samples `count` images of a document, as in the paper's second sampling of MMC4.
+
+    Each image keeps the text that follows it or, if none follows, the text before it.
+    """
     images = [n for n, part in enumerate(parts) if part.size == IMAGE_PART]
     chosen = rng.choice(images, min(count, len(images)), replace=False).tolist()
     kept = set(chosen)
@@ -78,9 +80,8 @@ def truncate(
 ) -> list[int]:
     """Truncates a document that is too long, and returns its new lengths.
 
-    Whole parts are kept as long as they fit; the document ends before the first one that does
-    not fit. A text that does not fit is shortened only if the document would otherwise have no
-    words. Images are never cut.
+    Whole parts are kept up to the first one that does not fit. A text that does not fit is
+    shortened only if the document would otherwise have no words. Images are never cut.
 
     Args:
         lengths: number of tokens of each part, or IMAGE_PART.
@@ -130,9 +131,9 @@ def pack(
 def _fill(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
     """Fills one row at a time.
 
-    The first remaining document opens a row. Then, among the documents that fit, the one is added
-    that leaves the least room, with tokens and images left in the proportion that the remaining
-    documents need.
+    The first remaining document opens a row. Then the best of the documents that fit is added,
+    until none fits. The best one leaves the least room, with tokens and images in the proportion
+    that the remaining documents need.
     """
     rows = []
     left = np.arange(len(sizes))

@@ -1,6 +1,6 @@
 """Random-access reads and atomic writes of files, on a local disk or through fsspec (`gs://`).
 
-Only regular local files are read: reading a pipe would block, and a device has no end.
+Only regular local files are read: reading a pipe would block, and reading a device may never end.
 
 fsspec is used rather than etils because its file systems read a byte range in one request, which
 random access to a tar needs. Failed reads are retried, because a store with thousands of readers
@@ -271,7 +271,7 @@ _KINDS = {
 
 
 def refresh() -> None:
-    """Closes the cached files, so that files replaced since are opened again."""
+    """Closes the cached files. The next read opens a file again, which may have been replaced."""
     _open.cache_clear()
 
 

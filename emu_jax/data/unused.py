@@ -21,7 +21,7 @@ _LONGEST = 300  # characters of an example, which may quote the data
 # reason that is not listed leaves out a whole document (`documents.REASONS`), or nothing that
 # training would read.
 LOSES: dict[str, tuple[str, ...]] = {
-    "unused sheet": ("images",),  # of a storyboard, behind its last frame
+    "unused sheet": ("images",),  # of a storyboard, after its last frame
     "missing image": ("images",),  # named, but in none of the media
     "no image": ("images",),  # null: it could not be downloaded
     "ambiguous image": ("images",),  # several files fit the name

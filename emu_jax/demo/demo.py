@@ -100,8 +100,9 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
 
 
 class _Clock:
-    """Total time of a demo in seconds, over all calls that worked on it. The time that a killed
-    call spent on its last stage is lost.
+    """Total time of a demo in seconds, over all calls that worked on it.
+
+    The time that a killed call spent on its last stage is lost.
 
     Raises:
         UserError: `workdir` holds a demo with other settings.
@@ -152,8 +153,10 @@ def _stage(name: str, workdir: Path, split: str, seed: int) -> TrainConfig:
 
 
 class Judge:
-    """Recognizes the digit in an image, by a support vector machine on 8x8 pixels. It is trained
-    on the training split only and never on generated images."""
+    """Recognizes the digit in an image, by a support vector machine on 8x8 pixels.
+
+    It is trained on the training split only, and never on generated images.
+    """
 
     def __init__(self, split: str, size: int) -> None:
         self.size = size
@@ -179,8 +182,10 @@ class Judge:
 
 
 def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]], float]:
-    """Captions each image of the split. Returns (image, caption, correct) for each, and the
-    accuracy."""
+    """Captions each image of the split.
+
+    Returns (image, caption, correct) for each, and the accuracy.
+    """
     pictures, labels = digits.digit_images(split)
     shown = [_rgb(p) for p in pictures]
     said = [" ".join(map(str, c)) for c in emu.complete([[p] for p in shown], max_images=0)]
@@ -198,8 +203,11 @@ def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
 
 
 def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any], float]:
-    """Continues counting sequences of the split, given three frames with subtitles. Correct is an
-    image of the next digit. Returns the sequences to show and the accuracy."""
+    """Continues counting sequences of the split, given three frames with subtitles.
+
+    A continuation is correct if it is an image of the next digit. Returns the sequences to show
+    and the accuracy.
+    """
     documents = DocumentFiles([data / split / "storyboards.array_record"])
     prompts, frames, answers = [], [], []
     for document in (documents[i] for i in range(SEQUENCES)):
@@ -207,7 +215,7 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
             p.text if isinstance(p, Text) else open_image(p.data).convert("RGB")
             for p in document.parts
         ]
-        *given, _, answer = parts  # the last frame, and its word
+        *given, _, answer = parts  # drops the last frame; its word is the answer
         prompts.append(given)
         frames.append([p for p in given if isinstance(p, Image.Image)])
         answers.append(digits.parse_digit(str(answer)))

@@ -1,9 +1,10 @@
 """Selection and order of in-context examples.
 
-`text`: sampled once for all questions, shown without their images (the paper's `*`).
+`text`: sampled once for all questions and shown without their images (the paper's `*`).
 `random`: sampled for each question.
-`rices`: the examples whose images are most similar to the question's (Yang et al. 2021,
-    arXiv:2109.05014), by cosine similarity of the model's visual features; the most similar last.
+`rices`: the examples whose images are most similar to the question's image (Yang et al. 2021,
+    arXiv:2109.05014), by cosine similarity of the model's visual features. The most similar one
+    comes last.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class FewShot:
         count: int,
         barrier: Callable[[str], None],
     ) -> None:
-        """Computes the features of the support set, or reads them from `folder`, which holds a file
-        for each `CHUNK` images. Processes share the work.
+        """Computes the features of the support set, or reads them from `folder`.
+
+        The folder has a file for each `CHUNK` images. Processes share the work.
 
         Raises:
             UserError: a file in `folder` is damaged.

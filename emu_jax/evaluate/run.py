@@ -108,8 +108,10 @@ class Options:
 
 
 def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> Result:
-    """Runs or resumes a task. Writes OUT, and beside it files with its stem and the suffixes
-    `.predictions.jsonl`, `.scores.json` and `.html`.
+    """Runs or resumes a task.
+
+    Writes OUT, and next to it files with its stem and the suffixes `.predictions.jsonl`,
+    `.scores.json` and `.html`.
 
     Raises:
         UserError: options are invalid, files are missing or damaged, or earlier predictions were
@@ -306,7 +308,7 @@ class Evaluation:
         folder = self.out.with_suffix(".images")
         folder.mkdir(exist_ok=True)
         seeds = [self.options.seed + item.fields["seed"] for item in items]
-        # The recorded settings keep their former names, so that old predictions still resume.
+        # The recorded settings keep their former names, so old predictions can still be resumed.
         settings = {RENAMED.get(name, name): value for name, value in stage.settings.items()}
         images = self.emu.generate_image(prompts, seed=seeds, **settings)
         names = []
@@ -327,8 +329,9 @@ class Evaluation:
     # --- Results ---
 
     def finish(self) -> Result:
-        """Merges the predictions, writes the results and scores them in the first process. The
-        other processes wait for it, even if it fails.
+        """Merges the predictions, writes the results and scores them in the first process.
+
+        The other processes wait for it, even if it fails.
 
         Raises:
             UserError: the results could not be written.
@@ -391,8 +394,9 @@ class Evaluation:
 
 
 class Store:
-    """Predictions files beside the result file: a line with the settings, then a JSON object per
-    item.
+    """Predictions files next to the result file.
+
+    Each has a line with the settings, then a JSON object per item.
 
     The first process writes STEM.predictions.jsonl, process k STEM.predictions.k.jsonl.
 
@@ -451,8 +455,10 @@ class Store:
 
     @contextlib.contextmanager
     def appending(self) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-        """Yields a function that appends rows to this process's file and flushes them, so that
-        they survive a killed process."""
+        """Yields a function that appends rows to this process's file.
+
+        It flushes them, so they survive if the process is killed.
+        """
         path = self.path(self._process)
         lines = whole_lines(path) if path.exists() else []
         with path.open("r+b" if path.exists() else "wb") as file:

@@ -1,10 +1,12 @@
-"""The plan's prediction for runs whose speed was published, with their stated settings.
+"""Predicted MFU of runs whose MFU was published, with the settings that they state.
 
 MaxText (AI-Hypercomputer/maxtext, src/maxtext/configs/tpu) publishes the MFU of dense language
-models that it calls 16B and 32B, on a v5e pod of 256 chips (v5e/README.md, 16b.sh, 32b.sh) and on
-"v5p-128", which is 64 chips: v5p slices are named by cores (v5p/README.md, 32b.sh). Its sizes
-follow from `global_parameter_scale`. The tables are older than its change, in July 2025, to
-counting causal attention half: they are read as counting all of it.
+models that it calls 16B and 32B. They ran on a v5e pod of 256 chips (v5e/README.md, 16b.sh, 32b.sh)
+and on "v5p-128" (v5p/README.md, 32b.sh). v5p slices are named by cores, so v5p-128 has 64 chips.
+The model sizes follow from MaxText's `global_parameter_scale`.
+
+Since July 2025 MaxText counts only half of the attention FLOPs under a causal mask. The published
+tables are older, so they are taken to count attention in full.
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ _32B = dataclasses.replace(_16B, width=8192)
 PUBLISHED = (
     Published("MaxText 16B", "v5e:16x16", 0.6110, 6, "full", _16B),
     Published("MaxText 32B", "v5e:16x16", 0.6686, 4, "full", _32B),
-    # MaxText's "minimal" keeps more products, with the residual stream split over `tensor`; here
-    # that stream is whole, and the MLP's products do not fit beside it.
+    # MaxText's "minimal" saves more matmul outputs, with the residual stream sharded over `tensor`.
+    # Here the residual stream is replicated, which leaves no room for the MLP's outputs.
     Published("MaxText 32B", "v5p:4x4x4", 0.7147, 6, "minimal", _32B, tensor=4),
 )
 
 
 def calibrate() -> list[dict[str, Any]]:
-    """For each published run: its MFU and the predicted bounds, attention counted in full."""
+    """Returns each published run's MFU and its predicted bounds, with attention counted in full."""
     rows = []
     for run in PUBLISHED:
         cfg = run.config

@@ -1,9 +1,9 @@
-"""Counts what a compiled TPU module does, from its text: FLOPs, HBM bytes, collective bytes.
+"""FLOPs, HBM bytes and collective bytes of a compiled TPU module, counted from its text.
 
-XLA's own cost analysis counts the body of a loop once and knows nothing of Pallas kernels.
-Here a loop's body counts as often as it runs, a fusion's FLOPs are those inside it and its
-bytes those it exchanges with HBM, and kernels are counted by what they are known to do
-(`KERNELS`); one that is not known is named in `Counts.unknown`.
+XLA's own cost analysis counts a loop's body once and ignores Pallas kernels. Here a loop's body
+counts once per iteration. A fusion's FLOPs are those of the instructions inside it, and its bytes
+are those that it reads from and writes to HBM. The FLOPs of known Pallas kernels come from
+`KERNELS`; `Counts.unknown` names the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
-    space: int = 0  # 0: HBM; others are on the chip, or the host's
+    space: int = 0  # 0 is HBM; others are on-chip memory or host memory
 
     @property
     def in_hbm(self) -> bool:
@@ -57,13 +57,13 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The text after `name=`, up to the next comma outside of brackets."""
+        """Returns the text after `name=`, up to the next comma outside brackets, or None."""
         found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
         return _until(self.attributes[found.end() :], ",") if found else None
 
     @property
     def called(self) -> str | None:
-        """The computation that a fusion or a call runs."""
+        """Name of the computation that a fusion or a call runs, or None."""
         name = self.attribute("calls") or self.attribute("to_apply")
         return name.lstrip("%") if name else None
 
@@ -76,45 +76,45 @@ class Collective:
     """One collective operation of one device."""
 
     kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
-    bytes: float  # of the whole array: gathered, or before it is reduced
-    # A group of logical devices that takes part; of a permutation, source and target of every
+    bytes: float  # of the whole array: after a gather, before a reduction
+    # One group of participating logical devices. For a permutation: the source and target of each
     # pair in turn.
     group: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one instruction, each time it runs."""
+    """Cost of one execution of an instruction, and the number of its executions."""
 
     flops: float
     hbm_bytes: float
     times: float
-    source: str = ""  # the operation of the program that it comes from
+    source: str = ""  # the JAX operation that it was compiled from, or else the HLO opcode
 
 
 @dataclasses.dataclass
 class Counts:
-    """Totals of one device over one run of the module."""
+    """Totals for one device and one run of the module."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
-    instructions: list[Cost] = dataclasses.field(default_factory=list)  # one after another
-    collectives: dict[Collective, float] = dataclasses.field(  # times each runs
+    instructions: list[Cost] = dataclasses.field(default_factory=list)  # in order
+    collectives: dict[Collective, float] = dataclasses.field(  # number of executions
         default_factory=lambda: defaultdict(float)
     )
-    # Handed to the runtime that sums over slices: what a device's own slice has summed.
+    # Sent to the runtime that reduces over slices, after the reduction within the slice.
     dcn_bytes: float = 0.0
-    host_bytes: float = 0.0  # moved to and from the host's memory
+    host_bytes: float = 0.0  # moved to and from host memory
     unknown: set[str] = dataclasses.field(default_factory=set)
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """(computations by name, the entry's name) of an HLO module's text."""
+    """Parses an HLO module. Returns (computations by name, name of the entry computation)."""
     computations: dict[str, Computation] = {}
     current: Computation | None = None
     entry = ""
     for line in text.splitlines():
-        if line == "}":  # a kernel's metadata may span lines, and end one in more braces
+        if line == "}":  # exactly: kernel metadata may span lines that end in more braces
             current = None
         elif header := _HEADER.match(line):
             current = computations[header[2]] = {}
@@ -150,7 +150,7 @@ class _Walk:
     def run(self, name: str, times: float) -> None:
         """Counts a computation that runs `times` times."""
         body = self.computations[name]
-        seen: set[str] = set()  # channels: a gather that hides behind products is in all of them
+        seen: set[str] = set()  # channels: a gather that overlaps matmuls appears in each
         for one in body.values():
             if one.op == "while":
                 turns = self.turns(one)
@@ -166,8 +166,11 @@ class _Walk:
                 self.one(body, one, times, seen)
 
     def turns(self, loop: Instruction) -> float:
-        """The trip count of a loop. Its counter starts at 0, is compared with a constant, and grows
-        by another: 2 where XLA multiplies pieces as they arrive from both sides of a ring."""
+        """Returns the trip count of a loop, and records it in `Counts.unknown` if it is a guess.
+
+        Assumes a counter that starts at 0, is compared with a constant and grows by a constant
+        step. The step is 2 if XLA multiplies pieces as they arrive from both sides of a ring.
+        """
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return float(known[1])
@@ -197,7 +200,7 @@ class _Walk:
             self.counts.dcn_bytes += one.arrays[0].bytes * times
         flops = self.flops(body, one)
         if one.op in _COLLECTIVES or one.op.startswith(("send", "recv")):
-            return  # its time is the network's
+            return  # takes network time only
         if one.op.endswith(("-done", "-update")):
             return
         moved = self.hbm_bytes(body, one)
@@ -210,7 +213,7 @@ class _Walk:
             name = source[1] if source else one.op
             self.counts.instructions.append(Cost(flops, moved, times, name))
 
-    # Products
+    # FLOPs
 
     def flops(self, body: Computation, one: Instruction) -> float:
         if one.op == "dot":
@@ -233,7 +236,7 @@ class _Walk:
     # Bytes
 
     def hbm_bytes(self, body: Computation, one: Instruction) -> float:
-        """Read and written by one instruction."""
+        """Returns the HBM bytes that one instruction reads and writes."""
         operands = [body[name].arrays for name in one.operands if name in body]
         if one.op == "fusion" and one.called:
             inner = self.computations[one.called]
@@ -243,16 +246,16 @@ class _Walk:
             return 2 * _hbm(one.arrays)
         if one.op in ("dynamic-update-slice", "scatter"):
             return 2 * sum(map(_hbm, operands[1:]))
-        if one.op == "slice-start":  # names (operands, result, context)
+        if one.op == "slice-start":  # its arrays are (operands, result, context)
             source, result = one.arrays[:2]
             return result.bytes * (source.in_hbm + result.in_hbm)
         if one.op in ("copy-start", "copy"):
-            # An asynchronous copy names (destination, source, context).
+            # The arrays of an asynchronous copy are (destination, source, context).
             return _hbm(one.arrays[:1]) + sum(map(_hbm, operands[:1]))
         return _hbm(one.arrays) + sum(map(_hbm, operands))
 
     def read(self, inner: Computation, number: int, arrays: Sequence[Array]) -> float:
-        """Bytes that a fusion reads of operand `number`: only the slices, if it only slices it."""
+        """Returns the bytes that a fusion reads of operand `number`, which it may only slice."""
         whole = _hbm(arrays)
         if not whole:
             return 0.0
@@ -265,7 +268,7 @@ class _Walk:
         return whole if sliced is None else min(sliced, whole)
 
     def sliced(self, inner: Computation, name: str) -> float | None:
-        """Bytes of the slices through which alone `name` is used; None if it is used whole."""
+        """Returns the bytes of all slices taken of `name`, or None if any use reads all of it."""
         total = 0.0
         for one in inner.values():
             if name not in one.operands:
@@ -297,7 +300,7 @@ class _Walk:
         return total
 
     def written(self, inner: Computation, fusion: Instruction) -> float:
-        """Bytes that a fusion writes: only the update, for an array that it updates in place."""
+        """Returns the bytes that a fusion writes. An in-place update counts without its array."""
         root = next(one for one in inner.values() if one.root)
         results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
         total = 0.0
@@ -317,10 +320,10 @@ class _Walk:
     # Collectives
 
     def collectives(self, body: Computation, one: Instruction) -> Iterator[tuple[str, Collective]]:
-        """(channel, collective) of an instruction, or of those inside a fusion."""
+        """Yields (channel, collective) of an instruction, or of the instructions in a fusion."""
         if one.op == "fusion" and one.called:
             inner = self.computations[one.called]
-            # A sum of which each device keeps its slice: what a reduce-scatter becomes.
+            # XLA compiles a reduce-scatter to an all-reduce of which each device keeps a slice.
             scatter = "all-reduce-scatter" in one.called
             for each in inner.values():
                 for channel, found in self.collectives(inner, each):
@@ -345,7 +348,7 @@ class _Walk:
         yield f"{kind} {one.attribute('channel_id') or one.name}", Collective(kind, size, group)
 
 
-_HOST = 5  # the memory space of the host
+_HOST = 5  # memory space
 _FREE = {
     "parameter",
     "constant",
@@ -373,14 +376,17 @@ _COLLECTIVES = {
 
 
 def _splash(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], float]:
-    """Splash attention: so many products of [queries, K] with [keys, K], masked blocks left out."""
+    """Returns the FLOPs of a splash attention kernel, as a function of its operands' shapes.
+
+    The kernel does `products` matmuls of [queries, K] with [keys, K] and skips masked blocks.
+    """
 
     def flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
-        # [batch, heads, T, K]; XLA drops a batch of one.
+        # The queries are [batch, heads, T, K]; XLA drops a batch of 1.
         queries = next((shape for shape in shapes if len(shape) == 4), None)
         queries = queries or max((s for s in shapes if len(s) == 3), key=math.prod)
         batch, heads, length, width = (1, *queries)[-4:]
-        # Blocks [kv, q] are listed for the kernel; under a causal mask it visits the lower half.
+        # The kernel takes a list of blocks [kv, q]; under a causal mask it visits the lower half.
         mask = next(
             (s for s in shapes if len(s) == 3 and s[0] in (1, heads) and s != queries), None
         )
@@ -392,7 +398,10 @@ def _splash(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], flo
 
 
 def _short(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], float]:
-    """Attention over whole rows: so many products of [T, heads x K] with [S, heads x K]."""
+    """Returns the FLOPs of attention over whole rows, as a function of its operands' shapes.
+
+    The kernel does `products` matmuls of [T, heads x K] with [S, heads x K].
+    """
 
     def flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
         (rows, queries, width), (_, keys, _) = shapes[:2]
@@ -401,25 +410,28 @@ def _short(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], floa
     return flops
 
 
-# Pallas kernels by the beginning of their name.
+# FLOPs of Pallas kernels, by prefix of their name.
 KERNELS: dict[str, Callable[[Instruction, list[tuple[int, ...]]], float]] = {
     short_attention.FORWARD: _short(2),
     short_attention.BACKWARD: _short(5),
     "splash_mha_fwd": _splash(2),
-    "splash_mha_dkv": _splash(5),  # with the queries' gradient: the fused kernel
+    "splash_mha_dkv": _splash(5),  # the fused kernel, which also computes dQ
     "splash_mha_dq": _splash(3),
 }
 
 
 def _convolution(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
-    """2 x multiplications with an element that is really there: XLA writes batched products as
-    convolutions whose padding and dilation make all other pairs meet nothing."""
+    """Returns 2 FLOPs for each multiplication by an actual input element.
+
+    XLA writes batched matmuls as convolutions, in which all other multiplications fall on padding
+    or on the gaps of a dilation.
+    """
     labels = (one.attribute("dim_labels") or "").split(" ")[0]
     left, right, out = re.split(r"_|->", labels)
     result = one.arrays[0].shape
     spatial = sorted(label for label in left if label.isdigit())
     window = _window(one.attribute("window") or "", len(spatial))
-    # The kernel's input features are those of one feature group already.
+    # The kernel's input features already cover a single feature group.
     total = 2.0 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]
     total /= int(one.attribute("batch_group_count") or 1)
     for label, size in zip(spatial, window, strict=True):
@@ -430,7 +442,7 @@ def _convolution(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -
 
 
 def _window(text: str, axes: int) -> list[dict[str, int]]:
-    """Stride, padding and dilation along each spatial axis."""
+    """Returns stride, low padding and dilations along each spatial axis."""
     fields = dict(part.split("=") for part in text.strip("{}").split() if "=" in part)
 
     def along(name: str, default: str) -> list[str]:
@@ -451,25 +463,26 @@ def _window(text: str, axes: int) -> list[dict[str, int]]:
 def _meetings(
     size: int, taps: int, outputs: int, *, stride: int, low: int, base: int, kernel: int
 ) -> int:
-    """Pairs of an output and a tap that meet an input element, along one axis."""
+    """Counts the pairs of an output and a tap that read an input element, along one axis."""
     place = np.arange(outputs)[:, None] * stride + np.arange(taps)[None, :] * kernel - low
     inside = (place >= 0) & (place <= (size - 1) * base) & (place % base == 0)
     return int(np.count_nonzero(inside))
 
 
 def first_group(text: str, attributes: str = "") -> tuple[int, ...]:
-    """The first group of `replica_groups`, in any of the forms that XLA prints:
-    `{{0,1},{2,3}}`, `[2,64]<=[64,2]T(1,0)`, or `mesh['a'=2,'b'=64] ... {'b'}`.
+    """Returns the first group of `replica_groups`, in any of the forms that XLA prints.
+
+    These are `{{0,1},{2,3}}`, `[2,64]<=[64,2]T(1,0)` and `mesh['a'=2,'b'=64] ... {'b'}`.
 
     Raises:
-        ValueError: another form.
+        ValueError: the form is unknown.
     """
     if text.startswith("{{"):
         return tuple(map(int, text[2:].split("}")[0].split(",")))
     if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return tuple(_iota(found[2], found[3]).reshape(_numbers(found[1]))[0].tolist())
     if text.startswith("mesh["):
-        # The device list and the axes stand behind commas of their own.
+        # `text` ends at the first comma, before the device list and the axes.
         whole = attributes[attributes.index("replica_groups=") + len("replica_groups=") :]
         sizes = re.match(r"mesh\[([^\]]*)\]", whole)
         assert sizes
@@ -487,7 +500,7 @@ def first_group(text: str, attributes: str = "") -> tuple[int, ...]:
 
 
 def _constant(one: Instruction) -> int | None:
-    """The value of a scalar integer constant."""
+    """Returns the value of a scalar integer constant, or None."""
     found = re.match(r"(\d+)\)", one.attributes) if one.op == "constant" else None
     return int(found[1]) if found else None
 
@@ -522,7 +535,7 @@ def _bare(name: str | None) -> str:
 
 
 def _until(text: str, stop: str) -> str:
-    """The text up to `stop` outside of brackets and quotes."""
+    """Returns the text before the first `stop`, or closing bracket, outside brackets and quotes."""
     depth, quoted = 0, False
     for n, c in enumerate(text):
         if c == '"' and text[n - 1] != "\\":

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation for a TPU topology, with predicted memory and step time.
 
-libtpu's compiler runs on any x86 host: what is compiled is the very program that a pod would
-run. Its memory is the compiler's own figure; its time is a roofline of the compiled module
-(`plan.hlo`, `plan.roofline`).
+libtpu's compiler runs on any x86 host, so it compiles the same program that a pod would run. The
+memory is the compiler's own figure. The time is a roofline of the compiled module (`plan.hlo`,
+`plan.roofline`).
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from emu_jax.train.step import Params, Trainer, mesh_for
 log = logging.getLogger(__name__)
 
 Report = dict[str, Any]
-# What `--for` names: a training step of the config's own objective or of the decoder's, or one
-# token of every row of a batch.
+# Values of `--for`: a training step of the config's objective, a training step of the decoder, or
+# decoding one token for each row of a batch.
 PROGRAMS = ("train", "decoder", "generate")
-# Of the compiler's flags for all TPUs (launch/flags.sh) those without which it may crash.
+# The flags for all TPUs in launch/flags.sh without which the compiler may crash.
 SAFE: dict[str, str | bool] = {"xla_tpu_nested_dot_fusion": False, "xla_tpu_dot_dot_fusion": False}
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The topology's devices: to compile for, not to run on.
+    """Returns the devices of a topology, for compilation only.
 
     Raises:
-        UserError: libtpu is not installed, or knows no such topology.
+        UserError: libtpu is not installed, or does not know the topology.
     """
     from jax.experimental import topologies
 
-    # libtpu would ask a metadata server which TPU this is, and lock out a second process.
+    # By default libtpu asks a metadata server for the TPU type and locks out a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
@@ -68,7 +68,7 @@ def devices_of(topology: Topology) -> list[Any]:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=str(topology), **more
         )
-    except Exception as error:  # whatever the plugin raises
+    except Exception as error:  # the plugin may raise any type
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"cannot load the TPU compiler ({error}): pip install 'emu_jax[plan]'"
@@ -80,10 +80,11 @@ def devices_of(topology: Topology) -> list[Any]:
 def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
     """Compiles one step of `program` for `topology` and reports its memory and time.
 
-    The keys of the report are described in docs/scaling.md.
+    docs/scaling.md describes the keys of the report.
 
     Raises:
-        UserError: no such program or topology, or the mesh does not fit the batch.
+        UserError: the program or topology is unknown, the dtype is not bfloat16, or the batch
+            cannot be split over the mesh.
     """
     if program not in PROGRAMS:
         raise UserError(f"--for {program!r} is not known{suggest(program, PROGRAMS)}")
@@ -109,23 +110,24 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
 
 
 class CompilerCrash(UserError):
-    """The compiler ended the process that it ran in."""
+    """Raised when the compiler crashes the process that it runs in."""
 
 
 def plan_in_subprocess(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
-    """`plan` in a process of its own: a fault of the compiler ends that one alone.
+    """Runs `plan` in a subprocess, which isolates this process from crashes of the compiler.
 
     Raises:
-        UserError: as `plan`; `CompilerCrash` after a fault.
+        UserError: `plan` raised it.
+        CompilerCrash: the compiler crashed.
     """
     return run_in_subprocess(plan, cfg, topology, program)
 
 
 def run_in_subprocess(run: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls `run(*arguments)` in a process of its own; returns or raises what it does.
+    """Calls `run(*arguments)` in a subprocess. Returns its result or raises its exception.
 
     Raises:
-        CompilerCrash: the process was ended by a fault.
+        CompilerCrash: the subprocess crashed.
     """
     level = logging.getLogger("emu_jax").getEffectiveLevel()
     with ProcessPoolExecutor(
@@ -140,8 +142,10 @@ def run_in_subprocess(run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _begin(level: int) -> None:
-    """Logs as the command line does, and ends when the process that asked is killed: the
-    compiler would go on for minutes, in gigabytes."""
+    """Sets up logging as the command line does, and makes the process exit with its parent.
+
+    Without the parent, the compiler would keep running for minutes and use gigabytes of memory.
+    """
     asked = multiprocessing.parent_process()
     assert asked is not None
     threading.Thread(target=lambda: (asked.join(), os._exit(1)), daemon=True).start()
@@ -150,9 +154,11 @@ def _begin(level: int) -> None:
 
 
 def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Report:
-    """Decoding: the language model, in the computation's dtype, reads one token of every row
-    after `row_tokens` that its cache holds. Heads are split, not gathered: nothing is worth
-    gathering parameters for one token."""
+    """Plans one decode step: the language model reads one token per row.
+
+    Parameters are in the compute dtype, and the KV cache has `row_tokens` slots per row. By
+    default heads are sharded, because gathering parameters does not pay off for one token.
+    """
     llama = cfg.model.llama
     dtype = jnp.dtype(cfg.dtype)
     if cfg.mesh == MeshConfig():
@@ -206,7 +212,7 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
         }
         flops = 2.0 * rows * (products + attended)
         report = _report(cfg, topology, mesh, lowered, kinds, flops, "generate")
-    if report["fits"]:  # one token a row, not a row of them
+    if report["fits"]:  # one token per row, not row_tokens
         for key in ("tokens_per_second", "tokens_per_second_overlap"):
             report[key] /= length
     return report
@@ -306,7 +312,7 @@ def _report(
 
 
 def abstract_batch(trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch, its rows shared out."""
+    """Returns the global batch as abstract arrays, with its rows sharded."""
     where = batch_sharding(trainer.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -315,7 +321,7 @@ def abstract_batch(trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def shard_bytes(tree: Any) -> float:
-    """Bytes of one device's shards of abstract arrays."""
+    """Returns the bytes of one device's shards of abstract arrays."""
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -325,7 +331,7 @@ def shard_bytes(tree: Any) -> float:
 
 
 def memory_by_kind(trainer: Trainer, batch: Any) -> dict[str, float]:
-    """Bytes of one device that are known without compiling: all but the step's temporaries."""
+    """Returns the bytes per device known without compiling: all but the step's temporaries."""
     state = trainer.state_shapes
     return {
         "parameters": shard_bytes((state.trained, state.frozen, state.ema)),
@@ -336,8 +342,10 @@ def memory_by_kind(trainer: Trainer, batch: Any) -> dict[str, float]:
 
 
 def kept_bytes(trainer: Trainer, batch: Any) -> float:
-    """Bytes that a device keeps from the forward for the backward pass: what the gradient's
-    function holds but for parameters, shared out like the batch."""
+    """Returns the bytes per device that the forward pass saves for the backward pass.
+
+    These are the residuals of the VJP except parameters, assumed to be sharded like the batch.
+    """
     state = trainer.state_shapes
 
     def backward(trained: Params, frozen: Params, batch: Any) -> Any:
@@ -355,12 +363,14 @@ def kept_bytes(trainer: Trainer, batch: Any) -> float:
 
 
 def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, float]]:
-    """{mesh axes: {kind of collective: bytes of one step}}; axes joined by `+`. `slices` is what
-    each device hands over to be summed with other slices."""
+    """Returns {mesh axes: {kind of collective: bytes of one step}}, with axes joined by `+`.
+
+    The entry `slices` has the bytes that each device sends to be reduced over slices.
+    """
     places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for collective, often in counts.collectives.items():
-        one = 2 if collective.kind == "collective-permute" else None  # a pair of them
+        one = 2 if collective.kind == "collective-permute" else None  # one pair
         where = places[list(collective.group[:one])]
         axes = [name for n, name in enumerate(MESH_AXES) if len(set(where[:, n].tolist())) > 1]
         table["+".join(axes) or "none"][collective.kind] += collective.bytes * often
@@ -370,7 +380,7 @@ def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, floa
 
 
 def summary(report: Report) -> str:
-    """A report for people."""
+    """Formats a report as text."""
     gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
     mesh = ", ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items())
     remat = ", ".join(f"{tower} {policy}" for tower, policy in report["remat"].items())

@@ -1,14 +1,14 @@
 """Lower bounds on the time of a compiled module, from its work and the chip's peaks.
 
-Three resources: products (`flops` over the peak), HBM (bytes over its bandwidth) and the
-network (collective bytes over the links that carry them). Two bounds follow:
+There are three resources: matmuls (`flops` over the peak), HBM (bytes over its bandwidth) and the
+network (collective bytes over the bandwidth of the links that carry them). There are two bounds:
 
-  overlapped  the busiest resource alone: all work hides behind it
-  serial      instructions one after another, each at its own roofline (products and HBM of one
-              instruction are pipelined within it), every collective waited for
+  overlapped  the time of the busiest resource, with all other work overlapped
+  serial      one instruction after another, each at its own roofline (matmuls and HBM traffic
+              overlap within an instruction), and no collective overlapped
 
-Neither knows of vector arithmetic, of latencies, or of products that do not fill the matrix
-units: a real step lies above the overlapped bound, and may lie above the serial one.
+Neither bound includes vector arithmetic, latencies, or matmuls that do not fill the matrix units.
+A real step is slower than the overlapped bound, and may be slower than the serial one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from emu_jax.plan.hlo import Collective, Counts
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one run on one device."""
+    """Seconds of one run of a module on one device."""
 
     compute: float
     hbm: float
     ici: float
     dcn: float
-    instructions: float  # products and HBM, instruction by instruction
+    instructions: float  # sum of the rooflines of all instructions, without collectives
 
     @property
     def overlapped(self) -> float:
@@ -44,7 +44,7 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Coordinates in the torus, and slice, of a mesh's logical devices."""
+    """Torus coordinates and slices of a mesh's logical devices."""
 
     topology: Topology
     coordinates: Sequence[tuple[int, ...]]
@@ -52,7 +52,7 @@ class Network:
 
     @classmethod
     def of(cls, topology: Topology, devices: Sequence[Any]) -> Network:
-        """`devices` in the mesh's order: a collective names them by their place in it."""
+        """Creates the network of a mesh's devices, in the order by which collectives index them."""
         axes = len(topology.shape)
         return cls(
             topology,
@@ -61,8 +61,10 @@ class Network:
         )
 
     def seconds(self, collective: Collective) -> tuple[float, float]:
-        """(over ICI, over DCN) of one collective, by the ring algorithm along all axes of the
-        torus that its group spans, each carrying its share."""
+        """Returns the seconds of one collective (over ICI, over DCN).
+
+        Assumes the ring algorithm, with the data split over all torus axes that the group spans.
+        """
         group, size = collective.group, len(collective.group)
         if size < 2 or not collective.bytes:
             return 0.0, 0.0
@@ -80,29 +82,29 @@ class Network:
         if len(within) > 1:
             share = (len(within) - 1) / len(within)
             if collective.kind in ("all-to-all", "ragged-all-to-all"):
-                share /= 4  # half of the data travels half the ring each way
+                share /= 4  # half of the data goes each way, at most half the ring
             ici = passes * collective.bytes * share / (self.bandwidth(within) / devices)
         if len(slices) > 1:
-            # Devices of a slice have split the array among them before it leaves.
+            # Each device of a slice sends its own part of the array.
             part = collective.bytes / len(within)
             share = (len(slices) - 1) / len(slices)
             dcn = passes * part * share / (chip.dcn_bandwidth / devices)
         return ici, dcn
 
     def bandwidth(self, group: Sequence[int]) -> float:
-        """Bytes per second that flow into a chip whose group spans these places."""
+        """Returns the bytes per second into a chip of a group, infinite for a single chip."""
         links = 0.0
         for axis, ways in enumerate(self.topology.link_ways()):
             places = {self.coordinates[n][axis] for n in group}
             if len(places) > 1:
-                # A part of a ring is a line; so is one that leaves out places.
+                # A group that does not span the whole axis has no ring, only a line.
                 links += ways if len(places) == self.topology.shape[axis] else 1.0
         if not links:  # two devices of one chip
             return math.inf
         return links * self.topology.chip.link_bandwidth
 
     def hops(self, source: int, target: int) -> int:
-        """Links between two places, the shorter way round a ring."""
+        """Returns the number of links between two devices, the shorter way around a ring."""
         total = 0
         for a, b, side, ways in zip(
             self.coordinates[source],
@@ -117,7 +119,7 @@ class Network:
 
 
 def times(counts: Counts, network: Network) -> Times:
-    """The module's times on one device of the network's topology."""
+    """Returns the module's times on one device of the network's topology."""
     chip = network.topology.chip
     peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
     ici = dcn = 0.0
@@ -139,8 +141,11 @@ def times(counts: Counts, network: Network) -> Times:
 
 
 def busiest(counts: Counts, topology: Topology, most: int = 12) -> list[dict[str, Any]]:
-    """The operations of the program on which the serial bound spends its time, most first: all
-    instructions that come from one, with the seconds of products and of HBM in them."""
+    """Returns the `most` operations that take most of the serial bound, the slowest first.
+
+    An entry sums all instructions compiled from one operation of the program: their serial
+    seconds, and their seconds of matmuls and of HBM traffic.
+    """
     chip = topology.chip
     peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
     found: dict[str, dict[str, Any]] = {}

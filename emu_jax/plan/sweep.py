@@ -1,8 +1,8 @@
-"""Tries settings on topologies, keeps every report, and draws how the best of them scales.
+"""Compares settings on topologies, stores every report, and plots how the best setting scales.
 
-OUT/sweep.json   every report; a sweep that was stopped goes on from it
+OUT/sweep.json   every report; an interrupted sweep resumes from it
 OUT/sweep.md     the table
-OUT/scaling.png  predicted tokens per second and MFU over chips
+OUT/scaling.png  predicted tokens per second and MFU by number of chips
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from emu_jax.train.step import Trainer, mesh_for
 
 log = logging.getLogger(__name__)
 
-# From most memory to least, and so from least computed again to most.
+# From most memory to least, and so from least recomputation to most.
 POLICIES = ("dots", "minimal", "full")
 ROWS_PER_CHIP = (16, 12, 8, 6, 4, 3, 2, 1)
-# Slices along which a scaling curve is drawn, in chips; the last of 2D ones are several slices.
+# {torus axes: (shape in chips, number of slices) of each point of a scaling curve}
 LADDERS: dict[int, tuple[tuple[str, int], ...]] = {
     2: (("4x4", 1), ("8x8", 1), ("16x16", 1), ("16x16", 2)),
     3: (("4x4x4", 1), ("4x4x8", 1), ("8x8x8", 1)),
 }
 CURVES = ("weak", "strong")
-REGION = "sweep"  # of a page, between two HTML comments
+REGION = "sweep"  # region of a page, between two HTML comments
 HEAD = (
     "topology",
     "chips",
@@ -63,20 +63,20 @@ HEAD = (
     "MFU, no overlap",
     "MFU, overlap",
 )
-# Before anything was compiled for a chip: the part of its memory that temporaries take.
+# Assumed fraction of a device's memory that temporaries take, until a first compile.
 TEMPORARIES = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Settings that differ in their rows per chip alone, and what tracing one of them says."""
+    """Settings that differ only in rows per chip, with costs estimated by tracing one of them."""
 
     policy: str
     fsdp: int
-    held: float  # bytes of a device, whatever the rows: parameters and optimizer
-    kept: float  # bytes of a device that each row of a chip adds: activations and batch
-    products: float  # seconds of a chip for each of its rows
-    network: float  # seconds of a step, whatever the rows
+    held: float  # bytes per device, independent of the rows: parameters and optimizer
+    kept: float  # bytes per device for each row of a chip: activations and batch
+    products: float  # seconds of matmuls per row of a chip
+    network: float  # seconds of collectives per step, independent of the rows
 
     def setting(self, cfg: TrainConfig, topology: Topology, rows: int) -> TrainConfig:
         return _setting(cfg, topology, self.policy, self.fsdp, rows)
@@ -94,7 +94,7 @@ def _setting(
 
 
 def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Family:
-    """Traces the step at the fewest rows; nothing is compiled."""
+    """Estimates the costs of a family by tracing a step at the fewest rows, without compiling."""
     chip = topology.chip
     rows = chip.devices
     cfg = _setting(cfg, topology, policy, fsdp, rows)
@@ -104,7 +104,7 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
         batch = abstract_batch(trainer)
         kinds = memory_by_kind(trainer, batch)
         flops = jaxpr_flops(trainer.step.trace(trainer.state_shapes, batch).jaxpr.jaxpr)
-    # Of float32 parameters, each is gathered in bfloat16 for both passes, and its gradient summed.
+    # Float32 parameters are gathered in bfloat16 for both passes, and their gradients reduced.
     passed = 3 * kinds["parameters"] * fsdp / 2 * chip.devices
     return Family(
         policy,
@@ -119,15 +119,17 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
 def sweep(
     pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: Sequence[str] = CURVES
 ) -> Report:
-    """Finds the best setting of every topology, and compiles how it scales.
+    """Finds the best setting for each topology, and compiles the points of its scaling curves.
 
-    Compiling is what takes time, so what is sure to lose is left out (`_Search`). Policies are
-    tried on one mesh, and the best of them on the other.
+    Compiling takes most of the time, so settings that are sure to lose are skipped (`_Search`).
+    All policies are tried on the first mesh. Only the best one is tried on the others, unless none
+    has fit so far.
 
-    Returns the best report of each topology, under its name.
+    Returns:
+        {best: {topology: its best report}, reports: number of reports, out: the directory}.
 
     Raises:
-        UserError: nothing fits a topology.
+        UserError: no setting fits a topology.
     """
     out.mkdir(parents=True, exist_ok=True)
     kept = _Kept(out / "sweep.json")
@@ -148,7 +150,7 @@ def sweep(
 
 
 def _publish(reports: list[Report], out: Path) -> None:
-    """The table and the plot of what there is so far."""
+    """Writes the table and the plot of the reports so far."""
     write_text(out / "sweep.md", table(reports))
     curves = [report for report in reports if report["curve"]]
     if curves:
@@ -156,9 +158,10 @@ def _publish(reports: list[Report], out: Path) -> None:
 
 
 def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
-    """Ways of FSDP to try, the likelier first: as many as divide the model, and half of them.
+    """Returns the FSDP sizes to try: the largest that divides the model, and half of it.
 
-    XLA makes an all-reduce of a gather whose group is the whole slice: then the half goes first.
+    The more promising one comes first. That is the smaller one if the larger spans a whole slice,
+    because XLA then turns all-gathers into all-reduces.
     """
     wide = dataclasses.replace(cfg.data, batch_size=topology.chips * topology.chip.devices)
     free = dataclasses.replace(cfg, data=wide, mesh=MeshConfig(tensor=1))
@@ -169,19 +172,20 @@ def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
 
 
 class _Search:
-    """The best setting of one topology, found with few compiles.
+    """Search for the best setting of one topology with few compiles.
 
-    Of a family, rows that would not fit are left out: by what is known without compiling, and
-    the temporaries of the last compile. The family that promises most goes first; one that
-    promises less than what was found is left out: by its products and its network alone, at the
-    pace of those that were compiled.
+    Numbers of rows that would not fit are skipped, judged by the memory that is known without
+    compiling and by the temporaries of the last compile. The family with the least promised time
+    goes first. A family that promises no less time than the best report is skipped. Promised times
+    include matmuls and collectives alone, scaled by how long they took in the last compile that
+    fit.
     """
 
     def __init__(self, cfg: TrainConfig, topology: Topology, kept: _Kept) -> None:
         self.cfg, self.topology, self.kept = cfg, topology, kept
         self.best: tuple[Report, Family] | None = None
-        self.last: Report | None = None  # that says what its temporaries take
-        self.pace = {"compute": 1.0, "ici": 1.0}  # seconds compiled, over those promised
+        self.last: Report | None = None  # to estimate temporaries from
+        self.pace = {"compute": 1.0, "ici": 1.0}  # ratio of compiled to promised seconds
         self.limit = topology.chip.hbm_bytes / topology.chip.devices
 
     def families(self, families: Iterable[Family]) -> None:
@@ -195,7 +199,7 @@ class _Search:
                 waiting.sort(key=self.promise)
 
     def family(self, one: Family) -> None:
-        """Compiles from the most rows that may fit downwards, to the first that does."""
+        """Compiles the numbers of rows that may fit, the largest first, until one fits."""
         for rows in self.rows():
             if not self.may_fit(one, rows):
                 continue
@@ -211,7 +215,7 @@ class _Search:
                 return
 
     def promise(self, one: Family) -> float:
-        """Seconds of a row on a chip, as `seconds_per_row`; HBM traffic comes on top."""
+        """Returns the promised seconds per row on a chip, like `seconds_per_row` without HBM."""
         rows = next((rows for rows in self.rows() if self.may_fit(one, rows)), 0)
         if not rows:
             return math.inf
@@ -223,8 +227,11 @@ class _Search:
         return [rows for rows in ROWS_PER_CHIP if rows % self.topology.chip.devices == 0]
 
     def may_fit(self, one: Family, rows: int) -> bool:
-        """Half of the temporaries grow with the rows, as a guess; a tenth is taken off, since
-        what fits after all is worth a compile."""
+        """Returns whether a number of rows may fit.
+
+        Guesses that half of the temporaries grow with the rows, and takes off a tenth: a wasted
+        compile is better than a setting that is wrongly skipped.
+        """
         temporaries = TEMPORARIES * self.limit
         if self.last:
             there = self.last["hbm_by_kind"]["temporaries"]
@@ -242,7 +249,10 @@ def _scale(
     best: tuple[Report, Family],
     curves: Sequence[str],
 ) -> None:
-    """Weak scaling (rows per chip of the best) and strong (its rows) over slices that hold it."""
+    """Compiles the best setting on all `LADDERS` sizes that may hold it.
+
+    Weak scaling keeps its rows per chip, strong scaling its total rows.
+    """
     report, chosen = best
     for shape, slices in LADDERS[topology.chip.torus_axes]:
         other = Topology.parse(f"{topology.chip_name}:{shape}", slices)
@@ -252,7 +262,7 @@ def _scale(
         ):
             per_chip, rest = divmod(rows, other.chips)
             if curve not in curves or rest or per_chip % topology.chip.devices:
-                continue  # fewer rows than chips
+                continue  # not asked for, or rows that do not divide evenly
             devices = other.chips // slices * topology.chip.devices
             one = family(cfg, other, chosen.policy, min(chosen.fsdp, devices))
             needed = one.held + one.kept * per_chip
@@ -263,18 +273,18 @@ def _scale(
 
 
 def seconds_per_row(report: Report) -> float:
-    """Between the two bounds, of one row on one chip."""
+    """Returns the midpoint of the two bounds, per row on one chip."""
     middle = (report["step_seconds_overlap"] + report["step_seconds_serial"]) / 2
     return middle / report["rows_per_chip"]
 
 
 class _Kept:
-    """Reports on disk, each made once."""
+    """Reports stored on disk, each compiled only once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reports: list[Report] = []
-        self.used: list[Report] = []  # of this sweep
+        self.used: list[Report] = []  # by this sweep
         if path.exists():
             try:
                 self.reports = json.loads(path.read_text())
@@ -309,7 +319,7 @@ class _Kept:
             }
         report |= {"key": key, "curve": curve}
         self.reports.append(report)
-        # A crash may have been the host's: tried again when the sweep goes on.
+        # The host may have caused a crash, so a resumed sweep tries again.
         whole = [r for r in self.reports if not r.get("crashed")]
         write_text(self.path, json.dumps(whole))
         verdict = "the compiler crashed" if report.get("crashed") else "does not fit"
@@ -360,7 +370,7 @@ def _row(report: Report) -> list[str]:
     ]
 
 
-# Title, and the keys of the serial and of the overlapped bound.
+# Title, and the report keys of the serial and the overlapped bound.
 PANELS = (
     ("tokens per second", "tokens_per_second", "tokens_per_second_overlap"),
     ("model FLOPs utilisation", "mfu_serial", "mfu_overlap"),
@@ -368,7 +378,10 @@ PANELS = (
 
 
 def draw(reports: list[Report], path: Path) -> None:
-    """Tokens per second and MFU over chips: a band between the bounds for each chip and curve."""
+    """Plots tokens per second and MFU by number of chips.
+
+    Each chip type and curve is a band between the two bounds.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -400,10 +413,10 @@ def draw(reports: list[Report], path: Path) -> None:
 
 
 def check_page(page: Path) -> str:
-    """Reads a page that has a place for the table.
+    """Reads a page, and checks that it has a region for the table.
 
     Raises:
-        UserError: no such page, or it has no place for a table.
+        UserError: the page cannot be read, or has no region for the table.
     """
     try:
         text = page.read_text()
@@ -419,7 +432,7 @@ def put_on_page(out: Path, page: Path) -> None:
     """Writes the sweep's table into its region of a page, and copies the plot beside the page.
 
     Raises:
-        UserError: as `check_page`.
+        UserError: the page cannot be read, or has no region for the table.
     """
     text = check_page(page)
     write_text(page, markdown.replace_region(text, REGION, (out / "sweep.md").read_text()))

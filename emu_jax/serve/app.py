@@ -1,7 +1,7 @@
 """The server: routes, middleware, and streaming the model's answers to clients.
 
 An answer is a stream of JSON lines: `{"text": ...}` and `{"picture": "data:image/png;..."}` as
-they come, `{"done": true}` at the end, or `{"error": ...}`.
+they are generated, then `{"done": true}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -347,8 +347,10 @@ class _PerClient:
 
 
 def _client(scope: Scope) -> str:
-    """Returns the client's address, or its /64 network for IPv6. Returns "" for loopback addresses,
-    which all clients behind a local proxy share."""
+    """Returns the client's address, or its /64 network for IPv6.
+
+    Returns "" for loopback addresses, which all clients behind a local proxy share.
+    """
     try:
         address = ipaddress.ip_address((scope.get("client") or ("",))[0].partition("%")[0])
     except ValueError:

@@ -64,7 +64,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 def room_for_connections(wanted: int) -> int:
     """Returns how many connections the limit on open files allows, at most `wanted`.
-    Raises the soft limit as far as needed and permitted by the hard one."""
+
+    Raises the soft limit as far as needed and as the hard limit permits.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + SPARE_FILES:
         most = wanted + SPARE_FILES
@@ -133,8 +135,11 @@ def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type
                 self.transport.abort()
 
     def _one_too_many(connections: list[Connection]) -> Connection:
-        """Returns the connection to close: the one idle the longest, otherwise the one whose body
-        has been arriving the longest, otherwise the newest."""
+        """Returns the connection to close.
+
+        It is the one idle the longest, otherwise the one whose body has been arriving the longest,
+        otherwise the newest.
+        """
         silent = [c for c in connections if not c.busy]
         slow = [c for c in connections if c.busy and c.cycle.more_body]
         if silent or slow:

@@ -24,7 +24,7 @@ from emu_jax.generate.settings import RENAMED
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
-IMAGE_KEY = "picture"  # of an image in requests and answers
+IMAGE_KEY = "picture"  # JSON key of an image in requests and answers
 SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 
 
@@ -37,7 +37,7 @@ class Limits:
     per_client: int = 8  # concurrent requests of an address; none for loopback (proxies)
     body_bytes: int = 32 << 20
     bodies_bytes: int = 128 << 20  # of all arriving bodies; beyond this, the oldest is refused
-    body_seconds: float = 30.0  # within which a body must arrive
+    body_seconds: float = 30.0  # for a body to arrive
     parts: int = 64
     text_characters: int = 8000  # of all texts together
     images: int = 16  # including video frames
@@ -71,7 +71,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A parsed request: one message to draw from, or a chat that ends with the user."""
+    """A parsed request: one message as an image's prompt, or a chat that ends with the user."""
 
     messages: list[Message]
     settings: dict[str, Any]

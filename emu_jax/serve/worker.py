@@ -156,8 +156,10 @@ class Worker:
                 self._places -= 1
 
     def _next(self) -> Ticket | None:
-        """Waits for the first ticket of the client served longest ago. Returns None once closed and
-        empty."""
+        """Waits for the first ticket of the client served longest ago.
+
+        Returns None once the worker is closed and its queue is empty.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._line or self._closing)
             if not self._line:

@@ -71,7 +71,7 @@ def score(
 def tokenize(captions: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """Tokenizes captions for the COCO evaluation. Returns them and notes for `Scores`.
 
-    Captions come out in lower case, split by Penn Treebank rules, without punctuation, with tokens
+    The captions are in lower case, split by Penn Treebank rules, without punctuation, with tokens
     joined by spaces. A token may contain a no-break space: Stanford's tokenizer writes "22 3/4"
     with one, and the evaluation, which splits at ordinary spaces, counts it as one word.
     Uses Stanford's tokenizer if Java is installed, otherwise `python_tokens`.
@@ -107,8 +107,10 @@ def _pycocoevalcap() -> SimpleNamespace:
 
 
 def _java_tokens(java: str, lines: Sequence[str]) -> list[list[str]]:
-    """Runs the command of pycocoevalcap's PTBTokenizer through pipes. The original writes a file
-    beside its jar, which may be read-only."""
+    """Runs the command of pycocoevalcap's PTBTokenizer through pipes.
+
+    The original writes a file next to its jar, in a directory that may be read-only.
+    """
     command = [
         java,
         "-Dfile.encoding=UTF-8",
@@ -198,10 +200,10 @@ _TOKEN = re.compile(
 
 
 def python_tokens(caption: str) -> list[str]:
-    """Splits a caption into the tokens of Stanford's PTBTokenizer. Covers what occurs in captions:
-    contractions, quotes, brackets, numbers, abbreviations, hyphens.
+    """Splits a caption into the tokens of Stanford's PTBTokenizer.
 
-    All 40,460 captions of Flickr8k are split identically. Not covered: the longer lists of
+    Covers the contractions, quotes, brackets, numbers, abbreviations and hyphens of captions, and
+    splits all 40,460 captions of Flickr8k identically. Does not cover the longer lists of
     abbreviations and emoticons, phone numbers and dates. Opening and closing quotes both become
     `'`, since the evaluation drops them.
     """

@@ -107,8 +107,11 @@ def distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
-    """Returns R with R R^T = covariance. Drops directions of pure rounding error: their square root
-    would be 1e-8 of the largest, not 1e-16."""
+    """Returns R with R R^T = covariance.
+
+    Drops directions of pure rounding error: their square root would be 1e-8 of the largest, not
+    1e-16.
+    """
     values, vectors = np.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
@@ -229,8 +232,9 @@ def moments(
     what: str = "pictures",
     batch: int = 32,
 ) -> Moments:
-    """Computes the mean and covariance of the features of images, given as files (read one batch at
-    a time) or as uint8 arrays.
+    """Computes the mean and covariance of the features of images.
+
+    The images are files, which are read one batch at a time, or uint8 arrays.
 
     Raises:
         UserError: there are no images, or one cannot be read.

@@ -110,8 +110,9 @@ def wups(
     *,
     question_types: Mapping[Hashable, str] | None = None,
 ) -> Scores:
-    """Returns WUPS@0 of open-ended answers, in percent, by NExT-QA's evaluation. On the authors'
-    released predictions (HGA, validation) it reproduces their published 21.48.
+    """Returns WUPS@0 of open-ended answers, in percent, by NExT-QA's evaluation.
+
+    On the authors' released predictions (HGA, validation) it reproduces their published 21.48.
 
     Words are lemmatized and stop words dropped. Each word of one answer gets its best Wu-Palmer
     similarity (WordNet 3.0, first senses) to a word of the other. Words with no similar word are
@@ -159,7 +160,7 @@ def wups(
     return Scores(values, notes, found)
 
 
-# ---------------------------------------------------------------- VQA's normalisation
+# ---------------------------------------------------------------- VQA's normalization
 
 _NUMBERS = {
     word: str(i)

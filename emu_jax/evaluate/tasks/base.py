@@ -59,8 +59,11 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class FewShotExamples:
-    """The in-context examples before a question, the most relevant last. `pictures` tells whether
-    their images are shown."""
+    """The in-context examples before a question, the most relevant last.
+
+    Attributes:
+        pictures: whether their images are shown.
+    """
 
     examples: tuple[Example, ...] = ()
     pictures: bool = False
@@ -236,7 +239,7 @@ class Task(abc.ABC):
 class Wording:
     """Template of a prompt: head, examples and question, separated by spaces.
 
-    `{image}` stands for the image or the frames of a video, other names for texts.
+    `{image}` is replaced by the image or the frames of a video, other names by texts.
     """
 
     query: str
@@ -351,8 +354,10 @@ def as_examples(items: Iterable[Item]) -> list[Example]:
 
 
 class Folder:
-    """A directory in an official layout. Files may also lie in its `annotations/`, and media
-    directories in its `images/` or `videos/`."""
+    """A directory in an official layout.
+
+    Files may also be in its `annotations/`, and media directories in its `images/` or `videos/`.
+    """
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():

@@ -28,8 +28,10 @@ PAINT = {"steps": 50, "guidance": 5.0, "method": "pndm"}
 
 
 class CocoDrawing(Task):
-    """Images for 30,000 captions of the validation split, sampled with the seed. Result file:
-    `[{"image_id", "caption", "file"}]`. The images lie beside it in `STEM.images/`."""
+    """Images generated for 30,000 captions of the validation split, sampled with the seed.
+
+    Result file: `[{"image_id", "caption", "file"}]`. The images are next to it in `STEM.images/`.
+    """
 
     name, title, metric = "coco_fid", "COCO text to image (zero-shot)", "FID"
     paper = {"Emu": 11.66}

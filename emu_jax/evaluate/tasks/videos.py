@@ -103,8 +103,10 @@ class Videos:
 
 
 class NExTQA(VideoAnswering):
-    """Open-ended answers, scored by WUPS. Result file: `{video: {qid: answer}}`, the format of
-    the authors' `eval_oe.py`."""
+    """Open-ended answers, scored by WUPS.
+
+    Result file: `{video: {qid: answer}}`, the format of the authors' `eval_oe.py`.
+    """
 
     name, title, metric = "nextqa", "NExT-QA (open-ended)", "WUPS"
     paper = {"Emu": 19.6, "Emu*": 23.4, "Emu-I": 5.8, "Emu-I*": 19.9}

@@ -34,8 +34,10 @@ from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 
 class VisDial(Task):
-    """VisDial. Result file: `[{"image_id", "round_id", "ranks"}]`, with rounds and ranks from 1 and
-    a rank for each candidate in the order of the official file."""
+    """VisDial. Result file: `[{"image_id", "round_id", "ranks"}]`.
+
+    Rounds and ranks count from 1. Each candidate has a rank, in the order of the official file.
+    """
 
     name, title, metric = "visdial", "VisDial 1.0", "NDCG"
     paper = {"Emu": 47.4, "Emu*": 47.8, "Emu-I": 43.0, "Emu-I*": 51.1}

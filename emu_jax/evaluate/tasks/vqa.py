@@ -167,8 +167,10 @@ def _answers(row: Any) -> list[str]:
 
 
 class VizWiz(Answering):
-    """Images and questions from blind people. Some questions are unanswerable, so the model is
-    first asked whether it knows the answer."""
+    """Images and questions from blind people.
+
+    Some questions are unanswerable, so the model is first asked whether it knows the answer.
+    """
 
     name, title, key = "vizwiz", "VizWiz VQA", "image"
     paper = {
@@ -183,7 +185,7 @@ class VizWiz(Answering):
     source = "vizwiz.org"
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        # No examples: none asks such a question. Settings are the release's defaults.
+        # No examples, since none asks such a question. The settings are the release's defaults.
         if mode == "instruct":
             known = (self._known(INSTRUCT_KNOWN),)
         else:
