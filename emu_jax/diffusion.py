@@ -118,7 +118,7 @@ def padded_steps(cfg: SchedulerConfig, steps: int, method: str) -> tuple[Steps, 
     return Steps(*(np.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)) for a in table)), count
 
 
-class SampleState(NamedTuple):
+class SamplerState(NamedTuple):
     """Sampling between two calls of the denoiser, in float32."""
 
     latents: Float[Array, "B h w C"]
@@ -126,10 +126,10 @@ class SampleState(NamedTuple):
     past: Float[Array, "3 B h w C"]  # the last three m, newest first
 
 
-def start(latents: Float[Array, "B h w C"]) -> SampleState:
+def start(latents: Float[Array, "B h w C"]) -> SamplerState:
     """The state before the first step."""
     latents = latents.astype(jnp.float32)
-    return SampleState(latents, latents, jnp.zeros((3, *latents.shape), jnp.float32))
+    return SamplerState(latents, latents, jnp.zeros((3, *latents.shape), jnp.float32))
 
 
 def sample(
@@ -165,7 +165,7 @@ def sample(
 
 def advance(
     denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    state: SampleState,
+    state: SamplerState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "B N D"] | None = None,
     *,
@@ -174,7 +174,7 @@ def advance(
     last: int | Int[Array, ""],
     guidance: float | Float[Array, ""] = 7.5,
     dtype: jnp.dtype | None = None,
-) -> SampleState:
+) -> SamplerState:
     """Takes rows `first` to `last` (exclusive) of a sampler's table.
 
     `denoise(latents, timesteps [B'], cond)` is the denoiser, called once a row on B' = 2 B rows,
@@ -203,13 +203,13 @@ def advance(
         out, unconditional = guided(x, t)
         return unconditional + guidance * (out - unconditional)
 
-    def step(i: jax.Array, state: SampleState) -> SampleState:
+    def step(i: jax.Array, state: SamplerState) -> SamplerState:
         x, row = state.latents, jax.tree.map(lambda column: column[i], table)
         m = row.convert[0] * x + row.convert[1] * predict(x, row.t)
         recent = jnp.concatenate([m[None], state.past])
         weights = row.weights[:, None, None, None, None]
         x = row.carry[0] * x + row.carry[1] * state.initial + jnp.sum(weights * recent, 0)
-        return SampleState(x, state.initial, jnp.where(row.keep, recent[:-1], state.past))
+        return SamplerState(x, state.initial, jnp.where(row.keep, recent[:-1], state.past))
 
     return jax.lax.fori_loop(first, last, step, state)
 

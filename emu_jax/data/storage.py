@@ -10,6 +10,7 @@ refuses a request now and then.
 from __future__ import annotations
 
 import functools
+import itertools
 import glob
 import logging
 import os
@@ -313,7 +314,7 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
     """Returns `call()`, retried with growing waits if it fails for a transient reason."""
-    for attempt in range(ATTEMPTS):
+    for attempt in itertools.count():
         try:
             return call()
         except (*_FINAL, UserError):
@@ -326,4 +327,3 @@ def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
                 ) from error
             log.warning("cannot %s %s, trying again: %s", what, path, error)
             time.sleep(WAIT * 2**attempt)
-    raise AssertionError("unreachable")

@@ -39,9 +39,9 @@ from emu_jax.generate import mixed, text
 from emu_jax.generate.batching import Batcher, Shapes
 from emu_jax.generate.image import Stopped, finish_painting, paint_steps, start_painting
 from emu_jax.generate.prompt import (
-    Batch,
     Parts,
     Prompt,
+    PromptBatch,
     Prompts,
     as_parts,
     as_prompts,
@@ -684,7 +684,7 @@ class Emu:
         return Prompt.of(parts, self.tokenizer, self.cfg, opens=opens)
 
     def _inputs(
-        self, batch: Batch
+        self, batch: PromptBatch
     ) -> tuple[
         Float[Array, "B images N D"],
         Int[np.ndarray, "B T"],
@@ -862,7 +862,7 @@ def _regress(
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _start_painting(
     graphdef: nnx.GraphDef, params: Params, keys: Key[Array, "B"], dtype: jnp.dtype
-) -> diffusion.SampleState:
+) -> diffusion.SamplerState:
     return start_painting(keys, nnx.merge(graphdef, params).cfg, dtype)
 
 
@@ -870,14 +870,14 @@ def _start_painting(
 def _paint_steps(
     graphdef: nnx.GraphDef,
     params: Params,
-    state: diffusion.SampleState,
+    state: diffusion.SamplerState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "N D"] | None,
     guidance: Float[Array, ""] | float,
     table: diffusion.Steps,
     first: Int[Array, ""],
     last: Int[Array, ""],
-) -> diffusion.SampleState:
+) -> diffusion.SamplerState:
     emu = nnx.merge(graphdef, params)
     guidance = guidance if uncond is not None else 1.0
     return paint_steps(emu, state, cond, uncond, guidance, table, first, last)
@@ -885,7 +885,7 @@ def _paint_steps(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _finish_painting(
-    graphdef: nnx.GraphDef, params: Params, state: diffusion.SampleState, dtype: jnp.dtype
+    graphdef: nnx.GraphDef, params: Params, state: diffusion.SamplerState, dtype: jnp.dtype
 ) -> UInt8[Array, "B side side 3"]:
     return finish_painting(nnx.merge(graphdef, params), state, dtype)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from emu_jax.generate.prompt import Batch, Prompt, pad
+from emu_jax.generate.prompt import Prompt, PromptBatch, pad
 from emu_jax.generate.settings import bucket
 
 
@@ -71,7 +71,7 @@ class Batcher:
 
     def batches(
         self, prompts: Sequence[Prompt], side: Literal["left", "right"], *, per_row: int = 1
-    ) -> Iterator[tuple[Chunk, Batch]]:
+    ) -> Iterator[tuple[Chunk, PromptBatch]]:
         """Yields batches of prompts of similar lengths, padded on `side`."""
         for chunk in self.chunks(by_length(prompts), per_row=per_row):
             part = [prompts[i] for i in chunk.index]

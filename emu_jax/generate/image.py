@@ -62,21 +62,21 @@ class Stopped(Exception):
 
 def start_painting(
     keys: Key[Array, "B"], cfg: EmuConfig, dtype: jnp.dtype
-) -> diffusion.SampleState:
+) -> diffusion.SamplerState:
     """Returns the sampler's state before the first step: noise, each image's from its own key."""
     return diffusion.start(initial_latents(keys, cfg, dtype))
 
 
 def paint_steps(
     emu: EmuModel,
-    state: diffusion.SampleState,
+    state: diffusion.SamplerState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "N D"] | None,
     guidance: Float[Array, ""] | float,
     table: diffusion.Steps,
     first: Int[Array, ""],
     last: Int[Array, ""],
-) -> diffusion.SampleState:
+) -> diffusion.SamplerState:
     """Runs the sampler's steps `first` to `last` (exclusive). All images share `uncond`."""
     assert emu.unet is not None
     if uncond is not None:
@@ -87,7 +87,7 @@ def paint_steps(
 
 
 def finish_painting(
-    emu: EmuModel, state: diffusion.SampleState, dtype: jnp.dtype
+    emu: EmuModel, state: diffusion.SamplerState, dtype: jnp.dtype
 ) -> UInt8[Array, "B side side 3"]:
     """Decodes the denoised latents to pixels."""
     return jnp.round(decode_latents(emu, state.latents.astype(dtype)) * 255).astype(jnp.uint8)

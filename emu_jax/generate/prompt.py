@@ -258,7 +258,7 @@ def preprocess_image(
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Padded prompts.
 
     Attributes:
@@ -281,7 +281,7 @@ def pad(
     length: int,
     images: int,
     fill: int,
-) -> Batch:
+) -> PromptBatch:
     """Pads prompts to [rows, length] with room for `images` images in each row.
 
     Missing rows repeat the last prompt.
@@ -301,7 +301,7 @@ def pad(
         image_index[i, : len(prompt.images)] = starts[min(i, len(prompts) - 1)] + np.arange(
             len(prompt.images)
         )
-    return Batch(tokens, valid, slots, _join([p.images for p in prompts]), image_index)
+    return PromptBatch(tokens, valid, slots, _join([p.images for p in prompts]), image_index)
 
 
 def _join(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -139,7 +139,7 @@ class DownBlock(nnx.Module):
         return x, skips
 
 
-class MidBlock(nnx.Module):
+class UNetMidBlock(nnx.Module):
     """ResNet block, attention, ResNet block."""
 
     def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
@@ -217,7 +217,7 @@ class UNet(nnx.Module):
             skips += [width] * (layers if i == last else layers + 1)
         self.down_blocks = nnx.List(blocks)
 
-        self.mid_block = MidBlock(width, cfg, rngs=rngs)
+        self.mid_block = UNetMidBlock(width, cfg, rngs=rngs)
 
         blocks = []
         for i, narrower in enumerate(reversed(widths)):

@@ -29,7 +29,7 @@ class AttentionBlock(Attention):
         return x + y.reshape(x.shape)
 
 
-class MidBlock(nnx.Module):
+class VAEMidBlock(nnx.Module):
     """ResNet block, attention, ResNet block."""
 
     def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs) -> None:
@@ -87,7 +87,7 @@ class Encoder(nnx.Module):
                 )
             ]
         )
-        self.mid_block = MidBlock(widths[-1], groups, rngs=rngs)
+        self.mid_block = VAEMidBlock(widths[-1], groups, rngs=rngs)
         self.conv_norm_out = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(widths[-1], 2 * cfg.latent_channels, rngs=rngs)
 
@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs) -> None:
         widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
         self.conv_in = Conv(cfg.latent_channels, widths[0], rngs=rngs)
-        self.mid_block = MidBlock(widths[0], groups, rngs=rngs)
+        self.mid_block = VAEMidBlock(widths[0], groups, rngs=rngs)
         self.up_blocks = nnx.List(
             [
                 Level(

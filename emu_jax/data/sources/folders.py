@@ -16,14 +16,14 @@ from emu_jax.data.sources.tars import Reason, hashed, places, suffixes
 _VERSION = "folders-1"
 
 
-class Folder(NamedTuple):
+class MediaFolder(NamedTuple):
     """A local folder found by `walk`."""
 
     path: str
     changed: int  # modification time in nanoseconds: when a name was last added or removed
 
 
-def walk(folders: Sequence[str]) -> Iterator[Folder]:
+def walk(folders: Sequence[str]) -> Iterator[MediaFolder]:
     """Yields local folders and all folders below them except hidden ones, in a fixed order."""
     seen: set[tuple[int, int]] = set()
     waiting = list(reversed(folders))
@@ -38,7 +38,7 @@ def walk(folders: Sequence[str]) -> Iterator[Folder]:
         if (found.st_dev, found.st_ino) in seen:  # a cycle of links
             continue
         seen.add((found.st_dev, found.st_ino))
-        yield Folder(path, found.st_mtime_ns)
+        yield MediaFolder(path, found.st_mtime_ns)
         waiting += reversed(below)
 
 

@@ -56,7 +56,7 @@ class XuVideoQA(VideoAnswering):
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
         path = data.file(f"{split}_qa.json")
-        videos = Videos(data)
+        videos = VideoFiles(data)
         with layout(path):
             return [
                 Item(
@@ -75,7 +75,7 @@ class XuVideoQA(VideoAnswering):
         return vqa.exact(right, by_id(items, answers))
 
 
-class Videos:
+class VideoFiles:
     """Maps video numbers to files: `video7010.mp4`, `vid1234.avi`, or the name that
     `youtube_mapping.txt` gives a number."""
 
