@@ -10,8 +10,8 @@ refuses a request now and then.
 from __future__ import annotations
 
 import functools
-import itertools
 import glob
+import itertools
 import logging
 import os
 import re
