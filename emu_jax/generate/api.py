@@ -380,18 +380,18 @@ class Emu:
         self._need_painter()
         prompts, single = as_prompts(prompt)
         cfg = self.defaults.replace(**settings)
-        keys = self._image_keys(seed, len(prompts), cfg)
-        images = self._paint(self._regress(prompts), keys, cfg, negative_prompt, stop)
+        keys = self._seeded_image_keys(seed, len(prompts), cfg)
+        images = self._paint(self._regress_all(prompts), keys, cfg, negative_prompt, stop)
         return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
     def regress(self, prompt: Any) -> Float[Array, "N D"] | Float[Array, "B N D"]:
         """Returns the embeddings of the image that follows a prompt, or each of many prompts
         (release: `generate_image`)."""
         prompts, single = as_prompts(prompt)
-        embeddings = self._regress(prompts)
+        embeddings = self._regress_all(prompts)
         return embeddings[0] if single else embeddings
 
-    def _regress(self, prompts: Sequence[Any]) -> Float[Array, "B N D"]:
+    def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N D"]:
         n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
         rows = self._prompts(prompts, n, opens=True)
         found: dict[int, Array] = {}
@@ -415,11 +415,11 @@ class Emu:
         single = embeddings.ndim == 2
         embeddings = embeddings[None] if single else embeddings
         cfg = self.defaults.replace(**settings)
-        keys = self._image_keys(seed, len(embeddings), cfg)
+        keys = self._seeded_image_keys(seed, len(embeddings), cfg)
         images = self._paint(embeddings, keys, cfg, negative_prompt)
         return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
-    def _image_keys(self, seed: Any, count: int, cfg: GenerationConfig) -> Key[Array, "B"]:
+    def _seeded_image_keys(self, seed: Any, count: int, cfg: GenerationConfig) -> Key[Array, "B"]:
         seed = cfg.seed if seed is None else seed
         if isinstance(seed, int | float | str | np.number):
             check_seed(seed)
@@ -474,10 +474,10 @@ class Emu:
 
     def _uncond(self, negative_prompt: Parts | None) -> Float[Array, "N D"]:
         if negative_prompt is not None:
-            return self._regress([negative_prompt])[0]
+            return self._regress_all([negative_prompt])[0]
         if self._unconditional is None:
             # The model's own image of the empty prompt, <s>[IMG], not zeros.
-            self._unconditional = self._regress([""])[0]
+            self._unconditional = self._regress_all([""])[0]
         return self._unconditional
 
     def _need_painter(self) -> None:
@@ -548,10 +548,10 @@ class Emu:
                 `max_new_tokens` in the model's positions.
         """
         prompts, single = as_prompts(prompt)
-        completed = self._complete(prompts, settings)
+        completed = self._complete_all(prompts, settings)
         return completed[0] if single else completed
 
-    def _complete(
+    def _complete_all(
         self, prompts: Sequence[Any], settings: MixedSettings
     ) -> list[list[str | Image.Image]]:
         cfg = self.defaults.replace(**settings)
