@@ -1,13 +1,7 @@
 """Layers shared by the towers.
 
-Axis legend, used in shapes all over the package:
-  B batch (rows)    T positions of a row, or queries    S keys, or cache slots
-  D width           H heads      K width of a head      F hidden width of an MLP
-  V vocabulary      L layers     N causal embeddings of one picture
-  I pictures        P patches and the class token       h, w, C pixels or latents, channels
-
-Parameters are float32; every layer computes in the dtype of its input, norms and
-softmax in float32. Each parameter names its logical axes (`sharding.RULES`).
+Parameters are float32. Layers compute in the dtype of their input; norms and softmax compute in
+float32. Each parameter names its logical axes (`sharding.RULES`).
 """
 
 from __future__ import annotations
@@ -36,9 +30,9 @@ def normal(std: float) -> Callable[..., jax.Array]:
 def param(
     rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: Axes
 ) -> nnx.Param:
-    """A float32 parameter that knows its logical axes."""
-    # What `rngs.params()` does. Its `count[...] += 1` looks for the sharding of a traced number,
-    # which takes jax time that grows with the number of parameters: minutes for the 14B model.
+    """Creates a float32 parameter that carries its logical axes."""
+    # Equivalent to `rngs.params()`, whose `count[...] += 1` looks up the sharding of a traced
+    # number. The look-up slows down with the number of parameters: minutes for the 14B model.
     stream = rngs.params
     key = jax.random.fold_in(stream.key[...], stream.count[...])
     stream.count.set_value(stream.count[...] + 1)
@@ -46,8 +40,11 @@ def param(
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact one: in float32 by erf, as torch has it, which takes XLA fewer steps than the erfc
-    of `jax.nn.gelu`; in less precision 1 + erf would lose small values."""
+    """Returns the exact GELU of `x`.
+
+    float32 uses erf, as torch does: XLA needs fewer operations for it than for the erfc of
+    `jax.nn.gelu`. In lower precision 1 + erf would lose small values.
+    """
     if x.dtype != jnp.float32:
         return jax.nn.gelu(x, approximate=False)
     return 0.5 * x * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
@@ -117,7 +114,7 @@ class RMSNorm(nnx.Module):
 
 
 def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
-    """`layers` modules as one whose parameters have a leading "layer" axis."""
+    """Builds `layers` modules as one whose parameters have a leading "layer" axis."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -139,11 +136,11 @@ def scan(
     *,
     remat: str = "none",
 ) -> tuple[Any, Any]:
-    """Runs `carry, y = body(block, carry, x)` over `blocks`: stacked ones as one compiled layer,
-    those of a list one after the other, without `remat`.
+    """Runs `carry, y = body(block, carry, x)` over `blocks`.
 
-    `xs` has a leading layer axis (a KV cache, say), and so have the collected ys.
-    `remat` names what a layer saves for its backward pass (`remat.REMAT`).
+    Stacked layers are compiled once. The layers of a list run one after the other, and ignore
+    `remat`. `xs` and the collected ys have a leading layer axis. `remat` names what a layer saves
+    for its backward pass (`remat.REMAT`).
     """
     if isinstance(blocks, nnx.List):
         ys = []
