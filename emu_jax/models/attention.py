@@ -1,14 +1,14 @@
-"""The one attention entry point, and its backends.
+"""The entry point of attention, and its backends.
 
   xla     any device: the plain reference (`xla.py`).
   cpu     CPUs: kernels for XLA's CPU compiler (`cpu.py`).
-  splash  TPU: Pallas' blockwise kernel; masked blocks are skipped, scores stay on the chip. Short
-          rows without a mask, an image's, are held whole by a kernel of our own
-          (`short_attention`).
+  splash  TPU: Pallas' blockwise kernel, which skips masked blocks and keeps scores on the chip.
+          Short rows without a mask, such as an image's, use a kernel of our own that holds whole
+          rows (`short_attention`).
   cudnn   GPU: cuDNN's fused kernel.
 
-A backend is chosen by name when a model is built (`choose_backend`); one that cannot serve a
-call is an error, never a silent slow path.
+A backend is chosen by name when a model is built (`choose_backend`). A backend that cannot serve
+a call raises an error; there is no silent slow path.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ log = logging.getLogger(__name__)
 BACKENDS = ("xla", "cpu", "splash", "cudnn")
 FASTEST = {"cpu": "cpu", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
 
-LANES = 128  # of a TPU's vector registers
-# Queries and keys of one step of the splash kernel; the largest that divides a row is used.
+LANES = 128  # per vector register of a TPU
+# Queries and keys per step of the splash kernel. The largest size that divides a row is used.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
-SPLASH_COMPUTE = 512  # keys that are multiplied at once
+SPLASH_COMPUTE = 512  # keys per matmul
 
 
 def choose_backend(name: str, platform: str) -> str:
-    """Returns the backend that `name` stands for on a JAX platform (`cpu`, `gpu`, `tpu`); "auto"
-    is the platform's fastest.
+    """Returns the backend that `name` selects on a JAX platform (`cpu`, `gpu`, `tpu`). "auto"
+    selects the platform's fastest.
 
     Raises:
-        UserError: no such backend, or it does not run there.
+        UserError: the backend is unknown, or does not run on the platform.
     """
     fastest = FASTEST.get(platform, "xla")
     known = ("auto", *BACKENDS)
@@ -82,19 +82,20 @@ def attention(
     cached: bool = False,
     backend: str | None = None,
 ) -> Float[Array, "B T H K"]:
-    """softmax(scale q k^T + bias, masked) v, the softmax in float32.
+    """Returns softmax(scale q k^T + bias, masked) v, with the softmax in float32.
 
-    Masks add up: `causal` (as many keys as queries), equality of `segment_ids` (of queries and
-    keys alike), and `mask`, True where a query may look. A query whose keys are all masked gets
-    the mean of the values, never NaN. `dropout` is applied to the weights (T5 does; LLaMA and
-    ViT have none). `cached` keys [B, H, K, S] and values [B, H, S, K] lie as a cache has them.
+    Three masks combine: `causal` (as many keys as queries), equality of `segment_ids` (shared by
+    queries and keys), and `mask`, True where a query may attend. A query whose keys are all masked
+    gets the mean of the values, never NaN. `dropout` is applied to the weights (T5 has dropout
+    there; LLaMA and ViT have none). With `cached`, keys are [B, H, K, S] and values [B, H, S, K],
+    the layout of a KV cache.
 
-    Without a `backend` it is `cpu` or `xla`, which serve every call, by platform
-    (`backend.kernels`).
+    Without a `backend`, the platform decides between `cpu` and `xla` (`backend.kernels`). Both
+    serve every call.
 
     Raises:
         UserError: `backend` cannot serve these shapes, dtypes or masks.
-        ValueError: a fused backend cannot read a cache.
+        ValueError: a fused backend is called with a cache.
     """
     if backend in (None, "xla", "cpu"):
         module = {None: kernels(), "xla": xla, "cpu": cpu}[backend]
@@ -132,7 +133,7 @@ def splash(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """Pallas splash attention, each device on its own rows and heads.
+    """Pallas splash attention. Each device computes its own rows and heads.
 
     Raises:
         UserError: the kernel's tiles do not fit the shapes.
@@ -169,7 +170,7 @@ def splash(
         ids = None if segments is None else kernels.SegmentIds(segments, segments)
         return jax.vmap(kernel)(q, k, v, ids)
 
-    # The kernel's layout is heads first, and it does not scale.
+    # The kernel takes heads first, and does not scale.
     q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -191,7 +192,7 @@ def short(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """`short_attention`, each device on its own rows and heads."""
+    """`short_attention`. Each device computes its own rows and heads."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         flat = (rearrange(x, "b t h k -> b t (h k)") for x in (q, k, v))
@@ -220,7 +221,7 @@ def cudnn(
     """cuDNN's fused attention.
 
     Raises:
-        UserError: it has no kernel for the dtype or the head's width.
+        UserError: cuDNN has no kernel for the dtype or the head width.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
         raise UserError(

@@ -1,7 +1,7 @@
-"""The one place that knows which platform a program runs on, and so which kernels it uses.
+"""Determines the platform that a program runs on, and chooses its kernels. No other module does.
 
-`cpu.py` has kernels for XLA's CPU compiler, `xla.py` the plain ones for everything else and for
-reference. `attention.py` adds kernels of its own for TPUs and GPUs.
+`cpu.py` has kernels for XLA's CPU compiler. `xla.py` has the plain kernels, for all other platforms
+and as the reference. `attention.py` adds its own kernels for TPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def platform() -> str:
 
 
 def on_cpu() -> bool:
-    """Whether the program being traced will run on CPUs."""
+    """Returns whether the program being traced will run on CPUs."""
     return platform() == "cpu"
 
 
 @contextlib.contextmanager
 def use(name: Name) -> Iterator[None]:
-    """Programs traced in this context use the kernels of `name` on every platform."""
+    """Makes programs traced in this context use the kernels of `name` on every platform."""
     token = _requested.set(name)
     try:
         yield

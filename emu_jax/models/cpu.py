@@ -1,6 +1,6 @@
 """Kernels for XLA's CPU compiler, with the entry points of `xla.py`.
 
-Each computes what its namesake there computes, in a form that this compiler runs faster.
+Each computes the function of its namesake in `xla.py`, in a form that this compiler runs faster.
 docs/notes/performance.md has the measurements.
 """
 
@@ -20,10 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 from emu_jax.models import xla
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
 
-# Scores of one row and head from which heads are computed one after the other: 2 MiB, a cache.
+# With this many scores per row and head, heads are computed one at a time: 2 MiB, a cache's size.
 LARGE_SCORES = 512 * 1024
-# Parts of a batch whose attention is computed side by side: a product of many small matrices has
-# one thread.
+# Parts of a batch whose attention is computed in parallel: a batched matmul of small matrices runs
+# on one thread.
 BATCH_PARTS = 4
 
 # --- Matmul, norms, convolutions -----------------------------------------------------------------
@@ -50,10 +50,10 @@ def _matmul_fwd(
 def _matmul_bwd(
     saved: tuple[jax.Array, jax.Array], dy: Float[Array, "*T E"]
 ) -> tuple[Float[Array, "*T D"], Float[Array, "D E"]]:
-    """Computes the kernel's gradient as x^T dy.
+    """Returns both gradients, with the kernel's computed as x^T dy.
 
-    JAX's rule computes dy^T x, which the compiler transposes before and after the product. Where y
-    is much wider than x, x^T is copied: that costs little, and the faster of XLA's two matmuls
+    JAX's rule computes dy^T x, which the compiler transposes before and after the matmul. If y is
+    much wider than x, x^T is copied first. The copy is cheap, and the faster of XLA's two matmuls
     takes no transposed operand.
     """
     x, kernel = saved
@@ -80,7 +80,7 @@ def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> F
 
 
 def _squeezed(x: Float[Array, "*T D"]) -> Float[Array, "*S D"]:
-    """Drops the batch axis of a single row: beside an axis of 1 the sums of a norm and of its
+    """Drops the batch axis of a single row. With an axis of 1, the sums of a norm and of its
     gradient are slow."""
     return x[0] if x.ndim == 3 and x.shape[0] == 1 < x.shape[1] else x
 
@@ -89,24 +89,24 @@ def upsampled_convolution(
     x: Float[Array, "B Hh Ww C"],
     weights: Callable[[Any], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
 ) -> Float[Array, "B 2*Hh 2*Ww E"]:
-    """A 3 x 3 convolution of `x` with both of its sides doubled by repeating pixels.
+    """Applies a 3 x 3 convolution to `x` with both sides doubled by repeating pixels.
 
-    It takes 4/9 of the multiplications: around a new pixel there are only 2 x 2 different old
-    ones, so the kernel's taps on each are added up first.
+    It takes 4/9 of the multiplications. A new pixel's neighborhood has only 2 x 2 distinct old
+    pixels, and the kernel's taps on each are summed first.
     """
     height, width = x.shape[1:3]
     kernel, bias = weights(jnp.float32)
     quarters = [q.astype(x.dtype) for p in _halves(kernel, 0) for q in _halves(p, 1)]
     y = xla.convolution(x, jnp.concatenate(quarters, axis=-1))
     y = rearrange(y, "b h w (p q d) -> p q b h w d", p=2, q=2)
-    # The first of two new pixels lies between an old one and the one before it.
+    # The first of two new pixels reads an old pixel and its predecessor; the second, its successor.
     y = jnp.stack([y[p, q, :, p : p + height, q : q + width] for p in (0, 1) for q in (0, 1)])
     y = rearrange(y, "(p q) b h w d -> b (h p) (w q) d", p=2)
     return y + bias.astype(x.dtype)
 
 
 def _halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Three taps as two: on (the pixel before, the pixel) and on (the pixel, the one after)."""
+    """Merges three taps into two: on (previous pixel, pixel), and on (pixel, next pixel)."""
     first, second, third = jnp.moveaxis(kernel, axis, 0)
     return jnp.stack([first, second + third], axis), jnp.stack([first + second, third], axis)
 
@@ -127,7 +127,10 @@ def attention(
     dropout: Callable[[jax.Array], jax.Array] | None,
     cached: bool,
 ) -> Float[Array, "B T H K"]:
-    """Flash-style attention on parts of the batch, or one head at a time if heads are large."""
+    """Flash-style attention on parts of the batch, or one head at a time if a head has many scores.
+
+    Calls with a bias, dropout, a cache or a long causal row go to `xla.attention`.
+    """
     if (
         bias is not None
         or dropout is not None
@@ -150,7 +153,7 @@ def attention(
     if mask is None and q.shape[1] * k.shape[1] >= LARGE_SCORES:
         return checkpoint_name(_large_attention(q, k, v, scale), CHECKPOINT_ATTENTION)
     q, scale = xla.scaled(q, scale)
-    # A batch that is split over devices is not cut: its parts would have to move.
+    # Cutting a batch that is sharded over devices would move its rows between them.
     mesh = jax.sharding.get_abstract_mesh()
     if mask is not None or (not mesh.empty and mesh.size > 1):
         return xla.flash_style_attention(q, k, v, mask, scale)
@@ -166,9 +169,9 @@ def _large_attention(
     v: Float[Array, "B S H K"],
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    """Attention one head after the other, so that a head's scores stay in a processor's cache.
+    """Attention one head at a time, which keeps a head's scores in the processor's cache.
 
-    The sum of the weights is one more column of their product with the values.
+    The sum of the weights is an additional column of their product with the values.
     """
 
     def head(x: tuple[jax.Array, jax.Array, jax.Array]) -> Float[Array, "T K"]:
@@ -195,10 +198,10 @@ def cross_entropy(
     block: int,
     axis: str | None = None,
 ) -> Float[Array, "B T"]:
-    """The cross-entropy of each target under the logits hidden @ kernel, in float32.
+    """Returns the cross-entropy of each target under the logits hidden @ kernel, in float32.
 
-    Without masked copies of the logits, unless their columns are split: this compiler fuses no
-    sum with what it sums.
+    Makes no masked copies of the logits unless their columns are split: this compiler does not
+    fuse a sum with its operand.
     """
     if axis is not None:
         return xla.cross_entropy(
@@ -220,9 +223,9 @@ def cross_entropy(
 def _target_logits(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """The logit of each target, from 0 to V - 1.
+    """Returns the logit of each target, from 0 to V - 1.
 
-    Its gradient is a mask, which fuses with others; that of a gather is a scatter.
+    The gradient is a mask, which fuses with other operations. A gather's would be a scatter.
     """
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
@@ -246,11 +249,11 @@ _target_logits.defvjp(_target_logits_fwd, _target_logits_bwd)
 
 
 def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
-    """Stacked layers in the layout that decodes fastest: each with its own parameters.
+    """Returns stacked layers in the layout that decodes fastest: each with its own parameters.
 
-    This compiler copies a layer's parameters out of their stack before it multiplies by them, so
-    all of them for each token. Here they are copied once: best outside of compiled functions,
-    else before their loop.
+    This compiler copies a layer's parameters out of their stack before a matmul, which copies all
+    parameters for each token. This function copies them once. Call it outside compiled functions,
+    or at least before their loop.
     """
     if isinstance(blocks, nnx.List):
         return blocks
@@ -275,6 +278,7 @@ def guided_denoiser(
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "B N D"],
 ) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns a function of latents and timestep that gives the conditional and the unconditional
-    prediction, each from its own call: one fills the threads while the other's matmuls end."""
+    """Returns a function of latents and timestep that computes the conditional and the
+    unconditional prediction in separate calls. One fills the threads that idle when the other's
+    matmuls end."""
     return lambda x, t: (denoise(x, t, cond), denoise(x, t, uncond))

@@ -1,10 +1,10 @@
 """Attention over short rows on TPUs: a Pallas kernel that holds whole rows in VMEM.
 
-The visual encoder's rows have 257 positions and heads of 88: splash attention's tiles of 128
-would pad them to 3.3 times the products and move them through HBM heads first. Here a program
-of the grid takes one row as the tower has it, [positions, heads x head width], and goes through
-its heads: scores and weights never leave the chip, and nothing is transposed or padded. The
-backward pass computes the weights again.
+The visual encoder's rows have 257 positions, and heads 88 wide. The tiles of splash attention, 128
+wide, would pad them to 3.3 times the multiplications and transpose them to heads first in HBM.
+Here a program of the grid takes one row in the tower's layout, [positions, heads x head width], and
+loops over its heads. Scores and weights never leave the chip, and nothing is transposed or padded.
+The backward pass recomputes the weights.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-# Positions of a row, queries or keys, that the kernel takes: a head's scores are a few MiB.
+# The most queries or keys per row that the kernel takes: a head's scores are then a few MiB.
 LONGEST = 512
 
-# Names of the kernels, as a compiled module has them.
+# Names of the kernels in a compiled module.
 FORWARD, BACKWARD = "short_attention_fwd", "short_attention_bwd"
 
 
@@ -35,8 +35,8 @@ def short_attention(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T D"]:
-    """softmax(scale q k^T) v for each of `heads` equal parts of D, the softmax in float32 and
-    the weights in v's dtype, as `attention.attention` has them. No mask."""
+    """Returns softmax(scale q k^T) v for each of `heads` equal parts of D, without a mask. The
+    softmax is in float32 and the weights in v's dtype, as in `attention.attention`."""
     return _call(_forward, FORWARD, (q, k, v), (q,), heads, scale, interpret)[0]
 
 
@@ -64,7 +64,7 @@ def _call(
     scale: float,
     interpret: bool,
 ) -> Any:
-    """Runs `kernel` on one row after another; its results are shaped like `results`."""
+    """Runs `kernel` on each row. Its results have the shapes and dtypes of `results`."""
     rows, queries, width = inputs[0].shape
     keys = inputs[1].shape[1]
     products = 2 if kernel is _forward else 5
@@ -106,9 +106,9 @@ def _backward(
 
 
 def _parts(block: Any, heads: int) -> list[tuple[int, slice, slice]]:
-    """Returns the head, positions and lanes of each part of a block [1, positions, D].
+    """Returns the index of each head in a block [1, positions, D]: row, positions, lanes.
 
-    A static list, since Mosaic can slice lanes at an offset like 88 only if it is a constant."""
+    The list is static: Mosaic can slice lanes at an offset such as 88 only if it is a constant."""
     width = block.shape[-1] // heads
     return [(0, slice(None), slice(h * width, (h + 1) * width)) for h in range(heads)]
 
@@ -120,7 +120,7 @@ def _weights(q: Float[Array, "T K"], k: Float[Array, "S K"], scale: float) -> Fl
 
 
 def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    """The product that sums over axis `of_a` of `a` and `of_b` of `b`, in float32."""
+    """Multiplies `a` and `b`, contracting axis `of_a` of `a` with `of_b` of `b`, in float32."""
     return jax.lax.dot_general(
         a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32
     )

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.models.remat import CHECKPOINT_ATTENTION, RECOMPUTED_SCOPE
 
-# Longer causal rows are computed in blocks of this many queries: half of the scores are then never
-# computed.
+# Longer causal rows are computed in blocks of this many queries, which skips up to half of the
+# scores.
 CAUSAL_BLOCK = 256
 
 # --- Matmul, norms, convolutions -----------------------------------------------------------------
@@ -60,7 +60,7 @@ def convolution(
     stride: int = 1,
     padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1)),
 ) -> Float[Array, "B Yy Xx E"]:
-    """A 2D convolution without bias; `padding` is ((top, bottom), (left, right))."""
+    """Applies a 2D convolution without bias; `padding` is ((top, bottom), (left, right))."""
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -70,9 +70,9 @@ def upsampled_convolution(
     x: Float[Array, "B Hh Ww C"],
     weights: Callable[[Any], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
 ) -> Float[Array, "B 2*Hh 2*Ww E"]:
-    """A 3 x 3 convolution of `x` with both of its sides doubled by repeating pixels.
+    """Applies a 3 x 3 convolution to `x` with both sides doubled by repeating pixels.
 
-    `weights` returns the kernel and the bias in a dtype.
+    `weights` returns the kernel and the bias in a given dtype.
     """
     x = repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2)
     kernel, bias = weights(x.dtype)
@@ -83,12 +83,12 @@ def upsampled_convolution(
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
-    """True where a key is not after the query."""
+    """Returns a mask that is True where a key is not after the query."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
 def segment_mask(segments: Int[Array, "B T"] | None) -> Bool[Array, "B 1 T T"] | None:
-    """True where query and key belong to the same document of a packed row."""
+    """Returns a mask that is True where query and key are in the same document of a packed row."""
     return None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
 
 
@@ -98,7 +98,7 @@ def joint_mask(
     segment_ids: Int[Array, "B T"] | None,
     mask: Bool[Array, "#B 1 T S"] | None,
 ) -> Bool[Array, "#B 1 T S"] | None:
-    """All of the masks that `attention` takes as one."""
+    """Combines the masks that `attention` takes into one."""
     for other in (causal_mask(length) if causal else None, segment_mask(segment_ids)):
         mask = other if mask is None else mask if other is None else mask & other
     return mask
@@ -117,7 +117,8 @@ def attention(
     dropout: Callable[[jax.Array], jax.Array] | None,
     cached: bool,
 ) -> Float[Array, "B T H K"]:
-    """Materializes all scores; those of long causal rows in blocks of queries."""
+    """Attention that materializes all scores, or for long causal rows one block of queries at a
+    time."""
     if in_causal_blocks(q, causal, mask, bias, dropout, cached):
         return blockwise_causal_attention(*scaled(q, scale), k, v, segment_ids)
     mask = joint_mask(q.shape[1], causal, segment_ids, mask)
@@ -133,7 +134,7 @@ def in_causal_blocks(
     dropout: Callable[[jax.Array], jax.Array] | None,
     cached: bool,
 ) -> bool:
-    """Whether `blockwise_causal_attention` serves a call."""
+    """Returns whether `blockwise_causal_attention` serves a call."""
     plain = mask is None and bias is None and dropout is None and not cached
     return plain and causal and q.shape[1] > CAUSAL_BLOCK
 
@@ -158,14 +159,14 @@ def plain_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    # As "-> bthk" XLA's CPU compiler would transpose the values before the product.
+    # With "-> bthk" XLA's CPU compiler would transpose the values before the matmul.
     return jnp.einsum(f"bhts,{values}->bhtk", weights, v).swapaxes(1, 2)
 
 
 def scaled(q: Float[Array, "B T H K"], scale: float) -> tuple[Float[Array, "B T H K"], float]:
-    """Returns queries, and the scale that is left for their scores.
+    """Returns queries, and the scale that is left to apply to their scores.
 
-    float32 queries are multiplied at once; others would be rounded.
+    Scales float32 queries here; others would be rounded.
     """
     return (q * scale, 1.0) if q.dtype == jnp.float32 else (q, scale)
 
@@ -275,11 +276,11 @@ def cross_entropy(
     axis: str | None = None,
     matmul: Callable[..., jax.Array] = matmul,
 ) -> Float[Array, "B T"]:
-    """The cross-entropy of each target under the logits hidden @ kernel, in float32.
+    """Returns the cross-entropy of each target under the logits hidden @ kernel, in float32.
 
     Args:
-        vocab: columns of the whole kernel that are tokens; the rest only round the number up.
-        block: positions whose logits exist at a time; 0 for all (`in_blocks`).
+        vocab: number of columns of the whole kernel that are tokens; the rest are padding.
+        block: number of positions whose logits are held at a time; 0 for all (`in_blocks`).
         axis: the mesh axis over which the columns are split.
     """
     first = 0 if axis is None else jax.lax.axis_index(axis) * kernel.shape[1]
@@ -330,7 +331,7 @@ def in_blocks(
 
 
 def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
-    """Stacked layers in the layout that decodes fastest: as they are."""
+    """Returns stacked layers in the layout that decodes fastest: unchanged."""
     return blocks
 
 
@@ -339,8 +340,8 @@ def guided_denoiser(
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "B N D"],
 ) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns a function of latents and timestep that gives the conditional and the unconditional
-    prediction, both from one call of `denoise` on twice the batch."""
+    """Returns a function of latents and timestep that computes the conditional and the
+    unconditional prediction in one call of `denoise` on twice the batch."""
     both = jnp.concatenate([cond, uncond])
 
     def predict(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
