@@ -1,5 +1,8 @@
-"""The Causal Transformer: N learned queries read a picture's patches and become N causal
-embeddings in the language model's width (release: `causal_former.py`, `modeling_t5.py`)."""
+"""The Causal Transformer (release: `causal_former.py`, `modeling_t5.py`).
+
+N learned queries attend to an image's patches, and become N causal embeddings of the language
+model's width.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from emu_jax.sharding import shard
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
-    """T5's unidirectional buckets of (query - key) distance: exact up to half of them, then
-    logarithmic up to `max_distance`."""
+    """Returns T5's unidirectional buckets of the distance query - key. The first half of the
+    buckets is exact, the rest logarithmic up to `max_distance`."""
     distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = buckets // 2
     far = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
@@ -28,7 +31,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
 
 
 class Dropout:
-    """Inverted dropout; a key of None switches it off. Each call takes the next sub-key."""
+    """Inverted dropout. A key of None turns it off. Each call uses the next subkey."""
 
     def __init__(self, rate: float, key: jax.Array | None) -> None:
         self.rate, self.key, self.calls = rate, key if rate > 0 else None, 0
@@ -73,7 +76,7 @@ class T5Attention(nnx.Module):
 
 
 class CFormerBlock(nnx.Module):
-    """Causal self-attention, cross-attention to the patches, ungated ReLU MLP."""
+    """Causal self-attention, cross-attention to the patches, and an ungated ReLU MLP."""
 
     def __init__(self, cfg: CFormerConfig, memory_width: int, *, rngs: nnx.Rngs) -> None:
         self.self_norm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
@@ -101,7 +104,7 @@ class CFormerBlock(nnx.Module):
 
 
 class CFormer(nnx.Module):
-    """Features [B, P, vision width] to causal embeddings [B, N, language width]."""
+    """Maps features [B, P, vision width] to causal embeddings [B, N, language width]."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Contrastive image-text pretraining of the visual encoder, EVA-CLIP's part in Emu's ancestry."""
+"""Contrastive image-text pretraining of the visual encoder, as in EVA-CLIP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emu_jax.models.llama import LlamaBlock
 
 
 class TextTower(nnx.Module):
-    """A small causal transformer; a caption is its state at the last token."""
+    """A small causal transformer. Its state at the last token represents a caption."""
 
     def __init__(
         self, vocab: int, width: int, out_width: int, *, layers: int = 2, rngs: nnx.Rngs
@@ -41,7 +41,7 @@ class TextTower(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """The encoder and a text tower, with a learned temperature."""
+    """The visual encoder and a text tower, with a learned temperature."""
 
     def __init__(self, cfg: EmuConfig, *, remat: str = "none", rngs: nnx.Rngs) -> None:
         self.visual = VisionTransformer(cfg.vision, remat=remat, rngs=rngs)

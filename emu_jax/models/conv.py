@@ -1,6 +1,6 @@
-"""Convolutional layers that the denoiser and the autoencoder share (names as in diffusers).
+"""Convolutional layers shared by the denoiser and the autoencoder (names as in diffusers).
 
-Pictures are NHWC, convolution kernels HWIO.
+Images are NHWC, convolution kernels HWIO.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from emu_jax.sharding import shard
 class Conv(nnx.Module):
     """A 2D convolution; kernel [size, size, in, out].
 
-    `padding` is ((top, bottom), (left, right)); by default an input keeps its size
-    (divided by the stride).
+    `padding` is ((top, bottom), (left, right)). By default the output has the size of the input,
+    divided by the stride.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Conv(nnx.Module):
         self.padding = padding or ((size // 2, size // 2), (size // 2, size // 2))
 
     def weights(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Kernel and bias to compute with."""
-        # FSDP's gather, in words: with batch, input and output channels all split, XLA's
-        # partitioner (jax 0.10.2) gets the gradient towards the input of a convolution wrong.
+        """Returns the kernel and the bias in `dtype`."""
+        # An explicit FSDP gather: if batch, input and output channels are all split, XLA's
+        # partitioner (jax 0.10.2) gets the gradient of a convolution's input wrong.
         kernel = shard(self.kernel[...].astype(dtype), None, None, None, "conv_out")
         return kernel, self.bias[...].astype(dtype)
 
@@ -60,7 +60,7 @@ class Conv(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalises groups of channels over all pixels, in float32."""
+    """Normalizes groups of channels over all pixels, in float32."""
 
     def __init__(self, width: int, *, groups: int, eps: float, rngs: nnx.Rngs) -> None:
         self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
@@ -74,13 +74,16 @@ class GroupNorm(nnx.Module):
         return (y * scale + self.bias[...]).astype(x.dtype)
 
     def _mean(self, y: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
-        """Over pixels first: a group's few channels as minor axis would waste vector lanes."""
+        """Returns the mean of each channel's group.
+
+        Reduces pixels first: a group's few channels as minor axis would waste vector lanes.
+        """
         mean = reduce(jnp.mean(y, (1, 2)), "b (g c) -> b g", "mean", g=self.groups)
         return repeat(mean, "b g -> b 1 1 (g c)", c=y.shape[-1] // self.groups)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of positions to `context`, or to one another without one."""
+    """Multi-head attention to `context`, or self-attention without it."""
 
     def __init__(
         self, width: int, context_width: int, *, heads: int, bias: bool = False, rngs: nnx.Rngs
@@ -105,8 +108,8 @@ class Attention(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two normalised convolutions around a shortcut; the denoiser's add a time embedding
-    between them (`time_width`)."""
+    """Two convolutions with group norm, and a shortcut around them. With `time_width`, as in the
+    denoiser, a time embedding is added between the convolutions."""
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class ResnetBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves both sides by a strided convolution.
+    """Halves both sides with a strided convolution.
 
     The denoiser pads every edge; the autoencoder pads bottom and right only (`one_sided`).
     """
@@ -156,7 +159,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles both sides by repeating pixels, then convolves.
 
-    `size` asks for another height and width: what was halved may have been odd.
+    `size` overrides the output's height and width, to restore a map whose sides were odd.
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:

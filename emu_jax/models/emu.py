@@ -1,4 +1,4 @@
-"""The towers put together (release: `modeling_emu.py`, paper section 2)."""
+"""The whole model, assembled from its towers (release: `modeling_emu.py`, paper section 2)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from emu_jax.sharding import shard
 
 
 class EmuModel(nnx.Module):
-    """One autoregressive model over text tokens and visual embeddings, and the decoder that
-    paints its embeddings.
+    """An autoregressive model over text tokens and visual embeddings, and a diffusion decoder from
+    visual embeddings to images.
 
-    `unet` and `vae` are None where the configuration has none, or where `painter=False`
-    leaves them out (pretraining does not need them). `backend` is that of the language model's
-    attention over whole rows, and, but for "cudnn", of the visual encoder's. The causal
-    transformer, whose weights have dropout, and decoding use the platform's kernels that are not
-    fused, as everything does without a `backend`.
+    `unet` and `vae` are None if the configuration has none, or with `painter=False` (pretraining
+    does not need them). `backend` selects the attention of the language model over whole rows,
+    and, unless it is "cudnn", of the visual encoder. All other attention uses the platform's
+    unfused kernels: decoding, the U-Net, the VAE, and the Causal Transformer, whose attention
+    weights have dropout. Without a `backend`, all attention does.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class EmuModel(nnx.Module):
     def encode_images(
         self, pixels: Float[Array, "*B h w 3"], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "*B N D"]:
-        """Normalised pixels to the N causal embeddings of each picture."""
+        """Encodes normalized pixels as the N causal embeddings of each image."""
         batch = pixels.shape[:-3]
         pixels = shard(pixels.reshape(-1, *pixels.shape[-3:]), "batch", None, None, None)
         with jax.named_scope("visual"):
@@ -73,9 +73,10 @@ class EmuModel(nnx.Module):
         images: Float[Array, "B I N D"] | None = None,
         image_slots: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Embeddings of a row: the token table's, and a picture's at its `<image>` positions.
+        """Returns the embeddings of each row: those of an image at its `<image>` positions, those
+        of the token table elsewhere.
 
-        `image_slots` holds picture * N + slot at `<image>` positions and -1 elsewhere.
+        `image_slots` holds image * N + slot at `<image>` positions and -1 elsewhere.
         """
         x = self.llama.embed_tokens(tokens)
         if images is None or image_slots is None:
@@ -92,9 +93,11 @@ class EmuModel(nnx.Module):
         image_slots: Int[Array, "B T"] | None = None,
         image_scored: Bool[Array, "B I"] | None = None,
     ) -> Bool[Array, "B T"]:
-        """Positions t whose state regresses the embedding at t + 1: `[IMG]` and `<image>`,
-        where `<image>` or `[/IMG]` follows in the same document. N + 1 per picture, of those
-        that are `image_scored`."""
+        """Returns the positions t whose state regresses the embedding at t + 1.
+
+        These are `[IMG]` and `<image>` where `<image>` or `[/IMG]` follows in the same document,
+        N + 1 per image. With `image_slots` and `image_scored`, only scored images count.
+        """
         ids = self.cfg.tokens
         here = (tokens == ids.img) | (tokens == ids.image)
         after = jnp.roll(tokens, -1, axis=1)
@@ -103,7 +106,7 @@ class EmuModel(nnx.Module):
         mask = (here & follows & same).at[:, -1].set(False)
         if image_slots is None or image_scored is None:
             return mask
-        slot = jnp.maximum(image_slots, jnp.roll(image_slots, -1, axis=1))  # of here or of after
+        slot = jnp.maximum(image_slots, jnp.roll(image_slots, -1, axis=1))  # at t or t + 1
         picture = jnp.maximum(slot, 0) // self.cfg.cformer.n_causal
         return mask & jnp.take_along_axis(image_scored, picture, axis=1)
 
@@ -114,12 +117,12 @@ class EmuModel(nnx.Module):
         positions: Int[Array, "B"],
         cache: KVCache,
     ) -> tuple[Float[Array, "B N D"], KVCache]:
-        """The N embeddings of the next picture, one after the other
-        (release: `generate_image`, which recomputes the whole row for each).
+        """Generates the N embeddings of the next image, one after the other (release:
+        `generate_image`, which recomputes the whole row for each).
 
-        `llama` is this model's, perhaps `unstacked_for_decoding`. `hidden` are the states at
-        `[IMG]`, which stands at `positions`. The cache comes back with the first N - 1 embeddings
-        in it; it needs N - 1 free slots.
+        `llama` is this model's, or its copy `unstacked_for_decoding`. `hidden` holds the states at
+        `[IMG]`, whose positions are `positions`. The cache needs N - 1 free slots. The returned
+        cache holds the first N - 1 embeddings.
         """
         first = llama.regress(hidden)[:, None]
         graphdef, params = nnx.split(llama)
@@ -145,9 +148,9 @@ class EmuModel(nnx.Module):
         images: Float[Array, "B I N D"] | None = None,
         image_slots: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B N D"]:
-        """The N embeddings that follow right-padded contexts, each of which ends in `[IMG]`.
+        """Generates the N embeddings that follow right-padded contexts, each ending in `[IMG]`.
 
-        Right padding and plain positions, as the release's `generate_image` has them.
+        Right padding and positions from 0 are as in the release's `generate_image`.
         """
         batch, length = tokens.shape
         x = self.embed(tokens, images, image_slots)

@@ -31,10 +31,10 @@ def normalize_images(
 
 
 class VisionAttention(nnx.Module):
-    """Self-attention; q, k and v share a parameter; q and v have a bias, k has none."""
+    """Self-attention. One parameter holds the kernels of q, k and v. Only q and v have a bias."""
 
     def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs) -> None:
-        # [in, (q, k, v), heads x head width]: splitting heads never mixes q with k.
+        # [in, (q, k, v), heads x head width]: sharding the heads keeps q, k and v apart.
         self.qkv = param(
             rngs, normal(cfg.width**-0.5), (cfg.width, 3, cfg.width), ("embed", None, "heads")
         )
@@ -44,7 +44,7 @@ class VisionAttention(nnx.Module):
         self.head_width, self.backend = cfg.head_width, backend
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        # Three products, not one whose result would be cut into copies.
+        # Three matmuls: slicing the result of a single one would copy it.
         q, k, v = (kernels().matmul(x, self.qkv[...][:, part].astype(x.dtype)) for part in range(3))
         q, v = (a + bias[...].astype(x.dtype) for a, bias in ((q, self.q_bias), (v, self.v_bias)))
         q, k, v = (
@@ -82,7 +82,7 @@ class VisionBlock(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """The visual encoder. Emu uses its blocks' raw output; `norm` and `head` are CLIP's."""
+    """The visual encoder. Emu uses the raw output of its blocks; `norm` and `head` are for CLIP."""
 
     def __init__(
         self, cfg: VisionConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
@@ -98,9 +98,9 @@ class VisionTransformer(nnx.Module):
         self.patch_size, self.remat = cfg.patch_size, remat
 
     def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B P D"]:
-        """Normalised pixels to un-normed features, the class token first
+        """Encodes normalized pixels as features without the final norm, the class token first
         (`forward_features` of the release)."""
-        # A convolution whose stride is its size is a product over flattened patches.
+        # A convolution whose stride is its kernel size is a matmul over flattened patches.
         patches = rearrange(
             pixels, "b (y p) (x q) c -> b (y x) (p q c)", p=self.patch_size, q=self.patch_size
         )
@@ -112,5 +112,5 @@ class VisionTransformer(nnx.Module):
         return x
 
     def clip_embedding(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B E"]:
-        """The contrastive embedding: head(norm(class token)), not normalised to length 1."""
+        """Returns the contrastive embedding, head(norm(class token)), not scaled to unit length."""
         return self.head(self.norm(self(pixels)[:, 0]))

@@ -1,4 +1,4 @@
-"""The language model's KV cache: stacked as its layers are, or with an array for each layer."""
+"""The language model's KV cache, in two layouts: stacked layers, or one array per layer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from emu_jax.sharding import shard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far, of all layers in one array each.
+    """Keys and values of the tokens so far, with all layers in one array each.
 
-    A token takes the next slot of its row whatever its position; `valid` is False on the
-    slots of padding, so that left- and right-padded prompts share one layout. Keys and values
-    lie as attention multiplies by them: nothing is transposed at each token.
+    A token takes the next slot of its row, whatever its position. `valid` is False on padding
+    slots, which lets left- and right-padded prompts share one layout. Keys and values have the
+    layout of attention's matmuls: no decode step transposes them.
     """
 
     k: Any  # Float[Array, "L B H K S"]
@@ -34,7 +34,7 @@ class KVCache:
     def empty(
         cls, cfg: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype | type = jnp.float32
     ) -> KVCache:
-        """A cache of `slots` free slots a row."""
+        """Returns a cache with `slots` free slots per row."""
         k = cls._zeros(cfg, batch, (cfg.head_width, slots), dtype)
         v = cls._zeros(cfg, batch, (slots, cfg.head_width), dtype)
         return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
@@ -52,7 +52,7 @@ class KVCache:
 
     @property
     def layers(self) -> Int[Array, "L"] | Int[np.ndarray, "L"]:
-        """The numbers that `update` takes, for `layers.scan`."""
+        """The layer numbers that `update` takes, for `layers.scan`."""
         return jnp.arange(len(self.k))
 
     def update(
@@ -61,8 +61,9 @@ class KVCache:
         k: Float[Array, "B T H K"],
         v: Float[Array, "B T H K"],
     ) -> tuple[KVCache, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
-        """Writes T tokens of a layer into the next free slots, which stay free: `advance` takes
-        them once all layers are written.
+        """Writes T tokens of a layer into the next free slots.
+
+        The slots stay free until `advance` takes them, after all layers are written.
 
         Returns:
             The cache, and all keys and values of the layer.
@@ -80,18 +81,19 @@ class KVCache:
         return k.astype(self.dtype), v.astype(self.dtype)
 
     def mark(self, valid: Bool[Array, "B T"]) -> KVCache:
-        """Says which of the next T slots hold tokens, not padding."""
+        """Records which of the next T slots hold tokens rather than padding."""
         slots = jax.lax.dynamic_update_slice(self.valid, valid, (0, self.used))
         return dataclasses.replace(self, valid=slots)
 
     def causal_mask(self, length: int) -> Bool[Array, "B T S"]:
-        """Each of the next `length` tokens sees the valid slots up to its own."""
+        """Returns the mask by which each of the next `length` tokens sees the valid slots up to its
+        own."""
         query = self.used + jnp.arange(length)
         causal = jnp.arange(self.valid.shape[1])[None, :] <= query[:, None]  # [T, S]
         return causal[None] & self.valid[:, None, :]
 
     def advance(self, length: int) -> KVCache:
-        """Takes the next `length` slots."""
+        """Marks the next `length` slots as used."""
         return dataclasses.replace(self, used=self.used + length)
 
     def repeat(self, times: int) -> KVCache:
@@ -107,11 +109,11 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UnstackedKVCache(KVCache):
-    """A cache whose layers are apart, as those of `Llama.unstacked_for_decoding` are.
+    """A cache with separate arrays for each layer, for `Llama.unstacked_for_decoding`.
 
-    Keys and values are tuples of a layer's [B*H, K, S] and [B*H, S, K]: as a matmul takes them.
-    XLA's CPU compiler would else keep one copy to multiply by and another to update; so it updates
-    them in place. They are not split over devices by heads.
+    Keys and values are tuples with a layer's [B*H, K, S] and [B*H, S, K], the layout of a matmul's
+    operand. XLA's CPU compiler updates these in place. In other layouts it would keep one copy to
+    multiply by and another to update. They are not sharded by heads.
     """
 
     @classmethod

@@ -27,10 +27,10 @@ Cache = TypeVar("Cache", KVCache, None)
 
 
 def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "pairs"]:
-    """1 / theta^(2i / K) (`rotary_emb.inv_freq`), every step rounded as torch rounds it.
+    """Returns 1 / theta^(2i / K) (`rotary_emb.inv_freq`), with every step rounded as in torch.
 
-    In numpy, when a program is traced: XLA's power differs in the last bits, and rounding the
-    tables to bfloat16 can make much of that.
+    Computed in numpy at trace time: XLA's power differs in the last bits, and rounding the tables
+    to bfloat16 can amplify the difference.
     """
     half = head_width // 2
     exponent = np.arange(half, dtype=np.float32) / np.float32(half)
@@ -41,7 +41,7 @@ def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "pair
 def rotary(
     x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float, dtype: str = "float32"
 ) -> Float[Array, "B T H K"]:
-    """Rotary position embedding, the two halves of a head rotated together.
+    """Applies rotary position embedding. Entry i of a head is paired with entry i + K/2.
 
     Cosines and sines are rounded to `dtype` (`LlamaConfig.rope_dtype`).
     """
@@ -64,15 +64,15 @@ def _linear(
     axes: tuple[str, str],
     rngs: nnx.Rngs,
 ) -> Linear:
-    """A layer without bias, at `path` of its block; with an adapter where the configuration asks
-    for one."""
+    """Creates the layer at `path` of its block, without bias. It has an adapter if the
+    configuration asks for one."""
     if cfg.lora and path.rsplit(".", 1)[-1] in cfg.lora.targets:
         return LoraLinear(width_in, width_out, axes, path=path, lora=cfg.lora, rngs=rngs)
     return Linear(width_in, width_out, axes, bias=False, rngs=rngs)
 
 
 class LlamaAttention(nnx.Module):
-    """Rotary multi-head attention, no biases, every head with its own keys."""
+    """Rotary multi-head attention without biases. Every head has its own keys and values."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         inner = cfg.heads * cfg.head_width
@@ -95,7 +95,7 @@ class LlamaAttention(nnx.Module):
         dropout_key: jax.Array | None = None,
         backend: str | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Attends among `x`, or to a cache: see `LlamaBlock`."""
+        """Attends within `x`, or to a cache: see `LlamaBlock`."""
         q, k, v = self._project(x, positions, dropout_key)
         scale = self.cfg.head_width**-0.5
         if cache is None:
@@ -115,7 +115,7 @@ class LlamaAttention(nnx.Module):
         positions: Int[Array, "B T"],
         dropout_key: jax.Array | None,
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
-        """Rotated queries and keys, and values."""
+        """Returns rotated queries, rotated keys, and values."""
         q, k, v = (
             rearrange(adapted(proj, x, dropout_key), "b t (h k) -> b t h k", k=self.cfg.head_width)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -169,9 +169,9 @@ class LlamaBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Returns hidden states and the cache.
 
-        Without a cache attention is causal among `x`, within a segment if there are ids, by
-        `backend`. With one the keys and values are written to it as those of `layer`, and `mask`
-        says which of its slots a token sees.
+        Without a cache, attention is causal within `x` and runs on `backend`. With `segment_ids`,
+        it stays within a segment. With a cache, the keys and values are written to it as those of
+        `layer`, and `mask` is True at the slots that a token attends to.
         """
         attended, cache = self.self_attn(
             self.input_layernorm(x),
@@ -213,8 +213,11 @@ class Llama(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm; causal, within a segment when ids are given.
-        With a key the adapters drop, as in training."""
+        """Returns hidden states after the final norm.
+
+        Attention is causal. With `segment_ids`, it stays within a segment. With a dropout key, as
+        in training, the adapters apply dropout.
+        """
         keys = None
         if dropout_key is not None and self.cfg.lora and self.cfg.lora.dropout > 0:
             keys = jax.random.split(dropout_key, self.cfg.layers)
@@ -242,7 +245,7 @@ class Llama(nnx.Module):
         return llama
 
     def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-        """A cache of `slots` free slots a row, in the layout of this model's layers."""
+        """Returns a cache with `slots` free slots per row, in the layout of this model's layers."""
         cls = UnstackedKVCache if isinstance(self.layers, nnx.List) else KVCache
         return cls.empty(self.cfg, batch, slots, dtype)
 
@@ -255,12 +258,12 @@ class Llama(nnx.Module):
         *,
         mask: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Hidden states of T more tokens after those in `cache`, and the cache with them: a
-        prompt, or one decode step.
+        """Adds T tokens to the cache: a prompt, or one decode step. Returns their hidden states
+        and the new cache.
 
-        `valid` is False on padding, which nothing attends to. A token attends to all valid slots
-        up to its own, or to those of `mask`. The cache must have T free slots left; it is updated
-        in place under jit when donated.
+        `valid` is False on padding, which no token attends to. A token attends to all valid slots
+        up to its own, or to the slots of `mask`. The cache must have T free slots left. Under jit,
+        a donated cache is updated in place.
         """
         length = x.shape[1]
         cache = cache.mark(valid)
@@ -269,7 +272,7 @@ class Llama(nnx.Module):
         def body(
             block: LlamaBlock, carry: tuple[jax.Array, Any, Any], layer: int | Int[Array, ""]
         ) -> tuple[tuple[jax.Array, Any, Any], None]:
-            x, k, v = carry  # all that changes from layer to layer
+            x, k, v = carry  # the parts of the cache that layers change
             layers_cache = dataclasses.replace(cache, k=k, v=v)
             x, layers_cache = block(x, positions, cache=layers_cache, layer=layer, mask=mask)
             return (x, layers_cache.k, layers_cache.v), None
@@ -278,18 +281,19 @@ class Llama(nnx.Module):
         return self.norm(x), dataclasses.replace(cache, k=k, v=v).advance(length)
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
-        """Next-token logits, without the rows that only round the vocabulary up."""
+        """Returns next-token logits, without the padding of the vocabulary."""
         return self.lm_head(hidden)[..., : self.cfg.vocab_size]
 
     def token_losses(
         self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, block: int
     ) -> Float[Array, "B T"]:
-        """The cross-entropy of each target, float32, where the logits of at most `block`
-        positions of a row exist at a time: they are computed again for the gradient. With a
-        block of 0 all exist at once, and are kept.
+        """Returns the cross-entropy of each target, in float32.
 
-        Each device does so for its own rows, with the whole head gathered once; its gradient
-        is summed over devices once, not once a block.
+        Holds the logits of at most `block` positions of a row at a time; the backward pass
+        recomputes them. With a block of 0, all logits are computed at once and saved.
+
+        Each device computes its own rows. The head's `embed` axis is gathered once, and its
+        gradient is summed over devices once, not once per block.
         """
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
         how = {"vocab": self.cfg.vocab_size, "block": block}
@@ -312,5 +316,5 @@ class Llama(nnx.Module):
         )(hidden, kernel, targets)
 
     def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """The next visual embedding."""
+        """Predicts the next visual embedding."""
         return self.stu_regress_head(hidden)

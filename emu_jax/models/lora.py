@@ -16,7 +16,7 @@ from emu_jax.models.layers import Axes, Linear, lecun, param
 class LoraLinear(Linear):
     """y = x W + (alpha / rank) (x A) B. B starts at zero, so y starts as the base layer's.
 
-    `path` names the layer in its block: its dropout key is the block's, with this name folded in.
+    `path` names the layer within its block. It is folded into the block's dropout key.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class LoraLinear(Linear):
     def __call__(
         self, x: Float[Array, "B T D"], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "B T E"]:
-        """With the block's key, as in training, the adapter's input is subject to dropout."""
+        """Applies the layer. With the block's key, as in training, the adapter's input has
+        dropout."""
         y, low = super().__call__(x), x
         if dropout_key is not None and self.dropout > 0:
             key = jax.random.fold_in(dropout_key, zlib.crc32(self.path.encode()))
@@ -52,11 +53,11 @@ class LoraLinear(Linear):
 def adapted(
     layer: Linear, x: Float[Array, "B T D"], dropout_key: jax.Array | None
 ) -> Float[Array, "B T E"]:
-    """`layer(x)`, with dropout in its adapter if it has one and there is a key."""
+    """Returns `layer(x)`. If the layer has an adapter, `dropout_key` turns on its dropout."""
     return layer(x, dropout_key=dropout_key) if isinstance(layer, LoraLinear) else layer(x)
 
 
 def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, lora: LoraConfig) -> jax.Array:
-    """The plain kernel [.., in, out] that computes what base and adapter compute together."""
+    """Returns the plain kernel [.., in, out] that is equivalent to base and adapter together."""
     low = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return kernel + (lora.alpha / lora.rank) * low

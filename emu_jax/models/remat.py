@@ -6,24 +6,24 @@ from typing import Any
 
 import jax
 
-# Names for `jax.ad_checkpoint.checkpoint_name`: what attention saves for its backward pass; the
-# queries, keys and values that it reads; what a block adds to the residual stream after it.
+# Names for `jax.ad_checkpoint.checkpoint_name`: the residuals of attention's backward pass; its
+# queries, keys and values; its output projection, which is added to the residual stream.
 CHECKPOINT_ATTENTION = "attention"
 CHECKPOINT_QKV = "qkv"
 CHECKPOINT_RESIDUAL = "added"
 
-# The named scope of what a backward pass recomputes: counts of a model's FLOPs leave it out.
+# The named scope of operations that a backward pass recomputes. FLOP counts of a model exclude it.
 RECOMPUTED_SCOPE = "again"
 
 _policies = jax.checkpoint_policies
 _names = CHECKPOINT_ATTENTION, CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 
-# What a layer saves for its backward pass; the rest is recomputed. From most memory to least:
+# What a layer saves for its backward pass, from most memory to least. The rest is recomputed.
 #   none     everything
 #   dots     the output of every matmul with a parameter, and of attention
-#   minimal  attention, its inputs, and its output projection: the MLP is recomputed
-#   offload  as minimal, in the host's memory
-#   full     the layer's input alone
+#   minimal  attention, its inputs, and its output projection; the MLP is recomputed
+#   offload  like minimal, but in host memory
+#   full     only the layer's input
 REMAT: dict[str, Any] = {
     "none": _policies.everything_saveable,
     "dots": _policies.save_from_both_policies(

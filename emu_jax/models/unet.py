@@ -1,6 +1,6 @@
-"""The denoiser: Stable Diffusion's U-Net, conditioned on the N regressed embeddings in place
-of a text encoder's states (release: `Emu1/models/pipeline.py`; diffusers 0.21,
-`UNet2DConditionModel`, whose submodule names are kept)."""
+"""The denoiser: Stable Diffusion's U-Net, conditioned on the N regressed embeddings instead of a
+text encoder's states (release: `Emu1/models/pipeline.py`; diffusers 0.21, `UNet2DConditionModel`).
+Submodule names are those of diffusers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from emu_jax.sharding import shard
 
 
 def timestep_features(timesteps: Real[Array, "B"], cfg: UNetConfig) -> Float[Array, "B D"]:
-    """Sines and cosines of the timesteps, `block_out_channels[0]` wide, float32."""
+    """Returns sines and cosines of the timesteps, `block_out_channels[0]` wide, in float32."""
     half = cfg.block_out_channels[0] // 2
     frequency = np.exp(-np.log(10000.0) * np.arange(half) / (half - cfg.freq_shift))
     angle = timesteps.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)
@@ -42,7 +42,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """out(value * gelu(gate)), value and gate from one product (GEGLU, exact GELU)."""
+    """out(value * gelu(gate)), value and gate from one matmul (GEGLU, exact GELU)."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.proj = Linear(width, 8 * width, ("embed", "mlp"), rngs=rngs)
@@ -103,7 +103,7 @@ def resnet(width_in: int, width_out: int, cfg: UNetConfig, rngs: nnx.Rngs) -> Re
 
 
 class DownBlock(nnx.Module):
-    """ResNet blocks, each followed by attention if `attend`, and a halving unless `last`."""
+    """ResNet blocks, each followed by attention if `attend`, then a downsampler unless `last`."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class DownBlock(nnx.Module):
         time: Float[Array, "B _"],
         cond: Float[Array, "B N _"],
     ) -> tuple[Float[Array, "B _ _ _"], list[jax.Array]]:
-        """The feature map, and every map on the way to it for the way up."""
+        """Returns the feature map, and the output of every layer as skip connections."""
         skips = []
         for i, block in enumerate(self.resnets):
             x = block(x, time)
@@ -154,7 +154,8 @@ class UNetMidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """As `DownBlock`, each ResNet block reading a map of the way down too; then a doubling."""
+    """ResNet blocks that each take a skip connection, followed by attention if `attend`; then an
+    upsampler unless `last`."""
 
     def __init__(
         self,
@@ -181,8 +182,8 @@ class UpBlock(nnx.Module):
         *,
         size: tuple[int, int] | None = None,
     ) -> Float[Array, "B _ _ _"]:
-        """`skips` in the order in which they are read; `size` of what comes out, when it is
-        not the double."""
+        """Returns the feature map. `skips` are in the order in which they are read. `size` is the
+        output's height and width, if not twice the input's."""
         for i, (block, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = block(jnp.concatenate([x, skip], axis=-1), time)
             if self.attentions:
@@ -193,12 +194,12 @@ class UpBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Predicts the noise in latents (or their velocity: `SchedulerConfig.prediction_type`).
+    """Predicts the noise in latents, or their velocity (`SchedulerConfig.prediction_type`).
 
     `remat` names what each block saves for its backward pass (`remat.REMAT`).
 
     Raises:
-        UserError: the configuration's lists disagree, or name a block that does not exist.
+        UserError: the configuration's lists disagree in length, or name an unknown block.
     """
 
     def __init__(self, cfg: UNetConfig, *, remat: str = "none", rngs: nnx.Rngs) -> None:
@@ -240,7 +241,7 @@ class UNet(nnx.Module):
         timesteps: Real[Array, "B"],
         cond: Float[Array, "B N D"],
     ) -> Float[Array, "B h w E"]:
-        """One denoiser call, in the dtype of `sample`, whose sides are free."""
+        """Runs the denoiser once, in the dtype of `sample`, which may have any height and width."""
         x = self.conv_in(shard(sample, "batch", None, None, None))
         time = self.time_embedding(timestep_features(timesteps, self.cfg).astype(x.dtype))
         cond = cond.astype(x.dtype)
@@ -253,7 +254,7 @@ class UNet(nnx.Module):
         x = self._run(self.mid_block, x, time, cond)
         for block in self.up_blocks:
             read = [skips.pop() for _ in block.resnets]
-            # Odd sides were rounded up on the way down: the next map tells what they were.
+            # Downsampling rounds odd sides up. The next skip connection has the size to restore.
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             x = self._run(block, x, read, time, cond, size=size)
             x = shard(x, "batch", None, None, None)

@@ -1,5 +1,5 @@
-"""The autoencoder between pixels and latents (diffusers 0.21, `AutoencoderKL`, whose submodule
-names are kept)."""
+"""The autoencoder between pixels and latents (diffusers 0.21, `AutoencoderKL`). Submodule names
+are those of diffusers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class VAEMidBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The ResNet blocks of one resolution, then a change to the next (`down`, `up`)."""
+    """ResNet blocks of one resolution, then a downsampler (`down`) or an upsampler (`up`)."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels to the moments of the latents."""
+    """Maps pixels to the moments of the latents."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs) -> None:
         widths, groups = cfg.block_out_channels, cfg.norm_num_groups
@@ -100,7 +100,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels; one ResNet block more at each resolution than the encoder."""
+    """Maps latents to pixels. Each resolution has one ResNet block more than in the encoder."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs) -> None:
         widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
@@ -132,10 +132,10 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """Pixels in [-1, 1] to a Gaussian over latents, and latents back to pixels.
+    """Maps pixels in [-1, 1] to a Gaussian over latents, and latents back to pixels.
 
-    Latents here are the network's own. The denoiser works on `cfg.scaling_factor` times
-    them: multiply what `encode` gives, divide what `decode` gets.
+    Latents here are unscaled. The denoiser works on latents multiplied by `cfg.scaling_factor`:
+    multiply the output of `encode`, and divide the input of `decode`.
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs) -> None:
@@ -148,7 +148,7 @@ class VAE(nnx.Module):
     def encode(
         self, x: Float[Array, "B H W C"]
     ) -> tuple[Float[Array, "B h w E"], Float[Array, "B h w E"]]:
-        """Mean and log-variance of the latents, a side `cfg.downscale` times shorter.
+        """Returns mean and log-variance of the latents, with sides `cfg.downscale` times shorter.
 
         Raises:
             UserError: `cfg.downscale` does not divide a side of `x`.
@@ -163,5 +163,5 @@ class VAE(nnx.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W E"]:
-        """Pixels, around [-1, 1] but not clipped to it."""
+        """Returns pixels, roughly in [-1, 1] but not clipped to it."""
         return self.decoder(self.post_quant_conv(z))
