@@ -1,8 +1,8 @@
 """Diffusion: the noise schedule, and samplers with classifier-free guidance.
 
-A sampler is a table with one row for each call of the denoiser (`Steps`): each of PNDM, DDIM
-and DPM-Solver++ moves to a weighted sum of the latents it stands on, those it began with, and
-what the denoiser said last. So one loop, compiled once, runs them all.
+A sampler is a table with one row for each call of the denoiser (`Steps`). PNDM, DDIM and
+DPM-Solver++ all move to a weighted sum of the current latents, the initial latents, and the last
+outputs of the denoiser. One loop, compiled once, runs them all.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from emu_jax.models.backend import kernels
 
 @functools.cache
 def alphas_cumprod(cfg: SchedulerConfig) -> Float[np.ndarray, "S"]:
-    """The share of signal variance left at each training timestep, float64, read-only.
+    """Returns the share of signal variance left at each training timestep, float64, read-only.
 
     Raises:
-        UserError: an unknown `beta_schedule`.
+        UserError: `beta_schedule` is unknown.
     """
     start, end, steps = cfg.beta_start, cfg.beta_end, cfg.num_train_timesteps
     if cfg.beta_schedule == "linear":
@@ -47,7 +47,7 @@ def add_noise(
     noise: Float[Array, "B h w C"],
     timesteps: Int[Array, "B"],
 ) -> Float[Array, "B h w C"]:
-    """The latents at `timesteps` of the forward process: sqrt(a) latents + sqrt(1 - a) noise."""
+    """Returns sqrt(a) latents + sqrt(1 - a) noise, the forward process at `timesteps`."""
     signal, spread = _signal_and_spread(cfg, timesteps, latents.dtype)
     return signal * latents + spread * noise
 
@@ -76,9 +76,9 @@ def _signal_and_spread(
 
 
 class Steps(NamedTuple):
-    """A sampler as numbers; S rows, one for each call of the denoiser.
+    """A sampler as numbers: S rows, one for each call of the denoiser.
 
-    With x the latents, x0 those that sampling began with and e what the denoiser says at (x, t):
+    With x the latents, x0 the initial latents, and e the denoiser's output at (x, t):
       m = convert[0] x + convert[1] e
       x <- carry[0] x + carry[1] x0 + weights . (m, and the last three m kept, newest first)
     """
@@ -91,11 +91,11 @@ class Steps(NamedTuple):
 
 
 def sampling_steps(cfg: SchedulerConfig, steps: int, method: str = "pndm") -> Steps:
-    """The table of `method` ("pndm", "ddim" or "dpm++") for `steps` steps.
+    """Returns the table of `method` ("pndm", "ddim" or "dpm++") for `steps` steps.
 
     Raises:
-        UserError: an unknown method, spacing or schedule, or a number of steps that does not
-            fit the schedule.
+        UserError: the method, spacing or schedule is unknown, the number of steps does not fit
+            the schedule, or "pndm" is used without `skip_prk_steps`.
     """
     if method not in METHODS:
         raise _unknown("sampler", method, METHODS)
@@ -108,9 +108,9 @@ def sampling_steps(cfg: SchedulerConfig, steps: int, method: str = "pndm") -> St
 
 
 def padded_steps(cfg: SchedulerConfig, steps: int, method: str) -> tuple[Steps, int]:
-    """Returns `sampling_steps` padded to the longest table of `cfg`, and the number of its rows.
+    """Returns `sampling_steps` padded to the longest table of `cfg`, and its rows before padding.
 
-    All numbers of steps and all methods then have one shape, and share one compiled program.
+    All methods and numbers of steps then have one shape, and share one compiled program.
     """
     table = sampling_steps(cfg, steps, method)
     count = len(table.t)
@@ -119,7 +119,7 @@ def padded_steps(cfg: SchedulerConfig, steps: int, method: str) -> tuple[Steps, 
 
 
 class SamplerState(NamedTuple):
-    """Sampling between two calls of the denoiser, in float32."""
+    """State of sampling between two calls of the denoiser, in float32."""
 
     latents: Float[Array, "B h w C"]
     initial: Float[Array, "B h w C"]
@@ -127,7 +127,7 @@ class SamplerState(NamedTuple):
 
 
 def start(latents: Float[Array, "B h w C"]) -> SamplerState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     latents = latents.astype(jnp.float32)
     return SamplerState(latents, latents, jnp.zeros((3, *latents.shape), jnp.float32))
 
@@ -143,10 +143,10 @@ def sample(
     guidance: float | Float[Array, ""] = 7.5,
     method: str = "pndm",
 ) -> Float[Array, "B h w C"]:
-    """Latents (scaled, for `VAE.decode`: divide by its scaling factor) from Gaussian ones.
+    """Denoises Gaussian latents. Divide the result by the VAE's scaling factor for `VAE.decode`.
 
-    Pure, so that a caller's jit holds the whole loop; see `advance`. The latents' dtype is what
-    `denoise` sees; sums are taken in float32.
+    This is a pure function: a caller can jit the whole loop. `denoise` gets latents in the dtype of
+    `latents`; sums are taken in float32. See `advance` for the arguments.
     """
     table = sampling_steps(cfg, steps, method)
     state = advance(
@@ -175,16 +175,16 @@ def advance(
     guidance: float | Float[Array, ""] = 7.5,
     dtype: jnp.dtype | None = None,
 ) -> SamplerState:
-    """Takes rows `first` to `last` (exclusive) of a sampler's table.
+    """Runs rows `first` to `last` (exclusive) of a sampler's table.
 
-    `denoise(latents, timesteps [B'], cond)` is the denoiser, called once a row on B' = 2 B rows,
-    conditional ones first (on a CPU once for either half); its answers are moved apart by
-    `guidance`: uncond + guidance (cond - uncond). Without `uncond`, or with a Python number of 1
-    or less as guidance, it is called on the B conditional rows alone, as the release does. Traced
-    guidance, table and bounds need no new compilation for other values.
+    `denoise(latents, timesteps [B'], cond)` is called once per row of the table, on a batch of
+    B' = 2 B, conditional half first (on a CPU, once for each half). Classifier-free guidance
+    combines its outputs as uncond + guidance (cond - uncond). Without `uncond`, or if `guidance`
+    is a Python number of at most 1, only the conditional half runs, as in the release. New values
+    of a traced guidance, table or bound need no new compilation.
 
     Args:
-        dtype: of the latents that `denoise` sees; that of `cond` by default.
+        dtype: dtype of the latents that `denoise` gets; by default that of `cond`.
     """
     if not isinstance(guidance, jax.Array) and guidance <= 1.0:
         uncond = None
@@ -215,8 +215,8 @@ def advance(
 
 
 def _pndm(cfg: SchedulerConfig, steps: int) -> Steps:
-    """PNDM without Runge-Kutta steps, that is PLMS (arXiv 2202.09778, formulas 9, 12 and 13;
-    diffusers 0.21, `PNDMScheduler`). Visits its second timestep twice: steps + 1 rows."""
+    """PNDM without Runge-Kutta steps, also called PLMS (arXiv 2202.09778, formulas 9, 12 and 13;
+    diffusers 0.21, `PNDMScheduler`). It visits the second timestep twice: steps + 1 rows."""
     if not cfg.skip_prk_steps:
         raise UserError("the sampler 'pndm' needs scheduler.skip_prk_steps = true")
     t = _timesteps(cfg, steps)
@@ -227,7 +227,7 @@ def _pndm(cfg: SchedulerConfig, steps: int) -> Steps:
     start[repeated] += stride
     a, a_next = _alphas(cfg, start, start - stride)
 
-    # Adams-Bashforth of as high an order as there are slopes.
+    # Adams-Bashforth of the highest order, up to 4, that the past slopes allow.
     orders = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
     seen = np.maximum(np.arange(len(t)) - 1, 0)
     slope = orders[np.minimum(seen, 3)]
@@ -258,8 +258,9 @@ def _ddim(cfg: SchedulerConfig, steps: int) -> Steps:
 
 
 def _dpm(cfg: SchedulerConfig, steps: int) -> Steps:
-    """DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), ending without noise by a
-    first-order step (diffusers, `DPMSolverMultistepScheduler` as it is by default)."""
+    """DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2; diffusers,
+    `DPMSolverMultistepScheduler` with its defaults). The last step is first-order and removes all
+    noise."""
     t = _timesteps(cfg, steps, ends=True)
     a = alphas_cumprod(cfg)[t]
     signal, spread = np.append(a**0.5, 1.0), np.append((1 - a) ** 0.5, 0.0)
@@ -291,21 +292,21 @@ def _table(
     weights: Any,
     keep: np.ndarray | None = None,
 ) -> Steps:
-    """`Steps` in the device's dtypes; every m is kept unless `keep` says otherwise."""
+    """Returns `Steps` in the device's dtypes. Every m is kept unless `keep` is given."""
     keep = np.ones(len(t), bool) if keep is None else keep
     convert, carry, weights = (np.asarray(x, np.float32) for x in (convert, carry, weights))
     return Steps(t.astype(np.int32), convert, carry, weights, keep)
 
 
 def _first(column: np.ndarray, width: int = 2) -> np.ndarray:
-    """`column` and zeros beside it."""
+    """Pads `column` with columns of zeros to `width`."""
     return np.pad(column[:, None], ((0, 0), (0, width - 1)))
 
 
 def _timesteps(cfg: SchedulerConfig, steps: int, ends: bool = False) -> Int[np.ndarray, "S"]:
-    """Training timesteps to visit, from noise to picture (arXiv 2305.08891, table 2).
+    """Returns the training timesteps to visit, from noise to image (arXiv 2305.08891, table 2).
 
-    With `ends` the spacing counts the clean end as a point too (DPM-Solver).
+    With `ends`, the spacing also counts the clean end as a point (DPM-Solver).
     """
     train, points = cfg.num_train_timesteps, steps + ends
     if cfg.timestep_spacing == "leading":
@@ -329,21 +330,21 @@ def _timesteps(cfg: SchedulerConfig, steps: int, ends: bool = False) -> Int[np.n
 def _alphas(
     cfg: SchedulerConfig, t: np.ndarray, t_next: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Signal shares at `t` and at `t_next`, which may lie past the clean end."""
+    """Returns signal shares at `t` and at `t_next`, which may be past the clean end."""
     alphas = alphas_cumprod(cfg)
     clean = 1.0 if cfg.set_alpha_to_one else alphas[0]
     return alphas[t], np.where(t_next >= 0, alphas[t_next], clean)
 
 
 def _noise_conversion(cfg: SchedulerConfig, a: np.ndarray) -> np.ndarray:
-    """Weights on (latents, what the denoiser says) that give the noise."""
+    """Returns weights on (latents, denoiser output) that give the noise."""
     if _predicts_velocity(cfg):
         return np.stack([(1 - a) ** 0.5, a**0.5], 1)
     return np.tile([0.0, 1.0], (len(a), 1))
 
 
 def _latents_conversion(cfg: SchedulerConfig, a: np.ndarray) -> np.ndarray:
-    """Weights on (latents, what the denoiser says) that give the noiseless latents."""
+    """Returns weights on (latents, denoiser output) that give the noiseless latents."""
     if _predicts_velocity(cfg):
         return np.stack([a**0.5, -((1 - a) ** 0.5)], 1)
     return np.stack([a**-0.5, -((1 / a - 1) ** 0.5)], 1)

@@ -1,7 +1,7 @@
-"""Peaks and bandwidths of chips: the one table behind MFU figures and `emu-jax plan`.
+"""Peak FLOP/s and bandwidths of chips: the table behind MFU figures and `emu-jax plan`.
 
-TPU figures are those of Google Cloud's "system architecture" pages of each version, GPU
-figures those of NVIDIA's data sheets (dense, not sparse).
+TPU figures are from Google Cloud's "system architecture" page of each version. GPU figures are from
+NVIDIA's data sheets (dense, not sparse).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ GIB = 2**30
 class Chip:
     """One accelerator chip. Bandwidths are bytes per second."""
 
-    flops: float  # bfloat16 products, FLOP/s
+    flops: float  # peak FLOP/s in bfloat16
     hbm_bytes: float
     hbm_bandwidth: float
-    # Of one interconnect link in one direction. A chip has two links along each axis of its
+    # One interconnect link, in one direction. A chip has two links along each axis of its
     # torus; the published "bidirectional bandwidth per chip" counts both directions of all.
     link_bandwidth: float = 0.0
     torus_axes: int = 0
     dcn_bandwidth: float = 0.0  # to other slices, in one direction
-    devices: int = 1  # that JAX sees, per chip
+    devices: int = 1  # JAX devices per chip
 
 
 CHIPS: dict[str, Chip] = {
@@ -48,7 +48,7 @@ CHIPS: dict[str, Chip] = {
     "b200": Chip(2250e12, 180 * GB, 7700 * GB),
 }
 
-# How jax.Device.device_kind begins.
+# Prefixes of jax.Device.device_kind. The first match counts.
 _KINDS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
     "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x",
@@ -67,10 +67,10 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
-    """FLOP/s of one JAX device in products of `dtype`; None where the table does not say.
+    """Returns the peak FLOP/s of one JAX device in matmuls of `dtype`, or None if it is unknown.
 
-    A float32 product takes six bfloat16 passes on a TPU at the "highest" precision, which
-    training in float32 asks for; GPUs are not listed in float32.
+    On a TPU, a float32 matmul takes six bfloat16 passes at the "highest" precision, which float32
+    training uses. float32 peaks of GPUs are not listed.
     """
     chip = chip_of(device_kind)
     if chip is None:
@@ -82,7 +82,7 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips, `v5p:4x4x8`, and how many of them."""
+    """TPU slices: the chip and shape of one slice, such as `v5p:4x4x8`, and their number."""
 
     chip_name: str
     shape: tuple[int, ...]  # chips along each axis of the torus
@@ -93,10 +93,10 @@ class Topology:
         """Parses a topology such as `v5p:4x4x8`.
 
         Raises:
-            UserError: no such chip, or no such shape.
+            UserError: the chip is unknown, the shape does not fit it, or `slices` is below 1.
         """
         name, _, shape = text.partition(":")
-        # The compiler has v4 as two devices a chip, which no mesh of jax's takes.
+        # The compiler describes v4 as two devices per chip, from which jax cannot build a mesh.
         tpus = [key for key, chip in CHIPS.items() if chip.torus_axes and key != "v4"]
         if name not in tpus:
             raise UserError(f"topology {text!r}: no TPU {name!r}{suggest(name, tpus)}")
@@ -123,11 +123,11 @@ class Topology:
         return math.prod(self.shape) * self.slices
 
     def link_ways(self) -> list[float]:
-        """Links that serve a chip along each axis of its torus, in one direction of travel: 2
-        where the axis closes into a ring, 1 where it is a line, 0 where it is one chip.
+        """Returns the links that serve a chip along each axis of its torus, in one direction of
+        travel: 2 if the axis closes into a ring, 1 if it is a line, 0 if it is one chip.
 
-        An axis of a 3D torus closes when it has a multiple of 4 chips (cubes are joined by
-        optical switches), one of a 2D torus when it spans the pod's 16 chips.
+        An axis of a 3D torus closes if its length is a multiple of 4 chips (optical switches join
+        cubes). An axis of a 2D torus closes if it spans the pod's 16 chips.
         """
         ring = (lambda n: n % 4 == 0) if self.chip.torus_axes == 3 else (lambda n: n == 16)
         return [0.0 if n == 1 else 2.0 if ring(n) else 1.0 for n in self.shape]

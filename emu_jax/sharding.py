@@ -1,8 +1,8 @@
-"""The mesh, ONE table of logical-axis rules, and what follows from it.
+"""The device mesh, the table of logical-axis rules, and the shardings that follow from it.
 
-Every parameter names its axes where it is made (`models/layers.py`); this table says
-which mesh axis each name is split over. Mesh axes: `data` (replicas, across slices),
-`fsdp` (parameters and batch), `tensor` (heads, hidden units, vocabulary).
+Every parameter names its logical axes when it is created (`models/layers.py`). `RULES` maps each
+name to the mesh axes that it is split over. Mesh axes: `data` (replicas, across slices), `fsdp`
+(parameters and batch), `tensor` (heads, hidden units, vocabulary).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def make_mesh(
     heads: int | None = None,
     widths: Sequence[int] = (),
 ) -> Mesh:
-    """A mesh over all devices; `choose_mesh` decides the axes that are 0.
+    """Creates a mesh over `devices`, by default all. `choose_mesh` decides the axes that are 0.
 
-    Neighbours along `tensor`, then `fsdp`, are neighbours in the interconnect; `data` alone
-    spans slices.
+    Neighbors along `tensor`, then `fsdp`, are neighbors in the interconnect. Only `data` spans
+    slices.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices, or slices do not divide
-            `data`.
+        UserError: the axes do not multiply to the number of devices, slices do not divide
+            `data`, or `rows` and `heads` cannot be divided among the devices.
     """
     devices = list(np.asarray(jax.devices() if devices is None else devices).flatten())
     slices = slice_count(devices)
@@ -82,7 +82,7 @@ def make_mesh(
 
 
 def slice_count(devices: Sequence[Any]) -> int:
-    """TPU slices that these devices are in."""
+    """Returns the number of TPU slices that contain the devices; 1 on other platforms."""
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
@@ -99,17 +99,17 @@ def choose_mesh(
     heads: int | None = None,
     widths: Sequence[int] = (),
 ) -> tuple[tuple[int, int, int], str]:
-    """(ways along `data`, `fsdp`, `tensor`; why). An axis of 0 is chosen here:
+    """Returns the sizes of (`data`, `fsdp`, `tensor`), and the reasons. Chooses an axis of 0:
 
-    tensor: 1, unless a batch of `rows` is too small for every device to have its own; its
-        traffic grows with the batch, on every layer. It divides `heads`.
-    fsdp: as much of a slice as divides the `widths` of all towers (a parameter that does not
-        divide stays whole on every device); its traffic is the parameters', whatever the batch.
-    data: the rest, and all that is between slices: only gradients cross it, once a step.
+    tensor: 1, unless a batch of `rows` is too small to give every device its own rows. It divides
+        `heads`. Its traffic grows with the batch, on every layer.
+    fsdp: as much of a slice as divides the `widths` of all towers (an indivisible parameter is
+        replicated). Its traffic is proportional to the parameters, whatever the batch.
+    data: the rest, and everything between slices. Only gradients cross it, once a step.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, slices do not divide
-            `data`, or `rows` and `heads` cannot be shared out.
+            `data`, or `rows` and `heads` cannot be divided among the devices.
     """
     reasons = []
     if tensor == 0 and data and fsdp:
@@ -158,11 +158,11 @@ def choose_mesh(
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
     """Returns the PartitionSpec of an array with these logical axes.
 
-    A dimension that its mesh axes do not divide stays whole, so that small models run on
-    any mesh.
+    A dimension that its mesh axes do not divide is not split. Small models therefore run on any
+    mesh.
 
     Raises:
-        ValueError: `RULES` lacks an axis, or the shape has another number of axes.
+        ValueError: `RULES` lacks an axis, or `shape` has a different number of axes.
     """
     return P(*_split(axes, shape, mesh)[0])
 
@@ -195,7 +195,7 @@ def _split(
 
 @functools.cache
 def _log_undivided(path: str, undivided: str, device_bytes: int) -> None:
-    """Logs once what a parameter that stays whole along an axis takes."""
+    """Logs once how much memory a parameter takes that is replicated along an axis."""
     log.info("%s: %s: replicated (%.3g GiB per device)", path, undivided, device_bytes / 2**30)
 
 
@@ -208,7 +208,8 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 class AbstractModel:
-    """A module without its arrays: what parameters it has, where they go, and the way back.
+    """A module without its arrays: shapes and shardings of its parameters, and conversions between
+    parameters and module.
 
     Parameters are flat dicts {dotted path: array}, such as `visual.blocks.attn.qkv`.
     """
@@ -232,7 +233,7 @@ class AbstractModel:
         return {path: shape.sharding for path, shape in self.shapes.items()}
 
     def init(self, without: Iterable[str] = ()) -> dict[str, jax.Array]:
-        """Fresh parameters, each made on the devices that hold it, but for those in `without`."""
+        """Initializes all parameters but those in `without`, each on the devices that hold it."""
         places = {path: where for path, where in self.shardings.items() if path not in without}
 
         def make() -> dict[str, jax.Array]:
@@ -242,26 +243,26 @@ class AbstractModel:
         return jax.jit(make, out_shardings=places)()
 
     def params(self, module: nnx.Module) -> dict[str, jax.Array]:
-        """The flat parameters of a module of this kind."""
+        """Returns the flat parameters of a module with this structure."""
         return {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(module))}
 
     def module(self, params: dict[str, Any]) -> nnx.Module:
-        """The module with these parameters."""
+        """Returns the module with these parameters."""
         state = nnx.to_flat_state(self._state)
         flat = [(p, v.replace(params[".".join(map(str, p))])) for p, v in state]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} as {"a": {"b": x}}, the form that is saved."""
+    """Converts {"a.b": x} to {"a": {"b": x}}, the form that is saved."""
     return unflatten_dict(flat, sep=".")
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `nest`."""
+    """Converts {"a": {"b": x}} to {"a.b": x}; the inverse of `nest`."""
     return dict(flatten_dict(tree, sep="."))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split over their first axis."""
+    """Returns the sharding of a batch, which is split over its first axis."""
     return NamedSharding(mesh, P(RULES["batch"]))
