@@ -108,9 +108,10 @@ def sampling_steps(cfg: SchedulerConfig, steps: int, method: str = "pndm") -> St
 
 
 def padded_steps(cfg: SchedulerConfig, steps: int, method: str) -> tuple[Steps, int]:
-    """Returns `sampling_steps` padded to the longest table of `cfg`, and its rows before padding.
+    """Returns `sampling_steps` padded to the longest table of `cfg`, and its number of rows.
 
-    All methods and numbers of steps then have one shape, and share one compiled program.
+    The number of rows excludes padding. Tables of all methods and numbers of steps have one shape,
+    and share one compiled program.
     """
     table = sampling_steps(cfg, steps, method)
     count = len(table.t)
@@ -227,7 +228,7 @@ def _pndm(cfg: SchedulerConfig, steps: int) -> Steps:
     start[repeated] += stride
     a, a_next = _alphas(cfg, start, start - stride)
 
-    # Adams-Bashforth of the highest order, up to 4, that the past slopes allow.
+    # Adams-Bashforth of the highest order, up to 4, that the slopes so far allow.
     orders = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
     seen = np.maximum(np.arange(len(t)) - 1, 0)
     slope = orders[np.minimum(seen, 3)]

@@ -170,7 +170,7 @@ def splash(
         ids = None if segments is None else kernels.SegmentIds(segments, segments)
         return jax.vmap(kernel)(q, k, v, ids)
 
-    # The kernel takes heads first, and does not scale.
+    # The kernel takes heads first, and does not scale the scores.
     q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -1,4 +1,4 @@
-"""Determines the platform that a program runs on, and chooses its kernels. No other module does.
+"""Determines the platform that a program is traced for, and chooses its kernels.
 
 `cpu.py` has kernels for XLA's CPU compiler. `xla.py` has the plain kernels, for all other platforms
 and as the reference. `attention.py` adds its own kernels for TPUs and GPUs.

@@ -46,7 +46,7 @@ class Dropout:
 
 
 class T5Attention(nnx.Module):
-    """T5 attention: no biases, no 1/sqrt(head width)."""
+    """T5 attention, without biases and without the scale 1/sqrt(head width)."""
 
     def __init__(self, cfg: CFormerConfig, memory_width: int, *, rngs: nnx.Rngs) -> None:
         inner = cfg.heads * cfg.head_width

@@ -54,7 +54,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention among pixels, cross-attention to the condition, feed-forward."""
+    """Self-attention among pixels, cross-attention to the condition, and a feed-forward layer."""
 
     def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
         heads = cfg.attention_head_dim
@@ -126,7 +126,7 @@ class DownBlock(nnx.Module):
         time: Float[Array, "B _"],
         cond: Float[Array, "B N _"],
     ) -> tuple[Float[Array, "B _ _ _"], list[jax.Array]]:
-        """Returns the feature map, and the output of every layer as skip connections."""
+        """Returns the feature map, and the skip connections for the up blocks."""
         skips = []
         for i, block in enumerate(self.resnets):
             x = block(x, time)
