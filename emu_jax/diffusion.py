@@ -23,7 +23,7 @@ from emu_jax.models.backend import kernels
 
 
 @functools.cache
-def alphas_cumprod(cfg: SchedulerConfig) -> Float[np.ndarray, "S"]:
+def alphas_cumprod(cfg: SchedulerConfig) -> Float[np.ndarray, "timesteps"]:
     """Returns the share of signal variance left at each training timestep, float64, read-only.
 
     Raises:
@@ -76,18 +76,18 @@ def _signal_and_spread(
 
 
 class Steps(NamedTuple):
-    """A sampler as numbers: S rows, one for each call of the denoiser.
+    """A sampler as numbers: a row for each call of the denoiser.
 
     With x the latents, x0 the initial latents, and e the denoiser's output at (x, t):
       m = convert[0] x + convert[1] e
       x <- carry[0] x + carry[1] x0 + weights . (m, and the last three m kept, newest first)
     """
 
-    t: Int[np.ndarray, "S"]
-    convert: Float[np.ndarray, "S 2"]
-    carry: Float[np.ndarray, "S 2"]
-    weights: Float[np.ndarray, "S 4"]
-    keep: Bool[np.ndarray, "S"]  # whether later rows see this m
+    t: Int[np.ndarray, "steps"]
+    convert: Float[np.ndarray, "steps 2"]
+    carry: Float[np.ndarray, "steps 2"]
+    weights: Float[np.ndarray, "steps 4"]
+    keep: Bool[np.ndarray, "steps"]  # whether later rows see this m
 
 
 def sampling_steps(cfg: SchedulerConfig, steps: int, method: str = "pndm") -> Steps:
@@ -304,7 +304,7 @@ def _first(column: np.ndarray, width: int = 2) -> np.ndarray:
     return np.pad(column[:, None], ((0, 0), (0, width - 1)))
 
 
-def _timesteps(cfg: SchedulerConfig, steps: int, ends: bool = False) -> Int[np.ndarray, "S"]:
+def _timesteps(cfg: SchedulerConfig, steps: int, ends: bool = False) -> Int[np.ndarray, "steps"]:
     """Returns the training timesteps to visit, from noise to image (arXiv 2305.08891, table 2).
 
     With `ends`, the spacing also counts the clean end as a point (DPM-Solver).

@@ -258,7 +258,7 @@ class Tokenizer:
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"]
-    ) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+    ) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
         """Pads rows of unequal length to one array.
 
         The release pads on the left for text generation, on the right for training and image

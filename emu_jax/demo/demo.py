@@ -163,19 +163,19 @@ class Judge:
         pictures, labels = digits.digit_images(split)
         self.machine = SVC(C=10).fit(self._features(self._shown(pictures)), labels)
 
-    def __call__(self, pictures: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B"]:
+    def __call__(self, pictures: UInt8[np.ndarray, "B Hh Ww 3"]) -> Int[np.ndarray, "B"]:
         return self.machine.predict(self._features(pictures))
 
     def accuracy(self, split: str) -> float:
         pictures, labels = digits.digit_images(split)
         return _mean(self(self._shown(pictures)) == labels)
 
-    def _shown(self, pictures: UInt8[np.ndarray, "B 8 8"]) -> UInt8[np.ndarray, "B H W 3"]:
+    def _shown(self, pictures: UInt8[np.ndarray, "B 8 8"]) -> UInt8[np.ndarray, "B Hh Ww 3"]:
         """Resizes digits to the size of generated images."""
         return np.stack([np.asarray(resize(_rgb(p), self.size)) for p in pictures])
 
     @staticmethod
-    def _features(pictures: UInt8[np.ndarray, "B H W 3"]) -> np.ndarray:
+    def _features(pictures: UInt8[np.ndarray, "B Hh Ww 3"]) -> np.ndarray:
         grey = [Image.fromarray(p).convert("L") for p in pictures]
         small = [np.asarray(p.resize((8, 8), Image.Resampling.BOX)) for p in grey]
         return np.stack(small).reshape(len(pictures), -1) / 255

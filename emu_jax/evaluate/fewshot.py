@@ -119,7 +119,7 @@ class FewShot:
                 chosen.setdefault(example.media, example)
         return tuple(chosen.values())
 
-    def _nearest(self, wanted: Float[np.ndarray, "W"], item: Item) -> tuple[Example, ...]:
+    def _nearest(self, wanted: Float[np.ndarray, "D"], item: Item) -> tuple[Example, ...]:
         """Samples one example for each of the most similar images, the most similar last."""
         assert self._features is not None
         order = np.argsort(-(self._features @ wanted), kind="stable")
@@ -138,12 +138,12 @@ def _same(path: Path, other: Path | None) -> bool:
     return other is not None and path.name == other.name
 
 
-def _unit(features: Float[np.ndarray, "B W"]) -> Float[np.ndarray, "B W"]:
+def _unit(features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.maximum(length, 1e-12)
 
 
-def _load(path: Path) -> Float[np.ndarray, "B W"]:
+def _load(path: Path) -> Float[np.ndarray, "B D"]:
     try:
         return np.load(path)
     except (ValueError, EOFError):

@@ -36,9 +36,9 @@ E       width after a layer, or of a condition, where it may differ from D or C
 V       vocabulary
 C       channels
 R       rank of a matrix
-h, w    height and width of an image, its latents or a feature map; Hh, Ww in kernels
+h, w    height and width of an image, its latents or a feature map; Hh, Ww in kernels, and for an
+        image beside its latents
 y, x    height and width after a layer that may change them; Yy, Xx in kernels
-W       width of an image in pixels, where w is the width of its latents
 p, q    height and width of a convolution kernel
 n       points of a curve
 """

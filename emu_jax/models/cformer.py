@@ -20,7 +20,7 @@ from emu_jax.models.xla import causal_mask, standardize
 from emu_jax.sharding import shard
 
 
-def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
+def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "N N"]:
     """Returns T5's unidirectional buckets of the distance query - key. The first half of the
     buckets is exact, the rest logarithmic up to `max_distance`."""
     distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
@@ -90,7 +90,7 @@ class CFormerBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        features: Float[Array, "B P C"],
+        features: Float[Array, "B P E"],
         *,
         mask: Bool[Array, "1 1 N N"],
         bias: Float[Array, "1 H N N"],
@@ -128,7 +128,7 @@ class CFormer(nnx.Module):
         self.cfg, self.remat = cfg, remat
 
     def __call__(
-        self, features: Float[Array, "B P C"], *, dropout_key: jax.Array | None = None
+        self, features: Float[Array, "B P E"], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "B N D"]:
         cfg = self.cfg
         buckets = relative_buckets(cfg.n_causal, cfg.relative_buckets, cfg.relative_max_distance)

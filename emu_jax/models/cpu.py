@@ -79,7 +79,7 @@ def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> F
     return xla.rms_norm(_squeezed(x), scale, eps).reshape(x.shape)
 
 
-def _squeezed(x: Float[Array, "*T D"]) -> Float[Array, "*S D"]:
+def _squeezed(x: Float[Array, "*T D"]) -> Float[Array, "*squeezed D"]:
     """Drops the batch axis of a single row. With an axis of 1, the sums of a norm and of its
     gradient are slow."""
     return x[0] if x.ndim == 3 and x.shape[0] == 1 < x.shape[1] else x

@@ -91,7 +91,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(widths[-1], 2 * cfg.latent_channels, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
+    def __call__(self, x: Float[Array, "B Hh Ww C"]) -> Float[Array, "B h w E"]:
         x = self.conv_in(shard(x, "batch", None, None, None))
         for block in self.down_blocks:
             x = block(x)
@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(widths[-1], cfg.out_channels, rngs=rngs)
 
-    def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W E"]:
+    def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B Hh Ww E"]:
         x = self.mid_block(self.conv_in(shard(z, "batch", None, None, None)))
         for block in self.up_blocks:
             x = block(x)
@@ -146,7 +146,7 @@ class VAE(nnx.Module):
         self.cfg = cfg
 
     def encode(
-        self, x: Float[Array, "B H W C"]
+        self, x: Float[Array, "B Hh Ww C"]
     ) -> tuple[Float[Array, "B h w E"], Float[Array, "B h w E"]]:
         """Returns mean and log-variance of the latents, with sides `cfg.downscale` times shorter.
 
@@ -162,6 +162,6 @@ class VAE(nnx.Module):
         mean, logvar = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W E"]:
+    def decode(self, z: Float[Array, "B h w C"]) -> Float[Array, "B Hh Ww E"]:
         """Returns pixels, roughly in [-1, 1] but not clipped to it."""
         return self.decoder(self.post_quant_conv(z))

@@ -70,7 +70,7 @@ Frame = tuple[float, bytes]  # (seconds, PPM)
 Clip = tuple[float, float]  # (start, end) in seconds
 
 
-def frame_indices(frames: int, segments: int = FRAMES) -> Int[np.ndarray, "S"]:
+def frame_indices(frames: int, segments: int = FRAMES) -> Int[np.ndarray, "segments"]:
     """Returns the indices of `segments` frames, evenly spaced in a video (release:
     `Emu1/utils.py: get_index`).
 

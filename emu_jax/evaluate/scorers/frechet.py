@@ -59,7 +59,7 @@ class Moments:
         self.mean = np.zeros(width)
         self._scatter = np.zeros((width, width))  # sum of outer products about the mean
 
-    def add(self, features: Num[np.ndarray, "N D"]) -> None:
+    def add(self, features: Num[np.ndarray, "B D"]) -> None:
         """Adds the features of a batch of images."""
         features = np.asarray(features, np.float64)
         if not len(features):
@@ -149,7 +149,7 @@ class Inception:
 
     Args:
         path: the TorchScript file. The network takes images [N 3 H W] with values 0 to 255 and
-            returns features [N D]. If its `forward` has an argument `return_features`, it is set.
+            returns features [B D]. If its `forward` has an argument `return_features`, it is set.
         resize: the preprocessing. `network` passes uint8 images unchanged, and the network resizes
             them. `clean` resizes to 299 x 299 in float32 with PIL's bicubic filter.
 
@@ -189,7 +189,7 @@ class Inception:
         }[resize]
         self.note = f"features by {path.name} (sha256 {digest[:12]}), pictures {way}"
 
-    def __call__(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "N D"]:
+    def __call__(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "B D"]:
         """Returns the features of images, which may differ in size.
 
         Raises:
@@ -214,7 +214,7 @@ class Inception:
         return np.stack(features)
 
 
-def _clean(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "299 299 3"]:
+def _clean(picture: UInt8[np.ndarray, "Hh Ww 3"]) -> Float[np.ndarray, "299 299 3"]:
     """Resizes as clean-fid does: each channel in float32, clipped but not rounded."""
     channels = [
         Image.fromarray(np.ascontiguousarray(picture[..., c], np.float32)).resize(
@@ -261,7 +261,7 @@ def moments(
     return seen
 
 
-def _read(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+def _read(path: Path) -> UInt8[np.ndarray, "Hh Ww 3"]:
     return np.array(open_image(path).convert("RGB"))
 
 
