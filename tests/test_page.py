@@ -211,7 +211,7 @@ def test_a_refusal_is_shown(page, problems, tmp_path):
     page.fill("#chat-text", "what is this?")
     page.click("#chat-form button[type=submit]")
     page.wait_for_selector("#problem:not(:empty)")
-    assert "a picture is damaged" in page.inner_text("#problem")
+    assert "an image is damaged" in page.inner_text("#problem")
     assert len(problems) == 1 and "400" in problems.pop()  # the browser's own note of it
 
 
