@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import itertools
 import logging
 import os
 import re
@@ -314,7 +313,8 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
     """Returns `call()`, retried with growing waits if it fails for a transient reason."""
-    for attempt in itertools.count():
+    attempt = 0
+    while True:
         try:
             return call()
         except (*_FINAL, UserError):
@@ -327,3 +327,4 @@ def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
                 ) from error
             log.warning("cannot %s %s, trying again: %s", what, path, error)
             time.sleep(WAIT * 2**attempt)
+            attempt += 1
