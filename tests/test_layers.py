@@ -1,18 +1,22 @@
 """What layers compute where parity with the release does not look: dropout, adapters, targets."""
 
 import dataclasses
+import os
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+from jaxtyping import TypeCheckError
 
 from emu_jax.config import CFormerConfig, LoraConfig, TokenIds
 from emu_jax.models.attention import attention
 from emu_jax.models.cformer import CFormer, Dropout
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.lora import LoraLinear, adapted, merge
+from emu_jax.models.xla import segment_mask
 
 
 def test_dropout_by_hand():
@@ -115,3 +119,13 @@ def test_a_query_that_sees_nothing_has_no_gradient():
     np.testing.assert_allclose(second(q, k, v)[0, 0], v.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
     d_q, d_k = jax.grad(lambda q, k: second(q, k, v).sum(), (0, 1))(q, k)
     assert not np.any(d_q) and not np.any(d_k)
+
+
+@pytest.mark.skipif(
+    os.environ.get("EMU_JAX_CHECK_SHAPES") == "0", reason="shapes are left unchecked"
+)
+def test_shapes_and_dtypes_are_checked():
+    segment_mask(np.zeros((2, 3), np.int32))
+    for wrong in (np.zeros((2, 3, 1), np.int32), np.zeros((2, 3), np.float32)):
+        with pytest.raises(TypeCheckError, match="segment_mask"):
+            segment_mask(wrong)

@@ -7,8 +7,8 @@
           rows (`short_attention`).
   cudnn   GPU: cuDNN's fused kernel.
 
-A backend is chosen by name when a model is built (`choose_backend`). A backend that cannot serve
-a call raises an error; there is no silent slow path.
+Training chooses a backend by name (`choose_backend`); other calls use `backend.kernels`. A backend
+that cannot serve a call raises an error; there is no silent slow path.
 """
 
 from __future__ import annotations

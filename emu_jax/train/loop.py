@@ -59,8 +59,8 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
     ):
         # A run starts from, in order of precedence:
         # 1. the newest readable checkpoint in `workdir`, with the config saved beside it. Only
-        #    `config.MAY_CHANGE` is taken from `cfg`. Frozen parameters that the checkpoint omits
-        #    are read from the parents.
+        #    `train.config.MAY_CHANGE` is taken from `cfg`. Frozen parameters that the checkpoint
+        #    omits are read from the parents.
         # 2. `parents`: towers of other runs.
         # 3. `init_from`: the model and the other towers of one run or release.
         # 4. the seed, from which all other parameters are initialized.
