@@ -17,6 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+from stores import _stores, gcs, s3, store  # noqa: E402, F401
 
 if os.environ.get("EMU_JAX_CHECK_SHAPES", "1") != "0":  # before any test imports the package
     install_import_hook("emu_jax", "shape_checks.check")
