@@ -43,7 +43,12 @@ server.stop()
 """,
 }
 _PACKAGES = {"gs": ("gcp_storage_emulator", "gcsfs"), "s3": ("moto", "s3fs")}
-_GCS_CLIENTS = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+# The variables of gcsfs, tensorstore and array_record.
+_GCS_CLIENTS = (
+    "STORAGE_EMULATOR_HOST",
+    "TENSORSTORE_GCS_HTTP_URL",
+    "CLOUD_STORAGE_EMULATOR_ENDPOINT",
+)
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "te"}
 
 
@@ -103,15 +108,8 @@ class Store:
     def close(self) -> None:
         self._proxy.shutdown()
         self._proxy.server_close()
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        try:
-            self._server.wait(10)
-        except subprocess.TimeoutExpired:
-            self._server.kill()
-            self._server.wait()
-        assert self._server.stdout is not None
-        self._server.stdout.close()
+        self._server.kill()  # nothing is lost: all objects are in its memory
+        self._server.communicate()
 
     def answer(
         self, method: str, path: str, body: bytes, headers: dict[str, str]
@@ -129,7 +127,21 @@ class Store:
         with self._turn:
             if self.scheme == "gs" and not self._matches(method, path, name):
                 return self._error(412, "conditionNotMet", "a precondition does not hold")
+            if self.scheme == "gs" and headers.get("range", "").startswith("bytes=-"):
+                return self._suffix(path, headers)
             return self.forward(method, path, body, headers)
+
+    def _suffix(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+        """Answers a request for the last bytes of an object, which the emulator does not know."""
+        count = int(headers["range"].removeprefix("bytes=-"))
+        kept = {k: v for k, v in headers.items() if k != "range"}
+        status, answered, content = self.forward("GET", path, b"", kept)
+        if status != 200:
+            return status, answered, content
+        start = max(0, len(content) - count)
+        span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        part = {"Content-Length": str(len(content) - start), "Content-Range": span}
+        return 206, answered | part, content[start:]
 
     def forward(
         self, method: str, path: str, body: bytes, headers: dict[str, str]
@@ -206,7 +218,8 @@ def _handler(store: Store) -> type[http.server.BaseHTTPRequestHandler]:
         protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
         def _serve(self) -> None:
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
+            lowered = {k.lower(): v for k, v in self.headers.items()}
+            headers = {k: v for k, v in lowered.items() if k not in _HOP_BY_HOP}
             status, headers, content = store.answer(self.command, self.path, self._body(), headers)
             self.send_response_only(status)
             for name, value in headers.items():
