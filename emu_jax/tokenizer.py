@@ -8,6 +8,7 @@ to them is stripped. Each piece of text is then encoded separately, with LLaMA's
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -206,6 +207,17 @@ class Tokenizer:
         """
         return self._encode_plain(text) if text else []
 
+    @functools.cached_property
+    def _sizes(self) -> tuple[Int32[np.ndarray, "V"], Bool[np.ndarray, "V"]]:
+        """Returns the UTF-8 bytes of each token, 0 if it is special, and which begin with a
+        space."""
+        sizes = [
+            0 if piece in self._special else 1 if byte is not None else _utf8_size(piece)
+            for piece, byte in zip(self._pieces, self._bytes, strict=True)
+        ]
+        spaces = [piece.startswith(_SPACE) for piece in self._pieces]
+        return np.array(sizes, np.int32), np.array(spaces)
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Decodes ids as `LlamaTokenizer.decode` of transformers 4.31 does.
 
@@ -255,6 +267,17 @@ class Tokenizer:
             text += piece.replace(_SPACE, " ")
             first = False
         return text + _decode_utf8(pending)
+
+    def text_bytes(self, ids: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:
+        """Counts the UTF-8 bytes that each token adds to the decoded text of its row.
+
+        Special tokens add none. A space is dropped at the beginning of a row and behind a special
+        token, as in `decode`.
+        """
+        sizes, spaces = self._sizes
+        special = np.ones(ids.shape, bool)  # whether the token before adds no bytes
+        special[:, 1:] = sizes[ids[:, :-1]] == 0
+        return sizes[ids] - (special & spaces[ids])
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"]
@@ -323,6 +346,10 @@ def _from_sentencepiece(content: bytes) -> tuple[list[str], Callable[[str], list
 
     raw = sentencepiece.SentencePieceProcessor(model_proto=content)
     return [raw.id_to_piece(i) for i in range(raw.get_piece_size())], raw.encode
+
+
+def _utf8_size(piece: str) -> int:
+    return len(piece.replace(_SPACE, " ").encode())
 
 
 def _check_unicode(text: str) -> None:

@@ -42,6 +42,7 @@ SPLITS = {
     "fit": slice(0, 1300),
     "validation": slice(1300, 1437),
 }
+HELD_OUT = {"train": "heldout", "fit": "validation"}  # the split that fits one to train on
 VOCABULARY = 512  # an upper bound; the few words need less
 
 QUESTIONS = ("what digit is this?", "is it even?", "what comes next? draw it")

@@ -225,18 +225,18 @@ class Group:
                 return other
 
 
-def open_groups(
+def open_sources(
     cfg: DataConfig, tokenizer: Tokenizer, usage: Usage, recount: bool = True
-) -> list[Group]:
-    """Opens the groups of the mixture that this kind of batches reads.
+) -> list[OpenSource]:
+    """Opens the sources of the mixture that this kind of batches reads.
 
     Args:
         recount: count the tokens of a source again if files that were missing may have arrived.
 
     Raises:
-        UserError: a source cannot be opened, or has no usable document.
+        UserError: a source cannot be opened.
     """
-    opened = [_open(source, cfg, tokenizer, recount) for source in _chosen(cfg, usage.pairs)]
+    opened = [_open(source, cfg, tokenizer, recount) for source in chosen_sources(cfg, usage.pairs)]
     if usage.pairs:
         for source in opened:
             if not source.documents.paired:
@@ -246,6 +246,26 @@ def open_groups(
         opened = [source for source in opened if source.documents.paired]
         if not opened:
             raise UserError(f"no source has pairs, which {usage.kind!r} batches are made of")
+    return opened
+
+
+def open_groups(
+    cfg: DataConfig, tokenizer: Tokenizer, usage: Usage, recount: bool = True
+) -> list[Group]:
+    """Opens the groups of the mixture that this kind of batches reads; see `open_sources`.
+
+    Raises:
+        UserError: a source cannot be opened, or has no usable document.
+    """
+    return make_groups(cfg, usage, open_sources(cfg, tokenizer, usage, recount))
+
+
+def make_groups(cfg: DataConfig, usage: Usage, opened: list[OpenSource]) -> list[Group]:
+    """Returns the groups of the mixture of these sources.
+
+    Raises:
+        UserError: a source has no usable document.
+    """
     groups: dict[Any, list[int]] = {}
     for n, source in enumerate(opened):
         own_sizes = (source.cfg.batch_size, source.cfg.row_tokens, source.cfg.row_images)
@@ -282,7 +302,7 @@ class _Always:
         return 0
 
 
-def _chosen(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
+def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
     """Returns the sources to open; without `sources`, the files in `root/split` named by
     `mixture`, or only the pairs."""
     if cfg.sources:

@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from emu_jax.data.batches import (
     BUILDERS,
     STATISTICS,
@@ -27,7 +29,15 @@ from emu_jax.data.batches import (
 )
 from emu_jax.data.config import Batch, DataConfig, Kind
 from emu_jax.data.documents import short_hash
-from emu_jax.data.mixture import open_groups, schedule, tally
+from emu_jax.data.mixture import (
+    Group,
+    OpenSource,
+    make_groups,
+    open_groups,
+    open_sources,
+    schedule,
+    tally,
+)
 from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
 
@@ -37,6 +47,29 @@ log = logging.getLogger(__name__)
 
 _FORMER_KINDS: dict[str, str] = {"images": "pictures"}  # names in older checkpoints
 _LEAST_SEEN = 1000  # documents, before the share of damaged ones is meaningful
+
+
+def batches_of_each_source(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    process_index: int,
+    process_count: int,
+    *,
+    pad_to: int,
+) -> dict[str, Batches]:
+    """Returns batches of each source alone, by name; see `Batches`.
+
+    Raises:
+        UserError: as `Batches`.
+    """
+    recount = process_count == 1
+    return {
+        source.cfg.name: Batches(
+            cfg, tokenizer, kind, process_index, process_count, opened=[source], pad_to=pad_to
+        )
+        for source in open_sources(cfg, tokenizer, BUILDERS[kind].usage, recount)
+    }
 
 
 class Batches(Iterator[Batch]):
@@ -53,6 +86,9 @@ class Batches(Iterator[Batch]):
         recount: count a source again if files that were missing may have arrived. Ignored with
             several processes, which must agree. False to resume a run with the data that it
             started with.
+        opened: the sources, if they are open already.
+        pad_to: rows of a global batch are padded to a multiple of this. Padding rows hold zeros,
+            come last, and appear in no statistics.
 
     Attributes:
         tallies: counts of used and unused parts of each source, by name.
@@ -72,21 +108,27 @@ class Batches(Iterator[Batch]):
         *,
         plan_only: bool = False,
         recount: bool = True,
+        opened: list[OpenSource] | None = None,
+        pad_to: int = 1,
     ) -> None:
         if kind not in BUILDERS:
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, BUILDERS)}")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
         for size in sorted(cfg.batch_sizes()):
-            if size < 1 or size % process_count:
+            if size < 1 or pad_to % process_count and size % process_count:
                 raise UserError(
                     f"batch_size {size} cannot be shared by {process_count} processes: "
                     "make it a multiple"
                 )
         self._cfg, self._kind = cfg, kind
         share = None if plan_only else (process_index, process_count)
-        recount = recount and process_count == 1
-        self._maker = _Maker(cfg, tokenizer, kind, share, recount)
+        usage, recount = BUILDERS[kind].usage, recount and process_count == 1
+        if opened is None:
+            groups = open_groups(cfg, tokenizer, usage, recount)
+        else:
+            groups = make_groups(cfg, usage, opened)
+        self._maker = _Maker(cfg, tokenizer, kind, share, groups, pad_to)
         self._position = self._maker.start()
         self.tallies = self._maker.tallies
         self._thread: _Prefetch | None = None
@@ -225,6 +267,7 @@ class _Maker:
 
     Args:
         share: (process, number of processes) whose rows are made; None makes no rows.
+        pad_to: rows are padded to a multiple of this.
     """
 
     def __init__(
@@ -233,21 +276,23 @@ class _Maker:
         tokenizer: Tokenizer,
         kind: Kind,
         share: tuple[int, int] | None,
-        recount: bool,
+        groups: list[Group],
+        pad_to: int,
     ) -> None:
         builder = BUILDERS[kind]
-        groups = open_groups(cfg, tokenizer, builder.usage, recount)
         self.tallies = {
             source.cfg.name: tally(source, builder.usage)
             for group in groups
             for source in group.sources
         }
         self._schedule = schedule(groups)
-        self._builders, pool = [], Pool(cfg)
+        self._builders, self._rows, pool = [], list[int](), Pool(cfg)
         for group in groups:
             process, processes = share or (0, 1)
-            rows = group.cfg.batch_size // processes if share else 0
-            mine = slice(process * rows, (process + 1) * rows)
+            size = group.cfg.batch_size
+            rows = -(-size // pad_to) * pad_to // processes if share else 0
+            mine = slice(min(process * rows, size), min((process + 1) * rows, size))
+            self._rows.append(rows)
             self._builders.append(builder(group, tokenizer, mine, pool))
 
     def start(self) -> _Position:
@@ -273,7 +318,18 @@ class _Maker:
         built = self._builders[group].build(position.groups[group])
         groups = list(position.groups)
         groups[group] = built.position
+        built = built._replace(batch=_padded(built.batch, self._rows[group]))
         return built, _Position(position.step + 1, tuple(groups))
+
+
+def _padded(batch: Batch, rows: int) -> Batch:
+    """Returns a batch with rows of zeros after its own."""
+    return {
+        name: np.pad(values, [(0, rows - len(values))] + [(0, 0)] * (values.ndim - 1))
+        if len(values) < rows
+        else values
+        for name, values in batch.items()
+    }
 
 
 class _Prefetch:

@@ -6,6 +6,8 @@ loop.py         `train`: where a run starts, its steps, logs and checkpoints
 step.py         the state, the gradients and the update of a step
 objectives.py   the module, the data and the loss of each stage
 optimizer.py    AdamW with a learning rate per group of parameters
+evaluation.py   held-out evaluations: the interface, when they run, their records
+held_out.py     held-out losses by source
 warm_start.py   initial weights from other runs
 checkpoints.py  checkpoints during a run
 lock.py         one job at a time in a run directory

@@ -7,7 +7,7 @@ import gc
 import itertools
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,10 +42,19 @@ class Checkpoints:
     back before older ones are removed.
 
     As a context manager, it keeps other jobs from writing checkpoints to the directory.
+
+    Args:
+        keep: number of newest steps that are kept.
+        best: returns those of the complete steps that are kept as well.
     """
 
-    def __init__(self, workdir: Path, keep: int) -> None:
-        self.workdir, self.keep = workdir.absolute(), keep
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        best: Callable[[Sequence[int]], Collection[int]] = lambda steps: (),
+    ) -> None:
+        self.workdir, self.keep, self._best = workdir.absolute(), keep, best
         self._lead = jax.process_index() == 0
         self._lock = Lock(self.workdir / "lock.json")
         self._saving: int | None = None  # the step being written
@@ -223,10 +232,18 @@ class Checkpoints:
         if problem:
             raise self._failure(step, problem)
         self._check_lock()
-        for old in sorted(self._steps())[: -self.keep] if self._lead else ():
+        for old in self._old_steps() if self._lead else ():
             removing = self.workdir / f"{old}{REMOVING}"
             (self.workdir / str(old)).rename(removing)
             self._remover.submit(shutil.rmtree, removing, ignore_errors=True)
+
+    def _old_steps(self) -> list[int]:
+        """Returns the complete steps that are neither among the newest nor the best."""
+        steps = sorted(self._steps())
+        if not (old := steps[: -self.keep]):
+            return []
+        best = self._best(steps)
+        return [step for step in old if step not in best]
 
     def _steps(self) -> list[int]:
         return complete_steps(self.workdir)

@@ -12,7 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from emu_jax.config import EmuConfig, RematConfig, digits, load_json, to_dict
+from emu_jax.data.digits import HELD_OUT
 from emu_jax.data.pipeline import DataConfig
+from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import BACKENDS
 from emu_jax.models.remat import REMAT
@@ -22,6 +24,8 @@ from emu_jax.train.tracing import parse_steps
 # Objectives whose loss compares all rows of a batch. It is not a mean over parts of the batch.
 COMPARES_ROWS = ("clip",)
 DECAYS = ("cosine", "constant", "steps")
+BEST = ("min", "max")
+EVAL_NAME = re.compile(r"[A-Za-z0-9_-]+")  # part of file and metric names
 DTYPES = ("bfloat16", "float32")  # of the computation, and of the optimizer's first moment
 _AT_LEAST_ONE = (
     "steps",
@@ -38,6 +42,8 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_best",
+    "eval",
     "max_bad_steps",
     "mesh",
     "remat",
@@ -167,6 +173,71 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """A held-out evaluation, repeated during training.
+
+    Its documents come from `sources`, or else from the files in `root/split`, or else from the
+    held-out split of the embedded data.
+    """
+
+    name: str = "heldout"  # in metrics, file names and reports; must be unique
+    every: int = 500  # steps; the last step is always evaluated
+    # "loss", "captions", "images", "continuations", or a task of `emu-jax eval`
+    kind: str = "loss"
+    split: str = ""  # a folder in `root`
+    root: str = ""  # by default the run's data.root
+    sources: tuple[SourceConfig, ...] = ()
+    batches: int = 4  # of each source
+    batch_size: int = 0  # rows of a batch, over all processes; 0: as in training
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            UserError: a setting is out of range, or the name is not fit for a file.
+        """
+        if not EVAL_NAME.fullmatch(self.name):
+            raise UserError(f"eval.name is {self.name!r}: use letters, digits, - and _")
+        where = f" (evaluation {self.name!r})"
+        for name, least in (("every", 1), ("batches", 1), ("batch_size", 0)):
+            _check_range(self, name, least, where=where)
+
+    def data(self, data: DataConfig) -> DataConfig:
+        """Returns the config of the held-out documents, given that of the training data.
+
+        The seed is fixed, images are not augmented, and the decoder's contexts are not dropped, so
+        that runs with other seeds or augmentation are compared on equal batches.
+
+        Raises:
+            UserError: the evaluation names no documents, or those of the training data.
+        """
+        root, split, sources = self.root or data.root, self.split, self.sources
+        if not sources and not split and data.embedded:
+            split = HELD_OUT.get(data.split, "")
+        if not sources and not split:
+            raise UserError(
+                "no held-out data: set its split or sources to documents that are not trained on"
+            )
+        if not sources and (Path(root), split) == (Path(data.root), data.split):
+            raise UserError(
+                f"its split {split!r} is the one that the run trains on: set it to a held-out split"
+            )
+        if self.batch_size:
+            sources = tuple(dataclasses.replace(source, batch_size=0) for source in sources)
+        return dataclasses.replace(
+            data,
+            root=root,
+            split=split or data.split,
+            sources=sources,
+            batch_size=self.batch_size or data.batch_size,
+            seed=0,
+            augment=False,
+            drop_condition=0.0,
+            prefetch=0,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training."""
 
@@ -200,6 +271,10 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    eval: tuple[EvalConfig, ...] = ()  # held-out evaluations
+    # Also keeps the checkpoint with the best value of a held-out metric: {"EVALUATION/METRIC":
+    # "min" or "max"}, such as {"heldout/loss": "min"}.
+    keep_best: dict[str, str] = dataclasses.field(default_factory=dict)
     # Without it a checkpoint holds what is trained; the rest stays in its parents' run directories.
     save_frozen: bool = True
     log_documents: bool = False  # which documents each step read (train.metrics.StepLog)
@@ -234,6 +309,32 @@ class TrainConfig:
                 "set accumulate to 1"
             )
         parse_steps(self.profile_steps)
+        names = [evaluation.name for evaluation in self.eval]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two evaluations are called {twice[0]!r}: give one another name")
+        self._check_best()
+
+    def _check_best(self) -> None:
+        """Checks that checkpoints can be compared by `keep_best`.
+
+        Raises:
+            UserError: there is no such evaluation, or no checkpoint would have a value.
+        """
+        every = {evaluation.name: evaluation.every for evaluation in self.eval}
+        for metric, best in self.keep_best.items():
+            if best not in BEST:
+                raise UserError(f"keep_best.{metric} is {best!r}: use {' or '.join(BEST)}")
+            name = metric.partition("/")[0]
+            if name not in every:
+                raise UserError(
+                    f"keep_best.{metric}: there is no evaluation {name!r}{suggest(name, every)}"
+                )
+            steps = self.checkpoint_every, every[name]
+            if max(steps) % min(steps):
+                raise UserError(
+                    f"keep_best.{metric}: evaluations every {steps[1]} steps and checkpoints every "
+                    f"{steps[0]} do not meet: make one a multiple of the other"
+                )
 
 
 def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:

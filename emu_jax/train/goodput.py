@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 # Every moment of a run belongs to one kind. `lost`: steps that were repeated after a restart.
-KINDS = ("step", "data", "checkpoint", "compile", "other", "lost")
+KINDS = ("step", "data", "checkpoint", "eval", "compile", "other", "lost")
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 COMPILING = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -33,7 +33,9 @@ class Goodput:
         self.compilations = 0  # of this process, including cache hits
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._until = time.monotonic()  # the time up to here has been split
-        self._spans: dict[str, list[Span]] = {"data": [], "checkpoint": [], "compile": []}
+        self._spans: dict[str, list[Span]] = {
+            kind: [] for kind in ("data", "checkpoint", "eval", "compile")
+        }
 
     def __enter__(self) -> Goodput:
         jax.monitoring.register_event_duration_secs_listener(self._heard)
@@ -49,7 +51,8 @@ class Goodput:
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Counts the block as time that the loop waits for data, or saves a checkpoint."""
+        """Counts the block as time that the loop waits for data, saves a checkpoint or
+        evaluates."""
         start = time.monotonic()
         try:
             yield
@@ -66,6 +69,8 @@ class Goodput:
             "step": ended - begin - compiled[busy],
             "data": overlap(self._spans["data"], idle),
             "checkpoint": overlap(self._spans["checkpoint"], idle),
+            # An evaluation compiles within its block.
+            "eval": overlap([*self._spans["eval"], *compiling], idle) - compiled[idle],
             "compile": compiled[idle] + compiled[busy],
         }
         split["other"] = max(0.0, ended - self._until - sum(split.values()))

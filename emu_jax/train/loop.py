@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,33 @@ from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.checkpoints import Checkpoints, restore_state, save_state
 from emu_jax.train.config import TrainConfig, resume_config
 from emu_jax.train.distributed import initialize_distributed
+from emu_jax.train.evaluation import (
+    Evaluation,
+    Evaluations,
+    best_steps,
+    check_evaluations,
+    held_out_table,
+    pending,
+)
 from emu_jax.train.goodput import Goodput
-from emu_jax.train.metrics import DAMAGED_FILE, DOCUMENTS_FILE, StepLog
+from emu_jax.train.held_out import LossEvaluation
+from emu_jax.train.metrics import DAMAGED_FILE, DOCUMENTS_FILE, EvaluationLog, StepLog
 from emu_jax.train.monitor import Monitor
 from emu_jax.train.objectives import Batch, Objective
 from emu_jax.train.signals import Signals
-from emu_jax.train.step import Trainer, TrainState, check_rows, mesh_for
+from emu_jax.train.step import COMPILE_SECONDS, Trainer, TrainState, check_rows, mesh_for
 from emu_jax.train.warm_start import WarmStart
 
-COMPILE_SECONDS = 3600  # how long processes wait for each other to compile
+EVALUATIONS: dict[str, type[Evaluation]] = {"loss": LossEvaluation}  # by `EvalConfig.kind`
 
 
-def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
+def train(
+    cfg: TrainConfig, workdir: Path, evaluations: Mapping[str, type[Evaluation]] = EVALUATIONS
+) -> dict[str, Any]:
     """Trains to `cfg.steps`, resuming from the newest checkpoint in `workdir`.
+
+    Args:
+        evaluations: the kinds of held-out evaluations that `cfg.eval` may name.
 
     Returns:
         The last logged metrics, with `step` and `seconds`.
@@ -54,7 +70,9 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         jax.set_mesh(mesh),
         # The default precision of accelerators rounds the operands of float32 products.
         jax.default_matmul_precision("highest" if cfg.dtype == "float32" else "default"),
-        Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints,
+        Checkpoints(
+            workdir, cfg.keep_checkpoints, functools.partial(best_steps, cfg, workdir)
+        ) as checkpoints,
         signals.interruptible(),
     ):
         # A run starts from, in order of precedence:
@@ -70,12 +88,14 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
         else:
             warm_start = WarmStart.resolve(cfg, workdir)
         cfg = warm_start.cfg
+        check_evaluations(cfg, evaluations)
         trainer = Trainer(cfg, mesh)
         unsaved = warm_start.unsaved({path: trainer.param_shapes[path] for path in trainer.frozen})
         done, state, position = 0, None, None
         if resuming:
             done, state, position = restore_state(checkpoints, trainer, warm_start.load(unsaved))
-        if done >= cfg.steps:
+        evaluated = EvaluationLog(workdir, cfg.name, done)
+        if done >= cfg.steps and not pending(cfg, evaluated, done):
             return {"step": done, "seconds": 0.0}
         tokenizer = trainer.objective.prepare_data()
         batches = _open_batches(trainer.objective, tokenizer, workdir, done, position)
@@ -88,12 +108,19 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
 
         with (
             batches,
+            evaluated,
+            Evaluations(cfg, trainer, tokenizer, workdir, evaluated, evaluations) as held_out,
             StepLog(
                 workdir, DOCUMENTS_FILE, enabled=cfg.log_documents, start_step=done
             ) as documents,
             StepLog(workdir, DAMAGED_FILE, start_step=done) as damaged,
             Monitor(cfg, workdir, mesh, goodput, signals, done) as monitor,
         ):
+            if due := pending(cfg, evaluated, done):  # a signal came first
+                with goodput.timed("eval"), monitor.evaluating():
+                    held_out.run(due, state, done, functools.partial(monitor.poll, state.step))
+                if monitor.stopping:
+                    raise KeyboardInterrupt
             compiled: set[Any] = set()
             for step in range(done + 1, cfg.steps + 1):
                 with goodput.timed("data"):
@@ -108,26 +135,33 @@ def train(cfg: TrainConfig, workdir: Path) -> dict[str, Any]:
                 state, metrics = trainer.step(state, batch)
                 monitor.on_dispatch(step, metrics, batches.statistics())
                 monitor.drain()
-                saving = step == cfg.steps or step % cfg.checkpoint_every == 0 or monitor.stopping
-                if saving:
+                due = pending(cfg, evaluated, step)
+                saving = step == cfg.steps or step % cfg.checkpoint_every == 0
+                if saving or due or monitor.stopping:
                     monitor.drain(in_flight=0)
                 if monitor.row.get("bad_steps", 0) >= cfg.max_bad_steps:
                     raise _diverged(cfg, step, checkpoints)
+                if due and not monitor.stopping:
+                    with goodput.timed("eval"), monitor.evaluating():
+                        held_out.run(due, state, step, functools.partial(monitor.poll, state.step))
+                saving |= monitor.stopping
                 if step == cfg.steps and lead:
                     # Before the last checkpoint, whose presence means that the run is complete.
                     model = trainer.objective.trained_model(monitor.row)
                     save_json(model, workdir / "config.json")
                 if saving:
-                    for log in (documents, damaged, monitor):
+                    for log in (documents, damaged, monitor, evaluated):
                         log.sync()
                     with goodput.timed("checkpoint"), signals.hold():
                         save_state(checkpoints, step, state, batches.state(), leave_out=unsaved)
                 if checkpoints.check():
                     signals.ask_to_stop()  # all processes, at the same step
-                if monitor.stopping and step < cfg.steps:
+                if monitor.stopping and (step < cfg.steps or pending(cfg, evaluated, step)):
                     checkpoints.wait()
                     raise KeyboardInterrupt
             checkpoints.wait()
+    if lead and (table := held_out_table(cfg, workdir)):
+        print(table, file=sys.stderr, flush=True)
     return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
 
 

@@ -1,6 +1,7 @@
 """Records of a run: metrics.jsonl, TensorBoard events, and progress.
 
     DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
+    DIR/evaluations.jsonl   one object a line: stage, evaluation, step, time, seconds, the metrics
     DIR/tensorboard/STAGE/  event files with the same scalars
     DIR/documents-N.jsonl   if `log_documents` is set, one object a line: step, and the documents
                             [kind, index] of process N's share of its batch
@@ -28,6 +29,7 @@ from emu_jax.filesystem import write_text
 from emu_jax.progress import ProgressBar
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 DOCUMENTS_FILE = "documents-{}.jsonl"
 DAMAGED_FILE = "damaged-{}.jsonl"
 
@@ -192,6 +194,78 @@ class StepLog:
             self._file.flush()
 
 
+class EvaluationLog:
+    """Records the results of held-out evaluations, one row for each evaluation and step.
+
+    The first process reads and writes the file; all processes construct it and call its methods.
+
+    Args:
+        start_step: steps done before this process began. Rows of later steps are dropped.
+    """
+
+    def __init__(self, workdir: Path, stage: str, start_step: int) -> None:
+        self._path, self._stage = workdir / EVALUATIONS_FILE, stage
+        self._lead = jax.process_index() == 0
+        self._done = set[tuple[str, int]]()  # (evaluation, step) with a row, on the first process
+        self._file: TextIO | None = None  # opened at the first row
+        if self._lead and self._path.exists():
+            later = lambda row: row["stage"] == stage and row["step"] > start_step  # noqa: E731
+            if any(map(later, _rows(self._path, _is_evaluation))):
+                _filter_rows(self._path, _is_evaluation, lambda row: not later(row))
+            rows = read_evaluations(workdir, stage)
+            self._done = {(name, row["step"]) for name in rows for row in rows[name]}
+
+    def __enter__(self) -> EvaluationLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def missing(self, names: Sequence[str], step: int) -> list[str]:
+        """Returns the evaluations that have no row at a step, the same on every process."""
+        missing = np.array([(name, step) not in self._done for name in names], bool)
+        if jax.process_count() > 1 and names:
+            missing = np.asarray(multihost_utils.broadcast_one_to_all(missing))
+        return [name for name, absent in zip(names, missing, strict=True) if absent]
+
+    def log(self, name: str, step: int, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Writes the row of an evaluation. A value that is not finite is stored as null."""
+        self._done.add((name, step))
+        if not self._lead:
+            return
+        if self._file is None:
+            self._file = self._path.open("a")
+        row = {"stage": self._stage, "evaluation": name, "step": step, "time": time.time()}
+        self._file.write(_line(row | {"seconds": seconds} | dict(metrics)))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flushes the rows to disk, so that they are there before the checkpoint is."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+
+def read_evaluations(workdir: Path, stage: str = "") -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of a run by evaluation, in the order of their steps. Reads null as NaN.
+
+    Args:
+        stage: the only stage to read; by default all.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = workdir / EVALUATIONS_FILE
+    evaluations: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows(path, _is_evaluation) if path.exists() else ():
+        if row["stage"] == (stage or row["stage"]):
+            values = {k: math.nan if v is None else v for k, v in row.items()}
+            evaluations.setdefault(row["evaluation"], []).append(values)
+    for rows in evaluations.values():
+        rows.sort(key=lambda row: row["step"])
+    return evaluations
+
+
 def read_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
     """Returns {step: [(kind, index)]} of the documents that all processes read, unordered.
 
@@ -237,6 +311,16 @@ def _is_metrics(row: Row) -> bool:
     numbers = (v for k, v in row.items() if k != "stage" and v is not None)
     return (
         isinstance(row.get("stage"), str)
+        and _is_step(row.get("step"))
+        and all(isinstance(v, int | float) for v in numbers)
+    )
+
+
+def _is_evaluation(row: Row) -> bool:
+    names = ("stage", "evaluation")
+    numbers = (v for k, v in row.items() if k not in names and v is not None)
+    return (
+        all(isinstance(row.get(name), str) for name in names)
         and _is_step(row.get("step"))
         and all(isinstance(v, int | float) for v in numbers)
     )

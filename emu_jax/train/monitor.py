@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class Monitor:
         done: int,
     ) -> None:
         self.cfg, self.done = cfg, done
+        self._step = done  # the last step that has ended
         self.row: dict[str, float] = {}  # the metrics of the last step that has ended
         self.stopping = False  # requested by a signal, on all processes at the same step
         lead = jax.process_index() == 0
@@ -118,6 +119,22 @@ class Monitor:
         while self._ends.pending > (self._in_flight if in_flight is None else in_flight):
             self._ended(*self._ends.next())
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Keeps the watchdog quiet in the block, in which no step ends."""
+        return self._watchdog.paused()
+
+    def poll(self, after: jax.Array) -> bool:
+        """Returns whether a signal asks all processes to stop, while no step is in flight.
+
+        Args:
+            after: an array that is replicated over the mesh.
+        """
+        vote = jax.device_get(self._signals.vote(after))
+        self.stopping |= bool(vote[STOP])
+        if vote[TRACE]:
+            self._tracer.request(next_step=self._step + 1)
+        return self.stopping
+
     def sync(self) -> None:
         """Flushes the logs to disk."""
         self._logger.sync()
@@ -125,7 +142,7 @@ class Monitor:
     def _ended(
         self, dispatched: _InFlight, row: dict[str, float], vote: np.ndarray, at: float
     ) -> None:
-        step = dispatched.step
+        self._step = step = dispatched.step
         self.row = row
         self._goodput.step(dispatched.at, at)
         self._watchdog.step_ended(step)

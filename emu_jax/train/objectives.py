@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, TokenIds
@@ -30,6 +33,15 @@ from emu_jax.train.config import TrainConfig
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Sums = Mapping[str, Any]  # float64 on the host: numbers, and `TARGET_SUM` [D]
+
+# Statistics of regression targets in `Objective.held_out`: their mean [D], which is of the whole
+# batch, and the squared distances to it, summed over the width. `add_statistics` makes sums of
+# them that add over batches.
+TARGET_MEAN, TARGET_SPREAD = "target_mean", "target_spread"
+TARGET_SUM, TARGET_SQUARES = "target_sum", "target_squares"
+MAX_EXPONENT = 700.0  # exp of more is not finite
+NEVER = -1e30  # logit of a padding row
 
 
 class UNetOnly(nnx.Module):
@@ -81,6 +93,25 @@ class Objective(ABC):
     def targets(self, module: Any, batch: Batch) -> Metrics:
         """Returns the number of targets that the loss is a mean over, if not over the rows."""
         return {}
+
+    @abstractmethod
+    def held_out(
+        self, module: Any, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+    ) -> Metrics:
+        """Returns the sums that `held_out_metrics` divides, [B], a row of the batch each.
+
+        Computes as in training, but without dropout. An entry does not depend on the other rows,
+        unless the loss compares them.
+
+        Args:
+            rows: True where the row is not padding. The entries of padding rows mean nothing.
+            key: of the batch. Rows draw with keys of their own (`row_keys`), so that the noise of
+                a row does not depend on the number of rows.
+        """
+
+    @abstractmethod
+    def held_out_metrics(self, sums: Sums) -> dict[str, float]:
+        """Returns the metrics of sums over rows and batches. Leaves out those without targets."""
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Returns (shape, dtype) of each array of a global batch."""
@@ -178,6 +209,27 @@ class EmuObjective(Objective):
             "embedding_rank": rank,
         }
 
+    def held_out(
+        self, module: EmuModel, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+    ) -> Metrics:
+        images = module.encode_images(normalize_images(batch["images"], jnp.dtype(self.cfg.dtype)))
+        hidden, x = hidden_states(module, images, batch)
+        masks = {name: mask & rows[:, None] for name, mask in target_masks(module, batch).items()}
+        words = module.llama.token_losses(
+            hidden, following(batch["tokens"]), block=self.cfg.loss_block
+        )
+        return text_sums(words, masks["text"], batch) | regression_sums(
+            module.llama.regress(hidden).astype(jnp.float32),
+            following(x).astype(jnp.float32),
+            masks["regression"],
+        )
+
+    def held_out_metrics(self, sums: Sums) -> dict[str, float]:
+        text, regression = text_metrics(sums), regression_metrics(sums)
+        loss = self.cfg.text_weight * text.get("text_loss", 0.0)
+        loss += self.cfg.regression_weight * regression.get("regression_loss", 0.0)
+        return {"loss": loss} | text | regression
+
 
 class LanguageModel(nnx.Module):
     """The language model alone, under the name it has in Emu."""
@@ -201,11 +253,26 @@ class TextObjective(Objective):
     def loss(
         self, module: LanguageModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
     ) -> tuple[jax.Array, Metrics]:
+        words = self._losses(module, batch, key)
+        return masked_mean(words, text_mask(batch), (targets or {}).get("text")), {}
+
+    def _losses(
+        self, module: LanguageModel, batch: Batch, dropout_key: jax.Array | None
+    ) -> Float[Array, "B T"]:
         cfg = self.cfg
         x = module.llama.embed_tokens(batch["tokens"]).astype(jnp.dtype(cfg.dtype))
-        hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=key)
-        words = module.llama.token_losses(hidden, following(batch["tokens"]), block=cfg.loss_block)
-        return masked_mean(words, text_mask(batch), (targets or {}).get("text")), {}
+        hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
+        return module.llama.token_losses(hidden, following(batch["tokens"]), block=cfg.loss_block)
+
+    def held_out(
+        self, module: LanguageModel, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+    ) -> Metrics:
+        words = self._losses(module, batch, None)
+        return text_sums(words, text_mask(batch) & rows[:, None], batch)
+
+    def held_out_metrics(self, sums: Sums) -> dict[str, float]:
+        text = text_metrics(sums)
+        return {"loss": text.get("text_loss", 0.0)} | text
 
 
 def text_mask(batch: Batch) -> Bool[Array, "B T"]:
@@ -234,8 +301,7 @@ def sequence_losses(
     the squared error of regressed embeddings, a mean over targets and width (release:
     `modeling_llama.py`, which prepares the pairs of the second)."""
     masks, targets = target_masks(module, batch), targets or {}
-    x = module.embed(batch["tokens"], images, batch["image_slots"])
-    hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
+    hidden, x = hidden_states(module, images, batch, dropout_key)
 
     # No gradient flows into the regression's targets.
     target = jax.lax.stop_gradient(following(x)).astype(jnp.float32)
@@ -246,6 +312,18 @@ def sequence_losses(
         masked_mean(words, masks["text"], targets.get("text")),
         masked_mean(errors, masks["regression"], targets.get("regression")),
     )
+
+
+def hidden_states(
+    module: EmuModel,
+    images: Float[Array, "B I N D"],
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Returns the language model's states of packed rows, and the embeddings that it read."""
+    x = module.embed(batch["tokens"], images, batch["image_slots"])
+    hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
+    return hidden, x
 
 
 def target_masks(module: EmuModel, batch: Batch) -> Metrics:
@@ -262,6 +340,95 @@ def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = No
     """Returns the mean where `mask` holds, or the sum there over `count`. 0 if it holds nowhere."""
     count = jnp.sum(mask) if count is None else count
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.where(count > 0, count, 1)
+
+
+def text_sums(losses: Float[Array, "B T"], mask: Bool[Array, "B T"], batch: Batch) -> Metrics:
+    """Returns the sums over text targets by row, [B]: of their losses, their bytes, and 1."""
+    return {
+        "text_loss": jnp.sum(jnp.where(mask, losses, 0), axis=1),
+        "text_bytes": jnp.sum(jnp.where(mask, following(batch["text_bytes"]), 0), axis=1),
+        "text_targets": jnp.sum(mask, axis=1),
+    }
+
+
+def text_metrics(sums: Sums) -> dict[str, float]:
+    """Returns the metrics of sums over text targets. Only special tokens have no bytes."""
+    count, loss = sums["text_targets"], sums["text_loss"]
+    if not count:
+        return {}
+    bits = {"bits_per_byte": loss / math.log(2) / sums["text_bytes"]} if sums["text_bytes"] else {}
+    return {
+        "text_loss": loss / count,
+        "perplexity": math.exp(min(loss / count, MAX_EXPONENT)),
+        **bits,
+        "text_targets": count,
+    }
+
+
+def regression_sums(
+    regressed: Float[Array, "B T D"], target: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+) -> Metrics:
+    """Returns the sums over regression targets by row, [B], and the mean target of the batch."""
+    each = jnp.sum(mask)
+    mean = jnp.sum(jnp.where(mask[..., None], target, 0), axis=(0, 1)) / jnp.where(
+        each > 0, each, 1
+    )
+    norms = jnp.linalg.norm(regressed, axis=-1) * jnp.linalg.norm(target, axis=-1)
+    values = {
+        "regression_loss": jnp.mean(jnp.square(regressed - target), axis=-1),
+        "cosine_similarity": jnp.sum(regressed * target, axis=-1) / jnp.maximum(norms, 1e-30),
+        TARGET_SPREAD: jnp.sum(jnp.square(target - mean), axis=-1),
+        "regression_targets": jnp.ones(mask.shape, jnp.int32),
+    }
+    sums = {name: jnp.sum(jnp.where(mask, v, 0), axis=1) for name, v in values.items()}
+    return sums | {TARGET_MEAN: mean}
+
+
+def add_statistics(total: dict[str, Any], statistics: Mapping[str, np.ndarray], count: int) -> None:
+    """Adds the statistics of a batch's first `count` rows to sums over batches, in float64."""
+    rows = {
+        name: float(np.sum(values[:count], dtype=np.float64))
+        for name, values in statistics.items()
+        if name != TARGET_MEAN
+    }
+    if TARGET_MEAN in statistics:
+        # Means of batches differ, so sums of squares are taken around zero, in float64.
+        targets, mean = rows["regression_targets"], statistics[TARGET_MEAN].astype(np.float64)
+        rows[TARGET_SQUARES] = rows.pop(TARGET_SPREAD) + targets * float(mean @ mean)
+        total[TARGET_SUM] = total.get(TARGET_SUM, 0.0) + targets * mean
+    for name, value in rows.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+def regression_metrics(sums: Sums) -> dict[str, float]:
+    """Returns the metrics of sums over regression targets.
+
+    `explained_variance` is 1 - (squared error) / (variance of the targets around their mean), over
+    all targets and entries: 1 is perfect, 0 as good as the mean.
+    """
+    count = sums["regression_targets"]
+    if not count:
+        return {}
+    total = sums[TARGET_SUM]
+    variance = sums[TARGET_SQUARES] - float(total @ total) / count
+    error = sums["regression_loss"] * len(total)
+    explained = {"explained_variance": 1 - error / variance} if variance > 0 else {}
+    return {
+        "regression_loss": sums["regression_loss"] / count,
+        "cosine_similarity": sums["cosine_similarity"] / count,
+        **explained,
+        "regression_targets": count,
+    }
+
+
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
+    """Returns a key for each row of a batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def row_normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns noise of `shape`, each row from its key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
 
 
 def spread(
@@ -299,15 +466,7 @@ class ClipObjective(Objective):
     def loss(
         self, module: CLIP, batch: Batch, key: jax.Array, targets: Metrics | None = None
     ) -> tuple[jax.Array, Metrics]:
-        cfg = self.cfg
-        dtype = jnp.dtype(cfg.dtype)
-        image = module.visual.clip_embedding(normalize_images(batch["images"], dtype))
-        text = module.text(batch["tokens"], batch["valid"], dtype)
-        image, text = (x.astype(jnp.float32) for x in (image, text))
-        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
-        scale = jnp.exp(jnp.minimum(module.logit_scale[...], jnp.log(100.0)))
-        logits = scale * image @ text.T
-        equal = jnp.all(batch["tokens"][:, None] == batch["tokens"][None, :], axis=-1)
+        logits, equal, scale = self._compare(module, batch)
         target = equal / jnp.sum(equal, axis=1, keepdims=True)
         loss = (
             jnp.mean(optax.softmax_cross_entropy(logits, target))
@@ -315,6 +474,38 @@ class ClipObjective(Objective):
         ) / 2
         best = jnp.take_along_axis(equal, jnp.argmax(logits, axis=1)[:, None], axis=1)
         return loss, {"retrieval": jnp.mean(best), "temperature": 1 / scale}
+
+    def _compare(
+        self, module: CLIP, batch: Batch
+    ) -> tuple[Float[Array, "B B"], Bool[Array, "B B"], Float[Array, ""]]:
+        """Returns the logits of images (rows) and captions, where captions are equal, and the
+        inverse temperature."""
+        dtype = jnp.dtype(self.cfg.dtype)
+        image = module.visual.clip_embedding(normalize_images(batch["images"], dtype))
+        text = module.text(batch["tokens"], batch["valid"], dtype)
+        image, text = (x.astype(jnp.float32) for x in (image, text))
+        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+        scale = jnp.exp(jnp.minimum(module.logit_scale[...], jnp.log(100.0)))
+        logits = scale * image @ text.T
+        equal = jnp.all(batch["tokens"][:, None] == batch["tokens"][None, :], axis=-1)
+        return logits, equal, scale
+
+    def held_out(
+        self, module: CLIP, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+    ) -> Metrics:
+        logits, equal, _ = self._compare(module, batch)
+        equal &= rows[:, None] & rows[None, :]
+        target = equal / jnp.maximum(jnp.sum(equal, axis=1, keepdims=True), 1)
+        # A large finite number, since 0 * -inf is not 0.
+        of_image = jnp.where(rows[None, :], logits, NEVER)
+        of_text = jnp.where(rows[None, :], logits.T, NEVER)
+        loss = optax.softmax_cross_entropy(of_image, target)
+        loss += optax.softmax_cross_entropy(of_text, target)
+        best = jnp.take_along_axis(equal, jnp.argmax(of_image, axis=1)[:, None], axis=1)
+        return {"loss": loss / 2, "retrieval": best[:, 0], "rows": jnp.ones_like(loss)}
+
+    def held_out_metrics(self, sums: Sums) -> dict[str, float]:
+        return row_means(sums, "loss", "retrieval")
 
 
 class Autoencoder(nnx.Module):
@@ -345,10 +536,9 @@ class VaeObjective(Objective):
     ) -> tuple[jax.Array, Metrics]:
         cfg = self.cfg
         images = to_signed(batch["images"], cfg)
-        mean, logvar = module.vae.encode(images)
-        noise = jax.random.normal(key, mean.shape).astype(mean.dtype)
-        latents = mean + jnp.exp(logvar / 2) * noise
-        painted = module.vae.decode(latents).astype(jnp.float32)
+        painted, mean, logvar, latents = self._reconstruct(
+            module, images, lambda shape: jax.random.normal(key, shape)
+        )
         error = jnp.mean(jnp.square(painted - images.astype(jnp.float32)))
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
         kl = jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar) / 2
@@ -361,6 +551,43 @@ class VaeObjective(Objective):
             "kl": kl,
             "latent_std": std,
         }
+
+    def _reconstruct(
+        self,
+        module: Autoencoder,
+        images: Float[Array, "B H W 3"],
+        normal: Callable[[tuple[int, ...]], jax.Array],
+    ) -> tuple[
+        Float[Array, "B H W 3"],
+        Float[Array, "B h w C"],
+        Float[Array, "B h w C"],
+        Float[Array, "B h w C"],
+    ]:
+        """Returns the reconstructed images, and the mean, log variance and sample of the latents,
+        given the function that draws the noise."""
+        mean, logvar = module.vae.encode(images)
+        noise = normal(mean.shape).astype(mean.dtype)
+        latents = mean + jnp.exp(logvar / 2) * noise
+        return module.vae.decode(latents).astype(jnp.float32), mean, logvar, latents
+
+    def held_out(
+        self, module: Autoencoder, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+    ) -> Metrics:
+        images, keys = to_signed(batch["images"], self.cfg), row_keys(key, len(rows))
+        painted, mean, logvar, _ = self._reconstruct(
+            module, images, lambda shape: row_normal(keys, shape)
+        )
+        error = jnp.mean(jnp.square(painted - images.astype(jnp.float32)), axis=(1, 2, 3))
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        divergence = jnp.square(mean) + jnp.exp(logvar) - 1 - logvar
+        kl = jnp.mean(divergence, axis=(1, 2, 3))
+        return {"squared_error": error, "kl": kl / 2, "rows": jnp.ones_like(error)}
+
+    def held_out_metrics(self, sums: Sums) -> dict[str, float]:
+        means = row_means(sums, "squared_error", "kl")
+        loss = means["squared_error"] + self.cfg.kl_weight * means["kl"]
+        psnr = 10 * math.log10(4 / max(means["squared_error"], 1e-30))
+        return {"loss": loss, **means, "psnr": psnr}
 
     def trained_model(self, metrics: dict[str, float]) -> EmuConfig:
         """Sets the scaling factor that gives latents unit variance, as Stable Diffusion does."""
@@ -407,13 +634,42 @@ class DecoderObjective(Objective):
     ) -> tuple[jax.Array, Metrics]:
         condition, latents = self.conditions_and_latents(module, batch)
         time_key, noise_key = jax.random.split(key)
-        schedule, dtype = self.cfg.model.scheduler, jnp.dtype(self.cfg.dtype)
+        schedule = self.cfg.model.scheduler
         times = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
-        noise = jax.random.normal(noise_key, latents.shape).astype(dtype)
+        noise = jax.random.normal(noise_key, latents.shape)
+        error = self._errors(module, condition, latents, times, noise)
+        return jnp.mean(error), {"condition_std": jnp.std(condition.astype(jnp.float32))}
+
+    def _errors(
+        self,
+        module: Any,
+        condition: Float[Array, "B N D"],
+        latents: Float[Array, "B h w C"],
+        times: Int[Array, "B"],
+        noise: Float[Array, "B h w C"],
+    ) -> Float[Array, "B h w C"]:
+        """Returns the denoiser's squared errors."""
+        schedule, dtype = self.cfg.model.scheduler, jnp.dtype(self.cfg.dtype)
+        noise = noise.astype(dtype)
         noisy = diffusion.add_noise(schedule, latents, noise, times)
         target = diffusion.denoiser_target(schedule, latents, noise, times).astype(jnp.float32)
-        error = jnp.square(module.unet(noisy, times, condition).astype(jnp.float32) - target)
-        return jnp.mean(error), {"condition_std": jnp.std(condition.astype(jnp.float32))}
+        return jnp.square(module.unet(noisy, times, condition).astype(jnp.float32) - target)
+
+    def held_out(
+        self, module: Any, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+    ) -> Metrics:
+        condition, latents = self.conditions_and_latents(module, batch)
+        time_key, noise_key = jax.random.split(key)
+        steps = self.cfg.model.scheduler.num_train_timesteps
+        times = jax.vmap(lambda key: jax.random.randint(key, (), 0, steps))(
+            row_keys(time_key, len(rows))
+        )
+        noise = row_normal(row_keys(noise_key, len(rows)), latents.shape)
+        error = jnp.mean(self._errors(module, condition, latents, times, noise), axis=(1, 2, 3))
+        return {"loss": error, "rows": jnp.ones_like(error)}
+
+    def held_out_metrics(self, sums: Sums) -> dict[str, float]:
+        return row_means(sums, "loss")
 
 
 class LatentDecoderObjective(DecoderObjective):
@@ -443,6 +699,11 @@ class LatentDecoderObjective(DecoderObjective):
     def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         dtype = jnp.dtype(self.cfg.dtype)
         return batch["condition"].astype(dtype), batch["latents"].astype(dtype)
+
+
+def row_means(sums: Sums, *names: str) -> dict[str, float]:
+    """Returns the means over rows, and the number of rows."""
+    return {name: sums[name] / sums["rows"] for name in names} | {"rows": sums["rows"]}
 
 
 def to_signed(images: jax.Array, cfg: TrainConfig) -> jax.Array:

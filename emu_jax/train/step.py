@@ -21,6 +21,7 @@ from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, make_optimizer
 
 Params = dict[str, jax.Array]
+COMPILE_SECONDS = 3600  # how long processes wait for each other to compile
 
 
 @jax.tree_util.register_dataclass

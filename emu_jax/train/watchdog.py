@@ -11,6 +11,8 @@ import faulthandler
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,6 +30,7 @@ class Watchdog:
         self.path, self.seconds = path, seconds
         self._step = 0
         self._ended = 0.0  # when that step ended
+        self._paused = False
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -48,13 +51,24 @@ class Watchdog:
             )
             self._thread.start()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Reports nothing during the block, and restarts the timer at its end."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._ended, self._paused = time.monotonic(), False
+
     def _watch(self) -> None:
         reported = 0.0  # when traces were last written
         while True:
             due = max(self._ended, reported) + self.seconds
             if self._closed.wait(max(0.0, due - time.monotonic())):
                 return
-            if time.monotonic() - max(self._ended, reported) >= self.seconds:
+            if self._paused:
+                reported = time.monotonic()
+            elif time.monotonic() - max(self._ended, reported) >= self.seconds:
                 reported = time.monotonic()
                 self._write(reported - self._ended)
 

@@ -14,6 +14,6 @@ tars.py       members of tars, found by name
 index.py      cached, memory-mapped indexes
 """
 
-from emu_jax.data.sources.open import FORMATS, SourceConfig, open_source
+from emu_jax.data.sources.open import FORMATS, SourceConfig, find_files, open_source
 
-__all__ = ["FORMATS", "SourceConfig", "open_source"]
+__all__ = ["FORMATS", "SourceConfig", "find_files", "open_source"]

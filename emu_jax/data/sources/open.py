@@ -64,13 +64,26 @@ def open_source(cfg: SourceConfig, cache: str = "") -> Source:
     Raises:
         UserError: the format is unknown, or the files are missing or cannot be read.
     """
+    paths = find_files(cfg)
+    make, _ = FORMATS[cfg.format]
+    try:
+        return make(cfg, paths, cache)
+    except UserError as error:
+        raise UserError(f"source {cfg.name!r}: {error}") from None
+
+
+def find_files(cfg: SourceConfig) -> list[str]:
+    """Returns the files of a source, without opening them.
+
+    Raises:
+        UserError: the format is unknown, or there is no file.
+    """
     if cfg.format not in FORMATS:
         close = suggest(cfg.format, FORMATS)
         raise UserError(f"source {cfg.name!r}: unknown format {cfg.format!r}{close}")
-    make, suffixes = FORMATS[cfg.format]
+    _, suffixes = FORMATS[cfg.format]
     try:
-        paths = storage.expand(cfg.paths, suffixes) if suffixes else list(cfg.paths)
-        return make(cfg, paths, cache)
+        return storage.expand(cfg.paths, suffixes) if suffixes else list(cfg.paths)
     except UserError as error:
         raise UserError(f"source {cfg.name!r}: {error}") from None
 

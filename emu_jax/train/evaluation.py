@@ -1,0 +1,208 @@
+"""Held-out evaluations during training: the interface, when they run, and their records."""
+
+from __future__ import annotations
+
+import abc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import PIL.Image
+
+from emu_jax.data.batches import BUILDERS
+from emu_jax.data.mixture import chosen_sources
+from emu_jax.data.sources import find_files
+from emu_jax.errors import UserError, suggest
+from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.config import EvalConfig, TrainConfig
+from emu_jax.train.metrics import EvaluationLog, read_evaluations
+from emu_jax.train.objectives import get_objective
+from emu_jax.train.step import Trainer, TrainState
+
+EMA = "ema/"  # before the names of metrics of averaged parameters
+# Columns of a row in evaluations.jsonl that are not metrics.
+COLUMNS = ("stage", "evaluation", "step", "time", "seconds")
+
+# Returns whether a signal asks all processes to stop. All of them call it at the same points.
+Stop = Callable[[], bool]
+
+
+class EvalResult(NamedTuple):
+    """The result of an evaluation at one step. It is read on the first process alone.
+
+    Attributes:
+        metrics: by name. `SOURCE/METRIC` is of one source, METRIC over all; `ema/` before either
+            is of averaged parameters.
+        sheets: (name, contact sheet).
+    """
+
+    metrics: dict[str, float]
+    sheets: Sequence[tuple[str, PIL.Image.Image]] = ()
+
+
+class Evaluation(abc.ABC):
+    """An evaluation of a run: opened before training begins, then run at some of its steps.
+
+    All processes construct it and call its methods at the same steps. Its results do not depend on
+    the mesh, the number of processes, or the steps at which the run was resumed.
+
+    Args:
+        cfg: of the run.
+        config: of this evaluation.
+        trainer: the run's model and mesh.
+        tokenizer: of the run's data.
+
+    Raises:
+        UserError: data are missing, or the run cannot be evaluated in this way.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        config: EvalConfig,
+        trainer: Trainer,
+        tokenizer: Tokenizer,
+        workdir: Path,
+    ) -> None:
+        self.cfg, self.config, self.trainer = cfg, config, trainer
+        self.tokenizer, self.workdir = tokenizer, workdir
+
+    @classmethod
+    def check(cls, cfg: TrainConfig, config: EvalConfig) -> None:
+        """Checks that the run can be evaluated and that held-out files exist, before anything is
+        computed.
+
+        Raises:
+            UserError: it cannot, or they do not.
+        """
+        data = config.data(cfg.data)
+        if data.sources or not data.embedded:  # embedded data are built later
+            usage = BUILDERS[get_objective(cfg).batch_kind].usage
+            for source in chosen_sources(data, usage.pairs):
+                find_files(source)
+
+    @abc.abstractmethod
+    def run(self, state: TrainState, step: int, stop: Stop) -> EvalResult | None:
+        """Evaluates a state without donating it, and without the run's random keys.
+
+        Calls `stop` after each batch, and returns None as soon as it is True.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Frees threads and files."""
+
+
+class Evaluations:
+    """The evaluations of a run.
+
+    An evaluation that is due runs before the checkpoint of its step, and `log` then has a row. One
+    that a signal prevented has none, and runs when the run resumes.
+
+    Args:
+        kinds: the classes of evaluations, by `EvalConfig.kind`.
+
+    Raises:
+        UserError: an evaluation cannot be opened.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        trainer: Trainer,
+        tokenizer: Tokenizer,
+        workdir: Path,
+        log: EvaluationLog,
+        kinds: Mapping[str, type[Evaluation]],
+    ) -> None:
+        self._log = log
+        self._evaluations = {
+            config.name: kinds[config.kind](cfg, config, trainer, tokenizer, workdir)
+            for config in cfg.eval
+        }
+
+    def __enter__(self) -> Evaluations:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for evaluation in self._evaluations.values():
+            evaluation.close()
+
+    def run(self, names: Sequence[str], state: TrainState, step: int, stop: Stop) -> None:
+        """Runs evaluations, until `stop`, and logs their results."""
+        for name in names:
+            started = time.monotonic()
+            result = self._evaluations[name].run(state, step, stop)
+            if result is None:
+                return
+            self._log.log(name, step, time.monotonic() - started, result.metrics)
+
+
+def pending(cfg: TrainConfig, log: EvaluationLog, step: int) -> list[str]:
+    """Returns the evaluations that are due after a step and have no row."""
+    due = [e.name for e in cfg.eval if step and (step % e.every == 0 or step == cfg.steps)]
+    return log.missing(due, step)
+
+
+def check_evaluations(cfg: TrainConfig, kinds: Mapping[str, type[Evaluation]]) -> None:
+    """Checks all evaluations of a run, before anything is computed.
+
+    Raises:
+        UserError: a kind is unknown, data are missing, or the run cannot be evaluated in this way.
+    """
+    for config in cfg.eval:
+        where = f"evaluation {config.name!r}"
+        if config.kind not in kinds:
+            close = suggest(config.kind, kinds) or f": use one of {', '.join(kinds)}"
+            raise UserError(f"unknown kind {config.kind!r} ({where}){close}")
+        try:
+            kinds[config.kind].check(cfg, config)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def best_steps(cfg: TrainConfig, workdir: Path, steps: Sequence[int]) -> set[int]:
+    """Returns those of the saved `steps` that are best by a metric of `cfg.keep_best`."""
+    rows = read_evaluations(workdir, cfg.name) if cfg.keep_best else {}
+    best = set[int]()
+    for key, direction in cfg.keep_best.items():
+        name, _, metric = key.partition("/")
+        values = [
+            (row[metric] if direction == "max" else -row[metric], row["step"])
+            for row in rows.get(name, ())
+            if row["step"] in steps and math.isfinite(row.get(metric, math.nan))
+        ]
+        best |= {step for _, step in sorted(values)[-1:]}
+    return best
+
+
+def held_out_table(cfg: TrainConfig, workdir: Path) -> str:
+    """Returns the newest row of each evaluation as text, a line for each source. "" if there is
+    none."""
+    blocks = []
+    for name, rows in read_evaluations(workdir, cfg.name).items():
+        lines: dict[str, dict[str, str]] = {}
+        for key, value in rows[-1].items():
+            if key not in COLUMNS:
+                source, _, metric = key.rpartition("/")
+                lines.setdefault(source, {})[metric] = f"{value:.4g}"
+        metrics = list(dict.fromkeys(metric for line in lines.values() for metric in line))
+        table = [[f"{name}, step {rows[-1]['step']}", *metrics]]
+        table += [
+            [_label(source), *(line.get(metric, "") for metric in metrics)]
+            for source, line in sorted(lines.items(), key=lambda item: _label(item[0]))
+        ]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        blocks += [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in table
+        ]
+    return "\n".join(blocks)
+
+
+def _label(source: str) -> str:
+    """Returns the name of a line of the table, where no source stands for all."""
+    if source == EMA.rstrip("/"):
+        return f"{EMA}all"
+    return source or "all"
