@@ -19,6 +19,7 @@ CLASSES = (
     ("train/config.py", "OptimizerConfig", "optimizer"),
     ("train/config.py", "GroupConfig", "optimizer.groups.N"),
     ("train/config.py", "MeshConfig", "mesh"),
+    ("train/config.py", "EvalConfig", "eval.N"),
     ("config.py", "RematConfig", "remat"),
     ("data/config.py", "DataConfig", "data"),
     ("data/sources/open.py", "SourceConfig", "data.sources.N"),

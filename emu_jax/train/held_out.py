@@ -69,8 +69,8 @@ class LossEvaluation(Evaluation):
         sums = {prefix: {name: Sums() for name in self._sources} for prefix in weights}
         with ProgressBar(
             f"{self.config.name} at step {step}",
-            self.config.batches * len(self._sources),
-            "batch",
+            self.config.batches * sum(rows for _, rows in self._sources.values()),
+            "row",
             enabled=jax.process_index() == 0,
             min_seconds=BRIEF_SECONDS,
         ) as bar:
@@ -81,7 +81,7 @@ class LossEvaluation(Evaluation):
                         program = self._compile(params, batch, rows)
                         statistics = jax.device_get(program(params, batch, np.int32(rows), noise))
                         add_statistics(sums[prefix][name], statistics, rows)
-                    bar.add()
+                    bar.add(rows)
                     if stop():
                         return None
         return EvalResult(self._metrics(sums))
