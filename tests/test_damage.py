@@ -22,7 +22,7 @@ from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import train
-from emu_jax.train.metrics import read_metrics
+from emu_jax.train.telemetry.metrics import read_metrics
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZES = {"tars": 6000, "pages": 2000, "records": 1500, "videos": 500}

@@ -21,11 +21,11 @@ from emu_jax.cli import main
 from emu_jax.data.digits import build_digits
 from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
-from emu_jax.train.goodput import KINDS
 from emu_jax.train.loop import train
-from emu_jax.train.metrics import read_documents, read_metrics
 from emu_jax.train.objectives import ClipObjective
 from emu_jax.train.step import Trainer
+from emu_jax.train.telemetry.goodput import KINDS
+from emu_jax.train.telemetry.metrics import read_documents, read_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)

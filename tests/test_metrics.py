@@ -12,12 +12,17 @@ from tensorboardX.proto.event_pb2 import Event
 
 from emu_jax import progress
 from emu_jax.errors import UserError
-from emu_jax.train import metrics
-from emu_jax.train.metrics import MetricLogger, read_metrics, series
+from emu_jax.train.config import TrainConfig
+from emu_jax.train.telemetry import metrics
+from emu_jax.train.telemetry.metrics import MetricLogger, read_metrics, series
+from emu_jax.train.telemetry.trackers import open_trackers
 
 
-def record(workdir, steps, *, stage="emu", value=float, **kwargs):
-    with MetricLogger(workdir, stage=stage, total_steps=100, **kwargs) as logger:
+def record(workdir, steps, *, stage="emu", value=float, start_step=None, **kwargs):
+    with (
+        open_trackers(TrainConfig(name=stage), workdir, start_step) as trackers,
+        MetricLogger(trackers, stage=stage, total_steps=100, **kwargs) as logger,
+    ):
         for step in steps:
             logger.log(step, {"loss": value(step)})
 
@@ -37,7 +42,8 @@ def events_in(folder):
 
 
 def test_rows_come_back(tmp_path):
-    with MetricLogger(tmp_path / "new" / "run", stage="emu", total_steps=3) as logger:
+    with open_trackers(TrainConfig(), tmp_path / "new" / "run") as trackers:
+        logger = MetricLogger(trackers, stage="emu", total_steps=3)
         logger.log(1, {"loss": 0.1, "text_loss": 2.0})
         logger.log(3, {"loss": math.inf})
     (rows,) = read_metrics(tmp_path / "new" / "run").values()
@@ -52,11 +58,13 @@ def test_rows_come_back(tmp_path):
 
 
 def test_each_row_is_on_disk_at_once(tmp_path):
-    logger = MetricLogger(tmp_path, stage="emu", total_steps=3)
+    trackers = open_trackers(TrainConfig(), tmp_path)
+    logger = MetricLogger(trackers, stage="emu", total_steps=3)
     logger.log(1, {"loss": 1.0})
     assert steps_of(tmp_path) == [1]
-    logger.close()
-    logger.close()
+    for _ in range(2):
+        logger.close()
+        trackers.close()
 
 
 def test_going_on_drops_what_lies_beyond_the_checkpoint(tmp_path):
@@ -144,7 +152,10 @@ def test_plain_progress_is_sparse_and_ends_with_the_last_row(tmp_path, capsys, m
             time_ns=lambda: 0,
         )
         monkeypatch.setattr(module, "time", fake)
-    with MetricLogger(tmp_path, stage="emu", total_steps=1000) as logger:
+    with (
+        open_trackers(TrainConfig(), tmp_path) as trackers,
+        MetricLogger(trackers, stage="emu", total_steps=1000) as logger,
+    ):
         for step in range(10, 90, 10):
             logger.log(step, {"loss": 0.5, "text_loss": 0.25, "grad_norm": 7.0})
     out, err = capsys.readouterr()

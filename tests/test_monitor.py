@@ -12,12 +12,13 @@ import pytest
 
 from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
-from emu_jax.train import goodput, signals
-from emu_jax.train.goodput import Goodput, overlap, seconds_before
-from emu_jax.train.metrics import DOCUMENTS_FILE, StepLog, read_documents
+from emu_jax.train import signals
 from emu_jax.train.signals import STOP, TRACE, Signals
-from emu_jax.train.tracing import Tracer, parse_steps
-from emu_jax.train.watchdog import Watchdog
+from emu_jax.train.telemetry import goodput
+from emu_jax.train.telemetry.goodput import Goodput, overlap, seconds_before
+from emu_jax.train.telemetry.metrics import DOCUMENTS_FILE, StepLog, read_documents
+from emu_jax.train.telemetry.tracing import Tracer, parse_steps
+from emu_jax.train.telemetry.watchdog import Watchdog
 
 
 def test_overlap_counts_each_moment_once():

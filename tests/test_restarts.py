@@ -19,7 +19,7 @@ from emu_jax.data.digits import build_digits
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
-from emu_jax.train.metrics import read_documents, read_metrics
+from emu_jax.train.telemetry.metrics import read_documents, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -30,9 +30,9 @@ from emu_jax.train.config import (
 )
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
-from emu_jax.train.metrics import read_metrics
 from emu_jax.train.optimizer import make_optimizer
 from emu_jax.train.step import Trainer
+from emu_jax.train.telemetry.metrics import read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = {

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint, integrity
 from emu_jax.config import LORA_TARGETS, LoraConfig, SchedulerConfig, TokenIds, digits, save_json
+from emu_jax.data.pipeline import Consumed
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.models.cformer import CFormer
@@ -33,13 +34,14 @@ from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.layers import Embedding
 from emu_jax.models.llama import Llama
 from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, make_mesh, nest, spec
-from emu_jax.train import monitor, objectives, precompute
+from emu_jax.train import objectives, precompute
 from emu_jax.train.checkpoints import Checkpoints
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import train
-from emu_jax.train.metrics import read_metrics
 from emu_jax.train.optimizer import dotted, make_optimizer, schedule
 from emu_jax.train.step import Trainer
+from emu_jax.train.telemetry import monitor
+from emu_jax.train.telemetry.metrics import read_metrics
 from emu_jax.train.warm_start import WarmStart
 
 ROWS, STEPS, CLIP = 8, 9, 20.0
@@ -96,9 +98,17 @@ class ToyBatches:
         self.position = state["step"]
 
     def documents(self):
+        return [("toy", self.position), ("toy", 100 + self.position)]
+
+    def locate(self, source, index):
+        return f"{source}.tar, record {index}"
+
+    def damaged(self):
         return []
 
-    damaged = documents
+    def consumed(self):
+        done = self.position
+        return {"toy": Consumed(100 * done, done, 2 * done, done / 4), "b": Consumed(1, 2, 3, 4.0)}
 
     def statistics(self):
         done = self.position
@@ -154,6 +164,8 @@ TOY = TrainConfig(
     accumulate=2,
     ema_decay=0.3,
     log_every=1,
+    tower_metrics=True,
+    spike_threshold=5.0,
     checkpoint_every=1,
     keep_checkpoints=99,
     max_bad_steps=2,
@@ -181,7 +193,12 @@ def reference(start: dict[str, np.ndarray]):
             "visual.kernel": b["x"].T @ back @ params["llama.kernel"].T,
         }
         norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
-        rows.append({"loss": loss, "grad_norm": norm})
+        row = {"loss": loss, "grad_norm": norm}
+        for tower in ("visual", "llama"):
+            row[f"grad_norm/{tower}"] = norm_of(grads, tower)
+            row[f"update_ratio/{tower}"] = row[f"lr/{tower}"] = 0.0
+        rows.append(row)
+        before = params
         if done + 1 not in (NO_GRADIENT, NO_LOSS):
             rates = {
                 "visual.kernel": 0.05 * visual_rate(good),
@@ -198,10 +215,19 @@ def reference(start: dict[str, np.ndarray]):
                 if path.endswith("kernel"):
                     update += 0.3 * params[path]
                 params = params | {path: params[path] - rates[path] * update}
+            moved = {path: params[path] - before[path] for path in trained}
+            for tower in ("visual", "llama"):
+                weights = norm_of({path: params[path] for path in trained}, tower)
+                row[f"update_ratio/{tower}"] = norm_of(moved, tower) / weights
+                row[f"lr/{tower}"] = rates[f"{tower}.kernel"]
             decay = min(0.3, (1 + done) / (10 + done))
             ema = {path: decay * ema[path] + (1 - decay) * params[path] for path in trained}
         states.append((params, ema, dict(mu), dict(nu), good))
     return states, rows
+
+
+def norm_of(arrays: dict[str, np.ndarray], tower: str) -> float:
+    return np.sqrt(sum(np.sum(a**2) for path, a in arrays.items() if path.startswith(tower)))
 
 
 def visual_rate(step: int) -> float:
@@ -247,14 +273,26 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path, capsys):
         finite = row["step"] != NO_LOSS
         assert not finite or row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         finite = row["step"] != NO_GRADIENT
-        assert not finite or row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+        for name in wanted.keys() - {"loss"} if finite else ():
+            assert row[name] == pytest.approx(wanted[name], rel=2e-5, abs=1e-9), name
+        assert row["lr/llama"] == pytest.approx(wanted["lr/llama"], rel=1e-6)
     assert np.isnan(rows[NO_GRADIENT - 1]["grad_norm"]) and np.isnan(rows[NO_LOSS - 1]["loss"])
     assert [row["bad_steps"] for row in rows] == [0, 0, 1, 0, 0, 1, 0, 0, 0]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert {norm > CLIP for norm in (row["grad_norm"] for row in expected)} == {False, True}
     assert last["loss"] == rows[-1]["loss"] and last["step"] == STEPS
     filled = {"token_fill": 0.5, "image_fill": 0.25, "damaged": 3}
-    assert all(row | filled == row for row in rows)
+    for row in rows:
+        read = {"consumed_tokens": 100 * row["step"] + 1, "consumed_images": row["step"] + 2}
+        by_source = {"consumed_tokens/toy": 100 * row["step"], "consumed_images/b": 2}
+        epochs = {"epochs/toy": row["step"] / 4, "epochs/b": 4.0}
+        assert row | filled | read | by_source | epochs == row
+    # Steps that are not finite are recorded with their documents.
+    spikes = [json.loads(line) for line in (run / "spikes-0.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in spikes] == [NO_GRADIENT, NO_LOSS]
+    assert spikes[0]["documents"] == [["toy", NO_GRADIENT], ["toy", 100 + NO_GRADIENT]]
+    assert spikes[0]["where"][1] == f"toy.tar, record {100 + NO_GRADIENT}"
+    assert spikes[1]["loss"] is None and sum("loss spike at step 6" in line for line in said) == 1
 
     for number, (params, ema, mu, nu, good) in enumerate(states, start=1):
         step = run / str(number)
@@ -287,7 +325,15 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path, capsys):
     assert sorted(path.name for path in parts.iterdir() if path.name.isdigit()) == ["8", "9"]
     for row in again:
         before = rows[row["step"] - 1]
-        for name in ("loss", "grad_norm", "noise", "bad_steps", "skipped_steps"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "noise",
+            "bad_steps",
+            "skipped_steps",
+            "update_ratio/llama",
+            "lr/visual",
+        ):
             np.testing.assert_array_equal(row[name], before[name], err_msg=name)
     for item in ("params", "ema", "optimizer"):
         for path, value in stored(run / "9", item).items():

@@ -20,6 +20,7 @@ CLASSES = (
     ("train/config.py", "GroupConfig", "optimizer.groups.N"),
     ("train/config.py", "MeshConfig", "mesh"),
     ("train/config.py", "EvalConfig", "eval.N"),
+    ("train/config.py", "WandbConfig", "wandb"),
     ("config.py", "RematConfig", "remat"),
     ("data/config.py", "DataConfig", "data"),
     ("data/sources/open.py", "SourceConfig", "data.sources.N"),

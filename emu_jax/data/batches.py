@@ -59,6 +59,7 @@ class BuiltBatch(NamedTuple):
     position: Position  # of the next batch
     documents: list[SampledDocument]  # in this process's share
     statistics: dict[str, int]  # of the global batch
+    by_source: dict[str, dict[str, int]]  # statistics of the documents of each source
     damaged: list[Damage]  # found by this process
 
 
@@ -236,8 +237,11 @@ class RowBuilder(BatchBuilder):
             lambda task: self._write_documents(batch, task), self._tasks(places)
         ):
             damaged += unreadable
-        counted = _sum(
-            {"tokens": p.tokens, "images": p.images, "documents": 1, "truncated": int(p.cut)}
+        by_source = _sum_by_source(
+            (
+                p.sampled,
+                {"tokens": p.tokens, "images": p.images, "documents": 1, "truncated": int(p.cut)},
+            )
             for documents in rows
             for p in documents
         )
@@ -246,7 +250,8 @@ class RowBuilder(BatchBuilder):
             "image_slots": self.cfg.batch_size * self.cfg.row_images,
         }
         mine = [place.packed.sampled for place in places]
-        return BuiltBatch(batch, (block, row), mine, counted | slots, damaged)
+        statistics = _sum(by_source.values()) | slots
+        return BuiltBatch(batch, (block, row), mine, statistics, by_source, damaged)
 
     def _tasks(self, places: list[_Placement]) -> list[list[_Placement]]:
         """Splits documents into tasks of at most `_TOGETHER` images.
@@ -339,7 +344,9 @@ class _SingleBuilder(BatchBuilder):
             lambda n: self._fill_or_replace(batch, n, mine[n]), range(len(mine))
         )
         damaged = self._counted(skipped) + [damage for row in unreadable for damage in row]
-        return BuiltBatch(batch, (0, after), mine, _sum(map(self._measure, documents)), damaged)
+        by_source = _sum_by_source((document, self._measure(document)) for document in documents)
+        statistics = _sum(by_source.values())
+        return BuiltBatch(batch, (0, after), mine, statistics, by_source, damaged)
 
     @abc.abstractmethod
     def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
@@ -670,6 +677,19 @@ class _Sequence:
 def _damage(sampled: SampledDocument, reason: str) -> Damage:
     where = sampled.source.documents.where(sampled.index)
     return Damage(sampled.source.cfg.name, sampled.index, reason, where)
+
+
+def _sum_by_source(
+    counts: Iterable[tuple[SampledDocument, dict[str, int]]],
+) -> dict[str, dict[str, int]]:
+    """Returns the sums over the documents of each source, by its name."""
+    totals: dict[str, dict[str, int]] = {}
+    for document, count in counts:
+        name = document.source.cfg.name
+        total = totals.setdefault(name, dict.fromkeys(STATISTICS, 0))
+        for statistic, value in count.items():
+            total[statistic] += value
+    return totals
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:

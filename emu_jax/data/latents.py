@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from emu_jax.config import EmuConfig, load_json, save_json
-from emu_jax.data.pipeline import Batch, Damage, DataConfig, is_count
+from emu_jax.data.pipeline import Batch, Consumed, Damage, DataConfig, is_count
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.filesystem import publish, temporary_path, writing
@@ -272,6 +272,15 @@ class LatentBatches(Iterator[Batch]):
             "truncated": 0,
             "damaged": {},
         }
+
+    def consumed(self) -> dict[str, Consumed]:
+        """Returns what the run has read up to the last batch that was yielded."""
+        rows = self._position * self._cfg.batch_size
+        return {"latents": Consumed(0, rows, rows, rows / len(self._records))}
+
+    def locate(self, source: str, index: int) -> str:
+        """Returns where a row is."""
+        return f"{self._folder}, row {index}"
 
 
 def _without_denoiser(model: EmuConfig) -> EmuConfig:

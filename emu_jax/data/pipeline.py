@@ -46,7 +46,20 @@ __all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]
 log = logging.getLogger(__name__)
 
 _FORMER_KINDS: dict[str, str] = {"images": "pictures"}  # names in older checkpoints
+_CONSUMED = ("tokens", "images", "documents")
 _LEAST_SEEN = 1000  # documents, before the share of damaged ones is meaningful
+
+
+class Consumed(NamedTuple):
+    """Slots and documents that a run has read from a source, since its first step.
+
+    They count whole batches, whatever the number of processes, and no padding.
+    """
+
+    tokens: int
+    images: int
+    documents: int
+    epochs: float  # documents over the documents of the source that can be used
 
 
 def batches_of_each_source(
@@ -136,6 +149,8 @@ class Batches(Iterator[Batch]):
         self._totals = dict.fromkeys(STATISTICS, 0)
         self._damaged = collections.Counter[str]()
         self._seen = 0  # documents that this process has read
+        # {source: [tokens, images, documents]} since the first step; None if unknown.
+        self._consumed: dict[str, list[int]] | None = self._not_consumed()
 
     def __next__(self) -> Batch:
         if self._thread is None and self._cfg.prefetch > 0:
@@ -145,6 +160,11 @@ class Batches(Iterator[Batch]):
         self._last, self._position = built, position
         for name, value in built.statistics.items():
             self._totals[name] += value
+        if self._consumed is not None:
+            for source, counts in built.by_source.items():
+                total = self._consumed[source]
+                for n, name in enumerate(_CONSUMED):
+                    total[n] += counts[name]
         self._damaged.update(damage.reason for damage in built.damaged)
         self._seen += len(built.documents)
         self._check_damaged(built.damaged)
@@ -159,12 +179,15 @@ class Batches(Iterator[Batch]):
     def state(self) -> dict[str, Any]:
         """Returns the position after the last batch that was yielded, as JSON types."""
         step, groups = self._position
-        return {
+        state = {
             "kind": self._kind,
             "step": step,
             "groups": [list(p) for p in groups],
             "counted": self._counted(),
         }
+        if self._consumed is not None:
+            state["consumed"] = {name: list(total) for name, total in self._consumed.items()}
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state()` was taken.
@@ -180,8 +203,10 @@ class Batches(Iterator[Batch]):
             )
         step: Any = state.get("step")
         groups: Any = state.get("groups")
+        consumed: Any = state.get("consumed")  # older checkpoints lack it
         if not (
             is_count(step)
+            and (consumed is None or self._is_consumed(consumed))
             and isinstance(groups, list)
             and all(isinstance(g, list) and len(g) == 2 and all(map(is_count, g)) for g in groups)
         ):
@@ -199,6 +224,10 @@ class Batches(Iterator[Batch]):
                 "their documents are used: batches are packed differently from here on"
             )
         self.close()
+        self._consumed = consumed
+        if consumed is not None:
+            counts = {name: list(total) for name, total in consumed.items()}
+            self._consumed = self._not_consumed() | counts
         self._position = _Position(step, tuple((block, row) for block, row in groups))
         self._maker.check(self._position)
 
@@ -234,11 +263,42 @@ class Batches(Iterator[Batch]):
             "damaged": dict(self._damaged),
         }
 
+    def consumed(self) -> dict[str, Consumed] | None:
+        """Returns what the run has read from each source up to the last batch that was yielded.
+
+        It is part of the position. None after a checkpoint whose position lacks it.
+        """
+        if self._consumed is None:
+            return None
+        usable = {name: counted.used["documents"] for name, counted in self.tallies.items()}
+        return {
+            name: Consumed(tokens, images, documents, documents / max(1, usable[name]))
+            for name, (tokens, images, documents) in self._consumed.items()
+        }
+
+    def locate(self, source: str, index: int) -> str:
+        """Returns where a document of a source is: its file, and its place there."""
+        return self._maker.sources[source].documents.where(index)
+
     def close(self) -> None:
         """Stops the prefetch thread. The next call to `next` starts it again."""
         if self._thread is not None:
             self._thread.stop()
             self._thread = None
+
+    def _not_consumed(self) -> dict[str, list[int]]:
+        return {name: [0] * len(_CONSUMED) for name in self.tallies}
+
+    def _is_consumed(self, value: object) -> bool:
+        """Returns whether a value of a data position counts what was read from the sources."""
+        return (
+            isinstance(value, dict)
+            and value.keys() <= self.tallies.keys()
+            and all(
+                isinstance(c, list) and len(c) == len(_CONSUMED) and all(map(is_count, c))
+                for c in value.values()
+            )
+        )
 
     def _check_damaged(self, last: Sequence[Damage]) -> None:
         count, most = self._damaged.total(), self._cfg.max_damaged_rate
@@ -280,11 +340,8 @@ class _Maker:
         pad_to: int,
     ) -> None:
         builder = BUILDERS[kind]
-        self.tallies = {
-            source.cfg.name: tally(source, builder.usage)
-            for group in groups
-            for source in group.sources
-        }
+        self.sources = {source.cfg.name: source for group in groups for source in group.sources}
+        self.tallies = {name: tally(source, builder.usage) for name, source in self.sources.items()}
         self._schedule = schedule(groups)
         self._builders, self._rows, pool = [], list[int](), Pool(cfg)
         for group in groups:

@@ -27,7 +27,7 @@ from emu_jax.generate.settings import GenerationConfig
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
-from emu_jax.train.metrics import read_metrics
+from emu_jax.train.telemetry.metrics import read_metrics
 
 # In training order. The last stage uses the demo's directory as its run directory.
 STAGES = ("digits_clip", "digits_vae", "digits", "digits_decoder")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from emu_jax.page import Picture, details, image, table, tiles, words, write_page
-from emu_jax.train.metrics import series
+from emu_jax.train.telemetry.metrics import series
 
 # Metrics to plot, ordered by the first pattern that matches their name.
 CURVES = (r"^loss$", r"loss", r"variance", r"rank", r"accuracy|retrieval", r"psnr")
@@ -40,7 +40,7 @@ def write_report(
     Args:
         figures: metric name to value; all are listed in the table. Those named `*accuracy` are
             fractions of one and also head the page as percentages.
-        curves: stage to its rows, as returned by `train.metrics.read_metrics`.
+        curves: stage to its rows, as returned by `train.telemetry.metrics.read_metrics`.
         captions: (image, generated caption, whether it is correct).
         drawings: uint8 [rows, columns, h, w, 3] or [rows, columns, h, w]; row i holds the images
             generated for the i-th prompt.

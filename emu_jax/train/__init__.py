@@ -14,10 +14,6 @@ lock.py         one job at a time in a run directory
 distributed.py  the start of a job with several processes
 precompute.py   the decoder's conditions and latents, computed once
 flops.py        model FLOPs of a step
-monitor.py      steps in flight: completion times, metrics, throughput
-metrics.py      metrics.jsonl, TensorBoard events and progress
-goodput.py      where a run's time goes: steps, data, checkpoints, compilation
 signals.py      requests that reach a run as signals
-tracing.py      profiler traces of chosen steps
-watchdog.py     stack traces when a step takes too long
+telemetry/      records, trackers, throughput, goodput, traces, watchdog
 """

@@ -19,13 +19,14 @@ from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import BACKENDS
 from emu_jax.models.remat import REMAT
 from emu_jax.sharding import flatten
-from emu_jax.train.tracing import parse_steps
+from emu_jax.train.telemetry.tracing import parse_steps
 
 # Objectives whose loss compares all rows of a batch. It is not a mean over parts of the batch.
 COMPARES_ROWS = ("clip",)
 DECAYS = ("cosine", "constant", "steps")
 BEST = ("min", "max")
 EVAL_NAME = re.compile(r"[A-Za-z0-9_-]+")  # part of file and metric names
+TRACKERS = ("wandb",)  # services beside the files of the run directory
 DTYPES = ("bfloat16", "float32")  # of the computation, and of the optimizer's first moment
 _AT_LEAST_ONE = (
     "steps",
@@ -35,11 +36,20 @@ _AT_LEAST_ONE = (
     "keep_checkpoints",
     "max_bad_steps",
 )
-_AT_LEAST_ZERO = ("text_weight", "regression_weight", "kl_weight", "loss_block", "hang_seconds")
+_AT_LEAST_ZERO = (
+    "text_weight",
+    "regression_weight",
+    "kl_weight",
+    "loss_block",
+    "hang_seconds",
+    "spike_threshold",
+)
 # Config keys that may change when a run resumes.
 MAY_CHANGE = (
     "steps",
     "log_every",
+    "tower_metrics",
+    "spike_threshold",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_best",
@@ -50,6 +60,8 @@ MAY_CHANGE = (
     "log_documents",
     "profile_steps",
     "hang_seconds",
+    "tracker",
+    "wandb",
     "attention",
     "loss_block",
     "tuned",
@@ -238,6 +250,16 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases, if it is the tracker. Its own variables (WANDB_MODE, ...) apply too."""
+
+    project: str = "emu_jax"
+    entity: str = ""  # a team or user; "": the default of the account
+    run_name: str = ""  # "": the name of the stage
+    tags: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training."""
 
@@ -269,6 +291,10 @@ class TrainConfig:
     # those of the command line win over them.
     tuned: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     log_every: int = 10
+    tower_metrics: bool = False  # gradient norms, update-to-weight ratios, learning rates
+    # Losses this many deviations above the median of recent steps are recorded with the documents
+    # of their step (train.telemetry.spikes), non-finite ones too; 0 records none.
+    spike_threshold: float = 0.0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     eval: tuple[EvalConfig, ...] = ()  # held-out evaluations
@@ -277,9 +303,11 @@ class TrainConfig:
     keep_best: dict[str, str] = dataclasses.field(default_factory=dict)
     # Without it a checkpoint holds what is trained; the rest stays in its parents' run directories.
     save_frozen: bool = True
-    log_documents: bool = False  # which documents each step read (train.metrics.StepLog)
+    log_documents: bool = False  # which documents each step read (train.telemetry.metrics.StepLog)
     profile_steps: str = ""  # "10:13" traces steps 10, 11 and 12; SIGUSR1 traces the next three
     hang_seconds: float = 600.0  # without a step: stack traces of all threads; 0 writes none
+    tracker: str = ""  # "wandb": metrics, tables and images go to Weights & Biases too
+    wandb: WandbConfig = WandbConfig()
     max_bad_steps: int = 20  # non-finite steps in a row before training stops
 
     def __post_init__(self) -> None:
@@ -293,6 +321,8 @@ class TrainConfig:
                 raise UserError(f"unknown remat.{tower} {policy!r}{suggest(policy, REMAT)}")
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}{suggest(self.dtype, DTYPES)}")
+        if self.tracker not in ("", *TRACKERS):
+            raise UserError(f"unknown tracker {self.tracker!r}{suggest(self.tracker, TRACKERS)}")
         backends = ("auto", *BACKENDS)
         if self.attention not in backends:
             raise UserError(

@@ -17,9 +17,10 @@ from emu_jax.data.sources import find_files
 from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
-from emu_jax.train.metrics import EvaluationLog, read_evaluations
 from emu_jax.train.objectives import get_objective
 from emu_jax.train.step import Trainer, TrainState
+from emu_jax.train.telemetry.metrics import EvaluationLog, read_evaluations
+from emu_jax.train.telemetry.tracker import Cell, Tracker
 
 EMA = "ema/"  # before the names of metrics of averaged parameters
 # Columns of a row in evaluations.jsonl that are not metrics.
@@ -114,9 +115,10 @@ class Evaluations:
         tokenizer: Tokenizer,
         workdir: Path,
         log: EvaluationLog,
+        tracker: Tracker,
         kinds: Mapping[str, type[Evaluation]],
     ) -> None:
-        self._log = log
+        self._log, self._tracker = log, tracker
         self._evaluations = {
             config.name: kinds[config.kind](cfg, config, trainer, tokenizer, workdir)
             for config in cfg.eval
@@ -136,7 +138,13 @@ class Evaluations:
             result = self._evaluations[name].run(state, step, stop)
             if result is None:
                 return
-            self._log.log(name, step, time.monotonic() - started, result.metrics)
+            seconds = time.monotonic() - started
+            # The row comes last: the evaluation is not repeated when the run resumes.
+            self._tracker.metrics(step, result.metrics, evaluation=name)
+            self._tracker.table(step, f"{name}/table", *_table(result.metrics))
+            for sheet, image in result.sheets:
+                self._tracker.images(step, f"{name}/{sheet}", image)
+            self._log.log(name, step, seconds, result.metrics)
 
 
 def pending(cfg: TrainConfig, log: EvaluationLog, step: int) -> list[str]:
@@ -182,23 +190,28 @@ def held_out_table(cfg: TrainConfig, workdir: Path) -> str:
     none."""
     blocks = []
     for name, rows in read_evaluations(workdir, cfg.name).items():
-        lines: dict[str, dict[str, str]] = {}
-        for key, value in rows[-1].items():
-            if key not in COLUMNS:
-                source, _, metric = key.rpartition("/")
-                lines.setdefault(source, {})[metric] = f"{value:.4g}"
-        metrics = list(dict.fromkeys(metric for line in lines.values() for metric in line))
+        values = {key: value for key, value in rows[-1].items() if key not in COLUMNS}
+        (_, *metrics), lines = _table(values)
         table = [[f"{name}, step {rows[-1]['step']}", *metrics]]
-        table += [
-            [_label(source), *(line.get(metric, "") for metric in metrics)]
-            for source, line in sorted(lines.items(), key=lambda item: _label(item[0]))
-        ]
+        for label, *cells in lines:
+            table.append([str(label), *("" if cell is None else f"{cell:.4g}" for cell in cells)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         blocks += [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
             for row in table
         ]
     return "\n".join(blocks)
+
+
+def _table(values: Mapping[str, float]) -> tuple[list[str], list[list[Cell]]]:
+    """Returns the columns and rows of a table with a row for each source, sorted by label."""
+    lines: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        source, _, metric = key.rpartition("/")
+        lines.setdefault(_label(source), {})[metric] = value
+    metrics = list(dict.fromkeys(metric for line in lines.values() for metric in line))
+    rows = [[label, *(line.get(m) for m in metrics)] for label, line in sorted(lines.items())]
+    return ["source", *metrics], rows
 
 
 def _label(source: str) -> str:

@@ -29,13 +29,19 @@ from emu_jax.train.evaluation import (
     held_out_table,
     pending,
 )
-from emu_jax.train.goodput import Goodput
 from emu_jax.train.held_out import LossEvaluation
-from emu_jax.train.metrics import DAMAGED_FILE, DOCUMENTS_FILE, EvaluationLog, StepLog
-from emu_jax.train.monitor import Monitor
 from emu_jax.train.objectives import Batch, Objective
 from emu_jax.train.signals import Signals
 from emu_jax.train.step import COMPILE_SECONDS, Trainer, TrainState, check_rows, mesh_for
+from emu_jax.train.telemetry.goodput import Goodput
+from emu_jax.train.telemetry.metrics import (
+    DAMAGED_FILE,
+    DOCUMENTS_FILE,
+    EvaluationLog,
+    StepLog,
+)
+from emu_jax.train.telemetry.monitor import Monitor
+from emu_jax.train.telemetry.trackers import open_trackers
 from emu_jax.train.warm_start import WarmStart
 
 EVALUATIONS: dict[str, type[Evaluation]] = {"loss": LossEvaluation}  # by `EvalConfig.kind`
@@ -109,12 +115,15 @@ def train(
         with (
             batches,
             evaluated,
-            Evaluations(cfg, trainer, tokenizer, workdir, evaluated, evaluations) as held_out,
+            open_trackers(cfg, workdir, done) as trackers,
+            Evaluations(
+                cfg, trainer, tokenizer, workdir, evaluated, trackers, evaluations
+            ) as held_out,
             StepLog(
                 workdir, DOCUMENTS_FILE, enabled=cfg.log_documents, start_step=done
             ) as documents,
             StepLog(workdir, DAMAGED_FILE, start_step=done) as damaged,
-            Monitor(cfg, workdir, mesh, goodput, signals, done) as monitor,
+            Monitor(cfg, workdir, mesh, goodput, signals, trackers, done) as monitor,
         ):
             if due := pending(cfg, evaluated, done):  # a signal came first
                 with goodput.timed("eval"), monitor.evaluating():
@@ -133,7 +142,9 @@ def train(
                 _compile_once(trainer, state, batch, step, compiled)
                 monitor.before_dispatch(step)
                 state, metrics = trainer.step(state, batch)
-                monitor.on_dispatch(step, metrics, batches.statistics())
+                if cfg.tower_metrics and monitor.is_logged(step):
+                    metrics |= trainer.tower_metrics(state)
+                monitor.on_dispatch(step, metrics, batches)
                 monitor.drain()
                 due = pending(cfg, evaluated, step)
                 saving = step == cfg.steps or step % cfg.checkpoint_every == 0
@@ -150,7 +161,7 @@ def train(
                     model = trainer.objective.trained_model(monitor.row)
                     save_json(model, workdir / "config.json")
                 if saving:
-                    for log in (documents, damaged, monitor, evaluated):
+                    for log in (documents, damaged, trackers, evaluated):
                         log.sync()
                     with goodput.timed("checkpoint"), signals.hold():
                         save_state(checkpoints, step, state, batches.state(), leave_out=unsaved)
@@ -215,6 +226,8 @@ def _compile_once(
     shapes = tuple((name, rows.shape) for name, rows in batch.items())
     if shapes not in compiled:
         trainer.step.lower(state, batch).compile()
+        if trainer.cfg.tower_metrics:
+            trainer.tower_metrics.lower(state).compile()
         barrier = ocp.multihost.get_barrier_sync_fn()
         barrier(key=f"compiled step {step}", timeout_ms=1000 * COMPILE_SECONDS)
         compiled.add(shapes)

@@ -55,16 +55,49 @@ def make_optimizer(
         UserError: no group matches a parameter.
     """
     groups = jax.tree_util.tree_map_with_path(lambda p, _: group_of(dotted(p), cfg), params)
-    # Only matrices decay. Stacked vectors are matrices too, and are recognized by their names.
-    decayed = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.ndim > 1 and not re.search(r"(bias|scale)$", dotted(path)), params
-    )
+    decayed = jax.tree_util.tree_map_with_path(lambda p, x: _decays(dotted(p), x), params)
     return optax.chain(
         _clip(cfg.clip_norm),
         _scale_by_adam(cfg),
         optax.add_decayed_weights(cfg.weight_decay, decayed),
         _scale_by_groups(groups, {g: schedule(g, steps) for g in cfg.groups}),
     )
+
+
+def last_update(
+    params: dict[str, jax.Array], state: Any, cfg: OptimizerConfig, steps: int
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Computes the update that the optimizer made last, and its learning rates, from its state.
+
+    A step that also returned norms of its updates would have to read all moments again.
+
+    Args:
+        params: {dotted path: parameter} after the update, which was of a finite step.
+        state: the optimizer's, after the update.
+
+    Returns:
+        {dotted path: update} (with rounding errors, and those of bfloat16 moments), and
+        {dotted path: learning rate}.
+    """
+    _, adam, _, scheduled = state  # of the chain in `make_optimizer`
+    assert isinstance(adam, optax.ScaleByAdamState)
+    assert isinstance(scheduled, optax.ScaleByScheduleState)
+    directions = _direction(adam.mu, adam.nu, adam.count, cfg)
+    schedules = {group: schedule(group, steps)(scheduled.count - 1) for group in cfg.groups}
+    rates = {path: jnp.asarray(schedules[group_of(path, cfg)]) for path in params}
+    updates = {}
+    for path, param in params.items():
+        # new = old - rate * (direction + decay * old), solved for new - old
+        decay = cfg.weight_decay if _decays(path, param) else 0.0
+        step = directions[path] + decay * param
+        updates[path] = -rates[path] * step / (1 - rates[path] * decay)
+    return updates, rates
+
+
+def _decays(path: str, x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Returns whether weight decay applies to a parameter, given the array or its shape."""
+    # Only matrices decay. Stacked vectors are matrices too, and are recognized by their names.
+    return x.ndim > 1 and not re.search(r"(bias|scale)$", path)
 
 
 def _transformation(init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
@@ -106,16 +139,21 @@ def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
             optax.tree.update_moment_per_elem_norm(updates, state.nu, cfg.b2, 2),
         )
         mu, nu = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (state.mu, state.nu))
-        updates = jax.tree.map(
-            lambda m, v: m / (jnp.sqrt(v) + cfg.eps),
-            optax.tree.bias_correction(mu, cfg.b1, count),
-            optax.tree.bias_correction(nu, cfg.b2, count),
-        )
+        updates = _direction(mu, nu, count, cfg)
         count = jnp.where(finite, count, state.count)
         mu = optax.tree.cast(mu, cfg.moments_dtype)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return _transformation(adam.init, update)
+
+
+def _direction(mu: Any, nu: Any, count: jax.typing.ArrayLike, cfg: OptimizerConfig) -> Any:
+    """Returns Adam's updates before weight decay and learning rates."""
+    return jax.tree.map(
+        lambda m, v: m / (jnp.sqrt(v) + cfg.eps),
+        optax.tree.bias_correction(mu, cfg.b1, count),
+        optax.tree.bias_correction(nu, cfg.b2, count),
+    )
 
 
 def _scale_by_groups(

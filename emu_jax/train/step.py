@@ -13,12 +13,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from emu_jax.checkpoint import tower_of
 from emu_jax.errors import UserError
 from emu_jax.models.attention import choose_backend
 from emu_jax.sharding import AbstractModel, batch_sharding, make_mesh
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import Batch, Metrics, get_objective
-from emu_jax.train.optimizer import group_of, make_optimizer
+from emu_jax.train.optimizer import group_of, last_update, make_optimizer
 
 Params = dict[str, jax.Array]
 COMPILE_SECONDS = 3600  # how long processes wait for each other to compile
@@ -47,6 +48,7 @@ class Trainer:
         param_shapes: shape, dtype and sharding of every parameter.
         state_shapes: a `TrainState` of shapes with shardings.
         step: the jitted (state, batch) -> (state, metrics). It donates the state.
+        tower_metrics: the jitted state -> metrics, `update_statistics`.
 
     Raises:
         UserError: the config does not fit its objective, or an optimizer group is missing.
@@ -80,6 +82,9 @@ class Trainer:
             in_shardings=(self.state_shardings, batch_sharding(mesh)),
             out_shardings=(self.state_shardings, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
+        )
+        self.tower_metrics = jax.jit(
+            self.update_statistics, out_shardings=NamedSharding(mesh, PartitionSpec())
         )
 
     def init(self, params: Params) -> TrainState:
@@ -164,7 +169,34 @@ class Trainer:
         )
         counts = {"bad_steps": bad_steps, "skipped_steps": skipped_steps}
         metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, **counts}
+        if self.cfg.tower_metrics:  # the compiler merges these sums with that of the whole norm
+            norms = {tower: optax.tree.norm(part) for tower, part in by_tower(grads).items()}
+            metrics |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
         return state, metrics
+
+    def update_statistics(self, state: TrainState) -> Metrics:
+        """Returns statistics of the step that led to a state, by tower.
+
+        They are no part of the step because few steps are logged, and each costs a pass over the
+        optimizer's state.
+
+        Returns:
+            update_ratio/TOWER: the norm of the update over that of the weights; lr/TOWER: the
+            largest learning rate of a parameter. Both are 0 after a non-finite step.
+        """
+        updates, rates = last_update(
+            state.trained, state.optimizer, self.cfg.optimizer, self.cfg.steps
+        )
+        updates, rates, weights = map(by_tower, (updates, rates, state.trained))
+        finite = state.bad_steps == 0
+        metrics = {}
+        for tower, params in weights.items():
+            norm = jnp.maximum(optax.tree.norm(params), jnp.finfo(jnp.float32).tiny)
+            ratio = optax.tree.norm(updates[tower]) / norm
+            metrics[f"update_ratio/{tower}"] = jnp.where(finite, ratio, 0.0)
+            rate = jnp.max(jnp.stack(list(rates[tower].values())))
+            metrics[f"lr/{tower}"] = jnp.where(finite, rate, 0.0)
+        return metrics
 
     def _keys(self) -> tuple[jax.Array, jax.Array]:
         """Returns the keys of the initial parameters and of the steps."""
@@ -199,6 +231,14 @@ class Trainer:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return jax.tree_util.tree_map_with_path(sharded, tree)
+
+
+def by_tower(params: Params) -> dict[str, Params]:
+    """Splits flat parameters, or values for them, by tower."""
+    towers: dict[str, Params] = {}
+    for path, value in params.items():
+        towers.setdefault(tower_of(path), {})[path] = value
+    return towers
 
 
 def mesh_for(cfg: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -19,15 +19,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from emu_jax.data.latents import LatentBatches
+from emu_jax.data.pipeline import Batches, Consumed
 from emu_jax.hardware import peak_flops
 from emu_jax.models.backend import on_cpu
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.flops import train_flops
-from emu_jax.train.goodput import Goodput, seconds_before
-from emu_jax.train.metrics import METRICS_FILE, MetricLogger, read_metrics
 from emu_jax.train.signals import STOP, TRACE, Signals
-from emu_jax.train.tracing import Tracer, parse_steps
-from emu_jax.train.watchdog import Watchdog
+from emu_jax.train.telemetry.files import METRICS_FILE
+from emu_jax.train.telemetry.goodput import Goodput, seconds_before
+from emu_jax.train.telemetry.metrics import MetricLogger, read_metrics
+from emu_jax.train.telemetry.spikes import SpikeDetector
+from emu_jax.train.telemetry.tracing import Tracer, parse_steps
+from emu_jax.train.telemetry.tracker import Tracker
+from emu_jax.train.telemetry.watchdog import Watchdog
 
 
 class _InFlight(NamedTuple):
@@ -36,6 +41,7 @@ class _InFlight(NamedTuple):
     metrics: Mapping[str, jax.Array]
     vote: np.ndarray | jax.Array  # Signals.vote
     fill: Mapping[str, Any]  # Batches.statistics
+    consumed: Mapping[str, Consumed] | None  # Batches.consumed
 
 
 class Monitor:
@@ -44,6 +50,7 @@ class Monitor:
     Args:
         goodput: already entered, so that it covers the run's start.
         signals: already entered. From here on they request a save.
+        tracker: of the metrics; closed by the caller.
         done: steps done before this process began.
     """
 
@@ -54,6 +61,7 @@ class Monitor:
         mesh: Mesh,
         goodput: Goodput,
         signals: Signals,
+        tracker: Tracker,
         done: int,
     ) -> None:
         self.cfg, self.done = cfg, done
@@ -64,13 +72,12 @@ class Monitor:
         self._goodput = goodput
         if lead and done:
             goodput.add(seconds_before(_rows(workdir, cfg.name), done))
-        self._logger = MetricLogger(
-            workdir, stage=cfg.name, total_steps=cfg.steps, enabled=lead, start_step=done
-        )
+        self._logger = MetricLogger(tracker, stage=cfg.name, total_steps=cfg.steps, enabled=lead)
         self._signals = signals
         signals.listen(mesh)
         self._watchdog = Watchdog(workdir / f"stacks-{jax.process_index()}.txt", cfg.hang_seconds)
         self._tracer = Tracer(workdir / "profile", parse_steps(cfg.profile_steps))
+        self._spikes = SpikeDetector(workdir, cfg.spike_threshold, done)
         self._ends = _Ends()
         self._rates = _Rates(cfg, mesh) if lead else None
         # CPUs compute on the threads that would dispatch ahead, and two concurrent programs with
@@ -84,6 +91,7 @@ class Monitor:
                 self._logger,
                 self._watchdog,
                 self._tracer,
+                self._spikes,
                 self._ends,
             ):
                 stack.enter_context(part)
@@ -98,17 +106,26 @@ class Monitor:
         self._tracer.before(step)
         self._dispatched = time.monotonic()
 
+    def is_logged(self, step: int) -> bool:
+        """Returns whether the metrics of a step are logged."""
+        return step % self.cfg.log_every == 0 or step in (1, self.cfg.steps)
+
     def on_dispatch(
-        self, step: int, metrics: Mapping[str, jax.Array], fill: Mapping[str, Any]
+        self, step: int, metrics: Mapping[str, jax.Array], batches: Batches | LatentBatches
     ) -> None:
         """Called after the loop has dispatched a step.
 
         Args:
             metrics: those of the step, not yet computed.
-            fill: `Batches.statistics` up to its batch.
+            batches: its batch was their last.
         """
+        self._locate = batches.locate
+        self._spikes.remember(step, batches.documents())
+        consumed = batches.consumed() if self.is_logged(step) else None
         vote = self._signals.vote(metrics["loss"])
-        self._ends.push(_InFlight(step, self._dispatched, metrics, vote, fill))
+        self._ends.push(
+            _InFlight(step, self._dispatched, metrics, vote, batches.statistics(), consumed)
+        )
 
     def drain(self, in_flight: int | None = None) -> None:
         """Waits until at most `in_flight` steps are in flight, and logs those that have ended.
@@ -135,10 +152,6 @@ class Monitor:
             self._tracer.request(next_step=self._step + 1)
         return self.stopping
 
-    def sync(self) -> None:
-        """Flushes the logs to disk."""
-        self._logger.sync()
-
     def _ended(
         self, dispatched: _InFlight, row: dict[str, float], vote: np.ndarray, at: float
     ) -> None:
@@ -150,11 +163,13 @@ class Monitor:
         self.stopping |= bool(vote[STOP])
         if vote[TRACE]:
             self._tracer.request(next_step=step + self._ends.pending + 1)
-        if step % self.cfg.log_every == 0 or step in (1, self.cfg.steps):
+        self._spikes.check(step, row["loss"], not row["bad_steps"], self._locate)
+        if self.is_logged(step):
             fill = {name: dispatched.fill[name] for name in ("token_fill", "image_fill")}
             fill["damaged"] = sum(dispatched.fill["damaged"].values())
             rates = self._rates(step, at, dispatched.fill) if self._rates else {}
-            self._logger.log(step, row | fill | rates | self._goodput.metrics())
+            consumed = _consumption(dispatched.consumed or {})
+            self._logger.log(step, row | fill | consumed | rates | self._goodput.metrics())
 
 
 class _Ends:
@@ -225,6 +240,21 @@ class _Rates:
             if self._peak is not None:
                 rates["mfu"] = rate / self._peak
         return rates
+
+
+def _consumption(consumed: Mapping[str, Consumed]) -> dict[str, float]:
+    """Returns the metrics of what a run has read: slots in all, and slots and epochs by source."""
+    if not consumed:
+        return {}
+    total = {
+        f"consumed_{name}": float(sum(getattr(source, name) for source in consumed.values()))
+        for name in ("tokens", "images")
+    }
+    for name, source in consumed.items():
+        total[f"consumed_tokens/{name}"] = float(source.tokens)
+        total[f"consumed_images/{name}"] = float(source.images)
+        total[f"epochs/{name}"] = source.epochs
+    return total
 
 
 def _rows(workdir: Path, stage: str) -> list[dict[str, Any]]:
