@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
@@ -36,6 +38,8 @@ from emu_jax.errors import UserError
 from emu_jax.filesystem import write_text
 from emu_jax.sharding import AbstractModel, flatten, nest
 from emu_jax.tokenizer import Tokenizer
+
+READ_BYTES = 2**28  # of arrays that are read at once
 
 
 def complete_steps(directory: Path) -> list[int]:
@@ -95,21 +99,74 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
             problems.append(f"{key} is {list(stored[key].shape)}, not {list(leaf.shape)}")
     if problems:
         raise UserError(f"{path} does not fit the configuration: " + "; ".join(problems))
-    tree = nest(wanted)
-    args = ocp.args.PyTreeRestore(
-        item=tree,
-        partial_restore=True,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-    )
     try:
         with integrity.quiet_failures():
-            handler = ocp.PyTreeCheckpointHandler()
-            return flatten(handler.restore(epath.Path(path.absolute()), args=args))
+            return flatten(read_tree(path, nest(wanted), partial=True))
     except (ValueError, OSError) as error:
         raise UserError(
             f"{path} is damaged ({integrity.one_line(error)}): see emu-jax checkpoint verify "
             f"{path.parent.parent}, and use another step or copy"
         ) from None
+
+
+def read_tree(path: Path, wanted: Any, *, partial: bool = False) -> Any:
+    """Reads the arrays of the item at `path` into a tree of shapes, dtypes and shardings.
+
+    Beside the arrays themselves, the host holds only those of one group (`READ_BYTES`). Does not
+    wait for other processes.
+
+    Args:
+        partial: `wanted` may lack arrays of the item.
+
+    Raises:
+        Exception: the item cannot be read. Orbax and TensorStore raise many kinds.
+    """
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS)
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        partial_restore=partial,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+    )
+    return handler.restore(epath.Path(path.absolute()), args=args)
+
+
+class _GroupedArrays(ocp.type_handlers.ArrayHandler):
+    """Reads arrays a group at a time. Orbax alone reads all of an item at once, and so holds them
+    on the host a second time while they move to their devices."""
+
+    async def deserialize(
+        self,
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.type_handlers.RestoreArgs] | None = None,
+    ) -> list[jax.Array]:
+        arrays: list[jax.Array] = []
+        for group in _groups(args or ()):
+            part = slice(len(arrays), len(arrays) + group)
+            arrays += await super().deserialize(infos[part], args and args[part])
+            jax.block_until_ready(arrays)  # only then can the host's copies go
+        return arrays
+
+
+def _groups(args: Sequence[Any]) -> Iterator[int]:
+    """Yields how many of the next arrays form a group: as many as take at most `READ_BYTES` of
+    this process's devices, or one larger array."""
+    count = total = 0
+    for arg in args:
+        size = math.prod(arg.global_shape) * np.dtype(arg.dtype).itemsize
+        if arg.sharding is not None:
+            shard = math.prod(arg.sharding.shard_shape(arg.global_shape))
+            size = shard * np.dtype(arg.dtype).itemsize * len(arg.sharding.addressable_devices)
+        if count and total + size > READ_BYTES:
+            yield count
+            count = total = 0
+        count, total = count + 1, total + size
+    if count:
+        yield count
+
+
+_ARRAYS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, _GroupedArrays()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+)
 
 
 def read_params(

@@ -253,6 +253,25 @@ class AbstractModel:
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
 
+def to_host(x: jax.Array) -> np.ndarray:
+    """Returns a whole array on the host. If other processes hold parts of it, all processes of its
+    mesh call this at the same point, and all get it.
+
+    Raises:
+        ValueError: other processes hold parts of it, and its sharding has no mesh.
+    """
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    if not isinstance(x.sharding, NamedSharding):
+        raise ValueError(f"no mesh to gather {x.sharding} over")
+    return np.asarray(_gathered(x, NamedSharding(x.sharding.mesh, P())).addressable_data(0))
+
+
+@functools.partial(jax.jit, static_argnames=("sharding",))
+def _gathered(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """Converts {"a.b": x} to {"a": {"b": x}}, the form that is saved."""
     return unflatten_dict(flat, sep=".")

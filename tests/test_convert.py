@@ -1587,6 +1587,14 @@ def check_memory(folder, **sizes):
     return parameters, err
 
 
+def test_a_job_of_several_processes_is_refused_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert cli.main(["convert", str(tmp_path / "none"), str(tmp_path / "dst")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a conversion runs in one process, not 2 (JAX_NUM_PROCESSES): " in line
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_memory_stays_near_the_largest_parameter(tmp_path):
     """0.7 GB through a budget of less."""

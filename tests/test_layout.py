@@ -21,6 +21,7 @@ LEVELS = [
         "errors",
         "filesystem",
         "hardware",
+        "host_memory",
         "markdown",
         "page",
         "progress",

@@ -12,6 +12,8 @@ import optax
 import pytest
 from conftest import relative_error
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from emu_jax import config
 from emu_jax.generate import api, text
@@ -19,6 +21,7 @@ from emu_jax.generate.settings import DynamicSettings, StaticSettings, TextConfi
 from emu_jax.models import backend, conv, cpu, layers, llama, xla
 from emu_jax.models.attention import attention
 from emu_jax.models.emu import EmuModel
+from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
 
 
@@ -188,6 +191,31 @@ def test_layers_apart_compute_what_a_stack_does(dtype, within):
     for key in (None, jax.random.key(3)):
         ours, theirs = (model(x, positions, dropout_key=key) for model in (apart, stacked))
         assert relative_error(ours, theirs) < within
+
+
+@pytest.mark.parametrize("spec", [None, P(), P(None, "fsdp"), P(None, None, "fsdp")])
+def test_layers_apart_share_the_memory_of_their_stack(spec):
+    """On one device and on a mesh; and they stay what they were if the stack is donated."""
+    mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
+    stack = random(0, 3, 64, 96)
+    if spec is not None:
+        stack = jax.device_put(stack, NamedSharding(mesh, spec))
+    expected = np.array(stack)
+    starts = {s.device: s.data.unsafe_buffer_pointer() for s in stack.addressable_shards}
+    layers = cpu._unstacked(stack, 3)
+    for n, layer in enumerate(layers):
+        for shard in layer.addressable_shards:
+            offset = shard.data.unsafe_buffer_pointer() - starts[shard.device]
+            assert offset == n * shard.data.nbytes
+    jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(stack))
+    del stack
+    np.testing.assert_array_equal(np.stack(layers), expected)
+
+
+def test_a_stack_split_between_its_layers_is_copied():
+    mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
+    stack = jax.device_put(random(0, 4, 8, 6), NamedSharding(mesh, P("fsdp")))
+    np.testing.assert_array_equal(np.stack(cpu._unstacked(stack, 4)), stack)
 
 
 def test_emu_copies_no_weights_when_it_decodes():

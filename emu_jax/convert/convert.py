@@ -12,10 +12,8 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,6 +43,7 @@ from emu_jax.convert.tensors import finishing
 from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError
 from emu_jax.filesystem import sync, sync_tree
+from emu_jax.host_memory import PeakMemory
 from emu_jax.sharding import make_mesh
 
 
@@ -105,8 +104,9 @@ def convert(
 
     Raises:
         UserError: the source is missing, damaged or not an Emu, the destination cannot express
-            its model, or `dst` exists. `dst` is left unchanged.
+            its model, `dst` exists, or the job has several processes. `dst` is left unchanged.
     """
+    check_one_process()
     src, dst = Path(src), Path(dst)
     if to == "jax":
         integrity.check_path(dst)
@@ -141,6 +141,20 @@ def convert(
     return report(source, notes, usage)
 
 
+def check_one_process() -> None:
+    """Checks that this is the only process of its job: others would write the same destination.
+
+    Raises:
+        UserError: it is not.
+    """
+    count = max(jax.process_count(), int(os.environ.get("JAX_NUM_PROCESSES", "1")))
+    if count > 1:
+        raise UserError(
+            f"a conversion runs in one process, not {count} (JAX_NUM_PROCESSES): run it on one "
+            "host, without that variable; its memory does not grow with the model"
+        )
+
+
 def report(source: ModelSource, notes: list[str], usage: ResourceUsage) -> ConversionReport:
     """Returns the report on a model that was written."""
     sizes = [parameter_bytes(shape) for shape in source.shapes.values()]
@@ -158,8 +172,6 @@ def write_run_directory(source: ModelSource, folder: Path) -> None:
 
     Its `release/` holds everything needed to restore the release's files.
     """
-    if jax.process_count() > 1:
-        raise UserError("convert runs on one host; what it writes restores onto any number")
     rows = rows_of(source.cfg, source.shapes)
     arrays = ArrayWriter(
         folder / "0" / "params", source.shapes, {row.path for row in rows if row.stacked}
@@ -246,33 +258,11 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
 @contextlib.contextmanager
 def measured() -> Iterator[ResourceUsage]:
     """Measures the time and the peak anonymous memory of the code inside the context."""
-    usage = ResourceUsage()
-    done, start = threading.Event(), time.monotonic()
-    peak = usage.rss_anon_bytes_before = anonymous_memory()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            now = anonymous_memory()
-            peak = now if peak is None else max(peak, now or 0)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    usage, start = ResourceUsage(), time.monotonic()
+    memory = PeakMemory()
     try:
-        yield usage
+        with memory:
+            yield usage
     finally:
-        done.set()
-        watcher.join()
         usage.seconds = round(time.monotonic() - start, 3)
-        usage.peak_rss_anon_bytes = peak
-
-
-def anonymous_memory() -> int | None:
-    """Returns the bytes of this process's memory that no file backs, or None on systems other
-    than Linux."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.M)
-    return int(match[1]) * 1024 if match else None
+        usage.rss_anon_bytes_before, usage.peak_rss_anon_bytes = memory.before, memory.peak

@@ -25,6 +25,7 @@ from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, emu_14b
 from emu_jax.convert import release_config, tensor_files
 from emu_jax.convert.convert import (
     ConversionReport,
+    check_one_process,
     measured,
     replacing,
     report,
@@ -91,8 +92,10 @@ def init(
         cformer: sizes of the Causal Transformer; by default t5-base's.
 
     Raises:
-        UserError: a parent is missing, damaged or does not fit. `dst` is left unchanged.
+        UserError: a parent is missing, damaged or does not fit, or the job has several processes.
+            `dst` is left unchanged.
     """
+    check_one_process()
     dst = Path(dst)
     integrity.check_path(dst)
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]

@@ -278,8 +278,12 @@ def is_release(path: Path) -> bool:
     return path.is_file() or (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
 
 
-def load_release(path: Path, mesh: Mesh) -> tuple[EmuModel, Tokenizer]:
-    """Loads a model in float32 from the release's own files, without an intermediate run directory.
+def load_release(
+    path: Path, mesh: Mesh, dtype: jnp.dtype | type = jnp.float32
+) -> tuple[EmuModel, Tokenizer]:
+    """Loads a model from the release's own files, without an intermediate run directory.
+
+    Each parameter is read straight into `dtype`.
 
     Raises:
         UserError: the path is not a release, or a part of it is missing or wrong.
@@ -288,7 +292,7 @@ def load_release(path: Path, mesh: Mesh) -> tuple[EmuModel, Tokenizer]:
     params = {}
     for row in rows_of(source.cfg, source.shapes):
         shape = source.shapes[row.path]
-        wanted = jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=shape.sharding)
+        wanted = jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=shape.sharding)
         params[row.path] = assemble(row, wanted, functools.partial(source.read, row.path))
     model = template_of(source.cfg, mesh).module(params)
     assert isinstance(model, EmuModel)

@@ -62,6 +62,7 @@ from emu_jax.generate.settings import (
 )
 from emu_jax.models import emu as models
 from emu_jax.models.eva_clip import normalize_images
+from emu_jax.sharding import to_host
 from emu_jax.tokenizer import USER, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -83,11 +84,12 @@ def load(
     """Loads a run directory, or the release's own files (a folder, or Emu-instruct.pt).
 
     A run directory has config.json, tokenizer/ and parameters, of which the newest are loaded. The
-    release's files are read as `emu-jax convert` reads them. On a CPU the language model briefly
-    takes twice its memory (`Llama.unstacked_for_decoding`).
+    release's files are read as `emu-jax convert` reads them. Each parameter is read straight into
+    `dtype`, and no second copy is made.
 
     Args:
-        mesh: devices to load it onto (`make_mesh`); a single device by default.
+        mesh: devices to load it onto (`make_mesh`); a single device by default. If it spans several
+            processes, all of them make the same calls with the same arguments.
         dtype: bfloat16 stores and computes everything in it, as the release does.
         batch_size: rows that are computed at once.
         shapes: the smallest sizes that programs are compiled for.
@@ -101,7 +103,7 @@ def load(
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     defaults = GenerationConfig()
     if not (directory / "config.json").is_file() and is_release(directory):
-        model, tokenizer = load_release(directory, mesh)
+        model, tokenizer = load_release(directory, mesh, dtype)
     else:
         cfg = checkpoint.load_config(directory)
         check_heads(directory, cfg)
@@ -261,7 +263,7 @@ class Emu:
                     text_keys,
                     allowed,
                 )
-            result[chunk.index] = np.asarray(out)[: len(chunk.index), : result.shape[1]]
+            result[chunk.index] = to_host(out)[: len(chunk.index), : result.shape[1]]
         return result
 
     # --- Ranking ---
@@ -311,7 +313,7 @@ class Emu:
                     table[n, c, : len(candidate)] = candidate
             with self._on_mesh():
                 sums = _losses(self._graphdef, self._params, *self._inputs(batch), table)
-            for i, row in zip(chunk.index, np.asarray(sums), strict=False):
+            for i, row in zip(chunk.index, to_host(sums), strict=False):
                 lengths, prompt = [len(c) for c in ids[i]], len(rows[i].tokens)
                 means = text.mean_losses(row[: len(lengths)], lengths, prompt, segments)
                 ranked[i] = np.argsort(means, kind="stable").tolist()
@@ -330,7 +332,7 @@ class Emu:
             batch = np.stack([pixels[i] for i in chunk.filled])
             with self._on_mesh():
                 features = _features(self._graphdef, self._params, batch, self.dtype)
-            out[chunk.index] = np.asarray(features)[: len(chunk.index)]
+            out[chunk.index] = to_host(features)[: len(chunk.index)]
         return out[0] if single else out
 
     @overload  # a list is many prompts; pyright cannot tell it from the parts of one
@@ -469,7 +471,7 @@ class Emu:
                     if stop is not None:
                         jax.block_until_ready(state)
                 painted = _finish_painting(self._graphdef, self._params, state, cond.dtype)
-            out[chunk.index] = np.asarray(painted)[: len(chunk.index)]
+            out[chunk.index] = to_host(painted)[: len(chunk.index)]
         return out if self.safety is None or not len(out) else self.safety(out)
 
     def _uncond(self, negative_prompt: Parts | None) -> Float[Array, "N D"]:
@@ -510,7 +512,7 @@ class Emu:
         while True:
             # Read before the state is donated.
             tokens, count, done = (
-                np.asarray(a) for a in (state.tokens[0], state.count[0], state.done[0])
+                to_host(a) for a in (state.tokens[0], state.count[0], state.done[0])
             )
             ended = bool(done) or int(state.step) >= static.steps(self.cfg.cformer.n_causal)
             for part in progress.advance(tokens[: int(state.step)], images=int(count), ended=ended):
@@ -566,8 +568,9 @@ class Emu:
                 tokens, images = _complete(
                     self._graphdef, self._params, *self._inputs(batch), static, dynamic, text_keys
                 )
+            tokens = to_host(tokens)
             for n, i in enumerate(chunk.index.tolist()):
-                parts[i] = self._split(np.asarray(tokens[n]), int(rows[i].tokens[-1]))
+                parts[i] = self._split(tokens[n], int(rows[i].tokens[-1]))
                 for k in range(parts[i].count(None)):
                     embeddings.append(images[n, k])
                     keys.append(_image_keys(image_keys[n : n + 1], k)[0])

@@ -12,9 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.models import xla
@@ -252,8 +255,8 @@ def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
     """Returns stacked layers in the layout that decodes fastest: each with its own parameters.
 
     This compiler copies a layer's parameters out of their stack before a matmul, which copies all
-    parameters for each token. This function copies them once. Call it outside compiled functions,
-    or at least before their loop.
+    parameters for each token. Outside compiled functions, the layers share the memory of the stack
+    (`_unstacked`). Inside one, they are copied once: call this function before its loop.
     """
     if isinstance(blocks, nnx.List):
         return blocks
@@ -268,8 +271,31 @@ def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
     return nnx.List(modules)
 
 
-@functools.partial(jax.jit, static_argnames=("layers",))
 def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
+    """Splits a stack into its layers. They are views of the memory of an array on CPUs, and keep
+    it alive."""
+    if isinstance(stacked, jax.core.Tracer) or any(d.platform != "cpu" for d in stacked.devices()):
+        return _copied_layers(stacked, layers)
+    sharding = stacked.sharding
+    if isinstance(sharding, SingleDeviceSharding):
+        device = stacked.device if stacked.committed else None
+        return [jax.device_put(layer, device, may_alias=True) for layer in np.asarray(stacked)]
+    if not isinstance(sharding, NamedSharding) or sharding.spec[:1] not in ((), (None,)):
+        return _copied_layers(stacked, layers)
+    sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    shards = [(shard.device, np.asarray(shard.data)) for shard in stacked.addressable_shards]
+    return [
+        jax.make_array_from_single_device_arrays(
+            stacked.shape[1:],
+            sharding,
+            [jax.device_put(shard[n], device, may_alias=True) for device, shard in shards],
+        )
+        for n in range(layers)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("layers",))
+def _copied_layers(stacked: jax.Array, layers: int) -> list[jax.Array]:
     return [stacked[n] for n in range(layers)]
 
 

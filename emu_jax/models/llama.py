@@ -235,7 +235,7 @@ class Llama(nnx.Module):
             return self.norm(x)
 
     def unstacked_for_decoding(self) -> Llama:
-        """Returns a copy in the layout that decodes fastest on this platform, or self if it
+        """Returns this model in the layout that decodes fastest on this platform, or self if it
         already is (`decoding_layers` of `models/cpu.py`)."""
         layers = kernels().decoding_layers(self.layers, self.cfg.layers)
         if layers is self.layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import shutil
@@ -21,9 +20,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from emu_jax import integrity
-from emu_jax.checkpoint import complete_steps
+from emu_jax.checkpoint import complete_steps, read_tree
 from emu_jax.errors import UserError
 from emu_jax.filesystem import sync
+from emu_jax.host_memory import release_freed_memory
 from emu_jax.sharding import flatten, nest
 from emu_jax.train.lock import Lock
 from emu_jax.train.step import Params, Trainer, TrainState
@@ -187,7 +187,7 @@ class Checkpoints:
         problem = ""
         if reason := _attempt(lambda: self._read_back(folder)):
             problem = f"read back, {reason}"
-        _give_back_memory()
+        release_freed_memory()
         return problem
 
     def _read_back(self, folder: Path) -> None:
@@ -327,7 +327,11 @@ class Checkpoints:
 
         def read() -> None:
             for name, args in items.items():
-                saved[name] = _HANDLERS[type(args)]().restore(epath.Path(folder / name), args=args)
+                if isinstance(args, ocp.args.StandardRestore):
+                    saved[name] = read_tree(folder / name, args.item)
+                else:
+                    handler = ocp.JsonCheckpointHandler()
+                    saved[name] = handler.restore(epath.Path(folder / name), args=args)
 
         if not problem and (problem := _attempt(read)):
             gc.collect()  # collects the other reads while their errors are silenced
@@ -373,29 +377,11 @@ def _broadcast_problem(problem: str) -> str:
     return text.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
-def _give_back_memory() -> None:
-    """Returns freed memory to the system.
-
-    glibc keeps the freed copy of a save in the arenas of each thread, which adds up to several
-    copies after a few saves.
-    """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # the C library is not glibc
-        pass
-
-
 def _with_checksums(args: ocp.args.CheckpointArgs) -> ocp.args.CheckpointArgs:
     """Saves arrays with checksums, in chunks of at most `CHUNK_BYTES`."""
     if not isinstance(args, ocp.args.StandardSave):
         return args
     return ocp.args.PyTreeSave(args.item, ocdbt_target_data_file_size=CHUNK_BYTES)
-
-
-_HANDLERS: dict[type, Any] = {
-    ocp.args.StandardRestore: ocp.StandardCheckpointHandler,
-    ocp.args.JsonRestore: ocp.JsonCheckpointHandler,
-}
 
 
 def _attempt(action: Callable[[], Any]) -> str:

@@ -1,0 +1,77 @@
+"""Host memory: what restoring and loading hold, and that a long run holds no more with time."""
+
+import dataclasses
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from emu_jax import checkpoint
+from emu_jax.host_memory import PeakMemory, anonymous_bytes, resident_bytes
+from emu_jax.sharding import make_mesh
+from emu_jax.train.checkpoints import Checkpoints
+
+
+def test_the_peak_is_of_what_was_there_between_two_looks():
+    with PeakMemory() as memory:
+        held = np.ones(2**26, np.uint8)
+        time.sleep(0.1)
+        del held
+    assert memory.before is not None and memory.peak is not None
+    assert 2**26 <= memory.peak - memory.before < 2**27
+    assert memory.peak - (anonymous_bytes() or 0) > 2**25
+    assert (resident_bytes() or 0) > (anonymous_bytes() or 0) > 2**25
+    assert anonymous_bytes(os.getpid()) and anonymous_bytes(2**30) is None
+
+
+@dataclasses.dataclass
+class Argument:
+    """Stands in for orbax's restore arguments of an array."""
+
+    global_shape: tuple[int, ...]
+    sharding: NamedSharding | None = None
+    dtype: type = np.float32
+
+
+def test_groups_are_of_what_this_process_holds(monkeypatch):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)
+    groups = [[10], [10], [5], [6], [30], [1], [24], [1]]
+    assert list(checkpoint._groups([Argument(tuple(s)) for s in groups])) == [3, 1, 1, 2, 1]
+    mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("fsdp",), ()))
+    shapes = [Argument((12,), split), Argument((12,), split), Argument((4,), whole)]
+    assert list(checkpoint._groups(shapes)) == [2, 1]
+    assert list(checkpoint._groups([])) == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_arrays_are_read_in_groups(dtype, tmp_path, monkeypatch):
+    """Whether a run is restored or a model read, also in another dtype than it was saved in."""
+    saved = {f"a{n}": jnp.full((64, 64), n, jnp.float32) for n in range(6)}
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, {"params": ocp.args.StandardSave(saved)})
+    groups = []
+    deserialize = ocp.type_handlers.ArrayHandler.deserialize
+
+    def recorded(self, infos, args=None):
+        groups.append([info.name for info in infos])
+        return deserialize(self, infos, args)
+
+    monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", recorded)
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 2 * 64 * 64 * np.dtype(dtype).itemsize)
+    device = NamedSharding(make_mesh(devices=jax.devices()[:1]), PartitionSpec())
+    shape = jax.ShapeDtypeStruct((64, 64), dtype, sharding=device)
+    wanted = dict.fromkeys(saved, shape)
+    if dtype == jnp.float32:
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            arrays = checkpoints.restore({"params": ocp.args.StandardRestore(wanted)})[1]["params"]
+    else:
+        arrays = checkpoint.read(tmp_path / "1" / "params", wanted)
+    assert groups == [["a0", "a1"], ["a2", "a3"], ["a4", "a5"]]
+    for n in range(6):
+        np.testing.assert_array_equal(arrays[f"a{n}"], jnp.full((64, 64), n, dtype))
