@@ -16,6 +16,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -274,7 +275,7 @@ def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
 def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
     """Splits a stack into its layers. They are views of the memory of an array on CPUs, and keep
     it alive."""
-    if isinstance(stacked, jax.core.Tracer) or any(d.platform != "cpu" for d in stacked.devices()):
+    if isinstance(stacked, Tracer) or any(d.platform != "cpu" for d in stacked.devices()):
         return _copied_layers(stacked, layers)
     sharding = stacked.sharding
     if isinstance(sharding, SingleDeviceSharding):

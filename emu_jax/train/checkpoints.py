@@ -331,7 +331,7 @@ class Checkpoints:
                     saved[name] = read_tree(folder / name, args.item)
                 else:
                     handler = ocp.JsonCheckpointHandler()
-                    saved[name] = handler.restore(epath.Path(folder / name), args=args)
+                    saved[name] = handler.restore(epath.Path(folder / name))
 
         if not problem and (problem := _attempt(read)):
             gc.collect()  # collects the other reads while their errors are silenced
