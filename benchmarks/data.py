@@ -59,7 +59,7 @@ def run() -> dict:
             prefetch=0,
         )
         tokenizer, fast_cfg = cfg.load_tokenizer(), dataclasses.replace(cfg, fast_decode=True)
-        (group,) = open_groups(cfg, tokenizer, RowBuilder.usage)
+        (group,) = open_groups(cfg, tokenizer, RowBuilder.requires)
         blocks = itertools.count()
         # Separate iterators, so that both decode the same images in a turn.
         for_raw, for_fast = itertools.cycle(images), itertools.cycle(images)

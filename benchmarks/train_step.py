@@ -162,9 +162,11 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
         name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_shapes(data, "rows").items()
     }
     batch["images"][:] = rng.integers(0, 256, batch["images"].shape, np.uint8)
-    tokens, slots, scored = (batch[n] for n in ("tokens", "image_slots", "text_loss_mask"))
+    tokens, embedding_index, scored = (
+        batch[n] for n in ("tokens", "embedding_index", "text_loss_mask")
+    )
     tokens[:] = rng.integers(3, ids.pad, tokens.shape)  # text; images are filled in below
-    tokens[:, 0], slots[:], scored[:] = ids.bos, -1, True
+    tokens[:, 0], embedding_index[:], scored[:] = ids.bos, -1, True
     span = data.n_causal + 2  # of one image
     room = (data.row_tokens - 1) // max(1, data.row_images)
     if room <= span:
@@ -177,7 +179,7 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
             ids.image,
             ids.img_end,
         )
-        slots[:, inside] = image * data.n_causal + np.arange(data.n_causal)
+        embedding_index[:, inside] = image * data.n_causal + np.arange(data.n_causal)
         scored[:, first : first + span] = False
     batch["segment_ids"][:] = 1
     batch["positions"][:] = np.arange(data.row_tokens)
@@ -235,7 +237,7 @@ class Theirs:
         self.batch = {
             name: torch.from_numpy(value).to(device)
             for name, value in batch.items()
-            if name in ("tokens", "images", "image_slots", "text_loss_mask")
+            if name in ("tokens", "images", "embedding_index", "text_loss_mask")
         }
         groups: dict[tuple[Any, bool], list[Any]] = {}
         for name, value in self.model.named_parameters():
@@ -372,7 +374,7 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
             self.register_buffer("mean", mean, persistent=False)
             self.register_buffer("std", std, persistent=False)
 
-        def forward(self, tokens, images, image_slots, text_loss_mask):
+        def forward(self, tokens, images, embedding_index, text_loss_mask):
             rows, count = images.shape[:2]
             pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
             features = self.encoder((pixels - self.mean) / self.std).last_hidden_state
@@ -382,8 +384,8 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
             visual = visual.reshape(rows, -1, visual.shape[-1])
 
             x = self.llama.model.embed_tokens(tokens)
-            where = image_slots.clamp(min=0).long().unsqueeze(-1).expand(-1, -1, x.shape[-1])
-            x = torch.where((image_slots >= 0).unsqueeze(-1), visual.gather(1, where).to(x), x)
+            where = embedding_index.clamp(min=0).long().unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            x = torch.where((embedding_index >= 0).unsqueeze(-1), visual.gather(1, where).to(x), x)
             hidden = self.llama.model(inputs_embeds=x).last_hidden_state
 
             logits = self.llama.lm_head(hidden[:, :-1]).float()

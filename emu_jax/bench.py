@@ -265,7 +265,7 @@ class Page:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.kept = path, path.with_suffix(".json")
+        self.path, self.records_path = path, path.with_suffix(".json")
 
     def check(self, names: Any) -> None:
         """Checks that the file can take the tables of the named benchmarks.
@@ -288,14 +288,14 @@ class Page:
 
     def records(self) -> dict[str, dict[str, Figures]]:
         """Returns the stored records, by benchmark and hardware."""
-        return json.loads(self.kept.read_text()) if self.kept.exists() else {}
+        return json.loads(self.records_path.read_text()) if self.records_path.exists() else {}
 
     def update(self, name: str, record: Figures) -> None:
         """Stores the record of one benchmark and rewrites only its tables and its plot."""
         hardware = _hardware(record["machine"])
         records = self.records()
         records[name] = dict(sorted((records.get(name, {}) | {hardware: record}).items()))
-        write_text(self.kept, json.dumps(dict(sorted(records.items())), indent=1) + "\n")
+        write_text(self.records_path, json.dumps(dict(sorted(records.items())), indent=1) + "\n")
         module = load(name)
         if hasattr(module, "plot"):
             module.plot(record["figures"], self._plot(name, hardware))
@@ -378,7 +378,7 @@ def _processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.machine()
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     flags = (re.search(r"^flags\s*: (.+)$", text, re.MULTILINE) or [""])[0].split()
     wide = next((f for f in ("amx_tile", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
-    return " ".join(filter(None, [found[1] if found else platform.machine(), wide]))
+    return " ".join(filter(None, [model[1] if model else platform.machine(), wide]))

@@ -324,11 +324,11 @@ def verify(parser: argparse.ArgumentParser) -> Command:
     )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.verify import summary, table, verify
+        from emu_jax.verify import verdict_summary, verdict_table, verify
 
         rows = verify(args.checkpoint, args.golden)
-        result = summary(rows)
-        print(table(rows))
+        result = verdict_summary(rows)
+        print(verdict_table(rows))
         if not args.json:
             print(f"{result.checked} checked, {len(result.failed)} failed")
         return dataclasses.asdict(result)
@@ -582,14 +582,14 @@ def bench(parser: argparse.ArgumentParser) -> Command:
 
 
 def _built(dst: str, result: dict[str, Any]) -> str:
-    documents, pictures = result["documents"], result["pictures"]
+    documents, images = result["documents"], result["pictures"]
     lines = [
         f"{dst}: {documents['written']:,} of {documents['read']:,} documents, "
-        f"{pictures['written']:,} of {pictures['read']:,} pictures, {result['bytes'] / 1e6:,.1f} MB"
+        f"{images['written']:,} of {images['read']:,} images, {result['bytes'] / 1e6:,.1f} MB"
     ]
     for what, reasons in (
         ("documents rejected", documents["rejected"]),
-        ("pictures dropped", pictures["dropped"]),
+        ("images dropped", images["dropped"]),
         ("unused", result["unused"]),
     ):
         lines += [f"  {count:,} {what}: {reason}" for reason, count in reasons.items()]
@@ -707,10 +707,10 @@ def plan(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.train.config_file import load_config
 
         if args.calibrate:
-            from emu_jax.plan.calibration import calibrate, table
+            from emu_jax.plan.calibration import calibrate, calibration_table
 
             rows = calibrate()
-            print(table(rows))
+            print(calibration_table(rows))
             return {"runs": rows}
         if args.config is None or not args.topology:
             raise UserError("give --config and --topology, or --calibrate; see emu-jax plan --help")

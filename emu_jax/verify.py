@@ -107,7 +107,7 @@ def verify(checkpoint: Path, golden: Path) -> list[TensorVerdict]:
         return [recording.row(key) for key in expected]
 
 
-def summary(rows: list[TensorVerdict]) -> Verification:
+def verdict_summary(rows: list[TensorVerdict]) -> Verification:
     """Summarizes the verdicts."""
     checked = [r for r in rows if r.verdict != "not applicable"]
     errors = [r for r in checked if r.error is not None]
@@ -131,7 +131,7 @@ def _badness(row: TensorVerdict) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def table(rows: list[TensorVerdict]) -> str:
+def verdict_table(rows: list[TensorVerdict]) -> str:
     """Formats the rows as text."""
     width = max(len(r.key) for r in rows)
     lines = []
@@ -176,7 +176,7 @@ class _Recording:
         pixels = expected.get("vit/pixels_nchw", np.zeros((0, 3, size, size), np.float32))
         if pixels.shape[1:] != (3, size, size):
             raise UserError(
-                f"{golden} was recorded for pictures {list(pixels.shape[1:])}, the checkpoint "
+                f"{golden} was recorded for images of {list(pixels.shape[1:])}, the checkpoint "
                 f"reads {[3, size, size]}: they are of different models"
             )
         self.pixels = np.moveaxis(pixels, 1, -1)
@@ -208,17 +208,17 @@ class _Recording:
         return ""
 
     def _judge(self, key: str, ours: Any) -> TensorVerdict:
-        theirs = self.expected[key]
+        recorded = self.expected[key]
         if ours is None:
             return TensorVerdict(key, "input")
         ours = np.asarray(ours)
-        if ours.shape != theirs.shape:
-            note = f"shape {list(ours.shape)}, recorded {list(theirs.shape)}"
+        if ours.shape != recorded.shape:
+            note = f"shape {list(ours.shape)}, recorded {list(recorded.shape)}"
             return TensorVerdict(key, "FAILED", note=note)
-        if not np.issubdtype(theirs.dtype, np.floating):
-            same = bool(np.array_equal(ours, theirs))
+        if not np.issubdtype(recorded.dtype, np.floating):
+            same = bool(np.array_equal(ours, recorded))
             return TensorVerdict(key, "ok" if same else "FAILED", note="" if same else "not equal")
-        error = _relative(ours, theirs)
+        error = _relative(ours, recorded)
         tolerance = FEEDBACK if _FEEDBACK.fullmatch(key) else TIGHT
         return TensorVerdict(key, "ok" if error <= tolerance else "FAILED", error, tolerance)
 
@@ -266,16 +266,16 @@ class _Recording:
         flat = np.flatnonzero(ids.reshape(-1) == self.cfg.tokens.image)
         held = len(self.pixels) * self.cfg.cformer.n_causal
         if len(flat) > held:
-            raise Difference(f"{len(flat)} <image> tokens, but {held} embeddings of pictures")
-        slots = np.full(ids.size, -1, np.int32)
-        slots[flat] = np.arange(len(flat))
-        slots = slots.reshape(ids.shape)
+            raise Difference(f"{len(flat)} <image> tokens, but {held} embeddings of images")
+        embedding_index = np.full(ids.size, -1, np.int32)
+        embedding_index[flat] = np.arange(len(flat))
+        embedding_index = embedding_index.reshape(ids.shape)
         images = jnp.broadcast_to(self.embeddings, (len(ids), *self.embeddings.shape))
         x, hidden, logits, predicted = _language(
             self.model,
             jnp.asarray(ids, jnp.int32),
             images,
-            jnp.asarray(slots),
+            jnp.asarray(embedding_index),
             jnp.asarray(mask, bool),
         )
         return {"x": x, "hidden": hidden, "logits": logits, "predicted": predicted}
@@ -335,7 +335,7 @@ class _Recording:
     @functools.cache  # noqa: B019 (one recording lives as long as its verification)
     def regressed(self, tag: str) -> jax.Array:
         text = self.meta["spec"]["text"]
-        pixels = [Normalized(picture) for picture in self.pixels]
+        pixels = [Normalized(image) for image in self.pixels]
         context = {
             "text_only": lambda: [text[0]],
             "in_context": lambda: [pixels[0], text[1], pixels[1], text[0]],
@@ -453,9 +453,9 @@ def _embeddings(model: EmuModel, pixels: Any) -> Array:
 
 @nnx.jit
 def _language(
-    model: EmuModel, tokens: Any, images: Any, slots: Any, mask: Any
+    model: EmuModel, tokens: Any, images: Any, embedding_index: Any, mask: Any
 ) -> tuple[Array, Array, Array, Array]:
-    x = model.embed(tokens, images, slots)
+    x = model.embed(tokens, images, embedding_index)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Through the KV cache, so that padding attends to the same positions as in the release.
     batch, length = tokens.shape

@@ -234,7 +234,7 @@ def test_names_of_new_peft_load_and_come_back(instruct_file, instruct_dir, tmp_p
     convert(instruct_file, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back", to="emu")
     assert_same_file(tmp_path / "back" / "Emu-instruct.pt", instruct_file)
-    wanted = source.template_of(checkpoint.load_config(instruct_dir), one_device()).shapes
+    wanted = source.abstract_model(checkpoint.load_config(instruct_dir), one_device()).shapes
     old, new = (checkpoint.read_params(d, wanted) for d in (instruct_dir, tmp_path / "run"))
     assert all(np.array_equal(old[p], new[p]) for p in wanted)
 
@@ -467,9 +467,9 @@ def test_every_tensor_of_the_14b_release_has_its_place(released_shapes, model, v
     if cfg.unet:
         for tower, name in (("unet", "unet"), ("vae", vae)):
             found |= {f"{tower}:{k}": shape for k, shape in released_shapes[name].items()}
-    template = source.template_of(cfg, one_device())
+    template = source.abstract_model(cfg, one_device())
     shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
-    rows = tables.table(cfg, shapes)
+    rows = tables.model_rows(cfg, shapes)
     style = tables.KeyStyle.of(found)
     unused = tables.match(rows, shapes, cfg, style, found, "the release")
     assert sorted(row.path for row in rows) == sorted(shapes)  # every leaf, once
@@ -542,7 +542,7 @@ def small(*, lora, seed=0, rope_dtype="float32"):
             sample_size=12, block_out_channels=(12, 20), layers_per_block=1, norm_num_groups=4
         ),
     )
-    template = source.template_of(cfg, one_device())
+    template = source.abstract_model(cfg, one_device())
     rng = np.random.default_rng(seed)
     params = {
         path: jnp.asarray(
@@ -560,7 +560,7 @@ def write_run(model, path):
     tokenizer = checkpoint.Tokenizer.load(
         GOLDEN / "tokenizer", instruct=model.cfg.llama.lora is not None
     )
-    template = source.template_of(model.cfg, one_device())
+    template = source.abstract_model(model.cfg, one_device())
     params = template.params(model)
     stacked = {row.path for row in source.rows_of(model.cfg, params) if row.stacked}
 
@@ -786,7 +786,7 @@ def test_adapters_come_back_from_peft(adapted, tmp_path):
     convert(tmp_path / "peft", tmp_path / "back", base=folder / "run")
     assert checkpoint.load_config(tmp_path / "back") == model.cfg
     _, params = read_all(tmp_path / "back")
-    module = source.template_of(model.cfg, one_device()).module(params)
+    module = source.abstract_model(model.cfg, one_device()).module(params)
     assert relative_error(our_logits(module, IDS), logits) < TIGHT
     assert relative_error(our_logits(model, IDS), logits) > 1e-3
 
@@ -1521,12 +1521,12 @@ def write_large(folder, *, layers, width, mlp, dtype=torch.bfloat16):
         unet=None,
         vae=None,
     )
-    template = source.template_of(cfg, one_device())
+    template = source.abstract_model(cfg, one_device())
     shapes = {p: tuple(s.shape) for p, s in template.shapes.items()}
     kind = dtype_of(str(dtype).removeprefix("torch."))
     contents = {
         key: (row.transform.release_shape(row.layer_shape(shapes[row.path])), kind)
-        for row in tables.table(cfg, shapes)
+        for row in tables.model_rows(cfg, shapes)
         for key in row.keys
     }
     writer = tensor_files.create(folder / source.MULTIMODAL, contents)

@@ -249,7 +249,7 @@ def _paths(folder: Path) -> tuple[str, ...]:
 def test_training_passes_over_every_damaged_document(corpus, cfg, tmp_path):
     _, damaged = corpus
     tokenizer = cfg.data.load_tokenizer()
-    (group,) = open_groups(cfg.data, tokenizer, RowBuilder.usage)
+    (group,) = open_groups(cfg.data, tokenizer, RowBuilder.requires)
     blocks = sum(SIZES.values()) // cfg.data.block_documents + 1  # an epoch and a little more
     rows = sum(len(group.block(n).rows) for n in range(blocks))
     steps = -(-rows // cfg.data.batch_size)

@@ -581,7 +581,7 @@ def test_a_row_by_hand(tmp_path, tokenizer):
     image = [t.img, t.image, t.image, t.img_end]
     one = [t.bos, first, a, three, *image, nine, *image, t.eos]
     scored = [0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
-    slots = [-1] * 5 + [0, 1] + [-1] * 3 + [2, 3] + [-1] * 2
+    embedding_index = [-1] * 5 + [0, 1] + [-1] * 3 + [2, 3] + [-1] * 2
     n = len(one)
     with Batches(cfg, tokenizer, "rows") as batches:
         batch = next(batches)
@@ -598,8 +598,8 @@ def test_a_row_by_hand(tmp_path, tokenizer):
     assert batch["segment_ids"].tolist() == [[1] * n + [2] * n + [0] * 5]
     assert batch["positions"].tolist() == [[*range(n), *range(n), 0, 0, 0, 0, 0]]
     assert batch["text_loss_mask"].astype(int).tolist() == [scored + scored + [0] * 5]
-    second = [s + 4 if s >= 0 else -1 for s in slots]
-    assert batch["image_slots"].tolist() == [slots + second + [-1] * 5]
+    second = [s + 4 if s >= 0 else -1 for s in embedding_index]
+    assert batch["embedding_index"].tolist() == [embedding_index + second + [-1] * 5]
     assert batch["image_valid"].tolist() == [[True] * 4]
     np.testing.assert_array_equal(batch["images"][0, :, 0, 0, 0], [10, 20, 10, 20])
 
@@ -685,7 +685,7 @@ def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
 
     def usable(kind: str, **changes) -> list[int]:
         cfg = DataConfig(sources=(dataclasses.replace(source, **changes),), n_causal=2)
-        (group,) = open_groups(cfg, tokenizer, BUILDERS[kind].usage)
+        (group,) = open_groups(cfg, tokenizer, BUILDERS[kind].requires)
         return [n for n in range(5) if group.usable(SampledDocument(n, group.sources[0], n))]
 
     assert usable("rows") == [0, 1, 2, 4]
@@ -716,9 +716,9 @@ def test_each_epoch_has_every_document_once(tmp_path, tokenizer):
 # Batches of the digits
 
 
-def check_slots(tokens, slots, valid, tokenizer, n_causal):
-    """<image> positions gather the slots of the row's images, in order."""
-    for row, where, real in zip(tokens, slots, valid, strict=True):
+def check_embedding_index(tokens, embedding_index, valid, tokenizer, n_causal):
+    """<image> positions gather the embeddings of the row's images, in order."""
+    for row, where, real in zip(tokens, embedding_index, valid, strict=True):
         used = where[row == tokenizer.image]
         assert used.tolist() == list(range(real.sum() * n_causal))
         assert (where[row != tokenizer.image] == -1).all()
@@ -744,7 +744,9 @@ def test_rows_invariants(cfg, tokenizer):
             np.testing.assert_array_equal(
                 batch["text_loss_mask"], real & ~np.isin(tokens, unscored)
             )
-            check_slots(tokens, batch["image_slots"], batch["image_valid"], t, cfg.n_causal)
+            check_embedding_index(
+                tokens, batch["embedding_index"], batch["image_valid"], t, cfg.n_causal
+            )
             np.testing.assert_array_equal(batch["positions"] == 0, ~real | (tokens == t.bos))
             for row in range(cfg.batch_size):
                 for segment in range(1, segments[row].max() + 1):
@@ -805,8 +807,8 @@ def test_contexts(cfg, tokenizer):
     lengths = set()
     with Batches(plain, tokenizer, "contexts") as batches:
         for batch in take(batches, 60):
-            check_slots(
-                batch["tokens"], batch["image_slots"], batch["image_valid"], t, cfg.n_causal
+            check_embedding_index(
+                batch["tokens"], batch["embedding_index"], batch["image_valid"], t, cfg.n_causal
             )
             for n, length in enumerate(batch["length"].tolist()):
                 ids = batch["tokens"][n]
@@ -984,7 +986,7 @@ def test_documents_read_together_are_those_read_alone(tmp_path, tokenizer, monke
             return take(batches, 6), batches.statistics()["damaged"]["unreadable picture"]
 
     together, damaged = read()
-    monkeypatch.setattr(batches_module, "_TOGETHER", 1)
+    monkeypatch.setattr(batches_module, "_IMAGES_PER_TASK", 1)
     alone, as_many = read()
     assert damaged == as_many > 0
     for one, two in zip(together, alone, strict=True):

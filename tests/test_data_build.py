@@ -292,7 +292,7 @@ class Failing(Source):
     def where(self, index):
         return f"place {index}"
 
-    def read(self, index, seed=None, wanted=None):
+    def read(self, index, seed=None, part_indices=None):
         if index == 3:
             raise Damaged("damaged record", self.where(index), "why")
         if index >= 6 and not self.mended:

@@ -67,7 +67,7 @@ def test_rows_are_shown_as_they_are(tmp_path, cfg):
     alone = dataclasses.replace(cfg, batch_size=5)
     with Batches(alone, tokenizer, "rows") as batches:
         batch, documents = next(batches), batches.documents()
-    words = (batch["segment_ids"] > 0) & (batch["image_slots"] < 0)
+    words = (batch["segment_ids"] > 0) & (batch["embedding_index"] < 0)
     assert shown(page) == {
         "targets": batch["text_loss_mask"].sum(),
         "others": (words & ~batch["text_loss_mask"]).sum(),

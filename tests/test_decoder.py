@@ -413,7 +413,7 @@ def test_sampler_mistakes(change, steps, method, line):
 
 
 def test_network_mistakes(vae):
-    with pytest.raises(UserError, match="picture of 9x8.*multiple of 2"):
+    with pytest.raises(UserError, match="image of 9x8.*multiple of 2"):
         vae.encode(jnp.zeros((1, 9, 8, 3)))
 
     def build(**change):

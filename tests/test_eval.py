@@ -302,7 +302,7 @@ def test_coco_fid(ask, inception, tmp_path):
     for _ in range(2):  # the second time with the statistics that the first one left
         result, out = ask("coco_fid", emu, fid=FidOptions(inception))
         assert result["scores"] == {"FID": pytest.approx(146.5)}
-        assert result["notes"][0] == "5 pictures against 5 real ones"
+        assert result["notes"][0] == "5 images against 5 real ones"
     assert len(emu.asked) == 5 and len(list(tmp_path.glob("fid-*.npz"))) == 1
 
 
@@ -522,7 +522,7 @@ def test_the_nearest_pictures_precede_the_nearest_last(tmp_path):
     few = FewShot("rices", ANGLES, 3, seed=0)
     few.index(tmp_path / "cache", path_features, 0, 1, here)
     (shown,) = few([Item("a", Path("16.png"))], path_features)
-    assert [e.answer for e in shown.examples] == ["at 45", "at 10", "at 20"] and shown.pictures
+    assert [e.answer for e in shown.examples] == ["at 45", "at 10", "at 20"] and shown.show_images
     (shown,) = few([Item("a", Path("20.png"))], path_features)  # it is no example for itself
     assert [e.answer for e in shown.examples] == ["at 80", "at 45", "at 10"]
 
@@ -588,7 +588,7 @@ def test_random_examples_are_an_items_own():
 def test_text_examples_are_the_same_for_all():
     few = FewShot("text", ANGLES, 2, seed=3)
     first, second = few([Item("a", Path("1.png")), Item("b", Path("2.png"))], path_features)
-    assert first == second and len(first.examples) == 2 and not first.pictures
+    assert first == second and len(first.examples) == 2 and not first.show_images
 
 
 def test_training_rows_without_answers_are_no_examples(ask, tmp_path):
@@ -606,7 +606,7 @@ def test_training_rows_without_answers_are_no_examples(ask, tmp_path):
 
 
 def test_too_few_examples_are_an_error(ask):
-    with pytest.raises(UserError, match="--shots 4 needs 5 pictures"):
+    with pytest.raises(UserError, match="--shots 4 needs 5 images"):
         ask("coco_caption", Said(), examples="random", shots=4)
 
 

@@ -152,7 +152,7 @@ def test_instruct_format_is_the_releases(golden, release):  # noqa: F811
     made = prompt.Prompt.of(prompt.instruct([pixels, SPEC["text"][1]]), tokenizer, release.cfg)
     assert made.tokens.tolist() == golden["instruct/ids"][0].tolist()
     # The [IMG] [/IMG] of the system message hold no picture.
-    assert (made.slots >= 0).sum() == SPEC["n_causal"]
+    assert (made.embedding_index >= 0).sum() == SPEC["n_causal"]
     assert prompt.instruct(["hello"]) == ["[USER]: ", "hello", " [ASSISTANT]:"]
 
 
@@ -614,7 +614,7 @@ def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
         tokens=jnp.full((rows, 8), ids.pad),
         images=jnp.zeros((rows, 1, 32, 3)),
         step=jnp.int32(0),
-        slot=jnp.full(rows, -1),
+        offset=jnp.full(rows, -1),
         count=jnp.zeros(rows, jnp.int32),
         written=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
@@ -647,7 +647,7 @@ def test_mixed_sequences_are_sampled_anew_at_each_element():
         tokens=jnp.zeros((rows, 2), jnp.int32),
         images=jnp.zeros((rows, 0, 32, 3)),
         step=jnp.int32(0),
-        slot=jnp.full(rows, -1),
+        offset=jnp.full(rows, -1),
         count=jnp.zeros(rows, jnp.int32),
         written=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
@@ -827,19 +827,19 @@ def continuing(drawer):
     model = nnx.merge(drawer._graphdef, drawer._params)
     prompts = [prompt.Prompt.of(p, drawer.tokenizer, model.cfg) for p in OPENING]
     batch = prompt.pad(prompts, "left", rows=4, length=24, images=1, fill=model.cfg.tokens.pad)
-    images, tokens, slots, valid = drawer._inputs(batch)
+    images, tokens, embedding_index, valid = drawer._inputs(batch)
     static = mixed.StaticMixedSettings(text_slots=8, max_images=2, do_sample=False, may_open=True)
 
     @nnx.jit
-    def run(emu, images, tokens, slots, valid, room):
+    def run(emu, images, tokens, embedding_index, valid, room):
         dynamic = mixed.DynamicMixedSettings(
             np.int32(7), np.float32(1), np.int32(0), np.float32(1), room
         )
-        x = emu.embed(tokens, images, slots)
+        x = emu.embed(tokens, images, embedding_index)
         return x, mixed.complete(emu, x, valid, np.zeros(4, bool), static, dynamic, None)
 
     def continue_(*room):
-        x, (ids, drawn) = run(model, images, tokens, slots, valid, np.int32(room))
+        x, (ids, drawn) = run(model, images, tokens, embedding_index, valid, np.int32(room))
         contexts = [np.asarray(row[mask]) for row, mask in zip(x, valid, strict=True)]
         return model, contexts, np.asarray(ids), np.asarray(drawn)
 
@@ -1102,7 +1102,7 @@ def test_no_special_token_spans_two_parts(small):
     # An image's slots are its own, whatever stands beside it.
     made = tokens("<ima", "ge>", picture(0), "<ima", picture(1), "ge>")
     assert (
-        (made.slots >= 0).sum()
+        (made.embedding_index >= 0).sum()
         == 2 * small.cfg.cformer.n_causal
         == (made.tokens == ids.image).sum()
     )

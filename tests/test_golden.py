@@ -52,7 +52,7 @@ def load(tensors, decoder=None):
     template = AbstractModel(lambda: EmuModel(cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     shapes = {path: leaf.shape for path, leaf in template.shapes.items()}
     style = tables.KeyStyle.of(tensors)
-    rows = tables.table(cfg, shapes)
+    rows = tables.model_rows(cfg, shapes)
     found = {key: tuple(t.shape) for key, t in tensors.items()}
     tables.match(rows, shapes, cfg, style, found, "golden")
     targets = cfg.llama.lora.targets if cfg.llama.lora else ()
@@ -89,14 +89,14 @@ def rows_of(ids, embeddings, cfg, counts):
     """Ids [B, S] and the pictures of each row, as `Emu.embed` takes them."""
     n = cfg.cformer.n_causal
     images = np.zeros((len(ids), max(counts), n, cfg.llama.width), np.float32)
-    slots = np.full(ids.shape, -1, np.int32)
+    embedding_index = np.full(ids.shape, -1, np.int32)
     start = 0
     for row, count in enumerate(counts):
         images[row, :count] = embeddings[start : start + count]
         where = np.flatnonzero(ids[row] == cfg.tokens.image)
-        slots[row, where] = np.arange(len(where))
+        embedding_index[row, where] = np.arange(len(where))
         start += count
-    return jnp.asarray(ids, jnp.int32), jnp.asarray(images), jnp.asarray(slots)
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(images), jnp.asarray(embedding_index)
 
 
 def test_rotary_frequencies_are_torchs_bits():
@@ -127,8 +127,8 @@ def test_causal_transformer(embeddings, golden):
 
 def test_language_model_and_losses(emu, embeddings, golden):
     cfg, ids, mask = emu.cfg, golden["train/ids"], golden["train/mask"]
-    tokens, images, slots = rows_of(ids, np.asarray(embeddings), cfg, [2, 1])
-    x = emu.embed(tokens, images, slots)
+    tokens, images, embedding_index = rows_of(ids, np.asarray(embeddings), cfg, [2, 1])
+    x = emu.embed(tokens, images, embedding_index)
     segments = jnp.asarray(mask, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     hidden = nnx.jit(lambda m, x, p, s: m(x, p, s))(emu.llama, x, positions, segments)
@@ -154,7 +154,7 @@ def test_language_model_and_losses(emu, embeddings, golden):
         "tokens": tokens,
         "segment_ids": segments,
         "positions": positions,
-        "image_slots": slots,
+        "embedding_index": embedding_index,
         "image_scored": np.ones(images.shape[:2], bool),
         "text_loss_mask": np.isin(ids, [t.pad, t.bos, t.image, t.img, t.img_end], invert=True),
     }
@@ -186,11 +186,11 @@ def test_embedding_regression(emu, embeddings, golden, tag):
         row[: len(these)] = these
     if pictures:
         chosen = np.asarray(embeddings)[pictures]
-        tokens, images, slots = rows_of(ids, chosen, emu.cfg, [len(pictures), 0])
+        tokens, images, embedding_index = rows_of(ids, chosen, emu.cfg, [len(pictures), 0])
     else:
-        tokens, images, slots = jnp.asarray(ids), None, None
+        tokens, images, embedding_index = jnp.asarray(ids), None, None
     run = nnx.jit(lambda emu, *args: emu.regress_after(*args))
-    out = run(emu, tokens, jnp.asarray(lengths), images, slots)
+    out = run(emu, tokens, jnp.asarray(lengths), images, embedding_index)
     assert relative_error(out, golden[f"gen_image/{tag}"]) < FEEDBACK
 
 
@@ -222,11 +222,11 @@ def test_instruct_adapters(instruct, golden):
     ids = golden["instruct/ids"]
     pixels = golden["vit/pixels_nchw"][:1].transpose(0, 2, 3, 1)
     embeddings = np.asarray(instruct.encode_images(pixels))
-    tokens, images, slots = rows_of(ids, embeddings, instruct.cfg, [1])
+    tokens, images, embedding_index = rows_of(ids, embeddings, instruct.cfg, [1])
     positions = jnp.arange(ids.shape[1])[None]
 
     def logits(emu):
-        return emu.llama.logits(emu.llama(emu.embed(tokens, images, slots), positions))
+        return emu.llama.logits(emu.llama(emu.embed(tokens, images, embedding_index), positions))
 
     assert relative_error(nnx.jit(logits)(instruct), golden["instruct/logits"]) < FEEDBACK
 

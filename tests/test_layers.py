@@ -96,10 +96,14 @@ def test_regression_targets_by_hand():
     assert found.astype(int).tolist() == expected.tolist()
 
     here = tokens[0] == ids.image
-    slots = jnp.asarray(np.where(here, np.cumsum(here) - 1, -1)[None])
+    embedding_index = jnp.asarray(np.where(here, np.cumsum(here) - 1, -1)[None])
     for scored in ([True, True, False], [False, True, False], [True, False, True]):
         found = EmuModel.regression_mask(
-            emu, jnp.asarray(tokens[:1]), jnp.asarray(segments[:1]), slots, jnp.asarray([scored])
+            emu,
+            jnp.asarray(tokens[:1]),
+            jnp.asarray(segments[:1]),
+            embedding_index,
+            jnp.asarray([scored]),
         )
         want = expected[0] * np.repeat([0, *scored[:2], 0], [1, 5, 5, 1])
         assert found.astype(int).tolist() == [want.tolist()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from test_data import assert_equal, check_slots, grey, take
+from test_data import assert_equal, check_embedding_index, grey, take
 from test_sources import lines, make_image, tar, video
 
 from emu_jax.config import save_json
@@ -116,7 +116,7 @@ def test_steps_and_documents_follow_weights(cfg, tokenizer, tmp_path):
 def test_rows_of_a_block_come_in_any_order(cfg, tokenizer, tmp_path):
     """Packing opens the first row with the first document, or with the longest ones."""
     cfg = dataclasses.replace(cfg, sources=(records(tmp_path, "all", pairs(160)),))
-    (group,) = open_groups(cfg, tokenizer, RowBuilder.usage)
+    (group,) = open_groups(cfg, tokenizer, RowBuilder.requires)
     places = []
     for block in range(10):
         rows = [[p.sampled.number for p in row] for row in group.block(block).rows]
@@ -134,7 +134,7 @@ def test_each_source_has_an_order_of_its_own_in_each_epoch(cfg, tokenizer, tmp_p
     cfg = dataclasses.replace(cfg, sources=sources)
 
     def orders(seed: int) -> list[list[int]]:
-        (group,) = open_groups(dataclasses.replace(cfg, seed=seed), tokenizer, RowBuilder.usage)
+        (group,) = open_groups(dataclasses.replace(cfg, seed=seed), tokenizer, RowBuilder.requires)
         drawn = [group.sample(n) for n in range(160)]
         each = [[d.index for d in drawn if d.source.cfg.name == name] for name in "ab"]
         return [order[epoch : epoch + 40] for order in each for epoch in (0, 40)]
@@ -151,14 +151,14 @@ def test_random_numbers_follow_from_the_number_of_a_document(cfg, tokenizer, tmp
     """By seed, place in the endless order (not in the source), group, and purpose."""
     sources = tuple(records(tmp_path, name, pairs(3), batch_size=2) for name in "ab")
     cfg = dataclasses.replace(cfg, sources=sources)
-    groups = open_groups(cfg, tokenizer, RowBuilder.usage)
+    groups = open_groups(cfg, tokenizer, RowBuilder.requires)
     one, again = groups[0].sample(1), groups[0].sample(7)._replace(index=groups[0].sample(1).index)
     drawn = [
         groups[0].rng(one).random(),
         groups[0].rng(again).random(),
         groups[1].rng(one).random(),
         groups[0].rng(one, mixture_module.FRAMES).random(),
-        open_groups(dataclasses.replace(cfg, seed=6), tokenizer, RowBuilder.usage)[0]
+        open_groups(dataclasses.replace(cfg, seed=6), tokenizer, RowBuilder.requires)[0]
         .rng(one)
         .random(),
     ]
@@ -204,7 +204,7 @@ class Many(Source):
     def __len__(self) -> int:
         return 3_000_000
 
-    def read(self, index, seed=None, wanted=None) -> Document:
+    def read(self, index, seed=None, part_indices=None) -> Document:
         return Document((Image(grey(index % 250)), Text(WORDS[index % 10])))
 
     def where(self, index) -> str:
@@ -266,7 +266,9 @@ def test_windows_of_pages(cfg, tokenizer, tmp_path):
         for batch in take(batches, 60):
             used = batch["segment_ids"][0] > 0
             assert used.sum() <= 20 and batch["image_valid"].sum() <= 2
-            check_slots(batch["tokens"], batch["image_slots"], batch["image_valid"], tokenizer, 2)
+            check_embedding_index(
+                batch["tokens"], batch["embedding_index"], batch["image_valid"], tokenizer, 2
+            )
             tokens = batch["tokens"][0][used]
             words = tokenizer.decode(tokens).split()
             shown = (batch["images"][0, batch["image_valid"][0], 0, 0, 0] // 20).tolist()
@@ -356,11 +358,11 @@ def test_a_damaged_document_leaves_padding(cfg, tokenizer, tmp_path):
             found.update(d.reason for d in one.damaged())
             lost = got["segment_ids"] != want["segment_ids"]
             assert lost.any() == bool(one.damaged())
-            for name in ("tokens", "positions", "text_loss_mask", "image_slots"):
+            for name in ("tokens", "positions", "text_loss_mask", "embedding_index"):
                 assert (got[name][~lost] == want[name][~lost]).all()
             assert (got["segment_ids"][lost] == 0).all() and not got["text_loss_mask"][lost].any()
             assert (got["tokens"][lost] == tokenizer.pad_id).all()
-            assert (got["image_slots"][lost] == -1).all()
+            assert (got["embedding_index"][lost] == -1).all()
             gone = want["image_valid"] & ~got["image_valid"]
             assert gone.sum() == len(one.damaged()) and not got["images"][gone].any()
             kept = got["image_valid"]
@@ -446,7 +448,9 @@ def test_too_much_damage_stops_training(cfg, tokenizer, tmp_path):
     nothing = records(tmp_path, "nothing", alone, paired=True)
     with Batches(dataclasses.replace(cfg, sources=(nothing,)), tokenizer, "images") as batches:
         for _ in range(2):  # again and again, not only the first time
-            with pytest.raises(UserError, match="20 documents of source 'nothing' in a row cannot"):
+            with pytest.raises(
+                UserError, match="20 consecutive documents of source 'nothing' cannot"
+            ):
                 next(batches)
 
 
@@ -522,7 +526,7 @@ def test_rows_of_a_mixture_like_the_papers_are_full(cfg, tokenizer, tmp_path):
     cfg = dataclasses.replace(
         cfg, sources=sources, row_tokens=256, row_images=26, block_documents=1024
     )
-    (group,) = open_groups(cfg, tokenizer, RowBuilder.usage)
+    (group,) = open_groups(cfg, tokenizer, RowBuilder.requires)
     rows = [row for block in range(3) for row in group.block(block).rows]
     tokens = sum(p.tokens for row in rows for p in row) / (256 * len(rows))
     images = sum(p.images for row in rows for p in row) / (26 * len(rows))

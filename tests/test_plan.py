@@ -33,7 +33,7 @@ from emu_jax.plan.plan import (
     run_in_subprocess,
 )
 from emu_jax.plan.roofline import Network, busiest, times
-from emu_jax.plan.sweep import Family, check_page, draw, family, put_on_page, sweep, table
+from emu_jax.plan.sweep import Family, check_page, family, plot_scaling, put_on_page, sweep, table
 from emu_jax.sharding import choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
@@ -831,7 +831,7 @@ def test_sweep_table_and_plot(tmp_path):
     slow = report(curve="", step_seconds_serial=3.0, mfu_serial=0.2)
     lines = table([slow, report(curve=""), report(curve="", fits=False)]).splitlines()
     assert len(lines) == 4 and "| 0.400 | 0.600 |" in lines[2] and "| 0.200 |" in lines[3]
-    draw(
+    plot_scaling(
         [report(), report(chips=32, topology="v5e:4x8"), report(curve="strong")], tmp_path / "x.png"
     )
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -962,8 +962,8 @@ def test_a_traced_step_says_what_it_holds_without_compiling(monkeypatch):
     monkeypatch.setattr("emu_jax.plan.sweep.devices_of", lambda topology: jax.devices()[:4])
     cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
     full, dots = (family(cfg, topology, policy, 4) for policy in ("full", "dots"))
-    assert full.held == dots.held == pytest.approx(12 * 102.5e6 / 4, rel=0.02)
-    assert full.kept < dots.kept
+    assert full.fixed_bytes == dots.fixed_bytes == pytest.approx(12 * 102.5e6 / 4, rel=0.02)
+    assert full.bytes_per_row < dots.bytes_per_row
     # The forward pass again, but for each layer's last product, whose result is not needed.
     llama, tokens = cfg.model.llama, cfg.data.row_tokens
     seen = (tokens + CAUSAL_BLOCK) / 2  # keys that a query meets, on average

@@ -526,7 +526,7 @@ def test_moments_of_parts_are_those_of_the_whole():
         np.testing.assert_allclose(
             found.covariance, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-12
         )
-    with pytest.raises(UserError, match="at least two pictures, not 0"):
+    with pytest.raises(UserError, match="at least two images, not 0"):
         frechet.Moments(6).gaussian()
 
 
@@ -637,7 +637,7 @@ def test_fid_of_a_set_with_itself(network, tmp_path, caplog):
     found = frechet.moments(pictures, inception).gaussian()
     scored = frechet.score(found, found, [inception.note])
     assert scored.values["FID"] == pytest.approx(0, abs=1e-9 * np.trace(found.covariance))
-    assert scored.notes[0] == "5 pictures against 5 real ones"
+    assert scored.notes[0] == "5 images against 5 real ones"
     assert "not antialiased" in scored.notes[1] and "inception.pt" in scored.notes[1]
     assert "singular" in scored.notes[2] and caplog.messages == [scored.notes[2]]
     assert "bicubic" in frechet.Inception(network, "clean").note

@@ -117,7 +117,7 @@ def agrees(source) -> bool:
         assert sketched(sketch) == sketched(whole)
         assert whole.unused[: len(sketch.unused)] == sketch.unused
         for number, part in enumerate(whole.parts):
-            assert part is ABSENT or source.read(index, wanted=[number]).parts[number] == part
+            assert part is ABSENT or source.read(index, part_indices=[number]).parts[number] == part
     return len(source) > 0
 
 
@@ -524,7 +524,7 @@ def test_mmc4_pages(tmp_path):
     some = source("pages", listing, media=(str(tmp_path / "images"),), min_similarity=0.45)
     assert list(map(shown, some)) == [["one", "two", 20, "three"], ["one", 20, "two"]]
     assert some.fingerprint != mmc4.fingerprint
-    assert mmc4.read(0, wanted=[5]).parts[0].data == b""  # not asked for, not read
+    assert mmc4.read(0, part_indices=[5]).parts[0].data == b""  # not asked for, not read
 
     for n in (1, 2):  # the same images in tars, whose paths end in their names
         tar(tmp_path / f"{n}.tar", {f"deep/{n}.png": make_image(10 * n, "PNG")})
@@ -660,7 +660,7 @@ def test_images_that_arrive_later(tmp_path):
     assert before.tally.examples == {"missing image": [f"{listing} entry 0: 0.jpg"]}
     (tmp_path / "images/0.jpg").write_bytes(make_image(10))
     pages = source("pages", listing, media=(f"{tmp_path}/images",))
-    document = pages.read(0, wanted=[1, 2])  # numbers stay
+    document = pages.read(0, part_indices=[1, 2])  # numbers stay
     assert shade(document.parts[1].data) == 20
     assert count(recount=False)[0] == before[0]
     after = count()
@@ -669,7 +669,7 @@ def test_images_that_arrive_later(tmp_path):
     (tmp_path / "images/0.jpg").unlink()
     assert count()[0] == after[0]
     with pytest.raises(Damaged, match="missing file"):
-        pages.read(0, wanted=[0])
+        pages.read(0, part_indices=[0])
 
 
 def test_a_crawl_that_goes_on_is_counted_once_at_a_start(tmp_path, monkeypatch):
@@ -899,7 +899,7 @@ def test_storyboards(tmp_path):
     assert reasons(boards) == dict.fromkeys((2, 3, 4), "malformed entry")
     # A whole number of seconds apart: the nearest, and never none.
     assert storyboard_times(4, 7.0) == [0, 2, 4, 6] and storyboard_times(3, 1.0) == [0, 1, 2]
-    part = boards.read(0, wanted=[9])
+    part = boards.read(0, part_indices=[9])
     assert [bool(p.data) for p in part.parts if isinstance(p, Image)] == [False] * 7 + [True]
     assert part.parts[9] == boards[0].parts[9]
 
@@ -1213,7 +1213,7 @@ def test_a_store_is_not_listed(bucket, monkeypatch, tmp_path):
         pages = open_source(SourceConfig("it", "pages", (listing,), media=("memory://b/m",)))
         info = bucket.info
         patch.setattr(bucket, "info", lambda path, **how: asked.append(path) or info(path, **how))
-        assert shade(pages.read(0, wanted=[0]).parts[0].data) == 20
+        assert shade(pages.read(0, part_indices=[0]).parts[0].data) == 20
         assert asked == ["/b/m/2.png"]  # once
         assert shown(pages[0]) == [20, "words"]
         with pytest.raises(UserError, match=r"memory://b/m/\*: in a store \* stands for .tar"):

@@ -492,11 +492,11 @@ def a_row():
     t = digits().tokens
     tokens = [t.bos, 7, t.img, *[t.image] * 4, t.img_end, 8, t.eos]
     tokens += [t.bos, t.img, *[t.image] * 4, t.img_end, 9, 0, 0]
-    slots = [-1] * 3 + [0, 1, 2, 3] + [-1] * 5 + [4, 5, 6, 7] + [-1] * 4
+    embedding_index = [-1] * 3 + [0, 1, 2, 3] + [-1] * 5 + [4, 5, 6, 7] + [-1] * 4
     scored = [0, 1, 1, 0, 0, 0, 0, 0, 1, 1] + [1, 0, 0, 0, 0, 0, 0, 1, 0, 0]
     batch = {
         "tokens": tokens,
-        "image_slots": slots,
+        "embedding_index": embedding_index,
         "segment_ids": [1] * 10 + [2] * 8 + [0] * 2,
         "positions": [*range(10), *range(8), 0, 0],
     }
@@ -518,9 +518,11 @@ def language(table, weights, heads):
         keys["llama"] = dropout_key
         return x @ weights
 
-    def embed(tokens, images, slots):
+    def embed(tokens, images, embedding_index):
         x, flat = table[tokens], images.reshape(len(tokens), -1, images.shape[-1])
-        return jnp.where(slots[..., None] < 0, x, flat[:, np.maximum(slots[0], 0)])
+        return jnp.where(
+            embedding_index[..., None] < 0, x, flat[:, np.maximum(embedding_index[0], 0)]
+        )
 
     def token_losses(hidden, targets, *, block):
         logits = jax.nn.log_softmax(hidden @ heads[0])
@@ -674,14 +676,14 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
         "images": np.full((5, 1, 4, 4, 3), 200, np.uint8),
         "tokens": np.int32([[1, 2]] * 5),
         "length": np.int32([2, 1, 2, 1, 2]),
-        "image_slots": np.full((5, 2), -1),
+        "embedding_index": np.full((5, 2), -1),
         "target": target,
     }
 
     def frozen(weights):
         module = SimpleNamespace(
             encode_images=lambda pixels: pixels * jnp.sum(weights),
-            regress_after=lambda tokens, length, images, slots: (
+            regress_after=lambda tokens, length, images, embedding_index: (
                 images.reshape(5, 1, -1) + tokens[:, None, :1] + length[:, None, None]
             ),
             vae=SimpleNamespace(encode=lambda x: (x @ weights, x)),

@@ -299,11 +299,11 @@ def test_a_kind_that_vanishes_is_an_error(tmp_path, tokenizer, entries, lost, ki
         )
 
     if kind is None:
-        assert open_groups(config(), tokenizer, RowBuilder.usage)
+        assert open_groups(config(), tokenizer, RowBuilder.requires)
         return
     match = rf"source 'crawl' \(.*\): none of its {kind} can be used \([a-z ]+: {lost}; .* entry 0"
     with pytest.raises(UserError, match=match) as error:
-        open_groups(config(), tokenizer, RowBuilder.usage)
+        open_groups(config(), tokenizer, RowBuilder.requires)
     assert f"entry {EXAMPLES - 1}" in str(error.value) and f"entry {EXAMPLES}" not in str(
         error.value
     )
@@ -358,6 +358,6 @@ def test_the_first_sheet_tells_how_large_a_tile_is():
     file = io.BytesIO()
     PIL.Image.new("RGB", (80, 16)).save(file, "PNG")
     ((_, frame),) = storyboard(
-        file.getvalue(), 2, 2, [(0, 1.0)], "a board", held=1, full=file.getvalue()
+        file.getvalue(), 2, 2, [(0, 1.0)], "a board", tiles_used=1, full=file.getvalue()
     )
     assert PIL.Image.open(io.BytesIO(frame)).size == (40, 8)

@@ -220,13 +220,15 @@ def embeddings_of(p: Tensors, model: Any, images: torch.Tensor) -> torch.Tensor:
     return cformer(p, model.cformer, flat).unflatten(0, images.shape[:2])
 
 
-def inputs_of(p: Tensors, tokens: torch.Tensor, slots: torch.Tensor, images: torch.Tensor):
+def inputs_of(
+    p: Tensors, tokens: torch.Tensor, embedding_index: torch.Tensor, images: torch.Tensor
+):
     """Embedded rows [B, T, D]."""
     x = p["llama.embed_tokens.embedding"][tokens].clone()
     flat = images.flatten(1, 2)
     for row in range(len(tokens)):
-        here = slots[row] >= 0
-        x[row, here] = flat[row, slots[row, here]]
+        here = embedding_index[row] >= 0
+        x[row, here] = flat[row, embedding_index[row, here]]
     return x
 
 
@@ -288,7 +290,7 @@ def emu_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tensor
     """Cross-entropy of text and l2 regression of visual embeddings, document by document."""
     model, ids = cfg.model, cfg.model.tokens
     images = embeddings_of(p, model, batch["images"])
-    x = inputs_of(p, batch["tokens"], batch["image_slots"], images)
+    x = inputs_of(p, batch["tokens"], batch["embedding_index"], images)
     rows, targets, scored, regressed = [], [], [], []
     for row, segments in enumerate(batch["segment_ids"]):
         for segment in segments.unique():
@@ -297,14 +299,14 @@ def emu_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tensor
             at = (segments == segment).nonzero()[:, 0]
             tokens = batch["tokens"][row, at]
             assert batch["positions"][row, at].tolist() == list(range(len(at)))
-            slots = batch["image_slots"][row, at]
-            image = slots.clamp(min=0) // model.cformer.n_causal
+            embedding_index = batch["embedding_index"][row, at]
+            image = embedding_index.clamp(min=0) // model.cformer.n_causal
             wanted = batch["image_scored"][row][image]
             # The first embedding follows [IMG], [/IMG] follows the last.
             opens = torch.zeros(len(at), dtype=torch.bool)
             for n in range(len(at) - 1):
-                inside = slots[n] >= 0
-                before = tokens[n] == ids.img and slots[n + 1] >= 0
+                inside = embedding_index[n] >= 0
+                before = tokens[n] == ids.img and embedding_index[n + 1] >= 0
                 opens[n] = (inside and wanted[n]) or (before and wanted[n + 1])
             rows.append(x[row, at])
             targets.append(tokens)
@@ -375,7 +377,7 @@ def condition_of(cfg: Any, p: Tensors, batch: Tensors) -> torch.Tensor:
     """The N embeddings that follow each context, the whole row computed again for each."""
     n, rows = cfg.model.cformer.n_causal, torch.arange(len(batch["tokens"]))
     images = embeddings_of(p, cfg.model, batch["images"])
-    x = F.pad(inputs_of(p, batch["tokens"], batch["image_slots"], images), (0, 0, 0, n))
+    x = F.pad(inputs_of(p, batch["tokens"], batch["embedding_index"], images), (0, 0, 0, n))
     for i in range(n):
         hidden = llama(p, cfg.model.llama, x)[rows, batch["length"] - 1 + i]
         x[rows, batch["length"] + i] = hidden @ p["llama.stu_regress_head.kernel"]

@@ -80,10 +80,10 @@ class ArrayWriter:
             UserError: writing failed.
         """
         self._left.remove((path, layer))
-        wanted = self._arrays[path]
-        dtype = np.dtype(wanted.dtype)
+        target = self._arrays[path]
+        dtype = np.dtype(target.dtype)
         stacked = path in self._stacked
-        check_shape(path, array, tuple(wanted.shape[1:] if stacked else wanted.shape))
+        check_shape(path, array, tuple(target.shape[1:] if stacked else target.shape))
         store = self._stores[path].with_transaction(self._group)
         if stacked:
             store = store[layer]

@@ -34,7 +34,7 @@ from emu_jax.convert.source import (
     RescaledSource,
     RunSource,
     each_layer,
-    open_source,
+    open_model_source,
     parameter_bytes,
     release_layout,
     rows_of,
@@ -47,32 +47,32 @@ from emu_jax.host_memory import PeakMemory
 from emu_jax.sharding import make_mesh
 
 
-@dataclasses.dataclass
-class ConversionReport:
+@dataclasses.dataclass(kw_only=True)
+class ResourceUsage:
+    """The time and memory of a piece of work, filled in when it ends.
+
+    Attributes:
+        peak_rss_anon_bytes: the most anonymous memory during the work (None: unknown).
+        rss_anon_bytes_before: the anonymous memory before it (None: unknown).
+    """
+
+    seconds: float = 0.0
+    peak_rss_anon_bytes: int | None = None
+    rss_anon_bytes_before: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class ConversionReport(ResourceUsage):
     """The size of a converted model and the cost of its conversion. All fields have JSON types.
 
     Attributes:
         notes: settings that the destination stores differently or not at all.
-        peak_rss_anon_bytes: the most anonymous memory during the conversion (None: unknown).
-        rss_anon_bytes_before: the anonymous memory before it (None: unknown).
     """
 
     parameters: int
     bytes: int
     largest_parameter_bytes: int
     notes: list[str]
-    seconds: float
-    peak_rss_anon_bytes: int | None
-    rss_anon_bytes_before: int | None
-
-
-@dataclasses.dataclass
-class ResourceUsage:
-    """The time and memory of a piece of work, filled in when it ends."""
-
-    seconds: float = 0.0
-    peak_rss_anon_bytes: int | None = None
-    rss_anon_bytes_before: int | None = None
 
 
 def convert(
@@ -112,7 +112,7 @@ def convert(
         integrity.check_path(dst)
     sources = [src, *(Path(p) for p in (base, model_config, tokenizer) if p)]
     with measured() as usage, replacing(dst, overwrite, sources) as temporary:
-        source = open_source(
+        source = open_model_source(
             src,
             mesh or make_mesh(),
             model_config=model_config,
@@ -208,7 +208,7 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
         UserError: `dst` exists and may not be overwritten, is or contains a source, or cannot be
             written.
     """
-    single = dst.suffix in TORCH_SUFFIXES
+    single_file = dst.suffix in TORCH_SUFFIXES
     try:
         target = dst.resolve()  # `.` has no name, and a link must not be replaced by a folder
         occupied = target.is_file() or (target.is_dir() and any(target.iterdir()))
@@ -220,39 +220,39 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
                     f"{source} would be lost, since {dst} replaces it: choose another destination"
                 )
         target.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot write beside {dst}: {reason}") from None
-    aside = holder / "replaced"
+    replaced = staging / "replaced"
     try:
-        temporary = holder / target.name
-        if temporary == aside:
-            aside = holder / "replaced.old"
-        if not single:
+        temporary = staging / target.name
+        if temporary == replaced:
+            replaced = staging / "replaced.old"
+        if not single_file:
             temporary.mkdir()
         yield temporary
         sync_tree(temporary)  # before what it replaces is removed
         try:
             if target.exists():
-                target.rename(aside)
+                target.rename(replaced)
             temporary.rename(target)
             sync(target.parent)
         except BaseException:
-            if aside.exists() and not target.exists():
-                aside.rename(target)
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
             raise
     except OSError as error:
         if error.errno is None:
             raise
-        culprit = str(error.filename or dst)
-        if culprit.startswith(str(holder)):
-            culprit = str(dst)
-        verb = "write" if culprit == str(dst) else "access"
-        raise UserError(f"cannot {verb} {culprit}: {os.strerror(error.errno)}") from error
+        failed_path = str(error.filename or dst)
+        if failed_path.startswith(str(staging)):
+            failed_path = str(dst)
+        verb = "write" if failed_path == str(dst) else "access"
+        raise UserError(f"cannot {verb} {failed_path}: {os.strerror(error.errno)}") from error
     finally:
-        if target.exists() or not aside.exists():  # otherwise `aside` is the only copy
-            shutil.rmtree(holder, ignore_errors=True)
+        if target.exists() or not replaced.exists():  # otherwise `replaced` is the only copy
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager

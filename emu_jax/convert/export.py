@@ -30,7 +30,7 @@ from emu_jax.errors import UserError
 
 _PADDING = ("llama.vocab_multiple",)  # rows that pad a table are not exported
 # Settings of training and initialization, and the longest prompt, which the user must respect.
-_OF_TRAINING = (
+_TRAINING_ONLY = (
     "cformer.dropout",
     "llama.embed_std",
     "llama.lora.dropout",
@@ -90,8 +90,8 @@ def write_release(source: ModelSource, folder: Path, dst: Path) -> list[str]:
         UserError: the release's code would compute another model.
     """
     layout, unused = release_layout(source)
-    single = dst.suffix in TORCH_SUFFIXES
-    if single:
+    single_file = dst.suffix in TORCH_SUFFIXES
+    if single_file:
         layout, folder = _in_one_file(layout, folder.name, dst), folder.parent
     rows = rows_of(source.cfg, source.shapes)
     names = layout.style.names(rows, source.cfg)
@@ -111,7 +111,7 @@ def write_release(source: ModelSource, folder: Path, dst: Path) -> list[str]:
         for key, tensor in unused.items():
             writer.write(key, tensor.read())
         write_tensors(source, rows, names, writer)
-    if not single:
+    if not single_file:
         copy(layout.carried, folder)
         complete_release(source, folder)
     return notes
@@ -138,8 +138,9 @@ def _exact_dtypes(
 ) -> dict[str, np.dtype]:
     """Returns {name: its original dtype, or the stored one if casting would change a value}.
 
-    A parameter is stored wider than it came if other layers needed it or it was trained since.
-    Only reading it tells which, and a file declares its dtypes before its tensors.
+    A parameter has a wider dtype than its original if other layers needed it, or if it was trained
+    since. Only its values tell which. They are read first, because a file declares its dtypes
+    before its tensors.
     """
     dtypes = {names[key]: original[names[key]] for row in rows for key in row.keys}
     wider = [
@@ -211,7 +212,7 @@ def check_release(
             folder,
         )
         complete_release(source, folder)
-        again = release_config.multimodal(
+        reread = release_config.multimodal(
             {key: shape for key, shape in shapes.items() if ":" not in key},
             where="the release",
             base_vocab=source.tokenizer.base_size,
@@ -220,18 +221,18 @@ def check_release(
         )
         if cfg.unet is not None and cfg.vae is not None:
             unet, vae, scheduler = release_config.decoder(folder)
-            again = dataclasses.replace(again, unet=unet, vae=vae, scheduler=scheduler)
+            reread = dataclasses.replace(reread, unet=unet, vae=vae, scheduler=scheduler)
     # The release's code ignores this key of the JSON.
-    again = dataclasses.replace(
-        again, llama=dataclasses.replace(again.llama, rope_theta=LlamaConfig.rope_theta)
+    reread = dataclasses.replace(
+        reread, llama=dataclasses.replace(reread.llama, rope_theta=LlamaConfig.rope_theta)
     )
     lost, notes = [], []
-    for name, (value, restored) in differences(cfg, again).items():
+    for name, (value, restored) in differences(cfg, reread).items():
         if name in _PADDING or (name.startswith("scheduler.") and cfg.unet is None):
             continue
         if name == "llama.attention_width" and value == cfg.llama.width:
             continue
-        if name in _OF_TRAINING:
+        if name in _TRAINING_ONLY:
             notes.append(f"the release's files do not keep {name} = {value} (there: {restored})")
         else:
             lost.append(f"{name} is {value} (there: {restored})")
@@ -422,8 +423,8 @@ def _copy_decoder_json(source: ModelSource, folder: Path) -> None:
         UserError: the copied files describe another decoder.
     """
     carried = source.layout.carried if source.layout else {}
-    wanted = ("unet/config.json", "vae/config.json", "scheduler")
-    copy({name: path for name, path in carried.items() if name in wanted}, folder)
+    names = ("unet/config.json", "vae/config.json", "scheduler")
+    copy({name: path for name, path in carried.items() if name in names}, folder)
     write_decoder_json(source.cfg, folder)
     unet, vae, scheduler = release_config.decoder(folder)
     copied = dataclasses.replace(source.cfg, unet=unet, vae=vae, scheduler=scheduler)

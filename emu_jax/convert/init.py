@@ -35,11 +35,11 @@ from emu_jax.convert.source import (
     DECODER,
     FLOATS,
     ReleaseLayout,
+    abstract_model,
     common_dtype,
     default_unused,
     layers,
     rows_of,
-    template_of,
 )
 from emu_jax.convert.tables import KeyStyle, TableRow
 from emu_jax.convert.tensors import Shape, Tensor
@@ -57,7 +57,7 @@ _BUFFERS = ("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")
 _CARRIED = ("scheduler", "safety_checker", "feature_extractor")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class InitReport(ConversionReport):
     """The report on a fresh model.
 
@@ -111,8 +111,8 @@ def init(
             tokenizer=Path(tokenizer or llama),
         )
         write_run_directory(source, temporary)
-    written = report(source, source.notes, usage)
-    return InitReport(**vars(written), fresh=sorted(source.fresh))
+    conversion = report(source, source.notes, usage)
+    return InitReport(**vars(conversion), fresh=sorted(source.fresh))
 
 
 @dataclasses.dataclass
@@ -167,21 +167,21 @@ class FreshSource:
         for path, kind in ((llama, "--llama"), (sd, "--sd")):
             if not path.is_dir():
                 raise UserError(f"{kind} {path} is not a directory")
-        loaded = Tokenizer.load(tokenizer, instruct=False)
+        words = Tokenizer.load(tokenizer, instruct=False)
         # As in training, whose steps take the second key.
         init_key, _ = jax.random.split(jax.random.key(seed))
         emu_key, painter_key = jax.random.split(init_key)
-        tensors = _parents_tensors(llama, eva_clip, sd)
-        parents = {key: tensor.shape for key, tensor in tensors.items()}
-        cfg = _config(parents, llama, sd, loaded.base_size, cformer, model_config)
-        abstract = template_of(cfg, mesh)
+        tensors = _parent_tensors(llama, eva_clip, sd)
+        parent_shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        cfg = _config(parent_shapes, llama, sd, words.base_size, cformer, model_config)
+        abstract = abstract_model(cfg, mesh)
         rows = {row.path: row for row in rows_of(cfg, abstract.shapes)}
         style = KeyStyle.of(tensors)
-        fresh, notes = _check(rows, abstract.shapes, style, tensors, cfg, loaded.base_size)
+        fresh, notes = _match_parents(rows, abstract.shapes, style, tensors, cfg, words.base_size)
         names = style.names(rows.values(), cfg)
         return cls(
             cfg=cfg,
-            tokenizer=loaded,
+            tokenizer=words,
             shapes={
                 p: s
                 if p in fresh
@@ -245,19 +245,19 @@ class FreshSource:
         return jax.jit(make, out_shardings=shardings)()
 
 
-def _parents_tensors(llama: Path, eva_clip: Path, sd: Path) -> dict[str, Tensor]:
+def _parent_tensors(llama: Path, eva_clip: Path, sd: Path) -> dict[str, Tensor]:
     """Opens the parents' tensors, named as in the release."""
-    tensors = _read(eva_clip, "visual.", lambda key: key)
+    tensors = _read_renamed(eva_clip, "visual.", lambda key: key)
     language = tensor_files.find(llama, "model", "pytorch_model")
-    tensors |= _read(language, "", lambda key: f"decoder.lm.{key}")
+    tensors |= _read_renamed(language, "", lambda key: f"decoder.lm.{key}")
     for tower in DECODER:
         weights = tensor_files.find(sd / tower, "diffusion_pytorch_model")
-        tensors |= _read(weights, "", lambda key, tower=tower: f"{tower}:{key}")
+        tensors |= _read_renamed(weights, "", lambda key, tower=tower: f"{tower}:{key}")
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFERS)}
 
 
 def _config(
-    parents: dict[str, Shape],
+    parent_shapes: dict[str, Shape],
     llama: Path,
     sd: Path,
     base_vocab: int,
@@ -267,7 +267,7 @@ def _config(
     """Returns the configuration: the parents' sizes, with a chosen image size and n_causal.
 
     Args:
-        parents: the shapes of the parents' tensors.
+        parent_shapes: the shapes of the parents' tensors.
         base_vocab: the size of the tokenizer's vocabulary before Emu's tokens.
     """
     language = release_config.llama_config(llama / "config.json")
@@ -278,19 +278,19 @@ def _config(
     preset = emu_14b().vision
     chosen: dict[str, Any] = {"image_size": preset.image_size}
     if model_config is not None:
-        stated, causal = _chosen_sizes(model_config)
-        chosen |= stated
+        stated_sizes, causal = _chosen_sizes(model_config)
+        chosen |= stated_sizes
         cformer = dataclasses.replace(cformer, n_causal=causal or cformer.n_causal)
     try:
-        width, _, patch, _ = parents["visual.patch_embed.proj.weight"]
+        width, _, patch, _ = parent_shapes["visual.patch_embed.proj.weight"]
         vision = dataclasses.replace(
             preset,
             **chosen,
             patch_size=patch,
             width=width,
-            layers=release_config.count_layers(parents, r"visual\.blocks\.(\d+)\."),
-            mlp_width=parents["visual.blocks.0.mlp.fc1.weight"][0],
-            clip_width=parents["visual.head.weight"][0],
+            layers=release_config.count_layers(parent_shapes, r"visual\.blocks\.(\d+)\."),
+            mlp_width=parent_shapes["visual.blocks.0.mlp.fc1.weight"][0],
+            clip_width=parent_shapes["visual.head.weight"][0],
         )
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise UserError(f"--eva-clip: not an EVA-CLIP vision tower ({error})") from None
@@ -332,7 +332,7 @@ def _chosen_sizes(model_config: Path) -> tuple[dict[str, int], int | None]:
     return chosen, language.get("n_causal")
 
 
-def _check(
+def _match_parents(
     rows: dict[str, TableRow],
     shapes: dict[str, jax.ShapeDtypeStruct],
     style: KeyStyle,
@@ -368,7 +368,7 @@ def _check(
                 shape = (base_vocab, shape[1])
             got = stored.get(key)
             if key == "visual.pos_embed" and got and len(got) == 3 and got != shape:
-                if not _square(got[1] - 1):
+                if not _side_of_square(got[1] - 1):
                     raise UserError(f"--eva-clip: visual.pos_embed has {got[1]} rows")
                 notes.append(f"visual.pos_embed: interpolated from {got[1]} to {shape[1]}")
                 shape = (1, got[1], cfg.vision.width)
@@ -414,15 +414,15 @@ def resize_positions(table: np.ndarray, tokens: int) -> np.ndarray:
 
     The class token's embedding is kept (release: `interpolate_pos_embed`, without antialiasing).
     """
-    old, new = _square(table.shape[1] - 1), _square(tokens - 1)
+    old, new = _side_of_square(table.shape[1] - 1), _side_of_square(tokens - 1)
     grid = rearrange(table[:, 1:].astype(np.float32), "1 (y x) d -> y x d", y=old)
-    weights = _cubic(old, new)
+    weights = _bicubic_weights(old, new)
     grid = np.einsum("ay,bx,yxd->abd", weights, weights, grid)
     patches = rearrange(grid, "a b d -> 1 (a b) d").astype(table.dtype)
     return np.concatenate([table[:, :1], patches], axis=1)
 
 
-def _cubic(old: int, new: int) -> np.ndarray:
+def _bicubic_weights(old: int, new: int) -> np.ndarray:
     """[new, old] weights of torch's bicubic interpolation (a = -0.75, edges repeated)."""
     at = (np.arange(new) + 0.5) * old / new - 0.5
     left = np.floor(at).astype(int)
@@ -436,13 +436,13 @@ def _cubic(old: int, new: int) -> np.ndarray:
     return weights
 
 
-def _square(n: int) -> int:
+def _side_of_square(n: int) -> int:
     """Returns the square root of n, or 0 if n is not a square."""
     side = round(n**0.5)
     return side if side * side == n else 0
 
 
-def _read(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tensor]:
+def _read_renamed(path: Path, prefix: str, name: Callable[[str], str]) -> dict[str, Tensor]:
     """Returns the tensors of a file whose names begin with `prefix`, renamed by `name`."""
     opened, _ = tensor_files.open_tensors(path)
     return {

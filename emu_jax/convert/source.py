@@ -105,14 +105,15 @@ class ReleaseLayout:
         """Every key with its dtype."""
         return {key: dtype for keys in self.tensors.values() for key, dtype in keys.items()}
 
-    def only(self, wanted: Callable[[str], bool]) -> ReleaseLayout:
-        """Returns a copy with only the wanted tensors, without files that describe the others.
+    def only(self, predicate: Callable[[str], bool]) -> ReleaseLayout:
+        """Returns a copy with only the tensors whose keys pass `predicate`, without the files that
+        describe the others.
 
         These are the index of shards that lose tensors, and the JSON of a decoder tower that
         loses all of them.
         """
         tensors = {
-            name: {key: dtype for key, dtype in keys.items() if wanted(key)}
+            name: {key: dtype for key, dtype in keys.items() if predicate(key)}
             for name, keys in self.tensors.items()
         }
         tensors = {name: keys for name, keys in tensors.items() if keys}
@@ -215,16 +216,16 @@ def parameter_bytes(shape: jax.ShapeDtypeStruct) -> int:
 
 def rows_of(cfg: EmuConfig, shapes: Mapping[str, Any]) -> list[TableRow]:
     """Returns the table of a model with these parameter shapes."""
-    return tables.table(cfg, {path: tuple(s.shape) for path, s in shapes.items()})
+    return tables.model_rows(cfg, {path: tuple(s.shape) for path, s in shapes.items()})
 
 
 @functools.cache
-def template_of(cfg: EmuConfig, mesh: Mesh) -> AbstractModel:
+def abstract_model(cfg: EmuConfig, mesh: Mesh) -> AbstractModel:
     """Returns the model that `cfg` describes, without its arrays."""
     return AbstractModel(lambda: EmuModel(cfg, rngs=nnx.Rngs(0)), mesh)
 
 
-def open_source(
+def open_model_source(
     path: Path,
     mesh: Mesh,
     *,
@@ -247,7 +248,7 @@ def open_source(
     if (path / "adapter_config.json").is_file():
         if base is None:
             raise UserError(f"{path} holds only adapters: name their model with --base")
-        beneath = open_source(
+        beneath = open_model_source(
             base, mesh, model_config=model_config, tokenizer=tokenizer, scratch=scratch
         )
         return AdaptedSource.open(path, beneath, mesh)
@@ -274,7 +275,7 @@ def open_source(
 
 
 def is_release(path: Path) -> bool:
-    """Returns whether `open_source` would treat `path` as the release's own files."""
+    """Returns whether `open_model_source` would treat `path` as the release's own files."""
     return path.is_file() or (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
 
 
@@ -288,13 +289,13 @@ def load_release(
     Raises:
         UserError: the path is not a release, or a part of it is missing or wrong.
     """
-    source = open_source(path, mesh)
+    source = open_model_source(path, mesh)
     params = {}
     for row in rows_of(source.cfg, source.shapes):
         shape = source.shapes[row.path]
         wanted = jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=shape.sharding)
         params[row.path] = assemble(row, wanted, functools.partial(source.read, row.path))
-    model = template_of(source.cfg, mesh).module(params)
+    model = abstract_model(source.cfg, mesh).module(params)
     assert isinstance(model, EmuModel)
     return model, source.tokenizer
 
@@ -408,13 +409,13 @@ class ReleaseSource:
                 weights = tensor_files.find(path / tower, "diffusion_pytorch_model")
                 files.open(weights, f"{tower}:")
 
-        template = template_of(cfg, mesh)
-        rows = rows_of(cfg, template.shapes)
+        abstract = abstract_model(cfg, mesh)
+        rows = rows_of(cfg, abstract.shapes)
         stored = files.tensors()
         style = KeyStyle.of(stored)
         unused = tables.match(
             rows,
-            {p: tuple(s.shape) for p, s in template.shapes.items()},
+            {p: tuple(s.shape) for p, s in abstract.shapes.items()},
             cfg,
             style,
             {key: t.shape for key, t in stored.items()},
@@ -431,7 +432,7 @@ class ReleaseSource:
             ),
             shapes={
                 p: jax.ShapeDtypeStruct(s.shape, common_dtype(tensors[p]), sharding=s.sharding)
-                for p, s in template.shapes.items()
+                for p, s in abstract.shapes.items()
             },
             layout=ReleaseLayout(
                 style,
@@ -535,9 +536,9 @@ class RunSource:
             p: jax.ShapeDtypeStruct(
                 s.shape, stored[p].dtype if p in stored else s.dtype, sharding=s.sharding
             )
-            for p, s in template_of(cfg, mesh).shapes.items()
+            for p, s in abstract_model(cfg, mesh).shapes.items()
         }
-        items = items_of(path)
+        items = parameter_items(path)
         scratch = scratch or Path(tempfile.gettempdir())
         arrays = {item: ArrayReader(item, scratch) for item in set(items.values())}
         layout, unused, release = None, {}, path / "release"
@@ -596,7 +597,7 @@ def check_heads(directory: Path, cfg: EmuConfig) -> None:
             )
 
 
-def items_of(directory: Path) -> dict[str, Path]:
+def parameter_items(directory: Path) -> dict[str, Path]:
     """Returns {parameter: the saved item (DIR/<step>/params) that holds it} of a run directory.
 
     Averaged parameters are preferred. Parameters that the steps omit come from the base.
@@ -606,7 +607,7 @@ def items_of(directory: Path) -> dict[str, Path]:
     for parent in set(base.values()):
         items |= {
             path: item
-            for path, item in items_of(parent).items()
+            for path, item in parameter_items(parent).items()
             if base.get(checkpoint.tower_of(path)) == parent
         }
     step = directory / str(checkpoint.latest_step(directory))
@@ -821,20 +822,20 @@ class AdaptedSource:
         )
         opened, _ = tensor_files.open_tensors(tensor_files.find(folder, "adapter_model"))
         stored = {key: t for tensors in opened.values() for key, t in tensors.items()}
-        template = template_of(cfg, mesh)
-        rows = {row.path: row for row in rows_of(cfg, template.shapes)}
+        abstract = abstract_model(cfg, mesh)
+        rows = {row.path: row for row in rows_of(cfg, abstract.shapes)}
         shapes, adapters = {}, {}
-        for path, shape in template.shapes.items():
+        for path, shape in abstract.shapes.items():
             if not path.endswith((".lora_a", ".lora_b")):
                 shapes[path] = source.shapes[path]
                 continue
             row = rows[path]
-            wanted = row.release_shape(shape.shape)
+            expected_shape = row.release_shape(shape.shape)
             keys = [peft_key(key) for key in row.keys]
             for key in keys:
-                if key not in stored or tuple(stored[key].shape) != wanted:
+                if key not in stored or tuple(stored[key].shape) != expected_shape:
                     has = list(stored[key].shape) if key in stored else "missing"
-                    raise UserError(f"{folder}: {key} is {has}, expected {list(wanted)}")
+                    raise UserError(f"{folder}: {key} is {has}, expected {list(expected_shape)}")
             shapes[path] = shape
             adapters[path] = row, [stored.pop(key) for key in keys]
         if stored:

@@ -152,7 +152,7 @@ def peft_key(key: str) -> str:
     return key.replace("decoder.lm.", "base_model.model.", 1).replace(".default.", ".")
 
 
-def table(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[TableRow]:
+def model_rows(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[TableRow]:
     """Returns every row of the model that `cfg` describes, whose parameters have these `shapes`.
 
     Names of the denoiser's and the autoencoder's tensors are prefixed `unet:` and `vae:`, after

@@ -124,11 +124,11 @@ def _open_shards(index: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    held = path.stat().st_size - 8
+    data_bytes = path.stat().st_size - 8
     try:
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
-            if length > held:
+            if length > data_bytes:
                 raise UserError(f"{path} is truncated: its header alone is longer than the file")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
@@ -147,7 +147,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     ) as error:
         raise UserError(f"{path} is not a valid safetensors file: {error!r}") from None
     mapped = MappedFile(path)
-    held -= length
+    data_bytes -= length
     tensors = {}
     for start, end, key, name, shape in sorted(entries):
         dtype = SAFETENSORS_DTYPES.get(name)
@@ -156,8 +156,10 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         size = math.prod(shape) * dtype.itemsize
         if end - start != size or start < 0 or min(shape, default=0) < 0:
             raise UserError(f"{path} is damaged: {key} {list(shape)} has {end - start} bytes")
-        if end > held:
-            raise UserError(f"{path} is truncated: {held} bytes of data, but {key} ends at {end}")
+        if end > data_bytes:
+            raise UserError(
+                f"{path} is truncated: {data_bytes} bytes of data, but {key} ends at {end}"
+            )
 
         def read(
             start: int = 8 + length + start,

@@ -309,14 +309,14 @@ def _bind(
             raise UserError(f"{path}: {key} has the unsupported dtype {value.dtype}")
         if value.storage.key not in places:
             raise ValueError(f"the data of {key} is missing")
-        start, held = places[value.storage.key]
+        start, storage_bytes = places[value.storage.key]
         stored_as = TORCH_DTYPES.get(str(value.storage.dtype))
         first = value.storage.offset * (stored_as.itemsize if stored_as else 1)
         first += value.offset * dtype.itemsize
         reach = 0
         if 0 not in value.shape:
             reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.strides, strict=True))
-        if first < 0 or first + reach * dtype.itemsize > held:
+        if first < 0 or first + reach * dtype.itemsize > storage_bytes:
             raise ValueError(f"{key} {list(value.shape)} is larger than its storage")
 
         def read(
@@ -336,11 +336,11 @@ def _bind(
 
 
 def _is_contiguous(tensor: _Described) -> bool:
-    wanted = 1
+    expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if size > 1 and stride != wanted:
+        if size > 1 and stride != expected:
             return False
-        wanted *= size
+        expected *= size
     return True
 
 

@@ -22,7 +22,7 @@ from emu_jax.data.config import Batch, DataConfig, Kind
 from emu_jax.data.documents import Damaged, Image, Text
 from emu_jax.data.images import ImageError, affine, open_image, resize, sample_affine, to_array
 from emu_jax.data.lengths import text_ids
-from emu_jax.data.mixture import FRAMES, Group, PackedDocument, SampledDocument, Usage
+from emu_jax.data.mixture import FRAMES, Group, PackedDocument, Requirements, SampledDocument
 from emu_jax.data.packing import IMAGE_PART, Part, part_tokens, truncate
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
@@ -38,8 +38,8 @@ STATISTICS: tuple[str, ...] = (
     "documents",
     "truncated",
 )
-_TOGETHER = 16  # images that one task reads, then decodes
-_ATTEMPTS = 20  # unreadable substitutes in a row before giving up
+_IMAGES_PER_TASK = 16  # images that one task reads, then decodes
+_ATTEMPTS = 20  # consecutive unreadable documents before giving up
 _SMALL_IMAGE = 4096  # bytes; smaller images are cached once resized
 
 
@@ -69,33 +69,38 @@ class BatchExample(NamedTuple):
     tokens: list[int]
     segments: list[int]  # of each token: its document, from 1; 0 is padding
     scored: list[bool]  # of each token: a text target
-    slots: list[int]  # of each token: the index of the embedding at its place, or -1
+    embedding_index: list[int]  # of each token: the index of its embedding, or -1 in text
     images: np.ndarray  # uint8 [I, h, w, 3], some of them empty
     used: list[bool]  # of each image
     regressed: list[bool]  # of each image: its embeddings are targets
     target: np.ndarray | None = None  # the image that the decoder learns to generate
-    room: int = 0  # number of token slots
+    token_slots: int = 0  # number of token slots
 
 
 class BatchBuilder(abc.ABC):
     """Builds the batch of a group at a given position. Stateless. One subclass for each kind.
 
     Args:
-        mine: this process's rows of a global batch.
+        local_rows: this process's rows of a global batch.
 
     Attributes:
-        usage: documents that this kind of batches can use.
+        requires: properties of the documents that this kind of batches can use.
     """
 
-    usage: ClassVar[Usage]
+    requires: ClassVar[Requirements]
 
-    def __init__(self, group: Group, tokenizer: Tokenizer, mine: slice, pool: Pool) -> None:
-        self.group, self.cfg, self.tokenizer, self.mine = group, group.cfg, tokenizer, mine
+    def __init__(self, group: Group, tokenizer: Tokenizer, local_rows: slice, pool: Pool) -> None:
+        self.group, self.cfg, self.tokenizer, self.local_rows = (
+            group,
+            group.cfg,
+            tokenizer,
+            local_rows,
+        )
         self._pool = pool
         # Captions repeat, and so do the images of a small data set.
         self.encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
         self._resized_small = functools.lru_cache(1 << 12)(self._resized)
-        rows = mine.stop - mine.start
+        rows = local_rows.stop - local_rows.start
         self._share = {
             name: ((rows, *shape[1:]), dtype)
             for name, (shape, dtype) in self.shapes(self.cfg).items()
@@ -112,7 +117,7 @@ class BatchBuilder(abc.ABC):
         """Returns the first row of a batch."""
 
     @abc.abstractmethod
-    def reaches(self, position: Position) -> bool:
+    def can_end_at(self, position: Position) -> bool:
         """Returns whether a batch can end at a position."""
 
     @abc.abstractmethod
@@ -124,7 +129,7 @@ class BatchBuilder(abc.ABC):
 
     def _counted(self, damaged: list[SampledDocument]) -> list[Damage]:
         """Reports documents found damaged while counting tokens, on the first process only."""
-        if self.mine.start:
+        if self.local_rows.start:
             return []
         return [_damage(document, document.damage or "") for document in damaged]
 
@@ -139,11 +144,11 @@ class BatchBuilder(abc.ABC):
         seed, source = self.group.seed(sampled, FRAMES), sampled.source.documents
         document = source.read(sampled.index, seed, [part.index for part in parts])
         counted = sampled.lengths
-        found = {
+        actual = {
             n: IMAGE_PART if isinstance(p := document.parts[n], Image) else len(self.encode(p))
             for n in (part.index for part in parts if part.index < len(document.parts))
         }
-        if len(document.parts) != len(counted) or any(counted[n] != found[n] for n in found):
+        if len(document.parts) != len(counted) or any(counted[n] != actual[n] for n in actual):
             raise Damaged(
                 "changed document",
                 source.where(sampled.index),
@@ -151,8 +156,8 @@ class BatchBuilder(abc.ABC):
             )
         return [(part, document.parts[part.index]) for part in parts]
 
-    def kept_ids(self, part: Part, content: Text | Image) -> list[int]:
-        """Returns the token ids of a text that are kept."""
+    def part_ids(self, part: Part, content: Text | Image) -> list[int]:
+        """Returns the token ids of a part that is a text."""
         assert isinstance(content, Text)
         return self.encode(content)[part.first : part.first + part.size]
 
@@ -182,11 +187,11 @@ class RowBuilder(BatchBuilder):
 
     tokens, segment_ids (0 = padding), positions int32 [B,T]; text_loss_mask bool [B,T], True where
     the token is a text target; images uint8 [B,I,h,w,3]; image_valid, image_scored (a regression
-    target) bool [B,I]; image_slots int32 [B,T], the index among the row's I*N embeddings at an
+    target) bool [B,I]; embedding_index int32 [B,T], the index among the row's I*N embeddings at an
     <image>, -1 elsewhere.
     """
 
-    usage = Usage("rows")
+    requires = Requirements("rows")
 
     @staticmethod
     def shapes(cfg: DataConfig) -> Shapes:
@@ -210,7 +215,7 @@ class RowBuilder(BatchBuilder):
             regressed=row["image_scored"],
         )
 
-    def reaches(self, position: Position) -> bool:
+    def can_end_at(self, position: Position) -> bool:
         block, row = position
         return row < max(1, len(self.group.block(block).rows))
 
@@ -229,12 +234,14 @@ class RowBuilder(BatchBuilder):
             if row == len(packed.rows):
                 block, row = block + 1, 0
         batch["tokens"][:] = self.tokenizer.pad_id
-        batch["image_slots"][:] = -1
-        places = [
-            place for n, documents in enumerate(rows[self.mine]) for place in _places(n, documents)
+        batch["embedding_index"][:] = -1
+        placements = [
+            placement
+            for n, documents in enumerate(rows[self.local_rows])
+            for placement in _placements(n, documents)
         ]
         for unreadable in self._pool(
-            lambda task: self._write_documents(batch, task), self._tasks(places)
+            lambda task: self._write_documents(batch, task), self._tasks(placements)
         ):
             damaged += unreadable
         by_source = _sum_by_source(
@@ -245,87 +252,91 @@ class RowBuilder(BatchBuilder):
             for documents in rows
             for p in documents
         )
-        slots = {
+        capacity = {
             "token_slots": self.cfg.batch_size * self.cfg.row_tokens,
             "image_slots": self.cfg.batch_size * self.cfg.row_images,
         }
-        mine = [place.packed.sampled for place in places]
-        statistics = _sum(by_source.values()) | slots
-        return BuiltBatch(batch, (block, row), mine, statistics, by_source, damaged)
+        sampled = [placement.packed.sampled for placement in placements]
+        statistics = _sum(by_source.values()) | capacity
+        return BuiltBatch(batch, (block, row), sampled, statistics, by_source, damaged)
 
-    def _tasks(self, places: list[_Placement]) -> list[list[_Placement]]:
-        """Splits documents into tasks of at most `_TOGETHER` images.
+    def _tasks(self, placements: list[_Placement]) -> list[list[_Placement]]:
+        """Splits documents into tasks of at most `_IMAGES_PER_TASK` images.
 
         A document with more images is a task of its own. With several threads, tasks get smaller
         towards the end to let all threads finish at about the same time.
         """
         threads = self._pool.threads
-        sizes = [max(1, place.packed.images) for place in places]
+        sizes = [max(1, placement.packed.images) for placement in placements]
         left, room = sum(sizes), 0
         tasks: list[list[_Placement]] = []
-        for place, size in zip(places, sizes, strict=True):
+        for placement, size in zip(placements, sizes, strict=True):
             if size > room:
                 tasks.append([])
-                room = _TOGETHER if threads == 1 else min(_TOGETHER, left // (2 * threads))
-            tasks[-1].append(place)
+                room = (
+                    _IMAGES_PER_TASK
+                    if threads == 1
+                    else min(_IMAGES_PER_TASK, left // (2 * threads))
+                )
+            tasks[-1].append(placement)
             left, room = left - size, room - size
         return tasks
 
-    def _write_documents(self, batch: Batch, places: list[_Placement]) -> list[Damage]:
+    def _write_documents(self, batch: Batch, placements: list[_Placement]) -> list[Damage]:
         """Writes documents to their rows; leaves padding in place of one that cannot be read.
 
         Runs each step for all documents before the next step. Decoding an image evicts the
         processor's caches, and the other steps take twice as long when they alternate with it.
         """
         damaged: list[Damage] = []
-        whole: list[_ReadDocument] = []
-        for read in [self._read(place) for place in places]:
-            if isinstance(read, Damage):
-                damaged.append(read)
-            elif damage := self._decode(batch, read):
+        decoded: list[_EncodedDocument] = []
+        for document in [self._read(placement) for placement in placements]:
+            if isinstance(document, Damage):
+                damaged.append(document)
+            elif damage := self._decode(batch, document):
                 damaged.append(damage)
             else:
-                whole.append(read)
-        for read in whole:
-            self._write(batch, read)
+                decoded.append(document)
+        for document in decoded:
+            self._write(batch, document)
         return damaged
 
-    def _read(self, place: _Placement) -> _ReadDocument | Damage:
-        sampled = place.packed.sampled
+    def _read(self, placement: _Placement) -> _EncodedDocument | Damage:
+        sampled = placement.packed.sampled
         rng = self.group.rng(sampled)
         parts, cut = self.group.fit(sampled, rng)
         try:
             contents = self._contents(sampled, parts)
         except Damaged as error:
             return _damage(sampled, error.reason)
-        sequence = _Sequence(self, place.images.start)
+        sequence = _Sequence(self, placement.images.start)
         sequence.open()
         for part, content in contents:
             sequence.add(part, content)
         sequence.close(ended=not cut)
         encoded = [content for _, content in contents if isinstance(content, Image)]
-        return _ReadDocument(place, sequence, encoded, rng)
+        return _EncodedDocument(placement, sequence, encoded, rng)
 
-    def _decode(self, batch: Batch, read: _ReadDocument) -> Damage | None:
-        place = read.place
-        out = batch["images"][place.row, place.images]
+    def _decode(self, batch: Batch, document: _EncodedDocument) -> Damage | None:
+        placement = document.placement
+        out = batch["images"][placement.row, placement.images]
         try:
-            for pixels, image in zip(out, read.encoded, strict=True):
-                self._decode_into(pixels, image, read.rng)
+            for pixels, image in zip(out, document.encoded, strict=True):
+                self._decode_into(pixels, image, document.rng)
         except ImageError as error:
             out[:] = 0
-            return _damage(place.packed.sampled, error.reason)
-        read.encoded.clear()  # frees video frames, which are large
+            return _damage(placement.packed.sampled, error.reason)
+        document.encoded.clear()  # frees video frames, which are large
         return None
 
-    def _write(self, batch: Batch, read: _ReadDocument) -> None:
-        place, sequence = read.place, read.sequence
-        n, tokens, images = place.row, place.tokens, place.images
+    def _write(self, batch: Batch, document: _EncodedDocument) -> None:
+        placement, sequence = document.placement, document.sequence
+        n, tokens, images = placement.row, placement.tokens, placement.images
         batch["tokens"][n, tokens] = sequence.tokens
-        batch["segment_ids"][n, tokens] = place.segment
+        batch["segment_ids"][n, tokens] = placement.segment
         batch["positions"][n, tokens] = np.arange(len(sequence.tokens))
         batch["text_loss_mask"][n, tokens] = sequence.scored
-        batch["image_slots"][n, tokens] = sequence.slots
+        batch["embedding_index"][n, tokens] = sequence.embedding_index
         batch["image_valid"][n, images] = True
         batch["image_scored"][n, images] = sequence.scored_images
 
@@ -333,20 +344,20 @@ class RowBuilder(BatchBuilder):
 class _SingleBuilder(BatchBuilder):
     """Batches with one document per row."""
 
-    def reaches(self, position: Position) -> bool:
+    def can_end_at(self, position: Position) -> bool:
         return position[0] == 0
 
     def build(self, position: Position) -> BuiltBatch:
         batch = self._empty()
         documents, skipped, after = self.group.next(position[1], self.cfg.batch_size)
-        mine = documents[self.mine]
+        local = documents[self.local_rows]
         unreadable = self._pool(
-            lambda n: self._fill_or_replace(batch, n, mine[n]), range(len(mine))
+            lambda n: self._fill_or_replace(batch, n, local[n]), range(len(local))
         )
         damaged = self._counted(skipped) + [damage for row in unreadable for damage in row]
         by_source = _sum_by_source((document, self._measure(document)) for document in documents)
         statistics = _sum(by_source.values())
-        return BuiltBatch(batch, (0, after), mine, statistics, by_source, damaged)
+        return BuiltBatch(batch, (0, after), local, statistics, by_source, damaged)
 
     @abc.abstractmethod
     def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
@@ -364,7 +375,7 @@ class _SingleBuilder(BatchBuilder):
         """Fills one row. A document that cannot be read is replaced by substitutes.
 
         Raises:
-            UserError: `_ATTEMPTS` documents in a row cannot be read.
+            UserError: `_ATTEMPTS` consecutive documents cannot be read.
         """
         damaged, chosen, last = [], sampled, None
         for attempt in range(_ATTEMPTS):
@@ -376,8 +387,8 @@ class _SingleBuilder(BatchBuilder):
                 last = error
             chosen = self.group.substitute(sampled, attempt)
         raise UserError(
-            f"{_ATTEMPTS} documents of source {sampled.source.cfg.name!r} in a row cannot be read; "
-            f"the last: {last}"
+            f"{_ATTEMPTS} consecutive documents of source {sampled.source.cfg.name!r} cannot be "
+            f"read; the last: {last}"
         )
 
 
@@ -388,7 +399,7 @@ class CaptionBuilder(_SingleBuilder):
     [B,T].
     """
 
-    usage = Usage("captions", image=True, text=True, pairs=True)
+    requires = Requirements("captions", image=True, text=True, pairs=True)
 
     @staticmethod
     def shapes(cfg: DataConfig) -> Shapes:
@@ -414,7 +425,7 @@ class CaptionBuilder(_SingleBuilder):
         images = [part for part in parts if part.size == IMAGE_PART]
         words = [part for part in parts if part.size != IMAGE_PART]
         (_, image), *texts = self._contents(sampled, [*images[:1], *words])
-        ids = [i for part, content in texts for i in self.kept_ids(part, content)]
+        ids = [i for part, content in texts for i in self.part_ids(part, content)]
         # A truncated caption also ends in </s>, whose hidden state is read.
         ids = [self.tokenizer.bos, *ids[: self.cfg.row_tokens - 2], self.tokenizer.eos]
         self._decode_into(batch["images"][n], image, self.group.rng(sampled))
@@ -437,7 +448,7 @@ class CaptionBuilder(_SingleBuilder):
 class ImageBuilder(_SingleBuilder):
     """Images alone, at the autoencoder's size: images uint8 [B,H,W,3]."""
 
-    usage = Usage("images", image=True, pairs=True)
+    requires = Requirements("images", image=True, pairs=True)
 
     @staticmethod
     def shapes(cfg: DataConfig) -> Shapes:
@@ -460,11 +471,11 @@ class ContextBuilder(_SingleBuilder):
     """Images that the decoder learns to generate, each with its context.
 
     tokens int32 [B,T], the context before the image, up to and including its [IMG], padded on the
-    right; length int32 [B]; images, image_valid, image_slots of the context's own images as in
+    right; length int32 [B]; images, image_valid, embedding_index of the context's own images as in
     packed rows; target uint8 [B,H,W,3], the image.
     """
 
-    usage = Usage("contexts", image=True)
+    requires = Requirements("contexts", image=True)
 
     @staticmethod
     def shapes(cfg: DataConfig) -> Shapes:
@@ -502,8 +513,8 @@ class ContextBuilder(_SingleBuilder):
         batch["tokens"][n] = self.tokenizer.pad_id
         batch["tokens"][n, : len(ids)] = ids
         batch["length"][n] = len(ids)
-        batch["image_slots"][n] = -1
-        batch["image_slots"][n, :used] = sequence.slots
+        batch["embedding_index"][n] = -1
+        batch["embedding_index"][n, :used] = sequence.embedding_index
         batch["images"][n, sequence.images :] = 0  # clears images of a document that failed
         batch["image_valid"][n] = np.arange(self.cfg.row_images) < sequence.images
 
@@ -532,20 +543,20 @@ class ContextBuilder(_SingleBuilder):
         chosen = choices[int(rng.random() * len(choices))]
         before = [] if dropped else [parts[chosen]] if itself else parts[:chosen]
         sizes = [part.size for part in before]
-        kept = truncate(
+        kept_sizes = truncate(
             sizes,
             tokens=self.cfg.row_tokens - 2,
             images=self.cfg.row_images,
             n_causal=self.cfg.n_causal,
             end="head",
         )
-        last = before[len(before) - len(kept) :]
-        context = [part.end(size) for part, size in zip(last, kept, strict=True)]
-        return context, parts[chosen], kept != sizes
+        last = before[len(before) - len(kept_sizes) :]
+        context = [part.end(size) for part, size in zip(last, kept_sizes, strict=True)]
+        return context, parts[chosen], kept_sizes != sizes
 
 
 BUILDERS: dict[Kind, type[BatchBuilder]] = {
-    builder.usage.kind: builder
+    builder.requires.kind: builder
     for builder in (RowBuilder, CaptionBuilder, ImageBuilder, ContextBuilder)
 }
 
@@ -561,25 +572,25 @@ def _input_shapes(cfg: DataConfig) -> Shapes:
     return {
         "images": ((B, I, h, h, 3), np.uint8),
         "image_valid": ((B, I), bool),
-        "image_slots": ((B, T), np.int32),
+        "embedding_index": ((B, T), np.int32),
     }
 
 
 def _example(
     row: dict[str, np.ndarray], *, segments: np.ndarray, scored: np.ndarray, regressed: np.ndarray
 ) -> BatchExample:
-    room = len(row["tokens"])
-    slots = row.get("image_slots", np.full(room, -1))
+    token_slots = len(row["tokens"])
+    embedding_index = row.get("embedding_index", np.full(token_slots, -1))
     count = int(np.flatnonzero(segments).max(initial=-1)) + 1
     return BatchExample(
         row["tokens"][:count].tolist(),
         segments[:count].tolist(),
         scored[:count].tolist(),
-        slots[:count].tolist(),
+        embedding_index[:count].tolist(),
         row["images"],
         row["image_valid"].tolist(),
         regressed.tolist(),
-        room=room,
+        token_slots=token_slots,
     )
 
 
@@ -606,23 +617,23 @@ class _Placement(NamedTuple):
     images: slice
 
 
-class _ReadDocument(NamedTuple):
-    """A document of a packed row whose images are still encoded."""
+class _EncodedDocument(NamedTuple):
+    """A document of a packed row whose images are not decoded yet."""
 
-    place: _Placement
+    placement: _Placement
     sequence: _Sequence
     encoded: list[Image]
     rng: np.random.Generator
 
 
-def _places(row: int, documents: list[PackedDocument]) -> list[_Placement]:
-    places, token, image = [], 0, 0
+def _placements(row: int, documents: list[PackedDocument]) -> list[_Placement]:
+    placements, token, image = [], 0, 0
     for segment, packed in enumerate(documents, 1):
         tokens = slice(token, token + packed.tokens)
         images = slice(image, image + packed.images)
-        places.append(_Placement(packed, row, segment, tokens, images))
+        placements.append(_Placement(packed, row, segment, tokens, images))
         token, image = tokens.stop, images.stop
-    return places
+    return placements
 
 
 class _Sequence:
@@ -633,12 +644,12 @@ class _Sequence:
     """
 
     def __init__(self, builder: BatchBuilder, images: int) -> None:
-        self._kept_ids, self._tokenizer = builder.kept_ids, builder.tokenizer
+        self._part_ids, self._tokenizer = builder.part_ids, builder.tokenizer
         self._n_causal = builder.cfg.n_causal
         self._learn_img = builder.cfg.learn_img
         self.tokens: list[int] = []
         self.scored: list[bool] = []
-        self.slots: list[int] = []
+        self.embedding_index: list[int] = []
         self.images = images  # number of images in the row so far
         self.scored_images: list[bool] = []
 
@@ -649,7 +660,7 @@ class _Sequence:
     def add(self, part: Part, content: Text | Image) -> None:
         """Appends a text, or the placeholders of an image."""
         if isinstance(content, Text):
-            ids = self._kept_ids(part, content)
+            ids = self._part_ids(part, content)
             unscored = (self._tokenizer.img, self._tokenizer.img_end, self._tokenizer.pad_id)
             self._extend(ids, [content.scored and i not in unscored for i in ids])
             return
@@ -668,10 +679,12 @@ class _Sequence:
         if ended:
             self._extend([self._tokenizer.eos], [True])
 
-    def _extend(self, ids: list[int], scored: list[bool], slots: list[int] | None = None) -> None:
+    def _extend(
+        self, ids: list[int], scored: list[bool], embedding_index: list[int] | None = None
+    ) -> None:
         self.tokens += ids
         self.scored += scored
-        self.slots += slots or [-1] * len(ids)
+        self.embedding_index += embedding_index or [-1] * len(ids)
 
 
 def _damage(sampled: SampledDocument, reason: str) -> Damage:

@@ -228,14 +228,14 @@ class Source(Sequence[Document]):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         """Reads a document.
 
         Args:
             seed: seed of random choices (the frames of a video); None makes the release's choice.
                 It changes neither the words nor the number of parts.
-            wanted: numbers of the parts that will be used; other images may be empty.
+            part_indices: indices of the parts that will be used; other images may be empty.
 
         Raises:
             Damaged: the document cannot be read.
@@ -337,7 +337,7 @@ class DocumentFiles(Source):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         file, record = self.locate(index)
         try:

@@ -140,8 +140,12 @@ def _length(row: BatchExample, segment: int, n_causal: int) -> tuple[int, int]:
     """Returns (tokens, images) of a document of a row; (0, 0) for a damaged one."""
     if not row.tokens:
         return 0, sum(row.used)
-    slots = [slot for slot, owner in zip(row.slots, row.segments, strict=True) if owner == segment]
-    return len(slots), len({slot // n_causal for slot in slots if slot >= 0})
+    indices = [
+        index
+        for index, owner in zip(row.embedding_index, row.segments, strict=True)
+        if owner == segment
+    ]
+    return len(indices), len({index // n_causal for index in indices if index >= 0})
 
 
 # The page
@@ -179,8 +183,8 @@ def _card(
     number: int, row: BatchExample, names: Sequence[Name], tokenizer: Tokenizer, n_causal: int
 ) -> str:
     facts = [f"{len(names)} document{'s' * (len(names) != 1)}"]
-    if row.room:
-        facts.append(f"{sum(s > 0 for s in row.segments):,} of {row.room:,} tokens")
+    if row.token_slots:
+        facts.append(f"{sum(s > 0 for s in row.segments):,} of {row.token_slots:,} tokens")
     facts.append(f"{sum(row.used)} image{'s' * (sum(row.used) != 1)}")
     body = ""
     for segment, (name, index) in enumerate(names, 1):
@@ -197,14 +201,16 @@ def _card(
 
 def _content(row: BatchExample, segment: int, tokenizer: Tokenizer, n_causal: int) -> Iterator[str]:
     """Yields a document's tokens and images in order, as HTML."""
-    if not any(slot >= 0 for slot in row.slots):  # no token is a placeholder of an image
+    if not any(
+        index >= 0 for index in row.embedding_index
+    ):  # no token is a placeholder of an image
         yield from (_figure(row.images[n], "", False) for n, used in enumerate(row.used) if used)
     placed = set()
     for n, (token, owner) in enumerate(zip(row.tokens, row.segments, strict=True)):
         if owner != segment:
             continue
-        if (slot := row.slots[n]) >= 0:
-            number = slot // n_causal
+        if (index := row.embedding_index[n]) >= 0:
+            number = index // n_causal
             if number not in placed:
                 placed.add(number)
                 label = f"{n_causal} &times; &lt;image&gt;"
@@ -225,14 +231,17 @@ def _figure(pixels: np.ndarray, label: str, framed: bool) -> str:
 
 def _bar(row: BatchExample, n_causal: int) -> str:
     """Draws a row as a bar: its documents, images, targets and padding."""
-    if not row.room:
+    if not row.token_slots:
         return ""
     learned = [
-        "text" if scored else "image" if slot >= 0 and row.regressed[slot // n_causal] else ""
-        for scored, slot in zip(row.scored, row.slots, strict=True)
+        "text" if scored else "image" if index >= 0 and row.regressed[index // n_causal] else ""
+        for scored, index in zip(row.scored, row.embedding_index, strict=True)
     ]
-    parts = [(segment, slot >= 0) for segment, slot in zip(row.segments, row.slots, strict=True)]
-    rests = row.room - len(parts)
+    parts = [
+        (segment, index >= 0)
+        for segment, index in zip(row.segments, row.embedding_index, strict=True)
+    ]
+    rests = row.token_slots - len(parts)
     rects = [
         f'<rect x="{start}" width="{size}" height="12" style="{_hue(segment)}" '
         f'class="{"padding" if not segment else "dark" if is_image else "light"}"/>'
@@ -244,8 +253,9 @@ def _bar(row: BatchExample, n_causal: int) -> str:
         if kind
     ]
     return (
-        f'<svg class="bar" viewBox="0 0 {row.room} 18" preserveAspectRatio="none" role="img" '
-        f'aria-label="{len(parts)} of {row.room} tokens in use">{"".join(rects)}</svg>'
+        f'<svg class="bar" viewBox="0 0 {row.token_slots} 18" preserveAspectRatio="none" '
+        f'role="img" aria-label="{len(parts)} of {row.token_slots} tokens in use">'
+        f"{''.join(rects)}</svg>"
     )
 
 
@@ -318,10 +328,10 @@ def _histogram(title: str, values: Sequence[int]) -> str:
         shown += (
             f'<i style="height:{100 * count / counts.max():.1f}%" title="{label}: {count:,}"></i>'
         )
-    median, most = np.percentile(values, (50, 95))
+    median, percentile_95 = np.percentile(values, (50, 95))
     return (
         f"<figure><h4>{title}</h4><div>{shown}</div><p><span>{low:,}</span><span>{high:,}</span></p>"
-        f"<figcaption>half have at most {median:,.0f}, 95% at most {most:,.0f}, "
+        f"<figcaption>half have at most {median:,.0f}, 95% at most {percentile_95:,.0f}, "
         f"on average {np.mean(values):,.1f}</figcaption></figure>"
     )
 

@@ -79,12 +79,12 @@ class Progress:
             raise UserError(f"{folder} holds latents already: name another folder, or remove it")
         if not (folder / _PROGRESS).exists():
             return cls(run)
-        found = load_json(cls, folder / _PROGRESS)
-        if found.run != run:
+        progress = load_json(cls, folder / _PROGRESS)
+        if progress.run != run:
             raise UserError(
                 f"{folder} was started with another config: use that config, or another folder"
             )
-        return found
+        return progress
 
     def after(self, folder: Path, *, rows: int, processes: int, position: Any) -> Progress:
         """Returns the progress with one more part, which all processes have written.

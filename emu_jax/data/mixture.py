@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 CONTENT, FRAMES, ROWS, SUBSTITUTE = range(4)
 
 
-class Usage(NamedTuple):
-    """Documents that a kind of batches can use.
+class Requirements(NamedTuple):
+    """Properties of the documents that a kind of batches can use.
 
     Attributes:
         kind: name of the kind.
@@ -76,7 +76,7 @@ class SampledDocument(NamedTuple):
 
 
 class PackedDocument(NamedTuple):
-    """A document in a packed row: its slots, and whether its end is cut off."""
+    """A document in a packed row: its token and image slots, and whether its end is cut off."""
 
     sampled: SampledDocument
     tokens: int
@@ -96,21 +96,21 @@ class Group:
 
     Args:
         cfg: config with the sizes of this group's batches.
-        usage: documents that the batches can use.
+        requires: properties of the documents that the batches can use.
         number: number of the group in the mixture.
     """
 
     def __init__(
         self,
         cfg: DataConfig,
-        usage: Usage,
+        requires: Requirements,
         sources: list[OpenSource],
         number: int,
         seeds: list[int],
     ) -> None:
-        self.cfg, self.usage, self.number, self.sources = cfg, usage, number, sources
+        self.cfg, self.requires, self.number, self.sources = cfg, requires, number, sources
         for source in sources:
-            _check_usable(source, usage)
+            _check_usable(source, requires)
         orders = [
             _shuffled(n, len(source.documents), seed)
             for n, (source, seed) in enumerate(zip(sources, seeds, strict=True))
@@ -133,10 +133,10 @@ class Group:
 
     def usable(self, sampled: SampledDocument) -> bool:
         """Returns whether this kind of batches can use a document."""
-        lengths, usage = sampled.lengths, self.usage
+        lengths, requires = sampled.lengths, self.requires
         image, text = IMAGE_PART in lengths, any(size > 0 for size in lengths)
-        if usage.image or usage.text:
-            return (image or not usage.image) and (text or not usage.text)
+        if requires.image or requires.text:
+            return (image or not requires.image) and (text or not requires.text)
         # Text alone has no image to pick.
         return image or (text and not sampled.source.cfg.picked_images)
 
@@ -145,16 +145,16 @@ class Group:
     ) -> tuple[list[SampledDocument], list[SampledDocument], int]:
         """Returns (the next `count` usable documents, the damaged ones skipped on the way, the
         position after them)."""
-        found: list[SampledDocument] = []
+        usable: list[SampledDocument] = []
         damaged: list[SampledDocument] = []
-        while len(found) < count:
+        while len(usable) < count:
             sampled = self.sample(position)
             if self.usable(sampled):
-                found.append(sampled)
+                usable.append(sampled)
             elif sampled.damage:
                 damaged.append(sampled)
             position += 1
-        return found, damaged, position
+        return usable, damaged, position
 
     def parts(self, sampled: SampledDocument, image_first: bool) -> list[Part]:
         """Returns the non-empty parts; `image_first` decides the order of a pair's parts."""
@@ -177,13 +177,13 @@ class Group:
                 images=source.window_images,
                 n_causal=cfg.n_causal,
             )
-        kept = truncate(
+        sizes = truncate(
             [part.size for part in parts],
             tokens=cfg.row_tokens - 2,
             images=cfg.row_images,
             n_causal=cfg.n_causal,
         )
-        fitted = [p._replace(size=s) for p, s in zip(parts, kept, strict=False)]
+        fitted = [p._replace(size=s) for p, s in zip(parts, sizes, strict=False)]
         last = whole[-1]
         return fitted, not fitted or fitted[-1].index != last.index or (
             fitted[-1].first + fitted[-1].size != last.first + last.size
@@ -226,7 +226,7 @@ class Group:
 
 
 def open_sources(
-    cfg: DataConfig, tokenizer: Tokenizer, usage: Usage, recount: bool = True
+    cfg: DataConfig, tokenizer: Tokenizer, requires: Requirements, recount: bool = True
 ) -> list[OpenSource]:
     """Opens the sources of the mixture that this kind of batches reads.
 
@@ -236,43 +236,47 @@ def open_sources(
     Raises:
         UserError: a source cannot be opened.
     """
-    opened = [_open(source, cfg, tokenizer, recount) for source in chosen_sources(cfg, usage.pairs)]
-    if usage.pairs:
-        for source in opened:
+    sources = [
+        _open(source, cfg, tokenizer, recount) for source in chosen_sources(cfg, requires.pairs)
+    ]
+    if requires.pairs:
+        for source in sources:
             if not source.documents.paired:
                 log.warning(
-                    "source %r has no pairs: %r batches leave it out", source.cfg.name, usage.kind
+                    "source %r has no pairs: %r batches leave it out",
+                    source.cfg.name,
+                    requires.kind,
                 )
-        opened = [source for source in opened if source.documents.paired]
-        if not opened:
-            raise UserError(f"no source has pairs, which {usage.kind!r} batches are made of")
-    return opened
+        sources = [source for source in sources if source.documents.paired]
+        if not sources:
+            raise UserError(f"no source has pairs, which {requires.kind!r} batches are made of")
+    return sources
 
 
 def open_groups(
-    cfg: DataConfig, tokenizer: Tokenizer, usage: Usage, recount: bool = True
+    cfg: DataConfig, tokenizer: Tokenizer, requires: Requirements, recount: bool = True
 ) -> list[Group]:
     """Opens the groups of the mixture that this kind of batches reads; see `open_sources`.
 
     Raises:
         UserError: a source cannot be opened, or has no usable document.
     """
-    return make_groups(cfg, usage, open_sources(cfg, tokenizer, usage, recount))
+    return make_groups(cfg, requires, open_sources(cfg, tokenizer, requires, recount))
 
 
-def make_groups(cfg: DataConfig, usage: Usage, opened: list[OpenSource]) -> list[Group]:
+def make_groups(cfg: DataConfig, requires: Requirements, sources: list[OpenSource]) -> list[Group]:
     """Returns the groups of the mixture of these sources.
 
     Raises:
         UserError: a source has no usable document.
     """
     groups: dict[Any, list[int]] = {}
-    for n, source in enumerate(opened):
+    for n, source in enumerate(sources):
         own_sizes = (source.cfg.batch_size, source.cfg.row_tokens, source.cfg.row_images)
         groups.setdefault(n if any(own_sizes) else None, []).append(n)
     result = []
     for number, members in enumerate(groups.values()):
-        first = opened[members[0]].cfg
+        first = sources[members[0]].cfg
         sizes = {
             name: value
             for name in ("batch_size", "row_tokens", "row_images")
@@ -280,11 +284,11 @@ def make_groups(cfg: DataConfig, usage: Usage, opened: list[OpenSource]) -> list
         }
         seeds = [int(np.random.SeedSequence((cfg.seed, n)).generate_state(1)[0]) for n in members]
         sized = dataclasses.replace(cfg, **sizes)
-        result.append(Group(sized, usage, [opened[n] for n in members], number, seeds))
+        result.append(Group(sized, requires, [sources[n] for n in members], number, seeds))
     return result
 
 
-def schedule(groups: list[Group]) -> Any:
+def group_order(groups: list[Group]) -> Any:
     """Returns an endless sequence: step -> number of the group it samples from, in proportion to
     the groups' weights."""
     if len(groups) == 1:
@@ -303,8 +307,11 @@ class _Always:
 
 
 def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
-    """Returns the sources to open; without `sources`, the files in `root/split` named by
-    `mixture`, or only the pairs."""
+    """Returns the sources to open.
+
+    Without `sources` in the config, these are the files in `root/split` that `mixture` names, or
+    only the pairs if `pairs`.
+    """
     if cfg.sources:
         return [source for source in cfg.sources if source.weight > 0]
     folder = Path(cfg.root) / cfg.split
@@ -348,33 +355,33 @@ def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: 
     return OpenSource(source, documents, lengths)
 
 
-def tally(source: OpenSource, usage: Usage) -> Tally:
+def tally(source: OpenSource, requires: Requirements) -> Tally:
     """Counts the parts of a source that this kind of batches uses, and those that it does not."""
     counted = Tally()
     counted.merge(source.lengths.tally)
-    rest = counted.used["documents"] - _usable(source, usage)
+    rest = counted.used["documents"] - _usable(source, requires)
     if rest:
         counted.used["documents"] -= rest
-        counted.leave(f"document that {usage.kind} cannot use", rest)
+        counted.leave(f"document that {requires.kind} cannot use", rest)
     return counted
 
 
-def _usable(source: OpenSource, usage: Usage) -> int:
+def _usable(source: OpenSource, requires: Requirements) -> int:
     """Returns the number of documents that this kind of batches can use."""
     totals = source.lengths.totals()
-    if usage.text:
-        return totals["with_both"] if usage.image else totals["with_text"]
+    if requires.text:
+        return totals["with_both"] if requires.image else totals["with_text"]
     text_alone = totals["with_text"] - totals["with_both"]
-    if usage.image or source.cfg.picked_images:
+    if requires.image or source.cfg.picked_images:
         return totals["with_image"]
     return totals["with_image"] + text_alone
 
 
-def _check_usable(source: OpenSource, usage: Usage) -> None:
-    if not _usable(source, usage):
+def _check_usable(source: OpenSource, requires: Requirements) -> None:
+    if not _usable(source, requires):
         raise UserError(
             f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that "
-            f"{usage.kind!r} can use"
+            f"{requires.kind!r} can use"
         )
 
 

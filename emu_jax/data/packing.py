@@ -47,17 +47,17 @@ def window(
     """
     total = sum(part_tokens(part.size, n_causal) for part in parts)
     begin = int(rng.integers(total - tokens + 1)) if total > tokens else 0
-    kept, position = [], 0
+    shown, position = [], 0
     for part in parts:
         start, position = position, position + part_tokens(part.size, n_causal)
         low, high = max(start, begin), min(position, begin + tokens)
         if part.size == IMAGE_PART:
             if images and (low, high) == (start, position):
-                kept.append(part)
+                shown.append(part)
                 images -= 1
         elif low < high:
-            kept.append(Part(part.index, high - low, part.first + low - start))
-    return kept
+            shown.append(Part(part.index, high - low, part.first + low - start))
+    return shown
 
 
 def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
@@ -67,12 +67,12 @@ def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Pa
     """
     images = [n for n, part in enumerate(parts) if part.size == IMAGE_PART]
     chosen = rng.choice(images, min(count, len(images)), replace=False).tolist()
-    kept = set(chosen)
+    indices = set(chosen)
     for n in chosen:
         after = [m for m in range(n + 1, len(parts)) if parts[m].size != IMAGE_PART]
         before = [m for m in range(n) if parts[m].size != IMAGE_PART]
-        kept |= set(after[:1] or before[-1:])
-    return [parts[n] for n in sorted(kept)]
+        indices |= set(after[:1] or before[-1:])
+    return [parts[n] for n in sorted(indices)]
 
 
 def truncate(
@@ -88,17 +88,17 @@ def truncate(
         tokens, images: available slots (without <s> and </s>).
         end: which end is dropped, "tail" or "head".
     """
-    kept: list[int] = []
+    fitting: list[int] = []
     for size in lengths if end == "tail" else reversed(lengths):
         need = part_tokens(size, n_causal)
         if need > tokens or (size == IMAGE_PART and images == 0):
-            if size != IMAGE_PART and tokens > 0 and all(k == IMAGE_PART for k in kept):
-                kept.append(tokens)
+            if size != IMAGE_PART and tokens > 0 and all(k == IMAGE_PART for k in fitting):
+                fitting.append(tokens)
             break
-        kept.append(size)
+        fitting.append(size)
         tokens -= need
         images -= size == IMAGE_PART
-    return kept if end == "tail" else kept[::-1]
+    return fitting if end == "tail" else fitting[::-1]
 
 
 def pack(
@@ -168,9 +168,9 @@ def _spread(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
     for n in np.argsort(-sizes.max(axis=1, initial=0), kind="stable").tolist():
         fits = (free[: len(rows), 0] >= sizes[n, 0]) & (free[: len(rows), 1] >= sizes[n, 1])
         room = np.where(fits, free[: len(rows)] @ sizes[n], -1)
-        place = int(np.argmax(room)) if fits.any() else len(rows)
-        if place == len(rows):
+        row_index = int(np.argmax(room)) if fits.any() else len(rows)
+        if row_index == len(rows):
             rows.append([])
-        rows[place].append(n)
-        free[place] -= sizes[n]
+        rows[row_index].append(n)
+        free[row_index] -= sizes[n]
     return rows

@@ -32,10 +32,10 @@ from emu_jax.data.documents import short_hash
 from emu_jax.data.mixture import (
     Group,
     OpenSource,
+    group_order,
     make_groups,
     open_groups,
     open_sources,
-    schedule,
     tally,
 )
 from emu_jax.errors import UserError, suggest
@@ -81,7 +81,7 @@ def batches_of_each_source(
         source.cfg.name: Batches(
             cfg, tokenizer, kind, process_index, process_count, opened=[source], pad_to=pad_to
         )
-        for source in open_sources(cfg, tokenizer, BUILDERS[kind].usage, recount)
+        for source in open_sources(cfg, tokenizer, BUILDERS[kind].requires, recount)
     }
 
 
@@ -136,11 +136,11 @@ class Batches(Iterator[Batch]):
                 )
         self._cfg, self._kind = cfg, kind
         share = None if plan_only else (process_index, process_count)
-        usage, recount = BUILDERS[kind].usage, recount and process_count == 1
+        requires, recount = BUILDERS[kind].requires, recount and process_count == 1
         if opened is None:
-            groups = open_groups(cfg, tokenizer, usage, recount)
+            groups = open_groups(cfg, tokenizer, requires, recount)
         else:
-            groups = make_groups(cfg, usage, opened)
+            groups = make_groups(cfg, requires, opened)
         self._maker = _Maker(cfg, tokenizer, kind, share, groups, pad_to)
         self._position = self._maker.start()
         self.tallies = self._maker.tallies
@@ -301,12 +301,13 @@ class Batches(Iterator[Batch]):
         )
 
     def _check_damaged(self, last: Sequence[Damage]) -> None:
-        count, most = self._damaged.total(), self._cfg.max_damaged_rate
-        if last and self._seen >= _LEAST_SEEN and count > most * self._seen:
+        count, max_rate = self._damaged.total(), self._cfg.max_damaged_rate
+        if last and self._seen >= _LEAST_SEEN and count > max_rate * self._seen:
             reasons = ", ".join(f"{n} {reason}" for reason, n in self._damaged.most_common())
             raise UserError(
                 f"{count} of {self._seen} documents cannot be read ({reasons}; the last: "
-                f"{last[-1].where}): repair the data, or raise data.max_damaged_rate above {most}"
+                f"{last[-1].where}): repair the data, or raise data.max_damaged_rate above "
+                f"{max_rate}"
             )
 
 
@@ -341,8 +342,10 @@ class _Maker:
     ) -> None:
         builder = BUILDERS[kind]
         self.sources = {source.cfg.name: source for group in groups for source in group.sources}
-        self.tallies = {name: tally(source, builder.usage) for name, source in self.sources.items()}
-        self._schedule = schedule(groups)
+        self.tallies = {
+            name: tally(source, builder.requires) for name, source in self.sources.items()
+        }
+        self._group_order = group_order(groups)
         self._builders, self._rows, pool = [], list[int](), Pool(cfg)
         for group in groups:
             process, processes = share or (0, 1)
@@ -362,7 +365,7 @@ class _Maker:
             UserError: no batch ends at this position.
         """
         for builder, (block, row) in zip(self._builders, position.groups, strict=True):
-            if not builder.reaches((block, row)):
+            if not builder.can_end_at((block, row)):
                 raise UserError(
                     f"the checkpoint's data position is row {row} of block {block}, where these "
                     "sources have no such row: use another step, or the sources that it was "
@@ -371,7 +374,7 @@ class _Maker:
 
     def make(self, position: _Position) -> tuple[BuiltBatch, _Position]:
         """Returns (the batch, the position after it)."""
-        group = self._schedule[position.step]
+        group = self._group_order[position.step]
         built = self._builders[group].build(position.groups[group])
         groups = list(position.groups)
         groups[group] = built.position

@@ -113,13 +113,13 @@ class _Clock:
         self.path, self.settings, self.spent = workdir / "demo.json", settings, 0.0
         if self.path.is_file():
             try:
-                theirs = json.loads(self.path.read_text())
-                self.spent = float(theirs.pop("seconds"))
+                stored = json.loads(self.path.read_text())
+                self.spent = float(stored.pop("seconds"))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.path} is damaged ({error}): remove {workdir}") from None
-            if theirs != settings:
+            if stored != settings:
                 raise UserError(
-                    f"{workdir} holds a demo with {theirs}, not {settings}: "
+                    f"{workdir} holds a demo with {stored}, not {settings}: "
                     "give another --workdir, or remove it"
                 )
 
@@ -160,25 +160,25 @@ class Judge:
 
     def __init__(self, split: str, size: int) -> None:
         self.size = size
-        pictures, labels = digits.digit_images(split)
-        self.machine = SVC(C=10).fit(self._features(self._shown(pictures)), labels)
+        images, labels = digits.digit_images(split)
+        self.machine = SVC(C=10).fit(self._features(self._shown(images)), labels)
 
-    def __call__(self, pictures: UInt8[np.ndarray, "B Hh Ww 3"]) -> Int[np.ndarray, "B"]:
-        return self.machine.predict(self._features(pictures))
+    def __call__(self, images: UInt8[np.ndarray, "B Hh Ww 3"]) -> Int[np.ndarray, "B"]:
+        return self.machine.predict(self._features(images))
 
     def accuracy(self, split: str) -> float:
-        pictures, labels = digits.digit_images(split)
-        return _mean(self(self._shown(pictures)) == labels)
+        images, labels = digits.digit_images(split)
+        return _mean(self(self._shown(images)) == labels)
 
-    def _shown(self, pictures: UInt8[np.ndarray, "B 8 8"]) -> UInt8[np.ndarray, "B Hh Ww 3"]:
+    def _shown(self, images: UInt8[np.ndarray, "B 8 8"]) -> UInt8[np.ndarray, "B Hh Ww 3"]:
         """Resizes digits to the size of generated images."""
-        return np.stack([np.asarray(resize(_rgb(p), self.size)) for p in pictures])
+        return np.stack([np.asarray(resize(_rgb(p), self.size)) for p in images])
 
     @staticmethod
-    def _features(pictures: UInt8[np.ndarray, "B Hh Ww 3"]) -> np.ndarray:
-        grey = [Image.fromarray(p).convert("L") for p in pictures]
+    def _features(images: UInt8[np.ndarray, "B Hh Ww 3"]) -> np.ndarray:
+        grey = [Image.fromarray(p).convert("L") for p in images]
         small = [np.asarray(p.resize((8, 8), Image.Resampling.BOX)) for p in grey]
-        return np.stack(small).reshape(len(pictures), -1) / 255
+        return np.stack(small).reshape(len(images), -1) / 255
 
 
 def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]], float]:
@@ -186,8 +186,8 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
 
     Returns (image, caption, correct) for each, and the accuracy.
     """
-    pictures, labels = digits.digit_images(split)
-    shown = [_rgb(p) for p in pictures]
+    images, labels = digits.digit_images(split)
+    shown = [_rgb(p) for p in images]
     said = [" ".join(map(str, c)) for c in emu.complete([[p] for p in shown], max_images=0)]
     right = [digits.parse_digit(s) == label for s, label in zip(said, labels, strict=True)]
     return list(zip(shown, said, right, strict=True)), _mean(right)
@@ -196,10 +196,10 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
 def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
     """Generates images from words. Returns a 10x10 grid and the share that the judge recognizes."""
     labels = np.repeat(np.arange(10), DRAWINGS)
-    images = emu.generate_image([[digits.caption(int(d), 0)] for d in labels], seed=seed)
-    pictures = np.stack([np.asarray(image) for image in images])
-    grid = pictures.reshape(10, DRAWINGS, *pictures.shape[1:])[:, :10]
-    return grid, _mean(judge(pictures) == labels)
+    generated = emu.generate_image([[digits.caption(int(d), 0)] for d in labels], seed=seed)
+    images = np.stack([np.asarray(image) for image in generated])
+    grid = images.reshape(10, DRAWINGS, *images.shape[1:])[:, :10]
+    return grid, _mean(judge(images) == labels)
 
 
 def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any], float]:

@@ -68,9 +68,9 @@ def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
         return ""
     # Mistakes first: they are the most informative.
     cards = [
-        f'<figure class="card {_verdict(right)}">{image(picture)}'
+        f'<figure class="card {_verdict(right)}">{image(shown_image)}'
         f"<figcaption>{_mark(right)} {html.escape(said)}</figcaption></figure>"
-        for picture, said, right in sorted(captions, key=lambda c: c[2])
+        for shown_image, said, right in sorted(captions, key=lambda c: c[2])
     ]
     shown, rest = "".join(cards[:OPEN_CAPTIONS]), cards[OPEN_CAPTIONS:]
     more = (
@@ -81,7 +81,7 @@ def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
     )
     right = sum(right for _, _, right in captions)
     return (
-        "<section><h2>Captions of held-out pictures</h2>"
+        "<section><h2>Captions of held-out images</h2>"
         f"<p>{right} of {len(captions)} are right; mistakes come first.</p>"
         f'<div class="cards">{shown}</div>{more}</section>'
     )
@@ -91,11 +91,11 @@ def _drawings(drawings: np.ndarray | Sequence[Sequence[Picture]]) -> str:
     if len(drawings) == 0:
         return ""
     columns = len(drawings[0])
-    images = "".join(image(picture) for row in drawings for picture in row)
+    cells = "".join(image(drawing) for row in drawings for drawing in row)
     return (
         "<section><h2>Drawn from words alone</h2>"
         "<p>A row holds several drawings of one thing.</p>"
-        f'<div class="sheet" style="--columns:{columns}">{images}</div></section>'
+        f'<div class="sheet" style="--columns:{columns}">{cells}</div></section>'
     )
 
 

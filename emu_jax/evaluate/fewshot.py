@@ -54,7 +54,7 @@ class FewShot:
         # One more, since a question's own image is never an example.
         if kind != "none" and len(self._paths) <= shots:
             raise UserError(
-                f"--shots {shots} needs {shots + 1} pictures with answers to choose from, the "
+                f"--shots {shots} needs {shots + 1} images with answers to choose from, the "
                 f"training split has {len(self._paths)}"
             )
         self._features: np.ndarray | None = None  # [images, W], unit length
@@ -84,7 +84,7 @@ class FewShot:
         for n in range(process, len(chunks), count):
             if not files[n].is_file():
                 log.info(
-                    "RICES: features of pictures %d to %d of %d",
+                    "RICES: features of images %d to %d of %d",
                     n * CHUNK,
                     n * CHUNK + len(chunks[n]),
                     len(paths),
@@ -100,15 +100,17 @@ class FewShot:
         if self.kind == "none":
             return [FewShotExamples() for _ in items]
         if self.kind == "text":
-            return [FewShotExamples(self._fixed, pictures=False) for _ in items]
+            return [FewShotExamples(self._fixed, show_images=False) for _ in items]
         if self.kind == "random":
             chosen = [self._draw(self._rng(item), item.media) for item in items]
         else:
             assert self._features is not None, "index() comes first"
             media = [item.media for item in items if item.media is not None]
-            wanted = _unit(featurize(media))
-            chosen = [self._nearest(w, item) for w, item in zip(wanted, items, strict=True)]
-        return [FewShotExamples(examples, pictures=True) for examples in chosen]
+            queries = _unit(featurize(media))
+            chosen = [
+                self._nearest(query, item) for query, item in zip(queries, items, strict=True)
+            ]
+        return [FewShotExamples(examples, show_images=True) for examples in chosen]
 
     def _draw(self, rng: np.random.Generator, without: Path | None) -> tuple[Example, ...]:
         """Samples examples of different images, excluding the image `without`."""
@@ -119,10 +121,10 @@ class FewShot:
                 chosen.setdefault(example.media, example)
         return tuple(chosen.values())
 
-    def _nearest(self, wanted: Float[np.ndarray, "D"], item: Item) -> tuple[Example, ...]:
+    def _nearest(self, query: Float[np.ndarray, "D"], item: Item) -> tuple[Example, ...]:
         """Samples one example for each of the most similar images, the most similar last."""
         assert self._features is not None
-        order = np.argsort(-(self._features @ wanted), kind="stable")
+        order = np.argsort(-(self._features @ query), kind="stable")
         near = [i for i in order[: self.shots + 1] if not _same(self._paths[i], item.media)]
         rng = self._rng(item)
         chosen = [self._of_each[i][rng.integers(len(self._of_each[i]))] for i in near[: self.shots]]

@@ -82,7 +82,7 @@ def _samples(
         ]
         shown = "<br>".join(line for line in lines if line)
         cards.append(
-            f'<figure class="card">{_picture(media)}<figcaption>{shown}</figcaption></figure>'
+            f'<figure class="card">{_media_image(media)}<figcaption>{shown}</figcaption></figure>'
         )
     return (
         f"<section><h2>Answers</h2><p>{len(cards)} of {len(items):,}, drawn at random: what the "
@@ -91,16 +91,16 @@ def _samples(
     )
 
 
-def _picture(media: Path | None) -> str:
+def _media_image(media: Path | None) -> str:
     """Renders an image, or the middle frame of a video."""
     if media is None:
         return ""
-    picture = open_file(media)
-    if isinstance(picture, list):
-        picture = picture[len(picture) // 2]
-    if max(picture.size) > PIXELS:
-        picture.thumbnail((PIXELS, PIXELS))
-    return image(picture, lossy=True)
+    opened = open_file(media)
+    if isinstance(opened, list):
+        opened = opened[len(opened) // 2]
+    if max(opened.size) > PIXELS:
+        opened.thumbnail((PIXELS, PIXELS))
+    return image(opened, lossy=True)
 
 
 _STYLE = """

@@ -172,7 +172,7 @@ class Evaluation:
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the predictions depend on. A run with other settings cannot resume them."""
-        o, asked = self.options, hashlib.sha256()
+        options, asked = self.options, hashlib.sha256()
         for item in self.items:
             more = [item.fields.get(name) for name in ("history", "options")]
             row = (item.id, item.media and item.media.name, item.question, *more)
@@ -182,21 +182,23 @@ class Evaluation:
         stages = {}
         asking = self.task.stages(self.mode, self.in_context)
         said = dict.fromkeys((stage.name for stage in asking), "")
-        one = FewShotExamples(tuple(self.fewshot.support[:1]), self.in_context)
+        example_prompt = FewShotExamples(tuple(self.fewshot.support[:1]), self.in_context)
         for stage in asking:
-            asked.update(spelled(stage.prompt(self.items[0], one, said)).encode())  # the wording
+            asked.update(
+                spelled(stage.prompt(self.items[0], example_prompt, said)).encode()
+            )  # the wording
             choices = {"choices": stage.choices} if stage.choices else {}
             stages[stage.name] = {**stage.settings, **choices}
         return {
             "task": self.task.name,
             "split": self.split,
             "mode": self.mode,
-            "examples": o.examples,
+            "examples": options.examples,
             "shots": self.shots,
-            "limit": o.limit,
-            "seed": o.seed,
-            "batch_size": o.batch_size,
-            "dtype": o.dtype,
+            "limit": options.limit,
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "dtype": options.dtype,
             "checkpoint": str(self.checkpoint.resolve()),
             "step": _step(self.checkpoint),
             "weights": self.weights,
@@ -245,13 +247,13 @@ class Evaluation:
     ) -> tuple[Sequence[Item], list[FewShotExamples], dict[Path, Future]]:
         """Chooses a batch's examples and starts loading its images in background threads."""
         shown = self.fewshot(items, self._featurize)
-        wanted: dict[Path, None] = {}
+        paths: dict[Path, None] = {}
         for item, examples in zip(items, shown, strict=True):
             if item.media is not None:
-                wanted[item.media] = None
-            if examples.pictures:
-                wanted |= dict.fromkeys(example.media for example in examples.examples)
-        return items, shown, {path: readers.submit(self._pixels, path) for path in wanted}
+                paths[item.media] = None
+            if examples.show_images:
+                paths |= dict.fromkeys(example.media for example in examples.examples)
+        return items, shown, {path: readers.submit(self._pixels, path) for path in paths}
 
     def _pixels(self, path: Path) -> np.ndarray:
         """Loads an image, uint8 [s, s, 3], or the frames of a video, uint8 [F, s, s, 3].
@@ -285,7 +287,7 @@ class Evaluation:
         for stage in self.task.stages(self.mode, self.in_context):
             parts = [stage.prompt(i, e, s) for i, e, s in zip(items, shown, said, strict=True)]
             prompts = [[pixels[p] if isinstance(p, Path) else p for p in row] for row in parts]
-            answers = self._one(stage, items, prompts)
+            answers = self._stage_answers(stage, items, prompts)
             for row, texts, prompt, answer in zip(said, asked, parts, answers, strict=True):
                 row[stage.name], texts[stage.name] = answer, spelled(prompt)
         return [
@@ -293,7 +295,9 @@ class Evaluation:
             for item, row, texts in zip(items, said, asked, strict=True)
         ]
 
-    def _one(self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]) -> Sequence[Any]:
+    def _stage_answers(
+        self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]
+    ) -> Sequence[Any]:
         if stage.candidates is not None:
             options = [stage.candidates(item) for item in items]
             return self.emu.rank(prompts, options, segments=min(map(len, options)))
@@ -349,14 +353,14 @@ class Evaluation:
             barrier("the results are written")
 
     def _join_and_write(self) -> Result:
-        found = self.store.read()
-        if lost := [item.id for item in self.items if item.id not in found]:
+        predictions = self.store.read()
+        if lost := [item.id for item in self.items if item.id not in predictions]:
             raise UserError(
                 f"{len(lost)} of {len(self.items)} items have no prediction, {lost[0]!r} first: "
                 f"{self.out.parent} must lie where all {self.processes} processes see it"
             )
-        self.store.join([found[item.id] for item in self.items])
-        answers = [found[item.id]["answer"] for item in self.items]
+        self.store.join([predictions[item.id] for item in self.items])
+        answers = [predictions[item.id]["answer"] for item in self.items]
         write_text(self.out, json.dumps(self.task.result(self.items, answers)) + "\n")
         context = ScoringContext(self.data, self.split, self.out.parent, self.options.fid)
         scores = self.task.score(self.items, answers, context)
@@ -440,16 +444,16 @@ class Store:
                     ) from None
         return rows
 
-    def _check(self, path: Path, theirs: Mapping[str, Any]) -> None:
+    def _check(self, path: Path, stored: Mapping[str, Any]) -> None:
         for name, ours in self._settings.items():
-            if theirs.get(name) != ours and name == "weights":
+            if stored.get(name) != ours and name == "weights":
                 raise UserError(
-                    f"{path} holds predictions of another model ({theirs.get(name)}, now it is "
+                    f"{path} holds predictions of another model ({stored.get(name)}, now it is "
                     f"{ours}): delete it, or choose another --out"
                 )
-            if theirs.get(name) != ours:
+            if stored.get(name) != ours:
                 raise UserError(
-                    f"{path} holds predictions with {name.replace('_', ' ')} {theirs.get(name)}, "
+                    f"{path} holds predictions with {name.replace('_', ' ')} {stored.get(name)}, "
                     f"now it is {ours}: delete it, or choose another --out"
                 )
 

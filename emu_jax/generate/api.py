@@ -60,7 +60,7 @@ from emu_jax.generate.settings import (
     bucket,
     check_seed,
 )
-from emu_jax.models import emu as models
+from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.sharding import to_host
 from emu_jax.tokenizer import USER, Tokenizer
@@ -69,8 +69,8 @@ log = logging.getLogger(__name__)
 
 Params: TypeAlias = Any  # an nnx.State; beartype warns of its definition
 
-STOP_ROWS = 5  # calls of the denoiser between two looks at `stop`
-STREAM_STEPS = 4  # elements between two looks at a streamed continuation
+STEPS_PER_STOP_CHECK = 5  # calls of the denoiser between two calls of `stop`
+ELEMENTS_PER_STREAM_CHECK = 4  # elements that are decoded before a stream yields them
 
 
 def load(
@@ -112,11 +112,11 @@ def load(
             defaults = GenerationConfig.load(directory / "generation.json")
         towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(directory)))
 
-        def build() -> models.EmuModel:
-            return models.EmuModel(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
+        def build() -> EmuModel:
+            return EmuModel(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
         model = checkpoint.load_module(directory, build, mesh, jnp.dtype(dtype))
-        assert isinstance(model, models.EmuModel)
+        assert isinstance(model, EmuModel)
     return Emu(
         model,
         tokenizer,
@@ -146,7 +146,7 @@ class Emu:
 
     def __init__(
         self,
-        model: models.EmuModel,
+        model: EmuModel,
         tokenizer: Tokenizer,
         *,
         defaults: GenerationConfig | None = None,
@@ -170,7 +170,7 @@ class Emu:
         self._unconditional: Float[Array, "N D"] | None = None
 
     @property
-    def model(self) -> models.EmuModel:
+    def model(self) -> EmuModel:
         """The module itself. On a CPU its language model's layers are a list, not one stack
         (`Llama.unstacked_for_decoding`)."""
         return nnx.merge(self._graphdef, self._params)
@@ -395,15 +395,15 @@ class Emu:
 
     def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N D"]:
         n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
-        rows = self._prompts(prompts, n, opens=True)
-        found: dict[int, Array] = {}
+        rows = self._prompts(prompts, n, append_img=True)
+        embeddings: dict[int, Array] = {}
         for chunk, batch in self._batcher.batches(rows, "right"):
             with self._on_mesh():
                 out = _regress(self._graphdef, self._params, *self._inputs(batch))
-            found |= {i: out[n] for n, i in enumerate(chunk.index.tolist())}
-        if not found:
+            embeddings |= {i: out[n] for n, i in enumerate(chunk.index.tolist())}
+        if not embeddings:
             return jnp.zeros((0, n, width), self.dtype)
-        return jnp.stack([found[i] for i in range(len(rows))])
+        return jnp.stack([embeddings[i] for i in range(len(rows))])
 
     def paint(
         self,
@@ -442,9 +442,8 @@ class Emu:
         stop: Callable[[], bool] | None = None,
     ) -> UInt8[np.ndarray, "B side side 3"]:
         self._need_painter()
-        uncond, guidance = None, 1.0
-        if cfg.guidance_scale > 1:
-            uncond, guidance = self._uncond(negative_prompt), jnp.float32(cfg.guidance_scale)
+        uncond = self._uncond(negative_prompt) if cfg.guidance_scale > 1 else None
+        guidance = jnp.float32(cfg.guidance_scale)  # unused without `uncond`
         table, count = diffusion.padded_steps(
             self.cfg.scheduler, cfg.num_inference_steps, cfg.scheduler
         )
@@ -453,10 +452,10 @@ class Emu:
             with self._on_mesh():
                 cond, own = embeddings[chunk.filled], keys[chunk.filled]
                 state = _start_painting(self._graphdef, self._params, own, cond.dtype)
-                for first in range(0, count, count if stop is None else STOP_ROWS):
+                for first in range(0, count, count if stop is None else STEPS_PER_STOP_CHECK):
                     if stop is not None and stop():
                         raise Stopped
-                    last = count if stop is None else min(first + STOP_ROWS, count)
+                    last = count if stop is None else min(first + STEPS_PER_STOP_CHECK, count)
                     state = _paint_steps(
                         self._graphdef,
                         self._params,
@@ -591,12 +590,34 @@ class Emu:
         for name in ("repetition_penalty", "no_repeat_ngram_size"):
             if getattr(cfg, name) != getattr(TextConfig, name):
                 raise UserError(f"{name} has no effect on mixed sequences: leave it out")
-        max_images, opening = cfg.max_images if self.paints else 0, self.cfg.tokens.img
+        max_images = cfg.max_images if self.paints else 0
+        static = mixed.StaticMixedSettings(
+            bucket(cfg.max_new_tokens, self._batcher.shapes.new_tokens),
+            max_images,
+            cfg.do_sample,
+            self.paints,
+        )
+        dynamic = mixed.DynamicMixedSettings(
+            jnp.int32(cfg.max_new_tokens),
+            jnp.float32(cfg.temperature),
+            jnp.int32(cfg.top_k),
+            jnp.float32(cfg.top_p),
+        )
+        return static, dynamic, self._room_for_images(rows, cfg.max_new_tokens, max_images)
+
+    def _room_for_images(
+        self, rows: Sequence[Prompt], new_tokens: int, max_images: int
+    ) -> Int[np.ndarray, "B"]:
+        """Returns how many images each row has room for, at most `max_images`.
+
+        Raises:
+            UserError: a prompt ends in `[IMG]` but leaves no room for its image.
+        """
         positions, size = self.cfg.llama.max_positions, self.cfg.cformer.n_causal + 1
-        free = [positions - len(row.tokens) - cfg.max_new_tokens for row in rows]
+        free = [positions - len(row.tokens) - new_tokens for row in rows]
         room = np.minimum(np.array(free, np.int32) // size, max_images).astype(np.int32)
         for number, row in enumerate(rows):
-            if row.tokens[-1] == opening and not room[number]:
+            if row.tokens[-1] == self.cfg.tokens.img and not room[number]:
                 self._need_painter()
                 fix = "shorten it" if max_images else "raise max_images"
                 raise UserError(
@@ -613,19 +634,7 @@ class Emu:
                 room.min(),
                 positions,
             )
-        static = mixed.StaticMixedSettings(
-            bucket(cfg.max_new_tokens, self._batcher.shapes.new_tokens),
-            max_images,
-            cfg.do_sample,
-            self.paints,
-        )
-        dynamic = mixed.DynamicMixedSettings(
-            jnp.int32(cfg.max_new_tokens),
-            jnp.float32(cfg.temperature),
-            jnp.int32(cfg.top_k),
-            jnp.float32(cfg.top_p),
-        )
-        return static, dynamic, room
+        return room
 
     def _split(self, tokens: Int[np.ndarray, "T"], last: int) -> list[str | None]:
         """Splits generated tokens into texts, with None for each image. `last` is the prompt's
@@ -633,8 +642,8 @@ class Emu:
         ids = self.cfg.tokens
         parts: list[str | None] = []
         words: list[int] = []
-        opened: list[int] = [ids.img] if last == ids.img else []
-        for token in [*opened, *tokens.tolist()]:
+        started: list[int] = [ids.img] if last == ids.img else []
+        for token in [*started, *tokens.tolist()]:
             if token == ids.img:
                 parts += [self.tokenizer.decode(words).strip(), None]
                 words = []
@@ -651,7 +660,7 @@ class Emu:
         new: int | Sequence[int],
         *,
         system: str | None = None,
-        opens: bool = False,
+        append_img: bool = False,
     ) -> list[Prompt]:
         """Tokenizes prompts that `new` more tokens follow, a number for all or one for each.
 
@@ -662,7 +671,7 @@ class Emu:
         positions, rows = self.cfg.llama.max_positions, []
         for number, parts in enumerate(prompts):
             try:
-                row = self._prompt(parts, system=system, opens=opens)
+                row = self._prompt(parts, system=system, append_img=append_img)
             except UserError as error:
                 if len(prompts) == 1:
                     raise
@@ -672,19 +681,19 @@ class Emu:
                 fewer = f", or ask for at most {positions - length}" if positions > length else ""
                 raise UserError(
                     f"{_name(number, prompts)} has {length} tokens and {more} are to follow, but "
-                    f"the model has {positions} positions: shorten it{'' if opens else fewer}"
+                    f"the model has {positions} positions: shorten it{'' if append_img else fewer}"
                 )
             rows.append(row)
         return rows
 
-    def _prompt(self, parts: Any, *, system: str | None = None, opens: bool = False) -> Prompt:
+    def _prompt(self, parts: Any, *, system: str | None = None, append_img: bool = False) -> Prompt:
         parts = as_parts(parts)
         spelled = any(isinstance(p, str) and USER in p for p in parts)
-        if self.tokenizer.user is not None and not spelled and not opens:
+        if self.tokenizer.user is not None and not spelled and not append_img:
             parts = instruct(parts, system)
         elif system:
             raise UserError("a system message needs an instruction-tuned model and a plain prompt")
-        return Prompt.of(parts, self.tokenizer, self.cfg, opens=opens)
+        return Prompt.of(parts, self.tokenizer, self.cfg, append_img=append_img)
 
     def _inputs(
         self, batch: PromptBatch
@@ -694,8 +703,8 @@ class Emu:
         Int[np.ndarray, "B T"],
         Bool[np.ndarray, "B T"],
     ]:
-        """Encodes a batch's images. Returns what the programs take of it: embeddings, tokens,
-        slots, valid."""
+        """Encodes a batch's images. Returns the inputs of the compiled programs: embeddings,
+        tokens, embedding_index, valid."""
         n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
         encoded = []
         for chunk in self._batcher.chunks(len(batch.images)):
@@ -703,7 +712,12 @@ class Emu:
                 images = batch.images[chunk.filled]
                 encoded.append(_encode(self._graphdef, self._params, images, self.dtype))
         flat = jnp.concatenate(encoded) if encoded else jnp.zeros((1, n, width), self.dtype)
-        return jnp.take(flat, batch.image_index, axis=0), batch.tokens, batch.slots, batch.valid
+        return (
+            jnp.take(flat, batch.image_index, axis=0),
+            batch.tokens,
+            batch.embedding_index,
+            batch.valid,
+        )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
@@ -722,7 +736,7 @@ class _StreamProgress:
         self._text = ""  # the streamed part of it
         self._read = 0
         self._waiting = [0] if last == ids.img else []  # images that are not complete yet
-        self._opened = len(self._waiting)
+        self._started = len(self._waiting)
 
     def advance(
         self, tokens: Int[np.ndarray, "T"], *, images: int, ended: bool
@@ -734,8 +748,8 @@ class _StreamProgress:
             if token == ids.img:
                 yield from self._new_text(whole=True)
                 self._words, self._text = [], ""
-                self._waiting.append(self._opened)
-                self._opened += 1
+                self._waiting.append(self._started)
+                self._started += 1
             elif token not in (ids.image, ids.img_end, ids.pad, ids.eos):
                 # An image comes before the words that follow it.
                 yield from self._waiting
@@ -756,7 +770,7 @@ class _StreamProgress:
             self._text = text
 
 
-def _paints(model: models.EmuModel) -> bool:
+def _paints(model: EmuModel) -> bool:
     return model.unet is not None and model.vae is not None
 
 
@@ -822,7 +836,7 @@ def _decode(
     params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
-    slots: Int[Array, "B T"],
+    embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     static: StaticSettings,
     dynamic: DynamicSettings,
@@ -830,7 +844,7 @@ def _decode(
     allowed: Int[Array, "choices choice"] | None,
 ) -> Int[Array, "B length"]:
     emu = nnx.merge(graphdef, params)
-    x = emu.embed(tokens, images, slots)
+    x = emu.embed(tokens, images, embedding_index)
     return text.decode(emu.llama, x, valid, static, dynamic, keys, allowed)
 
 
@@ -840,12 +854,12 @@ def _losses(
     params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
-    slots: Int[Array, "B T"],
+    embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     candidates: Int[Array, "B candidates length"],
 ) -> Float[Array, "B candidates"]:
     emu = nnx.merge(graphdef, params)
-    x = emu.embed(tokens, images, slots)
+    x = emu.embed(tokens, images, embedding_index)
     return text.candidate_losses(emu.llama, x, valid, candidates)
 
 
@@ -855,11 +869,11 @@ def _regress(
     params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
-    slots: Int[Array, "B T"],
+    embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> Float[Array, "B N D"]:
     emu = nnx.merge(graphdef, params)
-    return emu.regress_after(tokens, jnp.sum(valid, axis=1), images, slots)
+    return emu.regress_after(tokens, jnp.sum(valid, axis=1), images, embedding_index)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
@@ -876,13 +890,12 @@ def _paint_steps(
     state: diffusion.SamplerState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "N D"] | None,
-    guidance: Float[Array, ""] | float,
+    guidance: Float[Array, ""],
     table: diffusion.Steps,
     first: Int[Array, ""],
     last: Int[Array, ""],
 ) -> diffusion.SamplerState:
     emu = nnx.merge(graphdef, params)
-    guidance = guidance if uncond is not None else 1.0
     return paint_steps(emu, state, cond, uncond, guidance, table, first, last)
 
 
@@ -899,16 +912,16 @@ def _open_mixed(
     params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
-    slots: Int[Array, "B T"],
+    embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
     keys: Key[Array, "B"],
 ) -> mixed.MixedState:
     emu = nnx.merge(graphdef, params)
-    x = emu.embed(tokens, images, slots)
-    opened = tokens[:, -1] == emu.cfg.tokens.img
-    return mixed.start(emu, x, valid, opened, static, dynamic, keys)
+    x = emu.embed(tokens, images, embedding_index)
+    starts_image = tokens[:, -1] == emu.cfg.tokens.img
+    return mixed.start(emu, x, valid, starts_image, static, dynamic, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
@@ -921,7 +934,9 @@ def _decode_mixed(
     keys: Key[Array, "B"],
 ) -> mixed.MixedState:
     emu = nnx.merge(graphdef, params)
-    return mixed.decode_until(emu, state, state.step + STREAM_STEPS, static, dynamic, keys)
+    return mixed.decode_until(
+        emu, state, state.step + ELEMENTS_PER_STREAM_CHECK, static, dynamic, keys
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
@@ -930,13 +945,13 @@ def _complete(
     params: Params,
     images: Float[Array, "B images N D"],
     tokens: Int[Array, "B T"],
-    slots: Int[Array, "B T"],
+    embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
     keys: Key[Array, "B"],
 ) -> tuple[Int[Array, "B length"], Float[Array, "B new_images N D"]]:
     emu = nnx.merge(graphdef, params)
-    x = emu.embed(tokens, images, slots)
-    opened = tokens[:, -1] == emu.cfg.tokens.img
-    return mixed.complete(emu, x, valid, opened, static, dynamic, keys)
+    x = emu.embed(tokens, images, embedding_index)
+    starts_image = tokens[:, -1] == emu.cfg.tokens.img
+    return mixed.complete(emu, x, valid, starts_image, static, dynamic, keys)

@@ -63,7 +63,7 @@ class MixedState(NamedTuple):
     Attributes:
         tokens: in order; `<image>` stands for an embedding, padding follows the end.
         images: embeddings of the images in order of their `[IMG]`.
-        slot: the next embedding's index in its image, N for `[/IMG]`, -1 in text.
+        offset: the next embedding's index in its image, N for `[/IMG]`, -1 in text.
         count: complete images.
         written: text tokens so far, `[IMG]` and `</s>` included.
         element: embedding of the last element, which the next step reads.
@@ -72,7 +72,7 @@ class MixedState(NamedTuple):
     tokens: Int[Array, "B T"]
     images: Float[Array, "B images N D"]
     step: Int[Array, ""]
-    slot: Int[Array, "B"]
+    offset: Int[Array, "B"]
     count: Int[Array, "B"]
     written: Int[Array, "B"]
     done: Bool[Array, "B"]
@@ -87,20 +87,20 @@ def complete(
     emu: EmuModel,
     x: Float[Array, "B prompt D"],
     valid: Bool[Array, "B prompt"],
-    opened: Bool[Array, "B"],
+    starts_image: Bool[Array, "B"],
     static: StaticMixedSettings,
     dynamic: DynamicMixedSettings,
     keys: Key[Array, "B"] | None,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B images N D"]]:
     """Returns ids and image embeddings that follow left-padded prompts.
 
-    A row ends with `</s>`, after `max_new_tokens` of text (an image it has opened is still
-    completed), or where it would open more than `max_images` images.
+    A row ends with `</s>`, after `max_new_tokens` of text (an image that it has started is
+    still completed), or where it would start more than `max_images` images.
 
     Args:
-        opened: whether the prompt ends in `[IMG]`; an image then comes first.
+        starts_image: whether the prompt ends in `[IMG]`; an image then comes first.
     """
-    state = start(emu, x, valid, opened, static, dynamic, keys)
+    state = start(emu, x, valid, starts_image, static, dynamic, keys)
     steps = jnp.int32(static.steps(emu.cfg.cformer.n_causal))
     state = decode_until(emu, state, steps, static, dynamic, keys)
     return state.tokens, state.images
@@ -110,7 +110,7 @@ def start(
     emu: EmuModel,
     x: Float[Array, "B prompt D"],
     valid: Bool[Array, "B prompt"],
-    opened: Bool[Array, "B"],
+    starts_image: Bool[Array, "B"],
     static: StaticMixedSettings,
     dynamic: DynamicMixedSettings,
     keys: Key[Array, "B"] | None,
@@ -118,20 +118,20 @@ def start(
     """Returns the state after the first element; see `complete`."""
     ids, n = emu.cfg.tokens, emu.cfg.cformer.n_causal
     steps, (batch, _, width) = static.steps(n), x.shape
-    reader, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, steps - 1)
+    decoding, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, steps - 1)
     state = MixedState(
         tokens=jnp.full((batch, steps), ids.pad),
         images=jnp.zeros((batch, static.max_images, n, width), x.dtype),
         step=jnp.int32(0),
-        slot=jnp.where(opened, 0, -1),
+        offset=jnp.where(starts_image, 0, -1),
         count=jnp.zeros(batch, jnp.int32),
         written=jnp.zeros(batch, jnp.int32),
-        done=opened & (static.max_images == 0),
+        done=starts_image & (static.max_images == 0),
         element=jnp.zeros((batch, width), x.dtype),
-        positions=reader.positions,
-        logits=reader.logits,
+        positions=decoding.positions,
+        logits=decoding.logits,
         regressed=emu.llama.regress(last),
-        cache=reader.cache,
+        cache=decoding.cache,
     )
     return _choose(emu.llama, emu.cfg, state, static, dynamic, keys)
 
@@ -153,7 +153,7 @@ def decode_until(
         hidden, cache = llama.extend(
             state.element[:, None],
             state.positions[:, None],
-            jnp.ones((len(state.slot), 1), bool),
+            jnp.ones((len(state.offset), 1), bool),
             state.cache,
         )
         return state._replace(
@@ -191,8 +191,8 @@ def _choose(
         word = jax.vmap(jax.random.categorical)(step_keys(keys, state.step), scores)
     else:
         word = jnp.argmax(scores, axis=-1)
-    embeds, closes = (state.slot >= 0) & (state.slot < n), state.slot == n
-    writes = state.slot < 0
+    embeds, closes = (state.offset >= 0) & (state.offset < n), state.offset == n
+    writes = state.offset < 0
     opens = writes & (word == ids.img)
     max_images = static.max_images if dynamic.max_images is None else dynamic.max_images
     refused = opens & (state.count >= max_images)
@@ -202,19 +202,19 @@ def _choose(
     rows = jnp.arange(len(token))
     # Rows outside an image write out of range, which drops the write.
     number = jnp.where(embeds & ~state.done, state.count, static.max_images)
-    images = state.images.at[rows, number, jnp.clip(state.slot, 0, n - 1)].set(
+    images = state.images.at[rows, number, jnp.clip(state.offset, 0, n - 1)].set(
         state.regressed, mode="drop"
     )
     written = state.written + writes
     count = state.count + closes
-    slot = jnp.where(embeds, state.slot + 1, jnp.where(opens & ~refused, 0, -1))
-    spent = (slot < 0) & (written >= dynamic.max_new_tokens)
+    offset = jnp.where(embeds, state.offset + 1, jnp.where(opens & ~refused, 0, -1))
+    spent = (offset < 0) & (written >= dynamic.max_new_tokens)
     word_embedding = llama.embed_tokens(token).astype(state.element.dtype)
     return state._replace(
         tokens=state.tokens.at[:, state.step].set(token),
         images=images,
         step=state.step + 1,
-        slot=slot,
+        offset=offset,
         count=count,
         written=written,
         done=state.done | refused | (writes & (word == ids.eos)) | spent,

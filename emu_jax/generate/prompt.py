@@ -157,24 +157,24 @@ class Prompt:
     """A tokenized prompt.
 
     Attributes:
-        slots: image * N + slot at the `<image>` positions, else -1.
+        embedding_index: index among the embeddings of all its images at `<image>`, -1 elsewhere.
         images: preprocessed images, uint8, or float32 if `Normalized`.
     """
 
     tokens: Int[np.ndarray, "T"]
-    slots: Int[np.ndarray, "T"]
+    embedding_index: Int[np.ndarray, "T"]
     images: UInt8[np.ndarray, "images side side 3"] | Float[np.ndarray, "images side side 3"]
 
     @classmethod
     def of(
-        cls, parts: Parts, tokenizer: Tokenizer, cfg: EmuConfig, *, opens: bool = False
+        cls, parts: Parts, tokenizer: Tokenizer, cfg: EmuConfig, *, append_img: bool = False
     ) -> Prompt:
         """Tokenizes and preprocesses a prompt.
 
         A text may spell special tokens other than `<image>`; none can span two parts.
 
         Args:
-            opens: whether to append `[IMG]`, which starts an image.
+            append_img: whether to append `[IMG]`, which starts an image.
 
         Raises:
             UserError: a part is neither text nor an image, a video has no frames, a text spells
@@ -199,7 +199,7 @@ class Prompt:
                     )
                 texts.append(tokenizer.image_placeholder(n))
                 images.append(preprocess_image(image, cfg.vision.image_size))
-        tokens = tokenizer.encode_parts([*texts, IMG] if opens else texts)
+        tokens = tokenizer.encode_parts([*texts, IMG] if append_img else texts)
         if len(tokens) > cfg.llama.max_positions:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens, the model reads {cfg.llama.max_positions}: "
@@ -207,12 +207,12 @@ class Prompt:
             )
         tokens = np.asarray(tokens, np.int32)
         here = tokens == cfg.tokens.image
-        slots = np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)
+        embedding_index = np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)
         size = cfg.vision.image_size
         if len({image.dtype for image in images}) > 1:
             raise UserError(_MIXED)
         pixels = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
-        return cls(tokens, slots, pixels)
+        return cls(tokens, embedding_index, pixels)
 
 
 def preprocess_image(
@@ -268,7 +268,7 @@ class PromptBatch:
 
     tokens: Int[np.ndarray, "B T"]
     valid: Bool[np.ndarray, "B T"]
-    slots: Int[np.ndarray, "B T"]
+    embedding_index: Int[np.ndarray, "B T"]
     images: UInt8[np.ndarray, "all side side 3"] | Float[np.ndarray, "all side side 3"]
     image_index: Int[np.ndarray, "B images"]
 
@@ -291,17 +291,23 @@ def pad(
     padded = [prompts[min(i, len(prompts) - 1)] for i in range(rows)]
     tokens = np.full((rows, length), fill, np.int32)
     valid = np.zeros((rows, length), bool)
-    slots = np.full((rows, length), -1, np.int32)
+    embedding_index = np.full((rows, length), -1, np.int32)
     image_index = np.zeros((rows, images), np.int32)
     starts = np.cumsum([0] + [len(p.images) for p in prompts])
     for i, prompt in enumerate(padded):
         n = len(prompt.tokens)
         where = slice(length - n, length) if side == "left" else slice(0, n)
-        tokens[i, where], valid[i, where], slots[i, where] = prompt.tokens, True, prompt.slots
+        tokens[i, where], valid[i, where], embedding_index[i, where] = (
+            prompt.tokens,
+            True,
+            prompt.embedding_index,
+        )
         image_index[i, : len(prompt.images)] = starts[min(i, len(prompts) - 1)] + np.arange(
             len(prompt.images)
         )
-    return PromptBatch(tokens, valid, slots, _join([p.images for p in prompts]), image_index)
+    return PromptBatch(
+        tokens, valid, embedding_index, _join([p.images for p in prompts]), image_index
+    )
 
 
 def _join(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -56,9 +56,9 @@ def _load(folder: Path) -> Checker:
     def check(images: UInt8[np.ndarray, "B side side 3"]) -> UInt8[np.ndarray, "B side side 3"]:
         seen = processor(list(images), return_tensors="pt").pixel_values
         # It blackens the images that it is given, so only its verdict is used.
-        _, found = model(images=[p / 255 for p in images], clip_input=seen)
-        if any(found):
-            log.warning("the safety checker found something in %d images", sum(found))
-        return np.where(np.asarray(found)[:, None, None, None], np.uint8(0), images)
+        _, flagged = model(images=[p / 255 for p in images], clip_input=seen)
+        if any(flagged):
+            log.warning("the safety checker found something in %d images", sum(flagged))
+        return np.where(np.asarray(flagged)[:, None, None, None], np.uint8(0), images)
 
     return check

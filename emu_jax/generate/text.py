@@ -6,7 +6,7 @@ n-grams. `max_new_tokens` does not count it.
 
 A prompt is read once (prefill). Then one `lax.while_loop` holds the logits processors, the choice
 of a token and the next decode step, on a KV cache that is updated in place. The beams of a prompt
-share its keys and values: only the generated slots are gathered when beams change places.
+share its keys and values: only the generated slots are gathered when beams are reordered.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def decode(
             `</s>`.
     """
     llama = llama.unstacked_for_decoding()
-    reader, _ = prefill(llama, x, valid, static.num_beams * (static.slots - 1))
+    decoding, _ = prefill(llama, x, valid, static.num_beams * (static.slots - 1))
     run = _beam_search if static.num_beams > 1 else _sample
-    return run(llama, reader, static, dynamic, keys, allowed)
+    return run(llama, decoding, static, dynamic, keys, allowed)
 
 
 def step_keys(keys: Key[Array, "B"] | None, step: Int[Array, ""] | int) -> Key[Array, "B"]:
@@ -163,7 +163,7 @@ class SampleState(NamedTuple):
 def decode_until(
     llama: Llama,
     state: SampleState,
-    reader: DecodeState,
+    decoding: DecodeState,
     until: Int[Array, ""],
     static: StaticSettings,
     dynamic: DynamicSettings,
@@ -174,29 +174,29 @@ def decode_until(
     graphdef, params = nnx.split(llama)
 
     def step(carry: tuple[SampleState, DecodeState]) -> tuple[SampleState, DecodeState]:
-        state, reader = carry
+        state, decoding = carry
         token = jnp.take(state.sequences, state.length - 1, axis=1)
-        reader = decode_token(nnx.merge(graphdef, params), reader, token)
-        return state.extend(reader.logits, static, dynamic, keys, allowed), reader
+        decoding = decode_token(nnx.merge(graphdef, params), decoding, token)
+        return state.extend(decoding.logits, static, dynamic, keys, allowed), decoding
 
     def unfinished(carry: tuple[SampleState, DecodeState]) -> Bool[Array, ""]:
         return (carry[0].length < until) & ~jnp.all(carry[0].done)
 
-    return jax.lax.while_loop(unfinished, step, (state, reader))
+    return jax.lax.while_loop(unfinished, step, (state, decoding))
 
 
 def _sample(
     llama: Llama,
-    reader: DecodeState,
+    decoding: DecodeState,
     static: StaticSettings,
     dynamic: DynamicSettings,
     keys: Key[Array, "B"] | None,
     allowed: Int[Array | np.ndarray, "choices choice"] | None,
 ) -> Int[Array, "B T"]:
-    state = SampleState.start(reader.logits.shape[0], static)
-    state = state.extend(reader.logits, static, dynamic, keys, allowed)
+    state = SampleState.start(decoding.logits.shape[0], static)
+    state = state.extend(decoding.logits, static, dynamic, keys, allowed)
     state, _ = decode_until(
-        llama, state, reader, dynamic.max_length, static, dynamic, keys, allowed
+        llama, state, decoding, dynamic.max_length, static, dynamic, keys, allowed
     )
     return state.sequences
 
@@ -205,7 +205,7 @@ class Finished(NamedTuple):
     """The best finished sequences of each row (transformers 4.31: `BeamHypotheses`).
 
     Attributes:
-        order: when each sequence was added, from 1; 0 marks a free place.
+        order: when each sequence was added, from 1; 0 marks a free slot.
     """
 
     scores: Float[Array, "B beams"]
@@ -215,13 +215,13 @@ class Finished(NamedTuple):
 
     @classmethod
     def none(cls, batch: int, beams: int, width: int, pad: int) -> Finished:
-        """Returns only free places."""
+        """Returns only free slots."""
         zeros = jnp.zeros((batch, beams), jnp.int32)
         sequences = jnp.full((batch, beams, width), pad)
         return cls(zeros.astype(jnp.float32), sequences, zeros, zeros)
 
     def full(self) -> Bool[Array, "B"]:
-        """Returns which rows have no free place."""
+        """Returns which rows have no free slot."""
         return jnp.all(self.order > 0, axis=1)
 
     def worst(self) -> Float[Array, "B"]:
@@ -230,45 +230,45 @@ class Finished(NamedTuple):
 
     def add(
         self,
-        wanted: Bool[Array, "B"],
+        accepted: Bool[Array, "B"],
         score: Float[Array, "B"],
         sequence: Int[Array, "B T"],
         length: Int[Array, ""],
     ) -> Finished:
-        """Adds each row's `sequence` where it is wanted.
+        """Adds each row's `sequence` where it is accepted.
 
-        It takes a free place, or replaces the worst sequence if it is better; of equally bad ones
+        It takes a free slot, or replaces the worst sequence if it is better; of equally bad ones
         it replaces the oldest.
         """
-        wanted = wanted & (~self.full() | (score > self.worst()))
+        accepted = accepted & (~self.full() | (score > self.worst()))
         free = self.order == 0
         key = jnp.where(free, -jnp.inf, self.scores)
         lowest = key == jnp.min(key, axis=1, keepdims=True)
         lowest &= ~jnp.any(free, axis=1, keepdims=True) | free
-        place = jnp.argmin(jnp.where(lowest, self.order, jnp.iinfo(jnp.int32).max), axis=1)
-        here = wanted[:, None] & (jnp.arange(key.shape[1]) == place[:, None])
+        slot = jnp.argmin(jnp.where(lowest, self.order, jnp.iinfo(jnp.int32).max), axis=1)
+        replaces = accepted[:, None] & (jnp.arange(key.shape[1]) == slot[:, None])
         newest = jnp.max(self.order, axis=1, keepdims=True) + 1
         return Finished(
-            jnp.where(here, score[:, None], self.scores),
-            jnp.where(here[..., None], sequence[:, None], self.sequences),
-            jnp.where(here, length, self.lengths),
-            jnp.where(here, newest, self.order),
+            jnp.where(replaces, score[:, None], self.scores),
+            jnp.where(replaces[..., None], sequence[:, None], self.sequences),
+            jnp.where(replaces, length, self.lengths),
+            jnp.where(replaces, newest, self.order),
         )
 
     def add_first(
         self,
         count: int,
-        wanted: Bool[Array, "B candidates"],
+        eligible: Bool[Array, "B candidates"],
         logp: Float[Array, "B candidates"],
         sequences: Int[Array, "B candidates T"],
         length: Int[Array, ""],
         dynamic: DynamicSettings,
     ) -> Finished:
-        """Adds the wanted ones of each row's first `count` candidates, best first."""
+        """Adds the eligible ones of each row's first `count` candidates, best first."""
 
         def add(n: Int[Array, ""], finished: Finished) -> Finished:
             score = logp[:, n] / _length_norm(length, dynamic)
-            return finished.add(wanted[:, n], score, sequences[:, n], length)
+            return finished.add(eligible[:, n], score, sequences[:, n], length)
 
         return jax.lax.fori_loop(0, count, add, self)
 
@@ -276,9 +276,9 @@ class Finished(NamedTuple):
         """Returns the best sequence of each row and its length; of equals the newest."""
         key = jnp.where(self.order > 0, self.scores, -jnp.inf)
         top = (key == jnp.max(key, axis=1, keepdims=True)) & (self.order > 0)
-        place = jnp.argmax(jnp.where(top, self.order, 0), axis=1)
-        sequences = jnp.take_along_axis(self.sequences, place[:, None, None], axis=1)[:, 0]
-        return sequences, jnp.take_along_axis(self.lengths, place[:, None], axis=1)[:, 0]
+        slot = jnp.argmax(jnp.where(top, self.order, 0), axis=1)
+        sequences = jnp.take_along_axis(self.sequences, slot[:, None, None], axis=1)[:, 0]
+        return sequences, jnp.take_along_axis(self.lengths, slot[:, None], axis=1)[:, 0]
 
 
 class BeamState(NamedTuple):
@@ -353,8 +353,8 @@ class BeamState(NamedTuple):
         sequences = jnp.take_along_axis(self.sequences, parents[..., None], axis=1)
 
         # An end that is not among the best `beams` does not count.
-        wanted = ends & ~self.done[:, None]
-        finished = self.finished.add_first(beams, wanted, best, sequences, self.length, dynamic)
+        ends_row = ends & ~self.done[:, None]
+        finished = self.finished.add_first(beams, ends_row, best, sequences, self.length, dynamic)
         if static.early_stopping is True:
             enough = jnp.ones(batch, bool)
         else:
@@ -363,13 +363,13 @@ class BeamState(NamedTuple):
                 reach = jnp.where(dynamic.length_penalty > 0, dynamic.max_length, reach)
             enough = finished.worst() >= best[:, 0] / _length_norm(reach, dynamic)
 
-        open_ = jnp.argsort(ends, axis=1, stable=True)[:, :beams]  # at most `beams` of them end
-        tokens = jnp.take_along_axis(tokens, open_, axis=1)
-        sequences = jnp.take_along_axis(sequences, open_[..., None], axis=1)
+        survivors = jnp.argsort(ends, axis=1, stable=True)[:, :beams]  # at most `beams` of them end
+        tokens = jnp.take_along_axis(tokens, survivors, axis=1)
+        sequences = jnp.take_along_axis(sequences, survivors[..., None], axis=1)
         return BeamState(
             sequences.at[:, :, self.length].set(tokens),
-            jnp.take_along_axis(best, open_, axis=1),
-            jnp.take_along_axis(parents, open_, axis=1),
+            jnp.take_along_axis(best, survivors, axis=1),
+            jnp.take_along_axis(parents, survivors, axis=1),
             self.length + 1,
             self.done | (finished.full() & enough),
             finished,
@@ -377,9 +377,9 @@ class BeamState(NamedTuple):
 
     def best(self, static: StaticSettings, dynamic: DynamicSettings) -> Int[Array, "B T"]:
         """Returns the best sequence of each row, open beams included if the search was cut off."""
-        wanted = jnp.broadcast_to(~self.done[:, None], self.scores.shape)
+        open_beams = jnp.broadcast_to(~self.done[:, None], self.scores.shape)
         finished = self.finished.add_first(
-            static.num_beams, wanted, self.scores, self.sequences, self.length, dynamic
+            static.num_beams, open_beams, self.scores, self.sequences, self.length, dynamic
         )
         sequences, lengths = finished.best()
         at, lengths = jnp.arange(sequences.shape[1]), lengths[:, None]
@@ -398,29 +398,29 @@ _BeamCarry: TypeAlias = tuple[BeamState, DecodeState, Bool[Array, "B beams S"]]
 
 def _beam_search(
     llama: Llama,
-    reader: DecodeState,
+    decoding: DecodeState,
     static: StaticSettings,
     dynamic: DynamicSettings,
     keys: Key[Array, "B"] | None,
     allowed: Int[Array | np.ndarray, "choices choice"] | None,
 ) -> Int[Array, "B T"]:
-    batch, beams = reader.logits.shape[0], static.num_beams
+    batch, beams = decoding.logits.shape[0], static.num_beams
     graphdef, params = nnx.split(llama)
 
     def step(carry: _BeamCarry) -> _BeamCarry:
-        state, reader, ancestors = carry
+        state, decoding, ancestors = carry
         ancestors = jnp.take_along_axis(ancestors, state.parents[..., None], axis=1)
         tokens = jnp.take(state.sequences, state.length - 1, axis=2)
-        reader, ancestors = decode_beams(nnx.merge(graphdef, params), reader, tokens, ancestors)
-        return state.extend(reader.logits, static, dynamic, keys, allowed), reader, ancestors
+        decoding, ancestors = decode_beams(nnx.merge(graphdef, params), decoding, tokens, ancestors)
+        return state.extend(decoding.logits, static, dynamic, keys, allowed), decoding, ancestors
 
     def unfinished(carry: _BeamCarry) -> Bool[Array, ""]:
         return (carry[0].length < dynamic.max_length) & ~jnp.all(carry[0].done)
 
-    ancestors = jnp.repeat(reader.cache.valid[:, None], beams, axis=1)
-    reader = reader._replace(logits=jnp.repeat(reader.logits, beams, axis=0))
-    state = BeamState.start(batch, static).extend(reader.logits, static, dynamic, keys, allowed)
-    state, *_ = jax.lax.while_loop(unfinished, step, (state, reader, ancestors))
+    ancestors = jnp.repeat(decoding.cache.valid[:, None], beams, axis=1)
+    decoding = decoding._replace(logits=jnp.repeat(decoding.logits, beams, axis=0))
+    state = BeamState.start(batch, static).extend(decoding.logits, static, dynamic, keys, allowed)
+    state, *_ = jax.lax.while_loop(unfinished, step, (state, decoding, ancestors))
     return state.best(static, dynamic)
 
 

@@ -156,11 +156,11 @@ def splash(
         block_kv_dkv_compute=min(block, SPLASH_COMPUTE),
         use_fused_bwd_kernel=True,
     )
-    one = (kernels.CausalMask if causal else kernels.FullMask)((length, length))
+    head_mask = (kernels.CausalMask if causal else kernels.FullMask)((length, length))
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> Any:
+    def run_shard(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> Any:
         kernel = kernels.make_splash_mha(
-            mask=kernels.MultiHeadMask([one] * q.shape[1]),
+            mask=kernels.MultiHeadMask([head_mask] * q.shape[1]),
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
@@ -174,12 +174,15 @@ def splash(
     q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        out: Any = local(q, k, v, segment_ids)
+        out: Any = run_shard(q, k, v, segment_ids)
     else:
-        split = spec(("batch", "heads", None, None), q.shape, mesh)
-        rows = None if segment_ids is None else P(split[0], None)
+        qkv_spec = spec(("batch", "heads", None, None), q.shape, mesh)
+        segment_spec = None if segment_ids is None else P(qkv_spec[0], None)
         out: Any = jax.shard_map(
-            local, in_specs=(split, split, split, rows), out_specs=split, check_vma=False
+            run_shard,
+            in_specs=(qkv_spec, qkv_spec, qkv_spec, segment_spec),
+            out_specs=qkv_spec,
+            check_vma=False,
         )(q, k, v, segment_ids)
     return jnp.swapaxes(out, 1, 2)
 
@@ -194,7 +197,7 @@ def short(
 ) -> Float[Array, "B T H K"]:
     """`short_attention`. Each device computes its own rows and heads."""
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def run_shard(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         flat = (rearrange(x, "b t h k -> b t (h k)") for x in (q, k, v))
         out = checkpoint_name(
             short_attention(*flat, q.shape[2], scale, interpret), CHECKPOINT_ATTENTION
@@ -203,10 +206,12 @@ def short(
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q, k, v)
-    split = spec(("batch", None, "heads", None), q.shape, mesh)
-    run: Any = jax.shard_map(local, in_specs=(split,) * 3, out_specs=split, check_vma=False)
-    return run(q, k, v)
+        return run_shard(q, k, v)
+    qkv_spec = spec(("batch", None, "heads", None), q.shape, mesh)
+    run_sharded: Any = jax.shard_map(
+        run_shard, in_specs=(qkv_spec,) * 3, out_specs=qkv_spec, check_vma=False
+    )
+    return run_sharded(q, k, v)
 
 
 def cudnn(

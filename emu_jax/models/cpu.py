@@ -139,7 +139,7 @@ def attention(
         bias is not None
         or dropout is not None
         or cached
-        or xla.in_causal_blocks(q, causal, mask, bias, dropout, cached)
+        or xla.is_blockwise_causal(q, causal, mask, bias, dropout, cached)
     ):
         return xla.attention(
             q,
@@ -156,7 +156,7 @@ def attention(
     mask = xla.joint_mask(q.shape[1], causal, segment_ids, mask)
     if mask is None and q.shape[1] * k.shape[1] >= LARGE_SCORES:
         return checkpoint_name(_large_attention(q, k, v, scale), CHECKPOINT_ATTENTION)
-    q, scale = xla.scaled(q, scale)
+    q, scale = xla.scale_queries(q, scale)
     # Cutting a batch that is sharded over devices would move its rows between them.
     mesh = jax.sharding.get_abstract_mesh()
     if mask is not None or (not mesh.empty and mesh.size > 1):

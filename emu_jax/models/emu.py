@@ -71,32 +71,32 @@ class EmuModel(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         images: Float[Array, "B I N D"] | None = None,
-        image_slots: Int[Array, "B T"] | None = None,
+        embedding_index: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the embeddings of each row: those of an image at its `<image>` positions, those
         of the token table elsewhere.
 
-        `image_slots` holds image * N + slot at `<image>` positions and -1 elsewhere.
+        `embedding_index` holds image * N + n for embedding n of an image, and -1 in text.
         """
         x = self.llama.embed_tokens(tokens)
-        if images is None or image_slots is None:
+        if images is None or embedding_index is None:
             return x
         x = x.astype(images.dtype)
         visual = rearrange(images, "b i n d -> b (i n) d")
-        visual = jnp.take_along_axis(visual, jnp.maximum(image_slots, 0)[..., None], axis=1)
-        return jnp.where((image_slots >= 0)[..., None], visual, x)
+        visual = jnp.take_along_axis(visual, jnp.maximum(embedding_index, 0)[..., None], axis=1)
+        return jnp.where((embedding_index >= 0)[..., None], visual, x)
 
     def regression_mask(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        image_slots: Int[Array, "B T"] | None = None,
+        embedding_index: Int[Array, "B T"] | None = None,
         image_scored: Bool[Array, "B I"] | None = None,
     ) -> Bool[Array, "B T"]:
         """Returns the positions t whose state regresses the embedding at t + 1.
 
         These are `[IMG]` and `<image>` where `<image>` or `[/IMG]` follows in the same document,
-        N + 1 per image. With `image_slots` and `image_scored`, only scored images count.
+        N + 1 per image. With `embedding_index` and `image_scored`, only scored images count.
         """
         ids = self.cfg.tokens
         here = (tokens == ids.img) | (tokens == ids.image)
@@ -104,11 +104,11 @@ class EmuModel(nnx.Module):
         follows = (after == ids.image) | (after == ids.img_end)
         same = segment_ids == jnp.roll(segment_ids, -1, axis=1)
         mask = (here & follows & same).at[:, -1].set(False)
-        if image_slots is None or image_scored is None:
+        if embedding_index is None or image_scored is None:
             return mask
-        slot = jnp.maximum(image_slots, jnp.roll(image_slots, -1, axis=1))  # at t or t + 1
-        picture = jnp.maximum(slot, 0) // self.cfg.cformer.n_causal
-        return mask & jnp.take_along_axis(image_scored, picture, axis=1)
+        index = jnp.maximum(embedding_index, jnp.roll(embedding_index, -1, axis=1))  # at t or t + 1
+        image = jnp.maximum(index, 0) // self.cfg.cformer.n_causal
+        return mask & jnp.take_along_axis(image_scored, image, axis=1)
 
     def regress_image(
         self,
@@ -146,14 +146,14 @@ class EmuModel(nnx.Module):
         tokens: Int[Array, "B T"],
         lengths: Int[Array, "B"],
         images: Float[Array, "B I N D"] | None = None,
-        image_slots: Int[Array, "B T"] | None = None,
+        embedding_index: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B N D"]:
         """Generates the N embeddings that follow right-padded contexts, each ending in `[IMG]`.
 
         Right padding and positions from 0 are as in the release's `generate_image`.
         """
         batch, length = tokens.shape
-        x = self.embed(tokens, images, image_slots)
+        x = self.embed(tokens, images, embedding_index)
         llama = self.llama.unstacked_for_decoding()
         cache = llama.empty_cache(batch, length + self.cfg.cformer.n_causal - 1, x.dtype)
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))

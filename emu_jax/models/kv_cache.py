@@ -82,8 +82,8 @@ class KVCache:
 
     def mark(self, valid: Bool[Array, "B T"]) -> KVCache:
         """Records which of the next T slots hold tokens rather than padding."""
-        slots = jax.lax.dynamic_update_slice(self.valid, valid, (0, self.used))
-        return dataclasses.replace(self, valid=slots)
+        marked = jax.lax.dynamic_update_slice(self.valid, valid, (0, self.used))
+        return dataclasses.replace(self, valid=marked)
 
     def causal_mask(self, length: int) -> Bool[Array, "B T S"]:
         """Returns the mask by which each of the next `length` tokens sees the valid slots up to its

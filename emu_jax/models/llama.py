@@ -23,7 +23,7 @@ from emu_jax.models.lora import LoraLinear, adapted
 from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 from emu_jax.sharding import shard, spec
 
-Cache = TypeVar("Cache", KVCache, None)
+MaybeCache = TypeVar("MaybeCache", KVCache, None)
 
 
 def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "pairs"]:
@@ -47,9 +47,9 @@ def rotary(
     """
     frequency = rotary_frequencies(x.shape[-1], theta)
     angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, K/2]
-    kept = jnp.finfo(dtype)
+    precision = jnp.finfo(dtype)
     cos, sin = (
-        jax.lax.reduce_precision(wave, kept.nexp, kept.nmant)
+        jax.lax.reduce_precision(wave, precision.nexp, precision.nmant)
         for wave in (jnp.cos(angle), jnp.sin(angle))
     )
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -76,10 +76,10 @@ class LlamaAttention(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         inner = cfg.heads * cfg.head_width
-        into = (cfg.width, inner, ("embed", "heads"), rngs)
-        self.q_proj = _linear(cfg, "self_attn.q_proj", *into)
-        self.k_proj = _linear(cfg, "self_attn.k_proj", *into)
-        self.v_proj = _linear(cfg, "self_attn.v_proj", *into)
+        projection = (cfg.width, inner, ("embed", "heads"), rngs)
+        self.q_proj = _linear(cfg, "self_attn.q_proj", *projection)
+        self.k_proj = _linear(cfg, "self_attn.k_proj", *projection)
+        self.v_proj = _linear(cfg, "self_attn.v_proj", *projection)
         self.o_proj = _linear(cfg, "self_attn.o_proj", inner, cfg.width, ("heads", "embed"), rngs)
         self.cfg = cfg
 
@@ -89,12 +89,12 @@ class LlamaAttention(nnx.Module):
         positions: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: Cache = None,
+        cache: MaybeCache = None,
         layer: int | Int[Array, ""] = 0,
         mask: Bool[Array, "B 1 T S"] | None = None,
         dropout_key: jax.Array | None = None,
         backend: str | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], MaybeCache]:
         """Attends within `x`, or to a cache: see `LlamaBlock`."""
         q, k, v = self._project(x, positions, dropout_key)
         scale = self.cfg.head_width**-0.5
@@ -161,12 +161,12 @@ class LlamaBlock(nnx.Module):
         positions: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: Cache = None,
+        cache: MaybeCache = None,
         layer: int | Int[Array, ""] = 0,
         mask: Bool[Array, "B 1 T S"] | None = None,
         dropout_key: jax.Array | None = None,
         backend: str | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], MaybeCache]:
         """Returns hidden states and the cache.
 
         Without a cache, attention is causal within `x` and runs on `backend`. With `segment_ids`,
@@ -296,22 +296,22 @@ class Llama(nnx.Module):
         gradient is summed over devices once, not once per block.
         """
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        how = {"vocab": self.cfg.vocab_size, "block": block}
+        settings = {"vocab": self.cfg.vocab_size, "block": block}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return kernels().cross_entropy(hidden, kernel, targets, **how)
-        rows = spec(("batch", None, None), hidden.shape, mesh)[0]
-        width, columns = spec(("embed", "vocab"), kernel.shape, mesh)
+            return kernels().cross_entropy(hidden, kernel, targets, **settings)
+        batch_axes = spec(("batch", None, None), hidden.shape, mesh)[0]
+        embed_axis, vocab_axis = spec(("embed", "vocab"), kernel.shape, mesh)
 
-        def local(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
-            if width is not None:
-                kernel = jax.lax.all_gather(kernel, width, axis=0, tiled=True)
-            return kernels().cross_entropy(hidden, kernel, targets, axis=columns, **how)
+        def shard_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+            if embed_axis is not None:
+                kernel = jax.lax.all_gather(kernel, embed_axis, axis=0, tiled=True)
+            return kernels().cross_entropy(hidden, kernel, targets, axis=vocab_axis, **settings)
 
         return jax.shard_map(
-            local,
-            in_specs=(P(rows), P(width, columns), P(rows)),
-            out_specs=P(rows),
+            shard_losses,
+            in_specs=(P(batch_axes), P(embed_axis, vocab_axis), P(batch_axes)),
+            out_specs=P(batch_axes),
             check_vma=False,
         )(hidden, kernel, targets)
 

@@ -156,7 +156,7 @@ class VAE(nnx.Module):
         height, width = x.shape[1:3]
         if height % self.cfg.downscale or width % self.cfg.downscale:
             raise UserError(
-                f"a picture of {height}x{width}: each side must be a multiple of "
+                f"an image of {height}x{width}: each side must be a multiple of "
                 f"{self.cfg.downscale}"
             )
         mean, logvar = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)

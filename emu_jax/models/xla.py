@@ -119,14 +119,14 @@ def attention(
 ) -> Float[Array, "B T H K"]:
     """Attention that materializes all scores, or for long causal rows one block of queries at a
     time."""
-    if in_causal_blocks(q, causal, mask, bias, dropout, cached):
-        return blockwise_causal_attention(*scaled(q, scale), k, v, segment_ids)
+    if is_blockwise_causal(q, causal, mask, bias, dropout, cached):
+        return blockwise_causal_attention(*scale_queries(q, scale), k, v, segment_ids)
     mask = joint_mask(q.shape[1], causal, segment_ids, mask)
     out = plain_attention(q, k, v, mask, bias, scale, dropout, cached)
     return checkpoint_name(out, CHECKPOINT_ATTENTION)
 
 
-def in_causal_blocks(
+def is_blockwise_causal(
     q: Float[Array, "B T H K"],
     causal: bool,
     mask: jax.Array | None,
@@ -163,7 +163,9 @@ def plain_attention(
     return jnp.einsum(f"bhts,{values}->bhtk", weights, v).swapaxes(1, 2)
 
 
-def scaled(q: Float[Array, "B T H K"], scale: float) -> tuple[Float[Array, "B T H K"], float]:
+def scale_queries(
+    q: Float[Array, "B T H K"], scale: float
+) -> tuple[Float[Array, "B T H K"], float]:
     """Returns queries, and the scale that is left to apply to their scores.
 
     Scales float32 queries here; others would be rounded.

@@ -84,7 +84,7 @@ def calibrate() -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def calibration_table(rows: list[dict[str, Any]]) -> str:
     """Formats the rows of `calibrate` as a text table."""
     lines = ["run          topology   published  no overlap (error)  overlap (error)"]
     for row in rows:

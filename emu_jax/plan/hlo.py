@@ -49,6 +49,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One instruction of a computation."""
+
     name: str
     arrays: tuple[Array, ...]
     op: str
@@ -137,13 +139,13 @@ def count(text: str) -> Counts:
     """Counts a compiled module (`jax.stages.Compiled.as_text()`)."""
     computations, entry = parse(text)
     counts = Counts()
-    _Walk(computations, counts).run(entry, 1.0)
+    _InstructionCounter(computations, counts).run(entry, 1.0)
     if counts.host_bytes:
         counts.unknown.add("the time of traffic with the host's memory")
     return counts
 
 
-class _Walk:
+class _InstructionCounter:
     def __init__(self, computations: dict[str, Computation], counts: Counts) -> None:
         self.computations, self.counts = computations, counts
 
@@ -151,21 +153,24 @@ class _Walk:
         """Counts a computation that runs `times` times."""
         body = self.computations[name]
         seen: set[str] = set()  # channels: a gather that overlaps matmuls appears in each
-        for one in body.values():
-            if one.op == "while":
-                turns = self.turns(one)
-                self.run(_bare(one.attribute("body")), times * turns)
-            elif one.op == "conditional":
-                branches = one.attribute("branch_computations") or ""
-                both = [one.attribute("true_computation"), one.attribute("false_computation")]
+        for instruction in body.values():
+            if instruction.op == "while":
+                trip_count = self.trip_count(instruction)
+                self.run(_bare(instruction.attribute("body")), times * trip_count)
+            elif instruction.op == "conditional":
+                branches = instruction.attribute("branch_computations") or ""
+                both = [
+                    instruction.attribute("true_computation"),
+                    instruction.attribute("false_computation"),
+                ]
                 for branch in _NAME.findall(branches) or [_bare(b) for b in both if b]:
                     self.run(branch, times)  # an upper bound
-            elif one.op in ("call", "call-start", "async-start") and one.called:
-                self.run(one.called, times)
+            elif instruction.op in ("call", "call-start", "async-start") and instruction.called:
+                self.run(instruction.called, times)
             else:
-                self.one(body, one, times, seen)
+                self.count_instruction(body, instruction, times, seen)
 
-    def turns(self, loop: Instruction) -> float:
+    def trip_count(self, loop: Instruction) -> float:
         """Returns the trip count of a loop, and records it in `Counts.unknown` if it is a guess.
 
         Assumes a counter that starts at 0, is compared with a constant and grows by a constant
@@ -176,122 +181,139 @@ class _Walk:
             return float(known[1])
         condition = self.computations[_bare(loop.attribute("condition"))]
         body = self.computations[_bare(loop.attribute("body"))]
-        bounds = [value for one in condition.values() if (value := _constant(one)) is not None]
-        counters = [one for one in condition.values() if one.op == "get-tuple-element"]
+        bounds = [
+            value
+            for instruction in condition.values()
+            if (value := _constant(instruction)) is not None
+        ]
+        counters = [
+            instruction
+            for instruction in condition.values()
+            if instruction.op == "get-tuple-element"
+        ]
         if len(bounds) == len(counters) == 1:
             place = int(counters[0].attribute("index") or 0)
-            root = next(one for one in body.values() if one.root)
+            root = next(instruction for instruction in body.values() if instruction.root)
             grown = body.get(root.operands[place]) if root.op == "tuple" else None
             if grown is not None and grown.op == "add":
                 steps = [_constant(body[name]) for name in grown.operands if name in body]
                 if step := max((step or 0 for step in steps), default=0):
                     return math.ceil(bounds[0] / step)
-        self.counts.unknown.add(f"the turns of {loop.name}")
+        self.counts.unknown.add(f"the trip count of {loop.name}")
         return float(bounds[0]) if len(bounds) == 1 else 1.0
 
-    def one(self, body: Computation, one: Instruction, times: float, seen: set[str]) -> None:
-        if one.op in _FREE:
+    def count_instruction(
+        self, body: Computation, instruction: Instruction, times: float, seen: set[str]
+    ) -> None:
+        if instruction.op in _FREE:
             return
-        for channel, collective in self.collectives(body, one):
+        for channel, collective in self.collectives(body, instruction):
             if channel not in seen:
                 self.counts.collectives[collective] += times
             seen.add(channel)
-        if one.op == "send" and "megascale" in one.attributes:
-            self.counts.dcn_bytes += one.arrays[0].bytes * times
-        flops = self.flops(body, one)
-        if one.op in _COLLECTIVES or one.op.startswith(("send", "recv")):
+        if instruction.op == "send" and "megascale" in instruction.attributes:
+            self.counts.dcn_bytes += instruction.arrays[0].bytes * times
+        flops = self.flops(body, instruction)
+        if instruction.op in _COLLECTIVES or instruction.op.startswith(("send", "recv")):
             return  # takes network time only
-        if one.op.endswith(("-done", "-update")):
+        if instruction.op.endswith(("-done", "-update")):
             return
-        moved = self.hbm_bytes(body, one)
-        if any(array.space == _HOST for array in one.arrays):
-            self.counts.host_bytes += one.arrays[0].bytes * times
+        moved = self.hbm_bytes(body, instruction)
+        if any(array.space == _HOST for array in instruction.arrays):
+            self.counts.host_bytes += instruction.arrays[0].bytes * times
         self.counts.flops += flops * times
         self.counts.hbm_bytes += moved * times
         if flops or moved:
-            source = re.search(r'op_name="([^"]*)"', one.attributes)
-            name = source[1] if source else one.op
+            source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+            name = source[1] if source else instruction.op
             self.counts.instructions.append(Cost(flops, moved, times, name))
 
     # FLOPs
 
-    def flops(self, body: Computation, one: Instruction) -> float:
-        if one.op == "dot":
-            lhs = body[one.operands[0]].arrays[0].shape
-            contracted = _numbers(one.attribute("lhs_contracting_dims") or "")
-            return 2.0 * one.arrays[0].elements * math.prod(lhs[axis] for axis in contracted)
-        if one.op == "convolution":
-            shapes = [body[name].arrays[0].shape for name in one.operands[:2]]
-            return _convolution(one, *shapes)
-        if one.op == "fusion" and one.called:
-            inner = self.computations[one.called]
+    def flops(self, body: Computation, instruction: Instruction) -> float:
+        if instruction.op == "dot":
+            lhs = body[instruction.operands[0]].arrays[0].shape
+            contracted = _numbers(instruction.attribute("lhs_contracting_dims") or "")
+            return (
+                2.0 * instruction.arrays[0].elements * math.prod(lhs[axis] for axis in contracted)
+            )
+        if instruction.op == "convolution":
+            shapes = [body[name].arrays[0].shape for name in instruction.operands[:2]]
+            return _convolution(instruction, *shapes)
+        if instruction.op == "fusion" and instruction.called:
+            inner = self.computations[instruction.called]
             return sum(self.flops(inner, each) for each in inner.values())
-        if one.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.attributes:
+        if (
+            instruction.op == "custom-call"
+            and 'custom_call_target="tpu_custom_call"' in instruction.attributes
+        ):
             for prefix, kernel in KERNELS.items():
-                if one.name.startswith(prefix):
-                    return kernel(one, [body[name].arrays[0].shape for name in one.operands])
-            self.counts.unknown.add(f"kernel {one.name}")
+                if instruction.name.startswith(prefix):
+                    return kernel(
+                        instruction, [body[name].arrays[0].shape for name in instruction.operands]
+                    )
+            self.counts.unknown.add(f"kernel {instruction.name}")
         return 0.0
 
     # Bytes
 
-    def hbm_bytes(self, body: Computation, one: Instruction) -> float:
+    def hbm_bytes(self, body: Computation, instruction: Instruction) -> float:
         """Returns the HBM bytes that one instruction reads and writes."""
-        operands = [body[name].arrays for name in one.operands if name in body]
-        if one.op == "fusion" and one.called:
-            inner = self.computations[one.called]
-            read = sum(self.read(inner, n, arrays) for n, arrays in enumerate(operands))
-            return read + self.written(inner, one)
-        if one.op in ("dynamic-slice", "slice", "gather"):
-            return 2 * _hbm(one.arrays)
-        if one.op in ("dynamic-update-slice", "scatter"):
+        operands = [body[name].arrays for name in instruction.operands if name in body]
+        if instruction.op == "fusion" and instruction.called:
+            inner = self.computations[instruction.called]
+            bytes_read = sum(self.bytes_read(inner, n, arrays) for n, arrays in enumerate(operands))
+            return bytes_read + self.bytes_written(inner, instruction)
+        if instruction.op in ("dynamic-slice", "slice", "gather"):
+            return 2 * _hbm(instruction.arrays)
+        if instruction.op in ("dynamic-update-slice", "scatter"):
             return 2 * sum(map(_hbm, operands[1:]))
-        if one.op == "slice-start":  # its arrays are (operands, result, context)
-            source, result = one.arrays[:2]
+        if instruction.op == "slice-start":  # its arrays are (operands, result, context)
+            source, result = instruction.arrays[:2]
             return result.bytes * (source.in_hbm + result.in_hbm)
-        if one.op in ("copy-start", "copy"):
+        if instruction.op in ("copy-start", "copy"):
             # The arrays of an asynchronous copy are (destination, source, context).
-            return _hbm(one.arrays[:1]) + sum(map(_hbm, operands[:1]))
-        return _hbm(one.arrays) + sum(map(_hbm, operands))
+            return _hbm(instruction.arrays[:1]) + sum(map(_hbm, operands[:1]))
+        return _hbm(instruction.arrays) + sum(map(_hbm, operands))
 
-    def read(self, inner: Computation, number: int, arrays: Sequence[Array]) -> float:
+    def bytes_read(self, inner: Computation, number: int, arrays: Sequence[Array]) -> float:
         """Returns the bytes that a fusion reads of operand `number`, which it may only slice."""
         whole = _hbm(arrays)
         if not whole:
             return 0.0
         parameter = next(
-            one
-            for one in inner.values()
-            if one.op == "parameter" and one.attributes.startswith(f"{number})")
+            instruction
+            for instruction in inner.values()
+            if instruction.op == "parameter" and instruction.attributes.startswith(f"{number})")
         )
-        sliced = self.sliced(inner, parameter.name)
-        return whole if sliced is None else min(sliced, whole)
+        bytes_sliced = self.bytes_sliced(inner, parameter.name)
+        return whole if bytes_sliced is None else min(bytes_sliced, whole)
 
-    def sliced(self, inner: Computation, name: str) -> float | None:
+    def bytes_sliced(self, inner: Computation, name: str) -> float | None:
         """Returns the bytes of all slices taken of `name`, or None if any use reads all of it."""
         total = 0.0
-        for one in inner.values():
-            if name not in one.operands:
+        for instruction in inner.values():
+            if name not in instruction.operands:
                 continue
-            if one.op in ("dynamic-slice", "slice", "gather"):
-                total += sum(array.bytes for array in one.arrays)
-            elif one.op == "dynamic-update-slice" and one.operands[0] == name:
+            if instruction.op in ("dynamic-slice", "slice", "gather"):
+                total += sum(array.bytes for array in instruction.arrays)
+            elif instruction.op == "dynamic-update-slice" and instruction.operands[0] == name:
                 continue  # in place
-            elif one.op in ("bitcast", "get-tuple-element"):
-                below = self.sliced(inner, one.name)
+            elif instruction.op in ("bitcast", "get-tuple-element"):
+                below = self.bytes_sliced(inner, instruction.name)
                 if below is None:
                     return None
                 total += below
-            elif one.op == "fusion" and one.called:
-                nested = self.computations[one.called]
-                for number, operand in enumerate(one.operands):
+            elif instruction.op == "fusion" and instruction.called:
+                nested = self.computations[instruction.called]
+                for number, operand in enumerate(instruction.operands):
                     if operand == name:
                         parameter = next(
                             each
                             for each in nested.values()
                             if each.op == "parameter" and each.attributes.startswith(f"{number})")
                         )
-                        below = self.sliced(nested, parameter.name)
+                        below = self.bytes_sliced(nested, parameter.name)
                         if below is None:
                             return None
                         total += below
@@ -299,9 +321,9 @@ class _Walk:
                 return None
         return total
 
-    def written(self, inner: Computation, fusion: Instruction) -> float:
+    def bytes_written(self, inner: Computation, fusion: Instruction) -> float:
         """Returns the bytes that a fusion writes. An in-place update counts without its array."""
-        root = next(one for one in inner.values() if one.root)
+        root = next(instruction for instruction in inner.values() if instruction.root)
         results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
         total = 0.0
         for array, result in zip(fusion.arrays, results, strict=False):
@@ -312,40 +334,47 @@ class _Walk:
             if result.op == "dynamic-update-slice":
                 total += inner[result.operands[1]].arrays[0].bytes
             elif result.op == "fusion" and result.called:
-                total += min(self.written(self.computations[result.called], result), array.bytes)
+                total += min(
+                    self.bytes_written(self.computations[result.called], result), array.bytes
+                )
             else:
                 total += array.bytes
         return total
 
     # Collectives
 
-    def collectives(self, body: Computation, one: Instruction) -> Iterator[tuple[str, Collective]]:
+    def collectives(
+        self, body: Computation, instruction: Instruction
+    ) -> Iterator[tuple[str, Collective]]:
         """Yields (channel, collective) of an instruction, or of the instructions in a fusion."""
-        if one.op == "fusion" and one.called:
-            inner = self.computations[one.called]
+        if instruction.op == "fusion" and instruction.called:
+            inner = self.computations[instruction.called]
             # XLA compiles a reduce-scatter to an all-reduce of which each device keeps a slice.
-            scatter = "all-reduce-scatter" in one.called
+            scatter = "all-reduce-scatter" in instruction.called
             for each in inner.values():
-                for channel, found in self.collectives(inner, each):
-                    if scatter and found.kind == "all-reduce":
-                        found = dataclasses.replace(found, kind="reduce-scatter")
-                    yield channel, found
+                for channel, collective in self.collectives(inner, each):
+                    if scatter and collective.kind == "all-reduce":
+                        collective = dataclasses.replace(collective, kind="reduce-scatter")
+                    yield channel, collective
             return
-        kind = one.op.removesuffix("-start")
-        if kind not in _COLLECTIVES or one.op.endswith("-done"):
+        kind = instruction.op.removesuffix("-start")
+        if kind not in _COLLECTIVES or instruction.op.endswith("-done"):
             return
-        arrays = one.arrays
+        arrays = instruction.arrays
         if kind == "collective-permute":
-            ends = tuple(_numbers(one.attribute("source_target_pairs") or ""))
-            yield one.name, Collective(kind, _largest(arrays), ends)
+            ends = tuple(_numbers(instruction.attribute("source_target_pairs") or ""))
+            yield instruction.name, Collective(kind, _largest(arrays), ends)
             return
-        if one.op == "all-gather-start":
+        if instruction.op == "all-gather-start":
             arrays = arrays[len(arrays) // 2 :]  # (operands, results)
         size = sum(array.bytes for array in arrays)
-        group = first_group(one.attribute("replica_groups") or "", one.attributes)
+        group = first_group(instruction.attribute("replica_groups") or "", instruction.attributes)
         if kind == "reduce-scatter":
             size *= len(group)
-        yield f"{kind} {one.attribute('channel_id') or one.name}", Collective(kind, size, group)
+        yield (
+            f"{kind} {instruction.attribute('channel_id') or instruction.name}",
+            Collective(kind, size, group),
+        )
 
 
 _HOST = 5  # memory space
@@ -381,7 +410,7 @@ def _splash(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], flo
     The kernel does `products` matmuls of [queries, K] with [keys, K] and skips masked blocks.
     """
 
-    def flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
+    def flops(instruction: Instruction, shapes: list[tuple[int, ...]]) -> float:
         # The queries are [batch, heads, T, K]; XLA drops a batch of 1.
         queries = next((shape for shape in shapes if len(shape) == 4), None)
         queries = queries or max((s for s in shapes if len(s) == 3), key=math.prod)
@@ -403,7 +432,7 @@ def _short(products: int) -> Callable[[Instruction, list[tuple[int, ...]]], floa
     The kernel does `products` matmuls of [T, heads x K] with [S, heads x K].
     """
 
-    def flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
+    def flops(instruction: Instruction, shapes: list[tuple[int, ...]]) -> float:
         (rows, queries, width), (_, keys, _) = shapes[:2]
         return 2.0 * products * rows * queries * keys * width
 
@@ -420,20 +449,20 @@ KERNELS: dict[str, Callable[[Instruction, list[tuple[int, ...]]], float]] = {
 }
 
 
-def _convolution(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
+def _convolution(instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
     """Returns 2 FLOPs for each multiplication by an actual input element.
 
     XLA writes batched matmuls as convolutions, in which all other multiplications fall on padding
     or on the gaps of a dilation.
     """
-    labels = (one.attribute("dim_labels") or "").split(" ")[0]
+    labels = (instruction.attribute("dim_labels") or "").split(" ")[0]
     left, right, out = re.split(r"_|->", labels)
-    result = one.arrays[0].shape
+    result = instruction.arrays[0].shape
     spatial = sorted(label for label in left if label.isdigit())
-    window = _window(one.attribute("window") or "", len(spatial))
+    window = _window(instruction.attribute("window") or "", len(spatial))
     # The kernel's input features already cover a single feature group.
     total = 2.0 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]
-    total /= int(one.attribute("batch_group_count") or 1)
+    total /= int(instruction.attribute("batch_group_count") or 1)
     for label, size in zip(spatial, window, strict=True):
         total *= _meetings(
             lhs[left.index(label)], rhs[right.index(label)], result[out.index(label)], **size
@@ -464,8 +493,8 @@ def _meetings(
     size: int, taps: int, outputs: int, *, stride: int, low: int, base: int, kernel: int
 ) -> int:
     """Counts the pairs of an output and a tap that read an input element, along one axis."""
-    place = np.arange(outputs)[:, None] * stride + np.arange(taps)[None, :] * kernel - low
-    inside = (place >= 0) & (place <= (size - 1) * base) & (place % base == 0)
+    position = np.arange(outputs)[:, None] * stride + np.arange(taps)[None, :] * kernel - low
+    inside = (position >= 0) & (position <= (size - 1) * base) & (position % base == 0)
     return int(np.count_nonzero(inside))
 
 
@@ -499,9 +528,9 @@ def first_group(text: str, attributes: str = "") -> tuple[int, ...]:
     raise ValueError(f"replica groups in a form that is not known: {text[:80]!r}")
 
 
-def _constant(one: Instruction) -> int | None:
+def _constant(instruction: Instruction) -> int | None:
     """Returns the value of a scalar integer constant, or None."""
-    found = re.match(r"(\d+)\)", one.attributes) if one.op == "constant" else None
+    found = re.match(r"(\d+)\)", instruction.attributes) if instruction.op == "constant" else None
     return int(found[1]) if found else None
 
 

@@ -352,12 +352,12 @@ def kept_bytes(trainer: Trainer, batch: Any) -> float:
         loss = lambda p: trainer.loss(p | frozen, batch, jnp.int32(0))[0]  # noqa: E731
         return jax.vjp(loss, trained)[1]
 
-    held = jax.eval_shape(backward, state.trained, state.frozen, batch)
+    saved = jax.eval_shape(backward, state.trained, state.frozen, batch)
     parameters = {leaf.shape for leaf in jax.tree.leaves((state.trained, state.frozen))}
     ways = trainer.mesh.size // trainer.mesh.shape["tensor"] * trainer.cfg.accumulate
     return sum(
         float(math.prod(leaf.shape)) * leaf.dtype.itemsize / ways
-        for leaf in jax.tree.leaves(held)
+        for leaf in jax.tree.leaves(saved)
         if leaf.shape not in parameters and jnp.issubdtype(leaf.dtype, jnp.number)
     )
 

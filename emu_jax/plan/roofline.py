@@ -124,8 +124,8 @@ def times(counts: Counts, network: Network) -> Times:
     peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
     ici = dcn = 0.0
     for collective, often in counts.collectives.items():
-        one = network.seconds(collective)
-        ici, dcn = ici + one[0] * often, dcn + one[1] * often
+        ici_seconds, dcn_seconds = network.seconds(collective)
+        ici, dcn = ici + ici_seconds * often, dcn + dcn_seconds * often
     slices = network.topology.slices
     dcn += 2 * (slices - 1) / slices * counts.dcn_bytes / (chip.dcn_bandwidth / chip.devices)
     return Times(
@@ -134,13 +134,13 @@ def times(counts: Counts, network: Network) -> Times:
         ici=ici,
         dcn=dcn,
         instructions=sum(
-            max(one.flops / peak, one.hbm_bytes / bandwidth) * one.times
-            for one in counts.instructions
+            max(cost.flops / peak, cost.hbm_bytes / bandwidth) * cost.times
+            for cost in counts.instructions
         ),
     )
 
 
-def busiest(counts: Counts, topology: Topology, most: int = 12) -> list[dict[str, Any]]:
+def busiest(counts: Counts, topology: Topology, limit: int = 12) -> list[dict[str, Any]]:
     """Returns the `most` operations that take most of the serial bound, the slowest first.
 
     An entry sums all instructions compiled from one operation of the program: their serial
@@ -148,13 +148,13 @@ def busiest(counts: Counts, topology: Topology, most: int = 12) -> list[dict[str
     """
     chip = topology.chip
     peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
-    found: dict[str, dict[str, Any]] = {}
-    for one in counts.instructions:
-        products, moved = one.flops / peak * one.times, one.hbm_bytes / bandwidth * one.times
-        entry = found.setdefault(
-            one.source, {"source": one.source, "serial": 0.0, "compute": 0.0, "hbm": 0.0}
+    totals: dict[str, dict[str, Any]] = {}
+    for cost in counts.instructions:
+        products, moved = cost.flops / peak * cost.times, cost.hbm_bytes / bandwidth * cost.times
+        entry = totals.setdefault(
+            cost.source, {"source": cost.source, "serial": 0.0, "compute": 0.0, "hbm": 0.0}
         )
         entry["serial"] += max(products, moved)
         entry["compute"] += products
         entry["hbm"] += moved
-    return sorted(found.values(), key=lambda entry: -entry["serial"])[:most]
+    return sorted(totals.values(), key=lambda entry: -entry["serial"])[:limit]

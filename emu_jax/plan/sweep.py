@@ -73,8 +73,8 @@ class Family:
 
     policy: str
     fsdp: int
-    held: float  # bytes per device, independent of the rows: parameters and optimizer
-    kept: float  # bytes per device for each row of a chip: activations and batch
+    fixed_bytes: float  # bytes per device, independent of the rows: parameters and optimizer
+    bytes_per_row: float  # bytes per device for each row of a chip: activations and batch
     products: float  # seconds of matmuls per row of a chip
     network: float  # seconds of collectives per step, independent of the rows
 
@@ -109,8 +109,8 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
     return Family(
         policy,
         fsdp,
-        held=kinds["parameters"] + kinds["optimizer"],
-        kept=(kinds["activations"] + kinds["batch"]) / rows,
+        fixed_bytes=kinds["parameters"] + kinds["optimizer"],
+        bytes_per_row=(kinds["activations"] + kinds["batch"]) / rows,
         products=flops / cfg.data.batch_size / chip.flops,
         network=passed / (sum(topology.link_ways()) * chip.link_bandwidth),
     )
@@ -132,11 +132,11 @@ def sweep(
         UserError: no setting fits a topology.
     """
     out.mkdir(parents=True, exist_ok=True)
-    kept = _Kept(out / "sweep.json")
+    stored = _StoredReports(out / "sweep.json")
     best: dict[str, Report] = {}
     for cfg, topology in pairs:
         first, *others = _meshes(cfg, topology)
-        search = _Search(cfg, topology, kept)
+        search = _Search(cfg, topology, stored)
         search.families([family(cfg, topology, policy, first) for policy in POLICIES])
         for fsdp in others:
             policies = [search.best[1].policy] if search.best else POLICIES
@@ -144,9 +144,9 @@ def sweep(
         if search.best is None:
             raise UserError(f"no setting fits {topology}: take more chips, or a smaller model")
         best[_name(topology)] = search.best[0]
-        _scale(kept, cfg, topology, search.best, scaling)
-        _publish(kept.used, out)
-    return {"best": best, "reports": len(kept.used), "out": str(out)}
+        _scale(stored, cfg, topology, search.best, scaling)
+        _publish(stored.used, out)
+    return {"best": best, "reports": len(stored.used), "out": str(out)}
 
 
 def _publish(reports: list[Report], out: Path) -> None:
@@ -154,7 +154,7 @@ def _publish(reports: list[Report], out: Path) -> None:
     write_text(out / "sweep.md", table(reports))
     curves = [report for report in reports if report["curve"]]
     if curves:
-        draw(curves, out / "scaling.png")
+        plot_scaling(curves, out / "scaling.png")
 
 
 def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
@@ -181,8 +181,8 @@ class _Search:
     fit.
     """
 
-    def __init__(self, cfg: TrainConfig, topology: Topology, kept: _Kept) -> None:
-        self.cfg, self.topology, self.kept = cfg, topology, kept
+    def __init__(self, cfg: TrainConfig, topology: Topology, stored: _StoredReports) -> None:
+        self.cfg, self.topology, self.stored = cfg, topology, stored
         self.best: tuple[Report, Family] | None = None
         self.last: Report | None = None  # to estimate temporaries from
         self.pace = {"compute": 1.0, "ici": 1.0}  # ratio of compiled to promised seconds
@@ -191,42 +191,47 @@ class _Search:
     def families(self, families: Iterable[Family]) -> None:
         waiting = sorted(families, key=self.promise)
         while waiting:
-            one = waiting.pop(0)
-            if self.best and self.promise(one) >= seconds_per_row(self.best[0]):
-                log.info("%s: left out, it promises no less time", self.name(one))
+            candidate = waiting.pop(0)
+            if self.best and self.promise(candidate) >= seconds_per_row(self.best[0]):
+                log.info("%s: left out, it promises no less time", self.name(candidate))
             else:
-                self.family(one)
+                self.family(candidate)
                 waiting.sort(key=self.promise)
 
-    def family(self, one: Family) -> None:
+    def family(self, candidate: Family) -> None:
         """Compiles the numbers of rows that may fit, the largest first, until one fits."""
         for rows in self.rows():
-            if not self.may_fit(one, rows):
+            if not self.may_fit(candidate, rows):
                 continue
-            report = self.kept.plan(one.setting(self.cfg, self.topology, rows), self.topology)
+            report = self.stored.plan(
+                candidate.setting(self.cfg, self.topology, rows), self.topology
+            )
             if not report.get("crashed"):
                 self.last = report
             if report["fits"]:
-                for kind, promised in (("compute", one.products * rows), ("ici", one.network)):
+                for kind, promised in (
+                    ("compute", candidate.products * rows),
+                    ("ici", candidate.network),
+                ):
                     if promised:
                         self.pace[kind] = report["seconds"][kind] / promised
                 if self.best is None or seconds_per_row(report) < seconds_per_row(self.best[0]):
-                    self.best = (report, one)
+                    self.best = (report, candidate)
                 return
 
-    def promise(self, one: Family) -> float:
+    def promise(self, candidate: Family) -> float:
         """Returns the promised seconds per row on a chip, like `seconds_per_row` without HBM."""
-        rows = next((rows for rows in self.rows() if self.may_fit(one, rows)), 0)
+        rows = next((rows for rows in self.rows() if self.may_fit(candidate, rows)), 0)
         if not rows:
             return math.inf
-        products = one.products * rows * self.pace["compute"]
-        network = one.network * self.pace["ici"]
+        products = candidate.products * rows * self.pace["compute"]
+        network = candidate.network * self.pace["ici"]
         return (max(products, network) + products + network) / 2 / rows
 
     def rows(self) -> list[int]:
         return [rows for rows in ROWS_PER_CHIP if rows % self.topology.chip.devices == 0]
 
-    def may_fit(self, one: Family, rows: int) -> bool:
+    def may_fit(self, candidate: Family, rows: int) -> bool:
         """Returns whether a number of rows may fit.
 
         Guesses that half of the temporaries grow with the rows, and takes off a tenth: a wasted
@@ -236,14 +241,14 @@ class _Search:
         if self.last:
             there = self.last["hbm_by_kind"]["temporaries"]
             temporaries = 0.9 * there * (1 + rows / self.last["rows_per_chip"]) / 2
-        return one.held + one.kept * rows + temporaries <= self.limit
+        return candidate.fixed_bytes + candidate.bytes_per_row * rows + temporaries <= self.limit
 
-    def name(self, one: Family) -> str:
-        return f"{_name(self.topology)}, fsdp {one.fsdp}, {one.policy}"
+    def name(self, candidate: Family) -> str:
+        return f"{_name(self.topology)}, fsdp {candidate.fsdp}, {candidate.policy}"
 
 
 def _scale(
-    kept: _Kept,
+    stored: _StoredReports,
     cfg: TrainConfig,
     topology: Topology,
     best: tuple[Report, Family],
@@ -264,12 +269,12 @@ def _scale(
             if curve not in curves or rest or per_chip % topology.chip.devices:
                 continue  # not asked for, or rows that do not divide evenly
             devices = other.chips // slices * topology.chip.devices
-            one = family(cfg, other, chosen.policy, min(chosen.fsdp, devices))
-            needed = one.held + one.kept * per_chip
+            candidate = family(cfg, other, chosen.policy, min(chosen.fsdp, devices))
+            needed = candidate.fixed_bytes + candidate.bytes_per_row * per_chip
             if curve == "weak":
                 needed += 0.9 * report["hbm_by_kind"]["temporaries"]
             if needed <= topology.chip.hbm_bytes / topology.chip.devices:
-                kept.plan(one.setting(cfg, other, per_chip), other, curve)
+                stored.plan(candidate.setting(cfg, other, per_chip), other, curve)
 
 
 def seconds_per_row(report: Report) -> float:
@@ -278,7 +283,7 @@ def seconds_per_row(report: Report) -> float:
     return middle / report["rows_per_chip"]
 
 
-class _Kept:
+class _StoredReports:
     """Reports stored on disk, each compiled only once."""
 
     def __init__(self, path: Path) -> None:
@@ -377,7 +382,7 @@ PANELS = (
 )
 
 
-def draw(reports: list[Report], path: Path) -> None:
+def plot_scaling(reports: list[Report], path: Path) -> None:
     """Plots tokens per second and MFU by number of chips.
 
     Each chip type and curve is a band between the two bounds.
@@ -391,12 +396,12 @@ def draw(reports: list[Report], path: Path) -> None:
         chip = report["topology"].split(":")[0]
         groups.setdefault((chip, report["curve"]), []).append(report)
     colours = {chip: f"C{n}" for n, chip in enumerate(sorted({chip for chip, _ in groups}))}
-    for (chip, curve), found in sorted(groups.items()):
-        found.sort(key=lambda r: (r["chips"], r["slices"]))
-        chips = [r["chips"] for r in found]
+    for (chip, curve), points in sorted(groups.items()):
+        points.sort(key=lambda r: (r["chips"], r["slices"]))
+        chips = [r["chips"] for r in points]
         style = {"color": colours[chip], "linestyle": "-" if curve == "weak" else "--"}
         for panel, (_, *bounds) in zip(panels, PANELS, strict=True):
-            low, high = ([r[bound] for r in found] for bound in bounds)
+            low, high = ([r[bound] for r in points] for bound in bounds)
             panel.fill_between(chips, low, high, color=colours[chip], alpha=0.12, linewidth=0)
             panel.plot(chips, low, marker="o", markersize=4, label=f"{chip}, {curve}", **style)
             panel.plot(chips, high, linewidth=0.8, **style)

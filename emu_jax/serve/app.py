@@ -41,7 +41,7 @@ from emu_jax.serve.requests import (
     Asked,
     Limits,
     Refused,
-    as_parts,
+    joined_parts,
     parse_chat,
     parse_draw,
 )
@@ -164,12 +164,12 @@ def chat(
         turns = [message.parts for message in asked.messages]
         prompt = converse(turns, emu.defaults.system)
         return emu.stream(prompt, max_images=1, **asked.settings)
-    return emu.stream(as_parts(asked.messages), max_images=0, **asked.settings)
+    return emu.stream(joined_parts(asked.messages), max_images=0, **asked.settings)
 
 
 def draw(emu: Emu, asked: Asked, over: Callable[[], bool] | None = None) -> Iterator[Image.Image]:
     """Generates one image from the parts; stops early once `over` returns True."""
-    yield from emu.generate_image([as_parts(asked.messages)], stop=over, **asked.settings)
+    yield from emu.generate_image([joined_parts(asked.messages)], stop=over, **asked.settings)
 
 
 def serve(

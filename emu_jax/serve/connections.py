@@ -33,12 +33,12 @@ def listen(host: str, port: int) -> list[socket.socket]:
             machine.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host {host} is not an address: {error}") from None
     sockets: list[socket.socket] = []
     failed: OSError | None = None
-    for family, address in dict.fromkeys((family, address[:2]) for family, *_, address in found):
+    for family, address in dict.fromkeys((family, address[:2]) for family, *_, address in resolved):
         if port == 0 and sockets:
             address = (address[0], sockets[0].getsockname()[1])
         try:
@@ -62,17 +62,21 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def room_for_connections(wanted: int) -> int:
-    """Returns how many connections the limit on open files allows, at most `wanted`.
+def room_for_connections(connections: int) -> int:
+    """Returns how many connections the limit on open files allows, at most `connections`.
 
     Raises the soft limit as far as needed and as the hard limit permits.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted + SPARE_FILES:
-        most = wanted + SPARE_FILES
-        soft = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < connections + SPARE_FILES:
+        files = connections + SPARE_FILES
+        soft = files if hard == resource.RLIM_INFINITY else min(hard, files)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_FILES))
+    return (
+        connections
+        if soft == resource.RLIM_INFINITY
+        else max(1, min(connections, soft - SPARE_FILES))
+    )
 
 
 def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type[H11Protocol]:

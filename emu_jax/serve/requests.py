@@ -141,11 +141,11 @@ def _object(value: Any, what: str, known: set[str]) -> dict[str, Any]:
 def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     settings = _object(values.get("settings", {}), "settings", set(allowed))
     for name, value in settings.items():
-        least, most = allowed[name]
-        kinds = (int, float) if isinstance(least, float) else (int,)
+        lowest, highest = allowed[name]
+        kinds = (int, float) if isinstance(lowest, float) else (int,)
         right = isinstance(value, kinds) and not isinstance(value, bool)
-        if not right or not least <= value <= most:  # also refuses NaN
-            raise Refused(400, f"settings.{name} must be from {least} to {most}")
+        if not right or not lowest <= value <= highest:  # also refuses NaN
+            raise Refused(400, f"settings.{name} must be from {lowest} to {highest}")
     return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
@@ -236,6 +236,6 @@ def _video_size(content: bytes) -> tuple[int, int]:
         raise Refused(400, "a video cannot be read") from None
 
 
-def as_parts(messages: Sequence[Message]) -> list[Part]:
+def joined_parts(messages: Sequence[Message]) -> list[Part]:
     """Concatenates the parts of all messages, the prompt for a model without chat tuning."""
     return [part for message in messages for part in message.parts]

@@ -308,7 +308,7 @@ class TrainConfig:
     hang_seconds: float = 600.0  # without a step: stack traces of all threads; 0 writes none
     tracker: str = ""  # "wandb": metrics, tables and images go to Weights & Biases too
     wandb: WandbConfig = WandbConfig()
-    max_bad_steps: int = 20  # non-finite steps in a row before training stops
+    max_bad_steps: int = 20  # consecutive non-finite steps before training stops
 
     def __post_init__(self) -> None:
         """Checks the settings that need neither devices nor data.
@@ -371,7 +371,7 @@ def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
     """Pretraining of a whole model with the paper's hyperparameters (section 3.1 and appendix):
     AdamW with a peak learning rate for each tower, warmup over a fifth of the steps, cosine.
 
-    A row has 2,048 tokens and room for 16 pictures, whose 512 embeddings are among the tokens.
+    A row has 2,048 tokens and room for 16 images, whose 512 embeddings are among the tokens.
     """
     steps = 10_000
     base = TrainConfig(

@@ -80,8 +80,8 @@ class Evaluation(abc.ABC):
         """
         data = config.data(cfg.data)
         if data.sources or not data.embedded:  # embedded data are built later
-            usage = BUILDERS[get_objective(cfg).batch_kind].usage
-            for source in chosen_sources(data, usage.pairs):
+            requires = BUILDERS[get_objective(cfg).batch_kind].requires
+            for source in chosen_sources(data, requires.pairs):
                 find_files(source)
 
     @abc.abstractmethod

@@ -53,14 +53,14 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
     """Pretraining: parameters times the tokens that they meet, and attention."""
     model, data = cfg.model, cfg.data
     rows, tokens = data.batch_size, data.row_tokens
-    pictures = rows * row_images
+    images = rows * row_images
     met = {
-        "visual": pictures * model.vision.tokens,
-        "cformer": pictures * model.cformer.n_causal,
+        "visual": images * model.vision.tokens,
+        "cformer": images * model.cformer.n_causal,
         "llama": rows * tokens,
     }
     # What meets another number of tokens than the rest of its tower.
-    regressed = pictures * (model.cformer.n_causal + 1)
+    regressed = images * (model.cformer.n_causal + 1)
     exceptions = {
         "cformer.blocks.cross_attention.k": met["visual"],
         "cformer.blocks.cross_attention.v": met["visual"],
@@ -95,20 +95,20 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
     towers = dict.fromkeys(met, 0.0)
     for tower, products, learns in matrices.values():
         towers[tower] += products * (2 + 2 * passes[tower] + 2 * learns)
-    for tower, forward in _attention(model, rows, tokens, pictures).items():
+    for tower, forward in _attention(model, rows, tokens, images).items():
         towers[tower] += forward * (3 if passes[tower] else 1)
     return Flops(towers)
 
 
-def _attention(model: EmuConfig, rows: int, tokens: int, pictures: int) -> dict[str, float]:
+def _attention(model: EmuConfig, rows: int, tokens: int, images: int) -> dict[str, float]:
     """Forward FLOPs of attention in each tower."""
     vision, cformer, llama = model.vision, model.cformer, model.llama
     inner = cformer.heads * cformer.head_width
     causal = cformer.n_causal**2 / 2
     cross = cformer.n_causal * vision.tokens
     return {
-        "visual": 4.0 * pictures * vision.layers * vision.width * vision.tokens**2,
-        "cformer": 4.0 * pictures * cformer.layers * inner * (causal + cross),
+        "visual": 4.0 * images * vision.layers * vision.width * vision.tokens**2,
+        "cformer": 4.0 * images * cformer.layers * inner * (causal + cross),
         "llama": 4.0 * rows * llama.layers * llama.heads * llama.head_width * tokens**2 / 2,
     }
 

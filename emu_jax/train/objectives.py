@@ -321,7 +321,7 @@ def hidden_states(
     dropout_key: jax.Array | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """Returns the language model's states of packed rows, and the embeddings that it read."""
-    x = module.embed(batch["tokens"], images, batch["image_slots"])
+    x = module.embed(batch["tokens"], images, batch["embedding_index"])
     hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
     return hidden, x
 
@@ -331,7 +331,7 @@ def target_masks(module: EmuModel, batch: Batch) -> Metrics:
     return {
         "text": text_mask(batch),
         "regression": module.regression_mask(
-            batch["tokens"], batch["segment_ids"], batch["image_slots"], batch["image_scored"]
+            batch["tokens"], batch["segment_ids"], batch["embedding_index"], batch["image_scored"]
         ),
     }
 
@@ -623,7 +623,7 @@ class DecoderObjective(Objective):
         dtype = jnp.dtype(cfg.dtype)
         images = module.encode_images(normalize_images(batch["images"], dtype))
         condition = module.regress_after(
-            batch["tokens"], batch["length"], images, batch["image_slots"]
+            batch["tokens"], batch["length"], images, batch["embedding_index"]
         )
         mean, _ = module.vae.encode(to_signed(batch["target"], cfg))
         latents = mean * cfg.model.vae.scaling_factor

@@ -1,8 +1,8 @@
 """Computes the decoder's conditions and latents once (config key `latents`).
 
 The frozen model is nearly all of a decoder's training step: 14B parameters read a caption for one
-gradient of a U-Net of 1B. Pictures that are seen more than once, or a U-Net that is
-trained more than once, pay for it once this way, and training then needs the U-Net alone.
+gradient of a U-Net of 1B. Computed ahead, conditions and latents cost this once, however often
+an image is seen and however many U-Nets are trained. Training then needs the U-Net alone.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class TrainState:
     frozen: Params
     optimizer: optax.OptState
     ema: Params  # of `trained`; empty unless weights are averaged
-    bad_steps: jax.Array  # non-finite steps in a row
+    bad_steps: jax.Array  # consecutive non-finite steps
     skipped_steps: jax.Array  # non-finite steps so far
 
 

@@ -280,22 +280,22 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
         _write(path, [json.dumps(ours, indent=1)])
         return
     try:
-        theirs = json.loads(storage.read(path))
+        existing = json.loads(storage.read(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
-    if theirs != ours:
-        key, old, new = _difference(theirs, ours)
+    if existing != ours:
+        key, old, new = _difference(existing, ours)
         raise UserError(f"{folder} holds another build, of {key} {old} rather than {new}: {fix}")
 
 
-def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any]:
+def _difference(existing: Any, ours: Any, key: str = "") -> tuple[str, Any, Any]:
     """Returns (dotted key, its two values) of the first difference."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in {**ours, **theirs}:
-            old, new = theirs.get(name), ours.get(name)
+    if isinstance(existing, dict) and isinstance(ours, dict):
+        for name in {**ours, **existing}:
+            old, new = existing.get(name), ours.get(name)
             if old != new:
                 return _difference(old, new, f"{key}.{name}".lstrip("."))
-    return key, theirs, ours
+    return key, existing, ours
 
 
 def _is_whole(shard: Shard) -> bool:
@@ -421,18 +421,18 @@ class _Tally:
         self.left_out: list[dict[str, Any]] = []
 
     def add(self, index: int, where: str, cleaned: Cleaned) -> None:
-        kept = cleaned.document.parts if cleaned.document else ()
-        place = {"document": index, "where": where}
+        parts = cleaned.document.parts if cleaned.document else ()
+        origin = {"document": index, "where": where}
         if cleaned.document is None:
             reason = {"reason": cleaned.reason, "detail": cleaned.detail}
-            self.left_out.append(place | reason)
+            self.left_out.append(origin | reason)
         else:
             self.left_out += [
-                place | {"picture": drop.part, "reason": drop.reason, "detail": drop.detail}
+                origin | {"picture": drop.part, "reason": drop.reason, "detail": drop.detail}
                 for drop in cleaned.dropped
             ]
         self.left_out += [
-            place | {"unused": unused.reason, "detail": unused.detail} for unused in cleaned.unused
+            origin | {"unused": unused.reason, "detail": unused.detail} for unused in cleaned.unused
         ]
         self.merge(
             {
@@ -443,11 +443,11 @@ class _Tally:
                 },
                 "pictures": {
                     "read": cleaned.images,
-                    "written": sum(isinstance(part, Image) for part in kept),
+                    "written": sum(isinstance(part, Image) for part in parts),
                     "encoded": cleaned.encoded,
                     "dropped": dict(collections.Counter(drop.reason for drop in cleaned.dropped)),
                 },
-                "texts": {"written": sum(isinstance(part, Text) for part in kept)},
+                "texts": {"written": sum(isinstance(part, Text) for part in parts)},
                 "unused": dict(collections.Counter(unused.reason for unused in cleaned.unused)),
             }
         )

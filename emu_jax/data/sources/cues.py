@@ -230,12 +230,12 @@ def _plain(text: str, unused: list[Unused]) -> list[Cue]:
     segments = list(_segments(text))
     cues: list[Cue] = []
     number: int | None = None
-    for place, segment in enumerate(segments):
+    for index, segment in enumerate(segments):
         lines, following = list(segment.lines), None
-        if place + 1 < len(segments) and lines:
-            following, lines = _without_number(segment, place, number, vtt)
+        if index + 1 < len(segments) and lines:
+            following, lines = _without_number(segment, index, number, vtt)
         number = following
-        lines = _without_blocks(lines, place == 0) if vtt else lines
+        lines = _without_blocks(lines, index == 0) if vtt else lines
         words = _words((line.text for line in lines), unused)
         if segment.times is None:
             unused += [Unused(OUTSIDE, line) for line in words]
@@ -256,14 +256,14 @@ def _segments(text: str) -> Iterator[_Segment]:
             blank = True
             continue
         if _ARROWS.search(line):
-            found = _TIMING.fullmatch(line)
-            timed = found is not None or all(pattern.search(line) for pattern in _ALMOST)
+            candidate = _TIMING.fullmatch(line)
+            timed = candidate is not None or all(pattern.search(line) for pattern in _ALMOST)
         else:
-            found = _PAIR.fullmatch(line) if line.count(":") > 3 else None
-            timed = found is not None
+            candidate = _PAIR.fullmatch(line) if line.count(":") > 3 else None
+            timed = candidate is not None
         if timed:
             yield _Segment(times, match, lines, blank)
-            times, match, lines = line.strip(), found, []
+            times, match, lines = line.strip(), candidate, []
         else:
             lines.append(_Line(line, blank))
         blank = False
@@ -271,12 +271,12 @@ def _segments(text: str) -> Iterator[_Segment]:
 
 
 def _without_number(
-    segment: _Segment, place: int, number: int | None, vtt: bool
+    segment: _Segment, index: int, number: int | None, vtt: bool
 ) -> tuple[int | None, list[_Line]]:
     """Splits the next cue's number or name from the lines before it.
 
     Args:
-        place: index of the next cue in the file, from 0.
+        index: index of the next cue in the file, from 0.
         number: this cue's own number.
     """
     *before, last = segment.lines
@@ -284,24 +284,24 @@ def _without_number(
     if match is None:  # only WebVTT has names
         named = vtt and last.after_blank and not segment.ends_blank
         return None, before if named else segment.lines
-    found = int(match[1])
-    expected = found in (place + 1, None if number is None else number + 1)
+    written = int(match[1])
+    expected = written in (index + 1, None if number is None else number + 1)
     alone = last.after_blank and not segment.ends_blank
     numbered = number is not None and bool(before) and not segment.ends_blank
     if segment.times is None or alone or expected or numbered:
-        return found, before
+        return written, before
     return None, segment.lines
 
 
 def _without_blocks(lines: list[_Line], header: bool) -> list[_Line]:
     """Drops WebVTT's header, comments, styles and regions, each of which ends at a blank line."""
-    kept, inside = [], header
+    rest, inside = [], header
     for number, line in enumerate(lines):
         if line.after_blank and not (header and number == 0):
             inside = _BLOCK.match(line.text) is not None
         if not inside:
-            kept.append(line)
-    return kept
+            rest.append(line)
+    return rest
 
 
 def _cue(match: re.Match[str], lines: list[str], unused: list[Unused]) -> Cue:

@@ -92,7 +92,7 @@ class Dialogues(Listed):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         dialogue = self._dialogue(index)
 
@@ -261,11 +261,13 @@ def _placed(
         _Message(speaker, [piece for part in said for piece in split(part)])
         for speaker, said in messages
     ]
-    places = [part for message in split_messages for part in message.said]
-    for place, media in ((_IMAGE, images), (_VIDEO, videos)):
-        if (count := places.count(place)) not in ({0, len(media)} if media else {0}):
-            raise ValueError(f"{count} places for {len(media)} {place.name[1:-1]}s")
-    queues = {place: iter(media) for place, media in ((_IMAGE, images), (_VIDEO, videos))}
+    placeholders = [part for message in split_messages for part in message.said]
+    for placeholder, media in ((_IMAGE, images), (_VIDEO, videos)):
+        if (count := placeholders.count(placeholder)) not in ({0, len(media)} if media else {0}):
+            raise ValueError(f"{count} places for {len(media)} {placeholder.name[1:-1]}s")
+    queues = {
+        placeholder: iter(media) for placeholder, media in ((_IMAGE, images), (_VIDEO, videos))
+    }
 
     def medium(part: str | Medium) -> str | Medium:
         queue = queues.get(part) if isinstance(part, Medium) else None
@@ -345,18 +347,18 @@ def _document(dialogue: Dialogue, images: Callable[[Medium, bool], list[Image]])
     this function adds, never in the data."""
 
     def parts(said: Said, scored: bool) -> list[Text | Image]:
-        made: list[Text | Image] = []
+        formatted: list[Text | Image] = []
         text = ""
         for part in [*said, None]:
             if isinstance(part, str):
                 text += part
                 continue
             if text.strip():
-                made.append(Text(text.strip(), scored))
+                formatted.append(Text(text.strip(), scored))
             text = ""
             if part is not None:
-                made += images(part, scored)
-        return made
+                formatted += images(part, scored)
+        return formatted
 
     shown = [part for turn in dialogue.turns for part in turn.asked if isinstance(part, Medium)]
     message = ""

@@ -30,15 +30,15 @@ def walk(folders: Sequence[str]) -> Iterator[MediaFolder]:
     while waiting:
         path = waiting.pop()
         try:
-            found = os.stat(path)
+            status = os.stat(path)
             with os.scandir(path) as entries:
                 below = sorted(entry.path for entry in entries if _is_folder(entry))
         except OSError:  # deleted, or not readable: its files count as missing
             continue
-        if (found.st_dev, found.st_ino) in seen:  # a cycle of links
+        if (status.st_dev, status.st_ino) in seen:  # a cycle of links
             continue
-        seen.add((found.st_dev, found.st_ino))
-        yield MediaFolder(path, found.st_mtime_ns)
+        seen.add((status.st_dev, status.st_ino))
+        yield MediaFolder(path, status.st_mtime_ns)
         waiting += reversed(below)
 
 
@@ -66,30 +66,30 @@ class SubFolders:
         self._only_below, self._cache = set(only_below), cache
         self._roots = [*others, *only_below]
         self._lock = threading.Lock()
-        self._found: Arrays | None = None
+        self._arrays: Arrays | None = None
         self._folders: list[str] = []
 
     def find(self, name: str) -> str | Reason:
         """Returns the path of the file whose path ends in `/name`, or why there is none."""
-        found = self._open()
+        arrays = self._open()
         if not self._folders:
             return "missing"
-        hits = places(found["name"], hashed(name))
+        hits = places(arrays["name"], hashed(name))
         if len(hits) != 1:
             return "ambiguous" if hits else "missing"
-        return os.path.join(self._folders[found["folder"][hits[0]]], os.path.basename(name))
+        return os.path.join(self._folders[arrays["folder"][hits[0]]], os.path.basename(name))
 
     def _open(self) -> Arrays:
         with self._lock:
-            if self._found is None:
+            if self._arrays is None:
                 folders = [f for f in walk(self._roots) if f.path not in self._only_below]
                 self._folders = [folder.path for folder in folders]
                 key = short_hash([(folder.path, folder.changed) for folder in folders])
                 where = folder_for(self._roots[0].rstrip("/"), self._cache)
-                self._found = (
+                self._arrays = (
                     cached_arrays(where, f"{_VERSION}-{key}", self._list) if folders else {}
                 )
-            return self._found
+            return self._arrays
 
     def _list(self) -> Arrays:
         names, numbers = [], []
@@ -101,14 +101,14 @@ class SubFolders:
                 root, depth = os.path.dirname(root).rstrip("/"), depth + 1
             above = "/".join(folder.rstrip("/").split("/")[-depth:])
             with os.scandir(folder) as entries:
-                found = [
+                hashes = [
                     hashed(below)
                     for entry in entries
                     if not entry.is_dir()
                     for below in suffixes(f"{above}/{entry.name}")
                 ]
-            names.append(np.array(found, np.uint64))
-            numbers.append(np.full(len(found), number, np.int32))
+            names.append(np.array(hashes, np.uint64))
+            numbers.append(np.full(len(hashes), number, np.int32))
         name, folder = np.concatenate(names), np.concatenate(numbers)
         order = np.argsort(name, kind="stable")
         return {"name": name[order], "folder": folder[order]}

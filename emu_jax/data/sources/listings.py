@@ -42,9 +42,9 @@ class Entries:
         self.paths, self._cache = list(paths), cache
         check_twins(self.paths)
         self._content = functools.lru_cache(1024)(self._content)  # mapped content of packed files
-        found = index_files(_VERSION, self.paths, self._scan, cache)
-        self._files, self._offsets, self._sizes = found["file"], found["offset"], found["size"]
-        self._numbers = found["number"]
+        arrays = index_files(_VERSION, self.paths, self._scan, cache)
+        self._files, self._offsets, self._sizes = arrays["file"], arrays["offset"], arrays["size"]
+        self._numbers = arrays["number"]
         self.fingerprint = fingerprint(_VERSION, self.paths)
 
     def __len__(self) -> int:
@@ -183,20 +183,20 @@ class Media:
     """
 
     def __init__(self, paths: Sequence[str], cache: str) -> None:
-        found = {path: _matches(path) for path in paths}
-        tars = [m for path in paths for m in found[path] if m.endswith(".tar")]
+        matches = {path: _matches(path) for path in paths}
+        tars = [m for path in paths for m in matches[path] if m.endswith(".tar")]
         self._tars = TarFiles(tars, cache) if tars else None
         # Given folders are tried for each name, in order; those that `*` matched are only listed.
         listed = [
             folder
             for path in paths
-            for folder in found[path]
+            for folder in matches[path]
             if folder != path and not folder.endswith(".tar") and not storage.is_remote(folder)
         ]
         self._folders = [
             folder
             for path in paths
-            for folder in found[path]
+            for folder in matches[path]
             if folder not in listed and not folder.endswith(".tar")
         ]
         asked = [folder for folder in self._folders if not storage.is_remote(folder)]
@@ -230,17 +230,19 @@ class Media:
     def lacks(self, name: str, beside: str) -> Reason | None:
         """Returns why there is no such file, or None if there is one."""
         try:
-            found = self._find(name, beside)
+            location = self._find(name, beside)
         except storage.Unreadable:  # it exists; reading it will raise
             return None
-        return found if isinstance(found, str) else None
+        return location if isinstance(location, str) else None
 
-    def read(self, name: object, beside: str, where: str, most: int = storage.MOST_IMAGE) -> bytes:
+    def read(
+        self, name: object, beside: str, where: str, max_bytes: int = storage.MOST_IMAGE
+    ) -> bytes:
         """Reads a file by name. `beside` is the folder of the listing.
 
         Args:
             where: location of the entry, for error messages.
-            most: size limit of the file, in bytes.
+            max_bytes: size limit of the file, in bytes.
 
         Raises:
             Damaged: there is no such file, it is larger, or it is not a regular file.
@@ -249,13 +251,13 @@ class Media:
             raise Damaged("malformed entry", where, f"{name!r} is not a file name")
         detail = name
         try:
-            found = self._find(name, beside)
-            if not isinstance(found, str):
-                path, start, size = found
-                if size > most:
+            location = self._find(name, beside)
+            if not isinstance(location, str):
+                path, start, size = location
+                if size > max_bytes:
                     raise Damaged("file too large", where, f"{name}: {size:,} bytes")
                 return storage.read(path) if start is None else storage.read(path, start, size)
-            if found == "ambiguous":
+            if location == "ambiguous":
                 detail = f"{name}: several files match"
         except storage.Unreadable as error:
             raise Damaged(error.reason, where, f"{name}: {error.detail}") from None
@@ -271,9 +273,9 @@ class Media:
         """
         if not name or ".." in name.split("/"):  # never leave the given folders
             return "missing"
-        found = self._tars.find(name) if self._tars else "missing"
-        if found != "missing":
-            return found
+        location = self._tars.find(name) if self._tars else "missing"
+        if location != "missing":
+            return location
         name = plain(name) if not storage.is_remote(name) else ""
         if not name or "\0" in name:
             return "missing"
@@ -315,13 +317,13 @@ def _matches(path: str) -> list[str]:
             f"media {path}: in a store * stands for .tar files alone, for it would list every "
             f"image: name the folder, {storage.parent(path)}, or its tars, *.tar"
         )
-    found = storage.matches(path, [".tar"])
-    media = [match for match in found if match.endswith(".tar") or storage.is_dir(match)]
+    matches = storage.matches(path, [".tar"])
+    media = [match for match in matches if match.endswith(".tar") or storage.is_dir(match)]
     if "*" in path:  # matched files stand for their folders
-        media += sorted({storage.parent(match) for match in set(found) - set(media)})
+        media += sorted({storage.parent(match) for match in set(matches) - set(media)})
     if not media:
         raise UserError(
-            f"media {path} is {'neither a folder nor a .tar' if found else 'not there'}: "
+            f"media {path} is {'neither a folder nor a .tar' if matches else 'not there'}: "
             "correct the path"
         )
     return media

@@ -47,7 +47,7 @@ class Pages(Listed):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         folder, where = self._entries.folder(index), self.where(index)
         shown, unused = self._shown(index)
@@ -55,9 +55,11 @@ class Pages(Listed):
         for number, part in enumerate(shown):
             if isinstance(part, Text):
                 parts.append(part)
-            elif isinstance(part.image, bytes) or (wanted is not None and number not in wanted):
+            elif isinstance(part.image, bytes) or (
+                part_indices is not None and number not in part_indices
+            ):
                 parts.append(part.as_image())
-            elif wanted is None and (reason := self._media.lacks(part.image, folder)):
+            elif part_indices is None and (reason := self._media.lacks(part.image, folder)):
                 unused.append(Unused(f"{reason} image", part.image))
                 parts.append(ABSENT)
             else:
@@ -94,10 +96,10 @@ def _mmc4(entry: dict[str, Any], least: float) -> tuple[list[_Part], list[Unused
     before: dict[int, list[_Part]] = {}
     unused: list[Unused] = []
     for number, image in enumerate(entry["image_info"]):
-        place = int(image["matched_text_index"])
+        text_index = int(image["matched_text_index"])
         similarity = image.get("matched_sim")
         if similarity is None and "similarity_matrix" in entry:
-            similarity = entry["similarity_matrix"][number][place]
+            similarity = entry["similarity_matrix"][number][text_index]
         similarity = None if similarity is None else float(similarity)
         if similarity is not None and similarity < least:
             unused.append(Unused("image unlike its text", f"similarity {similarity:.3f}"))
@@ -106,15 +108,15 @@ def _mmc4(entry: dict[str, Any], least: float) -> tuple[list[_Part], list[Unused
         shown = image["image_name"] if content is None else _decoded(content)
         if not isinstance(shown, str | bytes | None):
             raise TypeError(f"image_name {shown!r}")
-        if not 0 <= place < len(entry["text_list"]):
-            raise IndexError(f"matched_text_index {place}")
+        if not 0 <= text_index < len(entry["text_list"]):
+            raise IndexError(f"matched_text_index {text_index}")
         if shown is None:  # it could not be crawled
             unused.append(Unused("no image", f"image_info {number}"))
         else:
-            before.setdefault(place, []).append(_Shown(shown, similarity))
+            before.setdefault(text_index, []).append(_Shown(shown, similarity))
     parts: list[_Part] = []
-    for place, words in enumerate(entry["text_list"]):
-        parts += [*before.get(place, ()), _words(words)]
+    for text_index, words in enumerate(entry["text_list"]):
+        parts += [*before.get(text_index, ()), _words(words)]
     return parts, unused
 
 

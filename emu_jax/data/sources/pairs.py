@@ -81,10 +81,10 @@ class Pairs(Source):
     ) -> None:
         self.paths = paths
         self._frames, self._caption_key, self._wordless = frames, caption_key, wordless
-        found = index_files(_VERSION, paths, _samples_in, cache)
-        self._files, self._spans, self._damage = found["file"], found["spans"], found["damage"]
-        self._numbers = found["number"]
-        self._tally = Tally.from_array(found["tally"])
+        arrays = index_files(_VERSION, paths, _samples_in, cache)
+        self._files, self._spans, self._damage = arrays["file"], arrays["spans"], arrays["damage"]
+        self._numbers = arrays["number"]
+        self._tally = Tally.from_array(arrays["tally"])
         boards, pairs = self._tally.used.pop("boards", 0), self._tally.used.pop("pairs", 0)
         if boards and pairs:
             raise UserError(
@@ -108,11 +108,11 @@ class Pairs(Source):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         spans = self._spans[index].tolist()
         if spans[_BOARD][1]:
-            return self._board(index, spans, wanted)
+            return self._board(index, spans, part_indices)
         where = self.where(index)
         words, unused = self._words(index, spans, where)
         image = self._member(index, spans, _IMAGE, where)
@@ -165,13 +165,13 @@ class Pairs(Source):
             elif isinstance(value, list):
                 yield [word for word in value if isinstance(word, str)]
 
-    def _board(self, index: int, spans: _Spans, wanted: Collection[int] | None) -> Document:
-        """Reads a storyboard; images other than the wanted ones are left empty."""
+    def _board(self, index: int, spans: _Spans, part_indices: Collection[int] | None) -> Document:
+        """Reads a storyboard; images that are not in `part_indices` stay empty."""
         path, where = self.paths[self._files[index]], self.where(index)
         if damage := int(self._damage[index]):
             raise Damaged(REASONS[damage - 1], where)
         first, size = spans[_BOARD]
-        found: dict[tuple[int, str], Member] = {}
+        role_members: dict[tuple[int, str], Member] = {}
         key = None
         for member in members(path, first, first + size):
             if not member.name:  # a corrupt header before the storyboard
@@ -180,16 +180,16 @@ class Pairs(Source):
             key = key or stem
             number, _, suffix = ext.partition(".")
             if stem == key and number.isdecimal() and suffix in _ROLES:
-                found[int(number), _ROLES[suffix]] = member
+                role_members[int(number), _ROLES[suffix]] = member
         parts: list[Text | Image] = []
         unused: list[Unused] = []
-        last = max((number for number, _ in found), default=-1)
+        last = max((number for number, _ in role_members), default=-1)
         for number in range(last + 1):
-            words, image = found.get((number, "text")), found.get((number, "image"))
+            words, image = role_members.get((number, "text")), role_members.get((number, "image"))
             if words and (said := utf8(_content(path, words, where), where)).strip():
                 parts.append(Text(said))
             if image:
-                read = wanted is None or len(parts) in wanted
+                read = part_indices is None or len(parts) in part_indices
                 parts.append(Image(_content(path, image, where) if read else b""))
             elif number < last:
                 unused.append(Unused("missing image", f"{key}.{number}"))
@@ -203,13 +203,13 @@ class Pairs(Source):
         return _content(self.paths[self._files[index]], member, where, _MOST[role])
 
 
-def _content(path: str, member: Member, where: str, most: int = storage.MOST_IMAGE) -> bytes:
-    """Reads a member of at most `most` bytes.
+def _content(path: str, member: Member, where: str, max_bytes: int = storage.MOST_IMAGE) -> bytes:
+    """Reads a member of at most `max_bytes`.
 
     Raises:
         Damaged: it is too large, or the archive ends within it.
     """
-    if member.size > most:
+    if member.size > max_bytes:
         raise Damaged("file too large", where, f"a member of {member.size:,} bytes")
     content = storage.read(path, member.offset, member.size)
     if len(content) < member.size:
@@ -263,12 +263,12 @@ def _samples_in(path: str) -> Arrays:
 
 def _parts(path: str, tally: Tally) -> Iterator[_Part]:
     """Yields the members of a tar that belong to samples, and counts the others."""
-    found, end = list[tuple[Member, int]](), 0
+    located, end = list[tuple[Member, int]](), 0
     for member in members(path):
-        found.append((member, end))
+        located.append((member, end))
         end = member.offset + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    key_of = _keys(member.name for member, _ in found)
-    for member, begin in found:
+    key_of = _keys(member.name for member, _ in located)
+    for member, begin in located:
         key, role = key_of(member.name) if member.name else ("", "")
         if member.name and not role:
             note(tally, "other member", path, member.name)
@@ -427,20 +427,20 @@ def _joined(samples: Iterable[_Sample]) -> list[_Sample]:
     whole = collections.Counter(sample.key for sample in samples if not sample.lacks)
     repeats = {archive for (archive, name), count in whole.items() if name and count > 1}
     joined: list[_Sample] = []
-    places: dict[_Key, int] = {}
+    positions: dict[_Key, int] = {}
     corrupt = 1 + REASONS.index("corrupt tar member")
     for sample in samples:
         archive, name = sample.key
         alone = not name or archive in repeats
-        place = len(joined) if alone else places.setdefault(sample.key, len(joined))
-        apart = place < len(joined) and corrupt not in (sample.damage, joined[place].damage)
-        if apart and (sample.lacks or joined[place].lacks):
-            other = joined[place]
+        position = len(joined) if alone else positions.setdefault(sample.key, len(joined))
+        apart = position < len(joined) and corrupt not in (sample.damage, joined[position].damage)
+        if apart and (sample.lacks or joined[position].lacks):
+            other = joined[position]
             if not (other.spans[:, 1] * sample.spans[:, 1]).any():
                 spans, media = other.spans + sample.spans, [_IMAGE, _VIDEO, _BOARD]
                 damage = 0 if spans[media, 1].any() else sample.damage
                 replaced = other.replaced + sample.replaced
-                joined[place] = _Sample(sample.key, spans, damage, replaced, joined=True)
+                joined[position] = _Sample(sample.key, spans, damage, replaced, joined=True)
                 continue
         joined.append(sample)
     return joined
@@ -503,7 +503,7 @@ class TfdsPairs(Source):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         where = self.where(index)
         try:

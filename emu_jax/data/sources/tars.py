@@ -17,8 +17,8 @@ from emu_jax.data.unused import Tally
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 16  # bytes read at once while walking
 _VERSION = "names-2"  # of the cached index
-_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_NO_FILES = (tarfile.DIRTYPE, tarfile.XGLTYPE)
+_FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_SKIPPED_TYPES = (tarfile.DIRTYPE, tarfile.XGLTYPE)
 
 
 class Member(NamedTuple):
@@ -72,9 +72,9 @@ def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Membe
             pax["path"] = name.decode("utf-8", "surrogateescape")
         elif header.type != tarfile.GNUTYPE_LONGLINK:
             name = pax.get("path", header.name)
-            if header.type in _FILES:
+            if header.type in _FILE_TYPES:
                 yield Member(name, start, length, start + length <= size, archive)
-            elif header.type not in _NO_FILES:
+            elif header.type not in _SKIPPED_TYPES:
                 yield Member(name, start, 0, True, archive)
             pax = {}
         offset = start + -(-length // _BLOCK) * _BLOCK
@@ -125,12 +125,12 @@ class TarFiles:
         self.paths = paths
         self.fingerprint = fingerprint(_VERSION, paths)
         folder, name = folder_for(paths[0], cache), f"{_VERSION}-{self.fingerprint}-sorted"
-        found = cached_arrays(
+        arrays = cached_arrays(
             folder, name, lambda: _sorted(index_files(_VERSION, paths, _names_in, cache))
         )
-        self._names, self._files, self._paths = found["name"], found["file"], found["path"]
-        self._offsets, self._sizes = found["offset"], found["size"]
-        self.tally = Tally.from_array(found["tally"])
+        self._names, self._files, self._paths = arrays["name"], arrays["file"], arrays["path"]
+        self._offsets, self._sizes = arrays["offset"], arrays["size"]
+        self.tally = Tally.from_array(arrays["tally"])
 
     def find(self, name: str) -> tuple[str, int, int] | Reason:
         """Returns (archive, offset, size) of a file, or why there is none.
@@ -142,15 +142,15 @@ class TarFiles:
         whole = hashed(name)
         for below in suffixes(name):
             key = hashed(below)
-            found = places(self._names, key)
+            matches = places(self._names, key)
             # The whole name may be the end of a longer path; its shorter endings must be a path.
-            exact = [n for n in found if self._paths[n] in (whole, key)]
-            found = exact or (found if below == name else [])
+            exact = [n for n in matches if self._paths[n] in (whole, key)]
+            matches = exact or (matches if below == name else [])
             # The same file may lie in several archives.
-            if len({(int(self._paths[n]), int(self._sizes[n])) for n in found}) > 1:
+            if len({(int(self._paths[n]), int(self._sizes[n])) for n in matches}) > 1:
                 return "ambiguous"
-            if found:
-                n = found[0]
+            if matches:
+                n = matches[0]
                 return self.paths[self._files[n]], int(self._offsets[n]), int(self._sizes[n])
         return "missing"
 
@@ -183,24 +183,26 @@ def places(names: np.ndarray, name: np.uint64) -> list[int]:
     return [n for n in range(place, min(place + _ALIKE, len(names))) if names[n] == name]
 
 
-def _sorted(found: Arrays) -> Arrays:
-    tally = found.pop("tally")
-    order = np.argsort(found["name"], kind="stable")
-    return {key: array[order] for key, array in found.items()} | {"tally": tally}
+def _sorted(arrays: Arrays) -> Arrays:
+    tally = arrays.pop("tally")
+    order = np.argsort(arrays["name"], kind="stable")
+    return {key: array[order] for key, array in arrays.items()} | {"tally": tally}
 
 
 def _names_in(path: str) -> Arrays:
     tally = Tally()
-    found: dict[str, Member] = {}
+    by_name: dict[str, Member] = {}
     for member in members(path):
         if not member.whole:
             note(tally, "corrupt tar member", path, member.name)
             continue
         name = plain(member.name)
-        if found.pop(name, None) is not None:
+        if by_name.pop(name, None) is not None:
             note(tally, "duplicate member", path, name)
-        found[name] = member
-    entries = [(below, name, member) for name, member in found.items() for below in suffixes(name)]
+        by_name[name] = member
+    entries = [
+        (below, name, member) for name, member in by_name.items() for below in suffixes(name)
+    ]
     return {
         "name": np.array([hashed(below) for below, _, _ in entries], np.uint64),
         "path": np.array([hashed(name) for _, name, _ in entries], np.uint64),

@@ -180,11 +180,11 @@ class Video:
         Raises:
             Damaged: none of the frames can be decoded, or not in time.
         """
-        wanted = sorted(set(indices))
+        distinct = sorted(set(indices))
         deadline = _Deadline(self._seconds)
         try:
-            shown = dict(self._by_seeking(wanted, deadline)) if self._seekable else {}
-            if missing := [index for index in wanted if index not in shown]:
+            shown = dict(self._by_seeking(distinct, deadline)) if self._seekable else {}
+            if missing := [index for index in distinct if index not in shown]:
                 shown |= self._in_order(missing, deadline)
         except _Overdue as error:
             raise Damaged("slow video", self._where, error) from None
@@ -194,17 +194,17 @@ class Video:
             raise Damaged("unreadable video", self._where, "no frame can be decoded")
         return [(self.times[index], shown[index]) for index in indices]
 
-    def _by_seeking(self, wanted: list[int], deadline: _Deadline) -> Iterator[tuple[int, bytes]]:
+    def _by_seeking(self, indices: list[int], deadline: _Deadline) -> Iterator[tuple[int, bytes]]:
         """Decodes frames in order, and seeks to a key frame if one lies between two of them.
 
         Stops early if the decoded frames do not match the timestamps of their packets.
         """
         with self._open() as container:
             frames, reached = _decoded(container, deadline), self._pts[0] - 1
-            for index in wanted:
+            for index in indices:
                 pts = self._pts[index]
-                place = bisect.bisect_right(self._keys, pts)
-                key = self._keys[place - 1] if place else reached
+                keys_before = bisect.bisect_right(self._keys, pts)
+                key = self._keys[keys_before - 1] if keys_before else reached
                 if key > reached + 1:
                     container.seek(key, stream=container.streams.best("video"), backward=True)
                     frames = _decoded(container, deadline)
@@ -225,10 +225,10 @@ class Video:
                     if reached >= pts:
                         break
 
-    def _in_order(self, wanted: list[int], deadline: _Deadline) -> dict[int, bytes]:
-        """Decodes everything up to the last wanted frame."""
+    def _in_order(self, indices: list[int], deadline: _Deadline) -> dict[int, bytes]:
+        """Decodes everything up to the last of the frames."""
         shown: dict[int, bytes] = {}
-        left, last = collections.deque(wanted), None
+        left, last = collections.deque(indices), None
 
         def instead(frame: Any) -> None:
             index = left.popleft()
@@ -237,10 +237,10 @@ class Video:
 
         with self._open() as container:
             for number, frame in enumerate(_decoded(container, deadline)):
-                place = frame.pts if self._seekable else number
-                while left and place is not None and place > self._place(left[0]):
+                position = frame.pts if self._seekable else number
+                while left and position is not None and position > self._place(left[0]):
                     instead(frame if last is None else last)
-                if left and place == self._place(left[0]):
+                if left and position == self._place(left[0]):
                     shown[left.popleft()] = ppm(_as_shown(frame))
                 if not left:
                     break
@@ -396,7 +396,7 @@ def storyboard(
     frames: Sequence[tuple[int, float]],
     where: str,
     *,
-    held: int | None = None,
+    tiles_used: int | None = None,
     full: bytes | None = None,
 ) -> list[Frame]:
     """Cuts frames from a storyboard sheet of rows x columns tiles, as video sites make them.
@@ -406,7 +406,7 @@ def storyboard(
 
     Args:
         frames: (number of the tile, seconds) of each frame.
-        held: number of tiles in use; by default all.
+        tiles_used: number of tiles in use; by default all.
         full: a full sheet of the same video, from which the size of a tile is taken.
 
     Raises:
@@ -414,13 +414,13 @@ def storyboard(
     """
     try:
         image = open_image(sheet)
-        if held is None or held >= rows * columns:
+        if tiles_used is None or tiles_used >= rows * columns:
             width, height = image.width // columns, image.height // rows
         elif full is not None:
             whole = open_image(full)
             width, height = whole.width // columns, whole.height // rows
         else:
-            width, height = _tile(image.size, rows, columns, held)
+            width, height = _tile(image.size, rows, columns, tiles_used)
     except ImageError as error:
         raise Damaged(error.reason, where, "a sheet of the storyboard") from None
     across = image.width // max(1, width)
@@ -439,11 +439,11 @@ def storyboard(
 _ASPECTS = (16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)  # usual aspect ratios of videos
 
 
-def _tile(size: tuple[int, int], rows: int, columns: int, held: int) -> tuple[int, int]:
+def _tile(size: tuple[int, int], rows: int, columns: int, tiles_used: int) -> tuple[int, int]:
     """Guesses the tile size of a video's only sheet when it is not full: takes the division whose
     tiles are closest to a usual aspect ratio."""
-    left = -(-held // columns)
-    cuts = [(rows, columns), (left, columns), *([(1, held)] if left == 1 else [])]
+    left = -(-tiles_used // columns)
+    cuts = [(rows, columns), (left, columns), *([(1, tiles_used)] if left == 1 else [])]
     whole = [(r, c) for r, c in cuts if not size[0] % c and not size[1] % r] or cuts
     tiles = [(size[0] // c, size[1] // r) for r, c in whole]
 

@@ -47,7 +47,7 @@ class Videos(Listed):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         entry, where = self._entries[index], self.where(index)
         words = _words(entry, where)
@@ -154,11 +154,11 @@ class SubtitledVideos(Listed):
         self,
         index: int,
         seed: Sequence[int] | None = None,
-        wanted: Collection[int] | None = None,
+        part_indices: Collection[int] | None = None,
     ) -> Document:
         document = self._timed(index)
         images = [n for n, part in enumerate(document.parts) if isinstance(part, Image)]
-        shown = [k for k, n in enumerate(images) if wanted is None or n in wanted]
+        shown = [k for k, n in enumerate(images) if part_indices is None or n in part_indices]
         parts = list(document.parts)
         frames, unused = self._frames(index, shown)
         for k, (_, data) in zip(shown, frames, strict=True):
@@ -246,25 +246,25 @@ class SubtitledVideos(Listed):
         Args:
             frames: (number in the video, seconds) of each frame.
         """
-        found: list[Frame] = []
+        cut: list[Frame] = []
         first = 0
         for n, (name, tiles) in enumerate(zip(board.sheets, board.tiles, strict=True)):
-            mine = [(k - first, time) for k, time in frames if first <= k < first + tiles]
-            if mine:
-                held = board.frames - first
+            on_sheet = [(k - first, time) for k, time in frames if first <= k < first + tiles]
+            if on_sheet:
+                tiles_used = board.frames - first
                 alike = n and (board.rows[0], board.columns[0]) == (board.rows[n], board.columns[n])
-                full = self._file(index, board.sheets[0]) if alike and held < tiles else None
-                found += storyboard(
+                full = self._file(index, board.sheets[0]) if alike and tiles_used < tiles else None
+                cut += storyboard(
                     self._file(index, name),
                     board.rows[n],
                     board.columns[n],
-                    mine,
+                    on_sheet,
                     self.where(index),
-                    held=held,
+                    tiles_used=tiles_used,
                     full=full,
                 )
             first += tiles
-        return found
+        return cut
 
     def _video(self, index: int, entry: dict[str, Any]) -> Video:
         content = self._file(index, entry.get("video"), storage.MOST_VIDEO)

@@ -52,12 +52,12 @@ def score(
     split, notes = tokenize(lines + [predictions[key] for key in keys])
     # The package takes dictionaries of lists of captions, with tokens joined by spaces.
     words = iter(split)
-    wanted = {i: [next(words) for _ in range(n)] for i, n in enumerate(counts)}
+    expected = {i: [next(words) for _ in range(n)] for i, n in enumerate(counts)}
     given = {i: [next(words)] for i in range(len(keys))}
 
-    cider, cider_of_each = coco.Cider().compute_score(wanted, given)
-    bleu, _ = coco.Bleu(4).compute_score(wanted, given, verbose=0)
-    rouge, _ = coco.Rouge().compute_score(wanted, given)
+    cider, cider_of_each = coco.Cider().compute_score(expected, given)
+    bleu, _ = coco.Bleu(4).compute_score(expected, given, verbose=0)
+    rouge, _ = coco.Rouge().compute_score(expected, given)
     values = {"CIDEr": cider, **{f"BLEU-{n}": b for n, b in enumerate(bleu, 1)}, "ROUGE-L": rouge}
     if len(keys) == 1:
         notes = (*notes, "CIDEr of a single item is 0: no n-gram tells it from other items")

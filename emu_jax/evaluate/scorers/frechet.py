@@ -79,7 +79,7 @@ class Moments:
             UserError: there are fewer than two images.
         """
         if self.count < 2:
-            raise UserError(f"a covariance needs at least two pictures, not {self.count}")
+            raise UserError(f"a covariance needs at least two images, not {self.count}")
         return Gaussian(self.mean.copy(), self._scatter / (self.count - 1), self.count)
 
 
@@ -165,7 +165,7 @@ class Inception:
                 "inception-2015-12-05.pt that StyleGAN and clean-fid use"
             )
         if resize not in get_args(Resize):
-            raise UserError(f"pictures are resized by {get_args(Resize)}, not {resize!r}")
+            raise UserError(f"images are resized by {get_args(Resize)}, not {resize!r}")
         if not path.is_file():
             raise UserError(f"{path} does not exist")
         self._torch = torch_or_explain(path)
@@ -189,35 +189,35 @@ class Inception:
         }[resize]
         self.note = f"features by {path.name} (sha256 {digest[:12]}), pictures {way}"
 
-    def __call__(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "B D"]:
+    def __call__(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "B D"]:
         """Returns the features of images, which may differ in size.
 
         Raises:
             UserError: the network does not return one row of features per image.
         """
         torch = self._torch
-        entering = [_clean(p) for p in pictures] if self._resize == "clean" else pictures
+        entering = [_clean(p) for p in images] if self._resize == "clean" else images
         features: list[np.ndarray] = [np.zeros(0)] * len(entering)
         for shape in dict.fromkeys(p.shape for p in entering):
             at = [i for i, p in enumerate(entering) if p.shape == shape]
             batch = np.stack([entering[i].transpose(2, 0, 1) for i in at])
             with torch.inference_mode():
-                made = self._network(torch.from_numpy(batch).to(self._device), **self._arguments)
-            found = made.float().cpu().numpy()
-            if found.ndim != 2 or len(found) != len(at):
+                output = self._network(torch.from_numpy(batch).to(self._device), **self._arguments)
+            values = output.float().cpu().numpy()
+            if values.ndim != 2 or len(values) != len(at):
                 raise UserError(
-                    f"the Inception network gave {found.shape} for {len(at)} pictures, not a row "
+                    f"the Inception network gave {values.shape} for {len(at)} images, not a row "
                     "of features for each"
                 )
-            for i, row in zip(at, found, strict=True):
+            for i, row in zip(at, values, strict=True):
                 features[i] = row
         return np.stack(features)
 
 
-def _clean(picture: UInt8[np.ndarray, "Hh Ww 3"]) -> Float[np.ndarray, "299 299 3"]:
+def _clean(image: UInt8[np.ndarray, "Hh Ww 3"]) -> Float[np.ndarray, "299 299 3"]:
     """Resizes as clean-fid does: each channel in float32, clipped but not rounded."""
     channels = [
-        Image.fromarray(np.ascontiguousarray(picture[..., c], np.float32)).resize(
+        Image.fromarray(np.ascontiguousarray(image[..., c], np.float32)).resize(
             (SIZE, SIZE), Image.Resampling.BICUBIC
         )
         for c in range(3)
@@ -226,10 +226,10 @@ def _clean(picture: UInt8[np.ndarray, "Hh Ww 3"]) -> Float[np.ndarray, "299 299 
 
 
 def moments(
-    pictures: Iterable[Path | UInt8[np.ndarray, "_ _ 3"]],
+    images: Iterable[Path | UInt8[np.ndarray, "_ _ 3"]],
     network: Inception,
     *,
-    what: str = "pictures",
+    what: str = "images",
     batch: int = 32,
 ) -> Moments:
     """Computes the mean and covariance of the features of images.
@@ -249,9 +249,9 @@ def moments(
         seen.add(features)
         pending.clear()
 
-    total = len(pictures) if isinstance(pictures, Sized) else None
-    for picture in track(pictures, total, f"features of {what}", "picture"):
-        pending.append(_read(picture) if isinstance(picture, Path) else picture)
+    total = len(images) if isinstance(images, Sized) else None
+    for image in track(images, total, f"features of {what}", "image"):
+        pending.append(_read(image) if isinstance(image, Path) else image)
         if len(pending) == batch:
             flush()
     if pending:
@@ -279,11 +279,11 @@ def score(drawn: Gaussian, reference: Gaussian, notes: Sequence[str] = ()) -> Sc
         UserError: the feature widths differ, or a figure is not finite.
     """
     counts = [f"{g.count:,}" if g.count else "an unknown number of" for g in (drawn, reference)]
-    said = [f"{counts[0]} pictures against {counts[1]} real ones", *notes]
+    said = [f"{counts[0]} images against {counts[1]} real ones", *notes]
     if drawn.count and drawn.count <= len(drawn.mean):
         said.append(
             warned(
-                f"FID of {drawn.count:,} pictures over {len(drawn.mean):,} features is of a "
+                f"FID of {drawn.count:,} images over {len(drawn.mean):,} features is of a "
                 "singular covariance: it compares with no published figure"
             )
         )

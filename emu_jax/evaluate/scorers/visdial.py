@@ -23,11 +23,15 @@ def score(
 ) -> Scores:
     """Returns the figures of `sparse`, and those of `dense` if `relevance` is given. The figure of
     a single round is its reciprocal rank, in percent."""
-    found = sparse(ranks, answers)
+    sparse_scores = sparse(ranks, answers)
     if not relevance:
-        return Scores(found.values, ("NDCG is left out: no relevance was given",), found.per_item)
+        return Scores(
+            sparse_scores.values,
+            ("NDCG is left out: no relevance was given",),
+            sparse_scores.per_item,
+        )
     judged = dense(ranks, relevance)
-    return Scores(judged.values | found.values, judged.notes, found.per_item)
+    return Scores(judged.values | sparse_scores.values, judged.notes, sparse_scores.per_item)
 
 
 def sparse(ranks: Mapping[Hashable, Sequence[int]], answers: Mapping[Hashable, int]) -> Scores:
@@ -42,17 +46,17 @@ def sparse(ranks: Mapping[Hashable, Sequence[int]], answers: Mapping[Hashable, i
             of range.
     """
     check_keys(answers, ranks, "rounds")
-    place: dict[Hashable, int] = {}
+    rank_of: dict[Hashable, int] = {}
     for key, answer in answers.items():
         ranked = _checked(key, ranks[key])
         if not 0 <= answer < len(ranked):
             raise UserError(f"round {key!r} has {len(ranked)} candidates, and no number {answer}")
-        place[key] = int(ranked[answer])
-    found = np.array(list(place.values()))
-    values = {"MRR": 100 * float((1 / found).mean())}
-    values |= {f"R@{k}": 100 * float((found <= k).mean()) for k in (1, 5, 10)}
-    values["mean rank"] = float(found.mean())
-    return Scores(values, (), {key: 100 / rank for key, rank in place.items()})
+        rank_of[key] = int(ranked[answer])
+    answer_ranks = np.array(list(rank_of.values()))
+    values = {"MRR": 100 * float((1 / answer_ranks).mean())}
+    values |= {f"R@{k}": 100 * float((answer_ranks <= k).mean()) for k in (1, 5, 10)}
+    values["mean rank"] = float(answer_ranks.mean())
+    return Scores(values, (), {key: 100 / rank for key, rank in rank_of.items()})
 
 
 def dense(
@@ -74,7 +78,7 @@ def dense(
             and relevances differ.
     """
     check_keys(relevance, [key for key in ranks if key in relevance], "rounds")
-    found: dict[Hashable, float] = {}
+    ndcg_of: dict[Hashable, float] = {}
     for key, judged in relevance.items():
         order = np.argsort(_checked(key, ranks[key]))
         gain = np.asarray(judged, np.float64)
@@ -84,13 +88,13 @@ def dense(
         if k:
             discount = np.log2(np.arange(k) + 2)
             best = (np.sort(gain)[::-1][:k] / discount).sum()
-            found[key] = 100 * float((gain[order][:k] / discount).sum() / best)
-    if not found:
+            ndcg_of[key] = 100 * float((gain[order][:k] / discount).sum() / best)
+    if not ndcg_of:
         raise UserError("NDCG is undefined: no round has a relevant candidate")
     notes = ()
-    if left := len(relevance) - len(found):
+    if left := len(relevance) - len(ndcg_of):
         notes = (warned(f"NDCG leaves out {left} rounds without a relevant candidate"),)
-    return Scores({"NDCG": float(np.mean(list(found.values())))}, notes, found)
+    return Scores({"NDCG": float(np.mean(list(ndcg_of.values())))}, notes, ndcg_of)
 
 
 def _checked(key: Hashable, ranks: Sequence[int]) -> Int[np.ndarray, " C"]:

@@ -138,7 +138,7 @@ def wups(
     net, notes = _wordnet()
     name = "WUPS" if net else "exact"
     prepare = net.prepare if net else _content_words
-    found: dict[Hashable, float] = {}
+    likeness_of: dict[Hashable, float] = {}
     for key, given in track(answers.items(), len(answers), name, "answer"):
         if not given:
             raise UserError(f"question {key!r} has no answers")
@@ -149,15 +149,15 @@ def wups(
             likeness = max(net.wups(said, prepare(answer)) for answer in given)
         else:
             likeness = float(any(said == prepare(answer) for answer in given))
-        found[key] = 100 * likeness
+        likeness_of[key] = 100 * likeness
 
-    values = {name: _mean(found.values())}
+    values = {name: _mean(likeness_of.values())}
     if question_types is not None:
         merged = {key: "TN" if kind == "TP" else str(kind) for key, kind in types.items()}
-        groups = _by_type(name, found, {key: kind[0] for key, kind in merged.items()})
+        groups = _by_type(name, likeness_of, {key: kind[0] for key, kind in merged.items()})
         values |= {group.replace("/", "_"): value for group, value in groups.items()}
-        values |= _by_type(name, found, merged)
-    return Scores(values, notes, found)
+        values |= _by_type(name, likeness_of, merged)
+    return Scores(values, notes, likeness_of)
 
 
 # ---------------------------------------------------------------- VQA's normalization

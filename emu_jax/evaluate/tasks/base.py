@@ -62,11 +62,11 @@ class FewShotExamples:
     """The in-context examples before a question, the most relevant last.
 
     Attributes:
-        pictures: whether their images are shown.
+        show_images: whether their images are shown.
     """
 
     examples: tuple[Example, ...] = ()
-    pictures: bool = False
+    show_images: bool = False
 
 
 PromptPart = str | Path
@@ -250,7 +250,7 @@ class Wording:
         """Returns the parts of the prompt, with adjacent texts joined."""
         parts: list[PromptPart] = [self.head] if self.head else []
         for example in shown.examples:
-            text = self.example if shown.pictures else re.sub(r"\{image\} ?", "", self.example)
+            text = self.example if shown.show_images else re.sub(r"\{image\} ?", "", self.example)
             words = {"question": example.question, "answer": example.answer}
             parts += [" ", *fill(text, example.media, words)]
         parts += [" ", *fill(self.query, item.media, {**said, "question": item.question})]
@@ -321,7 +321,7 @@ def field(items: Sequence[Item], name: str) -> dict[Hashable, Any]:
     return {item.id: item.fields[name] for item in items}
 
 
-def numbered_picture(folder: Path, prefix: str, image_id: int | str) -> Path:
+def numbered_image(folder: Path, prefix: str, image_id: int | str) -> Path:
     """Returns the file of a COCO-numbered image. `image_id` may be a string if its file exists.
 
     Raises:
@@ -371,13 +371,13 @@ class Folder:
         Raises:
             UserError: none exists.
         """
-        found = self.find(*names)
-        if found is None:
+        path = self.find(*names)
+        if path is None:
             raise UserError(
                 f"{self.root} has no {' and no '.join(names)}, nor have annotations/ or "
                 "Annotations/ in it: see docs/evaluation.md for where it comes from"
             )
-        return found
+        return path
 
     def find(self, *names: str) -> Path | None:
         """Returns the first of the named files that exists, or None."""
@@ -392,13 +392,13 @@ class Folder:
         """
         if names not in self._folders:
             places = [self.root / within / n for n in names for within in ("", "images", "videos")]
-            found = next((place for place in places if place.is_dir()), None)
-            if found is None:
+            match = next((place for place in places if place.is_dir()), None)
+            if match is None:
                 raise UserError(
-                    f"{self.root} has no folder {' or '.join(names)} of pictures or videos: see "
+                    f"{self.root} has no folder {' or '.join(names)} of images or videos: see "
                     "docs/evaluation.md for where it comes from"
                 )
-            self._folders[names] = found
+            self._folders[names] = match
         return self._folders[names]
 
 

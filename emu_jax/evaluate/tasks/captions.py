@@ -108,7 +108,7 @@ class Karpathy(Captioning):
             return [
                 (
                     row.get("cocoid", row["imgid"]),
-                    self._picture(data, row.get("filepath", ""), row["filename"]),
+                    self._image_file(data, row.get("filepath", ""), row["filename"]),
                     [sentence["raw"] for sentence in row["sentences"]],
                 )
                 for row in rows
@@ -116,17 +116,19 @@ class Karpathy(Captioning):
 
     def _read_lavis(self, data: Folder, path: Path) -> list[tuple[int, Path, list[str]]]:
         # Test files have one row per image, training files one per caption.
-        found: dict[str, list[str]] = {}
+        captions_of: dict[str, list[str]] = {}
         with layout(path):
             for row in read_json(path):
                 said = row["caption"]
-                found.setdefault(row["image"], []).extend([said] if isinstance(said, str) else said)
+                captions_of.setdefault(row["image"], []).extend(
+                    [said] if isinstance(said, str) else said
+                )
             return [
-                (int(Path(name).stem.split("_")[-1]), self._picture(data, *_split(name)), said)
-                for name, said in found.items()
+                (int(Path(name).stem.split("_")[-1]), self._image_file(data, *_split(name)), said)
+                for name, said in captions_of.items()
             ]
 
-    def _picture(self, data: Folder, folder: str, name: str) -> Path:
+    def _image_file(self, data: Folder, folder: str, name: str) -> Path:
         return data.folder(*([folder] if folder else self._folders)) / name
 
 
@@ -196,7 +198,7 @@ COCO = Karpathy(
     "dataset_coco.json",
     ("val2014",),
     {"Emu": 112.4, "Emu*": 120.4, "Emu-I": 117.7},
-    "cs.stanford.edu/people/karpathy/deepimagesent, pictures cocodataset.org",
+    "cs.stanford.edu/people/karpathy/deepimagesent, images cocodataset.org",
     lavis="coco_karpathy_{split}.json",
 )
 FLICKR = Karpathy(
@@ -205,5 +207,5 @@ FLICKR = Karpathy(
     "dataset_flickr30k.json",
     ("flickr30k-images", "flickr30k_images", "images"),
     {"Emu": 72.0},
-    "cs.stanford.edu/people/karpathy/deepimagesent, pictures shannon.cs.illinois.edu",
+    "cs.stanford.edu/people/karpathy/deepimagesent, images shannon.cs.illinois.edu",
 )

@@ -82,8 +82,8 @@ class CocoDrawing(Task):
         network = frechet.Inception(fid.inception, fid.resize)
         real = self._reference(context, network)
         drawn = [context.out / file for file in answers]
-        found = frechet.moments(drawn, network, what="drawn pictures").gaussian()
-        return frechet.score(found, real, (network.note,))
+        generated = frechet.moments(drawn, network, what="generated images").gaussian()
+        return frechet.score(generated, real, (network.note,))
 
     def _reference(self, context: ScoringContext, network: frechet.Inception) -> frechet.Gaussian:
         """Returns the given statistics, or computes and caches those of all images of the split."""
@@ -93,9 +93,9 @@ class CocoDrawing(Task):
         with layout(path):
             files = sorted(folder / row["file_name"] for row in read_json(path)["images"])
         digest = hashlib.sha256("\n".join([network.note, *map(str, files)]).encode())
-        kept = context.out / f"fid-{digest.hexdigest()[:12]}.npz"
-        if kept.is_file():
-            return dataclasses.replace(frechet.load_statistics(kept), count=len(files))
-        found = frechet.moments(files, network, what="real pictures").gaussian()
-        frechet.save_statistics(found, kept)
-        return found
+        cached = context.out / f"fid-{digest.hexdigest()[:12]}.npz"
+        if cached.is_file():
+            return dataclasses.replace(frechet.load_statistics(cached), count=len(files))
+        statistics = frechet.moments(files, network, what="real images").gaussian()
+        frechet.save_statistics(statistics, cached)
+        return statistics

@@ -26,7 +26,7 @@ from emu_jax.evaluate.tasks.base import (
     by_id,
     field,
     layout,
-    numbered_picture,
+    numbered_image,
     read_json,
 )
 from emu_jax.evaluate.tasks.vqa import described
@@ -56,9 +56,9 @@ class VisDial(Task):
             for dialog in content["dialogs"]:
                 number = dialog["image_id"]
                 if year:
-                    picture = numbered_picture(folder, names[0], number)
+                    image = numbered_image(folder, names[0], number)
                 else:
-                    picture = self._train_picture(data, number)
+                    image = self._train_image(data, number)
                 history: list[tuple[str, str]] = []
                 for n, row in enumerate(dialog["dialog"], 1):
                     question = questions[row["question"]]
@@ -74,7 +74,7 @@ class VisDial(Task):
                             "history": list(history),
                             "answers": [] if right is None else [options[right]],
                         }
-                        items.append(Item(f"{number}-{n}", picture, question, fields))
+                        items.append(Item(f"{number}-{n}", image, question, fields))
                     if "answer" in row:
                         history.append((question, answers[row["answer"]]))
         counts = {len(item.fields["options"]) for item in items}
@@ -82,12 +82,12 @@ class VisDial(Task):
             raise UserError(f"{path} has rounds of {min(counts)} and of {max(counts)} options")
         return items
 
-    def _train_picture(self, data: Folder, number: int | str) -> Path:
+    def _train_image(self, data: Folder, number: int | str) -> Path:
         for name in ("train2014", "val2014"):
             path = data.folder(name) / f"COCO_{name}_{int(number):012d}.jpg"
             if path.is_file():
                 return path
-        raise UserError(f"{data.root} has no picture {number} in train2014 or val2014")
+        raise UserError(f"{data.root} has no image {number} in train2014 or val2014")
 
     def examples(self, data: Folder) -> list[Example]:
         """Returns the first round of each training dialogue."""
@@ -145,7 +145,7 @@ NO_DENSE = "no NDCG, which the paper reports: visdial_1.0_val_dense_annotations.
 def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
     """Builds the release's prompt, with `</s>` after the image and after each past turn."""
     example = f"{USER}: {{image}}{EOS} {USER}: {{question}}? {ASSISTANT}: {{answer}}.{EOS}"
-    if not shown.pictures:
+    if not shown.show_images:
         example = f"{USER}: {{question}}? {ASSISTANT}: {{answer}}.{EOS}"
     query = f"{USER}: {{image}}{EOS}"
     words: dict[str, Any] = {}

@@ -26,7 +26,7 @@ from emu_jax.evaluate.tasks.base import (
     continuing,
     field,
     layout,
-    numbered_picture,
+    numbered_image,
     read_json,
     references,
     short_answer,
@@ -122,31 +122,33 @@ class VQA(Answering):
         self._stem = stem
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
-        name, pictures = self._splits[split]
+        name, image_folder = self._splits[split]
         path = data.file(self._questions.format(split=name))
-        folder = data.folder(pictures)
+        folder = data.folder(image_folder)
         answers = data.find(self._annotations.format(split=name))
         if answers is None and split in ("val", "train"):
             data.file(self._annotations.format(split=name))
-        found: dict[str, Any] = {}
+        annotations: dict[str, Any] = {}
         if answers is not None:
             with layout(answers):
-                found = {str(row["question_id"]): row for row in read_json(answers)["annotations"]}
+                annotations = {
+                    str(row["question_id"]): row for row in read_json(answers)["annotations"]
+                }
         with layout(path):
             rows = read_json(path)["questions"]
             if answers is not None and (
-                lost := [r for r in rows if str(r["question_id"]) not in found]
+                lost := [r for r in rows if str(r["question_id"]) not in annotations]
             ):
                 raise KeyError(f"{lost[0]['question_id']} in {answers}")
             return [
                 Item(
                     str(row["question_id"]),
-                    numbered_picture(folder, f"COCO_{pictures}", row["image_id"]),
+                    numbered_image(folder, f"COCO_{image_folder}", row["image_id"]),
                     row["question"],
                     fields={
                         "question_id": row["question_id"],
-                        "answers": _answers(found.get(str(row["question_id"]))),
-                        "type": found.get(str(row["question_id"]), {}).get("answer_type", ""),
+                        "answers": _answers(annotations.get(str(row["question_id"]))),
+                        "type": annotations.get(str(row["question_id"]), {}).get("answer_type", ""),
                     },
                 )
                 for row in rows
@@ -248,7 +250,7 @@ VQAV2 = VQA(
         "Emu 4-shot": 58.4,
         "Emu 8-shot": 59.0,
     },
-    "visualqa.org/download.html, pictures cocodataset.org",
+    "visualqa.org/download.html, images cocodataset.org",
 )
 OKVQA = VQA(
     "okvqa",
@@ -257,6 +259,6 @@ OKVQA = VQA(
     "mscoco_{split}_annotations.json",
     {"train": ("train2014", "train2014"), "val": ("val2014", "val2014")},
     {"Emu": 38.2, "Emu*": 42.8, "Emu-I": 43.4, "Emu-I*": 49.2},
-    "okvqa.allenai.org/download.html, pictures cocodataset.org",
+    "okvqa.allenai.org/download.html, images cocodataset.org",
     stem=True,
 )
