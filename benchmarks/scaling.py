@@ -35,8 +35,8 @@ from jax.experimental import multihost_utils
 
 from emu_jax import bench
 from emu_jax.errors import UserError
-from emu_jax.filesystem import writing
 from emu_jax.hardware import chip_name
+from emu_jax.storage import writing
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.flops import train_flops
 

@@ -28,9 +28,9 @@ from emu_jax import bench
 from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.data.batches import batch_shapes
 from emu_jax.errors import UserError, suggest
-from emu_jax.filesystem import shipped
 from emu_jax.models.eva_clip import CLIP_MEAN, CLIP_STD
 from emu_jax.sharding import batch_sharding
+from emu_jax.storage import shipped
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.flops import train_flops

@@ -32,7 +32,7 @@ from typing import Any
 
 from emu_jax import markdown
 from emu_jax.errors import UserError, suggest
-from emu_jax.filesystem import shipped, write_text
+from emu_jax.storage import shipped, write_text
 
 log = logging.getLogger("emu_jax")
 

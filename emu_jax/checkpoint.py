@@ -9,6 +9,9 @@
     DIR/base.json       the runs that hold the other towers, if `params` has only the trained ones:
                         {tower: run directory}, relative to DIR
 
+In an object store, where nothing can be renamed, a step is complete once it holds COMMIT_MARKER,
+which is written last and deleted first. DAMAGED_MARKER sets a step aside.
+
 Saved parameters are nested dicts under the module's own attribute names, which allows reading one
 tower without the rest. In memory they are flat (`sharding.AbstractModel`).
 """
@@ -18,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,19 +37,37 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emu_jax import integrity
 from emu_jax.config import EmuConfig, load_json
 from emu_jax.errors import UserError
-from emu_jax.filesystem import write_text
 from emu_jax.sharding import AbstractModel, flatten, nest
+from emu_jax.storage import StorePath, files, folders, join, relative, write_text
 from emu_jax.tokenizer import Tokenizer
 
 READ_BYTES = 2**28  # of arrays that are read at once
+COMMIT_MARKER = "commit_success.txt"  # orbax's name
+DAMAGED_MARKER = "damaged.txt"
 
 
 def complete_steps(directory: Path) -> list[int]:
     """Returns the steps of a run directory, in no particular order. [] if there is no directory."""
+    steps = step_folders(directory)
+    if not isinstance(directory, StorePath):
+        return steps
+    return [step for step in steps if markers(directory / str(step)) == {COMMIT_MARKER}]
+
+
+def step_folders(directory: Path) -> list[int]:
+    """Returns the numbers among a run directory's folders. In a store, some may be incomplete."""
     try:
-        return [int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()]
+        return [int(name) for name in folders(directory) if name.isdecimal()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def markers(step: StorePath) -> set[str]:
+    """Returns which of COMMIT_MARKER and DAMAGED_MARKER a step holds."""
+    try:
+        return {path.name for path in step.iterdir()} & {COMMIT_MARKER, DAMAGED_MARKER}
+    except FileNotFoundError:  # removed meanwhile
+        return set()
 
 
 def latest_step(directory: Path) -> int:
@@ -60,7 +80,11 @@ def latest_step(directory: Path) -> int:
         raise UserError(f"no checkpoint at {directory}: the directory does not exist")
     steps = complete_steps(directory)
     if not steps:
-        raise UserError(f"no checkpoint in {directory}: train into it, or convert one, first")
+        half = [str(step) for step in step_folders(directory)]
+        missing = f" ({', '.join(half)}: no {COMMIT_MARKER}, so incomplete)" if half else ""
+        raise UserError(
+            f"no checkpoint in {directory}{missing}: train into it, or convert one, first"
+        )
     return max(steps)
 
 
@@ -240,15 +264,15 @@ _RELEASE_SETTINGS = {
 def _contents(path: Path) -> list[tuple[str, str]]:
     """Returns (name, hash) of each file that `fingerprint` includes."""
     if path.is_file():  # a release of one file, with its settings beside it
-        beside = [path.parent / "Emu.json", *_files(path.parent / "tokenizer")]
+        beside = [path.parent / "Emu.json", *files(path.parent / "tokenizer")]
         return _hashes(path.parent, [path, *(p for p in beside if p.is_file())])
     if not (path / "config.json").is_file():
         counts = (
-            p for p in _files(path) if p.suffix in _RELEASE_WEIGHTS or p.name in _RELEASE_SETTINGS
+            p for p in files(path) if p.suffix in _RELEASE_WEIGHTS or p.name in _RELEASE_SETTINGS
         )
         return _hashes(path, counts)
     own = _hashes(
-        path, [path / "config.json", *_files(path / "tokenizer"), *_files(path / "safety_checker")]
+        path, [path / "config.json", *files(path / "tokenizer"), *files(path / "safety_checker")]
     )
     weights = _weights(path / str(latest_step(path)))
     bases = [
@@ -269,12 +293,8 @@ def _weights(step: Path) -> list[tuple[str, str]]:
     return weights or [
         (f"{item}/{name}", content)
         for item in ("ema", "params")
-        for name, content in _hashes(step / item, _files(step / item))
+        for name, content in _hashes(step / item, files(step / item))
     ]
-
-
-def _files(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.is_file()]
 
 
 def _hashes(root: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
@@ -342,7 +362,7 @@ def tower_of(path: str) -> str:
 
 def save_base(directory: Path, towers: dict[str, Path]) -> None:
     """Writes base.json: the run directories of the towers that the steps of `directory` omit."""
-    places = {tower: os.path.relpath(parent, directory) for tower, parent in towers.items()}
+    places = {tower: relative(parent, directory) for tower, parent in towers.items()}
     write_text(directory / "base.json", json.dumps(places, indent=1) + "\n")
 
 
@@ -363,10 +383,7 @@ def _noted_base(directory: Path) -> dict[str, Path]:
     if not note.is_file():
         return {}
     try:
-        places = {
-            t: Path(os.path.normpath(directory / p))
-            for t, p in json.loads(note.read_text()).items()
-        }
+        places = {t: join(directory, p) for t, p in json.loads(note.read_text()).items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{note} is damaged ({error}): write {{tower: run directory}}") from None
     for parent in places.values():

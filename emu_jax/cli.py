@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import emu_jax
 from emu_jax.errors import UserError, suggest
+from emu_jax.storage import as_path, is_remote
 
 if TYPE_CHECKING:
     from emu_jax.convert.convert import ConversionReport
@@ -31,17 +32,28 @@ Command = Callable[[argparse.Namespace], "dict[str, Any]"]
 CONFIG_HELP = "a Python file. It is executed: do not use files that you have not read"
 
 
-def _local_path(text: str) -> Path:
-    """Argument type of every flag that names a local file or directory.
+def _path(text: str) -> Path:
+    """Argument type of flags that name a local file or directory, or one in an object store.
 
     Raises:
-        argparse.ArgumentTypeError: the text is a URL, which `Path` would turn into a relative path
-            ("gs:/...").
+        argparse.ArgumentTypeError: the text is a URL that no store of `storage.SCHEMES` serves.
     """
-    if "://" in text:
+    try:
+        return as_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _local_path(text: str) -> Path:
+    """Argument type of flags that name a local file or directory.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is a URL.
+    """
+    if is_remote(text):
         raise argparse.ArgumentTypeError(
-            f"{text} is not a local path: mount the bucket, for example with Cloud Storage FUSE, "
-            "and give the mounted path (docs/launch.md)"
+            f"{text} is not a local path: copy it to this machine, or mount the bucket, for "
+            "example with Cloud Storage FUSE (docs/launch.md)"
         )
     return Path(text)
 
@@ -69,7 +81,7 @@ def _seed(text: str) -> int:
 
 def demo(parser: argparse.ArgumentParser) -> Command:
     """train Emu on handwritten digits and write a report of the results"""
-    parser.add_argument("--workdir", type=_local_path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--workdir", type=_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
     parser.add_argument(
         "--validation",
@@ -92,7 +104,7 @@ def train(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument(
         "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
     )
-    parser.add_argument("--workdir", type=_local_path, required=True, metavar="DIR")
+    parser.add_argument("--workdir", type=_path, required=True, metavar="DIR")
     parser.epilog = "--config.a.b=VALUE overrides one key of the config and may be repeated."
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def precompute(parser: argparse.ArgumentParser) -> Command:
 
 def generate(parser: argparse.ArgumentParser) -> Command:
     """continue a sequence of text and images"""
-    parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_path, required=True, metavar="DIR")
     parser.add_argument(
         "--output",
         choices=("text", "image", "auto"),
@@ -208,11 +220,11 @@ def convert(parser: argparse.ArgumentParser) -> Command:
     """convert a release to a run directory, back, or for other libraries"""
     parser.add_argument(
         "src",
-        type=_local_path,
+        type=_path,
         metavar="SRC",
         help="a release folder, Emu-instruct.pt, a run directory, or a peft folder (with --base)",
     )
-    parser.add_argument("dst", type=_local_path, metavar="DST")
+    parser.add_argument("dst", type=_path, metavar="DST")
     parser.add_argument(
         "--to",
         choices=("jax", "emu", "hf"),
@@ -232,9 +244,7 @@ def convert(parser: argparse.ArgumentParser) -> Command:
         metavar="DIR",
         help="a LLaMA tokenizer folder (default: tokenizer/ beside the weights)",
     )
-    parser.add_argument(
-        "--base", type=_local_path, metavar="DIR", help="the base model of a peft folder"
-    )
+    parser.add_argument("--base", type=_path, metavar="DIR", help="the base model of a peft folder")
     parser.add_argument(
         "--merge-lora", action="store_true", help="merge LoRA adapters into the weights, in float32"
     )
@@ -264,7 +274,7 @@ def convert(parser: argparse.ArgumentParser) -> Command:
 
 def init(parser: argparse.ArgumentParser) -> Command:
     """initialize a new Emu from LLaMA, EVA-CLIP and Stable Diffusion"""
-    parser.add_argument("dst", type=_local_path, metavar="DST")
+    parser.add_argument("dst", type=_path, metavar="DST")
     parser.add_argument(
         "--llama", type=_local_path, required=True, metavar="DIR", help="a transformers folder"
     )
@@ -314,7 +324,7 @@ def init(parser: argparse.ArgumentParser) -> Command:
 
 def verify(parser: argparse.ArgumentParser) -> Command:
     """compare a checkpoint with outputs of the released code"""
-    parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_path, required=True, metavar="DIR")
     parser.add_argument(
         "--golden",
         type=_local_path,
@@ -338,7 +348,7 @@ def verify(parser: argparse.ArgumentParser) -> Command:
 
 def eval_(parser: argparse.ArgumentParser) -> Command:
     """run a benchmark of the paper: official files in, official result file out"""
-    parser.add_argument("--checkpoint", type=_local_path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_path, required=True, metavar="DIR")
     parser.add_argument(
         "--task", required=True, metavar="TASK", help="coco_caption, vqav2, ...: docs/evaluation.md"
     )
@@ -351,7 +361,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
     )
     parser.add_argument(
         "--out",
-        type=_local_path,
+        type=_path,
         required=True,
         metavar="FILE",
         help="the result file, .json; predictions, scores and a page are written beside it",
@@ -598,7 +608,7 @@ def _built(dst: str, result: dict[str, Any]) -> str:
 
 def serve(parser: argparse.ArgumentParser) -> Command:
     """serve a local web page for chat and drawing"""
-    parser.add_argument("--checkpoint", type=_local_path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--checkpoint", type=_path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -769,7 +779,7 @@ def _converted(dst: Path, report: ConversionReport) -> str:
 
 def checkpoint_verify(parser: argparse.ArgumentParser) -> Command:
     """read every byte of a checkpoint and report damage"""
-    parser.add_argument("run_directory", type=_local_path, metavar="RUN")
+    parser.add_argument("run_directory", type=_path, metavar="RUN")
     parser.add_argument(
         "--step",
         type=int,

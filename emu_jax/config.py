@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, suggest
-from .filesystem import read_json_object, write_text
+from .storage import read_json_object, write_text
 
 # Former names of config keys, which old run directories and command lines still use.
 RENAMED_KEYS = {"picture_first": "image_first"}

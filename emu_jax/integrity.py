@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ import numpy as np
 import tensorstore as ts
 
 from emu_jax.errors import UserError
-from emu_jax.filesystem import sync, write_text
+from emu_jax.storage import as_path, files, is_remote, kvstore, sync, write_text
 
 CHECKSUMS = "checksums.json"
 GLOB_CHARACTERS = "*?[]\\"
@@ -85,6 +85,31 @@ def _choose_codecs() -> None:
 _choose_codecs()
 
 
+def _reach_s3() -> None:
+    """Patches orbax to treat `s3://` as `gs://`: tensorstore's driver, a commit marker, no renames.
+
+    Orbax itself writes arrays to `gs://` and local paths alone.
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    kvstore_for_gcs, normalize = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
+
+    def kvstore_for(path: str) -> dict[str, Any]:
+        if not path.startswith("s3://"):
+            return kvstore_for_gcs(path)
+        spec = kvstore(as_path(path))
+        return spec | {"path": spec["path"].rstrip("/")}  # it may be a file
+
+    gcs_utils.is_gcs_path = lambda path: is_remote(path.as_posix())
+    gcs_utils.get_kvstore_for_gcs = kvstore_for
+    tensorstore_utils._use_gcs_driver = is_remote
+    tensorstore_utils._normalize_path = lambda path: normalize(path).replace("s3:/", "s3://")
+
+
+_reach_s3()
+
+
 def check_path(directory: Path) -> None:
     """Checks that a path holds no glob characters.
 
@@ -101,27 +126,28 @@ def check_path(directory: Path) -> None:
 
 
 def seal(step: Path) -> None:
-    """Writes the checksums of an otherwise complete step and syncs its files to disk.
+    """Writes the checksums of an otherwise complete step and syncs its local files to disk.
 
     One process does this for the files of all processes, several at a time.
     """
-    tree = list(os.walk(step))
-    paths = [Path(folder, name) for folder, _, names in tree for name in names]
-    paths = sorted(path for path in paths if _is_covered(path.relative_to(step)))
+    local = not is_remote(step)
+    paths = sorted(path for path in files(step) if _is_covered(path.relative_to(step)))
+    folders = [folder for folder, _, _ in os.walk(step)] if local else []
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:
-            os.fsync(file.fileno())
+            if local:
+                os.fsync(file.fileno())
             return hashlib.sha256(file.read()).hexdigest()
 
     with ThreadPoolExecutor(16) as workers:
-        sums = workers.map(digest, paths)
-        files = {str(p.relative_to(step)): s for p, s in zip(paths, sums, strict=True)}
-        list(workers.map(sync, [folder for folder, _, _ in tree]))
-    write_text(step / CHECKSUMS, json.dumps({"sha256": files}, indent=1) + "\n")
+        digests = workers.map(digest, paths)
+        sums = {str(p.relative_to(step)): s for p, s in zip(paths, digests, strict=True)}
+        list(workers.map(sync, folders))
+    write_text(step / CHECKSUMS, json.dumps({"sha256": sums}, indent=1) + "\n")
 
 
-def _is_covered(path: Path) -> bool:
+def _is_covered(path: PurePath) -> bool:
     """Returns whether checksums.json covers a file. Tensorstore verifies those in `d` folders."""
     return "d" not in path.parts[:-1] and path.name not in UNCOVERED
 
@@ -138,7 +164,7 @@ def damaged_files(step: Path, items: Sequence[str] = ()) -> list[str]:
         FileNotFoundError: the step has no checksums because an older version wrote it.
     """
     try:
-        files = json.loads((step / CHECKSUMS).read_text())["sha256"].items()
+        sums = json.loads((step / CHECKSUMS).read_text())["sha256"].items()
     except FileNotFoundError:
         if any(_has_checksums(item) for item in step.iterdir() if item.is_dir()):
             return [f"{step / CHECKSUMS} is missing"]
@@ -146,7 +172,7 @@ def damaged_files(step: Path, items: Sequence[str] = ()) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{step / CHECKSUMS} is damaged ({one_line(error)})"]
     problems = []
-    for number, (name, expected) in enumerate(sorted(files)):
+    for number, (name, expected) in enumerate(sorted(sums)):
         parts = Path(name).parts
         if items and (len(parts) < 2 or parts[0] not in items):
             continue
@@ -192,10 +218,8 @@ def warn_unverified(step: Path) -> None:
 
 
 def _database(item: Path, context: ts.Context) -> Any:
-    base = {"driver": "file", "path": f"{item.absolute()}/"}
-    return ts.KvStore.open(
-        {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context
-    ).result()
+    spec = {"driver": "ocdbt", "base": kvstore(item), "cache_pool": "cache_pool#ocdbt"}
+    return ts.KvStore.open(spec, context=context).result()
 
 
 def _array_names(keys: Sequence[bytes]) -> dict[str, str]:
@@ -275,14 +299,13 @@ def unreadable_arrays(
 
     number = 0  # chunks of the arrays before this one
     for name, driver in sorted(names.items()):
-        base = {"driver": "file", "path": f"{item.absolute()}/"}
-        kvstore = {
+        store = {
             "driver": "ocdbt",
-            "base": base,
+            "base": kvstore(item),
             "path": f"{name}/",
             "cache_pool": "cache_pool#ocdbt",
         }
-        spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+        spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
         try:
             array = ts.open(spec, context=context, open=True, read=True).result()
         except Exception as error:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from emu_jax.filesystem import write_text
+from emu_jax.storage import write_text
 
 Picture = np.ndarray | Image.Image  # uint8 [h, w, 3] or [h, w], or PIL
 

@@ -22,7 +22,7 @@ import tokenizers
 from jaxtyping import Bool, Int32
 
 from emu_jax.errors import UserError
-from emu_jax.filesystem import refuse_stand_in, writing
+from emu_jax.storage import as_path, refuse_stand_in, writing
 
 PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
 USER, ASSISTANT = "[USER]", "[ASSISTANT]"
@@ -86,7 +86,7 @@ class Tokenizer:
         Raises:
             UserError: neither file exists, or it cannot be read.
         """
-        directory = Path(directory)
+        directory = as_path(directory)
         files = {n: (directory / n).read_bytes() for n in _FILES if (directory / n).is_file()}
         for name in files:
             refuse_stand_in(directory / name)
@@ -125,7 +125,7 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the folder that `load` reads, each file atomically and synced to disk."""
-        directory = Path(directory)
+        directory = as_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         ours = json.dumps({"instruct": self.instruct}).encode() + b"\n"
         for name, content in {**self._files, _NOTE: ours}.items():

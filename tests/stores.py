@@ -129,7 +129,10 @@ class Store:
                 return self._error(412, "conditionNotMet", "a precondition does not hold")
             if self.scheme == "gs" and headers.get("range", "").startswith("bytes=-"):
                 return self._suffix(path, headers)
-            return self.forward(method, path, body, headers)
+            status, answered, content = self.forward(method, path, body, headers)
+            if self.scheme == "gs" and method == "GET" and "alt=media" in path and status < 300:
+                answered["X-Goog-Generation"] = self._generation(name)  # as GCS does
+            return status, answered, content
 
     def _suffix(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
         """Answers a request for the last bytes of an object, which the emulator does not know."""
@@ -163,10 +166,13 @@ class Store:
         wanted = parse_qs(urlsplit(path).query).get("ifGenerationMatch")
         if method == "GET" or not wanted:
             return True
+        return self._generation(name) == wanted[0]
+
+    def _generation(self, name: str) -> str:
+        """Returns the generation of an object of the GCS emulator, "0" if it does not exist."""
         quoted = name.replace("%", "%25").replace("/", "%2F").replace(" ", "%20")
         status, _, content = self.forward("GET", f"/storage/v1/b/{BUCKET}/o/{quoted}", b"", {})
-        found = json.loads(content)["generation"] if status == 200 else "0"
-        return str(found) == wanted[0]
+        return str(json.loads(content)["generation"]) if status == 200 else "0"
 
     def _name(self, path: str, body: bytes) -> str:
         """Returns the object or prefix that a request is about."""

@@ -14,7 +14,7 @@ from emu_jax import bench, cli
 from emu_jax.config import digits
 from emu_jax.data import DataConfig
 from emu_jax.errors import UserError
-from emu_jax.filesystem import shipped
+from emu_jax.storage import shipped
 from emu_jax.train.config import TrainConfig, pretraining
 
 FAST = '"""How fast.\n\nMore."""\ndef run(rate=2.5, name="a"): return {"rate": rate, "name": name}'

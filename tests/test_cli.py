@@ -95,12 +95,12 @@ def test_no_verb_and_unknown_verbs(run):
         (("generate", "--checkpoint", "d", "--batch", "f", "x"), "or --batch FILE"),
         (("generate", "--checkpoint", "d", "--output", "song", "x"), "'song'"),
         (
-            ("train", "--config", "c", "--workdir", "gs://b/x"),
-            "--workdir: gs://b/x is not a local path",
+            ("train", "--config", "c", "--workdir", "ftp://b/x"),
+            "--workdir: ftp:// is not supported (ftp://b/x): use a local path, gs:// or s3://",
         ),
-        (("serve", "--checkpoint=gs://b/x"), "--checkpoint: gs://b/x is not a local path"),
+        (("serve", "--checkpoint=gs://"), "--checkpoint: gs:// names no bucket: write gs://BUCKET"),
         (("plan", "--out", "s3://b/x"), "--out: s3://b/x is not a local path"),
-        (("convert", "d", "gs://b/x"), "DST: gs://b/x is not a local path"),
+        (("train", "--config", "gs://b/c.py"), "--config: gs://b/c.py is not a local path"),
     ],
 )
 def test_mistakes_in_flags(run, arguments, message):

@@ -10,7 +10,7 @@ from emu_jax import checkpoint
 from emu_jax.config import EmuConfig, LlamaConfig, digits, from_dict, to_dict
 from emu_jax.data import DataConfig
 from emu_jax.errors import UserError
-from emu_jax.filesystem import shipped
+from emu_jax.storage import shipped
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config, read_config
 

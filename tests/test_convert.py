@@ -1225,7 +1225,7 @@ def test_what_replaces_a_destination_is_on_the_disk_first(tmp_path, monkeypatch)
         return rename(self, target)
 
     dst.mkdir()
-    monkeypatch.setattr("emu_jax.filesystem.sync", lambda path: synced.add(Path(path).name))
+    monkeypatch.setattr("emu_jax.storage.sync", lambda path: synced.add(Path(path).name))
     monkeypatch.setattr(Path, "rename", checked)
     with replacing(dst, True) as temporary:
         (temporary / "deep").mkdir()

@@ -117,7 +117,7 @@ def test_a_file_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
     target = tmp_path / "a.txt"
     steps = []
     monkeypatch.setattr(
-        "emu_jax.filesystem.sync",
+        "emu_jax.storage.sync",
         lambda path: steps.append((os.path.isdir(path), target.exists())),
     )
     with storage.writing(str(target)) as temporary:

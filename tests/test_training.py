@@ -849,7 +849,7 @@ def test_what_a_parent_carries_is_on_the_disk_before_it_has_its_name(tmp_path, m
         assert ("Emu.json" if self.name == ".release.tmp" else ".generation.json.tmp") in synced
         return rename(self, target)
 
-    monkeypatch.setattr("emu_jax.filesystem.sync", lambda path: synced.append(Path(path).name))
+    monkeypatch.setattr("emu_jax.storage.sync", lambda path: synced.append(Path(path).name))
     monkeypatch.setattr(Path, "rename", checked)
     cfg = dataclasses.replace(TOY, init_from=str(parent), parents={"llama": "../parent"})
     for _ in range(2):

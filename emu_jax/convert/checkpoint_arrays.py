@@ -22,6 +22,7 @@ import tensorstore as ts
 from emu_jax import integrity
 from emu_jax.convert.tensors import check_complete, check_shape, copy_into
 from emu_jax.errors import UserError
+from emu_jax.storage import kvstore
 
 T = TypeVar("T")
 _CHUNK = 2**26  # bytes of an array in one file
@@ -231,12 +232,9 @@ class ArrayReader:
             ) from None
 
     def _open(self, path: str) -> Any:  # a tensorstore of known shape, which its stubs cannot say
-        kvstore = {"driver": "file", "path": f"{self._item / path}/"}
-        if self._ocdbt:
-            kvstore = _database(self._item, path)
         spec = {
             "driver": "zarr3" if self._zarr3 else "zarr",
-            "kvstore": kvstore,
+            "kvstore": _database(self._item, path) if self._ocdbt else kvstore(self._item / path),
             "fill_missing_data_reads": False,
             "recheck_cached_data": False,
         }
@@ -267,5 +265,4 @@ class ArrayReader:
 
 def _database(item: Path, path: str) -> dict[str, Any]:
     """Returns the kvstore specification of one array in an item's OCDBT database."""
-    base = {"driver": "file", "path": f"{item.absolute()}/"}
-    return {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+    return {"driver": "ocdbt", "base": kvstore(item), "path": f"{path}/"}

@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from emu_jax import integrity
+from emu_jax import checkpoint, integrity
 from emu_jax.config import save_json
 from emu_jax.convert import export, tensor_files
 from emu_jax.convert.checkpoint_arrays import ArrayWriter
@@ -42,9 +42,9 @@ from emu_jax.convert.source import (
 from emu_jax.convert.tensors import finishing
 from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError
-from emu_jax.filesystem import sync, sync_tree
 from emu_jax.host_memory import PeakMemory
 from emu_jax.sharding import make_mesh
+from emu_jax.storage import StorePath, as_path, remove, sync, sync_tree, upload
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -107,17 +107,17 @@ def convert(
             its model, `dst` exists, or the job has several processes. `dst` is left unchanged.
     """
     check_one_process()
-    src, dst = Path(src), Path(dst)
+    src, dst = as_path(src), as_path(dst)
     if to == "jax":
         integrity.check_path(dst)
-    sources = [src, *(Path(p) for p in (base, model_config, tokenizer) if p)]
+    sources = [src, *(as_path(p) for p in (base, model_config, tokenizer) if p)]
     with measured() as usage, replacing(dst, overwrite, sources) as temporary:
         source = open_model_source(
             src,
             mesh or make_mesh(),
             model_config=model_config,
             tokenizer=tokenizer,
-            base=base and Path(base),
+            base=base and as_path(base),
             scratch=temporary.parent,
         )
         if isinstance(source, RunSource) and to == "jax" and not merge_lora:
@@ -201,6 +201,8 @@ def write_run_directory(source: ModelSource, folder: Path) -> None:
 def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """Yields a temporary folder (or file name) beside `dst`, which replaces `dst` on success.
 
+    For a destination in a store it is among the system's temporary files, and uploaded at the end.
+
     Args:
         sources: the paths that are read; none of them may be replaced.
 
@@ -209,6 +211,10 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
             written.
     """
     single_file = dst.suffix in TORCH_SUFFIXES
+    if isinstance(dst, StorePath):
+        with _replacing_in_store(dst, overwrite, sources, single_file=single_file) as temporary:
+            yield temporary
+        return
     try:
         target = dst.resolve()  # `.` has no name, and a link must not be replaced by a folder
         occupied = target.is_file() or (target.is_dir() and any(target.iterdir()))
@@ -253,6 +259,34 @@ def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Itera
     finally:
         if target.exists() or not replaced.exists():  # otherwise `replaced` is the only copy
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _replacing_in_store(
+    dst: StorePath, overwrite: bool, sources: Iterable[Path], *, single_file: bool
+) -> Iterator[Path]:
+    """Does what `replacing` does, for a store. The steps of `dst` are complete at the very end."""
+    if not overwrite and dst.exists():
+        raise UserError(f"{dst} exists: choose another destination, or use --overwrite")
+    for source in sources:
+        if source.is_relative_to(dst):
+            raise UserError(
+                f"{source} would be lost, since {dst} replaces it: choose another destination"
+            )
+    with tempfile.TemporaryDirectory(prefix="emu-jax-") as staging:
+        temporary = Path(staging) / dst.name
+        if not single_file:
+            temporary.mkdir()
+        yield temporary
+        try:
+            for step in checkpoint.step_folders(dst):
+                (dst / str(step) / checkpoint.COMMIT_MARKER).unlink(missing_ok=True)
+            remove(dst)
+            upload(temporary, dst)
+            for step in checkpoint.complete_steps(temporary):
+                (dst / str(step) / checkpoint.COMMIT_MARKER).write_text("")
+        except OSError as error:
+            raise UserError(f"cannot write {dst}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -44,10 +44,10 @@ from emu_jax.convert.source import (
 from emu_jax.convert.tables import KeyStyle, TableRow
 from emu_jax.convert.tensors import Shape, Tensor
 from emu_jax.errors import UserError
-from emu_jax.filesystem import read_json_object
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import AbstractModel, make_mesh
+from emu_jax.storage import as_path, read_json_object
 from emu_jax.tokenizer import Tokenizer
 
 _VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
@@ -96,7 +96,7 @@ def init(
             `dst` is left unchanged.
     """
     check_one_process()
-    dst = Path(dst)
+    dst = as_path(dst)
     integrity.check_path(dst)
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
     with measured() as usage, replacing(dst, overwrite, sources) as temporary:

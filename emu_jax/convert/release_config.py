@@ -27,7 +27,7 @@ from emu_jax.config import (
 from emu_jax.convert.tables import KeyStyle
 from emu_jax.convert.tensors import Shape
 from emu_jax.errors import UserError
-from emu_jax.filesystem import read_json_object
+from emu_jax.storage import read_json_object
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, SchedulerConfig)
 

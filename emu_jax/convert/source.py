@@ -29,12 +29,12 @@ from emu_jax.convert.tables import KeyStyle, TableRow, peft_key
 from emu_jax.convert.tensors import Tensor, copy_into, dtype_name, dtype_of
 from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError, suggest
-from emu_jax.filesystem import read_json_object
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import AbstractModel
+from emu_jax.storage import fetched, is_remote, read_json_object
 from emu_jax.tokenizer import Tokenizer
 
 MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
@@ -237,6 +237,8 @@ def open_model_source(
     """Opens the source at `path`, recognizing its kind.
 
     Args:
+        path: a run directory in a store is read in place; anything else is downloaded first, to
+            the system's directory for temporary files.
         base: the model that a peft folder's adapters belong to.
         scratch: a directory for temporary files; by default the system's.
 
@@ -245,6 +247,10 @@ def open_model_source(
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    if is_remote(path) and not checkpoint.complete_steps(path):
+        if path.is_file():
+            raise UserError(f"{path} is a file in a store: name its folder, or download it")
+        path = fetched(path)
     if (path / "adapter_config.json").is_file():
         if base is None:
             raise UserError(f"{path} holds only adapters: name their model with --base")
@@ -543,6 +549,7 @@ class RunSource:
         arrays = {item: ArrayReader(item, scratch) for item in set(items.values())}
         layout, unused, release = None, {}, path / "release"
         if (release / "layout.json").is_file():
+            release = fetched(release)
             layout = ReleaseLayout.load(release / "layout.json", release / "files")
             unused = _unused_tensors(path)
         check_heads(path, cfg)
@@ -577,7 +584,9 @@ def _unused_tensors(directory: Path) -> dict[str, Tensor]:
     A converted run directory has them, and so does one trained from it. Returns {} for others.
     """
     path = directory / "release" / UNUSED_FILE
-    return next(iter(tensor_files.open_tensors(path)[0].values())) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return next(iter(tensor_files.open_tensors(fetched(path))[0].values()))
 
 
 def check_heads(directory: Path, cfg: EmuConfig) -> None:

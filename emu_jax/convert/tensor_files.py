@@ -29,7 +29,7 @@ from emu_jax.convert.tensors import (
 )
 from emu_jax.convert.torch_format import TorchWriter, open_torch
 from emu_jax.errors import UserError
-from emu_jax.filesystem import read_json_object, refuse_stand_in
+from emu_jax.storage import read_json_object, refuse_stand_in
 
 # File names of half-precision weights contain one of these. A folder may hold no others.
 _VARIANTS = ("fp16", "bf16")

@@ -15,7 +15,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -24,6 +23,7 @@ from jaxtyping import Int64, UInt8
 from emu_jax.data import storage
 from emu_jax.data.documents import Document, Image, Text, write_documents
 from emu_jax.errors import UserError, suggest
+from emu_jax.storage import as_path
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -186,7 +186,7 @@ def build_digits(root: str | os.PathLike) -> None:
     Does nothing if a previous call has finished; an interrupted build starts over. Writes are
     atomic.
     """
-    root = Path(root)
+    root = as_path(root)
     listing = root / "digits.json"
     try:
         sizes = json.loads(listing.read_text())

@@ -30,7 +30,7 @@ from emu_jax.config import EmuConfig, load_json, save_json
 from emu_jax.data.pipeline import Batch, Consumed, Damage, DataConfig, is_count
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
-from emu_jax.filesystem import publish, temporary_path, writing
+from emu_jax.storage import publish, temporary_path, writing
 from emu_jax.tokenizer import Tokenizer
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from emu_jax import filesystem
+from emu_jax import storage
 from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def writing(path: str) -> Iterator[Path]:
         UserError: all attempts to upload it failed; the message says why.
     """
     if not is_remote(path):
-        with filesystem.writing(Path(path), shared=True) as temporary:
+        with storage.writing(Path(path), shared=True) as temporary:
             yield temporary
         return
     handle, name = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.")

@@ -21,9 +21,9 @@ from emu_jax.data.documents import DocumentFiles, Text
 from emu_jax.data.images import open_image, resize
 from emu_jax.demo.report import write_report
 from emu_jax.errors import UserError
-from emu_jax.filesystem import shipped, write_text
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.settings import GenerationConfig
+from emu_jax.storage import shipped, write_text
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train

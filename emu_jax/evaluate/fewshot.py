@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from emu_jax.errors import UserError
 from emu_jax.evaluate.tasks.base import Example, FewShotExamples, Item
-from emu_jax.filesystem import writing
+from emu_jax.storage import writing
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,8 @@ def _unit(features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
 
 def _load(path: Path) -> Float[np.ndarray, "B D"]:
     try:
-        return np.load(path)
+        with path.open("rb") as file:
+            return np.load(file)
     except (ValueError, EOFError):
         raise UserError(f"{path} is damaged: delete it") from None
 

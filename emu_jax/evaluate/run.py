@@ -14,7 +14,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -45,16 +47,17 @@ from emu_jax.evaluate.tasks.base import (
     Task,
     check_split,
 )
-from emu_jax.filesystem import write_text, writing
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.prompt import open_file
 from emu_jax.generate.settings import RENAMED, GenerationConfig
 from emu_jax.progress import ProgressBar
+from emu_jax.storage import is_remote, log_parts, open_log, read_log, write_text, writing
 from emu_jax.train.distributed import initialize_distributed
 
 log = logging.getLogger(__name__)
 
 READERS = 4  # threads that load images
+UPLOAD_SECONDS = 30.0  # between two uploads of the predictions to an object store
 COLUMNS = ("id", "answer", "said", "asked")  # keys of a line of the predictions file
 SHOTS = 2  # default number of examples, the paper's for `--examples text`
 
@@ -461,17 +464,22 @@ class Store:
     def appending(self) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
         """Yields a function that appends rows to this process's file.
 
-        It flushes them, so they survive if the process is killed.
+        It flushes them, so they survive if the process is killed. In an object store, those of the
+        last `UPLOAD_SECONDS` may be lost.
         """
         path = self.path(self._process)
         lines = whole_lines(path) if path.exists() else []
-        with path.open("r+b" if path.exists() else "wb") as file:
-            file.truncate(sum(len(line) for line in lines))  # drop a line cut short by a kill
-            file.seek(0, 2)
+        if not is_remote(path) and path.exists():
+            os.truncate(path, sum(map(len, lines)))  # drop a line cut short by a kill
+        with contextlib.closing(open_log(path)) as log:
+            synced = time.monotonic()
 
             def append(rows: list[dict[str, Any]]) -> None:
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-                file.flush()
+                nonlocal synced
+                log.write("".join(json.dumps(row) + "\n" for row in rows))
+                if is_remote(path) and time.monotonic() - synced > UPLOAD_SECONDS:
+                    log.sync()
+                    synced = time.monotonic()
 
             if not lines:
                 append([{"settings": self._settings}])
@@ -482,13 +490,14 @@ class Store:
         lines = [{"settings": self._settings}, *rows]
         write_text(self.path(), "".join(json.dumps(line) + "\n" for line in lines))
         for path in self._files():
-            if path != self.path():
-                path.unlink()
+            for part in log_parts(path):
+                if part != self.path():
+                    part.unlink()
 
 
 def whole_lines(path: Path) -> list[bytes]:
     """Returns the complete lines of a file, dropping a truncated last one."""
-    *lines, _ = path.read_bytes().split(b"\n")  # the last piece is empty or truncated
+    *lines, _ = read_log(path).split(b"\n")  # the last piece is empty or truncated
     return [line + b"\n" for line in lines]
 
 

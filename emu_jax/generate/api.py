@@ -63,6 +63,7 @@ from emu_jax.generate.settings import (
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.sharding import to_host
+from emu_jax.storage import as_path
 from emu_jax.tokenizer import USER, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def load(
     batch_size: int = 64,
     shapes: Shapes | None = None,
 ) -> Emu:
-    """Loads a run directory, or the release's own files (a folder, or Emu-instruct.pt).
+    """Loads a run directory (local, gs:// or s3://), or the release's own files (a local folder, or
+    Emu-instruct.pt).
 
     A run directory has config.json, tokenizer/ and parameters, of which the newest are loaded. The
     release's files are read as `emu-jax convert` reads them. Each parameter is read straight into
@@ -98,7 +100,7 @@ def load(
         UserError: the directory is not a checkpoint, a part of it cannot be read, or it has a
             safety checker and torch is missing.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     defaults = GenerationConfig()

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from emu_jax.errors import UserError
-from emu_jax.filesystem import writing
 from emu_jax.generate.api import Emu
 from emu_jax.generate.prompt import Part, open_file
 from emu_jax.generate.settings import MAX_SEED, GenerationConfig, TextSettings, check_seed
+from emu_jax.storage import writing
 
 Output = Literal["text", "image", "auto"]
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from emu_jax.errors import UserError
+from emu_jax.storage import local_copy
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,10 @@ def _load(folder: Path) -> Checker:
             f"{folder / 'safety_checker'} needs torch ({error}): pip install 'emu_jax[torch]'"
         ) from None
     try:
-        model = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker").eval()
-        processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
+        with local_copy(folder / "safety_checker") as copy:
+            model = StableDiffusionSafetyChecker.from_pretrained(copy).eval()
+        with local_copy(folder / "feature_extractor") as copy:
+            processor = CLIPImageProcessor.from_pretrained(copy)
     except Exception as error:  # a damaged file raises errors of three libraries
         reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
         raise UserError(f"cannot read the safety checker in {folder}: {reason}") from None

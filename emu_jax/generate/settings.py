@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from emu_jax import diffusion
 from emu_jax.config import TokenIds
 from emu_jax.errors import UserError, suggest
-from emu_jax.filesystem import read_json_object
+from emu_jax.storage import read_json_object
 
 MAX_SEED = 2**32 - 1  # JAX keeps 32 bits of a seed
 MIN_BUCKET = 8

@@ -24,7 +24,6 @@ import jax
 from emu_jax import markdown
 from emu_jax.config import to_dict
 from emu_jax.errors import UserError
-from emu_jax.filesystem import write_text, writing
 from emu_jax.hardware import Topology
 from emu_jax.plan.plan import (
     SAFE,
@@ -35,6 +34,7 @@ from emu_jax.plan.plan import (
     memory_by_kind,
     plan_in_subprocess,
 )
+from emu_jax.storage import write_text, writing
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.flops import jaxpr_flops
 from emu_jax.train.step import Trainer, mesh_for

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from emu_jax import integrity
-from emu_jax.checkpoint import complete_steps, read_tree
+from emu_jax.checkpoint import (
+    COMMIT_MARKER,
+    DAMAGED_MARKER,
+    complete_steps,
+    markers,
+    read_tree,
+    step_folders,
+)
 from emu_jax.errors import UserError
-from emu_jax.filesystem import sync
 from emu_jax.host_memory import release_freed_memory
 from emu_jax.sharding import flatten, nest
+from emu_jax.storage import StorePath, remove, sync
 from emu_jax.train.lock import Lock
 from emu_jax.train.step import Params, Trainer, TrainState
 
@@ -38,8 +45,9 @@ class Checkpoints:
     """The checkpoints in a run directory. All processes call its methods at the same steps.
 
     A checkpoint is complete when the name of its directory is a bare number: it is written under
-    another name and renamed, and renamed again before it is removed. A complete checkpoint is read
-    back before older ones are removed.
+    another name and renamed, and renamed again before it is removed. In an object store, where
+    nothing can be renamed, it is complete when it holds a commit marker, which is written last and
+    deleted first. A complete checkpoint is read back before older ones are removed.
 
     As a context manager, it keeps other jobs from writing checkpoints to the directory.
 
@@ -81,7 +89,8 @@ class Checkpoints:
             self._take_lock()
             stack.callback(self._lock.release)
             stack.enter_context(integrity.quiet_failures())
-            self._remove_leftovers()
+            if problem := _broadcast_problem(_attempt(self._remove_leftovers)):
+                raise UserError(problem)
             self._stack = stack.pop_all()
         return self
 
@@ -104,22 +113,25 @@ class Checkpoints:
             self._remover.shutdown()
             del self._checkpointer  # and the references that it holds to a failure
             if failed:  # the next start removes what is still being written
-                self._remove_leftovers()
+                with suppress(OSError):
+                    self._remove_leftovers()
             self._stack.close()
 
     def newest(self, before: int = sys.maxsize) -> int | None:
         """Returns the newest complete step below `before`, as the first process sees it."""
-        newest = max((step for step in self._steps() if step < before), default=-1)
+        steps = self._steps() if self._lead else ()
+        newest = max((step for step in steps if step < before), default=-1)
         newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
     def restore(self, items: Mapping[str, ocp.args.CheckpointArgs]) -> tuple[int, dict[str, Any]]:
         """Returns the newest step that all processes can read, and its items.
 
-        Newer, unreadable steps are renamed to DIR/<step>.damaged, each with a line on stderr.
+        Newer, unreadable steps are set aside, each with a line on stderr: renamed to
+        DIR/<step>.damaged, or in an object store marked with DIR/<step>/damaged.txt.
 
         Raises:
-            UserError: no step can be read. All are left as they are.
+            UserError: no step can be read, or the object store fails. All are left as they are.
         """
         damaged: dict[int, str] = {}
         while (step := self.newest(before=min(damaged, default=sys.maxsize))) is not None:
@@ -145,6 +157,8 @@ class Checkpoints:
         self._check_lock()
         self._saving = step
         folder = self.workdir / str(step)
+        if self._lead and isinstance(folder, StorePath) and DAMAGED_MARKER in markers(folder):
+            self._attempt(lambda: _remove_step(folder))
         args = ocp.args.Composite(**{name: _with_checksums(item) for name, item in items.items()})
         self._attempt(lambda: self._checkpointer.save(folder, args))
         self._written = self._worker.submit(self._finish, folder)
@@ -175,8 +189,9 @@ class Checkpoints:
         self._retire_old_steps()
 
     def _seal(self) -> None:
-        """Writes the checksums. Orbax calls it on the lead, before it renames the step."""
-        integrity.seal(self.workdir / f"{self._saving}{WRITING}")
+        """Writes the checksums. Orbax calls it on the lead, before it commits the step."""
+        suffix = "" if isinstance(self.workdir, StorePath) else WRITING
+        integrity.seal(self.workdir / f"{self._saving}{suffix}")
 
     def _finish(self, folder: Path) -> str:
         """Runs on a thread: awaits the end of a save, then reads this process's share of it back.
@@ -192,7 +207,8 @@ class Checkpoints:
 
     def _read_back(self, folder: Path) -> None:
         if self._lead:
-            sync(self.workdir)
+            if not isinstance(self.workdir, StorePath):
+                sync(self.workdir)
             if problems := integrity.damaged_files(folder):
                 raise ValueError(problems[0])
         for item in integrity.items_of(folder):
@@ -233,8 +249,12 @@ class Checkpoints:
             raise self._failure(step, problem)
         self._check_lock()
         for old in self._old_steps() if self._lead else ():
-            removing = self.workdir / f"{old}{REMOVING}"
-            (self.workdir / str(old)).rename(removing)
+            folder = self.workdir / str(old)
+            if isinstance(folder, StorePath):
+                self._remover.submit(_remove_step, folder)
+                continue
+            removing = folder.with_name(f"{old}{REMOVING}")
+            folder.rename(removing)
             self._remover.submit(shutil.rmtree, removing, ignore_errors=True)
 
     def _old_steps(self) -> list[int]:
@@ -281,10 +301,16 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """Removes half-written and half-removed steps of killed processes and failed saves."""
-        if self._lock.held:
-            for path in self.workdir.iterdir():
-                if path.name.endswith((WRITING, REMOVING)):
-                    shutil.rmtree(path, ignore_errors=True)
+        if not self._lock.held:
+            return
+        if isinstance(self.workdir, StorePath):
+            for folder in (self.workdir / str(step) for step in step_folders(self.workdir)):
+                if not markers(folder):
+                    remove(folder)
+            return
+        for path in self.workdir.iterdir():
+            if path.name.endswith((WRITING, REMOVING)):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         """Runs a part of saving.
@@ -298,12 +324,14 @@ class Checkpoints:
 
     def _failure(self, step: int | None, reason: str) -> UserError:
         """Cleans up after a failed save, and returns the error to raise."""
-        if self._lock.held and (self.workdir / str(step)).is_dir():
-            self._move_aside(step)  # complete, but unreadable
-        self._remove_leftovers()
-        # Other processes may get here before the lead has moved the step aside.
-        steps = [number for number in self._steps() if number != step]
-        resumes = f"resumes from step {max(steps)}" if steps else "starts from the beginning"
+        resumes = "resumes from the newest checkpoint"
+        with suppress(OSError):  # the storage, which may be what failed
+            if self._lock.held and step is not None and step in self._steps():
+                self._move_aside(step, reason)  # complete, but unreadable
+            self._remove_leftovers()
+            # Other processes may get here before the lead has moved the step aside.
+            steps = [number for number in self._steps() if number != step]
+            resumes = f"resumes from step {max(steps)}" if steps else "starts from the beginning"
         return UserError(
             f"failed to save step {step} to {self.workdir}: {reason}: fix this and rerun; training "
             f"{resumes}"
@@ -314,11 +342,33 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], str]:
         """Returns (the items of a step, ""), or ({}, why some process cannot read it).
 
+        Raises:
+            UserError: the object store fails, which says nothing of the step. All processes raise
+                it.
+        """
+        folder, failure = self.workdir / str(step), ""
+        saved, problem = self._read_share(folder, items)
+        if problem and isinstance(folder, StorePath):
+            failure = _attempt(lambda: (folder / COMMIT_MARKER).read_bytes())
+            if not failure:  # it answers again, or did all the time
+                saved, problem = self._read_share(folder, items)
+        if failure := _broadcast_problem(failure):
+            raise UserError(f"cannot read {folder} ({failure}): fix this and rerun")
+        problems = multihost_utils.process_allgather(np.array(bool(problem)))
+        if problems.any():
+            return {}, problem or f"process {int(np.argmax(problems))} cannot read its part"
+        return saved, ""
+
+    def _read_share(
+        self, folder: Path, items: Mapping[str, ocp.args.CheckpointArgs]
+    ) -> tuple[dict[str, Any], str]:
+        """Returns (this process's share of the items of a step, why it cannot be read or "").
+
         Uses orbax's handlers, which do not wait for other processes. With orbax's own restore,
         processes that can read their part would wait forever for one that cannot.
         """
         saved: dict[str, Any] = {}
-        folder, problem = self.workdir / str(step), ""
+        problem = ""
         try:
             problem = "; ".join(integrity.damaged_files(folder, list(items)))
         except FileNotFoundError:
@@ -337,29 +387,43 @@ class Checkpoints:
             gc.collect()  # collects the other reads while their errors are silenced
             unread = next(name for name in items if name not in saved)
             problem = f"{unread}: {problem}"
-        problems = multihost_utils.process_allgather(np.array(bool(problem)))
-        if problems.any():
-            return {}, problem or f"process {int(np.argmax(problems))} cannot read its part"
-        return saved, ""
+        return saved, problem
 
     def _set_aside(self, damaged: Mapping[int, str], then: str) -> None:
         if not damaged:
             return
         if self._lead:
             for number, problem in sorted(damaged.items()):
-                aside = self._move_aside(number)
+                aside = self._move_aside(number, problem)
                 print(
-                    f"checkpoint {number} cannot be read ({problem}): renamed to {aside}, {then}",
+                    f"checkpoint {number} cannot be read ({problem}): {aside}, {then}",
                     file=sys.stderr,
                 )
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
-    def _move_aside(self, step: int | None) -> Path:
-        """Renames a step to DIR/<step>.damaged, or .damaged1 and so on if that exists."""
+    def _move_aside(self, step: int, problem: str) -> str:
+        """Renames a step to DIR/<step>.damaged, or .damaged1 and so on if that exists.
+
+        In an object store, where this would copy the step, puts a small object into it instead. The
+        step is then removed when the same step is saved again.
+
+        Returns:
+            What has been done, for a message.
+        """
+        folder = self.workdir / str(step)
+        if isinstance(folder, StorePath):
+            (folder / DAMAGED_MARKER).write_text(f"{problem}\n")
+            return f"set aside with {folder / DAMAGED_MARKER}, and replaced by the next step {step}"
         names = (f"{step}.damaged{n or ''}" for n in itertools.count())
         aside = next(p for p in map(self.workdir.joinpath, names) if not p.exists())
-        (self.workdir / str(step)).rename(aside)
-        return aside
+        folder.rename(aside)
+        return f"renamed to {aside}"
+
+
+def _remove_step(step: StorePath) -> None:
+    """Removes a step from an object store. It is incomplete from the first request on."""
+    (step / COMMIT_MARKER).unlink(missing_ok=True)
+    remove(step)
 
 
 def _broadcast_problem(problem: str) -> str:

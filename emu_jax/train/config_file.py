@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import current_key, from_dict, to_dict
 from emu_jax.errors import UserError, suggest
-from emu_jax.filesystem import shipped
 from emu_jax.hardware import CHIPS
+from emu_jax.storage import shipped
 
 T = TypeVar("T")
 

@@ -2,10 +2,11 @@
 
     DIR/lock.json   the job that trains there: host, pid, start time, and a heartbeat
 
-The lock works on every file system that can create and rename files, including mounted buckets. A
-lock whose owner died on this host is taken over at once. The only sign of life from an owner on
-another host is the heartbeat, so a new job watches it first. It compares the file with its own
-earlier content, never with a clock: two hosts' clocks may differ.
+The lock works on every file system that can create and rename files, including mounted buckets, and
+in object stores, which create an object only if no other process has. A lock whose owner died on
+this host is taken over at once. The only sign of life from an owner on another host is the
+heartbeat, so a new job watches it first. It compares the file with its own earlier content, never
+with a clock: two hosts' clocks may differ.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from emu_jax.errors import UserError
+from emu_jax.storage import create_text, is_remote
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 35.0  # an owner on another host without a heartbeat for this long is dead
@@ -93,34 +95,40 @@ class Lock:
         Raises:
             UserError: another job was faster.
         """
-        temporary = self.path.with_name(f"{self.path.name}.{self._token}")
-        self._write(temporary, "w")
-        if (owner := self._owner()) == dead or not owner:
-            temporary.replace(self.path)
+        if self._replace(dead):
             time.sleep(SETTLE_SECONDS)
-            if (owner := self._owner()).get("token") == self._token:
-                return
-        temporary.unlink(missing_ok=True)
-        raise self._refusal(owner)
+        if (owner := self._owner()).get("token") != self._token:
+            raise self._refusal(owner)
 
     def _create(self) -> bool:
         try:
-            self._write(self.path, "x")
-        except FileExistsError:
-            return False
+            create_text(self.path, self._content())
+        except FileExistsError:  # a retried request may find what the first attempt wrote
+            return self._owner().get("token") == self._token
         return True
 
-    def _write(self, path: Path, mode: str) -> None:
-        file = path.open(mode)
+    def _replace(self, expected: dict[str, Any] | None = None) -> bool:
+        """Replaces the file atomically, unless another owner than `expected` has it."""
+
+        def is_expected() -> bool:
+            return expected is None or self._owner() in (expected, {})
+
+        if is_remote(self.path):
+            if replaced := is_expected():
+                self.path.write_text(self._content())
+            return replaced
+        temporary = self.path.with_name(f"{self.path.name}.{self._token}")
         try:
-            with file:
-                json.dump(self._identity | {"beat": time.time()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:  # half a lock would make the next job wait for its owner
+            create_text(temporary, self._content())
+            if replaced := is_expected():
+                temporary.replace(self.path)
+            return replaced
+        finally:
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-            raise
+                temporary.unlink(missing_ok=True)
+
+    def _content(self) -> str:
+        return json.dumps(self._identity | {"beat": time.time()})
 
     def _owner(self) -> dict[str, Any]:
         """Returns the contents of the file, or {} if it is missing or half written."""
@@ -157,16 +165,13 @@ class Lock:
         return owner or {"token": None}
 
     def _beat(self) -> None:
-        temporary = self.path.with_name(f"{self.path.name}.{self._token}")
         while not self._closed.wait(BEAT_SECONDS):
             try:
                 if not self.held:
                     return
-                self._write(temporary, "w")
-                temporary.replace(self.path)
+                self._replace()
             except OSError:  # a full disk, or storage that is briefly unavailable
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
+                pass
 
     def _refusal(self, owner: dict[str, Any]) -> UserError:
         return UserError(

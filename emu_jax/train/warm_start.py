@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import jax
 from emu_jax import checkpoint
 from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError, suggest
-from emu_jax.filesystem import write_text, writing
+from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
 from emu_jax.train.config import TrainConfig
 
 # The key in EmuConfig that configures each tower of the module.
@@ -42,9 +41,7 @@ class WarmStart:
             if tower not in CONFIG_OF:
                 raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")
         self.cfg, self.workdir = cfg, workdir
-        self._parents = {
-            tower: Path(os.path.normpath(workdir / parent)) for tower, parent in cfg.parents.items()
-        }
+        self._parents = {tower: join(workdir, parent) for tower, parent in cfg.parents.items()}
 
     @classmethod
     def resolve(cls, cfg: TrainConfig, workdir: Path) -> WarmStart:
@@ -96,24 +93,32 @@ class WarmStart:
     def copy_release_files(self) -> None:
         """Copies from the parents the files that converting back to the release needs, and the
         generation settings of the model that is fine-tuned."""
-        settings = Path(self.cfg.init_from) / "generation.json"
+        settings = as_path(self.cfg.init_from) / "generation.json"
         if self.cfg.init_from and settings.is_file():
             if not (self.workdir / settings.name).exists():
                 write_text(self.workdir / settings.name, settings.read_text(encoding="utf-8"))
         for parent in self._parents.values():
             source, copy = parent / "release", self.workdir / "release"
-            if source.is_dir() and not copy.exists():
-                with writing(copy) as temporary:
-                    shutil.copytree(source, temporary)
+            if source.is_dir() and not _is_copied(source, copy):
+                with local_copy(source) as folder, writing(copy) as temporary:
+                    shutil.copytree(folder, temporary)
 
     def write_base_json(self) -> None:
         """Records the run directories of the towers that this run's steps omit."""
         checkpoint.save_base(self.workdir, self._parents)
 
 
+def _is_copied(source: Path, copy: Path) -> bool:
+    """Returns whether a folder has been copied. A kill may leave half of it in a store."""
+    if not isinstance(copy, StorePath):
+        return copy.exists()
+    names = {path.relative_to(copy) for path in files(copy)}
+    return all(path.relative_to(source) in names for path in files(source))
+
+
 def _from_run(cfg: TrainConfig) -> TrainConfig:
     """Returns a config with the model and the towers of `cfg.init_from`."""
-    parent = Path(cfg.init_from).absolute()
+    parent = as_path(cfg.init_from).absolute()
     model = _extended(checkpoint.load_config(parent), cfg)
     decoder = {"unet": model.unet is not None, "vae": model.vae is not None}
     towers = [tower for tower in CONFIG_OF if decoder.get(tower, True)]

@@ -37,7 +37,7 @@ from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
-from emu_jax.filesystem import sync
+from emu_jax.storage import sync
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]

@@ -27,8 +27,8 @@ from emu_jax.convert.torch_format import torch_or_explain
 from emu_jax.data.images import open_image
 from emu_jax.errors import UserError
 from emu_jax.evaluate.scorers import Scores, warned
-from emu_jax.filesystem import writing
 from emu_jax.progress import track
+from emu_jax.storage import writing
 
 Resize = Literal["network", "clean"]
 SIZE = 299  # input size of the 2015 Inception

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from emu_jax.errors import UserError
-from emu_jax.filesystem import write_text
+from emu_jax.storage import write_text
 
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ import jax
 from PIL import Image
 
 from emu_jax.config import to_dict
-from emu_jax.filesystem import read_json_object, write_text
+from emu_jax.storage import read_json_object, write_text
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.telemetry.tracker import Cell, Tracker
 

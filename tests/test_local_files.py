@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emu_jax.filesystem import temporary_path, write_text, writing
+from emu_jax.storage import temporary_path, write_text, writing
 
 
 @pytest.fixture(params=[0o022, 0o077])
