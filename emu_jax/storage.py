@@ -358,7 +358,14 @@ def file_system(scheme: str) -> Any:
 
 
 def _request(path: StorePath, call: Callable[[Any, str], _T], action: str = "read") -> _T:
-    """Returns `call(file system, bucket/key)`, retried with growing waits.
+    """Returns `call(file system, bucket/key)`, retried (see `retried`)."""
+    return retried(
+        str(path), lambda: call(file_system(path.parts[0].rstrip(":")), _key(path)), action
+    )
+
+
+def retried(path: str, call: Callable[[], _T], action: str = "read") -> _T:
+    """Returns `call()`, a request to a store, retried with growing waits.
 
     Raises:
         OSError: it failed for good, with the error number and file name of a local failure.
@@ -367,7 +374,7 @@ def _request(path: StorePath, call: Callable[[Any, str], _T], action: str = "rea
     end, wait = time.monotonic() + RETRY_SECONDS, FIRST_WAIT
     while True:
         try:
-            return call(file_system(path.parts[0].rstrip(":")), _key(path))
+            return call()
         except UserError:
             raise
         except Exception as error:  # the clients raise errors of many libraries
@@ -376,20 +383,20 @@ def _request(path: StorePath, call: Callable[[Any, str], _T], action: str = "rea
             reason = " ".join((str(error) or repr(error)).split())[:300]
             if time.monotonic() + wait > end:
                 text = f"cannot {action} it, retried for {RETRY_SECONDS:.0f} s ({reason})"
-                raise OSError(errno.EIO, text, str(path)) from None
+                raise OSError(errno.EIO, text, path) from None
             _log.info("cannot %s %s, retrying: %s", action, path, reason)
         time.sleep(wait * random.uniform(0.5, 1))
         wait = min(2 * wait, LONGEST_WAIT)
 
 
-def _final(error: Exception, path: StorePath, action: str) -> OSError | None:
+def _final(error: Exception, path: str, action: str) -> OSError | None:
     """Returns the OSError to raise for an error that no retry mends, or None."""
     text = str(error)
     code = str(getattr(error, "code", "")) or getattr(error, "errno", None)
     if isinstance(error, FileNotFoundError):
         number, why = errno.ENOENT, os.strerror(errno.ENOENT)
         if action == "write":
-            why = f"no such bucket: create {path.parts[0]}//{path.parts[1]}"
+            why = f"no such bucket: create {'/'.join(path.split('/')[:3])}"
     elif isinstance(error, FileExistsError) or code == errno.EINVAL:
         number, why = errno.EEXIST, os.strerror(errno.EEXIST)
     elif isinstance(error, IsADirectoryError | NotADirectoryError):
@@ -406,7 +413,7 @@ def _final(error: Exception, path: StorePath, action: str) -> OSError | None:
         number, why = errno.EINVAL, " ".join(text.split())[:300]
     else:
         return None
-    return OSError(number, why, str(path))  # of the class that the number stands for
+    return OSError(number, why, path)  # of the class that the number stands for
 
 
 def files(folder: Path) -> list[Path]:

@@ -3,8 +3,7 @@
 #
 #   launch/gke.sh pool --name emu --cluster pods --location us-east5-a --topology v5p:4x4x8 --spot
 #   launch/gke.sh run --name emu --topology v5p:4x4x8 --spot \
-#     --image "$IMAGE" --bucket my-bucket -- \
-#     --config configs/emu_14b.py --workdir /bucket/emu_14b
+#     --image "$IMAGE" -- --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
 #
 #   pool   creates a node pool for each slice  stop    saves, then ends training
 #   run    (re)starts training                 delete  removes the node pools, which cost until then
@@ -13,9 +12,10 @@
 # kubectl must point to the cluster (docs/launch.md). JobSet restarts everything when a host fails or
 # is preempted; preemptions do not count as failures.
 #
-# --bucket is mounted in every pod, by default at /bucket, by the cluster's Cloud Storage FUSE driver
-# and as the pods' Kubernetes service account. The bucket needs a hierarchical namespace, and the
-# account needs access to it (docs/launch.md).
+# Runs and data in gs:// need no mount; pods reach them as the nodes' service account. --bucket mounts
+# a bucket in every pod, by default at /bucket, for what reads local paths only: by the cluster's Cloud
+# Storage FUSE driver and as the pods' Kubernetes service account. A workdir there needs a hierarchical
+# namespace. The account needs access to the bucket (docs/launch.md).
 #
 # Environment:
 #   GRACE     seconds that training gets to save and end (default: 300)

@@ -54,8 +54,8 @@ need_train() {
   local word before=''
   for word in "${train[@]}"; do
     [[ $before != --workdir ]] || word=--workdir=$word
-    [[ $word != --workdir=*://* ]] ||
-      usage "invalid --workdir '${word#*=}': give a path on a mounted bucket (docs/launch.md)"
+    [[ $word != --workdir=*:/* || $word =~ ^--workdir=(gs|s3)://[^/]+/. ]] ||
+      usage "invalid --workdir '${word#*=}': give gs://BUCKET/RUN, s3://BUCKET/RUN or a directory"
     before=$word
   done
 }

@@ -2,8 +2,7 @@
 # Trains on Cloud TPU slices from queued resources, in a container on every host:
 #
 #   launch/tpu.sh train --name emu --zone us-east5-a --topology v5p:4x4x8 --spot \
-#     --image "$IMAGE" --bucket my-bucket -- \
-#     --config configs/emu_14b.py --workdir /bucket/emu_14b
+#     --image "$IMAGE" -- --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
 #
 # `train` manages a whole run: it requests the slices, starts the command on every host, and does
 # both again after a preemption or a failure, until training has ended. You may stop and restart
@@ -16,8 +15,9 @@
 # only their number is taken from --topology. For tpu7x, which Cloud TPU does not offer, use
 # launch/gke.sh.
 #
-# --bucket is mounted on every host and in the container, by default at /bucket. The bucket needs a
-# hierarchical namespace (docs/launch.md).
+# Runs and data in gs:// need no mount. --bucket mounts a bucket on every host and in the container, by
+# default at /bucket, for what reads local paths only. A workdir there needs a hierarchical namespace
+# (docs/launch.md).
 #
 # Environment:
 #   GRACE     seconds that training gets to save and end (default: 300)

@@ -2,15 +2,14 @@
 # Trains on the TPU slices of a GKE cluster that xpk created and whose queue a team shares:
 #
 #   launch/xpk.sh run --name emu --cluster pods --zone us-east5-a --topology v5p:4x4x8 \
-#     --image "$IMAGE" --storage emu -- \
-#     --config configs/emu_14b.py --workdir /bucket/emu_14b
+#     --image "$IMAGE" -- --config configs/emu_14b.py --workdir gs://my-bucket/emu_14b
 #
 #   run    queues training    tail  follows the first host's log    stop  saves, then ends training
 # All verbs accept the same options; --dry-run prints the commands. For a cluster without xpk, use
 # launch/gke.sh.
 #
-# --storage is the name that `xpk storage attach` gave to a bucket, which is mounted as that command
-# said (docs/launch.md).
+# Runs and data in gs:// need no mount. --storage is the name that `xpk storage attach` gave to a bucket,
+# which is mounted as that command said (docs/launch.md).
 #
 # Environment:
 #   GRACE     seconds that training gets to save and end (default: 300)

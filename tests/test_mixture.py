@@ -223,7 +223,7 @@ def test_a_restart_is_quick_wherever_it_is(cfg, tokenizer, tmp_path, monkeypatch
     }
     name = f"outlines-{lengths._VERSION}-many-{tokenizer.fingerprint}"
     cached_arrays(tmp_path / ".emu_jax", name, lambda: arrays)
-    monkeypatch.setattr(mixture_module, "open_source", lambda source, cache: Many())
+    monkeypatch.setattr(mixture_module, "open_source", lambda source, *_: Many())
     sources = (SourceConfig("many", paths=(str(tmp_path / "x"),)),)
     cfg = dataclasses.replace(cfg, sources=sources, block_documents=1024, batch_size=8)
     next(Batches(cfg, tokenizer, "rows"))  # what is imported, is imported

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from emu_jax.config import to_dict
+from emu_jax.data.file_cache import CACHE_BYTES
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.unused import MAY_LACK
 from emu_jax.errors import UserError
+from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 
 Kind = Literal["rows", "captions", "images", "contexts"]
@@ -37,6 +38,9 @@ class DataConfig:
     split: str = "train"
     sources: tuple[SourceConfig, ...] = ()
     cache: str = ""  # folder of indexes and token counts; by default beside the sources' files
+    # Bytes of local copies of remote files that cannot be read in place, on each host. The least
+    # recently used are evicted and downloaded again.
+    cache_bytes: int = CACHE_BYTES
     embedded: str = ""  # "digits": built at `root` if missing
     tokenizer: str = ""  # a folder; by default `root/tokenizer`
     instruct: bool = False  # add [USER] and [ASSISTANT] as tokens even if the folder does not
@@ -74,7 +78,7 @@ class DataConfig:
 
     def load_tokenizer(self) -> Tokenizer:
         """Loads the tokenizer of the data."""
-        folder = self.tokenizer or Path(self.root) / "tokenizer"
+        folder = self.tokenizer or as_path(self.root) / "tokenizer"
         return Tokenizer.load(folder, instruct=self.instruct or None)
 
     def batch_sizes(self) -> set[int]:
@@ -104,6 +108,7 @@ class DataConfig:
             ("autoencode", 0 <= self.autoencode <= 1, "be in 0 .. 1"),
             ("scale", 0 <= self.scale < 1, "be in 0 .. 1"),
             ("max_damaged_rate", 0 <= self.max_damaged_rate <= 1, "be in 0 .. 1"),
+            ("cache_bytes", self.cache_bytes >= 1, "be at least 1"),
             ("decode_threads", self.decode_threads >= 0, "not be negative"),
             ("prefetch", self.prefetch >= 0, "not be negative"),
         ]

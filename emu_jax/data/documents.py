@@ -10,8 +10,10 @@ import abc
 import bisect
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.data import storage
+from emu_jax.data.file_cache import FileCache
+from emu_jax.data.records import StoreRecords
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import IMAGE
@@ -295,29 +299,27 @@ def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> i
 class DocumentFiles(Source):
     """The documents of ArrayRecord files.
 
+    Args:
+        cache: local copies of remote files, where they are needed (see `StoreRecords`).
+
     Raises:
-        UserError: a file is remote, missing, damaged or cut short; the message names the file and
-            the fix.
+        UserError: a file is missing, damaged or cut short, or a store does not let us read it; the
+            message names the file and the fix.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike], *, paired: bool = False) -> None:
-        self.paths = [Path(p) for p in paths]
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike],
+        *,
+        paired: bool = False,
+        cache: FileCache | None = None,
+    ) -> None:
+        self.paths = [os.fspath(path) for path in paths]
         self.paired = paired
-        self._records: list[Any] = []  # one data source per file
-        self._starts = [0]
-        for given, path in zip(paths, self.paths, strict=True):
-            if "://" in str(given):
-                raise UserError(f"{given}: ArrayRecord files are read locally: mount the bucket")
-            if not path.is_file():
-                raise UserError(f"{path} does not exist: write it first (emu_jax.data.documents)")
-            try:
-                records: Any = ArrayRecordDataSource([str(path)])
-                self._starts.append(self._starts[-1] + len(records))
-            except Exception as error:
-                raise _damaged(path, error) from None
-            self._records.append(records)
-        stats = [(path.name, path.stat()) for path in self.paths]
-        self.fingerprint = short_hash([(n, s.st_size, s.st_mtime_ns) for n, s in stats])
+        stats, self._records = _open_records(self.paths, cache or FileCache.at(""))
+        self._starts = [0, *itertools.accumulate(map(len, self._records))]
+        names = [os.path.basename(path) for path in self.paths]
+        self.fingerprint = short_hash([(n, *s) for n, s in zip(names, stats, strict=True)])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -342,9 +344,41 @@ class DocumentFiles(Source):
         file, record = self.locate(index)
         try:
             content = self._records[file][record]
+        except UserError:
+            raise
         except Exception as error:
             raise Damaged("damaged record", self.where(index), _first_line(error)) from None
         return Document.from_bytes(content, self.where(index))
+
+
+def _open_records(
+    paths: Sequence[str], cache: FileCache
+) -> tuple[list[tuple[int, int | str]], list[Sequence[bytes]]]:
+    """Returns the (size, stamp) and the records of each ArrayRecord file."""
+
+    def opened(path: str, stat: storage.Stat | None) -> Sequence[bytes]:
+        try:
+            if stat:
+                return StoreRecords(path, stat, cache)
+            return cast(Sequence[bytes], ArrayRecordDataSource([path]))
+        except UserError:
+            raise
+        except Exception as error:  # ArrayRecord raises many types
+            raise _damaged(path, error) from None
+
+    missing = "%s does not exist: write it first (emu_jax.data.documents)"
+    if not any(map(storage.is_remote, paths)):
+        if absent := [path for path in paths if not os.path.isfile(path)]:
+            raise UserError(missing % absent[0])
+        records = [opened(path, None) for path in paths]
+        local = [os.stat(path) for path in paths]
+        return [(found.st_size, found.st_mtime_ns) for found in local], records
+    try:
+        stats = storage.stats(paths)
+    except FileNotFoundError as error:
+        raise UserError(missing % error.filename) from None
+    with ThreadPoolExecutor(storage.THREADS) as pool:
+        return list(stats), list(pool.map(opened, paths, stats))
 
 
 def short_hash(values: object) -> str:
@@ -356,7 +390,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or repr(error)).split("; at byte")[0].splitlines()[0]
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: str, error: Exception) -> UserError:
     return UserError(
         f"{path} is cut short or damaged ({_first_line(error)}): remove it (rm {path}) and build "
         "it again"

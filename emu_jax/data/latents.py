@@ -15,7 +15,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from emu_jax.config import EmuConfig, load_json, save_json
+from emu_jax.data import storage
+from emu_jax.data.file_cache import FileCache
 from emu_jax.data.pipeline import Batch, Consumed, Damage, DataConfig, is_count
+from emu_jax.data.records import RecordSpans
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
-from emu_jax.storage import publish, temporary_path, writing
+from emu_jax.storage import is_remote, writing
 from emu_jax.tokenizer import Tokenizer
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -99,13 +102,13 @@ class Progress:
 
 
 class PartWriter:
-    """Writes a process's share of one part."""
+    """Writes a process's share of one part. The file appears when it is closed."""
 
     def __init__(self, folder: Path, part: int, process: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / _part_file(part, process)
-        self._temporary = temporary_path(self._path)
-        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
+        self._file = ExitStack()
+        temporary = self._file.enter_context(writing(folder / _part_file(part, process)))
+        self._writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
 
     def add(self, condition: Float[np.ndarray, "N D"], latents: Float[np.ndarray, "h w C"]) -> None:
         parts = (np.asarray(a, _DTYPE).tobytes() for a in (condition, latents))
@@ -113,7 +116,7 @@ class PartWriter:
 
     def close(self) -> None:
         self._writer.close()
-        publish(self._temporary, self._path)
+        self._file.close()
 
 
 def finish(
@@ -159,16 +162,18 @@ class LatentBatches(Iterator[Batch]):
             raise UserError(
                 f"{folder} was made with another model than this run's: precompute it again"
             )
+        names = {path.name for path in folder.iterdir()}
+        if missing := [name for name in listing.files if name not in names]:
+            raise UserError(f"{folder / missing[0]} is missing: precompute {folder} again")
         paths = [str(folder / name) for name in listing.files]
-        if missing := [path for path in paths if not Path(path).is_file()]:
-            raise UserError(f"{missing[0]} is missing: precompute {folder} again")
         self._folder = folder
         self._condition, self._latents = latent_shapes(model)
         with self._damage():
-            self._records: Any = grain.sources.ArrayRecordDataSource(paths)
+            self._records = _open_records(paths, FileCache.at(cfg.cache, cfg.cache_bytes))
             if len(self._records) != listing.rows:
                 raise ValueError(f"{len(self._records)} rows, not {listing.rows}")
-            unconditional = np.load(folder / "unconditional.npy").astype(_DTYPE)
+            with (folder / "unconditional.npy").open("rb") as file:
+                unconditional = np.load(file).astype(_DTYPE)
             self._unconditional = unconditional.reshape(self._condition)
         self._order: Any = (
             grain.MapDataset.source(range(listing.rows)).seed(cfg.seed).shuffle().repeat(None)
@@ -207,6 +212,8 @@ class LatentBatches(Iterator[Batch]):
         """Turns any exception of a damaged file into a `UserError` that names the folder."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:  # ArrayRecord raises many types
             why = (str(error) or repr(error)).splitlines()[0]
             raise UserError(
@@ -281,6 +288,14 @@ class LatentBatches(Iterator[Batch]):
     def locate(self, source: str, index: int) -> str:
         """Returns where a row is."""
         return f"{self._folder}, row {index}"
+
+
+def _open_records(paths: list[str], cache: FileCache) -> Any:
+    """Returns the records of all files, by number."""
+    if not any(map(is_remote, paths)):
+        return grain.sources.ArrayRecordDataSource(paths)
+    spans = [(p, stat, 0, -1) for p, stat in zip(paths, storage.stats(paths), strict=True)]
+    return RecordSpans(spans, cache)
 
 
 def _without_denoiser(model: EmuConfig) -> EmuConfig:

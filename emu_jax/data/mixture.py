@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources.index import folder_for
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError, suggest
+from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -314,7 +316,7 @@ def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
     """
     if cfg.sources:
         return [source for source in cfg.sources if source.weight > 0]
-    folder = Path(cfg.root) / cfg.split
+    folder = as_path(cfg.root) / cfg.split
     if not folder.is_dir():
         raise UserError(
             f"{folder} does not exist: write documents there first (emu_jax.data.documents)"
@@ -324,13 +326,13 @@ def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
         weights = {name: weight for name, weight in cfg.mixture.items() if weight > 0}
         if not weights:
             raise UserError("config key 'mixture' has no positive weight: nothing to read")
+    names = sorted(p.name for p in folder.glob("*.array_record"))  # a listing, in a store
     chosen = []
     for name, weight in weights.items():
-        paths = sorted(
-            [*folder.glob(f"{name}.array_record"), *folder.glob(f"{name}-*.array_record")]
-        )
+        pattern = re.compile(rf"{re.escape(name)}(-.*)?\.array_record")
+        paths = [folder / file for file in names if pattern.fullmatch(file)]
         if not paths:
-            known = {p.name.removesuffix(".array_record") for p in folder.glob("*.array_record")}
+            known = {file.removesuffix(".array_record") for file in names}
             raise UserError(
                 f"{folder} has no {name}.array_record{suggest(name, known)}: "
                 "remove it from the mixture, or build the data again"
@@ -344,7 +346,7 @@ def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
 
 
 def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: bool) -> OpenSource:
-    documents = open_source(source, cfg.cache)
+    documents = open_source(source, cfg.cache, cfg.cache_bytes)
     path = source.paths[0]
     folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
     lengths = TokenLengths(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache), recount)

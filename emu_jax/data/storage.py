@@ -9,6 +9,7 @@ refuses a request now and then.
 
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import logging
@@ -16,8 +17,10 @@ import os
 import re
 import stat as modes
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +33,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 5
 WAIT = 0.5  # seconds before the second attempt; each later wait is twice as long
+THREADS = 16  # requests to a store at the same time
 _PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4|zip)$")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -107,6 +111,11 @@ def matches(pattern: str, suffixes: Sequence[str]) -> list[str]:
     return _patiently(pattern, lambda: _expand(pattern, tuple(suffixes)))
 
 
+def user_cache() -> Path:
+    """Returns the user's own folder for what is derived from remote files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emu_jax"
+
+
 def is_dir(path: str) -> bool:
     """Returns whether a path is a folder, or a prefix of remote files."""
     if not is_remote(path):
@@ -164,9 +173,84 @@ def stat(path: str) -> Stat:
         found = _regular(path, os.stat(path))
         return Stat(found.st_size, str(found.st_mtime_ns))
     fs, inner = _file_system(path)
-    info = _patiently(path, lambda: fs.info(inner))
-    known = [str(info[k]) for k in ("etag", "generation", "mtime", "updated") if k in info]
-    return Stat(info["size"], "/".join(known))
+    return _stat_of(path, _patiently(path, lambda: fs.info(inner)))
+
+
+def stats(paths: Sequence[str]) -> list[Stat]:
+    """Returns the size and modification stamp of each file.
+
+    Remote files are looked up in a listing of their folder, not with a request each.
+
+    Raises:
+        FileNotFoundError, PermissionError
+        Unreadable: one is not a regular file.
+        UserError: all attempts failed.
+    """
+    folders = {parent(path) for path in paths if is_remote(path)}
+    listings: dict[str, dict[str, Stat]] = {}
+    if len(paths) > 1:
+        with ThreadPoolExecutor(THREADS) as pool:
+            listings = dict(zip(folders, pool.map(listing, folders), strict=True))
+
+    def look_up(path: str) -> Stat:
+        known = listings.get(parent(path), {}) if is_remote(path) else {}
+        return known.get(path.rpartition("/")[2]) or stat(path)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(look_up, paths))
+
+
+def listing(folder: str) -> dict[str, Stat]:
+    """Lists the files of a remote folder, without those below it: {name: size and stamp}.
+
+    A store sends a thousand names with one request. Returns {} if there is no such folder.
+
+    Raises:
+        UserError: all attempts failed, or the store denies it.
+    """
+    fs, inner = _file_system(folder)
+    try:
+        found = _patiently(folder, lambda: fs.ls(inner, detail=True), "list")
+    except FileNotFoundError:
+        return {}
+    files = [info for info in found if info["type"] == "file" and info["name"] != inner]
+    return {os.path.basename(info["name"]): _stat_of(folder, info) for info in files}
+
+
+class Listings:
+    """Listings of remote folders, each made once, when a file in it is first looked up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._folders: dict[str, Future[dict[str, Stat]]] = {}
+
+    def stat(self, path: str) -> Stat:
+        """Returns the size and modification stamp of a remote file.
+
+        Raises:
+            FileNotFoundError
+            UserError: its folder cannot be listed.
+        """
+        folder, _, name = path.rpartition("/")
+        with self._lock:
+            first = folder not in self._folders
+            names = self._folders.setdefault(folder, Future())
+        if first:
+            try:
+                names.set_result(listing(folder))
+            except BaseException as error:
+                names.set_exception(error)
+        try:
+            return names.result()[name]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+
+
+def _stat_of(path: str, info: dict[str, Any]) -> Stat:
+    if info["type"] == "directory":
+        raise Unreadable(path, "not a regular file", _KINDS[modes.S_IFDIR])
+    keys = ("etag", "ETag", "generation", "mtime", "updated")
+    return Stat(info["size"], "/".join(str(info[key]) for key in keys if key in info))
 
 
 def exists(path: str) -> bool:
@@ -297,12 +381,13 @@ def _open(path: str) -> _Open:
 def _file_system_of(protocol: str) -> Any:
     import fsspec
 
+    if protocol in storage.SCHEMES:
+        return storage.file_system(protocol)
     try:
         return fsspec.filesystem(protocol)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"cannot read {protocol}:// ({str(error).splitlines()[0]}): for gs:// install "
-            "emu_jax[gcs]"
+            f"cannot read {protocol}:// ({str(error).splitlines()[0]}): install its fsspec package"
         ) from None
 
 
@@ -312,7 +397,20 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 
 def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
-    """Returns `call()`, retried with growing waits if it fails for a transient reason."""
+    """Returns `call()`, retried with growing waits if it fails for a transient reason.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, NotADirectoryError
+        PermissionError: of a local file.
+        UserError: it failed for good.
+    """
+    if path.partition("://")[0] in storage.SCHEMES:
+        try:
+            return storage.retried(path, call, what)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:  # the store's failure, which is not a file's
+            raise UserError(f"cannot {what} {path}: {error.strerror}") from None
     attempt = 0
     while True:
         try:

@@ -72,6 +72,7 @@ MAY_CHANGE = (
     "data.decode_threads",
     "data.prefetch",
     "data.cache",
+    "data.cache_bytes",
     "data.max_damaged_rate",
     "model.vae.scaling_factor",
 )

@@ -20,6 +20,7 @@ from emu_jax.data.pipeline import Batches, batches_of_each_source
 from emu_jax.errors import UserError
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import batch_sharding
+from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EMA, EvalResult, Evaluation, Stop
@@ -192,5 +193,5 @@ def _open_latents(cfg: TrainConfig, config: EvalConfig) -> LatentBatches:
         prefetch=0,
     )
     return LatentBatches(
-        Path(config.root), data, cfg.model, jax.process_index(), jax.process_count()
+        as_path(config.root), data, cfg.model, jax.process_index(), jax.process_count()
     )

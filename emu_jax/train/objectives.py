@@ -6,7 +6,6 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
+from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig
 
@@ -690,11 +690,12 @@ class LatentDecoderObjective(DecoderObjective):
         }
 
     def prepare_data(self) -> Tokenizer:
-        return Tokenizer.load(Path(self.cfg.latents) / "tokenizer")
+        return Tokenizer.load(as_path(self.cfg.latents) / "tokenizer")
 
     def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> LatentBatches:
         index, count = jax.process_index(), jax.process_count()
-        return LatentBatches(Path(self.cfg.latents), self.cfg.data, self.cfg.model, index, count)
+        folder = as_path(self.cfg.latents)
+        return LatentBatches(folder, self.cfg.data, self.cfg.model, index, count)
 
     def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         dtype = jnp.dtype(self.cfg.dtype)

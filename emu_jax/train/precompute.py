@@ -121,6 +121,7 @@ def _digest(cfg: TrainConfig) -> str:
     settings = to_dict(without_paths(cfg))
     names = ("data", "model", "parents", "init_from", "seed", "dtype")
     relevant = {name: settings[name] for name in names}
+    del relevant["data"]["cache_bytes"]  # folders were begun before there was such a key
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 

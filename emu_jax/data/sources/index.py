@@ -57,7 +57,7 @@ def folder_for(path: str, cache: str) -> Path:
     if cache:
         return Path(cache)
     if storage.is_remote(path):
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emu_jax"
+        return storage.user_cache()
     return Path(path).parent / ".emu_jax"
 
 
@@ -273,8 +273,7 @@ def _discard(folder: Path, why: object) -> None:
 def fingerprint(kind: str, paths: Sequence[str]) -> str:
     """Returns a hash of the names, sizes and times of files, and of the kind of derived data."""
     storage.refresh()
-    with ThreadPoolExecutor(16) as pool:
-        stats = list(pool.map(storage.stat, paths))
+    stats = storage.stats(paths)
     return short_hash(
         (kind, [(os.path.basename(p), *s) for p, s in zip(paths, stats, strict=True)])
     )

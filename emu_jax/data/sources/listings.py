@@ -202,6 +202,7 @@ class Media:
         asked = [folder for folder in self._folders if not storage.is_remote(folder)]
         self._local = [*asked, *listed]
         self._below = SubFolders(asked, listed, cache) if self._local else None
+        self._listings = storage.Listings()
         given = [path for path in paths if not path.endswith(".tar")]
         self.fingerprint = short_hash((given, self._tars and self._tars.fingerprint))
 
@@ -227,10 +228,15 @@ class Media:
         """Returns whether the file exists. `beside` is the folder of the listing."""
         return self.lacks(name, beside) is None
 
-    def lacks(self, name: str, beside: str) -> Reason | None:
-        """Returns why there is no such file, or None if there is one."""
+    def lacks(self, name: str, beside: str, *, listed: bool = False) -> Reason | None:
+        """Returns why there is no such file, or None if there is one.
+
+        Args:
+            listed: look it up in a listing of its remote folder, which is made once. That is
+                cheaper than a request each if most files of the folder are looked up.
+        """
         try:
-            location = self._find(name, beside)
+            location = self._find(name, beside, self._listings.stat if listed else storage.stat)
         except storage.Unreadable:  # it exists; reading it will raise
             return None
         return location if isinstance(location, str) else None
@@ -265,11 +271,16 @@ class Media:
             detail = f"{name}: {error.strerror}"
         raise Damaged("missing file", where, detail)
 
-    def _find(self, name: str, beside: str) -> tuple[str, int | None, int] | Reason:
+    def _find(
+        self, name: str, beside: str, remote_stat: Callable[[str], storage.Stat] = storage.stat
+    ) -> tuple[str, int | None, int] | Reason:
         """Returns (file, offset, size), or why there is none.
 
         The offset is None for a plain file, which is opened anew at each read because, unlike an
-        archive, it may be replaced. A remote store gets one request for each candidate path.
+        archive, it may be replaced.
+
+        Args:
+            remote_stat: looks up each candidate path in a remote folder.
         """
         if not name or ".." in name.split("/"):  # never leave the given folders
             return "missing"
@@ -281,8 +292,9 @@ class Media:
             return "missing"
         for folder in self._folders or ([] if self._tars or self._below else [beside]):
             for path in _paths_in(folder, name):
+                stat = remote_stat if storage.is_remote(path) else storage.stat
                 try:
-                    return path, None, storage.stat(path).size
+                    return path, None, stat(path).size
                 except (OSError, ValueError):  # missing, or not a valid file name
                     continue
         below = self._below.find(name) if self._below else "missing"

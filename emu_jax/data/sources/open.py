@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from emu_jax.data import storage
 from emu_jax.data.documents import DocumentFiles, Source
+from emu_jax.data.file_cache import CACHE_BYTES, FileCache
 from emu_jax.data.sources.dialogues import Dialogues
 from emu_jax.data.sources.formats import PACKED
 from emu_jax.data.sources.listings import Entries, Media
@@ -55,11 +56,13 @@ class SourceConfig:
     allow_missing: tuple[str, ...] = ()
 
 
-def open_source(cfg: SourceConfig, cache: str = "") -> Source:
+def open_source(cfg: SourceConfig, cache: str = "", cache_bytes: int = CACHE_BYTES) -> Source:
     """Opens the source that `cfg` describes.
 
     Args:
-        cache: folder of its indexes; by default beside its files.
+        cache: folder of its indexes; by default beside its files. Copies of remote files that
+            cannot be read in place are there too.
+        cache_bytes: most bytes of such copies.
 
     Raises:
         UserError: the format is unknown, or the files are missing or cannot be read.
@@ -67,7 +70,7 @@ def open_source(cfg: SourceConfig, cache: str = "") -> Source:
     paths = find_files(cfg)
     make, _ = FORMATS[cfg.format]
     try:
-        return make(cfg, paths, cache)
+        return make(cfg, paths, cache, FileCache.at(cache, cache_bytes))
     except UserError as error:
         raise UserError(f"source {cfg.name!r}: {error}") from None
 
@@ -92,32 +95,37 @@ def _entries(paths: list[str], cache: str, cfg: SourceConfig) -> tuple[Entries, 
     return Entries(paths, cache), Media(cfg.media, cache)
 
 
-Make = Callable[[SourceConfig, list[str], str], Source]
+Make = Callable[[SourceConfig, list[str], str, FileCache], Source]
 _JSON = tuple(name + packed for name in (".jsonl", ".json") for packed in ("", *PACKED))
 # {format: (constructor, file suffixes)}
 FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "records": (
-        lambda cfg, paths, cache: DocumentFiles(paths, paired=cfg.paired),
+        lambda cfg, paths, cache, copies: DocumentFiles(paths, paired=cfg.paired, cache=copies),
         (".array_record",),
     ),
     "webdataset": (
-        lambda cfg, paths, cache: Pairs(
+        lambda cfg, paths, cache, copies: Pairs(
             paths, cache, cfg.frames, cfg.caption_key, "texts" in cfg.allow_missing
         ),
         (".tar",),
     ),
-    "tfds": (lambda cfg, paths, cache: TfdsPairs(paths), ()),
+    "tfds": (lambda cfg, paths, cache, copies: TfdsPairs(paths, copies), ()),
     "pages": (
-        lambda cfg, paths, cache: Pages(*_entries(paths, cache, cfg), cfg.min_similarity),
+        lambda cfg, paths, cache, copies: Pages(*_entries(paths, cache, cfg), cfg.min_similarity),
         _JSON,
     ),
-    "videos": (lambda cfg, paths, cache: Videos(*_entries(paths, cache, cfg), cfg.frames), _JSON),
+    "videos": (
+        lambda cfg, paths, cache, copies: Videos(*_entries(paths, cache, cfg), cfg.frames),
+        _JSON,
+    ),
     "subtitled": (
-        lambda cfg, paths, cache: SubtitledVideos(*_entries(paths, cache, cfg), cfg.frame_seconds),
+        lambda cfg, paths, cache, copies: SubtitledVideos(
+            *_entries(paths, cache, cfg), cfg.frame_seconds
+        ),
         _JSON,
     ),
     "dialogues": (
-        lambda cfg, paths, cache: Dialogues(*_entries(paths, cache, cfg), cfg.frames),
+        lambda cfg, paths, cache, copies: Dialogues(*_entries(paths, cache, cfg), cfg.frames),
         _JSON,
     ),
 }

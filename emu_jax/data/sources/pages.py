@@ -75,7 +75,7 @@ class Pages(Listed):
                 parts.append(part)
                 continue
             name = part.image
-            reason = isinstance(name, str) and self._media.lacks(name, folder)
+            reason = isinstance(name, str) and self._media.lacks(name, folder, listed=True)
             if reason:
                 unused.append(Unused(f"{reason} image", str(name)))
             parts.append(ABSENT if reason else part.as_image())

@@ -4,9 +4,19 @@ and prepared directories of TensorFlow Datasets."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import tarfile
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +33,8 @@ from emu_jax.data.documents import (
     short_hash,
     utf8,
 )
+from emu_jax.data.file_cache import FileCache
+from emu_jax.data.records import RecordSpans
 from emu_jax.data.sources.index import Arrays, fingerprint, index_files
 from emu_jax.data.sources.listings import parse_object
 from emu_jax.data.sources.tars import Member, members, note
@@ -454,6 +466,7 @@ class TfdsPairs(Source):
 
     Args:
         paths: one `DIRECTORY:SPLIT`, for example `coco/2014/1.1.0:train`, stored as ArrayRecord.
+        cache: local copies of remote files, where they are needed (see `StoreRecords`).
 
     Raises:
         UserError: the directory cannot be read, or has no image feature.
@@ -461,7 +474,7 @@ class TfdsPairs(Source):
 
     paired = True
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self, paths: list[str], cache: FileCache) -> None:
         import tensorflow_datasets as tfds
 
         if len(paths) != 1:
@@ -469,29 +482,41 @@ class TfdsPairs(Source):
         self._directory, _, split = paths[0].rpartition(":")
         if not self._directory:
             raise UserError(f"{paths[0]} has no split: write DIRECTORY:SPLIT")
+        files = _files_in(self._directory)
+        self.fingerprint = short_hash((split, [(name, *stat) for name, stat in files.items()]))
         try:
-            builder: Any = tfds.builder_from_directory(self._directory)
-            features = builder.info.features
-            image = _first(features, tfds.features.Image)
-            if image is None:
-                raise UserError(f"{self._directory} has no image among its features")
-            self._image = image
-            self._words, self._names = _first(features, tfds.features.Text), []
-            if self._words is None:
-                self._words = _first(features, tfds.features.ClassLabel)
-                if self._words is not None:
-                    self._names = _at(features, self._words).names
-            decoders: Any = tfds.decode.SkipDecoding()
-            for name in reversed(image):
-                decoders = {name: decoders}
-            self._records = builder.as_data_source(split, decoders=decoders)
+            with _metadata(self._directory, files) as folder:
+                builder: Any = tfds.builder_from_directory(folder)
+                features = builder.info.features
+                image = _first(features, tfds.features.Image)
+                if image is None:
+                    raise UserError(f"{self._directory} has no image among its features")
+                self._image = image
+                self._words, self._names = _first(features, tfds.features.Text), []
+                if self._words is None:
+                    self._words = _first(features, tfds.features.ClassLabel)
+                    if self._words is not None:
+                        self._names = _at(features, self._words).names
+                decoders: Any = tfds.decode.SkipDecoding()
+                for name in reversed(image):
+                    decoders = {name: decoders}
+                self._records = builder.as_data_source(split, decoders=decoders)
+            if storage.is_remote(self._directory):
+                shards = [
+                    (os.path.basename(shard.filename), shard.skip, shard.take)
+                    for shard in builder.info.splits[split].file_instructions
+                ]
+                self._records.data_source = RecordSpans(
+                    [
+                        (storage.join(self._directory, name), files[name], first, count)
+                        for name, first, count in shards
+                    ],
+                    cache,
+                )
         except UserError:
             raise
         except Exception as error:  # tfds raises of every kind
             raise UserError(f"cannot read {self._directory}: {_first_line(error)}") from None
-        files = sorted(p for p in Path(self._directory).iterdir() if p.is_file())
-        stats = [(p.name, *storage.stat(str(p))) for p in files]
-        self.fingerprint = short_hash((split, stats))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -510,6 +535,8 @@ class TfdsPairs(Source):
             example = self._records[index]
             images = _listed(_at(example, self._image))
             words = [] if self._words is None else _listed(_at(example, self._words))
+        except UserError:
+            raise
         except Exception as error:  # tfds raises of every kind
             raise Damaged("damaged record", where, _first_line(error)) from None
         if not images:
@@ -522,6 +549,35 @@ class TfdsPairs(Source):
             unused.append(Unused("no caption"))
         parts = (Image(images[0]), *(Text(utf8(word, where)) for word in words[:1]))
         return Document(parts, tuple(unused))
+
+
+def _files_in(directory: str) -> dict[str, storage.Stat]:
+    """Returns the size and stamp of each file in a directory, by name."""
+    if storage.is_remote(directory):
+        return dict(sorted(storage.listing(directory).items()))
+    if not os.path.isdir(directory):
+        return {}
+    files = sorted(p for p in Path(directory).iterdir() if p.is_file())
+    return {p.name: storage.stat(str(p)) for p in files}
+
+
+@contextlib.contextmanager
+def _metadata(directory: str, files: Mapping[str, storage.Stat]) -> Iterator[str]:
+    """Yields a local directory that tfds can open: without the records, if `directory` is remote.
+
+    Raises:
+        UserError: it is remote and empty, or its metadata cannot be read.
+    """
+    if not storage.is_remote(directory):
+        yield directory
+        return
+    if not files:
+        raise UserError(f"nothing is at {directory}: correct the path")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in files:
+            if ".array_record" not in name:
+                Path(folder, name).write_bytes(storage.read(storage.join(directory, name)))
+        yield folder
 
 
 _Path = tuple[str, ...]
