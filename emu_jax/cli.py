@@ -394,6 +394,13 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
+        "--hosts-per-model",
+        type=int,
+        default=1,
+        metavar="N",
+        help="hosts whose devices hold a model together (default: 1, a model on each host)",
+    )
+    parser.add_argument(
         "--inception", type=_local_path, metavar="FILE", help="the network for FID, as TorchScript"
     )
     parser.add_argument(
@@ -423,6 +430,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
             "seed",
             "batch_size",
             "dtype",
+            "hosts_per_model",
         )
         options = Options(
             **{name: getattr(args, name) for name in names},

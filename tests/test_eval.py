@@ -919,6 +919,8 @@ def test_values_of_another_kind_are_named_with_their_file(task, file, content, a
         ("vqav2", {"shots": 2}, "--shots 2 needs --examples"),
         ("vqav2", {"examples": "text", "shots": 0}, "at least 1"),
         ("vqav2", {"limit": 0}, "--limit cannot be 0"),
+        ("vqav2", {"hosts_per_model": 0}, "--hosts-per-model cannot be 0"),
+        ("vqav2", {"hosts_per_model": 2}, "--hosts-per-model 2 does not divide the 1 processes"),
         ("vqav2", {"seed": -1}, "^--seed -1: at least 0"),
         ("vqav2", {"support": Path("a")}, "^--support a needs --examples"),
         ("coco_fid", {"fid": FidOptions(resize="clean")}, "--resize need --inception FILE"),
@@ -1231,16 +1233,16 @@ def test_rices_finds_like_pictures(checkpoints, tmp_path):
 
 
 class Command:
-    """`emu-jax eval` on some processes of two CPU devices each."""
+    """`emu-jax eval` on some processes of some CPU devices each."""
 
-    def __init__(self, count, checkpoint, data, out, *more):
+    def __init__(self, count, checkpoint, data, out, *more, devices=2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
-            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_NUM_CPU_DEVICES": str(devices),
             "XLA_FLAGS": "",
         }
         words = ["--checkpoint", checkpoint, "--task", "coco_caption", "--data", data, "--out", out]
@@ -1324,3 +1326,18 @@ def test_two_processes_give_what_one_gives(job, tmp_path):
     Command(2, checkpoint, data, out).finish()
     assert results(files(out)) == results(whole)
     assert sorted(p.name for p in tmp_path.glob("out.pred*")) == ["out.predictions.jsonl"]
+
+
+@pytest.mark.slow
+def test_two_hosts_hold_one_model_and_answer_as_one_host_does(job, tmp_path):
+    """With examples, whose features both compute; the rows of a batch lie on both."""
+    checkpoint, data, _ = job
+    more = ("--examples", "rices", "--shots", "1", "--limit", "8", "--batch-size", "8")
+    shares = []
+    for count, *words in ((1,), (2, "--hosts-per-model", "2")):
+        out = tmp_path / str(count) / "out.json"
+        out.parent.mkdir()
+        Command(count, checkpoint, data, out, *more, *words, devices=8 // count).finish()
+        shares.append(results(files(out)))
+        assert [p.name for p in out.parent.glob("out.pred*")] == ["out.predictions.jsonl"]
+    assert shares[0] == shares[1]

@@ -64,13 +64,20 @@ class FewShot:
         self,
         folder: Path,
         featurize: Featurize,
-        process: int,
+        share: int,
         count: int,
         barrier: Callable[[str], None],
+        *,
+        writes: bool = True,
     ) -> None:
         """Computes the features of the support set, or reads them from `folder`.
 
-        The folder has a file for each `CHUNK` images. Processes share the work.
+        The folder has a file for each `CHUNK` images.
+
+        Args:
+            share, count: compute share `share` of `count` shares of the features.
+            barrier: waits for all processes.
+            writes: whether this process writes its share. Several may compute one together.
 
         Raises:
             UserError: a file in `folder` is damaged.
@@ -81,15 +88,17 @@ class FewShot:
         chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{n:05d}-{_digest(chunk)}.npy" for n, chunk in enumerate(chunks)]
-        for n in range(process, len(chunks), count):
-            if not files[n].is_file():
-                log.info(
-                    "RICES: features of images %d to %d of %d",
-                    n * CHUNK,
-                    n * CHUNK + len(chunks[n]),
-                    len(paths),
-                )
-                features = featurize(chunks[n])
+        missing = [n for n in range(share, len(chunks), count) if not files[n].is_file()]
+        barrier("missing features are listed")
+        for n in missing:
+            log.info(
+                "RICES: features of images %d to %d of %d",
+                n * CHUNK,
+                n * CHUNK + len(chunks[n]),
+                len(paths),
+            )
+            features = featurize(chunks[n])
+            if writes:
                 with writing(files[n], shared=True) as temporary, temporary.open("wb") as file:
                     np.save(file, features)
         barrier("features of the support set are written")

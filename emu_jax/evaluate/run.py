@@ -1,10 +1,11 @@
 """`emu-jax eval`: evaluates a checkpoint on a task and writes the official result file.
 
 Items are batched once, in an order that depends only on the task, and whole batches are dealt out
-to the processes. The content of a batch, and so the answers, therefore depend neither on the number
-of processes nor on what an earlier run completed. Each process has its own model, spread over its
-local devices, and appends to its own predictions file. Items in those files are not asked again. At
-the end the first process merges the files, which must be visible to all processes.
+to the models. The content of a batch, and so the answers, therefore depend neither on the number
+of processes nor on what an earlier run completed. Each model is spread over the devices of
+`hosts_per_model` processes, the first of which appends to the model's own predictions file. Items
+in those files are not asked again. At the end the first process of all merges the files, which must
+be visible to all processes.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class Options:
         seed: for sampling examples, prompts and images.
         batch_size: items answered in one batch.
         dtype: the compute dtype; the release evaluates in bfloat16.
+        hosts_per_model: processes whose devices hold a model together. All other processes hold
+            more copies of it, which answer other batches.
         fid: settings for comparing generated images with real ones.
     """
 
@@ -87,6 +90,7 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    hosts_per_model: int = 1
     fid: FidOptions = FidOptions()
 
     def check(self) -> None:
@@ -101,7 +105,7 @@ class Options:
                 raise UserError(f"--{name} {value} needs --examples text, random or rices")
         if self.examples != "none" and self.shots is not None and self.shots < 1:
             raise UserError(f"--shots {self.shots} with --examples {self.examples}: at least 1")
-        for name in ("limit", "batch_size"):
+        for name in ("limit", "batch_size", "hosts_per_model"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
@@ -150,11 +154,26 @@ class Evaluation:
         self.fewshot = FewShot(options.examples, support, self.shots, options.seed)
         self.in_context = options.examples in ("random", "rices")
         self.process, self.processes = jax.process_index(), jax.process_count()
+        if self.processes % options.hosts_per_model:
+            raise UserError(
+                f"--hosts-per-model {options.hosts_per_model} does not divide the "
+                f"{self.processes} processes: choose a number that does"
+            )
+        self.replicas = self.processes // options.hosts_per_model
+        self.replica, member = divmod(self.process, options.hosts_per_model)
+        self.leads = member == 0  # the process that writes its model's answers
 
         devices = jax.local_devices()
+        if options.hosts_per_model > 1:
+            devices = [
+                device
+                for device in jax.devices()
+                if device.process_index // options.hosts_per_model == self.replica
+            ]
         if options.batch_size % len(devices) and self.process == 0:
             log.warning(
-                "--batch-size %d is not a multiple of the %d local devices: all do the same work",
+                "--batch-size %d is not a multiple of the %d devices of a model: all do the same "
+                "work",
                 options.batch_size,
                 len(devices),
             )
@@ -171,7 +190,7 @@ class Evaluation:
         self.weights = fingerprint(checkpoint)
         self.settings = self._settings()
         out.parent.mkdir(parents=True, exist_ok=True)
-        self.store = Store(out, self.settings, self.process)
+        self.store = Store(out, self.settings, self.replica)
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the predictions depend on. A run with other settings cannot resume them."""
@@ -226,15 +245,20 @@ class Evaluation:
         with jax.default_matmul_precision(precision):
             if left:
                 self.fewshot.index(
-                    self._cache(), self._featurize, self.process, self.processes, barrier
+                    self._cache(),
+                    self._featurize,
+                    self.replica,
+                    self.replicas,
+                    barrier,
+                    writes=self.leads,
                 )
-            self._answer(left[self.process :: self.processes], done)
+            self._answer(left[self.replica :: self.replicas], done)
         barrier("all items are answered")
 
     def _answer(self, batches: Sequence[Sequence[int]], done: Collection[str]) -> None:
         total = sum(len(b) for b in batches)
         with (
-            self.store.appending() as append,
+            self.store.appending() if self.leads else _ignoring() as append,
             ProgressBar(self.task.name, total, "item", enabled=self.process == 0) as progress,
             ThreadPoolExecutor(READERS) as readers,
         ):
@@ -321,8 +345,9 @@ class Evaluation:
         names = []
         for item, image in zip(items, images, strict=True):
             path = folder / f"{item.id}.png"
-            with writing(path, shared=True) as temporary:
-                image.save(temporary, format="png")
+            if self.leads:
+                with writing(path, shared=True) as temporary:
+                    image.save(temporary, format="png")
             names.append(f"{folder.name}/{path.name}")
         return names
 
@@ -405,19 +430,20 @@ class Store:
 
     Each has a line with the settings, then a JSON object per item.
 
-    The first process writes STEM.predictions.jsonl, process k STEM.predictions.k.jsonl.
+    The first model's answers are in STEM.predictions.jsonl, those of model k in
+    STEM.predictions.k.jsonl.
 
     Args:
         settings: the settings that the predictions depend on.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], process: int) -> None:
+    def __init__(self, out: Path, settings: Mapping[str, Any], replica: int) -> None:
         self._stem = out.with_suffix(".predictions")
         self._settings = json.loads(json.dumps(settings))
-        self._process = process
+        self._replica = replica
 
-    def path(self, process: int = 0) -> Path:
-        number = f".{process}" if process else ""
+    def path(self, replica: int = 0) -> Path:
+        number = f".{replica}" if replica else ""
         return self._stem.with_name(f"{self._stem.name}{number}.jsonl")
 
     def _files(self) -> list[Path]:
@@ -462,12 +488,12 @@ class Store:
 
     @contextlib.contextmanager
     def appending(self) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-        """Yields a function that appends rows to this process's file.
+        """Yields a function that appends rows to the model's file.
 
         It flushes them, so they survive if the process is killed. In an object store, those of the
         last `UPLOAD_SECONDS` may be lost.
         """
-        path = self.path(self._process)
+        path = self.path(self._replica)
         lines = whole_lines(path) if path.exists() else []
         if not is_remote(path) and path.exists():
             os.truncate(path, sum(map(len, lines)))  # drop a line cut short by a kill
@@ -493,6 +519,12 @@ class Store:
             for part in log_parts(path):
                 if part != self.path():
                     part.unlink()
+
+
+@contextlib.contextmanager
+def _ignoring() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Yields a function that takes rows and writes nothing."""
+    yield lambda rows: None
 
 
 def whole_lines(path: Path) -> list[bytes]:
