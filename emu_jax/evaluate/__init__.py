@@ -1,6 +1,7 @@
 """`emu-jax eval`: the benchmarks of the paper.
 
 run.py           runs a task from its official files to its official result file
+answering.py     asks a model the items of a task
 tasks/           one class per benchmark
 scorers/         metrics: captions, answers, rankings, Fréchet distance
 fewshot.py       selection of the examples before a question

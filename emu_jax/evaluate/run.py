@@ -18,21 +18,19 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
 from emu_jax import sharding
 from emu_jax.checkpoint import fingerprint, latest_step
-from emu_jax.data.images import load_image
 from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate import results_page
+from emu_jax.evaluate.answering import Answering, choose_mode, spelled
 from emu_jax.evaluate.fewshot import Examples, FewShot
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.evaluate.tasks.base import (
@@ -41,23 +39,19 @@ from emu_jax.evaluate.tasks.base import (
     Folder,
     Item,
     Mode,
-    PromptPart,
     Result,
     ScoringContext,
-    Stage,
     Task,
     check_split,
 )
-from emu_jax.generate.api import Emu, load
-from emu_jax.generate.prompt import open_file
-from emu_jax.generate.settings import RENAMED, GenerationConfig
+from emu_jax.generate.api import load
+from emu_jax.generate.settings import GenerationConfig
 from emu_jax.progress import ProgressBar
-from emu_jax.storage import is_remote, log_parts, open_log, read_log, write_text, writing
+from emu_jax.storage import is_remote, log_parts, open_log, read_log, write_text
 from emu_jax.train.distributed import initialize_distributed
 
 log = logging.getLogger(__name__)
 
-READERS = 4  # threads that load images
 UPLOAD_SECONDS = 30.0  # between two uploads of the predictions to an object store
 COLUMNS = ("id", "answer", "said", "asked")  # keys of a line of the predictions file
 SHOTS = 2  # default number of examples, the paper's for `--examples text`
@@ -186,7 +180,17 @@ class Evaluation:
             batch_size=options.batch_size * 5,
         )
         self.emu.defaults = GenerationConfig()  # the release's defaults, not the checkpoint's
-        self.mode: Mode = choose_mode(options.mode, self.emu, task)
+        self.mode: Mode = choose_mode(options.mode, self.emu.tokenizer, task)
+        self.answering = Answering(
+            self.emu,
+            task,
+            self.mode,
+            self.fewshot,
+            in_context=self.in_context,
+            seed=options.seed,
+            images=out.with_suffix(".images"),
+            writes=self.leads,
+        )
         self.weights = fingerprint(checkpoint)
         self.settings = self._settings()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +250,7 @@ class Evaluation:
             if left:
                 self.fewshot.index(
                     self._cache(),
-                    self._featurize,
+                    self.answering.featurize,
                     self.replica,
                     self.replicas,
                     barrier,
@@ -260,96 +264,11 @@ class Evaluation:
         with (
             self.store.appending() if self.leads else _ignoring() as append,
             ProgressBar(self.task.name, total, "item", enabled=self.process == 0) as progress,
-            ThreadPoolExecutor(READERS) as readers,
         ):
-            opening = (self._open([self.items[i] for i in b], readers) for b in batches)
-            for items, shown, opened in one_ahead(opening):
-                pixels = {path: future.result() for path, future in opened.items()}
-                rows = self._ask(items, shown, pixels)
+            asked = [[self.items[i] for i in batch] for batch in batches]
+            for items, rows in self.answering(asked):
                 append([row for row in rows if row["id"] not in done])
                 progress.add(len(items))
-
-    def _open(
-        self, items: Sequence[Item], readers: ThreadPoolExecutor
-    ) -> tuple[Sequence[Item], list[FewShotExamples], dict[Path, Future]]:
-        """Chooses a batch's examples and starts loading its images in background threads."""
-        shown = self.fewshot(items, self._featurize)
-        paths: dict[Path, None] = {}
-        for item, examples in zip(items, shown, strict=True):
-            if item.media is not None:
-                paths[item.media] = None
-            if examples.show_images:
-                paths |= dict.fromkeys(example.media for example in examples.examples)
-        return items, shown, {path: readers.submit(self._pixels, path) for path in paths}
-
-    def _pixels(self, path: Path) -> np.ndarray:
-        """Loads an image, uint8 [s, s, 3], or the frames of a video, uint8 [F, s, s, 3].
-
-        Raises:
-            UserError: the file cannot be read. Files are never skipped.
-        """
-        size = self.emu.cfg.vision.image_size
-        media = open_file(path)
-        if isinstance(media, list):
-            return np.stack([load_image(frame, size) for frame in media])
-        return load_image(media, size)
-
-    def _featurize(self, paths: Sequence[Path]) -> np.ndarray:
-        """Returns visual features [B, W] of files, averaged over the frames of a video."""
-        with ThreadPoolExecutor(READERS) as readers:
-            pixels = [p if p.ndim == 4 else p[None] for p in readers.map(self._pixels, paths)]
-        features = self.emu.embed(list(np.concatenate(pixels)))
-        ends = np.cumsum([len(p) for p in pixels])
-        return np.stack([part.mean(0) for part in np.split(features, ends[:-1])])
-
-    def _ask(
-        self,
-        items: Sequence[Item],
-        shown: Sequence[FewShotExamples],
-        pixels: Mapping[Path, np.ndarray],
-    ) -> list[dict[str, Any]]:
-        """Runs all stages on a batch and returns one row of the predictions file per item."""
-        said: list[dict[str, Any]] = [{} for _ in items]
-        asked: list[dict[str, str]] = [{} for _ in items]
-        for stage in self.task.stages(self.mode, self.in_context):
-            parts = [stage.prompt(i, e, s) for i, e, s in zip(items, shown, said, strict=True)]
-            prompts = [[pixels[p] if isinstance(p, Path) else p for p in row] for row in parts]
-            answers = self._stage_answers(stage, items, prompts)
-            for row, texts, prompt, answer in zip(said, asked, parts, answers, strict=True):
-                row[stage.name], texts[stage.name] = answer, spelled(prompt)
-        return [
-            {"id": item.id, "answer": self.task.answer(item, row), "said": row, "asked": texts}
-            for item, row, texts in zip(items, said, asked, strict=True)
-        ]
-
-    def _stage_answers(
-        self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]
-    ) -> Sequence[Any]:
-        if stage.candidates is not None:
-            options = [stage.candidates(item) for item in items]
-            return self.emu.rank(prompts, options, segments=min(map(len, options)))
-        if stage.paints:
-            return self._paint(stage, items, prompts)
-        return self.emu.generate_text(
-            prompts, choices=stage.choices, seed=self.options.seed, **stage.settings
-        )
-
-    def _paint(self, stage: Stage, items: Sequence[Item], prompts: list[list[Any]]) -> list[str]:
-        """Generates one image per item, each with its own seed, and returns the files' names."""
-        folder = self.out.with_suffix(".images")
-        folder.mkdir(exist_ok=True)
-        seeds = [self.options.seed + item.fields["seed"] for item in items]
-        # The recorded settings keep their former names, so old predictions can still be resumed.
-        settings = {RENAMED.get(name, name): value for name, value in stage.settings.items()}
-        images = self.emu.generate_image(prompts, seed=seeds, **settings)
-        names = []
-        for item, image in zip(items, images, strict=True):
-            path = folder / f"{item.id}.png"
-            if self.leads:
-                with writing(path, shared=True) as temporary:
-                    image.save(temporary, format="png")
-            names.append(f"{folder.name}/{path.name}")
-        return names
 
     def _cache(self) -> Path:
         """Returns the directory that caches the features of the support set."""
@@ -536,39 +455,10 @@ def whole_lines(path: Path) -> list[bytes]:
 # --- Details -------------------------------------------------------------------------------------
 
 
-T = TypeVar("T")
-
-
-def one_ahead(values: Iterable[T]) -> Iterator[T]:
-    """Yields the values, requesting each next one before yielding the current one."""
-    waiting: list[T] = []
-    for value in values:
-        waiting.append(value)
-        if len(waiting) == 2:
-            yield waiting.pop(0)
-    yield from waiting
-
-
 def barrier(name: str) -> None:
     """Waits for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def choose_mode(asked: str, emu: Emu, task: Task) -> Mode:
-    """Returns the kind of prompts for a checkpoint.
-
-    Raises:
-        UserError: `asked` does not fit this kind of model, or the task has no prompts for it.
-    """
-    mode: Mode = "instruct" if emu.tokenizer.instruct else "pretrain"
-    if asked not in ("auto", mode):
-        tuned = "is" if mode == "instruct" else "is not"
-        raise UserError(f"--mode {asked}: the checkpoint {tuned} instruction-tuned; leave it out")
-    if mode not in task.modes:
-        kind = "an instruction-tuned" if "instruct" in task.modes else "the pretrained"
-        raise UserError(f"{task.name} is a task for {kind} model: choose another checkpoint")
-    return mode
 
 
 def column_of(mode: Mode, examples: Examples, shots: int) -> str:
@@ -579,11 +469,6 @@ def column_of(mode: Mode, examples: Examples, shots: int) -> str:
     if examples == "random":  # the paper's few-shot columns use RICES
         return f"{name}, {shots} random examples"
     return f"{name} {shots}-shot" if shots else name
-
-
-def spelled(prompt: Sequence[PromptPart]) -> str:
-    """Formats a prompt for a reader, with file names in place of images."""
-    return "".join(p if isinstance(p, str) else f"<{p.name}>" for p in prompt)
 
 
 def _length(item: Item) -> int:
