@@ -110,6 +110,7 @@ def train(parser: argparse.ArgumentParser) -> Command:
     def run(args: argparse.Namespace) -> dict[str, Any]:
         import jax
 
+        from emu_jax.evaluate.in_training import KINDS
         from emu_jax.hardware import chip_name
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
@@ -118,7 +119,8 @@ def train(parser: argparse.ArgumentParser) -> Command:
 
         initialize_distributed()
         chip = chip_name(jax.devices()[0].device_kind)
-        result = train(load_config(TrainConfig, args.config, args.overrides, chip), args.workdir)
+        cfg = load_config(TrainConfig, args.config, args.overrides, chip)
+        result = train(cfg, args.workdir, KINDS)
         if not args.json:
             print(f"trained to step {result['step']}: {args.workdir}")
         return result

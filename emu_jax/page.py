@@ -68,9 +68,27 @@ def image(picture: Picture, *, lossy: bool = False) -> str:
     buffer = io.BytesIO()
     kind = "jpeg" if lossy else "png"
     picture.save(buffer, format=kind, optimize=True, quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    width, height = picture.size
-    return f'<img alt="" width={width} height={height} src="data:image/{kind};base64,{data}">'
+    return _embedded(buffer.getvalue(), kind, picture.size)
+
+
+def image_file(path: Path, alt: str) -> str:
+    """Formats a PNG file as an inline image, without encoding it again.
+
+    Args:
+        alt: a description of the image for readers who cannot see it.
+    """
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+        return _embedded(content, "png", picture.size, alt)
+
+
+def _embedded(content: bytes, kind: str, size: tuple[int, int], alt: str = "") -> str:
+    data = base64.b64encode(content).decode("ascii")
+    width, height = size
+    return (
+        f'<img alt="{html.escape(alt)}" width={width} height={height} '
+        f'src="data:image/{kind};base64,{data}">'
+    )
 
 
 def words(name: str) -> str:

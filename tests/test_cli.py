@@ -153,7 +153,7 @@ def test_debug_shows_the_traceback(run, tmp_path):
 def test_what_the_system_refuses_is_one_line(run, tmp_path, config, monkeypatch):
     (tmp_path / "file").write_text("")
 
-    def train(cfg, workdir):
+    def train(cfg, workdir, evaluations):
         workdir.mkdir()
 
     monkeypatch.setattr("emu_jax.train.loop.train", train)
@@ -162,7 +162,7 @@ def test_what_the_system_refuses_is_one_line(run, tmp_path, config, monkeypatch)
 
 
 def test_defects_are_not_passed_off_as_mistakes(run, tmp_path, config, monkeypatch):
-    def train(cfg, workdir):
+    def train(cfg, workdir, evaluations):
         raise ValueError("a defect")
 
     monkeypatch.setattr("emu_jax.train.loop.train", train)
@@ -197,7 +197,7 @@ def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
 def test_train_hands_over_the_config(run, tmp_path, config, monkeypatch):
     seen = []
 
-    def train(cfg, workdir):
+    def train(cfg, workdir, evaluations):
         seen.append((cfg.steps, cfg.seed, cfg.optimizer.clip_norm, workdir))
         return {"step": cfg.steps, "loss": 0.5}
 
@@ -343,7 +343,7 @@ def test_mistakes_in_a_batch(run, fake_emu, tmp_path, content, message):
 
 
 def test_interrupted(run, tmp_path, config, monkeypatch):
-    def train(cfg, workdir):
+    def train(cfg, workdir, evaluations):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("emu_jax.train.loop.train", train)

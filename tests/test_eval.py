@@ -27,7 +27,7 @@ from emu_jax import cli, config, integrity
 from emu_jax.checkpoint import fingerprint
 from emu_jax.data.images import load_image
 from emu_jax.errors import UserError
-from emu_jax.evaluate import fewshot
+from emu_jax.evaluate import fewshot, in_training
 from emu_jax.evaluate import run as running
 from emu_jax.evaluate.fewshot import FewShot
 from emu_jax.evaluate.run import Options, evaluate
@@ -45,6 +45,7 @@ from emu_jax.generate.api import Emu, load
 from emu_jax.models import emu as models
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.config import EvalConfig, TrainConfig
 
 PROMPTS = Path(__file__).parent / "golden" / "eval_prompts.txt"
 IMAGE = "[IMG]<image>*32[/IMG]"
@@ -850,6 +851,46 @@ def test_where_the_first_process_fails_the_others_say_so(ask, tmp_path, monkeypa
     assert met == [("the results are written", False)]
     with pytest.raises(UserError, match="the first process failed to write the results"):
         runs[1].finish()
+
+
+# --- During training ---------------------------------------------------------------------------
+
+
+def test_a_task_is_scored_during_training(ask, tmp_path, monkeypatch):
+    """Its figures are those of `emu-jax eval` on the same items."""
+    told = [CAPTIONS[0][0], CAPTIONS[2][1], CAPTIONS[2][0]]
+    answers = itertools.cycle(told)
+    emu = Said(instruct=False, says=lambda prompt, choices: next(answers))
+    result, _ = ask("coco_caption", emu, limit=3, batch_size=2)
+    monkeypatch.setattr(in_training, "TrainedEmu", lambda *args, **settings: lambda state: emu)
+    data, cfg = layout("coco_caption", tmp_path), TrainConfig()
+
+    def config(**changes):
+        chosen = EvalConfig("coco", kind="coco_caption", root=str(data), batches=1, batch_size=3)
+        chosen = dataclasses.replace(chosen, **changes)
+        in_training.KINDS[chosen.kind].check(cfg, chosen)
+        return chosen
+
+    evaluation = in_training.KINDS["coco_caption"](cfg, config(), None, emu.tokenizer, tmp_path)
+    asked = len(emu.asked)
+    found = evaluation.run(None, 7, lambda: False)
+    assert emu.asked[asked:] == emu.asked[:asked]
+    assert found.metrics == pytest.approx(result["scores"]) and found.metrics["CIDEr"] > 0
+    assert min(found.sheet.size) > 300
+    assert evaluation.run(None, 7, lambda: True) is None
+
+    for changes, message in (
+        ({"root": ""}, "set root to the folder of coco_caption"),
+        ({"root": str(tmp_path / "none")}, "no folder"),
+        ({"split": "trial"}, "coco_caption has none"),
+        ({"kind": "coco_fid"}, "too many to generate during training"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config(**changes)
+    layout("mmvet", tmp_path)
+    hidden = config(kind="mmvet", root=str(tmp_path / "data" / "mmvet"))
+    with pytest.raises(UserError, match="mmvet"):  # judged elsewhere
+        in_training.KINDS["mmvet"](cfg, hidden, None, Said().tokenizer, tmp_path)
 
 
 # --- What may go wrong -------------------------------------------------------------------------

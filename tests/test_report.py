@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 
 from emu_jax.demo.report import write_report
+from emu_jax.train import report as run_report
+from emu_jax.train.sheets import save_sheet
 
 VOID = {"meta", "img"}
 
@@ -152,3 +155,50 @@ def test_pictures_must_be_bytes(tmp_path):
             captions=[(np.zeros((2, 2, 3)), "x", True)],
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_held_out_values_stand_beside_those_of_training(tmp_path):
+    """In the axes of the metric of that name, over all sources; the rest has axes of its own."""
+    rows = [{"stage": "s", "step": n, "time": 0.0, "loss": 1 / n} for n in range(1, 200)]
+    evaluated = [
+        {
+            "stage": "s",
+            "evaluation": "heldout",
+            "step": n,
+            "time": 0.0,
+            "seconds": 1.0,
+            "loss": 77 / n,
+            "ema/loss": 88 / n,
+            "pairs/loss": 99 / n,
+            "ema/pairs/loss": 55.5,
+            "perplexity": 3.0,
+        }
+        for n in (100, 200)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    lines = [json.dumps(row) for row in evaluated]
+    (tmp_path / "evaluations.jsonl").write_text("\n".join([*lines, ""]))
+    (tmp_path / "train.json").write_text('{"steps": 200}')
+    for step in (3, *range(100, 1000, 100)):
+        save_sheet(tmp_path, "captions", step, Image.new("RGB", (step, 2)))
+    run_report.write_report(tmp_path, "<s>")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 2  # loss, and perplexity
+    for ends in ("training 1 → 0.00503", "heldout 0.77 → 0.385", "heldout (averaged weights) 0.88"):
+        assert ends in page.text
+    assert "pairs" in page.text and "55.5" in page.text and "step 200" in page.text
+    assert text.count("var(--held-out)") > 4
+    # The newest sheet, then some of the earlier ones, the newest first.
+    assert [p.shape[1] for p in page.pictures()] == [900, 800, 600, 400, 200, 3]
+    assert '"steps": 200' in page.text and "<s>" in page.text
+
+    (tmp_path / "evaluations.jsonl").write_text("damaged\n\n")
+    run_report.refresh_report(tmp_path, "s")
+    assert (tmp_path / "report.html").read_text() == text
+
+
+def test_a_long_curve_is_thinned_out():
+    rows = [{"step": n, "loss": 1.0 + n % 7} for n in range(1, 20_001)]
+    assert len(run_report.training_curves({"s": rows}, {})) < 150_000

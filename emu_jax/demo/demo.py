@@ -27,7 +27,7 @@ from emu_jax.storage import shipped, write_text
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
-from emu_jax.train.telemetry.metrics import read_metrics
+from emu_jax.train.telemetry.metrics import read_evaluations, read_metrics
 
 # In training order. The last stage uses the demo's directory as its run directory.
 STAGES = ("digits_clip", "digits_vae", "digits", "digits_decoder")
@@ -89,6 +89,7 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
             title="Emu on handwritten digits",
             figures={k: v for k, v in metrics.items() if k != "report"},
             curves={name: read_metrics(path)[name] for name, path in directories.items()},
+            held_out={name: read_evaluations(path, name) for name, path in directories.items()},
             captions=captions,
             drawings=drawings,
             continuations=continuations,

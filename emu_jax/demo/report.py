@@ -1,4 +1,4 @@
-"""Self-contained HTML report of a training run (report.html).
+"""Self-contained HTML report of a demo (report.html).
 
 Images are inline PNG, curves inline SVG and styles inline CSS. The page has no scripts and fetches
 nothing. It follows the reader's light or dark setting.
@@ -7,19 +7,15 @@ nothing. It follows the reader's light or dark setting.
 from __future__ import annotations
 
 import html
-import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emu_jax.page import Picture, details, image, table, tiles, words, write_page
-from emu_jax.train.telemetry.metrics import series
+from emu_jax.page import Picture, details, image, table, tiles, write_page
+from emu_jax.train.report import STYLE, Evaluations, training_curves
 
-# Metrics to plot, ordered by the first pattern that matches their name.
-CURVES = (r"^loss$", r"loss", r"variance", r"rank", r"accuracy|retrieval", r"psnr")
 OPEN_CAPTIONS = 60  # shown by default; the rest are folded
 
 
@@ -29,6 +25,7 @@ def write_report(
     title: str,
     figures: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    held_out: Mapping[str, Evaluations] | None = None,
     captions: Sequence[tuple[Picture, str, bool]] = (),
     drawings: np.ndarray | Sequence[Sequence[Picture]] = (),
     continuations: Sequence[tuple[Sequence[Picture], Picture, bool, str]] = (),
@@ -41,6 +38,7 @@ def write_report(
         figures: metric name to value; all are listed in the table. Those named `*accuracy` are
             fractions of one and also head the page as percentages.
         curves: stage to its rows, as returned by `train.telemetry.metrics.read_metrics`.
+        held_out: stage to its evaluations, as returned by `read_evaluations` there.
         captions: (image, generated caption, whether it is correct).
         drawings: uint8 [rows, columns, h, w, 3] or [rows, columns, h, w]; row i holds the images
             generated for the i-th prompt.
@@ -51,11 +49,11 @@ def write_report(
         _captions(captions),
         _drawings(drawings),
         _continuations(continuations),
-        _curves(curves),
+        training_curves(curves, held_out or {}),
         details("Configuration", config),
         details("Versions", versions),
     ]
-    write_page(path, title, sections, _STYLE)
+    write_page(path, title, sections, STYLE + _STYLE)
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
@@ -119,82 +117,6 @@ def _continuations(
     )
 
 
-def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    stages = []
-    for stage, rows in curves.items():
-        names = dict.fromkeys(name for row in rows for name in row)
-        drawn = sorted(
-            (rank, name)
-            for name in names
-            if (rank := next((i for i, p in enumerate(CURVES) if re.search(p, name)), -1)) >= 0
-        )
-        charts = "".join(_chart(name, *series(rows, name), rank) for rank, name in drawn)
-        if charts:
-            stages.append(f'<h3>{html.escape(stage)}</h3><div class="charts">{charts}</div>')
-    if not stages:
-        return ""
-    return (
-        "<section><h2>Training</h2><p>Faint: each logged step; strong: a running mean. "
-        f"Beneath each chart, its first and last value.</p>{''.join(stages)}</section>"
-    )
-
-
-# Placeholder colors in the SVG, replaced by the page's own.
-_INK, _LINE = "#010203", "#040506"
-
-
-def _chart(name: str, steps: np.ndarray, values: np.ndarray, rank: int) -> str:
-    """Plots one metric over steps as inline SVG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    finite = np.isfinite(values)
-    steps, values = steps[finite], values[finite]
-    if not len(values):
-        return ""
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 8,
-        "text.color": _INK,
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.6,
-        "xtick.major.width": 0.6,
-        "ytick.major.width": 0.6,
-        "ytick.minor.width": 0.4,
-        "grid.color": _INK,
-        "grid.linewidth": 0.5,
-        "grid.alpha": 0.15,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(3.4, 2.0), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(True)
-        window = max(1, len(values) // 40)
-        axes.plot(steps, values, color=_LINE, linewidth=0.8, alpha=0.3 if window > 1 else 1)
-        if window > 1:
-            mean = np.convolve(values, np.ones(window) / window, "valid")
-            axes.plot(steps[window - 1 :], mean, color=_LINE, linewidth=1.6)
-        if values.min() > 0 and values.max() > 20 * values.min():
-            axes.set_yscale("log")
-        axes.set_xlabel("step")
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(_INK, "currentColor").replace(_LINE, f"var(--line-{min(rank, 4)})")
-    return (
-        f"<figure><h4>{words(name)}</h4>{svg}<figcaption>{values[0]:.3g} &rarr; "
-        f"{values[-1]:.3g}</figcaption></figure>"
-    )
-
-
 def _verdict(right: bool) -> str:
     return "right" if right else "wrong"
 
@@ -225,10 +147,4 @@ _STYLE = """
 .strip i { font-style: normal; color: var(--soft); }
 .strip div > span { border-radius: .35rem; outline: 2px solid var(--right); }
 .strip.wrong div > span { outline-color: var(--wrong); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr));
-  gap: .6rem; }
-.charts figure { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
-  padding: .7rem; }
-.charts svg { display: block; width: 100%; height: auto; color: var(--soft); }
-.charts svg text { font-family: inherit !important; }
 """

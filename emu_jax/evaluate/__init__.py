@@ -2,6 +2,7 @@
 
 run.py           runs a task from its official files to its official result file
 answering.py     asks a model the items of a task
+in_training.py   tasks as evaluations of a model in training
 tasks/           one class per benchmark
 scorers/         metrics: captions, answers, rankings, Fréchet distance
 fewshot.py       selection of the examples before a question

@@ -53,7 +53,8 @@ class Answering:
         images: Path,
         writes: bool = True,
     ) -> None:
-        self.emu, self.task, self.mode, self.fewshot = emu, task, mode, fewshot
+        self.emu, self.task, self.fewshot = emu, task, fewshot
+        self.mode: Mode = mode
         self.in_context, self.seed = in_context, seed
         self.images, self.writes = images, writes
 

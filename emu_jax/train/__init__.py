@@ -8,6 +8,9 @@ objectives.py   the module, the data and the loss of each stage
 optimizer.py    AdamW with a learning rate per group of parameters
 evaluation.py   held-out evaluations: the interface, when they run, their records
 held_out.py     held-out losses by source
+samples.py      what a model in training generates from held-out documents
+sheets.py       contact sheets of such samples
+report.py       report.html: curves, held-out figures, contact sheets
 warm_start.py   initial weights from other runs
 checkpoints.py  checkpoints during a run
 lock.py         one job at a time in a run directory

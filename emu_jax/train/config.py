@@ -200,8 +200,10 @@ class EvalConfig:
     split: str = ""  # a folder in `root`
     root: str = ""  # by default the run's data.root
     sources: tuple[SourceConfig, ...] = ()
-    batches: int = 4  # of each source
+    batches: int = 4  # of each source; for kinds other than "loss", of all together
     batch_size: int = 0  # rows of a batch, over all processes; 0: as in training
+    # Of "captions", "images" and "continuations": fields of `generate.settings.GenerationConfig`.
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks the settings.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import PIL.Image
 
 from emu_jax.data.batches import BUILDERS
@@ -18,13 +19,13 @@ from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.objectives import get_objective
+from emu_jax.train.report import COLUMNS, EMA, refresh_report
+from emu_jax.train.sheets import save_sheet
 from emu_jax.train.step import Trainer, TrainState
 from emu_jax.train.telemetry.metrics import EvaluationLog, read_evaluations
 from emu_jax.train.telemetry.tracker import Cell, Tracker
 
-EMA = "ema/"  # before the names of metrics of averaged parameters
-# Columns of a row in evaluations.jsonl that are not metrics.
-COLUMNS = ("stage", "evaluation", "step", "time", "seconds")
+REPORT_SECONDS = 300.0  # between two reports of a run; another is written at its end
 
 # Returns whether a signal asks all processes to stop. All of them call it at the same points.
 Stop = Callable[[], bool]
@@ -36,11 +37,11 @@ class EvalResult(NamedTuple):
     Attributes:
         metrics: by name. `SOURCE/METRIC` is of one source, METRIC over all; `ema/` before either
             is of averaged parameters.
-        sheets: (name, contact sheet).
+        sheet: a contact sheet, if the evaluation draws one.
     """
 
     metrics: dict[str, float]
-    sheets: Sequence[tuple[str, PIL.Image.Image]] = ()
+    sheet: PIL.Image.Image | None = None
 
 
 class Evaluation(abc.ABC):
@@ -118,7 +119,9 @@ class Evaluations:
         tracker: Tracker,
         kinds: Mapping[str, type[Evaluation]],
     ) -> None:
-        self._log, self._tracker = log, tracker
+        self._log, self._tracker, self._workdir, self._stage = log, tracker, workdir, cfg.name
+        self._lead = jax.process_index() == 0
+        self._report_at = time.monotonic() + REPORT_SECONDS
         self._evaluations = {
             config.name: kinds[config.kind](cfg, config, trainer, tokenizer, workdir)
             for config in cfg.eval
@@ -132,7 +135,8 @@ class Evaluations:
             evaluation.close()
 
     def run(self, names: Sequence[str], state: TrainState, step: int, stop: Stop) -> None:
-        """Runs evaluations, until `stop`, and logs their results."""
+        """Runs evaluations, until `stop`. Logs their results, and from time to time writes the
+        report."""
         for name in names:
             started = time.monotonic()
             result = self._evaluations[name].run(state, step, stop)
@@ -142,9 +146,13 @@ class Evaluations:
             # The row comes last: the evaluation is not repeated when the run resumes.
             self._tracker.metrics(step, result.metrics, evaluation=name)
             self._tracker.table(step, f"{name}/table", *_table(result.metrics))
-            for sheet, image in result.sheets:
-                self._tracker.images(step, f"{name}/{sheet}", image)
+            if result.sheet is not None and self._lead:
+                save_sheet(self._workdir, name, step, result.sheet)
+                self._tracker.images(step, f"{name}/sheet", result.sheet)
             self._log.log(name, step, seconds, result.metrics)
+        if self._lead and time.monotonic() > self._report_at:
+            refresh_report(self._workdir, self._stage)
+            self._report_at = time.monotonic() + REPORT_SECONDS
 
 
 def pending(cfg: TrainConfig, log: EvaluationLog, step: int) -> list[str]:

@@ -31,6 +31,9 @@ from emu_jax.train.evaluation import (
 )
 from emu_jax.train.held_out import LossEvaluation
 from emu_jax.train.objectives import Batch, Objective
+from emu_jax.train.report import refresh_report
+from emu_jax.train.samples import SAMPLE_KINDS, SampleEvaluation
+from emu_jax.train.sheets import remove_later_sheets
 from emu_jax.train.signals import Signals
 from emu_jax.train.step import COMPILE_SECONDS, Trainer, TrainState, check_rows, mesh_for
 from emu_jax.train.telemetry.goodput import Goodput
@@ -44,7 +47,11 @@ from emu_jax.train.telemetry.monitor import Monitor
 from emu_jax.train.telemetry.trackers import open_trackers
 from emu_jax.train.warm_start import WarmStart
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"loss": LossEvaluation}  # by `EvalConfig.kind`
+# By `EvalConfig.kind`; `emu-jax train` adds the tasks of `emu-jax eval`.
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "loss": LossEvaluation,
+    **dict.fromkeys(SAMPLE_KINDS, SampleEvaluation),
+}
 
 
 def train(
@@ -101,6 +108,8 @@ def train(
         if resuming:
             done, state, position = restore_state(checkpoints, trainer, warm_start.load(unsaved))
         evaluated = EvaluationLog(workdir, cfg.name, done)
+        if lead:
+            remove_later_sheets(workdir, done)
         if done >= cfg.steps and not pending(cfg, evaluated, done):
             return {"step": done, "seconds": 0.0}
         tokenizer = trainer.objective.prepare_data()
@@ -173,6 +182,7 @@ def train(
             checkpoints.wait()
     if lead and (table := held_out_table(cfg, workdir)):
         print(table, file=sys.stderr, flush=True)
+        refresh_report(workdir, cfg.name)
     return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
 
 
