@@ -35,7 +35,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import integrity
-from emu_jax.config import EmuConfig, load_json
+from emu_jax.config import EmuConfig, LlamaConfig, load_json
 from emu_jax.errors import UserError
 from emu_jax.sharding import AbstractModel, flatten, nest
 from emu_jax.storage import StorePath, files, folders, join, relative, write_text
@@ -114,14 +114,7 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
     """
     if not wanted:
         return {}
-    stored = stored_shapes(path)
-    problems = []
-    for key, leaf in wanted.items():
-        if key not in stored:
-            problems.append(f"{key} is missing")
-        elif tuple(stored[key].shape) != leaf.shape:
-            problems.append(f"{key} is {list(stored[key].shape)}, not {list(leaf.shape)}")
-    if problems:
+    if problems := _misfits(stored_shapes(path), wanted):
         raise UserError(f"{path} does not fit the configuration: " + "; ".join(problems))
     try:
         with integrity.quiet_failures():
@@ -191,6 +184,17 @@ def _groups(args: Sequence[Any]) -> Iterator[int]:
 _ARRAYS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, _GroupedArrays()), (np.ndarray, ocp.type_handlers.NumpyHandler())
 )
+
+
+def _misfits(stored: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
+    """Returns what is wrong with each wanted array that is not stored in its shape."""
+    problems = []
+    for key, leaf in wanted.items():
+        if key not in stored:
+            problems.append(f"{key} is missing")
+        elif tuple(stored[key].shape) != leaf.shape:
+            problems.append(f"{key} is {list(stored[key].shape)}, not {list(leaf.shape)}")
+    return problems
 
 
 def read_params(
@@ -421,16 +425,7 @@ def read_parent(
     rows (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added).
     """
     theirs = load_config(directory).llama
-    if theirs.lora is None:
-        wanted = {k: v for k, v in wanted.items() if not k.endswith((".lora_a", ".lora_b"))}
-    asked, grown = dict(wanted), {}
-    if theirs.vocab_size < model.llama.vocab_size:
-        grown = {k: axis for k, axis in _VOCABULARY.items() if k in wanted}
-    for path, axis in grown.items():
-        ours = wanted[path]
-        shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
-        whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # the old size may not divide
-        asked[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
+    asked, grown = _asked_of_parent(theirs, wanted, model)
     params = read_params(directory, asked)
     for path, axis in grown.items():
         ours = wanted[path]
@@ -445,6 +440,37 @@ def read_parent(
 
         params[path] = jax.jit(grow, out_shardings=ours.sharding)(params[path])
     return params
+
+
+def check_parent(
+    directory: Path, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
+) -> None:
+    """Checks that `read_parent` would find the parameters. Reads no array.
+
+    Raises:
+        UserError: one is missing or has another shape (all are listed), or a base is missing.
+    """
+    asked, _ = _asked_of_parent(load_config(directory).llama, wanted, model)
+    if problems := _misfits(run_shapes(directory), asked):
+        raise UserError(f"{directory} does not fit the configuration: " + "; ".join(problems))
+
+
+def _asked_of_parent(
+    theirs: LlamaConfig, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, int]]:
+    """Returns (the arrays to read from a parent, {path: axis over the vocabulary} of those to which
+    tokens are added)."""
+    if theirs.lora is None:
+        wanted = {k: v for k, v in wanted.items() if not k.endswith((".lora_a", ".lora_b"))}
+    asked, grown = dict(wanted), {}
+    if theirs.vocab_size < model.llama.vocab_size:
+        grown = {k: axis for k, axis in _VOCABULARY.items() if k in wanted}
+    for path, axis in grown.items():
+        ours = wanted[path]
+        shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
+        whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # the old size may not divide
+        asked[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
+    return asked, grown
 
 
 def load_config(directory: Path) -> EmuConfig:

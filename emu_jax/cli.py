@@ -100,11 +100,19 @@ def demo(parser: argparse.ArgumentParser) -> Command:
 
 def train(parser: argparse.ArgumentParser) -> Command:
     """train a model from a config file, or resume a run"""
-    parser.usage = "%(prog)s --config configs/X.py --workdir DIR [--config.a.b=VALUE ...] [--json]"
+    parser.usage = (
+        "%(prog)s --config configs/X.py --workdir DIR [--config.a.b=VALUE ...] [--dry-run] [--json]"
+    )
     parser.add_argument(
         "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
     )
     parser.add_argument("--workdir", type=_path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="report what the run would do, and exit with status 2 if something would stop it; "
+        "takes no step, writes nothing, and reads no more of the data than headers",
+    )
     parser.epilog = "--config.a.b=VALUE overrides one key of the config and may be repeated."
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,11 +123,20 @@ def train(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
         from emu_jax.train.distributed import initialize_distributed
+        from emu_jax.train.dry_run import dry_run, summary
         from emu_jax.train.loop import train
 
         initialize_distributed()
         chip = chip_name(jax.devices()[0].device_kind)
         cfg = load_config(TrainConfig, args.config, args.overrides, chip)
+        if args.dry_run:
+            report = dry_run(cfg, args.workdir, load_config(TrainConfig, args.config, []), KINDS)
+            if not args.json and jax.process_index() == 0:
+                print(summary(report))
+            for problem in report.problems:
+                _complain(problem)
+            args.failure = 2
+            return dataclasses.asdict(report)
         result = train(cfg, args.workdir, KINDS)
         if not args.json:
             print(f"trained to step {result['step']}: {args.workdir}")
@@ -855,7 +872,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(result))
         sys.stdout.flush()
-        return 0 if result.get("passed", True) else 1
+        return 0 if result.get("passed", True) else args.failure
     except UserError as error:
         if debug:
             raise
@@ -914,7 +931,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         verb = verbs.add_parser(
             name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False
         )
-        verb.set_defaults(run=declare(verb))
+        verb.set_defaults(run=declare(verb), failure=1)  # exit status of a check that fails
         verb.add_argument(
             "--json", action="store_true", help="print one JSON object as the last line of stdout"
         )

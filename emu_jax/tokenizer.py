@@ -133,7 +133,7 @@ class Tokenizer:
                 temporary.write_bytes(content)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, *, instruct: bool = False) -> Tokenizer:
         """Trains a byte-fallback BPE in LLaMA's format, deterministically.
 
         `<unk>`, `<s>`, `</s>` have the ids 0, 1, 2. The 256 bytes follow, then characters and
@@ -158,7 +158,7 @@ class Tokenizer:
         values["added_tokens"] = [t for t in values["added_tokens"] if t["id"] < 3]
         values.update(_LLAMA_PIPELINE)
         content = json.dumps(values, ensure_ascii=False, indent=1).encode()
-        return cls(*_from_json(content), {"tokenizer.json": content})
+        return cls(*_from_json(content), {"tokenizer.json": content}, instruct=instruct)
 
     def __len__(self) -> int:
         """Returns the size of the vocabulary, including Emu's tokens."""

@@ -9,6 +9,7 @@ inspect.py    a page about the training data
 lengths.py    tokens and images of each document, counted once
 packing.py    truncation and packing of documents into rows
 mixture.py    sources mixed into an endless order, planned without reading an image
+preview.py    the sources of a run before it starts: what is missing, steps per epoch
 batches.py    `BatchBuilder`, one for each kind: reads, tokenizes and decodes documents
 images.py     the release's preprocessing, and augmentation
 pipeline.py   `Batches`, the iterator that training reads; config.py, its `DataConfig`

@@ -48,6 +48,7 @@ VOCABULARY = 512  # an upper bound; the few words need less
 QUESTIONS = ("what digit is this?", "is it even?", "what comes next? draw it")
 
 _VERSION = 2  # of the files `build_digits` writes
+_LISTING = "digits.json"  # their sizes; written last
 _SEED = 1
 _PER_IMAGE = 3  # pages, and storyboards, for each image of a split
 
@@ -180,6 +181,35 @@ def _documents(split: str) -> dict[str, list[Document]]:
     }
 
 
+def make_tokenizer(*, instruct: bool = False) -> Tokenizer:
+    """Returns the tokenizer that `build_digits` writes, without writing anything."""
+    return _train_tokenizer(_documents("train"), instruct=instruct)
+
+
+def _train_tokenizer(kinds: dict[str, list[Document]], *, instruct: bool = False) -> Tokenizer:
+    texts = [
+        part.text
+        for kind, documents in kinds.items()
+        if kind != "instructions"  # pretraining's words alone
+        for document in documents
+        for part in document.parts
+        if isinstance(part, Text)
+    ]
+    return Tokenizer.train(texts, VOCABULARY, instruct=instruct)
+
+
+def is_built(root: str | os.PathLike) -> bool:
+    """Returns whether `build_digits` has finished in a folder."""
+    root = as_path(root)
+    try:
+        sizes = json.loads((root / _LISTING).read_text())
+        return sizes.pop("version") == _VERSION and all(
+            (root / name).stat().st_size == size for name, size in sizes.items()
+        )
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False  # absent or unfinished
+
+
 def build_digits(root: str | os.PathLike) -> None:
     """Writes `root/SPLIT/KIND.array_record` for every split and kind, and `root/tokenizer`.
 
@@ -187,26 +217,18 @@ def build_digits(root: str | os.PathLike) -> None:
     atomic.
     """
     root = as_path(root)
-    listing = root / "digits.json"
-    try:
-        sizes = json.loads(listing.read_text())
-        if sizes.pop("version") == _VERSION and all(
-            (root / name).stat().st_size == size for name, size in sizes.items()
-        ):
-            return
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass  # absent or unfinished: build
-
-    names, texts = [], []
+    if is_built(root):
+        return
+    names = []
     for split in SPLITS:
-        for kind, documents in _documents(split).items():
+        kinds = _documents(split)
+        for kind, documents in kinds.items():
             names.append(f"{split}/{kind}.array_record")
             write_documents(root / names[-1], documents)
-            if split == "train" and kind != "instructions":  # pretraining's words alone
-                texts += [p.text for d in documents for p in d.parts if isinstance(p, Text)]
-    Tokenizer.train(texts, VOCABULARY).save(root / "tokenizer")
+        if split == "train":
+            _train_tokenizer(kinds).save(root / "tokenizer")
     names.append("tokenizer/tokenizer.json")
 
     values = {"version": _VERSION, **{name: (root / name).stat().st_size for name in names}}
-    with storage.writing(str(listing)) as temporary:  # last: it marks the build as complete
+    with storage.writing(str(root / _LISTING)) as temporary:  # last: it marks the build as complete
         temporary.write_text(json.dumps(values, indent=1) + "\n")

@@ -185,6 +185,11 @@ class LatentBatches(Iterator[Batch]):
         self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()
         self.tallies: dict[str, Tally] = {}  # empty: no source is read
 
+    @property
+    def rows(self) -> int:
+        """Number of rows in the folder."""
+        return len(self._records)
+
     def __next__(self) -> Batch:
         while len(self._ahead) <= self._cfg.prefetch:
             number = self._position + len(self._ahead)

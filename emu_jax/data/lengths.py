@@ -22,7 +22,7 @@ from emu_jax.data.documents import (
     check_size,
 )
 from emu_jax.data.packing import IMAGE_PART
-from emu_jax.data.sources.index import Arrays, cached_arrays
+from emu_jax.data.sources.index import Arrays, cached_arrays, indexing
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
@@ -111,7 +111,7 @@ class TokenLengths:
                     "remove it to count again",
                     folder / name,
                 )
-        for part in chunks if len(chunks) > 1 else ():
+        for part in chunks if len(chunks) > 1 and indexing() else ():
             shutil.rmtree(folder / part, ignore_errors=True)
         self._sizes, self._starts = arrays["sizes"], arrays["starts"]
         self._damage, self._totals = arrays["damage"], arrays["totals"]

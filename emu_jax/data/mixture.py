@@ -112,7 +112,7 @@ class Group:
     ) -> None:
         self.cfg, self.requires, self.number, self.sources = cfg, requires, number, sources
         for source in sources:
-            _check_usable(source, requires)
+            check_usable(source, requires)
         orders = [
             _shuffled(n, len(source.documents), seed)
             for n, (source, seed) in enumerate(zip(sources, seeds, strict=True))
@@ -272,22 +272,32 @@ def make_groups(cfg: DataConfig, requires: Requirements, sources: list[OpenSourc
     Raises:
         UserError: a source has no usable document.
     """
-    groups: dict[Any, list[int]] = {}
-    for n, source in enumerate(sources):
-        own_sizes = (source.cfg.batch_size, source.cfg.row_tokens, source.cfg.row_images)
-        groups.setdefault(n if any(own_sizes) else None, []).append(n)
     result = []
-    for number, members in enumerate(groups.values()):
-        first = sources[members[0]].cfg
-        sizes = {
-            name: value
-            for name in ("batch_size", "row_tokens", "row_images")
-            if (value := getattr(first, name))
-        }
+    for number, members in enumerate(grouped([source.cfg for source in sources])):
         seeds = [int(np.random.SeedSequence((cfg.seed, n)).generate_state(1)[0]) for n in members]
-        sized = dataclasses.replace(cfg, **sizes)
+        sized = sized_config(cfg, sources[members[0]].cfg)
         result.append(Group(sized, requires, [sources[n] for n in members], number, seeds))
     return result
+
+
+def grouped(sources: list[SourceConfig]) -> list[list[int]]:
+    """Returns the numbers of the sources in each group: those without sizes of their own share
+    one."""
+    groups: dict[int | None, list[int]] = {}
+    for n, source in enumerate(sources):
+        own_sizes = (source.batch_size, source.row_tokens, source.row_images)
+        groups.setdefault(n if any(own_sizes) else None, []).append(n)
+    return list(groups.values())
+
+
+def sized_config(cfg: DataConfig, source: SourceConfig) -> DataConfig:
+    """Returns the config with the sizes of the batches that a source is in."""
+    return dataclasses.replace(
+        cfg,
+        batch_size=source.batch_size or cfg.batch_size,
+        row_tokens=source.row_tokens or cfg.row_tokens,
+        row_images=source.row_images or cfg.row_images,
+    )
 
 
 def group_order(groups: list[Group]) -> Any:
@@ -308,11 +318,19 @@ class _Always:
         return 0
 
 
-def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
+def chosen_sources(
+    cfg: DataConfig, pairs: bool, missing: list[str] | None = None
+) -> list[SourceConfig]:
     """Returns the sources to open.
 
     Without `sources` in the config, these are the files in `root/split` that `mixture` names, or
     only the pairs if `pairs`.
+
+    Args:
+        missing: a list that gets a line for each kind of `mixture` without files.
+
+    Raises:
+        UserError: there is no folder or no positive weight; or, without a list, no file of a kind.
     """
     if cfg.sources:
         return [source for source in cfg.sources if source.weight > 0]
@@ -333,10 +351,14 @@ def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
         paths = [folder / file for file in names if pattern.fullmatch(file)]
         if not paths:
             known = {file.removesuffix(".array_record") for file in names}
-            raise UserError(
+            problem = (
                 f"{folder} has no {name}.array_record{suggest(name, known)}: "
                 "remove it from the mixture, or build the data again"
             )
+            if missing is None:
+                raise UserError(problem)
+            missing.append(problem)
+            continue
         chosen.append(
             SourceConfig(
                 name, "records", tuple(map(str, paths)), weight=weight, paired=name == PAIRS
@@ -346,7 +368,19 @@ def chosen_sources(cfg: DataConfig, pairs: bool) -> list[SourceConfig]:
 
 
 def _open(source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer, recount: bool) -> OpenSource:
-    documents = open_source(source, cfg.cache, cfg.cache_bytes)
+    return with_lengths(
+        source, open_source(source, cfg.cache, cfg.cache_bytes), cfg, tokenizer, recount
+    )
+
+
+def with_lengths(
+    source: SourceConfig, documents: Source, cfg: DataConfig, tokenizer: Tokenizer, recount: bool
+) -> OpenSource:
+    """Counts the tokens of a source's documents, unless that is cached.
+
+    Raises:
+        UserError: the source has lost all its images or all its texts.
+    """
     path = source.paths[0]
     folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
     lengths = TokenLengths(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache), recount)
@@ -361,14 +395,14 @@ def tally(source: OpenSource, requires: Requirements) -> Tally:
     """Counts the parts of a source that this kind of batches uses, and those that it does not."""
     counted = Tally()
     counted.merge(source.lengths.tally)
-    rest = counted.used["documents"] - _usable(source, requires)
+    rest = counted.used["documents"] - usable_documents(source, requires)
     if rest:
         counted.used["documents"] -= rest
         counted.leave(f"document that {requires.kind} cannot use", rest)
     return counted
 
 
-def _usable(source: OpenSource, requires: Requirements) -> int:
+def usable_documents(source: OpenSource, requires: Requirements) -> int:
     """Returns the number of documents that this kind of batches can use."""
     totals = source.lengths.totals()
     if requires.text:
@@ -379,8 +413,13 @@ def _usable(source: OpenSource, requires: Requirements) -> int:
     return totals["with_image"] + text_alone
 
 
-def _check_usable(source: OpenSource, requires: Requirements) -> None:
-    if not _usable(source, requires):
+def check_usable(source: OpenSource, requires: Requirements) -> None:
+    """Checks that a kind of batches can use a source.
+
+    Raises:
+        UserError: it can use none of its documents.
+    """
+    if not usable_documents(source, requires):
         raise UserError(
             f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that "
             f"{requires.kind!r} can use"

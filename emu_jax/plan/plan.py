@@ -37,10 +37,11 @@ from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
 from emu_jax.plan.roofline import Network, busiest, times
-from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, spec
+from emu_jax.sharding import MESH_AXES, AbstractModel, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
+from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
 from emu_jax.train.flops import train_flops
-from emu_jax.train.step import Params, Trainer, mesh_for
+from emu_jax.train.step import Trainer, mesh_for
 
 log = logging.getLogger(__name__)
 
@@ -309,57 +310,6 @@ def _report(
         "not_counted": sorted(counts.unknown),
         "compile_seconds": time.monotonic() - started,
     }
-
-
-def abstract_batch(trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the global batch as abstract arrays, with its rows sharded."""
-    where = batch_sharding(trainer.mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-        for name, (shape, dtype) in trainer.objective.batch_shapes().items()
-    }
-
-
-def shard_bytes(tree: Any) -> float:
-    """Returns the bytes of one device's shards of abstract arrays."""
-    return float(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-    )
-
-
-def memory_by_kind(trainer: Trainer, batch: Any) -> dict[str, float]:
-    """Returns the bytes per device known without compiling: all but the step's temporaries."""
-    state = trainer.state_shapes
-    return {
-        "parameters": shard_bytes((state.trained, state.frozen, state.ema)),
-        "optimizer": shard_bytes(state.optimizer),
-        "batch": shard_bytes(batch),
-        "activations": kept_bytes(trainer, batch),
-    }
-
-
-def kept_bytes(trainer: Trainer, batch: Any) -> float:
-    """Returns the bytes per device that the forward pass saves for the backward pass.
-
-    These are the residuals of the VJP except parameters, assumed to be sharded like the batch.
-    """
-    state = trainer.state_shapes
-
-    def backward(trained: Params, frozen: Params, batch: Any) -> Any:
-        loss = lambda p: trainer.loss(p | frozen, batch, jnp.int32(0))[0]  # noqa: E731
-        return jax.vjp(loss, trained)[1]
-
-    saved = jax.eval_shape(backward, state.trained, state.frozen, batch)
-    parameters = {leaf.shape for leaf in jax.tree.leaves((state.trained, state.frozen))}
-    ways = trainer.mesh.size // trainer.mesh.shape["tensor"] * trainer.cfg.accumulate
-    return sum(
-        float(math.prod(leaf.shape)) * leaf.dtype.itemsize / ways
-        for leaf in jax.tree.leaves(saved)
-        if leaf.shape not in parameters and jnp.issubdtype(leaf.dtype, jnp.number)
-    )
 
 
 def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, float]]:

@@ -29,13 +29,12 @@ from emu_jax.plan.plan import (
     SAFE,
     CompilerCrash,
     Report,
-    abstract_batch,
     devices_of,
-    memory_by_kind,
     plan_in_subprocess,
 )
 from emu_jax.storage import write_text, writing
 from emu_jax.train.config import MeshConfig, TrainConfig
+from emu_jax.train.device_memory import abstract_batch, memory_by_kind
 from emu_jax.train.flops import jaxpr_flops
 from emu_jax.train.step import Trainer, mesh_for
 

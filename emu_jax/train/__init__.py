@@ -17,6 +17,8 @@ lock.py         one job at a time in a run directory
 distributed.py  the start of a job with several processes
 precompute.py   the decoder's conditions and latents, computed once
 flops.py        model FLOPs of a step
+device_memory.py  bytes per device of a step, without compiling it
+dry_run.py      the figures of a run before it starts, and everything that would stop it
 signals.py      requests that reach a run as signals
 telemetry/      records, trackers, throughput, goodput, traces, watchdog
 """

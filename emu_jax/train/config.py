@@ -433,18 +433,25 @@ def resume_config(cfg: TrainConfig, workdir: Path) -> TrainConfig:
         UserError: `cfg` describes another run.
     """
     saved = load_json(TrainConfig, workdir / "train.json")
+    if conflicts := resume_conflicts(cfg, saved, workdir):
+        raise UserError(conflicts[0])
+    return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
+
+
+def resume_conflicts(cfg: TrainConfig, saved: TrainConfig, workdir: Path) -> list[str]:
+    """Returns a line for each key outside `MAY_CHANGE` in which `cfg` differs from `saved`, the
+    config of the run in `workdir`."""
     model = saved.model if saved.init_from else cfg.model
     model = dataclasses.replace(model, vae=model.vae and saved.model.vae)
     ours = flatten(to_dict(without_paths(dataclasses.replace(cfg, model=model))))
     theirs = flatten(to_dict(without_paths(saved)))
-    for key in sorted(ours.keys() | theirs.keys()):
-        changes = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
-        if not changes and ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{workdir} holds a run with {key}={theirs.get(key)!r}, not {ours.get(key)!r}: "
-                "give another --workdir, or that value"
-            )
-    return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
+    return [
+        f"{workdir} holds a run with {key}={theirs.get(key)!r}, not {ours.get(key)!r}: "
+        "give another --workdir, or that value"
+        for key in sorted(ours.keys() | theirs.keys())
+        if not any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
+        and ours.get(key) != theirs.get(key)
+    ]
 
 
 def without_paths(cfg: TrainConfig) -> TrainConfig:

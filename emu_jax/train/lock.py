@@ -58,6 +58,12 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="emu-jax-lock")
         self._thread.start()
 
+    def live_owner(self) -> str:
+        """Names the running job of this host that holds the lock, or returns "". A job on another
+        host is not known to run until it has written another heartbeat."""
+        owner = self._owner()
+        return _name(owner) if owner and _is_here(owner) and _is_running(owner) else ""
+
     def release(self) -> None:
         """Releases the lock, if this process holds it."""
         self._closed.set()

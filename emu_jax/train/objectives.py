@@ -123,23 +123,37 @@ class Objective(ABC):
         Raises:
             UserError: the tokenizer or a size does not fit the model.
         """
-        data, model = self.cfg.data, self.cfg.model
+        data = self.cfg.data
         if data.embedded == "digits":
             digits.build_digits(data.root)
         elif data.embedded:
             raise UserError(f"unknown data.embedded {data.embedded!r}: use 'digits'")
-        tokenizer = t = data.load_tokenizer()
-        if len(tokenizer) != model.llama.vocab_size:
-            raise UserError(
+        tokenizer = self.load_tokenizer()
+        if problems := self.mismatches(tokenizer):
+            raise UserError(problems[0])
+        return tokenizer
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer of the data."""
+        return self.cfg.data.load_tokenizer()
+
+    def mismatches(self, tokenizer: Tokenizer | None) -> list[str]:
+        """Returns a line for each way in which the data do not fit the model: the tokenizer, if
+        there is one, and sizes."""
+        data, model = self.cfg.data, self.cfg.model
+        problems = []
+        if tokenizer is not None and len(tokenizer) != model.llama.vocab_size:
+            problems.append(
                 f"the tokenizer in {data.root} has {len(tokenizer)} tokens, the model "
                 f"{model.llama.vocab_size}: set model.llama.vocab_size and model.tokens to match"
             )
-        ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image)
-        if ids != model.tokens:
-            raise UserError(
-                f"model.tokens are {model.tokens}, the tokenizer's ids are {ids}: set model.tokens "
-                "to these"
-            )
+        elif (t := tokenizer) is not None:
+            ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image)
+            if ids != model.tokens:
+                problems.append(
+                    f"model.tokens are {model.tokens}, the tokenizer's ids are {ids}: set "
+                    "model.tokens to these"
+                )
         sizes = [
             ("n_causal", data.n_causal, model.cformer.n_causal),
             ("image_size", data.image_size, model.vision.image_size),
@@ -148,8 +162,8 @@ class Objective(ABC):
             sizes.append(("target_size", data.target_size, model.vae.sample_size))
         for name, size, needed in sizes:
             if size != needed:
-                raise UserError(f"data.{name} is {size}, the model needs {needed}: set it to that")
-        return tokenizer
+                problems.append(f"data.{name} is {size}, the model needs {needed}: set it to that")
+        return problems
 
     def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> Batches | LatentBatches:
         """Returns this process's share of the data. A resumed run keeps its token counts."""
@@ -690,7 +704,13 @@ class LatentDecoderObjective(DecoderObjective):
         }
 
     def prepare_data(self) -> Tokenizer:
+        return self.load_tokenizer()
+
+    def load_tokenizer(self) -> Tokenizer:
         return Tokenizer.load(as_path(self.cfg.latents) / "tokenizer")
+
+    def mismatches(self, tokenizer: Tokenizer | None) -> list[str]:
+        return []  # the latents fix the sizes, and `LatentBatches` checks them
 
     def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> LatentBatches:
         index, count = jax.process_index(), jax.process_count()

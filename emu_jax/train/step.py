@@ -16,7 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emu_jax.checkpoint import tower_of
 from emu_jax.errors import UserError
 from emu_jax.models.attention import choose_backend
-from emu_jax.sharding import AbstractModel, batch_sharding, make_mesh
+from emu_jax.sharding import (
+    AbstractModel,
+    batch_sharding,
+    choose_mesh,
+    make_mesh,
+    slice_count,
+)
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, last_update, make_optimizer
@@ -243,15 +249,23 @@ def by_tower(params: Params) -> dict[str, Params]:
 
 def mesh_for(cfg: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of a run over `devices`, by default all."""
+    return make_mesh(**_mesh_settings(cfg), devices=devices)
+
+
+def mesh_reasons(cfg: TrainConfig) -> str:
+    """Returns why the mesh of a run over all devices has its shape."""
+    devices = jax.devices()
+    return choose_mesh(len(devices), slice_count(devices), **_mesh_settings(cfg))[1]
+
+
+def _mesh_settings(cfg: TrainConfig) -> dict[str, Any]:
     model = cfg.model
     widths = {model.vision.width, model.cformer.width, model.llama.width}
-    return make_mesh(
-        **dataclasses.asdict(cfg.mesh),
-        devices=devices,
-        rows=math.gcd(*cfg.data.batch_sizes()),
-        heads=model.llama.heads,
-        widths=sorted(widths),
-    )
+    return dataclasses.asdict(cfg.mesh) | {
+        "rows": math.gcd(*cfg.data.batch_sizes()),
+        "heads": model.llama.heads,
+        "widths": sorted(widths),
+    }
 
 
 def check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +14,8 @@ from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
 from emu_jax.train.config import TrainConfig
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 # The key in EmuConfig that configures each tower of the module.
 CONFIG_OF = {
@@ -68,16 +71,32 @@ class WarmStart:
             model = dataclasses.replace(model, **{name: ours})
         return cls(dataclasses.replace(cfg, model=model), workdir)
 
-    def load(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def load(self, shapes: Shapes) -> dict[str, jax.Array]:
         """Loads the parameters found in parent runs, preferring EMA weights."""
         params: dict[str, jax.Array] = {}
+        for _, parent, wanted in self._wanted(shapes):
+            params |= checkpoint.read_parent(parent, wanted, self.cfg.model)
+        return params
+
+    def check(self, shapes: Shapes) -> list[str]:
+        """Returns a line for each parent from which `load` could not read parameters. Reads no
+        array."""
+        problems = []
+        for tower, parent, wanted in self._wanted(shapes):
+            try:
+                checkpoint.check_parent(parent, wanted, self.cfg.model)
+            except UserError as error:
+                problems.append(f"parents.{tower}: {error}")
+        return problems
+
+    def _wanted(self, shapes: Shapes) -> Iterator[tuple[str, Path, Shapes]]:
+        """Yields (tower, parent, the tower's parameters) of each parent."""
         for tower, parent in self._parents.items():
             wanted = {k: v for k, v in shapes.items() if checkpoint.tower_of(k) == tower}
             if wanted:
-                params |= checkpoint.read_parent(parent, wanted, self.cfg.model)
-        return params
+                yield tower, parent, wanted
 
-    def unsaved(self, frozen: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    def unsaved(self, frozen: Shapes) -> Shapes:
         """Returns the frozen parameters that this run does not save, because parents hold them."""
         if self.cfg.save_frozen:
             return {}

@@ -26,8 +26,10 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +51,27 @@ _LISTING, _VERSION = "arrays.json", 1
 _INTEGERS = (int, np.integer)
 # Exceptions raised by reading a damaged folder.
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_indexing = ContextVar("indexing", default=True)
+
+
+class NotIndexed(Exception):
+    """Raised in `without_indexing` for arrays that are not cached yet."""
+
+
+@contextmanager
+def without_indexing() -> Iterator[None]:
+    """Within it, sources open what is cached and write nothing: `cached_arrays` raises `NotIndexed`
+    for arrays that it would have to make. Holds for the calling thread."""
+    token = _indexing.set(False)
+    try:
+        yield
+    finally:
+        _indexing.reset(token)
+
+
+def indexing() -> bool:
+    """Returns whether derived arrays may be made, written and removed."""
+    return _indexing.get()
 
 
 def folder_for(path: str, cache: str) -> Path:
@@ -68,6 +91,9 @@ def cached_arrays(
 
     The write is atomic. If they cannot be written, it warns and returns the arrays from memory.
     Arrays of more than `eager` bytes (by default `EAGER`) are `Checked`.
+
+    Raises:
+        NotIndexed: they are missing or damaged, in `without_indexing`.
     """
     target, eager = folder / name, EAGER if eager is None else eager
     try:
@@ -77,6 +103,8 @@ def cached_arrays(
     except _BROKEN as error:
         if target.exists():
             _discard(target, error)
+    if not indexing():
+        raise NotIndexed(str(target))
     arrays = make()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -260,7 +288,13 @@ class Checked:
 
 
 def _discard(folder: Path, why: object) -> None:
-    """Removes a damaged folder, so that it is rebuilt."""
+    """Removes a damaged folder, so that it is rebuilt.
+
+    Raises:
+        NotIndexed: in `without_indexing`.
+    """
+    if not indexing():
+        raise NotIndexed(f"{folder} is damaged ({why})")
     log.warning("%s is damaged (%s): removing it, to rebuild it", folder, why)
     try:
         aside = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")

@@ -183,7 +183,7 @@ class Media:
     """
 
     def __init__(self, paths: Sequence[str], cache: str) -> None:
-        matches = {path: _matches(path) for path in paths}
+        matches = {path: media_paths(path) for path in paths}
         tars = [m for path in paths for m in matches[path] if m.endswith(".tar")]
         self._tars = TarFiles(tars, cache) if tars else None
         # Given folders are tried for each name, in order; those that `*` matched are only listed.
@@ -316,8 +316,8 @@ def _paths_in(folder: str, name: str) -> Iterator[str]:
             yield storage.join(folder, "/".join(parts[n:]))
 
 
-def _matches(path: str) -> list[str]:
-    """Returns the folders and tars that a path of the config matches.
+def media_paths(path: str) -> list[str]:
+    """Returns the folders and tars that a path of `SourceConfig.media` matches.
 
     Raises:
         UserError: there are none.

@@ -13,8 +13,8 @@ from emu_jax.data import storage
 from emu_jax.data.documents import DocumentFiles, Source
 from emu_jax.data.file_cache import CACHE_BYTES, FileCache
 from emu_jax.data.sources.dialogues import Dialogues
-from emu_jax.data.sources.formats import PACKED
-from emu_jax.data.sources.listings import Entries, Media
+from emu_jax.data.sources.formats import PACKED, check_format
+from emu_jax.data.sources.listings import Entries, Media, media_paths
 from emu_jax.data.sources.pages import Pages
 from emu_jax.data.sources.pairs import Pairs, TfdsPairs
 from emu_jax.data.sources.videos import SubtitledVideos, Videos
@@ -91,17 +91,47 @@ def find_files(cfg: SourceConfig) -> list[str]:
         raise UserError(f"source {cfg.name!r}: {error}") from None
 
 
+def missing_files(cfg: SourceConfig) -> list[str]:
+    """Returns a line for each path of a source that cannot be read: it is missing, or the first of
+    its files is in another format. Reads no more of a file than its first bytes."""
+    if cfg.format not in FORMATS:
+        close = suggest(cfg.format, FORMATS)
+        return [f"source {cfg.name!r}: unknown format {cfg.format!r}{close}"]
+    suffixes = FORMATS[cfg.format][1]
+    problems = []
+
+    def check(run: Callable[[], object]) -> None:
+        try:
+            run()
+        except (UserError, OSError) as error:
+            problems.append(f"source {cfg.name!r}: {error}")
+
+    def check_path(path: str) -> None:
+        first = storage.expand([path], suffixes)[0]
+        if not first.endswith((*PACKED, *RECORDS)):
+            check_format(first)
+
+    if not cfg.paths:
+        problems.append(f"source {cfg.name!r}: no paths are given")
+    for path in cfg.paths if suffixes else ():
+        check(lambda path=path: check_path(path))
+    for path in cfg.media if suffixes == _JSON else ():  # other formats name no media
+        check(lambda path=path: media_paths(path))
+    return problems
+
+
 def _entries(paths: list[str], cache: str, cfg: SourceConfig) -> tuple[Entries, Media]:
     return Entries(paths, cache), Media(cfg.media, cache)
 
 
 Make = Callable[[SourceConfig, list[str], str, FileCache], Source]
+RECORDS = (".array_record",)
 _JSON = tuple(name + packed for name in (".jsonl", ".json") for packed in ("", *PACKED))
 # {format: (constructor, file suffixes)}
 FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "records": (
         lambda cfg, paths, cache, copies: DocumentFiles(paths, paired=cfg.paired, cache=copies),
-        (".array_record",),
+        RECORDS,
     ),
     "webdataset": (
         lambda cfg, paths, cache, copies: Pairs(
