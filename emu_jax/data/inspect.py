@@ -201,9 +201,8 @@ def _card(
 
 def _content(row: BatchExample, segment: int, tokenizer: Tokenizer, n_causal: int) -> Iterator[str]:
     """Yields a document's tokens and images in order, as HTML."""
-    if not any(
-        index >= 0 for index in row.embedding_index
-    ):  # no token is a placeholder of an image
+    # Without a placeholder among the tokens, the images come first.
+    if max(row.embedding_index, default=-1) < 0:
         yield from (_figure(row.images[n], "", False) for n, used in enumerate(row.used) if used)
     placed = set()
     for n, (token, owner) in enumerate(zip(row.tokens, row.segments, strict=True)):
