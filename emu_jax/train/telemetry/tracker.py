@@ -107,7 +107,7 @@ class BackgroundTracker(Tracker):
 
     def __init__(self, service: str, connect: Callable[[], Tracker]) -> None:
         self.service, self.lost = service, 0
-        self._connect = connect
+        self._connect, self._connected = connect, True
         self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_QUEUED)
         self._warned = False
         self._thread = threading.Thread(
@@ -118,17 +118,17 @@ class BackgroundTracker(Tracker):
     def metrics(self, step: int, values: Mapping[str, float], evaluation: str = "") -> None:
         """Queues metrics."""
         values = dict(values)
-        self._call(lambda tracker: tracker.metrics(step, values, evaluation))
+        self._record(lambda tracker: tracker.metrics(step, values, evaluation))
 
     def images(self, step: int, name: str, image: Image.Image, caption: str = "") -> None:
         """Queues an image."""
-        self._call(lambda tracker: tracker.images(step, name, image, caption))
+        self._record(lambda tracker: tracker.images(step, name, image, caption))
 
     def table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]
     ) -> None:
         """Queues a table."""
-        self._call(lambda tracker: tracker.table(step, name, columns, rows))
+        self._record(lambda tracker: tracker.table(step, name, columns, rows))
 
     def sync(self) -> None:
         """Waits a bounded time until the service's client has the records so far."""
@@ -140,25 +140,29 @@ class BackgroundTracker(Tracker):
             finally:
                 reached.set()
 
-        if self._thread.is_alive() and self._call(sync):
+        if self._thread.is_alive() and self._put(sync):
             reached.wait(_SYNC_SECONDS)
 
     def close(self, failed: bool = False) -> None:
         """Ends the tracker. Waits a bounded time for the service."""
         if not self._thread.is_alive():
             return
-        self._call(lambda tracker: tracker.close(failed))
-        self._thread.join(0 if not self._put(None) else _CLOSE_SECONDS)
+        self._put(lambda tracker: tracker.close(failed))
+        self._thread.join(_CLOSE_SECONDS if self._put(None) else 0)
         if self._thread.is_alive():
             self._report(f"records are still in transit after {_CLOSE_SECONDS:.0f} s: left behind")
         elif self.lost:
             self._report(f"{self.lost} records were lost; the run directory has all of them")
 
-    def _call(self, call: Callable[[Tracker], None]) -> bool:
-        if self._put(call):
-            return True
-        self._failed("it takes no more records")
-        return False
+    def _record(self, record: Callable[[Tracker], None]) -> None:
+        def count_or_record(tracker: Tracker) -> None:
+            if self._connected:
+                record(tracker)
+            else:
+                self.lost += 1
+
+        if not self._put(count_or_record):
+            self._failed("it takes no more records")
 
     def _put(self, call: Callable[[Tracker], None] | None) -> bool:
         try:
@@ -168,15 +172,13 @@ class BackgroundTracker(Tracker):
         return True
 
     def _run(self) -> None:
-        tracker: Tracker | None = None
+        tracker: Tracker = Trackers(())
         try:
             tracker = self._connect()
         except Exception as error:  # the service's client raises many types
+            self._connected = False
             self._failed(_first_line(error), lost=0)
         while (call := self._calls.get()) is not None:
-            if tracker is None:
-                self.lost += 1
-                continue
             try:
                 call(tracker)
             except Exception as error:
