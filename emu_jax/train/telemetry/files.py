@@ -1,9 +1,7 @@
 """Trackers that write files in the run directory.
 
-DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
-DIR/evaluations.jsonl   the same of evaluations, with the name of the evaluation
-DIR/tables.jsonl        one object a line: stage, step, time, table (its name), columns, rows
-DIR/tensorboard/STAGE/  event files with the same metrics and tables, and the images
+    DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
+    DIR/tensorboard/STAGE/  event files: the metrics, those of evaluations, tables, images
 """
 
 from __future__ import annotations
