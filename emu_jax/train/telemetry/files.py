@@ -1,7 +1,7 @@
 """Trackers that write files in the run directory.
 
-    DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
-    DIR/tensorboard/STAGE/  event files: the metrics, those of evaluations, tables, images
+DIR/metrics.jsonl       one object a line: stage, step, time (Unix seconds), the metrics
+DIR/tensorboard/STAGE/  event files: the metrics, those of evaluations, tables, images
 """
 
 from __future__ import annotations
