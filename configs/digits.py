@@ -11,7 +11,13 @@ read them, then learn slowly, and embeddings are normalized.
 
 from ml_collections import ConfigDict
 
-from emu_jax.train.config import GroupConfig, OptimizerConfig, digits_config, digits_data
+from emu_jax.train.config import (
+    EvalConfig,
+    GroupConfig,
+    OptimizerConfig,
+    digits_config,
+    digits_data,
+)
 
 
 def get_config() -> ConfigDict:
@@ -32,6 +38,7 @@ def get_config() -> ConfigDict:
         ),
         parents={"visual": "../digits_clip"},
         steps=500,
+        eval=(EvalConfig(every=50, batches=1),),
         regression_weight=5.0,
         checkpoint_every=100,
     )

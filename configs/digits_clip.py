@@ -5,7 +5,13 @@ emu-jax train --config configs/digits_clip.py --workdir runs/digits_clip
 
 from ml_collections import ConfigDict
 
-from emu_jax.train.config import GroupConfig, OptimizerConfig, digits_config, digits_data
+from emu_jax.train.config import (
+    EvalConfig,
+    GroupConfig,
+    OptimizerConfig,
+    digits_config,
+    digits_data,
+)
 
 
 def get_config() -> ConfigDict:
@@ -17,5 +23,6 @@ def get_config() -> ConfigDict:
             groups=(GroupConfig(lr=1e-3, warmup_steps=50),), weight_decay=0.1
         ),
         steps=600,
+        eval=(EvalConfig(every=100, batches=1),),
         checkpoint_every=200,
     )

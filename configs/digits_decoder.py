@@ -9,7 +9,13 @@ which is also the unconditional context of guidance.
 
 from ml_collections import ConfigDict
 
-from emu_jax.train.config import GroupConfig, OptimizerConfig, digits_config, digits_data
+from emu_jax.train.config import (
+    EvalConfig,
+    GroupConfig,
+    OptimizerConfig,
+    digits_config,
+    digits_data,
+)
 
 
 def get_config() -> ConfigDict:
@@ -40,6 +46,7 @@ def get_config() -> ConfigDict:
             "vae": "../digits_vae",
         },
         steps=600,
+        eval=(EvalConfig(every=100, batches=1),),
         ema_decay=0.99,
         checkpoint_every=200,
     )

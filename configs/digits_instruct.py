@@ -13,7 +13,13 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from emu_jax.config import LoraConfig, digits
-from emu_jax.train.config import GroupConfig, OptimizerConfig, digits_config, digits_data
+from emu_jax.train.config import (
+    EvalConfig,
+    GroupConfig,
+    OptimizerConfig,
+    digits_config,
+    digits_data,
+)
 
 
 def get_config() -> ConfigDict:
@@ -34,6 +40,7 @@ def get_config() -> ConfigDict:
             weight_decay=0.0,
         ),
         steps=800,
+        eval=(EvalConfig(every=100, batches=1),),
         regression_weight=5.0,
         save_frozen=False,
         checkpoint_every=100,

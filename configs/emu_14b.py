@@ -6,7 +6,8 @@
 
 A step has 1,024 rows of 2,048 tokens and 16 images. Sources share rows in proportion to the paper's
 batches of 128, 128, 64, 16 and 16; the paper does not say whether these are per step or per GPU.
-docs/data.md describes their files, and how a source gets batches of its own.
+docs/data.md describes their files, and how a source gets batches of its own. data/heldout/ holds
+files in the same layout that are not trained on (without any: --config.eval="()").
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import emu_14b
 from emu_jax.data.config import SourceConfig
-from emu_jax.train.config import config_dict, pretraining
+from emu_jax.train.config import EvalConfig, config_dict, pretraining
 
 SOURCES = (
     SourceConfig("laion_2b", "webdataset", ("data/laion-2b/*.tar",), weight=128),
@@ -53,6 +54,15 @@ SOURCES = (
 )
 
 
+def held_out(source: SourceConfig) -> SourceConfig:
+    """Returns a source of the documents in data/heldout/."""
+    paths, media = (
+        tuple(path.replace("data/", "data/heldout/", 1) for path in paths)
+        for paths in (source.paths, source.media)
+    )
+    return dataclasses.replace(source, paths=paths, media=media)
+
+
 def get_config() -> ConfigDict:
     release = emu_14b()
     # Padding rows let the vocabulary be sharded; they are trimmed on export.
@@ -62,6 +72,11 @@ def get_config() -> ConfigDict:
         dataclasses.replace(
             cfg,
             data=dataclasses.replace(cfg.data, sources=SOURCES),
+            eval=(
+                EvalConfig(
+                    every=500, sources=tuple(map(held_out, SOURCES)), batches=1, batch_size=256
+                ),
+            ),
             # The best settings of docs/scaling.md for 1,024 rows.
             tuned={
                 "v5p": ("remat.llama=dots",),

@@ -4,7 +4,8 @@ the frozen model regresses after a caption (paper, visual decoding).
     emu-jax train --config configs/emu_14b_decoder.py --workdir runs/emu_decoder \\
         --config.init_from=runs/emu
 
-DATA holds WebDataset tars of images and captions of at most 150 characters. One context in ten is
+DATA holds WebDataset tars of images and captions of at most 150 characters, and DATA/heldout those
+that are not trained on. One context in ten is
 dropped to `<s>[IMG]`, the unconditional context of guidance. Frozen parameters are stored in
 bfloat16 and not saved: checkpoints hold the U-Net, its average and its moments.
 docs/finetuning.md says how to compute conditions and latents once.
@@ -15,7 +16,13 @@ from ml_collections import ConfigDict
 from emu_jax.config import RematConfig, emu_14b
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.data.sources import SourceConfig
-from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, config_dict
+from emu_jax.train.config import (
+    EvalConfig,
+    GroupConfig,
+    OptimizerConfig,
+    TrainConfig,
+    config_dict,
+)
 
 
 def get_config() -> ConfigDict:
@@ -62,6 +69,25 @@ def get_config() -> ConfigDict:
                 weight_decay=1e-2,
             ),
             steps=15_000,
+            eval=(
+                EvalConfig(
+                    every=500,
+                    sources=(
+                        SourceConfig(
+                            name="laion_coco",
+                            format="webdataset",
+                            paths=("DATA/heldout/laion-coco/*.tar",),
+                        ),
+                        SourceConfig(
+                            name="laion_aesthetics",
+                            format="webdataset",
+                            paths=("DATA/heldout/laion-aesthetics/*.tar",),
+                        ),
+                    ),
+                    batches=2,
+                    batch_size=512,
+                ),
+            ),
             ema_decay=0.9999,
             save_frozen=False,
             remat=RematConfig.everywhere("full"),

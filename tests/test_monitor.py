@@ -72,12 +72,28 @@ def test_time_is_split_by_what_the_devices_wait_for(monkeypatch):
     run.step(dispatched=118, ended=120)
     run.step(dispatched=126, ended=127)
     assert seconds(run) == {"data": 3, "compile": 6, "step": 9, "checkpoint": 4, "other": 5}
+
+    # An evaluation of 6 s, which compiled for 2 s.
+    with run.timed("eval"):
+        clock.now = 132
+        run._heard(goodput.COMPILATION, 2.0)
+        clock.now = 133
+    run.step(dispatched=133, ended=135)
+    assert seconds(run) == {
+        "data": 3,
+        "compile": 8,
+        "step": 11,
+        "checkpoint": 4,
+        "eval": 4,
+        "other": 5,
+    }
     run.add({"step": 10.0, "lost": 2.0})
     assert seconds(run) == {
         "data": 3,
-        "compile": 6,
-        "step": 19,
+        "compile": 8,
+        "step": 21,
         "checkpoint": 4,
+        "eval": 4,
         "other": 5,
         "lost": 2,
     }
@@ -108,6 +124,9 @@ def test_the_watchdog_shows_where_threads_are(tmp_path, capsys):
         time.sleep(0.6)
         assert not path.exists(), "it watches before the first step has ended"
         watchdog.step_ended(6)
+        with watchdog.paused():
+            time.sleep(0.6)
+        assert not path.exists(), "it watches while it is paused"
         watchdog.step_ended(7)
         for _ in range(200):
             if path.exists() and path.read_text().count("since step 7") >= 2:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,16 +17,20 @@ import pytest
 
 from emu_jax import checkpoint
 from emu_jax.data.digits import build_digits
-from emu_jax.train.config import TrainConfig
+from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
-from emu_jax.train.telemetry.metrics import read_documents, read_metrics
+from emu_jax.train.telemetry.metrics import read_documents, read_evaluations, read_metrics
 
 pytestmark = pytest.mark.slow
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
 STEPS = 24
 DEVICES = 2  # of each process
+# 6 rows are no multiple of the devices; not all of these steps are saved.
+EVAL = EvalConfig(every=3, batches=1, batch_size=6)
+EVALUATED = range(3, STEPS + 1, 3)
+KINDS = ("pairs", "pages", "storyboards")
 
 
 def shrunk(root: str) -> TrainConfig:
@@ -53,32 +58,39 @@ def shrunk(root: str) -> TrainConfig:
         log_every=1,
         checkpoint_every=4,
         keep_checkpoints=3,
+        eval=(EVAL,),
         log_documents=True,
         optimizer=dataclasses.replace(cfg.optimizer, groups=groups),
     )
 
 
-def main(root: str, workdir: str) -> None:
+def main(root: str, workdir: str, **changes) -> None:
     """What each process runs."""
     try:
-        train(shrunk(root), Path(workdir))
+        train(dataclasses.replace(shrunk(root), **changes), Path(workdir))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 class Job:
-    """A run on some processes, of two CPU devices each."""
+    """A run on some processes, of two CPU devices each.
 
-    def __init__(self, count: int, root: str, workdir: Path):
+    Args:
+        changes: to `shrunk`, as source code.
+    """
+
+    def __init__(
+        self, count: int, root: str, workdir: Path, devices: int = DEVICES, changes: str = ""
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        code += f"import test_restarts; test_restarts.main({root!r}, {str(workdir)!r})"
+        code += f"import test_restarts; test_restarts.main({root!r}, {str(workdir)!r}, {changes})"
         environment = os.environ | {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
-            "JAX_NUM_CPU_DEVICES": str(DEVICES),
+            "JAX_NUM_CPU_DEVICES": str(devices),
             # Compiling is most of the work, and what is compared is compiled alike.
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
         }
@@ -143,8 +155,8 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(root, runs):
-    """The uninterrupted run of one process."""
-    Job(1, root, runs / "one").finish()
+    """The uninterrupted run of one process, with one device."""
+    Job(1, root, runs / "one", devices=1).finish()
     return runs / "one"
 
 
@@ -172,6 +184,25 @@ def assert_same_losses(found: dict[int, float], expected: dict[int, float]) -> N
         assert loss == pytest.approx(expected[step], rel=1e-5), step
 
 
+def evaluations(workdir: Path) -> dict[int, dict[str, float]]:
+    """{step: metrics} of the held-out losses."""
+    rows = read_evaluations(workdir)["heldout"]
+    left_out = ("stage", "evaluation", "step", "time", "seconds")
+    found = [{k: v for k, v in row.items() if k not in left_out} for row in rows]
+    assert all(f"{kind}/text_loss" in row for row in found for kind in KINDS)
+    assert len({row["step"] for row in rows}) == len(rows), "one ran twice"
+    return {row["step"]: values for row, values in zip(rows, found, strict=True)}
+
+
+def assert_same_evaluations(found: Path, expected: Path, steps: Sequence[int] = EVALUATED) -> None:
+    ours, theirs = evaluations(found), evaluations(expected)
+    assert list(ours) == list(steps)
+    for step, values in ours.items():
+        assert values.keys() == theirs[step].keys()
+        for name, value in values.items():
+            assert value == pytest.approx(theirs[step][name], rel=1e-5, abs=1e-7), (step, name)
+
+
 def sorted_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
     return {step: sorted(documents) for step, documents in read_documents(workdir).items()}
 
@@ -179,13 +210,23 @@ def sorted_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
 def test_two_processes_train_as_one(one, two):
     assert list(losses(one)) == list(losses(two)) == list(range(1, STEPS + 1))
     assert_same_losses(losses(two), losses(one))
+    assert_same_evaluations(two, one)
     assert sorted_documents(two) == sorted_documents(one)
+
+
+def test_evaluation_changes_nothing_that_is_trained(root, runs, two):
+    Job(2, root, runs / "plain", changes="eval=()").finish()
+    assert losses(runs / "plain") == losses(two)
+    expected, found = parameters(runs / "plain"), parameters(two)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
 def test_a_killed_run_ends_bit_identical(root, runs, two, killed):
     workdir = shutil.copytree(killed, runs / "again")
     Job(2, root, workdir).finish()
     assert losses(workdir) == losses(two)
+    assert evaluations(workdir) == evaluations(two)
     expected, found = parameters(two), parameters(workdir)
     assert expected.keys() == found.keys()
     for path, value in expected.items():
@@ -198,6 +239,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(count, root, runs
     Job(count, root, workdir).finish()
     assert list(losses(workdir)) == list(range(1, STEPS + 1))
     assert_same_losses(losses(workdir), losses(two))
+    assert_same_evaluations(workdir, two)
     assert sorted_documents(workdir) == sorted_documents(two)
     expected, found = parameters(two), parameters(workdir)
     for path, value in expected.items():
@@ -215,5 +257,8 @@ def test_a_signal_to_one_process_stops_all_of_them_with_a_checkpoint(root, runs,
     assert 5 <= step < STEPS, "it was over before the signal came"
     assert max(losses(workdir)) == max(sorted_documents(workdir)) == step
     assert_same_losses(losses(workdir), losses(one))
+    # One that was due at the last step may wait for the run to resume.
+    rows = [done for done in evaluations(workdir) if done < step]
+    assert rows == [done for done in EVALUATED if done < step]
     assert parameters(workdir).keys() == parameters(one).keys()
     assert not list(workdir.glob("*.orbax-checkpoint-tmp"))

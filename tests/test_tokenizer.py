@@ -234,3 +234,14 @@ def test_added_tokens_of_a_folder_must_agree(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"gives \[PAD\] the id 515, the release 512"):
         Tokenizer.load(tmp_path)
+
+
+def test_tokens_add_up_to_the_bytes_of_their_text(tokenizer):
+    rng = random.Random(3)
+    for _ in range(100):
+        texts = ["".join(rng.choices(SNIPPETS, k=rng.randint(1, 6))) for _ in range(2)]
+        parts = [[tokenizer.bos, *tokenizer.encode_plain(text)] for text in texts]
+        rows = np.array([parts[0] + parts[1] + [tokenizer.img, tokenizer.pad_id]], np.int32)
+        found = tokenizer.text_bytes(rows)
+        assert (found >= 0).all() and (found[0, -2:] == 0).all()
+        assert found.sum() == sum(len(tokenizer.decode(ids).encode()) for ids in parts), texts

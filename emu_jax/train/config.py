@@ -375,6 +375,7 @@ def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
     AdamW with a peak learning rate for each tower, warmup over a fifth of the steps, cosine.
 
     A row has 2,048 tokens and room for 16 images, whose 512 embeddings are among the tokens.
+    Documents in `data/heldout` are not trained on.
     """
     steps = 10_000
     base = TrainConfig(
@@ -394,6 +395,7 @@ def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
             clip_norm=1.0,
         ),
         steps=steps,
+        eval=(EvalConfig(every=500, split="heldout", batches=1, batch_size=256),),
         remat=RematConfig.everywhere("full"),
     )
     return dataclasses.replace(base, **changes)

@@ -13,6 +13,7 @@ import jax
 import PIL.Image
 
 from emu_jax.data.batches import BUILDERS
+from emu_jax.data.digits import SPLITS
 from emu_jax.data.mixture import chosen_sources
 from emu_jax.data.sources import find_files
 from emu_jax.errors import UserError, suggest
@@ -80,7 +81,10 @@ class Evaluation(abc.ABC):
             UserError: it cannot, or they do not.
         """
         data = config.data(cfg.data)
-        if data.sources or not data.embedded:  # embedded data are built later
+        if data.embedded and not data.sources and data.root == cfg.data.root:  # is built later
+            if data.split not in SPLITS:
+                raise UserError(f"unknown split {data.split!r}{suggest(data.split, SPLITS)}")
+        else:
             requires = BUILDERS[get_objective(cfg).batch_kind].requires
             for source in chosen_sources(data, requires.pairs):
                 find_files(source)

@@ -183,7 +183,7 @@ def _open_latents(cfg: TrainConfig, config: EvalConfig) -> LatentBatches:
     if not config.root:
         raise UserError(
             "no held-out latents: set its root to a folder that `emu-jax precompute` wrote from "
-            "documents that are not trained on"
+            "documents that are not trained on, or train without it (--config.eval='()')"
         )
     data = dataclasses.replace(
         cfg.data,
