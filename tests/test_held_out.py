@@ -16,19 +16,21 @@ from test_training import TOY, toy  # noqa: F401  (fixture)
 
 from emu_jax import checkpoint
 from emu_jax.config import LoraConfig
-from emu_jax.data.pipeline import Batches
+from emu_jax.data.batches import RowBuilder
+from emu_jax.data.mixture import open_groups
+from emu_jax.data.pipeline import Batches, DataConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
-from emu_jax.train.config import EvalConfig, TrainConfig
+from emu_jax.train.config import EvalConfig, TrainConfig, digits_data
 from emu_jax.train.evaluation import EvalResult, Evaluation, held_out_table
 from emu_jax.train.held_out import LossEvaluation
 from emu_jax.train.loop import train
-from emu_jax.train.metrics import read_evaluations, read_metrics
 from emu_jax.train.objectives import hidden_states, target_masks
 from emu_jax.train.step import Trainer
+from emu_jax.train.telemetry.metrics import read_evaluations, read_metrics
 
 EVAL = EvalConfig(every=2, batches=2, batch_size=6)  # 6 rows are no multiple of 4 or 8 devices
 
@@ -268,6 +270,7 @@ def test_the_best_checkpoint_is_kept_across_restarts(toy, tmp_path, monkeypatch)
     assert sorted(checkpoint.complete_steps(tmp_path)) == [4, 6]
     train(cfg, tmp_path, SCRIPTED)
     assert sorted(checkpoint.complete_steps(tmp_path)) == [4, 9]
+    assert held_out_table(cfg, tmp_path).endswith("\nbest a/distance: step 4")
     best = dataclasses.replace(cfg, steps=12, keep_best={"a/distance": "max"})
     train(best, tmp_path, SCRIPTED)
     assert sorted(checkpoint.complete_steps(tmp_path)) == [12]
@@ -320,6 +323,33 @@ def test_missing_held_out_data_is_an_error_at_the_start(changes, message, tmp_pa
     cfg = dataclasses.replace(cfg, data=data, eval=(held_out,))
     with pytest.raises(UserError, match=message):
         train(cfg, tmp_path)
+
+
+def test_a_share_of_each_source_can_be_held_out(data_root):  # noqa: F811
+    """Training reads the others, in the order that they had."""
+    data = digits_data(root=data_root, embedded="", holdout=0.1)
+    held_out = EvalConfig(batch_size=6).data(data)
+    assert (held_out.held_out, held_out.split) == (True, "train")
+    tokenizer = Tokenizer.load(Path(data_root) / "tokenizer")
+
+    def read(cfg: DataConfig) -> list[tuple[str, int]]:
+        (group,) = open_groups(cfg, tokenizer, RowBuilder.requires)
+        sampled = [d for d in map(group.sample, range(15000)) if group.usable(d)]
+        packed = {
+            (p.sampled.source.cfg.name, p.sampled.index) for row in group.block(0).rows for p in row
+        }
+        assert packed <= {(d.source.cfg.name, d.index) for d in sampled}
+        assert len(packed) > 700
+        return [(d.source.cfg.name, d.index) for d in sampled]
+
+    trained, evaluated = read(data), read(held_out)
+    assert not set(trained) & set(evaluated)
+    everything = read(dataclasses.replace(data, holdout=0.0))
+    assert set(everything) == set(trained) | set(evaluated)
+    assert trained == [document for document in everything if document in set(trained)]
+    assert len(evaluated) / len(everything) == pytest.approx(0.1, rel=0.1)
+    with pytest.raises(UserError, match="has no document that is held out: set data.holdout"):
+        read(dataclasses.replace(held_out, holdout=1e-9))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ class DataConfig:
         default_factory=lambda: {"pairs": 1.0, "pages": 1.0, "storyboards": 1.0}
     )
     seed: int = 0
+    # Share of each source's documents, by a hash of their index, that is not trained on.
+    holdout: float = 0.0
+    held_out: bool = False  # read these documents, rather than the others
 
     batch_size: int = 128  # rows of a global batch, over all processes
     row_tokens: int = 2048  # T
@@ -106,6 +109,7 @@ class DataConfig:
             ("image_first", 0 <= self.image_first <= 1, "be in 0 .. 1"),
             ("drop_condition", 0 <= self.drop_condition <= 1, "be in 0 .. 1"),
             ("autoencode", 0 <= self.autoencode <= 1, "be in 0 .. 1"),
+            ("holdout", 0 <= self.holdout < 1, "be at least 0 and below 1"),
             ("scale", 0 <= self.scale < 1, "be in 0 .. 1"),
             ("max_damaged_rate", 0 <= self.max_damaged_rate <= 1, "be in 0 .. 1"),
             ("cache_bytes", self.cache_bytes >= 1, "be at least 1"),

@@ -53,11 +53,22 @@ class Requirements(NamedTuple):
 
 
 class OpenSource(NamedTuple):
-    """A source of the mixture."""
+    """A source of the mixture.
+
+    Attributes:
+        holdout: share of the documents that is held out.
+        held_out: whether those are read, rather than the others.
+    """
 
     cfg: SourceConfig
     documents: Source
     lengths: TokenLengths
+    holdout: float = 0.0
+    held_out: bool = False
+
+    def reads(self, index: int) -> bool:
+        """Returns whether a document is on the side of the hold-out that is read."""
+        return not self.holdout or (_uniform(index) < self.holdout) == self.held_out
 
 
 class SampledDocument(NamedTuple):
@@ -113,6 +124,7 @@ class Group:
         self.cfg, self.requires, self.number, self.sources = cfg, requires, number, sources
         for source in sources:
             check_usable(source, requires)
+            self._check_holdout(source)
         orders = [
             _shuffled(n, len(source.documents), seed)
             for n, (source, seed) in enumerate(zip(sources, seeds, strict=True))
@@ -135,6 +147,8 @@ class Group:
 
     def usable(self, sampled: SampledDocument) -> bool:
         """Returns whether this kind of batches can use a document."""
+        if not sampled.source.reads(sampled.index):
+            return False
         lengths, requires = sampled.lengths, self.requires
         image, text = IMAGE_PART in lengths, any(size > 0 for size in lengths)
         if requires.image or requires.text:
@@ -153,7 +167,7 @@ class Group:
             sampled = self.sample(position)
             if self.usable(sampled):
                 usable.append(sampled)
-            elif sampled.damage:
+            elif sampled.damage and sampled.source.reads(sampled.index):
                 damaged.append(sampled)
             position += 1
         return usable, damaged, position
@@ -206,6 +220,7 @@ class Group:
     def _pack(self, block: int) -> Block:
         size = self.cfg.block_documents
         sampled = [self.sample(n) for n in range(block * size, (block + 1) * size)]
+        sampled = [d for d in sampled if d.source.reads(d.index)]
         measured = [self._measured(d) for d in sampled if self.usable(d)]
         rows = pack(
             np.array([m.tokens for m in measured], int),
@@ -217,6 +232,20 @@ class Group:
         rng = np.random.default_rng((self.cfg.seed, block, self.number, ROWS))
         rows = [rows[n] for n in rng.permutation(len(rows))]
         return Block([[measured[n] for n in row] for row in rows], [d for d in sampled if d.damage])
+
+    def _check_holdout(self, source: OpenSource) -> None:
+        """Checks that a source has a document on the side of the hold-out that is read.
+
+        Raises:
+            UserError: it has none.
+        """
+        indices = range(len(source.documents)) if source.holdout else ()
+        if indices and not any(self.usable(SampledDocument(0, source, n)) for n in indices):
+            side = "held out" if source.held_out else "left to train on"
+            raise UserError(
+                f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that is "
+                f"{side}: set data.holdout, now {source.holdout}, to another share"
+            )
 
     def substitute(self, sampled: SampledDocument, attempt: int) -> SampledDocument:
         """Samples another document of the same source, to replace one that cannot be read."""
@@ -388,7 +417,7 @@ def with_lengths(
         lengths.tally.check(source.allow_missing)
     except UserError as error:
         raise UserError(f"source {source.name!r} ({path}): {error}") from None
-    return OpenSource(source, documents, lengths)
+    return OpenSource(source, documents, lengths, cfg.holdout, cfg.held_out)
 
 
 def tally(source: OpenSource, requires: Requirements) -> Tally:
@@ -424,6 +453,14 @@ def check_usable(source: OpenSource, requires: Requirements) -> None:
             f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that "
             f"{requires.kind!r} can use"
         )
+
+
+def _uniform(index: int) -> float:
+    """Returns a hash of a document's index in [0, 1) (splitmix64)."""
+    x = (index + 1) * 0x9E3779B97F4A7C15 % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> shift) * factor % 2**64
+    return (x ^ x >> 31) / 2**64
 
 
 def _shuffled(source: int, count: int, seed: int) -> grain.MapDataset:

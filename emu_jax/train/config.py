@@ -190,7 +190,8 @@ class EvalConfig:
     """A held-out evaluation, repeated during training.
 
     Its documents come from `sources`, or else from the files in `root/split`, or else from the
-    held-out split of the embedded data.
+    held-out split of the embedded data, or else are those that `data.holdout` leaves out of
+    training.
     """
 
     name: str = "heldout"  # in metrics, file names and reports; must be unique
@@ -201,7 +202,7 @@ class EvalConfig:
     root: str = ""  # by default the run's data.root
     sources: tuple[SourceConfig, ...] = ()
     batches: int = 4  # of each source; for kinds other than "loss", of all together
-    batch_size: int = 0  # rows of a batch, over all processes; 0: as in training
+    batch_size: int = 0  # rows of a batch, over all processes; 0: that training computes at once
     # Of "captions", "images" and "continuations": fields of `generate.settings.GenerationConfig`.
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -226,30 +227,31 @@ class EvalConfig:
         Raises:
             UserError: the evaluation names no documents, or those of the training data.
         """
-        root, split, sources = self.root or data.root, self.split, self.sources
-        if not sources and not split and data.embedded:
+        root, split = self.root or data.root, self.split
+        if not self.sources and not split and data.embedded:
             split = HELD_OUT.get(data.split, "")
-        if not sources and not split:
+        if self.sources or split:
+            if not self.sources and (Path(root), split) == (Path(data.root), data.split):
+                raise UserError(
+                    f"its split {split!r} is the one that the run trains on: set it to a held-out "
+                    "split"
+                )
+            split = split or data.split
+            held_out = dataclasses.replace(
+                data, root=root, split=split, sources=self.sources, holdout=0.0
+            )
+        elif data.holdout and self.kind == "loss":
+            # The documents of a block are packed together. Few of them are held out.
+            block = math.ceil(data.block_documents / data.holdout)
+            held_out = dataclasses.replace(data, held_out=True, block_documents=block)
+        else:
             raise UserError(
                 "no held-out data: set its split or sources to documents that are not trained on"
             )
-        if not sources and (Path(root), split) == (Path(data.root), data.split):
-            raise UserError(
-                f"its split {split!r} is the one that the run trains on: set it to a held-out split"
-            )
         if self.batch_size:
-            sources = tuple(dataclasses.replace(source, batch_size=0) for source in sources)
-        return dataclasses.replace(
-            data,
-            root=root,
-            split=split or data.split,
-            sources=sources,
-            batch_size=self.batch_size or data.batch_size,
-            seed=0,
-            augment=False,
-            drop_condition=0.0,
-            prefetch=0,
-        )
+            sources = tuple(dataclasses.replace(s, batch_size=0) for s in held_out.sources)
+            held_out = dataclasses.replace(held_out, sources=sources, batch_size=self.batch_size)
+        return dataclasses.replace(held_out, seed=0, augment=False, drop_condition=0.0, prefetch=0)
 
 
 @dataclasses.dataclass(frozen=True)

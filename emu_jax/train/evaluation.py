@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import PIL.Image
 
+from emu_jax.checkpoint import complete_steps
 from emu_jax.data.batches import BUILDERS
 from emu_jax.data.digits import SPLITS
 from emu_jax.data.mixture import chosen_sources
@@ -27,6 +28,7 @@ from emu_jax.train.telemetry.metrics import EvaluationLog, read_evaluations
 from emu_jax.train.telemetry.tracker import Cell, Tracker
 
 REPORT_SECONDS = 300.0  # between two reports of a run; another is written at its end
+MANY = 1e4  # larger numbers, such as counts of targets, are shown in full
 
 # Returns whether a signal asks all processes to stop. All of them call it at the same points.
 Stop = Callable[[], bool]
@@ -182,10 +184,10 @@ def check_evaluations(cfg: TrainConfig, kinds: Mapping[str, type[Evaluation]]) -
             raise UserError(f"{where}: {error}") from None
 
 
-def best_steps(cfg: TrainConfig, workdir: Path, steps: Sequence[int]) -> set[int]:
-    """Returns those of the saved `steps` that are best by a metric of `cfg.keep_best`."""
+def best_steps(cfg: TrainConfig, workdir: Path, steps: Sequence[int]) -> dict[str, int]:
+    """Returns the best of the saved `steps` by each metric of `cfg.keep_best` that one has."""
     rows = read_evaluations(workdir, cfg.name) if cfg.keep_best else {}
-    best = set[int]()
+    best: dict[str, int] = {}
     for key, direction in cfg.keep_best.items():
         name, _, metric = key.partition("/")
         values = [
@@ -193,26 +195,36 @@ def best_steps(cfg: TrainConfig, workdir: Path, steps: Sequence[int]) -> set[int
             for row in rows.get(name, ())
             if row["step"] in steps and math.isfinite(row.get(metric, math.nan))
         ]
-        best |= {step for _, step in sorted(values)[-1:]}
+        if values:
+            _, best[key] = max(values)
     return best
 
 
 def held_out_table(cfg: TrainConfig, workdir: Path) -> str:
-    """Returns the newest row of each evaluation as text, a line for each source. "" if there is
-    none."""
+    """Returns the newest row of each evaluation as text, a line for each source, and the best
+    checkpoints. "" if there is no row."""
     blocks = []
     for name, rows in read_evaluations(workdir, cfg.name).items():
         values = {key: value for key, value in rows[-1].items() if key not in COLUMNS}
         (_, *metrics), lines = _table(values)
         table = [[f"{name}, step {rows[-1]['step']}", *metrics]]
         for label, *cells in lines:
-            table.append([str(label), *("" if cell is None else f"{cell:.4g}" for cell in cells)])
+            table.append([str(label), *map(_shown, cells)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         blocks += [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
             for row in table
         ]
+    best = best_steps(cfg, workdir, complete_steps(workdir))
+    blocks += [f"best {metric}: step {step}" for metric, step in best.items()]
     return "\n".join(blocks)
+
+
+def _shown(cell: Cell) -> str:
+    """Returns a number as text, with all digits of a large count."""
+    if isinstance(cell, int | float):
+        return f"{cell:,.0f}" if abs(cell) >= MANY else f"{cell:.4g}"
+    return cell or ""
 
 
 def _table(values: Mapping[str, float]) -> tuple[list[str], list[list[Cell]]]:

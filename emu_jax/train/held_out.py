@@ -98,6 +98,9 @@ class LossEvaluation(Evaluation):
             UserError: data cannot be read.
         """
         cfg, config = self.cfg, self.config
+        if cfg.accumulate > 1 and not config.batch_size:  # a whole batch may not fit
+            part = cfg.data.batch_size // cfg.accumulate
+            config = dataclasses.replace(config, batch_size=part)
         if cfg.latents:
             latents = _open_latents(cfg, config)
             rows = config.batch_size or cfg.data.batch_size

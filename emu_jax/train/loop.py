@@ -84,7 +84,9 @@ def train(
         # The default precision of accelerators rounds the operands of float32 products.
         jax.default_matmul_precision("highest" if cfg.dtype == "float32" else "default"),
         Checkpoints(
-            workdir, cfg.keep_checkpoints, functools.partial(best_steps, cfg, workdir)
+            workdir,
+            cfg.keep_checkpoints,
+            best=lambda steps, cfg=cfg: best_steps(cfg, workdir, steps).values(),
         ) as checkpoints,
         signals.interruptible(),
     ):
