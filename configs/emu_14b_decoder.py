@@ -5,10 +5,9 @@ the frozen model regresses after a caption (paper, visual decoding).
         --config.init_from=runs/emu
 
 DATA holds WebDataset tars of images and captions of at most 150 characters, and DATA/heldout those
-that are not trained on. One context in ten is
-dropped to `<s>[IMG]`, the unconditional context of guidance. Frozen parameters are stored in
-bfloat16 and not saved: checkpoints hold the U-Net, its average and its moments.
-docs/finetuning.md says how to compute conditions and latents once.
+that are not trained on. One context in ten is dropped to `<s>[IMG]`, the unconditional context of
+guidance. Frozen parameters are stored in bfloat16 and not saved: checkpoints hold the U-Net, its
+average and its moments. docs/finetuning.md says how to compute conditions and latents once.
 """
 
 from ml_collections import ConfigDict
