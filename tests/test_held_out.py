@@ -327,19 +327,26 @@ def test_missing_held_out_data_is_an_error_at_the_start(changes, message, tmp_pa
 
 def test_a_share_of_each_source_can_be_held_out(data_root):  # noqa: F811
     """Training reads the others, in the order that they had."""
-    data = digits_data(root=data_root, embedded="", holdout=0.1)
+    data = digits_data(
+        root=data_root,
+        split="validation",
+        embedded="",
+        mixture={"pages": 1.0, "storyboards": 1.0},
+        holdout=0.2,
+        block_documents=64,
+    )
     held_out = EvalConfig(batch_size=6).data(data)
-    assert (held_out.held_out, held_out.split) == (True, "train")
+    assert (held_out.held_out, held_out.split) == (True, "validation")
     tokenizer = Tokenizer.load(Path(data_root) / "tokenizer")
 
     def read(cfg: DataConfig) -> list[tuple[str, int]]:
         (group,) = open_groups(cfg, tokenizer, RowBuilder.requires)
-        sampled = [d for d in map(group.sample, range(15000)) if group.usable(d)]
+        sampled = [d for d in map(group.sample, range(900)) if group.usable(d)]
         packed = {
             (p.sampled.source.cfg.name, p.sampled.index) for row in group.block(0).rows for p in row
         }
         assert packed <= {(d.source.cfg.name, d.index) for d in sampled}
-        assert len(packed) > 700
+        assert len(packed) > 40
         return [(d.source.cfg.name, d.index) for d in sampled]
 
     trained, evaluated = read(data), read(held_out)
@@ -347,7 +354,7 @@ def test_a_share_of_each_source_can_be_held_out(data_root):  # noqa: F811
     everything = read(dataclasses.replace(data, holdout=0.0))
     assert set(everything) == set(trained) | set(evaluated)
     assert trained == [document for document in everything if document in set(trained)]
-    assert len(evaluated) / len(everything) == pytest.approx(0.1, rel=0.1)
+    assert len(evaluated) / len(everything) == pytest.approx(0.2, rel=0.2)
     with pytest.raises(UserError, match="has no document that is held out: set data.holdout"):
         read(dataclasses.replace(held_out, holdout=1e-9))
 
