@@ -70,7 +70,7 @@ def packed_row() -> dict[str, np.ndarray]:
         "tokens": np.full((1, TOKENS), IDS.pad, np.int32),
         "segment_ids": np.zeros((1, TOKENS), np.int32),
         "positions": np.zeros((1, TOKENS), np.int32),
-        "image_slots": np.full((1, TOKENS), -1, np.int32),
+        "embedding_index": np.full((1, TOKENS), -1, np.int32),
         "text_loss_mask": np.zeros((1, TOKENS), bool),
         "image_scored": np.array([[False, True, False]]),
         "image_valid": np.ones((1, IMAGES), bool),
@@ -83,9 +83,9 @@ def packed_row() -> dict[str, np.ndarray]:
         batch["tokens"][0, where] = document
         batch["segment_ids"][0, where] = n + 1
         batch["positions"][0, where] = np.arange(length)
-        slots = batch["image_slots"][0, where]
-        slots[4 : 4 + N] = n * N + np.arange(N)
-        batch["text_loss_mask"][0, where] = (n == 1) & (slots < 0)
+        embedding_index = batch["embedding_index"][0, where]
+        embedding_index[4 : 4 + N] = n * N + np.arange(N)
+        batch["text_loss_mask"][0, where] = (n == 1) & (embedding_index < 0)
     return batch
 
 
@@ -179,7 +179,9 @@ def contexts() -> dict[str, np.ndarray]:
         "length": np.int32([length]),
         "images": row["images"][:, :2],
         "image_valid": row["image_valid"][:, :2],
-        "image_slots": np.where(row["image_slots"] < N, row["image_slots"], -1)[:, :length],
+        "embedding_index": np.where(row["embedding_index"] < N, row["embedding_index"], -1)[
+            :, :length
+        ],
         "target": rng.integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8),
     }
 
