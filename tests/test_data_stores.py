@@ -1,8 +1,11 @@
 """Data in object stores (emulators on the loopback) is read as local data is, byte for byte."""
 
+import dataclasses
 import logging
 import os
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -13,13 +16,15 @@ from test_mixture import WORDS, pairs, tokenizer  # noqa: F401
 from test_sources import lines, make_image, tar, video
 
 from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, VAEConfig
-from emu_jax.data import Batches, DataConfig, file_cache, storage
+from emu_jax.data import Batches, DataConfig, file_cache, lengths, storage
 from emu_jax.data.documents import Damaged, write_documents
 from emu_jax.data.file_cache import FileCache
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.sources import index as index_module
+from emu_jax.data.sources.index import cached_arrays
 from emu_jax.errors import UserError
-from emu_jax.storage import as_path
+from emu_jax.storage import as_path, create_text, files
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +144,8 @@ def test_listings_take_one_request(gcs, data):
         SourceConfig("p", "pages", (f"{gcs.folder}/pages.jsonl",), media=(f"{gcs.folder}/media",))
     )
     gcs.requests.clear()
-    for index in range(len(pages)):
-        assert not pages.sketch(index).unused
+    for number in range(len(pages)):
+        assert not pages.sketch(number).unused
     asked = [name for _, name in gcs.requests if "media" in name]
     assert len(asked) == len(set(asked)) == 2  # media/ and media/deep/
     paths = [f"{gcs.folder}/r/{n}.array_record" for n in range(2)]
@@ -179,9 +184,9 @@ def test_damage_of_remote_records_is_that_of_the_file(gcs, tmp_path):
     fs.pipe_file(f"{gcs.folder}/cut.array_record", bytes(content[:-50_000]))
     documents = open_source(SourceConfig("it", "records", (f"{gcs.folder}/a.array_record",)))
     damaged = 0
-    for index in range(len(documents)):
+    for number in range(len(documents)):
         try:
-            documents[index]
+            documents[number]
         except Damaged as error:
             assert error.reason == "damaged record"
             damaged += 1
@@ -248,7 +253,7 @@ def test_the_root_of_the_data_in_a_store(gcs, tmp_path, tokenizer):  # noqa: F81
 
 
 @pytest.fixture
-def files(s3, tmp_path) -> list[str]:
+def megabytes(s3) -> list[str]:
     """Three remote files of a megabyte."""
     fs = fsspec.filesystem("s3")
     for n in range(3):
@@ -265,46 +270,103 @@ def use(cache: FileCache, path: str) -> bytes:
         return copy.read_bytes()
 
 
-def test_the_least_recently_used_copy_is_evicted(s3, files, tmp_path, monkeypatch, caplog):
+def test_the_least_recently_used_copy_is_evicted(s3, megabytes, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(file_cache, "RANGE_BYTES", 1 << 18)
     cache = FileCache(tmp_path / "files", 2 << 20)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / ".0123-left.tmp").write_bytes(bytes(1 << 20))  # of a killed process
-    assert use(cache, files[0]) == bytes(1 << 20)
-    assert use(cache, files[1]) == b"\1" * (1 << 20)
-    use(cache, files[0])
+    assert use(cache, megabytes[0]) == bytes(1 << 20)
+    assert use(cache, megabytes[1]) == b"\1" * (1 << 20)
+    use(cache, megabytes[0])
     downloads = len(s3.requests)
-    assert use(cache, files[2]) == b"\2" * (1 << 20)
+    assert use(cache, megabytes[2]) == b"\2" * (1 << 20)
     assert copies(cache) == ["0", "2"]
     assert len(s3.requests) - downloads == 1 + 4  # its size, and its four ranges
     with caplog.at_level(logging.WARNING):
-        assert use(cache, files[1]) == b"\1" * (1 << 20)
+        assert use(cache, megabytes[1]) == b"\1" * (1 << 20)
     assert "evicted and is downloaded again" in caplog.text
     assert copies(cache) == ["1", "2"]
     with pytest.raises(UserError, match="1,048,576 bytes, more than .*raise data.cache_bytes"):
-        use(FileCache(tmp_path / "small", 1 << 19), files[0])
+        use(FileCache(tmp_path / "small", 1 << 19), megabytes[0])
 
 
-def test_a_copy_in_use_is_not_evicted(s3, files, tmp_path, monkeypatch):
+def test_a_copy_in_use_is_not_evicted(s3, megabytes, tmp_path, monkeypatch):
     monkeypatch.setattr(file_cache, "WAIT_SECONDS", 0.2)
     cache = FileCache(tmp_path / "files", 1 << 20)
-    stat = storage.stat(files[0])
-    with cache.reading(files[0], stat) as copy:
+    stat = storage.stat(megabytes[0])
+    with cache.reading(megabytes[0], stat) as copy:
         with pytest.raises(UserError, match="full of files in use.*raise data.cache_bytes"):
-            use(cache, files[1])
+            use(cache, megabytes[1])
         assert copy.read_bytes() == bytes(1 << 20)
     reader = open(copy, "rb")  # still open, but not in use
-    assert use(cache, files[1]) == b"\1" * (1 << 20)
+    assert use(cache, megabytes[1]) == b"\1" * (1 << 20)
     assert os.fstat(reader.fileno()).st_size == 0  # its space is free
     reader.close()
 
 
-def test_a_full_disk_is_one_clear_line(s3, files, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_clear_line(s3, megabytes, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
     cache = FileCache(tmp_path / "files", 2 << 20)
     with pytest.raises(UserError, match=r"cannot cache s3://.*\(the disk is full, .*free space"):
-        use(cache, files[0])
+        use(cache, megabytes[0])
     assert copies(cache) == []
+
+
+# Indexes and token counts in a store
+
+
+def test_one_process_counts_and_all_read(gcs, data, tmp_path, tokenizer, monkeypatch):  # noqa: F811
+    """Hosts that share a cache in a store download what the first of them made."""
+    monkeypatch.setattr(index_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lengths, "_CHUNK", 16)
+    cfg = config(str(data), tmp_path)
+    cfg = dataclasses.replace(cfg, sources=cfg.sources[:2], cache=f"{gcs.folder}/cache")
+    counts = 0
+    count = lengths._count
+
+    def counting(*args):
+        nonlocal counts
+        counts += 1
+        return count(*args)
+
+    monkeypatch.setattr(lengths, "_count", counting)
+
+    def host(number: int):
+        with Batches(cfg, tokenizer, "rows") as batches:
+            return take(batches, 1)
+
+    with ThreadPoolExecutor(2) as pool:  # at the same time
+        batches = list(pool.map(host, range(2)))
+    assert counts == 4  # three chunks of records, one of tars
+    shutil.rmtree(tmp_path / "user")  # another host
+    batches.append(host(2))
+    assert counts == 4
+    for others in batches[1:]:
+        for a, b in zip(batches[0], others, strict=True):
+            assert_equal(a, b)
+    left = [path.name for path in files(as_path(f"{gcs.folder}/cache"))]
+    assert not [name for name in left if name.endswith(".claim")]
+
+
+def test_arrays_of_a_store_are_made_again_if_damaged(gcs, monkeypatch, caplog):
+    """And if the process that claimed them has ended."""
+    monkeypatch.setattr(index_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(index_module, "STALE_SECONDS", 0.05)
+    folder, local = as_path(f"{gcs.folder}/cache"), storage.user_cache()
+    create_text(folder / "a.claim", "of a killed process")
+    for value in (1, 2):
+        made = cached_arrays(folder, "a", lambda v=value: {"x": np.full(3, v)})
+        assert made["x"].tolist() == [value] * 3
+        shutil.rmtree(local)
+        if value == 1:
+            assert cached_arrays(folder, "a", dict)["x"].tolist() == [1] * 3
+            shutil.rmtree(local)
+            (folder / "a" / "x.npy").write_bytes(b"damaged")
+    assert "is gone; making it here" in caplog.text and "is damaged" in caplog.text
+    gcs.deny(f"{gcs.folder}/cache", "POST")
+    monkeypatch.setattr(index_module, "RENEW_SECONDS", 0.01)
+    assert cached_arrays(folder, "b", lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
+    assert "cannot keep" in caplog.text

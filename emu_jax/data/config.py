@@ -37,7 +37,8 @@ class DataConfig:
     root: str = "data"
     split: str = "train"
     sources: tuple[SourceConfig, ...] = ()
-    cache: str = ""  # folder of indexes and token counts; by default beside the sources' files
+    # Folder of indexes and token counts, local or gs://; by default beside the sources' files.
+    cache: str = ""
     # Bytes of local copies of remote files that cannot be read in place, on each host. The least
     # recently used are evicted and downloaded again.
     cache_bytes: int = CACHE_BYTES

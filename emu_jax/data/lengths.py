@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from emu_jax.data.documents import (
     check_size,
 )
 from emu_jax.data.packing import IMAGE_PART
-from emu_jax.data.sources.index import Arrays, cached_arrays, indexing
+from emu_jax.data.sources.index import Arrays, cached_arrays, indexing, remove_arrays
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
+from emu_jax.storage import is_remote
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class TokenLengths:
         ):
             if recount:
                 log.warning("%s: files arrived since it was counted; counting again", folder / name)
-                shutil.rmtree(folder / name, ignore_errors=True)
+                remove_arrays(folder, name)
                 arrays = cached_arrays(folder, name, count)
             else:
                 log.warning(
@@ -111,8 +111,10 @@ class TokenLengths:
                     "remove it to count again",
                     folder / name,
                 )
-        for part in chunks if len(chunks) > 1 and indexing() else ():
-            shutil.rmtree(folder / part, ignore_errors=True)
+        # In a store they are removed by the process that counted, not by all.
+        done = len(chunks) > 1 and (begun is not None or not is_remote(folder)) and indexing()
+        for part in chunks if done else ():
+            remove_arrays(folder, part)
         self._sizes, self._starts = arrays["sizes"], arrays["starts"]
         self._damage, self._totals = arrays["damage"], arrays["totals"]
         self.tally = Tally.from_array(arrays["tally"])

@@ -10,18 +10,26 @@ values that are looked up are read.
 A folder is synced to disk before it is renamed to its final name. A file that is missing,
 truncated or changed is detected before any of its values is used: arrays of up to `EAGER` bytes
 are checked when they are opened, larger ones block by block at the first look-up.
+
+FOLDER may be in an object store. Then one process makes the arrays and uploads them. The other
+hosts wait and download them. `FOLDER/NAME.claim` says that a process is at work, which keeps
+changing it.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -39,12 +47,15 @@ from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
-from emu_jax.storage import sync
+from emu_jax.storage import StorePath, as_path, create_text, download, remove, sync, upload
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 
 EAGER = 1 << 27  # bytes; checking so much takes a moment
+RENEW_SECONDS = 30.0  # between changes of a claim
+STALE_SECONDS = 300.0  # a claim that does not change for so long is of a process that has ended
+POLL_SECONDS = 5.0  # between looks for arrays that another process makes
 SWEEP_SECONDS = 3600.0  # a temporary folder without an owner is removed when it is this old
 _BLOCK = 1 << 14
 _LISTING, _VERSION = "arrays.json", 1
@@ -78,7 +89,7 @@ def folder_for(path: str, cache: str) -> Path:
     """Returns the cache folder for data derived from a file: `cache` if given, otherwise
     `.emu_jax` beside the file, or the user's own cache if the file is remote."""
     if cache:
-        return Path(cache)
+        return as_path(cache)
     if storage.is_remote(path):
         return storage.user_cache()
     return Path(path).parent / ".emu_jax"
@@ -95,6 +106,13 @@ def cached_arrays(
     Raises:
         NotIndexed: they are missing or damaged, in `without_indexing`.
     """
+    if isinstance(folder, StorePath):
+        local, fetch = _local_folder(folder), functools.partial(_fetch_or_make, folder, name, make)
+        if indexing() or (local / name / _LISTING).is_file():
+            return cached_arrays(local, name, fetch, eager)
+        if (arrays := _download(folder / name)) is None:
+            raise NotIndexed(str(folder / name))
+        return arrays
     target, eager = folder / name, EAGER if eager is None else eager
     try:
         return _load(target, eager)
@@ -128,6 +146,114 @@ def cached_arrays(
     except (_Changed, *_BROKEN) as error:
         log.warning("cannot keep %s: %s", target, error)
         return arrays
+
+
+def remove_arrays(folder: Path, name: str) -> None:
+    """Removes the arrays in `folder/name`, so that they are made again."""
+    if isinstance(folder, StorePath):
+        remove(folder / name)
+        folder = _local_folder(folder)
+    shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _local_folder(store: StorePath) -> Path:
+    """Returns the folder of this host's copies of a cache in an object store."""
+    return storage.user_cache() / f"store-{short_hash(str(store))}"
+
+
+def _fetch_or_make(folder: StorePath, name: str, make: Callable[[], Arrays]) -> Arrays:
+    """Downloads arrays, or makes and uploads them if no other process does.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    target, claim = folder / name, folder / f"{name}.claim"
+    text, since = "", time.monotonic()  # of another process's claim, since it has changed
+    while (arrays := _download(target)) is None:
+        with _claimed(claim) as ours:
+            # Another process may have ended between the two requests.
+            if ours and (arrays := _download(target)) is None:
+                _upload(arrays := make(), target)
+        if arrays is not None:
+            break
+        time.sleep(POLL_SECONDS)
+        with contextlib.suppress(OSError):
+            if (now := claim.read_text()) != text:
+                text, since = now, time.monotonic()
+            elif time.monotonic() - since > STALE_SECONDS:
+                log.warning("%s: the process that made %s is gone; making it here", claim, name)
+                claim.unlink(missing_ok=True)
+    return arrays
+
+
+@contextlib.contextmanager
+def _claimed(claim: StorePath) -> Iterator[bool]:
+    """Yields whether this process may make the arrays: no other process has claimed them, or the
+    cache cannot be written."""
+    token, stop = secrets.token_hex(8), threading.Event()
+
+    def renew() -> None:
+        for number in itertools.count():
+            if stop.wait(RENEW_SECONDS):
+                return
+            with contextlib.suppress(OSError):
+                claim.write_text(f"{token} {number}")
+
+    try:
+        create_text(claim, token)
+    except FileExistsError:
+        yield False
+        return
+    except OSError:
+        yield True
+        return
+    renewing = threading.Thread(target=renew, daemon=True)
+    renewing.start()
+    try:
+        yield True
+    finally:
+        stop.set()
+        renewing.join()
+        with contextlib.suppress(OSError):
+            claim.unlink(missing_ok=True)
+
+
+def _download(target: StorePath) -> Arrays | None:
+    """Returns the arrays in a store, or None if they are missing or damaged.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as holder:
+        copy = Path(holder) / target.name
+        try:
+            (target / _LISTING).read_bytes()  # uploaded last
+            download(target, copy)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {target}: {error.strerror}") from None
+        try:
+            return _load(copy, sys.maxsize)  # all of it is checked; the maps outlive their files
+        except _BROKEN as error:
+            if not indexing():
+                raise NotIndexed(f"{target} is damaged ({error})") from None
+            log.warning("%s is damaged (%s): removing it, to rebuild it", target, error)
+            remove(target)
+            return None
+
+
+def _upload(arrays: Arrays, target: StorePath) -> None:
+    with tempfile.TemporaryDirectory() as holder:
+        copy = Path(holder) / "arrays"
+        copy.mkdir()
+        _save(arrays, copy)
+        listing = (copy / _LISTING).rename(Path(holder) / _LISTING)
+        try:
+            upload(copy, target)
+            upload(listing, target / _LISTING)
+        except OSError as error:
+            log.warning("cannot keep %s: %s", target, error.strerror)
 
 
 def _temporary_prefix() -> str:
