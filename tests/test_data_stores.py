@@ -114,6 +114,7 @@ def config(root: str, tmp_path: Path, **changes) -> DataConfig:
         image_size=4,
         target_size=6,
         block_documents=16,
+        prefetch=0,
         **changes,
     )
 
@@ -129,7 +130,7 @@ def test_batches_are_equal_to_local_ones(store, data, tmp_path, tokenizer):  # n
         local, documents = take(batches, 5), batches.documents()
     with Batches(config(store.folder, tmp_path), tokenizer, "rows") as batches:
         remote = take(batches, 3)
-        store.refuse(1.0)
+        store.refuse(0.5)
         remote += take(batches, 2)
         assert batches.documents() == documents and not batches.damaged()
         assert batches.statistics()["damaged"] == {}

@@ -19,7 +19,6 @@ changing it.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import fcntl
 import functools
 import itertools
@@ -36,7 +35,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
@@ -177,7 +176,7 @@ def _fetch_or_make(folder: StorePath, name: str, make: Callable[[], Arrays]) -> 
         if arrays is not None:
             break
         time.sleep(POLL_SECONDS)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if (now := claim.read_text()) != text:
                 text, since = now, time.monotonic()
             elif time.monotonic() - since > STALE_SECONDS:
@@ -186,7 +185,7 @@ def _fetch_or_make(folder: StorePath, name: str, make: Callable[[], Arrays]) -> 
     return arrays
 
 
-@contextlib.contextmanager
+@contextmanager
 def _claimed(claim: StorePath) -> Iterator[bool]:
     """Yields whether this process may make the arrays: no other process has claimed them, or the
     cache cannot be written."""
@@ -196,7 +195,7 @@ def _claimed(claim: StorePath) -> Iterator[bool]:
         for number in itertools.count():
             if stop.wait(RENEW_SECONDS):
                 return
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 claim.write_text(f"{token} {number}")
 
     try:
@@ -214,7 +213,7 @@ def _claimed(claim: StorePath) -> Iterator[bool]:
     finally:
         stop.set()
         renewing.join()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             claim.unlink(missing_ok=True)
 
 

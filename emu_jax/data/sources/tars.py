@@ -16,6 +16,7 @@ from emu_jax.data.unused import Tally
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 16  # bytes read at once while walking
+_REMOTE_CHUNK = 1 << 22  # the same in a store, where a request takes as long as megabytes
 _VERSION = "names-2"  # of the cached index
 _FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _SKIPPED_TYPES = (tarfile.DIRTYPE, tarfile.XGLTYPE)
@@ -44,7 +45,7 @@ def members(path: str, first: int = 0, end: int | None = None) -> Iterator[Membe
     if end is None:
         check_format(path)
     size = storage.stat(path).size if end is None else end
-    read = _Reader(path)
+    read = _Reader(path, size)
     offset, pax, sound = first, {}, True
     archive, ended = 0, False
     while offset + _BLOCK <= size:
@@ -97,16 +98,18 @@ def _pax(content: bytes) -> dict[str, str]:
 
 
 class _Reader:
-    """Buffers small sequential reads of a file."""
+    """Buffers small sequential reads of a file, none of them beyond `end`."""
 
-    def __init__(self, path: str) -> None:
-        self._path, self._start, self._content = path, 0, b""
+    def __init__(self, path: str, end: int) -> None:
+        self._path, self._end, self._start, self._content = path, end, 0, b""
+        self._chunk = _REMOTE_CHUNK if storage.is_remote(path) else _CHUNK
 
     def __call__(self, offset: int, size: int) -> bytes:
         first = offset - self._start
         if first < 0 or first + size > len(self._content):
             self._start, first = offset, 0
-            self._content = storage.read(self._path, offset, max(size, _CHUNK))
+            count = min(max(size, self._chunk), self._end - offset)
+            self._content = storage.read(self._path, offset, count)
         return self._content[first : first + size]
 
 
