@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from emu_jax import markdown
+from emu_jax.storage import LOG_BYTES, Mirror, is_remote
 from emu_jax.train.telemetry.rows import Row, RowFile, filter_rows, is_step
 from emu_jax.train.telemetry.tracker import Cell, Tracker
 
@@ -76,10 +77,14 @@ def is_metrics(row: Row) -> bool:
 
 
 class TensorBoardTracker(Tracker):
-    """Writes event files for TensorBoard in DIR/tensorboard/STAGE."""
+    """Writes event files for TensorBoard in DIR/tensorboard/STAGE.
+
+    To an object store, `sync` uploads the last file and begins another once it holds `LOG_BYTES`.
+    """
 
     def __init__(self, workdir: Path, stage: str, start_step: int | None = None) -> None:
         self.folder, self.start_step = workdir / "tensorboard" / stage, start_step
+        self._mirror = Mirror(self.folder)
         self._events: Any = None  # opened at the first record
 
     def metrics(self, step: int, values: Mapping[str, float], evaluation: str = "") -> None:
@@ -115,11 +120,22 @@ class TensorBoardTracker(Tracker):
         cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
         self._write(step, text(name, markdown.table(columns, cells)).value)
 
+    def sync(self) -> None:
+        """Uploads the events to an object store."""
+        if self._events is None or not is_remote(self.folder):
+            return
+        self._mirror.sync()
+        newest = max(self._mirror.local.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        if newest.stat().st_size >= LOG_BYTES:
+            self._events.close()
+            self._events = self._writer()
+
     def close(self, failed: bool = False) -> None:
         """Closes the event file."""
         if self._events is not None:
             self._events.close()
             self._events = None
+            self._mirror.sync()
 
     def _write(self, step: int, values: Sequence[Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -132,16 +148,20 @@ class TensorBoardTracker(Tracker):
         self._events.flush()
 
     def _open(self, step: int) -> Any:
-        # Imported late because it imports torch if that is installed. tensorboardX's own writer is
-        # a thread that dies when the disk is full, after which its queue blocks the caller.
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         start = step - 1 if self.start_step is None else self.start_step
-        suffix = f".{time.time_ns()}"  # the default name has a resolution of one second
-        events = EventsWriter(str(self.folder / "events"), suffix)
+        events = self._writer()
         if start > 0:  # makes readers drop later steps that an earlier process wrote
             log = SessionLog(status=SessionLog.START)
             events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=log))
         return events
+
+    def _writer(self) -> Any:
+        # Imported late because it imports torch if that is installed. tensorboardX's own writer is
+        # a thread that dies when the disk is full, after which its queue blocks the caller.
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self._mirror.local.mkdir(parents=True, exist_ok=True)
+        suffix = f".{time.time_ns()}"  # the default name has a resolution of one second
+        return EventsWriter(str(self._mirror.local / "events"), suffix)

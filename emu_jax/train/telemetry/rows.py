@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from emu_jax.errors import UserError
-from emu_jax.storage import write_text
+from emu_jax.storage import log_parts, open_log, read_log, write_text
 
 Row = dict[str, Any]
 
 
 class RowFile:
-    """Appends rows to a file. Each row is written at once."""
+    """Appends rows to a file. Each row is written at once; to an object store, by `sync`."""
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a")
+        self._file = open_log(path)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row, with null for floats that are not finite."""
         self._file.write(_line(row))
-        self._file.flush()
 
     def sync(self) -> None:
-        """Flushes the rows to disk, so that they are there before the checkpoint is."""
-        os.fsync(self._file.fileno())
+        """Makes the rows durable, so that they are there before the checkpoint is."""
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
@@ -46,8 +44,9 @@ def filter_rows(path: Path, valid: Callable[[Row], bool], keep: Callable[[Row], 
     Raises:
         UserError: a line is not JSON, or is not a row of this file.
     """
-    rows = [row for row in read_rows(path, valid) if keep(row)]
-    write_text(path, "".join(map(_line, rows)))
+    for part in log_parts(path):  # one by one, so that a kill does no harm
+        rows = [row for row in _rows(part, part.read_bytes(), valid) if keep(row)]
+        write_text(part, "".join(map(_line, rows)))
 
 
 def read_rows(path: Path, valid: Callable[[Row], bool]) -> list[Row]:
@@ -56,7 +55,11 @@ def read_rows(path: Path, valid: Callable[[Row], bool]) -> list[Row]:
     Raises:
         UserError: a line is not JSON, or is not a row of this file.
     """
-    lines = path.read_bytes().splitlines()
+    return _rows(path, read_log(path), valid)
+
+
+def _rows(path: Path, content: bytes, valid: Callable[[Row], bool]) -> list[Row]:
+    lines = content.splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

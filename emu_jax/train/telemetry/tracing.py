@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from emu_jax.errors import UserError
+from emu_jax.storage import Mirror
 
 ON_REQUEST = 3  # steps to trace after SIGUSR1
 
@@ -38,6 +39,7 @@ class Tracer:
 
     def __init__(self, directory: Path, steps: range) -> None:
         self.directory, self.steps = directory, steps
+        self._mirror = Mirror(directory)  # of the folder of the trace in progress
         self._tracing = False
 
     def __enter__(self) -> Tracer:
@@ -55,7 +57,8 @@ class Tracer:
         """Starts a trace if `step`, which is about to be dispatched, is the first to trace."""
         if not self._tracing and step in self.steps:
             folder = self.directory / str(step) / f"process-{jax.process_index()}"
-            jax.profiler.start_trace(str(folder))
+            self._mirror = Mirror(folder)
+            jax.profiler.start_trace(str(self._mirror.local))
             self._tracing = True
             print(f"tracing steps {step} to {self.steps[-1]} into {folder}", file=sys.stderr)
 
@@ -70,6 +73,7 @@ class Tracer:
         self._tracing = False
         try:
             jax.profiler.stop_trace()
+            self._mirror.sync()
         except Exception as error:  # a full disk, for example: a trace must not end the run
             reason = str(error).splitlines()[0]
             print(f"failed to write the trace: {reason}", file=sys.stderr)

@@ -9,6 +9,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax
 from PIL import Image
 
 from emu_jax.config import to_dict
-from emu_jax.storage import read_json_object, write_text
+from emu_jax.storage import is_remote, read_json_object, write_text
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.telemetry.tracker import Cell, Tracker
 
@@ -83,7 +84,7 @@ class WandbTracker(Tracker):
             tags=cfg.wandb.tags,
             id=self._id,
             resume="allow",
-            dir=None if "WANDB_DIR" in os.environ else str(workdir),
+            dir=None if "WANDB_DIR" in os.environ else _local_folder(workdir),
             settings=wandb.Settings(**{k: v for k, v in settings.items() if k in known}),
         )
         about = {
@@ -150,6 +151,11 @@ class WandbTracker(Tracker):
             self._sent[sent.kind] = sent.step
         state = {"id": self._id, "last": self._last, "sent": self._sent}
         write_text(self._path, json.dumps(state, indent=2) + "\n")
+
+
+def _local_folder(workdir: Path) -> str:
+    """Returns where W&B keeps its files: the run directory, if that is local."""
+    return tempfile.gettempdir() if is_remote(workdir) else str(workdir)
 
 
 def git_revision() -> str:

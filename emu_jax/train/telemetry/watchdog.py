@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+from emu_jax.storage import open_log
 
 
 class Watchdog:
@@ -74,16 +77,17 @@ class Watchdog:
 
     def _write(self, passed: float) -> None:
         try:
-            with self.path.open("a+") as file:
-                start = file.tell()
-                file.write(
-                    f"no step has ended for {passed:.0f} s since step {self._step} "
-                    f"({time.strftime('%Y-%m-%d %H:%M:%S')}); where each thread is:\n"
-                )
-                file.flush()
+            with tempfile.TemporaryFile("w+") as file:  # faulthandler needs a real file
                 faulthandler.dump_traceback(file, all_threads=True)
-                file.seek(start)
-                print(file.read(), file=sys.stderr, flush=True)
+                file.seek(0)
+                text = (
+                    f"no step has ended for {passed:.0f} s since step {self._step} "
+                    f"({time.strftime('%Y-%m-%d %H:%M:%S')}); where each thread is:\n{file.read()}"
+                )
+            print(text, file=sys.stderr, flush=True)
+            with closing(open_log(self.path)) as log:
+                log.write(text)
+                log.sync()
         except OSError as error:  # a full disk must not stop the watchdog
             print(f"failed to write {self.path}: {error}", file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True)

@@ -1,0 +1,292 @@
+"""Run directories in object stores: paths, checkpoints, the lock, logs, and faults of the store."""
+
+import errno
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_saving import assert_restores, items, wanted, write
+from test_train import small
+
+from emu_jax import checkpoint, storage
+from emu_jax.data.digits import build_digits
+from emu_jax.errors import UserError
+from emu_jax.storage import as_path, create_text, join, read_log, relative, write_text, writing
+from emu_jax.train import lock
+from emu_jax.train.checkpoints import Checkpoints
+from emu_jax.train.lock import Lock
+from emu_jax.train.loop import train
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Requests are retried for a second."""
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def workdir(store) -> Path:
+    return as_path(f"{store.folder}/run")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- Paths -----------------------------------------------------------------------------------
+
+
+def test_a_store_s_path_is_a_path():
+    path = as_path("gs://bucket/a/../run/")
+    assert isinstance(path, Path) and str(path) == os.fspath(path) == "gs://bucket/run"
+    assert path == as_path(path) == pickle.loads(pickle.dumps(path)) and path != Path("bucket/run")
+    assert str(path / "1" / "params") == "gs://bucket/run/1/params"
+    assert path.parent.parent == path.parent == as_path("gs://bucket") and path.is_absolute()
+    assert path.with_name("x.json").suffix == ".json" and path.resolve() == path.absolute() == path
+    assert (path / "1" / "d").relative_to(path).parts == ("1", "d")
+    assert (path / "1").is_relative_to(path) and not path.is_relative_to(Path("/bucket/run"))
+    assert not Path("/bucket/run").is_relative_to(path)
+    assert as_path("runs/x") == Path("runs/x") and type(as_path("runs/x")) is type(Path())
+    for text, problem in (
+        ("ftp://b/x", "ftp:// is not supported"),
+        ("s3://", "names no bucket"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            as_path(text)
+
+
+def test_a_run_s_parents_are_relative_within_a_store():
+    run = as_path("gs://bucket/runs/b")
+    for parent, written in (
+        (as_path("gs://bucket/runs/a"), "../a"),
+        (as_path("gs://other/runs/a"), "gs://other/runs/a"),
+        (as_path("s3://bucket/runs/a"), "s3://bucket/runs/a"),
+        (Path("/runs/a"), "/runs/a"),
+    ):
+        assert relative(parent, run) == written and join(run, written) == parent
+    assert relative(Path("/runs/a"), Path("/runs/b")) == "../a"
+    assert join(Path("/runs/b"), "../a") == Path("/runs/a")
+    assert join(Path("runs/b"), "gs://bucket/a/../c") == as_path("gs://bucket/c")
+
+
+# --- Objects ---------------------------------------------------------------------------------
+
+
+def test_objects_are_files(workdir, store):
+    assert not workdir.exists() and not workdir.is_dir() and not storage.files(workdir)
+    for read in (workdir.read_bytes, lambda: list(workdir.iterdir()), workdir.stat, workdir.unlink):
+        if read != workdir.unlink or store.scheme == "gs":  # S3 deletes what is not there
+            with pytest.raises(FileNotFoundError) as error:
+                read()
+            assert error.value.filename == str(workdir)
+    write_text(workdir / "a.json", '{"a": "ü"}\n')
+    assert storage.read_json_object(workdir / "a.json") == {"a": "ü"}
+    assert (workdir / "a.json").is_file() and not (workdir / "a.json").is_dir() and workdir.is_dir()
+    assert (workdir / "a.json").stat().st_size == 12
+    with writing(workdir / "tree") as temporary:
+        (temporary / "1" / "deep").mkdir(parents=True)
+        (temporary / "1" / "deep" / "d").write_bytes(bytes(range(256)))
+        (temporary / "z").write_text("z")
+    assert names(workdir) == ["a.json", "tree"] and storage.folders(workdir) == ["tree"]
+    assert {str(p.relative_to(workdir)) for p in storage.files(workdir)} == {
+        "a.json",
+        "tree/1/deep/d",
+        "tree/z",
+    }
+    assert [p.parent.name for p in workdir.glob("*/1/deep")] == ["1"]
+    assert [p.name for p in workdir.glob("*.json")] == ["a.json"]
+    with (workdir / "tree" / "1" / "deep" / "d").open("rb") as file:
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == bytes([253, 254, 255])
+        file.seek(100)
+        assert file.read(2) == bytes([100, 101])
+    with storage.local_copy(workdir / "tree") as copy:
+        assert (copy / "z").read_text() == "z" and len(storage.files(copy)) == 2
+    with storage.local_copy(workdir / "nothing") as copy:
+        assert not copy.exists()
+    with pytest.raises(NotADirectoryError):
+        list((workdir / "a.json").iterdir())
+    for action in (lambda: workdir.rename("b"), lambda: (workdir / "a").open("a")):
+        with pytest.raises(OSError) as error:
+            action()
+        assert error.value.errno == errno.ENOTSUP
+    storage.remove(workdir / "tree")
+    storage.remove(workdir / "tree")
+    assert names(workdir) == ["a.json"]
+
+
+def test_only_one_process_creates_an_object(workdir):
+    create_text(workdir / "x", "first")
+    with pytest.raises(FileExistsError):
+        create_text(workdir / "x", "second")
+    assert (workdir / "x").read_text() == "first"
+
+
+def test_a_failed_write_uploads_nothing(workdir):
+    write_text(workdir / "x", "old")
+    with pytest.raises(ValueError, match="half"), writing(workdir / "x") as temporary:
+        temporary.write_text("new")
+        raise ValueError("half")
+    assert (workdir / "x").read_text() == "old"
+
+
+def test_a_log_is_a_few_objects(workdir, store, monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "LOG_BYTES", 100)
+    lines = [f"{n:09d}\n" for n in range(25)]
+    for path in (workdir / "log", tmp_path / "log"):
+        for begin in (0, 5, 12):  # three processes, one after the other
+            log = storage.open_log(path)
+            for line in lines[begin : {0: 5, 5: 12, 12: 25}[begin]]:
+                log.write(line)
+            log.sync()
+            log.close()
+        assert read_log(path).decode() == "".join(lines)
+    assert names(workdir) == ["log", "log.1", "log.2"]
+    assert [len(part.read_bytes()) for part in storage.log_parts(workdir / "log")] == [100, 100, 50]
+    puts = [name for method, name in store.requests if method in ("PUT", "POST")]
+    assert len(puts) == 5  # one for each sync, and one for each object that was filled
+    with pytest.raises(FileNotFoundError):
+        read_log(workdir / "none")
+
+
+def test_a_mirror_uploads_what_has_changed(workdir, store, tmp_path):
+    mirror = storage.Mirror(workdir / "events")
+    (mirror.local / "a").write_text("1")
+    (mirror.local / "b").write_text("2")
+    mirror.sync()
+    (mirror.local / "a").write_text("11")
+    store.requests.clear()
+    mirror.sync()
+    assert len({name for method, name in store.requests if method in ("PUT", "POST")}) == 1
+    assert (workdir / "events" / "a").read_text() == "11" and names(workdir / "events") == ["a", "b"]
+    assert storage.Mirror(tmp_path).local == tmp_path
+
+
+# --- Faults ----------------------------------------------------------------------------------
+
+
+def test_a_busy_store_is_asked_again(workdir, store):
+    store.refuse(0.5)
+    write_text(workdir / "x", "text")
+    assert (workdir / "x").read_text() == "text"
+
+
+def test_a_missing_permission_is_an_os_error(workdir, store):
+    write_text(workdir / "x", "text")
+    store.deny(str(workdir))
+    for action in (
+        (workdir / "x").read_bytes,
+        workdir.exists,
+        lambda: list(workdir.iterdir()),
+        lambda: write_text(workdir / "x", "new"),
+    ):
+        with pytest.raises(PermissionError, match="no permission to (read|write) it: grant") as told:
+            action()
+        assert told.value.filename.startswith(str(workdir)) and "\n" not in str(told.value)
+    with pytest.raises(UserError, match=r"lock\.json: no permission to write it: grant"):
+        Checkpoints(workdir, 1).__enter__()
+
+
+def test_a_missing_bucket_is_named(store):
+    with pytest.raises(FileNotFoundError, match=f"no such bucket: create {store.scheme}://none-x"):
+        write_text(as_path(f"{store.scheme}://none-xyz/x"), "")
+
+
+def test_a_store_that_never_answers_is_an_os_error(impatient, monkeypatch):
+    class Dead:
+        calls = 0
+
+        def cat_file(self, key):
+            Dead.calls += 1
+            raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(storage, "file_system", lambda scheme: Dead())
+    with pytest.raises(OSError, match="cannot read it, retried for 1 s .no route to host") as told:
+        as_path("gs://bucket/x").read_bytes()
+    assert told.value.errno == errno.EIO and Dead.calls > 3
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    storage.file_system.cache_clear()
+    with pytest.raises(UserError, match=r"s3:// needs s3fs: pip install 'emu_jax\[s3\]'"):
+        as_path("s3://bucket/x").exists()
+    storage.file_system.cache_clear()
+
+
+# --- Checkpoints -----------------------------------------------------------------------------
+
+
+def test_steps_are_saved_restored_and_retired(workdir):
+    write(workdir, [2, 4, 10], keep=2)
+    assert names(workdir) == ["10", "4"]
+    assert_restores(workdir, 10)
+    report = checkpoint.verify(workdir, every=True)
+    assert report["passed"] and [step["verified"] for step in report["steps"]] == [True, True]
+    assert not (workdir / "lock.json").exists()
+
+
+def test_a_step_without_its_marker_is_removed(workdir, store):
+    write(workdir, [2])
+    store.deny(str(workdir / "4" / checkpoint.COMMIT_MARKER), "PUT", "POST")
+    with pytest.raises(UserError, match="failed to save step 4 .*resumes from step 2"):
+        write(workdir, [4])
+    store.reset()
+    (workdir / "6" / "params").joinpath("d").write_bytes(b"half")  # by a killed process
+    assert checkpoint.complete_steps(workdir) == [2] and checkpoint.latest_step(workdir) == 2
+    with Checkpoints(workdir, 10) as checkpoints:
+        assert checkpoints.newest() == 2 and names(workdir) == ["2", "lock.json"]
+        checkpoints.save(6, items(6))
+    assert_restores(workdir, 6)
+    for step in (2, 6):
+        (workdir / str(step) / checkpoint.COMMIT_MARKER).unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* \([26], [26]: no commit_success.txt"):
+        checkpoint.latest_step(workdir)
+
+
+def test_a_damaged_step_is_marked_and_replaced(workdir, capsys):
+    write(workdir, [2, 3])
+    (workdir / "3" / "params" / "_METADATA").write_text("{}")
+    assert_restores(workdir, 2)
+    marker = workdir / "3" / checkpoint.DAMAGED_MARKER
+    assert f"set aside with {marker}, and replaced by the next step 3" in capsys.readouterr().err
+    assert "checksum mismatch" in marker.read_text() and checkpoint.complete_steps(workdir) == [2]
+    write(workdir, [3])
+    assert not marker.exists()
+    assert_restores(workdir, 3)
+
+
+def test_a_failing_store_is_not_a_damaged_step(workdir, store):
+    write(workdir, [2])
+    with Checkpoints(workdir, 1) as checkpoints:
+        store.deny(str(workdir / "2" / checkpoint.COMMIT_MARKER))
+        store.deny(str(workdir / "2" / "params" / "_METADATA"))
+        with pytest.raises(UserError, match="cannot read .*/2 .*no permission"):
+            checkpoints.restore(wanted())
+        store.reset()
+    assert checkpoint.complete_steps(workdir) == [2]
+
+
+def test_two_jobs_in_one_run_directory(workdir, monkeypatch):
+    for name in ("BEAT_SECONDS", "STALE_SECONDS", "SETTLE_SECONDS"):
+        monkeypatch.setattr(lock, name, getattr(lock, name) / 100)
+    with Checkpoints(workdir, 10) as checkpoints:
+        with pytest.raises(UserError, match="is in use by process"), Checkpoints(workdir, 10):
+            pass
+        time.sleep(0.3)  # heartbeats
+        beat = json.loads((workdir / "lock.json").read_text())
+        dead = beat | {"host": "other", "token": "x"}
+        (workdir / "lock.json").write_text(json.dumps(dead))  # another job took it over
+        with pytest.raises(UserError, match="on other, since .* has taken over"):
+            checkpoints.save(1, items(1))
+    held = Lock(workdir / "lock.json")
+    held.acquire()  # the other job is dead
+    assert json.loads((workdir / "lock.json").read_text())["token"] == held._token
+    held.release()
+    assert not (workdir / "lock.json").exists() and not checkpoint.complete_steps(workdir)
