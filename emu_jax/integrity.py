@@ -305,7 +305,14 @@ def unreadable_arrays(
             "path": f"{name}/",
             "cache_pool": "cache_pool#ocdbt",
         }
-        spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
+        spec = {
+            "driver": driver,
+            "kvstore": store,
+            "fill_missing_data_reads": False,
+            # The cache is as old as this call. Otherwise each read asks for the manifest again.
+            "recheck_cached_metadata": False,
+            "recheck_cached_data": False,
+        }
         try:
             array = ts.open(spec, context=context, open=True, read=True).result()
         except Exception as error:

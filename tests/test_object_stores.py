@@ -1,5 +1,6 @@
 """Run directories in object stores: paths, checkpoints, the lock, logs, and faults of the store."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from test_saving import assert_restores, items, wanted, write
-from test_train import small
+from test_train import parameters, small
 
 from emu_jax import checkpoint, storage
 from emu_jax.data.digits import build_digits
@@ -21,6 +22,7 @@ from emu_jax.train import lock
 from emu_jax.train.checkpoints import Checkpoints
 from emu_jax.train.lock import Lock
 from emu_jax.train.loop import train
+from emu_jax.train.telemetry.metrics import read_documents, read_metrics
 
 
 @pytest.fixture
@@ -33,6 +35,12 @@ def impatient(monkeypatch):
 @pytest.fixture
 def workdir(store) -> Path:
     return as_path(f"{store.folder}/run")
+
+
+@pytest.fixture
+def bucket(gcs) -> Path:
+    """As `workdir`, in one kind of store: where the two cannot differ."""
+    return as_path(f"{gcs.folder}/run")
 
 
 def names(folder: Path) -> list[str]:
@@ -128,18 +136,18 @@ def test_only_one_process_creates_an_object(workdir):
     assert (workdir / "x").read_text() == "first"
 
 
-def test_a_failed_write_uploads_nothing(workdir):
-    write_text(workdir / "x", "old")
-    with pytest.raises(ValueError, match="half"), writing(workdir / "x") as temporary:
+def test_a_failed_write_uploads_nothing(bucket):
+    write_text(bucket / "x", "old")
+    with pytest.raises(ValueError, match="half"), writing(bucket / "x") as temporary:
         temporary.write_text("new")
         raise ValueError("half")
-    assert (workdir / "x").read_text() == "old"
+    assert (bucket / "x").read_text() == "old"
 
 
-def test_a_log_is_a_few_objects(workdir, store, monkeypatch, tmp_path):
+def test_a_log_is_a_few_objects(bucket, gcs, monkeypatch, tmp_path):
     monkeypatch.setattr(storage, "LOG_BYTES", 100)
     lines = [f"{n:09d}\n" for n in range(25)]
-    for path in (workdir / "log", tmp_path / "log"):
+    for path in (bucket / "log", tmp_path / "log"):
         for begin in (0, 5, 12):  # three processes, one after the other
             log = storage.open_log(path)
             for line in lines[begin : {0: 5, 5: 12, 12: 25}[begin]]:
@@ -147,24 +155,24 @@ def test_a_log_is_a_few_objects(workdir, store, monkeypatch, tmp_path):
             log.sync()
             log.close()
         assert read_log(path).decode() == "".join(lines)
-    assert names(workdir) == ["log", "log.1", "log.2"]
-    assert [len(part.read_bytes()) for part in storage.log_parts(workdir / "log")] == [100, 100, 50]
-    puts = [name for method, name in store.requests if method in ("PUT", "POST")]
+    assert names(bucket) == ["log", "log.1", "log.2"]
+    assert [len(part.read_bytes()) for part in storage.log_parts(bucket / "log")] == [100, 100, 50]
+    puts = [name for method, name in gcs.requests if method in ("PUT", "POST")]
     assert len(puts) == 5  # one for each sync, and one for each object that was filled
     with pytest.raises(FileNotFoundError):
-        read_log(workdir / "none")
+        read_log(bucket / "none")
 
 
-def test_a_mirror_uploads_what_has_changed(workdir, store, tmp_path):
-    mirror = storage.Mirror(workdir / "events")
+def test_a_mirror_uploads_what_has_changed(bucket, gcs, tmp_path):
+    mirror = storage.Mirror(bucket / "events")
     (mirror.local / "a").write_text("1")
     (mirror.local / "b").write_text("2")
     mirror.sync()
     (mirror.local / "a").write_text("11")
-    store.requests.clear()
+    gcs.requests.clear()
     mirror.sync()
-    assert len({name for method, name in store.requests if method in ("PUT", "POST")}) == 1
-    assert (workdir / "events" / "a").read_text() == "11" and names(workdir / "events") == ["a", "b"]
+    assert len({name for method, name in gcs.requests if method in ("PUT", "POST")}) == 1
+    assert (bucket / "events" / "a").read_text() == "11" and names(bucket / "events") == ["a", "b"]
     assert storage.Mirror(tmp_path).local == tmp_path
 
 
@@ -186,14 +194,16 @@ def test_a_missing_permission_is_an_os_error(workdir, store):
         lambda: list(workdir.iterdir()),
         lambda: write_text(workdir / "x", "new"),
     ):
-        with pytest.raises(PermissionError, match="no permission to (read|write) it: grant") as told:
+        with pytest.raises(
+            PermissionError, match="no permission to (read|write) it: grant"
+        ) as told:
             action()
         assert told.value.filename.startswith(str(workdir)) and "\n" not in str(told.value)
     with pytest.raises(UserError, match=r"lock\.json: no permission to write it: grant"):
         Checkpoints(workdir, 1).__enter__()
 
 
-def test_a_missing_bucket_is_named(store):
+def test_a_missing_workdir_is_named(store):
     with pytest.raises(FileNotFoundError, match=f"no such bucket: create {store.scheme}://none-x"):
         write_text(as_path(f"{store.scheme}://none-xyz/x"), "")
 
@@ -232,61 +242,108 @@ def test_steps_are_saved_restored_and_retired(workdir):
     assert not (workdir / "lock.json").exists()
 
 
-def test_a_step_without_its_marker_is_removed(workdir, store):
-    write(workdir, [2])
-    store.deny(str(workdir / "4" / checkpoint.COMMIT_MARKER), "PUT", "POST")
+def test_a_step_without_its_marker_is_removed(bucket, gcs):
+    write(bucket, [2])
+    gcs.deny(str(bucket / "4" / checkpoint.COMMIT_MARKER), "PUT", "POST")
     with pytest.raises(UserError, match="failed to save step 4 .*resumes from step 2"):
-        write(workdir, [4])
-    store.reset()
-    (workdir / "6" / "params").joinpath("d").write_bytes(b"half")  # by a killed process
-    assert checkpoint.complete_steps(workdir) == [2] and checkpoint.latest_step(workdir) == 2
-    with Checkpoints(workdir, 10) as checkpoints:
-        assert checkpoints.newest() == 2 and names(workdir) == ["2", "lock.json"]
+        write(bucket, [4])
+    gcs.reset()
+    (bucket / "6" / "params").joinpath("d").write_bytes(b"half")  # by a killed process
+    assert checkpoint.complete_steps(bucket) == [2] and checkpoint.latest_step(bucket) == 2
+    with Checkpoints(bucket, 10) as checkpoints:
+        assert checkpoints.newest() == 2 and names(bucket) == ["2", "lock.json"]
         checkpoints.save(6, items(6))
-    assert_restores(workdir, 6)
+    assert_restores(bucket, 6)
     for step in (2, 6):
-        (workdir / str(step) / checkpoint.COMMIT_MARKER).unlink()
+        (bucket / str(step) / checkpoint.COMMIT_MARKER).unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* \([26], [26]: no commit_success.txt"):
-        checkpoint.latest_step(workdir)
+        checkpoint.latest_step(bucket)
 
 
-def test_a_damaged_step_is_marked_and_replaced(workdir, capsys):
-    write(workdir, [2, 3])
-    (workdir / "3" / "params" / "_METADATA").write_text("{}")
-    assert_restores(workdir, 2)
-    marker = workdir / "3" / checkpoint.DAMAGED_MARKER
+def test_a_damaged_step_is_marked_and_replaced(bucket, capsys):
+    write(bucket, [2, 3])
+    (bucket / "3" / "params" / "_METADATA").write_text("{}")
+    assert_restores(bucket, 2)
+    marker = bucket / "3" / checkpoint.DAMAGED_MARKER
     assert f"set aside with {marker}, and replaced by the next step 3" in capsys.readouterr().err
-    assert "checksum mismatch" in marker.read_text() and checkpoint.complete_steps(workdir) == [2]
-    write(workdir, [3])
+    assert "checksum mismatch" in marker.read_text() and checkpoint.complete_steps(bucket) == [2]
+    write(bucket, [3])
     assert not marker.exists()
-    assert_restores(workdir, 3)
+    assert_restores(bucket, 3)
 
 
-def test_a_failing_store_is_not_a_damaged_step(workdir, store):
-    write(workdir, [2])
-    with Checkpoints(workdir, 1) as checkpoints:
-        store.deny(str(workdir / "2" / checkpoint.COMMIT_MARKER))
-        store.deny(str(workdir / "2" / "params" / "_METADATA"))
+def test_a_failing_store_is_not_a_damaged_step(bucket, gcs):
+    write(bucket, [2])
+    with Checkpoints(bucket, 1) as checkpoints:
+        gcs.deny(str(bucket / "2" / checkpoint.COMMIT_MARKER))
+        gcs.deny(str(bucket / "2" / "params" / "_METADATA"))
         with pytest.raises(UserError, match="cannot read .*/2 .*no permission"):
             checkpoints.restore(wanted())
-        store.reset()
-    assert checkpoint.complete_steps(workdir) == [2]
+        gcs.reset()
+    assert checkpoint.complete_steps(bucket) == [2]
 
 
-def test_two_jobs_in_one_run_directory(workdir, monkeypatch):
+def test_two_jobs_in_one_run_directory(bucket, monkeypatch):
     for name in ("BEAT_SECONDS", "STALE_SECONDS", "SETTLE_SECONDS"):
         monkeypatch.setattr(lock, name, getattr(lock, name) / 100)
-    with Checkpoints(workdir, 10) as checkpoints:
-        with pytest.raises(UserError, match="is in use by process"), Checkpoints(workdir, 10):
+    with Checkpoints(bucket, 10) as checkpoints:
+        with pytest.raises(UserError, match="is in use by process"), Checkpoints(bucket, 10):
             pass
         time.sleep(0.3)  # heartbeats
-        beat = json.loads((workdir / "lock.json").read_text())
+        beat = json.loads((bucket / "lock.json").read_text())
         dead = beat | {"host": "other", "token": "x"}
-        (workdir / "lock.json").write_text(json.dumps(dead))  # another job took it over
+        (bucket / "lock.json").write_text(json.dumps(dead))  # another job took it over
         with pytest.raises(UserError, match="on other, since .* has taken over"):
             checkpoints.save(1, items(1))
-    held = Lock(workdir / "lock.json")
+    held = Lock(bucket / "lock.json")
     held.acquire()  # the other job is dead
-    assert json.loads((workdir / "lock.json").read_text())["token"] == held._token
+    assert json.loads((bucket / "lock.json").read_text())["token"] == held._token
     held.release()
-    assert not (workdir / "lock.json").exists() and not checkpoint.complete_steps(workdir)
+    assert not (bucket / "lock.json").exists() and not checkpoint.complete_steps(bucket)
+
+
+# --- Runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    build_digits(root)
+    return str(root)
+
+
+def config(root: str, **changes):
+    return small("clip", root, steps=4, log_documents=True, profile_steps="3:4", **changes)
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    expected, found = parameters(one), parameters(other)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    rows, others = read_metrics(one)["emu"], read_metrics(other)["emu"]
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in others]
+    assert read_documents(one) == read_documents(other)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_is_the_run_on_a_disk(root, bucket, tmp_path, monkeypatch):
+    """Also one that was stopped and has logged steps beyond its checkpoint."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    train(config(root), tmp_path)
+    train(dataclasses.replace(config(root), steps=2), bucket)
+    lost = read_metrics(bucket)["emu"][-1] | {"step": 3}
+    log = storage.open_log(bucket / "metrics.jsonl")
+    log.write(json.dumps(lost) + "\n")
+    log.close()
+    train(config(root), bucket)
+    assert_equal_runs(tmp_path, bucket)
+    assert {p.name for p in bucket.iterdir()} == {p.name for p in tmp_path.iterdir()} - {
+        path.name for path in tmp_path.iterdir() if path.is_file() and not path.stat().st_size
+    }
+    for name in ("config.json", "tokenizer/tokenizer.json"):
+        assert (bucket / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert {p.suffix for p in storage.files(bucket / "profile" / "3")} >= {".pb"}
+    assert len(names(bucket / "tensorboard" / "emu")) == 2  # one for each process
+    assert checkpoint.fingerprint(bucket) == checkpoint.fingerprint(bucket)
