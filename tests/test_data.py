@@ -1,5 +1,6 @@
 """Documents, preprocessing, packing, and what training reads."""
 
+import collections
 import dataclasses
 import gc
 import io
@@ -923,6 +924,32 @@ def test_resume_is_bit_identical(cfg, tokenizer, kind):
             assert_equal(next(again), batches[n + 1])
             assert again.state() == states[n + 2]
     assert any((batches[0][k] != batches[1][k]).any() for k in batches[0])
+
+
+def test_what_was_read_is_counted_by_source_since_the_first_step(cfg, tokenizer):
+    with Batches(cfg, tokenizer, "rows") as batches:
+        take(batches, 9)
+        state, consumed, statistics = batches.state(), batches.consumed(), batches.statistics()
+        sources = batches.tallies
+        read = collections.Counter(name for name, _ in batches.documents())
+        take(batches, 1)
+        later = batches.consumed()
+    assert consumed.keys() == sources.keys() and len(sources) > 1
+    for name in ("tokens", "images", "documents"):
+        assert sum(getattr(c, name) for c in consumed.values()) == statistics[name]
+    for name, counts in consumed.items():
+        assert counts.epochs == counts.documents / sources[name].used["documents"]
+        assert counts.documents >= read[name] > 0
+    with Batches(cfg, tokenizer, "rows") as again:
+        again.restore(json.loads(json.dumps(state)))
+        take(again, 1)
+        assert again.consumed() == later != consumed
+        # Checkpoints of older versions do not say what came before.
+        again.restore({k: v for k, v in state.items() if k != "consumed"})
+        assert again.consumed() is None and "consumed" not in again.state()
+        for damaged in ([], {"other": [1, 2, 3]}, {name: [1, -2, 3]}):
+            with pytest.raises(UserError, match="data position is damaged"):
+                again.restore(state | {"consumed": damaged})
 
 
 @pytest.mark.parametrize("kind", KINDS)

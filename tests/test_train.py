@@ -139,6 +139,28 @@ def test_step_is_the_same_on_every_mesh(objective, meshes, data_root):
                 assert error <= 1e-5 * largest, (name, path, error / largest)
 
 
+@pytest.mark.slow
+def test_statistics_by_tower_are_the_same_on_every_mesh(data_root):
+    cfg = small("clip", data_root, tower_metrics=True)
+    found = []
+    for mesh in (make_mesh(1, 1, 1, devices=jax.devices()[:1]), make_mesh(*MESHES["mixed"])):
+        with jax.set_mesh(mesh):
+            trainer = Trainer(cfg, mesh)
+            batch = jax.device_put(one_batch(cfg, "captions"), batch_sharding(mesh))
+            state, metrics = trainer.step(trainer.init({}), batch)
+            metrics |= trainer.tower_metrics(state)
+        found.append({name: float(value) for name, value in metrics.items()})
+    one, split = found
+    towers = {path.split(".")[0] for path in trainer.trained}
+    assert {"visual", "llama"} <= towers
+    for name in ("grad_norm", "update_ratio", "lr"):
+        for tower in towers:
+            key = f"{name}/{tower}"
+            assert one[key] >= 0 and split[key] == pytest.approx(one[key], rel=1e-5), key
+    whole = sum(one[f"grad_norm/{tower}"] ** 2 for tower in towers) ** 0.5
+    assert whole == pytest.approx(one["grad_norm"], rel=1e-6)
+
+
 def test_the_text_objective_reads_the_words_alone(data_root):
     """Its loss, in blocks, is the naive one over text targets; pictures change nothing."""
     cfg = small("text", data_root, loss_block=16)

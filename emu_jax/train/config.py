@@ -26,6 +26,7 @@ COMPARES_ROWS = ("clip",)
 DECAYS = ("cosine", "constant", "steps")
 BEST = ("min", "max")
 EVAL_NAME = re.compile(r"[A-Za-z0-9_-]+")  # part of file and metric names
+SPIKE_THRESHOLD = 10.0  # of the configs that record loss spikes
 TRACKERS = ("wandb",)  # services beside the files of the run directory
 DTYPES = ("bfloat16", "float32")  # of the computation, and of the optimizer's first moment
 _AT_LEAST_ONE = (
@@ -399,6 +400,7 @@ def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
         steps=steps,
         eval=(EvalConfig(every=500, split="heldout", batches=1, batch_size=256),),
         remat=RematConfig.everywhere("full"),
+        spike_threshold=SPIKE_THRESHOLD,
     )
     return dataclasses.replace(base, **changes)
 
@@ -427,7 +429,13 @@ def config_dict(cfg: TrainConfig) -> ConfigDict:
 
 def digits_config(name: str, **changes: Any) -> ConfigDict:
     """Returns the config of a stage on the digits: the small model, in float32."""
-    return config_dict(TrainConfig(name=name, **{"model": digits(), "dtype": "float32"} | changes))
+    base = {
+        "model": digits(),
+        "dtype": "float32",
+        "tower_metrics": True,
+        "spike_threshold": SPIKE_THRESHOLD,
+    }
+    return config_dict(TrainConfig(name=name, **base | changes))
 
 
 def resume_config(cfg: TrainConfig, workdir: Path) -> TrainConfig:
