@@ -1,4 +1,4 @@
-"""What a model in training generates from fixed held-out documents.
+"""Generation from fixed held-out documents by a model in training.
 
     captions        the text that follows an image, chosen greedily
     images          the image that follows a text, from fixed seeds
