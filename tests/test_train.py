@@ -150,6 +150,12 @@ def test_statistics_by_tower_are_the_same_on_every_mesh(data_root):
             state, metrics = trainer.step(trainer.init({}), batch)
             metrics |= trainer.tower_metrics(state)
         found.append({name: float(value) for name, value in metrics.items()})
+        if mesh.size == 1:
+            with jax.set_mesh(mesh):
+                plain = Trainer(dataclasses.replace(cfg, tower_metrics=False), mesh)
+                without, _ = plain.step(plain.init({}), batch)
+            for path, value in without.trained.items():  # they change no parameter
+                np.testing.assert_array_equal(state.trained[path], value, err_msg=path)
     one, split = found
     towers = {path.split(".")[0] for path in trainer.trained}
     assert {"visual", "llama"} <= towers

@@ -77,7 +77,7 @@ class Monitor:
         signals.listen(mesh)
         self._watchdog = Watchdog(workdir / f"stacks-{jax.process_index()}.txt", cfg.hang_seconds)
         self._tracer = Tracer(workdir / "profile", parse_steps(cfg.profile_steps))
-        self._spikes = SpikeDetector(workdir, cfg.spike_threshold, done)
+        self._spikes = SpikeDetector(workdir, cfg.spike_threshold)
         self._ends = _Ends()
         self._rates = _Rates(cfg, mesh) if lead else None
         # CPUs compute on the threads that would dispatch ahead, and two concurrent programs with

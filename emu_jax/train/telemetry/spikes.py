@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from emu_jax.train.telemetry.rows import Row, RowFile, filter_rows, is_step
+from emu_jax.errors import UserError
+from emu_jax.train.telemetry.rows import Row, RowFile, filter_rows, is_step, read_rows
 
 SPIKES_FILE = "spikes-{}.jsonl"
 _WINDOW = 100  # finite losses that a step is compared with
@@ -34,17 +35,15 @@ class SpikeDetector:
     Args:
         threshold: how many deviations above the median a spike is. The deviation is estimated by
             the median distance from the median, which spikes do not move. 0 disables the detector.
-        start_step: steps done before this process began. Spikes of later steps, which an earlier
-            process recorded, are dropped at the first spike.
     """
 
-    def __init__(self, workdir: Path, threshold: float, start_step: int) -> None:
+    def __init__(self, workdir: Path, threshold: float) -> None:
         self.threshold = threshold
         self._path = workdir / SPIKES_FILE.format(jax.process_index())
-        self._start_step = start_step
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._documents: dict[int, Sequence[tuple[str, int]]] = {}
-        self._file: RowFile | None = None
+        self._file: RowFile | None = None  # opened at the first spike
+        self._recorded = set[int]()  # steps in the file
 
     def __enter__(self) -> SpikeDetector:
         return self
@@ -99,11 +98,13 @@ class SpikeDetector:
         try:
             if self._file is None:
                 if self._path.exists():
-                    filter_rows(self._path, _is_spike, lambda row: row["step"] <= self._start_step)
+                    filter_rows(self._path, _is_spike, lambda _: True)  # drops a torn last line
+                    self._recorded = {row["step"] for row in read_rows(self._path, _is_spike)}
                 self._file = RowFile(self._path)
-            self._file.append(row | {"documents": documents, "where": where})
-        except OSError as error:  # a full disk, for example: a record must not end the run
-            print(f"failed to write {self._path}: {error.strerror}", file=sys.stderr)
+            if step not in self._recorded:  # a resumed run repeats steps
+                self._file.append(row | {"documents": documents, "where": where})
+        except (OSError, UserError) as error:  # a record must not end the run
+            print(f"failed to record a loss spike: {error}", file=sys.stderr)
         if jax.process_index() == 0:
             usual = "" if math.isnan(median) else f", where {median:.4g} is usual"
             print(
