@@ -62,8 +62,8 @@ def write_report(workdir: Path, title: str) -> None:
     held_out = {stage: read_evaluations(workdir, stage) for stage in curves}
     sections = [
         held_out_tables(held_out),
-        contact_sheets(workdir),
         training_curves(curves, held_out),
+        contact_sheets(workdir),
         details("Configuration", json.loads((workdir / "train.json").read_text())),
     ]
     write_page(workdir / REPORT_FILE, title, sections, STYLE)
@@ -264,7 +264,8 @@ STYLE = """
 .charts svg text { font-family: inherit !important; }
 table.sources { width: auto; max-width: 100%; }
 table.sources th[scope=col] { text-align: right; padding-left: 1.5rem; color: var(--soft); }
-.sheets img { image-rendering: auto; max-width: 100%; height: auto; border-radius: .5rem;
+.sheets figure { overflow-x: auto; }
+.sheets img { image-rendering: auto; max-width: max(100%, 40rem); height: auto; border-radius: .5rem;
   border: 1px solid var(--rule); }
 .sheets figure { margin-bottom: .8rem; }
 .sheets figcaption { margin-top: .3rem; }
