@@ -38,7 +38,17 @@ def get_config() -> ConfigDict:
         ),
         parents={"visual": "../digits_clip"},
         steps=500,
-        eval=(EvalConfig(every=50, batches=1),),
+        eval=(
+            EvalConfig(every=50, batches=1),
+            EvalConfig(
+                "captions",
+                kind="captions",
+                every=250,
+                batches=1,
+                batch_size=12,
+                generation={"max_new_tokens": 8},
+            ),
+        ),
         regression_weight=5.0,
         checkpoint_every=100,
     )

@@ -17,6 +17,13 @@ from emu_jax.train.config import (
     digits_data,
 )
 
+GENERATION = {
+    "guidance_scale": 6.0,
+    "num_inference_steps": 20,
+    "scheduler": "ddim",
+    "max_new_tokens": 8,
+}
+
 
 def get_config() -> ConfigDict:
     return digits_config(
@@ -46,7 +53,15 @@ def get_config() -> ConfigDict:
             "vae": "../digits_vae",
         },
         steps=600,
-        eval=(EvalConfig(every=100, batches=1),),
+        eval=(
+            EvalConfig(every=100, batches=1),
+            *(
+                EvalConfig(
+                    kind, kind=kind, every=300, batches=1, batch_size=12, generation=GENERATION
+                )
+                for kind in ("images", "continuations")
+            ),
+        ),
         ema_decay=0.99,
         checkpoint_every=200,
     )

@@ -40,7 +40,17 @@ def get_config() -> ConfigDict:
             weight_decay=0.0,
         ),
         steps=800,
-        eval=(EvalConfig(every=100, batches=1),),
+        eval=(
+            EvalConfig(every=100, batches=1),
+            EvalConfig(
+                "captions",
+                kind="captions",
+                every=200,
+                batches=1,
+                batch_size=12,
+                generation={"max_new_tokens": 8},
+            ),
+        ),
         regression_weight=5.0,
         save_frozen=False,
         checkpoint_every=100,

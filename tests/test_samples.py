@@ -1,21 +1,26 @@
 """Samples of a model in training: held-out documents, scores, contact sheets."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 from test_train import MESHES, data_root, small  # noqa: F401
+from test_training import TOY, toy  # noqa: F401
 
 from emu_jax.data import digits
 from emu_jax.data.config import DataConfig
 from emu_jax.data.documents import Document, Image, Text, write_documents
+from emu_jax.data.mixture import is_held_out
 from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train import sheets
 from emu_jax.train.config import EvalConfig
+from emu_jax.train.evaluation import EvalResult, Evaluation
+from emu_jax.train.loop import train
 from emu_jax.train.samples import (
     SampleEvaluation,
     choose_documents,
@@ -105,6 +110,10 @@ def test_chosen_documents_are_fixed_and_fit(held_out):
     assert drawn == {f"word {n}" for n in range(4, 40)}
     pages = {spelled(d.prompt) for d in chosen("continuations", held_out, count=100)}
     assert pages == {str(n) for n in range(100, 104)}
+    # Of training data, those that are held out.
+    share = dataclasses.replace(held_out, holdout=0.2, held_out=True)
+    held = {spelled(d.prompt) for d in chosen("captions", share, count=100)}
+    assert held == {str(n) for n in range(2, 40) if is_held_out(n, 0.2)} and 2 < len(held) < 20
     with pytest.raises(UserError, match="no held-out document has a prompt .* within 5 tokens"):
         chosen("captions", held_out, room=5)  # an image takes six, and <s>
 
@@ -230,3 +239,42 @@ def test_sheets_of_later_steps_are_removed(tmp_path):
     with PIL.Image.open(listed["captions"][1][1]) as image:
         assert image.size == (9, 9)
     assert (tmp_path / "samples" / "captions" / "notes.png").is_file()
+
+
+class Drawn(Evaluation):
+    """Draws the number of the step, as a brightness."""
+
+    @classmethod
+    def check(cls, cfg, config):
+        pass
+
+    def run(self, state, step, stop):
+        return EvalResult({"step_seen": float(step)}, PIL.Image.new("RGB", (4, 4), (step, 0, 0)))
+
+
+def test_a_run_keeps_a_sheet_of_each_step_and_a_report(toy, tmp_path):  # noqa: F811
+    """Once, also if it resumes from an earlier step."""
+    cfg = dataclasses.replace(
+        TOY, checkpoint_every=2, eval=(EvalConfig("drawn", every=2, kind="drawn"),), steps=6
+    )
+
+    def run(cfg):
+        train(cfg, tmp_path, {"drawn": Drawn})
+        listed = sheets.list_sheets(tmp_path)["drawn"]
+        for step, path in listed:
+            with PIL.Image.open(path) as image:
+                assert image.getpixel((0, 0)) == (step, 0, 0)
+        assert "step 6" in (tmp_path / "report.html").read_text()
+        return [step for step, _ in listed]
+
+    assert run(cfg) == [2, 4, 6]
+    shutil.rmtree(tmp_path / "6")
+    for step in (5, 6, 30):
+        sheets.save_sheet(tmp_path, "drawn", step, PIL.Image.new("RGB", (4, 4)))
+    assert run(cfg) == [2, 4, 6]
+    # TensorBoard has the newest of each step.
+    (events,) = (tmp_path / "tensorboard").glob("*")
+    assert all(b"drawn/sheet" in path.read_bytes() for path in events.iterdir())
+    # Without evaluations there is no report.
+    train(dataclasses.replace(cfg, eval=()), tmp_path / "plain")
+    assert not (tmp_path / "plain" / "report.html").exists()

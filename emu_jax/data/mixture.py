@@ -68,7 +68,7 @@ class OpenSource(NamedTuple):
 
     def reads(self, index: int) -> bool:
         """Returns whether a document is on the side of the hold-out that is read."""
-        return not self.holdout or (_uniform(index) < self.holdout) == self.held_out
+        return not self.holdout or is_held_out(index, self.holdout) == self.held_out
 
 
 class SampledDocument(NamedTuple):
@@ -453,6 +453,11 @@ def check_usable(source: OpenSource, requires: Requirements) -> None:
             f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that "
             f"{requires.kind!r} can use"
         )
+
+
+def is_held_out(index: int, holdout: float) -> bool:
+    """Returns whether a document of a source belongs to the share that is held out."""
+    return _uniform(index) < holdout
 
 
 def _uniform(index: int) -> float:

@@ -22,7 +22,7 @@ from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EvalResult, Evaluation, Stop
 from emu_jax.train.loop import EVALUATIONS
-from emu_jax.train.samples import TrainedEmu, sheet_of
+from emu_jax.train.samples import TrainedEmu, rows_at_once, sheet_of
 from emu_jax.train.sheets import MAX_ROWS, Part, SheetRow
 from emu_jax.train.step import Trainer, TrainState
 
@@ -46,7 +46,7 @@ class TaskEvaluation(Evaluation):
     ) -> None:
         super().__init__(cfg, config, trainer, tokenizer, workdir)
         self.task, self._context, self.items = _open(cfg, config)
-        self._batch_size = config.batch_size or cfg.data.batch_size
+        self._batch_size = rows_at_once(cfg, config)
         self._mode: Mode = choose_mode("auto", tokenizer, self.task)
         self._check_scorer()
         self._emu = TrainedEmu(
@@ -142,7 +142,7 @@ def _open(cfg: TrainConfig, config: EvalConfig) -> tuple[Task, ScoringContext, l
     if not config.root:
         raise UserError(f"no data: set root to the folder of {task.name} (docs/evaluation.md)")
     folder, split = Folder(as_path(config.root)), check_split(task, config.split)
-    count = config.batches * (config.batch_size or cfg.data.batch_size)
+    count = config.batches * rows_at_once(cfg, config)
     items = task.items(folder, split, 0)[:count]
     if not items:
         raise UserError(f"{config.root} has no items of {task.name}, split {split}")

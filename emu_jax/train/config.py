@@ -241,7 +241,7 @@ class EvalConfig:
             held_out = dataclasses.replace(
                 data, root=root, split=split, sources=self.sources, holdout=0.0
             )
-        elif data.holdout and self.kind == "loss":
+        elif data.holdout:
             # The documents of a block are packed together. Few of them are held out.
             block = math.ceil(data.block_documents / data.holdout)
             held_out = dataclasses.replace(data, held_out=True, block_documents=block)

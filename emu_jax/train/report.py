@@ -265,8 +265,8 @@ STYLE = """
 table.sources { width: auto; max-width: 100%; }
 table.sources th[scope=col] { text-align: right; padding-left: 1.5rem; color: var(--soft); }
 .sheets figure { overflow-x: auto; }
-.sheets img { image-rendering: auto; max-width: max(100%, 40rem); height: auto; border-radius: .5rem;
-  border: 1px solid var(--rule); }
+.sheets img { image-rendering: auto; max-width: max(100%, 40rem); height: auto;
+  border: 1px solid var(--rule); border-radius: .5rem; }
 .sheets figure { margin-bottom: .8rem; }
 .sheets figcaption { margin-top: .3rem; }
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from emu_jax.data.config import DataConfig
 from emu_jax.data.documents import Document, Source, Text
 from emu_jax.data.documents import Image as StoredImage
 from emu_jax.data.images import open_image
-from emu_jax.data.mixture import chosen_sources
+from emu_jax.data.mixture import chosen_sources, is_held_out
 from emu_jax.data.sources import open_source
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu
@@ -131,7 +132,7 @@ class SampleEvaluation(Evaluation):
     ) -> None:
         super().__init__(cfg, config, trainer, tokenizer, workdir)
         held_out, defaults = config.data(cfg.data), _generation(config)
-        self._batch_size = held_out.batch_size
+        self._batch_size = rows_at_once(cfg, config)
         self._emu = TrainedEmu(
             trainer,
             tokenizer,
@@ -202,6 +203,11 @@ def sheet_of(evaluation: Evaluation, step: int, rows: Sequence[SheetRow]) -> Ima
     if jax.process_index() != 0:
         return None
     return contact_sheet(f"{evaluation.config.name}, step {step:,}", rows[:MAX_ROWS])
+
+
+def rows_at_once(cfg: TrainConfig, config: EvalConfig) -> int:
+    """Returns the batch size of an evaluation: by default, that training computes at once."""
+    return config.batch_size or cfg.data.batch_size // cfg.accumulate
 
 
 def _kind(config: EvalConfig) -> SampleKind:
@@ -296,8 +302,10 @@ def choose_documents(
 
     def fitting(number: int, source: Source) -> Iterator[HeldOutDocument]:
         rng = np.random.default_rng((SEED, number))
-        tries = min(TRIES * count, len(source))
+        tries = min(math.ceil(TRIES * count / (cfg.holdout or 1)), len(source))
         for index in rng.choice(len(source), size=tries, replace=False).tolist():
+            if cfg.holdout and not is_held_out(index, cfg.holdout):
+                continue
             try:
                 document = split_document(kind, source[index], paired=source.paired)
                 if document and _tokens(document.prompt, tokenizer, n_causal) <= room:
