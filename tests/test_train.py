@@ -158,7 +158,7 @@ def test_statistics_by_tower_are_the_same_on_every_mesh(data_root):
                 np.testing.assert_array_equal(state.trained[path], value, err_msg=path)
     one, split = found
     towers = {path.split(".")[0] for path in trainer.trained}
-    assert {"visual", "llama"} <= towers
+    assert {"visual", "text"} <= towers
     for name in ("grad_norm", "update_ratio", "lr"):
         for tower in towers:
             key = f"{name}/{tower}"

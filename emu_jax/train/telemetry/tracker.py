@@ -110,6 +110,7 @@ class BackgroundTracker(Tracker):
         self._connect, self._connected = connect, True
         self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_QUEUED)
         self._warned = False
+        self._synced: threading.Event | None = None  # set when the last `sync` is done
         self._thread = threading.Thread(
             target=self._run, daemon=True, name=f"emu-jax-{service.lower()}"
         )
@@ -131,8 +132,14 @@ class BackgroundTracker(Tracker):
         self._record(lambda tracker: tracker.table(step, name, columns, rows))
 
     def sync(self) -> None:
-        """Waits a bounded time until the service's client has the records so far."""
-        reached = threading.Event()
+        """Waits a bounded time until the service's client has the records so far.
+
+        Does not wait while an earlier call is unanswered, so a service that hangs costs this time
+        once.
+        """
+        if self._synced is not None and not self._synced.is_set():
+            return
+        self._synced = reached = threading.Event()
 
         def sync(tracker: Tracker) -> None:
             try:
