@@ -95,8 +95,8 @@ def held_out(tmp_path_factory):
     return DataConfig(root=str(root), split="heldout", mixture={"pairs": 1.0, "pages": 1.0})
 
 
-def chosen(kind, cfg, count=5, room=60):
-    tokenizer = Tokenizer.load(f"{cfg.root}/tokenizer")
+def chosen(kind, cfg, count=5, room=60, tuned=None):
+    tokenizer = Tokenizer.load(f"{cfg.root}/tokenizer", instruct=tuned)
     return choose_documents(kind, cfg, tokenizer, count, N, room)
 
 
@@ -116,6 +116,9 @@ def test_chosen_documents_are_fixed_and_fit(held_out):
     assert held == {str(n) for n in range(2, 40) if is_held_out(n, 0.2)} and 2 < len(held) < 20
     with pytest.raises(UserError, match="no held-out document has a prompt .* within 5 tokens"):
         chosen("captions", held_out, room=5)  # an image takes six, and <s>
+    assert len(chosen("captions", held_out, room=7)) == 5
+    with pytest.raises(UserError, match="within 7 tokens"):  # a system message comes first
+        chosen("captions", held_out, room=7, tuned=True)
 
 
 def test_texts_are_scored_by_words():

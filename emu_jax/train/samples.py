@@ -34,11 +34,12 @@ from emu_jax.data.mixture import chosen_sources, is_held_out
 from emu_jax.data.sources import open_source
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu
+from emu_jax.generate.prompt import instruct
 from emu_jax.generate.settings import GenerationConfig, MixedSettings
 from emu_jax.models.emu import EmuModel
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import AbstractModel
-from emu_jax.tokenizer import IMAGE, Tokenizer
+from emu_jax.tokenizer import IMAGE, USER, Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EvalResult, Evaluation, Stop
 from emu_jax.train.sheets import MAX_ROWS, Part, SheetRow, contact_sheet
@@ -93,9 +94,8 @@ class TrainedEmu:
     def __call__(self, state: TrainState) -> Emu:
         """Returns the model at a state, with averaged weights if there are any.
 
-        Parameters that are stored in the compute dtype, as frozen ones are, are not copied. On a
-        CPU the language model is, into the layout that decodes fastest. Drop the result before the
-        next step, which donates the state.
+        Parameters that are stored in the compute dtype, as frozen ones are, are not copied. Drop
+        the result before the next step, which donates the state.
         """
         params = {**state.trained, **state.frozen, **state.ema}
         module = self._template.module({path: params[path] for path in self._template.shapes})
@@ -149,6 +149,7 @@ class SampleEvaluation(Evaluation):
             config.batches * self._batch_size,
             n,
             min(held_out.row_tokens, positions - defaults.max_new_tokens - n - 1),
+            system=defaults.system,
         )
 
     @classmethod
@@ -283,6 +284,8 @@ def choose_documents(
     count: int,
     n_causal: int,
     room: int,
+    *,
+    system: str | None = None,
 ) -> list[HeldOutDocument]:
     """Chooses documents of all sources alike, at random but always the same.
 
@@ -292,6 +295,7 @@ def choose_documents(
     Args:
         n_causal: embeddings of an image.
         room: the largest number of tokens of a prompt.
+        system: the system message of an instruction-tuned model.
 
     Raises:
         UserError: a source cannot be read, or no document fits.
@@ -308,7 +312,7 @@ def choose_documents(
                 continue
             try:
                 document = split_document(kind, source[index], paired=source.paired)
-                if document and _tokens(document.prompt, tokenizer, n_causal) <= room:
+                if document and _tokens(document.prompt, tokenizer, n_causal, system) <= room:
                     yield document
             except UserError:  # damaged, or a text that no prompt can hold
                 continue
@@ -371,13 +375,16 @@ def _opened(part: Text | StoredImage) -> Part:
     return part.text.strip()
 
 
-def _tokens(prompt: Sequence[Part], tokenizer: Tokenizer, n_causal: int) -> int:
-    """Returns the number of tokens of a prompt, with `<s>`.
+def _tokens(prompt: Sequence[Part], tokenizer: Tokenizer, n_causal: int, system: str | None) -> int:
+    """Returns the number of tokens of a prompt, as `Emu` spells it.
 
     Raises:
         UserError: a text spells `<image>`, or is not valid Unicode.
     """
-    texts = [p if isinstance(p, str) else tokenizer.image_placeholder(n_causal) for p in prompt]
-    if any(IMAGE in part for part in prompt if isinstance(part, str)):
+    texts = [part for part in prompt if isinstance(part, str)]
+    if any(IMAGE in text for text in texts):
         raise UserError(f"a text must not spell {IMAGE}")
-    return len(tokenizer.encode_parts(texts))
+    if tokenizer.instruct and not any(USER in text for text in texts):
+        prompt = instruct(prompt, system)
+    image = tokenizer.image_placeholder(n_causal)
+    return len(tokenizer.encode_parts(p if isinstance(p, str) else image for p in prompt))
