@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -302,6 +304,34 @@ def test_two_jobs_in_one_run_directory(bucket, monkeypatch):
     assert not (bucket / "lock.json").exists() and not checkpoint.complete_steps(bucket)
 
 
+@pytest.mark.slow
+def test_a_kill_during_a_save_leaves_the_step_before(bucket, gcs):
+    write(bucket, [2])
+    gcs.latency = 0.1
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+    code += f"import test_object_stores as it; it.write(it.as_path({str(bucket)!r}), [4])"
+    job = subprocess.Popen([sys.executable, "-c", code])
+    arrays = "/".join((bucket / "4" / "params").parts[2:])
+    while not any(m != "GET" and name.startswith(arrays) for m, name in list(gcs.requests)):
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+    gcs.latency = 0.0
+    assert sorted(checkpoint.step_folders(bucket)) == [2, 4] and (bucket / "lock.json").exists()
+    assert checkpoint.complete_steps(bucket) == [2]
+    assert_restores(bucket, 2)
+    assert names(bucket) == ["2"]
+
+
+@pytest.mark.slow
+def test_a_store_that_is_busy_for_30_seconds_delays_a_save(bucket, gcs):
+    with Checkpoints(bucket, 10) as checkpoints:
+        checkpoints.save(2, items(2))
+        gcs.refuse(30)
+    assert_restores(bucket, 2)
+
+
 # --- Runs ------------------------------------------------------------------------------------
 
 
@@ -331,13 +361,13 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(root, bucket, tmp_path, monkeypat
     """Also one that was stopped and has logged steps beyond its checkpoint."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    train(config(root), tmp_path)
-    train(dataclasses.replace(config(root), steps=2), bucket)
-    lost = read_metrics(bucket)["emu"][-1] | {"step": 3}
-    log = storage.open_log(bucket / "metrics.jsonl")
-    log.write(json.dumps(lost) + "\n")
-    log.close()
-    train(config(root), bucket)
+    for workdir in (tmp_path, bucket):
+        train(dataclasses.replace(config(root), steps=2), workdir)
+        lost = read_metrics(workdir)["emu"][-1] | {"step": 3}
+        log = storage.open_log(workdir / "metrics.jsonl")
+        log.write(json.dumps(lost) + "\n")
+        log.close()
+        train(config(root), workdir)
     assert_equal_runs(tmp_path, bucket)
     assert {p.name for p in bucket.iterdir()} == {p.name for p in tmp_path.iterdir()} - {
         path.name for path in tmp_path.iterdir() if path.is_file() and not path.stat().st_size
