@@ -153,7 +153,7 @@ def precompute(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument(
         "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
     )
-    parser.add_argument("--out", type=_local_path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="documents to read")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
