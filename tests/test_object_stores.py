@@ -357,6 +357,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp, of a trace
 def test_a_run_in_a_store_is_the_run_on_a_disk(root, bucket, tmp_path, monkeypatch):
     """Also one that was stopped and has logged steps beyond its checkpoint."""
     devices = jax.devices()[:1]
