@@ -207,6 +207,7 @@ def test_a_sheet_shows_every_part_in_its_column():
     rows = [
         SheetRow([small[0], "one"], [small[1]], [small[2]]),
         SheetRow(["a word " * 60, wide], [], ["b"]),
+        SheetRow(["\x00\x07" + "unbroken" * 30], ["b"], ["b"]),
     ]
     sheet = np.asarray(contact_sheet("captions, step 5", rows))
     lefts = []
@@ -223,6 +224,9 @@ def test_a_sheet_shows_every_part_in_its_column():
     # Nothing leaves its column: the margins between columns are blank.
     widest = sheets.CELL_WIDTHS[1]
     assert sheet.shape[1] <= 3 * (widest + 2 * sheets.MARGIN)
+    last = sheet[-120 - sheets.MARGIN : -sheets.MARGIN]  # of the unbroken word
+    gap = slice(sheets.MARGIN + widest + 4, 3 * sheets.MARGIN + widest - 4)
+    assert (last[:, gap] == 255).all() and (last[:, : sheets.MARGIN + widest] < 255).any()
     white = (sheet[sheets.MARGIN * 6 :] == 255).all((0, 2))
     assert white[-sheets.MARGIN // 2 :].all() and white[: sheets.MARGIN // 2].all()
 

@@ -105,8 +105,19 @@ def _boxes(parts: Sequence[Part]) -> list[Box]:
             boxes.append((*image.size, image))
             continue
         cut = part if len(part) <= MAX_CHARACTERS else part[:MAX_CHARACTERS] + " …"
-        boxes += [(_text_width(word, TEXT_SIZE), TEXT_SIZE, word) for word in cut.split()]
+        words = [piece for word in cut.split() for piece in _pieces(word)]
+        boxes += [(_text_width(word, TEXT_SIZE), TEXT_SIZE, word) for word in words]
     return boxes
+
+
+def _pieces(word: str) -> list[str]:
+    """Cuts a word that is wider than a column."""
+    pieces = [""]
+    for letter in word:
+        if _text_width(pieces[-1] + letter, TEXT_SIZE) > CELL_WIDTHS[1]:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
 
 
 def _scaled(image: Image.Image) -> Image.Image:
@@ -128,7 +139,7 @@ def _column_width(heading: str, cells: Sequence[Sequence[list[Box]]], column: in
 
 
 def _wrap(boxes: Sequence[Box], width: int) -> list[list[Box]]:
-    """Breaks words and images into lines. A word wider than a line stands alone."""
+    """Breaks words and images into lines."""
     lines: list[list[Box]] = [[]]
     used = 0
     for box in boxes:
