@@ -138,8 +138,9 @@ def test_batches_are_equal_to_local_ones(store, data, tmp_path, tokenizer):  # n
         assert_equal(a, b)
 
 
-def test_listings_take_one_request(gcs, data):
+def test_listings_take_one_request(gcs, data, monkeypatch):
     """Not one for each image, file of records or tar."""
+    monkeypatch.setattr(storage, "LISTED", 2)
     upload(data, gcs.folder)
     pages = open_source(
         SourceConfig("p", "pages", (f"{gcs.folder}/pages.jsonl",), media=(f"{gcs.folder}/media",))

@@ -24,6 +24,7 @@ from emu_jax.models import cpu, xla
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.lora import LoraLinear
 from emu_jax.sharding import AbstractModel, make_mesh, nest
+from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, digits_data
 from emu_jax.train.config_file import load_config
@@ -306,11 +307,18 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_stopped_precompute_goes_on(parent, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["local", "store"])
+def test_a_stopped_precompute_goes_on(parent, tmp_path, monkeypatch, where, request):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(sys.modules[precompute.__module__], "PART_BYTES", 1)  # a batch a part
     cfg, through, stopped = decoding(parent), tmp_path / "through", tmp_path / "stopped"
+    if where == "store":
+        stopped = as_path(f"{request.getfixturevalue('gcs').folder}/stopped")
+
+    def version(path: Path) -> object:
+        return path.info()["generation"] if where == "store" else path.stat().st_mtime_ns
+
     assert precompute(cfg, through, rows=12)["rows"] == 12
 
     close, closed = PartWriter.close, []
@@ -327,9 +335,9 @@ def test_a_stopped_precompute_goes_on(parent, tmp_path, monkeypatch):
             precompute(cfg, stopped, rows=12)
     with pytest.raises(UserError, match="another config"):
         precompute(dataclasses.replace(cfg, seed=1), stopped, rows=12)
-    first = next(stopped.glob("latents-00000-*")).stat().st_mtime_ns
+    first = version(next(stopped.glob("latents-00000-*")))
     assert precompute(cfg, stopped, rows=12)["rows"] == 12
-    assert next(stopped.glob("latents-00000-*")).stat().st_mtime_ns == first
+    assert version(next(stopped.glob("latents-00000-*"))) == first
     names = [path.name for path in sorted(through.glob("latents-*"))]
     assert len(names) == 3 and not (stopped / "progress.json").exists()
     for name in names:

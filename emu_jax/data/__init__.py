@@ -2,7 +2,8 @@
 
 documents.py  documents, the interface of a source, and ArrayRecord files
 sources/      readers of documents, one for each format: `SourceConfig`
-storage.py    local and remote files
+storage.py    local and remote files; file_cache.py, local copies of remote ones within a bound
+records.py    ArrayRecord files in object stores
 unused.py     counts of the used and unused parts of a source
 build/        raw data to filtered ArrayRecord files
 inspect.py    a page about the training data

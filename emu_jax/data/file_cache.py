@@ -84,7 +84,8 @@ class FileCache:
                     "data.cache_bytes, or set data.cache to a folder on another disk"
                 ) from None
         try:
-            os.utime(held)
+            with contextlib.suppress(OSError):  # another user's file
+                os.utime(held)
             yield target
         finally:
             os.close(held)

@@ -9,6 +9,7 @@ refuses a request now and then.
 
 from __future__ import annotations
 
+import collections
 import errno
 import functools
 import glob
@@ -34,6 +35,7 @@ T = TypeVar("T")
 ATTEMPTS = 5
 WAIT = 0.5  # seconds before the second attempt; each later wait is twice as long
 THREADS = 16  # requests to a store at the same time
+LISTED = 8  # files of one folder that are looked up in a listing: it may have others
 _PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4|zip)$")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -179,24 +181,21 @@ def stat(path: str) -> Stat:
 def stats(paths: Sequence[str]) -> list[Stat]:
     """Returns the size and modification stamp of each file.
 
-    Remote files are looked up in a listing of their folder, not with a request each.
+    Many remote files of one folder are looked up in a listing of it, not with a request each.
 
     Raises:
         FileNotFoundError, PermissionError
         Unreadable: one is not a regular file.
         UserError: all attempts failed.
     """
-    folders = {parent(path) for path in paths if is_remote(path)}
-    listings: dict[str, dict[str, Stat]] = {}
-    if len(paths) > 1:
-        with ThreadPoolExecutor(THREADS) as pool:
-            listings = dict(zip(folders, pool.map(listing, folders), strict=True))
-
-    def look_up(path: str) -> Stat:
-        known = listings.get(parent(path), {}) if is_remote(path) else {}
-        return known.get(path.rpartition("/")[2]) or stat(path)
-
+    counts = collections.Counter(parent(path) for path in paths if is_remote(path))
+    folders = [folder for folder, count in counts.items() if count >= LISTED]
     with ThreadPoolExecutor(THREADS) as pool:
+        listings = dict(zip(folders, pool.map(listing, folders), strict=True))
+
+        def look_up(path: str) -> Stat:
+            return listings.get(parent(path), {}).get(os.path.basename(path)) or stat(path)
+
         return list(pool.map(look_up, paths))
 
 
