@@ -102,7 +102,8 @@ class Progress:
 
 
 class PartWriter:
-    """Writes a process's share of one part. The file appears when it is closed."""
+    """Writes a process's share of one part. The file appears when it is closed; if an error ends
+    the context first, it is discarded."""
 
     def __init__(self, folder: Path, part: int, process: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,12 @@ class PartWriter:
     def close(self) -> None:
         self._writer.close()
         self._file.close()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
 
 def finish(

@@ -93,18 +93,19 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
             if progress.parts:
                 batches.restore(progress.position)
             while (done := progress.rows) < rows:
-                writer = PartWriter(folder, progress.parts, index)
-                while done < min(rows, progress.rows + part_rows):
-                    batch = {
-                        k: jax.make_array_from_process_local_data(batch_sharding(mesh), v)
-                        for k, v in next(batches).items()
-                    }
-                    for pair in zip(*map(_local, compute(params, batch)), strict=True):
-                        writer.add(*pair)
-                    size = batch["tokens"].shape[0]  # of all processes; a source may have its own
-                    done += size
-                    bar.add(size)
-                writer.close()
+                with PartWriter(folder, progress.parts, index) as writer:
+                    while done < min(rows, progress.rows + part_rows):
+                        batch = {
+                            k: jax.make_array_from_process_local_data(batch_sharding(mesh), v)
+                            for k, v in next(batches).items()
+                        }
+                        for pair in zip(*map(_local, compute(params, batch)), strict=True):
+                            writer.add(*pair)
+                        # Of all processes; a source may have its own.
+                        size = batch["tokens"].shape[0]
+                        done += size
+                        bar.add(size)
+                    writer.close()
                 multihost_utils.sync_global_devices(f"latents, part {progress.parts}")
                 progress = progress.after(
                     folder, rows=done, processes=count, position=batches.state()
