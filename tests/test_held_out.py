@@ -233,6 +233,8 @@ def test_an_evaluation_that_is_due_runs_exactly_once(toy, tmp_path, capsys, monk
     # A kill loses what came after the last checkpoint, rows of evaluations among it.
     killed = shutil.copytree(tmp_path / "run", tmp_path / "killed")
     shutil.rmtree(killed / "9")
+    with (killed / "evaluations.jsonl").open("a") as file:
+        file.write('{"stage": "toy", "evalu')
     train(cfg, killed, SCRIPTED)
     assert Scripted.ran == [2, 2, 4, 6, 6, 8, 9, 9, 8, 9]
     rows = [without_times(read_evaluations(tmp_path / name)["a"]) for name in ("run", "killed")]

@@ -143,9 +143,12 @@ class EvaluationLog:
         self._done = set[tuple[str, int]]()  # (evaluation, step) with a row, on the first process
         self._file: RowFile | None = None  # opened at the first row
         if self._lead and self._path.exists():
-            later = lambda row: row["stage"] == stage and row["step"] > start_step  # noqa: E731
-            if any(map(later, read_rows(self._path, _is_evaluation))):
-                filter_rows(self._path, _is_evaluation, lambda row: not later(row))
+            # Also drops a line that a killed process did not finish.
+            filter_rows(
+                self._path,
+                _is_evaluation,
+                lambda row: not (row["stage"] == stage and row["step"] > start_step),
+            )
             rows = read_evaluations(workdir, stage)
             self._done = {(name, row["step"]) for name in rows for row in rows[name]}
 
