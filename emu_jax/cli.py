@@ -123,7 +123,7 @@ def train(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
         from emu_jax.train.distributed import initialize_distributed
-        from emu_jax.train.dry_run import dry_run, summary
+        from emu_jax.train.dry_run import dry_run, dry_run_summary
         from emu_jax.train.loop import train
 
         initialize_distributed()
@@ -132,7 +132,7 @@ def train(parser: argparse.ArgumentParser) -> Command:
         if args.dry_run:
             report = dry_run(cfg, args.workdir, load_config(TrainConfig, args.config, []), KINDS)
             if not args.json and jax.process_index() == 0:
-                print(summary(report))
+                print(dry_run_summary(report))
             for problem in report.problems:
                 _complain(problem)
             args.failure = 2

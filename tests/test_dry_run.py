@@ -32,7 +32,7 @@ from emu_jax.train.config import (
     TrainConfig,
     digits_data,
 )
-from emu_jax.train.dry_run import dry_run, summary
+from emu_jax.train.dry_run import dry_run, dry_run_summary
 from emu_jax.train.lock import Lock
 
 PAIRS, PAGES = 300, 100  # documents
@@ -121,7 +121,7 @@ def test_the_figures_of_a_run(data_root, tmp_path):
     pairs, pages = batch.sources
     assert (pairs.documents, pages.documents) == (PAIRS, PAGES)
     assert (pairs.share, pairs.steps_per_epoch, pages.steps_per_epoch) == (0.75, None, None)
-    text = summary(report)
+    text = dry_run_summary(report)
     assert "* steps = 50  (file: 40)" in text and "  log_every = 10\n" in text
     assert "steps per epoch unknown until indexed" in text and "emu-jax plan" in text
 
@@ -150,7 +150,7 @@ def test_every_objective_has_figures(objective, data_root, tmp_path, monkeypatch
     if objective in ("clip", "vae"):  # a row is a pair
         assert pairs.steps_per_epoch == PAIRS / 8
     assert all(source.documents for source in report.batches[0].sources)
-    assert summary(report)
+    assert dry_run_summary(report)
 
 
 def test_all_missing_paths_are_named_at_once(tmp_path):
@@ -233,6 +233,9 @@ def test_what_does_not_fit_is_named_at_once(data_root, tmp_path, monkeypatch):
     frozen = OptimizerConfig(groups=(GroupConfig(".*", lr=0.0),))
     (problem,) = dry_run(small("text", data_root, optimizer=frozen), tmp_path).problems
     assert problem.startswith("every parameter is frozen")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = dry_run(small("text", data_root, tracker="wandb"), tmp_path).problems
+    assert problem.startswith("tracker 'wandb' is not installed")
     (problem,) = dry_run(small("texts", data_root), tmp_path).problems
     assert problem == "unknown objective 'texts'; did you mean 'text'?"
 
@@ -245,7 +248,7 @@ def test_a_run_that_would_resume(data_root, tmp_path, monkeypatch):
         save_step(tmp_path, cfg, step)
     report = dry_run(dataclasses.replace(cfg, log_every=3), tmp_path)
     assert report.passed and report.start.step == 7 and "log_every" in report.start.may_change
-    assert "resumes      from step 7" in summary(report)
+    assert "resumes      from step 7" in dry_run_summary(report)
     (note,) = dry_run(dataclasses.replace(cfg, steps=7), tmp_path).notes
     assert note == "step 7 is saved, and steps is 7: nothing is left to do"
 

@@ -36,6 +36,7 @@ from emu_jax.train.lock import Lock
 from emu_jax.train.loop import EVALUATIONS
 from emu_jax.train.objectives import Objective, get_objective
 from emu_jax.train.step import Trainer, check_rows, mesh_for, mesh_reasons
+from emu_jax.train.telemetry.trackers import check_tracker
 from emu_jax.train.warm_start import WarmStart
 
 UNKNOWN = "unknown until indexed"
@@ -195,6 +196,8 @@ def dry_run(
                 check_rows(size, cfg.accumulate, batch_sharding(mesh))
         rows_split = len(problems) == before
 
+    with problems.caught():
+        check_tracker(cfg)
     objective = trainer = None
     with problems.caught():
         objective = get_objective(cfg)
@@ -475,7 +478,7 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-def summary(report: DryRun) -> str:
+def dry_run_summary(report: DryRun) -> str:
     """Formats a report, without its problems, as text."""
     lines = [f"config of {report.name} (* differs from the file)"]
     for key, value in _leaves(report.config).items():

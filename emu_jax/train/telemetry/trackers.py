@@ -32,10 +32,7 @@ def open_trackers(cfg: TrainConfig, workdir: Path, start_step: int | None = None
     Raises:
         UserError: the package of the tracker is not installed.
     """
-    if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
-        raise UserError(
-            f"tracker {cfg.tracker!r} is not installed: pip install 'emu_jax[{cfg.tracker}]'"
-        )
+    check_tracker(cfg)
     if jax.process_index() != 0:
         return Trackers(())
     # The files come last. What they hold, the service has been given.
@@ -46,6 +43,18 @@ def open_trackers(cfg: TrainConfig, workdir: Path, start_step: int | None = None
             JsonlTracker(workdir, cfg.name, start_step),
         )
     )
+
+
+def check_tracker(cfg: TrainConfig) -> None:
+    """Checks that the tracker of a run can be opened.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
+        raise UserError(
+            f"tracker {cfg.tracker!r} is not installed: pip install 'emu_jax[{cfg.tracker}]'"
+        )
 
 
 def _open_service(cfg: TrainConfig, workdir: Path) -> tuple[Tracker, ...]:
