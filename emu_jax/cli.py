@@ -748,7 +748,7 @@ def plan(parser: argparse.ArgumentParser) -> Command:
 
             rows = calibrate()
             print(calibration_table(rows))
-            return {"runs": rows}
+            return {"runs": [row.to_json() for row in rows]}
         if args.config is None or not args.topology:
             raise UserError("give --config and --topology, or --calibrate; see emu-jax plan --help")
         topologies = [Topology.parse(t, args.slices) for t in args.topology.split(",")]
@@ -780,9 +780,9 @@ def plan(parser: argparse.ArgumentParser) -> Command:
                 put_on_page(args.out, args.page)
             if not args.json:
                 print((args.out / "sweep.md").read_text())
-                for name, best in result["best"].items():
-                    print(f"best on {name}:\n{planning.summary(best)}")
-            return result
+                for name, report in result.best.items():
+                    print(f"best on {name}:\n{planning.summary(report)}")
+            return result.to_json()
         if len(topologies) > 1:
             raise UserError("several topologies need --sweep: give one")
         if args.page:
@@ -790,7 +790,7 @@ def plan(parser: argparse.ArgumentParser) -> Command:
         report = planning.plan_in_subprocess(configs[0], topologies[0], args.program)
         if not args.json:
             print(planning.summary(report))
-        return report
+        return report.to_json()
 
     return run
 

@@ -31,7 +31,7 @@ IDS = TokenIds.after(WORDS)
 MODEL = EmuConfig(
     tokens=IDS,
     vision=VisionConfig(
-        image_size=SIDE, patch_size=4, width=16, layers=1, head_width=8, mlp_width=16, clip_width=16
+        image_size=SIDE, patch_size=4, width=16, layers=1, head_width=8, mlp_width=16, clip_width=64
     ),
     cformer=CFormerConfig(
         n_causal=N, width=16, layers=1, heads=2, head_width=8, mlp_width=16, dropout=0.0
@@ -121,9 +121,9 @@ def loss_and_gradients(cfg: TrainConfig, compute=None):
     trained = {path: params.pop(path) for path in flat if group_of(path, cfg.optimizer).lr > 0}
 
     @jax.jit
-    def run(batch):
+    def run(trained, frozen, batch):
         def loss(trained):
-            values = trained | params
+            values = trained | frozen
             leaves = [
                 (path, leaf.replace(values[".".join(map(str, path))]))
                 for path, leaf in nnx.to_flat_state(state)
@@ -135,7 +135,7 @@ def loss_and_gradients(cfg: TrainConfig, compute=None):
 
         return jax.value_and_grad(loss)(trained)
 
-    return run
+    return functools.partial(run, *jax.tree.map(jnp.asarray, (trained, params)))
 
 
 def assert_ignores_neighbors(run, batch) -> None:

@@ -26,17 +26,28 @@ from emu_jax.models.xla import CAUSAL_BLOCK
 from emu_jax.plan import hlo
 from emu_jax.plan.plan import (
     SAFE,
+    CompiledReport,
     CompilerCrash,
+    Report,
     _report,
-    abstract_batch,
     collective_bytes,
     run_in_subprocess,
 )
-from emu_jax.plan.roofline import Network, busiest, times
-from emu_jax.plan.sweep import Family, check_page, family, plot_scaling, put_on_page, sweep, table
+from emu_jax.plan.roofline import Network, Operation, busiest, times
+from emu_jax.plan.sweep import (
+    Family,
+    Trial,
+    check_page,
+    family,
+    plot_scaling,
+    put_on_page,
+    sweep,
+    table,
+)
 from emu_jax.sharding import choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
+from emu_jax.train.device_memory import abstract_batch
 from emu_jax.train.flops import jaxpr_flops, train_flops
 from emu_jax.train.objectives import get_objective
 from emu_jax.train.step import Trainer
@@ -758,12 +769,12 @@ def test_bounds_of_a_roofline():
     assert (t.compute, t.hbm, t.overlapped) == (1.0, 0.5, 1.0)
     assert t.serial == pytest.approx(1.0 + 0.4 + 0.01)
     first, second = busiest(counts, topology)
-    assert (first["source"], first["compute"], first["hbm"]) == (
+    assert (first.source, first.compute, first.hbm) == (
         "product",
         1.0,
         pytest.approx(0.11),
     )
-    assert first["serial"] == pytest.approx(1.01) and second["serial"] == pytest.approx(0.4)
+    assert first.serial == pytest.approx(1.01) and second.serial == pytest.approx(0.4)
 
 
 # --- The 14B step's sharding, pinned --------------------------------------------------------------
@@ -805,34 +816,65 @@ def test_ladder_sizes():
 # --- Reports and errors ---------------------------------------------------------------------------
 
 
-def report(**changes):
+def report(**changes) -> CompiledReport:
     base = {
+        "program": "train",
         "fits": True,
-        "curve": "weak",
         "topology": "v5e:4x4",
         "slices": 1,
         "chips": 16,
+        "devices": 16,
         "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
         "remat": {"llama": "full"},
+        "rows": 32,
         "rows_per_chip": 2.0,
+        "model_flops": 1.0,
         "hbm_bytes": 2**33,
         "hbm_limit_bytes": 2**34,
+        "hbm_by_kind": {"temporaries": 2**30},
+        "collective_bytes": {},
+        "compile_seconds": 1.0,
         "step_seconds_overlap": 1.0,
         "step_seconds_serial": 1.5,
         "tokens_per_second": 100.0,
         "tokens_per_second_overlap": 150.0,
         "mfu_serial": 0.4,
         "mfu_overlap": 0.6,
+        "host_bytes": 0,
+        "device_flops": 1.0,
+        "hbm_traffic_bytes": 1.0,
+        "seconds": {"compute": 1.0, "ici": 0.5},
+        "busiest": (Operation("dot", 0.5, 0.25, 0.5),),
+        "compiler_seconds": None,
+        "not_counted": ("kernel x",),
     }
-    return base | changes
+    return CompiledReport(**(base | changes))
+
+
+def trial(curve: str = "weak", **changes) -> Trial:
+    return Trial("key", curve, report(**changes))
+
+
+def test_a_report_survives_its_json():
+    """Of a program that does not fit, the bounds are null, and the rest of its speed is missing."""
+    compiled = report()
+    values = json.loads(json.dumps(compiled.to_json()))
+    assert Report.from_json(values | {"key": "k", "curve": ""}) == compiled
+    common = {field.name: getattr(compiled, field.name) for field in dataclasses.fields(Report)}
+    over = Report(**common | {"fits": False})
+    values = json.loads(json.dumps(over.to_json()))
+    assert Report.from_json(values) == over and type(Report.from_json(values)) is Report
+    assert values["mfu_serial"] is values["tokens_per_second"] is None and "seconds" not in values
+    with pytest.raises(UserError, match="no 'hbm_bytes'"):
+        Report.from_json({key: value for key, value in values.items() if key != "hbm_bytes"})
 
 
 def test_sweep_table_and_plot(tmp_path):
-    slow = report(curve="", step_seconds_serial=3.0, mfu_serial=0.2)
-    lines = table([slow, report(curve=""), report(curve="", fits=False)]).splitlines()
+    slow = trial("", step_seconds_serial=3.0, mfu_serial=0.2)
+    lines = table([slow, trial(""), trial("", fits=False), Trial("key", "", None)]).splitlines()
     assert len(lines) == 4 and "| 0.400 | 0.600 |" in lines[2] and "| 0.200 |" in lines[3]
     plot_scaling(
-        [report(), report(chips=32, topology="v5e:4x8"), report(curve="strong")], tmp_path / "x.png"
+        [trial(), trial(chips=32, topology="v5e:4x8"), trial("strong")], tmp_path / "x.png"
     )
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
@@ -858,7 +900,7 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
             raise CompilerCrash("the TPU compiler crashed")
         # What does not grow with rows is shared by more of them; half of the links, twice as long.
         seconds = rows * again[policy] + (1.5 if cfg.mesh.fsdp == 8 else 0.7)
-        made = report(
+        return report(
             topology=str(topology),
             slices=topology.slices,
             chips=topology.chips,
@@ -872,7 +914,6 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
             step_seconds_serial=seconds,
             seconds={"compute": rows * again[policy], "ici": 0.5},
         )
-        return {key: value for key, value in made.items() if key != "curve"}
 
     monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
     monkeypatch.setattr("emu_jax.plan.sweep.family", trace)
@@ -883,8 +924,8 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     # crash the compiler, and fits two, 1.65 s a row. That done there is room for one of dots,
     # 1.7, and for two of minimal, 1.55, which are worse on the other mesh. Nothing that could not
     # fit was compiled.
-    best = found["best"]["v5e:4x4"]
-    assert (best["remat"]["llama"], best["rows_per_chip"], best["mesh"]["fsdp"]) == (
+    best = found.best["v5e:4x4"]
+    assert (best.remat["llama"], best.rows_per_chip, best.mesh["fsdp"]) == (
         "minimal",
         2,
         16,
@@ -918,10 +959,11 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
 
     before = len(asked)
     again_found = sweep(pairs, tmp_path, scaling=["weak", "strong"])
-    assert again_found["best"] == found["best"]
+    assert again_found.best == found.best
     assert asked[before:] == [("v5e:4x4", 1, "full", 3, 16)]  # all but the crash was kept
     monkeypatch.setattr(
-        "emu_jax.plan.sweep.plan_in_subprocess", lambda *_: {**pretend(*_), "fits": False}
+        "emu_jax.plan.sweep.plan_in_subprocess",
+        lambda *_: dataclasses.replace(pretend(*_), fits=False),
     )
     with pytest.raises(UserError, match="no setting fits v5e:2x2"):
         sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
@@ -934,7 +976,7 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
     def pretend(cfg, topology):
         asked.append((cfg.remat.llama, cfg.data.batch_size // topology.chips))
         rows = asked[-1][1]
-        made = report(
+        return report(
             chips=4,
             rows=rows * 4,
             rows_per_chip=rows,
@@ -944,7 +986,6 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
             step_seconds_overlap=rows * 1.0,
             step_seconds_serial=rows * 1.05,
         )
-        return {key: value for key, value in made.items() if key != "curve"}
 
     monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
     cost = {"dots": 1.0, "minimal": 1.2, "full": 1.3}
@@ -1031,7 +1072,7 @@ def test_what_a_plan_reports_by_hand():
     text = module_of(product, square, square)
     limit = 16 * 2**30
 
-    def report(memory: Any, topology: Topology = topology, text: str = text) -> dict[str, Any]:
+    def report(memory: Any, topology: Topology = topology, text: str = text) -> Any:
         def compile(compiler_options):
             if isinstance(memory, Exception):
                 raise memory
@@ -1057,16 +1098,16 @@ def test_what_a_plan_reports_by_hand():
 
     found = report(sizes(limit))
     seconds = 2 * 1024**3 / 197e12  # longer than its six MiB take
-    assert found["fits"] and found["hbm_bytes"] == found["hbm_limit_bytes"] == limit
-    assert not report(sizes(limit + 1))["fits"]
-    assert found["hbm_by_kind"]["temporaries"] == 15 and found["host_bytes"] == 7
-    assert (found["device_flops"], found["hbm_traffic_bytes"]) == (2**31, 6 * 2**20)
-    assert found["step_seconds_overlap"] == found["step_seconds_serial"] == pytest.approx(seconds)
-    assert found["mfu_overlap"] == found["mfu_serial"] == pytest.approx(0.5)
+    assert found.fits and found.hbm_bytes == found.hbm_limit_bytes == limit
+    assert not report(sizes(limit + 1)).fits
+    assert found.hbm_by_kind["temporaries"] == 15 and found.host_bytes == 7
+    assert (found.device_flops, found.hbm_traffic_bytes) == (2**31, 6 * 2**20)
+    assert found.step_seconds_overlap == found.step_seconds_serial == pytest.approx(seconds)
+    assert found.mfu_overlap == found.mfu_serial == pytest.approx(0.5)
     tokens = cfg.data.batch_size * cfg.data.row_tokens / seconds
-    assert found["tokens_per_second"] == pytest.approx(tokens)
-    assert found["tokens_per_second_overlap"] == pytest.approx(tokens)
-    assert found["rows_per_chip"] == cfg.data.batch_size / 4 and found["compiler_seconds"] == 5
+    assert found.tokens_per_second == pytest.approx(tokens)
+    assert found.tokens_per_second_overlap == pytest.approx(tokens)
+    assert found.rows_per_chip == cfg.data.batch_size / 4 and found.compiler_seconds == 5
 
     # tpu7x: a chip is two devices, each with half of what it has; its network is waited for.
     twice = Topology.parse("tpu7x:2x1x1")
@@ -1074,20 +1115,20 @@ def test_what_a_plan_reports_by_hand():
         f"{product}\n  %g = {square} all-gather(%a), replica_groups={{{{0,1,2,3}}}}", square, square
     )
     found = report(sizes(limit), twice, gathered)
-    assert found["hbm_limit_bytes"] == 96 * 2**30
+    assert found.hbm_limit_bytes == 96 * 2**30
     seconds = 2 * 1024**3 / (2307e12 / 2)
-    assert found["mfu_overlap"] == pytest.approx(2**32 / (2 * 2307e12) / found["seconds"]["ici"])
-    serial = seconds + found["seconds"]["ici"]
-    assert found["step_seconds_serial"] == pytest.approx(serial)
+    assert found.mfu_overlap == pytest.approx(2**32 / (2 * 2307e12) / found.seconds["ici"])
+    serial = seconds + found.seconds["ici"]
+    assert found.step_seconds_serial == pytest.approx(serial)
     tokens = cfg.data.batch_size * cfg.data.row_tokens
-    assert found["tokens_per_second"] == pytest.approx(tokens / serial)
+    assert found.tokens_per_second == pytest.approx(tokens / serial)
 
     # What the compiler says that it needs comes on top of what lies there already.
     full = "RESOURCE_EXHAUSTED: Allocation (size=1) (18.25G) exceeds available HBM (15.75G)"
     over = report(jax.errors.JaxRuntimeError(full))
-    assert not over["fits"] and over["mfu_serial"] is None
-    assert over["hbm_bytes"] == 300 + 18.25 * 2**30
-    assert over["hbm_by_kind"]["temporaries"] == 18.25 * 2**30 - 30
+    assert not over.fits and over.to_json()["mfu_serial"] is None
+    assert over.hbm_bytes == 300 + 18.25 * 2**30
+    assert over.hbm_by_kind["temporaries"] == 18.25 * 2**30 - 30
     with pytest.raises(jax.errors.JaxRuntimeError):
         report(jax.errors.JaxRuntimeError("INTERNAL: something else"))
 

@@ -17,7 +17,7 @@ from typing import Any
 from emu_jax.config import EmuConfig, LlamaConfig, RematConfig
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.hardware import Topology
-from emu_jax.plan.plan import plan_in_subprocess
+from emu_jax.plan.plan import CompiledReport, Report, plan_in_subprocess
 from emu_jax.train.config import MeshConfig, TrainConfig
 
 
@@ -61,8 +61,38 @@ PUBLISHED = (
 )
 
 
-def calibrate() -> list[dict[str, Any]]:
-    """Returns each published run's MFU and its predicted bounds, with attention counted in full."""
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A published run and its plan.
+
+    Attributes:
+        attention: factor of the model FLOPs if causal attention is counted in full.
+    """
+
+    run: Published
+    report: Report
+    attention: float
+
+    def mfu(self) -> dict[str, float]:
+        """Returns the predicted MFU at each bound, {} if the program was not compiled."""
+        if not isinstance(self.report, CompiledReport):
+            return {}
+        bounds = {"overlap": self.report.mfu_overlap, "serial": self.report.mfu_serial}
+        return {bound: self.attention * mfu for bound, mfu in bounds.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        row = {
+            "run": self.run.name,
+            "topology": self.run.topology,
+            "published": self.run.mfu,
+            "report": self.report.to_json(),
+        }
+        row |= {f"mfu_{bound}": mfu for bound, mfu in self.mfu().items()}
+        return row | {f"error_{bound}": mfu / self.run.mfu - 1 for bound, mfu in self.mfu().items()}
+
+
+def calibrate() -> list[Calibration]:
+    """Plans each published run, with attention counted in full."""
     rows = []
     for run in PUBLISHED:
         cfg = run.config
@@ -70,29 +100,20 @@ def calibrate() -> list[dict[str, Any]]:
         llama, tokens = run.llama, cfg.data.row_tokens
         inner = llama.heads * llama.head_width
         half = 6.0 * cfg.data.batch_size * llama.layers * inner * tokens**2
-        full = (report["model_flops"] + half) / report["model_flops"]
-        row = {"run": run.name, "topology": run.topology, "published": run.mfu, "report": report}
-        if "seconds" in report:
-            overlap, serial = (full * report[f"mfu_{bound}"] for bound in ("overlap", "serial"))
-            row |= {
-                "mfu_overlap": overlap,
-                "mfu_serial": serial,
-                "error_overlap": overlap / run.mfu - 1,
-                "error_serial": serial / run.mfu - 1,
-            }
-        rows.append(row)
+        rows.append(Calibration(run, report, (report.model_flops + half) / report.model_flops))
     return rows
 
 
-def calibration_table(rows: list[dict[str, Any]]) -> str:
+def calibration_table(rows: list[Calibration]) -> str:
     """Formats the rows of `calibrate` as a text table."""
     lines = ["run          topology   published  no overlap (error)  overlap (error)"]
     for row in rows:
-        line = f"{row['run']:12} {row['topology']:10} {row['published']:9.3f}"
-        if "mfu_serial" not in row:
+        run, mfu = row.run, row.mfu()
+        line = f"{run.name:12} {run.topology:10} {run.mfu:9.3f}"
+        if not mfu:
             lines.append(f"{line}  does not fit")
             continue
         for bound in ("serial", "overlap"):
-            line += f"  {row[f'mfu_{bound}']:10.3f} ({row[f'error_{bound}']:+.1%})"
-        lines.append(line + ("" if row["report"]["fits"] else "  does not fit"))
+            line += f"  {mfu[bound]:10.3f} ({mfu[bound] / run.mfu - 1:+.1%})"
+        lines.append(line + ("" if row.report.fits else "  does not fit"))
     return "\n".join(lines)

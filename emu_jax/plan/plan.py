@@ -29,14 +29,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from emu_jax.config import to_dict
+from emu_jax.config import from_dict, to_dict
 from emu_jax.errors import UserError, suggest
 from emu_jax.generate import text
 from emu_jax.hardware import Topology
 from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
-from emu_jax.plan.roofline import Network, busiest, times
+from emu_jax.plan.roofline import Network, Operation, busiest, times
 from emu_jax.sharding import MESH_AXES, AbstractModel, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
@@ -45,12 +45,105 @@ from emu_jax.train.step import Trainer, mesh_for
 
 log = logging.getLogger(__name__)
 
-Report = dict[str, Any]
 # Values of `--for`: a training step of the config's objective, a training step of the decoder, or
 # decoding one token for each row of a batch.
 PROGRAMS = ("train", "decoder", "generate")
 # The flags for all TPUs in launch/flags.sh without which the compiler may crash.
 SAFE: dict[str, str | bool] = {"xla_tpu_nested_dot_fusion": False, "xla_tpu_dot_dot_fusion": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The memory of a program on a topology. Without more, the compiler ran out of memory.
+
+    Attributes:
+        devices: JAX devices; a chip may be two.
+        mesh: {axis: ways}.
+        remat: {tower: policy}.
+        rows: rows of a global batch.
+        model_flops: FLOPs of a step, as `train.flops` counts them.
+        hbm_bytes, hbm_limit_bytes: memory of one device that the program needs, and that there is.
+        hbm_by_kind: bytes of one device: parameters, optimizer, batch, activations (kept for the
+            backward pass), temporaries, and the cache of a decode step.
+        collective_bytes: {mesh axes: {kind of collective: bytes of one step}}.
+        compile_seconds: time to compile here.
+    """
+
+    program: str
+    topology: str
+    slices: int
+    chips: int
+    devices: int
+    mesh: dict[str, int]
+    remat: dict[str, str]
+    rows: int
+    rows_per_chip: float
+    model_flops: float
+    hbm_limit_bytes: float
+    fits: bool
+    hbm_bytes: float
+    hbm_by_kind: dict[str, float]
+    collective_bytes: dict[str, dict[str, float]]
+    compile_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the keys of `emu-jax plan --json`. Bounds that are not known are None."""
+        return dict.fromkeys(BOUNDS) | to_dict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Report:
+        """Reads what `to_json` returned. Other keys are ignored.
+
+        Raises:
+            UserError: a key is missing, or a value has the wrong type.
+        """
+        cls = CompiledReport if "seconds" in values else Report
+        fields = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in fields if name not in values]:
+            raise UserError(f"a report has no {missing[0]!r}: compile it again")
+        return from_dict(cls, {name: values[name] for name in fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledReport(Report):
+    """The memory and the time of a compiled program.
+
+    Attributes:
+        step_seconds_overlap: lower bound on the time of a step, with everything overlapped.
+        step_seconds_serial: the bound with nothing overlapped.
+        mfu_overlap, mfu_serial, tokens_per_second_overlap: at these bounds.
+        tokens_per_second: at the serial bound.
+        host_bytes: temporaries in host memory.
+        device_flops, hbm_traffic_bytes: of one device and step.
+        seconds: the fields of `roofline.Times`.
+        busiest: the operations that take most of the serial bound.
+        compiler_seconds: the compiler's own estimate, if it gives one.
+        not_counted: parts of the program whose cost is unknown.
+    """
+
+    step_seconds_overlap: float
+    step_seconds_serial: float
+    mfu_overlap: float
+    mfu_serial: float
+    tokens_per_second: float
+    tokens_per_second_overlap: float
+    host_bytes: float
+    device_flops: float
+    hbm_traffic_bytes: float
+    seconds: dict[str, float]
+    busiest: tuple[Operation, ...]
+    compiler_seconds: float | None
+    not_counted: tuple[str, ...]
+
+
+# Keys of a program that does not fit whose values are not known.
+BOUNDS = (
+    "step_seconds_overlap",
+    "step_seconds_serial",
+    "mfu_overlap",
+    "mfu_serial",
+    "tokens_per_second",
+)
 
 
 def devices_of(topology: Topology) -> list[Any]:
@@ -213,10 +306,14 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
         }
         flops = 2.0 * rows * (products + attended)
         report = _report(cfg, topology, mesh, lowered, kinds, flops, "generate")
-    if report["fits"]:  # one token per row, not row_tokens
-        for key in ("tokens_per_second", "tokens_per_second_overlap"):
-            report[key] /= length
-    return report
+    if not isinstance(report, CompiledReport):
+        return report
+    # One token per row, not row_tokens.
+    return dataclasses.replace(
+        report,
+        tokens_per_second=report.tokens_per_second / length,
+        tokens_per_second_overlap=report.tokens_per_second_overlap / length,
+    )
 
 
 def _report(
@@ -231,7 +328,7 @@ def _report(
     started = time.monotonic()
     chip = topology.chip
     limit = chip.hbm_bytes / chip.devices
-    report: Report = {
+    common: dict[str, Any] = {
         "program": program,
         "topology": str(topology),
         "slices": topology.slices,
@@ -253,24 +350,14 @@ def _report(
         scale = {"M": 2**20, "G": 2**30, "T": 2**40}
         state = sum(size for kind, size in kinds.items() if kind != "activations")
         temporary = float(needed[1]) * scale[needed[2]]
-        unknown = (
-            "step_seconds_overlap",
-            "step_seconds_serial",
-            "mfu_overlap",
-            "mfu_serial",
-            "tokens_per_second",
-        )
-        return (
-            report
-            | dict.fromkeys(unknown)
-            | {
-                "fits": False,
-                "hbm_bytes": state + temporary,
-                "hbm_by_kind": dict(kinds)
-                | {"temporaries": max(0.0, temporary - kinds["activations"])},
-                "collective_bytes": {},
-                "compile_seconds": time.monotonic() - started,
-            }
+        rest = max(0.0, temporary - kinds["activations"])
+        return Report(
+            **common,
+            fits=False,
+            hbm_bytes=state + temporary,
+            hbm_by_kind={**kinds, "temporaries": rest},
+            collective_bytes={},
+            compile_seconds=time.monotonic() - started,
         )
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -288,28 +375,28 @@ def _report(
     for what in sorted(counts.unknown):
         log.warning("not counted: %s", what)
     peak = chip.flops * topology.chips
-    estimate = (compiled.cost_analysis() or {}).get("optimal_seconds")
     tokens = cfg.data.batch_size * cfg.data.row_tokens
-    return report | {
-        "fits": total <= limit,
-        "hbm_bytes": total,
-        "hbm_by_kind": dict(kinds) | {"temporaries": temporaries},
-        "host_bytes": memory.host_temp_size_in_bytes,
-        "device_flops": counts.flops,
-        "hbm_traffic_bytes": counts.hbm_bytes,
-        "seconds": dataclasses.asdict(t),
-        "busiest": busiest(counts, topology),
-        "step_seconds_overlap": t.overlapped,
-        "step_seconds_serial": t.serial,
-        "mfu_overlap": model_flops / peak / t.overlapped,
-        "mfu_serial": model_flops / peak / t.serial,
-        "tokens_per_second": tokens / t.serial,
-        "tokens_per_second_overlap": tokens / t.overlapped,
-        "collective_bytes": collective_bytes(counts, mesh),
-        "compiler_seconds": estimate,
-        "not_counted": sorted(counts.unknown),
-        "compile_seconds": time.monotonic() - started,
-    }
+    return CompiledReport(
+        **common,
+        fits=total <= limit,
+        hbm_bytes=total,
+        hbm_by_kind={**kinds, "temporaries": temporaries},
+        host_bytes=memory.host_temp_size_in_bytes,
+        device_flops=counts.flops,
+        hbm_traffic_bytes=counts.hbm_bytes,
+        seconds=dataclasses.asdict(t),
+        busiest=tuple(busiest(counts, topology)),
+        step_seconds_overlap=t.overlapped,
+        step_seconds_serial=t.serial,
+        mfu_overlap=model_flops / peak / t.overlapped,
+        mfu_serial=model_flops / peak / t.serial,
+        tokens_per_second=tokens / t.serial,
+        tokens_per_second_overlap=tokens / t.overlapped,
+        collective_bytes=collective_bytes(counts, mesh),
+        compiler_seconds=(compiled.cost_analysis() or {}).get("optimal_seconds"),
+        not_counted=tuple(sorted(counts.unknown)),
+        compile_seconds=time.monotonic() - started,
+    )
 
 
 def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, float]]:
@@ -332,38 +419,38 @@ def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, floa
 def summary(report: Report) -> str:
     """Formats a report as text."""
     gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
-    mesh = ", ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items())
-    remat = ", ".join(f"{tower} {policy}" for tower, policy in report["remat"].items())
-    slices = f", {report['slices']} slices" if report["slices"] > 1 else ""
+    mesh = ", ".join(f"{axis} {ways}" for axis, ways in report.mesh.items())
+    remat = ", ".join(f"{tower} {policy}" for tower, policy in report.remat.items())
+    slices = f", {report.slices} slices" if report.slices > 1 else ""
     lines = [
-        f"{report['program']} on {report['topology']}: {report['chips']} chips{slices}",
+        f"{report.program} on {report.topology}: {report.chips} chips{slices}",
         f"mesh        {mesh}",
         f"remat       {remat}",
-        f"batch       {report['rows']} rows, {report['rows_per_chip']:g} a chip",
-        f"HBM, GiB    {gib(report['hbm_bytes'])} of {gib(report['hbm_limit_bytes'])}: "
-        f"{'fits' if report['fits'] else 'DOES NOT FIT'}",
+        f"batch       {report.rows} rows, {report.rows_per_chip:g} a chip",
+        f"HBM, GiB    {gib(report.hbm_bytes)} of {gib(report.hbm_limit_bytes)}: "
+        f"{'fits' if report.fits else 'DOES NOT FIT'}",
     ]
-    lines += [f"  {kind:12}{gib(size):>8}" for kind, size in report["hbm_by_kind"].items()]
-    if "seconds" in report:
-        seconds = report["seconds"]
+    lines += [f"  {kind:12}{gib(size):>8}" for kind, size in report.hbm_by_kind.items()]
+    if isinstance(report, CompiledReport):
+        seconds = report.seconds
         lines += [
-            f"model FLOPs {report['model_flops']:.4g} a step",
-            f"step        {report['step_seconds_overlap']:.3f} s (all overlapped) to "
-            f"{report['step_seconds_serial']:.3f} s (nothing overlapped)",
+            f"model FLOPs {report.model_flops:.4g} a step",
+            f"step        {report.step_seconds_overlap:.3f} s (all overlapped) to "
+            f"{report.step_seconds_serial:.3f} s (nothing overlapped)",
             f"  products {seconds['compute']:.3f}, HBM {seconds['hbm']:.3f}, ICI "
             f"{seconds['ici']:.3f}, DCN {seconds['dcn']:.3f} s",
-            f"MFU         {report['mfu_overlap']:.3f} to {report['mfu_serial']:.3f}",
-            f"tokens/s    {report['tokens_per_second_overlap']:,.0f} to "
-            f"{report['tokens_per_second']:,.0f}",
+            f"MFU         {report.mfu_overlap:.3f} to {report.mfu_serial:.3f}",
+            f"tokens/s    {report.tokens_per_second_overlap:,.0f} to "
+            f"{report.tokens_per_second:,.0f}",
         ]
-        for axes, kinds in report["collective_bytes"].items():
+        for axes, kinds in report.collective_bytes.items():
             moved = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in kinds.items())
             lines.append(f"over {axes:7}{moved}")
         lines.append("busiest     serial, of which products and HBM, s")
         lines += [
-            f"  {one['serial']:7.3f} {one['compute']:7.3f} {one['hbm']:7.3f}  {one['source'][-90:]}"
-            for one in report["busiest"]
+            f"  {one.serial:7.3f} {one.compute:7.3f} {one.hbm:7.3f}  {one.source[-90:]}"
+            for one in report.busiest
         ]
-        lines += [f"not counted: {what}" for what in report["not_counted"]]
-    lines.append(f"compiled in {report['compile_seconds']:.0f} s")
+        lines += [f"not counted: {what}" for what in report.not_counted]
+    lines.append(f"compiled in {report.compile_seconds:.0f} s")
     return "\n".join(lines)

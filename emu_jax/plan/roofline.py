@@ -140,21 +140,29 @@ def times(counts: Counts, network: Network) -> Times:
     )
 
 
-def busiest(counts: Counts, topology: Topology, limit: int = 12) -> list[dict[str, Any]]:
-    """Returns the `most` operations that take most of the serial bound, the slowest first.
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """All instructions that are compiled from one operation of the program: their seconds of the
+    serial bound, of matmuls, and of HBM traffic."""
 
-    An entry sums all instructions compiled from one operation of the program: their serial
-    seconds, and their seconds of matmuls and of HBM traffic.
-    """
+    source: str
+    serial: float
+    compute: float
+    hbm: float
+
+
+def busiest(counts: Counts, topology: Topology, limit: int = 12) -> list[Operation]:
+    """Returns the `limit` operations that take most of the serial bound, the slowest first."""
     chip = topology.chip
     peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
-    totals: dict[str, dict[str, Any]] = {}
+    operations: dict[str, Operation] = {}
     for cost in counts.instructions:
         products, moved = cost.flops / peak * cost.times, cost.hbm_bytes / bandwidth * cost.times
-        entry = totals.setdefault(
-            cost.source, {"source": cost.source, "serial": 0.0, "compute": 0.0, "hbm": 0.0}
+        before = operations.get(cost.source, Operation(cost.source, 0.0, 0.0, 0.0))
+        operations[cost.source] = Operation(
+            cost.source,
+            before.serial + max(products, moved),
+            before.compute + products,
+            before.hbm + moved,
         )
-        entry["serial"] += max(products, moved)
-        entry["compute"] += products
-        entry["hbm"] += moved
-    return sorted(totals.values(), key=lambda entry: -entry["serial"])[:limit]
+    return sorted(operations.values(), key=lambda operation: -operation.serial)[:limit]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,6 +27,7 @@ from emu_jax.errors import UserError
 from emu_jax.hardware import Topology
 from emu_jax.plan.plan import (
     SAFE,
+    CompiledReport,
     CompilerCrash,
     Report,
     devices_of,
@@ -81,6 +82,60 @@ class Family:
         return _setting(cfg, topology, self.policy, self.fsdp, rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A setting of a sweep, and its report.
+
+    Attributes:
+        key: identifies the setting, the topology and the compiler.
+        curve: the scaling curve that it is a point of, or "".
+        report: None if the compiler crashed.
+    """
+
+    key: str
+    curve: str
+    report: Report | None
+
+    @property
+    def fitting(self) -> CompiledReport | None:
+        """The report, if the program fits."""
+        report = self.report
+        return report if isinstance(report, CompiledReport) and report.fits else None
+
+    def to_json(self) -> dict[str, Any]:
+        assert self.report is not None  # crashes are not stored
+        return self.report.to_json() | {"key": self.key, "curve": self.curve}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Trial:
+        return cls(values["key"], values["curve"], Report.from_json(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The result of a sweep.
+
+    Attributes:
+        trials: {topology: its best trial}.
+        reports: number of trials.
+        out: the folder with its files.
+    """
+
+    trials: dict[str, Trial]
+    reports: int
+    out: str
+
+    @property
+    def best(self) -> dict[str, CompiledReport]:
+        """The report of the best setting for each topology."""
+        fitting = {name: trial.fitting for name, trial in self.trials.items()}
+        return {name: report for name, report in fitting.items() if report is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        best = {name: trial.to_json() for name, trial in self.trials.items()}
+        return {"best": best, "reports": self.reports, "out": self.out}
+
+
 def _setting(
     cfg: TrainConfig, topology: Topology, policy: str, fsdp: int, rows: int
 ) -> TrainConfig:
@@ -117,41 +172,38 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
 
 def sweep(
     pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: Sequence[str] = CURVES
-) -> Report:
+) -> Sweep:
     """Finds the best setting for each topology, and compiles the points of its scaling curves.
 
     Compiling takes most of the time, so settings that are sure to lose are skipped (`_Search`).
     All policies are tried on the first mesh. Only the best one is tried on the others, unless none
     has fit so far.
 
-    Returns:
-        {best: {topology: its best report}, reports: number of reports, out: the directory}.
-
     Raises:
         UserError: no setting fits a topology.
     """
     out.mkdir(parents=True, exist_ok=True)
-    stored = _StoredReports(out / "sweep.json")
-    best: dict[str, Report] = {}
+    trials = _Trials(out / "sweep.json")
+    best: dict[str, Trial] = {}
     for cfg, topology in pairs:
         first, *others = _meshes(cfg, topology)
-        search = _Search(cfg, topology, stored)
+        search = _Search(cfg, topology, trials)
         search.families([family(cfg, topology, policy, first) for policy in POLICIES])
         for fsdp in others:
-            policies = [search.best[1].policy] if search.best else POLICIES
+            policies = [search.best.family.policy] if search.best else POLICIES
             search.families([family(cfg, topology, policy, fsdp) for policy in policies])
         if search.best is None:
             raise UserError(f"no setting fits {topology}: take more chips, or a smaller model")
-        best[_name(topology)] = search.best[0]
-        _scale(stored, cfg, topology, search.best, scaling)
-        _publish(stored.used, out)
-    return {"best": best, "reports": len(stored.used), "out": str(out)}
+        best[_name(topology)] = search.best.trial
+        _scale(trials, cfg, topology, search.best, scaling)
+        _publish(trials.used, out)
+    return Sweep(best, len(trials.used), str(out))
 
 
-def _publish(reports: list[Report], out: Path) -> None:
-    """Writes the table and the plot of the reports so far."""
-    write_text(out / "sweep.md", table(reports))
-    curves = [report for report in reports if report["curve"]]
+def _publish(trials: list[Trial], out: Path) -> None:
+    """Writes the table and the plot of the trials so far."""
+    write_text(out / "sweep.md", table(trials))
+    curves = [trial for trial in trials if trial.curve]
     if curves:
         plot_scaling(curves, out / "scaling.png")
 
@@ -170,6 +222,14 @@ def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
     return ways[::-1] if widest * topology.slices == len(devices) else ways
 
 
+class _Best(NamedTuple):
+    """The best trial of a topology so far, its report, and its family."""
+
+    trial: Trial
+    report: CompiledReport
+    family: Family
+
+
 class _Search:
     """Search for the best setting of one topology with few compiles.
 
@@ -180,9 +240,9 @@ class _Search:
     fit.
     """
 
-    def __init__(self, cfg: TrainConfig, topology: Topology, stored: _StoredReports) -> None:
-        self.cfg, self.topology, self.stored = cfg, topology, stored
-        self.best: tuple[Report, Family] | None = None
+    def __init__(self, cfg: TrainConfig, topology: Topology, trials: _Trials) -> None:
+        self.cfg, self.topology, self.trials = cfg, topology, trials
+        self.best: _Best | None = None
         self.last: Report | None = None  # to estimate temporaries from
         self.pace = {"compute": 1.0, "ici": 1.0}  # ratio of compiled to promised seconds
         self.limit = topology.chip.hbm_bytes / topology.chip.devices
@@ -191,7 +251,7 @@ class _Search:
         waiting = sorted(families, key=self.promise)
         while waiting:
             candidate = waiting.pop(0)
-            if self.best and self.promise(candidate) >= seconds_per_row(self.best[0]):
+            if self.best and self.promise(candidate) >= seconds_per_row(self.best.report):
                 log.info("%s: left out, it promises no less time", self.name(candidate))
             else:
                 self.family(candidate)
@@ -202,20 +262,20 @@ class _Search:
         for rows in self.rows():
             if not self.may_fit(candidate, rows):
                 continue
-            report = self.stored.plan(
+            trial = self.trials.plan(
                 candidate.setting(self.cfg, self.topology, rows), self.topology
             )
-            if not report.get("crashed"):
-                self.last = report
-            if report["fits"]:
+            self.last = trial.report or self.last
+            if report := trial.fitting:
                 for kind, promised in (
                     ("compute", candidate.products * rows),
                     ("ici", candidate.network),
                 ):
                     if promised:
-                        self.pace[kind] = report["seconds"][kind] / promised
-                if self.best is None or seconds_per_row(report) < seconds_per_row(self.best[0]):
-                    self.best = (report, candidate)
+                        self.pace[kind] = report.seconds[kind] / promised
+                seconds = seconds_per_row(report)
+                if self.best is None or seconds < seconds_per_row(self.best.report):
+                    self.best = _Best(trial, report, candidate)
                 return
 
     def promise(self, candidate: Family) -> float:
@@ -238,8 +298,8 @@ class _Search:
         """
         temporaries = TEMPORARIES * self.limit
         if self.last:
-            there = self.last["hbm_by_kind"]["temporaries"]
-            temporaries = 0.9 * there * (1 + rows / self.last["rows_per_chip"]) / 2
+            there = self.last.hbm_by_kind["temporaries"]
+            temporaries = 0.9 * there * (1 + rows / self.last.rows_per_chip) / 2
         return candidate.fixed_bytes + candidate.bytes_per_row * rows + temporaries <= self.limit
 
     def name(self, candidate: Family) -> str:
@@ -247,22 +307,18 @@ class _Search:
 
 
 def _scale(
-    stored: _StoredReports,
-    cfg: TrainConfig,
-    topology: Topology,
-    best: tuple[Report, Family],
-    curves: Sequence[str],
+    trials: _Trials, cfg: TrainConfig, topology: Topology, best: _Best, curves: Sequence[str]
 ) -> None:
     """Compiles the best setting on all `LADDERS` sizes that may hold it.
 
     Weak scaling keeps its rows per chip, strong scaling its total rows.
     """
-    report, chosen = best
+    report, chosen = best.report, best.family
     for shape, slices in LADDERS[topology.chip.torus_axes]:
         other = Topology.parse(f"{topology.chip_name}:{shape}", slices)
         for curve, rows in (
-            ("weak", report["rows"] // topology.chips * other.chips),
-            ("strong", report["rows"]),
+            ("weak", report.rows // topology.chips * other.chips),
+            ("strong", report.rows),
         ):
             per_chip, rest = divmod(rows, other.chips)
             if curve not in curves or rest or per_chip % topology.chip.devices:
@@ -271,74 +327,66 @@ def _scale(
             candidate = family(cfg, other, chosen.policy, min(chosen.fsdp, devices))
             needed = candidate.fixed_bytes + candidate.bytes_per_row * per_chip
             if curve == "weak":
-                needed += 0.9 * report["hbm_by_kind"]["temporaries"]
+                needed += 0.9 * report.hbm_by_kind["temporaries"]
             if needed <= topology.chip.hbm_bytes / topology.chip.devices:
-                stored.plan(candidate.setting(cfg, other, per_chip), other, curve)
+                trials.plan(candidate.setting(cfg, other, per_chip), other, curve)
 
 
-def seconds_per_row(report: Report) -> float:
+def seconds_per_row(report: CompiledReport) -> float:
     """Returns the midpoint of the two bounds, per row on one chip."""
-    middle = (report["step_seconds_overlap"] + report["step_seconds_serial"]) / 2
-    return middle / report["rows_per_chip"]
+    return (report.step_seconds_overlap + report.step_seconds_serial) / 2 / report.rows_per_chip
 
 
-class _StoredReports:
-    """Reports stored on disk, each compiled only once."""
+class _Trials:
+    """Trials stored on disk, each compiled only once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.reports: list[Report] = []
-        self.used: list[Report] = []  # by this sweep
+        self.trials: list[Trial] = []
+        self.used: list[Trial] = []  # by this sweep
         if path.exists():
             try:
-                self.reports = json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(f"{path}: not JSON ({error}): remove it to start again") from None
+                self.trials = [Trial.from_json(values) for values in json.loads(path.read_text())]
+            except (ValueError, LookupError, TypeError, UserError) as error:
+                raise UserError(
+                    f"{path} is not the file of a sweep ({error}): remove it to start again"
+                ) from None
 
-    def plan(self, cfg: TrainConfig, topology: Topology, curve: str = "") -> Report:
-        report = self._plan(cfg, topology, curve)
-        self.used.append(report)
-        return report
+    def plan(self, cfg: TrainConfig, topology: Topology, curve: str = "") -> Trial:
+        trial = self._plan(cfg, topology, curve)
+        self.used.append(trial)
+        return trial
 
-    def _plan(self, cfg: TrainConfig, topology: Topology, curve: str) -> Report:
+    def _plan(self, cfg: TrainConfig, topology: Topology, curve: str) -> Trial:
         key = _key(cfg, topology)
-        for report in self.reports:
-            if report["key"] == key and report["curve"] == curve:
-                return report
+        same = [trial for trial in self.trials if trial.key == key]
+        for trial in same:
+            if trial.curve == curve:
+                return trial
         started = time.monotonic()
-        same = [report for report in self.reports if report["key"] == key]
         try:
-            report = dict(same[0]) if same else plan_in_subprocess(cfg, topology)
+            report = same[0].report if same else plan_in_subprocess(cfg, topology)
         except CompilerCrash as crash:
             log.warning("%s: %s", _name(topology), crash)
-            report = {
-                "fits": False,
-                "crashed": True,
-                "topology": str(topology),
-                "slices": topology.slices,
-                "chips": topology.chips,
-                "mesh": to_dict(cfg.mesh),
-                "remat": to_dict(cfg.remat),
-                "rows_per_chip": cfg.data.batch_size / topology.chips,
-            }
-        report |= {"key": key, "curve": curve}
-        self.reports.append(report)
+            report = None
+        trial = Trial(key, curve, report)
+        self.trials.append(trial)
         # The host may have caused a crash, so a resumed sweep tries again.
-        whole = [r for r in self.reports if not r.get("crashed")]
+        whole = [trial.to_json() for trial in self.trials if trial.report is not None]
         write_text(self.path, json.dumps(whole))
-        verdict = "the compiler crashed" if report.get("crashed") else "does not fit"
-        if report["fits"]:
-            verdict = f"MFU {report['mfu_serial']:.3f} to {report['mfu_overlap']:.3f}"
+        verdict = "the compiler crashed" if report is None else "does not fit"
+        if fitting := trial.fitting:
+            verdict = f"MFU {fitting.mfu_serial:.3f} to {fitting.mfu_overlap:.3f}"
         log.info(
             "%s, fsdp %d, %s, %d rows a chip: %s (%.0f s)",
             _name(topology),
-            report["mesh"]["fsdp"],
-            report["remat"]["llama"],
-            report["rows_per_chip"],
+            cfg.mesh.fsdp,
+            cfg.remat.llama,
+            cfg.data.batch_size / topology.chips,
             verdict,
             time.monotonic() - started,
         )
-        return report
+        return trial
 
 
 def _key(cfg: TrainConfig, topology: Topology) -> str:
@@ -351,37 +399,38 @@ def _name(topology: Topology) -> str:
     return str(topology) + (f" x{topology.slices}" if topology.slices > 1 else "")
 
 
-def table(reports: list[Report]) -> str:
+def table(trials: list[Trial]) -> str:
     """Formats one row for each setting that fits, the best first for each topology."""
-    order = lambda r: (r["topology"], r["slices"], seconds_per_row(r))  # noqa: E731
-    chosen = sorted((r for r in reports if r["fits"] and not r["curve"]), key=order)
+    order = lambda r: (r.topology, r.slices, seconds_per_row(r))  # noqa: E731
+    reports = [trial.fitting for trial in trials if not trial.curve]
+    chosen = sorted((report for report in reports if report is not None), key=order)
     return markdown.table(HEAD, map(_row, chosen)) + "\n"
 
 
-def _row(report: Report) -> list[str]:
+def _row(report: CompiledReport) -> list[str]:
     r = report
     return [
-        f"{r['topology']} x{r['slices']}" if r["slices"] > 1 else r["topology"],
-        f"{r['chips']}",
-        " x ".join(map(str, r["mesh"].values())),
-        r["remat"]["llama"],
-        f"{r['rows_per_chip']:g}",
-        f"{r['hbm_bytes'] / 2**30:.1f} of {r['hbm_limit_bytes'] / 2**30:.0f}",
-        f"{r['step_seconds_overlap']:.2f} to {r['step_seconds_serial']:.2f}",
-        f"{r['tokens_per_second']:,.0f} to {r['tokens_per_second_overlap']:,.0f}",
-        f"{r['mfu_serial']:.3f}",
-        f"{r['mfu_overlap']:.3f}",
+        f"{r.topology} x{r.slices}" if r.slices > 1 else r.topology,
+        f"{r.chips}",
+        " x ".join(map(str, r.mesh.values())),
+        r.remat["llama"],
+        f"{r.rows_per_chip:g}",
+        f"{r.hbm_bytes / 2**30:.1f} of {r.hbm_limit_bytes / 2**30:.0f}",
+        f"{r.step_seconds_overlap:.2f} to {r.step_seconds_serial:.2f}",
+        f"{r.tokens_per_second:,.0f} to {r.tokens_per_second_overlap:,.0f}",
+        f"{r.mfu_serial:.3f}",
+        f"{r.mfu_overlap:.3f}",
     ]
 
 
-# Title, and the report keys of the serial and the overlapped bound.
+# Title, and the fields of the report with the serial and the overlapped bound.
 PANELS = (
     ("tokens per second", "tokens_per_second", "tokens_per_second_overlap"),
     ("model FLOPs utilisation", "mfu_serial", "mfu_overlap"),
 )
 
 
-def plot_scaling(reports: list[Report], path: Path) -> None:
+def plot_scaling(trials: list[Trial], path: Path) -> None:
     """Plots tokens per second and MFU by number of chips.
 
     Each chip type and curve is a band between the two bounds.
@@ -390,17 +439,18 @@ def plot_scaling(reports: list[Report], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels: Any = figure.subplots(1, 2)
-    groups: dict[tuple[str, str], list[Report]] = {}
-    for report in (r for r in reports if r["fits"]):
-        chip = report["topology"].split(":")[0]
-        groups.setdefault((chip, report["curve"]), []).append(report)
+    groups: dict[tuple[str, str], list[CompiledReport]] = {}
+    for trial in trials:
+        if report := trial.fitting:
+            chip = report.topology.split(":")[0]
+            groups.setdefault((chip, trial.curve), []).append(report)
     colours = {chip: f"C{n}" for n, chip in enumerate(sorted({chip for chip, _ in groups}))}
     for (chip, curve), points in sorted(groups.items()):
-        points.sort(key=lambda r: (r["chips"], r["slices"]))
-        chips = [r["chips"] for r in points]
+        points.sort(key=lambda r: (r.chips, r.slices))
+        chips = [r.chips for r in points]
         style = {"color": colours[chip], "linestyle": "-" if curve == "weak" else "--"}
         for panel, (_, *bounds) in zip(panels, PANELS, strict=True):
-            low, high = ([r[bound] for r in points] for bound in bounds)
+            low, high = ([getattr(r, bound) for r in points] for bound in bounds)
             panel.fill_between(chips, low, high, color=colours[chip], alpha=0.12, linewidth=0)
             panel.plot(chips, low, marker="o", markersize=4, label=f"{chip}, {curve}", **style)
             panel.plot(chips, high, linewidth=0.8, **style)
