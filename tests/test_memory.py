@@ -1,7 +1,10 @@
 """Host memory: what restoring and loading hold, and that a long run holds no more with time."""
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -11,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from emu_jax import checkpoint
+from emu_jax import bench, checkpoint
 from emu_jax.host_memory import PeakMemory, anonymous_bytes, resident_bytes
 from emu_jax.sharding import make_mesh
 from emu_jax.train.checkpoints import Checkpoints
@@ -75,3 +78,17 @@ def test_arrays_are_read_in_groups(dtype, tmp_path, monkeypatch):
     assert groups == [["a0", "a1"], ["a2", "a3"], ["a4", "a5"]]
     for n in range(6):
         np.testing.assert_array_equal(arrays[f"a{n}"], jnp.full((64, 64), n, dtype))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_from_save_to_save(tmp_path):
+    """Training on the digits in a process of its own, with 40 saves."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    script = bench.benchmarks()["memory"]
+    command = [sys.executable, str(script), "soak", "80", "40", str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    resident = json.loads(done.stdout.splitlines()[-1])["resident_bytes"]
+    print([round(r / 2**20, 1) for r in resident])
+    assert len(resident) == 40
+    assert max(resident[4:]) < 1.02 * resident[4]
