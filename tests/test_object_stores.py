@@ -19,6 +19,7 @@ from test_train import parameters, small
 from emu_jax import checkpoint, storage
 from emu_jax.data.digits import build_digits
 from emu_jax.errors import UserError
+from emu_jax.evaluate.run import Store
 from emu_jax.storage import as_path, create_text, join, read_log, relative, write_text, writing
 from emu_jax.train import lock
 from emu_jax.train.checkpoints import Checkpoints
@@ -176,6 +177,20 @@ def test_a_mirror_uploads_what_has_changed(bucket, gcs, tmp_path):
     assert len({name for method, name in gcs.requests if method in ("PUT", "POST")}) == 1
     assert (bucket / "events" / "a").read_text() == "11" and names(bucket / "events") == ["a", "b"]
     assert storage.Mirror(tmp_path).local == tmp_path
+
+
+def test_predictions_of_an_evaluation_are_resumed(bucket, monkeypatch):
+    monkeypatch.setattr(storage, "LOG_BYTES", 100)
+    rows = [{"id": str(n), "answer": "a" * 30, "said": [], "asked": ""} for n in range(4)]
+    for process, first in ((0, 0), (1, 2), (0, 3)):
+        predictions = Store(bucket / "out.json", {"seed": 0}, process)
+        assert len(predictions.read()) == first
+        with predictions.appending() as append:
+            append(rows[first : first + 2 - first // 2])
+    assert len(predictions.read()) == 4
+    predictions.join(rows)
+    assert list(predictions.read()) == ["0", "1", "2", "3"]
+    assert names(bucket) == ["out.predictions.jsonl"]
 
 
 # --- Faults ----------------------------------------------------------------------------------

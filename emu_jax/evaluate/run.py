@@ -366,7 +366,8 @@ class Store:
         return self._stem.with_name(f"{self._stem.name}{number}.jsonl")
 
     def _files(self) -> list[Path]:
-        names = self._stem.parent.iterdir()
+        folder = self._stem.parent
+        names = folder.iterdir() if folder.is_dir() else ()  # in a store it may not exist yet
         pattern = re.compile(re.escape(self._stem.name) + r"(\.\d+)?\.jsonl")
         return sorted(path for path in names if pattern.fullmatch(path.name))
 
