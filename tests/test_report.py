@@ -172,6 +172,8 @@ def test_held_out_values_stand_beside_those_of_training(tmp_path):
             "pairs/loss": 99 / n,
             "ema/pairs/loss": 55.5,
             "perplexity": 3.0,
+            "CIDEr": 7.5,
+            "text_targets": 4.0,
         }
         for n in (100, 200)
     ]
@@ -185,7 +187,7 @@ def test_held_out_values_stand_beside_those_of_training(tmp_path):
     run_report.write_report(tmp_path, "<s>")
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 2  # loss, and perplexity
+    assert page.tags.count("svg") == 3  # loss, perplexity and CIDEr
     for ends in ("training 1 → 0.00503", "heldout 0.77 → 0.385", "heldout (averaged weights) 0.88"):
         assert ends in page.text
     assert "pairs" in page.text and "55.5" in page.text and "step 200" in page.text

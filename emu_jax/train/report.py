@@ -33,6 +33,7 @@ CURVES = (
     r"accuracy|retrieval",
     r"psnr",
 )
+COUNTS = re.compile(r"targets$|^rows$|^documents$")
 MAX_POINTS = 1000  # of a curve; longer ones are thinned out
 MARKED_POINTS = 50  # a held-out curve with fewer has a dot at each
 EARLIER_SHEETS = 5  # sheets of an evaluation shown below its newest one
@@ -144,7 +145,8 @@ def training_curves(curves: Mapping[str, Rows], held_out: Mapping[str, Evaluatio
                     label = evaluation + EMA_NOTE * key.startswith(EMA)
                     evaluated.setdefault(name, {})[label] = series(results, key)
         names = dict.fromkeys([*_names(rows), *evaluated])
-        ranked = sorted((rank, name) for name in names if (rank := _rank(name)) is not None)
+        ranks = {name: _rank(name, held_out=name in evaluated) for name in names}
+        ranked = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
         charts = "".join(
             _chart(name, series(rows, name), evaluated.get(name, {}), rank) for rank, name in ranked
         )
@@ -167,8 +169,13 @@ def _names(rows: Rows) -> Iterable[str]:
     return dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
 
 
-def _rank(name: str) -> int | None:
-    return next((rank for rank, pattern in enumerate(CURVES) if re.search(pattern, name)), None)
+def _rank(name: str, *, held_out: bool) -> int | None:
+    """Returns the place of a metric among the charts. None if it is not plotted: held-out metrics
+    are, except for counts; those of training only if a pattern matches."""
+    for rank, pattern in enumerate(CURVES):
+        if re.search(pattern, name):
+            return rank
+    return len(CURVES) if held_out and not COUNTS.search(name) else None
 
 
 def _chart(name: str, trained: Curve, held_out: Mapping[str, Curve], rank: int) -> str:
