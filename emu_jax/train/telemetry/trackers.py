@@ -35,12 +35,12 @@ def open_trackers(cfg: TrainConfig, workdir: Path, start_step: int | None = None
     check_tracker(cfg)
     if jax.process_index() != 0:
         return Trackers(())
-    # The files come last. What they hold, the service has been given.
+    # TensorBoard comes last: its import takes seconds, and a row has the time of its writing.
     return Trackers(
         (
             *_open_service(cfg, workdir),
-            TensorBoardTracker(workdir, cfg.name, start_step),
             JsonlTracker(workdir, cfg.name, start_step),
+            TensorBoardTracker(workdir, cfg.name, start_step),
         )
     )
 
