@@ -88,6 +88,10 @@ class Loop:
         for path in self.trained:  # AdamW passes over what has no gradient, without its decay
             if self.params[path].grad is None:
                 self.params[path].grad = torch.zeros_like(self.params[path])
+        squares: dict[str, float] = {}  # of the gradients, by tower
+        for path in self.trained if self.cfg.tower_metrics else ():
+            tower = path.split(".")[0]
+            squares[tower] = squares.get(tower, 0.0) + self.params[path].grad.square().sum().item()
         norm = clip_grad_norm_([self.params[p] for p in self.trained], self.cfg.optimizer.clip_norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -95,7 +99,9 @@ class Loop:
         for path in self.trained:
             self.ema[path] = decay * self.ema[path] + (1 - decay) * self.params[path].detach()
         self.steps += 1
-        return {k: v.item() for k, v in {"loss": loss, "grad_norm": norm, **metrics}.items()}
+        norms = {f"grad_norm/{tower}": math.sqrt(total) for tower, total in squares.items()}
+        metrics = {"loss": loss, "grad_norm": norm, **metrics}
+        return norms | {name: value.item() for name, value in metrics.items()}
 
 
 # --- Towers --------------------------------------------------------------------------------------
