@@ -1,7 +1,10 @@
 """What every test shares: a compilation cache, 8 CPU devices, strict warnings."""
 
+import fcntl
 import importlib.util
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
@@ -40,6 +43,20 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny"
 def golden():
     """What the released code computed (tests/golden/README.md)."""
     return np.load(GOLDEN / "expected.npz")
+
+
+@pytest.fixture(scope="session")
+def copy_digits(tmp_path_factory) -> Callable[[Path], Path]:
+    """Copies the embedded digits, which are built once for all workers, into a folder."""
+    from emu_jax.data.digits import build_digits
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with open(shared / "digits.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build_digits(shared / "digits")
+    return lambda folder: shutil.copytree(shared / "digits", folder, dirs_exist_ok=True)
 
 
 def relative_error(ours, theirs) -> float:

@@ -54,10 +54,8 @@ KINDS = ("rows", "captions", "images", "contexts")
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    build_digits(folder)
-    return folder
+def root(tmp_path_factory, copy_digits) -> Path:
+    return copy_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 from emu_jax import cli
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
-from emu_jax.data.digits import build_digits, encode_png
+from emu_jax.data.digits import encode_png
 from emu_jax.data.documents import DocumentFiles, write_documents
 from emu_jax.data.inspect import inspect
 from emu_jax.data.sources import SourceConfig
@@ -22,10 +22,8 @@ ATTACK = "<script>alert('x')</script> & so on"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    build_digits(folder)
-    return folder
+def root(tmp_path_factory, copy_digits) -> Path:
+    return copy_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from test_train import one_batch, parameters, small
 
 from emu_jax import checkpoint
 from emu_jax.cli import main
-from emu_jax.data.digits import build_digits
 from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
 from emu_jax.train.loop import train
@@ -38,10 +37,8 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits")
-    build_digits(root)
-    return str(root)
+def root(tmp_path_factory, copy_digits):
+    return str(copy_digits(tmp_path_factory.mktemp("digits")))
 
 
 def run(root: str, **changes):

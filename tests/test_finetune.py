@@ -14,7 +14,6 @@ from flax import nnx
 
 from emu_jax import checkpoint
 from emu_jax.config import LoraConfig, digits, save_json
-from emu_jax.data.digits import build_digits
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.pipeline import Batches, DataConfig
 from emu_jax.errors import UserError
@@ -126,10 +125,10 @@ def small_model(lora=None):
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
+def parent(tmp_path_factory, copy_digits):
     """A pretrained run at random, with the digits beside it: (run directory, data)."""
     folder = tmp_path_factory.mktemp("parent")
-    build_digits(folder / "data")
+    copy_digits(folder / "data")
     model = small_model()
     template = AbstractModel(lambda: EmuModel(model, rngs=nnx.Rngs(5)), one_device())
     params = nest(template.init())

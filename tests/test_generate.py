@@ -1049,6 +1049,7 @@ def test_no_prompts_give_no_answers(small):
     assert small.regress([]).shape == (0, 3, 48) and small.embed([]).shape == (0, 24)
 
 
+@pytest.mark.slow
 def test_one_prompt_gives_what_it_gives_among_several(drawer):
     """Each method takes one prompt or many, and returns one result or a list of them."""
     prompts = OPENING[:3]

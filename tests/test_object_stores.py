@@ -17,7 +17,6 @@ from test_saving import assert_restores, items, wanted, write
 from test_train import parameters, small
 
 from emu_jax import checkpoint, storage
-from emu_jax.data.digits import build_digits
 from emu_jax.errors import UserError
 from emu_jax.evaluate.run import Store
 from emu_jax.storage import as_path, create_text, join, read_log, relative, write_text, writing
@@ -351,10 +350,8 @@ def test_a_store_that_is_busy_for_30_seconds_delays_a_save(bucket, gcs):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits")
-    build_digits(root)
-    return str(root)
+def root(tmp_path_factory, copy_digits):
+    return str(copy_digits(tmp_path_factory.mktemp("digits")))
 
 
 def config(root: str, **changes):

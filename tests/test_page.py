@@ -43,11 +43,11 @@ TRAINED = (DEMO / "config.json").is_file()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, copy_digits):
     if TRAINED:
         return DEMO
     folder = tmp_path_factory.mktemp("random")
-    digits.build_digits(folder / "data")
+    copy_digits(folder / "data")
     model = digits_model()
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     params = nest(AbstractModel(lambda: EmuModel(model, rngs=nnx.Rngs(0)), mesh).init())

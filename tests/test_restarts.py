@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from emu_jax import checkpoint
-from emu_jax.data.digits import build_digits
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
@@ -142,10 +141,8 @@ def parameters(workdir: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits")
-    build_digits(root)
-    return str(root)
+def root(tmp_path_factory, copy_digits):
+    return str(copy_digits(tmp_path_factory.mktemp("digits")))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from PIL import Image
 from test_metrics import events_in
 from wandb_files import history, records
 
-from emu_jax.data.digits import build_digits
 from emu_jax.errors import UserError
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.telemetry import tracker as tracker_module
@@ -236,9 +235,9 @@ loop.train(cfg, Path({workdir!r}))
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_the_digits_is_one_wandb_run(tmp_path):
+def test_a_killed_run_of_the_digits_is_one_wandb_run(tmp_path, copy_digits):
     pytest.importorskip("wandb")
-    build_digits(tmp_path / "digits")
+    copy_digits(tmp_path / "digits")
     workdir, steps = tmp_path / "run", 10
     environment = os.environ | {
         "WANDB_MODE": "offline",

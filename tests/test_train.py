@@ -16,7 +16,6 @@ import pytest
 
 from emu_jax import checkpoint
 from emu_jax.config import RematConfig, TokenIds, digits, load_json, to_dict
-from emu_jax.data.digits import build_digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding, make_mesh
@@ -44,10 +43,8 @@ MESHES = {
 
 
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits")
-    build_digits(root)
-    return str(root)
+def data_root(tmp_path_factory, copy_digits):
+    return str(copy_digits(tmp_path_factory.mktemp("digits")))
 
 
 def small(objective: str, root: str, **changes) -> TrainConfig:
@@ -390,6 +387,7 @@ def test_the_optimizer_is_optaxs(moments):
         assert found[1][1].mu["kernel"].dtype == moments
 
 
+@pytest.mark.slow
 def test_documents_of_a_row_do_not_see_each_other(data_root):
     """Neither text nor padding of another document changes a document's hidden states."""
     cfg = small("emu", data_root)

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch_reference as reference
 
-from emu_jax.data.digits import build_digits
 from emu_jax.data.pipeline import Batches
 from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
@@ -31,10 +30,8 @@ STAGES = ["digits", *(pytest.param(stage, marks=pytest.mark.slow) for stage in S
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits")
-    build_digits(root)
-    return str(root)
+def data_root(tmp_path_factory, copy_digits):
+    return str(copy_digits(tmp_path_factory.mktemp("digits")))
 
 
 def shrunk(stage: str, root: str) -> TrainConfig:

@@ -131,6 +131,7 @@ def test_decoded_texts_count(run_dir, tmp_path, capsys):  # noqa: F811
     assert any("the ids are equal, but read" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_several_latents_and_one_timestep(run_dir, tmp_path, capsys):  # noqa: F811
     def change(arrays):
         keep(
