@@ -166,6 +166,8 @@ def test_ten_steps_are_those_of_a_plain_torch_loop(stage, data_root):
                 assert metrics.keys() == theirs.keys()
                 for name, value in metrics.items():
                     error = relative(float(value), theirs[name])
+                    if name.startswith("grad_norm/"):  # a part of the whole, rounded like it
+                        error = abs(float(value) - theirs[name]) / theirs["grad_norm"]
                     worst[name] = max(worst.get(name, 0.0), error)
                     assert error <= 1e-5, (int(state.step), name, error)
     assert clipped > 0 and int(state.step) == STEPS
