@@ -57,7 +57,7 @@ def data(tmp_path_factory) -> Path:
     lines(folder / "pages.jsonl", [page] * 3)
     lines(folder / "videos.jsonl", [{"video": "v.mp4", "text": "two three"}] * 2)
 
-    class Labels(tfds.core.GeneratorBasedBuilder):
+    class StoredLabels(tfds.core.GeneratorBasedBuilder):  # a name that no other test registers
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -75,7 +75,7 @@ def data(tmp_path_factory) -> Path:
                 image = str(folder / "media" / ("deep/1.png" if n % 2 else "2.png"))
                 yield n, {"image": image, "label": n % 2}
 
-    builder = Labels(data_dir=folder / "tfds", file_format="array_record")
+    builder = StoredLabels(data_dir=folder / "tfds", file_format="array_record")
     builder.download_and_prepare()
     Path(builder.data_dir).rename(folder / "labels")
     return folder

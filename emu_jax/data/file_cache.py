@@ -85,7 +85,8 @@ class FileCache:
                 ) from None
         try:
             with contextlib.suppress(OSError):  # another user's file
-                os.utime(held)
+                # The system's own "now" is too coarse to order two uses.
+                os.utime(held, ns=(time.time_ns(), time.time_ns()))
             yield target
         finally:
             os.close(held)
