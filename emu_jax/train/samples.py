@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import re
 from collections import Counter
@@ -44,6 +45,8 @@ from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EvalResult, Evaluation, Stop
 from emu_jax.train.sheets import MAX_ROWS, Part, SheetRow, contact_sheet
 from emu_jax.train.step import Trainer, TrainState
+
+log = logging.getLogger(__name__)
 
 SampleKind = Literal["captions", "images", "continuations"]
 SAMPLE_KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
@@ -324,6 +327,14 @@ def choose_documents(
         raise UserError(
             f"no held-out document has a prompt and a reference for {kind} within {room} tokens: "
             "choose other data for this evaluation"
+        )
+    if len(chosen) < count:
+        log.warning(
+            "%s: %d held-out documents instead of %d; others are damaged, too long, or lack a "
+            "prompt or a reference",
+            kind,
+            len(chosen),
+            count,
         )
     return chosen
 
