@@ -306,6 +306,8 @@ def test_two_jobs_in_one_run_directory(bucket, monkeypatch):
         with pytest.raises(UserError, match="is in use by process"), Checkpoints(bucket, 10):
             pass
         time.sleep(0.3)  # heartbeats
+        monkeypatch.setattr(lock, "BEAT_SECONDS", 1e9)
+        time.sleep(0.5)  # the last one ends: it would overwrite what follows
         beat = json.loads((bucket / "lock.json").read_text())
         dead = beat | {"host": "other", "token": "x"}
         (bucket / "lock.json").write_text(json.dumps(dead))  # another job took it over
