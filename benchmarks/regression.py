@@ -55,7 +55,7 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
     ]
     flops = 2.0 * prompt * sum(math.prod(a.shape) for a in weights)
     read = sum(math.prod(a.shape) * a.dtype.itemsize for a in weights)
-    steps = cfg.cformer.n_causal - 1
+    steps = cfg.n_embeddings - 1
     floor = [
         flops * product + steps * read * copy
         for product, copy in zip(seconds["product"], seconds["copy"], strict=True)
@@ -63,7 +63,7 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
     figures: dict[str, Any] = {
         "size": size,
         "prompt": prompt,
-        "n": cfg.cformer.n_causal,
+        "n": cfg.n_embeddings,
         "dtype": dtype,
         "relative_error": error,
         "floor_ms": bench.median([1e3 * s for s in floor]),
@@ -110,7 +110,7 @@ def release(torch: Any, model: Any, head: Any, cfg: EmuConfig, ids: np.ndarray) 
     found = []
     with torch.no_grad():
         row = embedded(torch, model, ids)
-        for _ in range(cfg.cformer.n_causal):
+        for _ in range(cfg.n_embeddings):
             hidden = model.model(inputs_embeds=row, use_cache=False).last_hidden_state
             found.append(hidden[:, -1:] @ head)
             row = torch.cat([row, found[-1]], 1)
@@ -121,7 +121,7 @@ def cached(torch: Any, model: Any, head: Any, cfg: EmuConfig, ids: np.ndarray) -
     found, past = [], None
     with torch.no_grad():
         new = embedded(torch, model, ids)
-        for _ in range(cfg.cformer.n_causal):
+        for _ in range(cfg.n_embeddings):
             out = model.model(inputs_embeds=new, past_key_values=past, use_cache=True)
             past, new = out.past_key_values, out.last_hidden_state[:, -1:] @ head
             found.append(new)

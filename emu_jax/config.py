@@ -35,15 +35,22 @@ class VisionConfig:
     mlp_width: int = 6144
     clip_width: int = 1024  # of the contrastive head, which Emu itself does not use
     eps: float = 1e-6
+    post_norm: bool = False  # normalize what a block adds to the stream, not what it reads
+    final_norm: bool = True  # the final norm and the contrastive head exist
 
     @property
     def heads(self) -> int:
         return self.width // self.head_width
 
     @property
+    def grid(self) -> int:
+        """Number of patches along a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
     def tokens(self) -> int:
         """Number of patches, plus the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        return self.grid**2 + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +70,14 @@ class CFormerConfig:
     # An affine-free LayerNorm on the embeddings handed to the language model. Off in
     # the release; keeps a small model that trains from scratch from collapsing.
     normalize: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolingConfig:
+    """Average pooling of the patches (release: `encode_image` of Emu2's `emu.py`)."""
+
+    n_embeddings: int = 64  # of a still image: a square number
+    n_frame: int = 64  # of a frame of a video: a square number
 
 
 # Layers of the language model that may have adapters, and the part of a block each is in.
@@ -105,7 +120,7 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """LLaMA with Emu's regression head (release: `modeling_llama.py`)."""
+    """LLaMA (release: `modeling_llama.py`)."""
 
     vocab_size: int = 32004
     vocab_multiple: int = 1  # rows of the tables are rounded up to a multiple of this
@@ -121,6 +136,7 @@ class LlamaConfig:
     max_positions: int = 2048
     eps: float = 1e-6
     embed_std: float = 0.02  # of fresh token embeddings
+    regression_head: bool = True  # its own head regresses embeddings (`stu_regress_head`)
     lora: LoraConfig | None = None
 
     @property
@@ -213,19 +229,36 @@ class TokenIds:
     img: int = 32001  # opens an image
     img_end: int = 32002
     image: int = 32003  # stands for one visual embedding
+    frame: int | None = None  # stands for one embedding of a video frame; None: `image` does
 
     @classmethod
-    def after(cls, base: int) -> TokenIds:
-        """Returns the ids for a base vocabulary of `base` tokens."""
-        return cls(pad=base, img=base + 1, img_end=base + 2, image=base + 3)
+    def after(cls, base: int, *, frame: bool = False) -> TokenIds:
+        """Returns the ids for a base vocabulary of `base` tokens.
+
+        Args:
+            frame: whether frames of videos have a token of their own.
+        """
+        return cls(
+            pad=base,
+            img=base + 1,
+            img_end=base + 2,
+            image=base + 3,
+            frame=base + 4 if frame else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class EmuConfig:
-    """The whole model. `unet` and `vae` may be absent: the instruct model has no image decoder."""
+    """The whole model.
+
+    One connector leads from the visual encoder to the language model: the Causal Transformer
+    (Emu1) or pooling (Emu2). `unet` and `vae` may be absent: the instruct model has no image
+    decoder.
+    """
 
     vision: VisionConfig = VisionConfig()
-    cformer: CFormerConfig = CFormerConfig()
+    cformer: CFormerConfig | None = CFormerConfig()
+    pooling: PoolingConfig | None = None
     llama: LlamaConfig = LlamaConfig()
     tokens: TokenIds = TokenIds()
     unet: UNetConfig | None = UNetConfig()
@@ -239,6 +272,7 @@ class EmuConfig:
             UserError: a number is out of range, or sizes do not fit each other.
         """
         _check_numbers(self, "")
+        self._check_connector()
         llama, vision = self.llama, self.vision
         width = llama.attention_width or llama.width
         even = 2 * llama.heads  # a head rotates pairs of its entries
@@ -274,13 +308,85 @@ class EmuConfig:
                 f"{suggest(llama.rope_dtype, ROPE_DTYPES)}"
             )
 
+    def _check_connector(self) -> None:
+        """Checks that there is one connector, which fits the towers that it joins."""
+        pooling, grid = self.pooling, self.vision.grid
+        if (self.cformer is None) == (pooling is None):
+            raise UserError(
+                "the model needs one connector: set model.cformer or model.pooling, and the other "
+                "to null"
+            )
+        if self.llama.regression_head != (self.cformer is not None):
+            raise UserError(
+                f"llama.regression_head = {self.llama.regression_head} does not fit the connector: "
+                "use true with model.cformer, false with model.pooling"
+            )
+        if pooling is None:
+            return
+        for name, count in dataclasses.asdict(pooling).items():
+            side = math.isqrt(count)
+            if side**2 != count or grid % side:
+                raise UserError(
+                    f"pooling.{name} = {count} must be the square of a divisor of the {grid} "
+                    "patches along a side of the image"
+                )
+        if pooling.n_frame > pooling.n_embeddings:
+            raise UserError(
+                f"pooling.n_frame = {pooling.n_frame} must be at most pooling.n_embeddings = "
+                f"{pooling.n_embeddings}"
+            )
+
+    @property
+    def family(self) -> str:
+        """Name of the model's family in reports: "emu" or "emu2"."""
+        return "emu" if self.pooling is None else "emu2"
+
+    @property
+    def language_towers(self) -> tuple[str, ...]:
+        """Names of the parameters' groups without the image decoder's."""
+        pooled = self.pooling is not None
+        connector = ("project_up", "project_down") if pooled else ("ln_visual", "cformer")
+        return ("visual", *connector, "llama")
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Names of all groups of parameters: the attributes of `EmuModel`."""
+        decoder = {"unet": self.unet, "vae": self.vae}
+        return (*self.language_towers, *(tower for tower, part in decoder.items() if part))
+
+    @property
+    def n_embeddings(self) -> int:
+        """Number of embeddings of a still image."""
+        if self.pooling is not None:
+            return self.pooling.n_embeddings
+        assert self.cformer is not None
+        return self.cformer.n_causal
+
+    @property
+    def n_frame(self) -> int:
+        """Number of embeddings of a video's frame."""
+        return self.n_embeddings if self.pooling is None else self.pooling.n_frame
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the space in which embeddings are regressed and painted."""
+        return self.llama.width if self.pooling is None else self.vision.width
+
+    @property
+    def regression_pairs(self) -> int:
+        """Number of positions of an image whose state regresses the next embedding.
+
+        The Causal Transformer's space is that of the tokens, so `[/IMG]` is a target too.
+        """
+        return self.n_embeddings + (self.pooling is None)
+
     def check_tokens(self) -> None:
         """Checks that the special tokens have different ids, all below the vocabulary size.
 
         Raises:
             UserError: two tokens share an id, or an id is too large.
         """
-        ids = dataclasses.asdict(self.tokens)
+        ids = {k: v for k, v in dataclasses.asdict(self.tokens).items() if v is not None}
         if len(set(ids.values())) < len(ids) or max(ids.values()) >= self.llama.vocab_size:
             raise UserError(
                 f"tokens {ids} must be different ids below llama.vocab_size = "
@@ -339,6 +445,49 @@ def emu_14b_instruct() -> EmuConfig:
     """
     llama = LlamaConfig(vocab_size=32006, lora=LoraConfig())
     return EmuConfig(llama=llama, unet=None, vae=None)
+
+
+# Tokens that Emu2 adds to LLaMA's, without and with [USER] and [ASSISTANT].
+EMU2_ADDED_TOKENS = (272, 274)
+
+
+def emu2() -> EmuConfig:
+    """Returns the config of the released Emu2, which has 36.9B parameters."""
+    return EmuConfig(
+        vision=VisionConfig(
+            image_size=448,
+            width=1792,
+            layers=64,
+            head_width=112,
+            mlp_width=15360,
+            post_norm=True,
+            final_norm=False,
+        ),
+        cformer=None,
+        pooling=PoolingConfig(),
+        llama=LlamaConfig(
+            vocab_size=32000 + EMU2_ADDED_TOKENS[0],
+            width=6656,
+            layers=60,
+            heads=52,
+            mlp_width=17920,
+            rope_dtype="float32",
+            regression_head=False,
+        ),
+        tokens=TokenIds.after(32000, frame=True),
+        unet=None,
+        vae=None,
+    )
+
+
+def emu2_chat() -> EmuConfig:
+    """Returns the config of the released Emu2-Chat: two more tokens, 256 embeddings of a still."""
+    base = emu2()
+    return dataclasses.replace(
+        base,
+        pooling=PoolingConfig(n_embeddings=256, n_frame=64),
+        llama=dataclasses.replace(base.llama, vocab_size=32000 + EMU2_ADDED_TOKENS[1]),
+    )
 
 
 def emu_ladder(size: str) -> EmuConfig:

@@ -234,7 +234,7 @@ class _Recording:
 
     def spelled(self, text: str, start: int = 0) -> list[Any]:
         """Splits a recorded prompt, with image placeholders written out, into parts."""
-        placeholder = self.tokenizer.image_placeholder(self.cfg.cformer.n_causal)
+        placeholder = self.tokenizer.image_placeholder(self.cfg.n_embeddings)
         first, *rest = text.split(placeholder)
         parts: list[Any] = [first] if first else []
         for i, piece in enumerate(rest):
@@ -264,7 +264,7 @@ class _Recording:
         The images of the rows are the recorded ones, in order.
         """
         flat = np.flatnonzero(ids.reshape(-1) == self.cfg.tokens.image)
-        held = len(self.pixels) * self.cfg.cformer.n_causal
+        held = len(self.pixels) * self.cfg.n_embeddings
         if len(flat) > held:
             raise Difference(f"{len(flat)} <image> tokens, but {held} embeddings of images")
         embedding_index = np.full(ids.size, -1, np.int32)

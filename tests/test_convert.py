@@ -913,7 +913,7 @@ def test_a_fresh_emu_has_its_parents_weights(ancestors, tmp_path):
     (tmp_path / "Emu.json").write_text(json.dumps(golden))
     report = fresh(ancestors, tmp_path / "run", model_config=tmp_path / "Emu.json")
     cfg, params = read_all(tmp_path / "run")
-    assert (cfg.vision.image_size, cfg.cformer.n_causal, cfg.llama.vocab_size) == (84, 7, 516)
+    assert (cfg.vision.image_size, cfg.n_embeddings, cfg.llama.vocab_size) == (84, 7, 516)
 
     llama = {}
     for shard in (ancestors / "llama").glob("*.safetensors"):

@@ -783,7 +783,7 @@ def drawer(model, words):
 
 def reference_mixed(model, x, max_new, max_images, width=96):
     """One row, an element at a time, by full forward passes."""
-    ids, n = model.cfg.tokens, model.cfg.cformer.n_causal
+    ids, n = model.cfg.tokens, model.cfg.n_embeddings
 
     @nnx.jit
     def forward(llama, x, last):
@@ -1017,7 +1017,7 @@ def test_prompt_and_new_tokens_are_counted_together(small):
 
 def test_images_take_no_more_positions_than_there_are(drawer, caplog):
     """A row may open as many images as it has room for, whatever it is batched with."""
-    n, positions = drawer.cfg.cformer.n_causal, drawer.cfg.llama.max_positions
+    n, positions = drawer.cfg.n_embeddings, drawer.cfg.llama.max_positions
     settings = {"max_new_tokens": positions - len(drawer.tokenizer.encode(*OPENING[0])) - (n + 1)}
     rows = drawer._prompts([OPENING[0], "ten"], settings["max_new_tokens"])
     cfg = drawer.defaults.replace(max_images=3, **settings)
@@ -1104,7 +1104,7 @@ def test_no_special_token_spans_two_parts(small):
     made = tokens("<ima", "ge>", picture(0), "<ima", picture(1), "ge>")
     assert (
         (made.embedding_index >= 0).sum()
-        == 2 * small.cfg.cformer.n_causal
+        == 2 * small.cfg.n_embeddings
         == (made.tokens == ids.image).sum()
     )
     for parts in (
@@ -1116,7 +1116,7 @@ def test_no_special_token_spans_two_parts(small):
         ("\u00e9", "\u0301 two"),
     ):
         spelled = "".join(
-            p if isinstance(p, str) else words.image_placeholder(small.cfg.cformer.n_causal)
+            p if isinstance(p, str) else words.image_placeholder(small.cfg.n_embeddings)
             for p in parts
         )
         assert tokens(*parts).tokens.tolist() == words.encode(spelled)

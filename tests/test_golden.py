@@ -87,7 +87,7 @@ def embeddings(emu, golden):
 
 def rows_of(ids, embeddings, cfg, counts):
     """Ids [B, S] and the pictures of each row, as `Emu.embed` takes them."""
-    n = cfg.cformer.n_causal
+    n = cfg.n_embeddings
     images = np.zeros((len(ids), max(counts), n, cfg.llama.width), np.float32)
     embedding_index = np.full(ids.shape, -1, np.int32)
     start = 0
@@ -177,7 +177,7 @@ CONTEXTS = {  # of `text` and the placeholder of a picture; and the pictures in 
 def test_embedding_regression(emu, embeddings, golden, tag):
     tokenizer = Tokenizer.load(GOLDEN / "tokenizer")
     context, pictures = CONTEXTS[tag]
-    placeholder = tokenizer.image_placeholder(emu.cfg.cformer.n_causal)
+    placeholder = tokenizer.image_placeholder(emu.cfg.n_embeddings)
     context = context.format(text=META["spec"]["text"], image=placeholder)
     rows = [tokenizer.encode(text + "[IMG]") for text in (context, "")]
     lengths = np.array([len(row) for row in rows])

@@ -76,7 +76,7 @@ def test_regression_targets_by_hand():
     none from one document to the next or round the end of a row."""
     ids = TokenIds(pad=7, img=8, img_end=9, image=10)
     emu = types.SimpleNamespace(
-        cfg=types.SimpleNamespace(tokens=ids, cformer=types.SimpleNamespace(n_causal=2))
+        cfg=types.SimpleNamespace(tokens=ids, n_embeddings=2, regression_pairs=3)
     )
     image = [8, 10, 10, 9]
     rows = [

@@ -107,7 +107,7 @@ def test_flops_are_those_of_the_traced_step():
     traced = jaxpr_flops(
         jax.make_jaxpr(jax.grad(loss))(state, batch).jaxpr, without=RECOMPUTED_SCOPE
     )
-    llama, rows, tokens, n = cfg.model.llama, 2, 128, cfg.model.cformer.n_causal
+    llama, rows, tokens, n = cfg.model.llama, 2, 128, cfg.model.n_embeddings
     pictures, inner = 4, cfg.model.cformer.heads * 64
     extra = 3 * 4 * rows * llama.layers * llama.width * tokens**2 / 2
     extra += 3 * 4 * pictures * cfg.model.cformer.layers * inner * n**2 / 2

@@ -381,7 +381,7 @@ def vae_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tensor
 
 def condition_of(cfg: Any, p: Tensors, batch: Tensors) -> torch.Tensor:
     """The N embeddings that follow each context, the whole row computed again for each."""
-    n, rows = cfg.model.cformer.n_causal, torch.arange(len(batch["tokens"]))
+    n, rows = cfg.model.n_embeddings, torch.arange(len(batch["tokens"]))
     images = embeddings_of(p, cfg.model, batch["images"])
     x = F.pad(inputs_of(p, batch["tokens"], batch["embedding_index"], images), (0, 0, 0, n))
     for i in range(n):

@@ -27,6 +27,7 @@ CLASSES = (
     ("config.py", "EmuConfig", "model"),
     ("config.py", "VisionConfig", "model.vision"),
     ("config.py", "CFormerConfig", "model.cformer"),
+    ("config.py", "PoolingConfig", "model.pooling"),
     ("config.py", "LlamaConfig", "model.llama"),
     ("config.py", "LoraConfig", "model.llama.lora"),
     ("config.py", "TokenIds", "model.tokens"),

@@ -303,10 +303,10 @@ def model_json(cfg: EmuConfig) -> dict[str, Any]:
         "multimodal_cfg": {
             "name": "llama-13B",
             "xattn": True,
-            "n_causal": cfg.cformer.n_causal,
+            "n_causal": cfg.n_embeddings,
             "freeze": False,
         },
-        "vladapter_cfg": {"name": "cformer", "n_causal": cfg.cformer.n_causal},
+        "vladapter_cfg": {"name": "cformer", "n_causal": cfg.n_embeddings},
     }
 
 

@@ -20,12 +20,21 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from einops import rearrange
 
-from emu_jax.config import LORA_TARGETS, EmuConfig
+from emu_jax.config import LORA_TARGETS, CFormerConfig, EmuConfig
 from emu_jax.convert.tensors import Shape
 from emu_jax.errors import UserError
 
 # Parameters that the tables cover begin with one of these.
-TOWERS = ("visual", "ln_visual", "cformer", "llama", "unet", "vae")
+TOWERS = (
+    "visual",
+    "ln_visual",
+    "cformer",
+    "project_up",
+    "project_down",
+    "llama",
+    "unet",
+    "vae",
+)
 
 # The autoencoder's attention: our name, and the name in diffusers 0.15.
 _OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -161,7 +170,7 @@ def model_rows(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[TableRow]:
     Raises:
         ValueError: a parameter has no row, or a row names a parameter that the model lacks.
     """
-    rows = [*visual(cfg), *cformer(cfg), *llama(cfg)]
+    rows = [*visual(cfg), *connector(cfg), *llama(cfg)]
     rows += diffusers("unet", shapes) if cfg.unet else []
     rows += diffusers("vae", shapes) if cfg.vae else []
     paths = {row.path for row in rows}
@@ -175,7 +184,7 @@ def model_rows(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[TableRow]:
 
 
 def visual(cfg: EmuConfig) -> list[TableRow]:
-    """EVA-CLIP's ViT and the norm after it (release: `eva_vit_model.py`)."""
+    """EVA-CLIP's ViT (release: `eva_vit_model.py`)."""
     side = cfg.vision.patch_size
     patches = Transform("(p q c) o -> o c p q", {"p": side, "q": side, "c": 3})
     rows = [
@@ -183,10 +192,9 @@ def visual(cfg: EmuConfig) -> list[TableRow]:
         TableRow("visual.pos_embed", ("visual.pos_embed",), Transform("p d -> 1 p d")),
         TableRow("visual.patch_embed.kernel", ("visual.patch_embed.proj.weight",), patches),
         TableRow("visual.patch_embed.bias", ("visual.patch_embed.proj.bias",), SAME),
-        *_norm("visual.norm", bias=True),
-        *_linear("visual.head", bias=True),
-        *_norm("ln_visual", bias=True),
     ]
+    if cfg.vision.final_norm:
+        rows += [*_norm("visual.norm", bias=True), *_linear("visual.head", bias=True)]
     block = [
         *_norm("norm1", bias=True),
         TableRow("attn.qkv", ("attn.qkv.weight",), QKV),
@@ -200,7 +208,14 @@ def visual(cfg: EmuConfig) -> list[TableRow]:
     return rows + _stack("visual.blocks", "visual.blocks.{}", block, cfg.vision.layers)
 
 
-def cformer(cfg: EmuConfig) -> list[TableRow]:
+def connector(cfg: EmuConfig) -> list[TableRow]:
+    """The layers between the visual encoder and the language model."""
+    if cfg.cformer is not None:
+        return [*_norm("ln_visual", bias=True), *cformer(cfg.cformer)]
+    return [*_linear("project_up"), *_linear("project_down")]
+
+
+def cformer(cfg: CFormerConfig) -> list[TableRow]:
     """The Causal Transformer (release: `causal_former.py`, `modeling_t5.py`)."""
     t5 = "cformer.cformer"
     bias = f"{t5}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -225,7 +240,7 @@ def cformer(cfg: EmuConfig) -> list[TableRow]:
         *_linear("wi", "layer.2.DenseReluDense.wi"),
         *_linear("wo", "layer.2.DenseReluDense.wo"),
     ]
-    return rows + _stack("cformer.blocks", f"{t5}.block.{{}}", block, cfg.cformer.layers)
+    return rows + _stack("cformer.blocks", f"{t5}.block.{{}}", block, cfg.layers)
 
 
 def llama(cfg: EmuConfig) -> list[TableRow]:
@@ -240,9 +255,10 @@ def llama(cfg: EmuConfig) -> list[TableRow]:
         TableRow(
             "llama.lm_head.kernel", (f"{lm}.lm_head.weight",), Transform("i v -> v i", rows=vocab)
         ),
-        *_linear("llama.stu_regress_head", f"{lm}.stu_regress_head"),
-        *_norm("llama.norm", f"{lm}.model.norm"),
     ]
+    if cfg.llama.regression_head:
+        rows += _linear("llama.stu_regress_head", f"{lm}.stu_regress_head")
+    rows += _norm("llama.norm", f"{lm}.model.norm")
     block = [
         *_norm("input_layernorm"),
         *_linear("self_attn.q_proj"),
@@ -312,7 +328,9 @@ def unused(cfg: EmuConfig) -> dict[str, tuple[int | None, ...]]:
         f"decoder.lm.model.layers.{i}.self_attn.rotary_emb.inv_freq": (cfg.llama.head_width // 2,)
         for i in range(cfg.llama.layers)
     }
-    return tensors | {"cformer.cformer.embed_tokens.weight": (None, cfg.cformer.width)}
+    if cfg.cformer is not None:
+        tensors["cformer.cformer.embed_tokens.weight"] = (None, cfg.cformer.width)
+    return tensors
 
 
 def match(

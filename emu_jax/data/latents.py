@@ -57,7 +57,7 @@ def latent_shapes(model: EmuConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of one condition [N, D] and of one image's latents [h, w, C]."""
     assert model.vae is not None
     side = model.vae.sample_size // model.vae.downscale
-    condition = (model.cformer.n_causal, model.llama.width)
+    condition = (model.n_embeddings, model.embedding_width)
     return condition, (side, side, model.vae.latent_channels)
 
 

@@ -396,7 +396,7 @@ class Emu:
         return embeddings[0] if single else embeddings
 
     def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N D"]:
-        n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
+        n, width = self.cfg.n_embeddings, self.cfg.embedding_width
         rows = self._prompts(prompts, n, append_img=True)
         embeddings: dict[int, Array] = {}
         for chunk, batch in self._batcher.batches(rows, "right"):
@@ -515,7 +515,7 @@ class Emu:
             tokens, count, done = (
                 to_host(a) for a in (state.tokens[0], state.count[0], state.done[0])
             )
-            ended = bool(done) or int(state.step) >= static.steps(self.cfg.cformer.n_causal)
+            ended = bool(done) or int(state.step) >= static.steps(self.cfg.n_embeddings)
             for part in progress.advance(tokens[: int(state.step)], images=int(count), ended=ended):
                 if isinstance(part, str):
                     yield part
@@ -615,7 +615,7 @@ class Emu:
         Raises:
             UserError: a prompt ends in `[IMG]` but leaves no room for its image.
         """
-        positions, size = self.cfg.llama.max_positions, self.cfg.cformer.n_causal + 1
+        positions, size = self.cfg.llama.max_positions, self.cfg.n_embeddings + 1
         free = [positions - len(row.tokens) - new_tokens for row in rows]
         room = np.minimum(np.array(free, np.int32) // size, max_images).astype(np.int32)
         for number, row in enumerate(rows):
@@ -707,7 +707,7 @@ class Emu:
     ]:
         """Encodes a batch's images. Returns the inputs of the compiled programs: embeddings,
         tokens, embedding_index, valid."""
-        n, width = self.cfg.cformer.n_causal, self.cfg.llama.width
+        n, width = self.cfg.n_embeddings, self.cfg.embedding_width
         encoded = []
         for chunk in self._batcher.chunks(len(batch.images)):
             with self._on_mesh():

@@ -101,7 +101,7 @@ def complete(
         starts_image: whether the prompt ends in `[IMG]`; an image then comes first.
     """
     state = start(emu, x, valid, starts_image, static, dynamic, keys)
-    steps = jnp.int32(static.steps(emu.cfg.cformer.n_causal))
+    steps = jnp.int32(static.steps(emu.cfg.n_embeddings))
     state = decode_until(emu, state, steps, static, dynamic, keys)
     return state.tokens, state.images
 
@@ -116,7 +116,7 @@ def start(
     keys: Key[Array, "B"] | None,
 ) -> MixedState:
     """Returns the state after the first element; see `complete`."""
-    ids, n = emu.cfg.tokens, emu.cfg.cformer.n_causal
+    ids, n = emu.cfg.tokens, emu.cfg.n_embeddings
     steps, (batch, _, width) = static.steps(n), x.shape
     decoding, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, steps - 1)
     state = MixedState(
@@ -145,7 +145,7 @@ def decode_until(
     keys: Key[Array, "B"] | None,
 ) -> MixedState:
     """Decodes until every row has ended or has `until` elements, at most `static.steps`."""
-    until = jnp.minimum(until, static.steps(emu.cfg.cformer.n_causal))
+    until = jnp.minimum(until, static.steps(emu.cfg.n_embeddings))
     graphdef, params = nnx.split(emu.llama.unstacked_for_decoding())
 
     def decode_step(state: MixedState) -> MixedState:
@@ -182,7 +182,7 @@ def _choose(
     keys: Key[Array, "B"] | None,
 ) -> MixedState:
     """Appends the next element of every row that has not ended."""
-    ids, n = cfg.tokens, cfg.cformer.n_causal
+    ids, n = cfg.tokens, cfg.n_embeddings
     # Tokens that only an image or padding may put there.
     closed = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if static.may_open else [ids.img])
     scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)

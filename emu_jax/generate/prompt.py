@@ -181,7 +181,7 @@ class Prompt:
                 `<image>` or is not valid Unicode, or the prompt has more tokens than the model
                 has positions.
         """
-        texts, images, n = [], [], cfg.cformer.n_causal
+        texts, images, n = [], [], cfg.n_embeddings
         for part in as_parts(parts):
             if isinstance(part, str):
                 if IMAGE in part:

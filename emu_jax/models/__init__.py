@@ -2,8 +2,9 @@
 
 emu.py              EmuModel: the towers put together
 eva_clip.py         EVA-CLIP's vision transformer
+connectors.py       how images enter the language model: by the Causal Transformer, or by pooling
 cformer.py          the Causal Transformer
-llama.py            LLaMA with the regression head
+llama.py            LLaMA, with Emu1's regression head
 kv_cache.py         LLaMA's KV cache
 unet.py             the denoiser
 vae.py              the autoencoder
@@ -26,7 +27,7 @@ T       positions of a row; the queries of attention
 t       positions of a row whose logits are computed together
 S       keys of attention; the slots of a KV cache
 I       images of a row
-N       causal embeddings of an image
+N       embeddings of an image
 P       patches of an image, and the class token
 L       layers
 H       attention heads

@@ -1,4 +1,5 @@
-"""The whole model, assembled from its towers (release: `modeling_emu.py`, paper section 2)."""
+"""The whole model, assembled from its towers (release: `modeling_emu.py`, paper section 2; Emu2's
+`emu.py`)."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.models.cformer import CFormer
+from emu_jax.models.connectors import Connector, connector_of, gather_embeddings
 from emu_jax.models.eva_clip import VisionTransformer
 from emu_jax.models.kv_cache import KVCache
-from emu_jax.models.layers import LayerNorm
+from emu_jax.models.layers import LayerNorm, Linear
 from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
@@ -28,7 +30,15 @@ class EmuModel(nnx.Module):
     and, unless it is "cudnn", of the visual encoder. All other attention uses the platform's
     unfused kernels: decoding, the U-Net, the VAE, and the Causal Transformer, whose attention
     weights have dropout. Without a `backend`, all attention does.
+
+    The configuration chooses the connector between the towers (`connectors.py`).
     """
+
+    # Layers of connectors; a model has those of its own.
+    ln_visual: LayerNorm
+    cformer: CFormer
+    project_up: Linear
+    project_down: Linear
 
     def __init__(
         self,
@@ -46,31 +56,54 @@ class EmuModel(nnx.Module):
             rngs=rngs,
             backend=None if backend == "cudnn" else backend,
         )
-        self.ln_visual = LayerNorm(cfg.vision.width, eps=cfg.vision.eps, rngs=rngs)
-        self.cformer = CFormer(
-            cfg.cformer, cfg.vision.width, cfg.llama.width, remat=remat.cformer, rngs=rngs
-        )
+        for name, layer in connector_of(cfg).layers(cfg, remat, rngs).items():
+            setattr(self, name, layer)
         self.llama = Llama(cfg.llama, remat=remat.llama, backend=backend, rngs=rngs)
         self.unet = UNet(cfg.unet, remat=remat.unet, rngs=rngs) if painter and cfg.unet else None
         self.vae = VAE(cfg.vae, rngs=rngs) if painter and cfg.vae else None
         self.cfg = cfg
 
+    @property
+    def connector(self) -> type[Connector]:
+        """The connector between the visual encoder and the language model."""
+        return connector_of(self.cfg)
+
     def encode_images(
-        self, pixels: Float[Array, "*B h w 3"], *, dropout_key: jax.Array | None = None
-    ) -> Float[Array, "*B N D"]:
-        """Encodes normalized pixels as the N causal embeddings of each image."""
+        self,
+        pixels: Float[Array, "*B h w 3"],
+        *,
+        frames: bool | Bool[Array, "*B"] = False,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "*B N E"]:
+        """Encodes normalized pixels as the N embeddings of each image, of width
+        `cfg.embedding_width`.
+
+        Args:
+            frames: whether the images are frames of videos, which have `cfg.n_frame` embeddings.
+                With an array, N is `cfg.n_embeddings`, and zeros follow those of a frame.
+        """
         batch = pixels.shape[:-3]
         pixels = shard(pixels.reshape(-1, *pixels.shape[-3:]), "batch", None, None, None)
-        with jax.named_scope("visual"):
-            features = self.ln_visual(self.visual(pixels))
-        with jax.named_scope("cformer"):
-            embeddings = self.cformer(features, dropout_key=dropout_key)
+        if not isinstance(frames, bool):
+            frames = frames.reshape(-1)
+        embeddings = self.connector.encode(self, pixels, frames, dropout_key)
         return embeddings.reshape(*batch, *embeddings.shape[1:])
+
+    def to_language(self, embeddings: Float[Array, "*B E"]) -> Float[Array, "*B D"]:
+        """Returns the embeddings of images as the language model reads them."""
+        return self.connector.to_language(self, embeddings)
+
+    def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        """Predicts the visual embedding that follows a hidden state, `cfg.embedding_width` wide.
+
+        `to_language` makes of it what the language model reads next.
+        """
+        return self.connector.regress(self, hidden)
 
     def embed(
         self,
         tokens: Int[Array, "B T"],
-        images: Float[Array, "B I N D"] | None = None,
+        images: Float[Array, "B I N E"] | None = None,
         embedding_index: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the embeddings of each row: those of an image at its `<image>` positions, those
@@ -82,9 +115,20 @@ class EmuModel(nnx.Module):
         if images is None or embedding_index is None:
             return x
         x = x.astype(images.dtype)
-        visual = rearrange(images, "b i n d -> b (i n) d")
-        visual = jnp.take_along_axis(visual, jnp.maximum(embedding_index, 0)[..., None], axis=1)
+        visual = gather_embeddings(self.to_language(images), embedding_index)
         return jnp.where((embedding_index >= 0)[..., None], visual, x)
+
+    def regression_targets(
+        self,
+        x: Float[Array, "B T D"],
+        images: Float[Array, "B I N E"],
+        embedding_index: Int[Array, "B T"],
+    ) -> Float[Array, "B T E"]:
+        """Returns the embedding at each position, as a target for the state before it.
+
+        `regression_mask` names the positions that count. `x` is what `embed` returned.
+        """
+        return self.connector.regression_targets(x, images, embedding_index)
 
     def regression_mask(
         self,
@@ -95,19 +139,22 @@ class EmuModel(nnx.Module):
     ) -> Bool[Array, "B T"]:
         """Returns the positions t whose state regresses the embedding at t + 1.
 
-        These are `[IMG]` and `<image>` where `<image>` or `[/IMG]` follows in the same document,
-        N + 1 per image. With `embedding_index` and `image_scored`, only scored images count.
+        These are `[IMG]` and `<image>` where `<image>` follows in the same document, and with the
+        Causal Transformer also where `[/IMG]` follows: `cfg.regression_pairs` per still image.
+        With `embedding_index` and `image_scored`, only scored images count.
         """
         ids = self.cfg.tokens
         here = (tokens == ids.img) | (tokens == ids.image)
         after = jnp.roll(tokens, -1, axis=1)
-        follows = (after == ids.image) | (after == ids.img_end)
+        follows = after == ids.image
+        if self.cfg.regression_pairs > self.cfg.n_embeddings:
+            follows = follows | (after == ids.img_end)
         same = segment_ids == jnp.roll(segment_ids, -1, axis=1)
         mask = (here & follows & same).at[:, -1].set(False)
         if embedding_index is None or image_scored is None:
             return mask
         index = jnp.maximum(embedding_index, jnp.roll(embedding_index, -1, axis=1))  # at t or t + 1
-        image = jnp.maximum(index, 0) // self.cfg.cformer.n_causal
+        image = jnp.maximum(index, 0) // self.cfg.n_embeddings
         return mask & jnp.take_along_axis(image_scored, image, axis=1)
 
     def regress_image(
@@ -116,7 +163,7 @@ class EmuModel(nnx.Module):
         hidden: Float[Array, "B D"],
         positions: Int[Array, "B"],
         cache: KVCache,
-    ) -> tuple[Float[Array, "B N D"], KVCache]:
+    ) -> tuple[Float[Array, "B N E"], KVCache]:
         """Generates the N embeddings of the next image, one after the other (release:
         `generate_image`, which recomputes the whole row for each).
 
@@ -124,7 +171,7 @@ class EmuModel(nnx.Module):
         `[IMG]`, whose positions are `positions`. The cache needs N - 1 free slots. The returned
         cache holds the first N - 1 embeddings.
         """
-        first = llama.regress(hidden)[:, None]
+        first = self.regress(hidden)[:, None]
         graphdef, params = nnx.split(llama)
 
         def step(
@@ -133,11 +180,13 @@ class EmuModel(nnx.Module):
             previous, cache = carry
             llama = nnx.merge(graphdef, params)
             valid = jnp.ones(previous.shape[:2], bool)
-            h, cache = llama.extend(previous, (positions + i)[:, None], valid, cache)
-            following = llama.regress(h)
+            h, cache = llama.extend(
+                self.to_language(previous), (positions + i)[:, None], valid, cache
+            )
+            following = self.regress(h)
             return (following, cache), following[:, 0]
 
-        n = self.cfg.cformer.n_causal
+        n = self.cfg.n_embeddings
         (_, cache), rest = jax.lax.scan(step, (first, cache), jnp.arange(1, n))
         return jnp.concatenate([first, rearrange(rest, "n b d -> b n d")], axis=1), cache
 
@@ -145,9 +194,9 @@ class EmuModel(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         lengths: Int[Array, "B"],
-        images: Float[Array, "B I N D"] | None = None,
+        images: Float[Array, "B I N E"] | None = None,
         embedding_index: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B N D"]:
+    ) -> Float[Array, "B N E"]:
         """Generates the N embeddings that follow right-padded contexts, each ending in `[IMG]`.
 
         Right padding and positions from 0 are as in the release's `generate_image`.
@@ -155,7 +204,7 @@ class EmuModel(nnx.Module):
         batch, length = tokens.shape
         x = self.embed(tokens, images, embedding_index)
         llama = self.llama.unstacked_for_decoding()
-        cache = llama.empty_cache(batch, length + self.cfg.cformer.n_causal - 1, x.dtype)
+        cache = llama.empty_cache(batch, length + self.cfg.n_embeddings - 1, x.dtype)
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         hidden, cache = llama.extend(x, positions, positions < lengths[:, None], cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

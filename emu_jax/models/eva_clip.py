@@ -1,4 +1,4 @@
-"""EVA-CLIP's ViT (release: `Emu1/models/eva_vit_model.py`)."""
+"""EVA-CLIP's ViT (release: `Emu1/models/eva_vit_model.py`, `Emu2/emu/eva_vit.py`)."""
 
 from __future__ import annotations
 
@@ -68,21 +68,26 @@ class VisionMLP(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm transformer block."""
+    """Transformer block. The norms are before attention and MLP, or after them (`post_norm`)."""
 
     def __init__(self, cfg: VisionConfig, *, backend: str | None, rngs: nnx.Rngs) -> None:
         self.norm1 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.attn = VisionAttention(cfg, backend=backend, rngs=rngs)
         self.norm2 = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
         self.mlp = VisionMLP(cfg, rngs=rngs)
+        self.post_norm = cfg.post_norm
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        if self.post_norm:
+            x = shard(x + self.norm1(self.attn(x)), "batch", None, None)
+            return shard(x + self.norm2(self.mlp(x)), "batch", None, None)
         x = shard(x + self.attn(self.norm1(x)), "batch", None, None)
         return shard(x + self.mlp(self.norm2(x)), "batch", None, None)
 
 
 class VisionTransformer(nnx.Module):
-    """The visual encoder. Emu uses the raw output of its blocks; `norm` and `head` are for CLIP."""
+    """The visual encoder. Emu uses the raw output of its blocks; `norm` and `head` are for CLIP,
+    and None without `final_norm`."""
 
     def __init__(
         self, cfg: VisionConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
@@ -93,8 +98,12 @@ class VisionTransformer(nnx.Module):
         self.blocks = stack(
             cfg.layers, lambda rngs: VisionBlock(cfg, backend=backend, rngs=rngs), rngs
         )
-        self.norm = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs)
-        self.head = Linear(cfg.width, cfg.clip_width, ("embed", None), rngs=rngs)
+        self.norm = LayerNorm(cfg.width, eps=cfg.eps, rngs=rngs) if cfg.final_norm else None
+        self.head = (
+            Linear(cfg.width, cfg.clip_width, ("embed", None), rngs=rngs)
+            if cfg.final_norm
+            else None
+        )
         self.patch_size, self.remat = cfg.patch_size, remat
 
     def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B P D"]:
@@ -112,5 +121,11 @@ class VisionTransformer(nnx.Module):
         return x
 
     def clip_embedding(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B E"]:
-        """Returns the contrastive embedding, head(norm(class token)), not scaled to unit length."""
+        """Returns the contrastive embedding, head(norm(class token)), not scaled to unit length.
+
+        Raises:
+            ValueError: the encoder has no contrastive head.
+        """
+        if self.norm is None or self.head is None:
+            raise ValueError("no contrastive head (VisionConfig.final_norm): set it to True")
         return self.head(self.norm(self(pixels)[:, 0]))

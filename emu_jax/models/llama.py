@@ -1,4 +1,4 @@
-"""LLaMA with Emu's regression head (release: `modeling_llama.py`; transformers 4.31)."""
+"""LLaMA with Emu1's regression head (release: `modeling_llama.py`; transformers 4.31)."""
 
 from __future__ import annotations
 
@@ -202,7 +202,11 @@ class Llama(nnx.Module):
         self.lm_head = Linear(
             cfg.width, cfg.padded_vocab, ("embed", "vocab"), bias=False, rngs=rngs
         )
-        self.stu_regress_head = Linear(cfg.width, cfg.width, ("embed", None), bias=False, rngs=rngs)
+        self.stu_regress_head = (
+            Linear(cfg.width, cfg.width, ("embed", None), bias=False, rngs=rngs)
+            if cfg.regression_head
+            else None
+        )
         self.cfg, self.remat, self.backend = cfg, remat, backend
 
     def __call__(
@@ -316,5 +320,13 @@ class Llama(nnx.Module):
         )(hidden, kernel, targets)
 
     def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Predicts the next visual embedding."""
+        """Predicts the next visual embedding.
+
+        Raises:
+            ValueError: this model has no regression head; `EmuModel.regress` serves all.
+        """
+        if self.stu_regress_head is None:
+            raise ValueError(
+                "no regression head (LlamaConfig.regression_head): use EmuModel.regress"
+            )
         return self.stu_regress_head(hidden)

@@ -56,11 +56,13 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
     images = rows * row_images
     met = {
         "visual": images * model.vision.tokens,
-        "cformer": images * model.cformer.n_causal,
+        "cformer": images * model.n_embeddings,
+        "project_up": images * model.n_embeddings,
         "llama": rows * tokens,
+        "project_down": images * model.regression_pairs,
     }
     # What meets another number of tokens than the rest of its tower.
-    regressed = images * (model.cformer.n_causal + 1)
+    regressed = images * model.regression_pairs
     exceptions = {
         "cformer.blocks.cross_attention.k": met["visual"],
         "cformer.blocks.cross_attention.v": met["visual"],
@@ -73,9 +75,12 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
         "cformer.causal_tokens": 0,
         "cformer.relative_attention_bias": 0,
     }
-    trained = {tower: False for tower in met}
+    shapes = _shapes(cfg)
+    existing = {path.split(".")[0] for path in shapes}
+    met = {tower: count for tower, count in met.items() if tower in existing}
+    trained = dict.fromkeys(met, False)
     matrices = {}
-    for path, shape in _shapes(cfg).items():
+    for path, shape in shapes.items():
         tower = path.split(".")[0]
         if tower not in met or not _is_matrix(path, shape):
             continue
@@ -103,12 +108,13 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
 def _attention(model: EmuConfig, rows: int, tokens: int, images: int) -> dict[str, float]:
     """Forward FLOPs of attention in each tower."""
     vision, cformer, llama = model.vision, model.cformer, model.llama
-    inner = cformer.heads * cformer.head_width
-    causal = cformer.n_causal**2 / 2
-    cross = cformer.n_causal * vision.tokens
-    return {
-        "visual": 4.0 * images * vision.layers * vision.width * vision.tokens**2,
-        "cformer": 4.0 * images * cformer.layers * inner * (causal + cross),
+    towers = {"visual": 4.0 * images * vision.layers * vision.width * vision.tokens**2}
+    if cformer is not None:
+        inner = cformer.heads * cformer.head_width
+        causal = cformer.n_causal**2 / 2
+        cross = cformer.n_causal * vision.tokens
+        towers["cformer"] = 4.0 * images * cformer.layers * inner * (causal + cross)
+    return towers | {
         "llama": 4.0 * rows * llama.layers * llama.heads * llama.head_width * tokens**2 / 2,
     }
 

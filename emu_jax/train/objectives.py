@@ -148,14 +148,14 @@ class Objective(ABC):
                 f"{model.llama.vocab_size}: set model.llama.vocab_size and model.tokens to match"
             )
         elif (t := tokenizer) is not None:
-            ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image)
+            ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image, model.tokens.frame)
             if ids != model.tokens:
                 problems.append(
                     f"model.tokens are {model.tokens}, the tokenizer's ids are {ids}: set "
                     "model.tokens to these"
                 )
         sizes = [
-            ("n_causal", data.n_causal, model.cformer.n_causal),
+            ("n_causal", data.n_causal, model.n_embeddings),
             ("image_size", data.image_size, model.vision.image_size),
         ]
         if model.vae is not None and self.reads_targets:

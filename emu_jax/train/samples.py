@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 SampleKind = Literal["captions", "images", "continuations"]
 SAMPLE_KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
 
-LANGUAGE_TOWERS = ("visual", "ln_visual", "cformer", "llama")
 DECODER_TOWERS = ("unet", "vae")
 SEED = 0  # of the choice of documents
 TRIES = 8  # documents read for each that is used; the others are damaged, too long or unfit
@@ -81,7 +80,7 @@ class TrainedEmu:
     ) -> None:
         cfg = trainer.cfg
         towers = set(map(checkpoint.tower_of, trainer.param_shapes))
-        needed = LANGUAGE_TOWERS + (DECODER_TOWERS if paints else ())
+        needed = cfg.model.language_towers + (DECODER_TOWERS if paints else ())
         if missing := [tower for tower in needed if tower not in towers]:
             raise UserError(
                 f"a run with the objective {cfg.objective!r} cannot generate {purpose}, since its "
@@ -144,7 +143,7 @@ class SampleEvaluation(Evaluation):
             batch_size=self._batch_size,
             defaults=defaults,
         )
-        positions, n = cfg.model.llama.max_positions, cfg.model.cformer.n_causal
+        positions, n = cfg.model.llama.max_positions, cfg.model.n_embeddings
         self.documents = choose_documents(
             _kind(config),
             held_out,

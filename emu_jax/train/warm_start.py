@@ -22,6 +22,8 @@ CONFIG_OF = {
     "visual": "vision",
     "ln_visual": "vision",
     "cformer": "cformer",
+    "project_up": "pooling",
+    "project_down": "pooling",
     "llama": "llama",
     "unet": "unet",
     "vae": "vae",
@@ -139,10 +141,9 @@ def _from_run(cfg: TrainConfig) -> TrainConfig:
     """Returns a config with the model and the towers of `cfg.init_from`."""
     parent = as_path(cfg.init_from).absolute()
     model = _extended(checkpoint.load_config(parent), cfg)
-    decoder = {"unet": model.unet is not None, "vae": model.vae is not None}
-    towers = [tower for tower in CONFIG_OF if decoder.get(tower, True)]
+    towers = model.towers
     if cfg.objective != "decoder" and cfg.save_frozen:  # this run's module has no image decoder
-        towers = [tower for tower in towers if tower not in decoder]
+        towers = model.language_towers
     parents = {tower: str(parent) for tower in towers} | cfg.parents
     return dataclasses.replace(cfg, model=model, parents=parents)
 
