@@ -241,7 +241,8 @@ def convert(parser: argparse.ArgumentParser) -> Command:
         "src",
         type=_path,
         metavar="SRC",
-        help="a release folder, Emu-instruct.pt, a run directory, or a peft folder (with --base)",
+        help="a release folder, one of its native files (Emu-instruct.pt, "
+        "Emu2_pytorch_model.bf16.bin), a run directory, or a peft folder (with --base)",
     )
     parser.add_argument("dst", type=_path, metavar="DST")
     parser.add_argument(
@@ -255,13 +256,26 @@ def convert(parser: argparse.ArgumentParser) -> Command:
         "--model-config",
         type=_local_path,
         metavar="FILE",
-        help="the release's model JSON (default: Emu.json beside the weights)",
+        help="the release's model JSON (default: Emu.json, Emu2.json or the Hub's config.json, "
+        "beside the weights)",
     )
     parser.add_argument(
         "--tokenizer",
         type=_local_path,
         metavar="DIR",
         help="a LLaMA tokenizer folder (default: tokenizer/ beside the weights)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("native", "hub"),
+        help="with --to emu, the layout of an Emu2's files: one native file, or a folder as on the "
+        "Hub (default: the one that came)",
+    )
+    parser.add_argument(
+        "--fast-tokenizer",
+        action="store_true",
+        help="keep white space next to special tokens, as AutoTokenizer does on the Hub (the "
+        "release strips it)",
     )
     parser.add_argument("--base", type=_path, metavar="DIR", help="the base model of a peft folder")
     parser.add_argument(
@@ -280,6 +294,8 @@ def convert(parser: argparse.ArgumentParser) -> Command:
             tokenizer=args.tokenizer,
             base=args.base,
             merge_lora=args.merge_lora,
+            layout=args.layout,
+            fast_tokenizer=args.fast_tokenizer,
             overwrite=args.overwrite,
         )
         if not args.json:

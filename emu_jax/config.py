@@ -447,10 +447,6 @@ def emu_14b_instruct() -> EmuConfig:
     return EmuConfig(llama=llama, unet=None, vae=None)
 
 
-# Tokens that Emu2 adds to LLaMA's, without and with [USER] and [ASSISTANT].
-EMU2_ADDED_TOKENS = (272, 274)
-
-
 def emu2() -> EmuConfig:
     """Returns the config of the released Emu2, which has 36.9B parameters."""
     return EmuConfig(
@@ -466,7 +462,7 @@ def emu2() -> EmuConfig:
         cformer=None,
         pooling=PoolingConfig(),
         llama=LlamaConfig(
-            vocab_size=32000 + EMU2_ADDED_TOKENS[0],
+            vocab_size=32272,
             width=6656,
             layers=60,
             heads=52,
@@ -486,7 +482,7 @@ def emu2_chat() -> EmuConfig:
     return dataclasses.replace(
         base,
         pooling=PoolingConfig(n_embeddings=256, n_frame=64),
-        llama=dataclasses.replace(base.llama, vocab_size=32000 + EMU2_ADDED_TOKENS[1]),
+        llama=dataclasses.replace(base.llama, vocab_size=32274),
     )
 
 

@@ -1,9 +1,9 @@
-"""LLaMA ids with Emu's special tokens, exactly as the release gives them.
+"""LLaMA ids with Emu's special tokens, exactly as the releases give them.
 
-The release runs the slow `LlamaTokenizer` of transformers 4.29-4.31. It adds `[PAD]`, `[IMG]`,
-`[/IMG]`, `<image>` (and `[USER]`, `[ASSISTANT]` for the instruction-tuned model) after the base
-vocabulary (`Emu1/models/modeling_llama.py`). Text is split at special tokens, and white space next
-to them is stripped. Each piece of text is then encoded separately, with LLaMA's leading space.
+The release runs the slow `LlamaTokenizer` of transformers 4.29-4.31. Each family adds its tokens
+after the base vocabulary (`Emu1/models/modeling_llama.py`, `Emu2/emu/constants.py`). Text is split
+at special tokens, and white space next to them is stripped. Each piece of text is then encoded
+separately, with LLaMA's leading space.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tokenizers
@@ -24,13 +24,49 @@ from jaxtyping import Bool, Int32
 from emu_jax.errors import UserError
 from emu_jax.storage import as_path, refuse_stand_in, writing
 
+Family = Literal["emu", "emu2"]
+
 PAD, IMG, IMG_END, IMAGE = "[PAD]", "[IMG]", "[/IMG]", "<image>"
 USER, ASSISTANT = "[USER]", "[ASSISTANT]"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+# Emu2's: [gIMG] stands for an embedding of a video's frame.
+FRAME, VIDEO = "[gIMG]", "[VIDEO]"
+GROUNDING, PHRASE, PHRASE_END, OBJECT, OBJECT_END = (
+    "<grounding>",
+    "<phrase>",
+    "</phrase>",
+    "<object>",
+    "</object>",
+)
+PATCH_INDICES = tuple(f"<patch_index_{i:04}>" for i in range(257))  # coordinates of boxes
+
+# What each family adds to LLaMA's vocabulary, in order. [USER] and [ASSISTANT] may follow.
+_ADDED: dict[Family, tuple[str, ...]] = {
+    "emu": (PAD, IMG, IMG_END, IMAGE),
+    "emu2": (
+        PAD,
+        IMG,
+        IMG_END,
+        IMAGE,
+        FRAME,
+        "[/gIMG]",
+        "[EOC]",
+        VIDEO,
+        GROUNDING,
+        PHRASE,
+        PHRASE_END,
+        OBJECT,
+        OBJECT_END,
+        "</delimiter_of_multi_objects/>",
+        "<REC>",
+        *PATCH_INDICES,
+    ),
+}
 
 # The files of a LLaMA tokenizer folder. `save` writes those that `load` read.
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-_NOTE = "emu_tokenizer.json"  # written by `save` next to the files: {"instruct": bool}
+_NOTE = "emu_tokenizer.json"  # written by `save` next to the files: the arguments of `load`
+_ADDED_FILE = "added_tokens.json"  # of the slow tokenizer, in folders of Emu2 on the Hub
 _SPACE = "\u2581"  # sentencepiece's character for a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -41,7 +77,13 @@ class Tokenizer:
     Attributes:
         bos, eos, unk, pad_id, img, img_end, image: ids of `<s>`, `</s>`, `<unk>`, `[PAD]`,
             `[IMG]`, `[/IMG]`, `<image>`.
+        frame: id of `[gIMG]`, which stands for an embedding of a video's frame; None in Emu1,
+            where `<image>` does.
         user, assistant: ids of `[USER]`, `[ASSISTANT]`; None without `instruct`.
+        added: Emu's tokens, in the order of their ids from `base_size` on.
+        family: the family whose tokens are added, "emu" or "emu2".
+        fast: whether white space next to special tokens is kept, as `AutoTokenizer` does on the
+            Hub. The release strips it.
         base_size: pieces of the LLaMA vocabulary, before Emu's tokens.
         fingerprint: a short hash; equal for tokenizers that give equal ids.
     """
@@ -53,35 +95,52 @@ class Tokenizer:
         files: dict[str, bytes],
         *,
         instruct: bool = False,
+        family: Family = "emu",
+        fast: bool = False,
     ) -> None:
-        added = [PAD, IMG, IMG_END, IMAGE] + ([USER, ASSISTANT] if instruct else [])
+        self.added = added = added_tokens(family, instruct)
         ids = {piece: i for i, piece in enumerate(pieces)}
         if missing := [t for t in (UNK, BOS, EOS) if t not in ids]:
             raise UserError(f"the tokenizer lacks {', '.join(missing)}: not a LLaMA tokenizer")
-        self.instruct = instruct
+        self.instruct, self.family, self.fast = instruct, family, fast
         self.base_size = len(pieces)
         self.unk, self.bos, self.eos = ids[UNK], ids[BOS], ids[EOS]
         self._added = {t: self.base_size + i for i, t in enumerate(added)}
         self.pad_id, self.img = self._added[PAD], self._added[IMG]
         self.img_end, self.image = self._added[IMG_END], self._added[IMAGE]
+        self.frame = self._added.get(FRAME)
         self.user, self.assistant = self._added.get(USER), self._added.get(ASSISTANT)
 
         self._pieces = [*pieces, *added]
         self._bytes = [int(m[1], 16) if (m := _BYTE.fullmatch(p)) else None for p in self._pieces]
         self._special = {UNK: self.unk, BOS: self.bos, EOS: self.eos, **self._added}
         self._split = re.compile("(" + "|".join(re.escape(t) for t in self._special) + ")")
+        # Emu2's release leaves LLaMA's own <unk> as it is, which strips nothing.
+        self._keeps_space = set(self._special) if fast else {UNK} if family == "emu2" else set()
         self._encode_plain = encode_plain
         self._files = files
-        digest = hashlib.sha256(repr((instruct, sorted(files.items()))).encode())
+        settings = () if (family, fast) == ("emu", False) else (family, fast)
+        digest = hashlib.sha256(repr((instruct, sorted(files.items()), *settings)).encode())
         self.fingerprint = digest.hexdigest()[:12]
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], instruct: bool | None = None) -> Tokenizer:
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        instruct: bool | None = None,
+        family: Family | None = None,
+        fast: bool | None = None,
+    ) -> Tokenizer:
         """Reads a LLaMA tokenizer folder: its `tokenizer.json`, or else `tokenizer.model`.
 
+        By default the settings are those that `save` noted in the folder. In a folder that it did
+        not write, the family and `instruct` follow from its `added_tokens.json`, or else are those
+        of the pretrained Emu1.
+
         Args:
-            instruct: whether `[USER]` and `[ASSISTANT]` exist. By default the value that `save`
-                noted in the folder, or False in a folder that it did not write.
+            instruct: whether `[USER]` and `[ASSISTANT]` exist.
+            family: the family whose tokens are added.
+            fast: whether to keep white space next to special tokens, as `AutoTokenizer` does.
 
         Raises:
             UserError: neither file exists, or it cannot be read.
@@ -91,8 +150,10 @@ class Tokenizer:
         for name in files:
             refuse_stand_in(directory / name)
         try:
-            if instruct is None and (directory / _NOTE).is_file():
-                instruct = bool(json.loads((directory / _NOTE).read_text())["instruct"])
+            noted = _noted_settings(directory)
+            instruct = noted[0] if instruct is None else instruct
+            family = noted[1] if family is None else family
+            fast = noted[2] if fast is None else fast
             if "tokenizer.json" in files:
                 source = directory / "tokenizer.json"
                 pieces, encode_plain = _from_json(files["tokenizer.json"])
@@ -108,7 +169,7 @@ class Tokenizer:
             raise
         except Exception as error:  # the libraries raise bare Exception
             raise UserError(f"cannot read the tokenizer in {directory}: {error}") from None
-        tokenizer = cls(pieces, encode_plain, files, instruct=bool(instruct))
+        tokenizer = cls(pieces, encode_plain, files, instruct=instruct, family=family, fast=fast)
         if source.suffix == ".json":
             tokenizer._check_added(json.loads(files["tokenizer.json"]), source)
         return tokenizer
@@ -123,17 +184,38 @@ class Tokenizer:
                         f"{self._added[token['content']]}: use the tokenizer without added tokens"
                     )
 
+    def as_fast(self) -> Tokenizer:
+        """Returns a copy that keeps white space next to special tokens, as `AutoTokenizer` does."""
+        return Tokenizer(
+            self._pieces[: self.base_size],
+            self._encode_plain,
+            self._files,
+            instruct=self.instruct,
+            family=self.family,
+            fast=True,
+        )
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the folder that `load` reads, each file atomically and synced to disk."""
         directory = as_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        ours = json.dumps({"instruct": self.instruct}).encode() + b"\n"
+        settings: dict[str, Any] = {"instruct": self.instruct}
+        if (self.family, self.fast) != ("emu", False):
+            settings |= {"family": self.family, "fast": self.fast}
+        ours = json.dumps(settings).encode() + b"\n"
         for name, content in {**self._files, _NOTE: ours}.items():
             with writing(directory / name, shared=True) as temporary:
                 temporary.write_bytes(content)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, *, instruct: bool = False) -> Tokenizer:
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        *,
+        instruct: bool = False,
+        family: Family = "emu",
+    ) -> Tokenizer:
         """Trains a byte-fallback BPE in LLaMA's format, deterministically.
 
         `<unk>`, `<s>`, `</s>` have the ids 0, 1, 2. The 256 bytes follow, then characters and
@@ -158,7 +240,8 @@ class Tokenizer:
         values["added_tokens"] = [t for t in values["added_tokens"] if t["id"] < 3]
         values.update(_LLAMA_PIPELINE)
         content = json.dumps(values, ensure_ascii=False, indent=1).encode()
-        return cls(*_from_json(content), {"tokenizer.json": content}, instruct=instruct)
+        files = {"tokenizer.json": content}
+        return cls(*_from_json(content), files, instruct=instruct, family=family)
 
     def __len__(self) -> int:
         """Returns the size of the vocabulary, including Emu's tokens."""
@@ -191,9 +274,9 @@ class Tokenizer:
             if i % 2:
                 ids.append(self._special[piece])
                 continue
-            if i > 0:
+            if i > 0 and pieces[i - 1] not in self._keeps_space:
                 piece = piece.lstrip()
-            if i < len(pieces) - 1:
+            if i < len(pieces) - 1 and pieces[i + 1] not in self._keeps_space:
                 piece = piece.rstrip()
             if not piece.isascii():
                 _check_unicode(piece)
@@ -301,6 +384,30 @@ class Tokenizer:
     def image_placeholder(self, n_causal: int) -> str:
         """Returns the text that stands for an image in a prompt."""
         return IMG + IMAGE * n_causal + IMG_END
+
+    def frame_placeholder(self, n_frame: int) -> str:
+        """Returns the text that stands for a frame of a video in a prompt."""
+        return IMG + (IMAGE if self.frame is None else FRAME) * n_frame + IMG_END
+
+
+def added_tokens(family: Family, instruct: bool) -> list[str]:
+    """Returns the tokens that a release adds to LLaMA's vocabulary, in the order of their ids."""
+    return [*_ADDED[family], *([USER, ASSISTANT] if instruct else [])]
+
+
+def _noted_settings(directory: Path) -> tuple[bool, Family, bool]:
+    """Returns `instruct`, `family` and `fast` of a tokenizer folder (see `Tokenizer.load`)."""
+    if (directory / _NOTE).is_file():
+        noted = json.loads((directory / _NOTE).read_text())
+        family = noted.get("family", "emu")
+        if family not in get_args(Family):
+            raise UserError(f"{directory / _NOTE}: unknown family {family!r}: use emu or emu2")
+        return bool(noted["instruct"]), family, bool(noted.get("fast", False))
+    if (directory / _ADDED_FILE).is_file():
+        added = json.loads((directory / _ADDED_FILE).read_text())
+        if FRAME in added:
+            return USER in added, "emu2", False
+    return False, "emu", False
 
 
 # LLaMA's treatment of raw text, in the terms of the tokenizers library.

@@ -26,6 +26,7 @@ from emu_jax import checkpoint, integrity
 from emu_jax.config import save_json
 from emu_jax.convert import export, tensor_files
 from emu_jax.convert.checkpoint_arrays import ArrayWriter
+from emu_jax.convert.layouts import LayoutKind
 from emu_jax.convert.source import (
     RELEASE_ALPHA,
     UNUSED_FILE,
@@ -84,21 +85,27 @@ def convert(
     tokenizer: Path | None = None,
     base: Path | None = None,
     merge_lora: bool = False,
+    layout: LayoutKind | None = None,
+    fast_tokenizer: bool = False,
     overwrite: bool = False,
     mesh: Mesh | None = None,
 ) -> ConversionReport:
     """Converts a model. The kind of `src` is recognized.
 
     Args:
-        src: a release folder, `Emu-instruct.pt`, a run directory, or a peft folder.
-        dst: the destination. With `to="emu"` it may be a .pt file, if the model has no image
-            decoder.
+        src: a release folder, one of its native files, a run directory, or a peft folder.
+        dst: the destination. With `to="emu"` it may be a file, if the model has no image decoder
+            or is an Emu2.
         to: "jax" for a run directory, "emu" for the release's own files, "hf" for folders that
             transformers, diffusers and peft read.
         model_config: the release's model JSON; by default `Emu.json` beside the weights.
         tokenizer: a LLaMA tokenizer folder; by default `tokenizer/` beside the weights.
         base: the model that a peft folder's adapters belong to.
         merge_lora: multiply the adapters into the kernels, in float32.
+        layout: the layout of Emu2's files with `to="emu"`: "native" for one file, "hub" for a
+            folder as on the Hub; by default the one that came.
+        fast_tokenizer: keep white space next to special tokens, as `AutoTokenizer` does on the
+            Hub, with `to="jax"`. The release strips it.
         overwrite: replace `dst` once the conversion is complete.
         mesh: the devices to use; by default all of them.
 
@@ -111,7 +118,8 @@ def convert(
     if to == "jax":
         integrity.check_path(dst)
     sources = [src, *(as_path(p) for p in (base, model_config, tokenizer) if p)]
-    with measured() as usage, replacing(dst, overwrite, sources) as temporary:
+    single_file = to == "emu" and export.is_single_file(dst)
+    with measured() as usage, replacing(dst, overwrite, sources, single_file) as temporary:
         source = open_model_source(
             src,
             mesh or make_mesh(),
@@ -124,18 +132,20 @@ def convert(
             raise UserError(f"{src} is a run directory already: use --to emu or --to hf")
         if merge_lora:
             source = MergedSource.of(source)
+        if fast_tokenizer:
+            source.tokenizer = source.tokenizer.as_fast()
         notes = []
         if to == "jax":
             write_run_directory(source, temporary)
         elif to == "emu":
             lora = source.cfg.llama.lora
-            if lora is not None and lora.alpha != RELEASE_ALPHA:
+            if source.cfg.pooling is None and lora is not None and lora.alpha != RELEASE_ALPHA:
                 source = RescaledSource.of(source, lora)
                 notes.append(
                     f"lora_B was multiplied by {lora.alpha / RELEASE_ALPHA:g}: the release's "
                     f"alpha is {RELEASE_ALPHA:g}, this model's {lora.alpha:g}"
                 )
-            notes += export.write_release(source, temporary, dst)
+            notes += export.write_release(source, temporary, dst, layout)
         else:
             notes += export.write_hf(source, temporary)
     return report(source, notes, usage)
@@ -198,19 +208,22 @@ def write_run_directory(source: ModelSource, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(dst: Path, overwrite: bool, sources: Iterable[Path] = ()) -> Iterator[Path]:
+def replacing(
+    dst: Path, overwrite: bool, sources: Iterable[Path] = (), single_file: bool | None = None
+) -> Iterator[Path]:
     """Yields a temporary folder (or file name) beside `dst`, which replaces `dst` on success.
 
     For a destination in a store it is among the system's temporary files, and uploaded at the end.
 
     Args:
         sources: the paths that are read; none of them may be replaced.
+        single_file: whether `dst` is a file; by default its suffix tells.
 
     Raises:
         UserError: `dst` exists and may not be overwritten, is or contains a source, or cannot be
             written.
     """
-    single_file = dst.suffix in TORCH_SUFFIXES
+    single_file = single_file or dst.suffix in TORCH_SUFFIXES
     if isinstance(dst, StorePath):
         with _replacing_in_store(dst, overwrite, sources, single_file=single_file) as temporary:
             yield temporary

@@ -15,6 +15,7 @@ import numpy as np
 
 from emu_jax.config import EmuConfig, LlamaConfig, SchedulerConfig, UNetConfig, VAEConfig, to_dict
 from emu_jax.convert import release_config, tensor_files
+from emu_jax.convert.layouts import LayoutKind, complete_emu2, emu2_layout, mlp_ratio
 from emu_jax.convert.source import (
     ModelSource,
     ReleaseLayout,
@@ -73,7 +74,9 @@ def write_tensors(
 # --- The release's own files -----------------------------------------------------------------
 
 
-def write_release(source: ModelSource, folder: Path, dst: Path) -> list[str]:
+def write_release(
+    source: ModelSource, folder: Path, dst: Path, kind: LayoutKind | None = None
+) -> list[str]:
     """Writes the release's own files.
 
     Tensors return to their original dtypes unless that would lose precision: parameters that were
@@ -82,6 +85,7 @@ def write_release(source: ModelSource, folder: Path, dst: Path) -> list[str]:
     Args:
         folder: where to write: a folder, or a file if `dst` is a single file.
         dst: the destination that `folder` replaces later.
+        kind: Emu2's layout; by default the one that came.
 
     Returns:
         Notes on settings that the release's files do not keep.
@@ -89,10 +93,16 @@ def write_release(source: ModelSource, folder: Path, dst: Path) -> list[str]:
     Raises:
         UserError: the release's code would compute another model.
     """
-    layout, unused = release_layout(source)
-    single_file = dst.suffix in TORCH_SUFFIXES
-    if single_file:
-        layout, folder = _in_one_file(layout, folder.name, dst), folder.parent
+    single_file = is_single_file(dst)
+    file = folder.name if single_file else None
+    folder = folder.parent if single_file else folder
+    if source.cfg.pooling is not None:
+        layout, unused = emu2_layout(source, folder, kind=kind, file=file)
+    elif kind is not None:
+        raise UserError(f"--layout {kind} is of Emu2: Emu1 has one layout")
+    else:
+        layout, unused = release_layout(source)
+        layout = _in_one_file(layout, file, dst) if file else layout
     rows = rows_of(source.cfg, source.shapes)
     names = layout.style.names(rows, source.cfg)
     shapes: dict[str, Shape] = {key: tensor.shape for key, tensor in unused.items()}
@@ -113,8 +123,13 @@ def write_release(source: ModelSource, folder: Path, dst: Path) -> list[str]:
         write_tensors(source, rows, names, writer)
     if not single_file:
         copy(layout.carried, folder)
-        complete_release(source, folder)
+        complete_release(source, folder, hub=layout.style.hub)
     return notes
+
+
+def is_single_file(dst: Path) -> bool:
+    """Returns whether a release is written to one file of this name, not to a folder."""
+    return dst.suffix in (*TORCH_SUFFIXES, ".safetensors")
 
 
 def _in_one_file(layout: ReleaseLayout, name: str, dst: Path) -> ReleaseLayout:
@@ -173,9 +188,20 @@ def copy(carried: Mapping[str, Path], folder: Path) -> None:
             shutil.copy2(path, target)
 
 
-def complete_release(source: ModelSource, folder: Path) -> None:
-    """Writes the release's files other than tensors that the source did not provide."""
+def complete_release(source: ModelSource, folder: Path, *, hub: bool) -> tuple[Path, Path]:
+    """Writes the release's files other than tensors that the source did not provide.
+
+    Args:
+        hub: whether the folder has Emu2's layout on the Hub.
+
+    Returns:
+        The JSON files with the model's sizes, and with LLaMA's.
+    """
     cfg = source.cfg
+    if cfg.pooling is not None:
+        described = complete_emu2(source, folder, hub=hub, llama_values=llama_json(cfg))
+        write_decoder_json(cfg, folder)
+        return described.model, described.llama
     if not (folder / "Emu.json").exists():
         write_json(folder / "Emu.json", model_json(cfg))
     if not (folder / "tokenizer").exists():
@@ -186,6 +212,7 @@ def complete_release(source: ModelSource, folder: Path) -> None:
         base = source.tokenizer.base_size
         write_json(config, llama_json(cfg, vocab_size=base, pad_token_id=0))
     write_decoder_json(cfg, folder)
+    return folder / "Emu.json", config
 
 
 def check_release(
@@ -206,18 +233,21 @@ def check_release(
     cfg = source.cfg
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        read = ("Emu.json", "tokenizer", "unet/config.json", "vae/config.json", "scheduler")
         copy(
-            {n: p for n, p in layout.carried.items() if n.split("/")[0] in read or n in read},
+            {
+                name: path
+                for name, path in layout.carried.items()
+                if name.endswith(".json") or name.split("/")[0] in ("tokenizer", "scheduler")
+            },
             folder,
         )
-        complete_release(source, folder)
+        model_path, llama_path = complete_release(source, folder, hub=layout.style.hub)
         reread = release_config.multimodal(
             {key: shape for key, shape in shapes.items() if ":" not in key},
             where="the release",
             base_vocab=source.tokenizer.base_size,
-            model_json=folder / "Emu.json",
-            llama_json=folder / "tokenizer" / "config.json",
+            model_json=model_path,
+            llama_json=llama_path,
         )
         if cfg.unet is not None and cfg.vae is not None:
             unet, vae, scheduler = release_config.decoder(folder)
@@ -283,9 +313,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def model_json(cfg: EmuConfig) -> dict[str, Any]:
     """Returns the sizes in the format of the release's `Emu-14B.json`."""
     vision = cfg.vision
-    ratio = round(vision.mlp_width / vision.width, 4)
-    if int(vision.width * ratio) != vision.mlp_width:
-        ratio = (vision.mlp_width + 0.5) / vision.width
     return {
         "embed_dim": vision.clip_width,
         "vision_cfg": {
@@ -293,7 +320,7 @@ def model_json(cfg: EmuConfig) -> dict[str, Any]:
             "layers": vision.layers,
             "width": vision.width,
             "head_width": vision.head_width,
-            "mlp_ratio": ratio,
+            "mlp_ratio": mlp_ratio(cfg),
             "patch_size": vision.patch_size,
             "eva_model_name": "eva-clip-g-14-x",
             "drop_path_rate": 0,

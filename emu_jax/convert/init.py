@@ -48,7 +48,7 @@ from emu_jax.models.emu import EmuModel
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import AbstractModel, make_mesh
 from emu_jax.storage import as_path, read_json_object
-from emu_jax.tokenizer import Tokenizer
+from emu_jax.tokenizer import Tokenizer, added_tokens
 
 _VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
 # Tensors of the parents that are buffers, not parameters.
@@ -306,7 +306,9 @@ def _config(
         cformer=cformer,
         tokens=TokenIds.after(base_vocab),
         vae=vae,
-        llama=dataclasses.replace(language, vocab_size=base_vocab + release_config.ADDED_TOKENS[0]),
+        llama=dataclasses.replace(
+            language, vocab_size=base_vocab + len(added_tokens("emu", False))
+        ),
         unet=dataclasses.replace(unet, cross_attention_dim=language.width),
         scheduler=scheduler,
     )

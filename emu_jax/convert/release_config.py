@@ -16,11 +16,14 @@ from emu_jax.config import (
     EmuConfig,
     LlamaConfig,
     LoraConfig,
+    PoolingConfig,
     SchedulerConfig,
     TokenIds,
     UNetConfig,
     VAEConfig,
     VisionConfig,
+    emu2,
+    emu2_chat,
     emu_14b,
     from_dict,
 )
@@ -28,15 +31,20 @@ from emu_jax.convert.tables import KeyStyle
 from emu_jax.convert.tensors import Shape
 from emu_jax.errors import UserError
 from emu_jax.storage import read_json_object
+from emu_jax.tokenizer import added_tokens
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, SchedulerConfig)
 
-# Tokens that the release adds to LLaMA's vocabulary, without and with [USER] and [ASSISTANT].
-ADDED_TOKENS = (4, 6)
-
+# A tensor that only Emu2 has.
+_EMU2_TENSOR = "project_up.weight"
+# Settings of Emu2's visual encoder that its released weights leave off, and that emu_jax lacks.
+_EMU2_OFF = ("init_value", "rope", "global_average_pool", "naiveswiglu", "subln")
 
 # Tensors of the Causal Transformer's layers (T5) begin so.
 _T5_LAYER = "cformer.cformer.block.0.layer."
+
+# Sizes of Emu2's visual encoder that its JSON names as we do.
+_VISION_SIZES = ("image_size", "patch_size", "width", "layers")
 
 # Our name: transformers' name.
 LLAMA_JSON = {
@@ -138,24 +146,27 @@ def multimodal(
     """Returns the configuration of everything but the image decoder.
 
     Most sizes follow from the tensors. The others (heads, the epsilons of the norms) come from
-    the JSON files or, without them, from the 14B preset where it fits.
+    the JSON files or, without them, from the release's preset where it fits.
 
     Args:
         shapes: {tensor's name in the file: its shape}.
         where: the file's name in messages.
         base_vocab: size of the tokenizer's vocabulary before Emu's tokens.
-        model_json: in the release's own format (`Emu-14B.json`).
-        llama_json: a transformers `config.json` of LLaMA.
+        model_json: in the release's own format (`Emu-14B.json`; of Emu2, see
+            `emu2_vision_json`).
+        llama_json: a transformers `config.json` of LLaMA, or Emu2's on the Hub.
 
     Raises:
         UserError: a tensor that sizes depend on is missing or misshapen, the JSON disagrees
             with the tensors, or there is no JSON and the tensors are not the 14B model's.
     """
     stored = _StoredShapes(shapes, KeyStyle.of(shapes), where)
-    llama = _llama_sizes(stored, base_vocab)
-    vision = _vision_sizes(stored)
+    if stored.style.write(_EMU2_TENSOR) in shapes:
+        return _emu2(stored, base_vocab, model_json, llama_json)
+    llama = _llama_sizes(stored, base_vocab, emu_14b().llama)
+    vision = _vision_sizes(stored, emu_14b().vision)
     cformer = _cformer_sizes(stored)
-    llama = _with_heads(llama, stored, llama_json)
+    llama = _with_heads(llama, stored, llama_json, emu_14b().llama)
     preset = emu_14b().vision
     if model_json is not None:
         vision = _with_model_json(vision, cformer, model_json)
@@ -165,15 +176,8 @@ def multimodal(
             "inferred: give the release's model JSON (Emu.json) with --model-config"
         )
     cformer_width = stored.shape(f"{_T5_LAYER}0.SelfAttention.q.weight", 2)[0]
-    for name, parts, width in (
-        ("visual encoder", vision.head_width, vision.width),
-        ("language model", llama.heads, llama.width),
-        ("Causal Transformer", cformer.heads, cformer_width),
-    ):
-        if parts < 1 or width % parts:
-            raise UserError(
-                f"{where}: the {name}'s width {width} cannot be split into heads by {parts}"
-            )
+    _check_heads(where, vision, llama)
+    _check_split(where, "Causal Transformer", cformer.heads, cformer_width)
     return EmuConfig(
         vision=vision,
         cformer=cformer,
@@ -182,6 +186,103 @@ def multimodal(
         vae=None,
         tokens=TokenIds.after(base_vocab),
     )
+
+
+def _check_heads(where: str, vision: VisionConfig, llama: LlamaConfig) -> None:
+    """Checks that the towers' widths split into heads."""
+    _check_split(where, "visual encoder", vision.head_width, vision.width)
+    _check_split(where, "language model", llama.heads, llama.width)
+
+
+def _check_split(where: str, tower: str, parts: int, width: int) -> None:
+    if parts < 1 or width % parts:
+        raise UserError(
+            f"{where}: the {tower}'s width {width} cannot be split into heads by {parts}"
+        )
+
+
+def _emu2(
+    stored: _StoredShapes, base_vocab: int, model_json: Path | None, llama_json: Path | None
+) -> EmuConfig:
+    """Returns the configuration of an Emu2; see `multimodal`."""
+    where = stored.where
+    chat = stored.shape("decoder.lm.model.embed_tokens.weight", 2)[0] - base_vocab == len(
+        added_tokens("emu2", True)
+    )
+    preset = emu2_chat() if chat else emu2()
+    assert preset.pooling is not None
+    llama = _llama_sizes(stored, base_vocab, preset.llama)
+    llama = _with_heads(llama, stored, llama_json, preset.llama)
+    vision, pooling = _vision_sizes(stored, preset.vision), preset.pooling
+    if model_json is not None:
+        vision, pooling = _with_emu2_json(vision, pooling, model_json, chat=chat)
+    elif vision != preset.vision:
+        raise UserError(
+            f"{where} is not the released Emu2, and the width of the visual encoder's heads cannot "
+            "be inferred: give a JSON with its vision_cfg (or vision_config) with --model-config"
+        )
+    _check_heads(where, vision, llama)
+    try:
+        return EmuConfig(
+            vision=vision,
+            cformer=None,
+            pooling=pooling,
+            llama=llama,
+            unet=None,
+            vae=None,
+            tokens=TokenIds.after(base_vocab, frame=True),
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def emu2_vision_json(path: Path, *, chat: bool = False) -> dict[str, Any] | None:
+    """Returns the settings of the visual encoder in a JSON file of Emu2: the Hub's `config.json`
+    (`vision_config`), or one with `vision_cfg`, and `chat_vision_cfg` where the chat model's
+    differ. Returns None if there are none."""
+    values = read_json_object(path)
+    names = (["chat_vision_cfg"] if chat else []) + ["vision_cfg", "vision_config"]
+    return next((values[n] for n in names if isinstance(values.get(n), dict)), None)
+
+
+def _with_emu2_json(
+    vision: VisionConfig, pooling: PoolingConfig, path: Path, *, chat: bool
+) -> tuple[VisionConfig, PoolingConfig]:
+    """Adds to the preset what no tensor reveals. Checks the rest against the tensors."""
+    tower = emu2_vision_json(path, chat=chat)
+    if tower is None:
+        raise UserError(f"{path} has no vision_cfg: give the sizes of Emu2's visual encoder")
+    for key in _EMU2_OFF:
+        if tower.get(key):
+            raise UserError(f"{path}: {key} = {tower[key]!r} is not supported, only false")
+    ratio = tower.get("mlp_ratio")
+    stated = {key: (tower.get(key), getattr(vision, key)) for key in _VISION_SIZES}
+    if isinstance(ratio, int | float) and math.isfinite(ratio):
+        stated["mlp_ratio x width"] = (int(vision.width * ratio), vision.mlp_width)
+    for name, (value, stored) in stated.items():
+        if value is not None and value != stored:
+            raise UserError(f"{path}: {name} is {value}, but the tensors have {stored}")
+    settings = {
+        ours: tower[theirs]
+        for ours, theirs in (
+            ("head_width", "head_width"),
+            ("eps", "layer_norm_eps"),
+            ("post_norm", "postnorm"),
+        )
+        if tower.get(theirs) is not None
+    }
+    counts = {
+        ours: tower[theirs]
+        for ours, theirs in (("n_embeddings", "n_query"), ("n_frame", "v_query"))
+        if tower.get(theirs) is not None
+    }
+    try:
+        return (
+            from_dict(VisionConfig, dataclasses.asdict(vision) | settings),
+            from_dict(PoolingConfig, dataclasses.asdict(pooling) | counts),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def count_layers(keys: Iterable[str], pattern: str) -> int:
@@ -193,8 +294,8 @@ def count_layers(keys: Iterable[str], pattern: str) -> int:
     return len({match[1] for key in keys if (match := re.match(pattern, key))})
 
 
-def _vision_sizes(stored: _StoredShapes) -> VisionConfig:
-    """Returns the visual encoder's sizes, with the 14B model's head width."""
+def _vision_sizes(stored: _StoredShapes, preset: VisionConfig) -> VisionConfig:
+    """Returns the visual encoder's sizes, with the head width of the preset."""
     _, tokens, width = stored.shape("visual.pos_embed", 3)
     patch_size = stored.shape("visual.patch_embed.proj.weight", 4)[2]
     side = math.isqrt(max(tokens - 1, 0))
@@ -202,15 +303,18 @@ def _vision_sizes(stored: _StoredShapes) -> VisionConfig:
         raise UserError(
             f"{stored.where}: visual.pos_embed has {tokens} rows, not a square plus one"
         )
-    return dataclasses.replace(
-        emu_14b().vision,
+    prefix = re.escape(stored.style.write("visual."))
+    vision = dataclasses.replace(
+        preset,
         image_size=side * patch_size,
         patch_size=patch_size,
         width=width,
-        layers=count_layers(stored.shapes, r"visual\.blocks\.(\d+)\."),
+        layers=count_layers(stored.shapes, prefix + r"blocks\.(\d+)\."),
         mlp_width=stored.shape("visual.blocks.0.mlp.fc1.weight", 2)[0],
-        clip_width=stored.shape("visual.head.weight", 2)[0],
     )
+    if vision.final_norm:
+        vision = dataclasses.replace(vision, clip_width=stored.shape("visual.head.weight", 2)[0])
+    return vision
 
 
 def _cformer_sizes(stored: _StoredShapes) -> CFormerConfig:
@@ -228,17 +332,20 @@ def _cformer_sizes(stored: _StoredShapes) -> CFormerConfig:
     )
 
 
-def _llama_sizes(stored: _StoredShapes, base_vocab: int) -> LlamaConfig:
-    """Returns the language model's sizes, with the 14B model's number of heads."""
+def _llama_sizes(stored: _StoredShapes, base_vocab: int, preset: LlamaConfig) -> LlamaConfig:
+    """Returns the language model's sizes, with the number of heads of the preset."""
     vocab, width = stored.shape("decoder.lm.model.embed_tokens.weight", 2)
-    if vocab - base_vocab not in ADDED_TOKENS:
+    family = "emu" if preset.regression_head else "emu2"
+    added, chat = (len(added_tokens(family, instruct)) for instruct in (False, True))
+    if vocab - base_vocab not in (added, chat):
         raise UserError(
-            f"{stored.where} has {vocab} tokens, the tokenizer {base_vocab}: the release adds 4, "
-            "or 6 for instruction tuning; give this model's own tokenizer with --tokenizer"
+            f"{stored.where} has {vocab} tokens, the tokenizer {base_vocab}: the release adds "
+            f"{added}, or {chat} for instruction tuning; give this model's own tokenizer with "
+            "--tokenizer"
         )
     prefix = re.escape(stored.style.write("decoder.lm."))
     return dataclasses.replace(
-        emu_14b().llama,
+        preset,
         vocab_size=vocab,
         width=width,
         layers=count_layers(stored.shapes, prefix + r"model\.layers\.(\d+)\."),
@@ -247,13 +354,15 @@ def _llama_sizes(stored: _StoredShapes, base_vocab: int) -> LlamaConfig:
     )
 
 
-def _with_heads(llama: LlamaConfig, stored: _StoredShapes, llama_json: Path | None) -> LlamaConfig:
+def _with_heads(
+    llama: LlamaConfig, stored: _StoredShapes, llama_json: Path | None, preset: LlamaConfig
+) -> LlamaConfig:
     """Adds the number of heads.
 
-    It comes from LLaMA's config.json, or from the rotary frequencies, or from the 14B preset if
-    all other sizes are the preset's.
+    It comes from LLaMA's config.json, or from the rotary frequencies, or from the preset if all
+    other sizes are the preset's.
     """
-    where, width, preset = stored.where, llama.width, emu_14b().llama
+    where, width = stored.where, llama.width
     rotary = stored.shapes.get(
         stored.style.write("decoder.lm.model.layers.0.self_attn.rotary_emb.inv_freq")
     )
@@ -342,7 +451,13 @@ def _with_llama_json(llama: LlamaConfig, path: Path) -> LlamaConfig:
                 f"{path}: the language model's {name} is {getattr(read, name)}, but the tensors "
                 f"have {getattr(llama, name)}"
             )
-    return dataclasses.replace(read, vocab_size=llama.vocab_size, lora=llama.lora)
+    return dataclasses.replace(
+        read,
+        vocab_size=llama.vocab_size,
+        lora=llama.lora,
+        rope_dtype=llama.rope_dtype,
+        regression_head=llama.regression_head,
+    )
 
 
 def llama_config(path: Path) -> LlamaConfig:
@@ -359,7 +474,10 @@ def llama_config(path: Path) -> LlamaConfig:
     kinds = [rope.get("rope_type", "default"), rope.get("type", "default")]
     heads = values.get("num_attention_heads")
     for wrong, what in (
-        (values.get("model_type", "llama") != "llama", f"model_type {values.get('model_type')}"),
+        (
+            values.get("model_type", "llama") not in ("llama", "Emu"),
+            f"model_type {values.get('model_type')}",
+        ),
         (values.get("num_key_value_heads") not in (None, heads), "grouped key-value heads"),
         (values.get("attention_bias"), "attention biases"),
         (values.get("mlp_bias"), "MLP biases"),
@@ -455,3 +573,18 @@ def decoder(folder: Path) -> tuple[UNetConfig, VAEConfig, SchedulerConfig]:
     schedule = folder / "scheduler" / "scheduler_config.json"
     scheduler = diffusers_config(SchedulerConfig, schedule) if schedule.is_file() else None
     return unet, vae, scheduler or SchedulerConfig()
+
+
+def with_decoder(cfg: EmuConfig, folder: Path | None) -> EmuConfig:
+    """Returns a configuration with the image decoder that a folder's JSON files describe.
+
+    Raises:
+        UserError: there is no folder, or a file is missing or not supported.
+    """
+    if folder is None:
+        raise UserError(
+            "the file has an image decoder, whose sizes cannot be inferred: put the release's "
+            "diffusion_config/ beside it"
+        )
+    unet, vae, scheduler = decoder(folder)
+    return dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)

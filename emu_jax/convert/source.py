@@ -35,7 +35,7 @@ from emu_jax.models.lora import merge
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import AbstractModel
 from emu_jax.storage import fetched, is_remote, read_json_object
-from emu_jax.tokenizer import Tokenizer
+from emu_jax.tokenizer import Family, Tokenizer, added_tokens
 
 MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
 INSTRUCT = "Emu-instruct.pt"
@@ -50,6 +50,9 @@ CARRIED = (
     "unet/config.json",
     "vae/config.json",
 )
+# Emu2's releases on the Hub have other small files too, which are carried by their suffix.
+_CARRIED_SUFFIXES = (".json", ".md", ".model", ".py", ".txt")
+_MODEL_JSON = ("Emu.json", "Emu2.json")  # sizes that the release keeps in its code
 _TOKENIZER_FILE = re.compile(r"config\.json|(added|special)?_?token[\w]*\.(json|model)")
 RELEASE_ALPHA = LoraConfig.alpha
 UNUSED_FILE = "dead.safetensors"  # in the `release` folder of a run directory
@@ -266,7 +269,7 @@ def open_model_source(
         if path.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
             raise UserError(f"{path}: expected a .pt file, a release folder or a run directory")
         return ReleaseSource.open(path, mesh, model_config, tokenizer)
-    if (path / "multimodal_encoder").is_dir():
+    if (path / "multimodal_encoder").is_dir() or _is_hub_folder(path):
         return ReleaseSource.open(path, mesh, model_config, tokenizer)
     if (path / "config.json").is_file() and checkpoint.complete_steps(path):
         if model_config or tokenizer:
@@ -282,7 +285,18 @@ def open_model_source(
 
 def is_release(path: Path) -> bool:
     """Returns whether `open_model_source` would treat `path` as the release's own files."""
-    return path.is_file() or (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
+    if path.is_file() or _is_hub_folder(path):
+        return True
+    return not (path / "config.json").is_file() and (
+        (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
+    )
+
+
+def _is_hub_folder(path: Path) -> bool:
+    """Returns whether a folder has Emu2's layout on the Hub: weights beside a `config.json` that
+    describes the visual encoder."""
+    config = path / "config.json"
+    return config.is_file() and release_config.emu2_vision_json(config) is not None
 
 
 def load_release(
@@ -337,22 +351,97 @@ class _TensorFiles:
         return {key: t for tensors in self.by_file.values() for key, t in tensors.items()}
 
 
-def _carried_files(path: Path, tokenizer: Path, model_config: Path | None) -> dict[str, Path]:
-    """Returns {name in the release: present path} of a release's files other than tensors."""
-    folder = path if path.is_dir() else path.parent
-    carried = {n: folder / n for n in CARRIED if path.is_dir() and (folder / n).exists()}
-    if tokenizer == folder / "tokenizer":
-        carried["tokenizer"] = tokenizer
-    else:  # that folder may hold LLaMA's weights too
-        carried.pop("tokenizer", None)
-        carried |= {
-            f"tokenizer/{p.name}": p
-            for p in sorted(tokenizer.iterdir())
-            if p.is_file() and _TOKENIZER_FILE.fullmatch(p.name)
-        }
-    if model_config:
-        carried["Emu.json"] = model_config
-    return carried
+@dataclasses.dataclass(frozen=True)
+class ReleaseFiles:
+    """Where a release keeps what it consists of.
+
+    Attributes:
+        folder: the release's folder.
+        weights: the file of the multimodal model's tensors, or the index of their shards.
+        tokenizer: the tokenizer's folder.
+        model_json: the file with the sizes that no tensor reveals; None if there is none.
+        llama_json: the file with LLaMA's sizes; None if there is none.
+    """
+
+    folder: Path
+    weights: Path
+    tokenizer: Path
+    model_json: Path | None
+    llama_json: Path | None
+
+    @classmethod
+    def find(cls, path: Path, model_config: Path | None, tokenizer: Path | None) -> ReleaseFiles:
+        """Finds the files of a release in its folder, or beside its only file.
+
+        Args:
+            model_config: takes the place of the model JSON.
+            tokenizer: takes the place of the tokenizer's folder.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        folder = path if path.is_dir() else path.parent
+        multimodal = folder / "multimodal_encoder"
+        if not multimodal.is_dir():
+            multimodal = folder
+        config = multimodal / "config.json"
+        described = path.is_dir() and _is_hub_folder(multimodal)
+        if tokenizer is None:
+            tokenizer = folder / "tokenizer"
+            if described and not tokenizer.is_dir():
+                tokenizer = multimodal
+        if not tokenizer.is_dir():
+            raise UserError(f"there is no tokenizer folder {tokenizer}: give one with --tokenizer")
+        if model_config is not None and not model_config.is_file():
+            raise UserError(f"--model-config {model_config} does not exist")
+        beside = [folder / name for name in _MODEL_JSON if (folder / name).is_file()]
+        beside += [config] if described else []
+        sizes = [tokenizer / "config.json", *([config] if described else [])]
+        return cls(
+            folder=folder,
+            weights=tensor_files.find(multimodal, "pytorch_model", "model")
+            if path.is_dir()
+            else path,
+            tokenizer=tokenizer,
+            model_json=model_config or next(iter(beside), None),
+            llama_json=next((p for p in sizes if p.is_file()), None),
+        )
+
+    def carried(self, path: Path, cfg: EmuConfig) -> dict[str, Path]:
+        """Returns {name in the release: present path} of its files other than tensors."""
+        folder = self.folder
+        carried = {n: folder / n for n in CARRIED if path.is_dir() and (folder / n).exists()}
+        if path.is_dir() and _is_hub_folder(self.weights.parent):
+            for files in (folder, self.weights.parent):
+                carried |= {
+                    str(p.relative_to(folder)): p
+                    for p in sorted(files.iterdir())
+                    if p.is_file() and (p.suffix in _CARRIED_SUFFIXES or p.name == "LICENSE")
+                }
+        if self.tokenizer == folder / "tokenizer":
+            carried["tokenizer"] = self.tokenizer
+        elif self.tokenizer != self.weights.parent or path.is_file():
+            # That folder may hold LLaMA's weights too.
+            carried.pop("tokenizer", None)
+            carried |= {
+                f"tokenizer/{p.name}": p
+                for p in sorted(self.tokenizer.iterdir())
+                if p.is_file() and _TOKENIZER_FILE.fullmatch(p.name)
+            }
+        if self.model_json and self.model_json != self.weights.parent / "config.json":
+            carried[_MODEL_JSON[cfg.pooling is not None]] = self.model_json
+        return carried
+
+    def decoder(self) -> Path | None:
+        """Returns the folder with the JSON files of an image decoder whose weights are in the one
+        native file of Emu2-Gen, or None if there are none."""
+        parents = [self.folder, self.tokenizer.parent]
+        parents += [self.model_json.parent] if self.model_json else []
+        for parent in parents:
+            for folder in (parent, parent / "diffusion_config"):
+                if (folder / "unet" / "config.json").is_file():
+                    return folder
+        return None
 
 
 @dataclasses.dataclass
@@ -385,32 +474,21 @@ class ReleaseSource:
         Raises:
             UserError: a part of the release is missing or wrong.
         """
-        folder = path if path.is_dir() else path.parent
-        tokenizer = tokenizer or folder / "tokenizer"
-        if not tokenizer.is_dir():
-            raise UserError(f"there is no tokenizer folder {tokenizer}: give one with --tokenizer")
-        if model_config is not None and not model_config.is_file():
-            raise UserError(f"--model-config {model_config} does not exist")
-        if model_config is None and (folder / "Emu.json").is_file():
-            model_config = folder / "Emu.json"
-
-        weights = path
-        if path.is_dir():
-            weights = tensor_files.find(path / "multimodal_encoder", "pytorch_model", "model")
-        files = _TensorFiles(folder)
-        files.open(weights)
-        base = Tokenizer.load(tokenizer, instruct=False)
-        llama_json = tokenizer / "config.json"
+        release = ReleaseFiles.find(path, model_config, tokenizer)
+        files = _TensorFiles(release.folder)
+        files.open(release.weights)
+        base = Tokenizer.load(release.tokenizer, instruct=False)
         cfg = release_config.multimodal(
             {key: t.shape for key, t in files.tensors().items()},
-            where=str(weights),
+            where=str(release.weights),
             base_vocab=base.base_size,
-            model_json=model_config,
-            llama_json=llama_json if llama_json.is_file() else None,
+            model_json=release.model_json,
+            llama_json=release.llama_json,
         )
-        if path.is_dir() and any((path / tower).is_dir() for tower in DECODER):
-            unet, vae, scheduler = release_config.decoder(path)
-            cfg = dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)
+        if KeyStyle.of(files.tensors()).one_file:
+            cfg = release_config.with_decoder(cfg, release.decoder())
+        elif path.is_dir() and any((path / tower).is_dir() for tower in DECODER):
+            cfg = release_config.with_decoder(cfg, path)
             for tower in DECODER:
                 weights = tensor_files.find(path / tower, "diffusion_pytorch_model")
                 files.open(weights, f"{tower}:")
@@ -430,11 +508,15 @@ class ReleaseSource:
         _check_floats(path, {key: t for key, t in stored.items() if key not in unused})
         names = style.names(rows, cfg)
         tensors = {row.path: [stored[names[key]] for key in row.keys] for row in rows}
+        family: Family = "emu" if cfg.pooling is None else "emu2"
         return cls(
             cfg=cfg,
             tokenizer=Tokenizer.load(
-                tokenizer,
-                instruct=cfg.llama.vocab_size - base.base_size == release_config.ADDED_TOKENS[1],
+                release.tokenizer,
+                instruct=cfg.llama.vocab_size - base.base_size
+                == len(added_tokens(family, instruct=True)),
+                family=family,
+                fast=False,
             ),
             shapes={
                 p: jax.ShapeDtypeStruct(s.shape, common_dtype(tensors[p]), sharding=s.sharding)
@@ -447,7 +529,7 @@ class ReleaseSource:
                     for name, tensors in files.by_file.items()
                 },
                 files.wrapper_keys,
-                _carried_files(path, tokenizer, model_config) | files.indexes,
+                release.carried(path, cfg) | files.indexes,
             ),
             unused={key: stored[key] for key in unused},
             rows={row.path: row for row in rows},
@@ -662,16 +744,18 @@ class MergedSource:
             shapes[path] = shape
         style = source.layout.style if source.layout else KeyStyle(peft=True)
         wrapped = style.write("decoder.lm.")
+        # The language model's tensors get other names, and so go to their default file. Emu2's
+        # releases have no adapters, and so keep their names.
+        keeps_names = source.cfg.pooling is not None
         return cls(
             cfg=dataclasses.replace(
                 source.cfg, llama=dataclasses.replace(source.cfg.llama, lora=None)
             ),
             tokenizer=source.tokenizer,
             shapes=shapes,
-            # The language model's tensors get other names, and so go to their default file.
             layout=source.layout
             and dataclasses.replace(
-                source.layout.only(lambda key: ":" in key),
+                source.layout.only(lambda key: keeps_names or ":" in key),
                 style=dataclasses.replace(style, peft=False, base_layer=False),
             ),
             unused={
@@ -870,19 +954,21 @@ class AdaptedSource:
         return row.transform.from_release(tensors[layer].read(), shape)
 
 
-def default_unused(cfg: EmuConfig) -> dict[str, Tensor]:
+def default_unused(
+    cfg: EmuConfig, dtype: np.dtype | type[np.generic] = np.float32
+) -> dict[str, Tensor]:
     """Returns unused tensors for a model that has none; the release's `strict=True` requires them.
 
     They are named as in the pretrained release.
     """
-    frequencies = rotary_frequencies(cfg.llama.head_width, cfg.llama.rope_theta)
+    frequencies = rotary_frequencies(cfg.llama.head_width, cfg.llama.rope_theta).astype(dtype)
     tensors = {}
     for key, shape in tables.unused(cfg).items():
         full = tuple(T5_VOCABULARY if n is None else n for n in shape)
         value = frequencies
         if not key.endswith("inv_freq"):
-            value = np.broadcast_to(np.float32(0), full)
-        tensors[key] = Tensor(full, np.dtype(np.float32), lambda value=value: value)
+            value = np.broadcast_to(np.zeros((), dtype), full)
+        tensors[key] = Tensor(full, np.dtype(dtype), lambda value=value: value)
     return tensors
 
 

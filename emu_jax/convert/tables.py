@@ -2,8 +2,8 @@
 
 A row names a parameter, the tensors that it holds, and the transform between them. Parameters are
 named as in `checkpoint` (`visual.blocks.attn.qkv`), tensors as in the state dict of the pretrained
-release. `{}` in a tensor's name runs over the layers that a parameter stacks along its leading
-axis. A `KeyStyle` describes how a particular file writes these names.
+release, or of Emu2's native files. `{}` in a tensor's name runs over the layers that a parameter
+stacks along its leading axis. A `KeyStyle` describes how a particular file writes these names.
 
 Transforms are written in einops' notation, ours on the left, the release's on the right:
 
@@ -35,6 +35,11 @@ TOWERS = (
     "unet",
     "vae",
 )
+
+# How the keys of Emu2's other layouts begin.
+_HUB_TOWERS = ("visual.", "decoder.")
+_MULTIMODAL = "multimodal_encoder."
+SAFETY_CHECKER = "safety_checker."
 
 # The autoencoder's attention: our name, and the name in diffusers 0.15.
 _OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -119,11 +124,15 @@ class KeyStyle:
         peft: the language model is wrapped by peft, as in `Emu-instruct.pt`.
         base_layer: an adapted layer's own weight is called `base_layer` (peft 0.7 and later).
         old_vae: the autoencoder's attention is named as in diffusers 0.15.
+        hub: the towers' names begin with `model.`, as in Emu2's folders on the Hub.
+        one_file: the parts of Emu2-Gen are in one file, each with its prefix.
     """
 
     peft: bool = False
     base_layer: bool = False
     old_vae: bool = False
+    hub: bool = False
+    one_file: bool = False
 
     def write(self, key: str, targets: Iterable[str] = ()) -> str:
         """Returns a tensor's name in such a file. `targets` are the adapted layers' names."""
@@ -133,6 +142,10 @@ class KeyStyle:
                 key = key.removesuffix("weight") + "base_layer.weight"
         if self.old_vae and (match := _VAE_ATTENTION.fullmatch(key)):
             key = f"{match[1]}{_OLD_VAE[match[2]]}{match[3]}"
+        if self.hub and key.startswith(_HUB_TOWERS):
+            key = f"model.{key}"
+        if self.one_file:
+            key = key.replace(":", ".", 1) if ":" in key else f"{_MULTIMODAL}{key}"
         return key
 
     def names(self, rows: Iterable[TableRow], cfg: EmuConfig) -> dict[str, str]:
@@ -145,9 +158,11 @@ class KeyStyle:
         """Infers a file's style from its keys."""
         keys = list(keys)
         return cls(
-            peft=any(k.startswith("decoder.lm.base_model.") for k in keys),
+            peft=any("decoder.lm.base_model." in k for k in keys),
             base_layer=any(".base_layer." in k for k in keys),
             old_vae=any(".mid_block.attentions.0.proj_attn." in k for k in keys),
+            hub=any(k.startswith("model.visual.") for k in keys),
+            one_file=any(k.startswith(_MULTIMODAL) for k in keys),
         )
 
 
@@ -375,6 +390,8 @@ def match(
         wanted = [got[i] if n is None and i < len(got) else n for i, n in enumerate(shape)]
         if list(got) != wanted:
             misshapen.append(f"{key} is {list(got)}, expected {wanted}")
+    if style.one_file:
+        unused_keys += [key for key in stored if key.startswith(SAFETY_CHECKER)]
     unexpected = sorted(set(stored) - expected - set(unused_keys))
     problems = [
         f"{len(names)} {kind}: " + ", ".join(names)

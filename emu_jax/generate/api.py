@@ -104,7 +104,7 @@ def load(
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     defaults = GenerationConfig()
-    if not (directory / "config.json").is_file() and is_release(directory):
+    if is_release(directory):
         model, tokenizer = load_release(directory, mesh, dtype)
     else:
         cfg = checkpoint.load_config(directory)

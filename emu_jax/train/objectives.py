@@ -148,7 +148,7 @@ class Objective(ABC):
                 f"{model.llama.vocab_size}: set model.llama.vocab_size and model.tokens to match"
             )
         elif (t := tokenizer) is not None:
-            ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image, model.tokens.frame)
+            ids = TokenIds(t.bos, t.eos, t.pad_id, t.img, t.img_end, t.image, t.frame)
             if ids != model.tokens:
                 problems.append(
                     f"model.tokens are {model.tokens}, the tokenizer's ids are {ids}: set "

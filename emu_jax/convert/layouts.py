@@ -1,0 +1,258 @@
+"""The layouts of Emu2's releases: native files, and folders as on the Hub.
+
+A native file holds everything under the names of the tables (Emu2-Gen's has a prefix for each
+part). A Hub folder holds shards with an index, `config.json` and the tokenizer, or diffusers'
+folders if there is an image decoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from emu_jax.config import EmuConfig
+from emu_jax.convert import tensor_files
+from emu_jax.convert.source import (
+    ModelSource,
+    ReleaseLayout,
+    default_unused,
+    rows_of,
+)
+from emu_jax.convert.tables import SAFETY_CHECKER, KeyStyle
+from emu_jax.convert.tensors import Contents, Shape, Tensor
+from emu_jax.errors import UserError
+
+LayoutKind = Literal["native", "hub"]
+
+# Files and folders of a decoder that every layout carries.
+_RESTORED_FOLDERS = ("scheduler", "safety_checker", "feature_extractor")
+_DECODER_JSON = ("unet/config.json", "vae/config.json")
+_CHECKER_FILE = "safety_checker/model.safetensors"
+
+
+def emu2_layout(
+    source: ModelSource, folder: Path, *, kind: LayoutKind | None, file: str | None
+) -> tuple[ReleaseLayout, dict[str, Tensor]]:
+    """Returns the layout in which an Emu2 is written, and the unused tensors that it contains.
+
+    It is the layout that came, unless another kind is asked for, or the model has other tensors.
+
+    Args:
+        folder: where the files will be. The index of new shards is written there.
+        kind: by default the kind that came; for a model that did not come from a release "native"
+            for a file, "hub" for a folder.
+        file: the only file's name, or None to write a folder.
+
+    Raises:
+        UserError: the model has adapters, or a folder's layout is asked for in a file.
+    """
+    cfg, came = source.cfg, source.layout
+    if cfg.llama.lora is not None:
+        raise UserError("Emu2's releases have no LoRA adapters: add --merge-lora")
+    if file and kind == "hub":
+        raise UserError(f"{file}: --layout hub is a folder: name one, or use --layout native")
+    came_as = None if came is None else "hub" if came.style.hub else "native"
+    kind = kind or ("native" if file else came_as or "hub")
+    if came is not None and kind == came_as and _is_complete(source, came):
+        present = {*came.style.names(rows_of(cfg, source.shapes), cfg).values(), *source.unused}
+        came = came.only(lambda key: key in present)
+        if not file:
+            return came, source.unused
+        if len(came.tensors) == 1:
+            (tensors,) = came.tensors.values()
+            wrapper_keys = {file: next(iter(came.wrapper_keys.values()), None)}
+            layout = ReleaseLayout(came.style, {file: tensors}, wrapper_keys)
+            return layout, source.unused
+    if kind == "native":
+        return _native(source, file or _native_name(source))
+    return _hub(source, folder)
+
+
+def _is_complete(source: ModelSource, layout: ReleaseLayout) -> bool:
+    """Returns whether a layout has a place for each tensor of a model, under the right name."""
+    names = layout.style.names(rows_of(source.cfg, source.shapes), source.cfg)
+    decoder = source.cfg.unet is not None
+    if layout.style.one_file != (decoder and not layout.style.hub):
+        return False
+    return layout.dtypes.keys() >= set(names.values())
+
+
+def _dtypes(source: ModelSource) -> dict[str, np.dtype]:
+    """Returns {key in the tables: the dtype that its tensor came with, or has}."""
+    came = source.layout
+    original = came.dtypes if came else {}
+    return {
+        key: original.get(came.style.write(key) if came else key, np.dtype(shape.dtype))
+        for row in rows_of(source.cfg, source.shapes)
+        for shape in (source.shapes[row.path],)
+        for key in row.keys
+    }
+
+
+def _checker(source: ModelSource) -> dict[str, Tensor]:
+    """Returns the tensors of the safety checker that came with the model, without a prefix."""
+    inside = {
+        key.removeprefix(SAFETY_CHECKER): tensor
+        for key, tensor in source.unused.items()
+        if key.startswith(SAFETY_CHECKER)
+    }
+    folder = source.layout.carried.get("safety_checker") if source.layout else None
+    if inside or folder is None:
+        return inside
+    opened, _ = tensor_files.open_tensors(tensor_files.find(folder, "model", "pytorch_model"))
+    return {key: tensor for tensors in opened.values() for key, tensor in tensors.items()}
+
+
+def _native(source: ModelSource, file: str) -> tuple[ReleaseLayout, dict[str, Tensor]]:
+    """Returns the layout of one native file, which has rotary frequencies as the release's has."""
+    cfg, dtypes = source.cfg, _dtypes(source)
+    style = KeyStyle(one_file=cfg.unet is not None)
+    frequencies = dtypes["decoder.lm.model.layers.0.self_attn.q_proj.weight"]
+    unused = {style.write(k): t for k, t in default_unused(cfg, frequencies).items()}
+    came = source.layout
+    for key in list(unused):  # those that came are exact, whatever they are
+        name = key if came is None else came.style.write(key.removeprefix("multimodal_encoder."))
+        unused[key] = source.unused.get(name, unused[key])
+    if style.one_file:
+        unused |= {SAFETY_CHECKER + key: tensor for key, tensor in _checker(source).items()}
+    tensors = {style.write(key): dtype for key, dtype in dtypes.items()}
+    tensors |= {key: tensor.dtype for key, tensor in unused.items()}
+    return ReleaseLayout(style, {file: tensors}, {file: None}, _carried(source)), unused
+
+
+def _hub(source: ModelSource, folder: Path) -> tuple[ReleaseLayout, dict[str, Tensor]]:
+    """Returns the layout of a Hub folder, and writes the index of its shards."""
+    cfg, dtypes, style = source.cfg, _dtypes(source), KeyStyle(hub=True)
+    parts: dict[str, dict[str, tuple[Shape, np.dtype]]] = {}
+    for row in rows_of(cfg, source.shapes):
+        shape = row.release_shape(source.shapes[row.path].shape)
+        for key in row.keys:
+            part = key.split(":")[0] if ":" in key else ""
+            parts.setdefault(part, {})[style.write(key)] = (shape, dtypes[key])
+    files: dict[str, Contents] = {}
+    for part, contents in parts.items():
+        place = part or ("multimodal_encoder" if cfg.unet is not None else ".")
+        stem = "diffusion_pytorch_model" if part else "model"
+        shards = tensor_files.split_into_shards(folder / place, stem, contents)
+        files |= {str(Path(place) / name): shard for name, shard in shards.items()}
+    unused = {}
+    carried = _carried(source)
+    if "safety_checker" not in carried and (checker := _checker(source)):
+        unused = {f"safety_checker:{key}": tensor for key, tensor in checker.items()}
+        files[_CHECKER_FILE] = {key: (t.shape, t.dtype) for key, t in unused.items()}
+    tensors = {
+        file: {key: dtype for key, (_, dtype) in contents.items()}
+        for file, contents in files.items()
+    }
+    return ReleaseLayout(style, tensors, {}, carried), unused
+
+
+def _carried(source: ModelSource) -> dict[str, Path]:
+    """Returns the carried files that fit any layout."""
+    came = source.layout.carried if source.layout else {}
+    if source.cfg.unet is None:
+        return {}
+    return {
+        name: path
+        for name, path in came.items()
+        if name in (*_RESTORED_FOLDERS, *_DECODER_JSON) or name.split("/")[0] in _RESTORED_FOLDERS
+    }
+
+
+def _native_name(source: ModelSource) -> str:
+    """Returns the name of the release's native file."""
+    dtypes = set(_dtypes(source).values())
+    variant = ".bf16" if dtypes == {np.dtype(ml_dtypes.bfloat16)} else ""
+    chat = source.tokenizer.instruct
+    model = "Emu2-Gen" if source.cfg.unet else "Emu2-Chat" if chat else "Emu2"
+    suffix = "safetensors" if source.cfg.unet else "pth" if chat else "bin"
+    return f"{model}_pytorch_model{variant}.{suffix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Emu2Json:
+    """The JSON files that an Emu2's sizes are read from."""
+
+    model: Path
+    llama: Path
+
+
+def complete_emu2(
+    source: ModelSource, folder: Path, *, hub: bool, llama_values: Mapping[str, Any]
+) -> Emu2Json:
+    """Writes Emu2's files other than tensors and the decoder's that a folder does not have yet.
+
+    Args:
+        llama_values: LLaMA's sizes in transformers' terms.
+    """
+    cfg, tokenizer = source.cfg, source.tokenizer
+    decoder = cfg.unet is not None
+    config = (folder / "multimodal_encoder" if decoder else folder) / "config.json"
+    words = folder if hub and not decoder else folder / "tokenizer"
+    if not any((words / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        tokenizer.save(words)
+        (words / "emu_tokenizer.json").unlink()
+    if not hub:
+        vision = {"vision_cfg": vision_json(cfg)}
+        if tokenizer.instruct:
+            vision["chat_vision_cfg"] = vision["vision_cfg"]
+        _write_if_missing(folder / "Emu2.json", vision)
+        # As in Emu1's release, LLaMA's own file, from before Emu's tokens were added.
+        own = {"vocab_size": tokenizer.base_size, "pad_token_id": 0}
+        _write_if_missing(words / "config.json", {**llama_values, **own})
+        return Emu2Json(folder / "Emu2.json", words / "config.json")
+    added = {token: tokenizer.base_size + i for i, token in enumerate(tokenizer.added)}
+    _write_if_missing(words / "added_tokens.json", added)
+    values = {
+        **llama_values,
+        "architectures": ["EmuForCausalLM"],
+        "model_type": "Emu",
+        "model_version": "chat" if tokenizer.instruct else "base",
+        "d_model": cfg.vision.width,
+        "num_key_value_heads": cfg.llama.heads,
+        "vision_config": vision_json(cfg),
+    }
+    _write_if_missing(config, values)
+    return Emu2Json(config, config)
+
+
+def vision_json(cfg: EmuConfig) -> dict[str, Any]:
+    """Returns the sizes of the visual encoder and of pooling, in the release's terms."""
+    vision = cfg.vision
+    return {
+        "eva_model_name": "eva-clip-4b-14-x",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "width": vision.width,
+        "layers": vision.layers,
+        "head_width": vision.head_width,
+        "mlp_ratio": mlp_ratio(cfg),
+        "layer_norm_eps": vision.eps,
+        "qkv_bias": True,
+        "drop_path_rate": 0.0,
+        "xattn": False,
+        "postnorm": vision.post_norm,
+        "n_query": cfg.n_embeddings,
+        "v_query": cfg.n_frame,
+    }
+
+
+def mlp_ratio(cfg: EmuConfig) -> float:
+    """Returns a number that, times the visual encoder's width, truncates to its MLP's width."""
+    vision = cfg.vision
+    ratio = round(vision.mlp_width / vision.width, 4)
+    if int(vision.width * ratio) != vision.mlp_width:
+        ratio = (vision.mlp_width + 0.5) / vision.width
+    return ratio
+
+
+def _write_if_missing(path: Path, values: Mapping[str, Any]) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n")
