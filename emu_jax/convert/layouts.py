@@ -19,6 +19,7 @@ import numpy as np
 from emu_jax.config import EmuConfig
 from emu_jax.convert import tensor_files
 from emu_jax.convert.source import (
+    DECODER_FOLDERS,
     ModelSource,
     ReleaseLayout,
     default_unused,
@@ -30,9 +31,6 @@ from emu_jax.errors import UserError
 
 LayoutKind = Literal["native", "hub"]
 
-# Files and folders of a decoder that every layout carries.
-_RESTORED_FOLDERS = ("scheduler", "safety_checker", "feature_extractor")
-_DECODER_JSON = ("unet/config.json", "vae/config.json")
 _CHECKER_FILE = "safety_checker/model.safetensors"
 
 
@@ -158,11 +156,7 @@ def _carried(source: ModelSource) -> dict[str, Path]:
     came = source.layout.carried if source.layout else {}
     if source.cfg.unet is None:
         return {}
-    return {
-        name: path
-        for name, path in came.items()
-        if name in (*_RESTORED_FOLDERS, *_DECODER_JSON) or name.split("/")[0] in _RESTORED_FOLDERS
-    }
+    return {name: path for name, path in came.items() if name.split("/")[0] in DECODER_FOLDERS}
 
 
 def _native_name(source: ModelSource) -> str:

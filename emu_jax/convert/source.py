@@ -59,6 +59,8 @@ UNUSED_FILE = "dead.safetensors"  # in the `release` folder of a run directory
 T5_VOCABULARY = 32128  # rows of the embedding table that the Causal Transformer never uses
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
 DECODER = ("unet", "vae")  # the towers with folders and key prefixes of their own
+# Folders of an image decoder in diffusers' layout.
+DECODER_FOLDERS = (*DECODER, "scheduler", "safety_checker", "feature_extractor")
 
 # Keys of peft's LoraConfig. Keys that change the computation must have one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -430,6 +432,12 @@ class ReleaseFiles:
             }
         if self.model_json and self.model_json != self.weights.parent / "config.json":
             carried[_MODEL_JSON[cfg.pooling is not None]] = self.model_json
+        if cfg.unet is not None and path.is_file() and (decoder := self.decoder()):
+            carried |= {
+                str(p.relative_to(decoder)): p
+                for name in DECODER_FOLDERS
+                for p in sorted((decoder / name).glob("*.json"))
+            }
         return carried
 
     def decoder(self) -> Path | None:
