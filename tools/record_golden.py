@@ -1,14 +1,17 @@
 """Records outputs of the released Emu code, for `emu-jax verify --golden`.
 
-Run it in a clone of the release (github.com/baaivision/Emu, folder Emu1) and in the release's
-environment: torch, transformers 4.31, peft 0.4, diffusers 0.15 to 0.21, torchvision. It does not
-import emu_jax.
+Run it in a clone of the release (github.com/baaivision/Emu, folder Emu1 or Emu2) and in the
+release's environment: torch, torchvision and transformers 4.31, with peft 0.4 and diffusers 0.15 to
+0.21 for Emu1, with diffusers 0.24 for Emu2. It does not import emu_jax.
 
     cd Emu/Emu1
     python /path/to/record_golden.py --pretrained CKPT --out GOLDEN [--instruct Emu-instruct.pt]
+    cd Emu/Emu2
+    python /path/to/record_golden.py --pretrained Emu2-Gen --out GOLDEN [--instruct Emu2-Chat]
 
-CKPT is the release's folder (multimodal_encoder/, unet/, vae/, scheduler/). Everything runs in
-float32, so differences are not due to rounding to bfloat16. The 14B model takes 56 GB, on a GPU or,
+CKPT is the release's folder (multimodal_encoder/, unet/, vae/, scheduler/); of Emu2 also a native
+file, with the decoder's folder as --decoder. Everything runs in float32, so differences are not due
+to rounding to bfloat16. The 14B model takes 56 GB, on a GPU or,
 slowly, on the CPU. The release's own `generate` and `predict` cast to bfloat16, so this script
 repeats their steps without the casts.
 
@@ -289,7 +292,12 @@ def preprocess(recorder, paths, size: int, out: Path):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record what the released Emu code computes.")
     parser.add_argument("--pretrained", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--instruct", type=Path, metavar="FILE", help="Emu-instruct.pt")
+    parser.add_argument(
+        "--instruct",
+        type=Path,
+        metavar="PATH",
+        help="Emu-instruct.pt, or Emu2-Chat's file or folder",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--images",
@@ -297,20 +305,40 @@ def main() -> None:
         nargs="+",
         metavar="FILE",
         default=[Path("examples") / n for n in ("dog.png", "panda.png", "sunflower.png")],
-        help="three pictures or more",
+        help="three pictures or more; Emu2's folder has other examples, so name them",
     )
-    parser.add_argument("--model-json", type=Path, default=Path("models/Emu-14B.json"))
+    parser.add_argument(
+        "--model-json",
+        type=Path,
+        metavar="FILE",
+        help="sizes that the release keeps in its own file or code (default: those)",
+    )
+    parser.add_argument("--decoder", type=Path, metavar="DIR", help="Emu2: unet/, vae/, scheduler/")
+    parser.add_argument(
+        "--llama",
+        type=Path,
+        metavar="DIR",
+        default=Path("emu/conf/llama_config"),
+        help="Emu2: LLaMA's sizes and tokenizer",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--new-tokens", type=int, default=20)
     args = parser.parse_args()
     if len(args.images) < 3:
         parser.error("--images: give three pictures or more")
-    if not Path("models/modeling_emu.py").is_file():
-        parser.error("run this in the release's folder Emu1 (there is no models/modeling_emu.py)")
+    emu2 = Path("emu/emu.py").is_file()
+    if not emu2 and not Path("models/modeling_emu.py").is_file():
+        parser.error("run this in the release's folder Emu1 or Emu2")
     sys.path.insert(0, ".")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if emu2:
+        import record_golden_emu2
 
+        write(args.out, *record_golden_emu2.record(args))
+        return
+
+    args.model_json = args.model_json or Path("models/Emu-14B.json")
     size = json.loads(args.model_json.read_text())["vision_cfg"]["image_size"]
     weights = args.pretrained / "multimodal_encoder" / "pytorch_model.bin"
     emu = build(weights, args.model_json, args.device, instruct=False)
@@ -348,11 +376,16 @@ def main() -> None:
         out = recorder.lm(inputs_embeds=x, attention_mask=mask, return_dict=True)
         recorder.save("instruct/logits", out.logits)
         arrays |= recorder.arrays
-    temporary = args.out / "unfinished.npz"
+    write(args.out, arrays, meta)
+
+
+def write(out: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """Writes a recording."""
+    temporary = out / "unfinished.npz"
     np.savez(temporary, **arrays)
-    temporary.rename(args.out / "expected.npz")
-    (args.out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    print(f"{args.out}: {len(arrays)} tensors", file=sys.stderr)
+    temporary.rename(out / "expected.npz")
+    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    print(f"{out}: {len(arrays)} tensors", file=sys.stderr)
 
 
 if __name__ == "__main__":
