@@ -102,7 +102,8 @@ class Tokenizer:
         ids = {piece: i for i, piece in enumerate(pieces)}
         if missing := [t for t in (UNK, BOS, EOS) if t not in ids]:
             raise UserError(f"the tokenizer lacks {', '.join(missing)}: not a LLaMA tokenizer")
-        self.instruct, self.family, self.fast = instruct, family, fast
+        self.instruct, self.fast = instruct, fast
+        self.family: Family = family
         self.base_size = len(pieces)
         self.unk, self.bos, self.eos = ids[UNK], ids[BOS], ids[EOS]
         self._added = {t: self.base_size + i for i, t in enumerate(added)}
