@@ -5,9 +5,11 @@ does so with the same language model in torch. `cached` is the obvious alternati
 transformers' dynamic cache. All three have the same random weights, and a check compares their
 embeddings within 1e-4. `floor` is the prompt's FLOPs at this machine's fastest matmul plus, for
 each further embedding, one read of the weights at the rate of its fastest copy. The parts take
-turns.
+turns. With `family=emu2` an image has 64 embeddings, and two projections lead out of the language
+model and back.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,25 +18,45 @@ import numpy as np
 from flax import nnx
 
 from emu_jax import bench
-from emu_jax.config import EmuConfig
+from emu_jax.config import EmuConfig, PoolingConfig
 
 floors, language = bench.load("floors"), bench.load("text_generation")
 
 
-def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "float32") -> dict:
+# The products of the weights by which an embedding is regressed from a state and read again.
+HEADS = {
+    "emu": ("llama.stu_regress_head.kernel",),
+    "emu2": ("project_down.kernel", "project_up.kernel"),
+}
+
+
+def run(
+    size: str = "0.1B",
+    prompt: int = 512,
+    turns: int = 5,
+    dtype: str = "float32",
+    family: str = "emu",
+) -> dict:
     torch = language.torch_or_missing(dtype)
     cfg = language.config(size)
+    if family == "emu2":
+        llama = dataclasses.replace(cfg.llama, regression_head=False)
+        cfg = dataclasses.replace(cfg, cformer=None, pooling=PoolingConfig(), llama=llama)
     params = language.random_params(cfg, dtype)
     model = language.transformers_model(torch, cfg, params, dtype)
-    kernel = np.array(params["llama.stu_regress_head.kernel"], np.float32)
-    head = torch.from_numpy(kernel).to(floors.torch_device(torch), getattr(torch, dtype))
+    heads = [
+        torch.from_numpy(np.array(params[path], np.float32)).to(
+            floors.torch_device(torch), getattr(torch, dtype)
+        )
+        for path in HEADS[family]
+    ]
     rng = np.random.default_rng(0)
     ids = rng.integers(3, cfg.tokens.pad, (1, prompt)).astype(np.int32)
     ids[:, -1] = cfg.tokens.img
     parts = {
         "ours": ours(cfg, params, ids),
-        "release": lambda: release(torch, model, head, cfg, ids),
-        "cached": lambda: cached(torch, model, head, cfg, ids),
+        "release": lambda: release(torch, model, heads, cfg, ids),
+        "cached": lambda: cached(torch, model, heads, cfg, ids),
     }
     found = {name: part() for name, part in parts.items()}
     error = {
@@ -51,7 +73,7 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
     weights = [
         a
         for path, a in params.items()
-        if path.startswith("llama.layers.") and a.ndim == 3 or "stu_regress_head" in path
+        if path.startswith("llama.layers.") and a.ndim == 3 or path in HEADS[family]
     ]
     flops = 2.0 * prompt * sum(math.prod(a.shape) for a in weights)
     read = sum(math.prod(a.shape) * a.dtype.itemsize for a in weights)
@@ -61,6 +83,7 @@ def run(size: str = "0.1B", prompt: int = 512, turns: int = 5, dtype: str = "flo
         for product, copy in zip(seconds["product"], seconds["copy"], strict=True)
     ]
     figures: dict[str, Any] = {
+        "family": family,
         "size": size,
         "prompt": prompt,
         "n": cfg.n_embeddings,
@@ -100,32 +123,40 @@ def ours(cfg: EmuConfig, params: dict, ids: np.ndarray):
         return nnx.merge(graphdef, state).regress_after(ids, lengths)
 
     def embeddings() -> np.ndarray:
-        with floors.precision(params["llama.stu_regress_head.kernel"].dtype):
+        with floors.precision(params["llama.norm.scale"].dtype):
             return np.asarray(regress(state, ids), np.float32)
 
     return embeddings
 
 
-def release(torch: Any, model: Any, head: Any, cfg: EmuConfig, ids: np.ndarray) -> np.ndarray:
+def release(
+    torch: Any, model: Any, heads: list[Any], cfg: EmuConfig, ids: np.ndarray
+) -> np.ndarray:
     found = []
     with torch.no_grad():
         row = embedded(torch, model, ids)
         for _ in range(cfg.n_embeddings):
             hidden = model.model(inputs_embeds=row, use_cache=False).last_hidden_state
-            found.append(hidden[:, -1:] @ head)
-            row = torch.cat([row, found[-1]], 1)
+            found.append(hidden[:, -1:] @ heads[0])
+            row = torch.cat([row, read_again(found[-1], heads)], 1)
     return torch.cat(found, 1).float().cpu().numpy()
 
 
-def cached(torch: Any, model: Any, head: Any, cfg: EmuConfig, ids: np.ndarray) -> np.ndarray:
+def cached(torch: Any, model: Any, heads: list[Any], cfg: EmuConfig, ids: np.ndarray) -> np.ndarray:
     found, past = [], None
     with torch.no_grad():
         new = embedded(torch, model, ids)
         for _ in range(cfg.n_embeddings):
             out = model.model(inputs_embeds=new, past_key_values=past, use_cache=True)
-            past, new = out.past_key_values, out.last_hidden_state[:, -1:] @ head
-            found.append(new)
+            past = out.past_key_values
+            found.append(out.last_hidden_state[:, -1:] @ heads[0])
+            new = read_again(found[-1], heads)
     return torch.cat(found, 1).float().cpu().numpy()
+
+
+def read_again(embedding: Any, heads: list[Any]) -> Any:
+    """Returns what the language model reads of an embedding that it regressed."""
+    return embedding @ heads[1] if len(heads) > 1 else embedding
 
 
 def embedded(torch: Any, model: Any, ids: np.ndarray) -> Any:

@@ -140,7 +140,7 @@ def random_params(cfg: EmuConfig, dtype: str = "float32") -> dict[str, jax.Array
             fan_in //= shape[0]  # the axis of layers
         if path == "llama.embed_tokens.embedding":
             fan_in = 1
-        if path == "llama.stu_regress_head.kernel":
+        if path in ("llama.stu_regress_head.kernel", "project_up.kernel"):
             # Keep embeddings large relative to what layers add. Otherwise N steps would amplify
             # rounding so much that torch with a cache and torch without one disagree.
             fan_in /= 100

@@ -18,6 +18,7 @@ tower without the rest. In memory they are flat (`sharding.AbstractModel`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -35,8 +36,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu_jax import integrity
-from emu_jax.config import EmuConfig, LlamaConfig, load_json
+from emu_jax.config import EmuConfig, load_json
 from emu_jax.errors import UserError
+from emu_jax.models.eva_clip import interpolate_positions
 from emu_jax.sharding import AbstractModel, flatten, nest
 from emu_jax.storage import StorePath, files, folders, join, relative, write_text
 from emu_jax.tokenizer import Tokenizer
@@ -414,19 +416,26 @@ def _check_bases(directory: Path, users: list[Path]) -> None:
 
 # Parameters with an axis over the vocabulary, and that axis.
 _VOCABULARY = {"llama.embed_tokens.embedding": 0, "llama.lm_head.kernel": 1}
+POSITIONS = "visual.pos_embed"  # of the image size
 
 
 def read_parent(
     directory: Path, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
 ) -> dict[str, jax.Array]:
-    """Reads parameters of another run for `model`, which may have more adapters and tokens.
+    """Reads parameters of another run for `model`, which may have more adapters and tokens, and
+    images of another size.
 
     Adapters that the other run lacks are left out. A new token gets the mean of the old tokens'
-    rows (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added).
+    rows (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added). Positions of
+    patches are interpolated.
     """
-    theirs = load_config(directory).llama
-    asked, grown = _asked_of_parent(theirs, wanted, model)
+    parent = load_config(directory)
+    theirs = parent.llama
+    asked, grown = _asked_of_parent(parent, wanted, model)
     params = read_params(directory, asked)
+    if POSITIONS in wanted and (ours := wanted[POSITIONS]).shape != params[POSITIONS].shape:
+        resize = functools.partial(interpolate_positions, grid=model.vision.grid)
+        params[POSITIONS] = jax.jit(resize, out_shardings=ours.sharding)(params[POSITIONS])
     for path, axis in grown.items():
         ours = wanted[path]
 
@@ -450,16 +459,17 @@ def check_parent(
     Raises:
         UserError: one is missing or has another shape (all are listed), or a base is missing.
     """
-    asked, _ = _asked_of_parent(load_config(directory).llama, wanted, model)
+    asked, _ = _asked_of_parent(load_config(directory), wanted, model)
     if problems := _misfits(run_shapes(directory), asked):
         raise UserError(f"{directory} does not fit the configuration: " + "; ".join(problems))
 
 
 def _asked_of_parent(
-    theirs: LlamaConfig, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
+    parent: EmuConfig, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, int]]:
     """Returns (the arrays to read from a parent, {path: axis over the vocabulary} of those to which
     tokens are added)."""
+    theirs = parent.llama
     if theirs.lora is None:
         wanted = {k: v for k, v in wanted.items() if not k.endswith((".lora_a", ".lora_b"))}
     asked, grown = dict(wanted), {}
@@ -470,6 +480,12 @@ def _asked_of_parent(
         shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
         whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # the old size may not divide
         asked[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
+    if POSITIONS in wanted:
+        ours = wanted[POSITIONS]
+        shape = (parent.vision.tokens, *ours.shape[1:])
+        whole = NamedSharding(ours.sharding.mesh, PartitionSpec())
+        if shape != ours.shape:
+            asked[POSITIONS] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
     return asked, grown
 
 

@@ -191,7 +191,17 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="text tokens to generate (default: from the checkpoint's generation.json, or 50)",
+        help="text tokens to generate (default: from the checkpoint's generation.json, or 50; "
+        "10 with Emu2)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="set another field of GenerationConfig, such as num_beams=1 or grounding=true; may be "
+        "repeated",
     )
     parser.add_argument(
         "--batch",
@@ -212,6 +222,7 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         if bool(args.parts) == bool(args.batch):
             raise UserError("give the PARTs of one prompt, or --batch FILE")
         cli_io.check_save(args.save)
+        settings = cli_io.parse_settings(args.output, args.settings)
         if args.batch:
             prompts = cli_io.read_batch(args.batch)
         else:
@@ -219,7 +230,12 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         cli_io.check_seeds(args.output, args.seed, len(prompts))  # before loading the model
         numbered = args.output == "auto"
         answers = cli_io.answer(
-            emu_jax.load(args.checkpoint), prompts, args.output, args.seed, args.max_new_tokens
+            emu_jax.load(args.checkpoint),
+            prompts,
+            args.output,
+            args.seed,
+            args.max_new_tokens,
+            settings,
         )
         if args.batch:
             shown = cli_io.save_batch(answers, args.save, numbered=numbered)

@@ -55,7 +55,8 @@ def test_splash_on_a_mesh_keeps_rows_and_heads_apart():
 
 
 @pytest.mark.parametrize(
-    "queries, keys, heads, width", [(257, 257, 2, 88), (17, 33, 3, 24), (33, 17, 1, 64)]
+    "queries, keys, heads, width",
+    [(257, 257, 2, 88), (17, 33, 3, 24), (33, 17, 1, 64), (545, 33, 4, 64)],
 )
 def test_short_rows_equal_xla(queries, keys, heads, width):
     """The kernel that holds whole rows, interpreted: outputs and all three gradients."""

@@ -406,3 +406,21 @@ def test_a_closed_pipe_is_no_traceback(unbuffered):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_settings_of_generation_are_checked_before_the_model_loads():
+    given = ["num_beams=1", "chat_format=hub", "early_stopping=true", "system=[USER]"]
+    assert cli_io.parse_settings("text", given) == {
+        "num_beams": 1,
+        "chat_format": "hub",
+        "early_stopping": True,
+        "system": "[USER]",
+    }
+    for output, text, message in [
+        ("text", "num_beams", "NAME=VALUE"),
+        ("text", "num_beems=1", "did you mean"),
+        ("text", "num_beams=many", "whole number"),
+        ("image", "num_beams=1", "no effect on --output image"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            cli_io.parse_settings(output, [text])

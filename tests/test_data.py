@@ -609,6 +609,12 @@ def test_a_row_by_hand(tmp_path, tokenizer):
     learned["text_loss_mask"] ^= extra
     assert_equal(learned, batch)
 
+    assert batch["image_scored"].tolist() == [[True] * 4]
+    with Batches(dataclasses.replace(cfg, last_image=True), tokenizer, "rows") as batches:
+        last = next(batches)
+    assert last["image_scored"].tolist() == [[False, True] * 2]
+    assert_equal(last | {"image_scored": batch["image_scored"]}, batch)
+
 
 def test_a_cut_document_has_no_end(tmp_path, tokenizer):
     page = Document((Image(grey(10)), Text("seven " * 9), Image(grey(20)), Text("nine")))

@@ -159,6 +159,19 @@ def test_media_stand_where_the_entry_says(read, entry, want):
     assert not any("\n" in text for text in said)  # nothing of the entry's
 
 
+def test_a_source_has_a_system_message_of_its_own(read, tmp_path):
+    read(talk("<image>", "yes", image="a.png"))
+    for entry, want in [
+        (talk("<image>", "yes", image="a.png"), "Be kind. [USER]:"),
+        (talk("so?", "yes"), "Be kind. [USER]:"),
+        ({"instruction": "x", "output": "yes", "system": "S"}, "[USER]:"),
+    ]:
+        (tmp_path / "d.json").write_text(json.dumps([entry]))
+        document = source("dialogues", tmp_path / "d.json", frames=2, system="Be kind.")[0]
+        texts = [p.text for p in document.parts if isinstance(p, Text)]
+        assert want in texts, texts
+
+
 def test_the_system_message_speaks_of_what_is_shown(read):
     messages = [
         read(entry).parts[0].text.partition(".")[0]

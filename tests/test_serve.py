@@ -22,6 +22,7 @@ from test_sources import video
 
 pytest.importorskip("starlette")
 
+from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError
 from emu_jax.generate.image import Stopped
 from emu_jax.generate.settings import RENAMED
@@ -45,13 +46,13 @@ LIMITS = Limits(
 
 
 class FakeTokenizer:
-    instruct = False
+    instruct, family = False, "emu"
 
 
 class FakeEmu:
     """Says what it was shown, a word at a time; `hold` keeps it from answering."""
 
-    tokenizer, paints = FakeTokenizer(), True
+    tokenizer, paints, cfg = FakeTokenizer(), True, EmuConfig()
 
     def __init__(self):
         self.hold = threading.Event()
@@ -371,7 +372,7 @@ def test_a_tuned_model_is_asked_in_its_format_and_may_draw(emu):
     ]
     asked = parse_chat(json.dumps({"messages": said, "settings": {"seed": 7}}).encode(), LIMITS)
     emu.stream = lambda prompt, max_images, **settings: (prompt, max_images, settings)
-    emu.defaults = types.SimpleNamespace(system="Be brief.")
+    emu.defaults = types.SimpleNamespace(system="Be brief.", chat_format="native")
     assert chat_with(emu, asked) == (["one?", "two", "three?"], 0, {"seed": 7})
     emu.tokenizer = types.SimpleNamespace(instruct=True)
     assert chat_with(emu, asked) == (

@@ -646,7 +646,7 @@ class _Sequence:
     def __init__(self, builder: BatchBuilder, images: int) -> None:
         self._part_ids, self._tokenizer = builder.part_ids, builder.tokenizer
         self._n_causal = builder.cfg.n_causal
-        self._learn_img = builder.cfg.learn_img
+        self._learn_img, self._last_image = builder.cfg.learn_img, builder.cfg.last_image
         self.tokens: list[int] = []
         self.scored: list[bool] = []
         self.embedding_index: list[int] = []
@@ -678,6 +678,8 @@ class _Sequence:
         """Ends the document; a truncated document gets no </s>."""
         if ended:
             self._extend([self._tokenizer.eos], [True])
+        if self._last_image:
+            self.scored_images[:-1] = [False] * len(self.scored_images[:-1])
 
     def _extend(
         self, ids: list[int], scored: list[bool], embedding_index: list[int] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from emu_jax.data.sources import SourceConfig
 from emu_jax.data.unused import MAY_LACK
 from emu_jax.errors import UserError
 from emu_jax.storage import as_path
-from emu_jax.tokenizer import Tokenizer
+from emu_jax.tokenizer import Family, Tokenizer
 
 Kind = Literal["rows", "captions", "images", "contexts"]
 Batch = dict[str, np.ndarray]
@@ -44,6 +44,7 @@ class DataConfig:
     cache_bytes: int = CACHE_BYTES
     embedded: str = ""  # "digits": built at `root` if missing
     tokenizer: str = ""  # a folder; by default `root/tokenizer`
+    family: str = ""  # "emu2": add the tokens of Emu2, even if the folder does not say so
     instruct: bool = False  # add [USER] and [ASSISTANT] as tokens even if the folder does not
     # Documents are sampled in proportion to these weights, by kind; 0 leaves a kind out.
     mixture: dict[str, float] = dataclasses.field(
@@ -63,6 +64,7 @@ class DataConfig:
 
     image_first: float = 0.5  # probability that a pair's image comes before its words
     learn_img: bool = False  # make [IMG] a text target
+    last_image: bool = False  # regress only the last image of each document
     drop_condition: float = 0.1  # probability that the decoder's context is dropped
     autoencode: float = 0.0  # otherwise, probability that the context is the target image
 
@@ -83,7 +85,8 @@ class DataConfig:
     def load_tokenizer(self) -> Tokenizer:
         """Loads the tokenizer of the data."""
         folder = self.tokenizer or as_path(self.root) / "tokenizer"
-        return Tokenizer.load(folder, instruct=self.instruct or None)
+        family = next((known for known in get_args(Family) if known == self.family), None)
+        return Tokenizer.load(folder, instruct=self.instruct or None, family=family)
 
     def batch_sizes(self) -> set[int]:
         """Returns the batch sizes that occur, of any source."""
@@ -99,6 +102,7 @@ class DataConfig:
         """
         smallest = self.n_causal + 4
         rules: list[tuple[str, bool, str]] = [
+            ("family", self.family in ("", *get_args(Family)), "be emu, emu2 or empty"),
             ("seed", 0 <= self.seed < 2**32, "be in 0 .. 2**32 - 1"),
             ("batch_size", self.batch_size >= 1, "be at least 1"),
             ("n_causal", self.n_causal >= 1, "be at least 1"),

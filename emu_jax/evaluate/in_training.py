@@ -55,7 +55,7 @@ class TaskEvaluation(Evaluation):
             purpose=f"answers to {self.task.name}",
             paints=False,
             batch_size=MAX_BEAMS * self._batch_size,
-            defaults=GenerationConfig(),
+            defaults=GenerationConfig.of(cfg.model),
         )
 
     @classmethod

@@ -179,7 +179,8 @@ class Evaluation:
             dtype=jnp.dtype(options.dtype),
             batch_size=options.batch_size * 5,
         )
-        self.emu.defaults = GenerationConfig()  # the release's defaults, not the checkpoint's
+        # The release's defaults, not the checkpoint's.
+        self.emu.defaults = GenerationConfig.of(self.emu.cfg)
         self.mode: Mode = choose_mode(options.mode, self.emu.tokenizer, task)
         self.answering = Answering(
             self.emu,

@@ -45,6 +45,7 @@ from emu_jax.generate.prompt import (
     Prompts,
     as_parts,
     as_prompts,
+    chat_format,
     instruct,
     preprocess_image,
 )
@@ -103,15 +104,16 @@ def load(
     directory = as_path(directory)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    defaults = GenerationConfig()
     if is_release(directory):
         model, tokenizer = load_release(directory, mesh, dtype)
+        defaults = GenerationConfig.of(model.cfg)
     else:
         cfg = checkpoint.load_config(directory)
         check_heads(directory, cfg)
         tokenizer = checkpoint.load_tokenizer(directory)
+        defaults = GenerationConfig.of(cfg)
         if (directory / "generation.json").is_file():
-            defaults = GenerationConfig.load(directory / "generation.json")
+            defaults = GenerationConfig.load(directory / "generation.json", defaults)
         towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(directory)))
 
         def build() -> EmuModel:
@@ -141,7 +143,7 @@ class Emu:
     Attributes:
         cfg: the model's configuration.
         tokenizer: its tokenizer.
-        defaults: settings that a call does not name.
+        defaults: settings that a call does not name; by default those of the model's release.
         safety: checks images after they are painted (`generate.safety`), if it is not None.
         paints: whether the model can generate images.
     """
@@ -159,7 +161,7 @@ class Emu:
         shapes: Shapes | None = None,
     ) -> None:
         self.cfg, self.tokenizer, self.mesh = model.cfg, tokenizer, mesh
-        self.defaults, self.safety = defaults or GenerationConfig(), safety
+        self.defaults, self.safety = defaults or GenerationConfig.of(model.cfg), safety
         self.dtype, self.paints = jnp.dtype(dtype), _paints(model)
         self._batcher = Batcher(batch_size, shapes or Shapes(), model.cfg.tokens.pad)
         graphdef, params = nnx.split(model)
@@ -169,7 +171,7 @@ class Emu:
         with self._on_mesh():
             model.llama = model.llama.unstacked_for_decoding()
         self._graphdef, self._params = nnx.split(model)
-        self._unconditional: Float[Array, "N D"] | None = None
+        self._unconditional: Float[Array, "N E"] | None = None
 
     @property
     def model(self) -> EmuModel:
@@ -220,8 +222,16 @@ class Emu:
         """
         prompts, single = as_prompts(prompt)
         ids = self._generate_ids(prompts, choices, settings)
-        texts = [self.tokenizer.decode(row).strip() for row in ids]
+        plain = not self.defaults.replace(**settings).grounding
+        texts = [self._text(row.tolist(), plain) for row in ids]
         return texts[0] if single else texts
+
+    def _text(self, ids: Sequence[int], plain: bool = True) -> str:
+        """Decodes a generated text. If it is not `plain`, the special tokens that say where things
+        are remain."""
+        t = self.cfg.tokens
+        ids = [i for i in ids if i not in (t.bos, t.eos, t.pad)]
+        return self.tokenizer.decode(ids, skip_special_tokens=plain).strip()
 
     def generate_ids(
         self,
@@ -249,7 +259,7 @@ class Emu:
                 raise UserError("choices must name at least one answer")
             ids = [(*self.tokenizer.encode(c, bos=False), self.cfg.tokens.eos) for c in choices]
             allowed = text.choices_table(tuple(ids))
-        rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
+        rows = self._prompts(prompts, cfg.max_new_tokens, cfg)
         slots = self._batcher.shapes.new_tokens
         static, dynamic = StaticSettings.of(cfg, self.cfg.tokens, slots), DynamicSettings.of(cfg)
         result = np.full((len(rows), cfg.max_new_tokens + 1), self.cfg.tokens.pad, np.int32)
@@ -305,7 +315,7 @@ class Emu:
             raise UserError(f"segments cannot be {segments}: at most one for each candidate")
         ids = [[self.tokenizer.encode(c, bos=False) for c in row] for row in candidates]
         longest = [max(map(len, row)) for row in ids]
-        rows = self._prompts(prompts, longest, system=self.defaults.system)
+        rows = self._prompts(prompts, longest, self.defaults)
         width = bucket(max(longest))
         ranked: list[list[int]] = [[] for _ in rows]
         for chunk, batch in self._batcher.batches(rows, "left", per_row=count):
@@ -388,16 +398,16 @@ class Emu:
         images = self._paint(self._regress_all(prompts), keys, cfg, negative_prompt, stop)
         return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
-    def regress(self, prompt: Any) -> Float[Array, "N D"] | Float[Array, "B N D"]:
+    def regress(self, prompt: Any) -> Float[Array, "N E"] | Float[Array, "B N E"]:
         """Returns the embeddings of the image that follows a prompt, or each of many prompts
         (release: `generate_image`)."""
         prompts, single = as_prompts(prompt)
         embeddings = self._regress_all(prompts)
         return embeddings[0] if single else embeddings
 
-    def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N D"]:
+    def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N E"]:
         n, width = self.cfg.n_embeddings, self.cfg.embedding_width
-        rows = self._prompts(prompts, n, append_img=True)
+        rows = self._prompts(prompts, n)
         embeddings: dict[int, Array] = {}
         for chunk, batch in self._batcher.batches(rows, "right"):
             with self._on_mesh():
@@ -409,7 +419,7 @@ class Emu:
 
     def paint(
         self,
-        embeddings: Float[Array, "N D"] | Float[Array, "B N D"],
+        embeddings: Float[Array, "N E"] | Float[Array, "B N E"],
         *,
         negative_prompt: Parts | None = None,
         seed: int | Sequence[int] | None = None,
@@ -437,7 +447,7 @@ class Emu:
 
     def _paint(
         self,
-        embeddings: Float[Array, "B N D"],
+        embeddings: Float[Array, "B N E"],
         keys: Key[Array, "B"],
         cfg: GenerationConfig,
         negative_prompt: Parts | None = None,
@@ -475,7 +485,7 @@ class Emu:
             out[chunk.index] = to_host(painted)[: len(chunk.index)]
         return out if self.safety is None or not len(out) else self.safety(out)
 
-    def _uncond(self, negative_prompt: Parts | None) -> Float[Array, "N D"]:
+    def _uncond(self, negative_prompt: Parts | None) -> Float[Array, "N E"]:
         if negative_prompt is not None:
             return self._regress_all([negative_prompt])[0]
         if self._unconditional is None:
@@ -500,7 +510,7 @@ class Emu:
         their ends.
         """
         cfg = self.defaults.replace(**settings)
-        rows = self._prompts([prompt], cfg.max_new_tokens, system=cfg.system)
+        rows = self._prompts([prompt], cfg.max_new_tokens, cfg)
         static, dynamic, room = self._mixed(cfg, rows)
         ((chunk, batch),) = self._batcher.batches(rows, "left")
         dynamic = dynamic._replace(max_images=room[chunk.filled])
@@ -558,7 +568,7 @@ class Emu:
         self, prompts: Sequence[Any], settings: MixedSettings
     ) -> list[list[str | Image.Image]]:
         cfg = self.defaults.replace(**settings)
-        rows = self._prompts(prompts, cfg.max_new_tokens, system=cfg.system)
+        rows = self._prompts(prompts, cfg.max_new_tokens, cfg)
         static, dynamic, room = self._mixed(cfg, rows)
         parts: dict[int, list[str | None]] = {}
         embeddings, keys = [], []  # of all images
@@ -660,11 +670,12 @@ class Emu:
         self,
         prompts: Sequence[Any],
         new: int | Sequence[int],
-        *,
-        system: str | None = None,
-        append_img: bool = False,
+        chat: GenerationConfig | None = None,
     ) -> list[Prompt]:
         """Tokenizes prompts that `new` more tokens follow, a number for all or one for each.
+
+        Args:
+            chat: how an instruction-tuned model is asked; None for prompts of an image.
 
         Raises:
             UserError: a prompt is invalid, or it and what follows do not fit together into the
@@ -673,7 +684,7 @@ class Emu:
         positions, rows = self.cfg.llama.max_positions, []
         for number, parts in enumerate(prompts):
             try:
-                row = self._prompt(parts, system=system, append_img=append_img)
+                row = self._prompt(parts, chat)
             except UserError as error:
                 if len(prompts) == 1:
                     raise
@@ -681,26 +692,29 @@ class Emu:
             more = new if isinstance(new, int | np.integer) else new[number]
             if (length := len(row.tokens)) + more > positions:
                 fewer = f", or ask for at most {positions - length}" if positions > length else ""
+                fix = "shorten it" + ("" if chat is None else fewer)
                 raise UserError(
                     f"{_name(number, prompts)} has {length} tokens and {more} are to follow, but "
-                    f"the model has {positions} positions: shorten it{'' if append_img else fewer}"
+                    f"the model has {positions} positions: {fix}"
                 )
             rows.append(row)
         return rows
 
-    def _prompt(self, parts: Any, *, system: str | None = None, append_img: bool = False) -> Prompt:
+    def _prompt(self, parts: Any, chat: GenerationConfig | None) -> Prompt:
         parts = as_parts(parts)
         spelled = any(isinstance(p, str) and USER in p for p in parts)
-        if self.tokenizer.user is not None and not spelled and not append_img:
-            parts = instruct(parts, system)
-        elif system:
-            raise UserError("a system message needs an instruction-tuned model and a plain prompt")
-        return Prompt.of(parts, self.tokenizer, self.cfg, append_img=append_img)
+        if chat is not None and self.tokenizer.user is not None and not spelled:
+            style = chat_format(self.cfg, chat.chat_format)
+            parts = instruct(parts, chat.system, style=style, grounding=chat.grounding)
+        elif chat is not None and (chat.system or chat.grounding):
+            given = "a system message" if chat.system else "grounding"
+            raise UserError(f"{given} needs an instruction-tuned model and a plain prompt")
+        return Prompt.of(parts, self.tokenizer, self.cfg, append_img=chat is None)
 
     def _inputs(
         self, batch: PromptBatch
     ) -> tuple[
-        Float[Array, "B images N D"],
+        Float[Array, "B images N E"],
         Int[np.ndarray, "B T"],
         Int[np.ndarray, "B T"],
         Bool[np.ndarray, "B T"],
@@ -711,8 +725,9 @@ class Emu:
         encoded = []
         for chunk in self._batcher.chunks(len(batch.images)):
             with self._on_mesh():
-                images = batch.images[chunk.filled]
-                encoded.append(_encode(self._graphdef, self._params, images, self.dtype))
+                images, frames = batch.images[chunk.filled], batch.frames[chunk.filled]
+                frames = frames if batch.frames.any() else None
+                encoded.append(_encode(self._graphdef, self._params, images, frames, self.dtype))
         flat = jnp.concatenate(encoded) if encoded else jnp.zeros((1, n, width), self.dtype)
         return (
             jnp.take(flat, batch.image_index, axis=0),
@@ -814,11 +829,13 @@ def _encode(
     graphdef: nnx.GraphDef,
     params: Params,
     images: UInt8[Array, "B side side 3"] | Float[Array, "B side side 3"],
+    frames: Bool[Array, "B"] | None,
     dtype: jnp.dtype,
-) -> Float[Array, "B N D"]:
+) -> Float[Array, "B N E"]:
     floating = jnp.issubdtype(images.dtype, jnp.floating)
     pixels = images.astype(dtype) if floating else normalize_images(images, dtype)
-    return nnx.merge(graphdef, params).encode_images(pixels)
+    model = nnx.merge(graphdef, params)
+    return model.encode_images(pixels, frames=False if frames is None else frames)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
@@ -836,7 +853,7 @@ def _features(
 def _decode(
     graphdef: nnx.GraphDef,
     params: Params,
-    images: Float[Array, "B images N D"],
+    images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
@@ -854,7 +871,7 @@ def _decode(
 def _losses(
     graphdef: nnx.GraphDef,
     params: Params,
-    images: Float[Array, "B images N D"],
+    images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
@@ -869,11 +886,11 @@ def _losses(
 def _regress(
     graphdef: nnx.GraphDef,
     params: Params,
-    images: Float[Array, "B images N D"],
+    images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> Float[Array, "B N D"]:
+) -> Float[Array, "B N E"]:
     emu = nnx.merge(graphdef, params)
     return emu.regress_after(tokens, jnp.sum(valid, axis=1), images, embedding_index)
 
@@ -890,8 +907,8 @@ def _paint_steps(
     graphdef: nnx.GraphDef,
     params: Params,
     state: diffusion.SamplerState,
-    cond: Float[Array, "B N D"],
-    uncond: Float[Array, "N D"] | None,
+    cond: Float[Array, "B N E"],
+    uncond: Float[Array, "N E"] | None,
     guidance: Float[Array, ""],
     table: diffusion.Steps,
     first: Int[Array, ""],
@@ -912,7 +929,7 @@ def _finish_painting(
 def _open_mixed(
     graphdef: nnx.GraphDef,
     params: Params,
-    images: Float[Array, "B images N D"],
+    images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
@@ -945,14 +962,14 @@ def _decode_mixed(
 def _complete(
     graphdef: nnx.GraphDef,
     params: Params,
-    images: Float[Array, "B images N D"],
+    images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
     keys: Key[Array, "B"],
-) -> tuple[Int[Array, "B length"], Float[Array, "B new_images N D"]]:
+) -> tuple[Int[Array, "B length"], Float[Array, "B new_images N E"]]:
     emu = nnx.merge(graphdef, params)
     x = emu.embed(tokens, images, embedding_index)
     starts_image = tokens[:, -1] == emu.cfg.tokens.img

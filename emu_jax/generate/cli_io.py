@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from PIL import Image
 
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu
 from emu_jax.generate.prompt import Part, open_file
-from emu_jax.generate.settings import MAX_SEED, GenerationConfig, TextSettings, check_seed
+from emu_jax.generate.settings import (
+    MAX_SEED,
+    GenerationConfig,
+    ImageSettings,
+    MixedSettings,
+    TextSettings,
+    check_seed,
+)
 from emu_jax.storage import writing
 
 Output = Literal["text", "image", "auto"]
+OUTPUT_SETTINGS = {"text": TextSettings, "image": ImageSettings, "auto": MixedSettings}
 
 
 def read_part(part: str) -> Part:
@@ -81,27 +89,55 @@ def check_seeds(output: Output, seed: int, prompts: int) -> None:
     check_seed(seed)
 
 
+def parse_settings(output: Output, given: Iterable[str]) -> dict[str, Any]:
+    """Parses NAME=VALUE settings of generation. A value is JSON, or else a text.
+
+    Raises:
+        UserError: a setting is malformed, unknown, invalid, or has no effect on `output`.
+    """
+    known = get_type_hints(OUTPUT_SETTINGS[output])
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: give NAME=VALUE, such as num_beams=1")
+        try:
+            settings[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            settings[name] = value
+    GenerationConfig().replace(**settings)
+    for name in settings:
+        if name not in known:
+            raise UserError(f"--set {name} has no effect on --output {output}: leave it out")
+    return settings
+
+
 def answer(
     emu: Emu,
     prompts: Sequence[list[Part]],
     output: Output,
     seed: int,
     max_new_tokens: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[list[str | Image.Image]]:
     """Answers each prompt with text, an image, or both as the model decides.
 
     With output "image", prompt n gets the image that a single prompt gets from `seed + n`.
+
+    Args:
+        settings: more settings, which `parse_settings` returned.
     """
-    settings: TextSettings = {"seed": seed}
+    chosen: dict[str, Any] = {"seed": seed}
     if max_new_tokens is not None:
-        settings["max_new_tokens"] = max_new_tokens
-    GenerationConfig().replace(**settings)  # an invalid number is an error with any output
+        chosen["max_new_tokens"] = max_new_tokens
+    GenerationConfig().replace(**chosen)  # an invalid number is an error with any output
+    chosen |= settings or {}
     if output == "text":
-        return [[text] for text in emu.generate_text(prompts, **settings)]
+        return [[text] for text in emu.generate_text(prompts, **chosen)]
     if output == "image":
         seeds = range(seed, seed + len(prompts))
-        return [[image] for image in emu.generate_image(prompts, seed=seeds)]
-    return emu.complete(prompts, **settings)
+        return [[image] for image in emu.generate_image(prompts, seed=seeds, **(settings or {}))]
+    return emu.complete(prompts, **chosen)
 
 
 def check_save(path: Path) -> None:

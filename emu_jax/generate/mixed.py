@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from emu_jax.config import EmuConfig
 from emu_jax.generate.logits import filter_logits
 from emu_jax.generate.text import prefill, step_keys
 from emu_jax.models.emu import EmuModel
@@ -37,9 +36,9 @@ class StaticMixedSettings:
     do_sample: bool
     may_open: bool
 
-    def steps(self, n_causal: int) -> int:
+    def steps(self, n_embeddings: int) -> int:
         """Returns the largest number of elements of a row."""
-        return self.text_slots + self.max_images * (n_causal + 1)
+        return self.text_slots + self.max_images * (n_embeddings + 1)
 
 
 class DynamicMixedSettings(NamedTuple):
@@ -70,7 +69,7 @@ class MixedState(NamedTuple):
     """
 
     tokens: Int[Array, "B T"]
-    images: Float[Array, "B images N D"]
+    images: Float[Array, "B images N E"]
     step: Int[Array, ""]
     offset: Int[Array, "B"]
     count: Int[Array, "B"]
@@ -79,7 +78,7 @@ class MixedState(NamedTuple):
     element: Float[Array, "B D"]
     positions: Int[Array, "B"]
     logits: Float[Array, "B vocab"]
-    regressed: Float[Array, "B D"]
+    regressed: Float[Array, "B E"]
     cache: KVCache
 
 
@@ -91,7 +90,7 @@ def complete(
     static: StaticMixedSettings,
     dynamic: DynamicMixedSettings,
     keys: Key[Array, "B"] | None,
-) -> tuple[Int[Array, "B T"], Float[Array, "B images N D"]]:
+) -> tuple[Int[Array, "B T"], Float[Array, "B images N E"]]:
     """Returns ids and image embeddings that follow left-padded prompts.
 
     A row ends with `</s>`, after `max_new_tokens` of text (an image that it has started is
@@ -121,7 +120,7 @@ def start(
     decoding, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, steps - 1)
     state = MixedState(
         tokens=jnp.full((batch, steps), ids.pad),
-        images=jnp.zeros((batch, static.max_images, n, width), x.dtype),
+        images=jnp.zeros((batch, static.max_images, n, emu.cfg.embedding_width), x.dtype),
         step=jnp.int32(0),
         offset=jnp.where(starts_image, 0, -1),
         count=jnp.zeros(batch, jnp.int32),
@@ -130,10 +129,10 @@ def start(
         element=jnp.zeros((batch, width), x.dtype),
         positions=decoding.positions,
         logits=decoding.logits,
-        regressed=emu.llama.regress(last),
+        regressed=emu.regress(last),
         cache=decoding.cache,
     )
-    return _choose(emu.llama, emu.cfg, state, static, dynamic, keys)
+    return _choose(emu, emu.llama, state, static, dynamic, keys)
 
 
 def decode_until(
@@ -160,12 +159,12 @@ def decode_until(
             positions=state.positions + 1,
             cache=cache,
             logits=llama.logits(hidden)[:, 0].astype(jnp.float32),
-            regressed=llama.regress(hidden)[:, 0],
+            regressed=emu.regress(hidden)[:, 0],
         )
 
     def step(state: MixedState) -> MixedState:
         llama = nnx.merge(graphdef, params)
-        return _choose(llama, emu.cfg, decode_step(state), static, dynamic, keys)
+        return _choose(emu, llama, decode_step(state), static, dynamic, keys)
 
     def unfinished(state: MixedState) -> Bool[Array, ""]:
         return (state.step < until) & ~jnp.all(state.done)
@@ -174,17 +173,19 @@ def decode_until(
 
 
 def _choose(
+    emu: EmuModel,
     llama: Llama,
-    cfg: EmuConfig,
     state: MixedState,
     static: StaticMixedSettings,
     dynamic: DynamicMixedSettings,
     keys: Key[Array, "B"] | None,
 ) -> MixedState:
-    """Appends the next element of every row that has not ended."""
-    ids, n = cfg.tokens, cfg.n_embeddings
+    """Appends the next element of every row that has not ended. `llama` is that of `emu`, or its
+    copy for decoding."""
+    ids, n = emu.cfg.tokens, emu.cfg.n_embeddings
     # Tokens that only an image or padding may put there.
     closed = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if static.may_open else [ids.img])
+    closed += [] if ids.frame is None else [ids.frame]
     scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)
     if static.do_sample:
         scores = filter_logits(scores, dynamic.temperature, dynamic.top_k, dynamic.top_p)
@@ -210,6 +211,7 @@ def _choose(
     offset = jnp.where(embeds, state.offset + 1, jnp.where(opens & ~refused, 0, -1))
     spent = (offset < 0) & (written >= dynamic.max_new_tokens)
     word_embedding = llama.embed_tokens(token).astype(state.element.dtype)
+    visual = emu.to_language(state.regressed)
     return state._replace(
         tokens=state.tokens.at[:, state.step].set(token),
         images=images,
@@ -218,5 +220,5 @@ def _choose(
         count=count,
         written=written,
         done=state.done | refused | (writes & (word == ids.eos)) | spent,
-        element=jnp.where(embeds[:, None], state.regressed, word_embedding),
+        element=jnp.where(embeds[:, None], visual, word_embedding),
     )

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from emu_jax import diffusion
-from emu_jax.config import TokenIds
+from emu_jax.config import EmuConfig, TokenIds
 from emu_jax.errors import UserError, suggest
 from emu_jax.storage import read_json_object
 
@@ -27,6 +27,17 @@ RENAMED = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
     "method": "scheduler",
+}
+# Settings in which the release of a family of models differs from the defaults below
+# (`Emu2/emu/emu.py: generate`, `Emu2/emu/diffusion.py`).
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "emu": {},
+    "emu2": {
+        "max_new_tokens": 10,
+        "length_penalty": -1.0,
+        "guidance_scale": 3.0,
+        "scheduler": "ddim",
+    },
 }
 
 
@@ -117,21 +128,35 @@ class GenerationConfig(TextConfig, ImageConfig):
         system: the system message of an instruction-tuned model, whose prompts are put into its
             format unless they spell `[USER]` already. None chooses the message of the release's
             examples (`prompt.instruct`).
+        chat_format: the format that prompts of an instruction-tuned model are put into: "native",
+            that of the release's code, or "hub" (`prompt.chat_format`).
+        grounding: asks an instruction-tuned Emu2 for text that tells where things are, and keeps
+            the special tokens that do so in the text of `generate_text`.
     """
 
     max_images: int = 4
     system: str | None = None
+    chat_format: str = "native"
+    grounding: bool = False
 
     @classmethod
-    def load(cls, path: Path) -> GenerationConfig:
+    def of(cls, cfg: EmuConfig) -> GenerationConfig:
+        """Returns the defaults of a model's release."""
+        return cls(**FAMILY_DEFAULTS[cfg.family])
+
+    @classmethod
+    def load(cls, path: Path, defaults: GenerationConfig | None = None) -> GenerationConfig:
         """Reads `generation.json`, which may use former names of settings.
+
+        Args:
+            defaults: the settings that the file does not name.
 
         Raises:
             UserError: the file cannot be read, or a setting is unknown or invalid.
         """
         values = {RENAMED.get(name, name): v for name, v in read_json_object(path).items()}
         try:
-            return cls().replace(**values)
+            return (defaults or cls()).replace(**values)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -181,6 +206,8 @@ class TextSettings(TypedDict, total=False):
     early_stopping: bool | Literal["never"]
     seed: int
     system: str | None
+    chat_format: str
+    grounding: bool
 
 
 class ImageSettings(TypedDict, total=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -28,6 +30,19 @@ def normalize_images(
     """Normalizes RGB in 0..255 for the visual encoder; computed in float32."""
     pixels = jnp.asarray(images).astype(jnp.float32) / 255
     return ((pixels - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)).astype(dtype)
+
+
+def interpolate_positions(positions: Float[Array, "P D"], grid: int) -> Float[Array, "resized D"]:
+    """Resizes position embeddings to a grid of patches, bicubically. The class token's stays.
+
+    Args:
+        grid: patches along a side of the new image.
+    """
+    side = math.isqrt(len(positions) - 1)
+    square = rearrange(positions[1:].astype(jnp.float32), "(y x) d -> y x d", y=side)
+    square = jax.image.resize(square, (grid, grid, square.shape[2]), "cubic")
+    patches = rearrange(square, "y x d -> (y x) d").astype(positions.dtype)
+    return jnp.concatenate([positions[:1], patches])
 
 
 class VisionAttention(nnx.Module):

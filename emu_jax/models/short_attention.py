@@ -1,15 +1,17 @@
 """Attention over short rows on TPUs: a Pallas kernel that holds whole rows in VMEM.
 
-The visual encoder's rows have 257 positions, and heads 88 wide. The tiles of splash attention, 128
-wide, would pad them to 3.3 times the multiplications and transpose them to heads first in HBM.
-Here a program of the grid takes one row in the tower's layout, [positions, heads x head width], and
-loops over its heads. Scores and weights never leave the chip, and nothing is transposed or padded.
-The backward pass recomputes the weights.
+The visual encoder's rows have 257 positions and heads 88 wide in Emu1, 1,025 and 112 in Emu2. The
+tiles of splash attention, 128 wide, would pad Emu1's to 3.3 times the multiplications and transpose
+them to heads first in HBM. Here a program of the grid takes one row in the tower's layout,
+[positions, heads x head width], and loops over its heads; of a longer row it takes as many heads as
+fill whole vector registers, and loops over parts of the queries too. Scores and weights never leave
+the chip, and nothing is transposed or padded. The backward pass recomputes the weights.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-# The most queries or keys per row that the kernel takes: a head's scores are then a few MiB.
-LONGEST = 512
+# The most queries or keys per row that the kernel takes.
+LONGEST = 1280
+# The most queries that a head compares at once: their scores are then a few MiB.
+QUERIES = 512
+LANES, SUBLANES = 128, 16  # of a vector register, in bfloat16
+LONG_VMEM = 96 << 20  # bytes for rows of more than QUERIES; the compiler's default is too small
 
 # Names of the kernels in a compiled module.
 FORWARD, BACKWARD = "short_attention_fwd", "short_attention_bwd"
@@ -68,15 +74,22 @@ def _call(
     rows, queries, width = inputs[0].shape
     keys = inputs[1].shape[1]
     products = 2 if kernel is _forward else 5
-    block = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda row: (row, 0, 0))  # noqa: E731
+    together = _heads_together(queries, width // heads, heads)
+    lanes = together * (width // heads)
+    block = lambda x: pl.BlockSpec(  # noqa: E731
+        (1, x.shape[1], lanes), lambda row, part: (row, 0, part)
+    )
     return pl.pallas_call(
-        functools.partial(kernel, heads=heads, scale=scale),
+        functools.partial(kernel, heads=together, scale=scale),
         name=name,
-        grid=(rows,),
+        grid=(rows, heads // together),
         in_specs=[block(x) for x in inputs],
         out_specs=[block(x) for x in results],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=LONG_VMEM if queries > QUERIES else None,
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * rows * queries * keys * width,
             transcendentals=rows * heads * queries * keys,
@@ -86,31 +99,57 @@ def _call(
     )(*inputs)
 
 
+def _heads_together(queries: int, width: int, heads: int) -> int:
+    """Returns how many heads one program takes: all of a short row, and of a longer one as few as
+    fill whole vector registers."""
+    few = LANES // math.gcd(width, LANES)
+    return heads if queries <= QUERIES or heads % few else few
+
+
 def _forward(q: Any, k: Any, v: Any, out: Any, *, heads: int, scale: float) -> None:
-    for part in _parts(q, heads):
-        weights = _weights(q[part], k[part], scale).astype(v.dtype)
-        out[part] = _dot(weights, v[part], 1, 0).astype(out.dtype)
+    for lanes in _heads(q, heads):
+        keys = (0, slice(None), lanes)
+        for queries in _queries(q):
+            part = (0, queries, lanes)
+            weights = _weights(q[part], k[keys], scale).astype(v.dtype)
+            out[part] = _dot(weights, v[keys], 1, 0).astype(out.dtype)
 
 
 def _backward(
     q: Any, k: Any, v: Any, d_out: Any, dq: Any, dk: Any, dv: Any, *, heads: int, scale: float
 ) -> None:
-    for part in _parts(q, heads):
-        weights = _weights(q[part], k[part], scale)
-        dv[part] = _dot(weights.astype(v.dtype), d_out[part], 0, 0).astype(dv.dtype)
-        d_weights = _dot(d_out[part], v[part], 1, 1)
-        d_scores = weights * (d_weights - jnp.sum(weights * d_weights, axis=1, keepdims=True))
-        d_scores = (d_scores * scale).astype(q.dtype)
-        dq[part] = _dot(d_scores, k[part], 1, 0).astype(dq.dtype)
-        dk[part] = _dot(d_scores, q[part], 0, 0).astype(dk.dtype)
+    for lanes in _heads(q, heads):
+        keys = (0, slice(None), lanes)
+        d_keys, d_values = [], []
+        for queries in _queries(q):
+            part = (0, queries, lanes)
+            weights = _weights(q[part], k[keys], scale)
+            d_values.append(_dot(weights.astype(v.dtype), d_out[part], 0, 0))
+            d_weights = _dot(d_out[part], v[keys], 1, 1)
+            d_scores = weights * (d_weights - jnp.sum(weights * d_weights, axis=1, keepdims=True))
+            d_scores = (d_scores * scale).astype(q.dtype)
+            dq[part] = _dot(d_scores, k[keys], 1, 0).astype(dq.dtype)
+            d_keys.append(_dot(d_scores, q[part], 0, 0))
+        dv[keys] = functools.reduce(jnp.add, d_values).astype(dv.dtype)
+        dk[keys] = functools.reduce(jnp.add, d_keys).astype(dk.dtype)
 
 
-def _parts(block: Any, heads: int) -> list[tuple[int, slice, slice]]:
-    """Returns the index of each head in a block [1, positions, D]: row, positions, lanes.
+def _heads(block: Any, heads: int) -> list[slice]:
+    """Returns the lanes of each head in a block [1, positions, D].
 
     The list is static: Mosaic can slice lanes at an offset such as 88 only if it is a constant."""
     width = block.shape[-1] // heads
-    return [(0, slice(None), slice(h * width, (h + 1) * width)) for h in range(heads)]
+    return [slice(h * width, (h + 1) * width) for h in range(heads)]
+
+
+def _queries(block: Any) -> list[slice]:
+    """Returns the parts of the queries in a block [1, positions, D] that are compared at once."""
+    count = block.shape[1]
+    if count <= QUERIES:
+        return [slice(None)]
+    parts = -(-count // QUERIES)
+    size = -(-count // (parts * SUBLANES)) * SUBLANES
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _weights(q: Float[Array, "T K"], k: Float[Array, "S K"], scale: float) -> Float[Array, "T S"]:

@@ -16,7 +16,7 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.batching import Shapes
-from emu_jax.generate.prompt import converse
+from emu_jax.generate.prompt import chat_format, converse
 from emu_jax.serve.connections import bounded_connections, listen, room_for_connections
 from emu_jax.serve.requests import (
     IMAGE_KEY,
+    SPECIAL,
     Asked,
     Limits,
     Refused,
@@ -46,6 +47,7 @@ from emu_jax.serve.requests import (
     parse_draw,
 )
 from emu_jax.serve.worker import Ticket, Worker
+from emu_jax.tokenizer import added_tokens
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +99,10 @@ def make_app(emu: Emu, limits: Limits, hosts: Hosts = Hosts()) -> Starlette:  # 
     """
     worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
+    special = (*SPECIAL, *added_tokens(emu.tokenizer.family, emu.tokenizer.instruct))
 
     def answering(
-        parse: Callable[[bytes, Limits], Asked],
+        parse: Callable[[bytes, Limits, Collection[str]], Asked],
         answer: Callable[[Emu, Asked, Callable[[], bool]], Iterator[Any]],
     ) -> Endpoint:
         async def endpoint(request: Request) -> Response:
@@ -107,7 +110,7 @@ def make_app(emu: Emu, limits: Limits, hosts: Hosts = Hosts()) -> Starlette:  # 
             ticket = worker.reserve(_client(request.scope))  # before decoding anything
             try:
                 async with decoders:
-                    asked = await run_in_threadpool(parse, body, limits)
+                    asked = await run_in_threadpool(parse, body, limits, special)
             except BaseException:
                 worker.release()
                 raise
@@ -162,7 +165,8 @@ def chat(
     """Streams the model's reply; an instruction-tuned model may also generate one image."""
     if emu.tokenizer.instruct:
         turns = [message.parts for message in asked.messages]
-        prompt = converse(turns, emu.defaults.system)
+        style = chat_format(emu.cfg, emu.defaults.chat_format)
+        prompt = converse(turns, emu.defaults.system, style=style)
         return emu.stream(prompt, max_images=1, **asked.settings)
     return emu.stream(joined_parts(asked.messages), max_images=0, **asked.settings)
 

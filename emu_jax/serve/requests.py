@@ -11,7 +11,7 @@ import binascii
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -77,12 +77,15 @@ class Asked:
     settings: dict[str, Any]
 
 
-def parse_chat(body: bytes, limits: Limits) -> Asked:
+def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
     """Parses a chat request.
 
     `{"messages": [{"role": "user" | "assistant", "parts": [PART, ...]}, ...],
     "settings": {"max_new_tokens": ..., "seed": ...}}`; a PART is `{"text": ...}`, or
     `{"picture": ...}` or `{"video": ...}` with a file in base64.
+
+    Args:
+        special: tokens that a text must not spell.
 
     Raises:
         Refused: the body is malformed or exceeds the limits.
@@ -91,7 +94,7 @@ def parse_chat(body: bytes, limits: Limits) -> Asked:
     given = values.get("messages")
     if not isinstance(given, list) or not given:
         raise Refused(400, "messages must be a non-empty list")
-    room = _Room(limits)
+    room = _Room(limits, special)
     messages = []
     for number, message in enumerate(given):
         message = _object(message, "a message", {"role", "parts"})
@@ -105,18 +108,21 @@ def parse_chat(body: bytes, limits: Limits) -> Asked:
     return Asked(messages, _settings(values, allowed))
 
 
-def parse_draw(body: bytes, limits: Limits) -> Asked:
+def parse_draw(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
     """Parses a request for an image.
 
     `{"parts": [PART, ...], "settings": {"seed": ..., "guidance_scale": ...,
     "num_inference_steps": ...}}`; a PART is that of `parse_chat`. The former names `guidance` and
     `steps` are accepted too.
 
+    Args:
+        special: tokens that a text must not spell.
+
     Raises:
         Refused: the body is malformed or exceeds the limits.
     """
     values = _object(_json(body), "the request", {"parts", "settings"})
-    parts = _Room(limits).parts(values.get("parts"))
+    parts = _Room(limits, special).parts(values.get("parts"))
     allowed = {"seed": (0, 2**31 - 1), "guidance_scale": (0.0, 30.0)}
     allowed["num_inference_steps"] = (1, limits.steps)
     allowed |= {old: allowed[new] for old, new in RENAMED.items() if new in allowed}
@@ -152,8 +158,8 @@ def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]
 class _Room:
     """Counts what a request contains and refuses whatever exceeds the limits."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, special: Collection[str]) -> None:
+        self.limits, self.special = limits, special
         self.count, self.characters, self.images, self.pixels = 0, 0, 0, 0
 
     def parts(self, given: Any) -> list[Part]:
@@ -177,7 +183,7 @@ class _Room:
         self.characters += len(text)
         if self.characters > self.limits.text_characters:
             raise Refused(413, f"more than {self.limits.text_characters} characters of text")
-        if spelled := [token for token in SPECIAL if token in text]:
+        if spelled := [token for token in self.special if token in text]:
             raise Refused(400, f"a text must not spell {spelled[0]}")
         try:
             text.encode()

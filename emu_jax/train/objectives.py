@@ -233,8 +233,8 @@ class EmuObjective(Objective):
             hidden, following(batch["tokens"]), block=self.cfg.loss_block
         )
         return text_sums(words, masks["text"], batch) | regression_sums(
-            module.llama.regress(hidden).astype(jnp.float32),
-            following(x).astype(jnp.float32),
+            module.regress(hidden).astype(jnp.float32),
+            regression_targets(module, x, images, batch),
             masks["regression"],
         )
 
@@ -304,7 +304,7 @@ def following(x: Array) -> Array:
 
 def sequence_losses(
     module: EmuModel,
-    images: Float[Array, "B I N D"],
+    images: Float[Array, "B I N E"],
     batch: Batch,
     *,
     loss_block: int,
@@ -318,8 +318,8 @@ def sequence_losses(
     hidden, x = hidden_states(module, images, batch, dropout_key)
 
     # No gradient flows into the regression's targets.
-    target = jax.lax.stop_gradient(following(x)).astype(jnp.float32)
-    error = jnp.square(module.llama.regress(hidden).astype(jnp.float32) - target)
+    target = jax.lax.stop_gradient(regression_targets(module, x, images, batch))
+    error = jnp.square(module.regress(hidden).astype(jnp.float32) - target)
     errors = jnp.mean(error, axis=-1)
     words = module.llama.token_losses(hidden, following(batch["tokens"]), block=loss_block)
     return (
@@ -330,7 +330,7 @@ def sequence_losses(
 
 def hidden_states(
     module: EmuModel,
-    images: Float[Array, "B I N D"],
+    images: Float[Array, "B I N E"],
     batch: Batch,
     dropout_key: jax.Array | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
@@ -338,6 +338,18 @@ def hidden_states(
     x = module.embed(batch["tokens"], images, batch["embedding_index"])
     hidden = module.llama(x, batch["positions"], batch["segment_ids"], dropout_key=dropout_key)
     return hidden, x
+
+
+def regression_targets(
+    module: EmuModel,
+    x: Float[Array, "B T D"],
+    images: Float[Array, "B I N E"],
+    batch: Batch,
+) -> Float[Array, "B T E"]:
+    """Returns the embedding that the state at each position regresses, that of the next position,
+    in float32. `x` holds the embeddings that the language model read."""
+    targets = module.regression_targets(x, images, batch["embedding_index"])
+    return following(targets).astype(jnp.float32)
 
 
 def target_masks(module: EmuModel, batch: Batch) -> Metrics:

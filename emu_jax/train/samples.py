@@ -35,7 +35,7 @@ from emu_jax.data.mixture import chosen_sources, is_held_out
 from emu_jax.data.sources import open_source
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu
-from emu_jax.generate.prompt import instruct
+from emu_jax.generate.prompt import EMU_CHAT, ChatFormat, chat_format, instruct
 from emu_jax.generate.settings import GenerationConfig, MixedSettings
 from emu_jax.models.emu import EmuModel
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
@@ -133,7 +133,7 @@ class SampleEvaluation(Evaluation):
         workdir: Path,
     ) -> None:
         super().__init__(cfg, config, trainer, tokenizer, workdir)
-        held_out, defaults = config.data(cfg.data), _generation(config)
+        held_out, defaults = config.data(cfg.data), _generation(cfg, config)
         self._batch_size = rows_at_once(cfg, config)
         self._emu = TrainedEmu(
             trainer,
@@ -152,6 +152,7 @@ class SampleEvaluation(Evaluation):
             n,
             min(held_out.row_tokens, positions - defaults.max_new_tokens - n - 1),
             system=defaults.system,
+            style=chat_format(cfg.model, defaults.chat_format),
         )
 
     @classmethod
@@ -161,7 +162,7 @@ class SampleEvaluation(Evaluation):
         Raises:
             UserError: a setting is invalid, or held-out files do not exist.
         """
-        _generation(config)
+        _generation(cfg, config)
         super().check(cfg, config)
 
     def run(self, state: TrainState, step: int, stop: Stop) -> EvalResult | None:
@@ -217,13 +218,14 @@ def _kind(config: EvalConfig) -> SampleKind:
     return next(kind for kind in SAMPLE_KINDS if kind == config.kind)
 
 
-def _generation(config: EvalConfig) -> GenerationConfig:
+def _generation(cfg: TrainConfig, config: EvalConfig) -> GenerationConfig:
     """Returns the settings of an evaluation: greedy unless it says otherwise.
 
     Raises:
         UserError: a setting is unknown or invalid.
     """
-    return GenerationConfig(num_beams=1).replace(**config.generation)
+    defaults = dataclasses.replace(GenerationConfig.of(cfg.model), num_beams=1)
+    return defaults.replace(**config.generation)
 
 
 def text_scores(rows: Sequence[SheetRow]) -> dict[str, float]:
@@ -288,6 +290,7 @@ def choose_documents(
     room: int,
     *,
     system: str | None = None,
+    style: ChatFormat = EMU_CHAT,
 ) -> list[HeldOutDocument]:
     """Chooses documents of all sources alike, at random but always the same.
 
@@ -298,6 +301,7 @@ def choose_documents(
         n_causal: embeddings of an image.
         room: the largest number of tokens of a prompt.
         system: the system message of an instruction-tuned model.
+        style: the format of its dialogues.
 
     Raises:
         UserError: a source cannot be read, or no document fits.
@@ -314,7 +318,10 @@ def choose_documents(
                 continue
             try:
                 document = split_document(kind, source[index], paired=source.paired)
-                if document and _tokens(document.prompt, tokenizer, n_causal, system) <= room:
+                if not document:
+                    continue
+                prompt = _spelled(document.prompt, tokenizer, system, style)
+                if _tokens(prompt, tokenizer, n_causal) <= room:
                     yield document
             except UserError:  # damaged, or a text that no prompt can hold
                 continue
@@ -385,16 +392,22 @@ def _opened(part: Text | StoredImage) -> Part:
     return part.text.strip()
 
 
-def _tokens(prompt: Sequence[Part], tokenizer: Tokenizer, n_causal: int, system: str | None) -> int:
-    """Returns the number of tokens of a prompt, as `Emu` spells it.
+def _spelled(
+    prompt: Sequence[Part], tokenizer: Tokenizer, system: str | None, style: ChatFormat
+) -> Sequence[Part]:
+    """Returns a prompt as `Emu` spells it."""
+    if tokenizer.instruct and not any(isinstance(p, str) and USER in p for p in prompt):
+        return instruct(prompt, system, style=style)
+    return prompt
+
+
+def _tokens(prompt: Sequence[Part], tokenizer: Tokenizer, n_causal: int) -> int:
+    """Returns the number of tokens of a prompt.
 
     Raises:
         UserError: a text spells `<image>`, or is not valid Unicode.
     """
-    texts = [part for part in prompt if isinstance(part, str)]
-    if any(IMAGE in text for text in texts):
+    if any(IMAGE in part for part in prompt if isinstance(part, str)):
         raise UserError(f"a text must not spell {IMAGE}")
-    if tokenizer.instruct and not any(USER in text for text in texts):
-        prompt = instruct(prompt, system)
     image = tokenizer.image_placeholder(n_causal)
     return len(tokenizer.encode_parts(p if isinstance(p, str) else image for p in prompt))

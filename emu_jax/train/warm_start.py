@@ -13,6 +13,7 @@ from emu_jax import checkpoint
 from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
+from emu_jax.tokenizer import added_tokens
 from emu_jax.train.config import TrainConfig
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -65,6 +66,10 @@ class WarmStart:
             theirs, ours = getattr(checkpoint.load_config(parent), name), getattr(model, name)
             if name == "vae" and ours and theirs:
                 ours = dataclasses.replace(ours, scaling_factor=theirs.scaling_factor)
+            if name == "pooling":  # has no parameters
+                theirs = ours
+            if name == "vision":  # positions are interpolated
+                theirs = dataclasses.replace(theirs, image_size=ours.image_size)
             if theirs != ours:
                 raise UserError(
                     f"parent {parent}: its {name} is not configured as this run's: make "
@@ -105,7 +110,11 @@ class WarmStart:
         stored = {
             (tower, path)
             for tower, parent in self._parents.items()
-            for path in checkpoint.run_shapes(parent)
+            for path, theirs in checkpoint.run_shapes(parent).items()
+            # Interpolated positions are this run's own.
+            if path != checkpoint.POSITIONS
+            or path not in frozen
+            or tuple(theirs.shape) == frozen[path].shape
         }
         return {
             path: s for path, s in frozen.items() if (checkpoint.tower_of(path), path) in stored
@@ -151,6 +160,8 @@ def _from_run(cfg: TrainConfig) -> TrainConfig:
 def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
     """Returns a parent's model with the adapters of this run, and with the tokens of its data.
 
+    A run that configures pooling has its own numbers of embeddings, and its own image size.
+
     Raises:
         UserError: the parent has other adapters.
     """
@@ -160,9 +171,12 @@ def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
             f"{cfg.init_from} has adapters of its own, {llama.lora}: merge them first "
             "(emu-jax convert --merge-lora), or set model.llama.lora to these"
         )
-    # `[USER]` and `[ASSISTANT]` follow `<image>`.
-    tokens = parent.tokens.image + 1 + (2 if cfg.data.instruct else 0)
+    tokens = parent.tokens.pad + len(added_tokens(parent.family, cfg.data.instruct))
     llama = dataclasses.replace(
         llama, lora=lora or llama.lora, vocab_size=max(llama.vocab_size, tokens)
     )
-    return dataclasses.replace(parent, llama=llama)
+    model = dataclasses.replace(parent, llama=llama)
+    if parent.pooling is None or cfg.model.pooling is None:
+        return model
+    vision = dataclasses.replace(parent.vision, image_size=cfg.model.vision.image_size)
+    return dataclasses.replace(model, vision=vision, pooling=cfg.model.pooling)

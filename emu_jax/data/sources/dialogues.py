@@ -32,6 +32,11 @@ VIDEO_SYSTEM = (
     "chronological images: [IMG]ImageContent[/IMG]. You will be able to see the video after I "
     "provide it to you. Please answer my questions based on the given video."
 )
+# Those of Emu2-Chat, for open and for short answers (`Emu2/emu/chat.py`).
+COMPREHENSIVE_SYSTEM = (
+    "You are a helpful assistant, dedicated to delivering comprehensive and meticulous responses."
+)
+CONCISE_SYSTEM = "You are a helpful assistant, dedicated to provide concise and efficient answers."
 
 _SPEAKERS = {
     "system": "system",
@@ -84,9 +89,12 @@ class Dialogues(Listed):
     images, `<image>` is plain text, or the placeholder of the video if no message has `<video>`.
     """
 
-    def __init__(self, entries: Entries, media: Media, frames: int) -> None:
-        super().__init__(entries, media, ("dialogues-2", frames))
-        self._frames = frames
+    def __init__(
+        self, entries: Entries, media: Media, frames: int, system: str | None = None
+    ) -> None:
+        chosen = () if system is None else (system,)
+        super().__init__(entries, media, ("dialogues-2", frames, *chosen))
+        self._frames, self._system = frames, system
 
     def read(
         self,
@@ -104,7 +112,7 @@ class Dialogues(Listed):
             dialogue.unused.extend(video.unused)
             return [Image(data, time, scored=scored) for time, data in frames]
 
-        return _document(dialogue, images)
+        return _document(dialogue, images, self._system)
 
     def sketch(self, index: int) -> Document:
         def images(medium: Medium, scored: bool) -> list[Image]:
@@ -112,7 +120,7 @@ class Dialogues(Listed):
                 self._require(medium.name, index, VIDEO_SUFFIXES if medium.video else ())
             return [Image(b"", scored=scored)] * (self._frames if medium.video else 1)
 
-        return _document(self._dialogue(index), images)
+        return _document(self._dialogue(index), images, self._system)
 
     def _dialogue(self, index: int) -> Dialogue:
         entry, where = self._entries[index], self.where(index)
@@ -342,9 +350,15 @@ def _clip(entry: dict[str, Any], videos: int) -> Clip | None:
     return clip
 
 
-def _document(dialogue: Dialogue, images: Callable[[Medium, bool], list[Image]]) -> Document:
+def _document(
+    dialogue: Dialogue, images: Callable[[Medium, bool], list[Image]], system: str | None
+) -> Document:
     """Formats the dialogue as the release does. Special tokens are parsed only in the texts that
-    this function adds, never in the data."""
+    this function adds, never in the data.
+
+    Args:
+        system: the message of an entry without its own; by default Emu1's for its media.
+    """
 
     def parts(said: Said, scored: bool) -> list[Text | Image]:
         formatted: list[Text | Image] = []
@@ -361,8 +375,8 @@ def _document(dialogue: Dialogue, images: Callable[[Medium, bool], list[Image]])
         return formatted
 
     shown = [part for turn in dialogue.turns for part in turn.asked if isinstance(part, Medium)]
-    message = ""
-    if dialogue.system is None and shown:
+    message = system if system is not None and dialogue.system is None else ""
+    if system is None and dialogue.system is None and shown:
         message = VIDEO_SYSTEM if any(medium.video for medium in shown) else IMAGE_SYSTEM
     document = parts(dialogue.system or [], scored=False)
     for number, turn in enumerate(dialogue.turns):

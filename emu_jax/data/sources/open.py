@@ -48,6 +48,8 @@ class SourceConfig:
     min_similarity: float = 0.32  # pages: of an image to its text, if known
     frames: int = 8  # videos, dialogues, webdataset: frames of each video
     frame_seconds: float = 4.0  # subtitled: seconds between the frames of a video
+    # dialogues: the system message of those without one; null: Emu1's for their images or videos.
+    system: str | None = None
     # webdataset: key of the caption in a sample's JSON; by default NAME.txt, or else the keys that
     # img2dataset and LAION use.
     caption_key: str = ""
@@ -155,7 +157,9 @@ FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
         _JSON,
     ),
     "dialogues": (
-        lambda cfg, paths, cache, copies: Dialogues(*_entries(paths, cache, cfg), cfg.frames),
+        lambda cfg, paths, cache, copies: Dialogues(
+            *_entries(paths, cache, cfg), cfg.frames, cfg.system
+        ),
         _JSON,
     ),
 }
