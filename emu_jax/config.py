@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import UserError, suggest
 from .storage import read_json_object, write_text
@@ -337,7 +337,7 @@ class EmuConfig:
             )
 
     @property
-    def family(self) -> str:
+    def family(self) -> Literal["emu", "emu2"]:
         """Name of the model's family in reports: "emu" or "emu2"."""
         return "emu" if self.pooling is None else "emu2"
 

@@ -131,12 +131,13 @@ def answer(
     if max_new_tokens is not None:
         chosen["max_new_tokens"] = max_new_tokens
     GenerationConfig().replace(**chosen)  # an invalid number is an error with any output
-    chosen |= settings or {}
+    more: dict[str, Any] = dict(settings or {})
+    chosen |= more
     if output == "text":
         return [[text] for text in emu.generate_text(prompts, **chosen)]
     if output == "image":
         seeds = range(seed, seed + len(prompts))
-        return [[image] for image in emu.generate_image(prompts, seed=seeds, **(settings or {}))]
+        return [[image] for image in emu.generate_image(prompts, seed=seeds, **more)]
     return emu.complete(prompts, **chosen)
 
 

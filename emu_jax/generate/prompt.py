@@ -99,7 +99,13 @@ class ChatFormat:
 EMU_CHAT = ChatFormat(f" {USER}: ", f" {ASSISTANT}:", "", VIDEO_SYSTEM, IMAGE_SYSTEM, "")
 # `Emu2/emu/chat.py`.
 EMU2_CHAT = ChatFormat(
-    f" {USER}: ", f" {ASSISTANT}:", " ", *(COMPREHENSIVE_SYSTEM,) * 3, CONCISE_SYSTEM
+    f" {USER}: ",
+    f" {ASSISTANT}:",
+    " ",
+    video_system=COMPREHENSIVE_SYSTEM,
+    image_system=COMPREHENSIVE_SYSTEM,
+    text_system=COMPREHENSIVE_SYSTEM,
+    grounding_system=CONCISE_SYSTEM,
 )
 # `build_input_ids` of Emu2-Chat's code on the Hugging Face Hub, which has no default message.
 EMU2_HUB_CHAT = ChatFormat(f"{USER}: ", f"{ASSISTANT}:", " ", "", "", "", "")
