@@ -23,7 +23,7 @@ from emu_jax.models.remat import CHECKPOINT_ATTENTION, RECOMPUTED_SCOPE
 # scores.
 CAUSAL_BLOCK = 256
 
-# --- Matmul, norms, convolutions -----------------------------------------------------------------
+# --- Matmul, convolutions ------------------------------------------------------------------------
 
 
 def matmul(
@@ -31,27 +31,6 @@ def matmul(
 ) -> Float[Array, "*T E"]:
     """Returns x @ kernel in `dtype`, by default the dtype of `x`."""
     return jnp.matmul(x, kernel, preferred_element_type=dtype or x.dtype)
-
-
-def standardize(x: Float[Array, "*T D"], eps: float) -> Float[Array, "*T D"]:
-    """Shifts and scales the last axis to zero mean and unit variance, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-
-
-def layer_norm(
-    x: Float[Array, "*T D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
-) -> Float[Array, "*T D"]:
-    """LayerNorm over the last axis, computed in float32."""
-    return (standardize(x, eps) * scale + bias).astype(x.dtype)
-
-
-def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
-    """Returns x / rms(x) * scale over the last axis, computed in float32."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
 
 
 def convolution(
