@@ -15,17 +15,20 @@ SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
 
-# The fast tests, without LLVM's optimizations of XLA's CPU programs: they take 0.7 of the time.
-# `make test-slow` compiles as users do, and compares with the release again.
-test: .venv/.installed-dev
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+# Without LLVM's optimizations of XLA's CPU programs, tests that compile take 0.7 of the time.
+UNOPTIMIZED := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 
-# The long tests. Tests that compare speeds run last and alone. Checking the shapes of every call
-# takes time of its own, so it is left to `make test`.
+test: .venv/.installed-dev
+	$(UNOPTIMIZED) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# The long tests. Those that compare with the release or with torch are compiled as users do. Tests
+# that compare speeds run last and alone. Checking the shapes of every call takes time of its own, so
+# it is left to `make test`.
+test-slow: export EMU_JAX_CHECK_SHAPES := 0
 test-slow: .venv/.installed-dev
-	EMU_JAX_CHECK_SHAPES=0 $(BIN)/python -m pytest -m "slow and not alone" $(PYTEST_ARGS)
-	EMU_JAX_CHECK_SHAPES=0 $(BIN)/python -m pytest -m "slow and alone"
+	$(UNOPTIMIZED) $(BIN)/python -m pytest -m "slow and not optimized and not alone" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and optimized and not alone" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and alone"
 
 # Everything, including what is too long for CI: hours. Run it before a release.
 test-all: lint test demo

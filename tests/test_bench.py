@@ -17,6 +17,8 @@ from emu_jax.errors import UserError
 from emu_jax.storage import shipped
 from emu_jax.train.config import TrainConfig, pretraining
 
+pytestmark = pytest.mark.optimized
+
 FAST = '"""How fast.\n\nMore."""\ndef run(rate=2.5, name="a"): return {"rate": rate, "name": name}'
 WIDE = 'def run(): return {"sides": {"left": 1, "right": "x"}}'
 DRAWN = """

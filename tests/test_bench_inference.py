@@ -4,6 +4,8 @@ import pytest
 
 from emu_jax import bench
 
+pytestmark = pytest.mark.optimized
+
 pytest.importorskip("torch", reason="what is compared with")
 
 TINY = {

@@ -58,6 +58,8 @@ from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
 
+pytestmark = pytest.mark.optimized
+
 TIGHT = 2e-5
 SHAPES = GOLDEN.parent / "emu14b_state_dict_shapes.json"
 

@@ -24,6 +24,8 @@ from emu_jax.models import backend
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
 

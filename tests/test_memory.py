@@ -19,6 +19,8 @@ from emu_jax.host_memory import PeakMemory, anonymous_bytes, resident_bytes
 from emu_jax.sharding import make_mesh
 from emu_jax.train.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.optimized
+
 
 def test_the_peak_is_of_what_was_there_between_two_looks():
     with PeakMemory() as memory:

@@ -22,6 +22,8 @@ from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.step import Trainer
 
+pytestmark = pytest.mark.optimized
+
 torch.set_num_threads(1)
 CONFIGS = Path(__file__).parent.parent / "configs"
 STEPS = 10

@@ -11,6 +11,8 @@ from test_convert import instruct_dir, run_dir  # noqa: F401  (fixtures)
 from emu_jax import cli
 from emu_jax.convert.convert import convert
 
+pytestmark = pytest.mark.optimized
+
 
 def verify(capsys, checkpoint, golden=GOLDEN):
     folders = ["--checkpoint", str(checkpoint), "--golden", str(golden)]
