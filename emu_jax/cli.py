@@ -333,13 +333,20 @@ def init(parser: argparse.ArgumentParser) -> Command:
         "--eva-clip", type=_local_path, required=True, metavar="FILE", help="EVA-CLIP's .pt file"
     )
     parser.add_argument(
-        "--sd", type=_local_path, required=True, metavar="DIR", help="a diffusers folder"
+        "--sd",
+        type=_local_path,
+        required=True,
+        metavar="DIR",
+        help="a diffusers folder: Stable Diffusion v1.5 or SDXL",
+    )
+    parser.add_argument(
+        "--family", choices=("emu", "emu2"), default="emu", help="which Emu to build (default: emu)"
     )
     parser.add_argument(
         "--model-config",
         type=_local_path,
         metavar="FILE",
-        help="the release's model JSON (default: the 14B model's)",
+        help="the release's model JSON (default: the released model's sizes)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -358,6 +365,7 @@ def init(parser: argparse.ArgumentParser) -> Command:
             llama=args.llama,
             eva_clip=args.eva_clip,
             sd=args.sd,
+            family=args.family,
             seed=args.seed,
             model_config=args.model_config,
             tokenizer=args.tokenizer,

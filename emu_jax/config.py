@@ -159,12 +159,89 @@ class UNetConfig:
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    attention_head_dim: int = 8  # diffusers' name for the NUMBER of heads
+    # diffusers' name for the NUMBER of heads; a tuple has one for each level
+    attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 5120
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
+    transformer_layers_per_block: int | tuple[int, ...] = 1  # a tuple: for each level
+    use_linear_projection: bool = False  # around the transformer blocks; else 1x1 convolutions
+    # "text_time" (SDXL): the mean of the condition and six numbers (the original size, the crop's
+    # corner, the target size) are added to the time embedding.
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None  # width of each of the six numbers' features
+    # The condition's width plus six times `addition_time_embed_dim`
+    projection_class_embeddings_input_dim: int | None = None
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads at each level, from the largest feature maps down."""
+        return self._per_level(self.attention_head_dim)
+
+    @property
+    def transformer_layers(self) -> tuple[int, ...]:
+        """Number of transformer blocks after a ResNet block at each level."""
+        return self._per_level(self.transformer_layers_per_block)
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether the denoiser is conditioned on the sizes and the crop of an image."""
+        return self.addition_embed_type is not None
+
+    def _per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    def check_levels(self) -> None:
+        """Checks that lists have an entry for each level, and that sizes fit each other.
+
+        Raises:
+            UserError: they do not.
+        """
+        levels = len(self.block_out_channels)
+        blocks = (self.down_block_types, self.up_block_types)
+        if {len(b) for b in blocks} != {levels}:
+            raise UserError(
+                "unet.block_out_channels, down_block_types and up_block_types must have one "
+                "entry for each level"
+            )
+        for key in ("attention_head_dim", "transformer_layers_per_block"):
+            if len(self._per_level(getattr(self, key))) != levels:
+                raise UserError(
+                    f"unet.{key} = {list(getattr(self, key))} must be one number, or one for each "
+                    f"of the {levels} levels"
+                )
+        for level, (channels, heads) in enumerate(
+            zip(self.block_out_channels, self.heads, strict=True)
+        ):
+            names = (self.down_block_types[level], self.up_block_types[levels - 1 - level])
+            middle = level == levels - 1
+            if (middle or any("CrossAttn" in name for name in names)) and channels % heads:
+                raise UserError(
+                    f"unet.block_out_channels = {channels} must be a multiple of "
+                    f"unet.attention_head_dim = {heads}"
+                )
+        if self.addition_embed_type not in (None, "text_time"):
+            raise UserError(
+                f"unknown unet.addition_embed_type {self.addition_embed_type!r}: use text_time"
+            )
+
+    def check_added_conditions(self) -> None:
+        """Checks the width of the added conditions.
+
+        Raises:
+            UserError: it is not the condition's width plus that of the six numbers.
+        """
+        if not self.takes_sizes:
+            return
+        width = self.cross_attention_dim + 6 * (self.addition_time_embed_dim or 0)
+        if not self.addition_time_embed_dim or self.projection_class_embeddings_input_dim != width:
+            raise UserError(
+                "unet.projection_class_embeddings_input_dim = "
+                f"{self.projection_class_embeddings_input_dim} must be cross_attention_dim + "
+                f"6 addition_time_embed_dim = {width}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +276,7 @@ class SchedulerConfig:
     skip_prk_steps: bool = True
     steps_offset: int = 1
     timestep_spacing: str = "leading"
+    sampler: str = "pndm"  # of generation by default: a name in `diffusion.METHODS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,21 +365,16 @@ class EmuConfig:
             ),
         ]
         for name, decoder in (("unet", self.unet), ("vae", self.vae)):
-            for channels in decoder.block_out_channels if decoder else ():
-                for key in ("norm_num_groups", "attention_head_dim"):
-                    if hasattr(decoder, key):
-                        by = getattr(decoder, key)
-                        rules.append((f"{name}.block_out_channels", channels, f"{name}.{key}", by))
+            if decoder:
+                by = f"{name}.norm_num_groups", decoder.norm_num_groups
+                channels = decoder.block_out_channels
+                rules += [(f"{name}.block_out_channels", width, *by) for width in channels]
         for name, value, key, by in rules:
             if value % by:
                 raise UserError(f"{name} = {value} must be a multiple of {key} = {by}")
         if self.unet:
-            blocks = (self.unet.down_block_types, self.unet.up_block_types)
-            if {len(b) for b in blocks} != {len(self.unet.block_out_channels)}:
-                raise UserError(
-                    "unet.block_out_channels, down_block_types and up_block_types must have one "
-                    "entry for each level"
-                )
+            self.unet.check_levels()
+            self.unet.check_added_conditions()
         if llama.rope_dtype not in ROPE_DTYPES:
             raise UserError(
                 f"unknown llama.rope_dtype {llama.rope_dtype!r}"
@@ -371,6 +444,12 @@ class EmuConfig:
     def embedding_width(self) -> int:
         """Width of the space in which embeddings are regressed and painted."""
         return self.llama.width if self.pooling is None else self.vision.width
+
+    @property
+    def autoencodes(self) -> bool:
+        """Whether the decoder paints the encoder's features, so that a lone image needs no
+        language model."""
+        return self.pooling is not None
 
     @property
     def regression_pairs(self) -> int:
@@ -484,6 +563,28 @@ def emu2_chat() -> EmuConfig:
         pooling=PoolingConfig(n_embeddings=256, n_frame=64),
         llama=dataclasses.replace(base.llama, vocab_size=32274),
     )
+
+
+def emu2_gen() -> EmuConfig:
+    """Returns the config of the released Emu2-Gen: Emu2 with SDXL's image decoder."""
+    base = emu2()
+    width = base.embedding_width
+    unet = UNetConfig(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=width,
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=width + 6 * 256,
+    )
+    vae = VAEConfig(sample_size=1024, scaling_factor=0.13025)
+    scheduler = SchedulerConfig(sampler="euler")
+    return dataclasses.replace(base, unet=unet, vae=vae, scheduler=scheduler)
 
 
 def emu_ladder(size: str) -> EmuConfig:
@@ -609,7 +710,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (hint,) = [a for a in args if a is not type(None)]
+        *others, hint = [a for a in args if a is not type(None)]
+        if others and not isinstance(value, list | tuple):  # a number, or one for each level
+            (hint,) = others
         return _convert(hint, value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):

@@ -1,8 +1,8 @@
 """Diffusion: the noise schedule, and samplers with classifier-free guidance.
 
-A sampler is a table with one row for each call of the denoiser (`Steps`). PNDM, DDIM and
-DPM-Solver++ all move to a weighted sum of the current latents, the initial latents, and the last
-outputs of the denoiser. One loop, compiled once, runs them all.
+A sampler is a table with one row for each call of the denoiser (`Steps`). PNDM, DDIM,
+DPM-Solver++ and Euler all move to a weighted sum of the current latents, the initial latents, and
+the last outputs of the denoiser. One loop, compiled once, runs them all.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ class Steps(NamedTuple):
 
 
 def sampling_steps(cfg: SchedulerConfig, steps: int, method: str = "pndm") -> Steps:
-    """Returns the table of `method` ("pndm", "ddim" or "dpm++") for `steps` steps.
+    """Returns the table of `method` (a name in `METHODS`) for `steps` steps.
 
     Raises:
         UserError: the method, spacing or schedule is unknown, the number of steps does not fit
-            the schedule, or "pndm" is used without `skip_prk_steps`.
+            the schedule, or the schedule does not fit the method.
     """
     if method not in METHODS:
         raise _unknown("sampler", method, METHODS)
@@ -251,7 +251,25 @@ def _pndm(cfg: SchedulerConfig, steps: int) -> Steps:
 def _ddim(cfg: SchedulerConfig, steps: int) -> Steps:
     """DDIM with eta = 0 (arXiv 2010.02502, formula 12; diffusers 0.21, `DDIMScheduler`)."""
     t = _timesteps(cfg, steps)
-    a, a_next = _alphas(cfg, t, t - cfg.num_train_timesteps // steps)
+    return _deterministic(cfg, t, *_alphas(cfg, t, t - cfg.num_train_timesteps // steps))
+
+
+def _euler(cfg: SchedulerConfig, steps: int) -> Steps:
+    """Euler's method (arXiv 2206.00364, algorithm 2 without churn; diffusers 0.24,
+    `EulerDiscreteScheduler`).
+
+    Its latents are x / sqrt(a), so its step is DDIM's from one timestep to the next. The last step
+    removes all noise, whatever `set_alpha_to_one` is.
+    """
+    if cfg.timestep_spacing != "leading":  # with others diffusers starts from other noise
+        raise UserError("the sampler 'euler' needs scheduler.timestep_spacing = leading")
+    t = _timesteps(cfg, steps)
+    alphas = alphas_cumprod(cfg)
+    return _deterministic(cfg, t, alphas[t], np.append(alphas[t[1:]], 1.0))
+
+
+def _deterministic(cfg: SchedulerConfig, t: np.ndarray, a: np.ndarray, a_next: np.ndarray) -> Steps:
+    """Returns DDIM's table with eta = 0, given the signal shares before and after each step."""
     along = (a_next / a) ** 0.5
     across = (1 - a_next) ** 0.5 - (a_next * (1 - a) / a) ** 0.5
     noise = _noise_conversion(cfg, a)
@@ -282,6 +300,7 @@ METHODS: dict[str, Callable[[SchedulerConfig, int], Steps]] = {
     "pndm": _pndm,
     "ddim": _ddim,
     "dpm++": _dpm,
+    "euler": _euler,
 }
 
 

@@ -1,5 +1,6 @@
 """What every test shares: a compilation cache, 8 CPU devices, strict warnings."""
 
+import dataclasses
 import fcntl
 import importlib.util
 import os
@@ -57,6 +58,33 @@ def copy_digits(tmp_path_factory) -> Callable[[Path], Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         build_digits(shared / "digits")
     return lambda folder: shutil.copytree(shared / "digits", folder, dirs_exist_ok=True)
+
+
+def as_emu2(model):
+    """The config of an Emu1 with what Emu2 has instead: another encoder, connector and decoder."""
+    from emu_jax.config import PoolingConfig
+
+    levels, width = len(model.unet.block_out_channels), model.vision.width
+    heads = model.unet.attention_head_dim
+    unet = dataclasses.replace(
+        model.unet,
+        attention_head_dim=tuple(heads * 2 ** (n % 2) for n in range(levels)),
+        transformer_layers_per_block=tuple(1 + n % 2 for n in range(levels)),
+        use_linear_projection=True,
+        cross_attention_dim=width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=width + 48,
+    )
+    return dataclasses.replace(
+        model,
+        vision=dataclasses.replace(model.vision, post_norm=True, final_norm=False),
+        cformer=None,
+        pooling=PoolingConfig(n_embeddings=4, n_frame=4),
+        llama=dataclasses.replace(model.llama, regression_head=False),
+        unet=unet,
+        scheduler=dataclasses.replace(model.scheduler, sampler="euler"),
+    )
 
 
 def relative_error(ours, theirs) -> float:

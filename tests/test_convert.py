@@ -23,7 +23,7 @@ from conftest import GOLDEN, relative_error
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
-from emu_jax import checkpoint, cli
+from emu_jax import checkpoint, cli, diffusion
 from emu_jax.config import (
     CFormerConfig,
     EmuConfig,
@@ -62,6 +62,7 @@ pytestmark = pytest.mark.optimized
 
 TIGHT = 2e-5
 SHAPES = GOLDEN.parent / "emu14b_state_dict_shapes.json"
+EMU2 = GOLDEN.parent / "emu2_tiny"
 
 
 def one_device():
@@ -973,6 +974,75 @@ def test_another_width_of_condition_is_reinitialised_and_said_so(ancestors, tmp_
     assert len({v.ravel()[0] for v in values}) == len(values)  # each with its own draw
 
 
+# torch's arrays in numpy, inside diffusers.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.slow
+def test_sdxl_is_a_parent_and_returns_to_diffusers(ancestors, tmp_path):
+    """Only what reads the condition is re-initialized, since it is wider here: 64, not 48."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+
+    folder, sdxl = tmp_path / "parents", EMU2 / "Emu2-Gen"
+    folder.mkdir()
+    for name in ("llama", "eva.pt"):
+        (folder / name).symlink_to(ancestors / name)
+    (folder / "sd").symlink_to(sdxl)
+    report = fresh(folder, tmp_path / "run", model_config=GOLDEN / "Emu.json")
+    cfg, params = read_all(tmp_path / "run")
+    assert cfg.unet.projection_class_embeddings_input_dim == 64 + 6 * 16
+    again = {p.removesuffix(".kernel") for p in report.fresh if p.startswith("unet.")}
+    ends = {"attn2.to_k", "attn2.to_v", "add_embedding.linear_1"}
+    assert {".".join(p.split(".")[-2:]) for p in again} == ends
+    assert sum("re-initialised" in note for note in report.notes) == len(again)
+    (stored,) = tensor_files.open_tensors(
+        sdxl / "unet" / "diffusion_pytorch_model.bf16.safetensors"
+    )[0].values()
+    for key in ("add_embedding.linear_2", "mid_block.attentions.0.proj_in"):
+        theirs = stored[f"{key}.weight"].read().astype(np.float32)
+        np.testing.assert_array_equal(params[f"unet.{key}.kernel"].astype(np.float32), theirs.T)
+
+    convert(tmp_path / "run", tmp_path / "back", to="emu")
+    convert(tmp_path / "back", tmp_path / "again")
+    assert checkpoint.load_config(tmp_path / "again") == cfg
+    assert_same_tree(tmp_path / "back" / "scheduler", sdxl / "scheduler")
+    shutil.rmtree(tmp_path / "run" / "release")  # nothing is carried along any more
+    convert(tmp_path / "run", tmp_path / "hf", to="hf")
+    assert release_config.decoder(tmp_path / "hf") == (cfg.unet, cfg.vae, cfg.scheduler)
+    for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
+        _, info = kind.from_pretrained(tmp_path / "hf" / part, output_loading_info=True)
+        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs = EulerDiscreteScheduler.from_pretrained(tmp_path / "hf" / "scheduler")
+    theirs.set_timesteps(50)
+    table = diffusion.sampling_steps(cfg.scheduler, 50, cfg.scheduler.sampler)
+    np.testing.assert_array_equal(table.t, theirs.timesteps)
+
+
+@pytest.mark.slow
+def test_a_fresh_emu2_has_its_parents_weights(ancestors, tmp_path):
+    (tmp_path / "parents").mkdir()
+    for name, target in (
+        ("llama", ancestors / "llama"),
+        ("eva.pt", ancestors / "eva.pt"),
+        ("sd", EMU2 / "Emu2-Gen"),
+    ):
+        (tmp_path / "parents" / name).symlink_to(target)
+    sizes = {"image_size": 84, "head_width": 12, "n_query": 36, "v_query": 4, "postnorm": True}
+    (tmp_path / "Emu2.json").write_text(json.dumps({"vision_cfg": sizes}))
+    options = {"family": "emu2", "model_config": tmp_path / "Emu2.json"}
+    report = fresh(tmp_path / "parents", tmp_path / "run", **options)
+    cfg, params = read_all(tmp_path / "run")
+    assert (cfg.vision.image_size, cfg.pooling.n_embeddings, cfg.pooling.n_frame) == (84, 36, 4)
+    assert cfg.llama.vocab_size == 512 + 272 and cfg.family == "emu2"
+    # The decoder's condition is as wide as the encoder in both.
+    again = {"project_up.kernel", "project_down.kernel"}
+    assert set(report.fresh) == again
+    assert params["visual.pos_embed"].shape == (37, 48)
+    theirs = load_tensors(ancestors / "eva.pt")["visual.blocks.1.mlp.fc1.weight"].numpy()
+    np.testing.assert_array_equal(params["visual.blocks.mlp.fc1.kernel"][1], theirs.T)
+    with pytest.raises(UserError, match="has no vision_cfg"):
+        (tmp_path / "Emu2.json").write_text("{}")
+        fresh(tmp_path / "parents", tmp_path / "none", **options)
+
+
 def test_a_parent_that_does_not_fit_is_refused(ancestors, tmp_path):
     folder = tmp_path / "parents"
     shutil.copytree(ancestors, folder)
@@ -1259,7 +1329,8 @@ def test_what_a_diffusers_configuration_leaves_out_has_diffusers_defaults(tmp_pa
     for kind, theirs in zip((UNetConfig, VAEConfig, SchedulerConfig), models, strict=True):
         ours = dataclasses.asdict(diffusers_json(tmp_path, kind))
         for name, value in ours.items():
-            if (kind, name) != (UNetConfig, "sample_size"):  # which diffusers leaves open
+            # diffusers leaves the first open, and names the second by a class.
+            if (kind, name) not in ((UNetConfig, "sample_size"), (SchedulerConfig, "sampler")):
                 assert value == theirs.config[name], name
     ours = diffusers_json(tmp_path, UNetConfig, attention_head_dim=[8, 8], layers_per_block=[1, 1])
     assert (ours.attention_head_dim, ours.layers_per_block) == (8, 1)
@@ -1278,6 +1349,9 @@ def test_what_a_diffusers_configuration_leaves_out_has_diffusers_defaults(tmp_pa
         {"norm_num_groups": None},
         {"block_out_channels": []},
         {"attention_head_dim": "8"},
+        {"attention_head_dim": [8, 8, 7, 8]},
+        {"transformer_layers_per_block": [1, 2]},
+        {"addition_embed_type": "image"},
         {"unknown_of_tomorrow": 1},
     ],
     ids=str,

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, VAEConfig
+from emu_jax.config import CFormerConfig, EmuConfig, LlamaConfig, UNetConfig, VAEConfig
 from emu_jax.data import Batches, DataConfig, Document, Image, Text, storage
 from emu_jax.data import batches as batches_module
 from emu_jax.data import digits as digits_module
@@ -50,7 +50,7 @@ from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny"
-KINDS = ("rows", "captions", "images", "contexts")
+KINDS = ("rows", "captions", "images", "contexts", "views")
 
 
 @pytest.fixture(scope="session")
@@ -696,7 +696,7 @@ def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
     assert usable("rows") == [0, 1, 2, 4]
     assert usable("rows", picked_images=1) == [1, 2]
     assert usable("captions") == [2]
-    assert usable("images") == usable("contexts") == [1, 2]
+    assert usable("images") == usable("contexts") == usable("views") == [1, 2]
 
 
 def test_each_epoch_has_every_document_once(tmp_path, tokenizer):
@@ -895,6 +895,34 @@ def test_an_image_may_be_drawn_from_itself(tmp_path, tokenizer):
         np.testing.assert_array_equal(batch["images"][itself, 0], batch["target"][itself])
         for row, length, same in zip(batch["tokens"], batch["length"], itself, strict=True):
             assert row[:length].tolist() == (image if same else words)
+
+
+def test_views_are_one_crop_at_two_sizes(tmp_path, tokenizer):
+    """Of a picture 20 pixels wide and 12 high, whose gray rises by 10 a column."""
+    columns = np.broadcast_to(np.arange(20, dtype=np.uint8) * 10, (12, 20))
+    cfg = hand_made(tmp_path, pages=[Document((Text("seven"), Image(encode_png(columns))))])
+    cfg = dataclasses.replace(cfg, batch_size=200, image_size=12, target_size=6)
+    with Batches(cfg, tokenizer, "views") as batches:
+        batch = next(batches)
+    height, width, top, left, *target = batch["sizes"].T
+    assert set(height) == {12} and set(width) == {20} and set(top) == {0}
+    assert set(left) == set(range(5))  # 10 pixels wide once it is 6 high
+    assert all(set(side) == {6} for side in target)
+    # A pixel of the scaled image is two of the original's, and so is the crop's place.
+    middle = 10 * (2 * left + 5.5)
+    for name in ("images", "target"):
+        assert np.abs(batch[name].mean((1, 2, 3)) - middle).max() < 1
+        assert np.abs(batch[name][:, 0] - batch[name][:, -1].astype(int)).max() == 0
+    assert 0.03 < batch["dropped"].mean() < 0.2
+    with Batches(dataclasses.replace(cfg, augment=True, shift=0.4), tokenizer, "views") as batches:
+        moved = next(batches)
+    np.testing.assert_array_equal(moved["sizes"], batch["sizes"])
+    halves = moved["images"].astype(int).reshape(200, 6, 2, 6, 2, 3).mean((2, 4))
+    assert (
+        np.abs(halves - moved["target"]).mean()
+        < 12
+        < np.abs(moved["target"][1:] - halves[:-1]).mean()
+    )
 
 
 def test_a_long_text_before_a_image_keeps_its_end(tmp_path, tokenizer):
@@ -1136,6 +1164,15 @@ def test_latents_come_shuffled_and_some_without_their_condition(tmp_path, tokeni
         assert (shown == shown[:, :1]).all() and (said == said[:, :1]).all()
         return shown[:, 0], said[:, 0]
 
+    sized = UNetConfig(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        cross_attention_dim=6,
+        projection_class_embeddings_input_dim=6 + 48,
+    )
+    needs_sizes = dataclasses.replace(model, unet=sized)
+    with pytest.raises(UserError, match="has no sizes of images"):
+        next(LatentBatches(tmp_path, DataConfig(prefetch=0), needs_sizes))
     shown, said = read(10, drop_condition=0.0)
     one, two = shown[:40].tolist(), shown[40:].tolist()
     assert sorted(one) == sorted(two) == list(range(40))

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from emu_jax import config, diffusion, sharding
+from emu_jax.convert import release_config, tensor_files
 from emu_jax.errors import UserError
 from emu_jax.models import backend
 from emu_jax.models.unet import UNet
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.optimized
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
+EMU2 = GOLDEN / "emu2_tiny"
 
 # diffusers' names (the autoencoder's old ones too) -> ours, where they differ.
 RENAMED = [
@@ -139,6 +141,89 @@ def test_sampling_golden(golden, unet, vae, scheduler, steps, guidance):
     close(image, golden[f"{tag}/image"], 1e-4)
 
 
+@pytest.fixture(scope="module")
+def golden2():
+    """What the released code of Emu2 computed."""
+    return np.load(EMU2 / "expected.npz")
+
+
+@pytest.fixture(scope="module")
+def painter2() -> tuple[UNet, VAE, config.SchedulerConfig]:
+    """The decoder of Emu2-Gen."""
+    folder = EMU2 / "Emu2-Gen"
+    unet, vae, scheduler = release_config.decoder(folder)
+    towers = []
+    for cls, cfg, name in ((UNet, unet, "unet"), (VAE, vae, "vae")):
+        (tensors,) = tensor_files.open_tensors(
+            tensor_files.find(folder / name, "diffusion_pytorch_model")
+        )[0].values()
+        arrays = {key: t.read().astype(np.float32) for key, t in tensors.items()}
+        towers.append(load(cls, cfg, arrays))
+    return *towers, scheduler
+
+
+def test_emu2_decoder_golden(golden2, painter2):
+    unet, vae, _ = painter2
+    names = ("t", "cond", "time_ids", "text_embeds")
+    rest = (jnp.asarray(golden2[f"unet/{name}"]) for name in names)
+    out = nnx.jit(UNet.__call__)(unet, nhwc(golden2["unet/sample"]), *rest)
+    close(out, nhwc(golden2["unet/out"]), 2e-5)
+    mean, logvar = nnx.jit(VAE.encode)(vae, nhwc(golden2["vae/image"]))
+    close(mean, nhwc(golden2["vae/mean"]), 2e-5)
+    close(logvar, nhwc(golden2["vae/logvar"]), 2e-5)
+    decoded = nnx.jit(VAE.decode)(vae, nhwc(golden2["vae/mean"]))
+    close(decoded, nhwc(golden2["vae/decoded"]), 2e-5)
+
+
+@pytest.mark.slow
+def test_emu2_sampling_golden(golden2, painter2):
+    """Euler with guidance and without, square and not, from other sizes and crops."""
+    unet, vae, scheduler = painter2
+    assert scheduler.sampler == "euler"
+
+    @nnx.jit
+    def paint(unet, vae, noise, cond, uncond, sizes, table, count, guidance):
+        def denoise(x, t, cond):
+            return unet(x, t, cond, jnp.broadcast_to(sizes, (len(x), 6)))
+
+        state = diffusion.advance(
+            denoise,
+            diffusion.start(noise),
+            cond,
+            uncond,
+            table=table,
+            first=0,
+            last=count,
+            guidance=guidance,
+        )
+        image = vae.decode(state.latents / vae.cfg.scaling_factor)
+        return state.latents, jnp.clip(image / 2 + 0.5, 0, 1)
+
+    tags = sorted({key.split("/")[1] for key in golden2 if key.startswith("sample/")})
+    assert len(tags) == 5
+    for tag in tags:
+        recorded = {
+            key.split("/")[2]: golden2[key] for key in golden2 if key.startswith(f"sample/{tag}/")
+        }
+        steps, guidance = tag.split("_")[-2:]
+        table, count = diffusion.padded_steps(scheduler, int(steps), scheduler.sampler)
+        np.testing.assert_array_equal(table.t[:count], recorded["timesteps"])
+        latents, image = paint(
+            unet,
+            vae,
+            nhwc(recorded["init_latents"]),
+            jnp.asarray(recorded["cond"][:1]),
+            jnp.asarray(recorded["cond"][-1:]),
+            jnp.asarray(recorded["time_ids"][0]),
+            table,
+            jnp.int32(count),
+            jnp.float32(guidance),
+        )
+        close(latents, nhwc(recorded["latents"]), 1e-4)
+        close(image, recorded["image"], 1e-4)
+        assert np.abs(np.round(np.asarray(image) * 255) - recorded["image_uint8"]).max() <= 1
+
+
 # --- against diffusers -----------------------------------------------------------------------
 
 
@@ -189,6 +274,21 @@ UNETS = [
         cross_attention_dim=7,
         norm_num_groups=6,
     ),
+    # SDXL's: levels of different depth and heads, linear projections, sizes.
+    config.UNetConfig(
+        block_out_channels=(12, 20, 30),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4, 5),
+        transformer_layers_per_block=(3, 1, 2),
+        cross_attention_dim=9,
+        norm_num_groups=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=9 + 6 * 8,
+    ),
 ]
 
 
@@ -198,6 +298,7 @@ UNETS = [
     [
         (UNETS[0], (10, 5)),
         (UNETS[1], (7, 1)),
+        (UNETS[2], (5, 6)),
         pytest.param(UNETS[0], (8, 12), marks=pytest.mark.slow),
         pytest.param(UNETS[0], (6, 10), marks=pytest.mark.slow),
         pytest.param(UNETS[0], (3, 6), marks=pytest.mark.slow),
@@ -214,9 +315,16 @@ def test_unet_diffusers(cfg, sides):
     sample = rng.normal(size=(3, cfg.in_channels, *sides)).astype(np.float32)
     cond = rng.normal(size=(3, 5, cfg.cross_attention_dim)).astype(np.float32)
     t = np.array([0.0, 37.5, 999.0], np.float32)
+    added, sizes = None, None
+    if cfg.takes_sizes:
+        sizes = np.array([[64, 96, 0, 3, 5, 6], [1, 2, 3, 4, 5, 6], [9, 8, 0, 0, 7, 1]], np.float32)
+        pooled = {"text_embeds": torch.from_numpy(cond.mean(1))}
+        added = pooled | {"time_ids": torch.from_numpy(sizes)}
+        sizes = jnp.asarray(sizes)
     with torch.no_grad():
-        expected = theirs(*(torch.from_numpy(x) for x in (sample, t, cond))).sample
-    out = nnx.jit(UNet.__call__)(ours, nhwc(sample), jnp.asarray(t), jnp.asarray(cond))
+        arrays = (torch.from_numpy(x) for x in (sample, t, cond))
+        expected = theirs(*arrays, added_cond_kwargs=added).sample
+    out = nnx.jit(UNet.__call__)(ours, nhwc(sample), jnp.asarray(t), jnp.asarray(cond), sizes)
     close(out, nhwc(expected), 2e-5)
 
 
@@ -256,6 +364,7 @@ CLASSES = {
     "pndm": "PNDMScheduler",
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
 }
 SPACES = [
     {"timestep_spacing": "leading", "steps_offset": 1},
@@ -283,6 +392,10 @@ def test_samplers_diffusers(method, prediction_type, space, steps):
     options = {"clip_sample": False} if method == "ddim" else {}
     theirs = cls.from_config({**dataclasses.asdict(cfg), **options})
     theirs.set_timesteps(steps)
+    if method == "euler" and cfg.timestep_spacing != "leading":
+        with pytest.raises(UserError, match="timestep_spacing"):
+            diffusion.sampling_steps(cfg, steps, method)
+        return
     table = diffusion.sampling_steps(cfg, steps, method)
     np.testing.assert_array_equal(table.t, theirs.timesteps)
 
@@ -292,9 +405,10 @@ def test_samplers_diffusers(method, prediction_type, space, steps):
     def answer(xp, x, t):
         return 0.7 * x + xp.sin(2 * x + t / 300)
 
-    x = torch.from_numpy(initial)
+    x = torch.from_numpy(initial) * theirs.init_noise_sigma
     for t in theirs.timesteps:
-        x = theirs.step(answer(torch, x, t), t, x).prev_sample
+        output = answer(torch, theirs.scale_model_input(x, t), t)
+        x = theirs.step(output, t, x).prev_sample
 
     def denoise(x, t, cond):
         return answer(jnp, x, t[:, None, None, None]) + cond[:, :1, :1, None]
@@ -426,6 +540,25 @@ def test_network_mistakes(vae):
         build(up_block_types=("UpBlock",) * 4)
     with pytest.raises(UserError, match="down_block_types names 1 blocks"):
         build(down_block_types=("DownBlock2D",))
+    with pytest.raises(UserError, match="attention_head_dim.*one for each of the 4 levels"):
+        build(attention_head_dim=(8, 8))
+    with pytest.raises(UserError, match="320 must be a multiple of unet.attention_head_dim = 6"):
+        build(attention_head_dim=(6, 8, 8, 8))
+    with pytest.raises(UserError, match="unknown unet.addition_embed_type 'image'"):
+        build(addition_embed_type="image")
+    with pytest.raises(UserError, match="6 addition_time_embed_dim = 80"):
+        unet = config.UNetConfig(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=81,
+        )
+        config.EmuConfig(unet=unet)
+    small = template(UNet, SMALL).init()
+    with pytest.raises(ValueError, match="takes no sizes"):
+        template(UNet, SMALL).module(small)(
+            jnp.zeros((1, 2, 2, 4)), jnp.zeros(1), jnp.zeros((1, 2, 8)), jnp.zeros((1, 6))
+        )
 
 
 def test_full_size_shapes():
@@ -440,6 +573,14 @@ def test_full_size_shapes():
             assert ours == {our_name(k): our_array(v).shape for k, v in theirs.items()}
             count = sum(math.prod(s) for s in shapes[case].values())
             assert sum(map(math.prod, ours.values())) == count
+
+
+def test_full_size_sdxl():
+    """Emu2-Gen's decoder has as many parameters as the release's."""
+    release = config.emu2_gen()
+    parts = ((UNet, release.unet, 2_525_520_644), (VAE, release.vae, 83_653_863))
+    for cls, cfg, count in parts:
+        assert sum(math.prod(s.shape) for s in template(cls, cfg).shapes.values()) == count
 
 
 SMALL = config.UNetConfig(

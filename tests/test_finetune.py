@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import as_emu2
 from flax import nnx
 
 from emu_jax import checkpoint
@@ -21,6 +22,7 @@ from emu_jax.generate.api import load
 from emu_jax.generate.settings import ImageSettings
 from emu_jax.models import cpu, xla
 from emu_jax.models.emu import EmuModel
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.lora import LoraLinear
 from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.storage import as_path
@@ -124,12 +126,9 @@ def small_model(lora=None):
     )
 
 
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory, copy_digits):
+def random_run(folder, copy_digits, model):
     """A pretrained run at random, with the digits beside it: (run directory, data)."""
-    folder = tmp_path_factory.mktemp("parent")
     copy_digits(folder / "data")
-    model = small_model()
     template = AbstractModel(lambda: EmuModel(model, rngs=nnx.Rngs(5)), one_device())
     params = nest(template.init())
     with ocp.StandardCheckpointer() as checkpointer:
@@ -137,6 +136,11 @@ def parent(tmp_path_factory, copy_digits):
     save_json(model, folder / "run" / "config.json")
     Tokenizer.load(folder / "data" / "tokenizer").save(folder / "run" / "tokenizer")
     return folder / "run", folder / "data"
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory, copy_digits):
+    return random_run(tmp_path_factory.mktemp("parent"), copy_digits, small_model())
 
 
 def tuning(parent, steps=2, **changes) -> TrainConfig:
@@ -303,6 +307,48 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
     model = dataclasses.replace(emu.cfg, vae=dataclasses.replace(emu.cfg.vae, scaling_factor=3.0))
     with pytest.raises(UserError, match="another model"):
         LatentBatches(tmp_path / "latents", data, model)
+
+
+@pytest.mark.slow
+def test_a_painter_learns_from_features_alone(tmp_path, copy_digits, monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    model = as_emu2(small_model())
+    parent = random_run(tmp_path, copy_digits, model)
+    cfg = decoding(parent, objective="painter", model=model, noise_offset=0.1)
+    train(cfg, tmp_path / "whole")
+    train(dataclasses.replace(cfg, steps=1), tmp_path / "parts")
+    train(cfg, tmp_path / "parts")
+    shapes = checkpoint.stored_shapes(tmp_path / "whole" / "2" / "params")
+    assert {checkpoint.tower_of(path) for path in shapes} == {"unet"}
+    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(e.model.unet))) for e in (whole, parts))
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value[...], theirs[path][...], err_msg=str(path))
+
+    # Precomputed features are those that autoencoding paints, and the null image's.
+    assert precompute(cfg, tmp_path / "latents", rows=8)["rows"] == 8
+    with Batches(cfg.data, whole.tokenizer, "views") as batches:
+        views = [next(batches) for _ in range(2)]
+    images = np.concatenate([view["images"] for view in views])
+    pixels = normalize_images(jnp.asarray(images))
+    features = np.asarray(whole.model.encode_images(pixels))
+    data = dataclasses.replace(cfg.data, batch_size=8)
+    with LatentBatches(tmp_path / "latents", data, model) as made:
+        batch = next(made)
+        order = [row for _, row in made.documents()]
+    null = np.asarray(whole.model.encode_images(jnp.zeros_like(pixels[:1])))[0]
+    dropped = 0
+    for row, condition in zip(order, batch["condition"].astype(np.float32), strict=True):
+        drops = np.abs(condition - null).max() < 0.05
+        dropped += drops
+        assert drops or np.abs(condition - features[row]).max() < 0.05
+    assert 0 < dropped < 8
+    sizes = np.concatenate([view["sizes"] for view in views])
+    np.testing.assert_array_equal(batch["sizes"], sizes[order])
+    train(dataclasses.replace(cfg, latents=str(tmp_path / "latents")), tmp_path / "run")
+    settings: ImageSettings = {"num_inference_steps": 2, "scheduler": "euler"}
+    assert load(tmp_path / "run").generate_image([images[0]], **settings).size == (32, 32)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import GOLDEN, relative_error
+from conftest import GOLDEN, as_emu2, relative_error
 from flax import nnx
 from PIL import Image
 from test_golden import FEEDBACK
@@ -35,6 +35,7 @@ from emu_jax.generate.settings import (
     TextConfig,
 )
 from emu_jax.models import emu as models
+from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
 from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
@@ -92,7 +93,14 @@ def test_the_releases_defaults_are_ours():
     }
     # Its pipeline's: `Emu1/models/pipeline.py`.
     assert ImageConfig() == ImageConfig(
-        guidance_scale=7.5, num_inference_steps=50, scheduler="pndm"
+        guidance_scale=7.5,
+        num_inference_steps=50,
+        scheduler="pndm",
+        height=None,
+        width=None,
+        original_size=None,
+        crops_coords_top_left=None,
+        target_size=None,
     )
 
 
@@ -744,6 +752,64 @@ def test_guidance_moves_away_from_the_negative_prompt(small):
     # Guided away from itself, the condition stays what it is.
     same = small.generate_image("one", guidance_scale=4.0, negative_prompt="one", **settings)
     assert np.abs(np.asarray(same).astype(int) - plain).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def autoencoder(words):
+    """A small Emu2 with SDXL's decoder."""
+    base = small_config(words)
+    vision = dataclasses.replace(base.vision, image_size=16)
+    cfg = as_emu2(dataclasses.replace(base, vision=vision))
+    return Emu(models.EmuModel(cfg, rngs=nnx.Rngs(5)), words)
+
+
+EULER = {"num_inference_steps": 3, "scheduler": "euler", "guidance_scale": 3.0}
+
+
+@pytest.mark.slow
+def test_a_lone_image_is_painted_from_its_own_features(autoencoder):
+    emu, seeds = autoencoder, [3, 4, 5]
+    prompts = [["one"], [picture(1, 16)], ["", picture(1, 16)]]
+    images = emu.generate_image(prompts, seed=seeds, **EULER)
+    for parts, seed, painted in zip(prompts, seeds, images, strict=True):
+        assert levels(emu.generate_image(parts, seed=seed, **EULER), painted) <= 1
+    # Guided away from the null image, which is zero once normalized.
+    features, null = (
+        emu.model.encode_images(jnp.asarray(pixels)[None])[0]
+        for pixels in (normalize_images(picture(1, 16)), np.zeros((16, 16, 3), np.float32))
+    )
+    np.testing.assert_allclose(emu._uncond(None, np.array([True])), null, atol=1e-6)
+    assert emu._uncond(None, np.array([True, False])).shape == (2, *null.shape)
+    nothing = prompt.Normalized(np.zeros((16, 16, 3), np.float32))
+    painted = emu.paint(features, seed=4, negative_prompt=[nothing], **EULER)
+    assert levels(painted, images[1]) <= 1
+    regressed = emu.regress(["", picture(1, 16)])
+    assert relative_error(regressed, features) > 0.1
+    painted = emu.paint(regressed, seed=5, **EULER)
+    assert levels(painted, images[2]) <= 1
+
+
+def test_sizes_of_painted_images(autoencoder, small):
+    settings = EULER | {"seed": 1, "height": 6, "width": 10}
+    plain = autoencoder.generate_image("one", **settings)
+    assert plain.size == (10, 6)
+    own = {"original_size": (8, 8), "crops_coords_top_left": [0, 0], "target_size": (6, 10)}
+    assert levels(autoencoder.generate_image("one", **settings, **own), plain) == 0
+    for name in own:
+        other = autoencoder.generate_image("one", **settings, **own | {name: (5, 7)})
+        assert levels(other, plain) > 0, name
+    assert small.generate_image("one", height=4, width=12, **DRAW).size == (12, 4)
+    for change, line in (
+        ({"height": 7}, "height cannot be 7: give a positive multiple of 2 pixels"),
+        ({"width": 0}, "width cannot be 0"),
+        ({"original_size": (8,)}, r"original_size cannot be \(8,\): give two numbers"),
+        ({"target_size": (8, -1)}, "target_size cannot be"),
+        ({"target_size": "88"}, "target_size cannot be '88'"),
+    ):
+        with pytest.raises(UserError, match=line):
+            autoencoder.generate_image("one", **EULER | change)
+    with pytest.raises(UserError, match="target_size has no effect on this model's decoder"):
+        small.generate_image("one", target_size=(4, 4), **DRAW)
 
 
 # --- Mixed sequences -------------------------------------------------------------------------

@@ -699,7 +699,8 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
 
     seen = {}
 
-    def unet(noisy, times, condition):
+    def unet(noisy, times, condition, sizes):
+        assert sizes is None
         seen.update(noisy=noisy, times=times, condition=condition)
         return noisy * 0.5
 
@@ -721,6 +722,57 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
         wanted = kept**0.5 * noise - (1 - kept) ** 0.5 * latents
     close(loss, np.mean((0.5 * noisy - wanted) ** 2))
     close(metrics["condition_std"], np.std(condition))
+
+
+def test_the_painters_loss_by_hand(drawn):
+    """Conditions are the encoder's, of nothing where the image is dropped; noise has an offset."""
+    model = digits()
+    unet = dataclasses.replace(
+        model.unet,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=128 + 48,
+    )
+    model = dataclasses.replace(model, unet=unet)
+    cfg = dataclasses.replace(TOY, objective="painter", model=model, noise_offset=0.3)
+    painter = objectives.get_objective(cfg)
+    assert painter.batch_kind == "views"
+    seen = {}
+
+    def unet(noisy, times, condition, sizes):
+        seen.update(noisy=noisy, condition=condition, sizes=sizes)
+        return noisy * 0.5
+
+    weights = normal(3, 2)
+    module = SimpleNamespace(
+        encode_images=lambda pixels: 1 + pixels.reshape(len(pixels), 4, -1),
+        vae=SimpleNamespace(encode=lambda x: (x @ weights, x)),
+        unet=unet,
+    )
+    batch = {
+        "images": RNG.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8),
+        "target": RNG.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8),
+        "sizes": np.arange(30).reshape(5, 6),
+        "dropped": np.array([False, True, False, False, True]),
+    }
+    loss, _ = painter.loss(module, batch, jax.random.key(1))
+    times, offset, noise = drawn
+    assert offset.shape == (5, 1, 1, 2)
+    noise = noise + 0.3 * offset
+    pixels = np.asarray(normalize_images(batch["images"]), np.float64)
+    pixels[batch["dropped"]] = 0
+    close(seen["condition"], 1 + pixels.reshape(5, 4, -1))
+    np.testing.assert_array_equal(seen["sizes"], batch["sizes"])
+    latents = (batch["target"] / 127.5 - 1) @ weights
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = np.cumprod(1 - betas)[np.asarray(times)][:, None, None, None]
+    noisy = kept**0.5 * latents + (1 - kept) ** 0.5 * noise
+    close(seen["noisy"], noisy)
+    close(loss, np.mean((0.5 * noisy - noise) ** 2))
+    close(painter.unconditional(module), np.ones((4, 768)))
+    # Of squashed images the sizes are the decoder's own.
+    decoder = objectives.DecoderObjective(dataclasses.replace(cfg, objective="decoder"))
+    assert decoder.sizes({"target": batch["target"]}).tolist() == [[32, 32, 0, 0, 32, 32]] * 5
 
 
 def test_every_dropout_draws_for_itself(drawn):

@@ -363,12 +363,15 @@ def diffusers_json(part: UNetConfig | VAEConfig | SchedulerConfig) -> dict[str, 
             "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
         },
-        SchedulerConfig: {"_class_name": "PNDMScheduler"},
+        SchedulerConfig: {},
     }[type(part)]
+    values = {key: value for key, value in to_dict(part).items() if value is not None}
+    if isinstance(part, SchedulerConfig):
+        extra = {"_class_name": release_config.SCHEDULERS[values.pop("sampler")]}
     if isinstance(part, VAEConfig):
         levels = len(part.block_out_channels)
         extra = {k: v[:1] * levels if isinstance(v, list) else v for k, v in extra.items()}
-    return extra | to_dict(part)
+    return extra | values
 
 
 # --- Folders for other libraries -------------------------------------------------------------

@@ -1,17 +1,19 @@
-"""Builds a fresh Emu from its parents: LLaMA, EVA-CLIP and Stable Diffusion v1.5 (paper section 3).
+"""Builds a fresh Emu from its parents: LLaMA, EVA-CLIP and Stable Diffusion v1.5 or SDXL (paper
+section 3). Emu2 has the same kinds of parents.
 
-Parameters that no parent has start at random: the Causal Transformer, the norm before it, the
-regression head, and the denoiser's keys and values where the condition has another width. The
-embeddings of new tokens start at the mean of the old ones (release: `modeling_llama.py`).
+Parameters that no parent has start at random: the connector (the Causal Transformer and the norm
+before it, or the projections), the regression head, and those of the denoiser that read the
+condition, where it has another width. The embeddings of new tokens start at the mean of the old
+ones (release: `modeling_llama.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from emu_jax import integrity
-from emu_jax.config import CFormerConfig, EmuConfig, TokenIds, emu_14b
+from emu_jax.config import (
+    CFormerConfig,
+    EmuConfig,
+    LlamaConfig,
+    PoolingConfig,
+    TokenIds,
+    UNetConfig,
+    VisionConfig,
+    emu2,
+    emu_14b,
+    from_dict,
+)
 from emu_jax.convert import release_config, tensor_files
 from emu_jax.convert.convert import (
     ConversionReport,
@@ -48,9 +61,17 @@ from emu_jax.models.emu import EmuModel
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import AbstractModel, make_mesh
 from emu_jax.storage import as_path, read_json_object
-from emu_jax.tokenizer import Tokenizer, added_tokens
+from emu_jax.tokenizer import Family, Tokenizer, added_tokens
+
+Part = TypeVar("Part", VisionConfig, PoolingConfig)
 
 _VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
+# Parameters that no parent has.
+_FRESH = ("cformer.", "ln_visual.", "project_up.", "project_down.", "llama.stu_regress_head.")
+# Tensors of EVA-CLIP after its blocks, which Emu2 leaves out.
+_CONTRASTIVE = ("visual.norm.", "visual.head.")
+# Tensors of the denoiser that read the condition.
+_READS_CONDITION = re.compile(r"^unet:.*(\.attn2\.to_[kv]|add_embedding\.linear_1)\.weight$")
 # Tensors of the parents that are buffers, not parameters.
 _BUFFERS = ("rotary_emb.inv_freq", ".position_ids", ".rope.freqs_cos")
 # Folders of Stable Diffusion that a release only carries along.
@@ -74,6 +95,7 @@ def init(
     llama: Path,
     eva_clip: Path,
     sd: Path,
+    family: Family = "emu",
     model_config: Path | None = None,
     tokenizer: Path | None = None,
     cformer: CFormerConfig | None = None,
@@ -86,10 +108,11 @@ def init(
     Args:
         llama: a transformers folder, sharded or not, safetensors or .bin.
         eva_clip: a .pt file; only its `visual.*` tensors are read.
-        sd: a diffusers folder with `unet/`, `vae/` and `scheduler/`.
-        model_config: the release's model JSON; by default that of the 14B model.
+        sd: a diffusers folder with `unet/`, `vae/` and `scheduler/`: Stable Diffusion v1.5 or SDXL.
+        family: whether to build an Emu1 or an Emu2.
+        model_config: the release's model JSON; by default that of the 14B model, or of Emu2.
         tokenizer: a LLaMA tokenizer folder; by default `llama`.
-        cformer: sizes of the Causal Transformer; by default t5-base's.
+        cformer: sizes of Emu1's Causal Transformer; by default t5-base's.
 
     Raises:
         UserError: a parent is missing, damaged or does not fit, or the job has several processes.
@@ -105,6 +128,7 @@ def init(
             Path(eva_clip),
             Path(sd),
             mesh or make_mesh(),
+            family=family,
             cformer=cformer or CFormerConfig(),
             seed=seed,
             model_config=model_config,
@@ -154,6 +178,7 @@ class FreshSource:
         sd: Path,
         mesh: Mesh,
         *,
+        family: Family,
         cformer: CFormerConfig,
         seed: int,
         model_config: Path | None,
@@ -167,13 +192,17 @@ class FreshSource:
         for path, kind in ((llama, "--llama"), (sd, "--sd")):
             if not path.is_dir():
                 raise UserError(f"{kind} {path} is not a directory")
-        words = Tokenizer.load(tokenizer, instruct=False)
+        words = Tokenizer.load(tokenizer, instruct=False, family=family)
         # As in training, whose steps take the second key.
         init_key, _ = jax.random.split(jax.random.key(seed))
         emu_key, painter_key = jax.random.split(init_key)
         tensors = _parent_tensors(llama, eva_clip, sd)
         parent_shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        cfg = _config(parent_shapes, llama, sd, words.base_size, cformer, model_config)
+        if family == "emu2":
+            cfg = _emu2_config(parent_shapes, llama, sd, words.base_size, model_config)
+            tensors = {k: t for k, t in tensors.items() if not k.startswith(_CONTRASTIVE)}
+        else:
+            cfg = _config(parent_shapes, llama, sd, words.base_size, cformer, model_config)
         abstract = abstract_model(cfg, mesh)
         rows = {row.path: row for row in rows_of(cfg, abstract.shapes)}
         style = KeyStyle.of(tensors)
@@ -270,36 +299,14 @@ def _config(
         parent_shapes: the shapes of the parents' tensors.
         base_vocab: the size of the tokenizer's vocabulary before Emu's tokens.
     """
-    language = release_config.llama_config(llama / "config.json")
-    if language.vocab_size != base_vocab:
-        raise UserError(
-            f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {base_vocab}"
-        )
+    language = _language(llama, base_vocab)
     preset = emu_14b().vision
     chosen: dict[str, Any] = {"image_size": preset.image_size}
     if model_config is not None:
         stated_sizes, causal = _chosen_sizes(model_config)
         chosen |= stated_sizes
         cformer = dataclasses.replace(cformer, n_causal=causal or cformer.n_causal)
-    try:
-        width, _, patch, _ = parent_shapes["visual.patch_embed.proj.weight"]
-        vision = dataclasses.replace(
-            preset,
-            **chosen,
-            patch_size=patch,
-            width=width,
-            layers=release_config.count_layers(parent_shapes, r"visual\.blocks\.(\d+)\."),
-            mlp_width=parent_shapes["visual.blocks.0.mlp.fc1.weight"][0],
-            clip_width=parent_shapes["visual.head.weight"][0],
-        )
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise UserError(f"--eva-clip: not an EVA-CLIP vision tower ({error})") from None
-    if 0 in (width, patch) or width % vision.head_width or vision.image_size % patch:
-        raise UserError(
-            f"--eva-clip: width {width} does not split into heads of {vision.head_width}, or "
-            f"images of {vision.image_size} into patches of {patch}: give its JSON with "
-            "--model-config"
-        )
+    vision = _vision(parent_shapes, dataclasses.replace(preset, **chosen))
     unet, vae, scheduler = release_config.decoder(sd)
     return EmuConfig(
         vision=vision,
@@ -309,9 +316,99 @@ def _config(
         llama=dataclasses.replace(
             language, vocab_size=base_vocab + len(added_tokens("emu", False))
         ),
-        unet=dataclasses.replace(unet, cross_attention_dim=language.width),
+        unet=_conditioned(unet, language.width),
         scheduler=scheduler,
     )
+
+
+def _emu2_config(
+    parent_shapes: dict[str, Shape],
+    llama: Path,
+    sd: Path,
+    base_vocab: int,
+    model_config: Path | None,
+) -> EmuConfig:
+    """Returns the configuration of an Emu2; see `_config`."""
+    language, preset = _language(llama, base_vocab), emu2()
+    assert preset.pooling is not None
+    vision, pooling = preset.vision, preset.pooling
+    if model_config is not None:
+        chosen = release_config.emu2_vision_json(model_config)
+        if chosen is None:
+            raise UserError(f"{model_config} has no vision_cfg: give Emu2's model JSON")
+        vision = _with(vision, chosen, {"image_size": "image_size", "head_width": "head_width"})
+        pooling = _with(pooling, chosen, {"n_embeddings": "n_query", "n_frame": "v_query"})
+    vision = _vision(parent_shapes, vision)
+    unet, vae, scheduler = release_config.decoder(sd)
+    return dataclasses.replace(
+        preset,
+        vision=vision,
+        pooling=pooling,
+        llama=dataclasses.replace(
+            language,
+            vocab_size=base_vocab + len(added_tokens("emu2", False)),
+            rope_dtype=preset.llama.rope_dtype,
+            regression_head=False,
+        ),
+        tokens=TokenIds.after(base_vocab, frame=True),
+        unet=_conditioned(unet, vision.width),
+        vae=vae,
+        scheduler=scheduler,
+    )
+
+
+def _with(part: Part, values: Mapping[str, Any], names: Mapping[str, str]) -> Part:
+    """Returns a configuration with those of its settings that a JSON names otherwise.
+
+    Args:
+        names: {our name: name in the JSON}.
+    """
+    settings = {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
+    return from_dict(type(part), dataclasses.asdict(part) | settings, "vision_cfg: ")
+
+
+def _language(llama: Path, base_vocab: int) -> LlamaConfig:
+    """Returns the parent's configuration of the language model."""
+    language = release_config.llama_config(llama / "config.json")
+    if language.vocab_size != base_vocab:
+        raise UserError(
+            f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {base_vocab}"
+        )
+    return language
+
+
+def _vision(parent_shapes: dict[str, Shape], preset: VisionConfig) -> VisionConfig:
+    """Returns the visual encoder's configuration: the parent's sizes, and the preset's others."""
+    try:
+        width, _, patch, _ = parent_shapes["visual.patch_embed.proj.weight"]
+        vision = dataclasses.replace(
+            preset,
+            patch_size=patch,
+            width=width,
+            layers=release_config.count_layers(parent_shapes, r"visual\.blocks\.(\d+)\."),
+            mlp_width=parent_shapes["visual.blocks.0.mlp.fc1.weight"][0],
+        )
+        if vision.final_norm:
+            clip_width = parent_shapes["visual.head.weight"][0]
+            vision = dataclasses.replace(vision, clip_width=clip_width)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise UserError(f"--eva-clip: not an EVA-CLIP vision tower ({error})") from None
+    if 0 in (width, patch) or width % vision.head_width or vision.image_size % patch:
+        raise UserError(
+            f"--eva-clip: width {width} does not split into heads of {vision.head_width}, or "
+            f"images of {vision.image_size} into patches of {patch}: give its JSON with "
+            "--model-config"
+        )
+    return vision
+
+
+def _conditioned(unet: UNetConfig, width: int) -> UNetConfig:
+    """Returns the configuration of a denoiser for conditions of another width."""
+    unet = dataclasses.replace(unet, cross_attention_dim=width)
+    if not unet.takes_sizes:
+        return unet
+    width += 6 * (unet.addition_time_embed_dim or 0)
+    return dataclasses.replace(unet, projection_class_embeddings_input_dim=width)
 
 
 def _chosen_sizes(model_config: Path) -> tuple[dict[str, int], int | None]:
@@ -355,8 +452,7 @@ def _match_parents(
     Raises:
         UserError: tensors are missing, unexpected or misshapen. The message lists all of them.
     """
-    fresh = {p for p in shapes if p.startswith(("cformer.", "ln_visual."))}
-    fresh.add("llama.stu_regress_head.kernel")
+    fresh = {p for p in shapes if p.startswith(_FRESH)}
     notes = []
     stored = {key: tensor.shape for key, tensor in tensors.items()}
     expected: dict[str, Shape] = {}
@@ -374,7 +470,7 @@ def _match_parents(
                     raise UserError(f"--eva-clip: visual.pos_embed has {got[1]} rows")
                 notes.append(f"visual.pos_embed: interpolated from {got[1]} to {shape[1]}")
                 shape = (1, got[1], cfg.vision.width)
-            if re.search(r"\.attn2\.to_[kv]\.weight$", key) and got and got != shape:
+            if _READS_CONDITION.search(key) and got and got != shape:
                 if len(got) == 2 and got[0] == shape[0]:
                     notes.append(
                         f"{key}: condition of width {got[1]}, now {shape[1]}: re-initialised"

@@ -70,6 +70,13 @@ _DEFAULTS: dict[type, dict[str, Any]] = {
         "steps_offset": 0,
     },
 }
+# diffusers' schedulers, by our name of their sampler.
+SCHEDULERS = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
 
 # Allowed values of the other keys in these files: none of them changes the network. Keys that are
 # not listed may be null or false.
@@ -84,7 +91,6 @@ _NEUTRAL_VALUES: dict[type, dict[str, tuple[Any, ...]]] = {
         "dropout": (0,),
         "mid_block_scale_factor": (1,),
         "resnet_out_scale_factor": (1,),
-        "transformer_layers_per_block": (1,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
         "resnet_time_scale_shift": ("default",),
         "time_embedding_type": ("positional",),
@@ -101,6 +107,9 @@ _NEUTRAL_VALUES: dict[type, dict[str, tuple[Any, ...]]] = {
     SchedulerConfig: {  # the last three: of clipping, which is off
         "clip_sample": (False,),
         "trained_betas": (None,),
+        "interpolation_type": ("linear",),
+        "timestep_type": ("discrete",),
+        "final_sigmas_type": ("zero",),
         "clip_sample_range": (1,),
         "sample_max_value": (1,),
         "dynamic_thresholding_ratio": (0.995,),
@@ -513,23 +522,27 @@ def diffusers_config(cls: type[Config], path: Path) -> Config:
     """Reads a diffusers `config.json` (or `scheduler_config.json`) as our dataclass.
 
     Absent keys have diffusers' own defaults. Keys without a field must have a value that leaves
-    the network as in Stable Diffusion v1.5.
+    the network as in Stable Diffusion v1.5 or SDXL.
 
     Raises:
         UserError: the file sets a feature that Emu's decoder lacks.
     """
     values = read_json_object(path)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "sampler"}
     settings = dict(_DEFAULTS[cls])
+    if values.get("_class_name") == SCHEDULERS["euler"]:
+        # Other schedulers are read as PNDM, the release's: a user chooses among them by name.
+        settings |= {"sampler": "euler", "timestep_spacing": "linspace"}
     for key, value in values.items():
         if key.startswith("_"):
             continue
         if key in fields:
             if isinstance(value, list) and not fields[key].type.startswith("tuple"):
-                # A number for each level; our field has one for all levels.
-                if not value or any(v != value[0] for v in value):
+                # A number for each level, where our field may have one for all levels.
+                equal = bool(value) and all(v == value[0] for v in value)
+                if not equal and "tuple" not in str(fields[key].type):
                     raise UserError(f"{path}: {key} = {value!r} is not supported, only equal ones")
-                value = value[0]
+                value = value[0] if equal else value
             if value is not None or key != "sample_size":
                 settings[key] = value
             continue
@@ -554,11 +567,15 @@ def diffusers_config(cls: type[Config], path: Path) -> Config:
         if any(not 0 < v < math.inf for v in numbers) or value == ():
             raise UserError(f"{path}: {name} = {value!r} must be positive")
     for width in getattr(cfg, "block_out_channels", ()):
-        for name in ("norm_num_groups", "attention_head_dim"):
-            if width % getattr(cfg, name, 1):
-                raise UserError(
-                    f"{path}: {name} = {getattr(cfg, name)} does not divide {width} channels"
-                )
+        if width % cfg.norm_num_groups:
+            raise UserError(
+                f"{path}: norm_num_groups = {cfg.norm_num_groups} does not divide {width} channels"
+            )
+    if cls is UNetConfig:
+        try:
+            cfg.check_levels()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     return cfg
 
 

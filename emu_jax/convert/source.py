@@ -355,7 +355,7 @@ class _TensorFiles:
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseFiles:
-    """Where a release keeps what it consists of.
+    """The files of a release, by their role.
 
     Attributes:
         folder: the release's folder.

@@ -20,7 +20,15 @@ import PIL.Image
 
 from emu_jax.data.config import Batch, DataConfig, Kind
 from emu_jax.data.documents import Damaged, Image, Text
-from emu_jax.data.images import ImageError, affine, open_image, resize, sample_affine, to_array
+from emu_jax.data.images import (
+    ImageError,
+    affine,
+    open_image,
+    resize,
+    sample_affine,
+    square_crop,
+    to_array,
+)
 from emu_jax.data.lengths import text_ids
 from emu_jax.data.mixture import FRAMES, Group, PackedDocument, Requirements, SampledDocument
 from emu_jax.data.packing import IMAGE_PART, Part, part_tokens, truncate
@@ -555,9 +563,60 @@ class ContextBuilder(_SingleBuilder):
         return context, parts[chosen], kept_sizes != sizes
 
 
+class ViewBuilder(_SingleBuilder):
+    """Images that the decoder learns to paint from their own features: square crops of documents'
+    images, each at two sizes.
+
+    images uint8 [B,h,h,3], what the encoder sees; target uint8 [B,H,H,3], what the autoencoder
+    sees; sizes int32 [B,6], in pixels: the original's height and width, the crop's top and left
+    once the original's shorter side has H pixels, the target's height and width; dropped bool [B],
+    whether the decoder learns to paint the image without its features.
+    """
+
+    requires = Requirements("views", image=True)
+
+    @staticmethod
+    def shapes(cfg: DataConfig) -> Shapes:
+        B, h, H = cfg.batch_size, cfg.image_size, cfg.target_size
+        return {
+            "images": ((B, h, h, 3), np.uint8),
+            "target": ((B, H, H, 3), np.uint8),
+            "sizes": ((B, 6), np.int32),
+            "dropped": ((B,), bool),
+        }
+
+    @staticmethod
+    def example(batch: Batch) -> BatchExample:
+        example = BatchExample([], [], [], [], batch["images"][:1], [True], [False])
+        return example._replace(target=batch["target"][0])
+
+    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+        cfg, rng = self.cfg, self.group.rng(sampled)
+        dropped, choice, *at = rng.random(4).tolist()
+        parts = self.group.parts(sampled, image_first=True)
+        choices = [part for part in parts if part.size == IMAGE_PART]
+        ((_, image),) = self._contents(sampled, [choices[int(choice * len(choices))]])
+        assert isinstance(image, Image)
+        # Not decoded at a reduced size, even if `fast_decode`: its own size is a condition.
+        pixels = open_image(image.data)
+        box, corner = square_crop(*pixels.size, cfg.target_size, (at[0], at[1]))
+        limits = {"rotate": cfg.rotate, "scale": cfg.scale, "shift": cfg.shift}
+        motion = sample_affine(rng, **limits) if cfg.augment else None
+        for name in ("images", "target"):
+            out = batch[name][n]
+            view = resize(pixels, len(out), fast=cfg.fast_decode, box=box)
+            out[:] = to_array(view if motion is None else affine(view, *motion))
+        width, height = pixels.size
+        batch["sizes"][n] = (height, width, *corner, cfg.target_size, cfg.target_size)
+        batch["dropped"][n] = dropped < cfg.drop_condition
+
+    def _measure(self, sampled: SampledDocument) -> dict[str, int]:
+        return {"images": 1, "image_slots": 1, "documents": 1}
+
+
 BUILDERS: dict[Kind, type[BatchBuilder]] = {
     builder.requires.kind: builder
-    for builder in (RowBuilder, CaptionBuilder, ImageBuilder, ContextBuilder)
+    for builder in (RowBuilder, CaptionBuilder, ImageBuilder, ContextBuilder, ViewBuilder)
 }
 
 

@@ -15,7 +15,7 @@ from emu_jax.errors import UserError
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Family, Tokenizer
 
-Kind = Literal["rows", "captions", "images", "contexts"]
+Kind = Literal["rows", "captions", "images", "contexts", "views"]
 Batch = dict[str, np.ndarray]
 
 PAIRS = "pairs"  # kind of documents of one image and its caption
@@ -65,7 +65,7 @@ class DataConfig:
     image_first: float = 0.5  # probability that a pair's image comes before its words
     learn_img: bool = False  # make [IMG] a text target
     last_image: bool = False  # regress only the last image of each document
-    drop_condition: float = 0.1  # probability that the decoder's context is dropped
+    drop_condition: float = 0.1  # probability that the decoder's context, or image, is dropped
     autoencode: float = 0.0  # otherwise, probability that the context is the target image
 
     augment: bool = False

@@ -186,18 +186,51 @@ def _scaled(image: PIL.Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
     return 255 - pixels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else pixels
 
 
-def resize(image: PIL.Image.Image, size: int, *, fast: bool = False) -> PIL.Image.Image:
-    """Squashes an image to size x size as the release does: bicubic (bilinear if `fast`)."""
+def resize(
+    image: PIL.Image.Image,
+    size: int,
+    *,
+    fast: bool = False,
+    box: tuple[float, float, float, float] | None = None,
+) -> PIL.Image.Image:
+    """Squashes an image to size x size as the release does: bicubic (bilinear if `fast`).
+
+    Args:
+        box: left, top, right and bottom of the part to use; by default the whole image.
+    """
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
     method = PIL.Image.Resampling.BILINEAR if fast else PIL.Image.Resampling.BICUBIC
-    return image.resize((size, size), method)
+    return image.resize((size, size), method, box)
 
 
 def to_array(image: PIL.Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the pixels as RGB; gray is repeated in the three channels."""
     pixels = np.asarray(image)
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
+
+
+def square_crop(
+    width: int, height: int, side: int, at: tuple[float, float]
+) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+    """Returns a square crop of an image that is scaled until its shorter side has `side` pixels.
+
+    Args:
+        at: where the crop lies between the top and the bottom, and between left and right, from 0
+            to 1 (exclusive).
+
+    Returns:
+        The box (left, top, right, bottom) in the image before it is scaled, and the crop's top and
+        left in the scaled image.
+    """
+    short = min(width, height)
+    top, left = (
+        int(share * (length * side // short - side + 1))
+        for share, length in zip(at, (height, width), strict=True)
+    )
+    edges = (left, top, left + side, top + side)
+    x0, y0, x1, y1 = (edge * short / side for edge in edges)
+    return (x0, y0, x1, y1), (top, left)
 
 
 def load_image(

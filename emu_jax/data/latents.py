@@ -5,7 +5,8 @@
     DIR/progress.json                      while in progress: finished parts, and the data position
     DIR/tokenizer/, DIR/latents.json       the tokenizer, and the model's config; written last
 
-Values are bfloat16. The order is a pure function of the seed. A position is one integer,
+Values are bfloat16. If the denoiser is conditioned on the sizes of images, a record ends in these:
+six int32. The order is a pure function of the seed. A position is one integer,
 independent of the number of processes.
 """
 
@@ -24,7 +25,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from emu_jax.config import EmuConfig, load_json, save_json
 from emu_jax.data import storage
@@ -37,6 +38,7 @@ from emu_jax.storage import is_remote, writing
 from emu_jax.tokenizer import Tokenizer
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
+_SIZES_DTYPE = np.dtype("<i4")
 _LISTING, _PROGRESS = "latents.json", "progress.json"
 
 
@@ -111,8 +113,15 @@ class PartWriter:
         temporary = self._file.enter_context(writing(folder / _part_file(part, process)))
         self._writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
 
-    def add(self, condition: Float[np.ndarray, "N D"], latents: Float[np.ndarray, "h w C"]) -> None:
-        parts = (np.asarray(a, _DTYPE).tobytes() for a in (condition, latents))
+    def add(
+        self,
+        condition: Float[np.ndarray, "N D"],
+        latents: Float[np.ndarray, "h w C"],
+        sizes: Real[np.ndarray, "6"] | None = None,
+    ) -> None:
+        parts = [np.asarray(a, _DTYPE).tobytes() for a in (condition, latents)]
+        if sizes is not None:
+            parts.append(np.asarray(sizes, _SIZES_DTYPE).tobytes())
         self._writer.write(b"".join(parts))
 
     def close(self) -> None:
@@ -145,8 +154,8 @@ def finish(
 
 
 class LatentBatches(Iterator[Batch]):
-    """An endless iterator over batches of `condition` bfloat16 [B, N, D] and `latents` bfloat16
-    [B, h, w, C].
+    """An endless iterator over batches of `condition` bfloat16 [B, N, D], `latents` bfloat16
+    [B, h, w, C] and, if the denoiser is conditioned on them, `sizes` int32 [B, 6].
 
     Each process gets a contiguous share of a global batch, as in `pipeline.Batches`.
 
@@ -175,6 +184,7 @@ class LatentBatches(Iterator[Batch]):
         paths = [str(folder / name) for name in listing.files]
         self._folder = folder
         self._condition, self._latents = latent_shapes(model)
+        self._takes_sizes = model.unet is not None and model.unet.takes_sizes
         with self._damage():
             self._records = _open_records(paths, FileCache.at(cfg.cache, cfg.cache_bytes))
             if len(self._records) != listing.rows:
@@ -209,15 +219,25 @@ class LatentBatches(Iterator[Batch]):
         first = number * self._cfg.batch_size
         picked = [self._order[first + row] for row in self._rows]
         dropped = [self._drops(first + row) for row in self._rows]
-        size = int(np.prod(self._condition))
-        conditions, latents = [], []
+        size, count = int(np.prod(self._condition)), int(np.prod(self._latents))
+        conditions, latents, sizes = [], [], []
         with self._damage():
             for record, drop in zip(self._records.__getitems__(picked), dropped, strict=True):
+                end = (size + count) * _DTYPE.itemsize
+                if self._takes_sizes and len(record) == end:
+                    raise UserError(
+                        f"{self._folder} has no sizes of images, which the denoiser needs: "
+                        "precompute it again"
+                    )
+                if self._takes_sizes:
+                    sizes.append(np.frombuffer(record[end:], _SIZES_DTYPE).reshape(6))
+                    record = record[:end]
                 values = np.frombuffer(record, _DTYPE)
                 kept = values[:size].reshape(self._condition)
                 conditions.append(self._unconditional if drop else kept)
                 latents.append(values[size:].reshape(self._latents))
-        return {"condition": np.stack(conditions), "latents": np.stack(latents)}, picked
+        batch = {"condition": np.stack(conditions), "latents": np.stack(latents)}
+        return batch | ({"sizes": np.stack(sizes)} if sizes else {}), picked
 
     @contextmanager
     def _damage(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Batches for the four training objectives, in an order that is a pure function of the seed.
+"""Batches for the training objectives, in an order that is a pure function of the seed.
 
 Each step samples from one group of sources (`mixture.py`). A group has an endless order of
 documents, and a position of two integers in it. A document is a function of its number, and
@@ -93,7 +93,7 @@ class Batches(Iterator[Batch]):
 
     Args:
         kind: kind of batches, one for each objective (see `BUILDERS`). "captions" and
-            "images" use pairs only, "contexts" uses documents with an image.
+            "images" use pairs only, "contexts" and "views" use documents with an image.
         plan_only: make batches without rows, and decode nothing; `statistics` still count whole
             batches.
         recount: count a source again if files that were missing may have arrived. Ignored with

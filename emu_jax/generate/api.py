@@ -37,8 +37,17 @@ from emu_jax.convert.source import check_heads, is_release, load_release
 from emu_jax.errors import UserError
 from emu_jax.generate import mixed, text
 from emu_jax.generate.batching import Batcher, Shapes
-from emu_jax.generate.image import Stopped, finish_painting, paint_steps, start_painting
+from emu_jax.generate.image import (
+    Stopped,
+    finish_painting,
+    image_shape,
+    native_side,
+    paint_steps,
+    size_condition,
+    start_painting,
+)
 from emu_jax.generate.prompt import (
+    MIXED,
     Parts,
     Prompt,
     PromptBatch,
@@ -47,6 +56,7 @@ from emu_jax.generate.prompt import (
     as_prompts,
     chat_format,
     instruct,
+    is_video,
     preprocess_image,
 )
 from emu_jax.generate.safety import Checker, find_checker
@@ -171,7 +181,6 @@ class Emu:
         with self._on_mesh():
             model.llama = model.llama.unstacked_for_decoding()
         self._graphdef, self._params = nnx.split(model)
-        self._unconditional: Float[Array, "N E"] | None = None
 
     @property
     def model(self) -> EmuModel:
@@ -181,10 +190,9 @@ class Emu:
 
     @property
     def image_size(self) -> int:
-        """Side of generated images, in pixels."""
+        """Side of generated images, in pixels, if a call names no other."""
         self._need_painter()
-        assert self.cfg.unet and self.cfg.vae
-        return self.cfg.unet.sample_size * self.cfg.vae.downscale
+        return native_side(self.cfg)
 
     # --- Text ---
 
@@ -378,11 +386,13 @@ class Emu:
     ) -> Image.Image | list[Image.Image]:
         """Generates an image from a prompt, or from each of many prompts.
 
-        Words describe it, images are varied or blended, and both together are read in context.
+        Words describe it, images are varied or blended, and both together are read in context. If
+        the decoder was trained as an autoencoder (Emu2), a single image without text is painted
+        from its own features, without the language model.
 
         Args:
-            negative_prompt: what guidance leads away from; the empty prompt by default, as in the
-                release.
+            negative_prompt: what guidance leads away from; by default, as in the release, the empty
+                prompt, or the null image where an image is painted from its own features.
             seed: for many prompts, either a seed for each image, or one from which each image's
                 own follows.
             stop: asked every few calls of the denoiser whether to give up.
@@ -395,7 +405,8 @@ class Emu:
         prompts, single = as_prompts(prompt)
         cfg = self.defaults.replace(**settings)
         keys = self._seeded_image_keys(seed, len(prompts), cfg)
-        images = self._paint(self._regress_all(prompts), keys, cfg, negative_prompt, stop)
+        embeddings, autoencoded = self._conditions(prompts)
+        images = self._paint(embeddings, keys, cfg, negative_prompt, stop, autoencoded=autoencoded)
         return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
     def regress(self, prompt: Any) -> Float[Array, "N E"] | Float[Array, "B N E"]:
@@ -404,6 +415,30 @@ class Emu:
         prompts, single = as_prompts(prompt)
         embeddings = self._regress_all(prompts)
         return embeddings[0] if single else embeddings
+
+    def _conditions(
+        self, prompts: Sequence[Any]
+    ) -> tuple[Float[Array, "B N E"], Bool[np.ndarray, "B"]]:
+        """Returns the embeddings to paint for each prompt, and whether they are the features of an
+        image that is the whole prompt, rather than regressed."""
+        autoencoded = np.zeros(len(prompts), bool)
+        if not self.cfg.autoencodes:
+            return self._regress_all(prompts), autoencoded
+        opened, pixels = [], []
+        for number, prompt in enumerate(prompts):
+            with _naming(number, prompts):
+                parts = as_parts(prompt)
+                if len(parts) == 1 and not isinstance(parts[0], str) and not is_video(parts[0]):
+                    autoencoded[number] = True
+                    pixels.append(preprocess_image(parts[0], self.cfg.vision.image_size))
+            opened.append(parts)
+        if len({image.dtype for image in pixels}) > 1:
+            raise UserError(MIXED)
+        alone, others = np.flatnonzero(autoencoded), np.flatnonzero(~autoencoded)
+        regressed = self._regress_all([opened[i] for i in others])
+        images = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8)
+        embeddings = jnp.concatenate([self._encode_all(images)[: len(alone)], regressed])
+        return embeddings[np.argsort(np.concatenate([alone, others]))], autoencoded
 
     def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N E"]:
         n, width = self.cfg.n_embeddings, self.cfg.embedding_width
@@ -452,18 +487,30 @@ class Emu:
         cfg: GenerationConfig,
         negative_prompt: Parts | None = None,
         stop: Callable[[], bool] | None = None,
-    ) -> UInt8[np.ndarray, "B side side 3"]:
+        autoencoded: Bool[np.ndarray, "B"] | None = None,
+    ) -> UInt8[np.ndarray, "B height width 3"]:
+        """Paints embeddings. `autoencoded` ones are the features of an image."""
         self._need_painter()
-        uncond = self._uncond(negative_prompt) if cfg.guidance_scale > 1 else None
+        shape = image_shape(self.cfg, cfg.height, cfg.width)
+        sizes = size_condition(
+            self.cfg,
+            shape,
+            original_size=cfg.original_size,
+            crops_coords_top_left=cfg.crops_coords_top_left,
+            target_size=cfg.target_size,
+        )
+        uncond = None
+        if cfg.guidance_scale > 1:
+            uncond = self._uncond(negative_prompt, autoencoded)
         guidance = jnp.float32(cfg.guidance_scale)  # unused without `uncond`
         table, count = diffusion.padded_steps(
             self.cfg.scheduler, cfg.num_inference_steps, cfg.scheduler
         )
-        out = np.zeros((len(embeddings), self.image_size, self.image_size, 3), np.uint8)
+        out = np.zeros((len(embeddings), *shape, 3), np.uint8)
         for chunk in self._batcher.chunks(len(embeddings)):
             with self._on_mesh():
                 cond, own = embeddings[chunk.filled], keys[chunk.filled]
-                state = _start_painting(self._graphdef, self._params, own, cond.dtype)
+                state = _start_painting(self._graphdef, self._params, own, cond.dtype, shape)
                 for first in range(0, count, count if stop is None else STEPS_PER_STOP_CHECK):
                     if stop is not None and stop():
                         raise Stopped
@@ -473,11 +520,12 @@ class Emu:
                         self._params,
                         state,
                         cond,
-                        uncond,
+                        uncond if uncond is None or uncond.ndim == 2 else uncond[chunk.filled],
                         guidance,
                         table,
                         np.int32(first),
                         np.int32(last),
+                        sizes,
                     )
                     if stop is not None:
                         jax.block_until_ready(state)
@@ -485,13 +533,28 @@ class Emu:
             out[chunk.index] = to_host(painted)[: len(chunk.index)]
         return out if self.safety is None or not len(out) else self.safety(out)
 
-    def _uncond(self, negative_prompt: Parts | None) -> Float[Array, "N E"]:
+    def _uncond(
+        self, negative_prompt: Parts | None, autoencoded: Bool[np.ndarray, "B"] | None = None
+    ) -> Float[Array, "N E"] | Float[Array, "B N E"]:
+        """Returns the condition of guidance's other half: one for all images, or one for each."""
         if negative_prompt is not None:
-            return self._regress_all([negative_prompt])[0]
-        if self._unconditional is None:
-            # The model's own image of the empty prompt, <s>[IMG], not zeros.
-            self._unconditional = self._regress_all([""])[0]
-        return self._unconditional
+            return self._conditions([negative_prompt])[0][0]
+        if autoencoded is None or not autoencoded.any():
+            return self._empty_prompt
+        if autoencoded.all():
+            return self._null_image
+        return jnp.where(autoencoded[:, None, None], self._null_image, self._empty_prompt)
+
+    @functools.cached_property
+    def _empty_prompt(self) -> Float[Array, "N E"]:
+        """The model's own image of the empty prompt, <s>[IMG], not zeros."""
+        return self._regress_all([""])[0]
+
+    @functools.cached_property
+    def _null_image(self) -> Float[Array, "N E"]:
+        """Features of the image that is zero after normalization."""
+        side = self.cfg.vision.image_size
+        return self._encode_all(np.zeros((1, side, side, 3), np.float32))[0]
 
     def _need_painter(self) -> None:
         if not self.paints:
@@ -683,12 +746,8 @@ class Emu:
         """
         positions, rows = self.cfg.llama.max_positions, []
         for number, parts in enumerate(prompts):
-            try:
+            with _naming(number, prompts):
                 row = self._prompt(parts, chat)
-            except UserError as error:
-                if len(prompts) == 1:
-                    raise
-                raise UserError(f"prompt {number + 1} of {len(prompts)}: {error}") from None
             more = new if isinstance(new, int | np.integer) else new[number]
             if (length := len(row.tokens)) + more > positions:
                 fewer = f", or ask for at most {positions - length}" if positions > length else ""
@@ -721,20 +780,34 @@ class Emu:
     ]:
         """Encodes a batch's images. Returns the inputs of the compiled programs: embeddings,
         tokens, embedding_index, valid."""
-        n, width = self.cfg.n_embeddings, self.cfg.embedding_width
-        encoded = []
-        for chunk in self._batcher.chunks(len(batch.images)):
-            with self._on_mesh():
-                images, frames = batch.images[chunk.filled], batch.frames[chunk.filled]
-                frames = frames if batch.frames.any() else None
-                encoded.append(_encode(self._graphdef, self._params, images, frames, self.dtype))
-        flat = jnp.concatenate(encoded) if encoded else jnp.zeros((1, n, width), self.dtype)
+        flat = self._encode_all(batch.images, batch.frames if batch.frames.any() else None)
+        if not len(flat):  # rows without images index any embeddings
+            flat = jnp.zeros((1, *flat.shape[1:]), flat.dtype)
         return (
             jnp.take(flat, batch.image_index, axis=0),
             batch.tokens,
             batch.embedding_index,
             batch.valid,
         )
+
+    def _encode_all(
+        self,
+        images: UInt8[np.ndarray, "all side side 3"] | Float[np.ndarray, "all side side 3"],
+        frames: Bool[np.ndarray, "all"] | None = None,
+    ) -> Float[Array, "_ N E"]:
+        """Returns the embeddings of preprocessed images, and of padding after them.
+
+        Args:
+            frames: which images are frames of a video; None: none of them.
+        """
+        encoded = []
+        for chunk in self._batcher.chunks(len(images)):
+            with self._on_mesh():
+                part = images[chunk.filled]
+                framed = None if frames is None else frames[chunk.filled]
+                encoded.append(_encode(self._graphdef, self._params, part, framed, self.dtype))
+        shape = (0, self.cfg.n_embeddings, self.cfg.embedding_width)
+        return jnp.concatenate(encoded) if encoded else jnp.zeros(shape, self.dtype)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
@@ -789,6 +862,17 @@ class _StreamProgress:
 
 def _paints(model: EmuModel) -> bool:
     return model.unet is not None and model.vae is not None
+
+
+@contextlib.contextmanager
+def _naming(number: int, rows: Sequence[Any]) -> Iterator[None]:
+    """Names one of many prompts in the errors of a block."""
+    try:
+        yield
+    except UserError as error:
+        if len(rows) == 1:
+            raise
+        raise UserError(f"{_name(number, rows)}: {error}") from None
 
 
 def _name(number: int, rows: Sequence[Any]) -> str:
@@ -895,11 +979,15 @@ def _regress(
     return emu.regress_after(tokens, jnp.sum(valid, axis=1), images, embedding_index)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "shape"))
 def _start_painting(
-    graphdef: nnx.GraphDef, params: Params, keys: Key[Array, "B"], dtype: jnp.dtype
+    graphdef: nnx.GraphDef,
+    params: Params,
+    keys: Key[Array, "B"],
+    dtype: jnp.dtype,
+    shape: tuple[int, int],
 ) -> diffusion.SamplerState:
-    return start_painting(keys, nnx.merge(graphdef, params).cfg, dtype)
+    return start_painting(keys, nnx.merge(graphdef, params).cfg, dtype, shape)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
@@ -908,20 +996,21 @@ def _paint_steps(
     params: Params,
     state: diffusion.SamplerState,
     cond: Float[Array, "B N E"],
-    uncond: Float[Array, "N E"] | None,
+    uncond: Float[Array, "N E"] | Float[Array, "B N E"] | None,
     guidance: Float[Array, ""],
     table: diffusion.Steps,
     first: Int[Array, ""],
     last: Int[Array, ""],
+    sizes: Float[Array, "6"] | None,
 ) -> diffusion.SamplerState:
     emu = nnx.merge(graphdef, params)
-    return paint_steps(emu, state, cond, uncond, guidance, table, first, last)
+    return paint_steps(emu, state, cond, uncond, guidance, table, first, last, sizes)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _finish_painting(
     graphdef: nnx.GraphDef, params: Params, state: diffusion.SamplerState, dtype: jnp.dtype
-) -> UInt8[Array, "B side side 3"]:
+) -> UInt8[Array, "B height width 3"]:
     return finish_painting(nnx.merge(graphdef, params), state, dtype)
 
 

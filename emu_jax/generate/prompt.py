@@ -60,7 +60,7 @@ Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 
 BOX_SIDE = 448  # pixels of a box image's side, in which its coordinates are given
 _BOX_REACH = 2  # pixels around the outline that are white too
-_MIXED = "a batch has both `Normalized` and other images: pass all of them as one kind"
+MIXED = "a batch has both `Normalized` and other images: pass all of them as one kind"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,7 +382,7 @@ class Prompt:
         embedding_index[here] = np.concatenate([*numbers, np.zeros(0, np.int32)])
         size = cfg.vision.image_size
         if len({image.dtype for image in images}) > 1:
-            raise UserError(_MIXED)
+            raise UserError(MIXED)
         pixels = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
         return cls(tokens, embedding_index, pixels, np.array(frames, bool))
 
@@ -461,7 +461,7 @@ def pad(
     Missing rows repeat the last prompt.
     """
     if len({p.images.dtype for p in prompts if len(p.images)}) > 1:
-        raise UserError(_MIXED)
+        raise UserError(MIXED)
     padded = [prompts[min(i, len(prompts) - 1)] for i in range(rows)]
     tokens = np.full((rows, length), fill, np.int32)
     valid = np.zeros((rows, length), bool)

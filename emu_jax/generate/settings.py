@@ -22,6 +22,7 @@ from emu_jax.storage import read_json_object
 
 MAX_SEED = 2**32 - 1  # JAX keeps 32 bits of a seed
 MIN_BUCKET = 8
+MAX_SIDE = 2**16  # pixels; more is a typing error
 # Former names of settings, which files and requests may still use.
 RENAMED = {
     "steps": "num_inference_steps",
@@ -36,7 +37,6 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 10,
         "length_penalty": -1.0,
         "guidance_scale": 3.0,
-        "scheduler": "ddim",
     },
 }
 
@@ -98,12 +98,23 @@ class ImageConfig:
 
     Attributes:
         guidance_scale: scale of classifier-free guidance; 1 or less turns it off.
-        scheduler: pndm (the release's), ddim or dpm++.
+        scheduler: pndm (that of Emu1's release), ddim, dpm++ or euler (that of Emu2's).
+        height: of an image, in pixels; None: the size that the decoder was trained on.
+        width: of an image, in pixels; None: the size that the decoder was trained on.
+        original_size: height and width of the imagined original, which SDXL's decoder is
+            conditioned on; None: the size that the decoder was trained on.
+        crops_coords_top_left: top and left of the crop from it, another condition; None: 0, 0.
+        target_size: height and width of the crop, another condition; None: those of the image.
     """
 
     guidance_scale: float = 7.5
     num_inference_steps: int = 50
     scheduler: str = "pndm"
+    height: int | None = None
+    width: int | None = None
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
 
     def check(self) -> None:
         """Checks the values.
@@ -117,6 +128,11 @@ class ImageConfig:
             raise UserError(f"unknown scheduler {self.scheduler!r}{known}")
         if self.num_inference_steps < 1:
             raise UserError(f"num_inference_steps cannot be {self.num_inference_steps}")
+        for name in ("height", "width"):
+            if not 1 <= (getattr(self, name) or 1) <= MAX_SIDE:
+                raise UserError(
+                    f"{name} cannot be {getattr(self, name)}: give 1 to {MAX_SIDE} pixels"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +157,8 @@ class GenerationConfig(TextConfig, ImageConfig):
 
     @classmethod
     def of(cls, cfg: EmuConfig) -> GenerationConfig:
-        """Returns the defaults of a model's release."""
-        return cls(**FAMILY_DEFAULTS[cfg.family])
+        """Returns the defaults of a model's release, with the sampler of its scheduler."""
+        return cls(scheduler=cfg.scheduler.sampler, **FAMILY_DEFAULTS[cfg.family])
 
     @classmethod
     def load(cls, path: Path, defaults: GenerationConfig | None = None) -> GenerationConfig:
@@ -173,7 +189,10 @@ class GenerationConfig(TextConfig, ImageConfig):
             if name not in known:
                 raise UserError(f"unknown generation setting {name!r}{suggest(name, known)}")
         check_types(type(self), settings)
-        values = {n: float(v) if known[n] == "float" else v for n, v in settings.items()}
+        values = {
+            n: float(v) if known[n] == "float" else tuple(v) if isinstance(v, list) else v
+            for n, v in settings.items()
+        }
         changed = dataclasses.replace(self, **values)
         changed.check()
         return changed
@@ -216,6 +235,11 @@ class ImageSettings(TypedDict, total=False):
     guidance_scale: float
     num_inference_steps: int
     scheduler: str
+    height: int | None
+    width: int | None
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int] | None
+    target_size: tuple[int, int] | None
 
 
 class MixedSettings(TextSettings, ImageSettings, total=False):
@@ -234,13 +258,12 @@ def check_types(config: type, values: Mapping[str, object]) -> None:
         if field.name not in values:
             continue
         value, kind = values[field.name], str(field.type)
+        if value is None and kind.endswith("| None"):
+            continue
+        kind = kind.removesuffix(" | None")
         if field.name == "seed":
             check_seed(value)
-        elif kind == "int" and not (
-            isinstance(value, int | np.integer)
-            and not isinstance(value, bool)
-            and abs(value) < 2**31 - 1
-        ):
+        elif kind == "int" and not _is_int(value):
             raise UserError(f"{field.name} cannot be {_shown(value)}: give a whole number")
         elif kind == "float" and not (
             isinstance(value, int | float | np.integer | np.floating)
@@ -250,12 +273,27 @@ def check_types(config: type, values: Mapping[str, object]) -> None:
             raise UserError(f"{field.name} cannot be {_shown(value)}: give a finite number")
         elif kind == "bool" and value not in (True, False):
             raise UserError(f"{field.name} cannot be {_shown(value)}: give True or False")
-        elif kind.startswith("str") and not (
-            isinstance(value, str) or (value is None and "None" in kind)
+        elif kind == "tuple[int, int]" and not (
+            isinstance(value, tuple | list)
+            and len(value) == 2
+            and all(_is_int(v) and 0 <= v <= MAX_SIDE for v in value)
         ):
+            raise UserError(
+                f"{field.name} cannot be {_shown(value)}: give two numbers of pixels, 0 to "
+                f"{MAX_SIDE}"
+            )
+        elif kind == "str" and not isinstance(value, str):
             raise UserError(f"{field.name} cannot be {_shown(value)}: give a string")
         elif field.name == "early_stopping" and value not in (True, False, "never"):
             raise UserError(f'early_stopping cannot be {value!r}: give True, False or "never"')
+
+
+def _is_int(value: object) -> bool:
+    return (
+        isinstance(value, int | np.integer)
+        and not isinstance(value, bool)
+        and abs(int(value)) < 2**31 - 1
+    )
 
 
 def check_seed(seed: object) -> None:

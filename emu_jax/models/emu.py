@@ -26,7 +26,8 @@ class EmuModel(nnx.Module):
     visual embeddings to images.
 
     `unet` and `vae` are None if the configuration has none, or with `painter=False` (pretraining
-    does not need them). `backend` selects the attention of the language model over whole rows,
+    does not need them). With `language=False` there is no `llama`, which autoencoding does not
+    need. `backend` selects the attention of the language model over whole rows,
     and, unless it is "cudnn", of the visual encoder. All other attention uses the platform's
     unfused kernels: decoding, the U-Net, the VAE, and the Causal Transformer, whose attention
     weights have dropout. Without a `backend`, all attention does.
@@ -34,6 +35,7 @@ class EmuModel(nnx.Module):
     The configuration chooses the connector between the towers (`connectors.py`).
     """
 
+    llama: Llama
     # Layers of connectors; a model has those of its own.
     ln_visual: LayerNorm
     cformer: CFormer
@@ -45,6 +47,7 @@ class EmuModel(nnx.Module):
         cfg: EmuConfig,
         *,
         painter: bool = True,
+        language: bool = True,
         remat: RematConfig | None = None,
         backend: str | None = None,
         rngs: nnx.Rngs,
@@ -58,7 +61,8 @@ class EmuModel(nnx.Module):
         )
         for name, layer in connector_of(cfg).layers(cfg, remat, rngs).items():
             setattr(self, name, layer)
-        self.llama = Llama(cfg.llama, remat=remat.llama, backend=backend, rngs=rngs)
+        if language:
+            self.llama = Llama(cfg.llama, remat=remat.llama, backend=backend, rngs=rngs)
         self.unet = UNet(cfg.unet, remat=remat.unet, rngs=rngs) if painter and cfg.unet else None
         self.vae = VAE(cfg.vae, rngs=rngs) if painter and cfg.vae else None
         self.cfg = cfg

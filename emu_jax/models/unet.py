@@ -1,6 +1,6 @@
-"""The denoiser: Stable Diffusion's U-Net, conditioned on the N regressed embeddings instead of a
-text encoder's states (release: `Emu1/models/pipeline.py`; diffusers 0.21, `UNet2DConditionModel`).
-Submodule names are those of diffusers."""
+"""The denoiser: the U-Net of Stable Diffusion or SDXL, conditioned on N visual embeddings instead
+of a text encoder's states (release: `Emu1/models/pipeline.py`, `Emu2/emu/diffusion.py`; diffusers
+0.21 and 0.24, `UNet2DConditionModel`). Submodule names are those of diffusers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from emu_jax.models.remat import REMAT
 from emu_jax.sharding import shard
 
 
-def timestep_features(timesteps: Real[Array, "B"], cfg: UNetConfig) -> Float[Array, "B D"]:
-    """Returns sines and cosines of the timesteps, `block_out_channels[0]` wide, in float32."""
-    half = cfg.block_out_channels[0] // 2
+def sinusoidal_features(
+    numbers: Real[Array, "*B"], width: int, cfg: UNetConfig
+) -> Float[Array, "*B D"]:
+    """Returns sines and cosines of numbers such as timesteps, `width` wide, in float32."""
+    half = width // 2
     frequency = np.exp(-np.log(10000.0) * np.arange(half) / (half - cfg.freq_shift))
-    angle = timesteps.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)
+    angle = numbers.astype(jnp.float32)[..., None] * jnp.asarray(frequency, jnp.float32)
     waves = [jnp.sin(angle), jnp.cos(angle)]
     return jnp.concatenate(waves[::-1] if cfg.flip_sin_to_cos else waves, axis=-1)
 
@@ -56,8 +58,7 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention among pixels, cross-attention to the condition, and a feed-forward layer."""
 
-    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
-        heads = cfg.attention_head_dim
+    def __init__(self, width: int, heads: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
         self.norm1 = LayerNorm(width, eps=1e-5, rngs=rngs)
         self.attn1 = Attention(width, width, heads=heads, rngs=rngs)
         self.norm2 = LayerNorm(width, eps=1e-5, rngs=rngs)
@@ -74,17 +75,28 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer2D(nnx.Module):
-    """A transformer block over the pixels of a feature map."""
+    """Transformer blocks over the pixels of a feature map, as many as its `level` has."""
 
-    def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, level: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
+        def projection() -> Conv | Linear:
+            if cfg.use_linear_projection:
+                return Linear(width, width, ("conv_in", "conv_out"), rngs=rngs)
+            return Conv(width, width, size=1, rngs=rngs)
+
         self.norm = GroupNorm(width, groups=cfg.norm_num_groups, eps=1e-6, rngs=rngs)
-        self.proj_in = Conv(width, width, size=1, rngs=rngs)
-        self.transformer_blocks = nnx.List([TransformerBlock(width, cfg, rngs=rngs)])
-        self.proj_out = Conv(width, width, size=1, rngs=rngs)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [
+                TransformerBlock(width, cfg.heads[level], cfg, rngs=rngs)
+                for _ in range(cfg.transformer_layers[level])
+            ]
+        )
+        self.proj_out = projection()
 
     def __call__(
         self, x: Float[Array, "B h w C"], cond: Float[Array, "B N D"]
     ) -> Float[Array, "B h w C"]:
+        # A linear projection works on pixels as a 1x1 convolution does.
         y = rearrange(self.proj_in(self.norm(x)), "b h w c -> b (h w) c")
         for block in self.transformer_blocks:
             y = block(y, cond)
@@ -109,6 +121,7 @@ class DownBlock(nnx.Module):
         self,
         width_in: int,
         width: int,
+        level: int,
         cfg: UNetConfig,
         *,
         attend: bool,
@@ -117,7 +130,9 @@ class DownBlock(nnx.Module):
     ) -> None:
         inputs = [width_in] + [width] * (cfg.layers_per_block - 1)
         self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
-        self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
+        self.attentions = nnx.List(
+            [Transformer2D(width, level, cfg, rngs=rngs) for _ in inputs if attend]
+        )
         self.downsamplers = nnx.List([] if last else [Downsample(width, rngs=rngs)])
 
     def __call__(
@@ -144,7 +159,7 @@ class UNetMidBlock(nnx.Module):
 
     def __init__(self, width: int, cfg: UNetConfig, *, rngs: nnx.Rngs) -> None:
         self.resnets = nnx.List([resnet(width, width, cfg, rngs) for _ in range(2)])
-        self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs)])
+        self.attentions = nnx.List([Transformer2D(width, -1, cfg, rngs=rngs)])
 
     def __call__(
         self, x: Float[Array, "B h w C"], time: Float[Array, "B _"], cond: Float[Array, "B N _"]
@@ -161,6 +176,7 @@ class UpBlock(nnx.Module):
         self,
         width_in: int,
         width: int,
+        level: int,
         skips: list[int],
         cfg: UNetConfig,
         *,
@@ -170,7 +186,9 @@ class UpBlock(nnx.Module):
     ) -> None:
         inputs = [w + s for w, s in zip([width_in] + [width] * len(skips), skips, strict=False)]
         self.resnets = nnx.List([resnet(w, width, cfg, rngs) for w in inputs])
-        self.attentions = nnx.List([Transformer2D(width, cfg, rngs=rngs) for _ in inputs if attend])
+        self.attentions = nnx.List(
+            [Transformer2D(width, level, cfg, rngs=rngs) for _ in inputs if attend]
+        )
         self.upsamplers = nnx.List([] if last else [Upsample(width, rngs=rngs)])
 
     def __call__(
@@ -206,14 +224,24 @@ class UNet(nnx.Module):
         widths, layers = cfg.block_out_channels, cfg.layers_per_block
         down = _attends(cfg, "down_block_types", "DownBlock2D")
         up = _attends(cfg, "up_block_types", "UpBlock2D")
+        cfg.check_levels()
         last = len(widths) - 1
 
         self.conv_in = Conv(cfg.in_channels, widths[0], rngs=rngs)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], rngs=rngs)
+        self.add_embedding = (
+            TimestepEmbedding(
+                cfg.projection_class_embeddings_input_dim or 0, 4 * widths[0], rngs=rngs
+            )
+            if cfg.takes_sizes
+            else None
+        )
 
         blocks, width, skips = [], widths[0], [widths[0]]
         for i, wider in enumerate(widths):
-            blocks.append(DownBlock(width, wider, cfg, attend=down[i], last=i == last, rngs=rngs))
+            blocks.append(
+                DownBlock(width, wider, i, cfg, attend=down[i], last=i == last, rngs=rngs)
+            )
             width = wider
             skips += [width] * (layers if i == last else layers + 1)
         self.down_blocks = nnx.List(blocks)
@@ -224,7 +252,9 @@ class UNet(nnx.Module):
         for i, narrower in enumerate(reversed(widths)):
             read = [skips.pop() for _ in range(layers + 1)]
             blocks.append(
-                UpBlock(width, narrower, read, cfg, attend=up[i], last=i == last, rngs=rngs)
+                UpBlock(
+                    width, narrower, last - i, read, cfg, attend=up[i], last=i == last, rngs=rngs
+                )
             )
             width = narrower
         self.up_blocks = nnx.List(blocks)
@@ -240,11 +270,24 @@ class UNet(nnx.Module):
         sample: Float[Array, "B h w C"],
         timesteps: Real[Array, "B"],
         cond: Float[Array, "B N D"],
+        sizes: Real[Array, "B 6"] | None = None,
+        pooled: Float[Array, "B P"] | None = None,
     ) -> Float[Array, "B h w E"]:
-        """Runs the denoiser once, in the dtype of `sample`, which may have any height and width."""
+        """Runs the denoiser once, in the dtype of `sample`, which may have any height and width.
+
+        Args:
+            sizes: original height and width, top and left of the crop, target height and width, in
+                pixels; if the denoiser `takes_sizes`, and only then.
+            pooled: the condition that is added with the sizes; by default the mean over the N rows
+                of `cond`.
+
+        Raises:
+            ValueError: `sizes` are missing, or the denoiser takes none.
+        """
         x = self.conv_in(shard(sample, "batch", None, None, None))
-        time = self.time_embedding(timestep_features(timesteps, self.cfg).astype(x.dtype))
         cond = cond.astype(x.dtype)
+        pooled = jnp.mean(cond, 1) if pooled is None else pooled
+        time = self._time(timesteps, sizes, pooled.astype(x.dtype))
 
         skips = [x]
         for block in self.down_blocks:
@@ -259,6 +302,25 @@ class UNet(nnx.Module):
             x = self._run(block, x, read, time, cond, size=size)
             x = shard(x, "batch", None, None, None)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _time(
+        self,
+        timesteps: Real[Array, "B"],
+        sizes: Real[Array, "B 6"] | None,
+        pooled: Float[Array, "B P"],
+    ) -> Float[Array, "B E"]:
+        """Returns the time embedding, with the added conditions if the denoiser has them."""
+        cfg, dtype = self.cfg, pooled.dtype
+        if cfg.takes_sizes != (sizes is not None):
+            needed = "needs the sizes of images" if cfg.takes_sizes else "takes no sizes"
+            raise ValueError(f"the denoiser {needed} (unet.addition_embed_type)")
+        features = sinusoidal_features(timesteps, cfg.block_out_channels[0], cfg)
+        time = self.time_embedding(features.astype(dtype))
+        if self.add_embedding is None or sizes is None:
+            return time
+        numbers = sinusoidal_features(sizes, cfg.addition_time_embed_dim or 0, cfg)
+        numbers = rearrange(numbers, "b n d -> b (n d)").astype(dtype)
+        return time + self.add_embedding(jnp.concatenate([pooled, numbers], -1))
 
     def _run(self, block: Any, *inputs: Any, **static: Any) -> Any:
         if self.remat == "none":

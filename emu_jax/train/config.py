@@ -28,6 +28,8 @@ BEST = ("min", "max")
 EVAL_NAME = re.compile(r"[A-Za-z0-9_-]+")  # part of file and metric names
 SPIKE_THRESHOLD = 10.0  # of the configs that record loss spikes
 TRACKERS = ("wandb",)  # services beside the files of the run directory
+# Objectives that train the image decoder.
+PAINTERS = ("decoder", "painter")
 DTYPES = ("bfloat16", "float32")  # of the computation, and of the optimizer's first moment
 _AT_LEAST_ONE = (
     "steps",
@@ -41,6 +43,7 @@ _AT_LEAST_ZERO = (
     "text_weight",
     "regression_weight",
     "kl_weight",
+    "noise_offset",
     "loss_block",
     "hang_seconds",
     "spike_threshold",
@@ -270,7 +273,7 @@ class TrainConfig:
     """One stage of training."""
 
     name: str = "emu"  # of the stage, in logs and reports
-    objective: str = "emu"  # emu | text | clip | vae | decoder
+    objective: str = "emu"  # emu | text | clip | vae | decoder | painter
     model: EmuConfig = EmuConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -286,6 +289,8 @@ class TrainConfig:
     text_weight: float = 1.0  # of the cross-entropy
     regression_weight: float = 1.0  # of the l2 regression
     kl_weight: float = 1e-4  # of the autoencoder's KL term
+    # Of the decoder: standard deviation of the noise that all pixels of a channel share.
+    noise_offset: float = 0.0
     accumulate: int = 1  # parts of a batch that a step goes through one after the other
     ema_decay: float = 0.0  # averages what is trained, when > 0
     remat: RematConfig = RematConfig()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, TokenIds
@@ -29,7 +29,7 @@ from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
-from emu_jax.train.config import TrainConfig
+from emu_jax.train.config import PAINTERS, TrainConfig
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -634,7 +634,7 @@ class DecoderObjective(Objective):
     def __init__(self, cfg: TrainConfig) -> None:
         super().__init__(cfg)
         if cfg.model.unet is None or cfg.model.vae is None:
-            raise UserError("the decoder objective needs model.unet and model.vae")
+            raise UserError(f"the {cfg.objective} objective needs model.unet and model.vae")
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return EmuModel(self.cfg.model, remat=self.cfg.remat, rngs=rngs)
@@ -642,18 +642,41 @@ class DecoderObjective(Objective):
     def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the conditions [B, N, D] and latents [B, h, w, C] of a batch.
 
-        Here the frozen model computes them from a batch of contexts.
+        Here the frozen model computes them.
         """
         cfg = self.cfg
         assert module.vae and cfg.model.vae
         dtype = jnp.dtype(cfg.dtype)
-        images = module.encode_images(normalize_images(batch["images"], dtype))
-        condition = module.regress_after(
-            batch["tokens"], batch["length"], images, batch["embedding_index"]
-        )
+        condition = self._condition(module, batch, dtype)
         mean, _ = module.vae.encode(to_signed(batch["target"], cfg))
         latents = mean * cfg.model.vae.scaling_factor
         return jax.lax.stop_gradient((condition.astype(dtype), latents))
+
+    def _condition(self, module: Any, batch: Batch, dtype: jnp.dtype) -> Float[Array, "B N D"]:
+        """Returns the conditions of a batch, here the embeddings regressed after its contexts."""
+        images = module.encode_images(normalize_images(batch["images"], dtype))
+        return module.regress_after(
+            batch["tokens"], batch["length"], images, batch["embedding_index"]
+        )
+
+    def unconditional(self, module: Any) -> Float[Array, "N D"]:
+        """Returns the condition of a dropped context, `<s>[IMG]`."""
+        ids = self.cfg.model.tokens
+        return module.regress_after(jnp.asarray([[ids.bos, ids.img]]), jnp.asarray([2]))[0]
+
+    def sizes(self, batch: Batch) -> Real[Array, "B 6"] | None:
+        """Returns the sizes that the denoiser is conditioned on, or None if it takes none.
+
+        Images that were squashed to a square count as whole originals of the autoencoder's size.
+        """
+        model = self.cfg.model
+        assert model.unet and model.vae
+        if not model.unet.takes_sizes:
+            return None
+        if "sizes" in batch:
+            return batch["sizes"]
+        side, rows = model.vae.sample_size, len(jax.tree.leaves(batch)[0])
+        return jnp.broadcast_to(jnp.asarray([side, side, 0, 0, side, side]), (rows, 6))
 
     def loss(
         self, module: Any, batch: Batch, key: jax.Array, targets: Metrics | None = None
@@ -662,15 +685,29 @@ class DecoderObjective(Objective):
         time_key, noise_key = jax.random.split(key)
         schedule = self.cfg.model.scheduler
         times = jax.random.randint(time_key, latents.shape[:1], 0, schedule.num_train_timesteps)
-        noise = jax.random.normal(noise_key, latents.shape)
-        error = self._errors(module, condition, latents, times, noise)
+        noise = self._noise(noise_key, latents.shape, jax.random.normal)
+        error = self._errors(module, condition, latents, self.sizes(batch), times, noise)
         return jnp.mean(error), {"condition_std": jnp.std(condition.astype(jnp.float32))}
+
+    def _noise(
+        self,
+        key: jax.Array,
+        shape: tuple[int, ...],
+        normal: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+    ) -> Float[Array, "B h w C"]:
+        """Returns noise for latents of `shape`, given the function that draws it."""
+        if not self.cfg.noise_offset:
+            return normal(key, shape)
+        key, offset_key = jax.random.split(key)
+        offset = normal(offset_key, (shape[0], 1, 1, shape[3]))
+        return normal(key, shape) + self.cfg.noise_offset * offset
 
     def _errors(
         self,
         module: Any,
         condition: Float[Array, "B N D"],
         latents: Float[Array, "B h w C"],
+        sizes: Real[Array, "B 6"] | None,
         times: Int[Array, "B"],
         noise: Float[Array, "B h w C"],
     ) -> Float[Array, "B h w C"]:
@@ -679,7 +716,7 @@ class DecoderObjective(Objective):
         noise = noise.astype(dtype)
         noisy = diffusion.add_noise(schedule, latents, noise, times)
         target = diffusion.denoiser_target(schedule, latents, noise, times).astype(jnp.float32)
-        return jnp.square(module.unet(noisy, times, condition).astype(jnp.float32) - target)
+        return jnp.square(module.unet(noisy, times, condition, sizes).astype(jnp.float32) - target)
 
     def held_out(
         self, module: Any, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
@@ -690,17 +727,45 @@ class DecoderObjective(Objective):
         times = jax.vmap(lambda key: jax.random.randint(key, (), 0, steps))(
             row_keys(time_key, len(rows))
         )
-        noise = row_normal(row_keys(noise_key, len(rows)), latents.shape)
-        error = jnp.mean(self._errors(module, condition, latents, times, noise), axis=(1, 2, 3))
+        noise = self._noise(
+            noise_key, latents.shape, lambda key, shape: row_normal(row_keys(key, len(rows)), shape)
+        )
+        errors = self._errors(module, condition, latents, self.sizes(batch), times, noise)
+        error = jnp.mean(errors, axis=(1, 2, 3))
         return {"loss": error, "rows": jnp.ones_like(error)}
 
     def held_out_metrics(self, sums: Sums) -> dict[str, float]:
         return row_means(sums, "loss")
 
 
+class PainterObjective(DecoderObjective):
+    """Denoising of an image's latents by the U-Net, given the frozen encoder's features of that
+    image: the decoder as an autoencoder, without the language model (Emu2, section 2.2.3).
+
+    A dropped image is painted from the features of the null image, zeros after normalization.
+    """
+
+    batch_kind = "views"
+    has_all_towers = False
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        cfg = self.cfg
+        backend = cfg.attention
+        return EmuModel(cfg.model, language=False, remat=cfg.remat, backend=backend, rngs=rngs)
+
+    def _condition(self, module: Any, batch: Batch, dtype: jnp.dtype) -> Float[Array, "B N D"]:
+        pixels = normalize_images(batch["images"], dtype)
+        return module.encode_images(jnp.where(batch["dropped"][:, None, None, None], 0, pixels))
+
+    def unconditional(self, module: Any) -> Float[Array, "N D"]:
+        """Returns the condition of a dropped image, the null image's."""
+        side = self.cfg.model.vision.image_size
+        return module.encode_images(jnp.zeros((1, side, side, 3), jnp.dtype(self.cfg.dtype)))[0]
+
+
 class LatentDecoderObjective(DecoderObjective):
-    """`DecoderObjective` on conditions and latents that `precompute` wrote. The module is the U-Net
-    alone."""
+    """Denoising by the U-Net, on conditions and latents that `precompute` wrote. The module is the
+    U-Net alone."""
 
     has_all_towers = False
 
@@ -709,11 +774,15 @@ class LatentDecoderObjective(DecoderObjective):
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         rows = self.cfg.data.batch_size
-        condition, latents = latent_shapes(self.cfg.model)
-        return {
+        model = self.cfg.model
+        condition, latents = latent_shapes(model)
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "condition": ((rows, *condition), jnp.bfloat16),
             "latents": ((rows, *latents), jnp.bfloat16),
         }
+        if model.unet and model.unet.takes_sizes:
+            shapes["sizes"] = ((rows, 6), jnp.int32)
+        return shapes
 
     def prepare_data(self) -> Tokenizer:
         return self.load_tokenizer()
@@ -750,6 +819,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "clip": ClipObjective,
     "vae": VaeObjective,
     "decoder": DecoderObjective,
+    "painter": PainterObjective,
 }
 
 
@@ -763,6 +833,6 @@ def get_objective(cfg: TrainConfig) -> Objective:
         raise UserError(f"unknown objective {cfg.objective!r}{suggest(cfg.objective, OBJECTIVES)}")
     if not cfg.latents:
         return OBJECTIVES[cfg.objective](cfg)
-    if cfg.objective != "decoder":
+    if cfg.objective not in PAINTERS:
         raise UserError(f"the objective {cfg.objective!r} reads no latents: remove latents")
     return LatentDecoderObjective(cfg)

@@ -8,6 +8,7 @@ an image is seen and however many U-Nets are trained. Training then needs the U-
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from emu_jax.data.latents import PartWriter, Progress, finish, latent_shapes
 from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
 from emu_jax.sharding import batch_sharding
-from emu_jax.train.config import TrainConfig, without_paths
+from emu_jax.train.config import PAINTERS, TrainConfig, without_paths
 from emu_jax.train.distributed import initialize_distributed
 from emu_jax.train.objectives import Batch, DecoderObjective
 from emu_jax.train.step import Params, Trainer, mesh_for
@@ -33,6 +34,20 @@ from emu_jax.train.warm_start import WarmStart
 
 log = logging.getLogger(__name__)
 
+# Keys that folders of earlier versions were begun without, with the value that changes nothing.
+LATER_KEYS = {
+    "model.pooling": None,
+    "model.tokens.frame": None,
+    "model.vision.post_norm": False,
+    "model.vision.final_norm": True,
+    "model.llama.regression_head": True,
+    "model.unet.transformer_layers_per_block": 1,
+    "model.unet.use_linear_projection": False,
+    "model.unet.addition_embed_type": None,
+    "model.unet.addition_time_embed_dim": None,
+    "model.unet.projection_class_embeddings_input_dim": None,
+    "model.scheduler.sampler": "pndm",
+}
 PART_BYTES = 1 << 28  # of one process: the most that is computed again after a kill
 
 
@@ -47,7 +62,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         UserError: `cfg` does not train a decoder from a pretrained model, its data cannot be read,
             or `folder` is complete or was written with another config.
     """
-    if cfg.objective != "decoder" or cfg.latents:
+    if cfg.objective not in PAINTERS or cfg.latents:
         raise UserError("precompute needs the config of a decoder (objective) without latents")
     if rows < 1:
         raise UserError(f"{rows} rows: give at least 1")
@@ -75,13 +90,14 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
             return trainer.template.module(zeros | params)
 
         @jax.jit
-        def compute(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            return objective.conditions_and_latents(module(params), batch)
+        def compute(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
+            sizes = objective.sizes(batch)
+            arrays = objective.conditions_and_latents(module(params), batch)
+            return arrays if sizes is None else (*arrays, sizes)
 
         @jax.jit
         def unconditional(params: Params) -> jax.Array:
-            tokens = jnp.asarray([[cfg.model.tokens.bos, cfg.model.tokens.img]])
-            return module(params).regress_after(tokens, jnp.asarray([2]))[0]
+            return objective.unconditional(module(params))
 
         progress = Progress.of(folder, _digest(cfg))
         row_bytes = 2 * sum(map(math.prod, latent_shapes(cfg.model)))
@@ -99,10 +115,10 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
                             k: jax.make_array_from_process_local_data(batch_sharding(mesh), v)
                             for k, v in next(batches).items()
                         }
-                        for pair in zip(*map(_local, compute(params, batch)), strict=True):
-                            writer.add(*pair)
+                        for row in zip(*map(_local, compute(params, batch)), strict=True):
+                            writer.add(*row)
                         # Of all processes; a source may have its own.
-                        size = batch["tokens"].shape[0]
+                        size = len(batch["target"])
                         done += size
                         bar.add(size)
                     writer.close()
@@ -123,6 +139,11 @@ def _digest(cfg: TrainConfig) -> str:
     names = ("data", "model", "parents", "init_from", "seed", "dtype")
     relevant = {name: settings[name] for name in names}
     del relevant["data"]["cache_bytes"]  # folders were begun before there was such a key
+    for key, before in LATER_KEYS.items():
+        *path, name = key.split(".")
+        group = functools.reduce(lambda group, part: group[part] or {}, path, relevant)
+        if name in group and group[name] == before:
+            del group[name]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 

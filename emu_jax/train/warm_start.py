@@ -14,7 +14,7 @@ from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
 from emu_jax.tokenizer import added_tokens
-from emu_jax.train.config import TrainConfig
+from emu_jax.train.config import PAINTERS, TrainConfig
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -151,7 +151,7 @@ def _from_run(cfg: TrainConfig) -> TrainConfig:
     parent = as_path(cfg.init_from).absolute()
     model = _extended(checkpoint.load_config(parent), cfg)
     towers = model.towers
-    if cfg.objective != "decoder" and cfg.save_frozen:  # this run's module has no image decoder
+    if cfg.objective not in PAINTERS and cfg.save_frozen:  # this run's module has no image decoder
         towers = model.language_towers
     parents = {tower: str(parent) for tower in towers} | cfg.parents
     return dataclasses.replace(cfg, model=model, parents=parents)
