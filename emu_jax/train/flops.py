@@ -76,8 +76,7 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
         "cformer.relative_attention_bias": 0,
     }
     shapes = _shapes(cfg)
-    existing = {path.split(".")[0] for path in shapes}
-    met = {tower: count for tower, count in met.items() if tower in existing}
+    met = {tower: count for tower, count in met.items() if tower in model.language_towers}
     trained = dict.fromkeys(met, False)
     matrices = {}
     for path, shape in shapes.items():
