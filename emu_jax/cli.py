@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import emu_jax
 from emu_jax.errors import UserError, suggest
+from emu_jax.hub import HubAddress, is_hub, local_path
 from emu_jax.storage import as_path, is_remote
 
 if TYPE_CHECKING:
@@ -44,6 +45,21 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _readable(text: str) -> Path | str:
+    """Argument type of flags that name a model to read: a path, or an address on the Hub, which the
+    verb downloads.
+
+    Raises:
+        argparse.ArgumentTypeError: not an address on the Hub, and no path either.
+    """
+    if not is_hub(text):
+        return _path(text)
+    try:
+        return str(HubAddress.parse(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _local_path(text: str) -> Path:
     """Argument type of flags that name a local file or directory.
 
@@ -56,6 +72,15 @@ def _local_path(text: str) -> Path:
             "example with Cloud Storage FUSE (docs/launch.md)"
         )
     return Path(text)
+
+
+def _parent(text: str) -> Path | str:
+    """Argument type of `init`'s parents: a local path, or an address on the Hub.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is another URL.
+    """
+    return _readable(text) if is_hub(text) else _local_path(text)
 
 
 def _seed(text: str) -> int:
@@ -172,7 +197,7 @@ def precompute(parser: argparse.ArgumentParser) -> Command:
 
 def generate(parser: argparse.ArgumentParser) -> Command:
     """continue a sequence of text and images"""
-    parser.add_argument("--checkpoint", type=_path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_readable, required=True, metavar="DIR")
     parser.add_argument(
         "--output",
         choices=("text", "image", "auto"),
@@ -255,10 +280,11 @@ def convert(parser: argparse.ArgumentParser) -> Command:
     """convert a release to a run directory, back, or for other libraries"""
     parser.add_argument(
         "src",
-        type=_path,
+        type=_readable,
         metavar="SRC",
         help="a release folder, one of its native files (Emu-instruct.pt, "
-        "Emu2_pytorch_model.bf16.bin), a run directory, or a peft folder (with --base)",
+        "Emu2_pytorch_model.bf16.bin), a run directory, or a peft folder (with --base); "
+        "or one on the Hub: hf://ORG/NAME[@REV][/SUB]",
     )
     parser.add_argument("dst", type=_path, metavar="DST")
     parser.add_argument(
@@ -327,14 +353,14 @@ def init(parser: argparse.ArgumentParser) -> Command:
     """initialize a new Emu from LLaMA, EVA-CLIP and Stable Diffusion"""
     parser.add_argument("dst", type=_path, metavar="DST")
     parser.add_argument(
-        "--llama", type=_local_path, required=True, metavar="DIR", help="a transformers folder"
+        "--llama", type=_parent, required=True, metavar="DIR", help="a transformers folder"
     )
     parser.add_argument(
-        "--eva-clip", type=_local_path, required=True, metavar="FILE", help="EVA-CLIP's .pt file"
+        "--eva-clip", type=_parent, required=True, metavar="FILE", help="EVA-CLIP's .pt file"
     )
     parser.add_argument(
         "--sd",
-        type=_local_path,
+        type=_parent,
         required=True,
         metavar="DIR",
         help="a diffusers folder: Stable Diffusion v1.5 or SDXL",
@@ -342,6 +368,7 @@ def init(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument(
         "--family", choices=("emu", "emu2"), default="emu", help="which Emu to build (default: emu)"
     )
+    parser.epilog = "Each parent may be on the Hub: hf://ORG/NAME[@REV][/SUB]."
     parser.add_argument(
         "--model-config",
         type=_local_path,
@@ -381,9 +408,59 @@ def init(parser: argparse.ArgumentParser) -> Command:
     return run
 
 
+def push(parser: argparse.ArgumentParser) -> Command:
+    """upload a run's weights and a model card to the Hugging Face Hub"""
+    parser.add_argument("run_directory", type=_path, metavar="RUN")
+    parser.add_argument("address", metavar="hf://ORG/NAME", help="a repository, created if new")
+    parser.add_argument(
+        "--to",
+        choices=("jax", "emu", "hf"),
+        default="jax",
+        help="layout of the weights, as for convert: a run directory (the default), the release's "
+        "own files, or folders for transformers, diffusers and peft",
+    )
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="ID",
+        help="license of the model (default: that of its parents, if they agree)",
+    )
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of the repository"
+    )
+    parser.add_argument(
+        "--out",
+        type=_local_path,
+        metavar="DIR",
+        help="write what would be uploaded here, and upload nothing",
+    )
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.publish import push
+
+        result = push(
+            args.run_directory,
+            args.address,
+            to=args.to,
+            license=args.license,
+            private=args.private,
+            overwrite=args.overwrite,
+            out=args.out,
+        )
+        if not args.json:
+            for note in result.notes:
+                print(note)
+            where = f"{result.address}, commit {result.commit}" if result.commit else args.out
+            print(f"{where}: {result.files:,} files, {result.bytes:,} bytes")
+        return dataclasses.asdict(result)
+
+    return run
+
+
 def verify(parser: argparse.ArgumentParser) -> Command:
     """compare a checkpoint with outputs of the released code"""
-    parser.add_argument("--checkpoint", type=_path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_readable, required=True, metavar="DIR")
     parser.add_argument(
         "--golden",
         type=_local_path,
@@ -395,7 +472,7 @@ def verify(parser: argparse.ArgumentParser) -> Command:
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.verify import verdict_summary, verdict_table, verify
 
-        rows = verify(args.checkpoint, args.golden)
+        rows = verify(local_path(args.checkpoint), args.golden)
         result = verdict_summary(rows)
         print(verdict_table(rows))
         if not args.json:
@@ -407,7 +484,7 @@ def verify(parser: argparse.ArgumentParser) -> Command:
 
 def eval_(parser: argparse.ArgumentParser) -> Command:
     """run a benchmark of the paper: official files in, official result file out"""
-    parser.add_argument("--checkpoint", type=_path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=_readable, required=True, metavar="DIR")
     parser.add_argument(
         "--task", required=True, metavar="TASK", help="coco_caption, vqav2, ...: docs/evaluation.md"
     )
@@ -495,7 +572,8 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
             **{name: getattr(args, name) for name in names},
             fid=FidOptions(args.inception, args.reference, args.resize),
         )
-        result = evaluate(args.checkpoint, args.task, args.data, args.out, options)
+        checkpoint = local_path(args.checkpoint)
+        result = evaluate(checkpoint, args.task, args.data, args.out, options)
         if not args.json:
             for name, value in (result.scores or {}).items():
                 print(f"{name}: {value:.2f}")
@@ -675,7 +753,7 @@ def _built(dst: str, result: dict[str, Any]) -> str:
 
 def serve(parser: argparse.ArgumentParser) -> Command:
     """serve a local web page for chat and drawing"""
-    parser.add_argument("--checkpoint", type=_path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--checkpoint", type=_readable, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -716,7 +794,8 @@ def serve(parser: argparse.ArgumentParser) -> Command:
                 "--waiting, --seconds and --port must be positive, the port below 65536"
             )
         limits = Limits(waiting=args.waiting, seconds=args.seconds)
-        serve(args.checkpoint, args.host, args.port, limits, args.allow_host)
+        checkpoint = local_path(args.checkpoint)
+        serve(checkpoint, args.host, args.port, limits, args.allow_host)
         return {}
 
     return run
@@ -886,6 +965,7 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "serve": serve,
     "convert": convert,
     "init": init,
+    "push": push,
     "verify": verify,
     "eval": eval_,
     "plan": plan,

@@ -20,6 +20,7 @@ from emu_jax.evaluate.run import Options
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.evaluate.tasks.base import FidOptions
 from emu_jax.hardware import Topology
+from emu_jax.hub import is_hub
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config, override
 
@@ -110,7 +111,7 @@ def check_emu_jax(words):
 
 def check_paths(verb, args):
     """A run directory goes to other formats; a release becomes a run directory."""
-    if verb == "convert":
+    if verb == "convert" and not is_hub(args.src):
         is_run = args.src.parts[0] in ("runs", "RUN")
         assert not is_run or args.to != "jax" or args.merge_lora, f"{args.src} is a run directory"
         assert is_run or args.to == "jax", f"{args.src} is no run directory"

@@ -21,6 +21,7 @@ LEVELS = [
         "errors",
         "hardware",
         "host_memory",
+        "hub",
         "markdown",
         "page",
         "progress",
@@ -31,7 +32,7 @@ LEVELS = [
     {"models"},
     {"diffusion", "data", "convert", "checkpoint", "integrity"},
     {"train", "generate"},
-    {"demo", "evaluate", "plan", "serve", "bench", "verify"},
+    {"demo", "evaluate", "plan", "publish", "serve", "bench", "verify"},
     {"__init__", "cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -44,8 +44,11 @@ from emu_jax.convert.tensors import finishing
 from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError
 from emu_jax.host_memory import PeakMemory
+from emu_jax.hub import download, is_hub, record_sources
 from emu_jax.sharding import make_mesh
 from emu_jax.storage import StorePath, as_path, remove, sync, sync_tree, upload
+
+Target = Literal["jax", "emu", "hf"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -80,7 +83,7 @@ def convert(
     src: Path | str,
     dst: Path | str,
     *,
-    to: Literal["jax", "emu", "hf"] = "jax",
+    to: Target = "jax",
     model_config: Path | None = None,
     tokenizer: Path | None = None,
     base: Path | None = None,
@@ -93,7 +96,9 @@ def convert(
     """Converts a model. The kind of `src` is recognized.
 
     Args:
-        src: a release folder, one of its native files, a run directory, or a peft folder.
+        src: a release folder, one of its native files, a run directory, or a peft folder. A
+            repository on the Hub (hf://ORG/NAME[@REV][/SUB]) is downloaded into huggingface_hub's
+            cache; the run directory records its commit in `sources.json`.
         dst: the destination. With `to="emu"` it may be a file, if the model has no image decoder
             or is an Emu2.
         to: "jax" for a run directory, "emu" for the release's own files, "hf" for folders that
@@ -114,6 +119,9 @@ def convert(
             its model, `dst` exists, or the job has several processes. `dst` is left unchanged.
     """
     check_one_process()
+    origins = {}
+    if is_hub(src):
+        src, origins["model"] = download(str(src))
     src, dst = as_path(src), as_path(dst)
     if to == "jax":
         integrity.check_path(dst)
@@ -128,27 +136,48 @@ def convert(
             base=base and as_path(base),
             scratch=temporary.parent,
         )
-        if isinstance(source, RunSource) and to == "jax" and not merge_lora:
+        if isinstance(source, RunSource) and to == "jax" and not (merge_lora or origins):
             raise UserError(f"{src} is a run directory already: use --to emu or --to hf")
         if merge_lora:
             source = MergedSource.of(source)
         if fast_tokenizer:
             source.tokenizer = source.tokenizer.as_fast()
-        notes = []
+        notes = write_model(source, temporary, dst, to, layout)
         if to == "jax":
-            write_run_directory(source, temporary)
-        elif to == "emu":
-            lora = source.cfg.llama.lora
-            if source.cfg.pooling is None and lora is not None and lora.alpha != RELEASE_ALPHA:
-                source = RescaledSource.of(source, lora)
-                notes.append(
-                    f"lora_B was multiplied by {lora.alpha / RELEASE_ALPHA:g}: the release's "
-                    f"alpha is {RELEASE_ALPHA:g}, this model's {lora.alpha:g}"
-                )
-            notes += export.write_release(source, temporary, dst, layout)
-        else:
-            notes += export.write_hf(source, temporary)
+            record_sources(temporary, origins)
     return report(source, notes, usage)
+
+
+def write_model(
+    source: ModelSource, folder: Path, dst: Path, to: Target, layout: LayoutKind | None = None
+) -> list[str]:
+    """Writes a model in one of the three formats.
+
+    Args:
+        folder: where to write: a folder, or a file if `dst` is a single file.
+        dst: the destination that `folder` replaces later.
+        to, layout: as for `convert`.
+
+    Returns:
+        Notes on settings that the destination stores differently or not at all.
+
+    Raises:
+        UserError: the destination cannot express the model.
+    """
+    if to == "jax":
+        write_run_directory(source, folder)
+        return []
+    if to == "hf":
+        return export.write_hf(source, folder)
+    notes = []
+    lora = source.cfg.llama.lora
+    if source.cfg.pooling is None and lora is not None and lora.alpha != RELEASE_ALPHA:
+        source = RescaledSource.of(source, lora)
+        notes.append(
+            f"lora_B was multiplied by {lora.alpha / RELEASE_ALPHA:g}: the release's "
+            f"alpha is {RELEASE_ALPHA:g}, this model's {lora.alpha:g}"
+        )
+    return notes + export.write_release(source, folder, dst, layout)
 
 
 def check_one_process() -> None:

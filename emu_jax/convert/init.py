@@ -57,6 +57,7 @@ from emu_jax.convert.source import (
 from emu_jax.convert.tables import KeyStyle, TableRow
 from emu_jax.convert.tensors import Shape, Tensor
 from emu_jax.errors import UserError
+from emu_jax.hub import HubSource, download, is_hub, record_sources
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import AbstractModel, make_mesh
@@ -92,9 +93,9 @@ class InitReport(ConversionReport):
 def init(
     dst: Path | str,
     *,
-    llama: Path,
-    eva_clip: Path,
-    sd: Path,
+    llama: Path | str,
+    eva_clip: Path | str,
+    sd: Path | str,
     family: Family = "emu",
     model_config: Path | None = None,
     tokenizer: Path | None = None,
@@ -104,6 +105,8 @@ def init(
     mesh: Mesh | None = None,
 ) -> InitReport:
     """Writes a run directory with an Emu that was assembled from its parents and never trained.
+
+    A parent may be on the Hub: hf://ORG/NAME[@REV][/SUB]. `sources.json` records its commit.
 
     Args:
         llama: a transformers folder, sharded or not, safetensors or .bin.
@@ -121,6 +124,13 @@ def init(
     check_one_process()
     dst = as_path(dst)
     integrity.check_path(dst)
+    origins: dict[str, HubSource] = {}
+    if is_hub(llama):
+        llama, origins["llama"] = download(str(llama))
+    if is_hub(eva_clip):
+        eva_clip, origins["eva_clip"] = download(str(eva_clip))
+    if is_hub(sd):
+        sd, origins["sd"] = download(str(sd), folders=(*DECODER, *_CARRIED))
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
     with measured() as usage, replacing(dst, overwrite, sources) as temporary:
         source = FreshSource.open(
@@ -135,6 +145,7 @@ def init(
             tokenizer=Path(tokenizer or llama),
         )
         write_run_directory(source, temporary)
+        record_sources(temporary, origins)
     conversion = report(source, source.notes, usage)
     return InitReport(**vars(conversion), fresh=sorted(source.fresh))
 

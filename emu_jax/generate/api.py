@@ -71,10 +71,10 @@ from emu_jax.generate.settings import (
     bucket,
     check_seed,
 )
+from emu_jax.hub import local_path
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.sharding import to_host
-from emu_jax.storage import as_path
 from emu_jax.tokenizer import USER, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def load(
     shapes: Shapes | None = None,
 ) -> Emu:
     """Loads a run directory (local, gs:// or s3://), or the release's own files (a local folder, or
-    Emu-instruct.pt).
+    Emu-instruct.pt). Either may be a repository on the Hugging Face Hub: hf://ORG/NAME[@REV][/SUB].
 
     A run directory has config.json, tokenizer/ and parameters, of which the newest are loaded. The
     release's files are read as `emu-jax convert` reads them. Each parameter is read straight into
@@ -108,10 +108,10 @@ def load(
         shapes: the smallest sizes that programs are compiled for.
 
     Raises:
-        UserError: the directory is not a checkpoint, a part of it cannot be read, or it has a
-            safety checker and torch is missing.
+        UserError: the directory is not a checkpoint, a part of it cannot be read or downloaded, or
+            it has a safety checker and torch is missing.
     """
-    directory = as_path(directory)
+    directory = local_path(directory)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     if is_release(directory):

@@ -1,0 +1,272 @@
+"""The Hugging Face Hub: downloads through its cache, pushes, and one line for each failure."""
+
+import json
+import shutil
+from pathlib import Path
+
+import hub_server
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+import emu_jax
+from emu_jax import checkpoint, cli, hub
+from emu_jax.convert.convert import convert
+from emu_jax.errors import UserError
+from emu_jax.hub import HubAddress, HubSource, wanted_files
+from emu_jax.publish import push
+from emu_jax.sharding import make_mesh
+
+# huggingface_hub uploads to anything but its own storage with a call that its client deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+CARD = b"---\nlicense: other\nlicense_name: tiny-license\n---\n# Tiny\n"
+
+
+@pytest.fixture(scope="module")
+def release():
+    """The files of the golden release, with a model card."""
+    files = {
+        path.relative_to(GOLDEN).as_posix(): path.read_bytes()
+        for folder in ("multimodal_encoder", "unet", "vae", "scheduler", "tokenizer")
+        for path in sorted((GOLDEN / folder).rglob("*"))
+        if path.is_file()
+    }
+    return {**files, "Emu.json": (GOLDEN / "Emu.json").read_bytes(), "README.md": CARD}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of the Hub's API, and an empty cache."""
+    from huggingface_hub import close_session, constants
+
+    with hub_server.serving() as (served, url):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        close_session()
+        yield served
+        close_session()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The golden model as a run directory that knows where it comes from."""
+    path = tmp_path_factory.mktemp("hub") / "private-name" / "run"
+    convert(GOLDEN, path, mesh=make_mesh())
+    origin = HubSource(f"hf://baai/emu@{'a' * 40}/pretrain", "hf://baai/emu/pretrain", "mit")
+    hub.record_sources(path, {"model": origin})
+    return path
+
+
+def parameters(path):
+    shapes = checkpoint.stored_shapes(path / "0" / "params")
+    import jax
+
+    wanted = {k: jax.ShapeDtypeStruct(s.shape, s.dtype) for k, s in shapes.items()}
+    return {k: np.asarray(v) for k, v in checkpoint.read_params(path, wanted).items()}
+
+
+def test_addresses():
+    for text, parsed in (
+        ("hf://a/b", HubAddress("a/b")),
+        ("hf://a/b@v1.0", HubAddress("a/b", "v1.0")),
+        ("hf://a/b/c/d/", HubAddress("a/b", "", "c/d")),
+        ("hf://a-x/b.c@main/d.pt", HubAddress("a-x/b.c", "main", "d.pt")),
+    ):
+        assert HubAddress.parse(text) == parsed
+        assert HubAddress.parse(str(parsed)) == parsed
+    for text in ("hf://a", "hf://a/b/../c", "hf:/a/b", "hf://../b", "hf://a/b@"):
+        with pytest.raises(UserError, match="hf://ORG/NAME"):
+            HubAddress.parse(text)
+
+
+def test_a_second_copy_of_weights_is_left_out():
+    def wanted(*names, subpath="", folders=()):
+        return wanted_files(names, subpath, folders)
+
+    card = "README.md"
+    shards = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    old = ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "flax.msgpack")
+    assert wanted(*shards, *old, "config.json") == [*shards, "config.json", card]
+    assert wanted(*old) == [*old[:2], card]
+    denoiser = "unet/diffusion_pytorch_model"
+    files = [f"{denoiser}{end}" for end in (".bin", ".fp16.safetensors", ".safetensors")]
+    text = "unet/model.bin"  # another model of the folder
+    assert wanted(*files, text) == [files[2], text, card]
+    assert wanted(*files[:2]) == [files[0], card]  # full precision, in the only format
+    assert wanted("unet/a", "vae/a", "sd.ckpt", card, folders=("unet",)) == ["unet/a", card]
+    assert wanted("x/unet/a", "x/b", subpath="x", folders=("unet",)) == ["x/unet/a", card]
+    assert wanted("x.pt", "y.pt", subpath="x.pt") == ["x.pt", card]
+
+
+def test_convert_pins_the_commit_and_resumes(server, release, tmp_path, capsys):
+    """A connection that breaks loses nothing: what arrived is not sent again."""
+    files = {f"pretrain/{name}": data for name, data in release.items()}
+    commit = server.commit("baai/emu", {**files, "README.md": CARD, "other/huge.bin": bytes(9)})
+    server.broken_after = 5000
+    dst = tmp_path / "run"
+    assert cli.main(["convert", "hf://baai/emu@main/pretrain", str(dst), "--json"]) == 0
+    assert json.loads((dst / "sources.json").read_text()) == {
+        "model": {
+            "address": f"hf://baai/emu@{commit}/pretrain",
+            "requested": "hf://baai/emu@main/pretrain",
+            "license": "tiny-license",
+        }
+    }
+    assert server.broken_after is None
+    paths = [path for method, path in server.requests if method == "GET"]
+    assert not any("huge" in path for path in paths)
+    expected = tmp_path / "expected"
+    convert(GOLDEN, expected)
+    ours, theirs = parameters(dst), parameters(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+    # Offline, from the cache: no request is sent.
+    server.requests.clear()
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        path, source = hub.download("hf://baai/emu/pretrain")
+        assert (path / "Emu.json").is_file() and source.address.endswith(f"@{commit}/pretrain")
+        capsys.readouterr()
+        assert cli.main(["convert", "hf://baai/none", str(tmp_path / "x")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "offline mode is on and the cache lacks it: unset HF_HUB_OFFLINE" in line
+    assert not server.requests
+
+
+def cached(cache, name, commit, files):
+    """Writes a repository into a cache folder, as huggingface_hub lays it out."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    for number, (path, data) in enumerate(files.items()):
+        blob, link = folder / "blobs" / f"{number:040}", folder / "snapshots" / commit / path
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(data)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+
+
+def test_load_from_a_cache_folder_offline(tmp_path, monkeypatch, run):
+    """A hand-made cache folder holds a run directory, whose files are links to blobs."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    files = {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file()
+    }
+    cached(tmp_path, "org/tiny", "c" * 40, files)
+    from emu_jax.generate import api
+
+    seen = []
+    monkeypatch.setattr(api, "Emu", lambda model, tokenizer, **_: seen.append((model, tokenizer)))
+    emu_jax.load("hf://org/tiny@" + "c" * 40)
+    emu_jax.load("hf://org/tiny")
+    with pytest.raises(UserError, match="has no absent; see .*/tree/main"):
+        emu_jax.load("hf://org/tiny/absent")
+    (model, tokenizer), _ = seen
+    assert len(tokenizer) == model.cfg.llama.vocab_size
+    kernel = parameters(run)["llama.lm_head.kernel"]
+    assert np.array_equal(np.asarray(model.llama.lm_head.kernel[...]), kernel)
+
+
+def test_a_pull_of_a_push_has_the_same_bits(server, run, tmp_path, capsys):
+    (run / "generation.json").write_text('{"max_new_tokens": 7}')
+    (run / "metrics.jsonl").write_text(f'{{"host": "secret", "workdir": "{run}"}}\n')
+    assert cli.main(["push", str(run), "hf://me/tiny", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    commit, files = server.files("me/tiny")
+    assert result["commit"] == commit and result["license"] == "mit"
+    assert result["files"] == len(files) and server.uploads > 0
+    assert not any(str(run).encode() in data or b"private-name" in data for data in files.values())
+    assert "metrics.jsonl" not in files and "generation.json" in files
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: ") and 'license: "mit"' in card
+    assert '- "baai/emu"' in card and 'emu_jax.load("hf://me/tiny")' in card
+
+    assert cli.main(["convert", "hf://me/tiny", str(tmp_path / "pulled")]) == 0
+    ours, theirs = parameters(tmp_path / "pulled"), parameters(run)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+    # A second push needs --overwrite, and leaves no old file behind.
+    with pytest.raises(UserError, match="has files: use --overwrite"):
+        push(run, "hf://me/tiny")
+    push(run, "hf://me/tiny", to="emu", overwrite=True, license="apache-2.0")
+    _, files = server.files("me/tiny")
+    assert "multimodal_encoder/pytorch_model.bin" in files and "config.json" not in files
+    assert 'license: "apache-2.0"' in files["README.md"].decode()
+
+
+def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkeypatch):
+    server.commit("org/open", {"README.md": CARD})
+    server.commit("org/gated", release)
+    server.gated.add("org/gated")
+    server.commit("org/shared", {".gitattributes": b""})
+    server.read_only.add("org/shared")
+    cases = {
+        "hf://org/gated": "it is gated: accept its terms at http://127.0.0.1",
+        "hf://org/none": "it does not exist or is private: check the name",
+        "hf://org/open@v9": "it has no revision 'v9'",
+        "hf://org/open/sub": "the repository org/open has no sub",
+        "hf://org/open": "is neither a release",
+        "hf://org": "not an address on the Hub: write hf://ORG/NAME",
+    }
+    dst = tmp_path / "dst"
+    commands = {message: ["convert", text, str(dst)] for text, message in cases.items()}
+    commands["access is denied (403): log in"] = ["push", str(run), "hf://org/shared"]
+    commands["with a token that may write"] = ["push", str(run), "hf://others/x"]
+    commands["names a revision: push to the repository"] = ["push", str(run), "hf://me/x@v1"]
+    for message, arguments in commands.items():
+        assert cli.main(arguments) == 2, message
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith("emu-jax: error: ") and message in line, line
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for arguments in (["convert", "hf://org/never", str(dst)], ["push", str(run), "hf://me/x"]):
+        assert cli.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert "http://127.0.0.1:9 cannot be reached" in line
+    assert not dst.exists()
+
+
+def test_the_card_says_what_was_trained(run, tmp_path):
+    """Sources by name, hyperparameters, newest held-out values; no path, host or account."""
+    from emu_jax.config import save_json
+    from emu_jax.data.pipeline import DataConfig
+    from emu_jax.data.sources import SourceConfig
+    from emu_jax.train.config import TrainConfig, WandbConfig
+
+    trained = tmp_path / "trained"
+    shutil.copytree(run, trained)
+    (trained / "sources.json").unlink()
+    source = SourceConfig(name="laion", format="webdataset", paths=("/secret/laion/*.tar",))
+    data = DataConfig(root="/secret/root", sources=(source,))
+    cfg = TrainConfig(
+        name="x",
+        data=data,
+        steps=900,
+        init_from=str(run),
+        wandb=WandbConfig(entity="secret-team"),
+    )
+    save_json(cfg, trained / "train.json")
+    rows = [
+        {"stage": "x", "evaluation": "heldout", "step": step, "time": 1.0, "seconds": 2.0}
+        | {"text_loss": loss}
+        for step, loss in ((10, 3.25), (20, 1.125))
+    ]
+    (trained / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = push(trained, "hf://me/x", out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert report.commit == "" and report.license == "mit"  # of the run that it was trained from
+    assert "| laion | webdataset | 1 |" in card and "| step | 0 of 900 |" in card
+    assert "`heldout` at step 20" in card and "| text_loss | 1.125 |" in card
+    everything = b"".join(p.read_bytes() for p in Path(tmp_path / "out").rglob("*") if p.is_file())
+    assert b"secret" not in everything and b"private-name" not in everything
