@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 
-.PHONY: demo test test-slow test-all mutants lint bench plan-table clean
+.PHONY: demo test test-slow test-all mutants lint bench plan-table package clean
 
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
@@ -53,6 +53,12 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+# Builds the wheel and the source distribution into dist/, and runs the wheel from an empty folder.
+package: .venv/.installed-dev
+	rm -rf dist
+	$(BIN)/hatchling build
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_package.py
 
 # Compiles the 14B step for four kinds of TPU and updates docs/scaling.md: hours. It can be resumed.
 plan-table: .venv/.installed-dev
