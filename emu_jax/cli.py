@@ -472,11 +472,13 @@ def verify(parser: argparse.ArgumentParser) -> Command:
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.verify import verdict_summary, verdict_table, verify
 
-        rows = verify(local_path(args.checkpoint), args.golden)
-        result = verdict_summary(rows)
+        family, rows = verify(local_path(args.checkpoint), args.golden)
+        result = verdict_summary(family, rows)
         print(verdict_table(rows))
         if not args.json:
-            print(f"{result.checked} checked, {len(result.failed)} failed")
+            left_out = ", ".join(f"{n} {k}/*" for k, n in result.not_applicable_groups.items())
+            print(f"not applicable: {left_out or 'none'}")
+            print(f"{family}: {result.checked} checked, {len(result.failed)} failed")
         return dataclasses.asdict(result)
 
     return run

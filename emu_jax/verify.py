@@ -2,11 +2,12 @@
 
 A golden directory holds `expected.npz` and `meta.json`; `tools/record_golden.py` writes one in a
 clone of the release. Each tensor gets a row with the relative error max |a - b| / max |b|; ids must
-be equal. Everything is computed in float32.
+be equal. Everything is computed in float32. A recording is of one family, Emu1 or Emu2.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -14,9 +15,9 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from emu_jax.data.images import load_image
 from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import api, image
-from emu_jax.generate.prompt import Normalized
+from emu_jax.generate.prompt import Normalized, Prompt, box_image, chat_format, converse, pad
 from emu_jax.generate.settings import TextConfig
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
@@ -38,6 +39,13 @@ from emu_jax.models.eva_clip import normalize_images
 # regressed embeddings amplifies rounding; so do adapters stored in bfloat16.
 TIGHT, FEEDBACK = 2e-5, 1e-4
 _FEEDBACK = re.compile(r"gen_image/.*|sample/.*|unet/cond|instruct/logits")
+_SIGMAS = 1e-6  # tolerance of a sampler's noise levels
+# An image, or a video, in a text that Emu2's code reads.
+_PLACEHOLDERS = re.compile(r"(\[<IMG_PLH>\]|\[VIDEO\](?:\[<VID_PLH>\])+)")
+_STILL, _FRAME = "[<IMG_PLH>]", "[<VID_PLH>]"
+# Settings of Emu2's `generate` that are no settings of decoding, and those of another name.
+_NOT_DECODING = ("placeholder", "_token_id", "synced_gpus", "skip_special_tokens", "penalty_alpha")
+_RENAMED = {"min_len": "min_length"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,38 +84,51 @@ class Verification:
     """The JSON object that the command prints.
 
     Attributes:
+        family: the model's family, "emu" or "emu2".
         passed: whether some tensors were checked and none failed.
         checked: number of tensors that apply to the checkpoint.
         failed: keys of the tensors that failed.
         worst: the tensor with the largest error; None if no tensor has an error.
         not_applicable: keys of the tensors that do not apply to the checkpoint.
+        not_applicable_groups: their number by the first part of their keys.
     """
 
+    family: str
     passed: bool
     checked: int
     failed: list[str]
     worst: WorstTensor | None
     not_applicable: list[str]
+    not_applicable_groups: dict[str, int]
 
 
 class Difference(Exception):
     """Raised when a tensor cannot equal the recorded one; the message says why."""
 
 
-def verify(checkpoint: Path, golden: Path) -> list[TensorVerdict]:
-    """Returns a row for every tensor of `golden/expected.npz`.
+def verify(checkpoint: Path, golden: Path) -> tuple[str, list[TensorVerdict]]:
+    """Compares a checkpoint with a recording.
+
+    Returns:
+        The model's family, and a row for every tensor of `golden/expected.npz`.
 
     Raises:
         UserError: a directory cannot be read, or they are for different models.
     """
     expected, meta = _open(golden)
     emu = api.load(checkpoint)
+    family = "emu2" if "encode/n_query" in expected else "emu"
+    if family != emu.cfg.family:
+        raise UserError(
+            f"{golden} was recorded from a model of the family {family}, {checkpoint} is of "
+            f"{emu.cfg.family}: name a recording of its family"
+        )
     with jax.default_matmul_precision("highest"):
-        recording = _Recording(emu, expected, meta, golden)
-        return [recording.row(key) for key in expected]
+        recording = _RECORDINGS[family](emu, expected, meta, golden)
+        return family, [recording.row(key) for key in expected]
 
 
-def verdict_summary(rows: list[TensorVerdict]) -> Verification:
+def verdict_summary(family: str, rows: list[TensorVerdict]) -> Verification:
     """Summarizes the verdicts."""
     checked = [r for r in rows if r.verdict != "not applicable"]
     errors = [r for r in checked if r.error is not None]
@@ -116,12 +137,15 @@ def verdict_summary(rows: list[TensorVerdict]) -> Verification:
         worst.error if worst and worst.error is not None and _badness(worst) < math.inf else None
     )
     failed = [r.key for r in rows if r.verdict == "FAILED"]
+    not_applicable = [r.key for r in rows if r.verdict == "not applicable"]
     return Verification(
+        family=family,
         passed=bool(checked) and not failed,
         checked=len(checked),
         failed=failed,
         worst=worst and WorstTensor(worst.key, error, worst.tolerance),
-        not_applicable=[r.key for r in rows if r.verdict == "not applicable"],
+        not_applicable=not_applicable,
+        not_applicable_groups=dict(collections.Counter(k.split("/")[0] for k in not_applicable)),
     )
 
 
@@ -162,10 +186,12 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 class _Recording:
-    """Recomputes the recorded tensors.
+    """Recomputes the recorded tensors of Emu1.
 
-    `_METHODS` maps the name of a tensor to a method. Tensors of one computation share its result.
+    `methods` maps the name of a tensor to a method. Tensors of one computation share its result.
     """
+
+    methods: ClassVar[dict[str, Callable[..., Any]]]
 
     def __init__(
         self, emu: api.Emu, expected: dict[str, np.ndarray], meta: dict, golden: Path
@@ -184,7 +210,7 @@ class _Recording:
     def row(self, key: str) -> TensorVerdict:
         if reason := self._excluded(key):
             return TensorVerdict(key, "not applicable", note=reason)
-        for pattern, compute in _METHODS.items():
+        for pattern, compute in self.methods.items():
             if match := re.fullmatch(pattern, key):
                 try:
                     return self._judge(key, compute(self, *match.groups()))
@@ -226,7 +252,8 @@ class _Recording:
 
     @functools.cached_property
     def features(self) -> tuple[jax.Array, jax.Array]:
-        return _features(self.model, self.pixels)
+        features = _features(self.model, self.pixels)
+        return features, self.model.ln_visual(features)
 
     @functools.cached_property
     def embeddings(self) -> jax.Array:
@@ -271,14 +298,15 @@ class _Recording:
         embedding_index[flat] = np.arange(len(flat))
         embedding_index = embedding_index.reshape(ids.shape)
         images = jnp.broadcast_to(self.embeddings, (len(ids), *self.embeddings.shape))
-        x, hidden, logits, predicted = _language(
+        targets, hidden, logits, predicted = _language(
             self.model,
             jnp.asarray(ids, jnp.int32),
             images,
             jnp.asarray(embedding_index),
             jnp.asarray(mask, bool),
+            jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape),
         )
-        return {"x": x, "hidden": hidden, "logits": logits, "predicted": predicted}
+        return {"targets": targets, "hidden": hidden, "logits": logits, "predicted": predicted}
 
     @functools.cached_property
     def trained(self) -> dict[str, Any]:
@@ -297,34 +325,58 @@ class _Recording:
             "hidden": out["hidden"],
             "llm_loss": -picked[scored].mean(),
             "regress_pred": np.asarray(out["predicted"])[predict],
-            "regress_target": np.asarray(out["x"])[target],
+            "regress_target": np.asarray(out["targets"])[target],
         }
 
     def train(self, what: str) -> Any:
         return self.trained[what]
 
     def token_cases(self) -> np.ndarray:
-        for case in self.meta.get("tokenizer_cases", ()):
-            if self.tokenizer.encode(case["text"]) != case["ids"]:
-                raise Difference(f"not equal: the ids of {case['text']!r}")
+        self.check_token_cases("tokenizer_cases")
         return self.trained["ids"]
 
+    def check_token_cases(self, name: str) -> None:
+        """Checks the ids of recorded texts.
+
+        Raises:
+            Difference: they are others.
+        """
+        for case in self.meta.get(name, ()):
+            if self.tokenizer.encode(case["text"]) != case["ids"]:
+                raise Difference(f"not equal: the ids of {case['text']!r}")
+
     def generated(self, tag: str) -> np.ndarray:
-        settings = self.meta["generate_defaults"] | self.meta["generate"][tag]["kw"]
+        recorded = self.meta["generate"][tag]
+        length = {"max_new_tokens": self.meta["spec"].get("new_tokens")}
+        settings = self.meta["generate_defaults"] | length | recorded["kw"]
+        return self.answered(f"generate/{tag}/ids", self.prompts, settings, recorded.get("texts"))
+
+    def answered(
+        self,
+        key: str,
+        prompts: Sequence[Sequence[Any]],
+        settings: dict[str, Any],
+        texts: Sequence[str] | None,
+    ) -> np.ndarray:
+        """Returns the ids generated with these settings, and checks the texts that equal ids
+        read."""
+        skip_special = settings.get("skip_special_tokens", True)
+        settings = {
+            _RENAMED.get(name, name): value
+            for name, value in settings.items()
+            if value is not None and not name.endswith(_NOT_DECODING)
+        }
         known = {f.name for f in dataclasses.fields(TextConfig)}
-        settings = {k: v for k, v in settings.items() if not k.endswith("_token_id")}
         if unknown := set(settings) - known:
             raise UserError(f"{self.golden}: unknown generation settings {sorted(unknown)}")
-        settings["max_new_tokens"] = self.meta["spec"]["new_tokens"]
-        ids = self.emu.generate_ids(self.prompts, **settings)
+        ids = self.emu.generate_ids(prompts, **settings)
         # The recording is as wide as its longest row, ours as wide as max_new_tokens.
-        width = self.expected[f"generate/{tag}/ids"].shape[1]
+        width = self.expected[key].shape[1]
         if (ids[:, width:] == self.cfg.tokens.pad).all():
             ids = ids[:, :width]
-        texts = self.meta["generate"][tag].get("texts")
-        if texts is not None and np.array_equal(ids, self.expected[f"generate/{tag}/ids"]):
+        if texts is not None and np.array_equal(ids, self.expected[key]):
             for row, text in zip(ids, texts, strict=True):
-                if (read := self.tokenizer.decode(row)) != text:
+                if (read := self.tokenizer.decode(row, skip_special)) != text:
                     raise Difference(f"the ids are equal, but read {read!r}, recorded {text!r}")
         return ids
 
@@ -388,6 +440,7 @@ class _Recording:
             uncond if guided else None,
             float(guidance) if guided else 1.0,
             int(steps),
+            "pndm",
         )
 
     def sampled(self, steps: str, guidance: str) -> np.ndarray:
@@ -418,7 +471,7 @@ class _Recording:
         return None
 
 
-_METHODS: dict[str, Callable[..., Any]] = {
+_Recording.methods = {
     r"vit/pixels_nchw|unet/(?:sample|t)|vae/image|sample/init_latents": _Recording.given,
     r"vit/features": lambda r: r.features[0],
     r"vit/ln_visual": lambda r: r.features[1],
@@ -439,11 +492,346 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+class _Emu2Recording(_Recording):
+    """Recomputes the recorded tensors of Emu2, of the base model or of Emu2-Chat."""
+
+    def _excluded(self, key: str) -> str:
+        group = key.split("/")[0]
+        if group not in ("preprocess", "box"):
+            of_chat = group in ("chat", "chat_hub")
+            if self.tokenizer.instruct and not of_chat:
+                return "of the base model"
+            if of_chat and not self.tokenizer.instruct:
+                return "of Emu2-Chat"
+        if group in ("unet", "vae", "sample") and not self.emu.paints:
+            return "this checkpoint has no image decoder"
+        return ""
+
+    def _judge(self, key: str, ours: Any) -> TensorVerdict:
+        if key.endswith("/image_uint8") and ours is not None:
+            away = int(np.abs(np.asarray(ours, int) - self.expected[key]).max(initial=0))
+            note = "" if away <= 1 else f"bytes differ by {away}"
+            return TensorVerdict(key, "FAILED" if note else "ok", note=note)
+        verdict = super()._judge(key, ours)
+        if not key.endswith("/sigmas") or verdict.error is None:
+            return verdict
+        passed = "ok" if verdict.error <= _SIGMAS else "FAILED"
+        return dataclasses.replace(verdict, verdict=passed, tolerance=_SIGMAS)
+
+    @functools.cache  # noqa: B019 (one recording lives as long as its verification)
+    def picture(self, number: int) -> Normalized:
+        recorded = self.expected.get(f"preprocess/{number}/pipeline")
+        if recorded is not None:
+            return Normalized(np.moveaxis(recorded, 0, -1))
+        return Normalized(np.moveaxis(self.preprocessed(str(number)), 0, -1))
+
+    def preprocessed(self, number: str, path: str = "pipeline") -> np.ndarray:
+        file = self.golden / f"preprocess_{number}.png"
+        pixels = normalize_images(jnp.asarray(load_image(file, self.cfg.vision.image_size)))
+        return np.moveaxis(np.asarray(pixels), -1, 0)
+
+    def parts(self, text: str, pictures: Sequence[int]) -> list[Any]:
+        """Splits a text with the release's placeholders into parts, a video into one part."""
+        parts, left = [], list(pictures)
+        for piece in _PLACEHOLDERS.split(text):
+            if piece == _STILL:
+                parts.append(self.picture(left.pop(0)))
+            elif _PLACEHOLDERS.fullmatch(piece):
+                parts.append([self.picture(left.pop(0)) for _ in range(piece.count(_FRAME))])
+            elif piece:
+                parts.append(piece)
+        if left:
+            raise Difference(f"{len(left)} pictures more than placeholders")
+        return parts
+
+    @staticmethod
+    def pictures(inputs: Any) -> list[int]:
+        """Returns the numbers of the pictures in nested recorded inputs, in order."""
+        if isinstance(inputs, str):
+            return [int(inputs.removeprefix("picture:"))] if inputs.startswith("picture:") else []
+        return [number for part in inputs for number in _Emu2Recording.pictures(part)]
+
+    def read(self, prompts: Sequence[Sequence[Any]], side: str = "right") -> dict[str, Any]:
+        """Runs the language model over padded prompts. States and logits of padding are zero."""
+        rows = [Prompt.of(parts, self.tokenizer, self.cfg) for parts in prompts]
+        batch = pad(
+            rows,
+            side,  # pyright: ignore[reportArgumentType]
+            rows=len(rows),
+            length=max(len(row.tokens) for row in rows),
+            images=max(1, *(len(row.images) for row in rows)),
+            fill=self.cfg.tokens.pad,
+        )
+        n, width = self.cfg.n_embeddings, self.cfg.embedding_width
+        images = jnp.zeros((1, n, width))
+        if len(batch.images):
+            images = _mixed_embeddings(self.model, batch.images, batch.frames)
+        targets, hidden, logits, predicted = _language(
+            self.model,
+            batch.tokens,
+            images[batch.image_index],
+            batch.embedding_index,
+            batch.valid,
+            np.maximum(np.cumsum(batch.valid, axis=1) - 1, 0),
+        )
+        return {
+            "ids": batch.tokens,
+            "mask": batch.valid.astype(np.int64),
+            "hidden": hidden * batch.valid[..., None],
+            "logits": logits * batch.valid[..., None],
+            "targets": targets,
+            "predicted": predicted,
+        }
+
+    @functools.cached_property
+    def prompts(self) -> list[list[Any]]:
+        prompts, start = [], 0
+        for text in self.meta["documents"]:
+            count = text.count(_STILL)
+            prompts.append(self.parts(text, range(start, start + count)))
+            start += count
+        return prompts
+
+    @functools.cached_property
+    def trained(self) -> dict[str, Any]:
+        self.check_token_cases("tokenizer_cases")
+        out, t = self.read(self.prompts), self.cfg.tokens
+        ids = out["ids"]
+        scored = ~np.isin(ids[:, 1:], [t.pad, t.img, t.img_end, t.image])
+        logp = np.asarray(jax.nn.log_softmax(out["logits"][:, :-1].astype(jnp.float32)))
+        picked = np.take_along_axis(logp, ids[:, 1:, None], axis=-1)[..., 0]
+        predict = np.asarray(self.model.regression_mask(jnp.asarray(ids), jnp.asarray(out["mask"])))
+        predicted = np.asarray(out["predicted"])[predict]
+        target = np.asarray(out["targets"])[np.roll(predict, 1, axis=1)]
+        return out | {
+            "llm_loss": -picked[scored].mean(),
+            "llm_targets": scored.sum(),
+            "regress_pred": predicted,
+            "regress_target": target,
+            "regress_loss": np.square(predicted - target).mean(),
+        }
+
+    @functools.cached_property
+    def padded_left(self) -> dict[str, Any]:
+        return self.read(self.prompts, "left")
+
+    def left(self, what: str) -> Any:
+        return self.padded_left[what]
+
+    def encoded_images(self, chat: str | None, kind: str, up: str | None) -> jax.Array:
+        pixels = self.picture(0).pixels[None] if chat else self.pixels
+        out = (_frame_embeddings if kind == "v" else _embeddings)(self.model, pixels)
+        return self.model.to_language(out) if up else out
+
+    def null(self) -> jax.Array:
+        size = self.cfg.vision.image_size
+        return _embeddings(self.model, np.zeros((1, size, size, 3), np.float32))
+
+    @functools.cache  # noqa: B019
+    def video_prompt(self, tag: str) -> list[Any]:
+        recorded = self.meta["video"][tag]
+        return self.parts(recorded["text"], self.pictures(recorded["inputs"]))
+
+    @functools.cache  # noqa: B019
+    def video_read(self, tag: str) -> dict[str, Any]:
+        return self.read([self.video_prompt(tag)])
+
+    def video(self, tag: str, what: str) -> Any:
+        return self.video_read(tag)[what]
+
+    def video_answer(self, tag: str, kind: str) -> np.ndarray:
+        return self.answer(
+            f"{tag}/{kind}/ids", self.video_prompt(tag), self.meta["video"][tag], kind
+        )
+
+    def answer(self, key: str, parts: list[Any], recorded: dict, kind: str) -> np.ndarray:
+        """Returns the ids of one recorded answer to a prompt."""
+        answer = recorded["out"][kind]
+        settings = self.meta["generate_defaults"] | answer["kw"]
+        return self.answered(key, [parts], settings, [answer["text"]])
+
+    @functools.cache  # noqa: B019
+    def chat_prompt(self, tag: str) -> list[Any]:
+        """Returns a recorded conversation in the format of the release's text."""
+        self.check_token_cases("tokenizer_cases_chat")
+        recorded = self.meta["chat"][tag]
+        turns = []
+        for turn in recorded["turns"]:
+            numbers, parts = iter(self.pictures(turn)), []
+            video: list[Any] | None = None
+            for part in turn:
+                shown = self.picture(next(numbers)) if part.startswith("picture:") else part
+                if part in ("[VIDEO]", "[/VIDEO]"):
+                    video = [] if part == "[VIDEO]" else None
+                    parts += [video] if video is not None else []
+                elif video is not None:
+                    video.append(shown)
+                else:
+                    parts.append(shown)
+            turns.append(parts)
+        style = chat_format(self.cfg, "native")
+        return converse(turns, style=style, grounding=recorded.get("is_grounding", False))
+
+    @functools.cache  # noqa: B019
+    def chat_read(self, tag: str) -> dict[str, Any]:
+        out = self.read([self.chat_prompt(tag)])
+        return out | {"last_logits": out["logits"][:, -1]}
+
+    def chat(self, tag: str, what: str) -> Any:
+        return self.chat_read(tag)[what]
+
+    def chat_answer(self, tag: str, kind: str) -> np.ndarray:
+        parts = self.chat_prompt(tag)
+        return self.answer(f"chat/{tag}/{kind}/ids", parts, self.meta["chat"][tag], kind)
+
+    def hub_chat(self, tag: str) -> np.ndarray:
+        recorded = self.meta["chat_hub"][tag]
+        count = recorded["content"].count(_STILL)
+        parts = converse(
+            [self.parts(recorded["content"], [0] * count)],
+            recorded["system_msg"],
+            style=chat_format(self.cfg, "hub"),
+        )
+        return Prompt.of(parts, self.tokenizer, self.cfg).tokens[None]
+
+    @functools.cache  # noqa: B019
+    def regressed(self, tag: str) -> jax.Array:
+        recorded = self.meta["gen_image"][tag]
+        prompts, left = [], list(recorded["pictures"])
+        for text in recorded["text"]:
+            count = text.count(_STILL)
+            prompts.append(self.parts(text, left[:count]) or [""])
+            left = left[count:]
+        return self.emu.regress(prompts)
+
+    def condition(self, part: str) -> jax.Array:
+        """Returns the recomputed regression that equals the recorded condition of the decoder."""
+        recorded = self.expected[f"{part}/cond"]
+        for tag in self.meta["gen_image"]:
+            repeated = self.expected.get(f"gen_image/{tag}", np.zeros(0))
+            if repeated.shape == recorded.shape and _relative(repeated, recorded) <= FEEDBACK:
+                return self.regressed(tag)
+        raise Difference("repeats none of the recorded gen_image/*")
+
+    def denoised(self) -> np.ndarray:
+        recorded = {name: self.expected[f"unet/{name}"] for name in ("t", "cond", "text_embeds")}
+        out = _denoise(
+            self.model.unet,
+            np.moveaxis(self.expected["unet/sample"], 1, -1),
+            jnp.asarray(recorded["t"], jnp.int32),
+            recorded["cond"],
+            jnp.asarray(self.expected["unet/time_ids"], jnp.float32),
+            recorded["text_embeds"],
+        )
+        return np.moveaxis(np.asarray(out), -1, 1)
+
+    @functools.cache  # noqa: B019
+    def sample_condition(self, tag: str) -> jax.Array:
+        """Returns the conditional rows before the unconditional ones of a recorded image."""
+        recorded = self.meta["sampling"][tag]
+        parts = [
+            self.picture(*self.pictures(part)) if self.pictures(part) else part
+            for part in recorded["inputs"]
+        ]
+        guided = recorded["guidance_scale"] > 1
+        if len(parts) == 1 and not isinstance(parts[0], str):  # autoencoding
+            cond = _embeddings(self.model, parts[0].pixels[None])
+            return jnp.concatenate([cond, self.null()]) if guided else cond
+        return self.emu.regress([parts, [""]][: 1 + guided])
+
+    def pooled(self, tag: str) -> jax.Array:
+        return jnp.mean(self.sample_condition(tag), axis=1)
+
+    def sizes(self, tag: str) -> np.ndarray:
+        recorded = self.meta["sampling"][tag]
+        sizes = image.size_condition(
+            self.cfg,
+            (recorded["height"], recorded["width"]),
+            original_size=tuple(recorded.get("original_size", (1024, 1024))),
+            crops_coords_top_left=tuple(recorded.get("crop_info", (0, 0))),
+        )
+        assert sizes is not None
+        return sizes
+
+    def time_ids(self, tag: str) -> np.ndarray:
+        rows = len(self.expected[f"sample/{tag}/time_ids"])
+        return np.broadcast_to(self.sizes(tag), (rows, 6)).astype(np.int64)
+
+    def sample_timesteps(self, tag: str) -> np.ndarray:
+        steps = self.meta["sampling"][tag]["num_inference_steps"]
+        return np.asarray(diffusion.sampling_steps(self.cfg.scheduler, steps, "euler").t)
+
+    def sigmas(self, tag: str) -> np.ndarray:
+        alphas = diffusion.alphas_cumprod(self.cfg.scheduler)[self.sample_timesteps(tag)]
+        return np.append(((1 - alphas) / alphas) ** 0.5, 0.0)
+
+    def noise_scale(self, tag: str) -> np.ndarray:
+        return np.sqrt(np.square(self.sigmas(tag)[0]) + 1)
+
+    @functools.cache  # noqa: B019
+    def sample_latents(self, tag: str) -> jax.Array:
+        recorded = self.meta["sampling"][tag]
+        start = jnp.asarray(np.moveaxis(self.expected[f"sample/{tag}/init_latents"], 1, -1))
+        rows = self.sample_condition(tag)
+        return _sample(
+            self.model,
+            start,
+            rows[:1],
+            rows[1:] if len(rows) > 1 else None,
+            recorded["guidance_scale"],
+            recorded["num_inference_steps"],
+            "euler",
+            jnp.asarray(self.sizes(tag)),
+        )
+
+    def sample_result(self, tag: str, what: str) -> Any:
+        latents = self.sample_latents(tag)
+        if what == "latents":
+            return np.moveaxis(np.asarray(latents), -1, 1)
+        pixels = np.asarray(image.decode_latents(self.model, latents))
+        return np.round(pixels * 255).astype(np.uint8) if what == "image_uint8" else pixels
+
+    def boxes(self) -> np.ndarray:
+        return np.stack([box_image(tuple(box))[..., 0] for box in self.meta["boxes"]])
+
+
+_Emu2Recording.methods = {
+    r"vit/pixels_nchw|unet/(?:sample|t|text_embeds|time_ids)|vae/image|sample/.+/init_latents": (
+        _Recording.given
+    ),
+    r"preprocess/(\d+)/(pipeline)": _Emu2Recording.preprocessed,
+    r"vit/features": lambda r: _features(r.model, r.pixels),
+    r"encode/null": _Emu2Recording.null,
+    r"(chat/)?encode/(n|v)_query(_up)?": _Emu2Recording.encoded_images,
+    r"train/(\w+)": _Recording.train,
+    r"left/(ids|mask|hidden)": _Emu2Recording.left,
+    r"generate/(.+)/ids": _Recording.generated,
+    r"(video|video_still)/(ids|hidden)": _Emu2Recording.video,
+    r"(video|video_still)/(.+)/ids": _Emu2Recording.video_answer,
+    r"gen_image/(.+)": _Emu2Recording.regressed,
+    r"chat/(\w+)/(ids|hidden|last_logits)": _Emu2Recording.chat,
+    r"chat/(\w+)/(\S+)/ids": _Emu2Recording.chat_answer,
+    r"chat_hub/(\w+)/ids": _Emu2Recording.hub_chat,
+    r"(unet)/cond": _Emu2Recording.condition,
+    r"unet/out": _Emu2Recording.denoised,
+    r"vae/(mean|logvar|decoded)": _Recording.autoencoded,
+    r"sample/([^/]+)/cond": _Emu2Recording.sample_condition,
+    r"sample/([^/]+)/text_embeds": _Emu2Recording.pooled,
+    r"sample/([^/]+)/time_ids": _Emu2Recording.time_ids,
+    r"sample/([^/]+)/timesteps": _Emu2Recording.sample_timesteps,
+    r"sample/([^/]+)/sigmas": _Emu2Recording.sigmas,
+    r"sample/([^/]+)/init_noise_sigma": _Emu2Recording.noise_scale,
+    r"sample/([^/]+)/(latents|image|image_uint8)": _Emu2Recording.sample_result,
+    r"box/pictures": _Emu2Recording.boxes,
+}
+
+_RECORDINGS: dict[str, type[_Recording]] = {"emu": _Recording, "emu2": _Emu2Recording}
+
+
 # NumPy's arrays, which become JAX's inside, are `Any`.
 @nnx.jit
-def _features(model: EmuModel, pixels: Any) -> tuple[Array, Array]:
-    features = model.visual(pixels)
-    return features, model.ln_visual(features)
+def _features(model: EmuModel, pixels: Any) -> Array:
+    return model.visual(pixels)
 
 
 @nnx.jit
@@ -452,21 +840,33 @@ def _embeddings(model: EmuModel, pixels: Any) -> Array:
 
 
 @nnx.jit
+def _frame_embeddings(model: EmuModel, pixels: Any) -> Array:
+    return model.encode_images(pixels, frames=True)
+
+
+@nnx.jit
+def _mixed_embeddings(model: EmuModel, pixels: Any, frames: Any) -> Array:
+    return model.encode_images(pixels, frames=frames)
+
+
+@nnx.jit
 def _language(
-    model: EmuModel, tokens: Any, images: Any, embedding_index: Any, mask: Any
+    model: EmuModel, tokens: Any, images: Any, embedding_index: Any, mask: Any, positions: Any
 ) -> tuple[Array, Array, Array, Array]:
     x = model.embed(tokens, images, embedding_index)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Through the KV cache, so that padding attends to the same positions as in the release.
     batch, length = tokens.shape
     cache = model.llama.empty_cache(batch, length, x.dtype)
     hidden, _ = model.llama.extend(x, positions, mask, cache)
-    return x, hidden, model.llama.logits(hidden), model.llama.regress(hidden)
+    targets = model.regression_targets(x, images, embedding_index)
+    return targets, hidden, model.llama.logits(hidden), model.regress(hidden)
 
 
 @nnx.jit
-def _denoise(unet: Any, sample: Any, timesteps: Any, cond: Any) -> Array:
-    return unet(sample, timesteps, cond)
+def _denoise(
+    unet: Any, sample: Any, timesteps: Any, cond: Any, sizes: Any = None, pooled: Any = None
+) -> Array:
+    return unet(sample, timesteps, cond, sizes, pooled)
 
 
 @nnx.jit
@@ -479,8 +879,17 @@ def _decode(vae: Any, latents: Any) -> Array:
     return vae.decode(latents)
 
 
-@functools.partial(nnx.jit, static_argnums=(5,))
+@functools.partial(nnx.jit, static_argnums=(5, 6))
 def _sample(
-    model: EmuModel, latents: Any, cond: Any, uncond: Any, guidance: Any, steps: int
+    model: EmuModel,
+    latents: Any,
+    cond: Any,
+    uncond: Any,
+    guidance: Any,
+    steps: int,
+    method: str,
+    sizes: Any = None,
 ) -> Array:
-    return image.sample_latents(model, latents, cond, uncond, guidance, steps=steps, method="pndm")
+    return image.sample_latents(
+        model, latents, cond, uncond, guidance, steps=steps, method=method, sizes=sizes
+    )

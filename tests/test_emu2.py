@@ -13,7 +13,7 @@ import pytest
 from conftest import GOLDEN, relative_error
 from flax import nnx
 
-from emu_jax import config
+from emu_jax import cli, config
 from emu_jax.config import CFormerConfig, EmuConfig, PoolingConfig
 from emu_jax.convert import export, source, tables, tensor_files
 from emu_jax.convert.convert import convert
@@ -22,6 +22,7 @@ from emu_jax.models.connectors import pool
 from emu_jax.models.emu import EmuModel
 from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
+from emu_jax.verify import verify
 
 EMU2 = GOLDEN.parent / "emu2_tiny"
 NATIVE = EMU2 / "Emu2_pytorch_model.bf16.bin"
@@ -50,6 +51,20 @@ def assert_same_tensors(ours, theirs):
             np.testing.assert_array_equal(
                 ours[name][key].read().view(np.uint8), tensor.read().view(np.uint8), err_msg=key
             )
+
+
+def assert_same_values(ours, theirs):
+    """The same tensors bit for bit, in any files and any order."""
+    ours, theirs = (
+        {key: t for tensors in stored(path).values() for key, t in tensors.items()}
+        for path in (ours, theirs)
+    )
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        np.testing.assert_array_equal(
+            ours[key].read().view(np.uint8), tensor.read().view(np.uint8), err_msg=key
+        )
 
 
 # --- Model -----------------------------------------------------------------------------------
@@ -176,19 +191,36 @@ def released_shapes():
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
-@pytest.mark.parametrize("model", ["Emu2", "Emu2-Chat"])
+PARAMETERS = {
+    "Emu2": 36_906_513_152,
+    "Emu2-Chat": 36_906_513_152 + 26_624,
+    "Emu2-Gen": 36_906_513_152 + 2_525_520_644 + 83_653_863,
+}
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
 def test_every_tensor_of_the_release_has_its_place(released_shapes, model):
-    cfg = {"Emu2": config.emu2, "Emu2-Chat": config.emu2_chat}[model]()
+    presets = {"Emu2": config.emu2, "Emu2-Chat": config.emu2_chat, "Emu2-Gen": config.emu2_gen}
+    cfg = presets[model]()
     shapes = {p: s.shape for p, s in source.abstract_model(cfg, one_device()).shapes.items()}
     rows = tables.model_rows(cfg, shapes)
     assert sorted(row.path for row in rows) == sorted(shapes)  # every leaf, once
     sizes = [np.prod(shape, dtype=np.int64) for shape in shapes.values()]
-    assert sum(sizes) == 36_906_513_152 + 26_624 * (model == "Emu2-Chat")
+    assert sum(sizes) == PARAMETERS[model]
     for layout in ("native", "hub"):
-        released = {k: tuple(v) for k, v in released_shapes[f"{model}/{layout}"].items()}
+        parts = {"": f"{model}/{layout}"}
+        if (model, layout) == ("Emu2-Gen", "hub"):
+            parts = {"": f"{model}/hub/multimodal_encoder"}
+            parts |= {f"{part}:": f"{model}/hub/{part}" for part in ("unet", "vae")}
+        released = {
+            prefix + key: tuple(shape)
+            for prefix, listing in parts.items()
+            for key, shape in released_shapes[listing].items()
+        }
         style = tables.KeyStyle.of(released)
         unused = tables.match(rows, shapes, cfg, style, released, layout)
-        assert len(unused) == (60 if layout == "native" else 0)
+        checker = len(released_shapes["Emu2-Gen/hub/safety_checker"])
+        assert len(unused) == (layout == "native") * (60 + checker * (model == "Emu2-Gen"))
         back = {
             style.write(key): tuple(row.release_shape(shapes[row.path]))
             for row in rows
@@ -213,12 +245,7 @@ def test_native_file_comes_back_bit_for_bit(tmp_path):
     assert "model.visual.cls_token" in keys and "project_up.weight" in keys
     assert not any("inv_freq" in key for key in keys)
     convert(tmp_path / "hub", tmp_path / "again.bin", to="emu", layout="native")
-    first, again = (next(iter(stored(p).values())) for p in (NATIVE, tmp_path / "again.bin"))
-    assert first.keys() == again.keys()
-    for key, tensor in first.items():
-        np.testing.assert_array_equal(
-            again[key].read().view(np.uint8), tensor.read().view(np.uint8), err_msg=key
-        )
+    assert_same_values(tmp_path / "again.bin", NATIVE)
 
 
 def test_hub_folder_comes_back_bit_for_bit(tmp_path):
@@ -393,3 +420,89 @@ def test_flops_count_what_pooling_needs():
     assert flops.towers["project_up"] == 6 * matrix * 2 * 3 * 4
     assert flops.towers["project_down"] == 6 * matrix * 2 * 3 * 4
     assert isinstance(EmuModel, type)
+
+
+# --- Emu2-Gen --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_gen_folder_and_its_one_file_come_back_bit_for_bit(tmp_path):
+    """Diffusers' folders, and the one file with a prefix for each part, which also has a safety
+    checker, come back as they were, and each becomes the other."""
+    gen = EMU2 / "Emu2-Gen"
+    convert(gen, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back", to="emu")
+    for path in gen.rglob("*"):
+        ours = tmp_path / "back" / path.relative_to(gen)
+        if path.suffix == ".safetensors":
+            assert_same_tensors(ours, path)
+        elif path.is_file():
+            assert ours.read_bytes() == path.read_bytes(), path
+
+    file = tmp_path / "native" / "Emu2-Gen_pytorch_model.bf16.safetensors"
+    convert(tmp_path / "run", file.parent, to="emu", layout="native")
+    tensors = next(iter(stored(file).values()))
+    assert len([key for key in tensors if key.endswith("inv_freq")]) == 3
+    plain = {k: (t.shape, t.dtype) for k, t in tensors.items()}
+    extra = {"safety_checker.concept_embeds": ((2, 3), np.dtype(np.float32))}
+    whole = tmp_path / "whole.safetensors"
+    writer = tensor_files.create(whole, plain | extra)
+    for key, tensor in tensors.items():
+        writer.write(key, tensor.read())
+    writer.write("safety_checker.concept_embeds", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.close()
+    shutil.copytree(gen / "unet", tmp_path / "diffusion_config" / "unet")
+    for part in ("vae", "scheduler"):
+        shutil.copytree(gen / part, tmp_path / "diffusion_config" / part)
+    convert(whole, tmp_path / "hub", to="emu", layout="hub", **SETTINGS)
+    name = "diffusion_pytorch_model"
+    for part in ("unet", "vae"):
+        ours = tmp_path / "hub" / part / f"{name}.safetensors"
+        assert_same_values(ours, gen / part / f"{name}.bf16.safetensors")
+    convert(tmp_path / "hub", tmp_path / "again.safetensors", to="emu", layout="native")
+    assert_same_values(tmp_path / "again.safetensors", whole)
+
+
+# --- The command -----------------------------------------------------------------------------
+
+# Recorded answers that differ from others in settings alone, which Emu1's tests cover.
+LEFT_OUT = ("generate/", "video_still/", "chat/multi/", "chat/mixed/", "chat/text/")
+KEPT = ("generate/release/ids", "generate/beam5_lp-1_min6/ids")
+
+
+def recording(folder):
+    """A smaller recording."""
+    with np.load(EMU2 / "expected.npz") as stored:
+        arrays = {
+            key: stored[key]
+            for key in stored
+            if key in KEPT or not (key.startswith(LEFT_OUT) and key.endswith("/ids"))
+        }
+    np.savez(folder / "expected.npz", **arrays)
+    for path in (*EMU2.glob("*.png"), EMU2 / "meta.json"):
+        shutil.copy(path, folder)
+    return arrays
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["Emu2-Gen", "Emu2-Chat"])
+def test_every_recorded_tensor_is_verified(model, tmp_path, capsys):
+    convert(EMU2 / model, tmp_path / "run")
+    (tmp_path / "golden").mkdir()
+    arrays = recording(tmp_path / "golden")
+    folders = ["--checkpoint", str(tmp_path / "run"), "--golden", str(tmp_path / "golden")]
+    status = cli.main(["verify", *folders, "--json"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (status, result["passed"], result["failed"], result["family"]) == (0, True, [], "emu2")
+    chat = {key for key in arrays if key.startswith(("chat/", "chat_hub/"))}
+    every = {key for key in arrays if key.startswith(("preprocess/", "box/"))}
+    applicable = chat | every if model == "Emu2-Chat" else arrays.keys() - chat
+    assert set(result["not_applicable"]) == arrays.keys() - applicable
+    assert result["checked"] == len(applicable)
+    assert sum(result["not_applicable_groups"].values()) == len(result["not_applicable"])
+
+
+def test_a_recording_of_the_other_family_is_refused(tmp_path):
+    convert(NATIVE, tmp_path / "run", **SETTINGS)
+    with pytest.raises(UserError, match="recorded from a model of the family emu, .* is of emu2"):
+        verify(tmp_path / "run", GOLDEN)

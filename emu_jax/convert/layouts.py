@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,7 @@ from emu_jax.convert.source import (
 from emu_jax.convert.tables import SAFETY_CHECKER, KeyStyle
 from emu_jax.convert.tensors import Contents, Shape, Tensor
 from emu_jax.errors import UserError
+from emu_jax.tokenizer import Tokenizer
 
 LayoutKind = Literal["native", "hub"]
 
@@ -169,6 +170,13 @@ def _native_name(source: ModelSource) -> str:
     return f"{model}_pytorch_model{variant}.{suffix}"
 
 
+class Described(Protocol):
+    """What Emu2's files other than tensors follow from; every `ModelSource` has it."""
+
+    cfg: EmuConfig
+    tokenizer: Tokenizer
+
+
 @dataclasses.dataclass(frozen=True)
 class Emu2Json:
     """The JSON files that an Emu2's sizes are read from."""
@@ -178,7 +186,7 @@ class Emu2Json:
 
 
 def complete_emu2(
-    source: ModelSource, folder: Path, *, hub: bool, llama_values: Mapping[str, Any]
+    source: Described, folder: Path, *, hub: bool, llama_values: Mapping[str, Any]
 ) -> Emu2Json:
     """Writes Emu2's files other than tensors and the decoder's that a folder does not have yet.
 

@@ -24,6 +24,7 @@ from emu_jax.config import (
     VisionConfig,
     emu2,
     emu2_chat,
+    emu2_gen,
     emu_14b,
     from_dict,
 )
@@ -593,15 +594,15 @@ def decoder(folder: Path) -> tuple[UNetConfig, VAEConfig, SchedulerConfig]:
 
 
 def with_decoder(cfg: EmuConfig, folder: Path | None) -> EmuConfig:
-    """Returns a configuration with the image decoder that a folder's JSON files describe.
+    """Returns a configuration with the image decoder that a folder's JSON files describe, or
+    without a folder with that of the released Emu2-Gen.
 
     Raises:
-        UserError: there is no folder, or a file is missing or not supported.
+        UserError: a file is missing or not supported.
     """
     if folder is None:
-        raise UserError(
-            "the file has an image decoder, whose sizes cannot be inferred: put the release's "
-            "diffusion_config/ beside it"
-        )
-    unet, vae, scheduler = decoder(folder)
+        preset = emu2_gen()
+        unet, vae, scheduler = preset.unet, preset.vae, preset.scheduler
+    else:
+        unet, vae, scheduler = decoder(folder)
     return dataclasses.replace(cfg, unet=unet, vae=vae, scheduler=scheduler)

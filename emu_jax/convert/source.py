@@ -442,14 +442,16 @@ class ReleaseFiles:
 
     def decoder(self) -> Path | None:
         """Returns the folder with the JSON files of an image decoder whose weights are in the one
-        native file of Emu2-Gen, or None if there are none."""
+        native file of Emu2-Gen, or None if there are none.
+
+        It is beside the file, the tokenizer or the model JSON (release: `conf/diffusion_config`).
+        """
         parents = [self.folder, self.tokenizer.parent]
         parents += [self.model_json.parent] if self.model_json else []
-        for parent in parents:
-            for folder in (parent, parent / "diffusion_config"):
-                if (folder / "unet" / "config.json").is_file():
-                    return folder
-        return None
+        names = ("unet/config.json", "diffusion_config/unet/config.json", "*/unet/config.json")
+        found = (path for parent in parents for name in names for path in sorted(parent.glob(name)))
+        config = next(found, None)
+        return config and config.parent.parent
 
 
 @dataclasses.dataclass
