@@ -15,11 +15,13 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgpack
+import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.file_cache import FileCache
@@ -212,6 +214,18 @@ def utf8(content: bytes, where: str) -> str:
 ABSENT = Text("")
 
 
+class KnownLengths(NamedTuple):
+    """Lengths of consecutive documents that need not be counted, in their order.
+
+    Attributes:
+        counts: number of parts of each document.
+        sizes: tokens of each part, or -1 for an image.
+    """
+
+    counts: Int[np.ndarray, "documents"]
+    sizes: Int[np.ndarray, "parts"]
+
+
 class Source(Sequence[Document]):
     """Documents by index. Safe for random access from several threads.
 
@@ -252,6 +266,14 @@ class Source(Sequence[Document]):
     def sketch(self, index: int) -> Document:
         """Reads a document whose images may be empty: enough to count its tokens."""
         return self.read(index)
+
+    def known_lengths(self, indices: range, tokenizer: str) -> KnownLengths | None:
+        """Returns the lengths of documents if they are stored with them, or None to count.
+
+        Args:
+            tokenizer: fingerprint of the tokenizer.
+        """
+        return None
 
     def unused(self) -> Tally:
         """Counts the contents of the files that belong to no document."""

@@ -1,7 +1,17 @@
-"""Lengths of documents, counted once and cached: tokens of each text, and positions of images."""
+"""Lengths of documents, counted once and cached: tokens of each text, and positions of images.
+
+The lengths of a large source are in up to `_MOST_PARTS` folders of cached arrays, and one more that
+lists them. A part is opened when a document in it is first looked up.
+
+    starts     uint32, first size of each document of the part; one more, the end
+    sizes      int16, tokens of each text; IMAGE_PART; or _LONG, for a longer text
+    long_at, long_sizes    positions in `sizes` and tokens of the longer texts
+    damage     int8, 1 + position in REASONS, or 0
+"""
 
 from __future__ import annotations
 
+import abc
 import functools
 import logging
 import os
@@ -16,12 +26,21 @@ from emu_jax.data.documents import (
     REASONS,
     Damaged,
     Image,
+    KnownLengths,
     Source,
     Text,
     check_size,
 )
 from emu_jax.data.packing import IMAGE_PART
-from emu_jax.data.sources.index import Arrays, cached_arrays, indexing, remove_arrays
+from emu_jax.data.sources.index import (
+    EAGER,
+    Arrays,
+    NotIndexed,
+    cached_arrays,
+    indexing,
+    remove_arrays,
+    without_indexing,
+)
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.storage import is_remote
@@ -29,8 +48,12 @@ from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1 << 16  # documents counted together
-_VERSION = 2  # of the cached arrays
+_CHUNK = 1 << 16  # documents of a part, at least
+_MOST_PARTS = 256  # a block of documents is looked up in most of them
+_LONG = -2  # in place of a size beyond int16
+_LONGEST = 2**15 - 1
+_VERSION = 3  # of the cached arrays
+_EARLIER = 2  # version whose arrays are converted
 _AWAITED = ("missing image", "ambiguous image", "missing file")  # may arrive later
 
 
@@ -49,99 +72,247 @@ def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
 
 
-class TokenLengths:
+class Lengths(abc.ABC):
     """The lengths of a source's documents: for each part, its number of tokens or IMAGE_PART.
-
-    Counting reads the words of each document, and opens no image. The result is cached as mapped
-    arrays, keyed by the source and the tokenizer. It is written a chunk at a time, so an
-    interrupted count can be resumed. A document that cannot be read has no parts.
-
-    Args:
-        recount: count again if files were missing and some have arrived since; otherwise warn.
 
     Attributes:
         tally: counts of used and unused parts of the source, as far as they are known without
             opening an image.
     """
 
+    tally: Tally
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> list[int]: ...
+
+    @abc.abstractmethod
+    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "3 documents"]:
+        """Returns, for each document, the tokens of its texts, its images, and 1 + the position of
+        its damage in REASONS or 0."""
+
+    @abc.abstractmethod
+    def damage(self, index: int) -> str | None:
+        """Returns why a document could not be read, or None if it could."""
+
+    @abc.abstractmethod
+    def totals(self) -> dict[str, int]:
+        """Returns totals over all documents (see `TOTALS`): documents, text tokens, images; how
+        many documents have text, an image, or both; how many are damaged."""
+
+
+class LengthParts:
+    """The parts in which a source's lengths are counted and cached.
+
+    Attributes:
+        name: name of the cached arrays of the whole source.
+        count: number of parts. A single part is cached under `name`; several are cached apart, and
+            `name` lists them.
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+        self._source, self._tokenizer, self.folder = source, tokenizer, folder
+        self.name = f"outlines-{_VERSION}-{source.fingerprint}-{tokenizer.fingerprint}"
+        self.earlier_name = f"outlines-{_EARLIER}-{source.fingerprint}-{tokenizer.fingerprint}"
+        self.documents = part_documents(len(source))
+        self.count = -(-len(source) // self.documents)
+
+    def stamp(self) -> UInt8[np.ndarray, "bytes"]:
+        return np.frombuffer(f"stamp {self._source.stamp()}".encode(), np.uint8)
+
+    def names(self) -> list[str]:
+        """Returns the names of all cached arrays, those of the parts last."""
+        parts = range(self.count) if self.count > 1 else ()
+        return [self.name, *map(self._part_name, parts)]
+
+    def open(self, part: int, stamp: UInt8[np.ndarray, "bytes"] | None = None) -> Arrays:
+        """Returns the arrays of one of several parts; counts it first unless it is cached."""
+        stamp = self.stamp() if stamp is None else stamp
+        make = functools.partial(self.make, part, stamp)
+        # Small arrays are copied to memory: those of all parts together stay within EAGER.
+        return cached_arrays(self.folder, self._part_name(part), make, EAGER // self.count)
+
+    def make(self, part: int, stamp: UInt8[np.ndarray, "bytes"]) -> Arrays:
+        """Counts a part."""
+        first = part * self.documents
+        indices = range(first, min(first + self.documents, len(self._source)))
+        known = self._source.known_lengths(indices, self._tokenizer.fingerprint)
+        if known is not None:
+            return _known(known) | {"stamp": stamp}
+        return self._converted(indices) or _count(self._source, self._tokenizer, indices, stamp)
+
+    def _part_name(self, part: int) -> str:
+        return f"{self.name}-{part * self.documents}"
+
+    def _converted(self, indices: range) -> Arrays | None:
+        """Returns the arrays of a part from those of an earlier version, or None without any.
+
+        Counts of reasons belong to all documents; they go to the first part. Arrays in a store are
+        not converted: each part would download all of them.
+        """
+        if is_remote(self.folder):
+            return None
+        try:
+            with without_indexing():
+                arrays = cached_arrays(self.folder, self.earlier_name, dict)
+        except NotIndexed:
+            return None
+        starts = np.asarray(arrays["starts"][indices.start : indices.stop + 1])
+        tally = arrays["tally"] if indices.start == 0 else Tally().to_array()
+        return _compact(
+            np.diff(starts),
+            np.asarray(arrays["sizes"][int(starts[0]) : int(starts[-1])]),
+            np.asarray(arrays["damage"][indices.start : indices.stop]),
+        ) | {"tally": tally, "stamp": arrays["stamp"]}
+
+
+class TokenLengths(Lengths):
+    """Lengths that are counted once.
+
+    Counting reads the words of each document, and opens no image. The result is cached as mapped
+    arrays, keyed by the source and the tokenizer. It is written a part at a time, so an
+    interrupted count can be resumed. A document that cannot be read has no parts.
+
+    Args:
+        recount: count again if files were missing and some have arrived since; otherwise warn.
+    """
+
     def __init__(
         self, source: Source, tokenizer: Tokenizer, folder: Path, recount: bool = True
     ) -> None:
-        name = f"outlines-{_VERSION}-{source.fingerprint}-{tokenizer.fingerprint}"
-        chunks = {
-            f"{name}-{start}": range(start, min(start + _CHUNK, len(source)))
-            for start in range(0, len(source), _CHUNK)
-        }
-
+        self.parts = parts = LengthParts(source, tokenizer, folder)
+        self._count, self._opened = len(source), dict[int, _Part]()
         begun: UInt8[np.ndarray, "bytes"] | None = None  # the stamp when counting began
 
         def count() -> Arrays:
             nonlocal begun
-            log.info("counting the tokens of %d documents for %s", len(source), folder / name)
+            log.info("counting the tokens of %d documents for %s", len(source), folder / parts.name)
             # Taken before counting: a file that arrives meanwhile may be too late for its document.
-            begun = stamp = _stamp(source)
-            if len(chunks) < 2:
-                return _with_starts(_count(source, tokenizer, range(len(source)), stamp))
-            shares = [
-                cached_arrays(
-                    folder, part, functools.partial(_count, source, tokenizer, indices, stamp)
-                )
-                for part, indices in chunks.items()
-            ]
-            tally = Tally.add([share["tally"] for share in shares])
-            arrays = {key: np.concatenate([s[key] for s in shares]) for key in shares[0]}
-            stamps = {share["stamp"].tobytes() for share in shares}
-            one = stamp if len(stamps) == 1 else np.zeros(1, np.uint8)  # no stamp
-            return _with_starts(arrays | {"tally": tally, "stamp": one})
+            begun = stamp = parts.stamp()
+            if parts.count < 2:
+                return parts.make(0, stamp)
+            tallies, stamps, totals = [], set[bytes](), np.zeros(len(TOTALS), np.int64)
+            for part in range(parts.count):
+                arrays = parts.open(part, stamp)
+                tallies.append(arrays["tally"])
+                stamps.add(arrays["stamp"].tobytes())
+                totals += np.asarray(arrays["totals"])
+            return {
+                "tally": Tally.add(tallies),
+                "stamp": stamp if len(stamps) == 1 else np.zeros(1, np.uint8),  # no stamp
+                "totals": totals,
+            }
 
-        arrays = cached_arrays(folder, name, count)
+        arrays = cached_arrays(folder, parts.name, count)
         missing = [r for r in Tally.from_array(arrays["tally"]).unused if r in _AWAITED]
         # Files that arrived while counting wait for the next run: a crawl may never pause.
         if (
             missing
-            and arrays["stamp"].tobytes() != (_stamp(source) if begun is None else begun).tobytes()
+            and arrays["stamp"].tobytes() != (parts.stamp() if begun is None else begun).tobytes()
         ):
             if recount:
-                log.warning("%s: files arrived since it was counted; counting again", folder / name)
-                remove_arrays(folder, name)
-                arrays = cached_arrays(folder, name, count)
+                log.warning(
+                    "%s: files arrived since it was counted; counting again", folder / parts.name
+                )
+                for name in (*parts.names(), parts.earlier_name):
+                    remove_arrays(folder, name)
+                arrays = cached_arrays(folder, parts.name, count)
             else:
                 log.warning(
                     "files arrived since %s was counted, and are not used: start a new run, or "
                     "remove it to count again",
-                    folder / name,
+                    folder / parts.name,
                 )
-        # In a store they are removed by the process that counted, not by all.
-        done = len(chunks) > 1 and (begun is not None or not is_remote(folder)) and indexing()
-        for part in chunks if done else ():
-            remove_arrays(folder, part)
-        self._sizes, self._starts = arrays["sizes"], arrays["starts"]
-        self._damage, self._totals = arrays["damage"], arrays["totals"]
+        if begun is not None and indexing() and not is_remote(folder):
+            remove_arrays(folder, parts.earlier_name)
+        if parts.count < 2:
+            self._opened[0] = _Part(arrays)
+        self._totals = arrays["totals"]
         self.tally = Tally.from_array(arrays["tally"])
         self.tally.merge(source.unused())
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return self._count
 
     def __getitem__(self, index: int) -> list[int]:
-        return self._sizes[self._starts[index] : self._starts[index + 1]].tolist()
+        part, row = self._find(index)
+        return part.sizes(row)
+
+    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "3 documents"]:
+        if self.parts.count < 2:
+            return self._open(0).totals_of(indices)
+        parts, rows = np.divmod(indices, self.parts.documents)
+        order = np.argsort(parts, kind="stable")
+        numbers, starts = np.unique(parts[order], return_index=True)
+        result = np.zeros((3, len(indices)), np.int64)
+        for part, at in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            result[:, at] = self._open(part).totals_of(rows[at])
+        return result
 
     def damage(self, index: int) -> str | None:
-        """Returns why a document could not be read, or None if it could."""
-        code = int(self._damage[index])
+        part, row = self._find(index)
+        code = int(part.damage[row])
         return REASONS[code - 1] if code else None
 
     def totals(self) -> dict[str, int]:
-        """Returns totals over all documents (see `_TOTALS`): documents, text tokens, images; how
-        many documents have text, an image, or both; how many are damaged."""
-        return dict(zip(_TOTALS, self._totals.tolist(), strict=True))
+        return dict(zip(TOTALS, self._totals.tolist(), strict=True))
+
+    def _find(self, index: int) -> tuple[_Part, int]:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        part, row = divmod(index, self.parts.documents)
+        return self._open(part), row
+
+    def _open(self, part: int) -> _Part:
+        if part not in self._opened:  # threads may open it twice, which does no harm
+            self._opened[part] = _Part(self.parts.open(part))
+        return self._opened[part]
 
 
-_TOTALS = ("documents", "tokens", "images", "with_text", "with_image", "with_both", "damaged")
+class _Part:
+    """The cached lengths of consecutive documents."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._starts, self._sizes = arrays["starts"], arrays["sizes"]
+        self._long_at = np.asarray(arrays["long_at"])  # few
+        self._long_sizes = np.asarray(arrays["long_sizes"])
+        self.damage = arrays["damage"]
+
+    def sizes(self, row: int) -> list[int]:
+        start, stop = int(self._starts[row]), int(self._starts[row + 1])
+        return self._with_long(self._sizes[start:stop], np.arange(start, stop)).tolist()
+
+    def totals_of(self, rows: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "3 documents"]:
+        starts = self._starts.take(rows).astype(np.int64)
+        counts = self._starts.take(rows + 1) - starts
+        owners = np.repeat(np.arange(len(rows)), counts)
+        at = np.arange(len(owners)) + (starts - np.cumsum(counts) + counts)[owners]
+        sizes = self._with_long(self._sizes.take(at), at)
+        tokens = np.bincount(owners, np.maximum(sizes, 0), len(rows)).astype(np.int64)
+        images = np.bincount(owners[sizes == IMAGE_PART], minlength=len(rows))
+        return np.stack([tokens, images, self.damage.take(rows).astype(np.int64)])
+
+    def _with_long(self, sizes: np.ndarray, at: Int[np.ndarray, "parts"]) -> np.ndarray:
+        """Returns the sizes at some positions, with those of long texts in place."""
+        long = np.flatnonzero(sizes == _LONG)
+        if not len(long):
+            return sizes
+        sizes = sizes.astype(np.int32)
+        sizes[long] = self._long_sizes[np.searchsorted(self._long_at, at[long])]
+        return sizes
 
 
-def _stamp(source: Source) -> UInt8[np.ndarray, "bytes"]:
-    return np.frombuffer(f"stamp {source.stamp()}".encode(), np.uint8)
+def part_documents(count: int) -> int:
+    """Returns how many documents of a source are counted and cached together."""
+    size = _CHUNK
+    while size * _MOST_PARTS < count:
+        size *= 2
+    return size
+
+
+TOTALS = ("documents", "tokens", "images", "with_text", "with_image", "with_both", "damaged")
 
 
 def _count(
@@ -179,18 +350,37 @@ def _count(
                 if tally.leave(reason):
                     where = source.where(indices[n])
                     tally.example(reason, f"{where}: {detail}" if detail else where)
-    return {
-        "counts": counts,
-        "sizes": np.array(all_sizes, np.int32),
-        "damage": damage,
-        "tally": tally.to_array(),
-        "stamp": stamp,
-    }
+    lengths = _compact(counts, np.array(all_sizes, np.int32), damage)
+    return lengths | {"tally": tally.to_array(), "stamp": stamp}
 
 
-def _with_starts(arrays: Arrays) -> Arrays:
-    counts, sizes, damage = arrays["counts"], arrays["sizes"], arrays["damage"]
+def _known(known: KnownLengths) -> Arrays:
+    counts, sizes = known
+    arrays = _compact(counts, sizes, np.zeros(len(counts), np.int8))
+    totals = dict(zip(TOTALS, arrays["totals"].tolist(), strict=True))
+    tally = Tally()
+    tally.used["documents"] = totals["with_text"] + totals["with_image"] - totals["with_both"]
+    tally.used["images"], tally.used["texts"] = totals["images"], int((sizes > 0).sum())
+    return arrays | {"tally": tally.to_array()}
+
+
+def _compact(
+    counts: Int[np.ndarray, "documents"],
+    sizes: Int[np.ndarray, "parts"],
+    damage: Int[np.ndarray, "documents"],
+) -> Arrays:
+    """Returns the arrays of a part.
+
+    Args:
+        counts: number of sizes of each document.
+
+    Raises:
+        ValueError: they are too many for one part.
+    """
     starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    if starts[-1] >= 2**32:
+        raise ValueError(f"{starts[-1]} parts of {len(counts)} documents")
+    long = np.flatnonzero(sizes > _LONGEST)
 
     def each(values: np.ndarray) -> Int[np.ndarray, "documents"]:
         total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
@@ -207,10 +397,10 @@ def _with_starts(arrays: Arrays) -> Arrays:
         (damage > 0).sum(),
     ]
     return {
-        "sizes": sizes,
-        "starts": starts,
+        "starts": starts.astype(np.uint32),
+        "sizes": np.where(sizes > _LONGEST, _LONG, sizes).astype(np.int16),
+        "long_at": long,
+        "long_sizes": sizes[long],
         "damage": damage,
-        "tally": arrays["tally"],
-        "stamp": arrays["stamp"],
         "totals": np.array(totals, np.int64),
     }

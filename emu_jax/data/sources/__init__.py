@@ -12,6 +12,7 @@ cues.py       subtitle files as cues
 folders.py    files found by name in subfolders
 tars.py       members of tars, found by name
 index.py      cached, memory-mapped indexes
+spans.py      compact positions of the members of samples
 """
 
 from emu_jax.data.sources.open import FORMATS, SourceConfig, find_files, open_source

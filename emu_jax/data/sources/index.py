@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 
 EAGER = 1 << 27  # bytes; checking so much takes a moment
+MOST_FOLDERS = 256  # of the index of one source
 RENEW_SECONDS = 30.0  # between changes of a claim
 STALE_SECONDS = 300.0  # a claim that does not change for so long is of a process that has ended
 POLL_SECONDS = 5.0  # between looks for arrays that another process makes
@@ -366,6 +368,17 @@ class Checked:
             self._check_rows(key[0] if isinstance(key, tuple) else key)
         return self._array[key]
 
+    def take(self, rows: Int[np.ndarray, "n"]) -> np.ndarray:
+        """Returns the rows of some numbers, at least 0, and checks no other block."""
+        if self._left and len(rows):
+            starts = self._first + rows * self._width
+            ends = starts + self._width - 1
+            blocks = np.concatenate([starts // _BLOCK, ends // _BLOCK])
+            unchecked = blocks[np.frombuffer(self._sound, np.uint8)[blocks] == 0]
+            for block in set(unchecked.tolist()):
+                self._check(block, block + 1)
+        return self._array[rows]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         self._check(0, len(self._sums))
         return np.array(self._array, dtype, copy=copy)
@@ -438,36 +451,133 @@ def fingerprint(kind: str, paths: Sequence[str]) -> str:
     )
 
 
+class Joined:
+    """Arrays of several folders, one after the other. A folder is opened when a row in it is first
+    looked up.
+
+    Args:
+        open_folder: returns the arrays of a folder by its number.
+        key: name of the array.
+        starts: number of the first row of each folder; one more, the number of all rows.
+        bases: what is added to the values of each folder.
+    """
+
+    def __init__(
+        self,
+        open_folder: Callable[[int], Arrays],
+        key: str,
+        starts: Sequence[int],
+        bases: Sequence[int] | None = None,
+    ) -> None:
+        self._open, self._key, self._starts, self._bases = open_folder, key, starts, bases
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, _INTEGERS):
+            return np.asarray(self)[key]
+        row = int(key) if key >= 0 else int(key) + len(self)
+        if not 0 <= row < len(self):
+            raise IndexError(key)
+        folder = bisect.bisect_right(self._starts, row) - 1
+        value = self._open(folder)[self._key][row - self._starts[folder]]
+        return value if self._bases is None else value + self._bases[folder]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        bases = self._bases or [0] * (len(self._starts) - 1)
+        each = [np.asarray(self._open(n)[self._key]) + base for n, base in enumerate(bases)]
+        return np.asarray(np.concatenate(each), dtype)
+
+    def searchsorted(self, value: Any, side: str = "left") -> int:
+        """Searches like `numpy.ndarray.searchsorted`, and reads only the values it compares."""
+        search = bisect.bisect_left if side == "left" else bisect.bisect_right
+        return search(self, value)
+
+
 def index_files(
     kind: str, paths: Sequence[str], scan: Callable[[str], Arrays], cache: str
 ) -> Arrays:
     """Returns the concatenated results of `scan` on each file, with the file's number as `file`.
 
     The result of each file is cached as soon as it is complete, so that an interrupted scan
-    resumes. The concatenation is cached too, so that a source of many files is opened by reading
-    one folder. A `tally` among the arrays, which must come last, is summed (`Tally.add`).
-    """
+    resumes. The results of up to `MOST_FOLDERS` files are also cached in one folder, so that a
+    source is opened by reading that. Those of more files are cached in as many folders, which are
+    opened lazily (`Joined`).
 
-    def share(path: str) -> Arrays:
-        name = f"{os.path.basename(path)}-{fingerprint(kind, [path])}"
-        return cached_arrays(folder_for(path, cache), name, lambda: scan(path))
+    A `tally` among the arrays, which must come last, is summed (`Tally.add`). Arrays whose names
+    end in `_row` hold numbers of rows of the first array, and are renumbered.
+    """
+    if len(paths) == 1:
+        arrays = _file_index(kind, paths[0], scan, cache)
+        count = len(next(iter(arrays.values())))
+        return {"file": np.zeros(count, np.int32), **arrays}
+    size = -(-len(paths) // MOST_FOLDERS)
+    if size == 1:
+        return _folder_index(kind, paths, scan, cache)
+    groups = [paths[n : n + size] for n in range(0, len(paths), size)]
+
+    @functools.cache
+    def opened(group: int) -> Arrays:
+        return _folder_index(kind, groups[group], scan, cache)
+
+    def summary() -> Arrays:
+        every = [opened(group) for group in range(len(groups))]
+        keys, counts = list(every[0]), [len(arrays["file"]) for arrays in every]
+        result = {"count": np.array(counts, np.int64), "keys": np.array(keys)}
+        for key in keys:
+            if key == "tally":
+                result[key] = Tally.add([arrays[key] for arrays in every])
+            elif key.endswith("_row"):
+                result[key] = _renumbered([arrays[key] for arrays in every], counts)
+        return result
+
+    name = f"{kind}-{fingerprint(kind, paths)}-folders"
+    totals = cached_arrays(folder_for(paths[0], cache), name, summary)
+    starts = [0, *itertools.accumulate(totals["count"].tolist())]
+    first_files = list(range(0, len(paths), size))
+    arrays: dict[str, Any] = {}
+    for key in totals["keys"].tolist():
+        bases = first_files if key == "file" else None
+        arrays[key] = totals[key] if key in totals else Joined(opened, key, starts, bases)
+    return arrays
+
+
+def _file_index(kind: str, path: str, scan: Callable[[str], Arrays], cache: str) -> Arrays:
+    name = f"{os.path.basename(path)}-{fingerprint(kind, [path])}"
+    return cached_arrays(folder_for(path, cache), name, lambda: scan(path))
+
+
+def _folder_index(
+    kind: str, paths: Sequence[str], scan: Callable[[str], Arrays], cache: str
+) -> Arrays:
+    """Returns the concatenated results of `scan` on files, cached in one folder."""
 
     def together() -> Arrays:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            shares = list(pool.map(share, paths))
+            shares = list(pool.map(lambda path: _file_index(kind, path, scan, cache), paths))
         counts = [len(next(iter(s.values()))) for s in shares]
-        arrays = {
-            key: Tally.add([s[key] for s in shares])
-            if key == "tally"
-            else np.concatenate([s[key] for s in shares])
-            for key in shares[0]
-        }
-        return {"file": np.repeat(np.arange(len(paths), dtype=np.int32), counts), **arrays}
 
-    if len(paths) == 1:
-        arrays = share(paths[0])
-        count = len(next(iter(arrays.values())))
-        return {"file": np.zeros(count, np.int32), **arrays}
-    return cached_arrays(
-        folder_for(paths[0], cache), f"{kind}-{fingerprint(kind, paths)}", together
-    )
+        def joined(key: str) -> np.ndarray:
+            if key == "tally":
+                return Tally.add([s[key] for s in shares])
+            if key.endswith("_row"):
+                return _renumbered([s[key] for s in shares], counts)
+            return np.concatenate([s[key] for s in shares])
+
+        files = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+        return {"file": files} | {key: joined(key) for key in shares[0]}
+
+    name = f"{kind}-{fingerprint(kind, paths)}"
+    return cached_arrays(folder_for(paths[0], cache), name, together)
+
+
+def _renumbered(rows: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
+    """Returns numbers of rows in several arrays as numbers in their concatenation.
+
+    Args:
+        counts: number of rows of each array.
+    """
+    starts = np.cumsum(counts) - counts
+    each = zip(rows, starts.tolist(), strict=True)
+    return np.concatenate([np.asarray(numbers) + start for numbers, start in each])

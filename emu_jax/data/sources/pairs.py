@@ -37,12 +37,14 @@ from emu_jax.data.file_cache import FileCache
 from emu_jax.data.records import RecordSpans
 from emu_jax.data.sources.index import Arrays, fingerprint, index_files
 from emu_jax.data.sources.listings import parse_object
+from emu_jax.data.sources.spans import Spans, compact_spans
 from emu_jax.data.sources.tars import Member, members, note
 from emu_jax.data.sources.video import VIDEO_SUFFIXES, Video, sample_frames
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 
-_VERSION = "samples-5"
+_VERSION = "samples-5"  # of what is read from a sample
+_INDEX_VERSION = "samples-6"
 _TEXTS = ("txt", "caption", "text")  # in this order
 _ROLES = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "image"),
@@ -93,9 +95,8 @@ class Pairs(Source):
     ) -> None:
         self.paths = paths
         self._frames, self._caption_key, self._wordless = frames, caption_key, wordless
-        arrays = index_files(_VERSION, paths, _samples_in, cache)
-        self._files, self._spans, self._damage = arrays["file"], arrays["spans"], arrays["damage"]
-        self._numbers = arrays["number"]
+        arrays = index_files(_INDEX_VERSION, paths, _samples_in, cache)
+        self._files, self._spans = arrays["file"], Spans(arrays, len(_ORDER))
         self._tally = Tally.from_array(arrays["tally"])
         boards, pairs = self._tally.used.pop("boards", 0), self._tally.used.pop("pairs", 0)
         if boards and pairs:
@@ -111,7 +112,8 @@ class Pairs(Source):
         return len(self._files)
 
     def where(self, index: int) -> str:
-        return f"{self.paths[self._files[index]]} sample {self._numbers[index]}"
+        file = int(self._files[index])
+        return f"{self.paths[file]} sample {index - self._files.searchsorted(file)}"
 
     def unused(self) -> Tally:
         return self._tally
@@ -148,7 +150,7 @@ class Pairs(Source):
     def _words(
         self, index: int, spans: _Spans, where: str
     ) -> tuple[tuple[Text, ...], tuple[Unused, ...]]:
-        if damage := int(self._damage[index]):
+        if damage := self._spans.damage(index):
             raise Damaged(REASONS[damage - 1], where)
         unused: list[Unused] = []
         if spans[_IMAGE][1] and spans[_VIDEO][1]:
@@ -180,7 +182,7 @@ class Pairs(Source):
     def _board(self, index: int, spans: _Spans, part_indices: Collection[int] | None) -> Document:
         """Reads a storyboard; images that are not in `part_indices` stay empty."""
         path, where = self.paths[self._files[index]], self.where(index)
-        if damage := int(self._damage[index]):
+        if damage := self._spans.damage(index):
             raise Damaged(REASONS[damage - 1], where)
         first, size = spans[_BOARD]
         role_members: dict[tuple[int, str], Member] = {}
@@ -265,12 +267,9 @@ def _samples_in(path: str) -> Arrays:
     pairs = sum(bool(sample.spans[[_IMAGE, _VIDEO], 1].any()) for sample in samples)
     tally.used |= {"boards": boards, "pairs": pairs}
     empty = np.zeros((0, len(_ORDER), 2), np.int64)
-    return {
-        "spans": np.stack([s.spans for s in samples]) if samples else empty,
-        "damage": np.array([s.damage for s in samples], np.int8),
-        "number": np.arange(len(samples), dtype=np.int32),
-        "tally": tally.to_array(),
-    }
+    spans = np.stack([s.spans for s in samples]) if samples else empty
+    damage = np.array([s.damage for s in samples], int)
+    return compact_spans(spans, damage) | {"tally": tally.to_array()}
 
 
 def _parts(path: str, tally: Tally) -> Iterator[_Part]:

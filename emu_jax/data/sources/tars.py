@@ -158,6 +158,11 @@ class TarFiles:
         return "missing"
 
 
+def index_tar(path: str, cache: str) -> None:
+    """Caches the names of a tar's members, unless they are cached."""
+    index_files(_VERSION, [path], _names_in, cache)
+
+
 Reason = Literal["missing", "ambiguous"]
 _DEEPEST = 8  # trailing components of a path that are compared
 _ALIKE = 64  # most candidates with the same hash that are examined
