@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
             objective="decoder",
             model=emu_14b(),
             data=DataConfig(
+                row_group=8,
                 tokenizer="runs/emu/tokenizer",
                 sources=(
                     SourceConfig(

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
             name="emu_14b_instruct",
             model=emu_14b_instruct(),
             data=DataConfig(
+                row_group=8,
                 tokenizer="runs/emu/tokenizer",
                 instruct=True,
                 sources=tuple(dialogues(*item) for item in WEIGHTS.items()),

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import PIL.Image
+from jaxtyping import Int
 
 from emu_jax.data.config import Batch, DataConfig, Kind
 from emu_jax.data.documents import Damaged, Image, Text
@@ -35,7 +36,10 @@ from emu_jax.data.packing import IMAGE_PART, Part, part_tokens, truncate
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
-Position = tuple[int, int]  # (block, row in it) for rows; (0, document) for other kinds
+# Of a stream: (block, row in it) for rows; (0, document) for other kinds.
+Position = tuple[int, int]
+# Of a group: of each stream, or None where the stream is planned by another process.
+Positions = tuple[Position | None, ...]
 Shapes = dict[str, tuple[tuple[int, ...], type]]  # {name: (shape, dtype)} of a batch's arrays
 
 STATISTICS: tuple[str, ...] = (
@@ -46,6 +50,7 @@ STATISTICS: tuple[str, ...] = (
     "documents",
     "truncated",
 )
+ROW_STATISTICS = ("tokens", "images", "documents", "truncated")  # columns of `Block.totals`
 _IMAGES_PER_TASK = 16  # images that one task reads, then decodes
 _ATTEMPTS = 20  # consecutive unreadable documents before giving up
 _SMALL_IMAGE = 4096  # bytes; smaller images are cached once resized
@@ -61,14 +66,24 @@ class Damage(NamedTuple):
 
 
 class BuiltBatch(NamedTuple):
-    """This process's share of a batch, with its documents and statistics."""
+    """This process's share of a batch, with its documents and statistics.
+
+    Statistics are those of `counted_rows`: all rows of the global batch if this process plans all,
+    otherwise its own.
+    """
 
     batch: Batch
-    position: Position  # of the next batch
+    positions: Positions  # of the next batch
     documents: list[SampledDocument]  # in this process's share
-    statistics: dict[str, int]  # of the global batch
+    statistics: dict[str, int]
     by_source: dict[str, dict[str, int]]  # statistics of the documents of each source
     damaged: list[Damage]  # found by this process
+    counted_rows: int
+    batch_rows: int  # rows of the global batch
+
+    def estimate(self, value: int) -> int:
+        """Returns a statistic of the global batch, in proportion to the rows counted."""
+        return value * self.batch_rows // max(1, self.counted_rows)
 
 
 class BatchExample(NamedTuple):
@@ -85,32 +100,131 @@ class BatchExample(NamedTuple):
     token_slots: int = 0  # number of token slots
 
 
+class Share:
+    """The part of a group's batches that a process plans.
+
+    Args:
+        local_rows: this process's rows of a global batch, or None to make no rows and only plan.
+
+    Attributes:
+        counted_rows: the rows that statistics are counted of: all if there is one stream, which
+            every process plans; otherwise each row by the process that makes it.
+    """
+
+    def __init__(self, group: Group, local_rows: range | None) -> None:
+        self.group = group
+        every = range(group.cfg.batch_size)
+        self.local_rows = range(0) if local_rows is None else local_rows
+        self.counted_rows = every if local_rows is None or group.streams == 1 else local_rows
+        self._reporting_rows = every if local_rows is None else local_rows
+
+    def streams(self) -> range:
+        """Returns the streams that this process plans."""
+        rows, size = self.counted_rows, self.group.stream_rows
+        return range(rows.start // size, -(-rows.stop // size)) if rows else range(0)
+
+    def stream_rows(self, stream: int) -> range:
+        """Returns the rows of a batch that a stream fills."""
+        size = self.group.stream_rows
+        return range(stream * size, (stream + 1) * size)
+
+    def planned(self, positions: Positions) -> list[tuple[int, Position]]:
+        """Returns (stream, position) of the streams that this process plans.
+
+        Raises:
+            ValueError: one of these positions is None.
+        """
+        result = []
+        for stream in self.streams():
+            position = positions[stream]
+            if position is None:
+                raise ValueError(f"the position of stream {stream} is unknown")
+            result.append((stream, position))
+        return result
+
+    def after(self, positions: dict[int, Position]) -> Positions:
+        """Returns the positions of all streams; None for those planned by other processes."""
+        return tuple(positions.get(stream) for stream in range(self.group.streams))
+
+    def reported(self, damaged: list[SampledDocument], stream: int) -> list[Damage]:
+        """Returns the documents of a stream found damaged while counting tokens, on the process
+        that makes the stream's first row; nothing on the others."""
+        if self.stream_rows(stream).start not in self._reporting_rows:
+            return []
+        return [_damage(document, document.damage or "") for document in damaged]
+
+
+class PlannedRows(NamedTuple):
+    """This process's rows of a batch before any document is read.
+
+    Attributes:
+        placements: the documents of this process's rows.
+        positions: of the next batch.
+        totals: ROW_STATISTICS of the counted rows, by source.
+        damaged: documents found damaged while counting tokens.
+    """
+
+    placements: list[_Placement]
+    positions: Positions
+    totals: Int[np.ndarray, "sources 4"]
+    damaged: list[Damage]
+
+
+def plan_rows(share: Share, positions: Positions) -> PlannedRows:
+    """Plans the batch of packed rows that begins at the positions of its streams, and reads no
+    document.
+
+    Raises:
+        ValueError: the position of a stream that is planned here is None.
+    """
+    group = share.group
+    after: dict[int, Position] = {}
+    damaged: list[Damage] = []
+    placements: list[_Placement] = []
+    totals = np.zeros((len(group.sources), len(ROW_STATISTICS)), np.int64)
+    for stream, (block, row) in share.planned(positions):
+        batch_row, stop = share.stream_rows(stream).start, share.stream_rows(stream).stop
+        while batch_row < stop:
+            packed = group.block(block, stream)
+            if row == 0:
+                damaged += share.reported(packed.damaged, stream)
+            offset = row - batch_row  # from the batch's rows to the block's
+            end = min(stop, len(packed) - offset)
+            counted = _overlap(range(batch_row, end), share.counted_rows)
+            totals += packed.totals(counted.start + offset, counted.stop + offset)
+            for n in _overlap(range(batch_row, end), share.local_rows):
+                placements += _placements(n - share.local_rows.start, packed.row(n + offset))
+            batch_row, row = end, end + offset
+            if row == len(packed):
+                block, row = block + 1, 0
+        after[stream] = block, row
+    return PlannedRows(placements, share.after(after), totals, damaged)
+
+
 class BatchBuilder(abc.ABC):
     """Builds the batch of a group at a given position. Stateless. One subclass for each kind.
 
     Args:
-        local_rows: this process's rows of a global batch.
+        local_rows: this process's rows of a global batch, or None to make no rows and only plan.
 
     Attributes:
+        share: this process's part of the planning.
         requires: properties of the documents that this kind of batches can use.
     """
 
     requires: ClassVar[Requirements]
 
-    def __init__(self, group: Group, tokenizer: Tokenizer, local_rows: slice, pool: Pool) -> None:
-        self.group, self.cfg, self.tokenizer, self.local_rows = (
-            group,
-            group.cfg,
-            tokenizer,
-            local_rows,
-        )
+    def __init__(
+        self, group: Group, tokenizer: Tokenizer, local_rows: range | None, pool: Pool
+    ) -> None:
+        self.group, self.cfg, self.tokenizer = group, group.cfg, tokenizer
+        self.share = Share(group, local_rows)
         self._pool = pool
         # Captions repeat, and so do the images of a small data set.
         self.encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
         self._resized_small = functools.lru_cache(1 << 12)(self._resized)
-        rows = local_rows.stop - local_rows.start
-        self._share = {
-            name: ((rows, *shape[1:]), dtype)
+        self._shapes = {
+            name: ((len(self.share.local_rows), *shape[1:]), dtype)
             for name, (shape, dtype) in self.shapes(self.cfg).items()
         }
 
@@ -125,21 +239,19 @@ class BatchBuilder(abc.ABC):
         """Returns the first row of a batch."""
 
     @abc.abstractmethod
-    def can_end_at(self, position: Position) -> bool:
-        """Returns whether a batch can end at a position."""
+    def can_end_at(self, position: Position, stream: int) -> bool:
+        """Returns whether a batch can end at a position of a stream."""
 
     @abc.abstractmethod
-    def build(self, position: Position) -> BuiltBatch:
-        """Builds the batch that begins at a position."""
+    def build(self, positions: Positions) -> BuiltBatch:
+        """Builds the batch that begins at the positions of its streams.
+
+        Raises:
+            ValueError: the position of a stream that is planned here is None.
+        """
 
     def _empty(self) -> Batch:
-        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._share.items()}
-
-    def _counted(self, damaged: list[SampledDocument]) -> list[Damage]:
-        """Reports documents found damaged while counting tokens, on the first process only."""
-        if self.local_rows.start:
-            return []
-        return [_damage(document, document.damage or "") for document in damaged]
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._shapes.items()}
 
     def _contents(
         self, sampled: SampledDocument, parts: list[Part]
@@ -223,50 +335,41 @@ class RowBuilder(BatchBuilder):
             regressed=row["image_scored"],
         )
 
-    def can_end_at(self, position: Position) -> bool:
+    def can_end_at(self, position: Position, stream: int) -> bool:
         block, row = position
-        return row < max(1, len(self.group.block(block).rows))
+        return row < max(1, len(self.group.block(block, stream)))
 
-    def build(self, position: Position) -> BuiltBatch:
+    def build(self, positions: Positions) -> BuiltBatch:
         batch = self._empty()
-        block, row = position
-        rows: list[list[PackedDocument]] = []
-        damaged: list[Damage] = []
-        while len(rows) < self.cfg.batch_size:
-            packed = self.group.block(block)
-            if row == 0:
-                damaged += self._counted(packed.damaged)
-            taken = packed.rows[row : row + self.cfg.batch_size - len(rows)]
-            rows += taken
-            row += len(taken)
-            if row == len(packed.rows):
-                block, row = block + 1, 0
+        placements, after, totals, damaged = plan_rows(self.share, positions)
         batch["tokens"][:] = self.tokenizer.pad_id
         batch["embedding_index"][:] = -1
-        placements = [
-            placement
-            for n, documents in enumerate(rows[self.local_rows])
-            for placement in _placements(n, documents)
-        ]
         for unreadable in self._pool(
             lambda task: self._write_documents(batch, task), self._tasks(placements)
         ):
             damaged += unreadable
-        by_source = _sum_by_source(
-            (
-                p.sampled,
-                {"tokens": p.tokens, "images": p.images, "documents": 1, "truncated": int(p.cut)},
-            )
-            for documents in rows
-            for p in documents
-        )
+        by_source = {
+            source.cfg.name: dict.fromkeys(STATISTICS, 0)
+            | dict(zip(ROW_STATISTICS, values, strict=True))
+            for source, values in zip(self.group.sources, totals.tolist(), strict=True)
+            if any(values)
+        }
+        counted_rows = len(self.share.counted_rows)
         capacity = {
-            "token_slots": self.cfg.batch_size * self.cfg.row_tokens,
-            "image_slots": self.cfg.batch_size * self.cfg.row_images,
+            "token_slots": counted_rows * self.cfg.row_tokens,
+            "image_slots": counted_rows * self.cfg.row_images,
         }
         sampled = [placement.packed.sampled for placement in placements]
-        statistics = _sum(by_source.values()) | capacity
-        return BuiltBatch(batch, (block, row), sampled, statistics, by_source, damaged)
+        return BuiltBatch(
+            batch,
+            after,
+            sampled,
+            _sum(by_source.values()) | capacity,
+            by_source,
+            damaged,
+            counted_rows,
+            self.cfg.batch_size,
+        )
 
     def _tasks(self, placements: list[_Placement]) -> list[list[_Placement]]:
         """Splits documents into tasks of at most `_IMAGES_PER_TASK` images.
@@ -352,20 +455,38 @@ class RowBuilder(BatchBuilder):
 class _SingleBuilder(BatchBuilder):
     """Batches with one document per row."""
 
-    def can_end_at(self, position: Position) -> bool:
+    def can_end_at(self, position: Position, stream: int) -> bool:
         return position[0] == 0
 
-    def build(self, position: Position) -> BuiltBatch:
+    def build(self, positions: Positions) -> BuiltBatch:
         batch = self._empty()
-        documents, skipped, after = self.group.next(position[1], self.cfg.batch_size)
-        local = documents[self.local_rows]
+        after: dict[int, Position] = {}
+        damaged: list[Damage] = []
+        local: list[SampledDocument] = []
+        counted: list[SampledDocument] = []
+        share = self.share
+        for stream, (_, first) in share.planned(positions):
+            rows = share.stream_rows(stream)
+            documents, skipped, stop = self.group.next(first, len(rows), stream)
+            after[stream] = 0, stop
+            damaged += share.reported(skipped, stream)
+            local += [documents[n - rows.start] for n in _overlap(rows, share.local_rows)]
+            counted += [documents[n - rows.start] for n in _overlap(rows, share.counted_rows)]
         unreadable = self._pool(
             lambda n: self._fill_or_replace(batch, n, local[n]), range(len(local))
         )
-        damaged = self._counted(skipped) + [damage for row in unreadable for damage in row]
-        by_source = _sum_by_source((document, self._measure(document)) for document in documents)
-        statistics = _sum(by_source.values())
-        return BuiltBatch(batch, (0, after), local, statistics, by_source, damaged)
+        damaged += [damage for row in unreadable for damage in row]
+        by_source = _sum_by_source((document, self._measure(document)) for document in counted)
+        return BuiltBatch(
+            batch,
+            share.after(after),
+            local,
+            _sum(by_source.values()),
+            by_source,
+            damaged,
+            len(counted),
+            self.cfg.batch_size,
+        )
 
     @abc.abstractmethod
     def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
@@ -683,6 +804,12 @@ class _EncodedDocument(NamedTuple):
     sequence: _Sequence
     encoded: list[Image]
     rng: np.random.Generator
+
+
+def _overlap(rows: range, others: range) -> range:
+    """Returns the rows that two ranges share."""
+    start = max(rows.start, others.start)
+    return range(start, max(start, min(rows.stop, others.stop)))
 
 
 def _placements(row: int, documents: list[PackedDocument]) -> list[_Placement]:

@@ -78,6 +78,11 @@ class DataConfig:
     max_damaged_rate: float = 0.05
 
     block_documents: int = 1024  # documents packed together
+    # Rows that share a stream of documents, at most. A process plans the streams of its own rows,
+    # so planning costs the same on any number of hosts; 8 suits most runs. 0: one stream for all
+    # rows, planned by every process. It decides which documents share a row. A resumed run keeps
+    # its own.
+    row_group: int = 0
     decode_threads: int = 1  # threads that read and decode documents; 0: one a processor
     fast_decode: bool = False  # decode JPEGs at reduced size: twice as fast, pixels differ
     prefetch: int = 4  # batches made ahead on a thread; 0: make each on demand
@@ -94,6 +99,12 @@ class DataConfig:
             self.batch_size
         }
 
+    def stream_rows(self) -> int:
+        """Returns the rows of a batch that share a stream: as many as `row_group` if they divide
+        the batch evenly, else fewer."""
+        most = min(self.row_group, self.batch_size) or self.batch_size
+        return next(rows for rows in range(most, 0, -1) if self.batch_size % rows == 0)
+
     def __post_init__(self) -> None:
         """Validates the config.
 
@@ -109,6 +120,7 @@ class DataConfig:
             ("row_tokens", self.row_tokens >= smallest, f"hold one image: at least {smallest}"),
             ("row_images", self.row_images >= 1, "be at least 1"),
             ("block_documents", self.block_documents >= 1, "be at least 1"),
+            ("row_group", self.row_group >= 0, "not be negative"),
             ("image_size", self.image_size >= 1, "be at least 1"),
             ("target_size", self.target_size >= 1, "be at least 1"),
             ("image_first", 0 <= self.image_first <= 1, "be in 0 .. 1"),

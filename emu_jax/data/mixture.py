@@ -1,8 +1,12 @@
 """Chooses the documents of each batch: mixes sources into one endless order, and packs them.
 
-The documents of sources that share batches are shuffled and mixed (grain), and numbered
-0, 1, 2, ... A number's document, the parts of it that are kept, and its row are functions of the
-seed and the number. Planning reads no image, and every process makes the same plan.
+The documents of sources that share batches are shuffled and mixed, and numbered 0, 1, 2, ...
+A number's document and the parts of it that are kept are functions of the seed and the number.
+Planning reads no image.
+
+The numbers are dealt to streams. A stream fills the same few rows of each batch, and is planned
+without the others. A process plans the streams that its own rows belong to. Without
+`DataConfig.row_group` there is one stream, and every process makes the same plan.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from emu_jax.data import storage
 from emu_jax.data.config import PAIRS, DataConfig, Kind
 from emu_jax.data.documents import Source
-from emu_jax.data.lengths import TokenLengths
+from emu_jax.data.lengths import Lengths, TokenLengths
 from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
+from emu_jax.data.permutation import mixed, shuffled, splitmix64
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources.index import folder_for
 from emu_jax.data.unused import Tally
@@ -34,6 +40,8 @@ log = logging.getLogger(__name__)
 # Purposes of random numbers: a document's content, the frames of its video, the order of a block's
 # rows, and substitutes for a document (SUBSTITUTE + attempt).
 CONTENT, FRAMES, ROWS, SUBSTITUTE = range(4)
+CACHED_BLOCKS = 4  # at least, and two of each stream: batches share blocks
+GRAIN_DOCUMENTS = 2**32 - 2  # of a source, at most, that grain shuffles
 
 
 class Requirements(NamedTuple):
@@ -62,13 +70,19 @@ class OpenSource(NamedTuple):
 
     cfg: SourceConfig
     documents: Source
-    lengths: TokenLengths
+    lengths: Lengths
     holdout: float = 0.0
     held_out: bool = False
 
     def reads(self, index: int) -> bool:
         """Returns whether a document is on the side of the hold-out that is read."""
         return not self.holdout or is_held_out(index, self.holdout) == self.held_out
+
+    def read_mask(self, indices: Int[np.ndarray, "documents"]) -> Bool[np.ndarray, "documents"]:
+        """Returns `reads` of each document."""
+        if not self.holdout:
+            return np.ones(len(indices), bool)
+        return (uniform(indices) < self.holdout) == self.held_out
 
 
 class SampledDocument(NamedTuple):
@@ -97,11 +111,74 @@ class PackedDocument(NamedTuple):
     cut: bool
 
 
-class Block(NamedTuple):
-    """Documents of consecutive numbers, packed together."""
+class SampledDocuments(NamedTuple):
+    """Consecutive documents of a stream, with what planning knows of them."""
 
-    rows: list[list[PackedDocument]]
-    damaged: list[SampledDocument]
+    numbers: Int[np.ndarray, "documents"]
+    sources: Int[np.ndarray, "documents"]  # positions in `Group.sources`
+    indices: Int[np.ndarray, "documents"]  # in their sources
+    tokens: Int[np.ndarray, "documents"]  # of texts
+    images: Int[np.ndarray, "documents"]
+    damage: Int[np.ndarray, "documents"]  # 1 + position in REASONS, or 0
+    usable: Bool[np.ndarray, "documents"]
+
+    def at(self, group: Group, n: int) -> SampledDocument:
+        source = group.sources[self.sources[n]]
+        return SampledDocument(int(self.numbers[n]), source, int(self.indices[n]))
+
+
+class Block:
+    """Consecutive documents of a stream, packed together.
+
+    Args:
+        members: positions in `sampled` of the documents of each row, in their order in the row.
+        tokens, images, cut: fields of `PackedDocument` for each document of `sampled`.
+
+    Attributes:
+        damaged: documents found damaged while counting tokens.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        sampled: SampledDocuments,
+        members: list[list[int]],
+        tokens: Int[np.ndarray, "documents"],
+        images: Int[np.ndarray, "documents"],
+        cut: Bool[np.ndarray, "documents"],
+    ) -> None:
+        self._group, self._sampled, self._members = group, sampled, members
+        self._tokens, self._images, self._cut = tokens, images, cut
+        self.damaged = [sampled.at(group, n) for n in np.flatnonzero(sampled.damage).tolist()]
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self._members)
+
+    @property
+    def rows(self) -> list[list[PackedDocument]]:
+        return [self.row(n) for n in range(len(self))]
+
+    def row(self, row: int) -> list[PackedDocument]:
+        """Returns the documents of a row, in order."""
+        return [
+            PackedDocument(
+                self._sampled.at(self._group, n),
+                int(self._tokens[n]),
+                int(self._images[n]),
+                bool(self._cut[n]),
+            )
+            for n in self._members[row]
+        ]
+
+    def totals(self, first: int, stop: int) -> Int[np.ndarray, "sources 4"]:
+        """Returns tokens, images, documents and truncated documents of some rows, by source."""
+        members = np.array([n for row in self._members[first:stop] for n in row], int)
+        sources, count = self._sampled.sources[members], len(self._group.sources)
+        columns = [self._tokens, self._images, np.ones_like(self._tokens), self._cut]
+        totals = np.zeros((count, len(columns)), np.int64)
+        np.add.at(totals, sources, np.stack([column[members] for column in columns], axis=1))
+        return totals
 
 
 class Group:
@@ -125,14 +202,16 @@ class Group:
         for source in sources:
             check_usable(source, requires)
             self._check_holdout(source)
-        orders = [
-            _shuffled(n, len(source.documents), seed)
-            for n, (source, seed) in enumerate(zip(sources, seeds, strict=True))
+        self._seeds, self._counts = seeds, [len(source.documents) for source in sources]
+        self._weights = [source.cfg.weight for source in sources]
+        self.stream_rows = cfg.stream_rows()
+        self.streams = cfg.batch_size // self.stream_rows
+        # Runs without streams keep the order that grain gives them, where it can.
+        self._orders: list[Any] = [
+            None if cfg.row_group or count > GRAIN_DOCUMENTS else _shuffled(count, seed)
+            for count, seed in zip(self._counts, seeds, strict=True)
         ]
-        weights = [source.cfg.weight for source in sources]
-        self._order: Any = grain.MapDataset.mix(orders, weights) if orders[1:] else orders[0]
-        # Batches share blocks, and a packed block is small.
-        self.block = functools.lru_cache(4)(self._pack)
+        self.block = functools.lru_cache(max(CACHED_BLOCKS, 2 * self.streams))(self._pack)
 
     def seed(self, sampled: SampledDocument, purpose: int) -> tuple[int, ...]:
         """Returns the seed of a document's random numbers for a purpose."""
@@ -141,35 +220,93 @@ class Group:
     def rng(self, sampled: SampledDocument, purpose: int = CONTENT) -> np.random.Generator:
         return np.random.default_rng(self.seed(sampled, purpose))
 
+    def numbers(self, first: int, stop: int, stream: int) -> Int[np.ndarray, "documents"]:
+        """Returns the numbers of a stream's documents at `first` up to `stop`.
+
+        Each run of as many numbers as there are streams is dealt out, one to each. The run is
+        rotated by a hash: dealt in turn, the documents of a source could all go to one stream.
+        """
+        at = np.arange(first, stop, dtype=np.int64)
+        if self.streams == 1:
+            return at
+        turn = splitmix64(at.astype(np.uint64) ^ np.uint64(self.cfg.seed << 32))
+        rotation = (turn % np.uint64(self.streams)).astype(np.int64)
+        return at * self.streams + (stream + rotation) % self.streams
+
     def sample(self, number: int) -> SampledDocument:
-        source, index = self._order[number]
-        return SampledDocument(number, self.sources[source], index)
+        """Returns the document of a number."""
+        (source,), (index,) = self._locate(np.array([number], np.int64))
+        return SampledDocument(number, self.sources[source], int(index))
+
+    def _locate(
+        self, numbers: Int[np.ndarray, "documents"]
+    ) -> tuple[Int[np.ndarray, "documents"], Int[np.ndarray, "documents"]]:
+        """Returns the (source, index in it) of each number."""
+        sources, keys = mixed(numbers, self._weights)
+        indices = np.zeros_like(keys)
+        for n, (count, seed) in enumerate(zip(self._counts, self._seeds, strict=True)):
+            at = np.flatnonzero(sources == n)
+            if not len(at):
+                continue
+            if (order := self._orders[n]) is not None:
+                indices[at] = [order[key] for key in keys[at].tolist()]
+            else:
+                indices[at] = shuffled(keys[at], count, seed)
+        return sources, indices
+
+    def _sample(self, numbers: Int[np.ndarray, "documents"]) -> SampledDocuments:
+        """Returns the documents of some numbers, without those that the hold-out leaves out."""
+        sources, indices = self._locate(numbers)
+        tokens, images = np.zeros_like(indices), np.zeros_like(indices)
+        damage, usable = np.zeros_like(indices), np.zeros(len(indices), bool)
+        read = np.zeros(len(indices), bool)
+        for n, source in enumerate(self.sources):
+            at = np.flatnonzero(sources == n)
+            if not len(at):
+                continue
+            tokens[at], images[at], damage[at] = source.lengths.totals_of(indices[at])
+            read[at] = source.read_mask(indices[at])
+            usable[at] = self._usable(source, images[at] > 0, tokens[at] > 0)
+        fields = (numbers, sources, indices, tokens, images, damage, usable)
+        return SampledDocuments(*(field[read] for field in fields))
 
     def usable(self, sampled: SampledDocument) -> bool:
         """Returns whether this kind of batches can use a document."""
         if not sampled.source.reads(sampled.index):
             return False
-        lengths, requires = sampled.lengths, self.requires
-        image, text = IMAGE_PART in lengths, any(size > 0 for size in lengths)
+        lengths = sampled.lengths
+        has_image, has_text = IMAGE_PART in lengths, any(size > 0 for size in lengths)
+        return bool(self._usable(sampled.source, np.array([has_image]), np.array([has_text]))[0])
+
+    def _usable(
+        self,
+        source: OpenSource,
+        image: Bool[np.ndarray, "documents"],
+        text: Bool[np.ndarray, "documents"],
+    ) -> Bool[np.ndarray, "documents"]:
+        """Returns which documents of a source this kind of batches can use, by what they have."""
+        requires = self.requires
         if requires.image or requires.text:
-            return (image or not requires.image) and (text or not requires.text)
+            return (image | (not requires.image)) & (text | (not requires.text))
         # Text alone has no image to pick.
-        return image or (text and not sampled.source.cfg.picked_images)
+        return image | (text & (not source.cfg.picked_images))
 
     def next(
-        self, position: int, count: int
+        self, position: int, count: int, stream: int = 0
     ) -> tuple[list[SampledDocument], list[SampledDocument], int]:
-        """Returns (the next `count` usable documents, the damaged ones skipped on the way, the
-        position after them)."""
+        """Returns (the next `count` usable documents of a stream, the damaged ones skipped on the
+        way, the position after them)."""
         usable: list[SampledDocument] = []
         damaged: list[SampledDocument] = []
         while len(usable) < count:
-            sampled = self.sample(position)
-            if self.usable(sampled):
-                usable.append(sampled)
-            elif sampled.damage and sampled.source.reads(sampled.index):
-                damaged.append(sampled)
-            position += 1
+            numbers = self.numbers(position, position + count - len(usable), stream)
+            sampled = self._sample(numbers)
+            for n in range(len(sampled.numbers)):
+                if sampled.usable[n]:
+                    usable.append(sampled.at(self, n))
+                elif sampled.damage[n]:
+                    damaged.append(sampled.at(self, n))
+            position += len(numbers)
         return usable, damaged, position
 
     def parts(self, sampled: SampledDocument, image_first: bool) -> list[Part]:
@@ -205,33 +342,35 @@ class Group:
             fitted[-1].first + fitted[-1].size != last.first + last.size
         )
 
-    def _measured(self, sampled: SampledDocument) -> PackedDocument:
-        cfg, source, lengths = self.cfg, sampled.source.cfg, sampled.lengths
-        images = lengths.count(IMAGE_PART)
-        tokens = 2 + sum(part_tokens(size, cfg.n_causal) for size in lengths)
-        chosen = source.window_tokens or source.picked_images
-        if not chosen and tokens <= cfg.row_tokens and images <= cfg.row_images:
-            return PackedDocument(sampled, tokens, images, False)
+    def _fitted(self, sampled: SampledDocument) -> tuple[int, int, bool]:
+        """Returns the tokens and images of a document that is cut to fit, and whether its end is
+        cut off."""
         parts, cut = self.fit(sampled, self.rng(sampled))
         sizes = [part.size for part in parts]
-        tokens = 2 - cut + sum(part_tokens(size, cfg.n_causal) for size in sizes)
-        return PackedDocument(sampled, tokens, sizes.count(IMAGE_PART), cut)
+        tokens = 2 - cut + sum(part_tokens(size, self.cfg.n_causal) for size in sizes)
+        return tokens, sizes.count(IMAGE_PART), cut
 
-    def _pack(self, block: int) -> Block:
-        size = self.cfg.block_documents
-        sampled = [self.sample(n) for n in range(block * size, (block + 1) * size)]
-        sampled = [d for d in sampled if d.source.reads(d.index)]
-        measured = [self._measured(d) for d in sampled if self.usable(d)]
+    def _pack(self, block: int, stream: int = 0) -> Block:
+        cfg, size = self.cfg, self.cfg.block_documents
+        sampled = self._sample(self.numbers(block * size, (block + 1) * size, stream))
+        tokens = 2 + sampled.tokens + sampled.images * part_tokens(IMAGE_PART, cfg.n_causal)
+        images, cut = sampled.images.copy(), np.zeros(len(tokens), bool)
+        chosen = np.array([bool(s.cfg.window_tokens or s.cfg.picked_images) for s in self.sources])
+        over = (tokens > cfg.row_tokens) | (images > cfg.row_images) | chosen[sampled.sources]
+        for n in np.flatnonzero(over & sampled.usable).tolist():
+            tokens[n], images[n], cut[n] = self._fitted(sampled.at(self, n))
+        usable = np.flatnonzero(sampled.usable)
         rows = pack(
-            np.array([m.tokens for m in measured], int),
-            np.array([m.images for m in measured], int),
+            tokens[usable],
+            images[usable],
             row_tokens=self.cfg.row_tokens,
             row_images=self.cfg.row_images,
         )
         # Packing puts the longest documents of a block into its first rows.
-        rng = np.random.default_rng((self.cfg.seed, block, self.number, ROWS))
-        rows = [rows[n] for n in rng.permutation(len(rows))]
-        return Block([[measured[n] for n in row] for row in rows], [d for d in sampled if d.damage])
+        seed = (block,) if self.streams == 1 else (block, stream)
+        rng = np.random.default_rng((self.cfg.seed, *seed, self.number, ROWS))
+        members = [usable[rows[n]].tolist() for n in rng.permutation(len(rows))]
+        return Block(self, sampled, members, tokens, images, cut)
 
     def _check_holdout(self, source: OpenSource) -> None:
         """Checks that a source has a document on the side of the hold-out that is read.
@@ -410,14 +549,31 @@ def with_lengths(
     Raises:
         UserError: the source has lost all its images or all its texts.
     """
+    lengths = open_lengths(source, documents, cfg, tokenizer, recount)
+    return OpenSource(source, documents, lengths, cfg.holdout, cfg.held_out)
+
+
+def lengths_folder(source: SourceConfig, cfg: DataConfig) -> Path:
+    """Returns the folder in which the token counts of a source are cached."""
     path = source.paths[0]
     folder = path if not storage.is_remote(path) and Path(path).is_dir() else storage.parent(path)
-    lengths = TokenLengths(documents, tokenizer, folder_for(f"{folder}/x", cfg.cache), recount)
+    return folder_for(f"{folder}/x", cfg.cache)
+
+
+def open_lengths(
+    source: SourceConfig, documents: Source, cfg: DataConfig, tokenizer: Tokenizer, recount: bool
+) -> TokenLengths:
+    """Counts the tokens of a source's documents, unless that is cached.
+
+    Raises:
+        UserError: the source has lost all its images or all its texts.
+    """
+    lengths = TokenLengths(documents, tokenizer, lengths_folder(source, cfg), recount)
     try:
         lengths.tally.check(source.allow_missing)
     except UserError as error:
-        raise UserError(f"source {source.name!r} ({path}): {error}") from None
-    return OpenSource(source, documents, lengths, cfg.holdout, cfg.held_out)
+        raise UserError(f"source {source.name!r} ({source.paths[0]}): {error}") from None
+    return lengths
 
 
 def tally(source: OpenSource, requires: Requirements) -> Tally:
@@ -457,21 +613,17 @@ def check_usable(source: OpenSource, requires: Requirements) -> None:
 
 def is_held_out(index: int, holdout: float) -> bool:
     """Returns whether a document of a source belongs to the share that is held out."""
-    return _uniform(index) < holdout
+    return bool(uniform(np.array([index]))[0] < holdout)
 
 
-def _uniform(index: int) -> float:
-    """Returns a hash of a document's index in [0, 1) (splitmix64)."""
-    x = (index + 1) * 0x9E3779B97F4A7C15 % 2**64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ x >> shift) * factor % 2**64
-    return (x ^ x >> 31) / 2**64
+def uniform(indices: Int[np.ndarray, "documents"]) -> Float[np.ndarray, "documents"]:
+    """Returns a hash of each document's index in [0, 1)."""
+    return splitmix64(indices.astype(np.uint64)) / 2**64
 
 
-def _shuffled(source: int, count: int, seed: int) -> grain.MapDataset:
-    """Returns an endless sequence of (source, index in it), in another order each epoch.
+def _shuffled(count: int, seed: int) -> grain.MapDataset:
+    """Returns an endless sequence of the indices of a source, in another order each epoch.
 
     The permutation is computed index by index, not stored.
     """
-    indices = grain.MapDataset.source(range(count)).seed(seed).shuffle()
-    return indices.map(lambda index: (source, int(index))).repeat(None)
+    return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat(None)

@@ -136,23 +136,30 @@ def _fill(sizes: Int[np.ndarray, "documents 2"], row: int) -> list[list[int]]:
     that the remaining documents need.
     """
     rows = []
-    left = np.arange(len(sizes))
+    left, waiting = np.arange(len(sizes)), np.ones(len(sizes), bool)
     while len(left):
-        size, need = sizes[left], sizes[left].sum(axis=0)
-        waiting, free, members = np.ones(len(left), bool), np.full(2, row), []
+        numbers, tokens, images = left, sizes[left, 0], sizes[left, 1]
+        need_tokens, need_images = int(tokens.sum()), int(images.sum())
+        need = max(need_tokens, need_images)
+        free_tokens = free_images = row
+        members: list[int] = []
         chosen = 0
         while True:
-            members.append(chosen)
-            waiting[chosen] = False
-            free = free - size[chosen]
-            fits = np.flatnonzero(waiting & (size[:, 0] <= free[0]) & (size[:, 1] <= free[1]))
-            if not len(fits):
+            members.append(int(numbers[chosen]))
+            free_tokens -= int(tokens[chosen])
+            free_images -= int(images[chosen])
+            # A document that does not fit now never will: the candidates get fewer.
+            fits = (tokens <= free_tokens) & (images <= free_images)
+            fits[chosen] = False
+            numbers, tokens, images = numbers[fits], tokens[fits], images[fits]
+            if not len(numbers):
                 break
-            after = free - size[fits]
-            skew = np.abs(after[:, 0] * need[1] - after[:, 1] * need[0])
-            chosen = fits[np.argmin(_SKEW * skew + after[:, 0] * need.max())]
-        rows.append(left[members].tolist())
-        left = left[waiting]
+            after = free_tokens - tokens
+            skew = np.abs(after * need_images - (free_images - images) * need_tokens)
+            chosen = int(np.argmin(_SKEW * skew + after * need))
+        rows.append(members)
+        waiting[members] = False
+        left = left[waiting[left]]
     return rows
 
 

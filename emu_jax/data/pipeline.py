@@ -1,9 +1,10 @@
 """Batches for the training objectives, in an order that is a pure function of the seed.
 
 Each step samples from one group of sources (`mixture.py`). A group has an endless order of
-documents, and a position of two integers in it. A document is a function of its number, and
-packing works on fixed blocks of numbers. The position of a run is therefore a few integers,
-independent of the number of processes, and a restored run continues bit for bit.
+documents, dealt to one or more streams, and a position of two integers in each. A document is a
+function of its number, and packing works on fixed blocks of a stream. The position of a run is
+therefore a few integers a stream, independent of the number of processes, and a restored run
+continues bit for bit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from emu_jax.data.batches import (
     Damage,
     Pool,
     Position,
+    Positions,
     batch_shapes,
 )
 from emu_jax.data.config import Batch, DataConfig, Kind
@@ -53,7 +55,8 @@ _LEAST_SEEN = 1000  # documents, before the share of damaged ones is meaningful
 class Consumed(NamedTuple):
     """Slots and documents that a run has read from a source, since its first step.
 
-    They count whole batches, whatever the number of processes, and no padding.
+    They count whole batches, whatever the number of processes, and no padding. A process that
+    plans only its own rows estimates the others' rows by them, until the run resumes.
     """
 
     tokens: int
@@ -89,7 +92,9 @@ class Batches(Iterator[Batch]):
     """An endless iterator over batches, prefetched on a thread.
 
     A process gets a contiguous share of the rows of each global batch. The global batch does not
-    depend on the number of processes.
+    depend on the number of processes. With `DataConfig.row_group` a process plans its own rows
+    alone: its `state()` must be merged with the others' (`merge_states`), and its statistics
+    estimate the global batch by its own rows.
 
     Args:
         kind: kind of batches, one for each objective (see `BUILDERS`). "captions" and
@@ -151,6 +156,10 @@ class Batches(Iterator[Batch]):
         self._seen = 0  # documents that this process has read
         # {source: [tokens, images, documents]} since the first step; None if unknown.
         self._consumed: dict[str, list[int]] | None = self._not_consumed()
+        # The part of it that this process has counted itself since it started or was restored.
+        self._counted_here = self._not_consumed()
+        self._consumed_before = self._not_consumed()
+        self._is_partial = process_count > 1 and not plan_only and self._maker.is_partial
 
     def __next__(self) -> Batch:
         if self._thread is None and self._cfg.prefetch > 0:
@@ -159,12 +168,12 @@ class Batches(Iterator[Batch]):
         built, position = self._thread.get() if self._thread else self._maker.make(self._position)
         self._last, self._position = built, position
         for name, value in built.statistics.items():
-            self._totals[name] += value
-        if self._consumed is not None:
-            for source, counts in built.by_source.items():
-                total = self._consumed[source]
-                for n, name in enumerate(_CONSUMED):
-                    total[n] += counts[name]
+            self._totals[name] += built.estimate(value)
+        for source, counts in built.by_source.items():
+            for n, name in enumerate(_CONSUMED):
+                self._counted_here[source][n] += counts[name]
+                if self._consumed is not None:
+                    self._consumed[source][n] += built.estimate(counts[name])
         self._damaged.update(damage.reason for damage in built.damaged)
         self._seen += len(built.documents)
         self._check_damaged(built.damaged)
@@ -177,16 +186,24 @@ class Batches(Iterator[Batch]):
         self.close()
 
     def state(self) -> dict[str, Any]:
-        """Returns the position after the last batch that was yielded, as JSON types."""
+        """Returns the position after the last batch that was yielded, as JSON types.
+
+        If this process plans only some of the streams, it is a part, with `consumed_here`: pass
+        those of all processes to `merge_states`.
+        """
         step, groups = self._position
-        state = {
+        dealt = [[stream and list(stream) for stream in streams] for streams in groups]
+        state: dict[str, Any] = {
             "kind": self._kind,
             "step": step,
-            "groups": [list(p) for p in groups],
+            "groups": dealt if self._cfg.row_group else [streams[0] for streams in dealt],
             "counted": self._counted(),
         }
+        if self._is_partial:
+            state["consumed_here"] = _copied(self._counted_here)
         if self._consumed is not None:
-            state["consumed"] = {name: list(total) for name, total in self._consumed.items()}
+            consumed = self._consumed_before if self._is_partial else self._consumed
+            state["consumed"] = _copied(consumed)
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -204,11 +221,15 @@ class Batches(Iterator[Batch]):
         step: Any = state.get("step")
         groups: Any = state.get("groups")
         consumed: Any = state.get("consumed")  # older checkpoints lack it
+        if isinstance(groups, list) and not self._cfg.row_group:
+            groups = [[group] for group in groups]
         if not (
             is_count(step)
             and (consumed is None or self._is_consumed(consumed))
             and isinstance(groups, list)
-            and all(isinstance(g, list) and len(g) == 2 and all(map(is_count, g)) for g in groups)
+            and all(
+                isinstance(streams, list) and all(map(_is_position, streams)) for streams in groups
+            )
         ):
             raise UserError(
                 f"the checkpoint's data position is damaged ({state}): use another step"
@@ -218,17 +239,21 @@ class Batches(Iterator[Batch]):
                 f"the checkpoint's data position is of {len(groups)} groups of sources, this run "
                 f"has {len(self._position.groups)}: start it in a new workdir"
             )
+        positions = tuple(
+            tuple(stream and (stream[0], stream[1]) for stream in streams) for streams in groups
+        )
+        self._maker.check_streams(positions)
         if state.get("counted", self._counted()) != self._counted():
             log.warning(
                 "sources were counted again since the checkpoint was saved, and other parts of "
                 "their documents are used: batches are packed differently from here on"
             )
         self.close()
-        self._consumed = consumed
+        self._consumed, self._counted_here = consumed, self._not_consumed()
+        self._consumed_before = self._not_consumed() | _copied(consumed or {})
         if consumed is not None:
-            counts = {name: list(total) for name, total in consumed.items()}
-            self._consumed = self._not_consumed() | counts
-        self._position = _Position(step, tuple((block, row) for block, row in groups))
+            self._consumed = _copied(self._consumed_before)
+        self._position = _Position(step, positions)
         self._maker.check(self._position)
 
     def _counted(self) -> str:
@@ -311,6 +336,47 @@ class Batches(Iterator[Batch]):
             )
 
 
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the position of a run from the parts of it that its processes know.
+
+    Args:
+        states: `Batches.state()` of each process after the same step.
+
+    Raises:
+        ValueError: they are of different steps, or no process knows the position of a stream.
+    """
+    merged = dict(states[0])
+    if len({(state["kind"], state["step"]) for state in states}) > 1:
+        raise ValueError("the processes are at different steps")
+    merged["groups"] = [
+        [next((known for known in streams if known), None) for streams in zip(*parts, strict=True)]
+        for parts in zip(*(state["groups"] for state in states), strict=True)
+    ]
+    if any(stream is None for streams in merged["groups"] for stream in streams):
+        raise ValueError("no process knows the position of a stream")
+    merged.pop("consumed_here")
+    if "consumed" in merged:
+        merged["consumed"] = {
+            source: [
+                before + sum(state["consumed_here"][source][n] for state in states)
+                for n, before in enumerate(counts)
+            ]
+            for source, counts in merged["consumed"].items()
+        }
+    return merged
+
+
+def _copied(counts: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {name: list(values) for name, values in counts.items()}
+
+
+def _is_position(value: object) -> bool:
+    """Returns whether a value of a data position is the position of a stream, or None."""
+    return value is None or (
+        isinstance(value, list) and len(value) == 2 and all(map(is_count, value))
+    )
+
+
 def is_count(value: object) -> bool:
     """Returns whether a value of a data position is a non-negative integer."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
@@ -320,7 +386,7 @@ class _Position(NamedTuple):
     """Position of a run between two batches."""
 
     step: int
-    groups: tuple[Position, ...]
+    groups: tuple[Positions, ...]
 
 
 class _Maker:
@@ -351,12 +417,30 @@ class _Maker:
             process, processes = share or (0, 1)
             size = group.cfg.batch_size
             rows = -(-size // pad_to) * pad_to // processes if share else 0
-            mine = slice(min(process * rows, size), min((process + 1) * rows, size))
+            mine = range(min(process * rows, size), min((process + 1) * rows, size))
             self._rows.append(rows)
-            self._builders.append(builder(group, tokenizer, mine, pool))
+            self._builders.append(builder(group, tokenizer, mine if share else None, pool))
+        self.is_partial = any(group.streams > 1 for group in groups)
 
     def start(self) -> _Position:
-        return _Position(0, ((0, 0),) * len(self._builders))
+        first: Position = (0, 0)
+        return _Position(0, tuple((first,) * b.group.streams for b in self._builders))
+
+    def check_streams(self, groups: tuple[Positions, ...]) -> None:
+        """Checks that positions have the streams of this run.
+
+        Raises:
+            UserError: they have other streams, or lack the position of one that is planned here.
+        """
+        for builder, streams in zip(self._builders, groups, strict=True):
+            if len(streams) != builder.group.streams or any(
+                streams[n] is None for n in builder.share.streams()
+            ):
+                raise UserError(
+                    f"the checkpoint's data position is of {sum(map(bool, streams))} streams of "
+                    f"rows, this run has {builder.group.streams}: set data.row_group and the "
+                    "batch size as they were"
+                )
 
     def check(self, position: _Position) -> None:
         """Validates a position.
@@ -364,8 +448,11 @@ class _Maker:
         Raises:
             UserError: no batch ends at this position.
         """
-        for builder, (block, row) in zip(self._builders, position.groups, strict=True):
-            if not builder.can_end_at((block, row)):
+        for builder, streams in zip(self._builders, position.groups, strict=True):
+            for stream in builder.share.streams():
+                block, row = streams[stream] or (0, 0)
+                if builder.can_end_at((block, row), stream):
+                    continue
                 raise UserError(
                     f"the checkpoint's data position is row {row} of block {block}, where these "
                     "sources have no such row: use another step, or the sources that it was "
@@ -377,7 +464,7 @@ class _Maker:
         group = self._group_order[position.step]
         built = self._builders[group].build(position.groups[group])
         groups = list(position.groups)
-        groups[group] = built.position
+        groups[group] = built.positions
         built = built._replace(batch=_padded(built.batch, self._rows[group]))
         return built, _Position(position.step + 1, tuple(groups))
 

@@ -161,7 +161,7 @@ def _documents_per_step(
         if len(counted) < len(members):
             return None
         group = Group(cfg, requires, counted, 0, [0] * len(counted))
-        rows = sum(len(group.block(block).rows) for block in range(PACKED_BLOCKS))
+        rows = sum(len(group.block(block)) for block in range(PACKED_BLOCKS))
         return cfg.batch_size * cfg.block_documents * PACKED_BLOCKS / rows if rows else None
     weight = sum(source.cfg.weight for source in members)
     usable = sum(

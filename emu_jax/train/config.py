@@ -389,7 +389,7 @@ def pretraining(name: str, model: EmuConfig, **changes: Any) -> TrainConfig:
     base = TrainConfig(
         name=name,
         model=model,
-        data=DataConfig(batch_size=1024, row_tokens=2048, row_images=16),
+        data=DataConfig(batch_size=1024, row_tokens=2048, row_images=16, row_group=8),
         optimizer=OptimizerConfig(
             groups=(
                 GroupConfig(r"^(visual|ln_visual)\.", lr=4e-5, warmup_steps=steps // 5),
@@ -446,18 +446,22 @@ def digits_config(name: str, **changes: Any) -> ConfigDict:
 def resume_config(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     """Returns the config of the run in `workdir`, with `MAY_CHANGE` taken from `cfg`.
 
+    The order of documents (`data.row_group`) stays that of the run, whatever `cfg` says.
+
     Raises:
         UserError: `cfg` describes another run.
     """
     saved = load_json(TrainConfig, workdir / "train.json")
     if conflicts := resume_conflicts(cfg, saved, workdir):
         raise UserError(conflicts[0])
+    cfg = _with_order_of(saved, cfg)
     return dataclasses.replace(cfg, model=saved.model, parents=saved.parents)
 
 
 def resume_conflicts(cfg: TrainConfig, saved: TrainConfig, workdir: Path) -> list[str]:
     """Returns a line for each key outside `MAY_CHANGE` in which `cfg` differs from `saved`, the
     config of the run in `workdir`."""
+    cfg = _with_order_of(saved, cfg)
     model = saved.model if saved.init_from else cfg.model
     model = dataclasses.replace(model, vae=model.vae and saved.model.vae)
     ours = flatten(to_dict(without_paths(dataclasses.replace(cfg, model=model))))
@@ -469,6 +473,12 @@ def resume_conflicts(cfg: TrainConfig, saved: TrainConfig, workdir: Path) -> lis
         if not any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
         and ours.get(key) != theirs.get(key)
     ]
+
+
+def _with_order_of(saved: TrainConfig, cfg: TrainConfig) -> TrainConfig:
+    """Returns `cfg` with the order in which the saved run reads its documents."""
+    data = dataclasses.replace(cfg.data, row_group=saved.data.row_group)
+    return dataclasses.replace(cfg, data=data)
 
 
 def without_paths(cfg: TrainConfig) -> TrainConfig:

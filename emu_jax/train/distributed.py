@@ -1,13 +1,20 @@
-"""The start of a job with several processes."""
+"""Jobs with several processes: their start, and values gathered from all of them."""
 
 from __future__ import annotations
 
+import json
 import os
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from emu_jax.data.pipeline import merge_states
 
 # How long a failed process waits at the shutdown barrier before the job is killed.
 SHUTDOWN_SECONDS = 60
+_GATHER_BYTES = 4096  # lengths are rounded up to a multiple, so that few shapes are compiled
 
 
 def initialize_distributed() -> None:
@@ -25,3 +32,28 @@ def initialize_distributed() -> None:
             process_id=None if index is None else int(index),
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+
+
+def global_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the data position of the run. All processes must call it, after the same step.
+
+    Args:
+        state: `state()` of this process's batches.
+    """
+    return merge_states(gather_json(state)) if "consumed_here" in state else state
+
+
+def gather_json(value: object) -> list[Any]:
+    """Returns the value of each process, in their order. All processes must call it.
+
+    Args:
+        value: JSON types.
+    """
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content)))).reshape(-1)
+    room = -(-int(sizes.max()) // _GATHER_BYTES) * _GATHER_BYTES
+    padded = np.pad(content, (0, room - len(content)))
+    contents = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), room)
+    return [
+        json.loads(row[:size].tobytes()) for row, size in zip(contents, sizes.tolist(), strict=True)
+    ]

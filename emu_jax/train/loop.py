@@ -20,7 +20,7 @@ from emu_jax.sharding import batch_sharding
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.checkpoints import Checkpoints, restore_state, save_state
 from emu_jax.train.config import TrainConfig, resume_config
-from emu_jax.train.distributed import initialize_distributed
+from emu_jax.train.distributed import global_state, initialize_distributed
 from emu_jax.train.evaluation import (
     Evaluation,
     Evaluations,
@@ -175,7 +175,8 @@ def train(
                     for log in (documents, damaged, trackers, evaluated):
                         log.sync()
                     with goodput.timed("checkpoint"), signals.hold():
-                        save_state(checkpoints, step, state, batches.state(), leave_out=unsaved)
+                        read = global_state(batches.state())
+                        save_state(checkpoints, step, state, read, leave_out=unsaved)
                 if checkpoints.check():
                     signals.ask_to_stop()  # all processes, at the same step
                 if monitor.stopping and (step < cfg.steps or pending(cfg, evaluated, step)):

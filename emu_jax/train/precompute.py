@@ -27,7 +27,7 @@ from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
 from emu_jax.sharding import batch_sharding
 from emu_jax.train.config import PAINTERS, TrainConfig, without_paths
-from emu_jax.train.distributed import initialize_distributed
+from emu_jax.train.distributed import global_state, initialize_distributed
 from emu_jax.train.objectives import Batch, DecoderObjective
 from emu_jax.train.step import Params, Trainer, mesh_for
 from emu_jax.train.warm_start import WarmStart
@@ -124,7 +124,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
                     writer.close()
                 multihost_utils.sync_global_devices(f"latents, part {progress.parts}")
                 progress = progress.after(
-                    folder, rows=done, processes=count, position=batches.state()
+                    folder, rows=done, processes=count, position=global_state(batches.state())
                 )
         empty = np.asarray(multihost_utils.process_allgather(unconditional(params), tiled=True))
         if index == 0:
