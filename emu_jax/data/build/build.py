@@ -20,14 +20,10 @@ import functools
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
-import signal
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +32,7 @@ import PIL
 
 from emu_jax.config import to_dict
 from emu_jax.data import storage
+from emu_jax.data.build import runners
 from emu_jax.data.build.clean import CleanConfig, Cleaned, clean
 from emu_jax.data.documents import (
     Damaged,
@@ -93,8 +90,7 @@ class Shard:
         return storage.join(self.folder, name)
 
 
-# A runner builds shards in any order, and yields each one when it is done.
-Runner = Callable[[Sequence[Shard]], Iterable[Shard]]
+Runner = runners.Runner[Shard]
 
 
 def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[str, Any]:
@@ -156,79 +152,16 @@ def build_shard(shard: Shard, threads: int = 1) -> Shard:
 def embedded(workers: int, threads: int = 1) -> Runner:
     """Returns a runner that uses processes on this machine. The threads of each process overlap
     reading with decoding, for which Pillow and PyAV release the GIL."""
-
-    def run(shards: Sequence[Shard]) -> Iterator[Shard]:
-        if workers <= 1 or len(shards) == 1:
-            yield from (build_shard(shard, threads) for shard in shards)
-            return
-        others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(
-            min(workers, len(shards)), multiprocessing.get_context("spawn"), _start_worker
-        )
-        try:
-            futures = [pool.submit(build_shard, shard, threads) for shard in shards]
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker was killed, perhaps because memory ran out: run the same command again "
-                "with fewer --workers; it resumes from the finished shards"
-            ) from None
-        except BaseException:  # on any error, do not wait for shards in progress
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    return run
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exits when the parent dies: a parent killed by SIGKILL cannot terminate its workers."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    return runners.on_processes(functools.partial(build_shard, threads=threads), workers)
 
 
 def on_beam(options: Sequence[str], threads: int = 1) -> Runner:
-    """Returns a runner that uses Apache Beam (Dataflow, Flink, Spark, ...), configured by Beam's
-    own options.
+    """Returns a runner that uses Apache Beam; see `runners.on_beam`.
 
     Raises:
         UserError: Beam is not installed, or (when run) the pipeline failed.
     """
-    try:
-        import apache_beam as beam  # pyright: ignore[reportMissingImports]
-        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
-            PipelineOptions,
-        )
-    except ImportError:
-        raise UserError(
-            "Apache Beam is not installed: pip install 'emu_jax[beam]', in an environment of "
-            "its own (docs/data.md)"
-        ) from None
-
-    def run(shards: Sequence[Shard]) -> Sequence[Shard]:
-        try:
-            with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-                # Without a reshuffle Beam fuses both steps, and one worker does all the work.
-                work = pipeline | beam.Create(shards) | beam.Reshuffle()
-                work | beam.Map(build_shard, threads)  # pyright: ignore[reportUnusedExpression]
-        except Exception as error:
-            raise UserError(
-                f"the Beam pipeline failed: {' '.join(str(error).split())}; the same command "
-                "resumes from the finished shards"
-            ) from error
-        return shards
-
-    return run
+    return runners.on_beam(functools.partial(build_shard, threads=threads), options)
 
 
 # The work and its pieces

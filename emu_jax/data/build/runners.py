@@ -1,0 +1,102 @@
+"""Runners of independent tasks: processes on this machine, or Apache Beam.
+
+A task is a small value that can be pickled. The work on it writes files, and returns the task.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from emu_jax.errors import UserError
+
+T = TypeVar("T")
+# A runner does the work of tasks in any order, and yields each task when it is done.
+Runner = Callable[[Sequence[T]], Iterable[T]]
+
+
+def on_processes(work: Callable[[T], T], workers: int) -> Runner[T]:
+    """Returns a runner that uses processes on this machine.
+
+    Args:
+        work: a function that can be pickled.
+    """
+
+    def run(tasks: Sequence[T]) -> Iterator[T]:
+        if workers <= 1 or len(tasks) == 1:
+            yield from map(work, tasks)
+            return
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(
+            min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker
+        )
+        try:
+            futures = [pool.submit(work, task) for task in tasks]
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker was killed, perhaps because memory ran out: run the same command again "
+                "with fewer --workers; it resumes from the finished shards"
+            ) from None
+        except BaseException:  # on any error, do not wait for tasks in progress
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return run
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Exits when the parent dies: a parent killed by SIGKILL cannot terminate its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def on_beam(work: Callable[[T], T], options: Sequence[str]) -> Runner[T]:
+    """Returns a runner that uses Apache Beam (Dataflow, Flink, Spark, ...), configured by Beam's
+    own options.
+
+    Raises:
+        UserError: Beam is not installed, or (when run) the pipeline failed.
+    """
+    try:
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+            PipelineOptions,
+        )
+    except ImportError:
+        raise UserError(
+            "Apache Beam is not installed: pip install 'emu_jax[beam]', in an environment of "
+            "its own (docs/data.md)"
+        ) from None
+
+    def run(tasks: Sequence[T]) -> Sequence[T]:
+        try:
+            with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+                # Without a reshuffle Beam fuses both steps, and one worker does all the work.
+                created = pipeline | beam.Create(tasks) | beam.Reshuffle()
+                created | beam.Map(work)  # pyright: ignore[reportUnusedExpression]
+        except Exception as error:
+            raise UserError(
+                f"the Beam pipeline failed: {' '.join(str(error).split())}; the same command "
+                "resumes from the finished shards"
+            ) from error
+        return tasks
+
+    return run
