@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -651,6 +652,114 @@ def data_build(parser: argparse.ArgumentParser) -> Command:
     return run
 
 
+def data_index(parser: argparse.ArgumentParser) -> Command:
+    """find the documents of a config's sources and count their tokens, in parallel"""
+    parser.usage = "%(prog)s --config configs/X.py [--config.a.b=VALUE ...] [--shard I/N] [--json]"
+    parser.add_argument(
+        "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
+    )
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="do share I, from 0, of N that other machines do at the same time; all see one cache",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes (default: one per core)",
+    )
+    parser.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help="run on Apache Beam with these options: '--runner=DataflowRunner ...'",
+    )
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.data.build.indexing import index_sources
+        from emu_jax.data.build.runners import on_beam, on_processes
+        from emu_jax.train.config import TrainConfig
+        from emu_jax.train.config_file import load_config
+        from emu_jax.train.objectives import get_objective
+
+        if not (match := re.fullmatch(r"(\d+)/(\d+)", args.shard)):
+            raise UserError(f"--shard {args.shard} is not I/N: write --shard 0/4, for example")
+        cfg = load_config(TrainConfig, args.config, args.overrides)
+        tokenizer = get_objective(cfg).prepare_data()
+        options = None if args.beam is None else shlex.split(args.beam)
+        indexed = index_sources(
+            cfg.data,
+            tokenizer,
+            lambda work: (
+                on_processes(work, args.workers) if options is None else on_beam(work, options)
+            ),
+            (int(match[1]), int(match[2])),
+        )
+        if not args.json:
+            for name, totals in indexed.items():
+                print(
+                    f"source {name}: {totals.documents:,} documents, {totals.tokens:,} tokens of "
+                    f"text, {totals.images:,} images"
+                )
+        return {"sources": {name: totals._asdict() for name, totals in indexed.items()}}
+
+    return run
+
+
+def data_simulate(parser: argparse.ArgumentParser) -> Command:
+    """plan the batches of a run on simulated documents, up to billions, without any file"""
+    parser.usage = "%(prog)s --config configs/X.py --lengths NAME[=WEIGHT] ... [--hosts N] [--json]"
+    parser.add_argument(
+        "--config", type=_local_path, required=True, metavar="FILE", help=CONFIG_HELP
+    )
+    parser.add_argument(
+        "--lengths",
+        action="append",
+        required=True,
+        metavar="NAME[=WEIGHT]",
+        help="distribution of document lengths (laion, mmc4, storyboards, or a JSON file) and its "
+        "weight in the mixture; may be repeated",
+    )
+    parser.add_argument("--hosts", type=int, default=1, metavar="N", help="hosts (default: 1)")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="numbers of documents (default: 10^6 to 10^10)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, metavar="N", help="steps to plan (default: 100)"
+    )
+    parser.add_argument("--out", type=_local_path, metavar="FILE", help="plot to write (PNG)")
+
+    def run(args: argparse.Namespace) -> dict[str, Any]:
+        from emu_jax.data import simulate
+        from emu_jax.train.config import TrainConfig
+        from emu_jax.train.config_file import load_config
+
+        cfg = load_config(TrainConfig, args.config, args.overrides)
+        mixture = []
+        for given in args.lengths:
+            name, _, weight = given.partition("=")
+            if not re.fullmatch(r"\d*\.?\d*", weight) or weight in (".",) or weight == "0":
+                raise UserError(f"--lengths {given}: write NAME=WEIGHT with a positive weight")
+            mixture.append((simulate.load_distribution(name), float(weight or 1)))
+        results = [
+            simulate.simulate(cfg.data, mixture, documents, args.hosts, args.steps)
+            for documents in args.documents or simulate.DOCUMENTS
+        ]
+        if not args.json:
+            print(simulate.table(results))
+        if args.out:
+            simulate.plot(results, args.out)
+        return {"hosts": args.hosts, "simulations": [result._asdict() for result in results]}
+
+    return run
+
+
 def data_inspect(parser: argparse.ArgumentParser) -> Command:
     """write a page of the data a training run would read, with packing and speed figures"""
     parser.usage = "%(prog)s --config configs/X.py [--config.a.b=VALUE ...] [--out FILE] [--json]"
@@ -974,6 +1083,8 @@ VERBS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "bench": bench,
     "checkpoint verify": checkpoint_verify,
     "data build": data_build,
+    "data index": data_index,
+    "data simulate": data_simulate,
     "data inspect": data_inspect,
 }
 

@@ -5,11 +5,12 @@ sources/      readers of documents, one for each format: `SourceConfig`
 storage.py    local and remote files; file_cache.py, local copies of remote ones within a bound
 records.py    ArrayRecord files in object stores
 unused.py     counts of the used and unused parts of a source
-build/        raw data to filtered ArrayRecord files
+build/        raw data to filtered ArrayRecord files; indexes made in parallel
 inspect.py    a page about the training data
 lengths.py    tokens and images of each document, counted once
 packing.py    truncation and packing of documents into rows
 mixture.py    sources mixed into an endless order, planned without reading an image
+permutation.py  the order of billions of documents, computed by number
 preview.py    the sources of a run before it starts: what is missing, steps per epoch
 batches.py    `BatchBuilder`, one for each kind: reads, tokenizes and decodes documents
 images.py     the release's preprocessing, and augmentation
