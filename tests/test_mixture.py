@@ -14,16 +14,14 @@ from test_data import assert_equal, check_embedding_index, grey, take
 from test_sources import lines, make_image, tar, video
 
 from emu_jax.config import save_json
-from emu_jax.data import Batches, DataConfig, Document, Image, Text, lengths
+from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.batches import RowBuilder
-from emu_jax.data.documents import Damaged, Source, write_documents
+from emu_jax.data.documents import Damaged, KnownLengths, Source, write_documents
 from emu_jax.data.images import load_image, open_image
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.sources import SourceConfig
-from emu_jax.data.sources.index import cached_arrays
-from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import TrainConfig, resume_config
@@ -207,6 +205,10 @@ class Many(Source):
     def read(self, index, seed=None, part_indices=None) -> Document:
         return Document((Image(grey(index % 250)), Text(WORDS[index % 10])))
 
+    def known_lengths(self, indices, tokenizer) -> KnownLengths:
+        sizes = np.tile(np.array([IMAGE_PART, 1]), len(indices))
+        return KnownLengths(np.full(len(indices), 2), sizes)
+
     def where(self, index) -> str:
         return str(index)
 
@@ -214,15 +216,6 @@ class Many(Source):
 def test_a_restart_is_quick_wherever_it_is(cfg, tokenizer, tmp_path, monkeypatch):
     """Three million documents, in their thousandth epoch."""
     count = len(Many())
-    arrays = {
-        "sizes": np.tile(np.array([IMAGE_PART, 1], np.int32), count),
-        "starts": 2 * np.arange(count + 1, dtype=np.int64),
-        "damage": np.zeros(count, np.int8),
-        "totals": np.array([count] * 6 + [0], np.int64),
-        "tally": Tally().to_array(),
-    }
-    name = f"outlines-{lengths._VERSION}-many-{tokenizer.fingerprint}"
-    cached_arrays(tmp_path / ".emu_jax", name, lambda: arrays)
     monkeypatch.setattr(mixture_module, "open_source", lambda source, *_: Many())
     sources = (SourceConfig("many", paths=(str(tmp_path / "x"),)),)
     cfg = dataclasses.replace(cfg, sources=sources, block_documents=1024, batch_size=8)

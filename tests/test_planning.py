@@ -1,0 +1,407 @@
+"""Planning: streams of documents, the order of billions, and what a process plans."""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import numpy as np
+import pytest
+from test_data import assert_equal, grey
+from test_mixture import WORDS, Many, pairs, records
+from test_sources import TINY, make_image, shown, source, tar
+
+from emu_jax.config import save_json
+from emu_jax.data import Batches, DataConfig, Document, Image, Text
+from emu_jax.data import lengths as lengths_module
+from emu_jax.data.batches import RowBuilder
+from emu_jax.data.build import indexing
+from emu_jax.data.build.indexing import index_sources
+from emu_jax.data.build.runners import on_processes
+from emu_jax.data.documents import KnownLengths
+from emu_jax.data.lengths import TokenLengths
+from emu_jax.data.mixture import Group, OpenSource, open_groups
+from emu_jax.data.packing import IMAGE_PART
+from emu_jax.data.permutation import mixed, shuffled
+from emu_jax.data.pipeline import merge_states
+from emu_jax.data.simulate import Distribution, SimulatedLengths, load_distribution, simulate
+from emu_jax.data.simulate import table as simulation_table
+from emu_jax.data.sources import SourceConfig, index
+from emu_jax.data.sources.index import cached_arrays
+from emu_jax.data.sources.spans import SAMPLE_BYTES, Spans, compact_spans
+from emu_jax.data.unused import Tally
+from emu_jax.errors import UserError
+from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.config import TrainConfig, resume_config
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([" ".join(WORDS)] * 3, 400)
+
+
+@pytest.fixture
+def cfg(tmp_path) -> DataConfig:
+    return DataConfig(
+        root=str(tmp_path),
+        batch_size=4,
+        row_tokens=40,
+        row_images=4,
+        n_causal=2,
+        image_size=4,
+        target_size=6,
+        block_documents=16,
+        seed=5,
+        prefetch=0,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 48, 1000, 4099])
+def test_each_epoch_is_a_permutation_of_its_own(count):
+    drawn = shuffled(np.arange(3 * count), count, seed=7).reshape(3, count)
+    assert (np.sort(drawn) == np.arange(count)).all()
+    if count >= 48:
+        assert len({tuple(order) for order in drawn.tolist()}) == 3
+        assert max((order == np.arange(count)).sum() for order in drawn) < 12
+        assert (drawn != shuffled(np.arange(3 * count), count, seed=8).reshape(3, count)).any()
+    if count >= 1000:  # neighbors are not neighbors any more
+        assert (np.abs(np.diff(drawn[0])) < count / 100).mean() < 0.1
+
+
+def test_a_source_may_have_more_than_two_to_the_32_documents():
+    count = 10**10
+    first = shuffled(np.arange(count - 5000, count + 5000), count, seed=0)
+    assert ((first >= 0) & (first < count)).all() and (first > 2**32).mean() > 0.5
+    assert len(np.unique(first[:5000])) == len(np.unique(first[5000:])) == 5000
+    assert np.abs(np.histogram(first, 10, (0, count))[0] - 1000).max() < 150
+
+
+@pytest.mark.parametrize("weights", [[1.0], [3.0, 1.0], [128.0, 64.0, 0.3], [0.7, 0.1, 0.1, 5.0]])
+def test_sources_are_interleaved_like_grain(weights):
+    each = [
+        grain.MapDataset.source(range(10**9)).map(lambda k, n=n: (n, k)).repeat(None)
+        for n in range(len(weights))
+    ]
+    mix = grain.MapDataset.mix(each, weights)
+    numbers = np.array([*range(300), *range(10**8, 10**8 + 50)])
+    sources, positions = mixed(numbers, weights)
+    assert list(zip(sources.tolist(), positions.tolist(), strict=True)) == [
+        mix[n] for n in numbers.tolist()
+    ]
+    assert mixed(np.array([2**62]), weights)[1][0] >= 0  # does not overflow
+
+
+def varied(count: int) -> list[Document]:
+    return [Document((Image(grey(n)), Text(" ".join(WORDS[: n % 7 + 1])))) for n in range(count)]
+
+
+def test_the_order_of_earlier_runs(cfg, tokenizer, tmp_path):
+    """Recorded before there were streams."""
+    sources = (records(tmp_path, "a", varied(50)), records(tmp_path, "b", pairs(20), weight=0.4))
+    with Batches(dataclasses.replace(cfg, sources=sources), tokenizer, "rows") as batches:
+        for _ in range(7):
+            next(batches)
+        assert batches.state()["groups"] == [[7, 0]]
+        read = " ".join(f"{name}{index}" for name, index in batches.documents())
+    assert read == "b3 a49 b12 b19 a4 a18 a3 b11 a9 a41 a38 a8 b16 a40 a47 a29"
+
+
+@pytest.mark.parametrize("kind", ["rows", "captions"])
+def test_streams_are_equal_for_any_number_of_processes(cfg, tokenizer, tmp_path, kind):
+    sources = (
+        records(tmp_path, "a", varied(90), paired=True),
+        records(tmp_path, "b", pairs(30), weight=0.5, paired=True),
+        records(tmp_path, "own", pairs(30), weight=0.5, paired=True, batch_size=12),
+    )
+    cfg = dataclasses.replace(cfg, sources=sources, batch_size=24, row_group=4, holdout=0.1)
+    with Batches(cfg, tokenizer, kind) as whole:
+        want, documents = [next(whole) for _ in range(6)], whole.documents()
+        state, statistics = json.loads(json.dumps(whole.state())), whole.statistics()
+    for count in (2, 4, 6):  # streams are split between two of four processes
+        shares = [Batches(cfg, tokenizer, kind, p, count) for p in range(count)]
+        for number, batch in enumerate(want):
+            parts = [next(share) for share in shares]
+            assert_equal({k: np.concatenate([part[k] for part in parts]) for k in batch}, batch)
+            if number == 2:
+                middle = merge_states([share.state() for share in shares])
+        assert [d for share in shares for d in share.documents()] == documents
+        states = [share.state() for share in shares]
+        assert merge_states(states) == state
+        estimate = shares[0].statistics()
+        assert estimate["token_fill"] == pytest.approx(statistics["token_fill"], rel=0.3)
+        assert estimate["tokens"] == pytest.approx(statistics["tokens"], rel=0.3)
+        with pytest.raises(ValueError, match="no process knows"):
+            merge_states(states[:1])
+        with pytest.raises(UserError, match="data position is of .* streams"):
+            shares[-1].restore(states[0])
+    with Batches(cfg, tokenizer, kind, 1, 3) as third:  # resumed by other processes
+        third.restore(json.loads(json.dumps(middle)))
+        for batch in want[3:]:
+            size = len(batch["tokens"]) // 3
+            assert_equal(next(third), {k: v[size : 2 * size] for k, v in batch.items()})
+    with Batches(dataclasses.replace(cfg, row_group=0), tokenizer, kind) as other:
+        with pytest.raises(UserError, match="data position is damaged"):
+            other.restore(middle)
+
+
+def test_a_process_plans_its_own_rows_alone(cfg, tokenizer, tmp_path, monkeypatch):
+    streams, pack = [], Group._pack
+
+    def recorded(self: Group, block: int, stream: int = 0):
+        streams.append(stream)
+        return pack(self, block, stream)
+
+    monkeypatch.setattr(Group, "_pack", recorded)
+    sources = (records(tmp_path, "a", varied(90)),)
+    cfg = dataclasses.replace(cfg, sources=sources, batch_size=64, row_group=4)
+    for process in (0, 3, 7):
+        with Batches(cfg, tokenizer, "rows", process, 8) as batches:
+            streams.clear()
+            next(batches), next(batches)
+            assert set(streams) == {2 * process, 2 * process + 1}
+
+
+def test_every_document_is_dealt_once(cfg, tokenizer, tmp_path):
+    """Every stream gets some of every source, though the sources alternate."""
+    sources = tuple(records(tmp_path, name, varied(64)) for name in "ab")
+    cfg = dataclasses.replace(cfg, sources=sources, batch_size=12, row_group=3)
+    (group,) = open_groups(cfg, tokenizer, RowBuilder.requires)
+    assert (group.stream_rows, group.streams) == (3, 4)
+    assert dataclasses.replace(cfg, batch_size=10).stream_rows() == 2
+    dealt = [group.numbers(0, 256, stream) for stream in range(4)]
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(4 * 256))
+    for numbers in dealt:
+        count = sum(group.sample(n).source.cfg.name == "a" for n in numbers.tolist())
+        assert 0.35 < count / 256 < 0.65
+    read = [p.sampled for block in range(8) for row in group.block(block, 1).rows for p in row]
+    assert sorted(d.number for d in read) == sorted(group.numbers(0, 128, 1).tolist())
+
+
+def test_a_run_keeps_its_order(tmp_path):
+    save_json(TrainConfig(), tmp_path / "train.json")
+    changed = dataclasses.replace(TrainConfig(), data=DataConfig(row_group=8))
+    assert resume_config(changed, tmp_path).data.row_group == 0
+
+
+# Compact indexes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_compact_spans_tell_every_member(seed):
+    rng = np.random.default_rng(seed)
+    spans = np.zeros((400, 5, 2), np.int64)
+    at = 0
+    for sample in spans:
+        roles = rng.permutation(5)[: rng.choice([0, 1, 2, 3, 4], p=[0.1, 0.2, 0.3, 0.35, 0.05])]
+        for role in roles:
+            at += 512 * int(rng.choice([1, 3, 31, 32, 40], p=[0.8, 0.1, 0.05, 0.03, 0.02]))
+            size = int(
+                rng.choice([1, 511, 512, 513, 2**32 - 1, 2**32], p=[0.3] * 3 + [0.04, 0.03, 0.03])
+            )
+            sample[role] = at, size
+            at += -(-size // 512) * 512
+    spans[7, 0] = 100, 5  # not at a block
+    damage = rng.integers(0, 256, 400)
+    arrays = compact_spans(spans, damage)
+    wide = len(arrays["wide_row"])
+    assert 1 <= wide < 120
+    read = Spans(arrays, 5)
+    assert [read.damage(n) for n in range(400)] == damage.tolist()
+    for n, sample in enumerate(spans):
+        np.testing.assert_array_equal(read[n], sample)
+    assert sum(arrays[key][:1].nbytes for key in ("block", "layout", "member_size")) == SAMPLE_BYTES
+
+
+def test_wide_samples_of_several_tars_are_told_apart(tmp_path):
+    """A sample of four members, and one whose members lie apart, in the second tar of two."""
+    image = make_image(9)
+    tar(tmp_path / "0.tar", {"a.jpg": image, "a.txt": b"first", "b.jpg": image, "b.txt": b"second"})
+    apart = {"c.jpg": image, "d.txt": b"apart", "d.json": b"{}", "c.txt": b"third", "d.jpg": image}
+    tar(tmp_path / "1.tar", apart)
+    documents = source("webdataset", str(tmp_path / "*.tar"))
+    words = [document.parts[1].text for document in documents]
+    assert words == ["first", "second", "third", "apart"]
+    assert documents.where(3) == f"{tmp_path}/1.tar sample 1"
+
+
+def test_the_index_of_many_files_is_in_folders_that_are_opened_lazily(tmp_path, monkeypatch):
+    image = make_image(9)
+    for n in range(7):
+        members = {
+            f"{k}.{e}": c for k in range(n % 3 + 1) for e, c in (("jpg", image), ("txt", b"x"))
+        }
+        tar(
+            tmp_path / f"{n}.tar", {"z.txt": b"z", **members, "z.jpg": image} if n == 4 else members
+        )
+    want = [
+        (shown(document), documents.where(n))
+        for documents in [source("webdataset", tmp_path)]
+        for n, document in enumerate(documents)
+    ]
+    monkeypatch.setattr(index, "MOST_FOLDERS", 3)
+    source("webdataset", tmp_path)
+    opened, load = [], index._load
+    monkeypatch.setattr(
+        index, "_load", lambda folder, eager: opened.append(folder.name) or load(folder, eager)
+    )
+    documents = source("webdataset", tmp_path)
+    assert len(opened) < 4 and len(documents) == len(want) == 14
+    assert [(shown(documents[n]), documents.where(n)) for n in range(14)] == want
+
+
+def test_token_counts_are_compact(tmp_path, tokenizer):
+    """At most 8 bytes a document and 2 a part; texts longer than int16 are whole."""
+    sizes = np.array([[IMAGE_PART, 9]] * 4999 + [[IMAGE_PART, 70_000]]).reshape(-1)
+
+    class Known(Many):
+        fingerprint = "known"
+
+        def __len__(self) -> int:
+            return 5000
+
+        def known_lengths(self, indices, tokenizer):
+            part = sizes[2 * indices.start : 2 * indices.stop]
+            return KnownLengths(np.full(len(indices), 2), part)
+
+    lengths = TokenLengths(Known(), tokenizer, tmp_path)
+    assert lengths[4999] == [IMAGE_PART, 70_000] and lengths[0] == [IMAGE_PART, 9]
+    assert lengths.totals_of(np.array([4999, 3])).tolist() == [[70_000, 9], [1, 1], [0, 0]]
+    assert lengths.totals()["tokens"] == 4999 * 9 + 70_000
+    assert lengths.tally.used == {"documents": 5000, "images": 5000, "texts": 5000}
+    stored = sum(p.stat().st_size for p in tmp_path.rglob("*.npy") if p.stem in ARRAYS)
+    assert stored <= 5000 * 8 + 10_000 * 2 + 128 * len(ARRAYS) + 16
+    assert SimulatedLengths(Distribution("x", [[9]], {}), 7).totals()["tokens"] == 63
+
+
+ARRAYS = ("starts", "sizes", "damage", "long_at", "long_sizes")
+
+
+def test_counts_of_an_earlier_version_are_converted(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(lengths_module, "_CHUNK", 4)
+    arrays = {
+        "sizes": np.array([IMAGE_PART, 1, 2, 40_000, IMAGE_PART, 5, 6], np.int32),
+        "starts": np.array([0, 2, 2, 3, 4, 5, 7]),
+        "damage": np.array([0, 1, 0, 0, 0, 0], np.int8),
+        "totals": np.zeros(7, np.int64),
+        "tally": Tally({"documents": 5, "images": 2, "texts": 5}).to_array(),
+        "stamp": np.frombuffer(b"stamp ", np.uint8),
+    }
+
+    class Six(Many):
+        fingerprint = "six"
+
+        def __len__(self) -> int:
+            return 6
+
+        def known_lengths(self, indices, tokenizer) -> None:
+            return None
+
+        def sketch(self, index: int) -> Document:
+            raise AssertionError("counted again")
+
+    name = f"outlines-{lengths_module._EARLIER}-six-{tokenizer.fingerprint}"
+    cached_arrays(tmp_path, name, lambda: arrays)
+    lengths = TokenLengths(Six(), tokenizer, tmp_path)
+    assert lengths.parts.count == 2 and not (tmp_path / name).exists()
+    want = [[IMAGE_PART, 1], [], [2], [40_000], [IMAGE_PART], [5, 6]]
+    assert [lengths[n] for n in range(6)] == want
+    assert lengths.damage(1) == "damaged record" and lengths.damage(4) is None
+    assert lengths.tally.used["documents"] == 5 and lengths.totals()["damaged"] == 1
+
+
+# `data index`
+
+
+def test_indexing_in_shares_is_what_training_would_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths_module, "_CHUNK", 2)
+    image = make_image(9)
+    for n in range(3):
+        names = [f"{n}{k}" for k in range(2)]
+        tar(
+            tmp_path / f"{n}.tar",
+            {f"{k}.{e}": c for k in names for e, c in (("jpg", image), ("txt", b"words"))},
+        )
+    page = {"images": ["00.jpg", None], "texts": [None, "a page"]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(page) + "\n")
+    Tokenizer.load(TINY / "tokenizer").save(tmp_path / "tokenizer")
+    sources = (
+        SourceConfig("pairs", "webdataset", (f"{tmp_path}/*.tar",)),
+        SourceConfig("pages", "pages", (f"{tmp_path}/p.jsonl",), media=(f"{tmp_path}/*.tar",)),
+    )
+
+    def config(cache: str) -> DataConfig:
+        return DataConfig(str(tmp_path), sources=sources, cache=str(tmp_path / cache))
+
+    def arrays(cache: str) -> dict[str, bytes]:
+        folder = tmp_path / cache
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.npy")}
+
+    def run(cache: str, shard: tuple[int, int]) -> dict:
+        cfg = config(cache)
+        return index_sources(cfg, cfg.load_tokenizer(), lambda work: on_processes(work, 1), shard)
+
+    with Batches(config("trained"), config("trained").load_tokenizer(), "rows", plan_only=True):
+        pass
+    with ThreadPoolExecutor(2) as pool:  # each waits for the other's files
+        monkeypatch.setattr(indexing, "POLL_SECONDS", 0.05)
+        shards = [pool.submit(run, "shared", (n, 2)) for n in range(2)]
+        reports = [shard.result() for shard in shards]
+    assert reports[0] == reports[1] == run("alone", (0, 1))
+    assert reports[0]["pairs"].documents == 6 and reports[0]["pages"].images == 1
+    want = arrays("trained")
+    assert want and want.items() <= arrays("shared").items() and arrays("alone") == arrays("shared")
+    counted: list[str] = []
+    monkeypatch.setattr(lengths_module, "_count", counted.append)
+    assert run("shared", (1, 2)) == reports[0] and not counted  # nothing is done twice
+
+
+def test_a_share_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="--shard 2/2 is out of range: count from 0"):
+        index_sources(DataConfig(), None, lambda work: on_processes(work, 1), (2, 2))
+
+
+# `data simulate`
+
+
+def test_a_simulation_is_like_the_real_pipeline(tmp_path, tokenizer):
+    """At a million documents: full rows and the size of the index, within a tenth."""
+    distribution, count = load_distribution("laion"), 10**6
+    drawn = np.random.default_rng(0).integers(len(distribution.outlines), size=count)
+    sizes = np.array(distribution.outlines)[drawn].reshape(-1)
+
+    class Real(Many):
+        fingerprint = "real"
+
+        def __len__(self) -> int:
+            return count
+
+        def known_lengths(self, indices, tokenizer):
+            part = sizes[2 * indices.start : 2 * indices.stop]
+            return KnownLengths(np.full(len(indices), 2), part)
+
+    cfg = DataConfig(batch_size=64, row_tokens=512, row_images=10, row_group=8)
+    lengths = TokenLengths(Real(), tokenizer, tmp_path)
+    opened = OpenSource(SourceConfig("laion"), Real(), lengths)
+    with Batches(cfg, tokenizer, "rows", plan_only=True, opened=[opened]) as batches:
+        for _ in range(20):
+            next(batches)
+        real = batches.statistics()
+    simulated = simulate(cfg, [(distribution, 1.0)], count, hosts=8, steps=60)
+    assert simulated.token_fill == pytest.approx(real["token_fill"], rel=0.1)
+    assert simulated.image_fill == pytest.approx(real["image_fill"], rel=0.1)
+    stored = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+    tar_index = (SAMPLE_BYTES + 4) * count  # of its files
+    assert simulated.index_bytes == pytest.approx(stored + tar_index, rel=0.1)
+    huge = simulate(cfg, [(distribution, 1.0)], 10**10, hosts=8, steps=5)
+    assert huge.index_bytes == pytest.approx(10**4 * simulated.index_bytes, rel=0.01)
+    assert huge.memory_bytes < 4 * simulated.memory_bytes
+    assert "10,000,000,000" in simulation_table([simulated, huge])
+
+
+def test_distributions_by_name_and_file(tmp_path):
+    assert {load_distribution(name).name for name in ("laion", "mmc4", "storyboards")}
+    with pytest.raises(UserError, match="no distribution of lengths 'lion'; did you mean 'laion'"):
+        load_distribution("lion")
+    (tmp_path / "x.json").write_text('{"outlines": [[-2]]}')
+    with pytest.raises(UserError, match="x.json is not a distribution of lengths"):
+        load_distribution(str(tmp_path / "x.json"))
