@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 
-.PHONY: demo test test-slow test-all mutants lint bench plan-table package clean
+.PHONY: demo test test-slow test-all mutants lint bench plan-table package docs clean
 
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
@@ -60,13 +60,18 @@ package: .venv/.installed-dev
 	$(BIN)/hatchling build
 	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_package.py
 
+# Builds the documentation site into site/. A broken link or anchor, or a page outside the navigation,
+# is an error.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Compiles the 14B step for four kinds of TPU and updates docs/scaling.md: hours. It can be resumed.
 plan-table: .venv/.installed-dev
 	$(BIN)/emu-jax plan --config configs/emu_14b.py --sweep --out runs/plan --page docs/scaling.md \
 	  --topology v5e:16x16,v5p:4x4x8,v6e:16x16,tpu7x:4x4x8
 
 clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .cache .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The demo does not need the test dependencies, such as torch.
@@ -76,6 +81,10 @@ clean:
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	touch .venv/.installed $@
+
+.venv/.installed-docs: pyproject.toml constraints.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet -e '.[docs]' -c constraints.txt
 	touch .venv/.installed $@
 
 .venv/bin/pip:

@@ -97,7 +97,7 @@ def convert(
 
     Args:
         src: a release folder, one of its native files, a run directory, or a peft folder. A
-            repository on the Hub (hf://ORG/NAME[@REV][/SUB]) is downloaded into huggingface_hub's
+            repository on the Hub (`hf://ORG/NAME[@REV][/SUB]`) is downloaded into huggingface_hub's
             cache; the run directory records its commit in `sources.json`.
         dst: the destination. With `to="emu"` it may be a file, if the model has no image decoder
             or is an Emu2.

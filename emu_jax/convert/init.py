@@ -106,7 +106,7 @@ def init(
 ) -> InitReport:
     """Writes a run directory with an Emu that was assembled from its parents and never trained.
 
-    A parent may be on the Hub: hf://ORG/NAME[@REV][/SUB]. `sources.json` records its commit.
+    A parent may be on the Hub: `hf://ORG/NAME[@REV][/SUB]`. `sources.json` records its commit.
 
     Args:
         llama: a transformers folder, sharded or not, safetensors or .bin.

@@ -94,7 +94,7 @@ def load(
     shapes: Shapes | None = None,
 ) -> Emu:
     """Loads a run directory (local, gs:// or s3://), or the release's own files (a local folder, or
-    Emu-instruct.pt). Either may be a repository on the Hugging Face Hub: hf://ORG/NAME[@REV][/SUB].
+    Emu-instruct.pt). Either may be on the Hugging Face Hub: `hf://ORG/NAME[@REV][/SUB]`.
 
     A run directory has config.json, tokenizer/ and parameters, of which the newest are loaded. The
     release's files are read as `emu-jax convert` reads them. Each parameter is read straight into
