@@ -42,7 +42,13 @@ def shrunk(root: str) -> TrainConfig:
         llama=dataclasses.replace(cfg.model.llama, layers=1),
     )
     data = dataclasses.replace(
-        cfg.data, root=root, batch_size=8, row_tokens=40, row_images=4, block_documents=64
+        cfg.data,
+        root=root,
+        batch_size=8,
+        row_tokens=40,
+        row_images=4,
+        block_documents=64,
+        row_group=2,  # each process plans its own rows
     )
     groups = tuple(
         dataclasses.replace(group, lr=1e-3, delay_steps=0, warmup_steps=4)

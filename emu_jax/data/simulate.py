@@ -294,6 +294,6 @@ def plot(results: Sequence[Simulation], path: Path) -> None:
     memory = [result.memory_bytes / 2**30 for result in results]
     right.loglog(documents, memory, "s--", label="memory of planning, per host")
     right.set(xlabel="documents", ylabel="GiB")
-    right.legend()
+    right.legend(loc="center right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
