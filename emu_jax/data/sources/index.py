@@ -64,6 +64,8 @@ _INTEGERS = (int, np.integer)
 # Exceptions raised by reading a damaged folder.
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _indexing = ContextVar("indexing", default=True)
+# NumPy parses headers by `ast`, which Python 3.11 does not let several threads do at once.
+_headers = threading.Lock()
 
 
 class NotIndexed(Exception):
@@ -355,7 +357,8 @@ class Checked:
         self._sound, self._left = bytearray(len(sums)), len(sums)
         self._lock = threading.Lock()
         self._check(0, 1)  # the header
-        mapped = np.load(file, mmap_mode="r")
+        with _headers:
+            mapped = np.load(file, mmap_mode="r")
         self._first, self.shape, self.dtype = mapped.offset, mapped.shape, mapped.dtype
         # A plain array, because a look-up in a `memmap` takes four times as long.
         self._array, self._width = np.asarray(mapped), mapped.strides[0]
@@ -519,7 +522,8 @@ def index_files(
 
     @functools.cache
     def opened(group: int) -> Arrays:
-        return _folder_index(kind, groups[group], scan, cache)
+        # Small arrays are copied to memory: those of all folders together stay within EAGER.
+        return _folder_index(kind, groups[group], scan, cache, EAGER // len(groups))
 
     def summary() -> Arrays:
         every = [opened(group) for group in range(len(groups))]
@@ -549,7 +553,11 @@ def _file_index(kind: str, path: str, scan: Callable[[str], Arrays], cache: str)
 
 
 def _folder_index(
-    kind: str, paths: Sequence[str], scan: Callable[[str], Arrays], cache: str
+    kind: str,
+    paths: Sequence[str],
+    scan: Callable[[str], Arrays],
+    cache: str,
+    eager: int | None = None,
 ) -> Arrays:
     """Returns the concatenated results of `scan` on files, cached in one folder."""
 
@@ -569,7 +577,7 @@ def _folder_index(
         return {"file": files} | {key: joined(key) for key in shares[0]}
 
     name = f"{kind}-{fingerprint(kind, paths)}"
-    return cached_arrays(folder_for(paths[0], cache), name, together)
+    return cached_arrays(folder_for(paths[0], cache), name, together, eager)
 
 
 def _renumbered(rows: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
