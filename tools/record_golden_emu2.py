@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import transforms as tf
 
 PLH, VIDEO = "[<IMG_PLH>]", ("[VIDEO]", "[/VIDEO]")
 TEXT = [
@@ -343,10 +342,8 @@ class Recorder:
 
             pipeline.decode_latents = watched
             torch.randn = lambda *args, start=start, **kw: start.clone()
-            settings = {k: v for k, v in recorded.items() if k not in ("inputs", "guided")} | {
-                "height": pixels,
-                "width": pixels,
-            }
+            settings = {k: v for k, v in recorded.items() if k != "inputs"}
+            settings |= {"height": pixels, "width": pixels}
             try:
                 pipeline(self.inputs(recorded["inputs"]), **settings)
             finally:
@@ -386,7 +383,6 @@ def record(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, A
     size = patch.img_size[0] if isinstance(patch.img_size, tuple) else patch.img_size
     recorder = Recorder(emu, pictures, size)
     for i, picture in enumerate(pictures):
-        assert isinstance(recorder.chat.transform, tf.Compose)
         recorder.save(f"preprocess/{i}/pipeline", recorder.chat.transform(picture))
     meta = recorder.base()
     meta["tokenizer_cases"] = cases(recorder.tokenizer)
