@@ -1176,8 +1176,8 @@ DAMAGE = {
     ),
     "broken json": (lambda f: (f / "unet" / "config.json").write_text("{"), "cannot read"),
     "unknown feature": (
-        lambda f: (f / "unet" / "config.json").write_text('{"use_linear_projection": true}'),
-        "use_linear_projection",
+        lambda f: (f / "unet" / "config.json").write_text('{"dual_cross_attention": true}'),
+        "dual_cross_attention",
     ),
 }
 
