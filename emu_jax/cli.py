@@ -554,9 +554,19 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
         default="network",
         help="resizing before Inception: the network's own (default) or clean-fid's",
     )
+    parser.add_argument(
+        "--clip",
+        type=_local_path,
+        metavar="DIR",
+        help="CLIP for CLIP-T and CLIP-I, a transformers folder",
+    )
+    parser.add_argument(
+        "--dino", type=_local_path, metavar="DIR", help="DINO for its score, a transformers folder"
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.evaluate.run import Options, evaluate
+        from emu_jax.evaluate.scorers.similarity import SimilarityOptions
         from emu_jax.evaluate.tasks.base import FidOptions
 
         names = (
@@ -574,6 +584,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
         options = Options(
             **{name: getattr(args, name) for name in names},
             fid=FidOptions(args.inception, args.reference, args.resize),
+            similarity=SimilarityOptions(args.clip, args.dino),
         )
         checkpoint = local_path(args.checkpoint)
         result = evaluate(checkpoint, args.task, args.data, args.out, options)

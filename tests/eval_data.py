@@ -269,6 +269,23 @@ def nextqa(root: Path) -> None:
     write(root / "map_vid_vidorID.json", places)
 
 
+def geneval(root: Path) -> None:
+    rows = [
+        {"tag": "counting", "include": [{"class": "cat", "count": n}], "prompt": f"{n} cats"}
+        for n in (2, 3)
+    ]
+    write(root / "evaluation_metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def dpgbench(root: Path) -> None:
+    write(root / "prompts" / "partiprompts9.txt", "A red barn stands in a wide field.\n")
+
+
+def wise(root: Path) -> None:
+    rows = [{"Prompt": "Einstein's favorite instrument", "Category": "Culture", "prompt_id": 7}]
+    write(root / "cultural_common_sense.json", rows)
+
+
 LAYOUTS = {
     make.__name__: make
     for make in (
@@ -284,5 +301,8 @@ LAYOUTS = {
         nextqa,
         nocaps,
         flickr30k,
+        geneval,
+        dpgbench,
+        wise,
     )
 }

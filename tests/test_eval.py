@@ -31,7 +31,8 @@ from emu_jax.evaluate import fewshot, in_training
 from emu_jax.evaluate import run as running
 from emu_jax.evaluate.fewshot import FewShot
 from emu_jax.evaluate.run import Options, evaluate
-from emu_jax.evaluate.scorers import vqa
+from emu_jax.evaluate.scorers import similarity, vqa
+from emu_jax.evaluate.scorers.similarity import SimilarityOptions
 from emu_jax.evaluate.tasks import TASKS, visdial
 from emu_jax.evaluate.tasks.base import (
     Example,
@@ -41,6 +42,7 @@ from emu_jax.evaluate.tasks.base import (
     clean_caption,
     short_answer,
 )
+from emu_jax.evaluate.tasks.text_to_image import TextToImage
 from emu_jax.generate.api import Emu, load
 from emu_jax.models import emu as models
 from emu_jax.models.eva_clip import normalize_images
@@ -60,7 +62,8 @@ class Said:
 
     def __init__(self, instruct=True, says=lambda prompt, choices: "yes.", order=(2, 0, 1, 3)):
         self.tokenizer = type("", (), {"instruct": instruct})
-        self.cfg = type("", (), {"vision": type("", (), {"image_size": 4})})
+        values = {"vision": type("", (), {"image_size": 4}), "family": "emu"}
+        self.cfg = type("", (), values | {"scheduler": config.SchedulerConfig()})
         self.says, self.order = says, list(order)
         self.asked, self.batches = [], []
 
@@ -307,6 +310,102 @@ def test_coco_fid(ask, inception, tmp_path):
     assert len(emu.asked) == 5 and len(list(tmp_path.glob("fid-*.npz"))) == 1
 
 
+def test_text_to_image_writes_what_the_official_scorers_read(ask, tmp_path):
+    """Image n has the gray value n: four images of each prompt, in order."""
+
+    def gray(path):
+        return np.asarray(Image.open(path))[..., 0]
+
+    emu = Said(instruct=False)
+    result, _ = ask("geneval", emu, name="geneval")
+    assert result["scores"] is None and "evaluate_images.py" in result["notes"][0]
+    assert [text for text, _ in emu.asked] == ["2 cats"] * 4 + ["3 cats"] * 4
+    folder = tmp_path / "geneval"
+    for prompt in range(2):
+        metadata = json.loads((folder / f"0000{prompt}" / "metadata.jsonl").read_text())
+        assert metadata["prompt"] == f"{prompt + 2} cats" and metadata["tag"] == "counting"
+        for copy in range(4):
+            image = gray(folder / f"0000{prompt}" / "samples" / f"000{copy}.png")
+            assert image.shape == (8, 8) and (image == 4 * prompt + copy).all()
+
+    ask("dpgbench", Said(instruct=False), name="dpg")
+    (path,) = (tmp_path / "dpg").iterdir()
+    grid = gray(path)
+    assert path.name == "partiprompts9.png" and grid.shape == (16, 16)
+    assert [grid[y, x] for y in (0, 8) for x in (0, 8)] == [0, 1, 2, 3]
+
+    ask("wise", Said(instruct=False), name="wise")
+    assert [path.name for path in (tmp_path / "wise").iterdir()] == ["7.png"]
+
+    # With --limit the last prompt may lack images, and no folder is written for it.
+    ask("geneval", Said(instruct=False), name="few", limit=6)
+    assert [path.name for path in (tmp_path / "few").iterdir()] == ["00000"]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A tiny CLIP and a tiny DINO with random weights, as folders of transformers."""
+    torch = pytest.importorskip("torch")
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPTokenizer,
+        ViTConfig,
+        ViTImageProcessor,
+        ViTModel,
+    )
+
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2}
+    image = {"image_size": 8, "patch_size": 4}
+    letters = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters[2:])]
+    vocabulary = {token: n for n, token in enumerate(tokens)}
+    text = {"vocab_size": len(vocabulary), "max_position_embeddings": 16}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    clip = CLIPConfig(
+        text_config=sizes | heads | text | special,
+        vision_config=sizes | heads | image,
+        projection_dim=12,
+    )
+    CLIPModel(clip).save_pretrained(folder / "clip")
+    size = {"size": {"height": 8, "width": 8}, "crop_size": {"height": 8, "width": 8}}
+    CLIPImageProcessor(**size).save_pretrained(folder / "clip")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(
+        folder / "clip"
+    )
+    ViTModel(ViTConfig(**sizes, **heads, **image)).save_pretrained(folder / "dino")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "dino")
+    return folder
+
+
+@pytest.mark.slow
+def test_clip_and_dino_scores(networks, ask, tmp_path):
+    """An image is like itself; another network, text or image gives another figure."""
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, path in enumerate(paths):
+        draw(path, n, (8, 8))
+    for score in (similarity.clip_i, similarity.dino):
+        network = networks / score.__name__.removesuffix("_i")
+        (same,) = score(network, paths, paths).values.values()
+        (other,) = score(network, paths, paths[1:] + paths[:1]).values.values()
+        assert same == pytest.approx(100, abs=1e-3) and other < 99.999
+    texts = ["a cat", "two dogs", "red"]
+    (figure,) = similarity.clip_t(networks / "clip", paths, texts).values.values()
+    (swapped,) = similarity.clip_t(networks / "clip", paths, texts[::-1]).values.values()
+    assert -100 < figure < 100 and figure != pytest.approx(swapped, abs=1e-4)
+    options = SimilarityOptions(networks / "clip", networks / "dino")
+    result, _ = ask("coco_fid", Said(instruct=False), similarity=options)
+    assert set(result["scores"]) == {"CLIP-T", "CLIP-I", "DINO"}
+    with pytest.raises(UserError, match="CLIP-T needs CLIP"):
+        similarity.clip_t(networks / "dino", paths, texts)
+
+
 def test_mmvet_gives_the_file_that_is_graded_elsewhere(ask):
     result, out = ask("mmvet", Said(says=lambda *_: "x is -1. Or -5"))
     assert json.loads(out.read_text()) == {"v1_0": "x is -1. Or -5", "v1_1": "x is -1. Or -5"}
@@ -479,7 +578,7 @@ def test_the_pretrained_model_reads_its_own_caption(ask):
 
 def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
     """What every task sends of its last item, in both modes, with and without examples."""
-    without = ("mmvet", "coco_fid", "flickr30k")
+    without = ("mmvet", "coco_fid", "flickr30k", "geneval", "dpgbench", "wise")
     sections = []
     for task in TASKS.values():
         data = layout(task.name, tmp_path)
@@ -1219,6 +1318,9 @@ def test_the_golden_models_score_is_the_one_worked_by_hand(
     said = out.read_bytes()
     if task == "mmvet":
         assert set(json.loads(said)) == {"v1_0", "v1_1"}
+        return
+    if isinstance(TASKS[task], TextToImage):
+        assert list((tmp_path / "out").iterdir())
         return
     if task == "coco_fid":
         drawn, real = (

@@ -32,6 +32,7 @@ from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate import results_page
 from emu_jax.evaluate.answering import Answering, choose_mode, spelled
 from emu_jax.evaluate.fewshot import Examples, FewShot
+from emu_jax.evaluate.scorers.similarity import SimilarityOptions
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.evaluate.tasks.base import (
     FewShotExamples,
@@ -73,6 +74,7 @@ class Options:
         hosts_per_model: processes whose devices hold a model together. All other processes hold
             more copies of it, which answer other batches.
         fid: settings for comparing generated images with real ones.
+        similarity: networks that compare a generated image with its prompt or a real image.
     """
 
     split: str = ""
@@ -86,6 +88,7 @@ class Options:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     hosts_per_model: int = 1
     fid: FidOptions = FidOptions()
+    similarity: SimilarityOptions = SimilarityOptions()
 
     def check(self) -> None:
         """Checks the options.
@@ -106,6 +109,7 @@ class Options:
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed {self.seed}: at least 0, and below 2147483648")
         self.fid.check()
+        self.similarity.check()
 
 
 def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> Result:
@@ -310,7 +314,10 @@ class Evaluation:
         self.store.join([predictions[item.id] for item in self.items])
         answers = [predictions[item.id]["answer"] for item in self.items]
         write_text(self.out, json.dumps(self.task.result(self.items, answers)) + "\n")
-        context = ScoringContext(self.data, self.split, self.out.parent, self.options.fid)
+        self.task.export(self.items, answers, self.out)
+        context = ScoringContext(
+            self.data, self.split, self.out.parent, self.options.fid, self.options.similarity
+        )
         scores = self.task.score(self.items, answers, context)
         column = column_of(self.mode, self.options.examples, self.shots)
         result = Result(

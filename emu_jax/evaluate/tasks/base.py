@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 from emu_jax.data.sources.dialogues import IMAGE_SYSTEM
 from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate.scorers import Scores, frechet
+from emu_jax.evaluate.scorers.similarity import SimilarityOptions
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
 Mode = Literal["pretrain", "instruct"]
@@ -135,6 +136,7 @@ class ScoringContext:
     split: str
     out: Path
     fid: FidOptions = FidOptions()
+    similarity: SimilarityOptions = SimilarityOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,10 @@ class Task(abc.ABC):
         self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
     ) -> Scores | None:
         """Returns the scores, or None if the answers are not public or need an external judge."""
+
+    def export(self, items: Sequence[Item], answers: Sequence[Any], out: Path) -> None:
+        """Writes what an official scorer reads beside the result file `out`. By default nothing."""
+        return None
 
     def shown(self, item: Item, answer: Any) -> tuple[str, str]:
         """Returns (given answer, correct answer) for display; the latter is "" if unknown."""

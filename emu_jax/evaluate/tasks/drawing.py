@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.evaluate.scorers import Scores, frechet
+from emu_jax.evaluate.scorers import Scores, frechet, similarity
 from emu_jax.evaluate.tasks.base import (
     Folder,
     Item,
@@ -20,6 +20,7 @@ from emu_jax.evaluate.tasks.base import (
     Stage,
     Task,
     layout,
+    numbered_image,
     read_json,
 )
 
@@ -76,14 +77,38 @@ class CocoDrawing(Task):
     def score(
         self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
     ) -> Scores | None:
-        fid = context.fid
-        if fid.inception is None:
-            return None
-        network = frechet.Inception(fid.inception, fid.resize)
-        real = self._reference(context, network)
         drawn = [context.out / file for file in answers]
-        generated = frechet.moments(drawn, network, what="generated images").gaussian()
-        return frechet.score(generated, real, (network.note,))
+        parts = []
+        fid = context.fid
+        if fid.inception is not None:
+            network = frechet.Inception(fid.inception, fid.resize)
+            real = self._reference(context, network)
+            generated = frechet.moments(drawn, network, what="generated images").gaussian()
+            parts.append(frechet.score(generated, real, (network.note,)))
+        parts += self._similarities(items, drawn, context)
+        if not parts:
+            return None
+        values = {name: value for part in parts for name, value in part.values.items()}
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        return Scores(values, notes)
+
+    def _similarities(
+        self, items: Sequence[Item], drawn: Sequence[Path], context: ScoringContext
+    ) -> list[Scores]:
+        """Returns the scores of the networks that are given: CLIP-T with the captions, CLIP-I and
+        DINO with the real images."""
+        clip, dino = context.similarity.clip, context.similarity.dino
+        if clip is None and dino is None:
+            return []
+        folder = context.data.folder("val2014")
+        real = [numbered_image(folder, "COCO_val2014", item.fields["image_id"]) for item in items]
+        scores = []
+        if clip is not None:
+            scores.append(similarity.clip_t(clip, drawn, [item.question for item in items]))
+            scores.append(similarity.clip_i(clip, drawn, real))
+        if dino is not None:
+            scores.append(similarity.dino(dino, drawn, real))
+        return scores
 
     def _reference(self, context: ScoringContext, network: frechet.Inception) -> frechet.Gaussian:
         """Returns the given statistics, or computes and caches those of all images of the split."""
