@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
             ),
             steps=3_000,
             text_weight=0.0,
-            eval=(EvalConfig(every=200, sources=sources("DATA/heldout"), batches=2),),
+            eval=(EvalConfig(every=250, sources=sources("DATA/heldout"), batches=2),),
             keep_best={"heldout/loss": "min"},
             accumulate=2,
             save_frozen=False,

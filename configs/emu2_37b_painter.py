@@ -1,0 +1,82 @@
+"""Emu2's image decoder: SDXL's U-Net as an autoencoder of the visual encoder's features.
+
+    emu-jax train --config configs/emu2_37b_painter.py --workdir runs/emu2_painter \\
+        --config.init_from=runs/emu2
+
+DATA holds WebDataset tars of images of at least 512 x 512 pixels, and DATA/heldout those that are
+not trained on. The language model is not asked. docs/finetuning.md says how to compute features and
+latents once.
+
+From the paper: the data, batches of 2,048, 8,000 steps, a peak learning rate of 1e-4 after 2,500
+steps of warm-up with linear decay, AdamW's betas, epsilon and weight decay, clipping at 1, one
+condition in ten dropped, a noise offset of 0.1, images of 448 pixels in and 1,024 out, original
+size and crop as conditions, and the frozen encoder of the first stage.
+
+Ours: the decay is in six steps, and the warm-up linear, where the paper's is logarithmic. A dropped
+condition is that of the null image, as in autoencoding with guidance; the paper does not say. The
+average of the weights is ours too.
+"""
+
+from ml_collections import ConfigDict
+
+from emu_jax.config import RematConfig, emu2_gen
+from emu_jax.data.config import DataConfig
+from emu_jax.data.sources import SourceConfig
+from emu_jax.train.config import (
+    EvalConfig,
+    GroupConfig,
+    OptimizerConfig,
+    TrainConfig,
+    config_dict,
+)
+
+STEPS, WARMUP, PEAK = 8_000, 2_500, 1e-4
+
+
+def sources(folder: str = "DATA") -> tuple[SourceConfig, ...]:
+    return tuple(
+        SourceConfig(name, "webdataset", (f"{folder}/{name}/*.tar",))
+        for name in ("laion-coco", "laion-aesthetics")
+    )
+
+
+def get_config() -> ConfigDict:
+    falls = 6
+    drops = tuple(
+        (WARMUP + n * (STEPS - WARMUP) // falls, PEAK * (1 - n / falls)) for n in range(1, falls)
+    )
+    return config_dict(
+        TrainConfig(
+            name="emu2_37b_painter",
+            objective="painter",
+            model=emu2_gen(),
+            data=DataConfig(
+                tokenizer="runs/emu2/tokenizer",
+                family="emu2",
+                sources=sources(),
+                batch_size=2048,
+                n_causal=64,
+                image_size=448,
+                target_size=1024,
+                drop_condition=0.1,
+            ),
+            optimizer=OptimizerConfig(
+                groups=(
+                    GroupConfig(
+                        r"^unet\.", lr=PEAK, warmup_steps=WARMUP, decay="steps", drops=drops
+                    ),
+                    GroupConfig(".*", lr=0.0),
+                ),
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=1e-2,
+            ),
+            steps=STEPS,
+            noise_offset=0.1,
+            eval=(EvalConfig(every=500, sources=sources("DATA/heldout"), batches=2),),
+            ema_decay=0.9999,
+            accumulate=4,
+            save_frozen=False,
+            remat=RematConfig(unet="full"),
+        )
+    )
