@@ -347,7 +347,7 @@ class _Recording:
 
     def generated(self, tag: str) -> np.ndarray:
         recorded = self.meta["generate"][tag]
-        length = {"max_new_tokens": self.meta["spec"].get("new_tokens")}
+        length = {"max_new_tokens": self.meta.get("spec", {}).get("new_tokens")}
         settings = self.meta["generate_defaults"] | length | recorded["kw"]
         return self.answered(f"generate/{tag}/ids", self.prompts, settings, recorded.get("texts"))
 

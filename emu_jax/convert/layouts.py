@@ -171,7 +171,7 @@ def _native_name(source: ModelSource) -> str:
 
 
 class Described(Protocol):
-    """What Emu2's files other than tensors follow from; every `ModelSource` has it."""
+    """The parts of a `ModelSource` that determine Emu2's files other than tensors."""
 
     cfg: EmuConfig
     tokenizer: Tokenizer
