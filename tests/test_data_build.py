@@ -21,7 +21,14 @@ from emu_jax import cli
 from emu_jax.data import Document, Image, Text, storage
 from emu_jax.data.build import build as build_module
 from emu_jax.data.build.build import BuildConfig, build, embedded, on_beam
-from emu_jax.data.build.clean import CleanConfig, Cleaned, Unfit, clean, store
+from emu_jax.data.build.clean import (
+    CleanConfig,
+    Cleaned,
+    Unfit,
+    check_metadata,
+    clean,
+    store,
+)
 from emu_jax.data.documents import Damaged, DocumentFiles, Source, write_documents
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
@@ -339,6 +346,92 @@ def test_a_source_that_changed_is_noticed(tmp_path, failing):
 
     with pytest.raises(UserError, match="source 'f' is not the same here"):
         build(tmp_path, cfg, runner)
+
+
+# Filters by metadata
+
+META = {
+    "original_width": 640,
+    "original_height": 480,
+    "similarity": 0.31,
+    "punsafe": 0.1,
+    "pwatermark": 0.2,
+    "LANGUAGE": "en",
+    "meta": {"phash": "f0"},
+}
+FILTERS = CleanConfig(
+    min_original_side=100,
+    max_original_aspect=3.0,
+    min_clip_score=0.28,
+    max_nsfw=0.5,
+    max_watermark=0.8,
+    languages=("en", "de"),
+    duplicate_key="meta.phash",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "detail"),
+    [
+        ({}, "", ""),
+        ({"original_height": 99}, "original too small", "640x99"),
+        ({"original_width": None, "width": 90, "height": 400}, "original too small", "90x400"),
+        ({"original_width": 2000}, "original too narrow", "2000x480"),
+        ({"similarity": 0.279}, "CLIP score too low", "0.279"),
+        ({"similarity": float("nan")}, "no metadata", "similarity"),
+        ({"punsafe": 0.6}, "unsafe", "0.600"),
+        ({"punsafe": "UNSURE"}, "", ""),
+        ({"punsafe": "NSFW"}, "unsafe", "1.000"),
+        ({"punsafe": None}, "no metadata", "punsafe"),
+        ({"pwatermark": "0.81"}, "watermark", "0.810"),
+        ({"LANGUAGE": "fr"}, "other language", "fr"),
+        ({"LANGUAGE": None}, "no metadata", "LANGUAGE"),
+    ],
+)
+def test_metadata_that_do_not_pass(change, reason, detail):
+    check_metadata({}, CleanConfig())
+    try:
+        check_metadata(META | change, FILTERS)
+        assert not reason
+    except Unfit as error:
+        assert (error.reason, error.detail) == (reason, detail)
+
+
+def test_filters_by_metadata_are_counted(tmp_path):
+    """Of duplicates the first that passes is kept, wherever shards end."""
+    hashes = ["a", "a", "b", None, "b", "a", None, "c", "b"]
+    rows = [
+        {"q": f"what is {n}?", "a": "it", **META, "meta": json.dumps({"phash": key})}
+        for n, key in enumerate(hashes)
+    ]
+    rows[0]["punsafe"] = 0.9
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig("d", "dialogues", (str(tmp_path / "d.jsonl"),))
+    cfg = BuildConfig(source, FILTERS, shard_documents=2)
+    manifest = build(tmp_path / "out", cfg, embedded(1))
+    rejected = {"duplicate": 3, "unsafe": 1}
+    assert manifest["documents"] == {"read": 9, "rejected": rejected, "written": 5}
+    rejections = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in rejections]
+    assert [line["document"] for line in lines] == [0, 4, 5, 8]
+    whole = contents(tmp_path / "out")
+    for name in ("d-00001-of-00005.json", "d-00002-of-00005.keys.npy"):
+        (tmp_path / "out" / name).unlink()
+    build(tmp_path / "out", cfg, embedded(1))
+    assert contents(tmp_path / "out") == whole
+    # A folder that an earlier version began, without these filters.
+    old = BuildConfig(source, shard_documents=9)
+    build(tmp_path / "old", old, embedded(1))
+    begun = json.loads((tmp_path / "old" / "build.json").read_text())
+    del begun["clean"]["duplicate_key"], begun["source"]["url_files"]
+    (tmp_path / "old" / "build.json").write_text(json.dumps(begun))
+    build(tmp_path / "old", old, embedded(1))
+    with pytest.raises(UserError, match="of clean.duplicate_key  rather than x"):
+        build(
+            tmp_path / "old",
+            dataclasses.replace(old, clean=CleanConfig(duplicate_key="x")),
+            embedded(1),
+        )
 
 
 # Mistakes

@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from test_data import assert_equal, take
 from test_mixture import WORDS, pairs, tokenizer  # noqa: F401
 from test_sources import lines, make_image, tar, video
@@ -20,6 +21,7 @@ from emu_jax.data import Batches, DataConfig, file_cache, lengths, storage
 from emu_jax.data.documents import Damaged, write_documents
 from emu_jax.data.file_cache import FileCache
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
+from emu_jax.data.records import StoreRecords, _sparse
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources import index as index_module
 from emu_jax.data.sources.index import cached_arrays
@@ -195,6 +197,57 @@ def test_damage_of_remote_records_is_that_of_the_file(gcs, tmp_path):
     assert 0 < damaged < 30
     with pytest.raises(UserError, match="cut.array_record is cut short or damaged"):
         open_source(SourceConfig("it", "records", (f"{gcs.folder}/cut.array_record",)))
+
+
+def test_records_are_read_by_ranges(s3, tmp_path):
+    """Whatever their compression, and how many are in a chunk; transposed files are copied."""
+    rng = np.random.default_rng(0)
+    content = [rng.bytes(int(rng.integers(1, 9000))) + bytes(n) for n in range(40)]
+    fs, cache = fsspec.filesystem("s3"), FileCache(tmp_path / "files", 1 << 30)
+    for options in ("group_size:1", "group_size:7,brotli", "group_size:64,snappy"):
+        writer = ArrayRecordWriter(str(tmp_path / "a"), options)
+        for record in content:
+            writer.write(record)
+        writer.close()
+        fs.put_file(str(tmp_path / "a"), f"{s3.folder}/{options}")
+        s3.requests.clear()
+        records = StoreRecords(
+            f"{s3.folder}/{options}", storage.stat(f"{s3.folder}/{options}"), cache
+        )
+        order = rng.permutation(40)
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(records.__getitem__, order)) == [content[n] for n in order]
+        # Its size, its end twice, and a request for each record.
+        assert len(s3.requests) <= 3 + 40 + 4 and not cache.folder.exists()
+        assert all(len(records.spans(n)) == 1 for n in range(40))
+        # Nothing but the footer stays in memory.
+        footer = records.size - records.footer()[0]
+        status = os.fstat(_sparse(records)._handle)
+        assert 512 * status.st_blocks < footer + (1 << 14)
+    writer = ArrayRecordWriter(str(tmp_path / "a"), "group_size:1,transpose:true")
+    writer.write(content[0])
+    writer.close()
+    fs.put_file(str(tmp_path / "a"), f"{s3.folder}/a")
+    copied = StoreRecords(f"{s3.folder}/a", storage.stat(f"{s3.folder}/a"), cache)
+    assert copied[0] == content[0]
+
+
+def test_documents_are_requested_ahead(s3, data, tmp_path, tokenizer):  # noqa: F811
+    """While a batch is decoded, the records of the next one are on their way."""
+    upload(data, s3.folder)
+    cfg = config(s3.folder, tmp_path)
+    cfg = dataclasses.replace(cfg, sources=cfg.sources[:1], batch_size=1)
+    documents = open_source(cfg.sources[0])
+    with Batches(cfg, tokenizer, "rows") as batches:
+        s3.requests.clear()
+        take(batches, 1)
+        first, requested = batches.documents(), set(storage._ahead._requests)
+        take(batches, 1)
+        second = batches.documents()
+    spans = {span for _, n in second for span in documents.spans(n)}
+    assert spans <= requested and len(spans) == len(second) > 1
+    # Records that lie close together take one request.
+    assert len(s3.requests) < len(first) + len(second)
 
 
 def test_precomputed_latents_are_written_and_read_in_a_store(store, tmp_path, tokenizer):  # noqa: F811

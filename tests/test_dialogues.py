@@ -10,7 +10,7 @@ from test_sources import TINY, make_image, shade, sketched, source, video
 
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data.documents import Damaged, write_documents
-from emu_jax.data.sources import SourceConfig, listings
+from emu_jax.data.sources import SourceConfig, entries
 from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 
@@ -262,7 +262,7 @@ def test_messages_nested_too_deeply(tmp_path, monkeypatch):
     value: object = "x"
     for _ in range(5000):
         value = [value]
-    monkeypatch.setattr(listings.Entries, "__getitem__", lambda *_: talk(value, "y"))
+    monkeypatch.setattr(entries.Entries, "__getitem__", lambda *_: talk(value, "y"))
     with pytest.raises(Damaged, match="entry 0: malformed entry .maximum recursion depth"):
         source("dialogues", tmp_path / "d.json").sketch(0)
 

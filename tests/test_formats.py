@@ -63,7 +63,8 @@ GZIP = gzip.compress(b"x" * 99, mtime=0)
         ("d.jsonl.zst", b"\x28\xb5\x2f\xfd...", "compressed with zstd.*: zstd -dc .* > .*d.jsonl$"),
         ("d.jsonl.bz2", b"BZh9...", "compressed with bzip2"),
         ("d.jsonl", b"PK\x03\x04...", "d.jsonl is a zip archive"),
-        ("d.parquet", b"PAR1...PAR1", "is in the Parquet format.*read_parquet.*d.jsonl"),
+        ("d.jsonl", b"PAR1...PAR1", "is in the Parquet format: give it a name that ends in .par"),
+        ("d.parquet", b"PAR1...PAR1", "d.parquet is cut short or not a Parquet file.*download it"),
         ("d.json", "[{}]".encode("utf-16"), "is in UTF-16"),
         (
             "d.json",
@@ -84,8 +85,8 @@ def test_other_formats_are_named(tmp_path, name, content, message):
 
 def test_a_folder_without_listings_says_what_it_has(tmp_path):
     for n in range(5):
-        (tmp_path / f"{n}.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"no file that ends in .jsonl.* \(it has 0.parquet, 1."):
+        (tmp_path / f"{n}.csv").write_bytes(b"a,b")
+    with pytest.raises(UserError, match=r"no file that ends in .jsonl.* \(it has 0.csv, 1."):
         source("dialogues", tmp_path)
 
 

@@ -3,9 +3,11 @@
 import functools
 import io
 import struct
+import sys
 import tempfile
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -13,9 +15,11 @@ import PIL.Image
 import pytest
 from PIL import ImageOps
 
+from emu_jax.data import storage
 from emu_jax.data.build.clean import CleanConfig, clean
 from emu_jax.data.documents import Damaged, Document, Image, Text
 from emu_jax.data.images import ImageError, is_animated, load_image, open_image
+from emu_jax.data.sources import video as video_module
 from emu_jax.data.sources.cues import EMPTY, GUESSED, OUTSIDE, REPEATED, UNDECODABLE, UNREADABLE
 from emu_jax.data.sources.video import (
     CUT_SHORT,
@@ -26,6 +30,7 @@ from emu_jax.data.sources.video import (
     sample_frames,
     subtitles,
 )
+from emu_jax.data.storage import RangeFile
 from emu_jax.data.unused import Unused
 from emu_jax.errors import UserError
 from emu_jax.generate.prompt import open_file, open_video
@@ -549,7 +554,7 @@ def encode(
         stream.codec_context.max_b_frames = b_frames
         for k in range(frames):
             pixels = {
-                "shades": np.full((*SIDES[::-1], 3), 10 * k, np.uint8),
+                "shades": np.full((*SIDES[::-1], 3), 10 * k % 256, np.uint8),
                 "corners": CORNERS,
                 "noise": np.random.default_rng(k).integers(0, 256, (*SIDES[::-1], 3), np.uint8),
             }[image]
@@ -572,9 +577,14 @@ def pixels(frame: bytes) -> bytes:
     return np.asarray(PIL.Image.open(io.BytesIO(frame))).tobytes()
 
 
-def is_played(content: bytes) -> bool:
-    """Whether every frame is as FFmpeg shows it, whichever others are asked for with it."""
-    want, clip = [shown for _, shown in played(content)], Video(content, "it")
+def is_played(content: bytes, path: Path | None = None) -> bool:
+    """Whether every frame is as FFmpeg shows it, whichever others are asked for with it.
+
+    Args:
+        path: a file with the content, to be read in place.
+    """
+    want = [shown for _, shown in played(content)]
+    clip = Video(content if path is None else RangeFile(str(path)), "it")
     assert len(clip.times) == len(want)
     for step, start in ((1, 0), (5, 0), (7, 3), (len(want), len(want) - 1)):
         indices = range(start, len(want), step)
@@ -614,6 +624,8 @@ def test_every_container_gives_the_frames_of_a_player(form, codec, b_frames, tmp
     # The content decides, not the name.
     (tmp_path / "clip.bin").write_bytes(content)
     assert len(open_file(tmp_path / "clip.bin")) == 8
+    assert is_played(content, tmp_path / "clip.bin")
+    assert Video(RangeFile(str(tmp_path / "clip.bin")), "it").times == times
 
 
 def trimmed(content: bytes, start: float) -> bytes:
@@ -722,6 +734,65 @@ def test_undecodable_frames_are_counted_and_those_before_shown():
     assert [pixels(frame) for _, frame in frames[18:]] == want[18:]
     assert {note.reason for note in clip.unused} == {UNDECODABLE_FRAME}
     assert [note.detail for note in clip.unused[:2]] == ["at 1 s", "at 1.08333 s"]
+
+
+def test_frames_are_read_without_the_rest_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SIDES", (240, 160))
+    content = encode("mp4", "libx264", 3, 36, image="noise")
+    (tmp_path / "a.mp4").write_bytes(bytes(99) + content + bytes(99))
+    count, read = 0, storage._pread
+
+    def counting(file, start, size):
+        nonlocal count
+        count += size
+        return read(file, start, size)
+
+    monkeypatch.setattr(storage, "_pread", counting)
+    file = RangeFile(str(tmp_path / "a.mp4"), 99, len(content))
+    clip, whole = Video(file, "it"), Video(content, "it")
+    assert clip.times == whole.times and clip.unused == whole.unused == []
+    assert count < len(content) / 2  # FFmpeg decodes the first frames
+    count = 0
+    assert clip.frames([21]) == whole.frames([21])
+    assert count < len(content)
+
+
+def test_frames_between_are_not_decoded_unless_others_need_them(monkeypatch):
+    clip = Video(encode("mp4", "libx264", 3, image="noise"), "it")
+    shown, count = [], 0
+
+    def counting(*args):
+        nonlocal count
+        for frame in decoded(*args):
+            count += 1
+            yield frame
+
+    decoded = video_module._decoded
+    monkeypatch.setattr(video_module, "_decoded", counting)
+    for index in range(24):
+        shown += clip.frames([index])
+    alone, count = count, 0
+    assert shown == clip.frames(range(24)) and count == 24
+    assert alone <= 60  # of the 84 frames from a key frame on
+    assert clip.unused == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "unreadable video"), (b"\0" * 999, "unreadable video"), (None, "no video stream")],
+)
+def test_files_without_a_video(content, message):
+    if content is None:
+        file = io.BytesIO()
+        with av.open(file, "w", format="mp4") as out:
+            stream = out.add_stream("aac", rate=16000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate = 16000
+            out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+        content = file.getvalue()
+    with pytest.raises(Damaged, match=message):
+        Video(content, "it")
 
 
 def test_frames_too_large_to_decode_are_refused(monkeypatch):

@@ -19,7 +19,7 @@ from emu_jax.data.documents import ABSENT, Damaged, write_documents
 from emu_jax.data.images import open_image
 from emu_jax.data.lengths import TokenLengths, text_ids
 from emu_jax.data.packing import IMAGE_PART
-from emu_jax.data.sources import FORMATS, SourceConfig, listings, open_source, tars
+from emu_jax.data.sources import FORMATS, SourceConfig, entries, open_source, tars
 from emu_jax.data.sources.dialogues import IMAGE_SYSTEM, VIDEO_SYSTEM
 from emu_jax.data.sources.index import cached_arrays
 from emu_jax.data.sources.pairs import JOINED
@@ -732,14 +732,14 @@ def test_damaged_listings(tmp_path):
 
 @pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
 def test_entries_are_found_wherever_chunks_end(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(listings, "_CHUNK", chunk)
+    monkeypatch.setattr(entries, "_CHUNK", chunk)
     values = [{"n": n, "text": 'a "quoted] \\ [ {' * (n % 5)} for n in range(40)]
     lines(tmp_path / "a.jsonl", values)
     (tmp_path / "b.json").write_text("\ufeff " + json.dumps(values, indent=2))
     (tmp_path / "c.json").write_text(json.dumps(values)[:-100])
-    entries = listings.Entries([str(tmp_path / n) for n in ("a.jsonl", "b.json")], "")
-    assert [entries[n] for n in range(len(entries))] == values + values
-    cut = listings.Entries([str(tmp_path / "c.json")], "")
+    whole = entries.Entries([str(tmp_path / n) for n in ("a.jsonl", "b.json")], "")
+    assert [whole[n] for n in range(len(whole))] == values + values
+    cut = entries.Entries([str(tmp_path / "c.json")], "")
     assert [cut[n] for n in range(len(cut) - 1)] == values[: len(cut) - 1] and len(cut) > 30
     with pytest.raises(Damaged, match="malformed JSON"):
         cut[len(cut) - 1]

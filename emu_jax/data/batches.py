@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int
 
+from emu_jax.data import storage
 from emu_jax.data.config import Batch, DataConfig, Kind
 from emu_jax.data.documents import Damaged, Image, Text
 from emu_jax.data.images import (
@@ -250,6 +251,19 @@ class BatchBuilder(abc.ABC):
             ValueError: the position of a stream that is planned here is None.
         """
 
+    def _read_ahead(
+        self,
+        documents: Iterable[SampledDocument],
+        following: Callable[[], Iterable[SampledDocument]],
+    ) -> None:
+        """Requests the remote documents of this batch, and then those of the next one, so that
+        reading overlaps with decoding."""
+        if any(source.documents.remote for source in self.group.sources):
+            for sampled in (documents, following()):
+                storage.read_ahead(
+                    span for d in sampled for span in d.source.documents.spans(d.index)
+                )
+
     def _empty(self) -> Batch:
         return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._shapes.items()}
 
@@ -344,6 +358,10 @@ class RowBuilder(BatchBuilder):
         placements, after, totals, damaged = plan_rows(self.share, positions)
         batch["tokens"][:] = self.tokenizer.pad_id
         batch["embedding_index"][:] = -1
+        self._read_ahead(
+            (placement.packed.sampled for placement in placements),
+            lambda: (p.packed.sampled for p in plan_rows(self.share, after).placements),
+        )
         for unreadable in self._pool(
             lambda task: self._write_documents(batch, task), self._tasks(placements)
         ):
@@ -472,6 +490,7 @@ class _SingleBuilder(BatchBuilder):
             damaged += share.reported(skipped, stream)
             local += [documents[n - rows.start] for n in _overlap(rows, share.local_rows)]
             counted += [documents[n - rows.start] for n in _overlap(rows, share.counted_rows)]
+        self._read_ahead(local, lambda: self._local(share.after(after)))
         unreadable = self._pool(
             lambda n: self._fill_or_replace(batch, n, local[n]), range(len(local))
         )
@@ -487,6 +506,14 @@ class _SingleBuilder(BatchBuilder):
             len(counted),
             self.cfg.batch_size,
         )
+
+    def _local(self, positions: Positions) -> Iterator[SampledDocument]:
+        """Yields the documents of this process's rows at the positions of the streams."""
+        for stream, (_, first) in self.share.planned(positions):
+            rows = self.share.stream_rows(stream)
+            documents, _, _ = self.group.next(first, len(rows), stream)
+            for n in _overlap(rows, self.share.local_rows):
+                yield documents[n - rows.start]
 
     @abc.abstractmethod
     def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:

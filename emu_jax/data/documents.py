@@ -25,6 +25,7 @@ from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.file_cache import FileCache
+from emu_jax.data.read_ahead import Span
 from emu_jax.data.records import StoreRecords
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
@@ -233,6 +234,7 @@ class Source(Sequence[Document]):
         fingerprint: a short hash of file names, sizes and times, not of contents. Anything
             derived from a source is valid as long as its fingerprint does not change.
         paired: whether a document is images with a caption, in no inherent order.
+        remote: whether `spans` names byte ranges.
 
     Raises (when indexed):
         Damaged: this document cannot be read; the others can.
@@ -240,6 +242,7 @@ class Source(Sequence[Document]):
 
     fingerprint: str
     paired: bool = False
+    remote: bool = False
 
     @abc.abstractmethod
     def read(
@@ -274,6 +277,18 @@ class Source(Sequence[Document]):
             tokenizer: fingerprint of the tokenizer.
         """
         return None
+
+    def spans(self, index: int) -> list[Span]:
+        """Returns the byte ranges of remote files that `read` needs, as far as they are known."""
+        return []
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Reads the metadata of a document: scores, sizes, hashes, ... {} if the format has none.
+
+        Raises:
+            Damaged: they cannot be read.
+        """
+        return {}
 
     def unused(self) -> Tally:
         """Counts the contents of the files that belong to no document."""
@@ -339,6 +354,7 @@ class DocumentFiles(Source):
         self.paths = [os.fspath(path) for path in paths]
         self.paired = paired
         stats, self._records = _open_records(self.paths, cache or FileCache.at(""))
+        self.remote = any(isinstance(records, StoreRecords) for records in self._records)
         self._starts = [0, *itertools.accumulate(map(len, self._records))]
         names = [os.path.basename(path) for path in self.paths]
         self.fingerprint = short_hash([(n, *s) for n, s in zip(names, stats, strict=True)])
@@ -352,6 +368,11 @@ class DocumentFiles(Source):
             raise IndexError(index)
         file = bisect.bisect_right(self._starts, index) - 1
         return file, index - self._starts[file]
+
+    def spans(self, index: int) -> list[Span]:
+        file, record = self.locate(index)
+        records = self._records[file]
+        return records.spans(record) if isinstance(records, StoreRecords) else []
 
     def where(self, index: int) -> str:
         file, record = self.locate(index)

@@ -1,26 +1,40 @@
-"""ArrayRecord files in object stores: read in place from gs://, else from a local copy."""
+"""ArrayRecord files in object stores, read a range for each record."""
 
 from __future__ import annotations
 
 import bisect
+import ctypes
+import functools
 import itertools
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Shaped
 
 from emu_jax.data import storage
 from emu_jax.data.file_cache import FileCache
+from emu_jax.data.read_ahead import Span
 
 # No read-ahead: records are read in random order. The footer is read in one request.
 _OPTIONS = "readahead_buffer_size:0,footer_prefetch_bytes:256k"
 _BUFFER = 1 << 15
 _TAIL = 1 << 18  # bytes that usually hold the footer
+_OPEN_FILES = 256  # whose footers are in memory; each takes two file descriptors
+_PAGE = os.sysconf("SC_PAGESIZE")
+_PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+# Riegeli, the format below ArrayRecord. A file is a sequence of chunks, one for each group of
+# records; a header interrupts it at each block boundary. The last block holds the offset of the
+# footer, a chunk that lists the offsets of all others.
+_RIEGELI_BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
+_CODECS = {0: "", ord("b"): "brotli", ord("z"): "zstd", ord("s"): "snappy"}
+_OFFSET_FIELD, _COUNT_FIELD = 1, 3  # of a chunk in the footer
 
 
 class RecordSpans(Sequence[bytes]):
@@ -49,8 +63,17 @@ class RecordSpans(Sequence[bytes]):
     def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
+        file, record = self._locate(index)
+        return file[record]
+
+    def spans(self, index: int) -> list[Span]:
+        """Returns the byte ranges that reading a record needs."""
+        file, record = self._locate(index)
+        return file.spans(record)
+
+    def _locate(self, index: int) -> tuple[StoreRecords, int]:
         n = bisect.bisect_right(self._starts, index) - 1
-        return self._files[n][self._firsts[n] + index - self._starts[n]]
+        return self._files[n], self._firsts[n] + index - self._starts[n]
 
     def __getitems__(self, indices: Sequence[int]) -> list[bytes]:
         with ThreadPoolExecutor(storage.THREADS) as pool:
@@ -60,8 +83,8 @@ class RecordSpans(Sequence[bytes]):
 class StoreRecords(Sequence[bytes]):
     """The records of an ArrayRecord file in an object store. Safe for threads.
 
-    array_record itself reads gs://, a range for each record. Of other stores, a file is copied to
-    the local disk when its first record is read.
+    A record is read with one request for its bytes. A file whose footer is of an unusual format
+    (transposed) is copied to the local disk when its first record is read.
 
     Raises:
         UserError: the store does not let us read the file, or does not answer.
@@ -73,11 +96,9 @@ class StoreRecords(Sequence[bytes]):
         self._lock = threading.Lock()
         self._reader: Any = None
         self._inode = 0  # of the local copy that `_reader` has open
-        if path.startswith("gs://"):
-            self._reader = self._open(path)
-            self._count: int = self._reader.num_records()
-        else:
-            self._count = self._count_records()
+        start, tail, self._count = self._tail()
+        # The offset of each chunk, and of the footer behind them; None if it is unknown.
+        self._offsets, self._group = _chunks(tail, start) or (None, 1)
 
     def __len__(self) -> int:
         return self._count
@@ -87,52 +108,198 @@ class StoreRecords(Sequence[bytes]):
             raise IndexError(index)
         try:
             return self._read(index)
-        except RuntimeError:
-            storage.read(self.path, 0, 1)  # raises if it is the store that fails
-        try:
-            return self._read(index)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
 
-    def _read(self, index: int) -> bytes:
-        with self._opened() as reader:
-            return reader.read([index])[0]
+    def spans(self, index: int) -> list[Span]:
+        """Returns the byte ranges that reading a record needs, [] if they are unknown."""
+        if self._offsets is None:
+            return []
+        start, end = self._offsets[index // self._group :][:2].tolist()
+        return [Span(self.path, start, end - start)]
 
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        if self.path.startswith("gs://"):
-            yield self._reader
-            return
+    def _read(self, index: int) -> bytes:
+        for span in self.spans(index):
+            return _sparse(self).read(index, storage.read(*span), span.start)
         with self._cache.reading(self.path, self._stat) as copy:
             with self._lock:  # the copy may have been evicted and downloaded again
                 if self._inode != (inode := os.stat(copy).st_ino):
-                    self._reader, self._inode = self._open(str(copy)), inode
+                    self._reader, self._inode = _opened(str(copy)), inode
                 reader = self._reader
-            yield reader
+            return reader.read([index])[0]
 
-    def _open(self, path: str) -> Any:
-        reader = ArrayRecordReader(path, _OPTIONS, file_reader_buffer_size=_BUFFER)
-        if not reader.ok():
-            storage.read(self.path, 0, 1)  # raises if it is the store that fails
-            reader = ArrayRecordReader(path, _OPTIONS, file_reader_buffer_size=_BUFFER)
-        if not reader.ok():
-            try:
-                reader.read([0])
-            except RuntimeError as error:
-                raise ValueError(str(error)) from None
-        return reader
+    def footer(self) -> tuple[int, bytes]:
+        """Reads the end of the file, from the footer on: (offset, content)."""
+        assert self._offsets is not None
+        start = int(self._offsets[-1])
+        return start, storage.read(self.path, start, self._stat.size - start)
 
-    def _count_records(self) -> int:
-        """Counts the records by the footer alone, in a local file that has nothing but its end."""
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return self._stat.size
+
+    def _tail(self) -> tuple[int, bytes, int]:
+        """Returns the end of the file, its offset, and the number of records.
+
+        They are counted in a local file that has nothing but its end.
+        """
         size, tail = self._stat.size, _TAIL
         with tempfile.NamedTemporaryFile() as file:
             os.ftruncate(file.fileno(), size)
             while True:
                 start = max(0, size - tail)
-                os.pwrite(file.fileno(), storage.read(self.path, start, size - start), start)
+                content = storage.read(self.path, start, size - start)
+                os.pwrite(file.fileno(), content, start)
                 try:
-                    return self._open(file.name).num_records()
+                    return start, content, _opened(file.name).num_records()
                 except ValueError:
                     if start == 0:
                         raise
                 tail *= 8
+
+
+class _SparseFile:
+    """A file in memory that has the footer of a remote one, and a record while it is read.
+
+    array_record reads files alone. It also verifies the checksums of a record.
+    """
+
+    def __init__(self, records: StoreRecords) -> None:
+        self._handle = os.memfd_create("emu-jax-records")
+        self._lock = threading.Lock()
+        self._footer, footer = records.footer()
+        os.ftruncate(self._handle, records.size)
+        os.pwrite(self._handle, footer, self._footer)
+        self._reader = _opened(f"/proc/self/fd/{self._handle}")
+
+    def read(self, index: int, content: bytes, start: int) -> bytes:
+        """Returns a record from the bytes of its chunk, which begins at `start`."""
+        with self._lock:
+            os.pwrite(self._handle, content, start)
+            try:
+                return self._reader.read([index])[0]
+            finally:
+                # Whole pages, which the ends of the record share with others.
+                first, last = start // _PAGE, -(-(start + len(content)) // _PAGE)
+                pages = min(last, self._footer // _PAGE) - first
+                _free(self._handle, first * _PAGE, pages * _PAGE)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+
+@functools.lru_cache(_OPEN_FILES)
+def _sparse(records: StoreRecords) -> _SparseFile:
+    return _SparseFile(records)
+
+
+def _free(handle: int, start: int, size: int) -> None:
+    """Frees the memory of a range of a file in memory."""
+    _system().fallocate(handle, _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(size))
+
+
+@functools.cache
+def _system() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _opened(path: str) -> Any:
+    """Opens a local file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    reader = ArrayRecordReader(path, _OPTIONS, file_reader_buffer_size=_BUFFER)
+    if not reader.ok():
+        try:
+            reader.read([0])
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+    return reader
+
+
+def _chunks(tail: bytes, start: int) -> tuple[Shaped[np.ndarray, "chunks_and_footer"], int] | None:
+    """Returns the offset of each chunk and of the footer, and the number of records of a chunk.
+
+    None if they are in a format that is not known here, or the system cannot use them.
+
+    Args:
+        tail: the end of the file, which array_record could open.
+        start: offset of its first byte.
+    """
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        end = start + len(tail) - _RIEGELI_BLOCK
+        postscript = _records(tail, start, end)[0]  # of three equal ones
+        footer = int(_varints(postscript)[1])
+        _, *chunks = _records(tail, start, footer)
+        fields = _varints(b"".join(chunks)).reshape(len(chunks), -1)
+        tags, values = fields[:, ::2] >> 3, fields[:, 1::2]
+        (offset,), (count,) = (np.flatnonzero(tags[0] == n) for n in (_OFFSET_FIELD, _COUNT_FIELD))
+        offsets = np.append(values[:, offset], footer)
+        if (tags != tags[0]).any() or (np.diff(offsets.astype(np.int64)) <= 0).any():
+            return None
+        narrow = footer < 1 << 32
+        return offsets.astype(np.uint32 if narrow else np.uint64), int(values[0, count])
+    except (ValueError, LookupError, OSError):
+        return None
+
+
+def _records(tail: bytes, start: int, chunk: int) -> list[bytes]:
+    """Decodes the records of an untransposed chunk at an offset of the file.
+
+    Raises:
+        ValueError, IndexError: it is something else.
+    """
+    content = _between_headers(tail, start, chunk)
+    header, content = content[:_CHUNK_HEADER], content[_CHUNK_HEADER:]
+    if header[24:25] != b"r":
+        raise ValueError("not a chunk of records")
+    content = content[: int.from_bytes(header[8:16], "little")]
+    codec, count = _CODECS[content[0]], int.from_bytes(header[25:32], "little")
+    length, content = _varint(content[1:])
+    sizes = _varints(_decompressed(content[:length], codec)).tolist()
+    values = _decompressed(content[length:], codec)
+    ends = list(itertools.accumulate(sizes))
+    if len(sizes) != count or ends[-1:] != [len(values)]:
+        raise ValueError("the sizes of the records do not fit")
+    return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _between_headers(tail: bytes, start: int, first: int) -> bytes:
+    """Returns the bytes of the file from `first` on, without block headers."""
+    blocks = []
+    while first < start + len(tail):
+        end = first + _RIEGELI_BLOCK - first % _RIEGELI_BLOCK
+        skip = 0 if first % _RIEGELI_BLOCK else _BLOCK_HEADER
+        blocks.append(tail[first + skip - start : end - start])
+        first = end
+    return b"".join(blocks)
+
+
+def _decompressed(content: bytes, codec: str) -> bytes:
+    if not codec:
+        return content
+    import pyarrow
+
+    size, content = _varint(content)
+    return pyarrow.decompress(content, size, codec=codec, asbytes=True)
+
+
+def _varint(content: bytes) -> tuple[int, bytes]:
+    """Returns the variable-length integer at the beginning, and the bytes behind it."""
+    size = next(n for n in range(1, 11) if content[n - 1] < 128)
+    return int(_varints(content[:size])[0]), content[size:]
+
+
+def _varints(content: bytes) -> Shaped[np.ndarray, "integers"]:
+    """Decodes consecutive variable-length integers."""
+    values = np.frombuffer(content, np.uint8).astype(np.uint64)
+    ends = np.flatnonzero(values < 128) + 1
+    starts = np.append(0, ends[:-1])
+    shifts = np.arange(len(values)) - np.repeat(starts, ends - starts)
+    parts = (values & np.uint64(127)) << (7 * shifts).astype(np.uint64)
+    return np.add.reduceat(parts, starts)

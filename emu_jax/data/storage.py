@@ -13,6 +13,7 @@ import collections
 import errno
 import functools
 import glob
+import io
 import logging
 import os
 import re
@@ -20,13 +21,14 @@ import stat as modes
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from emu_jax import storage
+from emu_jax.data.read_ahead import ReadAhead, Span
 from emu_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ ATTEMPTS = 5
 WAIT = 0.5  # seconds before the second attempt; each later wait is twice as long
 THREADS = 16  # requests to a store at the same time
 LISTED = 8  # files of one folder that are looked up in a listing: it may have others
+# Bytes that `RangeFile` requests from a store after a seek; doubled while it reads on, up to:
+_FIRST_BLOCK, _LAST_BLOCK = 1 << 16, 1 << 22
 _PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4|zip)$")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -273,12 +277,25 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
         UserError: all attempts failed; the message says why.
     """
     if is_remote(path):
-        fs, inner = _file_system(path)
-        end = None if size is None else start + size
-        return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
+        ahead = None if size is None else _ahead.take(path, start, size)
+        return _request(path, start, size) if ahead is None else ahead
     if size is None:  # open it again: it may have been replaced since
         return _patiently(path, lambda: _pread(_Open(path), start, None))
     return _patiently(path, lambda: _pread(_open(path), start, size))
+
+
+def _request(path: str, start: int, size: int | None) -> bytes:
+    fs, inner = _file_system(path)
+    end = None if size is None else start + size
+    return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
+
+
+_ahead = ReadAhead(_request, THREADS)
+
+
+def read_ahead(spans: Iterable[Span]) -> None:
+    """Requests byte ranges of remote files that will be `read` in about this order, each once."""
+    _ahead.request(spans)
 
 
 def read_whole(path: str | os.PathLike, most: int) -> bytes:
@@ -293,6 +310,73 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes:
     if (size := stat(path).size) > most:
         raise Unreadable(path, "file too large", f"{size:,} bytes, at most {most:,}")
     return read(path)
+
+
+class RangeFile(io.RawIOBase):
+    """A binary file over a byte range of a file, local or remote. It reads what is asked for.
+
+    Reads of a store are buffered in blocks, and retried. Not safe for threads.
+
+    Attributes:
+        size: length of the range in bytes.
+
+    Args:
+        start, size: the range in bytes; by default up to the end of the file.
+
+    Raises:
+        FileNotFoundError, PermissionError
+        Unreadable: it is not a regular file.
+        UserError (also when read): all attempts failed; the message says why.
+    """
+
+    def __init__(self, path: str, start: int = 0, size: int | None = None) -> None:
+        super().__init__()
+        self.path, self._start, self._position = path, start, 0
+        self.size = stat(path).size - start if size is None else size
+        # Held open: the file may be replaced while it is read.
+        self._local = None if is_remote(path) else _Open(path)
+        self._block, self._block_start, self._ahead = b"", 0, _FIRST_BLOCK
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self.size)[whence]
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self._position)
+        content = self._read(left if size is None or size < 0 else min(size, left))
+        self._position += len(content)
+        return content
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def _read(self, size: int) -> bytes:
+        if not size:
+            return b""
+        first = self._start + self._position
+        if (local := self._local) is not None:
+            return _patiently(self.path, lambda: _pread(local, first, size))
+        skip = first - self._block_start
+        if skip < 0 or skip + size > len(self._block):
+            goes_on = 0 <= skip <= len(self._block)
+            self._ahead = min(2 * self._ahead, _LAST_BLOCK) if goes_on else _FIRST_BLOCK
+            count = min(max(size, self._ahead), self._start + self.size - first)
+            self._block, self._block_start, skip = read(self.path, first, count), first, 0
+        return self._block[skip : skip + size]
 
 
 @contextmanager

@@ -3,6 +3,8 @@
     DST/build.json                         the config and the source of the build
     DST/NAME-00003-of-00008.array_record   the documents kept of one range of the source
     DST/NAME-00003-of-00008.json           its counts, and the parts left out; written after it
+    DST/NAME-00003-of-00008.keys.npy       with `clean.duplicate_key`: a hash for each document, and
+    DST/NAME-00003-of-00008.repeats.npy    whether an earlier document has it
     DST/rejected.jsonl                     all parts that were left out, one a line
     DST/manifest.json                      total counts; written once every shard is complete
 
@@ -18,6 +20,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -28,12 +31,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import PIL
 
 from emu_jax.config import to_dict
 from emu_jax.data import storage
 from emu_jax.data.build import runners
-from emu_jax.data.build.clean import CleanConfig, Cleaned, clean
+from emu_jax.data.build.clean import CleanConfig, Cleaned, Unfit, check_metadata, clean
 from emu_jax.data.documents import (
     Damaged,
     Document,
@@ -44,6 +48,8 @@ from emu_jax.data.documents import (
     write_documents,
 )
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.sources.entries import look_up
+from emu_jax.data.sources.tars import hashed
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
@@ -75,6 +81,7 @@ class Shard:
     number: int
     count: int
     documents: range  # of the source
+    only_keys: bool = False  # write the keys of the documents instead, to find duplicates
 
     @property
     def path(self) -> str:
@@ -84,6 +91,16 @@ class Shard:
     def entry(self) -> str:
         """Path of the JSON file with the shard's counts."""
         return self._file("json")
+
+    @property
+    def keys(self) -> str:
+        """Path of the hashes of the documents' keys, uint64; 0 is none."""
+        return self._file("keys.npy")
+
+    @property
+    def repeats(self) -> str:
+        """Path of the flags of documents whose key an earlier one has, bool."""
+        return self._file("repeats.npy")
 
     def _file(self, kind: str) -> str:
         name = f"{self.cfg.source.name}-{self.number:05d}-of-{self.count:05d}.{kind}"
@@ -110,6 +127,8 @@ def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[s
         missing = [shard for shard in shards if not _is_whole(shard)]
         if len(missing) < len(shards):
             log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
+        if cfg.clean.duplicate_key and missing:
+            _find_repeats(shards, runner)
         left = sum(len(shard.documents) for shard in missing)
         done = len(source) - left
         with ProgressBar(cfg.source.name, len(source), "document", done=done) as progress:
@@ -119,16 +138,22 @@ def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[s
 
 
 def build_shard(shard: Shard, threads: int = 1) -> Shard:
-    """Builds one shard; the whole work of a worker, with any runner.
+    """Builds one shard, or writes its keys; the whole work of a worker, with any runner.
 
     Raises:
         UserError: the source cannot be read, or has changed since the shards were planned.
     """
-    source = _source(shard.cfg.source, shard.fingerprint)
+    source, cfg = _source(shard.cfg.source, shard.fingerprint), shard.cfg.clean
+    if shard.only_keys:
+        keys = _map(functools.partial(_key, source, cfg), shard.documents, threads)
+        _write_array(shard.keys, np.array(list(keys), np.uint64))
+        return shard
     tally = _Tally()
+    repeats = _read_array(shard.repeats) if cfg.duplicate_key else np.zeros(0, bool)
+    repeated = {shard.documents[n] for n in np.flatnonzero(repeats)}
 
     def documents() -> Iterator[Document]:
-        read = functools.partial(_cleaned, source, shard.cfg.clean)
+        read = functools.partial(_cleaned, source, cfg, repeated)
         for index, cleaned in _map(read, shard.documents, threads):
             tally.add(index, source.where(index), cleaned)
             if cleaned.document is not None:
@@ -216,9 +241,22 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
         existing = json.loads(storage.read(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
+    if isinstance(existing, dict):
+        existing = _with_defaults(existing, to_dict(BuildConfig()))
     if existing != ours:
         key, old, new = _difference(existing, ours)
         raise UserError(f"{folder} holds another build, of {key} {old} rather than {new}: {fix}")
+
+
+def _with_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Adds the keys that a config did not have yet when an earlier version wrote it."""
+    filled = {
+        key: _with_defaults(values[key], default)
+        if isinstance(default, dict) and isinstance(values.get(key), dict)
+        else values.get(key, default)
+        for key, default in defaults.items()
+    }
+    return {**values, **filled}
 
 
 def _difference(existing: Any, ours: Any, key: str = "") -> tuple[str, Any, Any]:
@@ -317,13 +355,67 @@ def _source(cfg: SourceConfig, fingerprint: str) -> Source:
     return source
 
 
-def _cleaned(source: Source, cfg: CleanConfig, index: int) -> tuple[int, Cleaned]:
+def _cleaned(
+    source: Source, cfg: CleanConfig, repeated: Collection[int], index: int
+) -> tuple[int, Cleaned]:
     try:
+        if cfg.reads_metadata:
+            check_metadata(source.metadata(index), cfg)
+        if index in repeated:
+            raise Unfit("duplicate")
         document = source[index]
         check_size(document, source.where(index))
         return index, clean(document, cfg)
     except Damaged as error:
         return index, Cleaned(None, error.reason, str(error))
+    except Unfit as error:
+        return index, Cleaned(None, error.reason, error.detail)
+
+
+def _key(source: Source, cfg: CleanConfig, index: int) -> np.uint64:
+    """Returns the hash of a document's key; 0 if it has none or fails a filter by metadata."""
+    try:
+        metadata = source.metadata(index)
+        check_metadata(metadata, cfg)
+    except (Damaged, Unfit):
+        return np.uint64(0)
+    value = look_up(metadata, cfg.duplicate_key)
+    return np.uint64(0) if value is None else hashed(str(value))
+
+
+def _find_repeats(shards: Sequence[Shard], runner: Runner) -> None:
+    """Writes which documents of each shard have the key of an earlier document of the source.
+
+    Holds about 32 bytes a document in memory.
+    """
+    missing = [
+        dataclasses.replace(shard, only_keys=True)
+        for shard in shards
+        if not storage.exists(shard.keys)
+    ]
+    total = sum(len(shard.documents) for shard in missing)
+    with ProgressBar(f"{shards[0].cfg.source.name}: keys", total, "document") as progress:
+        for shard in runner(missing) if missing else ():
+            progress.add(len(shard.documents))
+    with ThreadPoolExecutor(storage.THREADS) as pool:
+        keys = np.concatenate(list(pool.map(lambda shard: _read_array(shard.keys), shards)))
+        _, firsts = np.unique(keys, return_index=True)
+        repeats = keys != 0
+        repeats[firsts] = False
+        shares = [repeats[shard.documents.start : shard.documents.stop] for shard in shards]
+        list(pool.map(lambda shard, share: _write_array(shard.repeats, share), shards, shares))
+
+
+def _read_array(path: str) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(storage.read(path)))
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and run the build again") from None
+
+
+def _write_array(path: str, array: np.ndarray) -> None:
+    with storage.writing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
 
 
 def _map(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import PIL.Image
 
 from emu_jax.data.documents import Document, Image, Text
 from emu_jax.data.images import ImageError, is_animated, open_image
+from emu_jax.data.sources.entries import look_up
 from emu_jax.data.unused import Unused
 from emu_jax.errors import UserError, suggest
 
 ENCODINGS = ("jpeg", "webp", "png")
+# Probabilities that LAION's labels of unsafe images stand for.
+_NSFW_LABELS = {"UNLIKELY": 0.0, "UNSURE": 0.5, "NSFW": 1.0}
+# Keys of (width, height) in metadata; the first pair that exists counts. img2dataset's `width` is
+# that of the resized image.
+_SIZES = (("original_width", "original_height"), ("width", "height"), ("WIDTH", "HEIGHT"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,33 @@ class CleanConfig:
     encoding: str = "jpeg"  # of downscaled images, and of formats that are not in ENCODINGS
     quality: int = 92  # of jpeg and webp
 
+    # Filters by metadata: NAME.json of a webdataset sample, or the entry of a listing. Keys may be
+    # nested with dots. A document without the value that a filter needs is rejected.
+    min_original_side: int = 0  # pixels of the short side of the image before it was resized
+    max_original_aspect: float = 0.0
+    min_clip_score: float = 0.0  # similarity of image and text by CLIP; 0: no limit
+    clip_score_key: str = "similarity"
+    max_nsfw: float = 1.0  # probability; LAION's labels UNLIKELY, UNSURE, NSFW are 0, 0.5, 1
+    nsfw_key: str = "punsafe"
+    max_watermark: float = 1.0  # probability
+    watermark_key: str = "pwatermark"
+    languages: tuple[str, ...] = ()  # to keep, such as "en"; (): all
+    language_key: str = "LANGUAGE"
+    # Key of a hash of the image, such as "sha256" or a perceptual one. Of the documents with one
+    # value, the first that passes the other filters by metadata is kept.
+    duplicate_key: str = ""
+
+    @property
+    def reads_metadata(self) -> bool:
+        """Whether a filter reads the metadata of documents."""
+        return bool(
+            self.min_original_side
+            or self.max_original_aspect
+            or self.min_clip_score
+            or min(self.max_nsfw, self.max_watermark) < 1
+            or self.languages
+        )
+
     def check(self) -> None:
         """Validates the encoding and its quality.
 
@@ -46,7 +80,11 @@ class CleanConfig:
 
 
 class Unfit(Exception):
-    """Raised for an image that a filter rejects; `reason` is one of a fixed set, to count by."""
+    """Raised for an image or a document that a filter rejects.
+
+    Attributes:
+        reason: one of a fixed set, to count by.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -113,6 +151,56 @@ def _filter(document: Document, cfg: CleanConfig) -> Cleaned:
         _, reason, detail = dropped[0]
         return Cleaned(None, reason, detail, count, dropped=tuple(dropped))
     return Cleaned(Document(tuple(parts)), images=count, encoded=encoded, dropped=tuple(dropped))
+
+
+def check_metadata(metadata: dict[str, Any], cfg: CleanConfig) -> None:
+    """Checks a document by its metadata alone.
+
+    Raises:
+        Unfit: it fails a filter, or lacks a value that a filter needs.
+    """
+    if cfg.min_original_side or cfg.max_original_aspect:
+        known = [keys for keys in _SIZES if all(metadata.get(key) is not None for key in keys)]
+        width, height = (_number(metadata, key) for key in (known or _SIZES)[0])
+        short, long = sorted((width, height))
+        if short < cfg.min_original_side:
+            raise Unfit("original too small", f"{width:g}x{height:g}")
+        if 0 < cfg.max_original_aspect * short < long:
+            raise Unfit("original too narrow", f"{width:g}x{height:g}")
+    if cfg.min_clip_score:
+        score = _number(metadata, cfg.clip_score_key)
+        if score < cfg.min_clip_score:
+            raise Unfit("CLIP score too low", f"{score:.3f}")
+    for most, key, reason in (
+        (cfg.max_nsfw, cfg.nsfw_key, "unsafe"),
+        (cfg.max_watermark, cfg.watermark_key, "watermark"),
+    ):
+        if most < 1 and (score := _number(metadata, key)) > most:
+            raise Unfit(reason, f"{score:.3f}")
+    if cfg.languages:
+        language = look_up(metadata, cfg.language_key)
+        if not isinstance(language, str):
+            raise Unfit("no metadata", cfg.language_key)
+        if language not in cfg.languages:
+            raise Unfit("other language", language)
+
+
+def _number(metadata: dict[str, Any], key: str) -> float:
+    """Returns a number in the metadata.
+
+    Raises:
+        Unfit: there is none.
+    """
+    value = look_up(metadata, key)
+    if isinstance(value, str):
+        value = _NSFW_LABELS.get(value.strip().upper(), value)
+    try:
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise Unfit("no metadata", key)
+    return number
 
 
 def store(image: Image, cfg: CleanConfig) -> Image:

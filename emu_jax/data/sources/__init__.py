@@ -5,7 +5,8 @@ pairs.py      WebDataset tars, TensorFlow Datasets
 pages.py      MMC4, OBELICS
 videos.py     videos with captions, or with subtitles
 dialogues.py  instructions and answers
-listings.py   JSON entries and the media files that they name, for the three above
+entries.py    entries of listings in JSON; parquet.py, in Parquet
+listings.py   media files that the entries of the three above name; urls.py, by URL
 formats.py    compressed listings, and detection of unsupported formats
 video.py      decoding of videos: frames, subtitle tracks, storyboards
 cues.py       subtitle files as cues

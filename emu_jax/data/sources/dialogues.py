@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Document, Image, Text
-from emu_jax.data.sources.listings import MALFORMED, Entries, Listed, Media
+from emu_jax.data.sources.entries import MALFORMED, Entries
+from emu_jax.data.sources.listings import Listed, Media
 from emu_jax.data.sources.video import VIDEO_SUFFIXES, Clip, Video, sample_frames
 from emu_jax.data.unused import Unused
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
@@ -143,7 +144,7 @@ class Dialogues(Listed):
         where, folder = self.where(index), self._entries.folder(index)
         names = [name, *(name + suffix for suffix in VIDEO_SUFFIXES)]
         known = next((n for n in names if self._media.has(n, folder)), name)
-        return Video(self._media.read(known, folder, where, storage.MOST_VIDEO), where)
+        return Video(self._media.open(known, folder, where, storage.MOST_VIDEO), where)
 
 
 class _Message(NamedTuple):

@@ -18,11 +18,9 @@ from emu_jax.errors import UserError
 
 PACKED = (".gz", ".zip")  # compressed listings that are unpacked
 _MOST_UNPACKED = 1 << 33  # bytes; all of them are in memory at once
+PARQUET = ".parquet"
 _HEAD = 512  # bytes that identify a format
 
-_PARQUET = (
-    "import pandas as p; p.read_parquet({path}).to_json({plain}, orient='records', lines=True)"
-)
 # (magic bytes, description, file suffix, command that makes a plain file)
 _FORMATS: tuple[tuple[bytes, str, str, str], ...] = (
     (b"\x1f\x8b", "compressed with gzip", ".gz", "gzip -dc {path} > {plain}"),
@@ -31,7 +29,7 @@ _FORMATS: tuple[tuple[bytes, str, str, str], ...] = (
     (b"\xfd7zXZ\0", "compressed with xz", ".xz", "xz -dc {path} > {plain}"),
     (b"\x04\x22\x4d\x18", "compressed with lz4", ".lz4", "lz4 -dc {path} > {plain}"),
     (b"PK\x03\x04", "a zip archive", ".zip", "unzip {path}"),
-    (b"PAR1", "in the Parquet format", ".parquet", _PARQUET),
+    (b"PAR1", "in the Parquet format", PARQUET, ""),
     (b"ARROW1", "in the Arrow format", ".arrow", ""),
     (b"\x89HDF", "in the HDF5 format", ".h5", ""),
     (b"version https://git-lfs", "a Git LFS pointer", "", "git lfs pull --include={path}"),
@@ -50,13 +48,11 @@ def check_format(path: str) -> None:
     for start, what, suffix, command in _FORMATS:
         if not head.startswith(start):
             continue
+        if suffix == PARQUET:
+            raise UserError(f"{path} is {what}: give it a name that ends in {PARQUET}")
         stem = path.removesuffix(suffix) if suffix else path
         plain = stem if stem != path else f"{path}.plain"
-        if suffix == ".parquet":
-            plain = f"{stem}.jsonl"
-            command = "python -c " + shlex.quote(command.format(path=repr(path), plain=repr(plain)))
-        else:
-            command = command.format(path=shlex.quote(path), plain=shlex.quote(plain))
+        command = command.format(path=shlex.quote(path), plain=shlex.quote(plain))
         fix = f": {command}" if command else " to JSON lines"
         raise UserError(f"{path} is {what}, which is not read: convert it first{fix}")
 

@@ -1,170 +1,21 @@
-"""Listings: the entries of JSON files, and the images and videos that they name, in folders or
-tars."""
+"""The images and videos that listings name, in folders or tars, and the sources made of both."""
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
-
-import numpy as np
-from jaxtyping import UInt8
+from typing import Any, TypeVar
 
 from emu_jax.data import storage
-from emu_jax.data.documents import Damaged, Source, short_hash, utf8
+from emu_jax.data.documents import Damaged, Source, short_hash
+from emu_jax.data.sources.entries import Entries
 from emu_jax.data.sources.folders import SubFolders, stamp
-from emu_jax.data.sources.formats import PACKED, check_format, check_twins, unpack
-from emu_jax.data.sources.index import Arrays, cached_arrays, fingerprint, folder_for, index_files
 from emu_jax.data.sources.tars import Reason, TarFiles, plain
+from emu_jax.data.sources.urls import UrlFiles
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 
+T = TypeVar("T")
 _VERSION = "entries-2"
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, escaped
-_CHUNK = 1 << 26  # bytes read at once while scanning for line ends
-# Exceptions raised by parsing a malformed entry without checking it first.
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
-
-
-class Entries:
-    """The objects of JSON files, read in place: one a line, or all in one list.
-
-    Files that end in .gz or .zip are unpacked once, into the cache.
-
-    Attributes:
-        fingerprint: a short hash of the files' names, sizes and times (see `Source`).
-    """
-
-    def __init__(self, paths: Sequence[str], cache: str) -> None:
-        self.paths, self._cache = list(paths), cache
-        check_twins(self.paths)
-        self._content = functools.lru_cache(1024)(self._content)  # mapped content of packed files
-        arrays = index_files(_VERSION, self.paths, self._scan, cache)
-        self._files, self._offsets, self._sizes = arrays["file"], arrays["offset"], arrays["size"]
-        self._numbers = arrays["number"]
-        self.fingerprint = fingerprint(_VERSION, self.paths)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def where(self, index: int) -> str:
-        return f"{self.paths[self._files[index]]} entry {self._numbers[index]}"
-
-    def folder(self, index: int) -> str:
-        """Returns the folder of the file that holds an entry."""
-        return storage.parent(self.paths[self._files[index]])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Reads an entry.
-
-        Raises:
-            Damaged: the entry is too large, not UTF-8, or not a JSON object.
-        """
-        path, size = self.paths[self._files[index]], int(self._sizes[index])
-        if size > storage.MOST_ENTRY:
-            raise Damaged("file too large", self.where(index), f"an entry of {size:,} bytes")
-        start = int(self._offsets[index])
-        if path.endswith(PACKED):
-            content = self._content(path)[start : start + size].tobytes()
-        else:
-            content = storage.read(path, start, size)
-        return parse_object(content, self.where(index))
-
-    def _scan(self, path: str) -> Arrays:
-        if path.endswith(PACKED):
-            return _objects_in(np.asarray(self._content(path)).tobytes())
-        check_format(path)
-        return _objects_in(path)
-
-    def _content(self, path: str) -> UInt8[np.ndarray, "bytes"]:
-        name = f"{os.path.basename(path)}-{fingerprint('unpacked-1', [path])}"
-        made = cached_arrays(folder_for(path, self._cache), name, lambda: unpack(path), eager=0)
-        return made["content"]
-
-
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Raises:
-        Damaged: the content is not UTF-8, or not a JSON object.
-    """
-    try:
-        value = json.loads(utf8(content, where))
-    except (ValueError, RecursionError) as error:
-        raise Damaged("malformed JSON", where, error) from None
-    if _SURROGATE.search(content):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise Damaged("invalid UTF-8", where, "an unpaired surrogate") from None
-        except RecursionError as error:
-            raise Damaged("malformed JSON", where, error) from None
-    if not isinstance(value, dict):
-        raise Damaged("malformed JSON", where, "not an object")
-    return value
-
-
-def _objects_in(file: str | bytes) -> Arrays:
-    """Finds the objects in a file, given by its path or its content."""
-    if isinstance(file, bytes):
-        size, read = len(file), lambda start, count: file[start : start + count]
-    else:
-        size, read = storage.stat(file).size, functools.partial(storage.read, file)
-    head = read(0, 4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    spans = list(_elements(read(0, size)) if head.startswith(b"[") else _lines(read, size))
-    offsets, sizes = np.array(spans, np.int64).reshape(-1, 2).T
-    return {"offset": offsets, "size": sizes, "number": np.arange(len(spans))}
-
-
-def _lines(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[int, int]]:
-    """Yields (offset, size) of each line that is not empty."""
-    start, position = 0, 0
-    while position < size:
-        chunk = read(position, _CHUNK)
-        for end in (np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position).tolist():
-            if end > start + 1 or (end == start + 1 and read(start, 1) != b"\r"):
-                yield start, end - start
-            start = end + 1
-        position += len(chunk)
-    if size > start and read(start, 2) != b"\r":
-        yield start, size - start
-
-
-# Matches whole strings (also a truncated one), so that brackets inside them do not count.
-_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
-_VALUES = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[^\s,"]+', re.DOTALL)
-
-
-def _elements(content: bytes) -> Iterator[tuple[int, int]]:
-    """Yields (offset, size) of each element of a list. An element that is not an object is only
-    found to be malformed when it is read."""
-    depth = start = 0
-    after = content.find(b"[") + 1  # end of the last element
-    for mark in _MARKS.finditer(content):
-        kind = mark[0]
-        if kind in (b"{", b"["):
-            depth += 1
-            if depth == 2:
-                start = mark.start()
-                yield from _values(content, after, start)
-        elif kind in (b"}", b"]"):
-            depth -= 1
-            if depth == 1:
-                after = mark.end()
-                yield start, after - start
-            elif depth == 0:
-                yield from _values(content, after, mark.start())
-    if depth > 1:
-        yield start, len(content) - start  # cut short: one malformed object
-
-
-def _values(content: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields (offset, size) of the numbers, strings and nulls between objects of a list."""
-    for value in _VALUES.finditer(content, start, end):
-        yield value.start(), value.end() - value.start()
 
 
 class Media:
@@ -177,12 +28,14 @@ class Media:
     Args:
         paths: folders and tars; `*` matches anything in a name. Without any, names are relative
             to the folder of the listing.
+        urls: names of files by URL; a name that is a URL is looked up there first.
 
     Raises:
         UserError: one of the paths does not exist.
     """
 
-    def __init__(self, paths: Sequence[str], cache: str) -> None:
+    def __init__(self, paths: Sequence[str], cache: str, urls: UrlFiles | None = None) -> None:
+        self._urls = urls
         matches = {path: media_paths(path) for path in paths}
         tars = [m for path in paths for m in matches[path] if m.endswith(".tar")]
         self._tars = TarFiles(tars, cache) if tars else None
@@ -205,11 +58,22 @@ class Media:
         self._listings = storage.Listings()
         given = [path for path in paths if not path.endswith(".tar")]
         self.fingerprint = short_hash((given, self._tars and self._tars.fingerprint))
+        if urls is not None:
+            self.fingerprint = short_hash((self.fingerprint, urls.fingerprint))
+
+    @property
+    def by_url(self) -> bool:
+        """Whether files can be looked up by URL."""
+        return self._urls is not None
 
     @property
     def tally(self) -> Tally:
-        """Counts the members of the tars that no document can name."""
-        return self._tars.tally if self._tars else Tally()
+        """Counts the members of the tars that no document can name, and the URLs without a file."""
+        tally = Tally()
+        for files in (self._tars, self._urls):
+            if files is not None:
+                tally.merge(files.tally)
+        return tally
 
     def stamp(self, beside: Iterable[str]) -> str:
         """Returns a stamp that changes when a file arrives in a local folder.
@@ -253,6 +117,31 @@ class Media:
         Raises:
             Damaged: there is no such file, it is larger, or it is not a regular file.
         """
+
+        def whole(path: str, start: int | None, size: int) -> bytes:
+            return storage.read(path) if start is None else storage.read(path, start, size)
+
+        return self._used(whole, name, beside, where, max_bytes)
+
+    def open(self, name: object, beside: str, where: str, max_bytes: int) -> storage.RangeFile:
+        """Opens a file by name, to be read in pieces; see `read`."""
+        return self._used(
+            lambda path, start, size: storage.RangeFile(path, start or 0, size),
+            name,
+            beside,
+            where,
+            max_bytes,
+        )
+
+    def _used(
+        self,
+        use: Callable[[str, int | None, int], T],
+        name: object,
+        beside: str,
+        where: str,
+        max_bytes: int,
+    ) -> T:
+        """Returns `use(file, offset, size)` of a name (see `_find`)."""
         if not isinstance(name, str):
             raise Damaged("malformed entry", where, f"{name!r} is not a file name")
         detail = name
@@ -262,7 +151,7 @@ class Media:
                 path, start, size = location
                 if size > max_bytes:
                     raise Damaged("file too large", where, f"{name}: {size:,} bytes")
-                return storage.read(path) if start is None else storage.read(path, start, size)
+                return use(path, start, size)
             if location == "ambiguous":
                 detail = f"{name}: several files match"
         except storage.Unreadable as error:
@@ -274,7 +163,8 @@ class Media:
     def _find(
         self, name: str, beside: str, remote_stat: Callable[[str], storage.Stat] = storage.stat
     ) -> tuple[str, int | None, int] | Reason:
-        """Returns (file, offset, size), or why there is none.
+        """Returns (file, offset, size), or why there is none. A URL stands for the file that it
+        was downloaded to.
 
         The offset is None for a plain file, which is opened anew at each read because, unlike an
         archive, it may be replaced.
@@ -282,6 +172,14 @@ class Media:
         Args:
             remote_stat: looks up each candidate path in a remote folder.
         """
+        if self._urls is not None and storage.is_remote(name):
+            locations = (self._locate(n, beside, remote_stat) for n in self._urls.names(name))
+            return next((found for found in locations if found != "missing"), "missing")
+        return self._locate(name, beside, remote_stat)
+
+    def _locate(
+        self, name: str, beside: str, remote_stat: Callable[[str], storage.Stat]
+    ) -> tuple[str, int | None, int] | Reason:
         if not name or ".." in name.split("/"):  # never leave the given folders
             return "missing"
         location = self._tars.find(name) if self._tars else "missing"
@@ -363,6 +261,9 @@ class Listed(Source):
 
     def where(self, index: int) -> str:
         return self._entries.where(index)
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        return self._entries[index]
 
     def _require(self, name: object, index: int, suffixes: Iterable[str] = ()) -> None:
         """Checks, while tokens are counted, that a file exists. Remote folders are not checked:

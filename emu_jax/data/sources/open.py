@@ -7,16 +7,18 @@ listing) is built once, without decoding an image, and cached (`index.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from emu_jax.data import storage
 from emu_jax.data.documents import DocumentFiles, Source
 from emu_jax.data.file_cache import CACHE_BYTES, FileCache
 from emu_jax.data.sources.dialogues import Dialogues
-from emu_jax.data.sources.formats import PACKED, check_format
-from emu_jax.data.sources.listings import Entries, Media, media_paths
+from emu_jax.data.sources.entries import Entries
+from emu_jax.data.sources.formats import PACKED, PARQUET, check_format
+from emu_jax.data.sources.listings import Media, media_paths
 from emu_jax.data.sources.pages import Pages
 from emu_jax.data.sources.pairs import Pairs, TfdsPairs
+from emu_jax.data.sources.urls import UrlFiles
 from emu_jax.data.sources.videos import SubtitledVideos, Videos
 from emu_jax.errors import UserError, suggest
 
@@ -31,6 +33,9 @@ class SourceConfig:
     # Folders or tars with the images and videos that listings name; by default relative to the
     # listing.
     media: tuple[str, ...] = ()
+    # Listings that map the URLs of images to the names of files in `media`: `url` with `file`, or
+    # with `key` as in img2dataset's metadata. For listings that name images by URL (OBELICS).
+    url_files: tuple[str, ...] = ()
     # Share of the documents among sources packed together; otherwise see `DataConfig`.
     weight: float = 1.0
     # Batches of its own, instead of rows shared with other sources; 0: as in `DataConfig`.
@@ -50,8 +55,8 @@ class SourceConfig:
     frame_seconds: float = 4.0  # subtitled: seconds between the frames of a video
     # dialogues: the system message of those without one; null: Emu1's for their images or videos.
     system: str | None = None
-    # webdataset: key of the caption in a sample's JSON; by default NAME.txt, or else the keys that
-    # img2dataset and LAION use.
+    # webdataset: key of the caption in a sample's JSON, nested with dots (yt_meta_dict.info.title);
+    # by default NAME.txt, or else the keys that img2dataset and LAION use.
     caption_key: str = ""
     # Kinds of parts that the whole source may lack: "images", "texts". For other kinds it is an
     # error if none is left. With "texts", pairs without a caption are images alone.
@@ -88,9 +93,25 @@ def find_files(cfg: SourceConfig) -> list[str]:
         raise UserError(f"source {cfg.name!r}: unknown format {cfg.format!r}{close}")
     _, suffixes = FORMATS[cfg.format]
     try:
-        return storage.expand(cfg.paths, suffixes) if suffixes else list(cfg.paths)
+        return _expand(cfg.paths, suffixes) if suffixes else list(cfg.paths)
     except UserError as error:
         raise UserError(f"source {cfg.name!r}: {error}") from None
+
+
+def _expand(paths: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Expands paths to files. The Parquet files of a folder are read if it has no other listing,
+    since they may be its origin.
+
+    Raises:
+        UserError: see `storage.expand`.
+    """
+    if suffixes != _JSON or not paths:
+        return storage.expand(paths, suffixes)
+    found = []
+    for path in paths:
+        named = path.endswith((*_JSON, PARQUET)) or storage.matches(path, _JSON)
+        found += storage.expand([path], _JSON if named else (*_JSON, PARQUET))
+    return found
 
 
 def missing_files(cfg: SourceConfig) -> list[str]:
@@ -109,8 +130,8 @@ def missing_files(cfg: SourceConfig) -> list[str]:
             problems.append(f"source {cfg.name!r}: {error}")
 
     def check_path(path: str) -> None:
-        first = storage.expand([path], suffixes)[0]
-        if not first.endswith((*PACKED, *RECORDS)):
+        first = _expand([path], suffixes)[0]
+        if not first.endswith((*PACKED, *RECORDS, PARQUET)):
             check_format(first)
 
     if not cfg.paths:
@@ -119,11 +140,14 @@ def missing_files(cfg: SourceConfig) -> list[str]:
         check(lambda path=path: check_path(path))
     for path in cfg.media if suffixes == _JSON else ():  # other formats name no media
         check(lambda path=path: media_paths(path))
+    for path in cfg.url_files if suffixes == _JSON else ():
+        check(lambda path=path: _expand([path], _JSON))
     return problems
 
 
 def _entries(paths: list[str], cache: str, cfg: SourceConfig) -> tuple[Entries, Media]:
-    return Entries(paths, cache), Media(cfg.media, cache)
+    urls = UrlFiles(_expand(cfg.url_files, _JSON), cache) if cfg.url_files else None
+    return Entries(paths, cache), Media(cfg.media, cache, urls)
 
 
 Make = Callable[[SourceConfig, list[str], str, FileCache], Source]

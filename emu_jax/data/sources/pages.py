@@ -1,4 +1,4 @@
-"""Interleaved web pages: the JSON lines of MMC4 and OBELICS."""
+"""Interleaved web pages: MMC4 and OBELICS, in JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import binascii
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+from emu_jax.data import storage
 from emu_jax.data.documents import ABSENT, Damaged, Document, Image, Text
-from emu_jax.data.sources.listings import MALFORMED, Entries, Listed, Media
+from emu_jax.data.sources.entries import MALFORMED, Entries
+from emu_jax.data.sources.listings import Listed, Media
 from emu_jax.data.unused import Unused
 
 
@@ -32,7 +34,8 @@ class Pages(Listed):
     MMC4: `text_list`, and `image_info`, whose `image_name` (or `image_base64`) comes before the
     text number `matched_text_index`. An image less similar to that text than `min_similarity` is
     dropped (`matched_sim`, or else the page's `similarity_matrix`).
-    OBELICS: `images` and `texts` of equal length; where one has a value, the other is null.
+    OBELICS: `images` and `texts` of equal length; where one has a value, the other is null. An
+    image is the name of a file, its URL (see `UrlFiles`), or `{"bytes": ..., "path": ...}`.
 
     An image that is in none of `media` is left out and counted, because pages name images that
     their crawl could not download. It keeps its part number, so its arrival does not change
@@ -60,7 +63,7 @@ class Pages(Listed):
             ):
                 parts.append(part.as_image())
             elif part_indices is None and (reason := self._media.lacks(part.image, folder)):
-                unused.append(Unused(f"{reason} image", part.image))
+                unused.append(Unused(f"{reason} image", self._named(part.image)))
                 parts.append(ABSENT)
             else:
                 parts.append(part.as_image(self._media.read(part.image, folder, where)))
@@ -77,9 +80,14 @@ class Pages(Listed):
             name = part.image
             reason = isinstance(name, str) and self._media.lacks(name, folder, listed=True)
             if reason:
-                unused.append(Unused(f"{reason} image", str(name)))
+                unused.append(Unused(f"{reason} image", self._named(str(name))))
             parts.append(ABSENT if reason else part.as_image())
         return Document(tuple(parts), tuple(unused))
+
+    def _named(self, name: str) -> str:
+        """Names a missing image, for messages."""
+        is_url = storage.is_remote(name) and not self._media.by_url
+        return f"{name}, a URL: set url_files to the files of URLs" if is_url else name
 
     def _shown(self, index: int) -> tuple[list[_Part], list[Unused]]:
         """Returns the parts of a page, whether or not their files exist, and the parts that the
@@ -125,7 +133,9 @@ def _obelics(entry: dict[str, Any]) -> tuple[list[_Part], list[Unused]]:
     unused: list[Unused] = []
     pairs = zip(entry["images"], entry["texts"], strict=True)
     for number, (image, words) in enumerate(pairs):
-        if image is not None:
+        if isinstance(image, dict):  # an image of the datasets library
+            parts.append(_Shown(image.get("bytes") or str(image["path"])))
+        elif image is not None:
             parts.append(_Shown(str(image)))
         if words is not None:
             parts.append(_words(words))

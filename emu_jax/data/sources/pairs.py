@@ -34,9 +34,10 @@ from emu_jax.data.documents import (
     utf8,
 )
 from emu_jax.data.file_cache import FileCache
+from emu_jax.data.read_ahead import Span
 from emu_jax.data.records import RecordSpans
+from emu_jax.data.sources.entries import look_up, parse_object
 from emu_jax.data.sources.index import Arrays, fingerprint, index_files
-from emu_jax.data.sources.listings import parse_object
 from emu_jax.data.sources.spans import Spans, compact_spans
 from emu_jax.data.sources.tars import Member, members, note
 from emu_jax.data.sources.video import VIDEO_SUFFIXES, Video, sample_frames
@@ -78,7 +79,8 @@ class Pairs(Source):
     complete samples of one name.
 
     Args:
-        caption_key: key of the JSON to read instead of the text file and the usual keys.
+        caption_key: key of the JSON to read instead of the text file and the usual keys; dots
+            separate nested keys.
         wordless: keep samples without words.
 
     Raises:
@@ -105,6 +107,7 @@ class Pairs(Source):
                 "tars as two sources"
             )
         self.paired = not boards
+        self.remote = any(map(storage.is_remote, paths))
         setting = (frames, caption_key, wordless)
         self.fingerprint = short_hash((fingerprint(_VERSION, paths), setting))
 
@@ -132,9 +135,10 @@ class Pairs(Source):
         image = self._member(index, spans, _IMAGE, where)
         if image is not None:
             return Document((Image(image), *words), unused)
-        content = self._member(index, spans, _VIDEO, where)
-        assert content is not None  # or the sample would be damaged
-        video = Video(content, where)
+        offset, size = spans[_VIDEO]
+        if size > storage.MOST_VIDEO:
+            raise Damaged("file too large", where, f"a member of {size:,} bytes")
+        video = Video(storage.RangeFile(self.paths[self._files[index]], offset, size), where)
         shown = sample_frames(video, self._frames, seed)
         parts = (*(Image(data, time) for time, data in shown), *words)
         return Document(parts, (*unused, *video.unused))
@@ -146,6 +150,19 @@ class Pairs(Source):
         words, unused = self._words(index, spans, self.where(index))
         images = 1 if spans[_IMAGE][1] else self._frames
         return Document((*[Image(b"")] * images, *words), unused)
+
+    def spans(self, index: int) -> list[Span]:
+        path, sizes = self.paths[self._files[index]], self._spans[index].tolist()
+        if not storage.is_remote(path) or self._spans.damage(index) or sizes[_BOARD][1]:
+            return []
+        # The words that `_captions` reads first.
+        words = _TEXT if sizes[_TEXT][1] and not self._caption_key else _JSON
+        return [Span(path, *sizes[role]) for role in (words, _IMAGE) if sizes[role][1]]
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        where = self.where(index)
+        content = self._member(index, self._spans[index].tolist(), _JSON, where)
+        return {} if content is None else parse_object(content, where)
 
     def _words(
         self, index: int, spans: _Spans, where: str
@@ -173,7 +190,7 @@ class Pairs(Source):
         content = self._member(index, spans, _JSON, where)
         values = {} if content is None else parse_object(content, where)
         for key in (self._caption_key,) if self._caption_key else _CAPTIONS:
-            value = values.get(key)
+            value = look_up(values, key)
             if isinstance(value, str):
                 yield value
             elif isinstance(value, list):
@@ -505,6 +522,7 @@ class TfdsPairs(Source):
                     (os.path.basename(shard.filename), shard.skip, shard.take)
                     for shard in builder.info.splits[split].file_instructions
                 ]
+                self.remote = True
                 self._records.data_source = RecordSpans(
                     [
                         (storage.join(self._directory, name), files[name], first, count)
@@ -519,6 +537,9 @@ class TfdsPairs(Source):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def spans(self, index: int) -> list[Span]:
+        return self._records.data_source.spans(index) if self.remote else []
 
     def where(self, index: int) -> str:
         return f"{self._directory} example {index}"

@@ -10,9 +10,10 @@ import bisect
 import collections
 import io
 import math
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import PIL.Image
@@ -21,6 +22,7 @@ from jaxtyping import Int
 from emu_jax.data.documents import Damaged, Unused
 from emu_jax.data.images import MOST_PIXELS, ImageError, open_image
 from emu_jax.data.sources.cues import read_cues, unroll
+from emu_jax.data.storage import RangeFile
 from emu_jax.errors import UserError
 
 FRAMES = 8  # frames of a video that the release shows
@@ -59,6 +61,11 @@ _DECODING_TIMES = ("avi", "asf")
 # Program streams: frames that share one timestamp get other timestamps after a seek.
 _SHARED_TIMES = ("mpeg", "mpegvideo")
 
+# MP4 files of these decoders are split into frames by their index alone, not by parsing frames.
+_INDEXED_CODECS = ("h264", "hevc", "mpeg4", "vp9", "libdav1d", "av1")
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")  # the first in a file
+_HEAD = 4096  # bytes in which Matroska's first elements are
+
 # A hostile file of a few megabytes may take hours to decode. Long videos of formats without usable
 # timestamps, which are decoded from their beginning, take minutes.
 SECONDS = 1800.0
@@ -88,11 +95,12 @@ def random_indices(frames: int, count: int, rng: np.random.Generator) -> Int[np.
     return np.sort(rng.choice(frames, count, replace=frames < count))
 
 
-def open_container(content: bytes) -> Any:
+def open_container(content: bytes | BinaryIO) -> Any:
     """Opens a video file with PyAV; nothing outside `content` is read."""
     import av  # loads FFmpeg
 
-    return av.open(io.BytesIO(content), options={"format_whitelist": _CONTAINERS})
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    return av.open(file, options={"format_whitelist": _CONTAINERS})
 
 
 class _Overdue(Exception):
@@ -122,7 +130,12 @@ class Video:
     that an edit list hides. The pixel aspect ratio is ignored, as in the release, which squashes
     each frame to a square anyway.
 
+    Of an MP4 or QuickTime file in a `RangeFile`, only the index is read to find the frames, and
+    then the frames from the key frame before each that is asked for. Other files are read to their
+    end once.
+
     Args:
+        content: the file; it is not used by others at the same time.
         seconds: time limit of opening the video, and of each call of `frames`. It is checked
             between packets.
 
@@ -134,22 +147,29 @@ class Video:
         Damaged: the video cannot be read in time, or has no frames.
     """
 
-    def __init__(self, content: bytes, where: str, seconds: float = SECONDS) -> None:
-        self._content, self._where, self._seconds = content, where, seconds
+    def __init__(self, content: bytes | RangeFile, where: str, seconds: float = SECONDS) -> None:
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        self._file, self._where, self._seconds = cast(BinaryIO, file), where, seconds
         self.unused: list[Unused] = []
         try:
-            with open_container(content) as container:
+            skimmed = _Skimmed(self._file)
+            with open_container(skimmed if skimmed.spans else self._file) as container:
                 stream = container.streams.best("video")
+                if stream is None:
+                    raise Damaged("unreadable video", where, "it has no video stream")
+                skimmed.skims = stream.codec_context.name in _INDEXED_CODECS
                 packets, whole = _packets(container, stream, _Deadline(seconds))
                 base, duration = stream.time_base, (container.duration or 0) / 1e6
                 rate = stream.average_rate or stream.guessed_rate or 25
                 form = container.format.name
                 reordered = stream.codec_context.has_b_frames
+        except UserError:  # of the store
+            raise
         except EOFError:  # the file ends before the first frame
             raise Damaged("video without frames", where) from None
         except _Overdue as error:
             raise Damaged("slow video", where, error) from None
-        except Exception as error:  # FFmpeg's errors, and AttributeError without a video stream
+        except Exception as error:  # FFmpeg's errors are of many types
             raise Damaged("unreadable video", where, _why(error)) from None
         first = next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0)
         self.unused += [Unused(UNDECODABLE_FRAME, "before the first key frame")] * first
@@ -161,14 +181,15 @@ class Video:
         # Whether frames are found by counting them, not by their timestamps.
         counted = form in _SHARED_TIMES or (reordered and form in _DECODING_TIMES)
         self._seekable = known and not counted
-        self._pts = sorted(given) if known else []
-        self._keys = sorted(p.pts for p in packets if p.is_keyframe) if self._seekable else []
+        self._pts = sorted(pts for pts in given if pts is not None) if known else []
+        keys = (packet.pts for packet in packets if packet.is_keyframe)
+        self._keys = sorted(pts for pts in keys if pts is not None) if self._seekable else []
         if known and form != "mpegvideo":  # which has only timestamps that FFmpeg makes up
             self.times = [float((pts - self._pts[0]) * base) for pts in self._pts]
         else:
             self.times = [float(n / rate) for n in range(len(shown))]
         missing = duration - self.times[-1]
-        if not whole or _cut_short(content) or missing > max(1.0, 0.1 * duration):
+        if not whole or _cut_short(self._file) or missing > max(1.0, 0.1 * duration):
             self.unused.append(Unused(CUT_SHORT, f"{len(shown)} frames, {self.times[-1]:g} s"))
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
@@ -188,6 +209,8 @@ class Video:
                 shown |= self._in_order(missing, deadline)
         except _Overdue as error:
             raise Damaged("slow video", self._where, error) from None
+        except UserError:  # of the store
+            raise
         except Exception as error:
             raise Damaged("unreadable video", self._where, _why(error)) from None
         if not shown:
@@ -196,18 +219,20 @@ class Video:
 
     def _by_seeking(self, indices: list[int], deadline: _Deadline) -> Iterator[tuple[int, bytes]]:
         """Decodes frames in order, and seeks to a key frame if one lies between two of them.
+        Frames that no other frame refers to are decoded only if they are asked for.
 
         Stops early if the decoded frames do not match the timestamps of their packets.
         """
         with self._open() as container:
-            frames, reached = _decoded(container, deadline), self._pts[0] - 1
+            wanted = {self._pts[index] for index in indices}
+            frames, reached = _decoded(container, deadline, wanted), self._pts[0] - 1
             for index in indices:
                 pts = self._pts[index]
                 keys_before = bisect.bisect_right(self._keys, pts)
                 key = self._keys[keys_before - 1] if keys_before else reached
                 if key > reached + 1:
                     container.seek(key, stream=container.streams.best("video"), backward=True)
-                    frames = _decoded(container, deadline)
+                    frames = _decoded(container, deadline, wanted)
                 else:
                     key = None
                 for frame in frames:
@@ -250,7 +275,8 @@ class Video:
         return shown
 
     def _open(self) -> Any:
-        container = open_container(self._content)
+        self._file.seek(0)
+        container = open_container(self._file)
         codec = container.streams.best("video").codec_context
         codec.thread_count = 1  # several videos are decoded in parallel
         codec.options = {"max_pixels": str(MOST_PIXELS)}
@@ -260,16 +286,26 @@ class Video:
         return self._pts[index] if self._seekable else index
 
 
-def _packets(container: Any, stream: Any, deadline: _Deadline) -> tuple[list[Any], bool]:
+class _Packet(NamedTuple):
+    """A packet without its content, which for a long video fills the memory."""
+
+    pts: int | None
+    is_keyframe: bool
+    is_discard: bool
+    is_corrupt: bool
+
+
+def _packets(container: Any, stream: Any, deadline: _Deadline) -> tuple[list[_Packet], bool]:
     """Returns a stream's packets, and whether the file could be read to its end."""
-    packets: list[Any] = []
+    packets: list[_Packet] = []
     whole = True
     try:
         for packet in container.demux(stream):
             deadline.check()
             if packet.size:  # PyAV ends the stream with an empty packet
-                packets.append(packet)
-    except _Overdue:
+                flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
+                packets.append(_Packet(packet.pts, *flags))
+    except (_Overdue, UserError):
         raise
     except Exception:
         if not packets:
@@ -281,8 +317,14 @@ def _packets(container: Any, stream: Any, deadline: _Deadline) -> tuple[list[Any
     return packets, whole
 
 
-def _decoded(container: Any, deadline: _Deadline) -> Iterator[Any]:
-    """Yields the frames that can be decoded from the container's current position on."""
+def _decoded(
+    container: Any, deadline: _Deadline, wanted: Collection[int] | None = None
+) -> Iterator[Any]:
+    """Yields the frames that can be decoded from the container's current position on.
+
+    Args:
+        wanted: timestamps of frames; others may be missing if no frame refers to them.
+    """
     import av.error
 
     stream = container.streams.best("video")
@@ -295,6 +337,9 @@ def _decoded(container: Any, deadline: _Deadline) -> Iterator[Any]:
             return
         except av.error.FFmpegError:  # cut short: flush the frames that the decoder still holds
             packet = None
+        if wanted is not None and packet is not None:
+            needed = packet.is_keyframe or packet.pts in wanted or not packet.size
+            stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
         try:
             yield from stream.codec_context.decode(packet)
         except av.error.FFmpegError:
@@ -327,28 +372,87 @@ def _as_shown(frame: Any) -> PIL.Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _cut_short(content: bytes) -> bool:
+class _Skimmed(io.RawIOBase):
+    """A file whose frames read as zeros, without reading them, while `skims` is set.
+
+    Attributes:
+        spans: (start, end) of the boxes of an MP4 file that hold its frames; [] in other files.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file, self.skims = file, False
+        self.spans = [(start + 16, end) for kind, start, end in _boxes(file) if kind == b"mdat"]
+        file.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if not self.skims or size < 0:
+            return self._file.read(size)
+        position = self._file.tell()
+        n = bisect.bisect_right(self.spans, position, key=lambda span: span[1])
+        start, end = self.spans[n] if n < len(self.spans) else (position + size, 0)
+        if position < start:
+            return self._file.read(min(size, start - position))
+        length = max(0, min(size, min(end, _size(self._file)) - position))
+        self._file.seek(position + length)
+        return bytes(length)
+
+
+def _size(file: BinaryIO) -> int:
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return size
+
+
+def _at(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
+
+
+def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Yields (kind, start, end) of the outer boxes of an MP4 file; none in files of other kinds.
+
+    The last one may end behind the end of the file.
+    """
+    start, size = 0, _size(file)
+    if _at(file, 4, 4) not in _MP4_BOXES:
+        return
+    while start + 16 <= size:
+        header = _at(file, start, 16)
+        length = int.from_bytes(header[:4])
+        if length == 1:
+            length = int.from_bytes(header[8:])
+        end = start + length if length >= 8 else size  # 0: to the end of the file
+        yield header[4:8], start, end
+        start = end
+
+
+def _cut_short(file: BinaryIO) -> bool:
     """Returns whether an MP4, RIFF or Matroska file is shorter than its headers say."""
-    if content.startswith(b"RIFF"):
-        return int.from_bytes(content[4:8], "little") + 8 > len(content)
-    if content.startswith(b"\x1aE\xdf\xa3"):
-        segment = content.find(b"\x18S\x80g", 0, 4096) + 4
-        if segment > 4 and (first := content[segment]):
+    size, head = _size(file), _at(file, 0, _HEAD + 16)
+    if head.startswith(b"RIFF"):
+        return int.from_bytes(head[4:8], "little") + 8 > size
+    if head.startswith(b"\x1aE\xdf\xa3"):
+        segment = head.find(b"\x18S\x80g", 0, _HEAD) + 4
+        if segment > 4 and (first := head[segment]):
             width = 9 - first.bit_length()
-            size = int.from_bytes(content[segment : segment + width]) - (1 << 7 * width)
-            unknown = size == (1 << 7 * width) - 1
-            return not unknown and segment + width + size > len(content)
-    if content[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp"):
-        start = 0
-        while start + 16 <= len(content):
-            size = int.from_bytes(content[start : start + 4])
-            if size == 1:
-                size = int.from_bytes(content[start + 8 : start + 16])
-            if size < 8:  # 0: to the end of the file
-                return False
-            start += size
-        return start > len(content)
-    return False
+            length = int.from_bytes(head[segment : segment + width]) - (1 << 7 * width)
+            unknown = length == (1 << 7 * width) - 1
+            return not unknown and segment + width + length > size
+    return any(end > size for _, _, end in _boxes(file))
 
 
 def sample_frames(

@@ -14,7 +14,8 @@ import numpy as np
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged, Document, Image, Text, utf8
 from emu_jax.data.sources.cues import EMPTY, UNREADABLE
-from emu_jax.data.sources.listings import MALFORMED, Entries, Listed, Media
+from emu_jax.data.sources.entries import MALFORMED, Entries
+from emu_jax.data.sources.listings import Listed, Media
 from emu_jax.data.sources.video import (
     Frame,
     Subtitles,
@@ -52,8 +53,9 @@ class Videos(Listed):
         entry, where = self._entries[index], self.where(index)
         words = _words(entry, where)
         folder = self._entries.folder(index)
-        content = self._media.read(entry.get("video"), folder, where, storage.MOST_VIDEO)
-        video = Video(content, where)
+        video = Video(
+            self._media.open(entry.get("video"), folder, where, storage.MOST_VIDEO), where
+        )
         shown = sample_frames(video, self._frames, seed)
         parts = (*(Image(data, time) for time, data in shown), words)
         return Document(parts, tuple(video.unused))
@@ -267,8 +269,8 @@ class SubtitledVideos(Listed):
         return cut
 
     def _video(self, index: int, entry: dict[str, Any]) -> Video:
-        content = self._file(index, entry.get("video"), storage.MOST_VIDEO)
-        return Video(content, self.where(index))
+        where, folder = self.where(index), self._entries.folder(index)
+        return Video(self._media.open(entry.get("video"), folder, where, storage.MOST_VIDEO), where)
 
     def _file(self, index: int, name: object, most: int = storage.MOST_IMAGE) -> bytes:
         return self._media.read(name, self._entries.folder(index), self.where(index), most)

@@ -1,0 +1,64 @@
+"""Remote ranges are requested before they are read: merged, once, and within a bound of memory."""
+
+import os
+import threading
+
+import pytest
+
+from emu_jax.data import read_ahead
+from emu_jax.data.read_ahead import ReadAhead, Span
+from emu_jax.errors import UserError
+
+CONTENT = {"a": os.urandom(1 << 18), "b": os.urandom(1 << 12)}
+
+
+class Store:
+    """Byte ranges of CONTENT, and the requests for them."""
+
+    def __init__(self) -> None:
+        self.asked: list[Span] = []
+        self.open = threading.Event()
+        self.open.set()
+
+    def fetch(self, path: str, start: int, size: int) -> bytes:
+        self.open.wait(10)
+        self.asked.append(Span(path, start, size))
+        if path not in CONTENT:
+            raise UserError(f"{path} is not there")
+        return CONTENT[path][start : start + size]
+
+
+def taken(ahead: ReadAhead, span: Span) -> bool:
+    """Whether a range was read ahead; it is as in the file then."""
+    content = ahead.take(*span)
+    assert content in (None, CONTENT[span.path][span.start : span.start + span.size])
+    return content is not None
+
+
+def test_ranges_are_merged_and_given_once():
+    store = Store()
+    ahead = ReadAhead(store.fetch, 1)
+    far = 200 + read_ahead.GAP_BYTES
+    spans = [Span("a", 100, 50), Span("b", 0, 9), Span("a", 20, 30), Span("a", far, 5)]
+    ahead.request([*spans, spans[0]])
+    assert all(taken(ahead, span) for span in spans)
+    assert store.asked == [Span("a", 20, 130), Span("b", 0, 9), Span("a", far, 5)]
+    assert not any(taken(ahead, span) for span in spans) and not ahead._requests
+    assert not taken(ahead, Span("a", 20, 10)) and ahead._bytes == 0
+
+
+def test_memory_is_bounded_and_what_is_never_read_makes_room():
+    store = Store()
+    store.open.clear()  # nothing arrives yet
+    ahead = ReadAhead(store.fetch, 4, limit=1000)
+    spans = [Span("a", n * 100_000, 400) for n in range(2)] + [Span("b", 0, 300)]
+    ahead.request(spans)
+    assert ahead._bytes == 800  # the third does not fit
+    ahead.request([])
+    store.open.set()
+    ahead.request([spans[2]])  # the first has not been read for two calls
+    assert not taken(ahead, spans[0]) and taken(ahead, spans[1]) and taken(ahead, spans[2])
+    assert ahead._bytes == 0
+    ahead.request([Span("none", 0, 4)])
+    with pytest.raises(UserError, match="none is not there"):
+        ahead.take("none", 0, 4)
