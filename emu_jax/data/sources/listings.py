@@ -173,8 +173,11 @@ class Media:
             remote_stat: looks up each candidate path in a remote folder.
         """
         if self._urls is not None and storage.is_remote(name):
-            locations = (self._locate(n, beside, remote_stat) for n in self._urls.names(name))
-            return next((found for found in locations if found != "missing"), "missing")
+            for candidate in self._urls.names(name):
+                location = self._locate(candidate, beside, remote_stat)
+                if location != "missing":
+                    return location
+            return "missing"
         return self._locate(name, beside, remote_stat)
 
     def _locate(

@@ -95,7 +95,7 @@ def random_indices(frames: int, count: int, rng: np.random.Generator) -> Int[np.
     return np.sort(rng.choice(frames, count, replace=frames < count))
 
 
-def open_container(content: bytes | BinaryIO) -> Any:
+def open_container(content: bytes | BinaryIO | io.RawIOBase) -> Any:
     """Opens a video file with PyAV; nothing outside `content` is read."""
     import av  # loads FFmpeg
 
