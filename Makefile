@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
 
-.PHONY: demo test test-slow test-all mutants lint bench plan-table package docs clean
+.PHONY: demo test test-slow test-all mutants lint bench plan-table package docs notebooks clean
 
 demo: .venv/.installed
 	$(BIN)/emu-jax demo
@@ -65,6 +65,10 @@ package: .venv/.installed-dev
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Executes the notebooks. The first needs the demo.
+notebooks: .venv/.installed-notebooks demo
+	$(BIN)/python tools/notebooks.py
+
 # Compiles the 14B step for four kinds of TPU and updates docs/scaling.md: hours. It can be resumed.
 plan-table: .venv/.installed-dev
 	$(BIN)/emu-jax plan --config configs/emu_14b.py --sweep --out runs/plan --page docs/scaling.md \
@@ -85,6 +89,10 @@ clean:
 
 .venv/.installed-docs: pyproject.toml constraints.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet -e '.[docs]' -c constraints.txt
+	touch .venv/.installed $@
+
+.venv/.installed-notebooks: pyproject.toml constraints.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet -e '.[notebooks]' -c constraints.txt
 	touch .venv/.installed $@
 
 .venv/bin/pip:
