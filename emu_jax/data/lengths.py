@@ -12,7 +12,6 @@ lists them. A part is opened when a document in it is first looked up.
 from __future__ import annotations
 
 import abc
-import functools
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -129,8 +128,10 @@ class LengthParts:
 
     def open(self, part: int, stamp: UInt8[np.ndarray, "bytes"] | None = None) -> Arrays:
         """Returns the arrays of one of several parts; counts it first unless it is cached."""
-        stamp = self.stamp() if stamp is None else stamp
-        make = functools.partial(self.make, part, stamp)
+
+        def make() -> Arrays:  # a stamp may list many folders
+            return self.make(part, self.stamp() if stamp is None else stamp)
+
         # Small arrays are copied to memory: those of all parts together stay within EAGER.
         return cached_arrays(self.folder, self._part_name(part), make, EAGER // self.count)
 
