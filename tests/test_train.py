@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import as_emu2
 
 from emu_jax import checkpoint
 from emu_jax.config import RematConfig, TokenIds, digits, load_json, to_dict
@@ -22,7 +21,6 @@ from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding, make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import (
-    PAINTERS,
     GroupConfig,
     MeshConfig,
     OptimizerConfig,
@@ -64,9 +62,7 @@ def small(objective: str, root: str, **changes) -> TrainConfig:
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
     )
-    if objective == "painter":
-        model = as_emu2(model)
-    group = GroupConfig("^unet" if objective in PAINTERS else ".*", lr=1e-3)
+    group = GroupConfig("^unet" if objective == "decoder" else ".*", lr=1e-3)
     cfg = TrainConfig(
         objective=objective,
         model=model,
@@ -104,7 +100,7 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
         return float(loss), to_numpy(grads), to_numpy(params)
 
 
-OTHERS = ("clip", "vae", "decoder", "painter")
+OTHERS = ("clip", "vae", "decoder")
 
 
 @pytest.fixture
