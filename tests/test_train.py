@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import as_emu2
 
 from emu_jax import checkpoint
 from emu_jax.config import RematConfig, TokenIds, digits, load_json, to_dict
@@ -21,6 +22,7 @@ from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding, make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import (
+    PAINTERS,
     GroupConfig,
     MeshConfig,
     OptimizerConfig,
@@ -62,7 +64,9 @@ def small(objective: str, root: str, **changes) -> TrainConfig:
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
     )
-    group = GroupConfig("^unet" if objective == "decoder" else ".*", lr=1e-3)
+    if objective == "painter":
+        model = as_emu2(model)
+    group = GroupConfig("^unet" if objective in PAINTERS else ".*", lr=1e-3)
     cfg = TrainConfig(
         objective=objective,
         model=model,
@@ -100,7 +104,7 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
         return float(loss), to_numpy(grads), to_numpy(params)
 
 
-OTHERS = ("clip", "vae", "decoder")
+OTHERS = ("clip", "vae", "decoder", "painter")
 
 
 @pytest.fixture
