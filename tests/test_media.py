@@ -751,6 +751,7 @@ def test_frames_are_read_without_the_rest_of_the_file(tmp_path, monkeypatch):
     file = RangeFile(str(tmp_path / "a.mp4"), 99, len(content))
     clip, whole = Video(file, "it"), Video(content, "it")
     assert clip.times == whole.times and clip.unused == whole.unused == []
+    assert clip._keys == whole._keys and len(clip._keys) == 6
     assert count < len(content) / 2  # FFmpeg decodes the first frames
     count = 0
     assert clip.frames([21]) == whole.frames([21])

@@ -157,8 +157,12 @@ class Video:
                 stream = container.streams.best("video")
                 if stream is None:
                     raise Damaged("unreadable video", where, "it has no video stream")
-                skimmed.skims = stream.codec_context.name in _INDEXED_CODECS
+                indexed = stream.codec_context.name in _INDEXED_CODECS
+                skimmed.skims = indexed and bool(skimmed.spans)
                 packets, whole = _packets(container, stream, _Deadline(seconds))
+                if skimmed.skims:  # the parser takes zeros for other frames
+                    keys = {entry.timestamp for entry in stream.index_entries if entry.is_keyframe}
+                    packets = [p._replace(is_keyframe=p.dts in keys) for p in packets]
                 base, duration = stream.time_base, (container.duration or 0) / 1e6
                 rate = stream.average_rate or stream.guessed_rate or 25
                 form = container.format.name
@@ -290,6 +294,7 @@ class _Packet(NamedTuple):
     """A packet without its content, which for a long video fills the memory."""
 
     pts: int | None
+    dts: int | None
     is_keyframe: bool
     is_discard: bool
     is_corrupt: bool
@@ -304,7 +309,7 @@ def _packets(container: Any, stream: Any, deadline: _Deadline) -> tuple[list[_Pa
             deadline.check()
             if packet.size:  # PyAV ends the stream with an empty packet
                 flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
-                packets.append(_Packet(packet.pts, *flags))
+                packets.append(_Packet(packet.pts, packet.dts, *flags))
     except (_Overdue, UserError):
         raise
     except Exception:
