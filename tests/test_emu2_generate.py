@@ -1,5 +1,5 @@
 """Emu2's prompts, generation and losses against what the released code computed
-(tests/golden/README.md)."""
+(tests/golden/README_emu2.md)."""
 
 import json
 
@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import GOLDEN, relative_error
 from flax import nnx
 from PIL import Image
 
 from emu_jax.checkpoint import interpolate_positions
 from emu_jax.config import EmuConfig, LlamaConfig, PoolingConfig, TokenIds, VisionConfig
-from emu_jax.convert import tables
+from emu_jax.convert import tables, tensor_files
 from emu_jax.errors import UserError
 from emu_jax.generate import mixed
 from emu_jax.generate.api import Emu
@@ -67,14 +66,15 @@ def config(n_embeddings: int, vocab_size: int) -> EmuConfig:
 def load(cfg: EmuConfig, *files: str) -> Emu:
     tensors = {}
     for file in files:
-        tensors |= torch.load(EMU2 / file, weights_only=True)
-    tensors = {key.removeprefix("model."): t.float().numpy() for key, t in tensors.items()}
+        (stored,) = tensor_files.open_tensors(EMU2 / file)[0].values()
+        tensors |= {key.removeprefix("model."): tensor for key, tensor in stored.items()}
     template = AbstractModel(lambda: EmuModel(cfg, rngs=nnx.Rngs(0)), make_mesh(data=8))
     shapes = {path: leaf.shape for path, leaf in template.shapes.items()}
     params = {}
     for row in tables.model_rows(cfg, shapes):
         shape = row.layer_shape(shapes[row.path])
-        arrays = [row.transform.from_release(tensors[key], shape) for key in row.keys]
+        released = [tensors[key].read().astype(np.float32) for key in row.keys]
+        arrays = [row.transform.from_release(array, shape) for array in released]
         params[row.path] = jnp.asarray(np.stack(arrays) if row.stacked else arrays[0])
     instruct = cfg.llama.vocab_size == META["vocab_chat"]
     tokenizer = Tokenizer.load(EMU2 / "llama_config", instruct=instruct, family="emu2")

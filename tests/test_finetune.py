@@ -17,6 +17,7 @@ from emu_jax import checkpoint
 from emu_jax.config import LoraConfig, TokenIds, digits, save_json
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.pipeline import Batches, DataConfig
+from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
 from emu_jax.generate.api import load
 from emu_jax.generate.settings import ImageSettings
@@ -388,6 +389,15 @@ def test_a_stopped_precompute_goes_on(parent, tmp_path, monkeypatch, where, requ
     assert len(names) == 3 and not (stopped / "progress.json").exists()
     for name in names:
         assert (stopped / name).read_bytes() == (through / name).read_bytes()
+
+
+def test_settings_that_came_later_do_not_change_the_digest():
+    """A folder that an earlier version began is continued."""
+    sources = (SourceConfig("images", "webdataset", ("images/*.tar",)),)
+    cfg = TrainConfig(objective="decoder", data=DataConfig(sources=sources))
+    assert sys.modules[precompute.__module__]._digest(cfg) == "c67bda6911942ec0"
+    other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, row_group=8))
+    assert sys.modules[precompute.__module__]._digest(other) != "c67bda6911942ec0"
 
 
 def test_a_folder_of_latents_is_what_its_listing_says(tmp_path):

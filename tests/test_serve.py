@@ -25,7 +25,7 @@ pytest.importorskip("starlette")
 from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError
 from emu_jax.generate.image import Stopped
-from emu_jax.generate.settings import RENAMED
+from emu_jax.generate.settings import RENAMED, GenerationConfig
 from emu_jax.serve import app as serving
 from emu_jax.serve.app import chat as chat_with
 from emu_jax.serve.app import make_app, make_server
@@ -372,7 +372,7 @@ def test_a_tuned_model_is_asked_in_its_format_and_may_draw(emu):
     ]
     asked = parse_chat(json.dumps({"messages": said, "settings": {"seed": 7}}).encode(), LIMITS)
     emu.stream = lambda prompt, max_images, **settings: (prompt, max_images, settings)
-    emu.defaults = types.SimpleNamespace(system="Be brief.", chat_format="native")
+    emu.defaults = GenerationConfig(system="Be brief.")
     assert chat_with(emu, asked) == (["one?", "two", "three?"], 0, {"seed": 7})
     emu.tokenizer = types.SimpleNamespace(instruct=True)
     assert chat_with(emu, asked) == (
@@ -387,7 +387,8 @@ def test_a_tuned_model_is_asked_in_its_format_and_may_draw(emu):
             " [ASSISTANT]:",
         ],
         1,
-        {"seed": 7},
+        # The prompt spells the message, so the call must not ask for one again.
+        {"seed": 7, "system": None, "grounding": False},
     )
 
 

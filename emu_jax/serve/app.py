@@ -165,9 +165,11 @@ def chat(
     """Streams the model's reply; an instruction-tuned model may also generate one image."""
     if emu.tokenizer.instruct:
         turns = [message.parts for message in asked.messages]
-        style = chat_format(emu.cfg, emu.defaults.chat_format)
-        prompt = converse(turns, emu.defaults.system, style=style)
-        return emu.stream(prompt, max_images=1, **asked.settings)
+        defaults = emu.defaults
+        style = chat_format(emu.cfg, defaults.chat_format)
+        prompt = converse(turns, defaults.system, style=style, grounding=defaults.grounding)
+        # The prompt spells both already; `stream` refuses them for a spelled prompt.
+        return emu.stream(prompt, max_images=1, system=None, grounding=False, **asked.settings)
     return emu.stream(joined_parts(asked.messages), max_images=0, **asked.settings)
 
 

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 # Keys that folders of earlier versions were begun without, with the value that changes nothing.
 LATER_KEYS = {
+    "data.family": "",
+    "data.last_image": False,
+    "data.row_group": 0,
     "model.pooling": None,
     "model.tokens.frame": None,
     "model.vision.post_norm": False,
@@ -48,6 +51,7 @@ LATER_KEYS = {
     "model.unet.projection_class_embeddings_input_dim": None,
     "model.scheduler.sampler": "pndm",
 }
+LATER_SOURCE_KEYS = {"system": None, "url_files": []}  # of each of `data.sources`
 PART_BYTES = 1 << 28  # of one process: the most that is computed again after a kill
 
 
@@ -144,6 +148,10 @@ def _digest(cfg: TrainConfig) -> str:
         group = functools.reduce(lambda group, part: group[part] or {}, path, relevant)
         if name in group and group[name] == before:
             del group[name]
+    for source in relevant["data"]["sources"]:
+        for name, before in LATER_SOURCE_KEYS.items():
+            if source[name] == before:
+                del source[name]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
