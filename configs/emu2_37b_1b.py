@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
             name="emu2_37b_1b",
             model=model(),
             data=DataConfig(
+                row_group=8,
                 family="emu2",
                 sources=sources(),
                 batch_size=768,

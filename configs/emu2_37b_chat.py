@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
             name="emu2_37b_chat",
             model=emu2_chat(),
             data=DataConfig(
+                row_group=8,
                 tokenizer="runs/emu2/tokenizer",
                 family="emu2",
                 instruct=True,

@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
             name="emu2_37b_gen",
             model=emu2(),
             data=DataConfig(
+                row_group=8,
                 tokenizer="runs/emu2/tokenizer",
                 family="emu2",
                 sources=sources(),

@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
             objective="painter",
             model=emu2_gen(),
             data=DataConfig(
+                row_group=8,
                 tokenizer="runs/emu2/tokenizer",
                 family="emu2",
                 sources=sources(),

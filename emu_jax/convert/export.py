@@ -99,7 +99,7 @@ def write_release(
     if source.cfg.pooling is not None:
         layout, unused = emu2_layout(source, folder, kind=kind, file=file)
     elif kind is not None:
-        raise UserError(f"--layout {kind} is of Emu2: Emu1 has one layout")
+        raise UserError(f"--layout {kind} is for Emu2; Emu1 has a single layout: leave it out")
     else:
         layout, unused = release_layout(source)
         layout = _in_one_file(layout, file, dst) if file else layout

@@ -186,6 +186,12 @@ class Evaluation:
         # The release's defaults, not the checkpoint's.
         self.emu.defaults = GenerationConfig.of(self.emu.cfg)
         self.mode: Mode = choose_mode(options.mode, self.emu.tokenizer, task)
+        if self.emu.cfg.family == "emu2" and self.mode == "instruct":
+            log.warning(
+                "%s asks in Emu1's format of dialogues: its figures for Emu2-Chat do not compare "
+                "with the paper's",
+                task.name,
+            )
         self.answering = Answering(
             self.emu,
             task,

@@ -40,7 +40,7 @@ from emu_jax.generate.settings import GenerationConfig, MixedSettings
 from emu_jax.models.emu import EmuModel
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import AbstractModel
-from emu_jax.tokenizer import IMAGE, USER, Tokenizer
+from emu_jax.tokenizer import FRAME, IMAGE, USER, Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EvalResult, Evaluation, Stop
 from emu_jax.train.sheets import MAX_ROWS, Part, SheetRow, contact_sheet
@@ -405,9 +405,11 @@ def _tokens(prompt: Sequence[Part], tokenizer: Tokenizer, n_causal: int) -> int:
     """Returns the number of tokens of a prompt.
 
     Raises:
-        UserError: a text spells `<image>`, or is not valid Unicode.
+        UserError: a text spells a placeholder of an image, or is not valid Unicode.
     """
-    if any(IMAGE in part for part in prompt if isinstance(part, str)):
-        raise UserError(f"a text must not spell {IMAGE}")
+    placeholders = (IMAGE,) if tokenizer.frame is None else (IMAGE, FRAME)
+    for token in placeholders:
+        if any(token in part for part in prompt if isinstance(part, str)):
+            raise UserError(f"a text must not spell {token}")
     image = tokenizer.image_placeholder(n_causal)
     return len(tokenizer.encode_parts(p if isinstance(p, str) else image for p in prompt))
