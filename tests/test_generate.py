@@ -5,6 +5,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -610,6 +611,12 @@ class Silent:
         return jnp.zeros((len(tokens), 3))
 
 
+def choose_with(cfg, static, dynamic, keys=None):
+    """`mixed._choose` for a model that reads embeddings as they are."""
+    emu = SimpleNamespace(cfg=cfg, to_language=lambda embeddings: embeddings)
+    return jax.jit(lambda state: mixed._choose(emu, Silent(), state, static, dynamic, keys))
+
+
 @pytest.mark.parametrize("may_open", [True, False])
 def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
     """Each special token is the likeliest of one row; the next best ordinary one is taken."""
@@ -636,7 +643,7 @@ def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
         text_slots=8, max_images=1, do_sample=False, may_open=may_open
     )
     dynamic = mixed.DynamicMixedSettings(np.int32(2), np.float32(1), np.int32(0), np.float32(1))
-    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, static, dynamic, None))
+    choose = choose_with(cfg, static, dynamic)
     state = choose(state)
     opened = ids.img if may_open else 5
     assert state.tokens[:, 0].tolist() == [5, 5, 5, 5, opened, ids.eos]
@@ -668,7 +675,7 @@ def test_mixed_sequences_are_sampled_anew_at_each_element():
     static = mixed.StaticMixedSettings(text_slots=2, max_images=0, do_sample=True, may_open=False)
     dynamic = mixed.DynamicMixedSettings(np.int32(9), np.float32(1), np.int32(0), np.float32(1))
     keys = jax.vmap(jax.random.key)(jnp.arange(rows))
-    choose = jax.jit(lambda state: mixed._choose(Silent(), cfg, state, static, dynamic, keys))
+    choose = choose_with(cfg, static, dynamic, keys)
     one, two = np.asarray(choose(choose(state)).tokens).T
     assert set(one) == set(two) == set(range(2, vocab))
     assert np.mean(one == two) == pytest.approx(1 / 48, abs=0.012)
@@ -1085,8 +1092,8 @@ def test_images_take_no_more_positions_than_there_are(drawer, caplog):
     """A row may open as many images as it has room for, whatever it is batched with."""
     n, positions = drawer.cfg.n_embeddings, drawer.cfg.llama.max_positions
     settings = {"max_new_tokens": positions - len(drawer.tokenizer.encode(*OPENING[0])) - (n + 1)}
-    rows = drawer._prompts([OPENING[0], "ten"], settings["max_new_tokens"])
     cfg = drawer.defaults.replace(max_images=3, **settings)
+    rows = drawer._prompts([OPENING[0], "ten"], settings["max_new_tokens"], cfg)
     static, _, room = drawer._mixed(cfg, rows)
     spare = len(rows[0].tokens) - len(rows[1].tokens)
     assert static.max_images == 3 and room.tolist() == [1, min(3, 1 + spare // (n + 1))]

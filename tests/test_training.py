@@ -29,6 +29,7 @@ from emu_jax.data.pipeline import Consumed
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.models.cformer import CFormer
+from emu_jax.models.connectors import CausalConnector
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.layers import Embedding
@@ -537,7 +538,9 @@ def language(table, weights, heads):
     module = SimpleNamespace(
         llama=llama, embed=embed, encode_images=encode_images, cfg=digits(), keys=keys
     )
-    module.regression_mask = partial(EmuModel.regression_mask, module)
+    module.connector = CausalConnector
+    for method in (EmuModel.regress, EmuModel.regression_mask, EmuModel.regression_targets):
+        setattr(module, method.__name__, partial(method, module))
     return module
 
 

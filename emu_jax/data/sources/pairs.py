@@ -136,7 +136,7 @@ class Pairs(Source):
         if image is not None:
             return Document((Image(image), *words), unused)
         offset, size = spans[_VIDEO]
-        if size > storage.MOST_VIDEO:
+        if size > _MOST[_VIDEO]:
             raise Damaged("file too large", where, f"a member of {size:,} bytes")
         video = Video(storage.RangeFile(self.paths[self._files[index]], offset, size), where)
         shown = sample_frames(video, self._frames, seed)

@@ -1,6 +1,6 @@
 """Memory of converting an Emu2 with full-size layers: a Hub folder to a run directory, and back.
 
-    python benchmarks/emu2_conversion.py FOLDER --layers 2 --vision-layers 4
+    python tools/emu2_conversion.py FOLDER --layers 2 --vision-layers 4
 
 The weights are generated in FOLDER. Three copies of them need 11 GB of disk at the default sizes,
 and 35 GB with 8 and 14 layers (6 billion parameters). Prints one JSON line for each direction.
