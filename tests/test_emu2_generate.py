@@ -14,6 +14,7 @@ from PIL import Image
 from emu_jax.checkpoint import interpolate_positions
 from emu_jax.config import EmuConfig, LlamaConfig, PoolingConfig, TokenIds, VisionConfig
 from emu_jax.convert import tables, tensor_files
+from emu_jax.convert.init import resize_positions
 from emu_jax.errors import UserError
 from emu_jax.generate import mixed
 from emu_jax.generate.api import Emu
@@ -285,14 +286,10 @@ def test_the_losses(base, expected):
 
 
 def test_positions_are_interpolated():
-    side, width = 4, 3
-    y, x = np.mgrid[:side, :side] / (side - 1)
-    table = np.stack([y, x, y + x], axis=-1).reshape(-1, width)
-    positions = jnp.asarray(np.concatenate([np.full((1, width), 7.0), table]), jnp.float32)
-    assert np.array_equal(interpolate_positions(positions, side), positions)
-    larger = np.asarray(interpolate_positions(positions, 2 * side))
-    assert larger.shape == (1 + 64, width) and (larger[0] == 7.0).all()
-    grid = larger[1:].reshape(8, 8, width)
-    # Linear functions of the place stay linear inside, at half the step.
-    assert np.allclose(np.diff(grid[3:5, 3:5, 0], axis=0), 1 / 6, atol=1e-5)
-    assert np.allclose(np.diff(grid[3:5, 3:5, 1], axis=1), 1 / 6, atol=1e-5)
+    """In training as from a parent's file, which `test_convert.py` compares with torch."""
+    positions = np.random.default_rng(0).normal(size=(1 + 4 * 4, 3)).astype(np.float32)
+    for side in (2, 4, 8):
+        ours = interpolate_positions(jnp.asarray(positions), side)
+        theirs = resize_positions(positions[None], 1 + side**2)[0]
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert np.array_equal(interpolate_positions(jnp.asarray(positions), 4), positions)

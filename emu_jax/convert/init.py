@@ -59,6 +59,7 @@ from emu_jax.convert.tensors import Shape, Tensor
 from emu_jax.errors import UserError
 from emu_jax.hub import HubSource, download, is_hub, record_sources
 from emu_jax.models.emu import EmuModel
+from emu_jax.models.eva_clip import bicubic_weights
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import AbstractModel, make_mesh
 from emu_jax.storage import as_path, read_json_object
@@ -525,24 +526,10 @@ def resize_positions(table: np.ndarray, tokens: int) -> np.ndarray:
     """
     old, new = _side_of_square(table.shape[1] - 1), _side_of_square(tokens - 1)
     grid = rearrange(table[:, 1:].astype(np.float32), "1 (y x) d -> y x d", y=old)
-    weights = _bicubic_weights(old, new)
+    weights = bicubic_weights(old, new)
     grid = np.einsum("ay,bx,yxd->abd", weights, weights, grid)
     patches = rearrange(grid, "a b d -> 1 (a b) d").astype(table.dtype)
     return np.concatenate([table[:, :1], patches], axis=1)
-
-
-def _bicubic_weights(old: int, new: int) -> np.ndarray:
-    """[new, old] weights of torch's bicubic interpolation (a = -0.75, edges repeated)."""
-    at = (np.arange(new) + 0.5) * old / new - 0.5
-    left = np.floor(at).astype(int)
-    weights = np.zeros((new, old))
-    for offset in range(-1, 3):
-        distance = np.abs(at - (left + offset))
-        near = (1.25 * distance - 2.25) * distance**2 + 1
-        far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
-        value = np.where(distance <= 1, near, far)
-        np.add.at(weights, (np.arange(new), np.clip(left + offset, 0, old - 1)), value)
-    return weights
 
 
 def _side_of_square(n: int) -> int:

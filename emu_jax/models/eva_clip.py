@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -33,16 +34,32 @@ def normalize_images(
 
 
 def interpolate_positions(positions: Float[Array, "P D"], grid: int) -> Float[Array, "resized D"]:
-    """Resizes position embeddings to a grid of patches, bicubically. The class token's stays.
+    """Resizes position embeddings to a grid of patches, bicubically as in the release
+    (`interpolate_pos_embed`). The class token's stays.
 
     Args:
         grid: patches along a side of the new image.
     """
     side = math.isqrt(len(positions) - 1)
     square = rearrange(positions[1:].astype(jnp.float32), "(y x) d -> y x d", y=side)
-    square = jax.image.resize(square, (grid, grid, square.shape[2]), "cubic")
+    weights = jnp.asarray(bicubic_weights(side, grid), jnp.float32)
+    square = jnp.einsum("ay,bx,yxd->abd", weights, weights, square, precision="highest")
     patches = rearrange(square, "y x d -> (y x) d").astype(positions.dtype)
     return jnp.concatenate([positions[:1], patches])
+
+
+def bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Returns the weights of torch's bicubic interpolation (a = -0.75, edges repeated)."""
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    left = np.floor(at).astype(int)
+    weights = np.zeros((new, old))
+    for offset in range(-1, 3):
+        distance = np.abs(at - (left + offset))
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+        value = np.where(distance <= 1, near, far)
+        np.add.at(weights, (np.arange(new), np.clip(left + offset, 0, old - 1)), value)
+    return weights
 
 
 class VisionAttention(nnx.Module):
