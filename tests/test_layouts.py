@@ -96,6 +96,10 @@ def test_row_groups_are_read_when_they_are_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_DECODED", 0)
     assert [rows[n]["n"] for n in (0, 1, 8, 0)] == [0, 1, 8, 0]
     assert groups == [2, 0, 4, 0]  # one group at a time is in memory
+    path.unlink()  # a missing file is not a damaged document
+    with pytest.raises(UserError, match="a.parquet cannot be read") as error:
+        rows[2]
+    assert not isinstance(error.value, Damaged)
 
 
 def test_a_damaged_row_group_loses_its_rows(tmp_path):

@@ -76,6 +76,10 @@ class ParquetRows:
             (values,) = table.slice(row, 1).to_pylist()
         except UserError:
             raise
+        except (FileNotFoundError, PermissionError) as error:
+            raise UserError(
+                f"{path} cannot be read ({_first_line(error)}): restore it, or allow reading it"
+            ) from None
         except (OSError, ValueError) as error:  # pyarrow's errors are among them
             raise Damaged("damaged record", where, _first_line(error)) from None
         return {name: value for name, value in values.items() if value is not None}
