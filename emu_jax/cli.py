@@ -751,11 +751,13 @@ def data_simulate(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
 
+        if min(args.steps, *(args.documents or [1])) < 1:
+            raise UserError("--steps and --documents must be positive: write --steps 100")
         cfg = load_config(TrainConfig, args.config, args.overrides)
         mixture = []
         for given in args.lengths:
             name, _, weight = given.partition("=")
-            if not re.fullmatch(r"\d*\.?\d*", weight) or weight in (".",) or weight == "0":
+            if weight and not (re.fullmatch(r"\d+\.?\d*|\.\d+", weight) and float(weight)):
                 raise UserError(f"--lengths {given}: write NAME=WEIGHT with a positive weight")
             mixture.append((simulate.load_distribution(name), float(weight or 1)))
         results = [

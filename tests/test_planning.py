@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -11,6 +12,7 @@ from test_data import assert_equal, grey
 from test_mixture import WORDS, Many, pairs, records
 from test_sources import TINY, make_image, shown, source, tar
 
+from emu_jax import cli
 from emu_jax.config import save_json
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data import lengths as lengths_module
@@ -399,9 +401,23 @@ def test_a_simulation_is_like_the_real_pipeline(tmp_path, tokenizer):
 
 
 def test_distributions_by_name_and_file(tmp_path):
-    assert {load_distribution(name).name for name in ("laion", "mmc4", "storyboards")}
+    for name in ("laion", "mmc4", "storyboards"):
+        assert load_distribution(name).name == name
     with pytest.raises(UserError, match="no distribution of lengths 'lion'; did you mean 'laion'"):
         load_distribution("lion")
     (tmp_path / "x.json").write_text('{"outlines": [[-2]]}')
     with pytest.raises(UserError, match="x.json is not a distribution of lengths"):
         load_distribution(str(tmp_path / "x.json"))
+
+
+def test_a_simulation_of_nothing_is_refused(capsys):
+    config = str(Path(__file__).parent.parent / "configs" / "digits.py")
+    for arguments, message in (
+        (["laion=0.0"], "laion=0.0: write NAME=WEIGHT with a positive weight"),
+        (["laion=."], "with a positive weight"),
+        (["laion", "--steps", "0"], "must be positive"),
+        (["laion", "--documents", "1000", "0"], "must be positive"),
+    ):
+        command = ["data", "simulate", "--config", config, "--lengths", *arguments]
+        assert cli.main(command) == 2, arguments
+        assert message in capsys.readouterr().err
