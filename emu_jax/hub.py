@@ -123,7 +123,8 @@ def download(text: str, folders: Iterable[str] = ()) -> tuple[Path, HubSource]:
     address = HubAddress.parse(text)
     revision = address.revision or None
     with _explained(address):
-        wanted = wanted_files(_listed(address), address.subpath, folders)
+        names = _listed(address)
+        wanted = wanted_files(names, address.subpath, folders) if names else []
         snapshot = Path(
             snapshot_download(
                 address.repository,
@@ -144,7 +145,8 @@ def download(text: str, folders: Iterable[str] = ()) -> tuple[Path, HubSource]:
 
 
 def _listed(address: HubAddress) -> list[str]:
-    """Returns the files of a repository: those on the Hub, or else those that the cache knows."""
+    """Returns the files of a repository: those on the Hub, or else those that the cache knows, []
+    if it does not know them."""
     import huggingface_hub
     from huggingface_hub import errors
 

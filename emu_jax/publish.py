@@ -97,7 +97,7 @@ def push(
         raise UserError(f"{address} names a revision: push to the repository, which gets a commit")
     if out is None:  # before weights are written
         hub.prepare_upload(target, private=private, overwrite=overwrite)
-    parents = dict(_parents(run))
+    parents = list(dict.fromkeys(_parents(run)))
     license = license or _common_license(parents)
     with tempfile.TemporaryDirectory(prefix="emu-jax-push-") as staging:
         folder = Path(staging) / "model"
@@ -136,15 +136,15 @@ def _parents(run: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, HubS
     if not (run / "train.json").is_file():
         return
     cfg = load_json(TrainConfig, run / "train.json")
-    for place in {*([cfg.init_from] if cfg.init_from else ()), *cfg.parents.values()}:
-        for parent in (join(run, place), Path(place)):
+    for location in dict.fromkeys([*filter(None, [cfg.init_from]), *cfg.parents.values()]):
+        for parent in (join(run, location), Path(location)):
             if parent not in seen and parent.is_dir():
                 yield from _parents(parent, (*seen, run, parent))
                 break
 
 
-def _common_license(parents: Mapping[str, HubSource]) -> str:
-    licenses = {source.license for source in parents.values()}
+def _common_license(parents: Sequence[tuple[str, HubSource]]) -> str:
+    licenses = {source.license for _, source in parents}
     return licenses.pop() if len(licenses) == 1 else ""
 
 
@@ -155,14 +155,14 @@ def model_card(
     *,
     to: Target,
     license: str,
-    parents: Mapping[str, HubSource],
+    parents: Sequence[tuple[str, HubSource]],
 ) -> str:
     """Returns the model card: what the model is, how to use it, its data, figures and parents.
 
     It names no path of this machine.
     """
     train = load_json(TrainConfig, run / "train.json") if (run / "train.json").is_file() else None
-    bases = [HubAddress.parse(source.address).repository for source in parents.values()]
+    bases = [HubAddress.parse(source.address).repository for _, source in parents]
     front: dict[str, Any] = {"library_name": "emu_jax", "tags": ["emu", "jax", "multimodal"]}
     front |= {"pipeline_tag": "any-to-any"} if cfg.unet else {"pipeline_tag": "image-text-to-text"}
     front |= {"license": license} if license else {}
@@ -288,12 +288,12 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _provenance(parents: Mapping[str, HubSource], license: str) -> str:
+def _provenance(parents: Sequence[tuple[str, HubSource]], license: str) -> str:
     lines = []
     if parents:
         rows = [
             [_ROLES.get(role, role), f"`{source.address}`", source.license or "not stated"]
-            for role, source in parents.items()
+            for role, source in parents
         ]
         lines.append(table(["parent", "repository and commit", "license"], rows))
     if license:

@@ -5,17 +5,22 @@ import shutil
 from pathlib import Path
 
 import hub_server
+import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN
 
 import emu_jax
-from emu_jax import checkpoint, cli, hub
+from emu_jax import checkpoint, cli, hub, publish
+from emu_jax.config import save_json
 from emu_jax.convert.convert import convert
+from emu_jax.data.pipeline import DataConfig
+from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
 from emu_jax.hub import HubAddress, HubSource, wanted_files
 from emu_jax.publish import push
 from emu_jax.sharding import make_mesh
+from emu_jax.train.config import TrainConfig, WandbConfig
 
 # huggingface_hub uploads to anything but its own storage with a call that its client deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -62,10 +67,19 @@ def run(tmp_path_factory):
 
 def parameters(path):
     shapes = checkpoint.stored_shapes(path / "0" / "params")
-    import jax
-
     wanted = {k: jax.ShapeDtypeStruct(s.shape, s.dtype) for k, s in shapes.items()}
     return {k: np.asarray(v) for k, v in checkpoint.read_params(path, wanted).items()}
+
+
+@pytest.fixture(scope="module")
+def run_parameters(run):
+    return parameters(run)
+
+
+def assert_same_parameters(path, expected):
+    read = parameters(path)
+    assert read.keys() == expected.keys()
+    assert all(np.array_equal(read[key], expected[key]) for key in expected)
 
 
 def test_addresses():
@@ -101,8 +115,8 @@ def test_a_second_copy_of_weights_is_left_out():
     assert wanted("x.pt", "y.pt", subpath="x.pt") == ["x.pt", card]
 
 
-def test_convert_pins_the_commit_and_resumes(server, release, tmp_path, capsys):
-    """A connection that breaks loses nothing: what arrived is not sent again."""
+def test_convert_pins_the_commit_and_resumes(server, release, run_parameters, tmp_path, capsys):
+    """A connection that breaks is opened again."""
     files = {f"pretrain/{name}": data for name, data in release.items()}
     commit = server.commit("baai/emu", {**files, "README.md": CARD, "other/huge.bin": bytes(9)})
     server.broken_after = 5000
@@ -118,11 +132,7 @@ def test_convert_pins_the_commit_and_resumes(server, release, tmp_path, capsys):
     assert server.broken_after is None
     paths = [path for method, path in server.requests if method == "GET"]
     assert not any("huge" in path for path in paths)
-    expected = tmp_path / "expected"
-    convert(GOLDEN, expected)
-    ours, theirs = parameters(dst), parameters(expected)
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert_same_parameters(dst, run_parameters)
 
     # Offline, from the cache: no request is sent.
     server.requests.clear()
@@ -152,7 +162,7 @@ def cached(cache, name, commit, files):
         link.symlink_to(blob)
 
 
-def test_load_from_a_cache_folder_offline(tmp_path, monkeypatch, run):
+def test_load_from_a_cache_folder_offline(tmp_path, monkeypatch, run, run_parameters):
     """A hand-made cache folder holds a run directory, whose files are links to blobs."""
     from huggingface_hub import constants
 
@@ -169,16 +179,18 @@ def test_load_from_a_cache_folder_offline(tmp_path, monkeypatch, run):
     seen = []
     monkeypatch.setattr(api, "Emu", lambda model, tokenizer, **_: seen.append((model, tokenizer)))
     emu_jax.load("hf://org/tiny@" + "c" * 40)
-    emu_jax.load("hf://org/tiny")
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("c" * 40)
+    assert hub.local_path("hf://org/tiny") == snapshot
     with pytest.raises(UserError, match="has no absent; see .*/tree/main"):
         emu_jax.load("hf://org/tiny/absent")
-    (model, tokenizer), _ = seen
+    ((model, tokenizer),) = seen
     assert len(tokenizer) == model.cfg.llama.vocab_size
-    kernel = parameters(run)["llama.lm_head.kernel"]
+    kernel = run_parameters["llama.lm_head.kernel"]
     assert np.array_equal(np.asarray(model.llama.lm_head.kernel[...]), kernel)
 
 
-def test_a_pull_of_a_push_has_the_same_bits(server, run, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_pull_of_a_push_has_the_same_bits(server, run, run_parameters, tmp_path, capsys):
     (run / "generation.json").write_text('{"max_new_tokens": 7}')
     (run / "metrics.jsonl").write_text(f'{{"host": "secret", "workdir": "{run}"}}\n')
     assert cli.main(["push", str(run), "hf://me/tiny", "--json"]) == 0
@@ -193,9 +205,7 @@ def test_a_pull_of_a_push_has_the_same_bits(server, run, tmp_path, capsys):
     assert '- "baai/emu"' in card and 'emu_jax.load("hf://me/tiny")' in card
 
     assert cli.main(["convert", "hf://me/tiny", str(tmp_path / "pulled")]) == 0
-    ours, theirs = parameters(tmp_path / "pulled"), parameters(run)
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert_same_parameters(tmp_path / "pulled", run_parameters)
 
     # A second push needs --overwrite, and leaves no old file behind.
     with pytest.raises(UserError, match="has files: use --overwrite"):
@@ -239,11 +249,6 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
 
 def test_the_card_says_what_was_trained(run, tmp_path):
     """Sources by name, hyperparameters, newest held-out values; no path, host or account."""
-    from emu_jax.config import save_json
-    from emu_jax.data.pipeline import DataConfig
-    from emu_jax.data.sources import SourceConfig
-    from emu_jax.train.config import TrainConfig, WandbConfig
-
     trained = tmp_path / "trained"
     shutil.copytree(run, trained)
     (trained / "sources.json").unlink()
@@ -270,3 +275,19 @@ def test_the_card_says_what_was_trained(run, tmp_path):
     assert "`heldout` at step 20" in card and "| text_loss | 1.125 |" in card
     everything = b"".join(p.read_bytes() for p in Path(tmp_path / "out").rglob("*") if p.is_file())
     assert b"secret" not in everything and b"private-name" not in everything
+
+
+def test_all_parents_decide_the_license(tmp_path):
+    """Also those of one role, of which each came from another repository."""
+    for name in ("mit", "apache-2.0"):
+        (tmp_path / name).mkdir()
+        source = HubSource(f"hf://org/{name}@{'a' * 40}", f"hf://org/{name}", name)
+        hub.record_sources(tmp_path / name, {"model": source})
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    parents = {"llama": str(tmp_path / "apache-2.0")}
+    cfg = TrainConfig(name="x", data=DataConfig(), init_from=str(tmp_path / "mit"), parents=parents)
+    save_json(cfg, trained / "train.json")
+    found = list(publish._parents(trained))
+    assert [source.license for _, source in found] == ["mit", "apache-2.0"]
+    assert publish._common_license(found) == "" and publish._common_license(found[:1]) == "mit"
