@@ -149,6 +149,13 @@ def test_convert_pins_the_commit_and_resumes(server, release, run_parameters, tm
     assert not server.requests
 
 
+def test_without_a_listing_all_files_are_downloaded(server, monkeypatch):
+    server.commit("org/open", {"README.md": CARD, "model/a.txt": b"a"})
+    monkeypatch.setattr(hub, "_listed", lambda address: [])  # the Hub failed to answer
+    path, _ = hub.download("hf://org/open/model")
+    assert (path / "a.txt").read_bytes() == b"a"
+
+
 def cached(cache, name, commit, files):
     """Writes a repository into a cache folder, as huggingface_hub lays it out."""
     folder = cache / f"models--{name.replace('/', '--')}"
