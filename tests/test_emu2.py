@@ -19,7 +19,6 @@ from emu_jax.convert import export, source, tables, tensor_files
 from emu_jax.convert.convert import convert
 from emu_jax.errors import UserError
 from emu_jax.models.connectors import pool
-from emu_jax.models.emu import EmuModel
 from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.verify import verify
@@ -198,7 +197,10 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("model", PARAMETERS)
+# The decoder's 1,900 parameters take seconds to trace.
+@pytest.mark.parametrize(
+    "model", ["Emu2", "Emu2-Chat", pytest.param("Emu2-Gen", marks=pytest.mark.slow)]
+)
 def test_every_tensor_of_the_release_has_its_place(released_shapes, model):
     presets = {"Emu2": config.emu2, "Emu2-Chat": config.emu2_chat, "Emu2-Gen": config.emu2_gen}
     cfg = presets[model]()
@@ -419,7 +421,6 @@ def test_flops_count_what_pooling_needs():
     assert flops.towers.keys() == {"visual", "project_up", "llama", "project_down"}
     assert flops.towers["project_up"] == 6 * matrix * 2 * 3 * 4
     assert flops.towers["project_down"] == 6 * matrix * 2 * 3 * 4
-    assert isinstance(EmuModel, type)
 
 
 # --- Emu2-Gen --------------------------------------------------------------------------------
