@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,9 @@ from emu_jax.data.images import load_image
 from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import api, image
+from emu_jax.generate.batching import Shapes
 from emu_jax.generate.prompt import Normalized, Prompt, box_image, chat_format, converse, pad
-from emu_jax.generate.settings import TextConfig
+from emu_jax.generate.settings import TextConfig, bucket
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 
@@ -46,6 +47,8 @@ _STILL, _FRAME = "[<IMG_PLH>]", "[<VID_PLH>]"
 # Settings of Emu2's `generate` that are no settings of decoding, and those of another name.
 _NOT_DECODING = ("placeholder", "_token_id", "synced_gpus", "skip_special_tokens", "penalty_alpha")
 _RENAMED = {"min_len": "min_length"}
+# Sizes that hold most recorded prompts and answers of Emu2.
+_IMAGES, _NEW_TOKENS = 8, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +119,8 @@ def verify(checkpoint: Path, golden: Path) -> tuple[str, list[TensorVerdict]]:
         UserError: a directory cannot be read, or they are for different models.
     """
     expected, meta = _open(golden)
-    emu = api.load(checkpoint)
     family = "emu2" if "encode/n_query" in expected else "emu"
+    emu = _load(checkpoint, family, expected)
     if family != emu.cfg.family:
         raise UserError(
             f"{golden} was recorded from a model of the family {family}, {checkpoint} is of "
@@ -126,6 +129,20 @@ def verify(checkpoint: Path, golden: Path) -> tuple[str, list[TensorVerdict]]:
     with jax.default_matmul_precision("highest"):
         recording = _RECORDINGS[family](emu, expected, meta, golden)
         return family, [recording.row(key) for key in expected]
+
+
+def _load(checkpoint: Path, family: str, expected: dict[str, np.ndarray]) -> api.Emu:
+    """Loads a checkpoint. The many prompts of Emu2's recordings are computed one by one and at one
+    size, because compiling a program takes longer than running it."""
+    if family == "emu":
+        return api.load(checkpoint)
+    shapes = Shapes(_prompt_length(expected), _IMAGES, _NEW_TOKENS)
+    return api.load(checkpoint, batch_size=1, shapes=shapes)
+
+
+def _prompt_length(expected: dict[str, np.ndarray]) -> int:
+    """Returns the number of positions that hold the longest recorded prompt."""
+    return bucket(max((a.shape[-1] for k, a in expected.items() if k.endswith("/ids")), default=1))
 
 
 def verdict_summary(family: str, rows: list[TensorVerdict]) -> Verification:
@@ -298,7 +315,7 @@ class _Recording:
         embedding_index[flat] = np.arange(len(flat))
         embedding_index = embedding_index.reshape(ids.shape)
         images = jnp.broadcast_to(self.embeddings, (len(ids), *self.embeddings.shape))
-        targets, hidden, logits, predicted = _language(
+        targets, hidden, logits, predicted, regressed = _language(
             self.model,
             jnp.asarray(ids, jnp.int32),
             images,
@@ -306,7 +323,13 @@ class _Recording:
             jnp.asarray(mask, bool),
             jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape),
         )
-        return {"targets": targets, "hidden": hidden, "logits": logits, "predicted": predicted}
+        return {
+            "targets": targets,
+            "hidden": hidden,
+            "logits": logits,
+            "predicted": predicted,
+            "regressed": regressed,
+        }
 
     @functools.cached_property
     def trained(self) -> dict[str, Any]:
@@ -316,7 +339,7 @@ class _Recording:
         scored = ~np.isin(ids[:, 1:], [t.pad, t.img, t.img_end, t.image])
         logp = np.asarray(jax.nn.log_softmax(out["logits"][:, :-1].astype(jnp.float32)))
         picked = np.take_along_axis(logp, ids[:, 1:, None], axis=-1)[..., 0]
-        predict = np.asarray(self.model.regression_mask(jnp.asarray(ids), jnp.asarray(mask)))
+        predict = np.asarray(out["regressed"])
         target = np.roll(predict, 1, axis=1)
         return {
             "ids": ids,
@@ -447,7 +470,7 @@ class _Recording:
         return np.moveaxis(np.asarray(self.latents(steps, guidance)), -1, 1)
 
     def painted(self, steps: str, guidance: str) -> jax.Array:
-        return image.decode_latents(self.model, self.latents(steps, guidance))
+        return _paint(self.model, self.latents(steps, guidance))
 
     def preprocessed(self, number: str, path: str) -> np.ndarray:
         for video in self.meta.get("video_frame_indices", ()) if path == "process_img" else ():
@@ -495,6 +518,11 @@ _Recording.methods = {
 class _Emu2Recording(_Recording):
     """Recomputes the recorded tensors of Emu2, of the base model or of Emu2-Chat."""
 
+    @functools.cached_property
+    def length(self) -> int:
+        """Number of positions that hold every recorded prompt."""
+        return _prompt_length(self.expected)
+
     def _excluded(self, key: str) -> str:
         group = key.split("/")[0]
         if group not in ("preprocess", "box"):
@@ -519,7 +547,7 @@ class _Emu2Recording(_Recording):
         return dataclasses.replace(verdict, verdict=passed, tolerance=_SIGMAS)
 
     @functools.cache  # noqa: B019 (one recording lives as long as its verification)
-    def picture(self, number: int) -> Normalized:
+    def recorded_image(self, number: int) -> Normalized:
         recorded = self.expected.get(f"preprocess/{number}/pipeline")
         if recorded is not None:
             return Normalized(np.moveaxis(recorded, 0, -1))
@@ -530,58 +558,74 @@ class _Emu2Recording(_Recording):
         pixels = normalize_images(jnp.asarray(load_image(file, self.cfg.vision.image_size)))
         return np.moveaxis(np.asarray(pixels), -1, 0)
 
-    def parts(self, text: str, pictures: Sequence[int]) -> list[Any]:
+    def parts(self, text: str, numbers: Sequence[int]) -> list[Any]:
         """Splits a text with the release's placeholders into parts, a video into one part."""
-        parts, left = [], list(pictures)
+        parts, left = [], list(numbers)
         for piece in _PLACEHOLDERS.split(text):
             if piece == _STILL:
-                parts.append(self.picture(left.pop(0)))
+                parts.append(self.recorded_image(left.pop(0)))
             elif _PLACEHOLDERS.fullmatch(piece):
-                parts.append([self.picture(left.pop(0)) for _ in range(piece.count(_FRAME))])
+                parts.append([self.recorded_image(left.pop(0)) for _ in range(piece.count(_FRAME))])
             elif piece:
                 parts.append(piece)
         if left:
-            raise Difference(f"{len(left)} pictures more than placeholders")
+            raise Difference(f"{len(left)} images more than placeholders")
         return parts
 
     @staticmethod
-    def pictures(inputs: Any) -> list[int]:
-        """Returns the numbers of the pictures in nested recorded inputs, in order."""
+    def image_numbers(inputs: Any) -> list[int]:
+        """Returns the numbers of the images in nested recorded inputs, in order."""
         if isinstance(inputs, str):
             return [int(inputs.removeprefix("picture:"))] if inputs.startswith("picture:") else []
-        return [number for part in inputs for number in _Emu2Recording.pictures(part)]
+        return [number for part in inputs for number in _Emu2Recording.image_numbers(part)]
 
-    def read(self, prompts: Sequence[Sequence[Any]], side: str = "right") -> dict[str, Any]:
+    def read(
+        self, prompts: Sequence[Sequence[Any]], side: Literal["left", "right"] = "right"
+    ) -> dict[str, Any]:
         """Runs the language model over padded prompts. States and logits of padding are zero."""
         rows = [Prompt.of(parts, self.tokenizer, self.cfg) for parts in prompts]
+        longest = max(len(row.tokens) for row in rows)
+        length = bucket(longest, self.length)
         batch = pad(
             rows,
-            side,  # pyright: ignore[reportArgumentType]
+            side,
             rows=len(rows),
-            length=max(len(row.tokens) for row in rows),
-            images=max(1, *(len(row.images) for row in rows)),
+            length=length,
+            images=bucket(max(len(row.images) for row in rows), _IMAGES),
             fill=self.cfg.tokens.pad,
         )
-        n, width = self.cfg.n_embeddings, self.cfg.embedding_width
-        images = jnp.zeros((1, n, width))
+        images = np.zeros((1, self.cfg.n_embeddings, self.cfg.embedding_width), np.float32)
         if len(batch.images):
-            images = _mixed_embeddings(self.model, batch.images, batch.frames)
-        targets, hidden, logits, predicted = _language(
-            self.model,
-            batch.tokens,
-            images[batch.image_index],
-            batch.embedding_index,
-            batch.valid,
-            np.maximum(np.cumsum(batch.valid, axis=1) - 1, 0),
+            images = self.embed(batch.images, batch.frames)
+        targets, hidden, logits, predicted, regressed = map(
+            np.asarray,
+            _language(
+                self.model,
+                batch.tokens,
+                images[batch.image_index],
+                batch.embedding_index,
+                batch.valid,
+                np.maximum(np.cumsum(batch.valid, axis=1) - 1, 0),
+            ),
         )
+        # The recording is as wide as its longest row.
+        recorded = slice(longest) if side == "right" else slice(length - longest, None)
+        valid = batch.valid[:, recorded]
         return {
-            "ids": batch.tokens,
-            "mask": batch.valid.astype(np.int64),
-            "hidden": hidden * batch.valid[..., None],
-            "logits": logits * batch.valid[..., None],
-            "targets": targets,
-            "predicted": predicted,
+            "ids": batch.tokens[:, recorded],
+            "mask": valid.astype(np.int64),
+            "hidden": hidden[:, recorded] * valid[..., None],
+            "logits": logits[:, recorded] * valid[..., None],
+            "targets": targets[:, recorded],
+            "predicted": predicted[:, recorded],
+            "regressed": regressed[:, recorded],
         }
+
+    def embed(self, pixels: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """Returns the embeddings of images, which one program computes one by one. Zeros follow
+        those of a frame."""
+        rows = zip(pixels[:, None], frames[:, None], strict=True)
+        return np.concatenate([_mixed_embeddings(self.model, *row) for row in rows])
 
     @functools.cached_property
     def prompts(self) -> list[list[Any]]:
@@ -598,11 +642,11 @@ class _Emu2Recording(_Recording):
         out, t = self.read(self.prompts), self.cfg.tokens
         ids = out["ids"]
         scored = ~np.isin(ids[:, 1:], [t.pad, t.img, t.img_end, t.image])
-        logp = np.asarray(jax.nn.log_softmax(out["logits"][:, :-1].astype(jnp.float32)))
-        picked = np.take_along_axis(logp, ids[:, 1:, None], axis=-1)[..., 0]
-        predict = np.asarray(self.model.regression_mask(jnp.asarray(ids), jnp.asarray(out["mask"])))
-        predicted = np.asarray(out["predicted"])[predict]
-        target = np.asarray(out["targets"])[np.roll(predict, 1, axis=1)]
+        logits = out["logits"][:, :-1]
+        picked = np.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+        picked = picked - np.logaddexp.reduce(logits, axis=-1)
+        predicted = out["predicted"][out["regressed"]]
+        target = out["targets"][np.roll(out["regressed"], 1, axis=1)]
         return out | {
             "llm_loss": -picked[scored].mean(),
             "llm_targets": scored.sum(),
@@ -618,19 +662,20 @@ class _Emu2Recording(_Recording):
     def left(self, what: str) -> Any:
         return self.padded_left[what]
 
-    def encoded_images(self, chat: str | None, kind: str, up: str | None) -> jax.Array:
-        pixels = self.picture(0).pixels[None] if chat else self.pixels
-        out = (_frame_embeddings if kind == "v" else _embeddings)(self.model, pixels)
-        return self.model.to_language(out) if up else out
+    def encoded_images(self, chat: str | None, kind: str, up: str | None) -> np.ndarray | Array:
+        pixels = self.recorded_image(0).pixels[None] if chat else self.pixels
+        out = self.embed(pixels, np.full(len(pixels), kind == "v"))
+        out = out[:, : self.cfg.n_frame] if kind == "v" else out
+        return self.model.to_language(jnp.asarray(out)) if up else out
 
-    def null(self) -> jax.Array:
+    def null(self) -> np.ndarray:
         size = self.cfg.vision.image_size
-        return _embeddings(self.model, np.zeros((1, size, size, 3), np.float32))
+        return self.embed(np.zeros((1, size, size, 3), np.float32), np.zeros(1, bool))
 
     @functools.cache  # noqa: B019
     def video_prompt(self, tag: str) -> list[Any]:
         recorded = self.meta["video"][tag]
-        return self.parts(recorded["text"], self.pictures(recorded["inputs"]))
+        return self.parts(recorded["text"], self.image_numbers(recorded["inputs"]))
 
     @functools.cache  # noqa: B019
     def video_read(self, tag: str) -> dict[str, Any]:
@@ -657,10 +702,10 @@ class _Emu2Recording(_Recording):
         recorded = self.meta["chat"][tag]
         turns = []
         for turn in recorded["turns"]:
-            numbers, parts = iter(self.pictures(turn)), []
+            numbers, parts = iter(self.image_numbers(turn)), []
             video: list[Any] | None = None
             for part in turn:
-                shown = self.picture(next(numbers)) if part.startswith("picture:") else part
+                shown = self.recorded_image(next(numbers)) if part.startswith("picture:") else part
                 if part in ("[VIDEO]", "[/VIDEO]"):
                     video = [] if part == "[VIDEO]" else None
                     parts += [video] if video is not None else []
@@ -726,21 +771,21 @@ class _Emu2Recording(_Recording):
         return np.moveaxis(np.asarray(out), -1, 1)
 
     @functools.cache  # noqa: B019
-    def sample_condition(self, tag: str) -> jax.Array:
+    def sample_condition(self, tag: str) -> np.ndarray:
         """Returns the conditional rows before the unconditional ones of a recorded image."""
         recorded = self.meta["sampling"][tag]
         parts = [
-            self.picture(*self.pictures(part)) if self.pictures(part) else part
+            self.recorded_image(*self.image_numbers(part)) if self.image_numbers(part) else part
             for part in recorded["inputs"]
         ]
         guided = recorded["guidance_scale"] > 1
         if len(parts) == 1 and not isinstance(parts[0], str):  # autoencoding
-            cond = _embeddings(self.model, parts[0].pixels[None])
-            return jnp.concatenate([cond, self.null()]) if guided else cond
-        return self.emu.regress([parts, [""]][: 1 + guided])
+            cond = self.embed(parts[0].pixels[None], np.zeros(1, bool))
+            return np.concatenate([cond, self.null()]) if guided else cond
+        return np.asarray(self.emu.regress([parts, [""]][: 1 + guided]))
 
-    def pooled(self, tag: str) -> jax.Array:
-        return jnp.mean(self.sample_condition(tag), axis=1)
+    def pooled(self, tag: str) -> np.ndarray:
+        return self.sample_condition(tag).mean(axis=1)
 
     def sizes(self, tag: str) -> np.ndarray:
         recorded = self.meta["sampling"][tag]
@@ -788,7 +833,7 @@ class _Emu2Recording(_Recording):
         latents = self.sample_latents(tag)
         if what == "latents":
             return np.moveaxis(np.asarray(latents), -1, 1)
-        pixels = np.asarray(image.decode_latents(self.model, latents))
+        pixels = np.asarray(_paint(self.model, latents))
         return np.round(pixels * 255).astype(np.uint8) if what == "image_uint8" else pixels
 
     def boxes(self) -> np.ndarray:
@@ -840,11 +885,6 @@ def _embeddings(model: EmuModel, pixels: Any) -> Array:
 
 
 @nnx.jit
-def _frame_embeddings(model: EmuModel, pixels: Any) -> Array:
-    return model.encode_images(pixels, frames=True)
-
-
-@nnx.jit
 def _mixed_embeddings(model: EmuModel, pixels: Any, frames: Any) -> Array:
     return model.encode_images(pixels, frames=frames)
 
@@ -852,14 +892,15 @@ def _mixed_embeddings(model: EmuModel, pixels: Any, frames: Any) -> Array:
 @nnx.jit
 def _language(
     model: EmuModel, tokens: Any, images: Any, embedding_index: Any, mask: Any, positions: Any
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array]:
     x = model.embed(tokens, images, embedding_index)
     # Through the KV cache, so that padding attends to the same positions as in the release.
     batch, length = tokens.shape
     cache = model.llama.empty_cache(batch, length, x.dtype)
     hidden, _ = model.llama.extend(x, positions, mask, cache)
     targets = model.regression_targets(x, images, embedding_index)
-    return targets, hidden, model.llama.logits(hidden), model.regress(hidden)
+    regressed = model.regression_mask(tokens, mask.astype(jnp.int32))
+    return targets, hidden, model.llama.logits(hidden), model.regress(hidden), regressed
 
 
 @nnx.jit
@@ -893,3 +934,8 @@ def _sample(
     return image.sample_latents(
         model, latents, cond, uncond, guidance, steps=steps, method=method, sizes=sizes
     )
+
+
+@nnx.jit
+def _paint(model: EmuModel, latents: Any) -> Array:
+    return image.decode_latents(model, latents)
