@@ -9,73 +9,23 @@ docstring says which facts are the paper's. A schedule of its own, with warm-up 
 steps, is ours.
 """
 
-import dataclasses
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import EmuConfig, RematConfig, emu2
-from emu_jax.data.config import DataConfig
-from emu_jax.data.sources import SourceConfig
-from emu_jax.train.config import (
-    SPIKE_THRESHOLD,
-    EvalConfig,
-    GroupConfig,
-    OptimizerConfig,
-    TrainConfig,
-    config_dict,
-)
+from emu_jax.train.config_file import read_config
 
 STEPS = 4_000
 
 
-def sources(folder: str = "data") -> tuple[SourceConfig, ...]:
-    return (
-        SourceConfig("laion_2b", "webdataset", (f"{folder}/laion-2b/*.tar",), weight=3072),
-        SourceConfig("capsfusion", "webdataset", (f"{folder}/capsfusion/*.tar",), weight=3072),
-        SourceConfig(
-            "webvid", "videos", (f"{folder}/webvid.jsonl",), media=("data/webvid",), weight=768
-        ),
-    )
-
-
-def model() -> EmuConfig:
-    release = emu2()
-    # Padding rows let the vocabulary be sharded; they are trimmed on export.
-    llama = dataclasses.replace(release.llama, vocab_multiple=128)
-    return dataclasses.replace(release, llama=llama)
-
-
 def get_config() -> ConfigDict:
-    group = lambda pattern, lr: GroupConfig(pattern, lr=lr, warmup_steps=STEPS // 50)  # noqa: E731
-    return config_dict(
-        TrainConfig(
-            name="emu2_37b_1b",
-            model=model(),
-            data=DataConfig(
-                row_group=8,
-                family="emu2",
-                sources=sources(),
-                batch_size=768,
-                row_tokens=1536,
-                row_images=16,
-                n_causal=64,
-                image_size=448,
-            ),
-            optimizer=OptimizerConfig(
-                groups=(
-                    group(r"^visual\.", 5e-5),
-                    group(r"^project_(up|down)\.", 1e-4),
-                    group(r"^llama\.", 3e-5),
-                ),
-                b2=0.95,
-                clip_norm=5.0,
-            ),
-            steps=STEPS,
-            regression_weight=0.0,
-            eval=(
-                EvalConfig(every=500, sources=sources("data/heldout"), batches=1, batch_size=256),
-            ),
-            remat=RematConfig.everywhere("full"),
-            spike_threshold=SPIKE_THRESHOLD,
-        )
+    return read_config(
+        Path(__file__).with_name("emu2_37b_1a.py"),
+        [
+            "name=emu2_37b_1b",
+            "model.vision.image_size=448",
+            "data.image_size=448",
+            f"steps={STEPS}",
+            *(f"optimizer.groups.{group}.warmup_steps={STEPS // 50}" for group in range(3)),
+        ],
     )

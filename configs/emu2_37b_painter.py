@@ -12,9 +12,9 @@ steps of warm-up with linear decay, AdamW's betas, epsilon and weight decay, cli
 condition in ten dropped, a noise offset of 0.1, images of 448 pixels in and 1,024 out, original
 size and crop as conditions, and the frozen encoder of the first stage.
 
-Ours: the decay is in six steps, and the warm-up linear, where the paper's is logarithmic. A dropped
-condition is that of the null image, as in autoencoding with guidance; the paper does not say. The
-average of the weights is ours too.
+Ours: the warm-up is linear, where the paper's is logarithmic. A dropped condition is that of the
+null image, as in autoencoding with guidance; the paper does not say. The average of the weights is
+ours too.
 """
 
 from ml_collections import ConfigDict
@@ -30,8 +30,6 @@ from emu_jax.train.config import (
     config_dict,
 )
 
-STEPS, WARMUP, PEAK = 8_000, 2_500, 1e-4
-
 
 def sources(folder: str = "DATA") -> tuple[SourceConfig, ...]:
     return tuple(
@@ -41,10 +39,6 @@ def sources(folder: str = "DATA") -> tuple[SourceConfig, ...]:
 
 
 def get_config() -> ConfigDict:
-    falls = 6
-    drops = tuple(
-        (WARMUP + n * (STEPS - WARMUP) // falls, PEAK * (1 - n / falls)) for n in range(1, falls)
-    )
     return config_dict(
         TrainConfig(
             name="emu2_37b_painter",
@@ -63,16 +57,14 @@ def get_config() -> ConfigDict:
             ),
             optimizer=OptimizerConfig(
                 groups=(
-                    GroupConfig(
-                        r"^unet\.", lr=PEAK, warmup_steps=WARMUP, decay="steps", drops=drops
-                    ),
+                    GroupConfig(r"^unet\.", lr=1e-4, warmup_steps=2_500, decay="linear"),
                     GroupConfig(".*", lr=0.0),
                 ),
                 b2=0.999,
                 eps=1e-8,
                 weight_decay=1e-2,
             ),
-            steps=STEPS,
+            steps=8_000,
             noise_offset=0.1,
             eval=(EvalConfig(every=500, sources=sources("DATA/heldout"), batches=2),),
             ema_decay=0.9999,

@@ -384,6 +384,12 @@ def networks(tmp_path_factory):
     return folder
 
 
+def test_a_feature_of_zeros_is_like_no_other():
+    zeros, ones = np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32)
+    both = similarity._cosine(np.concatenate([zeros, ones]), np.concatenate([ones, ones]))
+    np.testing.assert_allclose(both, [0, 1], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_clip_and_dino_scores(networks, ask, tmp_path):
     """An image is like itself; another network, text or image gives another figure."""

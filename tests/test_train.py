@@ -1,6 +1,7 @@
 """The training step on any mesh, restarts, and what ends a run."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -50,7 +51,8 @@ def data_root(tmp_path_factory, copy_digits):
 
 
 def small(objective: str, root: str, **changes) -> TrainConfig:
-    """A stage of the digits, small enough to compile in seconds."""
+    """A stage of the digits, small enough to compile in seconds: of an objective, or Emu2's second
+    stage ("emu2")."""
     model = digits()
     model = dataclasses.replace(
         model,
@@ -64,11 +66,12 @@ def small(objective: str, root: str, **changes) -> TrainConfig:
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
     )
-    if objective == "painter":
+    if objective in ("painter", "emu2"):
         model = as_emu2(model)
-    group = GroupConfig("^unet" if objective in PAINTERS else ".*", lr=1e-3)
+    trained = {"emu2": r"^(?!visual\.)"} | dict.fromkeys(PAINTERS, "^unet")
+    group = GroupConfig(trained.get(objective, ".*"), lr=1e-3)
     cfg = TrainConfig(
-        objective=objective,
+        objective="emu" if objective == "emu2" else objective,
         model=model,
         dtype="float32",
         steps=6,
@@ -104,7 +107,7 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
         return float(loss), to_numpy(grads), to_numpy(params)
 
 
-OTHERS = ("clip", "vae", "decoder", "painter")
+OTHERS = ("clip", "vae", "decoder", "painter", "emu2")
 
 
 @pytest.fixture
@@ -249,15 +252,17 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_train
 from emu_jax.train.loop import train
-cfg = test_train.small("emu", {root!r}, steps=60, checkpoint_every={every})
+cfg = test_train.small({objective!r}, {root!r}, steps=60, checkpoint_every={every})
 train(cfg, Path({workdir!r}))
 """
 
 
-def run_in_process(root, workdir, every=4):
+def run_in_process(root, workdir, objective, every=4):
     """A run of 60 steps on one device, with JAX's own asynchronous dispatch."""
     tests = str(Path(__file__).parent)
-    code = COMMAND.format(tests=tests, root=root, workdir=str(workdir), every=every)
+    code = COMMAND.format(
+        tests=tests, root=root, workdir=str(workdir), objective=objective, every=every
+    )
     environment = os.environ | {
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "true",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
@@ -283,19 +288,33 @@ def wait_for(condition, process):
 
 @pytest.fixture(scope="session")
 def whole_run(data_root, tmp_path_factory):
-    """The parameters of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("whole")
-    finish(run_in_process(data_root, workdir))
-    return parameters(workdir)
+    """Returns a function that gives the parameters of an uninterrupted run of an objective."""
+
+    @functools.cache
+    def run(objective):
+        workdir = tmp_path_factory.mktemp("whole")
+        finish(run_in_process(data_root, workdir, objective))
+        return parameters(workdir)
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_stopped_run_ends_bit_identical(how, data_root, whole_run, tmp_path):
+@pytest.mark.parametrize(
+    "objective, how",
+    [
+        ("emu", signal.SIGKILL),
+        ("emu", signal.SIGTERM),
+        ("emu", signal.SIGINT),
+        ("emu2", signal.SIGTERM),
+        ("painter", signal.SIGKILL),
+    ],
+)
+def test_stopped_run_ends_bit_identical(objective, how, data_root, whole_run, tmp_path):
     killed = how == signal.SIGKILL
     # A kill loses what came after the last checkpoint; other signals must save by themselves.
     every = 4 if killed else 1000
-    process = run_in_process(data_root, tmp_path, every)
+    process = run_in_process(data_root, tmp_path, objective, every)
     logged = tmp_path / "metrics.jsonl"
 
     def under_way():
@@ -307,11 +326,11 @@ def test_stopped_run_ends_bit_identical(how, data_root, whole_run, tmp_path):
     process.send_signal(how)
     process.communicate()
     assert 0 < checkpoint.latest_step(tmp_path) < 60, "it was over before the signal came"
-    finish(run_in_process(data_root, tmp_path, every))
+    finish(run_in_process(data_root, tmp_path, objective, every))
 
-    found = parameters(tmp_path)
-    assert whole_run.keys() == found.keys()
-    for path, value in whole_run.items():
+    found, expected = parameters(tmp_path), whole_run(objective)
+    assert expected.keys() == found.keys()
+    for path, value in expected.items():
         np.testing.assert_array_equal(value, found[path], err_msg=path)
     assert [r["step"] for r in read_metrics(tmp_path)["emu"]] == list(range(1, 61))
 

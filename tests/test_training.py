@@ -403,7 +403,7 @@ def test_frozen_parameters_cost_no_gradient(monkeypatch):
     assert products("^visual") == 2 + 1
 
 
-@pytest.mark.parametrize("decay", ["cosine", "constant"])
+@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
 def test_rates_at_every_step(decay):
     group = GroupConfig(lr=0.4, delay_steps=3, warmup_steps=4, decay=decay, final_fraction=0.25)
     rate = schedule(group, 19)
@@ -411,6 +411,8 @@ def test_rates_at_every_step(decay):
         expected = 0.4 * np.clip((step - 3) / 4, 0, 1)
         if step >= 7 and decay == "cosine":
             expected = 0.1 + 0.3 * (1 + np.cos(np.pi * min(step - 7, 12) / 12)) / 2
+        if step >= 7 and decay == "linear":
+            expected = 0.4 - 0.3 * min(step - 7, 12) / 12
         assert float(rate(step)) == pytest.approx(expected, abs=1e-7), step
     assert float(schedule(dataclasses.replace(group, delay_steps=0), 19)(0)) == 0
 

@@ -23,7 +23,7 @@ from emu_jax.train.telemetry.tracing import parse_steps
 
 # Objectives whose loss compares all rows of a batch. It is not a mean over parts of the batch.
 COMPARES_ROWS = ("clip",)
-DECAYS = ("cosine", "constant", "steps")
+DECAYS = ("cosine", "linear", "constant", "steps")
 BEST = ("min", "max")
 EVAL_NAME = re.compile(r"[A-Za-z0-9_-]+")  # part of file and metric names
 SPIKE_THRESHOLD = 10.0  # of the configs that record loss spikes
@@ -112,7 +112,8 @@ class GroupConfig:
     lr: float = 1e-3  # peak; 0 freezes: no gradient, no optimizer state
     delay_steps: int = 0  # held still before this step, though gradients flow through
     warmup_steps: int = 0  # from the end of the delay
-    # cosine (to `final_fraction` of the peak at the last step), constant or steps (by `drops`)
+    # cosine or linear (to `final_fraction` of the peak at the last step), constant, or steps (by
+    # `drops`)
     decay: str = "cosine"
     final_fraction: float = 0.0
     drops: tuple[tuple[float, float], ...] = ()  # (step, learning rate from there on), in order

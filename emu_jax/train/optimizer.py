@@ -31,6 +31,8 @@ def schedule(group: GroupConfig, steps: int) -> optax.Schedule:
     rest = max(1, steps - start)
     if group.decay == "cosine":
         tail = optax.cosine_decay_schedule(group.lr, rest, group.final_fraction)
+    elif group.decay == "linear":
+        tail = optax.linear_schedule(group.lr, group.lr * group.final_fraction, rest)
     elif group.decay == "constant":
         tail = optax.constant_schedule(group.lr)
     else:

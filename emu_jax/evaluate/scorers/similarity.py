@@ -25,6 +25,7 @@ from emu_jax.evaluate.scorers import Scores
 from emu_jax.progress import track
 
 BATCH = 32  # images or texts that are computed at once
+SMALLEST_NORM = 1e-12  # of two features together; keeps those of zeros from dividing 0 by 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,9 @@ def _image_score(
 
 
 def _cosine(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:
+    """Returns the cosine similarity of each pair of rows, and 0 where a row is zero."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(1) / norms
+    return (a * b).sum(1) / np.maximum(norms, SMALLEST_NORM)
 
 
 class _Network:
