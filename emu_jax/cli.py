@@ -1016,11 +1016,11 @@ def plan(parser: argparse.ArgumentParser) -> Command:
                     known = [*CURVES, "none"]
                     raise UserError(f"--scaling {curve!r} is not known{suggest(curve, known)}")
             if args.page:
-                check_page(args.page)  # fails before hours of compiling
+                check_page(args.page, configs[0].name)  # fails before hours of compiling
             pairs = list(zip(configs, topologies, strict=True))
             result = sweep(pairs, args.out, scaling=curves)
             if args.page:
-                put_on_page(args.out, args.page)
+                put_on_page(args.out, args.page, configs[0].name)
             if not args.json:
                 print((args.out / "sweep.md").read_text())
                 for name, report in result.best.items():

@@ -290,6 +290,20 @@ def test_layouts_that_came_otherwise(tmp_path):
     assert opened.cfg == original.cfg and not opened.unused and len(original.unused) == 3
     for path in opened.rows:
         np.testing.assert_array_equal(opened.read(path, 0), original.read(path, 0))
+    # A Hub folder has no frequencies, but knows those of the native file: none, or others.
+    key = "decoder.lm.model.layers.1.self_attn.rotary_emb.inv_freq"
+    own = {key: np.linspace(0, 1, 8, dtype=np.float32)}
+    writer = tensor_files.create(
+        tmp_path / "own.pth", contents | {k: (t.shape, t.dtype) for k, t in own.items()}
+    )
+    for name, array in ({k: t.read() for k, t in plain.items()} | own).items():
+        writer.write(name, array)
+    writer.close()
+    for name in ("emu2", "own"):
+        file, again = tmp_path / f"{name}.pth", tmp_path / f"{name}_again.pth"
+        convert(file, tmp_path / name, to="emu", layout="hub", **SETTINGS)
+        convert(tmp_path / name, again, to="emu", layout="native")
+        assert_same_values(again, file)
 
     encoder = EMU2 / "Emu2-Gen" / "multimodal_encoder"
     for index in ("model.safetensors.index.json", "model.safetensors.index.bf16.json"):
@@ -305,6 +319,25 @@ def test_layouts_that_came_otherwise(tmp_path):
         assert opened.cfg == original.cfg
         for path in opened.shapes:
             np.testing.assert_array_equal(opened.read(path, 0), original.read(path, 0))
+
+
+def test_decoder_of_a_file_is_not_that_of_a_neighbor(tmp_path):
+    """`diffusion_config` wins over other models' folders, and of those only one is unambiguous."""
+    for folder in ("a/unet", "words", "conf/diffusion_config/unet"):
+        (tmp_path / folder).mkdir(parents=True)
+    for unet in ("a/unet", "conf/diffusion_config/unet"):
+        (tmp_path / unet / "config.json").write_text("{}")
+
+    def decoder(tokenizer):
+        file = tmp_path / "gen.safetensors"
+        return source.ReleaseFiles(tmp_path, file, tmp_path / tokenizer, None, None).decoder()
+
+    assert decoder("conf/llama_config") == tmp_path / "conf" / "diffusion_config"
+    assert decoder("words") == tmp_path / "a"
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert decoder("conf/llama_config") == tmp_path / "conf" / "diffusion_config"
+    with pytest.raises(UserError, match="which image decoder .*/a, .*/b: copy .* to .*_config"):
+        decoder("words")
 
 
 def test_language_model_for_transformers(tmp_path):

@@ -880,7 +880,10 @@ def test_sweep_table_and_plot(tmp_path):
 
 
 def test_the_page_on_scaling_has_a_table():
-    text = check_page(ROOT / "docs" / "scaling.md")
+    page = ROOT / "docs" / "scaling.md"
+    assert check_page(page, "emu_14b") == "sweep"
+    assert check_page(page, "emu2_37b") == "sweep emu2_37b"
+    text = page.read_text()
     assert table([]).splitlines()[0] in text and "| v5e:16x16 | 256 |" in text
 
 
@@ -953,6 +956,10 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     text = (tmp_path / "sweep.md").read_text()
     assert page.read_text() == f"{before}{begin}\n{text}{end}\nafter\n"
     assert (page.parent / "scaling.png").stat().st_size > 10_000
+    page.write_text(f"{begin}\n{end}\n<!-- sweep mine -->\n{end}\n")
+    put_on_page(tmp_path, page, "mine")
+    assert page.read_text() == f"{begin}\n{end}\n<!-- sweep mine -->\n{text}{end}\n"
+    assert (page.parent / "scaling-mine.png").stat().st_size > 10_000
     page.write_text("no place")
     with pytest.raises(UserError, match="page.md: no lines"):
         put_on_page(tmp_path, page)
@@ -996,6 +1003,39 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
     monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [4])
     sweep([(config("emu_100m"), Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
     assert asked == [("dots", 8)]
+
+
+def test_a_sweep_of_a_config_that_accumulates_keeps_its_batch(tmp_path, monkeypatch):
+    """Smaller parts of one batch, and rows per chip counted in a part."""
+    asked = []
+
+    def pretend(cfg, topology):
+        rows, whole = cfg.data.batch_size // topology.chips // cfg.accumulate, cfg.data.batch_size
+        asked.append((topology.chips, rows, cfg.accumulate, whole))
+        return report(
+            topology=str(topology),
+            chips=topology.chips,
+            fits=rows <= 3,
+            rows=whole,
+            rows_per_chip=whole / topology.chips,
+            accumulate=cfg.accumulate,
+            seconds={"compute": 1.0 * cfg.accumulate * rows, "ici": 0.1},
+        )
+
+    monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
+    monkeypatch.setattr("emu_jax.plan.sweep.POLICIES", ("full",))
+    monkeypatch.setattr(
+        "emu_jax.plan.sweep.family",
+        lambda cfg, topology, policy, fsdp: Family(policy, fsdp, 0, 2**31, 1.0, 0.0),
+    )
+    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [16])
+    cfg = config("emu_100m")
+    cfg = dataclasses.replace(cfg, accumulate=4, data=dataclasses.replace(cfg.data, batch_size=256))
+    sweep([(cfg, Topology.parse("v5e:4x4"))], tmp_path, scaling=["weak"])
+    # 16 rows a chip: as many parts as leave whole ones.
+    assert asked[:3] == [(16, 6, 2, 192), (16, 4, 4, 256), (16, 3, 5, 240)]
+    assert (64, 3, 1, 192) in asked
+    assert "| full | 3 |" in (tmp_path / "sweep.md").read_text()
 
 
 def test_a_traced_step_says_what_it_holds_without_compiling(monkeypatch):

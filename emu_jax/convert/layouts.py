@@ -20,14 +20,16 @@ from emu_jax.config import EmuConfig
 from emu_jax.convert import tensor_files
 from emu_jax.convert.source import (
     DECODER_FOLDERS,
+    FREQUENCIES_FILE,
     ModelSource,
     ReleaseLayout,
     default_unused,
     rows_of,
 )
 from emu_jax.convert.tables import SAFETY_CHECKER, KeyStyle
-from emu_jax.convert.tensors import Contents, Shape, Tensor
+from emu_jax.convert.tensors import Contents, Shape, Tensor, dtype_name, dtype_of
 from emu_jax.errors import UserError
+from emu_jax.storage import read_json_object
 from emu_jax.tokenizer import Tokenizer
 
 LayoutKind = Literal["native", "hub"]
@@ -108,16 +110,55 @@ def _checker(source: ModelSource) -> dict[str, Tensor]:
     return {key: tensor for tensors in opened.values() for key, tensor in tensors.items()}
 
 
+def _frequencies(source: ModelSource) -> dict[str, Tensor]:
+    """Returns the rotary frequencies of a native file, by their key in the tables.
+
+    They are those of the native file that the model came from, which may have had none, and by
+    default the release's.
+    """
+    came = source.layout
+    frequencies = _default_frequencies(source)
+    if came is None:
+        return frequencies
+    if not came.style.hub:
+        names = {key: came.style.write(key) for key in frequencies}
+        return {k: source.unused[name] for k, name in names.items() if name in source.unused}
+    recorded = came.carried.get(FREQUENCIES_FILE)
+    if recorded is None:
+        return frequencies
+    return {key: _tensor(**value) for key, value in read_json_object(recorded).items()}
+
+
+def _default_frequencies(source: ModelSource) -> dict[str, Tensor]:
+    """Returns the release's rotary frequencies in the dtype of the language model."""
+    dtype = _dtypes(source)["decoder.lm.model.layers.0.self_attn.q_proj.weight"]
+    return default_unused(source.cfg, dtype)
+
+
+def _record_frequencies(source: ModelSource, folder: Path) -> None:
+    """Records rotary frequencies in a Hub folder, which has no tensors of them, unless they are
+    the release's."""
+    values, default = (
+        {
+            key: {"dtype": dtype_name(t.dtype), "values": t.read().astype(np.float64).tolist()}
+            for key, t in tensors.items()
+        }
+        for tensors in (_frequencies(source), _default_frequencies(source))
+    )
+    if values != default:
+        (folder / FREQUENCIES_FILE).write_text(json.dumps(values) + "\n")
+
+
+def _tensor(dtype: str, values: list[float]) -> Tensor:
+    array = np.asarray(values).astype(dtype_of(dtype))
+    return Tensor(array.shape, array.dtype, lambda: array)
+
+
 def _native(source: ModelSource, file: str) -> tuple[ReleaseLayout, dict[str, Tensor]]:
-    """Returns the layout of one native file, which has rotary frequencies as the release's has."""
+    """Returns the layout of one native file."""
     cfg, dtypes = source.cfg, _dtypes(source)
     style = KeyStyle(one_file=cfg.unet is not None)
-    frequencies = dtypes["decoder.lm.model.layers.0.self_attn.q_proj.weight"]
-    unused = {style.write(k): t for k, t in default_unused(cfg, frequencies).items()}
-    came = source.layout
-    for key in list(unused):  # those that came are exact, whatever they are
-        name = key if came is None else came.style.write(key.removeprefix("multimodal_encoder."))
-        unused[key] = source.unused.get(name, unused[key])
+    unused = {style.write(key): tensor for key, tensor in _frequencies(source).items()}
     if style.one_file:
         unused |= {SAFETY_CHECKER + key: tensor for key, tensor in _checker(source).items()}
     tensors = {style.write(key): dtype for key, dtype in dtypes.items()}
@@ -126,7 +167,8 @@ def _native(source: ModelSource, file: str) -> tuple[ReleaseLayout, dict[str, Te
 
 
 def _hub(source: ModelSource, folder: Path) -> tuple[ReleaseLayout, dict[str, Tensor]]:
-    """Returns the layout of a Hub folder, and writes the index of its shards."""
+    """Returns the layout of a Hub folder, and writes the index of its shards, and the rotary
+    frequencies if they are not the release's."""
     cfg, dtypes, style = source.cfg, _dtypes(source), KeyStyle(hub=True)
     parts: dict[str, dict[str, tuple[Shape, np.dtype]]] = {}
     for row in rows_of(cfg, source.shapes):
@@ -140,6 +182,7 @@ def _hub(source: ModelSource, folder: Path) -> tuple[ReleaseLayout, dict[str, Te
         stem = "diffusion_pytorch_model" if part else "model"
         shards = tensor_files.split_into_shards(folder / place, stem, contents)
         files |= {str(Path(place) / name): shard for name, shard in shards.items()}
+    _record_frequencies(source, folder)
     unused = {}
     carried = _carried(source)
     if "safety_checker" not in carried and (checker := _checker(source)):

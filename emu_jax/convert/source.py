@@ -52,6 +52,9 @@ CARRIED = (
 )
 # Emu2's releases on the Hub have other small files too, which are carried by their suffix.
 _CARRIED_SUFFIXES = (".json", ".md", ".model", ".py", ".txt")
+# In a Hub folder: the rotary frequencies of the native file that it was written from, if others
+# than `default_unused` has.
+FREQUENCIES_FILE = "rotary_frequencies.json"
 _MODEL_JSON = ("Emu.json", "Emu2.json")  # sizes that the release keeps in its code
 _TOKENIZER_FILE = re.compile(r"config\.json|(added|special)?_?token[\w]*\.(json|model)")
 RELEASE_ALPHA = LoraConfig.alpha
@@ -445,13 +448,27 @@ class ReleaseFiles:
         native file of Emu2-Gen, or None if there are none.
 
         It is beside the file, the tokenizer or the model JSON (release: `conf/diffusion_config`).
+        A folder of another name there counts only if it is the only one with a U-Net: others may
+        be other models, with other schedulers.
+
+        Raises:
+            UserError: there are several such folders.
         """
         parents = [self.folder, self.tokenizer.parent]
         parents += [self.model_json.parent] if self.model_json else []
-        names = ("unet/config.json", "diffusion_config/unet/config.json", "*/unet/config.json")
-        found = (path for parent in parents for name in names for path in sorted(parent.glob(name)))
-        config = next(found, None)
-        return config and config.parent.parent
+        for name in ("unet/config.json", "diffusion_config/unet/config.json"):
+            for parent in parents:
+                if (parent / name).is_file():
+                    return (parent / name).parent.parent
+        configs = (config for parent in parents for config in parent.glob("*/unet/config.json"))
+        folders = sorted({config.resolve().parent.parent for config in configs})
+        if len(folders) > 1:
+            raise UserError(
+                f"which image decoder is that of {self.weights}? There are "
+                f"{', '.join(map(str, folders))}: copy the JSON files of one to "
+                f"{self.folder / 'diffusion_config'}"
+            )
+        return folders[0] if folders else None
 
 
 @dataclasses.dataclass

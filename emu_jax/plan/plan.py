@@ -52,7 +52,7 @@ PROGRAMS = ("train", "decoder", "generate")
 SAFE: dict[str, str | bool] = {"xla_tpu_nested_dot_fusion": False, "xla_tpu_dot_dot_fusion": False}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """The memory of a program on a topology. Without more, the compiler ran out of memory.
 
@@ -61,6 +61,7 @@ class Report:
         mesh: {axis: ways}.
         remat: {tower: policy}.
         rows: rows of a global batch.
+        accumulate: parts of the batch that are computed one after another.
         model_flops: FLOPs of a step, as `train.flops` counts them.
         hbm_bytes, hbm_limit_bytes: memory of one device that the program needs, and that there is.
         hbm_by_kind: bytes of one device: parameters, optimizer, batch, activations (kept for the
@@ -78,6 +79,7 @@ class Report:
     remat: dict[str, str]
     rows: int
     rows_per_chip: float
+    accumulate: int = 1
     model_flops: float
     hbm_limit_bytes: float
     fits: bool
@@ -98,13 +100,13 @@ class Report:
             UserError: a key is missing, or a value has the wrong type.
         """
         cls = CompiledReport if "seconds" in values else Report
-        fields = [field.name for field in dataclasses.fields(cls)]
-        if missing := [name for name in fields if name not in values]:
+        fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
+        if missing := [name for name, needed in fields.items() if needed and name not in values]:
             raise UserError(f"a report has no {missing[0]!r}: compile it again")
-        return from_dict(cls, {name: values[name] for name in fields})
+        return from_dict(cls, {name: values[name] for name in fields if name in values})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledReport(Report):
     """The memory and the time of a compiled program.
 
@@ -338,6 +340,7 @@ def _report(
         "remat": to_dict(cfg.remat),
         "rows": cfg.data.batch_size,
         "rows_per_chip": cfg.data.batch_size / topology.chips,
+        "accumulate": cfg.accumulate,
         "model_flops": model_flops,
         "hbm_limit_bytes": limit,
     }

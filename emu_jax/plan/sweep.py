@@ -76,7 +76,7 @@ class Family:
     fixed_bytes: float  # bytes per device, independent of the rows: parameters and optimizer
     bytes_per_row: float  # bytes per device for each row of a chip: activations and batch
     products: float  # seconds of matmuls per row of a chip
-    network: float  # seconds of collectives per step, independent of the rows
+    network: float  # seconds of collectives per part of a batch, independent of the rows
 
     def setting(self, cfg: TrainConfig, topology: Topology, rows: int) -> TrainConfig:
         return _setting(cfg, topology, self.policy, self.fsdp, rows)
@@ -139,9 +139,16 @@ class Sweep:
 def _setting(
     cfg: TrainConfig, topology: Topology, policy: str, fsdp: int, rows: int
 ) -> TrainConfig:
+    """Returns a setting with `rows` rows per chip at a time.
+
+    A config that accumulates gradients keeps its batch, so it has more parts if they are smaller.
+    """
+    whole = cfg.data.batch_size if cfg.accumulate > 1 else 0
+    parts = max(1, whole // (rows * topology.chips))
     return dataclasses.replace(
         cfg,
-        data=dataclasses.replace(cfg.data, batch_size=rows * topology.chips),
+        accumulate=parts,
+        data=dataclasses.replace(cfg.data, batch_size=rows * topology.chips * parts),
         mesh=MeshConfig(fsdp=fsdp, tensor=1),
         remat=dataclasses.replace(cfg.remat, llama=policy),
     )
@@ -164,7 +171,7 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
         policy,
         fsdp,
         fixed_bytes=kinds["parameters"] + kinds["optimizer"],
-        bytes_per_row=(kinds["activations"] + kinds["batch"]) / rows,
+        bytes_per_row=kinds["activations"] / rows + kinds["batch"] / rows / cfg.accumulate,
         products=flops / cfg.data.batch_size / chip.flops,
         network=passed / (sum(topology.link_ways()) * chip.link_bandwidth),
     )
@@ -272,7 +279,7 @@ class _Search:
                     ("ici", candidate.network),
                 ):
                     if promised:
-                        self.pace[kind] = report.seconds[kind] / promised
+                        self.pace[kind] = report.seconds[kind] / promised / report.accumulate
                 seconds = seconds_per_row(report)
                 if self.best is None or seconds < seconds_per_row(self.best.report):
                     self.best = _Best(trial, report, candidate)
@@ -299,7 +306,7 @@ class _Search:
         temporaries = TEMPORARIES * self.limit
         if self.last:
             there = self.last.hbm_by_kind["temporaries"]
-            temporaries = 0.9 * there * (1 + rows / self.last.rows_per_chip) / 2
+            temporaries = 0.9 * there * (1 + rows / _rows_at_a_time(self.last)) / 2
         return candidate.fixed_bytes + candidate.bytes_per_row * rows + temporaries <= self.limit
 
     def name(self, candidate: Family) -> str:
@@ -316,9 +323,10 @@ def _scale(
     report, chosen = best.report, best.family
     for shape, slices in LADDERS[topology.chip.torus_axes]:
         other = Topology.parse(f"{topology.chip_name}:{shape}", slices)
+        at_a_time = report.rows // report.accumulate
         for curve, rows in (
-            ("weak", report.rows // topology.chips * other.chips),
-            ("strong", report.rows),
+            ("weak", at_a_time // topology.chips * other.chips),
+            ("strong", at_a_time),
         ):
             per_chip, rest = divmod(rows, other.chips)
             if curve not in curves or rest or per_chip % topology.chip.devices:
@@ -330,6 +338,11 @@ def _scale(
                 needed += 0.9 * report.hbm_by_kind["temporaries"]
             if needed <= topology.chip.hbm_bytes / topology.chip.devices:
                 trials.plan(candidate.setting(cfg, other, per_chip), other, curve)
+
+
+def _rows_at_a_time(report: Report) -> float:
+    """Returns the rows per chip in each part of a batch."""
+    return report.rows_per_chip / report.accumulate
 
 
 def seconds_per_row(report: CompiledReport) -> float:
@@ -382,7 +395,7 @@ class _Trials:
             _name(topology),
             cfg.mesh.fsdp,
             cfg.remat.llama,
-            cfg.data.batch_size / topology.chips,
+            cfg.data.batch_size / topology.chips / cfg.accumulate,
             verdict,
             time.monotonic() - started,
         )
@@ -414,7 +427,7 @@ def _row(report: CompiledReport) -> list[str]:
         f"{r.chips}",
         " x ".join(map(str, r.mesh.values())),
         r.remat["llama"],
-        f"{r.rows_per_chip:g}",
+        f"{_rows_at_a_time(r):g}",
         f"{r.hbm_bytes / 2**30:.1f} of {r.hbm_limit_bytes / 2**30:.0f}",
         f"{r.step_seconds_overlap:.2f} to {r.step_seconds_serial:.2f}",
         f"{r.tokens_per_second:,.0f} to {r.tokens_per_second_overlap:,.0f}",
@@ -466,8 +479,10 @@ def plot_scaling(trials: list[Trial], path: Path) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def check_page(page: Path) -> str:
-    """Reads a page, and checks that it has a region for the table.
+def check_page(page: Path, name: str = "") -> str:
+    """Returns the region of a page that the table of the config `name` belongs to.
+
+    That is `sweep NAME` if the page has it, and else `sweep`.
 
     Raises:
         UserError: the page cannot be read, or has no region for the table.
@@ -476,21 +491,25 @@ def check_page(page: Path) -> str:
         text = page.read_text()
     except OSError as error:
         raise UserError(f"{page}: {error.strerror}") from None
-    if not markdown.has_region(text, REGION):
-        lines = " and ".join(markdown.markers(REGION))
-        raise UserError(f"{page}: no lines {lines}: add them where the table should stand")
-    return text
+    for region in (f"{REGION} {name}", REGION):
+        if markdown.has_region(text, region):
+            return region
+    lines = " and ".join(markdown.markers(REGION))
+    raise UserError(f"{page}: no lines {lines}: add them where the table should stand")
 
 
-def put_on_page(out: Path, page: Path) -> None:
-    """Writes the sweep's table into its region of a page, and copies the plot beside the page.
+def put_on_page(out: Path, page: Path, name: str = "") -> None:
+    """Writes the table of the config `name` into its region of a page (`check_page`), and copies
+    the plot beside the page: `scaling.png`, or `scaling-NAME.png` for a region of its own.
 
     Raises:
         UserError: the page cannot be read, or has no region for the table.
     """
-    text = check_page(page)
-    write_text(page, markdown.replace_region(text, REGION, (out / "sweep.md").read_text()))
+    region = check_page(page, name)
+    rows = (out / "sweep.md").read_text()
+    write_text(page, markdown.replace_region(page.read_text(), region, rows))
     plot = out / "scaling.png"
     if plot.exists():
-        with writing(page.with_name(plot.name)) as temporary:
+        suffix = region.removeprefix(REGION).replace(" ", "-")
+        with writing(page.with_name(f"{plot.stem}{suffix}.png")) as temporary:
             shutil.copyfile(plot, temporary)
