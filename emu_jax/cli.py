@@ -508,7 +508,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--split", default="", help="split of the data (default: the task's)")
     parser.add_argument(
         "--mode",
-        choices=("auto", "pretrain", "instruct"),
+        choices=("auto", "pretrain", "instruct", "chat"),
         default="auto",
         help="kind of prompts (default: auto, by the kind of checkpoint)",
     )

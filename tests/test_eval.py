@@ -60,9 +60,15 @@ def shown(pixels):
 class Said:
     """Stands in for a model: says what it is told to, and notes what it is asked."""
 
-    def __init__(self, instruct=True, says=lambda prompt, choices: "yes.", order=(2, 0, 1, 3)):
-        self.tokenizer = type("", (), {"instruct": instruct})
-        values = {"vision": type("", (), {"image_size": 4}), "family": "emu"}
+    def __init__(
+        self,
+        instruct=True,
+        says=lambda prompt, choices: "yes.",
+        order=(2, 0, 1, 3),
+        family="emu",
+    ):
+        self.tokenizer = type("", (), {"instruct": instruct, "family": family})
+        values = {"vision": type("", (), {"image_size": 4}), "family": family}
         self.cfg = type("", (), values | {"scheduler": config.SchedulerConfig()})
         self.says, self.order = says, list(order)
         self.asked, self.batches = [], []
@@ -583,7 +589,7 @@ def test_the_pretrained_model_reads_its_own_caption(ask):
 
 
 def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
-    """What every task sends of its last item, in both modes, with and without examples."""
+    """What every task sends of its last item, in all modes, with and without examples."""
     without = ("mmvet", "coco_fid", "flickr30k", "geneval", "dpgbench", "wise")
     sections = []
     for task in TASKS.values():
@@ -591,7 +597,11 @@ def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
         for mode, examples in itertools.product(task.modes, ("none", "text", "random")):
             if examples != "none" and task.name in without:
                 continue
-            emu = Said(mode == "instruct", says=lambda _, choices: "yes." if choices else "a cat.")
+            emu = Said(
+                mode != "pretrain",
+                says=lambda _, choices: "yes." if choices else "a cat.",
+                family="emu2" if mode == "chat" else "emu",
+            )
             monkeypatch.setattr(running, "load", lambda *args, emu=emu, **settings: emu)
             out = tmp_path / f"{task.name}-{mode}-{examples}.json"
             support = None
@@ -1078,6 +1088,7 @@ def test_values_of_another_kind_are_named_with_their_file(task, file, content, a
         ),
         ("vqav2", {"split": "tests"}, "--split tests: vqav2 has none; did you mean 'test'"),
         ("vqav2", {"mode": "pretrain"}, "the checkpoint is instruction-tuned"),
+        ("vqav2", {"mode": "chat"}, "the checkpoint is instruction-tuned"),
         ("coco_fid", {}, "coco_fid is a task for the pretrained model"),
         ("mmvet", {"examples": "text"}, "mmvet is evaluated without examples"),
         ("nocaps", {"examples": "text"}, "nocaps has no training split and .*: give --support"),

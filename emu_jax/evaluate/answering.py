@@ -27,6 +27,12 @@ from emu_jax.storage import writing
 from emu_jax.tokenizer import Tokenizer
 
 READERS = 4  # threads that load images
+# Descriptions of checkpoints by the mode in which they are asked.
+KINDS: dict[Mode, str] = {
+    "pretrain": "is not instruction-tuned",
+    "instruct": "is instruction-tuned",
+    "chat": "is an Emu2-Chat",
+}
 
 T = TypeVar("T")
 
@@ -170,10 +176,10 @@ def choose_mode(asked: str, tokenizer: Tokenizer, task: Task) -> Mode:
     Raises:
         UserError: `asked` does not fit this kind of model, or the task has no prompts for it.
     """
-    mode: Mode = "instruct" if tokenizer.instruct else "pretrain"
+    tuned: Mode = "chat" if tokenizer.family == "emu2" else "instruct"
+    mode: Mode = tuned if tokenizer.instruct else "pretrain"
     if asked not in ("auto", mode):
-        tuned = "is" if mode == "instruct" else "is not"
-        raise UserError(f"--mode {asked}: the checkpoint {tuned} instruction-tuned; leave it out")
+        raise UserError(f"--mode {asked}: the checkpoint {KINDS[mode]}; leave it out")
     if mode not in task.modes:
         kind = "an instruction-tuned" if "instruct" in task.modes else "the pretrained"
         raise UserError(f"{task.name} is a task for {kind} model: choose another checkpoint")

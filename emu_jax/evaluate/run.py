@@ -78,7 +78,7 @@ class Options:
     """
 
     split: str = ""
-    mode: Literal["auto", "pretrain", "instruct"] = "auto"
+    mode: Literal["auto", "pretrain", "instruct", "chat"] = "auto"
     examples: Examples = "none"
     shots: int | None = None
     support: Path | None = None
@@ -186,12 +186,6 @@ class Evaluation:
         # The release's defaults, not the checkpoint's.
         self.emu.defaults = GenerationConfig.of(self.emu.cfg)
         self.mode: Mode = choose_mode(options.mode, self.emu.tokenizer, task)
-        if self.emu.cfg.family == "emu2" and self.mode == "instruct":
-            log.warning(
-                "%s asks in Emu1's format of dialogues: its figures for Emu2-Chat do not compare "
-                "with the paper's",
-                task.name,
-            )
         self.answering = Answering(
             self.emu,
             task,
@@ -325,7 +319,7 @@ class Evaluation:
             self.data, self.split, self.out.parent, self.options.fid, self.options.similarity
         )
         scores = self.task.score(self.items, answers, context)
-        column = column_of(self.mode, self.options.examples, self.shots)
+        column = column_of(self.mode, self.emu.cfg.family, self.options.examples, self.shots)
         result = Result(
             task=self.task.name,
             split=self.split,
@@ -476,9 +470,10 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def column_of(mode: Mode, examples: Examples, shots: int) -> str:
+def column_of(mode: Mode, family: str, examples: Examples, shots: int) -> str:
     """Returns the column of the paper's table that a run is comparable to."""
-    name = "Emu-I" if mode == "instruct" else "Emu"
+    pretrained = "Emu2" if family == "emu2" else "Emu"
+    name = {"pretrain": pretrained, "instruct": "Emu-I", "chat": "Emu2-Chat"}[mode]
     if examples == "text":
         return f"{name}*" if shots == SHOTS else f"{name}, {shots} text examples"
     if examples == "random":  # the paper's few-shot columns use RICES

@@ -2,7 +2,7 @@
 
 A task reads items from the official layout. Each item passes through the task's stages in order. A
 stage builds one prompt and says how the model answers it: by generating text, by ranking candidates
-or by generating an image. Prompts and settings for the instruction-tuned model are those of the
+or by generating an image. Prompts and settings for Emu1's instruction-tuned model are those of the
 release's `Emu1/mm_eval`. docs/evaluation.md gives the sources of the others.
 """
 
@@ -18,13 +18,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from emu_jax.data.sources.dialogues import IMAGE_SYSTEM
+from emu_jax.data.sources.dialogues import CONCISE_SYSTEM, IMAGE_SYSTEM
 from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate.scorers import Scores, frechet
 from emu_jax.evaluate.scorers.similarity import SimilarityOptions
 from emu_jax.tokenizer import ASSISTANT, EOS, USER
 
-Mode = Literal["pretrain", "instruct"]
+# Prompts of a pretrained model, of Emu1's instruction-tuned model, and of Emu2-Chat.
+Mode = Literal["pretrain", "instruct", "chat"]
 
 # Decoding settings of the release's evaluation. The rest are `TextConfig`'s defaults, which are the
 # release's (`Emu1/models/modeling_emu.py: generate`).
@@ -174,7 +175,7 @@ class Task(abc.ABC):
         title: name for display.
         metric: the score that the paper reports.
         paper: the paper's figures by column (Emu, Emu*, Emu-I, Emu-I*, n-shot), from the results
-            tables of arXiv 2307.05222v2.
+            tables of arXiv 2307.05222v2; Emu2 and Emu2-Chat from arXiv 2312.13286v2.
         split: the default split.
         splits: the available splits.
         modes: the kinds of model it has prompts for.
@@ -193,7 +194,7 @@ class Task(abc.ABC):
         "not scored here, since the answers of this split are not public: submit the result file "
         "to the benchmark's own server"
     )
-    modes: ClassVar[tuple[Mode, ...]] = ("pretrain", "instruct")
+    modes: ClassVar[tuple[Mode, ...]] = ("pretrain", "instruct", "chat")
 
     @abc.abstractmethod
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
@@ -243,7 +244,7 @@ class Task(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """Template of a prompt: head, examples and question, separated by spaces.
+    """Template of a prompt: head, examples and question, with `separator` between them.
 
     `{image}` is replaced by the image or the frames of a video, other names by texts.
     """
@@ -251,6 +252,7 @@ class Wording:
     query: str
     example: str
     head: str = ""
+    separator: str = " "
 
     def spell(self, item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
         """Returns the parts of the prompt, with adjacent texts joined."""
@@ -258,8 +260,11 @@ class Wording:
         for example in shown.examples:
             text = self.example if shown.show_images else re.sub(r"\{image\} ?", "", self.example)
             words = {"question": example.question, "answer": example.answer}
-            parts += [" ", *fill(text, example.media, words)]
-        parts += [" ", *fill(self.query, item.media, {**said, "question": item.question})]
+            parts += [self.separator, *fill(text, example.media, words)]
+        parts += [
+            self.separator,
+            *fill(self.query, item.media, {**said, "question": item.question}),
+        ]
         joined: list[PromptPart] = []
         for part in parts:
             if joined and isinstance(part, str) and isinstance(joined[-1], str):
@@ -285,11 +290,38 @@ def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[Prompt
     return parts
 
 
-def turn(asked: str, opening: str = "", system: str = IMAGE_SYSTEM) -> Wording:
-    """Returns the wording of one turn for the instruction-tuned model. The answer begins with
-    `opening`. Past turns end in `.</s>`, as in the release's VisDial."""
-    query = f"{USER}: {asked} {ASSISTANT}:{' ' * bool(opening)}{opening}"
-    return Wording(query=query, example=f"{query} {{answer}}.{EOS}", head=system)
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One turn of a dialogue with an instruction-tuned model.
+
+    Attributes:
+        asked: template of the user's part.
+        opening: begins the answer of Emu1's model.
+        system: the system message of Emu1's model.
+        chat_system: the system message of Emu2-Chat.
+    """
+
+    asked: str
+    opening: str = ""
+    system: str = IMAGE_SYSTEM
+    chat_system: str = CONCISE_SYSTEM
+
+    def wording(self, mode: Mode) -> Wording:
+        """Returns the turn in the format of a kind of model.
+
+        Emu1's past turns end in `.</s>`, as in the release's VisDial. Those of Emu2-Chat are as in
+        its `chat.py`.
+        """
+        query = f"{USER}: {self.asked} {ASSISTANT}:"
+        if mode == "chat":
+            return chat_wording(query, f"{query} {{answer}}{EOS}", self.chat_system)
+        query += " " * bool(self.opening) + self.opening
+        return Wording(query, f"{query} {{answer}}.{EOS}", self.system)
+
+
+def chat_wording(query: str, example: str, system: str = CONCISE_SYSTEM) -> Wording:
+    """Returns a wording for Emu2-Chat, whose turns follow each other without a space."""
+    return Wording(query, example, f"{system} ", separator="")
 
 
 def continuing(query: str) -> Wording:

@@ -18,17 +18,17 @@ from emu_jax.evaluate.tasks.base import (
     ScoringContext,
     Stage,
     Task,
+    Turn,
     by_id,
     clean_caption,
     continuing,
     layout,
     read_json,
     references,
-    turn,
 )
 
 DESCRIBE = continuing("{image} describing the image in detail. the image shows")
-DESCRIBE_INSTRUCT = turn(
+DESCRIBE_INSTRUCT = Turn(
     "{image} please provide an accurate and concise description of the given image.",
     "the image depicts a photo of",
 )
@@ -40,7 +40,7 @@ class Captioning(Task):
     metric = "CIDEr"
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        wording = DESCRIBE_INSTRUCT if mode == "instruct" else DESCRIBE
+        wording = DESCRIBE if mode == "pretrain" else DESCRIBE_INSTRUCT.wording(mode)
         return (Stage("caption", wording.spell, CAPTION),)
 
     def answer(self, item: Item, said: PreviousAnswers) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from emu_jax.data.sources.dialogues import COMPREHENSIVE_SYSTEM
 from emu_jax.evaluate.scorers import Scores
 from emu_jax.evaluate.tasks.base import (
     Folder,
@@ -14,23 +15,23 @@ from emu_jax.evaluate.tasks.base import (
     ScoringContext,
     Stage,
     Task,
+    Turn,
     layout,
     read_json,
-    turn,
 )
 
 WRITE = {"num_beams": 5, "max_new_tokens": 128, "min_length": 1, "length_penalty": 1.0}
-INSTRUCT = turn("{image}{question}")
+INSTRUCT = Turn("{image}{question}", chat_system=COMPREHENSIVE_SYSTEM)
 
 
 class MMVet(Task):
     """MM-Vet. Result file: `{id: answer}`, the format of MM-Vet's online grader."""
 
     name, title, metric = "mmvet", "MM-Vet", "GPT-4 score"
-    paper = {"Emu-I": 36.3}
+    paper = {"Emu-I": 36.3, "Emu2-Chat": 48.5}
     split, splits = "test", ("test",)
     source = "github.com/yuweihao/MM-Vet"
-    modes = ("instruct",)
+    modes = ("instruct", "chat")
     unscored = "not scored here: GPT-4 grades the answers, by MM-Vet's online evaluator"
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
@@ -47,7 +48,7 @@ class MMVet(Task):
             ]
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        return (Stage("answer", INSTRUCT.spell, WRITE),)
+        return (Stage("answer", INSTRUCT.wording(mode).spell, WRITE),)
 
     def answer(self, item: Item, said: PreviousAnswers) -> str:
         return said["answer"]

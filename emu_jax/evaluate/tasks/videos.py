@@ -22,16 +22,16 @@ from emu_jax.evaluate.tasks.base import (
     Mode,
     ScoringContext,
     Stage,
+    Turn,
     by_id,
     field,
     layout,
     read_json,
-    turn,
 )
 from emu_jax.evaluate.tasks.vqa import ASK, Answering
 
 # The release has a system message for videos and a prompt for questions, but no task with both.
-INSTRUCT = turn(
+INSTRUCT = Turn(
     ASK.replace("of the image", "of the video") + "{question}", "the answer is:", VIDEO_SYSTEM
 )
 
@@ -40,8 +40,8 @@ class VideoAnswering(Answering):
     """`Answering` with the frames of a video in place of an image."""
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        if mode == "instruct":
-            return (Stage("answer", INSTRUCT.spell, ANSWER),)
+        if mode != "pretrain":
+            return (Stage("answer", INSTRUCT.wording(mode).spell, ANSWER),)
         return super().stages(mode, in_context)
 
 
@@ -163,9 +163,20 @@ def _table(data: Folder, name: str) -> dict[str, Any]:
         return dict(read_json(path).items())
 
 
-MSVDQA = XuVideoQA("msvdqa", "MSVD-QA", {"Emu": 18.8, "Emu*": 34.3, "Emu-I": 34.6, "Emu-I*": 37.0})
+MSVDQA = XuVideoQA(
+    "msvdqa",
+    "MSVD-QA",
+    {"Emu": 18.8, "Emu*": 34.3, "Emu-I": 34.6, "Emu-I*": 37.0, "Emu2-Chat": 49.0},
+)
 MSRVTTQA = XuVideoQA(
     "msrvttqa",
     "MSRVTT-QA",
-    {"Emu": 8.3, "Emu*": 17.8, "Emu-I": 16.8, "Emu-I*": 21.2, "Emu 4-shot": 21.8},
+    {
+        "Emu": 8.3,
+        "Emu*": 17.8,
+        "Emu-I": 16.8,
+        "Emu-I*": 21.2,
+        "Emu 4-shot": 21.8,
+        "Emu2-Chat": 31.4,
+    },
 )

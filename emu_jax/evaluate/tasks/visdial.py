@@ -24,6 +24,7 @@ from emu_jax.evaluate.tasks.base import (
     Wording,
     as_examples,
     by_id,
+    chat_wording,
     field,
     layout,
     numbered_image,
@@ -95,9 +96,9 @@ class VisDial(Task):
         return as_examples(first)
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        spell = _instruct if mode == "instruct" else _pretrain
+        spell = {"pretrain": _pretrain, "instruct": _instruct, "chat": _chat}[mode]
         stage = Stage("ranking", spell, candidates=lambda item: item.fields["options"])
-        return (stage,) if mode == "instruct" or in_context else described(stage)
+        return (stage,) if mode != "pretrain" or in_context else described(stage)
 
     def answer(self, item: Item, said: PreviousAnswers) -> list[int]:
         ranks = [0] * len(said["ranking"])
@@ -154,6 +155,17 @@ def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list
         words |= {f"q{n}": question, f"a{n}": answer}
     query += f" {USER}: {{question}}? {ASSISTANT}:"
     return Wording(query, example, IMAGE_SYSTEM).spell(item, shown, words)
+
+
+def _chat(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
+    """Builds a dialogue with Emu2-Chat whose first question follows the image."""
+    query, words = f"{USER}: {{image}}", dict[str, Any]()
+    for n, (question, answer) in enumerate(item.fields["history"]):
+        query += f"{{q{n}}}? {ASSISTANT}: {{a{n}}}{EOS}{USER}: "
+        words |= {f"q{n}": question, f"a{n}": answer}
+    query += f"{{question}}? {ASSISTANT}:"
+    example = f"{USER}: {{image}}{{question}}? {ASSISTANT}: {{answer}}{EOS}"
+    return chat_wording(query, example).spell(item, shown, words)
 
 
 def _pretrain(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:

@@ -19,6 +19,7 @@ from emu_jax.evaluate.tasks.base import (
     ScoringContext,
     Stage,
     Task,
+    Turn,
     Wording,
     as_examples,
     by_id,
@@ -30,7 +31,6 @@ from emu_jax.evaluate.tasks.base import (
     read_json,
     references,
     short_answer,
-    turn,
 )
 from emu_jax.evaluate.tasks.captions import DESCRIBE
 
@@ -64,8 +64,8 @@ def from_caption(query: str) -> Wording:
 
 # If examples show their images, the question shows its image too.
 IN_CONTEXT = continuing("{image} based on the picture, {question} short answer:")
-INSTRUCT = turn(ASK + "{question}", "the answer is:")
-INSTRUCT_KNOWN = turn(ASK + KNOWN)
+INSTRUCT = Turn(ASK + "{question}", "the answer is:")
+INSTRUCT_KNOWN = Turn(ASK + KNOWN)
 
 
 class Answering(Task):
@@ -78,8 +78,8 @@ class Answering(Task):
         return as_examples(self.items(data, "train", 0))
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        if mode == "instruct":
-            return (Stage("answer", INSTRUCT.spell, ANSWER),)
+        if mode != "pretrain":
+            return (Stage("answer", INSTRUCT.wording(mode).spell, ANSWER),)
         if in_context:
             return (Stage("answer", IN_CONTEXT.spell, ANSWER),)
         return described(Stage("answer", from_caption("{question}").spell, ANSWER))
@@ -182,14 +182,16 @@ class VizWiz(Answering):
         "Emu-I*": 38.3,
         "Emu 4-shot": 41.3,
         "Emu 8-shot": 43.9,
+        "Emu2": 40.4,
+        "Emu2-Chat": 54.9,
     }
     split, splits = "val", ("val", "test")
     source = "vizwiz.org"
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         # No examples, since none asks such a question. The settings are the release's defaults.
-        if mode == "instruct":
-            known = (self._known(INSTRUCT_KNOWN),)
+        if mode != "pretrain":
+            known = (self._known(INSTRUCT_KNOWN.wording(mode)),)
         else:
             known = described(self._known(from_caption(KNOWN)))
         stages = {stage.name: stage for stage in (*known, *super().stages(mode, in_context))}
@@ -247,6 +249,8 @@ VQAV2 = VQA(
         "Emu*": 52.9,
         "Emu-I": 57.2,
         "Emu-I*": 62.0,
+        "Emu2": 33.5,
+        "Emu2-Chat": 84.9,
         "Emu 4-shot": 58.4,
         "Emu 8-shot": 59.0,
     },
@@ -258,7 +262,7 @@ OKVQA = VQA(
     "OpenEnded_mscoco_{split}_questions.json",
     "mscoco_{split}_annotations.json",
     {"train": ("train2014", "train2014"), "val": ("val2014", "val2014")},
-    {"Emu": 38.2, "Emu*": 42.8, "Emu-I": 43.4, "Emu-I*": 49.2},
+    {"Emu": 38.2, "Emu*": 42.8, "Emu-I": 43.4, "Emu-I*": 49.2, "Emu2": 26.7, "Emu2-Chat": 64.8},
     "okvqa.allenai.org/download.html, images cocodataset.org",
     stem=True,
 )
