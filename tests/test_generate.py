@@ -725,11 +725,13 @@ def test_candidates_are_ranked_by_their_loss(small, model):
     candidates = [["four", "four five six", "nine ten one", "yes."], ["one", "two", "no."], ["two"]]
     ours = small.rank(prompts, candidates)
     alone = small.rank(prompts[:2], candidates[:2], segments=3)
+    likelihoods = small.log_likelihoods(prompts, candidates)
     for row, ((words,), options) in enumerate(zip(prompts, candidates, strict=True)):
         ids = np.asarray(small.tokenizer.encode(words))
         parts = [np.asarray(small.tokenizer.encode(c, bos=False)) for c in options]
         sums = np.array([-log_probabilities(model, ids, p).sum() for p in parts])
         assert ours[row] == np.argsort(sums).tolist()
+        np.testing.assert_allclose(likelihoods[row], -sums, rtol=1e-4)
         if row == 1:
             means = sums / [len(ids) + len(p) - 1 for p in parts]
             assert alone[row] == np.argsort(means).tolist()

@@ -314,18 +314,40 @@ class Emu:
     def _rank(
         self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]], segments: int
     ) -> list[list[int]]:
+        fewest = min(map(len, candidates), default=0)
+        if fewest and not 1 <= segments <= fewest:
+            raise UserError(f"segments cannot be {segments}: at most one for each candidate")
+        ranked = []
+        for sums, lengths, prompt in self._candidate_losses(prompts, candidates):
+            means = text.mean_losses(sums, lengths, prompt, segments)
+            ranked.append(np.argsort(means, kind="stable").tolist())
+        return ranked
+
+    def log_likelihoods(self, prompts: Prompts, candidates: Sequence[Sequence[str]]) -> list[Any]:
+        """Returns the log-likelihood of each candidate continuation of each of many prompts, in
+        nats, summed over its tokens: a list of floats for each prompt.
+
+        Raises:
+            UserError: a part is invalid, or a prompt has no candidates.
+        """
+        scored = self._candidate_losses(as_prompts(prompts)[0], candidates)
+        return [(-sums).tolist() for sums, _, _ in scored]
+
+    def _candidate_losses(
+        self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]
+    ) -> list[tuple[Float[np.ndarray, "candidates"], list[int], int]]:
+        """Returns, for each prompt, the summed losses of its candidates, their numbers of tokens,
+        and the prompt's."""
         if len(prompts) != len(candidates) or not all(candidates):
             raise UserError("each prompt needs its list of candidates")
         if not candidates:
             return []
         count = max(map(len, candidates))
-        if not 1 <= segments <= min(map(len, candidates)):
-            raise UserError(f"segments cannot be {segments}: at most one for each candidate")
         ids = [[self.tokenizer.encode(c, bos=False) for c in row] for row in candidates]
         longest = [max(map(len, row)) for row in ids]
         rows = self._prompts(prompts, longest, self.defaults)
         width = bucket(max(longest))
-        ranked: list[list[int]] = [[] for _ in rows]
+        losses: dict[int, np.ndarray] = {}
         for chunk, batch in self._batcher.batches(rows, "left", per_row=count):
             table = np.full((len(batch.tokens), bucket(count, 1), width), -1, np.int32)
             for n, i in enumerate(chunk.index):
@@ -333,11 +355,9 @@ class Emu:
                     table[n, c, : len(candidate)] = candidate
             with self._on_mesh():
                 sums = _losses(self._graphdef, self._params, *self._inputs(batch), table)
-            for i, row in zip(chunk.index, to_host(sums), strict=False):
-                lengths, prompt = [len(c) for c in ids[i]], len(rows[i].tokens)
-                means = text.mean_losses(row[: len(lengths)], lengths, prompt, segments)
-                ranked[i] = np.argsort(means, kind="stable").tolist()
-        return ranked
+            for i, row in zip(chunk.index.tolist(), to_host(sums), strict=False):
+                losses[i] = row[: len(ids[i])]
+        return [(losses[i], [*map(len, ids[i])], len(row.tokens)) for i, row in enumerate(rows)]
 
     # --- Images ---
 

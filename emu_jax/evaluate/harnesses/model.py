@@ -1,0 +1,234 @@
+"""A checkpoint as a harness asks it: dialogues in, texts out.
+
+A harness knows nothing of Emu's prompts. An instruction-tuned model is asked in its own chat
+format. A pretrained model reads the parts of all turns in order and continues them; a template
+turns a question into a text that such a model continues well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from emu_jax import sharding
+from emu_jax.errors import UserError
+from emu_jax.generate.api import Emu, load
+from emu_jax.generate.prompt import Part, chat_format, converse
+from emu_jax.tokenizer import IMAGE
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+# Settings that a task may name; others, such as an image's aspect ratio, are for other models.
+TASK_SETTINGS = (
+    "max_new_tokens",
+    "num_beams",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "length_penalty",
+)
+SAMPLING = ("temperature", "top_k", "top_p")
+
+
+class ChatTurn(NamedTuple):
+    """A turn of a dialogue.
+
+    Attributes:
+        role: "system", "user" or "assistant".
+        parts: texts, images and videos in reading order (`emu_jax.generate.api`).
+    """
+
+    role: str
+    parts: list[Part]
+
+
+class HarnessModel:
+    """Answers the dialogues of a harness.
+
+    Args:
+        template: what the last text of a dialogue becomes, such as "{text} short answer:". Without
+            "{text}" it replaces the text.
+        settings: fields of `GenerationConfig`, which win over those of a task.
+
+    Raises:
+        UserError: a setting is unknown or invalid.
+    """
+
+    def __init__(self, emu: Emu, *, template: str = "{text}", **settings: Any) -> None:
+        emu.defaults.replace(**settings)
+        self.emu, self.template, self.settings = emu, template, settings
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        batch_size: int = 64,
+        template: str = "{text}",
+        **settings: Any,
+    ) -> HarnessModel:
+        """Loads a checkpoint, sharded over this process's devices.
+
+        Args:
+            checkpoint: as of `emu_jax.load`.
+            dtype: bfloat16, in which the release is evaluated, or float32.
+            batch_size: sequences that are computed at once; each beam counts.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded, or a setting is unknown or invalid.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+        mesh = sharding.make_mesh(devices=jax.local_devices())
+        emu = load(checkpoint, mesh=mesh, dtype=DTYPES[dtype], batch_size=batch_size)
+        return cls(emu, template=template, **settings)
+
+    def answer(
+        self,
+        dialogues: Sequence[Sequence[ChatTurn]],
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Answers dialogues, each of which ends with the user's turn.
+
+        Args:
+            settings: fields of `GenerationConfig` that the task asks for (`task_settings`). Those
+                of the model win; what neither names is as in the model's release.
+
+        Raises:
+            UserError: a part or a setting is invalid, or a prompt leaves no room for the answer.
+        """
+        chosen = {**(settings or {}), **self.settings}
+        prompts = [self._prompt(dialogue, chosen) for dialogue in dialogues]
+        # The prompts spell both already.
+        chosen |= {"system": None, "grounding": False}
+        return self.emu.generate_text(prompts, **chosen)
+
+    def log_likelihoods(
+        self, dialogues: Sequence[Sequence[ChatTurn]], candidates: Sequence[Sequence[str]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Returns, for each candidate answer of each dialogue, its log-likelihood in nats and
+        whether greedy decoding begins with it.
+
+        Blanks around a candidate are left out: the tokenizer puts one before each word.
+        """
+        candidates = [[candidate.strip() for candidate in row] for row in candidates]
+        prompts = [self._prompt(dialogue, self.settings) for dialogue in dialogues]
+        encode = self.emu.tokenizer.encode
+        ids = [[encode(candidate, bos=False) for candidate in row] for row in candidates]
+        greedy = self.emu.generate_ids(
+            prompts,
+            max_new_tokens=max(len(tokens) for row in ids for tokens in row),
+            num_beams=1,
+            do_sample=False,
+            system=None,
+            grounding=False,
+        )[:, 1:]
+        scores = self.emu.log_likelihoods(prompts, candidates)
+        return [
+            [
+                (score, said[: len(tokens)].tolist() == list(tokens))
+                for score, tokens in zip(row, spelled, strict=True)
+            ]
+            for row, spelled, said in zip(scores, ids, greedy, strict=True)
+        ]
+
+    def _prompt(self, dialogue: Sequence[ChatTurn], settings: Mapping[str, Any]) -> list[Part]:
+        turns = merged(dialogue)
+        if not turns or turns[-1].role != "user":
+            raise UserError("a dialogue must end with the user's turn")
+        turns[-1] = ChatTurn("user", self._templated(turns[-1].parts))
+        if not self.emu.tokenizer.instruct:
+            return [part for turn in turns for part in turn.parts]
+        system = None
+        if turns[0].role == "system":
+            system = "\n".join(part for part in turns.pop(0).parts if isinstance(part, str))
+        expected = [("user", "assistant")[number % 2] for number in range(len(turns))]
+        if [turn.role for turn in turns] != expected:
+            raise UserError("user and assistant must take turns, after the system message")
+        defaults = self.emu.defaults.replace(**settings)
+        return converse(
+            [turn.parts for turn in turns],
+            defaults.system if system is None else system,
+            style=chat_format(self.emu.cfg, defaults.chat_format),
+            grounding=defaults.grounding,
+        )
+
+    def _templated(self, parts: list[Part]) -> list[Part]:
+        if self.template == "{text}":
+            return parts
+        last = max((n for n, part in enumerate(parts) if isinstance(part, str)), default=None)
+        if last is None:
+            return [*parts, self.template.replace("{text}", "")]
+        parts = list(parts)
+        parts[last] = self.template.replace("{text}", parts[last])
+        return parts
+
+
+def merged(dialogue: Sequence[ChatTurn]) -> list[ChatTurn]:
+    """Joins consecutive turns of one role, and puts images where `<image>` stands in the texts."""
+    turns: list[ChatTurn] = []
+    for turn in dialogue:
+        if turns and turns[-1].role == turn.role:
+            turns[-1].parts.extend(turn.parts)
+        else:
+            turns.append(ChatTurn(turn.role, list(turn.parts)))
+    return [ChatTurn(turn.role, interleaved(turn.parts)) for turn in turns]
+
+
+def interleaved(parts: Sequence[Part]) -> list[Part]:
+    """Puts the images of a turn where `<image>` stands in its texts.
+
+    If there are not as many images as marks, the marks are dropped and the order remains.
+    """
+    images = [part for part in parts if not isinstance(part, str)]
+    marks = sum(part.count(IMAGE) for part in parts if isinstance(part, str))
+    if not marks:
+        return list(parts)
+    waiting = iter(images if marks == len(images) else [])
+    result: list[Part] = []
+    for part in parts:
+        if not isinstance(part, str):
+            result += [] if marks == len(images) else [part]
+            continue
+        for number, text in enumerate(part.split(IMAGE)):
+            result += [next(waiting)] if number and marks == len(images) else []
+            result += [text] if text.strip() else []
+    return result
+
+
+def task_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the decode settings of a task, as fields of `GenerationConfig`.
+
+    Harnesses ask for greedy decoding by a temperature of 0 or by `do_sample: false`. Without
+    sampling, the model's own number of beams is used unless the task names one.
+    """
+    known = {name: given[name] for name in TASK_SETTINGS if given.get(name) is not None}
+    temperature = known.get("temperature", 1.0 if known.get("do_sample") else 0)
+    if known.setdefault("do_sample", temperature > 0) and temperature > 0:
+        known.setdefault("num_beams", 1)
+        return known
+    known["do_sample"] = False
+    return {name: value for name, value in known.items() if name not in SAMPLING}
+
+
+def until(text: str, stops: str | Sequence[str] | None) -> str:
+    """Returns the text before the first of `stops`."""
+    for stop in [stops] if isinstance(stops, str) else stops or ():
+        text = text.partition(stop)[0] if stop else text
+    return text.strip()
+
+
+def grouped(settings: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Yields each distinct value of `settings` with the indices that have it."""
+    groups: dict[str, list[int]] = {}
+    for number, each in enumerate(settings):
+        groups.setdefault(json.dumps(each, sort_keys=True), []).append(number)
+    for text, numbers in groups.items():
+        yield json.loads(text), numbers
