@@ -29,7 +29,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^ *(?:[A-Z_]+=\S+ )?(?:emu-jax|python|make|pip) ", re.MULTILINE)
 # Programs of others, whose arguments are not checked here.
-OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd", "pre-commit"}
+OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd", "pre-commit", "lmms-eval"}
 # Words that begin no docstring.
 OPENINGS = re.compile(r"(What|Of|Those|Which|Where|How|Raises)\b")
 # What `...` stands for: the arguments that a page leaves out of a verb's command.
@@ -63,7 +63,7 @@ def commands(page):
         for command in re.split(r" && | \| ", line):
             command = re.sub(r"[$<]\((?:[^()]|\([^()]*\))*\)", "SUBSTITUTED", command)
             words = shlex.split(command, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            while words and re.fullmatch(r"[A-Za-z_]+=.*", words[0]):
                 words = words[1:]
             if ">" in words:
                 words = words[: words.index(">")]
@@ -153,7 +153,8 @@ def check(words):
             if word.endswith(".py"):
                 assert (ROOT / word.removeprefix(".../")).is_file(), word
     elif program == "source":
-        assert words[1:] in (["SUBSTITUTED"], [".venv/bin/activate"]), words
+        known = ("SUBSTITUTED", ".venv/bin/activate", "harness/bin/activate")
+        assert len(words) == 2 and words[1] in known, words
     elif program.startswith("launch/"):
         check_script(words)
     else:

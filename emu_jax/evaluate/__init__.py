@@ -6,5 +6,6 @@ in_training.py   tasks as evaluations of a model in training
 tasks/           one class per benchmark
 scorers/         metrics: captions, answers, rankings, Fréchet distance
 fewshot.py       selection of the examples before a question
+harnesses/       adapters for lmms-eval and VLMEvalKit
 results_page.py  the page of a task's results
 """
