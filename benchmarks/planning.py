@@ -16,7 +16,7 @@ import numpy as np
 from emu_jax import bench
 from emu_jax.data import DataConfig
 from emu_jax.data.batches import Positions, RowBuilder, Share, plan_rows
-from emu_jax.data.documents import KnownLengths
+from emu_jax.data.known_lengths import KnownLengths
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import OpenSource, make_groups
 from emu_jax.data.packing import IMAGE_PART

@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 from emu_jax import cli
-from emu_jax.data import Document, Image, Text, storage
+from emu_jax.data import Document, Image, Text, lengths, storage
 from emu_jax.data.build import build as build_module
 from emu_jax.data.build.build import BuildConfig, build, embedded, on_beam
 from emu_jax.data.build.clean import (
@@ -30,8 +30,9 @@ from emu_jax.data.build.clean import (
     store,
 )
 from emu_jax.data.documents import Damaged, DocumentFiles, Source, write_documents
-from emu_jax.data.sources import SourceConfig
+from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.errors import UserError
+from emu_jax.tokenizer import Tokenizer
 
 CLEAN = CleanConfig(max_side=32, min_side=8, max_aspect=4.0, min_similarity=0.3, max_text=40)
 
@@ -693,6 +694,46 @@ def test_a_worker_that_dies_is_one_clear_line(tmp_path, cfg):
 
 
 @pytest.mark.slow
+def test_token_counts_are_built_for_training(tmp_path, monkeypatch, caplog):
+    """They equal those of a scan, and no document is opened for them."""
+    monkeypatch.setattr(lengths, "_CHUNK", 8)  # parts begin and end within shards
+    words = ["", " one ", "two words", "three"]
+    image = Image(encode(8, 8, "PNG"))
+    documents = [Document((image, Text(words[n % 4]), Text("x" * n))) for n in range(30)]
+    write_documents(tmp_path / "raw.array_record", documents)
+    tokenizer = Tokenizer.train(words, 300)
+    tokenizer.save(tmp_path / "tokenizer")
+    source = SourceConfig("it", "records", (str(tmp_path / "raw.array_record"),))
+    cfg = BuildConfig(source, shard_documents=11, tokenizer=str(tmp_path / "tokenizer"))
+    build(tmp_path / "out", cfg, embedded(1))
+    opened = []
+    read = DocumentFiles.read
+    monkeypatch.setattr(DocumentFiles, "read", lambda *args: opened.append(1) or read(*args))
+
+    def counted(name: str, by: Tokenizer) -> dict[str, bytes]:
+        records = open_source(dataclasses.replace(source, paths=(str(tmp_path / "out"),)))
+        lengths.TokenLengths(records, by, tmp_path / name)
+        return {p.name: p.read_bytes() for p in sorted((tmp_path / name).rglob("*.npy"))}
+
+    known = counted("known", tokenizer)
+    assert not opened and "instead" not in caplog.text
+    other = Tokenizer.train(["other words"], 300)
+    counted("other", other)
+    assert len(opened) == 30 and caplog.text.count("counted with another tokenizer") == 1
+    (first, *_, last) = sorted((tmp_path / "out").glob("*.lengths.npz"))
+    caplog.clear()
+    first.write_bytes(last.read_bytes())  # of a shard with fewer documents
+    assert counted("swapped", tokenizer) == known
+    assert len(opened) == 60 and caplog.text.count("does not fit") == 1
+    last.write_bytes(last.read_bytes()[:-9])
+    first.unlink()
+    assert counted("cut", tokenizer) == known
+    assert len(opened) == 90 and caplog.text.count("is damaged") == 1
+    other.save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="holds another build, of tokenizer_files"):
+        build(tmp_path / "out", cfg, embedded(1))
+
+
 def test_beam_writes_the_same_bytes(tmp_path, cfg):
     pytest.importorskip("apache_beam")
     build(tmp_path / "beam", cfg, on_beam(["--runner=DirectRunner"]))

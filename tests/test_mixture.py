@@ -17,8 +17,9 @@ from emu_jax.config import save_json
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data import mixture as mixture_module
 from emu_jax.data.batches import RowBuilder
-from emu_jax.data.documents import Damaged, KnownLengths, Source, write_documents
+from emu_jax.data.documents import Damaged, Source, write_documents
 from emu_jax.data.images import load_image, open_image
+from emu_jax.data.known_lengths import KnownLengths
 from emu_jax.data.mixture import open_groups
 from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.sources import SourceConfig

@@ -20,7 +20,7 @@ from emu_jax.data.batches import RowBuilder
 from emu_jax.data.build import indexing
 from emu_jax.data.build.indexing import index_sources
 from emu_jax.data.build.runners import on_processes
-from emu_jax.data.documents import KnownLengths
+from emu_jax.data.known_lengths import KnownLengths
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import Group, OpenSource, open_groups
 from emu_jax.data.packing import IMAGE_PART

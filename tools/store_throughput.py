@@ -1,9 +1,9 @@
 """Compares reading from emulated object stores with reading locally.
 
 Makes batches of packed rows of generated JPEGs of web size, in tars and in ArrayRecord files. They
-lie in a local folder, and on `gs://` and `s3://` emulators on the loopback that delay every request.
-The places take turns; the local folder is first and last. Prints a JSON object with the images a
-second of each place, its requests, and its ratio to the local folder.
+lie in a local folder, and on emulators of `gs://` and `s3://` that delay every request. The places
+take turns; the local folder is first and last. Prints a JSON object with the images a second of
+each place, its requests, and its ratio to the local folder.
 
 The emulators take 5 to 30 ms of processor time for a range of an object, on the cores that decode
 the images. So ranges are cut from a copy of the object, behind the same delay.

@@ -11,25 +11,28 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.file_cache import FileCache
+from emu_jax.data.known_lengths import KnownLengths, Rejected, lengths_path, load_lengths
 from emu_jax.data.read_ahead import Span
 from emu_jax.data.records import StoreRecords
 from emu_jax.data.unused import Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import IMAGE
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # of the record layout
 
@@ -215,18 +218,6 @@ def utf8(content: bytes, where: str) -> str:
 ABSENT = Text("")
 
 
-class KnownLengths(NamedTuple):
-    """Lengths of consecutive documents that need not be counted, in their order.
-
-    Attributes:
-        counts: number of parts of each document.
-        sizes: tokens of each part, or -1 for an image.
-    """
-
-    counts: Int[np.ndarray, "documents"]
-    sizes: Int[np.ndarray, "parts"]
-
-
 class Source(Sequence[Document]):
     """Documents by index. Safe for random access from several threads.
 
@@ -354,6 +345,8 @@ class DocumentFiles(Source):
         self.paths = [os.fspath(path) for path in paths]
         self.paired = paired
         stats, self._records = _open_records(self.paths, cache or FileCache.at(""))
+        self._sizes = [size for size, _ in stats]
+        self._counted: set[str] | None = None  # files whose lengths are stored, once looked up
         self.remote = any(isinstance(records, StoreRecords) for records in self._records)
         self._starts = [0, *itertools.accumulate(map(len, self._records))]
         names = [os.path.basename(path) for path in self.paths]
@@ -368,6 +361,34 @@ class DocumentFiles(Source):
             raise IndexError(index)
         file = bisect.bisect_right(self._starts, index) - 1
         return file, index - self._starts[file]
+
+    def known_lengths(self, indices: range, tokenizer: str) -> KnownLengths | None:
+        """Returns the lengths of documents from the files that `emu-jax data build` wrote beside
+        theirs, or None if one of them is missing or was counted with another tokenizer."""
+        if not indices:
+            return None
+        files = range(self.locate(indices.start)[0], self.locate(indices[-1])[0] + 1)
+        if self._counted is None:
+            folders = {storage.parent(path) for path in self.paths}
+            stored = {storage.join(f, name) for f in folders for name in storage.names(f or ".")}
+            self._counted = {path for path in self.paths if lengths_path(path) in stored}
+        if not self._counted.issuperset(self.paths[file] for file in files):
+            return None
+
+        def load(file: int) -> KnownLengths:
+            start, stop = self._starts[file : file + 2]
+            lengths = load_lengths(self.paths[file], self._sizes[file], stop - start, tokenizer)
+            first = max(indices.start - start, 0)
+            return lengths.select(slice(first, min(indices.stop, stop) - start))
+
+        try:
+            with ThreadPoolExecutor(storage.THREADS) as pool:
+                counts, sizes = zip(*pool.map(load, files), strict=True)
+        except Rejected as error:
+            log.warning("%s: counting the tokens instead", error)
+            self._counted = set()
+            return None
+        return KnownLengths(np.concatenate(counts), np.concatenate(sizes))
 
     def spans(self, index: int) -> list[Span]:
         file, record = self.locate(index)

@@ -24,12 +24,13 @@ from emu_jax.data.documents import (
     ABSENT,
     REASONS,
     Damaged,
+    Document,
     Image,
-    KnownLengths,
     Source,
     Text,
     check_size,
 )
+from emu_jax.data.known_lengths import KnownLengths
 from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.sources.index import (
     EAGER,
@@ -40,7 +41,7 @@ from emu_jax.data.sources.index import (
     remove_arrays,
     without_indexing,
 )
-from emu_jax.data.unused import Tally, Unused
+from emu_jax.data.unused import EXAMPLES, Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.storage import is_remote
 from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
@@ -69,6 +70,18 @@ def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
             "set data.instruct=True, and the model's vocab_size and tokens to match"
         )
     return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
+
+
+def part_lengths(document: Document, tokenizer: Tokenizer) -> list[int]:
+    """Returns the tokens of each text of a document, and IMAGE_PART for each image.
+
+    Raises:
+        UserError: see `text_ids`.
+    """
+    return [
+        IMAGE_PART if isinstance(part, Image) else len(text_ids(part, tokenizer))
+        for part in document.parts
+    ]
 
 
 class Lengths(abc.ABC):
@@ -141,7 +154,7 @@ class LengthParts:
         indices = range(first, min(first + self.documents, len(self._source)))
         known = self._source.known_lengths(indices, self._tokenizer.fingerprint)
         if known is not None:
-            return _known(known) | {"stamp": stamp}
+            return _known(self._source, indices, known) | {"stamp": stamp}
         return self._converted(indices) or _count(self._source, self._tokenizer, indices, stamp)
 
     def _part_name(self, part: int) -> str:
@@ -327,10 +340,7 @@ def _count(
             check_size(document, source.where(index))
         except Damaged as error:
             return [], 1 + REASONS.index(error.reason), (Unused(error.reason, error.detail),)
-        sizes = [
-            IMAGE_PART if isinstance(p, Image) else len(text_ids(p, tokenizer))
-            for p in document.parts
-        ]
+        sizes = part_lengths(document, tokenizer)
         empty = sizes.count(0) - sum(part is ABSENT for part in document.parts)
         return sizes, 0, document.unused + (Unused("empty text"),) * empty
 
@@ -355,13 +365,25 @@ def _count(
     return lengths | {"tally": tally.to_array(), "stamp": stamp}
 
 
-def _known(known: KnownLengths) -> Arrays:
+def _known(source: Source, indices: range, known: KnownLengths) -> Arrays:
+    """Returns the arrays of documents that need not be counted, as `_count` would."""
     counts, sizes = known
     arrays = _compact(counts, sizes, np.zeros(len(counts), np.int8))
     totals = dict(zip(TOTALS, arrays["totals"].tolist(), strict=True))
     tally = Tally()
-    tally.used["documents"] = totals["with_text"] + totals["with_image"] - totals["with_both"]
-    tally.used["images"], tally.used["texts"] = totals["images"], int((sizes > 0).sum())
+    used = totals["with_text"] + totals["with_image"] - totals["with_both"]
+    tally.used |= {"documents": used, "images": totals["images"], "texts": int((sizes > 0).sum())}
+    owners = np.repeat(np.arange(len(counts)), counts)
+    empty = np.ones(len(counts), bool)
+    empty[owners[sizes != 0]] = False
+    for reason, rows in (
+        ("empty text", owners[sizes == 0]),
+        ("empty document", np.flatnonzero(empty)),
+    ):
+        if len(rows):
+            tally.leave(reason, len(rows))
+        for row in rows[:EXAMPLES].tolist():
+            tally.example(reason, source.where(indices[row]))
     return arrays | {"tally": tally.to_array()}
 
 

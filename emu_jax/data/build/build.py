@@ -3,6 +3,7 @@
     DST/build.json                         the config and the source of the build
     DST/NAME-00003-of-00008.array_record   the documents kept of one range of the source
     DST/NAME-00003-of-00008.json           its counts, and the parts left out; written after it
+    DST/NAME-00003-of-00008.lengths.npz    with `tokenizer`: token counts (`known_lengths.py`)
     DST/NAME-00003-of-00008.keys.npy       with `clean.duplicate_key`: a hash for each document, and
     DST/NAME-00003-of-00008.repeats.npy    whether an earlier document has it
     DST/rejected.jsonl                     all parts that were left out, one a line
@@ -21,6 +22,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -38,6 +40,7 @@ from emu_jax.config import to_dict
 from emu_jax.data import storage
 from emu_jax.data.build import runners
 from emu_jax.data.build.clean import CleanConfig, Cleaned, Unfit, check_metadata, clean
+from emu_jax.data.config import DataConfig
 from emu_jax.data.documents import (
     Damaged,
     Document,
@@ -47,12 +50,15 @@ from emu_jax.data.documents import (
     check_size,
     write_documents,
 )
+from emu_jax.data.known_lengths import KnownLengths, save_lengths
+from emu_jax.data.lengths import part_lengths
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources.entries import look_up
 from emu_jax.data.sources.tars import hashed
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
+from emu_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
@@ -69,6 +75,18 @@ class BuildConfig:
     source: SourceConfig = SourceConfig()
     clean: CleanConfig = CleanConfig()
     shard_documents: int = 4096  # documents of the source for each shard
+    # Folder of a tokenizer that counts the tokens of the documents written, so that training need
+    # not; instruct and family as in the training's data config.
+    tokenizer: str = ""
+    instruct: bool = False
+    family: str = ""
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        """Returns the tokenizer that training will use, or None if tokens are not counted."""
+        if not self.tokenizer:
+            return None
+        names = ("tokenizer", "instruct", "family")
+        return DataConfig(**{name: getattr(self, name) for name in names}).load_tokenizer()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +132,16 @@ def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[s
     """Builds the missing shards; returns the content of `manifest.json`.
 
     Raises:
-        UserError: the source cannot be opened or read, `folder` holds something else, or
-            another process is building there.
+        UserError: the source or the tokenizer cannot be opened or read, `folder` holds something
+            else, or another process is building there.
     """
     folder = os.fspath(folder)
-    source = open_source(cfg.source)
+    tokenizer, source = cfg.load_tokenizer(), open_source(cfg.source)
     shards = _split(folder, cfg, source)
     if not storage.is_remote(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        _claim(folder, cfg, source)
+        _claim(folder, cfg, source, tokenizer)
         missing = [shard for shard in shards if not _is_whole(shard)]
         if len(missing) < len(shards):
             log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
@@ -144,11 +162,13 @@ def build_shard(shard: Shard, threads: int = 1) -> Shard:
         UserError: the source cannot be read, or has changed since the shards were planned.
     """
     source, cfg = _source(shard.cfg.source, shard.fingerprint), shard.cfg.clean
+    tokenizer = _tokenizer(shard.cfg)
     if shard.only_keys:
         keys = _map(functools.partial(_key, source, cfg), shard.documents, threads)
         _write_array(shard.keys, np.array(list(keys), np.uint64))
         return shard
     tally = _Tally()
+    lengths: list[list[int]] = []  # of the documents written
     repeats = _read_array(shard.repeats) if cfg.duplicate_key else np.zeros(0, bool)
     repeated = {shard.documents[n] for n in np.flatnonzero(repeats)}
 
@@ -157,10 +177,18 @@ def build_shard(shard: Shard, threads: int = 1) -> Shard:
         for index, cleaned in _map(read, shard.documents, threads):
             tally.add(index, source.where(index), cleaned)
             if cleaned.document is not None:
+                if tokenizer is not None:
+                    lengths.append(part_lengths(cleaned.document, tokenizer))
                 yield cleaned.document
 
     write_documents(shard.path, documents())
     content = storage.read(shard.path)
+    if tokenizer is not None:
+        known = KnownLengths(
+            np.array(list(map(len, lengths)), np.int32),
+            np.array(list(itertools.chain.from_iterable(lengths)), np.int32),
+        )
+        save_lengths(shard.path, len(content), tokenizer.fingerprint, known)
     file = {
         "file": os.path.basename(shard.path),
         "bytes": len(content),
@@ -217,7 +245,7 @@ def _split(folder: str, cfg: BuildConfig, source: Source) -> list[Shard]:
     ]
 
 
-def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
+def _claim(folder: str, cfg: BuildConfig, source: Source, tokenizer: Tokenizer | None) -> None:
     """Writes `build.json`, or checks that `folder` was begun with the same build.
 
     Raises:
@@ -229,6 +257,8 @@ def _claim(folder: str, cfg: BuildConfig, source: Source) -> None:
         "source_files": source.fingerprint,
         **to_dict(cfg),
     }
+    if tokenizer is not None:
+        ours["tokenizer_files"] = tokenizer.fingerprint
     path = storage.join(folder, "build.json")
     fix = "give an empty folder, or remove this one"
     _sweep(folder, cfg.source.name)
@@ -345,6 +375,11 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 # Within a shard
+
+
+@functools.lru_cache(2)
+def _tokenizer(cfg: BuildConfig) -> Tokenizer | None:
+    return cfg.load_tokenizer()
 
 
 @functools.lru_cache(4)

@@ -1,0 +1,94 @@
+"""Lengths of documents that are stored beside their shard, so that training need not count them.
+
+`emu-jax data build` writes NAME.lengths.npz beside NAME.array_record:
+
+    shard_bytes  size of the shard that the lengths belong to
+    tokenizer    fingerprint of the tokenizer that counted
+    counts       int32, number of parts of each document
+    sizes        int32, tokens of each part; IMAGE_PART for an image
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from emu_jax.data import storage
+
+SUFFIX = ".lengths.npz"
+# Exceptions raised by reading a damaged file. The zip format has a CRC-32 of each array.
+_BROKEN = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+class KnownLengths(NamedTuple):
+    """Lengths of consecutive documents that need not be counted, in their order.
+
+    Attributes:
+        counts: number of parts of each document.
+        sizes: tokens of each part, or -1 for an image.
+    """
+
+    counts: Int[np.ndarray, "documents"]
+    sizes: Int[np.ndarray, "parts"]
+
+    def select(self, documents: slice) -> KnownLengths:
+        """Returns the lengths of some of the documents, in steps of 1."""
+        first, last, _ = documents.indices(len(self.counts))
+        starts = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+        return KnownLengths(self.counts[first:last], self.sizes[starts[first] : starts[last]])
+
+
+class Rejected(Exception):
+    """Raised if stored lengths cannot be used; the message says why."""
+
+
+def lengths_path(shard: str) -> str:
+    """Returns the path of the lengths of a shard's documents."""
+    return shard.removesuffix(".array_record") + SUFFIX
+
+
+def save_lengths(shard: str, shard_bytes: int, tokenizer: str, lengths: KnownLengths) -> None:
+    """Writes the lengths of a shard's documents beside it.
+
+    Args:
+        shard_bytes: size of the shard.
+        tokenizer: fingerprint of the tokenizer that counted.
+    """
+    with storage.writing(lengths_path(shard)) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            shard_bytes=np.int64(shard_bytes),
+            tokenizer=np.array(tokenizer),
+            counts=lengths.counts.astype(np.int32),
+            sizes=lengths.sizes.astype(np.int32),
+        )
+
+
+def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -> KnownLengths:
+    """Reads the lengths of a shard's documents.
+
+    Args:
+        shard_bytes, documents: size of the shard, and how many documents it has.
+        tokenizer: fingerprint of the tokenizer that training uses.
+
+    Raises:
+        Rejected: they are of another tokenizer or shard, or damaged.
+        UserError: the store does not answer.
+    """
+    path = lengths_path(shard)
+    try:
+        with np.load(io.BytesIO(storage.read(path))) as arrays:
+            if str(arrays["tokenizer"]) != tokenizer:
+                raise Rejected(f"{path} was counted with another tokenizer")
+            lengths = KnownLengths(arrays["counts"], arrays["sizes"])
+            found = (int(arrays["shard_bytes"]), len(lengths.counts), lengths.counts.sum())
+    except _BROKEN as error:
+        raise Rejected(f"{path} is damaged ({error})") from None
+    if found != (shard_bytes, documents, len(lengths.sizes)):
+        raise Rejected(f"{path} does not fit {shard}")
+    return lengths
