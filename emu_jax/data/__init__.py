@@ -7,7 +7,8 @@ records.py    ArrayRecord files in object stores
 unused.py     counts of the used and unused parts of a source
 build/        raw data to filtered ArrayRecord files; indexes made in parallel
 inspect.py    a page about the training data
-lengths.py    tokens and images of each document, counted once; known_lengths.py, those that `data build` stored
+lengths.py    tokens and images of each document, counted once
+known_lengths.py  those that `data build` stored beside its shards
 packing.py    truncation and packing of documents into rows
 mixture.py    sources mixed into an endless order, planned without reading an image
 permutation.py  the order of billions of documents, computed by number
