@@ -118,30 +118,84 @@ class LoraConfig:
             raise UserError(f"LoRA alpha {self.alpha}: expected a finite number")
 
 
+# Decoders that the language model can be, by their name in transformers (`model_type`).
+BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Rotary frequencies for longer texts: LLaMA-3.1's rule (transformers: `rope_type` "llama3").
+
+    Wavelengths beyond the original context are multiplied by `factor`, and those that fit into it
+    many times stay. Between the two, frequencies are interpolated.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            UserError: the factors leave no frequencies to interpolate.
+        """
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"rope_scaling.high_freq_factor = {self.high_freq_factor} must be above "
+                f"low_freq_factor = {self.low_freq_factor}"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """LLaMA (release: `modeling_llama.py`)."""
+    """LLaMA (release: `modeling_llama.py`), or a later decoder of its kind."""
 
+    # llama, mistral, qwen2 (q, k and v have biases) or qwen3 (q and k are normalized)
+    backbone: str = "llama"
     vocab_size: int = 32004
     vocab_multiple: int = 1  # rows of the tables are rounded up to a multiple of this
     width: int = 5120
     layers: int = 40
     heads: int = 40
+    key_value_heads: int = 0  # each is shared by equally many heads; 0: as many as heads
     attention_width: int = 0  # of all heads together; 0: the model's width
     mlp_width: int = 13824
     rope_theta: float = 10000.0
     # Rotary cosines and sines are rounded to this dtype: the release computes with tables that
     # were once made in bfloat16, in float32 too.
     rope_dtype: str = "bfloat16"
+    rope_scaling: RopeScalingConfig | None = None
     max_positions: int = 2048
+    # Tokens that a token of the original attends to; longer texts are refused. 0: all.
+    sliding_window: int = 0
     eps: float = 1e-6
     embed_std: float = 0.02  # of fresh token embeddings
+    tied_embeddings: bool = False  # logits are products with the token embeddings
     regression_head: bool = True  # its own head regresses embeddings (`stu_regress_head`)
     lora: LoraConfig | None = None
 
     @property
     def head_width(self) -> int:
         return (self.attention_width or self.width) // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads that keys and values have."""
+        return self.key_value_heads or self.heads
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens that the model reads at most."""
+        return min(self.max_positions, self.sliding_window or self.max_positions)
+
+    @property
+    def is_release(self) -> bool:
+        """Whether the released code, whose decoder is LLaMA-1, can compute the model's layers."""
+        same_width = self.attention_width in (0, self.width) and self.kv_heads == self.heads
+        later = self.sliding_window or self.rope_scaling or self.tied_embeddings
+        return self.backbone == "llama" and same_width and not later
 
     @property
     def padded_vocab(self) -> int:
@@ -310,13 +364,16 @@ class TokenIds:
     frame: int | None = None  # stands for one embedding of a video frame; None: `image` does
 
     @classmethod
-    def after(cls, base: int, *, frame: bool = False) -> TokenIds:
+    def after(cls, base: int, *, frame: bool = False, bos: int = 1, eos: int = 2) -> TokenIds:
         """Returns the ids for a base vocabulary of `base` tokens.
 
         Args:
             frame: whether frames of videos have a token of their own.
+            bos, eos: ids in the base vocabulary.
         """
         return cls(
+            bos=bos,
+            eos=eos,
             pad=base,
             img=base + 1,
             img_end=base + 2,
@@ -363,6 +420,7 @@ class EmuConfig:
                 "twice llama.heads",
                 even,
             ),
+            ("llama.heads", llama.heads, "llama.key_value_heads", llama.kv_heads),
         ]
         for name, decoder in (("unet", self.unet), ("vae", self.vae)):
             if decoder:
@@ -375,11 +433,9 @@ class EmuConfig:
         if self.unet:
             self.unet.check_levels()
             self.unet.check_added_conditions()
-        if llama.rope_dtype not in ROPE_DTYPES:
-            raise UserError(
-                f"unknown llama.rope_dtype {llama.rope_dtype!r}"
-                f"{suggest(llama.rope_dtype, ROPE_DTYPES)}"
-            )
+        for key, known in (("rope_dtype", ROPE_DTYPES), ("backbone", BACKBONES)):
+            if (value := getattr(llama, key)) not in known:
+                raise UserError(f"unknown llama.{key} {value!r}{suggest(value, known)}")
 
     def _check_connector(self) -> None:
         """Checks that there is one connector, which fits the towers that it joins."""
@@ -479,10 +535,20 @@ _LARGEST = {
     "layers": 2**12,
     "layers_per_block": 2**6,
     "max_positions": 2**24,
+    "original_max_positions": 2**24,
+    "sliding_window": 2**24,
     "vocab_size": 2**24,
     "relative_max_distance": 2**24,
 }
-_MAY_BE_ZERO = {"attention_width", "freq_shift", "steps_offset", "dropout", "embed_std"}
+_MAY_BE_ZERO = {
+    "attention_width",
+    "key_value_heads",
+    "sliding_window",
+    "freq_shift",
+    "steps_offset",
+    "dropout",
+    "embed_std",
+}
 
 
 def _check_numbers(config: Any, where: str) -> None:

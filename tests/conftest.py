@@ -27,7 +27,7 @@ if os.environ.get("EMU_JAX_CHECK_SHAPES", "1") != "0":  # before any test import
     install_import_hook("emu_jax", "shape_checks.check")
 
 # The release's weights are torch files; torch is installed for Python 3.11 alone.
-TORCH = ("convert", "generate", "golden", "training_oracle", "verify")
+TORCH = ("backbones", "convert", "generate", "golden", "training_oracle", "verify")
 collect_ignore = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [f"test_{name}.py" for name in TORCH]

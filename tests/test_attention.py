@@ -102,6 +102,53 @@ def test_short_rows_on_a_mesh_keep_rows_and_heads_apart():
         assert relative_error(run(q, k, v), attention(q, k, v, scale=0.2)) < 2e-5
 
 
+@pytest.mark.parametrize("backend", [pytest.param("xla", marks=pytest.mark.slow), "cpu"])
+def test_grouped_heads_equal_repeated_ones(backend):
+    """Outputs and gradients of a short and of a long row, and outputs with a cache."""
+    q, k, v, ids = packed(7, CAUSAL_BLOCK + 37, 6, 8)
+    k, v = k[:, :, :2], v[:, :, :2]
+    repeat = lambda x, axis: jnp.repeat(x, 3, axis)  # noqa: E731
+
+    def through(q, k, v, ids, repeat):
+        how = {"causal": True, "segment_ids": ids, "scale": 0.3, "backend": backend}
+        out, back = jax.vjp(
+            lambda *x: attention(x[0], *(repeat(a, 2) for a in x[1:]), **how), q, k, v
+        )
+        return out, *back(q)
+
+    def both(repeat):
+        short = through(*(x[:, :40] for x in (q, k, v, ids)), repeat)
+        keys, values = repeat(k.transpose(0, 2, 3, 1), 1), repeat(v.swapaxes(1, 2), 1)
+        mask = segment_mask(ids)[:, :, -5:]
+        cached = attention(
+            q[:, -5:], keys, values, mask=mask, scale=0.3, cached=True, backend=backend
+        )
+        return *short, *through(q, k, v, ids, repeat), cached
+
+    ours, theirs = (jax.jit(both, static_argnums=0)(r) for r in (lambda x, axis: x, repeat))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("key_heads", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_splash_with_grouped_heads(key_heads):
+    """Outputs and gradients on a mesh that splits the heads of keys, and on one that cannot."""
+    q, k, v, ids = packed(8, 128, 4, 128)
+    q, k, v, ids = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v, ids))
+    k, v = k[:, :, :key_heads], v[:, :, :key_heads]
+
+    def through(run):
+        how = {"causal": True, "segment_ids": ids, "scale": 0.1}
+        out, back = jax.vjp(lambda *x: run(*x, **how), q, k, v)
+        return out, *back(q)
+
+    theirs = through(attention)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        ours = jax.jit(lambda: through(lambda *x, **how: splash(*x, **how, interpret=True)))()
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 2e-5
+
+
 def test_masks_add_up():
     q, k, v, ids = packed(2, 16, 1, 8)
     ids = jnp.where(jnp.arange(16) < 5, 1, 2)[None].repeat(2, 0)
@@ -177,6 +224,7 @@ def test_cudnn_is_asked_for_what_xla_computes(causal, segmented, monkeypatch):
     q, k, v, ids = (
         x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in packed(5, 60, 2, 16)
     )
+    k, v = k[:, :, :1], v[:, :, :1]  # which both heads share
     theirs, asked = jax.nn.dot_product_attention, []
 
     def kernel(*arrays, implementation, **how):

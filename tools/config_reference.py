@@ -30,6 +30,7 @@ CLASSES = (
     ("config.py", "PoolingConfig", "model.pooling"),
     ("config.py", "LlamaConfig", "model.llama"),
     ("config.py", "LoraConfig", "model.llama.lora"),
+    ("config.py", "RopeScalingConfig", "model.llama.rope_scaling"),
     ("config.py", "TokenIds", "model.tokens"),
     ("config.py", "UNetConfig", "model.unet"),
     ("config.py", "VAEConfig", "model.vae"),

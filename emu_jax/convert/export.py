@@ -37,6 +37,13 @@ _TRAINING_ONLY = (
     "llama.lora.dropout",
     "llama.max_positions",
 )
+# transformers' class of each backbone.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 # The name of the weights in each folder for other libraries.
 _STEMS = {
     "llama": "model",
@@ -231,6 +238,11 @@ def check_release(
             model.
     """
     cfg = source.cfg
+    if not cfg.llama.is_release:
+        raise UserError(
+            "the release's code cannot compute this model: its language model is LLaMA-1, this one "
+            "a later decoder: use it with emu_jax, or --to hf for its language model and decoder"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy(
@@ -339,16 +351,28 @@ def model_json(cfg: EmuConfig) -> dict[str, Any]:
 
 def llama_json(cfg: EmuConfig, **more: Any) -> dict[str, Any]:
     """Returns a transformers `config.json`."""
-    values = {key: getattr(cfg.llama, field) for field, key in release_config.LLAMA_JSON.items()}
+    llama = cfg.llama
+    values = {key: getattr(llama, field) for field, key in release_config.LLAMA_JSON.items()}
+    later: dict[str, Any] = {}
+    if llama.backbone != "llama" or llama.attention_width:
+        later["head_dim"] = llama.head_width
+    if llama.backbone != "llama" or llama.key_value_heads:
+        later["num_key_value_heads"] = llama.kv_heads
+    if llama.backbone == "mistral":
+        later["sliding_window"] = llama.sliding_window or None
+    if scaling := llama.rope_scaling:
+        names = release_config.ROPE_JSON.items()
+        numbers = {key: getattr(scaling, field) for field, key in names}
+        later["rope_scaling"] = {"rope_type": "llama3", **numbers}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[llama.backbone]],
+        "model_type": llama.backbone,
         "hidden_act": "silu",
         "bos_token_id": cfg.tokens.bos,
         "eos_token_id": cfg.tokens.eos,
         "pad_token_id": cfg.tokens.pad,
-        "tie_word_embeddings": False,
-        **({"head_dim": cfg.llama.head_width} if cfg.llama.attention_width else {}),
+        "tie_word_embeddings": llama.tied_embeddings,
+        **later,
         **values,
         **more,
     }

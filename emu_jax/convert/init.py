@@ -63,7 +63,7 @@ from emu_jax.models.eva_clip import bicubic_weights
 from emu_jax.models.layers import lecun
 from emu_jax.sharding import AbstractModel, make_mesh
 from emu_jax.storage import as_path, read_json_object
-from emu_jax.tokenizer import Family, Tokenizer, added_tokens
+from emu_jax.tokenizer import Family, Tokenizer
 
 Part = TypeVar("Part", VisionConfig, PoolingConfig)
 
@@ -211,10 +211,12 @@ class FreshSource:
         tensors = _parent_tensors(llama, eva_clip, sd)
         parent_shapes = {key: tensor.shape for key, tensor in tensors.items()}
         if family == "emu2":
-            cfg = _emu2_config(parent_shapes, llama, sd, words.base_size, model_config)
+            cfg = _emu2_config(parent_shapes, llama, sd, words, model_config)
             tensors = {k: t for k, t in tensors.items() if not k.startswith(_CONTRASTIVE)}
         else:
-            cfg = _config(parent_shapes, llama, sd, words.base_size, cformer, model_config)
+            cfg = _config(parent_shapes, llama, sd, words, cformer, model_config)
+        if cfg.llama.tied_embeddings:  # some files repeat the table
+            tensors.pop("decoder.lm.lm_head.weight", None)
         abstract = abstract_model(cfg, mesh)
         rows = {row.path: row for row in rows_of(cfg, abstract.shapes)}
         style = KeyStyle.of(tensors)
@@ -237,7 +239,7 @@ class FreshSource:
             layout=ReleaseLayout(
                 KeyStyle(), {}, {}, {n: sd / n for n in _CARRIED if (sd / n).is_dir()}
             ),
-            unused=default_unused(cfg),
+            unused=default_unused(cfg) if cfg.llama.is_release else {},
             notes=notes,
             fresh=fresh,
             emu_key=emu_key,
@@ -301,7 +303,7 @@ def _config(
     parent_shapes: dict[str, Shape],
     llama: Path,
     sd: Path,
-    base_vocab: int,
+    words: Tokenizer,
     cformer: CFormerConfig,
     model_config: Path | None,
 ) -> EmuConfig:
@@ -309,9 +311,8 @@ def _config(
 
     Args:
         parent_shapes: the shapes of the parents' tensors.
-        base_vocab: the size of the tokenizer's vocabulary before Emu's tokens.
     """
-    language = _language(llama, base_vocab)
+    language = _language(llama, words)
     preset = emu_14b().vision
     chosen: dict[str, Any] = {"image_size": preset.image_size}
     if model_config is not None:
@@ -323,11 +324,9 @@ def _config(
     return EmuConfig(
         vision=vision,
         cformer=cformer,
-        tokens=TokenIds.after(base_vocab),
+        tokens=TokenIds.after(words.base_size, bos=words.bos, eos=words.eos),
         vae=vae,
-        llama=dataclasses.replace(
-            language, vocab_size=base_vocab + len(added_tokens("emu", False))
-        ),
+        llama=dataclasses.replace(language, vocab_size=len(words)),
         unet=_conditioned(unet, language.width),
         scheduler=scheduler,
     )
@@ -337,11 +336,11 @@ def _emu2_config(
     parent_shapes: dict[str, Shape],
     llama: Path,
     sd: Path,
-    base_vocab: int,
+    words: Tokenizer,
     model_config: Path | None,
 ) -> EmuConfig:
     """Returns the configuration of an Emu2; see `_config`."""
-    language, preset = _language(llama, base_vocab), emu2()
+    language, preset = _language(llama, words), emu2()
     assert preset.pooling is not None
     vision, pooling = preset.vision, preset.pooling
     if model_config is not None:
@@ -358,11 +357,11 @@ def _emu2_config(
         pooling=pooling,
         llama=dataclasses.replace(
             language,
-            vocab_size=base_vocab + len(added_tokens("emu2", False)),
+            vocab_size=len(words),
             rope_dtype=preset.llama.rope_dtype,
             regression_head=False,
         ),
-        tokens=TokenIds.after(base_vocab, frame=True),
+        tokens=TokenIds.after(words.base_size, frame=True, bos=words.bos, eos=words.eos),
         unet=_conditioned(unet, vision.width),
         vae=vae,
         scheduler=scheduler,
@@ -379,12 +378,12 @@ def _with(part: Part, values: Mapping[str, Any], names: Mapping[str, str]) -> Pa
     return from_dict(type(part), dataclasses.asdict(part) | settings, "vision_cfg: ")
 
 
-def _language(llama: Path, base_vocab: int) -> LlamaConfig:
+def _language(llama: Path, words: Tokenizer) -> LlamaConfig:
     """Returns the parent's configuration of the language model."""
     language = release_config.llama_config(llama / "config.json")
-    if language.vocab_size != base_vocab:
+    if language.vocab_size != words.base_size:
         raise UserError(
-            f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {base_vocab}"
+            f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {words.base_size}"
         )
     return language
 

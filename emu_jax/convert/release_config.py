@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emu_jax.config import (
+    BACKBONES,
     LORA_TARGETS,
     CFormerConfig,
     EmuConfig,
     LlamaConfig,
     LoraConfig,
     PoolingConfig,
+    RopeScalingConfig,
     SchedulerConfig,
     TokenIds,
     UNetConfig,
@@ -58,6 +60,13 @@ LLAMA_JSON = {
     "max_positions": "max_position_embeddings",
     "eps": "rms_norm_eps",
 }
+ROPE_JSON = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
+MISTRAL_WINDOW = 4096  # transformers' default
 
 # diffusers' defaults, where they differ from our dataclasses' (those of Stable Diffusion).
 _DEFAULTS: dict[type, dict[str, Any]] = {
@@ -455,6 +464,11 @@ def _with_model_json(vision: VisionConfig, cformer: CFormerConfig, path: Path) -
 def _with_llama_json(llama: LlamaConfig, path: Path) -> LlamaConfig:
     """Adds settings from LLaMA's `config.json`, and checks the sizes against the tensors."""
     read = llama_config(path)
+    if not read.is_release:
+        raise UserError(
+            f"{path} is of a later decoder, a released Emu's language model is LLaMA-1: give the "
+            "release's own file"
+        )
     for name in ("width", "layers", "mlp_width"):
         if getattr(read, name) != getattr(llama, name):
             raise UserError(
@@ -471,52 +485,87 @@ def _with_llama_json(llama: LlamaConfig, path: Path) -> LlamaConfig:
 
 
 def llama_config(path: Path) -> LlamaConfig:
-    """Reads a transformers `config.json` of LLaMA.
+    """Reads a transformers `config.json` of LLaMA, Mistral, Qwen2 or Qwen3.
+
+    Rotary tables are rounded to bfloat16 in a LLaMA that the release could have, as there, and
+    otherwise computed in float32.
 
     Raises:
-        UserError: a size is missing, or the file sets a feature that Emu's LLaMA lacks.
+        UserError: a size is missing, or the file sets a feature that Emu's language model lacks.
     """
     values = read_json_object(path)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling must be an object, not {rope!r}")
     values.setdefault("rope_theta", rope.get("rope_theta", LlamaConfig.rope_theta))
-    kinds = [rope.get("rope_type", "default"), rope.get("type", "default")]
-    heads = values.get("num_attention_heads")
+    backbone = values.get("model_type", "llama")
+    backbone = "llama" if backbone == "Emu" else backbone
+    kind = rope.get("rope_type", rope.get("type", "default"))
     for wrong, what in (
-        (
-            values.get("model_type", "llama") not in ("llama", "Emu"),
-            f"model_type {values.get('model_type')}",
-        ),
-        (values.get("num_key_value_heads") not in (None, heads), "grouped key-value heads"),
+        (backbone not in BACKBONES, f"model_type {backbone}"),
         (values.get("attention_bias"), "attention biases"),
         (values.get("mlp_bias"), "MLP biases"),
-        (values.get("tie_word_embeddings"), "tied word embeddings"),
-        (kinds != ["default"] * 2, f"rope scaling {rope}"),
+        (values.get("use_sliding_window"), "a sliding window in some of its layers"),
+        (values.get("quantization_config"), "quantized weights"),
+        (kind not in ("default", "llama3"), f"rope scaling {kind!r}"),
+        (rope.get("partial_rotary_factor", 1) != 1, "heads that are rotated in part"),
         (values.get("hidden_act", "silu") != "silu", f"activation {values.get('hidden_act')}"),
-        (_odd_heads(values), f"heads of width {values.get('head_dim')}"),
     ):
         if wrong:
-            raise UserError(f"{path}: Emu's language model is a LLaMA-1; this one has {what}")
-    sizes = {}
-    for field, key in LLAMA_JSON.items():
-        default = getattr(LlamaConfig, field)
+            raise UserError(
+                f"{path}: unsupported language model with {what}: use a LLaMA, Mistral, Qwen2.5 or "
+                "Qwen3 without it"
+            )
+    sizes = _numbers(values, LLAMA_JSON, LlamaConfig, path)
+    head_width = values.get("head_dim") or sizes["width"] // sizes["heads"]
+    key_value_heads = values.get("num_key_value_heads") or sizes["heads"]
+    window = values.get("sliding_window", MISTRAL_WINDOW) if backbone == "mistral" else 0
+    for key, value in (
+        ("head_dim", head_width),
+        ("num_key_value_heads", key_value_heads),
+        ("sliding_window", window or 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UserError(f"{path}: {key} must be a positive number, not {value!r}")
+    scaling = None
+    if kind == "llama3":
+        scaling = RopeScalingConfig(**_numbers(rope, ROPE_JSON, RopeScalingConfig, path))
+    width = sizes["heads"] * head_width
+    llama = LlamaConfig(
+        **sizes,
+        backbone=backbone,
+        key_value_heads=0 if key_value_heads == sizes["heads"] else key_value_heads,
+        attention_width=0 if width == sizes["width"] else width,
+        rope_scaling=scaling,
+        sliding_window=window or 0,
+        tied_embeddings=bool(values.get("tie_word_embeddings")),
+    )
+    return llama if llama.is_release else dataclasses.replace(llama, rope_dtype="float32")
+
+
+def _numbers(
+    values: Mapping[str, Any], names: Mapping[str, str], cls: type, path: Path
+) -> dict[str, Any]:
+    """Returns the numbers of `cls` in a JSON file. Absent ones have the default of `cls` if they
+    are not whole, or are the longest text.
+
+    Args:
+        names: {our name: name in the JSON}.
+
+    Raises:
+        UserError: a number is missing, not positive, or not whole where it must be.
+    """
+    numbers = {}
+    for field, key in names.items():
+        default = getattr(cls, field)
         value = values.get(key, default if isinstance(default, float) else None)
         if key == "max_position_embeddings" and value is None:
             value = default
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value < 2**53 or type(default)(value) != value:
             raise UserError(f"{path}: {key} must be a positive number, not {value!r}")
-        sizes[field] = type(default)(value)
-    return LlamaConfig(**sizes)
-
-
-def _odd_heads(values: dict[str, Any]) -> bool:
-    """Returns whether the heads together are not as wide as the model."""
-    width, heads, head = (
-        values.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim")
-    )
-    return head is not None and (type(heads) is not int or heads * head != width)
+        numbers[field] = type(default)(value)
+    return numbers
 
 
 def diffusers_config(cls: type[Config], path: Path) -> Config:

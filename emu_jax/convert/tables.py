@@ -138,8 +138,9 @@ class KeyStyle:
         """Returns a tensor's name in such a file. `targets` are the adapted layers' names."""
         if self.peft and key.startswith("decoder.lm."):
             key = key.replace("decoder.lm.", "decoder.lm.base_model.model.", 1)
-            if self.base_layer and "lora_" not in key and key.split(".")[-2] in set(targets):
-                key = key.removesuffix("weight") + "base_layer.weight"
+            layer, name = key.rsplit(".", 1)
+            if self.base_layer and "lora_" not in key and layer.split(".")[-1] in set(targets):
+                key = f"{layer}.base_layer.{name}"
         if self.old_vae and (match := _VAE_ATTENTION.fullmatch(key)):
             key = f"{match[1]}{_OLD_VAE[match[2]]}{match[3]}"
         if self.hub and key.startswith(_HUB_TOWERS):
@@ -261,30 +262,30 @@ def cformer(cfg: CFormerConfig) -> list[TableRow]:
 def llama(cfg: EmuConfig) -> list[TableRow]:
     """LLaMA, its regression head and its adapters (release: `modeling_llama.py`)."""
     lm, vocab = "decoder.lm", cfg.llama.vocab_size
+    table = Transform("v d -> v d", rows=vocab)
     rows = [
-        TableRow(
-            "llama.embed_tokens.embedding",
-            (f"{lm}.model.embed_tokens.weight",),
-            Transform("v d -> v d", rows=vocab),
-        ),
-        TableRow(
-            "llama.lm_head.kernel", (f"{lm}.lm_head.weight",), Transform("i v -> v i", rows=vocab)
-        ),
+        TableRow("llama.embed_tokens.embedding", (f"{lm}.model.embed_tokens.weight",), table),
     ]
+    if not cfg.llama.tied_embeddings:
+        head = Transform("i v -> v i", rows=vocab)
+        rows.append(TableRow("llama.lm_head.kernel", (f"{lm}.lm_head.weight",), head))
     if cfg.llama.regression_head:
         rows += _linear("llama.stu_regress_head", f"{lm}.stu_regress_head")
     rows += _norm("llama.norm", f"{lm}.model.norm")
+    biases = cfg.llama.backbone == "qwen2"
     block = [
         *_norm("input_layernorm"),
-        *_linear("self_attn.q_proj"),
-        *_linear("self_attn.k_proj"),
-        *_linear("self_attn.v_proj"),
+        *_linear("self_attn.q_proj", bias=biases),
+        *_linear("self_attn.k_proj", bias=biases),
+        *_linear("self_attn.v_proj", bias=biases),
         *_linear("self_attn.o_proj"),
         *_norm("post_attention_layernorm"),
         *_linear("mlp.gate_proj"),
         *_linear("mlp.up_proj"),
         *_linear("mlp.down_proj"),
     ]
+    if cfg.llama.backbone == "qwen3":
+        block += [*_norm("self_attn.q_norm"), *_norm("self_attn.k_norm")]
     for target in lora_targets(cfg):
         name = f"{LORA_TARGETS[target]}.{target}"  # such as self_attn.q_proj
         block += [

@@ -708,7 +708,7 @@ class Emu:
         Raises:
             UserError: a prompt ends in `[IMG]` but leaves no room for its image.
         """
-        positions, size = self.cfg.llama.max_positions, self.cfg.n_embeddings + 1
+        positions, size = self.cfg.llama.context_length, self.cfg.n_embeddings + 1
         free = [positions - len(row.tokens) - new_tokens for row in rows]
         room = np.minimum(np.array(free, np.int32) // size, max_images).astype(np.int32)
         for number, row in enumerate(rows):
@@ -764,7 +764,7 @@ class Emu:
             UserError: a prompt is invalid, or it and what follows do not fit together into the
                 model's positions.
         """
-        positions, rows = self.cfg.llama.max_positions, []
+        positions, rows = self.cfg.llama.context_length, []
         for number, parts in enumerate(prompts):
             with _naming(number, prompts):
                 row = self._prompt(parts, chat)

@@ -369,9 +369,9 @@ class Prompt:
                 images.append(preprocess_image(image, cfg.vision.image_size))
                 frames.append(framed)
         tokens = tokenizer.encode_parts([*texts, IMG] if append_img else texts)
-        if len(tokens) > cfg.llama.max_positions:
+        if len(tokens) > cfg.llama.context_length:
             raise UserError(
-                f"the prompt has {len(tokens)} tokens, the model reads {cfg.llama.max_positions}: "
+                f"the prompt has {len(tokens)} tokens, the model reads {cfg.llama.context_length}: "
                 "shorten it"
             )
         tokens = np.asarray(tokens, np.int32)

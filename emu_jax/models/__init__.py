@@ -4,7 +4,7 @@ emu.py              EmuModel: the towers put together
 eva_clip.py         EVA-CLIP's vision transformer
 connectors.py       how images enter the language model: by the Causal Transformer, or by pooling
 cformer.py          the Causal Transformer
-llama.py            LLaMA, with Emu1's regression head
+llama.py            LLaMA and later decoders, with Emu1's regression head
 kv_cache.py         LLaMA's KV cache
 unet.py             the denoiser
 vae.py              the autoencoder
@@ -31,6 +31,7 @@ N       embeddings of an image
 P       patches of an image, and the class token
 L       layers
 H       attention heads
+G       heads of keys and values, where several attention heads share each
 K       width of a head
 D       width of embeddings or features
 E       width after a layer, or of a condition, where it may differ from D or C

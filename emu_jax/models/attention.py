@@ -70,8 +70,8 @@ def choose_backend(name: str, platform: str) -> str:
 
 def attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"] | Float[Array, "B H K S"],
-    v: Float[Array, "B S H K"] | Float[Array, "B H S K"],
+    k: Float[Array, "B S G K"] | Float[Array, "B G K S"],
+    v: Float[Array, "B S G K"] | Float[Array, "B G S K"],
     *,
     causal: bool = False,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -86,8 +86,9 @@ def attention(
 
     Three masks combine: `causal` (as many keys as queries), equality of `segment_ids` (shared by
     queries and keys), and `mask`, True where a query may attend. A query whose keys are all masked
-    gets the mean of the values, never NaN. `dropout` is applied to the weights (T5 has dropout
-    there; LLaMA and ViT have none). With `cached`, keys are [B, H, K, S] and values [B, H, S, K],
+    gets the mean of the values, never NaN. Keys and values may have fewer heads than queries, each
+    shared by equally many consecutive ones. `dropout` is applied to the weights (T5 has dropout
+    there; LLaMA and ViT have none). With `cached`, keys are [B, G, K, S] and values [B, G, S, K],
     the layout of a KV cache.
 
     Without a `backend`, the platform decides between `cpu` and `xla` (`backend.kernels`). Both
@@ -125,8 +126,8 @@ def attention(
 
 def splash(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
     *,
     causal: bool,
     segment_ids: Int[Array, "B T"] | None,
@@ -176,12 +177,14 @@ def splash(
     if mesh.empty:
         out: Any = run_shard(q, k, v, segment_ids)
     else:
-        qkv_spec = spec(("batch", "heads", None, None), q.shape, mesh)
-        segment_spec = None if segment_ids is None else P(qkv_spec[0], None)
+        q_spec, kv_spec = (spec(("batch", "heads", None, None), x.shape, mesh) for x in (q, k))
+        if kv_spec != q_spec:  # too few heads of keys to give each device its own
+            k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+        segment_spec = None if segment_ids is None else P(q_spec[0], None)
         out: Any = jax.shard_map(
             run_shard,
-            in_specs=(qkv_spec, qkv_spec, qkv_spec, segment_spec),
-            out_specs=qkv_spec,
+            in_specs=(q_spec, q_spec, q_spec, segment_spec),
+            out_specs=q_spec,
             check_vma=False,
         )(q, k, v, segment_ids)
     return jnp.swapaxes(out, 1, 2)
@@ -216,8 +219,8 @@ def short(
 
 def cudnn(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
     *,
     causal: bool,
     segment_ids: Int[Array, "B T"] | None,

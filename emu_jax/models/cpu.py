@@ -104,8 +104,8 @@ def _halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
 def attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"] | Float[Array, "B H K S"],
-    v: Float[Array, "B S H K"] | Float[Array, "B H S K"],
+    k: Float[Array, "B S G K"] | Float[Array, "B G K S"],
+    v: Float[Array, "B S G K"] | Float[Array, "B G S K"],
     *,
     causal: bool,
     segment_ids: Int[Array, "B T"] | None,
@@ -137,7 +137,19 @@ def attention(
             dropout=dropout,
             cached=cached,
         )
-    mask = xla.joint_mask(q.shape[1], causal, segment_ids, mask)
+    length = q.shape[1]
+    mask = xla.joint_mask(length, causal, segment_ids, mask)
+    q, mask = xla.fold_groups(q, mask, k.shape[2])
+    return xla.unfold_groups(_flash_attention(q, k, v, mask, scale), length)
+
+
+def _flash_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    mask: Bool[Array, "#B 1 T S"] | None,
+    scale: float,
+) -> Float[Array, "B T H K"]:
     if mask is None and q.shape[1] * k.shape[1] >= LARGE_SCORES:
         return checkpoint_name(_large_attention(q, k, v, scale), CHECKPOINT_ATTENTION)
     q, scale = xla.scale_queries(q, scale)

@@ -25,8 +25,8 @@ class KVCache:
     layout of attention's matmuls: no decode step transposes them.
     """
 
-    k: Any  # Float[Array, "L B H K S"]
-    v: Any  # Float[Array, "L B H S K"]
+    k: Any  # Float[Array, "L B G K S"]
+    v: Any  # Float[Array, "L B G S K"]
     valid: Bool[Array, "B S"]
     used: Int[Array, ""]
 
@@ -43,7 +43,7 @@ class KVCache:
     def _zeros(
         cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
     ) -> Any:
-        stacked = jnp.zeros((cfg.layers, batch, cfg.heads, *shape), dtype)
+        stacked = jnp.zeros((cfg.layers, batch, cfg.kv_heads, *shape), dtype)
         return shard(stacked, "layer", "batch", "heads", None, None)
 
     @property
@@ -58,9 +58,9 @@ class KVCache:
     def update(
         self,
         layer: int | Int[Array, ""],
-        k: Float[Array, "B T H K"],
-        v: Float[Array, "B T H K"],
-    ) -> tuple[KVCache, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G K"],
+    ) -> tuple[KVCache, Float[Array, "B G K S"], Float[Array, "B G S K"]]:
         """Writes T tokens of a layer into the next free slots.
 
         The slots stay free until `advance` takes them, after all layers are written.
@@ -75,8 +75,8 @@ class KVCache:
         return dataclasses.replace(self, k=ks, v=vs), k, v
 
     def _as_multiplied(
-        self, k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
-    ) -> tuple[Float[Array, "B H K T"], Float[Array, "B H T K"]]:
+        self, k: Float[Array, "B T G K"], v: Float[Array, "B T G K"]
+    ) -> tuple[Float[Array, "B G K T"], Float[Array, "B G T K"]]:
         k, v = rearrange(k, "b t h k -> b h k t"), rearrange(v, "b t h k -> b h t k")
         return k.astype(self.dtype), v.astype(self.dtype)
 
@@ -111,7 +111,7 @@ class KVCache:
 class UnstackedKVCache(KVCache):
     """A cache with separate arrays for each layer, for `Llama.unstacked_for_decoding`.
 
-    Keys and values are tuples with a layer's [B*H, K, S] and [B*H, S, K], the layout of a matmul's
+    Keys and values are tuples with a layer's [B*G, K, S] and [B*G, S, K], the layout of a matmul's
     operand. XLA's CPU compiler updates these in place. In other layouts it would keep one copy to
     multiply by and another to update. They are not sharded by heads.
     """
@@ -120,7 +120,7 @@ class UnstackedKVCache(KVCache):
     def _zeros(
         cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
     ) -> Any:
-        return (jnp.zeros((batch * cfg.heads, *shape), dtype),) * cfg.layers
+        return (jnp.zeros((batch * cfg.kv_heads, *shape), dtype),) * cfg.layers
 
     @property
     def layers(self) -> Int[np.ndarray, "L"]:
@@ -129,9 +129,9 @@ class UnstackedKVCache(KVCache):
     def update(
         self,
         layer: int | Int[Array, ""],
-        k: Float[Array, "B T H K"],
-        v: Float[Array, "B T H K"],
-    ) -> tuple[KVCache, Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G K"],
+    ) -> tuple[KVCache, Float[Array, "B G K S"], Float[Array, "B G S K"]]:
         k, v = self._as_multiplied(k, v)
         n, batch, flat = int(layer), len(k), "b h x y -> (b h) x y"
         ks, vs = list(self.k), list(self.v)

@@ -1,4 +1,7 @@
-"""LLaMA with Emu1's regression head (release: `modeling_llama.py`; transformers 4.31)."""
+"""LLaMA with Emu1's regression head (release: `modeling_llama.py`; transformers 4.31).
+
+Later decoders differ from it in details: `LlamaConfig.backbone`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from emu_jax.config import LlamaConfig
+from emu_jax.config import LlamaConfig, RopeScalingConfig
 from emu_jax.models.attention import attention
 from emu_jax.models.backend import kernels
 from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
@@ -26,7 +29,9 @@ from emu_jax.sharding import shard, spec
 MaybeCache = TypeVar("MaybeCache", KVCache, None)
 
 
-def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "pairs"]:
+def rotary_frequencies(
+    head_width: int, theta: float, scaling: RopeScalingConfig | None = None
+) -> Float[np.ndarray, "pairs"]:
     """Returns 1 / theta^(2i / K) (`rotary_emb.inv_freq`), with every step rounded as in torch.
 
     Computed in numpy at trace time: XLA's power differs in the last bits, and rounding the tables
@@ -35,17 +40,34 @@ def rotary_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "pair
     half = head_width // 2
     exponent = np.arange(half, dtype=np.float32) / np.float32(half)
     power = np.power(float(theta), exponent.astype(np.float64))
-    return np.float32(1) / power.astype(np.float32)
+    frequencies = np.float32(1) / power.astype(np.float32)
+    return frequencies if scaling is None else _scaled(frequencies, scaling)
+
+
+def _scaled(
+    frequencies: Float[np.ndarray, "pairs"], scaling: RopeScalingConfig
+) -> Float[np.ndarray, "pairs"]:
+    """Returns the frequencies of a longer context (transformers:
+    `_compute_llama3_parameters`)."""
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    context, factor = np.float32(scaling.original_max_positions), np.float32(scaling.factor)
+    turns = context / (np.float32(2 * np.pi) / frequencies)  # of a pair within the original context
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * (frequencies / factor) + smooth * frequencies
 
 
 def rotary(
-    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float, dtype: str = "float32"
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "B T"],
+    theta: float,
+    dtype: str = "float32",
+    scaling: RopeScalingConfig | None = None,
 ) -> Float[Array, "B T H K"]:
     """Applies rotary position embedding. Entry i of a head is paired with entry i + K/2.
 
     Cosines and sines are rounded to `dtype` (`LlamaConfig.rope_dtype`).
     """
-    frequency = rotary_frequencies(x.shape[-1], theta)
+    frequency = rotary_frequencies(x.shape[-1], theta, scaling)
     angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, K/2]
     precision = jnp.finfo(dtype)
     cos, sin = (
@@ -63,23 +85,28 @@ def _linear(
     width_out: int,
     axes: tuple[str, str],
     rngs: nnx.Rngs,
+    bias: bool = False,
 ) -> Linear:
-    """Creates the layer at `path` of its block, without bias. It has an adapter if the
-    configuration asks for one."""
+    """Creates the layer at `path` of its block. It has an adapter if the configuration asks for
+    one."""
     if cfg.lora and path.rsplit(".", 1)[-1] in cfg.lora.targets:
-        return LoraLinear(width_in, width_out, axes, path=path, lora=cfg.lora, rngs=rngs)
-    return Linear(width_in, width_out, axes, bias=False, rngs=rngs)
+        return LoraLinear(width_in, width_out, axes, path=path, lora=cfg.lora, bias=bias, rngs=rngs)
+    return Linear(width_in, width_out, axes, bias=bias, rngs=rngs)
 
 
 class LlamaAttention(nnx.Module):
-    """Rotary multi-head attention without biases. Every head has its own keys and values."""
+    """Rotary attention, in which heads may share keys and values (grouped-query attention)."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        inner = cfg.heads * cfg.head_width
-        projection = (cfg.width, inner, ("embed", "heads"), rngs)
-        self.q_proj = _linear(cfg, "self_attn.q_proj", *projection)
-        self.k_proj = _linear(cfg, "self_attn.k_proj", *projection)
-        self.v_proj = _linear(cfg, "self_attn.v_proj", *projection)
+        inner, shared = cfg.heads * cfg.head_width, cfg.kv_heads * cfg.head_width
+        more = (("embed", "heads"), rngs, cfg.backbone == "qwen2")
+        self.q_proj = _linear(cfg, "self_attn.q_proj", cfg.width, inner, *more)
+        self.k_proj = _linear(cfg, "self_attn.k_proj", cfg.width, shared, *more)
+        self.v_proj = _linear(cfg, "self_attn.v_proj", cfg.width, shared, *more)
+        self.q_norm, self.k_norm = (
+            RMSNorm(cfg.head_width, eps=cfg.eps, rngs=rngs) if cfg.backbone == "qwen3" else None
+            for _ in range(2)
+        )
         self.o_proj = _linear(cfg, "self_attn.o_proj", inner, cfg.width, ("heads", "embed"), rngs)
         self.cfg = cfg
 
@@ -114,13 +141,15 @@ class LlamaAttention(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         dropout_key: jax.Array | None,
-    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
         """Returns rotated queries, rotated keys, and values."""
         q, k, v = (
             rearrange(adapted(proj, x, dropout_key), "b t (h k) -> b t h k", k=self.cfg.head_width)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        rope = self.cfg.rope_theta, self.cfg.rope_dtype
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rope = self.cfg.rope_theta, self.cfg.rope_dtype, self.cfg.rope_scaling
         q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
         q, k, v = (
             checkpoint_name(shard(a, "batch", None, "heads", None), CHECKPOINT_QKV)
@@ -199,8 +228,10 @@ class Llama(nnx.Module):
         )
         self.layers = stack(cfg.layers, lambda rngs: LlamaBlock(cfg, rngs=rngs), rngs)
         self.norm = RMSNorm(cfg.width, eps=cfg.eps, rngs=rngs)
-        self.lm_head = Linear(
-            cfg.width, cfg.padded_vocab, ("embed", "vocab"), bias=False, rngs=rngs
+        self.lm_head = (
+            None
+            if cfg.tied_embeddings
+            else Linear(cfg.width, cfg.padded_vocab, ("embed", "vocab"), bias=False, rngs=rngs)
         )
         self.stu_regress_head = (
             Linear(cfg.width, cfg.width, ("embed", None), bias=False, rngs=rngs)
@@ -286,7 +317,14 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Returns next-token logits, without the padding of the vocabulary."""
-        return self.lm_head(hidden)[..., : self.cfg.vocab_size]
+        logits = kernels().matmul(hidden, self._head_kernel(hidden.dtype))
+        return logits[..., : self.cfg.vocab_size]
+
+    def _head_kernel(self, dtype: jnp.dtype) -> Float[Array, "D V"]:
+        """Returns the matrix that leads to the logits."""
+        if self.lm_head is None:
+            return self.embed_tokens.embedding[...].astype(dtype).T
+        return self.lm_head.kernel[...].astype(dtype)
 
     def token_losses(
         self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, block: int
@@ -299,7 +337,7 @@ class Llama(nnx.Module):
         Each device computes its own rows. The head's `embed` axis is gathered once, and its
         gradient is summed over devices once, not once per block.
         """
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        kernel = self._head_kernel(hidden.dtype)
         settings = {"vocab": self.cfg.vocab_size, "block": block}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:

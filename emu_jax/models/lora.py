@@ -14,7 +14,7 @@ from emu_jax.models.layers import Axes, Linear, lecun, param
 
 
 class LoraLinear(Linear):
-    """y = x W + (alpha / rank) (x A) B. B starts at zero, so y starts as the base layer's.
+    """y = x W (+ bias) + (alpha / rank) (x A) B. B starts at zero, so y starts as the base layer's.
 
     `path` names the layer within its block. It is folded into the block's dropout key.
     """
@@ -27,9 +27,10 @@ class LoraLinear(Linear):
         *,
         path: str,
         lora: LoraConfig,
+        bias: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(width_in, width_out, axes, bias=False, rngs=rngs)
+        super().__init__(width_in, width_out, axes, bias=bias, rngs=rngs)
         self.lora_a = param(rngs, lecun, (width_in, lora.rank), (axes[0], None))
         zeros = jax.nn.initializers.zeros
         self.lora_b = param(rngs, zeros, (lora.rank, width_out), (None, axes[1]))

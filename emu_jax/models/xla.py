@@ -85,8 +85,8 @@ def joint_mask(
 
 def attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"] | Float[Array, "B H K S"],
-    v: Float[Array, "B S H K"] | Float[Array, "B H S K"],
+    k: Float[Array, "B S G K"] | Float[Array, "B G K S"],
+    v: Float[Array, "B S G K"] | Float[Array, "B G S K"],
     *,
     causal: bool,
     segment_ids: Int[Array, "B T"] | None,
@@ -100,9 +100,33 @@ def attention(
     time."""
     if is_blockwise_causal(q, causal, mask, bias, dropout, cached):
         return blockwise_causal_attention(*scale_queries(q, scale), k, v, segment_ids)
-    mask = joint_mask(q.shape[1], causal, segment_ids, mask)
+    length, key_heads = q.shape[1], k.shape[1 if cached else 2]
+    mask = joint_mask(length, causal, segment_ids, mask)
+    q, mask = fold_groups(q, mask, key_heads)
     out = plain_attention(q, k, v, mask, bias, scale, dropout, cached)
-    return checkpoint_name(out, CHECKPOINT_ATTENTION)
+    return checkpoint_name(unfold_groups(out, length), CHECKPOINT_ATTENTION)
+
+
+def fold_groups(
+    q: Float[Array, "B T H K"], mask: Bool[Array, "#B 1 T S"] | None, key_heads: int
+) -> tuple[Float[Array, "B _ G K"], Bool[Array, "#B 1 _ S"] | None]:
+    """Returns queries with as many heads as keys, and their mask.
+
+    Heads that share a key become more queries of one head, so that keys and values need not be
+    repeated. `unfold_groups` is the inverse.
+    """
+    group = q.shape[2] // key_heads
+    if group == 1:
+        return q, mask
+    q = rearrange(q, "b t (g r) k -> b (r t) g k", g=key_heads)
+    return q, None if mask is None else jnp.tile(mask, (1, 1, group, 1))
+
+
+def unfold_groups(out: Float[Array, "B _ G K"], length: int) -> Float[Array, "B T H K"]:
+    """Returns the heads of `length` queries that `fold_groups` folded."""
+    if out.shape[1] == length:
+        return out
+    return rearrange(out, "b (r t) g k -> b t (g r) k", t=length)
 
 
 def is_blockwise_causal(
@@ -155,8 +179,8 @@ def scale_queries(
 def blockwise_causal_attention(
     q: Float[Array, "B T H K"],
     scale: float,
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H K"]:
     """Causal attention in which each block of queries sees the keys up to its end."""
@@ -166,7 +190,9 @@ def blockwise_causal_attention(
         mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
         if segment_ids is not None:
             mask &= (segment_ids[:, start:end, None] == segment_ids[:, None, :end])[:, None]
-        out.append(flash_style_attention(q[:, start:end], k[:, :end], v[:, :end], mask, scale))
+        block, mask = fold_groups(q[:, start:end], mask, k.shape[2])
+        block = flash_style_attention(block, k[:, :end], v[:, :end], mask, scale)
+        out.append(unfold_groups(block, end - start))
     return jnp.concatenate(out, axis=1)
 
 

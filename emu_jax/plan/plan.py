@@ -258,7 +258,7 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
     llama = cfg.model.llama
     dtype = jnp.dtype(cfg.dtype)
     if cfg.mesh == MeshConfig():
-        ways = math.gcd(llama.heads, len(devices) // topology.slices)
+        ways = math.gcd(llama.kv_heads, len(devices) // topology.slices)
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(fsdp=1, tensor=ways))
     mesh = mesh_for(cfg, devices)
     rows, length = cfg.data.batch_size, cfg.data.row_tokens
@@ -295,7 +295,8 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
             math.prod(leaf.shape)
             for path, leaf in params.items()
             if len(leaf.shape) > 1
-            and not path.endswith(("scale", "embed_tokens.embedding"))
+            and not path.endswith(("scale", "bias"))
+            and (llama.tied_embeddings or not path.startswith("embed_tokens"))
             and "stu_regress_head" not in path
         )
         attended = 2 * llama.layers * length * llama.heads * llama.head_width

@@ -68,7 +68,7 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
         "cformer.blocks.cross_attention.v": met["visual"],
         "llama.stu_regress_head": regressed,
         # Tables are looked up, and the contrastive head is CLIP's own.
-        "llama.embed_tokens": 0,
+        "llama.embed_tokens": met["llama"] if model.llama.tied_embeddings else 0,
         "visual.pos_embed": 0,
         "visual.cls_token": 0,
         "visual.head": 0,
@@ -84,9 +84,8 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
         if tower not in met or not _is_matrix(path, shape):
             continue
         count = next((n for name, n in exceptions.items() if path.startswith(name)), met[tower])
-        if path.startswith(
-            "llama.lm_head"
-        ):  # the rows that round the vocabulary up are not the model's
+        # The rows that round the vocabulary up are not the model's.
+        if path.startswith(("llama.lm_head", "llama.embed_tokens")):
             shape = (model.llama.width, model.llama.vocab_size)
         rate = group_of(path, cfg.optimizer).lr
         trained[tower] |= rate > 0

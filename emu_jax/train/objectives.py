@@ -163,6 +163,12 @@ class Objective(ABC):
         for name, size, needed in sizes:
             if size != needed:
                 problems.append(f"data.{name} is {size}, the model needs {needed}: set it to that")
+        window = model.llama.sliding_window
+        if window and data.row_tokens > window:
+            problems.append(
+                f"data.row_tokens is {data.row_tokens}, beyond model.llama.sliding_window = "
+                f"{window}: set it to at most that, since attention here has no window"
+            )
         return problems
 
     def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> Batches | LatentBatches:

@@ -143,7 +143,7 @@ class SampleEvaluation(Evaluation):
             batch_size=self._batch_size,
             defaults=defaults,
         )
-        positions, n = cfg.model.llama.max_positions, cfg.model.n_embeddings
+        positions, n = cfg.model.llama.context_length, cfg.model.n_embeddings
         self.documents = choose_documents(
             _kind(config),
             held_out,

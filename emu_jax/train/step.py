@@ -265,7 +265,7 @@ def _mesh_settings(cfg: TrainConfig) -> dict[str, Any]:
         widths.add(model.cformer.width)
     return dataclasses.asdict(cfg.mesh) | {
         "rows": math.gcd(*cfg.data.batch_sizes()),
-        "heads": model.llama.heads,
+        "heads": model.llama.kv_heads,
         "widths": sorted(widths),
     }
 
