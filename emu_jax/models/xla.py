@@ -191,8 +191,8 @@ def blockwise_causal_attention(
         if segment_ids is not None:
             mask &= (segment_ids[:, start:end, None] == segment_ids[:, None, :end])[:, None]
         block, mask = fold_groups(q[:, start:end], mask, k.shape[2])
-        block = flash_style_attention(block, k[:, :end], v[:, :end], mask, scale)
-        out.append(unfold_groups(block, end - start))
+        part: Any = flash_style_attention(block, k[:, :end], v[:, :end], mask, scale)
+        out.append(unfold_groups(part, end - start))
     return jnp.concatenate(out, axis=1)
 
 
