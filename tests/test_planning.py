@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from emu_jax.data import lengths as lengths_module
 from emu_jax.data.batches import RowBuilder
 from emu_jax.data.build import indexing
 from emu_jax.data.build.indexing import index_sources
-from emu_jax.data.build.runners import on_processes
+from emu_jax.data.build.runners import on_beam, on_processes
 from emu_jax.data.known_lengths import KnownLengths
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import Group, OpenSource, open_groups
@@ -240,6 +242,12 @@ def test_the_index_of_many_files_is_in_folders_that_are_opened_lazily(tmp_path, 
         for documents in [source("webdataset", tmp_path)]
         for n, document in enumerate(documents)
     ]
+    monkeypatch.setattr(index, "EAGER", 0)  # a large index is not copied: it stays by file
+    shutil.rmtree(tmp_path / ".emu_jax")
+    documents = source("webdataset", tmp_path)
+    assert [(shown(documents[n]), documents.where(n)) for n in range(14)] == want
+    stored = [path.parent.name for path in (tmp_path / ".emu_jax").rglob("block.npy")]
+    assert len(stored) == 7 and all(name.count(".tar-") for name in stored)
     monkeypatch.setattr(index, "MOST_FOLDERS", 3)
     source("webdataset", tmp_path)
     opened, load = [], index._load
@@ -314,7 +322,9 @@ def test_counts_of_an_earlier_version_are_converted(tmp_path, tokenizer, monkeyp
 # `data index`
 
 
-def test_indexing_in_shares_is_what_training_would_do(tmp_path, monkeypatch):
+@pytest.fixture
+def sources(tmp_path, monkeypatch) -> Callable[[str], DataConfig]:
+    """Returns configs of two sources in files, by the name of their cache."""
     monkeypatch.setattr(lengths_module, "_CHUNK", 2)
     image = make_image(9)
     for n in range(3):
@@ -330,31 +340,50 @@ def test_indexing_in_shares_is_what_training_would_do(tmp_path, monkeypatch):
         SourceConfig("pairs", "webdataset", (f"{tmp_path}/*.tar",)),
         SourceConfig("pages", "pages", (f"{tmp_path}/p.jsonl",), media=(f"{tmp_path}/*.tar",)),
     )
+    return lambda cache: DataConfig(str(tmp_path), sources=sources, cache=str(tmp_path / cache))
 
-    def config(cache: str) -> DataConfig:
-        return DataConfig(str(tmp_path), sources=sources, cache=str(tmp_path / cache))
 
-    def arrays(cache: str) -> dict[str, bytes]:
-        folder = tmp_path / cache
-        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.npy")}
+def arrays(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.npy")}
+
+
+def test_indexing_in_shares_is_what_training_would_do(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "MOST_FOLDERS", 2)
+    files = set()
 
     def run(cache: str, shard: tuple[int, int]) -> dict:
-        cfg = config(cache)
-        return index_sources(cfg, cfg.load_tokenizer(), lambda work: on_processes(work, 1), shard)
+        cfg = sources(cache)
 
-    with Batches(config("trained"), config("trained").load_tokenizer(), "rows", plan_only=True):
+        def runner(work):
+            return on_processes(lambda task: files.add(len(task.source.paths)) or work(task), 1)
+
+        return index_sources(cfg, cfg.load_tokenizer(), runner, shard)
+
+    with Batches(sources("trained"), sources("x").load_tokenizer(), "rows", plan_only=True):
         pass
     with ThreadPoolExecutor(2) as pool:  # each waits for the other's files
         monkeypatch.setattr(indexing, "POLL_SECONDS", 0.05)
         shards = [pool.submit(run, "shared", (n, 2)) for n in range(2)]
         reports = [shard.result() for shard in shards]
+    assert files == {1, 2}  # a task merges the indexes of two files
     assert reports[0] == reports[1] == run("alone", (0, 1))
     assert reports[0]["pairs"].documents == 6 and reports[0]["pages"].images == 1
-    want = arrays("trained")
-    assert want and want.items() <= arrays("shared").items() and arrays("alone") == arrays("shared")
+    want, shared = arrays(tmp_path / "trained"), arrays(tmp_path / "shared")
+    assert want and want.items() <= shared.items() and arrays(tmp_path / "alone") == shared
     counted: list[str] = []
     monkeypatch.setattr(lengths_module, "_count", counted.append)
     assert run("shared", (1, 2)) == reports[0] and not counted  # nothing is done twice
+
+
+def test_indexing_on_beam_writes_the_same_bytes(sources, tmp_path):
+    pytest.importorskip("apache_beam")
+    for cache, runner in (
+        ("beam", lambda work: on_beam(work, ["--runner=DirectRunner"])),
+        ("local", lambda work: on_processes(work, 1)),
+    ):
+        cfg = sources(cache)
+        index_sources(cfg, cfg.load_tokenizer(), runner)
+    assert arrays(tmp_path / "beam") == arrays(tmp_path / "local") != {}
 
 
 def test_a_share_that_is_none(tmp_path):

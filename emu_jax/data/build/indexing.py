@@ -1,9 +1,10 @@
 """`emu-jax data index`: finds the documents of a config's sources and counts their tokens, in
 parallel, before a run.
 
-The work is cut into tasks: an index for each file, then token counts for each part of a source
-(`LengthParts`). A task writes what training would write by itself, to the same cache, so that a
-run finds it there. A task whose result is cached takes no time: an interrupted command resumes.
+The work is cut into tasks: an index for each file, folders for the indexes of many files, then
+token counts for each part of a source (`LengthParts`). A task writes what training would write by
+itself, to the same cache, so that a run finds it there. A task whose result is cached takes no
+time: an interrupted command resumes.
 
 Several machines share the tasks by `--shard`. They meet in the cache: a machine waits for the
 files of the others before it counts tokens, because a document's number depends on all files.
@@ -23,7 +24,7 @@ from emu_jax.data.documents import Source
 from emu_jax.data.lengths import LengthParts
 from emu_jax.data.mixture import chosen_sources, lengths_folder, open_lengths
 from emu_jax.data.sources import SourceConfig, find_files, open_source
-from emu_jax.data.sources.index import NotIndexed, without_indexing
+from emu_jax.data.sources.index import NotIndexed, file_groups, without_indexing
 from emu_jax.data.sources.listings import media_paths
 from emu_jax.data.sources.tars import index_tar
 from emu_jax.errors import UserError
@@ -35,12 +36,12 @@ _SCANNED = ("webdataset", "pages", "videos", "subtitled", "dialogues")  # format
 
 
 class IndexTask(NamedTuple):
-    """The index of a file, or the token counts of a part of a source.
+    """The index of a file or of several files, or the token counts of a part of a source.
 
     Attributes:
-        source: the source; of a file, with its path alone.
+        source: the source; of files, with their paths alone.
         data: config with the cache and the tokenizer.
-        part: number of the part, or None for a file.
+        part: number of the part, or None for files.
         is_media: whether the file is a tar of media, not of documents.
     """
 
@@ -81,6 +82,7 @@ def index_sources(
     for tasks in (
         [task for source in sources for task in _media_tasks(source, cfg)],
         [task for source in sources for task in _file_tasks(source, cfg)],
+        [task for source in sources for task in _folder_tasks(source, cfg)],
     ):
         _run("index", "file", tasks, runner, number, count)
     opened = {source.name: open_source(source, cfg.cache, cfg.cache_bytes) for source in sources}
@@ -164,6 +166,17 @@ def _file_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
     if source.format not in _SCANNED:
         return []
     each = [dataclasses.replace(source, paths=(path,), media=()) for path in find_files(source)]
+    return [IndexTask(one, cfg) for one in each]
+
+
+def _folder_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
+    """Returns the tasks that merge the indexes of many files into folders."""
+    if source.format not in _SCANNED:
+        return []
+    groups = [tuple(group) for group in file_groups(find_files(source))]
+    if any(map(file_groups, groups)):  # opening the source merges so many files
+        return []
+    each = [dataclasses.replace(source, paths=group, media=()) for group in groups]
     return [IndexTask(one, cfg) for one in each]
 
 

@@ -24,6 +24,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -504,21 +505,18 @@ def index_files(
     """Returns the concatenated results of `scan` on each file, with the file's number as `file`.
 
     The result of each file is cached as soon as it is complete, so that an interrupted scan
-    resumes. The results of up to `MOST_FOLDERS` files are also cached in one folder, so that a
-    source is opened by reading that. Those of more files are cached in as many folders, which are
-    opened lazily (`Joined`).
+    resumes. Small results of up to `MOST_FOLDERS` files are also cached in one folder, so that a
+    source is opened by reading that. Results of more than `EAGER` bytes are opened lazily where
+    they are (`Joined`). Those of more files are cached in as many folders, which are opened lazily.
 
     A `tally` among the arrays, which must come last, is summed (`Tally.add`). Arrays whose names
     end in `_row` hold numbers of rows of the first array, and are renumbered.
     """
     if len(paths) == 1:
-        arrays = _file_index(kind, paths[0], scan, cache)
-        count = len(next(iter(arrays.values())))
-        return {"file": np.zeros(count, np.int32), **arrays}
-    size = -(-len(paths) // MOST_FOLDERS)
-    if size == 1:
+        return _numbered(_file_index(kind, paths[0], scan, cache))
+    groups = file_groups(paths)
+    if not groups:
         return _folder_index(kind, paths, scan, cache)
-    groups = [paths[n : n + size] for n in range(0, len(paths), size)]
 
     @functools.cache
     def opened(group: int) -> Arrays:
@@ -526,30 +524,58 @@ def index_files(
         return _folder_index(kind, groups[group], scan, cache, EAGER // len(groups))
 
     def summary() -> Arrays:
-        every = [opened(group) for group in range(len(groups))]
-        keys, counts = list(every[0]), [len(arrays["file"]) for arrays in every]
-        result = {"count": np.array(counts, np.int64), "keys": np.array(keys)}
-        for key in keys:
-            if key == "tally":
-                result[key] = Tally.add([arrays[key] for arrays in every])
-            elif key.endswith("_row"):
-                result[key] = _renumbered([arrays[key] for arrays in every], counts)
-        return result
+        return _summary([opened(group) for group in range(len(groups))])
 
     name = f"{kind}-{fingerprint(kind, paths)}-folders"
     totals = cached_arrays(folder_for(paths[0], cache), name, summary)
-    starts = [0, *itertools.accumulate(totals["count"].tolist())]
-    first_files = list(range(0, len(paths), size))
+    return _joined(opened, totals, list(range(0, len(paths), len(groups[0]))))
+
+
+def file_groups(paths: Sequence[str]) -> list[Sequence[str]]:
+    """Returns the files of each folder of an index; [] if one folder holds it."""
+    size = -(-len(paths) // MOST_FOLDERS)
+    return [paths[n : n + size] for n in range(0, len(paths), size)] if size > 1 else []
+
+
+def _summary(every: Sequence[Arrays]) -> Arrays:
+    """Returns what `_joined` needs of the arrays of several folders."""
+    keys, counts = list(every[0]), [len(arrays["file"]) for arrays in every]
+    result = {"count": np.array(counts, np.int64), "keys": np.array(keys)}
+    for key in keys:
+        if key == "tally":
+            result[key] = Tally.add([arrays[key] for arrays in every])
+        elif key.endswith("_row"):
+            result[key] = _renumbered([arrays[key] for arrays in every], counts)
+    return result
+
+
+def _joined(
+    open_folder: Callable[[int], Arrays], summary: Arrays, first_files: Sequence[int]
+) -> Arrays:
+    """Returns the arrays of several folders as one, from their `_summary`.
+
+    Args:
+        first_files: number of the first file of each folder.
+    """
+    starts = [0, *itertools.accumulate(summary["count"].tolist())]
     arrays: dict[str, Any] = {}
-    for key in totals["keys"].tolist():
+    for key in summary["keys"].tolist():
         bases = first_files if key == "file" else None
-        arrays[key] = totals[key] if key in totals else Joined(opened, key, starts, bases)
+        arrays[key] = summary[key] if key in summary else Joined(open_folder, key, starts, bases)
     return arrays
 
 
-def _file_index(kind: str, path: str, scan: Callable[[str], Arrays], cache: str) -> Arrays:
+def _numbered(arrays: Arrays) -> Arrays:
+    """Adds the file's number to the arrays of a single file."""
+    count = len(next(iter(arrays.values())))
+    return {"file": np.broadcast_to(np.int32(0), count), **arrays}
+
+
+def _file_index(
+    kind: str, path: str, scan: Callable[[str], Arrays], cache: str, eager: int | None = None
+) -> Arrays:
     name = f"{os.path.basename(path)}-{fingerprint(kind, [path])}"
-    return cached_arrays(folder_for(path, cache), name, lambda: scan(path))
+    return cached_arrays(folder_for(path, cache), name, lambda: scan(path), eager)
 
 
 def _folder_index(
@@ -559,12 +585,20 @@ def _folder_index(
     cache: str,
     eager: int | None = None,
 ) -> Arrays:
-    """Returns the concatenated results of `scan` on files, cached in one folder."""
+    """Returns the concatenated results of `scan` on files, cached in one folder if they are
+    small."""
+
+    @functools.cache
+    def opened(file: int) -> Arrays:
+        limit = (EAGER if eager is None else eager) // len(paths)
+        return _numbered(_file_index(kind, paths[file], scan, cache, limit))
 
     def together() -> Arrays:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            shares = list(pool.map(lambda path: _file_index(kind, path, scan, cache), paths))
-        counts = [len(next(iter(s.values()))) for s in shares]
+            shares = list(pool.map(opened, range(len(paths))))
+        if sum(_nbytes(array) for share in shares for array in share.values()) > EAGER:
+            return _summary(shares)  # copying them would take as long as reading them all
+        counts = [len(share["file"]) for share in shares]
 
         def joined(key: str) -> np.ndarray:
             if key == "tally":
@@ -574,10 +608,16 @@ def _folder_index(
             return np.concatenate([s[key] for s in shares])
 
         files = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
-        return {"file": files} | {key: joined(key) for key in shares[0]}
+        return {key: files if key == "file" else joined(key) for key in shares[0]}
 
     name = f"{kind}-{fingerprint(kind, paths)}"
-    return cached_arrays(folder_for(paths[0], cache), name, together, eager)
+    arrays = cached_arrays(folder_for(paths[0], cache), name, together, eager)
+    return _joined(opened, arrays, range(len(paths))) if "keys" in arrays else arrays
+
+
+def _nbytes(array: np.ndarray) -> int:
+    """Returns the size of an array, without reading one that is `Checked`."""
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def _renumbered(rows: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
