@@ -17,11 +17,13 @@ from test_sources import TINY, make_image, shown, source, tar
 from emu_jax import cli
 from emu_jax.config import save_json
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
+from emu_jax.data import documents as documents_module
 from emu_jax.data import lengths as lengths_module
 from emu_jax.data.batches import RowBuilder
 from emu_jax.data.build import indexing
 from emu_jax.data.build.indexing import index_sources
 from emu_jax.data.build.runners import on_beam, on_processes
+from emu_jax.data.documents import write_documents
 from emu_jax.data.known_lengths import KnownLengths
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import Group, OpenSource, open_groups
@@ -30,7 +32,8 @@ from emu_jax.data.permutation import mixed, shuffled
 from emu_jax.data.pipeline import merge_states
 from emu_jax.data.simulate import Distribution, SimulatedLengths, load_distribution, simulate
 from emu_jax.data.simulate import table as simulation_table
-from emu_jax.data.sources import SourceConfig, index
+from emu_jax.data.sources import SourceConfig, index, open_source
+from emu_jax.data.sources import open as open_module
 from emu_jax.data.sources.index import cached_arrays
 from emu_jax.data.sources.spans import SAMPLE_BYTES, Spans, compact_spans
 from emu_jax.data.unused import Tally
@@ -384,6 +387,40 @@ def test_indexing_on_beam_writes_the_same_bytes(sources, tmp_path):
         cfg = sources(cache)
         index_sources(cfg, cfg.load_tokenizer(), runner)
     assert arrays(tmp_path / "beam") == arrays(tmp_path / "local") != {}
+
+
+def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(open_module, "_COUNTED_BYTES", 1)
+    for n in range(3):
+        texts = [Document((Text(f"{n} {k}"),)) for k in range(n + 1)]
+        write_documents(tmp_path / f"{n}.array_record", texts)
+    Tokenizer.load(TINY / "tokenizer").save(tmp_path / "tokenizer")
+    source = SourceConfig("it", "records", (str(tmp_path),))
+    cfg = DataConfig(str(tmp_path), sources=(source,), family="emu2")
+    tokenizer = cfg.load_tokenizer()
+    tasks = []
+
+    def index_once() -> dict:
+        return index_sources(
+            cfg, tokenizer, lambda work: tasks.append(work) or on_processes(work, 1)
+        )
+
+    report = index_once()
+    assert report["it"].documents == 6 and len(tasks) == 1
+    # A worker counts with the same tokenizer.
+    assert indexing._opened(source, cfg)[1].fingerprint == tokenizer.fingerprint
+    opened, open_file = [], documents_module._opened
+    monkeypatch.setattr(
+        documents_module, "_opened", lambda path: opened.append(Path(path).stem) or open_file(path)
+    )
+    assert index_once() == report and len(tasks) == 1 and not opened
+    documents = open_source(source)
+    assert not opened and documents[4].parts[0].text == "2 1" and opened == ["2"]
+    assert [d.parts[0].text for d in documents] == ["0 0", "1 0", "1 1", "2 0", "2 1", "2 2"]
+    assert sorted(opened) == ["0", "1", "2"]
+    (part,) = (tmp_path / ".emu_jax").glob("outlines-*")
+    shutil.rmtree(part)
+    assert index_once() == report and len(tasks) == 2  # it is not there: counted again
 
 
 def test_a_share_that_is_none(tmp_path):

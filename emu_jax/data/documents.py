@@ -329,6 +329,8 @@ class DocumentFiles(Source):
 
     Args:
         cache: local copies of remote files, where they are needed (see `StoreRecords`).
+        counts: number of records of each file, if known. Local files are then opened when they
+            are first read.
 
     Raises:
         UserError: a file is missing, damaged or cut short, or a store does not let us read it; the
@@ -341,10 +343,11 @@ class DocumentFiles(Source):
         *,
         paired: bool = False,
         cache: FileCache | None = None,
+        counts: Sequence[int] | None = None,
     ) -> None:
         self.paths = [os.fspath(path) for path in paths]
         self.paired = paired
-        stats, self._records = _open_records(self.paths, cache or FileCache.at(""))
+        stats, self._records = _open_records(self.paths, cache or FileCache.at(""), counts)
         self._sizes = [size for size, _ in stats]
         self._counted: set[str] | None = None  # files whose lengths are stored, once looked up
         self.remote = any(isinstance(records, StoreRecords) for records in self._records)
@@ -416,25 +419,27 @@ class DocumentFiles(Source):
 
 
 def _open_records(
-    paths: Sequence[str], cache: FileCache
+    paths: Sequence[str], cache: FileCache, counts: Sequence[int] | None
 ) -> tuple[list[tuple[int, int | str]], list[Sequence[bytes]]]:
     """Returns the (size, stamp) and the records of each ArrayRecord file."""
 
-    def opened(path: str, stat: storage.Stat | None) -> Sequence[bytes]:
+    def opened(path: str, stat: storage.Stat) -> Sequence[bytes]:
         try:
-            if stat:
-                return StoreRecords(path, stat, cache)
-            return cast(Sequence[bytes], ArrayRecordDataSource([path]))
+            return StoreRecords(path, stat, cache)
         except UserError:
             raise
-        except Exception as error:  # ArrayRecord raises many types
+        except Exception as error:
             raise _damaged(path, error) from None
 
     missing = "%s does not exist: write it first (emu_jax.data.documents)"
     if not any(map(storage.is_remote, paths)):
         if absent := [path for path in paths if not os.path.isfile(path)]:
             raise UserError(missing % absent[0])
-        records = [opened(path, None) for path in paths]
+        records: list[Sequence[bytes]]
+        if counts is None:
+            records = [_opened(path) for path in paths]
+        else:
+            records = [_LazyRecords(*file) for file in zip(paths, counts, strict=True)]
         local = [os.stat(path) for path in paths]
         return [(found.st_size, found.st_mtime_ns) for found in local], records
     try:
@@ -443,6 +448,39 @@ def _open_records(
         raise UserError(missing % error.filename) from None
     with ThreadPoolExecutor(storage.THREADS) as pool:
         return list(stats), list(pool.map(opened, paths, stats))
+
+
+def _opened(path: str) -> Sequence[bytes]:
+    """Opens a local ArrayRecord file."""
+    try:
+        return cast(Sequence[bytes], ArrayRecordDataSource([path]))
+    except Exception as error:  # ArrayRecord raises many types
+        raise _damaged(path, error) from None
+
+
+def count_records(path: str) -> int:
+    """Returns the number of records of a local ArrayRecord file.
+
+    Raises:
+        UserError: it is missing, damaged or cut short.
+    """
+    return len(DocumentFiles([path]))
+
+
+class _LazyRecords(Sequence[bytes]):
+    """The records of a local file, which is opened when one is first read. Safe for threads."""
+
+    def __init__(self, path: str, count: int) -> None:
+        self._path, self._count = path, count
+        self._records: Sequence[bytes] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
+        if self._records is None:  # threads may open it twice, which does no harm
+            self._records = _opened(self._path)
+        return self._records[index]
 
 
 def short_hash(values: object) -> str:

@@ -37,10 +37,12 @@ from emu_jax.data.sources.index import (
     Arrays,
     NotIndexed,
     cached_arrays,
+    has_arrays,
     indexing,
     remove_arrays,
     without_indexing,
 )
+from emu_jax.data.storage import THREADS
 from emu_jax.data.unused import EXAMPLES, Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.storage import is_remote
@@ -138,6 +140,17 @@ class LengthParts:
         """Returns the names of all cached arrays, those of the parts last."""
         parts = range(self.count) if self.count > 1 else ()
         return [self.name, *map(self._part_name, parts)]
+
+    def check(self) -> None:
+        """Checks that all arrays are in the cache, without reading them.
+
+        Raises:
+            NotIndexed: some are missing.
+        """
+        with ThreadPoolExecutor(THREADS) as pool:
+            there = pool.map(lambda name: has_arrays(self.folder, name), self.names())
+            if not all(there):
+                raise NotIndexed(str(self.folder / self.name))
 
     def open(self, part: int, stamp: UInt8[np.ndarray, "bytes"] | None = None) -> Arrays:
         """Returns the arrays of one of several parts; counts it first unless it is cached."""

@@ -26,6 +26,7 @@ from emu_jax.data.mixture import chosen_sources, lengths_folder, open_lengths
 from emu_jax.data.sources import SourceConfig, find_files, open_source
 from emu_jax.data.sources.index import NotIndexed, file_groups, without_indexing
 from emu_jax.data.sources.listings import media_paths
+from emu_jax.data.sources.open import are_counted, index_records
 from emu_jax.data.sources.tars import index_tar
 from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
@@ -77,8 +78,13 @@ def index_sources(
     number, count = shard
     if not 0 <= number < count:
         raise UserError(f"--shard {number}/{count} is out of range: count from 0")
-    runner = make_runner(run_task)
     sources = chosen_sources(cfg, pairs=False)
+    try:
+        with without_indexing():
+            return _totals(sources, cfg, tokenizer)
+    except NotIndexed:
+        pass
+    runner = make_runner(run_task)
     for tasks in (
         [task for source in sources for task in _media_tasks(source, cfg)],
         [task for source in sources for task in _file_tasks(source, cfg)],
@@ -92,9 +98,23 @@ def index_sources(
         for part in range(_parts(source, opened[source.name], cfg, tokenizer).count)
     ]
     _run("count", "part", parts, runner, number, count)
+    return _totals(sources, cfg, tokenizer)
+
+
+def _totals(
+    sources: Sequence[SourceConfig], cfg: DataConfig, tokenizer: Tokenizer
+) -> dict[str, IndexedSource]:
+    """Returns the totals of each source.
+
+    Raises:
+        NotIndexed: something is not cached, in `without_indexing`.
+    """
     result = {}
     for source in sources:
-        totals = open_lengths(source, opened[source.name], cfg, tokenizer, recount=False).totals()
+        documents = open_source(source, cfg.cache, cfg.cache_bytes)
+        lengths = open_lengths(source, documents, cfg, tokenizer, recount=False)
+        lengths.parts.check()
+        totals = lengths.totals()
         result[source.name] = IndexedSource(totals["documents"], totals["tokens"], totals["images"])
     return result
 
@@ -108,6 +128,8 @@ def run_task(task: IndexTask) -> IndexTask:
     source, cfg = task.source, task.data
     if task.is_media:
         index_tar(source.paths[0], cfg.cache)
+    elif task.part is None and source.format == "records":
+        index_records(source.paths, cfg.cache)
     elif task.part is None:
         open_source(source, cfg.cache, cfg.cache_bytes)
     else:
@@ -163,21 +185,27 @@ def _media_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
 
 
 def _file_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
-    if source.format not in _SCANNED:
-        return []
-    each = [dataclasses.replace(source, paths=(path,), media=()) for path in find_files(source)]
-    return [IndexTask(one, cfg) for one in each]
+    return [_index_task(source, cfg, (path,)) for path in _indexed_files(source)]
 
 
 def _folder_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
     """Returns the tasks that merge the indexes of many files into folders."""
-    if source.format not in _SCANNED:
-        return []
-    groups = [tuple(group) for group in file_groups(find_files(source))]
+    groups = file_groups(_indexed_files(source))
     if any(map(file_groups, groups)):  # opening the source merges so many files
         return []
-    each = [dataclasses.replace(source, paths=group, media=()) for group in groups]
-    return [IndexTask(one, cfg) for one in each]
+    return [_index_task(source, cfg, tuple(group)) for group in groups]
+
+
+def _indexed_files(source: SourceConfig) -> list[str]:
+    """Returns the files of a source that have an index in the cache."""
+    if source.format not in (*_SCANNED, "records"):
+        return []
+    paths = find_files(source)
+    return paths if source.format in _SCANNED or are_counted(source, paths) else []
+
+
+def _index_task(source: SourceConfig, cfg: DataConfig, paths: tuple[str, ...]) -> IndexTask:
+    return IndexTask(dataclasses.replace(source, paths=paths, media=()), cfg)
 
 
 def _parts(
@@ -195,9 +223,9 @@ def _opened(source: SourceConfig, cfg: DataConfig) -> tuple[Source, Tokenizer]:
     """Returns the source and the tokenizer of a part; a worker opens each once."""
     folder = cfg.tokenizer or f"{cfg.root}/tokenizer"
     documents = _opened_once(source, cfg.cache, cfg.cache_bytes)
-    return documents, _tokenizer(folder, cfg.instruct)
+    return documents, _tokenizer(folder, cfg.instruct, cfg.family)
 
 
 @functools.lru_cache(2)
-def _tokenizer(folder: str, instruct: bool) -> Tokenizer:
-    return DataConfig(tokenizer=folder, instruct=instruct).load_tokenizer()
+def _tokenizer(folder: str, instruct: bool, family: str) -> Tokenizer:
+    return DataConfig(tokenizer=folder, instruct=instruct, family=family).load_tokenizer()

@@ -152,6 +152,12 @@ def cached_arrays(
         return arrays
 
 
+def has_arrays(folder: Path, name: str) -> bool:
+    """Returns whether `folder/name` holds arrays, or this host's copy of it. Reads none of them."""
+    local = isinstance(folder, StorePath) and (_local_folder(folder) / name / _LISTING).is_file()
+    return local or (folder / name / _LISTING).is_file()
+
+
 def remove_arrays(folder: Path, name: str) -> None:
     """Removes the arrays in `folder/name`, so that they are made again."""
     if isinstance(folder, StorePath):

@@ -7,20 +7,29 @@ listing) is built once, without decoding an image, and cached (`index.py`).
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
 
 from emu_jax.data import storage
-from emu_jax.data.documents import DocumentFiles, Source
+from emu_jax.data.documents import DocumentFiles, Source, count_records
 from emu_jax.data.file_cache import CACHE_BYTES, FileCache
 from emu_jax.data.sources.dialogues import Dialogues
 from emu_jax.data.sources.entries import Entries
 from emu_jax.data.sources.formats import PACKED, PARQUET, check_format
+from emu_jax.data.sources.index import Arrays, NotIndexed, index_files
 from emu_jax.data.sources.listings import Media, media_paths
 from emu_jax.data.sources.pages import Pages
 from emu_jax.data.sources.pairs import Pairs, TfdsPairs
 from emu_jax.data.sources.urls import UrlFiles
 from emu_jax.data.sources.videos import SubtitledVideos, Videos
 from emu_jax.errors import UserError, suggest
+
+# Local ArrayRecord files of fewer bytes are opened with their source. Opening a file reads the
+# offsets of all its records: 20 bytes of memory each.
+_COUNTED_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +159,37 @@ def _entries(paths: list[str], cache: str, cfg: SourceConfig) -> tuple[Entries, 
     return Entries(paths, cache), Media(cfg.media, cache, urls)
 
 
+def are_counted(cfg: SourceConfig, paths: Sequence[str]) -> bool:
+    """Returns whether a source's records are counted in a cache, so that files are opened late."""
+    return (
+        cfg.format == "records"
+        and not any(map(storage.is_remote, paths))
+        and all(map(os.path.isfile, paths))
+        and sum(map(os.path.getsize, paths)) >= _COUNTED_BYTES
+    )
+
+
+def index_records(paths: Sequence[str], cache: str) -> Arrays:
+    """Returns the number of records of each ArrayRecord file as `count`, from the cache."""
+    return index_files(
+        "records-1", paths, lambda path: {"count": np.array([count_records(path)])}, cache
+    )
+
+
+def _records(cfg: SourceConfig, paths: list[str], cache: str, copies: FileCache) -> Source:
+    counts = None
+    if are_counted(cfg, paths):
+        with suppress(NotIndexed):
+            counts = np.asarray(index_records(paths, cache)["count"]).tolist()
+    return DocumentFiles(paths, paired=cfg.paired, cache=copies, counts=counts)
+
+
 Make = Callable[[SourceConfig, list[str], str, FileCache], Source]
 RECORDS = (".array_record",)
 _JSON = tuple(name + packed for name in (".jsonl", ".json") for packed in ("", *PACKED))
 # {format: (constructor, file suffixes)}
 FORMATS: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "records": (
-        lambda cfg, paths, cache, copies: DocumentFiles(paths, paired=cfg.paired, cache=copies),
-        RECORDS,
-    ),
+    "records": (_records, RECORDS),
     "webdataset": (
         lambda cfg, paths, cache, copies: Pairs(
             paths, cache, cfg.frames, cfg.caption_key, "texts" in cfg.allow_missing
