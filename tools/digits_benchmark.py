@@ -20,7 +20,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: "{file}"}}}}
 test_split: test
 doc_to_visual: !function digits.visual
-doc_to_text: "a picture of a"
+doc_to_text: "the digit"
 """
 GENERATE = """\
 task: digits
