@@ -162,9 +162,14 @@ def test_lmms_eval_asks_in_messages(harness):
         lm.generate_until([lmms_request("", sound, {}, 0, "digits", "test")])
 
 
-def test_lmms_eval_compares_likelihoods(harness):
+def test_lmms_eval_compares_losses(harness):
     echo = Echo()
-    plugin = harness("lmms_eval", echo, lmms_eval__api__model={"lmms": object})
+    plugin = harness(
+        "lmms_eval",
+        echo,
+        lmms_eval__api__model={"lmms": object},
+        lmms_eval__api__instance={"GenerationResult": lambda text: text},
+    )
     lm = plugin.EmuSimple("runs/demo")
     lm.task_dict = TASKS
     visual = lambda doc: [doc["image"]]  # noqa: E731
@@ -173,9 +178,9 @@ def test_lmms_eval_compares_likelihoods(harness):
     requests = [
         lmms_request("the digit", cont, visual, doc, "digits", "test") for doc, cont in rows
     ]
-    scores = lm.loglikelihood(requests)
-    # The stand-in says words of three letters alone.
-    assert scores == [(-3.0, True), (-5.0, False), (-8.0, False), (-7.0, True)]
+    losses = lm.loglikelihood(requests)
+    # The stand-in says words of three letters alone, and each letter costs 1.
+    assert losses == [(3.0, True), (5.0, False), (4.0, False), (3.5, True)]
     assert echo.asked == [(2, [["one", "six nine"], ["three", "two six"]])]
     asked = lmms_request("<image> is", {"until": "\n"}, visual, 1, "digits", "test")
     assert lm.generate_until([asked]) == ["BLUE| is"] and lm.is_simple

@@ -86,13 +86,13 @@ class EmuChat(Base):
         """
         raise UserError("tasks of several rounds (lmms-eval): not supported; choose another task")
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Returns the log-likelihood of each request's continuation, and whether it is greedy.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """Refuses tasks that compare likelihoods, for which lmms-eval has no messages.
 
         Raises:
-            UserError: this class reads messages, which lmms-eval has for generation alone.
+            UserError: always.
         """
-        raise UserError("likelihoods (lmms-eval) need the older interface: add --force_simple")
+        raise UserError("likelihoods (lmms-eval) need its older interface: add --force_simple")
 
     def _given(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return args[2]
@@ -110,22 +110,28 @@ class EmuSimple(EmuChat):
 
     is_simple = True
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Returns the log-likelihood of each request's continuation, and whether it is greedy."""
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """Returns the loss of each request's continuation, and whether it is greedy.
+
+        Despite the name, lmms-eval chooses the smallest value (`ConfigurableTask.process_results`),
+        and its own models return mean losses. It would turn a bare tuple into a string.
+        """
+        from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
+
         questions: dict[tuple[Any, ...], list[int]] = {}
         for number, request in enumerate(requests):
             context, _, _, *document = request.args
             questions.setdefault((context, *document), []).append(number)
-        results = [(0.0, False)] * len(requests)
+        results: list[Any] = [None] * len(requests)
         with ProgressBar("questions", len(questions), "question") as bar:
             for chunk in chunks(list(questions.values())):
                 first = [requests[numbers[0]].args for numbers in chunk]
                 asked = [self._turns(args[0], args[2], args[3:]) for args in first]
                 candidates = [[self._continuation(requests[n].args) for n in row] for row in chunk]
-                scores = self.harness_model.log_likelihoods(asked, candidates)
-                for numbers, row in zip(chunk, scores, strict=True):
-                    for number, score in zip(numbers, row, strict=True):
-                        results[number] = score
+                losses = self.harness_model.losses(asked, candidates)
+                for numbers, row in zip(chunk, losses, strict=True):
+                    for number, loss in zip(numbers, row, strict=True):
+                        results[number] = GenerationResult(loss)
                 bar.add(len(chunk))
         return results
 

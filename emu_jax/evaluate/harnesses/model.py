@@ -110,11 +110,11 @@ class HarnessModel:
         chosen |= {"system": None, "grounding": False}
         return self.emu.generate_text(prompts, **chosen)
 
-    def log_likelihoods(
+    def losses(
         self, dialogues: Sequence[Sequence[ChatTurn]], candidates: Sequence[Sequence[str]]
     ) -> list[list[tuple[float, bool]]]:
-        """Returns, for each candidate answer of each dialogue, its log-likelihood in nats and
-        whether greedy decoding begins with it.
+        """Returns, for each candidate answer of each dialogue, its loss in nats, a mean over its
+        tokens, and whether greedy decoding begins with it.
 
         Blanks around a candidate are left out: the tokenizer puts one before each word.
         """
@@ -130,13 +130,13 @@ class HarnessModel:
             system=None,
             grounding=False,
         )[:, 1:]
-        scores = self.emu.log_likelihoods(prompts, candidates)
+        sums = self.emu.log_likelihoods(prompts, candidates)
         return [
             [
-                (score, said[: len(tokens)].tolist() == list(tokens))
-                for score, tokens in zip(row, spelled, strict=True)
+                (-total / len(tokens), said[: len(tokens)].tolist() == list(tokens))
+                for total, tokens in zip(row, spelled, strict=True)
             ]
-            for row, spelled, said in zip(scores, ids, greedy, strict=True)
+            for row, spelled, said in zip(sums, ids, greedy, strict=True)
         ]
 
     def _prompt(self, dialogue: Sequence[ChatTurn], settings: Mapping[str, Any]) -> list[Part]:
