@@ -65,7 +65,7 @@ package: .venv/.installed-dev
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Executes the notebooks. The first needs the demo.
+# Executes the notebooks, some of which need the demo.
 notebooks: .venv/.installed-notebooks demo
 	$(BIN)/python tools/notebooks.py
 

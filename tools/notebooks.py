@@ -2,8 +2,8 @@
 
     python tools/notebooks.py [--write] [NAME ...]
 
-A notebook whose cell raises is an error, and so is one that takes longer than `SECONDS`. The first
-needs the demo: `runs/demo`, or the folder that EMU_JAX_DEMO names.
+A notebook whose cell raises is an error, and so is one that takes longer than `SECONDS`. Those that
+load the demo need `runs/demo`, or the folder that EMU_JAX_DEMO names.
 """
 
 import argparse
