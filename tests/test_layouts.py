@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_sources import agrees, lines, make_image, reasons, shown, source, tar, video
 
+from emu_jax.data import storage
 from emu_jax.data.documents import Damaged
 from emu_jax.data.sources import SourceConfig, entries, parquet
 from emu_jax.data.sources.entries import look_up
@@ -100,6 +101,19 @@ def test_row_groups_are_read_when_they_are_needed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a.parquet cannot be read") as error:
         rows[2]
     assert not isinstance(error.value, Damaged)
+
+
+def test_a_listing_or_tar_that_is_gone_is_no_damage(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    rows = entries.Entries([str(tmp_path / "a.jsonl")], "")
+    tar(tmp_path / "a.tar", {"0.jpg": make_image(8), "0.txt": b"words"})
+    samples = source("webdataset", tmp_path / "a.tar")
+    for path, read in (("a.jsonl", lambda: rows[0]), ("a.tar", lambda: samples[0])):
+        (tmp_path / path).unlink()
+        storage.refresh()
+        with pytest.raises(UserError, match=f"{path} cannot be read .*restore it") as error:
+            read()
+        assert not isinstance(error.value, Damaged)
 
 
 def test_a_damaged_row_group_loses_its_rows(tmp_path):

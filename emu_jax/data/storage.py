@@ -284,6 +284,22 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
     return _patiently(path, lambda: _pread(_open(path), start, size))
 
 
+def read_part(path: str, start: int = 0, size: int | None = None) -> bytes:
+    """Reads bytes of a file that holds documents, as `read` does.
+
+    Raises:
+        Unreadable: it is not a regular file.
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        return read(path, start, size)
+    except (FileNotFoundError, PermissionError) as error:
+        reason = error.strerror or str(error) or repr(error)
+        raise UserError(
+            f"{path} cannot be read ({reason}): restore it, or allow reading it"
+        ) from None
+
+
 def _request(path: str, start: int, size: int | None) -> bytes:
     fs, inner = _file_system(path)
     end = None if size is None else start + size

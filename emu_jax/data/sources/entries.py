@@ -72,7 +72,7 @@ class Entries:
         if path.endswith(PACKED):
             content = self._content(path)[start : start + size].tobytes()
         else:
-            content = storage.read(path, start, size)
+            content = storage.read_part(path, start, size)
         return parse_object(content, self.where(index))
 
     def _scan(self, path: str) -> Arrays:
@@ -143,7 +143,7 @@ def _objects_in(file: str | bytes) -> Arrays:
     if isinstance(file, bytes):
         size, read = len(file), lambda start, count: file[start : start + count]
     else:
-        size, read = storage.stat(file).size, functools.partial(storage.read, file)
+        size, read = storage.stat(file).size, functools.partial(storage.read_part, file)
     head = read(0, 4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     spans = list(_elements(read(0, size)) if head.startswith(b"[") else _lines(read, size))
     offsets, sizes = np.array(spans, np.int64).reshape(-1, 2).T

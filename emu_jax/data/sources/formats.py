@@ -44,7 +44,7 @@ def check_format(path: str) -> None:
     Raises:
         UserError: it is in such a format. The message names the format, and the command if known.
     """
-    head = storage.read(path, 0, _HEAD)
+    head = storage.read_part(path, 0, _HEAD)
     for start, what, suffix, command in _FORMATS:
         if not head.startswith(start):
             continue
@@ -63,7 +63,7 @@ def unpack(path: str) -> Arrays:
     Raises:
         UserError: the file is damaged, too large, or holds several files.
     """
-    packed = io.BytesIO(storage.read(path))
+    packed = io.BytesIO(storage.read_part(path))
     try:
         if path.endswith(".zip"):
             with zipfile.ZipFile(packed) as archive:

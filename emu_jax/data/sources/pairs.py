@@ -242,7 +242,7 @@ def _content(path: str, member: Member, where: str, max_bytes: int = storage.MOS
     """
     if member.size > max_bytes:
         raise Damaged("file too large", where, f"a member of {member.size:,} bytes")
-    content = storage.read(path, member.offset, member.size)
+    content = storage.read_part(path, member.offset, member.size)
     if len(content) < member.size:
         raise Damaged("corrupt tar member", where, "the archive is cut short")
     return content

@@ -109,7 +109,7 @@ class _Reader:
         if first < 0 or first + size > len(self._content):
             self._start, first = offset, 0
             count = min(max(size, self._chunk), self._end - offset)
-            self._content = storage.read(self._path, offset, count) if count else b""
+            self._content = storage.read_part(self._path, offset, count) if count else b""
         return self._content[first : first + size]
 
 
