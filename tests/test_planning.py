@@ -391,6 +391,7 @@ def test_indexing_on_beam_writes_the_same_bytes(sources, tmp_path):
 
 def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(open_module, "_COUNTED_BYTES", 1)
+    monkeypatch.setattr(index, "MOST_FOLDERS", 2)
     for n in range(3):
         texts = [Document((Text(f"{n} {k}"),)) for k in range(n + 1)]
         write_documents(tmp_path / f"{n}.array_record", texts)

@@ -170,9 +170,9 @@ def are_counted(cfg: SourceConfig, paths: Sequence[str]) -> bool:
 
 
 def index_records(paths: Sequence[str], cache: str) -> Arrays:
-    """Returns the number of records of each ArrayRecord file as `count`, from the cache."""
+    """Returns the number of records of each ArrayRecord file as `records`, from the cache."""
     return index_files(
-        "records-1", paths, lambda path: {"count": np.array([count_records(path)])}, cache
+        "records-1", paths, lambda path: {"records": np.array([count_records(path)])}, cache
     )
 
 
@@ -180,7 +180,7 @@ def _records(cfg: SourceConfig, paths: list[str], cache: str, copies: FileCache)
     counts = None
     if are_counted(cfg, paths):
         with suppress(NotIndexed):
-            counts = np.asarray(index_records(paths, cache)["count"]).tolist()
+            counts = np.asarray(index_records(paths, cache)["records"]).tolist()
     return DocumentFiles(paths, paired=cfg.paired, cache=copies, counts=counts)
 
 
