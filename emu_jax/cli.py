@@ -907,6 +907,43 @@ def serve(parser: argparse.ArgumentParser) -> Command:
         metavar="S",
         help="maximum time to answer a request, in seconds (default: 120)",
     )
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests that are decoded at once, in one batch (default: 8)",
+    )
+    parser.add_argument(
+        "--image-slots",
+        type=int,
+        default=None,
+        metavar="N",
+        help="images that are denoised at once, in one batch (default: 1 on a CPU, 4 elsewhere)",
+    )
+    parser.add_argument(
+        "--api-keys",
+        type=_local_path,
+        default=None,
+        metavar="FILE",
+        help="a file of API keys, one a line, of which requests must have one (default: those of "
+        "the environment variable EMU_JAX_API_KEYS, separated by commas; with none, everyone may "
+        "send requests)",
+    )
+    parser.add_argument(
+        "--per-minute",
+        type=int,
+        default=0,
+        metavar="N",
+        help="requests of an API key, or of an address, in a minute (default: no limit)",
+    )
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="time for running answers after SIGTERM, in seconds (default: 3)",
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         try:
@@ -917,12 +954,47 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             raise UserError(
                 "--waiting, --seconds and --port must be positive, the port below 65536"
             )
-        limits = Limits(waiting=args.waiting, seconds=args.seconds)
+        if args.slots < 1 or (args.image_slots or 1) < 1:
+            raise UserError("--slots and --image-slots must be at least 1")
+        if args.per_minute < 0 or args.drain < 0:
+            raise UserError("--per-minute and --drain must not be negative")
+        limits = Limits(
+            waiting=args.waiting,
+            seconds=args.seconds,
+            per_minute=args.per_minute,
+            drain_seconds=args.drain,
+        )
+        keys = _api_keys(args.api_keys)
         checkpoint = local_path(args.checkpoint)
-        serve(checkpoint, args.host, args.port, limits, args.allow_host)
+        serve(
+            checkpoint,
+            args.host,
+            args.port,
+            limits,
+            args.allow_host,
+            slots=args.slots,
+            image_slots=args.image_slots,
+            keys=keys,
+        )
         return {}
 
     return run
+
+
+def _api_keys(file: Path | None) -> list[str]:
+    """Returns the API keys of a file, or else those of the environment.
+
+    Raises:
+        UserError: the file has no keys.
+    """
+    if file is None:
+        return [
+            key for k in os.environ.get("EMU_JAX_API_KEYS", "").split(",") if (key := k.strip())
+        ]
+    keys = [key for line in file.read_text().splitlines() if (key := line.strip())]
+    if not keys:
+        raise UserError(f"no API keys ({file}): write one a line")
+    return keys
 
 
 def plan(parser: argparse.ArgumentParser) -> Command:

@@ -24,6 +24,7 @@ from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import api, image, logits, mixed, prompt, text
 from emu_jax.generate.api import Emu, _image_keys, _row_keys, load
+from emu_jax.generate.engine import Engine, Usage
 from emu_jax.generate.safety import find_checker
 from emu_jax.generate.settings import (
     RENAMED,
@@ -1088,6 +1089,86 @@ def test_prompt_and_new_tokens_are_counted_together(small):
     candidates = ["two", "two three four five six"]
     with pytest.raises(UserError, match="are to follow, but the model has 128 positions"):
         small.rank(full, candidates)
+
+
+def run_together(engine, answers):
+    """All parts of several answers, each iterator asked in turn."""
+    parts, running = [[] for _ in answers], dict(enumerate(answers))
+    while running:
+        waiting = True
+        for number, answer in list(running.items()):
+            part = next(answer, running)
+            if part is running:
+                del running[number]
+            elif part is not None:
+                parts[number].append(part)
+            waiting &= part is None
+        if waiting:
+            engine.step()
+    return parts
+
+
+def joined(parts):
+    """The text and the images of an answer, with its usage."""
+    said = "".join(part for part in parts if isinstance(part, str))
+    images = [np.asarray(part).tolist() for part in parts if isinstance(part, Image.Image)]
+    return said, images, [part for part in parts if isinstance(part, Usage)]
+
+
+@pytest.mark.slow
+def test_requests_share_a_batch_and_do_not_notice(drawer):
+    """Of unequal length, greedy and sampled, with images and without, more than there are slots."""
+    engine = Engine(drawer, slots=3, image_slots=2, new_tokens=8, max_images=1)
+    sampled = {"do_sample": True, "temperature": 2.0, "max_images": 0, "top_p": 1.0}
+    asked = [
+        (engine.stream, drawer.stream, OPENING[0], {"max_new_tokens": 7, "max_images": 1} | DRAW),
+        (engine.stream, drawer.stream, OPENING[2], {"max_new_tokens": 3, "max_images": 0}),
+        (engine.stream, drawer.stream, OPENING[3], sampled | {"max_new_tokens": 8, "seed": 1}),
+        (engine.stream, drawer.stream, OPENING[3], sampled | {"max_new_tokens": 8, "seed": 2}),
+        (engine.stream, drawer.stream, OPENING[3], sampled | {"max_new_tokens": 5, "top_k": 1}),
+        (engine.generate_image, drawer.generate_image, [OPENING[2]], {"seed": 3} | DRAW),
+        (
+            engine.generate_image,
+            drawer.generate_image,
+            [OPENING[3]],
+            {"seed": 4} | DRAW | {"num_inference_steps": 6},
+        ),
+    ]
+    together = run_together(engine, [ask(given, **more) for ask, _, given, more in asked])
+    assert engine.active == (0, 0)
+    said = []
+    for parts, (ask, alone, given, more) in zip(together, asked, strict=True):
+        assert joined(parts) == joined(*run_together(engine, [ask(given, **more)])), more
+        text, images, _ = joined(parts)
+        expected = list(alone(given, **more))
+        assert text.strip() == "".join(p for p in expected if isinstance(p, str)).strip(), more
+        drawn = [p for p in expected if isinstance(p, Image.Image)]
+        assert all(levels(a, b) <= 1 for a, b in zip(images, drawn, strict=True))
+        said.append(text)
+    assert said[2] != said[3], "a seed has no effect"
+    # An image that nobody waits for makes room for another.
+    many = DRAW | {"num_inference_steps": 30}
+    drawing = [engine.generate_image([OPENING[3]], seed=seed, **many) for seed in (4, 5)]
+    while engine.active[1] < 2:
+        assert [next(each) for each in drawing] == [None, None]
+        engine.step()
+    drawing.pop().close()
+    assert engine.active == (0, 1)
+    (images,) = run_together(engine, drawing)
+    assert len(joined(images)[1]) == 1 and engine.active == (0, 0)
+    assert [usage.completion_tokens for usage in joined(together[1])[2]] == [3]
+
+
+def test_a_request_that_leaves_frees_its_slot(drawer):
+    engine = Engine(drawer, slots=1, new_tokens=8, max_images=0)
+    more = {"max_new_tokens": 8, "max_images": 0}
+    gone, waits = engine.stream(OPENING[2], **more), engine.stream(OPENING[3], **more)
+    next(gone)
+    assert next(waits) is None and engine.active == (1, 0)
+    gone.close()
+    assert engine.active == (0, 0)
+    (said,) = run_together(engine, [waits])
+    assert said[-1].prompt_tokens == len(drawer.tokenizer.encode(*OPENING[3]))
 
 
 def test_images_take_no_more_positions_than_there_are(drawer, caplog):

@@ -27,6 +27,7 @@ from emu_jax.errors import UserError
 from emu_jax.generate.image import Stopped
 from emu_jax.generate.settings import RENAMED, GenerationConfig
 from emu_jax.serve import app as serving
+from emu_jax.serve import middleware
 from emu_jax.serve.app import chat as chat_with
 from emu_jax.serve.app import make_app, make_server
 from emu_jax.serve.connections import listen
@@ -609,7 +610,7 @@ def test_every_answer_has_the_security_headers(emu, caplog):
 
     async def fail():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serving, "_client", broken)
+            patch.setattr(middleware, "client_of", broken)
             sent = []
             app = make_app(emu, LIMITS)
 

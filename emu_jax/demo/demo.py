@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import platform
@@ -67,6 +68,8 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
             train(_stage(name, workdir, fit, seed), directory)
             clock.save()
         save_json(GENERATION, workdir / "generation.json")
+        examples = _examples(workdir / "data", scored)
+        write_text(workdir / "examples.json", json.dumps(examples, indent=1))
 
         emu = load(workdir, batch_size=100)
         judge = Judge(fit, emu.image_size)
@@ -201,6 +204,22 @@ def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
     images = np.stack([np.asarray(image) for image in generated])
     grid = images.reshape(10, DRAWINGS, *images.shape[1:])[:, :10]
     return grid, _mean(judge(images) == labels)
+
+
+def _examples(data: Path, split: str) -> dict[str, Any]:
+    """Returns prompts for the page of `emu-jax serve`, a list for each of its tabs."""
+    images, _ = digits.digit_images(split)
+    story = DocumentFiles([data / split / "storyboards.array_record"])[0].parts[:-2]
+    parts = [{"text": p.text} if isinstance(p, Text) else _image_part(p.data) for p in story]
+    return {
+        "chat": [{"parts": [_image_part(digits.encode_png(images[n]))]} for n in range(3)],
+        "draw": [{"parts": [{"text": f"the digit {word}"}]} for word in ("seven", "three")],
+        "continue": [{"parts": parts, "settings": {"max_images": 1}}],
+    }
+
+
+def _image_part(content: bytes) -> dict[str, str]:
+    return {"picture": base64.b64encode(content).decode(), "type": "image/png"}
 
 
 def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any], float]:

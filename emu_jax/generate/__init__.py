@@ -8,6 +8,7 @@ text.py      text decoding: sampling, beam search and ranking
 logits.py    logits processors and sampling filters
 image.py     painting: N embeddings to an image
 mixed.py     continuations in which the model itself may start an image
+engine.py    continuous batching: requests join and leave a running batch
 safety.py    the release's safety checker
 cli_io.py    prompts and answers on the command line and in its batch files
 """

@@ -16,6 +16,7 @@ always many prompts: pass a video alone as an array or a Path.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -180,7 +181,8 @@ class Emu:
         model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(self.dtype), params))
         with self._on_mesh():
             model.llama = model.llama.unstacked_for_decoding()
-        self._graphdef, self._params = nnx.split(model)
+        graphdef, self._params = nnx.split(model)
+        self._graphdef = _HashedGraphDef.of(graphdef)
 
     @property
     def model(self) -> EmuModel:
@@ -448,7 +450,7 @@ class Emu:
         for number, prompt in enumerate(prompts):
             with _naming(number, prompts):
                 parts = as_parts(prompt)
-                if len(parts) == 1 and not isinstance(parts[0], str) and not is_video(parts[0]):
+                if self._autoencodes(parts):
                     autoencoded[number] = True
                     pixels.append(preprocess_image(parts[0], self.cfg.vision.image_size))
             opened.append(parts)
@@ -459,6 +461,11 @@ class Emu:
         images = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8)
         embeddings = jnp.concatenate([self._encode_all(images)[: len(alone)], regressed])
         return embeddings[np.argsort(np.concatenate([alone, others]))], autoencoded
+
+    def _autoencodes(self, parts: Sequence[Any]) -> bool:
+        """Returns whether a prompt is a single image that is painted from its own features."""
+        single = len(parts) == 1 and not isinstance(parts[0], str) and not is_video(parts[0])
+        return single and self.cfg.autoencodes
 
     def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N E"]:
         n, width = self.cfg.n_embeddings, self.cfg.embedding_width
@@ -878,6 +885,27 @@ class _StreamProgress:
         if len(text) > len(self._text):
             yield text[len(self._text) :]
             self._text = text
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _HashedGraphDef(nnx.GraphDef):
+    """A graphdef that is hashed once. Without it, each call of a compiled program hashes the whole
+    graphdef, which takes longer than a token of a small model."""
+
+    known_hash: int
+
+    @classmethod
+    def of(cls, graphdef: nnx.GraphDef) -> _HashedGraphDef:
+        return cls(graphdef.nodes, graphdef.attributes, graphdef.num_leaves, hash(graphdef))
+
+    def __hash__(self) -> int:
+        return self.known_hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, nnx.GraphDef):
+            return self is other
+        return (self.nodes, self.attributes) == (other.nodes, other.attributes)
 
 
 def _paints(model: EmuModel) -> bool:

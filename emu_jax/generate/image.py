@@ -167,9 +167,9 @@ def paint_steps(
     uncond: Float[Array, "N D"] | Float[Array, "B N D"] | None,
     guidance: Float[Array, ""] | float,
     table: diffusion.Steps,
-    first: Int[Array, ""],
-    last: Int[Array, ""],
-    sizes: Real[Array, "6"] | None = None,
+    first: int | Int[Array, ""],
+    last: int | Int[Array, ""],
+    sizes: Real[Array, "6"] | Real[np.ndarray, "6"] | None = None,
 ) -> diffusion.SamplerState:
     """Runs the sampler's steps `first` to `last` (exclusive); see `sample_latents`."""
     if uncond is not None:

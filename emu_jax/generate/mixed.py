@@ -47,6 +47,7 @@ class DynamicMixedSettings(NamedTuple):
     Attributes:
         max_images: images that each row has room for, at most the static limit. None stands for
             that limit.
+        do_sample: whether to sample, if the static setting allows it. None stands for that setting.
     """
 
     max_new_tokens: Int[Array, ""]
@@ -54,6 +55,7 @@ class DynamicMixedSettings(NamedTuple):
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     max_images: Int[Array, "B"] | None = None
+    do_sample: Bool[Array, ""] | None = None
 
 
 class MixedState(NamedTuple):
@@ -113,11 +115,17 @@ def start(
     static: StaticMixedSettings,
     dynamic: DynamicMixedSettings,
     keys: Key[Array, "B"] | None,
+    cache_slots: int | None = None,
 ) -> MixedState:
-    """Returns the state after the first element; see `complete`."""
+    """Returns the state after the first element; see `complete`.
+
+    Args:
+        cache_slots: free slots of the cache after the prompt; by default enough for all elements.
+    """
     ids, n = emu.cfg.tokens, emu.cfg.n_embeddings
     steps, (batch, _, width) = static.steps(n), x.shape
-    decoding, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, steps - 1)
+    cache_slots = steps - 1 if cache_slots is None else cache_slots
+    decoding, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, cache_slots)
     state = MixedState(
         tokens=jnp.full((batch, steps), ids.pad),
         images=jnp.zeros((batch, static.max_images, n, emu.cfg.embedding_width), x.dtype),
@@ -147,29 +155,38 @@ def decode_until(
     until = jnp.minimum(until, static.steps(emu.cfg.n_embeddings))
     graphdef, params = nnx.split(emu.llama.unstacked_for_decoding())
 
-    def decode_step(state: MixedState) -> MixedState:
-        llama = nnx.merge(graphdef, params)
-        hidden, cache = llama.extend(
-            state.element[:, None],
-            state.positions[:, None],
-            jnp.ones((len(state.offset), 1), bool),
-            state.cache,
-        )
-        return state._replace(
-            positions=state.positions + 1,
-            cache=cache,
-            logits=llama.logits(hidden)[:, 0].astype(jnp.float32),
-            regressed=emu.regress(hidden)[:, 0],
-        )
-
     def step(state: MixedState) -> MixedState:
-        llama = nnx.merge(graphdef, params)
-        return _choose(emu, llama, decode_step(state), static, dynamic, keys)
+        return decode_step(emu, nnx.merge(graphdef, params), state, static, dynamic, keys)
 
     def unfinished(state: MixedState) -> Bool[Array, ""]:
         return (state.step < until) & ~jnp.all(state.done)
 
     return jax.lax.while_loop(unfinished, step, state)
+
+
+def decode_step(
+    emu: EmuModel,
+    llama: Llama,
+    state: MixedState,
+    static: StaticMixedSettings,
+    dynamic: DynamicMixedSettings,
+    keys: Key[Array, "B"] | None,
+) -> MixedState:
+    """Reads the last element of every row and appends the next one. `llama` is that of `emu`, or
+    its copy for decoding."""
+    hidden, cache = llama.extend(
+        state.element[:, None],
+        state.positions[:, None],
+        jnp.ones((len(state.offset), 1), bool),
+        state.cache,
+    )
+    state = state._replace(
+        positions=state.positions + 1,
+        cache=cache,
+        logits=llama.logits(hidden)[:, 0].astype(jnp.float32),
+        regressed=emu.regress(hidden)[:, 0],
+    )
+    return _choose(emu, llama, state, static, dynamic, keys)
 
 
 def _choose(
@@ -187,11 +204,11 @@ def _choose(
     closed = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if static.may_open else [ids.img])
     closed += [] if ids.frame is None else [ids.frame]
     scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)
+    word = jnp.argmax(scores, axis=-1)
     if static.do_sample:
         scores = filter_logits(scores, dynamic.temperature, dynamic.top_k, dynamic.top_p)
-        word = jax.vmap(jax.random.categorical)(step_keys(keys, state.step), scores)
-    else:
-        word = jnp.argmax(scores, axis=-1)
+        sampled = jax.vmap(jax.random.categorical)(step_keys(keys, state.step), scores)
+        word = sampled if dynamic.do_sample is None else jnp.where(dynamic.do_sample, sampled, word)
     embeds, closes = (state.offset >= 0) & (state.offset < n), state.offset == n
     writes = state.offset < 0
     opens = writes & (word == ids.img)

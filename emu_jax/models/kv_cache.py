@@ -22,13 +22,14 @@ class KVCache:
 
     A token takes the next slot of its row, whatever its position. `valid` is False on padding
     slots, which lets left- and right-padded prompts share one layout. Keys and values have the
-    layout of attention's matmuls: no decode step transposes them.
+    layout of attention's matmuls: no decode step transposes them. Between the steps of
+    `generate.engine`, all arrays have a leading axis of slots.
     """
 
     k: Any  # Float[Array, "L B G K S"]
     v: Any  # Float[Array, "L B G S K"]
-    valid: Bool[Array, "B S"]
-    used: Int[Array, ""]
+    valid: Bool[Array, "*slots B S"]
+    used: Int[Array, "*slots"]
 
     @classmethod
     def empty(
@@ -95,6 +96,16 @@ class KVCache:
     def advance(self, length: int) -> KVCache:
         """Marks the next `length` slots as used."""
         return dataclasses.replace(self, used=self.used + length)
+
+    def drop(self, slots: Int[Array, ""] | int) -> KVCache:
+        """Frees the first `slots` slots, which must be padding in every row. The others move to the
+        front."""
+        k, v = (
+            jax.tree.map(lambda a, axis=axis: jnp.roll(a, -slots, axis), part)
+            for part, axis in ((self.k, -1), (self.v, -2))
+        )
+        valid = jnp.roll(self.valid, -slots, -1)
+        return dataclasses.replace(self, k=k, v=v, valid=valid, used=self.used - slots)
 
     def repeat(self, times: int) -> KVCache:
         """Repeats each row `times` times."""

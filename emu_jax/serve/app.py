@@ -1,41 +1,88 @@
-"""The server: routes, middleware, and streaming the model's answers to clients.
+"""The server: routes, and the path of a request to the model and back.
 
-An answer is a stream of JSON lines: `{"text": ...}` and `{"picture": "data:image/png;..."}` as
-they are generated, then `{"done": true}` or `{"error": ...}`.
+An answer of `/api/...` is a stream of JSON lines: `{"text": ...}` and
+`{"picture": "data:image/png;..."}` as they are generated, then `{"done": true}` or
+`{"error": ...}`. A request with `"progress": true` also gets `{"waiting": ...}`, its place in the
+queue, and `{"preview": "data:...", "step": ..., "steps": ...}` while an image is denoised. Answers
+of `/v1/...` are OpenAI's (`openai.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import collections
 import contextlib
 import dataclasses
+import functools
 import io
 import ipaddress
 import json
 import logging
+import math
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.batching import Shapes
+from emu_jax.generate.engine import Engine, EnginePart, Preview, Usage
+from emu_jax.generate.image import native_side
 from emu_jax.generate.prompt import chat_format, converse
 from emu_jax.serve.connections import bounded_connections, listen, room_for_connections
+from emu_jax.serve.metrics import ServerMetrics
+from emu_jax.serve.middleware import (
+    HEADERS,
+    LOOPBACK,
+    Authenticate,
+    CheckHost,
+    Hosts,
+    Observe,
+    PerClient,
+    RateLimit,
+    SecurityHeaders,
+    client_of,
+    error_response,
+)
+from emu_jax.serve.openai import (
+    ChunkWriter,
+    Completion,
+    completion_json,
+    completion_pieces,
+    error_json,
+    event,
+    image_json,
+    models_json,
+    parse_completion,
+    parse_generation,
+)
 from emu_jax.serve.requests import (
     IMAGE_KEY,
     SPECIAL,
@@ -44,109 +91,185 @@ from emu_jax.serve.requests import (
     Refused,
     joined_parts,
     parse_chat,
+    parse_continue,
     parse_draw,
 )
 from emu_jax.serve.worker import Ticket, Worker
+from emu_jax.storage import read_json_object
 from emu_jax.tokenizer import added_tokens
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Endpoint = Callable[[Request], Awaitable[Response]]
 DECODERS = 2  # requests whose images are decoded at once
-STOP_SECONDS = 5  # time after a signal for running answers to finish
+STOP_SECONDS = 2  # more than `Limits.drain_seconds`, until the server ends
+PLACE_SECONDS = 0.5  # between two looks at a request's place in the queue
+EXAMPLES = "examples.json"  # of a checkpoint: prompts for the page, a list for each tab
 _PAGE = Path(__file__).parent / "page"
-_HEADERS = {
-    # Only the page's own files, and images it made or was sent. No other site may frame it.
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src blob:; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
 _NOTHING = object()
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Hosts:
-    """Names that the server answers to.
+class Waiting:
+    """A request's place in the queue; 0 when it runs."""
 
-    Any other name in a Host header may belong to another site, whose page could reach the server
-    through DNS rebinding. An address cannot.
-
-    Attributes:
-        names: allowed names, in lower case.
-        addresses: whether every IP address is allowed too.
-    """
-
-    names: frozenset[str] = frozenset(LOOPBACK)
-    addresses: bool = False
-
-    def allow(self, header: str) -> bool:
-        """Returns whether a Host header names this server; its port is ignored."""
-        name, _, port = header.rpartition(":")
-        if not name or not (port.isascii() and port.isdecimal()):
-            name = header
-        name = name.removeprefix("[").removesuffix("]").lower().removesuffix(".")
-        return name in self.names or (self.addresses and _is_address(name))
+    place: int
 
 
-def make_app(emu: Emu, limits: Limits, hosts: Hosts = Hosts()) -> Starlette:  # noqa: B008
+def make_app(
+    emu: Emu | Engine,
+    limits: Limits,
+    hosts: Hosts = Hosts(),  # noqa: B008
+    *,
+    keys: Collection[str] = (),
+    name: str = "emu",
+    examples: dict[str, Any] | None = None,
+) -> Starlette:
     """Builds the application; its `state.worker` is the `Worker` that runs the model.
 
     Args:
+        emu: the model, which answers one request at a time, or an engine, which answers many.
         hosts: the names that it answers to.
+        keys: API keys; with none, everyone may use the model.
+        name: the model's name.
+        examples: prompts for the page, by tab.
     """
-    worker = Worker(limits.waiting, limits.seconds)
+    if isinstance(emu, Engine):
+        worker = Worker(limits.waiting, limits.seconds, emu.concurrent, emu.step)
+    else:
+        worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
     special = (*SPECIAL, *added_tokens(emu.tokenizer.family, emu.tokenizer.instruct))
+    metrics, created = ServerMetrics(), int(time.time())
+
+    async def submit(
+        request: Request,
+        parse: Callable[[bytes], tuple[Asked, Any]],
+        answer: Callable[[Emu | Engine, Asked, Callable[[], bool]], Iterable[Any]],
+    ) -> tuple[Asked, Any, Ticket]:
+        body = await bodies.read(request)
+        ticket = worker.reserve(client_of(request.scope))  # before decoding anything
+        try:
+            async with decoders:
+                asked, options = await run_in_threadpool(parse, body)
+        except BaseException:
+            worker.release()
+            raise
+        del body
+        worker.submit(ticket, lambda: _counted(answer(emu, asked, ticket.over), metrics))
+        return asked, options, ticket
 
     def answering(
         parse: Callable[[bytes, Limits, Collection[str]], Asked],
-        answer: Callable[[Emu, Asked, Callable[[], bool]], Iterator[Any]],
+        answer: Callable[[Emu | Engine, Asked, Callable[[], bool]], Iterable[Any]],
     ) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            body = await bodies.read(request)
-            ticket = worker.reserve(_client(request.scope))  # before decoding anything
-            try:
-                async with decoders:
-                    asked = await run_in_threadpool(parse, body, limits, special)
-            except BaseException:
-                worker.release()
-                raise
-            del body
-            worker.submit(ticket, lambda: answer(emu, asked, ticket.over))
-            # The first part decides the status.
-            parts = ticket.parts()
-            first = await _first(request, parts)
-            return StreamingResponse(
-                _lines(first, parts, ticket), media_type="application/x-ndjson"
+            asked, _, ticket = await submit(
+                request, lambda body: (parse(body, limits, special), None), answer
             )
+            parts = ticket.parts()
+            if asked.progress:
+                lines = _lines([], _with_place(parts, ticket, worker), ticket)
+            else:
+                # The first part decides the status.
+                lines = _lines(await _first(request, parts), parts, ticket)
+            return StreamingResponse(lines, media_type="application/x-ndjson")
 
         return endpoint
 
-    def page(name: str) -> Endpoint:
+    async def completions(request: Request) -> Response:
+        _, completion, ticket = await submit(
+            request,
+            lambda body: parse_completion(
+                body,
+                limits,
+                special,
+                model=name,
+                max_new_tokens=emu.defaults.max_new_tokens,
+                instruct=emu.tokenizer.instruct,
+            ),
+            functools.partial(chat, max_images=0),
+        )
+        parts = ticket.parts()
+        if completion.stream:
+            first = await _first(request, parts)
+            pieces = completion_pieces(_chained(first, parts), completion)
+            events = _events(pieces, completion, ticket)
+            return StreamingResponse(events, media_type="text/event-stream")
+        try:
+            text, usage = await _connected(request, _whole(completion_pieces(parts, completion)))
+        finally:
+            ticket.leave()
+        return JSONResponse(completion_json(text, usage, completion))
+
+    async def generations(request: Request) -> Response:
+        if not emu.paints:
+            raise Refused(400, "this model has no decoder: it cannot generate images")
+        _, _, ticket = await submit(
+            request,
+            lambda body: (
+                parse_generation(body, limits, special, model=name, side=native_side(emu.cfg)),
+                None,
+            ),
+            draw,
+        )
+        try:
+            (image,) = await _first(request, ticket.parts())
+        finally:
+            ticket.leave()
+        return JSONResponse(await run_in_threadpool(image_json, image))
+
+    def page(file: str) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            return FileResponse(_PAGE / name)
+            return FileResponse(_PAGE / file)
 
         return endpoint
 
     async def about(request: Request) -> Response:
         return JSONResponse({"paints": emu.paints, "instruct": emu.tokenizer.instruct})
 
+    async def model(request: Request) -> Response:
+        return JSONResponse(_model_json(emu, limits, name, bool(keys), examples or {}))
+
+    async def models(request: Request) -> Response:
+        return JSONResponse(models_json(name, created))
+
+    async def health(request: Request) -> Response:
+        status = "ok" if worker.ready else "shutting down"
+        return JSONResponse({"status": status}, status_code=200 if worker.ready else 503)
+
+    async def prometheus(request: Request) -> Response:
+        gauges = {"requests_running": worker.running, "requests_waiting": worker.queued}
+        if isinstance(emu, Engine):
+            slots, images = emu.active
+            gauges |= {"slots": emu.slots, "slots_decoding": slots, "images_denoising": images}
+        return PlainTextResponse(metrics.text(gauges), media_type="text/plain; version=0.0.4")
+
+    routes = [
+        Route("/", page("index.html")),
+        Route("/page.js", page("page.js")),
+        Route("/page.css", page("page.css")),
+        Route("/api/about", about),
+        Route("/api/model", model),
+        Route("/api/chat", answering(parse_chat, chat), methods=["POST"]),
+        Route("/api/draw", answering(parse_draw, draw), methods=["POST"]),
+        Route("/api/continue", answering(parse_continue, continue_), methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", completions, methods=["POST"]),
+        Route("/v1/images/generations", generations, methods=["POST"]),
+        Route("/health", health),
+        Route("/metrics", prometheus),
+    ]
     app = Starlette(
-        routes=[
-            Route("/", page("index.html")),
-            Route("/page.js", page("page.js")),
-            Route("/page.css", page("page.css")),
-            Route("/api/about", about),
-            Route("/api/chat", answering(parse_chat, chat), methods=["POST"]),
-            Route("/api/draw", answering(parse_draw, draw), methods=["POST"]),
-        ],
+        routes=routes,
         middleware=[
-            Middleware(_Headers),
-            Middleware(_CheckHost, hosts=hosts),
-            Middleware(_PerClient, most=limits.per_client),
+            Middleware(SecurityHeaders),
+            Middleware(Observe, metrics=metrics, paths={route.path for route in routes}),
+            Middleware(CheckHost, hosts=hosts),
+            Middleware(Authenticate, keys=keys),
+            Middleware(RateLimit, per_minute=limits.per_minute),
+            Middleware(PerClient, most=limits.per_client),
         ],
         exception_handlers={
             Refused: _refuse,
@@ -160,31 +283,121 @@ def make_app(emu: Emu, limits: Limits, hosts: Hosts = Hosts()) -> Starlette:  # 
 
 
 def chat(
-    emu: Emu, asked: Asked, over: Callable[[], bool] | None = None
-) -> Iterator[str | Image.Image]:
-    """Streams the model's reply; an instruction-tuned model may also generate one image."""
+    emu: Emu | Engine, asked: Asked, over: Callable[[], bool] | None = None, *, max_images: int = 1
+) -> Iterable[EnginePart]:
+    """Streams the model's reply; an instruction-tuned model may also generate images."""
+    prompt: list[Any] = joined_parts(asked.messages)
+    more = _previews(emu, asked)
     if emu.tokenizer.instruct:
-        turns = [message.parts for message in asked.messages]
-        defaults = emu.defaults
-        style = chat_format(emu.cfg, defaults.chat_format)
-        prompt = converse(turns, defaults.system, style=style, grounding=defaults.grounding)
         # The prompt spells both already; `stream` refuses them for a spelled prompt.
-        return emu.stream(prompt, max_images=1, system=None, grounding=False, **asked.settings)
-    return emu.stream(joined_parts(asked.messages), max_images=0, **asked.settings)
+        prompt, more = _dialogue(emu, asked), more | {"system": None, "grounding": False}
+    else:
+        max_images = 0
+    if asked.settings.get("num_beams", 1) > 1:
+        return _searched(emu, prompt, {n: v for n, v in more.items() if n != "previews"}, asked)
+    return emu.stream(prompt, max_images=max_images, **asked.settings, **more)
 
 
-def draw(emu: Emu, asked: Asked, over: Callable[[], bool] | None = None) -> Iterator[Image.Image]:
+def _searched(
+    emu: Emu | Engine, prompt: list[Any], more: dict[str, Any], asked: Asked
+) -> Iterator[str]:
+    """Answers with beam search, which does not share its batch."""
+    model = emu.emu if isinstance(emu, Engine) else emu
+    yield model.generate_text(prompt, **asked.settings, **more)
+
+
+def continue_(
+    emu: Emu | Engine, asked: Asked, over: Callable[[], bool] | None = None
+) -> Iterable[EnginePart]:
+    """Streams a continuation with text and images, as the model decides."""
+    return emu.stream(joined_parts(asked.messages), **asked.settings, **_previews(emu, asked))
+
+
+def draw(
+    emu: Emu | Engine, asked: Asked, over: Callable[[], bool] | None = None
+) -> Iterator[EnginePart]:
     """Generates one image from the parts; stops early once `over` returns True."""
-    yield from emu.generate_image([joined_parts(asked.messages)], stop=over, **asked.settings)
+    prompt = [joined_parts(asked.messages)]
+    if isinstance(emu, Engine):
+        yield from emu.generate_image(prompt, **asked.settings, **_previews(emu, asked))
+    else:
+        yield from emu.generate_image(prompt, stop=over, **asked.settings)
+
+
+def _dialogue(emu: Emu | Engine, asked: Asked) -> list[Any]:
+    defaults, turns = emu.defaults, [message.parts for message in asked.messages]
+    system = defaults.system if asked.system is None else asked.system
+    style = chat_format(emu.cfg, defaults.chat_format)
+    return converse(turns, system, style=style, grounding=defaults.grounding)
+
+
+def _previews(emu: Emu | Engine, asked: Asked) -> dict[str, Any]:
+    return {"previews": True} if asked.progress and isinstance(emu, Engine) else {}
+
+
+def _counted(parts: Iterable[Any], metrics: ServerMetrics) -> Iterator[Any]:
+    """Yields the parts of an answer, and counts its tokens and images."""
+    for part in parts:
+        if isinstance(part, Usage):
+            metrics.add("prompt_tokens", part.prompt_tokens)
+            metrics.add("generated_tokens", part.completion_tokens)
+        elif isinstance(part, Image.Image):
+            metrics.add("generated_images")
+        yield part
+
+
+def _model_json(
+    emu: Emu | Engine, limits: Limits, name: str, needs_key: bool, examples: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what the page tells about the model."""
+    settings = (
+        "temperature",
+        "top_p",
+        "num_beams",
+        "max_new_tokens",
+        "max_images",
+        "seed",
+        "guidance_scale",
+        "num_inference_steps",
+    )
+    return {
+        "name": name,
+        "family": emu.cfg.family,
+        "paints": emu.paints,
+        "instruct": emu.tokenizer.instruct,
+        "image_size": native_side(emu.cfg) if emu.paints else None,
+        "positions": emu.cfg.llama.max_positions,
+        "needs_key": needs_key,
+        "defaults": {setting: getattr(emu.defaults, setting) for setting in settings},
+        "limits": {
+            "max_new_tokens": limits.new_tokens,
+            "max_images": limits.new_images,
+            "num_beams": limits.beams,
+            "num_inference_steps": limits.steps,
+        },
+        "examples": examples,
+    }
 
 
 def serve(
-    checkpoint: Path, host: str, port: int, limits: Limits, names: Sequence[str] = ()
+    checkpoint: Path,
+    host: str,
+    port: int,
+    limits: Limits,
+    names: Sequence[str] = (),
+    *,
+    slots: int = 8,
+    image_slots: int | None = None,
+    keys: Collection[str] = (),
 ) -> None:
     """Loads the checkpoint and serves it until interrupted.
 
     Args:
         names: names that clients use for this server (`allowed_hosts`).
+        slots: requests that are decoded at once.
+        image_slots: images that are denoised at once; by default 1 on a CPU, where a batch of
+            images is not faster than one after the other, and 4 elsewhere.
+        keys: API keys; with none, everyone who reaches the server may use it.
 
     Raises:
         UserError: the server cannot listen on the address, or the checkpoint cannot be loaded.
@@ -197,18 +410,43 @@ def serve(
         # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
         shapes = Shapes(length=64, images=limits.images, new_tokens=limits.new_tokens)
         emu = load(checkpoint, batch_size=1, shapes=shapes)
+        if image_slots is None:
+            image_slots = 1 if jax.default_backend() == "cpu" else 4
+        engine = Engine(
+            emu,
+            slots=slots,
+            image_slots=image_slots,
+            new_tokens=limits.new_tokens,
+            max_images=limits.new_images,
+        )
+        gib = engine.cache_bytes / 2**30
+        log.info("%d slots have a KV cache of %.2f GiB (--slots)", slots, gib)
         hosts = allowed_hosts(host, sockets, names)
-        if hosts.addresses:
+        if hosts.addresses and not keys:
             log.warning("there is no authentication: anyone who can reach %s can use it", host)
         address = f"[{host}]" if ":" in host else host
         port = sockets[0].getsockname()[1]
         log.info("emu-jax serves %s at http://%s:%d", checkpoint, address, port)
-        app = make_app(emu, limits, hosts)
+        name = checkpoint.absolute().name
+        examples = read_examples(checkpoint)
+        app = make_app(engine, limits, hosts, keys=keys, name=name, examples=examples)
         try:
             make_server(app, limits).run(sockets)
         finally:
             app.state.worker.stop()
             app.state.worker.close(timeout=STOP_SECONDS)
+
+
+def read_examples(checkpoint: Path) -> dict[str, Any]:
+    """Returns the example prompts of a checkpoint: those of `examples.json`, or none."""
+    path = checkpoint / EXAMPLES
+    if not path.is_file():
+        return {}
+    try:
+        return read_json_object(path)
+    except UserError as error:
+        log.warning("the page has no examples: %s", error)
+        return {}
 
 
 def allowed_hosts(host: str, sockets: Sequence[socket.socket], names: Sequence[str] = ()) -> Hosts:
@@ -226,23 +464,15 @@ def allowed_hosts(host: str, sockets: Sequence[socket.socket], names: Sequence[s
     return Hosts(frozenset(name.lower().removesuffix(".") for name in allowed), reachable)
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 def make_server(app: Starlette, limits: Limits) -> uvicorn.Server:
     """Returns a uvicorn server for `app` that bounds connections, times and shutdown."""
     config = uvicorn.Config(
         app,
-        http=bounded_connections(limits, app.state.worker.stop),
+        http=bounded_connections(limits, lambda: app.state.worker.stop(limits.drain_seconds)),
         ws="none",
         log_level="warning",
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_graceful_shutdown=math.ceil(limits.drain_seconds + STOP_SECONDS),
         server_header=False,
     )
     return uvicorn.Server(config)
@@ -295,99 +525,29 @@ class _Bodies:
         return Refused(413, f"the request is larger than {self._limits.body_bytes} bytes")
 
 
-class _Headers:
-    """Adds the security headers to every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def secured(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                added = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message["headers"] = [*message.get("headers", ()), *added]
-            await send(message)
-
-        await self._app(scope, receive, secured)
-
-
-class _CheckHost:
-    """Refuses requests that are addressed to a name other than the server's own."""
-
-    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http":
-            host = Headers(scope=scope).get("host", "")
-            if not self._hosts.allow(host):
-                message = f"Invalid host {host[:100]!r}: start the server with --allow-host NAME"
-                app = JSONResponse({"error": message}, status_code=400)
-        await app(scope, receive, send)
-
-
-class _PerClient:
-    """Refuses a client's requests beyond `most` concurrent ones."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-        self._open: collections.Counter[str] = collections.Counter()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = _client(scope)
-        if not client or scope.get("method") != "POST":
-            await self._app(scope, receive, send)
-            return
-        if self._open[client] >= self._most:
-            refused = Refused(429, f"{self._most} of your requests are waiting: try again later")
-            await (await _refuse(None, refused))(scope, receive, send)
-            return
-        self._open[client] += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._open[client] -= 1
-            if not self._open[client]:
-                del self._open[client]
-
-
-def _client(scope: Scope) -> str:
-    """Returns the client's address, or its /64 network for IPv6.
-
-    Returns "" for loopback addresses, which all clients behind a local proxy share.
-    """
-    try:
-        address = ipaddress.ip_address((scope.get("client") or ("",))[0].partition("%")[0])
-    except ValueError:
-        return ""
-    if isinstance(address, ipaddress.IPv6Address):
-        address = address.ipv4_mapped or address
-    if address.is_loopback:
-        return ""
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
-
-
-async def _first(request: Request, parts: AsyncIterator[Any]) -> list[Any]:
-    """Waits for the first part of an answer. Returns [] if the answer is empty.
+async def _connected(request: Request, answer: Awaitable[T]) -> T:
+    """Waits for an answer while the client is connected.
 
     Raises:
         ClientDisconnect: the client disconnected; its place in the queue is free.
         Refused: the request was refused or failed.
     """
-    waiting = asyncio.ensure_future(anext(parts, _NOTHING))  # type: ignore[call-overload]
+    waiting = asyncio.ensure_future(answer)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
             raise ClientDisconnect
-        first = waiting.result()
+        return waiting.result()
     finally:
         for task in (waiting, leaving):
             task.cancel()
         await asyncio.wait({waiting, leaving})  # frees the place before returning
+
+
+async def _first(request: Request, parts: AsyncIterator[Any]) -> list[Any]:
+    """Waits for the first part of an answer (`_connected`). Returns [] if the answer is empty."""
+    first = await _connected(request, anext(parts, _NOTHING))  # type: ignore[call-overload]
     return [] if first is _NOTHING else [first]
 
 
@@ -396,12 +556,72 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+async def _whole(pieces: AsyncIterator[str | Usage]) -> tuple[str, Usage]:
+    """Returns the text of a chat completion and its usage."""
+    texts, usage = [], Usage(0, 0, True)
+    async for piece in pieces:
+        if isinstance(piece, Usage):
+            usage = piece
+        else:
+            texts.append(piece)
+    return "".join(texts), usage
+
+
+async def _chained(first: list[Any], parts: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    for part in first:
+        yield part
+    async for part in parts:
+        yield part
+
+
+async def _events(
+    pieces: AsyncIterator[str | Usage], completion: Completion, ticket: Ticket
+) -> AsyncIterator[str]:
+    """Yields the events of a streamed chat completion."""
+    writer = ChunkWriter(completion)
+    try:
+        yield writer.start()
+        async for piece in pieces:
+            if isinstance(piece, Usage):
+                for last in writer.end(piece):
+                    yield last
+            else:
+                yield writer.text(piece)
+    except Refused as error:
+        yield event(error_json(error.status, str(error)))
+    finally:
+        ticket.leave()
+
+
+async def _with_place(
+    parts: AsyncIterator[Any], ticket: Ticket, worker: Worker
+) -> AsyncIterator[Any]:
+    """Yields the parts of an answer, and before the first one the place in the queue whenever it
+    changes."""
+    first = asyncio.ensure_future(anext(parts, _NOTHING))  # type: ignore[call-overload]
+    told = 0
+    try:
+        while not first.done():
+            place = worker.place(ticket)
+            if place != told:
+                told = place
+                yield Waiting(place)
+            await asyncio.wait({first}, timeout=PLACE_SECONDS)
+        if first.result() is _NOTHING:
+            return
+        yield first.result()
+        async for part in parts:
+            yield part
+    finally:
+        first.cancel()
+        await asyncio.wait({first})
+
+
 async def _lines(first: list[Any], parts: AsyncIterator[Any], ticket: Ticket) -> AsyncIterator[str]:
     try:
-        for part in first:
-            yield await _line(part)
-        async for part in parts:
-            yield await _line(part)
+        async for part in _chained(first, parts):
+            if not isinstance(part, Usage):
+                yield await _line(part)
         yield json.dumps({"done": True}) + "\n"
     except Refused as error:
         yield json.dumps({"error": str(error)}) + "\n"
@@ -409,28 +629,33 @@ async def _lines(first: list[Any], parts: AsyncIterator[Any], ticket: Ticket) ->
         ticket.leave()
 
 
-async def _line(part: str | Image.Image) -> str:
+async def _line(part: str | Image.Image | Preview | Waiting) -> str:
     if isinstance(part, str):
         return json.dumps({"text": part}) + "\n"
+    if isinstance(part, Waiting):
+        return json.dumps({"waiting": part.place}) + "\n"
     return await run_in_threadpool(_image_line, part)  # takes a tenth of a second
 
 
-def _image_line(part: Image.Image) -> str:
+def _image_line(part: Image.Image | Preview) -> str:
+    image = part.image if isinstance(part, Preview) else part
     file = io.BytesIO()
-    part.save(file, "PNG")
-    content = base64.b64encode(file.getvalue()).decode()
-    return json.dumps({IMAGE_KEY: f"data:image/png;base64,{content}"}) + "\n"
+    image.save(file, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    if isinstance(part, Preview):
+        value = {"preview": source, "step": part.step, "steps": part.steps}
+        return json.dumps(value) + "\n"
+    return json.dumps({IMAGE_KEY: source}) + "\n"
 
 
-async def _refuse(request: Request | None, error: Exception) -> Response:
+async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    headers = {"Retry-After": "5"} if error.status == 429 else {}
-    return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+    return error_response(request.url.path, error.status, str(error))
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, status_code=error.status_code)
+    return error_response(request.url.path, error.status_code, error.detail)
 
 
 async def _ignore(request: Request, error: Exception) -> Response:
@@ -439,5 +664,6 @@ async def _ignore(request: Request, error: Exception) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
     # Starlette calls this handler outside the other middleware, and logs the error.
-    message = "internal error: see the server log"
-    return JSONResponse({"error": message}, status_code=500, headers=_HEADERS)
+    response = error_response(request.url.path, 500, "internal error: see the server log")
+    response.headers.update(HEADERS)
+    return response

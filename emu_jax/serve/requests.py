@@ -24,6 +24,7 @@ from emu_jax.generate.settings import RENAMED
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
+Ranges = Mapping[str, tuple[float, float]]
 IMAGE_KEY = "picture"  # JSON key of an image in requests and answers
 SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 
@@ -44,9 +45,13 @@ class Limits:
     pixels: int = 25_000_000  # of all images and frames together
     video_seconds: float = 20.0  # to open a video, and again to decode its frames
     new_tokens: int = 256
+    new_images: int = 4  # of a continuation
+    beams: int = 8
     steps: int = 100  # of diffusion sampling
     waiting: int = 64  # requests running or waiting
     seconds: float = 120.0  # from arrival to the end of the answer
+    per_minute: int = 0  # requests of a client; 0: no limit
+    drain_seconds: float = 3.0  # for running answers, when the server shuts down
 
 
 class Refused(Exception):
@@ -71,18 +76,26 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A parsed request: one message as an image's prompt, or a chat that ends with the user."""
+    """A parsed request: one message as a prompt, or a chat that ends with the user.
+
+    Attributes:
+        system: the system message; None: the model's default.
+        progress: whether to tell the place in the queue, and to send previews of images.
+    """
 
     messages: list[Message]
     settings: dict[str, Any]
+    system: str | None = None
+    progress: bool = False
 
 
 def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
     """Parses a chat request.
 
     `{"messages": [{"role": "user" | "assistant", "parts": [PART, ...]}, ...],
-    "settings": {"max_new_tokens": ..., "seed": ...}}`; a PART is `{"text": ...}`, or
-    `{"picture": ...}` or `{"video": ...}` with a file in base64.
+    "settings": {"max_new_tokens": ..., "seed": ...}, "progress": false}`; a PART is
+    `{"text": ...}`, or `{"picture": ...}` or `{"video": ...}` with a file in base64. Other settings
+    are `temperature`, `top_p` and `num_beams`.
 
     Args:
         special: tokens that a text must not spell.
@@ -90,22 +103,22 @@ def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) 
     Raises:
         Refused: the body is malformed or exceeds the limits.
     """
-    values = _object(_json(body), "the request", {"messages", "settings"})
+    values = json_object(parse_json(body), "the request", {"messages", "settings", "progress"})
     given = values.get("messages")
     if not isinstance(given, list) or not given:
         raise Refused(400, "messages must be a non-empty list")
-    room = _Room(limits, special)
+    room = Room(limits, special)
     messages = []
     for number, message in enumerate(given):
-        message = _object(message, "a message", {"role", "parts"})
+        message = json_object(message, "a message", {"role", "parts"})
         expected = ("user", "assistant")[number % 2]
         if message.get("role") != expected:
             raise Refused(400, f"messages[{number}].role must be {expected!r}: they take turns")
         messages.append(Message(expected == "user", room.parts(message.get("parts"))))
     if not messages[-1].said_by_user:
         raise Refused(400, "the last message must be the user's")
-    allowed = {"max_new_tokens": (1, limits.new_tokens), "seed": (0, 2**31 - 1)}
-    return Asked(messages, _settings(values, allowed))
+    settings = sampling(_settings(values, _text_ranges(limits) | {"num_beams": (1, limits.beams)}))
+    return Asked(messages, settings, progress=_progress(values))
 
 
 def parse_draw(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
@@ -121,41 +134,115 @@ def parse_draw(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) 
     Raises:
         Refused: the body is malformed or exceeds the limits.
     """
-    values = _object(_json(body), "the request", {"parts", "settings"})
-    parts = _Room(limits, special).parts(values.get("parts"))
-    allowed = {"seed": (0, 2**31 - 1), "guidance_scale": (0.0, 30.0)}
-    allowed["num_inference_steps"] = (1, limits.steps)
-    allowed |= {old: allowed[new] for old, new in RENAMED.items() if new in allowed}
-    return Asked([Message(True, parts)], _settings(values, allowed))
+    values = json_object(parse_json(body), "the request", {"parts", "settings", "progress"})
+    parts = Room(limits, special).parts(values.get("parts"))
+    settings = _settings(values, _image_ranges(limits))
+    return Asked([Message(True, parts)], settings, progress=_progress(values))
 
 
-def _json(body: bytes) -> Any:
+def parse_continue(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
+    """Parses a request to continue a prompt with text and images.
+
+    It is that of `parse_draw`, with the settings of text too, and `max_images`.
+
+    Args:
+        special: tokens that a text must not spell.
+
+    Raises:
+        Refused: the body is malformed or exceeds the limits.
+    """
+    values = json_object(parse_json(body), "the request", {"parts", "settings", "progress"})
+    parts = Room(limits, special).parts(values.get("parts"))
+    allowed = _text_ranges(limits) | _image_ranges(limits) | {"max_images": (0, limits.new_images)}
+    settings = sampling(_settings(values, allowed))
+    return Asked([Message(True, parts)], settings, progress=_progress(values))
+
+
+def _text_ranges(limits: Limits) -> dict[str, tuple[float, float]]:
+    return {
+        "max_new_tokens": (1, limits.new_tokens),
+        "seed": (0, 2**31 - 1),
+        "temperature": (0.0, 2.0),
+        "top_p": (0.0, 1.0),
+    }
+
+
+def _image_ranges(limits: Limits) -> dict[str, tuple[float, float]]:
+    allowed: dict[str, tuple[float, float]] = {
+        "seed": (0, 2**31 - 1),
+        "guidance_scale": (0.0, 30.0),
+        "num_inference_steps": (1, limits.steps),
+    }
+    return allowed | {old: allowed[new] for old, new in RENAMED.items() if new in allowed}
+
+
+def _progress(values: dict[str, Any]) -> bool:
+    progress = values.get("progress", False)
+    if not isinstance(progress, bool):
+        raise Refused(400, "progress must be true or false")
+    return progress
+
+
+def parse_json(body: bytes) -> Any:
+    """Returns the value of a JSON body.
+
+    Raises:
+        Refused: it is not JSON.
+    """
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {type(error).__name__}") from None
 
 
-def _object(value: Any, what: str, known: set[str]) -> dict[str, Any]:
+def json_object(value: Any, what: str, known: set[str] | None = None) -> dict[str, Any]:
+    """Returns an object of JSON.
+
+    Raises:
+        Refused: it is not an object, or has a key that is not in `known`.
+    """
     if not isinstance(value, dict):
         raise Refused(400, f"{what} must be a JSON object")
+    if known is None:
+        return value
     if unknown := sorted(set(value) - known):
         raise Refused(400, f"{what} has an unknown key {unknown[0][:40]!r}; known: {sorted(known)}")
     return value
 
 
-def _settings(values: dict[str, Any], allowed: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    settings = _object(values.get("settings", {}), "settings", set(allowed))
+def _settings(values: dict[str, Any], allowed: Ranges) -> dict[str, Any]:
+    settings = json_object(values.get("settings", {}), "settings", set(allowed))
+    settings = check_settings(settings, allowed, "settings.")
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
+
+
+def check_settings(settings: dict[str, Any], allowed: Ranges, prefix: str) -> dict[str, Any]:
+    """Returns settings that are in their ranges; a float's range has floats as its ends.
+
+    Raises:
+        Refused: a setting, whose name follows `prefix`, is not a number in its range.
+    """
     for name, value in settings.items():
         lowest, highest = allowed[name]
         kinds = (int, float) if isinstance(lowest, float) else (int,)
         right = isinstance(value, kinds) and not isinstance(value, bool)
         if not right or not lowest <= value <= highest:  # also refuses NaN
-            raise Refused(400, f"settings.{name} must be from {lowest} to {highest}")
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+            raise Refused(400, f"{prefix}{name} must be from {lowest} to {highest}")
+    return settings
 
 
-class _Room:
+def sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings in which a temperature or top_p means sampling, and 0 of either, greedy
+    decoding."""
+    if "temperature" not in settings and "top_p" not in settings:
+        return settings
+    sampled = settings.get("temperature", 1.0) > 0 and settings.get("top_p", 1.0) > 0
+    if not sampled:
+        settings = {n: v for n, v in settings.items() if n not in ("temperature", "top_p")}
+    return settings | {"do_sample": sampled}
+
+
+class Room:
     """Counts what a request contains and refuses whatever exceeds the limits."""
 
     def __init__(self, limits: Limits, special: Collection[str]) -> None:
@@ -171,7 +258,7 @@ class _Room:
         self.count += 1
         if self.count > self.limits.parts:
             raise Refused(413, f"more than {self.limits.parts} parts")
-        part = _object(given, "a part", {"text", IMAGE_KEY, "video"})
+        part = json_object(given, "a part", {"text", IMAGE_KEY, "video"})
         if len(part) != 1:
             raise Refused(400, f"a part is one of text, {IMAGE_KEY} and video")
         ((kind, value),) = part.items()

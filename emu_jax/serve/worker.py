@@ -1,4 +1,8 @@
-"""Worker thread that owns the model, and the queue of requests waiting for it."""
+"""Worker thread that owns the model, and the queue of requests waiting for it.
+
+An answer is an iterator. It yields the parts of an answer as they are generated, and None while it
+waits for a step of the batch that it shares with others (`generate.engine`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from emu_jax.errors import UserError
@@ -15,7 +19,9 @@ from emu_jax.serve.requests import Refused
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[], Iterator[Any]]  # yields the parts of an answer as they are generated
+IDLE_SECONDS = 0.005  # between two rounds of answers that wait for something else than a step
+
+Answer = Callable[[], Iterable[Any]]
 
 
 class Ticket:
@@ -31,6 +37,7 @@ class Ticket:
         self.client = client
         self.deadline = time.monotonic() + seconds
         self.answer: Answer = lambda: iter(())
+        self.iterator: Iterator[Any] | None = None  # of the answer, once it runs
         self.gone = threading.Event()
         self._on_leave = on_leave
         self._loop = asyncio.get_running_loop()
@@ -83,21 +90,54 @@ def _late() -> Refused:
 
 
 class Worker:
-    """Answers tickets one at a time. Clients take turns; each one's tickets stay in order.
+    """Answers tickets, up to `concurrent` at once. Clients take turns; each one's tickets stay in
+    order.
 
     At most `waiting` tickets are running or queued. An abandoned ticket leaves the queue at once.
+
+    Args:
+        seconds: from the reservation of a place to the end of the answer.
+        step: called when all running answers yielded None.
     """
 
-    def __init__(self, waiting: int, seconds: float) -> None:
-        self._waiting, self._seconds = waiting, seconds
+    def __init__(
+        self,
+        waiting: int,
+        seconds: float,
+        concurrent: int = 1,
+        step: Callable[[], None] | None = None,
+    ) -> None:
+        self._waiting, self._seconds, self._concurrent = waiting, seconds, concurrent
+        self._step = step
         self._places = 0  # reserved, queued or running
         self._line: list[Ticket] = []
-        self._running: Ticket | None = None
+        self._running: list[Ticket] = []
         self._turns: dict[str, int] = {}  # turn in which each queued client was last served
         self._closing = self._stopped = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="emu-jax-serve", daemon=True)
         self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Tickets that are being answered."""
+        return len(self._running)
+
+    @property
+    def queued(self) -> int:
+        """Tickets that wait for others to be answered."""
+        return len(self._line)
+
+    @property
+    def ready(self) -> bool:
+        """Whether new tickets are answered."""
+        return not self._closing and self._thread.is_alive()
+
+    def place(self, ticket: Ticket) -> int:
+        """Returns how many tickets are before this one in the queue, itself included; 0 if it is
+        running or done. Clients take turns, so others may still go first."""
+        with self._changed:
+            return self._line.index(ticket) + 1 if ticket in self._line else 0
 
     def reserve(self, client: str = "") -> Ticket:
         """Reserves a place in the queue; `submit` or `release` it.
@@ -130,14 +170,14 @@ class Worker:
         ticket.put(_stopping())
 
     def stop(self, grace: float = 3.0) -> None:
-        """Refuses all queued tickets and gives the running one `grace` seconds to finish."""
+        """Refuses all queued tickets and gives the running ones `grace` seconds to finish."""
         with self._changed:
             self._stopped = self._closing = True
             refused, self._line = self._line, []
             self._places -= len(refused)
-            if self._running is not None:
-                deadline = time.monotonic() + grace
-                self._running.deadline = min(self._running.deadline, deadline)
+            deadline = time.monotonic() + grace
+            for ticket in self._running:
+                ticket.deadline = min(ticket.deadline, deadline)
             self._changed.notify()
         for ticket in refused:
             ticket.put(_stopping())
@@ -155,48 +195,80 @@ class Worker:
                 self._line.remove(ticket)
                 self._places -= 1
 
-    def _next(self) -> Ticket | None:
-        """Waits for the first ticket of the client served longest ago.
-
-        Returns None once the worker is closed and its queue is empty.
-        """
+    def _start(self) -> None:
+        """Takes tickets out of the queue while there is room for them, first the one of the client
+        served longest ago. If none is running, waits for one, or for the end of the queue."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line or self._closing)
-            if not self._line:
-                return None
-            ticket = min(self._line, key=lambda ticket: self._turns.get(ticket.client, -1))
-            turn = max(self._turns.values(), default=-1) + 1
-            clients = {ticket.client for ticket in self._line}
-            self._turns = {c: n for c, n in self._turns.items() if c in clients}
-            self._turns[ticket.client] = turn
-            self._line.remove(ticket)
-            self._running = ticket
-            return ticket
+            if not self._running:
+                self._changed.wait_for(lambda: self._line or self._closing)
+            while self._line and len(self._running) < self._concurrent:
+                ticket = min(self._line, key=lambda ticket: self._turns.get(ticket.client, -1))
+                turn = max(self._turns.values(), default=-1) + 1
+                clients = {ticket.client for ticket in self._line}
+                self._turns = {c: n for c, n in self._turns.items() if c in clients}
+                self._turns[ticket.client] = turn
+                self._line.remove(ticket)
+                self._running.append(ticket)
 
     def _run(self) -> None:
-        while (ticket := self._next()) is not None:
-            self._answer(ticket)
-            with self._changed:
-                self._running = None
-                self._places -= 1
+        while True:
+            self._start()
+            if not self._running:
+                return
+            # A list: `any` would stop at the first that has something new.
+            if not any([self._advance(ticket) for ticket in list(self._running)]):
+                self._step_all()
 
-    def _answer(self, ticket: Ticket) -> None:
-        end: Any = _END
+    def _advance(self, ticket: Ticket) -> bool:
+        """Sends the next part of an answer. Returns whether there was something new."""
+        end, part = None, None
         try:
-            if not ticket.gone.is_set():
-                for part in ticket.answer():
-                    ticket.put(part)
-                    if ticket.over():
-                        end = _late()
-                        break
+            if ticket.gone.is_set():
+                end = _END
+            else:
+                if ticket.iterator is None:
+                    ticket.iterator = iter(ticket.answer())
+                part = next(ticket.iterator, _END)
+                if part is _END:
+                    end = _END
+                elif ticket.over():
+                    end = _late()
         except Stopped:
             end = _late()
         except UserError as error:
             end = Refused(400, str(error))
         except Exception:
             log.exception("a request failed")
-            end = Refused(500, "internal error: see the server log")
+            end = _failed()
+        if part is not None and part is not _END:
+            ticket.put(part)
+        if end is not None:
+            self._end(ticket, end)
+        return part is not None or end is not None
+
+    def _step_all(self) -> None:
+        try:
+            if self._step is not None:
+                self._step()
+            else:
+                time.sleep(IDLE_SECONDS)
+        except Exception:
+            log.exception("a batch failed")
+            for ticket in list(self._running):
+                self._end(ticket, _failed())
+
+    def _end(self, ticket: Ticket, end: Any) -> None:
+        close = getattr(ticket.iterator, "close", None)
+        if close is not None:
+            close()
+        with self._changed:
+            self._running.remove(ticket)
+            self._places -= 1
         ticket.put(end)
+
+
+def _failed() -> Refused:
+    return Refused(500, "internal error: see the server log")
 
 
 def _stopping() -> Refused:

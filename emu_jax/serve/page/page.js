@@ -1,27 +1,69 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
+const TABS = {
+  chat: {
+    path: "api/chat", submit: "Send", clear: "New chat", accept: "image/*,video/*",
+    label: "Your message", placeholder: "Ask something. You can drop or paste images here.",
+    settings: ["temperature", "top_p", "num_beams", "max_new_tokens", "seed"],
+  },
+  draw: {
+    path: "api/draw", submit: "Draw", clear: "Clear", accept: "image/*",
+    label: "Text", placeholder: "What to draw. You can drop or paste images here.",
+    settings: ["guidance_scale", "num_inference_steps", "seed"],
+  },
+  continue: {
+    path: "api/continue", submit: "Continue", clear: "Clear", accept: "image/*,video/*",
+    label: "Text", placeholder: "Begin a sequence. You can drop or paste images here.",
+    settings: ["temperature", "top_p", "max_new_tokens", "max_images", "seed", "guidance_scale",
+      "num_inference_steps"],
+  },
+};
+// Of the number fields: smallest value, step, and largest value where the server names none.
+const FIELDS = {
+  temperature: [0, 0.1, 2], top_p: [0, 0.05, 1], num_beams: [1, 1], max_new_tokens: [1, 1],
+  max_images: [0, 1], seed: [0, 1, 2 ** 31 - 1], guidance_scale: [0, 0.5, 30],
+  num_inference_steps: [1, 1],
+};
+const HELP = {
+  temperature: "0 always takes the likeliest token", top_p: "the share of likely tokens to sample from",
+  num_beams: "more than 1 searches, and does not stream", max_new_tokens: "the longest answer",
+  max_images: "the most images of a continuation", seed: "the same seed gives the same answer",
+  guidance_scale: "how closely an image follows the prompt", num_inference_steps: "more are slower",
+};
 const messages = []; // of the chat: {role, parts}
-const waiting = { chat: [], draw: [] }; // parts of the message that is being written
-let running = null; // the AbortController of the request under way
+const waiting = { chat: [], draw: [], continue: [] }; // parts of the prompt that is being written
+let running = null; // the AbortController of the request in progress
+let model = { defaults: {}, limits: {}, examples: {} };
 
-for (const name of ["chat", "draw"]) {
-  $(`${name}-tab`).addEventListener("click", () => {
-    for (const other of ["chat", "draw"]) {
-      $(other).hidden = other !== name;
-      $(`${other}-tab`).setAttribute("aria-selected", String(other === name));
-    }
-  });
-  $(`${name}-file`).addEventListener("change", async (event) => {
-    const input = event.target;
-    for (const file of input.files) {
-      const kind = file.type.startsWith("video/") ? "video" : "picture";
-      waiting[name].push({ [kind]: await base64(file), type: file.type });
-    }
-    input.value = "";
-    showParts(name);
-  });
+function make(tag, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
 }
+
+// --- Tabs ---
+
+function select(name, focus = false) {
+  for (const other of Object.keys(TABS)) {
+    const tab = $(`${other}-tab`);
+    $(other).hidden = other !== name;
+    tab.setAttribute("aria-selected", String(other === name));
+    tab.tabIndex = other === name ? 0 : -1;
+  }
+  if (focus) $(`${name}-tab`).focus();
+}
+
+document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
+  const tabs = [...document.querySelectorAll("[role=tab]:not(:disabled)")];
+  const at = tabs.indexOf(document.activeElement);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
+  if (at < 0 || to === undefined) return;
+  event.preventDefault();
+  select(tabs[(to + tabs.length) % tabs.length].id.replace("-tab", ""), true);
+});
+
+// --- Prompts ---
 
 function base64(file) {
   return new Promise((resolve, reject) => {
@@ -32,64 +74,140 @@ function base64(file) {
   });
 }
 
-// What a part looks like. Text is only ever text: nothing here is read as HTML.
-function element(part) {
-  if ("text" in part) {
-    return Object.assign(document.createElement("span"), { textContent: part.text });
+async function addFiles(name, files) {
+  for (const file of files) {
+    const kind = file.type.startsWith("video/") ? "video" : "picture";
+    waiting[name].push({ [kind]: await base64(file), type: file.type });
   }
+  showParts(name);
+}
+
+// Text is only ever text: nothing here is read as HTML.
+function element(part) {
+  if ("text" in part) return make("span", { textContent: part.text });
   if ("video" in part) {
     const bytes = Uint8Array.from(atob(part.video), (c) => c.charCodeAt(0));
     const source = URL.createObjectURL(new Blob([bytes], { type: part.type }));
-    return Object.assign(document.createElement("video"), { src: source, controls: true });
+    return make("video", { src: source, controls: true });
   }
   const source = `data:${part.type || "image/png"};base64,${part.picture}`;
-  return Object.assign(document.createElement("img"), { src: source, alt: "an image" });
+  return make("img", { src: source, alt: "an image" });
 }
 
 function showParts(name) {
   $(`${name}-parts`).replaceChildren(
     ...waiting[name].map((part, n) => {
-      const box = document.createElement("span");
-      const remove = Object.assign(document.createElement("button"), {
-        type: "button", textContent: "×", title: "Remove",
-      });
+      const remove = make("button", { type: "button", textContent: "×", title: "Remove" });
+      remove.setAttribute("aria-label", "Remove this part");
       remove.addEventListener("click", () => {
         waiting[name].splice(n, 1);
         showParts(name);
       });
-      box.append(element(part), remove);
-      return box;
+      return make("span", {}, element(part), remove);
     }),
   );
 }
 
-// The parts of a message, with what stands in the text field as the last.
-function take(name) {
+// Moves the text of the field to the parts of the prompt.
+function addText(name) {
   const text = $(`${name}-text`).value.trim();
-  const parts = text ? [...waiting[name], { text }] : waiting[name];
+  if (text) waiting[name].push({ text });
+  $(`${name}-text`).value = "";
+  showParts(name);
+}
+
+// Returns the parts of the prompt; the text field holds the last one.
+function prompt(name) {
+  const text = $(`${name}-text`).value.trim();
+  return text ? [...waiting[name], { text }] : [...waiting[name]];
+}
+
+function clear(name) {
   waiting[name] = [];
   $(`${name}-text`).value = "";
   showParts(name);
-  return parts;
 }
 
 const bare = ({ type, ...part }) => part; // without what only the page needs
 
-function settings(fields) {
-  const given = Object.entries(fields).map(([name, id]) => [name, $(id).value]);
-  return Object.fromEntries(given.filter(([, v]) => v !== "").map(([n, v]) => [n, Number(v)]));
+function settings(name) {
+  const fields = TABS[name].settings.map((field) => [field, $(`${name}-${field}`).value]);
+  return Object.fromEntries(fields.filter(([, v]) => v !== "").map(([n, v]) => [n, Number(v)]));
 }
 
-// Sends a request and hands each part of the answer over as it comes.
-async function ask(path, body, onPart) {
+function composer(name) {
+  const form = $(`${name}-form`), tab = TABS[name];
+  form.append($("composer").content.cloneNode(true));
+  const [parts, text, file] = ["parts", "textarea", "input"].map((kind) =>
+    form.querySelector(kind === "parts" ? ".parts" : kind === "input" ? ".file input" : kind));
+  parts.id = `${name}-parts`;
+  Object.assign(text, { id: `${name}-text`, placeholder: tab.placeholder });
+  text.setAttribute("aria-label", tab.label);
+  Object.assign(file, { id: `${name}-file`, accept: tab.accept });
+  file.addEventListener("change", async () => {
+    await addFiles(name, file.files);
+    file.value = "";
+  });
+  for (const button of ["add", "clear", "stop"]) {
+    form.querySelector(`.${button}`).id = `${name}-${button}`;
+  }
+  $(`${name}-clear`).textContent = tab.clear;
+  form.querySelector(".primary").textContent = tab.submit;
+  $(`${name}-add`).addEventListener("click", () => addText(name));
+  $(`${name}-add`).hidden = name === "chat";
+  $(`${name}-stop`).addEventListener("click", () => running?.abort());
+  for (const field of tab.settings) {
+    const [min, step, max] = FIELDS[field];
+    const input = make("input", { type: "number", id: `${name}-${field}`, min, step });
+    if (max !== undefined) input.max = max;
+    input.title = HELP[field];
+    form.querySelector(".fields").append(make("label", { title: HELP[field] }, field, input));
+  }
+  text.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey) {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+  text.addEventListener("paste", (event) => {
+    const files = [...event.clipboardData.files];
+    if (files.length) {
+      event.preventDefault();
+      addFiles(name, files);
+    }
+  });
+  form.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    form.classList.add("over");
+  });
+  form.addEventListener("dragleave", () => form.classList.remove("over"));
+  form.addEventListener("drop", (event) => {
+    event.preventDefault();
+    form.classList.remove("over");
+    addFiles(name, [...event.dataTransfer.files].filter((f) => /^(image|video)\//.test(f.type)));
+  });
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+});
+
+// --- Requests ---
+
+// Sends a prompt, and passes each part of the answer on as it comes.
+async function ask(name, body, onPart) {
   running?.abort();
   const mine = (running = new AbortController());
   $("problem").textContent = "";
-  $("chat-stop").disabled = false;
+  $("status").textContent = "Working …";
+  $(`${name}-stop`).disabled = false;
+  const headers = { "Content-Type": "application/json" };
+  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
+  let denoising = null; // when the first preview came: {step, time}
   try {
-    const response = await fetch(path, {
-      method: "POST", headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body), signal: mine.signal,
+    const response = await fetch(TABS[name].path, {
+      method: "POST", headers, body: JSON.stringify({ ...body, progress: true }),
+      signal: mine.signal,
     });
     if (!response.ok) throw new Error((await response.json()).error);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -101,7 +219,21 @@ async function ask(path, body, onPart) {
       for (const line of lines) {
         const part = JSON.parse(line);
         if (part.error) throw new Error(part.error);
-        if (!part.done) onPart(part);
+        if ("waiting" in part) {
+          $("status").textContent =
+            part.waiting ? `Waiting: number ${part.waiting} in the queue` : "Working …";
+        } else if ("preview" in part) {
+          denoising ??= { step: part.step, time: performance.now() };
+          const rate = (performance.now() - denoising.time) / (part.step - denoising.step);
+          const left = Math.ceil((rate * (part.steps - part.step)) / 1000);
+          $("status").textContent = `Denoising: step ${part.step} of ${part.steps}` +
+            (Number.isFinite(left) ? `, about ${left} s left` : "");
+          showPreview(name, part);
+        } else if (!part.done) {
+          denoising = null;
+          showPreview(name, null);
+          onPart(part);
+        }
       }
     }
     return true;
@@ -111,84 +243,184 @@ async function ask(path, body, onPart) {
   } finally {
     if (running === mine) {
       running = null;
-      $("chat-stop").disabled = true;
+      $("status").textContent = "";
     }
+    $(`${name}-stop`).disabled = true;
+    showPreview(name, null);
   }
 }
 
+function showPreview(name, part) {
+  const box = $(`${name}-preview`);
+  if (!box) return;
+  const shown = part && [
+    make("img", { src: part.preview, alt: "a preview of the image" }),
+    make("progress", { max: part.steps, value: part.step }),
+  ];
+  box.replaceChildren(...(shown ?? []));
+}
+
+// An image with its prompt, the settings that made it, and a link to save it.
+function figure(source, parts, used) {
+  const words = parts.filter((part) => "text" in part).map((part) => part.text).join(" ");
+  const made = Object.entries(used).map(([n, v]) => `${n} ${v}`).join(", ");
+  const name = `${(words || "image").replace(/[^\w]+/g, "-").slice(0, 40)}.png`;
+  return make("figure", {},
+    make("img", { src: source, alt: `generated: ${words || "from images"}` }),
+    make("figcaption", {}, make("strong", { textContent: words || "from images" }),
+      `${made} `, make("a", { href: source, download: name, textContent: "Download" })));
+}
+
+// The settings of a request, with the defaults of those that it did not name.
+function usedSettings(name, given) {
+  const names = TABS[name].settings.filter((n) => n in given || model.defaults[n] != null);
+  return Object.fromEntries(names.map((n) => [n, given[n] ?? model.defaults[n]]));
+}
+
+for (const name of Object.keys(TABS)) {
+  composer(name);
+  $(`${name}-tab`).addEventListener("click", () => select(name));
+}
+
 function say(role, parts) {
-  const item = document.createElement("li");
-  item.className = role;
-  item.append(...parts.map(element));
+  const item = make("li", { className: role }, ...parts.map(element));
   $("said").append(item);
   item.scrollIntoView({ block: "end" });
   return item;
 }
 
+// Adds a part of an answer to a list of parts, and shows it behind the others.
+function append(answer, box, part) {
+  const last = answer.at(-1);
+  if ("text" in part && last && "text" in last) {
+    last.text += part.text;
+    box.lastChild.textContent = last.text;
+  } else {
+    answer.push(part);
+    box.append(element(part));
+  }
+}
+
 $("chat-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const parts = take("chat");
+  const parts = prompt("chat");
   if (!parts.length) return;
+  clear("chat");
   messages.push({ role: "user", parts: parts.map(bare) });
   say("user", parts);
   const item = say("assistant", []);
   const answer = [];
-  const request = { messages, settings: settings({ max_new_tokens: "chat-tokens" }) };
-  await ask("api/chat", request, (part) => {
+  await ask("chat", { messages, settings: settings("chat") }, (part) => {
     if ("picture" in part) part = { picture: part.picture.split(",", 2)[1] };
-    const last = answer.at(-1);
-    if ("text" in part && last && "text" in last) {
-      last.text += part.text;
-      item.lastChild.textContent = last.text;
-    } else {
-      answer.push(part);
-      item.append(element(part));
-    }
+    append(answer, item, part);
   });
   item.dataset.done = "true";
-  // What was not answered is not part of the chat.
+  // A question without an answer is not part of the chat.
   if (answer.length) messages.push({ role: "assistant", parts: answer });
-  else messages.pop();
-});
-
-$("chat-text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
-    event.preventDefault();
-    $("chat-form").requestSubmit();
+  else {
+    messages.pop();
+    item.remove();
   }
 });
-$("chat-stop").addEventListener("click", () => running?.abort());
 $("chat-clear").addEventListener("click", () => {
   running?.abort();
   messages.length = 0;
   $("said").replaceChildren();
+  clear("chat");
 });
 
-$("draw-add").addEventListener("click", () => {
-  waiting.draw = take("draw");
-  showParts("draw");
-});
-$("draw-clear").addEventListener("click", () => {
-  waiting.draw = [];
-  showParts("draw");
-});
 $("draw-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const text = $("draw-text").value.trim();
-  // They stay, to draw again.
-  const parts = [...waiting.draw, ...(text ? [{ text }] : [])].map(bare);
+  const parts = prompt("draw"); // they stay, to draw again
   if (!parts.length) return;
-  const fields = {
-    seed: "draw-seed", guidance_scale: "draw-guidance", num_inference_steps: "draw-steps",
-  };
-  await ask("api/draw", { parts, settings: settings(fields) }, (part) => {
-    const image = Object.assign(document.createElement("img"), {
-      src: part.picture, alt: "what was drawn",
-    });
-    $("drawn").replaceChildren(image);
+  const given = settings("draw");
+  await ask("draw", { parts: parts.map(bare), settings: given }, (part) => {
+    $("drawn").prepend(figure(part.picture, parts, usedSettings("draw", given)));
   });
 });
+$("draw-clear").addEventListener("click", () => clear("draw"));
 
-fetch("api/about").then((r) => r.json()).then((about) => {
-  if (!about.paints) $("draw-tab").disabled = true;
+$("continue-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const parts = prompt("continue");
+  if (!parts.length) return;
+  const given = settings("continue");
+  const box = $("continued");
+  box.replaceChildren(...parts.map((part) => {
+    const node = element(part);
+    node.classList.add("given");
+    return node;
+  }));
+  let text = null;
+  await ask("continue", { parts: parts.map(bare), settings: given }, (part) => {
+    if ("picture" in part) {
+      text = null;
+      box.append(figure(part.picture, parts, usedSettings("continue", given)));
+    } else {
+      if (!text) box.append((text = make("span")));
+      text.textContent += part.text;
+    }
+  });
+  box.dataset.done = "true";
+});
+$("continue-clear").addEventListener("click", () => {
+  clear("continue");
+  $("continued").replaceChildren();
+});
+
+// --- What the model is, and examples ---
+
+function showExamples(name) {
+  $(`${name}-examples`).replaceChildren(
+    ...(model.examples[name] ?? []).map((example) => {
+      const button = make("button", { type: "button" }, ...example.parts.map(element));
+      button.addEventListener("click", () => {
+        clear(name);
+        waiting[name] = example.parts.slice(0, -1);
+        const last = example.parts.at(-1);
+        if ("text" in last) $(`${name}-text`).value = last.text;
+        else waiting[name] = [...example.parts];
+        for (const [field, value] of Object.entries(example.settings ?? {})) {
+          const input = $(`${name}-${field}`);
+          if (input) input.value = value;
+        }
+        showParts(name);
+        $(`${name}-text`).focus();
+      });
+      return button;
+    }),
+  );
+}
+
+function describe() {
+  const does = ["chats about images and videos"];
+  if (!model.instruct) does[0] = "describes images and continues text";
+  if (model.paints) does.push(`paints images of ${model.image_size} × ${model.image_size} pixels`);
+  const family = { emu: "Emu", emu2: "Emu2" }[model.family] ?? model.family;
+  $("name").textContent = model.name;
+  document.title = `${model.name} · Emu`;
+  $("summary").textContent = `${family}, a multimodal model: it ${does.join(" and ")}. ` +
+    `It reads up to ${model.positions} tokens.`;
+  $("key-label").hidden = !model.needs_key;
+  for (const [name, tab] of Object.entries(TABS)) {
+    for (const field of tab.settings) {
+      const input = $(`${name}-${field}`);
+      const standard = model.defaults[field];
+      input.placeholder = standard == null ? "default" : `default: ${standard}`;
+      if (field in model.limits) input.max = model.limits[field];
+    }
+    showExamples(name);
+  }
+  if (!model.paints) {
+    $("draw-tab").disabled = true;
+    $("draw-tab").title = "This model has no decoder of images.";
+  }
+}
+
+$("key").value = sessionStorage.getItem("key") ?? "";
+$("key").addEventListener("change", () => sessionStorage.setItem("key", $("key").value));
+
+fetch("api/model").then((response) => response.json()).then((answer) => {
+  model = answer;
+  describe();
 });

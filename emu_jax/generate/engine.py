@@ -1,0 +1,654 @@
+"""Continuous batching: requests of unequal length join and leave a running batch.
+
+A slot holds the decoding state of one request: a batch of one row (`mixed.MixedState`). The states
+of all slots are arrays with a leading slot axis. Their shapes never change, so one program decodes
+any mix of requests: `mixed.decode_step`, vectorized over the slots. Images are denoised the same
+way, in slots of their own.
+
+A row of a batch is computed by itself, with its own settings and keys. A request's answer therefore
+does not depend on the requests beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
+from PIL import Image
+
+from emu_jax import diffusion
+from emu_jax.generate import mixed
+from emu_jax.generate.api import (
+    ELEMENTS_PER_STREAM_CHECK,
+    STEPS_PER_STOP_CHECK,
+    Emu,
+    Params,
+    _finish_painting,
+    _image_keys,
+    _row_keys,
+    _start_painting,
+    _StreamProgress,
+)
+from emu_jax.generate.image import image_shape, paint_steps, size_condition
+from emu_jax.generate.prompt import Parts, as_parts
+from emu_jax.generate.settings import (
+    GenerationConfig,
+    ImageSettings,
+    MixedSettings,
+    TextConfig,
+    bucket,
+    check_seed,
+)
+from emu_jax.sharding import to_host
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """An image that is still being denoised.
+
+    Attributes:
+        step: steps of the sampler so far, of `steps` in all.
+    """
+
+    image: Image.Image
+    step: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """The end of an answer.
+
+    Attributes:
+        ended: whether the model ended it, rather than a limit.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    ended: bool
+
+
+# None: nothing new; call `Engine.step` before asking again.
+EnginePart: TypeAlias = str | Image.Image | Preview | Usage | None
+
+
+class Engine:
+    """Answers many requests at once.
+
+    `stream` and `generate_image` return iterators that never compute more than a prompt's first
+    token. They yield None while they wait. `step` then decodes a few tokens, and denoises a few
+    steps, of all of them. Nothing here may be called from two threads at a time.
+
+    Args:
+        emu: the model. Its `shapes` and `batch_size` bound the programs that are compiled.
+        slots: requests that are decoded at once.
+        image_slots: images that are denoised at once.
+        new_tokens: room of a slot for text tokens.
+        max_images: room of a slot for images.
+    """
+
+    def __init__(
+        self,
+        emu: Emu,
+        *,
+        slots: int = 8,
+        image_slots: int = 4,
+        new_tokens: int = 256,
+        max_images: int = 4,
+    ) -> None:
+        if slots < 1 or image_slots < 1:
+            raise ValueError(f"{slots} slots, {image_slots} image slots: at least 1 of each")
+        self.emu, self.cfg, self.tokenizer = emu, emu.cfg, emu.tokenizer
+        self.defaults, self.paints = emu.defaults, emu.paints
+        self.slots, self.image_slots = slots, image_slots
+        static = mixed.StaticMixedSettings(
+            bucket(new_tokens), max_images if emu.paints else 0, False, emu.paints
+        )
+        self._text = _TextSlots(emu, slots, static)
+        self._images = _ImageSlots(emu, image_slots)
+
+    def step(self) -> None:
+        """Decodes a few elements of every slot, and runs a few steps of the images' sampler.
+
+        After an error the requests in progress cannot continue: close their iterators.
+        """
+        try:
+            with self.emu._on_mesh():
+                self._text.decode()
+                self._images.denoise()
+        except BaseException:
+            self._text.clear()
+            self._images.clear()
+            raise
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the KV cache of all slots."""
+        return self.slots * self._text.cache_bytes
+
+    @property
+    def concurrent(self) -> int:
+        """How many requests it is worth to have in progress: they decode or denoise."""
+        return self.slots + self.image_slots
+
+    @property
+    def active(self) -> tuple[int, int]:
+        """Requests that are being decoded, and images that are being denoised or wait for it."""
+        return int(self._text.active.sum()), len(self._images.jobs)
+
+    def stream(
+        self, prompt: Any, *, previews: bool = False, **settings: Unpack[MixedSettings]
+    ) -> Iterator[EnginePart]:
+        """Yields the parts of `Emu.stream`, None while it waits, and `Usage` at the end.
+
+        Args:
+            previews: whether to yield a `Preview` every few steps of an image too.
+
+        Raises:
+            UserError: the prompt or a setting is invalid.
+        """
+        emu, cfg = self.emu, self.defaults.replace(**settings)
+        rows = emu._prompts([prompt], cfg.max_new_tokens, cfg)
+        static, *_, room = emu._mixed(cfg, rows)
+        largest = self._text.static
+        if static.text_slots > largest.text_slots or static.max_images > largest.max_images:
+            yield from emu.stream(prompt, **settings)  # alone: it has no room in a slot
+            return
+        ids = self.cfg.tokens
+        last, length = int(rows[0].tokens[-1]), len(rows[0].tokens)
+        progress = _StreamProgress(self.tokenizer, ids, last=last)
+        text_key, paint_key = _row_keys(np.zeros(1, int), cfg.seed)
+        slot = yield from self._slot()
+        try:
+            self._text.join(slot, emu, rows, cfg, text_key, int(room[0]))
+            while True:
+                tokens, images, done = self._text.read(slot)
+                ended = done or len(tokens) >= self._text.elements
+                embeddings = self._text.embeddings(slot) if images else None
+                for part in progress.advance(tokens, images=images, ended=ended):
+                    if isinstance(part, str):
+                        yield part
+                        continue
+                    assert embeddings is not None
+                    key = _image_keys(paint_key, part)
+                    yield from self._paint(embeddings[:, part], key, cfg, previews=previews)
+                if ended:
+                    written = np.isin(tokens, (ids.pad, ids.image, ids.img_end), invert=True)
+                    yield Usage(length, int(written.sum()), bool(np.any(tokens == ids.eos)))
+                    return
+                while self._text.length(slot) == len(tokens):
+                    yield None
+        finally:
+            self._text.release(slot)
+
+    def _slot(self) -> Generator[None, None, int]:
+        """Takes a free slot, and waits until there is one."""
+        while (slot := self._text.take()) is None:
+            yield None
+        return slot
+
+    def generate_image(
+        self,
+        prompts: Sequence[Parts],
+        *,
+        seed: int | None = None,
+        negative_prompt: Parts | None = None,
+        previews: bool = False,
+        **settings: Unpack[ImageSettings],
+    ) -> Iterator[EnginePart]:
+        """Yields the image of `Emu.generate_image` for one prompt, and None while it waits.
+
+        Raises:
+            UserError: the prompt or a setting is invalid, or the model cannot generate images.
+        """
+        (prompt,) = prompts
+        emu, cfg = self.emu, self.defaults.replace(**settings)
+        emu._need_painter()
+        seed = cfg.seed if seed is None else seed
+        check_seed(seed)
+        _, paint_key = _row_keys(np.zeros(1, int), seed)
+        autoencoded = emu._autoencodes(as_parts(prompt))
+        if autoencoded:
+            embeddings, _ = emu._conditions([prompt])
+        else:
+            embeddings = yield from self._regress(prompt)
+        yield from self._paint(
+            embeddings,
+            _image_keys(paint_key, 0),
+            cfg,
+            previews=previews,
+            negative_prompt=negative_prompt,
+            autoencoded=autoencoded,
+        )
+
+    def _regress(self, prompt: Any) -> Generator[None, None, Float[Array, "1 N E"]]:
+        """Regresses the embeddings of the image that follows a prompt, and returns them [1, N, E].
+
+        It is a continuation without text that starts with the image.
+        """
+        emu = self.emu
+        rows = emu._prompts([prompt], self.cfg.n_embeddings)
+        key, _ = _row_keys(np.zeros(1, int), 0)  # unused: nothing is sampled
+        slot = yield from self._slot()
+        try:
+            self._text.join(slot, emu, rows, TextConfig(), key, 1, text=0)
+            while not self._text.read(slot)[1]:
+                yield None
+            return self._text.embeddings(slot)[:, 0]
+        finally:
+            self._text.release(slot)
+
+    def _paint(
+        self,
+        embeddings: Float[Array, "1 N E"],
+        key: Key[Array, "1"],
+        cfg: GenerationConfig,
+        *,
+        previews: bool,
+        negative_prompt: Parts | None = None,
+        autoencoded: bool = False,
+    ) -> Iterator[EnginePart]:
+        emu = self.emu
+        shape = image_shape(emu.cfg, cfg.height, cfg.width)
+        sizes = size_condition(
+            emu.cfg,
+            shape,
+            original_size=cfg.original_size,
+            crops_coords_top_left=cfg.crops_coords_top_left,
+            target_size=cfg.target_size,
+        )
+        uncond = None
+        if cfg.guidance_scale > 1:
+            uncond = emu._uncond(negative_prompt, np.array([autoencoded]))
+            uncond = uncond[None] if uncond.ndim == 2 else uncond
+        table, count = diffusion.padded_steps(
+            emu.cfg.scheduler, cfg.num_inference_steps, cfg.scheduler
+        )
+        with emu._on_mesh():
+            start = _start_painting(emu._graphdef, emu._params, key, embeddings.dtype, shape)
+        job = _ImageJob(
+            _ImageInputs(start, embeddings, uncond, sizes),
+            np.float32(cfg.guidance_scale),
+            table,
+            count,
+            previews,
+        )
+        self._images.jobs.append(job)
+        try:
+            while job.pixels is None:
+                preview, job.preview = job.preview, None
+                yield preview
+            pixels = job.pixels if emu.safety is None else emu.safety(job.pixels)
+            yield Image.fromarray(pixels[0])
+        finally:
+            self._images.remove(job)
+
+
+class _TextSlots:
+    """Requests that are decoded at once, each in a slot of one batch."""
+
+    def __init__(self, emu: Emu, slots: int, static: mixed.StaticMixedSettings) -> None:
+        self._emu, self.static = emu, static
+        self.elements = static.steps(emu.cfg.n_embeddings)
+        self._cache_slots = bucket(emu.cfg.llama.max_positions)
+        self._taken = np.zeros(slots, bool)
+        self.active = np.zeros(slots, bool)  # taken, and not done
+        self._sampled = np.zeros(slots, bool)
+        self._settings = (  # the fields of `mixed.DynamicMixedSettings`
+            np.zeros(slots, np.int32),
+            np.ones(slots, np.float32),
+            np.zeros(slots, np.int32),
+            np.ones(slots, np.float32),
+            np.zeros((slots, 1), np.int32),
+            self._sampled,
+        )
+        self._keys = np.zeros((slots, 1, 2), np.uint32)
+        self._state: mixed.MixedState | None = None
+        self._read: dict[str, np.ndarray] = {}
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of a slot's KV cache."""
+        llama, dtype = self._emu.model.llama, self._emu.dtype
+        cache = jax.eval_shape(lambda: llama.empty_cache(1, self._cache_slots, dtype))
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((cache.k, cache.v)))
+
+    def take(self) -> int | None:
+        """Takes a free slot; None if there is none."""
+        free = np.flatnonzero(~self._taken)
+        if not len(free):
+            return None
+        self._taken[free[0]] = True
+        return int(free[0])
+
+    def release(self, slot: int) -> None:
+        self._taken[slot] = self.active[slot] = self._sampled[slot] = False
+
+    def clear(self) -> None:
+        """Gives up all requests."""
+        self.active[:] = False
+        self._state = None
+
+    def join(
+        self,
+        slot: int,
+        emu: Emu,
+        rows: Sequence[Any],
+        cfg: TextConfig,
+        key: Key[Array, "1"],
+        max_images: int,
+        *,
+        text: int | None = None,
+    ) -> None:
+        """Reads a prompt into a slot.
+
+        Args:
+            text: text tokens that may follow; by default `cfg.max_new_tokens`.
+        """
+        ((_, batch),) = emu._batcher.batches(rows, "left")
+        text = cfg.max_new_tokens if text is None else text
+        values = (text, cfg.temperature, cfg.top_k, cfg.top_p, max_images, cfg.do_sample)
+        for array, value in zip(self._settings, values, strict=True):
+            array[slot] = value
+        self._keys[slot] = jax.random.key_data(key)
+        dynamic = mixed.DynamicMixedSettings(*(jnp.asarray(a[slot]) for a in self._settings))
+        with emu._on_mesh():
+            state = _open_slot(
+                emu._graphdef,
+                emu._params,
+                *emu._inputs(batch),
+                dataclasses.replace(self.static, do_sample=cfg.do_sample),
+                dynamic,
+                key,
+                self._cache_slots,
+            )
+            if self._state is None:
+                self._state = _empty_slots(state, len(self._taken))
+            self._state = _insert(self._state, state, np.int32(slot))
+        self.active[slot] = True
+        self._fetch()
+
+    def decode(self) -> None:
+        """Decodes a few elements of every active slot."""
+        if self._state is None or not self.active.any():
+            return
+        self._state = _decode_slots(
+            self._emu._graphdef,
+            self._emu._params,
+            self._state,
+            self.active,
+            dataclasses.replace(self.static, do_sample=bool(self._sampled.any())),
+            mixed.DynamicMixedSettings(*map(jnp.asarray, self._settings)),
+            self._keys,
+        )
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Copies what `read` returns before the state is donated to the next program."""
+        assert self._state is not None
+        names = ("tokens", "step", "count", "done")
+        self._read = {name: to_host(getattr(self._state, name)) for name in names}
+        self.active &= ~self._read["done"][:, 0] & (self._read["step"] < self.elements)
+
+    def length(self, slot: int) -> int:
+        """Returns how many elements `read` returns."""
+        return min(int(self._read["step"][slot]), self.elements)
+
+    def read(self, slot: int) -> tuple[Int[np.ndarray, "T"], int, bool]:
+        """Returns the tokens so far, the number of complete images, and whether it has ended."""
+        tokens = self._read["tokens"][slot, 0, : self.length(slot)]
+        return tokens, int(self._read["count"][slot, 0]), bool(self._read["done"][slot, 0])
+
+    def embeddings(self, slot: int) -> Float[Array, "1 images N E"]:
+        """Returns the embeddings of a slot's images."""
+        assert self._state is not None
+        return _take(self._state.images, np.int32(slot))
+
+
+@dataclasses.dataclass
+class _ImageInputs:
+    """State and conditions of an image, in a batch of one; or of all slots, with a leading axis."""
+
+    state: diffusion.SamplerState
+    cond: Float[Array, "*slots 1 N E"]
+    uncond: Float[Array, "*slots 1 N E"] | None
+    sizes: Float[Array | np.ndarray, "*slots 6"] | None
+
+
+jax.tree_util.register_dataclass(_ImageInputs)
+
+
+@dataclasses.dataclass(eq=False)
+class _ImageJob:
+    """An image that is to be denoised.
+
+    Attributes:
+        step: rows of `table` that have been run, of `count` in all.
+    """
+
+    inputs: _ImageInputs
+    guidance: np.float32
+    table: diffusion.Steps
+    count: int
+    previews: bool
+    step: int = 0
+    preview: Preview | None = None
+    pixels: UInt8[np.ndarray, "1 height width 3"] | None = None
+
+    @property
+    def shapes(self) -> Any:
+        """Jobs with equal shapes are denoised in one batch."""
+        return jax.tree.structure(self.inputs), *(a.shape for a in jax.tree.leaves(self.inputs))
+
+
+class _ImageSlots:
+    """Images that are denoised at once, each in a slot of one batch."""
+
+    def __init__(self, emu: Emu, slots: int) -> None:
+        self._emu = emu
+        self.jobs: list[_ImageJob] = []  # oldest first
+        self._slots: list[_ImageJob | None] = [None] * slots
+        self._inputs: _ImageInputs | None = None
+        self._shapes: Any = None
+
+    def clear(self) -> None:
+        """Gives up all images."""
+        self.jobs.clear()
+        self._slots, self._inputs = [None] * len(self._slots), None
+
+    def remove(self, job: _ImageJob) -> None:
+        """Gives up an image, unless it is complete."""
+        if job in self.jobs:
+            self.jobs.remove(job)
+        self._slots = [None if other is job else other for other in self._slots]
+
+    def _fill(self) -> None:
+        """Moves waiting images into free slots. One of another shape waits until all are free, and
+        images behind it wait too."""
+        for job in self.jobs:
+            if job in self._slots:
+                continue
+            if not any(self._slots) and job.shapes != self._shapes:
+                self._inputs, self._shapes = None, job.shapes
+            if job.shapes != self._shapes or None not in self._slots:
+                return
+            slot = self._slots.index(None)
+            if self._inputs is None:
+                self._inputs = _empty_slots(job.inputs, len(self._slots))
+            self._inputs = _insert(self._inputs, job.inputs, np.int32(slot))
+            self._slots[slot] = job
+
+    def denoise(self) -> None:
+        """Runs a few steps of the sampler for every slot, and finishes complete images."""
+        self._fill()
+        if self._inputs is None or not any(self._slots):
+            return
+        emu, count = self._emu, STEPS_PER_STOP_CHECK
+        first = next(job for job in self._slots if job is not None)
+        columns = []
+        for job in self._slots:
+            start = 0 if job is None else job.step
+            columns.append([column[start : start + count] for column in (job or first).table])
+        # Rows behind the end of a table are padding, and are not run.
+        steps = diffusion.Steps(
+            *(
+                np.stack([_padded(column, count) for column in column_of_slots])
+                for column_of_slots in zip(*columns, strict=True)
+            )
+        )
+        left = np.array([0 if job is None else job.count - job.step for job in self._slots])
+        guidance = np.array([(job or first).guidance for job in self._slots], np.float32)
+        inputs = self._inputs
+        state = _denoise_slots(
+            emu._graphdef,
+            emu._params,
+            inputs.state,
+            inputs.cond,
+            inputs.uncond,
+            inputs.sizes,
+            steps,
+            left.astype(np.int32),
+            guidance,
+        )
+        self._inputs = dataclasses.replace(inputs, state=state)
+        for slot, job in enumerate(self._slots):
+            if job is None:
+                continue
+            job.step = min(job.step + count, job.count)
+            complete = job.step == job.count
+            if complete or job.previews:
+                latents = _take(state, np.int32(slot))
+                pixels = _finish_painting(
+                    emu._graphdef, emu._params, latents, job.inputs.cond.dtype
+                )
+                if complete:
+                    job.pixels = to_host(pixels)
+                    self.remove(job)
+                else:
+                    image = Image.fromarray(to_host(pixels)[0])
+                    job.preview = Preview(image, job.step, job.count)
+
+
+def _padded(column: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(column, [(0, rows - len(column))] + [(0, 0)] * (column.ndim - 1))
+
+
+# --- Programs ------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static", "cache_slots"))
+def _open_slot(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    images: Float[Array, "1 images N E"],
+    tokens: Int[Array, "1 T"],
+    embedding_index: Int[Array, "1 T"],
+    valid: Bool[Array, "1 T"],
+    static: mixed.StaticMixedSettings,
+    dynamic: mixed.DynamicMixedSettings,
+    key: Key[Array, "1"],
+    cache_slots: int,
+) -> mixed.MixedState:
+    """Returns the state of a slot after its first element."""
+    emu = nnx.merge(graphdef, params)
+    x = emu.embed(tokens, images, embedding_index)
+    starts_image = tokens[:, -1] == emu.cfg.tokens.img
+    length = tokens.shape[1]
+    state = mixed.start(
+        emu, x, valid, starts_image, static, dynamic, key, cache_slots=cache_slots - length
+    )
+    return state._replace(cache=state.cache.drop(length - jnp.sum(valid)))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
+def _decode_slots(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    state: mixed.MixedState,
+    active: Bool[Array, "slots"],
+    static: mixed.StaticMixedSettings,
+    dynamic: mixed.DynamicMixedSettings,
+    keys: UInt32[Array, "slots 1 2"],
+) -> mixed.MixedState:
+    """Decodes a few elements of every slot. Slots that have ended are computed and ignored."""
+
+    def decode_step(
+        state: mixed.MixedState, dynamic: mixed.DynamicMixedSettings, keys: Key[Array, "1"]
+    ) -> mixed.MixedState:
+        emu = nnx.merge(graphdef, params)
+        return mixed.decode_step(emu, emu.llama, state, static, dynamic, keys)
+
+    def step(carry: tuple[Int[Array, ""], mixed.MixedState]) -> tuple[Any, mixed.MixedState]:
+        count, state = carry
+        return count + 1, jax.vmap(decode_step)(state, dynamic, jax.random.wrap_key_data(keys))
+
+    def unfinished(carry: tuple[Int[Array, ""], mixed.MixedState]) -> Bool[Array, ""]:
+        count, state = carry
+        return (count < ELEMENTS_PER_STREAM_CHECK) & jnp.any(active & ~state.done[:, 0])
+
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
+def _denoise_slots(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    state: diffusion.SamplerState,
+    cond: Float[Array, "slots 1 N E"],
+    uncond: Float[Array, "slots 1 N E"] | None,
+    sizes: Float[Array, "slots 6"] | None,
+    steps: diffusion.Steps,
+    left: Int[Array, "slots"],
+    guidance: Float[Array, "slots"],
+) -> diffusion.SamplerState:
+    """Runs the next steps of every slot's sampler. `left` is how many steps it needs."""
+
+    def denoise(
+        state: diffusion.SamplerState,
+        cond: Float[Array, "1 N E"],
+        uncond: Float[Array, "1 N E"] | None,
+        sizes: Float[Array, "6"] | None,
+        row: diffusion.Steps,
+        guidance: Float[Array, ""],
+    ) -> diffusion.SamplerState:
+        emu = nnx.merge(graphdef, params)
+        table = jax.tree.map(lambda column: column[None], row)
+        return paint_steps(emu, state, cond, uncond, guidance, table, 0, 1, sizes)
+
+    def step(i: Int[Array, ""], state: diffusion.SamplerState) -> diffusion.SamplerState:
+        row = jax.tree.map(lambda column: column[:, i], steps)
+        after = jax.vmap(denoise)(state, cond, uncond, sizes, row, guidance)
+        runs = i < left
+        return jax.tree.map(
+            lambda new, old: jnp.where(runs.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+            after,
+            state,
+        )
+
+    return jax.lax.fori_loop(0, STEPS_PER_STOP_CHECK, step, state)
+
+
+def _empty_slots(state: T, slots: int) -> T:
+    """Returns zeros for so many slots like `state`."""
+    return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), state)
+
+
+@functools.partial(jax.jit, donate_argnames=("states",))
+def _insert(states: T, state: T, slot: Int[Array, ""]) -> T:
+    """Puts the state of a slot in its place."""
+    return jax.tree.map(lambda all_, one: all_.at[slot].set(one), states, state)
+
+
+@jax.jit
+def _take(states: T, slot: Int[Array, ""]) -> T:
+    """Returns the state of a slot."""
+    return jax.tree.map(lambda a: a[slot], states)

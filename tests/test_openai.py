@@ -1,0 +1,360 @@
+"""The OpenAI-compatible endpoints, with OpenAI's client, and what guards them."""
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("starlette")
+pytest.importorskip("openai")
+
+import openai
+from test_serve import LIMITS, Client, FakeEmu, Served, chat, lines, png, served  # noqa: F401
+
+from emu_jax.generate.engine import Usage
+from emu_jax.generate.settings import GenerationConfig
+from emu_jax.serve.app import make_app
+from emu_jax.serve.openai import Trimmer
+from emu_jax.serve.worker import Worker
+
+
+class Talker(FakeEmu):
+    """Says `answer` a piece at a time, then what it was asked with."""
+
+    defaults = GenerationConfig(max_new_tokens=9)
+    answer = (" one", " two", " three ")
+
+    def stream(self, prompt, max_images, **settings):
+        self.asked.append((prompt, max_images, settings))
+        if prompt[0] == "fail":
+            yield "a"
+            raise RuntimeError("inside")
+        yield from self.answer
+        yield Usage(5, settings.get("max_new_tokens", 3), False)
+
+
+@pytest.fixture
+def emu():
+    return Talker()
+
+
+@pytest.fixture
+def client(emu, served):  # noqa: F811
+    server = served(emu)
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    ) as made:
+        made.server = server
+        yield made
+
+
+def user(*content):
+    return [{"role": "user", "content": list(content) if len(content) > 1 else content[0]}]
+
+
+def image_part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def test_a_completion_whole_and_streamed(client, emu):
+    picture = image_part(f"data:image/png;base64,{png()}")
+    said = user({"type": "text", "text": "what is this?"}, picture)
+    whole = client.chat.completions.create(
+        model="emu", messages=said, max_tokens=3, temperature=0.5, top_p=0.9, seed=4
+    )
+    (choice,) = whole.choices
+    assert (choice.message.content, choice.finish_reason) == ("one two three", "length")
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, 3)
+    (prompt, max_images, settings) = emu.asked.pop()
+    assert prompt[0] == "what is this?" and prompt[1].size == (8, 6) and max_images == 0
+    sampled = {"temperature": 0.5, "top_p": 0.9, "do_sample": True}
+    assert settings == {"max_new_tokens": 3, "seed": 4, **sampled}
+
+    events = list(
+        client.chat.completions.create(
+            model="emu",
+            messages=said,
+            stream=True,
+            stop=["thr", "zzz"],
+            temperature=0,
+            stream_options={"include_usage": True},
+        )
+    )
+    texts = [e.choices[0].delta.content for e in events if e.choices]
+    assert texts == ["", "one", " two", None] and len({e.id for e in events}) == 1
+    assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.prompt_tokens == 0
+    assert emu.asked.pop()[2] == {"do_sample": False}
+
+
+def test_an_image_is_generated(client, emu):
+    drawn = client.images.generate(
+        prompt="seven", response_format="b64_json", size="512x512", extra_body={"seed": 7}
+    )
+    with Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json))) as image:
+        np.testing.assert_array_equal(np.asarray(image)[0, 0], [7, 1, 0])
+    emu.paints = False
+    with pytest.raises(openai.BadRequestError, match="no decoder"):
+        client.images.generate(prompt="seven")
+
+
+REFUSED = {
+    "a model that is not here": ({"model": "gpt"}, openai.NotFoundError, "no model 'gpt'"),
+    "a remote image": (
+        {"messages": user(image_part("http://169.254.169.254/"), {"type": "text", "text": "a"})},
+        openai.BadRequestError,
+        "no other URL is fetched",
+    ),
+    "a file": (
+        {"messages": user(image_part("file:///etc/passwd"), {"type": "text", "text": "a"})},
+        openai.BadRequestError,
+        "give a data URL",
+    ),
+    "two answers": ({"n": 2}, openai.BadRequestError, "n must be 1"),
+    "a penalty": ({"presence_penalty": 1.0}, openai.BadRequestError, "presence_penalty must be"),
+    "too hot": ({"temperature": 2.5}, openai.BadRequestError, "temperature must be from 0.0 to"),
+    "too long": ({"max_tokens": 257}, openai.BadRequestError, "max_new_tokens must be from 1"),
+    "a special token": ({"messages": user("a </s>")}, openai.BadRequestError, "must not spell"),
+    "too much text": (
+        {"messages": user("a" * 51)},
+        openai.APIStatusError,
+        "more than 50 characters",
+    ),
+    "no user": (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        openai.BadRequestError,
+        "role must be 'user'",
+    ),
+    "a system message": (
+        {"messages": [{"role": "system", "content": "a"}, *user("b")]},
+        openai.BadRequestError,
+        "needs an instruction-tuned model",
+    ),
+    "an empty stop": ({"stop": [""]}, openai.BadRequestError, "stop must be a text"),
+    "tools": ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools must be"),
+}
+
+
+def test_refusals_have_openais_shape(client, emu):
+    for name, (change, error, message) in REFUSED.items():
+        asked = {"model": "emu", "messages": user("hello")} | change
+        with pytest.raises(error, match=message) as refused:
+            client.chat.completions.create(**asked)
+        assert set(refused.value.body) == {"message", "type", "param", "code"}, name
+    assert emu.asked == []
+    for change, message in (({"size": "64x64"}, "size must be 512x512"), ({"n": 3}, "n must be")):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.images.generate(prompt="seven", **change)
+    with pytest.raises(openai.APIError, match="internal error") as failed:
+        list(client.chat.completions.create(model="emu", messages=user("fail"), stream=True))
+    assert "inside" not in str(failed.value)
+    assert client.chat.completions.create(model="emu", messages=user("hello")).choices
+
+
+def test_models_health_and_metrics(client, emu):
+    assert [model.id for model in client.models.list()] == ["emu"]
+    client.chat.completions.create(model="emu", messages=user("a"), max_tokens=4)
+
+    def get(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{client.server.port}{path}") as answer:
+            return answer.headers, answer.read().decode()
+
+    assert json.loads(get("/health")[1]) == {"status": "ok"}
+    headers, text = get("/metrics")
+    assert headers["content-type"].startswith("text/plain") and headers["x-request-id"]
+    assert 'emu_jax_requests_total{path="/v1/chat/completions",status="200"} 1' in text
+    assert 'request_seconds_bucket{path="/v1/chat/completions",le="+Inf"} 1' in text
+    assert "emu_jax_generated_tokens_total 4" in text and "emu_jax_requests_running 0" in text
+    client.server.worker.stop()
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get("/health")
+
+
+def requests(app, *asked):
+    """Statuses, bodies and headers of requests (path, body, keywords) to an application."""
+
+    async def run():
+        client = Client(app)
+        return [await client(path, body, **more) for path, body, more in asked]
+
+    return asyncio.run(run())
+
+
+def with_key(key, **more):
+    return {"headers": {"authorization": f"Bearer {key}", **more}}
+
+
+def test_with_keys_only_their_holders_are_answered(emu):
+    async def run():
+        client = Client(make_app(emu, LIMITS, keys=["right", "other"]))
+        asked = chat({"text": "a"})
+        for path in ("/", "/api/about", "/health"):
+            assert (await client(path, method="GET"))[0] == 200
+        for path in ("/metrics", "/v1/models", "/v1/nothing"):
+            assert (await client(path, method="GET"))[0] == 401
+        for more in ({}, with_key("wrong"), with_key(""), {"headers": {"authorization": "right"}}):
+            status, body, headers = await client("/api/chat", asked, **more)
+            assert status == 401 and "Authorization" in body
+            assert headers[b"www-authenticate"] == b"Bearer"
+        status, body, _ = await client("/v1/chat/completions", {}, **with_key("wrong"))
+        assert status == 401 and json.loads(body)["error"]["code"] == "invalid_api_key"
+        assert emu.asked == []
+        for key in ("right", "other"):
+            assert (await client("/api/chat", asked, **with_key(key)))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_a_client_asks_so_often_in_a_minute(emu):
+    """By key, or else by address; on the loopback without a key there is no limit."""
+    limits = LIMITS.__class__(per_minute=2)
+
+    async def run():
+        client = Client(make_app(emu, limits, keys=["a", "b"]))
+
+        async def status(**more):
+            return (await client("/api/chat", chat({"text": "a"}), **more))[0]
+
+        assert [await status(**with_key("a")) for _ in range(3)] == [200, 200, 429]
+        assert await status(**with_key("b")) == 200
+        client = Client(make_app(emu, limits))
+        assert [await status(client="192.0.2.1") for _ in range(3)] == [200, 200, 429]
+        assert [await status() for _ in range(3)] == [200] * 3
+
+    asyncio.run(run())
+
+
+def test_a_request_has_a_name(emu):
+    async def run():
+        client, names = Client(make_app(emu, LIMITS)), []
+        for given in ("mine-1", "two words", "x" * 65, None):
+            headers = {} if given is None else {"x-request-id": given}
+            _, _, answer = await client("/api/about", method="GET", headers=headers)
+            names.append(answer[b"x-request-id"].decode())
+        return names
+
+    names = asyncio.run(run())
+    assert names[0] == "mine-1" and len(set(names)) == 4
+    assert all(name.startswith("req-") for name in names[1:])
+
+
+@pytest.mark.parametrize(
+    "stops, pieces, text",
+    [
+        ((), [" a", " b ", "c "], ["a", " b", " c", ""]),
+        (("stop",), ["a st", "op b", "c"], ["a", "", "", ""]),
+        (("stop",), ["a st", "ay"], ["a", " stay", ""]),
+        (("xy", "y"), ["axxy"], ["ax", ""]),
+        (("aab",), ["aaa", "b!"], ["a", "", ""]),
+    ],
+)
+def test_a_text_ends_before_a_stop_text(stops, pieces, text):
+    trimmer = Trimmer(stops)
+    assert [*map(trimmer.push, pieces), trimmer.end()] == text
+
+
+def test_answers_share_the_steps_of_a_batch():
+    """Two wait for the same step, and a third, which came too many, for one of them to end."""
+    steps, closed = [], []
+
+    def answer(name, length):
+        try:
+            for n in range(length):
+                seen = len(steps)
+                yield f"{name}{n}"
+                while len(steps) == seen:
+                    yield None
+        finally:
+            closed.append(name)
+
+    def step():
+        steps.append(sorted(ticket.client for ticket in worker._running))
+        if len(steps) == 7:
+            raise RuntimeError("out of memory")
+
+    async def run():
+        nonlocal worker
+        hold = threading.Event()
+        worker = Worker(9, 60, concurrent=2, step=step)
+        first = worker.reserve("first")
+        worker.submit(first, lambda: iter(hold.wait() and [] or []))
+        while not worker.running:
+            await asyncio.sleep(0.01)
+        tickets = [worker.reserve(name) for name in "abc"]
+        for ticket, length in zip(tickets, (4, 2, 9), strict=True):
+            worker.submit(ticket, lambda t=ticket, n=length: answer(t.client, n))
+        assert [worker.place(ticket) for ticket in tickets] == [1, 2, 3]
+        hold.set()
+        said = []
+        for ticket in tickets[:2]:
+            said.append([part async for part in ticket.parts()])
+        with pytest.raises(Exception, match="internal error"):
+            said.append([part async for part in tickets[2].parts()])
+        worker.close()
+        return said
+
+    worker = None
+    said = asyncio.run(run())
+    assert said == [["a0", "a1", "a2", "a3"], ["b0", "b1"]]
+    assert steps[:3] == [["a", "b"], ["a", "b"], ["a", "c"]] and sorted(closed) == ["a", "b", "c"]
+
+
+def test_a_page_that_waits_is_told_its_place(emu):
+    emu.hold.clear()
+
+    async def run():
+        client = Client(make_app(emu, LIMITS))
+        first = asyncio.create_task(
+            client("/api/draw", {"parts": [{"text": "a"}], "settings": {"seed": 1}})
+        )
+        await asyncio.to_thread(emu.started.wait)
+        asked = {"parts": [{"text": "a"}], "settings": {"seed": 2}, "progress": True}
+        second = asyncio.create_task(client("/api/draw", asked))
+        await asyncio.sleep(0.2)
+        emu.hold.set()
+        return await asyncio.gather(first, second)
+
+    (_, first, _), (_, second, _) = asyncio.run(run())
+    assert [sorted(line) for line in lines(first)] == [["picture"], ["done"]]
+    assert [line.get("waiting") for line in lines(second)][:1] == [1]
+    assert [sorted(line) for line in lines(second)][-2:] == [["picture"], ["done"]]
+
+
+def test_the_page_learns_what_the_model_is(emu):
+    app = make_app(emu, LIMITS, name="digits", examples={"chat": [{"parts": [{"text": "a"}]}]})
+    ((_, body, _),) = requests(app, ("/api/model", None, {"method": "GET"}))
+    about = json.loads(body)
+    assert (about["name"], about["image_size"], about["needs_key"]) == ("digits", 512, False)
+    assert about["defaults"]["max_new_tokens"] == 9 and about["limits"]["max_new_tokens"] == 256
+    assert about["examples"]["chat"]
+    for body, message in (
+        (b'{"parts": [{"text": "a"}], "progress": 1}', "progress must be"),
+        (b'{"parts": [{"text": "a"}], "settings": {"max_images": 5}}', "max_images must be"),
+    ):
+        ((status, refused, _),) = requests(app, ("/api/continue", None, {"raw": body}))
+        assert status == 400 and message in refused
+
+
+def test_time_to_finish_after_sigterm(served):  # noqa: F811
+    """A running answer has `drain_seconds`, and what waits is refused."""
+    emu = Talker()
+    emu.hold.clear()
+    server = served(emu, drain_seconds=1.0, seconds=30)
+    outcome = []
+
+    def post():
+        outcome.append(server.post("/api/draw", {"parts": [{"text": "a"}]}))
+
+    asked = threading.Thread(target=post)
+    asked.start()
+    emu.started.wait()
+    started = time.monotonic()
+    server.stop()
+    asked.join()
+    assert 0.9 < time.monotonic() - started < 4 and outcome[0][0] == 504

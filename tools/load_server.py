@@ -1,0 +1,197 @@
+"""Measures a server under load: `python tools/load_server.py --checkpoint runs/demo`.
+
+Starts `emu-jax serve`, or takes the one at `--address`. First one client of the `openai` library
+sends each request alone, which gives the expected answers and the throughput of one request at a
+time. Then `--clients` clients send the same requests for `--seconds`, each the next one after the
+last answer. Prints a JSON object. Exits with 1 if a request failed, if an answer differed from the
+one given alone, or if the memory grew by more than a tenth.
+
+Requests describe images and continue texts, greedy and sampled, whole and streamed. Of `--images`
+in a hundred, the answer is an image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+from PIL import Image
+from siege import rss_anon
+
+from emu_jax.data.digits import WORDS, digit_images
+
+PROMPTS = 32  # distinct requests of each kind
+WARM_SECONDS = 5.0  # of the load before memory and answers are counted
+GROWTH = 1.1  # of the memory that is allowed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--address", help="of a running server, such as http://127.0.0.1:7860")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--images", type=int, default=0, help="generated images per 100 requests")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if args.address:
+            address, pid = args.address, None
+        else:
+            address, pid = stack.enter_context(serving(args.checkpoint, args.slots))
+        report = load(address, pid, args)
+    print(json.dumps(report, indent=1))
+    return 0 if report["passed"] else 1
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, slots: int) -> Iterator[tuple[str, int]]:
+    """Starts a server. Yields its address and its process id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "emu_jax.cli", "serve", "--checkpoint", checkpoint]
+    command += ["--port", port, "--slots", slots, "--waiting", 256, "--seconds", 600]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with status {process.returncode}")
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def requests(images: int, tokens: int) -> list[dict[str, Any]]:
+    """Returns the distinct requests, each with its kind."""
+    pixels, _ = digit_images("heldout")
+    made: list[dict[str, Any]] = []
+    for n in range(PROMPTS):
+        file = io.BytesIO()
+        Image.fromarray(pixels[n]).save(file, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        sampled = {"temperature": 1.5, "top_p": 1.0, "seed": n}
+        made += [
+            {"kind": "chat", "content": [picture], "stream": bool(n % 2)},
+            {"kind": "chat", "content": "the digit " * (1 + n % 7), **sampled},
+            {"kind": "chat", "content": [picture, {"type": "text", "text": "and"}], **sampled},
+        ]
+        if images:
+            made.append({"kind": "image", "prompt": f"the digit {WORDS[n % 10]}", "seed": n})
+    for request in made:
+        if request["kind"] == "chat":
+            request["max_tokens"] = tokens
+    return made
+
+
+def answer(client: openai.OpenAI, model: str, request: dict[str, Any]) -> str:
+    """Sends a request and returns its answer: a text, or an image in base64."""
+    request = dict(request)
+    if request.pop("kind") == "image":
+        seed = request.pop("seed")
+        drawn = client.images.generate(model=model, extra_body={"seed": seed}, **request)
+        return drawn.data[0].b64_json
+    messages = [{"role": "user", "content": request.pop("content")}]
+    answered = client.chat.completions.create(model=model, messages=messages, **request)
+    if not request.get("stream"):
+        return answered.choices[0].message.content
+    return "".join(chunk.choices[0].delta.content or "" for chunk in answered)
+
+
+def load(address: str, pid: int | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the load and returns the report."""
+
+    def connect() -> openai.OpenAI:
+        base, key = f"{address}/v1", "none"
+        return openai.OpenAI(base_url=base, api_key=key, max_retries=0, timeout=600)
+
+    client = connect()
+    (model,) = (each.id for each in client.models.list())
+    asked = requests(args.images, args.tokens)
+    chats = [n for n, request in enumerate(asked) if request["kind"] == "chat"]
+    drawings = [n for n, request in enumerate(asked) if request["kind"] == "image"]
+
+    def pick(random_: random.Random) -> int:
+        images = drawings and random_.random() * 100 < args.images
+        return random_.choice(drawings if images else chats)
+
+    # Compiles what there is to compile, and gives the answers that each request gets alone.
+    alone = [answer(client, model, request) for request in asked]
+    order, sequence = random.Random(0), 0
+    started = time.monotonic()
+    while time.monotonic() - started < args.seconds / 3:
+        n = pick(order)
+        if answer(client, model, asked[n]) != alone[n]:
+            raise RuntimeError(f"request {n} has another answer the second time")
+        sequence += 1
+    one_at_a_time = sequence / (time.monotonic() - started)
+
+    latencies: list[float] = []
+    problems: list[str] = []
+    begin = time.monotonic() + WARM_SECONDS
+    end = begin + args.seconds
+
+    def work(number: int) -> None:
+        client, order = connect(), random.Random(number + 1)
+        while (sent := time.monotonic()) < end:
+            n = pick(order)
+            try:
+                same = answer(client, model, asked[n]) == alone[n]
+            except (openai.OpenAIError, OSError) as error:
+                problems.append(repr(error)[:200])
+                continue
+            if not same:
+                problems.append(f"request {n} was answered with another text")
+            if begin <= time.monotonic() < end:
+                latencies.append(time.monotonic() - sent)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(args.clients)]
+    for thread in threads:
+        thread.start()
+    time.sleep(WARM_SECONDS)
+    before = rss_anon(pid) if pid else None
+    time.sleep(max(0.0, end - time.monotonic() - 2))
+    after = rss_anon(pid) if pid else None
+    for thread in threads:
+        thread.join()
+    together = len(latencies) / args.seconds
+    grown = after / before if before and after else None
+    return {
+        "clients": args.clients,
+        "slots": None if args.address else args.slots,
+        "distinct_answers": len(set(alone)),
+        "requests": len(latencies),
+        "one_at_a_time_per_s": round(one_at_a_time, 2),
+        "together_per_s": round(together, 2),
+        "speedup": round(together / one_at_a_time, 2),
+        "p50_s": round(statistics.median(latencies), 3),
+        "p95_s": round(statistics.quantiles(latencies, n=20)[-1], 3),
+        "rss_anon_mib": after,
+        "memory_ratio": grown and round(grown, 3),
+        "problems": problems[:10],
+        "passed": not problems and (grown is None or grown < GROWTH),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
