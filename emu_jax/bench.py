@@ -82,6 +82,7 @@ def run(
     *,
     out: Path = OUT,
     write: Path | None = None,
+    label: str = "",
 ) -> Figures:
     """Runs the named benchmarks, or all. Returns figures by benchmark, and `machine`.
 
@@ -92,6 +93,7 @@ def run(
         out: directory for plots.
         write: a Markdown file. The table of each benchmark is updated there as soon as it is
             done (`Page`).
+        label: distinguishes records of the same hardware with other settings.
 
     Raises:
         UserError: there is no such benchmark or setting, `write` has no place for a benchmark, or
@@ -134,7 +136,8 @@ def run(
         if page:
             words = [setting for setting in settings if setting.startswith(f"{name}.")]
             command = " ".join(["emu-jax bench", name, *(f"--set {word}" for word in words)])
-            page.update(name, {"command": command, "machine": machine(), "figures": figures})
+            record = {"command": command, "machine": machine(), "figures": figures}
+            page.update(name, record, label)
         elif hasattr(module, "plot"):
             out.mkdir(parents=True, exist_ok=True)
             module.plot(figures, out / f"{name}.png")
@@ -290,9 +293,10 @@ class Page:
         """Returns the stored records, by benchmark and hardware."""
         return json.loads(self.records_path.read_text()) if self.records_path.exists() else {}
 
-    def update(self, name: str, record: Figures) -> None:
-        """Stores the record of one benchmark and rewrites only its tables and its plot."""
-        hardware = _hardware(record["machine"])
+    def update(self, name: str, record: Figures, label: str = "") -> None:
+        """Stores the record of one benchmark and rewrites only its tables and its plot. A record
+        with a label stands beside the one without."""
+        hardware = _hardware(record["machine"]) + (f": {label}" if label else "")
         records = self.records()
         records[name] = dict(sorted((records.get(name, {}) | {hardware: record}).items()))
         write_text(self.records_path, json.dumps(dict(sorted(records.items())), indent=1) + "\n")

@@ -845,6 +845,12 @@ def bench(parser: argparse.ArgumentParser) -> Command:
         metavar="FILE",
         help="update the tables in this Markdown file, such as docs/performance.md",
     )
+    parser.add_argument(
+        "--label",
+        default="",
+        metavar="TEXT",
+        help="with --write: keep the table beside the one without a label",
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax import bench
@@ -852,7 +858,9 @@ def bench(parser: argparse.ArgumentParser) -> Command:
         if args.list:
             result = {name: bench.about(path) for name, path in bench.benchmarks().items()}
         else:
-            result = bench.run(args.names, args.settings, out=args.out, write=args.write)
+            result = bench.run(
+                args.names, args.settings, out=args.out, write=args.write, label=args.label
+            )
         if not args.json:
             print(bench.table(result))
         return result
@@ -1032,6 +1040,24 @@ def plan(parser: argparse.ArgumentParser) -> Command:
         "weak,strong, or none",
     )
     parser.add_argument(
+        "--policies",
+        default="dots,minimal,full",
+        metavar="NAMES",
+        help="with --sweep: the language model's remat policies to try (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--meshes",
+        default="widest,half",
+        metavar="NAMES",
+        help="with --sweep: the widest FSDP axis, half of it, or both (the default)",
+    )
+    parser.add_argument(
+        "--rows",
+        default="16,12,8,6,4,3,2,1",
+        metavar="NUMBERS",
+        help="with --sweep: rows per chip to try (default: %(default)s)",
+    )
+    parser.add_argument(
         "--out",
         type=_local_path,
         default=Path("runs/plan"),
@@ -1080,17 +1106,29 @@ def plan(parser: argparse.ArgumentParser) -> Command:
         if args.sweep:
             if args.program != "train":
                 raise UserError("--sweep plans the config's own step: leave out --for")
-            from emu_jax.plan.sweep import CURVES, check_page, put_on_page, sweep
+            from emu_jax.plan.sweep import CURVES, MESHES, POLICIES, check_page, put_on_page, sweep
 
-            curves = [] if args.scaling == "none" else args.scaling.split(",")
-            for curve in curves:
-                if curve not in CURVES:
-                    known = [*CURVES, "none"]
-                    raise UserError(f"--scaling {curve!r} is not known{suggest(curve, known)}")
+            for option, known in (
+                ("scaling", [*CURVES, "none"]),
+                ("policies", POLICIES),
+                ("meshes", MESHES),
+            ):
+                for name in getattr(args, option).split(","):
+                    if name not in known:
+                        raise UserError(f"--{option} {name!r} is not known{suggest(name, known)}")
+            if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", args.rows):
+                raise UserError(f"--rows {args.rows}: write numbers such as 8,4")
             if args.page:
                 check_page(args.page, configs[0].name)  # fails before hours of compiling
             pairs = list(zip(configs, topologies, strict=True))
-            result = sweep(pairs, args.out, scaling=curves)
+            result = sweep(
+                pairs,
+                args.out,
+                scaling=[] if args.scaling == "none" else args.scaling.split(","),
+                policies=args.policies.split(","),
+                meshes=args.meshes.split(","),
+                rows=[int(number) for number in args.rows.split(",")],
+            )
             if args.page:
                 put_on_page(args.out, args.page, configs[0].name)
             if not args.json:

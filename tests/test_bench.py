@@ -180,6 +180,17 @@ def test_plots_go_where_they_are_asked_for(folder):
     assert (folder / "plots" / "drawn.png").read_text() == "a plot"
 
 
+def test_a_label_keeps_a_record_beside_another(folder, tmp_path):
+    (folder / "drawn.py").write_text(DRAWN)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    for label in ("", "16 rows"):
+        bench.run(["fast"], write=page, label=label)
+    records = bench.Page(page).records()["fast"]
+    plain, labeled = records
+    assert labeled == f"{plain}: 16 rows" and f"**{labeled}**" in page.read_text()
+
+
 def test_the_figures_of_performance_md_are_the_measured_ones():
     """What stands in its tables is what the records beside it give, no other digit."""
     page = bench.Page(shipped("docs") / "performance.md")

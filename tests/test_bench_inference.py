@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="what is compared with")
 
 TINY = {
     "text_generation": {"size": "digits", "prompt": 12, "tokens": 8, "rows": 2},
-    "regression": {"size": "digits", "prompt": 12},
+    "regression": {"size": "digits", "prompt": 12, "family": "both"},
     "sampling": {"size": "digits", "steps": 4},
     "checkpoints": {"size": "digits"},
 }

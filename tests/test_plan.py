@@ -920,7 +920,7 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
 
     monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
     monkeypatch.setattr("emu_jax.plan.sweep.family", trace)
-    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [16, 8])
+    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda *_: [16, 8])
     pairs = [(config("emu_100m"), Topology.parse("v5e:4x4"))]
     found = sweep(pairs, tmp_path, scaling=["weak", "strong"])
     # Of 16 GiB a fifth is thought to be temporary at first: full may have three rows, which
@@ -1000,7 +1000,7 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
         "emu_jax.plan.sweep.family",
         lambda cfg, topology, policy, fsdp: Family(policy, fsdp, 2**30, 2**30, cost[policy], 0.1),
     )
-    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [4])
+    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda *_: [4])
     sweep([(config("emu_100m"), Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
     assert asked == [("dots", 8)]
 
@@ -1023,15 +1023,15 @@ def test_a_sweep_of_a_config_that_accumulates_keeps_its_batch(tmp_path, monkeypa
         )
 
     monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
-    monkeypatch.setattr("emu_jax.plan.sweep.POLICIES", ("full",))
     monkeypatch.setattr(
         "emu_jax.plan.sweep.family",
         lambda cfg, topology, policy, fsdp: Family(policy, fsdp, 0, 2**31, 1.0, 0.0),
     )
-    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda cfg, topology: [16])
+    monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda *_: [16])
     cfg = config("emu_100m")
     cfg = dataclasses.replace(cfg, accumulate=4, data=dataclasses.replace(cfg.data, batch_size=256))
-    sweep([(cfg, Topology.parse("v5e:4x4"))], tmp_path, scaling=["weak"])
+    pairs = [(cfg, Topology.parse("v5e:4x4"))]
+    sweep(pairs, tmp_path, scaling=["weak"], policies=["full"], rows=[1, 3, 4, 6, 8])
     # 16 rows a chip: as many parts as leave whole ones.
     assert asked[:3] == [(16, 6, 2, 192), (16, 4, 4, 256), (16, 3, 5, 240)]
     assert (64, 3, 1, 192) in asked
@@ -1214,6 +1214,12 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
         (("--config", "configs/emu_14b.py", "--topology", "v5p:4x4"), "v5p:4x4x4"),
         (("--config", "configs/emu_14b.py", "--topology", "v5e:4x4,v5e:8x8"), "need --sweep"),
         ((*ladder, "--sweep", "--for", "generate"), "leave out --for"),
+        (
+            (*ladder, "--sweep", "--policies", "ful"),
+            "--policies 'ful' is not known; did you mean 'full'",
+        ),
+        ((*ladder, "--sweep", "--meshes", "whole"), "--meshes 'whole' is not known"),
+        ((*ladder, "--sweep", "--rows", "8,0"), "--rows 8,0: write numbers"),
         ((*ladder, "--config.remat.llama=ful"), "did you mean 'full'"),
     ):
         assert cli.main(["plan", *arguments]) == 2

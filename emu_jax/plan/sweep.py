@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 # From most memory to least, and so from least recomputation to most.
 POLICIES = ("dots", "minimal", "full")
+MESHES = ("widest", "half")  # see `_meshes`
 ROWS_PER_CHIP = (16, 12, 8, 6, 4, 3, 2, 1)
 # {torus axes: (shape in chips, number of slices) of each point of a scaling curve}
 LADDERS: dict[int, tuple[tuple[str, int], ...]] = {
@@ -178,13 +179,23 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
 
 
 def sweep(
-    pairs: Iterable[tuple[TrainConfig, Topology]], out: Path, *, scaling: Sequence[str] = CURVES
+    pairs: Iterable[tuple[TrainConfig, Topology]],
+    out: Path,
+    *,
+    scaling: Sequence[str] = CURVES,
+    policies: Sequence[str] = POLICIES,
+    meshes: Sequence[str] = MESHES,
+    rows: Sequence[int] = ROWS_PER_CHIP,
 ) -> Sweep:
     """Finds the best setting for each topology, and compiles the points of its scaling curves.
 
     Compiling takes most of the time, so settings that are sure to lose are skipped (`_Search`).
     All policies are tried on the first mesh. Only the best one is tried on the others, unless none
     has fit so far.
+
+    Args:
+        policies, meshes: those to try, of `POLICIES` and of `MESHES`.
+        rows: numbers of rows per chip to try.
 
     Raises:
         UserError: no setting fits a topology.
@@ -193,12 +204,12 @@ def sweep(
     trials = _Trials(out / "sweep.json")
     best: dict[str, Trial] = {}
     for cfg, topology in pairs:
-        first, *others = _meshes(cfg, topology)
-        search = _Search(cfg, topology, trials)
-        search.families([family(cfg, topology, policy, first) for policy in POLICIES])
+        first, *others = _meshes(cfg, topology, meshes)
+        search = _Search(cfg, topology, trials, rows)
+        search.families([family(cfg, topology, policy, first) for policy in policies])
         for fsdp in others:
-            policies = [search.best.family.policy] if search.best else POLICIES
-            search.families([family(cfg, topology, policy, fsdp) for policy in policies])
+            left = [search.best.family.policy] if search.best else policies
+            search.families([family(cfg, topology, policy, fsdp) for policy in left])
         if search.best is None:
             raise UserError(f"no setting fits {topology}: take more chips, or a smaller model")
         best[_name(topology)] = search.best.trial
@@ -215,8 +226,8 @@ def _publish(trials: list[Trial], out: Path) -> None:
         plot_scaling(curves, out / "scaling.png")
 
 
-def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
-    """Returns the FSDP sizes to try: the largest that divides the model, and half of it.
+def _meshes(cfg: TrainConfig, topology: Topology, names: Sequence[str] = MESHES) -> list[int]:
+    """Returns the FSDP sizes to try: the widest that divides the model, and half of it.
 
     The more promising one comes first. That is the smaller one if the larger spans a whole slice,
     because XLA then turns all-gathers into all-reduces.
@@ -225,7 +236,8 @@ def _meshes(cfg: TrainConfig, topology: Topology) -> list[int]:
     free = dataclasses.replace(cfg, data=wide, mesh=MeshConfig(tensor=1))
     devices = devices_of(topology)
     widest = mesh_for(free, devices).shape["fsdp"]
-    ways = [widest, widest // 2] if widest % 2 == 0 else [widest]
+    ways = [widest] if "widest" in names or widest % 2 else []
+    ways += [widest // 2] if "half" in names and widest % 2 == 0 else []
     return ways[::-1] if widest * topology.slices == len(devices) else ways
 
 
@@ -247,8 +259,11 @@ class _Search:
     fit.
     """
 
-    def __init__(self, cfg: TrainConfig, topology: Topology, trials: _Trials) -> None:
+    def __init__(
+        self, cfg: TrainConfig, topology: Topology, trials: _Trials, rows: Sequence[int]
+    ) -> None:
         self.cfg, self.topology, self.trials = cfg, topology, trials
+        self.rows = [n for n in sorted(rows, reverse=True) if n % topology.chip.devices == 0]
         self.best: _Best | None = None
         self.last: Report | None = None  # to estimate temporaries from
         self.pace = {"compute": 1.0, "ici": 1.0}  # ratio of compiled to promised seconds
@@ -266,7 +281,7 @@ class _Search:
 
     def family(self, candidate: Family) -> None:
         """Compiles the numbers of rows that may fit, the largest first, until one fits."""
-        for rows in self.rows():
+        for rows in self.rows:
             if not self.may_fit(candidate, rows):
                 continue
             trial = self.trials.plan(
@@ -287,15 +302,12 @@ class _Search:
 
     def promise(self, candidate: Family) -> float:
         """Returns the promised seconds per row on a chip, like `seconds_per_row` without HBM."""
-        rows = next((rows for rows in self.rows() if self.may_fit(candidate, rows)), 0)
+        rows = next((rows for rows in self.rows if self.may_fit(candidate, rows)), 0)
         if not rows:
             return math.inf
         products = candidate.products * rows * self.pace["compute"]
         network = candidate.network * self.pace["ici"]
         return (max(products, network) + products + network) / 2 / rows
-
-    def rows(self) -> list[int]:
-        return [rows for rows in ROWS_PER_CHIP if rows % self.topology.chip.devices == 0]
 
     def may_fit(self, candidate: Family, rows: int) -> bool:
         """Returns whether a number of rows may fit.
