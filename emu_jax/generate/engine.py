@@ -137,7 +137,7 @@ class Engine:
 
     @property
     def concurrent(self) -> int:
-        """How many requests it is worth to have in progress: they decode or denoise."""
+        """Number of requests to have in progress: each decodes or denoises."""
         return self.slots + self.image_slots
 
     @property

@@ -53,7 +53,7 @@ ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """How a chat completion is answered.
+    """Options of a chat completion.
 
     Attributes:
         stops: texts that end the answer, and are not part of it.
