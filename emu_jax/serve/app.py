@@ -33,7 +33,6 @@ from collections.abc import (
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -56,6 +55,7 @@ from emu_jax.generate.batching import Shapes
 from emu_jax.generate.engine import Engine, EnginePart, Preview, Usage
 from emu_jax.generate.image import native_side
 from emu_jax.generate.prompt import chat_format, converse
+from emu_jax.models.backend import on_cpu
 from emu_jax.serve.connections import bounded_connections, listen, room_for_connections
 from emu_jax.serve.metrics import ServerMetrics
 from emu_jax.serve.middleware import (
@@ -411,7 +411,7 @@ def serve(
         shapes = Shapes(length=64, images=limits.images, new_tokens=limits.new_tokens)
         emu = load(checkpoint, batch_size=1, shapes=shapes)
         if image_slots is None:
-            image_slots = 1 if jax.default_backend() == "cpu" else 4
+            image_slots = 1 if on_cpu() else 4
         engine = Engine(
             emu,
             slots=slots,
