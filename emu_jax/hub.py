@@ -138,7 +138,7 @@ def download(text: str, folders: Iterable[str] = ()) -> tuple[Path, HubSource]:
     if not path.exists():
         raise UserError(
             f"{address} does not exist: the repository {address.repository} has no "
-            f"{address.subpath}; see {_page(address)}/tree/{address.revision or 'main'}"
+            f"{address.subpath or 'files'}; see {_page(address)}/tree/{address.revision or 'main'}"
         )
     pinned = dataclasses.replace(address, revision=snapshot.name)
     return path, HubSource(str(pinned), str(address), _license(snapshot))
@@ -346,6 +346,11 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
             reason = _unreachable(cause)
     except errors.OfflineModeIsEnabled:
         reason = "offline mode is on: unset HF_HUB_OFFLINE"
+    except ConnectionError as error:  # of the storage of large files, which is not asked by HTTP
+        reason = (
+            f"large files cannot be transferred ({_first_line(error)}): check the network; for a "
+            "server without Xet storage set HF_HUB_DISABLE_XET=1"
+        )
     except (http_error, RuntimeError) as raised:
         # An upload wraps the error of its request.
         error = raised if isinstance(raised, http_error) else raised.__cause__

@@ -225,6 +225,7 @@ def test_a_pull_of_a_push_has_the_same_bits(server, run, run_parameters, tmp_pat
 
 def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkeypatch):
     server.commit("org/open", {"README.md": CARD})
+    server.commit("org/empty", {})
     server.commit("org/gated", release)
     server.gated.add("org/gated")
     server.commit("org/shared", {".gitattributes": b""})
@@ -235,6 +236,7 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
         "hf://org/open@v9": "it has no revision 'v9'",
         "hf://org/open/sub": "the repository org/open has no sub",
         "hf://org/open": "is neither a release",
+        "hf://org/empty": "the repository org/empty has no files",
         "hf://org": "not an address on the Hub: write hf://ORG/NAME",
     }
     dst = tmp_path / "dst"
@@ -252,6 +254,9 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert "http://127.0.0.1:9 cannot be reached" in line
     assert not dst.exists()
+    address = hub.HubAddress.parse("hf://me/x")
+    with pytest.raises(UserError, match="HF_HUB_DISABLE_XET"), hub._explained(address, "upload to"):
+        raise ConnectionError("Network error: 404")
 
 
 def test_the_card_says_what_was_trained(run, tmp_path):
