@@ -104,6 +104,13 @@ def test_the_walk_sees_every_form_of_import():
     assert imported_room("emu_jax.load") == "__init__"
 
 
+def test_one_module_asks_for_the_platform():
+    """Whoever else needs to know calls `models.backend`."""
+    asks = re.compile(r"default_backend|platform\(\) ?==")
+    files = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*.py")}
+    assert {f for f in files if asks.search((PACKAGE / f).read_text())} == {"models/backend.py"}
+
+
 def test_torch_only_in_convert():
     """The other libraries that weigh as much are imported where they are used, not at the top."""
     torch = [
