@@ -316,7 +316,7 @@ def test_a_page_that_waits_is_told_its_place(emu):
         await asyncio.to_thread(emu.started.wait)
         asked = {"parts": [{"text": "a"}], "settings": {"seed": 2}, "progress": True}
         second = asyncio.create_task(client("/api/draw", asked))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.8)
         emu.hold.set()
         return await asyncio.gather(first, second)
 
@@ -331,6 +331,7 @@ def test_the_page_learns_what_the_model_is(emu):
     ((_, body, _),) = requests(app, ("/api/model", None, {"method": "GET"}))
     about = json.loads(body)
     assert (about["name"], about["image_size"], about["needs_key"]) == ("digits", 512, False)
+    assert about["defaults"]["temperature"] == 0  # greedy
     assert about["defaults"]["max_new_tokens"] == 9 and about["limits"]["max_new_tokens"] == 256
     assert about["examples"]["chat"]
     for body, message in (

@@ -2,9 +2,10 @@
 
 An answer of `/api/...` is a stream of JSON lines: `{"text": ...}` and
 `{"picture": "data:image/png;..."}` as they are generated, then `{"done": true}` or
-`{"error": ...}`. A request with `"progress": true` also gets `{"waiting": ...}`, its place in the
-queue, and `{"preview": "data:...", "step": ..., "steps": ...}` while an image is denoised. Answers
-of `/v1/...` are OpenAI's (`openai.py`).
+`{"error": ...}`. A request with `"progress": true` also gets
+`{"waiting": ..., "seconds": ...}`, its place in the queue and an estimate of the wait, and
+`{"preview": "data:...", "step": ..., "steps": ...}` while an image is denoised. Answers of
+`/v1/...` are OpenAI's (`openai.py`).
 """
 
 from __future__ import annotations
@@ -112,9 +113,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Waiting:
-    """A request's place in the queue; 0 when it runs."""
+    """A request's place in the queue; 0 when it runs.
+
+    Attributes:
+        seconds: an estimate of how long it waits; None while no request has been answered.
+    """
 
     place: int
+    seconds: float | None
 
 
 def make_app(
@@ -360,6 +366,11 @@ def _model_json(
         "guidance_scale",
         "num_inference_steps",
     )
+    defaults = {setting: getattr(emu.defaults, setting) for setting in settings}
+    # A chat is decoded greedily unless a request or the model's defaults say otherwise.
+    defaults["num_beams"] = 1
+    if not emu.defaults.do_sample:
+        defaults |= {"temperature": 0, "top_p": None}
     return {
         "name": name,
         "family": emu.cfg.family,
@@ -368,7 +379,7 @@ def _model_json(
         "image_size": native_side(emu.cfg) if emu.paints else None,
         "positions": emu.cfg.llama.max_positions,
         "needs_key": needs_key,
-        "defaults": {setting: getattr(emu.defaults, setting) for setting in settings},
+        "defaults": defaults,
         "limits": {
             "max_new_tokens": limits.new_tokens,
             "max_images": limits.new_images,
@@ -601,12 +612,11 @@ async def _with_place(
     first = asyncio.ensure_future(anext(parts, _NOTHING))  # type: ignore[call-overload]
     told = 0
     try:
-        while not first.done():
+        while not (await asyncio.wait({first}, timeout=PLACE_SECONDS))[0]:
             place = worker.place(ticket)
             if place != told:
                 told = place
-                yield Waiting(place)
-            await asyncio.wait({first}, timeout=PLACE_SECONDS)
+                yield Waiting(place, worker.wait_seconds(place))
         if first.result() is _NOTHING:
             return
         yield first.result()
@@ -633,7 +643,7 @@ async def _line(part: str | Image.Image | Preview | Waiting) -> str:
     if isinstance(part, str):
         return json.dumps({"text": part}) + "\n"
     if isinstance(part, Waiting):
-        return json.dumps({"waiting": part.place}) + "\n"
+        return json.dumps({"waiting": part.place, "seconds": part.seconds}) + "\n"
     return await run_in_threadpool(_image_line, part)  # takes a tenth of a second
 
 

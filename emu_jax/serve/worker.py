@@ -19,6 +19,7 @@ from emu_jax.serve.requests import Refused
 
 log = logging.getLogger(__name__)
 
+MEAN_WEIGHT = 0.2  # of the newest answer in the mean time of an answer
 IDLE_SECONDS = 0.005  # between two rounds of answers that wait for something else than a step
 
 Answer = Callable[[], Iterable[Any]]
@@ -29,12 +30,14 @@ class Ticket:
 
     Attributes:
         client: who sent the request; clients take turns.
+        started: when its answer was begun, on the same clock as the deadline.
         deadline: on the clock of `time.monotonic()`.
         gone: set once nobody is waiting for the answer.
     """
 
     def __init__(self, seconds: float, client: str, on_leave: Callable[[Ticket], None]) -> None:
         self.client = client
+        self.started = time.monotonic()
         self.deadline = time.monotonic() + seconds
         self.answer: Answer = lambda: iter(())
         self.iterator: Iterator[Any] | None = None  # of the answer, once it runs
@@ -114,6 +117,7 @@ class Worker:
         self._running: list[Ticket] = []
         self._turns: dict[str, int] = {}  # turn in which each queued client was last served
         self._closing = self._stopped = False
+        self._mean_seconds: float | None = None  # of an answer, lately
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="emu-jax-serve", daemon=True)
         self._thread.start()
@@ -138,6 +142,13 @@ class Worker:
         running or done. Clients take turns, so others may still go first."""
         with self._changed:
             return self._line.index(ticket) + 1 if ticket in self._line else 0
+
+    def wait_seconds(self, place: int) -> float | None:
+        """Estimates how long the ticket at `place` of the queue waits, from how long the last
+        answers took. Returns None before the first one."""
+        if self._mean_seconds is None:
+            return None
+        return place * self._mean_seconds / self._concurrent
 
     def reserve(self, client: str = "") -> Ticket:
         """Reserves a place in the queue; `submit` or `release` it.
@@ -208,6 +219,7 @@ class Worker:
                 self._turns = {c: n for c, n in self._turns.items() if c in clients}
                 self._turns[ticket.client] = turn
                 self._line.remove(ticket)
+                ticket.started = time.monotonic()
                 self._running.append(ticket)
 
     def _run(self) -> None:
@@ -261,6 +273,8 @@ class Worker:
         close = getattr(ticket.iterator, "close", None)
         if close is not None:
             close()
+        took, mean = time.monotonic() - ticket.started, self._mean_seconds
+        self._mean_seconds = took if mean is None else mean + MEAN_WEIGHT * (took - mean)
         with self._changed:
             self._running.remove(ticket)
             self._places -= 1

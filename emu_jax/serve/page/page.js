@@ -221,13 +221,13 @@ async function ask(name, body, onPart) {
         if (part.error) throw new Error(part.error);
         if ("waiting" in part) {
           $("status").textContent =
-            part.waiting ? `Waiting: number ${part.waiting} in the queue` : "Working …";
+            part.waiting ? `Waiting: number ${part.waiting} in the queue` + left(part.seconds)
+              : "Working …";
         } else if ("preview" in part) {
           denoising ??= { step: part.step, time: performance.now() };
           const rate = (performance.now() - denoising.time) / (part.step - denoising.step);
-          const left = Math.ceil((rate * (part.steps - part.step)) / 1000);
           $("status").textContent = `Denoising: step ${part.step} of ${part.steps}` +
-            (Number.isFinite(left) ? `, about ${left} s left` : "");
+            left((rate * (part.steps - part.step)) / 1000);
           showPreview(name, part);
         } else if (!part.done) {
           denoising = null;
@@ -249,6 +249,9 @@ async function ask(name, body, onPart) {
     showPreview(name, null);
   }
 }
+
+const left = (seconds) =>
+  seconds != null && Number.isFinite(seconds) ? `, about ${Math.ceil(seconds)} s left` : "";
 
 function showPreview(name, part) {
   const box = $(`${name}-preview`);
