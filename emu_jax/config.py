@@ -516,13 +516,15 @@ class EmuConfig:
         return self.n_embeddings + (self.pooling is None)
 
     def check_tokens(self) -> None:
-        """Checks that the special tokens have different ids, all below the vocabulary size.
+        """Checks that the special tokens have different ids, all below the vocabulary size. Only
+        `bos` and `eos` may be the same, as in Qwen2.5.
 
         Raises:
             UserError: two tokens share an id, or an id is too large.
         """
         ids = {k: v for k, v in dataclasses.asdict(self.tokens).items() if v is not None}
-        if len(set(ids.values())) < len(ids) or max(ids.values()) >= self.llama.vocab_size:
+        shared = self.tokens.bos == self.tokens.eos
+        if len(set(ids.values())) + shared < len(ids) or max(ids.values()) >= self.llama.vocab_size:
             raise UserError(
                 f"tokens {ids} must be different ids below llama.vocab_size = "
                 f"{self.llama.vocab_size}"

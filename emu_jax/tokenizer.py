@@ -4,10 +4,14 @@ The release runs the slow `LlamaTokenizer` of transformers 4.29-4.31. Each famil
 after the base vocabulary (`Emu1/models/modeling_llama.py`, `Emu2/emu/constants.py`). Text is split
 at special tokens, and white space next to them is stripped. Each piece of text is then encoded
 separately, with LLaMA's leading space.
+
+Later language models bring a byte-level BPE (LLaMA-3, Qwen). Emu's tokens are added likewise.
+White space next to special tokens is kept, as `AutoTokenizer` does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -71,12 +75,35 @@ _SPACE = "\u2581"  # sentencepiece's character for a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    """A vocabulary before Emu's tokens.
+
+    Attributes:
+        encode_plain: encodes text in which no token is spelled out.
+        special: tokens that are left out of decoded text.
+        spelled: tokens that text may spell out.
+        unk: id of `<unk>`; None if every text can be encoded.
+        byte_level: whether a piece spells bytes in GPT-2's alphabet.
+    """
+
+    pieces: Sequence[str]
+    encode_plain: Callable[[str], list[int]]
+    special: dict[str, int]
+    spelled: dict[str, int]
+    bos: int
+    eos: int
+    unk: int | None
+    byte_level: bool = False
+
+
 class Tokenizer:
     """Converts text to ids and back. Create it with `Tokenizer.load` or `Tokenizer.train`.
 
     Attributes:
         bos, eos, unk, pad_id, img, img_end, image: ids of `<s>`, `</s>`, `<unk>`, `[PAD]`,
-            `[IMG]`, `[/IMG]`, `<image>`.
+            `[IMG]`, `[/IMG]`, `<image>`. A byte-level BPE has no `<unk>` (None).
+        byte_level: whether the vocabulary is a byte-level BPE, not LLaMA's.
         frame: id of `[gIMG]`, which stands for an embedding of a video's frame; None in Emu1,
             where `<image>` does.
         user, assistant: ids of `[USER]`, `[ASSISTANT]`; None without `instruct`.
@@ -90,8 +117,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        pieces: Sequence[str],
-        encode_plain: Callable[[str], list[int]],
+        vocabulary: _Vocabulary,
         files: dict[str, bytes],
         *,
         instruct: bool = False,
@@ -99,26 +125,28 @@ class Tokenizer:
         fast: bool = False,
     ) -> None:
         self.added = added = added_tokens(family, instruct)
-        ids = {piece: i for i, piece in enumerate(pieces)}
-        if missing := [t for t in (UNK, BOS, EOS) if t not in ids]:
-            raise UserError(f"the tokenizer lacks {', '.join(missing)}: not a LLaMA tokenizer")
         self.instruct, self.fast = instruct, fast
         self.family: Family = family
-        self.base_size = len(pieces)
-        self.unk, self.bos, self.eos = ids[UNK], ids[BOS], ids[EOS]
+        self.base_size = len(vocabulary.pieces)
+        self.unk, self.bos, self.eos = vocabulary.unk, vocabulary.bos, vocabulary.eos
+        self.byte_level = vocabulary.byte_level
         self._added = {t: self.base_size + i for i, t in enumerate(added)}
         self.pad_id, self.img = self._added[PAD], self._added[IMG]
         self.img_end, self.image = self._added[IMG_END], self._added[IMAGE]
         self.frame = self._added.get(FRAME)
         self.user, self.assistant = self._added.get(USER), self._added.get(ASSISTANT)
 
-        self._pieces = [*pieces, *added]
+        self._vocabulary = vocabulary
+        self._pieces = [*vocabulary.pieces, *added]
         self._bytes = [int(m[1], 16) if (m := _BYTE.fullmatch(p)) else None for p in self._pieces]
-        self._special = {UNK: self.unk, BOS: self.bos, EOS: self.eos, **self._added}
-        self._split = re.compile("(" + "|".join(re.escape(t) for t in self._special) + ")")
+        self._special = {**vocabulary.special, **self._added}
+        self._spelled = {**vocabulary.spelled, **self._added}
+        # The longest first: a token may begin with another.
+        spelled = sorted(self._spelled, key=len, reverse=True) if self.byte_level else self._spelled
+        self._split = re.compile("(" + "|".join(re.escape(t) for t in spelled) + ")")
         # Emu2's release leaves LLaMA's own <unk> as it is, which strips nothing.
-        self._keeps_space = set(self._special) if fast else {UNK} if family == "emu2" else set()
-        self._encode_plain = encode_plain
+        strips = {UNK} if family == "emu2" else set()
+        self._keeps_space = set(self._spelled) if fast or self.byte_level else strips
         self._files = files
         settings = () if (family, fast) == ("emu", False) else (family, fast)
         digest = hashlib.sha256(repr((instruct, sorted(files.items()), *settings)).encode())
@@ -157,10 +185,10 @@ class Tokenizer:
             fast = noted[2] if fast is None else fast
             if "tokenizer.json" in files:
                 source = directory / "tokenizer.json"
-                pieces, encode_plain = _from_json(files["tokenizer.json"])
+                vocabulary = _from_json(files["tokenizer.json"], _named_tokens(files))
             elif "tokenizer.model" in files:
                 source = directory / "tokenizer.model"
-                pieces, encode_plain = _from_sentencepiece(files["tokenizer.model"])
+                vocabulary = _from_sentencepiece(files["tokenizer.model"])
             else:
                 raise UserError(
                     f"{directory} has no tokenizer.json and no tokenizer.model: "
@@ -170,7 +198,7 @@ class Tokenizer:
             raise
         except Exception as error:  # the libraries raise bare Exception
             raise UserError(f"cannot read the tokenizer in {directory}: {error}") from None
-        tokenizer = cls(pieces, encode_plain, files, instruct=instruct, family=family, fast=fast)
+        tokenizer = cls(vocabulary, files, instruct=instruct, family=family, fast=fast)
         if source.suffix == ".json":
             tokenizer._check_added(json.loads(files["tokenizer.json"]), source)
         return tokenizer
@@ -188,8 +216,7 @@ class Tokenizer:
     def as_fast(self) -> Tokenizer:
         """Returns a copy that keeps white space next to special tokens, as `AutoTokenizer` does."""
         return Tokenizer(
-            self._pieces[: self.base_size],
-            self._encode_plain,
+            self._vocabulary,
             self._files,
             instruct=self.instruct,
             family=self.family,
@@ -242,14 +269,15 @@ class Tokenizer:
         values.update(_LLAMA_PIPELINE)
         content = json.dumps(values, ensure_ascii=False, indent=1).encode()
         files = {"tokenizer.json": content}
-        return cls(*_from_json(content), files, instruct=instruct, family=family)
+        return cls(_from_json(content, {}), files, instruct=instruct, family=family)
 
     def __len__(self) -> int:
         """Returns the size of the vocabulary, including Emu's tokens."""
         return len(self._pieces)
 
     def piece(self, id: int) -> str:
-        """Returns a token as the vocabulary writes it: U+2581 is a space, `<0x0A>` a byte."""
+        """Returns a token as the vocabulary writes it: U+2581 is a space, `<0x0A>` a byte. A
+        byte-level BPE writes bytes in GPT-2's alphabet, where U+0120 is a space."""
         return self._pieces[id]
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -273,7 +301,7 @@ class Tokenizer:
         ids = [self.bos] if bos else []
         for i, piece in enumerate(pieces):
             if i % 2:
-                ids.append(self._special[piece])
+                ids.append(self._spelled[piece])
                 continue
             if i > 0 and pieces[i - 1] not in self._keeps_space:
                 piece = piece.lstrip()
@@ -289,12 +317,15 @@ class Tokenizer:
 
         Use it for text of unknown origin, which must not be able to spell an `<image>`.
         """
-        return self._encode_plain(text) if text else []
+        return self._vocabulary.encode_plain(text) if text else []
 
     @functools.cached_property
     def _sizes(self) -> tuple[Int32[np.ndarray, "V"], Bool[np.ndarray, "V"]]:
         """Returns the UTF-8 bytes of each token, 0 if it is special, and which begin with a
         space."""
+        if self.byte_level:
+            sizes = [0 if p in self._special else len(self._bytes_of(p)) for p in self._pieces]
+            return np.array(sizes, np.int32), np.zeros(len(sizes), bool)
         sizes = [
             0 if piece in self._special else 1 if byte is not None else _utf8_size(piece)
             for piece, byte in zip(self._pieces, self._bytes, strict=True)
@@ -306,21 +337,32 @@ class Tokenizer:
         """Decodes ids as `LlamaTokenizer.decode` of transformers 4.31 does.
 
         Without `skip_special_tokens`, special tokens are spelled out, with that library's spaces
-        around them.
+        around them. A byte-level BPE has no such spaces.
         """
+        data = bytearray()
         groups: list[str | list[int]] = []  # Emu's tokens, and runs of LLaMA's
         for i in map(int, ids):
             if not 0 <= i < len(self._pieces):
                 raise IndexError(f"id {i} is not in the vocabulary of {len(self)} tokens")
             if skip_special_tokens and self._pieces[i] in self._special:
                 continue
-            if i >= self.base_size:
+            if self.byte_level:
+                data += self._bytes_of(self._pieces[i])
+            elif i >= self.base_size:
                 groups.append(self._pieces[i])
             elif groups and isinstance(groups[-1], list):
                 groups[-1].append(i)
             else:
                 groups.append([i])
+        if self.byte_level:
+            return data.decode(errors="replace")
         return " ".join(g if isinstance(g, str) else self._join(g) for g in groups)
+
+    def _bytes_of(self, piece: str) -> bytes:
+        """Returns the bytes that a piece of a byte-level BPE adds to a text."""
+        if piece in self._spelled:
+            return piece.encode()
+        return bytes(map(_gpt2_bytes().__getitem__, piece))
 
     def _join(self, ids: list[int]) -> str:
         text, after_special = "", False
@@ -434,26 +476,108 @@ _LLAMA_PIPELINE = {
 }
 
 
-def _from_json(content: bytes) -> tuple[list[str], Callable[[str], list[int]]]:
+def _named_tokens(files: dict[str, bytes]) -> dict[str, str]:
+    """Returns {`bos_token`, ...: the token} of a tokenizer folder's JSON files."""
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, token in json.loads(files.get(file, b"{}")).items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(token, str):
+                names[name] = token
+    return names
+
+
+def _from_json(content: bytes, named_tokens: dict[str, str]) -> _Vocabulary:
     values = json.loads(content)
     if values["model"].get("type", "BPE") != "BPE":
         raise UserError(f"tokenizer.json is a {values['model']['type']} model, LLaMA's is BPE")
-    vocab = values["model"]["vocab"]
+    byte_level = '"ByteLevel"' in json.dumps(values.get("pre_tokenizer"))
+    added = values.get("added_tokens") or [] if byte_level else []
+    ours = added_tokens("emu2", instruct=True)  # `Tokenizer` adds them itself
+    added = [token for token in added if token["content"] not in ours]
+    vocab = values["model"]["vocab"] | {token["content"]: token["id"] for token in added}
     pieces = sorted(vocab, key=vocab.__getitem__)
     if [vocab[p] for p in pieces] != list(range(len(pieces))):
         raise UserError("the ids in tokenizer.json have gaps")
+    if byte_level:
+        return _byte_level(values, vocab, pieces, added, named_tokens)
     # Only the model itself: special tokens are split off here, and other versions of the
     # same file treat leading spaces differently.
     values.update(_LLAMA_PIPELINE, added_tokens=[], truncation=None, padding=None)
     raw = tokenizers.Tokenizer.from_str(json.dumps(values))
-    return pieces, lambda text: raw.encode(text, add_special_tokens=False).ids
+    return _llama(pieces, lambda text: raw.encode(text, add_special_tokens=False).ids)
 
 
-def _from_sentencepiece(content: bytes) -> tuple[list[str], Callable[[str], list[int]]]:
+def _from_sentencepiece(content: bytes) -> _Vocabulary:
     import sentencepiece
 
     raw = sentencepiece.SentencePieceProcessor(model_proto=content)
-    return [raw.id_to_piece(i) for i in range(raw.get_piece_size())], raw.encode
+    return _llama([raw.id_to_piece(i) for i in range(raw.get_piece_size())], raw.encode)
+
+
+def _llama(pieces: Sequence[str], encode_plain: Callable[[str], list[int]]) -> _Vocabulary:
+    """Returns a vocabulary in LLaMA's format, of which text may spell out three tokens."""
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    if missing := [t for t in (UNK, BOS, EOS) if t not in ids]:
+        raise UserError(f"the tokenizer lacks {', '.join(missing)}: not a LLaMA tokenizer")
+    special = {token: ids[token] for token in (UNK, BOS, EOS)}
+    return _Vocabulary(
+        pieces, encode_plain, special, special, bos=ids[BOS], eos=ids[EOS], unk=ids[UNK]
+    )
+
+
+def _byte_level(
+    values: dict[str, Any],
+    ids: dict[str, int],
+    pieces: list[str],
+    added: list[dict[str, Any]],
+    named_tokens: dict[str, str],
+) -> _Vocabulary:
+    """Returns the vocabulary of a byte-level BPE (LLaMA-3, Qwen).
+
+    A tokenizer without `bos_token` starts a sequence with `pad_token`, or else with `eos_token`, as
+    Qwen's config.json does.
+
+    Args:
+        values: the content of tokenizer.json.
+        ids: {piece: id}.
+        added: the tokens that tokenizer.json adds to the BPE's.
+        named_tokens: see `_named_tokens`.
+    """
+    eos = named_tokens.get("eos_token", "")
+    bos = named_tokens.get("bos_token") or named_tokens.get("pad_token") or eos
+    if missing := [t or "eos_token" for t in (bos, eos) if t not in ids]:
+        raise UserError(
+            f"the tokenizer lacks {missing[0]}: name its tokens in tokenizer_config.json"
+        )
+    # Only the model itself: special tokens are split off in `Tokenizer`.
+    plain = values | {
+        "added_tokens": [],
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+    raw = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    spelled = {token["content"]: token["id"] for token in added}
+    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    return _Vocabulary(
+        pieces,
+        lambda text: raw.encode(text, add_special_tokens=False).ids,
+        special | {bos: ids[bos], eos: ids[eos]},
+        spelled | {bos: ids[bos], eos: ids[eos]},
+        bos=ids[bos],
+        eos=ids[eos],
+        unk=None,
+        byte_level=True,
+    )
+
+
+@functools.cache
+def _gpt2_bytes() -> dict[str, int]:
+    """Returns {character: byte} of GPT-2's alphabet, which has a printable character for each."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def _utf8_size(piece: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
@@ -245,3 +246,81 @@ def test_tokens_add_up_to_the_bytes_of_their_text(tokenizer):
         found = tokenizer.text_bytes(rows)
         assert (found >= 0).all() and (found[0, -2:] == 0).all()
         assert found.sum() == sum(len(tokenizer.decode(ids).encode()) for ids in parts), texts
+
+
+# --- Byte-level BPE ------------------------------------------------------------------------------
+
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_byte_level(folder: Path, **named: str) -> Path:
+    """A byte-level BPE as LLaMA-3 and Qwen have it, with tokens of its own behind the BPE's."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
+    words = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(words, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["a cat and the dog", "the image of a cat 123"] * 9, trainer)
+    bpe.add_special_tokens(ADDED)
+    bpe.add_tokens(["<tool_call>"])
+    folder.mkdir()
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return folder
+
+
+def test_byte_level_ids_are_those_of_transformers(tmp_path):
+    """Ids, texts, and counts of bytes, with Emu's tokens behind those of the tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    named = {"bos_token": ADDED[1], "eos_token": ADDED[2], "pad_token": ADDED[0]}
+    folder = write_byte_level(tmp_path / "words", **named)
+    ours = Tokenizer.load(folder, instruct=True)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **named)
+    theirs.add_special_tokens({"additional_special_tokens": ours.added})
+    assert len(ours) == len(theirs) == ours.base_size + 6
+    assert ours.base_size == ours.pad_id and ours.unk is None
+    assert (ours.bos, ours.eos) == (theirs.bos_token_id, theirs.eos_token_id)
+    rng = random.Random(0)
+    pool = [*SNIPPETS, *SPECIAL, *ADDED, "<tool_call>", "[USER]"]
+    for _ in range(200):
+        text = "".join(rng.choice(pool) for _ in range(rng.randint(0, 9)))
+        ids = ours.encode(text, bos=False)
+        assert ids == theirs.encode(text, add_special_tokens=False), text
+        for skip in (True, False):
+            decode = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, **decode)
+        row = np.array([ids], np.int32).reshape(1, -1)
+        assert ours.text_bytes(row).sum() == len(ours.decode(ids).encode())
+    literal = ours.encode_plain("<|im_end|>[IMG]")
+    assert not set(literal) & {ours.eos, ours.img} and ours.decode(literal) == "<|im_end|>[IMG]"
+    assert ours.decode([*ours.encode("é", bos=False)[:1]]) == "\ufffd"  # half a character
+
+    ours.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert again.fingerprint == ours.fingerprint and again.encode("a[IMG]") == ours.encode("a[IMG]")
+
+
+@pytest.mark.parametrize(
+    "named, bos",
+    [
+        ({"eos_token": ADDED[2], "pad_token": ADDED[0]}, ADDED[0]),  # as in Qwen2.5-Instruct
+        ({"eos_token": ADDED[0], "pad_token": ADDED[0]}, ADDED[0]),  # as in Qwen2.5
+        ({"eos_token": {"content": ADDED[0]}}, ADDED[0]),
+    ],
+)
+def test_byte_level_without_a_first_token_starts_with_padding(named, bos, tmp_path):
+    tokenizer = Tokenizer.load(write_byte_level(tmp_path / "words", **named))
+    assert tokenizer.piece(tokenizer.bos) == bos
+    (tmp_path / "words" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="the tokenizer lacks eos_token: name its tokens"):
+        Tokenizer.load(tmp_path / "words")

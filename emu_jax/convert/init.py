@@ -220,7 +220,8 @@ class FreshSource:
         abstract = abstract_model(cfg, mesh)
         rows = {row.path: row for row in rows_of(cfg, abstract.shapes)}
         style = KeyStyle.of(tensors)
-        fresh, notes = _match_parents(rows, abstract.shapes, style, tensors, cfg, words.base_size)
+        parent_vocab = _language(llama, words).vocab_size
+        fresh, notes = _match_parents(rows, abstract.shapes, style, tensors, cfg, parent_vocab)
         names = style.names(rows.values(), cfg)
         return cls(
             cfg=cfg,
@@ -262,6 +263,8 @@ class FreshSource:
         shape = row.layer_shape(self.shapes[path].shape)
         key = row.keys[layer]
         value = self.tensors[self.style.write(key)].read()
+        if key in _VOCABULARY:
+            value = value[: self.tokenizer.base_size]
         value = _resized(key, value, row.transform.release_shape(shape))
         return row.transform.from_release(value, shape)
 
@@ -381,7 +384,10 @@ def _with(part: Part, values: Mapping[str, Any], names: Mapping[str, str]) -> Pa
 def _language(llama: Path, words: Tokenizer) -> LlamaConfig:
     """Returns the parent's configuration of the language model."""
     language = release_config.llama_config(llama / "config.json")
-    if language.vocab_size != words.base_size:
+    # Tables of later models are rounded up.
+    if language.vocab_size < words.base_size or (
+        language.vocab_size > words.base_size and not words.byte_level
+    ):
         raise UserError(
             f"{llama}: the model has {language.vocab_size} tokens, its tokenizer {words.base_size}"
         )
@@ -448,14 +454,14 @@ def _match_parents(
     style: KeyStyle,
     tensors: dict[str, Tensor],
     cfg: EmuConfig,
-    base_vocab: int,
+    parent_vocab: int,
 ) -> tuple[set[str], list[str]]:
     """Checks that all parameters have tensors, or start at random.
 
     Args:
         shapes: the parameters' shapes.
         tensors: the parents' tensors.
-        base_vocab: the number of tokens that the parents' tables have.
+        parent_vocab: the number of rows that the parents' tables have.
 
     Returns:
         The parameters that start at random, and notes on what is resized or re-initialized.
@@ -473,9 +479,9 @@ def _match_parents(
         released = row.release_shape(shapes[row.path].shape)
         for key in row.keys:
             key, shape = style.write(key), released
-            if key in _VOCABULARY:
-                shape = (base_vocab, shape[1])
             got = stored.get(key)
+            if key in _VOCABULARY:
+                shape = (parent_vocab, shape[1])
             if key == "visual.pos_embed" and got and len(got) == 3 and got != shape:
                 if not _side_of_square(got[1] - 1):
                     raise UserError(f"--eva-clip: visual.pos_embed has {got[1]} rows")

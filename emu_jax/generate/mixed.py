@@ -203,6 +203,7 @@ def _choose(
     # Tokens that only an image or padding may put there.
     closed = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if static.may_open else [ids.img])
     closed += [] if ids.frame is None else [ids.frame]
+    closed = [token for token in closed if token != ids.eos]
     scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)
     word = jnp.argmax(scores, axis=-1)
     if static.do_sample:
