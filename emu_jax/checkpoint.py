@@ -39,6 +39,12 @@ from emu_jax import integrity
 from emu_jax.config import EmuConfig, load_json
 from emu_jax.errors import UserError
 from emu_jax.models.eva_clip import interpolate_positions
+from emu_jax.models.quantized import (
+    Quantization,
+    is_quantized,
+    quantize,
+    quantized_matrix,
+)
 from emu_jax.sharding import AbstractModel, flatten, nest
 from emu_jax.storage import StorePath, files, folders, join, relative, write_text
 from emu_jax.tokenizer import Tokenizer
@@ -192,7 +198,9 @@ def _misfits(stored: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) ->
     """Returns what is wrong with each wanted array that is not stored in its shape."""
     problems = []
     for key, leaf in wanted.items():
-        if key not in stored:
+        if f"{key}.values" in stored:
+            problems.append(f"{key} is quantized: use the checkpoint that it was made from")
+        elif key not in stored:
             problems.append(f"{key} is missing")
         elif tuple(stored[key].shape) != leaf.shape:
             problems.append(f"{key} is {list(stored[key].shape)}, not {list(leaf.shape)}")
@@ -510,15 +518,54 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def load_module(
-    directory: Path, build: Callable[[], nnx.Module], mesh: Mesh, dtype: Any = jnp.float32
+    directory: Path,
+    build: Callable[[], nnx.Module],
+    mesh: Mesh,
+    dtype: Any = jnp.float32,
+    quantization: Quantization | None = None,
 ) -> nnx.Module:
     """Builds a module with the newest parameters of `directory`, sharded over `mesh`.
 
-    Each parameter is read straight into `dtype`: no wider copy is ever in memory.
+    Each parameter is read straight into `dtype`: no wider copy is ever in memory. Matrices that are
+    quantized are read one by one.
     """
     template = AbstractModel(build, mesh)
     wanted = {
         path: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
         for path, shape in template.shapes.items()
     }
-    return template.module(read_params(directory, wanted))
+    params: dict[str, Any] = {}
+    for path, stored in _stored_quantized(directory, template).items():
+        parts = read_params(directory, {f"{path}.{part}": leaf for part, leaf in stored.items()})
+        params[path] = quantized_matrix(path, *(parts[f"{path}.{part}"] for part in stored))
+        del wanted[path]
+    if quantization is not None and params:
+        raise UserError(f"{directory} is quantized already: leave the quantization out")
+    matrices = {path for path in wanted if quantization is not None and is_quantized(path)}
+    params |= read_params(directory, {p: s for p, s in wanted.items() if p not in matrices})
+    for path in matrices:
+        matrix = read_params(directory, {path: wanted[path]})[path]
+        params[path] = quantize(path, matrix, quantization)
+    return template.module(params)
+
+
+def _stored_quantized(
+    directory: Path, template: AbstractModel
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns {path: {part: its shape}} of the parameters that a run directory has quantized."""
+    stored, parts = run_shapes(directory), {}
+    for path in filter(is_quantized, template.shapes):
+        if f"{path}.values" not in stored:
+            continue
+        where = template.shapes[path].sharding
+        parts[path] = {}
+        for part in ("values", "scales"):
+            array = stored[f"{path}.{part}"]
+            shape = tuple(array.shape)
+            try:
+                where.shard_shape(shape)
+                sharding = where
+            except ValueError:  # too few groups of inputs to split
+                sharding = NamedSharding(where.mesh, PartitionSpec())
+            parts[path][part] = jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
+    return parts

@@ -196,6 +196,14 @@ def precompute(parser: argparse.ArgumentParser) -> Command:
     return run
 
 
+def _quantize_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="keep the matrices of the language model and the visual encoder in int8 or int4",
+    )
+
+
 def generate(parser: argparse.ArgumentParser) -> Command:
     """continue a sequence of text and images"""
     parser.add_argument("--checkpoint", type=_readable, required=True, metavar="DIR")
@@ -213,6 +221,7 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         help="file of the image; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
+    _quantize_option(parser)
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -256,7 +265,7 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         cli_io.check_seeds(args.output, args.seed, len(prompts))  # before loading the model
         numbered = args.output == "auto"
         answers = cli_io.answer(
-            emu_jax.load(args.checkpoint),
+            emu_jax.load(args.checkpoint, quantize=args.quantize),
             prompts,
             args.output,
             args.seed,
@@ -324,6 +333,7 @@ def convert(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument(
         "--merge-lora", action="store_true", help="merge LoRA adapters into the weights, in float32"
     )
+    _quantize_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -339,6 +349,7 @@ def convert(parser: argparse.ArgumentParser) -> Command:
             merge_lora=args.merge_lora,
             layout=args.layout,
             fast_tokenizer=args.fast_tokenizer,
+            quantize=args.quantize,
             overwrite=args.overwrite,
         )
         if not args.json:
@@ -532,6 +543,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
         "--batch-size", type=int, default=16, metavar="N", help="items per batch (default: 16)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    _quantize_option(parser)
     parser.add_argument(
         "--hosts-per-model",
         type=int,
@@ -579,6 +591,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
             "seed",
             "batch_size",
             "dtype",
+            "quantize",
             "hosts_per_model",
         )
         options = Options(
@@ -901,6 +914,7 @@ def serve(parser: argparse.ArgumentParser) -> Command:
         "--host, IP addresses (repeatable; default with another --host: this machine's names)",
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N")
+    _quantize_option(parser)
     parser.add_argument(
         "--waiting",
         type=int,
@@ -983,6 +997,7 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             slots=args.slots,
             image_slots=args.image_slots,
             keys=keys,
+            quantize=args.quantize,
         )
         return {}
 

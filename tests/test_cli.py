@@ -70,7 +70,7 @@ class FakeEmu:
 @pytest.fixture
 def fake_emu(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(vars(emu_jax), "load", lambda directory: FakeEmu())
+    monkeypatch.setitem(vars(emu_jax), "load", lambda directory, **settings: FakeEmu())
 
 
 # Mistakes

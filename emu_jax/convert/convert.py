@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -17,9 +18,11 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from emu_jax import checkpoint, integrity
@@ -45,6 +48,8 @@ from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError
 from emu_jax.host_memory import PeakMemory
 from emu_jax.hub import download, is_hub, record_sources
+from emu_jax.models import quantized
+from emu_jax.models.quantized import Quantization, check_quantization, is_quantized
 from emu_jax.sharding import make_mesh
 from emu_jax.storage import StorePath, as_path, remove, sync, sync_tree, upload
 
@@ -90,6 +95,7 @@ def convert(
     merge_lora: bool = False,
     layout: LayoutKind | None = None,
     fast_tokenizer: bool = False,
+    quantize: Quantization | None = None,
     overwrite: bool = False,
     mesh: Mesh | None = None,
 ) -> ConversionReport:
@@ -111,6 +117,8 @@ def convert(
             folder as on the Hub; by default the one that came.
         fast_tokenizer: keep white space next to special tokens, as `AutoTokenizer` does on the
             Hub, with `to="jax"`. The release strips it.
+        quantize: keep the matrices of the language model and the visual encoder in int8 or int4,
+            with `to="jax"`. Such a run directory can be used, but not trained or converted.
         overwrite: replace `dst` once the conversion is complete.
         mesh: the devices to use; by default all of them.
 
@@ -119,6 +127,9 @@ def convert(
             its model, `dst` exists, or the job has several processes. `dst` is left unchanged.
     """
     check_one_process()
+    check_quantization(quantize)
+    if quantize and to != "jax":
+        raise UserError(f"--quantize is for run directories, not for --to {to}: leave one out")
     origins = {}
     if is_hub(src):
         src, origins["model"] = download(str(src))
@@ -136,13 +147,21 @@ def convert(
             base=base and as_path(base),
             scratch=temporary.parent,
         )
-        if isinstance(source, RunSource) and to == "jax" and not (merge_lora or origins):
+        if (
+            isinstance(source, RunSource)
+            and to == "jax"
+            and not (merge_lora or origins or quantize)
+        ):
             raise UserError(f"{src} is a run directory already: use --to emu or --to hf")
         if merge_lora:
             source = MergedSource.of(source)
         if fast_tokenizer:
             source.tokenizer = source.tokenizer.as_fast()
-        notes = write_model(source, temporary, dst, to, layout)
+        if quantize:
+            write_run_directory(source, temporary, quantize)
+            notes = []
+        else:
+            notes = write_model(source, temporary, dst, to, layout)
         if to == "jax":
             record_sources(temporary, origins)
     return report(source, notes, usage)
@@ -206,22 +225,38 @@ def report(source: ModelSource, notes: list[str], usage: ResourceUsage) -> Conve
     )
 
 
-def write_run_directory(source: ModelSource, folder: Path) -> None:
-    """Writes a run directory at step 0, in the source's dtypes.
+def write_run_directory(
+    source: ModelSource, folder: Path, quantization: Quantization | None = None
+) -> None:
+    """Writes a run directory at step 0, in the source's dtypes or quantized.
 
-    Its `release/` holds everything needed to restore the release's files.
+    Its `release/` holds everything needed to restore the release's files, unless it is quantized.
     """
     rows = rows_of(source.cfg, source.shapes)
-    arrays = ArrayWriter(
-        folder / "0" / "params", source.shapes, {row.path for row in rows if row.stacked}
-    )
+    shapes: dict[str, Any] = dict(source.shapes)
+    if quantization is not None:
+        for path in filter(is_quantized, source.shapes):
+            matrix = jax.eval_shape(
+                functools.partial(quantized.quantize, path, kind=quantization), shapes.pop(path)
+            )
+            shapes |= {f"{path}.values": matrix.values, f"{path}.scales": matrix.scales}
+    stacked = {row.path for row in rows if row.stacked}
+    stacked |= {f"{path}.{part}" for path in stacked for part in ("values", "scales")}
+    arrays = ArrayWriter(folder / "0" / "params", shapes, stacked & set(shapes))
     for row, layer in each_layer(source, rows, "writing"):
-        arrays.write(row.path, layer, source.read(row.path, layer))
+        value = source.read(row.path, layer)
+        if row.path in shapes:
+            arrays.write(row.path, layer, value)
+            continue
+        assert quantization is not None
+        matrix = quantized.quantize(row.path, jnp.asarray(value), quantization)
+        arrays.write(f"{row.path}.values", layer, np.asarray(matrix.values))
+        arrays.write(f"{row.path}.scales", layer, np.asarray(matrix.scales))
     arrays.close()
     integrity.seal(folder / "0")
     save_json(source.cfg, folder / "config.json")
     source.tokenizer.save(folder / "tokenizer")
-    if source.layout is None:
+    if source.layout is None or quantization is not None:
         return
     release = folder / "release"
     release.mkdir()

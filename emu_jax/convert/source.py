@@ -32,6 +32,7 @@ from emu_jax.errors import UserError, suggest
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.llama import rotary_frequencies
 from emu_jax.models.lora import merge
+from emu_jax.models.quantized import Quantization, is_quantized, quantize
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import AbstractModel
 from emu_jax.storage import fetched, is_remote, read_json_object
@@ -305,21 +306,27 @@ def _is_hub_folder(path: Path) -> bool:
 
 
 def load_release(
-    path: Path, mesh: Mesh, dtype: jnp.dtype | type = jnp.float32
+    path: Path,
+    mesh: Mesh,
+    dtype: jnp.dtype | type = jnp.float32,
+    quantization: Quantization | None = None,
 ) -> tuple[EmuModel, Tokenizer]:
     """Loads a model from the release's own files, without an intermediate run directory.
 
-    Each parameter is read straight into `dtype`.
+    Each parameter is read straight into `dtype`, and then quantized.
 
     Raises:
         UserError: the path is not a release, or a part of it is missing or wrong.
     """
     source = open_model_source(path, mesh)
-    params = {}
+    params: dict[str, Any] = {}
     for row in rows_of(source.cfg, source.shapes):
         shape = source.shapes[row.path]
         wanted = jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=shape.sharding)
-        params[row.path] = assemble(row, wanted, functools.partial(source.read, row.path))
+        value = assemble(row, wanted, functools.partial(source.read, row.path))
+        if quantization and is_quantized(row.path):
+            value = quantize(row.path, value, quantization)
+        params[row.path] = value
     model = abstract_model(source.cfg, mesh).module(params)
     assert isinstance(model, EmuModel)
     return model, source.tokenizer

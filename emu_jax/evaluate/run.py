@@ -71,6 +71,7 @@ class Options:
         seed: for sampling examples, prompts and images.
         batch_size: items answered in one batch.
         dtype: the compute dtype; the release evaluates in bfloat16.
+        quantize: the type of the quantized matrices (`emu_jax.load`); None: none are.
         hosts_per_model: processes whose devices hold a model together. All other processes hold
             more copies of it, which answer other batches.
         fid: settings for comparing generated images with real ones.
@@ -86,6 +87,7 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["int8", "int4"] | None = None
     hosts_per_model: int = 1
     fid: FidOptions = FidOptions()
     similarity: SimilarityOptions = SimilarityOptions()
@@ -182,6 +184,7 @@ class Evaluation:
             mesh=mesh,
             dtype=jnp.dtype(options.dtype),
             batch_size=options.batch_size * 5,
+            quantize=options.quantize,
         )
         # The release's defaults, not the checkpoint's.
         self.emu.defaults = GenerationConfig.of(self.emu.cfg)
@@ -230,6 +233,7 @@ class Evaluation:
             "seed": options.seed,
             "batch_size": options.batch_size,
             "dtype": options.dtype,
+            **({"quantize": options.quantize} if options.quantize else {}),
             "checkpoint": str(self.checkpoint.resolve()),
             "step": _step(self.checkpoint),
             "weights": self.weights,
@@ -278,6 +282,8 @@ class Evaluation:
     def _cache(self) -> Path:
         """Returns the directory that caches the features of the support set."""
         name = f"{self.weights} {self.options.dtype}"
+        if self.options.quantize:
+            name += f" {self.options.quantize}"
         support = self.options.support or self.data.root
         digest = hashlib.sha256(f"{name} {support.resolve()} {self.task.name}".encode())
         return self.out.parent / f"rices-{digest.hexdigest()[:12]}"

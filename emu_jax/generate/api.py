@@ -75,6 +75,7 @@ from emu_jax.generate.settings import (
 from emu_jax.hub import local_path
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
+from emu_jax.models.quantized import Quantization, QuantizedMatrix, check_quantization
 from emu_jax.sharding import to_host
 from emu_jax.tokenizer import USER, Tokenizer
 
@@ -93,6 +94,7 @@ def load(
     dtype: jnp.dtype | type = jnp.float32,
     batch_size: int = 64,
     shapes: Shapes | None = None,
+    quantize: Quantization | None = None,
 ) -> Emu:
     """Loads a run directory (local, gs:// or s3://), or the release's own files (a local folder, or
     Emu-instruct.pt). Either may be on the Hugging Face Hub: `hf://ORG/NAME[@REV][/SUB]`.
@@ -107,16 +109,19 @@ def load(
         dtype: bfloat16 stores and computes everything in it, as the release does.
         batch_size: rows that are computed at once.
         shapes: the smallest sizes that programs are compiled for.
+        quantize: "int8" or "int4" keeps the matrices of the language model and the visual encoder
+            in it (`models.quantized`); the computation stays in `dtype`.
 
     Raises:
         UserError: the directory is not a checkpoint, a part of it cannot be read or downloaded, or
             it has a safety checker and torch is missing.
     """
+    check_quantization(quantize)
     directory = local_path(directory)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     if is_release(directory):
-        model, tokenizer = load_release(directory, mesh, dtype)
+        model, tokenizer = load_release(directory, mesh, dtype, quantize)
         defaults = GenerationConfig.of(model.cfg)
     else:
         cfg = checkpoint.load_config(directory)
@@ -130,7 +135,7 @@ def load(
         def build() -> EmuModel:
             return EmuModel(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
-        model = checkpoint.load_module(directory, build, mesh, jnp.dtype(dtype))
+        model = checkpoint.load_module(directory, build, mesh, jnp.dtype(dtype), quantize)
         assert isinstance(model, EmuModel)
     return Emu(
         model,
@@ -176,9 +181,14 @@ class Emu:
         self.dtype, self.paints = jnp.dtype(dtype), _paints(model)
         self._batcher = Batcher(batch_size, shapes or Shapes(), model.cfg.tokens.pad)
         graphdef, params = nnx.split(model)
+
         # Own variables, even over the same arrays: later changes to the caller's model do not
         # reach this one, nor the other way round.
-        model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(self.dtype), params))
+        def cast(a: jax.Array | QuantizedMatrix) -> jax.Array | QuantizedMatrix:
+            return a if isinstance(a, QuantizedMatrix) else a.astype(self.dtype)
+
+        params = jax.tree.map(cast, params, is_leaf=lambda a: isinstance(a, QuantizedMatrix))
+        model = nnx.merge(graphdef, params)
         with self._on_mesh():
             model.llama = model.llama.unstacked_for_decoding()
         graphdef, self._params = nnx.split(model)

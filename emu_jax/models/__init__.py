@@ -10,6 +10,7 @@ unet.py             the denoiser
 vae.py              the autoencoder
 clip.py             contrastive pretraining of the visual encoder
 lora.py             low-rank adapters
+quantized.py        matrices in int8 and int4
 layers.py           linear layers, norms and other layers that the towers share
 conv.py             convolutional layers of the denoiser and the autoencoder
 remat.py            policies for what a backward pass saves

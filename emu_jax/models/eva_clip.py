@@ -77,7 +77,8 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         # Three matmuls: slicing the result of a single one would copy it.
-        q, k, v = (kernels().matmul(x, self.qkv[...][:, part].astype(x.dtype)) for part in range(3))
+        qkv = self.qkv[...].astype(x.dtype)
+        q, k, v = (kernels().matmul(x, qkv[:, part]) for part in range(3))
         q, v = (a + bias[...].astype(x.dtype) for a, bias in ((q, self.q_bias), (v, self.v_bias)))
         q, k, v = (
             rearrange(checkpoint_name(a, CHECKPOINT_QKV), "b p (h k) -> b p h k", k=self.head_width)
