@@ -541,19 +541,19 @@ def load_module(
         del wanted[path]
     if quantization is not None and params:
         raise UserError(f"{directory} is quantized already: leave the quantization out")
-    matrices = {path for path in wanted if quantization is not None and is_quantized(path)}
-    params |= read_params(directory, {p: s for p, s in wanted.items() if p not in matrices})
-    for path in matrices:
-        matrix = read_params(directory, {path: wanted[path]})[path]
-        params[path] = quantize(path, matrix, quantization)
-    return template.module(params)
+    if quantization is not None:
+        for path in filter(is_quantized, list(wanted)):
+            matrix = read_params(directory, {path: wanted.pop(path)})[path]
+            params[path] = quantize(path, matrix, quantization)
+    return template.module(params | read_params(directory, wanted))
 
 
 def _stored_quantized(
     directory: Path, template: AbstractModel
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Returns {path: {part: its shape}} of the parameters that a run directory has quantized."""
-    stored, parts = run_shapes(directory), {}
+    stored = stored_shapes(directory / str(latest_step(directory)) / "params")
+    parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for path in filter(is_quantized, template.shapes):
         if f"{path}.values" not in stored:
             continue

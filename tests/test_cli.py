@@ -391,7 +391,7 @@ def test_version(run):
 def test_a_closed_pipe_is_no_traceback(unbuffered):
     script = (
         "import sys, types, emu_jax\nfrom emu_jax import cli\n"
-        "emu_jax.load = lambda _: types.SimpleNamespace("
+        "emu_jax.load = lambda _, **__: types.SimpleNamespace("
         "generate_text=lambda prompts, seed: ['words'])\n"
         "sys.exit(cli.main(['generate', '--checkpoint', 'd', '--output', 'text', 'x']))"
     )

@@ -113,7 +113,9 @@ def check_paths(verb, args):
     """A run directory goes to other formats; a release becomes a run directory."""
     if verb == "convert" and not is_hub(args.src):
         is_run = args.src.parts[0] in ("runs", "RUN")
-        assert not is_run or args.to != "jax" or args.merge_lora, f"{args.src} is a run directory"
+        assert not is_run or args.to != "jax" or args.merge_lora or args.quantize, (
+            f"{args.src} is a run directory"
+        )
         assert is_run or args.to == "jax", f"{args.src} is no run directory"
     if verb == "eval" and args.out.suffix != ".json":
         raise UserError(f"--out {args.out}")

@@ -299,7 +299,7 @@ class _TextSlots:
     def __init__(self, emu: Emu, slots: int, static: mixed.StaticMixedSettings) -> None:
         self._emu, self.static = emu, static
         self.elements = static.steps(emu.cfg.n_embeddings)
-        self._cache_slots = bucket(emu.cfg.llama.max_positions)
+        self._cache_slots = bucket(emu.cfg.llama.context_length)
         self._taken = np.zeros(slots, bool)
         self.active = np.zeros(slots, bool)  # taken, and not done
         self._sampled = np.zeros(slots, bool)
