@@ -114,12 +114,15 @@ def demo(parser: argparse.ArgumentParser) -> Command:
         action="store_true",
         help="score on a part of the training split instead, for choosing settings",
     )
+    parser.add_argument(
+        "--family", choices=("emu", "emu2"), default="emu", help="the model to train (default: emu)"
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.demo import demo
 
         args.json = True  # always print the figures: they are the result
-        return demo.run(args.workdir, args.seed, args.validation)
+        return demo.run(args.workdir, args.seed, args.validation, args.family)
 
     return run
 

@@ -743,6 +743,44 @@ def digits(base_vocab: int = 346) -> EmuConfig:
     )
 
 
+def digits2(base_vocab: int = 346, image_size: int = 32) -> EmuConfig:
+    """Returns a config with every part of Emu2's architecture that two cores train in minutes.
+
+    Args:
+        image_size: of the visual encoder; 16 in the first stage.
+    """
+    base = digits(base_vocab)
+    assert base.unet is not None
+    return dataclasses.replace(
+        base,
+        tokens=TokenIds.after(base_vocab, frame=True),
+        vision=VisionConfig(
+            image_size=image_size,
+            patch_size=8,
+            width=96,
+            layers=4,
+            head_width=24,
+            mlp_width=384,
+            post_norm=True,
+            final_norm=False,
+        ),
+        cformer=None,
+        pooling=PoolingConfig(n_embeddings=4, n_frame=1),
+        llama=dataclasses.replace(base.llama, vocab_size=base_vocab + 272, regression_head=False),
+        unet=dataclasses.replace(
+            base.unet,
+            cross_attention_dim=96,
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=96 + 6 * 16,
+        ),
+        scheduler=SchedulerConfig(set_alpha_to_one=True, sampler="euler"),
+    )
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Converts a dataclass to plain JSON types (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -174,9 +174,14 @@ def test_defects_are_not_passed_off_as_mistakes(run, tmp_path, config, monkeypat
 
 
 def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
-    def demo(workdir: Path, seed: int, validation: bool):
+    def demo(workdir: Path, seed: int, validation: bool, family: str):
         print("something")
-        return {"workdir": str(workdir), "seed": seed, "validation": validation}
+        return {
+            "workdir": str(workdir),
+            "seed": seed,
+            "validation": validation,
+            "family": family,
+        }
 
     monkeypatch.setattr("emu_jax.demo.demo.run", demo)
     status, out, err = run("demo")
@@ -185,12 +190,14 @@ def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
         "workdir": "runs/demo",
         "seed": 0,
         "validation": False,
+        "family": "emu",
     }
-    _, out, _ = run("demo", "--workdir", tmp_path, "--seed", 3, "--validation")
+    _, out, _ = run("demo", "--workdir", tmp_path, "--seed", 3, "--validation", "--family", "emu2")
     assert json.loads(out.splitlines()[-1]) == {
         "workdir": str(tmp_path),
         "seed": 3,
         "validation": True,
+        "family": "emu2",
     }
 
 

@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory, copy_digits):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "0" / "params").absolute(), params)
     save_json(model, folder / "config.json")
-    save_json(GENERATION, folder / "generation.json")
+    save_json(GENERATION["emu"], folder / "generation.json")
     Tokenizer.load(folder / "data" / "tokenizer").save(folder / "tokenizer")
     return folder
 

@@ -80,6 +80,7 @@ def contents():
         "curves": {"emu": rows, "vae": [{"step": 1, "loss": float("nan")}]},
         "captions": [(picture(rng), f"digit {i}", i % 9 > 0) for i in range(90)],
         "drawings": picture(rng, (10, 10, 4, 6)),
+        "autoencodings": [(picture(rng), picture(rng), n > 0) for n in range(3)],
         "continuations": [
             ([picture(rng)] * 3, Image.fromarray(picture(rng)), True, "one, two, three"),
             ([picture(rng)] * 2, picture(rng), False, "<b>four</b>"),
@@ -103,6 +104,8 @@ def test_page_holds_everything(tmp_path, contents):
     wrong_first = sorted(contents["captions"], key=lambda c: c[2])
     expected = [p for p, _, _ in wrong_first]
     expected += list(contents["drawings"].reshape(100, 4, 6))
+    for original, painted, _ in contents["autoencodings"]:
+        expected += [original, painted]
     for frames, drawn, _, _ in contents["continuations"]:
         expected += [*frames, np.asarray(drawn)]
     pictures = page.pictures()
@@ -111,6 +114,7 @@ def test_page_holds_everything(tmp_path, contents):
         np.testing.assert_array_equal(ours, theirs)
     classes = [v for _, name, v in page.attributes if name == "class"]
     assert classes.count("card right") == 80 and classes.count("card wrong") == 10
+    assert classes.count("card pair right") == 2 and classes.count("card pair wrong") == 1
     assert classes.count("strip right") == 1 and classes.count("strip wrong") == 1
     # Three losses, variance and rank of `emu`; nothing to draw for `vae`.
     assert page.tags.count("svg") == 5

@@ -30,24 +30,41 @@ from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
 from emu_jax.train.telemetry.metrics import read_evaluations, read_metrics
 
-# In training order. The last stage uses the demo's directory as its run directory.
-STAGES = ("digits_clip", "digits_vae", "digits", "digits_decoder")
+# By family, in training order. The last stage uses the demo's directory as its run directory.
+STAGES = {
+    "emu": ("digits_clip", "digits_vae", "digits", "digits_decoder"),
+    "emu2": ("digits2_1a", "digits2_1b", "digits_vae", "digits2", "digits2_painter"),
+}
+MAIN_STAGE = {"emu": "digits", "emu2": "digits2"}  # trains the language model on all documents
 DRAWINGS = 20  # of each digit
 SEQUENCES = 200  # counting sequences to continue
 SHOWN = 12  # sequences shown in the report
+SHOWN_AUTOENCODED = 40  # images shown with their reconstructions
 # Chosen with --validation.
-GENERATION = GenerationConfig(
-    guidance_scale=6.0,
-    num_inference_steps=20,
-    scheduler="ddim",
-    max_new_tokens=8,
-    num_beams=1,
-    system="",
-)
+GENERATION = {
+    "emu": GenerationConfig(
+        guidance_scale=6.0,
+        num_inference_steps=20,
+        scheduler="ddim",
+        max_new_tokens=8,
+        num_beams=1,
+        system="",
+    ),
+    "emu2": GenerationConfig(
+        guidance_scale=6.0,
+        num_inference_steps=20,
+        scheduler="euler",
+        max_new_tokens=8,
+        num_beams=1,
+        system="",
+    ),
+}
 
 
-def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any]:
-    """Trains the four stages and scores the result. Resumes an earlier call's work.
+def run(
+    workdir: Path, seed: int = 0, validation: bool = False, family: str = "emu"
+) -> dict[str, Any]:
+    """Trains the stages of a family and scores the result. Resumes an earlier call's work.
 
     Writes `report.html` and `metrics.json` into `workdir`, which is then a run directory for
     `emu_jax.load`.
@@ -56,18 +73,20 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
         validation: train on a part of the training split and score on the rest of it, as was done
             to choose all settings here. By default, train on the whole training split and score
             on the held-out digits.
+        family: "emu" or "emu2".
 
     Raises:
-        UserError: `workdir` holds a demo with another seed or split.
+        UserError: `workdir` holds a demo with another seed, split or family.
     """
     fit, scored = ("fit", "validation") if validation else ("train", "heldout")
-    directories = {name: workdir / "parents" / name for name in STAGES[:-1]}
-    directories[STAGES[-1]] = workdir
-    with _Clock(workdir, {"seed": seed, "fit": fit}) as clock:
+    *parents, last = STAGES[family]
+    directories = {name: workdir / "parents" / name for name in parents} | {last: workdir}
+    settings = {"seed": seed, "fit": fit} | ({} if family == "emu" else {"family": family})
+    with _Clock(workdir, settings) as clock:
         for name, directory in directories.items():
-            train(_stage(name, workdir, fit, seed), directory)
+            train(_stage(name, workdir, fit, seed, last=name == last), directory)
             clock.save()
-        save_json(GENERATION, workdir / "generation.json")
+        save_json(GENERATION[family], workdir / "generation.json")
         examples = _examples(workdir / "data", scored)
         write_text(workdir / "examples.json", json.dumps(examples, indent=1))
 
@@ -75,26 +94,32 @@ def run(workdir: Path, seed: int = 0, validation: bool = False) -> dict[str, Any
         judge = Judge(fit, emu.image_size)
         captions, caption_accuracy = _caption(emu, scored)
         drawings, drawn_accuracy = _draw(emu, judge, seed)
+        autoencodings, autoencoded = [], {}
+        if emu.cfg.autoencodes:
+            autoencodings, accuracy = _autoencode(emu, judge, scored, seed)
+            autoencoded = {"autoencoded_accuracy": accuracy}
         continuations, continuation_accuracy = _continue(emu, judge, workdir / "data", scored)
         metrics = {
             "caption_accuracy": caption_accuracy,
             "drawn_accuracy": drawn_accuracy,
+            **autoencoded,
             "continuation_accuracy": continuation_accuracy,
             "judge_accuracy": judge.accuracy(scored),
             "seed": seed,
             "scored_on": scored,
-            **_training_figures(directories["digits"]),
+            **_training_figures(directories[MAIN_STAGE[family]], MAIN_STAGE[family]),
             "seconds": round(clock.seconds(), 1),
             "report": str(workdir / "report.html"),
         }
         write_report(
             workdir / "report.html",
-            title="Emu on handwritten digits",
+            title=f"{family.capitalize()} on handwritten digits",
             figures={k: v for k, v in metrics.items() if k != "report"},
             curves={name: read_metrics(path)[name] for name, path in directories.items()},
             held_out={name: read_evaluations(path, name) for name, path in directories.items()},
             captions=captions,
             drawings=drawings,
+            autoencodings=autoencodings,
             continuations=continuations,
             config={n: json.loads((d / "train.json").read_text()) for n, d in directories.items()},
             versions=_versions(),
@@ -146,12 +171,12 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
-def _stage(name: str, workdir: Path, split: str, seed: int) -> TrainConfig:
+def _stage(name: str, workdir: Path, split: str, seed: int, *, last: bool) -> TrainConfig:
     """Loads the config of a stage and sets the seed, the data split and the paths."""
     cfg = load_config(TrainConfig, shipped("configs") / f"{name}.py", [])
     data = dataclasses.replace(cfg.data, root=str(workdir / "data"), split=split, seed=seed)
     parents = cfg.parents
-    if name == STAGES[-1]:  # its directory is one level above its parents'
+    if last:  # its directory is one level above its parents'
         parents = {tower: f"parents/{Path(path).name}" for tower, path in parents.items()}
     return dataclasses.replace(cfg, seed=seed, data=data, parents=parents)
 
@@ -222,6 +247,23 @@ def _image_part(content: bytes) -> dict[str, str]:
     return {"picture": base64.b64encode(content).decode(), "type": "image/png"}
 
 
+def _autoencode(
+    emu: Emu, judge: Judge, split: str, seed: int
+) -> tuple[list[tuple[Image.Image, Image.Image, bool]], float]:
+    """Paints images of the split from their own features.
+
+    Returns (image, painted image, correct) for those to show, and the share of all in which the
+    judge recognizes the digit.
+    """
+    images, labels = digits.digit_images(split)
+    images, labels = images[: 10 * DRAWINGS], labels[: 10 * DRAWINGS]
+    shown = [_rgb(p) for p in images]
+    painted = emu.generate_image([[p] for p in shown], seed=seed)
+    right = judge(np.stack([np.asarray(image) for image in painted])) == labels
+    cards = list(zip(shown, painted, map(bool, right), strict=True))
+    return cards[:SHOWN_AUTOENCODED], _mean(right)
+
+
 def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any], float]:
     """Continues counting sequences of the split, given three frames with subtitles.
 
@@ -258,9 +300,9 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
     return shown, _mean(right)
 
 
-def _training_figures(directory: Path) -> dict[str, list[float]]:
+def _training_figures(directory: Path, stage: str) -> dict[str, list[float]]:
     """Returns the first and last values of losses and of measures of embedding collapse."""
-    rows = read_metrics(directory)["digits"]
+    rows = read_metrics(directory)[stage]
     names = ("text_loss", "regression_loss", "embedding_variance", "embedding_rank")
     return {f"{n}_first_last": [round(rows[0][n], 4), round(rows[-1][n], 4)] for n in names}
 

@@ -28,6 +28,7 @@ def write_report(
     held_out: Mapping[str, Evaluations] | None = None,
     captions: Sequence[tuple[Picture, str, bool]] = (),
     drawings: np.ndarray | Sequence[Sequence[Picture]] = (),
+    autoencodings: Sequence[tuple[Picture, Picture, bool]] = (),
     continuations: Sequence[tuple[Sequence[Picture], Picture, bool, str]] = (),
     config: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
@@ -42,12 +43,14 @@ def write_report(
         captions: (image, generated caption, whether it is correct).
         drawings: uint8 [rows, columns, h, w, 3] or [rows, columns, h, w]; row i holds the images
             generated for the i-th prompt.
+        autoencodings: (image, its reconstruction from features, whether it is correct).
         continuations: (given frames, generated frame, whether it is correct, caption).
     """
     sections = [
         _figures(figures),
         _captions(captions),
         _drawings(drawings),
+        _autoencodings(autoencodings),
         _continuations(continuations),
         training_curves(curves, held_out or {}),
         details("Configuration", config),
@@ -97,6 +100,21 @@ def _drawings(drawings: np.ndarray | Sequence[Sequence[Picture]]) -> str:
     )
 
 
+def _autoencodings(autoencodings: Sequence[tuple[Picture, Picture, bool]]) -> str:
+    if not autoencodings:
+        return ""
+    cards = "".join(
+        f'<figure class="card pair {_verdict(right)}">{image(original)}{image(painted)}'
+        f"<figcaption>{_mark(right)}</figcaption></figure>"
+        for original, painted, right in autoencodings
+    )
+    return (
+        "<section><h2>Autoencoded</h2>"
+        "<p>Left a held-out image, right what the decoder paints from its features.</p>"
+        f'<div class="cards">{cards}</div></section>'
+    )
+
+
 def _continuations(
     continuations: Sequence[tuple[Sequence[Picture], Picture, bool, str]],
 ) -> str:
@@ -135,6 +153,8 @@ _STYLE = """
   padding: .5rem; }
 .card.wrong { border-color: var(--wrong); }
 .card img { width: 100%; height: auto; border-radius: .25rem; margin-bottom: .35rem; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
+.pair figcaption { grid-column: span 2; }
 .sheet { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 2px;
   max-width: 44rem; }
 .sheet img { width: 100%; height: auto; }
