@@ -1,0 +1,151 @@
+"""Indexing 100 million documents with one process and with several, and opening them for training.
+
+The documents are short image-text pairs in shards as `emu-jax data build` writes them, with token
+counts. One shard of 262,144 documents is written; the others are hard links to it. `emu-jax data
+index` counts the records of each shard and writes the outlines of all documents; it opens no
+document. Training is opened in a process of its own: the index is opened and the first batch
+planned. `again` is the time of `data index` when all is cached, as after an interruption at its
+end. Seconds are wall-clock times. `speed_up_alone` is the speed-up on a machine without other jobs,
+from processor times: the parent works alone, and the workers share the rest evenly.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from emu_jax import bench
+from emu_jax.data import Batches, DataConfig, Document, Image, Text
+from emu_jax.data.build.indexing import index_sources
+from emu_jax.data.build.runners import on_processes
+from emu_jax.data.documents import write_documents
+from emu_jax.data.known_lengths import KnownLengths, lengths_path, save_lengths
+from emu_jax.data.lengths import part_lengths
+from emu_jax.data.sources import SourceConfig
+from emu_jax.host_memory import PeakMemory
+from emu_jax.tokenizer import Tokenizer
+
+SHARD_DOCUMENTS = 1 << 18
+ROW_TOKENS, ROW_IMAGES, ROWS, ROW_GROUP = 832, 16, 64, 8
+
+
+def run(documents: int = 100_000_000, processes: int = 2) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        shards = -(-documents // SHARD_DOCUMENTS)
+        write(Path(folder), shards)
+        taken = {count: index(config(folder, count), count) for count in (1, processes)}
+        again = index(config(folder, processes), processes)
+        code = f"from emu_jax import bench; bench.load('indexing').opening({folder!r})"
+        output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
+        total, one, many = shards * SHARD_DOCUMENTS, taken[1], taken[processes]
+        alone = one.own / (many.own + many.workers / processes)
+        return {
+            "documents": total,
+            "index_s": {str(n): round(times.wall, 1) for n, times in taken.items()},
+            "processor_s": {str(n): round(t.own + t.workers, 1) for n, t in taken.items()},
+            "documents_a_second": {str(n): round(total / t.wall) for n, t in taken.items()},
+            "speed_up": round(one.wall / many.wall, 2),
+            "speed_up_alone": round(alone, 2),
+            "again_s": round(again.wall, 2),
+            **json.loads(output.stdout.splitlines()[-1]),
+        }
+
+
+class Times(NamedTuple):
+    """Seconds of a run.
+
+    Attributes:
+        own, workers: processor time of this process, and of its workers together.
+    """
+
+    wall: float
+    own: float
+    workers: float
+
+
+def write(folder: Path, shards: int) -> None:
+    """Writes the shards, their token counts, and a tokenizer."""
+    tokenizer = Tokenizer.train(["a pair"], 300)
+    tokenizer.save(folder / "tokenizer")
+    kinds = [Document((Image(b""), Text("a pair " * (1 + n % 64)))) for n in range(64)]
+    first = folder / "0.array_record"
+    write_documents(first, (kinds[n % len(kinds)] for n in range(SHARD_DOCUMENTS)))
+    sizes = [part_lengths(document, tokenizer) for document in kinds]
+    known = KnownLengths(
+        np.full(SHARD_DOCUMENTS, 2), np.tile(np.ravel(sizes), SHARD_DOCUMENTS // len(kinds))
+    )
+    save_lengths(str(first), first.stat().st_size, tokenizer.fingerprint, known)
+    for n in range(1, shards):
+        shard = folder / f"{n}.array_record"
+        os.link(first, shard)
+        os.link(lengths_path(str(first)), lengths_path(str(shard)))
+
+
+def config(folder: str, processes: int) -> DataConfig:
+    """Returns the config of training, with the cache that some processes write."""
+    return DataConfig(
+        root=folder,
+        sources=(SourceConfig("pairs", "records", (folder,), paired=True),),
+        cache=f"{folder}/cache-{processes}",
+        batch_size=ROWS,
+        row_tokens=ROW_TOKENS,
+        row_images=ROW_IMAGES,
+        row_group=ROW_GROUP,
+        prefetch=0,
+    )
+
+
+def index(cfg: DataConfig, processes: int) -> Times:
+    """Indexes the documents; returns the seconds that it took."""
+    tokenizer = cfg.load_tokenizer()
+    began, before = time.perf_counter(), os.times()
+    index_sources(cfg, tokenizer, lambda work: on_processes(work, processes))
+    wall, after = time.perf_counter() - began, os.times()
+    own = after.user + after.system - before.user - before.system
+    workers = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+    return Times(wall, own, workers)
+
+
+def opening(folder: str) -> None:
+    """Opens the documents for training, and prints its seconds and anonymous memory as JSON."""
+    cfg = config(folder, 1)
+    tokenizer = cfg.load_tokenizer()
+    began = time.perf_counter()
+    with PeakMemory() as memory, Batches(cfg, tokenizer, "rows", plan_only=True) as batches:
+        opened = time.perf_counter() - began
+        next(batches)
+        planned = time.perf_counter() - began
+    figures = {"open_s": round(opened, 2), "first_batch_planned_s": round(planned, 2)}
+    if memory.peak is not None and memory.before is not None:
+        figures["anonymous_mib"] = round((memory.peak - memory.before) / 2**20, 1)
+    print(json.dumps(figures))
+
+
+def table(figures: dict) -> str:
+    counts = list(figures["index_s"])
+    return bench.markdown_table(
+        ("Processes", "Index (s)", "Processor time (s)", "Documents a second", "Speed-up, alone"),
+        [
+            (
+                count,
+                figures["index_s"][count],
+                figures["processor_s"][count],
+                figures["documents_a_second"][count],
+                f"{figures['speed_up']}, {figures['speed_up_alone']}" if count != "1" else "",
+            )
+            for count in counts
+        ],
+    ) + (
+        f"\n\n{figures['documents']:,} documents. Index again: {figures['again_s']} s. Opening for "
+        f"training: {figures['open_s']} s, to the first planned batch "
+        f"{figures['first_batch_planned_s']} s and {figures.get('anonymous_mib')} MiB of anonymous "
+        "memory."
+    )
