@@ -24,7 +24,7 @@ class Echo:
     def __init__(self, instruct=False):
         self.cfg, self.asked = config.digits(), []
         self.tokenizer = SimpleNamespace(instruct=instruct, encode=self.encode)
-        self.defaults = GenerationConfig(system="")
+        self.defaults = GenerationConfig(system="Be kind.")
 
     @staticmethod
     def encode(text, bos=True):
@@ -41,6 +41,7 @@ class Echo:
         return said
 
     def log_likelihoods(self, prompts, candidates):
+        assert self.defaults.system is None  # `Emu` refuses one beside a spelled prompt
         self.asked.append((len(prompts), candidates))
         return [[-float(len(c)) for c in row] for row in candidates]
 
@@ -96,6 +97,8 @@ def test_a_dialogue_is_spelled_as_the_model_reads_it():
     first, _, second = tuned.partition("|</s>|")
     assert first == "Be brief. [USER]: |RED|what?| [ASSISTANT]:|red"
     assert second == "[USER]: |sure?| [ASSISTANT]:"
+    kind = HarnessModel(Echo(instruct=True)).answer([[user("a")]])
+    assert kind == ["Be kind. [USER]: |a| [ASSISTANT]:"]
     assert HarnessModel(Echo(), template="the digit").answer([[user(RED)]]) == ["RED|the digit"]
     with pytest.raises(UserError, match="end with the user"):
         HarnessModel(Echo()).answer([dialogue[:-1]])

@@ -61,8 +61,9 @@ class HarnessModel:
     """
 
     def __init__(self, emu: Emu, *, template: str = "{text}", **settings: Any) -> None:
-        emu.defaults.replace(**settings)
+        self.defaults = emu.defaults.replace(**settings)
         self.emu, self.template, self.settings = emu, template, settings
+        emu.defaults = emu.defaults.replace(system=None, grounding=False)  # prompts spell both
 
     @classmethod
     def load(
@@ -105,9 +106,8 @@ class HarnessModel:
             UserError: a part or a setting is invalid, or a prompt leaves no room for the answer.
         """
         chosen = {**(settings or {}), **self.settings}
-        prompts = [self._prompt(dialogue, chosen) for dialogue in dialogues]
-        # The prompts spell both already.
-        chosen |= {"system": None, "grounding": False}
+        prompts = [self._prompt(dialogue) for dialogue in dialogues]
+        chosen |= {"system": None, "grounding": False}  # prompts spell both
         return self.emu.generate_text(prompts, **chosen)
 
     def losses(
@@ -119,27 +119,25 @@ class HarnessModel:
         Blanks around a candidate are left out: the tokenizer puts one before each word.
         """
         candidates = [[candidate.strip() for candidate in row] for row in candidates]
-        prompts = [self._prompt(dialogue, self.settings) for dialogue in dialogues]
+        prompts = [self._prompt(dialogue) for dialogue in dialogues]
         encode = self.emu.tokenizer.encode
         ids = [[encode(candidate, bos=False) for candidate in row] for row in candidates]
         greedy = self.emu.generate_ids(
             prompts,
-            max_new_tokens=max(len(tokens) for row in ids for tokens in row),
+            max_new_tokens=max(1, *(len(tokens) for row in ids for tokens in row)),
             num_beams=1,
             do_sample=False,
-            system=None,
-            grounding=False,
         )[:, 1:]
         sums = self.emu.log_likelihoods(prompts, candidates)
         return [
             [
-                (-total / len(tokens), said[: len(tokens)].tolist() == list(tokens))
+                (-total / max(1, len(tokens)), said[: len(tokens)].tolist() == list(tokens))
                 for total, tokens in zip(row, spelled, strict=True)
             ]
             for row, spelled, said in zip(sums, ids, greedy, strict=True)
         ]
 
-    def _prompt(self, dialogue: Sequence[ChatTurn], settings: Mapping[str, Any]) -> list[Part]:
+    def _prompt(self, dialogue: Sequence[ChatTurn]) -> list[Part]:
         turns = merged(dialogue)
         if not turns or turns[-1].role != "user":
             raise UserError("a dialogue must end with the user's turn")
@@ -152,12 +150,11 @@ class HarnessModel:
         expected = [("user", "assistant")[number % 2] for number in range(len(turns))]
         if [turn.role for turn in turns] != expected:
             raise UserError("user and assistant must take turns, after the system message")
-        defaults = self.emu.defaults.replace(**settings)
         return converse(
             [turn.parts for turn in turns],
-            defaults.system if system is None else system,
-            style=chat_format(self.emu.cfg, defaults.chat_format),
-            grounding=defaults.grounding,
+            self.defaults.system if system is None else system,
+            style=chat_format(self.emu.cfg, self.defaults.chat_format),
+            grounding=self.defaults.grounding,
         )
 
     def _templated(self, parts: list[Part]) -> list[Part]:
