@@ -3,12 +3,14 @@
 Matmuls of several shapes run in XLA and in torch, in each dtype. The fastest is the peak that
 other benchmarks are compared with. A copy counts the bytes it reads and the bytes it writes;
 XLA's copy is x + 1 in place, which has the same traffic. The parts take turns, and figures are
-medians over the turns. `--set floors.side=N` makes it smaller.
+medians over the turns. `--set floors.side=N` makes it smaller, EMU_JAX_FLOORS_SIDE does in all
+benchmarks.
 """
 
 import functools
 import logging
 import math
+import os
 import time
 import timeit
 from collections.abc import Callable
@@ -23,11 +25,13 @@ from emu_jax.errors import UserError
 
 log = logging.getLogger("emu_jax")
 
+SIDE = int(os.environ.get("EMU_JAX_FLOORS_SIDE", "2048"))  # of a square matmul
+COPY_SIDE = min(SIDE, 4096)  # 128 bytes are copied for each unit of its square
 TURNS = 5
 SECONDS = 0.2  # about, of one part in one turn
 
 
-def run(side: int = 2048) -> dict:
+def run(side: int = SIDE) -> dict:
     if side < 4:
         raise UserError(f"floors.side is {side}: make it at least 4")
     figures: dict[str, Any] = {}
@@ -36,7 +40,7 @@ def run(side: int = 2048) -> dict:
         rates = rate(bench.take_turns(parts, TURNS))
         figures |= {f"{dtype}_{name}_flops": value for name, value in rates.items()}
         figures[f"{dtype}_peak_flops"] = best(rates)
-    rates = rate(bench.take_turns(copies(side * side * 128), TURNS))
+    rates = rate(bench.take_turns(copies(min(side, COPY_SIDE) ** 2 * 128), TURNS))
     figures |= {f"copy_{name}_bytes": value for name, value in rates.items()}
     figures["copy_peak_bytes"] = best(rates)
     return figures
@@ -73,20 +77,20 @@ def best(rates: dict[str, dict[str, float]]) -> dict[str, float] | None:
     return max(rates.values(), key=lambda found: found["median"], default=None)
 
 
-def shapes(side: int = 2048) -> list[tuple[int, int, int]]:
+def shapes(side: int = SIDE) -> list[tuple[int, int, int]]:
     """Returns (m, k, n) of matmuls: a square one, and those of a language model's layers and
     head."""
     return [(side, side, side), (2 * side, side // 4, side), (side, side // 4, 8 * side)]
 
 
-def peak(dtype: str, side: int = 2048) -> Callable[[], float]:
+def peak(dtype: str, side: int = SIDE) -> Callable[[], float]:
     """Returns the fastest matmul as a part for `take_turns`, which returns its FLOPs."""
     parts = products(dtype, shapes(side))
     seconds = bench.take_turns(parts, turns=3)
     return parts[min(parts, key=lambda name: sorted(seconds[name])[1])]
 
 
-def fastest_copy(side: int = 2048) -> Callable[[], float]:
+def fastest_copy(side: int = COPY_SIDE) -> Callable[[], float]:
     """Returns the fastest copy as a part for `take_turns`, which returns the bytes read and
     written."""
     parts = copies(side * side * 128)

@@ -188,10 +188,16 @@ def documents(cfg: TrainConfig) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """Our training step, on the first `devices`."""
+    """Our training step, on the first `devices` of a platform (by default JAX's)."""
 
-    def __init__(self, cfg: TrainConfig, batch: dict[str, np.ndarray], devices: int = 1):
-        mesh = mesh_for(cfg, jax.devices()[:devices])
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        batch: dict[str, np.ndarray],
+        devices: int = 1,
+        platform: str | None = None,
+    ):
+        mesh = mesh_for(cfg, jax.devices(platform)[:devices])
         self.cfg, self.mesh = cfg, mesh
         sharding = batch_sharding(mesh)
         with self.settings():

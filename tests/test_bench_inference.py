@@ -12,6 +12,7 @@ TINY = {
     "text_generation": {"size": "digits", "prompt": 12, "tokens": 8, "rows": 2},
     "regression": {"size": "digits", "prompt": 12, "family": "both"},
     "sampling": {"size": "digits", "steps": 4},
+    "encoding": {"size": "digits", "images": 4},
     "checkpoints": {"size": "digits"},
 }
 
