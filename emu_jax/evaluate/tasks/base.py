@@ -291,8 +291,8 @@ def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[Prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-    """One turn of a dialogue with an instruction-tuned model.
+class TurnWording:
+    """Wording of one turn of a dialogue with an instruction-tuned model.
 
     Attributes:
         asked: template of the user's part.

@@ -18,7 +18,7 @@ from emu_jax.evaluate.tasks.base import (
     ScoringContext,
     Stage,
     Task,
-    Turn,
+    TurnWording,
     by_id,
     clean_caption,
     continuing,
@@ -28,7 +28,7 @@ from emu_jax.evaluate.tasks.base import (
 )
 
 DESCRIBE = continuing("{image} describing the image in detail. the image shows")
-DESCRIBE_INSTRUCT = Turn(
+DESCRIBE_INSTRUCT = TurnWording(
     "{image} please provide an accurate and concise description of the given image.",
     "the image depicts a photo of",
 )

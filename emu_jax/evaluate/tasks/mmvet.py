@@ -15,13 +15,13 @@ from emu_jax.evaluate.tasks.base import (
     ScoringContext,
     Stage,
     Task,
-    Turn,
+    TurnWording,
     layout,
     read_json,
 )
 
 WRITE = {"num_beams": 5, "max_new_tokens": 128, "min_length": 1, "length_penalty": 1.0}
-INSTRUCT = Turn("{image}{question}", chat_system=COMPREHENSIVE_SYSTEM)
+INSTRUCT = TurnWording("{image}{question}", chat_system=COMPREHENSIVE_SYSTEM)
 
 
 class MMVet(Task):

@@ -22,7 +22,7 @@ from emu_jax.evaluate.tasks.base import (
     Mode,
     ScoringContext,
     Stage,
-    Turn,
+    TurnWording,
     by_id,
     field,
     layout,
@@ -31,7 +31,7 @@ from emu_jax.evaluate.tasks.base import (
 from emu_jax.evaluate.tasks.vqa import ASK, Answering
 
 # The release has a system message for videos and a prompt for questions, but no task with both.
-INSTRUCT = Turn(
+INSTRUCT = TurnWording(
     ASK.replace("of the image", "of the video") + "{question}", "the answer is:", VIDEO_SYSTEM
 )
 

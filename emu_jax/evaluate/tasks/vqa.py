@@ -19,7 +19,7 @@ from emu_jax.evaluate.tasks.base import (
     ScoringContext,
     Stage,
     Task,
-    Turn,
+    TurnWording,
     Wording,
     as_examples,
     by_id,
@@ -64,8 +64,8 @@ def from_caption(query: str) -> Wording:
 
 # If examples show their images, the question shows its image too.
 IN_CONTEXT = continuing("{image} based on the picture, {question} short answer:")
-INSTRUCT = Turn(ASK + "{question}", "the answer is:")
-INSTRUCT_KNOWN = Turn(ASK + KNOWN)
+INSTRUCT = TurnWording(ASK + "{question}", "the answer is:")
+INSTRUCT_KNOWN = TurnWording(ASK + KNOWN)
 
 
 class Answering(Task):
