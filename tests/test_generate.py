@@ -1167,6 +1167,8 @@ def test_a_request_that_leaves_frees_its_slot(drawer):
     assert next(waits) is None and engine.active == (1, 0)
     gone.close()
     assert engine.active == (0, 0)
+    next(waits)
+    assert engine.active == (1, 0)
     (said,) = run_together(engine, [waits])
     assert said[-1].prompt_tokens == len(drawer.tokenizer.encode(*OPENING[3]))
 
