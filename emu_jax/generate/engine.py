@@ -161,7 +161,9 @@ class Engine:
         static, *_, room = emu._mixed(cfg, rows)
         largest = self._text.static
         if static.text_slots > largest.text_slots or static.max_images > largest.max_images:
-            yield from emu.stream(prompt, **settings)  # alone: it has no room in a slot
+            for part in emu.stream(prompt, **settings):  # alone: it has no room in a slot
+                yield part
+                yield None  # lets the others have a step
             return
         ids = self.cfg.tokens
         last, length = int(rows[0].tokens[-1]), len(rows[0].tokens)
