@@ -151,7 +151,8 @@ class Engine:
         """Yields the parts of `Emu.stream`, None while it waits, and `Usage` at the end.
 
         Args:
-            previews: whether to yield a `Preview` every few steps of an image too.
+            previews: whether to yield a `Preview` every few steps of an image too. There are none
+                if the model has a safety checker, which judges only complete images.
 
         Raises:
             UserError: the prompt or a setting is invalid.
@@ -282,7 +283,7 @@ class Engine:
             np.float32(cfg.guidance_scale),
             table,
             count,
-            previews,
+            previews and emu.safety is None,
         )
         self._images.jobs.append(job)
         try:
