@@ -49,6 +49,7 @@ from emu_jax.generate.settings import (
 from emu_jax.sharding import to_host
 
 T = TypeVar("T")
+LOST = "the state of the batch was lost when a prompt could not be read into it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +365,8 @@ class _TextSlots:
             array[slot] = value
         self._keys[slot] = jax.random.key_data(key)
         dynamic = mixed.DynamicMixedSettings(*(jnp.asarray(a[slot]) for a in self._settings))
+        if self._state is None and self.active.any():
+            raise RuntimeError(LOST)
         with emu._on_mesh():
             state = _open_slot(
                 emu._graphdef,
@@ -374,16 +377,22 @@ class _TextSlots:
                 key,
                 self._cache_slots,
             )
-            if self._state is None:
-                self._state = _empty_slots(state, len(self._taken))
-            self._state = _insert(self._state, state, np.int32(slot))
+            jax.block_until_ready(state)  # if it fails, the others keep their state
+            states, self._state = self._state, None  # donated: lost if `_insert` fails
+            if states is None:
+                states = _empty_slots(state, len(self._taken))
+            states = _insert(states, state, np.int32(slot))
+            jax.block_until_ready(states)
+        self._state = states
         self.active[slot] = True
         self._fetch()
 
     def decode(self) -> None:
         """Decodes a few elements of every active slot."""
-        if self._state is None or not self.active.any():
+        if not self.active.any():
             return
+        if self._state is None:
+            raise RuntimeError(LOST)
         self._state = _decode_slots(
             self._emu._graphdef,
             self._emu._params,
