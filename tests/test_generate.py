@@ -1173,6 +1173,16 @@ def test_a_request_that_leaves_frees_its_slot(drawer):
     assert said[-1].prompt_tokens == len(drawer.tokenizer.encode(*OPENING[3]))
 
 
+def test_a_prompt_too_long_for_a_slot_is_answered_alone(drawer):
+    engine = Engine(drawer, slots=1, new_tokens=8, max_images=0, prompt_tokens=8)
+    prompt, more = ["four five six " * 8], {"max_new_tokens": 8, "max_images": 0}
+    (said,) = run_together(engine, [engine.stream(prompt, **more)])
+    *texts, usage = said
+    assert "".join(texts) == "".join(drawer.stream(prompt, **more))
+    assert usage.prompt_tokens == len(drawer.tokenizer.encode(*prompt)) > 16
+    assert not engine._text.fits(usage.prompt_tokens, 8) and engine.active == (0, 0)
+
+
 def test_images_take_no_more_positions_than_there_are(drawer, caplog):
     """A row may open as many images as it has room for, whatever it is batched with."""
     n, positions = drawer.cfg.n_embeddings, drawer.cfg.llama.max_positions

@@ -49,6 +49,7 @@ from emu_jax.generate.settings import (
 from emu_jax.sharding import to_host
 
 T = TypeVar("T")
+PROMPT_TOKENS = 4096  # default of `Engine`
 LOST = "the state of the batch was lost when a prompt could not be read into it"
 
 
@@ -95,6 +96,8 @@ class Engine:
         image_slots: images that are denoised at once.
         new_tokens: room of a slot for text tokens.
         max_images: room of a slot for images.
+        prompt_tokens: room of a slot for a prompt. It bounds the KV cache of a model with a long
+            context. A longer prompt is answered alone.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Engine:
         image_slots: int = 4,
         new_tokens: int = 256,
         max_images: int = 4,
+        prompt_tokens: int = PROMPT_TOKENS,
     ) -> None:
         if slots < 1 or image_slots < 1:
             raise ValueError(f"{slots} slots, {image_slots} image slots: at least 1 of each")
@@ -114,7 +118,7 @@ class Engine:
         static = mixed.StaticMixedSettings(
             bucket(new_tokens), max_images if emu.paints else 0, False, emu.paints
         )
-        self._text = _TextSlots(emu, slots, static)
+        self._text = _TextSlots(emu, slots, static, prompt_tokens)
         self._images = _ImageSlots(emu, image_slots)
 
     def step(self) -> None:
@@ -161,14 +165,16 @@ class Engine:
         emu, cfg = self.emu, self.defaults.replace(**settings)
         rows = emu._prompts([prompt], cfg.max_new_tokens, cfg)
         static, *_, room = emu._mixed(cfg, rows)
-        largest = self._text.static
-        if static.text_slots > largest.text_slots or static.max_images > largest.max_images:
-            for part in emu.stream(prompt, **settings):  # alone: it has no room in a slot
-                yield part
-                yield None  # lets the others have a step
-            return
-        ids = self.cfg.tokens
+        ids, largest = self.cfg.tokens, self._text.static
         last, length = int(rows[0].tokens[-1]), len(rows[0].tokens)
+        more = cfg.max_new_tokens + int(room[0]) * (self.cfg.n_embeddings + 1)
+        if (
+            static.text_slots > largest.text_slots
+            or static.max_images > largest.max_images
+            or not self._text.fits(length, more)
+        ):
+            yield from self._stream_alone(prompt, length, cfg, settings)
+            return
         progress = _StreamProgress(self.tokenizer, ids, last=last)
         text_key, paint_key = _row_keys(np.zeros(1, int), cfg.seed)
         slot = yield from self._slot()
@@ -193,6 +199,22 @@ class Engine:
                     yield None
         finally:
             self._text.release(slot)
+
+    def _stream_alone(
+        self, prompt: Any, length: int, cfg: GenerationConfig, settings: MixedSettings
+    ) -> Iterator[EnginePart]:
+        """Answers a request that has no room in a slot. `length` is that of its prompt.
+
+        Its generated tokens are counted in its text.
+        """
+        said = ""
+        for part in self.emu.stream(prompt, **settings):
+            if isinstance(part, str):
+                said += part
+            yield part
+            yield None  # lets the others have a step
+        written = len(self.tokenizer.encode_plain(said))
+        yield Usage(length, written, written < cfg.max_new_tokens)
 
     def _slot(self) -> Generator[None, None, int]:
         """Takes a free slot, and waits until there is one."""
@@ -241,6 +263,9 @@ class Engine:
         """
         emu = self.emu
         rows = emu._prompts([prompt], self.cfg.n_embeddings)
+        fits = self._text.fits(len(rows[0].tokens), self.cfg.n_embeddings)
+        if not fits or not self._text.static.max_images:
+            return emu._regress_all([prompt])
         key, _ = _row_keys(np.zeros(1, int), 0)  # unused: nothing is sampled
         slot = yield from self._slot()
         try:
@@ -300,10 +325,13 @@ class Engine:
 class _TextSlots:
     """Requests that are decoded at once, each in a slot of one batch."""
 
-    def __init__(self, emu: Emu, slots: int, static: mixed.StaticMixedSettings) -> None:
+    def __init__(
+        self, emu: Emu, slots: int, static: mixed.StaticMixedSettings, prompt_tokens: int
+    ) -> None:
         self._emu, self.static = emu, static
         self.elements = static.steps(emu.cfg.n_embeddings)
-        self._cache_slots = bucket(emu.cfg.llama.context_length)
+        context = bucket(emu.cfg.llama.context_length)
+        self._cache_slots = min(context, bucket(prompt_tokens) + self.elements)
         self._taken = np.zeros(slots, bool)
         self.active = np.zeros(slots, bool)  # taken, and not done
         self._sampled = np.zeros(slots, bool)
@@ -325,6 +353,11 @@ class _TextSlots:
         llama, dtype = self._emu.model.llama, self._emu.dtype
         cache = jax.eval_shape(lambda: llama.empty_cache(1, self._cache_slots, dtype))
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((cache.k, cache.v)))
+
+    def fits(self, length: int, more: int) -> bool:
+        """Returns whether a slot has room for a prompt and `more` elements behind it."""
+        padded = bucket(length, self._emu._batcher.shapes.length)
+        return max(padded, length + more) <= self._cache_slots
 
     def take(self) -> int | None:
         """Takes a free slot; None if there is none."""
