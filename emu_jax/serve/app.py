@@ -49,6 +49,7 @@ from starlette.responses import (
     StreamingResponse,
 )
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu, load
@@ -180,7 +181,7 @@ def make_app(
             else:
                 # The first part decides the status.
                 lines = _lines(await _first(request, parts), parts, ticket)
-            return StreamingResponse(lines, media_type="application/x-ndjson")
+            return _Stream(lines, "application/x-ndjson", ticket)
 
         return endpoint
 
@@ -202,7 +203,7 @@ def make_app(
             first = await _first(request, parts)
             pieces = completion_pieces(_chained(first, parts), completion)
             events = _events(pieces, completion, ticket)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return _Stream(events, "text/event-stream", ticket)
         try:
             text, usage = await _connected(request, _whole(completion_pieces(parts, completion)))
         finally:
@@ -536,6 +537,20 @@ class _Bodies:
 
     def _too_large(self) -> Refused:
         return Refused(413, f"the request is larger than {self._limits.body_bytes} bytes")
+
+
+class _Stream(StreamingResponse):
+    """Streams an answer, and abandons it if the client is gone, even before the first part."""
+
+    def __init__(self, content: AsyncIterator[str], media_type: str, ticket: Ticket) -> None:
+        super().__init__(content, media_type=media_type)
+        self._ticket = ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ticket.leave()
 
 
 async def _connected(request: Request, answer: Awaitable[T]) -> T:
