@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from emu_jax.errors import UserError
+from emu_jax.generate.engine import Preview
 from emu_jax.generate.image import Stopped
 from emu_jax.serve.requests import Refused
 
@@ -49,10 +50,15 @@ class Ticket:
     def put(self, part: Any) -> None:
         """Sends a part to the client; safe to call from any thread."""
         try:
-            self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
+            self._loop.call_soon_threadsafe(self._queue, part)
         except RuntimeError as error:  # the server's loop has ended
             log.debug("an answer was not delivered: %s", error)
             self.gone.set()
+
+    def _queue(self, part: Any) -> None:
+        # A slow client gets fewer previews. They would take much memory here.
+        if not isinstance(part, Preview) or self._parts.empty():
+            self._parts.put_nowait(part)
 
     def leave(self) -> None:
         """Abandons the answer because nobody is waiting for it."""
@@ -272,7 +278,10 @@ class Worker:
     def _end(self, ticket: Ticket, end: Any) -> None:
         close = getattr(ticket.iterator, "close", None)
         if close is not None:
-            close()
+            try:
+                close()
+            except Exception:
+                log.exception("a request could not be closed")
         took, mean = time.monotonic() - ticket.started, self._mean_seconds
         self._mean_seconds = took if mean is None else mean + MEAN_WEIGHT * (took - mean)
         with self._changed:
