@@ -979,7 +979,7 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             raise UserError(
                 "--waiting, --seconds and --port must be positive, the port below 65536"
             )
-        if args.slots < 1 or (args.image_slots or 1) < 1:
+        if args.slots < 1 or (args.image_slots is not None and args.image_slots < 1):
             raise UserError("--slots and --image-slots must be at least 1")
         if args.per_minute < 0 or args.drain < 0:
             raise UserError("--per-minute and --drain must not be negative")

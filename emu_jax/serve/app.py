@@ -378,7 +378,7 @@ def _model_json(
         "paints": emu.paints,
         "instruct": emu.tokenizer.instruct,
         "image_size": native_side(emu.cfg) if emu.paints else None,
-        "positions": emu.cfg.llama.max_positions,
+        "positions": emu.cfg.llama.context_length,
         "needs_key": needs_key,
         "defaults": defaults,
         "limits": {
@@ -677,12 +677,12 @@ def _image_line(part: Image.Image | Preview) -> str:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    return error_response(request.url.path, error.status, str(error))
+    return error_response(request.scope["path"], error.status, str(error))
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_response(request.url.path, error.status_code, error.detail)
+    return error_response(request.scope["path"], error.status_code, error.detail)
 
 
 async def _ignore(request: Request, error: Exception) -> Response:
@@ -691,6 +691,6 @@ async def _ignore(request: Request, error: Exception) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
     # Starlette calls this handler outside the other middleware, and logs the error.
-    response = error_response(request.url.path, 500, "internal error: see the server log")
+    response = error_response(request.scope["path"], 500, "internal error: see the server log")
     response.headers.update(HEADERS)
     return response
