@@ -1011,12 +1011,16 @@ def _api_keys(file: Path | None) -> list[str]:
     """Returns the API keys of a file, or else those of the environment.
 
     Raises:
-        UserError: the file has no keys.
+        UserError: the file or the variable has no keys.
     """
     if file is None:
-        return [
-            key for k in os.environ.get("EMU_JAX_API_KEYS", "").split(",") if (key := k.strip())
-        ]
+        given = os.environ.get("EMU_JAX_API_KEYS")
+        if given is None:
+            return []
+        keys = [key for each in given.split(",") if (key := each.strip())]
+        if not keys:  # otherwise a secret that is missing would open the server
+            raise UserError("EMU_JAX_API_KEYS has no API keys: list them, or unset it")
+        return keys
     keys = [key for line in file.read_text().splitlines() if (key := line.strip())]
     if not keys:
         raise UserError(f"no API keys ({file}): write one a line")

@@ -197,7 +197,7 @@ document.addEventListener("keydown", (event) => {
 // Sends a prompt, and passes each part of the answer on as it comes.
 async function ask(name, body, onPart) {
   running?.abort();
-  const mine = (running = new AbortController());
+  const mine = (running = Object.assign(new AbortController(), { tab: name }));
   $("problem").textContent = "";
   $("status").textContent = "Working …";
   $(`${name}-stop`).disabled = false;
@@ -245,8 +245,10 @@ async function ask(name, body, onPart) {
       running = null;
       $("status").textContent = "";
     }
-    $(`${name}-stop`).disabled = true;
-    showPreview(name, null);
+    if (running?.tab !== name) { // otherwise they belong to the next request
+      $(`${name}-stop`).disabled = true;
+      showPreview(name, null);
+    }
   }
 }
 
