@@ -426,12 +426,13 @@ def serve(
         emu = load(checkpoint, batch_size=1, shapes=shapes, quantize=quantize)
         if image_slots is None:
             image_slots = 1 if on_cpu() else 4
+        # The model's own defaults may exceed what a request may ask for.
         engine = Engine(
             emu,
             slots=slots,
             image_slots=image_slots,
-            new_tokens=limits.new_tokens,
-            max_images=limits.new_images,
+            new_tokens=max(limits.new_tokens, emu.defaults.max_new_tokens),
+            max_images=max(limits.new_images, emu.defaults.max_images),
         )
         gib = engine.cache_bytes / 2**30
         log.info("%d slots have a KV cache of %.2f GiB (--slots)", slots, gib)
