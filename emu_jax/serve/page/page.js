@@ -309,9 +309,10 @@ function append(answer, box, part) {
 $("chat-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   const parts = prompt("chat");
-  if (!parts.length) return;
+  if (!parts.length || running?.tab === "chat") return; // one turn at a time
   clear("chat");
-  messages.push({ role: "user", parts: parts.map(bare) });
+  const asked = { role: "user", parts: parts.map(bare) };
+  messages.push(asked);
   say("user", parts);
   const item = say("assistant", []);
   const answer = [];
@@ -319,6 +320,7 @@ $("chat-form").addEventListener("submit", async (event) => {
     if ("picture" in part) part = { picture: part.picture.split(",", 2)[1] };
     append(answer, item, part);
   });
+  if (!messages.includes(asked)) return; // a new chat has begun
   item.dataset.done = "true";
   // A question without an answer is not part of the chat.
   if (answer.length) messages.push({ role: "assistant", parts: answer });
