@@ -21,8 +21,8 @@ from jaxtyping import Int
 from emu_jax.data import storage
 
 SUFFIX = ".lengths.npz"
-# Exceptions raised by reading a damaged file. The zip format has a CRC-32 of each array.
-_BROKEN = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+# Exceptions raised by reading a damaged file. zipfile raises RuntimeError for changed flags.
+_BROKEN = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class KnownLengths(NamedTuple):
@@ -82,7 +82,12 @@ def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -
     """
     path = lengths_path(shard)
     try:
-        with np.load(io.BytesIO(storage.read(path))) as arrays:
+        content = io.BytesIO(storage.read(path))
+        with zipfile.ZipFile(content) as members:  # NumPy parses headers before it checks CRCs
+            if (damaged := members.testzip()) is not None:
+                raise Rejected(f"{path} is damaged (CRC-32 of {damaged})")
+        content.seek(0)
+        with storage.NUMPY_HEADERS, np.load(content) as arrays:
             if str(arrays["tokenizer"]) != tokenizer:
                 raise Rejected(f"{path} was counted with another tokenizer")
             lengths = KnownLengths(arrays["counts"], arrays["sizes"])

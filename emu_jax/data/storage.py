@@ -41,6 +41,8 @@ LISTED = 8  # files of one folder that are looked up in a listing: it may have o
 # Bytes that `RangeFile` requests from a store after a seek; doubled while it reads on, up to:
 _FIRST_BLOCK, _LAST_BLOCK = 1 << 16, 1 << 22
 _PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4|zip)$")
+# NumPy parses headers by `ast`, which Python 3.11 does not let several threads do at once.
+NUMPY_HEADERS = threading.Lock()
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 

@@ -443,7 +443,9 @@ def _find_repeats(shards: Sequence[Shard], runner: Runner) -> None:
 
 def _read_array(path: str) -> np.ndarray:
     try:
-        return np.load(io.BytesIO(storage.read(path)))
+        content = io.BytesIO(storage.read(path))
+        with storage.NUMPY_HEADERS:
+            return np.load(content)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it and run the build again") from None
 

@@ -65,8 +65,6 @@ _INTEGERS = (int, np.integer)
 # Exceptions raised by reading a damaged folder.
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _indexing = ContextVar("indexing", default=True)
-# NumPy parses headers by `ast`, which Python 3.11 does not let several threads do at once.
-_headers = threading.Lock()
 
 
 class NotIndexed(Exception):
@@ -364,7 +362,7 @@ class Checked:
         self._sound, self._left = bytearray(len(sums)), len(sums)
         self._lock = threading.Lock()
         self._check(0, 1)  # the header
-        with _headers:
+        with storage.NUMPY_HEADERS:
             mapped = np.load(file, mmap_mode="r")
         self._first, self.shape, self.dtype = mapped.offset, mapped.shape, mapped.dtype
         # A plain array, because a look-up in a `memmap` takes four times as long.
