@@ -196,11 +196,12 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
 
 def _misfits(stored: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
     """Returns what is wrong with each wanted array that is not stored in its shape."""
+    for key in wanted:
+        if f"{key}.values" in stored:
+            return [f"{key} is quantized: use the checkpoint that it was made from"]
     problems = []
     for key, leaf in wanted.items():
-        if f"{key}.values" in stored:
-            problems.append(f"{key} is quantized: use the checkpoint that it was made from")
-        elif key not in stored:
+        if key not in stored:
             problems.append(f"{key} is missing")
         elif tuple(stored[key].shape) != leaf.shape:
             problems.append(f"{key} is {list(stored[key].shape)}, not {list(leaf.shape)}")
@@ -240,6 +241,19 @@ def run_shapes(directory: Path) -> dict[str, Any]:
         theirs = run_shapes(parent)
         shapes |= {k: v for k, v in theirs.items() if base.get(tower_of(k)) == parent}
     return shapes | stored_shapes(directory / str(latest_step(directory)) / "params")
+
+
+def refuse_quantized(directory: Path, stored: Iterable[str]) -> None:
+    """Checks that a run directory's parameters are not quantized.
+
+    Args:
+        stored: their paths (`run_shapes`).
+
+    Raises:
+        UserError: some are.
+    """
+    if any(path.endswith(".values") for path in stored):
+        raise UserError(f"{directory} is quantized: use the checkpoint that it was made from")
 
 
 def fingerprint(path: Path) -> str:

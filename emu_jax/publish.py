@@ -88,13 +88,15 @@ def push(
         out: write the files here, and upload nothing.
 
     Raises:
-        UserError: the run directory or the address is wrong, the repository has files and may not
-            be overwritten, the login may not write to it, or the Hub cannot be reached.
+        UserError: the run directory or the address is wrong, the parameters are quantized, the
+            repository has files and may not be overwritten, the login may not write to it, or the
+            Hub cannot be reached.
     """
     check_one_process()
     target = HubAddress.parse(address)
     if target.revision:
         raise UserError(f"{address} names a revision: push to the repository, which gets a commit")
+    checkpoint.refuse_quantized(run, checkpoint.run_shapes(run))
     if out is None:  # before weights are written
         hub.prepare_upload(target, private=private, overwrite=overwrite)
     parents = list(dict.fromkeys(_parents(run)))

@@ -26,6 +26,8 @@ from flax import nnx
 from jax import Array
 
 from emu_jax import diffusion
+from emu_jax.checkpoint import refuse_quantized, run_shapes
+from emu_jax.convert.source import is_release
 from emu_jax.data.images import load_image
 from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
@@ -116,11 +118,14 @@ def verify(checkpoint: Path, golden: Path) -> tuple[str, list[TensorVerdict]]:
         The model's family, and a row for every tensor of `golden/expected.npz`.
 
     Raises:
-        UserError: a directory cannot be read, or they are for different models.
+        UserError: a directory cannot be read, they are for different models, or the checkpoint is
+            quantized.
     """
     expected, meta = _open(golden)
     family = "emu2" if "encode/n_query" in expected else "emu"
     emu = _load(checkpoint, family, expected)
+    if not is_release(checkpoint):
+        refuse_quantized(checkpoint, run_shapes(checkpoint))
     if family != emu.cfg.family:
         raise UserError(
             f"{golden} was recorded from a model of the family {family}, {checkpoint} is of "

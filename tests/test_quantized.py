@@ -17,7 +17,9 @@ from emu_jax.errors import UserError
 from emu_jax.generate.api import load
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.quantized import QuantizedMatrix, is_quantized, quantize
+from emu_jax.publish import push
 from emu_jax.sharding import AbstractModel, make_mesh
+from emu_jax.verify import verify
 
 KERNEL = "llama.layers.mlp.up_proj.kernel"
 QKV = "visual.blocks.attn.qkv"
@@ -114,6 +116,10 @@ def test_a_quantized_run_directory_is_not_converted_or_quantized_again(quantized
             convert(quantized_run, tmp_path / to, to=to)
         with pytest.raises(UserError, match=f"not for --to {to}"):
             convert(GOLDEN, tmp_path / to, to=to, quantize="int8")
+    with pytest.raises(UserError, match="is quantized: use the checkpoint that it was made"):
+        push(quantized_run, "hf://me/tiny")  # before the Hub is asked
+    with pytest.raises(UserError, match="is quantized: use the checkpoint that it was made"):
+        verify(quantized_run, GOLDEN)
 
 
 @pytest.mark.parametrize("kind, limit", [("int8", 16.0e9), ("int4", 9.5e9)])

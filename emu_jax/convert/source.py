@@ -646,11 +646,12 @@ class RunSource:
             scratch: a directory for temporary files; by default the system's.
 
         Raises:
-            UserError: a part of the directory is missing or wrong.
+            UserError: a part of the directory is missing or wrong, or it is quantized.
         """
         cfg = checkpoint.load_config(path)
         tokenizer = checkpoint.load_tokenizer(path)
         stored = checkpoint.run_shapes(path)
+        checkpoint.refuse_quantized(path, stored)
         for tower in DECODER:  # pretraining may omit them
             if not any(p.startswith(f"{tower}.") for p in stored):
                 cfg = dataclasses.replace(cfg, **{tower: None})
