@@ -145,8 +145,8 @@ class Tokenizer:
         spelled = sorted(self._spelled, key=len, reverse=True) if self.byte_level else self._spelled
         self._split = re.compile("(" + "|".join(re.escape(t) for t in spelled) + ")")
         # Emu2's release leaves LLaMA's own <unk> as it is, which strips nothing.
-        strips = {UNK} if family == "emu2" else set()
-        self._keeps_space = set(self._spelled) if fast or self.byte_level else strips
+        keeps = {UNK} if family == "emu2" else set()
+        self._keeps_space = set(self._spelled) if fast or self.byte_level else keeps
         self._files = files
         settings = () if (family, fast) == ("emu", False) else (family, fast)
         digest = hashlib.sha256(repr((instruct, sorted(files.items()), *settings)).encode())
@@ -185,7 +185,7 @@ class Tokenizer:
             fast = noted[2] if fast is None else fast
             if "tokenizer.json" in files:
                 source = directory / "tokenizer.json"
-                vocabulary = _from_json(files["tokenizer.json"], _named_tokens(files))
+                vocabulary = _from_json(files["tokenizer.json"], files)
             elif "tokenizer.model" in files:
                 source = directory / "tokenizer.model"
                 vocabulary = _from_sentencepiece(files["tokenizer.model"])
@@ -487,7 +487,7 @@ def _named_tokens(files: dict[str, bytes]) -> dict[str, str]:
     return names
 
 
-def _from_json(content: bytes, named_tokens: dict[str, str]) -> _Vocabulary:
+def _from_json(content: bytes, files: dict[str, bytes]) -> _Vocabulary:
     values = json.loads(content)
     if values["model"].get("type", "BPE") != "BPE":
         raise UserError(f"tokenizer.json is a {values['model']['type']} model, LLaMA's is BPE")
@@ -500,7 +500,7 @@ def _from_json(content: bytes, named_tokens: dict[str, str]) -> _Vocabulary:
     if [vocab[p] for p in pieces] != list(range(len(pieces))):
         raise UserError("the ids in tokenizer.json have gaps")
     if byte_level:
-        return _byte_level(values, vocab, pieces, added, named_tokens)
+        return _byte_level(values, vocab, pieces, added, _named_tokens(files))
     # Only the model itself: special tokens are split off here, and other versions of the
     # same file treat leading spaces differently.
     values.update(_LLAMA_PIPELINE, added_tokens=[], truncation=None, padding=None)
