@@ -59,7 +59,9 @@ class EmuChat(Base):
         **options: Any,
     ) -> None:
         super().__init__()
-        if str(batch_size) != "1":
+        if not str(batch_size).isdecimal():
+            raise UserError(f"batch_size {batch_size} (lmms-eval): give a number")
+        if int(batch_size) != 1:
             options["batch_size"] = int(batch_size)
         self.harness_model = HarnessModel.load(str(checkpoint), **options)
         self.task_dict: Mapping[str, Mapping[str, Any]]  # the documents, set by lmms-eval

@@ -124,7 +124,7 @@ class HarnessModel:
         ids = [[encode(candidate, bos=False) for candidate in row] for row in candidates]
         greedy = self.emu.generate_ids(
             prompts,
-            max_new_tokens=max(1, *(len(tokens) for row in ids for tokens in row)),
+            max_new_tokens=max([1, *(len(tokens) for row in ids for tokens in row)]),
             num_beams=1,
             do_sample=False,
         )[:, 1:]
@@ -146,7 +146,10 @@ class HarnessModel:
             return [part for turn in turns for part in turn.parts]
         system = None
         if turns[0].role == "system":
-            system = "\n".join(part for part in turns.pop(0).parts if isinstance(part, str))
+            texts = [part for part in turns[0].parts if isinstance(part, str)]
+            if len(texts) < len(turns.pop(0).parts):
+                raise UserError("an image in the system message: put it into the user's turn")
+            system = "\n".join(texts)
         expected = [("user", "assistant")[number % 2] for number in range(len(turns))]
         if [turn.role for turn in turns] != expected:
             raise UserError("user and assistant must take turns, after the system message")
