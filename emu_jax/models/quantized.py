@@ -1,7 +1,8 @@
 """Weight-only quantization of the language model's and the visual encoder's matrices.
 
 int8   a scale for each output channel
-int4   a scale for each output channel and group of up to 128 inputs, two numbers in a byte
+int4   a scale for each output channel and group of up to 128 inputs, two numbers in a byte; a
+       matrix with an odd number of inputs is in int8
 
 Layers read `param[...].astype(dtype)`, which computes the matrix that they multiply with. Norms,
 biases, token embeddings, adapters, the connector and the image decoder are not quantized.
