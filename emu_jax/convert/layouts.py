@@ -126,7 +126,12 @@ def _frequencies(source: ModelSource) -> dict[str, Tensor]:
     recorded = came.carried.get(FREQUENCIES_FILE)
     if recorded is None:
         return frequencies
-    return {key: _tensor(**value) for key, value in read_json_object(recorded).items()}
+    try:
+        return {key: _tensor(**value) for key, value in read_json_object(recorded).items()}
+    except (TypeError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{recorded} is damaged ({error}): restore it, or remove it to use the release's values"
+        ) from None
 
 
 def _default_frequencies(source: ModelSource) -> dict[str, Tensor]:
