@@ -16,7 +16,8 @@ from emu_jax.data import Document, Text
 from emu_jax.data.documents import write_documents
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.sources import SourceConfig, index, open_source
-from emu_jax.data.sources.index import Checked, cached_arrays
+from emu_jax.data.sources.index import Checked, cached_arrays, index_files
+from emu_jax.data.sources.spans import Spans, compact_spans
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
@@ -199,6 +200,30 @@ def test_sources_and_outlines_read_large_arrays_alike(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="sizes.npy has changed"):
         read()
     assert read() == want
+
+
+@pytest.mark.parametrize("folders", [2, 256])
+def test_spans_that_do_not_fit_are_found_in_every_file(tmp_path, monkeypatch, folders):
+    """Arrays of wide samples have fewer rows than the files have samples."""
+    monkeypatch.setattr(index, "EAGER", 0)  # opened by file
+    monkeypatch.setattr(index, "MOST_FOLDERS", folders)
+    samples = np.zeros((3, 5, 2, 2), np.int64)
+    samples[..., 0, 0] = 1024 * np.arange(15).reshape(3, 5)
+    samples[..., 1, 0] = samples[..., 0, 0] + 512
+    samples[..., 1] = 100
+    samples[:, 1::2, :, 0] += 1  # not where a tar has its members
+    paths = [str(tmp_path / f"{n}") for n in range(3)]
+    for path in paths:
+        Path(path).touch()
+
+    def scan(path: str) -> dict[str, np.ndarray]:
+        return compact_spans(samples[int(Path(path).name)], np.zeros(5, np.int64))
+
+    arrays = index_files("spans", paths, scan, str(tmp_path / "cache"))
+    spans = Spans(arrays, 2)
+    assert np.asarray(arrays["wide_row"]).tolist() == [1, 3, 6, 8, 11, 13]
+    for row, expected in enumerate(samples.reshape(15, 2, 2)):
+        np.testing.assert_array_equal(spans[row], expected)
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path):

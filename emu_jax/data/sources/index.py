@@ -514,7 +514,8 @@ def index_files(
     they are (`Joined`). Those of more files are cached in as many folders, which are opened lazily.
 
     A `tally` among the arrays, which must come last, is summed (`Tally.add`). Arrays whose names
-    end in `_row` hold numbers of rows of the first array, and are renumbered.
+    end in `_row` hold numbers of rows of the first array in rising order, and are renumbered.
+    Others with the same first word (`wide_span` beside `wide_row`) have a row for each of them.
     """
     if len(paths) == 1:
         return _numbered(_file_index(kind, paths[0], scan, cache))
@@ -564,8 +565,13 @@ def _joined(
     starts = [0, *itertools.accumulate(summary["count"].tolist())]
     arrays: dict[str, Any] = {}
     for key in summary["keys"].tolist():
-        bases = first_files if key == "file" else None
-        arrays[key] = summary[key] if key in summary else Joined(open_folder, key, starts, bases)
+        if key in summary:
+            arrays[key] = summary[key]
+            continue
+        bases, firsts = first_files if key == "file" else None, starts
+        if (rows := f"{key.rpartition('_')[0]}_row") in summary:  # a row for each of those
+            firsts = np.searchsorted(np.asarray(summary[rows]), starts).tolist()
+        arrays[key] = Joined(open_folder, key, firsts, bases)
     return arrays
 
 
