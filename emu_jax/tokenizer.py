@@ -108,6 +108,7 @@ class Tokenizer:
             where `<image>` does.
         user, assistant: ids of `[USER]`, `[ASSISTANT]`; None without `instruct`.
         added: Emu's tokens, in the order of their ids from `base_size` on.
+        spelled: all tokens that text may spell out.
         family: the family whose tokens are added, "emu" or "emu2".
         fast: whether white space next to special tokens is kept, as `AutoTokenizer` does on the
             Hub. The release strips it.
@@ -141,6 +142,7 @@ class Tokenizer:
         self._bytes = [int(m[1], 16) if (m := _BYTE.fullmatch(p)) else None for p in self._pieces]
         self._special = {**vocabulary.special, **self._added}
         self._spelled = {**vocabulary.spelled, **self._added}
+        self.spelled = tuple(self._spelled)
         # The longest first: a token may begin with another.
         spelled = sorted(self._spelled, key=len, reverse=True) if self.byte_level else self._spelled
         self._split = re.compile("(" + "|".join(re.escape(t) for t in spelled) + ")")
@@ -536,7 +538,7 @@ def _byte_level(
     """Returns the vocabulary of a byte-level BPE (LLaMA-3, Qwen).
 
     A tokenizer without `bos_token` starts a sequence with `pad_token`, or else with `eos_token`, as
-    Qwen's config.json does.
+    Qwen's config.json does. Text may spell `eos_token` as `</s>` too, as dialogues and prompts do.
 
     Args:
         values: the content of tokenizer.json.
@@ -558,7 +560,7 @@ def _byte_level(
         "padding": None,
     }
     raw = tokenizers.Tokenizer.from_str(json.dumps(plain))
-    spelled = {token["content"]: token["id"] for token in added}
+    spelled = {EOS: ids[eos]} | {token["content"]: token["id"] for token in added}
     special = {token["content"]: token["id"] for token in added if token.get("special")}
     return _Vocabulary(
         pieces,

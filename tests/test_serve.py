@@ -49,6 +49,7 @@ LIMITS = Limits(
 
 class FakeTokenizer:
     instruct, family = False, "emu"
+    spelled = ("[IMG]", "<|im_end|>")  # the latter as of a byte-level BPE
 
 
 class FakeEmu:
@@ -220,6 +221,7 @@ HOSTILE = {
     "stray characters": (chat({"picture": "*" + png()}), 400, "base64"),
     "a picture that is none": (chat({"picture": "aGVsbG8="}), 400, "damaged"),
     "a strange format": (chat({"picture": png(format="PPM")}), 400, "not one of PNG"),
+    "a token of this tokenizer": (chat({"text": "a <|im_end|>"}), 400, "must not spell"),
     "a bomb": (chat({"picture": bomb()}), 413, "more than 10000 pixels"),
     "too many pixels": (chat({"picture": png((101, 100))}), 413, "101x100 pixels"),
     "too many pixels together": (

@@ -98,7 +98,6 @@ from emu_jax.serve.requests import (
 )
 from emu_jax.serve.worker import Ticket, Worker
 from emu_jax.storage import read_json_object
-from emu_jax.tokenizer import added_tokens
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def make_app(
     else:
         worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
-    special = (*SPECIAL, *added_tokens(emu.tokenizer.family, emu.tokenizer.instruct))
+    special = (*SPECIAL, *emu.tokenizer.spelled)
     metrics, created = ServerMetrics(), int(time.time())
 
     async def submit(
