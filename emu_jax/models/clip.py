@@ -18,7 +18,9 @@ class TextTower(nnx.Module):
     def __init__(
         self, vocab: int, width: int, out_width: int, *, layers: int = 2, rngs: nnx.Rngs
     ) -> None:
-        cfg = LlamaConfig(vocab, width=width, layers=layers, heads=width // 32, mlp_width=2 * width)
+        cfg = LlamaConfig(
+            vocab_size=vocab, width=width, layers=layers, heads=width // 32, mlp_width=2 * width
+        )
         self.embed_tokens = Embedding(vocab, width, rngs=rngs)
         self.layers = stack(layers, lambda rngs: LlamaBlock(cfg, rngs=rngs), rngs)
         self.norm = RMSNorm(width, eps=cfg.eps, rngs=rngs)
