@@ -98,8 +98,8 @@ clean:
 .venv/bin/pip:
 	@python="$(PYTHON)"; \
 	for p in $${python:-python3.11 python3.12 python3}; do \
-	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
 	    echo "$$p -m venv .venv"; exec $$p -m venv .venv; \
 	  fi; \
 	done; \
-	echo "no Python 3.11 or later found: make PYTHON=/path/to/python3.11 ..." >&2; exit 1
+	echo "no Python 3.11 or 3.12 found: make PYTHON=/path/to/python3.11 ..." >&2; exit 1
