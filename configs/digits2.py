@@ -5,7 +5,7 @@
     emu-jax train --config configs/digits2.py --workdir runs/digits2
 
 The targets of the regression are the frozen encoder's pooled features, so they cannot collapse.
-Their variance is far above one, hence the small weight of the regression.
+Their variance is far above one, hence the weight of the regression below one.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             clip_norm=5.0,
         ),
         parents=dict.fromkeys(("visual", "project_up", "project_down", "llama"), "../digits2_1b"),
-        steps=500,
+        steps=600,
         eval=(
             EvalConfig(every=50, batches=1),
             EvalConfig(
@@ -51,6 +51,6 @@ def get_config() -> ConfigDict:
                 generation={"max_new_tokens": 8},
             ),
         ),
-        regression_weight=0.2,
+        regression_weight=0.5,
         checkpoint_every=100,
     )

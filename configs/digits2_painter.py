@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
         ),
         parents=dict.fromkeys(("visual", "project_up", "project_down", "llama"), "../digits2")
         | {"vae": "../digits_vae"},
-        steps=900,
+        steps=700,
         eval=(EvalConfig(every=100, batches=1),),
         noise_offset=0.1,
         ema_decay=0.99,
