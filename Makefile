@@ -40,9 +40,9 @@ test-all: lint test demo
 	$(BIN)/python tools/siege.py --checkpoint runs/demo
 	$(BIN)/python tools/mutate.py
 
-# Plants the bugs of tools/mutants.toml, one at a time; the tests named there must fail.
+# Plants the bugs of tools/mutants.toml, each alone; the tests named there must fail.
 mutants: .venv/.installed-dev
-	$(BIN)/python tools/mutate.py --write docs/notes/mutations.md
+	$(BIN)/python tools/mutate.py --jobs 2 --write docs/notes/mutations.md
 
 # Runs every benchmark and updates the tables of docs/performance.md.
 bench: .venv/.installed-dev

@@ -2,10 +2,10 @@
 
 `tools/mutants.toml` lists the bugs. Each is one textual change (`old` -> `new` in `file`) with
 the tests that should fail. The change is applied to a temporary copy of the project, never to
-the checkout, and the tests run in that copy.
+the checkout, and the tests run in that copy. Each of `--jobs` has a copy of its own.
 
     python tools/mutate.py                                    all
-    python tools/mutate.py NAME ... [--timeout 600]           some
+    python tools/mutate.py NAME ... [--jobs 2]                some
     python tools/mutate.py --write docs/notes/mutations.md    all, into the table there
 
 With names, `--write` replaces these rows of the table and leaves the others as they are.
@@ -28,7 +28,11 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 from emu_jax import markdown
 
@@ -101,6 +105,30 @@ def copy_project(target: Path) -> None:
     """Copies the checkout without what git ignores."""
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
     shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".git", *ignored))
+
+
+def imported_from(copy: Path) -> Path:
+    """Returns the file from which the tests of a copy would import emu_jax."""
+    command = [sys.executable, "-c", "import emu_jax; print(emu_jax.__file__)"]
+    done = subprocess.run(
+        command,
+        cwd=copy.parent,
+        env=environment(copy),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return Path(done.stdout.strip())
+
+
+@contextmanager
+def borrowed(idle: SimpleQueue[Path]) -> Iterator[Path]:
+    """Yields a copy that no other job uses."""
+    copy = idle.get()
+    try:
+        yield copy
+    finally:
+        idle.put(copy)
 
 
 def environment(copy: Path) -> dict[str, str]:
@@ -214,6 +242,7 @@ def write_table(path: Path, mutants: list[Mutant], rows: dict[str, str]) -> None
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Plant known bugs and run the tests.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="bugs to plant (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="bugs planted at a time (default: 1)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a bug (default: 600)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table to this page")
     options = parser.parse_args(argv)
@@ -226,36 +255,48 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, str] = {}
     rows: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        copy = Path(folder).resolve() / "project"
-        copy_project(copy)
-        where = subprocess.run(
-            [sys.executable, "-c", "import emu_jax; print(emu_jax.__file__)"],
-            cwd=folder,
-            env=environment(copy),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        if not Path(where).is_relative_to(copy):
-            print(f"the tests would import {where}, not the copy in {copy}", file=sys.stderr)
+        copies = [Path(folder).resolve() / str(job) / "project" for job in range(options.jobs)]
+        for copy in copies:
+            copy_project(copy)
+        where = imported_from(copies[0])
+        if not where.is_relative_to(copies[0]):
+            print(f"the tests would import {where}, not the copy in {copies[0]}", file=sys.stderr)
             return 2
-        tests = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+        idle: SimpleQueue[Path] = SimpleQueue()
+        for copy in copies:
+            idle.put(copy)
         start = time.time()
-        wrong = check_unchanged(copy, tests, options.timeout * len(chosen))
-        print(f"{len(tests)} test selections without changes: {time.time() - start:.0f} s")
-        for mutant in chosen:
-            start = time.time()
-            try:
-                if bad := [f"{test} {wrong[test]}" for test in mutant.tests if test in wrong]:
-                    raise MutationError("; ".join(bad))
-                result, detail = run_mutant(copy, mutant, options.timeout)
-            except (MutationError, OSError) as error:
-                result, detail = "error", str(error)
-            results[mutant.name] = result
-            if result == "survived" and mutant.survives:
-                results[mutant.name], detail = "explained", mutant.survives
-            rows[mutant.name] = table_row(mutant, result, detail)
-            print(f"{result:8} {mutant.name} ({time.time() - start:.0f} s) {detail}", flush=True)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            # A whole file each, so that its fixtures are built once.
+            files: dict[str, list[str]] = {}
+            for test in dict.fromkeys(test for mutant in chosen for test in mutant.tests):
+                files.setdefault(test.split("::")[0], []).append(test)
+
+            def check(tests: list[str]) -> dict[str, str]:
+                with borrowed(idle) as copy:
+                    return check_unchanged(copy, tests, options.timeout * len(chosen))
+
+            wrong = {t: why for bad in pool.map(check, files.values()) for t, why in bad.items()}
+            print(f"{len(files)} files of tests without changes: {time.time() - start:.0f} s")
+
+            def plant(mutant: Mutant) -> tuple[str, str, float]:
+                start = time.time()
+                with borrowed(idle) as copy:
+                    try:
+                        if bad := [f"{t} {wrong[t]}" for t in mutant.tests if t in wrong]:
+                            raise MutationError("; ".join(bad))
+                        result, detail = run_mutant(copy, mutant, options.timeout)
+                    except (MutationError, OSError) as error:
+                        result, detail = "error", str(error)
+                return result, detail, time.time() - start
+
+            planted = zip(chosen, pool.map(plant, chosen), strict=True)
+            for mutant, (result, detail, seconds) in planted:
+                results[mutant.name] = result
+                if result == "survived" and mutant.survives:
+                    results[mutant.name], detail = "explained", mutant.survives
+                rows[mutant.name] = table_row(mutant, result, detail)
+                print(f"{result:8} {mutant.name} ({seconds:.0f} s) {detail}", flush=True)
     if options.write:
         write_table(options.write, mutants, rows)
     counts = {result: list(results.values()).count(result) for result in set(results.values())}
