@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -28,6 +29,7 @@ if os.environ.get("EMU_JAX_CHECK_SHAPES", "1") != "0":  # before any test import
 
 # The release's weights are torch files; torch is installed for Python 3.11 alone.
 TORCH = ("backbones", "convert", "generate", "golden", "training_oracle", "verify")
+MARKS = ("slow", "optimized", "alone")
 collect_ignore = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [f"test_{name}.py" for name in TORCH]
@@ -35,6 +37,32 @@ if importlib.util.find_spec("torch") is None:
 
 def pytest_report_header():
     return f"left out, since torch is missing: {collect_ignore}" if collect_ignore else None
+
+
+@functools.cache
+def marks_in(path: Path) -> set[str]:
+    """Returns which of MARKS a test file names."""
+    text = path.read_text()
+    return {name for name in MARKS if f"mark.{name}" in text}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out files that lack a mark required by `-m "A and B"`: they need not be imported."""
+    if collection_path.suffix != ".py" or " or " in config.option.markexpr:
+        return None
+    required = {term for term in config.option.markexpr.split(" and ") if term in MARKS}
+    return True if required - marks_in(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that -m excludes are removed
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name in MARKS and mark.name not in marks_in(item.path):
+                raise pytest.UsageError(
+                    f"mark {mark.name} comes from another file ({item.nodeid}): name it in the "
+                    "file of the test, or -m leaves the test out"
+                )
 
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
