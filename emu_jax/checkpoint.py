@@ -45,7 +45,7 @@ from emu_jax.models.quantized import (
     quantize,
     quantized_matrix,
 )
-from emu_jax.sharding import AbstractModel, flatten, nest
+from emu_jax.sharding import AbstractModel, fitted, flatten, nest
 from emu_jax.storage import StorePath, files, folders, join, relative, write_text
 from emu_jax.tokenizer import Tokenizer
 
@@ -571,15 +571,9 @@ def _stored_quantized(
     for path in filter(is_quantized, template.shapes):
         if f"{path}.values" not in stored:
             continue
-        where = template.shapes[path].sharding
         parts[path] = {}
         for part in ("values", "scales"):
             array = stored[f"{path}.{part}"]
-            shape = tuple(array.shape)
-            try:
-                where.shard_shape(shape)
-                sharding = where
-            except ValueError:  # too few groups of inputs to split
-                sharding = NamedSharding(where.mesh, PartitionSpec())
-            parts[path][part] = jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
+            sharding = fitted(template.shapes[path].sharding, tuple(array.shape))
+            parts[path][part] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     return parts

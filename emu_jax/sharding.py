@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -193,6 +193,16 @@ def _split(
     return entries, undivided
 
 
+def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns a sharding that splits only the dimensions of `shape` that its mesh axes divide."""
+    entries = []
+    for size, entry in zip(shape, (*sharding.spec, *(None,) * len(shape)), strict=False):
+        names = (entry,) if isinstance(entry, str) else (entry or ())
+        ways = math.prod(sharding.mesh.shape[name] for name in names)
+        entries.append(entry if size % ways == 0 else None)
+    return NamedSharding(sharding.mesh, P(*entries))
+
+
 @functools.cache
 def _log_undivided(path: str, undivided: str, device_bytes: int) -> None:
     """Logs once how much memory a parameter takes that is replicated along an axis."""
@@ -246,7 +256,7 @@ class AbstractModel:
         """Returns the flat parameters of a module with this structure."""
         return {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(module))}
 
-    def module(self, params: dict[str, Any]) -> nnx.Module:
+    def module(self, params: Mapping[str, Any]) -> nnx.Module:
         """Returns the module with these parameters."""
         state = nnx.to_flat_state(self._state)
         flat = [(p, v.replace(params[".".join(map(str, p))])) for p, v in state]

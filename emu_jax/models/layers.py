@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from emu_jax.models import quantized
 from emu_jax.models.backend import kernels
 from emu_jax.models.remat import REMAT
 
@@ -69,7 +70,11 @@ class Linear(nnx.Module):
         self.bias = param(rngs, zeros, (width_out,), axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = kernels().matmul(x, self.kernel[...].astype(x.dtype))
+        kernel = self.kernel[...]
+        if isinstance(kernel, quantized.QuantizedMatrix):
+            y = quantized.matmul(x, kernel)
+        else:
+            y = kernels().matmul(x, kernel.astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

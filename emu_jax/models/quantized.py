@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
 from emu_jax.errors import UserError, suggest
+from emu_jax.models.backend import kernels
 
 Quantization = Literal["int8", "int4"]
 
@@ -80,6 +81,34 @@ class QuantizedMatrix:
         )
         scaled = grouped * jnp.expand_dims(self.scales, self.axis)
         return scaled.reshape(values.shape).astype(dtype)
+
+
+Parameter = jax.Array | QuantizedMatrix
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*T D"], matrix: QuantizedMatrix) -> Float[Array, "*T E"]:
+    """Returns x @ matrix in the dtype of `x`. The matrix has no gradient.
+
+    The backward pass converts the matrix to floats again. Otherwise a stack of layers would save
+    all of its matrices in floats.
+    """
+    return kernels().matmul(x, matrix.astype(x.dtype))
+
+
+def _matmul_fwd(
+    x: Float[Array, "*T D"], matrix: QuantizedMatrix
+) -> tuple[Float[Array, "*T E"], QuantizedMatrix]:
+    return matmul(x, matrix), matrix
+
+
+def _matmul_bwd(
+    matrix: QuantizedMatrix, dy: Float[Array, "*T E"]
+) -> tuple[Float[Array, "*T D"], None]:
+    return kernels().matmul(dy, matrix.astype(dy.dtype).T), None
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def check_quantization(kind: str | None) -> None:

@@ -33,7 +33,7 @@ from emu_jax.host_memory import release_freed_memory
 from emu_jax.sharding import flatten, nest
 from emu_jax.storage import StorePath, remove, sync
 from emu_jax.train.lock import Lock
-from emu_jax.train.step import Params, Trainer, TrainState
+from emu_jax.train.step import ModelParams, Trainer, TrainState
 
 # Suffixes of a step that is being written, and of one that is being removed.
 WRITING, REMOVING = ".orbax-checkpoint-tmp", ".removing"
@@ -483,7 +483,7 @@ def save_state(
 
 
 def restore_state(
-    checkpoints: Checkpoints, trainer: Trainer, left_out: Params
+    checkpoints: Checkpoints, trainer: Trainer, left_out: ModelParams
 ) -> tuple[int, TrainState, dict[str, Any]]:
     """Restores the newest readable step onto this run's mesh.
 
@@ -504,7 +504,7 @@ def restore_state(
     if shapes.ema:
         items["ema"] = ocp.args.StandardRestore(nest(shapes.ema))
     step, saved = checkpoints.restore(items)
-    params = flatten(saved["params"]) | left_out
+    params = {**flatten(saved["params"]), **left_out}
     state = TrainState(
         step=jax.device_put(jnp.int32(step), trainer.state_shardings.step),
         trained={path: params[path] for path in trainer.trained},

@@ -17,6 +17,7 @@ from emu_jax.data.pipeline import DataConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import BACKENDS
+from emu_jax.models.quantized import check_quantization
 from emu_jax.models.remat import REMAT
 from emu_jax.sharding import flatten
 from emu_jax.train.telemetry.tracing import parse_steps
@@ -299,6 +300,9 @@ class TrainConfig:
     loss_block: int = 512  # positions of a row whose logits exist at once; 0: all, and are kept
     # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.
     dtype: str = "bfloat16"
+    # "int8" or "int4": of the frozen matrices that `emu_jax.load(..., quantize=...)` rounds. Their
+    # parents hold them, so set `save_frozen` to False.
+    quantize: str = ""
     # Overrides for one kind of chip, {chip: ("a.b=value", ...)}, as `hardware.CHIPS` names them;
     # those of the command line win over them.
     tuned: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -333,6 +337,12 @@ class TrainConfig:
                 raise UserError(f"unknown remat.{tower} {policy!r}{suggest(policy, REMAT)}")
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}{suggest(self.dtype, DTYPES)}")
+        check_quantization(self.quantize or None)
+        if self.quantize and self.save_frozen:
+            raise UserError(
+                f"quantize is {self.quantize!r}, but quantized parameters are not saved: set "
+                "save_frozen to False"
+            )
         if self.tracker not in ("", *TRACKERS):
             raise UserError(f"unknown tracker {self.tracker!r}{suggest(self.tracker, TRACKERS)}")
         backends = ("auto", *BACKENDS)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from emu_jax.sharding import batch_sharding
 from emu_jax.train.objectives import Batch, Objective
-from emu_jax.train.step import Params, Trainer
+from emu_jax.train.step import ModelParams, Params, Trainer
 
 AbstractArrays = dict[str, jax.ShapeDtypeStruct]
 
@@ -56,8 +56,8 @@ def kept_bytes(trainer: Trainer, batch: AbstractArrays) -> float:
     """
     state = trainer.state_shapes
 
-    def backward(trained: Params, frozen: Params, batch: Batch) -> Any:
-        loss = lambda p: trainer.loss(p | frozen, batch, jnp.int32(0))[0]  # noqa: E731
+    def backward(trained: Params, frozen: ModelParams, batch: Batch) -> Any:
+        loss = lambda p: trainer.loss({**p, **frozen}, batch, jnp.int32(0))[0]  # noqa: E731
         return jax.vjp(loss, trained)[1]
 
     saved = jax.eval_shape(backward, state.trained, state.frozen, batch)

@@ -219,6 +219,8 @@ def dry_run(
     left_out: dict[str, jax.ShapeDtypeStruct] = {}
     if trainer is not None and warm_start is not None:
         with problems.caught():
+            warm_start.check_quantized(trainer.quantizers)
+        with problems.caught():
             left_out = warm_start.unsaved({p: trainer.param_shapes[p] for p in trainer.frozen})
         problems.add(*warm_start.check(trainer.param_shapes if step is None else left_out))
     device_bytes = None

@@ -25,7 +25,7 @@ from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EMA, EvalResult, Evaluation, Stop
 from emu_jax.train.objectives import Batch, Metrics, add_statistics
-from emu_jax.train.step import COMPILE_SECONDS, Params, Trainer, TrainState, check_rows
+from emu_jax.train.step import COMPILE_SECONDS, ModelParams, Trainer, TrainState, check_rows
 
 SEED = 0x6576616C  # of noise and times, the same in all runs
 
@@ -143,7 +143,7 @@ class LossEvaluation(Evaluation):
         return batch
 
     def _statistics(
-        self, params: Params, batch: Batch, rows: jax.Array, noise: jax.Array
+        self, params: ModelParams, batch: Batch, rows: jax.Array, noise: jax.Array
     ) -> Metrics:
         """Returns `Objective.held_out` of a batch, whose first `rows` rows are not padding."""
         module = self.trainer.template.module(params)
@@ -151,7 +151,7 @@ class LossEvaluation(Evaluation):
         padded = len(next(iter(batch.values())))
         return self.trainer.objective.held_out(module, batch, jnp.arange(padded) < rows, key)
 
-    def _compile(self, params: Params, batch: Batch, rows: int) -> Callable[..., Metrics]:
+    def _compile(self, params: ModelParams, batch: Batch, rows: int) -> Callable[..., Metrics]:
         """Returns the program for a batch, which all processes compile before any runs it."""
         shapes = tuple((name, array.shape) for name, array in batch.items())
         if shapes not in self._compiled:

@@ -105,10 +105,12 @@ def train(
         cfg = warm_start.cfg
         check_evaluations(cfg, evaluations)
         trainer = Trainer(cfg, mesh)
+        warm_start.check_quantized(trainer.quantizers)
         unsaved = warm_start.unsaved({path: trainer.param_shapes[path] for path in trainer.frozen})
         done, state, position = 0, None, None
         if resuming:
-            done, state, position = restore_state(checkpoints, trainer, warm_start.load(unsaved))
+            left_out = warm_start.load(unsaved, trainer.quantizers)
+            done, state, position = restore_state(checkpoints, trainer, left_out)
         evaluated = EvaluationLog(workdir, cfg.name, done)
         if lead:
             remove_later_sheets(workdir, done)
@@ -117,7 +119,7 @@ def train(
         tokenizer = trainer.objective.prepare_data()
         batches = _open_batches(trainer.objective, tokenizer, workdir, done, position)
         if state is None:
-            state = trainer.init(warm_start.load(trainer.param_shapes))
+            state = trainer.init(warm_start.load(trainer.param_shapes, trainer.quantizers))
         if lead:
             for name, tally in batches.tallies.items():
                 print(f"source {name}: {tally.summary()}", file=sys.stderr, flush=True)

@@ -29,13 +29,14 @@ from emu_jax.sharding import batch_sharding
 from emu_jax.train.config import PAINTERS, TrainConfig, without_paths
 from emu_jax.train.distributed import global_state, initialize_distributed
 from emu_jax.train.objectives import Batch, DecoderObjective
-from emu_jax.train.step import Params, Trainer, mesh_for
+from emu_jax.train.step import ModelParams, Trainer, mesh_for
 from emu_jax.train.warm_start import WarmStart
 
 log = logging.getLogger(__name__)
 
 # Keys that folders of earlier versions were begun without, with the value that changes nothing.
 LATER_KEYS = {
+    "quantize": "",
     "data.family": "",
     "data.last_image": False,
     "data.row_group": 0,
@@ -86,7 +87,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         objective = trainer.objective
         assert isinstance(objective, DecoderObjective)
         tokenizer = objective.prepare_data()
-        loaded = warm_start.load(trainer.param_shapes)
+        loaded = warm_start.load(trainer.param_shapes, trainer.quantizers)
         if missing := [path for path in trainer.frozen if path not in loaded]:
             raise UserError(
                 f"no parent has {missing[0].split('.')[0]}: set init_from to a pretrained model"
@@ -95,17 +96,17 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         # Nothing here uses the U-Net, but the module needs parameters for it.
         zeros = {path: jnp.zeros((), a.dtype) for path, a in trainer.param_shapes.items()}
 
-        def module(params: Params) -> Any:
-            return trainer.template.module(zeros | params)
+        def module(params: ModelParams) -> Any:
+            return trainer.template.module({**zeros, **params})
 
         @jax.jit
-        def compute(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
+        def compute(params: ModelParams, batch: Batch) -> tuple[jax.Array, ...]:
             sizes = objective.sizes(batch)
             arrays = objective.conditions_and_latents(module(params), batch)
             return arrays if sizes is None else (*arrays, sizes)
 
         @jax.jit
-        def unconditional(params: Params) -> jax.Array:
+        def unconditional(params: ModelParams) -> jax.Array:
             return objective.unconditional(module(params))
 
         progress = Progress.of(folder, _digest(cfg))
@@ -145,7 +146,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
 def _digest(cfg: TrainConfig) -> str:
     """Returns a digest of the settings that the latents depend on."""
     settings = to_dict(without_paths(cfg))
-    names = ("data", "model", "parents", "init_from", "seed", "dtype")
+    names = ("data", "model", "parents", "init_from", "seed", "dtype", "quantize")
     relevant = {name: settings[name] for name in names}
     del relevant["data"]["cache_bytes"]  # folders were begun before there was such a key
     for key, before in LATER_KEYS.items():

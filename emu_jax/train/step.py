@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emu_jax.checkpoint import tower_of
 from emu_jax.errors import UserError
 from emu_jax.models.attention import choose_backend
+from emu_jax.models.quantized import (
+    Parameter,
+    Quantization,
+    QuantizedMatrix,
+    is_quantized,
+    quantize,
+)
 from emu_jax.sharding import (
     AbstractModel,
     batch_sharding,
     choose_mesh,
+    fitted,
     make_mesh,
     slice_count,
 )
@@ -28,6 +37,7 @@ from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, last_update, make_optimizer
 
 Params = dict[str, jax.Array]
+ModelParams = Mapping[str, Parameter]  # of trained and frozen parameters together
 COMPILE_SECONDS = 3600  # how long processes wait for each other to compile
 
 
@@ -38,7 +48,7 @@ class TrainState:
 
     step: jax.Array  # steps done, int32
     trained: Params
-    frozen: Params
+    frozen: dict[str, Parameter]
     optimizer: optax.OptState
     ema: Params  # of `trained`; empty unless weights are averaged
     bad_steps: jax.Array  # consecutive non-finite steps
@@ -51,13 +61,16 @@ class Trainer:
 
     Attributes:
         trained, frozen: paths of the parameters.
-        param_shapes: shape, dtype and sharding of every parameter.
+        param_shapes: shape, dtype and sharding of every parameter, before any is quantized.
+        quantizers: {path: the compiled function that quantizes it} of the frozen matrices that
+            are kept in int8 or int4.
         state_shapes: a `TrainState` of shapes with shardings.
         step: the jitted (state, batch) -> (state, metrics). It donates the state.
         tower_metrics: the jitted state -> metrics, `update_statistics`.
 
     Raises:
-        UserError: the config does not fit its objective, or an optimizer group is missing.
+        UserError: the config does not fit its objective, an optimizer group is missing, or
+            nothing is to be trained, or to be quantized.
     """
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh) -> None:
@@ -81,8 +94,22 @@ class Trainer:
             path: jax.ShapeDtypeStruct(s.shape, dtypes.get(path, s.dtype), sharding=s.sharding)
             for path, s in shapes.items()
         }
+        self._quantization: Quantization | None = cast(Any, cfg.quantize or None)
+        quantized = [path for path in self.frozen if self._quantization and is_quantized(path)]
+        if self._quantization and not quantized:
+            raise UserError(
+                f"quantize is {cfg.quantize!r}, but no matrix that could be quantized is frozen: "
+                "freeze some with an optimizer group with lr=0, or leave it out"
+            )
         self.state_shapes = self._with_shardings(jax.eval_shape(self._initial_state, shapes))
         self.state_shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        self.quantizers = {
+            path: jax.jit(
+                functools.partial(self._frozen, path),
+                out_shardings=self.state_shardings.frozen[path],
+            )
+            for path in quantized
+        }
         self.step = jax.jit(
             self.update,
             in_shardings=(self.state_shardings, batch_sharding(mesh)),
@@ -93,16 +120,16 @@ class Trainer:
             self.update_statistics, out_shardings=NamedSharding(mesh, PartitionSpec())
         )
 
-    def init(self, params: Params) -> TrainState:
+    def init(self, params: ModelParams) -> TrainState:
         """Returns the state before the first step.
 
         Args:
             params: parameters from other runs. All others are initialized from the seed.
         """
-        params = self.template.init(without=params) | params
+        params = {**self.template.init(without=params), **params}
         return jax.jit(self._initial_state, out_shardings=self.state_shardings)(params)
 
-    def loss(self, params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, params: ModelParams, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns the loss and the metrics at `params`, with the random key of a step."""
         _, step_key = self._keys()
         return self._objective_loss(params, batch, jax.random.fold_in(step_key, step))
@@ -210,17 +237,26 @@ class Trainer:
         return init_key, step_key
 
     def _objective_loss(
-        self, params: Params, batch: Batch, key: jax.Array, targets: Metrics | None = None
+        self, params: ModelParams, batch: Batch, key: jax.Array, targets: Metrics | None = None
     ) -> tuple[jax.Array, Metrics]:
         module = self.template.module(params)
         return self.objective.loss(module, batch, key, targets)
 
-    def _initial_state(self, params: Params) -> TrainState:
-        trained = {path: params[path] for path in self.trained}
+    def _frozen(self, path: str, param: Parameter) -> Parameter:
+        """Returns a frozen parameter as the state stores it: quantized, or in the compute dtype."""
+        if isinstance(param, QuantizedMatrix):
+            return param
+        param = param.astype(self.cfg.dtype)
+        if self._quantization is None or not is_quantized(path):
+            return param
+        return quantize(path, param, self._quantization)
+
+    def _initial_state(self, params: ModelParams) -> TrainState:
+        trained = {path: cast(jax.Array, params[path]) for path in self.trained}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             trained=trained,
-            frozen={path: params[path].astype(self.cfg.dtype) for path in self.frozen},
+            frozen={path: self._frozen(path, params[path]) for path in self.frozen},
             optimizer=self.optimizer.init(trained),
             ema=jax.tree.map(jnp.copy, trained) if self.cfg.ema_decay > 0 else {},
             bad_steps=jnp.zeros((), jnp.int32),
@@ -233,7 +269,9 @@ class Trainer:
 
         def sharded(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-            sharding = self.template.shardings[keys[-1]] if keys else replicated
+            sharding = replicated
+            if keys:  # the parts of a quantized matrix have other shapes
+                sharding = fitted(self.template.shardings[keys[-1]], leaf.shape)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return jax.tree_util.tree_map_with_path(sharded, tree)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 
 from emu_jax import checkpoint
 from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError, suggest
+from emu_jax.models.quantized import Parameter, QuantizedMatrix
 from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
 from emu_jax.tokenizer import added_tokens
 from emu_jax.train.config import PAINTERS, TrainConfig
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
+Quantizers = Mapping[str, Callable[[jax.Array], QuantizedMatrix]]  # by path
 
 # The key in EmuConfig that configures each tower of the module.
 CONFIG_OF = {
@@ -78,12 +81,33 @@ class WarmStart:
             model = dataclasses.replace(model, **{name: ours})
         return cls(dataclasses.replace(cfg, model=model), workdir)
 
-    def load(self, shapes: Shapes) -> dict[str, jax.Array]:
-        """Loads the parameters found in parent runs, preferring EMA weights."""
-        params: dict[str, jax.Array] = {}
+    def load(
+        self, shapes: Shapes, quantizers: Quantizers = MappingProxyType({})
+    ) -> dict[str, Parameter]:
+        """Loads the parameters found in parent runs, preferring EMA weights.
+
+        Those with a quantizer are read one by one, so that at most one of them is in floats.
+        """
+        params: dict[str, Parameter] = {}
         for _, parent, wanted in self._wanted(shapes):
-            params |= checkpoint.read_parent(parent, wanted, self.cfg.model)
+            rest = {path: shape for path, shape in wanted.items() if path not in quantizers}
+            params |= checkpoint.read_parent(parent, rest, self.cfg.model)
+            for path in (path for path in wanted if path in quantizers):
+                read = checkpoint.read_parent(parent, {path: wanted[path]}, self.cfg.model)
+                params[path] = quantizers[path](read.pop(path))
         return params
+
+    def check_quantized(self, paths: Iterable[str]) -> None:
+        """Checks that parents hold the parameters that this run quantizes.
+
+        Raises:
+            UserError: a tower has no parent.
+        """
+        if missing := {checkpoint.tower_of(path) for path in paths} - self._parents.keys():
+            raise UserError(
+                f"no parent has {min(missing)}, which is to be quantized (quantize="
+                f"{self.cfg.quantize}): set init_from to a pretrained model"
+            )
 
     def check(self, shapes: Shapes) -> list[str]:
         """Returns a line for each parent from which `load` could not read parameters. Reads no
