@@ -541,7 +541,7 @@ def load_module(
     """Builds a module with the newest parameters of `directory`, sharded over `mesh`.
 
     Each parameter is read straight into `dtype`: no wider copy is ever in memory. Matrices that are
-    quantized are read one by one.
+    quantized are read a group at a time (`READ_BYTES`).
     """
     template = AbstractModel(build, mesh)
     wanted = {
@@ -549,17 +549,42 @@ def load_module(
         for path, shape in template.shapes.items()
     }
     params: dict[str, Any] = {}
-    for path, stored in _stored_quantized(directory, template).items():
-        parts = read_params(directory, {f"{path}.{part}": leaf for part, leaf in stored.items()})
-        params[path] = quantized_matrix(path, *(parts[f"{path}.{part}"] for part in stored))
+    stored = _stored_quantized(directory, template)
+    parts = {f"{path}.{part}": s for path, pair in stored.items() for part, s in pair.items()}
+    arrays = read_params(directory, parts) if parts else {}
+    for path, pair in stored.items():
+        params[path] = quantized_matrix(path, *(arrays.pop(f"{path}.{part}") for part in pair))
         del wanted[path]
     if quantization is not None and params:
         raise UserError(f"{directory} is quantized already: leave the quantization out")
     if quantization is not None:
-        for path in filter(is_quantized, list(wanted)):
-            matrix = read_params(directory, {path: wanted.pop(path)})[path]
-            params[path] = quantize(path, matrix, quantization)
+        matrices = {path: wanted.pop(path) for path in filter(is_quantized, list(wanted))}
+        for group in _shape_groups(matrices):
+            read = read_params(directory, group)
+            for path in group:
+                params[path] = quantize(path, read.pop(path), quantization)
+            jax.block_until_ready([params[path] for path in group])  # frees the floats
     return template.module(params | read_params(directory, wanted))
+
+
+def _shape_groups(
+    wanted: dict[str, jax.ShapeDtypeStruct],
+) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """Splits parameters into groups of at most `READ_BYTES`, or one larger parameter.
+
+    The largest come first, while there is still room for them beside the quantized ones.
+    """
+    group: dict[str, jax.ShapeDtypeStruct] = {}
+    total = 0
+    for path, shape in sorted(wanted.items(), key=lambda item: -math.prod(item[1].shape)):
+        size = math.prod(shape.shape) * shape.dtype.itemsize
+        if group and total + size > READ_BYTES:
+            yield group
+            group, total = {}, 0
+        group[path] = shape
+        total += size
+    if group:
+        yield group
 
 
 def _stored_quantized(

@@ -203,7 +203,7 @@ def _quantize_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=("int8", "int4"),
-        help="keep the matrices of the language model and the visual encoder in int8 or int4",
+        help="keep the model's matrices in int8 or int4, of the image decoder in int8",
     )
 
 

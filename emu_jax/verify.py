@@ -136,6 +136,21 @@ def verify(checkpoint: Path, golden: Path) -> tuple[str, list[TensorVerdict]]:
         return family, [recording.row(key) for key in expected]
 
 
+def tensor_error(emu: api.Emu, golden: Path, key: str) -> float:
+    """Returns the relative error of a recorded tensor as a loaded model computes it, in whatever
+    type its weights are.
+
+    Raises:
+        UserError: the recording cannot be read, or the model cannot compute the tensor.
+    """
+    expected, meta = _open(golden)
+    with jax.default_matmul_precision("highest"):
+        row = _RECORDINGS[emu.cfg.family](emu, expected, meta, golden).row(key)
+    if row.error is None:
+        raise UserError(f"{key} has no error ({golden}): {row.verdict} {row.note}")
+    return row.error
+
+
 def _load(checkpoint: Path, family: str, expected: dict[str, np.ndarray]) -> api.Emu:
     """Loads a checkpoint. The many prompts of Emu2's recordings are computed one by one and at one
     size, because compiling a program takes longer than running it."""

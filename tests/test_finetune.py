@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import as_emu2
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from emu_jax import checkpoint
 from emu_jax.config import LoraConfig, TokenIds, digits, save_json
@@ -25,11 +29,13 @@ from emu_jax.models import cpu, xla
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.lora import LoraLinear
+from emu_jax.models.quantized import QuantizedMatrix
 from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig, digits_data
 from emu_jax.train.config_file import load_config
+from emu_jax.train.device_memory import shard_bytes
 from emu_jax.train.flops import train_flops
 from emu_jax.train.loop import train
 from emu_jax.train.optimizer import schedule
@@ -207,6 +213,60 @@ def test_a_run_saves_its_adapters_alone_and_goes_on(parent, tmp_path, monkeypatc
             load(tmp_path / "whole")
     finally:
         (tmp_path / "moved").rename(parent[0])
+
+
+def test_a_quantized_base_stays_in_a_parent():
+    with pytest.raises(UserError, match="unknown quantization 'int3'"):
+        TrainConfig(quantize="int3")
+    with pytest.raises(UserError, match="set save_frozen to False"):
+        TrainConfig(quantize="int8")
+    cfg = TrainConfig(quantize="int8", save_frozen=False)
+    with pytest.raises(UserError, match="no parent has llama.*quantize=int8"):
+        WarmStart(cfg, Path()).check_quantized(["llama.lm_head.kernel"])
+    trains_all = dataclasses.replace(cfg, model=small_model())
+    with pytest.raises(UserError, match="freeze some"):
+        Trainer(trains_all, one_device())
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_over_a_quantized_base(parent, tmp_path, monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    cfg = tuning(parent, quantize="int4", dtype="float32")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(cfg, whole)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "2")
+    train(cfg, parts)  # resumes from step 1
+    stored = checkpoint.stored_shapes(whole / "2" / "params")
+    assert stored and all(path.endswith((".lora_a", ".lora_b")) for path in stored)
+    adapters = {
+        path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(one_device(), P()))
+        for path, s in stored.items()
+    }
+    ours, theirs = (checkpoint.read(run / "2" / "params", adapters) for run in (whole, parts))
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[path], err_msg=path)
+    with pytest.raises(UserError, match="holds a run with quantize='int4', not ''"):
+        train(dataclasses.replace(cfg, quantize="", steps=3), whole)
+
+    # `load` rounds the base, which has two tokens more than its own file, as training did.
+    warm_start = WarmStart.resolve(cfg, whole)
+    trainer = Trainer(warm_start.cfg, one_device())
+    base = warm_start.load(trainer.param_shapes, trainer.quantizers)
+    rounded = {path: base[path] for path in trainer.quantizers}
+    assert len(rounded) == 7 + 2 + 4
+    emu = load(whole, quantize="int4")
+    for path, leaf in nnx.to_flat_state(nnx.state(emu.model)):
+        if isinstance(matrix := leaf[...], QuantizedMatrix):
+            name, layer = re.subn(r"llama\.layers\.(\d+)", "llama.layers", ".".join(map(str, path)))
+            expected = rounded[name]
+            assert isinstance(expected, QuantizedMatrix)
+            index = int(path[2]) if layer else ...
+            np.testing.assert_array_equal(matrix.values, expected.values[index])
+            np.testing.assert_array_equal(matrix.scales, expected.scales[index])
+    floats = sum(4 * math.prod(trainer.param_shapes[path].shape) for path in trainer.frozen)
+    assert shard_bytes(trainer.state_shapes.frozen) < 0.4 * floats
 
 
 def decoding(parent, **changes) -> TrainConfig:

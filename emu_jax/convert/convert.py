@@ -118,7 +118,8 @@ def convert(
         fast_tokenizer: keep white space next to special tokens, as `AutoTokenizer` does on the
             Hub, with `to="jax"`. The release strips it.
         quantize: keep the matrices of the language model and the visual encoder in int8 or int4,
-            with `to="jax"`. Such a run directory can be used, but not trained or converted.
+            and those of the U-Net in int8, with `to="jax"`. Such a run directory can be used, but
+            not trained or converted.
         overwrite: replace `dst` once the conversion is complete.
         mesh: the devices to use; by default all of them.
 

@@ -110,7 +110,8 @@ def load(
         batch_size: rows that are computed at once.
         shapes: the smallest sizes that programs are compiled for.
         quantize: "int8" or "int4" keeps the matrices of the language model and the visual encoder
-            in it (`models.quantized`); the computation stays in `dtype`.
+            in it, and those of the U-Net in int8 (`models.quantized`); the computation stays in
+            `dtype`.
 
     Raises:
         UserError: the directory is not a checkpoint, a part of it cannot be read or downloaded, or

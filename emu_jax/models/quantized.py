@@ -1,11 +1,12 @@
-"""Weight-only quantization of the language model's and the visual encoder's matrices.
+"""Weight-only quantization: matrices of the language model, the visual encoder and the U-Net.
 
 int8   a scale for each output channel
 int4   a scale for each output channel and group of up to 128 inputs, two numbers in a byte; a
        matrix with an odd number of inputs is in int8
 
-Layers read `param[...].astype(dtype)`, which computes the matrix that they multiply with. Norms,
-biases, token embeddings, adapters, the connector and the image decoder are not quantized.
+Layers read `param[...].astype(dtype)`, which computes the matrix that they multiply with. A
+convolution has a scale for each of its taps. The U-Net is in int8 with either type. Norms, biases,
+token embeddings, adapters, the connector and the autoencoder are not quantized.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float
 
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.backend import kernels
@@ -29,6 +30,7 @@ GROUP = 128  # the most inputs that share a scale in int4
 _MATRICES = re.compile(
     r"llama\.(layers\..*_proj|lm_head|stu_regress_head)\.kernel"
     r"|visual\.blocks\.(attn\.qkv|(attn\.proj|mlp\.fc1|mlp\.fc2)\.kernel)"
+    r"|unet\.(down_blocks|mid_block|up_blocks)\..*\.kernel"
 )
 
 
@@ -46,8 +48,9 @@ class QuantizedMatrix:
         axis: the axis of the inputs, counted from the end.
     """
 
-    values: Int8[Array, "*in_and_out"] | UInt8[Array, "*half_in_and_out"]
-    scales: Float[Array, "*groups_and_out"]
+    # Not annotated with shapes, which tests enforce: JAX also makes trees of shardings from these.
+    values: jax.Array
+    scales: jax.Array
     axis: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -128,7 +131,12 @@ def is_quantized(path: str) -> bool:
 
 
 def quantize(path: str, matrix: jax.Array, kind: Quantization) -> QuantizedMatrix:
-    """Quantizes the parameter at `path`, to the nearest numbers."""
+    """Quantizes the parameter at `path`, to the nearest numbers.
+
+    The U-Net is a small part of a model, and every step of a sampler adds its errors: it is in int8
+    where the others are in int4.
+    """
+    kind = "int8" if path.startswith("unet.") else kind
     return _quantize(matrix, kind, _input_axis(path))
 
 

@@ -94,7 +94,7 @@ class Trainer:
             path: jax.ShapeDtypeStruct(s.shape, dtypes.get(path, s.dtype), sharding=s.sharding)
             for path, s in shapes.items()
         }
-        self._quantization: Quantization | None = cast(Any, cfg.quantize or None)
+        self._quantization: Quantization | None = cast(Quantization | None, cfg.quantize or None)
         quantized = [path for path in self.frozen if self._quantization and is_quantized(path)]
         if self._quantization and not quantized:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -86,15 +87,17 @@ class WarmStart:
     ) -> dict[str, Parameter]:
         """Loads the parameters found in parent runs, preferring EMA weights.
 
-        Those with a quantizer are read one by one, so that at most one of them is in floats.
+        Those with a quantizer are read one by one, the largest first, so that at most one of them
+        is in floats.
         """
         params: dict[str, Parameter] = {}
         for _, parent, wanted in self._wanted(shapes):
             rest = {path: shape for path, shape in wanted.items() if path not in quantizers}
             params |= checkpoint.read_parent(parent, rest, self.cfg.model)
-            for path in (path for path in wanted if path in quantizers):
+            matrices = (path for path in wanted if path in quantizers)
+            for path in sorted(matrices, key=lambda path: -math.prod(wanted[path].shape)):
                 read = checkpoint.read_parent(parent, {path: wanted[path]}, self.cfg.model)
-                params[path] = quantizers[path](read.pop(path))
+                params[path] = jax.block_until_ready(quantizers[path](read.pop(path)))
         return params
 
     def check_quantized(self, paths: Iterable[str]) -> None:
