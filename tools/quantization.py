@@ -12,7 +12,7 @@ The columns:
   is not quantized is in bfloat16
 - with `--size`, of a ladder model with random weights: its resident memory, the most memory while
   it decodes, and the tokens per second of greedy decoding. Each type has a process of its own.
-  The machine must do nothing else, and XLA_FLAGS should be unset.
+  The machine must do nothing else.
 
 What is not quantized, and the computation, are in float32 beside int8 and int4.
 """
