@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,8 @@ def one_device():
 def test_numbers_are_rounded_to_the_nearest(path, shape, axis):
     """Within half a step of the original; exactly it, where the format can hold it."""
     matrix = jax.random.normal(jax.random.key(0), shape)
-    for kind, steps in (("int8", 127), ("int4", 127 if path == CONV else 8)):
+    kinds: dict[Quantization, int] = {"int8": 127, "int4": 127 if path == CONV else 8}
+    for kind, steps in kinds.items():
         stored = quantize(path, matrix, kind)
         assert stored.shape == matrix.shape
         groups = stored.scales.shape[axis]
@@ -151,7 +153,7 @@ def test_a_quantized_run_directory_is_not_converted_or_quantized_again(quantized
     with pytest.raises(UserError, match="is quantized already"):
         load(quantized_run, quantize="int8")
     with pytest.raises(UserError, match="unknown quantization 'int3'"):
-        load(quantized_run, quantize="int3")
+        load(quantized_run, quantize=cast(Any, "int3"))
     for to in ("emu", "hf"):
         with pytest.raises(UserError, match="is quantized: use the checkpoint that it was made"):
             convert(quantized_run, tmp_path / to, to=to)
@@ -174,7 +176,8 @@ def test_memory_of_the_14b_model():
             path: quantize(path, a, kind) if is_quantized(path) else a for path, a in params.items()
         }
 
-    for kind, documented in (("int8", 15.6e9), ("int4", 9.1e9)):  # docs/conversion.md
+    documented: dict[Quantization, float] = {"int8": 15.6e9, "int4": 9.1e9}  # docs/conversion.md
+    for kind, expected in documented.items():
         held = jax.tree.leaves(jax.eval_shape(functools.partial(rounded, kind=kind), leaves))
         total = sum(math.prod(a.shape) * a.dtype.itemsize for a in held)
-        assert total == pytest.approx(documented, rel=0.01)
+        assert total == pytest.approx(expected, rel=0.01)
