@@ -7,6 +7,7 @@ error that the user can fix (reported in one line), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import io
@@ -720,7 +721,9 @@ def data_index(parser: argparse.ArgumentParser) -> Command:
             cfg.data,
             tokenizer,
             lambda work: (
-                on_processes(work, args.workers) if options is None else on_beam(work, options)
+                on_processes(work, args.workers)
+                if options is None
+                else contextlib.nullcontext(on_beam(work, options))
             ),
             (int(match[1]), int(match[2])),
         )

@@ -46,6 +46,7 @@ from .errors import UserError
 SCHEMES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}
 RETRY_SECONDS = 120.0  # how long a request is retried while the store fails or refuses it
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between attempts, doubled each time
+IN_FLIGHT = 64  # requests of a process to a store at the same time, of those that read ahead
 TRANSFERS = 16  # concurrent uploads or downloads of a folder's files
 READ_BYTES = 1 << 22  # read from an object at once
 LOG_BYTES = 1 << 22  # of a log's objects; the last one is uploaded by every sync
@@ -352,6 +353,9 @@ def file_system(scheme: str) -> Any:
     # Other writers' objects must be seen. Orbax opens the same file systems through etils.
     for name in (scheme, extra):
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    if scheme == "s3":  # its client has 10 connections by default
+        pool = {"max_pool_connections": IN_FLIGHT + TRANSFERS}
+        fsspec.config.conf["s3"].setdefault("config_kwargs", pool)
     # It logs a traceback before it raises an error that is reported in one line.
     logging.getLogger(package).setLevel(logging.CRITICAL)
     return fsspec.filesystem(scheme)

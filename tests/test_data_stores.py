@@ -158,6 +158,9 @@ def test_listings_take_one_request(gcs, data, monkeypatch):
     found = storage.stats(paths)
     assert len(gcs.requests) == 1
     assert found == [storage.stat(path) for path in paths]
+    gcs.requests.clear()
+    assert storage.existing([*paths, f"{gcs.folder}/r/2.array_record"]) == set(paths)
+    assert len(gcs.requests) == 1
 
 
 def test_a_missing_permission_is_one_clear_line(store, data):
@@ -214,6 +217,7 @@ def test_records_are_read_by_ranges(s3, tmp_path):
         records = StoreRecords(
             f"{s3.folder}/{options}", storage.stat(f"{s3.folder}/{options}"), cache
         )
+        assert len(records.spans(0)) == 2  # the footer too, until a record was read
         order = rng.permutation(40)
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(records.__getitem__, order)) == [content[n] for n in order]
@@ -238,7 +242,12 @@ def test_documents_are_requested_ahead(s3, data, tmp_path, tokenizer):  # noqa: 
     cfg = config(s3.folder, tmp_path)
     cfg = dataclasses.replace(cfg, sources=cfg.sources[:1], batch_size=1)
     documents = open_source(cfg.sources[0])
+    for number in (0, 40):  # opens both files
+        documents.read(number)
+    s3.requests.clear()
     with Batches(cfg, tokenizer, "rows") as batches:
+        # Listings, and the ends of the files. Counting the tokens of 41 documents takes four.
+        assert len(s3.requests) < 20
         s3.requests.clear()
         take(batches, 1)
         first, requested = batches.documents(), set(storage._ahead._requests)

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import grain
@@ -16,15 +17,21 @@ from test_sources import TINY, make_image, shown, source, tar
 
 from emu_jax import cli
 from emu_jax.config import save_json
-from emu_jax.data import Batches, DataConfig, Document, Image, Text
+from emu_jax.data import Batches, DataConfig, Document, Image, Text, storage
 from emu_jax.data import documents as documents_module
 from emu_jax.data import lengths as lengths_module
 from emu_jax.data.batches import RowBuilder
 from emu_jax.data.build import indexing
 from emu_jax.data.build.indexing import index_sources
 from emu_jax.data.build.runners import on_beam, on_processes
-from emu_jax.data.documents import write_documents
-from emu_jax.data.known_lengths import KnownLengths
+from emu_jax.data.documents import DocumentFiles, write_documents
+from emu_jax.data.known_lengths import (
+    KnownLengths,
+    Rejected,
+    lengths_path,
+    load_lengths,
+    save_lengths,
+)
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import Group, OpenSource, open_groups
 from emu_jax.data.packing import IMAGE_PART
@@ -289,6 +296,26 @@ def test_token_counts_are_compact(tmp_path, tokenizer):
 ARRAYS = ("starts", "sizes", "damage", "long_at", "long_sizes")
 
 
+def test_stored_lengths_belong_to_their_shard(tmp_path, monkeypatch):
+    """They are not used for another shard of the same size and number of documents."""
+    shard = tmp_path / "a.array_record"
+    write_documents(shard, [Document((Text(words),)) for words in ("one two", "three")])
+    size, known = shard.stat().st_size, KnownLengths(np.array([1, 1]), np.array([2, 1]))
+    save_lengths(str(shard), size, "tokenizer", known)
+    monkeypatch.setattr(storage, "names", None)  # the folder may hold a million other files
+    read = DocumentFiles([shard]).known_lengths(range(2), "tokenizer")
+    assert read is not None and read.sizes.tolist() == [2, 1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(Rejected, match="counted for other documents than .*a.array_record has"):
+        load_lengths(str(shard), size, 2, "tokenizer")
+    with np.load(lengths_path(str(shard))) as arrays:
+        earlier = {name: array for name, array in arrays.items() if name != "shard_tail"}
+    np.savez(lengths_path(str(shard)), **earlier)  # of a version that did not store it
+    assert load_lengths(str(shard), size, 2, "tokenizer").counts.tolist() == [1, 1]
+
+
 def test_counts_of_an_earlier_version_are_converted(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(lengths_module, "_CHUNK", 4)
     arrays = {
@@ -381,7 +408,7 @@ def test_indexing_in_shares_is_what_training_would_do(sources, tmp_path, monkeyp
 def test_indexing_on_beam_writes_the_same_bytes(sources, tmp_path):
     pytest.importorskip("apache_beam")
     for cache, runner in (
-        ("beam", lambda work: on_beam(work, ["--runner=DirectRunner"])),
+        ("beam", lambda work: nullcontext(on_beam(work, ["--runner=DirectRunner"]))),
         ("local", lambda work: on_processes(work, 1)),
     ):
         cfg = sources(cache)

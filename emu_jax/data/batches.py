@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -259,10 +260,11 @@ class BatchBuilder(abc.ABC):
         """Requests the remote documents of this batch, and then those of the next one, so that
         reading overlaps with decoding."""
         if any(source.documents.remote for source in self.group.sources):
-            for sampled in (documents, following()):
-                storage.read_ahead(
-                    span for d in sampled for span in d.source.documents.spans(d.index)
-                )
+            storage.read_ahead(
+                span
+                for sampled in itertools.chain(documents, following())
+                for span in sampled.source.documents.spans(sampled.index)
+            )
 
     def _empty(self) -> Batch:
         return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._shapes.items()}

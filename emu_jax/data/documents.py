@@ -273,6 +273,10 @@ class Source(Sequence[Document]):
         """Returns the byte ranges of remote files that `read` needs, as far as they are known."""
         return []
 
+    def sketch_spans(self, index: int) -> list[Span]:
+        """Returns the byte ranges of remote files that `sketch` needs, as far as they are known."""
+        return self.spans(index)
+
     def metadata(self, index: int) -> dict[str, Any]:
         """Reads the metadata of a document: scores, sizes, hashes, ... {} if the format has none.
 
@@ -372,8 +376,7 @@ class DocumentFiles(Source):
             return None
         files = range(self.locate(indices.start)[0], self.locate(indices[-1])[0] + 1)
         if self._counted is None:
-            folders = {storage.parent(path) for path in self.paths}
-            stored = {storage.join(f, name) for f in folders for name in storage.names(f or ".")}
+            stored = storage.existing([lengths_path(path) for path in self.paths])
             self._counted = {path for path in self.paths if lengths_path(path) in stored}
         if not self._counted.issuperset(self.paths[file] for file in files):
             return None

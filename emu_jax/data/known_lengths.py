@@ -3,6 +3,7 @@
 `emu-jax data build` writes NAME.lengths.npz beside NAME.array_record:
 
     shard_bytes  size of the shard that the lengths belong to
+    shard_tail   SHA-256 of its last TAIL_BYTES, which list the sizes of its records
     tokenizer    fingerprint of the tokenizer that counted
     counts       int32, number of parts of each document
     sizes        int32, tokens of each part; IMAGE_PART for an image
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 import zlib
@@ -21,6 +23,7 @@ from jaxtyping import Int
 from emu_jax.data import storage
 
 SUFFIX = ".lengths.npz"
+TAIL_BYTES = 1 << 18  # of a shard: they hold all of its footer, unless it is very large
 # Exceptions raised by reading a damaged file. zipfile raises RuntimeError for changed flags.
 _BROKEN = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -56,13 +59,14 @@ def save_lengths(shard: str, shard_bytes: int, tokenizer: str, lengths: KnownLen
     """Writes the lengths of a shard's documents beside it.
 
     Args:
-        shard_bytes: size of the shard.
+        shard_bytes: size of the shard, which exists.
         tokenizer: fingerprint of the tokenizer that counted.
     """
     with storage.writing(lengths_path(shard)) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             shard_bytes=np.int64(shard_bytes),
+            shard_tail=np.array(_tail_digest(shard, shard_bytes)),
             tokenizer=np.array(tokenizer),
             counts=lengths.counts.astype(np.int32),
             sizes=lengths.sizes.astype(np.int32),
@@ -92,8 +96,20 @@ def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -
                 raise Rejected(f"{path} was counted with another tokenizer")
             lengths = KnownLengths(arrays["counts"], arrays["sizes"])
             found = (int(arrays["shard_bytes"]), len(lengths.counts), lengths.counts.sum())
+            # Files of earlier versions lack it.
+            tail = str(arrays["shard_tail"]) if "shard_tail" in arrays else None
     except _BROKEN as error:
         raise Rejected(f"{path} is damaged ({error})") from None
     if found != (shard_bytes, documents, len(lengths.sizes)):
         raise Rejected(f"{path} does not fit {shard}")
+    if tail is not None and tail != _tail_digest(shard, shard_bytes):
+        raise Rejected(f"{path} was counted for other documents than {shard} has")
     return lengths
+
+
+def _tail_digest(shard: str, shard_bytes: int) -> str:
+    """Returns the SHA-256 of the end of a shard, as hexadecimal digits."""
+    start = max(0, shard_bytes - TAIL_BYTES)
+    # Not `storage.read`, which may still hold a file that was replaced.
+    tail = storage.RangeFile(shard, start, shard_bytes - start).read()
+    return hashlib.sha256(tail).hexdigest()

@@ -15,7 +15,7 @@ import abc
 import contextvars
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from emu_jax.data.sources.index import (
     remove_arrays,
     without_indexing,
 )
-from emu_jax.data.storage import THREADS
+from emu_jax.data.storage import THREADS, read_ahead
 from emu_jax.data.unused import EXAMPLES, Tally, Unused
 from emu_jax.errors import UserError
 from emu_jax.storage import is_remote
@@ -53,6 +53,7 @@ from emu_jax.tokenizer import ASSISTANT, USER, Tokenizer
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16  # documents of a part, at least
+_WINDOW = 512  # documents in a store that are counted while as many are requested
 _MOST_PARTS = 256  # a block of documents is looked up in most of them
 _LONG = -2  # in place of a size beyond int16
 _LONGEST = 2**15 - 1
@@ -373,7 +374,10 @@ def _count(
     counts, damage = np.zeros(len(indices), np.int32), np.zeros(len(indices), np.int8)
     all_sizes: list[int] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for n, (sizes, code, unused) in enumerate(pool.map(measure, indices)):
+        measured = (
+            result for window in _windows(source, indices) for result in pool.map(measure, window)
+        )
+        for n, (sizes, code, unused) in enumerate(measured):
             counts[n], damage[n] = len(sizes), code
             all_sizes += sizes
             images = sizes.count(IMAGE_PART)
@@ -388,6 +392,16 @@ def _count(
                     tally.example(reason, f"{where}: {detail}" if detail else where)
     lengths = _compact(counts, np.array(all_sizes, np.int32), damage)
     return lengths | {"tally": tally.to_array(), "stamp": stamp}
+
+
+def _windows(source: Source, indices: range) -> Iterator[range]:
+    """Yields documents to sketch, in windows if they are in a store. Requests each window ahead."""
+    size = _WINDOW if source.remote else max(1, len(indices))
+    for first in range(0, len(indices), size):
+        if source.remote:
+            coming = indices[first : first + 2 * size]
+            read_ahead(span for index in coming for span in source.sketch_spans(index))
+        yield indices[first : first + size]
 
 
 def _known(source: Source, indices: range, known: KnownLengths) -> Arrays:

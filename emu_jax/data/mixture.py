@@ -16,9 +16,8 @@ import functools
 import logging
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -34,6 +33,9 @@ from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError, suggest
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import grain
 
 log = logging.getLogger(__name__)
 
@@ -473,6 +475,8 @@ def group_order(groups: list[Group]) -> Any:
     the groups' weights."""
     if len(groups) == 1:
         return _Always()
+    import grain  # late: it imports JAX, which a process that counts tokens does not need
+
     each = [
         grain.MapDataset.source(range(1)).map(lambda _, n=n: n).repeat(None)
         for n in range(len(groups))
@@ -626,4 +630,6 @@ def _shuffled(count: int, seed: int) -> grain.MapDataset:
 
     The permutation is computed index by index, not stored.
     """
+    import grain
+
     return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat(None)

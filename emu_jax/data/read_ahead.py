@@ -1,20 +1,24 @@
 """Byte ranges of remote files, requested before they are read.
 
-A read from a store takes as long as decoding several images. Ranges that lie close together in a
-file are requested at once; requests run on threads. Ranges wait in memory, within a bound, until
-they are read. Nothing else depends on them: a range that is not there is read on demand.
+A read from a store takes as long as decoding several images. The order of documents is known, so
+the ranges of the coming ones are requested while others are decoded. Ranges that lie close together
+in a file take one request. Ranges wait in memory, within a bound, until they are read. Nothing else
+depends on them: a range that is not there, or whose request failed, is read on demand.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple
 
 LIMIT_BYTES = 1 << 28  # of all ranges that were requested and not read yet
 REQUEST_BYTES = 1 << 23  # of one request; a larger range is read on demand
-GAP_BYTES = 1 << 16  # between two ranges of one request, which take less time than another request
+# Between two ranges of one request. So many bytes cost a reader and a store less than a request.
+GAP_BYTES = 1 << 18
 
 
 class Span(NamedTuple):
@@ -25,73 +29,76 @@ class Span(NamedTuple):
     size: int
 
 
-class _Request(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _Request:
     """A request for the bytes of several ranges."""
 
     span: Span
     content: Future[bytes]
     turn: int  # number of the call that made it
+    left: int  # ranges that will still be read
 
 
 class ReadAhead:
     """Reads ahead of the consumer. Safe for threads.
 
     Args:
-        fetch: reads a byte range of a file.
-        threads: requests at the same time.
+        start: begins to read a range, and returns the future of its bytes. It bounds the number of
+            ranges that are read at the same time.
         limit: bytes that are held in memory.
     """
 
-    def __init__(
-        self, fetch: Callable[[str, int, int], bytes], threads: int, limit: int = LIMIT_BYTES
-    ) -> None:
-        self._fetch, self._threads, self._limit = fetch, threads, limit
+    def __init__(self, start: Callable[[Span], Future[bytes]], limit: int = LIMIT_BYTES) -> None:
+        self._start, self._limit = start, limit
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
         self._requests: dict[Span, _Request] = {}  # by the range that is asked for
-        self._left: dict[Span, int] = {}  # ranges of each request that are not read yet
+        self._reads: dict[Span, int] = {}  # how often each will still be read
         self._bytes = self._turn = 0
 
     def request(self, spans: Iterable[Span]) -> None:
-        """Requests ranges that will be read in about this order.
+        """Requests all ranges that a reader will read next, in about this order.
 
-        Those that do not fit into memory are left out. So that ranges which were never read do not
-        fill it, requests of earlier calls but the last make room.
+        A range that occurs several times is held until it has been read as often. Ranges that do
+        not fit into memory are left out. So that ranges which were never read do not fill it,
+        requests of earlier calls but the last make room.
         """
+        reads = collections.Counter(span for span in spans if span.size <= REQUEST_BYTES)
         with self._lock:
             self._turn += 1
-            new = dict.fromkeys(
-                span for span in spans if span not in self._requests and span.size <= REQUEST_BYTES
-            )
-            for span, members in _coalesced(new):
+            for span in reads.keys() & self._requests.keys():
+                self._reads[span] = reads[span]
+            for span, members in _coalesced(s for s in reads if s not in self._requests):
                 self._make_room(span.size)
                 if self._bytes + span.size > self._limit:
                     return
-                self._pool = self._pool or ThreadPoolExecutor(self._threads, "emu-jax-read")
-                request = _Request(span, self._pool.submit(self._fetch, *span), self._turn)
-                self._requests |= dict.fromkeys(members, request)
-                self._left[span] = len(members)
+                request = _Request(span, self._start(span), self._turn, len(members))
+                for member in members:
+                    self._requests[member], self._reads[member] = request, reads[member]
                 self._bytes += span.size
 
     def take(self, path: str, start: int, size: int) -> bytes | None:
-        """Returns a range that was requested, after waiting for it, or None. It is given once.
+        """Returns a range that was requested, after waiting for it.
 
-        Raises:
-            Exception: an error of `fetch`.
+        Returns None if it must be read on demand. It was not requested, it was read as often as
+        announced, or its request failed.
         """
+        span = Span(path, start, size)
         with self._lock:
-            request = self._requests.get(Span(path, start, size))
-            if request is None:
+            if (request := self._requests.get(span)) is None:
                 return None
-            self._forget(Span(path, start, size))
+            self._reads[span] -= 1
+            if not self._reads[span]:
+                self._forget(span)
+        if request.content.exception() is not None:
+            return None
         first = start - request.span.start
         return request.content.result()[first : first + size]
 
     def _forget(self, span: Span) -> None:
         request = self._requests.pop(span)
-        self._left[request.span] -= 1
-        if not self._left[request.span]:
-            del self._left[request.span]
+        del self._reads[span]
+        request.left -= 1
+        if not request.left:
             self._bytes -= request.span.size
 
     def _make_room(self, size: int) -> None:

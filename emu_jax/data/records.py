@@ -9,6 +9,7 @@ import itertools
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,7 @@ _PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _RIEGELI_BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
 _CODECS = {0: "", ord("b"): "brotli", ord("z"): "zstd", ord("s"): "snappy"}
 _OFFSET_FIELD, _COUNT_FIELD = 1, 3  # of a chunk in the footer
+_Offsets = Shaped[np.ndarray, "chunks_and_footer"]
 
 
 class RecordSpans(Sequence[bytes]):
@@ -95,6 +97,7 @@ class StoreRecords(Sequence[bytes]):
         self.path, self._stat, self._cache = path, stat, cache
         self._lock = threading.Lock()
         self._reader: Any = None
+        self._sparse: weakref.ref[_SparseFile] | None = None  # once a record has been read
         self._inode = 0  # of the local copy that `_reader` has open
         start, tail, self._count = self._tail()
         # The offset of each chunk, and of the footer behind them; None if it is unknown.
@@ -115,12 +118,16 @@ class StoreRecords(Sequence[bytes]):
         """Returns the byte ranges that reading a record needs, [] if they are unknown."""
         if self._offsets is None:
             return []
-        start, end = self._offsets[index // self._group :][:2].tolist()
-        return [Span(self.path, start, end - start)]
+        is_open = self._sparse is not None and self._sparse() is not None
+        footer = [] if is_open else [self._footer_span(self._offsets)]
+        return [*footer, self._chunk_span(self._offsets, index)]
 
     def _read(self, index: int) -> bytes:
-        for span in self.spans(index):
-            return _sparse(self).read(index, storage.read(*span), span.start)
+        if self._offsets is not None:
+            chunk = self._chunk_span(self._offsets, index)
+            file = _sparse(self)
+            self._sparse = weakref.ref(file)
+            return file.read(index, storage.read(*chunk), chunk.start)
         with self._cache.reading(self.path, self._stat) as copy:
             with self._lock:  # the copy may have been evicted and downloaded again
                 if self._inode != (inode := os.stat(copy).st_ino):
@@ -131,8 +138,16 @@ class StoreRecords(Sequence[bytes]):
     def footer(self) -> tuple[int, bytes]:
         """Reads the end of the file, from the footer on: (offset, content)."""
         assert self._offsets is not None
-        start = int(self._offsets[-1])
-        return start, storage.read(self.path, start, self._stat.size - start)
+        span = self._footer_span(self._offsets)
+        return span.start, storage.read(*span)
+
+    def _footer_span(self, offsets: _Offsets) -> Span:
+        start = int(offsets[-1])
+        return Span(self.path, start, self._stat.size - start)
+
+    def _chunk_span(self, offsets: _Offsets, index: int) -> Span:
+        start, end = offsets[index // self._group :][:2].tolist()
+        return Span(self.path, start, end - start)
 
     @property
     def size(self) -> int:
@@ -220,7 +235,7 @@ def _opened(path: str) -> Any:
     return reader
 
 
-def _chunks(tail: bytes, start: int) -> tuple[Shaped[np.ndarray, "chunks_and_footer"], int] | None:
+def _chunks(tail: bytes, start: int) -> tuple[_Offsets, int] | None:
     """Returns the offset of each chunk and of the footer, and the number of records of a chunk.
 
     None if they are in a format that is not known here, or the system cannot use them.

@@ -9,6 +9,7 @@ refuses a request now and then.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import errno
 import functools
@@ -194,15 +195,39 @@ def stats(paths: Sequence[str]) -> list[Stat]:
         Unreadable: one is not a regular file.
         UserError: all attempts failed.
     """
-    counts = collections.Counter(parent(path) for path in paths if is_remote(path))
-    folders = [folder for folder, count in counts.items() if count >= LISTED]
     with ThreadPoolExecutor(THREADS) as pool:
-        listings = dict(zip(folders, pool.map(listing, folders), strict=True))
+        listings = _listings(paths, pool)
 
         def look_up(path: str) -> Stat:
             return listings.get(parent(path), {}).get(os.path.basename(path)) or stat(path)
 
         return list(pool.map(look_up, paths))
+
+
+def existing(paths: Sequence[str]) -> set[str]:
+    """Returns the files that exist.
+
+    Many remote files of one folder are looked up in a listing of it, not with a request each.
+
+    Raises:
+        UserError: all attempts failed.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        listings = _listings(paths, pool)
+
+        def is_there(path: str) -> bool:
+            listed = listings.get(parent(path))
+            return exists(path) if listed is None else os.path.basename(path) in listed
+
+        there = pool.map(is_there, paths)
+        return {path for path, found in zip(paths, there, strict=True) if found}
+
+
+def _listings(paths: Sequence[str], pool: ThreadPoolExecutor) -> dict[str, dict[str, Stat]]:
+    """Lists the remote folders that hold many of the files: {folder: {name: size and stamp}}."""
+    counts = collections.Counter(parent(path) for path in paths if is_remote(path))
+    folders = [folder for folder, count in counts.items() if count >= LISTED]
+    return dict(zip(folders, pool.map(listing, folders), strict=True))
 
 
 def listing(folder: str) -> dict[str, Stat]:
@@ -308,11 +333,39 @@ def _request(path: str, start: int, size: int | None) -> bytes:
     return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
 
 
-_ahead = ReadAhead(_request, THREADS)
+def _start(span: Span) -> Future[bytes]:
+    """Begins to read a range of a remote file. A failed request is not repeated.
+
+    A store's client runs all requests on its event loop: a thread for each of them would cost as
+    much processor time as the request.
+    """
+    fs, inner = _file_system(span.path)
+    if not fs.async_impl:
+        return _ahead_pool().submit(_request, *span)
+
+    async def answer() -> bytes:
+        async with _ahead_slots(fs.loop):
+            return await fs._cat_file(inner, start=span.start, end=span.start + span.size)
+
+    return asyncio.run_coroutine_threadsafe(answer(), fs.loop)
+
+
+@functools.lru_cache(1)
+def _ahead_slots(_: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
+    return asyncio.Semaphore(storage.IN_FLIGHT)
+
+
+@functools.cache
+def _ahead_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, "emu-jax-read")
+
+
+_ahead = ReadAhead(_start)
 
 
 def read_ahead(spans: Iterable[Span]) -> None:
-    """Requests byte ranges of remote files that will be `read` in about this order, each once."""
+    """Requests all byte ranges of remote files that a reader will `read` next, in about this
+    order (see `ReadAhead.request`)."""
     _ahead.request(spans)
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from emu_jax.data.build.runners import Runner
@@ -63,13 +64,15 @@ class IndexedSource(NamedTuple):
 def index_sources(
     cfg: DataConfig,
     tokenizer: Tokenizer,
-    make_runner: Callable[[Callable[[IndexTask], IndexTask]], Runner[IndexTask]],
+    make_runner: Callable[
+        [Callable[[IndexTask], IndexTask]], AbstractContextManager[Runner[IndexTask]]
+    ],
     shard: tuple[int, int] = (0, 1),
 ) -> dict[str, IndexedSource]:
     """Indexes the sources of a config and counts their tokens.
 
     Args:
-        make_runner: returns a runner of a function on tasks.
+        make_runner: returns a context with a runner of a function on tasks.
         shard: (number of this machine, number of machines) that share the tasks.
 
     Raises:
@@ -84,20 +87,22 @@ def index_sources(
             return _totals(sources, cfg, tokenizer)
     except NotIndexed:
         pass
-    runner = make_runner(run_task)
-    for tasks in (
-        [task for source in sources for task in _media_tasks(source, cfg)],
-        [task for source in sources for task in _file_tasks(source, cfg)],
-        [task for source in sources for task in _folder_tasks(source, cfg)],
-    ):
-        _run("index", "file", tasks, runner, number, count)
-    opened = {source.name: open_source(source, cfg.cache, cfg.cache_bytes) for source in sources}
-    parts = [
-        IndexTask(source, cfg, part)
-        for source in sources
-        for part in range(_parts(source, opened[source.name], cfg, tokenizer).count)
-    ]
-    _run("count", "part", parts, runner, number, count)
+    with make_runner(run_task) as runner:
+        for tasks in (
+            [task for source in sources for task in _media_tasks(source, cfg)],
+            [task for source in sources for task in _file_tasks(source, cfg)],
+            [task for source in sources for task in _folder_tasks(source, cfg)],
+        ):
+            _run("index", "file", tasks, runner, number, count)
+        opened = {
+            source.name: open_source(source, cfg.cache, cfg.cache_bytes) for source in sources
+        }
+        parts = [
+            IndexTask(source, cfg, part)
+            for source in sources
+            for part in range(_parts(source, opened[source.name], cfg, tokenizer).count)
+        ]
+        _run("count", "part", parts, runner, number, count)
     return _totals(sources, cfg, tokenizer)
 
 

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from multiprocessing.process import BaseProcess
+from typing import Generic, Self, TypeVar
 
 from emu_jax.errors import UserError
 
@@ -21,38 +22,70 @@ T = TypeVar("T")
 Runner = Callable[[Sequence[T]], Iterable[T]]
 
 
-def on_processes(work: Callable[[T], T], workers: int) -> Runner[T]:
-    """Returns a runner that uses processes on this machine.
+class Processes(Generic[T]):
+    """A runner that uses processes on this machine.
 
-    Args:
-        work: a function that can be pickled.
+    A process takes a second to start. In a `with` statement they are kept between calls; otherwise
+    they end with each call.
     """
 
-    def run(tasks: Sequence[T]) -> Iterator[T]:
-        if workers <= 1 or len(tasks) == 1:
-            yield from map(work, tasks)
+    def __init__(self, work: Callable[[T], T], workers: int) -> None:
+        self._work, self._workers = work, workers
+        self._is_kept = False
+        self._pool: ProcessPoolExecutor | None = None
+        self._others = set[BaseProcess]()  # processes that were there before the pool
+
+    def __enter__(self) -> Self:
+        self._is_kept = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_kept = False
+        self._close()
+
+    def __call__(self, tasks: Sequence[T]) -> Iterator[T]:
+        if self._workers <= 1 or len(tasks) <= 1:
+            yield from map(self._work, tasks)
             return
-        others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(
-            min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker
-        )
         try:
-            futures = [pool.submit(work, task) for task in tasks]
+            futures = [self._opened().submit(self._work, task) for task in tasks]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
+            self._close()
             raise UserError(
                 "a worker was killed, perhaps because memory ran out: run the same command again "
                 "with fewer --workers; it resumes from the finished shards"
             ) from None
         except BaseException:  # on any error, do not wait for tasks in progress
-            for worker in set(multiprocessing.active_children()) - others:
+            for worker in set(multiprocessing.active_children()) - self._others:
                 worker.terminate()
+            self._close()
             raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            if not self._is_kept:
+                self._close()
 
-    return run
+    def _opened(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            self._others = set(multiprocessing.active_children())
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, spawn, _start_worker)
+        return self._pool
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+def on_processes(work: Callable[[T], T], workers: int) -> Processes[T]:
+    """Returns a runner that uses processes on this machine.
+
+    Args:
+        work: a function that can be pickled.
+    """
+    return Processes(work, workers)
 
 
 def _start_worker() -> None:

@@ -152,12 +152,19 @@ class Pairs(Source):
         return Document((*[Image(b"")] * images, *words), unused)
 
     def spans(self, index: int) -> list[Span]:
+        return self._remote_spans(index, (_IMAGE,))
+
+    def sketch_spans(self, index: int) -> list[Span]:
+        return self._remote_spans(index, ())
+
+    def _remote_spans(self, index: int, roles: tuple[int, ...]) -> list[Span]:
+        """Returns the ranges of the words of a sample, and of its members of some roles."""
         path, sizes = self.paths[self._files[index]], self._spans[index].tolist()
         if not storage.is_remote(path) or self._spans.damage(index) or sizes[_BOARD][1]:
             return []
         # The words that `_captions` reads first.
         words = _TEXT if sizes[_TEXT][1] and not self._caption_key else _JSON
-        return [Span(path, *sizes[role]) for role in (words, _IMAGE) if sizes[role][1]]
+        return [Span(path, *sizes[role]) for role in (words, *roles) if sizes[role][1]]
 
     def metadata(self, index: int) -> dict[str, Any]:
         where = self.where(index)
