@@ -451,6 +451,14 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
     assert index_once() == report and len(tasks) == 2  # it is not there: counted again
 
 
+def test_processes_are_kept_between_the_stages():
+    with on_processes(abs, 2) as runner:
+        assert sorted(runner([-1, -2])) == [1, 2]
+        pool = runner._pool
+        assert sorted(runner([-3, 4])) == [3, 4] and runner._pool is pool is not None
+    assert runner._pool is None
+
+
 def test_a_share_that_is_none(tmp_path):
     with pytest.raises(UserError, match="--shard 2/2 is out of range: count from 0"):
         index_sources(DataConfig(), None, lambda work: on_processes(work, 1), (2, 2))

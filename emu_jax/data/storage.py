@@ -195,6 +195,8 @@ def stats(paths: Sequence[str]) -> list[Stat]:
         Unreadable: one is not a regular file.
         UserError: all attempts failed.
     """
+    if len(paths) < LISTED and not any(map(is_remote, paths)):
+        return [stat(path) for path in paths]  # starting threads would take longer
     with ThreadPoolExecutor(THREADS) as pool:
         listings = _listings(paths, pool)
 
