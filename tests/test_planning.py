@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -452,10 +453,10 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
 
 
 def test_processes_are_kept_between_the_stages():
-    with on_processes(abs, 2) as runner:
+    with on_processes(operator.neg, 2) as runner:
         assert sorted(runner([-1, -2])) == [1, 2]
         pool = runner._pool
-        assert sorted(runner([-3, 4])) == [3, 4] and runner._pool is pool is not None
+        assert sorted(runner([-3, -4])) == [3, 4] and runner._pool is pool is not None
     assert runner._pool is None
 
 
