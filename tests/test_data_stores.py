@@ -7,6 +7,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -100,10 +101,11 @@ SOURCES = {
 
 
 def config(root: str, tmp_path: Path, **changes) -> DataConfig:
+    def settings(more: dict[str, Any]) -> dict[str, Any]:
+        return {k: _placed(root, v) for k, v in more.items()}
+
     sources = tuple(
-        SourceConfig(
-            name, form, (f"{root}/{path}",), **{k: _placed(root, v) for k, v in more.items()}
-        )
+        SourceConfig(name, form, (f"{root}/{path}",), **settings(more))
         for name, (form, path, more) in SOURCES.items()
     )
     return DataConfig(
@@ -284,7 +286,7 @@ def test_precomputed_latents_are_written_and_read_in_a_store(store, tmp_path, to
         with pytest.raises(UserError, match="holds latents already"):
             Progress.of(folder, "run")
         with LatentBatches(folder, DataConfig(batch_size=4, prefetch=0), model) as read:
-            batches.append(take(read, 3))
+            batches.append(take(cast(Any, read), 3))
     for a, b in zip(*batches, strict=True):
         assert_equal(a, b)
 

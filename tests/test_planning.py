@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -132,6 +133,7 @@ def test_streams_are_equal_for_any_number_of_processes(cfg, tokenizer, tmp_path,
     with Batches(cfg, tokenizer, kind) as whole:
         want, documents = [next(whole) for _ in range(6)], whole.documents()
         state, statistics = json.loads(json.dumps(whole.state())), whole.statistics()
+    middle: dict[str, Any] = {}
     for count in (2, 4, 6):  # streams are split between two of four processes
         shares = [Batches(cfg, tokenizer, kind, p, count) for p in range(count)]
         for number, batch in enumerate(want):
@@ -233,8 +235,8 @@ def test_wide_samples_of_several_tars_are_told_apart(tmp_path):
     tar(tmp_path / "0.tar", {"a.jpg": image, "a.txt": b"first", "b.jpg": image, "b.txt": b"second"})
     apart = {"c.jpg": image, "d.txt": b"apart", "d.json": b"{}", "c.txt": b"third", "d.jpg": image}
     tar(tmp_path / "1.tar", apart)
-    documents = source("webdataset", str(tmp_path / "*.tar"))
-    words = [document.parts[1].text for document in documents]
+    documents = source("webdataset", tmp_path / "*.tar")
+    words = [cast(Text, document.parts[1]).text for document in documents]
     assert words == ["first", "second", "third", "apart"]
     assert documents.where(3) == f"{tmp_path}/1.tar sample 1"
 
@@ -444,8 +446,9 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
     )
     assert index_once() == report and len(tasks) == 1 and not opened
     documents = open_source(source)
-    assert not opened and documents[4].parts[0].text == "2 1" and opened == ["2"]
-    assert [d.parts[0].text for d in documents] == ["0 0", "1 0", "1 1", "2 0", "2 1", "2 2"]
+    assert not opened and cast(Text, documents[4].parts[0]).text == "2 1" and opened == ["2"]
+    words = [cast(Text, document.parts[0]).text for document in documents]
+    assert words == ["0 0", "1 0", "1 1", "2 0", "2 1", "2 2"]
     assert sorted(opened) == ["0", "1", "2"]
     (part,) = (tmp_path / ".emu_jax").glob("outlines-*")
     shutil.rmtree(part)
@@ -453,7 +456,7 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
 
 
 def test_processes_are_kept_between_the_stages():
-    with on_processes(operator.neg, 2) as runner:
+    with on_processes(cast(Callable[[int], int], operator.neg), 2) as runner:
         assert sorted(runner([-1, -2])) == [1, 2]
         pool = runner._pool
         assert sorted(runner([-3, -4])) == [3, 4] and runner._pool is pool is not None
@@ -462,7 +465,9 @@ def test_processes_are_kept_between_the_stages():
 
 def test_a_share_that_is_none(tmp_path):
     with pytest.raises(UserError, match="--shard 2/2 is out of range: count from 0"):
-        index_sources(DataConfig(), None, lambda work: on_processes(work, 1), (2, 2))
+        index_sources(
+            DataConfig(), cast(Tokenizer, None), lambda work: on_processes(work, 1), (2, 2)
+        )
 
 
 # `data simulate`

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stores import Store
+    from stores import Store  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_DOCUMENTS = 200
@@ -125,7 +125,7 @@ def compare(folder: str, args: argparse.Namespace) -> dict[str, dict[str, dict[s
 
 def _store(scheme: str, folder: str) -> Store:
     """Returns an emulated store that has the shards."""
-    from stores import Store
+    from stores import Store  # pyright: ignore[reportMissingImports]
 
     class RangeStore(Store):
         """A store that answers requests for a range of an object from a copy of it."""
@@ -180,7 +180,7 @@ def measure(
 
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
     with tempfile.TemporaryDirectory() as cache:
-        for name in [*folders, *reversed(folders)]:
+        for name in [*folders, *reversed(list(folders))]:
             source = SourceConfig("pairs", form, (f"{folders[name]}/{FORMATS[form]}",), paired=True)
             cfg = DataConfig(
                 sources=(source,),
