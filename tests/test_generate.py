@@ -23,8 +23,9 @@ from emu_jax import config, diffusion
 from emu_jax.data.sources.video import frame_indices
 from emu_jax.errors import UserError
 from emu_jax.generate import api, image, logits, mixed, prompt, text
+from emu_jax.generate import engine as engines
 from emu_jax.generate.api import Emu, _image_keys, _row_keys, load
-from emu_jax.generate.engine import Engine, Usage
+from emu_jax.generate.engine import Engine, Usage, powers_of_two
 from emu_jax.generate.safety import find_checker
 from emu_jax.generate.settings import (
     RENAMED,
@@ -1147,7 +1148,7 @@ def test_requests_share_a_batch_and_do_not_notice(drawer):
         said.append(text)
     assert said[2] != said[3], "a seed has no effect"
     # An image that nobody waits for makes room for another.
-    many = DRAW | {"num_inference_steps": 30}
+    many = DRAW | {"num_inference_steps": 60, "previews": True}
     drawing = [engine.generate_image([OPENING[3]], seed=seed, **many) for seed in (4, 5)]
     while engine.active[1] < 2:
         assert [next(each) for each in drawing] == [None, None]
@@ -1156,6 +1157,7 @@ def test_requests_share_a_batch_and_do_not_notice(drawer):
     assert engine.active == (0, 1)
     (images,) = run_together(engine, drawing)
     assert len(joined(images)[1]) == 1 and engine.active == (0, 0)
+    assert [part.step for part in images[:-1]] == [10, 20, 30, 40, 50]
     assert [usage.completion_tokens for usage in joined(together[1])[2]] == [3]
 
 
@@ -1171,6 +1173,57 @@ def test_a_request_that_leaves_frees_its_slot(drawer):
     assert engine.active == (1, 0)
     (said,) = run_together(engine, [waits])
     assert said[-1].prompt_tokens == len(drawer.tokenizer.encode(*OPENING[3]))
+    # A stop text ends an answer, and its tokens so far are counted.
+    stop = "".join(said[:-1])[:1]
+    ((*_, usage),) = run_together(engine, [engine.stream(OPENING[3], stops=[stop], **more)])
+    assert 0 < usage.completion_tokens < said[-1].completion_tokens and usage.ended
+    assert usage.prompt_tokens == said[-1].prompt_tokens and engine.active == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_beam_search_lets_others_go_on(drawer):
+    """It finds what `generate_text` finds, a few tokens at a time, and ends with its client."""
+    engine = Engine(drawer, slots=1, new_tokens=8, max_images=0)
+    settings = {"num_beams": 3, "max_new_tokens": 8, "min_length": 9, "length_penalty": 1.0}
+    gone, waits = engine.search(OPENING[2], **settings), engine.search(OPENING[3], **settings)
+    assert next(gone) is None and next(waits) is None and next(waits) is None
+    gone.close()
+    other = engine.stream(OPENING[3], max_new_tokens=8, max_images=0)
+    (found, usage), (*_, streamed) = run_together(engine, [waits, other])
+    assert found == drawer.generate_text(OPENING[3], **settings)
+    assert usage.completion_tokens == 8 and not usage.ended
+    assert usage.prompt_tokens == streamed.prompt_tokens
+    # Two dispatches after the first token.
+    again = engine.search(OPENING[3], **settings)
+    assert [next(again) for _ in range(3)] == [None, None, found]
+    with pytest.raises(ValueError, match="use stream"):
+        next(engine.search("one", num_beams=1))
+
+
+def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
+    """Prompts of equal padded length share a batch. If one cannot be read, others go on."""
+    engine = Engine(drawer, slots=3, new_tokens=8, max_images=0)
+    more, read, rows = {"max_new_tokens": 8, "max_images": 0}, engines._read_rows, []
+
+    def counted(*args):
+        rows.append(len(args[3]))
+        if rows == [2, 1]:
+            raise MemoryError("no room")
+        return read(*args)
+
+    monkeypatch.setattr(engines, "_read_rows", counted)
+    prompts = [OPENING[3], [picture(0), "two"], ["five"]]
+    answers = [engine.stream(each, **more) for each in prompts]
+    assert [next(each) for each in answers] == [None] * 3 and rows == []
+    engine.step()
+    with pytest.raises(MemoryError, match="no room"):
+        next(answers[2])
+    together = run_together(engine, answers[:2])
+    for each, said in zip(prompts, together, strict=False):
+        assert joined(run_together(engine, [engine.stream(each, **more)])[0]) == joined(said)
+    assert rows == [2, 1, 1, 1] and engine.active == (0, 0)
+    assert [*map(list, powers_of_two("abcdefg", 5))] == [[*"abcd"], [*"ef"], ["g"]]
+    assert [*powers_of_two("ab", 0)] == ["a", "b"]
 
 
 def test_a_prompt_too_long_for_a_slot_is_answered_alone(drawer):

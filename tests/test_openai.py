@@ -8,6 +8,7 @@ import io
 import json
 import threading
 import time
+import types
 import urllib.request
 
 import numpy as np
@@ -24,6 +25,8 @@ from test_serve import Client, FakeEmu, Served, chat, lines, png, served  # noqa
 from emu_jax.generate.engine import Usage
 from emu_jax.generate.settings import GenerationConfig
 from emu_jax.serve import app as serving
+from emu_jax.serve import middleware
+from emu_jax.serve import worker as workers
 from emu_jax.serve.app import make_app
 from emu_jax.serve.openai import Trimmer
 from emu_jax.serve.worker import Worker
@@ -96,7 +99,7 @@ def test_a_completion_whole_and_streamed(client, emu):
     )
     texts = [e.choices[0].delta.content for e in events if e.choices]
     assert texts == ["", "one", " two", None] and len({e.id for e in events}) == 1
-    assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.prompt_tokens == 0
+    assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.prompt_tokens == 5
     assert emu.asked.pop()[2] == {"do_sample": False}
 
 
@@ -126,7 +129,7 @@ REFUSED = {
     "two answers": ({"n": 2}, openai.BadRequestError, "n must be 1"),
     "a penalty": ({"presence_penalty": 1.0}, openai.BadRequestError, "presence_penalty must be"),
     "too hot": ({"temperature": 2.5}, openai.BadRequestError, "temperature must be from 0.0 to"),
-    "too long": ({"max_tokens": 257}, openai.BadRequestError, "max_new_tokens must be from 1"),
+    "too long": ({"max_tokens": 257}, openai.BadRequestError, "max_tokens must be from 1"),
     "a special token": ({"messages": user("a </s>")}, openai.BadRequestError, "must not spell"),
     "too much text": (
         {"messages": user("a" * 51)},
@@ -237,6 +240,27 @@ def test_a_client_asks_so_often_in_a_minute(emu):
     asyncio.run(run())
 
 
+def test_an_address_may_not_guess_keys(emu, monkeypatch):
+    """After a few wrong keys even the right one is refused, to that address alone."""
+    monkeypatch.setattr(middleware, "WRONG_KEYS", 2)
+
+    async def run():
+        client, body = Client(make_app(emu, LIMITS, keys=["right"])), chat({"text": "a"})
+
+        async def status(address, key):
+            return (await client("/api/chat", body, client=address, **with_key(key)))[0]
+
+        async def statuses(address, *keys):
+            return [await status(address, key) for key in keys]
+
+        assert await statuses("192.0.2.1", "a", "right", "b", "right") == [401, 200, 401, 429]
+        assert (await client("/", method="GET", client="192.0.2.1"))[0] == 200
+        assert await statuses("192.0.2.2", "right") == [200]
+        assert await statuses("127.0.0.1", "a", "b", "c", "right") == [401, 401, 401, 200]
+
+    asyncio.run(run())
+
+
 def test_a_request_has_a_name(emu):
     async def run():
         client, names = Client(make_app(emu, LIMITS)), []
@@ -310,6 +334,40 @@ def test_answers_share_the_steps_of_a_batch():
     said = asyncio.run(run())
     assert said == [["a0", "a1", "a2", "a3"], ["b0", "b1"]]
     assert steps[:3] == [["a", "b"], ["a", "b"], ["a", "c"]] and sorted(closed) == ["a", "b", "c"]
+
+
+def test_a_wait_is_estimated_from_the_waits_of_others(monkeypatch):
+    """Per place in the queue; a request that starts at once tells nothing."""
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr(workers, "time", clock)
+
+    async def run():
+        hold, worker = threading.Event(), Worker(9, 60)
+
+        def submit(answer):
+            ticket = worker.reserve()
+            worker.submit(ticket, answer)
+            return ticket
+
+        first = submit(lambda: iter(hold.wait() and []))
+        while not worker.running:
+            await asyncio.sleep(0.01)
+        others = [submit(lambda: iter([])) for _ in range(2)]
+        assert [ticket.place for ticket in (first, *others)] == [0, 1, 2]
+        assert worker.wait_seconds(1) is None
+        now[0] = 4.0
+        hold.set()
+        for ticket in (first, *others):
+            assert [part async for part in ticket.parts()] == []
+        while worker.running:
+            await asyncio.sleep(0.01)
+        alone = submit(lambda: iter([]))
+        assert [part async for part in alone.parts()] == [] and alone.place == 0
+        worker.close()
+        return worker.wait_seconds(2)
+
+    assert asyncio.run(run()) == pytest.approx(2 * (4 + workers.MEAN_WEIGHT * (2 - 4)))
 
 
 def test_a_page_that_waits_is_told_its_place(emu, monkeypatch):

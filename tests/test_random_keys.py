@@ -15,7 +15,7 @@ from test_generate import OPENING, drawer, model, small_config, words  # noqa: F
 from emu_jax.config import LoraConfig
 from emu_jax.data.config import DataConfig
 from emu_jax.generate import image
-from emu_jax.generate.api import Emu
+from emu_jax.generate.api import Emu, _image_keys, _seeded_keys
 from emu_jax.sharding import make_mesh
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import OBJECTIVES
@@ -79,6 +79,8 @@ def keys(monkeypatch):
             home = sys.modules[inspect.unwrap(function).__module__]
             for module in (jax.random, sys.modules["jax._src.random"], home):
                 monkeypatch.setattr(module, name, recorded)
+    for program in (_seeded_keys, _image_keys):
+        program.clear_cache()  # it records only where it is traced
     return recorder
 
 

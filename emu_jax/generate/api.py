@@ -21,7 +21,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, Unpack, overload
+from typing import Any, NamedTuple, TypeAlias, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 from PIL import Image
 
 from emu_jax import checkpoint, diffusion, sharding
@@ -81,7 +81,8 @@ from emu_jax.tokenizer import USER, Tokenizer
 
 log = logging.getLogger(__name__)
 
-Params: TypeAlias = Any  # an nnx.State; beartype warns of its definition
+# The values of a model's variables, in the order of its graphdef: arrays and `QuantizedMatrix`.
+Params: TypeAlias = list[Any]
 
 STEPS_PER_STOP_CHECK = 5  # calls of the denoiser between two calls of `stop`
 ELEMENTS_PER_STREAM_CHECK = 4  # elements that are decoded before a stream yields them
@@ -192,8 +193,10 @@ class Emu:
         model = nnx.merge(graphdef, params)
         with self._on_mesh():
             model.llama = model.llama.unstacked_for_decoding()
-        graphdef, self._params = nnx.split(model)
+        graphdef, params = nnx.split(model)
         self._graphdef = _HashedGraphDef.of(graphdef)
+        # Each call of a program flattens its arguments: a list in C++, an `nnx.State` in Python.
+        self._params = [each.get_value() for each in nnx.to_flat_state(params).leaves]
 
     @property
     def model(self) -> EmuModel:
@@ -528,21 +531,8 @@ class Emu:
         autoencoded: Bool[np.ndarray, "B"] | None = None,
     ) -> UInt8[np.ndarray, "B height width 3"]:
         """Paints embeddings. `autoencoded` ones are the features of an image."""
-        self._need_painter()
-        shape = image_shape(self.cfg, cfg.height, cfg.width)
-        sizes = size_condition(
-            self.cfg,
-            shape,
-            original_size=cfg.original_size,
-            crops_coords_top_left=cfg.crops_coords_top_left,
-            target_size=cfg.target_size,
-        )
-        uncond = None
-        if cfg.guidance_scale > 1:
-            uncond = self._uncond(negative_prompt, autoencoded)
-        guidance = jnp.float32(cfg.guidance_scale)  # unused without `uncond`
-        table, count = diffusion.padded_steps(
-            self.cfg.scheduler, cfg.num_inference_steps, cfg.scheduler
+        shape, sizes, uncond, guidance, table, count = self._painting(
+            cfg, negative_prompt, autoencoded
         )
         out = np.zeros((len(embeddings), *shape, 3), np.uint8)
         for chunk in self._batcher.chunks(len(embeddings)):
@@ -570,6 +560,35 @@ class Emu:
                 painted = _finish_painting(self._graphdef, self._params, state, cond.dtype)
             out[chunk.index] = to_host(painted)[: len(chunk.index)]
         return out if self.safety is None or not len(out) else self.safety(out)
+
+    def _painting(
+        self,
+        cfg: GenerationConfig,
+        negative_prompt: Parts | None = None,
+        autoencoded: Bool[np.ndarray, "B"] | None = None,
+    ) -> Painting:
+        """Returns what images are painted with, beside their embeddings and keys.
+
+        Args:
+            autoencoded: which embeddings are the features of an image; None: none of them.
+
+        Raises:
+            UserError: a setting is invalid, or the model cannot generate images.
+        """
+        self._need_painter()
+        shape = image_shape(self.cfg, cfg.height, cfg.width)
+        sizes = size_condition(
+            self.cfg,
+            shape,
+            original_size=cfg.original_size,
+            crops_coords_top_left=cfg.crops_coords_top_left,
+            target_size=cfg.target_size,
+        )
+        uncond = None
+        if cfg.guidance_scale > 1:
+            uncond = self._uncond(negative_prompt, autoencoded)
+        steps = diffusion.padded_steps(self.cfg.scheduler, cfg.num_inference_steps, cfg.scheduler)
+        return Painting(shape, sizes, uncond, np.float32(cfg.guidance_scale), *steps)
 
     def _uncond(
         self, negative_prompt: Parts | None, autoencoded: Bool[np.ndarray, "B"] | None = None
@@ -700,6 +719,19 @@ class Emu:
         self, cfg: GenerationConfig, rows: Sequence[Prompt]
     ) -> tuple[mixed.StaticMixedSettings, mixed.DynamicMixedSettings, Int[np.ndarray, "B"]]:
         """Returns the static and dynamic settings, and how many images each row has room for."""
+        static, room = self._static_mixed(cfg, rows)
+        dynamic = mixed.DynamicMixedSettings(
+            jnp.int32(cfg.max_new_tokens),
+            jnp.float32(cfg.temperature),
+            jnp.int32(cfg.top_k),
+            jnp.float32(cfg.top_p),
+        )
+        return static, dynamic, room
+
+    def _static_mixed(
+        self, cfg: GenerationConfig, rows: Sequence[Prompt]
+    ) -> tuple[mixed.StaticMixedSettings, Int[np.ndarray, "B"]]:
+        """Returns the static settings, and how many images each row has room for."""
         for name in ("repetition_penalty", "no_repeat_ngram_size"):
             if getattr(cfg, name) != getattr(TextConfig, name):
                 raise UserError(f"{name} has no effect on mixed sequences: leave it out")
@@ -710,13 +742,7 @@ class Emu:
             cfg.do_sample,
             self.paints,
         )
-        dynamic = mixed.DynamicMixedSettings(
-            jnp.int32(cfg.max_new_tokens),
-            jnp.float32(cfg.temperature),
-            jnp.int32(cfg.top_k),
-            jnp.float32(cfg.top_p),
-        )
-        return static, dynamic, self._room_for_images(rows, cfg.max_new_tokens, max_images)
+        return static, self._room_for_images(rows, cfg.max_new_tokens, max_images)
 
     def _room_for_images(
         self, rows: Sequence[Prompt], new_tokens: int, max_images: int
@@ -851,6 +877,26 @@ class Emu:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
 
+class Painting(NamedTuple):
+    """Settings of painting as the compiled programs take them.
+
+    Attributes:
+        shape: height and width of the images, in pixels.
+        sizes: sizes that the denoiser is conditioned on, if it takes any.
+        uncond: condition of guidance's other half, for all images or for each; None without
+            guidance.
+        guidance: its scale, unused without `uncond`.
+        table: the sampler's steps, of which the first `count` are run.
+    """
+
+    shape: tuple[int, int]
+    sizes: Float[np.ndarray, "6"] | None
+    uncond: Float[Array, "N E"] | Float[Array, "B N E"] | None
+    guidance: np.float32
+    table: diffusion.Steps
+    count: int
+
+
 class _StreamProgress:
     """Tracks how much of a continuation has been streamed.
 
@@ -950,15 +996,20 @@ def _row_keys(
         rows: the number of each row, [B].
         seeds: one for all rows, or one for each.
     """
-
-    def keys(row: ArrayLike, seed: ArrayLike) -> tuple[Array, Array]:
-        text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), row))
-        return text_key, image_key
-
     rows, seeds = np.broadcast_arrays(rows, np.asarray(seeds, np.uint32))
-    return jax.vmap(keys)(rows, seeds)
+    return _seeded_keys(rows, seeds)
 
 
+@jax.jit
+@jax.vmap
+def _seeded_keys(
+    row: Int[Array, ""], seed: UInt32[Array, ""]
+) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), row))
+    return text_key, image_key
+
+
+@jax.jit
 def _image_keys(image_keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
     """Returns the keys of the initial latents of each row's image `number`."""
     return jax.vmap(jax.random.fold_in, (0, None))(image_keys, number)

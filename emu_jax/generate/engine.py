@@ -1,18 +1,22 @@
 """Continuous batching: requests of unequal length join and leave a running batch.
 
+Prompts that wait for a slot's first token are read together, those of one padded length in a batch.
+
 A slot holds the decoding state of one request: a batch of one row (`mixed.MixedState`). The states
 of all slots are arrays with a leading slot axis. Their shapes never change, so one program decodes
 any mix of requests: `mixed.decode_step`, vectorized over the slots. Images are denoised the same
 way, in slots of their own.
 
 A row of a batch is computed by itself, with its own settings and keys. A request's answer therefore
-does not depend on the requests beside it.
+does not depend on the requests beside it, up to the rounding of batches of other sizes.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar, Unpack
 
@@ -24,32 +28,41 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 from PIL import Image
 
 from emu_jax import diffusion
-from emu_jax.generate import mixed
+from emu_jax.generate import mixed, text
 from emu_jax.generate.api import (
     ELEMENTS_PER_STREAM_CHECK,
     STEPS_PER_STOP_CHECK,
     Emu,
     Params,
+    _encode,
     _finish_painting,
     _image_keys,
     _row_keys,
     _start_painting,
     _StreamProgress,
 )
-from emu_jax.generate.image import image_shape, paint_steps, size_condition
-from emu_jax.generate.prompt import Parts, as_parts
+from emu_jax.generate.image import paint_steps
+from emu_jax.generate.prompt import Parts, Prompt, PromptBatch, as_parts, pad
 from emu_jax.generate.settings import (
+    DynamicSettings,
     GenerationConfig,
     ImageSettings,
     MixedSettings,
+    StaticSettings,
     TextConfig,
+    TextSettings,
     bucket,
     check_seed,
 )
 from emu_jax.sharding import to_host
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 PROMPT_TOKENS = 4096  # default of `Engine`
+PREFILL_ROWS = 8  # prompts, or images, that are read in one batch, at most; a power of two
+PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
+PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
 LOST = "the state of the batch was lost when a prompt could not be read into it"
 
 
@@ -86,9 +99,9 @@ EnginePart: TypeAlias = str | Image.Image | Preview | Usage | None
 class Engine:
     """Answers many requests at once.
 
-    `stream` and `generate_image` return iterators that never compute more than a prompt's first
-    token. They yield None while they wait. `step` then decodes a few tokens, and denoises a few
-    steps, of all of them. Nothing here may be called from two threads at a time.
+    `stream` and `generate_image` return iterators that yield None while they wait. `step` then
+    reads the prompts of all that began, decodes a few tokens, and denoises a few steps, of all of
+    them. Nothing here may be called from two threads at a time.
 
     Args:
         emu: the model. Its `shapes` and `batch_size` bound the programs that are compiled.
@@ -120,14 +133,17 @@ class Engine:
         )
         self._text = _TextSlots(emu, slots, static, prompt_tokens)
         self._images = _ImageSlots(emu, image_slots)
+        self._searching = False  # whether a beam search runs
 
     def step(self) -> None:
-        """Decodes a few elements of every slot, and runs a few steps of the images' sampler.
+        """Reads the prompts that wait, decodes a few elements of every slot, and denoises images.
 
-        After an error the requests in progress cannot continue: close their iterators.
+        A prompt that cannot be read ends its own iterator, and those of its batch. After an error
+        here, none of the requests in progress can continue: close their iterators.
         """
         try:
             with self.emu._on_mesh():
+                self._text.read_prompts()
                 self._text.decode()
                 self._images.denoise()
         except BaseException:
@@ -147,24 +163,31 @@ class Engine:
 
     @property
     def active(self) -> tuple[int, int]:
-        """Requests that are being decoded, and images that are being denoised or wait for it."""
-        return int(self._text.active.sum()), len(self._images.jobs)
+        """Requests that have a slot, and images that are being denoised or wait for it."""
+        return int(self._text.taken.sum()), len(self._images.jobs)
 
     def stream(
-        self, prompt: Any, *, previews: bool = False, **settings: Unpack[MixedSettings]
+        self,
+        prompt: Any,
+        *,
+        previews: bool = False,
+        stops: Sequence[str] = (),
+        **settings: Unpack[MixedSettings],
     ) -> Iterator[EnginePart]:
         """Yields the parts of `Emu.stream`, None while it waits, and `Usage` at the end.
 
         Args:
             previews: whether to yield a `Preview` every few steps of an image too. There are none
                 if the model has a safety checker, which judges only complete images.
+            stops: texts that end the answer. The last text that is yielded holds the end of the
+                first of them, and maybe more.
 
         Raises:
             UserError: the prompt or a setting is invalid.
         """
         emu, cfg = self.emu, self.defaults.replace(**settings)
         rows = emu._prompts([prompt], cfg.max_new_tokens, cfg)
-        static, *_, room = emu._mixed(cfg, rows)
+        static, room = emu._static_mixed(cfg, rows)
         ids, largest = self.cfg.tokens, self._text.static
         last, length = int(rows[0].tokens[-1]), len(rows[0].tokens)
         more = cfg.max_new_tokens + int(room[0]) * (self.cfg.n_embeddings + 1)
@@ -173,27 +196,31 @@ class Engine:
             or static.max_images > largest.max_images
             or not self._text.fits(length, more)
         ):
-            yield from self._stream_alone(prompt, length, cfg, settings)
+            yield from self._stream_alone(prompt, length, cfg, settings, stops)
             return
+        said = ""
         progress = _StreamProgress(self.tokenizer, ids, last=last)
         text_key, paint_key = _row_keys(np.zeros(1, int), cfg.seed)
         slot = yield from self._slot()
         try:
-            self._text.join(slot, emu, rows, cfg, text_key, int(room[0]))
+            yield from self._text.join(slot, rows[0], cfg, text_key, int(room[0]))
             while True:
                 tokens, images, done = self._text.read(slot)
                 ended = done or len(tokens) >= self._text.elements
                 embeddings = self._text.embeddings(slot) if images else None
                 for part in progress.advance(tokens, images=images, ended=ended):
                     if isinstance(part, str):
+                        said += part
                         yield part
                         continue
                     assert embeddings is not None
                     key = _image_keys(paint_key, part)
                     yield from self._paint(embeddings[:, part], key, cfg, previews=previews)
-                if ended:
+                stopped = any(stop in said for stop in stops)
+                if ended or stopped:
                     written = np.isin(tokens, (ids.pad, ids.image, ids.img_end), invert=True)
-                    yield Usage(length, int(written.sum()), bool(np.any(tokens == ids.eos)))
+                    complete = stopped or bool(np.any(tokens == ids.eos))
+                    yield Usage(length, int(written.sum()), complete)
                     return
                 while self._text.length(slot) == len(tokens):
                     yield None
@@ -201,7 +228,12 @@ class Engine:
             self._text.release(slot)
 
     def _stream_alone(
-        self, prompt: Any, length: int, cfg: GenerationConfig, settings: MixedSettings
+        self,
+        prompt: Any,
+        length: int,
+        cfg: GenerationConfig,
+        settings: MixedSettings,
+        stops: Sequence[str],
     ) -> Iterator[EnginePart]:
         """Answers a request that has no room in a slot. `length` is that of its prompt.
 
@@ -212,9 +244,51 @@ class Engine:
             if isinstance(part, str):
                 said += part
             yield part
+            if any(stop in said for stop in stops):
+                break
             yield None  # lets the others have a step
         written = len(self.tokenizer.encode_plain(said))
         yield Usage(length, written, written < cfg.max_new_tokens)
+
+    def search(self, prompt: Any, **settings: Unpack[TextSettings]) -> Iterator[EnginePart]:
+        """Yields the text that `Emu.generate_text` finds by beam search, then `Usage`.
+
+        It computes a few tokens at a time, outside the batch, and yields None before each. One
+        search runs at a time; others wait.
+
+        Raises:
+            UserError: the prompt or a setting is invalid.
+            ValueError: `num_beams` is 1, which `stream` serves.
+        """
+        emu, cfg = self.emu, self.defaults.replace(**settings)
+        if cfg.num_beams < 2:
+            raise ValueError("a search needs at least 2 beams: use stream")
+        rows = emu._prompts([prompt], cfg.max_new_tokens, cfg)
+        shapes, ids = emu._batcher.shapes, self.cfg.tokens
+        static = StaticSettings.of(cfg, ids, shapes.new_tokens)
+        dynamic = DynamicSettings.of(cfg)
+        key, _ = _row_keys(np.zeros(1, int), cfg.seed)
+        while self._searching:
+            yield None
+        self._searching = True
+        try:
+            ((_, batch),) = emu._batcher.batches(rows, "left", per_row=cfg.num_beams)
+            with emu._on_mesh():
+                state = _start_search(
+                    emu._graphdef, emu._params, *emu._inputs(batch), static, dynamic, key
+                )
+            while not (to_host(state.beams.done).all() or state.beams.length > cfg.max_new_tokens):
+                yield None
+                with emu._on_mesh():
+                    state = _continue_search(
+                        emu._graphdef, emu._params, state, static, dynamic, key
+                    )
+            found = to_host(_best_beam(state.beams, static, dynamic))[0, 1:]
+        finally:
+            self._searching = False
+        yield emu._text(found.tolist(), not cfg.grounding)
+        written = int(np.sum(found != ids.pad))
+        yield Usage(len(rows[0].tokens), written, bool(np.any(found == ids.eos)))
 
     def _slot(self) -> Generator[None, None, int]:
         """Takes a free slot, and waits until there is one."""
@@ -269,7 +343,7 @@ class Engine:
         key, _ = _row_keys(np.zeros(1, int), 0)  # unused: nothing is sampled
         slot = yield from self._slot()
         try:
-            self._text.join(slot, emu, rows, TextConfig(), key, 1, text=0)
+            yield from self._text.join(slot, rows[0], TextConfig(), key, 1, text=0)
             while not self._text.read(slot)[1]:
                 yield None
             return self._text.embeddings(slot)[:, 0]
@@ -287,30 +361,15 @@ class Engine:
         autoencoded: bool = False,
     ) -> Iterator[EnginePart]:
         emu = self.emu
-        shape = image_shape(emu.cfg, cfg.height, cfg.width)
-        sizes = size_condition(
-            emu.cfg,
-            shape,
-            original_size=cfg.original_size,
-            crops_coords_top_left=cfg.crops_coords_top_left,
-            target_size=cfg.target_size,
+        shape, sizes, uncond, guidance, table, count = emu._painting(
+            cfg, negative_prompt, np.array([autoencoded])
         )
-        uncond = None
-        if cfg.guidance_scale > 1:
-            uncond = emu._uncond(negative_prompt, np.array([autoencoded]))
-            uncond = uncond[None] if uncond.ndim == 2 else uncond
-        table, count = diffusion.padded_steps(
-            emu.cfg.scheduler, cfg.num_inference_steps, cfg.scheduler
-        )
+        if uncond is not None and uncond.ndim == 2:
+            uncond = uncond[None]
         with emu._on_mesh():
             start = _start_painting(emu._graphdef, emu._params, key, embeddings.dtype, shape)
-        job = _ImageJob(
-            _ImageInputs(start, embeddings, uncond, sizes),
-            np.float32(cfg.guidance_scale),
-            table,
-            count,
-            previews and emu.safety is None,
-        )
+        inputs = _ImageInputs(start, embeddings, uncond, sizes)
+        job = _ImageJob(inputs, guidance, table, count, previews and emu.safety is None)
         self._images.jobs.append(job)
         try:
             while job.pixels is None:
@@ -322,17 +381,33 @@ class Engine:
             self._images.remove(job)
 
 
+@dataclasses.dataclass(eq=False)
+class _Arriving:
+    """A prompt that waits to be read into its slot.
+
+    Attributes:
+        length: its tokens with padding.
+        error: why it could not be read.
+    """
+
+    slot: int
+    prompt: Prompt
+    length: int
+    read: bool = False
+    error: Exception | None = None
+
+
 class _TextSlots:
     """Requests that are decoded at once, each in a slot of one batch."""
 
     def __init__(
         self, emu: Emu, slots: int, static: mixed.StaticMixedSettings, prompt_tokens: int
     ) -> None:
-        self._emu, self.static = emu, static
+        self._emu, self.static, self._shapes = emu, static, emu._batcher.shapes
         self.elements = static.steps(emu.cfg.n_embeddings)
         context = bucket(emu.cfg.llama.context_length)
         self._cache_slots = min(context, bucket(prompt_tokens) + self.elements)
-        self._taken = np.zeros(slots, bool)
+        self.taken = np.zeros(slots, bool)
         self.active = np.zeros(slots, bool)  # taken, and not done
         self._sampled = np.zeros(slots, bool)
         self._settings = (  # the fields of `mixed.DynamicMixedSettings`
@@ -344,6 +419,7 @@ class _TextSlots:
             self._sampled,
         )
         self._keys = np.zeros((slots, 1, 2), np.uint32)
+        self._waiting: list[_Arriving] = []  # oldest first
         self._state: mixed.MixedState | None = None
         self._read: dict[str, np.ndarray] = {}
 
@@ -356,69 +432,131 @@ class _TextSlots:
 
     def fits(self, length: int, more: int) -> bool:
         """Returns whether a slot has room for a prompt and `more` elements behind it."""
-        padded = bucket(length, self._emu._batcher.shapes.length)
-        return max(padded, length + more) <= self._cache_slots
+        return max(self._padded(length), length + more) <= self._cache_slots
+
+    def _padded(self, length: int) -> int:
+        return bucket(length, self._shapes.length)
 
     def take(self) -> int | None:
         """Takes a free slot; None if there is none."""
-        free = np.flatnonzero(~self._taken)
+        free = np.flatnonzero(~self.taken)
         if not len(free):
             return None
-        self._taken[free[0]] = True
+        self.taken[free[0]] = True
         return int(free[0])
 
     def release(self, slot: int) -> None:
-        self._taken[slot] = self.active[slot] = self._sampled[slot] = False
+        self.taken[slot] = self.active[slot] = self._sampled[slot] = False
+        self._waiting = [each for each in self._waiting if each.slot != slot]
 
     def clear(self) -> None:
         """Gives up all requests."""
         self.active[:] = False
+        self._waiting.clear()
         self._state = None
 
     def join(
         self,
         slot: int,
-        emu: Emu,
-        rows: Sequence[Any],
+        prompt: Prompt,
         cfg: TextConfig,
         key: Key[Array, "1"],
         max_images: int,
         *,
         text: int | None = None,
-    ) -> None:
-        """Reads a prompt into a slot.
+    ) -> Iterator[None]:
+        """Waits until a prompt is read into a slot (`read_prompts`).
 
         Args:
             text: text tokens that may follow; by default `cfg.max_new_tokens`.
         """
-        ((_, batch),) = emu._batcher.batches(rows, "left")
         text = cfg.max_new_tokens if text is None else text
         values = (text, cfg.temperature, cfg.top_k, cfg.top_p, max_images, cfg.do_sample)
         for array, value in zip(self._settings, values, strict=True):
             array[slot] = value
         self._keys[slot] = jax.random.key_data(key)
-        dynamic = mixed.DynamicMixedSettings(*(jnp.asarray(a[slot]) for a in self._settings))
+        arriving = _Arriving(slot, prompt, self._padded(len(prompt.tokens)))
+        self._waiting.append(arriving)
+        while not arriving.read:
+            yield None
+            if arriving.error is not None:
+                raise arriving.error
+
+    def read_prompts(self) -> None:
+        """Reads the prompts that wait into their slots, those of equal padded length in batches."""
+        if not self._waiting:
+            return
+        groups: dict[tuple[int, bool, bool], list[_Arriving]] = collections.defaultdict(list)
+        for arriving in self._waiting:
+            images = arriving.prompt.images
+            normalized = len(images) > 0 and images.dtype != np.uint8
+            kind = (arriving.length, bool(self._sampled[arriving.slot]), normalized)
+            groups[kind].append(arriving)
+        self._waiting = []
+        for (length, *_), group in groups.items():
+            for batch in powers_of_two(group, min(PREFILL_ROWS, PREFILL_TOKENS // length)):
+                self._read_batch(batch)
+        if self._state is not None:
+            self._fetch()
+
+    def _read_batch(self, batch: Sequence[_Arriving]) -> None:
+        """Reads prompts of equal padded length into their slots."""
         if self._state is None and self.active.any():
             raise RuntimeError(LOST)
-        with emu._on_mesh():
-            state = _open_slot(
+        emu, slots = self._emu, np.array([each.slot for each in batch], np.int32)
+        prompts = [each.prompt for each in batch]
+        try:
+            padded = pad(
+                prompts,
+                "left",
+                rows=len(batch),
+                length=batch[0].length,
+                images=bucket(max(len(p.images) for p in prompts), self._shapes.images),
+                fill=emu.cfg.tokens.pad,
+            )
+            rows = _read_rows(
                 emu._graphdef,
                 emu._params,
-                *emu._inputs(batch),
-                dataclasses.replace(self.static, do_sample=cfg.do_sample),
-                dynamic,
-                key,
-                self._cache_slots,
+                self._encode(padded),
+                padded.tokens,
+                padded.embedding_index,
+                padded.valid,
+                dataclasses.replace(self.static, do_sample=bool(self._sampled[slots].any())),
+                mixed.DynamicMixedSettings(*(jnp.asarray(a[slots]) for a in self._settings)),
+                self._keys[slots],
             )
-            jax.block_until_ready(state)  # if it fails, the others keep their state
-            states, self._state = self._state, None  # donated: lost if `_insert` fails
-            if states is None:
-                states = _empty_slots(state, len(self._taken))
-            states = _insert(states, state, np.int32(slot))
-            jax.block_until_ready(states)
+            jax.block_until_ready(rows)  # if it fails, the others keep their state
+        except Exception as error:
+            log.debug("%d prompts could not be read: %s", len(batch), error)
+            for each in batch:
+                each.error = error
+            return
+        states, self._state = self._state, None  # donated: lost if `_insert_rows` fails
+        if states is None:
+            states = _empty_slots(rows, len(self.taken), self._cache_slots)
+        states = _insert_rows(states, rows, slots)
+        jax.block_until_ready(states)
         self._state = states
-        self.active[slot] = True
-        self._fetch()
+        for each in batch:
+            each.read = self.active[each.slot] = True
+
+    def _encode(self, batch: PromptBatch) -> Float[Array, "B images N E"]:
+        """Returns the embeddings of a batch's images."""
+        emu = self._emu
+        frames = batch.frames if batch.frames.any() else None
+        parts = [
+            _encode(
+                emu._graphdef,
+                emu._params,
+                batch.images[index],
+                None if frames is None else frames[index],
+                emu.dtype,
+            )
+            for index in map(np.array, powers_of_two(range(len(batch.images)), PREFILL_ROWS))
+        ]
+        if not parts:  # rows without images index any embeddings
+            parts = [jnp.zeros((1, emu.cfg.n_embeddings, emu.cfg.embedding_width), emu.dtype)]
+        return _images_of_rows(parts, batch.image_index)
 
     def decode(self) -> None:
         """Decodes a few elements of every active slot."""
@@ -527,9 +665,11 @@ class _ImageSlots:
             if job.shapes != self._shapes or None not in self._slots:
                 return
             slot = self._slots.index(None)
+            row = jax.tree.map(lambda a: a[None], job.inputs)
             if self._inputs is None:
-                self._inputs = _empty_slots(job.inputs, len(self._slots))
-            self._inputs = _insert(self._inputs, job.inputs, np.int32(slot))
+                zeros = functools.partial(_zeros, slots=len(self._slots))
+                self._inputs = jax.tree.map(zeros, row)
+            self._inputs = _insert(self._inputs, row, np.array([slot], np.int32))
             self._slots[slot] = job
 
     def denoise(self) -> None:
@@ -568,9 +708,11 @@ class _ImageSlots:
         for slot, job in enumerate(self._slots):
             if job is None:
                 continue
-            job.step = min(job.step + count, job.count)
+            before, job.step = job.step, min(job.step + count, job.count)
             complete = job.step == job.count
-            if complete or job.previews:
+            parts = PREVIEWS + 1  # that the previews divide the steps into
+            due = parts * job.step // job.count > parts * before // job.count
+            if complete or (job.previews and due):
                 latents = _take(state, np.int32(slot))
                 pixels = _finish_painting(
                     emu._graphdef, emu._params, latents, job.inputs.cond.dtype
@@ -590,28 +732,48 @@ def _padded(column: np.ndarray, rows: int) -> np.ndarray:
 # --- Programs ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "static", "cache_slots"))
-def _open_slot(
+@jax.jit
+def _images_of_rows(
+    parts: list[Float[Array, "_ N E"]], image_index: Int[Array, "B images"]
+) -> Float[Array, "B images N E"]:
+    """Returns the images of each row, given those of all rows in order."""
+    return jnp.take(jnp.concatenate(parts), image_index, axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
+def _read_rows(
     graphdef: nnx.GraphDef,
     params: Params,
-    images: Float[Array, "1 images N E"],
-    tokens: Int[Array, "1 T"],
-    embedding_index: Int[Array, "1 T"],
-    valid: Bool[Array, "1 T"],
+    images: Float[Array, "B images N E"],
+    tokens: Int[Array, "B T"],
+    embedding_index: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
-    key: Key[Array, "1"],
-    cache_slots: int,
+    keys: UInt32[Array, "B 1 2"],
 ) -> mixed.MixedState:
-    """Returns the state of a slot after its first element."""
+    """Returns the state of each prompt after its first element, along a leading axis. Its cache
+    has room for the padded prompt alone."""
     emu = nnx.merge(graphdef, params)
+    length = tokens.shape[1]
+
+    def read(
+        x: Float[Array, "T D"],
+        valid: Bool[Array, "T"],
+        starts_image: Bool[Array, ""],
+        dynamic: mixed.DynamicMixedSettings,
+        keys: Key[Array, "1"],
+    ) -> mixed.MixedState:
+        emu = nnx.merge(graphdef, params)
+        # A slot to spare: annotations cannot tell a cache that is as long as a head is wide.
+        state = mixed.start(
+            emu, x[None], valid[None], starts_image[None], static, dynamic, keys, cache_slots=1
+        )
+        return state._replace(cache=state.cache.drop(length - jnp.sum(valid)).resized(length))
+
     x = emu.embed(tokens, images, embedding_index)
     starts_image = tokens[:, -1] == emu.cfg.tokens.img
-    length = tokens.shape[1]
-    state = mixed.start(
-        emu, x, valid, starts_image, static, dynamic, key, cache_slots=cache_slots - length
-    )
-    return state._replace(cache=state.cache.drop(length - jnp.sum(valid)))
+    return jax.vmap(read)(x, valid, starts_image, dynamic, jax.random.wrap_key_data(keys))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
@@ -641,6 +803,48 @@ def _decode_slots(
         return (count < ELEMENTS_PER_STREAM_CHECK) & jnp.any(active & ~state.done[:, 0])
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
+def _start_search(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    images: Float[Array, "B images N E"],
+    tokens: Int[Array, "B T"],
+    embedding_index: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    static: StaticSettings,
+    dynamic: DynamicSettings,
+    keys: Key[Array, "B"],
+) -> text.SearchState:
+    """Returns the state of a beam search after its first token."""
+    emu = nnx.merge(graphdef, params)
+    x = emu.embed(tokens, images, embedding_index)
+    slots = static.num_beams * (static.slots - 1)
+    decoding, _ = text.prefill(emu.llama.unstacked_for_decoding(), x, valid, slots)
+    return text.start_search(decoding, static, dynamic, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
+def _continue_search(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    state: text.SearchState,
+    static: StaticSettings,
+    dynamic: DynamicSettings,
+    keys: Key[Array, "B"],
+) -> text.SearchState:
+    """Searches a few tokens further."""
+    llama = nnx.merge(graphdef, params).llama.unstacked_for_decoding()
+    length = state.beams.length + ELEMENTS_PER_STREAM_CHECK
+    return text.search_until(llama, state, length, static, dynamic, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("static",))
+def _best_beam(
+    beams: text.BeamState, static: StaticSettings, dynamic: DynamicSettings
+) -> Int[Array, "B T"]:
+    return beams.best(static, dynamic)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
@@ -682,18 +886,59 @@ def _denoise_slots(
     return jax.lax.fori_loop(0, STEPS_PER_STOP_CHECK, step, state)
 
 
-def _empty_slots(state: T, slots: int) -> T:
-    """Returns zeros for so many slots like `state`."""
-    return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), state)
+def _empty_slots(rows: mixed.MixedState, slots: int, cache_slots: int) -> mixed.MixedState:
+    """Returns slots for states like `rows`, with room for so many tokens in each cache."""
+    wide = jax.eval_shape(lambda: rows._replace(cache=rows.cache.resized(cache_slots)))
+    return jax.tree.map(functools.partial(_zeros, slots=slots), wide)
+
+
+def _zeros(row: jax.Array | jax.ShapeDtypeStruct, slots: int) -> jax.Array:
+    return jnp.zeros((slots, *row.shape[1:]), row.dtype)
 
 
 @functools.partial(jax.jit, donate_argnames=("states",))
-def _insert(states: T, state: T, slot: Int[Array, ""]) -> T:
-    """Puts the state of a slot in its place."""
-    return jax.tree.map(lambda all_, one: all_.at[slot].set(one), states, state)
+def _insert_rows(
+    states: mixed.MixedState, rows: mixed.MixedState, slots: Int[Array, "B"]
+) -> mixed.MixedState:
+    """Puts the state of each row into its slot, whose cache may have room for more tokens.
+
+    Keys and values that a former request left there stay, but none of them is valid.
+    """
+    cache, length = rows.cache, states.cache.valid.shape[-1]
+    valid = jnp.pad(cache.valid, [(0, 0), (0, 0), (0, length - cache.valid.shape[-1])])
+    rows = rows._replace(cache=dataclasses.replace(cache, valid=valid))
+    return _put(states, rows, slots)
+
+
+@functools.partial(jax.jit, donate_argnames=("states",))
+def _insert(states: T, rows: T, slots: Int[Array, "B"]) -> T:
+    """Puts each row into its slot."""
+    return _put(states, rows, slots)
+
+
+def _put(states: T, rows: T, slots: Int[Array, "B"]) -> T:
+    def insert(i: Int[Array, ""], states: T) -> T:
+        def put(all_: jax.Array, row: jax.Array) -> jax.Array:
+            start = (slots[i], *[0] * (all_.ndim - 1))
+            return jax.lax.dynamic_update_slice(all_, row[i][None], start)
+
+        return jax.tree.map(put, states, rows)
+
+    return jax.lax.fori_loop(0, len(slots), insert, states)
 
 
 @jax.jit
 def _take(states: T, slot: Int[Array, ""]) -> T:
     """Returns the state of a slot."""
     return jax.tree.map(lambda a: a[slot], states)
+
+
+def powers_of_two(items: Sequence[T], largest: int) -> Iterator[Sequence[T]]:
+    """Cuts items into parts whose numbers are powers of two up to `largest`, the largest first: few
+    shapes, and no padding."""
+    size, start = 1 << max(largest, 1).bit_length() - 1, 0
+    while start < len(items):
+        while size > len(items) - start:
+            size //= 2
+        yield items[start : start + size]
+        start += size

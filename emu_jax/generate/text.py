@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -393,7 +393,16 @@ def _length_norm(length: Int[Array, ""], dynamic: DynamicSettings) -> Float[Arra
     return length.astype(jnp.float32) ** dynamic.length_penalty
 
 
-_BeamCarry: TypeAlias = tuple[BeamState, DecodeState, Bool[Array, "B beams S"]]
+class SearchState(NamedTuple):
+    """Beam search between two steps.
+
+    Attributes:
+        ancestors: the slots of the cache that each beam descends from.
+    """
+
+    beams: BeamState
+    decoding: DecodeState
+    ancestors: Bool[Array, "B beams S"]
 
 
 def _beam_search(
@@ -404,24 +413,54 @@ def _beam_search(
     keys: Key[Array, "B"] | None,
     allowed: Int[Array | np.ndarray, "choices choice"] | None,
 ) -> Int[Array, "B T"]:
+    state = start_search(decoding, static, dynamic, keys, allowed)
+    state = search_until(llama, state, dynamic.max_length, static, dynamic, keys, allowed)
+    return state.beams.best(static, dynamic)
+
+
+def start_search(
+    decoding: DecodeState,
+    static: StaticSettings,
+    dynamic: DynamicSettings,
+    keys: Key[Array, "B"] | None = None,
+    allowed: Int[Array | np.ndarray, "choices choice"] | None = None,
+) -> SearchState:
+    """Returns the state of a beam search after its first token; see `decode`."""
     batch, beams = decoding.logits.shape[0], static.num_beams
-    graphdef, params = nnx.split(llama)
-
-    def step(carry: _BeamCarry) -> _BeamCarry:
-        state, decoding, ancestors = carry
-        ancestors = jnp.take_along_axis(ancestors, state.parents[..., None], axis=1)
-        tokens = jnp.take(state.sequences, state.length - 1, axis=2)
-        decoding, ancestors = decode_beams(nnx.merge(graphdef, params), decoding, tokens, ancestors)
-        return state.extend(decoding.logits, static, dynamic, keys, allowed), decoding, ancestors
-
-    def unfinished(carry: _BeamCarry) -> Bool[Array, ""]:
-        return (carry[0].length < dynamic.max_length) & ~jnp.all(carry[0].done)
-
     ancestors = jnp.repeat(decoding.cache.valid[:, None], beams, axis=1)
     decoding = decoding._replace(logits=jnp.repeat(decoding.logits, beams, axis=0))
-    state = BeamState.start(batch, static).extend(decoding.logits, static, dynamic, keys, allowed)
-    state, *_ = jax.lax.while_loop(unfinished, step, (state, decoding, ancestors))
-    return state.best(static, dynamic)
+    start = BeamState.start(batch, static)
+    return SearchState(
+        start.extend(decoding.logits, static, dynamic, keys, allowed), decoding, ancestors
+    )
+
+
+def search_until(
+    llama: Llama,
+    state: SearchState,
+    length: Int[Array, ""],
+    static: StaticSettings,
+    dynamic: DynamicSettings,
+    keys: Key[Array, "B"] | None = None,
+    allowed: Int[Array | np.ndarray, "choices choice"] | None = None,
+) -> SearchState:
+    """Searches until every row is done, or sequences have `length` tokens with the dummy `<s>`,
+    at most `dynamic.max_length`."""
+    graphdef, params = nnx.split(llama)
+    length = jnp.minimum(length, dynamic.max_length)
+
+    def step(state: SearchState) -> SearchState:
+        beams, decoding, ancestors = state
+        ancestors = jnp.take_along_axis(ancestors, beams.parents[..., None], axis=1)
+        tokens = jnp.take(beams.sequences, beams.length - 1, axis=2)
+        decoding, ancestors = decode_beams(nnx.merge(graphdef, params), decoding, tokens, ancestors)
+        beams = beams.extend(decoding.logits, static, dynamic, keys, allowed)
+        return SearchState(beams, decoding, ancestors)
+
+    def unfinished(state: SearchState) -> Bool[Array, ""]:
+        return (state.beams.length < length) & ~jnp.all(state.beams.done)
+
+    return jax.lax.while_loop(unfinished, step, state)
 
 
 # --- Ranking -------------------------------------------------------------------------------------

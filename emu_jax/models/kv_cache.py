@@ -107,6 +107,22 @@ class KVCache:
         valid = jnp.roll(self.valid, -slots, -1)
         return dataclasses.replace(self, k=k, v=v, valid=valid, used=self.used - slots)
 
+    def resized(self, slots: int) -> KVCache:
+        """Returns a cache with `slots` slots per row. Slots are added or removed at the end, where
+        they must be free."""
+        more = slots - self.valid.shape[-1]
+
+        def resize(a: jax.Array, axis: int) -> jax.Array:
+            if more <= 0:
+                return jax.lax.slice_in_dim(a, 0, slots, axis=axis)
+            return jnp.pad(a, [(0, more if n == a.ndim + axis else 0) for n in range(a.ndim)])
+
+        k, v = (
+            jax.tree.map(lambda a, axis=axis: resize(a, axis), part)
+            for part, axis in ((self.k, -1), (self.v, -2))
+        )
+        return dataclasses.replace(self, k=k, v=v, valid=resize(self.valid, -1))
+
     def repeat(self, times: int) -> KVCache:
         """Repeats each row `times` times."""
         k, v = jax.tree.map(lambda a: self._repeated(a, times), (self.k, self.v))

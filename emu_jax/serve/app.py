@@ -293,23 +293,28 @@ def chat(
 ) -> Iterable[EnginePart]:
     """Streams the model's reply; an instruction-tuned model may also generate images."""
     prompt: list[Any] = joined_parts(asked.messages)
-    more = _previews(emu, asked)
+    more: dict[str, Any] = _previews(emu, asked)
     if emu.tokenizer.instruct:
         # The prompt spells both already; `stream` refuses them for a spelled prompt.
         prompt, more = _dialogue(emu, asked), more | {"system": None, "grounding": False}
     else:
         max_images = 0
+    if asked.stops and isinstance(emu, Engine):
+        more["stops"] = asked.stops
     if asked.settings.get("num_beams", 1) > 1:
-        return _searched(emu, prompt, {n: v for n, v in more.items() if n != "previews"}, asked)
+        return _searched(emu, prompt, more, asked)
     return emu.stream(prompt, max_images=max_images, **asked.settings, **more)
 
 
 def _searched(
     emu: Emu | Engine, prompt: list[Any], more: dict[str, Any], asked: Asked
-) -> Iterator[str]:
-    """Answers with beam search, which does not share its batch."""
-    model = emu.emu if isinstance(emu, Engine) else emu
-    yield model.generate_text(prompt, **asked.settings, **more)
+) -> Iterator[EnginePart]:
+    """Answers with beam search, which does not share the batch of the engine."""
+    more = {name: value for name, value in more.items() if name not in ("previews", "stops")}
+    if isinstance(emu, Engine):
+        yield from emu.search(prompt, **asked.settings, **more)
+    else:
+        yield emu.generate_text(prompt, **asked.settings, **more)
 
 
 def continue_(

@@ -35,6 +35,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPEN_PATHS = ("/", "/page.js", "/page.css", "/api/about", "/api/model", "/health")  # need no key
 KEY_STATE = "emu_jax_key"  # where a request's state names the holder of its key
 MAX_CLIENTS = 10_000  # whose requests of the last minute are remembered
+WRONG_KEYS = 20  # of an address in a minute; beyond, none of its requests is answered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,21 +170,56 @@ class Observe:
                 log.info("%s POST %s %d in %.3f s", name, path, status, seconds)
 
 
+class _LastMinute:
+    """Counts events of the last minute by client, up to `most` each."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._times: collections.OrderedDict[str, collections.deque[float]]
+        self._times = collections.OrderedDict()  # the client of the last event is the last
+
+    def full(self, client: str) -> bool:
+        """Returns whether a client had as many events as it may have."""
+        times, now = self._times.get(client, collections.deque()), time.monotonic()
+        while times and times[0] <= now - 60:
+            times.popleft()
+        return len(times) >= self._most
+
+    def add(self, client: str) -> None:
+        """Counts an event. Forgets the client whose last event is the oldest if there are many."""
+        self._times.setdefault(client, collections.deque()).append(time.monotonic())
+        self._times.move_to_end(client)
+        if len(self._times) > MAX_CLIENTS:
+            self._times.popitem(last=False)
+
+
 class Authenticate:
-    """Refuses requests without one of the API keys, if there are any."""
+    """Refuses requests without one of the API keys, if there are any.
+
+    An address that sent `WRONG_KEYS` wrong keys within a minute gets no answer, so that keys cannot
+    be guessed. Loopback addresses are exempt: all clients behind a local proxy share them.
+    """
 
     def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
         self._app = app
         # Looked up by hash: the time that a comparison takes tells nothing about a key.
         self._keys = frozenset(map(_key_hash, keys))
+        self._wrong = _LastMinute(WRONG_KEYS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._keys and scope["type"] == "http":
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            hashed = _key_hash(key.strip())
+            given = Headers(scope=scope).get("authorization", "")
+            scheme, _, key = given.partition(" ")
+            hashed, address = _key_hash(key.strip()), client_of(scope)
+            if given and address and self._wrong.full(address):
+                message = "too many wrong API keys from your address: try again in a minute"
+                await error_response(scope["path"], 429, message)(scope, receive, send)
+                return
             if scheme.lower() == "bearer" and hashed in self._keys:
                 scope.setdefault("state", {})[KEY_STATE] = f"key {hashed[:12]}"
             elif scope["path"] not in OPEN_PATHS:
+                if given and address:
+                    self._wrong.add(address)
                 message = "no valid API key: send one in the header Authorization: Bearer KEY"
                 await error_response(scope["path"], 401, message)(scope, receive, send)
                 return
@@ -199,29 +235,17 @@ class RateLimit:
 
     def __init__(self, app: ASGIApp, per_minute: int) -> None:
         self._app, self._per_minute = app, per_minute
-        self._times: collections.OrderedDict[str, collections.deque[float]]
-        self._times = collections.OrderedDict()  # the client that asked last is the last
+        self._admitted = _LastMinute(per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = client_of(scope) if self._per_minute and scope.get("method") == "POST" else ""
-        if client and not self._admit(client):
-            message = f"more than {self._per_minute} requests a minute: try again later"
-            await error_response(scope["path"], 429, message)(scope, receive, send)
-            return
+        if client:
+            if self._admitted.full(client):
+                message = f"more than {self._per_minute} requests a minute: try again later"
+                await error_response(scope["path"], 429, message)(scope, receive, send)
+                return
+            self._admitted.add(client)
         await self._app(scope, receive, send)
-
-    def _admit(self, client: str) -> bool:
-        now = time.monotonic()
-        times = self._times.setdefault(client, collections.deque())
-        self._times.move_to_end(client)
-        if len(self._times) > MAX_CLIENTS:
-            self._times.popitem(last=False)
-        while times and times[0] <= now - 60:
-            times.popleft()
-        if len(times) >= self._per_minute:
-            return False
-        times.append(now)
-        return True
 
 
 def client_of(scope: Scope) -> str:

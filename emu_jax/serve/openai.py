@@ -111,33 +111,30 @@ def parse_completion(
     if system is not None and not instruct:
         raise Refused(400, "messages[0]: a system message needs an instruction-tuned model")
 
-    settings: dict[str, Any] = {}
-    for name in ("max_tokens", "max_completion_tokens"):
-        if values.get(name) is not None:
-            settings["max_new_tokens"] = values[name]
-    settings |= {
-        name: values[name]
-        for name in ("temperature", "top_p", "seed")
-        if values.get(name) is not None
-    }
     allowed = {
-        "max_new_tokens": (1, limits.new_tokens),
+        "max_tokens": (1, limits.new_tokens),
+        "max_completion_tokens": (1, limits.new_tokens),
         "temperature": (0.0, 2.0),
         "top_p": (0.0, 1.0),
         "seed": (0, 2**31 - 1),
     }
+    settings = {name: values[name] for name in allowed if values.get(name) is not None}
     settings = check_settings(settings, allowed, "")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in settings:
+            settings["max_new_tokens"] = settings.pop(name)
     settings = sampling(settings)
     if settings.get("do_sample"):
         settings.setdefault("seed", secrets.randbits(31))
+    stops = _stops(values.get("stop"))
     completion = Completion(
         model,
         _flag(values, "stream"),
         _flag(json_object(values.get("stream_options") or {}, "stream_options"), "include_usage"),
-        _stops(values.get("stop")),
+        stops,
         settings.get("max_new_tokens", max_new_tokens),
     )
-    return Asked(messages, settings, system), completion
+    return Asked(messages, settings, system, stops=stops), completion
 
 
 def parse_generation(
@@ -279,14 +276,12 @@ def _overlap(text: str, stop: str) -> int:
 async def completion_pieces(
     parts: AsyncIterator[Any], completion: Completion
 ) -> AsyncIterator[str | Usage]:
-    """Yields the texts of an answer, then its usage. Stops asking for parts at a stop text."""
+    """Yields the texts of an answer up to a stop text, then its usage."""
     trimmer, usage = Trimmer(completion.stops), Usage(0, 0, True)
     async for part in parts:
         if isinstance(part, str):
             if text := trimmer.push(part):
                 yield text
-            if trimmer.stopped:
-                break
         elif isinstance(part, Usage):
             usage = part
     if text := trimmer.end():

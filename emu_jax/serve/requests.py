@@ -81,12 +81,14 @@ class Asked:
     Attributes:
         system: the system message; None: the model's default.
         progress: whether to tell the place in the queue, and to send previews of images.
+        stops: texts that end the answer.
     """
 
     messages: list[Message]
     settings: dict[str, Any]
     system: str | None = None
     progress: bool = False
+    stops: tuple[str, ...] = ()
 
 
 def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:

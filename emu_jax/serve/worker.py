@@ -20,7 +20,7 @@ from emu_jax.serve.requests import Refused
 
 log = logging.getLogger(__name__)
 
-MEAN_WEIGHT = 0.2  # of the newest answer in the mean time of an answer
+MEAN_WEIGHT = 0.2  # of the newest wait in the mean wait
 IDLE_SECONDS = 0.005  # between two rounds of answers that wait for something else than a step
 
 Answer = Callable[[], Iterable[Any]]
@@ -31,15 +31,16 @@ class Ticket:
 
     Attributes:
         client: who sent the request; clients take turns.
-        started: when its answer was begun, on the same clock as the deadline.
         deadline: on the clock of `time.monotonic()`.
+        queued: when it joined the queue, on the same clock.
+        place: its place in the queue then; 0 if it could start at once.
         gone: set once nobody is waiting for the answer.
     """
 
     def __init__(self, seconds: float, client: str, on_leave: Callable[[Ticket], None]) -> None:
         self.client = client
-        self.started = time.monotonic()
         self.deadline = time.monotonic() + seconds
+        self.queued, self.place = 0.0, 0
         self.answer: Answer = lambda: iter(())
         self.iterator: Iterator[Any] | None = None  # of the answer, once it runs
         self.gone = threading.Event()
@@ -123,7 +124,7 @@ class Worker:
         self._running: list[Ticket] = []
         self._turns: dict[str, int] = {}  # turn in which each queued client was last served
         self._closing = self._stopped = False
-        self._mean_seconds: float | None = None  # of an answer, lately
+        self._place_seconds: float | None = None  # of waiting for each place in the queue, lately
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="emu-jax-serve", daemon=True)
         self._thread.start()
@@ -150,11 +151,9 @@ class Worker:
             return self._line.index(ticket) + 1 if ticket in self._line else 0
 
     def wait_seconds(self, place: int) -> float | None:
-        """Estimates how long the ticket at `place` of the queue waits, from how long the last
-        answers took. Returns None before the first one."""
-        if self._mean_seconds is None:
-            return None
-        return place * self._mean_seconds / self._concurrent
+        """Estimates how long the ticket at `place` of the queue waits, from how long the last ones
+        that had to wait did. Returns None before the first one."""
+        return None if self._place_seconds is None else place * self._place_seconds
 
     def reserve(self, client: str = "") -> Ticket:
         """Reserves a place in the queue; `submit` or `release` it.
@@ -181,6 +180,8 @@ class Worker:
         with self._changed:
             if not self._stopped:
                 self._line.append(ticket)
+                ahead = len(self._line) + len(self._running) - self._concurrent
+                ticket.queued, ticket.place = time.monotonic(), max(0, ahead)
                 self._changed.notify()
                 return
             self._places -= 1
@@ -225,8 +226,14 @@ class Worker:
                 self._turns = {c: n for c, n in self._turns.items() if c in clients}
                 self._turns[ticket.client] = turn
                 self._line.remove(ticket)
-                ticket.started = time.monotonic()
+                self._note_wait(ticket)
                 self._running.append(ticket)
+
+    def _note_wait(self, ticket: Ticket) -> None:
+        """Updates the mean wait; a ticket that found room tells nothing about the queue."""
+        if ticket.place:
+            waited, mean = (time.monotonic() - ticket.queued) / ticket.place, self._place_seconds
+            self._place_seconds = waited if mean is None else mean + MEAN_WEIGHT * (waited - mean)
 
     def _run(self) -> None:
         while True:
@@ -282,8 +289,6 @@ class Worker:
                 close()
             except Exception:
                 log.exception("a request could not be closed")
-        took, mean = time.monotonic() - ticket.started, self._mean_seconds
-        self._mean_seconds = took if mean is None else mean + MEAN_WEIGHT * (took - mean)
         with self._changed:
             self._running.remove(ticket)
             self._places -= 1
