@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
+# XLA flag of processes that a test starts: compiling is most of their work.
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, UNOPTIMIZED
 from eval_data import CAPTIONS, LAYOUTS, draw, write
 from flax import nnx
 from PIL import Image
@@ -1403,7 +1403,7 @@ class Command:
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": UNOPTIMIZED,
         }
         words = ["--checkpoint", checkpoint, "--task", "coco_caption", "--data", data, "--out", out]
         words += ["--batch-size", "2", "--dtype", "float32", *more]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import UNOPTIMIZED
 from PIL import Image
 from test_metrics import events_in
 from wandb_files import history, records
@@ -242,7 +243,7 @@ def test_a_killed_run_of_the_digits_is_one_wandb_run(tmp_path, copy_digits):
     environment = os.environ | {
         "WANDB_MODE": "offline",
         "WANDB_DIR": str(workdir),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{UNOPTIMIZED} --xla_force_host_platform_device_count=1",
     }
     for kill, status in ((7, -signal.SIGKILL), (0, 0)):
         code = COMMAND.format(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import as_emu2
+from conftest import UNOPTIMIZED, as_emu2
 
 from emu_jax import checkpoint
 from emu_jax.config import RematConfig, TokenIds, digits, load_json, to_dict
@@ -265,7 +265,7 @@ def run_in_process(root, workdir, objective, every=4):
     )
     environment = os.environ | {
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "true",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{UNOPTIMIZED} --xla_force_host_platform_device_count=1",
     }
     return subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment
@@ -278,7 +278,7 @@ def finish(process):
 
 
 def wait_for(condition, process):
-    for _ in range(2400):
+    for _ in range(10000):
         if condition():
             return
         assert process.poll() is None, process.stderr.read()
