@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 # Huge pages for malloc (glibc 2.35 and later; ignored elsewhere). XLA on the CPU allocates fresh
 # memory at every step, and touching it in pages of 4 KiB takes a third of a small step.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
-SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh)
+SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh benchmarks/*.sh)
 
 .PHONY: demo test test-slow test-all mutants lint bench plan-table package docs notebooks clean
 

@@ -3,8 +3,8 @@
 Matmuls of several shapes run in XLA and in torch, in each dtype. The fastest is the peak that
 other benchmarks are compared with. A copy counts the bytes it reads and the bytes it writes;
 XLA's copy is x + 1 in place, which has the same traffic. The parts take turns, and figures are
-medians over the turns. `--set floors.side=N` makes it smaller, EMU_JAX_FLOORS_SIDE does in all
-benchmarks.
+medians over the turns. `--set floors.side=N` makes it smaller. In all benchmarks,
+EMU_JAX_FLOORS_SIDE does, and EMU_JAX_FLOORS_SECONDS sets how long a part runs.
 """
 
 import functools
@@ -28,7 +28,7 @@ log = logging.getLogger("emu_jax")
 SIDE = int(os.environ.get("EMU_JAX_FLOORS_SIDE", "2048"))  # of a square matmul
 COPY_SIDE = min(SIDE, 4096)  # 128 bytes are copied for each unit of its square
 TURNS = 5
-SECONDS = 0.2  # about, of one part in one turn
+SECONDS = float(os.environ.get("EMU_JAX_FLOORS_SECONDS", "0.2"))  # of one part in one turn
 
 
 def run(side: int = SIDE) -> dict:
@@ -209,7 +209,8 @@ def torch_here(dtype: str = "float32") -> Any | None:
         return None
     torch.set_num_threads(bench.cores())
     torch.backends.cudnn.allow_tf32 = False  # full float32, as in matmuls
-    return None if dtype == "bfloat16" and not has_bfloat16(torch) else torch
+    module: Any = torch
+    return None if dtype == "bfloat16" and not has_bfloat16(module) else module
 
 
 def torch_device(torch: Any) -> str:

@@ -1,12 +1,12 @@
 """Sampling latents in 50 PNDM steps with guidance: emu_jax against diffusers.
 
 Both have the same U-Net with random weights (56M parameters, 32 x 32 latents, the release's
-layout with three resolutions; `size` 860M is the release's shape, "digits" the demo's), the same
-noise and the same conditions. A check compares their latents within 1e-4. diffusers runs as its
-users run it: `UNet2DConditionModel` on both rows of guidance at once, and `PNDMScheduler` without
-Runge-Kutta steps, so 50 steps are 51 calls. `channels_last` uses the memory format that torch
-recommends for convolutions. `floor` is one call's FLOPs at this machine's fastest matmul. The
-parts take turns, and figures are per call.
+layout with three resolutions; `size` 860M is the release's shape, "tiny" has one), the same noise
+and the same conditions. A check compares their latents within 1e-4. diffusers runs as its users run
+it: `UNet2DConditionModel` on both rows of guidance at once, and `PNDMScheduler` without Runge-Kutta
+steps, so 50 steps are 51 calls. `channels_last` uses the memory format that torch recommends for
+convolutions. `floor` is one call's FLOPs at this machine's fastest matmul. The parts take turns,
+and figures are per call.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from emu_jax import bench, diffusion
-from emu_jax.config import EmuConfig, UNetConfig, digits
+from emu_jax.config import EmuConfig, UNetConfig
 from emu_jax.convert import export
 from emu_jax.errors import UserError, suggest
 
@@ -33,7 +33,15 @@ SIZES = {
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
     ),
     "860M": UNetConfig(cross_attention_dim=768),
-    "digits": digits().unet,
+    "tiny": UNetConfig(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32,),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    ),
 }
 GUIDANCE = 7.5
 
@@ -67,7 +75,7 @@ def run(
     calls = len(diffusion.sampling_steps(cfg.scheduler, steps).t)
     timed = {name: language.count(part, calls) for name, part in parts.items()}
     seconds = bench.take_turns(timed | {"product": floors.peak(dtype)}, turns)
-    flops = denoise.cost_analysis()["flops"]
+    flops = (denoise.cost_analysis() or {})["flops"]
     figures: dict[str, Any] = {
         "size": size,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -111,13 +119,14 @@ def ours(cfg: EmuConfig, params: dict, noise: np.ndarray, cond: np.ndarray, step
     """Returns a compiled call of the denoiser, and the sampler."""
     graphdef, state = language.emu_of(cfg, params)
     dtype = params["unet.conv_in.kernel"].dtype
-    start, (cond, uncond) = jnp.asarray(noise, dtype), jnp.split(jnp.asarray(cond, dtype), 2)
+    start = jnp.asarray(noise, dtype)
+    guided, unguided = jnp.split(jnp.asarray(cond, dtype), 2)
 
     @jax.jit
     def sample(state, guidance):
         unet = nnx.merge(graphdef, state).unet
         return diffusion.sample(
-            unet, start, cond, uncond, cfg=cfg.scheduler, steps=steps, guidance=guidance
+            unet, start, guided, unguided, cfg=cfg.scheduler, steps=steps, guidance=guidance
         )
 
     @jax.jit
@@ -126,7 +135,7 @@ def ours(cfg: EmuConfig, params: dict, noise: np.ndarray, cond: np.ndarray, step
 
     both = jnp.concatenate([start, start])
     with floors.precision(dtype):
-        once = denoise.lower(state, both, jnp.zeros(len(both)), jnp.concatenate([cond, uncond]))
+        once = denoise.lower(state, both, jnp.zeros(len(both)), jnp.concatenate([guided, unguided]))
 
     def latents() -> np.ndarray:
         with floors.precision(dtype):
@@ -136,7 +145,7 @@ def ours(cfg: EmuConfig, params: dict, noise: np.ndarray, cond: np.ndarray, step
 
 
 def diffusers_model(torch: Any, cfg: EmuConfig, params: dict, dtype: str) -> Any:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     assert cfg.unet is not None
     values = export.diffusers_json(cfg.unet)
@@ -148,11 +157,11 @@ def diffusers_model(torch: Any, cfg: EmuConfig, params: dict, dtype: str) -> Any
 
 
 def theirs(torch: Any, model: Any, cfg: EmuConfig, noise: np.ndarray, cond: np.ndarray, steps: int):
-    from diffusers import PNDMScheduler
+    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
     values = export.diffusers_json(cfg.scheduler)
     values.pop("_class_name")
-    scheduler = PNDMScheduler(**values)
+    scheduler: Any = PNDMScheduler(**values)
     scheduler.set_timesteps(steps)
     where = (floors.torch_device(torch), model.dtype)
     x = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()).to(*where)

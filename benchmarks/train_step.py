@@ -8,9 +8,9 @@ AdamW with the same groups. From the same weights and without dropout both give 
 (`loss_difference`). Both use all cores. They take turns with each other and with the fastest
 matmul of this machine, the reference for a step.
 
-Settings: `config` (emu_100m, emu_400m, ...), `rows`, `tokens` and `pictures` (images) per row,
-`dtype`, `remat`, `loss_block` (0 keeps all logits, as PyTorch does), `turns`, and `compiled` (0
-skips torch.compile). Without torch, or on a TPU, only our step is measured.
+Settings: `config` (emu_100m, emu_400m, ..., or "digits"), `rows`, `tokens` and `pictures` (images)
+per row, `dtype`, `remat`, `loss_block` (0 keeps all logits, as PyTorch does), `turns`, and
+`compiled` (0 skips torch.compile). Without torch, or on a TPU, only our step is measured.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ import jax
 import numpy as np
 
 from emu_jax import bench
-from emu_jax.config import EmuConfig, RematConfig
+from emu_jax.config import EmuConfig, RematConfig, digits
+from emu_jax.data import DataConfig
 from emu_jax.data.batches import batch_shapes
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.eva_clip import CLIP_MEAN, CLIP_STD
 from emu_jax.sharding import batch_sharding
 from emu_jax.storage import shipped
-from emu_jax.train.config import TrainConfig
+from emu_jax.train.config import TrainConfig, pretraining
 from emu_jax.train.config_file import load_config
 from emu_jax.train.flops import train_flops
 from emu_jax.train.optimizer import group_of, schedule
@@ -62,12 +63,15 @@ def run(
 def settings(
     config: str, rows: int, tokens: int, pictures: int, dtype: str, remat: str
 ) -> TrainConfig:
-    """Returns a config of configs/ at the size of a benchmark."""
+    """Returns a config of configs/ at the size of a benchmark; "digits" is a small model."""
     path = shipped("configs") / f"{config}.py"
-    if not path.exists():
-        known = [p.stem for p in path.parent.glob("emu_*.py")]
+    if config == "digits":
+        cfg = small()
+    elif path.exists():
+        cfg = load_config(TrainConfig, path, [])
+    else:
+        known = ["digits", *(p.stem for p in path.parent.glob("emu_*.py"))]
         raise UserError(f"no config {config!r}{suggest(config, known)}")
-    cfg = load_config(TrainConfig, path, [])
     llama = dataclasses.replace(cfg.model.llama, rope_dtype="float32")  # as in transformers
     cfg = dataclasses.replace(
         cfg,
@@ -77,6 +81,16 @@ def settings(
         remat=RematConfig.everywhere(remat),
     )
     return cfg
+
+
+def small() -> TrainConfig:
+    """Returns pretraining of the digits' model, with the parts that the ladder's have."""
+    model = digits()
+    assert model.cformer is not None
+    cformer = dataclasses.replace(model.cformer, normalize=False)
+    data = DataConfig(n_causal=model.n_embeddings, image_size=model.vision.image_size)
+    model = dataclasses.replace(model, cformer=cformer, unet=None, vae=None)
+    return pretraining("digits", model, data=data)
 
 
 def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> dict:
@@ -225,6 +239,7 @@ class Ours:
 
     def loss(self) -> float:
         """Returns the loss without dropout."""
+        assert self.cfg.model.cformer is not None
         still = dataclasses.replace(self.cfg.model.cformer, dropout=0.0)
         model = dataclasses.replace(self.cfg.model, cformer=still)
         with self.settings():
@@ -262,7 +277,7 @@ class Theirs:
         )
         rates = [schedule(group, cfg.steps) for group, _ in groups]
         # Computed in advance, so that their step does not call JAX.
-        tables = [[float(rate(step)) for step in range(64)] for rate in rates]
+        tables = [[float(np.asarray(rate(step))) for step in range(64)] for rate in rates]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, [lambda step, t=t: t[min(step, 63)] for t in tables]
         )
@@ -316,11 +331,12 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
         cfg.model.llama,
         cfg.model.tokens,
     )
+    assert causal is not None
 
     class Emu(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = transformers.ViTModel(
+            self.encoder: Any = transformers.ViTModel(
                 transformers.ViTConfig(
                     hidden_size=vision.width,
                     num_hidden_layers=vision.layers,
@@ -334,7 +350,7 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
                 ),
                 add_pooling_layer=False,
             )
-            decoder = T5Stack(
+            decoder: Any = T5Stack(
                 transformers.T5Config(
                     d_model=causal.width,
                     d_kv=causal.head_width,
@@ -359,11 +375,11 @@ def twin(torch: Any, cfg: TrainConfig) -> Any:
             for block in decoder.block:
                 cross = block.layer[1].EncDecAttention
                 cross.k, cross.v = (nn.Linear(vision.width, inner, bias=False) for _ in range(2))
-            self.cformer = nn.Module()
+            self.cformer: Any = nn.Module()
             self.cformer.decoder = decoder
             self.cformer.causal_tokens = nn.Parameter(torch.zeros(causal.n_causal, causal.width))
             self.cformer.projection = nn.Linear(causal.width, llama.width)
-            self.llama = transformers.LlamaForCausalLM(
+            self.llama: Any = transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(
                     vocab_size=llama.vocab_size,
                     hidden_size=llama.width,

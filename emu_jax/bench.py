@@ -3,7 +3,8 @@ docs/performance.md.
 
 A benchmark is a Python file in benchmarks/. Its docstring explains what it measures and how.
 
-    run(key=default, ...) -> dict    measures; returns figures as plain JSON types
+    run(key=default, ...) -> dict    measures; returns figures as plain JSON types. A generator
+                                     yields them after each part, each time with the earlier ones
     table(figures) -> str            optional: the figures as Markdown
     plot(figures, path)              optional: the figures as a PNG
 
@@ -18,6 +19,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import re
@@ -26,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +41,8 @@ log = logging.getLogger("emu_jax")
 
 Figures = dict[str, Any]
 OUT = Path("runs/bench")  # default folder of plots
+CAUSE_LENGTH = 300  # characters of an error's message that a record keeps
+NOT_MEASURED = "Not measured."
 
 
 class Missing(UserError):
@@ -117,7 +122,13 @@ def run(
     for name, module in modules.items():
         log.info("bench %s: %s", name, about(Path(module.__file__ or "")))
         try:
-            figures = module.run(**chosen[name])
+            for figures in _updates(module.run(**chosen[name])):
+                results[name] = figures
+                if page and not jax.process_index():  # only the first host writes
+                    words = [setting for setting in settings if setting.startswith(f"{name}.")]
+                    command = " ".join(["emu-jax bench", name, *(f"--set {w}" for w in words)])
+                    record = {"command": command, "machine": machine(), "figures": figures}
+                    page.update(name, record, label)
         except Missing as error:
             if names:
                 raise
@@ -130,23 +141,76 @@ def run(
             log.error("bench %s: failed: %s", name, error, exc_info=trace)
             failed.append(name)
             continue
-        results[name] = figures
-        if jax.process_index():
-            continue  # only the first host writes
-        if page:
-            words = [setting for setting in settings if setting.startswith(f"{name}.")]
-            command = " ".join(["emu-jax bench", name, *(f"--set {word}" for word in words)])
-            record = {"command": command, "machine": machine(), "figures": figures}
-            page.update(name, record, label)
-        elif hasattr(module, "plot"):
+        if hasattr(module, "plot") and not page and not jax.process_index():
             out.mkdir(parents=True, exist_ok=True)
-            module.plot(figures, out / f"{name}.png")
+            module.plot(results[name], out / f"{name}.png")
             log.info("bench %s: %s", name, out / f"{name}.png")
     results["machine"] = machine()
     if failed:
         log.error("bench: failed, as said above: %s", ", ".join(failed))
         results |= {"passed": False, "failed": failed}
     return results
+
+
+def _updates(measured: Figures | Iterator[Figures]) -> Iterator[Figures]:
+    """Yields the figures that a benchmark's `run` returned, or those after each of its parts."""
+    if isinstance(measured, dict):
+        yield measured
+    else:
+        yield from measured
+
+
+def run_in_subprocess(
+    name: str, settings: Sequence[str], seconds: float, *, preload: Sequence[str] = ()
+) -> Figures:
+    """Runs one benchmark in a process of its own, so that it leaves no memory behind and can be
+    stopped. Returns its figures.
+
+    Args:
+        seconds: after which it is stopped.
+        preload: modules that all such processes import, if they are installed. On a CPU they are
+            imported once, and the processes forked.
+
+    Raises:
+        RuntimeError: it failed or was stopped. The message is one line.
+    """
+    import jax
+
+    # CUDA does not survive a fork, and a library may initialize it when it is imported.
+    if jax.default_backend() == "cpu":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+    else:
+        context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    level = log.getEffectiveLevel()
+    process = context.Process(target=_send_figures, args=(sender, name, list(settings), level))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            raise RuntimeError(f"stopped after {seconds:.0f} s")
+        figures, cause = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"its process ended with exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+    if cause:
+        raise RuntimeError(cause)
+    return figures
+
+
+def _send_figures(sender: Connection, name: str, settings: list[str], level: int) -> None:
+    """Sends (figures, "") or ({}, cause of the failure in one line)."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(level)
+    try:
+        sender.send((run([name], settings)[name], ""))
+    except Exception as error:
+        log.error("bench %s: failed", name, exc_info=not isinstance(error, UserError))
+        sender.send(({}, " ".join(f"{type(error).__name__}: {error}".split())[:CAUSE_LENGTH]))
 
 
 def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dict[str, Figures]:
@@ -309,7 +373,7 @@ class Page:
         """Returns `text` with the tables of `records` filled in."""
         for name, by_hardware in records.items():
             tables = "\n\n".join(self._section(name, *item) for item in by_hardware.items())
-            text = markdown.replace_region(text, f"bench {name}", tables)
+            text = markdown.replace_region(text, f"bench {name}", tables or NOT_MEASURED)
         return text
 
     def _section(self, name: str, hardware: str, record: Figures) -> str:

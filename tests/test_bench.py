@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import re
+import subprocess
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ def run(): return {"seconds": bench.median([1.0, 2.0, 3.0]), "bytes": 12345}
 def table(figures): return bench.markdown_table(("s", "bytes"), [figures.values()])
 def plot(figures, path): path.write_text("a plot")
 """
+RESULTS = ("dict", "Iterator[dict]")  # of a benchmark's run
 PAGE = """# Speed
 Written by hand.
 <!-- bench drawn -->
@@ -191,6 +194,64 @@ def test_a_label_keeps_a_record_beside_another(folder, tmp_path):
     assert labeled == f"{plain}: 16 rows" and f"**{labeled}**" in page.read_text()
 
 
+def test_figures_are_written_after_each_part(folder):
+    parts = 'def run():\n yield {"a": 1}\n yield {"a": 1, "b": 2}\n raise RuntimeError("no luck")'
+    (folder / "fast.py").write_text(parts)
+    page = bench.Page(folder / "page.md")
+    page.path.write_text(PAGE)
+    with pytest.raises(RuntimeError, match="no luck"):
+        bench.run(["fast"], write=page.path)
+    (record,) = page.records()["fast"].values()
+    assert record["figures"] == {"a": 1, "b": 2}
+    assert bench.NOT_MEASURED in page.rendered(PAGE, {"fast": {}})
+
+
+def test_the_parts_of_the_gpu_share_the_time(monkeypatch):
+    """A part that fails is recorded, and the next one runs with the time that is left."""
+    gpu, limits = bench.load("gpu"), []
+
+    def measured(name, settings, seconds, preload):
+        limits.append(seconds)
+        time[0] += 10
+        if name == "train_step":
+            raise RuntimeError("out of memory")
+        return {"x": 1}
+
+    time = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(gpu.bench, "run_in_subprocess", measured)
+    monkeypatch.setattr(gpu.bench, "load", lambda name: SimpleNamespace(table=lambda f: f"{f}"))
+    monkeypatch.setattr(gpu.os, "environ", {})
+    monkeypatch.setattr(gpu, "PARTS", gpu.PARTS[:4])  # shares of 80, 30, 160 and 60
+    steps = gpu.run(smoke=1, seconds=330)
+    assert [len(next(steps)["parts"]) for _ in range(3)] == [1, 2, 3]
+    figures = next(steps)
+    assert limits == [80, 320 * 30 / 250, 310 * 160 / 220, 300]
+    assert "pictures=2 turns=1 compiled=0 remat=none`, 10 s):\n\nNot measured. out of memory" in (
+        text := gpu.table(figures)
+    )
+    assert text.endswith("{'x': 1}")
+    with pytest.raises(UserError, match=r"not measured \(bench gpu\): Training step: see"):
+        next(steps)
+    with pytest.raises(bench.Missing, match="no GPU is attached"):
+        next(gpu.run())
+
+
+@pytest.mark.slow
+def test_a_benchmark_in_a_process_of_its_own():
+    with pytest.raises(RuntimeError, match=r"^UserError: floors.side is 3: make it at least 4$"):
+        bench.run_in_subprocess("floors", ["floors.side=3"], 300)
+    with pytest.raises(RuntimeError, match="stopped after 0 s"):
+        bench.run_in_subprocess("floors", [], 0.01)
+
+
+def test_the_script_for_a_gpu_names_its_use(tmp_path):
+    script = shipped("benchmarks") / "gpu.sh"
+    for arguments in (["--smok"], ["--smoke", "a", "b"]):
+        done = subprocess.run([script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and "usage: benchmarks/gpu.sh" in done.stderr
+
+
 def test_the_figures_of_performance_md_are_the_measured_ones():
     """What stands in its tables is what the records beside it give, no other digit."""
     page = bench.Page(shipped("docs") / "performance.md")
@@ -216,14 +277,17 @@ def test_every_benchmark_says_what_it_measures():
     assert shipped("benchmarks").name == "benchmarks" and "data" in paths
     for path in paths.values():
         assert bench.about(path).endswith("."), path
-        run = [n for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == "run"]
-        assert len(run) == 1 and ast.unparse(run[0].returns) == "dict", path
+        functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+        run = [function for function in functions if function.name == "run"]
+        assert len(run) == 1 and run[0].returns, path
+        assert ast.unparse(run[0].returns) in RESULTS, path
         assert len(run[0].args.args) == len(run[0].args.defaults), path
 
 
 def tiny(rows: int = 1) -> TrainConfig:
     """Every tower, at a size for seconds."""
     model = digits()
+    assert model.cformer is not None
     cformer = dataclasses.replace(model.cformer, normalize=False, dropout=0.1)
     llama = dataclasses.replace(model.llama, layers=2)
     vision = dataclasses.replace(model.vision, layers=2)
@@ -240,6 +304,7 @@ def test_the_step_and_its_twin_in_pytorch(monkeypatch):
     torch = pytest.importorskip("torch")
     step = bench.load("train_step")
     cfg = tiny(rows=2)
+    assert cfg.model.cformer is not None
     still = dataclasses.replace(cfg.model.cformer, dropout=0.0)
     quiet = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cformer=still))
     batch = step.documents(quiet)

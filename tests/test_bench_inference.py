@@ -1,32 +1,41 @@
 """The benchmarks of inference, at the smallest size: they check that both sides agree."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from emu_jax import bench
+from emu_jax.storage import shipped
 
 pytestmark = pytest.mark.optimized
 
 pytest.importorskip("torch", reason="what is compared with")
 
-TINY = {
-    "text_generation": {"size": "digits", "prompt": 12, "tokens": 8, "rows": 2},
-    "regression": {"size": "digits", "prompt": 12, "family": "both"},
-    "sampling": {"size": "digits", "steps": 4},
-    "encoding": {"size": "digits", "images": 4},
-    "checkpoints": {"size": "digits"},
-}
+
+@pytest.mark.slow
+def test_every_part_of_the_script_for_a_gpu(tmp_path):
+    """At toy sizes on a CPU. The parts check that both sides agree."""
+    script = shipped("benchmarks") / "gpu.sh"
+    environment = os.environ | {"PYTHON": sys.executable}
+    subprocess.run([script, "--smoke", tmp_path], env=environment, check=True)
+    page = bench.Page(tmp_path / "performance.md")
+    (record,) = page.records()["gpu"].values()
+    parts = record["figures"]["parts"]
+    assert len(parts) == 9 and not any("failed" in part for part in parts.values())
+    for part in parts.values():
+        assert "|" in bench.load(part["benchmark"]).table(part["figures"])
+        assert all(value > 0 for value in medians(part["figures"]))
+    assert page.rendered(text := page.path.read_text(), page.records()) == text
+    assert "Text, 16 rows (`text_generation size=digits" in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
-def test_both_sides_agree(name):
-    module = bench.load(name)
-    if floors := getattr(module, "floors", None):  # small ones: what they say means nothing here
-        peak, copy, floors.SECONDS = floors.peak, floors.fastest_copy, 0.001
-        floors.peak, floors.fastest_copy = lambda dtype: peak(dtype, 64), lambda: copy(64)
-    figures = module.run(turns=2, **TINY[name])
-    if name == "checkpoints":  # of the same turns
-        assert figures["blocks_s"]["median"] <= figures["save_s"]["median"]
+def test_checkpoints():
+    module = bench.load("checkpoints")
+    figures = module.run(turns=2, size="digits")
+    assert figures["blocks_s"]["median"] <= figures["save_s"]["median"]  # of the same turns
     assert "|" in module.table(figures)
     assert all(value > 0 for value in medians(figures))
 
