@@ -31,6 +31,8 @@ else
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"
   export JAX_COMPILATION_CACHE_DIR="$out/cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 fi
+# The process that starts the parts must leave them the memory, and each shares it with torch.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "${PYTHON:-python}" -m emu_jax.cli bench gpu --set gpu.smoke="$smoke" \
   --set gpu.seconds="${SECONDS_LIMIT:-$limit}" --write "$out/performance.md"

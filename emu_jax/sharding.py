@@ -228,6 +228,7 @@ class AbstractModel:
         self.graphdef, self._state = nnx.split(nnx.eval_shape(build))
         self._build = build
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
+        self.axes: dict[str, tuple[str | None, ...]] = {}  # logical axes of each parameter
         for path, variable in nnx.to_flat_state(self._state):
             axes = variable.get_metadata().get("axes") or (None,) * len(variable.shape)
             entries, undivided = _split(axes, variable.shape, mesh)
@@ -237,6 +238,7 @@ class AbstractModel:
                 shard_bytes = math.prod(where.shard_shape(shape.shape)) * shape.dtype.itemsize
                 _log_undivided(".".join(map(str, path)), ", ".join(undivided), shard_bytes)
             self.shapes[".".join(map(str, path))] = shape
+            self.axes[".".join(map(str, path))] = tuple(axes)
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:

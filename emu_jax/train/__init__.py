@@ -6,6 +6,7 @@ loop.py         `train`: where a run starts, its steps, logs and checkpoints
 step.py         the state, the gradients and the update of a step
 objectives.py   the module, the data and the loss of each stage
 optimizer.py    AdamW with a learning rate per group of parameters
+moments.py      Adam's moments in 8 bits
 evaluation.py   held-out evaluations: the interface, when they run, their records
 held_out.py     held-out losses by source
 samples.py      what a model in training generates from held-out documents

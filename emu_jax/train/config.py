@@ -31,7 +31,9 @@ SPIKE_THRESHOLD = 10.0  # of the configs that record loss spikes
 TRACKERS = ("wandb",)  # services beside the files of the run directory
 # Objectives that train the image decoder.
 PAINTERS = ("decoder", "painter")
-DTYPES = ("bfloat16", "float32")  # of the computation, and of the optimizer's first moment
+DTYPES = ("bfloat16", "float32")  # of the computation
+EIGHT_BITS = "int8"
+MOMENTS_DTYPES = (*DTYPES, EIGHT_BITS)  # of the optimizer's moments
 _AT_LEAST_ONE = (
     "steps",
     "accumulate",
@@ -147,7 +149,9 @@ class OptimizerConfig:
 
     groups: tuple[GroupConfig, ...] = (GroupConfig(),)  # the first that matches takes it
     # Of the first moment; "bfloat16" halves its memory. The second stays in float32: near b2 = 1
-    # its updates are below what bfloat16 resolves, and it would stand still.
+    # its updates are below what bfloat16 resolves, and it would stand still. "int8" stores both
+    # moments in 8 bits, rounded stochastically, with a scale for each block of up to 128 values; it
+    # leaves embeddings and small arrays in float32.
     moments_dtype: str = "float32"
     b1: float = 0.9
     b2: float = 0.98
@@ -161,10 +165,10 @@ class OptimizerConfig:
         Raises:
             UserError: a setting is out of range, or the dtype is unknown.
         """
-        if self.moments_dtype not in DTYPES:
+        if self.moments_dtype not in MOMENTS_DTYPES:
             raise UserError(
                 f"unknown optimizer.moments_dtype {self.moments_dtype!r}"
-                f"{suggest(self.moments_dtype, DTYPES)}"
+                f"{suggest(self.moments_dtype, MOMENTS_DTYPES)}"
             )
         for name in ("b1", "b2"):
             _check_range(self, name, 0.0, below=1.0, where=" (optimizer)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,15 @@ import jax.numpy as jnp
 import optax
 
 from emu_jax.errors import UserError
-from emu_jax.train.config import GroupConfig, OptimizerConfig
+from emu_jax.train.config import EIGHT_BITS, GroupConfig, OptimizerConfig
+from emu_jax.train.moments import (
+    Quantized,
+    block_axis,
+    decode,
+    encode_mu,
+    encode_nu,
+    rounding_noise,
+)
 
 
 def group_of(path: str, cfg: OptimizerConfig) -> GroupConfig:
@@ -46,21 +55,31 @@ def schedule(group: GroupConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, steps: int, params: Any
+    cfg: OptimizerConfig,
+    steps: int,
+    params: Any,
+    axes: Mapping[str, tuple[str | None, ...]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation for `params` (a nested dict of arrays, or of their shapes).
+    """Returns the transformation for `params` (a nested dict of arrays, or of their shapes; a flat
+    one for 8-bit moments).
 
     Its `update` also takes the gradient's `norm`, and whether the step is `finite`. If it is not,
     the state stays the same and the updates are meaningless.
+
+    Args:
+        axes: logical axes of the parameters, which decide how 8-bit moments are split into blocks.
 
     Raises:
         UserError: no group matches a parameter.
     """
     groups = jax.tree_util.tree_map_with_path(lambda p, _: group_of(dotted(p), cfg), params)
     decayed = jax.tree_util.tree_map_with_path(lambda p, x: _decays(dotted(p), x), params)
+    blocks = {}
+    if cfg.moments_dtype == EIGHT_BITS:
+        blocks = {p: block_axis(p, x.shape, (axes or {}).get(p)) for p, x in params.items()}
     return optax.chain(
         _clip(cfg.clip_norm),
-        _scale_by_adam(cfg),
+        _scale_by_adam(cfg, blocks),
         optax.add_decayed_weights(cfg.weight_decay, decayed),
         _scale_by_groups(groups, {g: schedule(g, steps) for g in cfg.groups}),
     )
@@ -78,13 +97,13 @@ def last_update(
         state: the optimizer's, after the update.
 
     Returns:
-        {dotted path: update} (with rounding errors, and those of bfloat16 moments), and
+        {dotted path: update} (with rounding errors, and those of bfloat16 or 8-bit moments), and
         {dotted path: learning rate}.
     """
     _, adam, _, scheduled = state  # of the chain in `make_optimizer`
     assert isinstance(adam, optax.ScaleByAdamState)
     assert isinstance(scheduled, optax.ScaleByScheduleState)
-    directions = _direction(adam.mu, adam.nu, adam.count, cfg)
+    directions = _direction(_decoded(adam.mu), _decoded(adam.nu), adam.count, cfg)
     schedules = {group: schedule(group, steps)(scheduled.count - 1) for group in cfg.groups}
     rates = {path: jnp.asarray(schedules[group_of(path, cfg)]) for path in params}
     updates = {}
@@ -119,13 +138,35 @@ def _clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
     return _transformation(optax.init_empty_state, update)
 
 
-def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+def _scale_by_adam(
+    cfg: OptimizerConfig, blocks: Mapping[str, int | None]
+) -> optax.GradientTransformationExtraArgs:
     """Returns `optax.scale_by_adam`, except that a non-finite step leaves the moments as they are.
 
     The updates are computed from the selected moments. If the old moments were selected after the
     updates, XLA's CPU compiler would copy all of them before it updates them in place.
+
+    Args:
+        blocks: for 8-bit moments, the axes along which parameters are quantized.
     """
-    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moments_dtype)
+    quantized = cfg.moments_dtype == EIGHT_BITS
+    mu_dtype = "float32" if quantized else cfg.moments_dtype
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=mu_dtype)
+
+    def encoded(mu: Any, nu: Any, noise: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+        axes = {path: axis for path, axis in blocks.items() if axis is not None}
+        return (
+            mu | {p: encode_mu(mu[p], axis, noise.get(p)) for p, axis in axes.items()},
+            nu | {p: encode_nu(nu[p], axis, noise.get(p)) for p, axis in axes.items()},
+        )
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state = adam.init(params)
+        assert isinstance(state, optax.ScaleByAdamState)
+        if quantized:
+            mu, nu = encoded(state.mu, state.nu, {})
+            state = state._replace(mu=mu, nu=nu)
+        return state
 
     def update(
         updates: Any,
@@ -136,17 +177,32 @@ def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
         **_: Any,
     ) -> tuple[Any, optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
+        old = _decoded(state.mu), _decoded(state.nu)
         new = (
-            optax.tree.update_moment(updates, state.mu, cfg.b1, 1),
-            optax.tree.update_moment_per_elem_norm(updates, state.nu, cfg.b2, 2),
+            optax.tree.update_moment(updates, old[0], cfg.b1, 1),
+            optax.tree.update_moment_per_elem_norm(updates, old[1], cfg.b2, 2),
         )
-        mu, nu = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (state.mu, state.nu))
+        mu, nu = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        if quantized:
+            noise = rounding_noise(count, blocks, {path: x.shape for path, x in mu.items()})
+            stored = encoded(mu, nu, noise)
+            kept = state.mu, state.nu  # rounding them again would change them
+            stored = jax.tree.map(lambda n, o: jnp.where(finite, n, o), stored, kept)
+        else:
+            stored = optax.tree.cast(mu, mu_dtype), nu
         updates = _direction(mu, nu, count, cfg)
         count = jnp.where(finite, count, state.count)
-        mu = optax.tree.cast(mu, cfg.moments_dtype)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        return updates, optax.ScaleByAdamState(count, *stored)
 
-    return _transformation(adam.init, update)
+    return _transformation(init, update)
+
+
+def _decoded(moments: Any) -> Any:
+    """Returns moments with those that are quantized in float32."""
+    is_quantized = lambda x: isinstance(x, Quantized)  # noqa: E731
+    return jax.tree.map(
+        lambda x: decode(x) if is_quantized(x) else x, moments, is_leaf=is_quantized
+    )
 
 
 def _direction(mu: Any, nu: Any, count: jax.typing.ArrayLike, cfg: OptimizerConfig) -> Any:

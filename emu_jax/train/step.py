@@ -86,7 +86,10 @@ class Trainer:
         if not self.trained:
             raise UserError("every parameter is frozen: give an optimizer group a positive lr")
         self.optimizer = make_optimizer(
-            cfg.optimizer, cfg.steps, {path: shapes[path] for path in self.trained}
+            cfg.optimizer,
+            cfg.steps,
+            {path: shapes[path] for path in self.trained},
+            self.template.axes,
         )
         # Frozen parameters are stored in the compute dtype.
         dtypes = dict.fromkeys(self.frozen, jnp.dtype(cfg.dtype))
@@ -270,7 +273,7 @@ class Trainer:
         def sharded(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
             sharding = replicated
-            if keys:  # the parts of a quantized matrix have other shapes
+            if keys:  # quantized matrices and moments have parts of other shapes
                 sharding = fitted(self.template.shardings[keys[-1]], leaf.shape)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
