@@ -122,7 +122,7 @@ def check_paths(verb, args):
 
 
 def check_script(words):
-    """A script of launch/ knows each flag; what follows `--` are arguments of `train`."""
+    """A script of launch/ or benchmarks/ knows each flag; what follows `--` are arguments of `train`."""
     script = ROOT / words[0]
     own, _, rest = (
         (words[1:], None, [])
@@ -157,7 +157,7 @@ def check(words):
     elif program == "source":
         known = ("SUBSTITUTED", ".venv/bin/activate", "harness/bin/activate")
         assert len(words) == 2 and words[1] in known, words
-    elif program.startswith("launch/"):
+    elif program.startswith(("launch/", "benchmarks/")):
         check_script(words)
     else:
         assert program in OTHERS, f"no check for {program}"
