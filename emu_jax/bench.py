@@ -174,10 +174,10 @@ def run_in_subprocess(
     Raises:
         RuntimeError: it failed or was stopped. The message is one line.
     """
-    import jax
+    from emu_jax.models.backend import on_cpu
 
     # CUDA does not survive a fork, and a library may initialize it when it is imported.
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))
     else:
