@@ -122,7 +122,7 @@ def check_paths(verb, args):
 
 
 def check_script(words):
-    """A script of launch/ or benchmarks/ knows each flag; what follows `--` are arguments of `train`."""
+    """A script knows each flag; what follows `--` are arguments of `train`."""
     script = ROOT / words[0]
     own, _, rest = (
         (words[1:], None, [])
