@@ -346,10 +346,13 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
             reason = _unreachable(cause)
     except errors.OfflineModeIsEnabled:
         reason = "offline mode is on: unset HF_HUB_OFFLINE"
-    except ConnectionError as error:  # of the storage of large files, which is not asked by HTTP
+    except ConnectionError as error:
+        # The storage of large files (Xet) raises the class itself, and sockets a subclass.
         reason = (
             f"large files cannot be transferred ({_first_line(error)}): check the network; for a "
             "server without Xet storage set HF_HUB_DISABLE_XET=1"
+            if type(error) is ConnectionError
+            else _unreachable(error)
         )
     except (http_error, RuntimeError) as raised:
         # An upload wraps the error of its request.

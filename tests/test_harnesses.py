@@ -126,6 +126,8 @@ def test_settings_of_the_model_win():
     assert echo.asked[0][1]["max_new_tokens"] == 3 and echo.asked[0][1]["top_k"] == 2
     with pytest.raises(UserError, match="did you mean"):
         HarnessModel(echo, max_new_token=3)
+    with pytest.raises(UserError, match="did you mean"):  # not that the checkpoint is missing
+        HarnessModel.load("missing", max_new_token=3)
 
 
 DOCUMENTS = [{"image": RED, "word": "one"}, {"image": BLUE, "word": "two six"}]

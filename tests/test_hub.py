@@ -257,6 +257,8 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
     address = hub.HubAddress.parse("hf://me/x")
     with pytest.raises(UserError, match="HF_HUB_DISABLE_XET"), hub._explained(address, "upload to"):
         raise ConnectionError("Network error: 404")
+    with pytest.raises(UserError, match="cannot be reached"), hub._explained(address):
+        raise ConnectionResetError(104, "Connection reset by peer")
 
 
 def test_the_card_says_what_was_trained(run, tmp_path):

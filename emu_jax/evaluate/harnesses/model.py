@@ -19,6 +19,7 @@ from emu_jax import sharding
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.prompt import Part, chat_format, converse
+from emu_jax.generate.settings import GenerationConfig
 from emu_jax.tokenizer import IMAGE
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -87,6 +88,7 @@ class HarnessModel:
         """
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+        GenerationConfig().replace(**settings)  # refused before the checkpoint is read
         mesh = sharding.make_mesh(devices=jax.local_devices())
         emu = load(checkpoint, mesh=mesh, dtype=DTYPES[dtype], batch_size=batch_size)
         return cls(emu, template=template, **settings)
