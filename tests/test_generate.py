@@ -1201,13 +1201,13 @@ def test_a_beam_search_lets_others_go_on(drawer):
 
 
 def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
-    """Prompts of equal padded length share a batch. If one cannot be read, others go on."""
+    """Prompts of equal padded length share a batch. If it cannot be read, each is read alone."""
     engine = Engine(drawer, slots=3, new_tokens=8, max_images=0)
     more, read, rows = {"max_new_tokens": 8, "max_images": 0}, engines._read_rows, []
 
     def counted(*args):
         rows.append(len(args[3]))
-        if rows == [2, 1]:
+        if rows in ([2, 1], [2, 1, 1, 1, 2]):
             raise MemoryError("no room")
         return read(*args)
 
@@ -1221,7 +1221,12 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
     together = run_together(engine, answers[:2])
     for each, said in zip(prompts, together, strict=False):
         assert joined(run_together(engine, [engine.stream(each, **more)])[0]) == joined(said)
-    assert rows == [2, 1, 1, 1] and engine.active == (0, 0)
+    again = run_together(engine, [engine.stream(each, **more) for each in prompts[:2]])
+    assert [*map(joined, again)] == [*map(joined, together)]
+    assert rows == [2, 1, 1, 1, 2, 1, 1] and engine.active == (0, 0)
+    # As in `serve.openai.Trimmer`.
+    stopped = [engines._has_stop(said, ["\n"]) for said in ("\n one", "\n one\n", "\n")]
+    assert stopped == [False, True, False]
     assert [*map(list, powers_of_two("abcdefg", 5))] == [[*"abcd"], [*"ef"], ["g"]]
     assert [*powers_of_two("ab", 0)] == ["a", "b"]
 

@@ -135,7 +135,7 @@ def load(address: str, pid: int | None, args: argparse.Namespace) -> dict[str, A
         images = drawings and random_.random() * 100 < args.images
         return random_.choice(drawings if images else chats)
 
-    # Compiles what there is to compile, and gives the answers that each request gets alone.
+    # Compiles the programs but those for several prompts at once, and gives the expected answers.
     alone = [answer(client, model, request) for request in asked]
     order, sequence = random.Random(0), 0
     started = time.monotonic()

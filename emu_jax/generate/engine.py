@@ -138,8 +138,8 @@ class Engine:
     def step(self) -> None:
         """Reads the prompts that wait, decodes a few elements of every slot, and denoises images.
 
-        A prompt that cannot be read ends its own iterator, and those of its batch. After an error
-        here, none of the requests in progress can continue: close their iterators.
+        A prompt that cannot be read ends its own iterator. After an error here, none of the
+        requests in progress can continue: close their iterators.
         """
         try:
             with self.emu._on_mesh():
@@ -179,8 +179,8 @@ class Engine:
         Args:
             previews: whether to yield a `Preview` every few steps of an image too. There are none
                 if the model has a safety checker, which judges only complete images.
-            stops: texts that end the answer. The last text that is yielded holds the end of the
-                first of them, and maybe more.
+            stops: texts that end the answer. White space at its beginning ends none. The last
+                text that is yielded holds the end of the first of them, and maybe more.
 
         Raises:
             UserError: the prompt or a setting is invalid.
@@ -216,7 +216,7 @@ class Engine:
                     assert embeddings is not None
                     key = _image_keys(paint_key, part)
                     yield from self._paint(embeddings[:, part], key, cfg, previews=previews)
-                stopped = any(stop in said for stop in stops)
+                stopped = _has_stop(said, stops)
                 if ended or stopped:
                     written = np.isin(tokens, (ids.pad, ids.image, ids.img_end), invert=True)
                     complete = stopped or bool(np.any(tokens == ids.eos))
@@ -244,7 +244,7 @@ class Engine:
             if isinstance(part, str):
                 said += part
             yield part
-            if any(stop in said for stop in stops):
+            if _has_stop(said, stops):
                 break
             yield None  # lets the others have a step
         written = len(self.tokenizer.encode_plain(said))
@@ -500,37 +500,23 @@ class _TextSlots:
             self._fetch()
 
     def _read_batch(self, batch: Sequence[_Arriving]) -> None:
-        """Reads prompts of equal padded length into their slots."""
+        """Reads prompts of equal padded length into their slots; if they cannot be read together,
+        one by one."""
         if self._state is None and self.active.any():
             raise RuntimeError(LOST)
-        emu, slots = self._emu, np.array([each.slot for each in batch], np.int32)
-        prompts = [each.prompt for each in batch]
+        rows = None
         try:
-            padded = pad(
-                prompts,
-                "left",
-                rows=len(batch),
-                length=batch[0].length,
-                images=bucket(max(len(p.images) for p in prompts), self._shapes.images),
-                fill=emu.cfg.tokens.pad,
-            )
-            rows = _read_rows(
-                emu._graphdef,
-                emu._params,
-                self._encode(padded),
-                padded.tokens,
-                padded.embedding_index,
-                padded.valid,
-                dataclasses.replace(self.static, do_sample=bool(self._sampled[slots].any())),
-                mixed.DynamicMixedSettings(*(jnp.asarray(a[slots]) for a in self._settings)),
-                self._keys[slots],
-            )
-            jax.block_until_ready(rows)  # if it fails, the others keep their state
+            rows = self._prefill(batch)
         except Exception as error:
-            log.debug("%d prompts could not be read: %s", len(batch), error)
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            log.warning("%d prompts could not be read together: %s", len(batch), error)
+        if rows is None:  # outside of `except`: the error refers to the arrays of the batch
             for each in batch:
-                each.error = error
+                self._read_batch([each])
             return
+        slots = np.array([each.slot for each in batch], np.int32)
         states, self._state = self._state, None  # donated: lost if `_insert_rows` fails
         if states is None:
             states = _empty_slots(rows, len(self.taken), self._cache_slots)
@@ -539,6 +525,31 @@ class _TextSlots:
         self._state = states
         for each in batch:
             each.read = self.active[each.slot] = True
+
+    def _prefill(self, batch: Sequence[_Arriving]) -> mixed.MixedState:
+        """Returns the state of each prompt after its first element. The slots keep theirs."""
+        emu, slots = self._emu, np.array([each.slot for each in batch], np.int32)
+        prompts = [each.prompt for each in batch]
+        padded = pad(
+            prompts,
+            "left",
+            rows=len(batch),
+            length=batch[0].length,
+            images=bucket(max(len(p.images) for p in prompts), self._shapes.images),
+            fill=emu.cfg.tokens.pad,
+        )
+        rows = _read_rows(
+            emu._graphdef,
+            emu._params,
+            self._encode(padded),
+            padded.tokens,
+            padded.embedding_index,
+            padded.valid,
+            dataclasses.replace(self.static, do_sample=bool(self._sampled[slots].any())),
+            mixed.DynamicMixedSettings(*(jnp.asarray(a[slots]) for a in self._settings)),
+            self._keys[slots],
+        )
+        return jax.block_until_ready(rows)  # a failure must show before slots are donated
 
     def _encode(self, batch: PromptBatch) -> Float[Array, "B images N E"]:
         """Returns the embeddings of a batch's images."""
@@ -723,6 +734,11 @@ class _ImageSlots:
                 else:
                     image = Image.fromarray(to_host(pixels)[0])
                     job.preview = Preview(image, job.step, job.count)
+
+
+def _has_stop(said: str, stops: Sequence[str]) -> bool:
+    """Returns whether an answer contains a stop text. White space before it is no part of it."""
+    return any(stop in said.lstrip() for stop in stops)
 
 
 def _padded(column: np.ndarray, rows: int) -> np.ndarray:

@@ -116,7 +116,7 @@ class Waiting:
     """A request's place in the queue; 0 when it runs.
 
     Attributes:
-        seconds: an estimate of how long it waits; None while no request has been answered.
+        seconds: an estimate of how long it waits; None before a first request had to wait.
     """
 
     place: int

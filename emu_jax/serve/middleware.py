@@ -197,7 +197,8 @@ class Authenticate:
     """Refuses requests without one of the API keys, if there are any.
 
     An address that sent `WRONG_KEYS` wrong keys within a minute gets no answer, so that keys cannot
-    be guessed. Loopback addresses are exempt: all clients behind a local proxy share them.
+    be guessed. Loopback addresses are exempt: all clients behind a local proxy share them. Behind
+    a proxy elsewhere, uvicorn must be told to trust its `X-Forwarded-For`.
     """
 
     def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
