@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import operator
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -313,6 +313,10 @@ def test_stored_lengths_belong_to_their_shard(tmp_path, monkeypatch):
     shard.write_bytes(content)
     with pytest.raises(Rejected, match="counted for other documents than .*a.array_record has"):
         load_lengths(str(shard), size, 2, "tokenizer")
+    shard.unlink()
+    with pytest.raises(Rejected, match="a.array_record cannot be read"):
+        load_lengths(str(shard), size, 2, "tokenizer")
+    shard.write_bytes(content)
     with np.load(lengths_path(str(shard))) as arrays:
         earlier = {name: array for name, array in arrays.items() if name != "shard_tail"}
     np.savez(lengths_path(str(shard)), **earlier)  # of a version that did not store it
@@ -455,12 +459,16 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
     assert index_once() == report and len(tasks) == 2  # it is not there: counted again
 
 
-def test_processes_are_kept_between_the_stages():
-    with on_processes(cast(Callable[[int], int], operator.neg), 2) as runner:
-        assert sorted(runner([-1, -2])) == [1, 2]
-        pool = runner._pool
-        assert sorted(runner([-3, -4])) == [3, 4] and runner._pool is pool is not None
-    assert runner._pool is None
+def test_processes_are_kept_between_the_stages_and_end_with_an_error():
+    with pytest.raises(KeyboardInterrupt), on_processes(cast(Any, eval), 2) as runner:
+        assert sorted(runner(["1", "2"])) == [1, 2]
+        pool = cast(Any, runner._pool)
+        assert sorted(runner(["3", "4"])) == [3, 4] and runner._pool is pool is not None
+        running = iter(runner(["5", "__import__('time').sleep(30)"]))
+        assert next(running) == 5  # tasks stay in progress, as when a traceback holds the iterator
+        workers = list(pool._processes.values())
+        raise KeyboardInterrupt
+    assert runner._pool is None and {w.exitcode for w in workers} == {-signal.SIGTERM}
 
 
 def test_a_share_that_is_none(tmp_path):

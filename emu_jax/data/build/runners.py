@@ -39,9 +39,9 @@ class Processes(Generic[T]):
         self._is_kept = True
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._is_kept = False
-        self._close()
+        self._close(terminate=error is not None)
 
     def __call__(self, tasks: Sequence[T]) -> Iterator[T]:
         if self._workers <= 1 or len(tasks) <= 1:
@@ -57,10 +57,8 @@ class Processes(Generic[T]):
                 "a worker was killed, perhaps because memory ran out: run the same command again "
                 "with fewer --workers; it resumes from the finished shards"
             ) from None
-        except BaseException:  # on any error, do not wait for tasks in progress
-            for worker in set(multiprocessing.active_children()) - self._others:
-                worker.terminate()
-            self._close()
+        except BaseException:
+            self._close(terminate=True)
             raise
         finally:
             if not self._is_kept:
@@ -73,10 +71,14 @@ class Processes(Generic[T]):
             self._pool = ProcessPoolExecutor(self._workers, spawn, _start_worker)
         return self._pool
 
-    def _close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+    def _close(self, terminate: bool = False) -> None:
+        if self._pool is None:
+            return
+        if terminate:  # on any error, do not wait for tasks in progress
+            for worker in set(multiprocessing.active_children()) - self._others:
+                worker.terminate()
+        self._pool.shutdown(cancel_futures=True)
+        self._pool = None
 
 
 def on_processes(work: Callable[[T], T], workers: int) -> Processes[T]:
