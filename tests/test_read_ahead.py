@@ -68,3 +68,8 @@ def test_memory_is_bounded_and_what_is_never_read_makes_room():
     assert ahead._bytes == 0
     ahead.request([Span("none", 0, 4)])
     assert ahead.take("none", 0, 4) is None  # the reader asks again, and learns why it fails
+    cancelled = Future[bytes]()
+    cancelled.cancel()
+    ahead = ReadAhead(lambda span: cancelled)
+    ahead.request([spans[0]])
+    assert not taken(ahead, spans[0])

@@ -81,7 +81,7 @@ def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -
         tokenizer: fingerprint of the tokenizer that training uses.
 
     Raises:
-        Rejected: they are of another tokenizer or shard, or damaged.
+        Rejected: they are of another tokenizer or shard, or damaged, or the shard cannot be read.
         UserError: the store does not answer.
     """
     path = lengths_path(shard)
@@ -102,8 +102,11 @@ def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -
         raise Rejected(f"{path} is damaged ({error})") from None
     if found != (shard_bytes, documents, len(lengths.sizes)):
         raise Rejected(f"{path} does not fit {shard}")
-    if tail is not None and tail != _tail_digest(shard, shard_bytes):
-        raise Rejected(f"{path} was counted for other documents than {shard} has")
+    try:
+        if tail is not None and tail != _tail_digest(shard, shard_bytes):
+            raise Rejected(f"{path} was counted for other documents than {shard} has")
+    except OSError as error:
+        raise Rejected(f"{shard} cannot be read ({error})") from None
     return lengths
 
 

@@ -89,10 +89,12 @@ class ReadAhead:
             self._reads[span] -= 1
             if not self._reads[span]:
                 self._forget(span)
-        if request.content.exception() is not None:
+        try:
+            content = request.content.result()
+        except Exception:  # or a client cancelled it
             return None
         first = start - request.span.start
-        return request.content.result()[first : first + size]
+        return content[first : first + size]
 
     def _forget(self, span: Span) -> None:
         request = self._requests.pop(span)
