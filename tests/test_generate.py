@@ -25,7 +25,7 @@ from emu_jax.errors import UserError
 from emu_jax.generate import api, image, logits, mixed, prompt, text
 from emu_jax.generate import engine as engines
 from emu_jax.generate.api import Emu, _image_keys, _row_keys, load
-from emu_jax.generate.engine import Engine, Usage, powers_of_two
+from emu_jax.generate.engine import Engine, Usage, full_groups
 from emu_jax.generate.safety import find_checker
 from emu_jax.generate.settings import (
     RENAMED,
@@ -1212,6 +1212,7 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
         return read(*args)
 
     monkeypatch.setattr(engines, "_read_rows", counted)
+    monkeypatch.setattr(engines, "PREFILL_ROWS", 2)
     prompts = [OPENING[3], [picture(0), "two"], ["five"]]
     answers = [engine.stream(each, **more) for each in prompts]
     assert [next(each) for each in answers] == [None] * 3 and rows == []
@@ -1219,16 +1220,18 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
     with pytest.raises(MemoryError, match="no room"):
         next(answers[2])
     together = run_together(engine, answers[:2])
+    # Its slot then holds more tokens than the prompts that follow.
+    run_together(engine, [engine.stream(["four five six " * 4], **more)])
     for each, said in zip(prompts, together, strict=False):
         assert joined(run_together(engine, [engine.stream(each, **more)])[0]) == joined(said)
     again = run_together(engine, [engine.stream(each, **more) for each in prompts[:2]])
     assert [*map(joined, again)] == [*map(joined, together)]
-    assert rows == [2, 1, 1, 1, 2, 1, 1] and engine.active == (0, 0)
+    assert rows == [2, 1, 1, 1, 1, 2, 1, 1] and engine.active == (0, 0)
     # As in `serve.openai.Trimmer`.
     stopped = [engines._has_stop(said, ["\n"]) for said in ("\n one", "\n one\n", "\n")]
     assert stopped == [False, True, False]
-    assert [*map(list, powers_of_two("abcdefg", 5))] == [[*"abcd"], [*"ef"], ["g"]]
-    assert [*powers_of_two("ab", 0)] == ["a", "b"]
+    assert [*full_groups("abcdefgh", 3)] == ["abc", "def", "g", "h"]
+    assert [*full_groups("ab", 0)] == ["a", "b"]
 
 
 def test_a_prompt_too_long_for_a_slot_is_answered_alone(drawer):

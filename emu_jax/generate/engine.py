@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PROMPT_TOKENS = 4096  # default of `Engine`
-PREFILL_ROWS = 8  # prompts, or images, that are read in one batch, at most; a power of two
+PREFILL_ROWS = 4  # prompts, or images, that are read in one batch
 PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
 PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
 LOST = "the state of the batch was lost when a prompt could not be read into it"
@@ -494,7 +494,9 @@ class _TextSlots:
             groups[kind].append(arriving)
         self._waiting = []
         for (length, *_), group in groups.items():
-            for batch in powers_of_two(group, min(PREFILL_ROWS, PREFILL_TOKENS // length)):
+            for batch in full_groups(
+                group, PREFILL_ROWS if PREFILL_ROWS * length <= PREFILL_TOKENS else 1
+            ):
                 self._read_batch(batch)
         if self._state is not None:
             self._fetch()
@@ -563,7 +565,7 @@ class _TextSlots:
                 None if frames is None else frames[index],
                 emu.dtype,
             )
-            for index in map(np.array, powers_of_two(range(len(batch.images)), PREFILL_ROWS))
+            for index in map(np.array, full_groups(range(len(batch.images)), PREFILL_ROWS))
         ]
         if not parts:  # rows without images index any embeddings
             parts = [jnp.zeros((1, emu.cfg.n_embeddings, emu.cfg.embedding_width), emu.dtype)]
@@ -949,12 +951,12 @@ def _take(states: T, slot: Int[Array, ""]) -> T:
     return jax.tree.map(lambda a: a[slot], states)
 
 
-def powers_of_two(items: Sequence[T], largest: int) -> Iterator[Sequence[T]]:
-    """Cuts items into parts whose numbers are powers of two up to `largest`, the largest first: few
-    shapes, and no padding."""
-    size, start = 1 << max(largest, 1).bit_length() - 1, 0
-    while start < len(items):
-        while size > len(items) - start:
-            size //= 2
+def full_groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cuts items into groups of `size`, and one of each item that is left: two shapes to compile,
+    and no padding."""
+    size = max(size, 1)
+    full = len(items) - len(items) % size
+    for start in range(0, full, size):
         yield items[start : start + size]
-        start += size
+    for start in range(full, len(items)):
+        yield items[start : start + 1]
