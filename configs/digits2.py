@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             clip_norm=5.0,
         ),
         parents=dict.fromkeys(("visual", "project_up", "project_down", "llama"), "../digits2_1b"),
-        steps=600,
+        steps=800,
         eval=(
             EvalConfig(every=50, batches=1),
             EvalConfig(

@@ -1207,7 +1207,7 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
 
     def counted(*args):
         rows.append(len(args[3]))
-        if rows in ([2, 1], [2, 1, 1, 1, 2]):
+        if rows in ([2, 1], [2, 1, 1, 1, 1, 2]):
             raise MemoryError("no room")
         return read(*args)
 

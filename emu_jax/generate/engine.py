@@ -494,9 +494,8 @@ class _TextSlots:
             groups[kind].append(arriving)
         self._waiting = []
         for (length, *_), group in groups.items():
-            for batch in full_groups(
-                group, PREFILL_ROWS if PREFILL_ROWS * length <= PREFILL_TOKENS else 1
-            ):
+            size = PREFILL_ROWS if PREFILL_ROWS * length <= PREFILL_TOKENS else 1
+            for batch in full_groups(group, size):
                 self._read_batch(batch)
         if self._state is not None:
             self._fetch()
@@ -519,10 +518,10 @@ class _TextSlots:
                 self._read_batch([each])
             return
         slots = np.array([each.slot for each in batch], np.int32)
-        states, self._state = self._state, None  # donated: lost if `_insert_rows` fails
+        states, self._state = self._state, None  # donated: lost if `_insert` fails
         if states is None:
             states = _empty_slots(rows, len(self.taken), self._cache_slots)
-        states = _insert_rows(states, rows, slots)
+        states = _insert(states, rows, slots)
         jax.block_until_ready(states)
         self._state = states
         for each in batch:
@@ -915,26 +914,13 @@ def _zeros(row: jax.Array | jax.ShapeDtypeStruct, slots: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnames=("states",))
-def _insert_rows(
-    states: mixed.MixedState, rows: mixed.MixedState, slots: Int[Array, "B"]
-) -> mixed.MixedState:
-    """Puts the state of each row into its slot, whose cache may have room for more tokens.
-
-    Keys and values that a former request left there stay, but none of them is valid.
-    """
-    cache, length = rows.cache, states.cache.valid.shape[-1]
-    valid = jnp.pad(cache.valid, [(0, 0), (0, 0), (0, length - cache.valid.shape[-1])])
-    rows = rows._replace(cache=dataclasses.replace(cache, valid=valid))
-    return _put(states, rows, slots)
-
-
-@functools.partial(jax.jit, donate_argnames=("states",))
 def _insert(states: T, rows: T, slots: Int[Array, "B"]) -> T:
-    """Puts each row into its slot."""
-    return _put(states, rows, slots)
+    """Puts each row into its slot.
 
+    A slot's cache may have room for more tokens than a row's. What a former request left behind the
+    row's tokens stays there: no token sees a place of the cache before it is written.
+    """
 
-def _put(states: T, rows: T, slots: Int[Array, "B"]) -> T:
     def insert(i: Int[Array, ""], states: T) -> T:
         def put(all_: jax.Array, row: jax.Array) -> jax.Array:
             start = (slots[i], *[0] * (all_.ndim - 1))
