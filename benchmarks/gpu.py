@@ -118,32 +118,32 @@ def run(smoke: int = 0, seconds: float = 540.0) -> Iterator[dict]:
         limit = left * part.share / sum(later.share for later in PARTS[number:])
         words = (part.smoke if smoke else part.settings).format(config=config, size=size).split()
         started = time.monotonic()
-        found: dict = {"benchmark": part.benchmark, "settings": words}
+        result: dict = {"benchmark": part.benchmark, "settings": words}
         try:
-            found["figures"] = bench.run_in_subprocess(
+            result["figures"] = bench.run_in_subprocess(
                 part.benchmark,
                 [f"{part.benchmark}.{word}" for word in words],
                 limit,
                 preload=PRELOAD,
             )
         except RuntimeError as error:
-            found["failed"] = str(error)
-        found["seconds"] = round(time.monotonic() - started, 1)
-        parts[part.title] = found
-        log.info("%s: %s (%.0f s)", part.title, found.get("failed", "done"), found["seconds"])
+            result["failed"] = str(error)
+        result["seconds"] = round(time.monotonic() - started, 1)
+        parts[part.title] = result
+        log.info("%s: %s (%.0f s)", part.title, result.get("failed", "done"), result["seconds"])
         yield {"smoke": smoke, "parts": dict(parts)}
-    if failed := [title for title, found in parts.items() if "failed" in found]:
+    if failed := [title for title, result in parts.items() if "failed" in result]:
         raise UserError(f"not measured (bench gpu): {', '.join(failed)}: see the errors above")
 
 
 def table(figures: dict) -> str:
     sections = []
-    for title, found in figures["parts"].items():
-        settings = " ".join([found["benchmark"], *found["settings"]])
-        lines = [f"{title} (`{settings}`, {found['seconds']:.0f} s):", ""]
-        if "failed" in found:
-            lines.append(f"{bench.NOT_MEASURED} {found['failed']}")
+    for title, result in figures["parts"].items():
+        settings = " ".join([result["benchmark"], *result["settings"]])
+        lines = [f"{title} (`{settings}`, {result['seconds']:.0f} s):", ""]
+        if "failed" in result:
+            lines.append(f"{bench.NOT_MEASURED} {result['failed']}")
         else:
-            lines.append(bench.load(found["benchmark"]).table(found["figures"]))
+            lines.append(bench.load(result["benchmark"]).table(result["figures"]))
         sections.append("\n".join(lines))
     return "\n\n".join(sections)

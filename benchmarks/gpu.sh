@@ -21,7 +21,7 @@ mkdir -p "$out" && out=$(cd "$out" && pwd)
 for file in performance.md performance.json; do
   [[ -e $out/$file ]] || cp "$root/docs/$file" "$out/$file"
 done
-limit=540
+limit=520  # leaves 20 s to start and to write
 if [[ $smoke == 0 ]]; then
   # shellcheck source=/dev/null
   source <("$root/launch/flags.sh" gpu)

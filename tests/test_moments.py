@@ -24,7 +24,7 @@ AXIS = 1  # of the blocks, here
 
 
 def test_codes_and_scales():
-    """Errors are those of the distance between codes, and rounding is unbiased."""
+    """Errors are those of the distance between codes, and codes are right on average."""
     rng = np.random.default_rng(0)
     size = (3, 256, 4)
     mu = rng.standard_normal(size) * 10 ** rng.uniform(-4, 0, size)

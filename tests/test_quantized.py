@@ -181,3 +181,6 @@ def test_memory_of_the_14b_model():
         held = jax.tree.leaves(jax.eval_shape(functools.partial(rounded, kind=kind), leaves))
         total = sum(math.prod(a.shape) * a.dtype.itemsize for a in held)
         assert total == pytest.approx(expected, rel=0.01)
+        # As `generate` and `serve` hold it, with the rest in float32.
+        rest = sum(math.prod(a.shape) * 2 for path, a in leaves.items() if not is_quantized(path))
+        assert total + rest == pytest.approx(expected + 0.77e9, rel=0.01)

@@ -246,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds a bug (default: 600)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table to this page")
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}: make it at least 1")
     mutants = read_mutants()
     unknown = set(options.names) - {mutant.name for mutant in mutants}
     if unknown:

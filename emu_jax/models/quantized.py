@@ -4,9 +4,10 @@ int8   a scale for each output channel
 int4   a scale for each output channel and group of up to 128 inputs, two numbers in a byte; a
        matrix with an odd number of inputs is in int8
 
-Layers read `param[...].astype(dtype)`, which computes the matrix that they multiply with. A
-convolution has a scale for each of its taps. The U-Net is in int8 with either type. Norms, biases,
-token embeddings, adapters, the connector and the autoencoder are not quantized.
+Linear layers multiply by `matmul`. Others read `param[...].astype(dtype)`, which computes the
+matrix that they multiply with. A convolution has a scale for each of its taps. The U-Net is in int8
+with either type. Norms, biases, token embeddings, adapters, the connector and the autoencoder are
+not quantized.
 """
 
 from __future__ import annotations

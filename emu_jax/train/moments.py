@@ -2,13 +2,13 @@
 
 Blocks as in Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (ICLR 2022): an outlier
 costs precision in its own block alone. Embeddings and small arrays stay in float32, as there.
-Optax has no quantized state, and no other library for JAX shards it.
+Optax has no quantized state.
 
 Codes are linear in a root of the value (companding): the square root of the first moment, the
 fourth root of the second. Like the paper's dynamic code, this spends the codes on small values, but
-it needs no table, whose look-ups are slow on TPUs. Rounding is stochastic. A moment moves by a few
-percent in a step, which is less than the distance between two codes; rounded to the nearest one, it
-would stand still.
+it needs no table, whose look-ups are slow on TPUs. Rounding is stochastic: codes are right on
+average. In a step the second moment moves by a few percent, often less than the distance between
+two codes. Rounded to the nearest one, it would stand still.
 
 A block lies along an axis of its parameter that `fsdp` does not split, so that no block is spread
 over devices. Where the blocks lie depends on the parameter alone: a checkpoint can be restored onto
