@@ -550,13 +550,13 @@ def load_module(
     }
     params: dict[str, Any] = {}
     stored = _stored_quantized(directory, template)
+    if quantization is not None and stored:
+        raise UserError(f"{directory} is quantized already: leave the quantization out")
     parts = {f"{path}.{part}": s for path, pair in stored.items() for part, s in pair.items()}
     arrays = read_params(directory, parts) if parts else {}
     for path, pair in stored.items():
         params[path] = quantized_matrix(path, *(arrays.pop(f"{path}.{part}") for part in pair))
         del wanted[path]
-    if quantization is not None and params:
-        raise UserError(f"{directory} is quantized already: leave the quantization out")
     if quantization is not None:
         matrices = {path: wanted.pop(path) for path in filter(is_quantized, list(wanted))}
         for group in _shape_groups(matrices):
