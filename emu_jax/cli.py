@@ -208,6 +208,15 @@ def _quantize_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _dtype_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default=default,
+        help=f"of the computation and of all matrices that are not quantized (default: {default})",
+    )
+
+
 def generate(parser: argparse.ArgumentParser) -> Command:
     """continue a sequence of text and images"""
     parser.add_argument("--checkpoint", type=_readable, required=True, metavar="DIR")
@@ -225,6 +234,7 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         help="file of the image; with --output auto, FILE-1, FILE-2, ... (default: emu.png)",
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N")
+    _dtype_option(parser, "float32")
     _quantize_option(parser)
     parser.add_argument(
         "--max-new-tokens",
@@ -256,6 +266,8 @@ def generate(parser: argparse.ArgumentParser) -> Command:
     )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
+        import jax.numpy as jnp
+
         from emu_jax.generate import cli_io
 
         if bool(args.parts) == bool(args.batch):
@@ -269,7 +281,7 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         cli_io.check_seeds(args.output, args.seed, len(prompts))  # before loading the model
         numbered = args.output == "auto"
         answers = cli_io.answer(
-            emu_jax.load(args.checkpoint, quantize=args.quantize),
+            emu_jax.load(args.checkpoint, dtype=jnp.dtype(args.dtype), quantize=args.quantize),
             prompts,
             args.output,
             args.seed,
@@ -546,7 +558,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="items per batch (default: 16)"
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    _dtype_option(parser, "bfloat16")
     _quantize_option(parser)
     parser.add_argument(
         "--hosts-per-model",
@@ -920,6 +932,7 @@ def serve(parser: argparse.ArgumentParser) -> Command:
         "--host, IP addresses (repeatable; default with another --host: this machine's names)",
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N")
+    _dtype_option(parser, "float32")
     _quantize_option(parser)
     parser.add_argument(
         "--waiting",
@@ -1003,6 +1016,7 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             slots=args.slots,
             image_slots=args.image_slots,
             keys=keys,
+            dtype=args.dtype,
             quantize=args.quantize,
         )
         return {}

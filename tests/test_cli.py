@@ -70,7 +70,14 @@ class FakeEmu:
 @pytest.fixture
 def fake_emu(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(vars(emu_jax), "load", lambda directory, **settings: FakeEmu())
+    loaded = {}
+
+    def load(directory, **settings):
+        loaded.update(settings)
+        return FakeEmu()
+
+    monkeypatch.setitem(vars(emu_jax), "load", load)
+    return loaded
 
 
 # Mistakes
@@ -222,8 +229,18 @@ def test_generate_text(run, fake_emu, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     command = ("generate", "--checkpoint", "d", "--output", "text", "@a.png", "what is this?")
     assert run(*command) == (0, "2 parts\n", "")
-    status, out, _ = run(*command, "--json")
+    assert fake_emu == {"dtype": np.float32, "quantize": None}
+    status, out, _ = run(*command, "--json", "--dtype", "bfloat16", "--quantize", "int4")
     assert status == 0 and json.loads(out) == {"parts": [{"text": "2 parts"}]}
+    assert fake_emu == {"dtype": "bfloat16", "quantize": "int4"}
+
+
+def test_serve_hands_over_the_types(run, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("emu_jax.serve.app.serve", lambda *_, **settings: seen.update(settings))
+    types = ("--dtype", "bfloat16", "--quantize", "int8")
+    assert run("serve", "--checkpoint", tmp_path, *types)[0] == 0
+    assert (seen["dtype"], seen["quantize"]) == ("bfloat16", "int8")
 
 
 def test_at_sign_means_a_picture_and_two_a_sign(fake_emu, tmp_path):

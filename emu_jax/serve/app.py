@@ -34,6 +34,7 @@ from collections.abc import (
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import jax.numpy as jnp
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -405,6 +406,7 @@ def serve(
     slots: int = 8,
     image_slots: int | None = None,
     keys: Collection[str] = (),
+    dtype: Literal["bfloat16", "float32"] = "float32",
     quantize: Literal["int8", "int4"] | None = None,
 ) -> None:
     """Loads the checkpoint and serves it until interrupted.
@@ -415,7 +417,7 @@ def serve(
         image_slots: images that are denoised at once; by default 1 on a CPU, where a batch of
             images is not faster than one after the other, and 4 elsewhere.
         keys: API keys; with none, everyone who reaches the server may use it.
-        quantize: the type of the quantized matrices (`emu_jax.load`).
+        dtype, quantize: of the computation, and of the quantized matrices (`emu_jax.load`).
 
     Raises:
         UserError: the server cannot listen on the address, or the checkpoint cannot be loaded.
@@ -427,7 +429,13 @@ def serve(
             stack.callback(opened.close)
         # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
         shapes = Shapes(length=64, images=limits.images, new_tokens=limits.new_tokens)
-        emu = load(checkpoint, batch_size=1, shapes=shapes, quantize=quantize)
+        emu = load(
+            checkpoint,
+            dtype=jnp.dtype(dtype),
+            batch_size=1,
+            shapes=shapes,
+            quantize=quantize,
+        )
         if image_slots is None:
             image_slots = 1 if on_cpu() else 4
         # The model's own defaults may exceed what a request may ask for.
