@@ -5,7 +5,7 @@
     emu-jax train --config configs/digits2.py --workdir runs/digits2
 
 The targets of the regression are the frozen encoder's pooled features, so they cannot collapse.
-Their variance is far above one, hence the weight of the regression below one.
+Their variance is far above one, so the regression has a weight below one.
 """
 
 from ml_collections import ConfigDict
