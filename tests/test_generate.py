@@ -1161,6 +1161,27 @@ def test_requests_share_a_batch_and_do_not_notice(drawer):
     assert [usage.completion_tokens for usage in joined(together[1])[2]] == [3]
 
 
+def test_images_of_one_size_share_a_batch(drawer, monkeypatch):
+    """A batch begins with all that have the size of the oldest. One of another size has its turn
+    before those that came later."""
+    engine, batches = Engine(drawer, slots=5, image_slots=2, max_images=0), []
+
+    def denoise(graphdef, params, state, cond, uncond, sizes, steps, left, guidance):
+        batches.append((state.latents.shape[2:4], int((left > 0).sum())))
+        return state
+
+    monkeypatch.setattr(engines, "_denoise_slots", denoise)
+    wide = {"height": 4, "width": 12}
+    more = [{}, wide, {}, wide, {}]
+    asked = [engine.generate_image(["one"], seed=1, **DRAW, **size) for size in more]
+    images = run_together(engine, asked)
+    own = drawer.image_size
+    expected = [(12, 4) if size else (own, own) for size in more]
+    assert [image.size for (image,) in images] == expected
+    side = own // 2
+    assert batches == [((side, side), 2), ((2, 6), 2), ((side, side), 1)]
+
+
 def test_a_request_that_leaves_frees_its_slot(drawer):
     engine = Engine(drawer, slots=1, new_tokens=8, max_images=0)
     more = {"max_new_tokens": 8, "max_images": 0}

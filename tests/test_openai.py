@@ -22,6 +22,7 @@ import openai
 from test_serve import LIMITS as SHORT_LIMITS
 from test_serve import Client, FakeEmu, Served, chat, lines, png, served  # noqa: F401
 
+from emu_jax.config import emu2_gen
 from emu_jax.generate.engine import Usage
 from emu_jax.generate.settings import GenerationConfig
 from emu_jax.serve import app as serving
@@ -414,6 +415,45 @@ def test_a_page_that_left_before_its_answer_is_not_answered(emu):
                 await asyncio.sleep(0.01)
 
     asyncio.run(run())
+
+
+SDXL_SIZES = {
+    "part of a latent": ("1028x1024", "cannot be 1028x1024: give multiples of 8 pixels"),
+    "too large": ("2048x1032", "at most 2097152 pixels in all"),
+    "no side": ("0x1024", "size must be WIDTHxHEIGHT"),
+    "no number": ("widexhigh", "size must be WIDTHxHEIGHT"),
+    "a number": (1024, "size must be WIDTHxHEIGHT"),
+}
+
+
+def test_sizes_of_generated_images(emu):
+    """A decoder like SDXL's generates other sizes than its own; each compiles programs."""
+    emu.cfg = emu2_gen()
+    app = make_app(emu, dataclasses.replace(LIMITS, image_sizes=3))
+
+    def generate(size):
+        return "/v1/images/generations", {"prompt": "seven", "size": size, "seed": 1}, {}
+
+    wide = {"parts": [{"text": "a"}], "settings": {"seed": 2, "height": 768, "width": 1344}}
+    asked = [generate("1344x768"), ("/api/draw", wide, {}), generate("auto"), generate("2048x1024")]
+    statuses = [status for status, _, _ in requests(app, *asked)]
+    assert statuses == [200] * 4
+    shapes = [{n: v for n, v in s.items() if n in ("height", "width")} for s in emu.drawn]
+    assert shapes == [{"height": 768, "width": 1344}] * 2 + [{}, {"height": 1024, "width": 2048}]
+    refused = [(generate(size), line) for size, line in SDXL_SIZES.values()]
+    refused.append((generate("512x512"), "use one of 1344x768, 1024x1024, 2048x1024"))
+    more = {"parts": [{"text": "a"}], "settings": {"height": 1024, "width": 64}}
+    refused += [((f"/api/{path}", more, {}), "no more sizes") for path in ("draw", "continue")]
+    for asked, line in refused:
+        ((status, answer, _),) = requests(app, asked)
+        assert status == 400 and line in answer, answer
+    ((_, about, _),) = requests(app, ("/api/model", None, {"method": "GET"}))
+    assert json.loads(about)["size_step"] == 8 and json.loads(about)["defaults"]["width"] == 1024
+    # A decoder without such conditions has one size.
+    emu.cfg = FakeEmu.cfg
+    app = make_app(emu, LIMITS)
+    for status, answer, _ in requests(app, generate("1344x768"), ("/api/draw", wide, {})):
+        assert status == 400 and "size must be 512x512, the size of the model's" in answer
 
 
 def test_the_page_learns_what_the_model_is(emu):

@@ -56,12 +56,13 @@ class FakeEmu:
     """Says what it was shown, a word at a time; `hold` keeps it from answering."""
 
     tokenizer, paints, cfg = FakeTokenizer(), True, EmuConfig()
+    defaults = GenerationConfig()
 
     def __init__(self):
         self.hold = threading.Event()
         self.hold.set()
         self.started = threading.Event()
-        self.asked, self.given_up = [], []
+        self.asked, self.given_up, self.drawn = [], [], []
 
     def stream(self, prompt, max_images, **settings):
         self.started.set()
@@ -79,6 +80,7 @@ class FakeEmu:
     def generate_image(self, prompts, seed=0, stop=None, **settings):
         (prompt,) = prompts
         self.asked.append(seed)
+        self.drawn.append(settings)
         self.started.set()
         while not self.hold.wait(0.01):
             if stop is not None and stop():

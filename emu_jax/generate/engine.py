@@ -667,14 +667,21 @@ class _ImageSlots:
         self._slots = [None if other is job else other for other in self._slots]
 
     def _fill(self) -> None:
-        """Moves waiting images into free slots. One of another shape waits until all are free, and
-        images behind it wait too."""
-        for job in self.jobs:
-            if job in self._slots:
-                continue
-            if not any(self._slots) and job.shapes != self._shapes:
-                self._inputs, self._shapes = None, job.shapes
-            if job.shapes != self._shapes or None not in self._slots:
+        """Moves waiting images into free slots.
+
+        A batch begins with the oldest image and all others of its shape. Later ones join it unless
+        one of another shape waits, whose turn it is once all slots are free.
+        """
+        waiting = [job for job in self.jobs if job not in self._slots]
+        begins = not any(self._slots)
+        if begins and waiting and waiting[0].shapes != self._shapes:
+            self._inputs, self._shapes = None, waiting[0].shapes
+        for job in waiting:
+            if None not in self._slots:
+                return
+            if job.shapes != self._shapes:
+                if begins:
+                    continue
                 return
             slot = self._slots.index(None)
             row = jax.tree.map(lambda a: a[None], job.inputs)

@@ -90,6 +90,7 @@ from emu_jax.serve.requests import (
     IMAGE_KEY,
     SPECIAL,
     Asked,
+    ImageSizes,
     Limits,
     Refused,
     joined_parts,
@@ -149,6 +150,7 @@ def make_app(
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
     special = (*SPECIAL, *emu.tokenizer.spelled)
     metrics, created = ServerMetrics(), int(time.time())
+    sizes = ImageSizes(emu.cfg, emu.defaults, limits) if emu.paints else None
 
     async def submit(
         request: Request,
@@ -211,12 +213,13 @@ def make_app(
         return JSONResponse(completion_json(text, usage, completion))
 
     async def generations(request: Request) -> Response:
-        if not emu.paints:
+        painted = sizes  # narrowed to one type in the closure below
+        if painted is None or not emu.paints:
             raise Refused(400, "this model has no decoder: it cannot generate images")
         _, _, ticket = await submit(
             request,
             lambda body: (
-                parse_generation(body, limits, special, model=name, side=native_side(emu.cfg)),
+                parse_generation(body, limits, special, model=name, sizes=painted),
                 None,
             ),
             draw,
@@ -237,7 +240,7 @@ def make_app(
         return JSONResponse({"paints": emu.paints, "instruct": emu.tokenizer.instruct})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(_model_json(emu, limits, name, bool(keys), examples or {}))
+        return JSONResponse(_model_json(emu, limits, name, bool(keys), examples or {}, sizes))
 
     async def models(request: Request) -> Response:
         return JSONResponse(models_json(name, created))
@@ -260,8 +263,16 @@ def make_app(
         Route("/api/about", about),
         Route("/api/model", model),
         Route("/api/chat", answering(parse_chat, chat), methods=["POST"]),
-        Route("/api/draw", answering(parse_draw, draw), methods=["POST"]),
-        Route("/api/continue", answering(parse_continue, continue_), methods=["POST"]),
+        Route(
+            "/api/draw",
+            answering(functools.partial(parse_draw, sizes=sizes), draw),
+            methods=["POST"],
+        ),
+        Route(
+            "/api/continue",
+            answering(functools.partial(parse_continue, sizes=sizes), continue_),
+            methods=["POST"],
+        ),
         Route("/v1/models", models),
         Route("/v1/chat/completions", completions, methods=["POST"]),
         Route("/v1/images/generations", generations, methods=["POST"]),
@@ -359,7 +370,12 @@ def _counted(parts: Iterable[Any], metrics: ServerMetrics) -> Iterator[Any]:
 
 
 def _model_json(
-    emu: Emu | Engine, limits: Limits, name: str, needs_key: bool, examples: dict[str, Any]
+    emu: Emu | Engine,
+    limits: Limits,
+    name: str,
+    needs_key: bool,
+    examples: dict[str, Any],
+    sizes: ImageSizes | None,
 ) -> dict[str, Any]:
     """Returns what the page tells about the model."""
     settings = (
@@ -377,12 +393,15 @@ def _model_json(
     defaults["num_beams"] = 1
     if not emu.defaults.do_sample:
         defaults |= {"temperature": 0, "top_p": None}
+    if sizes is not None and sizes.step is not None:
+        defaults["height"], defaults["width"] = sizes.default
     return {
         "name": name,
         "family": emu.cfg.family,
         "paints": emu.paints,
         "instruct": emu.tokenizer.instruct,
         "image_size": native_side(emu.cfg) if emu.paints else None,
+        "size_step": sizes.step if sizes is not None else None,
         "positions": emu.cfg.llama.context_length,
         "needs_key": needs_key,
         "defaults": defaults,

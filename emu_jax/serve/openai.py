@@ -23,6 +23,7 @@ from emu_jax.generate.engine import Usage
 from emu_jax.serve.requests import (
     IMAGE_KEY,
     Asked,
+    ImageSizes,
     Limits,
     Message,
     Refused,
@@ -46,6 +47,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 MAX_STOPS = 4
 STOP_CHARACTERS = 100
+SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")  # width and height of an image
 DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -138,14 +140,14 @@ def parse_completion(
 
 
 def parse_generation(
-    body: bytes, limits: Limits, special: Collection[str], *, model: str, side: int
+    body: bytes, limits: Limits, special: Collection[str], *, model: str, sizes: ImageSizes
 ) -> Asked:
     """Parses a request to `/v1/images/generations`.
 
     Beside OpenAI's fields it may set `seed`, `guidance_scale` and `num_inference_steps`.
 
     Args:
-        side: pixels of the images that the model generates.
+        sizes: of the images that are generated.
 
     Raises:
         Refused: the body is malformed, asks for what is not supported, or exceeds the limits.
@@ -156,9 +158,6 @@ def parse_generation(
     prompt = values.get("prompt")
     if not isinstance(prompt, str) or not prompt:
         raise Refused(400, "prompt must be a text")
-    size = values.get("size")
-    if size not in (None, "auto", f"{side}x{side}"):
-        raise Refused(400, f"size must be {side}x{side}, the size of the model's images, or auto")
     allowed = {
         "seed": (0, 2**31 - 1),
         "guidance_scale": (0.0, 30.0),
@@ -167,7 +166,14 @@ def parse_generation(
     settings = {name: values[name] for name in names if values.get(name) is not None}
     settings = check_settings(settings, allowed, "")
     settings.setdefault("seed", secrets.randbits(31))
-    return Asked([Message(True, [Room(limits, special).text(prompt)])], settings)
+    if (size := values.get("size")) not in (None, "auto"):
+        sides = SIZE.fullmatch(size) if isinstance(size, str) else None
+        if sides is None or not all(map(int, sides.groups())):
+            raise Refused(400, "size must be WIDTHxHEIGHT in pixels, such as 512x512, or auto")
+        settings["width"], settings["height"] = map(int, sides.groups())
+    messages = [Message(True, [Room(limits, special).text(prompt)])]
+    sizes.check(settings)
+    return Asked(messages, settings)
 
 
 def _fields(

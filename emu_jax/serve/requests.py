@@ -16,11 +16,13 @@ from typing import Any
 
 from PIL import Image
 
+from emu_jax.config import EmuConfig
 from emu_jax.data.images import open_image
 from emu_jax.data.sources.video import FRAMES, open_container
 from emu_jax.errors import UserError
+from emu_jax.generate.image import image_shape
 from emu_jax.generate.prompt import Part, open_video
-from emu_jax.generate.settings import RENAMED
+from emu_jax.generate.settings import MAX_SIDE, RENAMED, GenerationConfig
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
@@ -47,11 +49,52 @@ class Limits:
     new_tokens: int = 256
     new_images: int = 4  # of a continuation
     beams: int = 8
+    image_area: float = 2.0  # of a generated image, as a multiple of the model's own size
+    image_sizes: int = 16  # of generated images; each compiles programs
     steps: int = 100  # of diffusion sampling
     waiting: int = 64  # requests running or waiting
     seconds: float = 120.0  # from arrival to the end of the answer
     per_minute: int = 0  # requests of a client; 0: no limit
     drain_seconds: float = 3.0  # for running answers, when the server shuts down
+
+
+class ImageSizes:
+    """The sizes of images that a server generates.
+
+    Only a decoder that is conditioned on sizes (SDXL's) generates other sizes than its own. Each
+    compiles programs, so a server generates at most `Limits.image_sizes` of them.
+
+    Attributes:
+        default: height and width, in pixels, where a request names none.
+        step: pixels that a height and a width are multiples of; None if there are no other sizes.
+    """
+
+    def __init__(self, cfg: EmuConfig, defaults: GenerationConfig, limits: Limits) -> None:
+        assert cfg.unet is not None and cfg.vae is not None
+        self.default = image_shape(cfg, defaults.height, defaults.width)
+        self.step = cfg.vae.downscale if cfg.unet.takes_sizes else None
+        self._pixels = int(limits.image_area * self.default[0] * self.default[1])
+        self._most, self._generated = limits.image_sizes, {self.default}
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Checks the `height` and `width` of settings.
+
+        Raises:
+            Refused: the model or the server does not generate images of this size.
+        """
+        height, width = self.default
+        size = settings.get("height", height), settings.get("width", width)
+        if size in self._generated:
+            return
+        if self.step is None:
+            raise Refused(400, f"size must be {width}x{height}, the size of the model's images")
+        if any(side % self.step for side in size) or size[0] * size[1] > self._pixels:
+            limits = f"multiples of {self.step} pixels, at most {self._pixels} pixels in all"
+            raise Refused(400, f"size cannot be {size[1]}x{size[0]}: give {limits}")
+        if len(self._generated) >= self._most:
+            known = ", ".join(f"{w}x{h}" for h, w in sorted(self._generated))
+            raise Refused(400, f"the server generates no more sizes: use one of {known}")
+        self._generated.add(size)
 
 
 class Refused(Exception):
@@ -123,15 +166,21 @@ def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) 
     return Asked(messages, settings, progress=_progress(values))
 
 
-def parse_draw(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
+def parse_draw(
+    body: bytes,
+    limits: Limits,
+    special: Collection[str] = SPECIAL,
+    sizes: ImageSizes | None = None,
+) -> Asked:
     """Parses a request for an image.
 
     `{"parts": [PART, ...], "settings": {"seed": ..., "guidance_scale": ...,
-    "num_inference_steps": ...}}`; a PART is that of `parse_chat`. The former names `guidance` and
-    `steps` are accepted too.
+    "num_inference_steps": ..., "height": ..., "width": ...}}`; a PART is that of `parse_chat`. The
+    former names `guidance` and `steps` are accepted too.
 
     Args:
         special: tokens that a text must not spell.
+        sizes: of the images that are generated; None: the model generates none.
 
     Raises:
         Refused: the body is malformed or exceeds the limits.
@@ -139,16 +188,23 @@ def parse_draw(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) 
     values = json_object(parse_json(body), "the request", {"parts", "settings", "progress"})
     parts = Room(limits, special).parts(values.get("parts"))
     settings = _settings(values, _image_ranges(limits))
+    _check_size(settings, sizes)
     return Asked([Message(True, parts)], settings, progress=_progress(values))
 
 
-def parse_continue(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
+def parse_continue(
+    body: bytes,
+    limits: Limits,
+    special: Collection[str] = SPECIAL,
+    sizes: ImageSizes | None = None,
+) -> Asked:
     """Parses a request to continue a prompt with text and images.
 
     It is that of `parse_draw`, with the settings of text too, and `max_images`.
 
     Args:
         special: tokens that a text must not spell.
+        sizes: of the images that are generated; None: the model generates none.
 
     Raises:
         Refused: the body is malformed or exceeds the limits.
@@ -157,7 +213,13 @@ def parse_continue(body: bytes, limits: Limits, special: Collection[str] = SPECI
     parts = Room(limits, special).parts(values.get("parts"))
     allowed = _text_ranges(limits) | _image_ranges(limits) | {"max_images": (0, limits.new_images)}
     settings = sampling(_settings(values, allowed))
+    _check_size(settings, sizes)
     return Asked([Message(True, parts)], settings, progress=_progress(values))
+
+
+def _check_size(settings: dict[str, Any], sizes: ImageSizes | None) -> None:
+    if sizes is not None:
+        sizes.check(settings)
 
 
 def _text_ranges(limits: Limits) -> dict[str, tuple[float, float]]:
@@ -174,6 +236,8 @@ def _image_ranges(limits: Limits) -> dict[str, tuple[float, float]]:
         "seed": (0, 2**31 - 1),
         "guidance_scale": (0.0, 30.0),
         "num_inference_steps": (1, limits.steps),
+        "height": (1, MAX_SIDE),
+        "width": (1, MAX_SIDE),
     }
     return allowed | {old: allowed[new] for old, new in RENAMED.items() if new in allowed}
 

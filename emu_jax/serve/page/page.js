@@ -10,26 +10,27 @@ const TABS = {
   draw: {
     path: "api/draw", submit: "Draw", clear: "Clear", accept: "image/*",
     label: "Text", placeholder: "What to draw. You can drop or paste images here.",
-    settings: ["guidance_scale", "num_inference_steps", "seed"],
+    settings: ["guidance_scale", "num_inference_steps", "seed", "height", "width"],
   },
   continue: {
     path: "api/continue", submit: "Continue", clear: "Clear", accept: "image/*,video/*",
     label: "Text", placeholder: "Begin a sequence. You can drop or paste images here.",
     settings: ["temperature", "top_p", "max_new_tokens", "max_images", "seed", "guidance_scale",
-      "num_inference_steps"],
+      "num_inference_steps", "height", "width"],
   },
 };
 // Of the number fields: smallest value, step, and largest value where the server names none.
 const FIELDS = {
   temperature: [0, 0.1, 2], top_p: [0, 0.05, 1], num_beams: [1, 1], max_new_tokens: [1, 1],
   max_images: [0, 1], seed: [0, 1, 2 ** 31 - 1], guidance_scale: [0, 0.5, 30],
-  num_inference_steps: [1, 1],
+  num_inference_steps: [1, 1], height: [1, 1], width: [1, 1],
 };
 const HELP = {
   temperature: "0 always takes the likeliest token", top_p: "the share of likely tokens to sample from",
   num_beams: "more than 1 searches, and does not stream", max_new_tokens: "the longest answer",
   max_images: "the most images of a continuation", seed: "the same seed gives the same answer",
   guidance_scale: "how closely an image follows the prompt", num_inference_steps: "more are slower",
+  height: "of an image, in pixels", width: "of an image, in pixels",
 };
 const messages = []; // of the chat: {role, parts}
 const waiting = { chat: [], draw: [], continue: [] }; // parts of the prompt that is being written
@@ -402,7 +403,10 @@ function showExamples(name) {
 function describe() {
   const does = ["chats about images and videos"];
   if (!model.instruct) does[0] = "describes images and continues text";
-  if (model.paints) does.push(`paints images of ${model.image_size} × ${model.image_size} pixels`);
+  if (model.paints) {
+    const others = model.size_step ? " or other sizes" : "";
+    does.push(`paints images of ${model.image_size} × ${model.image_size} pixels${others}`);
+  }
   const family = { emu: "Emu", emu2: "Emu2" }[model.family] ?? model.family;
   $("name").textContent = model.name;
   document.title = `${model.name} · Emu`;
@@ -415,6 +419,10 @@ function describe() {
       const standard = model.defaults[field];
       input.placeholder = standard == null ? "default" : `default: ${standard}`;
       if (field in model.limits) input.max = model.limits[field];
+      if (field === "height" || field === "width") {
+        input.parentElement.hidden = !model.size_step;
+        input.min = input.step = model.size_step ?? 1;
+      }
     }
     showExamples(name);
   }
