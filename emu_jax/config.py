@@ -349,6 +349,15 @@ class RematConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MatmulDtypeConfig:
+    """Dtype of the matmuls in each tower's layers, forward and backward: "int8", "fp8", or "" for
+    the compute dtype (`models.low_precision`)."""
+
+    visual: str = ""
+    llama: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenIds:
     """Ids of the special tokens that the model itself uses.
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_generate import OPENING, drawer, model, small_config, words  # noqa: F401  (fixtures)
 
-from emu_jax.config import LoraConfig
+from emu_jax.config import LoraConfig, MatmulDtypeConfig
 from emu_jax.data.config import DataConfig
 from emu_jax.generate import image
 from emu_jax.generate.api import Emu, _image_keys, _seeded_keys
@@ -94,8 +94,8 @@ PURPOSES = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_no_key_of_a_training_run_has_two_purposes(objective, words, keys, monkeypatch):  # noqa: F811
+def training(objective, words, **changes):  # noqa: F811
+    """A small trainer whose objective draws all it can, and zeros as its state and batch."""
     model = small_config(words)  # noqa: F811
     llama = dataclasses.replace(model.llama, lora=LoraConfig(rank=2, dropout=0.5))
     vision = dataclasses.replace(model.vision, clip_width=64)
@@ -107,9 +107,9 @@ def test_no_key_of_a_training_run_has_two_purposes(objective, words, keys, monke
         objective=objective,
         noise_offset=0.1,
         dtype="float32",
+        **changes,
     )
     trainer = Trainer(cfg, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    monkeypatch.setattr(jax, "value_and_grad", lambda f, **_: lambda *args: (f(*args), ()))
     state, batch = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         (
@@ -120,6 +120,13 @@ def test_no_key_of_a_training_run_has_two_purposes(objective, words, keys, monke
             },
         ),
     )
+    return trainer, state, batch
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_key_of_a_training_run_has_two_purposes(objective, words, keys, monkeypatch):  # noqa: F811
+    trainer, state, batch = training(objective, words)
+    monkeypatch.setattr(jax, "value_and_grad", lambda f, **_: lambda *args: (f(*args), ()))
 
     # Without their results, XLA keeps little of these but the keys.
     @jax.jit
@@ -134,6 +141,16 @@ def test_no_key_of_a_training_run_has_two_purposes(objective, words, keys, monke
     for done in range(3):
         step(dataclasses.replace(state, step=jnp.int32(done)), batch)
     keys.check("layers.param", *PURPOSES[objective])
+
+
+def test_no_key_of_a_backward_pass_in_int8_has_two_purposes(words, keys):  # noqa: F811
+    matmul_dtype = MatmulDtypeConfig(visual="int8", llama="int8")
+    trainer, state, batch = training("emu", words, matmul_dtype=matmul_dtype)
+    jax.jit(trainer.gradients)(state, batch)
+    keys.check("low_precision.rounding_noise", *PURPOSES["emu"])
+    rounded = [k for k, names in keys.drawn.items() if "low_precision.rounding_noise" in names]
+    layers = 7 * trainer.cfg.model.llama.layers + 6 * trainer.cfg.model.vision.layers
+    assert len(rounded) == 2 * layers  # a key for the rows and one for the columns of each matmul
 
 
 def test_no_key_of_a_mixed_generation_has_two_purposes(drawer, keys, monkeypatch):  # noqa: F811

@@ -22,6 +22,7 @@ CLASSES = (
     ("train/config.py", "EvalConfig", "eval.N"),
     ("train/config.py", "WandbConfig", "wandb"),
     ("config.py", "RematConfig", "remat"),
+    ("config.py", "MatmulDtypeConfig", "matmul_dtype"),
     ("data/config.py", "DataConfig", "data"),
     ("data/sources/open.py", "SourceConfig", "data.sources.N"),
     ("config.py", "EmuConfig", "model"),

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.layers import LayerNorm, Linear
+from emu_jax.models.low_precision import split_key
 
 if TYPE_CHECKING:
     from emu_jax.models.emu import EmuModel
@@ -86,8 +87,9 @@ class CausalConnector:
         dropout_key: jax.Array | None,
     ) -> Float[Array, "B N E"]:
         """Encodes normalized pixels. A frame of a video has the embeddings of a still image."""
+        dropout_key, rounding_key = split_key(dropout_key, model.visual.matmul_dtype)
         with jax.named_scope("visual"):
-            features = model.ln_visual(model.visual(pixels))
+            features = model.ln_visual(model.visual(pixels, rounding_key=rounding_key))
         with jax.named_scope("cformer"):
             return model.cformer(features, dropout_key=dropout_key)
 
@@ -128,8 +130,9 @@ class PoolingConnector:
         dropout_key: jax.Array | None,
     ) -> Float[Array, "B N E"]:
         """Encodes normalized pixels without the class token. There is no dropout."""
+        _, rounding_key = split_key(dropout_key, model.visual.matmul_dtype)
         with jax.named_scope("visual"):
-            features = model.visual(pixels)[:, 1:]
+            features = model.visual(pixels, rounding_key=rounding_key)[:, 1:]
         with jax.named_scope("pooling"):
             n, n_frame = model.cfg.n_embeddings, model.cfg.n_frame
             if isinstance(frames, bool):

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from emu_jax.config import EmuConfig, RematConfig
+from emu_jax.config import EmuConfig, MatmulDtypeConfig, RematConfig
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.connectors import Connector, connector_of, gather_embeddings
 from emu_jax.models.eva_clip import VisionTransformer
@@ -30,7 +30,8 @@ class EmuModel(nnx.Module):
     need. `backend` selects the attention of the language model over whole rows,
     and, unless it is "cudnn", of the visual encoder. All other attention uses the platform's
     unfused kernels: decoding, the U-Net, the VAE, and the Causal Transformer, whose attention
-    weights have dropout. Without a `backend`, all attention does.
+    weights have dropout. Without a `backend`, all attention does. `matmul_dtype` is for training
+    (`low_precision.py`): decoding computes in the compute dtype.
 
     The configuration chooses the connector between the towers (`connectors.py`).
     """
@@ -49,20 +50,29 @@ class EmuModel(nnx.Module):
         painter: bool = True,
         language: bool = True,
         remat: RematConfig | None = None,
+        matmul_dtype: MatmulDtypeConfig | None = None,
         backend: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         remat = remat or RematConfig()
+        matmul_dtype = matmul_dtype or MatmulDtypeConfig()
         self.visual = VisionTransformer(
             cfg.vision,
             remat=remat.visual,
+            matmul_dtype=matmul_dtype.visual,
             rngs=rngs,
             backend=None if backend == "cudnn" else backend,
         )
         for name, layer in connector_of(cfg).layers(cfg, remat, rngs).items():
             setattr(self, name, layer)
         if language:
-            self.llama = Llama(cfg.llama, remat=remat.llama, backend=backend, rngs=rngs)
+            self.llama = Llama(
+                cfg.llama,
+                remat=remat.llama,
+                matmul_dtype=matmul_dtype.llama,
+                backend=backend,
+                rngs=rngs,
+            )
         self.unet = UNet(cfg.unet, remat=remat.unet, rngs=rngs) if painter and cfg.unet else None
         self.vae = VAE(cfg.vae, rngs=rngs) if painter and cfg.vae else None
         self.cfg = cfg

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, UInt8
 
 from emu_jax.config import VisionConfig
 from emu_jax.models.attention import attention
-from emu_jax.models.backend import kernels
 from emu_jax.models.layers import LayerNorm, Linear, gelu, normal, param, scan, stack
+from emu_jax.models.low_precision import matmul
 from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 from emu_jax.sharding import shard
 
@@ -78,7 +78,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         # Three matmuls: slicing the result of a single one would copy it.
         qkv = self.qkv[...].astype(x.dtype)
-        q, k, v = (kernels().matmul(x, qkv[:, part]) for part in range(3))
+        q, k, v = (matmul(x, qkv[:, part]) for part in range(3))
         q, v = (a + bias[...].astype(x.dtype) for a, bias in ((q, self.q_bias), (v, self.v_bias)))
         q, k, v = (
             rearrange(checkpoint_name(a, CHECKPOINT_QKV), "b p (h k) -> b p h k", k=self.head_width)
@@ -123,7 +123,13 @@ class VisionTransformer(nnx.Module):
     and None without `final_norm`."""
 
     def __init__(
-        self, cfg: VisionConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
+        self,
+        cfg: VisionConfig,
+        *,
+        remat: str = "none",
+        matmul_dtype: str = "",
+        backend: str | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.patch_embed = Linear(cfg.patch_size**2 * 3, cfg.width, (None, "embed"), rngs=rngs)
         self.cls_token = param(rngs, normal(0.02), (cfg.width,), (None,))
@@ -137,11 +143,16 @@ class VisionTransformer(nnx.Module):
             if cfg.final_norm
             else None
         )
-        self.patch_size, self.remat = cfg.patch_size, remat
+        self.patch_size, self.remat, self.matmul_dtype = cfg.patch_size, remat, matmul_dtype
 
-    def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B P D"]:
+    def __call__(
+        self, pixels: Float[Array, "B h w 3"], *, rounding_key: jax.Array | None = None
+    ) -> Float[Array, "B P D"]:
         """Encodes normalized pixels as features without the final norm, the class token first
-        (`forward_features` of the release)."""
+        (`forward_features` of the release).
+
+        With a rounding key, gradients in int8 are rounded stochastically.
+        """
         # A convolution whose stride is its kernel size is a matmul over flattened patches.
         patches = rearrange(
             pixels, "b (y p) (x q) c -> b (y x) (p q c)", p=self.patch_size, q=self.patch_size
@@ -150,7 +161,14 @@ class VisionTransformer(nnx.Module):
         cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.pos_embed[...].astype(x.dtype)
         x = shard(x, "batch", None, None)
-        x, _ = scan(self.blocks, lambda block, x, _: (block(x), None), x, remat=self.remat)
+        x, _ = scan(
+            self.blocks,
+            lambda block, x, _: (block(x), None),
+            x,
+            remat=self.remat,
+            matmul_dtype=self.matmul_dtype,
+            rounding_key=rounding_key,
+        )
         return x
 
     def clip_embedding(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B E"]:

@@ -15,8 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from emu_jax.models import quantized
-from emu_jax.models.backend import kernels
+from emu_jax.models import low_precision, quantized
 from emu_jax.models.remat import REMAT
 
 M = TypeVar("M", bound=nnx.Module)
@@ -74,7 +73,7 @@ class Linear(nnx.Module):
         if isinstance(kernel, quantized.QuantizedMatrix):
             y = quantized.matmul(x, kernel)
         else:
-            y = kernels().matmul(x, kernel.astype(x.dtype))
+            y = low_precision.matmul(x, kernel.astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -151,12 +150,15 @@ def scan(
     xs: Any = None,
     *,
     remat: str = "none",
+    matmul_dtype: str = "",
+    rounding_key: jax.Array | None = None,
 ) -> tuple[Any, Any]:
     """Runs `carry, y = body(block, carry, x)` over `blocks`.
 
     Stacked layers are compiled once. The layers of a list run one after the other, and ignore
-    `remat`. `xs` and the collected ys have a leading layer axis. `remat` names what a layer saves
-    for its backward pass (`remat.REMAT`).
+    `remat` and `matmul_dtype`. `xs` and the collected ys have a leading layer axis. `remat` names
+    what a layer saves for its backward pass (`remat.REMAT`), and `matmul_dtype` the dtype of its
+    matmuls, whose gradients are rounded with `rounding_key` (`low_precision`).
     """
     if isinstance(blocks, nnx.List):
         ys = []
@@ -166,11 +168,14 @@ def scan(
         return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
     graphdef, params = nnx.split(blocks)
+    layers = len(jax.tree.leaves(params)[0])
+    keys = None if rounding_key is None else jax.random.split(rounding_key, layers)
 
-    def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
-        params, x = layer
-        return body(nnx.merge(graphdef, params), carry, x)
+    def step(carry: Any, layer: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+        params, x, key = layer
+        with low_precision.use(matmul_dtype, key):
+            return body(nnx.merge(graphdef, params), carry, x)
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(step, carry, (params, xs))
+    return jax.lax.scan(step, carry, (params, xs, keys))

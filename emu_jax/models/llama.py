@@ -23,6 +23,7 @@ from emu_jax.models.backend import kernels
 from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
 from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stack
 from emu_jax.models.lora import LoraLinear, adapted
+from emu_jax.models.low_precision import split_key
 from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 from emu_jax.sharding import shard, spec
 
@@ -221,7 +222,13 @@ class Llama(nnx.Module):
     """The multimodal language model over embeddings [B, T, D]."""
 
     def __init__(
-        self, cfg: LlamaConfig, *, remat: str = "none", backend: str | None = None, rngs: nnx.Rngs
+        self,
+        cfg: LlamaConfig,
+        *,
+        remat: str = "none",
+        matmul_dtype: str = "",
+        backend: str | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.embed_tokens = Embedding(
             cfg.padded_vocab, cfg.width, init=normal(cfg.embed_std), rngs=rngs
@@ -239,6 +246,7 @@ class Llama(nnx.Module):
             else None
         )
         self.cfg, self.remat, self.backend = cfg, remat, backend
+        self.matmul_dtype = matmul_dtype
 
     def __call__(
         self,
@@ -251,8 +259,9 @@ class Llama(nnx.Module):
         """Returns hidden states after the final norm.
 
         Attention is causal. With `segment_ids`, it stays within a segment. With a dropout key, as
-        in training, the adapters apply dropout.
+        in training, the adapters apply dropout, and gradients in int8 are rounded stochastically.
         """
+        dropout_key, rounding_key = split_key(dropout_key, self.matmul_dtype)
         keys = None
         if dropout_key is not None and self.cfg.lora and self.cfg.lora.dropout > 0:
             keys = jax.random.split(dropout_key, self.cfg.layers)
@@ -266,7 +275,15 @@ class Llama(nnx.Module):
             return x, None
 
         with jax.named_scope("llama"):
-            x, _ = scan(self.layers, body, shard(x, "batch", None, None), keys, remat=self.remat)
+            x, _ = scan(
+                self.layers,
+                body,
+                shard(x, "batch", None, None),
+                keys,
+                remat=self.remat,
+                matmul_dtype=self.matmul_dtype,
+                rounding_key=rounding_key,
+            )
             return self.norm(x)
 
     def unstacked_for_decoding(self) -> Llama:

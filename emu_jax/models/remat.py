@@ -7,10 +7,12 @@ from typing import Any
 import jax
 
 # Names for `jax.ad_checkpoint.checkpoint_name`: the residuals of attention's backward pass; its
-# queries, keys and values; its output projection, which is added to the residual stream.
+# queries, keys and values; its output projection, which is added to the residual stream. And the
+# output of a matmul in int8 or fp8.
 CHECKPOINT_ATTENTION = "attention"
 CHECKPOINT_QKV = "qkv"
 CHECKPOINT_RESIDUAL = "added"
+CHECKPOINT_MATMUL = "matmul"
 
 # The named scope of operations that a backward pass recomputes. FLOP counts of a model exclude it.
 RECOMPUTED_SCOPE = "again"
@@ -28,7 +30,7 @@ REMAT: dict[str, Any] = {
     "none": _policies.everything_saveable,
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(CHECKPOINT_ATTENTION),
+        _policies.save_only_these_names(CHECKPOINT_ATTENTION, CHECKPOINT_MATMUL),
     ),
     "minimal": _policies.save_only_these_names(*_names),
     "offload": _policies.save_and_offload_only_these_names(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from emu_jax.models.remat import CHECKPOINT_ATTENTION, RECOMPUTED_SCOPE
 
@@ -31,6 +31,20 @@ def matmul(
 ) -> Float[Array, "*T E"]:
     """Returns x @ kernel in `dtype`, by default the dtype of `x`."""
     return jnp.matmul(x, kernel, preferred_element_type=dtype or x.dtype)
+
+
+def low_precision_dot(
+    x: Shaped[Array, "..."],
+    y: Shaped[Array, "..."],
+    axes: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: Any = None,
+) -> Real[Array, "..."]:
+    """Returns the sums of products of two arrays in int8 or fp8 over axes of each.
+
+    They are in `dtype`, by default in int32 or float32.
+    """
+    dtype = dtype or (jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+    return jax.lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=dtype)
 
 
 def convolution(

@@ -11,12 +11,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from emu_jax.config import EmuConfig, RematConfig, digits, load_json, to_dict
+from emu_jax.config import (
+    EmuConfig,
+    MatmulDtypeConfig,
+    RematConfig,
+    digits,
+    load_json,
+    to_dict,
+)
 from emu_jax.data.digits import HELD_OUT
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import BACKENDS
+from emu_jax.models.low_precision import DTYPES as MATMUL_DTYPES
 from emu_jax.models.quantized import check_quantization
 from emu_jax.models.remat import REMAT
 from emu_jax.sharding import flatten
@@ -32,6 +40,8 @@ TRACKERS = ("wandb",)  # services beside the files of the run directory
 # Objectives that train the image decoder.
 PAINTERS = ("decoder", "painter")
 DTYPES = ("bfloat16", "float32")  # of the computation
+# Objectives whose matmuls may be in int8 or fp8.
+LOW_PRECISION = ("emu", "text")
 EIGHT_BITS = "int8"
 MOMENTS_DTYPES = (*DTYPES, EIGHT_BITS)  # of the optimizer's moments
 _AT_LEAST_ONE = (
@@ -304,6 +314,8 @@ class TrainConfig:
     loss_block: int = 512  # positions of a row whose logits exist at once; 0: all, and are kept
     # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.
     dtype: str = "bfloat16"
+    # Quantized training, for the objectives emu and text. "": the compute dtype.
+    matmul_dtype: MatmulDtypeConfig = MatmulDtypeConfig()
     # "int8" or "int4": of the frozen matrices that `emu_jax.load(..., quantize=...)` rounds. Their
     # parents hold them, so set `save_frozen` to False.
     quantize: str = ""
@@ -341,6 +353,7 @@ class TrainConfig:
                 raise UserError(f"unknown remat.{tower} {policy!r}{suggest(policy, REMAT)}")
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}{suggest(self.dtype, DTYPES)}")
+        self._check_matmul_dtype()
         check_quantization(self.quantize or None)
         if self.quantize and self.save_frozen:
             raise UserError(
@@ -369,6 +382,28 @@ class TrainConfig:
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two evaluations are called {twice[0]!r}: give one another name")
         self._check_best()
+
+    def _check_matmul_dtype(self) -> None:
+        """Checks that the matmuls of each tower can be computed in their dtype.
+
+        Raises:
+            UserError: a dtype is unknown, or the config does not support it.
+        """
+        chosen = {t: d for t, d in dataclasses.asdict(self.matmul_dtype).items() if d}
+        for tower, dtype in chosen.items():
+            name = f"matmul_dtype.{tower} {dtype!r}"
+            if dtype not in MATMUL_DTYPES:
+                raise UserError(f"unknown {name}{suggest(dtype, MATMUL_DTYPES)}")
+            if self.objective not in LOW_PRECISION:
+                raise UserError(
+                    f"{name} is for the objectives {' and '.join(LOW_PRECISION)}, not "
+                    f"{self.objective}: leave it out"
+                )
+            if self.quantize:
+                raise UserError(
+                    f"{name} with quantize={self.quantize!r}: the matrices are stored in 8 bits "
+                    "or fewer already; leave one of the two out"
+                )
 
     def _check_best(self) -> None:
         """Checks that checkpoints can be compared by `keep_best`.

@@ -200,7 +200,14 @@ class EmuObjective(Objective):
 
     def build(self, rngs: nnx.Rngs) -> EmuModel:
         cfg = self.cfg
-        return EmuModel(cfg.model, painter=False, remat=cfg.remat, backend=cfg.attention, rngs=rngs)
+        return EmuModel(
+            cfg.model,
+            painter=False,
+            remat=cfg.remat,
+            matmul_dtype=cfg.matmul_dtype,
+            backend=cfg.attention,
+            rngs=rngs,
+        )
 
     def targets(self, module: EmuModel, batch: Batch) -> Metrics:
         return {name: jnp.sum(mask) for name, mask in target_masks(module, batch).items()}
@@ -255,7 +262,13 @@ class LanguageModel(nnx.Module):
     """The language model alone, under the name it has in Emu."""
 
     def __init__(self, cfg: TrainConfig, rngs: nnx.Rngs) -> None:
-        self.llama = Llama(cfg.model.llama, remat=cfg.remat.llama, backend=cfg.attention, rngs=rngs)
+        self.llama = Llama(
+            cfg.model.llama,
+            remat=cfg.remat.llama,
+            matmul_dtype=cfg.matmul_dtype.llama,
+            backend=cfg.attention,
+            rngs=rngs,
+        )
 
 
 class TextObjective(Objective):
