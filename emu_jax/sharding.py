@@ -2,7 +2,13 @@
 
 Every parameter names its logical axes when it is created (`models/layers.py`). `RULES` maps each
 name to the mesh axes that it is split over. Mesh axes: `data` (replicas, across slices), `fsdp`
-(parameters and batch), `tensor` (heads, hidden units, vocabulary).
+(parameters and batch), `tensor` (heads, hidden units, vocabulary), and, if a run asks for it,
+`context` (the tokens of a row).
+
+Context parallelism follows DeepSpeed-Ulysses (Jacobs et al. 2023): outside attention a device has
+some tokens of its rows, and inside attention all tokens, with some of the heads. Two all-to-alls
+lead from one to the other. Every attention kernel therefore sees whole rows, and causal work is
+balanced. docs/scaling.md compares it with ring attention and with gathering keys and values.
 """
 
 from __future__ import annotations
@@ -26,11 +32,15 @@ from emu_jax.errors import UserError, suggest
 log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "fsdp", "tensor")
+CONTEXT = "context"  # the axis of a mesh with more than one way along it
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "image": ("data", "fsdp", CONTEXT),  # the images of all rows
+    "sequence": CONTEXT,  # the tokens of a row
     "embed": "fsdp",  # a tower's width
     "heads": "tensor",  # heads x head width, or heads alone
+    "attention_heads": ("tensor", CONTEXT),  # while attention has whole rows
     "mlp": "tensor",
     "vocab": "tensor",
     "conv_in": "fsdp",
@@ -43,6 +53,7 @@ def make_mesh(
     data: int = 0,
     fsdp: int = 0,
     tensor: int = 0,
+    context: int = 1,
     *,
     devices: Any | None = None,
     rows: int | None = None,
@@ -51,8 +62,8 @@ def make_mesh(
 ) -> Mesh:
     """Creates a mesh over `devices`, by default all. `choose_mesh` decides the axes that are 0.
 
-    Neighbors along `tensor`, then `fsdp`, are neighbors in the interconnect. Only `data` spans
-    slices.
+    Neighbors along `tensor`, then `context`, then `fsdp`, are neighbors in the interconnect. Only
+    `data` spans slices. The mesh has an axis `context` only if that is more than 1.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, slices do not divide
@@ -66,19 +77,25 @@ def make_mesh(
         data=data,
         fsdp=fsdp,
         tensor=tensor,
+        context=context,
         rows=rows,
         heads=heads,
         widths=widths,
     )
     log.info("mesh: %s", why)
+    names = MESH_AXES
+    if context > 1:
+        shape = (*shape[:2], context, shape[2])
+        names = (*MESH_AXES[:2], CONTEXT, MESH_AXES[2])
     if slices > 1:
         within = (shape[0] // slices, *shape[1:])
+        between = (slices, *(1 for _ in shape[1:]))
         grid = mesh_utils.create_hybrid_device_mesh(
-            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+            within, between, devices, allow_split_physical_axes=True
         )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def slice_count(devices: Sequence[Any]) -> int:
@@ -95,11 +112,13 @@ def choose_mesh(
     data: int = 0,
     fsdp: int = 0,
     tensor: int = 0,
+    context: int = 1,
     rows: int | None = None,
     heads: int | None = None,
     widths: Sequence[int] = (),
 ) -> tuple[tuple[int, int, int], str]:
-    """Returns the sizes of (`data`, `fsdp`, `tensor`), and the reasons. Chooses an axis of 0:
+    """Returns the sizes of (`data`, `fsdp`, `tensor`), and the reasons. They divide the devices
+    among themselves that `context` leaves. Chooses an axis of 0:
 
     tensor: 1, unless a batch of `rows` is too small to give every device its own rows. It divides
         `heads`. Its traffic grows with the batch, on every layer.
@@ -112,6 +131,14 @@ def choose_mesh(
             `data`, or `rows` and `heads` cannot be divided among the devices.
     """
     reasons = []
+    if devices // slices % context:
+        raise UserError(
+            f"mesh.context is {context}, which does not divide the {devices // slices} devices "
+            "of a slice: set it to a divisor"
+        )
+    devices //= context
+    if context > 1:
+        reasons.append(f"context={context}")
     if tensor == 0 and data and fsdp:
         tensor = max(1, devices // (data * fsdp))
         reasons.append(f"tensor={tensor}")
@@ -143,9 +170,11 @@ def choose_mesh(
         between = f" ({slices} slices)" if slices > 1 else ""
         reasons.append(f"data={data}{between}")
     if data * fsdp * tensor != devices:
+        along = f" context={context}" if context > 1 else ""
         raise UserError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {data * fsdp * tensor} "
-            f"devices, {devices} are here: make the three multiply to {devices}"
+            f"mesh data={data} fsdp={fsdp} tensor={tensor}{along} needs "
+            f"{data * fsdp * tensor * context} devices, {devices * context} are here: make data, "
+            f"fsdp and tensor multiply to {devices}"
         )
     if data % slices:
         raise UserError(
@@ -180,7 +209,7 @@ def _split(
             raise ValueError(f"unknown logical axis {name!r}{suggest(name, RULES)}")
         rule = RULES[name] if name is not None else None
         names = (rule,) if isinstance(rule, str) else (rule or ())
-        names = tuple(n for n in names if n not in used)
+        names = tuple(n for n in names if n not in used and n in mesh.shape)
         ways = math.prod(mesh.shape[n] for n in names)
         if ways > 1 and size % ways == 0:
             used.update(names)
@@ -191,6 +220,18 @@ def _split(
                 undivided.append(f"{along} does not divide {name} of {size}")
             entries.append(None)
     return entries, undivided
+
+
+def context_ways(mesh: Any = None) -> int:
+    """Returns over how many devices the tokens of a row are split, by default on the mesh set by
+    `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return mesh.shape.get(CONTEXT, 1)
+
+
+def row_ways(mesh: Any) -> int:
+    """Returns over how many groups of devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

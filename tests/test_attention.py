@@ -44,12 +44,13 @@ def test_splash_equals_xla(segmented):
         assert relative_error(a, b) < 2e-5
 
 
-def test_splash_on_a_mesh_keeps_rows_and_heads_apart():
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 2, 2)])
+def test_splash_on_a_mesh_keeps_rows_and_heads_apart(shape):
     q, k, v, ids = packed(1, 128, 4, 128)
     q, k, v, ids = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v, ids))
     how = {"causal": True, "scale": 0.1}
     expected = attention(q, k, v, segment_ids=ids, **how)
-    with jax.set_mesh(make_mesh(2, 2, 2)):
+    with jax.set_mesh(make_mesh(*shape)):
         run = jax.jit(lambda *x: splash(*x[:3], segment_ids=x[3], interpret=True, **how))
         assert relative_error(run(q, k, v, ids), expected) < 2e-5
 

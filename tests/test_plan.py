@@ -44,7 +44,7 @@ from emu_jax.plan.sweep import (
     sweep,
     table,
 )
-from emu_jax.sharding import choose_mesh, make_mesh
+from emu_jax.sharding import MESH_AXES, choose_mesh, make_mesh
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.device_memory import abstract_batch
@@ -191,6 +191,13 @@ def test_mesh_is_chosen_with_a_reason():
         choose_mesh(8, 2, data=1, fsdp=8, tensor=1)
     with pytest.raises(UserError, match="needs 12 devices, 8 are here"):
         choose_mesh(8, data=3, fsdp=2, tensor=2)
+    # Devices of `context` share rows, so fewer rows keep all devices busy.
+    shape, why = choose_mesh(256, context=4, rows=64, heads=40, widths=widths)
+    assert shape == (1, 64, 1) and "context=4" in why
+    with pytest.raises(UserError, match="fsdp=2 tensor=2 context=2 needs 16 devices, 8 are here"):
+        choose_mesh(8, data=2, fsdp=2, tensor=2, context=2)
+    with pytest.raises(UserError, match="which does not divide the 4 devices of a slice"):
+        choose_mesh(8, 2, context=8)
 
 
 def test_topologies_are_read_and_refused():
@@ -562,7 +569,7 @@ GROUP = "replica_groups={{0,1,2,3}}"
             4,
         ),
         (f"%r = f32[32,8]{{1,0}} all-reduce-start(%a), {GROUP}", BOARD, "all-reduce", 1024, 4),
-        (f"%r = f32[32,8]{{1,0}} all-to-all(%a), {GROUP}", BOARD, "all-to-all", 1024, 4),
+        (f"%r = f32[32,8]{{1,0}} all-to-all(%a), {GROUP}", BOARD, "all-to-all", 4096, 4),
         (
             "%r = (f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]) collective-permute-start(%a), "
             "source_target_pairs={{0,1},{1,0}}",
@@ -1084,7 +1091,7 @@ def test_a_plan_that_is_killed_takes_the_compiler_along(tmp_path):
 
 
 def test_collectives_of_a_plan_are_told_by_the_axes_that_they_run_over():
-    mesh: Any = SimpleNamespace(size=8, devices=np.zeros((2, 2, 2)))  # data, fsdp, tensor
+    mesh: Any = SimpleNamespace(size=8, devices=np.zeros((2, 2, 2)), axis_names=MESH_AXES)
     gather = hlo.Collective("all-gather", 100.0, (0, 2))
     counts = hlo.Counts(dcn_bytes=7.0)
     counts.collectives |= {
@@ -1106,7 +1113,12 @@ def test_what_a_plan_reports_by_hand():
     """A product of 1024 x 1024 matrices on each of four chips, of which half is the model's."""
     cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
     devices = [SimpleNamespace(coords=(x, y, 0)) for x in range(2) for y in range(2)]
-    mesh: Any = SimpleNamespace(size=4, devices=np.array(devices, object).reshape(1, 4, 1))
+    mesh: Any = SimpleNamespace(
+        size=4,
+        devices=np.array(devices, object).reshape(1, 4, 1),
+        shape={"data": 1, "fsdp": 4, "tensor": 1},
+        axis_names=MESH_AXES,
+    )
     square = "bf16[1024,1024]{1,0}"
     product = f"%r = {square} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
     text = module_of(product, square, square)

@@ -42,6 +42,9 @@ MESHES = {
     "fsdp": (1, 8, 1),
     "tensor": (1, 1, 8),
     "mixed": (2, 2, 2),
+    "context": (2, 2, 1, 2),
+    "longer context": (1, 2, 1, 4),
+    "rows, heads and context": (1, 2, 2, 2),
 }
 
 
@@ -89,7 +92,8 @@ def one_batch(cfg: TrainConfig, kind: str):
 
 
 def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
-    """(loss, {path: gradient}, parameters) as numpy, computed on `mesh`."""
+    """(loss, {path: gradient}, parameters) as numpy, computed on `mesh`, and the FLOPs of one of
+    its devices."""
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
         batch = one_batch(cfg, trainer.objective.batch_kind)
@@ -102,9 +106,11 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
 
         trained = {k: params[k] for k in trainer.trained}
         frozen = {k: params[k] for k in trainer.frozen}
-        loss, grads = jax.jit(jax.value_and_grad(loss_fn))(trained, frozen, batch)
+        step = jax.jit(jax.value_and_grad(loss_fn)).lower(trained, frozen, batch).compile()
+        loss, grads = step(trained, frozen, batch)
         to_numpy = lambda tree: jax.tree.map(np.asarray, tree)  # noqa: E731
-        return float(loss), to_numpy(grads), to_numpy(params)
+        flops = step.cost_analysis()["flops"]
+        return float(loss), to_numpy(grads), to_numpy(params), flops
 
 
 OTHERS = ("clip", "vae", "decoder", "painter", "emu2")
@@ -120,19 +126,24 @@ def one_device(monkeypatch):
 @pytest.mark.parametrize(
     "objective, meshes",
     [
-        ("emu", ["mixed"]),
+        ("emu", ["rows, heads and context"]),
         # The multimodal step is the one that must hold on every kind of mesh.
-        pytest.param("emu", ["data", "fsdp", "tensor"], marks=pytest.mark.slow),
+        pytest.param("emu", ["data", "fsdp", "tensor", "mixed"], marks=pytest.mark.slow),
+        pytest.param("emu", ["context", "longer context"], marks=pytest.mark.slow),
+        pytest.param("emu2", ["context"], marks=pytest.mark.slow),
         *(pytest.param(name, ["mixed"], marks=pytest.mark.slow) for name in OTHERS),
     ],
 )
 def test_step_is_the_same_on_every_mesh(objective, meshes, data_root):
     cfg = small(objective, data_root)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    loss, grads, params = loss_and_gradients(cfg, one)
+    loss, grads, params, flops = loss_and_gradients(cfg, one)
     assert np.isfinite(loss) and any(np.abs(g).max() > 0 for g in grads.values())
     for name in meshes:
-        other_loss, other_grads, _ = loss_and_gradients(cfg, make_mesh(*MESHES[name]), params)
+        mesh = make_mesh(*MESHES[name])
+        other_loss, other_grads, _, share = loss_and_gradients(cfg, mesh, params)
+        if "context" in name:  # its devices compute parts of rows, not all of the same rows
+            assert share < 1.35 * flops / mesh.size
         assert abs(other_loss - loss) <= 1e-5 * abs(loss), name
         # Some gradients are zero in theory: measured against the tower's largest.
         for tower in {path.split(".")[0] for path in grads}:
@@ -194,7 +205,7 @@ def test_the_text_objective_reads_the_words_alone(data_root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, parts", [("one", 4), ("mixed", 2)])
+@pytest.mark.parametrize("name, parts", [("one", 4), ("mixed", 2), ("context", 2)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_root):
     cfg = small("emu", data_root, regression_weight=2.0)
     assert cfg.model.cformer.dropout == 0, "what is dropped would follow the parts"
@@ -223,6 +234,21 @@ def test_what_compares_rows_is_not_cut_into_parts(data_root, tmp_path):
         train(small("clip", data_root, accumulate=2), tmp_path)
     with pytest.raises(UserError, match="make it a multiple of 24"):
         train(small("emu", data_root, accumulate=3), tmp_path)
+
+
+def test_rows_that_a_mesh_cannot_split_are_refused(data_root):
+    cfg = small("emu", data_root)
+    mesh = make_mesh(data=2, context=4)
+    for change, message in (
+        ({"row_tokens": 42}, "row_tokens is 42, which the mesh's context = 4 does not divide"),
+        ({"row_images": 6}, "row_images is 6, which the mesh's context = 4 does not divide"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Trainer(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **change)), mesh)
+    with pytest.raises(UserError, match="heads is 4, which the mesh's context x tensor = 8 does"):
+        Trainer(cfg, make_mesh(tensor=2, context=4))
+    with pytest.raises(UserError, match="objective 'clip' reads no rows of tokens"):
+        Trainer(small("clip", data_root), mesh)
 
 
 def test_parameters_are_split_over_the_mesh(data_root):
@@ -494,7 +520,7 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
     with pytest.raises(UserError, match="no optimizer group matches parameter"):
         groups = (GroupConfig("^llama", lr=1e-3),)
         train(dataclasses.replace(base, optimizer=OptimizerConfig(groups=groups)), tmp_path / "c")
-    with pytest.raises(UserError, match="make the three multiply to"):
+    with pytest.raises(UserError, match="make data, fsdp and tensor multiply to 1"):
         train(dataclasses.replace(base, mesh=MeshConfig(3, 1, 1)), tmp_path / "d")
     for change, message in (
         ({"data": dataclasses.replace(base.data, n_causal=5)}, "n_causal is 5, the model needs 4"),
@@ -520,6 +546,7 @@ def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
         ("hang_seconds", float("nan"), "hang_seconds is nan: make it at least 0"),
         ("ema_decay", 1.0, "ema_decay is 1.0: make it at least 0.0 and below 1.0"),
         ("profile_steps", "5", "profile_steps '5'"),
+        ("mesh.context", 0, r"context is 0 \(mesh\): make it at least 1"),
         ("mesh.fsdp", -1, r"fsdp is -1 \(mesh\): make it at least 0"),
         ("data.batch_size", 0, "'batch_size' must be at least 1"),
         ("optimizer.b2", 1.0, r"b2 is 1.0 \(optimizer\): make it at least 0.0 and below 1.0"),

@@ -34,7 +34,15 @@ from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.layers import Embedding
 from emu_jax.models.llama import Llama
-from emu_jax.sharding import MESH_AXES, AbstractModel, batch_sharding, make_mesh, nest, spec
+from emu_jax.sharding import (
+    MESH_AXES,
+    AbstractModel,
+    batch_sharding,
+    make_mesh,
+    nest,
+    row_ways,
+    spec,
+)
 from emu_jax.train import objectives, precompute
 from emu_jax.train.checkpoints import Checkpoints
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
@@ -953,6 +961,22 @@ def test_axes_are_split_as_the_table_says():
     ):
         assert spec(axes, shape, mesh) == PartitionSpec(*expected), axes
     assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert spec(("image", "sequence", "attention_heads"), (8, 8, 8), mesh) == PartitionSpec(
+        ("data", "fsdp"), None, "tensor"
+    )
+    long = make_mesh(1, 2, 2, 2)
+    assert long.axis_names == ("data", "fsdp", "context", "tensor") and row_ways(long) == 2
+    for axes, shape, expected in (
+        (("batch", "sequence", None), (2, 6, 4), (("data", "fsdp"), "context", None)),
+        (("batch", "sequence", None), (2, 7, 4), (("data", "fsdp"), None, None)),
+        (
+            ("batch", None, "attention_heads"),
+            (2, 7, 4),
+            (("data", "fsdp"), None, ("tensor", "context")),
+        ),
+        (("image", None, "heads"), (4, 7, 4), (("data", "fsdp", "context"), None, "tensor")),
+    ):
+        assert spec(axes, shape, long) == PartitionSpec(*expected), axes
     with pytest.raises(ValueError, match="unknown logical axis 'heds'; did you mean 'heads'"):
         spec(("embed", "heds"), (4, 4), mesh)
 

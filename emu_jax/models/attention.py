@@ -177,7 +177,8 @@ def splash(
     if mesh.empty:
         out: Any = run_shard(q, k, v, segment_ids)
     else:
-        q_spec, kv_spec = (spec(("batch", "heads", None, None), x.shape, mesh) for x in (q, k))
+        axes = ("batch", "attention_heads", None, None)
+        q_spec, kv_spec = (spec(axes, x.shape, mesh) for x in (q, k))
         if kv_spec != q_spec:  # too few heads of keys to give each device its own
             k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
         segment_spec = None if segment_ids is None else P(q_spec[0], None)
@@ -198,7 +199,7 @@ def short(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """`short_attention`. Each device computes its own rows and heads."""
+    """`short_attention`. Each device computes its own images and heads."""
 
     def run_shard(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         flat = (rearrange(x, "b t h k -> b t (h k)") for x in (q, k, v))
@@ -210,7 +211,7 @@ def short(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run_shard(q, k, v)
-    qkv_spec = spec(("batch", None, "heads", None), q.shape, mesh)
+    qkv_spec = spec(("image", None, "heads", None), q.shape, mesh)
     run_sharded: Any = jax.shard_map(
         run_shard, in_specs=(qkv_spec,) * 3, out_specs=qkv_spec, check_vma=False
     )
@@ -245,4 +246,5 @@ def cudnn(
         scale=scale,
         implementation="cudnn",
     )
-    return checkpoint_name(shard(out, "batch", None, "heads", None), CHECKPOINT_ATTENTION)
+    out = shard(out, "batch", None, "attention_heads", None)
+    return checkpoint_name(out, CHECKPOINT_ATTENTION)

@@ -100,7 +100,7 @@ class CFormerBlock(nnx.Module):
         x = x + dropout(self.self_attention(y, y, mask=mask, bias=bias, dropout=dropout))
         x = x + dropout(self.cross_attention(self.cross_norm(x), features, dropout=dropout))
         y = dropout(jax.nn.relu(self.wi(self.mlp_norm(x))))
-        return shard(x + dropout(self.wo(y)), "batch", None, None)
+        return shard(x + dropout(self.wo(y)), "image", None, None)
 
 
 class CFormer(nnx.Module):

@@ -97,7 +97,7 @@ class EmuModel(nnx.Module):
                 With an array, N is `cfg.n_embeddings`, and zeros follow those of a frame.
         """
         batch = pixels.shape[:-3]
-        pixels = shard(pixels.reshape(-1, *pixels.shape[-3:]), "batch", None, None, None)
+        pixels = shard(pixels.reshape(-1, *pixels.shape[-3:]), "image", None, None, None)
         if not isinstance(frames, bool):
             frames = frames.reshape(-1)
         embeddings = self.connector.encode(self, pixels, frames, dropout_key)

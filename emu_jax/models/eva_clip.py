@@ -112,10 +112,10 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         if self.post_norm:
-            x = shard(x + self.norm1(self.attn(x)), "batch", None, None)
-            return shard(x + self.norm2(self.mlp(x)), "batch", None, None)
-        x = shard(x + self.attn(self.norm1(x)), "batch", None, None)
-        return shard(x + self.mlp(self.norm2(x)), "batch", None, None)
+            x = shard(x + self.norm1(self.attn(x)), "image", None, None)
+            return shard(x + self.norm2(self.mlp(x)), "image", None, None)
+        x = shard(x + self.attn(self.norm1(x)), "image", None, None)
+        return shard(x + self.mlp(self.norm2(x)), "image", None, None)
 
 
 class VisionTransformer(nnx.Module):
@@ -160,7 +160,7 @@ class VisionTransformer(nnx.Module):
         x = self.patch_embed(patches)
         cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.pos_embed[...].astype(x.dtype)
-        x = shard(x, "batch", None, None)
+        x = shard(x, "image", None, None)
         x, _ = scan(
             self.blocks,
             lambda block, x, _: (block(x), None),

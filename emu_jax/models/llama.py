@@ -25,7 +25,7 @@ from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stac
 from emu_jax.models.lora import LoraLinear, adapted
 from emu_jax.models.low_precision import split_key
 from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
-from emu_jax.sharding import shard, spec
+from emu_jax.sharding import context_ways, shard, spec
 
 MaybeCache = TypeVar("MaybeCache", KVCache, None)
 
@@ -95,6 +95,15 @@ def _linear(
     return Linear(width_in, width_out, axes, bias=bias, rngs=rngs)
 
 
+def own_tokens(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """Constrains each device to its own tokens, if a row is split over devices.
+
+    Queries, keys, values and the output of attention need it beside the constraint to whole rows.
+    XLA would otherwise split the projections by heads instead, and move more bytes.
+    """
+    return shard(x, "batch", "sequence", "heads", None) if context_ways() > 1 else x
+
+
 class LlamaAttention(nnx.Module):
     """Rotary attention, in which heads may share keys and values (grouped-query attention)."""
 
@@ -130,6 +139,7 @@ class LlamaAttention(nnx.Module):
             out = attention(
                 q, k, v, causal=True, segment_ids=segment_ids, scale=scale, backend=backend
             )
+            out = own_tokens(out)
         else:
             cache, k, v = cache.update(layer, k, v)
             out = attention(q, k, v, mask=mask, scale=scale, cached=True)
@@ -153,7 +163,9 @@ class LlamaAttention(nnx.Module):
         rope = self.cfg.rope_theta, self.cfg.rope_dtype, self.cfg.rope_scaling
         q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
         q, k, v = (
-            checkpoint_name(shard(a, "batch", None, "heads", None), CHECKPOINT_QKV)
+            checkpoint_name(
+                shard(own_tokens(a), "batch", None, "attention_heads", None), CHECKPOINT_QKV
+            )
             for a in (q, k, v)
         )
         return q, k, v
@@ -171,8 +183,8 @@ class LlamaMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None
     ) -> Float[Array, "B T D"]:
-        gate = shard(adapted(self.gate_proj, x, dropout_key), "batch", None, "mlp")
-        up = shard(adapted(self.up_proj, x, dropout_key), "batch", None, "mlp")
+        gate = shard(adapted(self.gate_proj, x, dropout_key), "batch", "sequence", "mlp")
+        up = shard(adapted(self.up_proj, x, dropout_key), "batch", "sequence", "mlp")
         return adapted(self.down_proj, jax.nn.silu(gate) * up, dropout_key)
 
 
@@ -213,9 +225,9 @@ class LlamaBlock(nnx.Module):
             dropout_key=dropout_key,
             backend=backend,
         )
-        x = shard(x + attended, "batch", None, None)
+        x = shard(x + attended, "batch", "sequence", None)
         mlp = self.mlp(self.post_attention_layernorm(x), dropout_key)
-        return shard(x + mlp, "batch", None, None), cache
+        return shard(x + mlp, "batch", "sequence", None), cache
 
 
 class Llama(nnx.Module):
@@ -278,7 +290,7 @@ class Llama(nnx.Module):
             x, _ = scan(
                 self.layers,
                 body,
-                shard(x, "batch", None, None),
+                shard(x, "batch", "sequence", None),
                 keys,
                 remat=self.remat,
                 matmul_dtype=self.matmul_dtype,
@@ -351,7 +363,7 @@ class Llama(nnx.Module):
         Holds the logits of at most `block` positions of a row at a time; the backward pass
         recomputes them. With a block of 0, all logits are computed at once and saved.
 
-        Each device computes its own rows. The head's `embed` axis is gathered once, and its
+        Each device computes its own tokens. The head's `embed` axis is gathered once, and its
         gradient is summed over devices once, not once per block.
         """
         kernel = self._head_kernel(hidden.dtype)
@@ -359,7 +371,7 @@ class Llama(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return kernels().cross_entropy(hidden, kernel, targets, **settings)
-        batch_axes = spec(("batch", None, None), hidden.shape, mesh)[0]
+        tokens = P(*spec(("batch", "sequence", None), hidden.shape, mesh)[:2])
         embed_axis, vocab_axis = spec(("embed", "vocab"), kernel.shape, mesh)
 
         def shard_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
@@ -369,8 +381,8 @@ class Llama(nnx.Module):
 
         return jax.shard_map(
             shard_losses,
-            in_specs=(P(batch_axes), P(embed_axis, vocab_axis), P(batch_axes)),
-            out_specs=P(batch_axes),
+            in_specs=(tokens, P(embed_axis, vocab_axis), tokens),
+            out_specs=tokens,
             check_vma=False,
         )(hidden, kernel, targets)
 

@@ -78,7 +78,7 @@ class Collective:
     """One collective operation of one device."""
 
     kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
-    bytes: float  # of the whole array: after a gather, before a reduction
+    bytes: float  # of the whole array: after a gather, before a reduction, of all in an exchange
     # One group of participating logical devices. For a permutation: the source and target of each
     # pair in turn.
     group: tuple[int, ...]
@@ -369,7 +369,7 @@ class _InstructionCounter:
             arrays = arrays[len(arrays) // 2 :]  # (operands, results)
         size = sum(array.bytes for array in arrays)
         group = first_group(instruction.attribute("replica_groups") or "", instruction.attributes)
-        if kind == "reduce-scatter":
+        if kind in ("reduce-scatter", "all-to-all", "ragged-all-to-all"):
             size *= len(group)
         yield (
             f"{kind} {instruction.attribute('channel_id') or instruction.name}",

@@ -37,7 +37,7 @@ from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
 from emu_jax.plan.roofline import Network, Operation, busiest, times
-from emu_jax.sharding import MESH_AXES, AbstractModel, spec
+from emu_jax.sharding import AbstractModel, row_ways, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
 from emu_jax.train.flops import train_flops
@@ -192,7 +192,7 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
     if program == "decoder":
         cfg = dataclasses.replace(cfg, objective="decoder")
     mesh = mesh_for(cfg, devices)
-    ways = mesh.size // mesh.shape["tensor"] * cfg.accumulate
+    ways = row_ways(mesh) * cfg.accumulate
     if cfg.data.batch_size % ways:
         raise UserError(
             f"data.batch_size {cfg.data.batch_size} does not split {ways} ways: make it a multiple"
@@ -337,7 +337,7 @@ def _report(
         "slices": topology.slices,
         "chips": topology.chips,
         "devices": mesh.size,
-        "mesh": dict(zip(MESH_AXES, mesh.devices.shape, strict=True)),
+        "mesh": dict(mesh.shape),
         "remat": to_dict(cfg.remat),
         "rows": cfg.data.batch_size,
         "rows_per_chip": cfg.data.batch_size / topology.chips,
@@ -413,7 +413,9 @@ def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, floa
     for collective, often in counts.collectives.items():
         one = 2 if collective.kind == "collective-permute" else None  # one pair
         where = places[list(collective.group[:one])]
-        axes = [name for n, name in enumerate(MESH_AXES) if len(set(where[:, n].tolist())) > 1]
+        axes = [
+            name for n, name in enumerate(mesh.axis_names) if len(set(where[:, n].tolist())) > 1
+        ]
         table["+".join(axes) or "none"][collective.kind] += collective.bytes * often
     if counts.dcn_bytes:
         table["slices"]["all-reduce"] = counts.dcn_bytes

@@ -198,8 +198,11 @@ def sweep(
         rows: numbers of rows per chip to try.
 
     Raises:
-        UserError: no setting fits a topology.
+        UserError: no setting fits a topology, or a config splits rows over `mesh.context`.
     """
+    pairs = list(pairs)
+    if any(cfg.mesh.context > 1 for cfg, _ in pairs):
+        raise UserError("a sweep tries meshes without context: set mesh.context to 1, or plan one")
     out.mkdir(parents=True, exist_ok=True)
     trials = _Trials(out / "sweep.json")
     best: dict[str, Trial] = {}

@@ -194,6 +194,7 @@ class MeshConfig:
     data: int = 0
     fsdp: int = 0
     tensor: int = 0
+    context: int = 1  # devices that share each row of tokens, for long rows; never chosen
 
     def __post_init__(self) -> None:
         """Checks the settings.
@@ -203,6 +204,7 @@ class MeshConfig:
         """
         for name in ("data", "fsdp", "tensor"):
             _check_range(self, name, 0, where=" (mesh)")
+        _check_range(self, "context", 1, where=" (mesh)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,8 @@ def memory_by_kind(trainer: Trainer, batch: AbstractArrays) -> dict[str, float]:
 def kept_bytes(trainer: Trainer, batch: AbstractArrays) -> float:
     """Returns the bytes per device that the forward pass saves for the backward pass.
 
-    These are the residuals of the VJP except parameters, assumed to be sharded like the batch.
+    These are the residuals of the VJP except parameters, assumed to be sharded like the tokens and
+    the images of the batch.
     """
     state = trainer.state_shapes
 

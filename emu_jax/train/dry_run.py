@@ -25,7 +25,7 @@ from emu_jax.data.preview import GroupPreview, SourcePreview, preview
 from emu_jax.data.sources.open import missing_files
 from emu_jax.errors import UserError
 from emu_jax.hardware import chip_of
-from emu_jax.sharding import MESH_AXES, batch_sharding, make_mesh
+from emu_jax.sharding import batch_sharding, make_mesh
 from emu_jax.storage import as_path, is_remote
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import MAY_CHANGE, TrainConfig, resume_config, resume_conflicts
@@ -246,7 +246,7 @@ def dry_run(
         model_flops=flops,
         devices=jax.device_count(),
         device_kind=jax.devices()[0].device_kind,
-        mesh=None if mesh is None else dict(zip(MESH_AXES, mesh.devices.shape, strict=True)),
+        mesh=None if mesh is None else dict(mesh.shape),
         mesh_reasons=reasons,
         device_bytes=device_bytes,
         start=Start(step, MAY_CHANGE if step is not None else (), cfg.init_from, dict(cfg.parents)),

@@ -19,7 +19,7 @@ from emu_jax.data.latents import LatentBatches
 from emu_jax.data.pipeline import Batches, batches_of_each_source
 from emu_jax.errors import UserError
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
-from emu_jax.sharding import batch_sharding
+from emu_jax.sharding import batch_sharding, row_ways
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
@@ -106,7 +106,7 @@ class LossEvaluation(Evaluation):
             rows = config.batch_size or cfg.data.batch_size
             check_rows(rows, 1, self._sharding)
             return {"latents": (latents, rows)}
-        data, mesh = config.data(cfg.data), self.trainer.mesh
+        data = config.data(cfg.data)
         kind = self.trainer.objective.batch_kind
         opened = batches_of_each_source(
             data,
@@ -114,7 +114,7 @@ class LossEvaluation(Evaluation):
             kind,
             jax.process_index(),
             jax.process_count(),
-            pad_to=mesh.size // mesh.shape["tensor"],
+            pad_to=row_ways(self.trainer.mesh),
         )
         own = {source.name: source.batch_size for source in data.sources}
         return {

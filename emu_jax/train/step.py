@@ -28,8 +28,10 @@ from emu_jax.sharding import (
     AbstractModel,
     batch_sharding,
     choose_mesh,
+    context_ways,
     fitted,
     make_mesh,
+    row_ways,
     slice_count,
 )
 from emu_jax.train.config import TrainConfig
@@ -69,8 +71,8 @@ class Trainer:
         tower_metrics: the jitted state -> metrics, `update_statistics`.
 
     Raises:
-        UserError: the config does not fit its objective, an optimizer group is missing, or
-            nothing is to be trained, or to be quantized.
+        UserError: the config does not fit its objective, or a row the mesh, an optimizer group is
+            missing, or nothing is to be trained, or to be quantized.
     """
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh) -> None:
@@ -78,6 +80,7 @@ class Trainer:
         cfg = dataclasses.replace(cfg, attention=backend)
         self.cfg, self.mesh = cfg, mesh
         self.objective = get_objective(cfg)
+        check_context(cfg, mesh)
         self.template = AbstractModel(lambda: self.objective.build(nnx.Rngs(self._keys()[0])), mesh)
         shapes = self.template.shapes
         rates = {path: group_of(path, cfg.optimizer).lr for path in shapes}
@@ -317,7 +320,7 @@ def check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> Non
     Raises:
         UserError: they do not.
     """
-    ways = sharding.num_devices // sharding.mesh.shape["tensor"]
+    ways = row_ways(sharding.mesh)
     if batch_size % (ways * accumulate):
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
         raise UserError(
@@ -330,4 +333,35 @@ def check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> Non
     }
     share = batch_size // jax.process_count()
     if rows != set(range(jax.process_index() * share, (jax.process_index() + 1) * share)):
-        raise UserError("the mesh splits rows over processes: make `tensor` fit into one process")
+        raise UserError(
+            "the mesh splits rows over processes: make `tensor` x `context` fit into one process"
+        )
+
+
+def check_context(cfg: TrainConfig, mesh: Mesh) -> None:
+    """Checks that the devices of `context` can share each row equally: its tokens, its images, and
+    in attention its heads.
+
+    Raises:
+        UserError: they cannot, or the objective reads no rows of tokens.
+    """
+    context = context_ways(mesh)
+    if context == 1:
+        return
+    if cfg.objective not in ("emu", "text"):
+        raise UserError(
+            f"mesh.context is {context}, but the objective {cfg.objective!r} reads no rows of "
+            "tokens: set it to 1"
+        )
+    sizes = [("model.llama.heads", cfg.model.llama.heads, context * mesh.shape["tensor"])]
+    for rows in (cfg.data, *cfg.data.sources):  # a source may have rows of another size, or 0
+        sizes.append(("row_tokens", rows.row_tokens, context))
+        if cfg.objective == "emu":
+            sizes.append(("row_images", rows.row_images, context))
+    for name, size, ways in sizes:
+        if size % ways:
+            along = "context" if ways == context else "context x tensor"
+            raise UserError(
+                f"{name} is {size}, which the mesh's {along} = {ways} does not divide: make it a "
+                "multiple, or change the mesh"
+            )
