@@ -10,7 +10,7 @@ From the paper: the data and their proportion (6,144 pairs to 768 videos a step)
 captions alone, 35,200 steps, the peak learning rates, AdamW's betas and epsilon, clipping at 5,
 cosine decay, warm-up over 2% of the steps, 8 frames a video, an image on either side of its text.
 Ours: rows. 768 rows of 1,536 tokens and 16 images hold as many documents. Also ours are weight
-decay (Emu1's 0.05), 64 embeddings from the 16 x 16 patches, and `<image>` for frames too.
+decay (Emu1's 0.05), and 64 embeddings from the 16 x 16 patches.
 """
 
 import dataclasses
@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
                 row_tokens=1536,
                 row_images=16,
                 n_causal=64,
+                n_frame=64,
                 image_size=224,
             ),
             optimizer=OptimizerConfig(

@@ -3,17 +3,16 @@
     emu-jax train --config configs/emu2_37b_chat.py --workdir runs/emu2_chat \\
         --config.init_from=runs/emu2
 
-DATA holds JSON files of dialogues, and their images (docs/data.md); DATA/heldout holds those that
-are not trained on.
+DATA holds JSON files of dialogues, and their images and videos (docs/data.md); DATA/heldout holds
+those that are not trained on.
 
 From the paper: batches of 768 dialogues, 8,000 steps, a peak learning rate of 1e-5, 100 steps of
 warm-up, cosine decay to 0, AdamW's betas and epsilon, clipping at 5, 2,048 tokens, and
-cross-entropy on the answers alone. From the release: the format, both system messages, and 256
-embeddings an image.
+cross-entropy on the answers alone. From the release: the format, both system messages, 256
+embeddings of a still image, and 8 frames a video with 64 embeddings each.
 
 Ours: the encoder stays frozen (the paper does not say), weight decay is Emu1's 0.05, and rows hold
-several dialogues: 384 rows of 2,048 tokens and 7 images. The sets' weights are ours too. Videos are
-left out: a frame would take 256 embeddings here, where the release takes 64.
+several dialogues: 384 rows of 2,048 tokens and 8 images. The sets' weights are ours too.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +34,8 @@ DIALOGUES = {
     "sharegpt": (70.0, COMPREHENSIVE_SYSTEM),
     "llava": (158.0, COMPREHENSIVE_SYSTEM),
     "vqa": (158.0, CONCISE_SYSTEM),
+    "videochat": (11.0, COMPREHENSIVE_SYSTEM),
+    "video_chatgpt": (100.0, COMPREHENSIVE_SYSTEM),
 }
 
 
@@ -65,8 +66,9 @@ def get_config() -> ConfigDict:
                 sources=dialogues(),
                 batch_size=384,
                 row_tokens=2048,
-                row_images=7,
+                row_images=8,
                 n_causal=256,
+                n_frame=64,
                 image_size=448,
             ),
             optimizer=OptimizerConfig(

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
                 mixture={"pairs": 1.0, "pages": 0.0, "storyboards": 0.0},
                 batch_size=8,
                 n_causal=64,
+                n_frame=64,
                 image_size=448,
             ),
             optimizer=OptimizerConfig(

@@ -106,6 +106,7 @@ class Tokenizer:
         byte_level: whether the vocabulary is a byte-level BPE, not LLaMA's.
         frame: id of `[gIMG]`, which stands for an embedding of a video's frame; None in Emu1,
             where `<image>` does.
+        video: id of `[VIDEO]`, which precedes the frames of a video; None in Emu1.
         user, assistant: ids of `[USER]`, `[ASSISTANT]`; None without `instruct`.
         added: Emu's tokens, in the order of their ids from `base_size` on.
         spelled: all tokens that text may spell out.
@@ -134,7 +135,7 @@ class Tokenizer:
         self._added = {t: self.base_size + i for i, t in enumerate(added)}
         self.pad_id, self.img = self._added[PAD], self._added[IMG]
         self.img_end, self.image = self._added[IMG_END], self._added[IMAGE]
-        self.frame = self._added.get(FRAME)
+        self.frame, self.video = self._added.get(FRAME), self._added.get(VIDEO)
         self.user, self.assistant = self._added.get(USER), self._added.get(ASSISTANT)
 
         self._vocabulary = vocabulary

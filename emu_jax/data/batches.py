@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +33,20 @@ from emu_jax.data.images import (
     square_crop,
     to_array,
 )
-from emu_jax.data.lengths import text_ids
+from emu_jax.data.lengths import image_size, text_ids
 from emu_jax.data.mixture import FRAMES, Group, PackedDocument, Requirements, SampledDocument
-from emu_jax.data.packing import IMAGE_PART, Part, part_tokens, truncate
+from emu_jax.data.packing import (
+    IMAGE_PART,
+    VIDEO_PART,
+    Part,
+    part_tokens,
+    truncate,
+    whole_videos,
+)
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # Of a stream: (block, row in it) for rows; (0, document) for other kinds.
 Position = tuple[int, int]
@@ -220,6 +230,11 @@ class BatchBuilder(abc.ABC):
         self, group: Group, tokenizer: Tokenizer, local_rows: range | None, pool: Pool
     ) -> None:
         self.group, self.cfg, self.tokenizer = group, group.cfg, tokenizer
+        if self.cfg.n_frame and tokenizer.frame is None:
+            raise UserError(
+                "data.n_frame needs a token of video frames, which this tokenizer does not have: "
+                "set data.n_frame=0, or data.family=emu2"
+            )
         self.share = Share(group, local_rows)
         self._pool = pool
         # Captions repeat, and so do the images of a small data set.
@@ -280,10 +295,14 @@ class BatchBuilder(abc.ABC):
         seed, source = self.group.seed(sampled, FRAMES), sampled.source.documents
         document = source.read(sampled.index, seed, [part.index for part in parts])
         counted = sampled.lengths
-        actual = {
-            n: IMAGE_PART if isinstance(p := document.parts[n], Image) else len(self.encode(p))
-            for n in (part.index for part in parts if part.index < len(document.parts))
-        }
+
+        def size(n: int) -> int:
+            part = document.parts[n]
+            if isinstance(part, Text):
+                return len(self.encode(part))
+            return image_size(document, n) if self.cfg.n_frame else IMAGE_PART
+
+        actual = {p.index: size(p.index) for p in parts if p.index < len(document.parts)}
         if len(document.parts) != len(counted) or any(counted[n] != actual[n] for n in actual):
             raise Damaged(
                 "changed document",
@@ -324,7 +343,8 @@ class RowBuilder(BatchBuilder):
     tokens, segment_ids (0 = padding), positions int32 [B,T]; text_loss_mask bool [B,T], True where
     the token is a text target; images uint8 [B,I,h,w,3]; image_valid, image_scored (a regression
     target) bool [B,I]; embedding_index int32 [B,T], the index among the row's I*N embeddings at an
-    <image>, -1 elsewhere.
+    <image>, -1 elsewhere. With `n_frame`, also image_frames bool [B,I], the frames of videos, whose
+    n_frame embeddings are at [gIMG]; they are no regression targets.
     """
 
     requires = Requirements("rows")
@@ -470,6 +490,8 @@ class RowBuilder(BatchBuilder):
         batch["embedding_index"][n, tokens] = sequence.embedding_index
         batch["image_valid"][n, images] = True
         batch["image_scored"][n, images] = sequence.scored_images
+        if self.cfg.n_frame:
+            batch["image_frames"][n, images] = sequence.frames
 
 
 class _SingleBuilder(BatchBuilder):
@@ -580,8 +602,8 @@ class CaptionBuilder(_SingleBuilder):
 
     def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
         parts = self.group.parts(sampled, image_first=True)
-        images = [part for part in parts if part.size == IMAGE_PART]
-        words = [part for part in parts if part.size != IMAGE_PART]
+        images = [part for part in parts if part.size < 0]
+        words = [part for part in parts if part.size >= 0]
         (_, image), *texts = self._contents(sampled, [*images[:1], *words])
         ids = [i for part, content in texts for i in self.part_ids(part, content)]
         # A truncated caption also ends in </s>, whose hidden state is read.
@@ -675,14 +697,17 @@ class ContextBuilder(_SingleBuilder):
         batch["embedding_index"][n, :used] = sequence.embedding_index
         batch["images"][n, sequence.images :] = 0  # clears images of a document that failed
         batch["image_valid"][n] = np.arange(self.cfg.row_images) < sequence.images
+        if self.cfg.n_frame:
+            batch["image_frames"][n] = False
+            batch["image_frames"][n, : sequence.images] = sequence.frames
 
     def _measure(self, sampled: SampledDocument) -> dict[str, int]:
         context, _, truncated = self._choose(sampled, self.group.rng(sampled))
         sizes = [part.size for part in context]
         return {
-            "tokens": 2 + sum(part_tokens(size, self.cfg.n_causal) for size in sizes),
+            "tokens": 2 + sum(map(self._tokens, sizes)),
             "token_slots": self.cfg.row_tokens,
-            "images": sizes.count(IMAGE_PART),
+            "images": sum(size < 0 for size in sizes),
             "image_slots": self.cfg.row_images,
             "documents": 1,
             "truncated": int(truncated),
@@ -697,7 +722,7 @@ class ContextBuilder(_SingleBuilder):
         itself = self.cfg.autoencode > 0 and rng.random() < self.cfg.autoencode
         # The words of a pair come first: they are the only possible context.
         parts = self.group.parts(sampled, image_first=False)
-        choices = [k for k, part in enumerate(parts) if part.size == IMAGE_PART]
+        choices = [k for k, part in enumerate(parts) if part.size < 0]
         chosen = choices[int(rng.random() * len(choices))]
         before = [] if dropped else [parts[chosen]] if itself else parts[:chosen]
         sizes = [part.size for part in before]
@@ -706,11 +731,15 @@ class ContextBuilder(_SingleBuilder):
             tokens=self.cfg.row_tokens - 2,
             images=self.cfg.row_images,
             n_causal=self.cfg.n_causal,
+            n_frame=self.cfg.n_frame,
             end="head",
         )
         last = before[len(before) - len(kept_sizes) :]
         context = [part.end(size) for part, size in zip(last, kept_sizes, strict=True)]
-        return context, parts[chosen], kept_sizes != sizes
+        return whole_videos(context), parts[chosen], kept_sizes != sizes
+
+    def _tokens(self, size: int) -> int:
+        return part_tokens(size, self.cfg.n_causal, self.cfg.n_frame)
 
 
 class ViewBuilder(_SingleBuilder):
@@ -744,7 +773,7 @@ class ViewBuilder(_SingleBuilder):
         cfg, rng = self.cfg, self.group.rng(sampled)
         dropped, choice, *at = rng.random(4).tolist()
         parts = self.group.parts(sampled, image_first=True)
-        choices = [part for part in parts if part.size == IMAGE_PART]
+        choices = [part for part in parts if part.size < 0]
         ((_, image),) = self._contents(sampled, [choices[int(choice * len(choices))]])
         assert isinstance(image, Image)
         # Not decoded at a reduced size, even if `fast_decode`: its own size is a condition.
@@ -778,11 +807,12 @@ def batch_shapes(cfg: DataConfig, kind: Kind) -> Shapes:
 def _input_shapes(cfg: DataConfig) -> Shapes:
     """Returns the arrays with the images that a row shows to the model."""
     B, T, I, h = cfg.batch_size, cfg.row_tokens, cfg.row_images, cfg.image_size  # noqa: E741
-    return {
+    shapes: Shapes = {
         "images": ((B, I, h, h, 3), np.uint8),
         "image_valid": ((B, I), bool),
         "embedding_index": ((B, T), np.int32),
     }
+    return shapes | ({"image_frames": ((B, I), bool)} if cfg.n_frame else {})
 
 
 def _example(
@@ -860,13 +890,14 @@ class _Sequence:
 
     def __init__(self, builder: BatchBuilder, images: int) -> None:
         self._part_ids, self._tokenizer = builder.part_ids, builder.tokenizer
-        self._n_causal = builder.cfg.n_causal
+        self._n_causal, self._n_frame = builder.cfg.n_causal, builder.cfg.n_frame
         self._learn_img, self._last_image = builder.cfg.learn_img, builder.cfg.last_image
         self.tokens: list[int] = []
         self.scored: list[bool] = []
         self.embedding_index: list[int] = []
         self.images = images  # number of images in the row so far
         self.scored_images: list[bool] = []
+        self.frames: list[bool] = []  # of each image: whether it is a frame of a video
 
     def open(self) -> None:
         """Begins the document with <s>."""
@@ -879,13 +910,23 @@ class _Sequence:
             unscored = (self._tokenizer.img, self._tokenizer.img_end, self._tokenizer.pad_id)
             self._extend(ids, [content.scored and i not in unscored for i in ids])
             return
-        n, t = self._n_causal, self._tokenizer
+        t, n, placeholder = self._tokenizer, self._n_causal, self._tokenizer.image
         first = self.images * n
+        scored = content.scored
+        if framed := self._n_frame > 0 and part.size != IMAGE_PART:
+            assert t.frame is not None and t.video is not None
+            n, placeholder = self._n_frame, t.frame
+            scored = False  # the model generates no frames
+            if part.size == VIDEO_PART:
+                self._extend([t.video], [False])
+        elif content.frame and t.frame is not None:
+            _warn_of_frames()
         self.images += 1
-        self.scored_images.append(content.scored)
+        self.scored_images.append(scored)
+        self.frames.append(framed)
         self._extend(
-            [t.img, *[t.image] * n, t.img_end],
-            [self._learn_img and content.scored, *[False] * (n + 1)],
+            [t.img, *[placeholder] * n, t.img_end],
+            [self._learn_img and scored, *[False] * (n + 1)],
             [-1, *range(first, first + n), -1],
         )
 
@@ -902,6 +943,15 @@ class _Sequence:
         self.tokens += ids
         self.scored += scored
         self.embedding_index += embedding_index or [-1] * len(ids)
+
+
+@functools.cache
+def _warn_of_frames() -> None:
+    """Warns once that a model which tells frames of videos from still images is not shown them."""
+    log.warning(
+        "frames of videos are read as still images: set data.n_frame to the model's embeddings of "
+        "a frame (64 in Emu2's releases)"
+    )
 
 
 def _damage(sampled: SampledDocument, reason: str) -> Damage:

@@ -59,6 +59,8 @@ class DataConfig:
     row_tokens: int = 2048  # T
     row_images: int = 16  # I
     n_causal: int = 32  # N, embeddings of an image
+    # Embeddings of a frame of a video, which then has tokens of its own; 0: those of an image.
+    n_frame: int = 0
     image_size: int = 224  # of the visual encoder
     target_size: int = 512  # of the autoencoder
 
@@ -117,6 +119,7 @@ class DataConfig:
             ("seed", 0 <= self.seed < 2**32, "be in 0 .. 2**32 - 1"),
             ("batch_size", self.batch_size >= 1, "be at least 1"),
             ("n_causal", self.n_causal >= 1, "be at least 1"),
+            ("n_frame", 0 <= self.n_frame <= self.n_causal, "be in 0 .. n_causal"),
             ("row_tokens", self.row_tokens >= smallest, f"hold one image: at least {smallest}"),
             ("row_images", self.row_images >= 1, "be at least 1"),
             ("block_documents", self.block_documents >= 1, "be at least 1"),

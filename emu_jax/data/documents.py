@@ -69,15 +69,30 @@ class Image:
         time: time of a video frame, in seconds.
         similarity: similarity to the text beside it, if the data come with such a score.
         scored: whether the image is a training target.
+        frame: number of the frame, from 1, in a video that the document shows as a whole; 0: a
+            still image. Frames between subtitles are still images.
     """
 
     data: bytes
     time: float | None = None
     similarity: float | None = None
     scored: bool = True
+    frame: int = 0
+
+    @classmethod
+    def video(
+        cls, frames: Iterable[tuple[float | None, bytes]], *, scored: bool = True
+    ) -> list[Image]:
+        """Returns the frames of a video that a document shows as a whole."""
+        return [
+            cls(data, time, scored=scored, frame=number)
+            for number, (time, data) in enumerate(frames, 1)
+        ]
 
     def to_list(self) -> list[Any]:
         """Returns the fields as plain values, omitting defaults."""
+        if self.frame:
+            return [self.data, self.time, self.similarity, self.scored, self.frame]
         if not self.scored:
             return [self.data, self.time, self.similarity, self.scored]
         values = [self.data, self.time]
@@ -226,6 +241,7 @@ class Source(Sequence[Document]):
             derived from a source is valid as long as its fingerprint does not change.
         paired: whether a document is images with a caption, in no inherent order.
         remote: whether `spans` names byte ranges.
+        videos: whether a document may have frames of videos (`Image.frame`).
 
     Raises (when indexed):
         Damaged: this document cannot be read; the others can.
@@ -234,6 +250,7 @@ class Source(Sequence[Document]):
     fingerprint: str
     paired: bool = False
     remote: bool = False
+    videos: bool = True
 
     @abc.abstractmethod
     def read(

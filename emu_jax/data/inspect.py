@@ -212,7 +212,8 @@ def _content(row: BatchExample, segment: int, tokenizer: Tokenizer, n_causal: in
             number = index // n_causal
             if number not in placed:
                 placed.add(number)
-                label = f"{n_causal} &times; &lt;image&gt;"
+                count = sum(i >= 0 and i // n_causal == number for i in row.embedding_index)
+                label = f"{count} &times; {html.escape(tokenizer.piece(token))}"
                 yield _figure(row.images[number], label, row.regressed[number])
             continue
         special = token >= tokenizer.base_size or token in (tokenizer.bos, tokenizer.eos)

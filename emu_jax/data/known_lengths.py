@@ -6,7 +6,8 @@
     shard_tail   SHA-256 of its last TAIL_BYTES, which list the sizes of its records
     tokenizer    fingerprint of the tokenizer that counted
     counts       int32, number of parts of each document
-    sizes        int32, tokens of each part; IMAGE_PART for an image
+    sizes        int32, tokens of each part; IMAGE_PART for an image, VIDEO_PART or FRAME_PART for
+                 a frame of a video
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class KnownLengths(NamedTuple):
 
     Attributes:
         counts: number of parts of each document.
-        sizes: tokens of each part, or -1 for an image.
+        sizes: tokens of each part, or less than 0 for an image (`packing`).
     """
 
     counts: Int[np.ndarray, "documents"]

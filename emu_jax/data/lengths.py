@@ -4,7 +4,8 @@ The lengths of a large source are in up to `_MOST_PARTS` folders of cached array
 lists them. A part is opened when a document in it is first looked up.
 
     starts     uint32, first size of each document of the part; one more, the end
-    sizes      int16, tokens of each text; IMAGE_PART; or _LONG, for a longer text
+    sizes      int16, tokens of each text; IMAGE_PART, VIDEO_PART or FRAME_PART; or _LONG, for a
+               longer text
     long_at, long_sizes    positions in `sizes` and tokens of the longer texts
     damage     int8, 1 + position in REASONS, or 0
 """
@@ -33,7 +34,7 @@ from emu_jax.data.documents import (
     check_size,
 )
 from emu_jax.data.known_lengths import KnownLengths
-from emu_jax.data.packing import IMAGE_PART
+from emu_jax.data.packing import FRAME_PART, IMAGE_PART, VIDEO_PART
 from emu_jax.data.sources.index import (
     EAGER,
     Arrays,
@@ -59,6 +60,7 @@ _LONG = -2  # in place of a size beyond int16
 _LONGEST = 2**15 - 1
 _VERSION = 3  # of the cached arrays
 _EARLIER = 2  # version whose arrays are converted
+_FRAMES_VERSION = 4  # of arrays that tell frames of videos from still images
 _AWAITED = ("missing image", "ambiguous image", "missing file")  # may arrive later
 
 
@@ -77,20 +79,32 @@ def text_ids(text: Text, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(words, bos=False) if text.special else tokenizer.encode_plain(words)
 
 
+def image_size(document: Document, index: int) -> int:
+    """Returns IMAGE_PART, VIDEO_PART or FRAME_PART for a part that is an image."""
+    part, before = document.parts[index], document.parts[index - 1] if index else None
+    assert isinstance(part, Image)
+    if not part.frame:
+        return IMAGE_PART
+    # The first frames of a video may have been left out.
+    begun = isinstance(before, Image) and 0 < before.frame < part.frame
+    return FRAME_PART if begun else VIDEO_PART
+
+
 def part_lengths(document: Document, tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens of each text of a document, and IMAGE_PART for each image.
+    """Returns the tokens of each text of a document, and `image_size` of each image.
 
     Raises:
         UserError: see `text_ids`.
     """
     return [
-        IMAGE_PART if isinstance(part, Image) else len(text_ids(part, tokenizer))
-        for part in document.parts
+        image_size(document, n) if isinstance(part, Image) else len(text_ids(part, tokenizer))
+        for n, part in enumerate(document.parts)
     ]
 
 
 class Lengths(abc.ABC):
-    """The lengths of a source's documents: for each part, its number of tokens or IMAGE_PART.
+    """The lengths of a source's documents: for each part, its number of tokens, or less than 0 for
+    an image (`packing`).
 
     Attributes:
         tally: counts of used and unused parts of the source, as far as they are known without
@@ -106,9 +120,9 @@ class Lengths(abc.ABC):
     def __getitem__(self, index: int) -> list[int]: ...
 
     @abc.abstractmethod
-    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "3 documents"]:
-        """Returns, for each document, the tokens of its texts, its images, and 1 + the position of
-        its damage in REASONS or 0."""
+    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "5 documents"]:
+        """Returns, for each document, the tokens of its texts, its images, 1 + the position of its
+        damage in REASONS or 0, its videos, and their frames, which are images too."""
 
     @abc.abstractmethod
     def damage(self, index: int) -> str | None:
@@ -125,14 +139,21 @@ class LengthParts:
 
     Attributes:
         name: name of the cached arrays of the whole source.
+        earlier_name: name of the arrays that these replace.
+        frames: whether frames of videos are told from still images.
         count: number of parts. A single part is cached under `name`; several are cached apart, and
             `name` lists them.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, folder: Path, frames: bool = False
+    ) -> None:
         self._source, self._tokenizer, self.folder = source, tokenizer, folder
-        self.name = f"outlines-{_VERSION}-{source.fingerprint}-{tokenizer.fingerprint}"
-        self.earlier_name = f"outlines-{_EARLIER}-{source.fingerprint}-{tokenizer.fingerprint}"
+        self.frames = frames and source.videos
+        version = _FRAMES_VERSION if self.frames else _VERSION
+        counted = f"{source.fingerprint}-{tokenizer.fingerprint}"
+        self.name = f"outlines-{version}-{counted}"
+        self.earlier_name = f"outlines-{_VERSION if self.frames else _EARLIER}-{counted}"
         self.documents = part_documents(len(source))
         self.count = -(-len(source) // self.documents)
 
@@ -143,6 +164,18 @@ class LengthParts:
         """Returns the names of all cached arrays, those of the parts last."""
         parts = range(self.count) if self.count > 1 else ()
         return [self.name, *map(self._part_name, parts)]
+
+    def remove(self) -> None:
+        """Removes all arrays from the cache."""
+        for name in self.names():
+            remove_arrays(self.folder, name)
+        self.remove_earlier()
+
+    def remove_earlier(self) -> None:
+        """Removes the arrays that were converted. Those that do not tell frames are still used by
+        models that do not either."""
+        if not self.frames:
+            remove_arrays(self.folder, self.earlier_name)
 
     def check(self) -> None:
         """Checks that all arrays are in the cache, without reading them.
@@ -170,8 +203,9 @@ class LengthParts:
         indices = range(first, min(first + self.documents, len(self._source)))
         known = self._source.known_lengths(indices, self._tokenizer.fingerprint)
         if known is not None:
-            return _known(self._source, indices, known) | {"stamp": stamp}
-        return self._converted(indices) or _count(self._source, self._tokenizer, indices, stamp)
+            return _known(self._source, indices, known, self.frames) | {"stamp": stamp}
+        converted = None if self.frames else self._converted(indices)
+        return converted or _count(self._source, self._tokenizer, indices, stamp, self.frames)
 
     def _part_name(self, part: int) -> str:
         return f"{self.name}-{part * self.documents}"
@@ -207,17 +241,29 @@ class TokenLengths(Lengths):
 
     Args:
         recount: count again if files were missing and some have arrived since; otherwise warn.
+        frames: tell frames of videos from still images. They have arrays of their own, unless the
+            source has no videos.
     """
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, folder: Path, recount: bool = True
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        folder: Path,
+        recount: bool = True,
+        frames: bool = False,
     ) -> None:
-        self.parts = parts = LengthParts(source, tokenizer, folder)
+        self.parts = parts = LengthParts(source, tokenizer, folder, frames)
         self._count, self._opened = len(source), dict[int, _Part]()
         begun: UInt8[np.ndarray, "bytes"] | None = None  # the stamp when counting began
 
         def count() -> Arrays:
             nonlocal begun
+            if parts.frames and has_arrays(folder, parts.earlier_name):
+                log.warning(
+                    "%s does not tell frames of videos from still images: counting again",
+                    folder / parts.earlier_name,
+                )
             log.info("counting the tokens of %d documents for %s", len(source), folder / parts.name)
             # Taken before counting: a file that arrives meanwhile may be too late for its document.
             begun = stamp = parts.stamp()
@@ -246,8 +292,7 @@ class TokenLengths(Lengths):
                 log.warning(
                     "%s: files arrived since it was counted; counting again", folder / parts.name
                 )
-                for name in (*parts.names(), parts.earlier_name):
-                    remove_arrays(folder, name)
+                parts.remove()
                 arrays = cached_arrays(folder, parts.name, count)
             else:
                 log.warning(
@@ -256,7 +301,7 @@ class TokenLengths(Lengths):
                     folder / parts.name,
                 )
         if begun is not None and indexing() and not is_remote(folder):
-            remove_arrays(folder, parts.earlier_name)
+            parts.remove_earlier()
         if parts.count < 2:
             self._opened[0] = _Part(arrays)
         self._totals = arrays["totals"]
@@ -270,14 +315,14 @@ class TokenLengths(Lengths):
         part, row = self._find(index)
         return part.sizes(row)
 
-    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "3 documents"]:
+    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "5 documents"]:
         if self.parts.count < 2:
             return self._open(0).totals_of(indices)
         parts, rows = np.divmod(indices, self.parts.documents)
         order = np.argsort(parts, kind="stable")
         numbers, starts = np.unique(parts[order], return_index=True)
         self._download(numbers.tolist())
-        result = np.zeros((3, len(indices)), np.int64)
+        result = np.zeros((5, len(indices)), np.int64)
         for part, at in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
             result[:, at] = self._open(part).totals_of(rows[at])
         return result
@@ -324,15 +369,19 @@ class _Part:
         start, stop = int(self._starts[row]), int(self._starts[row + 1])
         return self._with_long(self._sizes[start:stop], np.arange(start, stop)).tolist()
 
-    def totals_of(self, rows: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "3 documents"]:
+    def totals_of(self, rows: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "5 documents"]:
         starts = self._starts.take(rows).astype(np.int64)
         counts = self._starts.take(rows + 1) - starts
         owners = np.repeat(np.arange(len(rows)), counts)
         at = np.arange(len(owners)) + (starts - np.cumsum(counts) + counts)[owners]
         sizes = self._with_long(self._sizes.take(at), at)
         tokens = np.bincount(owners, np.maximum(sizes, 0), len(rows)).astype(np.int64)
-        images = np.bincount(owners[sizes == IMAGE_PART], minlength=len(rows))
-        return np.stack([tokens, images, self.damage.take(rows).astype(np.int64)])
+        images, videos, frames = (
+            np.bincount(owners[each], minlength=len(rows))
+            for each in (sizes < 0, sizes == VIDEO_PART, sizes <= VIDEO_PART)
+        )
+        damage = self.damage.take(rows).astype(np.int64)
+        return np.stack([tokens, images, damage, videos, frames])
 
     def _with_long(self, sizes: np.ndarray, at: Int[np.ndarray, "parts"]) -> np.ndarray:
         """Returns the sizes at some positions, with those of long texts in place."""
@@ -356,7 +405,11 @@ TOTALS = ("documents", "tokens", "images", "with_text", "with_image", "with_both
 
 
 def _count(
-    source: Source, tokenizer: Tokenizer, indices: range, stamp: UInt8[np.ndarray, "bytes"]
+    source: Source,
+    tokenizer: Tokenizer,
+    indices: range,
+    stamp: UInt8[np.ndarray, "bytes"],
+    frames: bool,
 ) -> Arrays:
     """Counts the tokens of some documents."""
 
@@ -380,7 +433,7 @@ def _count(
         for n, (sizes, code, unused) in enumerate(measured):
             counts[n], damage[n] = len(sizes), code
             all_sizes += sizes
-            images = sizes.count(IMAGE_PART)
+            images = sum(size < 0 for size in sizes)
             texts = len(sizes) - images - sizes.count(0)
             if images or texts:
                 tally.use(images=images, texts=texts)
@@ -390,7 +443,7 @@ def _count(
                 if tally.leave(reason):
                     where = source.where(indices[n])
                     tally.example(reason, f"{where}: {detail}" if detail else where)
-    lengths = _compact(counts, np.array(all_sizes, np.int32), damage)
+    lengths = _compact(counts, _told(np.array(all_sizes, np.int32), frames), damage)
     return lengths | {"tally": tally.to_array(), "stamp": stamp}
 
 
@@ -404,9 +457,14 @@ def _windows(source: Source, indices: range) -> Iterator[range]:
         yield indices[first : first + size]
 
 
-def _known(source: Source, indices: range, known: KnownLengths) -> Arrays:
+def _told(sizes: Int[np.ndarray, "parts"], frames: bool) -> Int[np.ndarray, "parts"]:
+    """Returns sizes in which frames of videos are still images, unless `frames`."""
+    return sizes if frames else np.maximum(sizes, IMAGE_PART)
+
+
+def _known(source: Source, indices: range, known: KnownLengths, frames: bool) -> Arrays:
     """Returns the arrays of documents that need not be counted, as `_count` would."""
-    counts, sizes = known
+    counts, sizes = known.counts, _told(known.sizes, frames)
     arrays = _compact(counts, sizes, np.zeros(len(counts), np.int8))
     totals = dict(zip(TOTALS, arrays["totals"].tolist(), strict=True))
     tally = Tally()
@@ -448,7 +506,7 @@ def _compact(
         total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return total[starts[1:]] - total[starts[:-1]]
 
-    texts, images = each(np.maximum(sizes, 0)), each(sizes == IMAGE_PART)
+    texts, images = each(np.maximum(sizes, 0)), each(sizes < 0)
     totals = [
         len(counts),
         texts.sum(),

@@ -25,7 +25,16 @@ from emu_jax.data import storage
 from emu_jax.data.config import PAIRS, DataConfig, Kind
 from emu_jax.data.documents import Source
 from emu_jax.data.lengths import Lengths, TokenLengths
-from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
+from emu_jax.data.packing import (
+    FRAME_PART,
+    IMAGE_PART,
+    Part,
+    pack,
+    part_tokens,
+    pick,
+    truncate,
+    window,
+)
 from emu_jax.data.permutation import mixed, shuffled, splitmix64
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources.index import folder_for
@@ -121,6 +130,7 @@ class SampledDocuments(NamedTuple):
     indices: Int[np.ndarray, "documents"]  # in their sources
     tokens: Int[np.ndarray, "documents"]  # of texts
     images: Int[np.ndarray, "documents"]
+    image_tokens: Int[np.ndarray, "documents"]
     damage: Int[np.ndarray, "documents"]  # 1 + position in REASONS, or 0
     usable: Bool[np.ndarray, "documents"]
 
@@ -259,17 +269,19 @@ class Group:
     def _sample(self, numbers: Int[np.ndarray, "documents"]) -> SampledDocuments:
         """Returns the documents of some numbers, without those that the hold-out leaves out."""
         sources, indices = self._locate(numbers)
-        tokens, images = np.zeros_like(indices), np.zeros_like(indices)
-        damage, usable = np.zeros_like(indices), np.zeros(len(indices), bool)
-        read = np.zeros(len(indices), bool)
+        totals = np.zeros((5, len(indices)), np.int64)
+        usable, read = np.zeros(len(indices), bool), np.zeros(len(indices), bool)
         for n, source in enumerate(self.sources):
             at = np.flatnonzero(sources == n)
             if not len(at):
                 continue
-            tokens[at], images[at], damage[at] = source.lengths.totals_of(indices[at])
+            totals[:, at] = source.lengths.totals_of(indices[at])
             read[at] = source.read_mask(indices[at])
-            usable[at] = self._usable(source, images[at] > 0, tokens[at] > 0)
-        fields = (numbers, sources, indices, tokens, images, damage, usable)
+            usable[at] = self._usable(source, totals[1, at] > 0, totals[0, at] > 0)
+        tokens, images, damage, videos, frames = totals
+        still, frame = (self._tokens(size) for size in (IMAGE_PART, FRAME_PART))
+        image_tokens = (images - frames) * still + frames * frame + videos
+        fields = (numbers, sources, indices, tokens, images, image_tokens, damage, usable)
         return SampledDocuments(*(field[read] for field in fields))
 
     def usable(self, sampled: SampledDocument) -> bool:
@@ -277,7 +289,7 @@ class Group:
         if not sampled.source.reads(sampled.index):
             return False
         lengths = sampled.lengths
-        has_image, has_text = IMAGE_PART in lengths, any(size > 0 for size in lengths)
+        has_image, has_text = any(s < 0 for s in lengths), any(s > 0 for s in lengths)
         return bool(self._usable(sampled.source, np.array([has_image]), np.array([has_text]))[0])
 
     def _usable(
@@ -315,7 +327,7 @@ class Group:
         """Returns the non-empty parts; `image_first` decides the order of a pair's parts."""
         parts = [Part(n, size) for n, size in enumerate(sampled.lengths) if size]
         if sampled.source.documents.paired:
-            parts.sort(key=lambda part: (part.size == IMAGE_PART) != image_first)
+            parts.sort(key=lambda part: (part.size < 0) != image_first)
         return parts
 
     def fit(self, sampled: SampledDocument, rng: np.random.Generator) -> tuple[list[Part], bool]:
@@ -331,12 +343,14 @@ class Group:
                 tokens=source.window_tokens - 2,
                 images=source.window_images,
                 n_causal=cfg.n_causal,
+                n_frame=cfg.n_frame,
             )
         sizes = truncate(
             [part.size for part in parts],
             tokens=cfg.row_tokens - 2,
             images=cfg.row_images,
             n_causal=cfg.n_causal,
+            n_frame=cfg.n_frame,
         )
         fitted = [p._replace(size=s) for p, s in zip(parts, sizes, strict=False)]
         last = whole[-1]
@@ -349,13 +363,17 @@ class Group:
         cut off."""
         parts, cut = self.fit(sampled, self.rng(sampled))
         sizes = [part.size for part in parts]
-        tokens = 2 - cut + sum(part_tokens(size, self.cfg.n_causal) for size in sizes)
-        return tokens, sizes.count(IMAGE_PART), cut
+        tokens = 2 - cut + sum(map(self._tokens, sizes))
+        return tokens, sum(size < 0 for size in sizes), cut
+
+    def _tokens(self, size: int) -> int:
+        """Returns the tokens that a part of a size takes."""
+        return part_tokens(size, self.cfg.n_causal, self.cfg.n_frame)
 
     def _pack(self, block: int, stream: int = 0) -> Block:
         cfg, size = self.cfg, self.cfg.block_documents
         sampled = self._sample(self.numbers(block * size, (block + 1) * size, stream))
-        tokens = 2 + sampled.tokens + sampled.images * part_tokens(IMAGE_PART, cfg.n_causal)
+        tokens = 2 + sampled.tokens + sampled.image_tokens
         images, cut = sampled.images.copy(), np.zeros(len(tokens), bool)
         chosen = np.array([bool(s.cfg.window_tokens or s.cfg.picked_images) for s in self.sources])
         over = (tokens > cfg.row_tokens) | (images > cfg.row_images) | chosen[sampled.sources]
@@ -572,7 +590,8 @@ def open_lengths(
     Raises:
         UserError: the source has lost all its images or all its texts.
     """
-    lengths = TokenLengths(documents, tokenizer, lengths_folder(source, cfg), recount)
+    folder = lengths_folder(source, cfg)
+    lengths = TokenLengths(documents, tokenizer, folder, recount, frames=cfg.n_frame > 0)
     try:
         lengths.tally.check(source.allow_missing)
     except UserError as error:

@@ -12,52 +12,78 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-# The lengths of a document are one integer for each part: its tokens, or IMAGE_PART.
+# The lengths of a document are one integer for each part: its tokens, or less than 0 for an image.
+# Only a model with tokens of its own for frames tells these from still images.
 IMAGE_PART = -1
+VIDEO_PART, FRAME_PART = -3, -4  # the first frame of a video, and each further one
 
 _SKEW = 3  # weight of balance against a fuller row in `_fill`
 
 
-def part_tokens(size: int, n_causal: int) -> int:
-    """Returns the tokens that a part takes: an image is [IMG], n_causal <image>, [/IMG]."""
-    return n_causal + 2 if size == IMAGE_PART else size
+def part_tokens(size: int, n_causal: int, n_frame: int = 0) -> int:
+    """Returns the tokens that a part takes.
+
+    An image is [IMG], n_causal <image>, [/IMG]. A frame is [IMG], n_frame [gIMG], [/IMG], and
+    [VIDEO] precedes the first one; if n_frame is 0, a frame is an image.
+    """
+    if size >= 0:
+        return size
+    if size == IMAGE_PART or not n_frame:
+        return n_causal + 2
+    return n_frame + 2 + (size == VIDEO_PART)
 
 
 class Part(NamedTuple):
     """A part of a document, or the range of a text's tokens that is kept."""
 
     index: int  # in the document
-    size: int  # number of tokens that are kept, or IMAGE_PART
+    size: int  # number of tokens that are kept, or less than 0 for an image
     first: int = 0  # first token of a text that is kept
 
     def end(self, size: int) -> Part:
         """Returns the last `size` tokens of a text, or a whole image."""
-        if self.size == IMAGE_PART:
+        if self.size < 0:
             return self
         return Part(self.index, size, self.first + self.size - size)
 
 
+def whole_videos(parts: Sequence[Part]) -> list[Part]:
+    """Drops the frames of videos whose beginning is missing."""
+    kept: list[Part] = []
+    for part in parts:
+        follows = kept and kept[-1].size in (VIDEO_PART, FRAME_PART)
+        if part.size != FRAME_PART or (follows and kept[-1].index == part.index - 1):
+            kept.append(part)
+    return kept
+
+
 def window(
-    parts: Sequence[Part], rng: np.random.Generator, *, tokens: int, images: int, n_causal: int
+    parts: Sequence[Part],
+    rng: np.random.Generator,
+    *,
+    tokens: int,
+    images: int,
+    n_causal: int,
+    n_frame: int = 0,
 ) -> list[Part]:
     """Samples a window of `tokens` tokens of a longer document, as the paper does for MMC4.
 
     The window keeps its first `images` images. Texts are cut at both ends of the window; an image
     that crosses an end is dropped.
     """
-    total = sum(part_tokens(part.size, n_causal) for part in parts)
+    total = sum(part_tokens(part.size, n_causal, n_frame) for part in parts)
     begin = int(rng.integers(total - tokens + 1)) if total > tokens else 0
     shown, position = [], 0
     for part in parts:
-        start, position = position, position + part_tokens(part.size, n_causal)
+        start, position = position, position + part_tokens(part.size, n_causal, n_frame)
         low, high = max(start, begin), min(position, begin + tokens)
-        if part.size == IMAGE_PART:
+        if part.size < 0:
             if images and (low, high) == (start, position):
                 shown.append(part)
                 images -= 1
         elif low < high:
             shown.append(Part(part.index, high - low, part.first + low - start))
-    return shown
+    return whole_videos(shown)
 
 
 def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
@@ -65,18 +91,24 @@ def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Pa
 
     Each image keeps the text that follows it or, if none follows, the text before it.
     """
-    images = [n for n, part in enumerate(parts) if part.size == IMAGE_PART]
+    images = [n for n, part in enumerate(parts) if part.size < 0]
     chosen = rng.choice(images, min(count, len(images)), replace=False).tolist()
     indices = set(chosen)
     for n in chosen:
-        after = [m for m in range(n + 1, len(parts)) if parts[m].size != IMAGE_PART]
-        before = [m for m in range(n) if parts[m].size != IMAGE_PART]
+        after = [m for m in range(n + 1, len(parts)) if parts[m].size >= 0]
+        before = [m for m in range(n) if parts[m].size >= 0]
         indices |= set(after[:1] or before[-1:])
-    return [parts[n] for n in sorted(indices)]
+    return whole_videos([parts[n] for n in sorted(indices)])
 
 
 def truncate(
-    lengths: Sequence[int], *, tokens: int, images: int, n_causal: int, end: str = "tail"
+    lengths: Sequence[int],
+    *,
+    tokens: int,
+    images: int,
+    n_causal: int,
+    n_frame: int = 0,
+    end: str = "tail",
 ) -> list[int]:
     """Truncates a document that is too long, and returns its new lengths.
 
@@ -84,20 +116,20 @@ def truncate(
     shortened only if the document would otherwise have no words. Images are never cut.
 
     Args:
-        lengths: number of tokens of each part, or IMAGE_PART.
+        lengths: number of tokens of each part, or less than 0 for an image.
         tokens, images: available slots (without <s> and </s>).
         end: which end is dropped, "tail" or "head".
     """
     fitting: list[int] = []
     for size in lengths if end == "tail" else reversed(lengths):
-        need = part_tokens(size, n_causal)
-        if need > tokens or (size == IMAGE_PART and images == 0):
-            if size != IMAGE_PART and tokens > 0 and all(k == IMAGE_PART for k in fitting):
+        need = part_tokens(size, n_causal, n_frame)
+        if need > tokens or (size < 0 and images == 0):
+            if size >= 0 and tokens > 0 and all(k < 0 for k in fitting):
                 fitting.append(tokens)
             break
         fitting.append(size)
         tokens -= need
-        images -= size == IMAGE_PART
+        images -= size < 0
     return fitting if end == "tail" else fitting[::-1]
 
 

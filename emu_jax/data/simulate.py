@@ -82,10 +82,10 @@ class SimulatedLengths(Lengths):
     def __getitem__(self, index: int) -> list[int]:
         return self._outlines[int(self._outline(np.array([index]))[0])]
 
-    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "3 documents"]:
+    def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "5 documents"]:
         outlines = self._outline(indices)
         tokens, images = self._tokens[outlines], self._images[outlines]
-        return np.stack([tokens, images, np.zeros_like(tokens)])
+        return np.stack([tokens, images, *[np.zeros_like(tokens)] * 3])
 
     def damage(self, index: int) -> str | None:
         return None

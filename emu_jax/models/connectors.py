@@ -135,8 +135,8 @@ class PoolingConnector:
             features = model.visual(pixels, rounding_key=rounding_key)[:, 1:]
         with jax.named_scope("pooling"):
             n, n_frame = model.cfg.n_embeddings, model.cfg.n_frame
-            if isinstance(frames, bool):
-                return pool(features, n_frame if frames else n)
+            if isinstance(frames, bool) or n == n_frame:
+                return pool(features, n_frame if frames is True else n)
             stills, framed = pool(features, n), pool(features, n_frame)
             framed = jnp.pad(framed, ((0, 0), (0, n - n_frame), (0, 0)))
             return jnp.where(frames[:, None, None], framed, stills)

@@ -158,6 +158,9 @@ class Objective(ABC):
             ("n_causal", data.n_causal, model.n_embeddings),
             ("image_size", data.image_size, model.vision.image_size),
         ]
+        if data.n_frame:  # otherwise frames are still images
+            own = model.tokens.frame is not None
+            sizes.append(("n_frame", data.n_frame, model.n_frame if own else 0))
         if model.vae is not None and self.reads_targets:
             sizes.append(("target_size", data.target_size, model.vae.sample_size))
         for name, size, needed in sizes:
@@ -218,7 +221,7 @@ class EmuObjective(Objective):
         cfg = self.cfg
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         visual_key, language_key = jax.random.split(key)
-        images = module.encode_images(pixels, dropout_key=visual_key)
+        images = module.encode_images(pixels, frames=frames_of(batch), dropout_key=visual_key)
         words, regression_loss = sequence_losses(
             module,
             images,
@@ -227,7 +230,8 @@ class EmuObjective(Objective):
             dropout_key=language_key,
             targets=targets,
         )
-        variance, rank = spread(images.astype(jnp.float32), batch["image_valid"])
+        stills = batch["image_valid"] & ~jnp.asarray(frames_of(batch))
+        variance, rank = spread(images.astype(jnp.float32), stills)
         loss = cfg.text_weight * words + cfg.regression_weight * regression_loss
         return loss, {
             "text_loss": words,
@@ -239,7 +243,8 @@ class EmuObjective(Objective):
     def held_out(
         self, module: EmuModel, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
     ) -> Metrics:
-        images = module.encode_images(normalize_images(batch["images"], jnp.dtype(self.cfg.dtype)))
+        pixels = normalize_images(batch["images"], jnp.dtype(self.cfg.dtype))
+        images = module.encode_images(pixels, frames=frames_of(batch))
         hidden, x = hidden_states(module, images, batch)
         masks = {name: mask & rows[:, None] for name, mask in target_masks(module, batch).items()}
         words = module.llama.token_losses(
@@ -256,6 +261,11 @@ class EmuObjective(Objective):
         loss = self.cfg.text_weight * text.get("text_loss", 0.0)
         loss += self.cfg.regression_weight * regression.get("regression_loss", 0.0)
         return {"loss": loss} | text | regression
+
+
+def frames_of(batch: Batch) -> bool | Bool[Array, "B I"]:
+    """Returns which images of a batch are frames of videos; False if none can be."""
+    return batch.get("image_frames", False)
 
 
 class LanguageModel(nnx.Module):
@@ -673,7 +683,8 @@ class DecoderObjective(Objective):
 
     def _condition(self, module: Any, batch: Batch, dtype: jnp.dtype) -> Float[Array, "B N D"]:
         """Returns the conditions of a batch, here the embeddings regressed after its contexts."""
-        images = module.encode_images(normalize_images(batch["images"], dtype))
+        pixels = normalize_images(batch["images"], dtype)
+        images = module.encode_images(pixels, frames=frames_of(batch))
         return module.regress_after(
             batch["tokens"], batch["length"], images, batch["embedding_index"]
         )

@@ -39,6 +39,7 @@ LATER_KEYS = {
     "quantize": "",
     "data.family": "",
     "data.last_image": False,
+    "data.n_frame": 0,
     "data.row_group": 0,
     "model.pooling": None,
     "model.tokens.frame": None,

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,9 @@ from emu_jax.data.config import DataConfig
 from emu_jax.data.documents import Document, Source, Text
 from emu_jax.data.documents import Image as StoredImage
 from emu_jax.data.images import open_image
+from emu_jax.data.lengths import image_size
 from emu_jax.data.mixture import chosen_sources, is_held_out
+from emu_jax.data.packing import FRAME_PART, IMAGE_PART
 from emu_jax.data.sources import open_source
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu
@@ -40,7 +42,7 @@ from emu_jax.generate.settings import GenerationConfig, MixedSettings
 from emu_jax.models.emu import EmuModel
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import AbstractModel
-from emu_jax.tokenizer import FRAME, IMAGE, USER, Tokenizer
+from emu_jax.tokenizer import FRAME, IMAGE, USER, VIDEO, Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EvalResult, Evaluation, Stop
 from emu_jax.train.sheets import MAX_ROWS, Part, SheetRow, contact_sheet
@@ -50,6 +52,8 @@ log = logging.getLogger(__name__)
 
 SampleKind = Literal["captions", "images", "continuations"]
 SAMPLE_KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
+
+PromptPart: TypeAlias = Part | list[Image.Image]  # the latter is a video
 
 DECODER_TOWERS = ("unet", "vae")
 SEED = 0  # of the choice of documents
@@ -179,7 +183,7 @@ class SampleEvaluation(Evaluation):
                 batch = self.documents[first : first + self._batch_size]
                 generated = self._generate(emu, [list(d.prompt) for d in batch], first)
                 rows += [
-                    SheetRow(document.prompt, tuple(parts), document.reference)
+                    SheetRow(_shown(document.prompt), tuple(parts), _shown(document.reference))
                     for document, parts in zip(batch, generated, strict=True)
                 ]
                 bar.add(len(batch))
@@ -192,7 +196,7 @@ class SampleEvaluation(Evaluation):
         return EvalResult(scores | {"documents": float(len(rows))}, sheet_of(self, step, rows))
 
     def _generate(
-        self, emu: Emu, prompts: list[list[Part]], first: int
+        self, emu: Emu, prompts: list[list[PromptPart]], first: int
     ) -> Sequence[Sequence[Part]]:
         """Returns what follows each prompt. `first` is the number of the first."""
         if self.config.kind == "images":
@@ -277,8 +281,8 @@ def _images(parts: Sequence[Part]) -> list[Image.Image]:
 class HeldOutDocument:
     """The prompt and the reference of a document."""
 
-    prompt: tuple[Part, ...]
-    reference: tuple[Part, ...]
+    prompt: tuple[PromptPart, ...]
+    reference: tuple[PromptPart, ...]
 
 
 def choose_documents(
@@ -317,11 +321,13 @@ def choose_documents(
             if cfg.holdout and not is_held_out(index, cfg.holdout):
                 continue
             try:
-                document = split_document(kind, source[index], paired=source.paired)
+                document = split_document(
+                    kind, source[index], paired=source.paired, videos=cfg.n_frame > 0
+                )
                 if not document:
                     continue
                 prompt = _spelled(document.prompt, tokenizer, system, style)
-                if _tokens(prompt, tokenizer, n_causal) <= room:
+                if _tokens(prompt, tokenizer, n_causal, cfg.n_frame) <= room:
                     yield document
             except UserError:  # damaged, or a text that no prompt can hold
                 continue
@@ -345,7 +351,9 @@ def choose_documents(
     return chosen
 
 
-def split_document(kind: SampleKind, document: Document, *, paired: bool) -> HeldOutDocument | None:
+def split_document(
+    kind: SampleKind, document: Document, *, paired: bool, videos: bool = False
+) -> HeldOutDocument | None:
     """Splits a document into a prompt and its reference. Returns None if it does not suit.
 
     What is scored follows its instruction. Without instructions, a caption follows an image, an
@@ -353,6 +361,7 @@ def split_document(kind: SampleKind, document: Document, *, paired: bool) -> Hel
 
     Args:
         paired: whether the document is images with a caption, in no inherent order.
+        videos: whether the frames of a video are a part of their own, rather than still images.
 
     Raises:
         ImageError: an image cannot be read.
@@ -378,30 +387,45 @@ def split_document(kind: SampleKind, document: Document, *, paired: bool) -> Hel
         end = cut + (1 if wants_image and shown[cut] else sum(1 for _ in alike))
     if cut == end:
         return None
-    return HeldOutDocument(*(tuple(map(_opened, half)) for half in (parts[:cut], parts[cut:end])))
+    return HeldOutDocument(*(_opened(half, videos) for half in (parts[:cut], parts[cut:end])))
 
 
-def _opened(part: Text | StoredImage) -> Part:
-    """Returns a text, or decodes an image.
+def _opened(parts: Sequence[Text | StoredImage], videos: bool) -> tuple[PromptPart, ...]:
+    """Returns texts, and decodes images.
 
     Raises:
-        ImageError: the image cannot be read.
+        ImageError: an image cannot be read.
     """
-    if isinstance(part, StoredImage):
-        return open_image(part.data).convert("RGB")
-    return part.text.strip()
+    opened: list[PromptPart] = []
+    document = Document(tuple(parts))
+    for n, part in enumerate(parts):
+        if isinstance(part, Text):
+            opened.append(part.text.strip())
+            continue
+        image = open_image(part.data).convert("RGB")
+        size = image_size(document, n) if videos else IMAGE_PART
+        if size == FRAME_PART and isinstance(video := opened[-1], list):
+            video.append(image)
+        else:
+            opened.append(image if size == IMAGE_PART else [image])
+    return tuple(opened)
+
+
+def _shown(parts: Sequence[PromptPart]) -> tuple[Part, ...]:
+    """Returns parts with the frames of videos as images."""
+    return tuple(shown for part in parts for shown in (part if isinstance(part, list) else [part]))
 
 
 def _spelled(
-    prompt: Sequence[Part], tokenizer: Tokenizer, system: str | None, style: ChatFormat
-) -> Sequence[Part]:
+    prompt: Sequence[PromptPart], tokenizer: Tokenizer, system: str | None, style: ChatFormat
+) -> Sequence[PromptPart]:
     """Returns a prompt as `Emu` spells it."""
     if tokenizer.instruct and not any(isinstance(p, str) and USER in p for p in prompt):
         return instruct(prompt, system, style=style)
     return prompt
 
 
-def _tokens(prompt: Sequence[Part], tokenizer: Tokenizer, n_causal: int) -> int:
+def _tokens(prompt: Sequence[PromptPart], tokenizer: Tokenizer, n_causal: int, n_frame: int) -> int:
     """Returns the number of tokens of a prompt.
 
     Raises:
@@ -411,5 +435,11 @@ def _tokens(prompt: Sequence[Part], tokenizer: Tokenizer, n_causal: int) -> int:
     for token in placeholders:
         if any(token in part for part in prompt if isinstance(part, str)):
             raise UserError(f"a text must not spell {token}")
-    image = tokenizer.image_placeholder(n_causal)
-    return len(tokenizer.encode_parts(p if isinstance(p, str) else image for p in prompt))
+    image, frame = tokenizer.image_placeholder(n_causal), tokenizer.frame_placeholder(n_frame)
+
+    def spelled(part: PromptPart) -> str:
+        if isinstance(part, list):
+            return VIDEO + frame * len(part)
+        return part if isinstance(part, str) else image
+
+    return len(tokenizer.encode_parts(map(spelled, prompt)))

@@ -216,7 +216,7 @@ def _index_task(source: SourceConfig, cfg: DataConfig, paths: tuple[str, ...]) -
 def _parts(
     source: SourceConfig, documents: Source, cfg: DataConfig, tokenizer: Tokenizer
 ) -> LengthParts:
-    return LengthParts(documents, tokenizer, lengths_folder(source, cfg))
+    return LengthParts(documents, tokenizer, lengths_folder(source, cfg), cfg.n_frame > 0)
 
 
 @functools.lru_cache(8)

@@ -111,7 +111,7 @@ class Dialogues(Listed):
             video = self._video(index, medium.name)
             frames = sample_frames(video, self._frames, seed, dialogue.clip)
             dialogue.unused.extend(video.unused)
-            return [Image(data, time, scored=scored) for time, data in frames]
+            return Image.video(frames, scored=scored)
 
         return _document(dialogue, images, self._system)
 
@@ -119,7 +119,9 @@ class Dialogues(Listed):
         def images(medium: Medium, scored: bool) -> list[Image]:
             if medium.video or not medium.name.startswith("data:"):
                 self._require(medium.name, index, VIDEO_SUFFIXES if medium.video else ())
-            return [Image(b"", scored=scored)] * (self._frames if medium.video else 1)
+            if medium.video:
+                return Image.video([(None, b"")] * self._frames, scored=scored)
+            return [Image(b"", scored=scored)]
 
         return _document(self._dialogue(index), images, self._system)
 

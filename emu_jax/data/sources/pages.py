@@ -42,6 +42,8 @@ class Pages(Listed):
     documents that were counted before.
     """
 
+    videos = False
+
     def __init__(self, entries: Entries, media: Media, min_similarity: float) -> None:
         super().__init__(entries, media, min_similarity)
         self._least = min_similarity

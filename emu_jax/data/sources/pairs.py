@@ -140,16 +140,16 @@ class Pairs(Source):
             raise Damaged("file too large", where, f"a member of {size:,} bytes")
         video = Video(storage.RangeFile(self.paths[self._files[index]], offset, size), where)
         shown = sample_frames(video, self._frames, seed)
-        parts = (*(Image(data, time) for time, data in shown), *words)
-        return Document(parts, (*unused, *video.unused))
+        return Document((*Image.video(shown), *words), (*unused, *video.unused))
 
     def sketch(self, index: int) -> Document:
         spans = self._spans[index].tolist()
         if spans[_BOARD][1]:
             return self._board(index, spans, ())
         words, unused = self._words(index, spans, self.where(index))
-        images = 1 if spans[_IMAGE][1] else self._frames
-        return Document((*[Image(b"")] * images, *words), unused)
+        still = spans[_IMAGE][1]
+        images = [Image(b"")] if still else Image.video([(None, b"")] * self._frames)
+        return Document((*images, *words), unused)
 
     def spans(self, index: int) -> list[Span]:
         return self._remote_spans(index, (_IMAGE,))
@@ -496,6 +496,7 @@ class TfdsPairs(Source):
     """
 
     paired = True
+    videos = False
 
     def __init__(self, paths: list[str], cache: FileCache) -> None:
         import tensorflow_datasets as tfds

@@ -57,14 +57,13 @@ class Videos(Listed):
             self._media.open(entry.get("video"), folder, where, storage.MOST_VIDEO), where
         )
         shown = sample_frames(video, self._frames, seed)
-        parts = (*(Image(data, time) for time, data in shown), words)
-        return Document(parts, tuple(video.unused))
+        return Document((*Image.video(shown), words), tuple(video.unused))
 
     def sketch(self, index: int) -> Document:
         entry = self._entries[index]
         words = _words(entry, self.where(index))
         self._require(entry.get("video"), index)
-        return Document((*[Image(b"")] * self._frames, words))
+        return Document((*Image.video([(None, b"")] * self._frames), words))
 
 
 def _words(entry: dict[str, Any], where: str) -> Text:
@@ -147,6 +146,8 @@ class SubtitledVideos(Listed):
         `storyboard` (a sheet, or a list of sheets), with `rows` and `columns` (one number, or
         one a sheet), `frames`, and `duration` in seconds.
     """
+
+    videos = False  # frames between subtitles
 
     def __init__(self, entries: Entries, media: Media, apart: float) -> None:
         super().__init__(entries, media, apart)
