@@ -74,12 +74,12 @@ def said(inputs):
     return parts
 
 
-def first_batch(folder, documents, tokenizer, **settings):
+def first_batch(folder, documents, tokenizer, paired=False, **settings):
     """The first batch of documents, one of them in a row."""
     path = folder / "x.array_record"
     write_documents(path, documents)
     cfg = DataConfig(
-        sources=(SourceConfig("x", "records", (str(path),)),),
+        sources=(SourceConfig("x", "records", (str(path),), paired=paired),),
         image_size=56,
         block_documents=1,
         prefetch=0,
@@ -338,6 +338,20 @@ def test_sizes_of_frames_are_checked(base, chat, tmp_path, tokenizer, caplog):  
     building._warn_of_frames.cache_clear()
     first_batch(tmp_path, [document], tokenizer, n_causal=4)
     assert "frames of videos are read as still images: set data.n_frame" in caplog.text
+
+
+def test_documents_of_earlier_versions_are_refused(tmp_path, tokenizer):
+    """Their frames have times alone, as those between subtitles, which are still images."""
+    frames = (Image(gray(1).data, 0.0), Image(gray(2).data, 1.0))
+    board = Document((*frames, Text("a cat")))
+    batch = first_batch(tmp_path, [board], tokenizer, n_causal=4, n_frame=2)
+    assert batch["image_valid"].sum() == 2 and not batch["image_frames"].any()
+    asked = Text("[USER]:", scored=False, special=True)
+    for parts, paired in (((asked, *board.parts), False), (board.parts, True)):
+        more = {"n_causal": 4, "paired": paired}
+        with pytest.raises(UserError, match="does not tell frames .*: build it again"):
+            first_batch(tmp_path, [Document(parts)], tokenizer, n_frame=2, **more)
+        first_batch(tmp_path, [Document(parts)], tokenizer, **more)
 
 
 def test_samples_show_videos_as_generation_takes_them():
