@@ -985,6 +985,11 @@ def serve(parser: argparse.ArgumentParser) -> Command:
         metavar="S",
         help="time for running answers after SIGTERM, in seconds (default: 3)",
     )
+    parser.add_argument(
+        "--no-warm-up",
+        action="store_true",
+        help="answer at once, and compile programs while the first requests wait",
+    )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         try:
@@ -1018,6 +1023,7 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             keys=keys,
             dtype=args.dtype,
             quantize=args.quantize,
+            warm_up=not args.no_warm_up,
         )
         return {}
 

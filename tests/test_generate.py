@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import GOLDEN, as_emu2, relative_error
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 from test_golden import FEEDBACK
 from test_golden import emu as release  # noqa: F401  (a fixture)
@@ -25,6 +27,7 @@ from emu_jax.errors import UserError
 from emu_jax.generate import api, image, logits, mixed, prompt, text
 from emu_jax.generate import engine as engines
 from emu_jax.generate.api import Emu, _image_keys, _row_keys, load
+from emu_jax.generate.batching import Shapes
 from emu_jax.generate.engine import Engine, Usage, full_groups
 from emu_jax.generate.safety import find_checker
 from emu_jax.generate.settings import (
@@ -42,6 +45,7 @@ from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
 from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
+from emu_jax.train.telemetry.goodput import COMPILATION
 
 # How often each program was traced: once per bucket of shapes.
 TRACES: Counter[str] = Counter()
@@ -1092,6 +1096,20 @@ def test_prompt_and_new_tokens_are_counted_together(small):
         small.rank(full, candidates)
 
 
+@pytest.fixture
+def compiled():
+    """A list that grows with every compilation, or with every look into its cache."""
+    seen = []
+
+    def listen(event, seconds, *, fun_name="", **_):
+        if event == COMPILATION:
+            seen.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def run_together(engine, answers):
     """All parts of several answers, each iterator asked in turn."""
     parts, running = [[] for _ in answers], dict(enumerate(answers))
@@ -1249,10 +1267,45 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
     assert [*map(joined, again)] == [*map(joined, together)]
     assert rows == [2, 1, 1, 1, 1, 2, 1, 1] and engine.active == (0, 0)
     # As in `serve.openai.Trimmer`.
-    stopped = [engines._has_stop(said, ["\n"]) for said in ("\n one", "\n one\n", "\n")]
+    stopped = [engines.has_stop(said, ["\n"]) for said in ("\n one", "\n one\n", "\n")]
     assert stopped == [False, True, False]
     assert [*full_groups("abcdefgh", 3)] == ["abc", "def", "g", "h"]
     assert [*full_groups("ab", 0)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("paints", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_nothing_is_compiled_after_the_warm_up(paints, model, words, compiled):
+    """Whatever the length of a prompt, its images, its settings, and the prompts beside it."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    graphdef, params = nnx.split(model)
+    copy = nnx.merge(graphdef, jax.device_put(params, NamedSharding(mesh, P())))  # as `load` does
+    copy.unet = copy.unet if paints else None
+    shapes = Shapes(length=96, images=12, new_tokens=8)
+    emu = Emu(copy, words, batch_size=1, shapes=shapes, mesh=mesh)
+    engine = Engine(emu, slots=5, image_slots=2, new_tokens=8, max_images=1)
+    assert engine._text.prompt_shapes() == [(96, 1), (96, 4), (128, 1), (128, 4)]
+    for step in engine.warm_up():
+        step()
+    assert engine.active == (0, 0) and len(compiled) > 12
+    del compiled[:]
+    sampled = {"do_sample": True, "temperature": 2.0, "seed": 1}
+    more = {"max_new_tokens": 8, "max_images": 0}
+    pictures = [picture(n) for n in range(9)]
+    for length in (1, 22):
+        text = "one two three " * length
+        asked = [[text], [pictures[0], text], [text], pictures + [text], [text]]
+        answers = [engine.stream(each, **more) for each in asked[:4]]
+        answers.append(engine.stream(asked[4], **more | sampled))
+        assert len(run_together(engine, answers)) == 5
+        run_together(engine, [engine.stream(asked[3], **more), engine.stream(asked[1], **more)])
+    assert compiled == []
+    if paints:
+        drawing = [
+            engine.generate_image([prompt], seed=seed, num_inference_steps=seed, previews=True)
+            for seed, prompt in enumerate((["one"], [pictures[0]], ["two", pictures[1]]), 9)
+        ]
+        assert all(len(joined(parts)[1]) == 1 for parts in run_together(engine, drawing))
+        assert compiled == []
 
 
 def test_a_prompt_too_long_for_a_slot_is_answered_alone(drawer):

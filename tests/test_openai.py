@@ -23,7 +23,7 @@ from test_serve import LIMITS as SHORT_LIMITS
 from test_serve import Client, FakeEmu, Served, chat, lines, png, served  # noqa: F401
 
 from emu_jax.config import emu2_gen
-from emu_jax.generate.engine import Usage
+from emu_jax.generate.engine import Engine, Usage
 from emu_jax.generate.settings import GenerationConfig
 from emu_jax.serve import app as serving
 from emu_jax.serve import middleware
@@ -100,7 +100,8 @@ def test_a_completion_whole_and_streamed(client, emu):
     )
     texts = [e.choices[0].delta.content for e in events if e.choices]
     assert texts == ["", "one", " two", None] and len({e.id for e in events}) == 1
-    assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.prompt_tokens == 5
+    assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.prompt_tokens == 0
+    # The usage follows the stop text, behind which nothing is asked for.
     assert emu.asked.pop()[2] == {"do_sample": False}
 
 
@@ -335,6 +336,92 @@ def test_answers_share_the_steps_of_a_batch():
     said = asyncio.run(run())
     assert said == [["a0", "a1", "a2", "a3"], ["b0", "b1"]]
     assert steps[:3] == [["a", "b"], ["a", "b"], ["a", "c"]] and sorted(closed) == ["a", "b", "c"]
+
+
+class Motor(Talker, Engine):
+    """An engine without a model, whose searches wait for `hold`."""
+
+    slots = image_slots = 1
+    active = (0, 0)
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def warm_up(self):
+        return [self.hold.wait, lambda: self.log.append("warm"), lambda: 1 / 0]
+
+    def step(self):
+        time.sleep(0.001)
+
+    def search(self, prompt, **settings):
+        self.log.append(prompt[0])
+        while not self.hold.is_set():
+            yield None
+        yield prompt[0]
+
+
+def test_requests_wait_for_the_warm_up(caplog):
+    """A failure in it is logged, and requests are answered all the same."""
+    engine = Motor()
+    engine.hold.clear()
+
+    async def run():
+        app = make_app(engine, LIMITS, warm_up=True)
+        client = Client(app)
+
+        async def health():
+            status, body, _ = await client("/health", method="GET")
+            return status, json.loads(body)["status"]
+
+        assert await health() == (503, "warming up")
+        asked = asyncio.create_task(client("/api/chat", chat({"text": "a"})))
+        while not app.state.worker.queued:
+            await asyncio.sleep(0.01)
+        assert not engine.started.is_set()
+        engine.hold.set()
+        assert (await asked)[0] == 200 and engine.log == ["warm"]
+        assert await health() == (200, "ok")
+
+    asyncio.run(run())
+    assert "the warm-up failed" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_server_that_stops_does_not_finish_its_warm_up():
+    hold, done = threading.Event(), []
+    worker = Worker(9, 60, warm_up=[hold.wait, lambda: done.append(1)])
+    worker.stop()
+    assert worker.status == "shutting down"
+    hold.set()
+    worker.close()
+    assert done == []
+
+
+def test_a_search_that_waits_lets_others_pass(caplog):
+    """One runs at a time, in order; a text starts although more wait than may run at once."""
+    engine = Motor()
+    engine.hold.clear()
+
+    async def run():
+        app = make_app(engine, dataclasses.replace(LIMITS, waiting=9))
+        client, worker = Client(app), app.state.worker
+
+        def search(name):
+            return asyncio.create_task(client("/api/chat", chat({"text": name}, num_beams=2)))
+
+        searches = []
+        for number in range(engine.concurrent):
+            searches.append(search(f"{number}"))
+            while worker.running + worker.queued <= number:
+                await asyncio.sleep(0.01)
+        assert (await client("/api/chat", chat({"text": "a"})))[0] == 200
+        assert (worker.running, worker.queued) == (1, engine.concurrent - 1)
+        assert [ticket.place for ticket in worker._line] == [1, 2] and engine.log == ["0"]
+        engine.hold.set()
+        answers = [lines(body)[0]["text"] for _, body, _ in await asyncio.gather(*searches)]
+        assert answers == engine.log == ["0", "1", "2"]
+
+    asyncio.run(run())
 
 
 def test_a_wait_is_estimated_from_the_waits_of_others(monkeypatch):

@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar, Unpack
 
 import jax
@@ -63,6 +63,7 @@ PROMPT_TOKENS = 4096  # default of `Engine`
 PREFILL_ROWS = 4  # prompts, or images, that are read in one batch
 PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
 PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
+IMAGE, SEARCH = "image", "search"  # kinds of requests: `generate_image`, `search`
 LOST = "the state of the batch was lost when a prompt could not be read into it"
 
 
@@ -129,7 +130,7 @@ class Engine:
         self.defaults, self.paints = emu.defaults, emu.paints
         self.slots, self.image_slots = slots, image_slots
         static = mixed.StaticMixedSettings(
-            bucket(new_tokens), max_images if emu.paints else 0, False, emu.paints
+            bucket(new_tokens), max_images if emu.paints else 0, True, emu.paints
         )
         self._text = _TextSlots(emu, slots, static, prompt_tokens)
         self._images = _ImageSlots(emu, image_slots)
@@ -151,6 +152,34 @@ class Engine:
             self._images.clear()
             raise
 
+    def warm_up(self) -> list[Callable[[], None]]:
+        """Returns the steps that compile what requests with default settings run. Call them in
+        order, before the first request.
+
+        Beam search, prompts too long for a slot, and images without guidance or of another size
+        still compile when they are first asked for.
+        """
+        side = self.cfg.vision.image_size
+        image = Image.new("RGB", (side, side))
+        answers = [
+            self.stream(prompt, max_new_tokens=2, max_images=0) for prompt in ([""], [image, ""])
+        ]
+        if self.paints:
+            painted = [[""], [image]] if self.cfg.autoencodes else [[""]]
+            answers += [self.generate_image([prompt], num_inference_steps=1) for prompt in painted]
+        shapes = self._text.prompt_shapes()
+        rows = sorted({rows for _, rows in shapes})
+        return [
+            *(functools.partial(self._finish, answer) for answer in answers),
+            *(functools.partial(self._text.compile_images, each) for each in rows),
+            *(functools.partial(self._text.compile, *shape) for shape in shapes),
+        ]
+
+    def _finish(self, answer: Iterator[EnginePart]) -> None:
+        for part in answer:
+            if part is None:
+                self.step()
+
     @property
     def cache_bytes(self) -> int:
         """Size of the KV cache of all slots."""
@@ -158,8 +187,16 @@ class Engine:
 
     @property
     def concurrent(self) -> int:
-        """Number of requests to have in progress: each decodes or denoises."""
-        return self.slots + self.image_slots
+        """Number of requests to have in progress: each decodes or denoises, and one searches."""
+        return self.slots + self.image_slots + 1
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many requests of a kind to have in progress, so that others find room beside them.
+
+        The prompt of one more image is read while others are denoised.
+        """
+        return {IMAGE: self.image_slots + 1, SEARCH: 1}
 
     @property
     def active(self) -> tuple[int, int]:
@@ -216,7 +253,7 @@ class Engine:
                     assert embeddings is not None
                     key = _image_keys(paint_key, part)
                     yield from self._paint(embeddings[:, part], key, cfg, previews=previews)
-                stopped = _has_stop(said, stops)
+                stopped = has_stop(said, stops)
                 if ended or stopped:
                     written = np.isin(tokens, (ids.pad, ids.image, ids.img_end), invert=True)
                     complete = stopped or bool(np.any(tokens == ids.eos))
@@ -244,7 +281,7 @@ class Engine:
             if isinstance(part, str):
                 said += part
             yield part
-            if _has_stop(said, stops):
+            if has_stop(said, stops):
                 break
             yield None  # lets the others have a step
         written = len(self.tokenizer.encode_plain(said))
@@ -486,16 +523,14 @@ class _TextSlots:
         """Reads the prompts that wait into their slots, those of equal padded length in batches."""
         if not self._waiting:
             return
-        groups: dict[tuple[int, bool, bool], list[_Arriving]] = collections.defaultdict(list)
+        groups: dict[tuple[int, bool], list[_Arriving]] = collections.defaultdict(list)
         for arriving in self._waiting:
             images = arriving.prompt.images
             normalized = len(images) > 0 and images.dtype != np.uint8
-            kind = (arriving.length, bool(self._sampled[arriving.slot]), normalized)
-            groups[kind].append(arriving)
+            groups[arriving.length, normalized].append(arriving)
         self._waiting = []
-        for (length, *_), group in groups.items():
-            size = PREFILL_ROWS if PREFILL_ROWS * length <= PREFILL_TOKENS else 1
-            for batch in full_groups(group, size):
+        for (length, _), group in groups.items():
+            for batch in full_groups(group, _rows_of(length)):
                 self._read_batch(batch)
         if self._state is not None:
             self._fetch()
@@ -529,46 +564,119 @@ class _TextSlots:
 
     def _prefill(self, batch: Sequence[_Arriving]) -> mixed.MixedState:
         """Returns the state of each prompt after its first element. The slots keep theirs."""
-        emu, slots = self._emu, np.array([each.slot for each in batch], np.int32)
         prompts = [each.prompt for each in batch]
-        padded = pad(
-            prompts,
-            "left",
-            rows=len(batch),
-            length=batch[0].length,
-            images=bucket(max(len(p.images) for p in prompts), self._shapes.images),
-            fill=emu.cfg.tokens.pad,
-        )
-        rows = _read_rows(
-            emu._graphdef,
-            emu._params,
-            self._encode(padded),
-            padded.tokens,
-            padded.embedding_index,
-            padded.valid,
-            dataclasses.replace(self.static, do_sample=bool(self._sampled[slots].any())),
-            mixed.DynamicMixedSettings(*(jnp.asarray(a[slots]) for a in self._settings)),
-            self._keys[slots],
-        )
+        padded = self._batch(prompts, batch[0].length)
+        slots = np.array([each.slot for each in batch], np.int32)
+        rows = _read_rows(*self._arguments(slots, padded, self._encode(prompts, padded)))
         return jax.block_until_ready(rows)  # a failure must show before slots are donated
 
-    def _encode(self, batch: PromptBatch) -> Float[Array, "B images N E"]:
-        """Returns the embeddings of a batch's images."""
+    def _batch(self, prompts: Sequence[Prompt], length: int) -> PromptBatch:
+        """Pads prompts to a length, with room for the images of the one that has most."""
+        return pad(
+            prompts,
+            "left",
+            rows=len(prompts),
+            length=length,
+            images=bucket(max(len(p.images) for p in prompts), self._shapes.images),
+            fill=self._emu.cfg.tokens.pad,
+        )
+
+    def _arguments(
+        self, slots: Int[np.ndarray, "B"], batch: PromptBatch, images: Float[Array, "B images N E"]
+    ) -> tuple[Any, ...]:
+        """Returns the arguments of `_read_rows` for the prompts of slots."""
+        return (
+            self._emu._graphdef,
+            self._emu._params,
+            images,
+            batch.tokens,
+            batch.embedding_index,
+            batch.valid,
+            self.static,
+            self._dynamic(slots),
+            self._keys[slots],
+        )
+
+    def _dynamic(
+        self, slots: Int[np.ndarray, "B"] | slice = slice(None)
+    ) -> mixed.DynamicMixedSettings:
+        """Returns the settings of slots."""
+        settings = (jnp.asarray(a[slots]) for a in self._settings)
+        return mixed.DynamicMixedSettings(*settings, np.bool_(self._sampled[slots].any()))
+
+    def _encode(
+        self, prompts: Sequence[Prompt], batch: PromptBatch
+    ) -> Float[Array, "B images N E"]:
+        """Returns the embeddings of each row's images, and zeros behind them."""
+        cfg = self._emu.cfg
+        shape = (*batch.image_index.shape, cfg.n_embeddings, cfg.embedding_width)
+        rows = np.repeat(np.arange(len(prompts)), [len(p.images) for p in prompts])
+        numbers = np.concatenate([np.arange(len(p.images)) for p in prompts])
+        images = None
+        for index in map(np.array, full_groups(range(len(rows)), PREFILL_ROWS)):
+            part = self._encode_images(batch.images[index], batch.frames[index])
+            images = _put_images(images, part, rows[index], numbers[index], shape)
+        if images is None:
+            # An array that no program with the parameters has made would compile others.
+            outside = np.array([len(prompts)])
+            images = _put_images(None, self._blank, outside, np.zeros(1, int), shape)
+        return images
+
+    def _encode_images(
+        self, images: np.ndarray, frames: Bool[np.ndarray, "B"]
+    ) -> Float[Array, "B N E"]:
         emu = self._emu
-        frames = batch.frames if batch.frames.any() else None
-        parts = [
-            _encode(
-                emu._graphdef,
-                emu._params,
-                batch.images[index],
-                None if frames is None else frames[index],
-                emu.dtype,
-            )
-            for index in map(np.array, full_groups(range(len(batch.images)), PREFILL_ROWS))
-        ]
-        if not parts:  # rows without images index any embeddings
-            parts = [jnp.zeros((1, emu.cfg.n_embeddings, emu.cfg.embedding_width), emu.dtype)]
-        return _images_of_rows(parts, batch.image_index)
+        has_frames = emu.cfg.tokens.frame is not None
+        return _encode(
+            emu._graphdef, emu._params, images, frames if has_frames else None, emu.dtype
+        )
+
+    @functools.cached_property
+    def _blank(self) -> Float[Array, "1 N E"]:
+        side = self._emu.cfg.vision.image_size
+        return self._encode_images(np.zeros((1, side, side, 3), np.uint8), np.zeros(1, bool))
+
+    def prompt_shapes(self) -> list[tuple[int, int]]:
+        """Returns the padded lengths of prompts, and for each the numbers that are read at once."""
+        shapes, length = [], 0
+        while (length := self._padded(length + 1)) <= self._cache_slots:
+            rows = {1, _rows_of(length)}
+            shapes += [(length, each) for each in sorted(rows) if each <= len(self.taken)]
+        return shapes
+
+    def compile_images(self, rows: int) -> None:
+        """Compiles what encodes the images of a number of prompts that are read at once."""
+        for count in {1, min(2 * PREFILL_ROWS + 1, self._shapes.images)}:  # groups of all sizes
+            prompts = [self._dummy(1, n) for n in (count, *[0] * (rows - 1))]
+            with self._emu._on_mesh():
+                self._encode(prompts, self._batch(prompts, 1))
+
+    def compile(self, length: int, rows: int) -> None:
+        """Compiles what reads a number of prompts of a padded length into slots.
+
+        Nothing is run: reading a long prompt may take longer than compiling.
+
+        Raises:
+            RuntimeError: no prompt has been read yet.
+        """
+        if self._state is None:
+            raise RuntimeError("the slots have no state before the first prompt")
+        with self._emu._on_mesh():
+            self._compile(self._state, length, rows)
+
+    def _compile(self, state: mixed.MixedState, length: int, rows: int) -> None:
+        slots = np.arange(rows, dtype=np.int32)
+        prompts = [self._dummy(length, 0)] * rows
+        batch = self._batch(prompts, length)
+        arguments = self._arguments(slots, batch, self._encode(prompts, batch))
+        _read_rows.lower(*arguments).compile()
+        read = jax.tree.map(_lying_as, _read_rows.eval_shape(*arguments), state)
+        _insert.lower(state, read, slots).compile()
+
+    def _dummy(self, length: int, images: int) -> Prompt:
+        side, tokens = self._emu.cfg.vision.image_size, np.zeros(length, np.int32)
+        pixels = np.zeros((images, side, side, 3), np.uint8)
+        return Prompt(tokens, tokens - 1, pixels, np.zeros(images, bool))
 
     def decode(self) -> None:
         """Decodes a few elements of every active slot."""
@@ -581,8 +689,8 @@ class _TextSlots:
             self._emu._params,
             self._state,
             self.active,
-            dataclasses.replace(self.static, do_sample=bool(self._sampled.any())),
-            mixed.DynamicMixedSettings(*map(jnp.asarray, self._settings)),
+            self.static,
+            self._dynamic(),
             self._keys,
         )
         self._fetch()
@@ -744,7 +852,7 @@ class _ImageSlots:
                     job.preview = Preview(image, job.step, job.count)
 
 
-def _has_stop(said: str, stops: Sequence[str]) -> bool:
+def has_stop(said: str, stops: Sequence[str]) -> bool:
     """Returns whether an answer contains a stop text. White space before it is no part of it."""
     return any(stop in said.lstrip() for stop in stops)
 
@@ -755,13 +863,27 @@ def _padded(column: np.ndarray, rows: int) -> np.ndarray:
 
 # --- Programs ------------------------------------------------------------------------------------
 
+# Axes of `mixed.DynamicMixedSettings` that stand for rows. `any_sampled` is one for all: a choice
+# that differed between rows would compute both sides.
+_DYNAMIC_AXES = mixed.DynamicMixedSettings(0, 0, 0, 0, 0, 0, None)  # type: ignore[arg-type]
 
-@jax.jit
-def _images_of_rows(
-    parts: list[Float[Array, "_ N E"]], image_index: Int[Array, "B images"]
+
+@functools.partial(jax.jit, static_argnames=("shape",), donate_argnames=("images",))
+def _put_images(
+    images: Float[Array, "B images N E"] | None,
+    part: Float[Array, "group N E"],
+    rows: Int[Array, "group"],
+    numbers: Int[Array, "group"],
+    shape: tuple[int, int, int, int],
 ) -> Float[Array, "B images N E"]:
-    """Returns the images of each row, given those of all rows in order."""
-    return jnp.take(jnp.concatenate(parts), image_index, axis=0)
+    """Puts a group of images in their places. Drops those of a row that does not exist.
+
+    Args:
+        images: the images so far; None before the first group.
+        shape: of all images.
+    """
+    images = jnp.zeros(shape, part.dtype) if images is None else images
+    return images.at[rows, numbers].set(part, mode="drop")
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
@@ -797,7 +919,8 @@ def _read_rows(
 
     x = emu.embed(tokens, images, embedding_index)
     starts_image = tokens[:, -1] == emu.cfg.tokens.img
-    return jax.vmap(read)(x, valid, starts_image, dynamic, jax.random.wrap_key_data(keys))
+    read_all = jax.vmap(read, (0, 0, 0, _DYNAMIC_AXES, 0))
+    return read_all(x, valid, starts_image, dynamic, jax.random.wrap_key_data(keys))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
@@ -820,7 +943,8 @@ def _decode_slots(
 
     def step(carry: tuple[Int[Array, ""], mixed.MixedState]) -> tuple[Any, mixed.MixedState]:
         count, state = carry
-        return count + 1, jax.vmap(decode_step)(state, dynamic, jax.random.wrap_key_data(keys))
+        decode_slots = jax.vmap(decode_step, (0, _DYNAMIC_AXES, 0))
+        return count + 1, decode_slots(state, dynamic, jax.random.wrap_key_data(keys))
 
     def unfinished(carry: tuple[Int[Array, ""], mixed.MixedState]) -> Bool[Array, ""]:
         count, state = carry
@@ -916,6 +1040,12 @@ def _empty_slots(rows: mixed.MixedState, slots: int, cache_slots: int) -> mixed.
     return jax.tree.map(functools.partial(_zeros, slots=slots), wide)
 
 
+def _lying_as(a: jax.ShapeDtypeStruct, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """Returns an array that lies on the devices of another one, on which a program depends."""
+    sharding = like.sharding if like.committed else None
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding, weak_type=a.weak_type)
+
+
 def _zeros(row: jax.Array | jax.ShapeDtypeStruct, slots: int) -> jax.Array:
     return jnp.zeros((slots, *row.shape[1:]), row.dtype)
 
@@ -942,6 +1072,11 @@ def _insert(states: T, rows: T, slots: Int[Array, "B"]) -> T:
 def _take(states: T, slot: Int[Array, ""]) -> T:
     """Returns the state of a slot."""
     return jax.tree.map(lambda a: a[slot], states)
+
+
+def _rows_of(length: int) -> int:
+    """Returns how many prompts of a padded length are read at once."""
+    return PREFILL_ROWS if PREFILL_ROWS * length <= PREFILL_TOKENS else 1
 
 
 def full_groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

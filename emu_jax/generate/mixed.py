@@ -48,6 +48,8 @@ class DynamicMixedSettings(NamedTuple):
         max_images: images that each row has room for, at most the static limit. None stands for
             that limit.
         do_sample: whether to sample, if the static setting allows it. None stands for that setting.
+        any_sampled: whether any row of the batch is sampled. If not, no scores are sorted. None
+            means that it is not known.
     """
 
     max_new_tokens: Int[Array, ""]
@@ -56,6 +58,7 @@ class DynamicMixedSettings(NamedTuple):
     top_p: Float[Array, ""]
     max_images: Int[Array, "B"] | None = None
     do_sample: Bool[Array, ""] | None = None
+    any_sampled: Bool[Array, ""] | None = None
 
 
 class MixedState(NamedTuple):
@@ -207,9 +210,7 @@ def _choose(
     scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)
     word = jnp.argmax(scores, axis=-1)
     if static.do_sample:
-        scores = filter_logits(scores, dynamic.temperature, dynamic.top_k, dynamic.top_p)
-        sampled = jax.vmap(jax.random.categorical)(step_keys(keys, state.step), scores)
-        word = sampled if dynamic.do_sample is None else jnp.where(dynamic.do_sample, sampled, word)
+        word = _sample(scores, word, dynamic, step_keys(keys, state.step))
     embeds, closes = (state.offset >= 0) & (state.offset < n), state.offset == n
     writes = state.offset < 0
     opens = writes & (word == ids.img)
@@ -240,3 +241,23 @@ def _choose(
         done=state.done | refused | (writes & (word == ids.eos)) | spent,
         element=jnp.where(embeds[:, None], visual, word_embedding),
     )
+
+
+def _sample(
+    scores: Float[Array, "B vocab"],
+    greedy: Int[Array, "B"],
+    dynamic: DynamicMixedSettings,
+    keys: Key[Array, "B"],
+) -> Int[Array, "B"]:
+    """Returns a sampled token for each row that is sampled, and the greedy one for others."""
+
+    def sample() -> Int[Array, "B"]:
+        kept = filter_logits(scores, dynamic.temperature, dynamic.top_k, dynamic.top_p)
+        sampled = jax.vmap(jax.random.categorical)(keys, kept)
+        if dynamic.do_sample is None:
+            return sampled
+        return jnp.where(dynamic.do_sample, sampled, greedy)
+
+    if dynamic.any_sampled is None:
+        return sample()
+    return jax.lax.cond(dynamic.any_sampled, sample, lambda: greedy)

@@ -55,10 +55,20 @@ from starlette.types import Receive, Scope, Send
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.batching import Shapes
-from emu_jax.generate.engine import Engine, EnginePart, Preview, Usage
+from emu_jax.generate.engine import (
+    IMAGE,
+    SEARCH,
+    Engine,
+    EnginePart,
+    Preview,
+    Usage,
+    has_stop,
+)
 from emu_jax.generate.image import native_side
 from emu_jax.generate.prompt import chat_format, converse
+from emu_jax.generate.settings import bucket
 from emu_jax.models.backend import on_cpu
+from emu_jax.progress import track
 from emu_jax.serve.connections import bounded_connections, listen, room_for_connections
 from emu_jax.serve.metrics import ServerMetrics
 from emu_jax.serve.middleware import (
@@ -133,6 +143,7 @@ def make_app(
     keys: Collection[str] = (),
     name: str = "emu",
     examples: dict[str, Any] | None = None,
+    warm_up: bool = False,
 ) -> Starlette:
     """Builds the application; its `state.worker` is the `Worker` that runs the model.
 
@@ -142,9 +153,15 @@ def make_app(
         keys: API keys; with none, everyone may use the model.
         name: the model's name.
         examples: prompts for the page, by tab.
+        warm_up: whether an engine compiles its programs before the first request.
     """
     if isinstance(emu, Engine):
-        worker = Worker(limits.waiting, limits.seconds, emu.concurrent, emu.step)
+        steps = None
+        if warm_up:
+            programs = emu.warm_up()
+            steps = track(programs, len(programs), "compiling", "program")
+        places = limits.waiting, limits.seconds, emu.concurrent
+        worker = Worker(*places, emu.step, kinds=emu.kinds, warm_up=steps)
     else:
         worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
@@ -166,7 +183,9 @@ def make_app(
             worker.release()
             raise
         del body
-        worker.submit(ticket, lambda: _counted(answer(emu, asked, ticket.over), metrics))
+        search = asked.settings.get("num_beams", 1) > 1
+        kind = SEARCH if search else IMAGE if answer is draw else ""
+        worker.submit(ticket, lambda: _counted(answer(emu, asked, ticket.over), metrics), kind)
         return asked, options, ticket
 
     def answering(
@@ -246,8 +265,8 @@ def make_app(
         return JSONResponse(models_json(name, created))
 
     async def health(request: Request) -> Response:
-        status = "ok" if worker.ready else "shutting down"
-        return JSONResponse({"status": status}, status_code=200 if worker.ready else 503)
+        status = worker.status
+        return JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
     async def prometheus(request: Request) -> Response:
         gauges = {"requests_running": worker.running, "requests_waiting": worker.queued}
@@ -311,11 +330,23 @@ def chat(
         prompt, more = _dialogue(emu, asked), more | {"system": None, "grounding": False}
     else:
         max_images = 0
-    if asked.stops and isinstance(emu, Engine):
-        more["stops"] = asked.stops
+    stops = asked.stops
+    if stops and isinstance(emu, Engine):
+        more["stops"], stops = stops, ()
     if asked.settings.get("num_beams", 1) > 1:
         return _searched(emu, prompt, more, asked)
-    return emu.stream(prompt, max_images=max_images, **asked.settings, **more)
+    parts = emu.stream(prompt, max_images=max_images, **asked.settings, **more)
+    return _until_stop(parts, stops) if stops else parts
+
+
+def _until_stop(parts: Iterable[EnginePart], stops: Sequence[str]) -> Iterator[EnginePart]:
+    """Yields the parts of an answer up to the one that completes a stop text."""
+    said = ""
+    for part in parts:
+        yield part
+        said += part if isinstance(part, str) else ""
+        if has_stop(said, stops):
+            return
 
 
 def _searched(
@@ -427,6 +458,7 @@ def serve(
     keys: Collection[str] = (),
     dtype: Literal["bfloat16", "float32"] = "float32",
     quantize: Literal["int8", "int4"] | None = None,
+    warm_up: bool = True,
 ) -> None:
     """Loads the checkpoint and serves it until interrupted.
 
@@ -437,6 +469,7 @@ def serve(
             images is not faster than one after the other, and 4 elsewhere.
         keys: API keys; with none, everyone who reaches the server may use it.
         dtype, quantize: of the computation, and of the quantized matrices (`emu_jax.load`).
+        warm_up: whether requests wait until programs are compiled (`Engine.warm_up`).
 
     Raises:
         UserError: the server cannot listen on the address, or the checkpoint cannot be loaded.
@@ -447,7 +480,7 @@ def serve(
         for opened in sockets:
             stack.callback(opened.close)
         # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
-        shapes = Shapes(length=64, images=limits.images, new_tokens=limits.new_tokens)
+        shapes = Shapes(64, bucket(limits.images), limits.new_tokens)
         emu = load(
             checkpoint,
             dtype=jnp.dtype(dtype),
@@ -475,7 +508,9 @@ def serve(
         log.info("emu-jax serves %s at http://%s:%d", checkpoint, address, port)
         name = checkpoint.absolute().name
         examples = read_examples(checkpoint)
-        app = make_app(engine, limits, hosts, keys=keys, name=name, examples=examples)
+        app = make_app(
+            engine, limits, hosts, keys=keys, name=name, examples=examples, warm_up=warm_up
+        )
         try:
             make_server(app, limits).run(sockets)
         finally:

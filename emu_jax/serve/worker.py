@@ -7,11 +7,12 @@ waits for a step of the batch that it shares with others (`generate.engine`).
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 from emu_jax.errors import UserError
 from emu_jax.generate.engine import Preview
@@ -31,6 +32,7 @@ class Ticket:
 
     Attributes:
         client: who sent the request; clients take turns.
+        kind: the kind of its answer, of which a limited number may run (`Worker`).
         deadline: on the clock of `time.monotonic()`.
         queued: when it joined the queue, on the same clock.
         place: its place in the queue then; 0 if it could start at once.
@@ -38,7 +40,7 @@ class Ticket:
     """
 
     def __init__(self, seconds: float, client: str, on_leave: Callable[[Ticket], None]) -> None:
-        self.client = client
+        self.client, self.kind = client, ""
         self.deadline = time.monotonic() + seconds
         self.queued, self.place = 0.0, 0
         self.answer: Answer = lambda: iter(())
@@ -101,13 +103,16 @@ def _late() -> Refused:
 
 class Worker:
     """Answers tickets, up to `concurrent` at once. Clients take turns; each one's tickets stay in
-    order.
+    order, unless one of another kind may start earlier.
 
     At most `waiting` tickets are running or queued. An abandoned ticket leaves the queue at once.
 
     Args:
         seconds: from the reservation of a place to the end of the answer.
         step: called when all running answers yielded None.
+        kinds: how many answers of a kind run at once. Others of that kind wait in the queue and
+            let those behind them pass. A kind that is not listed has no limit.
+        warm_up: called one after the other before the first ticket, until the server stops.
     """
 
     def __init__(
@@ -116,9 +121,12 @@ class Worker:
         seconds: float,
         concurrent: int = 1,
         step: Callable[[], None] | None = None,
+        kinds: Mapping[str, int] | None = None,
+        warm_up: Iterable[Callable[[], None]] | None = None,
     ) -> None:
         self._waiting, self._seconds, self._concurrent = waiting, seconds, concurrent
-        self._step = step
+        self._step, self._kinds = step, kinds or {}
+        self._warm = warm_up is None
         self._places = 0  # reserved, queued or running
         self._line: list[Ticket] = []
         self._running: list[Ticket] = []
@@ -126,7 +134,9 @@ class Worker:
         self._closing = self._stopped = False
         self._place_seconds: float | None = None  # of waiting for each place in the queue, lately
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="emu-jax-serve", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(warm_up or (),), name="emu-jax-serve", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -140,9 +150,11 @@ class Worker:
         return len(self._line)
 
     @property
-    def ready(self) -> bool:
-        """Whether new tickets are answered."""
-        return not self._closing and self._thread.is_alive()
+    def status(self) -> Literal["ok", "warming up", "shutting down"]:
+        """Whether tickets are answered at once, wait for the warm-up, or are refused."""
+        if self._closing or not self._thread.is_alive():
+            return "shutting down"
+        return "ok" if self._warm else "warming up"
 
     def place(self, ticket: Ticket) -> int:
         """Returns how many tickets are before this one in the queue, itself included; 0 if it is
@@ -174,14 +186,16 @@ class Worker:
         with self._changed:
             self._places -= 1
 
-    def submit(self, ticket: Ticket, answer: Answer) -> None:
+    def submit(self, ticket: Ticket, answer: Answer, kind: str = "") -> None:
         """Queues a reserved ticket, or refuses it if the server is shutting down."""
-        ticket.answer = answer
+        ticket.answer, ticket.kind = answer, kind
         with self._changed:
             if not self._stopped:
                 self._line.append(ticket)
-                ahead = len(self._line) + len(self._running) - self._concurrent
-                ticket.queued, ticket.place = time.monotonic(), max(0, ahead)
+                before = [*self._line, *self._running]
+                alike = sum(each.kind == kind for each in before)
+                ahead = len(before) - self._concurrent, alike - self._kinds.get(kind, alike)
+                ticket.queued, ticket.place = time.monotonic(), max(0, *ahead)
                 self._changed.notify()
                 return
             self._places -= 1
@@ -219,8 +233,8 @@ class Worker:
         with self._changed:
             if not self._running:
                 self._changed.wait_for(lambda: self._line or self._closing)
-            while self._line and len(self._running) < self._concurrent:
-                ticket = min(self._line, key=lambda ticket: self._turns.get(ticket.client, -1))
+            while len(self._running) < self._concurrent and (able := self._able()):
+                ticket = min(able, key=lambda ticket: self._turns.get(ticket.client, -1))
                 turn = max(self._turns.values(), default=-1) + 1
                 clients = {ticket.client for ticket in self._line}
                 self._turns = {c: n for c, n in self._turns.items() if c in clients}
@@ -229,13 +243,27 @@ class Worker:
                 self._note_wait(ticket)
                 self._running.append(ticket)
 
+    def _able(self) -> list[Ticket]:
+        """Returns the queued tickets of which not as many run as may run at once."""
+        running = collections.Counter(ticket.kind for ticket in self._running)
+        full = {kind for kind, most in self._kinds.items() if running[kind] >= most}
+        return [ticket for ticket in self._line if ticket.kind not in full]
+
     def _note_wait(self, ticket: Ticket) -> None:
         """Updates the mean wait; a ticket that found room tells nothing about the queue."""
         if ticket.place:
             waited, mean = (time.monotonic() - ticket.queued) / ticket.place, self._place_seconds
             self._place_seconds = waited if mean is None else mean + MEAN_WEIGHT * (waited - mean)
 
-    def _run(self) -> None:
+    def _run(self, warm_up: Iterable[Callable[[], None]]) -> None:
+        try:
+            for step in warm_up:
+                if self._closing:
+                    break
+                step()
+        except Exception:
+            log.exception("the warm-up failed: programs are compiled when they are first needed")
+        self._warm = True
         while True:
             self._start()
             if not self._running:
