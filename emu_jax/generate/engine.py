@@ -600,9 +600,9 @@ class _TextSlots:
     def _dynamic(
         self, slots: Int[np.ndarray, "B"] | slice = slice(None)
     ) -> mixed.DynamicMixedSettings:
-        """Returns the settings of slots."""
-        settings = (jnp.asarray(a[slots]) for a in self._settings)
-        return mixed.DynamicMixedSettings(*settings, np.bool_(self._sampled[slots].any()))
+        """Returns the settings of slots, by default of all."""
+        settings = (*(a[slots] for a in self._settings), self._sampled[slots].any())
+        return mixed.DynamicMixedSettings._make(map(jnp.asarray, settings))
 
     def _encode(
         self, prompts: Sequence[Prompt], batch: PromptBatch
