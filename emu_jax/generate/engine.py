@@ -192,7 +192,7 @@ class Engine:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many requests of a kind to have in progress, so that others find room beside them.
+        """Limits on the requests of a kind in progress, so that others find room beside them.
 
         The prompt of one more image is read while others are denoised.
         """
