@@ -29,23 +29,28 @@ class Chip:
     torus_axes: int = 0
     dcn_bandwidth: float = 0.0  # to other slices, in one direction
     devices: int = 1  # JAX devices per chip
+    # Peaks of matmuls in 8 bits; 0: no faster than bfloat16, or not published.
+    int8_flops: float = 0.0
+    fp8_flops: float = 0.0
 
 
 CHIPS: dict[str, Chip] = {
-    # cloud.google.com/tpu/docs/v4: 275 TFLOPs, 32 GiB at 1200 GBps; six links of 50 GBps.
+    # cloud.google.com/tpu/docs/v4: 275 TFLOPs (bf16 or int8), 32 GiB at 1200 GBps; six links of 50
+    # GBps.
     "v4": Chip(275e12, 32 * GIB, 1200 * GB, 50 * GB, 3, 6.25 * GB),
-    # .../v5e: 197 TFLOPs, 16 GiB at 800 GBps, ICI 400 GBps both ways, DCN 25 Gbps.
-    "v5e": Chip(197e12, 16 * GIB, 800 * GB, 50 * GB, 2, 3.125 * GB),
-    # .../v5p: 459 TFLOPs, 95 GiB at 2765 GBps, ICI 1200 GBps both ways, DCN 50 Gbps.
-    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB),
-    # .../v6e: 918 TFLOPs, 32 GiB at 1638 GBps, ICI 800 GBps both ways, DCN 100 Gbps.
-    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 12.5 * GB),
-    # .../tpu7x: 2307 TFLOPs, 192 GiB at 7380 GBps, ICI 1200 GBps both ways, DCN 100 Gbps.
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 12.5 * GB, 2),
-    "a100": Chip(312e12, 80 * GB, 2039 * GB),
-    "h100": Chip(989e12, 80 * GB, 3350 * GB),
-    "h200": Chip(989e12, 141 * GB, 4800 * GB),
-    "b200": Chip(2250e12, 180 * GB, 7700 * GB),
+    # .../v5e: 197 TFLOPs (int8 393), 16 GiB at 800 GBps, ICI 400 GBps both ways, DCN 25 Gbps.
+    "v5e": Chip(197e12, 16 * GIB, 800 * GB, 50 * GB, 2, 3.125 * GB, int8_flops=393e12),
+    # .../v5p: 459 TFLOPs (int8 918), 95 GiB at 2765 GBps, ICI 1200 GBps both ways, DCN 50 Gbps.
+    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB, int8_flops=918e12),
+    # .../v6e: 918 TFLOPs (int8 1836), 32 GiB at 1638 GBps, ICI 800 GBps both ways, DCN 100 Gbps.
+    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 12.5 * GB, int8_flops=1836e12),
+    # .../tpu7x: 2307 TFLOPs (fp8 4614), 192 GiB at 7380 GBps, ICI 1200 GBps both ways, DCN 100
+    # Gbps. Its page lists fp8 on v5p and v6e at the rate of bfloat16.
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 12.5 * GB, 2, fp8_flops=4614e12),
+    "a100": Chip(312e12, 80 * GB, 2039 * GB, int8_flops=624e12),
+    "h100": Chip(989e12, 80 * GB, 3350 * GB, int8_flops=1979e12, fp8_flops=1979e12),
+    "h200": Chip(989e12, 141 * GB, 4800 * GB, int8_flops=1979e12, fp8_flops=1979e12),
+    "b200": Chip(2250e12, 180 * GB, 7700 * GB, int8_flops=4500e12, fp8_flops=4500e12),
 }
 
 # Prefixes of jax.Device.device_kind. The first match counts.

@@ -33,7 +33,7 @@ from emu_jax.plan.plan import (
     collective_bytes,
     run_in_subprocess,
 )
-from emu_jax.plan.roofline import Network, Operation, busiest, times
+from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, times
 from emu_jax.plan.sweep import (
     Family,
     Trial,
@@ -248,6 +248,8 @@ def test_chips_are_as_published(kind, teraflops, gigabytes, hbm, ici, dcn, devic
         dcn * 1e9,
     )
     assert peak_flops(kind) == chip.flops / devices
+    for faster in (chip.int8_flops, chip.fp8_flops):
+        assert not faster or 1.99 < faster / chip.flops <= 2.01
     of_float32 = chip.flops / devices / 6 if kind.startswith("TPU") else None
     assert peak_flops(kind, "float32") == of_float32
 
@@ -784,6 +786,99 @@ def test_bounds_of_a_roofline():
     assert first.serial == pytest.approx(1.01) and second.serial == pytest.approx(0.4)
 
 
+def test_what_the_compiler_scheduled_beside_a_collective():
+    """In a loop of three turns: a gather that is started before a matmul and one that is waited for
+    at once; then matmuls with parts of a gather inside, and a sum that runs by itself."""
+    big, small = "bf16[4096,4096]{1,0}", "bf16[1024,4096]{1,0}"
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    group = "replica_groups={{0,1,2,3}}"
+    text = (
+        f"%part (p: {small}, q: {big}) -> {big} {{\n"
+        f"  %p = {small} parameter(0)\n  %q = {big} parameter(1)\n"
+        f"  %g = {big} all-gather(%p), channel_id=7, {group}\n"
+        f"  ROOT %r = {big} dot(%q, %q), {dot}\n}}\n\n"
+        f"%body (s: (s32[], {small}, {big})) -> (s32[], {small}, {big}) {{\n"
+        f"  %s = (s32[], {small}, {big}) parameter(0)\n"
+        "  %i = s32[] get-tuple-element(%s), index=0\n"
+        f"  %a = {small} get-tuple-element(%s), index=1\n"
+        f"  %b = {big} get-tuple-element(%s), index=2\n"
+        f"  %x = ({small}, {big}) all-gather-start(%a), channel_id=1, {group}\n"
+        f"  %m = {big} dot(%b, %b), {dot}\n"
+        f"  %y = {big} all-gather-done(%x)\n"
+        f"  %u = ({small}, {big}) all-gather-start(%a), channel_id=2, {group}\n"
+        f"  %v = {big} all-gather-done(%u)\n"
+        f"  ROOT %n = (s32[], {small}, {big}) tuple(%i, %a, %m)\n}}\n\n"
+        f"%condition (s: (s32[], {small}, {big})) -> pred[] {{\n"
+        f"  %s = (s32[], {small}, {big}) parameter(0)\n  ROOT %t = pred[] constant(true)\n}}\n\n"
+        f"ENTRY %main (a: {small}, b: {big}) -> {big} {{\n"
+        f"  %a = {small} parameter(0)\n  %b = {big} parameter(1)\n  %z = s32[] constant(0)\n"
+        f"  %s = (s32[], {small}, {big}) tuple(%z, %a, %b)\n"
+        f"  %l = (s32[], {small}, {big}) while(%s), condition=%condition, body=%body, "
+        'backend_config={"known_trip_count":{"n":"3"}}\n'
+        f"  %f1 = {big} fusion(%a, %b), kind=kOutput, calls=%part\n"
+        f"  %f2 = {big} fusion(%a, %b), kind=kOutput, calls=%part\n"
+        f"  ROOT %sum = {big} all-reduce(%b), channel_id=3, {group}\n}}\n"
+    )
+    counts = hlo.count(text)
+    (loop_, begin, first, second, end, alone, waited) = counts.schedule
+    assert isinstance(loop_, hlo.Loop) and loop_.times == 3
+    assert [type(event).__name__ for event in loop_.body] == [
+        "Begin",
+        "Cost",
+        "End",
+        "Begin",
+        "End",
+    ]
+    assert isinstance(begin, hlo.Begin) and isinstance(end, hlo.End)
+    assert begin.channel == end.channel and isinstance(alone, hlo.Begin)
+    assert isinstance(waited, hlo.End)
+    product = 2 * 4096**3 / 197e12
+    network = Network(Topology.parse("v5e:2x2"), [(x, y) for x in (0, 1) for y in (0, 1)], [0] * 4)
+    gather, total = (
+        network.seconds(hlo.Collective(kind, 4096**2 * 2.0, (0, 1, 2, 3)))[0]
+        for kind in ("all-gather", "all-reduce")
+    )
+    assert product / 5 < gather < product
+    t = times(counts, network)
+    assert t.ici == pytest.approx(7 * gather + total)
+    assert t.exposed == pytest.approx(3 * gather + total)
+    assert t.scheduled == pytest.approx(5 * product + t.exposed)
+    by_kind = {c.kind: s for c, s in exposed_seconds(counts, network).items()}
+    assert by_kind == pytest.approx({"all-gather": 3 * gather, "all-reduce": total})
+
+    # A slow network: the first gather of a turn holds up the second, and both are waited for.
+    slow = dataclasses.replace(CHIPS["v5e"], link_bandwidth=CHIPS["v5e"].link_bandwidth / 10)
+    gather, total = 10 * gather, 10 * total
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHIPS, "v5e", slow)
+        t = times(counts, network)
+    assert t.exposed == pytest.approx(3 * (2 * gather - product) + gather - 2 * product + total)
+
+
+def test_matmuls_in_8_bits_run_at_their_own_peak():
+    shapes = [f"{dtype}[64,64]{{1,0}}" for dtype in ("s8", "f8e4m3fn", "f8e5m2", "bf16")]
+    dot = "dot(%{}, %{}), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
+    lines = [("s32", "a", "a"), ("bf16", "b", "c"), ("bf16", "d", "d"), ("f32", "a", "d")]
+    body = "\n  ".join(
+        f"%r{n} = {dtype}[64,64]{{1,0}} " + dot.format(*operands)
+        for n, (dtype, *operands) in enumerate(lines)
+    )
+    counts = hlo.count(module_of(body, *shapes))
+    one = 2 * 64**3
+    assert (counts.flops, counts.int8_flops, counts.fp8_flops) == (4 * one, one, one)
+    for name, parts in {
+        "v5e": 3 / 197 + 1 / 393,
+        "v6e": 3 / 918 + 1 / 1836,
+        "tpu7x": 2 * (3 / 2307 + 1 / 4614),  # for each of two devices
+    }.items():
+        axes = CHIPS[name].torus_axes
+        topology = Topology.parse(f"{name}:{'x'.join('1' * axes)}")
+        compute = times(counts, Network(topology, [(0,) * axes], [0])).compute
+        assert compute == pytest.approx(parts * one / 1e12)
+        found = busiest(counts, topology)
+        assert sum(operation.compute for operation in found) == pytest.approx(compute)
+
+
 # --- The 14B step's sharding, pinned --------------------------------------------------------------
 
 
@@ -879,7 +974,9 @@ def test_a_report_survives_its_json():
 def test_sweep_table_and_plot(tmp_path):
     slow = trial("", step_seconds_serial=3.0, mfu_serial=0.2)
     lines = table([slow, trial(""), trial("", fits=False), Trial("key", "", None)]).splitlines()
-    assert len(lines) == 4 and "| 0.400 | 0.600 |" in lines[2] and "| 0.200 |" in lines[3]
+    assert len(lines) == 4 and "| 0.400 | - | 0.600 |" in lines[2] and "| 0.200 |" in lines[3]
+    (line,) = table([trial("", mfu_scheduled=0.45)]).splitlines()[2:]
+    assert "| 0.400 | 0.450 | 0.600 |" in line
     plot_scaling(
         [trial(), trial(chips=32, topology="v5e:4x8"), trial("strong")], tmp_path / "x.png"
     )

@@ -77,7 +77,13 @@ class Calibration:
         """Returns the predicted MFU at each bound, {} if the program was not compiled."""
         if not isinstance(self.report, CompiledReport):
             return {}
-        bounds = {"overlap": self.report.mfu_overlap, "serial": self.report.mfu_serial}
+        report = self.report
+        assert report.mfu_scheduled is not None  # it was compiled now
+        bounds = {
+            "serial": report.mfu_serial,
+            "scheduled": report.mfu_scheduled,
+            "overlap": report.mfu_overlap,
+        }
         return {bound: self.attention * mfu for bound, mfu in bounds.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -106,14 +112,16 @@ def calibrate() -> list[Calibration]:
 
 def calibration_table(rows: list[Calibration]) -> str:
     """Formats the rows of `calibrate` as a text table."""
-    lines = ["run          topology   published  no overlap (error)  overlap (error)"]
+    lines = [
+        "run          topology   published  no overlap (error)  scheduled (error)  overlap (error)"
+    ]
     for row in rows:
         run, mfu = row.run, row.mfu()
         line = f"{run.name:12} {run.topology:10} {run.mfu:9.3f}"
         if not mfu:
             lines.append(f"{line}  does not fit")
             continue
-        for bound in ("serial", "overlap"):
+        for bound in mfu:
             line += f"  {mfu[bound]:10.3f} ({mfu[bound] / run.mfu - 1:+.1%})"
         lines.append(line + ("" if row.report.fits else "  does not fit"))
     return "\n".join(lines)

@@ -92,6 +92,35 @@ class Cost:
     hbm_bytes: float
     times: float
     source: str = ""  # the JAX operation that it was compiled from, or else the HLO opcode
+    int8_flops: float = 0.0  # of `flops`, those of operands in int8
+    fp8_flops: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """The point of a schedule at which a collective starts."""
+
+    channel: str  # unique within a computation
+    collective: Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """The point of a schedule that waits for the end of a collective."""
+
+    channel: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A computation that runs `times` times at one point of a schedule."""
+
+    times: float
+    body: Schedule
+
+
+# What a computation does, in the order in which the compiler scheduled it.
+Schedule = list[Cost | Begin | End | Loop]
 
 
 @dataclasses.dataclass
@@ -99,8 +128,11 @@ class Counts:
     """Totals for one device and one run of the module."""
 
     flops: float = 0.0
+    int8_flops: float = 0.0  # of `flops`, those of operands in int8
+    fp8_flops: float = 0.0
     hbm_bytes: float = 0.0
     instructions: list[Cost] = dataclasses.field(default_factory=list)  # in order
+    schedule: Schedule = dataclasses.field(default_factory=list)
     collectives: dict[Collective, float] = dataclasses.field(  # number of executions
         default_factory=lambda: defaultdict(float)
     )
@@ -139,7 +171,7 @@ def count(text: str) -> Counts:
     """Counts a compiled module (`jax.stages.Compiled.as_text()`)."""
     computations, entry = parse(text)
     counts = Counts()
-    _InstructionCounter(computations, counts).run(entry, 1.0)
+    counts.schedule = _InstructionCounter(computations, counts).run(entry, 1.0)
     if counts.host_bytes:
         counts.unknown.add("the time of traffic with the host's memory")
     return counts
@@ -149,14 +181,25 @@ class _InstructionCounter:
     def __init__(self, computations: dict[str, Computation], counts: Counts) -> None:
         self.computations, self.counts = computations, counts
 
-    def run(self, name: str, times: float) -> None:
-        """Counts a computation that runs `times` times."""
+    def run(self, name: str, times: float) -> Schedule:
+        """Counts a computation that runs `times` times. Returns its schedule.
+
+        A collective lasts from the first instruction that mentions its channel to the last: from
+        its `-start` to its `-done`, or over the fusions of matmuls that it overlaps.
+        """
         body = self.computations[name]
-        seen: set[str] = set()  # channels: a gather that overlaps matmuls appears in each
+        schedule: Schedule = []
+        last = {
+            channel: instruction.name
+            for instruction in body.values()
+            for channel, _ in self.mentions(body, instruction)
+        }
+        seen: set[str] = set()
         for instruction in body.values():
             if instruction.op == "while":
                 trip_count = self.trip_count(instruction)
-                self.run(_bare(instruction.attribute("body")), times * trip_count)
+                loop = self.run(_bare(instruction.attribute("body")), times * trip_count)
+                schedule.append(Loop(trip_count, loop))
             elif instruction.op == "conditional":
                 branches = instruction.attribute("branch_computations") or ""
                 both = [
@@ -164,11 +207,40 @@ class _InstructionCounter:
                     instruction.attribute("false_computation"),
                 ]
                 for branch in _NAME.findall(branches) or [_bare(b) for b in both if b]:
-                    self.run(branch, times)  # an upper bound
-            elif instruction.op in ("call", "call-start", "async-start") and instruction.called:
-                self.run(instruction.called, times)
+                    schedule += self.run(branch, times)  # an upper bound
+            elif instruction.op == "call" and instruction.called:
+                schedule += self.run(instruction.called, times)
             else:
-                self.count_instruction(body, instruction, times, seen)
+                cost: list[Cost] = []
+                if instruction.op in _ASYNC and instruction.called:
+                    inside = self.run(instruction.called, times)
+                    cost = [event for event in inside if isinstance(event, Cost)]
+                elif found := self.count_instruction(body, instruction, times, seen):
+                    cost = [found]
+                mentioned = dict(self.mentions(body, instruction))
+                begins: Schedule = [Begin(*x) for x in mentioned.items() if x[0] not in seen]
+                ends: Schedule = [End(c) for c in mentioned if last[c] == instruction.name]
+                seen |= mentioned.keys()
+                # Nothing overlaps a collective that is an instruction of its own.
+                overlaps = not ends or any(each.flops for each in cost)
+                schedule += [*begins, *cost, *ends] if overlaps else [*cost, *begins, *ends]
+        return schedule
+
+    def mentions(
+        self, body: Computation, instruction: Instruction
+    ) -> Iterator[tuple[str, Collective]]:
+        """Yields (channel, collective) of an instruction that starts a collective, runs a part of
+        it, or waits for its end."""
+        if instruction.op.endswith(("-done", "-update")):
+            started = body.get(instruction.operands[0]) if instruction.operands else None
+            if started is not None:
+                yield from self.mentions(body, started)
+        elif instruction.op in _ASYNC and instruction.called:
+            inner = self.computations[instruction.called]
+            for each in inner.values():
+                yield from self.collectives(inner, each)
+        else:
+            yield from self.collectives(body, instruction)
 
     def trip_count(self, loop: Instruction) -> float:
         """Returns the trip count of a loop, and records it in `Counts.unknown` if it is a guess.
@@ -204,33 +276,53 @@ class _InstructionCounter:
 
     def count_instruction(
         self, body: Computation, instruction: Instruction, times: float, seen: set[str]
-    ) -> None:
+    ) -> Cost | None:
+        """Counts one instruction. Returns its cost, None if it has none but the network's.
+
+        Args:
+            seen: channels whose collectives are counted: a gather that overlaps matmuls appears in
+                each.
+        """
         if instruction.op in _FREE:
-            return
-        for channel, collective in self.collectives(body, instruction):
+            return None
+        for channel, collective in dict(self.collectives(body, instruction)).items():
             if channel not in seen:
                 self.counts.collectives[collective] += times
-            seen.add(channel)
         if instruction.op == "send" and "megascale" in instruction.attributes:
             self.counts.dcn_bytes += instruction.arrays[0].bytes * times
         flops = self.flops(body, instruction)
         if instruction.op in _COLLECTIVES or instruction.op.startswith(("send", "recv")):
-            return  # takes network time only
+            return None  # takes network time only
         if instruction.op.endswith(("-done", "-update")):
-            return
+            return None
         moved = self.hbm_bytes(body, instruction)
         if any(array.space == _HOST for array in instruction.arrays):
             self.counts.host_bytes += instruction.arrays[0].bytes * times
+        int8 = self.flops(body, instruction, _INT8) if flops else 0.0
+        fp8 = self.flops(body, instruction, _FP8) if flops else 0.0
         self.counts.flops += flops * times
+        self.counts.int8_flops += int8 * times
+        self.counts.fp8_flops += fp8 * times
         self.counts.hbm_bytes += moved * times
-        if flops or moved:
-            source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            name = source[1] if source else instruction.op
-            self.counts.instructions.append(Cost(flops, moved, times, name))
+        if not flops and not moved:
+            return None
+        source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        name = source[1] if source else instruction.op
+        cost = Cost(flops, moved, times, name, int8, fp8)
+        self.counts.instructions.append(cost)
+        return cost
 
     # FLOPs
 
-    def flops(self, body: Computation, instruction: Instruction) -> float:
+    def flops(
+        self, body: Computation, instruction: Instruction, dtypes: frozenset[str] = frozenset()
+    ) -> float:
+        """Returns the FLOPs of one instruction. With `dtypes`, only those of matmuls whose
+        operands both have one of them."""
+        if instruction.op in ("dot", "convolution") and dtypes:
+            operands = {body[name].arrays[0].dtype for name in instruction.operands[:2]}
+            if not operands <= dtypes:
+                return 0.0
         if instruction.op == "dot":
             lhs = body[instruction.operands[0]].arrays[0].shape
             contracted = _numbers(instruction.attribute("lhs_contracting_dims") or "")
@@ -242,9 +334,10 @@ class _InstructionCounter:
             return _convolution(instruction, *shapes)
         if instruction.op == "fusion" and instruction.called:
             inner = self.computations[instruction.called]
-            return sum(self.flops(inner, each) for each in inner.values())
+            return sum(self.flops(inner, each, dtypes) for each in inner.values())
         if (
             instruction.op == "custom-call"
+            and not dtypes
             and 'custom_call_target="tpu_custom_call"' in instruction.attributes
         ):
             for prefix, kernel in KERNELS.items():
@@ -377,7 +470,10 @@ class _InstructionCounter:
         )
 
 
+_INT8 = frozenset({"s8", "u8"})
+_FP8 = frozenset({"f8e4m3fn", "f8e5m2"})
 _HOST = 5  # memory space
+_ASYNC = ("call-start", "async-start")
 _FREE = {
     "parameter",
     "constant",

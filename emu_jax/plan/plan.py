@@ -36,7 +36,7 @@ from emu_jax.hardware import Topology
 from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
-from emu_jax.plan.roofline import Network, Operation, busiest, times
+from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, times
 from emu_jax.sharding import AbstractModel, row_ways, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
@@ -113,11 +113,16 @@ class CompiledReport(Report):
     Attributes:
         step_seconds_overlap: lower bound on the time of a step, with everything overlapped.
         step_seconds_serial: the bound with nothing overlapped.
-        mfu_overlap, mfu_serial, tokens_per_second_overlap: at these bounds.
+        step_seconds_scheduled: the bound in which collectives overlap what the compiler scheduled
+            beside them. None in reports of earlier versions.
+        mfu_overlap, mfu_serial, mfu_scheduled, tokens_per_second_overlap: at these bounds.
         tokens_per_second: at the serial bound.
         host_bytes: temporaries in host memory.
         device_flops, hbm_traffic_bytes: of one device and step.
+        device_int8_flops, device_fp8_flops: of `device_flops`, those of operands in 8 bits.
         seconds: the fields of `roofline.Times`.
+        collective_seconds: {mesh axes: {kind of collective: seconds on the network}}.
+        exposed_seconds: of these, the seconds that instructions wait in the compiler's schedule.
         busiest: the operations that take most of the serial bound.
         compiler_seconds: the compiler's own estimate, if it gives one.
         not_counted: parts of the program whose cost is unknown.
@@ -125,14 +130,20 @@ class CompiledReport(Report):
 
     step_seconds_overlap: float
     step_seconds_serial: float
+    step_seconds_scheduled: float | None = None
+    mfu_scheduled: float | None = None
     mfu_overlap: float
     mfu_serial: float
     tokens_per_second: float
     tokens_per_second_overlap: float
     host_bytes: float
     device_flops: float
+    device_int8_flops: float = 0.0
+    device_fp8_flops: float = 0.0
     hbm_traffic_bytes: float
     seconds: dict[str, float]
+    collective_seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    exposed_seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     busiest: tuple[Operation, ...]
     compiler_seconds: float | None
     not_counted: tuple[str, ...]
@@ -142,7 +153,9 @@ class CompiledReport(Report):
 BOUNDS = (
     "step_seconds_overlap",
     "step_seconds_serial",
+    "step_seconds_scheduled",
     "mfu_overlap",
+    "mfu_scheduled",
     "mfu_serial",
     "tokens_per_second",
 )
@@ -387,16 +400,24 @@ def _report(
         hbm_by_kind={**kinds, "temporaries": temporaries},
         host_bytes=memory.host_temp_size_in_bytes,
         device_flops=counts.flops,
+        device_int8_flops=counts.int8_flops,
+        device_fp8_flops=counts.fp8_flops,
         hbm_traffic_bytes=counts.hbm_bytes,
         seconds=dataclasses.asdict(t),
         busiest=tuple(busiest(counts, topology)),
         step_seconds_overlap=t.overlapped,
         step_seconds_serial=t.serial,
+        step_seconds_scheduled=t.scheduled,
         mfu_overlap=model_flops / peak / t.overlapped,
         mfu_serial=model_flops / peak / t.serial,
+        mfu_scheduled=model_flops / peak / t.scheduled,
         tokens_per_second=tokens / t.serial,
         tokens_per_second_overlap=tokens / t.overlapped,
         collective_bytes=collective_bytes(counts, mesh),
+        collective_seconds=by_axes(
+            {c: sum(network.seconds(c)) * often for c, often in counts.collectives.items()}, mesh
+        ),
+        exposed_seconds=by_axes(exposed_seconds(counts, network), mesh),
         compiler_seconds=(compiled.cost_analysis() or {}).get("optimal_seconds"),
         not_counted=tuple(sorted(counts.unknown)),
         compile_seconds=time.monotonic() - started,
@@ -408,18 +429,33 @@ def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, floa
 
     The entry `slices` has the bytes that each device sends to be reduced over slices.
     """
+    table = by_axes({c: c.bytes * often for c, often in counts.collectives.items()}, mesh)
+    if counts.dcn_bytes:
+        table["slices"] = {"all-reduce": counts.dcn_bytes}
+    return table
+
+
+def by_axes(values: Mapping[hlo.Collective, float], mesh: Mesh) -> dict[str, dict[str, float]]:
+    """Returns {mesh axes: {kind of collective: sum}} of values of collectives."""
     places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for collective, often in counts.collectives.items():
+    for collective, value in values.items():
         one = 2 if collective.kind == "collective-permute" else None  # one pair
         where = places[list(collective.group[:one])]
         axes = [
             name for n, name in enumerate(mesh.axis_names) if len(set(where[:, n].tolist())) > 1
         ]
-        table["+".join(axes) or "none"][collective.kind] += collective.bytes * often
-    if counts.dcn_bytes:
-        table["slices"]["all-reduce"] = counts.dcn_bytes
+        table["+".join(axes) or "none"][collective.kind] += value
     return {axes: dict(kinds) for axes, kinds in table.items()}
+
+
+def _hidden(report: CompiledReport, axes: str, kind: str) -> str:
+    """Returns how much of a collective's time is overlapped in the compiler's schedule."""
+    total = report.collective_seconds.get(axes, {}).get(kind)
+    if not total:
+        return ""
+    exposed = report.exposed_seconds.get(axes, {}).get(kind, 0.0)
+    return f" ({max(0.0, 1 - exposed / total):.0%} overlapped as scheduled)"
 
 
 def summary(report: Report) -> str:
@@ -442,15 +478,20 @@ def summary(report: Report) -> str:
         lines += [
             f"model FLOPs {report.model_flops:.4g} a step",
             f"step        {report.step_seconds_overlap:.3f} s (all overlapped) to "
-            f"{report.step_seconds_serial:.3f} s (nothing overlapped)",
+            f"{report.step_seconds_serial:.3f} s (nothing overlapped); "
+            f"{report.step_seconds_scheduled:.3f} s as scheduled",
             f"  products {seconds['compute']:.3f}, HBM {seconds['hbm']:.3f}, ICI "
             f"{seconds['ici']:.3f}, DCN {seconds['dcn']:.3f} s",
-            f"MFU         {report.mfu_overlap:.3f} to {report.mfu_serial:.3f}",
+            f"MFU         {report.mfu_overlap:.3f} to {report.mfu_serial:.3f}; "
+            f"{report.mfu_scheduled:.3f} as scheduled",
             f"tokens/s    {report.tokens_per_second_overlap:,.0f} to "
             f"{report.tokens_per_second:,.0f}",
         ]
         for axes, kinds in report.collective_bytes.items():
-            moved = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in kinds.items())
+            moved = ", ".join(
+                f"{kind} {size / 1e9:.2f} GB{_hidden(report, axes, kind)}"
+                for kind, size in kinds.items()
+            )
             lines.append(f"over {axes:7}{moved}")
         lines.append("busiest     serial, of which products and HBM, s")
         lines += [

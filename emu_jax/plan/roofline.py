@@ -1,26 +1,29 @@
 """Lower bounds on the time of a compiled module, from its work and the chip's peaks.
 
-There are three resources: matmuls (`flops` over the peak), HBM (bytes over its bandwidth) and the
-network (collective bytes over the bandwidth of the links that carry them). There are two bounds:
+There are three resources: matmuls (FLOPs over the peak of their dtype), HBM (bytes over its
+bandwidth) and the network (collective bytes over the bandwidth of the links that carry them). There
+are three bounds:
 
   overlapped  the time of the busiest resource, with all other work overlapped
-  serial      one instruction after another, each at its own roofline (matmuls and HBM traffic
-              overlap within an instruction), and no collective overlapped
+  scheduled   one instruction after another, each at its own roofline (matmuls and HBM traffic
+              overlap within an instruction). Collectives run one after another, each beside the
+              instructions between its start and its end in the compiler's schedule
+  serial      as scheduled, but no collective overlapped
 
-Neither bound includes vector arithmetic, latencies, or matmuls that do not fill the matrix units.
-A real step is slower than the overlapped bound, and may be slower than the serial one.
+No bound includes vector arithmetic, latencies, or matmuls that do not fill the matrix units.
+A real step is slower than the overlapped bound, and may be slower than the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from emu_jax.hardware import Topology
-from emu_jax.plan.hlo import Collective, Counts
+from emu_jax.hardware import Chip, Topology
+from emu_jax.plan.hlo import Begin, Collective, Cost, Counts, End, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,15 @@ class Times:
     ici: float
     dcn: float
     instructions: float  # sum of the rooflines of all instructions, without collectives
+    exposed: float  # of `ici` and `dcn`, what instructions wait for in the compiler's schedule
 
     @property
     def overlapped(self) -> float:
         return max(self.compute, self.hbm, self.ici, self.dcn)
+
+    @property
+    def scheduled(self) -> float:
+        return self.instructions + self.exposed
 
     @property
     def serial(self) -> float:
@@ -121,23 +129,77 @@ class Network:
 def times(counts: Counts, network: Network) -> Times:
     """Returns the module's times on one device of the network's topology."""
     chip = network.topology.chip
-    peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
+    bandwidth = chip.hbm_bandwidth / chip.devices
     ici = dcn = 0.0
     for collective, often in counts.collectives.items():
         ici_seconds, dcn_seconds = network.seconds(collective)
         ici, dcn = ici + ici_seconds * often, dcn + dcn_seconds * often
     slices = network.topology.slices
-    dcn += 2 * (slices - 1) / slices * counts.dcn_bytes / (chip.dcn_bandwidth / chip.devices)
+    # Sums over slices by the runtime, which are waited for.
+    sums = 2 * (slices - 1) / slices * counts.dcn_bytes / (chip.dcn_bandwidth / chip.devices)
+    dcn += sums
     return Times(
-        compute=counts.flops / peak,
+        compute=matmul_seconds(counts, chip),
         hbm=counts.hbm_bytes / bandwidth,
         ici=ici,
         dcn=dcn,
         instructions=sum(
-            max(cost.flops / peak, cost.hbm_bytes / bandwidth) * cost.times
-            for cost in counts.instructions
+            instruction_seconds(cost, chip) * cost.times for cost in counts.instructions
         ),
+        exposed=sum(exposed_seconds(counts, network).values()) + sums,
     )
+
+
+def exposed_seconds(counts: Counts, network: Network) -> dict[Collective, float]:
+    """Returns the seconds of each collective during which instructions wait for it or for a later
+    one, in the compiler's schedule.
+
+    Collectives share the network: each starts when the one before has ended. One that is under way
+    when a loop starts is held up until the loop ends.
+    """
+    exposed: dict[Collective, float] = defaultdict(float)
+
+    def run(schedule: Schedule, times: float) -> float:
+        """Returns the seconds of one run of a schedule that runs `times` times."""
+        clock = free = 0.0  # free: when the network has ended all that it was given
+        ends: dict[str, float] = {}  # by channel
+        sent: list[tuple[Collective, float, float]] = []  # with start and end, in order
+        for event in schedule:
+            if isinstance(event, Cost):
+                clock += instruction_seconds(event, network.topology.chip)
+            elif isinstance(event, Begin):
+                start = max(clock, free)
+                free = ends[event.channel] = start + sum(network.seconds(event.collective))
+                sent.append((event.collective, start, free))
+            elif isinstance(event, End):
+                until = ends.pop(event.channel)
+                for collective, start, end in sent:
+                    exposed[collective] += max(0.0, min(end, until) - max(start, clock)) * times
+                clock = max(clock, until)
+                sent = [each for each in sent if each[2] > clock]
+            else:
+                seconds = run(event.body, times * event.times) * event.times
+                clock, free = clock + seconds, free + seconds
+                ends = {channel: end + seconds for channel, end in ends.items()}
+                sent = [(c, start + seconds, end + seconds) for c, start, end in sent]
+        return clock
+
+    run(counts.schedule, 1.0)
+    return dict(exposed)
+
+
+def instruction_seconds(cost: Cost, chip: Chip) -> float:
+    """Returns the roofline of one run of an instruction on one device of a chip."""
+    return max(matmul_seconds(cost, chip), cost.hbm_bytes / (chip.hbm_bandwidth / chip.devices))
+
+
+def matmul_seconds(work: Counts | Cost, chip: Chip) -> float:
+    """Returns the seconds of the matmuls on one device of a chip, each at the peak of its dtype."""
+    wide = work.flops - work.int8_flops - work.fp8_flops
+    seconds = wide / chip.flops
+    seconds += work.int8_flops / (chip.int8_flops or chip.flops)
+    seconds += work.fp8_flops / (chip.fp8_flops or chip.flops)
+    return seconds * chip.devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +216,11 @@ class Operation:
 def busiest(counts: Counts, topology: Topology, limit: int = 12) -> list[Operation]:
     """Returns the `limit` operations that take most of the serial bound, the slowest first."""
     chip = topology.chip
-    peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
+    bandwidth = chip.hbm_bandwidth / chip.devices
     operations: dict[str, Operation] = {}
     for cost in counts.instructions:
-        products, moved = cost.flops / peak * cost.times, cost.hbm_bytes / bandwidth * cost.times
+        products = matmul_seconds(cost, chip) * cost.times
+        moved = cost.hbm_bytes / bandwidth * cost.times
         before = operations.get(cost.source, Operation(cost.source, 0.0, 0.0, 0.0))
         operations[cost.source] = Operation(
             cost.source,

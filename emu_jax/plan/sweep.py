@@ -62,6 +62,7 @@ HEAD = (
     "step, s",
     "tokens/s",
     "MFU, no overlap",
+    "MFU, as scheduled",
     "MFU, overlap",
 )
 # Assumed fraction of a device's memory that temporaries take, until a first compile.
@@ -447,6 +448,7 @@ def _row(report: CompiledReport) -> list[str]:
         f"{r.step_seconds_overlap:.2f} to {r.step_seconds_serial:.2f}",
         f"{r.tokens_per_second:,.0f} to {r.tokens_per_second_overlap:,.0f}",
         f"{r.mfu_serial:.3f}",
+        "-" if r.mfu_scheduled is None else f"{r.mfu_scheduled:.3f}",
         f"{r.mfu_overlap:.3f}",
     ]
 
