@@ -5,10 +5,10 @@ counts. One shard of 262,144 documents is written; the others are hard links to 
 index` counts the records of each shard and writes the outlines of all documents; it opens no
 document. Training is opened in a process of its own: the index is opened and the first batch
 planned. `again` is the time of `data index` when all is cached, as after an interruption at its
-end. Seconds are wall-clock times. `speed_up_alone` is the speed-up on a machine without other jobs,
-from processor times: the parent works alone, and the workers share the rest evenly.
+end. Seconds are wall-clock times.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -43,17 +43,15 @@ def run(documents: int = 100_000_000, processes: int = 2) -> dict:
         again = index(config(folder, processes), processes)
         code = f"from emu_jax import bench; bench.load('indexing').opening({folder!r})"
         output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
-        total, one, many = shards * SHARD_DOCUMENTS, taken[1], taken[processes]
-        alone = one.own / (many.own + many.workers / processes)
+        total = shards * SHARD_DOCUMENTS
         return {
             "documents": total,
             "index_s": {str(n): round(times.wall, 1) for n, times in taken.items()},
-            "processor_s": {str(n): round(t.own + t.workers, 1) for n, t in taken.items()},
+            "processor_s": {str(n): round(times.processor, 1) for n, times in taken.items()},
             "documents_a_second": {str(n): round(total / t.wall) for n, t in taken.items()},
-            "speed_up": round(one.wall / many.wall, 2),
-            "speed_up_alone": round(alone, 2),
+            "speed_up": round(taken[1].wall / taken[processes].wall, 2),
             "again_s": round(again.wall, 2),
-            "again_processor_s": round(again.own + again.workers, 2),
+            "again_processor_s": round(again.processor, 2),
             **json.loads(output.stdout.splitlines()[-1]),
         }
 
@@ -62,12 +60,11 @@ class Times(NamedTuple):
     """Seconds of a run.
 
     Attributes:
-        own, workers: processor time of this process, and of its workers together.
+        processor: processor time of this process and its workers together.
     """
 
     wall: float
-    own: float
-    workers: float
+    processor: float
 
 
 def write(folder: Path, shards: int) -> None:
@@ -106,13 +103,10 @@ def index(cfg: DataConfig, processes: int) -> Times:
     """Indexes the documents; returns the seconds that it took."""
     tokenizer = cfg.load_tokenizer()
     began, before = time.perf_counter(), os.times()
-    index_sources(cfg, tokenizer, lambda work: on_processes(work, processes))
+    runner = functools.partial(on_processes, workers=processes, caller_works=True)
+    index_sources(cfg, tokenizer, runner)
     wall, after = time.perf_counter() - began, os.times()
-    own = after.user + after.system - before.user - before.system
-    workers = (
-        after.children_user + after.children_system - before.children_user - before.children_system
-    )
-    return Times(wall, own, workers)
+    return Times(wall, sum(after[:4]) - sum(before[:4]))
 
 
 def opening(folder: str) -> None:
@@ -140,14 +134,14 @@ def opening(folder: str) -> None:
 def table(figures: dict) -> str:
     counts = list(figures["index_s"])
     return bench.markdown_table(
-        ("Processes", "Index (s)", "Processor time (s)", "Documents a second", "Speed-up, alone"),
+        ("Processes", "Index (s)", "Processor time (s)", "Documents a second", "Speed-up"),
         [
             (
                 count,
                 figures["index_s"][count],
                 figures["processor_s"][count],
                 figures["documents_a_second"][count],
-                f"{figures['speed_up']}, {figures['speed_up_alone']}" if count != "1" else "",
+                figures["speed_up"] if count != "1" else "",
             )
             for count in counts
         ],

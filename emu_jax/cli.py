@@ -733,7 +733,7 @@ def data_index(parser: argparse.ArgumentParser) -> Command:
             cfg.data,
             tokenizer,
             lambda work: (
-                on_processes(work, args.workers)
+                on_processes(work, args.workers, caller_works=True)
                 if options is None
                 else contextlib.nullcontext(on_beam(work, options))
             ),

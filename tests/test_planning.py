@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -469,6 +470,19 @@ def test_processes_are_kept_between_the_stages_and_end_with_an_error():
         workers = list(pool._processes.values())
         raise KeyboardInterrupt
     assert runner._pool is None and {w.exitcode for w in workers} == {-signal.SIGTERM}
+
+
+def test_the_caller_works_beside_the_workers():
+    task = "__import__('time').sleep(0.01) or __import__('os').getpid()"
+    with on_processes(cast(Any, eval), 2, caller_works=True) as runner:
+        found = list(runner([task] * 30))
+        (worker,) = cast(Any, runner._pool)._processes
+    assert len(found) == 30 and set(found) == {os.getpid(), worker}
+    with (
+        pytest.raises(ZeroDivisionError),
+        on_processes(cast(Any, eval), 2, caller_works=True) as runner,
+    ):
+        list(runner(["1", "2", "1 / 0"]))  # the caller's own
 
 
 def test_a_share_that_is_none(tmp_path):

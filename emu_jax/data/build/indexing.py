@@ -116,6 +116,8 @@ def _totals(
     """
     result = {}
     for source in sources:
+        if are_counted(source, paths := find_files(source)):
+            index_records(paths, cfg.cache)  # without it, opening reads all files
         documents = open_source(source, cfg.cache, cfg.cache_bytes)
         lengths = open_lengths(source, documents, cfg, tokenizer, recount=False)
         lengths.parts.check()

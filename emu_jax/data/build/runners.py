@@ -10,9 +10,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
 from typing import Generic, Self, TypeVar
 
 from emu_jax.errors import UserError
@@ -26,11 +27,11 @@ class Processes(Generic[T]):
     """A runner that uses processes on this machine.
 
     A process takes a second to start. In a `with` statement they are kept between calls; otherwise
-    they end with each call.
+    they end with each call. See `on_processes` for the arguments.
     """
 
-    def __init__(self, work: Callable[[T], T], workers: int) -> None:
-        self._work, self._workers = work, workers
+    def __init__(self, work: Callable[[T], T], workers: int, caller_works: bool) -> None:
+        self._work, self._workers, self._caller_works = work, workers, caller_works
         self._is_kept = False
         self._pool: ProcessPoolExecutor | None = None
         self._others = set[BaseProcess]()  # processes that were there before the pool
@@ -48,9 +49,7 @@ class Processes(Generic[T]):
             yield from map(self._work, tasks)
             return
         try:
-            futures = [self._opened().submit(self._work, task) for task in tasks]
-            for future in as_completed(futures):
-                yield future.result()
+            yield from self._shared(tasks)
         except BrokenProcessPool:
             self._close()
             raise UserError(
@@ -64,11 +63,38 @@ class Processes(Generic[T]):
             if not self._is_kept:
                 self._close()
 
+    def _shared(self, tasks: Sequence[T]) -> Iterator[T]:
+        """Yields the results as they come. Workers begin with the first tasks, the caller with the
+        last."""
+        ended: SimpleQueue[Future[T]] = SimpleQueue()
+        waiting: list[tuple[Future[T], T]] = []
+        pool = self._opened()
+        for task in tasks:
+            future = pool.submit(self._work, task)
+            future.add_done_callback(ended.put)
+            if self._caller_works:
+                waiting.append((future, task))
+        left = len(tasks)
+        while left:
+            if waiting and ended.empty():
+                future, task = waiting.pop()
+                if not future.cancel():
+                    waiting.clear()  # a worker has it, and so all before it
+                    continue
+                result = self._work(task)
+            elif (future := ended.get()).cancelled():
+                continue
+            else:
+                result = future.result()
+            left -= 1
+            yield result
+
     def _opened(self) -> ProcessPoolExecutor:
         if self._pool is None:
             self._others = set(multiprocessing.active_children())
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, spawn, _start_worker)
+            workers = self._workers - self._caller_works
+            self._pool = ProcessPoolExecutor(workers, spawn, _start_worker)
         return self._pool
 
     def _close(self, terminate: bool = False) -> None:
@@ -81,13 +107,18 @@ class Processes(Generic[T]):
         self._pool = None
 
 
-def on_processes(work: Callable[[T], T], workers: int) -> Processes[T]:
+def on_processes(
+    work: Callable[[T], T], workers: int, *, caller_works: bool = False
+) -> Processes[T]:
     """Returns a runner that uses processes on this machine.
 
     Args:
         work: a function that can be pickled.
+        workers: how many processes work at a time.
+        caller_works: the calling process is one of them, and begins at once. Its memory and its
+            life are then at risk like a worker's.
     """
-    return Processes(work, workers)
+    return Processes(work, workers, caller_works)
 
 
 def _start_worker() -> None:
