@@ -283,8 +283,11 @@ train(cfg, Path({workdir!r}))
 """
 
 
-def run_in_process(root, workdir, objective, every=4):
-    """A run of 60 steps on one device, with JAX's own asynchronous dispatch."""
+def run_in_process(root, workdir, objective, every=1000):
+    """A run of 60 steps on one device, with JAX's own asynchronous dispatch.
+
+    Writing a checkpoint takes as long as several steps.
+    """
     tests = str(Path(__file__).parent)
     code = COMMAND.format(
         tests=tests, root=root, workdir=str(workdir), objective=objective, every=every
@@ -352,7 +355,7 @@ def test_stopped_run_ends_bit_identical(objective, how, data_root, whole_run, tm
     process.send_signal(how)
     process.communicate()
     assert 0 < checkpoint.latest_step(tmp_path) < 60, "it was over before the signal came"
-    finish(run_in_process(data_root, tmp_path, objective, every))
+    finish(run_in_process(data_root, tmp_path, objective))
 
     found, expected = parameters(tmp_path), whole_run(objective)
     assert expected.keys() == found.keys()
