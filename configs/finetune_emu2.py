@@ -6,8 +6,9 @@ pretraining objective.
         --config.init_from=runs/emu2 --config.data.root=DATA
 
 DATA is as in configs/finetune.py. The model is the one in runs/emu2; for Emu2-Chat, which has 256
-embeddings of an image, add --config.data.n_causal=256. `emu-jax convert runs/mine DST --to emu
---merge-lora` gives the release's files.
+embeddings of an image, add --config.data.n_causal=256; if DATA has videos, add
+--config.data.n_frame=64. `emu-jax convert runs/mine DST --to emu --merge-lora` gives the release's
+files.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +29,6 @@ def get_config() -> ConfigDict:
                 mixture={"pairs": 1.0, "pages": 0.0, "storyboards": 0.0},
                 batch_size=8,
                 n_causal=64,
-                n_frame=64,
                 image_size=448,
             ),
             optimizer=OptimizerConfig(
