@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def serving(checkpoint: Path, slots: int) -> Iterator[tuple[str, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "emu_jax.cli", "serve", "--checkpoint", checkpoint]
     command += ["--port", port, "--slots", slots, "--waiting", 256, "--seconds", 600]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
@@ -72,10 +74,11 @@ def serving(checkpoint: Path, slots: int) -> Iterator[tuple[str, int]]:
         while True:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with status {process.returncode}")
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            # Status 503, an OSError, until the programs are compiled.
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
                 break
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", process.pid
+        yield address, process.pid
     finally:
         process.terminate()
         process.wait(60)
@@ -135,7 +138,7 @@ def load(address: str, pid: int | None, args: argparse.Namespace) -> dict[str, A
         images = drawings and random_.random() * 100 < args.images
         return random_.choice(drawings if images else chats)
 
-    # Compiles the programs but those for several prompts at once, and gives the expected answers.
+    # Gives the expected answers.
     alone = [answer(client, model, request) for request in asked]
     order, sequence = random.Random(0), 0
     started = time.monotonic()

@@ -480,7 +480,9 @@ def serve(
         for opened in sockets:
             stack.callback(opened.close)
         # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
-        shapes = Shapes(64, bucket(limits.images), limits.new_tokens)
+        # On a CPU, the time to read a prompt is proportional to its padded length.
+        length = 16 if on_cpu() else 64
+        shapes = Shapes(length, bucket(limits.images), limits.new_tokens)
         emu = load(
             checkpoint,
             dtype=jnp.dtype(dtype),
