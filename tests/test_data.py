@@ -121,8 +121,10 @@ def test_document_round_trip(tmp_path):
 def test_document_of_another_version_or_kind():
     import msgpack
 
-    with pytest.raises(UserError, match="record 7 is a document of version 2.*reads 1"):
-        Document.from_bytes(msgpack.packb({"version": 2, "parts": 0}), "record 7")
+    with pytest.raises(
+        UserError, match="record 7 is a document of version 3.*reads 1 and 2: build"
+    ):
+        Document.from_bytes(msgpack.packb({"version": 3, "parts": 0}), "record 7")
     for foreign in (b"", b"\xc1", msgpack.packb([1, 2]), msgpack.packb({"version": 1})):
         with pytest.raises(Damaged, match="record 7: not a document"):
             Document.from_bytes(foreign, "record 7")

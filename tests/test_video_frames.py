@@ -6,22 +6,28 @@ import json
 import logging
 
 import jax
+import msgpack
 import numpy as np
 import pytest
 from conftest import relative_error
 from PIL import Image as PILImage
 from test_emu2_generate import EMU2, META, TIGHT, base, chat, expected, image  # noqa: F401
 from test_samples import gray
-from test_sources import video
+from test_sources import tar, video
 
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
 from emu_jax.data import batches as building
+from emu_jax.data.build.build import BuildConfig, build, embedded
+from emu_jax.data.build.clean import CleanConfig
 from emu_jax.data.documents import DocumentFiles, write_documents
 from emu_jax.data.known_lengths import KnownLengths, save_lengths
 from emu_jax.data.lengths import TokenLengths, part_lengths
 from emu_jax.data.packing import FRAME_PART, IMAGE_PART, VIDEO_PART, Part, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.sources import spans as spans_module
 from emu_jax.data.sources.dialogues import COMPREHENSIVE_SYSTEM, Dialogue, Medium, Turn, _document
+from emu_jax.data.sources.index import Joined
+from emu_jax.data.sources.spans import Spans, compact_spans
 from emu_jax.errors import UserError
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.tokenizer import Tokenizer
@@ -167,6 +173,8 @@ def test_frames_are_still_images_to_other_models(tmp_path, tokenizer):
     record = Document(plain).to_bytes()
     assert Document.from_bytes(record) == Document(plain)
     assert Document.from_bytes(Document(marked).to_bytes()) == Document(marked)
+    versions = [msgpack.unpackb(Document(parts).to_bytes())["version"] for parts in (plain, marked)]
+    assert versions == [1, 2]  # earlier versions refuse the second, rather than skip it as damaged
     assert len(Document((gray(1),)).parts[0].to_list()) == 2  # as in earlier versions
 
 
@@ -283,6 +291,74 @@ def test_counts_of_earlier_versions_are_kept(tmp_path, tokenizer, caplog):
             "outlines-3-"
         )
     assert not caplog.text and Stills.read_count == 1
+
+
+def test_tars_of_images_have_no_videos(tmp_path, monkeypatch):
+    """Nor have they if an earlier version indexed them, which did not count them; so their tokens
+    are not counted again."""
+
+    def opened(name, files, **settings):
+        tar(tmp_path / f"{name}.tar", files)
+        return open_source(SourceConfig(name, "webdataset", (str(tmp_path / f"{name}.tar"),)))
+
+    still = {"a.jpg": gray(1).data, "a.txt": b"one"}
+    clip = {"b.mp4": video(20), "b.txt": b"two"}
+    both = {"c.jpg": gray(1).data, "c.mp4": clip["b.mp4"], "c.txt": b"the image is read"}
+    wide = {"d.txt": b"x" * 600, **{f"{n}.cls": bytes(40_000) for n in range(3)}, "d.mp4": b"x"}
+    for name, files, videos in (
+        ("stills", still | both, False),
+        ("clips", still | clip, True),
+        ("wide", still | wide, True),
+    ):
+        source = opened(name, files)
+        assert source.videos == videos, name
+        del source.videos
+        source._stills = 0  # as in an earlier index
+        assert source.videos == videos, name
+    monkeypatch.setattr(Spans, "any_with", None)  # counted by the index
+    source = opened("more", still | both)
+    assert not source.videos and source.unused().used["documents"] == 0
+
+
+def test_samples_of_many_folders_are_looked_up_together(monkeypatch):
+    spans = np.zeros((7, 5, 2), np.int64)
+    spans[:, 0, 1] = 9  # images
+    whole = Spans(compact_spans(spans, np.zeros(7, int)), 5)
+    assert not whole.any_with(1, (0, 4))
+    spans[6] = spans[6][[1, 0, 2, 3, 4]]  # a video
+    arrays = compact_spans(spans, np.zeros(7, int))
+    folders = [{"layout": arrays["layout"][:3]}, {"layout": arrays["layout"][3:]}]
+    joined = Joined(folders.__getitem__, "layout", [0, 3, 7])
+    for first in range(8):
+        for stop in range(8):
+            np.testing.assert_array_equal(joined[first:stop], arrays["layout"][first:stop])
+    monkeypatch.setattr(spans_module, "_CHUNK", 2)
+    assert Spans(arrays | {"layout": joined}, 5).any_with(1, (0, 4))
+
+
+def test_builds_of_earlier_versions_are_refused(tmp_path, tokenizer):
+    """They did not mark frames, and would be complete. Builds of images are resumed."""
+    tar(tmp_path / "clips.tar", {"b.mp4": video(20), "b.txt": b"two"})
+    tar(tmp_path / "stills.tar", {"a.jpg": gray(1).data, "a.txt": b"one"})
+    write_documents(tmp_path / "r.array_record", [Document((gray(1), Text("a cat")))])
+    for name, format in (
+        ("clips.tar", "webdataset"),
+        ("stills.tar", "webdataset"),
+        ("r.array_record", "records"),
+    ):
+        source = SourceConfig("x", format, (str(tmp_path / name),))
+        cfg, folder = BuildConfig(source, CleanConfig(min_side=1)), tmp_path / f"out {name}"
+        build(folder, cfg, embedded(1))
+        build(folder, cfg, embedded(1))
+        claim = json.loads((folder / "build.json").read_text())
+        assert claim.pop("frames", False) == (name == "clips.tar")
+        (folder / "build.json").write_text(json.dumps(claim))
+        if name == "clips.tar":
+            message = "did not mark video frames: build it again into an empty directory"
+            with pytest.raises(UserError, match=message):
+                build(folder, cfg, embedded(1))
+        else:
+            build(folder, cfg, embedded(1))
 
 
 class Stills(DocumentFiles):

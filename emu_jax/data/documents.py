@@ -35,6 +35,7 @@ from emu_jax.tokenizer import IMAGE
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the record layout
+_FRAMES_VERSION = 2  # of records that mark frames of videos, which earlier readers refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,9 @@ class Document:
             ["text" if isinstance(part, Text) else "picture", *part.to_list()]
             for part in self.parts
         ]
-        return cast(bytes, msgpack.packb({"version": VERSION, "parts": parts}))
+        framed = any(isinstance(part, Image) and part.frame for part in self.parts)
+        version = _FRAMES_VERSION if framed else VERSION
+        return cast(bytes, msgpack.packb({"version": version, "parts": parts}))
 
     @classmethod
     def from_bytes(cls, record: bytes, where: str = "a record") -> Document:
@@ -151,14 +154,14 @@ class Document:
         try:
             values = msgpack.unpackb(record)
             version = values["version"]
-            if version == VERSION:
+            if version in (VERSION, _FRAMES_VERSION):
                 make = {"text": Text, "picture": Image}
                 return cls(tuple(make[kind](*rest) for kind, *rest in values["parts"]))
         except Exception as error:  # msgpack may raise anything on foreign bytes
             raise Damaged("not a document", where, repr(error)) from None
         raise UserError(
-            f"{where} is a document of version {version}, this emu_jax reads {VERSION}: "
-            "build the data again"
+            f"{where} is a document of version {version}, this emu_jax reads {VERSION} and "
+            f"{_FRAMES_VERSION}: build the data again"
         )
 
 

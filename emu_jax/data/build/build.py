@@ -44,6 +44,7 @@ from emu_jax.data.config import DataConfig
 from emu_jax.data.documents import (
     Damaged,
     Document,
+    DocumentFiles,
     Image,
     Source,
     Text,
@@ -259,6 +260,9 @@ def _claim(folder: str, cfg: BuildConfig, source: Source, tokenizer: Tokenizer |
     }
     if tokenizer is not None:
         ours["tokenizer_files"] = tokenizer.fingerprint
+    # Records say which images are frames, so earlier versions built the same from them.
+    if source.videos and not isinstance(source, DocumentFiles):
+        ours["frames"] = True
     path = storage.join(folder, "build.json")
     fix = "give an empty folder, or remove this one"
     _sweep(folder, cfg.source.name)
@@ -273,6 +277,11 @@ def _claim(folder: str, cfg: BuildConfig, source: Source, tokenizer: Tokenizer |
         raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
     if isinstance(existing, dict):
         existing = _with_defaults(existing, to_dict(BuildConfig()))
+        if {**existing, "frames": True} == ours != existing:
+            raise UserError(
+                f"{folder} was built by an earlier version, which did not mark video frames: "
+                "build it again into an empty directory"
+            )
     if existing != ours:
         key, old, new = _difference(existing, ours)
         raise UserError(f"{folder} holds another build, of {key} {old} rather than {new}: {fix}")

@@ -483,6 +483,8 @@ class Joined:
         return self._starts[-1]
 
     def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice) and key.step is None:
+            return self._slice(*key.indices(len(self))[:2])
         if not isinstance(key, _INTEGERS):
             return np.asarray(self)[key]
         row = int(key) if key >= 0 else int(key) + len(self)
@@ -491,6 +493,18 @@ class Joined:
         folder = bisect.bisect_right(self._starts, row) - 1
         value = self._open(folder)[self._key][row - self._starts[folder]]
         return value if self._bases is None else value + self._bases[folder]
+
+    def _slice(self, first: int, stop: int) -> np.ndarray:
+        """Returns consecutive rows, and opens no other folder than theirs."""
+        folder = bisect.bisect_right(self._starts, min(first, len(self) - 1)) - 1
+        pieces = []
+        while True:
+            start = self._starts[folder]
+            rows = self._open(folder)[self._key][max(first - start, 0) : max(stop - start, 0)]
+            pieces.append(rows if self._bases is None else rows + self._bases[folder])
+            folder += 1
+            if folder >= len(self._starts) - 1 or self._starts[folder] >= stop:
+                return np.concatenate(pieces)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         bases = self._bases or [0] * (len(self._starts) - 1)

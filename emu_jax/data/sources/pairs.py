@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 import tarfile
 import tempfile
@@ -106,6 +107,7 @@ class Pairs(Source):
                 f"{pairs} samples are pairs and {boards} are storyboards ({paths[0]}): give their "
                 "tars as two sources"
             )
+        self._stills = self._tally.used.pop("stills", 0)
         self.paired = not boards
         self.remote = any(map(storage.is_remote, paths))
         setting = (frames, caption_key, wordless)
@@ -113,6 +115,11 @@ class Pairs(Source):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @functools.cached_property
+    def videos(self) -> bool:  # type: ignore[override]
+        # Indexes of earlier versions do not count the samples that show no video.
+        return self._stills < len(self) and self._spans.any_with(_VIDEO, (_IMAGE, _BOARD))
 
     def where(self, index: int) -> str:
         file = int(self._files[index])
@@ -289,7 +296,9 @@ def _samples_in(path: str) -> Arrays:
             note(tally, JOINED, path, sample.key[1].lstrip("/"))
     boards = sum(bool(sample.spans[_BOARD, 1]) for sample in samples)
     pairs = sum(bool(sample.spans[[_IMAGE, _VIDEO], 1].any()) for sample in samples)
-    tally.used |= {"boards": boards, "pairs": pairs}
+    media = [sample.spans[[_VIDEO, _IMAGE, _BOARD], 1].tolist() for sample in samples]
+    stills = sum(not video or image > 0 or board > 0 for video, image, board in media)
+    tally.used |= {"boards": boards, "pairs": pairs, "stills": stills}
     empty = np.zeros((0, len(_ORDER), 2), np.int64)
     spans = np.stack([s.spans for s in samples]) if samples else empty
     damage = np.array([s.damage for s in samples], int)

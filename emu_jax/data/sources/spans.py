@@ -15,6 +15,7 @@ rest. Other samples are listed as they are.
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -26,6 +27,7 @@ _MEMBERS = 3
 _BLOCK = tarfile.BLOCKSIZE
 _GAP_BITS, _GAPS_AT, _DAMAGE_AT = 5, 9, 19
 _WIDE = 1 << 31
+_CHUNK = 1 << 20  # samples whose layouts are looked up together
 
 
 def compact_spans(
@@ -102,6 +104,19 @@ class Spans:
             spans[role - 1] = offset, size
             offset += -(-size // _BLOCK) * _BLOCK
         return spans
+
+    def any_with(self, role: int, without: Sequence[int]) -> bool:
+        """Returns whether a sample has a member of a role and none of some other roles."""
+        wide = np.asarray(self._wide_spans)[..., 1] > 0
+        if (wide[:, role] & ~wide[:, without].any(axis=1)).any():
+            return True
+        for first in range(0, len(self), _CHUNK):
+            layouts = np.asarray(self._layouts[first : first + _CHUNK])
+            roles = [(layouts >> 3 * n & 7) * (layouts < _WIDE) for n in range(_MEMBERS)]
+            has = np.isin(roles, role + 1).any(axis=0)
+            if (has & ~np.isin(roles, np.add(without, 1)).any(axis=0)).any():
+                return True
+        return False
 
     def damage(self, index: int) -> int:
         """Returns the code of a sample's damage."""
