@@ -438,6 +438,33 @@ def test_the_network_by_hand():
     assert network.seconds(over) == (0, pytest.approx(1e9 / CHIPS["v5e"].dcn_bandwidth))
 
 
+@pytest.mark.parametrize(
+    "topology, places, pairs, links",
+    [
+        # Pairs of devices whose parts cross the middle in one direction, over so many links.
+        ("v5p:4x4x4", [(0, 0, 0), (1, 0, 0)], 1, 1),
+        ("v5p:4x4x4", [(0, 0, 0), (1, 0, 0), (2, 0, 0)], 2, 1),
+        ("v5p:4x4x4", [(n, 0, 0) for n in range(4)], 4, 2),  # a ring
+        ("v5e:4x4", [(n, 0) for n in range(4)], 4, 1),  # a line
+        ("v5e:4x4", [(x, y) for x in (0, 1) for y in (0, 1)], 4, 2),
+        ("v5e:4x4", [(x, y) for x in (0, 1) for y in range(4)], 16, 2),
+        ("v5p:4x4x4", [(x, y, 0) for x in (0, 1) for y in range(4)], 16, 4),
+        ("v5e:16x16", [(x, y) for x in range(16) for y in range(16)], 128**2, 32),
+        # Two devices of one chip; two chips, of which each device has half of the link.
+        ("tpu7x:2x2x1", [(0, 0, 0)] * 2, 0, 1),
+        ("tpu7x:2x2x1", [(0, 0, 0), (1, 0, 0)], 1, 1 / 2),
+        ("tpu7x:2x2x1", [(0, 0, 0), (1, 0, 0)] * 2, 4, 1),
+    ],
+)
+def test_what_crosses_the_middle_of_an_all_to_all(topology, places, pairs, links):
+    """Of an array of S bytes over n devices, each sends S / n^2 to each other."""
+    size, network = len(places), Network(Topology.parse(topology), places, [0] * len(places))
+    exchange = hlo.Collective("all-to-all", 8e9, tuple(range(size)))
+    crossing = pairs * 8e9 / size**2
+    chip = network.topology.chip
+    assert network.seconds(exchange) == (pytest.approx(crossing / (links * chip.link_bandwidth)), 0)
+
+
 def module_of(line: str, *parameters: str, computations: str = "") -> str:
     """A module of one instruction over parameters %a, %b, ... of the given shapes."""
     given = "".join(
@@ -721,8 +748,13 @@ def test_the_network_between_slices_by_hand():
     assert out == pytest.approx(16e9 / 4 * 3 / 4 / dcn)
     summed = dataclasses.replace(every, kind="all-reduce")
     assert network.seconds(summed) == (pytest.approx(2 * ici), pytest.approx(2 * out))
+    # 1/256 of the array goes from each device to each: of four pairs in a slice over two links,
+    # and from each device to twelve of other slices.
     mixed = dataclasses.replace(every, kind="all-to-all")
-    assert network.seconds(mixed)[0] == pytest.approx(ici / 4)
+    assert network.seconds(mixed) == (
+        pytest.approx(4 * 16e9 / 256 / (2 * link)),
+        pytest.approx(12 * 16e9 / 256 / dcn),
+    )
     assert network.seconds(dataclasses.replace(every, group=(0,))) == (0, 0)
     # Two devices of one chip need no link.
     twins = Network(Topology.parse("tpu7x:2x2x1"), [(0, 0, 0)] * 2, [0, 0])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from emu_jax.hardware import Chip, Topology
@@ -72,6 +72,7 @@ class Network:
         """Returns the seconds of one collective (over ICI, over DCN).
 
         Assumes the ring algorithm, with the data split over all torus axes that the group spans.
+        All-to-alls are bound by the links between two halves of the group.
         """
         group, size = collective.group, len(collective.group)
         if size < 2 or not collective.bytes:
@@ -84,13 +85,16 @@ class Network:
             hops = max(self.hops(a, b) for a, b in pairs)
             return collective.bytes * hops / (chip.link_bandwidth / devices), 0.0
         slices = Counter(self.slices[n] for n in group)
-        passes = 2.0 if collective.kind == "all-reduce" else 1.0
         within = [n for n in group if self.slices[n] == self.slices[group[0]]]
+        if collective.kind in ("all-to-all", "ragged-all-to-all"):
+            # Each device has an equal part of the array for each device.
+            part = collective.bytes / size**2
+            away = part * (size - len(within))
+            return self.exchange_seconds(within, part), away / (chip.dcn_bandwidth / devices)
+        passes = 2.0 if collective.kind == "all-reduce" else 1.0
         ici = dcn = 0.0
         if len(within) > 1:
             share = (len(within) - 1) / len(within)
-            if collective.kind in ("all-to-all", "ragged-all-to-all"):
-                share /= 4  # half of the data goes each way, at most half the ring
             ici = passes * collective.bytes * share / (self.bandwidth(within) / devices)
         if len(slices) > 1:
             # Each device of a slice sends its own part of the array.
@@ -99,14 +103,32 @@ class Network:
             dcn = passes * part * share / (chip.dcn_bandwidth / devices)
         return ici, dcn
 
-    def bandwidth(self, group: Sequence[int]) -> float:
-        """Returns the bytes per second into a chip of a group, infinite for a single chip."""
-        links = 0.0
+    def axes(self, group: Sequence[int]) -> Iterator[tuple[int, list[int], float]]:
+        """Yields (torus axis, coordinates along it, links into a chip) of the axes that a group
+        spans."""
         for axis, ways in enumerate(self.topology.link_ways()):
-            places = {self.coordinates[n][axis] for n in group}
+            places = sorted({self.coordinates[n][axis] for n in group})
             if len(places) > 1:
                 # A group that does not span the whole axis has no ring, only a line.
-                links += ways if len(places) == self.topology.shape[axis] else 1.0
+                yield axis, places, ways if len(places) == self.topology.shape[axis] else 1.0
+
+    def exchange_seconds(self, group: Sequence[int], part: float) -> float:
+        """Returns the seconds in which each device of a group sends `part` bytes to each other.
+
+        Cuts the group in half along each axis: all that one half sends to the other crosses the
+        links between them. Assumes that the group has as many devices at each coordinate.
+        """
+        chip, seconds = self.topology.chip, 0.0
+        for axis, places, ways in self.axes(group):
+            near = sum(self.coordinates[n][axis] < places[len(places) // 2] for n in group)
+            links = ways * len(group) / len(places)
+            crossing = near * (len(group) - near) * part
+            seconds = max(seconds, crossing / (links * chip.link_bandwidth / chip.devices))
+        return seconds
+
+    def bandwidth(self, group: Sequence[int]) -> float:
+        """Returns the bytes per second into a chip of a group, infinite for a single chip."""
+        links = sum(ways for _, _, ways in self.axes(group))
         if not links:  # two devices of one chip
             return math.inf
         return links * self.topology.chip.link_bandwidth
