@@ -27,6 +27,7 @@ from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
+from emu_jax.sharding import context_ways, shard
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import PAINTERS, TrainConfig
@@ -252,7 +253,7 @@ class EmuObjective(Objective):
         )
         return text_sums(words, masks["text"], batch) | regression_sums(
             module.regress(hidden).astype(jnp.float32),
-            regression_targets(module, x, images, batch),
+            regression_targets(module, hidden, x, images, batch),
             masks["regression"],
         )
 
@@ -323,12 +324,20 @@ def text_mask(batch: Batch) -> Bool[Array, "B T"]:
     position of a row predicts nothing."""
     segments = batch["segment_ids"]
     scored = following(batch["text_loss_mask"]) & (following(segments) == segments)
-    return scored.at[:, -1].set(False)
+    return whole_rows(scored.at[:, -1].set(False))
 
 
 def following(x: Array) -> Array:
     """Shifts a sequence left: position t holds the entry of t + 1."""
-    return jnp.roll(x, -1, axis=1)
+    return whole_rows(jnp.roll(x, -1, axis=1))
+
+
+def whole_rows(x: Array) -> Array:
+    """Constrains integers and masks [B, T] to be whole on each device.
+
+    They are small. If devices had their own tokens alone, shifts would exchange their borders.
+    """
+    return shard(x, "batch", None) if x.ndim == 2 and context_ways() > 1 else x
 
 
 def sequence_losses(
@@ -347,7 +356,7 @@ def sequence_losses(
     hidden, x = hidden_states(module, images, batch, dropout_key)
 
     # No gradient flows into the regression's targets.
-    target = jax.lax.stop_gradient(regression_targets(module, x, images, batch))
+    target = jax.lax.stop_gradient(regression_targets(module, hidden, x, images, batch))
     error = jnp.square(module.regress(hidden).astype(jnp.float32) - target)
     errors = jnp.mean(error, axis=-1)
     words = module.llama.token_losses(hidden, following(batch["tokens"]), block=loss_block)
@@ -371,24 +380,27 @@ def hidden_states(
 
 def regression_targets(
     module: EmuModel,
+    hidden: Float[Array, "B T D"],
     x: Float[Array, "B T D"],
     images: Float[Array, "B I N E"],
     batch: Batch,
 ) -> Float[Array, "B T E"]:
     """Returns the embedding that the state at each position regresses, that of the next position,
-    in float32. `x` holds the embeddings that the language model read."""
+    in float32. `hidden` and `x` are what `hidden_states` returned."""
     targets = module.regression_targets(x, images, batch["embedding_index"])
+    if context_ways() > 1:
+        # Devices exchange the targets at the borders of their tokens. XLA's CPU runtime deadlocks
+        # if they do so during the exchanges of the layers, so the targets wait for the states.
+        targets += 0 * jax.lax.stop_gradient(hidden[..., :1]).astype(targets.dtype)
     return following(targets).astype(jnp.float32)
 
 
 def target_masks(module: EmuModel, batch: Batch) -> Metrics:
     """Returns the masks of the targets, of text and of regression, [B, T]."""
-    return {
-        "text": text_mask(batch),
-        "regression": module.regression_mask(
-            batch["tokens"], batch["segment_ids"], batch["embedding_index"], batch["image_scored"]
-        ),
-    }
+    regression = module.regression_mask(
+        batch["tokens"], batch["segment_ids"], batch["embedding_index"], batch["image_scored"]
+    )
+    return {"text": text_mask(batch), "regression": whole_rows(regression)}
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
