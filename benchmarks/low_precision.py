@@ -34,7 +34,7 @@ WAYS = {
 }
 
 
-def run(steps: int = 100, seeds: int = 1) -> dict:
+def run(steps: int = 80, seeds: int = 1) -> dict:
     ways: dict = {way: {"heldout_losses": []} for way in WAYS}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(seeds):

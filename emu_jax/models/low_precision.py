@@ -162,10 +162,9 @@ def scaled(
             probability of its fraction. Without it, the nearest number is taken.
     """
     limit = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axes, keepdims=True)
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True).astype(jnp.float32)
     scales = jnp.maximum(largest, LEAST) / limit
-    x = jnp.clip(x / scales, -limit, limit)
+    x = jnp.clip(x.astype(jnp.float32) / scales, -limit, limit)
     if dtype == jnp.int8:
         x = jnp.round(x) if noise is None else jnp.floor(x + noise)
     return Scaled(x.astype(dtype), scales)
