@@ -1219,6 +1219,22 @@ def test_a_request_that_leaves_frees_its_slot(drawer):
     assert usage.prompt_tokens == said[-1].prompt_tokens and engine.active == (0, 0)
 
 
+def test_a_warm_up_that_fails_keeps_no_slot(drawer, monkeypatch):
+    engine = Engine(drawer, slots=1, new_tokens=8, max_images=0)
+    steps = engine.warm_up()
+
+    def fail(*args):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._text, "decode", fail)
+        with pytest.raises(MemoryError, match="no room"):
+            steps[0]()
+    assert engine.active == (0, 0)
+    steps[1]()
+    assert engine.active == (0, 0)
+
+
 @pytest.mark.slow
 def test_a_beam_search_lets_others_go_on(drawer):
     """It finds what `generate_text` finds, a few tokens at a time, and ends with its client."""

@@ -349,7 +349,7 @@ class Motor(Talker, Engine):
         self.log = []
 
     def warm_up(self):
-        return [self.hold.wait, lambda: self.log.append("warm"), lambda: 1 / 0]
+        return [self.hold.wait, lambda: 1 / 0, lambda: self.log.append("warm")]
 
     def step(self):
         time.sleep(0.001)
@@ -362,7 +362,7 @@ class Motor(Talker, Engine):
 
 
 def test_requests_wait_for_the_warm_up(caplog):
-    """A failure in it is logged, and requests are answered all the same."""
+    """A step that fails is logged. The others are run, and requests are answered."""
     engine = Motor()
     engine.hold.clear()
 
@@ -384,7 +384,38 @@ def test_requests_wait_for_the_warm_up(caplog):
         assert await health() == (200, "ok")
 
     asyncio.run(run())
-    assert "the warm-up failed" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert "a step of the warm-up failed" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_the_warm_up_takes_no_time_of_requests(monkeypatch):
+    """Their time to be answered begins at its end, and so does what counts as a wait."""
+    now, seconds = [0.0], 0.01
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr(workers, "time", clock)
+
+    async def said(ticket):
+        return [part async for part in ticket.parts()]
+
+    async def run():
+        hold = threading.Event()
+        worker = Worker(9, seconds, warm_up=[hold.wait])
+        tickets = [worker.reserve() for _ in range(3)]
+        for ticket in tickets[:2]:
+            worker.submit(ticket, lambda: iter("a"))
+        answers = [asyncio.create_task(said(ticket)) for ticket in tickets]
+        await asyncio.sleep(10 * seconds)
+        assert not any(answer.done() for answer in answers)
+        now[0] = 100.0
+        hold.set()
+        while worker.status != "ok":
+            await asyncio.sleep(0.01)
+        worker.submit(tickets[2], lambda: iter("a"))  # was still being parsed
+        assert await asyncio.gather(*answers) == [["a"]] * 3
+        assert [ticket.deadline for ticket in tickets] == [100 + seconds] * 3
+        worker.close()
+        return worker.wait_seconds(1)
+
+    assert asyncio.run(run()) == 0
 
 
 def test_a_server_that_stops_does_not_finish_its_warm_up():

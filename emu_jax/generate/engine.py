@@ -14,6 +14,7 @@ does not depend on the requests beside it, up to the rounding of batches of othe
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -175,10 +176,11 @@ class Engine:
             *(functools.partial(self._text.compile, *shape) for shape in shapes),
         ]
 
-    def _finish(self, answer: Iterator[EnginePart]) -> None:
-        for part in answer:
-            if part is None:
-                self.step()
+    def _finish(self, answer: Generator[EnginePart, None, None]) -> None:
+        with contextlib.closing(answer):  # a step that fails must not keep its slot
+            for part in answer:
+                if part is None:
+                    self.step()
 
     @property
     def cache_bytes(self) -> int:
@@ -210,7 +212,7 @@ class Engine:
         previews: bool = False,
         stops: Sequence[str] = (),
         **settings: Unpack[MixedSettings],
-    ) -> Iterator[EnginePart]:
+    ) -> Generator[EnginePart, None, None]:
         """Yields the parts of `Emu.stream`, None while it waits, and `Usage` at the end.
 
         Args:
@@ -341,7 +343,7 @@ class Engine:
         negative_prompt: Parts | None = None,
         previews: bool = False,
         **settings: Unpack[ImageSettings],
-    ) -> Iterator[EnginePart]:
+    ) -> Generator[EnginePart, None, None]:
         """Yields the image of `Emu.generate_image` for one prompt, and None while it waits.
 
         Raises:
@@ -670,7 +672,7 @@ class _TextSlots:
         batch = self._batch(prompts, length)
         arguments = self._arguments(slots, batch, self._encode(prompts, batch))
         _read_rows.lower(*arguments).compile()
-        read = jax.tree.map(_lying_as, _read_rows.eval_shape(*arguments), state)
+        read = jax.tree.map(_sharded_like, _read_rows.eval_shape(*arguments), state)
         _insert.lower(state, read, slots).compile()
 
     def _dummy(self, length: int, images: int) -> Prompt:
@@ -1040,8 +1042,8 @@ def _empty_slots(rows: mixed.MixedState, slots: int, cache_slots: int) -> mixed.
     return jax.tree.map(functools.partial(_zeros, slots=slots), wide)
 
 
-def _lying_as(a: jax.ShapeDtypeStruct, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """Returns an array that lies on the devices of another one, on which a program depends."""
+def _sharded_like(a: jax.ShapeDtypeStruct, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """Returns an abstract array with the sharding of `like`."""
     sharding = like.sharding if like.committed else None
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding, weak_type=a.weak_type)
 

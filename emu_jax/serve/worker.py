@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -33,7 +34,7 @@ class Ticket:
     Attributes:
         client: who sent the request; clients take turns.
         kind: the kind of its answer, of which a limited number may run (`Worker`).
-        deadline: on the clock of `time.monotonic()`.
+        deadline: on the clock of `time.monotonic()`; infinite until `start_clock`.
         queued: when it joined the queue, on the same clock.
         place: its place in the queue then; 0 if it could start at once.
         gone: set once nobody is waiting for the answer.
@@ -41,7 +42,7 @@ class Ticket:
 
     def __init__(self, seconds: float, client: str, on_leave: Callable[[Ticket], None]) -> None:
         self.client, self.kind = client, ""
-        self.deadline = time.monotonic() + seconds
+        self.deadline, self._seconds = math.inf, seconds
         self.queued, self.place = 0.0, 0
         self.answer: Answer = lambda: iter(())
         self.iterator: Iterator[Any] | None = None  # of the answer, once it runs
@@ -49,6 +50,10 @@ class Ticket:
         self._on_leave = on_leave
         self._loop = asyncio.get_running_loop()
         self._parts: asyncio.Queue[Any] = asyncio.Queue()
+
+    def start_clock(self) -> None:
+        """Starts the time in which to answer."""
+        self.deadline = time.monotonic() + self._seconds
 
     def put(self, part: Any) -> None:
         """Sends a part to the client; safe to call from any thread."""
@@ -80,10 +85,12 @@ class Ticket:
         """
         try:
             while True:
-                left = max(0.0, self.deadline - time.monotonic())
+                left = max(0.0, min(self.deadline - time.monotonic(), self._seconds))
                 try:
                     part = await asyncio.wait_for(self._parts.get(), left)
                 except TimeoutError:
+                    if self.deadline > time.monotonic():  # the warm-up takes longer
+                        continue
                     raise _late() from None
                 if part is _END:
                     return
@@ -108,7 +115,8 @@ class Worker:
     At most `waiting` tickets are running or queued. An abandoned ticket leaves the queue at once.
 
     Args:
-        seconds: from the reservation of a place to the end of the answer.
+        seconds: from the reservation of a place, or the end of the warm-up, to the end of the
+            answer.
         step: called when all running answers yielded None.
         kinds: how many answers of a kind run at once. Others of that kind wait in the queue and
             let those behind them pass. A kind that is not listed has no limit.
@@ -179,7 +187,10 @@ class Worker:
             if self._places >= self._waiting:
                 raise Refused(429, f"{self._waiting} requests are waiting: try again later")
             self._places += 1
-        return Ticket(self._seconds, client, self._leave)
+            ticket = Ticket(self._seconds, client, self._leave)
+            if self._warm:
+                ticket.start_clock()
+        return ticket
 
     def release(self) -> None:
         """Frees a place that was reserved and not submitted."""
@@ -191,6 +202,8 @@ class Worker:
         ticket.answer, ticket.kind = answer, kind
         with self._changed:
             if not self._stopped:
+                if self._warm and ticket.deadline == math.inf:  # the warm-up has just ended
+                    ticket.start_clock()
                 self._line.append(ticket)
                 before = [*self._line, *self._running]
                 alike = sum(each.kind == kind for each in before)
@@ -256,14 +269,18 @@ class Worker:
             self._place_seconds = waited if mean is None else mean + MEAN_WEIGHT * (waited - mean)
 
     def _run(self, warm_up: Iterable[Callable[[], None]]) -> None:
-        try:
-            for step in warm_up:
-                if self._closing:
-                    break
+        for step in warm_up:
+            if self._closing:
+                break
+            try:
                 step()
-        except Exception:
-            log.exception("the warm-up failed: programs are compiled when they are first needed")
-        self._warm = True
+            except Exception:
+                log.exception("a step of the warm-up failed: requests compile what it did not")
+        with self._changed:
+            self._warm = True
+            for ticket in self._line:  # as if they had just arrived
+                ticket.start_clock()
+                ticket.queued = time.monotonic()
         while True:
             self._start()
             if not self._running:
