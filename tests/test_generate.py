@@ -1200,6 +1200,32 @@ def test_images_of_one_size_share_a_batch(drawer, monkeypatch):
     assert batches == [((side, side), 2), ((2, 6), 2), ((side, side), 1)]
 
 
+def test_images_that_cannot_be_denoised_end_no_others(drawer, monkeypatch):
+    """Those of one batch fail together. A text, and images of another size, are answered."""
+    engine, batches = Engine(drawer, slots=1, image_slots=2, new_tokens=8, max_images=0), []
+
+    def denoise(graphdef, params, state, cond, uncond, sizes, steps, left, guidance):
+        batches.append(state.latents.shape[2:4])
+        if len(batches) == 1:
+            raise MemoryError("no room")
+        return state
+
+    monkeypatch.setattr(engines, "_denoise_slots", denoise)
+    text = engine.stream(OPENING[3], max_new_tokens=8, max_images=0)
+    wide = {"height": 4, "width": 12}
+    images = [engine.generate_image(["one"], seed=1, **DRAW, **more) for more in (wide, wide, {})]
+    assert next(text) is None
+    while not batches:
+        assert [next(each) for each in images] == [None] * 3
+        engine.step()
+    for failed in images[:2]:
+        with pytest.raises(MemoryError, match="no room"):
+            next(failed)
+    said, drawn = run_together(engine, [text, images[2]])
+    assert said[-1].completion_tokens and len(drawn) == 1
+    assert batches == [(2, 6)] + [(drawer.image_size // 2,) * 2] and engine.active == (0, 0)
+
+
 def test_a_request_that_leaves_frees_its_slot(drawer):
     engine = Engine(drawer, slots=1, new_tokens=8, max_images=0)
     more = {"max_new_tokens": 8, "max_images": 0}

@@ -30,6 +30,7 @@ from emu_jax.serve import middleware
 from emu_jax.serve import worker as workers
 from emu_jax.serve.app import make_app
 from emu_jax.serve.openai import Trimmer
+from emu_jax.serve.requests import ImageSizes, Refused
 from emu_jax.serve.worker import Worker
 
 PATIENT = {"seconds": 60.0, "body_seconds": 60.0}  # nothing here may depend on the machine's speed
@@ -447,10 +448,37 @@ def test_a_search_that_waits_lets_others_pass(caplog):
                 await asyncio.sleep(0.01)
         assert (await client("/api/chat", chat({"text": "a"})))[0] == 200
         assert (worker.running, worker.queued) == (1, engine.concurrent - 1)
-        assert [ticket.place for ticket in worker._line] == [1, 2] and engine.log == ["0"]
+        places = [ticket.place for ticket in worker._line]
+        assert places == [*range(1, engine.concurrent)] and engine.log == ["0"]
         engine.hold.set()
         answers = [lines(body)[0]["text"] for _, body, _ in await asyncio.gather(*searches)]
-        assert answers == engine.log == ["0", "1", "2"]
+        assert answers == engine.log == [f"{number}" for number in range(engine.concurrent)]
+
+    asyncio.run(run())
+
+
+def test_texts_that_wait_let_a_search_and_an_image_pass():
+    engine = Motor()
+    assert engine.concurrent == 5 and engine.kinds == {"text": 2, "image": 2, "search": 1}
+
+    async def run():
+        worker = Worker(9, 60, engine.concurrent, engine.step, engine.kinds)
+        hold = threading.Event()
+
+        def held():
+            while not hold.is_set():
+                yield None
+
+        tickets = [worker.reserve() for _ in range(5)]
+        for ticket in tickets[:4]:
+            worker.submit(ticket, held, "text")
+        worker.submit(tickets[4], lambda: iter("a"), "search")
+        assert [part async for part in tickets[4].parts()] == ["a"]
+        assert (worker.running, worker.queued) == (2, 2)
+        hold.set()
+        for ticket in tickets[:4]:
+            assert [part async for part in ticket.parts()] == []
+        worker.close()
 
     asyncio.run(run())
 
@@ -537,6 +565,8 @@ def test_a_page_that_left_before_its_answer_is_not_answered(emu):
 
 SDXL_SIZES = {
     "part of a latent": ("1028x1024", "cannot be 1028x1024: give multiples of 8 pixels"),
+    "too small": ("1024x248", "cannot be 1024x248: give multiples of 8 pixels from 256 to 65536"),
+    "a line": ("99992x8", "cannot be 99992x8"),
     "too large": ("2048x1032", "at most 2097152 pixels in all"),
     "no side": ("0x1024", "size must be WIDTHxHEIGHT"),
     "no number": ("widexhigh", "size must be WIDTHxHEIGHT"),
@@ -560,7 +590,7 @@ def test_sizes_of_generated_images(emu):
     assert shapes == [{"height": 768, "width": 1344}] * 2 + [{}, {"height": 1024, "width": 2048}]
     refused = [(generate(size), line) for size, line in SDXL_SIZES.values()]
     refused.append((generate("512x512"), "use one of 1344x768, 1024x1024, 2048x1024"))
-    more = {"parts": [{"text": "a"}], "settings": {"height": 1024, "width": 64}}
+    more = {"parts": [{"text": "a"}], "settings": {"height": 1024, "width": 256}}
     refused += [((f"/api/{path}", more, {}), "no more sizes") for path in ("draw", "continue")]
     for asked, line in refused:
         ((status, answer, _),) = requests(app, asked)
@@ -572,6 +602,29 @@ def test_sizes_of_generated_images(emu):
     app = make_app(emu, LIMITS)
     for status, answer, _ in requests(app, generate("1344x768"), ("/api/draw", wide, {})):
         assert status == 400 and "size must be 512x512, the size of the model's" in answer
+
+
+def test_a_size_is_used_up_once_its_answer_starts(emu, monkeypatch):
+    emu.cfg = emu2_gen()
+    sizes = ImageSizes(emu.cfg, emu.defaults, dataclasses.replace(LIMITS, image_sizes=2))
+    wide, high = {"height": 768, "width": 1344}, {"height": 1344, "width": 768}
+    for size in (wide, high):
+        sizes.check(size)
+    sizes.add(high)
+    for refused in (sizes.check, sizes.add):
+        with pytest.raises(Refused, match="use one of 1024x1024, 768x1344"):
+            refused(wide)
+    # One that was parsed before the last size was used up.
+    monkeypatch.setattr(ImageSizes, "check", lambda self, settings: None)
+    app = make_app(emu, LIMITS)
+    monkeypatch.setattr(ImageSizes, "add", lambda self, settings: sizes_used_up())
+    asked = {"parts": [{"text": "a"}], "settings": wide}
+    ((status, answer, _),) = requests(app, ("/api/draw", asked, {}))
+    assert status == 400 and "no more sizes" in answer and not emu.drawn
+
+
+def sizes_used_up():
+    raise Refused(400, "the server generates no more sizes")
 
 
 def test_the_page_learns_what_the_model_is(emu):

@@ -64,7 +64,8 @@ PROMPT_TOKENS = 4096  # default of `Engine`
 PREFILL_ROWS = 4  # prompts, or images, that are read in one batch
 PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
 PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
-IMAGE, SEARCH = "image", "search"  # kinds of requests: `generate_image`, `search`
+# Kinds of requests: `stream`, `generate_image`, `search`.
+TEXT, IMAGE, SEARCH = "text", "image", "search"
 LOST = "the state of the batch was lost when a prompt could not be read into it"
 
 
@@ -140,14 +141,19 @@ class Engine:
     def step(self) -> None:
         """Reads the prompts that wait, decodes a few elements of every slot, and denoises images.
 
-        A prompt that cannot be read ends its own iterator. After an error here, none of the
-        requests in progress can continue: close their iterators.
+        A prompt that cannot be read ends its own iterator, and images that cannot be denoised end
+        theirs. After an error here, none of the requests in progress can continue: close their
+        iterators.
         """
         try:
             with self.emu._on_mesh():
                 self._text.read_prompts()
                 self._text.decode()
-                self._images.denoise()
+                try:
+                    self._images.denoise()
+                except Exception as error:
+                    log.exception("a batch of images failed")
+                    self._images.fail(error)
         except BaseException:
             self._text.clear()
             self._images.clear()
@@ -189,16 +195,18 @@ class Engine:
 
     @property
     def concurrent(self) -> int:
-        """Number of requests to have in progress: each decodes or denoises, and one searches."""
-        return self.slots + self.image_slots + 1
+        """Number of requests to have in progress: as many of each kind as its limit."""
+        return sum(self.kinds.values())
 
     @property
     def kinds(self) -> dict[str, int]:
         """Limits on the requests of a kind in progress, so that others find room beside them.
 
-        The prompt of one more image is read while others are denoised.
+        The prompt of one more image is read while others are denoised. More texts than slots may
+        run, so that a prompt is ready for the next free slot.
         """
-        return {IMAGE: self.image_slots + 1, SEARCH: 1}
+        texts = self.slots + self.image_slots
+        return {TEXT: texts, IMAGE: self.image_slots + 1, SEARCH: 1}
 
     @property
     def active(self) -> tuple[int, int]:
@@ -414,6 +422,8 @@ class Engine:
             while job.pixels is None:
                 preview, job.preview = job.preview, None
                 yield preview
+                if job.error is not None:
+                    raise job.error
             pixels = job.pixels if emu.safety is None else emu.safety(job.pixels)
             yield Image.fromarray(pixels[0])
         finally:
@@ -738,6 +748,7 @@ class _ImageJob:
 
     Attributes:
         step: rows of `table` that have been run, of `count` in all.
+        error: why it could not be denoised.
     """
 
     inputs: _ImageInputs
@@ -748,6 +759,7 @@ class _ImageJob:
     step: int = 0
     preview: Preview | None = None
     pixels: UInt8[np.ndarray, "1 height width 3"] | None = None
+    error: Exception | None = None
 
     @property
     def shapes(self) -> Any:
@@ -776,6 +788,14 @@ class _ImageSlots:
             self.jobs.remove(job)
         self._slots = [None if other is job else other for other in self._slots]
 
+    def fail(self, error: Exception) -> None:
+        """Ends the images of the batch with an error. Those that wait keep their turn."""
+        for job in self._slots:
+            if job is not None:
+                job.error = error.with_traceback(None)  # which holds arrays of the batch
+                self.remove(job)
+        self._inputs = None
+
     def _fill(self) -> None:
         """Moves waiting images into free slots.
 
@@ -794,12 +814,12 @@ class _ImageSlots:
                     continue
                 return
             slot = self._slots.index(None)
+            self._slots[slot] = job
             row = jax.tree.map(lambda a: a[None], job.inputs)
             if self._inputs is None:
                 zeros = functools.partial(_zeros, slots=len(self._slots))
                 self._inputs = jax.tree.map(zeros, row)
             self._inputs = _insert(self._inputs, row, np.array([slot], np.int32))
-            self._slots[slot] = job
 
     def denoise(self) -> None:
         """Runs a few steps of the sampler for every slot, and finishes complete images."""

@@ -58,6 +58,7 @@ from emu_jax.generate.batching import Shapes
 from emu_jax.generate.engine import (
     IMAGE,
     SEARCH,
+    TEXT,
     Engine,
     EnginePart,
     Preview,
@@ -184,8 +185,14 @@ def make_app(
             raise
         del body
         search = asked.settings.get("num_beams", 1) > 1
-        kind = SEARCH if search else IMAGE if answer is draw else ""
-        worker.submit(ticket, lambda: _counted(answer(emu, asked, ticket.over), metrics), kind)
+        kind = SEARCH if search else IMAGE if answer is draw else TEXT
+
+        def start() -> Iterator[Any]:
+            if sizes is not None:
+                sizes.add(asked.settings)
+            return _counted(answer(emu, asked, ticket.over), metrics)
+
+        worker.submit(ticket, start, kind)
         return asked, options, ticket
 
     def answering(

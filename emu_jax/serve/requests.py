@@ -20,7 +20,7 @@ from emu_jax.config import EmuConfig
 from emu_jax.data.images import open_image
 from emu_jax.data.sources.video import FRAMES, open_container
 from emu_jax.errors import UserError
-from emu_jax.generate.image import image_shape
+from emu_jax.generate.image import image_shape, native_side
 from emu_jax.generate.prompt import Part, open_video
 from emu_jax.generate.settings import MAX_SIDE, RENAMED, GenerationConfig
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
@@ -50,6 +50,7 @@ class Limits:
     new_images: int = 4  # of a continuation
     beams: int = 8
     image_area: float = 2.0  # of a generated image, as a multiple of the model's own size
+    image_side: float = 0.25  # of a generated image, at least, as a fraction of the model's own
     image_sizes: int = 16  # of generated images; each compiles programs
     steps: int = 100  # of diffusion sampling
     waiting: int = 64  # requests running or waiting
@@ -74,7 +75,8 @@ class ImageSizes:
         self.default = image_shape(cfg, defaults.height, defaults.width)
         self.step = cfg.vae.downscale if cfg.unet.takes_sizes else None
         self._pixels = int(limits.image_area * self.default[0] * self.default[1])
-        self._most, self._generated = limits.image_sizes, {self.default}
+        self._side = limits.image_side * native_side(cfg)
+        self._most, self._generated = limits.image_sizes, frozenset({self.default})
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Checks the `height` and `width` of settings.
@@ -82,19 +84,38 @@ class ImageSizes:
         Raises:
             Refused: the model or the server does not generate images of this size.
         """
-        height, width = self.default
-        size = settings.get("height", height), settings.get("width", width)
+        size = self._size(settings)
         if size in self._generated:
             return
         if self.step is None:
+            height, width = self.default
             raise Refused(400, f"size must be {width}x{height}, the size of the model's images")
-        if any(side % self.step for side in size) or size[0] * size[1] > self._pixels:
-            limits = f"multiples of {self.step} pixels, at most {self._pixels} pixels in all"
+        if (
+            any(side % self.step or not self._side <= side <= MAX_SIDE for side in size)
+            or size[0] * size[1] > self._pixels
+        ):
+            limits = (
+                f"multiples of {self.step} pixels from {self._side:g} to {MAX_SIDE}, at most "
+                f"{self._pixels} pixels in all"
+            )
             raise Refused(400, f"size cannot be {size[1]}x{size[0]}: give {limits}")
         if len(self._generated) >= self._most:
             known = ", ".join(f"{w}x{h}" for h, w in sorted(self._generated))
             raise Refused(400, f"the server generates no more sizes: use one of {known}")
-        self._generated.add(size)
+
+    def add(self, settings: Mapping[str, Any]) -> None:
+        """Counts the size of settings as generated. Call it when an answer starts: a request that
+        only waits uses up no size.
+
+        Raises:
+            Refused: the server does not generate images of this size (`check`).
+        """
+        self.check(settings)  # others may have started meanwhile
+        self._generated |= {self._size(settings)}
+
+    def _size(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        height, width = self.default
+        return settings.get("height", height), settings.get("width", width)
 
 
 class Refused(Exception):

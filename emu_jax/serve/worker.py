@@ -305,6 +305,8 @@ class Worker:
                     end = _late()
         except Stopped:
             end = _late()
+        except Refused as error:
+            end = error
         except UserError as error:
             end = Refused(400, str(error))
         except Exception:
