@@ -599,6 +599,14 @@ GROUP = "replica_groups={{0,1,2,3}}"
         ),
         (f"%r = f32[32,8]{{1,0}} all-reduce-start(%a), {GROUP}", BOARD, "all-reduce", 1024, 4),
         (f"%r = f32[32,8]{{1,0}} all-to-all(%a), {GROUP}", BOARD, "all-to-all", 4096, 4),
+        (f"%r = (({BOARD}), {BOARD}) all-to-all-start(%a), {GROUP}", BOARD, "all-to-all", 4096, 4),
+        (
+            f"%r = (({BOARD}), f32[8,8]{{1,0}}, u32[]) reduce-scatter-start(%a), {GROUP}",
+            BOARD,
+            "reduce-scatter",
+            1024,
+            4,
+        ),
         (
             "%r = (f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]) collective-permute-start(%a), "
             "source_target_pairs={{0,1},{1,0}}",
@@ -852,6 +860,7 @@ def test_what_the_compiler_scheduled_beside_a_collective():
         f"  ROOT %sum = {big} all-reduce(%b), channel_id=3, {group}\n}}\n"
     )
     counts = hlo.count(text)
+    assert begun(counts.schedule) == counts.collectives
     (loop_, begin, first, second, end, alone, waited) = counts.schedule
     assert isinstance(loop_, hlo.Loop) and loop_.times == 3
     assert [type(event).__name__ for event in loop_.body] == [
@@ -887,7 +896,74 @@ def test_what_the_compiler_scheduled_beside_a_collective():
     assert t.exposed == pytest.approx(3 * (2 * gather - product) + gather - 2 * product + total)
 
 
+def begun(schedule: hlo.Schedule, times: float = 1.0) -> dict[hlo.Collective, float]:
+    """The collectives of a schedule, and how often each begins."""
+    found: dict[hlo.Collective, float] = {}
+    for event in schedule:
+        if isinstance(event, hlo.Loop):
+            more = begun(event.body, times * event.times)
+        elif isinstance(event, hlo.Begin):
+            more = {event.collective: times * event.times}
+        else:
+            continue
+        found |= {collective: found.get(collective, 0) + n for collective, n in more.items()}
+    return found
+
+
+def test_what_is_scheduled_beside_a_computation_of_another_core():
+    """The other core runs two loops, one in the other: twice a sum, and each time three gathers and
+    matmuls. Beside all of it there is one more matmul."""
+    big, small = "bf16[4096,4096]{1,0}", "bf16[1024,4096]{1,0}"
+    state, dot = f"({small}, {big})", "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    group = "replica_groups={{0,1,2,3}}"
+
+    def turn(name: str, lines: str) -> str:
+        return (
+            f"%{name} (s: {state}) -> {state} {{\n  %s = {state} parameter(0)\n"
+            f"  %a = {small} get-tuple-element(%s), index=0\n"
+            f"  %b = {big} get-tuple-element(%s), index=1\n{lines}}}\n\n"
+        )
+
+    def loop(body: str, n: int) -> str:
+        known = f'backend_config={{"known_trip_count":{{"n":"{n}"}}}}'
+        return f"{state} while(%s), condition=%condition, body=%{body}, {known}\n"
+
+    text = (
+        turn(
+            "inner",
+            f"  %g = {big} all-gather(%a), channel_id=1, {group}\n"
+            f"  %m = {big} dot(%b, %b), {dot}\n  ROOT %n = {state} tuple(%a, %m)\n",
+        )
+        + turn(
+            "outer",
+            f"  %r = {big} all-reduce(%b), channel_id=2, {group}\n  ROOT %l = {loop('inner', 3)}",
+        )
+        + turn("called", f"  ROOT %l = {loop('outer', 2)}")
+        + f"ENTRY %main (s: {state}) -> {big} {{\n  %s = {state} parameter(0)\n"
+        f"  %b = {big} get-tuple-element(%s), index=1\n"
+        f"  %started = (({state}), {state}) call-start(%s), to_apply=%called\n"
+        f"  ROOT %m = {big} dot(%b, %b), {dot}\n"
+        f"  %done = {state} call-done(%started)\n}}\n"
+    )
+    counts = hlo.count(text)
+    gather, total = (
+        hlo.Collective(kind, 4096**2 * 2.0, (0, 1, 2, 3)) for kind in ("all-gather", "all-reduce")
+    )
+    assert counts.collectives == begun(counts.schedule) == {gather: 6, total: 2}
+    network = Network(Topology.parse("v5e:2x2"), [(x, y) for x in (0, 1) for y in (0, 1)], [0] * 4)
+    product = 2 * 4096**3 / 197e12
+    sent = 6 * network.seconds(gather)[0] + 2 * network.seconds(total)[0]
+    t = times(counts, network)
+    assert t.ici == pytest.approx(sent) and sent < 7 * product and t.exposed == 0
+    assert t.scheduled == pytest.approx(7 * product)
+    slow = dataclasses.replace(CHIPS["v5e"], link_bandwidth=CHIPS["v5e"].link_bandwidth / 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHIPS, "v5e", slow)
+        assert times(counts, network).exposed == pytest.approx(10 * sent - 7 * product)
+
+
 def test_matmuls_in_8_bits_run_at_their_own_peak():
+    """Of each dtype one product by itself and one in a fusion; of int8 also as a convolution."""
     shapes = [f"{dtype}[64,64]{{1,0}}" for dtype in ("s8", "f8e4m3fn", "f8e5m2", "bf16")]
     dot = "dot(%{}, %{}), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
     lines = [("s32", "a", "a"), ("bf16", "b", "c"), ("bf16", "d", "d"), ("f32", "a", "d")]
@@ -895,7 +971,22 @@ def test_matmuls_in_8_bits_run_at_their_own_peak():
         f"%r{n} = {dtype}[64,64]{{1,0}} " + dot.format(*operands)
         for n, (dtype, *operands) in enumerate(lines)
     )
-    counts = hlo.count(module_of(body, *shapes))
+    alone = hlo.count(module_of(body, *shapes))
+    convolution = "%r = s32[64,64]{1,0} convolution(%a, %a), dim_labels=bf_io->bf"
+    written = one(convolution, *shapes)
+    assert written.flops == written.int8_flops == 2 * 64**3
+    inner = module_of(body.replace("%r3", "ROOT %r3"), *shapes).replace("ENTRY %m", "%products")
+    fused = one(
+        "%r = f32[64,64]{1,0} fusion(%a, %b, %c, %d), kind=kOutput, calls=%products",
+        *shapes,
+        computations=inner,
+    )
+    for counts in (alone, fused):
+        check_8_bits(counts)
+
+
+def check_8_bits(counts: hlo.Counts) -> None:
+    """Checks the counts of a product in int8, one in fp8, and two in wider types."""
     one = 2 * 64**3
     assert (counts.flops, counts.int8_flops, counts.fp8_flops) == (4 * one, one, one)
     for name, parts in {

@@ -98,15 +98,16 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """The point of a schedule at which a collective starts."""
+    """The point of a schedule at which a collective starts, or `times` of them in turn."""
 
-    channel: str  # unique within a computation
+    channel: str  # unique within a computation, but for those of one asynchronous computation
     collective: Collective
+    times: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """The point of a schedule that waits for the end of a collective."""
+    """The point of a schedule that waits for all collectives of a channel."""
 
     channel: str
 
@@ -119,7 +120,7 @@ class Loop:
     body: Schedule
 
 
-# What a computation does, in the order in which the compiler scheduled it.
+# A computation in scheduled order.
 Schedule = list[Cost | Begin | End | Loop]
 
 
@@ -192,7 +193,7 @@ class _InstructionCounter:
         last = {
             channel: instruction.name
             for instruction in body.values()
-            for channel, _ in self.mentions(body, instruction)
+            for channel in self.channels(body, instruction)
         }
         seen: set[str] = set()
         for instruction in body.values():
@@ -211,36 +212,37 @@ class _InstructionCounter:
             elif instruction.op == "call" and instruction.called:
                 schedule += self.run(instruction.called, times)
             else:
+                channels = self.channels(body, instruction)
                 cost: list[Cost] = []
+                begins: list[Begin] = []
                 if instruction.op in _ASYNC and instruction.called:
-                    inside = self.run(instruction.called, times)
-                    cost = [event for event in inside if isinstance(event, Cost)]
-                elif found := self.count_instruction(body, instruction, times, seen):
-                    cost = [found]
-                mentioned = dict(self.mentions(body, instruction))
-                begins: Schedule = [Begin(*x) for x in mentioned.items() if x[0] not in seen]
-                ends: Schedule = [End(c) for c in mentioned if last[c] == instruction.name]
-                seen |= mentioned.keys()
+                    for event, often in _events(self.run(instruction.called, times)):
+                        if isinstance(event, Cost):
+                            cost.append(_repeated(event, often))
+                        elif isinstance(event, Begin):
+                            begin = Begin(channels[0], event.collective, event.times * often)
+                            begins.append(begin)
+                else:
+                    if found := self.count_instruction(body, instruction, times, seen):
+                        cost = [found]
+                    inside = dict(self.collectives(body, instruction))
+                    begins = [Begin(c, inside[c]) for c in inside if c not in seen]
+                seen |= {begin.channel for begin in begins}
+                ends = [End(c) for c in channels if c in seen and last[c] == instruction.name]
                 # Nothing overlaps a collective that is an instruction of its own.
                 overlaps = not ends or any(each.flops for each in cost)
                 schedule += [*begins, *cost, *ends] if overlaps else [*cost, *begins, *ends]
         return schedule
 
-    def mentions(
-        self, body: Computation, instruction: Instruction
-    ) -> Iterator[tuple[str, Collective]]:
-        """Yields (channel, collective) of an instruction that starts a collective, runs a part of
-        it, or waits for its end."""
+    def channels(self, body: Computation, instruction: Instruction) -> list[str]:
+        """Returns the channels of the collectives that an instruction starts, runs a part of, or
+        waits for. An asynchronous computation is one channel."""
         if instruction.op.endswith(("-done", "-update")):
             started = body.get(instruction.operands[0]) if instruction.operands else None
-            if started is not None:
-                yield from self.mentions(body, started)
-        elif instruction.op in _ASYNC and instruction.called:
-            inner = self.computations[instruction.called]
-            for each in inner.values():
-                yield from self.collectives(inner, each)
-        else:
-            yield from self.collectives(body, instruction)
+            return self.channels(body, started) if started is not None else []
+        if instruction.op in _ASYNC and instruction.called:
+            return [instruction.name]
+        return list(dict(self.collectives(body, instruction)))
 
     def trip_count(self, loop: Instruction) -> float:
         """Returns the trip count of a loop, and records it in `Counts.unknown` if it is a guess.
@@ -291,7 +293,8 @@ class _InstructionCounter:
         if instruction.op == "send" and "megascale" in instruction.attributes:
             self.counts.dcn_bytes += instruction.arrays[0].bytes * times
         flops = self.flops(body, instruction)
-        if instruction.op in _COLLECTIVES or instruction.op.startswith(("send", "recv")):
+        kind = instruction.op.removesuffix("-start")
+        if kind in _COLLECTIVES or kind.startswith(("send", "recv")):
             return None  # takes network time only
         if instruction.op.endswith(("-done", "-update")):
             return None
@@ -451,15 +454,16 @@ class _InstructionCounter:
                     yield channel, collective
             return
         kind = instruction.op.removesuffix("-start")
-        if kind not in _COLLECTIVES or instruction.op.endswith("-done"):
+        if kind not in _COLLECTIVES:
             return
         arrays = instruction.arrays
         if kind == "collective-permute":
             ends = tuple(_numbers(instruction.attribute("source_target_pairs") or ""))
             yield instruction.name, Collective(kind, _largest(arrays), ends)
             return
-        if instruction.op == "all-gather-start":
-            arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+        if kind != instruction.op and kind != "all-reduce":  # (operands, results, contexts)
+            operands = len(instruction.operands)
+            arrays = arrays[operands : 2 * operands]
         size = sum(array.bytes for array in arrays)
         group = first_group(instruction.attribute("replica_groups") or "", instruction.attributes)
         if kind in ("reduce-scatter", "all-to-all", "ragged-all-to-all"):
@@ -468,6 +472,26 @@ class _InstructionCounter:
             f"{kind} {instruction.attribute('channel_id') or instruction.name}",
             Collective(kind, size, group),
         )
+
+
+def _events(schedule: Schedule) -> Iterator[tuple[Cost | Begin | End, float]]:
+    """Yields (event, number of times) of a schedule and of the loops in it."""
+    for event in schedule:
+        if isinstance(event, Loop):
+            yield from ((inner, event.times * often) for inner, often in _events(event.body))
+        else:
+            yield event, 1.0
+
+
+def _repeated(cost: Cost, often: float) -> Cost:
+    """Returns the cost of `often` executions as that of one."""
+    return dataclasses.replace(
+        cost,
+        flops=cost.flops * often,
+        hbm_bytes=cost.hbm_bytes * often,
+        int8_flops=cost.int8_flops * often,
+        fp8_flops=cost.fp8_flops * often,
+    )
 
 
 _INT8 = frozenset({"s8", "u8"})
@@ -493,9 +517,6 @@ _COLLECTIVES = {
     "reduce-scatter",
     "all-to-all",
     "collective-permute",
-    "all-gather-start",
-    "all-reduce-start",
-    "collective-permute-start",
     "ragged-all-to-all",
 }
 

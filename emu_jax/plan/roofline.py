@@ -191,7 +191,8 @@ def exposed_seconds(counts: Counts, network: Network) -> dict[Collective, float]
                 clock += instruction_seconds(event, network.topology.chip)
             elif isinstance(event, Begin):
                 start = max(clock, free)
-                free = ends[event.channel] = start + sum(network.seconds(event.collective))
+                free = start + sum(network.seconds(event.collective)) * event.times
+                ends[event.channel] = free
                 sent.append((event.collective, start, free))
             elif isinstance(event, End):
                 until = ends.pop(event.channel)
