@@ -20,7 +20,7 @@ from emu_jax.data import batches as building
 from emu_jax.data.build.build import BuildConfig, build, embedded
 from emu_jax.data.build.clean import CleanConfig
 from emu_jax.data.documents import DocumentFiles, write_documents
-from emu_jax.data.known_lengths import KnownLengths, save_lengths
+from emu_jax.data.known_lengths import KnownLengths, lengths_path, save_lengths
 from emu_jax.data.lengths import TokenLengths, part_lengths
 from emu_jax.data.packing import FRAME_PART, IMAGE_PART, VIDEO_PART, Part, pick, truncate, window
 from emu_jax.data.sources import SourceConfig, open_source
@@ -81,9 +81,10 @@ def said(inputs):
 
 
 def first_batch(folder, documents, tokenizer, paired=False, **settings):
-    """The first batch of documents, one of them in a row."""
+    """The first batch of documents, one of them in a row; None: those that were written last."""
     path = folder / "x.array_record"
-    write_documents(path, documents)
+    if documents is not None:
+        write_documents(path, documents)
     cfg = DataConfig(
         sources=(SourceConfig("x", "records", (str(path),), paired=paired),),
         image_size=56,
@@ -279,7 +280,7 @@ def test_counts_of_earlier_versions_are_kept(tmp_path, tokenizer, caplog):
     assert before
     with caplog.at_level(logging.WARNING):
         told = TokenLengths(videos, tokenizer, folder, frames=True)
-    assert "does not tell frames of videos from still images: counting again" in caplog.text
+    assert "does not mark video frames: counting again" in caplog.text
     assert told[0] == [V, F, F, words] and told.totals() == plain.totals()
     assert told.totals_of(np.array([0])).T.tolist() == [[words, 3, 0, 1, 3]]
     caplog.clear()
@@ -398,6 +399,15 @@ def test_lengths_beside_a_shard_tell_frames(tmp_path, tokenizer):
     source.sketch = None  # must not be counted
     assert TokenLengths(source, tokenizer, tmp_path, frames=True)[0] == sizes
     assert TokenLengths(source, tokenizer, tmp_path)[0] == [P, P, sizes[2], P]
+    stored = lengths_path(path)
+    with np.load(stored) as arrays:
+        earlier = {name: array for name, array in arrays.items() if name != "frames"}
+    earlier["sizes"] = np.maximum(earlier["sizes"], P)
+    np.savez(stored, **earlier)  # of a version that did not tell frames
+    source = DocumentFiles([path])
+    assert TokenLengths(source, tokenizer, tmp_path / "again", frames=True)[0] == sizes
+    source.sketch = None
+    assert TokenLengths(source, tokenizer, tmp_path / "again")[0] == [P, P, sizes[2], P]
 
 
 def test_sizes_of_frames_are_checked(base, chat, tmp_path, tokenizer, caplog):  # noqa: F811
@@ -425,9 +435,15 @@ def test_documents_of_earlier_versions_are_refused(tmp_path, tokenizer):
     asked = Text("[USER]:", scored=False, special=True)
     for parts, paired in (((asked, *board.parts), False), (board.parts, True)):
         more = {"n_causal": 4, "paired": paired}
-        with pytest.raises(UserError, match="does not tell frames .*: build it again"):
+        with pytest.raises(UserError, match="did not mark video frames: build it again"):
             first_batch(tmp_path, [Document(parts)], tokenizer, n_frame=2, **more)
         first_batch(tmp_path, [Document(parts)], tokenizer, **more)
+    first_batch(tmp_path, None, tokenizer, n_causal=4, n_frame=2)  # counts them as frames of others
+    with pytest.raises(UserError, match="did not mark video frames: build it again"):
+        first_batch(tmp_path, None, tokenizer, n_frame=2, **more)
+    source = DocumentFiles([tmp_path / "x.array_record"], paired=True)
+    with pytest.raises(UserError, match="did not mark video frames: build it again"):
+        TokenLengths(source, tokenizer, tmp_path / "counted", frames=True)
 
 
 def test_samples_show_videos_as_generation_takes_them():

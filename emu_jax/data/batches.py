@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.config import Batch, DataConfig, Kind
-from emu_jax.data.documents import Damaged, Document, Image, Text
+from emu_jax.data.documents import Damaged, Image, Text
 from emu_jax.data.images import (
     ImageError,
     affine,
@@ -33,7 +33,7 @@ from emu_jax.data.images import (
     square_crop,
     to_array,
 )
-from emu_jax.data.lengths import image_size, text_ids
+from emu_jax.data.lengths import check_frames, image_size, text_ids
 from emu_jax.data.mixture import FRAMES, Group, PackedDocument, Requirements, SampledDocument
 from emu_jax.data.packing import (
     IMAGE_PART,
@@ -291,15 +291,12 @@ class BatchBuilder(abc.ABC):
 
         Raises:
             Damaged: the document cannot be read, or has changed since its tokens were counted.
-            UserError: it does not tell frames of videos from still images, but `n_frame` does.
+            UserError: see `check_frames`.
         """
         seed, source = self.group.seed(sampled, FRAMES), sampled.source.documents
         document = source.read(sampled.index, seed, [part.index for part in parts])
-        if self.cfg.n_frame and _has_unmarked_frames(document, source.paired):
-            raise UserError(
-                f"{source.where(sampled.index)} does not tell frames of videos from still images, "
-                "like all that earlier versions built: build it again, or set data.n_frame=0"
-            )
+        if self.cfg.n_frame:
+            check_frames(document, source.paired, source.where(sampled.index))
         counted = sampled.lengths
 
         def size(n: int) -> int:
@@ -958,14 +955,6 @@ def _warn_of_frames() -> None:
         "frames of videos are read as still images: set data.n_frame to the model's embeddings of "
         "a frame (64 in Emu2's releases)"
     )
-
-
-def _has_unmarked_frames(document: Document, paired: bool) -> bool:
-    """Returns whether a pair or a dialogue shows a video as still images with times. Elsewhere
-    such images are frames between subtitles."""
-    parts = document.parts
-    unmarked = any(isinstance(p, Image) and p.time is not None and not p.frame for p in parts)
-    return unmarked and (paired or any(isinstance(p, Text) and p.special for p in parts))
 
 
 def _damage(sampled: SampledDocument, reason: str) -> Damage:

@@ -409,12 +409,12 @@ class DocumentFiles(Source):
 
         try:
             with ThreadPoolExecutor(storage.THREADS) as pool:
-                counts, sizes = zip(*pool.map(load, files), strict=True)
+                counts, sizes, frames = zip(*pool.map(load, files), strict=True)
         except Rejected as error:
             log.warning("%s: counting the tokens instead", error)
             self._counted = set()
             return None
-        return KnownLengths(np.concatenate(counts), np.concatenate(sizes))
+        return KnownLengths(np.concatenate(counts), np.concatenate(sizes), all(frames))
 
     def spans(self, index: int) -> list[Span]:
         file, record = self.locate(index)

@@ -8,6 +8,8 @@
     counts       int32, number of parts of each document
     sizes        int32, tokens of each part; IMAGE_PART for an image, VIDEO_PART or FRAME_PART for
                  a frame of a video
+    frames       whether frames are told from still images; missing in files of earlier versions,
+                 which did not
 """
 
 from __future__ import annotations
@@ -35,16 +37,19 @@ class KnownLengths(NamedTuple):
     Attributes:
         counts: number of parts of each document.
         sizes: tokens of each part, or less than 0 for an image (`packing`).
+        frames: whether frames of videos are told from still images.
     """
 
     counts: Int[np.ndarray, "documents"]
     sizes: Int[np.ndarray, "parts"]
+    frames: bool = True
 
     def select(self, documents: slice) -> KnownLengths:
         """Returns the lengths of some of the documents, in steps of 1."""
         first, last, _ = documents.indices(len(self.counts))
         starts = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
-        return KnownLengths(self.counts[first:last], self.sizes[starts[first] : starts[last]])
+        sizes = self.sizes[starts[first] : starts[last]]
+        return KnownLengths(self.counts[first:last], sizes, self.frames)
 
 
 class Rejected(Exception):
@@ -71,6 +76,7 @@ def save_lengths(shard: str, shard_bytes: int, tokenizer: str, lengths: KnownLen
             tokenizer=np.array(tokenizer),
             counts=lengths.counts.astype(np.int32),
             sizes=lengths.sizes.astype(np.int32),
+            frames=np.bool_(lengths.frames),
         )
 
 
@@ -95,7 +101,8 @@ def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -
         with storage.NUMPY_HEADERS, np.load(content) as arrays:
             if str(arrays["tokenizer"]) != tokenizer:
                 raise Rejected(f"{path} was counted with another tokenizer")
-            lengths = KnownLengths(arrays["counts"], arrays["sizes"])
+            frames = "frames" in arrays and bool(arrays["frames"])
+            lengths = KnownLengths(arrays["counts"], arrays["sizes"], frames)
             found = (int(arrays["shard_bytes"]), len(lengths.counts), lengths.counts.sum())
             # Files of earlier versions lack it.
             tail = str(arrays["shard_tail"]) if "shard_tail" in arrays else None

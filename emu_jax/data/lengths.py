@@ -102,6 +102,24 @@ def part_lengths(document: Document, tokenizer: Tokenizer) -> list[int]:
     ]
 
 
+def check_frames(document: Document, paired: bool, where: str) -> None:
+    """Refuses a video that an earlier version stored, as still images with times.
+
+    It is recognized in pairs and dialogues. Elsewhere such images are frames between subtitles.
+
+    Raises:
+        UserError: the document has such a video; the message starts with `where`.
+    """
+    unmarked = any(
+        isinstance(p, Image) and p.time is not None and not p.frame for p in document.parts
+    )
+    if unmarked and (paired or any(isinstance(p, Text) and p.special for p in document.parts)):
+        raise UserError(
+            f"{where} was built by an earlier version, which did not mark video frames: build it "
+            "again into an empty directory, or set data.n_frame=0"
+        )
+
+
 class Lengths(abc.ABC):
     """The lengths of a source's documents: for each part, its number of tokens, or less than 0 for
     an image (`packing`).
@@ -109,9 +127,11 @@ class Lengths(abc.ABC):
     Attributes:
         tally: counts of used and unused parts of the source, as far as they are known without
             opening an image.
+        frames: whether frames of videos are told from still images.
     """
 
     tally: Tally
+    frames: bool = False
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -202,7 +222,7 @@ class LengthParts:
         first = part * self.documents
         indices = range(first, min(first + self.documents, len(self._source)))
         known = self._source.known_lengths(indices, self._tokenizer.fingerprint)
-        if known is not None:
+        if known is not None and (known.frames or not self.frames):
             return _known(self._source, indices, known, self.frames) | {"stamp": stamp}
         converted = None if self.frames else self._converted(indices)
         return converted or _count(self._source, self._tokenizer, indices, stamp, self.frames)
@@ -254,6 +274,7 @@ class TokenLengths(Lengths):
         frames: bool = False,
     ) -> None:
         self.parts = parts = LengthParts(source, tokenizer, folder, frames)
+        self.frames = parts.frames
         self._count, self._opened = len(source), dict[int, _Part]()
         begun: UInt8[np.ndarray, "bytes"] | None = None  # the stamp when counting began
 
@@ -261,7 +282,7 @@ class TokenLengths(Lengths):
             nonlocal begun
             if parts.frames and has_arrays(folder, parts.earlier_name):
                 log.warning(
-                    "%s does not tell frames of videos from still images: counting again",
+                    "%s does not mark video frames: counting again",
                     folder / parts.earlier_name,
                 )
             log.info("counting the tokens of %d documents for %s", len(source), folder / parts.name)
@@ -411,7 +432,11 @@ def _count(
     stamp: UInt8[np.ndarray, "bytes"],
     frames: bool,
 ) -> Arrays:
-    """Counts the tokens of some documents."""
+    """Counts the tokens of some documents.
+
+    Raises:
+        UserError: see `text_ids` and `check_frames`.
+    """
 
     def measure(index: int) -> tuple[list[int], int, tuple[Unused, ...]]:
         try:
@@ -419,6 +444,8 @@ def _count(
             check_size(document, source.where(index))
         except Damaged as error:
             return [], 1 + REASONS.index(error.reason), (Unused(error.reason, error.detail),)
+        if frames:
+            check_frames(document, source.paired, source.where(index))
         sizes = part_lengths(document, tokenizer)
         empty = sizes.count(0) - sum(part is ABSENT for part in document.parts)
         return sizes, 0, document.unused + (Unused("empty text"),) * empty
@@ -443,7 +470,8 @@ def _count(
                 if tally.leave(reason):
                     where = source.where(indices[n])
                     tally.example(reason, f"{where}: {detail}" if detail else where)
-    lengths = _compact(counts, _told(np.array(all_sizes, np.int32), frames), damage)
+    sizes = np.array(all_sizes, np.int32)
+    lengths = _compact(counts, sizes if frames else _without_frames(sizes), damage)
     return lengths | {"tally": tally.to_array(), "stamp": stamp}
 
 
@@ -457,14 +485,14 @@ def _windows(source: Source, indices: range) -> Iterator[range]:
         yield indices[first : first + size]
 
 
-def _told(sizes: Int[np.ndarray, "parts"], frames: bool) -> Int[np.ndarray, "parts"]:
-    """Returns sizes in which frames of videos are still images, unless `frames`."""
-    return sizes if frames else np.maximum(sizes, IMAGE_PART)
+def _without_frames(sizes: Int[np.ndarray, "parts"]) -> Int[np.ndarray, "parts"]:
+    """Returns sizes in which frames of videos are still images."""
+    return np.maximum(sizes, IMAGE_PART)
 
 
 def _known(source: Source, indices: range, known: KnownLengths, frames: bool) -> Arrays:
     """Returns the arrays of documents that need not be counted, as `_count` would."""
-    counts, sizes = known.counts, _told(known.sizes, frames)
+    counts, sizes = known.counts, known.sizes if frames else _without_frames(known.sizes)
     arrays = _compact(counts, sizes, np.zeros(len(counts), np.int8))
     totals = dict(zip(TOTALS, arrays["totals"].tolist(), strict=True))
     tally = Tally()
