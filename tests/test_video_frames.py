@@ -23,6 +23,7 @@ from emu_jax.data.documents import DocumentFiles, write_documents
 from emu_jax.data.known_lengths import KnownLengths, lengths_path, save_lengths
 from emu_jax.data.lengths import TokenLengths, part_lengths
 from emu_jax.data.packing import FRAME_PART, IMAGE_PART, VIDEO_PART, Part, pick, truncate, window
+from emu_jax.data.simulate import SimulatedLengths, load_distribution, simulate
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources import spans as spans_module
 from emu_jax.data.sources.dialogues import COMPREHENSIVE_SYSTEM, Dialogue, Medium, Turn, _document
@@ -255,10 +256,70 @@ def test_a_video_without_its_beginning_is_dropped():
             seen = {part.index for part in kept}
             for part in kept:
                 assert part.size != F or part.index - 1 in seen
+    for seed in range(60):  # frames that are dropped take no place of others
+        rng = np.random.default_rng(seed)
+        kept = window(outline, rng, tokens=22, images=2, **sizes)
+        fits = window(outline, np.random.default_rng(seed), tokens=22, images=9, **sizes)
+        assert [p for p in kept if p.size < 0] == [p for p in fits if p.size < 0][:2]
+        for count in (1, 2, 3, 5, 6, 9):
+            kept = pick(outline, rng, count)
+            assert sum(part.size < 0 for part in kept) == min(count, 6)
     assert truncate([V, F, 3], tokens=11, images=9, **sizes) == [V, F, 2]
     assert truncate([V, F, 3], tokens=8, images=9, **sizes) == [V]
     assert truncate([P, V], tokens=11, images=9, **sizes) == [P, V]
     assert truncate([P, V], tokens=10, images=9, **sizes) == [P]
+
+
+def test_the_decoder_learns_still_images_alone(tmp_path, tokenizer):
+    """Frames are context. A document without a still image is left out, a source without one
+    refused."""
+    frames = Image.video([(None, gray(n).data) for n in (10, 20)])
+    mixed = Document((*frames, Text("a cat"), gray(30), gray(40)))
+    path = tmp_path / "x.array_record"
+    cfg = DataConfig(
+        sources=(SourceConfig("x", "records", (str(path),)),),
+        batch_size=4,
+        row_tokens=64,
+        row_images=6,
+        n_causal=6,
+        n_frame=2,
+        image_size=6,
+        target_size=8,
+        prefetch=0,
+    )
+    write_documents(path, [Document((*frames, Text("alone"))), mixed])
+    for autoencode in (0.0, 1.0):
+        with Batches(dataclasses.replace(cfg, autoencode=autoencode), tokenizer, "contexts") as b:
+            targets = [row for _ in range(4) for row in next(b)["target"]]
+            assert {int(np.median(target)) for target in targets} == {30, 40}
+    with Batches(dataclasses.replace(cfg, drop_condition=0.0), tokenizer, "contexts") as b:
+        assert next(b)["image_frames"][:, :2].all()
+    write_documents(path, [Document((*frames, Text("alone")))])
+    with pytest.raises(UserError, match="has no document that 'contexts' can use"):
+        Batches(cfg, tokenizer, "contexts")
+    Batches(dataclasses.replace(cfg, n_frame=0), tokenizer, "contexts").close()
+
+
+def test_videos_are_simulated(tmp_path):
+    """Planning takes frames for what they are to the model."""
+    (tmp_path / "v.json").write_text(json.dumps({"outlines": [[V, F, F, 5], [P, 7]]}))
+    distribution = load_distribution(str(tmp_path / "v.json"))
+    for frames, sizes in ((True, [V, F, F, 5]), (False, [P, P, P, 5])):
+        lengths = SimulatedLengths(distribution, 20, frames)
+        rows = [lengths[n] for n in range(20)]
+        assert sizes in rows and [P, 7] in rows
+        totals = lengths.totals_of(np.arange(20)).T.tolist()
+        for row, total in zip(rows, totals, strict=True):
+            videos = 3 * (V in row)
+            assert total == [row[-1], len(row) - 1, 0, videos // 3, videos]
+    cfg = DataConfig(batch_size=8, row_tokens=64, row_images=8, n_causal=16, n_frame=2)
+    plain = dataclasses.replace(cfg, n_frame=0)
+    both = [simulate(c, [(distribution, 1.0)], 1000, hosts=1, steps=5) for c in (cfg, plain)]
+    assert both[0].image_fill > 1.3 * both[1].image_fill  # a frame takes few tokens
+    for outline in ([F, 3], [V, 3, F], [P, F], [-2]):
+        (tmp_path / "x.json").write_text(json.dumps({"outlines": [outline]}))
+        with pytest.raises(UserError, match="x.json is not a distribution of lengths"):
+            load_distribution(str(tmp_path / "x.json"))
 
 
 def test_counts_of_earlier_versions_are_kept(tmp_path, tokenizer, caplog):
@@ -278,8 +339,8 @@ def test_counts_of_earlier_versions_are_kept(tmp_path, tokenizer, caplog):
 
     before = files()
     assert before
-    with caplog.at_level(logging.WARNING):
-        told = TokenLengths(videos, tokenizer, folder, frames=True)
+    caplog.set_level(logging.WARNING)
+    told = TokenLengths(videos, tokenizer, folder, frames=True)
     assert "does not mark video frames: counting again" in caplog.text
     assert told[0] == [V, F, F, words] and told.totals() == plain.totals()
     assert told.totals_of(np.array([0])).T.tolist() == [[words, 3, 0, 1, 3]]

@@ -651,14 +651,15 @@ class ImageBuilder(_SingleBuilder):
 
 
 class ContextBuilder(_SingleBuilder):
-    """Images that the decoder learns to generate, each with its context.
+    """Images that the decoder learns to generate, each with its context. Frames of videos, which
+    the model does not generate, are context alone.
 
     tokens int32 [B,T], the context before the image, up to and including its [IMG], padded on the
     right; length int32 [B]; images, image_valid, embedding_index of the context's own images as in
     packed rows; target uint8 [B,H,W,3], the image.
     """
 
-    requires = Requirements("contexts", image=True)
+    requires = Requirements("contexts", image=True, still=True)
 
     @staticmethod
     def shapes(cfg: DataConfig) -> Shapes:
@@ -725,7 +726,7 @@ class ContextBuilder(_SingleBuilder):
         itself = self.cfg.autoencode > 0 and rng.random() < self.cfg.autoencode
         # The words of a pair come first: they are the only possible context.
         parts = self.group.parts(sampled, image_first=False)
-        choices = [k for k, part in enumerate(parts) if part.size < 0]
+        choices = [k for k, part in enumerate(parts) if part.size == IMAGE_PART]
         chosen = choices[int(rng.random() * len(choices))]
         before = [] if dropped else [parts[chosen]] if itself else parts[:chosen]
         sizes = [part.size for part in before]

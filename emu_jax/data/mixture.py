@@ -63,12 +63,14 @@ class Requirements(NamedTuple):
         image: whether a document needs an image.
         text: whether a document needs a text that is not empty.
         pairs: whether only sources of image-text pairs are read.
+        still: whether the image must be a still image, where frames of videos are told from them.
     """
 
     kind: Kind
     image: bool = False
     text: bool = False
     pairs: bool = False
+    still: bool = False
 
 
 class OpenSource(NamedTuple):
@@ -277,7 +279,8 @@ class Group:
                 continue
             totals[:, at] = source.lengths.totals_of(indices[at])
             read[at] = source.read_mask(indices[at])
-            usable[at] = self._usable(source, totals[1, at] > 0, totals[0, at] > 0)
+            shown = totals[1, at] - (totals[4, at] if self.requires.still else 0)
+            usable[at] = self._usable(source, shown > 0, totals[0, at] > 0)
         tokens, images, damage, videos, frames = totals
         still, frame = (self._tokens(size) for size in (IMAGE_PART, FRAME_PART))
         image_tokens = (images - frames) * still + frames * frame + videos
@@ -289,7 +292,8 @@ class Group:
         if not sampled.source.reads(sampled.index):
             return False
         lengths = sampled.lengths
-        has_image, has_text = any(s < 0 for s in lengths), any(s > 0 for s in lengths)
+        has_image = any(s == IMAGE_PART if self.requires.still else s < 0 for s in lengths)
+        has_text = any(s > 0 for s in lengths)
         return bool(self._usable(sampled.source, np.array([has_image]), np.array([has_text]))[0])
 
     def _usable(
@@ -613,12 +617,25 @@ def tally(source: OpenSource, requires: Requirements) -> Tally:
 def usable_documents(source: OpenSource, requires: Requirements) -> int:
     """Returns the number of documents that this kind of batches can use."""
     totals = source.lengths.totals()
+    if requires.still and source.lengths.frames:
+        return _with_still(source.lengths)
     if requires.text:
         return totals["with_both"] if requires.image else totals["with_text"]
     text_alone = totals["with_text"] - totals["with_both"]
     if requires.image or source.cfg.picked_images:
         return totals["with_image"]
     return totals["with_image"] + text_alone
+
+
+def _with_still(lengths: Lengths) -> int:
+    """Returns the number of documents with a still image."""
+    count, chunk = 0, 1 << 16
+    for first in range(0, len(lengths), chunk):
+        _, images, _, _, frames = lengths.totals_of(
+            np.arange(first, min(first + chunk, len(lengths)))
+        )
+        count += int((images > frames).sum())
+    return count
 
 
 def check_usable(source: OpenSource, requires: Requirements) -> None:

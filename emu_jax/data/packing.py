@@ -51,10 +51,17 @@ def whole_videos(parts: Sequence[Part]) -> list[Part]:
     """Drops the frames of videos whose beginning is missing."""
     kept: list[Part] = []
     for part in parts:
-        follows = kept and kept[-1].size in (VIDEO_PART, FRAME_PART)
-        if part.size != FRAME_PART or (follows and kept[-1].index == part.index - 1):
+        if _has_begun(part, kept):
             kept.append(part)
     return kept
+
+
+def _has_begun(part: Part, before: Sequence[Part]) -> bool:
+    """Returns whether a part is no frame, or the parts before it end with the frame before it."""
+    if part.size != FRAME_PART:
+        return True
+    last = before[-1] if before else None
+    return last is not None and last.index == part.index - 1 and last.size <= VIDEO_PART
 
 
 def window(
@@ -69,7 +76,7 @@ def window(
     """Samples a window of `tokens` tokens of a longer document, as the paper does for MMC4.
 
     The window keeps its first `images` images. Texts are cut at both ends of the window; an image
-    that crosses an end is dropped.
+    that crosses an end is dropped, and so are frames whose video begins before the window.
     """
     total = sum(part_tokens(part.size, n_causal, n_frame) for part in parts)
     begin = int(rng.integers(total - tokens + 1)) if total > tokens else 0
@@ -78,27 +85,35 @@ def window(
         start, position = position, position + part_tokens(part.size, n_causal, n_frame)
         low, high = max(start, begin), min(position, begin + tokens)
         if part.size < 0:
-            if images and (low, high) == (start, position):
+            if images and (low, high) == (start, position) and _has_begun(part, shown):
                 shown.append(part)
                 images -= 1
         elif low < high:
             shown.append(Part(part.index, high - low, part.first + low - start))
-    return whole_videos(shown)
+    return shown
 
 
 def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
     """Samples `count` images of a document, as in the paper's second sampling of MMC4.
 
-    Each image keeps the text that follows it or, if none follows, the text before it.
+    Each image keeps the text that follows it or, if none follows, the text before it. A video is
+    sampled as a whole, and counts as its frames; it keeps the first of them that `count` allows.
     """
-    images = [n for n, part in enumerate(parts) if part.size < 0]
-    chosen = rng.choice(images, min(count, len(images)), replace=False).tolist()
-    indices = set(chosen)
-    for n in chosen:
-        after = [m for m in range(n + 1, len(parts)) if parts[m].size >= 0]
+    images = [n for n, part in enumerate(parts) if part.size < 0 and part.size != FRAME_PART]
+    indices: set[int] = set()
+    left = count
+    for n in rng.choice(images, min(count, len(images)), replace=False).tolist():
+        end = n + 1
+        while end < len(parts) and parts[end].size == FRAME_PART:
+            end += 1
+        if not left:
+            break
+        shown = range(n, min(end, n + left))
+        left -= len(shown)
+        after = [m for m in range(end, len(parts)) if parts[m].size >= 0]
         before = [m for m in range(n) if parts[m].size >= 0]
-        indices |= set(after[:1] or before[-1:])
-    return whole_videos([parts[n] for n in sorted(indices)])
+        indices |= {*shown, *(after[:1] or before[-1:])}
+    return [parts[n] for n in sorted(indices)]
 
 
 def truncate(

@@ -5,7 +5,8 @@ A distribution is a JSON file:
 
     about      description
     format     format of the source, which decides the size of its index
-    outlines   lengths of representative documents: for each part its tokens, or -1 for an image
+    outlines   lengths of representative documents: for each part its tokens, or -1 for an image,
+               -3 for the first frame of a video and -4 for each further one
     window_tokens, window_images, picked_images    of the source, if set (`SourceConfig`)
 
 `emu_jax/data/distributions/` has those that are known by name.
@@ -30,7 +31,7 @@ from emu_jax.data.config import DataConfig
 from emu_jax.data.documents import Document, Source
 from emu_jax.data.lengths import TOTALS, Lengths
 from emu_jax.data.mixture import OpenSource, make_groups
-from emu_jax.data.packing import IMAGE_PART
+from emu_jax.data.packing import FRAME_PART, IMAGE_PART, VIDEO_PART
 from emu_jax.data.permutation import splitmix64
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.sources.spans import SAMPLE_BYTES
@@ -66,13 +67,22 @@ class Distribution(NamedTuple):
 
 
 class SimulatedLengths(Lengths):
-    """Lengths of `count` documents: each has an outline by a hash of its index."""
+    """Lengths of `count` documents: each has an outline by a hash of its index.
 
-    def __init__(self, distribution: Distribution, count: int) -> None:
-        self._outlines, self._count = distribution.outlines, count
+    Args:
+        frames: tell frames of videos from still images.
+    """
+
+    def __init__(self, distribution: Distribution, count: int, frames: bool = False) -> None:
+        self.frames, self._count = frames, count
+        self._outlines = distribution.outlines
+        if not frames:
+            self._outlines = [[max(size, IMAGE_PART) for size in o] for o in self._outlines]
         sizes = [np.array(outline) for outline in self._outlines]
         self._tokens = np.array([np.maximum(each, 0).sum() for each in sizes])
-        self._images = np.array([(each == IMAGE_PART).sum() for each in sizes])
+        self._images = np.array([(each < 0).sum() for each in sizes])
+        self._videos = np.array([(each == VIDEO_PART).sum() for each in sizes])
+        self._frames = np.array([(each <= VIDEO_PART).sum() for each in sizes])
         self.tally = Tally()
         self.tally.used["documents"] = count
 
@@ -84,8 +94,9 @@ class SimulatedLengths(Lengths):
 
     def totals_of(self, indices: Int[np.ndarray, "documents"]) -> Int[np.ndarray, "5 documents"]:
         outlines = self._outline(indices)
-        tokens, images = self._tokens[outlines], self._images[outlines]
-        return np.stack([tokens, images, *[np.zeros_like(tokens)] * 3])
+        damage = np.zeros_like(self._tokens)
+        totals = np.stack([self._tokens, self._images, damage, self._videos, self._frames])
+        return totals[:, outlines]
 
     def damage(self, index: int) -> str | None:
         return None
@@ -162,8 +173,11 @@ def load_distribution(name: str) -> Distribution:
     try:
         values = json.loads(path.read_bytes())
         outlines = [[int(size) for size in outline] for outline in values["outlines"]]
-        if not outlines or any(size < IMAGE_PART for outline in outlines for size in outline):
-            raise ValueError("outlines must be lists of tokens, or -1 for an image")
+        if not outlines or not all(map(_is_outline, outlines)):
+            raise ValueError(
+                "outlines must be lists of tokens, -1 for an image, -3 for the first frame of a "
+                "video, and -4 for each further one, which follows another frame"
+            )
         settings = {key: values[key] for key in _SETTINGS if key in values}
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(
@@ -172,16 +186,29 @@ def load_distribution(name: str) -> Distribution:
     return Distribution(path.stem, outlines, settings)
 
 
+def _is_outline(sizes: Sequence[int]) -> bool:
+    """Returns whether each size is of a part, and each further frame follows a frame."""
+    images = (IMAGE_PART, VIDEO_PART, FRAME_PART)
+    return all(size >= 0 or size in images for size in sizes) and all(
+        size != FRAME_PART or before in (VIDEO_PART, FRAME_PART)
+        for before, size in zip([0, *sizes], sizes, strict=False)
+    )
+
+
 def simulated_sources(
-    mixture: Sequence[tuple[Distribution, float]], documents: int
+    mixture: Sequence[tuple[Distribution, float]], documents: int, frames: bool = False
 ) -> list[OpenSource]:
-    """Returns sources with `documents` documents together, shared out by weight."""
+    """Returns sources with `documents` documents together, shared out by weight.
+
+    Args:
+        frames: tell frames of videos from still images.
+    """
     total = sum(weight for _, weight in mixture)
     sources = []
     for distribution, weight in mixture:
         count = max(1, round(documents * weight / total))
         cfg = SourceConfig(distribution.name, weight=weight, **distribution.settings)
-        lengths = SimulatedLengths(distribution, count)
+        lengths = SimulatedLengths(distribution, count, frames)
         sources.append(OpenSource(cfg, SimulatedSource(count), lengths))
     return sources
 
@@ -206,7 +233,7 @@ def simulate(
         raise UserError(
             f"batch_size {cfg.batch_size} cannot be shared by {hosts} hosts: make it a multiple"
         )
-    sources = simulated_sources(mixture, documents)
+    sources = simulated_sources(mixture, documents, cfg.n_frame > 0)
     cfg = dataclasses.replace(cfg, sources=tuple(source.cfg for source in sources))
 
     def start() -> tuple[Share, Positions]:
