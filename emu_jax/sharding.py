@@ -132,9 +132,10 @@ def choose_mesh(
     """
     reasons = []
     if devices // slices % context:
+        of_slice = " of a slice" if slices > 1 else ""
         raise UserError(
-            f"mesh.context is {context}, which does not divide the {devices // slices} devices "
-            "of a slice: set it to a divisor"
+            f"mesh.context is {context}, which does not divide the {devices // slices} devices"
+            f"{of_slice}: set it to a divisor"
         )
     devices //= context
     if context > 1:
@@ -154,8 +155,9 @@ def choose_mesh(
             0,
         )
         if not tensor:
+            groups = f"groups of {context} devices (mesh.context)" if context > 1 else "devices"
             raise UserError(
-                f"a batch of {rows} rows cannot be shared by {devices} devices, nor their rest by "
+                f"a batch of {rows} rows cannot be shared by {devices} {groups}, nor their rest by "
                 f"{heads} heads: make data.batch_size a multiple of {devices}"
             )
         few = f" ({rows} rows are too few for {devices} devices)" if tensor > 1 else ""
@@ -188,7 +190,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
     """Returns the PartitionSpec of an array with these logical axes.
 
     A dimension that its mesh axes do not divide is not split. Small models therefore run on any
-    mesh.
+    mesh. Where `context` is one of several axes, it alone is left out if the others divide it.
 
     Raises:
         ValueError: `RULES` lacks an axis, or `shape` has a different number of axes.
@@ -211,6 +213,9 @@ def _split(
         names = (rule,) if isinstance(rule, str) else (rule or ())
         names = tuple(n for n in names if n not in used and n in mesh.shape)
         ways = math.prod(mesh.shape[n] for n in names)
+        if names[-1:] == (CONTEXT,) and size % ways:  # the other axes may still divide it
+            names = names[:-1]
+            ways = math.prod(mesh.shape[n] for n in names)
         if ways > 1 and size % ways == 0:
             used.update(names)
             entries.append(names[0] if len(names) == 1 else names)

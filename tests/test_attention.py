@@ -13,7 +13,7 @@ from emu_jax.errors import UserError
 from emu_jax.models.attention import attention, choose_backend, cudnn, short, splash
 from emu_jax.models.llama import Llama
 from emu_jax.models.xla import CAUSAL_BLOCK, causal_mask, plain_attention, segment_mask
-from emu_jax.sharding import make_mesh
+from emu_jax.sharding import make_mesh, shard
 
 
 def packed(seed: int, length: int, heads: int, width: int):
@@ -131,9 +131,17 @@ def test_grouped_heads_equal_repeated_ones(backend):
         assert relative_error(a, b) < 2e-6
 
 
-@pytest.mark.parametrize("key_heads", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_splash_with_grouped_heads(key_heads):
-    """Outputs and gradients on a mesh that splits the heads of keys, and on one that cannot."""
+@pytest.mark.parametrize(
+    "key_heads, shape",
+    [
+        (2, (2, 2, 2)),
+        (2, (2, 1, 2, 2)),
+        pytest.param(1, (2, 2, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_splash_with_grouped_heads(key_heads, shape):
+    """Outputs and gradients on meshes that split the heads of keys like those of queries, into
+    fewer parts, and not at all."""
     q, k, v, ids = packed(8, 128, 4, 128)
     q, k, v, ids = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v, ids))
     k, v = k[:, :, :key_heads], v[:, :, :key_heads]
@@ -144,7 +152,7 @@ def test_splash_with_grouped_heads(key_heads):
         return out, *back(q)
 
     theirs = through(attention)
-    with jax.set_mesh(make_mesh(2, 2, 2)):
+    with jax.set_mesh(make_mesh(*shape)):
         ours = jax.jit(lambda: through(lambda *x, **how: splash(*x, **how, interpret=True)))()
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 2e-5
@@ -237,6 +245,36 @@ def test_cudnn_is_asked_for_what_xla_computes(causal, segmented, monkeypatch):
     ours = attention(q, k, v, backend="cudnn", **how)
     assert asked == ["cudnn"]
     assert relative_error(ours, attention(q, k, v, **how)) < 2e-2
+
+
+@pytest.mark.parametrize("shape, ways", [((2, 2, 2), (4, 1, 2, 1)), ((2, 1, 2, 2), (2, 1, 4, 1))])
+def test_cudnn_gets_queries_keys_and_values_split_alike(shape, ways, monkeypatch):
+    """On GPUs jax refuses others. Two heads of keys for four of queries, in parts of each axis."""
+    arrays = packed(6, 16, 4, 16)
+    q, k, v, ids = (jnp.concatenate([x, x[::-1]]) for x in arrays)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k[:, :, :2], v[:, :, :2]))
+    theirs, found = jax.nn.dot_product_attention, []
+
+    def kernel(*arrays, implementation, **how):
+        for x in arrays:
+            jax.debug.inspect_array_sharding(
+                x,
+                callback=lambda sharding, shape=x.shape: found.append(
+                    tuple(np.array(shape) // sharding.shard_shape(shape))
+                ),
+            )
+        return theirs(*arrays, implementation="xla", **how)
+
+    def run(*arrays):
+        sharded = (shard(x, "batch", None, "attention_heads", None) for x in arrays)
+        return cudnn(*sharded, segment_ids=ids, **how)
+
+    how = {"causal": True, "scale": 0.7}
+    expected = attention(q, k, v, segment_ids=ids, **how)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    with jax.set_mesh(make_mesh(*shape)):
+        assert relative_error(jax.jit(run)(q, k, v), expected) < 2e-2
+    assert found == [ways] * 3
 
 
 # --- The blocked cross-entropy --------------------------------------------------------------------

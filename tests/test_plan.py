@@ -198,6 +198,10 @@ def test_mesh_is_chosen_with_a_reason():
         choose_mesh(8, data=2, fsdp=2, tensor=2, context=2)
     with pytest.raises(UserError, match="which does not divide the 4 devices of a slice"):
         choose_mesh(8, 2, context=8)
+    with pytest.raises(UserError, match="which does not divide the 8 devices: set"):
+        choose_mesh(8, context=3)
+    with pytest.raises(UserError, match=r"by 16 groups of 4 devices \(mesh.context\), nor"):
+        choose_mesh(64, context=4, rows=8, heads=5)
 
 
 def test_topologies_are_read_and_refused():

@@ -19,11 +19,13 @@ from conftest import UNOPTIMIZED, as_emu2
 from emu_jax import checkpoint
 from emu_jax.config import RematConfig, TokenIds, digits, load_json, to_dict
 from emu_jax.data.pipeline import Batches
+from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding, make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import (
     PAINTERS,
+    EvalConfig,
     GroupConfig,
     MeshConfig,
     OptimizerConfig,
@@ -240,11 +242,16 @@ def test_rows_that_a_mesh_cannot_split_are_refused(data_root):
     cfg = small("emu", data_root)
     mesh = make_mesh(data=2, context=4)
     for change, message in (
-        ({"row_tokens": 42}, "row_tokens is 42, which the mesh's context = 4 does not divide"),
-        ({"row_images": 6}, "row_images is 6, which the mesh's context = 4 does not divide"),
+        ({"row_tokens": 42}, "data.row_tokens is 42, which the mesh's context = 4 does not divide"),
+        ({"row_images": 6}, "data.row_images is 6, which the mesh's context = 4 does not divide"),
     ):
         with pytest.raises(UserError, match=message):
             Trainer(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **change)), mesh)
+    source = SourceConfig("long", paths=("long.arrayrecord",), row_tokens=42)
+    held_out = EvalConfig("books", sources=(source,))
+    message = r"row_tokens of source 'long' \(evaluation 'books'\) is 42, which"
+    with pytest.raises(UserError, match=message):
+        Trainer(dataclasses.replace(cfg, eval=(held_out,)), mesh)
     with pytest.raises(UserError, match="heads is 4, which the mesh's context x tensor = 8 does"):
         Trainer(cfg, make_mesh(tensor=2, context=4))
     with pytest.raises(UserError, match="objective 'clip' reads no rows of tokens"):

@@ -975,6 +975,8 @@ def test_axes_are_split_as_the_table_says():
             (("data", "fsdp"), None, ("tensor", "context")),
         ),
         (("image", None, "heads"), (4, 7, 4), (("data", "fsdp", "context"), None, "tensor")),
+        (("image", None, "heads"), (6, 7, 4), (("data", "fsdp"), None, "tensor")),
+        (("image", None, "attention_heads"), (3, 7, 6), (None, None, "tensor")),
     ):
         assert spec(axes, shape, long) == PartitionSpec(*expected), axes
     with pytest.raises(ValueError, match="unknown logical axis 'heds'; did you mean 'heads'"):

@@ -124,6 +124,19 @@ def attention(
     return fused(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale)
 
 
+def share_heads(
+    q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"]
+) -> tuple[Float[Array, "B S J K"], Float[Array, "B S J K"]]:
+    """Returns keys and values that are split over devices like the queries, as fused kernels need
+    them. Their heads are repeated if there are too few to give each device its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = ("batch", None, "attention_heads", None)
+    if mesh.empty or spec(axes, k.shape, mesh) == spec(axes, q.shape, mesh):
+        return k, v
+    k, v = (shard(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2), *axes) for x in (k, v))
+    return k, v
+
+
 def splash(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
@@ -171,16 +184,14 @@ def splash(
         ids = None if segments is None else kernels.SegmentIds(segments, segments)
         return jax.vmap(kernel)(q, k, v, ids)
 
+    k, v = share_heads(q, k, v)
     # The kernel takes heads first, and does not scale the scores.
     q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         out: Any = run_shard(q, k, v, segment_ids)
     else:
-        axes = ("batch", "attention_heads", None, None)
-        q_spec, kv_spec = (spec(axes, x.shape, mesh) for x in (q, k))
-        if kv_spec != q_spec:  # too few heads of keys to give each device its own
-            k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+        q_spec = spec(("batch", "attention_heads", None, None), q.shape, mesh)
         segment_spec = None if segment_ids is None else P(q_spec[0], None)
         out: Any = jax.shard_map(
             run_shard,
@@ -237,6 +248,7 @@ def cudnn(
             f"cuDNN attention needs bfloat16 and a head width of up to 128 in eights, not "
             f"{q.dtype} and {q.shape[-1]}: use dtype=bfloat16 or attention=xla"
         )
+    k, v = share_heads(q, k, v)
     out = jax.nn.dot_product_attention(
         q,
         k,

@@ -95,7 +95,7 @@ def _linear(
     return Linear(width_in, width_out, axes, bias=bias, rngs=rngs)
 
 
-def own_tokens(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+def shard_tokens(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
     """Constrains each device to its own tokens, if a row is split over devices.
 
     Queries, keys, values and the output of attention need it beside the constraint to whole rows.
@@ -139,7 +139,7 @@ class LlamaAttention(nnx.Module):
             out = attention(
                 q, k, v, causal=True, segment_ids=segment_ids, scale=scale, backend=backend
             )
-            out = own_tokens(out)
+            out = shard_tokens(out)
         else:
             cache, k, v = cache.update(layer, k, v)
             out = attention(q, k, v, mask=mask, scale=scale, cached=True)
@@ -164,7 +164,7 @@ class LlamaAttention(nnx.Module):
         q, k = rotary(q, positions, *rope), rotary(k, positions, *rope)
         q, k, v = (
             checkpoint_name(
-                shard(own_tokens(a), "batch", None, "attention_heads", None), CHECKPOINT_QKV
+                shard(shard_tokens(a), "batch", None, "attention_heads", None), CHECKPOINT_QKV
             )
             for a in (q, k, v)
         )

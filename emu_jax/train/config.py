@@ -40,8 +40,8 @@ TRACKERS = ("wandb",)  # services beside the files of the run directory
 # Objectives that train the image decoder.
 PAINTERS = ("decoder", "painter")
 DTYPES = ("bfloat16", "float32")  # of the computation
-# Objectives whose matmuls may be in int8 or fp8.
-LOW_PRECISION = ("emu", "text")
+# Objectives that read rows of tokens. They alone support `matmul_dtype` and `mesh.context`.
+READS_ROWS = ("emu", "text")
 EIGHT_BITS = "int8"
 MOMENTS_DTYPES = (*DTYPES, EIGHT_BITS)  # of the optimizer's moments
 _AT_LEAST_ONE = (
@@ -194,7 +194,9 @@ class MeshConfig:
     data: int = 0
     fsdp: int = 0
     tensor: int = 0
-    context: int = 1  # devices that share each row of tokens, for long rows; never chosen
+    context: int = (
+        1  # devices that share each row of tokens, for long rows; never chosen automatically
+    )
 
     def __post_init__(self) -> None:
         """Checks the settings.
@@ -396,10 +398,14 @@ class TrainConfig:
             name = f"matmul_dtype.{tower} {dtype!r}"
             if dtype not in MATMUL_DTYPES:
                 raise UserError(f"unknown {name}{suggest(dtype, MATMUL_DTYPES)}")
-            if self.objective not in LOW_PRECISION:
+            if self.objective not in READS_ROWS:
                 raise UserError(
-                    f"{name} is for the objectives {' and '.join(LOW_PRECISION)}, not "
+                    f"{name} is for the objectives {' and '.join(READS_ROWS)}, not "
                     f"{self.objective}: leave it out"
+                )
+            if self.objective == "text" and tower != "llama":
+                raise UserError(
+                    f"{name} with the objective 'text', which has no tower {tower!r}: leave it out"
                 )
             if self.quantize:
                 raise UserError(

@@ -34,7 +34,7 @@ from emu_jax.sharding import (
     row_ways,
     slice_count,
 )
-from emu_jax.train.config import TrainConfig
+from emu_jax.train.config import READS_ROWS, TrainConfig
 from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, last_update, make_optimizer
 
@@ -348,16 +348,21 @@ def check_context(cfg: TrainConfig, mesh: Mesh) -> None:
     context = context_ways(mesh)
     if context == 1:
         return
-    if cfg.objective not in ("emu", "text"):
+    if cfg.objective not in READS_ROWS:
         raise UserError(
             f"mesh.context is {context}, but the objective {cfg.objective!r} reads no rows of "
             "tokens: set it to 1"
         )
     sizes = [("model.llama.heads", cfg.model.llama.heads, context * mesh.shape["tensor"])]
-    for rows in (cfg.data, *cfg.data.sources):  # a source may have rows of another size, or 0
-        sizes.append(("row_tokens", rows.row_tokens, context))
-        if cfg.objective == "emu":
-            sizes.append(("row_images", rows.row_images, context))
+    keys = ("row_tokens", "row_images") if cfg.objective == "emu" else ("row_tokens",)
+    sizes += [(f"data.{key}", getattr(cfg.data, key), context) for key in keys]
+    for where, sources in (
+        ("data", cfg.data.sources),
+        *((f"evaluation {e.name!r}", e.sources) for e in cfg.eval),
+    ):
+        for source in sources:  # 0: as in `data`
+            name = f"of source {source.name!r} ({where})"
+            sizes += [(f"{key} {name}", getattr(source, key), context) for key in keys]
     for name, size, ways in sizes:
         if size % ways:
             along = "context" if ways == context else "context x tensor"
