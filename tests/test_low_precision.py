@@ -179,6 +179,8 @@ def test_stochastic_rounding_is_unbiased():
 
     value = np.full((8, 8), 0.3, np.float32)
     sums = jax.vmap(lambda key: jnp.floor(value + rounding_noise(key, value.shape)).sum())(keys)
+    noise = np.asarray(rounding_noise(keys[0], (64, 64)), np.float64)
+    assert ((noise > 0) & (noise < 1) & (noise * 2**16 % 1 == 0.5)).all()  # symmetric about 1/2
     independent = value.size * 0.3 * 0.7
     np.testing.assert_allclose(np.mean(sums), value.sum(), atol=5 * (independent / 4000) ** 0.5)
     np.testing.assert_allclose(np.var(sums), independent, rtol=0.15)
@@ -254,6 +256,10 @@ def test_the_matmuls_of_a_towers_layers_are_in_8_bits():
             "matmul_dtype.visual 'int8' is for the objectives emu and text, not clip",
         ),
         (
+            {"matmul_dtype": BOTH, "objective": "text"},
+            "matmul_dtype.visual 'int8' with the objective 'text', which has no tower 'visual'",
+        ),
+        (
             {"matmul_dtype": BOTH, "quantize": "int8", "save_frozen": False},
             "with quantize='int8': the matrices are stored in 8 bits or fewer already",
         ),
@@ -270,18 +276,19 @@ def test_a_step_in_int8_is_close_to_the_step_and_the_same_on_every_mesh(data_roo
     another number. With other random numbers, the difference would be larger than that error."""
     cfg = small("emu", data_root)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    exact, exact_grads, params = loss_and_gradients(cfg, one)
+    exact, exact_grads, params, _ = loss_and_gradients(cfg, one)
     cfg = dataclasses.replace(cfg, matmul_dtype=BOTH)
-    loss, grads, _ = loss_and_gradients(cfg, one, params)
+    loss, grads, *_ = loss_and_gradients(cfg, one, params)
     assert 1e-6 < abs(loss / exact - 1) < 0.01
-    other, other_grads, _ = loss_and_gradients(cfg, make_mesh(*MESHES["mixed"]), params)
-    assert abs(other / loss - 1) < 1e-4
-    for tower in {path.split(".")[0] for path in grads}:
-        paths = [path for path in grads if path.split(".")[0] == tower]
-        norm = lambda gs, paths=paths: sum(np.square(gs[p]).sum() for p in paths) ** 0.5  # noqa: E731
-        between = norm({p: other_grads[p] - grads[p] for p in paths}) / norm(grads)
-        rounded = norm({p: exact_grads[p] - grads[p] for p in paths}) / norm(grads)
-        assert rounded < 0.1 and between < rounded / 3, (tower, rounded, between)
+    for name in ("mixed", "rows, heads and context"):
+        other, other_grads, *_ = loss_and_gradients(cfg, make_mesh(*MESHES[name]), params)
+        assert abs(other / loss - 1) < 1e-4, name
+        for tower in {path.split(".")[0] for path in grads}:
+            paths = [path for path in grads if path.split(".")[0] == tower]
+            norm = lambda gs, paths=paths: sum(np.square(gs[p]).sum() for p in paths) ** 0.5  # noqa: E731
+            between = norm({p: other_grads[p] - grads[p] for p in paths}) / norm(grads)
+            rounded = norm({p: exact_grads[p] - grads[p] for p in paths}) / norm(grads)
+            assert rounded < 0.1 and between < rounded / 3, (name, tower, rounded, between)
 
 
 @pytest.mark.slow

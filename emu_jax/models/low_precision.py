@@ -158,7 +158,7 @@ def scaled(
     becomes the largest number of `dtype`.
 
     Args:
-        noise: in [0, 1), for stochastic rounding to int8: a value is rounded up with the
+        noise: in (0, 1), for stochastic rounding to int8: a value is rounded up with the
             probability of its fraction. Without it, the nearest number is taken.
     """
     limit = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
@@ -171,7 +171,7 @@ def scaled(
 
 
 def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
-    """Returns uniform noise in [0, 1), a random number of each row plus one of each column, modulo
+    """Returns uniform noise in (0, 1), a random number of each row plus one of each column, modulo
     1.
 
     Any two entries are independent, so sums of rounding errors have the variance that they have
@@ -181,4 +181,5 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "*sha
     rows = jax.random.bits(row_key, (*shape[:-1], 1), jnp.uint32)
     columns = jax.random.bits(column_key, shape[-1:], jnp.uint32)
     # 16 bits: more would be rounded when they are added to numbers up to 127.
-    return ((rows + columns) >> 16).astype(jnp.float32) / 2**16
+    # The half centers it: its mean is 1/2.
+    return (((rows + columns) >> 16).astype(jnp.float32) + 0.5) / 2**16
