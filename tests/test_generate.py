@@ -1200,6 +1200,29 @@ def test_images_of_one_size_share_a_batch(drawer, monkeypatch):
     assert batches == [((side, side), 2), ((2, 6), 2), ((side, side), 1)]
 
 
+@pytest.mark.slow
+def test_images_of_emu2_share_slots(autoencoder):
+    """Each has its own sizes as conditions. They are of texts and of lone images, of two shapes,
+    and more than there are slots."""
+    engine = Engine(autoencoder, slots=2, image_slots=2, new_tokens=8, max_images=1)
+    wide = {"height": 6, "width": 10}
+    asked = [
+        (["one"], {}),
+        (["two", picture(1, 16)], wide),
+        (["two", picture(1, 16)], wide | {"original_size": (2, 3)}),
+        ([picture(2, 16)], wide),
+        ([picture(2, 16)], {"target_size": (4, 4)}),
+        (["three"], {}),
+    ]
+    settings = EULER | {"seed": 7}
+    answers = [engine.generate_image([given], **settings, **more) for given, more in asked]
+    together = [images for (images,) in run_together(engine, answers)]
+    for drawn, (given, more) in zip(together, asked, strict=True):
+        alone = autoencoder.generate_image(given, **settings, **more)
+        assert drawn.size == alone.size and levels(drawn, alone) <= 1
+    assert levels(together[1], together[2]) > 1 and engine.active == (0, 0)
+
+
 def test_images_that_cannot_be_denoised_end_no_others(drawer, monkeypatch):
     """Those of one batch fail together. A text, and images of another size, are answered."""
     engine, batches = Engine(drawer, slots=1, image_slots=2, new_tokens=8, max_images=0), []
