@@ -891,6 +891,14 @@ def test_what_the_compiler_scheduled_beside_a_collective():
     by_kind = {c.kind: s for c, s in exposed_seconds(counts, network).items()}
     assert by_kind == pytest.approx({"all-gather": 3 * gather, "all-reduce": total})
 
+    # Of two that are under way at once, the second starts when the first has ended.
+    whole = hlo.Collective("all-gather", 4096**2 * 2.0, (0, 1, 2, 3))
+    begins: hlo.Schedule = [hlo.Begin(name, whole) for name in "ab"]
+    ends: hlo.Schedule = [hlo.End(name) for name in "ab"]
+    beside = hlo.Cost(1.5 * gather * 197e12, 0.0, 1.0)
+    both = hlo.Counts(schedule=[*begins, beside, *ends])
+    assert exposed_seconds(both, network) == pytest.approx({whole: gather / 2})
+
     # A slow network: the first gather of a turn holds up the second, and both are waited for.
     slow = dataclasses.replace(CHIPS["v5e"], link_bandwidth=CHIPS["v5e"].link_bandwidth / 10)
     gather, total = 10 * gather, 10 * total
