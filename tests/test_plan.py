@@ -31,12 +31,15 @@ from emu_jax.plan.plan import (
     Report,
     _report,
     collective_bytes,
+    plan,
     run_in_subprocess,
+    summary,
 )
 from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, times
 from emu_jax.plan.sweep import (
     Family,
     Trial,
+    _key,
     check_page,
     family,
     plot_scaling,
@@ -1106,6 +1109,27 @@ def test_a_report_survives_its_json():
         Report.from_json({key: value for key, value in values.items() if key != "hbm_bytes"})
 
 
+def test_a_summary_says_only_what_a_report_has():
+    network = {"compute": 1.0, "hbm": 0.5, "ici": 0.5, "dcn": 0.0}
+    assert "as scheduled" not in summary(report(seconds=network))
+    said = summary(report(seconds=network, step_seconds_scheduled=1.2, mfu_scheduled=0.5))
+    assert "; 1.200 s as scheduled" in said and "; 0.500 as scheduled" in said
+
+
+def test_trials_counted_by_other_rules_are_compiled_again(monkeypatch):
+    cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
+    key = _key(cfg, topology)
+    assert key == _key(cfg, topology)
+    monkeypatch.setattr(hlo, "RULES", hlo.RULES + 1)
+    assert key != _key(cfg, topology)
+
+
+def test_a_decode_step_does_not_share_rows():
+    cfg = config("emu_100m", "mesh.context=2")
+    with pytest.raises(UserError, match="mesh.context is 2, but a decode step"):
+        plan(cfg, Topology.parse("v5e:2x2"), "generate")
+
+
 def test_sweep_table_and_plot(tmp_path):
     slow = trial("", step_seconds_serial=3.0, mfu_serial=0.2)
     lines = table([slow, trial(""), trial("", fits=False), Trial("key", "", None)]).splitlines()
@@ -1406,6 +1430,13 @@ def test_what_a_plan_reports_by_hand():
     assert found.step_seconds_serial == pytest.approx(serial)
     tokens = cfg.data.batch_size * cfg.data.row_tokens
     assert found.tokens_per_second == pytest.approx(tokens / serial)
+
+    # Two slices: the runtime's sums are waited for.
+    send = '%s = (f32[1024]{0}, u32[], token[]) send(%a), frontend_attributes={x="megascale"}'
+    found = report(sizes(limit), Topology.parse("v5e:2x1", 2), module_of(send, square))
+    for network in (found.collective_seconds, found.exposed_seconds):
+        assert network == {"slices": {"all-reduce": pytest.approx(found.seconds["dcn"])}}
+    assert found.seconds["exposed"] == pytest.approx(4096 / CHIPS["v5e"].dcn_bandwidth)
 
     # What the compiler says that it needs comes on top of what lies there already.
     full = "RESOURCE_EXHAUSTED: Allocation (size=1) (18.25G) exceeds available HBM (15.75G)"

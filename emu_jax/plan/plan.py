@@ -36,7 +36,7 @@ from emu_jax.hardware import Topology
 from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
-from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, times
+from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, slice_seconds, times
 from emu_jax.sharding import AbstractModel, row_ways, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
@@ -199,6 +199,11 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
         raise UserError(f"--for {program!r} is not known{suggest(program, PROGRAMS)}")
     if cfg.dtype != "bfloat16":
         raise UserError(f"a plan is for dtype=bfloat16, not {cfg.dtype}: TPUs have no other peak")
+    if program == "generate" and cfg.mesh.context > 1:
+        raise UserError(
+            f"mesh.context is {cfg.mesh.context}, but a decode step reads one token of each row: "
+            "set it to 1"
+        )
     devices = devices_of(topology)
     if program == "generate":
         return _plan_token(cfg, topology, devices)
@@ -389,6 +394,8 @@ def _report(
     counts = hlo.count(compiled.as_text() or "")
     network = Network.of(topology, list(mesh.devices.flat))
     t = times(counts, network)
+    on_network = {c: sum(network.seconds(c)) * often for c, often in counts.collectives.items()}
+    sums = {"slices": {"all-reduce": slice_seconds(counts, topology)}} if counts.dcn_bytes else {}
     for what in sorted(counts.unknown):
         log.warning("not counted: %s", what)
     peak = chip.flops * topology.chips
@@ -414,10 +421,8 @@ def _report(
         tokens_per_second=tokens / t.serial,
         tokens_per_second_overlap=tokens / t.overlapped,
         collective_bytes=collective_bytes(counts, mesh),
-        collective_seconds=by_axes(
-            {c: sum(network.seconds(c)) * often for c, often in counts.collectives.items()}, mesh
-        ),
-        exposed_seconds=by_axes(exposed_seconds(counts, network), mesh),
+        collective_seconds=by_axes(on_network, mesh) | sums,
+        exposed_seconds=by_axes(exposed_seconds(counts, network), mesh) | sums,
         compiler_seconds=(compiled.cost_analysis() or {}).get("optimal_seconds"),
         not_counted=tuple(sorted(counts.unknown)),
         compile_seconds=time.monotonic() - started,
@@ -475,15 +480,16 @@ def summary(report: Report) -> str:
     lines += [f"  {kind:12}{gib(size):>8}" for kind, size in report.hbm_by_kind.items()]
     if isinstance(report, CompiledReport):
         seconds = report.seconds
+        scheduled, mfu = report.step_seconds_scheduled, report.mfu_scheduled
         lines += [
             f"model FLOPs {report.model_flops:.4g} a step",
             f"step        {report.step_seconds_overlap:.3f} s (all overlapped) to "
-            f"{report.step_seconds_serial:.3f} s (nothing overlapped); "
-            f"{report.step_seconds_scheduled:.3f} s as scheduled",
+            f"{report.step_seconds_serial:.3f} s (nothing overlapped)"
+            + (f"; {scheduled:.3f} s as scheduled" if scheduled is not None else ""),
             f"  products {seconds['compute']:.3f}, HBM {seconds['hbm']:.3f}, ICI "
             f"{seconds['ici']:.3f}, DCN {seconds['dcn']:.3f} s",
-            f"MFU         {report.mfu_overlap:.3f} to {report.mfu_serial:.3f}; "
-            f"{report.mfu_scheduled:.3f} as scheduled",
+            f"MFU         {report.mfu_overlap:.3f} to {report.mfu_serial:.3f}"
+            + (f"; {mfu:.3f} as scheduled" if mfu is not None else ""),
             f"tokens/s    {report.tokens_per_second_overlap:,.0f} to "
             f"{report.tokens_per_second:,.0f}",
         ]

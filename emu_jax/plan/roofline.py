@@ -151,18 +151,15 @@ class Network:
 def times(counts: Counts, network: Network) -> Times:
     """Returns the module's times on one device of the network's topology."""
     chip = network.topology.chip
-    bandwidth = chip.hbm_bandwidth / chip.devices
     ici = dcn = 0.0
     for collective, often in counts.collectives.items():
         ici_seconds, dcn_seconds = network.seconds(collective)
         ici, dcn = ici + ici_seconds * often, dcn + dcn_seconds * often
-    slices = network.topology.slices
-    # Sums over slices by the runtime, which are waited for.
-    sums = 2 * (slices - 1) / slices * counts.dcn_bytes / (chip.dcn_bandwidth / chip.devices)
+    sums = slice_seconds(counts, network.topology)
     dcn += sums
     return Times(
         compute=matmul_seconds(counts, chip),
-        hbm=counts.hbm_bytes / bandwidth,
+        hbm=hbm_seconds(counts, chip),
         ici=ici,
         dcn=dcn,
         instructions=sum(
@@ -170,6 +167,13 @@ def times(counts: Counts, network: Network) -> Times:
         ),
         exposed=sum(exposed_seconds(counts, network).values()) + sums,
     )
+
+
+def slice_seconds(counts: Counts, topology: Topology) -> float:
+    """Returns the seconds in which the runtime reduces over slices. They are waited for."""
+    chip, slices = topology.chip, topology.slices
+    passed = 2 * (slices - 1) / slices * counts.dcn_bytes
+    return passed / (chip.dcn_bandwidth / chip.devices)
 
 
 def exposed_seconds(counts: Counts, network: Network) -> dict[Collective, float]:
@@ -181,8 +185,8 @@ def exposed_seconds(counts: Counts, network: Network) -> dict[Collective, float]
     """
     exposed: dict[Collective, float] = defaultdict(float)
 
-    def run(schedule: Schedule, times: float) -> float:
-        """Returns the seconds of one run of a schedule that runs `times` times."""
+    def run(schedule: Schedule, often: float) -> float:
+        """Returns the seconds of one run of a schedule that runs `often` times."""
         clock = free = 0.0  # free: when the network has ended all that it was given
         ends: dict[str, float] = {}  # by channel
         sent: list[tuple[Collective, float, float]] = []  # with start and end, in order
@@ -197,11 +201,11 @@ def exposed_seconds(counts: Counts, network: Network) -> dict[Collective, float]
             elif isinstance(event, End):
                 until = ends.pop(event.channel)
                 for collective, start, end in sent:
-                    exposed[collective] += max(0.0, min(end, until) - max(start, clock)) * times
+                    exposed[collective] += max(0.0, min(end, until) - max(start, clock)) * often
                 clock = max(clock, until)
                 sent = [each for each in sent if each[2] > clock]
             else:
-                seconds = run(event.body, times * event.times) * event.times
+                seconds = run(event.body, often * event.times) * event.times
                 clock, free = clock + seconds, free + seconds
                 ends = {channel: end + seconds for channel, end in ends.items()}
                 sent = [(c, start + seconds, end + seconds) for c, start, end in sent]
@@ -213,7 +217,12 @@ def exposed_seconds(counts: Counts, network: Network) -> dict[Collective, float]
 
 def instruction_seconds(cost: Cost, chip: Chip) -> float:
     """Returns the roofline of one run of an instruction on one device of a chip."""
-    return max(matmul_seconds(cost, chip), cost.hbm_bytes / (chip.hbm_bandwidth / chip.devices))
+    return max(matmul_seconds(cost, chip), hbm_seconds(cost, chip))
+
+
+def hbm_seconds(work: Counts | Cost, chip: Chip) -> float:
+    """Returns the seconds of the HBM traffic of one device of a chip."""
+    return work.hbm_bytes / (chip.hbm_bandwidth / chip.devices)
 
 
 def matmul_seconds(work: Counts | Cost, chip: Chip) -> float:
@@ -239,11 +248,10 @@ class Operation:
 def busiest(counts: Counts, topology: Topology, limit: int = 12) -> list[Operation]:
     """Returns the `limit` operations that take most of the serial bound, the slowest first."""
     chip = topology.chip
-    bandwidth = chip.hbm_bandwidth / chip.devices
     operations: dict[str, Operation] = {}
     for cost in counts.instructions:
         products = matmul_seconds(cost, chip) * cost.times
-        moved = cost.hbm_bytes / bandwidth * cost.times
+        moved = hbm_seconds(cost, chip) * cost.times
         before = operations.get(cost.source, Operation(cost.source, 0.0, 0.0, 0.0))
         operations[cost.source] = Operation(
             cost.source,

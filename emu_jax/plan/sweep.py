@@ -25,6 +25,7 @@ from emu_jax import markdown
 from emu_jax.config import to_dict
 from emu_jax.errors import UserError
 from emu_jax.hardware import Topology
+from emu_jax.plan import hlo
 from emu_jax.plan.plan import (
     SAFE,
     CompiledReport,
@@ -89,7 +90,7 @@ class Trial:
     """A setting of a sweep, and its report.
 
     Attributes:
-        key: identifies the setting, the topology and the compiler.
+        key: identifies the setting, the topology, the compiler and the rules of counting.
         curve: the scaling curve that it is a point of, or "".
         report: None if the compiler crashed.
     """
@@ -421,7 +422,8 @@ class _Trials:
 def _key(cfg: TrainConfig, topology: Topology) -> str:
     setting = to_dict(dataclasses.replace(cfg, tuned={}))
     compiler = [jax.__version__, version("libtpu"), os.environ.get("LIBTPU_INIT_ARGS", ""), SAFE]
-    return json.dumps([setting, str(topology), topology.slices, *compiler], sort_keys=True)
+    values = [setting, str(topology), topology.slices, *compiler, hlo.RULES]
+    return json.dumps(values, sort_keys=True)
 
 
 def _name(topology: Topology) -> str:
