@@ -53,12 +53,12 @@ def measure(source: OpenSource, rows: int, hosts: int, row_group: int) -> dict:
         row_group=row_group,
     )
     (group,) = make_groups(cfg, RowBuilder.requires, [source])
-    share = Share(group, range(rows // hosts))
+    share = Share(group, [range(rows // hosts)])
     positions: Positions = ((0, 0),) * group.streams
     documents, seconds = 0, []
     # All streams pack their first blocks in the first step. A round of `_ROUND` steps uses up one
     # block of each, so that its mean is that of a long run.
-    for _ in range(_ROUND * max(1, _TIMED_ROWS // (_ROUND * len(share.local_rows)))):
+    for _ in range(_ROUND * max(1, _TIMED_ROWS // (_ROUND * (rows // hosts)))):
         began = time.process_time()
         planned = plan_rows(share, positions)
         seconds.append(time.process_time() - began)

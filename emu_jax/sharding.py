@@ -17,7 +17,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -343,3 +343,44 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch, which is split over its first axis."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+class RowShares(NamedTuple):
+    """Which rows of each batch a process reads, for its devices.
+
+    They need not be neighbors: a mesh follows the interconnect, and a host's devices are a square
+    of it.
+
+    Attributes:
+        numbers: of equal shares of consecutive rows, in rising order.
+        count: number of all shares.
+        is_lead: whether no process before this one reads the same rows.
+    """
+
+    numbers: tuple[int, ...]
+    count: int
+    is_lead: bool
+
+
+def row_shares(mesh: Mesh) -> RowShares:
+    """Returns the shares that this process reads on a mesh.
+
+    Raises:
+        UserError: some of a process's rows are also another's, and some are not, or processes have
+            different numbers of them.
+    """
+    count = row_ways(mesh)
+    found: dict[int, set[int]] = {}
+    for number, devices in enumerate(mesh.devices.reshape(count, -1)):  # `data` and `fsdp` lead
+        for device in devices:
+            found.setdefault(device.process_index, set()).add(number)
+    shares = {process: tuple(sorted(numbers)) for process, numbers in found.items()}
+    distinct = set(shares.values())
+    if len(set(map(len, distinct))) > 1 or sum(map(len, distinct)) != count:
+        raise UserError(
+            "the mesh divides the rows of a batch unequally among processes: let mesh.tensor x "
+            "mesh.context divide the devices of a process, or be a multiple of them"
+        )
+    numbers = shares[jax.process_index()]
+    first = min(process for process in shares if shares[process] == numbers)
+    return RowShares(numbers, count, jax.process_index() == first)

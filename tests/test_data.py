@@ -1092,7 +1092,7 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
             Batches(dataclasses.replace(cfg, **changes), tokenizer, kind, 0, processes)
 
     fails("unknown kind of batch 'row'; did you mean 'rows'", kind="row")
-    fails("batch_size 6 cannot be shared by 4 processes", processes=4)
+    fails("batch_size 6 cannot be divided into 4 equal shares", processes=4)
     fails("row_tokens.*at least 8, not 7", row_tokens=7)
     fails("seed", seed=-1)
     fails("image_first", image_first=1.5)

@@ -88,7 +88,7 @@ def test_the_papers_batches(cfg, tokenizer, tmp_path):
             assert {name} == {n for n, _ in half.documents()}
     for half in halves:
         half.close()
-    with pytest.raises(UserError, match="batch_size 2 cannot be shared by 4 processes"):
+    with pytest.raises(UserError, match="batch_size 2 cannot be divided into 4 equal shares"):
         Batches(cfg, tokenizer, "rows", 0, 4)
 
 

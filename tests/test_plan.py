@@ -47,7 +47,7 @@ from emu_jax.plan.sweep import (
     sweep,
     table,
 )
-from emu_jax.sharding import MESH_AXES, choose_mesh, make_mesh
+from emu_jax.sharding import MESH_AXES, choose_mesh, make_mesh, row_shares
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.device_memory import abstract_batch
@@ -175,6 +175,31 @@ def test_frozen_towers_cost_less():
 
 
 # --- Meshes and topologies ------------------------------------------------------------------------
+
+
+def fake_mesh(processes, data: int, fsdp: int, tensor: int) -> Any:
+    """A mesh of devices of some processes, in the order of the mesh."""
+    devices = np.array([SimpleNamespace(process_index=p) for p in processes])
+    shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return SimpleNamespace(devices=devices.reshape(*shape.values()), shape=shape)
+
+
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch):
+    # 4 x 4 chips, each 2 x 2 a host; the mesh follows rows of chips.
+    hosts = [2 * (x // 2) + y // 2 for x in range(4) for y in range(4)]
+    for mesh, want in (
+        ((1, 16, 1), {0: (0, 1, 4, 5), 1: (2, 3, 6, 7), 3: (10, 11, 14, 15)}),
+        ((2, 4, 2), {0: (0, 2), 1: (1, 3), 2: (4, 6)}),
+        ((1, 4, 4), {0: (0, 1), 1: (0, 1), 2: (2, 3), 3: (2, 3)}),  # two hosts share each row
+        ((1, 1, 16), {0: (0,), 3: (0,)}),
+    ):
+        for process, numbers in want.items():
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            lead = not any(want[p] == numbers for p in want if p < process)
+            assert row_shares(fake_mesh(hosts, *mesh)) == (numbers, mesh[0] * mesh[1], lead)
+    for uneven in ([0, 0, 0, 1], [0, 0, 0, 1, 1, 1, 1, 0]):
+        with pytest.raises(UserError, match="unequally among processes: let mesh.tensor"):
+            row_shares(fake_mesh(uneven, 1, 4, len(uneven) // 4))
 
 
 def test_mesh_is_chosen_with_a_reason():

@@ -152,6 +152,16 @@ def test_streams_are_equal_for_any_number_of_processes(cfg, tokenizer, tmp_path,
             merge_states(states[:1])
         with pytest.raises(UserError, match="data position is of .* streams"):
             shares[-1].restore(states[0])
+    # A mesh follows the interconnect: a process's rows are scattered, and others may read the same.
+    numbers = ((0, 3, 5), (1, 2, 4), (0, 3, 5))
+    scattered = [Batches(cfg, tokenizer, kind, mine, 6) for mine in numbers]
+    for batch in want:
+        for mine, share in zip(numbers, scattered, strict=True):
+            pieces = {k: np.split(v, 6) for k, v in batch.items()}
+            assert_equal(
+                next(share), {k: np.concatenate([v[n] for n in mine]) for k, v in pieces.items()}
+            )
+    assert merge_states([share.state() for share in scattered]) == state
     with Batches(cfg, tokenizer, kind, 1, 3) as third:  # resumed by other processes
         third.restore(json.loads(json.dumps(middle)))
         for batch in want[3:]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 
 from emu_jax import checkpoint
 from emu_jax.train.config import EvalConfig, TrainConfig
@@ -69,8 +70,17 @@ def shrunk(root: str) -> TrainConfig:
     )
 
 
+def scattered(shape: Sequence[int], devices: Sequence[jax.Device], **_) -> np.ndarray:
+    """A grid in which the devices of a process are no neighbors, as in a mesh of TPUs."""
+    processes = {device.process_index for device in devices}
+    each = [[d for d in devices if d.process_index == process] for process in sorted(processes)]
+    return np.array([device for row in zip(*each, strict=True) for device in row]).reshape(shape)
+
+
 def main(root: str, workdir: str, **changes) -> None:
     """What each process runs."""
+    if os.environ["JAX_NUM_PROCESSES"] == "2":
+        mesh_utils.create_device_mesh = scattered
     try:
         train(dataclasses.replace(shrunk(root), **changes), Path(workdir))
     except KeyboardInterrupt:
@@ -78,7 +88,7 @@ def main(root: str, workdir: str, **changes) -> None:
 
 
 class Job:
-    """A run on some processes, of two CPU devices each.
+    """A run on some processes, of two CPU devices each. Those of two processes are `scattered`.
 
     Args:
         changes: to `shrunk`, as source code.
@@ -91,7 +101,8 @@ class Job:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        code += f"import test_restarts; test_restarts.main({root!r}, {str(workdir)!r}, {changes})"
+        code += "import test_restarts; from emu_jax.train.config import MeshConfig; "
+        code += f"test_restarts.main({root!r}, {str(workdir)!r}, {changes})"
         environment = os.environ | {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
@@ -215,6 +226,13 @@ def test_two_processes_train_as_one(one, two):
     assert_same_losses(losses(two), losses(one))
     assert_same_evaluations(two, one)
     assert sorted_documents(two) == sorted_documents(one)
+
+
+def test_processes_that_share_rows_train_as_one(root, runs, one):
+    workdir = runs / "shared"
+    Job(2, root, workdir, changes="eval=(), mesh=MeshConfig(context=2)").finish()
+    assert_same_losses(losses(workdir), losses(one))
+    assert sorted_documents(workdir) == sorted_documents(one)
 
 
 def test_evaluation_changes_nothing_that_is_trained(root, runs, two):

@@ -141,7 +141,7 @@ class ToyObjective(objectives.Objective):
     def prepare_data(self):
         return SimpleNamespace(save=lambda folder: None)
 
-    def batches(self, tokenizer, **how):
+    def batches(self, tokenizer, shares, **how):
         return ToyBatches()
 
     def targets(self, module, batch):

@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
 
@@ -116,24 +116,40 @@ class Share:
     """The part of a group's batches that a process plans.
 
     Args:
-        local_rows: this process's rows of a global batch, or None to make no rows and only plan.
+        local_rows: this process's rows of a global batch, which are runs of consecutive rows in
+            rising order; or None to make no rows and only plan.
 
     Attributes:
         counted_rows: the rows that statistics are counted of: all if there is one stream, which
             every process plans; otherwise each row by the process that makes it.
     """
 
-    def __init__(self, group: Group, local_rows: range | None) -> None:
+    def __init__(self, group: Group, local_rows: Sequence[range] | None) -> None:
         self.group = group
-        every = range(group.cfg.batch_size)
-        self.local_rows = range(0) if local_rows is None else local_rows
+        every: Sequence[range] = (range(group.cfg.batch_size),)
+        self.local_rows: Sequence[range] = local_rows or ()
         self.counted_rows = every if local_rows is None or group.streams == 1 else local_rows
         self._reporting_rows = every if local_rows is None else local_rows
 
-    def streams(self) -> range:
+    def streams(self) -> list[int]:
         """Returns the streams that this process plans."""
-        rows, size = self.counted_rows, self.group.stream_rows
-        return range(rows.start // size, -(-rows.stop // size)) if rows else range(0)
+        size = self.group.stream_rows
+        runs = [range(r.start // size, -(-r.stop // size)) for r in self.counted_rows if r]
+        return sorted(set(itertools.chain(*runs)))
+
+    def local(self, rows: range) -> Iterator[tuple[int, int]]:
+        """Yields those rows of a global batch that this process makes: (its number here, row)."""
+        first = 0
+        for run in self.local_rows:
+            for row in _overlap(rows, run):
+                yield first + row - run.start, row
+            first += len(run)
+
+    def counted(self, rows: range) -> Iterator[range]:
+        """Yields those of consecutive rows that statistics are counted of, in runs."""
+        for run in self.counted_rows:
+            if overlap := _overlap(rows, run):
+                yield overlap
 
     def stream_rows(self, stream: int) -> range:
         """Returns the rows of a batch that a stream fills."""
@@ -161,7 +177,8 @@ class Share:
     def reported(self, damaged: list[SampledDocument], stream: int) -> list[Damage]:
         """Returns the documents of a stream found damaged while counting tokens, on the process
         that makes the stream's first row; nothing on the others."""
-        if self.stream_rows(stream).start not in self._reporting_rows:
+        first = self.stream_rows(stream).start
+        if not any(first in run for run in self._reporting_rows):
             return []
         return [_damage(document, document.damage or "") for document in damaged]
 
@@ -202,10 +219,10 @@ def plan_rows(share: Share, positions: Positions) -> PlannedRows:
                 damaged += share.reported(packed.damaged, stream)
             offset = row - batch_row  # from the batch's rows to the block's
             end = min(stop, len(packed) - offset)
-            counted = _overlap(range(batch_row, end), share.counted_rows)
-            totals += packed.totals(counted.start + offset, counted.stop + offset)
-            for n in _overlap(range(batch_row, end), share.local_rows):
-                placements += _placements(n - share.local_rows.start, packed.row(n + offset))
+            for run in share.counted(range(batch_row, end)):
+                totals += packed.totals(run.start + offset, run.stop + offset)
+            for n, global_row in share.local(range(batch_row, end)):
+                placements += _placements(n, packed.row(global_row + offset))
             batch_row, row = end, end + offset
             if row == len(packed):
                 block, row = block + 1, 0
@@ -217,7 +234,7 @@ class BatchBuilder(abc.ABC):
     """Builds the batch of a group at a given position. Stateless. One subclass for each kind.
 
     Args:
-        local_rows: this process's rows of a global batch, or None to make no rows and only plan.
+        local_rows: see `Share`.
 
     Attributes:
         share: this process's part of the planning.
@@ -227,7 +244,7 @@ class BatchBuilder(abc.ABC):
     requires: ClassVar[Requirements]
 
     def __init__(
-        self, group: Group, tokenizer: Tokenizer, local_rows: range | None, pool: Pool
+        self, group: Group, tokenizer: Tokenizer, local_rows: Sequence[range] | None, pool: Pool
     ) -> None:
         self.group, self.cfg, self.tokenizer = group, group.cfg, tokenizer
         if self.cfg.n_frame and tokenizer.frame is None:
@@ -241,7 +258,7 @@ class BatchBuilder(abc.ABC):
         self.encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
         self._resized_small = functools.lru_cache(1 << 12)(self._resized)
         self._shapes = {
-            name: ((len(self.share.local_rows), *shape[1:]), dtype)
+            name: ((sum(map(len, self.share.local_rows)), *shape[1:]), dtype)
             for name, (shape, dtype) in self.shapes(self.cfg).items()
         }
 
@@ -397,7 +414,7 @@ class RowBuilder(BatchBuilder):
             for source, values in zip(self.group.sources, totals.tolist(), strict=True)
             if any(values)
         }
-        counted_rows = len(self.share.counted_rows)
+        counted_rows = sum(map(len, self.share.counted_rows))
         capacity = {
             "token_slots": counted_rows * self.cfg.row_tokens,
             "image_slots": counted_rows * self.cfg.row_images,
@@ -515,8 +532,9 @@ class _SingleBuilder(BatchBuilder):
             documents, skipped, stop = self.group.next(first, len(rows), stream)
             after[stream] = 0, stop
             damaged += share.reported(skipped, stream)
-            local += [documents[n - rows.start] for n in _overlap(rows, share.local_rows)]
-            counted += [documents[n - rows.start] for n in _overlap(rows, share.counted_rows)]
+            local += [documents[row - rows.start] for _, row in share.local(rows)]
+            for run in share.counted(rows):
+                counted += documents[run.start - rows.start : run.stop - rows.start]
         self._read_ahead(local, lambda: self._local(share.after(after)))
         unreadable = self._pool(
             lambda n: self._fill_or_replace(batch, n, local[n]), range(len(local))
@@ -539,8 +557,8 @@ class _SingleBuilder(BatchBuilder):
         for stream, (_, first) in self.share.planned(positions):
             rows = self.share.stream_rows(stream)
             documents, _, _ = self.group.next(first, len(rows), stream)
-            for n in _overlap(rows, self.share.local_rows):
-                yield documents[n - rows.start]
+            for _, row in self.share.local(rows):
+                yield documents[row - rows.start]
 
     @abc.abstractmethod
     def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -157,7 +157,7 @@ class LatentBatches(Iterator[Batch]):
     """An endless iterator over batches of `condition` bfloat16 [B, N, D], `latents` bfloat16
     [B, h, w, C] and, if the denoiser is conditioned on them, `sizes` int32 [B, 6].
 
-    Each process gets a contiguous share of a global batch, as in `pipeline.Batches`.
+    Each process gets one or several shares of a global batch, as in `pipeline.Batches`.
 
     Raises:
         UserError: the folder is incomplete or damaged, or was made with another model.
@@ -168,8 +168,8 @@ class LatentBatches(Iterator[Batch]):
         folder: Path,
         cfg: DataConfig,
         model: EmuConfig,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: int | Sequence[int] = 0,
+        shares: int = 1,
     ) -> None:
         if not (folder / _LISTING).is_file():
             raise UserError(f"{folder} has no {_LISTING}: write it with `emu-jax precompute`")
@@ -195,8 +195,9 @@ class LatentBatches(Iterator[Batch]):
         self._order: Any = (
             grain.MapDataset.source(range(listing.rows)).seed(cfg.seed).shuffle().repeat(None)
         )
-        share = cfg.batch_size // process_count
-        self._rows = range(process_index * share, (process_index + 1) * share)
+        size = cfg.batch_size // shares
+        numbers = (share,) if isinstance(share, int) else share
+        self._rows = [row for n in numbers for row in range(n * size, (n + 1) * size)]
         self._cfg, self._position, self._last = cfg, 0, list[int]()
         self._pool = ThreadPoolExecutor(1, "emu-jax-latents")
         self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()

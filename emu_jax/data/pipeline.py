@@ -69,9 +69,10 @@ def batches_of_each_source(
     cfg: DataConfig,
     tokenizer: Tokenizer,
     kind: Kind,
-    process_index: int,
-    process_count: int,
+    share: int | Sequence[int],
+    shares: int,
     *,
+    recount: bool,
     pad_to: int,
 ) -> dict[str, Batches]:
     """Returns batches of each source alone, by name; see `Batches`.
@@ -79,10 +80,9 @@ def batches_of_each_source(
     Raises:
         UserError: as `Batches`.
     """
-    recount = process_count == 1
     return {
         source.cfg.name: Batches(
-            cfg, tokenizer, kind, process_index, process_count, opened=[source], pad_to=pad_to
+            cfg, tokenizer, kind, share, shares, opened=[source], pad_to=pad_to
         )
         for source in open_sources(cfg, tokenizer, BUILDERS[kind].requires, recount)
     }
@@ -91,19 +91,21 @@ def batches_of_each_source(
 class Batches(Iterator[Batch]):
     """An endless iterator over batches, prefetched on a thread.
 
-    A process gets a contiguous share of the rows of each global batch. The global batch does not
-    depend on the number of processes. With `DataConfig.row_group` a process plans its own rows
-    alone: its `state()` must be merged with the others' (`merge_states`), and its statistics
-    estimate the global batch by its own rows.
+    The rows of a global batch are divided into `shares` of consecutive rows, as many in each. A
+    process gets one or several of them. The global batch does not depend on how many there are.
+    With `DataConfig.row_group` a process plans its own rows alone: its `state()` must be merged
+    with the others' (`merge_states`), and its statistics estimate the global batch by its own
+    rows.
 
     Args:
+        share: the number, or the rising numbers, of this process's shares.
         kind: kind of batches, one for each objective (see `BUILDERS`). "captions" and
             "images" use pairs only, "contexts" and "views" use documents with an image.
         plan_only: make batches without rows, and decode nothing; `statistics` still count whole
             batches.
-        recount: count a source again if files that were missing may have arrived. Ignored with
-            several processes, which must agree. False to resume a run with the data that it
-            started with.
+        recount: count a source again if files that were missing may have arrived. False with
+            several processes, which must agree, and to resume a run with the data that it started
+            with.
         opened: the sources, if they are open already.
         pad_to: rows of a global batch are padded to a multiple of this. Padding rows hold zeros,
             come last, and appear in no statistics.
@@ -121,8 +123,8 @@ class Batches(Iterator[Batch]):
         cfg: DataConfig,
         tokenizer: Tokenizer,
         kind: Kind,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: int | Sequence[int] = 0,
+        shares: int = 1,
         *,
         plan_only: bool = False,
         recount: bool = True,
@@ -131,22 +133,23 @@ class Batches(Iterator[Batch]):
     ) -> None:
         if kind not in BUILDERS:
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, BUILDERS)}")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}")
+        self._shares = (share,) if isinstance(share, int) else tuple(share)
+        if not self._shares or not 0 <= self._shares[0] <= self._shares[-1] < shares:
+            raise ValueError(f"share {share} of {shares}")
         for size in sorted(cfg.batch_sizes()):
-            if size < 1 or pad_to % process_count and size % process_count:
+            if size < 1 or pad_to % shares and size % shares:
                 raise UserError(
-                    f"batch_size {size} cannot be shared by {process_count} processes: "
-                    "make it a multiple"
+                    f"batch_size {size} cannot be divided into {shares} equal shares: make it a "
+                    "multiple"
                 )
         self._cfg, self._kind = cfg, kind
-        share = None if plan_only else (process_index, process_count)
-        requires, recount = BUILDERS[kind].requires, recount and process_count == 1
+        requires = BUILDERS[kind].requires
         if opened is None:
             groups = open_groups(cfg, tokenizer, requires, recount)
         else:
             groups = make_groups(cfg, requires, opened)
-        self._maker = _Maker(cfg, tokenizer, kind, share, groups, pad_to)
+        mine = None if plan_only else (self._shares, shares)
+        self._maker = _Maker(cfg, tokenizer, kind, mine, groups, pad_to)
         self._position = self._maker.start()
         self.tallies = self._maker.tallies
         self._thread: _Prefetch | None = None
@@ -159,7 +162,7 @@ class Batches(Iterator[Batch]):
         # The part of it that this process has counted itself since it started or was restored.
         self._counted_here = self._not_consumed()
         self._consumed_before = self._not_consumed()
-        self._is_partial = process_count > 1 and not plan_only and self._maker.is_partial
+        self._is_partial = len(self._shares) < shares and not plan_only and self._maker.is_partial
 
     def __next__(self) -> Batch:
         if self._thread is None and self._cfg.prefetch > 0:
@@ -188,8 +191,8 @@ class Batches(Iterator[Batch]):
     def state(self) -> dict[str, Any]:
         """Returns the position after the last batch that was yielded, as JSON types.
 
-        If this process plans only some of the streams, it is a part, with `consumed_here`: pass
-        those of all processes to `merge_states`.
+        If this process plans only some of the streams, it is a part, with `shares` and
+        `consumed_here`: pass those of all processes to `merge_states`.
         """
         step, groups = self._position
         dealt = [[stream and list(stream) for stream in streams] for streams in groups]
@@ -200,6 +203,7 @@ class Batches(Iterator[Batch]):
             "counted": self._counted(),
         }
         if self._is_partial:
+            state["shares"] = list(self._shares)
             state["consumed_here"] = _copied(self._counted_here)
         if self._consumed is not None:
             consumed = self._consumed_before if self._is_partial else self._consumed
@@ -355,10 +359,13 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if any(stream is None for streams in merged["groups"] for stream in streams):
         raise ValueError("no process knows the position of a stream")
     merged.pop("consumed_here")
+    merged.pop("shares")
+    # Processes whose devices split the same rows read the same documents.
+    here = {tuple(state["shares"]): state["consumed_here"] for state in states}.values()
     if "consumed" in merged:
         merged["consumed"] = {
             source: [
-                before + sum(state["consumed_here"][source][n] for state in states)
+                before + sum(consumed[source][n] for consumed in here)
                 for n, before in enumerate(counts)
             ]
             for source, counts in merged["consumed"].items()
@@ -393,7 +400,7 @@ class _Maker:
     """Makes the batch at a given position. Stateless.
 
     Args:
-        share: (process, number of processes) whose rows are made; None makes no rows.
+        share: (numbers of this process's shares, number of all shares); None makes no rows.
         pad_to: rows are padded to a multiple of this.
     """
 
@@ -402,7 +409,7 @@ class _Maker:
         cfg: DataConfig,
         tokenizer: Tokenizer,
         kind: Kind,
-        share: tuple[int, int] | None,
+        share: tuple[Sequence[int], int] | None,
         groups: list[Group],
         pad_to: int,
     ) -> None:
@@ -414,11 +421,13 @@ class _Maker:
         self._group_order = group_order(groups)
         self._builders, self._rows, pool = [], list[int](), Pool(cfg)
         for group in groups:
-            process, processes = share or (0, 1)
+            numbers, shares = share or ((), 1)
             size = group.cfg.batch_size
-            rows = -(-size // pad_to) * pad_to // processes if share else 0
-            mine = range(min(process * rows, size), min((process + 1) * rows, size))
-            self._rows.append(rows)
+            rows = -(-size // pad_to) * pad_to // shares  # of a share
+            mine: list[range] = []  # neighboring shares are one run
+            for first, last in _runs(numbers):
+                mine.append(range(min(first * rows, size), min((last + 1) * rows, size)))
+            self._rows.append(rows * len(numbers))
             self._builders.append(builder(group, tokenizer, mine if share else None, pool))
         self.is_partial = any(group.streams > 1 for group in groups)
 
@@ -467,6 +476,15 @@ class _Maker:
         groups[group] = built.positions
         built = built._replace(batch=_padded(built.batch, self._rows[group]))
         return built, _Position(position.step + 1, tuple(groups))
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns the first and the last of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        first = runs.pop()[0] if runs and runs[-1][1] == number - 1 else number
+        runs.append((first, number))
+    return runs
 
 
 def _padded(batch: Batch, rows: int) -> Batch:

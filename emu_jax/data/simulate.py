@@ -238,7 +238,7 @@ def simulate(
 
     def start() -> tuple[Share, Positions]:
         (group,) = make_groups(cfg, RowBuilder.requires, sources)
-        return Share(group, range(cfg.batch_size // hosts)), ((0, 0),) * group.streams
+        return Share(group, [range(cfg.batch_size // hosts)]), ((0, 0),) * group.streams
 
     share, positions = start()
     totals = np.zeros(4, np.int64)
@@ -261,7 +261,7 @@ def simulate(
     finally:
         tracemalloc.stop()
     tokens, images, _, _ = totals.tolist()
-    rows = steps * len(share.counted_rows)
+    rows = steps * sum(map(len, share.counted_rows))
     return Simulation(
         documents,
         tokens / (rows * cfg.row_tokens),

@@ -25,7 +25,7 @@ from emu_jax.data.preview import GroupPreview, SourcePreview, preview
 from emu_jax.data.sources.open import missing_files
 from emu_jax.errors import UserError
 from emu_jax.hardware import chip_of
-from emu_jax.sharding import batch_sharding, make_mesh
+from emu_jax.sharding import make_mesh
 from emu_jax.storage import as_path, is_remote
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import MAY_CHANGE, TrainConfig, resume_config, resume_conflicts
@@ -193,7 +193,7 @@ def dry_run(
         before = len(problems)
         for size in sorted(cfg.data.batch_sizes()):
             with problems.caught():
-                check_rows(size, cfg.accumulate, batch_sharding(mesh))
+                check_rows(size, cfg.accumulate, mesh)
         rows_split = len(problems) == before
 
     with problems.caught():

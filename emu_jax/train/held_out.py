@@ -19,7 +19,7 @@ from emu_jax.data.latents import LatentBatches
 from emu_jax.data.pipeline import Batches, batches_of_each_source
 from emu_jax.errors import UserError
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
-from emu_jax.sharding import batch_sharding, row_ways
+from emu_jax.sharding import RowShares, batch_sharding, row_shares
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
@@ -59,7 +59,7 @@ class LossEvaluation(Evaluation):
     @classmethod
     def check(cls, cfg: TrainConfig, config: EvalConfig) -> None:
         if cfg.latents:
-            _open_latents(cfg, config).close()
+            _open_latents(cfg, config, RowShares((0,), 1, True)).close()
         else:
             super().check(cfg, config)
 
@@ -97,14 +97,14 @@ class LossEvaluation(Evaluation):
         Raises:
             UserError: data cannot be read.
         """
-        cfg, config = self.cfg, self.config
+        cfg, config, shares = self.cfg, self.config, row_shares(self.trainer.mesh)
         if cfg.accumulate > 1 and not config.batch_size:  # a whole batch may not fit
             part = cfg.data.batch_size // cfg.accumulate
             config = dataclasses.replace(config, batch_size=part)
         if cfg.latents:
-            latents = _open_latents(cfg, config)
+            latents = _open_latents(cfg, config, shares)
             rows = config.batch_size or cfg.data.batch_size
-            check_rows(rows, 1, self._sharding)
+            check_rows(rows, 1, self.trainer.mesh)
             return {"latents": (latents, rows)}
         data = config.data(cfg.data)
         kind = self.trainer.objective.batch_kind
@@ -112,9 +112,10 @@ class LossEvaluation(Evaluation):
             data,
             self.tokenizer,
             kind,
-            jax.process_index(),
-            jax.process_count(),
-            pad_to=row_ways(self.trainer.mesh),
+            shares.numbers,
+            shares.count,
+            recount=jax.process_count() == 1,
+            pad_to=shares.count,
         )
         own = {source.name: source.batch_size for source in data.sources}
         return {
@@ -177,7 +178,7 @@ class LossEvaluation(Evaluation):
         return metrics
 
 
-def _open_latents(cfg: TrainConfig, config: EvalConfig) -> LatentBatches:
+def _open_latents(cfg: TrainConfig, config: EvalConfig, shares: RowShares) -> LatentBatches:
     """Opens the conditions and latents of held-out documents.
 
     Raises:
@@ -195,6 +196,4 @@ def _open_latents(cfg: TrainConfig, config: EvalConfig) -> LatentBatches:
         drop_condition=0.0,
         prefetch=0,
     )
-    return LatentBatches(
-        as_path(config.root), data, cfg.model, jax.process_index(), jax.process_count()
-    )
+    return LatentBatches(as_path(config.root), data, cfg.model, shares.numbers, shares.count)

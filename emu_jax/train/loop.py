@@ -16,7 +16,7 @@ from emu_jax.config import save_json
 from emu_jax.data.latents import LatentBatches
 from emu_jax.data.pipeline import Batches
 from emu_jax.errors import UserError
-from emu_jax.sharding import batch_sharding
+from emu_jax.sharding import RowShares, batch_sharding, row_shares
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.checkpoints import Checkpoints, restore_state, save_state
 from emu_jax.train.config import TrainConfig, resume_config
@@ -74,9 +74,9 @@ def train(
     initialize_distributed()
     mesh = mesh_for(cfg)
     for size in sorted(cfg.data.batch_sizes()):
-        check_rows(size, cfg.accumulate, batch_sharding(mesh))
+        check_rows(size, cfg.accumulate, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
-    lead = jax.process_index() == 0
+    lead, shares = jax.process_index() == 0, row_shares(mesh)
     with (
         Signals() as signals,
         Goodput() as goodput,
@@ -117,7 +117,7 @@ def train(
         if done >= cfg.steps and not pending(cfg, evaluated, done):
             return {"step": done, "seconds": 0.0}
         tokenizer = trainer.objective.prepare_data()
-        batches = _open_batches(trainer.objective, tokenizer, workdir, done, position)
+        batches = _open_batches(trainer.objective, tokenizer, shares, workdir, done, position)
         if state is None:
             state = trainer.init(warm_start.load(trainer.param_shapes, trainer.quantizers))
         if lead:
@@ -150,8 +150,9 @@ def train(
                         name: jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
                         for name, rows in next(batches).items()
                     }
-                documents.log(step, batches.documents())
-                damaged.log(step, batches.damaged())
+                if shares.is_lead:
+                    documents.log(step, batches.documents())
+                    damaged.log(step, batches.damaged())
                 _compile_once(trainer, state, batch, step, compiled)
                 monitor.before_dispatch(step)
                 state, metrics = trainer.step(state, batch)
@@ -194,6 +195,7 @@ def train(
 def _open_batches(
     objective: Objective,
     tokenizer: Tokenizer,
+    shares: RowShares,
     workdir: Path,
     done: int,
     position: dict[str, Any] | None,
@@ -203,7 +205,7 @@ def _open_batches(
     Raises:
         UserError: the data cannot be read, or the position is not that after `done` steps.
     """
-    batches = objective.batches(tokenizer, resumed=position is not None)
+    batches = objective.batches(tokenizer, shares, resumed=position is not None)
     if position is not None:
         read = position.get("step", position.get("batch"))
         if read != done:

@@ -27,7 +27,7 @@ from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
-from emu_jax.sharding import context_ways, shard
+from emu_jax.sharding import RowShares, context_ways, shard
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import PAINTERS, TrainConfig
@@ -175,16 +175,17 @@ class Objective(ABC):
             )
         return problems
 
-    def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> Batches | LatentBatches:
-        """Returns this process's share of the data. A resumed run keeps its token counts."""
-        index, count = jax.process_index(), jax.process_count()
+    def batches(
+        self, tokenizer: Tokenizer, shares: RowShares, resumed: bool = False
+    ) -> Batches | LatentBatches:
+        """Returns this process's shares of the data. A resumed run keeps its token counts."""
         return Batches(
             self.cfg.data,
             tokenizer,
             self.batch_kind,
-            process_index=index,
-            process_count=count,
-            recount=not resumed,
+            shares.numbers,
+            shares.count,
+            recount=not resumed and jax.process_count() == 1,
         )
 
     def trained_model(self, metrics: dict[str, float]) -> EmuConfig:
@@ -835,10 +836,11 @@ class LatentDecoderObjective(DecoderObjective):
     def mismatches(self, tokenizer: Tokenizer | None) -> list[str]:
         return []  # the latents fix the sizes, and `LatentBatches` checks them
 
-    def batches(self, tokenizer: Tokenizer, resumed: bool = False) -> LatentBatches:
-        index, count = jax.process_index(), jax.process_count()
+    def batches(
+        self, tokenizer: Tokenizer, shares: RowShares, resumed: bool = False
+    ) -> LatentBatches:
         folder = as_path(self.cfg.latents)
-        return LatentBatches(folder, self.cfg.data, self.cfg.model, index, count)
+        return LatentBatches(folder, self.cfg.data, self.cfg.model, shares.numbers, shares.count)
 
     def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         dtype = jnp.dtype(self.cfg.dtype)

@@ -25,7 +25,7 @@ from emu_jax.config import to_dict
 from emu_jax.data.latents import PartWriter, Progress, finish, latent_shapes
 from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
-from emu_jax.sharding import batch_sharding
+from emu_jax.sharding import batch_sharding, row_shares
 from emu_jax.train.config import PAINTERS, TrainConfig, without_paths
 from emu_jax.train.distributed import global_state, initialize_distributed
 from emu_jax.train.objectives import Batch, DecoderObjective
@@ -110,11 +110,17 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         def unconditional(params: ModelParams) -> jax.Array:
             return objective.unconditional(module(params))
 
+        shares = row_shares(mesh)
+        if len(shares.numbers) * count > shares.count:
+            raise UserError(
+                "precompute needs a process's rows for itself: let mesh.tensor x mesh.context "
+                "divide its devices"
+            )
         progress = Progress.of(folder, _digest(cfg))
         row_bytes = 2 * sum(map(math.prod, latent_shapes(cfg.model)))
         part_rows = count * max(1, PART_BYTES // row_bytes)
         with (
-            objective.batches(tokenizer, resumed=progress.parts > 0) as batches,
+            objective.batches(tokenizer, shares, resumed=progress.parts > 0) as batches,
             ProgressBar("latents", rows, "row", done=progress.rows, enabled=index == 0) as bar,
         ):
             if progress.parts:

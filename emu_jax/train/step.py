@@ -31,6 +31,7 @@ from emu_jax.sharding import (
     context_ways,
     fitted,
     make_mesh,
+    row_shares,
     row_ways,
     slice_count,
 )
@@ -314,28 +315,20 @@ def _mesh_settings(cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def check_rows(batch_size: int, accumulate: int, sharding: NamedSharding) -> None:
-    """Checks that the rows of a batch split over devices so that each process holds its own.
+def check_rows(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Checks that the rows of a batch split equally over devices and processes.
 
     Raises:
         UserError: they do not.
     """
-    ways = row_ways(sharding.mesh)
+    ways = row_ways(mesh)
     if batch_size % (ways * accumulate):
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
         raise UserError(
             f"data.batch_size {batch_size} does not split over {ways} devices{parts}: "
             f"make it a multiple of {ways * accumulate}"
         )
-    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    rows = {
-        row for index in slices for row in range(batch_size)[index[0] if index else slice(None)]
-    }
-    share = batch_size // jax.process_count()
-    if rows != set(range(jax.process_index() * share, (jax.process_index() + 1) * share)):
-        raise UserError(
-            "the mesh splits rows over processes: make `tensor` x `context` fit into one process"
-        )
+    row_shares(mesh)
 
 
 def check_context(cfg: TrainConfig, mesh: Mesh) -> None:
