@@ -539,7 +539,7 @@ def language(table, weights, heads):
         logits = jax.nn.log_softmax(hidden @ heads[0])
         return -jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
-    def encode_images(pixels, *, dropout_key):
+    def encode_images(pixels, *, frames, dropout_key):
         keys["visual"] = dropout_key
         return jnp.reshape(table[:8], (1, 2, 4, -1)) + jnp.mean(pixels)
 
@@ -695,7 +695,7 @@ def test_the_decoders_loss_by_hand(prediction, drawn):
 
     def frozen(weights):
         module = SimpleNamespace(
-            encode_images=lambda pixels: pixels * jnp.sum(weights),
+            encode_images=lambda pixels, frames: pixels * jnp.sum(weights),
             regress_after=lambda tokens, length, images, embedding_index: (
                 images.reshape(5, 1, -1) + tokens[:, None, :1] + length[:, None, None]
             ),
