@@ -346,7 +346,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 class RowShares(NamedTuple):
-    """Which rows of each batch a process reads, for its devices.
+    """The rows of each batch that a process reads for its devices.
 
     They need not be neighbors: a mesh follows the interconnect, and a host's devices are a square
     of it.
