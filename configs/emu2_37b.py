@@ -9,10 +9,11 @@ regression; the data; 20,350 steps; a peak learning rate of 1e-5, warm-up over a
 cosine decay; AdamW's betas and epsilon, clipping at 5; 8 frames a video, MMC4 in windows of 1,024
 tokens with 8 images.
 
-From the release: 64 `[gIMG]` a frame, behind `[VIDEO]`.
+From the release: a video is `[VIDEO]`, then 64 `[gIMG]` for each frame.
 
-Ours: the targets are the encoder's pooled features, 64 a still image and none a frame of a video;
-frames between subtitles (YT-Storyboard-1B) are still images; both losses weigh 1; weight decay is
+Ours: the regression targets are the encoder's pooled features, 64 for a still image and none for a
+video frame; frames between subtitles (YT-Storyboard-1B) are still images; both losses weigh 1;
+weight decay is
 Emu1's 0.05. The paper's step has 12,800 pairs, 6,400 videos, 3,200 pages and 800 rows of text.
 4,096 rows of 2,048 tokens and 18 images hold about as much. YT-Storyboard-1B's share of the videos,
 and GRIT's and CapsFusion-grounded's, are not given.

@@ -117,8 +117,8 @@ def choose_mesh(
     heads: int | None = None,
     widths: Sequence[int] = (),
 ) -> tuple[tuple[int, int, int], str]:
-    """Returns the sizes of (`data`, `fsdp`, `tensor`), and the reasons. They divide the devices
-    among themselves that `context` leaves. Chooses an axis of 0:
+    """Returns the sizes of (`data`, `fsdp`, `tensor`), and the reasons. Their product is the number
+    of devices divided by `context`. An axis of 0 is chosen:
 
     tensor: 1, unless a batch of `rows` is too small to give every device its own rows. It divides
         `heads`. Its traffic grows with the batch, on every layer.
@@ -378,8 +378,8 @@ def row_shares(mesh: Mesh) -> RowShares:
     distinct = set(shares.values())
     if len(set(map(len, distinct))) > 1 or sum(map(len, distinct)) != count:
         raise UserError(
-            "the mesh divides the rows of a batch unequally among processes: let mesh.tensor x "
-            "mesh.context divide the devices of a process, or be a multiple of them"
+            "the mesh divides the rows of a batch unequally among processes, which must hold the "
+            "same rows or none in common: change mesh.tensor or mesh.context"
         )
     numbers = shares[jax.process_index()]
     first = min(process for process in shares if shares[process] == numbers)

@@ -198,7 +198,7 @@ def test_a_process_reads_the_rows_of_its_devices(monkeypatch):
             lead = not any(want[p] == numbers for p in want if p < process)
             assert row_shares(fake_mesh(hosts, *mesh)) == (numbers, mesh[0] * mesh[1], lead)
     for uneven in ([0, 0, 0, 1], [0, 0, 0, 1, 1, 1, 1, 0]):
-        with pytest.raises(UserError, match="unequally among processes: let mesh.tensor"):
+        with pytest.raises(UserError, match="unequally among processes, .*: change mesh.tensor"):
             row_shares(fake_mesh(uneven, 1, 4, len(uneven) // 4))
 
 
@@ -1483,7 +1483,7 @@ def test_a_plan_is_compiled_with_the_flags_that_keep_the_compiler_from_crashing(
         pass
 
     cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
-    mesh: Any = SimpleNamespace(size=4, devices=np.zeros((1, 4, 1)))
+    mesh: Any = SimpleNamespace(size=4, shape={"data": 1, "fsdp": 4, "tensor": 1})
     lowered: Any = Lowered()
     with pytest.raises(Compiled):
         _report(cfg, topology, mesh, lowered, {}, 1.0, "train")

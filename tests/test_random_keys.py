@@ -163,4 +163,4 @@ def test_no_key_of_a_mixed_generation_has_two_purposes(drawer, keys, monkeypatch
     results = drawer.complete(OPENING, **settings)
     list(drawer.stream(OPENING[0], **settings))
     assert sum(not isinstance(part, str) for parts in results for part in parts) >= 3
-    keys.check("mixed._choose", "image.initial_latents")
+    keys.check("mixed._sample", "image.initial_latents")

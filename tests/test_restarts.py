@@ -79,7 +79,7 @@ def scattered(shape: Sequence[int], devices: Sequence[jax.Device], **_) -> np.nd
 
 def main(root: str, workdir: str, **changes) -> None:
     """What each process runs."""
-    if os.environ["JAX_NUM_PROCESSES"] == "2":
+    if int(os.environ["JAX_NUM_PROCESSES"]) > 1:
         mesh_utils.create_device_mesh = scattered
     try:
         train(dataclasses.replace(shrunk(root), **changes), Path(workdir))
@@ -88,7 +88,7 @@ def main(root: str, workdir: str, **changes) -> None:
 
 
 class Job:
-    """A run on some processes, of two CPU devices each. Those of two processes are `scattered`.
+    """A run on some processes, of two CPU devices each, which are `scattered`.
 
     Args:
         changes: to `shrunk`, as source code.
@@ -229,9 +229,12 @@ def test_two_processes_train_as_one(one, two):
 
 
 def test_processes_that_share_rows_train_as_one(root, runs, one):
+    """Processes 0 and 1 have shares 0 and 2 of four, processes 2 and 3 the others."""
     workdir = runs / "shared"
-    Job(2, root, workdir, changes="eval=(), mesh=MeshConfig(context=2)").finish()
+    Job(4, root, workdir, changes="mesh=MeshConfig(context=2)").finish()
+    assert list(losses(workdir)) == list(losses(one))
     assert_same_losses(losses(workdir), losses(one))
+    assert_same_evaluations(workdir, one)
     assert sorted_documents(workdir) == sorted_documents(one)
 
 

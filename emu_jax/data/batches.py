@@ -1,7 +1,7 @@
 """Batches: one class for each kind, which reads, tokenizes and decodes documents into arrays.
 
 A task for the thread pool is a document, or a few documents of packed rows. A document that cannot
-be read does not move the others, so processes need not tell each other about damage. In a packed
+be read does not move the others, so processes with other rows need not know of damage. In a packed
 row its tokens become padding. In a batch of single documents it is replaced by a substitute that
 is a function of its number.
 """

@@ -59,7 +59,8 @@ class DataConfig:
     row_tokens: int = 2048  # T
     row_images: int = 16  # I
     n_causal: int = 32  # N, embeddings of an image
-    # Embeddings of a frame of a video, which then has tokens of its own; 0: those of an image.
+    # Embeddings of a video frame, at `[gIMG]` tokens (64 in Emu2's releases). 0: frames are still
+    # images.
     n_frame: int = 0
     image_size: int = 224  # of the visual encoder
     target_size: int = 512  # of the autoencoder

@@ -30,7 +30,7 @@ from jaxtyping import Float, Real
 from emu_jax.config import EmuConfig, load_json, save_json
 from emu_jax.data import storage
 from emu_jax.data.file_cache import FileCache
-from emu_jax.data.pipeline import Batch, Consumed, Damage, DataConfig, is_count
+from emu_jax.data.pipeline import Batch, Consumed, Damage, DataConfig, is_count, share_numbers
 from emu_jax.data.records import RecordSpans
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
@@ -196,7 +196,7 @@ class LatentBatches(Iterator[Batch]):
             grain.MapDataset.source(range(listing.rows)).seed(cfg.seed).shuffle().repeat(None)
         )
         size = cfg.batch_size // shares
-        numbers = (share,) if isinstance(share, int) else share
+        numbers = share_numbers(share, shares)
         self._rows = [row for n in numbers for row in range(n * size, (n + 1) * size)]
         self._cfg, self._position, self._last = cfg, 0, list[int]()
         self._pool = ThreadPoolExecutor(1, "emu-jax-latents")

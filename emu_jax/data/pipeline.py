@@ -133,9 +133,7 @@ class Batches(Iterator[Batch]):
     ) -> None:
         if kind not in BUILDERS:
             raise UserError(f"unknown kind of batch {kind!r}{suggest(kind, BUILDERS)}")
-        self._shares = (share,) if isinstance(share, int) else tuple(share)
-        if not self._shares or not 0 <= self._shares[0] <= self._shares[-1] < shares:
-            raise ValueError(f"share {share} of {shares}")
+        self._shares = share_numbers(share, shares)
         for size in sorted(cfg.batch_sizes()):
             if size < 1 or pad_to % shares and size % shares:
                 raise UserError(
@@ -338,6 +336,18 @@ class Batches(Iterator[Batch]):
                 f"{last[-1].where}): repair the data, or raise data.max_damaged_rate above "
                 f"{max_rate}"
             )
+
+
+def share_numbers(share: int | Sequence[int], shares: int) -> tuple[int, ...]:
+    """Returns the numbers of a process's shares of a batch.
+
+    Raises:
+        ValueError: they are not rising, or not numbers of shares.
+    """
+    numbers = (share,) if isinstance(share, int) else tuple(share)
+    if not numbers or list(numbers) != sorted(set(numbers) & set(range(shares))):
+        raise ValueError(f"share {share} of {shares}")
+    return numbers
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from emu_jax.models import xla
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
@@ -76,7 +76,7 @@ def low_precision_dot(
     y: Shaped[Array, "..."],
     axes: tuple[tuple[int, ...], tuple[int, ...]],
     dtype: Any = None,
-) -> Float[Array, "..."]:
+) -> Real[Array, "..."]:
     """Returns the sums of products of two arrays in int8 or fp8 over axes of each, in float32.
 
     This compiler has no fast matmul of 8 bits. In float32, sums of up to 1,040 products of int8

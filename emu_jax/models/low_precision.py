@@ -5,8 +5,9 @@ float32, and all else (norms, softmax, attention, adapters) stays in the compute
 outside of the layers: embeddings, logits and losses, regression. `quantized.py` is about another
 kind of quantization, that of stored weights.
 
-Of y = x @ kernel, x has a scale for each token, kernel one for each output channel: the largest
-absolute value over that of the dtype. The scales leave the sums, so they multiply the result.
+In y = x @ kernel, x has a scale for each token and kernel one for each output channel: the largest
+absolute value divided by the largest number of the dtype. No scale depends on the summed axis, so
+they multiply the result.
 The backward pass is that of the quantized operands, which pass their gradients to x and kernel
 (the straight-through estimator), with dy rounded too:
 

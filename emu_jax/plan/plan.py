@@ -37,11 +37,11 @@ from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
 from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, slice_seconds, times
-from emu_jax.sharding import AbstractModel, row_ways, spec
+from emu_jax.sharding import AbstractModel, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
 from emu_jax.train.flops import train_flops
-from emu_jax.train.step import Trainer, mesh_for
+from emu_jax.train.step import Trainer, check_rows, mesh_for
 
 log = logging.getLogger(__name__)
 
@@ -210,11 +210,7 @@ def plan(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report
     if program == "decoder":
         cfg = dataclasses.replace(cfg, objective="decoder")
     mesh = mesh_for(cfg, devices)
-    ways = row_ways(mesh) * cfg.accumulate
-    if cfg.data.batch_size % ways:
-        raise UserError(
-            f"data.batch_size {cfg.data.batch_size} does not split {ways} ways: make it a multiple"
-        )
+    check_rows(cfg.data.batch_size, cfg.accumulate, mesh)
     with jax.set_mesh(mesh):
         trainer = Trainer(cfg, mesh)
         batch = abstract_batch(trainer)

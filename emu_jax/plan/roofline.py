@@ -1,4 +1,4 @@
-"""Lower bounds on the time of a compiled module, from its work and the chip's peaks.
+"""Bounds on the time of a compiled module, from its work and the chip's peaks.
 
 There are three resources: matmuls (FLOPs over the peak of their dtype), HBM (bytes over its
 bandwidth) and the network (collective bytes over the bandwidth of the links that carry them). There
@@ -11,7 +11,7 @@ are three bounds:
   serial      as scheduled, but no collective overlapped
 
 No bound includes vector arithmetic, latencies, or matmuls that do not fill the matrix units.
-A real step is slower than the overlapped bound, and may be slower than the others.
+A real step is slower than the overlapped bound, and may be faster or slower than the other two.
 """
 
 from __future__ import annotations

@@ -194,9 +194,8 @@ class MeshConfig:
     data: int = 0
     fsdp: int = 0
     tensor: int = 0
-    context: int = (
-        1  # devices that share each row of tokens, for long rows; never chosen automatically
-    )
+    # Devices that share each row of tokens, for long rows; never chosen automatically.
+    context: int = 1
 
     def __post_init__(self) -> None:
         """Checks the settings.

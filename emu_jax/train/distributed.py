@@ -11,6 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from emu_jax.data.pipeline import merge_states
+from emu_jax.errors import UserError
+from emu_jax.sharding import RowShares
+from emu_jax.train.telemetry.metrics import DAMAGED_FILE
 
 # How long a failed process waits at the shutdown barrier before the job is killed.
 SHUTDOWN_SECONDS = 60
@@ -41,6 +44,33 @@ def global_state(state: dict[str, Any]) -> dict[str, Any]:
         state: `state()` of this process's batches.
     """
     return merge_states(gather_json(state)) if "consumed_here" in state else state
+
+
+def check_same_reads(shares: RowShares, digest: int) -> None:
+    """Checks that processes that read the same rows skipped the same documents. All processes must
+    call it.
+
+    Otherwise devices would compute with different contents of a row, and their copies of the
+    parameters drift apart.
+
+    Args:
+        digest: of the documents that this process skipped.
+
+    Raises:
+        UserError: they did not, on all processes.
+    """
+    if len(shares.numbers) * jax.process_count() <= shares.count:
+        return
+    readers: dict[tuple[int, ...], tuple[int, int]] = {}
+    for process, (numbers, found) in enumerate(gather_json([shares.numbers, digest])):
+        other, expected = readers.setdefault(tuple(numbers), (process, found))
+        if found != expected:
+            raise UserError(
+                f"processes {other} and {process} share rows (mesh.tensor x mesh.context spans "
+                "them), but one could not read documents that the other read: compare "
+                f"{DAMAGED_FILE.format(other)} and {DAMAGED_FILE.format(process)}, repair what is "
+                "missing, and run the same command, which resumes from the last checkpoint"
+            )
 
 
 def gather_json(value: object) -> list[Any]:

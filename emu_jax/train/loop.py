@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from emu_jax.sharding import RowShares, batch_sharding, row_shares
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.checkpoints import Checkpoints, restore_state, save_state
 from emu_jax.train.config import TrainConfig, resume_config
-from emu_jax.train.distributed import global_state, initialize_distributed
+from emu_jax.train.distributed import (
+    check_same_reads,
+    global_state,
+    initialize_distributed,
+)
 from emu_jax.train.evaluation import (
     Evaluation,
     Evaluations,
@@ -144,6 +149,7 @@ def train(
                 if monitor.stopping:
                     raise KeyboardInterrupt
             compiled: set[Any] = set()
+            digest = 0  # of the documents that this process skipped
             for step in range(done + 1, cfg.steps + 1):
                 with goodput.timed("data"):
                     batch = {
@@ -152,7 +158,9 @@ def train(
                     }
                 if shares.is_lead:
                     documents.log(step, batches.documents())
-                    damaged.log(step, batches.damaged())
+                skipped = batches.damaged()
+                digest = zlib.crc32(repr([(d.source, d.index) for d in skipped]).encode(), digest)
+                damaged.log(step, skipped)
                 _compile_once(trainer, state, batch, step, compiled)
                 monitor.before_dispatch(step)
                 state, metrics = trainer.step(state, batch)
@@ -178,6 +186,7 @@ def train(
                     for log in (documents, damaged, trackers, evaluated):
                         log.sync()
                     with goodput.timed("checkpoint"), signals.hold():
+                        check_same_reads(shares, digest)
                         read = global_state(batches.state())
                         save_state(checkpoints, step, state, read, leave_out=unsaved)
                 if checkpoints.check():

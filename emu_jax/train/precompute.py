@@ -79,6 +79,12 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         raise UserError(f"{rows} rows: give at least 1")
     initialize_distributed()
     mesh = mesh_for(cfg)
+    shares = row_shares(mesh)
+    if len(shares.numbers) * jax.process_count() > shares.count:
+        raise UserError(
+            "precompute does not support processes that share rows: make mesh.tensor x "
+            "mesh.context divide the devices of a process"
+        )
     count, index = jax.process_count(), jax.process_index()
     data = dataclasses.replace(cfg.data, drop_condition=0.0)
     with jax.set_mesh(mesh):
@@ -100,7 +106,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         def module(params: ModelParams) -> Any:
             return trainer.template.module({**zeros, **params})
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))  # see `_local`
         def compute(params: ModelParams, batch: Batch) -> tuple[jax.Array, ...]:
             sizes = objective.sizes(batch)
             arrays = objective.conditions_and_latents(module(params), batch)
@@ -110,12 +116,6 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         def unconditional(params: ModelParams) -> jax.Array:
             return objective.unconditional(module(params))
 
-        shares = row_shares(mesh)
-        if len(shares.numbers) * count > shares.count:
-            raise UserError(
-                "precompute needs a process's rows for itself: let mesh.tensor x mesh.context "
-                "divide its devices"
-            )
         progress = Progress.of(folder, _digest(cfg))
         row_bytes = 2 * sum(map(math.prod, latent_shapes(cfg.model)))
         part_rows = count * max(1, PART_BYTES // row_bytes)

@@ -115,8 +115,8 @@ def on_processes(
     Args:
         work: a function that can be pickled.
         workers: how many processes work at a time.
-        caller_works: the calling process is one of them, and begins at once. Its memory and its
-            life are then at risk like a worker's.
+        caller_works: whether the calling process is one of them. It begins at once. If a task
+            exhausts memory or crashes, the caller dies too.
     """
     return Processes(work, workers, caller_works)
 
