@@ -107,6 +107,7 @@ class Job:
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_NUM_CPU_DEVICES": str(devices),
+            "NPROC": "16",  # see `test_train.passes_with_more_threads`
             # Compiling is most of the work, and what is compared is compiled alike.
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
         }

@@ -118,6 +118,27 @@ def loss_and_gradients(cfg: TrainConfig, mesh, params=None):
 OTHERS = ("clip", "vae", "decoder", "painter", "emu2")
 
 
+def passes_with_more_threads(request: pytest.FixtureRequest) -> bool:
+    """Runs a test in a process with 16 threads for JAX's CPU devices; False in that process.
+
+    With a thread for each core, devices that wait in different collectives may hold all threads,
+    and the process is aborted. Meshes with `context` have such collectives.
+    """
+    if os.environ.get("NPROC"):
+        return False
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", request.node.nodeid]
+    done = subprocess.run(
+        command,
+        env=environment | {"NPROC": "16"},
+        cwd=request.config.rootpath,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return True
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """As on a machine with a single device, where programs compile sooner."""
@@ -136,7 +157,9 @@ def one_device(monkeypatch):
         *(pytest.param(name, ["mixed"], marks=pytest.mark.slow) for name in OTHERS),
     ],
 )
-def test_step_is_the_same_on_every_mesh(objective, meshes, data_root):
+def test_step_is_the_same_on_every_mesh(objective, meshes, data_root, request):
+    if "context" in meshes[0] and passes_with_more_threads(request):
+        return
     cfg = small(objective, data_root)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     loss, grads, params, flops = loss_and_gradients(cfg, one)
@@ -144,8 +167,10 @@ def test_step_is_the_same_on_every_mesh(objective, meshes, data_root):
     for name in meshes:
         mesh = make_mesh(*MESHES[name])
         other_loss, other_grads, _, share = loss_and_gradients(cfg, mesh, params)
-        if "context" in name:  # its devices compute parts of rows, not all of the same rows
-            assert share < 1.35 * flops / mesh.size
+        if "context" in name:
+            # Its devices compute parts of rows. At most 0.35 of the work is done by each of them:
+            # 0.56 without a split of tokens, 0.74 without one of images.
+            assert share < (1 + 0.35 * (mesh.shape["context"] - 1)) * flops / mesh.size
         assert abs(other_loss - loss) <= 1e-5 * abs(loss), name
         # Some gradients are zero in theory: measured against the tower's largest.
         for tower in {path.split(".")[0] for path in grads}:
@@ -208,7 +233,9 @@ def test_the_text_objective_reads_the_words_alone(data_root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, parts", [("one", 4), ("mixed", 2), ("context", 2)])
-def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_root):
+def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_root, request):
+    if name == "context" and passes_with_more_threads(request):
+        return
     cfg = small("emu", data_root, regression_weight=2.0)
     assert cfg.model.cformer.dropout == 0, "what is dropped would follow the parts"
     mesh = make_mesh(*MESHES[name]) if name in MESHES else make_mesh(devices=jax.devices()[:1])
