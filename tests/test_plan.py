@@ -47,10 +47,11 @@ from emu_jax.plan.sweep import (
     sweep,
     table,
 )
-from emu_jax.sharding import MESH_AXES, choose_mesh, make_mesh, row_shares
+from emu_jax.sharding import MESH_AXES, RowShares, choose_mesh, make_mesh, row_shares
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.device_memory import abstract_batch
+from emu_jax.train.distributed import check_same_reads
 from emu_jax.train.flops import jaxpr_flops, train_flops
 from emu_jax.train.objectives import get_objective
 from emu_jax.train.step import Trainer
@@ -200,6 +201,18 @@ def test_a_process_reads_the_rows_of_its_devices(monkeypatch):
     for uneven in ([0, 0, 0, 1], [0, 0, 0, 1, 1, 1, 1, 0]):
         with pytest.raises(UserError, match="unequally among processes, .*: change mesh.tensor"):
             row_shares(fake_mesh(uneven, 1, 4, len(uneven) // 4))
+
+
+def test_processes_that_share_rows_must_skip_the_same_documents(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    said = []
+    monkeypatch.setattr("emu_jax.train.distributed.gather_json", lambda value: said)
+    said[:] = [[[0, 1], 7], [[2, 3], 5], [[0, 1], 7]]
+    check_same_reads(RowShares((0, 1), 4, True), 7)
+    said[2] = [[0, 1], 8]
+    with pytest.raises(UserError, match="^processes 0 and 2 share rows .*damaged-2.jsonl"):
+        check_same_reads(RowShares((2, 3), 4, True), 5)  # on a process with other rows, too
+    check_same_reads(RowShares((0, 1), 6, True), 7)  # no rows are shared: nothing is gathered
 
 
 def test_mesh_is_chosen_with_a_reason():
