@@ -38,7 +38,10 @@ def public_functions(module) -> dict[str, inspect.Signature]:
 def test_kernels_for_cpus_have_the_entry_points_of_the_plain_ones():
     plain = public_functions(xla)
     for name, signature in public_functions(cpu).items():
-        assert signature == plain[name], name
+        parameters = dict(plain[name].parameters)
+        if name == "cross_entropy":
+            parameters.pop("matmul")
+        assert dict(signature.parameters) == parameters, name
     assert backend.kernels() is cpu
     with backend.use("xla"):
         assert backend.kernels() is xla
@@ -113,6 +116,18 @@ def test_gelu():
         assert relative_error(a, b) < 1e-6
     half = layers.gelu(x.astype(jnp.bfloat16))
     assert relative_error(half, layers.gelu(x)) < 1e-2
+
+
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+def test_norms_of_a_single_row(norm):
+    layer = getattr(layers, norm)(8, eps=1e-6, rngs=nnx.Rngs(0))
+    layer.scale[...] = random(2, 8)
+    graphdef, params = nnx.split(layer)
+    apply = lambda x, params: nnx.merge(graphdef, params)(x)  # noqa: E731
+    ours, plain = both(lambda: gradients(apply, random(0, 1, 5, 8), params))
+    assert ours[0].shape == (1, 5, 8)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert relative_error(a, b) < 2e-6
 
 
 @pytest.mark.parametrize("block", [0, 3])

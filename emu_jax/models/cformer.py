@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import CFormerConfig
 from emu_jax.models.attention import attention
-from emu_jax.models.layers import Linear, RMSNorm, normal, param, scan, stack, standardize
-from emu_jax.models.xla import causal_mask
+from emu_jax.models.layers import Linear, RMSNorm, normal, param, scan, stack
+from emu_jax.models.xla import causal_mask, standardize
 from emu_jax.sharding import shard
 
 

@@ -30,7 +30,7 @@ LARGE_SCORES = 512 * 1024
 # on one thread.
 BATCH_PARTS = 4
 
-# --- Matmul, cross-entropy, convolutions ---------------------------------------------------------
+# --- Matmul, norms, convolutions -----------------------------------------------------------------
 
 
 def matmul(
@@ -85,7 +85,22 @@ def low_precision_dot(
     return xla.low_precision_dot(x.astype(jnp.float32), y.astype(jnp.float32), axes)
 
 
-cross_entropy = functools.partial(xla.cross_entropy, matmul=matmul)
+def layer_norm(
+    x: Float[Array, "*T D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "*T D"]:
+    """LayerNorm over the last axis, computed in float32."""
+    return xla.layer_norm(_squeezed(x), scale, bias, eps).reshape(x.shape)
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
+    """Returns x / rms(x) * scale over the last axis, computed in float32."""
+    return xla.rms_norm(_squeezed(x), scale, eps).reshape(x.shape)
+
+
+def _squeezed(x: Float[Array, "*T D"]) -> Float[Array, "*squeezed D"]:
+    """Drops the batch axis of a single row. With an axis of 1, the sums of a norm and of its
+    gradient are slow."""
+    return x[0] if x.ndim == 3 and x.shape[0] == 1 < x.shape[1] else x
 
 
 def upsampled_convolution(
@@ -200,6 +215,65 @@ def _large_attention(
     out = jax.lax.map(head, tuple(rearrange(x, "b t h k -> (b h) t k") for x in (q, k, v)))
     return rearrange(out, "(b h) t k -> b t h k", b=len(q))
 
+
+# --- Cross-entropy -------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    vocab: int,
+    block: int,
+    axis: str | None = None,
+) -> Float[Array, "B T"]:
+    """Returns the cross-entropy of each target under the logits hidden @ kernel, in float32.
+
+    Makes no masked copies of the logits unless their columns are split: this compiler does not
+    fuse a sum with its operand.
+    """
+    if axis is not None:
+        return xla.cross_entropy(
+            hidden, kernel, targets, vocab=vocab, block=block, axis=axis, matmul=matmul
+        )
+    kernel = kernel[:, :vocab]
+
+    def losses(hidden: Float[Array, "B t D"], targets: Int[Array, "B t"]) -> Float[Array, "B t"]:
+        logits = matmul(hidden, kernel, jnp.float32)
+        row_max = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+        row_sum = jnp.sum(jnp.exp(logits - row_max[..., None]), axis=-1)
+        target_logit = _target_logits(logits, targets)
+        return jnp.log(row_sum) + row_max - target_logit
+
+    return xla.in_blocks(losses, hidden, targets, block)
+
+
+@jax.custom_vjp
+def _target_logits(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Returns the logit of each target, from 0 to V - 1.
+
+    The gradient is a mask, which fuses with other operations. A gather's would be a scatter.
+    """
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _target_logits_fwd(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], tuple[jax.Array, jax.Array]]:
+    return _target_logits(logits, targets), (targets, jnp.arange(logits.shape[-1]))
+
+
+def _target_logits_bwd(
+    saved: tuple[jax.Array, jax.Array], d_out: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], None]:
+    targets, column = saved
+    return jnp.where(column == targets[..., None], d_out[..., None], 0), None
+
+
+_target_logits.defvjp(_target_logits_fwd, _target_logits_bwd)
 
 # --- Layout of a computation ---------------------------------------------------------------------
 

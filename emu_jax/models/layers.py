@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
 from emu_jax.models import low_precision, quantized
+from emu_jax.models.backend import kernels
 from emu_jax.models.remat import REMAT
 
 M = TypeVar("M", bound=nnx.Module)
@@ -95,13 +95,6 @@ class Embedding(nnx.Module):
         return jnp.take(self.embedding[...], ids, axis=0)
 
 
-def standardize(x: Float[Array, "*T D"], eps: float) -> Float[Array, "*T D"]:
-    """Shifts and scales the last axis to zero mean and unit variance, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-
-
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis, in float32."""
 
@@ -111,8 +104,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = standardize(x, self.eps) * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+        return kernels().layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 class RMSNorm(nnx.Module):
@@ -123,9 +115,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return kernels().rms_norm(x, self.scale[...], self.eps)
 
 
 def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:

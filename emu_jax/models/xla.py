@@ -23,7 +23,7 @@ from emu_jax.models.remat import CHECKPOINT_ATTENTION, RECOMPUTED_SCOPE
 # scores.
 CAUSAL_BLOCK = 256
 
-# --- Matmul, convolutions ------------------------------------------------------------------------
+# --- Matmul, norms, convolutions -----------------------------------------------------------------
 
 
 def matmul(
@@ -45,6 +45,27 @@ def low_precision_dot(
     """
     dtype = dtype or (jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
     return jax.lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=dtype)
+
+
+def standardize(x: Float[Array, "*T D"], eps: float) -> Float[Array, "*T D"]:
+    """Shifts and scales the last axis to zero mean and unit variance, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
+def layer_norm(
+    x: Float[Array, "*T D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "*T D"]:
+    """LayerNorm over the last axis, computed in float32."""
+    return (standardize(x, eps) * scale + bias).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*T D"]:
+    """Returns x / rms(x) * scale over the last axis, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
 
 
 def convolution(
