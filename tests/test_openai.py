@@ -23,6 +23,7 @@ from test_serve import LIMITS as SHORT_LIMITS
 from test_serve import Client, FakeEmu, Served, chat, lines, png, served  # noqa: F401
 
 from emu_jax.config import emu2_gen
+from emu_jax.errors import UserError
 from emu_jax.generate.engine import Engine, Usage
 from emu_jax.generate.settings import GenerationConfig
 from emu_jax.serve import app as serving
@@ -362,8 +363,15 @@ class Motor(Talker, Engine):
         yield prompt[0]
 
 
-def test_requests_wait_for_the_warm_up(caplog):
-    """A step that fails is logged. The others are run, and requests are answered."""
+def test_requests_wait_for_the_warm_up(caplog, monkeypatch):
+    """A step that fails is logged. The others are run, and requests are answered, even if the
+    progress cannot be shown."""
+
+    def unseen(steps, *args):
+        yield from steps
+        raise BrokenPipeError
+
+    monkeypatch.setattr(serving, "track", unseen)
     engine = Motor()
     engine.hold.clear()
 
@@ -386,6 +394,7 @@ def test_requests_wait_for_the_warm_up(caplog):
 
     asyncio.run(run())
     assert "a step of the warm-up failed" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert "the warm-up ended early" in caplog.text
 
 
 def test_the_warm_up_takes_no_time_of_requests(monkeypatch):
@@ -604,27 +613,25 @@ def test_sizes_of_generated_images(emu):
         assert status == 400 and "size must be 512x512, the size of the model's" in answer
 
 
-def test_a_size_is_used_up_once_its_answer_starts(emu, monkeypatch):
+def test_a_size_is_used_up_once_its_answer_starts(emu):
+    """A request that waits, or that the model refuses, uses up none."""
     emu.cfg = emu2_gen()
     sizes = ImageSizes(emu.cfg, emu.defaults, dataclasses.replace(LIMITS, image_sizes=2))
     wide, high = {"height": 768, "width": 1344}, {"height": 1344, "width": 768}
-    for size in (wide, high):
-        sizes.check(size)
-    sizes.add(high)
-    for refused in (sizes.check, sizes.add):
+
+    def refused():
+        raise UserError("too long")
+        yield
+
+    waits = sizes.counted(iter("ab"), wide)  # was parsed before the last size was used up
+    with pytest.raises(UserError):
+        next(sizes.counted(refused(), wide))
+    sizes.check(wide)
+    assert [*sizes.counted(iter("ab"), high)] == ["a", "b"]
+    for each in (lambda: sizes.check(wide), lambda: next(waits)):
         with pytest.raises(Refused, match="use one of 1024x1024, 768x1344"):
-            refused(wide)
-    # One that was parsed before the last size was used up.
-    monkeypatch.setattr(ImageSizes, "check", lambda self, settings: None)
-    app = make_app(emu, LIMITS)
-    monkeypatch.setattr(ImageSizes, "add", lambda self, settings: sizes_used_up())
-    asked = {"parts": [{"text": "a"}], "settings": wide}
-    ((status, answer, _),) = requests(app, ("/api/draw", asked, {}))
-    assert status == 400 and "no more sizes" in answer and not emu.drawn
-
-
-def sizes_used_up():
-    raise Refused(400, "the server generates no more sizes")
+            each()
+    sizes.check(high)
 
 
 def test_the_page_learns_what_the_model_is(emu):

@@ -178,6 +178,7 @@ class Engine:
         rows = sorted({rows for _, rows in shapes})
         return [
             *(functools.partial(self._finish, answer) for answer in answers),
+            self._text.compile_decoding,
             *(functools.partial(self._text.compile_images, each) for each in rows),
             *(functools.partial(self._text.compile, *shape) for shape in shapes),
         ]
@@ -671,10 +672,23 @@ class _TextSlots:
         Raises:
             RuntimeError: no prompt has been read yet.
         """
+        with self._emu._on_mesh():
+            self._compile(self._present_state(), length, rows)
+
+    def compile_decoding(self) -> None:
+        """Compiles what decodes the slots, in case that all dummy answers ended with their first
+        token.
+
+        Raises:
+            RuntimeError: no prompt has been read yet.
+        """
+        with self._emu._on_mesh():
+            _decode_slots.lower(*self._decode_arguments(self._present_state())).compile()
+
+    def _present_state(self) -> mixed.MixedState:
         if self._state is None:
             raise RuntimeError("the slots have no state before the first prompt")
-        with self._emu._on_mesh():
-            self._compile(self._state, length, rows)
+        return self._state
 
     def _compile(self, state: mixed.MixedState, length: int, rows: int) -> None:
         slots = np.arange(rows, dtype=np.int32)
@@ -696,16 +710,20 @@ class _TextSlots:
             return
         if self._state is None:
             raise RuntimeError(LOST)
-        self._state = _decode_slots(
+        self._state = _decode_slots(*self._decode_arguments(self._state))
+        self._fetch()
+
+    def _decode_arguments(self, state: mixed.MixedState) -> tuple[Any, ...]:
+        """Returns the arguments of `_decode_slots`."""
+        return (
             self._emu._graphdef,
             self._emu._params,
-            self._state,
+            state,
             self.active,
             self.static,
             self._dynamic(),
             self._keys,
         )
-        self._fetch()
 
     def _fetch(self) -> None:
         """Copies what `read` returns before the state is donated to the next program."""

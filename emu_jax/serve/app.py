@@ -188,9 +188,8 @@ def make_app(
         kind = SEARCH if search else IMAGE if answer is draw else TEXT
 
         def start() -> Iterator[Any]:
-            if sizes is not None:
-                sizes.add(asked.settings)
-            return _counted(answer(emu, asked, ticket.over), metrics)
+            parts = answer(emu, asked, ticket.over)
+            return _counted(parts if sizes is None else sizes.counted(parts, asked.settings), metrics)
 
         worker.submit(ticket, start, kind)
         return asked, options, ticket

@@ -11,8 +11,8 @@ import binascii
 import dataclasses
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -27,6 +27,7 @@ from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
 Ranges = Mapping[str, tuple[float, float]]
+T = TypeVar("T")
 IMAGE_KEY = "picture"  # JSON key of an image in requests and answers
 SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 
@@ -103,15 +104,19 @@ class ImageSizes:
             known = ", ".join(f"{w}x{h}" for h, w in sorted(self._generated))
             raise Refused(400, f"the server generates no more sizes: use one of {known}")
 
-    def add(self, settings: Mapping[str, Any]) -> None:
-        """Counts the size of settings as generated. Call it when an answer starts: a request that
-        only waits uses up no size.
+    def counted(self, parts: Iterable[T], settings: Mapping[str, Any]) -> Iterator[T]:
+        """Yields the parts of an answer, and counts the size of its settings as generated.
+
+        The size is used up with the first part: a request that only waits, or that is refused when
+        its answer starts, uses up none.
 
         Raises:
             Refused: the server does not generate images of this size (`check`).
         """
         self.check(settings)  # others may have started meanwhile
-        self._generated |= {self._size(settings)}
+        for part in parts:
+            self._generated |= {self._size(settings)}
+            yield part
 
     def _size(self, settings: Mapping[str, Any]) -> tuple[int, int]:
         height, width = self.default

@@ -269,13 +269,10 @@ class Worker:
             self._place_seconds = waited if mean is None else mean + MEAN_WEIGHT * (waited - mean)
 
     def _run(self, warm_up: Iterable[Callable[[], None]]) -> None:
-        for step in warm_up:
-            if self._closing:
-                break
-            try:
-                step()
-            except Exception:
-                log.exception("a step of the warm-up failed: requests compile what it did not")
+        try:
+            self._warm_up(warm_up)
+        except Exception:  # of the iterator, such as its progress bar
+            log.exception("the warm-up ended early: requests compile the rest")
         with self._changed:
             self._warm = True
             for ticket in self._line:  # as if they had just arrived
@@ -288,6 +285,15 @@ class Worker:
             # A list: `any` would stop at the first that has something new.
             if not any([self._advance(ticket) for ticket in list(self._running)]):
                 self._step_all()
+
+    def _warm_up(self, steps: Iterable[Callable[[], None]]) -> None:
+        for step in steps:
+            if self._closing:
+                return
+            try:
+                step()
+            except Exception:
+                log.exception("a step of the warm-up failed: requests compile what it did not")
 
     def _advance(self, ticket: Ticket) -> bool:
         """Sends the next part of an answer. Returns whether there was something new."""
