@@ -11,8 +11,9 @@ The columns:
 - the bytes of the parameters of the 14B and the 37B model, counted from their shapes, where what
   is not quantized is in bfloat16
 - with `--size`, of a ladder model with random weights: its resident memory, the most memory while
-  it decodes, and the tokens per second of greedy decoding. Each type has a process of its own.
-  The machine must do nothing else.
+  it decodes, the tokens per second of greedy decoding, and its speed over that of float32. Each
+  type has a process of its own, which decodes in turns with the one of float32. The ratio of each
+  turn therefore holds on a machine with other jobs; the tokens per second do not.
 
 What is not quantized, and the computation, are in float32 beside int8 and int4.
 """
@@ -24,6 +25,7 @@ import dataclasses
 import functools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ from emu_jax.train.step import Trainer, TrainState
 from emu_jax.verify import tensor_error
 
 ROOT = Path(__file__).resolve().parent.parent
+text_generation = bench.load("text_generation")
 QUANTIZATIONS: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
 KINDS = ("float32", "bfloat16", *QUANTIZATIONS)
 LOGITS = "train/logits"  # in the recording
@@ -122,55 +125,105 @@ def parameter_bytes(cfg: EmuConfig, kind: str) -> int:
     return total
 
 
-def measure(size: str, kind: str, tokens: int) -> dict[str, float]:
-    """Measures a ladder model with random weights in this process.
-
-    Returns:
-        resident and peak, in bytes, and tokens per second.
-    """
-    language = bench.load("text_generation")
-    cfg = language.config(size)
-    before = anonymous_bytes() or 0
-    block = np.random.default_rng(0).standard_normal(
-        2**20, np.float32
-    )  # repeated: only speed counts
+def random_parameters(cfg: EmuConfig, kind: str) -> dict[str, Parameter]:
+    """Returns random parameters of a model as it holds them in `kind`. Only their speed counts, so
+    the same numbers are repeated."""
+    block = np.random.default_rng(0).standard_normal(2**20, np.float32)
     params: dict[str, Parameter] = {}
-    for path, shape in language.template(cfg).shapes.items():
-        scale = 1.0 if path.endswith("scale") else shape.shape[-2:][0] ** -0.5
-        array = jnp.asarray(np.resize(block, shape.shape) * np.float32(scale))
-        params[path] = jax.block_until_ready(stored(path, array, kind))
-        del array
-    emu = language.emu_of(cfg, params)
-    del params
+    for path, shape in text_generation.template(cfg).shapes.items():
+        values = np.resize(block, shape.shape)
+        values *= 1.0 if path.endswith("scale") else shape.shape[-2:][0] ** -0.5
+        params[path] = jax.block_until_ready(stored(path, jnp.asarray(values), kind))
+        del values
+    return params
+
+
+def measure(size: str, kind: str, tokens: int) -> None:
+    """Builds a ladder model with random weights in this process and decodes whenever a line arrives
+    on stdin. Prints a JSON object for each of these: `resident` bytes first, then `peak` bytes and
+    `seconds`."""
+    cfg = text_generation.config(size)
+    before = anonymous_bytes() or 0
+    emu = text_generation.emu_of(cfg, random_parameters(cfg, kind))
     release_freed_memory()
     resident = (anonymous_bytes() or 0) - before
     ids = np.full((1, PROMPT), 5, np.int32)
-    decode = language.ours(emu, cfg, ids, tokens, beams=1)
+    decode = text_generation.ours(emu, cfg, ids, tokens, beams=1)
     decode()  # compiles
     release_freed_memory()
-    with PeakMemory() as memory:
-        started = time.perf_counter()
-        decode()
-        seconds = time.perf_counter() - started
-    return {
-        "resident": resident,
-        "peak": (memory.peak or 0) - before,
-        "tokens_per_second": tokens / seconds,
-    }
+    print(json.dumps({"resident": resident}), flush=True)
+    for _ in sys.stdin:
+        with PeakMemory() as memory:
+            started = time.perf_counter()
+            decode()
+            seconds = time.perf_counter() - started
+        print(json.dumps({"peak": (memory.peak or 0) - before, "seconds": seconds}), flush=True)
 
 
-def measured(size: str, kind: str, tokens: int) -> dict[str, float]:
-    """Returns `measure` of a new process."""
-    command = [sys.executable, __file__, "--measure", kind, "--size", size, "--tokens", str(tokens)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+class Measured:
+    """A model in one type of weights, in a process of its own (`measure`).
+
+    Attributes:
+        resident: bytes of the model.
+        peak: the most bytes while it decoded.
+        seconds: of each decoding.
+    """
+
+    def __init__(self, size: str, kind: str, tokens: int) -> None:
+        command = [sys.executable, __file__, "--measure", kind, "--size", size]
+        self._process = subprocess.Popen(
+            [*command, "--tokens", str(tokens)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.resident: float = self._answer()["resident"]
+        self.peak, self.seconds = 0.0, list[float]()
+
+    def decode(self) -> None:
+        """Decodes once more."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self.peak = max(self.peak, answer["peak"])
+        self.seconds.append(answer["seconds"])
+
+    def close(self) -> None:
+        """Ends the process and frees its memory."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+def speed_columns(exact: Measured, kind: str, args: argparse.Namespace) -> list[str]:
+    """Returns the columns of `--size`. `exact` is the model in float32."""
+    model = exact if kind == "float32" else Measured(args.size, kind, args.tokens)
+    ratios = []
+    for turn in range(args.turns + 1):
+        exact.decode()
+        if model is not exact:
+            model.decode()
+        if turn:  # the first turn warms caches up
+            ratios.append(exact.seconds[-1] / model.seconds[-1])
+    if model is not exact:
+        model.close()
+    speed = args.tokens / statistics.median(model.seconds[-args.turns :])
+    sizes = (f"{size / 1e9:.2f}" for size in (model.resident, model.peak))
+    return [*sizes, f"{speed:.2f}", f"{statistics.median(ratios):.2f}"]
 
 
 def report(args: argparse.Namespace) -> str:
     head = ["Weights", "Held-out loss", "Difference of logits", "14B, GB", "37B, GB"]
     if args.size:
-        head += [f"{args.size}, GB", "while decoding, GB", "tokens/s"]
+        head += [f"{args.size}, GB", "while decoding, GB", "tokens/s", "over float32"]
     rows, exact = [], math.nan
+    reference = Measured(args.size, "float32", args.tokens) if args.size else None
     for kind in KINDS:
         print(f"measuring {kind}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -182,11 +235,11 @@ def report(args: argparse.Namespace) -> str:
             f"{logits_error(args.golden, kind):.1e}",
             *(f"{parameter_bytes(cfg, kind) / 1e9:.1f}" for cfg in (emu_14b(), emu2_gen())),
         ]
-        if args.size:
-            figures = measured(args.size, kind, args.tokens)
-            row += [f"{figures[name] / 1e9:.2f}" for name in ("resident", "peak")]
-            row.append(f"{figures['tokens_per_second']:.2f}")
+        if reference is not None:
+            row += speed_columns(reference, kind, args)
         rows.append(row)
+    if reference is not None:
+        reference.close()
     return table(head, rows)
 
 
@@ -196,11 +249,12 @@ def main() -> None:
     parser.add_argument("--golden", type=Path, default=ROOT / "tests" / "golden" / "tiny")
     parser.add_argument("--size", default="", help="a ladder model to measure, such as 1.5B")
     parser.add_argument("--tokens", type=int, default=8, help="that are decoded")
+    parser.add_argument("--turns", type=int, default=5, help="of a type and float32")
     parser.add_argument("--write", type=Path, help="a page with a region for the table")
     parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.size, args.measure, args.tokens)))
+        measure(args.size, args.measure, args.tokens)
         return
     text = report(args)
     print(text)
