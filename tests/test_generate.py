@@ -28,7 +28,7 @@ from emu_jax.generate import api, image, logits, mixed, prompt, text
 from emu_jax.generate import engine as engines
 from emu_jax.generate.api import Emu, _image_keys, _row_keys, load
 from emu_jax.generate.batching import Shapes
-from emu_jax.generate.engine import Engine, Usage, full_groups
+from emu_jax.generate.engine import Engine, Usage, batches
 from emu_jax.generate.safety import find_checker
 from emu_jax.generate.settings import (
     RENAMED,
@@ -1305,19 +1305,19 @@ def test_a_beam_search_lets_others_go_on(drawer):
 
 
 def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
-    """Prompts of equal padded length share a batch. If it cannot be read, each is read alone."""
-    engine = Engine(drawer, slots=3, new_tokens=8, max_images=0)
+    """Prompts of similar length share a batch, which may have padding. If it cannot be read, each
+    is read alone."""
+    engine = Engine(drawer, slots=5, new_tokens=8, max_images=0)
     more, read, rows = {"max_new_tokens": 8, "max_images": 0}, engines._read_rows, []
 
     def counted(*args):
         rows.append(len(args[3]))
-        if rows in ([2, 1], [2, 1, 1, 1, 1, 2]):
+        if rows in ([4], [4, 1, 1, 1]):
             raise MemoryError("no room")
         return read(*args)
 
     monkeypatch.setattr(engines, "_read_rows", counted)
-    monkeypatch.setattr(engines, "PREFILL_ROWS", 2)
-    prompts = [OPENING[3], [picture(0), "two"], ["five"]]
+    prompts = [OPENING[3], [picture(0), picture(1), "two"], [picture(2)]]
     answers = [engine.stream(each, **more) for each in prompts]
     assert [next(each) for each in answers] == [None] * 3 and rows == []
     engine.step()
@@ -1328,14 +1328,18 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
     run_together(engine, [engine.stream(["four five six " * 4], **more)])
     for each, said in zip(prompts, together, strict=False):
         assert joined(run_together(engine, [engine.stream(each, **more)])[0]) == joined(said)
-    again = run_together(engine, [engine.stream(each, **more) for each in prompts[:2]])
-    assert [*map(joined, again)] == [*map(joined, together)]
-    assert rows == [2, 1, 1, 1, 1, 2, 1, 1] and engine.active == (0, 0)
+    again = run_together(engine, [engine.stream(each, **more) for each in prompts])
+    assert [*map(joined, again[:2])] == [*map(joined, together)]
+    assert rows == [4, 1, 1, 1, 1, 1, 1, 4] and engine.active == (0, 0)
     # As in `serve.openai.Trimmer`.
     stopped = [engines.has_stop(said, ["\n"]) for said in ("\n one", "\n one\n", "\n")]
     assert stopped == [False, True, False]
-    assert [*full_groups("abcdefgh", 3)] == ["abc", "def", "g", "h"]
-    assert [*full_groups("ab", 0)] == ["a", "b"]
+    assert [*batches("abcdefgh", (1, 3))] == [("abc", 3), ("def", 3), ("g", 1), ("h", 1)]
+    assert [*batches("abcdefg", (1, 4, 16))] == [("abcd", 4), ("efg", 4)]
+    assert [*batches("abcdefghijkl", (1, 4, 16))] == [("abcdefghijkl", 16)]
+    assert [*batches("ab", (1, 4))] == [("a", 1), ("b", 1)] and [*batches("", (1,))] == []
+    alike = [*batches("aabbb", (1, 3), lambda batch, size: len(set(batch)) == 1)]
+    assert alike == [("a", 1), ("a", 1), ("bbb", 3)]
 
 
 @pytest.mark.parametrize("paints", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -340,6 +340,41 @@ def test_answers_share_the_steps_of_a_batch():
     assert steps[:3] == [["a", "b"], ["a", "b"], ["a", "c"]] and sorted(closed) == ["a", "b", "c"]
 
 
+def test_a_step_waits_for_requests_that_are_likely_to_arrive():
+    """For half as many as lately were in progress together. One that is alone does not wait."""
+    steps = []
+
+    def answer():
+        seen = len(steps)
+        while len(steps) == seen:
+            yield None
+        yield "a"
+
+    def step():
+        steps.append(worker.running)
+
+    async def ask():
+        ticket = worker.reserve()
+        worker.submit(ticket, answer)
+        assert [part async for part in ticket.parts()] == ["a"]
+
+    async def run():
+        nonlocal worker
+        worker = Worker(9, 60, concurrent=9, step=step, gather_seconds=60)
+        await ask()
+        assert steps == [1]
+        worker._others = 5.0
+        first = asyncio.create_task(ask())
+        await asyncio.sleep(0.1)
+        assert steps == [1] and worker.running == 1
+        await asyncio.gather(first, ask())
+        worker.close()
+
+    worker = None
+    asyncio.run(run())
+    assert steps == [1, 2]
+
+
 class Motor(Talker, Engine):
     """An engine without a model, whose searches wait for `hold`."""
 

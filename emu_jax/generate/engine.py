@@ -1,6 +1,7 @@
 """Continuous batching: requests of unequal length join and leave a running batch.
 
-Prompts that wait for a slot's first token are read together, those of one padded length in a batch.
+Prompts that wait for a slot's first token are read together, those of similar length in batches of
+a few sizes.
 
 A slot holds the decoding state of one request: a batch of one row (`mixed.MixedState`). The states
 of all slots are arrays with a leading slot axis. Their shapes never change, so one program decodes
@@ -39,6 +40,7 @@ from emu_jax.generate.api import (
     _finish_painting,
     _image_keys,
     _row_keys,
+    _seeded_keys,
     _start_painting,
     _StreamProgress,
 )
@@ -61,8 +63,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PROMPT_TOKENS = 4096  # default of `Engine`
-PREFILL_ROWS = 4  # prompts, or images, that are read in one batch
+PREFILL_ROWS = (1, 4, 8)  # sizes of a batch of prompts, or of their images; fewer than the slots
 PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
+MAX_PADDING = 2  # times the padded length of the shortest prompt of a batch, for the longest
 PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
 # Kinds of requests: `stream`, `generate_image`, `search`.
 TEXT, IMAGE, SEARCH = "text", "image", "search"
@@ -147,8 +150,9 @@ class Engine:
         """
         try:
             with self.emu._on_mesh():
-                self._text.read_prompts()
-                self._text.decode()
+                joined = self._text.read_prompts()
+                # Others may already wait for the next step, and many answers are a token or two.
+                self._text.decode(1 if joined else ELEMENTS_PER_STREAM_CHECK)
                 try:
                     self._images.denoise()
                 except Exception as error:
@@ -174,12 +178,11 @@ class Engine:
         if self.paints:
             painted = [[""], [image]] if self.cfg.autoencodes else [[""]]
             answers += [self.generate_image([prompt], num_inference_steps=1) for prompt in painted]
-        shapes = self._text.prompt_shapes()
-        rows = sorted({rows for _, rows in shapes})
+        shapes, sizes = self._text.prompt_shapes(), self._text.sizes()
         return [
             *(functools.partial(self._finish, answer) for answer in answers),
             self._text.compile_decoding,
-            *(functools.partial(self._text.compile_images, each) for each in rows),
+            *(functools.partial(self._text.compile_images, size) for size in sizes),
             *(functools.partial(self._text.compile, *shape) for shape in shapes),
         ]
 
@@ -248,10 +251,9 @@ class Engine:
             return
         said = ""
         progress = _StreamProgress(self.tokenizer, ids, last=last)
-        text_key, paint_key = _row_keys(np.zeros(1, int), cfg.seed)
         slot = yield from self._slot()
         try:
-            yield from self._text.join(slot, rows[0], cfg, text_key, int(room[0]))
+            yield from self._text.join(slot, rows[0], cfg, cfg.seed, int(room[0]))
             while True:
                 tokens, images, done = self._text.read(slot)
                 ended = done or len(tokens) >= self._text.elements
@@ -262,6 +264,7 @@ class Engine:
                         yield part
                         continue
                     assert embeddings is not None
+                    _, paint_key = _row_keys(np.zeros(1, int), cfg.seed)
                     key = _image_keys(paint_key, part)
                     yield from self._paint(embeddings[:, part], key, cfg, previews=previews)
                 stopped = has_stop(said, stops)
@@ -388,10 +391,10 @@ class Engine:
         fits = self._text.fits(len(rows[0].tokens), self.cfg.n_embeddings)
         if not fits or not self._text.static.max_images:
             return emu._regress_all([prompt])
-        key, _ = _row_keys(np.zeros(1, int), 0)  # unused: nothing is sampled
         slot = yield from self._slot()
         try:
-            yield from self._text.join(slot, rows[0], TextConfig(), key, 1, text=0)
+            # The seed is unused: nothing is sampled.
+            yield from self._text.join(slot, rows[0], TextConfig(), 0, 1, text=0)
             while not self._text.read(slot)[1]:
                 yield None
             return self._text.embeddings(slot)[:, 0]
@@ -468,10 +471,11 @@ class _TextSlots:
             np.zeros((slots, 1), np.int32),
             self._sampled,
         )
-        self._keys = np.zeros((slots, 1, 2), np.uint32)
+        self._seeds = np.zeros(slots, np.uint32)
         self._waiting: list[_Arriving] = []  # oldest first
         self._state: mixed.MixedState | None = None
         self._read: dict[str, np.ndarray] = {}
+        self._zeros: dict[tuple[int, ...], Array] = {}  # by shape
 
     @property
     def cache_bytes(self) -> int:
@@ -510,7 +514,7 @@ class _TextSlots:
         slot: int,
         prompt: Prompt,
         cfg: TextConfig,
-        key: Key[Array, "1"],
+        seed: int,
         max_images: int,
         *,
         text: int | None = None,
@@ -524,7 +528,7 @@ class _TextSlots:
         values = (text, cfg.temperature, cfg.top_k, cfg.top_p, max_images, cfg.do_sample)
         for array, value in zip(self._settings, values, strict=True):
             array[slot] = value
-        self._keys[slot] = jax.random.key_data(key)
+        self._seeds[slot] = seed
         arriving = _Arriving(slot, prompt, self._padded(len(prompt.tokens)))
         self._waiting.append(arriving)
         while not arriving.read:
@@ -532,30 +536,41 @@ class _TextSlots:
             if arriving.error is not None:
                 raise arriving.error
 
-    def read_prompts(self) -> None:
-        """Reads the prompts that wait into their slots, those of equal padded length in batches."""
+    def read_prompts(self) -> bool:
+        """Reads the prompts that wait into their slots, those of similar length in batches. Returns
+        whether there were any."""
         if not self._waiting:
-            return
-        groups: dict[tuple[int, bool], list[_Arriving]] = collections.defaultdict(list)
-        for arriving in self._waiting:
+            return False
+        groups: dict[bool, list[_Arriving]] = collections.defaultdict(list)
+        for arriving in sorted(self._waiting, key=lambda each: each.length):
             images = arriving.prompt.images
-            normalized = len(images) > 0 and images.dtype != np.uint8
-            groups[arriving.length, normalized].append(arriving)
+            groups[len(images) > 0 and images.dtype != np.uint8].append(arriving)
         self._waiting = []
-        for (length, _), group in groups.items():
-            for batch in full_groups(group, _rows_of(length)):
-                self._read_batch(batch)
+
+        def fits(batch: Sequence[_Arriving], size: int) -> bool:
+            shortest, longest = batch[0].length, batch[-1].length
+            return size in self.sizes(longest) and longest <= MAX_PADDING * shortest
+
+        for group in groups.values():
+            for batch, size in batches(group, self.sizes(), fits):
+                self._read_batch(batch, size)
         if self._state is not None:
             self._fetch()
+        return True
 
-    def _read_batch(self, batch: Sequence[_Arriving]) -> None:
-        """Reads prompts of equal padded length into their slots; if they cannot be read together,
-        one by one."""
+    def sizes(self, length: int = 1) -> list[int]:
+        """Returns the sizes of batches of prompts of a padded length."""
+        sizes = [rows for rows in PREFILL_ROWS if rows < len(self.taken)]
+        return [1, *(rows for rows in sizes if rows > 1 and rows * length <= PREFILL_TOKENS)]
+
+    def _read_batch(self, batch: Sequence[_Arriving], size: int) -> None:
+        """Reads prompts into their slots in a batch of `size` rows, or one by one if they cannot be
+        read together."""
         if self._state is None and self.active.any():
             raise RuntimeError(LOST)
         rows = None
         try:
-            rows = self._prefill(batch)
+            rows = self._prefill(batch, size)
         except Exception as error:
             if len(batch) == 1:
                 batch[0].error = error
@@ -563,32 +578,32 @@ class _TextSlots:
             log.warning("%d prompts could not be read together: %s", len(batch), error)
         if rows is None:  # outside of `except`: the error refers to the arrays of the batch
             for each in batch:
-                self._read_batch([each])
+                self._read_batch([each], 1)
             return
-        slots = np.array([each.slot for each in batch], np.int32)
         states, self._state = self._state, None  # donated: lost if `_insert` fails
         if states is None:
             states = _empty_slots(rows, len(self.taken), self._cache_slots)
-        states = _insert(states, rows, slots)
+        states = _insert(states, rows, _slots_of(batch, size), np.int32(len(batch)))
         jax.block_until_ready(states)
         self._state = states
         for each in batch:
             each.read = self.active[each.slot] = True
 
-    def _prefill(self, batch: Sequence[_Arriving]) -> mixed.MixedState:
-        """Returns the state of each prompt after its first element. The slots keep theirs."""
+    def _prefill(self, batch: Sequence[_Arriving], size: int) -> mixed.MixedState:
+        """Returns the state of each prompt after its first element, and of padding. The slots keep
+        theirs."""
         prompts = [each.prompt for each in batch]
-        padded = self._batch(prompts, batch[0].length)
-        slots = np.array([each.slot for each in batch], np.int32)
+        padded = self._batch(prompts, max(each.length for each in batch), size)
+        slots = _slots_of(batch, size)
         rows = _read_rows(*self._arguments(slots, padded, self._encode(prompts, padded)))
         return jax.block_until_ready(rows)  # a failure must show before slots are donated
 
-    def _batch(self, prompts: Sequence[Prompt], length: int) -> PromptBatch:
+    def _batch(self, prompts: Sequence[Prompt], length: int, rows: int) -> PromptBatch:
         """Pads prompts to a length, with room for the images of the one that has most."""
         return pad(
             prompts,
             "left",
-            rows=len(prompts),
+            rows=rows,
             length=length,
             images=bucket(max(len(p.images) for p in prompts), self._shapes.images),
             fill=self._emu.cfg.tokens.pad,
@@ -607,7 +622,7 @@ class _TextSlots:
             batch.valid,
             self.static,
             self._dynamic(slots),
-            self._keys[slots],
+            self._seeds[slots],
         )
 
     def _dynamic(
@@ -615,7 +630,7 @@ class _TextSlots:
     ) -> mixed.DynamicMixedSettings:
         """Returns the settings of slots, by default of all."""
         settings = (*(a[slots] for a in self._settings), self._sampled[slots].any())
-        return mixed.DynamicMixedSettings._make(map(jnp.asarray, settings))
+        return mixed.DynamicMixedSettings._make(settings)
 
     def _encode(
         self, prompts: Sequence[Prompt], batch: PromptBatch
@@ -625,15 +640,23 @@ class _TextSlots:
         shape = (*batch.image_index.shape, cfg.n_embeddings, cfg.embedding_width)
         rows = np.repeat(np.arange(len(prompts)), [len(p.images) for p in prompts])
         numbers = np.concatenate([np.arange(len(p.images)) for p in prompts])
+        if not len(rows):
+            return self._no_images(shape)
         images = None
-        for index in map(np.array, full_groups(range(len(rows)), PREFILL_ROWS)):
+        for group, size in batches(range(len(rows)), self.sizes()):
+            index = np.resize(group, size)  # padding repeats images, in their own places
             part = self._encode_images(batch.images[index], batch.frames[index])
             images = _put_images(images, part, rows[index], numbers[index], shape)
-        if images is None:
-            # An array that no program with the parameters has made would compile others.
-            outside = np.array([len(prompts)])
-            images = _put_images(None, self._blank, outside, np.zeros(1, int), shape)
+        assert images is not None
         return images
+
+    def _no_images(self, shape: tuple[int, int, int, int]) -> Float[Array, "B images N E"]:
+        """Returns the embeddings of rows without images. They are never donated."""
+        if shape not in self._zeros:
+            # An array that no program with the parameters has made would compile others.
+            outside = np.array([shape[0]])
+            self._zeros[shape] = _put_images(None, self._blank, outside, np.zeros(1, int), shape)
+        return self._zeros[shape]
 
     def _encode_images(
         self, images: np.ndarray, frames: Bool[np.ndarray, "B"]
@@ -653,16 +676,19 @@ class _TextSlots:
         """Returns the padded lengths of prompts, and for each the numbers that are read at once."""
         shapes, length = [], 0
         while (length := self._padded(length + 1)) <= self._cache_slots:
-            rows = {1, _rows_of(length)}
-            shapes += [(length, each) for each in sorted(rows) if each <= len(self.taken)]
+            shapes += [(length, rows) for rows in self.sizes(length)]
         return shapes
 
-    def compile_images(self, rows: int) -> None:
-        """Compiles what encodes the images of a number of prompts that are read at once."""
-        for count in {1, min(2 * PREFILL_ROWS + 1, self._shapes.images)}:  # groups of all sizes
-            prompts = [self._dummy(1, n) for n in (count, *[0] * (rows - 1))]
-            with self._emu._on_mesh():
-                self._encode(prompts, self._batch(prompts, 1))
+    def compile_images(self, size: int) -> None:
+        """Compiles what encodes the images of prompts in batches of a size."""
+        side, cfg = self._emu.cfg.vision.image_size, self._emu.cfg
+        with self._emu._on_mesh():
+            pixels = np.zeros((size, side, side, 3), np.uint8)
+            part, outside = self._encode_images(pixels, np.zeros(size, bool)), np.full(size, 2**30)
+            for rows in self.sizes():
+                shape = (rows, self._shapes.images, cfg.n_embeddings, cfg.embedding_width)
+                images = _put_images(None, part, outside, outside, shape)
+                _put_images(images, part, outside, outside, shape)
 
     def compile(self, length: int, rows: int) -> None:
         """Compiles what reads a number of prompts of a padded length into slots.
@@ -683,7 +709,7 @@ class _TextSlots:
             RuntimeError: no prompt has been read yet.
         """
         with self._emu._on_mesh():
-            _decode_slots.lower(*self._decode_arguments(self._present_state())).compile()
+            _decode_slots.lower(*self._decode_arguments(self._present_state(), 1)).compile()
 
     def _present_state(self) -> mixed.MixedState:
         if self._state is None:
@@ -692,28 +718,28 @@ class _TextSlots:
 
     def _compile(self, state: mixed.MixedState, length: int, rows: int) -> None:
         slots = np.arange(rows, dtype=np.int32)
-        prompts = [self._dummy(length, 0)] * rows
-        batch = self._batch(prompts, length)
+        prompts = [self._dummy(length, 0)]
+        batch = self._batch(prompts, length, rows)
         arguments = self._arguments(slots, batch, self._encode(prompts, batch))
         _read_rows.lower(*arguments).compile()
         read = jax.tree.map(_sharded_like, _read_rows.eval_shape(*arguments), state)
-        _insert.lower(state, read, slots).compile()
+        _insert.lower(state, read, slots, np.int32(rows)).compile()
 
     def _dummy(self, length: int, images: int) -> Prompt:
         side, tokens = self._emu.cfg.vision.image_size, np.zeros(length, np.int32)
         pixels = np.zeros((images, side, side, 3), np.uint8)
         return Prompt(tokens, tokens - 1, pixels, np.zeros(images, bool))
 
-    def decode(self) -> None:
-        """Decodes a few elements of every active slot."""
+    def decode(self, elements: int) -> None:
+        """Decodes some elements of every active slot."""
         if not self.active.any():
             return
         if self._state is None:
             raise RuntimeError(LOST)
-        self._state = _decode_slots(*self._decode_arguments(self._state))
+        self._state = _decode_slots(*self._decode_arguments(self._state, elements))
         self._fetch()
 
-    def _decode_arguments(self, state: mixed.MixedState) -> tuple[Any, ...]:
+    def _decode_arguments(self, state: mixed.MixedState, elements: int) -> tuple[Any, ...]:
         """Returns the arguments of `_decode_slots`."""
         return (
             self._emu._graphdef,
@@ -722,7 +748,8 @@ class _TextSlots:
             self.active,
             self.static,
             self._dynamic(),
-            self._keys,
+            self._seeds,
+            np.int32(elements),
         )
 
     def _fetch(self) -> None:
@@ -837,7 +864,7 @@ class _ImageSlots:
             if self._inputs is None:
                 zeros = functools.partial(_zeros, slots=len(self._slots))
                 self._inputs = jax.tree.map(zeros, row)
-            self._inputs = _insert(self._inputs, row, np.array([slot], np.int32))
+            self._inputs = _insert(self._inputs, row, np.array([slot], np.int32), np.int32(1))
 
     def denoise(self) -> None:
         """Runs a few steps of the sampler for every slot, and finishes complete images."""
@@ -908,6 +935,12 @@ def _padded(column: np.ndarray, rows: int) -> np.ndarray:
 _DYNAMIC_AXES = mixed.DynamicMixedSettings(0, 0, 0, 0, 0, 0, None)  # type: ignore[arg-type]
 
 
+def _text_keys(seeds: UInt32[Array, "B"]) -> Key[Array, "B 1"]:
+    """Returns the keys of texts that are each the first row of their request."""
+    keys, _ = _seeded_keys(jnp.zeros(seeds.shape, jnp.int32), seeds)
+    return keys[:, None]
+
+
 @functools.partial(jax.jit, static_argnames=("shape",), donate_argnames=("images",))
 def _put_images(
     images: Float[Array, "B images N E"] | None,
@@ -936,7 +969,7 @@ def _read_rows(
     valid: Bool[Array, "B T"],
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
-    keys: UInt32[Array, "B 1 2"],
+    seeds: UInt32[Array, "B"],
 ) -> mixed.MixedState:
     """Returns the state of each prompt after its first element, along a leading axis. Its cache
     has room for the padded prompt alone."""
@@ -960,7 +993,7 @@ def _read_rows(
     x = emu.embed(tokens, images, embedding_index)
     starts_image = tokens[:, -1] == emu.cfg.tokens.img
     read_all = jax.vmap(read, (0, 0, 0, _DYNAMIC_AXES, 0))
-    return read_all(x, valid, starts_image, dynamic, jax.random.wrap_key_data(keys))
+    return read_all(x, valid, starts_image, dynamic, _text_keys(seeds))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
@@ -971,9 +1004,11 @@ def _decode_slots(
     active: Bool[Array, "slots"],
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
-    keys: UInt32[Array, "slots 1 2"],
+    seeds: UInt32[Array, "slots"],
+    elements: Int[Array, ""],
 ) -> mixed.MixedState:
-    """Decodes a few elements of every slot. Slots that have ended are computed and ignored."""
+    """Decodes some elements of every slot. Slots that have ended are computed and ignored."""
+    keys = _text_keys(seeds)
 
     def decode_step(
         state: mixed.MixedState, dynamic: mixed.DynamicMixedSettings, keys: Key[Array, "1"]
@@ -984,11 +1019,11 @@ def _decode_slots(
     def step(carry: tuple[Int[Array, ""], mixed.MixedState]) -> tuple[Any, mixed.MixedState]:
         count, state = carry
         decode_slots = jax.vmap(decode_step, (0, _DYNAMIC_AXES, 0))
-        return count + 1, decode_slots(state, dynamic, jax.random.wrap_key_data(keys))
+        return count + 1, decode_slots(state, dynamic, keys)
 
     def unfinished(carry: tuple[Int[Array, ""], mixed.MixedState]) -> Bool[Array, ""]:
         count, state = carry
-        return (count < ELEMENTS_PER_STREAM_CHECK) & jnp.any(active & ~state.done[:, 0])
+        return (count < elements) & jnp.any(active & ~state.done[:, 0])
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
@@ -1091,8 +1126,8 @@ def _zeros(row: jax.Array | jax.ShapeDtypeStruct, slots: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnames=("states",))
-def _insert(states: T, rows: T, slots: Int[Array, "B"]) -> T:
-    """Puts each row into its slot.
+def _insert(states: T, rows: T, slots: Int[Array, "B"], count: Int[Array, ""]) -> T:
+    """Puts each of the first `count` rows into its slot.
 
     A slot's cache may have room for more tokens than a row's. What a former request left behind the
     row's tokens stays there: no token sees a place of the cache before it is written.
@@ -1105,7 +1140,7 @@ def _insert(states: T, rows: T, slots: Int[Array, "B"]) -> T:
 
         return jax.tree.map(put, states, rows)
 
-    return jax.lax.fori_loop(0, len(slots), insert, states)
+    return jax.lax.fori_loop(0, count, insert, states)
 
 
 @jax.jit
@@ -1114,17 +1149,29 @@ def _take(states: T, slot: Int[Array, ""]) -> T:
     return jax.tree.map(lambda a: a[slot], states)
 
 
-def _rows_of(length: int) -> int:
-    """Returns how many prompts of a padded length are read at once."""
-    return PREFILL_ROWS if PREFILL_ROWS * length <= PREFILL_TOKENS else 1
+def _slots_of(batch: Sequence[_Arriving], size: int) -> Int[np.ndarray, "size"]:
+    """Returns the slots of prompts, and any for the padding behind them."""
+    return np.resize(np.array([each.slot for each in batch], np.int32), size)
 
 
-def full_groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Cuts items into groups of `size`, and one of each item that is left: two shapes to compile,
-    and no padding."""
-    size = max(size, 1)
-    full = len(items) - len(items) % size
-    for start in range(0, full, size):
-        yield items[start : start + size]
-    for start in range(full, len(items)):
-        yield items[start : start + 1]
+def batches(
+    items: Sequence[T],
+    sizes: Sequence[int],
+    fits: Callable[[Sequence[T], int], bool] = lambda batch, size: True,
+) -> Iterator[tuple[Sequence[T], int]]:
+    """Cuts items into batches. Yields the items of each, and its size: the largest of `sizes` of
+    which at least three quarters are filled.
+
+    Args:
+        sizes: from the smallest, 1.
+        fits: returns whether items may share a batch of a size.
+    """
+    start = 0
+    while start < len(items):
+        batch, size = items[start : start + 1], 1
+        for larger in sizes[1:]:
+            more = items[start : start + larger]
+            if 4 * len(more) >= 3 * larger and fits(more, larger):
+                batch, size = more, larger
+        yield batch, size
+        start += size

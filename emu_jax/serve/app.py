@@ -117,6 +117,9 @@ log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 DECODERS = 2  # requests whose images are decoded at once
 STOP_SECONDS = 2  # more than `Limits.drain_seconds`, until the server ends
+# Of a step, for requests that are likely to arrive. Only where they are prepared on the processor
+# that computes the step: another one would be idle meanwhile.
+GATHER_SECONDS = 0.01
 PLACE_SECONDS = 0.5  # between two looks at a request's place in the queue
 EXAMPLES = "examples.json"  # of a checkpoint: prompts for the page, a list for each tab
 _PAGE = Path(__file__).parent / "page"
@@ -162,7 +165,8 @@ def make_app(
             programs = emu.warm_up()
             steps = track(programs, len(programs), "compiling", "program")
         places = limits.waiting, limits.seconds, emu.concurrent
-        worker = Worker(*places, emu.step, kinds=emu.kinds, warm_up=steps)
+        gather = GATHER_SECONDS if on_cpu() else 0.0
+        worker = Worker(*places, emu.step, emu.kinds, warm_up=steps, gather_seconds=gather)
     else:
         worker = Worker(limits.waiting, limits.seconds)
     bodies, decoders = _Bodies(limits), asyncio.Semaphore(DECODERS)
@@ -189,7 +193,9 @@ def make_app(
 
         def start() -> Iterator[Any]:
             parts = answer(emu, asked, ticket.over)
-            return _counted(parts if sizes is None else sizes.counted(parts, asked.settings), metrics)
+            if sizes is not None:
+                parts = sizes.counted(parts, asked.settings)
+            return _counted(parts, metrics)
 
         worker.submit(ticket, start, kind)
         return asked, options, ticket
@@ -487,7 +493,7 @@ def serve(
             stack.callback(opened.close)
         # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
         # On a CPU, the time to read a prompt is proportional to its padded length.
-        length = 16 if on_cpu() else 64
+        length = 8 if on_cpu() else 64
         shapes = Shapes(length, bucket(limits.images), limits.new_tokens)
         emu = load(
             checkpoint,
@@ -680,18 +686,20 @@ async def _chained(first: list[Any], parts: AsyncIterator[Any]) -> AsyncIterator
 async def _events(
     pieces: AsyncIterator[str | Usage], completion: Completion, ticket: Ticket
 ) -> AsyncIterator[str]:
-    """Yields the events of a streamed chat completion."""
+    """Yields the events of a streamed chat completion. Those that are ready together are one text,
+    which is sent at once."""
     writer = ChunkWriter(completion)
+    ready = writer.start()
     try:
-        yield writer.start()
         async for piece in pieces:
-            if isinstance(piece, Usage):
-                for last in writer.end(piece):
-                    yield last
-            else:
-                yield writer.text(piece)
+            ready += "".join(writer.end(piece)) if isinstance(piece, Usage) else writer.text(piece)
+            if not ticket.more:
+                yield ready
+                ready = ""
+        if ready:
+            yield ready
     except Refused as error:
-        yield event(error_json(error.status, str(error)))
+        yield ready + event(error_json(error.status, str(error)))
     finally:
         ticket.leave()
 

@@ -77,6 +77,11 @@ class Ticket:
         """Returns whether to stop: nobody is waiting for the answer, or the deadline has passed."""
         return self.gone.is_set() or time.monotonic() > self.deadline
 
+    @property
+    def more(self) -> bool:
+        """Whether the next part, or the end, has already arrived."""
+        return not self._parts.empty()
+
     async def parts(self) -> AsyncIterator[Any]:
         """Yields the parts of the answer.
 
@@ -87,7 +92,10 @@ class Ticket:
             while True:
                 left = max(0.0, min(self.deadline - time.monotonic(), self._seconds))
                 try:
-                    part = await asyncio.wait_for(self._parts.get(), left)
+                    if self.more:
+                        part = self._parts.get_nowait()
+                    else:
+                        part = await asyncio.wait_for(self._parts.get(), left)
                 except TimeoutError:
                     if self.deadline > time.monotonic():  # the warm-up takes longer
                         continue
@@ -121,6 +129,8 @@ class Worker:
         kinds: how many answers of a kind run at once. Others of that kind wait in the queue and
             let those behind them pass. A kind that is not listed has no limit.
         warm_up: called one after the other before the first ticket, until the server stops.
+        gather_seconds: how long a step may wait, after the last one, for tickets that are likely to
+            arrive.
     """
 
     def __init__(
@@ -131,6 +141,7 @@ class Worker:
         step: Callable[[], None] | None = None,
         kinds: Mapping[str, int] | None = None,
         warm_up: Iterable[Callable[[], None]] | None = None,
+        gather_seconds: float = 0.0,
     ) -> None:
         self._waiting, self._seconds, self._concurrent = waiting, seconds, concurrent
         self._step, self._kinds = step, kinds or {}
@@ -139,6 +150,10 @@ class Worker:
         self._line: list[Ticket] = []
         self._running: list[Ticket] = []
         self._turns: dict[str, int] = {}  # turn in which each queued client was last served
+        self._gather_seconds = gather_seconds
+        self._others = 0.0  # mean number of other places when one is reserved, lately
+        self._joined, self._stepped = 0, 0.0  # tickets started since the last step, and its end
+        self._missing = 0.0  # tickets in the queue that `_gather` waits for
         self._closing = self._stopped = False
         self._place_seconds: float | None = None  # of waiting for each place in the queue, lately
         self._changed = threading.Condition()
@@ -186,6 +201,7 @@ class Worker:
                 raise _stopping()
             if self._places >= self._waiting:
                 raise Refused(429, f"{self._waiting} requests are waiting: try again later")
+            self._others += MEAN_WEIGHT * (self._places - self._others)
             self._places += 1
             ticket = Ticket(self._seconds, client, self._leave)
             if self._warm:
@@ -209,7 +225,8 @@ class Worker:
                 alike = sum(each.kind == kind for each in before)
                 ahead = len(before) - self._concurrent, alike - self._kinds.get(kind, alike)
                 ticket.queued, ticket.place = time.monotonic(), max(0, *ahead)
-                self._changed.notify()
+                if len(self._line) >= self._missing:
+                    self._changed.notify()
                 return
             self._places -= 1
         ticket.put(_stopping())
@@ -255,12 +272,30 @@ class Worker:
                 self._line.remove(ticket)
                 self._note_wait(ticket)
                 self._running.append(ticket)
+                self._joined += 1
 
     def _able(self) -> list[Ticket]:
         """Returns the queued tickets of which not as many run as may run at once."""
         running = collections.Counter(ticket.kind for ticket in self._running)
         full = {kind for kind, most in self._kinds.items() if running[kind] >= most}
         return [ticket for ticket in self._line if ticket.kind not in full]
+
+    def _gather(self) -> bool:
+        """Waits for requests that are likely to arrive soon, so that one step reads the prompts of
+        many. Returns whether there are requests to start before the step.
+
+        Half of the requests that lately were in progress beside another one are waited for, if they
+        are not in progress already. A client that is alone never waits.
+        """
+        with self._changed:
+            continuing = len(self._running) - self._joined
+            missing = (self._others + 1 - continuing) // 2 - self._joined
+            left = self._stepped + self._gather_seconds - time.monotonic()
+            if left > 0 and len(self._line) < missing and not self._closing:
+                self._missing = missing
+                self._changed.wait(left)
+                self._missing = 0.0
+            return len(self._running) < self._concurrent and bool(self._able())
 
     def _note_wait(self, ticket: Ticket) -> None:
         """Updates the mean wait; a ticket that found room tells nothing about the queue."""
@@ -283,7 +318,9 @@ class Worker:
             if not self._running:
                 return
             # A list: `any` would stop at the first that has something new.
-            if not any([self._advance(ticket) for ticket in list(self._running)]):
+            if any([self._advance(ticket) for ticket in list(self._running)]):
+                continue
+            if not self._gather():
                 self._step_all()
 
     def _warm_up(self, steps: Iterable[Callable[[], None]]) -> None:
@@ -296,7 +333,23 @@ class Worker:
                 log.exception("a step of the warm-up failed: requests compile what it did not")
 
     def _advance(self, ticket: Ticket) -> bool:
-        """Sends the next part of an answer. Returns whether there was something new."""
+        """Sends the parts of an answer until it waits for a step or ends. Returns whether there was
+        something new."""
+        new = False
+        while True:
+            part, end = self._next(ticket)
+            if part is not None:
+                ticket.put(part)
+            if end is not None:
+                self._end(ticket, end)
+                return True
+            if part is None:
+                return new
+            new = True
+
+    def _next(self, ticket: Ticket) -> tuple[Any, Any]:
+        """Returns the next part of an answer, None if it waits for a step, and how it ends, None
+        if it does not."""
         end, part = None, None
         try:
             if ticket.gone.is_set():
@@ -318,11 +371,7 @@ class Worker:
         except Exception:
             log.exception("a request failed")
             end = _failed()
-        if part is not None and part is not _END:
-            ticket.put(part)
-        if end is not None:
-            self._end(ticket, end)
-        return part is not None or end is not None
+        return None if part is _END else part, end
 
     def _step_all(self) -> None:
         try:
@@ -334,6 +383,7 @@ class Worker:
             log.exception("a batch failed")
             for ticket in list(self._running):
                 self._end(ticket, _failed())
+        self._joined, self._stepped = 0, time.monotonic()
 
     def _end(self, ticket: Ticket, end: Any) -> None:
         close = getattr(ticket.iterator, "close", None)
