@@ -44,7 +44,7 @@ GROUNDING, PHRASE, PHRASE_END, OBJECT, OBJECT_END = (
 )
 PATCH_INDICES = tuple(f"<patch_index_{i:04}>" for i in range(257))  # coordinates of boxes
 
-# What each family adds to LLaMA's vocabulary, in order. [USER] and [ASSISTANT] may follow.
+# Tokens that each family adds to LLaMA's vocabulary, in order. [USER] and [ASSISTANT] may follow.
 _ADDED: dict[Family, tuple[str, ...]] = {
     "emu": (PAD, IMG, IMG_END, IMAGE),
     "emu2": (

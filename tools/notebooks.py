@@ -17,7 +17,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SECONDS = 300
-# Of a cell, what differs from run to run.
+# Metadata of a cell that differs from run to run.
 VOLATILE = ("execution",)
 
 

@@ -48,9 +48,10 @@ from emu_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Of a stream: (block, row in it) for rows; (0, document) for other kinds.
+# Where a stream's next batch begins: (block, row of the block) for packed rows, (0, document) for
+# other kinds.
 Position = tuple[int, int]
-# Of a group: of each stream, or None where the stream is planned by another process.
+# The position of each stream of a group; None if another process plans the stream.
 Positions = tuple[Position | None, ...]
 Shapes = dict[str, tuple[tuple[int, ...], type]]  # {name: (shape, dtype)} of a batch's arrays
 

@@ -204,7 +204,8 @@ class Damaged(UserError):
         self.reason, self.where, self.detail = reason, where, str(detail)
 
 
-# Of all texts of a document together. A row holds far fewer, and tokenizing more takes minutes.
+# Limit for all texts of a document together. A row holds far fewer, and tokenizing more takes
+# minutes.
 MOST_CHARACTERS = 1 << 22
 
 

@@ -162,7 +162,7 @@ class FileCache:
         def is_copy(entry: _Entry) -> bool:
             return not os.path.basename(entry.path).startswith(".")
 
-        # What killed processes left comes first: nobody holds a lock on it.
+        # Leftovers of killed processes go first: nobody holds a lock on them.
         for entry in sorted(entries, key=lambda entry: (is_copy(entry), entry.used)):
             if is_copy(entry) and total + size <= self.limit:
                 break

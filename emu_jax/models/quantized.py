@@ -159,7 +159,7 @@ def _quantize(matrix: Float[Array, "..."], kind: Quantization, axis: int) -> Qua
     if kind == "int4" and width % 2 == 0:
         groups = next(n for n in range(-(-width // GROUP), width + 1) if width % n == 0)
         grouped = _grouped(x, groups, axis)
-        # Of 16 numbers, -8 to 7, the first is the largest number of the group.
+        # 4 bits hold -8 to 7. The scale maps the group's largest number to -8.
         largest = jnp.take_along_axis(
             grouped, jnp.argmax(jnp.abs(grouped), axis, keepdims=True), axis
         )

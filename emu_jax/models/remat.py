@@ -20,7 +20,8 @@ RECOMPUTED_SCOPE = "again"
 _policies = jax.checkpoint_policies
 _names = CHECKPOINT_ATTENTION, CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 
-# What a layer saves for its backward pass, from most memory to least. The rest is recomputed.
+# Policies: the values that a layer saves for its backward pass, from most memory to least. It
+# recomputes all others.
 #   none     everything
 #   dots     the output of every matmul with a parameter, and of attention
 #   minimal  attention, its inputs, and its output projection; the MLP is recomputed

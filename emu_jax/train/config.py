@@ -158,10 +158,10 @@ class OptimizerConfig:
     """AdamW; weight decay spares norms, biases and other vectors."""
 
     groups: tuple[GroupConfig, ...] = (GroupConfig(),)  # the first that matches takes it
-    # Of the first moment; "bfloat16" halves its memory. The second stays in float32: near b2 = 1
-    # its updates are below what bfloat16 resolves, and it would stand still. "int8" stores both
-    # moments in 8 bits, rounded stochastically, with a scale for each block of up to 128 values; it
-    # leaves embeddings and small arrays in float32.
+    # The dtype of the first moment; "bfloat16" halves its memory. The second moment stays in
+    # float32: near b2 = 1 its updates are below what bfloat16 resolves, and it would stand still.
+    # "int8" stores both moments in 8 bits, rounded stochastically, with a scale for each block of
+    # up to 128 values; it leaves embeddings and small arrays in float32.
     moments_dtype: str = "float32"
     b1: float = 0.9
     b2: float = 0.98
@@ -226,7 +226,7 @@ class EvalConfig:
     sources: tuple[SourceConfig, ...] = ()
     batches: int = 4  # of each source; for kinds other than "loss", of all together
     batch_size: int = 0  # rows of a batch, over all processes; 0: that training computes at once
-    # Of "captions", "images" and "continuations": fields of `generate.settings.GenerationConfig`.
+    # For "captions", "images" and "continuations": fields of `generate.settings.GenerationConfig`.
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -308,14 +308,14 @@ class TrainConfig:
     text_weight: float = 1.0  # of the cross-entropy
     regression_weight: float = 1.0  # of the l2 regression
     kl_weight: float = 1e-4  # of the autoencoder's KL term
-    # Of the decoder: standard deviation of the noise that all pixels of a channel share.
+    # Decoder tuning: standard deviation of the noise that all pixels of a channel share.
     noise_offset: float = 0.0
     accumulate: int = 1  # parts of a batch that a step goes through one after the other
     ema_decay: float = 0.0  # averages what is trained, when > 0
     remat: RematConfig = RematConfig()
     attention: str = "auto"  # models.attention.choose_backend
     loss_block: int = 512  # positions of a row whose logits exist at once; 0: all, and are kept
-    # Of the computation, and of frozen parameters; trained ones and the optimizer are float32.
+    # Compute dtype, and dtype of frozen parameters. Trained ones and the optimizer are float32.
     dtype: str = "bfloat16"
     # Quantized training, for the objectives emu and text. "": the compute dtype.
     matmul_dtype: MatmulDtypeConfig = MatmulDtypeConfig()

@@ -61,7 +61,7 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
         "llama": rows * tokens,
         "project_down": images * model.regression_pairs,
     }
-    # What meets another number of tokens than the rest of its tower.
+    # Parameters that are applied to another number of tokens than the rest of their tower.
     regressed = images * model.regression_pairs
     exceptions = {
         "cformer.blocks.cross_attention.k": met["visual"],

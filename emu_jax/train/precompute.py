@@ -134,7 +134,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
                         }
                         for row in zip(*map(_local, compute(params, batch)), strict=True):
                             writer.add(*row)
-                        # Of all processes; a source may have its own.
+                        # Rows of all processes together. A source may have a batch size of its own.
                         size = len(batch["target"])
                         done += size
                         bar.add(size)

@@ -33,7 +33,7 @@ VIDEO_SYSTEM = (
     "chronological images: [IMG]ImageContent[/IMG]. You will be able to see the video after I "
     "provide it to you. Please answer my questions based on the given video."
 )
-# Those of Emu2-Chat, for open and for short answers (`Emu2/emu/chat.py`).
+# Emu2-Chat's system messages for open and for short answers (`Emu2/emu/chat.py`).
 COMPREHENSIVE_SYSTEM = (
     "You are a helpful assistant, dedicated to delivering comprehensive and meticulous responses."
 )

@@ -41,7 +41,7 @@ class Entries:
         self._content = functools.lru_cache(1024)(self._content)  # mapped content of packed files
         self._rows = ParquetRows()
         arrays = index_files(_VERSION, self.paths, self._scan, cache)
-        # Of a row of a Parquet file, these are its row group and its number in it.
+        # For a row of a Parquet file: its row group, and its number in the group.
         self._files, self._offsets, self._sizes = arrays["file"], arrays["offset"], arrays["size"]
         self._numbers = arrays["number"]
         self.fingerprint = fingerprint(_VERSION, self.paths)
