@@ -114,7 +114,7 @@ class BatchExample(NamedTuple):
 
 
 class Share:
-    """The part of a group's batches that a process plans.
+    """The rows of a group's batches that a process plans, makes, and counts.
 
     Args:
         local_rows: this process's rows of a global batch, which are runs of consecutive rows in
@@ -139,7 +139,7 @@ class Share:
         return sorted(set(itertools.chain(*runs)))
 
     def local(self, rows: range) -> Iterator[tuple[int, int]]:
-        """Yields those rows of a global batch that this process makes: (its number here, row)."""
+        """Yields (index here, row) of the rows of a global batch that this process makes."""
         first = 0
         for run in self.local_rows:
             for row in _overlap(rows, run):
@@ -147,7 +147,7 @@ class Share:
             first += len(run)
 
     def counted(self, rows: range) -> Iterator[range]:
-        """Yields those of consecutive rows that statistics are counted of, in runs."""
+        """Yields the ranges of `rows` that statistics are counted of."""
         for run in self.counted_rows:
             if overlap := _overlap(rows, run):
                 yield overlap

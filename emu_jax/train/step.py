@@ -63,6 +63,7 @@ class Trainer:
     step.
 
     Attributes:
+        template: the module without arrays (`AbstractModel`): shapes, shardings, initialization.
         trained, frozen: paths of the parameters.
         param_shapes: shape, dtype and sharding of every parameter, before any is quantized.
         quantizers: {path: the compiled function that quantizes it} of the frozen matrices that
@@ -209,7 +210,7 @@ class Trainer:
         )
         counts = {"bad_steps": bad_steps, "skipped_steps": skipped_steps}
         metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, **counts}
-        if self.cfg.tower_metrics:  # the compiler merges these sums with that of the whole norm
+        if self.cfg.tower_metrics:  # the compiler shares these sums with that of `grad_norm`
             norms = {tower: optax.tree.norm(part) for tower, part in by_tower(grads).items()}
             metrics |= {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
         return state, metrics
