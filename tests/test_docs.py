@@ -4,6 +4,7 @@ as many of its own checks as need no model, every config is loaded with its over
 import argparse
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -25,7 +26,11 @@ from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config, override
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^ *(?:[A-Z_]+=\S+ )?(?:emu-jax|python|make|pip) ", re.MULTILINE)
 # Programs of others, whose arguments are not checked here.
@@ -39,9 +44,20 @@ LEFT_OUT = {
 }
 
 
+def text_of(page):
+    """A page's Markdown; for a notebook its cells, without their outputs."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    return "\n\n".join(
+        f"```python\n{source}\n```" if kind == "code" else source for kind, source in sources
+    )
+
+
 def fenced(page):
     """(language, content) of each block of a page."""
-    return [(m[1], m[2]) for m in FENCE.finditer(page.read_text())]
+    return [(m[1], m[2]) for m in FENCE.finditer(text_of(page))]
 
 
 def command_lines(page):
@@ -50,7 +66,7 @@ def command_lines(page):
         joined = re.sub(r"\\\n\s*", " ", content)
         if language == "sh" or COMMAND.search(content):
             yield from (line for line in joined.splitlines() if line.strip())
-    prose = FENCE.sub("", page.read_text())
+    prose = FENCE.sub("", text_of(page))
     for code in re.findall(r"`([^`]+)`", prose):
         code = " ".join(code.split())
         if re.match(r"(emu-jax|make|pip install|python|source|launch/\S+) ", code):
@@ -251,7 +267,7 @@ def anchor_of(heading):
 def test_links_lead_somewhere(page):
     """Relative links name files that exist, and their anchors are headings of the target."""
     broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text_of(page))):
         if re.match(r"https?:", link):
             continue
         name, _, anchor = link.partition("#")
