@@ -1,7 +1,9 @@
 """Peak FLOP/s and bandwidths of chips: the table behind MFU figures and `emu-jax plan`.
 
-TPU figures are from Google Cloud's "system architecture" page of each version. GPU figures are from
-NVIDIA's data sheets (dense, not sparse).
+TPU figures are from Google Cloud's "system architecture" page of each version. The bandwidth to the
+host's memory, which those pages do not list, is from "How to Think About TPUs"
+(jax-ml.github.io/scaling-book/tpus): 16 GB/s each way on v4, 32 GB/s on v6e, and typically 15 GB/s.
+It has no figure for tpu7x. GPU figures are from NVIDIA's data sheets (dense, not sparse).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Chip:
     link_bandwidth: float = 0.0
     torus_axes: int = 0
     dcn_bandwidth: float = 0.0  # to other slices, in one direction
+    host_bandwidth: float = 0.0  # to the host's memory over PCIe, in one direction; 0: not known
     devices: int = 1  # JAX devices per chip
     # Peaks of matmuls in 8 bits; 0: no faster than bfloat16, or not published.
     int8_flops: float = 0.0
@@ -37,16 +40,16 @@ class Chip:
 CHIPS: dict[str, Chip] = {
     # cloud.google.com/tpu/docs/v4: 275 TFLOPs (bf16 or int8), 32 GiB at 1200 GBps; six links of 50
     # GBps.
-    "v4": Chip(275e12, 32 * GIB, 1200 * GB, 50 * GB, 3, 6.25 * GB),
+    "v4": Chip(275e12, 32 * GIB, 1200 * GB, 50 * GB, 3, 6.25 * GB, 16 * GB),
     # .../v5e: 197 TFLOPs (int8 393), 16 GiB at 800 GBps, ICI 400 GBps both ways, DCN 25 Gbps.
-    "v5e": Chip(197e12, 16 * GIB, 800 * GB, 50 * GB, 2, 3.125 * GB, int8_flops=393e12),
+    "v5e": Chip(197e12, 16 * GIB, 800 * GB, 50 * GB, 2, 3.125 * GB, 15 * GB, int8_flops=393e12),
     # .../v5p: 459 TFLOPs (int8 918), 95 GiB at 2765 GBps, ICI 1200 GBps both ways, DCN 50 Gbps.
-    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB, int8_flops=918e12),
+    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB, 15 * GB, int8_flops=918e12),
     # .../v6e: 918 TFLOPs (int8 1836), 32 GiB at 1638 GBps, ICI 800 GBps both ways, DCN 100 Gbps.
-    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 12.5 * GB, int8_flops=1836e12),
+    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 100 * GB, 2, 12.5 * GB, 32 * GB, int8_flops=1836e12),
     # .../tpu7x: 2307 TFLOPs (fp8 4614), 192 GiB at 7380 GBps, ICI 1200 GBps both ways, DCN 100
     # Gbps. Its page lists fp8 on v5p and v6e at the rate of bfloat16.
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 12.5 * GB, 2, fp8_flops=4614e12),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 100 * GB, 3, 12.5 * GB, 0.0, 2, fp8_flops=4614e12),
     "a100": Chip(312e12, 80 * GB, 2039 * GB, int8_flops=624e12),
     "h100": Chip(989e12, 80 * GB, 3350 * GB, int8_flops=1979e12, fp8_flops=1979e12),
     "h200": Chip(989e12, 141 * GB, 4800 * GB, int8_flops=1979e12, fp8_flops=1979e12),

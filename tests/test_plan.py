@@ -35,7 +35,14 @@ from emu_jax.plan.plan import (
     run_in_subprocess,
     summary,
 )
-from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, times
+from emu_jax.plan.roofline import (
+    Network,
+    Operation,
+    busiest,
+    exposed_seconds,
+    host_seconds,
+    times,
+)
 from emu_jax.plan.sweep import (
     Family,
     Trial,
@@ -781,11 +788,47 @@ def test_products_of_each_kernel(name, operands, products):
     assert unknown.flops == 0 and unknown.unknown == {"kernel mystery.4"}
 
 
-def test_traffic_with_the_hosts_memory_is_named():
-    line = "%r = (f32[256]{0:S(5)}, f32[256]{0}, u32[]) copy-start(%a)"
-    counts = one(line, KIB)
-    assert counts.host_bytes == 1024 and counts.hbm_bytes == 1024
-    assert counts.unknown == {"the time of traffic with the host's memory"}
+def test_copies_to_and_from_the_hosts_memory():
+    """A layer's slice is written to an array on the host, or read from one, without the rest.
+    Beside a copy there may be a matmul, a copy the other way, and a gather."""
+    small, stack = "f32[1,1024,1024]{2,1,0}", "f32[40,1024,1024]{2,1,0:S(5)}"
+    body = (
+        "%i = s32[] constant(0)\n"
+        f"  %out = (({stack}, {small}, s32[]), {stack}, u32[]) dynamic-update-slice-start("
+        "%a, %b, %i)\n"
+        f"  %in = (({stack}, s32[]), {small}, u32[]) dynamic-slice-start(%a, %i)\n"
+        "  %g = (f32[1,512,1024]{2,1,0}, f32[1,1024,1024]{2,1,0}) all-gather-start(%c), "
+        "channel_id=1, replica_groups={{0,1}}\n"
+        "  %m = f32[4096,4096]{1,0} dot(%d, %d), lhs_contracting_dims={1}, "
+        "rhs_contracting_dims={0}\n"
+        f"  %gathered = {small} all-gather-done(%g)\n"
+        f"  %there = {stack} dynamic-update-slice-done(%out)\n"
+        f"  %here = {small} dynamic-slice-done(%in)"
+    )
+    shapes = [stack, small, "f32[1,512,1024]{2,1,0}", "bf16[4096,4096]{1,0}"]
+    counts = one(body, *shapes)
+    size = 4 * 2**20
+    copies = {hlo.HostCopy(kind, size): 1 for kind in ("to-host", "from-host")}
+    assert counts.host_copies == copies and not counts.unknown
+    network = Network(Topology.parse("v5e:2x1"), [(0, 0), (1, 0)], [0, 0])
+    t = times(counts, network)
+    product = 2 * 4096**3 / 197e12
+    assert t.to_host == t.from_host == pytest.approx(size / 15e9)
+    assert t.serial == pytest.approx(t.instructions + 2 * size / 15e9 + t.ici)
+    assert 0 < t.ici < t.to_host < product and t.exposed == 0
+
+    # Ten times as long as the matmul. Both run at once: the second, which starts when the first has
+    # read its slice, is waited for by so much longer.
+    slow = dataclasses.replace(CHIPS["v5e"], host_bandwidth=size / product / 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHIPS, "v5e", slow)
+        t = times(counts, network)
+        waited = exposed_seconds(counts, network)
+    assert t.overlapped == t.to_host == pytest.approx(10 * product)
+    assert waited[hlo.HostCopy("to-host", size)] == pytest.approx(10 * product - t.instructions)
+    assert t.exposed == pytest.approx(10 * product - t.instructions + size / 800e9)
+    # Unknown on tpu7x.
+    assert host_seconds(hlo.HostCopy("to-host", 1.0), CHIPS["tpu7x"]) == 0
 
 
 def test_the_network_between_slices_by_hand():

@@ -19,7 +19,7 @@ import numpy as np
 from emu_jax.models import short_attention
 
 # Of the rules here and in `plan.roofline`: raise it when they change what a module counts.
-RULES = 2
+RULES = 3
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "token": 0}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -88,6 +88,14 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostCopy:
+    """One copy between a device's memory and its host's."""
+
+    kind: str  # to-host or from-host
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """Cost of one execution of an instruction, and the number of its executions."""
 
@@ -101,16 +109,16 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """The point of a schedule at which a collective starts, or `times` of them in turn."""
+    """The point of a schedule where a collective or a copy starts, or `times` of them in turn."""
 
     channel: str  # unique within a computation, but for those of one asynchronous computation
-    collective: Collective
+    collective: Collective | HostCopy
     times: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """The point of a schedule that waits for all collectives of a channel."""
+    """The point of a schedule that waits for all collectives and copies of a channel."""
 
     channel: str
 
@@ -142,7 +150,9 @@ class Counts:
     )
     # Sent to the runtime that reduces over slices, after the reduction within the slice.
     dcn_bytes: float = 0.0
-    host_bytes: float = 0.0  # moved to and from host memory
+    host_copies: dict[HostCopy, float] = dataclasses.field(  # number of executions
+        default_factory=lambda: defaultdict(float)
+    )
     unknown: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -176,8 +186,6 @@ def count(text: str) -> Counts:
     computations, entry = parse(text)
     counts = Counts()
     counts.schedule = _InstructionCounter(computations, counts).run(entry, 1.0)
-    if counts.host_bytes:
-        counts.unknown.add("the time of traffic with the host's memory")
     return counts
 
 
@@ -228,7 +236,7 @@ class _InstructionCounter:
                 else:
                     if found := self.count_instruction(body, instruction, times, seen):
                         cost = [found]
-                    inside = dict(self.collectives(body, instruction))
+                    inside = dict(self.transfers(body, instruction))
                     begins = [Begin(c, inside[c]) for c in inside if c not in seen]
                 seen |= {begin.channel for begin in begins}
                 ends = [End(c) for c in channels if c in seen and last[c] == instruction.name]
@@ -238,14 +246,14 @@ class _InstructionCounter:
         return schedule
 
     def channels(self, body: Computation, instruction: Instruction) -> list[str]:
-        """Returns the channels of the collectives that an instruction starts, runs a part of, or
-        waits for. An asynchronous computation is one channel."""
+        """Returns the channels of the collectives and copies that an instruction starts, runs a
+        part of, or waits for. An asynchronous computation is one channel."""
         if instruction.op.endswith(("-done", "-update")):
             started = body.get(instruction.operands[0]) if instruction.operands else None
             return self.channels(body, started) if started is not None else []
         if instruction.op in _ASYNC and instruction.called:
             return [instruction.name]
-        return list(dict(self.collectives(body, instruction)))
+        return list(dict(self.transfers(body, instruction)))
 
     def trip_count(self, loop: Instruction) -> float:
         """Returns the trip count of a loop, and records it in `Counts.unknown` if it is a guess.
@@ -290,9 +298,13 @@ class _InstructionCounter:
         """
         if instruction.op in _FREE:
             return None
-        for channel, collective in dict(self.collectives(body, instruction)).items():
-            if channel not in seen:
-                self.counts.collectives[collective] += times
+        for channel, transfer in dict(self.transfers(body, instruction)).items():
+            if channel in seen:
+                continue
+            if isinstance(transfer, HostCopy):
+                self.counts.host_copies[transfer] += times
+            else:
+                self.counts.collectives[transfer] += times
         if instruction.op == "send" and "megascale" in instruction.attributes:
             self.counts.dcn_bytes += instruction.arrays[0].bytes * times
         flops = self.flops(body, instruction)
@@ -302,8 +314,6 @@ class _InstructionCounter:
         if instruction.op.endswith(("-done", "-update")):
             return None
         moved = self.hbm_bytes(body, instruction)
-        if any(array.space == _HOST for array in instruction.arrays):
-            self.counts.host_bytes += instruction.arrays[0].bytes * times
         int8 = self.flops(body, instruction, _INT8) if flops else 0.0
         fp8 = self.flops(body, instruction, _FP8) if flops else 0.0
         self.counts.flops += flops * times
@@ -358,6 +368,8 @@ class _InstructionCounter:
 
     def hbm_bytes(self, body: Computation, instruction: Instruction) -> float:
         """Returns the HBM bytes that one instruction reads and writes."""
+        if copy := self.host_copy(body, instruction):
+            return copy.bytes
         operands = [body[name].arrays for name in instruction.operands if name in body]
         if instruction.op == "fusion" and instruction.called:
             inner = self.computations[instruction.called]
@@ -440,7 +452,38 @@ class _InstructionCounter:
                 total += array.bytes
         return total
 
-    # Collectives
+    # Collectives and copies to and from the host
+
+    def transfers(
+        self, body: Computation, instruction: Instruction
+    ) -> Iterator[tuple[str, Collective | HostCopy]]:
+        """Yields (channel, collective or copy) of an instruction."""
+        yield from self.collectives(body, instruction)
+        if instruction.op not in _FREE and (copy := self.host_copy(body, instruction)):
+            yield f"copy {instruction.name}", copy
+
+    def host_copy(self, body: Computation, instruction: Instruction) -> HostCopy | None:
+        """Returns the copy between device and host that an instruction makes or starts, or None.
+
+        A slice is written to an array in host memory, or read from one, without the rest of it.
+        """
+        if instruction.op.endswith(("-done", "-update")):
+            return None
+        update = instruction.op.startswith("dynamic-update-slice")
+        read = [
+            body[name].arrays for name in instruction.operands[update : update + 1] if name in body
+        ]
+        # The arrays of an asynchronous slice or update are (operands, result, context).
+        started = instruction.op.endswith("slice-start")
+        first = len(instruction.operands) if started else 0
+        written = instruction.arrays[first : first + 1]
+        if not (read and read[0] and written):
+            return None
+        source, target = read[0][0], written[0]
+        if (source.space == _HOST) == (target.space == _HOST):
+            return None
+        size = source.bytes if update else target.bytes
+        return HostCopy("to-host" if target.space == _HOST else "from-host", size)
 
     def collectives(
         self, body: Computation, instruction: Instruction

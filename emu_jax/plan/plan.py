@@ -36,7 +36,15 @@ from emu_jax.hardware import Topology
 from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 from emu_jax.plan import hlo
-from emu_jax.plan.roofline import Network, Operation, busiest, exposed_seconds, slice_seconds, times
+from emu_jax.plan.roofline import (
+    Network,
+    Operation,
+    busiest,
+    exposed_seconds,
+    host_seconds,
+    slice_seconds,
+    times,
+)
 from emu_jax.sharding import AbstractModel, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
@@ -392,7 +400,12 @@ def _report(
     t = times(counts, network)
     on_network = {c: sum(network.seconds(c)) * often for c, often in counts.collectives.items()}
     sums = {"slices": {"all-reduce": slice_seconds(counts, topology)}} if counts.dcn_bytes else {}
-    for what in sorted(counts.unknown):
+    exposed = exposed_seconds(counts, network)
+    copies = {c: host_seconds(c, chip) * often for c, often in counts.host_copies.items()}
+    unknown = set(counts.unknown)
+    if copies and not chip.host_bandwidth:
+        unknown.add("the time of traffic with the host's memory")
+    for what in sorted(unknown):
         log.warning("not counted: %s", what)
     peak = chip.flops * topology.chips
     tokens = cfg.data.batch_size * cfg.data.row_tokens
@@ -417,10 +430,10 @@ def _report(
         tokens_per_second=tokens / t.serial,
         tokens_per_second_overlap=tokens / t.overlapped,
         collective_bytes=collective_bytes(counts, mesh),
-        collective_seconds=by_axes(on_network, mesh) | sums,
-        exposed_seconds=by_axes(exposed_seconds(counts, network), mesh) | sums,
+        collective_seconds=by_axes(on_network, mesh) | sums | by_way(copies),
+        exposed_seconds=by_axes(exposed, mesh) | sums | by_way(exposed),
         compiler_seconds=(compiled.cost_analysis() or {}).get("optimal_seconds"),
-        not_counted=tuple(sorted(counts.unknown)),
+        not_counted=tuple(sorted(unknown)),
         compile_seconds=time.monotonic() - started,
     )
 
@@ -428,19 +441,31 @@ def _report(
 def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, float]]:
     """Returns {mesh axes: {kind of collective: bytes of one step}}, with axes joined by `+`.
 
-    The entry `slices` has the bytes that each device sends to be reduced over slices.
+    The entry `slices` has the bytes that each device sends to be reduced over slices, and `host`
+    those that it copies to its host's memory and from there.
     """
     table = by_axes({c: c.bytes * often for c, often in counts.collectives.items()}, mesh)
     if counts.dcn_bytes:
         table["slices"] = {"all-reduce": counts.dcn_bytes}
-    return table
+    return table | by_way({c: c.bytes * often for c, often in counts.host_copies.items()})
 
 
-def by_axes(values: Mapping[hlo.Collective, float], mesh: Mesh) -> dict[str, dict[str, float]]:
+def by_way(values: Mapping[Any, float]) -> dict[str, dict[str, float]]:
+    """Returns {"host": {to-host or from-host: sum}} of values of copies, empty without any."""
+    table: dict[str, float] = defaultdict(float)
+    for copy, value in values.items():
+        if isinstance(copy, hlo.HostCopy):
+            table[copy.kind] += value
+    return {"host": dict(table)} if table else {}
+
+
+def by_axes(values: Mapping[Any, float], mesh: Mesh) -> dict[str, dict[str, float]]:
     """Returns {mesh axes: {kind of collective: sum}} of values of collectives."""
     places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for collective, value in values.items():
+        if isinstance(collective, hlo.HostCopy):
+            continue
         one = 2 if collective.kind == "collective-permute" else None  # one pair
         where = places[list(collective.group[:one])]
         axes = [

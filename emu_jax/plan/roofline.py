@@ -1,14 +1,16 @@
 """Bounds on the time of a compiled module, from its work and the chip's peaks.
 
-There are three resources: matmuls (FLOPs over the peak of their dtype), HBM (bytes over its
-bandwidth) and the network (collective bytes over the bandwidth of the links that carry them). There
-are three bounds:
+There are four resources: matmuls (FLOPs over the peak of their dtype), HBM (bytes over its
+bandwidth), the network (collective bytes over the bandwidth of the links that carry them) and the
+way to the host's memory (bytes over the bandwidth of PCIe, each way by itself). There are three
+bounds:
 
   overlapped  the time of the busiest resource, with all other work overlapped
   scheduled   one instruction after another, each at its own roofline (matmuls and HBM traffic
               overlap within an instruction). Collectives run one after another, each beside the
-              instructions between its start and its end in the compiler's schedule
-  serial      as scheduled, but no collective overlapped
+              instructions between its start and its end in the compiler's schedule. So do copies
+              to the host, and copies from it, beside the collectives
+  serial      as scheduled, but no collective and no copy overlapped
 
 No bound includes vector arithmetic, latencies, or matmuls that do not fill the matrix units.
 A real step is slower than the overlapped bound, and may be faster or slower than the other two.
@@ -23,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from emu_jax.hardware import Chip, Topology
-from emu_jax.plan.hlo import Begin, Collective, Cost, Counts, End, Schedule
+from emu_jax.plan.hlo import Begin, Collective, Cost, Counts, End, HostCopy, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,15 @@ class Times:
     ici: float
     dcn: float
     instructions: float  # sum of the rooflines of all instructions, without collectives
-    exposed: float  # of `ici` and `dcn`, what instructions wait for in the compiler's schedule
+    # Of `ici`, `dcn`, `to_host` and `from_host`, what instructions wait for in the compiler's
+    # schedule.
+    exposed: float
+    to_host: float = 0.0
+    from_host: float = 0.0
 
     @property
     def overlapped(self) -> float:
-        return max(self.compute, self.hbm, self.ici, self.dcn)
+        return max(self.compute, self.hbm, self.ici, self.dcn, self.to_host, self.from_host)
 
     @property
     def scheduled(self) -> float:
@@ -47,7 +53,7 @@ class Times:
 
     @property
     def serial(self) -> float:
-        return self.instructions + self.ici + self.dcn
+        return self.instructions + self.ici + self.dcn + self.to_host + self.from_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +161,9 @@ def times(counts: Counts, network: Network) -> Times:
     for collective, often in counts.collectives.items():
         ici_seconds, dcn_seconds = network.seconds(collective)
         ici, dcn = ici + ici_seconds * often, dcn + dcn_seconds * often
+    copies = {"to-host": 0.0, "from-host": 0.0}
+    for copy, often in counts.host_copies.items():
+        copies[copy.kind] += host_seconds(copy, chip) * often
     sums = slice_seconds(counts, network.topology)
     dcn += sums
     return Times(
@@ -166,7 +175,15 @@ def times(counts: Counts, network: Network) -> Times:
             instruction_seconds(cost, chip) * cost.times for cost in counts.instructions
         ),
         exposed=sum(exposed_seconds(counts, network).values()) + sums,
+        to_host=copies["to-host"],
+        from_host=copies["from-host"],
     )
+
+
+def host_seconds(copy: HostCopy, chip: Chip) -> float:
+    """Returns the seconds of a copy between a device and its host's memory, 0 if the bandwidth is
+    not known."""
+    return copy.bytes / (chip.host_bandwidth / chip.devices) if chip.host_bandwidth else 0.0
 
 
 def slice_seconds(counts: Counts, topology: Topology) -> float:
@@ -176,39 +193,51 @@ def slice_seconds(counts: Counts, topology: Topology) -> float:
     return passed / (chip.dcn_bandwidth / chip.devices)
 
 
-def exposed_seconds(counts: Counts, network: Network) -> dict[Collective, float]:
-    """Returns the seconds of each collective during which instructions wait for it or for a later
-    one, in the compiler's schedule.
+def exposed_seconds(counts: Counts, network: Network) -> dict[Collective | HostCopy, float]:
+    """Returns the seconds of each collective or copy during which instructions wait for it or for a
+    later one, in the compiler's schedule.
 
-    Collectives share the network: each starts when the one before has ended. One that is under way
-    when a loop starts is held up until the loop ends.
+    Collectives share the network: each starts when the one before has ended. Copies to the host
+    share one way, and copies from it another. What is under way when a loop starts is held up until
+    the loop ends.
     """
-    exposed: dict[Collective, float] = defaultdict(float)
+    exposed: dict[Collective | HostCopy, float] = defaultdict(float)
+    chip = network.topology.chip
 
     def run(schedule: Schedule, often: float) -> float:
         """Returns the seconds of one run of a schedule that runs `often` times."""
-        clock = free = 0.0  # free: when the network has ended all that it was given
-        ends: dict[str, float] = {}  # by channel
-        sent: list[tuple[Collective, float, float]] = []  # with start and end, in order
+        clock = 0.0
+        # When each way has ended all that it was given.
+        free = {"network": 0.0, "to-host": 0.0, "from-host": 0.0}
+        ends: dict[str, tuple[str, float]] = {}  # way and end, by channel
+        # With way, start and end, in order.
+        sent: list[tuple[Collective | HostCopy, str, float, float]] = []
         for event in schedule:
             if isinstance(event, Cost):
-                clock += instruction_seconds(event, network.topology.chip)
+                clock += instruction_seconds(event, chip)
             elif isinstance(event, Begin):
-                start = max(clock, free)
-                free = start + sum(network.seconds(event.collective)) * event.times
-                ends[event.channel] = free
-                sent.append((event.collective, start, free))
+                transfer = event.collective
+                if isinstance(transfer, HostCopy):
+                    way, seconds = transfer.kind, host_seconds(transfer, chip)
+                else:
+                    way, seconds = "network", sum(network.seconds(transfer))
+                start = max(clock, free[way])
+                free[way] = start + seconds * event.times
+                ends[event.channel] = way, free[way]
+                sent.append((transfer, way, start, free[way]))
             elif isinstance(event, End):
-                until = ends.pop(event.channel)
-                for collective, start, end in sent:
-                    exposed[collective] += max(0.0, min(end, until) - max(start, clock)) * often
+                waited, until = ends.pop(event.channel)
+                for transfer, way, start, end in sent:
+                    if way == waited:
+                        exposed[transfer] += max(0.0, min(end, until) - max(start, clock)) * often
                 clock = max(clock, until)
-                sent = [each for each in sent if each[2] > clock]
+                sent = [each for each in sent if each[3] > clock]
             else:
                 seconds = run(event.body, often * event.times) * event.times
-                clock, free = clock + seconds, free + seconds
-                ends = {channel: end + seconds for channel, end in ends.items()}
-                sent = [(c, start + seconds, end + seconds) for c, start, end in sent]
+                clock += seconds
+                free = {way: end + seconds for way, end in free.items()}
+                ends = {channel: (way, end + seconds) for channel, (way, end) in ends.items()}
+                sent = [(c, way, start + seconds, end + seconds) for c, way, start, end in sent]
         return clock
 
     run(counts.schedule, 1.0)
