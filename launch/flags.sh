@@ -21,6 +21,7 @@ END
       ;;
     v5e) cat <<'END'
 --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true  # gradients' all-reduces overlap with compute [openxla]
+--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000        # no collective matmuls: their partial sums go through HBM [docs/notes/scaling.md]
 END
       ;;
     v5p) cat <<'END'
