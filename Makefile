@@ -3,11 +3,14 @@
 
 BIN := .venv/bin
 # Two workers, one file at a time: most of the time goes into compiling, which uses one thread.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# tests/conftest.py puts the longest files first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Huge pages for malloc (glibc 2.35 and later; ignored elsewhere). XLA on the CPU allocates fresh
 # memory at every step, and touching it in pages of 4 KiB takes a third of a small step.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+# Where this is set, each of the processes that the tests start would compile the package again.
+export PYTHONDONTWRITEBYTECODE :=
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh benchmarks/*.sh)
 
 .PHONY: demo test test-slow test-all mutants lint bench plan-table package docs notebooks clean

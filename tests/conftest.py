@@ -3,9 +3,11 @@
 import dataclasses
 import fcntl
 import functools
+import gc
 import importlib.util
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,20 @@ if os.environ.get("EMU_JAX_CHECK_SHAPES", "1") != "0":  # before any test import
 # The release's weights are torch files; torch is installed for Python 3.11 alone.
 TORCH = ("backbones", "convert", "generate", "golden", "training_oracle", "verify")
 MARKS = ("slow", "optimized", "alone")
+# Files whose slow tests take longest, the longest first.
+LONGEST = (
+    "test_train.py",
+    "test_restarts.py",
+    "test_convert.py",
+    "test_finetune.py",
+    "test_generate.py",
+    "test_eval.py",
+    "test_held_out.py",
+    "test_faults.py",
+    "test_page.py",
+    "test_plan.py",
+    "test_launch.py",
+)
 collect_ignore = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [f"test_{name}.py" for name in TORCH]
@@ -68,6 +84,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 # XLA flag of processes that a test starts: compiling is most of their work.
 UNOPTIMIZED = "--xla_backend_optimization_level=0"
+
+
+@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
+def put_long_files_first(items: list[pytest.Item]) -> None:
+    """Orders files for `--no-loadscope-reorder`. If a long file started last, all workers but one
+    would wait for it. Files that are not listed follow by their number of tests."""
+    tests = Counter(item.path for item in items)
+
+    def order(item: pytest.Item) -> tuple[int, int]:
+        name = item.path.name
+        place = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        return place, -tests[item.path]
+
+    items.sort(key=order)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """Spares later garbage collections what is there already: millions of objects, of modules and
+    of JAX's caches."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
