@@ -170,11 +170,11 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_exports_are_the_documented_ones():
-    """Documented in docs/serving.md and in the package's docstring."""
+    """Documented in docs/api.md and in the package's docstring."""
     import emu_jax
 
-    page = (ROOT / "docs" / "serving.md").read_text()
-    table = re.findall(r"^\| `emu_jax\.(\w+)", page, re.MULTILINE)
+    page = (ROOT / "docs" / "api.md").read_text()
+    table = re.findall(r"^\| `emu_jax\.(\w+)` \|", page, re.MULTILINE)
     assert sorted(table) == sorted(emu_jax.__all__)
     assert emu_jax.__doc__
     assert set(emu_jax.__all__) <= set(re.findall(r"\w+", emu_jax.__doc__))
