@@ -27,15 +27,16 @@ from emu_jax.data.batches import RowBuilder
 from emu_jax.data.build import indexing
 from emu_jax.data.build.indexing import index_sources
 from emu_jax.data.build.runners import on_beam, on_processes
-from emu_jax.data.documents import DocumentFiles, write_documents
+from emu_jax.data.documents import DocumentFiles, count_records, write_documents
 from emu_jax.data.known_lengths import (
     KnownLengths,
     Rejected,
+    known_documents,
     lengths_path,
     load_lengths,
     save_lengths,
 )
-from emu_jax.data.lengths import TokenLengths
+from emu_jax.data.lengths import LengthParts, TokenLengths
 from emu_jax.data.mixture import Group, OpenSource, open_groups
 from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.permutation import mixed, shuffled
@@ -276,7 +277,7 @@ def test_the_index_of_many_files_is_in_folders_that_are_opened_lazily(tmp_path, 
     source("webdataset", tmp_path)
     opened, load = [], index._load
     monkeypatch.setattr(
-        index, "_load", lambda folder, eager: opened.append(folder.name) or load(folder, eager)
+        index, "_load", lambda folder, *rest: opened.append(folder.name) or load(folder, *rest)
     )
     documents = source("webdataset", tmp_path)
     assert len(opened) < 4 and len(documents) == len(want) == 14
@@ -310,6 +311,38 @@ def test_token_counts_are_compact(tmp_path, tokenizer):
 ARRAYS = ("starts", "sizes", "damage", "long_at", "long_sizes")
 
 
+def test_parts_are_summed_without_their_large_arrays(tmp_path, tokenizer, monkeypatch):
+    """Documents without a part, with an empty text, with an image alone, or with a text alone."""
+    monkeypatch.setattr(lengths_module, "_CHUNK", 2)
+    outlines = [[], [IMAGE_PART, 3], [0], [5, 0, 7], [IMAGE_PART], [], [40_000], []]
+
+    class Known(Many):
+        fingerprint = "known"
+
+        def __len__(self) -> int:
+            return len(outlines)
+
+        def known_lengths(self, indices, tokenizer):
+            chosen = [outlines[n] for n in indices]
+            sizes = np.array([size for outline in chosen for size in outline], np.int32)
+            return KnownLengths(np.array(list(map(len, chosen)), np.int32), sizes)
+
+    parts = LengthParts(Known(), tokenizer, tmp_path)
+    for part in range(4):
+        parts.open(part)
+    opened, open_array = set(), index._open
+    monkeypatch.setattr(
+        index, "_open", lambda folder, key, *rest: opened.add(key) or open_array(folder, key, *rest)
+    )
+    lengths = TokenLengths(Known(), tokenizer, tmp_path)
+    assert opened == {"tally", "stamp", "totals"}
+    assert [lengths[n] for n in range(8)] == outlines
+    assert list(lengths.totals().values()) == [8, 3 + 5 + 7 + 40_000, 2, 3, 2, 1, 0]
+    assert lengths.tally.used == {"documents": 4, "images": 2, "texts": 4}
+    assert lengths.tally.unused == {"empty document": 4, "empty text": 2}
+    assert lengths.tally.examples == {"empty document": ["0", "2", "5"], "empty text": ["2", "3"]}
+
+
 def test_stored_lengths_belong_to_their_shard(tmp_path, monkeypatch):
     """They are not used for another shard of the same size and number of documents."""
     shard = tmp_path / "a.array_record"
@@ -319,9 +352,13 @@ def test_stored_lengths_belong_to_their_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "names", None)  # the folder may hold a million other files
     read = DocumentFiles([shard]).known_lengths(range(2), "tokenizer")
     assert read is not None and read.sizes.tolist() == [2, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(documents_module, "_opened", None)  # which reads all offsets
+        assert count_records(str(shard)) == 2
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    assert known_documents(str(shard)) is None
     with pytest.raises(Rejected, match="counted for other documents than .*a.array_record has"):
         load_lengths(str(shard), size, 2, "tokenizer")
     shard.unlink()
@@ -331,6 +368,7 @@ def test_stored_lengths_belong_to_their_shard(tmp_path, monkeypatch):
     with np.load(lengths_path(str(shard))) as arrays:
         earlier = {name: array for name, array in arrays.items() if name != "shard_tail"}
     np.savez(lengths_path(str(shard)), **earlier)  # of a version that did not store it
+    assert known_documents(str(shard)) is None
     assert load_lengths(str(shard), size, 2, "tokenizer").counts.tolist() == [1, 1]
 
 
@@ -434,9 +472,29 @@ def test_indexing_on_beam_writes_the_same_bytes(sources, tmp_path):
     assert arrays(tmp_path / "beam") == arrays(tmp_path / "local") != {}
 
 
+def test_damaged_lengths_tell_no_count(tmp_path):
+    """Whichever bit near the number is flipped: it is right, or it is not given. The array is too
+    large for its CRC-32 to be known."""
+    shard, count = tmp_path / "a.array_record", 3000
+    shard.write_bytes(b"shard")
+    known = KnownLengths(np.ones(count, int), np.full(count, 2))
+    save_lengths(str(shard), shard.stat().st_size, "tokenizer", known)
+    path = Path(lengths_path(str(shard)))
+    whole = path.read_bytes()
+    at = whole.index(b"'shape': (3000,)")
+    found = set()
+    for bit in range(8 * (at - 70), 8 * (at + 20)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        found.add(known_documents(str(shard)))
+    assert found == {None, count}
+
+
 def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(open_module, "_COUNTED_BYTES", 1)
     monkeypatch.setattr(index, "MOST_FOLDERS", 2)
+    monkeypatch.setattr(index, "QUICK_FILES", 2)
     for n in range(3):
         texts = [Document((Text(f"{n} {k}"),)) for k in range(n + 1)]
         write_documents(tmp_path / f"{n}.array_record", texts)
@@ -453,6 +511,9 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
 
     report = index_once()
     assert report["it"].documents == 6 and len(tasks) == 1
+    kept = sorted(p.name.rsplit("-", 1)[-1] for p in (tmp_path / ".emu_jax").glob("records-*"))
+    assert len(kept) == 3 and kept[-1] == "folders"  # and none for each file
+    assert not list((tmp_path / ".emu_jax").glob("[0-2].array_record-*"))
     # A worker counts with the same tokenizer.
     assert indexing._opened(source, cfg)[1].fingerprint == tokenizer.fingerprint
     opened, open_file = [], documents_module._opened

@@ -1,6 +1,7 @@
 """Frames of videos in training: told from still images where a model does so, and nowhere else."""
 
 import dataclasses
+import gzip
 import io
 import json
 import logging
@@ -24,10 +25,10 @@ from emu_jax.data.known_lengths import KnownLengths, lengths_path, save_lengths
 from emu_jax.data.lengths import TokenLengths, part_lengths
 from emu_jax.data.packing import FRAME_PART, IMAGE_PART, VIDEO_PART, Part, pick, truncate, window
 from emu_jax.data.simulate import SimulatedLengths, load_distribution, simulate
-from emu_jax.data.sources import SourceConfig, open_source
+from emu_jax.data.sources import SourceConfig, entries, open_source
 from emu_jax.data.sources import spans as spans_module
 from emu_jax.data.sources.dialogues import COMPREHENSIVE_SYSTEM, Dialogue, Medium, Turn, _document
-from emu_jax.data.sources.index import Joined
+from emu_jax.data.sources.index import Joined, NotIndexed, without_indexing
 from emu_jax.data.sources.spans import Spans, compact_spans
 from emu_jax.errors import UserError
 from emu_jax.models.eva_clip import normalize_images
@@ -377,9 +378,51 @@ def test_tars_of_images_have_no_videos(tmp_path, monkeypatch):
         del source.videos
         source._stills = 0  # as in an earlier index
         assert source.videos == videos, name
+        again = open_source(SourceConfig(name, "webdataset", (str(tmp_path / f"{name}.tar"),)))
+        again._stills = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Spans, "any_with", None)  # another process has scanned it
+            assert again.videos == videos, name
     monkeypatch.setattr(Spans, "any_with", None)  # counted by the index
     source = opened("more", still | both)
     assert not source.videos and source.unused().used["documents"] == 0
+
+
+def test_dialogues_about_images_have_no_videos(tmp_path, tokenizer, monkeypatch):
+    """Their tokens are counted once, for models that tell frames and for those that do not."""
+    about_images = {"image": "v.png", "q": "which video? video", "a": "\u00e9"}
+    lines = {
+        "image": (json.dumps(about_images), False),
+        "video": (json.dumps({"video_id": "v", "q": "what?", "a": "it"}), True),
+        "part": ('{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', True),
+        "escaped": (r'{"vid\u0065o": "v.mp4", "q": "what?", "a": "it"}', True),
+    }
+    monkeypatch.setattr(entries, "_CHUNK", 16)  # the key lies across two of them
+
+    def dialogues(name):
+        return open_source(SourceConfig(name, "dialogues", (str(tmp_path / name),)))
+
+    for name, (line, videos) in lines.items():
+        plain, packed = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-2.jsonl.gz"
+        plain.write_text("\n" * 12 + line)
+        packed.write_bytes(gzip.compress(line.encode()))
+        for path in (plain, packed):
+            assert dialogues(path.name).videos == videos, path
+            with monkeypatch.context() as patch:
+                patch.setattr(entries.storage, "read_part", None)
+                assert dialogues(path.name).videos == videos  # another process has read it
+    plain, told = (
+        TokenLengths(dialogues("image.jsonl"), tokenizer, tmp_path / "cache", frames=frames)
+        for frames in (False, True)
+    )
+    assert plain.parts.name == told.parts.name
+    (tmp_path / "new.jsonl").write_text(lines["image"][0])
+    with without_indexing():
+        with pytest.raises(NotIndexed):
+            dialogues("new.jsonl")
+    new = dialogues("new.jsonl")
+    with without_indexing():
+        assert not new.videos  # looked up, and not kept
 
 
 def test_samples_of_many_folders_are_looked_up_together(monkeypatch):
@@ -403,10 +446,13 @@ def test_builds_of_earlier_versions_are_refused(tmp_path, tokenizer):
     tar(tmp_path / "clips.tar", {"b.mp4": video(20), "b.txt": b"two"})
     tar(tmp_path / "stills.tar", {"a.jpg": gray(1).data, "a.txt": b"one"})
     write_documents(tmp_path / "r.array_record", [Document((gray(1), Text("a cat")))])
+    (tmp_path / "i.jpg").write_bytes(gray(1).data)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"image": "i.jpg", "q": "what?", "a": "a cat"}))
     for name, format in (
         ("clips.tar", "webdataset"),
         ("stills.tar", "webdataset"),
         ("r.array_record", "records"),
+        ("d.jsonl", "dialogues"),
     ):
         source = SourceConfig("x", format, (str(tmp_path / name),))
         cfg, folder = BuildConfig(source, CleanConfig(min_side=1)), tmp_path / f"out {name}"
@@ -419,7 +465,10 @@ def test_builds_of_earlier_versions_are_refused(tmp_path, tokenizer):
             message = "did not mark video frames: build it again into an empty directory"
             with pytest.raises(UserError, match=message):
                 build(folder, cfg, embedded(1))
-        else:
+            continue
+        build(folder, cfg, embedded(1))
+        if name == "d.jsonl":  # the version between marked all builds of dialogues
+            (folder / "build.json").write_text(json.dumps(claim | {"frames": True}))
             build(folder, cfg, embedded(1))
 
 

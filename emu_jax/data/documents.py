@@ -20,12 +20,17 @@ from typing import Any, cast
 
 import msgpack
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from emu_jax.data import storage
 from emu_jax.data.file_cache import FileCache
-from emu_jax.data.known_lengths import KnownLengths, Rejected, lengths_path, load_lengths
+from emu_jax.data.known_lengths import (
+    KnownLengths,
+    Rejected,
+    known_documents,
+    lengths_path,
+    load_lengths,
+)
 from emu_jax.data.read_ahead import Span
 from emu_jax.data.records import StoreRecords
 from emu_jax.data.unused import Tally, Unused
@@ -409,12 +414,16 @@ class DocumentFiles(Source):
             return lengths.select(slice(first, min(indices.stop, stop) - start))
 
         try:
-            with ThreadPoolExecutor(storage.THREADS) as pool:
-                counts, sizes, frames = zip(*pool.map(load, files), strict=True)
+            if storage.is_remote(self.paths[files[0]]):
+                with ThreadPoolExecutor(storage.THREADS) as pool:
+                    loaded = list(pool.map(load, files))
+            else:
+                loaded = [load(file) for file in files]
         except Rejected as error:
             log.warning("%s: counting the tokens instead", error)
             self._counted = set()
             return None
+        counts, sizes, frames = zip(*loaded, strict=True)
         return KnownLengths(np.concatenate(counts), np.concatenate(sizes), all(frames))
 
     def spans(self, index: int) -> list[Span]:
@@ -476,6 +485,9 @@ def _open_records(
 
 def _opened(path: str) -> Sequence[bytes]:
     """Opens a local ArrayRecord file."""
+    # Late: it imports much, which a worker that reads no document does not need.
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
     try:
         return cast(Sequence[bytes], ArrayRecordDataSource([path]))
     except Exception as error:  # ArrayRecord raises many types
@@ -485,10 +497,14 @@ def _opened(path: str) -> Sequence[bytes]:
 def count_records(path: str) -> int:
     """Returns the number of records of a local ArrayRecord file.
 
+    Opening the file reads the offsets of all its records. The lengths beside it, if there are any,
+    tell the number without that.
+
     Raises:
         UserError: it is missing, damaged or cut short.
     """
-    return len(DocumentFiles([path]))
+    known = known_documents(path)
+    return len(DocumentFiles([path])) if known is None else known
 
 
 class _LazyRecords(Sequence[bytes]):

@@ -47,6 +47,8 @@ class KnownLengths(NamedTuple):
     def select(self, documents: slice) -> KnownLengths:
         """Returns the lengths of some of the documents, in steps of 1."""
         first, last, _ = documents.indices(len(self.counts))
+        if last - first == len(self.counts):
+            return self
         starts = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
         sizes = self.sizes[starts[first] : starts[last]]
         return KnownLengths(self.counts[first:last], sizes, self.frames)
@@ -93,19 +95,15 @@ def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -
     """
     path = lengths_path(shard)
     try:
-        content = io.BytesIO(storage.read(path))
-        with zipfile.ZipFile(content) as members:  # NumPy parses headers before it checks CRCs
-            if (damaged := members.testzip()) is not None:
-                raise Rejected(f"{path} is damaged (CRC-32 of {damaged})")
-        content.seek(0)
-        with storage.NUMPY_HEADERS, np.load(content) as arrays:
-            if str(arrays["tokenizer"]) != tokenizer:
-                raise Rejected(f"{path} was counted with another tokenizer")
-            frames = "frames" in arrays and bool(arrays["frames"])
-            lengths = KnownLengths(arrays["counts"], arrays["sizes"], frames)
-            found = (int(arrays["shard_bytes"]), len(lengths.counts), lengths.counts.sum())
-            # Files of earlier versions lack it.
-            tail = str(arrays["shard_tail"]) if "shard_tail" in arrays else None
+        with zipfile.ZipFile(io.BytesIO(storage.read(path))) as members:
+            arrays = {n.removesuffix(".npy"): _array(members, n) for n in members.namelist()}
+        if str(arrays["tokenizer"]) != tokenizer:
+            raise Rejected(f"{path} was counted with another tokenizer")
+        frames = "frames" in arrays and bool(arrays["frames"])
+        lengths = KnownLengths(arrays["counts"], arrays["sizes"], frames)
+        found = (int(arrays["shard_bytes"]), len(lengths.counts), lengths.counts.sum())
+        # Files of earlier versions lack it.
+        tail = str(arrays["shard_tail"]) if "shard_tail" in arrays else None
     except _BROKEN as error:
         raise Rejected(f"{path} is damaged ({error})") from None
     if found != (shard_bytes, documents, len(lengths.sizes)):
@@ -116,6 +114,34 @@ def load_lengths(shard: str, shard_bytes: int, documents: int, tokenizer: str) -
     except OSError as error:
         raise Rejected(f"{shard} cannot be read ({error})") from None
     return lengths
+
+
+def known_documents(shard: str) -> int | None:
+    """Returns how many documents a local shard has, by the lengths beside it.
+
+    Returns None if there are none, or they may be of another shard. Does not read the lengths.
+    """
+    try:
+        size = storage.stat(shard).size
+        with zipfile.ZipFile(storage.RangeFile(lengths_path(shard))) as members:
+            known = {name: _array(members, f"{name}.npy") for name in ("shard_bytes", "shard_tail")}
+            with members.open("counts.npy") as file, storage.NUMPY_HEADERS:
+                np.lib.format.read_magic(file)
+                (count,), _, dtype = np.lib.format.read_array_header_1_0(file)
+                # Both were stored apart: a damaged header does not pass.
+                whole = file.tell() + count * dtype.itemsize
+                fits = members.getinfo("counts.npy").file_size == whole
+        same = fits and int(known["shard_bytes"]) == size
+        return count if same and str(known["shard_tail"]) == _tail_digest(shard, size) else None
+    except Exception:  # NumPy raises many types on a damaged header
+        return None
+
+
+def _array(members: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Reads an array. Its CRC-32 is checked before NumPy parses the header."""
+    content = io.BytesIO(members.read(name))
+    with storage.NUMPY_HEADERS:
+        return np.lib.format.read_array(content)
 
 
 def _tail_digest(shard: str, shard_bytes: int) -> str:

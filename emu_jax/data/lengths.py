@@ -16,12 +16,12 @@ import abc
 import contextvars
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8, UInt32
 
 from emu_jax.data.documents import (
     ABSENT,
@@ -61,6 +61,7 @@ _LONGEST = 2**15 - 1
 _VERSION = 3  # of the cached arrays
 _EARLIER = 2  # version whose arrays are converted
 _FRAMES_VERSION = 4  # of arrays that tell frames of videos from still images
+_SUMMED = ("tally", "stamp", "totals")  # arrays of a part that are needed for the whole
 _AWAITED = ("missing image", "ambiguous image", "missing file")  # may arrive later
 
 
@@ -208,14 +209,23 @@ class LengthParts:
             if not all(there):
                 raise NotIndexed(str(self.folder / self.name))
 
-    def open(self, part: int, stamp: UInt8[np.ndarray, "bytes"] | None = None) -> Arrays:
-        """Returns the arrays of one of several parts; counts it first unless it is cached."""
+    def open(
+        self,
+        part: int,
+        stamp: UInt8[np.ndarray, "bytes"] | None = None,
+        keys: Collection[str] | None = None,
+    ) -> Arrays:
+        """Returns the arrays of one of several parts; counts it first unless it is cached.
+
+        Args:
+            keys: the arrays that are needed; by default all.
+        """
 
         def make() -> Arrays:  # a stamp may list many folders
             return self.make(part, self.stamp() if stamp is None else stamp)
 
         # Small arrays are copied to memory: those of all parts together stay within EAGER.
-        return cached_arrays(self.folder, self._part_name(part), make, EAGER // self.count)
+        return cached_arrays(self.folder, self._part_name(part), make, EAGER // self.count, keys)
 
     def make(self, part: int, stamp: UInt8[np.ndarray, "bytes"]) -> Arrays:
         """Counts a part."""
@@ -292,7 +302,7 @@ class TokenLengths(Lengths):
                 return parts.make(0, stamp)
             tallies, stamps, totals = [], set[bytes](), np.zeros(len(TOTALS), np.int64)
             for part in range(parts.count):
-                arrays = parts.open(part, stamp)
+                arrays = parts.open(part, stamp, _SUMMED)
                 tallies.append(arrays["tally"])
                 stamps.add(arrays["stamp"].tobytes())
                 totals += np.asarray(arrays["totals"])
@@ -487,7 +497,7 @@ def _windows(source: Source, indices: range) -> Iterator[range]:
 
 def _without_frames(sizes: Int[np.ndarray, "parts"]) -> Int[np.ndarray, "parts"]:
     """Returns sizes in which frames of videos are still images."""
-    return np.maximum(sizes, IMAGE_PART)
+    return sizes if sizes.min(initial=0) >= IMAGE_PART else np.maximum(sizes, IMAGE_PART)
 
 
 def _known(source: Source, indices: range, known: KnownLengths, frames: bool) -> Arrays:
@@ -497,13 +507,13 @@ def _known(source: Source, indices: range, known: KnownLengths, frames: bool) ->
     totals = dict(zip(TOTALS, arrays["totals"].tolist(), strict=True))
     tally = Tally()
     used = totals["with_text"] + totals["with_image"] - totals["with_both"]
-    tally.used |= {"documents": used, "images": totals["images"], "texts": int((sizes > 0).sum())}
-    owners = np.repeat(np.arange(len(counts)), counts)
-    empty = np.ones(len(counts), bool)
-    empty[owners[sizes != 0]] = False
+    empty = np.flatnonzero(sizes == 0).astype(np.uint32)
+    texts = len(sizes) - totals["images"] - len(empty)
+    tally.used |= {"documents": used, "images": totals["images"], "texts": texts}
+    unused = [] if used == len(counts) else np.flatnonzero(~_owned(arrays["starts"], sizes != 0))
     for reason, rows in (
-        ("empty text", owners[sizes == 0]),
-        ("empty document", np.flatnonzero(empty)),
+        ("empty text", np.searchsorted(arrays["starts"], empty, "right") - 1),
+        ("empty document", np.asarray(unused)),
     ):
         if len(rows):
             tally.leave(reason, len(rows))
@@ -525,30 +535,44 @@ def _compact(
     Raises:
         ValueError: they are too many for one part.
     """
-    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    if starts[-1] >= 2**32:
-        raise ValueError(f"{starts[-1]} parts of {len(counts)} documents")
-    long = np.flatnonzero(sizes > _LONGEST)
-
-    def each(values: np.ndarray) -> Int[np.ndarray, "documents"]:
-        total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-        return total[starts[1:]] - total[starts[:-1]]
-
-    texts, images = each(np.maximum(sizes, 0)), each(sizes < 0)
+    if len(sizes) >= 2**32:
+        raise ValueError(f"{len(sizes)} parts of {len(counts)} documents")
+    starts = np.zeros(len(counts) + 1, np.uint32)
+    np.cumsum(counts, dtype=np.uint32, out=starts[1:])
+    image = sizes < 0
+    with_text, with_image = _owned(starts, sizes > 0), _owned(starts, image)
     totals = [
         len(counts),
-        texts.sum(),
-        images.sum(),
-        (texts > 0).sum(),
-        (images > 0).sum(),
-        ((texts > 0) & (images > 0)).sum(),
-        (damage > 0).sum(),
+        np.maximum(sizes, 0).sum(),
+        np.count_nonzero(image),
+        np.count_nonzero(with_text),
+        np.count_nonzero(with_image),
+        np.count_nonzero(with_text & with_image),
+        np.count_nonzero(damage),
     ]
+    long = np.flatnonzero(sizes > _LONGEST)
+    short = sizes.astype(np.int16)
+    short[long] = _LONG
     return {
-        "starts": starts.astype(np.uint32),
-        "sizes": np.where(sizes > _LONGEST, _LONG, sizes).astype(np.int16),
+        "starts": starts,
+        "sizes": short,
         "long_at": long,
         "long_sizes": sizes[long],
         "damage": damage,
         "totals": np.array(totals, np.int64),
     }
+
+
+def _owned(
+    starts: UInt32[np.ndarray, "documents_and_end"], parts: Bool[np.ndarray, "parts"]
+) -> Bool[np.ndarray, "documents"]:
+    """Returns which documents own at least one of some parts.
+
+    Args:
+        starts: number of the first part of each document.
+    """
+    # Half the time of `np.logical_or.reduceat`, which also gives documents without parts a value.
+    before = np.zeros(len(parts) + 1, np.uint32)
+    np.cumsum(parts, dtype=np.uint32, out=before[1:])
+    before = before.take(starts)
+    return before[1:] != before[:-1]

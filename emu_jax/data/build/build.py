@@ -277,6 +277,8 @@ def _claim(folder: str, cfg: BuildConfig, source: Source, tokenizer: Tokenizer |
         raise UserError(f"{path} is damaged ({error}): remove {folder}") from None
     if isinstance(existing, dict):
         existing = _with_defaults(existing, to_dict(BuildConfig()))
+        if not source.videos:  # an earlier version did not look whether dialogues have any
+            existing.pop("frames", None)
         if {**existing, "frames": True} == ours != existing:
             raise UserError(
                 f"{folder} was built by an earlier version, which did not mark video frames: "

@@ -192,12 +192,15 @@ def _media_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
 
 
 def _file_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
+    if source.format == "records":
+        return []  # counted by folder
     return [_index_task(source, cfg, (path,)) for path in _indexed_files(source)]
 
 
 def _folder_tasks(source: SourceConfig, cfg: DataConfig) -> list[IndexTask]:
-    """Returns the tasks that merge the indexes of many files into folders."""
-    groups = file_groups(_indexed_files(source))
+    """Returns the tasks that merge the indexes of many files into folders, or count their
+    records."""
+    groups = file_groups(_indexed_files(source), source.format == "records")
     if any(map(file_groups, groups)):  # opening the source merges so many files
         return []
     return [_index_task(source, cfg, tuple(group)) for group in groups]

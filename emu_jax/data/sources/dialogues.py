@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -39,6 +40,8 @@ COMPREHENSIVE_SYSTEM = (
 )
 CONCISE_SYSTEM = "You are a helpful assistant, dedicated to provide concise and efficient answers."
 
+# A key or type of part such as "video" or "video_url", or a letter of it as an escape.
+_NAMES_VIDEO = re.compile(rb'"video|\\u00[67]')
 _SPEAKERS = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
@@ -96,6 +99,10 @@ class Dialogues(Listed):
         chosen = () if system is None else (system,)
         super().__init__(entries, media, ("dialogues-2", frames, *chosen))
         self._frames, self._system = frames, system
+
+    @functools.cached_property
+    def videos(self) -> bool:  # type: ignore[override]
+        return self._entries.may_match(_NAMES_VIDEO)
 
     def read(
         self,

@@ -13,14 +13,22 @@ import numpy as np
 from jaxtyping import UInt8
 
 from emu_jax.data import storage
-from emu_jax.data.documents import Damaged, utf8
+from emu_jax.data.documents import Damaged, short_hash, utf8
 from emu_jax.data.sources.formats import PACKED, PARQUET, check_format, check_twins, unpack
-from emu_jax.data.sources.index import Arrays, cached_arrays, fingerprint, folder_for, index_files
+from emu_jax.data.sources.index import (
+    Arrays,
+    cached_arrays,
+    cached_flag,
+    fingerprint,
+    folder_for,
+    index_files,
+)
 from emu_jax.data.sources.parquet import ParquetRows, rows_in
 
 _VERSION = "entries-2"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, escaped
 _CHUNK = 1 << 26  # bytes read at once while scanning for line ends
+_LONGEST_MATCH = 64
 # Exceptions raised by parsing a malformed entry without checking it first.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -74,6 +82,29 @@ class Entries:
         else:
             content = storage.read_part(path, start, size)
         return parse_object(content, self.where(index))
+
+    def may_match(self, pattern: re.Pattern[bytes]) -> bool:
+        """Returns whether the text of a file matches. The texts are read once, and the result is
+        cached. Parquet files are not read: they may match.
+
+        Args:
+            pattern: matches at most `_LONGEST_MATCH` bytes.
+        """
+
+        def matches(path: str) -> bool:
+            if path.endswith(PARQUET):
+                return True
+            if path.endswith(PACKED):
+                return pattern.search(self._content(path).data) is not None
+            size, step = storage.stat(path).size, _CHUNK
+            return any(
+                pattern.search(storage.read_part(path, first, step + _LONGEST_MATCH))
+                for first in range(0, size, step)
+            )
+
+        name = f"match-{short_hash((pattern.pattern, self.fingerprint))}"
+        folder = folder_for(self.paths[0], self._cache)
+        return cached_flag(folder, name, lambda: any(map(matches, self.paths)))
 
     def _scan(self, path: str) -> Arrays:
         if path.endswith(PACKED):

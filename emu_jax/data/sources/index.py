@@ -21,10 +21,12 @@ from __future__ import annotations
 import bisect
 import fcntl
 import functools
+import io
 import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import secrets
 import shutil
@@ -34,7 +36,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -55,6 +57,7 @@ Arrays = dict[str, np.ndarray]
 
 EAGER = 1 << 27  # bytes; checking so much takes a moment
 MOST_FOLDERS = 256  # of the index of one source
+QUICK_FILES = 64  # in a folder, at least, of those that take a moment to scan
 RENEW_SECONDS = 30.0  # between changes of a claim
 STALE_SECONDS = 300.0  # a claim that does not change for so long is of a process that has ended
 POLL_SECONDS = 5.0  # between looks for arrays that another process makes
@@ -98,12 +101,17 @@ def folder_for(path: str, cache: str) -> Path:
 
 
 def cached_arrays(
-    folder: Path, name: str, make: Callable[[], Arrays], eager: int | None = None
+    folder: Path,
+    name: str,
+    make: Callable[[], Arrays],
+    eager: int | None = None,
+    keys: Collection[str] | None = None,
 ) -> Arrays:
     """Loads the arrays in `folder/name`; makes and writes them first if missing or damaged.
 
     The write is atomic. If they cannot be written, it warns and returns the arrays from memory.
-    Arrays of more than `eager` bytes (by default `EAGER`) are `Checked`.
+    Arrays of more than `eager` bytes (by default `EAGER`) are `Checked`. Other arrays than `keys`
+    may be left out, unread.
 
     Raises:
         NotIndexed: they are missing or damaged, in `without_indexing`.
@@ -111,13 +119,13 @@ def cached_arrays(
     if isinstance(folder, StorePath):
         local, fetch = _local_folder(folder), functools.partial(_fetch_or_make, folder, name, make)
         if indexing() or (local / name / _LISTING).is_file():
-            return cached_arrays(local, name, fetch, eager)
+            return cached_arrays(local, name, fetch, eager, keys)
         if (arrays := _download(folder / name)) is None:
             raise NotIndexed(str(folder / name))
         return arrays
     target, eager = folder / name, EAGER if eager is None else eager
     try:
-        return _load(target, eager)
+        return _load(target, eager, keys)
     except _Changed:
         pass
     except _BROKEN as error:
@@ -144,10 +152,18 @@ def cached_arrays(
             if locked is not None:
                 os.close(locked)
         sync(folder)
-        return _load(target, eager)
+        return _load(target, eager, keys)
     except (_Changed, *_BROKEN) as error:
         log.warning("cannot keep %s: %s", target, error)
         return arrays
+
+
+def cached_flag(folder: Path, name: str, find: Callable[[], bool]) -> bool:
+    """Returns `find()`, which is called once if the cache can be written."""
+    try:
+        return bool(cached_arrays(folder, name, lambda: {"flag": np.array([find()])})["flag"][0])
+    except NotIndexed:
+        return find()
 
 
 def has_arrays(folder: Path, name: str) -> bool:
@@ -302,13 +318,20 @@ def _sweep(folder: Path) -> None:
 def _save(arrays: Arrays, folder: Path) -> None:
     sizes = {}
     for key, array in arrays.items():
-        file = folder / f"{key}.npy"
-        np.save(file, np.ascontiguousarray(array))
-        content = np.memmap(file, np.uint8, "r").data
-        blocks = range(0, len(content), _BLOCK)
-        sums = np.array([zlib.crc32(content[n : n + _BLOCK]) for n in blocks], "<u4")
-        (folder / f"{key}.crc").write_bytes(sums.tobytes())
-        sizes[key] = [len(content), zlib.crc32(sums.tobytes())]
+        array = np.ascontiguousarray(array)
+        head, data = _header(array), array.reshape(-1).view(np.uint8).data
+        first = _BLOCK - len(head)  # bytes of the array in the first block
+        blocks = range(first, len(data), _BLOCK)
+        each = [
+            zlib.crc32(data[:first], zlib.crc32(head)),
+            *(zlib.crc32(data[n : n + _BLOCK]) for n in blocks),
+        ]
+        with (folder / f"{key}.npy").open("wb") as file:
+            file.write(head)
+            file.write(data)
+        sums = np.array(each, "<u4").tobytes()
+        (folder / f"{key}.crc").write_bytes(sums)
+        sizes[key] = [len(head) + len(data), zlib.crc32(sums)]
     listing = {"version": _VERSION, "block": _BLOCK, "arrays": sizes}
     (folder / _LISTING).write_text(json.dumps(listing))
     for file in folder.iterdir():
@@ -316,7 +339,31 @@ def _save(arrays: Arrays, folder: Path) -> None:
     sync(folder)
 
 
-def _load(folder: Path, eager: int) -> Arrays:
+def _header(array: np.ndarray) -> bytes:
+    """Returns the header of an array's file, as `np.save` writes it."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+    return head.getvalue()
+
+
+@functools.lru_cache(1024)
+def _parsed(head: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Parses the header of an array's file: (shape, type of the values).
+
+    The parts of an index have few different headers, and parsing one takes longer than opening its
+    file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    file = io.BytesIO(head)
+    with storage.NUMPY_HEADERS:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
+
+
+def _load(folder: Path, eager: int, keys: Collection[str] | None = None) -> Arrays:
     """Loads the arrays of a folder.
 
     Raises:
@@ -326,7 +373,11 @@ def _load(folder: Path, eager: int) -> Arrays:
     if (listing["version"], listing["block"]) != (_VERSION, _BLOCK):
         raise ValueError(f"{_LISTING} has changed")
     known: dict[str, tuple[int, int]] = listing["arrays"]
-    return {key: _open(folder, key, size, crc, eager) for key, (size, crc) in known.items()}
+    return {
+        key: _open(folder, key, size, crc, eager)
+        for key, (size, crc) in known.items()
+        if keys is None or key in keys
+    }
 
 
 def _open(folder: Path, key: str, size: int, crc: int, eager: int) -> np.ndarray:
@@ -358,15 +409,18 @@ class Checked:
 
     def __init__(self, file: Path, sums: np.ndarray) -> None:
         self._file, self._sums = file, sums
-        self._content = np.memmap(file, np.uint8, "r").data
+        with file.open("rb") as opened:  # a plain map: `np.memmap` takes ten times as long
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        self._content = memoryview(mapped)
         self._sound, self._left = bytearray(len(sums)), len(sums)
         self._lock = threading.Lock()
-        self._check(0, 1)  # the header
-        with storage.NUMPY_HEADERS:
-            mapped = np.load(file, mmap_mode="r")
-        self._first, self.shape, self.dtype = mapped.offset, mapped.shape, mapped.dtype
-        # A plain array, because a look-up in a `memmap` takes four times as long.
-        self._array, self._width = np.asarray(mapped), mapped.strides[0]
+        self._check(0, 1)
+        self._first = 10 + int.from_bytes(mapped[8:10], "little")  # the length of the header
+        self._check(0, -(-self._first // _BLOCK))
+        self.shape, self.dtype = _parsed(mapped[: self._first])
+        flat = np.frombuffer(mapped, np.uint8, offset=self._first)
+        self._array = flat.view(self.dtype).reshape(self.shape)
+        self._width = self._array.strides[0]
 
     def __len__(self) -> int:
         return len(self._array)
@@ -518,7 +572,7 @@ class Joined:
 
 
 def index_files(
-    kind: str, paths: Sequence[str], scan: Callable[[str], Arrays], cache: str
+    kind: str, paths: Sequence[str], scan: Callable[[str], Arrays], cache: str, quick: bool = False
 ) -> Arrays:
     """Returns the concatenated results of `scan` on each file, with the file's number as `file`.
 
@@ -530,17 +584,21 @@ def index_files(
     A `tally` among the arrays, which must come last, is summed (`Tally.add`). Arrays whose names
     end in `_row` hold numbers of rows of the first array in rising order, and are renumbered.
     Others with the same first word (`wide_span` beside `wide_row`) have a row for each of them.
+
+    Args:
+        quick: whether scanning a file takes a moment, and its result is small. Only folders are
+            cached then, of at least `QUICK_FILES` files.
     """
-    if len(paths) == 1:
+    if len(paths) == 1 and not quick:
         return _numbered(_file_index(kind, paths[0], scan, cache))
-    groups = file_groups(paths)
+    groups = file_groups(paths, quick)
     if not groups:
-        return _folder_index(kind, paths, scan, cache)
+        return _folder_index(kind, paths, scan, cache, quick=quick)
 
     @functools.cache
     def opened(group: int) -> Arrays:
         # Small arrays are copied to memory: those of all folders together stay within EAGER.
-        return _folder_index(kind, groups[group], scan, cache, EAGER // len(groups))
+        return _folder_index(kind, groups[group], scan, cache, EAGER // len(groups), quick)
 
     def summary() -> Arrays:
         return _summary([opened(group) for group in range(len(groups))])
@@ -550,10 +608,15 @@ def index_files(
     return _joined(opened, totals, list(range(0, len(paths), len(groups[0]))))
 
 
-def file_groups(paths: Sequence[str]) -> list[Sequence[str]]:
-    """Returns the files of each folder of an index; [] if one folder holds it."""
-    size = -(-len(paths) // MOST_FOLDERS)
-    return [paths[n : n + size] for n in range(0, len(paths), size)] if size > 1 else []
+def file_groups(paths: Sequence[str], quick: bool = False) -> list[Sequence[str]]:
+    """Returns the files of each folder of an index; [] if one folder holds it.
+
+    Args:
+        quick: see `index_files`.
+    """
+    size = max(-(-len(paths) // MOST_FOLDERS), QUICK_FILES if quick else 1)
+    groups = [paths[n : n + size] for n in range(0, len(paths), size)]
+    return groups if 1 < len(groups) < len(paths) else []
 
 
 def _summary(every: Sequence[Arrays]) -> Arrays:
@@ -608,18 +671,24 @@ def _folder_index(
     scan: Callable[[str], Arrays],
     cache: str,
     eager: int | None = None,
+    quick: bool = False,
 ) -> Arrays:
     """Returns the concatenated results of `scan` on files, cached in one folder if they are
     small."""
 
     @functools.cache
     def opened(file: int) -> Arrays:
+        if quick:
+            return _numbered(scan(paths[file]))
         limit = (EAGER if eager is None else eager) // len(paths)
         return _numbered(_file_index(kind, paths[file], scan, cache, limit))
 
     def together() -> Arrays:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            shares = list(pool.map(opened, range(len(paths))))
+        if quick:
+            shares = list(map(opened, range(len(paths))))
+        else:
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+                shares = list(pool.map(opened, range(len(paths))))
         if sum(_nbytes(array) for share in shares for array in share.values()) > EAGER:
             return _summary(shares)  # copying them would take as long as reading them all
         counts = [len(share["file"]) for share in shares]

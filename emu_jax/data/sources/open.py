@@ -172,7 +172,7 @@ def are_counted(cfg: SourceConfig, paths: Sequence[str]) -> bool:
 def index_records(paths: Sequence[str], cache: str) -> Arrays:
     """Returns the number of records of each ArrayRecord file as `records`, from the cache."""
     return index_files(
-        "records-1", paths, lambda path: {"records": np.array([count_records(path)])}, cache
+        "records-1", paths, lambda path: {"records": np.array([count_records(path)])}, cache, True
     )
 
 

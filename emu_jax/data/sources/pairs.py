@@ -38,7 +38,13 @@ from emu_jax.data.file_cache import FileCache
 from emu_jax.data.read_ahead import Span
 from emu_jax.data.records import RecordSpans
 from emu_jax.data.sources.entries import look_up, parse_object
-from emu_jax.data.sources.index import Arrays, fingerprint, index_files
+from emu_jax.data.sources.index import (
+    Arrays,
+    cached_flag,
+    fingerprint,
+    folder_for,
+    index_files,
+)
 from emu_jax.data.sources.spans import Spans, compact_spans
 from emu_jax.data.sources.tars import Member, members, note
 from emu_jax.data.sources.video import VIDEO_SUFFIXES, Video, sample_frames
@@ -96,7 +102,7 @@ class Pairs(Source):
         caption_key: str = "",
         wordless: bool = False,
     ) -> None:
-        self.paths = paths
+        self.paths, self._cache = paths, cache
         self._frames, self._caption_key, self._wordless = frames, caption_key, wordless
         arrays = index_files(_INDEX_VERSION, paths, _samples_in, cache)
         self._files, self._spans = arrays["file"], Spans(arrays, len(_ORDER))
@@ -118,8 +124,13 @@ class Pairs(Source):
 
     @functools.cached_property
     def videos(self) -> bool:  # type: ignore[override]
-        # Indexes of earlier versions do not count the samples that show no video.
-        return self._stills < len(self) and self._spans.any_with(_VIDEO, (_IMAGE, _BOARD))
+        # Indexes of earlier versions do not count the samples that show no video. They are scanned
+        # once.
+        return self._stills < len(self) and cached_flag(
+            folder_for(self.paths[0], self._cache),
+            f"videos-{self.fingerprint}",
+            lambda: self._spans.any_with(_VIDEO, (_IMAGE, _BOARD)),
+        )
 
     def where(self, index: int) -> str:
         file = int(self._files[index])
