@@ -1,10 +1,10 @@
 """`emu-jax data index`: finds the documents of a config's sources and counts their tokens, in
 parallel, before a run.
 
-The work is cut into tasks: an index for each file, folders for the indexes of many files, then
-token counts for each part of a source (`LengthParts`). A task writes what training would write by
-itself, to the same cache, so that a run finds it there. A task whose result is cached takes no
-time: an interrupted command resumes.
+The work is cut into tasks: an index for each file, folders for the indexes of many files or the
+numbers of their records, then token counts for each part of a source (`LengthParts`). A task writes
+what training would write by itself, to the same cache, so that a run finds it there. A task whose
+result is cached takes no time: an interrupted command resumes.
 
 Several machines share the tasks by `--shard`. They meet in the cache: a machine waits for the
 files of the others before it counts tokens, because a document's number depends on all files.
