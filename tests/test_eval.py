@@ -323,7 +323,8 @@ def test_text_to_image_writes_what_the_official_scorers_read(ask, tmp_path):
         return np.asarray(Image.open(path))[..., 0]
 
     emu = Said(instruct=False)
-    result, _ = ask("geneval", emu, name="geneval")
+    result, out = ask("geneval", emu, name="geneval")
+    assert "Beside the paper" not in out.with_suffix(".html").read_text()  # it has no figure
     assert result["scores"] is None and "evaluate_images.py" in result["notes"][0]
     assert [text for text, _ in emu.asked] == ["2 cats"] * 4 + ["3 cats"] * 4
     folder = tmp_path / "geneval"
@@ -1121,7 +1122,7 @@ def test_the_page_shows_scores_beside_the_papers(ask):
     assert (
         "<b>53.33</b>" in page and "<tr class=same><th scope=row>paper</th><td>Emu-I</td>" in page
     )
-    assert "57.20" in page and page.count("data:image/jpeg") == 3
+    assert "Beside the paper" in page and "57.20" in page and page.count("data:image/jpeg") == 3
     assert "Is it {raining}?" in page and "no; yes" in page and "orange <i>60.0</i>" in page
     assert "<script" not in page
 

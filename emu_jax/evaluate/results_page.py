@@ -38,7 +38,7 @@ def write(
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
     sections = [
         tiles(heads),
-        f"<section><h2>Beside the paper</h2>{_paper(task, result)}</section>",
+        f"<section><h2>Beside the paper</h2>{_paper(task, result)}</section>" if task.paper else "",
         f"<section><h2>Scores</h2>{table(scores)}</section>" if scores else "",
         f"<section><h2>Notes</h2><ul>{notes}</ul></section>" if notes else "",
         _samples(task, items, answers, per_item, out),
@@ -56,9 +56,10 @@ def _paper(task: Task, result: Result) -> str:
         f"<td>{html.escape(column)}</td><td>{'–' if value is None else f'{value:.2f}'}</td></tr>"
         for who, column, value in rows
     )
+    described = ", ".join(filter(None, (task.metric, f"split {result.split}")))
     return (
-        f"<p>{html.escape(task.metric)}, split {html.escape(result.split)}. The paper's figures "
-        f"are of the released weights and the whole data set.</p><table>{cells}</table>"
+        f"<p>{html.escape(described)}. The paper's figures are of the released weights and the "
+        f"whole data set.</p><table>{cells}</table>"
     )
 
 
@@ -85,8 +86,8 @@ def _samples(
             f'<figure class="card">{_media_image(media)}<figcaption>{shown}</figcaption></figure>'
         )
     return (
-        f"<section><h2>Answers</h2><p>{len(cards)} of {len(items):,}, drawn at random: what the "
-        "model said, with the item's own figure; beneath it, what people said.</p>"
+        f"<section><h2>Answers</h2><p>{len(cards)} of {len(items):,}, chosen at random: the "
+        "model's answer with the item's own score, and beneath it the references.</p>"
         f'<div class="cards">{"".join(cards)}</div></section>'
     )
 
