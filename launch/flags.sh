@@ -49,6 +49,7 @@ END
 --xla_tpu_bf16_emission_mode=NATIVE_EMISSION    # bfloat16 operations are emitted as such [tpu-recipes]
 --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true    # SparseCores reduce gradients, the TensorCores compute [tpu-recipes]
 --xla_tpu_use_single_sparse_core_for_all_gather_offload=true       # one of the SparseCores gathers, the others stay free [tpu-recipes]
+--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000            # no collective matmuls: their partial sums go through HBM [docs/notes/scaling.md]
 END
       ;;
     gpu) cat <<'END'
