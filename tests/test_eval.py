@@ -1478,14 +1478,6 @@ def test_killed_and_started_again_it_ends_the_same(count, job, tmp_path):
     again.finish()
     assert "of 12 items were answered before" in again.said()
     assert results(files(out)) == results(whole)
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(job, tmp_path):
-    checkpoint, data, whole = job
-    out = tmp_path / "out.json"
-    Command(2, checkpoint, data, out).finish()
-    assert results(files(out)) == results(whole)
     assert sorted(p.name for p in tmp_path.glob("out.pred*")) == ["out.predictions.jsonl"]
 
 

@@ -407,8 +407,8 @@ def test_two_processes_train_as_one(data_root, tmp_path):
         "from emu_jax.train.config import config_dict\n"
         f"get_config = lambda: config_dict(test_train.small('emu', {data_root!r}))\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["EMU_JAX"] = str(Path(sys.executable).parent / "emu-jax")
+    command = str(Path(sys.executable).parent / "emu-jax")
+    environment = os.environ | {"EMU_JAX": command, "XLA_FLAGS": UNOPTIMIZED}
     for count, devices in ((1, 4), (2, 2)):
         workdir = tmp_path / str(count)
         done = subprocess.run(
