@@ -1305,8 +1305,8 @@ def test_a_beam_search_lets_others_go_on(drawer):
 
 
 def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
-    """Prompts of similar length share a batch, which may have padding. If it cannot be read, each
-    is read alone."""
+    """Prompts of one padded length share a batch, which may have empty rows. If it cannot be read,
+    each is read alone."""
     engine = Engine(drawer, slots=5, new_tokens=8, max_images=0)
     more, read, rows = {"max_new_tokens": 8, "max_images": 0}, engines._read_rows, []
 

@@ -1,7 +1,7 @@
 """Continuous batching: requests of unequal length join and leave a running batch.
 
-Prompts that wait for a slot's first token are read together, those of similar length in batches of
-a few sizes.
+Prompts that wait for a slot's first token are read together, those of one padded length in batches
+of a few sizes.
 
 A slot holds the decoding state of one request: a batch of one row (`mixed.MixedState`). The states
 of all slots are arrays with a leading slot axis. Their shapes never change, so one program decodes
@@ -65,7 +65,6 @@ T = TypeVar("T")
 PROMPT_TOKENS = 4096  # default of `Engine`
 PREFILL_ROWS = (1, 4, 8)  # sizes of a batch of prompts, or of their images; fewer than the slots
 PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
-MAX_PADDING = 2  # times the padded length of the shortest prompt of a batch, for the longest
 PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
 # Kinds of requests: `stream`, `generate_image`, `search`.
 TEXT, IMAGE, SEARCH = "text", "image", "search"
@@ -537,8 +536,8 @@ class _TextSlots:
                 raise arriving.error
 
     def read_prompts(self) -> bool:
-        """Reads the prompts that wait into their slots, those of similar length in batches. Returns
-        whether there were any."""
+        """Reads the prompts that wait into their slots, those of one padded length in batches.
+        Returns whether there were any."""
         if not self._waiting:
             return False
         groups: dict[bool, list[_Arriving]] = collections.defaultdict(list)
@@ -548,8 +547,9 @@ class _TextSlots:
         self._waiting = []
 
         def fits(batch: Sequence[_Arriving], size: int) -> bool:
-            shortest, longest = batch[0].length, batch[-1].length
-            return size in self.sizes(longest) and longest <= MAX_PADDING * shortest
+            # With another padding the last digits of a prompt's states, and perhaps the answer,
+            # would differ from those of the prompt alone.
+            return size in self.sizes(batch[0].length) and batch[0].length == batch[-1].length
 
         for group in groups.values():
             for batch, size in batches(group, self.sizes(), fits):
@@ -593,7 +593,7 @@ class _TextSlots:
         """Returns the state of each prompt after its first element, and of padding. The slots keep
         theirs."""
         prompts = [each.prompt for each in batch]
-        padded = self._batch(prompts, max(each.length for each in batch), size)
+        padded = self._batch(prompts, batch[0].length, size)
         slots = _slots_of(batch, size)
         rows = _read_rows(*self._arguments(slots, padded, self._encode(prompts, padded)))
         return jax.block_until_ready(rows)  # a failure must show before slots are donated
