@@ -1338,8 +1338,21 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
     assert [*batches("abcdefg", (1, 4, 16))] == [("abcd", 4), ("efg", 4)]
     assert [*batches("abcdefghijkl", (1, 4, 16))] == [("abcdefghijkl", 16)]
     assert [*batches("ab", (1, 4))] == [("a", 1), ("b", 1)] and [*batches("", (1,))] == []
-    alike = [*batches("aabbb", (1, 3), lambda batch, size: len(set(batch)) == 1)]
-    assert alike == [("a", 1), ("a", 1), ("bbb", 3)]
+
+
+def test_prompts_that_round_otherwise_share_no_batch(drawer, monkeypatch):
+    """Those of other padded lengths, and those of images: an answer is the one given alone."""
+    engine = Engine(drawer, slots=12, new_tokens=8, max_images=1)
+    more = {"max_new_tokens": 8, "max_images": 0}
+    texts = [engine.stream(["one " * n], **more) for n in (1, 50, 2, 51, 3, 52)]
+    drawn = [engine.generate_image([OPENING[3]], seed=n, **DRAW) for n in range(4)]
+    assert [next(each) for each in texts + drawn] == [None] * 10
+    batches = []
+    monkeypatch.setattr(engine._text, "_read_batch", lambda *batch: batches.append(batch))
+    engine._text.read_prompts()
+    assert [size for _, size in batches] == [4, 4, 1, 1, 1, 1]
+    short, long, *_ = ({len(each.prompt.tokens) for each in batch} for batch, _ in batches)
+    assert max(short) < 16 < min(long) and engine.active == (10, 0)
 
 
 @pytest.mark.parametrize("paints", [False, pytest.param(True, marks=pytest.mark.slow)])

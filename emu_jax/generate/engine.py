@@ -392,8 +392,9 @@ class Engine:
             return emu._regress_all([prompt])
         slot = yield from self._slot()
         try:
-            # The seed is unused: nothing is sampled.
-            yield from self._text.join(slot, rows[0], TextConfig(), 0, 1, text=0)
+            # The seed is unused: nothing is sampled. Read alone: the last digit of an embedding can
+            # be a level of a pixel.
+            yield from self._text.join(slot, rows[0], TextConfig(), 0, 1, text=0, alone=True)
             while not self._text.read(slot)[1]:
                 yield None
             return self._text.embeddings(slot)[:, 0]
@@ -439,12 +440,14 @@ class _Arriving:
 
     Attributes:
         length: its tokens with padding.
+        alone: whether no other prompt may be read in its batch.
         error: why it could not be read.
     """
 
     slot: int
     prompt: Prompt
     length: int
+    alone: bool
     read: bool = False
     error: Exception | None = None
 
@@ -517,18 +520,20 @@ class _TextSlots:
         max_images: int,
         *,
         text: int | None = None,
+        alone: bool = False,
     ) -> Iterator[None]:
         """Waits until a prompt is read into a slot (`read_prompts`).
 
         Args:
             text: text tokens that may follow; by default `cfg.max_new_tokens`.
+            alone: whether no other prompt may be read in its batch.
         """
         text = cfg.max_new_tokens if text is None else text
         values = (text, cfg.temperature, cfg.top_k, cfg.top_p, max_images, cfg.do_sample)
         for array, value in zip(self._settings, values, strict=True):
             array[slot] = value
         self._seeds[slot] = seed
-        arriving = _Arriving(slot, prompt, self._padded(len(prompt.tokens)))
+        arriving = _Arriving(slot, prompt, self._padded(len(prompt.tokens)), alone)
         self._waiting.append(arriving)
         while not arriving.read:
             yield None
@@ -540,19 +545,16 @@ class _TextSlots:
         Returns whether there were any."""
         if not self._waiting:
             return False
-        groups: dict[bool, list[_Arriving]] = collections.defaultdict(list)
-        for arriving in sorted(self._waiting, key=lambda each: each.length):
+        # With another padding the last digits of a prompt's states, and perhaps the answer, would
+        # differ from those of the prompt alone.
+        groups: dict[tuple[int, bool, bool], list[_Arriving]] = collections.defaultdict(list)
+        for arriving in self._waiting:
             images = arriving.prompt.images
-            groups[len(images) > 0 and images.dtype != np.uint8].append(arriving)
+            normalized = len(images) > 0 and images.dtype != np.uint8
+            groups[arriving.length, normalized, arriving.alone].append(arriving)
         self._waiting = []
-
-        def fits(batch: Sequence[_Arriving], size: int) -> bool:
-            # With another padding the last digits of a prompt's states, and perhaps the answer,
-            # would differ from those of the prompt alone.
-            return size in self.sizes(batch[0].length) and batch[0].length == batch[-1].length
-
-        for group in groups.values():
-            for batch, size in batches(group, self.sizes(), fits):
+        for (length, _, alone), group in groups.items():
+            for batch, size in batches(group, [1] if alone else self.sizes(length)):
                 self._read_batch(batch, size)
         if self._state is not None:
             self._fetch()
@@ -1154,24 +1156,12 @@ def _slots_of(batch: Sequence[_Arriving], size: int) -> Int[np.ndarray, "size"]:
     return np.resize(np.array([each.slot for each in batch], np.int32), size)
 
 
-def batches(
-    items: Sequence[T],
-    sizes: Sequence[int],
-    fits: Callable[[Sequence[T], int], bool] = lambda batch, size: True,
-) -> Iterator[tuple[Sequence[T], int]]:
-    """Cuts items into batches. Yields the items of each, and its size: the largest of `sizes` of
-    which at least three quarters are filled.
-
-    Args:
-        sizes: from the smallest, 1.
-        fits: returns whether items may share a batch of a size.
-    """
+def batches(items: Sequence[T], sizes: Sequence[int]) -> Iterator[tuple[Sequence[T], int]]:
+    """Cuts items into batches. Yields the items of each, and its size: the largest of `sizes`, from
+    1, of which at least three quarters are filled."""
     start = 0
     while start < len(items):
-        batch, size = items[start : start + 1], 1
-        for larger in sizes[1:]:
-            more = items[start : start + larger]
-            if 4 * len(more) >= 3 * larger and fits(more, larger):
-                batch, size = more, larger
-        yield batch, size
+        left = len(items) - start
+        size = max(size for size in sizes if size == 1 or 4 * left >= 3 * size)
+        yield items[start : start + size], size
         start += size
