@@ -1054,7 +1054,7 @@ def plan(parser: argparse.ArgumentParser) -> Command:
     """compile a step for a TPU topology without the TPUs: memory, time, MFU"""
     parser.usage = (
         "%(prog)s --config configs/X.py --topology v5p:4x4x8 [--slices N] [--for PROGRAM] "
-        "[--sweep] [--config.a.b=VALUE ...] [--json]"
+        "[--flags SCRIPT] [--sweep] [--config.a.b=VALUE ...] [--json]"
     )
     parser.add_argument("--config", type=_local_path, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
@@ -1071,6 +1071,13 @@ def plan(parser: argparse.ArgumentParser) -> Command:
         metavar="PROGRAM",
         help="train (the config's step; the default), decoder (decoder tuning) or generate (one "
         "token for every row)",
+    )
+    parser.add_argument(
+        "--flags",
+        type=_path,
+        metavar="SCRIPT",
+        help="compile with the flags that SCRIPT prints for the chip and the number of slices: "
+        "launch/flags.sh (default: those of LIBTPU_INIT_ARGS)",
     )
     parser.add_argument(
         "--sweep",
@@ -1132,7 +1139,7 @@ def plan(parser: argparse.ArgumentParser) -> Command:
         if args.calibrate:
             from emu_jax.plan.calibration import calibrate, calibration_table
 
-            rows = calibrate()
+            rows = calibrate(args.flags)
             print(calibration_table(rows))
             return {"runs": [row.to_json() for row in rows]}
         if args.config is None or not args.topology:
@@ -1173,6 +1180,7 @@ def plan(parser: argparse.ArgumentParser) -> Command:
                 policies=args.policies.split(","),
                 meshes=args.meshes.split(","),
                 rows=[int(number) for number in args.rows.split(",")],
+                flags=args.flags,
             )
             if args.page:
                 put_on_page(args.out, args.page, configs[0].name)
@@ -1185,7 +1193,8 @@ def plan(parser: argparse.ArgumentParser) -> Command:
             raise UserError("several topologies need --sweep: give one")
         if args.page:
             raise UserError("--page takes the table of a --sweep: add it, or leave it out")
-        report = planning.plan_in_subprocess(configs[0], topologies[0], args.program)
+        flags = planning.compiler_flags(args.flags, topologies[0])
+        report = planning.plan_in_subprocess(configs[0], topologies[0], args.program, flags=flags)
         if not args.json:
             print(planning.summary(report))
         return report.to_json()

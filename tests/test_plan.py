@@ -31,6 +31,7 @@ from emu_jax.plan.plan import (
     Report,
     _report,
     collective_bytes,
+    compiler_flags,
     plan,
     run_in_subprocess,
     summary,
@@ -1199,10 +1200,10 @@ def test_a_summary_says_only_what_a_report_has():
 
 def test_trials_counted_by_other_rules_are_compiled_again(monkeypatch):
     cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
-    key = _key(cfg, topology)
-    assert key == _key(cfg, topology)
+    key = _key(cfg, topology, "")
+    assert key == _key(cfg, topology, "")
     monkeypatch.setattr(hlo, "RULES", hlo.RULES + 1)
-    assert key != _key(cfg, topology)
+    assert key != _key(cfg, topology, "")
 
 
 def test_a_decode_step_does_not_share_rows():
@@ -1233,14 +1234,15 @@ def test_the_page_on_scaling_has_a_table():
 
 def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """The compiler replaced by a rule: what the sweep tries, keeps, chooses, scales and draws."""
-    asked = []
+    asked, compiled_with = [], set()
     again = {"dots": 1.0, "minimal": 1.2, "full": 1.3}
     room = {"dots": 4, "minimal": 2, "full": 1}
 
     def trace(cfg, topology, policy, fsdp):
         return Family(policy, fsdp, 3 * 2**30, 2.9 * 2**30 * room[policy], again[policy], 0.5)
 
-    def pretend(cfg, topology):
+    def pretend(cfg, topology, *, flags):
+        compiled_with.add(flags)
         policy, rows = cfg.remat.llama, cfg.data.batch_size / topology.chips
         asked.append((str(topology), topology.slices, policy, rows, cfg.mesh.fsdp))
         if rows == 3:
@@ -1312,9 +1314,13 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     again_found = sweep(pairs, tmp_path, scaling=["weak", "strong"])
     assert again_found.best == found.best
     assert asked[before:] == [("v5e:4x4", 1, "full", 3, 16)]  # all but the crash was kept
+    script = tmp_path / "flags.sh"
+    script.write_text("echo \"export LIBTPU_INIT_ARGS='--$1=$2'\"")
+    sweep(pairs, tmp_path, scaling=["weak"], flags=script)
+    assert len(asked) > before + 2 and {"--v5e=1", "--v5e=2"} < compiled_with
     monkeypatch.setattr(
         "emu_jax.plan.sweep.plan_in_subprocess",
-        lambda *_: dataclasses.replace(pretend(*_), fits=False),
+        lambda *_, **flags: dataclasses.replace(pretend(*_, **flags), fits=False),
     )
     with pytest.raises(UserError, match="no setting fits v5e:2x2"):
         sweep([(pairs[0][0], Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
@@ -1324,7 +1330,7 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
     """What needs most memory and computes least fits with many rows: one compile."""
     asked = []
 
-    def pretend(cfg, topology):
+    def pretend(cfg, topology, *, flags):
         asked.append((cfg.remat.llama, cfg.data.batch_size // topology.chips))
         rows = asked[-1][1]
         return report(
@@ -1353,7 +1359,7 @@ def test_a_sweep_of_a_config_that_accumulates_keeps_its_batch(tmp_path, monkeypa
     """Smaller parts of one batch, and rows per chip counted in a part."""
     asked = []
 
-    def pretend(cfg, topology):
+    def pretend(cfg, topology, *, flags):
         rows, whole = cfg.data.batch_size // topology.chips // cfg.accumulate, cfg.data.batch_size
         asked.append((topology.chips, rows, cfg.accumulate, whole))
         return report(
@@ -1405,7 +1411,22 @@ def test_a_crash_of_the_compiler_is_one_line_and_not_the_end():
         run_in_subprocess(os.abort)
     with pytest.raises(UserError, match="no TPU 'x'"):  # a mistake stays one
         run_in_subprocess(Topology.parse, "x:1")
-    assert run_in_subprocess(math.gcd, 12, 18) == 6
+    assert run_in_subprocess(os.getenv, "LIBTPU_INIT_ARGS", flags="--a=1 --b=2") == "--a=1 --b=2"
+
+
+def test_flags_are_those_of_the_chip_and_its_slices(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--old=1")
+    script = ROOT / "launch" / "flags.sh"
+    one, two = (compiler_flags(script, Topology.parse("v6e:16x16", n)) for n in (1, 2))
+    assert "98304" in one and "megascale" not in one and "--old" not in one
+    assert two.startswith(one) and "megascale" in two
+    assert compiler_flags(None, Topology.parse("v6e:16x16")) == "--old=1"
+    silent = tmp_path / "silent.sh"
+    silent.write_text("true")
+    with pytest.raises(UserError, match="silent.sh v6e 1 gives no compiler flags: .*not set"):
+        compiler_flags(silent, Topology.parse("v6e:16x16"))
+    with pytest.raises(UserError, match="none.sh v6e 1 gives .*No such file"):
+        compiler_flags(tmp_path / "none.sh", Topology.parse("v6e:16x16"))
 
 
 def test_a_plan_that_is_killed_takes_the_compiler_along(tmp_path):

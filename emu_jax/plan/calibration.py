@@ -12,12 +12,13 @@ tables are older, so they are taken to count attention in full.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from emu_jax.config import EmuConfig, LlamaConfig, RematConfig
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.hardware import Topology
-from emu_jax.plan.plan import CompiledReport, Report, plan_in_subprocess
+from emu_jax.plan.plan import CompiledReport, Report, compiler_flags, plan_in_subprocess
 from emu_jax.train.config import MeshConfig, TrainConfig
 
 
@@ -97,12 +98,20 @@ class Calibration:
         return row | {f"error_{bound}": mfu / self.run.mfu - 1 for bound, mfu in self.mfu().items()}
 
 
-def calibrate() -> list[Calibration]:
-    """Plans each published run, with attention counted in full."""
+def calibrate(flags: Path | None = None) -> list[Calibration]:
+    """Plans each published run, with attention counted in full.
+
+    Args:
+        flags: the script with the compiler's flags (`compiler_flags`).
+
+    Raises:
+        UserError: the script fails.
+    """
     rows = []
     for run in PUBLISHED:
         cfg = run.config
-        report = plan_in_subprocess(cfg, Topology.parse(run.topology))
+        topology = Topology.parse(run.topology)
+        report = plan_in_subprocess(cfg, topology, flags=compiler_flags(flags, topology))
         llama, tokens = run.llama, cfg.data.row_tokens
         inner = llama.heads * llama.head_width
         half = 6.0 * cfg.data.batch_size * llama.layers * inner * tokens**2

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -231,25 +233,55 @@ class CompilerCrash(UserError):
     """Raised when the compiler crashes the process that it runs in."""
 
 
-def plan_in_subprocess(cfg: TrainConfig, topology: Topology, program: str = "train") -> Report:
+def compiler_flags(script: Path | None, topology: Topology) -> str:
+    """Returns the compiler's flags for a topology: those that `script` prints for its chip and its
+    number of slices, as launch/flags.sh does. Without a script, those of LIBTPU_INIT_ARGS.
+
+    Raises:
+        UserError: the script fails, or prints none.
+    """
+    if script is None:
+        return os.environ.get("LIBTPU_INIT_ARGS", "")
+    command = 'flags=$(bash "$@") && eval "$flags" && printf %s "${LIBTPU_INIT_ARGS:?not set}"'
+    called = [str(script), topology.chip_name, str(topology.slices)]
+    clean = {name: value for name, value in os.environ.items() if name != "LIBTPU_INIT_ARGS"}
+    result = subprocess.run(
+        ["bash", "-c", command, "flags", *called], env=clean, capture_output=True, text=True
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{' '.join(called)} gives no compiler flags: {reason}")
+    return result.stdout
+
+
+def plan_in_subprocess(
+    cfg: TrainConfig, topology: Topology, program: str = "train", *, flags: str | None = None
+) -> Report:
     """Runs `plan` in a subprocess, which isolates this process from crashes of the compiler.
+
+    Args:
+        flags: the compiler's (`compiler_flags`); by default those of LIBTPU_INIT_ARGS.
 
     Raises:
         UserError: `plan` raised it.
         CompilerCrash: the compiler crashed.
     """
-    return run_in_subprocess(plan, cfg, topology, program)
+    return run_in_subprocess(plan, cfg, topology, program, flags=flags)
 
 
-def run_in_subprocess(run: Callable[..., Any], *arguments: Any) -> Any:
+def run_in_subprocess(run: Callable[..., Any], *arguments: Any, flags: str | None = None) -> Any:
     """Calls `run(*arguments)` in a subprocess. Returns its result or raises its exception.
+
+    Args:
+        flags: value of LIBTPU_INIT_ARGS there; by default that of this process.
 
     Raises:
         CompilerCrash: the subprocess crashed.
     """
     level = logging.getLogger("emu_jax").getEffectiveLevel()
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(level,)
+        1, mp_context=context, initializer=_begin, initargs=(level, flags)
     ) as pool:
         try:
             return pool.submit(run, *arguments).result()
@@ -259,11 +291,14 @@ def run_in_subprocess(run: Callable[..., Any], *arguments: Any) -> Any:
             ) from None
 
 
-def _begin(level: int) -> None:
-    """Sets up logging as the command line does, and makes the process exit with its parent.
+def _begin(level: int, flags: str | None) -> None:
+    """Sets up the compiler's flags, logging as the command line does, and makes the process exit
+    with its parent.
 
     Without the parent, the compiler would keep running for minutes and use gigabytes of memory.
     """
+    if flags is not None:
+        os.environ["LIBTPU_INIT_ARGS"] = flags
     asked = multiprocessing.parent_process()
     assert asked is not None
     threading.Thread(target=lambda: (asked.join(), os._exit(1)), daemon=True).start()

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,7 @@ from emu_jax.plan.plan import (
     CompiledReport,
     CompilerCrash,
     Report,
+    compiler_flags,
     devices_of,
     plan_in_subprocess,
 )
@@ -188,6 +188,7 @@ def sweep(
     policies: Sequence[str] = POLICIES,
     meshes: Sequence[str] = MESHES,
     rows: Sequence[int] = ROWS_PER_CHIP,
+    flags: Path | None = None,
 ) -> Sweep:
     """Finds the best setting for each topology, and compiles the points of its scaling curves.
 
@@ -198,15 +199,17 @@ def sweep(
     Args:
         policies, meshes: those to try, of `POLICIES` and of `MESHES`.
         rows: numbers of rows per chip to try.
+        flags: the script with the compiler's flags (`compiler_flags`).
 
     Raises:
-        UserError: no setting fits a topology, or a config splits rows over `mesh.context`.
+        UserError: no setting fits a topology, a config splits rows over `mesh.context`, or the
+            script fails.
     """
     pairs = list(pairs)
     if any(cfg.mesh.context > 1 for cfg, _ in pairs):
         raise UserError("a sweep tries meshes without context: set mesh.context to 1, or plan one")
     out.mkdir(parents=True, exist_ok=True)
-    trials = _Trials(out / "sweep.json")
+    trials = _Trials(out / "sweep.json", flags)
     best: dict[str, Trial] = {}
     for cfg, topology in pairs:
         first, *others = _meshes(cfg, topology, meshes)
@@ -370,8 +373,8 @@ def seconds_per_row(report: CompiledReport) -> float:
 class _Trials:
     """Trials stored on disk, each compiled only once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, flags: Path | None = None) -> None:
+        self.path, self.flags = path, flags
         self.trials: list[Trial] = []
         self.used: list[Trial] = []  # by this sweep
         if path.exists():
@@ -388,14 +391,15 @@ class _Trials:
         return trial
 
     def _plan(self, cfg: TrainConfig, topology: Topology, curve: str) -> Trial:
-        key = _key(cfg, topology)
+        flags = compiler_flags(self.flags, topology)
+        key = _key(cfg, topology, flags)
         same = [trial for trial in self.trials if trial.key == key]
         for trial in same:
             if trial.curve == curve:
                 return trial
         started = time.monotonic()
         try:
-            report = same[0].report if same else plan_in_subprocess(cfg, topology)
+            report = same[0].report if same else plan_in_subprocess(cfg, topology, flags=flags)
         except CompilerCrash as crash:
             log.warning("%s: %s", _name(topology), crash)
             report = None
@@ -419,9 +423,9 @@ class _Trials:
         return trial
 
 
-def _key(cfg: TrainConfig, topology: Topology) -> str:
+def _key(cfg: TrainConfig, topology: Topology, flags: str) -> str:
     setting = to_dict(dataclasses.replace(cfg, tuned={}))
-    compiler = [jax.__version__, version("libtpu"), os.environ.get("LIBTPU_INIT_ARGS", ""), SAFE]
+    compiler = [jax.__version__, version("libtpu"), flags, SAFE]
     values = [setting, str(topology), topology.slices, *compiler, hlo.RULES]
     return json.dumps(values, sort_keys=True)
 
