@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
@@ -70,8 +70,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if required - marks_in(collection_path) else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before those that -m excludes are removed
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Checks marks before -m removes tests, and puts long files first afterwards.
+
+    With `--no-loadscope-reorder`, files start in this order. If a long file started last, all
+    workers but one would wait for it. Files that are not listed follow by their number of tests.
+    """
     for item in items:
         for mark in item.iter_markers():
             if mark.name in MARKS and mark.name not in marks_in(item.path):
@@ -79,17 +84,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     f"mark {mark.name} comes from another file ({item.nodeid}): name it in the "
                     "file of the test, or -m leaves the test out"
                 )
-
-
-GOLDEN = Path(__file__).parent / "golden" / "tiny"
-# XLA flag of processes that a test starts: compiling is most of their work.
-UNOPTIMIZED = "--xla_backend_optimization_level=0"
-
-
-@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
-def put_long_files_first(items: list[pytest.Item]) -> None:
-    """Orders files for `--no-loadscope-reorder`. If a long file started last, all workers but one
-    would wait for it. Files that are not listed follow by their number of tests."""
+    yield
     tests = Counter(item.path for item in items)
 
     def order(item: pytest.Item) -> tuple[int, int]:
@@ -98,6 +93,11 @@ def put_long_files_first(items: list[pytest.Item]) -> None:
         return place, -tests[item.path]
 
     items.sort(key=order)
+
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny"
+# XLA flag of processes that a test starts: compiling is most of their work.
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module", autouse=True)
