@@ -18,8 +18,6 @@ import os
 import statistics
 import tarfile
 import tempfile
-import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +25,14 @@ import numpy as np
 
 from emu_jax import bench
 from emu_jax.data import Batches, DataConfig, Document, Image, Text
-from emu_jax.data.batches import Positions, RowBuilder, Share, plan_rows
+from emu_jax.data.batches import RowBuilder
 from emu_jax.data.build.indexing import index_sources
 from emu_jax.data.build.runners import on_processes
 from emu_jax.data.documents import write_documents
 from emu_jax.data.known_lengths import KnownLengths, lengths_path, save_lengths
 from emu_jax.data.lengths import part_lengths
-from emu_jax.data.mixture import make_groups, open_sources
-from emu_jax.data.simulate import Distribution, load_distribution, simulate
+from emu_jax.data.mixture import open_sources
+from emu_jax.data.simulate import Distribution, load_distribution, plan_steps, simulate
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.tokenizer import Tokenizer
 
@@ -138,41 +136,15 @@ def write(
 
 def plan(cfg: DataConfig, tokenizer: Tokenizer, steps: int) -> dict[str, float]:
     """Plans the batches of the first host, as `simulate` does."""
-
-    opened = open_sources(cfg, tokenizer, RowBuilder.requires)
-
-    def start() -> tuple[Share, Positions]:
-        (group,) = make_groups(cfg, RowBuilder.requires, opened)
-        return Share(group, [range(ROWS // HOSTS)]), ((0, 0),) * group.streams
-
-    share, positions = start()
-    began = time.process_time()
-    positions = plan_rows(share, positions).positions
-    first = time.process_time() - began
-    began = time.process_time()
-    for _ in range(steps):
-        positions = plan_rows(share, positions).positions
-    seconds = time.process_time() - began
-    tracemalloc.start()
-    try:
-        share, positions = start()
-        for _ in range(max(1, steps // 10)):
-            positions = plan_rows(share, positions).positions
-        memory = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    sources = open_sources(cfg, tokenizer, RowBuilder.requires)
+    cost, _ = plan_steps(cfg, sources, ROWS // HOSTS, steps)
     rows = dataclasses.replace(cfg, batch_size=ROWS // HOSTS)
     with Batches(rows, tokenizer, "rows", plan_only=True) as batches:
         for _ in range(steps):
             next(batches)
         filled = batches.statistics()
-    return {
-        "token_fill": filled["token_fill"],
-        "image_fill": filled["image_fill"],
-        "plan_ms": 1000 * seconds / steps,
-        "first_plan_seconds": first,
-        "memory_bytes": memory,
-    }
+    fill = {name: filled[name] for name in ("token_fill", "image_fill")}
+    return fill | cost._asdict()
 
 
 def stored(folder: Path) -> int:

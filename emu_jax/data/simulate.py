@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from emu_jax import markdown
 from emu_jax.data.batches import Positions, RowBuilder, Share, plan_rows
@@ -133,17 +133,30 @@ class SimulatedSource(Source):
         return f"simulated document {index}"
 
 
+class PlanningCost(NamedTuple):
+    """Cost of planning the batches of one host.
+
+    Attributes:
+        plan_ms: milliseconds a step, on one core.
+        documents_per_second: documents of the host's rows that are planned in a second.
+        first_plan_seconds: seconds until the first batch is planned, after which its documents are
+            read. It does not depend on the size of the data.
+        memory_bytes: most bytes that planning allocates on the host, beside mapped files.
+    """
+
+    plan_ms: float
+    documents_per_second: float
+    first_plan_seconds: float
+    memory_bytes: int
+
+
 class Simulation(NamedTuple):
     """Planning of a run on one host.
 
     Attributes:
         documents: documents of all sources together.
         token_fill, image_fill: fraction of token and image slots in use.
-        plan_ms: milliseconds a step, on one core.
-        documents_per_second: documents of the host's rows that are planned in a second.
-        first_plan_seconds: seconds until the first batch is planned, after which its documents are
-            read. It does not depend on the size of the data.
-        memory_bytes: most bytes that planning allocates on the host, beside mapped files.
+        plan_ms, documents_per_second, first_plan_seconds, memory_bytes: as in `PlanningCost`.
         index_bytes: indexes and token counts of all sources.
     """
 
@@ -213,6 +226,42 @@ def simulated_sources(
     return sources
 
 
+def plan_steps(
+    cfg: DataConfig, sources: Sequence[OpenSource], rows: int, steps: int
+) -> tuple[PlanningCost, Float[np.ndarray, "4"]]:
+    """Plans the batches of the first host, which has so many rows.
+
+    Returns the cost, and the mean of ROW_STATISTICS of a row.
+    """
+
+    def start() -> tuple[Share, Positions]:
+        (group,) = make_groups(cfg, RowBuilder.requires, sources)
+        return Share(group, [range(rows)]), ((0, 0),) * group.streams
+
+    share, positions = start()
+    totals = np.zeros(4, np.int64)
+    began = time.process_time()
+    positions = plan_rows(share, positions).positions
+    first = time.process_time() - began
+    local, began = 0, time.process_time()
+    for _ in range(steps):
+        planned = plan_rows(share, positions)
+        positions = planned.positions
+        totals += planned.totals.sum(axis=0)
+        local += len(planned.placements)
+    seconds = time.process_time() - began
+    tracemalloc.start()
+    try:
+        share, positions = start()
+        for _ in range(max(1, steps // 10)):
+            positions = plan_rows(share, positions).positions
+        memory = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    cost = PlanningCost(1000 * seconds / steps, local / seconds, first, memory)
+    return cost, totals / (steps * sum(map(len, share.counted_rows)))
+
+
 def simulate(
     cfg: DataConfig,
     mixture: Sequence[tuple[Distribution, float]],
@@ -236,40 +285,13 @@ def simulate(
     sources = simulated_sources(mixture, documents, cfg.n_frame > 0)
     cfg = dataclasses.replace(cfg, sources=tuple(source.cfg for source in sources))
 
-    def start() -> tuple[Share, Positions]:
-        (group,) = make_groups(cfg, RowBuilder.requires, sources)
-        return Share(group, [range(cfg.batch_size // hosts)]), ((0, 0),) * group.streams
-
-    share, positions = start()
-    totals = np.zeros(4, np.int64)
-    began = time.process_time()
-    positions = plan_rows(share, positions).positions
-    first = time.process_time() - began
-    local, began = 0, time.process_time()
-    for _ in range(steps):
-        planned = plan_rows(share, positions)
-        positions = planned.positions
-        totals += planned.totals.sum(axis=0)
-        local += len(planned.placements)
-    seconds = time.process_time() - began
-    tracemalloc.start()
-    try:
-        share, positions = start()
-        for _ in range(max(1, steps // 10)):
-            positions = plan_rows(share, positions).positions
-        memory = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    cost, totals = plan_steps(cfg, sources, cfg.batch_size // hosts, steps)
     tokens, images, _, _ = totals.tolist()
-    rows = steps * sum(map(len, share.counted_rows))
     return Simulation(
         documents,
-        tokens / (rows * cfg.row_tokens),
-        images / (rows * cfg.row_images),
-        1000 * seconds / steps,
-        local / seconds,
-        first,
-        memory,
+        tokens / cfg.row_tokens,
+        images / cfg.row_images,
+        *cost,
         round(
             sum(
                 len(source.documents) * distribution.index_bytes()
