@@ -1,5 +1,7 @@
 """Attention's backends agree, and refuse what they cannot serve; the blocked cross-entropy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +15,28 @@ from emu_jax.errors import UserError
 from emu_jax.models.attention import attention, choose_backend, cudnn, short, splash
 from emu_jax.models.llama import Llama
 from emu_jax.models.xla import CAUSAL_BLOCK, causal_mask, plain_attention, segment_mask
-from emu_jax.sharding import make_mesh, shard
+from emu_jax.sharding import AbstractModel, make_mesh, shard
+
+
+def normal(seed: int, count: int, *shape: int) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)  # jax.random compiles for each shape
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(count)]
+
+
+def outputs_and_gradients(run, *arrays: jax.Array, weight: jax.Array) -> list[jax.Array]:
+    """The output and the gradients for each array. Compiled as one: each operation alone takes
+    longer to compile."""
+
+    def through(arrays, weight):
+        out, back = jax.vjp(run, *arrays)
+        return out, *back(weight)
+
+    return jax.jit(through)(arrays, weight)
 
 
 def packed(seed: int, length: int, heads: int, width: int):
     """Queries, keys, values, and rows of documents of uneven length with padding behind."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    q, k, v = (jax.random.normal(key, (2, length, heads, width)) for key in keys)
+    q, k, v = normal(seed, 3, 2, length, heads, width)
     cuts = np.array([[0, 50, 51, 200], [0, 1, 130, 131]])
     ids = (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)
     ids[:, -7:] = 0
@@ -31,15 +48,12 @@ def test_splash_equals_xla(segmented):
     """The kernel itself, interpreted on the CPU: outputs and all three gradients."""
     q, k, v, ids = packed(0, 256, 2, 128)
     ids = ids if segmented else None
-    weight = jax.random.normal(jax.random.key(9), q.shape)
-
-    def through(run):
-        out, back = jax.vjp(lambda *x: run(*x), q, k, v)
-        return out, *back(weight)
+    (weight,) = normal(9, 1, *q.shape)
 
     how = {"causal": True, "segment_ids": ids, "scale": 0.1}
-    ours = through(lambda *x: splash(*x, **how, interpret=True))
-    theirs = through(lambda *x: attention(*x, **how))
+    through = partial(outputs_and_gradients, weight=weight)
+    ours = through(lambda *x: splash(*x, **how, interpret=True), q, k, v)
+    theirs = through(lambda *x: attention(*x, **how), q, k, v)
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 2e-5
 
@@ -49,7 +63,7 @@ def test_splash_on_a_mesh_keeps_rows_and_heads_apart(shape):
     q, k, v, ids = packed(1, 128, 4, 128)
     q, k, v, ids = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v, ids))
     how = {"causal": True, "scale": 0.1}
-    expected = attention(q, k, v, segment_ids=ids, **how)
+    expected = jax.jit(lambda *x: attention(*x, segment_ids=ids, **how))(q, k, v)
     with jax.set_mesh(make_mesh(*shape)):
         run = jax.jit(lambda *x: splash(*x[:3], segment_ids=x[3], interpret=True, **how))
         assert relative_error(run(q, k, v, ids), expected) < 2e-5
@@ -61,29 +75,25 @@ def test_splash_on_a_mesh_keeps_rows_and_heads_apart(shape):
 )
 def test_short_rows_equal_xla(queries, keys, heads, width):
     """The kernel that holds whole rows, interpreted: outputs and all three gradients."""
-    seeds = jax.random.split(jax.random.key(4), 4)
-    q, k, v, weight = (
-        jax.random.normal(seed, (3, length, heads, width))
-        for seed, length in zip(seeds, (queries, keys, keys, queries), strict=True)
-    )
+    q, weight = normal(4, 2, 3, queries, heads, width)
+    k, v = normal(5, 2, 3, keys, heads, width)
 
-    def through(run):
-        out, back = jax.vjp(lambda *x: run(*x, scale=width**-0.5), q, k, v)
-        return out, *back(weight)
-
-    ours = through(lambda *x, scale: short(*x, scale=scale, interpret=True))
-    for a, b in zip(ours, through(attention), strict=True):
+    scale = width**-0.5
+    through = partial(outputs_and_gradients, weight=weight)
+    ours = through(lambda *x: short(*x, scale=scale, interpret=True), q, k, v)
+    theirs = through(lambda *x: attention(*x, scale=scale), q, k, v)
+    for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 2e-5
 
 
 def test_short_rows_in_bfloat16_are_no_further_from_float32_than_xla():
-    q, k, v, weight = (
-        jax.random.normal(seed, (2, 65, 2, 24)) for seed in jax.random.split(jax.random.key(5), 4)
-    )
+    q, k, v, weight = normal(5, 4, 2, 65, 2, 24)
 
     def through(run, dtype):
-        out, back = jax.vjp(lambda *x: run(*x, scale=0.2), *(x.astype(dtype) for x in (q, k, v)))
-        return out, *back(weight.astype(dtype))
+        arrays = (x.astype(dtype) for x in (q, k, v))
+        return outputs_and_gradients(
+            lambda *x: run(*x, scale=0.2), *arrays, weight=weight.astype(dtype)
+        )
 
     exact = through(attention, jnp.float32)
     kernel = lambda *x, scale: short(*x, scale=scale, interpret=True)  # noqa: E731
@@ -95,9 +105,7 @@ def test_short_rows_in_bfloat16_are_no_further_from_float32_than_xla():
 
 
 def test_short_rows_on_a_mesh_keep_rows_and_heads_apart():
-    q, k, v = (
-        jax.random.normal(seed, (8, 65, 4, 24)) for seed in jax.random.split(jax.random.key(6), 3)
-    )
+    q, k, v = normal(6, 3, 8, 65, 4, 24)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         run = jax.jit(lambda *x: short(*x, scale=0.2, interpret=True))
         assert relative_error(run(q, k, v), attention(q, k, v, scale=0.2)) < 2e-5
@@ -146,14 +154,11 @@ def test_splash_with_grouped_heads(key_heads, shape):
     q, k, v, ids = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v, ids))
     k, v = k[:, :, :key_heads], v[:, :, :key_heads]
 
-    def through(run):
-        how = {"causal": True, "segment_ids": ids, "scale": 0.1}
-        out, back = jax.vjp(lambda *x: run(*x, **how), q, k, v)
-        return out, *back(q)
-
-    theirs = through(attention)
+    how = {"causal": True, "segment_ids": ids, "scale": 0.1}
+    through = partial(outputs_and_gradients, weight=q)
+    theirs = through(lambda *x: attention(*x, **how), q, k, v)
     with jax.set_mesh(make_mesh(*shape)):
-        ours = jax.jit(lambda: through(lambda *x, **how: splash(*x, **how, interpret=True)))()
+        ours = through(lambda *x: splash(*x, **how, interpret=True), q, k, v)
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 2e-5
 
@@ -185,17 +190,11 @@ def test_blocks_of_a_long_row_equal_the_whole(segmented):
     if segmented:
         mask &= segment_mask(ids)
     how = {"causal": True, "segment_ids": ids if segmented else None}
-    weight = jax.random.normal(jax.random.key(9), q.shape)
-    ours, theirs = (
-        (out, *back(weight))
-        for out, back in (
-            jax.vjp(function, q, k, v)
-            for function in (
-                lambda *x: attention(*x, scale=0.3, **how),
-                lambda *x: plain_attention(*x, mask, scale=0.3),
-            )
-        )
-    )
+    (weight,) = normal(9, 1, *q.shape)
+
+    through = partial(outputs_and_gradients, weight=weight)
+    ours = through(lambda *x: attention(*x, scale=0.3, **how), q, k, v)
+    theirs = through(lambda *x: plain_attention(*x, mask, scale=0.3), q, k, v)
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 1e-6
 
@@ -242,9 +241,12 @@ def test_cudnn_is_asked_for_what_xla_computes(causal, segmented, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     how = {"causal": causal, "segment_ids": ids if segmented else None, "scale": 0.7}
-    ours = attention(q, k, v, backend="cudnn", **how)
+    run = jax.jit(
+        lambda *x, backend: attention(*x, **how, backend=backend), static_argnames="backend"
+    )
+    ours = run(q, k, v, backend="cudnn")
     assert asked == ["cudnn"]
-    assert relative_error(ours, attention(q, k, v, **how)) < 2e-2
+    assert relative_error(ours, run(q, k, v, backend=None)) < 2e-2
 
 
 @pytest.mark.parametrize("shape, ways", [((2, 2, 2), (4, 1, 2, 1)), ((2, 1, 2, 2), (2, 1, 4, 1))])
@@ -270,7 +272,7 @@ def test_cudnn_gets_queries_keys_and_values_split_alike(shape, ways, monkeypatch
         return cudnn(*sharded, segment_ids=ids, **how)
 
     how = {"causal": True, "scale": 0.7}
-    expected = attention(q, k, v, segment_ids=ids, **how)
+    expected = jax.jit(lambda *x: attention(*x, segment_ids=ids, **how))(q, k, v)
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     with jax.set_mesh(make_mesh(*shape)):
         assert relative_error(jax.jit(run)(q, k, v), expected) < 2e-2
@@ -303,21 +305,20 @@ def naive(llama, hidden, targets):
 def test_blocked_cross_entropy_equals_the_naive_one(shape, block):
     """Losses and gradients to 1e-6, also where width, columns and rows are split."""
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (8, 21, 24))
-    targets = jax.random.randint(keys[1], (8, 21), 0, 61)
-    weight = jax.random.normal(keys[2], (8, 21))
+    (hidden,), (weight,) = normal(0, 1, 8, 21, 24), normal(1, 1, 8, 21)
+    targets = np.random.default_rng(2).integers(0, 61, (8, 21))
     with jax.set_mesh(mesh):
-        graphdef, state = nnx.split(Llama(SMALL, rngs=nnx.Rngs(0)))
+        template = AbstractModel(lambda: Llama(SMALL, rngs=nnx.Rngs(0)), mesh)
+        params = template.init()
 
         def loss(run):
-            def total(state, hidden):
-                losses = run(nnx.merge(graphdef, state), hidden, targets)
+            def total(params, hidden, targets, weight):
+                losses = run(template.module(params), hidden, targets)
                 return jnp.sum(weight * losses), losses  # the sum cancels: it is less exact
 
             gradients = jax.jit(jax.grad(total, (0, 1), has_aux=True))
-            (of_state, of_hidden), losses = gradients(state, hidden)
-            return losses, of_state["lm_head"]["kernel"][...], of_hidden
+            (of_params, of_hidden), losses = gradients(params, hidden, targets, weight)
+            return losses, of_params["lm_head.kernel"], of_hidden
 
         ours = loss(lambda *x: x[0].token_losses(*x[1:], block=block))
         theirs = loss(naive)
