@@ -130,7 +130,7 @@ class Topology:
     def chips(self) -> int:
         return math.prod(self.shape) * self.slices
 
-    def link_ways(self) -> list[float]:
+    def links_per_axis(self) -> list[float]:
         """Returns the links that serve a chip along each axis of its torus, in one direction of
         travel: 2 if the axis closes into a ring, 1 if it is a line, 0 if it is one chip.
 

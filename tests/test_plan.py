@@ -255,9 +255,9 @@ def test_mesh_is_chosen_with_a_reason():
 
 def test_topologies_are_read_and_refused():
     slices = Topology.parse("v5p:4x4x8", 2)
-    assert (slices.chips, str(slices), slices.link_ways()) == (256, "v5p:4x4x8", [2, 2, 2])
-    assert Topology.parse("v5e:8x16").link_ways() == [1, 2]
-    assert Topology.parse("v5p:2x2x1").link_ways() == [1, 1, 0]
+    assert (slices.chips, str(slices), slices.links_per_axis()) == (256, "v5p:4x4x8", [2, 2, 2])
+    assert Topology.parse("v5e:8x16").links_per_axis() == [1, 2]
+    assert Topology.parse("v5p:2x2x1").links_per_axis() == [1, 1, 0]
     for text, message in (
         ("v5x:4x4", "no TPU 'v5x'"),
         ("v5p:4x4", "v5p:4x4x4"),

@@ -227,11 +227,11 @@ class _InstructionCounter:
                 cost: list[Cost] = []
                 begins: list[Begin] = []
                 if instruction.op in _ASYNC and instruction.called:
-                    for event, often in _events(self.run(instruction.called, times)):
+                    for event, executions in _events(self.run(instruction.called, times)):
                         if isinstance(event, Cost):
-                            cost.append(_repeated(event, often))
+                            cost.append(_repeated(event, executions))
                         elif isinstance(event, Begin):
-                            begin = Begin(channels[0], event.collective, event.times * often)
+                            begin = Begin(channels[0], event.collective, event.times * executions)
                             begins.append(begin)
                 else:
                     if found := self.count_instruction(body, instruction, times, seen):
@@ -524,19 +524,20 @@ def _events(schedule: Schedule) -> Iterator[tuple[Cost | Begin | End, float]]:
     """Yields (event, number of times) of a schedule and of the loops in it."""
     for event in schedule:
         if isinstance(event, Loop):
-            yield from ((inner, event.times * often) for inner, often in _events(event.body))
+            for inner, executions in _events(event.body):
+                yield inner, event.times * executions
         else:
             yield event, 1.0
 
 
-def _repeated(cost: Cost, often: float) -> Cost:
-    """Returns the cost of `often` executions as that of one."""
+def _repeated(cost: Cost, executions: float) -> Cost:
+    """Returns the cost of so many executions as that of one."""
     return dataclasses.replace(
         cost,
-        flops=cost.flops * often,
-        hbm_bytes=cost.hbm_bytes * often,
-        int8_flops=cost.int8_flops * often,
-        fp8_flops=cost.fp8_flops * often,
+        flops=cost.flops * executions,
+        hbm_bytes=cost.hbm_bytes * executions,
+        int8_flops=cost.int8_flops * executions,
+        fp8_flops=cost.fp8_flops * executions,
     )
 
 

@@ -433,10 +433,12 @@ def _report(
     counts = hlo.count(compiled.as_text() or "")
     network = Network.of(topology, list(mesh.devices.flat))
     t = times(counts, network)
-    on_network = {c: sum(network.seconds(c)) * often for c, often in counts.collectives.items()}
+    on_network = {
+        c: sum(network.seconds(c)) * executions for c, executions in counts.collectives.items()
+    }
     sums = {"slices": {"all-reduce": slice_seconds(counts, topology)}} if counts.dcn_bytes else {}
     exposed = exposed_seconds(counts, network)
-    copies = {c: host_seconds(c, chip) * often for c, often in counts.host_copies.items()}
+    copies = {c: host_seconds(c, chip) * executions for c, executions in counts.host_copies.items()}
     unknown = set(counts.unknown)
     if copies and not chip.host_bandwidth:
         unknown.add("the time of traffic with the host's memory")
@@ -479,10 +481,10 @@ def collective_bytes(counts: hlo.Counts, mesh: Mesh) -> dict[str, dict[str, floa
     The entry `slices` has the bytes that each device sends to be reduced over slices, and `host`
     those that it copies to its host's memory and from there.
     """
-    table = by_axes({c: c.bytes * often for c, often in counts.collectives.items()}, mesh)
+    table = by_axes({c: c.bytes * executions for c, executions in counts.collectives.items()}, mesh)
     if counts.dcn_bytes:
         table["slices"] = {"all-reduce": counts.dcn_bytes}
-    return table | by_way({c: c.bytes * often for c, often in counts.host_copies.items()})
+    return table | by_way({c: c.bytes * executions for c, executions in counts.host_copies.items()})
 
 
 def by_way(values: Mapping[Any, float]) -> dict[str, dict[str, float]]:

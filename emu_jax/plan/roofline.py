@@ -112,11 +112,11 @@ class Network:
     def axes(self, group: Sequence[int]) -> Iterator[tuple[int, list[int], float]]:
         """Yields (torus axis, coordinates along it, links into a chip) of the axes that a group
         spans."""
-        for axis, ways in enumerate(self.topology.link_ways()):
+        for axis, links in enumerate(self.topology.links_per_axis()):
             places = sorted({self.coordinates[n][axis] for n in group})
             if len(places) > 1:
                 # A group that does not span the whole axis has no ring, only a line.
-                yield axis, places, ways if len(places) == self.topology.shape[axis] else 1.0
+                yield axis, places, links if len(places) == self.topology.shape[axis] else 1.0
 
     def exchange_seconds(self, group: Sequence[int], part: float) -> float:
         """Returns the seconds in which each device of a group sends `part` bytes to each other.
@@ -125,32 +125,32 @@ class Network:
         links between them. Assumes that the group has as many devices at each coordinate.
         """
         chip, seconds = self.topology.chip, 0.0
-        for axis, places, ways in self.axes(group):
+        for axis, places, links in self.axes(group):
             near = sum(self.coordinates[n][axis] < places[len(places) // 2] for n in group)
-            links = ways * len(group) / len(places)
+            cut = links * len(group) / len(places)
             crossing = near * (len(group) - near) * part
-            seconds = max(seconds, crossing / (links * chip.link_bandwidth / chip.devices))
+            seconds = max(seconds, crossing / (cut * chip.link_bandwidth / chip.devices))
         return seconds
 
     def bandwidth(self, group: Sequence[int]) -> float:
         """Returns the bytes per second into a chip of a group, infinite for a single chip."""
-        links = sum(ways for _, _, ways in self.axes(group))
-        if not links:  # two devices of one chip
+        total = sum(links for _, _, links in self.axes(group))
+        if not total:  # two devices of one chip
             return math.inf
-        return links * self.topology.chip.link_bandwidth
+        return total * self.topology.chip.link_bandwidth
 
     def hops(self, source: int, target: int) -> int:
         """Returns the number of links between two devices, the shorter way around a ring."""
         total = 0
-        for a, b, side, ways in zip(
+        for a, b, side, links in zip(
             self.coordinates[source],
             self.coordinates[target],
             self.topology.shape,
-            self.topology.link_ways(),
+            self.topology.links_per_axis(),
             strict=True,
         ):
             distance = abs(a - b)
-            total += min(distance, side - distance) if ways == 2 else distance
+            total += min(distance, side - distance) if links == 2 else distance
         return max(total, 1)
 
 
@@ -158,12 +158,12 @@ def times(counts: Counts, network: Network) -> Times:
     """Returns the module's times on one device of the network's topology."""
     chip = network.topology.chip
     ici = dcn = 0.0
-    for collective, often in counts.collectives.items():
+    for collective, executions in counts.collectives.items():
         ici_seconds, dcn_seconds = network.seconds(collective)
-        ici, dcn = ici + ici_seconds * often, dcn + dcn_seconds * often
+        ici, dcn = ici + ici_seconds * executions, dcn + dcn_seconds * executions
     copies = {"to-host": 0.0, "from-host": 0.0}
-    for copy, often in counts.host_copies.items():
-        copies[copy.kind] += host_seconds(copy, chip) * often
+    for copy, executions in counts.host_copies.items():
+        copies[copy.kind] += host_seconds(copy, chip) * executions
     sums = slice_seconds(counts, network.topology)
     dcn += sums
     return Times(
@@ -189,8 +189,8 @@ def host_seconds(copy: HostCopy, chip: Chip) -> float:
 def slice_seconds(counts: Counts, topology: Topology) -> float:
     """Returns the seconds in which the runtime reduces over slices. They are waited for."""
     chip, slices = topology.chip, topology.slices
-    passed = 2 * (slices - 1) / slices * counts.dcn_bytes
-    return passed / (chip.dcn_bandwidth / chip.devices)
+    sent = 2 * (slices - 1) / slices * counts.dcn_bytes
+    return sent / (chip.dcn_bandwidth / chip.devices)
 
 
 def exposed_seconds(counts: Counts, network: Network) -> dict[Collective | HostCopy, float]:
@@ -204,8 +204,8 @@ def exposed_seconds(counts: Counts, network: Network) -> dict[Collective | HostC
     exposed: dict[Collective | HostCopy, float] = defaultdict(float)
     chip = network.topology.chip
 
-    def run(schedule: Schedule, often: float) -> float:
-        """Returns the seconds of one run of a schedule that runs `often` times."""
+    def run(schedule: Schedule, executions: float) -> float:
+        """Returns the seconds of one run of a schedule that runs `executions` times."""
         clock = 0.0
         # When each way has ended all that it was given.
         free = {"network": 0.0, "to-host": 0.0, "from-host": 0.0}
@@ -229,11 +229,13 @@ def exposed_seconds(counts: Counts, network: Network) -> dict[Collective | HostC
                 waited, until = ends.pop(event.channel)
                 for transfer, way, start, end in sent:
                     if way == waited:
-                        exposed[transfer] += max(0.0, min(end, until) - max(start, clock)) * often
+                        exposed[transfer] += (
+                            max(0.0, min(end, until) - max(start, clock)) * executions
+                        )
                 clock = max(clock, until)
                 sent = [each for each in sent if each[3] > clock]
             else:
-                seconds = run(event.body, often * event.times) * event.times
+                seconds = run(event.body, executions * event.times) * event.times
                 clock += seconds
                 free = {way: end + seconds for way, end in free.items()}
                 ends = {channel: (way, end + seconds) for channel, (way, end) in ends.items()}

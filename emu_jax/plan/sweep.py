@@ -169,14 +169,14 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
         kinds = memory_by_kind(trainer, batch)
         flops = jaxpr_flops(trainer.step.trace(trainer.state_shapes, batch).jaxpr.jaxpr)
     # Float32 parameters are gathered in bfloat16 for both passes, and their gradients reduced.
-    passed = 3 * kinds["parameters"] * fsdp / 2 * chip.devices
+    gathered = 3 * kinds["parameters"] * fsdp / 2 * chip.devices
     return Family(
         policy,
         fsdp,
         fixed_bytes=kinds["parameters"] + kinds["optimizer"],
         bytes_per_row=kinds["activations"] / rows + kinds["batch"] / rows / cfg.accumulate,
         products=flops / cfg.data.batch_size / chip.flops,
-        network=passed / (sum(topology.link_ways()) * chip.link_bandwidth),
+        network=gathered / (sum(topology.links_per_axis()) * chip.link_bandwidth),
     )
 
 
