@@ -98,6 +98,8 @@ class Job:
     def __init__(
         self, count: int, root: str, workdir: Path, devices: int = DEVICES, changes: str = ""
     ):
+        from conftest import UNOPTIMIZED  # not in the processes: it gives them other devices
+
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -109,8 +111,7 @@ class Job:
             "JAX_NUM_PROCESSES": str(count),
             "JAX_NUM_CPU_DEVICES": str(devices),
             "NPROC": "16",  # see `test_train.passes_with_more_threads`
-            # Compiling is most of the work, and what is compared is compiled alike.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": UNOPTIMIZED,  # what is compared is compiled alike
         }
         self.logs = [workdir.with_name(f"{workdir.name}.{n}.log") for n in range(count)]
         self.processes = []
