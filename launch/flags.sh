@@ -4,7 +4,7 @@
 #
 #   source <(launch/flags.sh v5p)             # one slice
 #   source <(launch/flags.sh v5e 2)           # two slices
-#   emu-jax plan --config configs/emu_14b.py --topology v5e:16x16 --slices 2
+#   emu-jax plan --config configs/emu_14b.py --topology v5e:16x16 --flags launch/flags.sh
 #
 # Only flags that differ from the defaults of the pinned libtpu or jaxlib are listed, each with its
 # reason and its source (docs/launch.md lists the sources). tests/test_launch.py compiles with every
