@@ -400,18 +400,26 @@ class Motor(Talker, Engine):
 
 def test_requests_wait_for_the_warm_up(caplog, monkeypatch):
     """A step that fails is logged. The others are run, and requests are answered, even if the
-    progress cannot be shown."""
+    progress cannot be shown. A page that asks for progress is told."""
 
     def unseen(steps, *args):
         yield from steps
         raise BrokenPipeError
 
     monkeypatch.setattr(serving, "track", unseen)
+    monkeypatch.setattr(serving, "PLACE_SECONDS", 0.01)
     engine = Motor()
     engine.hold.clear()
 
     async def run():
-        app = make_app(engine, LIMITS, warm_up=True)
+        app, told = make_app(engine, LIMITS, warm_up=True), asyncio.Event()
+        wait_seconds = app.state.worker.wait_seconds
+
+        def told_seconds(place):
+            told.set()
+            return wait_seconds(place)
+
+        monkeypatch.setattr(app.state.worker, "wait_seconds", told_seconds)
         client = Client(app)
 
         async def health():
@@ -419,12 +427,14 @@ def test_requests_wait_for_the_warm_up(caplog, monkeypatch):
             return status, json.loads(body)["status"]
 
         assert await health() == (503, "warming up")
-        asked = asyncio.create_task(client("/api/chat", chat({"text": "a"})))
-        while not app.state.worker.queued:
-            await asyncio.sleep(0.01)
-        assert not engine.started.is_set()
+        asked = chat({"text": "a"}) | {"progress": True}
+        answer = asyncio.create_task(client("/api/chat", asked))
+        await told.wait()
+        assert app.state.worker.queued and not engine.started.is_set()
         engine.hold.set()
-        assert (await asked)[0] == 200 and engine.log == ["warm"]
+        status, body, _ = await answer
+        assert status == 200 and engine.log == ["warm"]
+        assert lines(body)[0] == {"waiting": 1, "seconds": None, "warming_up": True}
         assert await health() == (200, "ok")
 
     asyncio.run(run())
@@ -587,7 +597,8 @@ def test_a_page_that_waits_is_told_its_place(emu, monkeypatch):
 
     (_, first, _), (_, second, _) = asyncio.run(run())
     assert [sorted(line) for line in lines(first)] == [["picture"], ["done"]]
-    assert [line.get("waiting") for line in lines(second)][:1] == [1]
+    waiting = lines(second)[0]
+    assert (waiting["waiting"], waiting["warming_up"]) == (1, False)
     assert [sorted(line) for line in lines(second)][-2:] == [["picture"], ["done"]]
 
 

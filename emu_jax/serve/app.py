@@ -3,7 +3,8 @@
 An answer of `/api/...` is a stream of JSON lines: `{"text": ...}` and
 `{"picture": "data:image/png;..."}` as they are generated, then `{"done": true}` or
 `{"error": ...}`. A request with `"progress": true` also gets
-`{"waiting": ..., "seconds": ...}`, its place in the queue and an estimate of the wait, and
+`{"waiting": ..., "seconds": ..., "warming_up": ...}`, its place in the queue, an estimate of the
+wait, and whether the server still compiles its programs, and
 `{"preview": "data:...", "step": ..., "steps": ...}` while an image is denoised. Answers of
 `/v1/...` are OpenAI's (`openai.py`).
 """
@@ -133,10 +134,12 @@ class Waiting:
 
     Attributes:
         seconds: an estimate of how long it waits; None before a first request had to wait.
+        warming_up: whether all requests wait until the server has compiled its programs.
     """
 
     place: int
     seconds: float | None
+    warming_up: bool
 
 
 def make_app(
@@ -708,15 +711,15 @@ async def _with_place(
     parts: AsyncIterator[Any], ticket: Ticket, worker: Worker
 ) -> AsyncIterator[Any]:
     """Yields the parts of an answer, and before the first one the place in the queue whenever it
-    changes."""
+    changes, or the warm-up ends."""
     first = asyncio.ensure_future(anext(parts, _NOTHING))  # type: ignore[call-overload]
-    told = 0
+    told = Waiting(0, None, False)
     try:
         while not (await asyncio.wait({first}, timeout=PLACE_SECONDS))[0]:
-            place = worker.place(ticket)
-            if place != told:
-                told = place
-                yield Waiting(place, worker.wait_seconds(place))
+            place, warming_up = worker.place(ticket), worker.status == "warming up"
+            if (place, warming_up) != (told.place, told.warming_up):
+                told = Waiting(place, worker.wait_seconds(place), warming_up)
+                yield told
         if first.result() is _NOTHING:
             return
         yield first.result()
@@ -743,7 +746,8 @@ async def _line(part: str | Image.Image | Preview | Waiting) -> str:
     if isinstance(part, str):
         return json.dumps({"text": part}) + "\n"
     if isinstance(part, Waiting):
-        return json.dumps({"waiting": part.place, "seconds": part.seconds}) + "\n"
+        value = {"waiting": part.place, "seconds": part.seconds, "warming_up": part.warming_up}
+        return json.dumps(value) + "\n"
     return await run_in_threadpool(_image_line, part)  # takes a tenth of a second
 
 

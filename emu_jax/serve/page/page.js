@@ -4,21 +4,22 @@ const $ = (id) => document.getElementById(id);
 const TABS = {
   chat: {
     path: "api/chat", submit: "Send", clear: "New chat", accept: "image/*,video/*",
-    label: "Your message", placeholder: "Ask something. You can drop or paste images here.",
+    label: "Your message", placeholder: "Ask something.",
     settings: ["temperature", "top_p", "num_beams", "max_new_tokens", "seed"],
   },
   draw: {
     path: "api/draw", submit: "Draw", clear: "Clear", accept: "image/*",
-    label: "Text", placeholder: "What to draw. You can drop or paste images here.",
+    label: "Text", placeholder: "Describe the image.",
     settings: ["guidance_scale", "num_inference_steps", "seed", "height", "width"],
   },
   continue: {
     path: "api/continue", submit: "Continue", clear: "Clear", accept: "image/*,video/*",
-    label: "Text", placeholder: "Begin a sequence. You can drop or paste images here.",
+    label: "Text", placeholder: "Begin a sequence.",
     settings: ["temperature", "top_p", "max_new_tokens", "max_images", "seed", "guidance_scale",
       "num_inference_steps", "height", "width"],
   },
 };
+const DROP = matchMedia("(pointer: fine)").matches ? " You can drop or paste images here." : "";
 // Of the number fields: smallest value, step, and largest value where the server names none.
 const FIELDS = {
   temperature: [0, 0.1, 2], top_p: [0, 0.05, 1], num_beams: [1, 1], max_new_tokens: [1, 1],
@@ -52,6 +53,7 @@ function select(name, focus = false) {
     tab.setAttribute("aria-selected", String(other === name));
     tab.tabIndex = other === name ? 0 : -1;
   }
+  $(`${name}-form`).after($("status"), $("problem")); // above a long gallery, where they are seen
   if (focus) $(`${name}-tab`).focus();
 }
 
@@ -142,7 +144,7 @@ function composer(name) {
   const [parts, text, file] = ["parts", "textarea", "input"].map((kind) =>
     form.querySelector(kind === "parts" ? ".parts" : kind === "input" ? ".file input" : kind));
   parts.id = `${name}-parts`;
-  Object.assign(text, { id: `${name}-text`, placeholder: tab.placeholder });
+  Object.assign(text, { id: `${name}-text`, placeholder: tab.placeholder + DROP });
   text.setAttribute("aria-label", tab.label);
   Object.assign(file, { id: `${name}-file`, accept: tab.accept });
   file.addEventListener("change", async () => {
@@ -156,6 +158,10 @@ function composer(name) {
   form.querySelector(".primary").textContent = tab.submit;
   $(`${name}-add`).addEventListener("click", () => addText(name));
   $(`${name}-add`).hidden = name === "chat";
+  $(`${name}-add`).title = "Keep this text, and add an image or more text behind it";
+  if (tab.accept.includes("video")) {
+    form.querySelector(".file").firstChild.textContent = "Add image or video ";
+  }
   $(`${name}-stop`).addEventListener("click", () => running?.abort());
   for (const field of tab.settings) {
     const [min, step, max] = FIELDS[field];
@@ -222,8 +228,10 @@ async function ask(name, body, onPart) {
         if (part.error) throw new Error(part.error);
         if ("waiting" in part) {
           $("status").textContent =
-            part.waiting ? `Waiting: number ${part.waiting} in the queue` + left(part.seconds)
-              : "Working …";
+            part.warming_up ? "The server has just started and is still getting ready. This can " +
+              "take minutes; your request is answered then."
+              : part.waiting ? `Waiting: number ${part.waiting} in the queue` + left(part.seconds)
+                : "Working …";
         } else if ("preview" in part) {
           denoising ??= { step: part.step, time: performance.now() };
           const rate = (performance.now() - denoising.time) / (part.step - denoising.step);
@@ -259,21 +267,21 @@ const left = (seconds) =>
 function showPreview(name, part) {
   const box = $(`${name}-preview`);
   if (!box) return;
-  const shown = part && [
+  const shown = part && make("div", {},
     make("img", { src: part.preview, alt: "a preview of the image" }),
-    make("progress", { max: part.steps, value: part.step }),
-  ];
-  box.replaceChildren(...(shown ?? []));
+    make("progress", { max: part.steps, value: part.step }));
+  box.replaceChildren(...(shown ? [shown] : []));
 }
 
-// An image with its prompt, the settings that made it, and a link to save it.
-function figure(source, parts, used) {
+// An image with its prompt if `titled`, the settings that made it, and a link to save it.
+function figure(source, parts, used, titled) {
   const words = parts.filter((part) => "text" in part).map((part) => part.text).join(" ");
   const made = Object.entries(used).map(([n, v]) => `${n} ${v}`).join(", ");
   const name = `${(words || "image").replace(/[^\w]+/g, "-").slice(0, 40)}.png`;
   return make("figure", {},
     make("img", { src: source, alt: `generated: ${words || "from images"}` }),
-    make("figcaption", {}, make("strong", { textContent: words || "from images" }),
+    make("figcaption", {},
+      ...(titled ? [make("strong", { textContent: words || "from images" })] : []),
       `${made} `, make("a", { href: source, download: name, textContent: "Download" })));
 }
 
@@ -343,7 +351,7 @@ $("draw-form").addEventListener("submit", async (event) => {
   if (!parts.length) return;
   const given = settings("draw");
   await ask("draw", { parts: parts.map(bare), settings: given }, (part) => {
-    $("drawn").prepend(figure(part.picture, parts, usedSettings("draw", given)));
+    $("drawn").prepend(figure(part.picture, parts, usedSettings("draw", given), true));
   });
 });
 $("draw-clear").addEventListener("click", () => clear("draw"));
@@ -354,16 +362,16 @@ $("continue-form").addEventListener("submit", async (event) => {
   if (!parts.length) return;
   const given = settings("continue");
   const box = $("continued");
-  box.replaceChildren(...parts.map((part) => {
-    const node = element(part);
-    node.classList.add("given");
-    return node;
-  }));
+  delete box.dataset.done;
+  box.replaceChildren(
+    make("h2", { textContent: "Prompt" }),
+    make("div", { className: "given" }, ...parts.map(element)),
+    make("h2", { textContent: "Continuation" }));
   let text = null;
   await ask("continue", { parts: parts.map(bare), settings: given }, (part) => {
     if ("picture" in part) {
       text = null;
-      box.append(figure(part.picture, parts, usedSettings("continue", given)));
+      box.append(figure(part.picture, parts, usedSettings("continue", given), false));
     } else {
       if (!text) box.append((text = make("span")));
       text.textContent += part.text;
@@ -379,8 +387,10 @@ $("continue-clear").addEventListener("click", () => {
 // --- What the model is, and examples ---
 
 function showExamples(name) {
+  const examples = model.examples[name] ?? [];
   $(`${name}-examples`).replaceChildren(
-    ...(model.examples[name] ?? []).map((example) => {
+    ...(examples.length ? [make("span", { textContent: "Try" })] : []),
+    ...examples.map((example) => {
       const button = make("button", { type: "button" }, ...example.parts.map(element));
       button.addEventListener("click", () => {
         clear(name);
@@ -400,18 +410,25 @@ function showExamples(name) {
   );
 }
 
+const listed = (items) => new Intl.ListFormat("en").format(items);
+
 function describe() {
-  const does = ["chats about images and videos"];
-  if (!model.instruct) does[0] = "describes images and continues text";
+  const does = model.instruct ? ["chats about images and videos"]
+    : ["describes images", "continues text"];
   if (model.paints) {
     const others = model.size_step ? " or other sizes" : "";
-    does.push(`paints images of ${model.image_size} × ${model.image_size} pixels${others}`);
+    does.push(`draws images of ${model.image_size} × ${model.image_size} pixels${others}`);
   }
   const family = { emu: "Emu", emu2: "Emu2" }[model.family] ?? model.family;
   $("name").textContent = model.name;
   document.title = `${model.name} · Emu`;
-  $("summary").textContent = `${family}, a multimodal model: it ${does.join(" and ")}. ` +
-    `It reads up to ${model.positions} tokens.`;
+  $("summary").textContent = `${family}, a multimodal model: it ${listed(does)}. ` +
+    `A prompt with its answer has up to ${model.positions} tokens.`;
+  if (!model.instruct) {
+    $("chat-hint").textContent = "Add an image and the model describes it, or begin a text and " +
+      "the model continues it. It was not trained to follow instructions.";
+    $("chat-text").placeholder = `Begin a text, or leave this empty.${DROP}`;
+  }
   $("key-label").hidden = !model.needs_key;
   for (const [name, tab] of Object.entries(TABS)) {
     for (const field of tab.settings) {
