@@ -86,6 +86,21 @@ def test_the_backward_pass_saves_a_matrix_in_its_integers():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+def test_a_loop_holds_one_matrix_in_floats():
+    """Not those of all layers, converted before the loop or at the start of a step."""
+    layers = [
+        quantize("llama.lm_head.kernel", jax.random.normal(jax.random.key(n), (256, 256)), kind)
+        for n, kind in enumerate(("int8", "int4") * 4)
+    ]
+
+    def decode(x: jax.Array, layers: list[QuantizedMatrix]) -> jax.Array:
+        step = lambda _, x: functools.reduce(matmul, layers, x) / 1e9  # noqa: E731
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    compiled = jax.jit(decode).lower(jnp.ones((1, 256)), layers).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 256 * 256 * 4
+
+
 def test_parts_of_a_matrix_are_sharded_where_they_divide():
     where = NamedSharding(make_mesh(2, 2, 2), P(None, "fsdp", "tensor"))
     assert fitted(where, (3, 4, 6)) == where

@@ -298,6 +298,18 @@ def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
     return nnx.List(modules)
 
 
+def wait_for(x: Float[Array, "..."], array: Shaped[Array, "*A"]) -> Shaped[Array, "*A"]:
+    """Returns `array`. Everything computed from it is computed after `x`.
+
+    This compiler converts the quantized matrices of all layers to floats before a loop over tokens,
+    or at the start of a step, if nothing tells it to wait. That takes more memory than the model in
+    floats.
+    """
+    first = x.ravel()[0]
+    never = (first == first) & (first != first)  # which XLA does not simplify
+    return jnp.where(never, jnp.zeros((), array.dtype), array)
+
+
 def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
     """Splits a stack into its layers. They are views of the memory of an array on CPUs, and keep
     it alive."""

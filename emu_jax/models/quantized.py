@@ -97,6 +97,8 @@ def matmul(x: Float[Array, "*T D"], matrix: QuantizedMatrix) -> Float[Array, "*T
     The backward pass converts the matrix to floats again. Otherwise a stack of layers would save
     all of its matrices in floats.
     """
+    values = kernels().wait_for(x, matrix.values)
+    matrix = QuantizedMatrix(values, matrix.scales, matrix.axis)
     return kernels().matmul(x, matrix.astype(x.dtype))
 
 
