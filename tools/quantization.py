@@ -2,6 +2,7 @@
 
     python tools/quantization.py runs/demo
     python tools/quantization.py runs/demo --size 1.5B --write docs/conversion.md
+    python tools/quantization.py runs/demo --size 1.5B --turns 0    # no speeds, and half the memory
 
 The columns:
 
@@ -13,7 +14,8 @@ The columns:
 - with `--size`, of a ladder model with random weights: its resident memory, the most memory while
   it decodes, the tokens per second of greedy decoding, and its speed over that of float32. Each
   type has a process of its own, which decodes in turns with the one of float32. The ratio of each
-  turn therefore holds on a machine with other jobs; the tokens per second do not.
+  turn therefore holds on a machine with other jobs; the tokens per second do not. `--turns 0`
+  leaves the speeds out, and only one model is in memory at a time.
 
 What is not quantized, and the computation, are in float32 beside int8 and int4.
 """
@@ -201,45 +203,53 @@ class Measured:
         return json.loads(line)
 
 
-def speed_columns(exact: Measured, kind: str, args: argparse.Namespace) -> list[str]:
-    """Returns the columns of `--size`. `exact` is the model in float32."""
-    model = exact if kind == "float32" else Measured(args.size, kind, args.tokens)
+def decoding_columns(exact: Measured | None, kind: str, args: argparse.Namespace) -> list[str]:
+    """Returns the columns of `--size`. `exact` is the model in float32; None without speeds."""
+    if exact is not None and kind == "float32":
+        model = exact
+    else:
+        model = Measured(args.size, kind, args.tokens)
     ratios = []
     for turn in range(args.turns + 1):
-        exact.decode()
+        if exact is not None:
+            exact.decode()
         if model is not exact:
             model.decode()
-        if turn:  # the first turn warms caches up
+        if exact is not None and turn:  # the first turn warms caches up
             ratios.append(exact.seconds[-1] / model.seconds[-1])
     if model is not exact:
         model.close()
-    speed = args.tokens / statistics.median(model.seconds[-args.turns :])
-    sizes = (f"{size / 1e9:.2f}" for size in (model.resident, model.peak))
-    return [*sizes, f"{speed:.2f}", f"{statistics.median(ratios):.2f}"]
+    columns = [f"{size / 1e9:.2f}" for size in (model.resident, model.peak)]
+    if ratios:
+        speed = args.tokens / statistics.median(model.seconds[-args.turns :])
+        columns += [f"{speed:.2f}", f"{statistics.median(ratios):.2f}"]
+    return columns
 
 
 def report(args: argparse.Namespace) -> str:
     head = ["Weights", "Held-out loss", "Difference of logits", "14B, GB", "37B, GB"]
-    if args.size:
-        head += [f"{args.size}, GB", "while decoding, GB", "tokens/s", "over float32"]
-    rows, exact = [], math.nan
-    reference = Measured(args.size, "float32", args.tokens) if args.size else None
+    rows, exact_loss = [], math.nan
     for kind in KINDS:
         print(f"measuring {kind}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             loss = held_out_loss(args.run, kind, Path(folder))
-        exact = loss if kind == "float32" else exact
+        exact_loss = loss if kind == "float32" else exact_loss
         row = [
             kind,
-            f"{loss:.4f} ({loss / exact - 1:+.2%})",
+            f"{loss:.4f} ({loss / exact_loss - 1:+.2%})",
             f"{logits_error(args.golden, kind):.1e}",
             *(f"{parameter_bytes(cfg, kind) / 1e9:.1f}" for cfg in (emu_14b(), emu2_gen())),
         ]
-        if reference is not None:
-            row += speed_columns(reference, kind, args)
         rows.append(row)
-    if reference is not None:
-        reference.close()
+    if args.size:
+        head += [f"{args.size}, GB", "while decoding, GB"]
+        head += ["tokens/s", "over float32"] if args.turns else []
+        exact = Measured(args.size, "float32", args.tokens) if args.turns else None
+        for row in rows:
+            print(f"decoding in {row[0]}", file=sys.stderr, flush=True)
+            row += decoding_columns(exact, row[0], args)
+        if exact is not None:
+            exact.close()
     return table(head, rows)
 
 
@@ -249,7 +259,7 @@ def main() -> None:
     parser.add_argument("--golden", type=Path, default=ROOT / "tests" / "golden" / "tiny")
     parser.add_argument("--size", default="", help="a ladder model to measure, such as 1.5B")
     parser.add_argument("--tokens", type=int, default=8, help="that are decoded")
-    parser.add_argument("--turns", type=int, default=5, help="of a type and float32")
+    parser.add_argument("--turns", type=int, default=5, help="of a type and float32; 0: no speeds")
     parser.add_argument("--write", type=Path, help="a page with a region for the table")
     parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
