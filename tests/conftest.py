@@ -41,7 +41,7 @@ if os.environ.get("EMU_JAX_CHECK_SHAPES", "1") != "0":  # before any test import
 # The release's weights are torch files; torch is installed for Python 3.11 alone.
 TORCH = ("backbones", "convert", "generate", "golden", "training_oracle", "verify")
 MARKS = ("slow", "optimized", "alone")
-# Files whose slow tests take longest, the longest first.
+# Files that take longest, the longest first: those of the slow tests, then others of `make test`.
 LONGEST = (
     "test_train.py",
     "test_restarts.py",
@@ -54,6 +54,16 @@ LONGEST = (
     "test_page.py",
     "test_plan.py",
     "test_launch.py",
+    "test_decoder.py",
+    "test_random_keys.py",
+    "test_platforms.py",
+    "test_data.py",
+    "test_mixture.py",
+    "test_training_oracle.py",
+    "test_attention.py",
+    "test_training.py",
+    "test_emu2_generate.py",
+    "test_low_precision.py",
 )
 collect_ignore = []
 if importlib.util.find_spec("torch") is None:
@@ -166,6 +176,19 @@ def as_emu2(model):
         unet=unet,
         scheduler=dataclasses.replace(model.scheduler, sampler="euler"),
     )
+
+
+def random_parameters(template) -> dict:
+    """Parameters of an `AbstractModel`, at random: its own initializers take 20 seconds to compile
+    for a denoiser."""
+    import jax
+
+    rng = np.random.default_rng(0)
+    found = {}
+    for path, shape in template.shapes.items():
+        value = 0.05 * rng.normal(size=shape.shape) + path.endswith(".scale")
+        found[path] = jax.device_put(value.astype(shape.dtype), shape.sharding)
+    return found
 
 
 def relative_error(ours, theirs) -> float:

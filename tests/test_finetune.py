@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import as_emu2
+from conftest import as_emu2, random_parameters
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -138,7 +138,7 @@ def random_run(folder, copy_digits, model):
     """A pretrained run at random, with the digits beside it: (run directory, data)."""
     copy_digits(folder / "data")
     template = AbstractModel(lambda: EmuModel(model, rngs=nnx.Rngs(5)), one_device())
-    params = nest(template.init())
+    params = nest(random_parameters(template))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "run" / "0" / "params").absolute(), params)
     save_json(model, folder / "run" / "config.json")
