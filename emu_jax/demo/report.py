@@ -61,7 +61,13 @@ def write_report(
 
 def _figures(figures: Mapping[str, Any]) -> str:
     shares = {k: f"{100 * v:.1f}%" for k, v in figures.items() if k.endswith("accuracy")}
-    return f"{tiles(shares)}<section><h2>Figures</h2>{table(figures)}</section>"
+    judge = (
+        "<p>A judge, trained on the training digits alone, recognizes the digit in each generated "
+        "image. Its own accuracy is that on held-out digits.</p>"
+    )
+    about = judge if "judge_accuracy" in figures else ""
+    named = {name.replace("_first_last", ", first and last"): v for name, v in figures.items()}
+    return f"{tiles(shares)}<section><h2>Figures</h2>{about}{table(named)}</section>"
 
 
 def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
