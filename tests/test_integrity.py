@@ -1,5 +1,6 @@
 """Damage within a checkpoint's files is found by everything that reads it."""
 
+import gc
 import json
 import logging
 import os
@@ -53,6 +54,8 @@ def flat_params(step: int):
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """A run directory with two steps."""
+    # Each damaged step is collected, which takes seconds if earlier files left millions of objects.
+    gc.freeze()
     workdir = tmp_path_factory.mktemp("sound")
     with Checkpoints(workdir, 10) as checkpoints:
         for step in (1, 2):
