@@ -227,7 +227,7 @@ def simulated_sources(
 
 
 def plan_steps(
-    cfg: DataConfig, sources: Sequence[OpenSource], rows: int, steps: int
+    cfg: DataConfig, sources: list[OpenSource], rows: int, steps: int
 ) -> tuple[PlanningCost, Float[np.ndarray, "4"]]:
     """Plans the batches of the first host, which has so many rows.
 
