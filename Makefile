@@ -19,7 +19,7 @@ demo: .venv/.installed
 	$(BIN)/emu-jax demo
 
 # Without LLVM's optimizations of XLA's CPU programs, tests that compile take 0.7 of the time.
-# tests/conftest.py adds flags that halve it again.
+# tests/conftest.py adds two flags.
 UNOPTIMIZED := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 
 test: .venv/.installed-dev

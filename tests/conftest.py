@@ -21,7 +21,8 @@ os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 # XLA flags of tests that need no optimized programs: compiling is most of their work.
 UNOPTIMIZED = LEVEL_0 = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # jaxlib 0.12 refuses the first flag
-    # The older emitters of fused loops, and one LLVM module: a third of the time to compile.
+    # The older emitters of fused loops, and one LLVM module: half of the processor time to compile
+    # the programs of test_attention.py and test_platforms.py.
     UNOPTIMIZED += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 flags = os.environ.get("XLA_FLAGS", "")
 if UNOPTIMIZED not in flags:  # as in processes that tests start
@@ -179,8 +180,8 @@ def as_emu2(model):
 
 
 def random_parameters(template) -> dict:
-    """Parameters of an `AbstractModel`, at random: its own initializers take 20 seconds to compile
-    for a denoiser."""
+    """Returns random parameters for an `AbstractModel`. They compile nothing, unlike its own
+    initializers."""
     import jax
 
     rng = np.random.default_rng(0)

@@ -229,9 +229,9 @@ def simulated_sources(
 def plan_steps(
     cfg: DataConfig, sources: list[OpenSource], rows: int, steps: int
 ) -> tuple[PlanningCost, Float[np.ndarray, "4"]]:
-    """Plans the batches of the first host, which has so many rows.
+    """Plans `steps` batches of the first host, each of `rows` rows.
 
-    Returns the cost, and the mean of ROW_STATISTICS of a row.
+    Returns the cost, and the mean of each of ROW_STATISTICS over the rows.
     """
 
     def start() -> tuple[Share, Positions]:

@@ -392,8 +392,8 @@ class Engine:
             return emu._regress_all([prompt])
         slot = yield from self._slot()
         try:
-            # The seed is unused: nothing is sampled. Read alone: the last digit of an embedding can
-            # be a level of a pixel.
+            # The seed is unused: nothing is sampled. The prompt is read alone, since rounding in a
+            # batch of another size can change a pixel by a level.
             yield from self._text.join(slot, rows[0], TextConfig(), 0, 1, text=0, alone=True)
             while not self._text.read(slot)[1]:
                 yield None
