@@ -1,8 +1,8 @@
 """Repositories of the Hugging Face Hub: addresses, downloads through its cache, uploads.
 
-An address is `hf://ORG/NAME[@REV][/SUB]`. REV is a branch, a tag or a commit; SUB is a folder or a
-file of the repository. Downloads resume, are verified by huggingface_hub, and end in its cache
-(HF_HOME), from which they are read with HF_HUB_OFFLINE=1 or without a network.
+An address is `hf://ORG/NAME[@REV][/SUB]`. REV is a branch, a tag, a commit or `refs/pr/N`; SUB is a
+folder or a file of the repository. Downloads resume, are verified by huggingface_hub, and end in
+its cache (HF_HOME), from which they are read with HF_HUB_OFFLINE=1 or without a network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ SOURCES_FILE = "sources.json"  # of a run directory: the repositories that it wa
 FOREIGN = ("*.msgpack", "*.h5", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.gguf", "*.mlmodel")
 _FORM = "write hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME/FOLDER"
 _ADDRESS = re.compile(
-    r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<subpath>.*))?"
+    r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/pr/\d+|[^/]+))?"
+    r"(?:/(?P<subpath>.*))?"
 )
 # The same weights under the names of transformers and diffusers: pytorch_model.fp16.bin.
 _WEIGHTS = re.compile(
@@ -46,7 +47,7 @@ class HubAddress:
 
     Attributes:
         repository: ORG/NAME.
-        revision: a branch, a tag or a commit; "" is the default branch.
+        revision: a branch, a tag, a commit or `refs/pr/N`; "" is the default branch.
         subpath: a folder or a file in it; "" is all of it.
     """
 

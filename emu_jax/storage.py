@@ -295,8 +295,9 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if not separator:
         return Path(path)
     if scheme not in SCHEMES:
+        hint = f"convert it first: emu-jax convert {text} DST, or " if scheme == "hf" else ""
         raise UserError(
-            f"{scheme}:// is not supported ({text}): use a local path, "
+            f"{scheme}:// is not supported ({text}): {hint}use a local path, "
             f"{' or '.join(f'{name}://' for name in SCHEMES)}"
         )
     if not rest.strip("/"):

@@ -9,11 +9,15 @@ import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from safetensors.numpy import save
 
 import emu_jax
 from emu_jax import checkpoint, cli, hub, publish
-from emu_jax.config import save_json
+from emu_jax.config import CFormerConfig, save_json
+from emu_jax.convert import tensor_files
 from emu_jax.convert.convert import convert
+from emu_jax.convert.init import FreshSource, init
+from emu_jax.convert.source import MULTIMODAL
 from emu_jax.data.pipeline import DataConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
@@ -25,6 +29,7 @@ from emu_jax.train.config import TrainConfig, WandbConfig
 # huggingface_hub uploads to anything but its own storage with a call that its client deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
+SD = ("unet", "vae", "scheduler")
 CARD = b"---\nlicense: other\nlicense_name: tiny-license\n---\n# Tiny\n"
 
 
@@ -88,6 +93,8 @@ def test_addresses():
         ("hf://a/b@v1.0", HubAddress("a/b", "v1.0")),
         ("hf://a/b/c/d/", HubAddress("a/b", "", "c/d")),
         ("hf://a-x/b.c@main/d.pt", HubAddress("a-x/b.c", "main", "d.pt")),
+        ("hf://a/b@refs/pr/4", HubAddress("a/b", "refs/pr/4")),
+        ("hf://a/b@refs/pr/12/c", HubAddress("a/b", "refs/pr/12", "c")),
     ):
         assert HubAddress.parse(text) == parsed
         assert HubAddress.parse(str(parsed)) == parsed
@@ -156,11 +163,30 @@ def test_without_a_listing_all_files_are_downloaded(server, monkeypatch):
     assert (path / "a.txt").read_bytes() == b"a"
 
 
-def cached(cache, name, commit, files):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache folder, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def cached(cache, name, commit, files, revision="main"):
     """Writes a repository into a cache folder, as huggingface_hub lays it out."""
     folder = cache / f"models--{name.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
+    ref = folder / "refs" / revision
+    ref.parent.mkdir(parents=True)
+    ref.write_text(commit)
     for number, (path, data) in enumerate(files.items()):
         blob, link = folder / "blobs" / f"{number:040}", folder / "snapshots" / commit / path
         blob.parent.mkdir(exist_ok=True)
@@ -169,24 +195,15 @@ def cached(cache, name, commit, files):
         link.symlink_to(blob)
 
 
-def test_load_from_a_cache_folder_offline(tmp_path, monkeypatch, run, run_parameters):
+def test_load_from_a_cache_folder_offline(offline, monkeypatch, run, run_parameters):
     """A hand-made cache folder holds a run directory, whose files are links to blobs."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    files = {
-        path.relative_to(run).as_posix(): path.read_bytes()
-        for path in run.rglob("*")
-        if path.is_file()
-    }
-    cached(tmp_path, "org/tiny", "c" * 40, files)
+    cached(offline, "org/tiny", "c" * 40, files_of(run))
     from emu_jax.generate import api
 
     seen = []
     monkeypatch.setattr(api, "Emu", lambda model, tokenizer, **_: seen.append((model, tokenizer)))
     emu_jax.load("hf://org/tiny@" + "c" * 40)
-    snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("c" * 40)
+    snapshot = offline / "models--org--tiny" / "snapshots" / ("c" * 40)
     assert hub.local_path("hf://org/tiny") == snapshot
     with pytest.raises(UserError, match="has no absent; see .*/tree/main"):
         emu_jax.load("hf://org/tiny/absent")
@@ -194,6 +211,82 @@ def test_load_from_a_cache_folder_offline(tmp_path, monkeypatch, run, run_parame
     assert len(tokenizer) == model.cfg.llama.vocab_size
     kernel = run_parameters["llama.lm_head.kernel"]
     assert np.array_equal(np.asarray(model.llama.lm_head.kernel[...]), kernel)
+
+
+def test_convert_from_a_cache_folder_offline(offline, release, run_parameters, tmp_path):
+    files = {f"pretrain/{name}": data for name, data in release.items()}
+    cached(offline, "org/emu", "d" * 40, {**files, "README.md": CARD}, revision="refs/pr/4")
+    address = "hf://org/emu@refs/pr/4/pretrain"
+    assert cli.main(["convert", address, str(tmp_path / "run")]) == 0
+    assert_same_parameters(tmp_path / "run", run_parameters)
+    source = HubSource(f"hf://org/emu@{'d' * 40}/pretrain", address, "tiny-license")
+    assert hub.recorded_sources(tmp_path / "run") == {"model": source}
+
+
+@pytest.fixture(scope="module")
+def parents():
+    """The files of the golden model's parents: {repository: {path: content}}."""
+    (release,) = tensor_files.open_tensors(GOLDEN / MULTIMODAL)[0].values()
+    language = {
+        key.removeprefix("decoder.lm."): tensor.read()
+        for key, tensor in release.items()
+        if key.startswith(("decoder.lm.model.", "decoder.lm.lm_head."))
+    }
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        language[key] = language[key][:512]  # without Emu's own tokens
+    return {
+        "org/llama": files_of(GOLDEN / "tokenizer") | {"model.safetensors": save(language)},
+        "org/eva": {"eva.pt": (GOLDEN / MULTIMODAL).read_bytes()},
+        "org/sd": {
+            **{f"{part}/{n}": d for part in SD for n, d in files_of(GOLDEN / part).items()},
+            "README.md": CARD,
+            "text_encoder/model.safetensors": bytes(9),
+            "v1-5.ckpt": bytes(9),
+        },
+    }
+
+
+def init_from_the_hub(dst):
+    return init(
+        dst,
+        llama="hf://org/llama",
+        eva_clip="hf://org/eva/eva.pt",
+        sd="hf://org/sd",
+        model_config=GOLDEN / "Emu.json",
+        cformer=CFormerConfig(width=24, layers=1, heads=3, head_width=8, mlp_width=40),
+    )
+
+
+def test_init_downloads_the_folders_that_it_reads(server, parents, tmp_path, monkeypatch):
+    for name, files in parents.items():
+        server.commit(name, files)
+
+    def stop(*paths, **_):
+        raise UserError("all parents are there")
+
+    monkeypatch.setattr(FreshSource, "open", stop)
+    with pytest.raises(UserError, match="all parents"):
+        init_from_the_hub(tmp_path / "run")
+    files = f"/org/sd/resolve/{server.files('org/sd')[0]}/"
+    read = {path.removeprefix(files) for _, path in server.requests if path.startswith(files)}
+    assert {"unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"} <= read
+    assert not any("text_encoder" in path or "ckpt" in path for path in read)
+
+
+def test_init_from_a_cache_folder_offline(offline, parents, run_parameters, tmp_path):
+    for (name, files), letter in zip(parents.items(), "abc", strict=True):
+        cached(offline, name, letter * 40, files)
+    report = init_from_the_hub(tmp_path / "run")
+    fresh = parameters(tmp_path / "run")
+    inherited = {"unet.conv_in.kernel", "llama.layers.mlp.up_proj.kernel", "visual.pos_embed"}
+    assert not inherited & set(report.fresh)
+    for key in inherited:
+        assert np.array_equal(fresh[key], run_parameters[key]), key
+    assert hub.recorded_sources(tmp_path / "run") == {
+        "llama": HubSource(f"hf://org/llama@{'a' * 40}", "hf://org/llama"),
+        "eva_clip": HubSource(f"hf://org/eva@{'b' * 40}/eva.pt", "hf://org/eva/eva.pt"),
+        "sd": HubSource(f"hf://org/sd@{'c' * 40}", "hf://org/sd", "tiny-license"),
+    }
 
 
 @pytest.mark.slow
