@@ -125,8 +125,7 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
     if problems := _misfits(stored_shapes(path), wanted):
         raise UserError(f"{path} does not fit the configuration: " + "; ".join(problems))
     try:
-        with integrity.quiet_failures():
-            return flatten(read_tree(path, nest(wanted), partial=True))
+        return flatten(read_tree(path, nest(wanted), partial=True))
     except (ValueError, OSError) as error:
         raise UserError(
             f"{path} is damaged ({integrity.one_line(error)}): see emu-jax checkpoint verify "

@@ -11,6 +11,7 @@ which is its own share of the arrays.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.metadata
 import inspect
@@ -19,14 +20,13 @@ import logging
 import math
 import os
 import re
-import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -47,6 +47,8 @@ _CONTEXT = {
 }
 
 _STORAGE = {"orbax", "tensorstore"}  # folders of the libraries
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +110,29 @@ def _reach_s3() -> None:
 
 
 _reach_s3()
+
+
+def _finish_started() -> None:
+    """Patches orbax to finish the reads and writes that it started beside one that failed.
+
+    Otherwise it closes their event loop first, and each of them prints a traceback when it ends.
+    """
+    from orbax.checkpoint._src import asyncio_utils
+
+    run_sync = asyncio_utils.run_sync
+
+    async def finish(coroutine: Coroutine[Any, Any, _T]) -> _T:
+        try:
+            return await coroutine
+        except Exception:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*others, return_exceptions=True)
+            raise
+
+    asyncio_utils.run_sync = lambda coro: run_sync(finish(coro))
+
+
+_finish_started()
 
 
 def check_path(directory: Path) -> None:
@@ -360,48 +385,19 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_failures() -> Iterator[None]:
-    """Silences the tracebacks and stray errors that accompany a failure reported in one line.
-
-    Only those that passed through orbax or tensorstore are silenced.
-
-    Orbax logs a traceback in each thread that a failure passes through. It also reads and writes
-    arrays concurrently. When one fails, nothing awaits the errors of the others, and Python prints
-    them whenever it collects them. After a failure the filters therefore stay installed.
+    """Drops the tracebacks that orbax logs within this context, one in each thread that a failure
+    passes through. The failure itself is raised, and reported in one line.
     """
-    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
-    if getattr(hook, "stays", False):
-        yield
-        return
-    failed = False
 
-    def without_strays(stray: Any) -> None:
-        code = getattr(stray.object, "cr_code", None)
-        if "orbax" not in getattr(code, "co_filename", "") and (
-            str(stray.exc_value) != "Event loop is closed"
-        ):
-            hook(stray)
+    def is_news(record: logging.LogRecord) -> bool:
+        return not _is_of_storage(record)
 
-    def without_tracebacks(record: logging.LogRecord) -> bool:
-        nonlocal failed
-        echo = _is_of_storage(record)
-        failed |= echo
-        return not echo
-
-    sys.unraisablehook = without_strays
-    for logger in loggers:
-        logger.addFilter(without_tracebacks)
+    absl = logging.getLogger("absl")
+    absl.addFilter(is_news)
     try:
         yield
-    except Exception:
-        failed = True
-        raise
     finally:
-        if failed:  # more of its errors may surface until the process ends
-            without_strays.stays = True  # pyright: ignore[reportFunctionMemberAccess]
-        else:
-            for logger in loggers:
-                logger.removeFilter(without_tracebacks)
-            sys.unraisablehook = hook
+        absl.removeFilter(is_news)
 
 
 def _is_of_storage(record: logging.LogRecord) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import shutil
 import sys
@@ -384,7 +383,6 @@ class Checkpoints:
                     saved[name] = handler.restore(epath.Path(folder / name))
 
         if not problem and (problem := _attempt(read)):
-            gc.collect()  # collects the other reads while their errors are silenced
             unread = next(name for name in items if name not in saved)
             problem = f"{unread}: {problem}"
         return saved, problem
