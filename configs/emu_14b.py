@@ -79,8 +79,8 @@ def get_config() -> ConfigDict:
             ),
             # The best settings of docs/scaling.md for 1,024 rows.
             tuned={
-                "v5p": ("remat.llama=dots",),
-                "v5e": ("mesh.fsdp=64",),
+                "v5p": ("remat.llama=dots", "mesh.max_fsdp=64"),
+                "v5e": ("mesh.max_fsdp=64",),
                 "v6e": ("remat.llama=minimal",),
             },
         )

@@ -55,6 +55,7 @@ def make_mesh(
     tensor: int = 0,
     context: int = 1,
     *,
+    max_fsdp: int = 0,
     devices: Any | None = None,
     rows: int | None = None,
     heads: int | None = None,
@@ -78,6 +79,7 @@ def make_mesh(
         fsdp=fsdp,
         tensor=tensor,
         context=context,
+        max_fsdp=max_fsdp,
         rows=rows,
         heads=heads,
         widths=widths,
@@ -113,6 +115,7 @@ def choose_mesh(
     fsdp: int = 0,
     tensor: int = 0,
     context: int = 1,
+    max_fsdp: int = 0,
     rows: int | None = None,
     heads: int | None = None,
     widths: Sequence[int] = (),
@@ -123,7 +126,8 @@ def choose_mesh(
     tensor: 1, unless a batch of `rows` is too small to give every device its own rows. It divides
         `heads`. Its traffic grows with the batch, on every layer.
     fsdp: as much of a slice as divides the `widths` of all towers (an indivisible parameter is
-        replicated). Its traffic is proportional to the parameters, whatever the batch.
+        replicated), up to `max_fsdp` unless that is 0. Its traffic is proportional to the
+        parameters, whatever the batch.
     data: the rest, and everything between slices. Only gradients cross it, once a step.
 
     Raises:
@@ -165,8 +169,11 @@ def choose_mesh(
     if fsdp == 0:
         room = max(1, devices // (data or slices) // tensor)
         fsdp = room if data else math.gcd(room, *widths)
-        narrow = f" (more would not divide widths of {sorted(widths)})" if fsdp < room else ""
-        reasons.append(f"fsdp={fsdp}{narrow}")
+        why = f" (more would not divide widths of {sorted(widths)})" if fsdp < room else ""
+        if 0 < max_fsdp < fsdp:
+            fsdp = next(n for n in range(max_fsdp, 0, -1) if fsdp % n == 0)
+            why = f" (mesh.max_fsdp is {max_fsdp})"
+        reasons.append(f"fsdp={fsdp}{why}")
     if data == 0:
         data = max(1, devices // (fsdp * tensor))
         between = f" ({slices} slices)" if slices > 1 else ""

@@ -30,6 +30,9 @@ END
 --xla_tpu_enable_async_collective_fusion_fuse_all_gather=false     # excludes the line above [MaxText]
 --xla_tpu_use_tc_device_shape_on_sc=true        # what the offload needs [MaxText]
 --xla_sc_disable_megacore_partitioning=true     # what the offload needs [MaxText]
+--xla_tpu_use_minor_sharding_for_major_trivial_input=true          # gradients laid out so that they reduce-scatter without a copy [docs/notes/scaling.md]
+--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1       # the same [docs/notes/scaling.md]
+--xla_tpu_assign_all_reduce_scatter_layout=true # the same [docs/notes/scaling.md]
 END
       ;;
     v6e) cat <<'END'

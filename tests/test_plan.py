@@ -232,6 +232,9 @@ def test_mesh_is_chosen_with_a_reason():
     shape, why = choose_mesh(256, rows=64, heads=40, widths=widths)
     assert shape == (1, 64, 4) and "64 rows are too few" in why
     assert choose_mesh(128, fsdp=64)[0] == (2, 64, 1)
+    shape, why = choose_mesh(256, max_fsdp=100, rows=1024, heads=40, widths=widths)
+    assert shape == (4, 64, 1) and "fsdp=64 (mesh.max_fsdp is 100)" in why
+    assert choose_mesh(16, max_fsdp=64, rows=64, widths=widths)[0] == (1, 16, 1)
     assert choose_mesh(8, data=2, fsdp=2, tensor=2) == ((2, 2, 2), "as configured")
     assert choose_mesh(8, data=2, fsdp=2)[0] == (2, 2, 2)
     with pytest.raises(UserError, match="make data.batch_size a multiple of 8"):

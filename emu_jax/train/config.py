@@ -196,6 +196,7 @@ class MeshConfig:
     tensor: int = 0
     # Devices that share each row of tokens, for long rows; never chosen automatically.
     context: int = 1
+    max_fsdp: int = 0  # limit of `fsdp` where that is chosen; 0: none
 
     def __post_init__(self) -> None:
         """Checks the settings.
@@ -203,7 +204,7 @@ class MeshConfig:
         Raises:
             UserError: a number is negative.
         """
-        for name in ("data", "fsdp", "tensor"):
+        for name in ("data", "fsdp", "tensor", "max_fsdp"):
             _check_range(self, name, 0, where=" (mesh)")
         _check_range(self, "context", 1, where=" (mesh)")
 
