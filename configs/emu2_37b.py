@@ -2,7 +2,9 @@
 
     emu-jax plan --config configs/emu2_37b.py --topology v5p:4x4x8
     emu-jax train --config configs/emu2_37b.py --workdir runs/emu2 \\
-        --config.data.tokenizer=LLAMA_DIR --config.init_from=runs/emu2_1b
+        --config.data.tokenizer=runs/emu2_fresh/tokenizer --config.init_from=runs/emu2_1b
+
+It follows configs/emu2_37b_1b.py. configs/emu2_37b_1a.py makes runs/emu2_fresh.
 
 From the paper: the encoder is frozen, projections and language model are trained; cross-entropy and
 regression; the data; 20,350 steps; a peak learning rate of 1e-5, warm-up over a tenth of the steps,
@@ -13,10 +15,9 @@ From the release: a video is `[VIDEO]`, then 64 `[gIMG]` for each frame.
 
 Ours: the regression targets are the encoder's pooled features, 64 for a still image and none for a
 video frame; frames between subtitles (YT-Storyboard-1B) are still images; both losses weigh 1;
-weight decay is
-Emu1's 0.05. The paper's step has 12,800 pairs, 6,400 videos, 3,200 pages and 800 rows of text.
-4,096 rows of 2,048 tokens and 18 images hold about as much. YT-Storyboard-1B's share of the videos,
-and GRIT's and CapsFusion-grounded's, are not given.
+weight decay is Emu1's 0.05. The paper's step has 12,800 pairs, 6,400 videos, 3,200 pages and 800
+rows of text. 4,096 rows of 2,048 tokens and 18 images hold about as much. YT-Storyboard-1B's share
+of the videos, and GRIT's and CapsFusion-grounded's, are not given.
 
 The frozen encoder is kept in bfloat16, has no gradient, no optimizer state and no recomputation,
 and is not saved: it stays in the run that this one starts from.

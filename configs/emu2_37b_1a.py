@@ -1,10 +1,14 @@
 """Emu2's first stage at 224 pixels: captions of images and videos, with all parameters trained.
 
+    echo '{"vision_cfg": {"image_size": 224}}' > emu2_224.json
+    emu-jax init runs/emu2_fresh --family emu2 --model-config emu2_224.json \\
+        --llama LLAMA_DIR --eva-clip EVA02_CLIP_E_psz14_plus_s9B.pt --sd SDXL_DIR
     emu-jax train --config configs/emu2_37b_1a.py --workdir runs/emu2_1a \\
-        --config.data.tokenizer=LLAMA_DIR --config.init_from=PARENTS
+        --config.data.tokenizer=runs/emu2_fresh/tokenizer --config.init_from=runs/emu2_fresh
 
-PARENTS is a run directory with EVA-02-CLIP-E-plus and LLaMA-33B; the projections are new. Without
-`init_from` the whole model starts from random numbers.
+runs/emu2_fresh has the weights of the parents: EVA-02-CLIP-E-plus at 224 pixels, LLaMA-33B, and
+SDXL, from which configs/emu2_37b_painter.py starts. The projections are new. Without `init_from`
+the whole model starts from random numbers.
 
 From the paper: the data and their proportion (6,144 pairs to 768 videos a step), cross-entropy on
 captions alone, 35,200 steps, the peak learning rates, AdamW's betas and epsilon, clipping at 5,

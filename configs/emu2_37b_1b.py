@@ -1,7 +1,7 @@
 """Emu2's first stage at 448 pixels, which continues that at 224 for 4,000 steps.
 
     emu-jax train --config configs/emu2_37b_1b.py --workdir runs/emu2_1b \\
-        --config.data.tokenizer=LLAMA_DIR --config.init_from=runs/emu2_1a
+        --config.data.tokenizer=runs/emu2_fresh/tokenizer --config.init_from=runs/emu2_1a
 
 The position embeddings of the 16 x 16 patches are interpolated to 32 x 32, bicubically. The paper
 does not say how; this is our reading. Everything else is as in configs/emu2_37b_1a.py, whose

@@ -3,8 +3,9 @@
     emu-jax train --config configs/emu2_37b_chat.py --workdir runs/emu2_chat \\
         --config.init_from=runs/emu2
 
-DATA holds JSON files of dialogues, and their images and videos (docs/data.md); DATA/heldout holds
-those that are not trained on.
+runs/emu2 is the run of configs/emu2_37b.py, or a converted Emu2. DATA holds JSON files of
+dialogues, and their images and videos (docs/data.md); DATA/heldout holds those that are not trained
+on.
 
 From the paper: batches of 768 dialogues, 8,000 steps, a peak learning rate of 1e-5, 100 steps of
 warm-up, cosine decay to 0, AdamW's betas and epsilon, clipping at 5, 2,048 tokens, and
@@ -15,9 +16,11 @@ Ours: the encoder stays frozen (the paper does not say), weight decay is Emu1's 
 several dialogues: 384 rows of 2,048 tokens and 8 images. The sets' weights are ours too.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from emu_jax.config import RematConfig, emu2_chat
+from emu_jax.config import EmuConfig, RematConfig, emu2_chat
 from emu_jax.data.config import DataConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.data.sources.dialogues import COMPREHENSIVE_SYSTEM, CONCISE_SYSTEM
@@ -53,11 +56,18 @@ def dialogues(folder: str = "DATA") -> tuple[SourceConfig, ...]:
     )
 
 
+def model() -> EmuConfig:
+    release = emu2_chat()
+    # Padding rows let the vocabulary be sharded; they are trimmed on export.
+    llama = dataclasses.replace(release.llama, vocab_multiple=128)
+    return dataclasses.replace(release, llama=llama)
+
+
 def get_config() -> ConfigDict:
     return config_dict(
         TrainConfig(
             name="emu2_37b_chat",
-            model=emu2_chat(),
+            model=model(),
             data=DataConfig(
                 row_group=8,
                 tokenizer="runs/emu2/tokenizer",

@@ -2,11 +2,12 @@
 target, and the visual encoder is frozen.
 
     emu-jax train --config configs/emu2_37b_gen.py --workdir runs/emu2_gen \\
-        --config.init_from=runs/emu2
+        --config.init_from=runs/emu2_painter
 
-DATA holds pairs of texts and images, and documents (docs/data.md) that end in the image to
-generate: grounded ones (texts with `<phrase>` and boxes, `emu_jax.generate.prompt.box_image`) and
-edits (an image, an instruction, the result).
+runs/emu2_painter is the run of configs/emu2_37b_painter.py, whose image decoder stays: the result
+generates images. A converted Emu2 serves too. DATA holds pairs of texts and images, and documents
+(docs/data.md) that end in the image to generate: grounded ones (texts with `<phrase>` and boxes,
+`emu_jax.generate.prompt.box_image`) and edits (an image, an instruction, the result).
 
 From the paper: the proportion of 4,096 pairs, 3,584 grounded documents and 2,048 edits a step,
 3,000 steps, a peak learning rate of 5e-5 with cosine decay, AdamW's betas, clipping at 1, the
@@ -17,9 +18,11 @@ Ours: weight decay is Emu1's 0.05, and 1,152 rows of 2,048 tokens and 18 images 
 documents. Entities and boxes that the paper drops at random must be dropped in the data.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from emu_jax.config import RematConfig, emu2
+from emu_jax.config import EmuConfig, RematConfig, emu2
 from emu_jax.data.config import DataConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.train.config import (
@@ -39,11 +42,18 @@ def sources(folder: str = "DATA") -> tuple[SourceConfig, ...]:
     )
 
 
+def model() -> EmuConfig:
+    release = emu2()
+    # Padding rows let the vocabulary be sharded; they are trimmed on export.
+    llama = dataclasses.replace(release.llama, vocab_multiple=128)
+    return dataclasses.replace(release, llama=llama)
+
+
 def get_config() -> ConfigDict:
     return config_dict(
         TrainConfig(
             name="emu2_37b_gen",
-            model=emu2(),
+            model=model(),
             data=DataConfig(
                 row_group=8,
                 tokenizer="runs/emu2/tokenizer",

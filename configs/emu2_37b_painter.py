@@ -1,7 +1,11 @@
 """Emu2's image decoder: SDXL's U-Net as an autoencoder of the visual encoder's features.
 
     emu-jax train --config configs/emu2_37b_painter.py --workdir runs/emu2_painter \\
-        --config.init_from=runs/emu2
+        --config.init_from=runs/emu2 \\
+        --config.parents.unet=../emu2_fresh --config.parents.vae=../emu2_fresh
+
+runs/emu2 (configs/emu2_37b.py) has the encoder and the language model, and runs/emu2_fresh
+(configs/emu2_37b_1a.py) SDXL's weights. A converted Emu2-Gen has both: leave `parents` out.
 
 DATA holds WebDataset tars of images of at least 512 x 512 pixels, and DATA/heldout those that are
 not trained on. The language model is not asked. docs/finetuning.md says how to compute features and
@@ -10,7 +14,9 @@ latents once.
 From the paper: the data, batches of 2,048, 8,000 steps, a peak learning rate of 1e-4 after 2,500
 steps of warm-up with linear decay, AdamW's betas, epsilon and weight decay, clipping at 1, one
 condition in ten dropped, a noise offset of 0.1, images of 448 pixels in and 1,024 out, original
-size and crop as conditions, and the frozen encoder of the first stage.
+size and crop as conditions, and the frozen encoder of the first stage. Its table has 8,000 steps,
+of which 2,500 are warm-up; its text has 2,000 steps of warm-up and 6,000 of decay. Here are the
+table's. Stage 2 freezes the encoder too, so that of runs/emu2 is the first stage's.
 
 Ours: the warm-up is linear, where the paper's is logarithmic. A dropped condition is that of the
 null image, as in autoencoding with guidance; the paper does not say. The average of the weights is

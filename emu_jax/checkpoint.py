@@ -447,20 +447,20 @@ def read_parent(
     images of another size.
 
     Adapters that the other run lacks are left out. A new token gets the mean of the old tokens'
-    rows (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added). Positions of
-    patches are interpolated.
+    rows (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added), and so does a
+    new padding row. Positions of patches are interpolated.
     """
     parent = load_config(directory)
     theirs = parent.llama
-    asked, grown = _asked_of_parent(parent, wanted, model)
+    asked, resized = _asked_of_parent(parent, wanted, model)
     params = read_params(directory, asked)
     if POSITIONS in wanted and (ours := wanted[POSITIONS]).shape != params[POSITIONS].shape:
         resize = functools.partial(interpolate_positions, grid=model.vision.grid)
         params[POSITIONS] = jax.jit(resize, out_shardings=ours.sharding)(params[POSITIONS])
-    for path, axis in grown.items():
+    for path, axis in resized.items():
         ours = wanted[path]
 
-        def grow(
+        def resize_table(
             table: jax.Array, axis: int = axis, shape: tuple[int, ...] = ours.shape
         ) -> jax.Array:
             old = jnp.moveaxis(table, axis, 0)[: theirs.vocab_size]
@@ -468,7 +468,7 @@ def read_parent(
             more = jnp.repeat(mean, shape[axis] - theirs.vocab_size, axis=0)
             return jnp.moveaxis(jnp.concatenate([old, more]), 0, axis)
 
-        params[path] = jax.jit(grow, out_shardings=ours.sharding)(params[path])
+        params[path] = jax.jit(resize_table, out_shardings=ours.sharding)(params[path])
     return params
 
 
@@ -488,15 +488,16 @@ def check_parent(
 def _asked_of_parent(
     parent: EmuConfig, wanted: dict[str, jax.ShapeDtypeStruct], model: EmuConfig
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, int]]:
-    """Returns (the arrays to read from a parent, {path: axis over the vocabulary} of those to which
-    tokens are added)."""
+    """Returns (the arrays to read from a parent, {path: axis over the vocabulary} of those that
+    have more tokens here, or other padding rows)."""
     theirs = parent.llama
     if theirs.lora is None:
         wanted = {k: v for k, v in wanted.items() if not k.endswith((".lora_a", ".lora_b"))}
-    asked, grown = dict(wanted), {}
-    if theirs.vocab_size < model.llama.vocab_size:
-        grown = {k: axis for k, axis in _VOCABULARY.items() if k in wanted}
-    for path, axis in grown.items():
+    asked, resized = dict(wanted), {}
+    surplus = theirs.vocab_size - model.llama.vocab_size
+    if surplus < 0 or (surplus == 0 and theirs.padded_vocab != model.llama.padded_vocab):
+        resized = {k: axis for k, axis in _VOCABULARY.items() if k in wanted}
+    for path, axis in resized.items():
         ours = wanted[path]
         shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
         whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # the old size may not divide
@@ -507,7 +508,7 @@ def _asked_of_parent(
         whole = NamedSharding(ours.sharding.mesh, PartitionSpec())
         if shape != ours.shape:
             asked[POSITIONS] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
-    return asked, grown
+    return asked, resized
 
 
 def load_config(directory: Path) -> EmuConfig:

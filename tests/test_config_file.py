@@ -71,6 +71,11 @@ def test_overrides(config_file, override, key, value):
     assert {**before, key: value} == after  # nothing else
 
 
+def test_an_empty_group_takes_several_keys(config_file):
+    after = read_config(config_file, ["parents.unet=../fresh", "parents.vae=../fresh"])
+    assert after.parents.to_dict() == {"unet": "../fresh", "vae": "../fresh"}
+
+
 @pytest.mark.parametrize(
     "override, message",
     [

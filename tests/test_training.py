@@ -896,6 +896,19 @@ def test_a_warm_start_takes_averages_and_fills_new_tokens_with_the_mean(tmp_path
     one = dataclasses.replace(cfg, parents={"visual": str(run)})
     assert WarmStart(one, tmp_path).load(wanted).keys() == {"visual.head.kernel"}
 
+    # Padding rows are this run's: 2 for a multiple of 4, none for 5, the parent's 6 for 1.
+    path = "llama.embed_tokens.embedding"
+    for multiple, rows in ((4, 12), (5, 10), (1, 16)):
+        llama = dataclasses.replace(theirs.llama, vocab_multiple=multiple)
+        other = dataclasses.replace(cfg, model=dataclasses.replace(theirs, llama=llama))
+        other = dataclasses.replace(other, parents={}, init_from=str(run))
+        start = WarmStart.resolve(other, tmp_path)
+        assert start.cfg.model.llama.padded_vocab == rows
+        shape = jax.ShapeDtypeStruct((rows, 4), jnp.float32, sharding=wanted[path].sharding)
+        padded = start.load({path: shape})[path]
+        padding = table[10:] if multiple == 1 else [np.mean(table[:10], axis=0)] * (rows - 10)
+        close(padded, [*table[:10], *padding])
+
     # What a parent measured, and the factor of its autoencoder, is the run's.
     resolved = WarmStart.resolve(
         dataclasses.replace(TOY, model=model, parents={"vae": str(run)}), tmp_path

@@ -298,7 +298,8 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    # A run directory, or a converted release, to fine-tune: its model and all its towers.
+    # A run directory, or a converted release, to fine-tune: its model and all its towers. The image
+    # size, `model.pooling` and `model.llama.vocab_multiple` are this config's, if they are set.
     init_from: str = ""
     # Towers that start from another run: {tower: run directory}, relative to this run's.
     parents: dict[str, str] = dataclasses.field(default_factory=dict)

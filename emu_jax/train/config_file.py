@@ -60,11 +60,12 @@ def read_config(path: Path, overrides: list[str]) -> ConfigDict:
 
 
 def _apply(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    extended: set[str] = set()  # groups that were empty before
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
-        _override(values, key, text)
+        _override(values, key, text, extended)
     return values
 
 
@@ -108,23 +109,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _override(values: dict[str, Any], key: str, text: str) -> None:
+def _override(values: dict[str, Any], key: str, text: str, extended: set[str]) -> None:
     *path, last = parts = key.split(".")
     group: Any = values
     for depth, part in enumerate(path):
-        index = _find(group, part, parts[:depth])
+        index = _find(group, part, parts[:depth], extended)
         group = group.setdefault(index, {}) if isinstance(group, dict) else group[index]
-    index = _find(group, last, path)
+    index = _find(group, last, path, extended)
     current = group.get(index) if isinstance(group, dict) else group[index]
     group[index] = _parse(text, current, key)
 
 
-def _find(group: Any, part: str, above: list[str]) -> str | int:
-    """Returns the dict key or list index that `part` names in `group`."""
+def _find(group: Any, part: str, above: list[str], extended: set[str]) -> str | int:
+    """Returns the dict key or list index that `part` names in `group`.
+
+    The command line may add keys to an empty group. `extended` collects these groups.
+    """
     where = ".".join([*above, part])
     if isinstance(group, dict):
-        # The command line may add keys to an empty group.
-        if part in group or not group:
+        if not group:
+            extended.add(".".join(above))
+        if part in group or ".".join(above) in extended:
             return part
         if (name := current_key(part, group)) in group:
             return name

@@ -62,7 +62,7 @@ class WarmStart:
             UserError: a parent does not exist, or configures a tower differently.
         """
         if cfg.init_from:
-            return cls(_from_run(cfg), workdir)
+            return cls(_from_run(cfg, workdir), workdir)
         warm_start = cls(cfg, workdir)
         model = cfg.model
         for tower, parent in warm_start._parents.items():
@@ -74,6 +74,8 @@ class WarmStart:
                 theirs = ours
             if name == "vision":  # positions are interpolated
                 theirs = dataclasses.replace(theirs, image_size=ours.image_size)
+            if name == "llama":  # padding rows are added or dropped
+                theirs = dataclasses.replace(theirs, vocab_multiple=ours.vocab_multiple)
             if theirs != ours:
                 raise UserError(
                     f"parent {parent}: its {name} is not configured as this run's: make "
@@ -173,10 +175,15 @@ def _is_copied(source: Path, copy: Path) -> bool:
     return all(path.relative_to(source) in names for path in files(source))
 
 
-def _from_run(cfg: TrainConfig) -> TrainConfig:
-    """Returns a config with the model and the towers of `cfg.init_from`."""
+def _from_run(cfg: TrainConfig, workdir: Path) -> TrainConfig:
+    """Returns a config with the model and the towers of `cfg.init_from`. An image decoder that has
+    another parent is configured as that parent's."""
     parent = as_path(cfg.init_from).absolute()
     model = _extended(checkpoint.load_config(parent), cfg)
+    for tower in cfg.parents.keys() & {"unet", "vae"}:
+        theirs = checkpoint.load_config(join(workdir, cfg.parents[tower]))
+        keys = ("unet", "scheduler") if tower == "unet" else (tower,)
+        model = dataclasses.replace(model, **{key: getattr(theirs, key) for key in keys})
     towers = model.towers
     if cfg.objective not in PAINTERS and cfg.save_frozen:  # this run's module has no image decoder
         towers = model.language_towers
@@ -187,12 +194,14 @@ def _from_run(cfg: TrainConfig) -> TrainConfig:
 def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
     """Returns a parent's model with the adapters of this run, and with the tokens of its data.
 
-    A run that configures pooling has its own numbers of embeddings, and its own image size.
+    A run that configures pooling has its own numbers of embeddings, and its own image size. One
+    that configures `vocab_multiple` has its own padding rows.
 
     Raises:
         UserError: the parent has other adapters.
     """
     llama, lora = parent.llama, cfg.model.llama.lora
+    multiple = cfg.model.llama.vocab_multiple
     if lora is not None and llama.lora not in (None, lora):
         raise UserError(
             f"{cfg.init_from} has adapters of its own, {llama.lora}: merge them first "
@@ -200,7 +209,10 @@ def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
         )
     tokens = parent.tokens.pad + len(added_tokens(parent.family, cfg.data.instruct))
     llama = dataclasses.replace(
-        llama, lora=lora or llama.lora, vocab_size=max(llama.vocab_size, tokens)
+        llama,
+        lora=lora or llama.lora,
+        vocab_size=max(llama.vocab_size, tokens),
+        vocab_multiple=llama.vocab_multiple if multiple == 1 else multiple,
     )
     model = dataclasses.replace(parent, llama=llama)
     if parent.pooling is None or cfg.model.pooling is None:
