@@ -23,7 +23,7 @@ from emu_jax import bench
 from emu_jax.sharding import nest
 from emu_jax.train.checkpoints import Checkpoints
 
-language = bench.load("text_generation")
+language = bench.load_benchmark("text_generation")
 
 
 def run(size: str = "0.1B", turns: int = 5) -> dict:

@@ -15,7 +15,7 @@ from flax import nnx
 from emu_jax import bench
 from emu_jax.train.flops import jaxpr_flops
 
-floors, language = bench.load("floors"), bench.load("text_generation")
+floors, language = bench.load_benchmark("floors"), bench.load_benchmark("text_generation")
 
 
 def run(size: str = "0.1B", images: int = 8, turns: int = 5, dtype: str = "float32") -> dict:

@@ -120,7 +120,7 @@ def run(smoke: int = 0, seconds: float = 540.0) -> Iterator[dict]:
         started = time.monotonic()
         result: dict = {"benchmark": part.benchmark, "settings": words}
         try:
-            result["figures"] = bench.run_in_subprocess(
+            result["figures"] = bench.run_benchmark_in_subprocess(
                 part.benchmark,
                 [f"{part.benchmark}.{word}" for word in words],
                 limit,
@@ -144,6 +144,6 @@ def table(figures: dict) -> str:
         if "failed" in result:
             lines.append(f"{bench.NOT_MEASURED} {result['failed']}")
         else:
-            lines.append(bench.load(result["benchmark"]).table(result["figures"]))
+            lines.append(bench.load_benchmark(result["benchmark"]).table(result["figures"]))
         sections.append("\n".join(lines))
     return "\n\n".join(sections)

@@ -41,7 +41,7 @@ def run(documents: int = 100_000_000, processes: int = 2) -> dict:
         write(Path(folder), shards)
         taken = {count: index(config(folder, count), count) for count in sorted({1, processes})}
         again = index(config(folder, processes), processes)
-        code = f"from emu_jax import bench; bench.load('indexing').opening({folder!r})"
+        code = f"from emu_jax import bench; bench.load_benchmark('indexing').opening({folder!r})"
         output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
         total = shards * SHARD_DOCUMENTS
         return {

@@ -23,7 +23,7 @@ from emu_jax.storage import shipped
 from emu_jax.verify import verify
 
 log = logging.getLogger("emu_jax")
-step = bench.load("train_step")
+step = bench.load_benchmark("train_step")
 
 GOLDEN = "tests/golden/tiny"
 ATTENTION_LIMIT = 2e-2  # of bfloat16, relative to the largest value

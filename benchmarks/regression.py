@@ -22,7 +22,7 @@ from emu_jax import bench
 from emu_jax.config import EmuConfig, PoolingConfig
 from emu_jax.errors import UserError, suggest
 
-floors, language = bench.load("floors"), bench.load("text_generation")
+floors, language = bench.load_benchmark("floors"), bench.load_benchmark("text_generation")
 
 BOTH = "both"
 # The products of the weights by which an embedding is regressed from a state and read again.

@@ -22,7 +22,7 @@ from emu_jax.config import EmuConfig, UNetConfig
 from emu_jax.convert import export
 from emu_jax.errors import UserError, suggest
 
-floors, language = bench.load("floors"), bench.load("text_generation")
+floors, language = bench.load_benchmark("floors"), bench.load_benchmark("text_generation")
 
 SIZES = {
     "56M": UNetConfig(

@@ -41,7 +41,7 @@ from emu_jax.train.config import TrainConfig
 from emu_jax.train.flops import train_flops
 
 log = logging.getLogger("emu_jax")
-step = bench.load("train_step")
+step = bench.load_benchmark("train_step")
 
 PREDICTED = (
     "topology",

@@ -28,7 +28,7 @@ from emu_jax.errors import UserError
 from emu_jax.sharding import nest
 from emu_jax.tokenizer import Tokenizer
 
-language = bench.load("text_generation")
+language = bench.load_benchmark("text_generation")
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 

@@ -26,7 +26,7 @@ from emu_jax.generate.settings import DynamicSettings, StaticSettings, TextConfi
 from emu_jax.models.emu import EmuModel
 from emu_jax.sharding import AbstractModel, make_mesh
 
-floors = bench.load("floors")
+floors = bench.load_benchmark("floors")
 
 BEAMS = {"greedy": 1, "beams": 5}
 

@@ -39,7 +39,7 @@ from emu_jax.train.optimizer import group_of, schedule
 from emu_jax.train.step import Trainer, mesh_for
 
 log = logging.getLogger("emu_jax")
-floors = bench.load("floors")
+floors = bench.load_benchmark("floors")
 
 WAYS = {"eager": "PyTorch, eager", "compiled": "PyTorch, torch.compile"}
 

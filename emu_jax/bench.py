@@ -64,7 +64,7 @@ def about(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
-def load(name: str) -> ModuleType:
+def load_benchmark(name: str) -> ModuleType:
     """Loads a benchmark as a module, also for use by another benchmark.
 
     Raises:
@@ -112,7 +112,7 @@ def run(
     from emu_jax.train.distributed import initialize_distributed
 
     initialize_distributed()
-    modules = {name: load(name) for name in names or benchmarks()}
+    modules = {name: load_benchmark(name) for name in names or benchmarks()}
     chosen = _settings(settings, modules)
     page = Page(write) if write else None
     if page:
@@ -160,7 +160,7 @@ def _updates(measured: Figures | Iterator[Figures]) -> Iterator[Figures]:
         yield from measured
 
 
-def run_in_subprocess(
+def run_benchmark_in_subprocess(
     name: str, settings: Sequence[str], seconds: float, *, preload: Sequence[str] = ()
 ) -> Figures:
     """Runs one benchmark in a process of its own, so that it leaves no memory behind and can be
@@ -289,7 +289,7 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def table(figures: Figures) -> str:
+def figures_table(figures: Figures) -> str:
     """Formats the result of `run`, one figure per line."""
     rows = list(_rows(figures))
     width = max((len(name) for name, _ in rows), default=0)
@@ -347,7 +347,7 @@ class Page:
             raise UserError(f"--write {self.path}: {error}") from None
         for name in names:
             if not markdown.has_region(text, f"bench {name}"):
-                lines = " and ".join(markdown.markers(f"bench {name}"))
+                lines = " and ".join(markdown.region_markers(f"bench {name}"))
                 raise UserError(
                     f"{self.path} has no place for the table of {name}: add the lines {lines} "
                     "where it should stand"
@@ -364,7 +364,7 @@ class Page:
         records = self.records()
         records[name] = dict(sorted((records.get(name, {}) | {hardware: record}).items()))
         write_text(self.records_path, json.dumps(dict(sorted(records.items())), indent=1) + "\n")
-        module = load(name)
+        module = load_benchmark(name)
         if hasattr(module, "plot"):
             module.plot(record["figures"], self._plot(name, hardware))
         write_text(self.path, self.rendered(self.path.read_text(), {name: records[name]}))
@@ -377,7 +377,7 @@ class Page:
         return text
 
     def _section(self, name: str, hardware: str, record: Figures) -> str:
-        module, figures = load(name), record["figures"]
+        module, figures = load_benchmark(name), record["figures"]
         lines = [f"**{hardware}**", ""]
         if hasattr(module, "table"):
             lines += [module.table(figures)]

@@ -49,7 +49,7 @@ from emu_jax.sharding import AbstractModel, fitted, flatten, nest
 from emu_jax.storage import StorePath, files, folders, join, relative, write_text
 from emu_jax.tokenizer import Tokenizer
 
-READ_BYTES = 2**28  # of arrays that are read at once
+_READ_BYTES = 2**28  # of arrays that are read at once
 COMMIT_MARKER = "commit_success.txt"  # orbax's name
 DAMAGED_MARKER = "damaged.txt"
 
@@ -111,7 +111,7 @@ def stored_shapes(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the checkpoint {path}: {integrity.one_line(error)}") from None
 
 
-def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Reads flat parameters of the item at `path` into the wanted shapes, dtypes and shardings.
 
     `wanted` may name a subset of the stored parameters.
@@ -136,7 +136,7 @@ def read(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.A
 def read_tree(path: Path, wanted: Any, *, partial: bool = False) -> Any:
     """Reads the arrays of the item at `path` into a tree of shapes, dtypes and shardings.
 
-    Beside the arrays themselves, the host holds only those of one group (`READ_BYTES`). Does not
+    Beside the arrays themselves, the host holds only those of one group (`_READ_BYTES`). Does not
     wait for other processes.
 
     Args:
@@ -172,7 +172,7 @@ class _GroupedArrays(ocp.type_handlers.ArrayHandler):
 
 
 def _groups(args: Sequence[Any]) -> Iterator[int]:
-    """Yields how many of the next arrays form a group: as many as take at most `READ_BYTES` of
+    """Yields how many of the next arrays form a group: as many as take at most `_READ_BYTES` of
     this process's devices, or one larger array."""
     count = total = 0
     for arg in args:
@@ -180,7 +180,7 @@ def _groups(args: Sequence[Any]) -> Iterator[int]:
         if arg.sharding is not None:
             shard = math.prod(arg.sharding.shard_shape(arg.global_shape))
             size = shard * np.dtype(arg.dtype).itemsize * len(arg.sharding.addressable_devices)
-        if count and total + size > READ_BYTES:
+        if count and total + size > _READ_BYTES:
             yield count
             count = total = 0
         count, total = count + 1, total + size
@@ -222,14 +222,16 @@ def read_params(
     params = {}
     if averaged and (step / "ema").is_dir():
         stored = stored_shapes(step / "ema")
-        params = read(step / "ema", {k: v for k, v in wanted.items() if k in stored})
+        params = read_arrays(step / "ema", {k: v for k, v in wanted.items() if k in stored})
     if base := base_of(directory):
-        stored, model = stored_shapes(step / "params"), load_config(directory)
+        stored, model = stored_shapes(step / "params"), load_model_config(directory)
         rest = {k: v for k, v in wanted.items() if k not in params and k not in stored}
         for parent in set(base.values()):
             theirs = {k: v for k, v in rest.items() if base.get(tower_of(k)) == parent}
             params |= read_parent(parent, theirs, model)
-    return params | read(step / "params", {k: v for k, v in wanted.items() if k not in params})
+    return params | read_arrays(
+        step / "params", {k: v for k, v in wanted.items() if k not in params}
+    )
 
 
 def run_shapes(directory: Path) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def refuse_quantized(directory: Path, stored: Iterable[str]) -> None:
         raise UserError(f"{directory} is quantized: use the checkpoint that it was made from")
 
 
-def fingerprint(path: Path) -> str:
+def model_fingerprint(path: Path) -> str:
     """Returns a short hash of the contents that `emu_jax.load(path)` computes with.
 
     For a run directory these are config.json, tokenizer/, safety_checker/ and the newest step's
@@ -289,7 +291,7 @@ _RELEASE_SETTINGS = {
 
 
 def _contents(path: Path) -> list[tuple[str, str]]:
-    """Returns (name, hash) of each file that `fingerprint` includes."""
+    """Returns (name, hash) of each file that `model_fingerprint` includes."""
     if path.is_file():  # a release of one file, with its settings beside it
         beside = [path.parent / "Emu.json", *files(path.parent / "tokenizer")]
         return _hashes(path.parent, [path, *(p for p in beside if p.is_file())])
@@ -337,7 +339,9 @@ def _hashes(root: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
         ]
 
 
-def verify(directory: Path, step: int | None = None, *, every: bool = False) -> dict[str, Any]:
+def verify_steps(
+    directory: Path, step: int | None = None, *, every: bool = False
+) -> dict[str, Any]:
     """Reads and verifies every byte of a step of a run directory, and of the bases that it needs.
 
     Args:
@@ -359,7 +363,7 @@ def verify(directory: Path, step: int | None = None, *, every: bool = False) -> 
     chosen = steps if every else [newest if step is None else step]
     reports = [_verify_step(directory / str(number)) for number in chosen]
     for base in sorted(set(base_of(directory).values())):
-        reports += verify(base)["steps"]
+        reports += verify_steps(base)["steps"]
     return {"passed": not any(r["problems"] for r in reports), "steps": reports}
 
 
@@ -450,7 +454,7 @@ def read_parent(
     rows (release: `modeling_llama.py`, where `[USER]` and `[ASSISTANT]` are added), and so does a
     new padding row. Positions of patches are interpolated.
     """
-    parent = load_config(directory)
+    parent = load_model_config(directory)
     theirs = parent.llama
     asked, resized = _asked_of_parent(parent, wanted, model)
     params = read_params(directory, asked)
@@ -480,7 +484,7 @@ def check_parent(
     Raises:
         UserError: one is missing or has another shape (all are listed), or a base is missing.
     """
-    asked, _ = _asked_of_parent(load_config(directory), wanted, model)
+    asked, _ = _asked_of_parent(load_model_config(directory), wanted, model)
     if problems := _misfits(run_shapes(directory), asked):
         raise UserError(f"{directory} does not fit the configuration: " + "; ".join(problems))
 
@@ -511,7 +515,7 @@ def _asked_of_parent(
     return asked, resized
 
 
-def load_config(directory: Path) -> EmuConfig:
+def load_model_config(directory: Path) -> EmuConfig:
     """Loads the model configuration of a run directory.
 
     Raises:
@@ -541,7 +545,7 @@ def load_module(
     """Builds a module with the newest parameters of `directory`, sharded over `mesh`.
 
     Each parameter is read straight into `dtype`: no wider copy is ever in memory. Matrices that are
-    quantized are read a group at a time (`READ_BYTES`).
+    quantized are read a group at a time (`_READ_BYTES`).
     """
     template = AbstractModel(build, mesh)
     wanted = {
@@ -570,7 +574,7 @@ def load_module(
 def _shape_groups(
     wanted: dict[str, jax.ShapeDtypeStruct],
 ) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-    """Splits parameters into groups of at most `READ_BYTES`, or one larger parameter.
+    """Splits parameters into groups of at most `_READ_BYTES`, or one larger parameter.
 
     The largest come first, while there is still room for them beside the quantized ones.
     """
@@ -578,7 +582,7 @@ def _shape_groups(
     total = 0
     for path, shape in sorted(wanted.items(), key=lambda item: -math.prod(item[1].shape)):
         size = math.prod(shape.shape) * shape.dtype.itemsize
-        if group and total + size > READ_BYTES:
+        if group and total + size > _READ_BYTES:
             yield group
             group, total = {}, 0
         group[path] = shape

@@ -123,7 +123,7 @@ def demo(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.demo import demo
 
         args.json = True  # always print the figures: they are the result
-        return demo.run(args.workdir, args.seed, args.validation, args.family)
+        return demo.run_demo(args.workdir, args.seed, args.validation, args.family)
 
     return run
 
@@ -148,7 +148,7 @@ def train(parser: argparse.ArgumentParser) -> Command:
     def run(args: argparse.Namespace) -> dict[str, Any]:
         import jax
 
-        from emu_jax.evaluate.in_training import KINDS
+        from emu_jax.evaluate.in_training import EVALUATION_KINDS
         from emu_jax.hardware import chip_name
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
@@ -160,14 +160,16 @@ def train(parser: argparse.ArgumentParser) -> Command:
         chip = chip_name(jax.devices()[0].device_kind)
         cfg = load_config(TrainConfig, args.config, args.overrides, chip)
         if args.dry_run:
-            report = dry_run(cfg, args.workdir, load_config(TrainConfig, args.config, []), KINDS)
+            report = dry_run(
+                cfg, args.workdir, load_config(TrainConfig, args.config, []), EVALUATION_KINDS
+            )
             if not args.json and jax.process_index() == 0:
                 print(dry_run_summary(report))
             for problem in report.problems:
                 _complain(problem)
             args.failure = 2
             return dataclasses.asdict(report)
-        result = train(cfg, args.workdir, KINDS)
+        result = train(cfg, args.workdir, EVALUATION_KINDS)
         if not args.json:
             print(f"trained to step {result['step']}: {args.workdir}")
         return result
@@ -277,7 +279,7 @@ def generate(parser: argparse.ArgumentParser) -> Command:
         if args.batch:
             prompts = cli_io.read_batch(args.batch)
         else:
-            prompts = [[cli_io.read_part(part) for part in args.parts]]
+            prompts = [[cli_io.parse_part(part) for part in args.parts]]
         cli_io.check_seeds(args.output, args.seed, len(prompts))  # before loading the model
         numbered = args.output == "auto"
         answers = cli_io.answer(
@@ -668,7 +670,7 @@ def data_build(parser: argparse.ArgumentParser) -> Command:
     )
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.data.build.build import BuildConfig, build, embedded, on_beam
+        from emu_jax.data.build.build import BuildConfig, beam_runner, build, embedded
         from emu_jax.data.sources import SourceConfig
         from emu_jax.train.config_file import override
 
@@ -680,7 +682,7 @@ def data_build(parser: argparse.ArgumentParser) -> Command:
         if args.beam is None:
             runner = embedded(args.workers, args.threads)
         else:
-            runner = on_beam(shlex.split(args.beam), args.threads)
+            runner = beam_runner(shlex.split(args.beam), args.threads)
         if bare := [setting for setting in args.set if "=" not in setting]:
             raise UserError(f"--set {bare[0]} has no value: write --set {bare[0]}=VALUE")
         manifest = build(args.dst, override(cfg, args.set), runner)
@@ -796,7 +798,7 @@ def data_simulate(parser: argparse.ArgumentParser) -> Command:
             for documents in args.documents or simulate.DOCUMENTS
         ]
         if not args.json:
-            print(simulate.table(results))
+            print(simulate.simulations_table(results))
         if args.out:
             simulate.plot(results, args.out)
         return {"hosts": args.hosts, "simulations": [result._asdict() for result in results]}
@@ -893,7 +895,7 @@ def bench(parser: argparse.ArgumentParser) -> Command:
                 args.names, args.settings, out=args.out, write=args.write, label=args.label
             )
         if not args.json:
-            print(bench.table(result))
+            print(bench.figures_table(result))
         return result
 
     return run
@@ -1223,11 +1225,11 @@ def checkpoint_verify(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--all", action="store_true", help="verify every step")
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
-        from emu_jax.checkpoint import verify
+        from emu_jax.checkpoint import verify_steps
 
         if args.all and args.step is not None:
             raise UserError("give --step or --all, not both")
-        result = verify(args.run_directory, args.step, every=args.all)
+        result = verify_steps(args.run_directory, args.step, every=args.all)
         if not args.json:
             for step in result["steps"]:
                 state = (

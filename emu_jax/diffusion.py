@@ -127,7 +127,7 @@ class SamplerState(NamedTuple):
     past: Float[Array, "3 B h w C"]  # the last three m, newest first
 
 
-def start(latents: Float[Array, "B h w C"]) -> SamplerState:
+def initial_state(latents: Float[Array, "B h w C"]) -> SamplerState:
     """Returns the state before the first step."""
     latents = latents.astype(jnp.float32)
     return SamplerState(latents, latents, jnp.zeros((3, *latents.shape), jnp.float32))
@@ -152,7 +152,7 @@ def sample(
     table = sampling_steps(cfg, steps, method)
     state = advance(
         denoise,
-        start(latents),
+        initial_state(latents),
         cond,
         uncond,
         table=table,

@@ -99,12 +99,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """Returns where a path can be read: an address on the Hub is downloaded first.
 
     Raises:
-        UserError: as `download`, or the path is in a store that is not supported.
+        UserError: as `download_snapshot`, or the path is in a store that is not supported.
     """
-    return download(os.fspath(path))[0] if is_hub(path) else as_path(path)
+    return download_snapshot(os.fspath(path))[0] if is_hub(path) else as_path(path)
 
 
-def download(text: str, folders: Iterable[str] = ()) -> tuple[Path, HubSource]:
+def download_snapshot(text: str, folders: Iterable[str] = ()) -> tuple[Path, HubSource]:
     """Downloads an address on the Hub into huggingface_hub's cache, if it is not there yet.
 
     Weights for other frameworks, and a second copy of weights in another format, are left out.
@@ -273,7 +273,7 @@ def prepare_upload(address: HubAddress, *, private: bool, overwrite: bool) -> No
         )
 
 
-def upload(folder: Path, address: HubAddress, message: str, *, overwrite: bool) -> str:
+def upload_folder(folder: Path, address: HubAddress, message: str, *, overwrite: bool) -> str:
     """Uploads a folder as the content of a repository, which `prepare_upload` checked.
 
     Interrupted uploads resume: files that the Hub has are not sent again.

@@ -16,7 +16,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(map(row, [head, ["---"] * len(head), *rows]))
 
 
-def markers(region: str) -> tuple[str, str]:
+def region_markers(region: str) -> tuple[str, str]:
     """Returns the two comments around a region: `<!-- bench floors -->` and `<!-- /bench -->` for
     the region `bench floors`. Each must be a line of its own."""
     return f"<!-- {region} -->", f"<!-- /{region.split()[0]} -->"
@@ -34,11 +34,11 @@ def replace_region(page: str, region: str, text: str) -> str:
         ValueError: the page does not have the region.
     """
     if not has_region(page, region):
-        raise ValueError(f"no lines {' and '.join(markers(region))}")
-    begin, end = markers(region)
+        raise ValueError(f"no lines {' and '.join(region_markers(region))}")
+    begin, end = region_markers(region)
     return _pattern(region).sub(lambda _: f"{begin}\n{text.rstrip()}\n{end}", page)
 
 
 def _pattern(region: str) -> re.Pattern[str]:
-    begin, end = map(re.escape, markers(region))
+    begin, end = map(re.escape, region_markers(region))
     return re.compile(f"^{begin}\n(?s:.*?)^{end}$", re.MULTILINE)

@@ -37,7 +37,7 @@ def tiles(values: Mapping[str, str]) -> str:
     return f'<div class="tiles">{shown}</div>'
 
 
-def table(values: Mapping[str, Any]) -> str:
+def html_table(values: Mapping[str, Any]) -> str:
     """Formats {name: figure} as a table with one row each."""
     rows = "".join(
         f"<tr><th scope=row>{words(k)}</th><td>{html.escape(number(v))}</td></tr>"

@@ -121,7 +121,7 @@ def push(
                 shutil.copytree(folder, destination, dirs_exist_ok=True)
         else:
             message = f"Upload {target.repository.split('/')[1]} with emu_jax"
-            commit = hub.upload(folder, target, message, overwrite=overwrite)
+            commit = hub.upload_folder(folder, target, message, overwrite=overwrite)
     return PushReport(
         address=str(dataclasses.replace(target, revision=commit)),
         commit=commit,

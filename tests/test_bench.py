@@ -208,7 +208,7 @@ def test_figures_are_written_after_each_part(folder):
 
 def test_the_parts_of_the_gpu_share_the_time(monkeypatch):
     """A part that fails is recorded, and the next one runs with the time that is left."""
-    gpu, limits = bench.load("gpu"), []
+    gpu, limits = bench.load_benchmark("gpu"), []
 
     def measured(name, settings, seconds, preload):
         limits.append(seconds)
@@ -219,8 +219,10 @@ def test_the_parts_of_the_gpu_share_the_time(monkeypatch):
 
     time = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: time[0])
-    monkeypatch.setattr(gpu.bench, "run_in_subprocess", measured)
-    monkeypatch.setattr(gpu.bench, "load", lambda name: SimpleNamespace(table=lambda f: f"{f}"))
+    monkeypatch.setattr(gpu.bench, "run_benchmark_in_subprocess", measured)
+    monkeypatch.setattr(
+        gpu.bench, "load_benchmark", lambda name: SimpleNamespace(table=lambda f: f"{f}")
+    )
     monkeypatch.setattr(gpu.os, "environ", {})
     monkeypatch.setattr(gpu, "PARTS", gpu.PARTS[:4])  # shares of 80, 30, 160 and 60
     steps = gpu.run(smoke=1, seconds=330)
@@ -240,9 +242,9 @@ def test_the_parts_of_the_gpu_share_the_time(monkeypatch):
 @pytest.mark.slow
 def test_a_benchmark_in_a_process_of_its_own():
     with pytest.raises(RuntimeError, match=r"^UserError: floors.side is 3: make it at least 4$"):
-        bench.run_in_subprocess("floors", ["floors.side=3"], 300)
+        bench.run_benchmark_in_subprocess("floors", ["floors.side=3"], 300)
     with pytest.raises(RuntimeError, match="stopped after 0 s"):
-        bench.run_in_subprocess("floors", [], 0.01)
+        bench.run_benchmark_in_subprocess("floors", [], 0.01)
 
 
 def test_the_script_for_a_gpu_names_its_use(tmp_path):
@@ -269,7 +271,7 @@ def test_the_commands_of_performance_md_are_those_there_are():
         words = command.split()
         settings = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
         names = [word for word in itertools.takewhile(lambda w: not w.startswith("-"), words)]
-        bench._settings(settings, {name: bench.load(name) for name in names})
+        bench._settings(settings, {name: bench.load_benchmark(name) for name in names})
 
 
 def test_every_benchmark_says_what_it_measures():
@@ -302,7 +304,7 @@ def tiny(rows: int = 1) -> TrainConfig:
 def test_the_step_and_its_twin_in_pytorch(monkeypatch):
     """From the same weights the same loss and gradients; then both are timed."""
     torch = pytest.importorskip("torch")
-    step = bench.load("train_step")
+    step = bench.load_benchmark("train_step")
     cfg = tiny(rows=2)
     assert cfg.model.cformer is not None
     still = dataclasses.replace(cfg.model.cformer, dropout=0.0)
@@ -329,7 +331,7 @@ def test_the_step_and_its_twin_in_pytorch(monkeypatch):
 
 
 def test_floors(monkeypatch):
-    floors = bench.load("floors")
+    floors = bench.load_benchmark("floors")
     monkeypatch.setattr(floors, "SECONDS", 0.002)
     figures = floors.run(side=64)
     assert figures["float32_peak_flops"]["median"] > 1e7
@@ -340,7 +342,7 @@ def test_floors(monkeypatch):
 @pytest.mark.slow
 def test_scaling_over_devices(monkeypatch, tmp_path):
     """Over 1 and 2 of the CPU devices, which is the mechanism alone; and a sweep behind it."""
-    scaling = bench.load("scaling")
+    scaling = bench.load_benchmark("scaling")
     monkeypatch.setattr(scaling.step, "settings", lambda config, rows, *_: tiny(rows))
     figures = scaling.run(devices=2, turns=2)
     points = {(p["curve"], p["devices"]): p for p in figures["points"]}
@@ -393,7 +395,7 @@ def test_scaling_over_devices(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_scaling_leaves_out_what_does_not_fit(monkeypatch):
-    scaling = bench.load("scaling")
+    scaling = bench.load_benchmark("scaling")
     with pytest.raises(UserError, match="least is 3, devices 2"):
         scaling.run(least=3, devices=2)
     with pytest.raises(UserError, match="devices 99"):
@@ -423,7 +425,7 @@ def test_scaling_leaves_out_what_does_not_fit(monkeypatch):
 
 
 def test_scaling_of_a_lone_cpu_device_is_measured_apart(monkeypatch):
-    scaling = bench.load("scaling")
+    scaling = bench.load_benchmark("scaling")
     monkeypatch.setattr(scaling.jax, "devices", lambda: ["cpu:0"])
     monkeypatch.setattr(bench, "cores", lambda: 2)
     code = "import json, os, sys; print('words'); print(json.dumps({'scaling': "

@@ -25,7 +25,7 @@ def test_every_part_of_the_script_for_a_gpu(tmp_path):
     parts = record["figures"]["parts"]
     assert len(parts) == 9 and not any("failed" in part for part in parts.values())
     for part in parts.values():
-        assert "|" in bench.load(part["benchmark"]).table(part["figures"])
+        assert "|" in bench.load_benchmark(part["benchmark"]).table(part["figures"])
         assert all(value > 0 for value in medians(part["figures"]))
     assert page.rendered(text := page.path.read_text(), page.records()) == text
     assert "Text, 16 rows (`text_generation size=digits" in text
@@ -33,7 +33,7 @@ def test_every_part_of_the_script_for_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_checkpoints():
-    module = bench.load("checkpoints")
+    module = bench.load_benchmark("checkpoints")
     figures = module.run(turns=2, size="digits")
     assert figures["blocks_s"]["median"] <= figures["save_s"]["median"]  # of the same turns
     assert "|" in module.table(figures)
@@ -48,7 +48,7 @@ def medians(figures: dict):
 
 @pytest.mark.slow
 def test_startup():
-    module = bench.load("startup")
+    module = bench.load_benchmark("startup")
     figures = module.run(size="digits", turns=1)
     assert "|" in module.table(figures)
     # With what the first process compiled, the second compiles nothing.

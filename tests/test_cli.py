@@ -190,7 +190,7 @@ def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
             "family": family,
         }
 
-    monkeypatch.setattr("emu_jax.demo.demo.run", demo)
+    monkeypatch.setattr("emu_jax.demo.demo.run_demo", demo)
     status, out, err = run("demo")
     assert (status, err) == (0, "")
     assert json.loads(out.splitlines()[-1]) == {
@@ -245,9 +245,9 @@ def test_serve_hands_over_the_types(run, tmp_path, monkeypatch):
 
 def test_at_sign_means_a_picture_and_two_a_sign(fake_emu, tmp_path):
     Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
-    assert cli_io.read_part("a@b") == "a@b"
-    assert cli_io.read_part("@@home") == "@home"
-    assert cli_io.read_part("@a.png").size == (4, 3)
+    assert cli_io.parse_part("a@b") == "a@b"
+    assert cli_io.parse_part("@@home") == "@home"
+    assert cli_io.parse_part("@a.png").size == (4, 3)
 
 
 def test_generate_image(run, fake_emu, tmp_path):

@@ -176,7 +176,7 @@ def test_impossible_models_are_one_line(tmp_path, key, value, message):
     node[last] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.load_config(tmp_path)
+        checkpoint.load_model_config(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 

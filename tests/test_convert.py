@@ -137,7 +137,7 @@ def test_the_instruct_model_comes_back_bit_for_bit(instruct_dir, tmp_path):
     assert "module" in torch.load(tmp_path / "back" / "Emu-instruct.pt", weights_only=True)
     convert(instruct_dir, tmp_path / "alone.pt", to="emu")
     assert_same_file(tmp_path / "alone.pt", GOLDEN / "Emu-instruct.pt")
-    cfg = checkpoint.load_config(instruct_dir)
+    cfg = checkpoint.load_model_config(instruct_dir)
     assert cfg.llama.lora == LoraConfig(rank=4)
     assert checkpoint.load_tokenizer(instruct_dir).instruct
 
@@ -175,7 +175,7 @@ def test_what_is_not_exported_is_not_spoken_of(run_dir, tmp_path):
     write_release(Blind(), tmp_path / "back", tmp_path / "back")
     assert not (tmp_path / "back" / "unet").exists() and not (tmp_path / "back" / "vae").exists()
     convert(tmp_path / "back", tmp_path / "again")
-    assert checkpoint.load_config(tmp_path / "again").unet is None
+    assert checkpoint.load_model_config(tmp_path / "again").unet is None
 
 
 def test_of_a_tokenizer_folder_only_the_tokenizer_is_carried(instruct_file, tmp_path):
@@ -238,7 +238,7 @@ def test_names_of_new_peft_load_and_come_back(instruct_file, instruct_dir, tmp_p
     convert(instruct_file, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back", to="emu")
     assert_same_file(tmp_path / "back" / "Emu-instruct.pt", instruct_file)
-    wanted = source.abstract_model(checkpoint.load_config(instruct_dir), one_device()).shapes
+    wanted = source.abstract_model(checkpoint.load_model_config(instruct_dir), one_device()).shapes
     old, new = (checkpoint.read_params(d, wanted) for d in (instruct_dir, tmp_path / "run"))
     assert all(np.array_equal(old[p], new[p]) for p in wanted)
 
@@ -348,7 +348,7 @@ def test_a_model_that_never_was_a_release_exports_strictly(tmp_path):
     assert (config["vocab_size"], config["pad_token_id"]) == (512, 0)  # LLaMA's: no [PAD] yet
     again = tmp_path / "again"
     convert(tmp_path / "back", again)
-    assert checkpoint.load_config(again) == model.cfg
+    assert checkpoint.load_model_config(again) == model.cfg
 
 
 def edit_config(run, **changes):
@@ -788,7 +788,7 @@ def test_adapters_come_back_from_peft(adapted, tmp_path):
     theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
 
     convert(tmp_path / "peft", tmp_path / "back", base=folder / "run")
-    assert checkpoint.load_config(tmp_path / "back") == model.cfg
+    assert checkpoint.load_model_config(tmp_path / "back") == model.cfg
     _, params = read_all(tmp_path / "back")
     module = source.abstract_model(model.cfg, one_device()).module(params)
     assert relative_error(our_logits(module, IDS), logits) < TIGHT
@@ -848,7 +848,7 @@ def test_merged_adapters_open_in_transformers(adapted):
 
 def test_a_merged_run_directory_has_no_adapters(instruct_dir, tmp_path):
     convert(GOLDEN / "Emu-instruct.pt", tmp_path / "merged", merge_lora=True)
-    assert checkpoint.load_config(tmp_path / "merged").llama.lora is None
+    assert checkpoint.load_model_config(tmp_path / "merged").llama.lora is None
     convert(tmp_path / "merged", tmp_path / "back", to="emu")
     keys = load_tensors(tmp_path / "back" / source.MULTIMODAL).keys()
     assert not any("lora" in k or "base_model" in k for k in keys)
@@ -907,7 +907,7 @@ def fresh(folder, dst, **options):
 
 def read_all(path):
     shapes = source.RunSource.open(path, one_device()).shapes
-    return checkpoint.load_config(path), checkpoint.read_params(path, shapes)
+    return checkpoint.load_model_config(path), checkpoint.read_params(path, shapes)
 
 
 def test_a_fresh_emu_has_its_parents_weights(ancestors, tmp_path):
@@ -948,7 +948,7 @@ def test_a_fresh_emu_has_its_parents_weights(ancestors, tmp_path):
 
     convert(tmp_path / "run", tmp_path / "back", to="emu")
     convert(tmp_path / "back", tmp_path / "again")
-    assert checkpoint.load_config(tmp_path / "again") == cfg
+    assert checkpoint.load_model_config(tmp_path / "again") == cfg
     for part in ("scheduler", "safety_checker"):
         assert_same_tree(tmp_path / "back" / part, ancestors / "sd" / part)
 
@@ -1003,7 +1003,7 @@ def test_sdxl_is_a_parent_and_returns_to_diffusers(ancestors, tmp_path):
 
     convert(tmp_path / "run", tmp_path / "back", to="emu")
     convert(tmp_path / "back", tmp_path / "again")
-    assert checkpoint.load_config(tmp_path / "again") == cfg
+    assert checkpoint.load_model_config(tmp_path / "again") == cfg
     assert_same_tree(tmp_path / "back" / "scheduler", sdxl / "scheduler")
     shutil.rmtree(tmp_path / "run" / "release")  # nothing is carried along any more
     convert(tmp_path / "run", tmp_path / "hf", to="hf")
@@ -1403,7 +1403,7 @@ def test_an_existing_destination_is_kept_unless_told_otherwise(instruct_file, tm
     with pytest.raises(UserError, match="exists"):
         convert(instruct_file, dst)
     convert(instruct_file, dst, overwrite=True)
-    assert checkpoint.load_config(dst).llama.lora
+    assert checkpoint.load_model_config(dst).llama.lora
     for lost in (dst, tmp_path):
         with pytest.raises(UserError, match="run would be lost, since .* replaces it"):
             convert(dst, lost, to="emu", overwrite=True)
@@ -1628,7 +1628,7 @@ def convert_measured(*arguments):
 
 def rss_anon_limited(monkeypatch):
     """Makes what conversion holds in memory small beside a small model."""
-    for name in ("checkpoint_arrays._CHUNK", "checkpoint_arrays._GROUP", "tensors.BLOCK"):
+    for name in ("checkpoint_arrays._CHUNK", "checkpoint_arrays._GROUP", "tensors.WRITE_BYTES"):
         monkeypatch.setattr(f"emu_jax.convert.{name}", 2**21)
 
 

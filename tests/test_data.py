@@ -41,7 +41,7 @@ from emu_jax.data.images import (
 from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, latent_shapes
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import SampledDocument, open_groups
-from emu_jax.data.packing import IMAGE_PART, Part, pack, part_tokens, pick, truncate, window
+from emu_jax.data.packing import IMAGE_PART, PartRange, pack, part_tokens, pick, truncate, window
 from emu_jax.data.pipeline import batch_shapes
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError
@@ -462,8 +462,8 @@ def test_truncate(outline, tokens, images, end, kept):
     assert sum(part_tokens(size, 4) for size in got) <= tokens
 
 
-def parts_of(outline: list[int]) -> list[Part]:
-    return [Part(n, size) for n, size in enumerate(outline)]
+def parts_of(outline: list[int]) -> list[PartRange]:
+    return [PartRange(n, size) for n, size in enumerate(outline)]
 
 
 def test_windows_by_hand():
@@ -475,13 +475,20 @@ def test_windows_by_hand():
         begin = int(np.random.default_rng(seed).integers(24 - 10 + 1))
         assert seen.setdefault(begin, kept) == kept
     assert sorted(seen) == list(range(15))
-    assert seen[0] == [Part(0, 5), Part(1, P), Part(2, 1)]
-    assert seen[4] == [Part(0, 1, 4), Part(1, P), Part(2, 3)]  # the second image lies across
-    assert seen[6] == [Part(2, 3), Part(3, P)]  # the first lies across
-    assert seen[8] == [Part(2, 3), Part(3, P), Part(4, 2)]
-    assert seen[14] == [Part(3, P), Part(4, 4)] or seen[14] == [Part(4, 4), Part(5, P)]
+    assert seen[0] == [PartRange(0, 5), PartRange(1, P), PartRange(2, 1)]
+    assert seen[4] == [
+        PartRange(0, 1, 4),
+        PartRange(1, P),
+        PartRange(2, 3),
+    ]  # the second image lies across
+    assert seen[6] == [PartRange(2, 3), PartRange(3, P)]  # the first lies across
+    assert seen[8] == [PartRange(2, 3), PartRange(3, P), PartRange(4, 2)]
+    assert seen[14] == [PartRange(3, P), PartRange(4, 4)] or seen[14] == [
+        PartRange(4, 4),
+        PartRange(5, P),
+    ]
     inside = window(parts_of([30]), np.random.default_rng(1), tokens=10, images=1, n_causal=2)
-    assert inside == [Part(0, 10, int(np.random.default_rng(1).integers(21)))]
+    assert inside == [PartRange(0, 10, int(np.random.default_rng(1).integers(21)))]
     whole = window(outline, np.random.default_rng(0), tokens=24, images=9, n_causal=2)
     assert whole == outline
     assert len(window(outline, np.random.default_rng(0), tokens=24, images=2, n_causal=2)) == 5

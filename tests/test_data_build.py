@@ -20,7 +20,7 @@ import pytest
 from emu_jax import cli
 from emu_jax.data import Document, Image, Text, lengths, storage
 from emu_jax.data.build import build as build_module
-from emu_jax.data.build.build import BuildConfig, build, embedded, on_beam
+from emu_jax.data.build.build import BuildConfig, beam_runner, build, embedded
 from emu_jax.data.build.clean import (
     CleanConfig,
     Cleaned,
@@ -736,7 +736,7 @@ def test_token_counts_are_built_for_training(tmp_path, monkeypatch, caplog):
 
 def test_beam_writes_the_same_bytes(tmp_path, cfg):
     pytest.importorskip("apache_beam")
-    build(tmp_path / "beam", cfg, on_beam(["--runner=DirectRunner"]))
+    build(tmp_path / "beam", cfg, beam_runner(["--runner=DirectRunner"]))
     build(tmp_path / "out", cfg, embedded(1))
     assert contents(tmp_path / "beam") == contents(tmp_path / "out")
 
@@ -744,4 +744,4 @@ def test_beam_writes_the_same_bytes(tmp_path, cfg):
 def test_without_beam(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match="Apache Beam is not installed: pip install"):
-        on_beam([])
+        beam_runner([])

@@ -145,7 +145,7 @@ def test_batches_are_equal_to_local_ones(store, data, tmp_path, tokenizer):  # n
 
 def test_listings_take_one_request(gcs, data, monkeypatch):
     """Not one for each image, file of records or tar."""
-    monkeypatch.setattr(storage, "LISTED", 2)
+    monkeypatch.setattr(storage, "_LISTED", 2)
     upload(data, gcs.folder)
     pages = open_source(
         SourceConfig("p", "pages", (f"{gcs.folder}/pages.jsonl",), media=(f"{gcs.folder}/media",))

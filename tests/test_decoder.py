@@ -188,7 +188,7 @@ def test_emu2_sampling_golden(golden2, painter2):
 
         state = diffusion.advance(
             denoise,
-            diffusion.start(noise),
+            diffusion.initial_state(noise),
             cond,
             uncond,
             table=table,

@@ -121,7 +121,7 @@ def check_emu_jax(words):
         source = SourceConfig(name=args.name, format=args.format, paths=tuple(args.paths))
         override(BuildConfig(source=source, shard_documents=args.shard_documents), args.set)
     elif verb == "bench":
-        modules = {name: bench.load(name) for name in args.names or bench.benchmarks()}
+        modules = {name: bench.load_benchmark(name) for name in args.names or bench.benchmarks()}
         bench._settings(args.settings, modules)
 
 

@@ -24,7 +24,7 @@ from flax import nnx
 from PIL import Image
 
 from emu_jax import cli, config, integrity
-from emu_jax.checkpoint import fingerprint
+from emu_jax.checkpoint import model_fingerprint
 from emu_jax.data.images import load_image
 from emu_jax.errors import UserError
 from emu_jax.evaluate import fewshot, in_training
@@ -609,7 +609,9 @@ def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
             if task.name == "nocaps" and examples != "none":  # it has none of its own
                 support = layout("coco_caption", tmp_path)
             options = Options(examples=examples, support=support)
-            running.Evaluation(tmp_path / "none", task, Folder(data), out, options).answer()
+            running.CheckpointEvaluation(
+                tmp_path / "none", task, Folder(data), out, options
+            ).answer()
             last = [emu.asked[sum(emu.batches[: n + 1]) - 1] for n in range(len(emu.batches))]
             lines = [f"{json.dumps(decoding)}\n{text}" for text, decoding in last]
             sections.append("\n".join([f"=== {task.name}, {mode}, examples: {examples}", *lines]))
@@ -645,7 +647,7 @@ def test_the_nearest_pictures_precede_the_nearest_last(tmp_path):
 
 
 def test_features_are_kept_and_shared_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(fewshot, "CHUNK", 2)
+    monkeypatch.setattr(fewshot, "_CHUNK", 2)
     asked = []
 
     def features(paths):
@@ -830,10 +832,10 @@ def test_a_fingerprint_is_of_what_a_model_computes_with(tmp_path):
             (folder / name).write_text(f"{folder.name} {name}")
     (run / "9").rename(run / "11")  # an older step, though its name sorts last
     (run / "base.json").write_text('{"vision": "../base"}')
-    first = fingerprint(run)
+    first = model_fingerprint(run)
     copied = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))
     shutil.copytree(base, tmp_path / "elsewhere" / "base")
-    assert fingerprint(copied) == first
+    assert model_fingerprint(copied) == first
     counts = {
         run / "12/params/d/aa": True,
         run / "12/ema/d/bb": True,
@@ -847,34 +849,34 @@ def test_a_fingerprint_is_of_what_a_model_computes_with(tmp_path):
     for path, is_used in counts.items():
         content = path.read_text()
         path.write_text(content.replace(path.name[-1], "x"))  # as long as before
-        assert (fingerprint(run) != first) == is_used, path
+        assert (model_fingerprint(run) != first) == is_used, path
         path.write_text(content)
-    assert fingerprint(run) == first != fingerprint(tmp_path / "nothing")
+    assert model_fingerprint(run) == first != model_fingerprint(tmp_path / "nothing")
 
     # Checksums stand for the arrays: no host reads them again to know which they are.
     manifest, chunk = run / "12/params/manifest", run / "12/params/d/aa"
     manifest.write_text("a")
     integrity.seal(run / "12")
-    sealed, content = fingerprint(run), chunk.read_text()
+    sealed, content = model_fingerprint(run), chunk.read_text()
     chunk.unlink()
-    assert fingerprint(run) == sealed
+    assert model_fingerprint(run) == sealed
     chunk.write_text(content)
     for change, is_used in ((manifest, True), (run / "12/optimizer/manifest", False)):
         change.write_text("b")
         integrity.seal(run / "12")
-        assert (fingerprint(run) != sealed) == is_used, change
+        assert (model_fingerprint(run) != sealed) == is_used, change
         manifest.write_text("a")
     (run / "12/checksums.json").write_text("{")
-    assert fingerprint(run) != fingerprint(tmp_path / "nothing")
+    assert model_fingerprint(run) != model_fingerprint(tmp_path / "nothing")
 
     release = tmp_path / "release"
     (release / "unet").mkdir(parents=True)
     (release / "unet" / "weights.safetensors").write_text("a")
-    first = fingerprint(release)
+    first = model_fingerprint(release)
     (release / "results.json").write_text("{}")  # of an evaluation that writes beside it
-    assert fingerprint(release) == first
+    assert model_fingerprint(release) == first
     (release / "unet" / "weights.safetensors").write_text("b")
-    assert fingerprint(release) != first
+    assert model_fingerprint(release) != first
 
 
 @pytest.mark.parametrize("change", ["weights", "dtype", "nothing"])
@@ -919,7 +921,7 @@ def test_processes_share_the_work(ask, whole, tmp_path, monkeypatch):
         emus.append(Said(says=echo))
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(running, "load", lambda *args, **settings: emus[-1])
-        run = running.Evaluation(
+        run = running.CheckpointEvaluation(
             tmp_path / "none", TASKS["vqav2"], Folder(data), out, Options(batch_size=1)
         )
         monkeypatch.setattr(run.store, "read", dict)  # as if both had begun at once
@@ -951,7 +953,7 @@ def test_where_the_first_process_fails_the_others_say_so(ask, tmp_path, monkeypa
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(running, "load", lambda *args, **settings: Said(says=echo))
         runs.append(
-            running.Evaluation(
+            running.CheckpointEvaluation(
                 tmp_path / "none", TASKS["vqav2"], Folder(layout("vqav2", tmp_path)), out, Options()
             )
         )
@@ -984,10 +986,12 @@ def test_a_task_is_scored_during_training(ask, tmp_path, monkeypatch):
     def config(**changes):
         chosen = EvalConfig("coco", kind="coco_caption", root=str(data), batches=1, batch_size=3)
         chosen = dataclasses.replace(chosen, **changes)
-        in_training.KINDS[chosen.kind].check(cfg, chosen)
+        in_training.EVALUATION_KINDS[chosen.kind].check(cfg, chosen)
         return chosen
 
-    evaluation = in_training.KINDS["coco_caption"](cfg, config(), None, emu.tokenizer, tmp_path)
+    evaluation = in_training.EVALUATION_KINDS["coco_caption"](
+        cfg, config(), None, emu.tokenizer, tmp_path
+    )
     asked = len(emu.asked)
     found = evaluation.run(None, 7, lambda: False)
     assert emu.asked[asked:] == emu.asked[:asked]
@@ -1006,7 +1010,7 @@ def test_a_task_is_scored_during_training(ask, tmp_path, monkeypatch):
     layout("mmvet", tmp_path)
     hidden = config(kind="mmvet", root=str(tmp_path / "data" / "mmvet"))
     with pytest.raises(UserError, match="mmvet"):  # judged elsewhere
-        in_training.KINDS["mmvet"](cfg, hidden, None, Said().tokenizer, tmp_path)
+        in_training.EVALUATION_KINDS["mmvet"](cfg, hidden, None, Said().tokenizer, tmp_path)
 
 
 # --- What may go wrong -------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_convert_pins_the_commit_and_resumes(server, release, run_parameters, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        path, source = hub.download("hf://baai/emu/pretrain")
+        path, source = hub.download_snapshot("hf://baai/emu/pretrain")
         assert (path / "Emu.json").is_file() and source.address.endswith(f"@{commit}/pretrain")
         capsys.readouterr()
         assert cli.main(["convert", "hf://baai/none", str(tmp_path / "x")]) == 2
@@ -159,7 +159,7 @@ def test_convert_pins_the_commit_and_resumes(server, release, run_parameters, tm
 def test_without_a_listing_all_files_are_downloaded(server, monkeypatch):
     server.commit("org/open", {"README.md": CARD, "model/a.txt": b"a"})
     monkeypatch.setattr(hub, "_listed", lambda address: [])  # the Hub failed to answer
-    path, _ = hub.download("hf://org/open/model")
+    path, _ = hub.download_snapshot("hf://org/open/model")
     assert (path / "a.txt").read_bytes() == b"a"
 
 

@@ -36,6 +36,32 @@ LEVELS = [
     {"__init__", "cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# Public names that several modules define on purpose.
+SHARED_NAMES = {
+    "log": "each module's logger",
+    "T": "a type variable",
+    "main": "the entry point of a script",
+    "score": "each scorer's function",
+    **dict.fromkeys(
+        ["convert", "init", "plan", "precompute", "push", "serve", "train", "verify"],
+        "a verb of cli.py, and the function that it calls",
+    ),
+    **dict.fromkeys(
+        [
+            "attention",
+            "cross_entropy",
+            "decoding_layers",
+            "guided_denoiser",
+            "layer_norm",
+            "low_precision_dot",
+            "matmul",
+            "rms_norm",
+            "upsampled_convolution",
+            "wait_for",
+        ],
+        "a kernel of each backend: models/cpu.py and models/xla.py",
+    ),
+}
 HEAVY = ("torch", "tensorflow", "diffusers", "transformers")
 
 
@@ -102,6 +128,31 @@ def test_the_walk_sees_every_form_of_import():
     names = [name for _, name in imports(source, "emu_jax.models")]
     assert [imported_room(name) for name in names] == ["train", "cli", "data"]
     assert imported_room("emu_jax.load") == "__init__"
+
+
+def public_names(source: str) -> set[str]:
+    """The classes, functions, constants and type aliases that a module defines."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = (n for target in targets for n in ast.walk(target))
+            names |= {n.id for n in found if isinstance(n, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_no_public_name_is_defined_twice():
+    modules: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name in public_names(path.read_text()):
+            modules.setdefault(name, []).append(path.relative_to(PACKAGE).as_posix())
+    twice = {name: files for name, files in modules.items() if len(files) > 1}
+    assert {name: twice[name] for name in twice.keys() - SHARED_NAMES.keys()} == {}
+    assert twice.keys() == SHARED_NAMES.keys()  # no exemption is out of date
+    source = "a: int = 1\nb, c = d = 2\nclass E: f = 1\ndef g(): h = 1\n_i = 3"
+    assert public_names(source) == set("abcdEg")
 
 
 def test_one_module_asks_for_the_platform():

@@ -19,7 +19,7 @@ from emu_jax.train.lock import Lock
 @pytest.fixture
 def quick(monkeypatch):
     """Seconds become hundredths."""
-    for name in ("BEAT_SECONDS", "STALE_SECONDS", "SETTLE_SECONDS"):
+    for name in ("BEAT_SECONDS", "LOCK_STALE_SECONDS", "SETTLE_SECONDS"):
         monkeypatch.setattr(lock, name, getattr(lock, name) / 100)
 
 
@@ -68,7 +68,7 @@ def test_a_full_disk_at_the_start_is_one_line(tmp_path, monkeypatch):
 def test_a_dead_owner_on_this_host_costs_no_waiting(path, quick, monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    monkeypatch.setattr(lock, "STALE_SECONDS", 1e9)
+    monkeypatch.setattr(lock, "LOCK_STALE_SECONDS", 1e9)
     # The number may be another process's by now.
     for pid, started in ((child.pid, "1"), (lock.os.getpid(), "1")):
         path.write_text(json.dumps(lock._identity() | {"pid": pid, "started": started}))
@@ -84,7 +84,7 @@ def test_an_owner_elsewhere_is_dead_when_its_heart_stops(path, quick):
     began = time.monotonic()
     held = Lock(path)
     held.acquire()
-    assert lock.STALE_SECONDS <= time.monotonic() - began < 20 * lock.STALE_SECONDS
+    assert lock.LOCK_STALE_SECONDS <= time.monotonic() - began < 20 * lock.LOCK_STALE_SECONDS
     held.release()
 
 
@@ -106,7 +106,7 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_not_left_behind(path, taken_ove
 
 def test_an_owner_elsewhere_lives_while_its_heart_beats(path, quick, monkeypatch):
     """Whatever its clock says."""
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(lock, "LOCK_STALE_SECONDS", 2.0)
     owner = elsewhere(path, beat=time.time() - 10_000)
     beats = threading.Timer(
         0.3, lambda: path.write_text(json.dumps(owner | {"beat": owner["beat"] + 10}))

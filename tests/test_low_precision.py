@@ -23,7 +23,7 @@ from test_train import (  # noqa: F401
 from emu_jax.config import MatmulDtypeConfig, RematConfig
 from emu_jax.errors import UserError
 from emu_jax.models import backend, low_precision
-from emu_jax.models.low_precision import DTYPES, Scaled, rounding_noise, scaled
+from emu_jax.models.low_precision import MATMUL_DTYPES, Scaled, rounding_noise, scaled
 from emu_jax.sharding import make_mesh
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.device_memory import abstract_batch
@@ -65,8 +65,8 @@ def product(dtype: str, key=None):
 
     @jax.jit
     def run(x, kernel, dy, key=key):
-        with low_precision.use(dtype, key):
-            y, pull = jax.vjp(low_precision.matmul, x, kernel)
+        with low_precision.use_matmul_dtype(dtype, key):
+            y, pull = jax.vjp(low_precision.low_precision_matmul, x, kernel)
         return y, *pull(dy)
 
     return run
@@ -91,7 +91,7 @@ def test_values_and_scales(dtype):
 
 
 @pytest.mark.parametrize("name", ["cpu", "xla"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATMUL_DTYPES)
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_product_and_gradients_are_close_to_those_of_float32(dtype, name, stochastic):
     """Within the sums of the largest errors of what is rounded."""
@@ -99,7 +99,7 @@ def test_product_and_gradients_are_close_to_those_of_float32(dtype, name, stocha
     key = jax.random.key(0) if stochastic else None
     with backend.use(name):
         y, dx, dkernel = map(np.asarray, product(dtype, key)(x, kernel, dy))
-    values, gradients = DTYPES[dtype]
+    values, gradients = MATMUL_DTYPES[dtype]
     x_error, kernel_error = largest_error(x, values, (-1,)), largest_error(kernel, values, (0,))
     x_size, kernel_size = np.abs(x) + x_error, np.abs(kernel) + kernel_error
     flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
@@ -193,7 +193,7 @@ def test_stochastic_rounding_is_unbiased():
     np.testing.assert_allclose(np.var(sums), independent, rtol=0.15)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATMUL_DTYPES)
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_what_is_not_finite_stays_so(dtype, bad):
     for place in range(3):

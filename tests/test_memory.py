@@ -49,7 +49,7 @@ class Argument:
 
 
 def test_groups_are_of_what_this_process_holds(monkeypatch):
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)
+    monkeypatch.setattr(checkpoint, "_READ_BYTES", 100)
     groups = [[10], [10], [5], [6], [30], [1], [24], [1]]
     assert list(checkpoint._groups([Argument(tuple(s)) for s in groups])) == [3, 1, 1, 2, 1]
     mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
@@ -73,7 +73,7 @@ def test_arrays_are_read_in_groups(dtype, tmp_path, monkeypatch):
         return deserialize(self, infos, args)
 
     monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", recorded)
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 2 * 64 * 64 * np.dtype(dtype).itemsize)
+    monkeypatch.setattr(checkpoint, "_READ_BYTES", 2 * 64 * 64 * np.dtype(dtype).itemsize)
     device = NamedSharding(make_mesh(devices=jax.devices()[:1]), PartitionSpec())
     shape = jax.ShapeDtypeStruct((64, 64), dtype, sharding=device)
     wanted = dict.fromkeys(saved, shape)
@@ -81,7 +81,7 @@ def test_arrays_are_read_in_groups(dtype, tmp_path, monkeypatch):
         with Checkpoints(tmp_path, 1) as checkpoints:
             arrays = checkpoints.restore({"params": ocp.args.StandardRestore(wanted)})[1]["params"]
     else:
-        arrays = checkpoint.read(tmp_path / "1" / "params", wanted)
+        arrays = checkpoint.read_arrays(tmp_path / "1" / "params", wanted)
     assert groups == [["a0", "a1"], ["a2", "a3"], ["a4", "a5"]]
     for n in range(6):
         np.testing.assert_array_equal(arrays[f"a{n}"], jnp.full((64, 64), n, dtype))

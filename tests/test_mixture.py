@@ -156,7 +156,7 @@ def test_random_numbers_follow_from_the_number_of_a_document(cfg, tokenizer, tmp
         groups[0].rng(one).random(),
         groups[0].rng(again).random(),
         groups[1].rng(one).random(),
-        groups[0].rng(one, mixture_module.FRAMES).random(),
+        groups[0].rng(one, mixture_module.VIDEO_FRAMES).random(),
         open_groups(dataclasses.replace(cfg, seed=6), tokenizer, RowBuilder.requires)[0]
         .rng(one)
         .random(),

@@ -40,7 +40,7 @@ def test_codes_and_scales():
         assert code.scales.shape == (3, 256 // block_size(256), 4)
         scale = np.repeat(np.asarray(code.scales), block_size(256), AXIS)
         assert (scale >= np.abs(value)).all() and (scale <= np.abs(mu).max() ** (root // 2)).all()
-        found = np.asarray(moments.decode(code))
+        found = np.asarray(moments.dequantize(code))
         relative = np.where(scale > 0, np.abs(value) / np.where(scale > 0, scale, 1), 0)
         roots, decoded = (
             relative ** (1 / root),

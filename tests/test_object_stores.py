@@ -254,7 +254,7 @@ def test_steps_are_saved_restored_and_retired(workdir):
     write(workdir, [2, 4, 10], keep=2)
     assert names(workdir) == ["10", "4"]
     assert_restores(workdir, 10)
-    report = checkpoint.verify(workdir, every=True)
+    report = checkpoint.verify_steps(workdir, every=True)
     assert report["passed"] and [step["verified"] for step in report["steps"]] == [True, True]
     assert not (workdir / "lock.json").exists()
 
@@ -392,4 +392,4 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(root, bucket, tmp_path, monkeypat
         assert (bucket / name).read_bytes() == (tmp_path / name).read_bytes()
     assert {p.suffix for p in storage.files(bucket / "profile" / "3")} >= {".pb"}
     assert len(names(bucket / "tensorboard" / "emu")) == 2  # one for each process
-    assert checkpoint.fingerprint(bucket) == checkpoint.fingerprint(bucket)
+    assert checkpoint.model_fingerprint(bucket) == checkpoint.model_fingerprint(bucket)

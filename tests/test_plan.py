@@ -45,7 +45,7 @@ from emu_jax.plan.roofline import (
     times,
 )
 from emu_jax.plan.sweep import (
-    Family,
+    SettingGroup,
     Trial,
     _key,
     check_page,
@@ -53,7 +53,7 @@ from emu_jax.plan.sweep import (
     plot_scaling,
     put_on_page,
     sweep,
-    table,
+    trials_table,
 )
 from emu_jax.sharding import MESH_AXES, RowShares, choose_mesh, make_mesh, row_shares
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
@@ -1205,7 +1205,7 @@ def test_trials_counted_by_other_rules_are_compiled_again(monkeypatch):
     cfg, topology = config("emu_100m"), Topology.parse("v5e:2x2")
     key = _key(cfg, topology, "")
     assert key == _key(cfg, topology, "")
-    monkeypatch.setattr(hlo, "RULES", hlo.RULES + 1)
+    monkeypatch.setattr(hlo, "RULES_VERSION", hlo.RULES_VERSION + 1)
     assert key != _key(cfg, topology, "")
 
 
@@ -1217,9 +1217,11 @@ def test_a_decode_step_does_not_share_rows():
 
 def test_sweep_table_and_plot(tmp_path):
     slow = trial("", step_seconds_serial=3.0, mfu_serial=0.2)
-    lines = table([slow, trial(""), trial("", fits=False), Trial("key", "", None)]).splitlines()
+    lines = trials_table(
+        [slow, trial(""), trial("", fits=False), Trial("key", "", None)]
+    ).splitlines()
     assert len(lines) == 4 and "| 0.400 | - | 0.600 |" in lines[2] and "| 0.200 |" in lines[3]
-    (line,) = table([trial("", mfu_scheduled=0.45)]).splitlines()[2:]
+    (line,) = trials_table([trial("", mfu_scheduled=0.45)]).splitlines()[2:]
     assert "| 0.400 | 0.450 | 0.600 |" in line
     plot_scaling(
         [trial(), trial(chips=32, topology="v5e:4x8"), trial("strong")], tmp_path / "x.png"
@@ -1232,7 +1234,7 @@ def test_the_page_on_scaling_has_a_table():
     assert check_page(page, "emu_14b") == "sweep"
     assert check_page(page, "emu2_37b") == "sweep emu2_37b"
     text = page.read_text()
-    assert table([]).splitlines()[0] in text and "| v5e:16x16 | 256 |" in text
+    assert trials_table([]).splitlines()[0] in text and "| v5e:16x16 | 256 |" in text
 
 
 def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -1242,7 +1244,7 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
     room = {"dots": 4, "minimal": 2, "full": 1}
 
     def trace(cfg, topology, policy, fsdp):
-        return Family(policy, fsdp, 3 * 2**30, 2.9 * 2**30 * room[policy], again[policy], 0.5)
+        return SettingGroup(policy, fsdp, 3 * 2**30, 2.9 * 2**30 * room[policy], again[policy], 0.5)
 
     def pretend(cfg, topology, *, flags):
         compiled_with.add(flags)
@@ -1351,7 +1353,9 @@ def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
     cost = {"dots": 1.0, "minimal": 1.2, "full": 1.3}
     monkeypatch.setattr(
         "emu_jax.plan.sweep.family",
-        lambda cfg, topology, policy, fsdp: Family(policy, fsdp, 2**30, 2**30, cost[policy], 0.1),
+        lambda cfg, topology, policy, fsdp: SettingGroup(
+            policy, fsdp, 2**30, 2**30, cost[policy], 0.1
+        ),
     )
     monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda *_: [4])
     sweep([(config("emu_100m"), Topology.parse("v5e:2x2"))], tmp_path, scaling=[])
@@ -1378,7 +1382,7 @@ def test_a_sweep_of_a_config_that_accumulates_keeps_its_batch(tmp_path, monkeypa
     monkeypatch.setattr("emu_jax.plan.sweep.plan_in_subprocess", pretend)
     monkeypatch.setattr(
         "emu_jax.plan.sweep.family",
-        lambda cfg, topology, policy, fsdp: Family(policy, fsdp, 0, 2**31, 1.0, 0.0),
+        lambda cfg, topology, policy, fsdp: SettingGroup(policy, fsdp, 0, 2**31, 1.0, 0.0),
     )
     monkeypatch.setattr("emu_jax.plan.sweep._meshes", lambda *_: [16])
     cfg = config("emu_100m")

@@ -42,7 +42,7 @@ from emu_jax.data.packing import IMAGE_PART
 from emu_jax.data.permutation import mixed, shuffled
 from emu_jax.data.pipeline import merge_states
 from emu_jax.data.simulate import Distribution, SimulatedLengths, load_distribution, simulate
-from emu_jax.data.simulate import table as simulation_table
+from emu_jax.data.simulate import simulations_table as simulation_table
 from emu_jax.data.sources import SourceConfig, index, open_source
 from emu_jax.data.sources import open as open_module
 from emu_jax.data.sources.index import cached_arrays
@@ -448,7 +448,7 @@ def test_indexing_in_shares_is_what_training_would_do(sources, tmp_path, monkeyp
     with Batches(sources("trained"), sources("x").load_tokenizer(), "rows", plan_only=True):
         pass
     with ThreadPoolExecutor(2) as pool:  # each waits for the other's files
-        monkeypatch.setattr(indexing, "POLL_SECONDS", 0.05)
+        monkeypatch.setattr(indexing, "_POLL_SECONDS", 0.05)
         shards = [pool.submit(run, "shared", (n, 2)) for n in range(2)]
         reports = [shard.result() for shard in shards]
     assert files == {1, 2}  # a task merges the indexes of two files

@@ -25,8 +25,8 @@ from emu_jax.models.quantized import (
     Quantization,
     QuantizedMatrix,
     is_quantized,
-    matmul,
     quantize,
+    quantized_matmul,
 )
 from emu_jax.publish import push
 from emu_jax.sharding import AbstractModel, fitted, make_mesh
@@ -77,11 +77,14 @@ def test_the_backward_pass_saves_a_matrix_in_its_integers():
         return jax.lax.scan(step, x, matrix)[0]
 
     dense = lambda x, layer: x @ layer.astype(x.dtype)  # noqa: E731
-    saved = jax.eval_shape(lambda x: jax.vjp(functools.partial(chain, matmul=matmul), x)[1], x)
+    saved = jax.eval_shape(
+        lambda x: jax.vjp(functools.partial(chain, matmul=quantized_matmul), x)[1], x
+    )
     large = [leaf for leaf in jax.tree.leaves(saved) if leaf.size >= matrix.values.size]
     assert [leaf.dtype for leaf in large] == [jnp.int8]
     ours, theirs = (
-        jax.jit(jax.grad(lambda x, f=f: jnp.sum(chain(x, f) ** 2)))(x) for f in (matmul, dense)
+        jax.jit(jax.grad(lambda x, f=f: jnp.sum(chain(x, f) ** 2)))(x)
+        for f in (quantized_matmul, dense)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
@@ -94,7 +97,7 @@ def test_a_loop_holds_one_matrix_in_floats():
     ]
 
     def decode(x: jax.Array, layers: list[QuantizedMatrix]) -> jax.Array:
-        step = lambda _, x: functools.reduce(matmul, layers, x) / 1e9  # noqa: E731
+        step = lambda _, x: functools.reduce(quantized_matmul, layers, x) / 1e9  # noqa: E731
         return jax.lax.fori_loop(0, 3, step, x)
 
     compiled = jax.jit(decode).lower(jnp.ones((1, 256)), layers).compile()

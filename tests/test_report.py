@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.demo.report import write_report
+from emu_jax.demo.report import write_demo_report
 from emu_jax.train import report as run_report
 from emu_jax.train.sheets import save_sheet
 
@@ -92,7 +92,7 @@ def contents():
 
 def test_page_holds_everything(tmp_path, contents):
     path = tmp_path / "report.html"
-    write_report(path, **contents)
+    write_demo_report(path, **contents)
     page = Page(path.read_text())
     assert "Emu & digits" in page.text
     assert "98.1%" in page.text and "0.9806" in page.text and "612.3" in page.text
@@ -126,7 +126,7 @@ def test_page_holds_everything(tmp_path, contents):
 
 def test_page_fetches_nothing(tmp_path, contents):
     path = tmp_path / "report.html"
-    write_report(path, **contents)
+    write_demo_report(path, **contents)
     text = path.read_text()
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
@@ -142,7 +142,7 @@ def test_page_fetches_nothing(tmp_path, contents):
 
 def test_empty_parts_are_left_out(tmp_path):
     path = tmp_path / "report.html"
-    write_report(path, title="t", figures={"seconds": 1}, curves={})
+    write_demo_report(path, title="t", figures={"seconds": 1}, curves={})
     page = Page(path.read_text())
     assert page.tags.count("h2") == 1
     assert "svg" not in page.tags and "img" not in page.tags and "details" not in page.tags
@@ -151,7 +151,7 @@ def test_empty_parts_are_left_out(tmp_path):
 
 def test_pictures_must_be_bytes(tmp_path):
     with pytest.raises(TypeError, match="uint8"):
-        write_report(
+        write_demo_report(
             tmp_path / "report.html",
             title="t",
             figures={},

@@ -161,7 +161,7 @@ def parameters(workdir: Path) -> dict[str, np.ndarray]:
     place = workdir / str(checkpoint.latest_step(workdir)) / "params"
     shapes = checkpoint.stored_shapes(place)
     wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in shapes.items()}
-    return jax.tree.map(np.asarray, checkpoint.read(place, wanted))
+    return jax.tree.map(np.asarray, checkpoint.read_arrays(place, wanted))
 
 
 @pytest.fixture(scope="module")

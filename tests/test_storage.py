@@ -120,6 +120,6 @@ def test_a_file_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
         "emu_jax.storage.sync",
         lambda path: steps.append((os.path.isdir(path), target.exists())),
     )
-    with storage.writing(str(target)) as temporary:
+    with storage.writing_data_file(str(target)) as temporary:
         temporary.write_text("whole")
     assert steps == [(False, False), (True, True)] and target.read_text() == "whole"

@@ -302,7 +302,9 @@ def parameters(directory: Path):
     step = checkpoint.latest_step(directory)
     shapes = checkpoint.stored_shapes(directory / str(step) / "params")
     wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in shapes.items()}
-    return jax.tree.map(np.asarray, checkpoint.read(directory / str(step) / "params", wanted))
+    return jax.tree.map(
+        np.asarray, checkpoint.read_arrays(directory / str(step) / "params", wanted)
+    )
 
 
 STEPS = 80  # of the runs that are stopped
@@ -626,5 +628,5 @@ def test_the_fine_tuning_config_reads_pairs_alone():
 @pytest.mark.slow
 def test_autoencoder_measures_its_scaling_factor(data_root, tmp_path, one_device):
     metrics = train(small("vae", data_root, steps=2), tmp_path)
-    factor = checkpoint.load_config(tmp_path).vae.scaling_factor
+    factor = checkpoint.load_model_config(tmp_path).vae.scaling_factor
     assert factor == pytest.approx(1 / metrics["latent_std"], rel=1e-3)

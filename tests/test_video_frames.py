@@ -23,7 +23,15 @@ from emu_jax.data.build.clean import CleanConfig
 from emu_jax.data.documents import DocumentFiles, write_documents
 from emu_jax.data.known_lengths import KnownLengths, lengths_path, save_lengths
 from emu_jax.data.lengths import TokenLengths, part_lengths
-from emu_jax.data.packing import FRAME_PART, IMAGE_PART, VIDEO_PART, Part, pick, truncate, window
+from emu_jax.data.packing import (
+    FRAME_PART,
+    IMAGE_PART,
+    VIDEO_PART,
+    PartRange,
+    pick,
+    truncate,
+    window,
+)
 from emu_jax.data.simulate import SimulatedLengths, load_distribution, simulate
 from emu_jax.data.sources import SourceConfig, entries, open_source
 from emu_jax.data.sources import spans as spans_module
@@ -249,7 +257,7 @@ def check_rows(batch, tokenizer, cfg):
 
 
 def test_a_video_without_its_beginning_is_dropped():
-    outline = [Part(n, size) for n, size in enumerate([V, F, F, 3, V, F, P])]
+    outline = [PartRange(n, size) for n, size in enumerate([V, F, F, 3, V, F, P])]
     sizes = {"n_causal": 4, "n_frame": 2}  # 5 4 4 3 5 4 6 tokens
     for seed in range(60):
         rng = np.random.default_rng(seed)

@@ -59,7 +59,7 @@ def run(workdir: str, seed: int, steps: int) -> None:
             )
 
         demo._stage, demo.DRAWINGS, demo.SEQUENCES = short, 1, demo.SHOWN
-    demo.run(as_path(workdir), seed)
+    demo.run_demo(as_path(workdir), seed)
 
 
 def compare(local: Path, seed: int, kills: int, steps: int) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def differing(local: str, remote: str) -> list[str]:
                 key: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
                 for key, a in checkpoint.stored_shapes(path).items()
             }
-            arrays = checkpoint.read(path, shapes)
+            arrays = checkpoint.read_arrays(path, shapes)
             values |= {f"{path.parent.name}/{item}/{k}": _bytes(a) for k, a in arrays.items()}
         return values
 

@@ -231,7 +231,7 @@ def table_row(mutant: Mutant, result: str, detail: str) -> str:
 
 def write_table(path: Path, mutants: list[Mutant], rows: dict[str, str]) -> None:
     """Replaces the table of `path`. Mutants that are not in `rows` keep their rows."""
-    begin, end = markdown.markers(REGION)
+    begin, end = markdown.region_markers(REGION)
     text = path.read_text() if path.exists() else f"# Planted bugs\n\n{begin}\n{end}\n"
     old = {match[1]: match[0] for match in ROW.finditer(text)}
     lines = [rows.get(mutant.name) or old.get(mutant.name) for mutant in mutants]

@@ -55,7 +55,7 @@ from emu_jax.train.step import Trainer, TrainState
 from emu_jax.verify import tensor_error
 
 ROOT = Path(__file__).resolve().parent.parent
-text_generation = bench.load("text_generation")
+text_generation = bench.load_benchmark("text_generation")
 QUANTIZATIONS: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
 KINDS = ("float32", "bfloat16", *QUANTIZATIONS)
 LOGITS = "train/logits"  # in the recording
@@ -80,7 +80,7 @@ def held_out_loss(run: Path, kind: str, folder: Path) -> float:
     cfg = load_config(TrainConfig, ROOT / "configs" / "digits.py", [])
     cfg = dataclasses.replace(
         cfg,
-        model=checkpoint.load_config(run),
+        model=checkpoint.load_model_config(run),
         dtype=dtype_of(kind),
         data=dataclasses.replace(cfg.data, root=str(folder)),
         eval=(),

@@ -47,7 +47,7 @@ from emu_jax.convert.tensors import finishing
 from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError
 from emu_jax.host_memory import PeakMemory
-from emu_jax.hub import download, is_hub, record_sources
+from emu_jax.hub import download_snapshot, is_hub, record_sources
 from emu_jax.models import quantized
 from emu_jax.models.quantized import Quantization, check_quantization, is_quantized
 from emu_jax.sharding import make_mesh
@@ -133,7 +133,7 @@ def convert(
         raise UserError(f"--quantize is for run directories, not for --to {to}: leave one out")
     origins = {}
     if is_hub(src):
-        src, origins["model"] = download(str(src))
+        src, origins["model"] = download_snapshot(str(src))
     src, dst = as_path(src), as_path(dst)
     if to == "jax":
         integrity.check_path(dst)
@@ -269,7 +269,7 @@ def write_run_directory(
     with finishing(writer):
         for key, tensor in unused.items():
             writer.write(key, tensor.read())
-    export.copy(layout.carried, release / "files")
+    export.copy_files(layout.carried, release / "files")
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def write_release(
             writer.write(key, tensor.read())
         write_tensors(source, rows, names, writer)
     if not single_file:
-        copy(layout.carried, folder)
+        copy_files(layout.carried, folder)
         complete_release(source, folder, hub=layout.style.hub)
     return notes
 
@@ -184,7 +184,7 @@ def _loses(part: np.ndarray, dtype: np.dtype) -> bool:
     return not np.array_equal(part.astype(dtype).astype(part.dtype), part)
 
 
-def copy(carried: Mapping[str, Path], folder: Path) -> None:
+def copy_files(carried: Mapping[str, Path], folder: Path) -> None:
     """Copies files and folders unchanged to their names under `folder`."""
     for name, path in carried.items():
         target = folder / name
@@ -245,7 +245,7 @@ def check_release(
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        copy(
+        copy_files(
             {
                 name: path
                 for name, path in layout.carried.items()
@@ -478,7 +478,7 @@ def _copy_decoder_json(source: ModelSource, folder: Path) -> None:
     """
     carried = source.layout.carried if source.layout else {}
     names = ("unet/config.json", "vae/config.json", "scheduler")
-    copy({name: path for name, path in carried.items() if name in names}, folder)
+    copy_files({name: path for name, path in carried.items() if name in names}, folder)
     write_decoder_json(source.cfg, folder)
     unet, vae, scheduler = release_config.decoder(folder)
     copied = dataclasses.replace(source.cfg, unet=unet, vae=vae, scheduler=scheduler)

@@ -57,7 +57,7 @@ from emu_jax.convert.source import (
 from emu_jax.convert.tables import KeyStyle, TableRow
 from emu_jax.convert.tensors import Shape, Tensor
 from emu_jax.errors import UserError
-from emu_jax.hub import HubSource, download, is_hub, record_sources
+from emu_jax.hub import HubSource, download_snapshot, is_hub, record_sources
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import bicubic_weights
 from emu_jax.models.layers import lecun
@@ -65,7 +65,7 @@ from emu_jax.sharding import AbstractModel, make_mesh
 from emu_jax.storage import as_path, read_json_object
 from emu_jax.tokenizer import Family, Tokenizer
 
-Part = TypeVar("Part", VisionConfig, PoolingConfig)
+_Config = TypeVar("_Config", VisionConfig, PoolingConfig)
 
 _VOCABULARY = ("decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight")
 # Parameters that no parent has.
@@ -127,11 +127,11 @@ def init(
     integrity.check_path(dst)
     origins: dict[str, HubSource] = {}
     if is_hub(llama):
-        llama, origins["llama"] = download(str(llama))
+        llama, origins["llama"] = download_snapshot(str(llama))
     if is_hub(eva_clip):
-        eva_clip, origins["eva_clip"] = download(str(eva_clip))
+        eva_clip, origins["eva_clip"] = download_snapshot(str(eva_clip))
     if is_hub(sd):
-        sd, origins["sd"] = download(str(sd), folders=(*DECODER, *_CARRIED))
+        sd, origins["sd"] = download_snapshot(str(sd), folders=(*DECODER, *_CARRIED))
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
     with measured() as usage, replacing(dst, overwrite, sources) as temporary:
         source = FreshSource.open(
@@ -371,7 +371,7 @@ def _emu2_config(
     )
 
 
-def _with(part: Part, values: Mapping[str, Any], names: Mapping[str, str]) -> Part:
+def _with(part: _Config, values: Mapping[str, Any], names: Mapping[str, str]) -> _Config:
     """Returns a configuration with those of its settings that a JSON names otherwise.
 
     Args:

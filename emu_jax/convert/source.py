@@ -39,7 +39,7 @@ from emu_jax.storage import fetched, is_remote, read_json_object
 from emu_jax.tokenizer import Family, Tokenizer, added_tokens
 
 MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
-INSTRUCT = "Emu-instruct.pt"
+_INSTRUCT = "Emu-instruct.pt"
 # Files and folders of a release that hold no tensors. They are copied unchanged.
 CARRIED = (
     "Emu.json",
@@ -281,10 +281,10 @@ def open_model_source(
         if model_config or tokenizer:
             raise UserError(f"{path} has its own configuration and tokenizer: give no others")
         return RunSource.open(path, mesh, scratch)
-    if (path / INSTRUCT).is_file():
-        return ReleaseSource.open(path / INSTRUCT, mesh, model_config, tokenizer)
+    if (path / _INSTRUCT).is_file():
+        return ReleaseSource.open(path / _INSTRUCT, mesh, model_config, tokenizer)
     raise UserError(
-        f"{path} is neither a release (it has no multimodal_encoder/ and no {INSTRUCT}) nor a run "
+        f"{path} is neither a release (it has no multimodal_encoder/ and no {_INSTRUCT}) nor a run "
         "directory (no config.json beside numbered steps)"
     )
 
@@ -294,7 +294,7 @@ def is_release(path: Path) -> bool:
     if path.is_file() or _is_hub_folder(path):
         return True
     return not (path / "config.json").is_file() and (
-        (path / "multimodal_encoder").is_dir() or (path / INSTRUCT).is_file()
+        (path / "multimodal_encoder").is_dir() or (path / _INSTRUCT).is_file()
     )
 
 
@@ -648,7 +648,7 @@ class RunSource:
         Raises:
             UserError: a part of the directory is missing or wrong, or it is quantized.
         """
-        cfg = checkpoint.load_config(path)
+        cfg = checkpoint.load_model_config(path)
         tokenizer = checkpoint.load_tokenizer(path)
         stored = checkpoint.run_shapes(path)
         checkpoint.refuse_quantized(path, stored)
@@ -1032,7 +1032,7 @@ def release_layout(source: ModelSource) -> tuple[ReleaseLayout, dict[str, Tensor
     placed = layout.dtypes.keys()
     for key in [key for key in dtypes if key not in placed]:
         tensors.setdefault(_default_file(key, cfg), {})[key] = dtypes[key]
-    wrapper_keys = {INSTRUCT: "module"} | layout.wrapper_keys
+    wrapper_keys = {_INSTRUCT: "module"} | layout.wrapper_keys
     return dataclasses.replace(layout, tensors=tensors, wrapper_keys=wrapper_keys), unused
 
 
@@ -1040,4 +1040,4 @@ def _default_file(key: str, cfg: EmuConfig) -> str:
     """Returns the file that has a tensor in the release."""
     if ":" in key:
         return f"{key.split(':')[0]}/diffusion_pytorch_model.safetensors"
-    return INSTRUCT if cfg.llama.lora else MULTIMODAL
+    return _INSTRUCT if cfg.llama.lora else MULTIMODAL

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from emu_jax.convert.tensors import (
-    DTYPES,
+    DTYPE_NAMES,
     SAFETENSORS_DTYPES,
     Contents,
     MappedFile,
@@ -189,7 +189,7 @@ class SafetensorsWriter:
         for key, (shape, dtype) in contents.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[key] = {
-                "dtype": DTYPES[dtype][0],
+                "dtype": DTYPE_NAMES[dtype][0],
                 "shape": list(shape),
                 "data_offsets": [start, end],
             }

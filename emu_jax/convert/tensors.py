@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 Contents = Mapping[str, tuple[Shape, np.dtype]]  # of a file: {key: (shape, dtype)}
 
 # The name in safetensors, the name in torch, and torch's storage class.
-DTYPES: dict[np.dtype, tuple[str, str, str]] = {
+DTYPE_NAMES: dict[np.dtype, tuple[str, str, str]] = {
     np.dtype(np.float64): ("F64", "float64", "DoubleStorage"),
     np.dtype(np.float32): ("F32", "float32", "FloatStorage"),
     np.dtype(np.float16): ("F16", "float16", "HalfStorage"),
@@ -29,11 +29,11 @@ DTYPES: dict[np.dtype, tuple[str, str, str]] = {
     np.dtype(np.uint8): ("U8", "uint8", "ByteStorage"),
     np.dtype(np.bool_): ("BOOL", "bool", "BoolStorage"),
 }
-SAFETENSORS_DTYPES = {names[0]: dtype for dtype, names in DTYPES.items()}
-TORCH_DTYPES = {names[1]: dtype for dtype, names in DTYPES.items()}
+SAFETENSORS_DTYPES = {names[0]: dtype for dtype, names in DTYPE_NAMES.items()}
+TORCH_DTYPES = {names[1]: dtype for dtype, names in DTYPE_NAMES.items()}
 # torch's storage classes and the names of their dtypes. None: the tensor names its dtype.
 
-BLOCK = 2**25  # bytes per write
+WRITE_BYTES = 2**25  # bytes per write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tensor:
 
 def dtype_name(dtype: np.dtype) -> str:
     """Returns torch's name of a dtype."""
-    return DTYPES[np.dtype(dtype)][1]
+    return DTYPE_NAMES[np.dtype(dtype)][1]
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -134,7 +134,7 @@ def check_complete(path: Path, missing: Iterable[str]) -> None:
 
 def blocks(tensor: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:
     """Yields a tensor's bytes in C order, cast to `dtype`, in blocks of at most about 32 MiB."""
-    limit = BLOCK
+    limit = WRITE_BYTES
     if tensor.ndim == 0:
         tensor = tensor.reshape(1)
     if tensor.flags.c_contiguous and tensor.dtype == dtype:

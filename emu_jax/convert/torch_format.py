@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emu_jax.convert.tensors import (
-    DTYPES,
+    DTYPE_NAMES,
     TORCH_DTYPES,
     Contents,
     MappedFile,
@@ -34,7 +34,7 @@ from emu_jax.errors import UserError
 
 TORCH_SUFFIXES = (".pt", ".bin", ".pth")
 # torch's storage classes and the names of their dtypes. None: the tensor names its dtype.
-_STORAGES: dict[str, str | None] = {names[2]: names[1] for names in DTYPES.values()} | {
+_STORAGES: dict[str, str | None] = {names[2]: names[1] for names in DTYPE_NAMES.values()} | {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
     "QInt8Storage": "qint8",
@@ -438,7 +438,7 @@ class TorchWriter:
             call("torch._utils", "_rebuild_tensor_v2")
             out.write(pickle.MARK + pickle.MARK)
             text("storage")
-            call("torch", DTYPES[dtype][2])
+            call("torch", DTYPE_NAMES[dtype][2])
             text(str(self._numbers[key]))
             text("cpu")
             number(math.prod(shape))

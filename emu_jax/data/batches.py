@@ -22,7 +22,7 @@ import PIL.Image
 from jaxtyping import Int
 
 from emu_jax.data import storage
-from emu_jax.data.config import Batch, DataConfig, Kind
+from emu_jax.data.config import DataConfig, HostBatch, Kind
 from emu_jax.data.documents import Damaged, Image, Text
 from emu_jax.data.images import (
     ImageError,
@@ -34,11 +34,11 @@ from emu_jax.data.images import (
     to_array,
 )
 from emu_jax.data.lengths import check_frames, image_size, text_ids
-from emu_jax.data.mixture import FRAMES, Group, PackedDocument, Requirements, SampledDocument
+from emu_jax.data.mixture import VIDEO_FRAMES, Group, PackedDocument, Requirements, SampledDocument
 from emu_jax.data.packing import (
     IMAGE_PART,
     VIDEO_PART,
-    Part,
+    PartRange,
     part_tokens,
     truncate,
     whole_videos,
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 Position = tuple[int, int]
 # The position of each stream of a group; None if another process plans the stream.
 Positions = tuple[Position | None, ...]
-Shapes = dict[str, tuple[tuple[int, ...], type]]  # {name: (shape, dtype)} of a batch's arrays
+ArrayShapes = dict[str, tuple[tuple[int, ...], type]]  # {name: (shape, dtype)} of a batch's arrays
 
 STATISTICS: tuple[str, ...] = (
     "tokens",
@@ -85,7 +85,7 @@ class BuiltBatch(NamedTuple):
     otherwise its own.
     """
 
-    batch: Batch
+    batch: HostBatch
     positions: Positions  # of the next batch
     documents: list[SampledDocument]  # in this process's share
     statistics: dict[str, int]
@@ -265,12 +265,12 @@ class BatchBuilder(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def shapes(cfg: DataConfig) -> Shapes:
+    def shapes(cfg: DataConfig) -> ArrayShapes:
         """Returns the arrays of a global batch."""
 
     @staticmethod
     @abc.abstractmethod
-    def example(batch: Batch) -> BatchExample:
+    def example(batch: HostBatch) -> BatchExample:
         """Returns the first row of a batch."""
 
     @abc.abstractmethod
@@ -299,19 +299,19 @@ class BatchBuilder(abc.ABC):
                 for span in sampled.source.documents.spans(sampled.index)
             )
 
-    def _empty(self) -> Batch:
+    def _empty(self) -> HostBatch:
         return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._shapes.items()}
 
     def _contents(
-        self, sampled: SampledDocument, parts: list[Part]
-    ) -> list[tuple[Part, Text | Image]]:
+        self, sampled: SampledDocument, parts: list[PartRange]
+    ) -> list[tuple[PartRange, Text | Image]]:
         """Reads the contents of some parts of a document.
 
         Raises:
             Damaged: the document cannot be read, or has changed since its tokens were counted.
             UserError: see `check_frames`.
         """
-        seed, source = self.group.seed(sampled, FRAMES), sampled.source.documents
+        seed, source = self.group.seed(sampled, VIDEO_FRAMES), sampled.source.documents
         document = source.read(sampled.index, seed, [part.index for part in parts])
         if self.cfg.n_frame:
             check_frames(document, source.paired, source.where(sampled.index))
@@ -332,7 +332,7 @@ class BatchBuilder(abc.ABC):
             )
         return [(part, document.parts[part.index]) for part in parts]
 
-    def part_ids(self, part: Part, content: Text | Image) -> list[int]:
+    def part_ids(self, part: PartRange, content: Text | Image) -> list[int]:
         """Returns the token ids of a part that is a text."""
         assert isinstance(content, Text)
         return self.encode(content)[part.first : part.first + part.size]
@@ -371,7 +371,7 @@ class RowBuilder(BatchBuilder):
     requires = Requirements("rows")
 
     @staticmethod
-    def shapes(cfg: DataConfig) -> Shapes:
+    def shapes(cfg: DataConfig) -> ArrayShapes:
         B, T, I = cfg.batch_size, cfg.row_tokens, cfg.row_images  # noqa: E741
         return {
             "tokens": ((B, T), np.int32),
@@ -383,7 +383,7 @@ class RowBuilder(BatchBuilder):
         }
 
     @staticmethod
-    def example(batch: Batch) -> BatchExample:
+    def example(batch: HostBatch) -> BatchExample:
         row = {name: values[0] for name, values in batch.items()}
         return _example(
             row,
@@ -454,7 +454,7 @@ class RowBuilder(BatchBuilder):
             left, room = left - size, room - size
         return tasks
 
-    def _write_documents(self, batch: Batch, placements: list[_Placement]) -> list[Damage]:
+    def _write_documents(self, batch: HostBatch, placements: list[_Placement]) -> list[Damage]:
         """Writes documents to their rows; leaves padding in place of one that cannot be read.
 
         Runs each step for all documents before the next step. Decoding an image evicts the
@@ -489,7 +489,7 @@ class RowBuilder(BatchBuilder):
         encoded = [content for _, content in contents if isinstance(content, Image)]
         return _EncodedDocument(placement, sequence, encoded, rng)
 
-    def _decode(self, batch: Batch, document: _EncodedDocument) -> Damage | None:
+    def _decode(self, batch: HostBatch, document: _EncodedDocument) -> Damage | None:
         placement = document.placement
         out = batch["images"][placement.row, placement.images]
         try:
@@ -501,7 +501,7 @@ class RowBuilder(BatchBuilder):
         document.encoded.clear()  # frees video frames, which are large
         return None
 
-    def _write(self, batch: Batch, document: _EncodedDocument) -> None:
+    def _write(self, batch: HostBatch, document: _EncodedDocument) -> None:
         placement, sequence = document.placement, document.sequence
         n, tokens, images = placement.row, placement.tokens, placement.images
         batch["tokens"][n, tokens] = sequence.tokens
@@ -562,7 +562,7 @@ class _SingleBuilder(BatchBuilder):
                 yield documents[row - rows.start]
 
     @abc.abstractmethod
-    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+    def _fill(self, batch: HostBatch, n: int, sampled: SampledDocument) -> None:
         """Fills row `n` with a document.
 
         Raises:
@@ -573,7 +573,7 @@ class _SingleBuilder(BatchBuilder):
     def _measure(self, sampled: SampledDocument) -> dict[str, int]:
         """Returns the statistics of a document's row, without reading the document."""
 
-    def _fill_or_replace(self, batch: Batch, n: int, sampled: SampledDocument) -> list[Damage]:
+    def _fill_or_replace(self, batch: HostBatch, n: int, sampled: SampledDocument) -> list[Damage]:
         """Fills one row. A document that cannot be read is replaced by substitutes.
 
         Raises:
@@ -604,7 +604,7 @@ class CaptionBuilder(_SingleBuilder):
     requires = Requirements("captions", image=True, text=True, pairs=True)
 
     @staticmethod
-    def shapes(cfg: DataConfig) -> Shapes:
+    def shapes(cfg: DataConfig) -> ArrayShapes:
         B, T, h = cfg.batch_size, cfg.row_tokens, cfg.image_size
         return {
             "images": ((B, h, h, 3), np.uint8),
@@ -613,7 +613,7 @@ class CaptionBuilder(_SingleBuilder):
         }
 
     @staticmethod
-    def example(batch: Batch) -> BatchExample:
+    def example(batch: HostBatch) -> BatchExample:
         row = {name: values[0] for name, values in batch.items()}
         return _example(
             row | {"images": row["images"][None], "image_valid": np.array([True])},
@@ -622,7 +622,7 @@ class CaptionBuilder(_SingleBuilder):
             regressed=np.array([False]),
         )
 
-    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+    def _fill(self, batch: HostBatch, n: int, sampled: SampledDocument) -> None:
         parts = self.group.parts(sampled, image_first=True)
         images = [part for part in parts if part.size < 0]
         words = [part for part in parts if part.size >= 0]
@@ -653,14 +653,14 @@ class ImageBuilder(_SingleBuilder):
     requires = Requirements("images", image=True, pairs=True)
 
     @staticmethod
-    def shapes(cfg: DataConfig) -> Shapes:
+    def shapes(cfg: DataConfig) -> ArrayShapes:
         return {"images": ((cfg.batch_size, cfg.target_size, cfg.target_size, 3), np.uint8)}
 
     @staticmethod
-    def example(batch: Batch) -> BatchExample:
+    def example(batch: HostBatch) -> BatchExample:
         return BatchExample([], [], [], [], batch["images"][:1], [True], [False])
 
-    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+    def _fill(self, batch: HostBatch, n: int, sampled: SampledDocument) -> None:
         parts = self.group.parts(sampled, image_first=True)[:1]
         ((_, image),) = self._contents(sampled, parts)
         self._decode_into(batch["images"][n], image, self.group.rng(sampled))
@@ -681,7 +681,7 @@ class ContextBuilder(_SingleBuilder):
     requires = Requirements("contexts", image=True, still=True)
 
     @staticmethod
-    def shapes(cfg: DataConfig) -> Shapes:
+    def shapes(cfg: DataConfig) -> ArrayShapes:
         B, T, H = cfg.batch_size, cfg.row_tokens, cfg.target_size
         return {
             "tokens": ((B, T), np.int32),
@@ -691,7 +691,7 @@ class ContextBuilder(_SingleBuilder):
         }
 
     @staticmethod
-    def example(batch: Batch) -> BatchExample:
+    def example(batch: HostBatch) -> BatchExample:
         row = {name: values[0] for name, values in batch.items()}
         segments = (np.arange(len(row["tokens"])) < row["length"]).astype(int)
         return _example(
@@ -701,7 +701,7 @@ class ContextBuilder(_SingleBuilder):
             regressed=np.zeros_like(row["image_valid"]),
         )._replace(target=row["target"])
 
-    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+    def _fill(self, batch: HostBatch, n: int, sampled: SampledDocument) -> None:
         rng = self.group.rng(sampled)
         context, chosen, _ = self._choose(sampled, rng)
         sequence = _Sequence(self, 0)
@@ -738,7 +738,7 @@ class ContextBuilder(_SingleBuilder):
 
     def _choose(
         self, sampled: SampledDocument, rng: np.random.Generator
-    ) -> tuple[list[Part], Part, bool]:
+    ) -> tuple[list[PartRange], PartRange, bool]:
         """Samples an image of a document. Returns (the parts before it that are its context, the
         image, whether the context was truncated)."""
         dropped = rng.random() < self.cfg.drop_condition
@@ -778,7 +778,7 @@ class ViewBuilder(_SingleBuilder):
     requires = Requirements("views", image=True)
 
     @staticmethod
-    def shapes(cfg: DataConfig) -> Shapes:
+    def shapes(cfg: DataConfig) -> ArrayShapes:
         B, h, H = cfg.batch_size, cfg.image_size, cfg.target_size
         return {
             "images": ((B, h, h, 3), np.uint8),
@@ -788,11 +788,11 @@ class ViewBuilder(_SingleBuilder):
         }
 
     @staticmethod
-    def example(batch: Batch) -> BatchExample:
+    def example(batch: HostBatch) -> BatchExample:
         example = BatchExample([], [], [], [], batch["images"][:1], [True], [False])
         return example._replace(target=batch["target"][0])
 
-    def _fill(self, batch: Batch, n: int, sampled: SampledDocument) -> None:
+    def _fill(self, batch: HostBatch, n: int, sampled: SampledDocument) -> None:
         cfg, rng = self.cfg, self.group.rng(sampled)
         dropped, choice, *at = rng.random(4).tolist()
         parts = self.group.parts(sampled, image_first=True)
@@ -822,15 +822,15 @@ BUILDERS: dict[Kind, type[BatchBuilder]] = {
 }
 
 
-def batch_shapes(cfg: DataConfig, kind: Kind) -> Shapes:
+def batch_shapes(cfg: DataConfig, kind: Kind) -> ArrayShapes:
     """Returns (shape, dtype) of each array of a global batch; see the class of the kind."""
     return BUILDERS[kind].shapes(cfg)
 
 
-def _input_shapes(cfg: DataConfig) -> Shapes:
+def _input_shapes(cfg: DataConfig) -> ArrayShapes:
     """Returns the arrays with the images that a row shows to the model."""
     B, T, I, h = cfg.batch_size, cfg.row_tokens, cfg.row_images, cfg.image_size  # noqa: E741
-    shapes: Shapes = {
+    shapes: ArrayShapes = {
         "images": ((B, I, h, h, 3), np.uint8),
         "image_valid": ((B, I), bool),
         "embedding_index": ((B, T), np.int32),
@@ -926,7 +926,7 @@ class _Sequence:
         """Begins the document with <s>."""
         self._extend([self._tokenizer.bos], [False])
 
-    def add(self, part: Part, content: Text | Image) -> None:
+    def add(self, part: PartRange, content: Text | Image) -> None:
         """Appends a text, or the placeholders of an image."""
         if isinstance(content, Text):
             ids = self._part_ids(part, content)

@@ -16,7 +16,7 @@ from emu_jax.storage import as_path
 from emu_jax.tokenizer import Family, Tokenizer
 
 Kind = Literal["rows", "captions", "images", "contexts", "views"]
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 PAIRS = "pairs"  # kind of documents of one image and its caption
 

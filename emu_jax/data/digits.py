@@ -34,8 +34,8 @@ CAPTIONS = (
     "a picture of a {digit}",
     "this is a {digit}",
 )
-STEPS = (1, -1, 2, -2)  # of the counting sequences
-FRAMES = 4
+_STEPS = (1, -1, 2, -2)  # of the counting sequences
+_FRAMES = 4
 SPLITS = {
     "train": slice(0, 1437),
     "heldout": slice(1437, 1797),
@@ -91,9 +91,9 @@ def parse_digit(text: str) -> int | None:
     return WORDS.index(named[0]) if len(named) == 1 else None
 
 
-def counting_digits(rng: np.random.Generator, frames: int = FRAMES) -> list[int]:
-    """Samples a counting sequence of digits within 0..9, by one of `STEPS`."""
-    step = int(rng.choice(STEPS))
+def counting_digits(rng: np.random.Generator, frames: int = _FRAMES) -> list[int]:
+    """Samples a counting sequence of digits within 0..9, by one of `_STEPS`."""
+    step = int(rng.choice(_STEPS))
     reach = step * (frames - 1)
     start = int(rng.integers(max(0, -reach), min(9, 9 - reach) + 1))
     return [start + step * n for n in range(frames)]
@@ -230,5 +230,7 @@ def build_digits(root: str | os.PathLike) -> None:
     names.append("tokenizer/tokenizer.json")
 
     values = {"version": _VERSION, **{name: (root / name).stat().st_size for name in names}}
-    with storage.writing(str(root / _LISTING)) as temporary:  # last: it marks the build as complete
+    with storage.writing_data_file(
+        str(root / _LISTING)
+    ) as temporary:  # last: it marks the build as complete
         temporary.write_text(json.dumps(values, indent=1) + "\n")

@@ -39,7 +39,7 @@ from emu_jax.tokenizer import IMAGE
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the record layout
+_VERSION = 1  # of the record layout
 _FRAMES_VERSION = 2  # of records that mark frames of videos, which earlier readers refuse
 
 
@@ -145,7 +145,7 @@ class Document:
             for part in self.parts
         ]
         framed = any(isinstance(part, Image) and part.frame for part in self.parts)
-        version = _FRAMES_VERSION if framed else VERSION
+        version = _FRAMES_VERSION if framed else _VERSION
         return cast(bytes, msgpack.packb({"version": version, "parts": parts}))
 
     @classmethod
@@ -159,13 +159,13 @@ class Document:
         try:
             values = msgpack.unpackb(record)
             version = values["version"]
-            if version in (VERSION, _FRAMES_VERSION):
+            if version in (_VERSION, _FRAMES_VERSION):
                 make = {"text": Text, "picture": Image}
                 return cls(tuple(make[kind](*rest) for kind, *rest in values["parts"]))
         except Exception as error:  # msgpack may raise anything on foreign bytes
             raise Damaged("not a document", where, repr(error)) from None
         raise UserError(
-            f"{where} is a document of version {version}, this emu_jax reads {VERSION} and "
+            f"{where} is a document of version {version}, this emu_jax reads {_VERSION} and "
             f"{_FRAMES_VERSION}: build the data again"
         )
 
@@ -343,7 +343,7 @@ def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> i
     path = os.fspath(path)
     if not storage.is_remote(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with storage.writing(path) as temporary:
+    with storage.writing_data_file(path) as temporary:
         # One record per group, since a random read decompresses a whole group.
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         count = 0

@@ -18,19 +18,19 @@ from emu_jax.data.batches import BUILDERS, BatchExample
 from emu_jax.data.pipeline import Batches, Damage, DataConfig, Kind
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
-from emu_jax.page import details, image, table, tiles, write_page
+from emu_jax.page import details, html_table, image, tiles, write_page
 from emu_jax.tokenizer import Tokenizer
 
 LOSSY_FROM = 64  # pixels; smaller images are shown losslessly
 BINS = 24
-LISTED = 50  # damaged documents that the page lists
-Name = tuple[str, int]  # of a document: its source, and its index there
+_LISTED = 50  # damaged documents that the page lists
+_DocumentName = tuple[str, int]  # of a document: its source, and its index there
 
 
 class Sample(NamedTuple):
     """The data read for the page: rows to show, and measurements."""
 
-    rows: list[tuple[BatchExample, list[Name]]]  # with the documents of each
+    rows: list[tuple[BatchExample, list[_DocumentName]]]  # with the documents of each
     lengths: dict[str, list[tuple[int, int]]]  # (tokens, images) of documents, by source
     damaged: list[Damage]
     counts: dict[str, int]
@@ -77,7 +77,7 @@ def inspect(
         _histograms(sample.lengths),
         _sources(sample.tallies),
         _damage(sample.damaged, sample.counts["documents"]),
-        f"<section><h2>Figures</h2>{table(plain)}</section>",
+        f"<section><h2>Figures</h2>{html_table(plain)}</section>",
         details("Configuration", to_dict(cfg)),
     ]
     write_page(path, f"Training data: {kind}", sections, _STYLE)
@@ -165,7 +165,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
 
 
 def _rows(
-    shown: Sequence[tuple[BatchExample, list[Name]]], tokenizer: Tokenizer, n_causal: int
+    shown: Sequence[tuple[BatchExample, list[_DocumentName]]], tokenizer: Tokenizer, n_causal: int
 ) -> str:
     legend = (
         '<p class="legend">Each document has its own color. Strong words are <b>text targets</b>; '
@@ -180,7 +180,11 @@ def _rows(
 
 
 def _card(
-    number: int, row: BatchExample, names: Sequence[Name], tokenizer: Tokenizer, n_causal: int
+    number: int,
+    row: BatchExample,
+    names: Sequence[_DocumentName],
+    tokenizer: Tokenizer,
+    n_causal: int,
 ) -> str:
     facts = [f"{len(names)} document{'s' * (len(names) != 1)}"]
     if row.token_slots:
@@ -277,12 +281,13 @@ def _damage(damaged: Sequence[Damage], read: int) -> str:
     """Lists the documents that could not be read, by reason."""
     reasons = collections.Counter(damage.reason for damage in damaged)
     places = "".join(
-        f"<li>{html.escape(f'{damage.where}: {damage.reason}')}</li>" for damage in damaged[:LISTED]
+        f"<li>{html.escape(f'{damage.where}: {damage.reason}')}</li>"
+        for damage in damaged[:_LISTED]
     )
-    more = f"<p>and {len(damaged) - LISTED:,} more</p>" if len(damaged) > LISTED else ""
+    more = f"<p>and {len(damaged) - _LISTED:,} more</p>" if len(damaged) > _LISTED else ""
     return (
         f"<section><h2>Damage</h2><p>{len(damaged):,} of {read:,} documents could not be read.</p>"
-        + (f"{table(dict(reasons.most_common()))}<ul>{places}</ul>{more}" if damaged else "")
+        + (f"{html_table(dict(reasons.most_common()))}<ul>{places}</ul>{more}" if damaged else "")
         + "</section>"
     )
 

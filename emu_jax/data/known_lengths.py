@@ -70,7 +70,7 @@ def save_lengths(shard: str, shard_bytes: int, tokenizer: str, lengths: KnownLen
         shard_bytes: size of the shard, which exists.
         tokenizer: fingerprint of the tokenizer that counted.
     """
-    with storage.writing(lengths_path(shard)) as temporary, temporary.open("wb") as file:
+    with storage.writing_data_file(lengths_path(shard)) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             shard_bytes=np.int64(shard_bytes),

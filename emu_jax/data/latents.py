@@ -30,7 +30,7 @@ from jaxtyping import Float, Real
 from emu_jax.config import EmuConfig, load_json, save_json
 from emu_jax.data import storage
 from emu_jax.data.file_cache import FileCache
-from emu_jax.data.pipeline import Batch, Consumed, Damage, DataConfig, is_count, share_numbers
+from emu_jax.data.pipeline import Consumed, Damage, DataConfig, HostBatch, is_count, share_numbers
 from emu_jax.data.records import RecordSpans
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
@@ -153,7 +153,7 @@ def finish(
     (folder / _PROGRESS).unlink(missing_ok=True)
 
 
-class LatentBatches(Iterator[Batch]):
+class LatentBatches(Iterator[HostBatch]):
     """An endless iterator over batches of `condition` bfloat16 [B, N, D], `latents` bfloat16
     [B, h, w, C] and, if the denoiser is conditioned on them, `sizes` int32 [B, 6].
 
@@ -200,7 +200,7 @@ class LatentBatches(Iterator[Batch]):
         self._rows = [row for n in numbers for row in range(n * size, (n + 1) * size)]
         self._cfg, self._position, self._last = cfg, 0, list[int]()
         self._pool = ThreadPoolExecutor(1, "emu-jax-latents")
-        self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()
+        self._ahead: collections.deque[Future[tuple[HostBatch, list[int]]]] = collections.deque()
         self.tallies: dict[str, Tally] = {}  # empty: no source is read
 
     @property
@@ -208,7 +208,7 @@ class LatentBatches(Iterator[Batch]):
         """Number of rows in the folder."""
         return len(self._records)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         while len(self._ahead) <= self._cfg.prefetch:
             number = self._position + len(self._ahead)
             self._ahead.append(self._pool.submit(self._make, number))
@@ -216,7 +216,7 @@ class LatentBatches(Iterator[Batch]):
         self._position += 1
         return batch
 
-    def _make(self, number: int) -> tuple[Batch, list[int]]:
+    def _make(self, number: int) -> tuple[HostBatch, list[int]]:
         first = number * self._cfg.batch_size
         picked = [self._order[first + row] for row in self._rows]
         dropped = [self._drops(first + row) for row in self._rows]

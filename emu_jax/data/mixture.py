@@ -28,7 +28,7 @@ from emu_jax.data.lengths import Lengths, TokenLengths
 from emu_jax.data.packing import (
     FRAME_PART,
     IMAGE_PART,
-    Part,
+    PartRange,
     pack,
     part_tokens,
     pick,
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 # Purposes of random numbers: a document's content, the frames of its video, the order of a block's
 # rows, and substitutes for a document (SUBSTITUTE + attempt).
-CONTENT, FRAMES, ROWS, SUBSTITUTE = range(4)
+CONTENT, VIDEO_FRAMES, ROWS, SUBSTITUTE = range(4)
 CACHED_BLOCKS = 4  # at least, and two of each stream: batches share blocks
 GRAIN_DOCUMENTS = 2**32 - 2  # of a source, at most, that grain shuffles
 
@@ -327,14 +327,16 @@ class Group:
             position += len(numbers)
         return usable, damaged, position
 
-    def parts(self, sampled: SampledDocument, image_first: bool) -> list[Part]:
+    def parts(self, sampled: SampledDocument, image_first: bool) -> list[PartRange]:
         """Returns the non-empty parts; `image_first` decides the order of a pair's parts."""
-        parts = [Part(n, size) for n, size in enumerate(sampled.lengths) if size]
+        parts = [PartRange(n, size) for n, size in enumerate(sampled.lengths) if size]
         if sampled.source.documents.paired:
             parts.sort(key=lambda part: (part.size < 0) != image_first)
         return parts
 
-    def fit(self, sampled: SampledDocument, rng: np.random.Generator) -> tuple[list[Part], bool]:
+    def fit(
+        self, sampled: SampledDocument, rng: np.random.Generator
+    ) -> tuple[list[PartRange], bool]:
         """Returns (the parts that go into a row, whether the end of the document is cut off)."""
         cfg, source = self.cfg, sampled.source.cfg
         parts = whole = self.parts(sampled, rng.random() < cfg.image_first)
@@ -465,14 +467,14 @@ def make_groups(cfg: DataConfig, requires: Requirements, sources: list[OpenSourc
         UserError: a source has no usable document.
     """
     result = []
-    for number, members in enumerate(grouped([source.cfg for source in sources])):
+    for number, members in enumerate(source_groups([source.cfg for source in sources])):
         seeds = [int(np.random.SeedSequence((cfg.seed, n)).generate_state(1)[0]) for n in members]
         sized = sized_config(cfg, sources[members[0]].cfg)
         result.append(Group(sized, requires, [sources[n] for n in members], number, seeds))
     return result
 
 
-def grouped(sources: list[SourceConfig]) -> list[list[int]]:
+def source_groups(sources: list[SourceConfig]) -> list[list[int]]:
     """Returns the numbers of the sources in each group: those without sizes of their own share
     one."""
     groups: dict[int | None, list[int]] = {}

@@ -33,30 +33,30 @@ def part_tokens(size: int, n_causal: int, n_frame: int = 0) -> int:
     return n_frame + 2 + (size == VIDEO_PART)
 
 
-class Part(NamedTuple):
+class PartRange(NamedTuple):
     """A part of a document, or the range of a text's tokens that is kept."""
 
     index: int  # in the document
     size: int  # number of tokens that are kept, or less than 0 for an image
     first: int = 0  # first token of a text that is kept
 
-    def end(self, size: int) -> Part:
+    def end(self, size: int) -> PartRange:
         """Returns the last `size` tokens of a text, or a whole image."""
         if self.size < 0:
             return self
-        return Part(self.index, size, self.first + self.size - size)
+        return PartRange(self.index, size, self.first + self.size - size)
 
 
-def whole_videos(parts: Sequence[Part]) -> list[Part]:
+def whole_videos(parts: Sequence[PartRange]) -> list[PartRange]:
     """Drops the frames of videos whose beginning is missing."""
-    kept: list[Part] = []
+    kept: list[PartRange] = []
     for part in parts:
         if _has_begun(part, kept):
             kept.append(part)
     return kept
 
 
-def _has_begun(part: Part, before: Sequence[Part]) -> bool:
+def _has_begun(part: PartRange, before: Sequence[PartRange]) -> bool:
     """Returns whether a part is no frame, or the parts before it end with the frame before it."""
     if part.size != FRAME_PART:
         return True
@@ -65,14 +65,14 @@ def _has_begun(part: Part, before: Sequence[Part]) -> bool:
 
 
 def window(
-    parts: Sequence[Part],
+    parts: Sequence[PartRange],
     rng: np.random.Generator,
     *,
     tokens: int,
     images: int,
     n_causal: int,
     n_frame: int = 0,
-) -> list[Part]:
+) -> list[PartRange]:
     """Samples a window of `tokens` tokens of a longer document, as the paper does for MMC4.
 
     The window keeps its first `images` images. Texts are cut at both ends of the window; an image
@@ -89,11 +89,11 @@ def window(
                 shown.append(part)
                 images -= 1
         elif low < high:
-            shown.append(Part(part.index, high - low, part.first + low - start))
+            shown.append(PartRange(part.index, high - low, part.first + low - start))
     return shown
 
 
-def pick(parts: Sequence[Part], rng: np.random.Generator, count: int) -> list[Part]:
+def pick(parts: Sequence[PartRange], rng: np.random.Generator, count: int) -> list[PartRange]:
     """Samples `count` images of a document, as in the paper's second sampling of MMC4.
 
     Each image keeps the text that follows it or, if none follows, the text before it. A video is

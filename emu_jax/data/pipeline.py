@@ -29,7 +29,7 @@ from emu_jax.data.batches import (
     Positions,
     batch_shapes,
 )
-from emu_jax.data.config import Batch, DataConfig, Kind
+from emu_jax.data.config import DataConfig, HostBatch, Kind
 from emu_jax.data.documents import short_hash
 from emu_jax.data.mixture import (
     Group,
@@ -43,7 +43,7 @@ from emu_jax.data.mixture import (
 from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Batches", "Damage", "DataConfig", "Kind", "batch_shapes"]
+__all__ = ["Batches", "Damage", "DataConfig", "HostBatch", "Kind", "batch_shapes"]
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def batches_of_each_source(
     }
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[HostBatch]):
     """An endless iterator over batches, prefetched on a thread.
 
     The rows of a global batch are divided into `shares` of consecutive rows, as many in each. A
@@ -162,7 +162,7 @@ class Batches(Iterator[Batch]):
         self._consumed_before = self._not_consumed()
         self._is_partial = len(self._shares) < shares and not plan_only and self._maker.is_partial
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         if self._thread is None and self._cfg.prefetch > 0:
             self._thread = _Prefetch(self._maker, self._position, self._cfg.prefetch)
             weakref.finalize(self, self._thread.stop)
@@ -497,7 +497,7 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _padded(batch: Batch, rows: int) -> Batch:
+def _padded(batch: HostBatch, rows: int) -> HostBatch:
     """Returns a batch with rows of zeros after its own."""
     return {
         name: np.pad(values, [(0, rows - len(values))] + [(0, 0)] * (values.ndim - 1))

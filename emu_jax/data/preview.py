@@ -18,8 +18,8 @@ from emu_jax.data.mixture import (
     Requirements,
     check_usable,
     chosen_sources,
-    grouped,
     sized_config,
+    source_groups,
     usable_documents,
     with_lengths,
 )
@@ -94,7 +94,8 @@ def preview(
             if chosen and not opened:
                 problems.append(f"no source has pairs, which {kind!r} batches are made of")
         groups = [
-            [opened[n] for n in members] for members in grouped([source.cfg for source in opened])
+            [opened[n] for n in members]
+            for members in source_groups([source.cfg for source in opened])
         ]
         total = sum(source.cfg.weight for source in opened)
         return [_group(cfg, requires, members, total, problems) for members in groups], problems

@@ -38,9 +38,9 @@ from emu_jax.data.sources.spans import SAMPLE_BYTES
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError, suggest
 
-FOLDER = Path(__file__).parent / "distributions"
+_FOLDER = Path(__file__).parent / "distributions"
 DOCUMENTS = tuple(10**n for n in range(6, 11))
-STEPS = 100  # planned and timed for each size
+_STEPS = 100  # planned and timed for each size
 _SETTINGS = ("format", "window_tokens", "window_images", "picked_images")
 _DOCUMENT_BYTES, _PART_BYTES = 5, 2  # of the cached lengths, see lengths.py
 _FILE_BYTES = 4  # number of a sample's file, in the index of a tar
@@ -176,7 +176,7 @@ def load_distribution(name: str) -> Distribution:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    shipped = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
+    shipped = {path.stem: path for path in sorted(_FOLDER.glob("*.json"))}
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise UserError(
@@ -267,7 +267,7 @@ def simulate(
     mixture: Sequence[tuple[Distribution, float]],
     documents: int,
     hosts: int,
-    steps: int = STEPS,
+    steps: int = _STEPS,
 ) -> Simulation:
     """Plans the batches of the first of several hosts.
 
@@ -301,7 +301,7 @@ def simulate(
     )
 
 
-def table(results: Sequence[Simulation]) -> str:
+def simulations_table(results: Sequence[Simulation]) -> str:
     """Formats the figures as a Markdown table."""
     head = (
         "Documents",

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 from emu_jax import storage
 from emu_jax.data.read_ahead import ReadAhead, Span
 from emu_jax.errors import UserError
+from emu_jax.storage import is_remote as is_remote
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,7 +39,7 @@ T = TypeVar("T")
 ATTEMPTS = 5
 WAIT = 0.5  # seconds before the second attempt; each later wait is twice as long
 THREADS = 16  # requests to a store at the same time
-LISTED = 8  # files of one folder that are looked up in a listing: it may have others
+_LISTED = 8  # files of one folder that are looked up in a listing: it may have others
 # Bytes that `RangeFile` requests from a store after a seek; doubled while it reads on, up to:
 _FIRST_BLOCK, _LAST_BLOCK = 1 << 16, 1 << 22
 _PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4|zip)$")
@@ -74,11 +75,7 @@ class Stat(NamedTuple):
     stamp: str  # of the last modification: time, ETag or generation
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
-def join(folder: str, name: str) -> str:
+def resolve(folder: str, name: str) -> str:
     """Joins a folder and a name; returns `name` itself if it is absolute or remote."""
     if is_remote(name) or os.path.isabs(name) or not folder:
         return name
@@ -162,7 +159,7 @@ def _check_packed(folder: str, found: list[str], suffixes: tuple[str, ...]) -> N
     for name in names(folder):
         plain = _PACKED.sub("", name).replace(".tgz", ".tar")
         if name not in known and plain != name and plain.endswith(suffixes) and plain not in known:
-            raise UserError(f"{join(folder, name)} is compressed, which is not read: unpack it")
+            raise UserError(f"{resolve(folder, name)} is compressed, which is not read: unpack it")
 
 
 def _literal(pattern: str) -> str:
@@ -195,7 +192,7 @@ def stats(paths: Sequence[str]) -> list[Stat]:
         Unreadable: one is not a regular file.
         UserError: all attempts failed.
     """
-    if len(paths) < LISTED and not any(map(is_remote, paths)):
+    if len(paths) < _LISTED and not any(map(is_remote, paths)):
         return [stat(path) for path in paths]  # starting threads would take longer
     with ThreadPoolExecutor(THREADS) as pool:
         listings = _listings(paths, pool)
@@ -228,7 +225,7 @@ def existing(paths: Sequence[str]) -> set[str]:
 def _listings(paths: Sequence[str], pool: ThreadPoolExecutor) -> dict[str, dict[str, Stat]]:
     """Lists the remote folders that hold many of the files: {folder: {name: size and stamp}}."""
     counts = collections.Counter(parent(path) for path in paths if is_remote(path))
-    folders = [folder for folder, count in counts.items() if count >= LISTED]
+    folders = [folder for folder, count in counts.items() if count >= _LISTED]
     return dict(zip(folders, pool.map(listing, folders), strict=True))
 
 
@@ -453,7 +450,7 @@ class RangeFile(io.RawIOBase):
 
 
 @contextmanager
-def writing(path: str) -> Iterator[Path]:
+def writing_data_file(path: str) -> Iterator[Path]:
     """Yields a temporary local file that is moved to `path` on success.
 
     The write is atomic: `path` has the whole file or does not exist, even after a power cut.

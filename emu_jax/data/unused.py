@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 
 from emu_jax.errors import UserError
 
-KINDS = ("documents", "images", "texts")  # see `Tally.used`
-MAY_LACK = KINDS[1:]  # values of `SourceConfig.allow_missing`
+_KINDS = ("documents", "images", "texts")  # see `Tally.used`
+MAY_LACK = _KINDS[1:]  # values of `SourceConfig.allow_missing`
 EXAMPLES = 3  # kept for each reason
 _LONGEST = 300  # characters of an example, which may quote the data
 
@@ -73,7 +73,7 @@ class Tally:
         examples: the first few examples of each reason.
     """
 
-    used: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    used: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(_KINDS, 0))
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
@@ -112,7 +112,7 @@ class Tally:
         Raises:
             UserError: no document is used, or no image or no text although the source has some.
         """
-        for kind in KINDS:
+        for kind in _KINDS:
             lost = {
                 reason: count
                 for reason, count in self.unused.items()

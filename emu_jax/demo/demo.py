@@ -20,7 +20,7 @@ from emu_jax.config import save_json
 from emu_jax.data import digits
 from emu_jax.data.documents import DocumentFiles, Text
 from emu_jax.data.images import open_image, resize
-from emu_jax.demo.report import write_report
+from emu_jax.demo.report import write_demo_report
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.settings import GenerationConfig
@@ -61,7 +61,7 @@ GENERATION = {
 }
 
 
-def run(
+def run_demo(
     workdir: Path, seed: int = 0, validation: bool = False, family: str = "emu"
 ) -> dict[str, Any]:
     """Trains the stages of a family and scores the result. Resumes an earlier call's work.
@@ -111,7 +111,7 @@ def run(
             "seconds": round(clock.seconds(), 1),
             "report": str(workdir / "report.html"),
         }
-        write_report(
+        write_demo_report(
             workdir / "report.html",
             title=f"{family.capitalize()} on handwritten digits",
             figures={k: v for k, v in metrics.items() if k != "report"},

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.page import Picture, details, image, table, tiles, write_page
-from emu_jax.train.report import STYLE, Evaluations, training_curves
+from emu_jax.page import Picture, details, html_table, image, tiles, write_page
+from emu_jax.train.report import STYLE, StageEvaluations, training_curves
 
 OPEN_CAPTIONS = 60  # shown by default; the rest are folded
 
 
-def write_report(
+def write_demo_report(
     path: Path,
     *,
     title: str,
     figures: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    held_out: Mapping[str, Evaluations] | None = None,
+    held_out: Mapping[str, StageEvaluations] | None = None,
     captions: Sequence[tuple[Picture, str, bool]] = (),
     drawings: np.ndarray | Sequence[Sequence[Picture]] = (),
     autoencodings: Sequence[tuple[Picture, Picture, bool]] = (),
@@ -67,7 +67,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
     )
     about = judge if "judge_accuracy" in figures else ""
     named = {name.replace("_first_last", ", first and last"): v for name, v in figures.items()}
-    return f"{tiles(shares)}<section><h2>Figures</h2>{about}{table(named)}</section>"
+    return f"{tiles(shares)}<section><h2>Figures</h2>{about}{html_table(named)}</section>"
 
 
 def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:

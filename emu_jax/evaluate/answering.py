@@ -16,8 +16,8 @@ from emu_jax.evaluate.tasks.base import (
     FewShotExamples,
     Item,
     Mode,
-    PromptPart,
     Stage,
+    StagePart,
     Task,
 )
 from emu_jax.generate.api import Emu
@@ -28,7 +28,7 @@ from emu_jax.tokenizer import Tokenizer
 
 READERS = 4  # threads that load images
 # Descriptions of checkpoints by the mode in which they are asked.
-KINDS: dict[Mode, str] = {
+_KINDS: dict[Mode, str] = {
     "pretrain": "is not instruction-tuned",
     "instruct": "is instruction-tuned",
     "chat": "is an Emu2-Chat",
@@ -37,7 +37,7 @@ KINDS: dict[Mode, str] = {
 T = TypeVar("T")
 
 
-class Answering:
+class Answerer:
     """Answers batches of items, loading the images of a batch while the one before is computed.
 
     Args:
@@ -179,13 +179,13 @@ def choose_mode(asked: str, tokenizer: Tokenizer, task: Task) -> Mode:
     tuned: Mode = "chat" if tokenizer.family == "emu2" else "instruct"
     mode: Mode = tuned if tokenizer.instruct else "pretrain"
     if asked not in ("auto", mode):
-        raise UserError(f"--mode {asked}: the checkpoint {KINDS[mode]}; leave it out")
+        raise UserError(f"--mode {asked}: the checkpoint {_KINDS[mode]}; leave it out")
     if mode not in task.modes:
         kind = "an instruction-tuned" if "instruct" in task.modes else "the pretrained"
         raise UserError(f"{task.name} is a task for {kind} model: choose another checkpoint")
     return mode
 
 
-def spelled(prompt: Sequence[PromptPart]) -> str:
+def spelled(prompt: Sequence[StagePart]) -> str:
     """Formats a prompt for a reader, with file names in place of images."""
     return "".join(p if isinstance(p, str) else f"<{p.name}>" for p in prompt)

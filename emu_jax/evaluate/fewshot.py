@@ -26,7 +26,7 @@ from emu_jax.storage import writing
 log = logging.getLogger(__name__)
 
 Examples = Literal["none", "text", "random", "rices"]
-CHUNK = 1024  # images per cached feature file
+_CHUNK = 1024  # images per cached feature file
 
 # Returns features [B, W] of image or video files.
 Featurize = Callable[[Sequence[Path]], np.ndarray]
@@ -72,7 +72,7 @@ class FewShot:
     ) -> None:
         """Computes the features of the support set, or reads them from `folder`.
 
-        The folder has a file for each `CHUNK` images.
+        The folder has a file for each `_CHUNK` images.
 
         Args:
             share, count: compute share `share` of `count` shares of the features.
@@ -85,7 +85,7 @@ class FewShot:
         if self.kind != "rices":
             return
         paths = self._paths
-        chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+        chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{n:05d}-{_digest(chunk)}.npy" for n, chunk in enumerate(chunks)]
         missing = [n for n in range(share, len(chunks), count) if not files[n].is_file()]
@@ -93,8 +93,8 @@ class FewShot:
         for n in missing:
             log.info(
                 "RICES: features of images %d to %d of %d",
-                n * CHUNK,
-                n * CHUNK + len(chunks[n]),
+                n * _CHUNK,
+                n * _CHUNK + len(chunks[n]),
                 len(paths),
             )
             features = featurize(chunks[n])

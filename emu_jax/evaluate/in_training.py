@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from emu_jax.errors import UserError
-from emu_jax.evaluate.answering import Answering, choose_mode
+from emu_jax.evaluate.answering import Answerer, choose_mode
 from emu_jax.evaluate.fewshot import FewShot
 from emu_jax.evaluate.scorers import Scores
 from emu_jax.evaluate.tasks import TASKS
@@ -23,7 +23,7 @@ from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EvalResult, Evaluation, Stop
 from emu_jax.train.loop import EVALUATIONS
 from emu_jax.train.samples import TrainedEmu, rows_at_once, sheet_of
-from emu_jax.train.sheets import MAX_ROWS, Part, SheetRow
+from emu_jax.train.sheets import MAX_ROWS, SheetPart, SheetRow
 from emu_jax.train.step import Trainer, TrainState
 
 MAX_BEAMS = 5  # of the tasks; the model then does not split a batch
@@ -69,7 +69,7 @@ class TaskEvaluation(Evaluation):
 
     def run(self, state: TrainState, step: int, stop: Stop) -> EvalResult | None:
         """Answers the items, scores the answers and shows some beside the correct ones."""
-        answering = Answering(
+        answering = Answerer(
             self._emu(state),
             self.task,
             self._mode,
@@ -122,7 +122,7 @@ class TaskEvaluation(Evaluation):
 
     def _row(self, item: Item, answer: Any) -> SheetRow:
         media: Any = [] if item.media is None else open_file(item.media)
-        prompt: list[Part] = [*media[:FRAMES_SHOWN]] if is_video(media) else [media]
+        prompt: list[SheetPart] = [*media[:FRAMES_SHOWN]] if is_video(media) else [media]
         given, correct = self.task.shown(item, answer)
         return SheetRow([*prompt, *filter(None, [item.question])], [given], [correct])
 
@@ -150,4 +150,4 @@ def _open(cfg: TrainConfig, config: EvalConfig) -> tuple[Task, ScoringContext, l
 
 
 # The kinds of evaluations that `EvalConfig.kind` may name.
-KINDS: dict[str, type[Evaluation]] = EVALUATIONS | dict.fromkeys(TASKS, TaskEvaluation)
+EVALUATION_KINDS: dict[str, type[Evaluation]] = EVALUATIONS | dict.fromkeys(TASKS, TaskEvaluation)

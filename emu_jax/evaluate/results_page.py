@@ -11,7 +11,7 @@ import numpy as np
 
 from emu_jax.evaluate.tasks.base import Item, Result, Task
 from emu_jax.generate.prompt import open_file
-from emu_jax.page import details, image, table, tiles, write_page
+from emu_jax.page import details, html_table, image, tiles, write_page
 
 SAMPLES = 24  # answers on the page
 PIXELS = 320  # maximum length of an image's longer side
@@ -39,7 +39,7 @@ def write(
     sections = [
         tiles(heads),
         f"<section><h2>Beside the paper</h2>{_paper(task, result)}</section>" if task.paper else "",
-        f"<section><h2>Scores</h2>{table(scores)}</section>" if scores else "",
+        f"<section><h2>Scores</h2>{html_table(scores)}</section>" if scores else "",
         f"<section><h2>Notes</h2><ul>{notes}</ul></section>" if notes else "",
         _samples(task, items, answers, per_item, out),
         details("Settings", result.settings),

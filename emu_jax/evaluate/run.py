@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from emu_jax import sharding
-from emu_jax.checkpoint import fingerprint, latest_step
+from emu_jax.checkpoint import latest_step, model_fingerprint
 from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate import results_page
-from emu_jax.evaluate.answering import Answering, choose_mode, spelled
+from emu_jax.evaluate.answering import Answerer, choose_mode, spelled
 from emu_jax.evaluate.fewshot import Examples, FewShot
 from emu_jax.evaluate.scorers.similarity import SimilarityOptions
 from emu_jax.evaluate.tasks import TASKS
@@ -54,7 +54,7 @@ from emu_jax.train.distributed import initialize_distributed
 log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 30.0  # between two uploads of the predictions to an object store
-COLUMNS = ("id", "answer", "said", "asked")  # keys of a line of the predictions file
+_COLUMNS = ("id", "answer", "said", "asked")  # keys of a line of the predictions file
 SHOTS = 2  # default number of examples, the paper's for `--examples text`
 
 
@@ -130,12 +130,12 @@ def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Option
     if out.suffix != ".json":
         raise UserError(f"--out {out}: the result is a JSON file, name it so")
     initialize_distributed()
-    run = Evaluation(checkpoint, TASKS[task], Folder(data), out, options)
+    run = CheckpointEvaluation(checkpoint, TASKS[task], Folder(data), out, options)
     run.answer()
     return run.finish()
 
 
-class Evaluation:
+class CheckpointEvaluation:
     """An evaluation of one checkpoint on one task."""
 
     def __init__(
@@ -189,7 +189,7 @@ class Evaluation:
         # The release's defaults, not the checkpoint's.
         self.emu.defaults = GenerationConfig.of(self.emu.cfg)
         self.mode: Mode = choose_mode(options.mode, self.emu.tokenizer, task)
-        self.answering = Answering(
+        self.answering = Answerer(
             self.emu,
             task,
             self.mode,
@@ -199,7 +199,7 @@ class Evaluation:
             images=out.with_suffix(".images"),
             writes=self.leads,
         )
-        self.weights = fingerprint(checkpoint)
+        self.weights = model_fingerprint(checkpoint)
         self.settings = self._settings()
         out.parent.mkdir(parents=True, exist_ok=True)
         self.store = Store(out, self.settings, self.replica)
@@ -399,7 +399,7 @@ class Store:
                     if number == 1:
                         self._check(path, dict(row["settings"]))
                     else:
-                        rows[row["id"]] = {name: row[name] for name in COLUMNS}
+                        rows[row["id"]] = {name: row[name] for name in _COLUMNS}
                 except (ValueError, LookupError, TypeError):
                     which = "line" if number > 1 else "file"
                     raise UserError(

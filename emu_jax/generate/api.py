@@ -82,7 +82,7 @@ from emu_jax.tokenizer import USER, Tokenizer
 log = logging.getLogger(__name__)
 
 # The values of a model's variables, in the order of its graphdef: arrays and `QuantizedMatrix`.
-Params: TypeAlias = list[Any]
+Variables: TypeAlias = list[Any]
 
 STEPS_PER_STOP_CHECK = 5  # calls of the denoiser between two calls of `stop`
 ELEMENTS_PER_STREAM_CHECK = 4  # elements that are decoded before a stream yields them
@@ -126,7 +126,7 @@ def load(
         model, tokenizer = load_release(directory, mesh, dtype, quantize)
         defaults = GenerationConfig.of(model.cfg)
     else:
-        cfg = checkpoint.load_config(directory)
+        cfg = checkpoint.load_model_config(directory)
         check_heads(directory, cfg)
         tokenizer = checkpoint.load_tokenizer(directory)
         defaults = GenerationConfig.of(cfg)
@@ -1021,7 +1021,7 @@ def _image_keys(image_keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _encode(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: UInt8[Array, "B side side 3"] | Float[Array, "B side side 3"],
     frames: Bool[Array, "B"] | None,
     dtype: jnp.dtype,
@@ -1035,7 +1035,7 @@ def _encode(
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _features(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: UInt8[Array, "B side side 3"],
     dtype: jnp.dtype,
 ) -> Float[Array, "B width"]:
@@ -1046,7 +1046,7 @@ def _features(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _decode(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
@@ -1064,7 +1064,7 @@ def _decode(
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def _losses(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
@@ -1079,7 +1079,7 @@ def _losses(
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def _regress(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
@@ -1092,7 +1092,7 @@ def _regress(
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "shape"))
 def _start_painting(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     keys: Key[Array, "B"],
     dtype: jnp.dtype,
     shape: tuple[int, int],
@@ -1103,7 +1103,7 @@ def _start_painting(
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def _paint_steps(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     state: diffusion.SamplerState,
     cond: Float[Array, "B N E"],
     uncond: Float[Array, "N E"] | Float[Array, "B N E"] | None,
@@ -1119,7 +1119,7 @@ def _paint_steps(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _finish_painting(
-    graphdef: nnx.GraphDef, params: Params, state: diffusion.SamplerState, dtype: jnp.dtype
+    graphdef: nnx.GraphDef, params: Variables, state: diffusion.SamplerState, dtype: jnp.dtype
 ) -> UInt8[Array, "B height width 3"]:
     return finish_painting(nnx.merge(graphdef, params), state, dtype)
 
@@ -1127,7 +1127,7 @@ def _finish_painting(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _open_mixed(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
@@ -1145,7 +1145,7 @@ def _open_mixed(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
 def _decode_mixed(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     state: mixed.MixedState,
     static: mixed.StaticMixedSettings,
     dynamic: mixed.DynamicMixedSettings,
@@ -1160,7 +1160,7 @@ def _decode_mixed(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _complete(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],

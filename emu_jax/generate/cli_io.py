@@ -11,7 +11,7 @@ from PIL import Image
 
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu
-from emu_jax.generate.prompt import Part, open_file
+from emu_jax.generate.prompt import PromptPart, open_file
 from emu_jax.generate.settings import (
     MAX_SEED,
     GenerationConfig,
@@ -26,7 +26,7 @@ Output = Literal["text", "image", "auto"]
 OUTPUT_SETTINGS = {"text": TextSettings, "image": ImageSettings, "auto": MixedSettings}
 
 
-def read_part(part: str) -> Part:
+def parse_part(part: str) -> PromptPart:
     """Reads a PART: `@FILE` is an image or a video, anything else is text. `@@` starts a text that
     begins with @.
 
@@ -42,7 +42,7 @@ def read_part(part: str) -> Part:
     return open_file(Path(part[1:]))
 
 
-def read_batch(path: Path) -> list[list[Part]]:
+def read_batch(path: Path) -> list[list[PromptPart]]:
     """Reads a file of prompts, each line a JSON list of PARTs or a single PART.
 
     Raises:
@@ -66,7 +66,7 @@ def read_batch(path: Path) -> list[list[Part]]:
                 f'{path}, line {number}: not a JSON list of parts such as ["@a.png", "what is it?"]'
             )
         try:
-            prompts.append([read_part(p) for p in parts])
+            prompts.append([parse_part(p) for p in parts])
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     if not prompts:
@@ -114,7 +114,7 @@ def parse_settings(output: Output, given: Iterable[str]) -> dict[str, Any]:
 
 def answer(
     emu: Emu,
-    prompts: Sequence[list[Part]],
+    prompts: Sequence[list[PromptPart]],
     output: Output,
     seed: int,
     max_new_tokens: int | None = None,

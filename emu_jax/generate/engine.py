@@ -35,7 +35,7 @@ from emu_jax.generate.api import (
     ELEMENTS_PER_STREAM_CHECK,
     STEPS_PER_STOP_CHECK,
     Emu,
-    Params,
+    Variables,
     _encode,
     _finish_painting,
     _image_keys,
@@ -67,7 +67,7 @@ PREFILL_ROWS = (1, 4, 8)  # sizes of a batch of prompts, or of their images; few
 PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
 PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
 # Kinds of requests: `stream`, `generate_image`, `search`.
-TEXT, IMAGE, SEARCH = "text", "image", "search"
+TEXT_REQUEST, IMAGE_REQUEST, SEARCH_REQUEST = "text", "image", "search"
 LOST = "the state of the batch was lost when a prompt could not be read into it"
 
 
@@ -209,7 +209,7 @@ class Engine:
         run, so that a prompt is ready for the next free slot.
         """
         texts = self.slots + self.image_slots
-        return {TEXT: texts, IMAGE: self.image_slots + 1, SEARCH: 1}
+        return {TEXT_REQUEST: texts, IMAGE_REQUEST: self.image_slots + 1, SEARCH_REQUEST: 1}
 
     @property
     def active(self) -> tuple[int, int]:
@@ -964,7 +964,7 @@ def _put_images(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _read_rows(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
@@ -1001,7 +1001,7 @@ def _read_rows(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
 def _decode_slots(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     state: mixed.MixedState,
     active: Bool[Array, "slots"],
     static: mixed.StaticMixedSettings,
@@ -1033,7 +1033,7 @@ def _decode_slots(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _start_search(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     images: Float[Array, "B images N E"],
     tokens: Int[Array, "B T"],
     embedding_index: Int[Array, "B T"],
@@ -1053,7 +1053,7 @@ def _start_search(
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
 def _continue_search(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     state: text.SearchState,
     static: StaticSettings,
     dynamic: DynamicSettings,
@@ -1075,7 +1075,7 @@ def _best_beam(
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def _denoise_slots(
     graphdef: nnx.GraphDef,
-    params: Params,
+    params: Variables,
     state: diffusion.SamplerState,
     cond: Float[Array, "slots 1 N E"],
     uncond: Float[Array, "slots 1 N E"] | None,

@@ -157,7 +157,7 @@ def start_painting(
     image_shape: tuple[int, int] | None = None,
 ) -> diffusion.SamplerState:
     """Returns the sampler's state before the first step: noise, each image's from its own key."""
-    return diffusion.start(initial_latents(keys, cfg, dtype, image_shape))
+    return diffusion.initial_state(initial_latents(keys, cfg, dtype, image_shape))
 
 
 def paint_steps(

@@ -53,8 +53,8 @@ from emu_jax.tokenizer import (
 
 # A text; an image: PIL, pixels [h, w, 3] in uint8 or in floats from 0 to 1, `Normalized` pixels; a
 # video: pixels [F, h, w, 3] or a list of images; or the Path of an image or a video.
-Part: TypeAlias = Any
-Parts: TypeAlias = Sequence[Part] | str
+PromptPart: TypeAlias = Any
+Parts: TypeAlias = Sequence[PromptPart] | str
 Prompts: TypeAlias = Sequence[list[Any]]
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -85,7 +85,7 @@ class ChatFormat:
     text_system: str
     grounding_system: str | None = None
 
-    def default_system(self, parts: Sequence[Part], grounding: bool) -> str:
+    def default_system(self, parts: Sequence[PromptPart], grounding: bool) -> str:
         """Returns the system message of a dialogue with these parts."""
         if grounding and self.grounding_system is not None:
             return self.grounding_system
@@ -127,12 +127,12 @@ class Normalized:
     pixels: Float[np.ndarray, "side side 3"]
 
 
-def is_video(part: Part) -> bool:
+def is_video(part: PromptPart) -> bool:
     """Returns whether a part is a list of frames."""
     return isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim == 4)
 
 
-def images_of(part: Part) -> list[Any]:
+def images_of(part: PromptPart) -> list[Any]:
     """Returns the images of a part: none of a text, each frame of a video."""
     if isinstance(part, str):
         return []
@@ -146,7 +146,7 @@ def as_prompts(prompt: Any) -> tuple[list[Any], bool]:
     return (list(prompt), False) if many else ([prompt], True)
 
 
-def as_parts(prompt: Any) -> list[Part]:
+def as_parts(prompt: Any) -> list[PromptPart]:
     """Returns a prompt as a list of parts, with files opened. A single part becomes a list."""
     single = isinstance(prompt, str | Path | Image.Image | np.ndarray | Normalized)
     if not single and not isinstance(prompt, Iterable):
@@ -155,7 +155,7 @@ def as_parts(prompt: Any) -> list[Part]:
     return [open_file(part) if isinstance(part, Path) else part for part in parts]
 
 
-def open_file(path: Path) -> Part:
+def open_file(path: Path) -> PromptPart:
     """Reads an image, or the frames of a video that the release shows to the model.
 
     The content decides which it is, not the name.
@@ -221,7 +221,7 @@ def instruct(
     *,
     style: ChatFormat = EMU_CHAT,
     grounding: bool = False,
-) -> list[Part]:
+) -> list[PromptPart]:
     """Puts a user's turn into the format of an instruction-tuned model, such as
     `<system> [USER]: <prompt> [ASSISTANT]:`; see `converse`."""
     return converse([prompt], system, style=style, grounding=grounding)
@@ -233,7 +233,7 @@ def converse(
     *,
     style: ChatFormat = EMU_CHAT,
     grounding: bool = False,
-) -> list[Part]:
+) -> list[PromptPart]:
     """Puts a dialogue into the format of an instruction-tuned model.
 
     User and model take turns. The user has the first and the last turn; each answer ends in `</s>`.
@@ -253,7 +253,7 @@ def converse(
     if system is None:
         said = [part for parts in asked[::2] for part in parts]
         system = style.default_system(said, grounding)
-    spelled: list[Part] = []
+    spelled: list[PromptPart] = []
     for number, parts in enumerate(asked):
         if number % 2:
             spelled += [style.answer] if style.answer else []
@@ -290,7 +290,9 @@ def box_image(box: Box) -> UInt8[np.ndarray, "448 448 3"]:
     return np.repeat(np.where(white, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def grounded(text: str, objects: Sequence[tuple[str, Box | None, Part | None]]) -> list[Part]:
+def grounded(
+    text: str, objects: Sequence[tuple[str, Box | None, PromptPart | None]]
+) -> list[PromptPart]:
     """Returns the prompt of an image by Emu2 in which objects have places and looks.
 
     Args:
@@ -301,7 +303,7 @@ def grounded(text: str, objects: Sequence[tuple[str, Box | None, Part | None]]) 
     Raises:
         UserError: a box is invalid.
     """
-    parts: list[Part] = [GROUNDING + text]
+    parts: list[PromptPart] = [GROUNDING + text]
     for phrase, box, image in objects:
         parts.append(f"{PHRASE}{phrase}{PHRASE_END}")
         if box is not None:

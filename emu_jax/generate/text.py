@@ -160,7 +160,7 @@ class SampleState(NamedTuple):
         return SampleState(sequences, self.length + 1, self.done | (token == static.tokens.eos))
 
 
-def decode_until(
+def _decode_until(
     llama: Llama,
     state: SampleState,
     decoding: DecodeState,
@@ -195,7 +195,7 @@ def _sample(
 ) -> Int[Array, "B T"]:
     state = SampleState.start(decoding.logits.shape[0], static)
     state = state.extend(decoding.logits, static, dynamic, keys, allowed)
-    state, _ = decode_until(
+    state, _ = _decode_until(
         llama, state, decoding, dynamic.max_length, static, dynamic, keys, allowed
     )
     return state.sequences

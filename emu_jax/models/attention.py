@@ -28,7 +28,7 @@ from emu_jax.errors import UserError, suggest
 from emu_jax.models import cpu, xla
 from emu_jax.models.backend import kernels
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
-from emu_jax.models.short_attention import LONGEST, short_attention
+from emu_jax.models.short_attention import LANES, LONGEST, short_attention
 from emu_jax.models.xla import segment_mask
 from emu_jax.sharding import shard, spec
 
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 BACKENDS = ("xla", "cpu", "splash", "cudnn")
 FASTEST = {"cpu": "cpu", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
 
-LANES = 128  # per vector register of a TPU
 # Queries and keys per step of the splash kernel. The largest size that divides a row is used.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
 SPLASH_COMPUTE = 512  # keys per matmul

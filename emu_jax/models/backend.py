@@ -16,9 +16,9 @@ import jax
 
 from emu_jax.models import cpu, xla
 
-Name = Literal["cpu", "xla"]
+BackendName = Literal["cpu", "xla"]
 
-_requested: ContextVar[Name | None] = ContextVar("backend", default=None)
+_requested: ContextVar[BackendName | None] = ContextVar("backend", default=None)
 
 
 def platform() -> str:
@@ -33,7 +33,7 @@ def on_cpu() -> bool:
 
 
 @contextlib.contextmanager
-def use(name: Name) -> Iterator[None]:
+def use(name: BackendName) -> Iterator[None]:
     """Makes programs traced in this context use the kernels of `name` on every platform."""
     token = _requested.set(name)
     try:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from emu_jax.config import VisionConfig
 from emu_jax.models.attention import attention
 from emu_jax.models.layers import LayerNorm, Linear, gelu, normal, param, scan, stack
-from emu_jax.models.low_precision import matmul
+from emu_jax.models.low_precision import low_precision_matmul
 from emu_jax.models.remat import CHECKPOINT_QKV, CHECKPOINT_RESIDUAL
 from emu_jax.sharding import shard
 
@@ -78,7 +78,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         # Three matmuls: slicing the result of a single one would copy it.
         qkv = self.qkv[...].astype(x.dtype)
-        q, k, v = (matmul(x, qkv[:, part]) for part in range(3))
+        q, k, v = (low_precision_matmul(x, qkv[:, part]) for part in range(3))
         q, v = (a + bias[...].astype(x.dtype) for a, bias in ((q, self.q_bias), (v, self.v_bias)))
         q, k, v = (
             rearrange(checkpoint_name(a, CHECKPOINT_QKV), "b p (h k) -> b p h k", k=self.head_width)

@@ -71,9 +71,9 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         if isinstance(kernel, quantized.QuantizedMatrix):
-            y = quantized.matmul(x, kernel)
+            y = quantized.quantized_matmul(x, kernel)
         else:
-            y = low_precision.matmul(x, kernel.astype(x.dtype))
+            y = low_precision.low_precision_matmul(x, kernel.astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -163,7 +163,7 @@ def scan(
 
     def step(carry: Any, layer: tuple[Any, Any, Any]) -> tuple[Any, Any]:
         params, x, key = layer
-        with low_precision.use(matmul_dtype, key):
+        with low_precision.use_matmul_dtype(matmul_dtype, key):
             return body(nnx.merge(graphdef, params), carry, x)
 
     if remat != "none":

@@ -41,7 +41,7 @@ from emu_jax.models.backend import kernels
 from emu_jax.models.remat import CHECKPOINT_MATMUL
 
 # Dtypes of operands and of gradients, by the values of `TrainConfig.matmul_dtype`.
-DTYPES: dict[str, tuple[Any, Any]] = {
+MATMUL_DTYPES: dict[str, tuple[Any, Any]] = {
     "int8": (jnp.int8, jnp.int8),
     "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
 }
@@ -74,8 +74,9 @@ _settings: ContextVar[_Settings | None] = ContextVar("low_precision", default=No
 
 
 @contextlib.contextmanager
-def use(dtype: str, key: jax.Array | None) -> Iterator[None]:
-    """Makes `matmul` compute in `dtype`, a key of `DTYPES`, or with "" in the compute dtype.
+def use_matmul_dtype(dtype: str, key: jax.Array | None) -> Iterator[None]:
+    """Makes `low_precision_matmul` compute in `dtype`: a key of `MATMUL_DTYPES`, or "" for the
+    compute dtype.
 
     Args:
         key: for the stochastic rounding of gradients; without it they are rounded to the nearest.
@@ -98,8 +99,10 @@ def split_key(key: jax.Array | None, dtype: str) -> tuple[jax.Array | None, jax.
     return key, rounding_key
 
 
-def matmul(x: Float[Array, "*T D"], kernel: Float[Array, "D E"]) -> Float[Array, "*T E"]:
-    """Returns x @ kernel in their dtype, computed in the dtype that `use` chose."""
+def low_precision_matmul(
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"]
+) -> Float[Array, "*T E"]:
+    """Returns x @ kernel in their dtype, computed in the dtype that `use_matmul_dtype` chose."""
     settings = _settings.get()
     if settings is None:
         return kernels().matmul(x, kernel)
@@ -116,7 +119,7 @@ def _matmul(
 def _matmul_fwd(
     x: Float[Array, "*T D"], kernel: Float[Array, "D E"], key: jax.Array | None, dtype: str
 ) -> tuple[Float[Array, "*T E"], tuple[Scaled, Scaled, jax.Array | None]]:
-    operands, _ = DTYPES[dtype]
+    operands, _ = MATMUL_DTYPES[dtype]
     rows, columns = scaled(x, operands, (-1,)), scaled(kernel, operands, (0,))
     y = kernels().low_precision_dot(rows.values, columns.values, ((x.ndim - 1,), (0,)))
     y = (y * rows.scales * columns.scales).astype(x.dtype)
@@ -128,7 +131,7 @@ def _matmul_bwd(
     dtype: str, saved: tuple[Scaled, Scaled, jax.Array | None], dy: Float[Array, "*T E"]
 ) -> tuple[Float[Array, "*T D"], Float[Array, "D E"], None]:
     x, kernel, key = saved
-    _, gradients = DTYPES[dtype]
+    _, gradients = MATMUL_DTYPES[dtype]
     noise = None if key is None else rounding_noise(key, dy.shape)
     rows = scaled(dy * kernel.scales, gradients, (-1,), noise)
     dx = kernels().low_precision_dot(rows.values, kernel.values, ((dy.ndim - 1,), (1,)))

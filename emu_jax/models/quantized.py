@@ -4,10 +4,10 @@ int8   a scale for each output channel
 int4   a scale for each output channel and group of up to 128 inputs, two numbers in a byte; a
        matrix with an odd number of inputs is in int8
 
-Linear layers multiply by `matmul`. Others read `param[...].astype(dtype)`, which computes the
-matrix that they multiply with. A convolution has a scale for each of its taps. The U-Net is in int8
-with either type. Norms, biases, token embeddings, adapters, the connector and the autoencoder are
-not quantized.
+Linear layers multiply by `quantized_matmul`. Others read `param[...].astype(dtype)`, which computes
+the matrix that they multiply with. A convolution has a scale for each of its taps. The U-Net is in
+int8 with either type. Norms, biases, token embeddings, adapters, the connector and the autoencoder
+are not quantized.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ Parameter = jax.Array | QuantizedMatrix
 
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "*T D"], matrix: QuantizedMatrix) -> Float[Array, "*T E"]:
+def quantized_matmul(x: Float[Array, "*T D"], matrix: QuantizedMatrix) -> Float[Array, "*T E"]:
     """Returns x @ matrix in the dtype of `x`. The matrix has no gradient.
 
     The backward pass converts the matrix to floats again. Otherwise a stack of layers would save
@@ -105,7 +105,7 @@ def matmul(x: Float[Array, "*T D"], matrix: QuantizedMatrix) -> Float[Array, "*T
 def _matmul_fwd(
     x: Float[Array, "*T D"], matrix: QuantizedMatrix
 ) -> tuple[Float[Array, "*T E"], QuantizedMatrix]:
-    return matmul(x, matrix), matrix
+    return quantized_matmul(x, matrix), matrix
 
 
 def _matmul_bwd(
@@ -114,7 +114,7 @@ def _matmul_bwd(
     return kernels().matmul(dy, matrix.astype(dy.dtype).T), None
 
 
-matmul.defvjp(_matmul_fwd, _matmul_bwd)
+quantized_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def check_quantization(kind: str | None) -> None:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 LONGEST = 1280
 # The most queries that a head compares at once: their scores are then a few MiB.
 QUERIES = 512
-LANES, SUBLANES = 128, 16  # of a vector register, in bfloat16
+LANES, SUBLANES = 128, 16  # of a vector register of a TPU, in bfloat16
 LONG_VMEM = 96 << 20  # bytes for rows of more than QUERIES; the compiler's default is too small
 
 # Names of the kernels in a compiled module.

@@ -19,7 +19,7 @@ import numpy as np
 from emu_jax.models import short_attention
 
 # Of the rules here and in `plan.roofline`: raise it when they change what a module counts.
-RULES = 3
+RULES_VERSION = 3
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "token": 0}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")

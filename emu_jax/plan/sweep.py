@@ -71,7 +71,7 @@ TEMPORARIES = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class SettingGroup:
     """Settings that differ only in rows per chip, with costs estimated by tracing one of them."""
 
     policy: str
@@ -157,7 +157,7 @@ def _setting(
     )
 
 
-def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Family:
+def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> SettingGroup:
     """Estimates the costs of a family by tracing a step at the fewest rows, without compiling."""
     chip = topology.chip
     rows = chip.devices
@@ -170,7 +170,7 @@ def family(cfg: TrainConfig, topology: Topology, policy: str, fsdp: int) -> Fami
         flops = jaxpr_flops(trainer.step.trace(trainer.state_shapes, batch).jaxpr.jaxpr)
     # Float32 parameters are gathered in bfloat16 for both passes, and their gradients reduced.
     gathered = 3 * kinds["parameters"] * fsdp / 2 * chip.devices
-    return Family(
+    return SettingGroup(
         policy,
         fsdp,
         fixed_bytes=kinds["parameters"] + kinds["optimizer"],
@@ -228,7 +228,7 @@ def sweep(
 
 def _publish(trials: list[Trial], out: Path) -> None:
     """Writes the table and the plot of the trials so far."""
-    write_text(out / "sweep.md", table(trials))
+    write_text(out / "sweep.md", trials_table(trials))
     curves = [trial for trial in trials if trial.curve]
     if curves:
         plot_scaling(curves, out / "scaling.png")
@@ -254,7 +254,7 @@ class _Best(NamedTuple):
 
     trial: Trial
     report: CompiledReport
-    family: Family
+    family: SettingGroup
 
 
 class _Search:
@@ -277,7 +277,7 @@ class _Search:
         self.pace = {"compute": 1.0, "ici": 1.0}  # ratio of compiled to promised seconds
         self.limit = topology.chip.hbm_bytes / topology.chip.devices
 
-    def families(self, families: Iterable[Family]) -> None:
+    def families(self, families: Iterable[SettingGroup]) -> None:
         waiting = sorted(families, key=self.promise)
         while waiting:
             candidate = waiting.pop(0)
@@ -287,7 +287,7 @@ class _Search:
                 self.family(candidate)
                 waiting.sort(key=self.promise)
 
-    def family(self, candidate: Family) -> None:
+    def family(self, candidate: SettingGroup) -> None:
         """Compiles the numbers of rows that may fit, the largest first, until one fits."""
         for rows in self.rows:
             if not self.may_fit(candidate, rows):
@@ -308,7 +308,7 @@ class _Search:
                     self.best = _Best(trial, report, candidate)
                 return
 
-    def promise(self, candidate: Family) -> float:
+    def promise(self, candidate: SettingGroup) -> float:
         """Returns the promised seconds per row on a chip, like `seconds_per_row` without HBM."""
         rows = next((rows for rows in self.rows if self.may_fit(candidate, rows)), 0)
         if not rows:
@@ -317,7 +317,7 @@ class _Search:
         network = candidate.network * self.pace["ici"]
         return (max(products, network) + products + network) / 2 / rows
 
-    def may_fit(self, candidate: Family, rows: int) -> bool:
+    def may_fit(self, candidate: SettingGroup, rows: int) -> bool:
         """Returns whether a number of rows may fit.
 
         Guesses that half of the temporaries grow with the rows, and takes off a tenth: a wasted
@@ -329,7 +329,7 @@ class _Search:
             temporaries = 0.9 * there * (1 + rows / _rows_at_a_time(self.last)) / 2
         return candidate.fixed_bytes + candidate.bytes_per_row * rows + temporaries <= self.limit
 
-    def name(self, candidate: Family) -> str:
+    def name(self, candidate: SettingGroup) -> str:
         return f"{_name(self.topology)}, fsdp {candidate.fsdp}, {candidate.policy}"
 
 
@@ -426,7 +426,7 @@ class _Trials:
 def _key(cfg: TrainConfig, topology: Topology, flags: str) -> str:
     setting = to_dict(dataclasses.replace(cfg, tuned={}))
     compiler = [jax.__version__, version("libtpu"), flags, SAFE]
-    values = [setting, str(topology), topology.slices, *compiler, hlo.RULES]
+    values = [setting, str(topology), topology.slices, *compiler, hlo.RULES_VERSION]
     return json.dumps(values, sort_keys=True)
 
 
@@ -434,7 +434,7 @@ def _name(topology: Topology) -> str:
     return str(topology) + (f" x{topology.slices}" if topology.slices > 1 else "")
 
 
-def table(trials: list[Trial]) -> str:
+def trials_table(trials: list[Trial]) -> str:
     """Formats one row for each setting that fits, the best first for each topology."""
     order = lambda r: (r.topology, r.slices, seconds_per_row(r))  # noqa: E731
     reports = [trial.fitting for trial in trials if not trial.curve]
@@ -517,7 +517,7 @@ def check_page(page: Path, name: str = "") -> str:
     for region in (f"{REGION} {name}", REGION):
         if markdown.has_region(text, region):
             return region
-    lines = " and ".join(markdown.markers(REGION))
+    lines = " and ".join(markdown.region_markers(REGION))
     raise UserError(f"{page}: no lines {lines}: add them where the table should stand")
 
 

@@ -57,9 +57,9 @@ from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu, load
 from emu_jax.generate.batching import Shapes
 from emu_jax.generate.engine import (
-    IMAGE,
-    SEARCH,
-    TEXT,
+    IMAGE_REQUEST,
+    SEARCH_REQUEST,
+    TEXT_REQUEST,
     Engine,
     EnginePart,
     Preview,
@@ -122,7 +122,7 @@ STOP_SECONDS = 2  # more than `Limits.drain_seconds`, until the server ends
 # that computes the step: another one would be idle meanwhile.
 GATHER_SECONDS = 0.01
 PLACE_SECONDS = 0.5  # between two looks at a request's place in the queue
-EXAMPLES = "examples.json"  # of a checkpoint: prompts for the page, a list for each tab
+_EXAMPLES = "examples.json"  # of a checkpoint: prompts for the page, a list for each tab
 _PAGE = Path(__file__).parent / "page"
 _NOTHING = object()
 T = TypeVar("T")
@@ -192,7 +192,7 @@ def make_app(
             raise
         del body
         search = asked.settings.get("num_beams", 1) > 1
-        kind = SEARCH if search else IMAGE if answer is draw else TEXT
+        kind = SEARCH_REQUEST if search else IMAGE_REQUEST if answer is draw else TEXT_REQUEST
 
         def start() -> Iterator[Any]:
             parts = answer(emu, asked, ticket.over)
@@ -537,7 +537,7 @@ def serve(
 
 def read_examples(checkpoint: Path) -> dict[str, Any]:
     """Returns the example prompts of a checkpoint: those of `examples.json`, or none."""
-    path = checkpoint / EXAMPLES
+    path = checkpoint / _EXAMPLES
     if not path.is_file():
         return {}
     try:

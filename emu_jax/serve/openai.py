@@ -47,7 +47,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 MAX_STOPS = 4
 STOP_CHARACTERS = 100
-SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")  # width and height of an image
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")  # width and height of an image
 DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -167,7 +167,7 @@ def parse_generation(
     settings = check_settings(settings, allowed, "")
     settings.setdefault("seed", secrets.randbits(31))
     if (size := values.get("size")) not in (None, "auto"):
-        sides = SIZE.fullmatch(size) if isinstance(size, str) else None
+        sides = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if sides is None or not all(map(int, sides.groups())):
             raise Refused(400, "size must be WIDTHxHEIGHT in pixels, such as 512x512, or auto")
         settings["width"], settings["height"] = map(int, sides.groups())

@@ -21,11 +21,17 @@ from emu_jax.data.images import open_image
 from emu_jax.data.sources.video import FRAMES, open_container
 from emu_jax.errors import UserError
 from emu_jax.generate.image import image_shape, native_side
-from emu_jax.generate.prompt import Part, open_video
+from emu_jax.generate.prompt import PromptPart, open_video
 from emu_jax.generate.settings import MAX_SIDE, RENAMED, GenerationConfig
 from emu_jax.tokenizer import ASSISTANT, BOS, EOS, IMAGE, IMG, IMG_END, PAD, UNK, USER
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of images; Pillow would accept more obscure ones
+_IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+)  # of images; Pillow would accept more obscure ones
 Ranges = Mapping[str, tuple[float, float]]
 T = TypeVar("T")
 IMAGE_KEY = "picture"  # JSON key of an image in requests and answers
@@ -140,7 +146,7 @@ class Message:
     """One turn of a chat, by the user or the assistant."""
 
     said_by_user: bool
-    parts: list[Part]
+    parts: list[PromptPart]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,12 +347,12 @@ class Room:
         self.limits, self.special = limits, special
         self.count, self.characters, self.images, self.pixels = 0, 0, 0, 0
 
-    def parts(self, given: Any) -> list[Part]:
+    def parts(self, given: Any) -> list[PromptPart]:
         if not isinstance(given, list) or not given:
             raise Refused(400, "parts must be a list of texts, images and videos")
         return [self.part(part) for part in given]
 
-    def part(self, given: Any) -> Part:
+    def part(self, given: Any) -> PromptPart:
         self.count += 1
         if self.count > self.limits.parts:
             raise Refused(413, f"more than {self.limits.parts} parts")
@@ -373,13 +379,15 @@ class Room:
     def image(self, value: str) -> Image.Image:
         content = self._file(value, IMAGE_KEY)
         try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS) as image:
                 self._fits(*image.size)
             return open_image(content)
         except Image.DecompressionBombError:
             raise Refused(413, f"an image of more than {self.limits.pixels} pixels") from None
         except (UserError, OSError, SyntaxError, ValueError):
-            raise Refused(400, f"an image is damaged, or not one of {', '.join(FORMATS)}") from None
+            raise Refused(
+                400, f"an image is damaged, or not one of {', '.join(_IMAGE_FORMATS)}"
+            ) from None
 
     def video(self, value: str) -> list[Image.Image]:
         content = self._file(value, "video")
@@ -421,6 +429,6 @@ def _video_size(content: bytes) -> tuple[int, int]:
         raise Refused(400, "a video cannot be read") from None
 
 
-def joined_parts(messages: Sequence[Message]) -> list[Part]:
+def joined_parts(messages: Sequence[Message]) -> list[PromptPart]:
     """Concatenates the parts of all messages, the prompt for a model without chat tuning."""
     return [part for message in messages for part in message.parts]

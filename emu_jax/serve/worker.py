@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MEAN_WEIGHT = 0.2  # of the newest wait in the mean wait
 IDLE_SECONDS = 0.005  # between two rounds of answers that wait for something else than a step
 
-Answer = Callable[[], Iterable[Any]]
+_Answer = Callable[[], Iterable[Any]]
 
 
 class Ticket:
@@ -44,7 +44,7 @@ class Ticket:
         self.client, self.kind = client, ""
         self.deadline, self._seconds = math.inf, seconds
         self.queued, self.place = 0.0, 0
-        self.answer: Answer = lambda: iter(())
+        self.answer: _Answer = lambda: iter(())
         self.iterator: Iterator[Any] | None = None  # of the answer, once it runs
         self.gone = threading.Event()
         self._on_leave = on_leave
@@ -213,7 +213,7 @@ class Worker:
         with self._changed:
             self._places -= 1
 
-    def submit(self, ticket: Ticket, answer: Answer, kind: str = "") -> None:
+    def submit(self, ticket: Ticket, answer: _Answer, kind: str = "") -> None:
         """Queues a reserved ticket, or refuses it if the server is shutting down."""
         ticket.answer, ticket.kind = answer, kind
         with self._changed:

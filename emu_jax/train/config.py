@@ -24,7 +24,7 @@ from emu_jax.data.pipeline import DataConfig
 from emu_jax.data.sources import SourceConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.attention import BACKENDS
-from emu_jax.models.low_precision import DTYPES as MATMUL_DTYPES
+from emu_jax.models.low_precision import MATMUL_DTYPES
 from emu_jax.models.quantized import check_quantization
 from emu_jax.models.remat import REMAT
 from emu_jax.sharding import flatten

@@ -27,9 +27,9 @@ from emu_jax.train.evaluation import EMA, EvalResult, Evaluation, Stop
 from emu_jax.train.objectives import Batch, Metrics, add_statistics
 from emu_jax.train.step import COMPILE_SECONDS, ModelParams, Trainer, TrainState, check_rows
 
-SEED = 0x6576616C  # of noise and times, the same in all runs
+_SEED = 0x6576616C  # of noise and times, the same in all runs
 
-Sums = dict[str, Any]  # see `objectives.add_statistics`
+_RunningSums = dict[str, Any]  # see `objectives.add_statistics`
 
 
 class LossEvaluation(Evaluation):
@@ -67,7 +67,7 @@ class LossEvaluation(Evaluation):
         weights = {"": state.trained | state.frozen}
         if state.ema:
             weights[EMA] = state.ema | state.frozen
-        sums = {prefix: {name: Sums() for name in self._sources} for prefix in weights}
+        sums = {prefix: {name: _RunningSums() for name in self._sources} for prefix in weights}
         with ProgressBar(
             f"{self.config.name} at step {step}",
             self.config.batches * sum(rows for _, rows in self._sources.values()),
@@ -148,7 +148,7 @@ class LossEvaluation(Evaluation):
     ) -> Metrics:
         """Returns `Objective.held_out` of a batch, whose first `rows` rows are not padding."""
         module = self.trainer.template.module(params)
-        key = jax.random.fold_in(jax.random.key(SEED), noise)
+        key = jax.random.fold_in(jax.random.key(_SEED), noise)
         padded = len(next(iter(batch.values())))
         return self.trainer.objective.held_out(module, batch, jnp.arange(padded) < rows, key)
 
@@ -163,11 +163,11 @@ class LossEvaluation(Evaluation):
             barrier(key=key, timeout_ms=1000 * COMPILE_SECONDS)
         return self._compiled[shapes]
 
-    def _metrics(self, sums: Mapping[str, Mapping[str, Sums]]) -> dict[str, float]:
+    def _metrics(self, sums: Mapping[str, Mapping[str, _RunningSums]]) -> dict[str, float]:
         """Returns the metrics of {prefix: {source: sums}}."""
         metrics: dict[str, float] = {}
         for prefix, of_sources in sums.items():
-            total = Sums()
+            total = _RunningSums()
             for source in of_sources.values():
                 for name, value in source.items():
                     total[name] = total.get(name, 0.0) + value

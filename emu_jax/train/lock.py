@@ -26,7 +26,7 @@ from emu_jax.errors import UserError
 from emu_jax.storage import create_text, is_remote
 
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 35.0  # an owner on another host without a heartbeat for this long is dead
+LOCK_STALE_SECONDS = 35.0  # an owner on another host without a heartbeat for this long is dead
 SETTLE_SECONDS = 0.5  # reveals another job that takes the lock over at the same moment
 
 _log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Lock:
         if not self.held and self._lost:
             raise UserError(
                 f"{self._lost} has taken over {self.path.parent}, because this process wrote no "
-                f"heartbeat for {STALE_SECONDS:.0f} s: this process stops and leaves the "
+                f"heartbeat for {LOCK_STALE_SECONDS:.0f} s: this process stops and leaves the "
                 "checkpoints to it"
             )
 
@@ -159,11 +159,11 @@ class Lock:
             "%s is locked by %s: waiting up to %.0f s for a heartbeat",
             self.path.parent,
             _name(owner),
-            STALE_SECONDS,
+            LOCK_STALE_SECONDS,
         )
-        end = time.monotonic() + STALE_SECONDS
+        end = time.monotonic() + LOCK_STALE_SECONDS
         while time.monotonic() < end:
-            time.sleep(min(1.0, STALE_SECONDS / 10))
+            time.sleep(min(1.0, LOCK_STALE_SECONDS / 10))
             if not self.path.exists():
                 return None
             if (now := self._owner()) and now != owner:

@@ -90,7 +90,7 @@ def encode_nu(
     return Quantized(jnp.where(nu > 0, jnp.maximum(codes, 1), 0).astype(jnp.uint8), scales)
 
 
-def decode(moment: Quantized) -> Float[Array, "..."]:
+def dequantize(moment: Quantized) -> Float[Array, "..."]:
     """Returns a moment in float32. The dtype of its codes tells which of the two it is."""
     codes, scales = moment.codes.astype(jnp.float32), moment.scales
     if moment.codes.dtype == jnp.int8:
@@ -101,7 +101,7 @@ def decode(moment: Quantized) -> Float[Array, "..."]:
     return (_blocks(values, axis) * jnp.expand_dims(scales, axis + 1)).reshape(codes.shape)
 
 
-def rounding_noise(
+def rounding_bits(
     count: jax.typing.ArrayLike,
     axes: Mapping[str, int | None],
     shapes: Mapping[str, tuple[int, ...]],

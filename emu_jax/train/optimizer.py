@@ -15,10 +15,10 @@ from emu_jax.train.config import EIGHT_BITS, GroupConfig, OptimizerConfig
 from emu_jax.train.moments import (
     Quantized,
     block_axis,
-    decode,
+    dequantize,
     encode_mu,
     encode_nu,
-    rounding_noise,
+    rounding_bits,
 )
 
 
@@ -184,7 +184,7 @@ def _scale_by_adam(
         )
         mu, nu = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         if quantized:
-            noise = rounding_noise(count, blocks, {path: x.shape for path, x in mu.items()})
+            noise = rounding_bits(count, blocks, {path: x.shape for path, x in mu.items()})
             stored = encoded(mu, nu, noise)
             kept = state.mu, state.nu  # rounding them again would change them
             stored = jax.tree.map(lambda n, o: jnp.where(finite, n, o), stored, kept)
@@ -201,7 +201,7 @@ def _decoded(moments: Any) -> Any:
     """Returns moments with those that are quantized in float32."""
     is_quantized = lambda x: isinstance(x, Quantized)  # noqa: E731
     return jax.tree.map(
-        lambda x: decode(x) if is_quantized(x) else x, moments, is_leaf=is_quantized
+        lambda x: dequantize(x) if is_quantized(x) else x, moments, is_leaf=is_quantized
     )
 
 

@@ -20,12 +20,12 @@ from emu_jax.train.sheets import list_sheets
 from emu_jax.train.telemetry.metrics import read_evaluations, read_metrics, series
 
 Rows = Sequence[Mapping[str, Any]]  # of one stage, in the order of their steps
-Evaluations = Mapping[str, Rows]  # the rows of each evaluation of a stage
+StageEvaluations = Mapping[str, Rows]  # the rows of each evaluation of a stage
 Curve = tuple[Int[np.ndarray, "_"], Float[np.ndarray, "_"]]  # steps and values
 
 REPORT_FILE = "report.html"
 # Metrics to plot, ordered by the first pattern that matches their name.
-CURVES = (
+_CURVES = (
     r"^loss$",
     r"loss|perplexity|bits_per",
     r"variance|cosine",
@@ -70,7 +70,7 @@ def write_report(workdir: Path, title: str) -> None:
     write_page(workdir / REPORT_FILE, title, sections, STYLE)
 
 
-def held_out_tables(held_out: Mapping[str, Evaluations]) -> str:
+def held_out_tables(held_out: Mapping[str, StageEvaluations]) -> str:
     """Formats the newest values of each evaluation, over all sources and for each of them."""
     tables = [
         f"<h3>{html.escape(name)}, step {rows[-1]['step']:,}</h3>{_by_source(rows[-1])}"
@@ -127,7 +127,7 @@ def _sheet(name: str, step: int, path: Path) -> str:
     return f"<figure>{shown}<figcaption>step {step:,}</figcaption></figure>"
 
 
-def training_curves(curves: Mapping[str, Rows], held_out: Mapping[str, Evaluations]) -> str:
+def training_curves(curves: Mapping[str, Rows], held_out: Mapping[str, StageEvaluations]) -> str:
     """Formats the charts of each stage. Held-out values stand in the axes of the same metric of
     training.
 
@@ -172,10 +172,10 @@ def _names(rows: Rows) -> Iterable[str]:
 def _rank(name: str, *, held_out: bool) -> int | None:
     """Returns the place of a metric among the charts. None if it is not plotted: held-out metrics
     are, except for counts; those of training only if a pattern matches."""
-    for rank, pattern in enumerate(CURVES):
+    for rank, pattern in enumerate(_CURVES):
         if re.search(pattern, name):
             return rank
-    return len(CURVES) if held_out and not COUNTS.search(name) else None
+    return len(_CURVES) if held_out and not COUNTS.search(name) else None
 
 
 def _chart(name: str, trained: Curve, held_out: Mapping[str, Curve], rank: int) -> str:

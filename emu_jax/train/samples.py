@@ -45,7 +45,7 @@ from emu_jax.sharding import AbstractModel
 from emu_jax.tokenizer import FRAME, IMAGE, USER, VIDEO, Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.evaluation import EvalResult, Evaluation, Stop
-from emu_jax.train.sheets import MAX_ROWS, Part, SheetRow, contact_sheet
+from emu_jax.train.sheets import MAX_ROWS, SheetPart, SheetRow, contact_sheet
 from emu_jax.train.step import Trainer, TrainState
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 SampleKind = Literal["captions", "images", "continuations"]
 SAMPLE_KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
 
-PromptPart: TypeAlias = Part | list[Image.Image]  # the latter is a video
+_DocumentPart: TypeAlias = SheetPart | list[Image.Image]  # the latter is a video
 
 DECODER_TOWERS = ("unet", "vae")
-SEED = 0  # of the choice of documents
+_SEED = 0  # of the choice of documents
 TRIES = 8  # documents read for each that is used; the others are damaged, too long or unfit
 
 
@@ -196,8 +196,8 @@ class SampleEvaluation(Evaluation):
         return EvalResult(scores | {"documents": float(len(rows))}, sheet_of(self, step, rows))
 
     def _generate(
-        self, emu: Emu, prompts: list[list[PromptPart]], first: int
-    ) -> Sequence[Sequence[Part]]:
+        self, emu: Emu, prompts: list[list[_DocumentPart]], first: int
+    ) -> Sequence[Sequence[SheetPart]]:
         """Returns what follows each prompt. `first` is the number of the first."""
         if self.config.kind == "images":
             seeds = [emu.defaults.seed + first + n for n in range(len(prompts))]
@@ -261,7 +261,7 @@ def image_scores(emu: Emu, rows: Sequence[SheetRow]) -> dict[str, float]:
     return {"image_share": share, "image_similarity": float(np.mean(similarity))}
 
 
-def _words(parts: Sequence[Part]) -> list[str]:
+def _words(parts: Sequence[SheetPart]) -> list[str]:
     return re.findall(r"\w+", " ".join(p for p in parts if isinstance(p, str)).lower())
 
 
@@ -270,7 +270,7 @@ def _f1(ours: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * common / (len(ours) + len(reference))
 
 
-def _images(parts: Sequence[Part]) -> list[Image.Image]:
+def _images(parts: Sequence[SheetPart]) -> list[Image.Image]:
     return [part for part in parts if isinstance(part, Image.Image)]
 
 
@@ -281,8 +281,8 @@ def _images(parts: Sequence[Part]) -> list[Image.Image]:
 class HeldOutDocument:
     """The prompt and the reference of a document."""
 
-    prompt: tuple[PromptPart, ...]
-    reference: tuple[PromptPart, ...]
+    prompt: tuple[_DocumentPart, ...]
+    reference: tuple[_DocumentPart, ...]
 
 
 def choose_documents(
@@ -315,7 +315,7 @@ def choose_documents(
     sources = [source for source in sources if source.paired == wants_pairs] or sources
 
     def fitting(number: int, source: Source) -> Iterator[HeldOutDocument]:
-        rng = np.random.default_rng((SEED, number))
+        rng = np.random.default_rng((_SEED, number))
         tries = min(math.ceil(TRIES * count / (cfg.holdout or 1)), len(source))
         for index in rng.choice(len(source), size=tries, replace=False).tolist():
             if cfg.holdout and not is_held_out(index, cfg.holdout):
@@ -390,13 +390,13 @@ def split_document(
     return HeldOutDocument(*(_opened(half, videos) for half in (parts[:cut], parts[cut:end])))
 
 
-def _opened(parts: Sequence[Text | StoredImage], videos: bool) -> tuple[PromptPart, ...]:
+def _opened(parts: Sequence[Text | StoredImage], videos: bool) -> tuple[_DocumentPart, ...]:
     """Returns texts, and decodes images.
 
     Raises:
         ImageError: an image cannot be read.
     """
-    opened: list[PromptPart] = []
+    opened: list[_DocumentPart] = []
     document = Document(tuple(parts))
     for n, part in enumerate(parts):
         if isinstance(part, Text):
@@ -411,21 +411,23 @@ def _opened(parts: Sequence[Text | StoredImage], videos: bool) -> tuple[PromptPa
     return tuple(opened)
 
 
-def _shown(parts: Sequence[PromptPart]) -> tuple[Part, ...]:
+def _shown(parts: Sequence[_DocumentPart]) -> tuple[SheetPart, ...]:
     """Returns parts with the frames of videos as images."""
     return tuple(shown for part in parts for shown in (part if isinstance(part, list) else [part]))
 
 
 def _spelled(
-    prompt: Sequence[PromptPart], tokenizer: Tokenizer, system: str | None, style: ChatFormat
-) -> Sequence[PromptPart]:
+    prompt: Sequence[_DocumentPart], tokenizer: Tokenizer, system: str | None, style: ChatFormat
+) -> Sequence[_DocumentPart]:
     """Returns a prompt as `Emu` spells it."""
     if tokenizer.instruct and not any(isinstance(p, str) and USER in p for p in prompt):
         return instruct(prompt, system, style=style)
     return prompt
 
 
-def _tokens(prompt: Sequence[PromptPart], tokenizer: Tokenizer, n_causal: int, n_frame: int) -> int:
+def _tokens(
+    prompt: Sequence[_DocumentPart], tokenizer: Tokenizer, n_causal: int, n_frame: int
+) -> int:
     """Returns the number of tokens of a prompt.
 
     Raises:
@@ -437,7 +439,7 @@ def _tokens(prompt: Sequence[PromptPart], tokenizer: Tokenizer, n_causal: int, n
             raise UserError(f"a text must not spell {token}")
     image, frame = tokenizer.image_placeholder(n_causal), tokenizer.frame_placeholder(n_frame)
 
-    def spelled(part: PromptPart) -> str:
+    def spelled(part: _DocumentPart) -> str:
         if isinstance(part, list):
             return VIDEO + frame * len(part)
         return part if isinstance(part, str) else image

@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from emu_jax.storage import writing
 
-Part = str | Image.Image  # texts and images in reading order
-Box = tuple[int, int, Part]  # width, height, and a word or a scaled image
+SheetPart = str | Image.Image  # texts and images in reading order
+_Box = tuple[int, int, SheetPart]  # width, height, and a word or a scaled image
 
-FOLDER = "samples"  # in a run directory
+_FOLDER = "samples"  # in a run directory
 HEADINGS = ("prompt", "generated", "reference")
 MAX_ROWS = 12  # of a sheet
 NOTHING = "(nothing)"  # shown where a model generated neither text nor an image
@@ -34,9 +34,9 @@ PAPER, INK, SOFT, RULE = "#ffffff", "#1d2126", "#666d76", "#d5d7d3"
 class SheetRow:
     """One document of a contact sheet: each column is a sequence of texts and images."""
 
-    prompt: Sequence[Part]
-    generated: Sequence[Part]
-    reference: Sequence[Part]
+    prompt: Sequence[SheetPart]
+    generated: Sequence[SheetPart]
+    reference: Sequence[SheetPart]
 
 
 def contact_sheet(title: str, rows: Sequence[SheetRow]) -> Image.Image:
@@ -73,7 +73,7 @@ def contact_sheet(title: str, rows: Sequence[SheetRow]) -> Image.Image:
 
 def save_sheet(workdir: Path, evaluation: str, step: int, sheet: Image.Image) -> None:
     """Writes a contact sheet atomically, in place of an earlier one of the same step."""
-    path = workdir / FOLDER / evaluation / f"{step}.png"
+    path = workdir / _FOLDER / evaluation / f"{step}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as temporary:
         sheet.save(temporary, format="png")
@@ -82,7 +82,7 @@ def save_sheet(workdir: Path, evaluation: str, step: int, sheet: Image.Image) ->
 def list_sheets(workdir: Path) -> dict[str, list[tuple[int, Path]]]:
     """Returns the contact sheets of each evaluation of a run as (step, file), in order."""
     sheets: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted((workdir / FOLDER).glob("*/*.png")):
+    for path in sorted((workdir / _FOLDER).glob("*/*.png")):
         if path.stem.isdigit():
             sheets.setdefault(path.parent.name, []).append((int(path.stem), path))
     return {evaluation: sorted(files) for evaluation, files in sheets.items()}
@@ -96,9 +96,9 @@ def remove_later_sheets(workdir: Path, step: int) -> None:
                 path.unlink()
 
 
-def _boxes(parts: Sequence[Part]) -> list[Box]:
+def _boxes(parts: Sequence[SheetPart]) -> list[_Box]:
     """Splits texts into words and scales images."""
-    boxes: list[Box] = []
+    boxes: list[_Box] = []
     for part in parts:
         if isinstance(part, Image.Image):
             image = _scaled(part)
@@ -130,7 +130,7 @@ def _scaled(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _column_width(heading: str, cells: Sequence[Sequence[list[Box]]], column: int) -> int:
+def _column_width(heading: str, cells: Sequence[Sequence[list[_Box]]], column: int) -> int:
     """Returns the width at which the longest cell of a column fits one line, within limits."""
     unbroken = [sum(width + GAP for width, _, _ in row[column]) for row in cells]
     narrowest, widest = CELL_WIDTHS
@@ -138,9 +138,9 @@ def _column_width(heading: str, cells: Sequence[Sequence[list[Box]]], column: in
     return min(wanted, widest)
 
 
-def _wrap(boxes: Sequence[Box], width: int) -> list[list[Box]]:
+def _wrap(boxes: Sequence[_Box], width: int) -> list[list[_Box]]:
     """Breaks words and images into lines."""
-    lines: list[list[Box]] = [[]]
+    lines: list[list[_Box]] = [[]]
     used = 0
     for box in boxes:
         if lines[-1] and used + box[0] > width:
@@ -151,16 +151,16 @@ def _wrap(boxes: Sequence[Box], width: int) -> list[list[Box]]:
     return lines
 
 
-def _height(lines: Sequence[Sequence[Box]]) -> int:
+def _height(lines: Sequence[Sequence[_Box]]) -> int:
     return sum(_line_height(line) + GAP for line in lines) - GAP
 
 
-def _line_height(line: Sequence[Box]) -> int:
+def _line_height(line: Sequence[_Box]) -> int:
     return max((height for _, height, _ in line), default=TEXT_SIZE)
 
 
 def _draw(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[list[Box]]
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[list[_Box]]
 ) -> None:
     """Draws lines of words and images, each centered vertically in its line."""
     x, y = at

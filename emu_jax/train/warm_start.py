@@ -19,7 +19,7 @@ from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_t
 from emu_jax.tokenizer import added_tokens
 from emu_jax.train.config import PAINTERS, TrainConfig
 
-Shapes = dict[str, jax.ShapeDtypeStruct]
+_Shapes = dict[str, jax.ShapeDtypeStruct]
 Quantizers = Mapping[str, Callable[[jax.Array], QuantizedMatrix]]  # by path
 
 # The key in EmuConfig that configures each tower of the module.
@@ -67,7 +67,7 @@ class WarmStart:
         model = cfg.model
         for tower, parent in warm_start._parents.items():
             name = CONFIG_OF[tower]
-            theirs, ours = getattr(checkpoint.load_config(parent), name), getattr(model, name)
+            theirs, ours = getattr(checkpoint.load_model_config(parent), name), getattr(model, name)
             if name == "vae" and ours and theirs:
                 ours = dataclasses.replace(ours, scaling_factor=theirs.scaling_factor)
             if name == "pooling":  # has no parameters
@@ -85,7 +85,7 @@ class WarmStart:
         return cls(dataclasses.replace(cfg, model=model), workdir)
 
     def load(
-        self, shapes: Shapes, quantizers: Quantizers = MappingProxyType({})
+        self, shapes: _Shapes, quantizers: Quantizers = MappingProxyType({})
     ) -> dict[str, Parameter]:
         """Loads the parameters found in parent runs, preferring EMA weights.
 
@@ -114,7 +114,7 @@ class WarmStart:
                 f"{self.cfg.quantize}): set init_from to a pretrained model"
             )
 
-    def check(self, shapes: Shapes) -> list[str]:
+    def check(self, shapes: _Shapes) -> list[str]:
         """Returns a line for each parent from which `load` could not read parameters. Reads no
         array."""
         problems = []
@@ -125,14 +125,14 @@ class WarmStart:
                 problems.append(f"parents.{tower}: {error}")
         return problems
 
-    def _wanted(self, shapes: Shapes) -> Iterator[tuple[str, Path, Shapes]]:
+    def _wanted(self, shapes: _Shapes) -> Iterator[tuple[str, Path, _Shapes]]:
         """Yields (tower, parent, the tower's parameters) of each parent."""
         for tower, parent in self._parents.items():
             wanted = {k: v for k, v in shapes.items() if checkpoint.tower_of(k) == tower}
             if wanted:
                 yield tower, parent, wanted
 
-    def unsaved(self, frozen: Shapes) -> Shapes:
+    def unsaved(self, frozen: _Shapes) -> _Shapes:
         """Returns the frozen parameters that this run does not save, because parents hold them."""
         if self.cfg.save_frozen:
             return {}
@@ -179,9 +179,9 @@ def _from_run(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     """Returns a config with the model and the towers of `cfg.init_from`. An image decoder that has
     another parent is configured as that parent's."""
     parent = as_path(cfg.init_from).absolute()
-    model = _extended(checkpoint.load_config(parent), cfg)
+    model = _extended(checkpoint.load_model_config(parent), cfg)
     for tower in cfg.parents.keys() & {"unet", "vae"}:
-        theirs = checkpoint.load_config(join(workdir, cfg.parents[tower]))
+        theirs = checkpoint.load_model_config(join(workdir, cfg.parents[tower]))
         keys = ("unet", "scheduler") if tower == "unet" else (tower,)
         model = dataclasses.replace(model, **{key: getattr(theirs, key) for key in keys})
     towers = model.towers

@@ -65,7 +65,7 @@ log = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 
-VERSION = 1  # of the layout of a built folder
+_VERSION = 1  # of the layout of a built folder
 _EXAMPLES = 1000  # entries of parts left out that are kept, as examples for an error message
 
 
@@ -123,13 +123,13 @@ class Shard:
 
     def _file(self, kind: str) -> str:
         name = f"{self.cfg.source.name}-{self.number:05d}-of-{self.count:05d}.{kind}"
-        return storage.join(self.folder, name)
+        return storage.resolve(self.folder, name)
 
 
-Runner = runners.Runner[Shard]
+ShardRunner = runners.Runner[Shard]
 
 
-def build(folder: str | os.PathLike, cfg: BuildConfig, runner: Runner) -> dict[str, Any]:
+def build(folder: str | os.PathLike, cfg: BuildConfig, runner: ShardRunner) -> dict[str, Any]:
     """Builds the missing shards; returns the content of `manifest.json`.
 
     Raises:
@@ -203,13 +203,13 @@ def build_shard(shard: Shard, threads: int = 1) -> Shard:
 # Runners
 
 
-def embedded(workers: int, threads: int = 1) -> Runner:
+def embedded(workers: int, threads: int = 1) -> ShardRunner:
     """Returns a runner that uses processes on this machine. The threads of each process overlap
     reading with decoding, for which Pillow and PyAV release the GIL."""
     return runners.on_processes(functools.partial(build_shard, threads=threads), workers)
 
 
-def on_beam(options: Sequence[str], threads: int = 1) -> Runner:
+def beam_runner(options: Sequence[str], threads: int = 1) -> ShardRunner:
     """Returns a runner that uses Apache Beam; see `runners.on_beam`.
 
     Raises:
@@ -253,7 +253,7 @@ def _claim(folder: str, cfg: BuildConfig, source: Source, tokenizer: Tokenizer |
         UserError: `folder` holds something else, or its `build.json` is damaged.
     """
     ours = {
-        "version": VERSION,
+        "version": _VERSION,
         "pillow": PIL.__version__,  # decides the bytes of encoded images
         "source_files": source.fingerprint,
         **to_dict(cfg),
@@ -263,7 +263,7 @@ def _claim(folder: str, cfg: BuildConfig, source: Source, tokenizer: Tokenizer |
     # Records say which images are frames, so earlier versions built the same from them.
     if source.videos and not isinstance(source, DocumentFiles):
         ours["frames"] = True
-    path = storage.join(folder, "build.json")
+    path = storage.resolve(folder, "build.json")
     fix = "give an empty folder, or remove this one"
     _sweep(folder, cfg.source.name)
     if not storage.exists(path):
@@ -338,21 +338,21 @@ def _finish(
             yield from map(json.dumps, entry["left_out"])
 
     total.merge({"unused": source.unused().unused})
-    rejected = storage.join(folder, "rejected.jsonl")
+    rejected = storage.resolve(folder, "rejected.jsonl")
     _write(rejected, left_out())
     try:
         total.check(cfg.source.allow_missing)
     except UserError as error:
         raise UserError(f"source {cfg.source.name!r}: {error}; {rejected} lists them") from None
     manifest = {
-        "version": VERSION,
+        "version": _VERSION,
         "config": to_dict(cfg),
         "paired": source.paired,  # required in a SourceConfig of these files
         **total.counts,
         "bytes": sum(file["bytes"] for file in files),
         "shards": files,
     }
-    _write(storage.join(folder, "manifest.json"), [json.dumps(manifest, indent=1)])
+    _write(storage.resolve(folder, "manifest.json"), [json.dumps(manifest, indent=1)])
     _sweep(folder, cfg.source.name)
     return manifest
 
@@ -429,7 +429,7 @@ def _key(source: Source, cfg: CleanConfig, index: int) -> np.uint64:
     return np.uint64(0) if value is None else hashed(str(value))
 
 
-def _find_repeats(shards: Sequence[Shard], runner: Runner) -> None:
+def _find_repeats(shards: Sequence[Shard], runner: ShardRunner) -> None:
     """Writes which documents of each shard have the key of an earlier document of the source.
 
     Holds about 32 bytes a document in memory.
@@ -462,7 +462,7 @@ def _read_array(path: str) -> np.ndarray:
 
 
 def _write_array(path: str, array: np.ndarray) -> None:
-    with storage.writing(path) as temporary, temporary.open("wb") as file:
+    with storage.writing_data_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
 
 
@@ -564,5 +564,8 @@ class _Tally:
 
 
 def _write(path: str, lines: Iterable[str]) -> None:
-    with storage.writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with (
+        storage.writing_data_file(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
         file.writelines(f"{line}\n" for line in lines)

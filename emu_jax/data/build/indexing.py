@@ -33,7 +33,7 @@ from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
 from emu_jax.tokenizer import Tokenizer
 
-POLL_SECONDS = 5.0  # between looks for the results of other shards
+_POLL_SECONDS = 5.0  # between looks for the results of other shards
 _SCANNED = ("webdataset", "pages", "videos", "subtitled", "dialogues")  # formats with an index
 
 
@@ -171,7 +171,7 @@ def _run(
             left = [task for task in others if not _is_done(task)]
             progress.add(len(others) - len(left))
             if others := left:
-                time.sleep(POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
 
 
 def _is_done(task: IndexTask) -> bool:

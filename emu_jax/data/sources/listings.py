@@ -210,11 +210,11 @@ class Media:
 def _paths_in(folder: str, name: str) -> Iterator[str]:
     """Yields candidate paths of a file in a folder: the name may repeat the end of the folder's
     path."""
-    yield storage.join(folder, name)
+    yield storage.resolve(folder, name)
     parts = name.split("/")
     for n in range(len(parts) - 1, 0, -1):
         if f"/{folder.rstrip('/')}".endswith("/" + "/".join(parts[:n])):
-            yield storage.join(folder, "/".join(parts[n:]))
+            yield storage.resolve(folder, "/".join(parts[n:]))
 
 
 def media_paths(path: str) -> list[str]:

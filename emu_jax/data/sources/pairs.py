@@ -553,7 +553,7 @@ class TfdsPairs(Source):
                 self.remote = True
                 self._records.data_source = RecordSpans(
                     [
-                        (storage.join(self._directory, name), files[name], first, count)
+                        (storage.resolve(self._directory, name), files[name], first, count)
                         for name, first, count in shards
                     ],
                     cache,
@@ -624,7 +624,7 @@ def _metadata(directory: str, files: Mapping[str, storage.Stat]) -> Iterator[str
     with tempfile.TemporaryDirectory() as folder:
         for name in files:
             if ".array_record" not in name:
-                Path(folder, name).write_bytes(storage.read(storage.join(directory, name)))
+                Path(folder, name).write_bytes(storage.read(storage.resolve(directory, name)))
         yield folder
 
 

@@ -15,14 +15,14 @@ from emu_jax.errors import UserError
 from emu_jax.evaluate.harnesses.model import (
     ChatTurn,
     HarnessModel,
-    grouped,
+    group_by_settings,
     task_settings,
     until,
 )
-from emu_jax.generate.prompt import Part
+from emu_jax.generate.prompt import PromptPart
 from emu_jax.progress import ProgressBar
 
-CHUNK = 256  # requests whose images are in memory at once
+_CHUNK = 256  # requests whose images are in memory at once
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class EmuChat(Base):
         answers = [""] * len(requests)
         settings = [self._given(request.args) for request in requests]
         with ProgressBar("answers", len(requests), "answer") as bar:
-            for given, numbers in grouped(settings):
+            for given, numbers in group_by_settings(settings):
                 for chunk in chunks(numbers):
                     asked = [self._dialogue(requests[n].args) for n in chunk]
                     texts = self.harness_model.answer(asked, task_settings(given))
@@ -102,7 +102,7 @@ class EmuChat(Base):
     def _dialogue(self, args: tuple[Any, ...]) -> list[ChatTurn]:
         _, messages, _, doc_id, task, split = args
         return [
-            ChatTurn(message["role"], [part_of(content) for content in message["content"]])
+            ChatTurn(message["role"], [_part_of(content) for content in message["content"]])
             for message in messages(self.task_dict[task][split][doc_id])
         ]
 
@@ -156,7 +156,7 @@ class EmuSimple(EmuChat):
         return target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
 
 
-def part_of(content: Mapping[str, Any]) -> Part:
+def _part_of(content: Mapping[str, Any]) -> PromptPart:
     """Returns the part that a piece of a message stands for.
 
     Raises:
@@ -169,7 +169,7 @@ def part_of(content: Mapping[str, Any]) -> Part:
     return media_of(content["url"])
 
 
-def media_of(visual: Any) -> Part:
+def media_of(visual: Any) -> PromptPart:
     """Returns the part of an image or a video: files become paths, whatever names them."""
     if isinstance(visual, Mapping):
         visual = visual.get("url") or visual.get("path") or visual.get("video")
@@ -177,6 +177,6 @@ def media_of(visual: Any) -> Part:
 
 
 def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Yields the items in pieces of `CHUNK`."""
-    for first in range(0, len(items), CHUNK):
-        yield items[first : first + CHUNK]
+    """Yields the items in pieces of `_CHUNK`."""
+    for first in range(0, len(items), _CHUNK):
+        yield items[first : first + _CHUNK]

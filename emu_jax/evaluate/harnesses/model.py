@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from emu_jax import sharding
 from emu_jax.errors import UserError
 from emu_jax.generate.api import Emu, load
-from emu_jax.generate.prompt import Part, chat_format, converse
+from emu_jax.generate.prompt import PromptPart, chat_format, converse
 from emu_jax.generate.settings import GenerationConfig
 from emu_jax.tokenizer import IMAGE
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+COMPUTE_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Settings that a task may name; others, such as an image's aspect ratio, are for other models.
 TASK_SETTINGS = (
     "max_new_tokens",
@@ -46,7 +46,7 @@ class ChatTurn(NamedTuple):
     """
 
     role: str
-    parts: list[Part]
+    parts: list[PromptPart]
 
 
 class HarnessModel:
@@ -86,11 +86,11 @@ class HarnessModel:
         Raises:
             UserError: the checkpoint cannot be loaded, or a setting is unknown or invalid.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"unknown dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+        if dtype not in COMPUTE_DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}: give one of {', '.join(COMPUTE_DTYPES)}")
         GenerationConfig().replace(**settings)  # refused before the checkpoint is read
         mesh = sharding.make_mesh(devices=jax.local_devices())
-        emu = load(checkpoint, mesh=mesh, dtype=DTYPES[dtype], batch_size=batch_size)
+        emu = load(checkpoint, mesh=mesh, dtype=COMPUTE_DTYPES[dtype], batch_size=batch_size)
         return cls(emu, template=template, **settings)
 
     def answer(
@@ -139,7 +139,7 @@ class HarnessModel:
             for row, spelled, said in zip(sums, ids, greedy, strict=True)
         ]
 
-    def _prompt(self, dialogue: Sequence[ChatTurn]) -> list[Part]:
+    def _prompt(self, dialogue: Sequence[ChatTurn]) -> list[PromptPart]:
         turns = merged(dialogue)
         if not turns or turns[-1].role != "user":
             raise UserError("a dialogue must end with the user's turn")
@@ -162,7 +162,7 @@ class HarnessModel:
             grounding=self.defaults.grounding,
         )
 
-    def _templated(self, parts: list[Part]) -> list[Part]:
+    def _templated(self, parts: list[PromptPart]) -> list[PromptPart]:
         if self.template == "{text}":
             return parts
         last = max((n for n, part in enumerate(parts) if isinstance(part, str)), default=None)
@@ -184,7 +184,7 @@ def merged(dialogue: Sequence[ChatTurn]) -> list[ChatTurn]:
     return [ChatTurn(turn.role, interleaved(turn.parts)) for turn in turns]
 
 
-def interleaved(parts: Sequence[Part]) -> list[Part]:
+def interleaved(parts: Sequence[PromptPart]) -> list[PromptPart]:
     """Puts the images of a turn where `<image>` stands in its texts.
 
     If there are not as many images as marks, the marks are dropped and the order remains.
@@ -194,7 +194,7 @@ def interleaved(parts: Sequence[Part]) -> list[Part]:
     if not marks:
         return list(parts)
     waiting = iter(images if marks == len(images) else [])
-    result: list[Part] = []
+    result: list[PromptPart] = []
     for part in parts:
         if not isinstance(part, str):
             result += [] if marks == len(images) else [part]
@@ -227,7 +227,9 @@ def until(text: str, stops: str | Sequence[str] | None) -> str:
     return text.strip()
 
 
-def grouped(settings: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+def group_by_settings(
+    settings: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """Yields each distinct value of `settings` with the indices that have it."""
     groups: dict[str, list[int]] = {}
     for number, each in enumerate(settings):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emu_jax.errors import UserError
-from emu_jax.evaluate.harnesses.model import DTYPES, ChatTurn, HarnessModel
+from emu_jax.evaluate.harnesses.model import COMPUTE_DTYPES, ChatTurn, HarnessModel
 from emu_jax.generate.cli_io import parse_settings
 
 if TYPE_CHECKING:
@@ -52,16 +52,16 @@ class EmuVLM(Base):
         self, message: Sequence[Mapping[str, Any]], dataset: str | None = None
     ) -> str:
         """Answers a question; its pieces may name roles other than the user's."""
-        turns = [ChatTurn(piece.get("role", "user"), [part_of(piece)]) for piece in message]
+        turns = [ChatTurn(piece.get("role", "user"), [_part_of(piece)]) for piece in message]
         return self.harness_model.answer([turns])[0]
 
     def chat_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
         """Answers the last turn of a dialogue."""
-        turns = [ChatTurn(turn["role"], [*map(part_of, turn["content"])]) for turn in message]
+        turns = [ChatTurn(turn["role"], [*map(_part_of, turn["content"])]) for turn in message]
         return self.harness_model.answer([turns])[0]
 
 
-def part_of(piece: Mapping[str, Any]) -> str | Path:
+def _part_of(piece: Mapping[str, Any]) -> str | Path:
     """Returns the part that a piece of a message stands for: a text, or the path of a file."""
     return piece["value"] if piece["type"] == "text" else Path(piece["value"])
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="a run directory, or hf://ORG/NAME")
     parser.add_argument("--name", default="emu_jax", help="of the model, in the results")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--dtype", choices=sorted(COMPUTE_DTYPES), default="bfloat16")
     parser.add_argument("--template", default="{text}", help="what a question {text} becomes")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of generation"

@@ -31,7 +31,7 @@ from emu_jax.progress import track
 from emu_jax.storage import writing
 
 Resize = Literal["network", "clean"]
-SIZE = 299  # input size of the 2015 Inception
+_SIZE = 299  # input size of the 2015 Inception
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _clean(image: UInt8[np.ndarray, "Hh Ww 3"]) -> Float[np.ndarray, "299 299 3"
     """Resizes as clean-fid does: each channel in float32, clipped but not rounded."""
     channels = [
         Image.fromarray(np.ascontiguousarray(image[..., c], np.float32)).resize(
-            (SIZE, SIZE), Image.Resampling.BICUBIC
+            (_SIZE, _SIZE), Image.Resampling.BICUBIC
         )
         for c in range(3)
     ]

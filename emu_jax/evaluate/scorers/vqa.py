@@ -23,11 +23,11 @@ STEMMED = (
     "answers were reduced to their stems (Porter's, by nltk), as Emu's release does for OK-VQA"
 )
 
-Answer = str | Mapping[str, Any]  # a dict as in the annotations holds it under "answer"
+_Answer = str | Mapping[str, Any]  # a dict as in the annotations holds it under "answer"
 
 
 def score(
-    answers: Mapping[Hashable, Sequence[Answer]],
+    answers: Mapping[Hashable, Sequence[_Answer]],
     predictions: Mapping[Hashable, str],
     *,
     answer_types: Mapping[Hashable, str] | None = None,

@@ -71,7 +71,7 @@ class FewShotExamples:
     show_images: bool = False
 
 
-PromptPart = str | Path
+StagePart = str | Path
 PreviousAnswers = Mapping[str, Any]  # answers of earlier stages, by name
 
 
@@ -89,7 +89,7 @@ class Stage:
     """
 
     name: str
-    prompt: Callable[[Item, FewShotExamples, PreviousAnswers], list[PromptPart]]
+    prompt: Callable[[Item, FewShotExamples, PreviousAnswers], list[StagePart]]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: tuple[str, ...] | None = None
     candidates: Callable[[Item], Sequence[str]] | None = None
@@ -254,9 +254,9 @@ class Wording:
     head: str = ""
     separator: str = " "
 
-    def spell(self, item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
+    def spell(self, item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
         """Returns the parts of the prompt, with adjacent texts joined."""
-        parts: list[PromptPart] = [self.head] if self.head else []
+        parts: list[StagePart] = [self.head] if self.head else []
         for example in shown.examples:
             text = self.example if shown.show_images else re.sub(r"\{image\} ?", "", self.example)
             words = {"question": example.question, "answer": example.answer}
@@ -265,7 +265,7 @@ class Wording:
             self.separator,
             *fill(self.query, item.media, {**said, "question": item.question}),
         ]
-        joined: list[PromptPart] = []
+        joined: list[StagePart] = []
         for part in parts:
             if joined and isinstance(part, str) and isinstance(joined[-1], str):
                 joined[-1] += part
@@ -276,9 +276,9 @@ class Wording:
         return [part for part in joined if part != ""]
 
 
-def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[PromptPart]:
+def fill(text: str, media: Path | None, words: Mapping[str, Any]) -> list[StagePart]:
     """Replaces `{image}` by the file and other `{name}`s by words. Braces in words stay literal."""
-    parts: list[PromptPart] = []
+    parts: list[StagePart] = []
     for piece in re.split(r"(\{\w+\})", text):
         if piece == "{image}":
             assert media is not None, text

@@ -21,7 +21,7 @@ from emu_jax.evaluate.tasks.base import (
 )
 
 WRITE = {"num_beams": 5, "max_new_tokens": 128, "min_length": 1, "length_penalty": 1.0}
-INSTRUCT = TurnWording("{image}{question}", chat_system=COMPREHENSIVE_SYSTEM)
+_INSTRUCT = TurnWording("{image}{question}", chat_system=COMPREHENSIVE_SYSTEM)
 
 
 class MMVet(Task):
@@ -48,7 +48,7 @@ class MMVet(Task):
             ]
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        return (Stage("answer", INSTRUCT.wording(mode).spell, WRITE),)
+        return (Stage("answer", _INSTRUCT.wording(mode).spell, WRITE),)
 
     def answer(self, item: Item, said: PreviousAnswers) -> str:
         return said["answer"]

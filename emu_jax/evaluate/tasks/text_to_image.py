@@ -138,7 +138,7 @@ class GenEval(TextToImage):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(folder / "metadata.jsonl", json.dumps(item.fields["metadata"]) + "\n")
         for number, path in enumerate(images):
-            copy(path, folder / "samples" / f"{number:04}.png")
+            _copy(path, folder / "samples" / f"{number:04}.png")
 
 
 class DPGBench(TextToImage):
@@ -187,10 +187,10 @@ class WISE(TextToImage):
 
     def write_image(self, folder: Path, item: Item, images: Sequence[Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        copy(images[0], folder / f"{item.fields['prompt_id']}.png")
+        _copy(images[0], folder / f"{item.fields['prompt_id']}.png")
 
 
-def copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
     """Copies a file; the target appears complete or not at all."""
     with writing(target) as temporary:
         temporary.write_bytes(source.read_bytes())

@@ -28,20 +28,20 @@ from emu_jax.evaluate.tasks.base import (
     layout,
     read_json,
 )
-from emu_jax.evaluate.tasks.vqa import ASK, Answering
+from emu_jax.evaluate.tasks.vqa import ASK, QuestionAnswering
 
 # The release has a system message for videos and a prompt for questions, but no task with both.
-INSTRUCT = TurnWording(
+_INSTRUCT = TurnWording(
     ASK.replace("of the image", "of the video") + "{question}", "the answer is:", VIDEO_SYSTEM
 )
 
 
-class VideoAnswering(Answering):
-    """`Answering` with the frames of a video in place of an image."""
+class VideoAnswering(QuestionAnswering):
+    """`QuestionAnswering` with the frames of a video in place of an image."""
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         if mode != "pretrain":
-            return (Stage("answer", INSTRUCT.wording(mode).spell, ANSWER),)
+            return (Stage("answer", _INSTRUCT.wording(mode).spell, ANSWER),)
         return super().stages(mode, in_context)
 
 

@@ -17,9 +17,9 @@ from emu_jax.evaluate.tasks.base import (
     Item,
     Mode,
     PreviousAnswers,
-    PromptPart,
     ScoringContext,
     Stage,
+    StagePart,
     Task,
     Wording,
     as_examples,
@@ -143,7 +143,7 @@ class VisDial(Task):
 NO_DENSE = "no NDCG, which the paper reports: visdial_1.0_val_dense_annotations.json is not there"
 
 
-def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
+def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
     """Builds the release's prompt, with `</s>` after the image and after each past turn."""
     example = f"{USER}: {{image}}{EOS} {USER}: {{question}}? {ASSISTANT}: {{answer}}.{EOS}"
     if not shown.show_images:
@@ -157,7 +157,7 @@ def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list
     return Wording(query, example, IMAGE_SYSTEM).spell(item, shown, words)
 
 
-def _chat(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
+def _chat(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
     """Builds a dialogue with Emu2-Chat whose first question follows the image."""
     query, words = f"{USER}: {{image}}", dict[str, Any]()
     for n, (question, answer) in enumerate(item.fields["history"]):
@@ -168,7 +168,7 @@ def _chat(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[Pro
     return chat_wording(query, example).spell(item, shown, words)
 
 
-def _pretrain(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
+def _pretrain(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
     """Builds a prompt with the past rounds as answered questions about the image."""
     query = "{image}" if "caption" not in said else "a picture of {caption}."
     words: dict[str, Any] = dict(said)

@@ -15,9 +15,9 @@ from emu_jax.evaluate.tasks.base import (
     Item,
     Mode,
     PreviousAnswers,
-    PromptPart,
     ScoringContext,
     Stage,
+    StagePart,
     Task,
     TurnWording,
     Wording,
@@ -49,7 +49,7 @@ def described(stage: Stage) -> tuple[Stage, ...]:
         "caption", lambda item, _, said: DESCRIBE.spell(item, FewShotExamples(), said), LONG_CAPTION
     )
 
-    def prompt(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[PromptPart]:
+    def prompt(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
         return stage.prompt(item, shown, {**said, "caption": clean_caption(said["caption"])})
 
     return caption, dataclasses.replace(stage, prompt=prompt)
@@ -64,11 +64,11 @@ def from_caption(query: str) -> Wording:
 
 # If examples show their images, the question shows its image too.
 IN_CONTEXT = continuing("{image} based on the picture, {question} short answer:")
-INSTRUCT = TurnWording(ASK + "{question}", "the answer is:")
+_INSTRUCT = TurnWording(ASK + "{question}", "the answer is:")
 INSTRUCT_KNOWN = TurnWording(ASK + KNOWN)
 
 
-class Answering(Task):
+class QuestionAnswering(Task):
     """A short answer to each question. Result file: `[{key, "answer"}]`."""
 
     metric = "accuracy"
@@ -79,7 +79,7 @@ class Answering(Task):
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         if mode != "pretrain":
-            return (Stage("answer", INSTRUCT.wording(mode).spell, ANSWER),)
+            return (Stage("answer", _INSTRUCT.wording(mode).spell, ANSWER),)
         if in_context:
             return (Stage("answer", IN_CONTEXT.spell, ANSWER),)
         return described(Stage("answer", from_caption("{question}").spell, ANSWER))
@@ -94,7 +94,7 @@ class Answering(Task):
         ]
 
 
-class VQA(Answering):
+class VQA(QuestionAnswering):
     """VQA tasks in the layout of visualqa.org.
 
     Args:
@@ -168,7 +168,7 @@ def _answers(row: Any) -> list[str]:
     return [] if row is None else [answer["answer"] for answer in row["answers"]]
 
 
-class VizWiz(Answering):
+class VizWiz(QuestionAnswering):
     """Images and questions from blind people.
 
     Some questions are unanswerable, so the model is first asked whether it knows the answer.

@@ -18,7 +18,7 @@ COMPILING = (
     COMPILATION,
 )
 
-Span = tuple[float, float]  # (start, end), of `time.monotonic`
+_Interval = tuple[float, float]  # (start, end), of `time.monotonic`
 
 
 class Goodput:
@@ -33,7 +33,7 @@ class Goodput:
         self.compilations = 0  # of this process, including cache hits
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._until = time.monotonic()  # the time up to here has been split
-        self._spans: dict[str, list[Span]] = {
+        self._spans: dict[str, list[_Interval]] = {
             kind: [] for kind in ("data", "checkpoint", "eval", "compile")
         }
 
@@ -112,7 +112,7 @@ def seconds_before(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, fl
     return seconds
 
 
-def overlap(spans: Iterable[Span], within: Span) -> float:
+def overlap(spans: Iterable[_Interval], within: _Interval) -> float:
     """Returns how many seconds of `within` the spans cover."""
     covered, until = 0.0, within[0]
     for start, end in sorted(spans):
