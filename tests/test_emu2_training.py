@@ -116,7 +116,7 @@ def test_the_documented_chain_reaches_the_end(tmp_path, monkeypatch, copy_digits
 
     # Emu2-Gen has every tower: the language model trained in four stages, the denoiser in one.
     gen = Path("runs/emu2_gen")
-    model = checkpoint.load_config(gen)
+    model = checkpoint.load_model_config(gen)
     assert {path.partition(".")[0] for path in checkpoint.run_shapes(gen)} == set(model.towers)
     for path, stages in (("visual.blocks.mlp.fc1.bias", 2), ("llama.norm.scale", 4)):
         np.testing.assert_allclose(parameter(gen, path), parameter(fresh, path) + stages, atol=1e-5)
