@@ -450,6 +450,11 @@ def push(parser: argparse.ArgumentParser) -> Command:
         "own files, or folders for transformers, diffusers and peft",
     )
     parser.add_argument(
+        "--layout",
+        choices=("native", "hub"),
+        help="with --to emu, the layout of an Emu2's files, as for convert",
+    )
+    parser.add_argument(
         "--license",
         default="",
         metavar="ID",
@@ -473,6 +478,7 @@ def push(parser: argparse.ArgumentParser) -> Command:
             args.run_directory,
             args.address,
             to=args.to,
+            layout=args.layout,
             license=args.license,
             private=args.private,
             overwrite=args.overwrite,

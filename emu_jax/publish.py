@@ -16,22 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from emu_jax import checkpoint, hub
-from emu_jax.config import EmuConfig, load_json
+from emu_jax.config import EmuConfig, load_json, to_dict
 from emu_jax.convert.convert import Target, check_one_process, replacing, write_model
+from emu_jax.convert.layouts import LayoutKind
 from emu_jax.convert.source import RunSource
 from emu_jax.errors import UserError
 from emu_jax.hub import HubAddress, HubSource
 from emu_jax.markdown import table
 from emu_jax.sharding import make_mesh
-from emu_jax.storage import fetched, join
+from emu_jax.storage import fetched, join, shipped
 from emu_jax.train.config import TrainConfig
+from emu_jax.train.config_file import load_config
 from emu_jax.train.telemetry.metrics import read_evaluations
 
 # Files of a run directory that `load` reads beside the model.
 _SETTINGS_FILES = ("generation.json",)
 _ROW_KEYS = ("stage", "evaluation", "step", "time", "seconds")  # of evaluations.jsonl: no figures
 # Figures of the demo's metrics.json for the card. Its other keys are about the machine and paths.
-_DEMO_FIGURES = ("caption_accuracy", "drawn_accuracy", "continuation_accuracy")
+_DEMO_FIGURES = (
+    "caption_accuracy",
+    "drawn_accuracy",
+    "continuation_accuracy",
+    "autoencoded_accuracy",
+)
+_NOT_IN_COMMANDS = ("model.", "parents.", "data.root")  # sizes, which have a table, and locations
+_STAGE_COLUMNS = ["stage", "objective", "steps", "batch size", "data"]
 _ROLES = {
     "model": "converted from",
     "llama": "language model",
@@ -43,6 +52,11 @@ _LAYOUTS = {
     "emu": "the files of the Emu release",
     "hf": "folders for transformers, diffusers and peft",
 }
+_PAPERS = {
+    "emu": "[Emu](https://arxiv.org/abs/2307.05222)",
+    "emu2": "[Emu2](https://arxiv.org/abs/2312.13286)",
+}
+_CONNECTORS = {"emu": "the Causal Transformer", "emu2": "its projections"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,6 +83,7 @@ def push(
     address: str,
     *,
     to: Target = "jax",
+    layout: LayoutKind | None = None,
     license: str = "",
     private: bool = False,
     overwrite: bool = False,
@@ -82,6 +97,7 @@ def push(
     Args:
         address: hf://ORG/NAME[/FOLDER].
         to: the layout of the weights, as for `convert`.
+        layout: the layout of Emu2's files with `to="emu"`, as for `convert`.
         license: the model's license; by default that of its parents, if they agree.
         private: create a private repository.
         overwrite: replace the files of the repository.
@@ -96,6 +112,8 @@ def push(
     target = HubAddress.parse(address)
     if target.revision:
         raise UserError(f"{address} names a revision: push to the repository, which gets a commit")
+    if layout and to != "emu":
+        raise UserError(f"--layout {layout} is for --to emu, not --to {to}: leave it out")
     checkpoint.refuse_quantized(run, checkpoint.run_shapes(run))
     if out is None:  # before weights are written
         hub.prepare_upload(target, private=private, overwrite=overwrite)
@@ -105,7 +123,7 @@ def push(
         folder = Path(staging) / "model"
         folder.mkdir()
         source = RunSource.open(run, make_mesh(), Path(staging))
-        notes = write_model(source, folder, folder, to)
+        notes = write_model(source, folder, folder, to, layout)
         if to == "jax":
             for name in _SETTINGS_FILES:
                 if (run / name).is_file():
@@ -132,17 +150,29 @@ def push(
     )
 
 
-def _parents(run: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, HubSource]]:
+def _parents(run: Path) -> Iterator[tuple[str, HubSource]]:
     """Yields (role, provenance) of a run and of the local runs that it was trained from."""
-    yield from hub.recorded_sources(run).items()
-    if not (run / "train.json").is_file():
-        return
-    cfg = load_json(TrainConfig, run / "train.json")
-    for location in dict.fromkeys([*filter(None, [cfg.init_from]), *cfg.parents.values()]):
-        for parent in (join(run, location), Path(location)):
-            if parent not in seen and parent.is_dir():
-                yield from _parents(parent, (*seen, run, parent))
-                break
+    for path in _lineage(run):
+        yield from hub.recorded_sources(path).items()
+
+
+def _lineage(run: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+    """Yields the local runs that a run was trained from, each once in training order, and it."""
+    seen = set() if seen is None else seen
+    seen.add(run.absolute())
+    if cfg := _stage(run):
+        for location in [*filter(None, [cfg.init_from]), *cfg.parents.values()]:
+            candidates = (join(run, location), Path(location))
+            parent = next((path for path in candidates if path.is_dir()), None)
+            if parent is not None and parent.absolute() not in seen:
+                yield from _lineage(parent, seen)
+    yield run
+
+
+def _stage(run: Path) -> TrainConfig | None:
+    """Returns the configuration that a run was trained with, or None if it was converted."""
+    path = run / "train.json"
+    return load_json(TrainConfig, path) if path.is_file() else None
 
 
 def _common_license(parents: Sequence[tuple[str, HubSource]]) -> str:
@@ -163,7 +193,6 @@ def model_card(
 
     It names no path of this machine.
     """
-    train = load_json(TrainConfig, run / "train.json") if (run / "train.json").is_file() else None
     bases = [HubAddress.parse(source.address).repository for _, source in parents]
     front: dict[str, Any] = {"library_name": "emu_jax", "tags": ["emu", "jax", "multimodal"]}
     front |= {"pipeline_tag": "any-to-any"} if cfg.unet else {"pipeline_tag": "image-text-to-text"}
@@ -172,13 +201,18 @@ def model_card(
     sections = [
         f"---\n{_yaml(front)}---",
         f"# {target.repository.split('/')[1]}",
-        "A multimodal autoregressive model of the [Emu](https://arxiv.org/abs/2307.05222) family, "
-        f"stored as {_LAYOUTS[to]}. This card was generated by `emu-jax push`.",
+        f"A multimodal autoregressive model of the {_PAPERS[cfg.family]} family, stored as "
+        f"{_LAYOUTS[to]}. This card was generated by `emu-jax push`.",
         "## Use\n\n" + _usage(target, cfg, to),
         "## Model\n\n" + _sizes(cfg),
     ]
-    if train is not None:
-        sections.append("## Training\n\n" + _training(train, checkpoint.latest_step(run)))
+    stages = [
+        (stage, max(checkpoint.complete_steps(path), default=0))
+        for path in _lineage(run)
+        if (stage := _stage(path))
+    ]
+    if stages:
+        sections.append("## Training\n\n" + _training(stages))
     if figures := _figures(run):
         sections.append("## Figures\n\n" + figures)
     sections.append("## Parents and license\n\n" + _provenance(parents, license))
@@ -200,8 +234,8 @@ def _usage(target: HubAddress, cfg: EmuConfig, to: Target) -> str:
     if to == "hf":
         return (
             "`llama/` opens with transformers, `unet/`, `vae/` and `scheduler/` with diffusers, "
-            "`lora/` with peft, where they exist. The visual encoder and the Causal Transformer "
-            "have no counterpart in these libraries."
+            "`lora/` with peft, where they exist. The visual encoder and "
+            f"{_CONNECTORS[cfg.family]} have no counterpart in these libraries."
         )
     paints = '\nemu.generate_image(["a red circle"])  # a PIL image' if cfg.unet else ""
     return (
@@ -230,8 +264,74 @@ def _sizes(cfg: EmuConfig) -> str:
     )
 
 
-def _training(cfg: TrainConfig, step: int) -> str:
-    """Formats the data and the hyperparameters of a run. Locations of the data are left out."""
+def _training(stages: Sequence[tuple[TrainConfig, int]]) -> str:
+    """Formats the stages of a training, and the hyperparameters of the last one. Locations of the
+    data are left out.
+
+    Args:
+        stages: the configuration and the newest step of each, in training order.
+    """
+    rows = [
+        [f"`{cfg.name}`", cfg.objective, f"{step:,}", f"{cfg.data.batch_size:,}", _data_names(cfg)]
+        for cfg, step in stages
+    ]
+    cfg, step = stages[-1]
+    parts = [
+        f"Stages, in the order of training:\n\n{table(_STAGE_COLUMNS, rows)}",
+        _commands([cfg for cfg, _ in stages]),
+        f"Settings of `{cfg.name}`:\n\n{_settings(cfg, step)}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _data_names(cfg: TrainConfig) -> str:
+    if cfg.data.sources:
+        return ", ".join(source.name for source in cfg.data.sources)
+    return cfg.data.embedded or "ArrayRecord files"
+
+
+def _commands(stages: Sequence[TrainConfig]) -> str:
+    """Formats the commands that train the stages.
+
+    Numbers that differ from those of the config become overrides. Texts that differ, such as paths,
+    may be private: only their keys are named.
+    """
+    lines, different = [], set()
+    ours = {path.stem for path in shipped("configs").iterdir()}
+    for cfg in stages:
+        if cfg.name not in ours:
+            lines.append(f"# The config of {cfg.name} does not come with emu_jax.")
+            continue
+        file = Path("configs") / f"{cfg.name}.py"
+        original = dict(_leaves(to_dict(load_config(TrainConfig, file, []))))
+        words = [f"emu-jax train --config {file} --workdir runs/{cfg.name}"]
+        for key, value in _leaves(to_dict(cfg)):
+            if key.startswith(_NOT_IN_COMMANDS) or original.get(key, value) == value:
+                continue
+            if isinstance(value, int | float):
+                words.append(f"--config.{key}={value}")
+            else:
+                different.add(key)
+        lines.append(" \\\n  ".join(words))
+    commands = "\n".join(["```sh", *lines, "```"])
+    if not different:
+        return commands
+    keys = ", ".join(f"`{key}`" for key in sorted(different))
+    return f"{commands}\n\nThese keys also differ from the configs: {keys}."
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of nested dicts and lists."""
+    if not isinstance(values, dict | list | tuple):
+        yield key, values
+        return
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for name, value in items:
+        yield from _leaves(value, f"{key}.{name}" if key else str(name))
+
+
+def _settings(cfg: TrainConfig, step: int) -> str:
+    """Formats the data and the hyperparameters of a stage. Locations of the data are left out."""
     groups = [
         [f"learning rate of `{group.pattern}`", f"{group.lr:g}, {group.decay}"]
         for group in cfg.optimizer.groups

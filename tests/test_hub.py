@@ -1,5 +1,6 @@
 """The Hugging Face Hub: downloads through its cache, pushes, and one line for each failure."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 
 import emu_jax
 from emu_jax import checkpoint, cli, hub, publish
-from emu_jax.config import CFormerConfig, save_json
+from emu_jax.config import CFormerConfig, digits, emu2, save_json
 from emu_jax.convert import tensor_files
 from emu_jax.convert.convert import convert
 from emu_jax.convert.init import FreshSource, init
@@ -25,6 +26,7 @@ from emu_jax.hub import HubAddress, HubSource, wanted_files
 from emu_jax.publish import push
 from emu_jax.sharding import make_mesh
 from emu_jax.train.config import TrainConfig, WandbConfig
+from emu_jax.train.config_file import load_config
 
 # huggingface_hub uploads to anything but its own storage with a call that its client deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -365,10 +367,17 @@ def test_the_card_says_what_was_trained(run, tmp_path):
         name="x",
         data=data,
         steps=900,
-        init_from=str(run),
+        init_from="../first",
         wandb=WandbConfig(entity="secret-team"),
     )
     save_json(cfg, trained / "train.json")
+    first = load_config(TrainConfig, Path("configs/digits_clip.py"), ["steps=50"])
+    first = dataclasses.replace(
+        first, init_from=str(run), data=dataclasses.replace(first.data, root="/secret/root")
+    )
+    (tmp_path / "first" / "40").mkdir(parents=True)
+    (tmp_path / "first" / "40" / checkpoint.COMMIT_MARKER).touch()
+    save_json(first, tmp_path / "first" / "train.json")
     rows = [
         {"stage": "x", "evaluation": "heldout", "step": step, "time": 1.0, "seconds": 2.0}
         | {"text_loss": loss}
@@ -377,11 +386,33 @@ def test_the_card_says_what_was_trained(run, tmp_path):
     (trained / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = push(trained, "hf://me/x", out=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert report.commit == "" and report.license == "mit"  # of the run that it was trained from
+    assert report.commit == "" and report.license == "mit"  # of the first run's own parent
     assert "| laion | webdataset | 1 |" in card and "| step | 0 of 900 |" in card
+    stages = ["| `digits_clip` | clip | 40 | 128 | digits |", "| `x` | emu | 0 | 128 | laion |"]
+    assert "\n".join(stages) in card
+    command = "emu-jax train --config configs/digits_clip.py --workdir runs/digits_clip"
+    assert f"{command} \\\n  --config.steps=50\n# The config of x does not come with" in card
+    assert "These keys also differ from the configs: `init_from`." in card
     assert "`heldout` at step 20" in card and "| text_loss | 1.125 |" in card
     everything = b"".join(p.read_bytes() for p in Path(tmp_path / "out").rglob("*") if p.is_file())
     assert b"secret" not in everything and b"private-name" not in everything
+
+
+def test_the_card_of_an_emu2_names_its_paper_and_connector(tmp_path):
+    for cfg, paper, connector in (
+        (emu2(), "2312.13286", "its projections"),
+        (digits(), "2307.05222", "the Causal Transformer"),
+    ):
+        address = HubAddress("me/x")
+        card = publish.model_card(tmp_path, address, cfg, to="hf", license="", parents=[])
+        assert paper in card and f"The visual encoder and {connector} have no counterpart" in card
+
+
+def test_a_layout_is_that_of_the_release_s_files(run, tmp_path):
+    with pytest.raises(UserError, match="--layout hub is for --to emu, not --to jax"):
+        push(run, "hf://me/x", layout="hub", out=tmp_path / "out")
+    with pytest.raises(UserError, match="--layout native is for Emu2"):  # as `convert` says
+        push(run, "hf://me/x", to="emu", layout="native", out=tmp_path / "out")
 
 
 def test_all_parents_decide_the_license(tmp_path):
