@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Where this is set, each of the processes that the tests start would compile the package again.
 export PYTHONDONTWRITEBYTECODE :=
-SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh benchmarks/*.sh)
+SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh benchmarks/*.sh tools/*.sh)
 
 .PHONY: demo test test-slow test-all mutants lint bench plan-table package docs notebooks clean
 
