@@ -21,10 +21,10 @@ RED, BLUE = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
 class Echo:
     """Stands in for a model: answers with its prompt, and notes how it was asked."""
 
-    def __init__(self, instruct=False):
-        self.cfg, self.asked = config.digits(), []
+    def __init__(self, instruct=False, cfg=None):
+        self.cfg, self.asked = cfg or config.digits(), []
         self.tokenizer = SimpleNamespace(instruct=instruct, encode=self.encode)
-        self.defaults = GenerationConfig(system="Be kind.")
+        self.defaults = GenerationConfig.of(self.cfg).replace(system="Be kind.")
 
     @staticmethod
     def encode(text, bos=True):
@@ -128,6 +128,24 @@ def test_settings_of_the_model_win():
         HarnessModel(echo, max_new_token=3)
     with pytest.raises(UserError, match="did you mean"):  # not that the checkpoint is missing
         HarnessModel.load("missing", max_new_token=3)
+
+
+def test_an_instructed_model_has_room_for_long_answers():
+    """Where neither the task, nor the user, nor the checkpoint says how much."""
+
+    def room(echo, settings=None, **own):
+        HarnessModel(echo, **own).answer([[user("a")]], settings)
+        return echo.asked[-1][1].get("max_new_tokens")
+
+    chat = config.emu2_chat()
+    assert room(Echo(instruct=True, cfg=chat)) == 512  # the release's 10 would cut it
+    assert room(Echo(instruct=True)) == 128  # half of 256 positions
+    assert room(Echo(cfg=chat)) is None
+    assert room(Echo(instruct=True, cfg=chat), {"max_new_tokens": 9}) == 9
+    assert room(Echo(instruct=True, cfg=chat), max_new_tokens=7) == 7
+    tuned = Echo(instruct=True, cfg=chat)
+    tuned.defaults = tuned.defaults.replace(max_new_tokens=33)  # as generation.json says
+    assert room(tuned) is None
 
 
 DOCUMENTS = [{"image": RED, "word": "one"}, {"image": BLUE, "word": "two six"}]

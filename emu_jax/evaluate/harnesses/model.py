@@ -35,6 +35,9 @@ TASK_SETTINGS = (
     "length_penalty",
 )
 SAMPLING = ("temperature", "top_k", "top_p")
+# Room for an answer of an instruction-tuned model if nobody names one; VLMEvalKit's own figure. The
+# releases' 10 or 50 tokens end an explanation early. Such a model ends its answers itself.
+MAX_NEW_TOKENS = 512
 
 
 class ChatTurn(NamedTuple):
@@ -102,15 +105,24 @@ class HarnessModel:
 
         Args:
             settings: fields of `GenerationConfig` that the task asks for (`task_settings`). Those
-                of the model win; what neither names is as in the model's release.
+                of the model win; what neither names is as in the model's release, but for
+                `MAX_NEW_TOKENS` of instruction-tuned models.
 
         Raises:
             UserError: a part or a setting is invalid, or a prompt leaves no room for the answer.
         """
-        chosen = {**(settings or {}), **self.settings}
+        chosen = {**self._room(), **(settings or {}), **self.settings}
         prompts = [self._prompt(dialogue) for dialogue in dialogues]
         chosen |= {"system": None, "grounding": False}  # prompts spell both
         return self.emu.generate_text(prompts, **chosen)
+
+    def _room(self) -> dict[str, int]:
+        """Returns the largest number of tokens of an answer, if the release's does not apply."""
+        cfg, released = self.emu.cfg, GenerationConfig.of(self.emu.cfg).max_new_tokens
+        if not self.emu.tokenizer.instruct or self.emu.defaults.max_new_tokens != released:
+            return {}  # `generation.json` names another
+        # A prompt must fit too.
+        return {"max_new_tokens": max(released, min(MAX_NEW_TOKENS, cfg.llama.context_length // 2))}
 
     def losses(
         self, dialogues: Sequence[Sequence[ChatTurn]], candidates: Sequence[Sequence[str]]
