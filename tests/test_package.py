@@ -20,7 +20,6 @@ import emu_jax
 
 ROOT = Path(__file__).parent.parent
 FIRST_STAGE = "parents/digits_clip/metrics.jsonl"  # of a demo
-NO_RELEASE = "Unreleased"
 
 
 def tracked(*folders):
@@ -34,8 +33,10 @@ def test_the_version_is_everywhere_the_same():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == emu_jax.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", emu_jax.__version__)
-    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert headings[0] in (NO_RELEASE, emu_jax.__version__)
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    first, newest = re.findall(r"^## (.+)$", changelog, re.MULTILINE)[:2]
+    assert first == "Unreleased"
+    assert newest == f"{citation['version']} ({citation['date-released']})"
     license = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
     assert citation["license"] == license
 
