@@ -12,9 +12,11 @@ from flax import nnx
 
 from emu_jax.config import LlamaConfig
 from emu_jax.errors import UserError
+from emu_jax.models import blockwise
 from emu_jax.models.attention import attention, choose_backend, cudnn, short, splash
+from emu_jax.models.blockwise import CAUSAL_BLOCK
 from emu_jax.models.llama import Llama
-from emu_jax.models.xla import CAUSAL_BLOCK, causal_mask, plain_attention, segment_mask
+from emu_jax.models.xla import causal_mask, plain_attention, segment_mask
 from emu_jax.sharding import AbstractModel, make_mesh, shard
 
 
@@ -183,8 +185,8 @@ def test_masks_add_up():
 
 
 @pytest.mark.parametrize("segmented", [True, False])
-def test_blocks_of_a_long_row_equal_the_whole(segmented):
-    """Outputs and gradients, where the last block is a short one."""
+def test_blocks_of_a_long_row_equal_the_whole(segmented, monkeypatch):
+    """Outputs and gradients, where the last block is a short one. The reference has no blocks."""
     q, k, v, ids = packed(4, CAUSAL_BLOCK + 37, 3, 8)
     mask = causal_mask(q.shape[1])
     if segmented:
@@ -197,6 +199,11 @@ def test_blocks_of_a_long_row_equal_the_whole(segmented):
     theirs = through(lambda *x: plain_attention(*x, mask, scale=0.3), q, k, v)
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 1e-6
+    blocks = []
+    monkeypatch.setattr(blockwise, "flash_style_attention", lambda q, *_: blocks.append(q) or q)
+    for backend, count in (("xla", 0), ("blockwise", 2)):
+        jax.eval_shape(lambda *x: attention(*x, scale=0.3, backend=backend, **how), q, k, v)  # noqa: B023
+        assert len(blocks) == count
 
 
 def test_backend_is_chosen_by_name_or_platform():
@@ -204,8 +211,9 @@ def test_backend_is_chosen_by_name_or_platform():
     assert choose_backend("auto", "gpu") == choose_backend("cudnn", "cuda") == "cudnn"
     assert choose_backend("auto", "cpu") == choose_backend("cpu", "cpu") == "cpu"
     assert choose_backend("xla", "cpu") == choose_backend("xla", "tpu") == "xla"
-    assert choose_backend("auto", "rocm") == "xla"
-    with pytest.raises(UserError, match="does not run on tpu: use splash or xla"):
+    assert choose_backend("blockwise", "tpu") == "blockwise"
+    assert choose_backend("auto", "rocm") == "blockwise"
+    with pytest.raises(UserError, match="does not run on tpu: use splash, blockwise or xla"):
         choose_backend("cpu", "tpu")
     with pytest.raises(UserError, match="does not run on cpu"):
         choose_backend("splash", "cpu")

@@ -41,8 +41,9 @@ from emu_jax.generate.settings import (
     TextConfig,
 )
 from emu_jax.models import emu as models
+from emu_jax.models.cpu import UnstackedKVCache
 from emu_jax.models.eva_clip import normalize_images
-from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
+from emu_jax.models.kv_cache import KVCache
 from emu_jax.sharding import AbstractModel, make_mesh, nest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.telemetry.goodput import COMPILATION

@@ -20,7 +20,7 @@ from emu_jax.config import (
     VisionConfig,
 )
 from emu_jax.models import attention as attention_module
-from emu_jax.models import xla
+from emu_jax.models import blockwise
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.objectives import get_objective, sequence_losses
 from emu_jax.train.optimizer import group_of
@@ -59,7 +59,7 @@ MODEL = EmuConfig(
         sample_size=SIDE, block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2
     ),
 )
-SLOW_BACKENDS = ("xla", "xla in blocks", "cpu", "cudnn")
+SLOW_BACKENDS = ("xla", "blockwise in blocks", "cpu", "cudnn")
 BACKENDS = (
     "cpu in blocks",
     "splash",
@@ -158,7 +158,7 @@ def test_a_neighbor_changes_neither_loss_nor_gradients(backend, monkeypatch):
     take long to compile, and see one image at a time."""
     name, _, blocks = backend.partition(" ")
     if blocks:  # the blocks of queries of a long row
-        monkeypatch.setattr(xla, "CAUSAL_BLOCK", 48)
+        monkeypatch.setattr(blockwise, "CAUSAL_BLOCK", 48)
     # The kernels need a TPU or a GPU: Pallas interprets its own, jax computes cuDNN's.
     interpreted = functools.partial(attention_module.splash, interpret=True)
     monkeypatch.setattr(attention_module, "splash", interpreted)

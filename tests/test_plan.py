@@ -21,8 +21,8 @@ from emu_jax import cli
 from emu_jax.config import RematConfig, emu_14b, emu_ladder
 from emu_jax.errors import UserError
 from emu_jax.hardware import CHIPS, Topology, chip_of, peak_flops
+from emu_jax.models.blockwise import CAUSAL_BLOCK
 from emu_jax.models.remat import RECOMPUTED_SCOPE
-from emu_jax.models.xla import CAUSAL_BLOCK
 from emu_jax.plan import hlo
 from emu_jax.plan.plan import (
     SAFE,
@@ -103,7 +103,7 @@ def test_flops_are_those_of_the_traced_step():
     """The convention against the products in the jaxpr, which counts all of causal attention,
     the regression head everywhere, and the logits twice forward."""
     cfg = config("emu_100m", "data.batch_size=2", "data.row_tokens=128", "data.row_images=2")
-    cfg = dataclasses.replace(cfg, remat=RematConfig(), attention="xla")
+    cfg = dataclasses.replace(cfg, remat=RematConfig(), attention="blockwise")
     objective = get_objective(cfg)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: objective.build(nnx.Rngs(0))))
     from emu_jax.data.pipeline import batch_shapes

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.generate.logits import apply_logits_processors, filter_logits
 from emu_jax.generate.settings import DynamicSettings, StaticSettings
+from emu_jax.models.backend import kernels
 from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.llama import Llama
 
@@ -344,10 +345,7 @@ class BeamState(NamedTuple):
             best, order = jax.lax.top_k(jnp.take_along_axis(scores, sampled, axis=1), 2 * beams)
             index = jnp.take_along_axis(sampled, order, axis=1)
         else:
-            best, index = jax.lax.top_k(scores.reshape(batch, beams * vocab), 2 * beams)
-            # Otherwise XLA's CPU compiler fuses what follows into top_k and sorts the whole
-            # vocabulary. One barrier each: XLA aborts on a sharded top_k's whole tuple.
-            best, index = map(jax.lax.optimization_barrier, (best, index))
+            best, index = kernels().top_k(scores.reshape(batch, beams * vocab), 2 * beams)
         parents, tokens = index // vocab, index % vocab  # [B, 2 beams]
         ends = tokens == static.tokens.eos
         sequences = jnp.take_along_axis(self.sequences, parents[..., None], axis=1)

@@ -19,6 +19,7 @@ short_attention.py  a Pallas kernel for short rows on TPUs
 backend.py          chooses the kernels below by platform
 cpu.py              kernels for XLA's CPU compiler
 xla.py              the plain kernels, and the reference for tests
+blockwise.py        attention in blocks of queries, for any device
 
 Axis legend of the shape annotations in all of emu_jax. Axes with longer names, such as `beams`,
 name themselves. `#B` is B or 1; `*T` is any number of axes; `_` is any size.

@@ -1,11 +1,12 @@
 """The entry point of attention, and its backends.
 
-  xla     any device: the plain reference (`xla.py`).
-  cpu     CPUs: kernels for XLA's CPU compiler (`cpu.py`).
-  splash  TPU: Pallas' blockwise kernel, which skips masked blocks and keeps scores on the chip.
-          Short rows without a mask, such as an image's, use a kernel of our own that holds whole
-          rows (`short_attention`).
-  cudnn   GPU: cuDNN's fused kernel.
+  xla        any device: the plain reference (`xla.py`).
+  blockwise  any device: causal rows in blocks of queries, with less memory (`blockwise.py`).
+  cpu        CPUs: kernels for XLA's CPU compiler (`cpu.py`).
+  splash     TPU: Pallas' blockwise kernel, which skips masked blocks and keeps scores on the chip.
+             Short rows without a mask, such as an image's, use a kernel of our own that holds whole
+             rows (`short_attention`).
+  cudnn      GPU: cuDNN's fused kernel.
 
 Training chooses a backend by name (`choose_backend`); other calls use `backend.kernels`. A backend
 that cannot serve a call raises an error; there is no silent slow path.
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.errors import UserError, suggest
-from emu_jax.models import cpu, xla
+from emu_jax.models import blockwise, cpu, xla
 from emu_jax.models.backend import kernels
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
 from emu_jax.models.short_attention import LANES, LONGEST, short_attention
@@ -34,7 +35,9 @@ from emu_jax.sharding import shard, spec
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("xla", "cpu", "splash", "cudnn")
+EVERYWHERE = ("blockwise", "xla")  # backends for any platform
+BACKENDS = (*EVERYWHERE, "cpu", "splash", "cudnn")
+MODULES = {"blockwise": blockwise, "xla": xla, "cpu": cpu}
 FASTEST = {"cpu": "cpu", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
 
 # Queries and keys per step of the splash kernel. The largest size that divides a row is used.
@@ -49,15 +52,17 @@ def choose_backend(name: str, platform: str) -> str:
     Raises:
         UserError: the backend is unknown, or does not run on the platform.
     """
-    fastest = FASTEST.get(platform, "xla")
+    fastest = FASTEST.get(platform, "blockwise")
     known = ("auto", *BACKENDS)
     if name not in known:
         raise UserError(f"attention {name!r} is not known{suggest(name, known)}")
     chosen = fastest if name == "auto" else name
-    if chosen not in (fastest, "xla"):
-        raise UserError(f"attention {name!r} does not run on {platform}: use {fastest} or xla")
+    if chosen not in (fastest, *EVERYWHERE):
+        raise UserError(
+            f"attention {name!r} does not run on {platform}: use {fastest}, blockwise or xla"
+        )
     if chosen != fastest:
-        log.warning("attention xla on %s, by request: slower than %s", platform, fastest)
+        log.warning("attention %s on %s, by request: slower than %s", chosen, platform, fastest)
     else:
         where = {
             "splash": ", the visual encoder's in one kernel a row, the causal transformer's xla",
@@ -90,15 +95,15 @@ def attention(
     there; LLaMA and ViT have none). With `cached`, keys are [B, G, K, S] and values [B, G, S, K],
     the layout of a KV cache.
 
-    Without a `backend`, the platform decides between `cpu` and `xla` (`backend.kernels`). Both
-    serve every call.
+    Without a `backend`, the platform decides between `cpu` and `xla` (`backend.kernels`). These and
+    `blockwise` serve every call.
 
     Raises:
         UserError: `backend` cannot serve these shapes, dtypes or masks.
         ValueError: a fused backend is called with a cache.
     """
-    if backend in (None, "xla", "cpu"):
-        module = {None: kernels(), "xla": xla, "cpu": cpu}[backend]
+    if backend is None or backend in MODULES:
+        module = kernels() if backend is None else MODULES[backend]
         return module.attention(
             q,
             k,
@@ -113,7 +118,7 @@ def attention(
         )
     for name, value in (("mask", mask), ("bias", bias), ("dropout", dropout)):
         if value is not None:
-            raise UserError(f"{backend} attention takes no {name}: use attention=xla")
+            raise UserError(f"{backend} attention takes no {name}: use attention=blockwise")
     if cached:
         raise ValueError(f"{backend} attention cannot read a cache: use the backend xla or cpu")
     unmasked = not causal and segment_ids is None
@@ -156,8 +161,9 @@ def splash(
     length, heads, width = q.shape[1:]
     if k.shape[1] != length or length % LANES or width % LANES:
         raise UserError(
-            f"splash attention needs as many keys as queries, and rows and heads in multiples of "
-            f"{LANES}: {length} queries, {k.shape[1]} keys, head width {width}; use attention=xla"
+            "splash attention needs as many keys as queries, and rows and heads in multiples of "
+            f"{LANES}: {length} queries, {k.shape[1]} keys, head width {width}; use "
+            "attention=blockwise"
         )
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     sizes = kernels.BlockSizes(
@@ -245,7 +251,7 @@ def cudnn(
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
         raise UserError(
             f"cuDNN attention needs bfloat16 and a head width of up to 128 in eights, not "
-            f"{q.dtype} and {q.shape[-1]}: use dtype=bfloat16 or attention=xla"
+            f"{q.dtype} and {q.shape[-1]}: use dtype=bfloat16 or attention=blockwise"
         )
     k, v = share_heads(q, k, v)
     out = jax.nn.dot_product_attention(

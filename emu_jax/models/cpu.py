@@ -6,6 +6,7 @@ docs/notes/performance.md has the measurements.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,9 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
-from emu_jax.models import xla
+from emu_jax.config import LlamaConfig
+from emu_jax.models import blockwise, xla
+from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
 
 # With this many scores per row and head, heads are computed one at a time: 2 MiB, a cache's size.
@@ -30,7 +33,7 @@ LARGE_SCORES = 512 * 1024
 # on one thread.
 BATCH_PARTS = 4
 
-# --- Matmul, norms, convolutions -----------------------------------------------------------------
+# --- Matmul, norms, convolutions, GELU ------------------------------------------------------------
 
 
 def matmul(
@@ -129,6 +132,17 @@ def _halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     return jnp.stack([first, second + third], axis), jnp.stack([first + second, third], axis)
 
 
+def gelu(x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+    """Returns the exact GELU of `x`.
+
+    float32 uses erf, as torch does: this compiler needs fewer operations for it than for the erfc
+    of `jax.nn.gelu`. In lower precision 1 + erf would lose small values.
+    """
+    if x.dtype != jnp.float32:
+        return xla.gelu(x)
+    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
+
+
 # --- Attention -----------------------------------------------------------------------------------
 
 
@@ -147,15 +161,15 @@ def attention(
 ) -> Float[Array, "B T H K"]:
     """Flash-style attention on parts of the batch, or one head at a time if a head has many scores.
 
-    Calls with a bias, dropout, a cache or a long causal row go to `xla.attention`.
+    Calls with a bias, dropout, a cache or a long causal row go to `blockwise.attention`.
     """
     if (
         bias is not None
         or dropout is not None
         or cached
-        or xla.is_blockwise_causal(q, causal, mask, bias, dropout, cached)
+        or blockwise.is_long_causal(q, causal, mask, bias, dropout, cached)
     ):
-        return xla.attention(
+        return blockwise.attention(
             q,
             k,
             v,
@@ -182,14 +196,14 @@ def _flash_attention(
 ) -> Float[Array, "B T H K"]:
     if mask is None and q.shape[1] * k.shape[1] >= LARGE_SCORES:
         return checkpoint_name(_large_attention(q, k, v, scale), CHECKPOINT_ATTENTION)
-    q, scale = xla.scale_queries(q, scale)
+    q, scale = blockwise.scale_queries(q, scale)
     # Cutting a batch that is sharded over devices would move its rows between them.
     mesh = jax.sharding.get_abstract_mesh()
     if mask is not None or (not mesh.empty and mesh.size > 1):
-        return xla.flash_style_attention(q, k, v, mask, scale)
+        return blockwise.flash_style_attention(q, k, v, mask, scale)
     parts = (jnp.array_split(x, min(len(x), BATCH_PARTS)) for x in (q, k, v))
     return jnp.concatenate(
-        [xla.flash_style_attention(*part, None, scale) for part in zip(*parts, strict=True)]
+        [blockwise.flash_style_attention(*part, None, scale) for part in zip(*parts, strict=True)]
     )
 
 
@@ -275,7 +289,17 @@ def _target_logits_bwd(
 
 _target_logits.defvjp(_target_logits_fwd, _target_logits_bwd)
 
-# --- Layout of a computation ---------------------------------------------------------------------
+# --- Decoding ------------------------------------------------------------------------------------
+
+
+def top_k(scores: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """Returns the largest scores of each row in descending order, and their indices.
+
+    Without a barrier this compiler fuses what follows into top_k and sorts the whole row. There is
+    one for each array: XLA aborts on a sharded top_k's whole tuple.
+    """
+    values, indices = map(jax.lax.optimization_barrier, xla.top_k(scores, count))
+    return values, indices
 
 
 def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
@@ -296,18 +320,6 @@ def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
             if isinstance(node, nnx.Param):
                 node.set_metadata(axes=node.get_metadata()["axes"][1:])
     return nnx.List(modules)
-
-
-def wait_for(x: Float[Array, "..."], array: Shaped[Array, "*A"]) -> Shaped[Array, "*A"]:
-    """Returns `array`. Everything computed from it is computed after `x`.
-
-    This compiler converts the quantized matrices of all layers to floats before a loop over tokens,
-    or at the start of a step, if nothing tells it to wait. That takes more memory than the model in
-    floats.
-    """
-    first = x.ravel()[0]
-    never = (first == first) & (first != first)  # which XLA does not simplify
-    return jnp.where(never, jnp.zeros((), array.dtype), array)
 
 
 def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
@@ -336,6 +348,90 @@ def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
 @functools.partial(jax.jit, static_argnames=("layers",))
 def _copied_layers(stacked: jax.Array, layers: int) -> list[jax.Array]:
     return [stacked[n] for n in range(layers)]
+
+
+def run_layers(
+    blocks: nnx.List, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+) -> tuple[Any, Any]:
+    """Runs `carry, y = body(block, carry, x)` over the layers of `decoding_layers`.
+
+    The leaves of `xs` and of the ys that it returns have a leading layer axis.
+    """
+    ys = []
+    for n, block in enumerate(blocks):
+        carry, y = body(block, carry, jax.tree.map(lambda a, n=n: a[n], xs))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def empty_cache(
+    blocks: nnx.Module, cfg: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype
+) -> KVCache:
+    """Returns a cache with `slots` free slots per row, in the layout of `blocks`."""
+    cls = UnstackedKVCache if isinstance(blocks, nnx.List) else KVCache
+    return cls.empty(cfg, batch, slots, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UnstackedKVCache(KVCache):
+    """A cache with separate arrays for each layer, for `decoding_layers`.
+
+    Keys and values are tuples with a layer's [B*G, K, S] and [B*G, S, K], the layout of a matmul's
+    operand. This compiler updates these in place. In other layouts it would keep one copy to
+    multiply by and another to update. They are not sharded by heads.
+    """
+
+    @classmethod
+    def _zeros(
+        cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
+    ) -> Any:
+        return (jnp.zeros((batch * cfg.kv_heads, *shape), dtype),) * cfg.layers
+
+    @property
+    def layers(self) -> Int[np.ndarray, "L"]:
+        return np.arange(len(self.k))
+
+    def update(
+        self,
+        layer: int | Int[Array, ""],
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G K"],
+    ) -> tuple[KVCache, Float[Array, "B G K S"], Float[Array, "B G S K"]]:
+        k, v = self._as_multiplied(k, v)
+        n, batch, flat = int(layer), len(k), "b h x y -> (b h) x y"
+        ks, vs = list(self.k), list(self.v)
+        ks[n] = jax.lax.dynamic_update_slice(ks[n], rearrange(k, flat), (0, 0, self.used))
+        vs[n] = jax.lax.dynamic_update_slice(vs[n], rearrange(v, flat), (0, self.used, 0))
+        k, v = (rearrange(a, "(b h) x y -> b h x y", b=batch) for a in (ks[n], vs[n]))
+        return dataclasses.replace(self, k=tuple(ks), v=tuple(vs)), k, v
+
+    def _repeated(self, a: jax.Array, times: int) -> jax.Array:
+        a = rearrange(a, "(b h) x y -> b h x y", b=len(self.valid))
+        return rearrange(jnp.repeat(a, times, axis=0), "b h x y -> (b h) x y")
+
+
+# --- Layout of a computation ---------------------------------------------------------------------
+
+
+def wait_for(x: Float[Array, "..."], array: Shaped[Array, "*A"]) -> Shaped[Array, "*A"]:
+    """Returns `array`. Everything computed from it is computed after `x`.
+
+    This compiler converts the quantized matrices of all layers to floats before a loop over tokens,
+    or at the start of a step, if nothing tells it to wait. That takes more memory than the model in
+    floats.
+    """
+    first = x.ravel()[0]
+    never = (first == first) & (first != first)  # which XLA does not simplify
+    return jnp.where(never, jnp.zeros((), array.dtype), array)
+
+
+def order_exchanges(
+    first: Float[Array, "B T D"], second: Float[Array, "B T E"]
+) -> Float[Array, "B T E"]:
+    """Returns `second`, which devices exchange after `first`. This runtime deadlocks if devices
+    start both exchanges in different orders."""
+    return second + 0 * jax.lax.stop_gradient(first[..., :1]).astype(second.dtype)
 
 
 def guided_denoiser(

@@ -1,4 +1,4 @@
-"""The language model's KV cache, in two layouts: stacked layers, or one array per layer."""
+"""The language model's KV cache. `cpu.py` has another layout of it, with separate layers."""
 
 from __future__ import annotations
 
@@ -131,42 +131,3 @@ class KVCache:
 
     def _repeated(self, a: jax.Array, times: int) -> jax.Array:
         return jnp.repeat(a, times, axis=1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class UnstackedKVCache(KVCache):
-    """A cache with separate arrays for each layer, for `Llama.unstacked_for_decoding`.
-
-    Keys and values are tuples with a layer's [B*G, K, S] and [B*G, S, K], the layout of a matmul's
-    operand. XLA's CPU compiler updates these in place. In other layouts it would keep one copy to
-    multiply by and another to update. They are not sharded by heads.
-    """
-
-    @classmethod
-    def _zeros(
-        cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
-    ) -> Any:
-        return (jnp.zeros((batch * cfg.kv_heads, *shape), dtype),) * cfg.layers
-
-    @property
-    def layers(self) -> Int[np.ndarray, "L"]:
-        return np.arange(len(self.k))
-
-    def update(
-        self,
-        layer: int | Int[Array, ""],
-        k: Float[Array, "B T G K"],
-        v: Float[Array, "B T G K"],
-    ) -> tuple[KVCache, Float[Array, "B G K S"], Float[Array, "B G S K"]]:
-        k, v = self._as_multiplied(k, v)
-        n, batch, flat = int(layer), len(k), "b h x y -> (b h) x y"
-        ks, vs = list(self.k), list(self.v)
-        ks[n] = jax.lax.dynamic_update_slice(ks[n], rearrange(k, flat), (0, 0, self.used))
-        vs[n] = jax.lax.dynamic_update_slice(vs[n], rearrange(v, flat), (0, self.used, 0))
-        k, v = (rearrange(a, "(b h) x y -> b h x y", b=batch) for a in (ks[n], vs[n]))
-        return dataclasses.replace(self, k=tuple(ks), v=tuple(vs)), k, v
-
-    def _repeated(self, a: jax.Array, times: int) -> jax.Array:
-        a = rearrange(a, "(b h) x y -> b h x y", b=len(self.valid))
-        return rearrange(jnp.repeat(a, times, axis=0), "b h x y -> (b h) x y")

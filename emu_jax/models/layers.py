@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
-from emu_jax.models import low_precision, quantized
+from emu_jax.models import cpu, low_precision, quantized
 from emu_jax.models.backend import kernels
 from emu_jax.models.remat import REMAT
 
@@ -40,15 +40,9 @@ def param(
     return nnx.Param(init(key, shape, jnp.float32), axes=axes)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """Returns the exact GELU of `x`.
-
-    float32 uses erf, as torch does: XLA needs fewer operations for it than for the erfc of
-    `jax.nn.gelu`. In lower precision 1 + erf would lose small values.
-    """
-    if x.dtype != jnp.float32:
-        return jax.nn.gelu(x, approximate=False)
-    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
+def gelu(x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+    """Returns the exact GELU of `x`."""
+    return kernels().gelu(x)
 
 
 class Linear(nnx.Module):
@@ -145,17 +139,13 @@ def scan(
 ) -> tuple[Any, Any]:
     """Runs `carry, y = body(block, carry, x)` over `blocks`.
 
-    Stacked layers are compiled once. The layers of a list run one after the other, and ignore
-    `remat` and `matmul_dtype`. `xs` and the collected ys have a leading layer axis. `remat` names
-    what a layer saves for its backward pass (`remat.REMAT`), and `matmul_dtype` the dtype of its
-    matmuls, whose gradients are rounded with `rounding_key` (`low_precision`).
+    Stacked layers are compiled once. Layers unstacked by `cpu.decoding_layers` run one after the
+    other, and ignore `remat` and `matmul_dtype`. `xs` and the collected ys have a leading layer
+    axis. `remat` names what a layer saves for its backward pass (`remat.REMAT`), and `matmul_dtype`
+    the dtype of its matmuls, whose gradients are rounded with `rounding_key` (`low_precision`).
     """
     if isinstance(blocks, nnx.List):
-        ys = []
-        for n, block in enumerate(blocks):
-            carry, y = body(block, carry, jax.tree.map(lambda a, n=n: a[n], xs))
-            ys.append(y)
-        return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+        return cpu.run_layers(blocks, body, carry, xs)
 
     graphdef, params = nnx.split(blocks)
     layers = len(jax.tree.leaves(params)[0])

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emu_jax.config import LlamaConfig, RopeScalingConfig
 from emu_jax.models.attention import attention
 from emu_jax.models.backend import kernels
-from emu_jax.models.kv_cache import KVCache, UnstackedKVCache
+from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stack
 from emu_jax.models.lora import LoraLinear, adapted
 from emu_jax.models.low_precision import split_key
@@ -310,8 +310,7 @@ class Llama(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
         """Returns a cache with `slots` free slots per row, in the layout of this model's layers."""
-        cls = UnstackedKVCache if isinstance(self.layers, nnx.List) else KVCache
-        return cls.empty(self.cfg, batch, slots, dtype)
+        return kernels().empty_cache(self.layers, self.cfg, batch, slots, dtype)
 
     def extend(
         self,

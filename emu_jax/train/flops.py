@@ -130,7 +130,7 @@ def _shapes(cfg: TrainConfig) -> dict[str, tuple[int, ...]]:
 
 def _traced(cfg: TrainConfig) -> float:
     """Returns the FLOPs of the traced gradient of the loss, without recomputation."""
-    cfg = dataclasses.replace(cfg, remat=RematConfig(), attention="xla")
+    cfg = dataclasses.replace(cfg, remat=RematConfig(), attention="blockwise")
     objective = get_objective(cfg)
     build = lambda: objective.build(nnx.Rngs(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(build))

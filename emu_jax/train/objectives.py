@@ -21,6 +21,7 @@ from emu_jax.data import digits
 from emu_jax.data.latents import LatentBatches, latent_shapes
 from emu_jax.data.pipeline import Batches, Kind, batch_shapes
 from emu_jax.errors import UserError, suggest
+from emu_jax.models.backend import kernels
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
@@ -390,9 +391,8 @@ def regression_targets(
     in float32. `hidden` and `x` are what `hidden_states` returned."""
     targets = module.regression_targets(x, images, batch["embedding_index"])
     if context_ways() > 1:
-        # Devices exchange the targets at the borders of their tokens. XLA's CPU runtime deadlocks
-        # if they do so during the exchanges of the layers, so the targets wait for the states.
-        targets += 0 * jax.lax.stop_gradient(hidden[..., :1]).astype(targets.dtype)
+        # Devices exchange the targets at the borders of their tokens, and the states in the layers.
+        targets = kernels().order_exchanges(hidden, targets)
     return following(targets).astype(jnp.float32)
 
 
