@@ -77,7 +77,7 @@ def run() -> dict:
         seconds[name] = [a + b for a, b in zip(seconds[name], plan, strict=True)]
     rates = {name: [1 / second for second in taken] for name, taken in seconds.items()}
     return {
-        "picture_bytes": round(statistics.mean(map(len, images))),
+        "image_bytes": round(statistics.mean(map(len, images))),
         **{f"{name}_per_core": bench.median(rate) for name, rate in rates.items()},
         **{
             f"{name}_over_raw": bench.ratio(rate, rates["raw"])

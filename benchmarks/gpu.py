@@ -55,8 +55,8 @@ PARTS = (
         "Training step",
         "train_step",
         160,
-        "config={config} dtype=bfloat16 rows=4 tokens=2048 pictures=16 turns=3",
-        "config=digits rows=1 tokens=64 pictures=2 turns=1 compiled=0 remat=none",
+        "config={config} dtype=bfloat16 rows=4 tokens=2048 images=16 turns=3",
+        "config=digits rows=1 tokens=64 images=2 turns=1 compiled=0 remat=none",
     ),
     Part(
         "Text, one row",

@@ -13,7 +13,7 @@ process with `CPU_FLAGS` measures.
 
 On several hosts run the same command on each, with the variables of `emu-jax train`
 (docs/launch.md); the first host writes. Settings: `config`, `rows` per device, `tokens` and
-`pictures` (images) per row, `dtype`, `remat`, `turns`, and `least` to `devices` (0: all), the
+`images` per row, `dtype`, `remat`, `turns`, and `least` to `devices` (0: all), the
 range of devices. A setting that does not fit in memory is skipped with a line.
 """
 
@@ -62,7 +62,7 @@ def run(
     config: str = "emu_100m",
     rows: int = 1,
     tokens: int = 512,
-    pictures: int = 4,
+    images: int = 4,
     dtype: str = "",
     remat: str = "dots",
     turns: int = 5,
@@ -83,7 +83,7 @@ def run(
         )
 
     def cfg(rows: int) -> TrainConfig:
-        return step.settings(config, rows, tokens, pictures, dtype, remat)
+        return step.settings(config, rows, tokens, images, dtype, remat)
 
     chip, row_flops = chip_name(kind), train_flops(cfg(1)).total
     predicted = predictions(Path(sweep), chip, row_flops, rows, most, remat) if sweep else []
@@ -94,7 +94,7 @@ def run(
         "device": kind,
         "hosts": jax.process_count(),
         "row_tokens": tokens,
-        "row_pictures": pictures,
+        "row_images": images,
         "remat": remat,
         "points": points,
         "predicted": predicted,
@@ -245,7 +245,7 @@ def table(figures: dict) -> str:
             )
     about = (
         f"`{figures['config']}`, {figures['dtype']}, rows of {figures['row_tokens']:,} tokens with "
-        f"{figures['row_pictures']} images, on {figures['device']} devices."
+        f"{figures['row_images']} images, on {figures['device']} devices."
     )
     if not figures["predicted"]:
         about += " No prediction: no sweep of `emu-jax plan` for these devices was given."

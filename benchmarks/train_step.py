@@ -8,7 +8,7 @@ AdamW with the same groups. From the same weights and without dropout both give 
 (`loss_difference`). Both use all cores. They take turns with each other and with the fastest
 matmul of this machine, the reference for a step.
 
-Settings: `config` (emu_100m, emu_400m, ..., or "digits"), `rows`, `tokens` and `pictures` (images)
+Settings: `config` (emu_100m, emu_400m, ..., or "digits"), `rows`, `tokens` and `images`
 per row, `dtype`, `remat`, `loss_block` (0 keeps all logits, as PyTorch does), `turns`, and
 `compiled` (0 skips torch.compile). Without torch, or on a TPU, only our step is measured.
 """
@@ -48,20 +48,20 @@ def run(
     config: str = "emu_100m",
     rows: int = 1,
     tokens: int = 1024,
-    pictures: int = 8,
+    images: int = 8,
     dtype: str = "float32",
     remat: str = "dots",
     loss_block: int = 0,
     turns: int = 5,
     compiled: int = 1,
 ) -> dict:
-    cfg = settings(config, rows, tokens, pictures, dtype, remat)
+    cfg = settings(config, rows, tokens, images, dtype, remat)
     cfg = dataclasses.replace(cfg, loss_block=loss_block)
     return measure(cfg, turns, ["eager", "compiled"] if compiled else ["eager"])
 
 
 def settings(
-    config: str, rows: int, tokens: int, pictures: int, dtype: str, remat: str
+    config: str, rows: int, tokens: int, images: int, dtype: str, remat: str
 ) -> TrainConfig:
     """Returns a config of configs/ at the size of a benchmark; "digits" is a small model."""
     path = shipped("configs") / f"{config}.py"
@@ -76,7 +76,7 @@ def settings(
     cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, llama=llama),
-        data=dataclasses.replace(cfg.data, batch_size=rows, row_tokens=tokens, row_images=pictures),
+        data=dataclasses.replace(cfg.data, batch_size=rows, row_tokens=tokens, row_images=images),
         dtype=dtype,
         remat=RematConfig.everywhere(remat),
     )
@@ -108,7 +108,7 @@ def measure(cfg: TrainConfig, turns: int, ways: Sequence[str] = tuple(WAYS)) -> 
         "loss_block": cfg.loss_block,
         "rows": cfg.data.batch_size,
         "row_tokens": cfg.data.row_tokens,
-        "row_pictures": cfg.data.row_images,
+        "row_images": cfg.data.row_images,
         "parameters": sum(int(np.prod(s.shape)) for s in ours.trainer.param_shapes.values()),
         "model_flops": train_flops(cfg).total,
     }
@@ -158,7 +158,7 @@ def table(figures: dict) -> str:
     f = figures
     sizes = (
         f"`{f['config']}`, {f['parameters'] / 1e6:.1f}M parameters, {f['dtype']}: {f['rows']} x "
-        f"{f['row_tokens']:,} tokens with {f['row_pictures']} images per row, "
+        f"{f['row_tokens']:,} tokens with {f['row_images']} images per row, "
         f"{f['model_flops'] / 1e12:.2f} TFLOP of the model per step; peak "
         f"{f['peak_flops']['median'] / 1e9:,.0f} GFLOP/s."
     )

@@ -692,7 +692,7 @@ def data_build(parser: argparse.ArgumentParser) -> Command:
         if bare := [setting for setting in args.set if "=" not in setting]:
             raise UserError(f"--set {bare[0]} has no value: write --set {bare[0]}=VALUE")
         manifest = build(args.dst, override(cfg, args.set), runner)
-        result = {key: manifest[key] for key in ("documents", "pictures", "unused", "bytes")}
+        result = {key: manifest[key] for key in ("documents", "images", "unused", "bytes")}
         if not args.json:
             print(_built(args.dst, result))
         return result | {"manifest": f"{args.dst}/manifest.json"}
@@ -908,7 +908,7 @@ def bench(parser: argparse.ArgumentParser) -> Command:
 
 
 def _built(dst: str, result: dict[str, Any]) -> str:
-    documents, images = result["documents"], result["pictures"]
+    documents, images = result["documents"], result["images"]
     lines = [
         f"{dst}: {documents['written']:,} of {documents['read']:,} documents, "
         f"{images['written']:,} of {images['read']:,} images, {result['bytes'] / 1e6:,.1f} MB"

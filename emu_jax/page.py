@@ -19,7 +19,7 @@ from PIL import Image
 
 from emu_jax.storage import write_text
 
-Picture = np.ndarray | Image.Image  # uint8 [h, w, 3] or [h, w], or PIL
+ImageLike = np.ndarray | Image.Image  # uint8 [h, w, 3] or [h, w], or PIL
 
 
 def write_page(path: Path, title: str, sections: list[str], style: str = "") -> None:
@@ -54,21 +54,21 @@ def details(title: str, values: Mapping[str, Any] | None) -> str:
     return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
 
 
-def image(picture: Picture, *, lossy: bool = False) -> str:
+def image(pixels: ImageLike, *, lossy: bool = False) -> str:
     """Formats an inline image: PNG, or JPEG if `lossy`, for pages with many photographs.
 
     Raises:
         TypeError: an array is not uint8.
     """
-    if not isinstance(picture, Image.Image):
-        picture = np.asarray(picture)
-        if picture.dtype != np.uint8:
-            raise TypeError(f"a picture must be uint8, not {picture.dtype}")
-        picture = Image.fromarray(picture)
+    if not isinstance(pixels, Image.Image):
+        pixels = np.asarray(pixels)
+        if pixels.dtype != np.uint8:
+            raise TypeError(f"an image must be uint8, not {pixels.dtype}")
+        pixels = Image.fromarray(pixels)
     buffer = io.BytesIO()
     kind = "jpeg" if lossy else "png"
-    picture.save(buffer, format=kind, optimize=True, quality=88)
-    return _embedded(buffer.getvalue(), kind, picture.size)
+    pixels.save(buffer, format=kind, optimize=True, quality=88)
+    return _embedded(buffer.getvalue(), kind, pixels.size)
 
 
 def image_file(path: Path, alt: str) -> str:
@@ -78,8 +78,8 @@ def image_file(path: Path, alt: str) -> str:
         alt: a description of the image for readers who cannot see it.
     """
     content = path.read_bytes()
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-        return _embedded(content, "png", picture.size, alt)
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:
+        return _embedded(content, "png", opened.size, alt)
 
 
 def _embedded(content: bytes, kind: str, size: tuple[int, int], alt: str = "") -> str:

@@ -596,6 +596,7 @@ class _Emu2Recording(_Recording):
     def image_numbers(inputs: Any) -> list[int]:
         """Returns the numbers of the images in nested recorded inputs, in order."""
         if isinstance(inputs, str):
+            # The recordings' word for an image is "picture".
             return [int(inputs.removeprefix("picture:"))] if inputs.startswith("picture:") else []
         return [number for part in inputs for number in _Emu2Recording.image_numbers(part)]
 

@@ -1,4 +1,4 @@
-"""Small data sets in the layouts of the official files; pictures are drawn here.
+"""Small data sets in the layouts of the official files; images are drawn here.
 
 What people said is chosen so that scores of known answers can be worked by hand
 (`tests/test_eval.py`).
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def draw(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> None:
-    """A picture of one colour with a bright square."""
+    """An image of one colour with a bright square."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     pixels = np.full((size[1], size[0], 3), rng.integers(0, 200, 3), np.uint8)
@@ -52,7 +52,7 @@ CAPTIONS = [
 
 
 def coco_caption(root: Path, test: int = 4) -> None:
-    """Karpathy's file; some pictures to test, four to take examples from."""
+    """Karpathy's file; some images to test, four to take examples from."""
     images = []
     for n in range(test + 4):
         name = f"COCO_val2014_{n:012d}.jpg"

@@ -229,7 +229,7 @@ def test_the_parts_of_the_gpu_share_the_time(monkeypatch):
     assert [len(next(steps)["parts"]) for _ in range(3)] == [1, 2, 3]
     figures = next(steps)
     assert limits == [80, 320 * 30 / 250, 310 * 160 / 220, 300]
-    assert "pictures=2 turns=1 compiled=0 remat=none`, 10 s):\n\nNot measured. out of memory" in (
+    assert "images=2 turns=1 compiled=0 remat=none`, 10 s):\n\nNot measured. out of memory" in (
         text := gpu.table(figures)
     )
     assert text.endswith("{'x': 1}")
@@ -448,6 +448,6 @@ def test_scaling_of_a_lone_cpu_device_is_measured_apart(monkeypatch):
 @pytest.mark.alone
 def test_the_pipeline_keeps_up_with_decoding():
     figures = bench.run(["data"])["data"]
-    assert 75_000 < figures["picture_bytes"] < 92_000
+    assert 75_000 < figures["image_bytes"] < 92_000
     assert figures["full_over_raw"]["median"] >= 0.85
     assert figures["fast_over_raw"]["median"] >= 2.0

@@ -140,7 +140,7 @@ def test_missing_checkpoint(run, tmp_path):
     expect_error(run("generate", "--checkpoint", tmp_path / "nowhere", "hello"), "nowhere")
 
 
-def test_unreadable_pictures(run, fake_emu, tmp_path):
+def test_unreadable_images(run, fake_emu, tmp_path):
     (tmp_path / "not.png").write_text("words")
     for name in ("missing.png", "not.png"):
         expect_error(run("generate", "--checkpoint", "d", f"@{tmp_path / name}"), name)
@@ -243,7 +243,7 @@ def test_serve_hands_over_the_types(run, tmp_path, monkeypatch):
     assert (seen["dtype"], seen["quantize"]) == ("bfloat16", "int8")
 
 
-def test_at_sign_means_a_picture_and_two_a_sign(fake_emu, tmp_path):
+def test_at_sign_means_an_image_and_two_a_sign(fake_emu, tmp_path):
     Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
     assert cli_io.parse_part("a@b") == "a@b"
     assert cli_io.parse_part("@@home") == "@home"
@@ -253,12 +253,12 @@ def test_at_sign_means_a_picture_and_two_a_sign(fake_emu, tmp_path):
 def test_generate_image(run, fake_emu, tmp_path):
     command = ("generate", "--checkpoint", "d", "--output", "image", "a seven", "--seed", 9)
     assert run(*command) == (0, "emu.png\n", "")
-    with Image.open("emu.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture)[0, 0], [9, 9, 9])
+    with Image.open("emu.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved)[0, 0], [9, 9, 9])
     status, out, _ = run(*command, "--save", tmp_path / "b.bmp", "--json")
     assert json.loads(out) == {"parts": [{"image": str(tmp_path / "b.bmp")}]}
-    with Image.open(tmp_path / "b.bmp") as picture:
-        assert (picture.format, picture.size) == ("BMP", (3, 2))
+    with Image.open(tmp_path / "b.bmp") as saved:
+        assert (saved.format, saved.size) == ("BMP", (3, 2))
     assert {p.name for p in tmp_path.iterdir()} == {"emu.png", "b.bmp"}
 
 
@@ -282,11 +282,11 @@ def test_generate_many(run, fake_emu, tmp_path):
     )
     status, out, _ = run(*command, "image", "--seed", 5, "--json")
     assert json.loads(out) == {"answers": [[{"image": "emu-1.png"}], [{"image": "emu-2.png"}]]}
-    with Image.open("emu-2.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture)[0, 0], [6, 6, 6])
+    with Image.open("emu-2.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved)[0, 0], [6, 6, 6])
     assert run(*command, "auto", "--save", "c.png")[0] == 0
-    pictures = {p.name for p in tmp_path.glob("c-*.png")}
-    assert pictures == {"c-1-1.png", "c-1-2.png", "c-2-1.png", "c-2-2.png"}
+    images = {p.name for p in tmp_path.glob("c-*.png")}
+    assert images == {"c-1-1.png", "c-1-2.png", "c-2-1.png", "c-2-2.png"}
 
 
 def test_generate_hands_over_its_settings(run, fake_emu, monkeypatch):

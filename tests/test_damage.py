@@ -53,13 +53,13 @@ def words(n: int) -> str:
 def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
     """{where: reason} of what is damaged, as of the others."""
     ways = [
-        "unreadable picture",
+        "unreadable image",
         "no image",
         "corrupt tar member",
         "incomplete sample",
         "invalid UTF-8",
-        "picture too large",
-        "picture too narrow",
+        "image too large",
+        "image too narrow",
         "malformed JSON",
     ]
     damaged, per_tar = damage(rng, SIZES["tars"], ways), 2000
@@ -70,10 +70,10 @@ def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
             way = damaged.get(n)
             form, suffix = [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")][n % 3]
             content = {
-                "unreadable picture": CUT,
+                "unreadable image": CUT,
                 "no image": b"<html>404</html>",
-                "picture too large": BOMB,
-                "picture too narrow": STRIP,
+                "image too large": BOMB,
+                "image too narrow": STRIP,
             }.get(way or "", None) or make_image(10 * (n % 25), form)
             if way != "incomplete sample":
                 files[f"{n:05}.{suffix}"] = content
@@ -90,19 +90,19 @@ def make_tars(folder: Path, rng: np.random.Generator) -> dict[str, str]:
                 header = content.index(f"{n:05}.txt".encode())
                 content[header : header + 512] = rng.bytes(512)
             if n in damaged:
-                reason = damaged[n].replace("no image", "unreadable picture")
+                reason = damaged[n].replace("no image", "unreadable image")
                 found[f"{path} sample {n - first}"] = reason
         path.write_bytes(content)
     return found
 
 
 def make_pages(folder: Path, rng: np.random.Generator) -> dict[str, str]:
-    ways = ["unreadable picture", "malformed JSON", "invalid UTF-8", "malformed entry"]
+    ways = ["unreadable image", "malformed JSON", "invalid UTF-8", "malformed entry"]
     damaged = damage(rng, SIZES["pages"], ways)
     path, entries = folder / "pages.jsonl", []
     for n in range(SIZES["pages"]):
         way = damaged.get(n)
-        content = CUT if way == "unreadable picture" else make_image(10 * (n % 25))
+        content = CUT if way == "unreadable image" else make_image(10 * (n % 25))
         entry = {
             "text_list": [words(n), words(n + 1)],
             "image_info": [
@@ -123,13 +123,13 @@ def make_pages(folder: Path, rng: np.random.Generator) -> dict[str, str]:
 
 
 def make_records(folder: Path, rng: np.random.Generator) -> dict[str, str]:
-    ways = ["unreadable picture", "not a document", "picture too large"]
+    ways = ["unreadable image", "not a document", "image too large"]
     damaged = damage(rng, SIZES["records"], ways)
     path = folder / "records.array_record"
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for n in range(SIZES["records"]):
         way = damaged.get(n)
-        content = {"unreadable picture": CUT, "picture too large": BOMB}.get(way or "")
+        content = {"unreadable image": CUT, "image too large": BOMB}.get(way or "")
         document = Document((Image(content or make_image(10 * (n % 25))), Text(words(n))))
         writer.write(b"garbage" if way == "not a document" else document.to_bytes())
     writer.close()

@@ -273,8 +273,8 @@ def test_images_of_impossible_sizes_are_refused(monkeypatch):
         return None
 
     assert reason(30, 20) is reason(100, 1) is reason(2, 200) is None
-    assert reason(31, 20) == "picture too large"
-    assert reason(101, 1) == reason(2, 201) == "picture too narrow"
+    assert reason(31, 20) == "image too large"
+    assert reason(101, 1) == reason(2, 201) == "image too narrow"
 
 
 def test_affine_moves_as_told():
@@ -443,9 +443,9 @@ P = IMAGE_PART
 @pytest.mark.parametrize(
     "outline, tokens, images, end, kept",
     [
-        ([5, P, 3], 14, 9, "tail", [5, P, 3]),  # a image takes 4 + 2 tokens
+        ([5, P, 3], 14, 9, "tail", [5, P, 3]),  # an image takes 4 + 2 tokens
         ([5, P, 3], 13, 9, "tail", [5, P]),
-        ([5, P, 3], 10, 9, "tail", [5]),  # never inside a image
+        ([5, P, 3], 10, 9, "tail", [5]),  # never inside an image
         ([5, P, 3], 4, 9, "tail", [4]),  # or no words would be left
         ([P, 9], 10, 9, "tail", [P, 4]),
         ([P, 9], 5, 9, "tail", []),
@@ -911,7 +911,7 @@ def test_an_image_may_be_drawn_from_itself(tmp_path, tokenizer):
 
 
 def test_views_are_one_crop_at_two_sizes(tmp_path, tokenizer):
-    """Of a picture 20 pixels wide and 12 high, whose gray rises by 10 a column."""
+    """Of an image 20 pixels wide and 12 high, whose gray rises by 10 a column."""
     columns = np.broadcast_to(np.arange(20, dtype=np.uint8) * 10, (12, 20))
     cfg = hand_made(tmp_path, pages=[Document((Text("seven"), Image(encode_png(columns))))])
     cfg = dataclasses.replace(cfg, batch_size=200, image_size=12, target_size=6)
@@ -1055,7 +1055,7 @@ def test_documents_read_together_are_those_read_alone(tmp_path, tokenizer, monke
 
     def read() -> tuple[list[dict[str, np.ndarray]], int]:
         with Batches(cfg, tokenizer, "rows") as batches:
-            return take(batches, 6), batches.statistics()["damaged"]["unreadable picture"]
+            return take(batches, 6), batches.statistics()["damaged"]["unreadable image"]
 
     together, damaged = read()
     monkeypatch.setattr(batches_module, "_IMAGES_PER_TASK", 1)
@@ -1140,7 +1140,7 @@ def test_errors_are_one_clear_line(cfg, tokenizer, tmp_path):
             batches.restore({"kind": "rows", "step": 9, "groups": [[0, 1000]]})
         with pytest.raises(UserError, match="position is for None batches"):
             batches.restore({"step": 0, "groups": [[0, 0]]})
-    with Batches(cfg, tokenizer, "images") as batches:  # called "pictures" in older checkpoints
+    with Batches(cfg, tokenizer, "images") as batches:  # called "images" in older checkpoints
         state = batches.state()
         batches.restore(state | {"kind": "pictures"})
         assert batches.state() == state

@@ -118,11 +118,11 @@ def test_images_are_made_smaller_and_encoded():
 @pytest.mark.parametrize(
     "image, reason, detail",
     [
-        (Image(encode(7, 20)), "picture too small", "7x20"),
-        (Image(encode(9, 40)), "picture too narrow", "9x40"),
+        (Image(encode(7, 20)), "image too small", "7x20"),
+        (Image(encode(9, 40)), "image too narrow", "9x40"),
         (Image(encode(31, 32), similarity=0.29), "unlike its words", "0.290"),
-        (Image(encode(31, 32)[:-60]), "unreadable picture", "truncated"),
-        (Image(b"none"), "unreadable picture", "unknown image format"),
+        (Image(encode(31, 32)[:-60]), "unreadable image", "truncated"),
+        (Image(b"none"), "unreadable image", "unknown image format"),
     ],
 )
 def test_images_that_do_not_pass(image, reason, detail):
@@ -139,7 +139,7 @@ def test_a_page_loses_the_images_that_do_not_pass():
     assert [drop.part for drop in cleaned.dropped] == [1, 4]
     assert (cleaned.images, cleaned.encoded) == (3, 0)
     cleaned = clean(Document((Text("one"), small, small)), CLEAN)
-    assert (cleaned.document, cleaned.reason) == (None, "picture too small")
+    assert (cleaned.document, cleaned.reason) == (None, "image too small")
     assert len(cleaned.dropped) == 2
 
 
@@ -176,13 +176,13 @@ def test_build(tmp_path, raw, cfg):
     assert 50 < len(kept) < 90
 
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
-    counts, images = manifest["documents"], manifest["pictures"]
+    counts, images = manifest["documents"], manifest["images"]
     assert (counts["read"], counts["written"]) == (90, len(kept))
     assert counts["rejected"] == images["dropped"]
     assert counts["rejected"].keys() == {
-        "picture too small",
-        "picture too narrow",
-        "unreadable picture",
+        "image too small",
+        "image too narrow",
+        "unreadable image",
     }
     assert sum(counts["rejected"].values()) == 90 - len(kept)
     assert (images["read"], images["written"]) == (90, len(kept))
@@ -193,7 +193,7 @@ def test_build(tmp_path, raw, cfg):
     rejected = [n for n, cleaned in enumerate(expected) if cleaned.document is None]
     assert [json.loads(line)["document"] for line in lines] == rejected
     line = json.loads(lines[rejected.index(17)])
-    assert (line["where"], line["reason"]) == (f"{raw} record 17", "unreadable picture")
+    assert (line["where"], line["reason"]) == (f"{raw} record 17", "unreadable image")
 
 
 def test_the_same_bytes_whatever_happened(tmp_path, cfg, monkeypatch):
@@ -229,9 +229,20 @@ def test_the_same_bytes_whatever_happened(tmp_path, cfg, monkeypatch):
     build(folder, cfg, embedded(1))
     assert built == [1, 2, 3]
     assert contents(folder) == whole
+    # Names in the files of earlier versions.
+    path = folder / "small-00000-of-00004.json"
+    former = path.read_text().replace('"images": {', '"pictures": {')
+    for key in ('"image"', "image too", "unreadable image"):
+        former = former.replace(key, key.replace("image", "picture"))
+    assert former.count("picture") > 5
+    path.write_text(former)
+    (folder / "small-00001-of-00004.json").unlink()
+    build(folder, cfg, embedded(1))
+    assert built == [1, 2, 3, 1]
+    assert contents(folder) == whole | {path.name: former.encode()}
     fs.rm(f"{remote}/small-00002-of-00004.array_record")
     build(remote, cfg, embedded(1))
-    assert built == [1, 2, 3, 2]
+    assert built == [1, 2, 3, 1, 2]
 
 
 def test_tars_and_pages(tmp_path, capsys):
@@ -265,7 +276,7 @@ def test_tars_and_pages(tmp_path, capsys):
     assert result["documents"] == {
         "read": 4,
         "written": 2,
-        "rejected": {"invalid UTF-8": 1, "unreadable picture": 1},
+        "rejected": {"invalid UTF-8": 1, "unreadable image": 1},
     }
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["paired"] is True
     built = DocumentFiles([tmp_path / "out" / "pairs-00000-of-00001.array_record"])
@@ -283,7 +294,7 @@ def test_tars_and_pages(tmp_path, capsys):
     assert cli.main([*command, "--name", "pages", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["documents"] == {"read": 2, "written": 1, "rejected": {"malformed JSON": 1}}
-    assert result["pictures"]["dropped"] == {"unlike its words": 1}
+    assert result["images"]["dropped"] == {"unlike its words": 1}
     built = DocumentFiles([tmp_path / "pages" / "pages-00000-of-00001.array_record"])
     image = Image(encode(9, 9, "PNG"), similarity=0.33)
     assert built[0].parts == (Text("one"), image, Text("two"))
@@ -476,7 +487,7 @@ def test_a_build_that_loses_all_images_is_an_error(tmp_path):
     """Also where other documents are words alone."""
     broken = Document((Image(encode(31, 32)[:-60]), Text("words")))
     small = Document((Image(encode(7, 7)), Text("words")))
-    for reason, document in (("unreadable picture", broken), ("picture too small", small)):
+    for reason, document in (("unreadable image", broken), ("image too small", small)):
         path = tmp_path / f"{reason}.array_record"
         write_documents(path, [document, Document((Text("alone"),))])
         source = SourceConfig("it", "records", (str(path),))
@@ -578,7 +589,7 @@ def test_command(tmp_path, raw, capsys):
     assert cli.main(command) == 0
     first, *reasons = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path / 'out'}: {result['documents']['written']} of 90 documents")
-    assert "  15 documents rejected: picture too small" in reasons
+    assert "  15 documents rejected: image too small" in reasons
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_rows_are_shown_as_they_are(tmp_path, cfg):
             next(batches)
         for name, value in batches.statistics().items():
             assert figures[name] == value
-    assert figures["pictures_per_second_per_core"] > 0
+    assert figures["images_per_second_per_core"] > 0
 
 
 @pytest.mark.parametrize("kind", ["captions", "images", "contexts"])
@@ -160,10 +160,10 @@ def test_damage_is_shown_where_it_lies(tmp_path):
         "<h2>Sources</h2><h3>some</h3><p>40 documents, 40 texts, 40 images; unused: 1 empty text"
         f"</p><ul><li>empty text: {path} record 0</li></ul>" in page
     )
-    damaged = figures["damaged"]["unreadable picture"]
+    damaged = figures["damaged"]["unreadable image"]
     assert 0.3 * figures["read"] < damaged < 0.7 * figures["read"]
     assert f"<p>{damaged} of {figures['read']} documents could not be read.</p>" in page
-    assert f"<li>{path} record 1: unreadable picture</li>" in page
+    assert f"<li>{path} record 1: unreadable image</li>" in page
     rows = page.partition("<h2>Lengths")[0]
     padding = rows.count("damaged: left as padding")
     assert 0 < padding < rows.count('<div class="document"') == padding + rows.count("<figure")

@@ -96,8 +96,8 @@ class Said:
         self._note(prompts, [settings] * len(prompts))
         return [Image.fromarray(np.full((8, 8, 3), each, np.uint8)) for each in seed]
 
-    def embed(self, pictures):
-        return np.stack([p.reshape(-1).astype(np.float32) for p in pictures])
+    def embed(self, images):
+        return np.stack([p.reshape(-1).astype(np.float32) for p in images])
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_nextqa(ask):
 
 @pytest.fixture
 def inception(tmp_path):
-    """A network with one feature: the mean of a picture, from 0 to 255."""
+    """A network with one feature: the mean of an image, from 0 to 255."""
     torch = pytest.importorskip("torch")
 
     class Mean(torch.nn.Module):
@@ -295,11 +295,11 @@ def inception(tmp_path):
 
 
 def test_coco_fid(ask, inception, tmp_path):
-    # Five drawings of the greys 0 to 4: mean 2, variance 2.5. Real pictures of 10, 12, ... 18:
+    # Five drawings of the greys 0 to 4: mean 2, variance 2.5. Real images of 10, 12, ... 18:
     # mean 14, variance 10. (14 - 2)^2 + 2.5 + 10 - 2 sqrt(2.5 * 10) = 146.5.
     for n in range(5):
-        picture = Image.new("RGB", (8, 8), (10 + 2 * n,) * 3)
-        picture.save(layout("coco_fid", tmp_path) / "val2014" / f"COCO_val2014_{n:012d}.jpg")
+        image = Image.new("RGB", (8, 8), (10 + 2 * n,) * 3)
+        image.save(layout("coco_fid", tmp_path) / "val2014" / f"COCO_val2014_{n:012d}.jpg")
     emu = Said(instruct=False)
     result, out = ask("coco_fid", emu)
     assert result["scores"] is None and "--inception" in result["notes"][0]
@@ -637,7 +637,7 @@ def here(name):
 ANGLES = [Example(Path(f"{n}.png"), f"at {n}", "where?") for n in (80, 10, 45, 170, 20)]
 
 
-def test_the_nearest_pictures_precede_the_nearest_last(tmp_path):
+def test_the_nearest_images_precede_the_nearest_last(tmp_path):
     few = FewShot("rices", ANGLES, 3, seed=0)
     few.index(tmp_path / "cache", path_features, 0, 1, here)
     (shown,) = few([Item("a", Path("16.png"))], path_features)
@@ -680,9 +680,9 @@ def test_damaged_features_are_named(content, tmp_path):
 @pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "default")])
 def test_all_features_are_of_one_precision(dtype, precision, ask):
     class Noting(Said):
-        def embed(self, pictures):
+        def embed(self, images):
             seen.append(jax.config.jax_default_matmul_precision)  # pyright: ignore
-            return super().embed(pictures)
+            return super().embed(images)
 
     seen: list[str] = []
     ask("coco_caption", Noting(says=lambda *_: "a cat"), examples="rices", dtype=dtype)
@@ -1017,12 +1017,12 @@ def test_a_task_is_scored_during_training(ask, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
-def test_a_picture_that_cannot_be_read_ends_the_run(damage, ask, tmp_path):
-    picture = layout("vqav2", tmp_path) / "val2014" / "COCO_val2014_000000000001.jpg"
-    content = picture.read_bytes()
-    picture.unlink()
+def test_an_image_that_cannot_be_read_ends_the_run(damage, ask, tmp_path):
+    image_path = layout("vqav2", tmp_path) / "val2014" / "COCO_val2014_000000000001.jpg"
+    content = image_path.read_bytes()
+    image_path.unlink()
     if damage == "cut short":
-        picture.write_bytes(content[:200])
+        image_path.write_bytes(content[:200])
     with pytest.raises(UserError, match="cannot read the image .*COCO_val2014_000000000001.jpg"):
         ask("vqav2", Said(says=echo))
 
@@ -1172,7 +1172,7 @@ def test_answers_are_those_of_the_public_api(small, ask, tmp_path):
     lines = out.with_suffix(".predictions.jsonl").read_text().splitlines()[1:]
     for row in map(json.loads, lines):
         parts = re.split("<(COCO.*?)>", row["asked"]["caption"])
-        assert len(parts) == 7  # three pictures between texts
+        assert len(parts) == 7  # three images between texts
         prompt = [
             tmp_path / "data" / "coco_caption" / "val2014" / part if n % 2 else part
             for n, part in enumerate(parts)
@@ -1191,12 +1191,12 @@ def test_rankings_are_those_of_the_public_api(small, ask, tmp_path):
 
 
 def test_features_do_not_depend_on_their_batch(small):
-    pictures = list(np.random.default_rng(0).integers(0, 256, (25, 9, 11, 3), np.uint8))
-    together = small.embed(pictures)
+    images = list(np.random.default_rng(0).integers(0, 256, (25, 9, 11, 3), np.uint8))
+    together = small.embed(images)
     assert together.shape == (25, 24)
-    alone = np.concatenate([small.embed([p]) for p in pictures[19:22]])
+    alone = np.concatenate([small.embed([p]) for p in images[19:22]])
     np.testing.assert_allclose(together[19:22], alone, rtol=1e-5, atol=1e-6)
-    ready = np.stack([load_image(Image.fromarray(p), 8) for p in pictures[:2]])
+    ready = np.stack([load_image(Image.fromarray(p), 8) for p in images[:2]])
     pixels = normalize_images(ready)
     wanted = small.model.visual(pixels).mean(1)
     np.testing.assert_allclose(together[:2], wanted, rtol=1e-5, atol=1e-6)
@@ -1361,16 +1361,16 @@ def test_the_golden_models_score_is_the_one_worked_by_hand(
 
 @pytest.mark.slow
 def test_captions_are_those_of_the_releases_prompt(checkpoints, tmp_path):
-    """By the public API, one picture at a time."""
+    """By the public API, one image at a time."""
     data, out = layout("coco_caption", tmp_path), tmp_path / "out.json"
     evaluate(checkpoints["instruct"], "coco_caption", data, out, Options(dtype="float32"))
     emu = load(checkpoints["instruct"])
     for row in json.loads(out.read_text()):
-        picture = data / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
+        image_path = data / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
         text = emu.generate_text(
             [
                 f"{SYSTEM} [USER]: ",
-                picture,
+                image_path,
                 " please provide an accurate and concise description "
                 "of the given image. [ASSISTANT]: the image depicts a photo of",
             ],
@@ -1380,8 +1380,8 @@ def test_captions_are_those_of_the_releases_prompt(checkpoints, tmp_path):
 
 
 @pytest.mark.slow
-def test_rices_finds_like_pictures(checkpoints, tmp_path):
-    """Test picture n has the colours of training picture n + 4 in no case, but one copied in
+def test_rices_finds_like_images(checkpoints, tmp_path):
+    """Test image n has the colours of training image n + 4 in no case, but one copied in
     under another name is its own nearest."""
     data = layout("coco_caption", tmp_path)
     folder = data / "val2014"

@@ -302,16 +302,16 @@ def decoding(parent, **changes) -> TrainConfig:
     )
 
 
-def test_a_decoder_may_be_conditioned_on_the_picture_itself(parent):
+def test_a_decoder_may_be_conditioned_on_the_image_itself(parent):
     cfg = decoding(parent)
     data = dataclasses.replace(cfg.data, autoencode=1.0)
     tokens = Tokenizer.load(parent[0] / "tokenizer")
     with Batches(data, tokens, "contexts") as batches:
         seen = [next(batches) for _ in range(4)]
     shown = [(b["images"][n][b["image_valid"][n]], b["target"][n]) for b in seen for n in range(4)]
-    assert {len(pictures) for pictures, _ in shown} == {0, 1}  # some are dropped
-    for pictures, target in shown:
-        assert all(np.array_equal(picture, target) for picture in pictures)
+    assert {len(context) for context, _ in shown} == {0, 1}  # some are dropped
+    for context, target in shown:
+        assert all(np.array_equal(image, target) for image in context)
     with pytest.raises(UserError, match="autoencode"):
         Batches(dataclasses.replace(data, autoencode=1.5), tokens, "contexts")
 

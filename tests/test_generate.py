@@ -150,10 +150,10 @@ def test_painting_is_the_releases(steps, guidance, tiny, release, pixels, golden
         )
         return latents, image.decode_latents(emu, latents)
 
-    latents, pictures = run(release, start, cond, uncond, guidance=guidance)
+    latents, decoded = run(release, start, cond, uncond, guidance=guidance)
     expected = golden[f"sample/{steps}_{guidance}/latents"].transpose(0, 2, 3, 1)
     assert relative_error(latents, expected) < FEEDBACK
-    assert relative_error(pictures, golden[f"sample/{steps}_{guidance}/image"]) < FEEDBACK
+    assert relative_error(decoded, golden[f"sample/{steps}_{guidance}/image"]) < FEEDBACK
 
 
 @pytest.mark.parametrize("case", META["video_frame_indices"])
@@ -167,13 +167,13 @@ def test_instruct_format_is_the_releases(golden, release):  # noqa: F811
     pixels = np.zeros((SPEC["img"], SPEC["img"], 3), np.uint8)
     made = prompt.Prompt.of(prompt.instruct([pixels, SPEC["text"][1]]), tokenizer, release.cfg)
     assert made.tokens.tolist() == golden["instruct/ids"][0].tolist()
-    # The [IMG] [/IMG] of the system message hold no picture.
+    # The [IMG] [/IMG] of the system message hold no image.
     assert (made.embedding_index >= 0).sum() == SPEC["n_causal"]
     assert prompt.instruct(["hello"]) == ["[USER]: ", "hello", " [ASSISTANT]:"]
 
 
 def test_the_system_message_of_a_dialogue():
-    one, answer = picture(0), [" [ASSISTANT]:"]
+    one, answer = random_image(0), [" [ASSISTANT]:"]
     for asked, system in (
         ([one, "what?"], f"{prompt.IMAGE_SYSTEM} [USER]: "),
         ([one, one], "[USER]: "),
@@ -261,16 +261,16 @@ def small(model, words):
     return Emu(model, words)
 
 
-def picture(seed, size=12):
+def random_image(seed, size=12):
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
 MIXED_PROMPTS = [
-    ["one two three four five", picture(0), "six"],
+    ["one two three four five", random_image(0), "six"],
     ["two"],
-    [picture(1), picture(2), "seven eight nine ten one two three four five six seven"],
+    [random_image(1), random_image(2), "seven eight nine ten one two three four five six seven"],
     ["three four"],
-    [picture(3)],
+    [random_image(3)],
 ]
 
 
@@ -655,7 +655,7 @@ def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
     opened = ids.img if may_open else 5
     assert state.tokens[:, 0].tolist() == [5, 5, 5, 5, opened, ids.eos]
     assert state.done.tolist() == [False] * 5 + [True]
-    # Two tokens of text are all; a picture that was opened is still to come.
+    # Two tokens of text are all; an image that was opened is still to come.
     state = choose(state)
     assert state.done.tolist() == [True] * 4 + [not may_open, True]
     assert state.tokens[-1, 1] == ids.pad
@@ -712,7 +712,7 @@ def test_a_repeated_cache_has_each_row_in_a_row(layout):
 
 
 def test_choices_are_all_that_may_come_out(small, model):
-    prompts = [["one"], ["two"], ["three four"], [picture(0)]]
+    prompts = [["one"], ["two"], ["three four"], [random_image(0)]]
     for settings in ({"num_beams": 1}, {"num_beams": 5}, {"num_beams": 1, "do_sample": True}):
         answers = small.generate_text(prompts, choices=["yes.", "no."], **settings)
         assert set(answers) <= {"yes.", "no."}
@@ -744,9 +744,9 @@ def test_candidates_are_ranked_by_their_loss(small, model):
             assert alone[row] == np.argsort(means).tolist()
 
 
-def test_pictures_do_not_depend_on_their_batch(small):
+def test_images_do_not_depend_on_their_batch(small):
     seeds, settings = [4, 9, 4], DRAW | {"guidance_scale": 3.0}
-    prompts = [["one"], ["one"], [picture(0), "two"]]
+    prompts = [["one"], ["one"], [random_image(0), "two"]]
     images = small.generate_image(prompts, seed=seeds, **settings)
     together = np.stack([np.asarray(image) for image in images]).astype(int)
     assert together.shape == (3, 8, 8, 3)
@@ -761,7 +761,7 @@ def test_guidance_moves_away_from_the_negative_prompt(small):
     plain = np.asarray(small.generate_image("one", guidance_scale=1.0, **settings)).astype(int)
     empty = np.asarray(small.generate_image("one", guidance_scale=4.0, **settings)).astype(int)
     other = small.generate_image(
-        "one", guidance_scale=4.0, negative_prompt=[picture(0), "ten"], **settings
+        "one", guidance_scale=4.0, negative_prompt=[random_image(0), "ten"], **settings
     )
     assert np.abs(plain - empty).max() > 0
     assert np.abs(np.asarray(other).astype(int) - empty).max() > 0
@@ -785,21 +785,21 @@ EULER = {"num_inference_steps": 3, "scheduler": "euler", "guidance_scale": 3.0}
 @pytest.mark.slow
 def test_a_lone_image_is_painted_from_its_own_features(autoencoder):
     emu, seeds = autoencoder, [3, 4, 5]
-    prompts = [["one"], [picture(1, 16)], ["", picture(1, 16)]]
+    prompts = [["one"], [random_image(1, 16)], ["", random_image(1, 16)]]
     images = emu.generate_image(prompts, seed=seeds, **EULER)
     for parts, seed, painted in zip(prompts, seeds, images, strict=True):
         assert levels(emu.generate_image(parts, seed=seed, **EULER), painted) <= 1
     # Guided away from the null image, which is zero once normalized.
     features, null = (
         emu.model.encode_images(jnp.asarray(pixels)[None])[0]
-        for pixels in (normalize_images(picture(1, 16)), np.zeros((16, 16, 3), np.float32))
+        for pixels in (normalize_images(random_image(1, 16)), np.zeros((16, 16, 3), np.float32))
     )
     np.testing.assert_allclose(emu._uncond(None, np.array([True])), null, atol=1e-6)
     assert emu._uncond(None, np.array([True, False])).shape == (2, *null.shape)
     nothing = prompt.Normalized(np.zeros((16, 16, 3), np.float32))
     painted = emu.paint(features, seed=4, negative_prompt=[nothing], **EULER)
     assert levels(painted, images[1]) <= 1
-    regressed = emu.regress(["", picture(1, 16)])
+    regressed = emu.regress(["", random_image(1, 16)])
     assert relative_error(regressed, features) > 0.1
     painted = emu.paint(regressed, seed=5, **EULER)
     assert levels(painted, images[2]) <= 1
@@ -834,7 +834,7 @@ def test_sizes_of_painted_images(autoencoder, small):
 OPENING = [
     ["one two three"],
     ["six seven eight nine"],
-    [picture(6), "one two three"],
+    [random_image(6), "one two three"],
     ["ten"],
 ]
 DRAW = {"num_inference_steps": 3, "scheduler": "ddim"}
@@ -847,7 +847,7 @@ def levels(image, other):
 
 @pytest.fixture(scope="module")
 def drawer(model, words):
-    """A model that opens a picture after the first two of `OPENING`, and after that of the
+    """A model that opens an image after the first two of `OPENING`, and after that of the
     first another."""
     graphdef, params = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
@@ -948,13 +948,13 @@ def test_a_mixed_continuation_is_that_of_full_passes(continued):
     assert ids[0].tolist().count(model.cfg.tokens.img) == 2
 
 
-def test_a_continuations_picture_is_the_one_regressed_alone(continued, drawer):
+def test_a_continuations_image_is_the_one_regressed_alone(continued, drawer):
     _, _, ids, drawn = continued
     assert (ids[:2, 0] == drawer.cfg.tokens.img).all()
     assert relative_error(drawn[:2, 0], drawer.regress(OPENING[:2])) < 1e-5
 
 
-def test_complete_gives_texts_and_pictures_in_order(drawer, continued):
+def test_complete_gives_texts_and_images_in_order(drawer, continued):
     settings = DRAW | {"max_new_tokens": 7, "max_images": 2}
     ours = drawer.complete(OPENING, **settings)
     for row, parts in enumerate(ours):
@@ -974,7 +974,7 @@ def test_complete_gives_texts_and_pictures_in_order(drawer, continued):
 
 
 def test_streamed_parts_are_those_of_complete(drawer):
-    """Text comes in pieces, a picture where it stands."""
+    """Text comes in pieces, an image where it stands."""
     counts = [0, 0]
     for seed, opening in enumerate([OPENING[0], OPENING[1], ["ten", "[IMG]"], "three"]):
         settings = DRAW | {"max_new_tokens": 12, "max_images": 2, "seed": seed}
@@ -995,12 +995,12 @@ def test_streamed_parts_are_those_of_complete(drawer):
     assert counts[1] > counts[0]
 
 
-def test_a_prompt_may_open_the_picture_itself(drawer):
+def test_a_prompt_may_open_the_image_itself(drawer):
     parts = drawer.complete(["ten", "[IMG]"], max_new_tokens=3, max_images=1, **DRAW)
     assert isinstance(parts[0], Image.Image)
 
 
-def test_no_picture_is_opened_where_none_can_be_painted(drawer, words):
+def test_no_image_is_opened_where_none_can_be_painted(drawer, words):
     model = nnx.merge(drawer._graphdef, drawer._params)
     model.unet = None
     blind = Emu(model, words)
@@ -1031,7 +1031,7 @@ def test_no_picture_is_opened_where_none_can_be_painted(drawer, words):
         (lambda e: e.generate_text([np.full((12, 12, 3), np.nan)]), "floats from nan to nan"),
         (lambda e: e.generate_text([prompt.Normalized(np.ones((9, 9, 3)))]), "reads .12, 12, 3."),
         (
-            lambda e: e.generate_text([prompt.Normalized(np.ones((12, 12, 3))), picture(0)]),
+            lambda e: e.generate_text([prompt.Normalized(np.ones((12, 12, 3))), random_image(0)]),
             "both `Normalized` and other",
         ),
         (lambda e: e.generate_text("one", system="be kind"), "instruction-tuned"),
@@ -1209,10 +1209,10 @@ def test_images_of_emu2_share_slots(autoencoder):
     wide = {"height": 6, "width": 10}
     asked = [
         (["one"], {}),
-        (["two", picture(1, 16)], wide),
-        (["two", picture(1, 16)], wide | {"original_size": (2, 3)}),
-        ([picture(2, 16)], wide),
-        ([picture(2, 16)], {"target_size": (4, 4)}),
+        (["two", random_image(1, 16)], wide),
+        (["two", random_image(1, 16)], wide | {"original_size": (2, 3)}),
+        ([random_image(2, 16)], wide),
+        ([random_image(2, 16)], {"target_size": (4, 4)}),
         (["three"], {}),
     ]
     settings = EULER | {"seed": 7}
@@ -1318,7 +1318,7 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
         return read(*args)
 
     monkeypatch.setattr(engines, "_read_rows", counted)
-    prompts = [OPENING[3], [picture(0), picture(1), "two"], [picture(2)]]
+    prompts = [OPENING[3], [random_image(0), random_image(1), "two"], [random_image(2)]]
     answers = [engine.stream(each, **more) for each in prompts]
     assert [next(each) for each in answers] == [None] * 3 and rows == []
     engine.step()
@@ -1379,10 +1379,10 @@ def test_nothing_is_compiled_after_the_warm_up(paints, model, words, compiled, m
     del compiled[:]
     sampled = {"do_sample": True, "temperature": 2.0, "seed": 1}
     more = {"max_new_tokens": 8, "max_images": 0}
-    pictures = [picture(n) for n in range(9)]
+    images = [random_image(n) for n in range(9)]
     for length in (1, 22):
         text = "one two three " * length
-        asked = [[text], [pictures[0], text], [text], pictures + [text], [text]]
+        asked = [[text], [images[0], text], [text], images + [text], [text]]
         answers = [engine.stream(each, **more) for each in asked[:4]]
         answers.append(engine.stream(asked[4], **more | sampled))
         assert len(run_together(engine, answers)) == 5
@@ -1391,7 +1391,7 @@ def test_nothing_is_compiled_after_the_warm_up(paints, model, words, compiled, m
     if paints:
         drawing = [
             engine.generate_image([prompt], seed=seed, num_inference_steps=seed, previews=True)
-            for seed, prompt in enumerate((["one"], [pictures[0]], ["two", pictures[1]]), 9)
+            for seed, prompt in enumerate((["one"], [images[0]], ["two", images[1]]), 9)
         ]
         assert all(len(joined(parts)[1]) == 1 for parts in run_together(engine, drawing))
         assert compiled == []
@@ -1446,7 +1446,7 @@ def test_one_prompt_gives_what_it_gives_among_several(drawer):
     """Each method takes one prompt or many, and returns one result or a list of them."""
     prompts = OPENING[:3]
     candidates = [["two", "three four"], ["one two", "six"], ["ten", "nine", "eight"]]
-    images, seeds = [picture(0), picture(1), picture(2)], [5, 6, 7]
+    images, seeds = [random_image(0), random_image(1), random_image(2)], [5, 6, 7]
     short = {"max_new_tokens": 5}
     texts = drawer.generate_text(prompts, **short)
     ids = drawer.generate_ids(prompts, **short)
@@ -1493,7 +1493,7 @@ def test_no_special_token_spans_two_parts(small):
         assert made.tokens.tolist() == [words.bos, *words.encode_plain("".join(halves))]
         assert not {ids.img, ids.image, ids.pad, ids.eos} & set(made.tokens.tolist())
     # An image's slots are its own, whatever stands beside it.
-    made = tokens("<ima", "ge>", picture(0), "<ima", picture(1), "ge>")
+    made = tokens("<ima", "ge>", random_image(0), "<ima", random_image(1), "ge>")
     assert (
         (made.embedding_index >= 0).sum()
         == 2 * small.cfg.n_embeddings
@@ -1502,7 +1502,7 @@ def test_no_special_token_spans_two_parts(small):
     for parts in (
         ("one ", "two"),
         ("one", "two"),
-        (" one ", picture(0), " two ", "three"),
+        (" one ", random_image(0), " two ", "three"),
         ("one [IMG]", " two"),
         ("", "one", ""),
         ("\u00e9", "\u0301 two"),
@@ -1569,7 +1569,7 @@ def test_painting_can_be_stopped(small):
 
 
 def test_videos_are_their_frames(small):
-    frames = [picture(n) for n in range(3)]
+    frames = [random_image(n) for n in range(3)]
     one = prompt.Prompt.of([np.stack(frames), "two"], small.tokenizer, small.cfg)
     other = prompt.Prompt.of([*frames, "two"], small.tokenizer, small.cfg)
     assert one.tokens.tolist() == other.tokens.tolist()
@@ -1593,7 +1593,7 @@ def test_devices_and_pipes_are_no_parts():
 
 
 @pytest.mark.parametrize("side", [8, 13])
-def test_floats_from_0_to_1_are_the_picture_in_bytes(side, small):
+def test_floats_from_0_to_1_are_the_image_in_bytes(side, small):
     pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
     for dtype in (np.float16, np.float32, np.float64):
         made = prompt.preprocess_image((pixels / 255.0).astype(dtype), 8)
@@ -1639,10 +1639,10 @@ def test_beams_are_the_same_over_sharded_rows(model, words, small):
 
 @pytest.mark.slow
 def test_seeds_reproduce_on_every_mesh(model, words, small):
-    """Sampled text and continuations exactly, pictures to one level of 255."""
+    """Sampled text and continuations exactly, images to one level of 255."""
     sample = {"num_beams": 1, "do_sample": True, "temperature": 0.7, "max_new_tokens": 7, "seed": 3}
     drawing = DRAW | {"seed": 5, "guidance_scale": 3.0}
-    prompts = [["one"], [picture(0), "two"], ["three"]]
+    prompts = [["one"], [random_image(0), "two"], ["three"]]
     text = small.generate_ids(MIXED_PROMPTS, **sample)
     drawn = small.generate_image(prompts, **drawing)
     mixed_sample = {k: v for k, v in sample.items() if k != "num_beams"} | DRAW
@@ -1693,12 +1693,12 @@ def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
     torch.manual_seed(0)
     checker = StableDiffusionSafetyChecker(clip).eval()
     prompts = [["one"], ["two"], ["three"]]
-    pictures = np.stack([np.asarray(p) for p in small.generate_image(prompts, **DRAW, seed=1)])
+    images = np.stack([np.asarray(p) for p in small.generate_image(prompts, **DRAW, seed=1)])
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     with torch.no_grad():
-        seen = processor(list(pictures), return_tensors="pt").pixel_values
+        seen = processor(list(images), return_tensors="pt").pixel_values
         embedding = checker.visual_projection(checker.vision_model(seen)[1])
-        # One concept, which is the second picture.
+        # One concept, which is the second image.
         checker.concept_embeds.copy_(embedding[1].expand_as(checker.concept_embeds))
         cosines = torch.nn.functional.cosine_similarity(embedding, embedding[1:2])
         nearest = max(cosines[0], cosines[2])
@@ -1711,6 +1711,6 @@ def test_the_safety_checker_of_a_checkpoint_is_run(tmp_path, caplog, small):
 
     emu = Emu(small.model, small.tokenizer, safety=find_checker(tmp_path))
     looked = np.stack([np.asarray(p) for p in emu.generate_image(prompts, **DRAW, seed=1)])
-    assert pictures[1].any() and not looked[1].any()
-    np.testing.assert_array_equal(looked[[0, 2]], pictures[[0, 2]])
+    assert images[1].any() and not looked[1].any()
+    np.testing.assert_array_equal(looked[[0, 2]], images[[0, 2]])
     assert "found something in 1 images" in caplog.text

@@ -86,7 +86,7 @@ def embeddings(emu, golden):
 
 
 def rows_of(ids, embeddings, cfg, counts):
-    """Ids [B, S] and the pictures of each row, as `Emu.embed` takes them."""
+    """Ids [B, S] and the images of each row, as `Emu.embed` takes them."""
     n = cfg.n_embeddings
     images = np.zeros((len(ids), max(counts), n, cfg.llama.width), np.float32)
     embedding_index = np.full(ids.shape, -1, np.int32)
@@ -166,7 +166,7 @@ def test_language_model_and_losses(emu, embeddings, golden):
     assert relative_error(regression_loss, np.mean(np.square(pairs))) < TIGHT
 
 
-CONTEXTS = {  # of `text` and the placeholder of a picture; and the pictures in it
+CONTEXTS = {  # of `text` and the placeholder of an image; and the images in it
     "text_only": ("{text[0]}", []),
     "in_context": ("{image}{text[1]}{image}{text[0]}", [0, 1]),
     "blend": ("{image}{image}", [1, 2]),
@@ -176,7 +176,7 @@ CONTEXTS = {  # of `text` and the placeholder of a picture; and the pictures in 
 @pytest.mark.parametrize("tag", CONTEXTS)
 def test_embedding_regression(emu, embeddings, golden, tag):
     tokenizer = Tokenizer.load(GOLDEN / "tokenizer")
-    context, pictures = CONTEXTS[tag]
+    context, numbers = CONTEXTS[tag]
     placeholder = tokenizer.image_placeholder(emu.cfg.n_embeddings)
     context = context.format(text=META["spec"]["text"], image=placeholder)
     rows = [tokenizer.encode(text + "[IMG]") for text in (context, "")]
@@ -184,9 +184,9 @@ def test_embedding_regression(emu, embeddings, golden, tag):
     ids = np.full((2, lengths.max()), emu.cfg.tokens.pad)
     for row, these in zip(ids, rows, strict=True):
         row[: len(these)] = these
-    if pictures:
-        chosen = np.asarray(embeddings)[pictures]
-        tokens, images, embedding_index = rows_of(ids, chosen, emu.cfg, [len(pictures), 0])
+    if numbers:
+        chosen = np.asarray(embeddings)[numbers]
+        tokens, images, embedding_index = rows_of(ids, chosen, emu.cfg, [len(numbers), 0])
     else:
         tokens, images, embedding_index = jnp.asarray(ids), None, None
     run = nnx.jit(lambda emu, *args: emu.regress_after(*args))
@@ -196,8 +196,8 @@ def test_embedding_regression(emu, embeddings, golden, tag):
 
 @pytest.mark.parametrize("number", range(4))
 def test_preprocessing(golden, number):
-    picture = load_image(GOLDEN / f"preprocess_{number}.png", META["spec"]["img"])
-    pixels = np.moveaxis(np.asarray(normalize_images(picture)), -1, 0)
+    image = load_image(GOLDEN / f"preprocess_{number}.png", META["spec"]["img"])
+    pixels = np.moveaxis(np.asarray(normalize_images(image)), -1, 0)
     for path in ("process_img", "pipeline"):
         assert relative_error(pixels, golden[f"preprocess/{number}/{path}"]) < TIGHT
 

@@ -44,8 +44,8 @@ def score(emu: Emu, *, fit: str = "train", split: str = "heldout", seed: int = 0
     generated image as the next digit.
     """
     named, even, following = digits.QUESTIONS
-    pictures, labels = digits.digit_images(split)
-    shown = [Image.fromarray(p).convert("RGB") for p in pictures]
+    images, labels = digits.digit_images(split)
+    shown = [Image.fromarray(p).convert("RGB") for p in images]
     names = emu.generate_text([[p, named] for p in shown])
     parities = emu.generate_text([[p, even] for p in shown])
 

@@ -321,7 +321,7 @@ def damaged_pairs(count: int) -> tuple[list[Document], dict[int, str]]:
     documents, damaged = pairs(count), {}
     for n in range(0, count, 7):
         documents[n] = Document((Image(cut), Text(WORDS[n % 10])))
-        damaged[n] = "unreadable picture"
+        damaged[n] = "unreadable image"
     return documents, damaged
 
 
@@ -432,7 +432,7 @@ def test_too_much_damage_stops_training(cfg, tokenizer, tmp_path):
     with Batches(dataclasses.replace(cfg, max_damaged_rate=0.1), tokenizer, "rows") as batches:
         with pytest.raises(
             UserError,
-            match=r"1\d\d of 1\d\d\d documents cannot be read \(1\d\d unreadable picture; the "
+            match=r"1\d\d of 1\d\d\d documents cannot be read \(1\d\d unreadable image; the "
             r"last: .*all.array_record record \d+\): repair the data, or raise "
             r"data.max_damaged_rate",
         ):
@@ -477,7 +477,7 @@ def test_a_failing_store_stops_training(cfg, tokenizer, tmp_path, monkeypatch):
 
 
 def paper_like(rng: np.random.Generator) -> dict[str, list[Document]]:
-    """Documents of the paper's five sources at a scale of 1/16: a image takes 4 tokens for 34,
+    """Documents of the paper's five sources at a scale of 1/16: an image takes 4 tokens for 34,
     rows have 256 tokens for 2,048. Lengths are drawn as captions and pages have them."""
 
     def words(mean: float, spread: float, most: int) -> Text:

@@ -77,8 +77,8 @@ def image_part(url):
 
 
 def test_a_completion_whole_and_streamed(client, emu):
-    picture = image_part(f"data:image/png;base64,{png()}")
-    said = user({"type": "text", "text": "what is this?"}, picture)
+    image = image_part(f"data:image/png;base64,{png()}")
+    said = user({"type": "text", "text": "what is this?"}, image)
     whole = client.chat.completions.create(
         model="emu", messages=said, max_tokens=3, temperature=0.5, top_p=0.9, seed=4
     )

@@ -100,10 +100,10 @@ def server(checkpoint):
         yield served
 
 
-def picture_of(index):
+def image_of(index):
     """(PNG, label) of a held-out digit."""
-    pictures, labels = digits.digit_images("heldout")
-    return digits.encode_png(pictures[index]), int(labels[index])
+    images, labels = digits.digit_images("heldout")
+    return digits.encode_png(images[index]), int(labels[index])
 
 
 def post(address, path, body):
@@ -153,7 +153,7 @@ def page(server, problems):
 def test_a_digit_is_uploaded_and_its_caption_streamed(page, tmp_path):
     right, streamed = 0, 0
     for index in range(6):
-        content, label = picture_of(index)
+        content, label = image_of(index)
         (tmp_path / "digit.png").write_bytes(content)
         page.set_input_files("#chat-file", tmp_path / "digit.png")
         page.wait_for_selector("#chat-parts img")
@@ -206,7 +206,7 @@ def test_a_digit_is_asked_for_and_drawn(page):
 
 
 def test_a_refusal_is_shown(page, problems, tmp_path):
-    (tmp_path / "note.png").write_text("no picture")
+    (tmp_path / "note.png").write_text("no image")
     page.set_input_files("#chat-file", tmp_path / "note.png")
     page.fill("#chat-text", "what is this?")
     page.click("#chat-form button[type=submit]")
@@ -226,10 +226,10 @@ def whole(answer):
 def test_eight_clients_for_a_minute(server):
     """No error, no mix-up, and memory that does not grow."""
     address, process = server
-    pictures = [picture_of(index)[0] for index in range(8)]
+    images = [image_of(index)[0] for index in range(8)]
 
     def chat(n):
-        part = {"picture": base64.b64encode(pictures[n]).decode()}
+        part = {"picture": base64.b64encode(images[n]).decode()}
         body = {"messages": [{"role": "user", "parts": [part]}], "settings": {"max_new_tokens": 8}}
         return "/api/chat", body
 

@@ -76,21 +76,21 @@ def config(name: str = "emu_14b", *overrides: str) -> TrainConfig:
 
 def test_flops_of_the_14b_step_by_hand():
     """6 x parameters x their tokens, tower by tower, and attention, causal counted half."""
-    rows, tokens, pictures, patches, causal = 1024, 2048, 16 * 1024, 257, 32
+    rows, tokens, images, patches, causal = 1024, 2048, 16 * 1024, 257, 32
     cfg = config()
     assert (cfg.data.batch_size, cfg.data.row_tokens, cfg.data.row_images) == (rows, tokens, 16)
 
     block = 4 * 1408 * 1408 + 2 * 1408 * 6144
     seen = 40 * block + 14 * 14 * 3 * 1408
-    visual = 6 * pictures * patches * seen + 3 * pictures * 40 * 4 * 1408 * patches**2
+    visual = 6 * images * patches * seen + 3 * images * 40 * 4 * 1408 * patches**2
 
     per_query = 4 * 768 * 768 + 2 * 768 * 768 + 2 * 768 * 3072  # self, cross q and o, MLP
     per_patch = 2 * 1408 * 768  # cross k and v
-    cformer = 6 * pictures * (causal * (12 * per_query + 768 * 5120) + patches * 12 * per_patch)
-    cformer += 3 * pictures * 12 * 4 * 768 * (causal**2 / 2 + causal * patches)
+    cformer = 6 * images * (causal * (12 * per_query + 768 * 5120) + patches * 12 * per_patch)
+    cformer += 3 * images * 12 * 4 * 768 * (causal**2 / 2 + causal * patches)
 
     layers = 40 * (4 * 5120 * 5120 + 3 * 5120 * 13824) + 5120 * 32004
-    llama = 6 * rows * tokens * layers + 6 * pictures * (causal + 1) * 5120 * 5120
+    llama = 6 * rows * tokens * layers + 6 * images * (causal + 1) * 5120 * 5120
     llama += 3 * rows * 40 * 4 * 5120 * tokens**2 / 2
 
     flops = train_flops(cfg)
@@ -120,14 +120,14 @@ def test_flops_are_those_of_the_traced_step():
         jax.make_jaxpr(jax.grad(loss))(state, batch).jaxpr, without=RECOMPUTED_SCOPE
     )
     llama, rows, tokens, n = cfg.model.llama, 2, 128, cfg.model.n_embeddings
-    pictures, inner = 4, cfg.model.cformer.heads * 64
+    images, inner = 4, cfg.model.cformer.heads * 64
     extra = 3 * 4 * rows * llama.layers * llama.width * tokens**2 / 2
-    extra += 3 * 4 * pictures * cfg.model.cformer.layers * inner * n**2 / 2
-    extra += 6 * (rows * tokens - pictures * (n + 1)) * llama.width**2
+    extra += 3 * 4 * images * cfg.model.cformer.layers * inner * n**2 / 2
+    extra += 6 * (rows * tokens - images * (n + 1)) * llama.width**2
     head = rows * tokens * llama.width
     extra += 8 * head * llama.padded_vocab - 6 * head * llama.vocab_size
     # No gradient goes to the pixels, nor to the C-Former's first self-attention's constants.
-    patch = 2 * pictures * 256 * 14 * 14 * 3 * cfg.model.vision.width
+    patch = 2 * images * 256 * 14 * 14 * 3 * cfg.model.vision.width
     counted = train_flops(cfg).total + extra - patch
     assert traced == pytest.approx(counted, rel=2e-3)
 

@@ -44,7 +44,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
-    def pictures(self):
+    def images(self):
         sources = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
         prefix = "data:image/png;base64,"
         assert all(source.startswith(prefix) for source in sources)
@@ -52,7 +52,7 @@ class Page(HTMLParser):
         return [np.asarray(Image.open(io.BytesIO(d))) for d in data]
 
 
-def picture(rng, shape=(5, 7, 3)):
+def image(rng, shape=(5, 7, 3)):
     return rng.integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -78,12 +78,12 @@ def contents():
         "title": "Emu & digits",
         "figures": {"caption_accuracy": 0.9806, "seconds": 612.34, "report": "report.html"},
         "curves": {"emu": rows, "vae": [{"step": 1, "loss": float("nan")}]},
-        "captions": [(picture(rng), f"digit {i}", i % 9 > 0) for i in range(90)],
-        "drawings": picture(rng, (10, 10, 4, 6)),
-        "autoencodings": [(picture(rng), picture(rng), n > 0) for n in range(3)],
+        "captions": [(image(rng), f"digit {i}", i % 9 > 0) for i in range(90)],
+        "drawings": image(rng, (10, 10, 4, 6)),
+        "autoencodings": [(image(rng), image(rng), n > 0) for n in range(3)],
         "continuations": [
-            ([picture(rng)] * 3, Image.fromarray(picture(rng)), True, "one, two, three"),
-            ([picture(rng)] * 2, picture(rng), False, "<b>four</b>"),
+            ([image(rng)] * 3, Image.fromarray(image(rng)), True, "one, two, three"),
+            ([image(rng)] * 2, image(rng), False, "<b>four</b>"),
         ],
         "config": {"steps": 500, "note": "</pre><script>"},
         "versions": {"jax": "0.0"},
@@ -108,9 +108,9 @@ def test_page_holds_everything(tmp_path, contents):
         expected += [original, painted]
     for frames, drawn, _, _ in contents["continuations"]:
         expected += [*frames, np.asarray(drawn)]
-    pictures = page.pictures()
-    assert len(pictures) == len(expected)
-    for ours, theirs in zip(pictures, expected, strict=True):
+    images = page.images()
+    assert len(images) == len(expected)
+    for ours, theirs in zip(images, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     classes = [v for _, name, v in page.attributes if name == "class"]
     assert classes.count("card right") == 80 and classes.count("card wrong") == 10
@@ -149,7 +149,7 @@ def test_empty_parts_are_left_out(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_pictures_must_be_bytes(tmp_path):
+def test_images_must_be_bytes(tmp_path):
     with pytest.raises(TypeError, match="uint8"):
         write_demo_report(
             tmp_path / "report.html",
@@ -197,7 +197,7 @@ def test_held_out_values_stand_beside_those_of_training(tmp_path):
     assert "pairs" in page.text and "55.5" in page.text and "step 200" in page.text
     assert text.count("var(--held-out)") > 4
     # The newest sheet, then some of the earlier ones, the newest first.
-    assert [p.shape[1] for p in page.pictures()] == [900, 800, 600, 400, 200, 3]
+    assert [p.shape[1] for p in page.images()] == [900, 800, 600, 400, 200, 3]
     assert '"steps": 200' in page.text and "<s>" in page.text
 
     (tmp_path / "evaluations.jsonl").write_text("damaged\n\n")

@@ -504,7 +504,7 @@ def test_distance_of_singular_covariances():
         frechet.Gaussian(zero, one @ one.T), frechet.Gaussian(zero, other @ other.T)
     )
     assert found == pytest.approx(20 * 9 + 20 * 25, rel=1e-12)
-    # Fewer pictures than features: nothing lies between a Gaussian and itself.
+    # Fewer images than features: nothing lies between a Gaussian and itself.
     same = gaussian(rng, 48, rank=5)
     assert abs(frechet.distance(same, same)) < 1e-12 * np.trace(same.covariance)
     none = frechet.Gaussian(zero, np.zeros((48, 48)))
@@ -591,24 +591,24 @@ def network(tmp_path):
     return path
 
 
-def some_pictures(tmp_path):
+def some_images(tmp_path):
     rng = np.random.default_rng(4)
     shapes = [(8, 12), (20, 10), (8, 12), (5, 5), (20, 10)]
-    pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    images = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
     files = []
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         files.append(tmp_path / f"{i}.png")
-        Image.fromarray(picture).save(files[-1])
-    return pictures, files
+        Image.fromarray(image).save(files[-1])
+    return images, files
 
 
-def test_features_of_pictures(network, tmp_path):
-    pictures, files = some_pictures(tmp_path)
+def test_features_of_images(network, tmp_path):
+    images, files = some_images(tmp_path)
     inception = frechet.Inception(network)
-    expected = np.stack([[*p.reshape(-1, 3).mean(0), *p.shape[:2]] for p in pictures])
-    np.testing.assert_allclose(inception(pictures), expected, rtol=1e-5)
-    # From files, and in batches that the number of pictures is no multiple of.
-    for given in (pictures, files):
+    expected = np.stack([[*p.reshape(-1, 3).mean(0), *p.shape[:2]] for p in images])
+    np.testing.assert_allclose(inception(images), expected, rtol=1e-5)
+    # From files, and in batches that the number of images is no multiple of.
+    for given in (images, files):
         found = frechet.moments(given, inception, batch=2).gaussian()
         np.testing.assert_allclose(found.mean, expected.mean(0), rtol=1e-5)
         np.testing.assert_allclose(
@@ -618,10 +618,10 @@ def test_features_of_pictures(network, tmp_path):
         frechet.moments([], inception, what="drawings")
 
 
-def test_features_of_clean_pictures(network, tmp_path):
-    pictures, _ = some_pictures(tmp_path)
+def test_features_of_clean_images(network, tmp_path):
+    images, _ = some_images(tmp_path)
     grey = np.full((30, 40, 3), [10, 128, 250], np.uint8)
-    found = frechet.Inception(network, "clean")([*pictures, grey])
+    found = frechet.Inception(network, "clean")([*images, grey])
     assert (found[:, 3:] == 299).all()
     # Even colour stays as it is; what antialiasing averages keeps its mean.
     np.testing.assert_allclose(found[-1, :3], [10, 128, 250], rtol=1e-5)
@@ -632,9 +632,9 @@ def test_features_of_clean_pictures(network, tmp_path):
 
 
 def test_fid_of_a_set_with_itself(network, tmp_path, caplog):
-    pictures, _ = some_pictures(tmp_path)
+    images, _ = some_images(tmp_path)
     inception = frechet.Inception(network)
-    found = frechet.moments(pictures, inception).gaussian()
+    found = frechet.moments(images, inception).gaussian()
     scored = frechet.score(found, found, [inception.note])
     assert scored.values["FID"] == pytest.approx(0, abs=1e-9 * np.trace(found.covariance))
     assert scored.notes[0] == "5 images against 5 real ones"

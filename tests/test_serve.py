@@ -74,7 +74,7 @@ class FakeEmu:
                 raise UserError("too long: shorten it")
             if isinstance(part, list):
                 part = f"{len(part)} frames"
-            yield part if isinstance(part, str) else f"picture {part.size}"
+            yield part if isinstance(part, str) else f"image {part.size}"
         yield f"{settings}"
 
     def generate_image(self, prompts, seed=0, stop=None, **settings):
@@ -181,14 +181,14 @@ def test_an_answer_comes_in_lines(emu):
         ("/", None, {"method": "GET"}),
     )
     assert status == 200 and lines(body) == [
-        {"text": "picture (8, 6)"},
+        {"text": "image (8, 6)"},
         {"text": "what?"},
         {"text": "{'max_new_tokens': 7, 'seed': 3}"},
         {"done": True},
     ]
     assert b"default-src 'self'" in headers[b"content-security-policy"]
-    picture, done = lines(drawn)
-    content = base64.b64decode(picture["picture"].removeprefix("data:image/png;base64,"))
+    image, done = lines(drawn)
+    content = base64.b64decode(image["picture"].removeprefix("data:image/png;base64,"))
     with Image.open(io.BytesIO(content)) as image:
         np.testing.assert_array_equal(np.asarray(image)[0, 0], [9, 1, 0])
     assert done == {"done": True}
@@ -219,9 +219,9 @@ HOSTILE = {
     "a number for text": (chat({"text": 5}), 400, "a text must be a string"),
     "two in one": (chat({"text": "a", "picture": "b"}), 400, "one of text, picture"),
     "a path": (chat({"path": "../../etc/passwd"}), 400, "unknown key 'path'"),
-    "a path for a picture": (chat({"picture": "/etc/passwd"}), 400, "base64"),
+    "a path for an image": (chat({"picture": "/etc/passwd"}), 400, "base64"),
     "stray characters": (chat({"picture": "*" + png()}), 400, "base64"),
-    "a picture that is none": (chat({"picture": "aGVsbG8="}), 400, "damaged"),
+    "an image that is none": (chat({"picture": "aGVsbG8="}), 400, "damaged"),
     "a strange format": (chat({"picture": png(format="PPM")}), 400, "not one of PNG"),
     "a token of this tokenizer": (chat({"text": "a <|im_end|>"}), 400, "must not spell"),
     "a bomb": (chat({"picture": bomb()}), 413, "more than 10000 pixels"),
@@ -347,18 +347,18 @@ def test_a_setting_is_taken_up_to_its_limits(name, least, most, outside):
 
 def test_the_largest_request_that_fits():
     """All limits of a request at once; the hostile requests go past each by one."""
-    picture, words = {"picture": png((60, 55))}, {"text": "a" * 25}
-    request = json.dumps(chat(words, picture, picture, picture, words)).encode()
+    image, words = {"picture": png((60, 55))}, {"text": "a" * 25}
+    request = json.dumps(chat(words, image, image, image, words)).encode()
     asked = parse_chat(request, dataclasses.replace(LIMITS, pixels=3 * 60 * 55))
     assert len(asked.messages[0].parts) == 5
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_picture_of_each_format_is_read(format):
+def test_an_image_of_each_format_is_read(format):
     asked = parse_draw(json.dumps({"parts": [{"picture": png(format=format)}]}).encode(), LIMITS)
-    (picture,) = asked.messages[0].parts
-    assert picture.size == (8, 6)
-    assert np.abs(np.asarray(picture.convert("RGB"), int) - [10, 20, 30]).max() < 12
+    (image,) = asked.messages[0].parts
+    assert image.size == (8, 6)
+    assert np.abs(np.asarray(image.convert("RGB"), int) - [10, 20, 30]).max() < 12
 
 
 def test_limits_hold_for_all_parts_together():
@@ -425,7 +425,7 @@ def test_too_many_wait_and_none_too_long(emu):
         await asyncio.sleep(0.2)
         status, body, headers = await client("/api/chat", chat({"text": "b"}))
         assert status == 429 and "3 requests are waiting" in body and headers[b"retry-after"]
-        # There is no place for its pictures either: they are not even looked at.
+        # There is no place for its images either: they are not even looked at.
         status, _, _ = await client("/api/chat", chat({"picture": "no picture"}))
         assert status == 429
         late = await asyncio.wait_for(asyncio.gather(*waiting), 20)

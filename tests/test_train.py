@@ -209,7 +209,7 @@ def test_statistics_by_tower_are_the_same_on_every_mesh(data_root):
 
 
 def test_the_text_objective_reads_the_words_alone(data_root):
-    """Its loss, in blocks, is the naive one over text targets; pictures change nothing."""
+    """Its loss, in blocks, is the naive one over text targets; images change nothing."""
     cfg = small("text", data_root, loss_block=16)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):

@@ -498,7 +498,7 @@ def close(ours, theirs) -> None:
 
 
 def a_row():
-    """Two documents with a picture each, of which the second is not scored, and padding; (batch,
+    """Two documents with an image each, of which the second is not scored, and padding; (batch,
     positions whose next token is scored, positions that regress what follows)."""
     t = digits().tokens
     tokens = [t.bos, 7, t.img, *[t.image] * 4, t.img_end, 8, t.eos]
@@ -555,7 +555,7 @@ def language(table, weights, heads):
 
 
 def test_the_multimodal_loss_by_hand():
-    batch, words, pictures = a_row()
+    batch, words, image_targets = a_row()
     table, weights, heads = normal(350, 6), normal(6, 6), (normal(6, 350), normal(6, 6))
     module = language(table, weights, heads)
     images = normal(1, 2, 4, 6)
@@ -566,7 +566,7 @@ def test_the_multimodal_loss_by_hand():
     for t in words:
         logits = hidden[t] @ heads[0]
         text.append(np.log(np.sum(np.exp(logits))) - logits[batch["tokens"][0, t + 1]])
-    squares = [np.mean((hidden[t] @ heads[1] - x[t + 1]) ** 2) for t in pictures]
+    squares = [np.mean((hidden[t] @ heads[1] - x[t + 1]) ** 2) for t in image_targets]
 
     @jax.jit
     def losses(images, **kwargs):
@@ -595,8 +595,8 @@ def test_the_multimodal_loss_by_hand():
         return losses(images)[1]
 
     gradient = np.zeros_like(x)
-    for t in pictures:
-        error = 2 * (hidden[t] @ heads[1] - x[t + 1]) / 6 / len(pictures)
+    for t in image_targets:
+        error = 2 * (hidden[t] @ heads[1] - x[t + 1]) / 6 / len(image_targets)
         gradient[t] += weights @ heads[1] @ error
     close(jax.jit(jax.grad(regression))(images), [[gradient[3:7], gradient[12:16]]])
 
@@ -644,15 +644,15 @@ def test_the_contrastive_loss_by_hand():
 
 
 def test_the_autoencoders_loss_by_hand(drawn):
-    pictures = RNG.integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
+    images = RNG.integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
     weights = normal(3, 2), normal(3, 2), normal(2, 3)
     vae = SimpleNamespace(
         encode=lambda x: (x @ weights[0], x @ weights[1]), decode=lambda z: z @ weights[2]
     )
     vae_objective = objectives.VaeObjective(dataclasses.replace(TOY, kl_weight=0.3))
-    batch = {"images": pictures}
+    batch = {"images": images}
     loss, metrics = vae_objective.loss(SimpleNamespace(vae=vae), batch, jax.random.key(0))
-    x = pictures / 127.5 - 1
+    x = images / 127.5 - 1
     mean, logvar = x @ weights[0], x @ weights[1]
     (noise,) = drawn
     latents = mean + np.exp(logvar / 2) * noise
@@ -824,7 +824,7 @@ def test_every_dropout_draws_for_itself(drawn):
         assert all(0.8 * keep < np.mean(mask) < 1.2 * keep for mask in drawn)
 
 
-def test_spread_is_of_valid_pictures_and_of_the_first():
+def test_spread_is_of_valid_images_and_of_the_first():
     images, valid = normal(6, 20, 2, 3), RNG.random((6, 20)) < 0.7
     assert 64 < valid.sum() < 110
     for most in (64, 110):  # fewer than are valid, and more

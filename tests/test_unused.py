@@ -344,6 +344,9 @@ def test_tallies_add_up():
     assert total.unused == {"missing image": 10, "tools": 14}
     assert total.examples == {"missing image": ["0", "1", "2"]}
     assert total.summary() == ("1 documents, 2 texts, 1 images; unused: 10 missing image, 14 tools")
+    former = Tally(unused={"unreadable picture": 2}, examples={"picture too large": ["a"]})
+    read = Tally.from_array(former.to_array())  # of an earlier version
+    assert (read.unused, read.examples) == ({"unreadable image": 2}, {"image too large": ["a"]})
     with pytest.raises(ValueError, match="unexpected keyword"):
         Tally.from_array(np.frombuffer(b'{"a": 1}', np.uint8))
 

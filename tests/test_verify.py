@@ -99,7 +99,7 @@ def test_what_a_recording_lacks_fails_its_rows(run_dir, tmp_path, capsys):  # no
         arrays["cformer/out"] = arrays["cformer/out"] * np.nan
 
     def change_meta(meta):
-        meta["prompts"] = meta["prompts"] * 2  # more pictures than were recorded
+        meta["prompts"] = meta["prompts"] * 2  # more images than were recorded
         meta["video_frame_indices"][0]["indices"][0] += 1
         del meta["spec"]["candidates"]
 

@@ -60,14 +60,14 @@ def tokenizer():
 
 
 def recorded(number):
-    """A recorded picture as an encoded image."""
+    """A recorded image as an encoded image."""
     file = io.BytesIO()
     image(number).save(file, "PNG")
     return file.getvalue()
 
 
 def images_of(medium, scored):
-    """The images of a medium whose name lists recorded pictures."""
+    """The images of a medium whose name lists recorded images."""
     shown = [recorded(int(number)) for number in medium.name.split()]
     if medium.video:
         return Image.video([(None, data) for data in shown], scored=scored)

@@ -341,7 +341,7 @@ def emu_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tensor
 
 
 def clip_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """Softmax over captions and over pictures; equal captions share the target."""
+    """Softmax over captions and over images; equal captions share the target."""
     model = cfg.model
     image = vision(p, model.vision, pixels_of(batch["images"]))[:, 0]
     image = F.layer_norm(
@@ -365,12 +365,12 @@ def clip_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tenso
 
 
 def vae_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tensors]:
-    vae, pictures = cfg.model.vae, signed(batch["images"])
-    posterior = autoencoder(p, vae, "encode", pictures).latent_dist
+    vae, pixels = cfg.model.vae, signed(batch["images"])
+    posterior = autoencoder(p, vae, "encode", pixels).latent_dist
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0, 1))
     latents = posterior.mean + posterior.std * batch["normal"].double().permute(0, 3, 1, 2)
-    error = F.mse_loss(autoencoder(p, vae, "decode", latents).sample, pictures)
+    error = F.mse_loss(autoencoder(p, vae, "decode", latents).sample, pixels)
     return error + cfg.kl_weight * kl.mean(), {
         "squared_error": error,
         "kl": kl.mean(),
@@ -391,7 +391,7 @@ def condition_of(cfg: Any, p: Tensors, batch: Tensors) -> torch.Tensor:
 
 
 def decoder_loss(cfg: Any, p: Tensors, batch: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """The U-Net names the noise in a picture's latents."""
+    """The U-Net names the noise in an image's latents."""
     with torch.no_grad():
         condition = condition_of(cfg, p, batch)
         encoded = autoencoder(p, cfg.model.vae, "encode", signed(batch["target"]))

@@ -118,12 +118,12 @@ def requests(images: int, tokens: int) -> list[dict[str, Any]]:
         file = io.BytesIO()
         Image.fromarray(pixels[n]).save(file, "PNG")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        picture = {"type": "image_url", "image_url": {"url": url}}
+        image = {"type": "image_url", "image_url": {"url": url}}
         sampled = {"temperature": 1.5, "top_p": 1.0, "seed": n}
         made += [
-            {"kind": "chat", "content": [picture], "stream": bool(n % 2)},
+            {"kind": "chat", "content": [image], "stream": bool(n % 2)},
             {"kind": "chat", "content": "the digit " * (1 + n % 7), **sampled},
-            {"kind": "chat", "content": [picture, {"type": "text", "text": "and"}], **sampled},
+            {"kind": "chat", "content": [image, {"type": "text", "text": "and"}], **sampled},
         ]
         if images:
             made.append({"kind": "image", "prompt": f"the digit {WORDS[n % 10]}", "seed": n})

@@ -232,9 +232,9 @@ class Recorder:
         self.save("unet/out", unet(sample, t, encoder_hidden_states=cond).sample)
 
         side = size * 2 ** (len(vae.config.block_out_channels) - 1)
-        picture = torch.tanh(randn(1, 3, side, side))
-        posterior = vae.encode(picture).latent_dist
-        self.save("vae/image", picture)
+        image = torch.tanh(randn(1, 3, side, side))
+        posterior = vae.encode(image).latent_dist
+        self.save("vae/image", image)
         self.save("vae/mean", posterior.mean)
         self.save("vae/logvar", posterior.logvar)
         self.save("vae/decoded", vae.decode(posterior.mean).sample)
@@ -277,13 +277,13 @@ def preprocess(recorder, paths, size: int, out: Path):
     )
     pixels = []
     for i, path in enumerate(paths):
-        picture = Image.open(path)
-        picture.save(out / f"preprocess_{i}.png")
-        picture = picture.convert("RGB")
-        plain = (np.array(picture.resize((size, size))) / 255.0 - mean) / std
+        image = Image.open(path)
+        image.save(out / f"preprocess_{i}.png")
+        image = image.convert("RGB")
+        plain = (np.array(image.resize((size, size))) / 255.0 - mean) / std
         plain = torch.tensor(plain).float().permute(2, 0, 1)
         recorder.save(f"preprocess/{i}/process_img", plain)
-        recorder.save(f"preprocess/{i}/pipeline", pipeline(picture))
+        recorder.save(f"preprocess/{i}/pipeline", pipeline(image))
         pixels.append(plain)
     return torch.stack(pixels[:3])
 
@@ -305,7 +305,7 @@ def main() -> None:
         nargs="+",
         metavar="FILE",
         default=[Path("examples") / n for n in ("dog.png", "panda.png", "sunflower.png")],
-        help="three pictures or more; Emu2's folder has other examples, so name them",
+        help="three images or more; Emu2's folder has other examples, so name them",
     )
     parser.add_argument(
         "--model-json",
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=20)
     args = parser.parse_args()
     if len(args.images) < 3:
-        parser.error("--images: give three pictures or more")
+        parser.error("--images: give three images or more")
     emu2 = Path("emu/emu.py").is_file()
     if not emu2 and not Path("models/modeling_emu.py").is_file():
         parser.error("run this in the release's folder Emu1 or Emu2")

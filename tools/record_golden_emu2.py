@@ -61,7 +61,7 @@ DEFAULTS = {
     "length_penalty": -1,
     "repetition_penalty": 1.0,
 }
-SAMPLING = {  # pictures are numbers
+SAMPLING = {  # images are numbers
     "10_3.0": {"inputs": [TEXT[0]], "num_inference_steps": 10, "guidance_scale": 3.0},
     "ae_4_1.0": {"inputs": [0], "num_inference_steps": 4, "guidance_scale": 1.0},
 }
@@ -122,10 +122,10 @@ def weight_files(path: Path) -> list[Path]:
 class Recorder:
     """Collects arrays under the names that `emu-jax verify` knows."""
 
-    def __init__(self, emu: Any, pictures: Sequence[Image.Image], size: int) -> None:
+    def __init__(self, emu: Any, images: Sequence[Image.Image], size: int) -> None:
         from emu.chat import EmuChatGeneration
 
-        self.emu, self.pictures = emu, list(pictures)
+        self.emu, self.images = emu, list(images)
         self.chat = EmuChatGeneration(emu, eva_size=size)
         self.tokenizer, self.lm = emu.decoder.tokenizer, emu.decoder.lm
         self.arrays: dict[str, np.ndarray] = {}
@@ -135,10 +135,10 @@ class Recorder:
         self.arrays[key] = value
 
     def inputs(self, parts: Sequence[Any]) -> list[Any]:
-        return [self.pictures[part] if isinstance(part, int) else part for part in parts]
+        return [self.images[part] if isinstance(part, int) else part for part in parts]
 
     def pixels(self, *numbers: int) -> torch.Tensor:
-        stacked = torch.stack([self.chat.transform(self.pictures[i]) for i in numbers])
+        stacked = torch.stack([self.chat.transform(self.images[i]) for i in numbers])
         return stacked.to(self.emu.device())
 
     def read(self, texts: Sequence[str], stills: Any, frames: Any, side: str = "left") -> Any:
@@ -321,9 +321,9 @@ class Recorder:
         out = unet(call["sample"], t, encoder_hidden_states=cond, added_cond_kwargs=added)
         self.save("unet/out", out.sample)
         pixels = side * pipeline.vae_scale_factor
-        picture = torch.tanh(noise(1, 3, pixels, pixels))
-        posterior = vae.encode(picture).latent_dist
-        self.save("vae/image", picture)
+        image = torch.tanh(noise(1, 3, pixels, pixels))
+        posterior = vae.encode(image).latent_dist
+        self.save("vae/image", image)
         self.save("vae/mean", posterior.mean)
         self.save("vae/logvar", posterior.logvar)
         self.save("vae/decoded", vae.decode(posterior.mean).sample)
@@ -362,7 +362,7 @@ class Recorder:
 
 
 def named(parts: Sequence[Any]) -> list[str]:
-    """Returns inputs with pictures by name."""
+    """Returns inputs with images by name."""
     return [f"picture:{part}" if isinstance(part, int) else part for part in parts]
 
 
@@ -373,17 +373,17 @@ def cases(tokenizer: Any) -> list[dict[str, Any]]:
 
 def record(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the arrays and the settings of a recording."""
-    pictures = []
+    images = []
     for i, path in enumerate(args.images):
-        picture = Image.open(path)
-        picture.save(args.out / f"preprocess_{i}.png")
-        pictures.append(picture.convert("RGB"))
+        image = Image.open(path)
+        image.save(args.out / f"preprocess_{i}.png")
+        images.append(image.convert("RGB"))
     emu = build(args.pretrained, args.model_json, args.llama, args.device, chat=False)
     patch = emu.visual.patch_embed
     size = patch.img_size[0] if isinstance(patch.img_size, tuple) else patch.img_size
-    recorder = Recorder(emu, pictures, size)
-    for i, picture in enumerate(pictures):
-        recorder.save(f"preprocess/{i}/pipeline", recorder.chat.transform(picture))
+    recorder = Recorder(emu, images, size)
+    for i, image in enumerate(images):
+        recorder.save(f"preprocess/{i}/pipeline", recorder.chat.transform(image))
     meta = recorder.base()
     meta["tokenizer_cases"] = cases(recorder.tokenizer)
     decoder = args.pretrained if args.pretrained.is_dir() else args.decoder
@@ -393,7 +393,7 @@ def record(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, A
     if args.instruct:
         del emu, recorder
         emu = build(args.instruct, args.model_json, args.llama, args.device, chat=True)
-        recorder = Recorder(emu, pictures, size)
+        recorder = Recorder(emu, images, size)
         meta["chat"] = recorder.conversations()
         meta["tokenizer_cases_chat"] = cases(recorder.tokenizer)
         arrays |= recorder.arrays

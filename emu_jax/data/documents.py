@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1  # of the record layout
 _FRAMES_VERSION = 2  # of records that mark frames of videos, which earlier readers refuse
+_TEXT, _IMAGE = "text", "picture"  # kinds of parts in a record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +142,7 @@ class Document:
     def to_bytes(self) -> bytes:
         """Serializes the document to a record: msgpack, with the version of its layout."""
         parts = [
-            ["text" if isinstance(part, Text) else "picture", *part.to_list()]
-            for part in self.parts
+            [_TEXT if isinstance(part, Text) else _IMAGE, *part.to_list()] for part in self.parts
         ]
         framed = any(isinstance(part, Image) and part.frame for part in self.parts)
         version = _FRAMES_VERSION if framed else _VERSION
@@ -160,7 +160,7 @@ class Document:
             values = msgpack.unpackb(record)
             version = values["version"]
             if version in (_VERSION, _FRAMES_VERSION):
-                make = {"text": Text, "picture": Image}
+                make = {_TEXT: Text, _IMAGE: Image}
                 return cls(tuple(make[kind](*rest) for kind, *rest in values["parts"]))
         except Exception as error:  # msgpack may raise anything on foreign bytes
             raise Damaged("not a document", where, repr(error)) from None
@@ -182,9 +182,9 @@ REASONS = (
     "malformed subtitles",
     "invalid UTF-8",
     "missing file",
-    "unreadable picture",
-    "picture too large",
-    "picture too narrow",
+    "unreadable image",
+    "image too large",
+    "image too narrow",
     "unreadable video",
     "video without frames",
     "not a regular file",

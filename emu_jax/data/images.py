@@ -49,7 +49,7 @@ _UNREADABLE = (
 class ImageError(UserError):
     """Raised for an image that cannot be read; `reason` is one of `documents.REASONS`."""
 
-    def __init__(self, line: str, reason: str = "unreadable picture") -> None:
+    def __init__(self, line: str, reason: str = "unreadable image") -> None:
         super().__init__(line)
         self.reason = reason
 
@@ -110,14 +110,14 @@ def open_image(
             if max(width, height) > MOST_ASPECT * min(width, height):
                 raise ImageError(
                     f"cannot read the image {name}: {width}x{height} is too narrow",
-                    "picture too narrow",
+                    "image too narrow",
                 )
             if at_least is not None:
                 image.draft("RGB", (at_least, at_least))
             image.load()
             return _eight_bits(_upright(image), name)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise ImageError(f"cannot read the image {name}: {error}", "picture too large") from None
+        raise ImageError(f"cannot read the image {name}: {error}", "image too large") from None
     except storage.Unreadable as error:
         raise ImageError(
             f"cannot read the image {name}: {error.reason} ({error.detail})", error.reason

@@ -102,7 +102,7 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
     )
     shown, damaged, seconds = [], [], 0.0
     lengths: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
-    counts: dict[str, int] = dict.fromkeys(("rows", "documents", "pictures", "tokens"), 0)
+    counts: dict[str, int] = dict.fromkeys(("rows", "documents", "images", "tokens"), 0)
     with Batches(alone, tokenizer, kind) as batches:
         while counts["documents"] < documents or counts["rows"] < rows:
             began = time.process_time()
@@ -117,7 +117,7 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
             damaged += batches.damaged()
             counts["rows"] += 1
             counts["documents"] += len(names)
-            counts["pictures"] += sum(row.used) + (row.target is not None)
+            counts["images"] += sum(row.used) + (row.target is not None)
             counts["tokens"] += sum(segment > 0 for segment in row.segments)
         tallies = batches.tallies
     return Sample(shown, lengths, damaged, counts, seconds, tallies)
@@ -159,7 +159,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
     if figures["tokens"]:
         shown["of token slots in use"] = f"{100 * figures['token_fill']:.1f}%"
     shown["of image slots in use"] = f"{100 * figures['image_fill']:.1f}%"
-    shown["images a second on one core"] = rate("pictures")
+    shown["images a second on one core"] = rate("images")
     shown["tokens a second on one core"] = rate("tokens")
     return tiles(shown)
 

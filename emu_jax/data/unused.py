@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +16,8 @@ _KINDS = ("documents", "images", "texts")  # see `Tally.used`
 MAY_LACK = _KINDS[1:]  # values of `SourceConfig.allow_missing`
 EXAMPLES = 3  # kept for each reason
 _LONGEST = 300  # characters of an example, which may quote the data
+
+_V = TypeVar("_V")
 
 # {reason: kinds of parts that it loses}; `Tally.check` refuses a source that lost a whole kind. A
 # reason that is not listed leaves out a whole document (`documents.REASONS`), or nothing that
@@ -34,11 +36,11 @@ LOSES: dict[str, tuple[str, ...]] = {
     "unreadable subtitle cue": ("texts",),
     "undecodable subtitle line": ("texts",),
     "unlike its words": ("images",),  # found by `data build`, like the next one
-    "picture too small": ("images",),
+    "image too small": ("images",),
     # Whole documents:
-    "unreadable picture": ("images",),
-    "picture too large": ("images",),
-    "picture too narrow": ("images",),
+    "unreadable image": ("images",),
+    "image too large": ("images",),
+    "image too narrow": ("images",),
     "unreadable video": ("images",),
     "video without frames": ("images",),
     "slow video": ("images",),
@@ -49,6 +51,27 @@ LOSES: dict[str, tuple[str, ...]] = {
     "incomplete sample": ("images", "texts"),
     "malformed subtitles": ("texts",),
 }
+
+# Reasons as earlier versions wrote them.
+_FORMER_REASONS = {
+    former: former.replace("picture", "image")
+    for former in (
+        "unreadable picture",
+        "picture too large",
+        "picture too narrow",
+        "picture too small",
+    )
+}
+
+
+def current_reason(reason: str) -> str:
+    """Returns the name of a reason that an earlier version may have written."""
+    return _FORMER_REASONS.get(reason, reason)
+
+
+def current_reasons(values: Mapping[str, _V]) -> dict[str, _V]:
+    """Renames the keys of counts or examples that an earlier version may have written."""
+    return {current_reason(reason): value for reason, value in values.items()}
 
 
 class Unused(NamedTuple):
@@ -157,6 +180,9 @@ class Tally:
             ValueError: the array is not an encoded tally.
         """
         try:
-            return cls(**json.loads(array.tobytes()))
+            tally = cls(**json.loads(array.tobytes()))
         except TypeError as error:
             raise ValueError(str(error)) from None
+        tally.unused = current_reasons(tally.unused)
+        tally.examples = current_reasons(tally.examples)
+        return tally

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.page import Picture, details, html_table, image, tiles, write_page
+from emu_jax.page import ImageLike, details, html_table, image, tiles, write_page
 from emu_jax.train.report import STYLE, StageEvaluations, training_curves
 
 OPEN_CAPTIONS = 60  # shown by default; the rest are folded
@@ -26,10 +26,10 @@ def write_demo_report(
     figures: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     held_out: Mapping[str, StageEvaluations] | None = None,
-    captions: Sequence[tuple[Picture, str, bool]] = (),
-    drawings: np.ndarray | Sequence[Sequence[Picture]] = (),
-    autoencodings: Sequence[tuple[Picture, Picture, bool]] = (),
-    continuations: Sequence[tuple[Sequence[Picture], Picture, bool, str]] = (),
+    captions: Sequence[tuple[ImageLike, str, bool]] = (),
+    drawings: np.ndarray | Sequence[Sequence[ImageLike]] = (),
+    autoencodings: Sequence[tuple[ImageLike, ImageLike, bool]] = (),
+    continuations: Sequence[tuple[Sequence[ImageLike], ImageLike, bool, str]] = (),
     config: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> None:
@@ -70,7 +70,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
     return f"{tiles(shares)}<section><h2>Figures</h2>{about}{html_table(named)}</section>"
 
 
-def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
+def _captions(captions: Sequence[tuple[ImageLike, str, bool]]) -> str:
     if not captions:
         return ""
     # Mistakes first: they are the most informative.
@@ -94,7 +94,7 @@ def _captions(captions: Sequence[tuple[Picture, str, bool]]) -> str:
     )
 
 
-def _drawings(drawings: np.ndarray | Sequence[Sequence[Picture]]) -> str:
+def _drawings(drawings: np.ndarray | Sequence[Sequence[ImageLike]]) -> str:
     if len(drawings) == 0:
         return ""
     columns = len(drawings[0])
@@ -106,7 +106,7 @@ def _drawings(drawings: np.ndarray | Sequence[Sequence[Picture]]) -> str:
     )
 
 
-def _autoencodings(autoencodings: Sequence[tuple[Picture, Picture, bool]]) -> str:
+def _autoencodings(autoencodings: Sequence[tuple[ImageLike, ImageLike, bool]]) -> str:
     if not autoencodings:
         return ""
     cards = "".join(
@@ -122,7 +122,7 @@ def _autoencodings(autoencodings: Sequence[tuple[Picture, Picture, bool]]) -> st
 
 
 def _continuations(
-    continuations: Sequence[tuple[Sequence[Picture], Picture, bool, str]],
+    continuations: Sequence[tuple[Sequence[ImageLike], ImageLike, bool, str]],
 ) -> str:
     if not continuations:
         return ""

@@ -34,7 +34,7 @@ _IMAGE_FORMATS = (
 )  # of images; Pillow would accept more obscure ones
 Ranges = Mapping[str, tuple[float, float]]
 T = TypeVar("T")
-IMAGE_KEY = "picture"  # JSON key of an image in requests and answers
+IMAGE_KEY = "picture"  # JSON key of an image under /api, which other programs use
 SPECIAL = (PAD, IMG, IMG_END, IMAGE, USER, ASSISTANT, BOS, EOS, UNK)
 
 

@@ -56,7 +56,7 @@ from emu_jax.data.lengths import part_lengths
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources.entries import look_up
 from emu_jax.data.sources.tars import hashed
-from emu_jax.data.unused import Tally
+from emu_jax.data.unused import Tally, current_reason, current_reasons
 from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
 from emu_jax.tokenizer import Tokenizer
@@ -331,7 +331,7 @@ def _finish(
 
     def left_out() -> Iterator[str]:
         for shard in shards:
-            entry = json.loads(storage.read(shard.entry))
+            entry = _read_entry(shard.entry)
             total.merge(entry["counts"])
             total.left_out += entry["left_out"] if len(total.left_out) < _EXAMPLES else []
             files.append({key: entry[key] for key in ("file", "bytes", "sha256")})
@@ -355,6 +355,22 @@ def _finish(
     _write(storage.resolve(folder, "manifest.json"), [json.dumps(manifest, indent=1)])
     _sweep(folder, cfg.source.name)
     return manifest
+
+
+def _read_entry(path: str) -> dict[str, Any]:
+    """Reads what was counted and left out of a shard, also if an earlier version wrote it."""
+    entry = json.loads(storage.read(path))
+    counts = entry["counts"]
+    if "pictures" in counts:
+        counts["images"] = counts.pop("pictures")
+    for group, key in (("documents", "rejected"), ("images", "dropped")):
+        counts[group][key] = current_reasons(counts[group][key])
+    for line in entry["left_out"]:
+        if "picture" in line:
+            line["image"] = line.pop("picture")
+        if "reason" in line:
+            line["reason"] = current_reason(line["reason"])
+    return entry
 
 
 def _sweep(folder: str, name: str) -> None:
@@ -487,7 +503,7 @@ class _Tally:
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Any]] = {
             "documents": {"read": 0, "written": 0, "rejected": {}},
-            "pictures": {"read": 0, "written": 0, "encoded": 0, "dropped": {}},
+            "images": {"read": 0, "written": 0, "encoded": 0, "dropped": {}},
             "texts": {"written": 0},
             "unused": {},  # parts that readers left out, by reason
         }
@@ -501,7 +517,7 @@ class _Tally:
             self.left_out.append(origin | reason)
         else:
             self.left_out += [
-                origin | {"picture": drop.part, "reason": drop.reason, "detail": drop.detail}
+                origin | {"image": drop.part, "reason": drop.reason, "detail": drop.detail}
                 for drop in cleaned.dropped
             ]
         self.left_out += [
@@ -514,7 +530,7 @@ class _Tally:
                     "written": int(cleaned.document is not None),
                     "rejected": {cleaned.reason: 1} if cleaned.document is None else {},
                 },
-                "pictures": {
+                "images": {
                     "read": cleaned.images,
                     "written": sum(isinstance(part, Image) for part in parts),
                     "encoded": cleaned.encoded,
@@ -546,11 +562,11 @@ class _Tally:
         tally = Tally(
             {
                 "documents": counts["documents"]["written"],
-                "images": counts["pictures"]["written"],
+                "images": counts["images"]["written"],
                 "texts": counts["texts"]["written"],
             }
         )
-        rejected, dropped = counts["documents"]["rejected"], counts["pictures"]["dropped"]
+        rejected, dropped = counts["documents"]["rejected"], counts["images"]["dropped"]
         # A document that loses its last image is rejected for the same reason.
         lost = collections.Counter(rejected) | collections.Counter(dropped)
         for reasons in (lost, counts["unused"]):

@@ -221,9 +221,9 @@ def store(image: Image, cfg: CleanConfig) -> Image:
     short, long = sorted(pixels.size)
     size = "x".join(map(str, pixels.size))
     if short < cfg.min_side:
-        raise Unfit("picture too small", size)
+        raise Unfit("image too small", size)
     if 0 < cfg.max_aspect * short < long:
-        raise Unfit("picture too narrow", size)
+        raise Unfit("image too narrow", size)
     if 0 < cfg.max_side < long:
         scale = cfg.max_side / long
         width, height = (max(1, round(side * scale)) for side in pixels.size)

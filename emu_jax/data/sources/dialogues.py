@@ -147,7 +147,7 @@ class Dialogues(Listed):
         try:
             return base64.b64decode(name.partition(",")[2], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise Damaged("unreadable picture", where, f"a data URL: {error}") from None
+            raise Damaged("unreadable image", where, f"a data URL: {error}") from None
 
     def _video(self, index: int, name: str) -> Video:
         where, folder = self.where(index), self._entries.folder(index)

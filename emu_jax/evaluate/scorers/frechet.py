@@ -187,7 +187,7 @@ class Inception:
             "network": "resized by it (for the 2015 Inception: bilinearly, not antialiased)",
             "clean": "first resized by PIL to 299 x 299 (bicubic, antialiased; as clean-fid does)",
         }[resize]
-        self.note = f"features by {path.name} (sha256 {digest[:12]}), pictures {way}"
+        self.note = f"features by {path.name} (sha256 {digest[:12]}), images {way}"
 
     def __call__(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "B D"]:
         """Returns the features of images, which may differ in size.
