@@ -4,8 +4,14 @@
     emu-jax train --config configs/digits2_1b.py --workdir runs/digits2_1b
     emu-jax train --config configs/digits2.py --workdir runs/digits2
 
-The targets of the regression are the frozen encoder's pooled features, so they cannot collapse.
-Their variance is far above one, so the regression has a weight below one.
+From the paper: the frozen encoder, trained projections and language model, cross-entropy and
+regression, AdamW's betas and epsilon, clipping at 5, cosine decay.
+
+Ours: the targets of the regression, which are the frozen encoder's pooled features, so that they
+cannot collapse. Their variance is far above one, so the regression has a weight below one. Ours are
+also the documents and their proportion, an image that stands before its text in three pairs of ten,
+the sizes, 800 steps with 50 of warm-up, and the learning rate. `[IMG]` is a text target
+(`data.learn_img`), so that the model opens images by itself.
 """
 
 from ml_collections import ConfigDict

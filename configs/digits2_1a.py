@@ -1,6 +1,12 @@
 """Emu2's first stage on digits of 16 pixels: captions, with all parameters trained from scratch.
 
-emu-jax train --config configs/digits2_1a.py --workdir runs/digits2_1a
+    emu-jax train --config configs/digits2_1a.py --workdir runs/digits2_1a
+
+From the paper: cross-entropy on captions alone, all parameters trained, a low resolution first,
+AdamW's betas and epsilon, clipping at 5, cosine decay.
+
+Ours: the digits, random weights in place of parents, the sizes, 400 steps with 50 of warm-up, the
+learning rates, and an image that stands before its text in nine pairs of ten, not in half of them.
 """
 
 from ml_collections import ConfigDict

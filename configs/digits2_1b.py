@@ -3,6 +3,10 @@ interpolated.
 
     emu-jax train --config configs/digits2_1a.py --workdir runs/digits2_1a
     emu-jax train --config configs/digits2_1b.py --workdir runs/digits2_1b
+
+From the paper: twice the resolution of the first part, and its other settings. Ours: bicubic
+interpolation, the learning rates, and 400 steps with 40 of warm-up. The paper has a ninth of the
+steps at the lower resolution; here are as many.
 """
 
 from pathlib import Path

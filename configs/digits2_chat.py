@@ -4,7 +4,14 @@ answers to three questions.
     emu-jax demo --family emu2 --workdir runs/demo-emu2
     emu-jax train --config configs/digits2_chat.py --workdir runs/digits2_chat
 
-The questions are those of configs/digits_instruct.py. The answer to the third is an image.
+The questions are those of configs/digits_instruct.py.
+
+From the paper: a loss on the answer alone, all of the language model trained, AdamW's betas,
+clipping at 5, cosine decay to 0. From the release: the format of a turn.
+
+Ours: the frozen encoder, the questions without a system message, the answer to the third, which is
+an image, so that the regression is trained too, the sizes, 200 steps with 30 of warm-up, and the
+learning rate.
 """
 
 from ml_collections import ConfigDict

@@ -9,6 +9,10 @@ DATA is as in configs/finetune.py. The model is the one in runs/emu2; for Emu2-C
 embeddings of an image, add --config.data.n_causal=256; if DATA has videos, add
 --config.data.n_frame=64. `emu-jax convert runs/mine DST --to emu --merge-lora` gives the release's
 files.
+
+From the paper: the objective, cross-entropy and regression. From the release: the sizes of images
+and their embeddings. Ours: adapters, which Emu2's releases do not have, the frozen rest, and all
+settings: batches of 8 rows, 1,000 steps with 100 of warm-up, and a learning rate of 1e-4.
 """
 
 from ml_collections import ConfigDict

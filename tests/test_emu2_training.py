@@ -29,19 +29,21 @@ IMAGE_SIZES = {224: 28, 448: 56}
 EMBEDDINGS = {64: 16, 256: 64}
 
 
-def train_command(name: str) -> tuple[Path, list[str]]:
-    """Returns the run directory and the overrides of the command in a config's docstring."""
+def train_commands(name: str) -> list[tuple[Path, list[str]]]:
+    """Returns the run directory and the overrides of each command in a config's docstring."""
     docstring = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text())) or ""
-    (command,) = re.findall(r"emu-jax (train .*)", re.sub(r"\\\n\s*", " ", docstring))
-    words = shlex.split(command)
-    assert words[:3] == ["train", "--config", f"configs/{name}.py"] and words[3] == "--workdir"
-    return Path(words[4]), [word.removeprefix("--config.") for word in words[5:]]
+    commands = []
+    for line in re.findall(r"emu-jax (train .*)", re.sub(r"\\\n\s*", " ", docstring)):
+        words = shlex.split(line)
+        assert words[:4] == ["train", "--config", f"configs/{name}.py", "--workdir"]
+        overrides = [word.removeprefix("--config.") for word in words[5:]]
+        commands.append((Path(words[4]), overrides))
+    return commands
 
 
-def small(name: str) -> tuple[TrainConfig, Path]:
-    """Returns a stage's config with its command's overrides, at the recorded model's size, for one
-    step on digits; and its run directory."""
-    workdir, overrides = train_command(name)
+def small(name: str, overrides: list[str]) -> TrainConfig:
+    """Returns a stage's config with a command's overrides, at the recorded model's size, for one
+    step on digits."""
     cfg = load_config(TrainConfig, ROOT / "configs" / f"{name}.py", overrides)
     pooling = cfg.model.pooling
     assert pooling
@@ -71,7 +73,7 @@ def small(name: str) -> tuple[TrainConfig, Path]:
     cfg = override(dataclasses.replace(cfg, keep_best={}), [f"{k}={v!r}" for k, v in sizes.items()])
     mixture = {"instructions": 1.0} if cfg.data.instruct else {"pairs": 1.0}
     data = dataclasses.replace(cfg.data, mixture=mixture)
-    return dataclasses.replace(cfg, data=data), workdir
+    return dataclasses.replace(cfg, data=data)
 
 
 def write_first_step(cfg: TrainConfig, workdir: Path, shift: float) -> None:
@@ -109,10 +111,11 @@ def test_the_documented_chain_reaches_the_end(tmp_path, monkeypatch, copy_digits
     fresh = Path("runs/emu2_fresh")
     convert(EMU2 / "Emu2-Gen", fresh)  # has all that `emu-jax init` writes
     for name in ("_1a", "_1b", "", "_painter", "_gen", "_chat"):
-        cfg, workdir = small(f"emu2_37b{name}")
-        report = dry_run(cfg, workdir)
-        assert report.passed, (name, report.problems)
-        write_first_step(cfg, workdir, 1.0)
+        for workdir, overrides in train_commands(f"emu2_37b{name}"):
+            cfg = small(f"emu2_37b{name}", overrides)
+            report = dry_run(cfg, workdir)
+            assert report.passed, (name, report.problems)
+            write_first_step(cfg, workdir, 1.0)
 
     # Emu2-Gen has every tower: the language model trained in four stages, the denoiser in one.
     gen = Path("runs/emu2_gen")
@@ -134,12 +137,13 @@ def test_the_documented_chain_reaches_the_end(tmp_path, monkeypatch, copy_digits
 def test_a_decoder_comes_with_its_configuration(tmp_path):
     """A run from a model without a decoder, as of a native file, and from the run of a decoder."""
     model, decoder = emu2(), emu2_gen()
+    assert decoder.vae
     vae = dataclasses.replace(decoder.vae, scaling_factor=0.25)
     decoder = dataclasses.replace(decoder, vae=vae)
     for name, cfg in (("base", model), ("fresh", decoder)):
         (tmp_path / name).mkdir()
         save_json(cfg, tmp_path / name / "config.json")
-    _, overrides = train_command("emu2_37b_painter")
+    ((_, overrides),) = train_commands("emu2_37b_painter")
     overrides[0] = f"init_from={tmp_path / 'base'}"
     parents = [override.replace("emu2_fresh", "fresh") for override in overrides[1:]]
     path = ROOT / "configs" / "emu2_37b_painter.py"
