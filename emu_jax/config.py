@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .errors import UserError, suggest
 from .storage import read_json_object, write_text
@@ -54,8 +54,61 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CFormerConfig:
+class ConnectorConfig:
+    """Base of the configurations of connectors, which lead from the visual encoder to the language
+    model and back. `models.connectors.CONNECTORS` has the module of each.
+
+    Attributes:
+        family: the family whose tokens, prompts and files a model with this connector has.
+        towers: its layers, which are towers of a checkpoint: {tower: key of `EmuConfig` with the
+            tower's sizes}.
+        after_language: the towers that read the language model's states.
+        regression_head: whether a head of the language model regresses embeddings.
+        autoencodes: whether embeddings are the encoder's own features, so that the image decoder
+            paints a lone image without the language model.
+        shapes_parameters: whether parameters have shapes that follow from this configuration. If
+            not, a warm start may change it, and the size of images.
+    """
+
+    family: ClassVar[Literal["emu", "emu2"]]
+    towers: ClassVar[dict[str, str]]
+    after_language: ClassVar[tuple[str, ...]] = ()
+    regression_head: ClassVar[bool] = False
+    autoencodes: ClassVar[bool] = True
+    shapes_parameters: ClassVar[bool] = True
+
+    def counts(self) -> tuple[int, int]:
+        """Returns the numbers of embeddings of a still image and of a video's frame."""
+        raise NotImplementedError
+
+    def embedding_width(self, vision: VisionConfig, llama: LlamaConfig) -> int:
+        """Returns the width of the space in which embeddings are regressed and painted."""
+        return vision.width
+
+    def regression_pairs(self) -> int:
+        """Returns the number of positions of an image whose state regresses the next embedding."""
+        return self.counts()[0]
+
+    def widths(self) -> tuple[int, ...]:
+        """Returns widths of layers that a mesh must split, beside those of the towers around."""
+        return ()
+
+    def check(self, vision: VisionConfig) -> None:
+        """Checks that the connector fits the visual encoder.
+
+        Raises:
+            UserError: it does not.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class CFormerConfig(ConnectorConfig):
     """Causal Transformer, a T5 decoder (release: `causal_former.py`, `modeling_t5.py`)."""
+
+    family = "emu"
+    towers: ClassVar[dict[str, str]] = {"ln_visual": "vision", "cformer": "cformer"}
+    regression_head = True
+    autoencodes = False
 
     n_causal: int = 32
     width: int = 768
@@ -71,13 +124,48 @@ class CFormerConfig:
     # the release; keeps a small model that trains from scratch from collapsing.
     normalize: bool = False
 
+    def counts(self) -> tuple[int, int]:
+        return self.n_causal, self.n_causal
+
+    def embedding_width(self, vision: VisionConfig, llama: LlamaConfig) -> int:
+        return llama.width
+
+    def regression_pairs(self) -> int:
+        """Returns N + 1: the space of embeddings is that of the tokens, so `[/IMG]` is a target."""
+        return self.n_causal + 1
+
+    def widths(self) -> tuple[int, ...]:
+        return (self.width,)
+
 
 @dataclasses.dataclass(frozen=True)
-class PoolingConfig:
+class PoolingConfig(ConnectorConfig):
     """Average pooling of the patches (release: `encode_image` of Emu2's `emu.py`)."""
+
+    family = "emu2"
+    towers: ClassVar[dict[str, str]] = {"project_up": "pooling", "project_down": "pooling"}
+    after_language = ("project_down",)
+    shapes_parameters = False
 
     n_embeddings: int = 64  # of a still image: a square number
     n_frame: int = 64  # of a frame of a video: a square number
+
+    def counts(self) -> tuple[int, int]:
+        return self.n_embeddings, self.n_frame
+
+    def check(self, vision: VisionConfig) -> None:
+        for name, count in dataclasses.asdict(self).items():
+            side = math.isqrt(count)
+            if side**2 != count or vision.grid % side:
+                raise UserError(
+                    f"pooling.{name} = {count} must be the square of a divisor of the "
+                    f"{vision.grid} patches along a side of the image"
+                )
+        if self.n_frame > self.n_embeddings:
+            raise UserError(
+                f"pooling.n_frame = {self.n_frame} must be at most pooling.n_embeddings = "
+                f"{self.n_embeddings}"
+            )
 
 
 # Layers of the language model that may have adapters, and the part of a block each is in.
@@ -396,8 +484,8 @@ class EmuConfig:
     """The whole model.
 
     One connector leads from the visual encoder to the language model: the Causal Transformer
-    (Emu1) or pooling (Emu2). `unet` and `vae` may be absent: the instruct model has no image
-    decoder.
+    (Emu1), pooling (Emu2) or another. `unet` and `vae` may be absent: the instruct model has no
+    image decoder.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -408,6 +496,8 @@ class EmuConfig:
     unet: UNetConfig | None = UNetConfig()
     vae: VAEConfig | None = VAEConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    # A connector of another family. Its class has a field `kind`, which names it in JSON.
+    other_connector: ConnectorConfig | None = None
 
     def __post_init__(self) -> None:
         """Checks the numbers.
@@ -448,43 +538,36 @@ class EmuConfig:
 
     def _check_connector(self) -> None:
         """Checks that there is one connector, which fits the towers that it joins."""
-        pooling, grid = self.pooling, self.vision.grid
-        if (self.cformer is None) == (pooling is None):
+        if len(self._connectors()) != 1:
             raise UserError(
                 "the model needs one connector: set model.cformer or model.pooling, and the other "
                 "to null"
             )
-        if self.llama.regression_head != (self.cformer is not None):
+        if self.llama.regression_head != self.connector.regression_head:
             raise UserError(
                 f"llama.regression_head = {self.llama.regression_head} does not fit the connector: "
                 "use true with model.cformer, false with model.pooling"
             )
-        if pooling is None:
-            return
-        for name, count in dataclasses.asdict(pooling).items():
-            side = math.isqrt(count)
-            if side**2 != count or grid % side:
-                raise UserError(
-                    f"pooling.{name} = {count} must be the square of a divisor of the {grid} "
-                    "patches along a side of the image"
-                )
-        if pooling.n_frame > pooling.n_embeddings:
-            raise UserError(
-                f"pooling.n_frame = {pooling.n_frame} must be at most pooling.n_embeddings = "
-                f"{pooling.n_embeddings}"
-            )
+        self.connector.check(self.vision)
+
+    def _connectors(self) -> list[ConnectorConfig]:
+        connectors = (self.cformer, self.pooling, self.other_connector)
+        return [connector for connector in connectors if connector is not None]
+
+    @property
+    def connector(self) -> ConnectorConfig:
+        """The configuration of the connector."""
+        return self._connectors()[0]
 
     @property
     def family(self) -> Literal["emu", "emu2"]:
         """Name of the model's family in reports: "emu" or "emu2"."""
-        return "emu" if self.pooling is None else "emu2"
+        return self.connector.family
 
     @property
     def language_towers(self) -> tuple[str, ...]:
         """Names of the parameters' groups without the image decoder's."""
-        pooled = self.pooling is not None
-        connector = ("project_up", "project_down") if pooled else ("ln_visual", "cformer")
-        return ("visual", *connector, "llama")
+        return ("visual", *self.connector.towers, "llama")
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -495,34 +578,28 @@ class EmuConfig:
     @property
     def n_embeddings(self) -> int:
         """Number of embeddings of a still image."""
-        if self.pooling is not None:
-            return self.pooling.n_embeddings
-        assert self.cformer is not None
-        return self.cformer.n_causal
+        return self.connector.counts()[0]
 
     @property
     def n_frame(self) -> int:
         """Number of embeddings of a video's frame."""
-        return self.n_embeddings if self.pooling is None else self.pooling.n_frame
+        return self.connector.counts()[1]
 
     @property
     def embedding_width(self) -> int:
         """Width of the space in which embeddings are regressed and painted."""
-        return self.llama.width if self.pooling is None else self.vision.width
+        return self.connector.embedding_width(self.vision, self.llama)
 
     @property
     def autoencodes(self) -> bool:
         """Whether the decoder paints the encoder's features, so that a lone image needs no
         language model."""
-        return self.pooling is not None
+        return self.connector.autoencodes
 
     @property
     def regression_pairs(self) -> int:
-        """Number of positions of an image whose state regresses the next embedding.
-
-        The Causal Transformer's space is that of the tokens, so `[/IMG]` is a target too.
-        """
-        return self.n_embeddings + (self.pooling is None)
+        """Number of positions of an image whose state regresses the next embedding."""
+        return self.connector.regression_pairs()
 
     def check_tokens(self) -> None:
         """Checks that the special tokens have different ids, all below the vocabulary size. Only
@@ -834,6 +911,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         if not isinstance(value, dict):
             raise UserError(f"config key {where!r} must be a group of keys, not {value!r}")
+        if hint is ConnectorConfig:
+            hint = _connector_class(value, where)
         return from_dict(hint, value, where + ".")
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -846,6 +925,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise UserError(f"config key {where!r} must be {hint.__name__}, not {value!r}")
+
+
+def _connector_class(values: dict[str, Any], where: str) -> type[ConnectorConfig]:
+    """Returns the class whose `kind` is that of a connector in JSON."""
+    kinds = {getattr(c, "kind", ""): c for c in ConnectorConfig.__subclasses__()}
+    kind = values.get("kind")
+    if not kind or kind not in kinds:
+        raise UserError(f"config key {where + '.kind'!r}: there is no connector {kind!r}")
+    return kinds[kind]
 
 
 def save_json(config: Any, path: Path) -> None:

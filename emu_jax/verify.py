@@ -35,8 +35,10 @@ from emu_jax.generate import api, image
 from emu_jax.generate.batching import Shapes
 from emu_jax.generate.prompt import Normalized, Prompt, box_image, chat_format, converse, pad
 from emu_jax.generate.settings import TextConfig, bucket
+from emu_jax.models.connectors import layer_of
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
+from emu_jax.models.layers import LayerNorm
 
 # Tolerances relative to the largest magnitude of a tensor. Feedback through a sampler or through
 # regressed embeddings amplifies rounding; so do adapters stored in bfloat16.
@@ -122,8 +124,9 @@ def verify(checkpoint: Path, golden: Path) -> tuple[str, list[TensorVerdict]]:
             quantized.
     """
     expected, meta = _open(golden)
-    family = "emu2" if "encode/n_query" in expected else "emu"
-    emu = _load(checkpoint, family, expected)
+    recordings = (name for name, kind in _RECORDINGS.items() if kind.only_here in expected)
+    family = next(recordings, "emu")
+    emu = _RECORDINGS[family].load(checkpoint, expected)
     if not is_release(checkpoint):
         refuse_quantized(checkpoint, run_shapes(checkpoint))
     if family != emu.cfg.family:
@@ -149,15 +152,6 @@ def tensor_error(emu: api.Emu, golden: Path, key: str) -> float:
     if row.error is None:
         raise UserError(f"{key} has no error ({golden}): {row.verdict} {row.note}")
     return row.error
-
-
-def _load(checkpoint: Path, family: str, expected: dict[str, np.ndarray]) -> api.Emu:
-    """Loads a checkpoint. The many prompts of Emu2's recordings are computed one by one and at one
-    size, because compiling a program takes longer than running it."""
-    if family == "emu":
-        return api.load(checkpoint)
-    shapes = Shapes(_prompt_length(expected), _IMAGES, _NEW_TOKENS)
-    return api.load(checkpoint, batch_size=1, shapes=shapes)
 
 
 def _prompt_length(expected: dict[str, np.ndarray]) -> int:
@@ -226,9 +220,16 @@ class _Recording:
     """Recomputes the recorded tensors of Emu1.
 
     `methods` maps the name of a tensor to a method. Tensors of one computation share its result.
+    `only_here` is a tensor that recordings of no other family have.
     """
 
+    only_here: ClassVar[str] = "cformer/out"
     methods: ClassVar[dict[str, Callable[..., Any]]]
+
+    @classmethod
+    def load(cls, checkpoint: Path, expected: dict[str, np.ndarray]) -> api.Emu:
+        """Loads a checkpoint, ready for the recording's prompts."""
+        return api.load(checkpoint)
 
     def __init__(
         self, emu: api.Emu, expected: dict[str, np.ndarray], meta: dict, golden: Path
@@ -290,7 +291,7 @@ class _Recording:
     @functools.cached_property
     def features(self) -> tuple[jax.Array, jax.Array]:
         features = _features(self.model, self.pixels)
-        return features, self.model.ln_visual(features)
+        return features, layer_of(self.model, "ln_visual", LayerNorm)(features)
 
     @functools.cached_property
     def embeddings(self) -> jax.Array:
@@ -537,6 +538,15 @@ _Recording.methods = {
 
 class _Emu2Recording(_Recording):
     """Recomputes the recorded tensors of Emu2, of the base model or of Emu2-Chat."""
+
+    only_here = "encode/n_query"
+
+    @classmethod
+    def load(cls, checkpoint: Path, expected: dict[str, np.ndarray]) -> api.Emu:
+        """Loads a checkpoint. The many prompts are computed one by one and at one size, because
+        compiling a program takes longer than running it."""
+        shapes = Shapes(_prompt_length(expected), _IMAGES, _NEW_TOKENS)
+        return api.load(checkpoint, batch_size=1, shapes=shapes)
 
     @functools.cached_property
     def length(self) -> int:

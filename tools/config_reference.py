@@ -84,6 +84,8 @@ def rows(file: str, name: str) -> tuple[str, list[Row]]:
     result = []
     for node in cls.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if ast.unparse(node.annotation).startswith("ClassVar"):
+                continue
             key = node.target.id
             default = ast.unparse(node.value) if node.value else ""
             default = re.sub(r"^dataclasses\.field\(default_factory=(lambda: )?", "", default)

@@ -191,7 +191,7 @@ def write_model(
         return export.write_hf(source, folder)
     notes = []
     lora = source.cfg.llama.lora
-    if source.cfg.pooling is None and lora is not None and lora.alpha != RELEASE_ALPHA:
+    if source.cfg.family == "emu" and lora is not None and lora.alpha != RELEASE_ALPHA:
         source = RescaledSource.of(source, lora)
         notes.append(
             f"lora_B was multiplied by {lora.alpha / RELEASE_ALPHA:g}: the release's "

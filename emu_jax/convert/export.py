@@ -103,7 +103,7 @@ def write_release(
     single_file = is_single_file(dst)
     file = folder.name if single_file else None
     folder = folder.parent if single_file else folder
-    if source.cfg.pooling is not None:
+    if source.cfg.family == "emu2":
         layout, unused = emu2_layout(source, folder, kind=kind, file=file)
     elif kind is not None:
         raise UserError(f"--layout {kind} is for Emu2; Emu1 has a single layout: leave it out")
@@ -205,7 +205,7 @@ def complete_release(source: ModelSource, folder: Path, *, hub: bool) -> tuple[P
         The JSON files with the model's sizes, and with LLaMA's.
     """
     cfg = source.cfg
-    if cfg.pooling is not None:
+    if cfg.family == "emu2":
         described = complete_emu2(source, folder, hub=hub, llama_values=llama_json(cfg))
         write_decoder_json(cfg, folder)
         return described.model, described.llama

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,6 @@ from emu_jax.tokenizer import added_tokens
 Config = TypeVar("Config", UNetConfig, VAEConfig, SchedulerConfig)
 
 # A tensor that only Emu2 has.
-_EMU2_TENSOR = "project_up.weight"
 # Settings of Emu2's visual encoder that its released weights leave off, and that emu_jax lacks.
 _EMU2_OFF = ("init_value", "rope", "global_average_pool", "naiveswiglu", "subln")
 
@@ -180,8 +179,15 @@ def multimodal(
             with the tensors, or there is no JSON and the tensors are not the 14B model's.
     """
     stored = _StoredShapes(shapes, KeyStyle.of(shapes), where)
-    if stored.style.write(_EMU2_TENSOR) in shapes:
-        return _emu2(stored, base_vocab, model_json, llama_json)
+    names = (name for name in READERS if name and stored.style.write(name) in shapes)
+    return READERS[next(names, "")](stored, base_vocab, model_json, llama_json)
+
+
+def _emu1(
+    stored: _StoredShapes, base_vocab: int, model_json: Path | None, llama_json: Path | None
+) -> EmuConfig:
+    """Returns the configuration of an Emu1; see `multimodal`."""
+    where = stored.where
     llama = _llama_sizes(stored, base_vocab, emu_14b().llama)
     vision = _vision_sizes(stored, emu_14b().vision)
     cformer = _cformer_sizes(stored)
@@ -253,6 +259,14 @@ def _emu2(
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+# By a tensor that no other family has: the function that infers a model's sizes. Files without any
+# of these tensors are Emu1's.
+READERS: dict[str, Callable[[_StoredShapes, int, Path | None, Path | None], EmuConfig]] = {
+    "project_up.weight": _emu2,
+    "": _emu1,
+}
 
 
 def emu2_vision_json(path: Path, *, chat: bool = False) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ from emu_jax.models.quantized import Quantization, is_quantized, quantize
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
 from emu_jax.sharding import AbstractModel
 from emu_jax.storage import fetched, is_remote, read_json_object
-from emu_jax.tokenizer import Family, Tokenizer, added_tokens
+from emu_jax.tokenizer import Tokenizer, added_tokens
 
 MULTIMODAL = "multimodal_encoder/pytorch_model.bin"
 _INSTRUCT = "Emu-instruct.pt"
@@ -56,7 +56,7 @@ _CARRIED_SUFFIXES = (".json", ".md", ".model", ".py", ".txt")
 # In a Hub folder: the rotary frequencies of the native file that it was written from, if others
 # than `default_unused` has.
 FREQUENCIES_FILE = "rotary_frequencies.json"
-_MODEL_JSON = ("Emu.json", "Emu2.json")  # sizes that the release keeps in its code
+_MODEL_JSON = {"emu": "Emu.json", "emu2": "Emu2.json"}  # sizes that the release keeps in its code
 _TOKENIZER_FILE = re.compile(r"config\.json|(added|special)?_?token[\w]*\.(json|model)")
 RELEASE_ALPHA = LoraConfig.alpha
 UNUSED_FILE = "dead.safetensors"  # in the `release` folder of a run directory
@@ -406,7 +406,7 @@ class ReleaseFiles:
             raise UserError(f"there is no tokenizer folder {tokenizer}: give one with --tokenizer")
         if model_config is not None and not model_config.is_file():
             raise UserError(f"--model-config {model_config} does not exist")
-        beside = [folder / name for name in _MODEL_JSON if (folder / name).is_file()]
+        beside = [folder / name for name in _MODEL_JSON.values() if (folder / name).is_file()]
         beside += [config] if described else []
         sizes = [tokenizer / "config.json", *([config] if described else [])]
         return cls(
@@ -441,7 +441,7 @@ class ReleaseFiles:
                 if p.is_file() and _TOKENIZER_FILE.fullmatch(p.name)
             }
         if self.model_json and self.model_json != self.weights.parent / "config.json":
-            carried[_MODEL_JSON[cfg.pooling is not None]] = self.model_json
+            carried[_MODEL_JSON[cfg.family]] = self.model_json
         if cfg.unet is not None and path.is_file() and (decoder := self.decoder()):
             carried |= {
                 str(p.relative_to(decoder)): p
@@ -542,14 +542,13 @@ class ReleaseSource:
         _check_floats(path, {key: t for key, t in stored.items() if key not in unused})
         names = style.names(rows, cfg)
         tensors = {row.path: [stored[names[key]] for key in row.keys] for row in rows}
-        family: Family = "emu" if cfg.pooling is None else "emu2"
         return cls(
             cfg=cfg,
             tokenizer=Tokenizer.load(
                 release.tokenizer,
                 instruct=cfg.llama.vocab_size - base.base_size
-                == len(added_tokens(family, instruct=True)),
-                family=family,
+                == len(added_tokens(cfg.family, instruct=True)),
+                family=cfg.family,
                 fast=False,
             ),
             shapes={
@@ -781,7 +780,7 @@ class MergedSource:
         wrapped = style.write("decoder.lm.")
         # The language model's tensors get other names, and so go to their default file. Emu2's
         # releases have no adapters, and so keep their names.
-        keeps_names = source.cfg.pooling is not None
+        keeps_names = source.cfg.family == "emu2"
         return cls(
             cfg=dataclasses.replace(
                 source.cfg, llama=dataclasses.replace(source.cfg.llama, lora=None)

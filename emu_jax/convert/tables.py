@@ -15,26 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from einops import rearrange
 
-from emu_jax.config import LORA_TARGETS, CFormerConfig, EmuConfig
+from emu_jax.config import LORA_TARGETS, CFormerConfig, ConnectorConfig, EmuConfig, PoolingConfig
 from emu_jax.convert.tensors import Shape
 from emu_jax.errors import UserError
-
-# Parameters that the tables cover begin with one of these.
-TOWERS = (
-    "visual",
-    "ln_visual",
-    "cformer",
-    "project_up",
-    "project_down",
-    "llama",
-    "unet",
-    "vae",
-)
 
 # How the keys of Emu2's other layouts begin.
 _HUB_TOWERS = ("visual.", "decoder.")
@@ -186,11 +174,11 @@ def model_rows(cfg: EmuConfig, shapes: Mapping[str, Shape]) -> list[TableRow]:
     Raises:
         ValueError: a parameter has no row, or a row names a parameter that the model lacks.
     """
-    rows = [*visual(cfg), *connector(cfg), *llama(cfg)]
+    rows = [*visual(cfg), *CONNECTOR_ROWS[type(cfg.connector)](cfg), *llama(cfg)]
     rows += diffusers("unet", shapes) if cfg.unet else []
     rows += diffusers("vae", shapes) if cfg.vae else []
     paths = {row.path for row in rows}
-    shapes = {p: s for p, s in shapes.items() if p.split(".")[0] in TOWERS}
+    shapes = {p: s for p, s in shapes.items() if p.split(".")[0] in cfg.towers}
     if unmatched := paths ^ set(shapes):
         raise ValueError(
             f"parameters in only one of the model and its table: {sorted(unmatched)} "
@@ -224,18 +212,14 @@ def visual(cfg: EmuConfig) -> list[TableRow]:
     return rows + _stack("visual.blocks", "visual.blocks.{}", block, cfg.vision.layers)
 
 
-def connector(cfg: EmuConfig) -> list[TableRow]:
-    """The layers between the visual encoder and the language model."""
-    if cfg.cformer is not None:
-        return [*_norm("ln_visual", bias=True), *cformer(cfg.cformer)]
-    return [*_linear("project_up"), *_linear("project_down")]
-
-
-def cformer(cfg: CFormerConfig) -> list[TableRow]:
-    """The Causal Transformer (release: `causal_former.py`, `modeling_t5.py`)."""
-    t5 = "cformer.cformer"
+def causal_transformer(model: EmuConfig) -> list[TableRow]:
+    """The Causal Transformer and the norm before it (release: `causal_former.py`,
+    `modeling_t5.py`)."""
+    cfg, t5 = model.cformer, "cformer.cformer"
+    assert cfg is not None
     bias = f"{t5}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     rows = [
+        *_norm("ln_visual", bias=True),
         TableRow("cformer.causal_tokens", ("cformer.causal_tokens",), Transform("n d -> 1 n d")),
         TableRow("cformer.relative_attention_bias", (bias,), SAME),
         *_norm("cformer.final_layer_norm", f"{t5}.final_layer_norm"),
@@ -257,6 +241,18 @@ def cformer(cfg: CFormerConfig) -> list[TableRow]:
         *_linear("wo", "layer.2.DenseReluDense.wo"),
     ]
     return rows + _stack("cformer.blocks", f"{t5}.block.{{}}", block, cfg.layers)
+
+
+def projections(model: EmuConfig) -> list[TableRow]:
+    """The projections of Emu2 (release: `emu.py`)."""
+    return [*_linear("project_up"), *_linear("project_down")]
+
+
+# The rows of each connector.
+CONNECTOR_ROWS: dict[type[ConnectorConfig], Callable[[EmuConfig], list[TableRow]]] = {
+    CFormerConfig: causal_transformer,
+    PoolingConfig: projections,
+}
 
 
 def llama(cfg: EmuConfig) -> list[TableRow]:

@@ -24,7 +24,7 @@ from emu_jax.generate.api import Emu
 from emu_jax.generate.prompt import open_file
 from emu_jax.generate.settings import RENAMED
 from emu_jax.storage import writing
-from emu_jax.tokenizer import Tokenizer
+from emu_jax.tokenizer import Family, Tokenizer
 
 READERS = 4  # threads that load images
 # Descriptions of checkpoints by the mode in which they are asked.
@@ -33,6 +33,8 @@ _KINDS: dict[Mode, str] = {
     "instruct": "is instruction-tuned",
     "chat": "is an Emu2-Chat",
 }
+# Of instruction-tuned models, by family.
+_TUNED_MODES: dict[Family, Mode] = {"emu": "instruct", "emu2": "chat"}
 
 T = TypeVar("T")
 
@@ -176,8 +178,7 @@ def choose_mode(asked: str, tokenizer: Tokenizer, task: Task) -> Mode:
     Raises:
         UserError: `asked` does not fit this kind of model, or the task has no prompts for it.
     """
-    tuned: Mode = "chat" if tokenizer.family == "emu2" else "instruct"
-    mode: Mode = tuned if tokenizer.instruct else "pretrain"
+    mode: Mode = _TUNED_MODES[tokenizer.family] if tokenizer.instruct else "pretrain"
     if asked not in ("auto", mode):
         raise UserError(f"--mode {asked}: the checkpoint {_KINDS[mode]}; leave it out")
     if mode not in task.modes:

@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 30.0  # between two uploads of the predictions to an object store
 _COLUMNS = ("id", "answer", "said", "asked")  # keys of a line of the predictions file
+# The paper's names of models, by family for pretrained ones and by mode for others.
+_PAPER_NAMES = {"emu": "Emu", "emu2": "Emu2", "instruct": "Emu-I", "chat": "Emu2-Chat"}
 SHOTS = 2  # default number of examples, the paper's for `--examples text`
 
 
@@ -478,8 +480,7 @@ def barrier(name: str) -> None:
 
 def column_of(mode: Mode, family: str, examples: Examples, shots: int) -> str:
     """Returns the column of the paper's table that a run is comparable to."""
-    pretrained = "Emu2" if family == "emu2" else "Emu"
-    name = {"pretrain": pretrained, "instruct": "Emu-I", "chat": "Emu2-Chat"}[mode]
+    name = _PAPER_NAMES[family if mode == "pretrain" else mode]
     if examples == "text":
         return f"{name}*" if shots == SHOTS else f"{name}, {shots} text examples"
     if examples == "random":  # the paper's few-shot columns use RICES

@@ -3,12 +3,15 @@
 A connector turns the features of the visual encoder into embeddings, and leads between their space
 and that of the language model. `EmuModel` has one, chosen by its configuration. The layers of a
 connector are attributes of `EmuModel`: each is a tower of its own in a checkpoint.
+
+A family's connector is a class here, an entry in `CONNECTORS`, and its configuration, a
+`ConnectorConfig`, which says all that follows from it without a model.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +19,15 @@ from einops import rearrange, reduce
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from emu_jax.config import EmuConfig, RematConfig
+from emu_jax.config import CFormerConfig, ConnectorConfig, EmuConfig, PoolingConfig, RematConfig
 from emu_jax.models.cformer import CFormer
 from emu_jax.models.layers import LayerNorm, Linear
 from emu_jax.models.low_precision import split_key
 
 if TYPE_CHECKING:
     from emu_jax.models.emu import EmuModel
+
+Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 class Connector(Protocol):
@@ -65,6 +70,24 @@ class Connector(Protocol):
         """Returns targets of the regression; see `EmuModel.regression_targets`."""
         ...
 
+    @staticmethod
+    def vectors(cfg: EmuConfig) -> dict[str, int]:
+        """Returns how many vectors of an image meet the matrices, to count FLOPs: of each tower
+        that has some, and of those parameters in it that meet another number ({path: number})."""
+        ...
+
+    @staticmethod
+    def attention_flops(cfg: EmuConfig) -> dict[str, float]:
+        """Returns the forward FLOPs of attention between the vectors of an image, by tower."""
+        ...
+
+
+def layer_of(model: EmuModel, name: str, kind: type[Layer]) -> Layer:
+    """Returns a layer of a model's connector."""
+    layer = getattr(model, name)
+    assert isinstance(layer, kind)
+    return layer
+
 
 class CausalConnector:
     """Emu1's: the Causal Transformer, whose embeddings the language model reads as they are."""
@@ -89,9 +112,10 @@ class CausalConnector:
         """Encodes normalized pixels. A frame of a video has the embeddings of a still image."""
         dropout_key, rounding_key = split_key(dropout_key, model.visual.matmul_dtype)
         with jax.named_scope("visual"):
-            features = model.ln_visual(model.visual(pixels, rounding_key=rounding_key))
+            norm = layer_of(model, "ln_visual", LayerNorm)
+            features = norm(model.visual(pixels, rounding_key=rounding_key))
         with jax.named_scope("cformer"):
-            return model.cformer(features, dropout_key=dropout_key)
+            return layer_of(model, "cformer", CFormer)(features, dropout_key=dropout_key)
 
     @staticmethod
     def to_language(model: EmuModel, embeddings: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
@@ -109,6 +133,27 @@ class CausalConnector:
     ) -> Float[Array, "B T D"]:
         """Returns `x`: tokens are targets too, since they are in the space of embeddings."""
         return x
+
+    @staticmethod
+    def vectors(cfg: EmuConfig) -> dict[str, int]:
+        patches = cfg.vision.tokens
+        return {
+            "cformer": cfg.n_embeddings,
+            "cformer.blocks.cross_attention.k": patches,
+            "cformer.blocks.cross_attention.v": patches,
+            # Tables are looked up.
+            "cformer.causal_tokens": 0,
+            "cformer.relative_attention_bias": 0,
+        }
+
+    @staticmethod
+    def attention_flops(cfg: EmuConfig) -> dict[str, float]:
+        cformer = cfg.cformer
+        assert cformer is not None
+        causal = cformer.n_causal**2 / 2
+        cross = cformer.n_causal * cfg.vision.tokens
+        inner = cformer.heads * cformer.head_width
+        return {"cformer": 4.0 * cformer.layers * inner * (causal + cross)}
 
 
 class PoolingConnector:
@@ -143,11 +188,11 @@ class PoolingConnector:
 
     @staticmethod
     def to_language(model: EmuModel, embeddings: Float[Array, "*B E"]) -> Float[Array, "*B D"]:
-        return model.project_up(embeddings)
+        return layer_of(model, "project_up", Linear)(embeddings)
 
     @staticmethod
     def regress(model: EmuModel, hidden: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        return model.project_down(hidden)
+        return layer_of(model, "project_down", Linear)(hidden)
 
     @staticmethod
     def regression_targets(
@@ -157,6 +202,21 @@ class PoolingConnector:
     ) -> Float[Array, "B T E"]:
         """Returns the embeddings of images, whose space holds no tokens."""
         return gather_embeddings(images, embedding_index)
+
+    @staticmethod
+    def vectors(cfg: EmuConfig) -> dict[str, int]:
+        return {"project_up": cfg.n_embeddings, "project_down": cfg.regression_pairs}
+
+    @staticmethod
+    def attention_flops(cfg: EmuConfig) -> dict[str, float]:
+        return {}
+
+
+# The connector that each configuration stands for.
+CONNECTORS: dict[type[ConnectorConfig], type[Connector]] = {
+    CFormerConfig: CausalConnector,
+    PoolingConfig: PoolingConnector,
+}
 
 
 def pool(features: Float[Array, "B P D"], n: int) -> Float[Array, "B N D"]:
@@ -178,4 +238,4 @@ def gather_embeddings(
 
 def connector_of(cfg: EmuConfig) -> type[Connector]:
     """Returns the connector that a model is configured with."""
-    return CausalConnector if cfg.pooling is None else PoolingConnector
+    return CONNECTORS[type(cfg.connector)]

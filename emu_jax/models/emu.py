@@ -10,11 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import EmuConfig, MatmulDtypeConfig, RematConfig
-from emu_jax.models.cformer import CFormer
 from emu_jax.models.connectors import Connector, connector_of, gather_embeddings
 from emu_jax.models.eva_clip import VisionTransformer
 from emu_jax.models.kv_cache import KVCache
-from emu_jax.models.layers import LayerNorm, Linear
 from emu_jax.models.llama import Llama
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
@@ -37,11 +35,6 @@ class EmuModel(nnx.Module):
     """
 
     llama: Llama
-    # Layers of connectors; a model has those of its own.
-    ln_visual: LayerNorm
-    cformer: CFormer
-    project_up: Linear
-    project_down: Linear
 
     def __init__(
         self,
@@ -153,8 +146,8 @@ class EmuModel(nnx.Module):
     ) -> Bool[Array, "B T"]:
         """Returns the positions t whose state regresses the embedding at t + 1.
 
-        These are `[IMG]` and `<image>` where `<image>` follows in the same document, and with the
-        Causal Transformer also where `[/IMG]` follows: `cfg.regression_pairs` per still image.
+        These are `[IMG]` and `<image>` where `<image>` follows in the same document, and where
+        `[/IMG]` follows if that is a target (Emu1): `cfg.regression_pairs` per still image.
         With `embedding_index` and `image_scored`, only scored images count.
         """
         ids = self.cfg.tokens

@@ -20,6 +20,7 @@ import jax
 from flax import nnx
 
 from emu_jax.config import EmuConfig, RematConfig
+from emu_jax.models.connectors import connector_of
 from emu_jax.models.remat import RECOMPUTED_SCOPE
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import Batch, get_objective
@@ -54,29 +55,26 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
     model, data = cfg.model, cfg.data
     rows, tokens = data.batch_size, data.row_tokens
     images = rows * row_images
+    vectors = {path: images * n for path, n in connector_of(model).vectors(model).items()}
+    after = model.connector.after_language
+    # In the order in which the towers compute.
     met = {
         "visual": images * model.vision.tokens,
-        "cformer": images * model.n_embeddings,
-        "project_up": images * model.n_embeddings,
+        **{path: n for path, n in vectors.items() if "." not in path and path not in after},
         "llama": rows * tokens,
-        "project_down": images * model.regression_pairs,
+        **{path: n for path, n in vectors.items() if path in after},
     }
     # Parameters that are applied to another number of tokens than the rest of their tower.
     regressed = images * model.regression_pairs
-    exceptions = {
-        "cformer.blocks.cross_attention.k": met["visual"],
-        "cformer.blocks.cross_attention.v": met["visual"],
+    exceptions = {path: n for path, n in vectors.items() if "." in path} | {
         "llama.stu_regress_head": regressed,
         # Tables are looked up, and the contrastive head is CLIP's own.
         "llama.embed_tokens": met["llama"] if model.llama.tied_embeddings else 0,
         "visual.pos_embed": 0,
         "visual.cls_token": 0,
         "visual.head": 0,
-        "cformer.causal_tokens": 0,
-        "cformer.relative_attention_bias": 0,
     }
     shapes = _shapes(cfg)
-    met = {tower: count for tower, count in met.items() if tower in model.language_towers}
     trained = dict.fromkeys(met, False)
     matrices = {}
     for path, shape in shapes.items():
@@ -105,14 +103,11 @@ def emu_flops(cfg: TrainConfig, row_images: int) -> Flops:
 
 def _attention(model: EmuConfig, rows: int, tokens: int, images: int) -> dict[str, float]:
     """Forward FLOPs of attention in each tower."""
-    vision, cformer, llama = model.vision, model.cformer, model.llama
-    towers = {"visual": 4.0 * images * vision.layers * vision.width * vision.tokens**2}
-    if cformer is not None:
-        inner = cformer.heads * cformer.head_width
-        causal = cformer.n_causal**2 / 2
-        cross = cformer.n_causal * vision.tokens
-        towers["cformer"] = 4.0 * images * cformer.layers * inner * (causal + cross)
-    return towers | {
+    vision, llama = model.vision, model.llama
+    connector = connector_of(model).attention_flops(model)
+    return {
+        "visual": 4.0 * images * vision.layers * vision.width * vision.tokens**2,
+        **{tower: images * flops for tower, flops in connector.items()},
         "llama": 4.0 * rows * llama.layers * llama.heads * llama.head_width * tokens**2 / 2,
     }
 

@@ -42,6 +42,7 @@ LATER_KEYS = {
     "data.n_frame": 0,
     "data.row_group": 0,
     "model.pooling": None,
+    "model.other_connector": None,
     "model.tokens.frame": None,
     "model.vision.post_norm": False,
     "model.vision.final_norm": True,

@@ -306,9 +306,7 @@ def mesh_reasons(cfg: TrainConfig) -> str:
 
 def _mesh_settings(cfg: TrainConfig) -> dict[str, Any]:
     model = cfg.model
-    widths = {model.vision.width, model.llama.width}
-    if model.cformer is not None:
-        widths.add(model.cformer.width)
+    widths = {model.vision.width, model.llama.width, *model.connector.widths()}
     return dataclasses.asdict(cfg.mesh) | {
         "rows": math.gcd(*cfg.data.batch_sizes()),
         "heads": model.llama.kv_heads,

@@ -14,6 +14,7 @@ import jax
 from emu_jax import checkpoint
 from emu_jax.config import EmuConfig
 from emu_jax.errors import UserError, suggest
+from emu_jax.models.connectors import CONNECTORS
 from emu_jax.models.quantized import Parameter, QuantizedMatrix
 from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
 from emu_jax.tokenizer import added_tokens
@@ -22,17 +23,13 @@ from emu_jax.train.config import PAINTERS, TrainConfig
 _Shapes = dict[str, jax.ShapeDtypeStruct]
 Quantizers = Mapping[str, Callable[[jax.Array], QuantizedMatrix]]  # by path
 
-# The key in EmuConfig that configures each tower of the module.
-CONFIG_OF = {
-    "visual": "vision",
-    "ln_visual": "vision",
-    "cformer": "cformer",
-    "project_up": "pooling",
-    "project_down": "pooling",
-    "llama": "llama",
-    "unet": "unet",
-    "vae": "vae",
-}
+
+def config_keys() -> dict[str, str]:
+    """Returns the key in EmuConfig that configures each tower, of any connector."""
+    towers = {"visual": "vision"}
+    for connector in CONNECTORS:
+        towers |= connector.towers
+    return towers | {"llama": "llama", "unet": "unet", "vae": "vae"}
 
 
 class WarmStart:
@@ -48,8 +45,8 @@ class WarmStart:
 
     def __init__(self, cfg: TrainConfig, workdir: Path) -> None:
         for tower in cfg.parents:
-            if tower not in CONFIG_OF:
-                raise UserError(f"parents.{tower}: no such tower{suggest(tower, CONFIG_OF)}")
+            if tower not in (known := config_keys()):
+                raise UserError(f"parents.{tower}: no such tower{suggest(tower, known)}")
         self.cfg, self.workdir = cfg, workdir
         self._parents = {tower: join(workdir, parent) for tower, parent in cfg.parents.items()}
 
@@ -66,11 +63,11 @@ class WarmStart:
         warm_start = cls(cfg, workdir)
         model = cfg.model
         for tower, parent in warm_start._parents.items():
-            name = CONFIG_OF[tower]
+            name = config_keys()[tower]
             theirs, ours = getattr(checkpoint.load_model_config(parent), name), getattr(model, name)
             if name == "vae" and ours and theirs:
                 ours = dataclasses.replace(ours, scaling_factor=theirs.scaling_factor)
-            if name == "pooling":  # has no parameters
+            if not getattr(ours, "shapes_parameters", True):  # a connector, of any size
                 theirs = ours
             if name == "vision":  # positions are interpolated
                 theirs = dataclasses.replace(theirs, image_size=ours.image_size)
@@ -194,8 +191,8 @@ def _from_run(cfg: TrainConfig, workdir: Path) -> TrainConfig:
 def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
     """Returns a parent's model with the adapters of this run, and with the tokens of its data.
 
-    A run that configures pooling has its own numbers of embeddings, and its own image size. One
-    that configures `vocab_multiple` has its own padding rows.
+    Where a connector's numbers of embeddings shape no parameter (pooling), they are the run's, and
+    so is the image size. A run that configures `vocab_multiple` has its own padding rows.
 
     Raises:
         UserError: the parent has other adapters.
@@ -215,7 +212,13 @@ def _extended(parent: EmuConfig, cfg: TrainConfig) -> EmuConfig:
         vocab_multiple=llama.vocab_multiple if multiple == 1 else multiple,
     )
     model = dataclasses.replace(parent, llama=llama)
-    if parent.pooling is None or cfg.model.pooling is None:
+    ours = cfg.model.connector
+    if ours.shapes_parameters or type(ours) is not type(parent.connector):
         return model
     vision = dataclasses.replace(parent.vision, image_size=cfg.model.vision.image_size)
-    return dataclasses.replace(model, vision=vision, pooling=cfg.model.pooling)
+    return dataclasses.replace(
+        model,
+        vision=vision,
+        pooling=cfg.model.pooling,
+        other_connector=cfg.model.other_connector,
+    )
