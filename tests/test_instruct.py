@@ -78,7 +78,7 @@ def of_family(name: str) -> None:
     """Skips the test unless the demo is of this family."""
     if not (DEMO / "config.json").is_file():
         pytest.skip(f"there is no demo at {DEMO}: make demo, or set EMU_JAX_DEMO")
-    if checkpoint.load_config(DEMO).family != name:
+    if checkpoint.load_model_config(DEMO).family != name:
         pytest.skip(f"the demo at {DEMO} is not of the family {name}")
 
 
@@ -110,7 +110,7 @@ def test_a_tuned_model_answers_three_questions(tuned):
     count = lambda shapes: sum(math.prod(s.shape) for s in shapes.values())  # noqa: E731
     step = run / str(checkpoint.latest_step(run))
     trained = count(checkpoint.stored_shapes(step / "params"))
-    if checkpoint.load_config(run).llama.lora:
+    if checkpoint.load_model_config(run).llama.lora:
         assert trained < 0.02 * count(checkpoint.run_shapes(run))
     assert seconds < 300
     right = score(load(run, batch_size=100))
