@@ -1,7 +1,9 @@
 """Records outputs of the released Emu2 code; `record_golden.py` runs it in the folder Emu2.
 
 The recorded keys are those of `tests/golden/README_emu2.md`. The release's own classes compute
-everything, in float32.
+everything, in float32. Two formats are not in its code: the Hub's prompts are spelled here as in
+public copies of `build_input_ids`, and boxes are drawn with OpenCV as in the release's README
+(without OpenCV they are left out).
 """
 
 from __future__ import annotations
@@ -43,14 +45,20 @@ ANSWERS = {
     "beam5_lp2": {"max_new_tokens": 20, "num_beams": 5, "length_penalty": 2.0},
 }
 GENERATE = ANSWERS | {
-    "beam5_lp-1_min6": {
-        "max_new_tokens": 20,
-        "num_beams": 5,
-        "length_penalty": -1.0,
-        "min_len": 6,
-    },
-    "greedy_rep1.3": {"max_new_tokens": 20, "num_beams": 1, "repetition_penalty": 1.3},
-    "greedy_ngram2": {"max_new_tokens": 20, "num_beams": 1, "no_repeat_ngram_size": 2},
+    tag: {"max_new_tokens": 20} | settings
+    for tag, settings in {
+        "beam5_lp-1": {"num_beams": 5, "length_penalty": -1.0},
+        "beam5_lp0": {"num_beams": 5, "length_penalty": 0.0},
+        "beam5_lp1": {"num_beams": 5, "length_penalty": 1.0},
+        "beam5_lp-1_min6": {"num_beams": 5, "length_penalty": -1.0, "min_len": 6},
+        "beam3_lp2_min4": {"num_beams": 3, "length_penalty": 2.0, "min_len": 4},
+        "greedy_min15": {"num_beams": 1, "min_len": 15},
+        "greedy_rep1.3": {"num_beams": 1, "repetition_penalty": 1.3},
+        "greedy_min15_rep1.5": {"num_beams": 1, "min_len": 15, "repetition_penalty": 1.5},
+        "beam5_lp2_rep1.4": {"num_beams": 5, "length_penalty": 2.0, "repetition_penalty": 1.4},
+        "greedy_ngram2": {"num_beams": 1, "no_repeat_ngram_size": 2},
+        "beam5_lp2_ngram2": {"num_beams": 5, "length_penalty": 2.0, "no_repeat_ngram_size": 2},
+    }.items()
 }
 # The defaults of the release's `generate`.
 DEFAULTS = {
@@ -61,16 +69,51 @@ DEFAULTS = {
     "length_penalty": -1,
     "repetition_penalty": 1.0,
 }
-SAMPLING = {  # images are numbers
+# Of `generate_image`: texts of a batch, and the images of their placeholders.
+REGRESSED = {
+    "text_only": ([TEXT[0], ""], []),
+    "in_context": ([PLH + TEXT[1] + PLH + TEXT[0], ""], [0, 1]),
+    "unequal": ([PLH + TEXT[1] + PLH + TEXT[0], TEXT[2] + PLH], [0, 1, 2]),
+    "blend": ([PLH + PLH, ""], [1, 2]),
+    "edit": ([PLH + TEXT[1]], [2]),
+    "grounded": (
+        [f"<grounding>{TEXT[0]}<phrase>{TEXT[1]}</phrase><object>{PLH}</object>{PLH}"],
+        [2, 0],
+    ),
+}
+# Images are numbers. `wide` is a size other than square: half as wide again.
+SAMPLING: dict[str, dict[str, Any]] = {
     "10_3.0": {"inputs": [TEXT[0]], "num_inference_steps": 10, "guidance_scale": 3.0},
+    "4_1.0": {"inputs": [TEXT[0]], "num_inference_steps": 4, "guidance_scale": 1.0},
+    "ae_10_3.0": {"inputs": [0], "num_inference_steps": 10, "guidance_scale": 3.0},
     "ae_4_1.0": {"inputs": [0], "num_inference_steps": 4, "guidance_scale": 1.0},
+    "context_5_2.0": {
+        "inputs": [0, TEXT[1], 1, TEXT[0]],
+        "num_inference_steps": 5,
+        "guidance_scale": 2.0,
+        "wide": True,
+        "crop_info": [3, 5],
+        "original_size": [40, 24],
+    },
 }
 CHAT: dict[str, dict[str, Any]] = {
     "single": {"turns": [[0, TEXT[1]]]},
+    "text": {"turns": [[TEXT[0]]]},
     "multi": {"turns": [[0, TEXT[1]], [TEXT[0]], [TEXT[2], 1]]},
     "video": {"turns": [[VIDEO[0], 1, 2, VIDEO[1], TEXT[2]]]},
+    "mixed": {"turns": [[VIDEO[0], 1, 0, VIDEO[1], TEXT[0], 2], [TEXT[1]], [TEXT[2]]]},
     "grounding": {"turns": [[0, TEXT[2]]], "is_grounding": True},
 }
+# System message and content.
+HUB_CHAT = {
+    "default": ("", PLH + TEXT[1]),
+    "system": (
+        "You are a helpful assistant, dedicated to delivering comprehensive and meticulous "
+        "responses.",
+        TEXT[2] + PLH,
+    ),
+}
+BOXES = [(22, 14, 224, 224), (224, 10, 448, 224), (0, 0, 448, 448), (120, 264, 121, 438)]
 
 
 def build(weights: Path, model_json: Path | None, llama: Path, device: str, chat: bool) -> Any:
@@ -250,11 +293,7 @@ class Recorder:
             self.save(f"{tag}/hidden", hidden)
             out = self.answers(tag, ANSWERS, text=text, image=stills, video=frames)
             meta["video"][tag] = {"inputs": named(parts), "text": text[0], "out": out}
-        for tag, (texts, numbers) in {
-            "text_only": ([TEXT[0], ""], []),
-            "in_context": ([PLH + TEXT[1] + PLH + TEXT[0], ""], [0, 1]),
-            "edit": ([PLH + TEXT[1]], [2]),
-        }.items():
+        for tag, (texts, numbers) in REGRESSED.items():
             images = self.pixels(*numbers) if numbers else None
             self.save(f"gen_image/{tag}", emu.generate_image(text=list(texts), image=images))
             meta["gen_image"][tag] = {"text": texts, "pictures": numbers}
@@ -281,6 +320,17 @@ class Recorder:
             out = self.answers(f"chat/{tag}", kinds, text=text, image=stills, video=frames)
             turns = [named(turn) for turn in recorded["turns"]]
             meta[tag] = recorded | {"turns": turns, "text": text[0], "out": out}
+        return meta
+
+    def hub_prompts(self) -> dict[str, Any]:
+        """Records prompts in the Hub's format, with the ids of the release's tokenizer."""
+        meta = {}
+        for tag, (system, content) in HUB_CHAT.items():
+            text = f"{system}[USER]: {content}[ASSISTANT]:"
+            spelled = text.replace(PLH, self.emu.image_placeholder)
+            ids = self.tokenizer(spelled, return_tensors="pt").input_ids
+            self.save(f"chat_hub/{tag}/ids", ids)
+            meta[tag] = {"system_msg": system, "content": content, "text": text}
         return meta
 
     # --- The image decoder ---
@@ -328,9 +378,13 @@ class Recorder:
         self.save("vae/logvar", posterior.logvar)
         self.save("vae/decoded", vae.decode(posterior.mean).sample)
 
+        def width_of(recorded: dict[str, Any]) -> int:
+            return pixels * 3 // 2 if recorded.get("wide") else pixels
+
         meta, randn, decode = {}, torch.randn, pipeline.decode_latents
         for tag, recorded in SAMPLING.items():
-            start = noise(1, unet.config.in_channels, side, side)
+            latent_width = width_of(recorded) // pipeline.vae_scale_factor
+            start = noise(1, unet.config.in_channels, side, latent_width)
             self.save(f"sample/{tag}/init_latents", start)
 
             def watched(latents: torch.Tensor, tag: str = tag) -> np.ndarray:
@@ -342,8 +396,8 @@ class Recorder:
 
             pipeline.decode_latents = watched
             torch.randn = lambda *args, start=start, **kw: start.clone()
-            settings = {k: v for k, v in recorded.items() if k != "inputs"}
-            settings |= {"height": pixels, "width": pixels}
+            settings = {k: v for k, v in recorded.items() if k not in ("inputs", "wide")}
+            settings |= {"height": pixels, "width": width_of(recorded)}
             try:
                 pipeline(self.inputs(recorded["inputs"]), **settings)
             finally:
@@ -352,13 +406,31 @@ class Recorder:
             rows = pipeline._prepare_and_encode_inputs(self.inputs(recorded["inputs"]), guided)
             self.save(f"sample/{tag}/cond", rows)
             self.save(f"sample/{tag}/text_embeds", rows.mean(1))
-            ids = [1024, 1024, 0, 0, pixels, pixels]
+            ids = [
+                *recorded.get("original_size", [1024, 1024]),
+                *recorded.get("crop_info", [0, 0]),
+                *(settings["height"], settings["width"]),
+            ]
             self.save(f"sample/{tag}/time_ids", np.tile(ids, (len(rows), 1)))
             self.save(f"sample/{tag}/timesteps", scheduler.timesteps)
             self.save(f"sample/{tag}/sigmas", scheduler.sigmas)
             self.save(f"sample/{tag}/init_noise_sigma", scheduler.init_noise_sigma)
             meta[tag] = settings | {"inputs": named(recorded["inputs"])}
         return meta
+
+
+def boxes() -> np.ndarray | None:
+    """Returns the box images, one of three equal channels each, or None without OpenCV."""
+    try:
+        import cv2
+    except ImportError:
+        print("OpenCV is missing: box/pictures is left out")
+        return None
+    drawn = []
+    for left, top, right, bottom in BOXES:
+        mask = np.zeros((448, 448, 3), np.uint8)
+        drawn.append(cv2.rectangle(mask, (left, top), (right, bottom), (255, 255, 255), 3)[..., 0])
+    return np.stack(drawn)
 
 
 def named(parts: Sequence[Any]) -> list[str]:
@@ -386,6 +458,9 @@ def record(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, A
         recorder.save(f"preprocess/{i}/pipeline", recorder.chat.transform(image))
     meta = recorder.base()
     meta["tokenizer_cases"] = cases(recorder.tokenizer)
+    if (box_images := boxes()) is not None:
+        recorder.save("box/pictures", box_images)
+        meta["boxes"] = BOXES
     decoder = args.pretrained if args.pretrained.is_dir() else args.decoder
     if decoder and (decoder / "unet").is_dir():
         meta["sampling"] = recorder.painting(decoder, size)
@@ -395,6 +470,7 @@ def record(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, A
         emu = build(args.instruct, args.model_json, args.llama, args.device, chat=True)
         recorder = Recorder(emu, images, size)
         meta["chat"] = recorder.conversations()
+        meta["chat_hub"] = recorder.hub_prompts()
         meta["tokenizer_cases_chat"] = cases(recorder.tokenizer)
         arrays |= recorder.arrays
     return arrays, meta
