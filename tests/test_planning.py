@@ -515,7 +515,7 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
     assert len(kept) == 3 and kept[-1] == "folders"  # and none for each file
     assert not list((tmp_path / ".emu_jax").glob("[0-2].array_record-*"))
     # A worker counts with the same tokenizer.
-    assert indexing._opened(source, cfg)[1].fingerprint == tokenizer.fingerprint
+    assert indexing._tokenizer_of(cfg).fingerprint == tokenizer.fingerprint
     opened, open_file = [], documents_module._opened
     monkeypatch.setattr(
         documents_module, "_opened", lambda path: opened.append(Path(path).stem) or open_file(path)

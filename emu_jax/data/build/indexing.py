@@ -82,6 +82,7 @@ def index_sources(
     if not 0 <= number < count:
         raise UserError(f"--shard {number}/{count} is out of range: count from 0")
     sources = chosen_sources(cfg, pairs=False)
+    _opened_once.cache_clear()  # files may have changed since an earlier call
     try:
         with without_indexing():
             return _totals(sources, cfg, tokenizer)
@@ -94,13 +95,10 @@ def index_sources(
             [task for source in sources for task in _folder_tasks(source, cfg)],
         ):
             _run("index", "file", tasks, runner, number, count)
-        opened = {
-            source.name: open_source(source, cfg.cache, cfg.cache_bytes) for source in sources
-        }
         parts = [
             IndexTask(source, cfg, part)
             for source in sources
-            for part in range(_parts(source, opened[source.name], cfg, tokenizer).count)
+            for part in range(_parts(source, _opened(source, cfg), cfg, tokenizer).count)
         ]
         _run("count", "part", parts, runner, number, count)
     return _totals(sources, cfg, tokenizer)
@@ -118,7 +116,7 @@ def _totals(
     for source in sources:
         if are_counted(source, paths := find_files(source)):
             index_records(paths, cfg.cache)  # without it, opening reads all files
-        documents = open_source(source, cfg.cache, cfg.cache_bytes)
+        documents = _opened(source, cfg)
         lengths = open_lengths(source, documents, cfg, tokenizer, recount=False)
         lengths.parts.check()
         totals = lengths.totals()
@@ -140,7 +138,7 @@ def run_task(task: IndexTask) -> IndexTask:
     elif task.part is None:
         open_source(source, cfg.cache, cfg.cache_bytes)
     else:
-        documents, tokenizer = _opened(source, cfg)
+        documents, tokenizer = _opened(source, cfg), _tokenizer_of(cfg)
         parts = _parts(source, documents, cfg, tokenizer)
         if parts.count > 1:
             parts.open(task.part)
@@ -224,16 +222,19 @@ def _parts(
     return LengthParts(documents, tokenizer, lengths_folder(source, cfg), cfg.n_frame > 0)
 
 
+def _opened(source: SourceConfig, cfg: DataConfig) -> Source:
+    """Returns the source of a task; a process opens each once."""
+    return _opened_once(source, cfg.cache, cfg.cache_bytes)
+
+
 @functools.lru_cache(8)
 def _opened_once(source: SourceConfig, cache: str, cache_bytes: int) -> Source:
     return open_source(source, cache, cache_bytes)
 
 
-def _opened(source: SourceConfig, cfg: DataConfig) -> tuple[Source, Tokenizer]:
-    """Returns the source and the tokenizer of a part; a worker opens each once."""
-    folder = cfg.tokenizer or f"{cfg.root}/tokenizer"
-    documents = _opened_once(source, cfg.cache, cfg.cache_bytes)
-    return documents, _tokenizer(folder, cfg.instruct, cfg.family)
+def _tokenizer_of(cfg: DataConfig) -> Tokenizer:
+    """Returns the tokenizer of a task; a process loads each once."""
+    return _tokenizer(cfg.tokenizer or f"{cfg.root}/tokenizer", cfg.instruct, cfg.family)
 
 
 @functools.lru_cache(2)

@@ -9,12 +9,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from emu_jax.errors import UserError
 
@@ -64,28 +65,38 @@ class Processes(Generic[T]):
                 self._close()
 
     def _shared(self, tasks: Sequence[T]) -> Iterator[T]:
-        """Yields the results as they come. Workers begin with the first tasks, the caller with the
-        last."""
-        ended: SimpleQueue[Future[T]] = SimpleQueue()
-        waiting: list[tuple[Future[T], T]] = []
+        """Yields the results as they come. Workers take the first tasks, the caller the last.
+
+        A worker is handed tasks once it runs. A task that waited for a process to start would hold
+        up the end of the call.
+        """
+        waiting, ended = deque(tasks), SimpleQueue[Future[Any]]()
         pool = self._opened()
-        for task in tasks:
-            future = pool.submit(self._work, task)
-            future.add_done_callback(ended.put)
-            if self._caller_works:
-                waiting.append((future, task))
+
+        def hand_out(ready: Future[Any]) -> None:
+            """Hands the next task to the worker that has started, or done its task."""
+            if not ready.cancelled() and not ready.exception():
+                try:
+                    for task in _popped(waiting.popleft):
+                        pool.submit(self._work, task).add_done_callback(hand_out)
+                except RuntimeError as error:  # a worker was killed meanwhile
+                    (ready := Future[Any]()).set_exception(error)
+            ended.put(ready)
+
+        # A caller that works counts as one of them: one task more than processes, so that none
+        # waits for its next one.
+        count = min(self._workers, len(tasks))
+        starts = {pool.submit(_import, self._work) for _ in range(count)}
+        for start in starts:
+            start.add_done_callback(hand_out)
         left = len(tasks)
         while left:
-            if waiting and ended.empty():
-                future, task = waiting.pop()
-                if not future.cancel():
-                    waiting.clear()  # a worker has it, and so all before it
-                    continue
-                result = self._work(task)
-            elif (future := ended.get()).cancelled():
-                continue
+            if self._caller_works and ended.empty() and (own := _popped(waiting.pop)):
+                result = self._work(own[0])
             else:
-                result = future.result()
+                result = (future := ended.get()).result()
+                if future in starts:
+                    continue
             left -= 1
             yield result
 
@@ -119,6 +130,18 @@ def on_processes(
             exhausts memory or crashes, the caller dies too.
     """
     return Processes(work, workers, caller_works)
+
+
+def _popped(pop: Callable[[], T]) -> list[T]:
+    """Returns the task that is next, or [] if another thread took the last one."""
+    try:
+        return [pop()]
+    except IndexError:
+        return []
+
+
+def _import(_: object) -> None:
+    """Does nothing. Receiving the function of a worker imports its module."""
 
 
 def _start_worker() -> None:
