@@ -61,6 +61,7 @@ class Store:
         folder: URL of an empty folder, such as gs://emu-jax-tests/ab12.
         environment: variables with which every client finds the store; the fixtures set them.
         requests: (method, object name or listed prefix) of all requests, in order.
+        sent: bytes of the bodies of all answers.
         latency: seconds by which each request is delayed.
     """
 
@@ -89,7 +90,7 @@ class Store:
         """Ends all faults, and gives the next test an empty folder."""
         self.folder = f"{self.scheme}://{BUCKET}/{secrets.token_hex(4)}"
         self.requests: list[tuple[str, str]] = []
-        self.latency = 0.0
+        self.latency, self.sent = 0.0, 0
         self._refuse_until, self._denied = 0.0, list[tuple[str, set[str]]]()
 
     def refuse(self, seconds: float) -> None:
@@ -227,6 +228,7 @@ def _handler(store: Store) -> type[http.server.BaseHTTPRequestHandler]:
             lowered = {k.lower(): v for k, v in self.headers.items()}
             headers = {k: v for k, v in lowered.items() if k not in _HOP_BY_HOP}
             status, headers, content = store.answer(self.command, self.path, self._body(), headers)
+            store.sent += len(content)
             self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)

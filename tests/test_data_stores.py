@@ -25,9 +25,9 @@ from emu_jax.data.latents import LatentBatches, PartWriter, Progress, finish, la
 from emu_jax.data.records import StoreRecords, _sparse
 from emu_jax.data.sources import SourceConfig, open_source
 from emu_jax.data.sources import index as index_module
-from emu_jax.data.sources.index import cached_arrays
+from emu_jax.data.sources.index import Checked, cached_arrays
 from emu_jax.errors import UserError
-from emu_jax.storage import as_path, create_text, files
+from emu_jax.storage import StorePath, as_path, create_text, files
 
 
 @pytest.fixture(autouse=True)
@@ -408,8 +408,11 @@ def test_one_process_counts_and_all_read(gcs, data, tmp_path, tokenizer, monkeyp
     with ThreadPoolExecutor(2) as pool:  # at the same time
         batches = list(pool.map(host, range(2)))
     assert counts == 4  # three chunks of records, one of tars
-    shutil.rmtree(tmp_path / "user")  # another host
-    batches.append(host(2))
+    for eager in (index_module.EAGER, 0):  # other hosts; the last one fetches what it looks up
+        shutil.rmtree(tmp_path / "user")
+        monkeypatch.setattr(index_module, "EAGER", eager)
+        monkeypatch.setattr(lengths, "EAGER", eager)
+        batches.append(host(2))
     assert counts == 4
     for others in batches[1:]:
         for a, b in zip(batches[0], others, strict=True):
@@ -437,3 +440,51 @@ def test_arrays_of_a_store_are_made_again_if_damaged(gcs, monkeypatch, caplog):
     monkeypatch.setattr(index_module, "RENEW_SECONDS", 0.01)
     assert cached_arrays(folder, "b", lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
     assert "cannot keep" in caplog.text
+
+
+def test_a_large_index_in_a_store_is_fetched_where_it_is_looked_up(s3, monkeypatch):
+    """With its checksums. Its rest comes in the background."""
+    completed, later = [], index_module._completed_later
+    monkeypatch.setattr(index_module, "_completed_later", completed.append)
+    folder = StorePath(f"{s3.folder}/cache")
+    local = index_module._local_folder(folder)
+    rows = np.random.default_rng(0).integers(1 << 40, size=(100_000, 2))
+    arrays = {"rows": rows, "few": np.arange(9)}
+    cached_arrays(folder, "it", lambda: arrays, eager=1 << 12)
+    shutil.rmtree(local)  # another host
+
+    def opened() -> dict[str, Any]:
+        return cast(dict[str, Any], cached_arrays(folder, "it", dict, eager=1 << 12))
+
+    s3.sent = 0
+    found = opened()
+    assert found["few"].tolist() == list(range(9)) and isinstance(found["rows"], Checked)
+    far = np.array([99_999, 7, 50_000])
+    np.testing.assert_array_equal(found["rows"].take(far), rows[far])
+    np.testing.assert_array_equal(found["rows"][2_000:4_000], rows[2_000:4_000])
+    assert 5 << 14 < s3.sent < 9 << 14 < rows.nbytes // 10
+    s3.sent = 0
+    np.testing.assert_array_equal(opened()["rows"].take(far), rows[far])  # a new process
+    assert s3.sent == 0
+
+    # Damaged there: found where it is looked up, and made again.
+    content = bytearray((folder / "it" / "rows.npy").read_bytes())
+    content[128 + 16 * 50_000] ^= 1
+    shutil.rmtree(local)
+    (folder / "it" / "rows.npy").write_bytes(content)
+    found = opened()["rows"]
+    np.testing.assert_array_equal(found.take(far[:2]), rows[far[:2]])
+    with pytest.raises(UserError, match=r"rows.npy has changed.*run the same command again"):
+        found.take(far)
+    assert not (folder / "it" / "arrays.json").exists() and not (local / "it").exists()
+    again = cached_arrays(folder, "it", lambda: arrays, eager=1 << 12)
+    np.testing.assert_array_equal(again["rows"].take(far), rows[far])
+
+    shutil.rmtree(local)
+    opened()
+    later(completed[-1])
+    deadline = time.monotonic() + 30
+    while completed[-1]._left and time.monotonic() < deadline:
+        time.sleep(0.01)
+    s3.deny(f"{s3.folder}/cache")
+    np.testing.assert_array_equal(opened()["rows"], rows)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -544,11 +545,14 @@ def test_processes_are_kept_between_the_stages_and_end_with_an_error():
 
 
 def test_the_caller_works_beside_the_workers():
-    task = "__import__('time').sleep(0.01) or __import__('os').getpid()"
+    task, caller = "__import__('time').sleep(0.01) or __import__('os').getpid()", os.getpid()
     with on_processes(cast(Any, eval), 2, caller_works=True) as runner:
-        found = list(runner([task] * 30))
+        assert list(runner([task] * 2)) == [caller] * 2  # none waits for the worker to start
+        deadline, found = time.monotonic() + 60, [caller]
+        while set(found) == {caller} and time.monotonic() < deadline:
+            found = list(runner([task] * 30))
         (worker,) = cast(Any, runner._pool)._processes
-    assert len(found) == 30 and set(found) == {os.getpid(), worker}
+    assert len(found) == 30 and set(found) == {caller, worker}
     with (
         pytest.raises(ZeroDivisionError),
         on_processes(cast(Any, eval), 2, caller_works=True) as runner,

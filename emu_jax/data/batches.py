@@ -43,6 +43,7 @@ from emu_jax.data.packing import (
     truncate,
     whole_videos,
 )
+from emu_jax.data.read_ahead import Span
 from emu_jax.errors import UserError
 from emu_jax.tokenizer import Tokenizer
 
@@ -293,11 +294,12 @@ class BatchBuilder(abc.ABC):
         """Requests the remote documents of this batch, and then those of the next one, so that
         reading overlaps with decoding."""
         if any(source.documents.remote for source in self.group.sources):
-            storage.read_ahead(
-                span
-                for sampled in itertools.chain(documents, following())
-                for span in sampled.source.documents.spans(sampled.index)
-            )
+            coming = itertools.chain(documents, following())
+            spans: Iterable[list[Span]] = map(_spans, coming)
+            if storage.is_remote(self.cfg.cache):  # they may have to be fetched first
+                with ThreadPoolExecutor(storage.THREADS) as pool:
+                    spans = list(pool.map(_spans, coming))
+            storage.read_ahead(itertools.chain.from_iterable(spans))
 
     def _empty(self) -> HostBatch:
         return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._shapes.items()}
@@ -966,6 +968,11 @@ class _Sequence:
         self.tokens += ids
         self.scored += scored
         self.embedding_index += embedding_index or [-1] * len(ids)
+
+
+def _spans(sampled: SampledDocument) -> list[Span]:
+    """Returns the byte ranges that reading a document needs."""
+    return sampled.source.documents.spans(sampled.index)
 
 
 @functools.cache

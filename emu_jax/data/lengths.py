@@ -16,7 +16,7 @@ import abc
 import contextvars
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -352,10 +352,19 @@ class TokenLengths(Lengths):
         parts, rows = np.divmod(indices, self.parts.documents)
         order = np.argsort(parts, kind="stable")
         numbers, starts = np.unique(parts[order], return_index=True)
-        self._download(numbers.tolist())
         result = np.zeros((5, len(indices)), np.int64)
-        for part, at in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+
+        def look_up(part: int, at: Int[np.ndarray, "n"]) -> None:
             result[:, at] = self._open(part).totals_of(rows[at])
+
+        each = list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
+        if not is_remote(self.parts.folder):
+            for part, at in each:
+                look_up(part, at)
+            return result
+        contexts = [contextvars.copy_context() for _ in each]  # keep `without_indexing`
+        with ThreadPoolExecutor(THREADS) as pool:  # each part takes several requests
+            list(pool.map(lambda context, task: context.run(look_up, *task), contexts, each))
         return result
 
     def damage(self, index: int) -> str | None:
@@ -371,15 +380,6 @@ class TokenLengths(Lengths):
             raise IndexError(index)
         part, row = divmod(index, self.parts.documents)
         return self._open(part), row
-
-    def _download(self, parts: Sequence[int]) -> None:
-        """Opens parts at the same time if they are in a store, where each takes many requests."""
-        missing = [part for part in parts if part not in self._opened]
-        if not missing or not is_remote(self.parts.folder):
-            return
-        contexts = [contextvars.copy_context() for _ in missing]  # keep `without_indexing`
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda c, part: c.run(self._open, part), contexts, missing))
 
     def _open(self, part: int) -> _Part:
         if part not in self._opened:  # threads may open it twice, which does no harm

@@ -12,13 +12,17 @@ truncated or changed is detected before any of its values is used: arrays of up 
 are checked when they are opened, larger ones block by block at the first look-up.
 
 FOLDER may be in an object store. Then one process makes the arrays and uploads them. The other
-hosts wait and download them. `FOLDER/NAME.claim` says that a process is at work, which keeps
-changing it.
+hosts wait for them. `FOLDER/NAME.claim` says that a process is at work, which keeps changing it.
+
+Each host has a copy of the arrays that it opened. It fetches small arrays whole. Of larger ones it
+fetches the blocks that are looked up, and the others in the background. A copy is a sparse file: a
+block whose CRC-32 is not the expected one has not been fetched.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextvars
 import fcntl
 import functools
 import io
@@ -35,12 +39,14 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, cast
 
 import numpy as np
@@ -48,6 +54,7 @@ from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
+from emu_jax.data.read_ahead import Span
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.storage import StorePath, as_path, create_text, download, remove, sync, upload
@@ -63,6 +70,7 @@ STALE_SECONDS = 300.0  # a claim that does not change for so long is of a proces
 POLL_SECONDS = 5.0  # between looks for arrays that another process makes
 SWEEP_SECONDS = 3600.0  # a temporary folder without an owner is removed when it is this old
 _BLOCK = 1 << 14
+_FETCH_BYTES = 1 << 22  # that are fetched together in the background
 _LISTING, _VERSION = "arrays.json", 1
 _INTEGERS = (int, np.integer)
 # Exceptions raised by reading a damaged folder.
@@ -116,16 +124,19 @@ def cached_arrays(
     Raises:
         NotIndexed: they are missing or damaged, in `without_indexing`.
     """
+    origin = None
     if isinstance(folder, StorePath):
-        local, fetch = _local_folder(folder), functools.partial(_fetch_or_make, folder, name, make)
-        if indexing() or (local / name / _LISTING).is_file():
-            return cached_arrays(local, name, fetch, eager, keys)
-        if (arrays := _download(folder / name)) is None:
-            raise NotIndexed(str(folder / name))
-        return arrays
+        origin, make = folder / name, functools.partial(_fetch_or_make, folder, name, make)
+        folder = _local_folder(folder)
+        if not indexing() and not (folder / name / _LISTING).is_file():
+            if (arrays := _download(origin)) is None:
+                raise NotIndexed(str(origin))
+            return arrays
+        with suppress(OSError):  # not made yet, or the copy cannot be written
+            _begin_copy(origin, folder / name)
     target, eager = folder / name, EAGER if eager is None else eager
     try:
-        return _load(target, eager, keys)
+        return _load(target, eager, keys, origin)
     except _Changed:
         pass
     except _BROKEN as error:
@@ -152,7 +163,7 @@ def cached_arrays(
             if locked is not None:
                 os.close(locked)
         sync(folder)
-        return _load(target, eager, keys)
+        return _load(target, eager, keys, origin)
     except (_Changed, *_BROKEN) as error:
         log.warning("cannot keep %s: %s", target, error)
         return arrays
@@ -259,7 +270,7 @@ def _download(target: StorePath) -> Arrays | None:
             raise UserError(f"cannot read {target}: {error.strerror}") from None
         try:
             return _load(copy, sys.maxsize)  # all of it is checked; the maps outlive their files
-        except _BROKEN as error:
+        except (_Changed, *_BROKEN) as error:
             if not indexing():
                 raise NotIndexed(f"{target} is damaged ({error})") from None
             log.warning("%s is damaged (%s): removing it, to rebuild it", target, error)
@@ -363,8 +374,46 @@ def _parsed(head: bytes) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _load(folder: Path, eager: int, keys: Collection[str] | None = None) -> Arrays:
+def _begin_copy(origin: StorePath, target: Path) -> None:
+    """Begins a local copy of arrays in a store, unless there is one.
+
+    Raises:
+        FileNotFoundError: they are not in the store.
+        OSError: the copy cannot be written.
+        UserError: the store cannot be read.
+    """
+    if not (target / _LISTING).is_file():
+        listing = storage.read(str(origin / _LISTING))
+        target.mkdir(parents=True, exist_ok=True)
+        _place(target / _LISTING, listing)
+
+
+def _begin_array(file: Path, size: int, origin: StorePath) -> None:
+    """Begins the local copy of an array: its checksums, and a file of its size without content."""
+    sums = file.with_suffix(".crc")
+    if not sums.exists():
+        _place(sums, storage.read(str(origin / sums.name)))
+    with file.open("ab") as copy:  # not renamed: other processes may be filling it
+        copy.truncate(size)
+
+
+def _place(file: Path, content: bytes) -> None:
+    """Writes a file of a copy. It need not be durable, since it is checked when it is read."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(content)
+    temporary.replace(file)
+
+
+def _load(
+    folder: Path,
+    eager: int,
+    keys: Collection[str] | None = None,
+    origin: StorePath | None = None,
+) -> Arrays:
     """Loads the arrays of a folder.
+
+    Args:
+        origin: the folder in a store whose copy it is.
 
     Raises:
         _Changed, or one of _BROKEN: the folder is missing, or differs from what was written.
@@ -373,23 +422,64 @@ def _load(folder: Path, eager: int, keys: Collection[str] | None = None) -> Arra
     if (listing["version"], listing["block"]) != (_VERSION, _BLOCK):
         raise ValueError(f"{_LISTING} has changed")
     known: dict[str, tuple[int, int]] = listing["arrays"]
-    return {
-        key: _open(folder, key, size, crc, eager)
-        for key, (size, crc) in known.items()
-        if keys is None or key in keys
-    }
+    wanted = [key for key in known if keys is None or key in keys]
+
+    def opened(key: str) -> np.ndarray:
+        return _open(folder, key, *known[key], eager, origin)
+
+    if origin is None:
+        return {key: opened(key) for key in wanted}
+    contexts = [contextvars.copy_context() for _ in wanted]  # keep `without_indexing`
+    with ThreadPoolExecutor(storage.THREADS) as pool:  # each takes several requests
+        arrays = pool.map(lambda context, key: context.run(opened, key), contexts, wanted)
+        return dict(zip(wanted, arrays, strict=True))
 
 
-def _open(folder: Path, key: str, size: int, crc: int, eager: int) -> np.ndarray:
+def _open(
+    folder: Path, key: str, size: int, crc: int, eager: int, origin: StorePath | None = None
+) -> np.ndarray:
     file = folder / f"{key}.npy"
+    if origin is not None:
+        _begin_array(file, size, origin)
     sums = (folder / f"{key}.crc").read_bytes()
     if zlib.crc32(sums) != crc:
         raise ValueError(f"{key}.crc has changed")
     if (now := file.stat().st_size) != size:
         raise ValueError(f"{file.name} has {now:,} bytes, not {size:,}")
-    checked = Checked(file, np.frombuffer(sums, "<u4"))
+    checked = Checked(file, np.frombuffer(sums, "<u4"), origin)
     # Small arrays are plain ones, whose look-ups are faster.
-    return np.asarray(checked) if size <= eager else cast(np.ndarray, checked)
+    if size <= eager:
+        return np.asarray(checked)
+    if origin is not None:
+        _completed_later(checked)
+    return cast(np.ndarray, checked)
+
+
+def _completed_later(array: Checked) -> None:
+    """Fetches the rest of an array in the background, one array at a time.
+
+    Training looks up rows in random order. If it waited for each block of a large index, its first
+    thousand batches would be slow.
+    """
+    _incomplete().put(weakref.ref(array))
+
+
+@functools.cache
+def _incomplete() -> SimpleQueue[weakref.ref[Checked]]:
+    """Returns a queue of arrays, which a thread completes."""
+    queue = SimpleQueue[weakref.ref[Checked]]()
+
+    def complete() -> None:
+        while True:
+            array = queue.get()()
+            try:
+                if array is not None:
+                    array.complete()
+            except Exception as error:  # the next look-up reports it
+                log.debug("%s", error)
+
+    threading.Thread(target=complete, daemon=True, name="emu-jax-index").start()
+    return queue
 
 
 class _Changed(UserError):
@@ -402,13 +492,18 @@ class Checked:
     Rows are looked up by number or slice. Any other operation first checks the whole array, and
     is then delegated to it.
 
+    Args:
+        sums: CRC-32 of each block.
+        origin: folder of a store that has the array. Blocks that `file` lacks are fetched from
+            there.
+
     Raises (when looked up):
         UserError: the values have changed since they were written. Their folder is removed, and
-            rebuilt the next time.
+            rebuilt the next time. Or the store cannot be read.
     """
 
-    def __init__(self, file: Path, sums: np.ndarray) -> None:
-        self._file, self._sums = file, sums
+    def __init__(self, file: Path, sums: np.ndarray, origin: StorePath | None = None) -> None:
+        self._file, self._sums, self._origin = file, sums, origin
         with file.open("rb") as opened:  # a plain map: `np.memmap` takes ten times as long
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         self._content = memoryview(mapped)
@@ -437,8 +532,7 @@ class Checked:
             ends = starts + self._width - 1
             blocks = np.concatenate([starts // _BLOCK, ends // _BLOCK])
             unchecked = blocks[np.frombuffer(self._sound, np.uint8)[blocks] == 0]
-            for block in set(unchecked.tolist()):
-                self._check(block, block + 1)
+            self._check_blocks(np.unique(unchecked).tolist())
         return self._array[rows]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -469,22 +563,69 @@ class Checked:
             first, last = self._first + start * self._width, self._first + stop * self._width
             self._check(first // _BLOCK, -(-last // _BLOCK))
 
+    def complete(self) -> None:
+        """Fetches and checks all blocks."""
+        step = _FETCH_BYTES // _BLOCK
+        for first in range(0, len(self._sums), step):
+            self._check(first, first + step)
+
     def _check(self, first: int, last: int) -> None:
-        if self._sound.find(0, first, last) < 0:
-            return
+        if self._sound.find(0, first, last) >= 0:
+            self._check_blocks(range(first, min(last, len(self._sums))))
+
+    def _check_blocks(self, blocks: Sequence[int]) -> None:
+        changed = self._unsound(blocks)
+        if changed and self._origin is not None:
+            self._fetch(changed, self._origin)
+            changed = self._unsound(changed)
+        if changed:
+            folder, why = self._file.parent, f"{self._file.name} has changed"
+            _discard(folder, why)
+            if self._origin is not None:
+                _download(self._origin)  # removes it if it is damaged there
+            raise _Changed(
+                f"{folder} was damaged ({why}) and has been removed: run the same command again "
+                "to rebuild it"
+            )
+
+    def _unsound(self, blocks: Sequence[int]) -> list[int]:
+        """Checks blocks; returns those that differ from what was written."""
+        changed = []
         with self._lock:
-            for n in range(first, min(last, len(self._sums))):
+            for n in blocks:
                 if self._sound[n]:
                     continue
                 if zlib.crc32(self._content[n * _BLOCK : (n + 1) * _BLOCK]) != self._sums[n]:
-                    folder, why = self._file.parent, f"{self._file.name} has changed"
-                    _discard(folder, why)
-                    raise _Changed(
-                        f"{folder} was damaged ({why}) and has been removed: run the same "
-                        "command again to rebuild it"
-                    )
+                    changed.append(n)
+                    continue
                 self._sound[n] = 1
                 self._left -= 1
+        return changed
+
+    def _fetch(self, blocks: Sequence[int], origin: StorePath) -> None:
+        """Fetches blocks from the store to the file, each range of them with one request.
+
+        Raises:
+            UserError: the store cannot be read, or the copy cannot be written.
+        """
+        numbers, size = np.array(blocks), len(self._content)
+        ranges = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+        spans = []
+        for first, last in ((int(r[0]) * _BLOCK, (int(r[-1]) + 1) * _BLOCK) for r in ranges):
+            spans.append(Span(str(origin / self._file.name), first, min(last, size) - first))
+        if len(spans) > 1:
+            storage.read_ahead(spans)
+        try:
+            with self._file.open("r+b") as copy:
+                for span in spans:
+                    copy.seek(span.start)
+                    copy.write(storage.read(*span))
+        except FileNotFoundError:  # removed meanwhile, here or there
+            pass
+        except OSError as error:
+            raise UserError(
+                f"cannot copy {origin / self._file.name} to {self._file} ({error.strerror})"
+            ) from None
 
 
 def _discard(folder: Path, why: object) -> None:
