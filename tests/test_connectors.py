@@ -139,7 +139,7 @@ def test_a_third_family_is_a_connector_and_its_table(tmp_path, monkeypatch, copy
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setitem(CONNECTORS, ResamplerConfig, Resampler)
     monkeypatch.setitem(CONNECTOR_ROWS, ResamplerConfig, rows)
-    monkeypatch.setitem(release_config.READERS, "resampler.weight", read_config)
+    monkeypatch.setitem(release_config.CONNECTOR_READERS, "resampler.weight", read_config)
     model = small_model()
     assert from_dict(EmuConfig, to_dict(model)) == model
     with pytest.raises(UserError, match="there is no connector 'sampler'"):

@@ -179,8 +179,8 @@ def multimodal(
             with the tensors, or there is no JSON and the tensors are not the 14B model's.
     """
     stored = _StoredShapes(shapes, KeyStyle.of(shapes), where)
-    names = (name for name in READERS if name and stored.style.write(name) in shapes)
-    return READERS[next(names, "")](stored, base_vocab, model_json, llama_json)
+    names = (name for name in CONNECTOR_READERS if name and stored.style.write(name) in shapes)
+    return CONNECTOR_READERS[next(names, "")](stored, base_vocab, model_json, llama_json)
 
 
 def _emu1(
@@ -263,7 +263,9 @@ def _emu2(
 
 # By a tensor that no other family has: the function that infers a model's sizes. Files without any
 # of these tensors are Emu1's.
-READERS: dict[str, Callable[[_StoredShapes, int, Path | None, Path | None], EmuConfig]] = {
+CONNECTOR_READERS: dict[
+    str, Callable[[_StoredShapes, int, Path | None, Path | None], EmuConfig]
+] = {
     "project_up.weight": _emu2,
     "": _emu1,
 }
