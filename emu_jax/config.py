@@ -280,7 +280,7 @@ class LlamaConfig:
 
     @property
     def is_release(self) -> bool:
-        """Whether the released code, whose decoder is LLaMA-1, can compute the model's layers."""
+        """True if the released code, whose decoder is LLaMA-1, can compute the model's layers."""
         same_width = self.attention_width in (0, self.width) and self.kv_heads == self.heads
         later = self.sliding_window or self.rope_scaling or self.tied_embeddings
         return self.backbone == "llama" and same_width and not later
@@ -329,7 +329,7 @@ class UNetConfig:
 
     @property
     def takes_sizes(self) -> bool:
-        """Whether the denoiser is conditioned on the sizes and the crop of an image."""
+        """True if the denoiser is conditioned on the sizes and the crop of an image."""
         return self.addition_embed_type is not None
 
     def _per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -592,7 +592,7 @@ class EmuConfig:
 
     @property
     def autoencodes(self) -> bool:
-        """Whether the decoder paints the encoder's features, so that a lone image needs no
+        """True if the decoder paints the encoder's features, so that a lone image needs no
         language model."""
         return self.connector.autoencodes
 

@@ -1,4 +1,4 @@
-"""What every test shares: a compilation cache, 8 CPU devices, strict warnings."""
+"""Set-up of all tests: a compilation cache, 8 CPU devices, strict warnings."""
 
 import dataclasses
 import fcntl
@@ -134,7 +134,7 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny"
 
 @pytest.fixture(scope="session")
 def golden():
-    """What the released code computed (tests/golden/README.md)."""
+    """Recorded outputs of the released code (tests/golden/README.md)."""
     return np.load(GOLDEN / "expected.npz")
 
 

@@ -100,7 +100,7 @@ FAST = ("llama3", "qwen2", "qwen3")  # each has a feature that the others lack
     "family", [f if f in FAST else pytest.param(f, marks=SLOW) for f in FAMILIES]
 )
 def test_logits_of_transformers(family, tmp_path):
-    """Of whole rows at once, and through the cache: of a prompt, and of its greedy continuation."""
+    """Logits of whole rows, and through the cache: of a prompt, and of its greedy continuation."""
     hf = random_model(family)
     llama, cfg = build(hf, tmp_path)
     prompts = torch.tensor(np.random.default_rng(0).integers(3, 512, (2, 19)))

@@ -255,7 +255,7 @@ def test_the_script_for_a_gpu_names_its_use(tmp_path):
 
 
 def test_the_figures_of_performance_md_are_the_measured_ones():
-    """What stands in its tables is what the records beside it give, no other digit."""
+    """Its tables are those that the records beside it give, to the digit."""
     page = bench.Page(shipped("docs") / "performance.md")
     records, text = page.records(), page.path.read_text()
     page.check(bench.benchmarks())

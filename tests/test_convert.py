@@ -305,7 +305,7 @@ def test_a_sharded_release_comes_back_in_its_shards(tmp_path):
 
 
 def test_trained_weights_are_not_rounded_on_the_way_back(instruct_dir, tmp_path):
-    """What the release had in bfloat16 and training changed comes back in float32."""
+    """Tensors that the release had in bfloat16 and training changed come back in float32."""
     run = source.RunSource.open(instruct_dir, one_device())
 
     class Trained:
@@ -605,7 +605,7 @@ def test_each_change_of_layout_by_hand(transform, ours, theirs):
 
 
 def test_the_layouts_that_the_towers_have():
-    """Of transforms that depend on the model: the rows of its patches, and of its vocabulary."""
+    """Transforms that depend on the model: the rows of its patches, and of its vocabulary."""
     cfg = EmuConfig()
     rows = {row.path: row.transform for row in [*tables.visual(cfg), *tables.llama(cfg)]}
     side, vocab = cfg.vision.patch_size, cfg.llama.vocab_size
@@ -1067,7 +1067,7 @@ def test_a_parent_that_does_not_fit_is_refused(ancestors, tmp_path):
 
 
 class Payload:
-    """What a malicious pickle does."""
+    """A malicious pickle."""
 
     def __init__(self, path):
         self.path = path

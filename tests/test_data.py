@@ -713,7 +713,7 @@ def test_documents_that_each_kind_of_batch_can_use(tmp_path, tokenizer):
 
 
 def test_each_epoch_has_every_document_once(tmp_path, tokenizer):
-    """What is in the rows of as many documents as there are: each once, in another order."""
+    """The rows of an epoch hold each document once, in another order each time."""
     pages = [Document((Image(grey(n)), Text(WORDS[n % 10]))) for n in range(48)]
     cfg = hand_made(tmp_path, pages=pages)
     cfg = dataclasses.replace(cfg, block_documents=16)
@@ -911,7 +911,7 @@ def test_an_image_may_be_drawn_from_itself(tmp_path, tokenizer):
 
 
 def test_views_are_one_crop_at_two_sizes(tmp_path, tokenizer):
-    """Of an image 20 pixels wide and 12 high, whose gray rises by 10 a column."""
+    """The image is 20 pixels wide and 12 high, and its gray rises by 10 a column."""
     columns = np.broadcast_to(np.arange(20, dtype=np.uint8) * 10, (12, 20))
     cfg = hand_made(tmp_path, pages=[Document((Text("seven"), Image(encode_png(columns))))])
     cfg = dataclasses.replace(cfg, batch_size=200, image_size=12, target_size=6)

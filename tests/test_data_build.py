@@ -410,7 +410,7 @@ def test_metadata_that_do_not_pass(change, reason, detail):
 
 
 def test_filters_by_metadata_are_counted(tmp_path):
-    """Of duplicates the first that passes is kept, wherever shards end."""
+    """The first duplicate that passes is kept, wherever shards end."""
     hashes = ["a", "a", "b", None, "b", "a", None, "c", "b"]
     rows = [
         {"q": f"what is {n}?", "a": "it", **META, "meta": json.dumps({"phash": key})}

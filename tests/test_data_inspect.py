@@ -44,7 +44,7 @@ def cfg(root) -> DataConfig:
 
 
 def shown(page: str) -> dict[str, int]:
-    """What is marked on a page."""
+    """Returns the marked elements of a page."""
     return {
         "targets": len(re.findall(r'<i class="(?:s )?t" title', page)),
         "others": len(re.findall(r'<i class="s?" title', page)),
@@ -171,7 +171,7 @@ def test_damage_is_shown_where_it_lies(tmp_path):
 
 @pytest.mark.parametrize("kind", ["rows", "captions", "contexts"])
 def test_few_images_are_opened_whatever_the_batch_size(tmp_path, cfg, kind, monkeypatch):
-    """How full rows are follows from token lengths alone, and is that of the batches."""
+    """The fill of rows follows from token lengths alone, and is that of the batches."""
     opened = []
     read = DocumentFiles.read
     monkeypatch.setattr(

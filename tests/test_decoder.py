@@ -143,7 +143,7 @@ def test_sampling_golden(golden, unet, vae, scheduler, steps, guidance):
 
 @pytest.fixture(scope="module")
 def golden2():
-    """What the released code of Emu2 computed."""
+    """Recorded outputs of the released code of Emu2."""
     return np.load(EMU2 / "expected.npz")
 
 
@@ -434,7 +434,7 @@ def test_pndm_calls_the_denoiser_once_more_than_steps():
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_noise_and_targets_by_hand(kind):
-    """Of Stable Diffusion's schedule, whose betas rise with the square of an even step."""
+    """Stable Diffusion's schedule: its betas rise with the square of an even step."""
     betas = [(0.00085**0.5 + n * (0.012**0.5 - 0.00085**0.5) / 999) ** 2 for n in range(1000)]
     cfg = dataclasses.replace(SCHEDULER, prediction_type=kind)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What the documentation tells a reader to type: every command goes through the real parser and
+"""Checks of the documentation: every command goes through the real parser and
 as many of its own checks as need no model, every config is loaded with its overrides."""
 
 import argparse
@@ -35,8 +35,9 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^ *(?:[A-Z_]+=\S+ )?(?:emu-jax|python|make|pip) ", re.MULTILINE)
 # Programs of others, whose arguments are not checked here.
 OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd", "echo", "pre-commit", "lmms-eval"}
+SOURCES = ("emu_jax", "tests", "tools", "benchmarks", "configs")
 # Words that begin no docstring.
-OPENINGS = re.compile(r"(What|Of|Those|Which|Where|How|Raises)\b")
+OPENINGS = re.compile(r"(What|Of|Those|Which|Where|Whether|How|Raises)\b")
 # What `...` stands for: the arguments that a page leaves out of a verb's command.
 LEFT_OUT = {
     "eval": "--checkpoint runs/emu --data data --out result.json",
@@ -251,7 +252,7 @@ def test_the_config_reference_has_every_key_with_its_type_and_default():
 def test_docstrings_begin_with_a_verb_or_a_name():
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     wrong = []
-    for path in sorted((ROOT / "emu_jax").rglob("*.py")):
+    for path in (p for folder in SOURCES for p in sorted((ROOT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, documented) and OPENINGS.match(ast.get_docstring(node) or ""):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.body[0].lineno}")

@@ -95,7 +95,7 @@ def save_step(workdir: Path, cfg: TrainConfig, step: int) -> None:
 
 
 def test_the_figures_of_a_run(data_root, tmp_path):
-    """Of packed rows: steps per epoch are known once an earlier run has counted the tokens."""
+    """With packed rows, steps per epoch are known once an earlier run has counted the tokens."""
     cfg = small("emu", data_root, steps=50)
     file_cfg = dataclasses.replace(cfg, steps=40)
     before = tree(tmp_path, data_root)

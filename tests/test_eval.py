@@ -590,7 +590,7 @@ def test_the_pretrained_model_reads_its_own_caption(ask):
 
 
 def test_prompts_are_the_pinned_ones(tmp_path, monkeypatch):
-    """What every task sends of its last item, in all modes, with and without examples."""
+    """The prompt of each task's last item, in all modes, with and without examples."""
     without = ("mmvet", "coco_fid", "flickr30k", "geneval", "dpgbench", "wise")
     sections = []
     for task in TASKS.values():
@@ -746,7 +746,7 @@ def files(out):
 
 @pytest.fixture
 def whole(ask):
-    """What an uninterrupted run leaves."""
+    """Files of an uninterrupted run."""
     _, out = ask("vqav2", Said(says=echo), "out", batch_size=1)
     found = files(out)
     for path in out.parent.glob("out*"):
@@ -1215,7 +1215,7 @@ def checkpoints(tmp_path_factory):
 
 
 def people(answer):
-    """Of ten, one says what the model said: 1/3 when another is left out, 0 when that one is."""
+    """One annotator of ten agrees with the model: 1/3 without another one, 0 without that one."""
     return [{"answer": a, "answer_confidence": "yes"} for a in [answer, *"qrstuvwxz"]]
 
 

@@ -508,7 +508,7 @@ def test_warping_keeps_the_right_tokens():
 
 
 def test_samples_have_the_warped_distribution():
-    """Of two tokens in a row, each drawn anew: the shares of pairs are products."""
+    """Two successive tokens are sampled independently: shares of pairs are products."""
     probabilities = jnp.asarray([0.05, 0.4, 0.1, 0.25, 0.2])
     draws = 20_000
     static = StaticSettings.of(
@@ -1137,7 +1137,7 @@ def joined(parts):
 
 @pytest.mark.slow
 def test_requests_share_a_batch_and_do_not_notice(drawer):
-    """Of unequal length, greedy and sampled, with images and without, more than there are slots."""
+    """Requests of unequal length, greedy and sampled, with and without images, more than slots."""
     engine = Engine(drawer, slots=3, image_slots=2, new_tokens=8, max_images=1)
     sampled = {"do_sample": True, "temperature": 2.0, "max_images": 0, "top_p": 1.0}
     asked = [
@@ -1225,7 +1225,7 @@ def test_images_of_emu2_share_slots(autoencoder):
 
 
 def test_images_that_cannot_be_denoised_end_no_others(drawer, monkeypatch):
-    """Those of one batch fail together. A text, and images of another size, are answered."""
+    """Images of one batch fail together. A text, and images of another size, are answered."""
     engine, batches = Engine(drawer, slots=1, image_slots=2, new_tokens=8, max_images=0), []
 
     def denoise(graphdef, params, state, cond, uncond, sizes, steps, left, guidance):
@@ -1342,7 +1342,7 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
 
 
 def test_prompts_that_round_otherwise_share_no_batch(drawer, monkeypatch):
-    """Those of other padded lengths, and those of images: an answer is the one given alone."""
+    """Prompts of other padded lengths, or with images: an answer is the one given alone."""
     engine = Engine(drawer, slots=12, new_tokens=8, max_images=1)
     more = {"max_new_tokens": 8, "max_images": 0}
     texts = [engine.stream(["one " * n], **more) for n in (1, 50, 2, 51, 3, 52)]

@@ -131,7 +131,7 @@ def test_settings_of_the_model_win():
 
 
 def test_an_instructed_model_has_room_for_long_answers():
-    """Where neither the task, nor the user, nor the checkpoint says how much."""
+    """The default applies if neither the task, the user nor the checkpoint gives a limit."""
 
     def room(echo, settings=None, **own):
         HarnessModel(echo, **own).answer([[user("a")]], settings)

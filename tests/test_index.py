@@ -42,7 +42,7 @@ def assert_right(arrays: dict[str, np.ndarray]) -> None:
 
 
 def damage(file: Path, rng: np.random.Generator) -> list[bytes | None]:
-    """What may be left of a file: nothing, a part, more, or all of it with one bit flipped."""
+    """Contents that damage may leave of a file: none, a part, more, or one bit flipped."""
     content = file.read_bytes()
     places = {0, len(content) - 1, *rng.integers(len(content), size=6).tolist()} if content else ()
     flipped = []

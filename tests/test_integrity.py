@@ -79,7 +79,7 @@ def resumed(workdir: Path) -> int:
 
 
 def loads(workdir: Path, step: int = 2) -> bool:
-    """Whether the parameters load; those that do are right."""
+    """Returns whether the parameters load, and checks those that do."""
     expected, shapes = flat_params(step)
     try:
         assert_equal(checkpoint.read_arrays(workdir / str(step) / "params", shapes), expected)

@@ -655,7 +655,7 @@ def test_slurm_tells_jax_who_is_who(job, tmp_path):
 
 
 def flags(accelerator: str, slices: int = 1) -> list[str]:
-    """What it exports for the accelerator, a flag an entry."""
+    """Returns the flags that a script exports for the accelerator."""
     command = (
         f'source <(launch/flags.sh {accelerator} {slices}); echo "$LIBTPU_INIT_ARGS$XLA_FLAGS"'
     )

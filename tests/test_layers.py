@@ -1,4 +1,4 @@
-"""What layers compute where parity with the release does not look: dropout, adapters, targets."""
+"""Layers where parity with the release does not look: dropout, adapters, targets."""
 
 import dataclasses
 import os

@@ -70,7 +70,7 @@ HEAVY = ("torch", "tensorflow", "diffusers", "transformers")
 
 
 def top_level() -> set[str]:
-    """What stands in the package's folder: `config.py` as config.py, a folder as models/."""
+    """Entries of the package's folder: `config.py` as config.py, a folder as models/."""
     files = {p.name for p in PACKAGE.glob("*.py")}
     folders = {f"{p.name}/" for p in PACKAGE.iterdir() if p.is_dir() and any(p.glob("*.py"))}
     return files | folders

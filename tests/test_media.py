@@ -62,7 +62,7 @@ def encoded(image: PIL.Image.Image | np.ndarray, form: str, **settings) -> bytes
 
 
 def is_corners(image: PIL.Image.Image, size: tuple[int, int] = (48, 32)) -> bool:
-    """Whether the image is CORNERS, upright, give or take lossy compression."""
+    """Returns whether the image is CORNERS, upright, give or take lossy compression."""
     middles = np.asarray(image.convert("RGB").resize((2, 2), PIL.Image.Resampling.BOX)).astype(int)
     want = CORNERS[8::16, 12::24].astype(int)
     return image.size == size and int(np.abs(middles - want).max()) < 16
@@ -578,7 +578,7 @@ def pixels(frame: bytes) -> bytes:
 
 
 def is_played(content: bytes, path: Path | None = None) -> bool:
-    """Whether every frame is as FFmpeg shows it, whichever others are asked for with it.
+    """Returns whether every frame is as FFmpeg shows it, whichever others are asked for with it.
 
     Args:
         path: a file with the content, to be read in place.

@@ -61,7 +61,7 @@ def test_groups_are_of_what_this_process_holds(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_arrays_are_read_in_groups(dtype, tmp_path, monkeypatch):
-    """Whether a run is restored or a model read, also in another dtype than it was saved in."""
+    """A run is restored, or a model read, also in another dtype than it was saved in."""
     saved = {f"a{n}": jnp.full((64, 64), n, jnp.float32) for n in range(6)}
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, {"params": ocp.args.StandardSave(saved)})

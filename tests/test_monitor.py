@@ -1,4 +1,4 @@
-"""What is known of a run under way: where its time goes, hangs, traces, requests, documents."""
+"""Monitoring of a run under way: where its time goes, hangs, traces, requests, documents."""
 
 import json
 import os

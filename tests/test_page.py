@@ -120,7 +120,7 @@ def post(address, path, body):
 
 @pytest.fixture
 def problems():
-    """What the page's console complained of."""
+    """Errors on the page's console."""
     return []
 
 

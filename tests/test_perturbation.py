@@ -1,4 +1,4 @@
-"""What a loss depends on: a document's own text and images, and nothing else in its row."""
+"""Inputs that a loss depends on: a document's own text and images, and nothing else in its row."""
 
 import dataclasses
 import functools
@@ -231,7 +231,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_another_image_changes_loss_and_gradients(case):
-    """Where an image is read: in the context, as a target, or through frozen towers. The language
+    """An image is read in the context, as a target, or through frozen towers. The language
     model alone reads none."""
     objective, make_batch, images, groups = CASES[case]
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0) if case == "instruct" else None

@@ -513,7 +513,7 @@ def test_the_network_by_hand():
     ],
 )
 def test_what_crosses_the_middle_of_an_all_to_all(topology, places, pairs, links):
-    """Of an array of S bytes over n devices, each sends S / n^2 to each other."""
+    """Each of n devices that hold S bytes sends S / n^2 to each other one."""
     size, network = len(places), Network(Topology.parse(topology), places, [0] * len(places))
     exchange = hlo.Collective("all-to-all", 8e9, tuple(range(size)))
     crossing = pairs * 8e9 / size**2
@@ -1063,7 +1063,7 @@ def test_what_is_scheduled_beside_a_computation_of_another_core():
 
 
 def test_matmuls_in_8_bits_run_at_their_own_peak():
-    """Of each dtype one product by itself and one in a fusion; of int8 also as a convolution."""
+    """Each dtype has one matmul by itself and one in a fusion; int8 also a convolution."""
     shapes = [f"{dtype}[64,64]{{1,0}}" for dtype in ("s8", "f8e4m3fn", "f8e5m2", "bf16")]
     dot = "dot(%{}, %{}), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
     lines = [("s32", "a", "a"), ("bf16", "b", "c"), ("bf16", "d", "d"), ("f32", "a", "d")]
@@ -1181,7 +1181,7 @@ def trial(curve: str = "weak", **changes) -> Trial:
 
 
 def test_a_report_survives_its_json():
-    """Of a program that does not fit, the bounds are null, and the rest of its speed is missing."""
+    """If a program does not fit, its bounds are null, and the rest of its speed is missing."""
     compiled = report()
     values = json.loads(json.dumps(compiled.to_json()))
     assert Report.from_json(values | {"key": "k", "curve": ""}) == compiled
@@ -1332,7 +1332,7 @@ def test_a_sweep_takes_the_best_that_fits_and_goes_on_where_it_stopped(tmp_path,
 
 
 def test_a_sweep_leaves_out_what_promises_less(tmp_path, monkeypatch):
-    """What needs most memory and computes least fits with many rows: one compile."""
+    """The setting that needs most memory and computes least fits with many rows: one compile."""
     asked = []
 
     def pretend(cfg, topology, *, flags):

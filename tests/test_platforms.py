@@ -78,7 +78,7 @@ def both(run: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def gradients(function, *inputs):
-    """Of a weighted sum of what comes out, towards all inputs; and what comes out."""
+    """Returns the gradients of a weighted sum of the outputs for all inputs, and the outputs."""
     out, back = jax.vjp(function, *inputs)
     return out, *back(random(9, *out.shape).astype(out.dtype))
 
@@ -169,7 +169,7 @@ def test_upsampling(dtype, within):
 
 @pytest.mark.slow
 def test_candidates_behind_caches_apart():
-    """What each layer holds is repeated for candidates as what all hold together is."""
+    """A cache of its own for each layer is repeated for candidates as a common one is."""
     emu = EmuModel(config.digits(), painter=False, rngs=nnx.Rngs(0))
     x = emu.llama.embed_tokens(jnp.asarray([[7, 8, 9], [0, 20, 21]]))
     valid = jnp.asarray([[1, 1, 1], [0, 1, 1]], bool)

@@ -24,7 +24,7 @@ COUNT = 3
 
 
 def main(workdir: Path) -> None:
-    """What each process runs; it prints a JSON object."""
+    """Main function of each process; it prints a JSON object."""
     initialize_distributed()
     mesh = jax.make_mesh((jax.device_count(),), ("rows",))
     sharding = NamedSharding(mesh, PartitionSpec("rows"))

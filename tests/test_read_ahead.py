@@ -32,7 +32,7 @@ class Store:
 
 
 def taken(ahead: ReadAhead, span: Span) -> bool:
-    """Whether a range was read ahead; it is as in the file then."""
+    """Returns whether a range was read ahead, and checks its bytes."""
     content = ahead.take(*span)
     assert content in (None, CONTENT[span.path][span.start : span.start + span.size])
     return content is not None

@@ -79,7 +79,7 @@ def scattered(shape: Sequence[int], devices: Sequence[jax.Device], **_) -> np.nd
 
 
 def main(root: str, workdir: str, **changes) -> None:
-    """What each process runs."""
+    """Main function of each process."""
     if int(os.environ["JAX_NUM_PROCESSES"]) > 1:
         mesh_utils.create_device_mesh = scattered
     try:

@@ -320,7 +320,7 @@ def test_exact_match():
 
 @pytest.fixture
 def nltk_data(monkeypatch, tmp_path):
-    """Where nltk looks for data: an empty folder, whatever else it has loaded."""
+    """The folder where nltk looks for data: empty, whatever else it has loaded."""
     import nltk
     from nltk.corpus import wordnet
 

@@ -803,7 +803,7 @@ def served():
 
 
 def closed_by_server(connection, seconds):
-    """Whether it is closed in so many seconds; what came before is read."""
+    """Returns whether a connection is closed within some seconds; reads what came before."""
     connection.settimeout(seconds)
     try:
         while connection.recv(65536):

@@ -109,7 +109,7 @@ def reasons(source) -> dict[int, str]:
 
 
 def agrees(source) -> bool:
-    """Whether counting sees what reading gives, and a chosen part is as in the whole."""
+    """Checks that counting agrees with reading, and that a chosen part is as in the whole."""
     for index in range(len(source)):
         whole = source.read(index)
         assert [part for part in whole.parts if part is not ABSENT] == list(source[index].parts)
@@ -642,7 +642,7 @@ def test_names_in_media_tars(tmp_path, prefix):
 
 
 def test_images_that_arrive_later(tmp_path):
-    """What was counted stays good while a crawl goes on: images that arrive are used once the
+    """Counts stay valid while a crawl continues: images that arrive are used once the
     source is counted again, which a resumed run does not do."""
     tokenizer = Tokenizer.load(TINY / "tokenizer")
     (tmp_path / "images").mkdir()

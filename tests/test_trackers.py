@@ -109,7 +109,7 @@ def test_a_broken_service_costs_its_records_alone(capsys, monkeypatch):
 
 
 class Wandb(SimpleNamespace):
-    """What the tracker uses of the package."""
+    """The parts of the package that the tracker uses."""
 
     def __init__(self, first_step: int = 0):
         super().__init__(logged=[], started=[], Image=lambda image, caption: image)

@@ -1,4 +1,4 @@
-"""What a training step updates and what a run keeps, against a few lines of numpy.
+"""Training steps and what a run keeps, against a few lines of numpy.
 
 The module is two linear layers, so that a whole run with `train` takes a second and everything it
 should do (accumulation, clipping, AdamW, groups, schedules, averages, skipped steps, checkpoints)
@@ -381,7 +381,7 @@ def test_a_loss_that_stays_infinite_ends_the_run(toy, tmp_path, monkeypatch):
 
 
 def test_a_process_that_cannot_read_a_save_back_asks_all_to_save(toy, tmp_path, monkeypatch):
-    """Where they save, all raise its error."""
+    """All raise its error when they save."""
     monkeypatch.setattr(Checkpoints, "check", lambda self: True)
     with pytest.raises(KeyboardInterrupt):
         train(dataclasses.replace(TOY, steps=12, checkpoint_every=100), tmp_path)

@@ -94,7 +94,7 @@ def bounded_connections(limits: Limits, on_shutdown: Callable[[], None]) -> type
 
         @property
         def busy(self) -> bool:
-            """Whether a request is in progress: header received, answer not complete."""
+            """True while a request is in progress: header received, answer not complete."""
             return self.cycle is not None and not self.cycle.response_complete
 
         def _set_timer(self, seconds: float) -> None:

@@ -79,7 +79,7 @@ class Ticket:
 
     @property
     def more(self) -> bool:
-        """Whether the next part, or the end, has already arrived."""
+        """True if the next part, or the end, has already arrived."""
         return not self._parts.empty()
 
     async def parts(self) -> AsyncIterator[Any]:
@@ -174,7 +174,7 @@ class Worker:
 
     @property
     def status(self) -> Literal["ok", "warming up", "shutting down"]:
-        """Whether tickets are answered at once, wait for the warm-up, or are refused."""
+        """State of the worker: it answers tickets at once, is warming up, or refuses them."""
         if self._closing or not self._thread.is_alive():
             return "shutting down"
         return "ok" if self._warm else "warming up"

@@ -113,7 +113,7 @@ def _attention(model: EmuConfig, rows: int, tokens: int, images: int) -> dict[st
 
 
 def _is_matrix(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter enters a product; stacked vectors have names that say what they are."""
+    """Returns whether a parameter enters a matmul; stacked vectors are told by their names."""
     return len(shape) > 1 and path.rsplit(".", 1)[-1] not in ("bias", "scale", "q_bias", "v_bias")
 
 

@@ -75,7 +75,7 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """Whether this process holds the lock, and no other job has taken it over."""
+        """True while this process holds the lock, and no other job has taken it over."""
         if self._held and not self._lost:
             owner = self._owner()
             if owner and owner.get("token") != self._token:

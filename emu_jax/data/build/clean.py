@@ -57,7 +57,7 @@ class CleanConfig:
 
     @property
     def reads_metadata(self) -> bool:
-        """Whether a filter reads the metadata of documents."""
+        """True if a filter reads the metadata of documents."""
         return bool(
             self.min_original_side
             or self.max_original_aspect

@@ -63,7 +63,7 @@ class Media:
 
     @property
     def by_url(self) -> bool:
-        """Whether files can be looked up by URL."""
+        """True if files can be looked up by URL."""
         return self._urls is not None
 
     @property

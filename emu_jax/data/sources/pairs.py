@@ -291,7 +291,7 @@ class _Sample(NamedTuple):
 
     @property
     def lacks(self) -> bool:
-        """Whether the image or video, or the words, are missing."""
+        """True if the image or video, or the text, is missing."""
         media = self.spans[[_IMAGE, _VIDEO, _BOARD], 1]
         words = self.spans[[_TEXT, _JSON, _BOARD], 1]
         return not (media.any() and words.any())
