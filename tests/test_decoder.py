@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from conftest import relative_error
 from flax import nnx
+from helpers import kernels_of
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from emu_jax import config, diffusion, sharding
 from emu_jax.convert import release_config, tensor_files
 from emu_jax.errors import UserError
-from emu_jax.models import backend
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import VAE
 
@@ -465,7 +465,7 @@ def test_guidance_and_its_passes(guidance, kernels):
     x = jnp.ones((2, 4, 6, 3))
     cond, uncond = jnp.full((2, 5, 7), 0.5), jnp.full((2, 5, 7), -1.0)
     run = partial(diffusion.sample, denoise, x, cfg=SCHEDULER, steps=4, method="ddim")
-    with backend.use(kernels):
+    with kernels_of(kernels):
         out = run(cond, uncond, guidance=guidance)
         assert set(rows) == {4 if guidance > 1 and kernels == "xla" else 2}
         guided = len(rows)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import read_documents
 from test_saving import cut, largest_file
 from test_train import one_batch, parameters, small
 
@@ -24,7 +25,7 @@ from emu_jax.train.loop import train
 from emu_jax.train.objectives import ClipObjective
 from emu_jax.train.step import Trainer
 from emu_jax.train.telemetry.goodput import KINDS
-from emu_jax.train.telemetry.metrics import read_documents, read_metrics
+from emu_jax.train.telemetry.metrics import read_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -101,7 +101,7 @@ KINDS = ("pairs", "pages", "storyboards")
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ALL)
 def test_held_out_losses_are_the_same_on_every_mesh(objective, data_root, tmp_path):  # noqa: F811
-    """Losses of every source and over all; padding rows, other seeds and repetition change nothing."""
+    """Losses of every source and over all; padding rows, seeds and repetition change nothing."""
     cfg = digits_run(objective, data_root, ema_decay=0.5)
     pairs_alone = objective not in ("emu", "text")
     if pairs_alone:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import kernels_of
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,7 +23,7 @@ from test_train import (  # noqa: F401
 
 from emu_jax.config import MatmulDtypeConfig, RematConfig
 from emu_jax.errors import UserError
-from emu_jax.models import backend, low_precision
+from emu_jax.models import low_precision
 from emu_jax.models.low_precision import MATMUL_DTYPES, Scaled, rounding_noise, scaled
 from emu_jax.sharding import make_mesh
 from emu_jax.train.config import TrainConfig
@@ -97,7 +98,7 @@ def test_product_and_gradients_are_close_to_those_of_float32(dtype, name, stocha
     """Within the sums of the largest errors of what is rounded."""
     x, kernel, dy = operands()
     key = jax.random.key(0) if stochastic else None
-    with backend.use(name):
+    with kernels_of(name):
         y, dx, dkernel = map(np.asarray, product(dtype, key)(x, kernel, dy))
     values, gradients = MATMUL_DTYPES[dtype]
     x_error, kernel_error = largest_error(x, values, (-1,)), largest_error(kernel, values, (0,))
@@ -136,14 +137,14 @@ def test_products_of_int8_are_exact():
     x, kernel, dy = operands()
     found = {}
     for name in ("cpu", "xla"):
-        with backend.use(name):
+        with kernels_of(name):
             found[name] = product("int8", jax.random.key(1))(x, kernel, dy)
     jax.tree.map(np.testing.assert_array_equal, found["cpu"][:2], found["xla"][:2])
     rows, columns = scaled(x, jnp.int8, (-1,)), scaled(kernel, jnp.int8, (0,))
     sums = np.asarray(rows.values, np.int32) @ np.asarray(columns.values, np.int32)
     expected = sums * np.asarray(rows.scales) * np.asarray(columns.scales)
     np.testing.assert_allclose(found["xla"][0], expected, rtol=1e-6)
-    with backend.use("xla"):
+    with kernels_of("xla"):
         low = product("int8")(*(jnp.asarray(a, jnp.bfloat16) for a in (x, kernel, dy)))
     assert [a.dtype for a in low] == [jnp.bfloat16] * 3
 
@@ -156,7 +157,7 @@ def test_a_matmul_is_the_same_on_every_mesh(name):
     key = jax.random.key(3)
     mesh = make_mesh(1, 2, 4)
     axes = P("fsdp", None, "tensor"), P("tensor", "fsdp"), P("fsdp", None, "tensor")
-    with backend.use(name):
+    with kernels_of(name):
         run = product("int8", key)
         found = run(x, kernel, dy)
         with jax.set_mesh(mesh):
@@ -174,7 +175,7 @@ def test_stochastic_rounding_is_unbiased():
     not. Sums of errors vary as with independent random numbers."""
     x, kernel, dy = operands()
     keys = jax.random.split(jax.random.key(2), 4000)
-    with backend.use("xla"):
+    with kernels_of("xla"):
         one = product("int8")
         dxs = jax.lax.map(lambda key: one(x, kernel, dy, key)[1], keys, batch_size=500)
         _, nearest, _ = one(x, kernel, dy)
@@ -208,7 +209,7 @@ def traced(cfg: TrainConfig):
     """The gradients of a step, traced with the plain kernels, and the dtypes of what is saved for
     the backward pass by their number of axes."""
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(mesh), backend.use("xla"):
+    with jax.set_mesh(mesh), kernels_of("xla"):
         trainer = Trainer(cfg, mesh)
         batch, state = abstract_batch(trainer), trainer.state_shapes
         jaxpr = jax.make_jaxpr(trainer.gradients)(state, batch)

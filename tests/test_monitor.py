@@ -9,6 +9,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import read_documents
 
 from emu_jax.errors import UserError
 from emu_jax.sharding import make_mesh
@@ -16,7 +17,7 @@ from emu_jax.train import signals
 from emu_jax.train.signals import STOP, TRACE, Signals
 from emu_jax.train.telemetry import goodput
 from emu_jax.train.telemetry.goodput import Goodput, overlap, seconds_before
-from emu_jax.train.telemetry.metrics import DOCUMENTS_FILE, StepLog, read_documents
+from emu_jax.train.telemetry.metrics import DOCUMENTS_FILE, StepLog
 from emu_jax.train.telemetry.tracing import Tracer, parse_steps
 from emu_jax.train.telemetry.watchdog import Watchdog
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import read_documents
 from test_saving import assert_restores, items, wanted, write
 from test_train import parameters, small
 
@@ -24,7 +25,7 @@ from emu_jax.train import lock
 from emu_jax.train.checkpoints import Checkpoints
 from emu_jax.train.lock import Lock
 from emu_jax.train.loop import train
-from emu_jax.train.telemetry.metrics import read_documents, read_metrics
+from emu_jax.train.telemetry.metrics import read_metrics
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import optax
 import pytest
 from conftest import relative_error
 from flax import nnx
+from helpers import kernels_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,9 +46,9 @@ def test_kernels_for_cpus_have_the_entry_points_of_the_plain_ones():
             parameters.pop("matmul")
         assert dict(signature.parameters) == parameters, name
     assert backend.kernels() is cpu
-    with backend.use("xla"):
+    with kernels_of("xla"):
         assert backend.kernels() is xla
-    with backend.use("cpu"):
+    with kernels_of("cpu"):
         assert backend.kernels() is cpu
     mesh = jax.sharding.AbstractMesh(
         (1,),
@@ -71,9 +72,9 @@ def test_attention(queries, keys):
 
 def both(run: Callable[[], Any]) -> tuple[Any, Any]:
     """The results of `run` with the kernels for CPUs and with the plain ones."""
-    with backend.use("cpu"):
+    with kernels_of("cpu"):
         ours = run()
-    with backend.use("xla"):
+    with kernels_of("xla"):
         return ours, run()
 
 

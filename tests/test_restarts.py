@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers import read_documents
 from jax.experimental import mesh_utils
 
 from emu_jax import checkpoint
 from emu_jax.train.config import EvalConfig, TrainConfig
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
-from emu_jax.train.telemetry.metrics import read_documents, read_evaluations, read_metrics
+from emu_jax.train.telemetry.metrics import read_evaluations, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -308,6 +308,7 @@ def replacing(
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot write beside {dst}: {reason}") from None
+    # Not `storage.writing`: a folder that is not empty must be moved aside before it is replaced.
     replaced = staging / "replaced"
     try:
         temporary = staging / target.name

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from emu_jax.data import storage
 from emu_jax.errors import UserError
+from emu_jax.storage import publish, temporary_path
 
 CACHE_BYTES = 32 << 30  # by default: a third of the disk that a TPU host has
 RANGE_BYTES = 8 << 20  # downloaded in one request
@@ -104,12 +105,11 @@ class FileCache:
             if target.exists():
                 return
             self._warn_once(path, target)
-            temporary = target.with_name(f".{target.name}.tmp")
+            temporary = temporary_path(target)
             handle = self._reserve(temporary, size)
             try:
                 _download(path, size, handle)
-                os.fsync(handle)
-                os.rename(temporary, target)
+                publish(temporary, target)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise

@@ -462,6 +462,7 @@ def writing_data_file(path: str) -> Iterator[Path]:
         with storage.writing(Path(path), shared=True) as temporary:
             yield temporary
         return
+    # `storage.writing` knows only the stores that checkpoints may be in.
     handle, name = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.")
     os.close(handle)
     try:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from emu_jax.errors import UserError
-from emu_jax.storage import create_text, is_remote
+from emu_jax.storage import create_text, is_remote, publish, temporary_path
 
 BEAT_SECONDS = 10.0
 LOCK_STALE_SECONDS = 35.0  # an owner on another host without a heartbeat for this long is dead
@@ -123,11 +123,11 @@ class Lock:
             if replaced := is_expected():
                 self.path.write_text(self._content())
             return replaced
-        temporary = self.path.with_name(f"{self.path.name}.{self._token}")
+        temporary = temporary_path(self.path, shared=True)
         try:
             create_text(temporary, self._content())
             if replaced := is_expected():
-                temporary.replace(self.path)
+                publish(temporary, self.path)
             return replaced
         finally:
             with contextlib.suppress(OSError):

@@ -148,6 +148,7 @@ def cached_arrays(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
+        # Not `storage.writing`: a lock on the folder tells `_sweep` that it is in use.
         temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_temporary_prefix()))
         locked = _lock(temporary)  # until the process ends, if it is killed
         try:

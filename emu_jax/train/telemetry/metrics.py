@@ -202,19 +202,6 @@ def read_evaluations(workdir: Path, stage: str = "") -> dict[str, list[dict[str,
     return evaluations
 
 
-def read_documents(workdir: Path) -> dict[int, list[tuple[str, int]]]:
-    """Returns {step: [(kind, index)]} of the documents that all processes read, unordered.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    steps: dict[int, list[tuple[str, int]]] = {}
-    for path in sorted(workdir.glob(DOCUMENTS_FILE.format("*"))):
-        for row in read_rows(path, _is_documents):
-            steps.setdefault(row["step"], []).extend(map(tuple, row["documents"]))
-    return steps
-
-
 def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns the rows of a run by stage, in the order of their steps. Reads null as NaN.
 
