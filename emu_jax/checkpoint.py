@@ -456,8 +456,8 @@ def read_parent(
     """
     parent = load_model_config(directory)
     theirs = parent.llama
-    asked, resized = _asked_of_parent(parent, wanted, model)
-    params = read_params(directory, asked)
+    requested, resized = _asked_of_parent(parent, wanted, model)
+    params = read_params(directory, requested)
     if POSITIONS in wanted and (ours := wanted[POSITIONS]).shape != params[POSITIONS].shape:
         resize = functools.partial(interpolate_positions, grid=model.vision.grid)
         params[POSITIONS] = jax.jit(resize, out_shardings=ours.sharding)(params[POSITIONS])
@@ -484,8 +484,8 @@ def check_parent(
     Raises:
         UserError: one is missing or has another shape (all are listed), or a base is missing.
     """
-    asked, _ = _asked_of_parent(load_model_config(directory), wanted, model)
-    if problems := _misfits(run_shapes(directory), asked):
+    requested, _ = _asked_of_parent(load_model_config(directory), wanted, model)
+    if problems := _misfits(run_shapes(directory), requested):
         raise UserError(f"{directory} does not fit the configuration: " + "; ".join(problems))
 
 
@@ -497,7 +497,7 @@ def _asked_of_parent(
     theirs = parent.llama
     if theirs.lora is None:
         wanted = {k: v for k, v in wanted.items() if not k.endswith((".lora_a", ".lora_b"))}
-    asked, resized = dict(wanted), {}
+    requested, resized = dict(wanted), {}
     surplus = theirs.vocab_size - model.llama.vocab_size
     if surplus < 0 or (surplus == 0 and theirs.padded_vocab != model.llama.padded_vocab):
         resized = {k: axis for k, axis in _VOCABULARY.items() if k in wanted}
@@ -505,14 +505,14 @@ def _asked_of_parent(
         ours = wanted[path]
         shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
         whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # the old size may not divide
-        asked[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
+        requested[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
     if POSITIONS in wanted:
         ours = wanted[POSITIONS]
         shape = (parent.vision.tokens, *ours.shape[1:])
         whole = NamedSharding(ours.sharding.mesh, PartitionSpec())
         if shape != ours.shape:
-            asked[POSITIONS] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
-    return asked, resized
+            requested[POSITIONS] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
+    return requested, resized
 
 
 def load_model_config(directory: Path) -> EmuConfig:

@@ -741,6 +741,16 @@ def emu2_gen() -> EmuConfig:
     return dataclasses.replace(base, unet=unet, vae=vae, scheduler=scheduler)
 
 
+@dataclasses.dataclass(frozen=True)
+class _LadderSize:
+    """Sizes of a ladder model. Each tower has (width, layers)."""
+
+    vision: tuple[int, int]
+    cformer: tuple[int, int]
+    llama: tuple[int, int]
+    llama_mlp: int  # width of the language model's MLP
+
+
 def emu_ladder(size: str) -> EmuConfig:
     """Returns a smaller config of the release's proportions, for scaling studies.
 
@@ -748,27 +758,37 @@ def emu_ladder(size: str) -> EmuConfig:
     visual decoder. As in the 14B model a head is 128 wide and an image has 32 embeddings, which
     lets the same kernels serve.
     """
-    # Width and layers of the visual encoder, the Causal Transformer and the language model, then
-    # the width of the language model's MLP.
     sizes = {
-        "0.1B": (512, 12, 256, 4, 512, 8, 1408),
-        "0.4B": (768, 12, 384, 6, 1024, 16, 2816),
-        "1.5B": (1024, 24, 512, 8, 2048, 20, 5504),
-        "7B": (1408, 40, 768, 12, 4096, 32, 11008),
+        "0.1B": _LadderSize(vision=(512, 12), cformer=(256, 4), llama=(512, 8), llama_mlp=1408),
+        "0.4B": _LadderSize(vision=(768, 12), cformer=(384, 6), llama=(1024, 16), llama_mlp=2816),
+        "1.5B": _LadderSize(vision=(1024, 24), cformer=(512, 8), llama=(2048, 20), llama_mlp=5504),
+        "7B": _LadderSize(vision=(1408, 40), cformer=(768, 12), llama=(4096, 32), llama_mlp=11008),
     }
     if size not in sizes:
         raise UserError(f"no ladder model {size!r}{suggest(size, sizes)}")
-    seen, depth, causal, steps, width, layers, mlp = sizes[size]
+    chosen = sizes[size]
+    vision_width, vision_layers = chosen.vision
+    cformer_width, cformer_layers = chosen.cformer
+    width, layers = chosen.llama
     return EmuConfig(
         vision=VisionConfig(
-            width=seen,
-            layers=depth,
-            head_width=88 if seen == 1408 else 64,
-            mlp_width=6144 if seen == 1408 else 4 * seen,
+            width=vision_width,
+            layers=vision_layers,
+            head_width=88 if vision_width == 1408 else 64,
+            mlp_width=6144 if vision_width == 1408 else 4 * vision_width,
         ),
-        cformer=CFormerConfig(width=causal, layers=steps, heads=causal // 64, mlp_width=4 * causal),
+        cformer=CFormerConfig(
+            width=cformer_width,
+            layers=cformer_layers,
+            heads=cformer_width // 64,
+            mlp_width=4 * cformer_width,
+        ),
         llama=LlamaConfig(
-            vocab_multiple=128, width=width, layers=layers, heads=width // 128, mlp_width=mlp
+            vocab_multiple=128,
+            width=width,
+            layers=layers,
+            heads=width // 128,
+            mlp_width=chosen.llama_mlp,
         ),
         unet=None,
         vae=None,

@@ -9,6 +9,11 @@ class UserError(Exception):
     """An error that the user can fix. The command line prints it as one line and exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its repr if it has no message."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` if a known word is close to `word`, else the choices."""
     import difflib

@@ -350,7 +350,7 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
     except ConnectionError as error:
         # The storage of large files (Xet) raises the class itself, and sockets a subclass.
         reason = (
-            f"large files cannot be transferred ({_first_line(error)}): check the network; for a "
+            f"large files cannot be transferred ({_short_reason(error)}): check the network; for a "
             "server without Xet storage set HF_HUB_DISABLE_XET=1"
             if type(error) is ConnectionError
             else _unreachable(error)
@@ -369,7 +369,7 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
                 + ("write" if action != "read" else "read it")
             )
         else:
-            reason = f"the Hub answers {response.status_code}: {_first_line(error)}"
+            reason = f"the Hub answers {response.status_code}: {_short_reason(error)}"
     else:
         return
     raise UserError(f"cannot {action} {address}: {reason}")
@@ -377,10 +377,10 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
 
 def _unreachable(error: BaseException) -> str:
     return (
-        f"{_api().endpoint} cannot be reached ({_first_line(error)}) and the cache lacks it: check "
-        "the network and HF_ENDPOINT"
+        f"{_api().endpoint} cannot be reached ({_short_reason(error)}) and the cache lacks it: "
+        "check the network and HF_ENDPOINT"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def _short_reason(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]

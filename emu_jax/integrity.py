@@ -310,7 +310,7 @@ def unreadable_arrays(
     pending: deque[tuple[str, int, Any]] = deque()
     ahead = 0  # pending bytes
 
-    def settle() -> Iterator[str]:
+    def finish_oldest() -> Iterator[str]:
         nonlocal ahead
         name, size, read = pending.popleft()
         ahead -= size
@@ -353,12 +353,12 @@ def unreadable_arrays(
             part = array[tuple(slice(a, b) for a, b in zip(start, ends, strict=True))]
             size = part.size * part.dtype.numpy_dtype.itemsize
             while pending and ahead + size > _BYTES_AHEAD:
-                yield from settle()
+                yield from finish_oldest()
             pending.append((name, size, part.read()))
             ahead += size
         number += chunks
     while pending:
-        yield from settle()
+        yield from finish_oldest()
 
 
 def items_of(step: Path) -> list[str]:

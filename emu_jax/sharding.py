@@ -270,6 +270,11 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def dotted(path: tuple[Any, ...]) -> str:
+    """Returns a tree path in the form `visual.blocks.attn.qkv`."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+
+
 class AbstractModel:
     """A module without its arrays: shapes and shardings of its parameters, and conversions between
     parameters and module.
@@ -289,9 +294,9 @@ class AbstractModel:
             shape = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=where)
             if undivided:
                 shard_bytes = math.prod(where.shard_shape(shape.shape)) * shape.dtype.itemsize
-                _log_undivided(".".join(map(str, path)), ", ".join(undivided), shard_bytes)
-            self.shapes[".".join(map(str, path))] = shape
-            self.axes[".".join(map(str, path))] = tuple(axes)
+                _log_undivided(dotted(path), ", ".join(undivided), shard_bytes)
+            self.shapes[dotted(path)] = shape
+            self.axes[dotted(path)] = tuple(axes)
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:
@@ -309,12 +314,12 @@ class AbstractModel:
 
     def params(self, module: nnx.Module) -> dict[str, jax.Array]:
         """Returns the flat parameters of a module with this structure."""
-        return {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(module))}
+        return {dotted(p): v[...] for p, v in nnx.to_flat_state(nnx.state(module))}
 
     def module(self, params: Mapping[str, Any]) -> nnx.Module:
         """Returns the module with these parameters."""
         state = nnx.to_flat_state(self._state)
-        flat = [(p, v.replace(params[".".join(map(str, p))])) for p, v in state]
+        flat = [(p, v.replace(params[dotted(p)])) for p, v in state]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
 

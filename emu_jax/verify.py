@@ -297,7 +297,7 @@ class _Recording:
     def embeddings(self) -> jax.Array:
         return _embeddings(self.model, self.pixels)
 
-    def spelled(self, text: str, start: int = 0) -> list[Any]:
+    def prompt_parts(self, text: str, start: int = 0) -> list[Any]:
         """Splits a recorded prompt, with image placeholders written out, into parts."""
         placeholder = self.tokenizer.image_placeholder(self.cfg.n_embeddings)
         first, *rest = text.split(placeholder)
@@ -310,7 +310,7 @@ class _Recording:
     def prompts(self) -> list[list[Any]]:
         prompts, start = [], 0
         for text in self.meta["prompts"]:
-            prompts.append(self.spelled(text, start))
+            prompts.append(self.prompt_parts(text, start))
             start += sum(not isinstance(p, str) for p in prompts[-1])
         return prompts
 

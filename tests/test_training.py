@@ -38,6 +38,7 @@ from emu_jax.sharding import (
     MESH_AXES,
     AbstractModel,
     batch_sharding,
+    dotted,
     make_mesh,
     nest,
     row_ways,
@@ -47,7 +48,7 @@ from emu_jax.train import objectives, precompute
 from emu_jax.train.checkpoints import Checkpoints
 from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import train
-from emu_jax.train.optimizer import dotted, make_optimizer, schedule
+from emu_jax.train.optimizer import make_optimizer, schedule
 from emu_jax.train.step import Trainer
 from emu_jax.train.telemetry import monitor
 from emu_jax.train.telemetry.metrics import read_metrics

@@ -100,11 +100,11 @@ def counting_digits(rng: np.random.Generator, frames: int = _FRAMES) -> list[int
 
 
 def _say(template: str, digit: int) -> str:
-    said = template.format(digit=WORDS[digit])
-    return said.replace("a eight", "an eight")
+    text = template.format(digit=WORDS[digit])
+    return text.replace("a eight", "an eight")
 
 
-Shown = Callable[[int], Image]  # a random image of a digit
+SampleImage = Callable[[int], Image]  # a random image of a digit
 
 
 def _pairs(images: list[Image], labels: np.ndarray) -> Iterator[Document]:
@@ -114,7 +114,7 @@ def _pairs(images: list[Image], labels: np.ndarray) -> Iterator[Document]:
             yield Document((image, Text(caption(label, template))))
 
 
-def _page(rng: np.random.Generator, show: Shown) -> Document:
+def _page(rng: np.random.Generator, show: SampleImage) -> Document:
     """Makes a page of two to four digits, with words before or after each image."""
     digits = rng.integers(10, size=rng.integers(2, 5)).tolist()
     style = int(rng.integers(4))
@@ -129,12 +129,12 @@ def _page(rng: np.random.Generator, show: Shown) -> Document:
             words = CAPTIONS[int(rng.integers(len(CAPTIONS)))]
         else:
             words = "{digit}"
-        said = Text(_say(words, digit))
-        parts += [image, said] if style == 1 else [said, image]
+        text = Text(_say(words, digit))
+        parts += [image, text] if style == 1 else [text, image]
     return Document(tuple(parts))
 
 
-def _storyboard(rng: np.random.Generator, show: Shown) -> Document:
+def _storyboard(rng: np.random.Generator, show: SampleImage) -> Document:
     """Makes a count as a video with subtitles: a frame a second, its word half a second later."""
     digits = counting_digits(rng)
     frames = [(float(n), show(digit).data) for n, digit in enumerate(digits)]
@@ -143,7 +143,7 @@ def _storyboard(rng: np.random.Generator, show: Shown) -> Document:
 
 
 def _instructions(
-    rng: np.random.Generator, images: list[Image], labels: np.ndarray, show: Shown
+    rng: np.random.Generator, images: list[Image], labels: np.ndarray, show: SampleImage
 ) -> Iterator[Document]:
     """Yields, for each image, the first two questions about it and the third about a count."""
     for image, digit in zip(images, labels.tolist(), strict=True):
@@ -157,9 +157,9 @@ def _turn(images: list[Image], question: str, answer: Text | Image) -> Document:
     """Makes one turn, formatted like `generate.prompt.instruct` without a system message; the
     answer is scored."""
     opening = Text(f"{USER}:", scored=False, special=True)
-    shown = [dataclasses.replace(image, scored=False) for image in images]
+    context = [dataclasses.replace(image, scored=False) for image in images]
     closing = Text(f"{question} {ASSISTANT}:", scored=False, special=True)
-    return Document((opening, *shown, closing, answer))
+    return Document((opening, *context, closing, answer))
 
 
 def _documents(split: str) -> dict[str, list[Document]]:

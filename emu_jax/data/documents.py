@@ -34,7 +34,7 @@ from emu_jax.data.known_lengths import (
 from emu_jax.data.read_ahead import Span
 from emu_jax.data.records import StoreRecords
 from emu_jax.data.unused import Tally, Unused
-from emu_jax.errors import UserError
+from emu_jax.errors import UserError, first_line
 from emu_jax.tokenizer import IMAGE
 
 log = logging.getLogger(__name__)
@@ -447,7 +447,7 @@ class DocumentFiles(Source):
         except UserError:
             raise
         except Exception as error:
-            raise Damaged("damaged record", self.where(index), _first_line(error)) from None
+            raise Damaged("damaged record", self.where(index), _record_error(error)) from None
         return Document.from_bytes(content, self.where(index))
 
 
@@ -528,12 +528,12 @@ def short_hash(values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).split("; at byte")[0].splitlines()[0]
+def _record_error(error: Exception) -> str:
+    return first_line(error).split("; at byte")[0]
 
 
 def _damaged(path: str, error: Exception) -> UserError:
     return UserError(
-        f"{path} is cut short or damaged ({_first_line(error)}): remove it (rm {path}) and build "
+        f"{path} is cut short or damaged ({_record_error(error)}): remove it (rm {path}) and build "
         "it again"
     )

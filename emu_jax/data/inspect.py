@@ -100,7 +100,7 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
             for source in cfg.sources
         ),
     )
-    shown, damaged, seconds = [], [], 0.0
+    examples, damaged, seconds = [], [], 0.0
     lengths: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
     counts: dict[str, int] = dict.fromkeys(("rows", "documents", "images", "tokens"), 0)
     with Batches(alone, tokenizer, kind) as batches:
@@ -109,8 +109,8 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
             batch = next(batches)
             seconds += time.process_time() - began
             row, names = BUILDERS[kind].example(batch), batches.documents()
-            if len(shown) < rows:
-                shown.append((row, names))
+            if len(examples) < rows:
+                examples.append((row, names))
             for segment, (name, _) in enumerate(names, 1):
                 if (length := _length(row, segment, cfg.n_causal)) != (0, 0):
                     lengths[name].append(length)
@@ -120,7 +120,7 @@ def _sample(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, rows: int, docume
             counts["images"] += sum(row.used) + (row.target is not None)
             counts["tokens"] += sum(segment > 0 for segment in row.segments)
         tallies = batches.tallies
-    return Sample(shown, lengths, damaged, counts, seconds, tallies)
+    return Sample(examples, lengths, damaged, counts, seconds, tallies)
 
 
 def _survey(cfg: DataConfig, tokenizer: Tokenizer, kind: Kind, documents: int) -> dict[str, Any]:
@@ -155,17 +155,17 @@ def _summary(figures: Mapping[str, Any]) -> str:
     def rate(what: str) -> str:
         return f"{figures[f'{what}_per_second_per_core']:,.0f}"
 
-    shown = {}
+    figures_shown = {}
     if figures["tokens"]:
-        shown["of token slots in use"] = f"{100 * figures['token_fill']:.1f}%"
-    shown["of image slots in use"] = f"{100 * figures['image_fill']:.1f}%"
-    shown["images a second on one core"] = rate("images")
-    shown["tokens a second on one core"] = rate("tokens")
-    return tiles(shown)
+        figures_shown["of token slots in use"] = f"{100 * figures['token_fill']:.1f}%"
+    figures_shown["of image slots in use"] = f"{100 * figures['image_fill']:.1f}%"
+    figures_shown["images a second on one core"] = rate("images")
+    figures_shown["tokens a second on one core"] = rate("tokens")
+    return tiles(figures_shown)
 
 
 def _rows(
-    shown: Sequence[tuple[BatchExample, list[_DocumentName]]], tokenizer: Tokenizer, n_causal: int
+    rows: Sequence[tuple[BatchExample, list[_DocumentName]]], tokenizer: Tokenizer, n_causal: int
 ) -> str:
     legend = (
         '<p class="legend">Each document has its own color. Strong words are <b>text targets</b>; '
@@ -174,7 +174,7 @@ def _rows(
         "beneath it, text targets are blue and regression targets are orange.</p>"
     )
     cards = "".join(
-        _card(n, row, names, tokenizer, n_causal) for n, (row, names) in enumerate(shown, 1)
+        _card(n, row, names, tokenizer, n_causal) for n, (row, names) in enumerate(rows, 1)
     )
     return f"<section><h2>Rows</h2>{legend}{cards}</section>"
 
@@ -229,8 +229,8 @@ def _content(row: BatchExample, segment: int, tokenizer: Tokenizer, n_causal: in
 
 
 def _figure(pixels: np.ndarray, label: str, framed: bool) -> str:
-    shown = image(pixels, lossy=max(pixels.shape[:2]) >= LOSSY_FROM)
-    return f'<figure class="{"framed" if framed else ""}">{shown}{label}</figure>'
+    content = image(pixels, lossy=max(pixels.shape[:2]) >= LOSSY_FROM)
+    return f'<figure class="{"framed" if framed else ""}">{content}{label}</figure>'
 
 
 def _bar(row: BatchExample, n_causal: int) -> str:
@@ -294,17 +294,17 @@ def _damage(damaged: Sequence[Damage], read: int) -> str:
 
 def _sources(tallies: Mapping[str, Tally]) -> str:
     """Lists the used and unused parts of each source, with the first examples."""
-    shown = ""
+    content = ""
     for name, tally in tallies.items():
         examples = "".join(
             f"<li>{html.escape(f'{reason}: {example}')}</li>"
             for reason, found in tally.examples.items()
             for example in found
         )
-        shown += f"<h3>{html.escape(name)}</h3><p>{html.escape(tally.summary())}</p>" + (
+        content += f"<h3>{html.escape(name)}</h3><p>{html.escape(tally.summary())}</p>" + (
             f"<ul>{examples}</ul>" if examples else ""
         )
-    return f"<section><h2>Sources</h2>{shown}</section>"
+    return f"<section><h2>Sources</h2>{content}</section>"
 
 
 def _histograms(lengths: Mapping[str, Sequence[tuple[int, int]]]) -> str:
@@ -326,16 +326,16 @@ def _histogram(title: str, values: Sequence[int]) -> str:
     step = max(1, -(-(high - low + 1) // BINS))  # integers per bar
     bars = -(-(high - low + 1) // step)
     counts = np.bincount([(value - low) // step for value in values], minlength=bars)
-    shown = ""
+    content = ""
     for n, count in enumerate(counts):
         first, last = low + n * step, low + (n + 1) * step - 1
         label = f"{first}" if step == 1 else f"{first} to {last}"
-        shown += (
+        content += (
             f'<i style="height:{100 * count / counts.max():.1f}%" title="{label}: {count:,}"></i>'
         )
     median, percentile_95 = np.percentile(values, (50, 95))
     return (
-        f"<figure><h4>{title}</h4><div>{shown}</div><p><span>{low:,}</span><span>{high:,}</span></p>"
+        f"<figure><h4>{title}</h4><div>{content}</div><p><span>{low:,}</span><span>{high:,}</span></p>"
         f"<figcaption>half have at most {median:,.0f}, 95% at most {percentile_95:,.0f}, "
         f"on average {np.mean(values):,.1f}</figcaption></figure>"
     )

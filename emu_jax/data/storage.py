@@ -94,7 +94,7 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     Raises:
         UserError: a path matches nothing, or its folder has compressed files.
     """
-    found = []
+    files = []
     for pattern in patterns:
         paths = matches(pattern, suffixes)
         _check_packed(pattern, paths, tuple(suffixes))
@@ -106,15 +106,15 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
             raise UserError(
                 f"nothing is at {pattern}: no file that ends in {', '.join(suffixes)}{beside}"
             )
-        found += paths
-    if not found:
+        files += paths
+    if not files:
         raise UserError("no paths are given")
-    return found
+    return files
 
 
 def matches(pattern: str, suffixes: Sequence[str]) -> list[str]:
     """Returns the files that a path matches (see `expand`), and the folders that `*` matches."""
-    return _patiently(pattern, lambda: _expand(pattern, tuple(suffixes)))
+    return _retried(pattern, lambda: _expand(pattern, tuple(suffixes)))
 
 
 def user_cache() -> Path:
@@ -127,19 +127,19 @@ def is_dir(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
     fs, inner = _file_system(path)
-    return _patiently(path, lambda: fs.isdir(inner))
+    return _retried(path, lambda: fs.isdir(inner))
 
 
 def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_remote(pattern):
         fs, inner = _file_system(pattern)
         if fs.isdir(inner):
-            found = [p for p in fs.ls(inner, detail=False) if p.endswith(suffixes)]
+            files = [p for p in fs.ls(inner, detail=False) if p.endswith(suffixes)]
         elif fs.exists(inner):
-            found = [inner]
+            files = [inner]
         else:
-            found = (fs.glob(_literal(inner)) or fs.glob(inner)) if "*" in inner else []
-        return sorted(fs.unstrip_protocol(name) for name in found)
+            files = (fs.glob(_literal(inner)) or fs.glob(inner)) if "*" in inner else []
+        return sorted(fs.unstrip_protocol(name) for name in files)
     if os.path.isdir(pattern):
         return sorted(str(p) for p in Path(pattern).iterdir() if p.name.endswith(suffixes))
     if os.path.exists(pattern):
@@ -147,7 +147,7 @@ def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(glob.glob(_literal(pattern)) or glob.glob(pattern)) if "*" in pattern else []
 
 
-def _check_packed(folder: str, found: list[str], suffixes: tuple[str, ...]) -> None:
+def _check_packed(folder: str, files: list[str], suffixes: tuple[str, ...]) -> None:
     """Refuses a folder whose compressed files would be silently skipped.
 
     Raises:
@@ -155,7 +155,7 @@ def _check_packed(folder: str, found: list[str], suffixes: tuple[str, ...]) -> N
     """
     if "*" in folder or folder.endswith(suffixes):  # not a folder: saves a request to the store
         return
-    known = {path.rpartition("/")[2] for path in found}
+    known = {path.rpartition("/")[2] for path in files}
     for name in names(folder):
         plain = _PACKED.sub("", name).replace(".tgz", ".tar")
         if name not in known and plain != name and plain.endswith(suffixes) and plain not in known:
@@ -176,10 +176,10 @@ def stat(path: str) -> Stat:
         UserError: all attempts failed.
     """
     if not is_remote(path):
-        found = _regular(path, os.stat(path))
-        return Stat(found.st_size, str(found.st_mtime_ns))
+        status = _regular(path, os.stat(path))
+        return Stat(status.st_size, str(status.st_mtime_ns))
     fs, inner = _file_system(path)
-    return _stat_of(path, _patiently(path, lambda: fs.info(inner)))
+    return _stat_of(path, _retried(path, lambda: fs.info(inner)))
 
 
 def stats(paths: Sequence[str]) -> list[Stat]:
@@ -214,12 +214,12 @@ def existing(paths: Sequence[str]) -> set[str]:
     with ThreadPoolExecutor(THREADS) as pool:
         listings = _listings(paths, pool)
 
-        def is_there(path: str) -> bool:
+        def has_file(path: str) -> bool:
             listed = listings.get(parent(path))
             return exists(path) if listed is None else os.path.basename(path) in listed
 
-        there = pool.map(is_there, paths)
-        return {path for path, found in zip(paths, there, strict=True) if found}
+        there = pool.map(has_file, paths)
+        return {path for path, is_there in zip(paths, there, strict=True) if is_there}
 
 
 def _listings(paths: Sequence[str], pool: ThreadPoolExecutor) -> dict[str, dict[str, Stat]]:
@@ -239,10 +239,10 @@ def listing(folder: str) -> dict[str, Stat]:
     """
     fs, inner = _file_system(folder)
     try:
-        found = _patiently(folder, lambda: fs.ls(inner, detail=True), "list")
+        entries = _retried(folder, lambda: fs.ls(inner, detail=True), "list")
     except FileNotFoundError:
         return {}
-    files = [info for info in found if info["type"] == "file" and info["name"] != inner]
+    files = [info for info in entries if info["type"] == "file" and info["name"] != inner]
     return {os.path.basename(info["name"]): _stat_of(folder, info) for info in files}
 
 
@@ -306,8 +306,8 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
         ahead = None if size is None else _ahead.take(path, start, size)
         return _request(path, start, size) if ahead is None else ahead
     if size is None:  # open it again: it may have been replaced since
-        return _patiently(path, lambda: _pread(_Open(path), start, None))
-    return _patiently(path, lambda: _pread(_open(path), start, size))
+        return _retried(path, lambda: _pread(_Open(path), start, None))
+    return _retried(path, lambda: _pread(_open(path), start, size))
 
 
 def read_part(path: str, start: int = 0, size: int | None = None) -> bytes:
@@ -329,7 +329,7 @@ def read_part(path: str, start: int = 0, size: int | None = None) -> bytes:
 def _request(path: str, start: int, size: int | None) -> bytes:
     fs, inner = _file_system(path)
     end = None if size is None else start + size
-    return _patiently(path, lambda: fs.cat_file(inner, start=start or None, end=end))
+    return _retried(path, lambda: fs.cat_file(inner, start=start or None, end=end))
 
 
 def _start(span: Span) -> Future[bytes]:
@@ -439,11 +439,11 @@ class RangeFile(io.RawIOBase):
             return b""
         first = self._start + self._position
         if (local := self._local) is not None:
-            return _patiently(self.path, lambda: _pread(local, first, size))
+            return _retried(self.path, lambda: _pread(local, first, size))
         skip = first - self._block_start
         if skip < 0 or skip + size > len(self._block):
-            goes_on = 0 <= skip <= len(self._block)
-            self._ahead = min(2 * self._ahead, _LAST_BLOCK) if goes_on else _FIRST_BLOCK
+            sequential = 0 <= skip <= len(self._block)
+            self._ahead = min(2 * self._ahead, _LAST_BLOCK) if sequential else _FIRST_BLOCK
             count = min(max(size, self._ahead), self._start + self.size - first)
             self._block, self._block_start, skip = read(self.path, first, count), first, 0
         return self._block[skip : skip + size]
@@ -468,7 +468,7 @@ def writing_data_file(path: str) -> Iterator[Path]:
     try:
         yield Path(name)
         fs, inner = _file_system(path)
-        _patiently(path, lambda: fs.put_file(name, inner), "write")
+        _retried(path, lambda: fs.put_file(name, inner), "write")
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -478,8 +478,8 @@ def names(folder: str) -> list[str]:
     if not is_remote(folder):
         return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     fs, inner = _file_system(folder)
-    found = _patiently(folder, lambda: fs.ls(inner, detail=False) if fs.exists(inner) else [])
-    return sorted(os.path.basename(name) for name in found)
+    paths = _retried(folder, lambda: fs.ls(inner, detail=False) if fs.exists(inner) else [])
+    return sorted(os.path.basename(path) for path in paths)
 
 
 def _pread(file: _Open, start: int, size: int | None) -> bytes:
@@ -493,10 +493,10 @@ def _pread(file: _Open, start: int, size: int | None) -> bytes:
     return content
 
 
-def _regular(path: str, found: os.stat_result) -> os.stat_result:
-    if not modes.S_ISREG(found.st_mode):
-        raise Unreadable(path, "not a regular file", _KINDS.get(modes.S_IFMT(found.st_mode), ""))
-    return found
+def _regular(path: str, status: os.stat_result) -> os.stat_result:
+    if not modes.S_ISREG(status.st_mode):
+        raise Unreadable(path, "not a regular file", _KINDS.get(modes.S_IFMT(status.st_mode), ""))
+    return status
 
 
 _KINDS = {
@@ -550,7 +550,7 @@ def _file_system(path: str) -> tuple[Any, str]:
     return fs, fs._strip_protocol(path)
 
 
-def _patiently(path: str, call: Callable[[], T], what: str = "read") -> T:
+def _retried(path: str, call: Callable[[], T], what: str = "read") -> T:
     """Returns `call()`, retried with growing waits if it fails for a transient reason.
 
     Raises:

@@ -282,19 +282,23 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
         frames.append([p for p in given if isinstance(p, Image.Image)])
         answers.append(digits.parse_digit(str(answer)))
     following = emu.complete(prompts, max_images=1)
-    drawn = {
+    generated = {
         i: np.asarray(p)
         for i, parts in enumerate(following)
         for p in parts
         if not isinstance(p, str)
     }
-    read = dict(zip(drawn, judge(np.stack(list(drawn.values()))), strict=True)) if drawn else {}
+    read = (
+        dict(zip(generated, judge(np.stack(list(generated.values()))), strict=True))
+        if generated
+        else {}
+    )
     right = [read.get(i) == answer for i, answer in enumerate(answers)]
     blank = np.zeros(
         (emu.image_size, emu.image_size, 3), np.uint8
     )  # shown if no image was generated
     shown = [
-        (frames[i], drawn.get(i, blank), right[i], f"{digits.WORDS[answers[i]]} comes next")
+        (frames[i], generated.get(i, blank), right[i], f"{digits.WORDS[answers[i]]} comes next")
         for i in range(SHOWN)
     ]
     return shown, _mean(right)

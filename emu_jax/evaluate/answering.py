@@ -76,22 +76,22 @@ class Answerer:
         """
         with ThreadPoolExecutor(READERS) as readers:
             opening = (self._open(items, readers) for items in batches)
-            for items, shown, opened in one_ahead(opening):
+            for items, few_shot, opened in one_ahead(opening):
                 pixels = {path: future.result() for path, future in opened.items()}
-                yield items, self._ask(items, shown, pixels)
+                yield items, self._ask(items, few_shot, pixels)
 
     def _open(
         self, items: Sequence[Item], readers: ThreadPoolExecutor
     ) -> tuple[Sequence[Item], list[FewShotExamples], dict[Path, Future]]:
         """Chooses a batch's examples and starts loading its images in background threads."""
-        shown = self.fewshot(items, self.featurize)
+        few_shot = self.fewshot(items, self.featurize)
         paths: dict[Path, None] = {}
-        for item, examples in zip(items, shown, strict=True):
+        for item, examples in zip(items, few_shot, strict=True):
             if item.media is not None:
                 paths[item.media] = None
             if examples.show_images:
                 paths |= dict.fromkeys(example.media for example in examples.examples)
-        return items, shown, {path: readers.submit(self._pixels, path) for path in paths}
+        return items, few_shot, {path: readers.submit(self._pixels, path) for path in paths}
 
     def _pixels(self, path: Path) -> np.ndarray:
         """Loads an image, uint8 [s, s, 3], or the frames of a video, uint8 [F, s, s, 3].
@@ -116,18 +116,18 @@ class Answerer:
     def _ask(
         self,
         items: Sequence[Item],
-        shown: Sequence[FewShotExamples],
+        few_shot: Sequence[FewShotExamples],
         pixels: Mapping[Path, np.ndarray],
     ) -> list[dict[str, Any]]:
         """Runs all stages on a batch and returns one row of the predictions file per item."""
         said: list[dict[str, Any]] = [{} for _ in items]
         asked: list[dict[str, str]] = [{} for _ in items]
         for stage in self.task.stages(self.mode, self.in_context):
-            parts = [stage.prompt(i, e, s) for i, e, s in zip(items, shown, said, strict=True)]
+            parts = [stage.prompt(i, e, s) for i, e, s in zip(items, few_shot, said, strict=True)]
             prompts = [[pixels[p] if isinstance(p, Path) else p for p in row] for row in parts]
             answers = self._stage_answers(stage, items, prompts)
             for row, texts, prompt, answer in zip(said, asked, parts, answers, strict=True):
-                row[stage.name], texts[stage.name] = answer, spelled(prompt)
+                row[stage.name], texts[stage.name] = answer, prompt_text(prompt)
         return [
             {"id": item.id, "answer": self.task.answer(item, row), "said": row, "asked": texts}
             for item, row, texts in zip(items, said, asked, strict=True)
@@ -172,21 +172,21 @@ def one_ahead(values: Iterable[T]) -> Iterator[T]:
     yield from waiting
 
 
-def choose_mode(asked: str, tokenizer: Tokenizer, task: Task) -> Mode:
+def choose_mode(requested: str, tokenizer: Tokenizer, task: Task) -> Mode:
     """Returns the kind of prompts for a model, which its tokenizer tells.
 
     Raises:
-        UserError: `asked` does not fit this kind of model, or the task has no prompts for it.
+        UserError: `requested` does not fit this kind of model, or the task has no prompts for it.
     """
     mode: Mode = _TUNED_MODES[tokenizer.family] if tokenizer.instruct else "pretrain"
-    if asked not in ("auto", mode):
-        raise UserError(f"--mode {asked}: the checkpoint {_KINDS[mode]}; leave it out")
+    if requested not in ("auto", mode):
+        raise UserError(f"--mode {requested}: the checkpoint {_KINDS[mode]}; leave it out")
     if mode not in task.modes:
         kind = "an instruction-tuned" if "instruct" in task.modes else "the pretrained"
         raise UserError(f"{task.name} is a task for {kind} model: choose another checkpoint")
     return mode
 
 
-def spelled(prompt: Sequence[StagePart]) -> str:
+def prompt_text(prompt: Sequence[StagePart]) -> str:
     """Formats a prompt for a reader, with file names in place of images."""
     return "".join(p if isinstance(p, str) else f"<{p.name}>" for p in prompt)

@@ -30,7 +30,7 @@ from emu_jax import sharding
 from emu_jax.checkpoint import latest_step, model_fingerprint
 from emu_jax.errors import UserError, suggest
 from emu_jax.evaluate import results_page
-from emu_jax.evaluate.answering import Answerer, choose_mode, spelled
+from emu_jax.evaluate.answering import Answerer, choose_mode, prompt_text
 from emu_jax.evaluate.fewshot import Examples, FewShot
 from emu_jax.evaluate.scorers.similarity import SimilarityOptions
 from emu_jax.evaluate.tasks import TASKS
@@ -221,7 +221,7 @@ class CheckpointEvaluation:
         example_prompt = FewShotExamples(tuple(self.fewshot.support[:1]), self.in_context)
         for stage in asking:
             asked.update(
-                spelled(stage.prompt(self.items[0], example_prompt, said)).encode()
+                prompt_text(stage.prompt(self.items[0], example_prompt, said)).encode()
             )  # the wording
             choices = {"choices": stage.choices} if stage.choices else {}
             stages[stage.name] = {**stage.settings, **choices}

@@ -150,7 +150,8 @@ class Engine:
         try:
             with self.emu._on_mesh():
                 joined = self._text.read_prompts()
-                # Others may already wait for the next step, and many answers are a token or two.
+                # One step after reading a prompt: others may be waiting, and many answers are only
+                # a token or two.
                 self._text.decode(1 if joined else ELEMENTS_PER_STREAM_CHECK)
                 try:
                     self._images.denoise()
@@ -248,7 +249,7 @@ class Engine:
         ):
             yield from self._stream_alone(prompt, length, cfg, settings, stops)
             return
-        said = ""
+        text = ""
         progress = _StreamProgress(self.tokenizer, ids, last=last)
         slot = yield from self._slot()
         try:
@@ -259,14 +260,14 @@ class Engine:
                 embeddings = self._text.embeddings(slot) if images else None
                 for part in progress.advance(tokens, images=images, ended=ended):
                     if isinstance(part, str):
-                        said += part
+                        text += part
                         yield part
                         continue
                     assert embeddings is not None
                     _, paint_key = _row_keys(np.zeros(1, int), cfg.seed)
                     key = _image_keys(paint_key, part)
                     yield from self._paint(embeddings[:, part], key, cfg, previews=previews)
-                stopped = has_stop(said, stops)
+                stopped = has_stop(text, stops)
                 if ended or stopped:
                     written = np.isin(tokens, (ids.pad, ids.image, ids.img_end), invert=True)
                     complete = stopped or bool(np.any(tokens == ids.eos))
@@ -289,15 +290,15 @@ class Engine:
 
         Its generated tokens are counted in its text.
         """
-        said = ""
+        text = ""
         for part in self.emu.stream(prompt, **settings):
             if isinstance(part, str):
-                said += part
+                text += part
             yield part
-            if has_stop(said, stops):
+            if has_stop(text, stops):
                 break
             yield None  # lets the others have a step
-        written = len(self.tokenizer.encode_plain(said))
+        written = len(self.tokenizer.encode_plain(text))
         yield Usage(length, written, written < cfg.max_new_tokens)
 
     def search(self, prompt: Any, **settings: Unpack[TextSettings]) -> Iterator[EnginePart]:
@@ -333,12 +334,12 @@ class Engine:
                     state = _continue_search(
                         emu._graphdef, emu._params, state, static, dynamic, key
                     )
-            found = to_host(_best_beam(state.beams, static, dynamic))[0, 1:]
+            tokens = to_host(_best_beam(state.beams, static, dynamic))[0, 1:]
         finally:
             self._searching = False
-        yield emu._text(found.tolist(), not cfg.grounding)
-        written = int(np.sum(found != ids.pad))
-        yield Usage(len(rows[0].tokens), written, bool(np.any(found == ids.eos)))
+        yield emu._text(tokens.tolist(), not cfg.grounding)
+        written = int(np.sum(tokens != ids.pad))
+        yield Usage(len(rows[0].tokens), written, bool(np.any(tokens == ids.eos)))
 
     def _slot(self) -> Generator[None, None, int]:
         """Takes a free slot, and waits until there is one."""
@@ -921,9 +922,9 @@ class _ImageSlots:
                     job.preview = Preview(image, job.step, job.count)
 
 
-def has_stop(said: str, stops: Sequence[str]) -> bool:
+def has_stop(text: str, stops: Sequence[str]) -> bool:
     """Returns whether an answer contains a stop text. White space before it is no part of it."""
-    return any(stop in said.lstrip() for stop in stops)
+    return any(stop in text.lstrip() for stop in stops)
 
 
 def _padded(column: np.ndarray, rows: int) -> np.ndarray:

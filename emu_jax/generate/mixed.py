@@ -1,8 +1,8 @@
 """Continuation of a mixed sequence, in which the model itself may start an image.
 
 Each step gives every row one element: a text token that it chooses, a visual embedding that it
-regresses (after `[IMG]`), or the `[/IMG]` behind the last of these. Rows in text and rows in an
-image therefore share one loop and one KV cache.
+regresses (after `[IMG]`), or the `[/IMG]` that follows an image's last embedding. Rows in text and
+rows in an image therefore share one loop and one KV cache.
 """
 
 from __future__ import annotations
@@ -203,11 +203,11 @@ def _choose(
     """Appends the next element of every row that has not ended. `llama` is that of `emu`, or its
     copy for decoding."""
     ids, n = emu.cfg.tokens, emu.cfg.n_embeddings
-    # Tokens that only an image or padding may put there.
-    closed = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if static.may_open else [ids.img])
-    closed += [] if ids.frame is None else [ids.frame]
-    closed = [token for token in closed if token != ids.eos]
-    scores = state.logits.at[:, jnp.asarray(closed)].set(-jnp.inf)
+    # Tokens that are never sampled: only an image, a prompt or padding has them.
+    banned = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if static.may_open else [ids.img])
+    banned += [] if ids.frame is None else [ids.frame]
+    banned = [token for token in banned if token != ids.eos]
+    scores = state.logits.at[:, jnp.asarray(banned)].set(-jnp.inf)
     word = jnp.argmax(scores, axis=-1)
     if static.do_sample:
         word = _sample(scores, word, dynamic, step_keys(keys, state.step))
@@ -215,10 +215,10 @@ def _choose(
     writes = state.offset < 0
     opens = writes & (word == ids.img)
     max_images = static.max_images if dynamic.max_images is None else dynamic.max_images
-    refused = opens & (state.count >= max_images)
+    over_limit = opens & (state.count >= max_images)  # one image too many: the row ends here
 
     token = jnp.where(embeds, ids.image, jnp.where(closes, ids.img_end, word))
-    token = jnp.where(state.done | refused, ids.pad, token)
+    token = jnp.where(state.done | over_limit, ids.pad, token)
     rows = jnp.arange(len(token))
     # Rows outside an image write out of range, which drops the write.
     number = jnp.where(embeds & ~state.done, state.count, static.max_images)
@@ -227,8 +227,8 @@ def _choose(
     )
     written = state.written + writes
     count = state.count + closes
-    offset = jnp.where(embeds, state.offset + 1, jnp.where(opens & ~refused, 0, -1))
-    spent = (offset < 0) & (written >= dynamic.max_new_tokens)
+    offset = jnp.where(embeds, state.offset + 1, jnp.where(opens & ~over_limit, 0, -1))
+    out_of_tokens = (offset < 0) & (written >= dynamic.max_new_tokens)
     word_embedding = llama.embed_tokens(token).astype(state.element.dtype)
     visual = emu.to_language(state.regressed)
     return state._replace(
@@ -238,7 +238,7 @@ def _choose(
         offset=offset,
         count=count,
         written=written,
-        done=state.done | refused | (writes & (word == ids.eos)) | spent,
+        done=state.done | over_limit | (writes & (word == ids.eos)) | out_of_tokens,
         element=jnp.where(embeds[:, None], visual, word_embedding),
     )
 

@@ -29,7 +29,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class HloArray:
     """One array of an instruction's result."""
 
     dtype: str
@@ -55,7 +55,7 @@ class Instruction:
     """One instruction of a computation."""
 
     name: str
-    arrays: tuple[Array, ...]
+    arrays: tuple[HloArray, ...]
     op: str
     operands: tuple[str, ...]
     attributes: str
@@ -63,8 +63,8 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """Returns the text after `name=`, up to the next comma outside brackets, or None."""
-        found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
-        return _until(self.attributes[found.end() :], ",") if found else None
+        match = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
+        return _until(self.attributes[match.end() :], ",") if match else None
 
     @property
     def called(self) -> str | None:
@@ -167,8 +167,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         elif header := _HEADER.match(line):
             current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            name, result, op, rest = found.groups()
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            name, result, op, rest = match.groups()
             inside = _until(rest, ")")
             current[name] = Instruction(
                 name,
@@ -234,8 +234,8 @@ class _InstructionCounter:
                             begin = Begin(channels[0], event.collective, event.times * executions)
                             begins.append(begin)
                 else:
-                    if found := self.count_instruction(body, instruction, times, seen):
-                        cost = [found]
+                    if counted := self.count_instruction(body, instruction, times, seen):
+                        cost = [counted]
                     inside = dict(self.transfers(body, instruction))
                     begins = [Begin(c, inside[c]) for c in inside if c not in seen]
                 seen |= {begin.channel for begin in begins}
@@ -387,7 +387,7 @@ class _InstructionCounter:
             return _hbm(instruction.arrays[:1]) + sum(map(_hbm, operands[:1]))
         return _hbm(instruction.arrays) + sum(map(_hbm, operands))
 
-    def bytes_read(self, inner: Computation, number: int, arrays: Sequence[Array]) -> float:
+    def bytes_read(self, inner: Computation, number: int, arrays: Sequence[HloArray]) -> float:
         """Returns the bytes that a fusion reads of operand `number`, which it may only slice."""
         whole = _hbm(arrays)
         if not whole:
@@ -531,7 +531,7 @@ def _events(schedule: Schedule) -> Iterator[tuple[Cost | Begin | End, float]]:
 
 
 def _repeated(cost: Cost, executions: float) -> Cost:
-    """Returns the cost of so many executions as that of one."""
+    """Returns the cost of all executions of an instruction, given that of one."""
     return dataclasses.replace(
         cost,
         flops=cost.flops * executions,
@@ -672,8 +672,8 @@ def first_group(text: str, attributes: str = "") -> tuple[int, ...]:
     """
     if text.startswith("{{"):
         return tuple(map(int, text[2:].split("}")[0].split(",")))
-    if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        return tuple(_iota(found[2], found[3]).reshape(_numbers(found[1]))[0].tolist())
+    if match := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return tuple(_iota(match[2], match[3]).reshape(_numbers(match[1]))[0].tolist())
     if text.startswith("mesh["):
         # `text` ends at the first comma, before the device list and the axes.
         whole = attributes[attributes.index("replica_groups=") + len("replica_groups=") :]
@@ -694,8 +694,8 @@ def first_group(text: str, attributes: str = "") -> tuple[int, ...]:
 
 def _constant(instruction: Instruction) -> int | None:
     """Returns the value of a scalar integer constant, or None."""
-    found = re.match(r"(\d+)\)", instruction.attributes) if instruction.op == "constant" else None
-    return int(found[1]) if found else None
+    match = re.match(r"(\d+)\)", instruction.attributes) if instruction.op == "constant" else None
+    return int(match[1]) if match else None
 
 
 def _iota(shape: str, permutation: str | None) -> np.ndarray:
@@ -704,17 +704,17 @@ def _iota(shape: str, permutation: str | None) -> np.ndarray:
     return (ids.transpose(_numbers(permutation)) if permutation else ids).flatten()
 
 
-def _arrays(text: str) -> Iterator[Array]:
+def _arrays(text: str) -> Iterator[HloArray]:
     for dtype, shape, layout in _SHAPE.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
-        yield Array(dtype, tuple(_numbers(shape)), int(space[1]) if space else 0)
+        yield HloArray(dtype, tuple(_numbers(shape)), int(space[1]) if space else 0)
 
 
-def _hbm(arrays: Sequence[Array]) -> float:
+def _hbm(arrays: Sequence[HloArray]) -> float:
     return sum(array.bytes for array in arrays if array.in_hbm)
 
 
-def _largest(arrays: Sequence[Array]) -> float:
+def _largest(arrays: Sequence[HloArray]) -> float:
     return max((array.bytes for array in arrays), default=0.0)
 
 

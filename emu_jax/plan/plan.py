@@ -299,9 +299,9 @@ def _begin(level: int, flags: str | None) -> None:
     """
     if flags is not None:
         os.environ["LIBTPU_INIT_ARGS"] = flags
-    asked = multiprocessing.parent_process()
-    assert asked is not None
-    threading.Thread(target=lambda: (asked.join(), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(level)
 

@@ -356,11 +356,11 @@ def chat(
 
 def _until_stop(parts: Iterable[EnginePart], stops: Sequence[str]) -> Iterator[EnginePart]:
     """Yields the parts of an answer up to the one that completes a stop text."""
-    said = ""
+    text = ""
     for part in parts:
         yield part
-        said += part if isinstance(part, str) else ""
-        if has_stop(said, stops):
+        text += part if isinstance(part, str) else ""
+        if has_stop(text, stops):
             return
 
 

@@ -148,8 +148,8 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        name = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        name = request_id if REQUEST_ID.fullmatch(request_id) else f"req-{secrets.token_hex(8)}"
         started, status = time.monotonic(), 500
 
         async def observed(message: Message) -> None:
@@ -209,17 +209,17 @@ class Authenticate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._keys and scope["type"] == "http":
-            given = Headers(scope=scope).get("authorization", "")
-            scheme, _, key = given.partition(" ")
+            header = Headers(scope=scope).get("authorization", "")
+            scheme, _, key = header.partition(" ")
             hashed, address = _key_hash(key.strip()), client_of(scope)
-            if given and address and self._wrong.full(address):
+            if header and address and self._wrong.full(address):
                 message = "too many wrong API keys from your address: try again in a minute"
                 await error_response(scope["path"], 429, message)(scope, receive, send)
                 return
             if scheme.lower() == "bearer" and hashed in self._keys:
                 scope.setdefault("state", {})[KEY_STATE] = f"key {hashed[:12]}"
             elif scope["path"] not in OPEN_PATHS:
-                if given and address:
+                if header and address:
                     self._wrong.add(address)
                 message = "no valid API key: send one in the header Authorization: Bearer KEY"
                 await error_response(scope["path"], 401, message)(scope, receive, send)

@@ -92,11 +92,11 @@ def parse_completion(
     known |= {"max_completion_tokens", "temperature", "top_p"}
     values = _fields(body, known)
     _check_model(values, model)
-    given = values.get("messages")
-    if not isinstance(given, list) or not given:
+    value = values.get("messages")
+    if not isinstance(value, list) or not value:
         raise Refused(400, "messages must be a non-empty list")
     room, system, messages = Room(limits, special), None, []
-    for number, each in enumerate(given):
+    for number, each in enumerate(value):
         message = json_object(each, f"messages[{number}]", {"role", "content", "name", "refusal"})
         role, parts = message.get("role"), _parts(message.get("content"), room, number)
         if number == 0 and role in ("system", "developer"):
@@ -189,9 +189,9 @@ def _fields(
 
 
 def _check_model(values: dict[str, Any], model: str) -> None:
-    given = values.get("model", model)
-    if given != model:
-        raise Refused(404, f"there is no model {str(given)[:100]!r}: this server has {model!r}")
+    value = values.get("model", model)
+    if value != model:
+        raise Refused(404, f"there is no model {str(value)[:100]!r}: this server has {model!r}")
 
 
 def _parts(content: Any, room: Room, number: int) -> list[Any]:
@@ -218,8 +218,8 @@ def _parts(content: Any, room: Room, number: int) -> list[Any]:
     return parts
 
 
-def _stops(given: Any) -> tuple[str, ...]:
-    stops = [] if given is None else [given] if isinstance(given, str) else given
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
     if (
         not isinstance(stops, list)
         or len(stops) > MAX_STOPS

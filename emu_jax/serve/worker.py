@@ -275,7 +275,7 @@ class Worker:
                 self._joined += 1
 
     def _able(self) -> list[Ticket]:
-        """Returns the queued tickets of which not as many run as may run at once."""
+        """Returns the queued tickets whose kind has not reached its limit of running requests."""
         running = collections.Counter(ticket.kind for ticket in self._running)
         full = {kind for kind, most in self._kinds.items() if running[kind] >= most}
         return [ticket for ticket in self._line if ticket.kind not in full]

@@ -123,7 +123,7 @@ class GroupConfig:
 
     pattern: str = ".*"
     lr: float = 1e-3  # peak; 0 freezes: no gradient, no optimizer state
-    delay_steps: int = 0  # held still before this step, though gradients flow through
+    delay_steps: int = 0  # frozen before this step; gradients still flow through
     warmup_steps: int = 0  # from the end of the delay
     # cosine or linear (to `final_fraction` of the peak at the last step), constant, or steps (by
     # `drops`)
@@ -312,7 +312,7 @@ class TrainConfig:
     kl_weight: float = 1e-4  # of the autoencoder's KL term
     # Decoder tuning: standard deviation of the noise that all pixels of a channel share.
     noise_offset: float = 0.0
-    accumulate: int = 1  # parts of a batch that a step goes through one after the other
+    accumulate: int = 1  # microbatches of a step, computed one after the other
     ema_decay: float = 0.0  # averages what is trained, when > 0
     remat: RematConfig = RematConfig()
     attention: str = "auto"  # models.attention.choose_backend

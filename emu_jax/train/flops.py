@@ -22,6 +22,7 @@ from flax import nnx
 from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.models.connectors import connector_of
 from emu_jax.models.remat import RECOMPUTED_SCOPE
+from emu_jax.sharding import dotted
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import Batch, get_objective
 from emu_jax.train.optimizer import group_of
@@ -120,7 +121,7 @@ def _is_matrix(path: str, shape: tuple[int, ...]) -> bool:
 def _shapes(cfg: TrainConfig) -> dict[str, tuple[int, ...]]:
     build = lambda: get_objective(cfg).build(nnx.Rngs(0))  # noqa: E731
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))
-    return {".".join(map(str, path)): leaf.shape for path, leaf in state}
+    return {dotted(path): leaf.shape for path, leaf in state}
 
 
 def _traced(cfg: TrainConfig) -> float:
@@ -129,7 +130,7 @@ def _traced(cfg: TrainConfig) -> float:
     objective = get_objective(cfg)
     build = lambda: objective.build(nnx.Rngs(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    flat = {dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     paths = dict(zip(flat, nnx.to_flat_state(state), strict=True))
     learns = {path for path in flat if group_of(path, cfg.optimizer).lr > 0}
 

@@ -225,7 +225,7 @@ class EmuObjective(Objective):
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         visual_key, language_key = jax.random.split(key)
         images = module.encode_images(pixels, frames=frames_of(batch), dropout_key=visual_key)
-        words, regression_loss = sequence_losses(
+        text_loss, regression_loss = sequence_losses(
             module,
             images,
             batch,
@@ -235,9 +235,9 @@ class EmuObjective(Objective):
         )
         stills = batch["image_valid"] & ~jnp.asarray(frames_of(batch))
         variance, rank = spread(images.astype(jnp.float32), stills)
-        loss = cfg.text_weight * words + cfg.regression_weight * regression_loss
+        loss = cfg.text_weight * text_loss + cfg.regression_weight * regression_loss
         return loss, {
-            "text_loss": words,
+            "text_loss": text_loss,
             "regression_loss": regression_loss,
             "embedding_variance": variance,
             "embedding_rank": rank,
@@ -250,10 +250,10 @@ class EmuObjective(Objective):
         images = module.encode_images(pixels, frames=frames_of(batch))
         hidden, x = hidden_states(module, images, batch)
         masks = {name: mask & rows[:, None] for name, mask in target_masks(module, batch).items()}
-        words = module.llama.token_losses(
+        token_losses = module.llama.token_losses(
             hidden, following(batch["tokens"]), block=self.cfg.loss_block
         )
-        return text_sums(words, masks["text"], batch) | regression_sums(
+        return text_sums(token_losses, masks["text"], batch) | regression_sums(
             module.regress(hidden).astype(jnp.float32),
             regression_targets(module, hidden, x, images, batch),
             masks["regression"],
@@ -299,8 +299,8 @@ class TextObjective(Objective):
     def loss(
         self, module: LanguageModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
     ) -> tuple[jax.Array, Metrics]:
-        words = self._losses(module, batch, key)
-        return masked_mean(words, text_mask(batch), (targets or {}).get("text")), {}
+        token_losses = self._losses(module, batch, key)
+        return masked_mean(token_losses, text_mask(batch), (targets or {}).get("text")), {}
 
     def _losses(
         self, module: LanguageModel, batch: Batch, dropout_key: jax.Array | None
@@ -313,8 +313,8 @@ class TextObjective(Objective):
     def held_out(
         self, module: LanguageModel, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
     ) -> Metrics:
-        words = self._losses(module, batch, None)
-        return text_sums(words, text_mask(batch) & rows[:, None], batch)
+        token_losses = self._losses(module, batch, None)
+        return text_sums(token_losses, text_mask(batch) & rows[:, None], batch)
 
     def held_out_metrics(self, sums: Sums) -> dict[str, float]:
         text = text_metrics(sums)
@@ -361,9 +361,9 @@ def sequence_losses(
     target = jax.lax.stop_gradient(regression_targets(module, hidden, x, images, batch))
     error = jnp.square(module.regress(hidden).astype(jnp.float32) - target)
     errors = jnp.mean(error, axis=-1)
-    words = module.llama.token_losses(hidden, following(batch["tokens"]), block=loss_block)
+    token_losses = module.llama.token_losses(hidden, following(batch["tokens"]), block=loss_block)
     return (
-        masked_mean(words, masks["text"], targets.get("text")),
+        masked_mean(token_losses, masks["text"], targets.get("text")),
         masked_mean(errors, masks["regression"], targets.get("regression")),
     )
 

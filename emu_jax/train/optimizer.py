@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from emu_jax.errors import UserError
+from emu_jax.sharding import dotted
 from emu_jax.train.config import EIGHT_BITS, GroupConfig, OptimizerConfig
 from emu_jax.train.moments import (
     Quantized,
@@ -198,7 +199,7 @@ def _scale_by_adam(
 
 
 def _decoded(moments: Any) -> Any:
-    """Returns moments with those that are quantized in float32."""
+    """Converts quantized moments to float32; others stay as they are."""
     is_quantized = lambda x: isinstance(x, Quantized)  # noqa: E731
     return jax.tree.map(
         lambda x: dequantize(x) if is_quantized(x) else x, moments, is_leaf=is_quantized
@@ -234,8 +235,3 @@ def _scale_by_groups(
 
     init = lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))  # noqa: E731
     return _transformation(init, update)
-
-
-def dotted(path: tuple[Any, ...]) -> str:
-    """Returns a tree path in the form `visual.blocks.attn.qkv`."""
-    return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)

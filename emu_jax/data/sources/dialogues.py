@@ -56,21 +56,21 @@ class Medium(NamedTuple):
     video: bool = False
 
 
-Said = list[str | Medium]
+Content = list[str | Medium]  # of a message
 
 
 class Turn(NamedTuple):
     """A question, and the answer, which is the training target."""
 
-    asked: Said
-    answer: Said
+    question: Content
+    answer: Content
 
 
 class Dialogue(NamedTuple):
     """A parsed entry."""
 
     turns: list[Turn]
-    system: Said | None  # the entry's own message
+    system: Content | None  # the entry's own message
     clip: Clip | None  # of its video
     unused: list[Unused]
 
@@ -158,7 +158,7 @@ class Dialogues(Listed):
 
 class _Message(NamedTuple):
     speaker: str  # "system", "user" or "assistant"
-    said: Said
+    content: Content
 
 
 # Placeholders of the entry's next image or video.
@@ -174,7 +174,7 @@ def _parse(entry: dict[str, Any]) -> Dialogue:
     messages, unplaced = _placed(messages, images, videos)
     unused = [Unused(key) for key in ("tools", "audio", "audios") if entry.get(key)]
     system, turns = _turns(messages, unused)
-    turns[0].asked[:0] = unplaced
+    turns[0].question[:0] = unplaced
     return Dialogue(turns, system, _clip(entry, len(videos)), unused)
 
 
@@ -187,14 +187,14 @@ def _messages(entry: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield from _conversation(entry[key])
             return
     if "instruction" in entry:
-        for asked, answer in entry.get("history") or ():
-            yield from (("user", asked), ("assistant", answer))
+        for question, answer in entry.get("history") or ():
+            yield from (("user", question), ("assistant", answer))
         given = [text for text in (entry["instruction"], entry.get("input")) if text]
         yield from (("user", "\n".join(given)), ("assistant", entry["output"]))
     elif "QA" in entry:
         for turn in entry["QA"]:
-            asked = " ".join(text for text in (turn.get("i"), turn["q"]) if text)
-            yield from (("user", asked), ("assistant", turn["a"]))
+            question = " ".join(text for text in (turn.get("i"), turn["q"]) if text)
+            yield from (("user", question), ("assistant", turn["a"]))
     else:
         yield from (("user", entry["q"]), ("assistant", entry["a"]))
 
@@ -257,7 +257,7 @@ def _placed(
     Raises:
         ValueError: the number of placeholders is neither 0 nor the number of media.
     """
-    texts = [part for message in messages for part in message.said if isinstance(part, str)]
+    texts = [part for message in messages for part in message.content if isinstance(part, str)]
     tags = {"<image>": _IMAGE} if images else {}
     if videos:
         tags["<video>"] = _VIDEO
@@ -276,10 +276,10 @@ def _placed(
         yield part[start:]
 
     split_messages = [
-        _Message(speaker, [piece for part in said for piece in split(part)])
-        for speaker, said in messages
+        _Message(speaker, [piece for part in content for piece in split(part)])
+        for speaker, content in messages
     ]
-    placeholders = [part for message in split_messages for part in message.said]
+    placeholders = [part for message in split_messages for part in message.content]
     for placeholder, media in ((_IMAGE, images), (_VIDEO, videos)):
         if (count := placeholders.count(placeholder)) not in ({0, len(media)} if media else {0}):
             raise ValueError(f"{count} places for {len(media)} {placeholder.name[1:-1]}s")
@@ -291,59 +291,61 @@ def _placed(
         queue = queues.get(part) if isinstance(part, Medium) else None
         return part if queue is None else next(queue)
 
-    placed = [_Message(speaker, list(map(medium, said))) for speaker, said in split_messages]
+    placed = [_Message(speaker, list(map(medium, content))) for speaker, content in split_messages]
     return placed, [left for queue in queues.values() for left in queue]
 
 
-def _turns(messages: Iterable[_Message], unused: list[Unused]) -> tuple[Said | None, list[Turn]]:
+def _turns(messages: Iterable[_Message], unused: list[Unused]) -> tuple[Content | None, list[Turn]]:
     """Returns (system message, turns). Consecutive messages of one speaker are joined; messages
     that belong to no turn are added to `unused`.
 
     Raises:
         ValueError: there is no question with an answer.
     """
-    system: Said = []
+    system: Content = []
     turns: list[Turn] = []
-    asked: list[Said] = []  # since the last answer
+    questions: list[Content] = []  # since the last answer
 
-    def leave_out(reason: str, said: Said) -> None:
-        unused.append(Unused(reason, "".join(part for part in said if isinstance(part, str))[:80]))
+    def leave_out(reason: str, content: Content) -> None:
+        unused.append(
+            Unused(reason, "".join(part for part in content if isinstance(part, str))[:80])
+        )
         unused.extend(
             Unused(
                 "video of an unused message" if part.video else "image of an unused message",
                 part.name[:80],
             )
-            for part in said
+            for part in content
             if isinstance(part, Medium)
         )
 
     answered = False  # the last message of a turn is an answer
-    for speaker, said in messages:
-        empty = not any(isinstance(part, Medium) or part.strip() for part in said)
+    for speaker, content in messages:
+        empty = not any(isinstance(part, Medium) or part.strip() for part in content)
         if empty:
             leave_out("empty message", [speaker])
         if speaker == "user":
             answered = False
             if not empty:
-                asked.append(said)
+                questions.append(content)
         elif speaker == "system":
-            if turns or asked:
-                leave_out("system message after the first turn", [] if empty else said)
+            if turns or questions:
+                leave_out("system message after the first turn", [] if empty else content)
             elif not empty:
-                system += ["\n", *said] if system else said
+                system += ["\n", *content] if system else content
         elif empty:
-            for question in asked:
+            for question in questions:
                 leave_out("question without an answer", question)
-            asked = []
-        elif asked:
-            question = [part for said in asked for part in ("\n", *said)][1:]
-            turns.append(Turn(question, said))
-            asked, answered = [], True
+            questions = []
+        elif questions:
+            question = [part for content in questions for part in ("\n", *content)][1:]
+            turns.append(Turn(question, content))
+            questions, answered = [], True
         elif answered:
-            turns[-1].answer.extend(("\n", *said))
+            turns[-1].answer.extend(("\n", *content))
         else:
-            leave_out("answer without a question", said)
-    for question in asked:
+            leave_out("answer without a question", content)
+    for question in questions:
         leave_out("question without an answer", question)
     if not turns:
         raise ValueError("no question with an answer")
@@ -370,10 +372,10 @@ def _document(
         system: the message of an entry without its own; by default Emu1's for its media.
     """
 
-    def parts(said: Said, scored: bool) -> list[Text | Image]:
+    def parts(content: Content, scored: bool) -> list[Text | Image]:
         formatted: list[Text | Image] = []
         text = ""
-        for part in [*said, None]:
+        for part in [*content, None]:
             if isinstance(part, str):
                 text += part
                 continue
@@ -384,17 +386,17 @@ def _document(
                 formatted += images(part, scored)
         return formatted
 
-    shown = [part for turn in dialogue.turns for part in turn.asked if isinstance(part, Medium)]
+    media = [part for turn in dialogue.turns for part in turn.question if isinstance(part, Medium)]
     message = system if system is not None and dialogue.system is None else ""
-    if system is None and dialogue.system is None and shown:
-        message = VIDEO_SYSTEM if any(medium.video for medium in shown) else IMAGE_SYSTEM
+    if system is None and dialogue.system is None and media:
+        message = VIDEO_SYSTEM if any(medium.video for medium in media) else IMAGE_SYSTEM
     document = parts(dialogue.system or [], scored=False)
     for number, turn in enumerate(dialogue.turns):
         if number:
             document.append(Text(EOS, special=True))
         document.append(Text(f"{message} {USER}:".lstrip(), scored=False, special=True))
         message = ""
-        document += parts(turn.asked, scored=False)
+        document += parts(turn.question, scored=False)
         document += [
             Text(f"{ASSISTANT}:", scored=False, special=True),
             *parts(turn.answer, scored=True),

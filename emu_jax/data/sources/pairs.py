@@ -49,7 +49,7 @@ from emu_jax.data.sources.spans import Spans, compact_spans
 from emu_jax.data.sources.tars import Member, members, note
 from emu_jax.data.sources.video import VIDEO_SUFFIXES, Video, sample_frames
 from emu_jax.data.unused import Tally, Unused
-from emu_jax.errors import UserError
+from emu_jax.errors import UserError, first_line
 
 _VERSION = "samples-5"  # of what is read from a sample
 _INDEX_VERSION = "samples-6"
@@ -561,7 +561,7 @@ class TfdsPairs(Source):
         except UserError:
             raise
         except Exception as error:  # tfds raises of every kind
-            raise UserError(f"cannot read {self._directory}: {_first_line(error)}") from None
+            raise UserError(f"cannot read {self._directory}: {first_line(error)}") from None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -586,7 +586,7 @@ class TfdsPairs(Source):
         except UserError:
             raise
         except Exception as error:  # tfds raises of every kind
-            raise Damaged("damaged record", where, _first_line(error)) from None
+            raise Damaged("damaged record", where, first_line(error)) from None
         if not images:
             raise Damaged("incomplete sample", where, "no image")
         unused = [Unused("other image")] * (len(images) - 1)
@@ -653,7 +653,3 @@ def _at(values: Any, path: _Path) -> Any:
 def _listed(value: Any) -> list[Any]:
     """Returns the values of a sequence, or a list of a single value."""
     return list(value) if isinstance(value, list | np.ndarray) else [value]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

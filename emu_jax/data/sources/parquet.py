@@ -14,7 +14,7 @@ import numpy as np
 from emu_jax.data import storage
 from emu_jax.data.documents import Damaged
 from emu_jax.data.sources.index import Arrays
-from emu_jax.errors import UserError
+from emu_jax.errors import UserError, first_line
 
 _DECODED = 1 << 28  # bytes of decoded row groups that a source holds at most, but at least one
 _FOOTERS = 128  # files whose footers a source holds
@@ -78,10 +78,10 @@ class ParquetRows:
             raise
         except (FileNotFoundError, PermissionError) as error:
             raise UserError(
-                f"{path} cannot be read ({_first_line(error)}): restore it, or allow reading it"
+                f"{path} cannot be read ({first_line(error)}): restore it, or allow reading it"
             ) from None
         except (OSError, ValueError) as error:  # pyarrow's errors are among them
-            raise Damaged("damaged record", where, _first_line(error)) from None
+            raise Damaged("damaged record", where, first_line(error)) from None
         return {name: value for name, value in values.items() if value is not None}
 
     def _table(self, path: str, group: int) -> Any:
@@ -139,9 +139,5 @@ def _group(path: str, footer: Any, number: int, columns: list[str] | None = None
 
 def _broken(path: str, error: Exception) -> UserError:
     return UserError(
-        f"{path} is cut short or not a Parquet file ({_first_line(error)}): download it again"
+        f"{path} is cut short or not a Parquet file ({first_line(error)}): download it again"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

@@ -177,11 +177,11 @@ class Video:
             raise Damaged("unreadable video", where, _why(error)) from None
         first = next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0)
         self.unused += [Unused(UNDECODABLE_FRAME, "before the first key frame")] * first
-        shown = [packet for packet in packets[first:] if not packet.is_discard]
-        if not shown:
+        displayed = [packet for packet in packets[first:] if not packet.is_discard]
+        if not displayed:
             raise Damaged("video without frames", where)
-        given = {packet.pts for packet in shown}
-        known = None not in given and len(given) == len(shown)
+        given = {packet.pts for packet in displayed}
+        known = None not in given and len(given) == len(displayed)
         # Whether frames are found by counting them, not by their timestamps.
         counted = form in _SHARED_TIMES or (reordered and form in _DECODING_TIMES)
         self._seekable = known and not counted
@@ -191,10 +191,10 @@ class Video:
         if known and form != "mpegvideo":  # which has only timestamps that FFmpeg makes up
             self.times = [float((pts - self._pts[0]) * base) for pts in self._pts]
         else:
-            self.times = [float(n / rate) for n in range(len(shown))]
+            self.times = [float(n / rate) for n in range(len(displayed))]
         missing = duration - self.times[-1]
         if not whole or _cut_short(self._file) or missing > max(1.0, 0.1 * duration):
-            self.unused.append(Unused(CUT_SHORT, f"{len(shown)} frames, {self.times[-1]:g} s"))
+            self.unused.append(Unused(CUT_SHORT, f"{len(displayed)} frames, {self.times[-1]:g} s"))
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
         """Decodes the frames with the given numbers, which ascend.
@@ -208,18 +208,18 @@ class Video:
         distinct = sorted(set(indices))
         deadline = _Deadline(self._seconds)
         try:
-            shown = dict(self._by_seeking(distinct, deadline)) if self._seekable else {}
-            if missing := [index for index in distinct if index not in shown]:
-                shown |= self._in_order(missing, deadline)
+            decoded = dict(self._by_seeking(distinct, deadline)) if self._seekable else {}
+            if missing := [index for index in distinct if index not in decoded]:
+                decoded |= self._in_order(missing, deadline)
         except _Overdue as error:
             raise Damaged("slow video", self._where, error) from None
         except UserError:  # of the store
             raise
         except Exception as error:
             raise Damaged("unreadable video", self._where, _why(error)) from None
-        if not shown:
+        if not decoded:
             raise Damaged("unreadable video", self._where, "no frame can be decoded")
-        return [(self.times[index], shown[index]) for index in indices]
+        return [(self.times[index], decoded[index]) for index in indices]
 
     def _by_seeking(self, indices: list[int], deadline: _Deadline) -> Iterator[tuple[int, bytes]]:
         """Decodes frames in order, and seeks to a key frame if one lies between two of them.
@@ -256,12 +256,12 @@ class Video:
 
     def _in_order(self, indices: list[int], deadline: _Deadline) -> dict[int, bytes]:
         """Decodes everything up to the last of the frames."""
-        shown: dict[int, bytes] = {}
+        decoded: dict[int, bytes] = {}
         left, last = collections.deque(indices), None
 
         def instead(frame: Any) -> None:
             index = left.popleft()
-            shown[index] = ppm(_as_shown(frame))
+            decoded[index] = ppm(_as_shown(frame))
             self.unused.append(Unused(UNDECODABLE_FRAME, f"at {self.times[index]:g} s"))
 
         with self._open() as container:
@@ -270,13 +270,13 @@ class Video:
                 while left and position is not None and position > self._place(left[0]):
                     instead(frame if last is None else last)
                 if left and position == self._place(left[0]):
-                    shown[left.popleft()] = ppm(_as_shown(frame))
+                    decoded[left.popleft()] = ppm(_as_shown(frame))
                 if not left:
                     break
                 last = frame
             while left and last is not None:
                 instead(last)
-        return shown
+        return decoded
 
     def _open(self) -> Any:
         self._file.seek(0)

@@ -56,8 +56,8 @@ class Videos(Listed):
         video = Video(
             self._media.open(entry.get("video"), folder, where, storage.MOST_VIDEO), where
         )
-        shown = sample_frames(video, self._frames, seed)
-        return Document((*Image.video(shown), words), tuple(video.unused))
+        frames = sample_frames(video, self._frames, seed)
+        return Document((*Image.video(frames), words), tuple(video.unused))
 
     def sketch(self, index: int) -> Document:
         entry = self._entries[index]
@@ -111,7 +111,7 @@ def transcript(content: bytes, where: str) -> Subtitles | None:
         cues = json.loads(utf8(content, where))
     except (ValueError, RecursionError) as error:
         raise Damaged("malformed subtitles", where, error) from None
-    said, unused = list[tuple[float, str]](), list[Unused]()
+    captions, unused = list[tuple[float, str]](), list[Unused]()
     for n, cue in enumerate(cues):
         try:
             start, words = float(cue["start"]), " ".join(cue["text"].split())
@@ -121,12 +121,12 @@ def transcript(content: bytes, where: str) -> Subtitles | None:
             unused.append(Unused(UNREADABLE, f"cue {n}"))
             continue
         if words:
-            said.append((start, words))
+            captions.append((start, words))
         else:
             unused.append(Unused(EMPTY, f"cue {n}"))
-    if cues and all(note.reason == UNREADABLE for note in unused) and not said:
+    if cues and all(note.reason == UNREADABLE for note in unused) and not captions:
         raise Damaged("malformed subtitles", where, "no cue has `start` and `text`")
-    return Subtitles(sorted(said, key=lambda cue: cue[0]), unused)
+    return Subtitles(sorted(captions, key=lambda cue: cue[0]), unused)
 
 
 def _bounded(frames: int) -> int:
@@ -186,11 +186,13 @@ class SubtitledVideos(Listed):
         if not isinstance(encoding, str | None):
             raise Damaged("malformed entry", where, f"encoding {encoding!r}")
         content = self._file(index, entry.get("subtitles"), storage.MOST_TEXT)
-        said = transcript(content, where)
-        if said is None:
-            said = subtitles(content, where, encoding)
-        document = Document.from_video([(time, b"") for time in self._times(index, entry)], said)
-        unused = said.unused
+        captions = transcript(content, where)
+        if captions is None:
+            captions = subtitles(content, where, encoding)
+        document = Document.from_video(
+            [(time, b"") for time in self._times(index, entry)], captions
+        )
+        unused = captions.unused
         if "storyboard" in entry:
             board = self._board(index, entry)
             first = 0
@@ -213,15 +215,15 @@ class SubtitledVideos(Listed):
         except MALFORMED as error:
             raise Damaged("malformed entry", where, repr(error)) from None
 
-    def _frames(self, index: int, shown: list[int]) -> tuple[list[Frame], list[Unused]]:
-        """Returns the frames with the given numbers, and those that could not be decoded."""
+    def _frames(self, index: int, numbers: list[int]) -> tuple[list[Frame], list[Unused]]:
+        """Returns the frames with these numbers, and those that could not be decoded."""
         entry = self._entries[index]
         times = self._times(index, entry)
         if "storyboard" in entry:
             board = self._board(index, entry)
-            return self._tiles(index, board, [(k, times[k]) for k in shown]), []
+            return self._tiles(index, board, [(k, times[k]) for k in numbers]), []
         video = self._video(index, entry)
-        places = np.searchsorted(video.times, [times[k] for k in shown])
+        places = np.searchsorted(video.times, [times[k] for k in numbers])
         return video.frames(np.minimum(places, len(video.times) - 1).tolist()), video.unused
 
     def _board(self, index: int, entry: dict[str, Any]) -> _Board:

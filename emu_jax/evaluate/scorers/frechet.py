@@ -265,7 +265,7 @@ def _read(path: Path) -> UInt8[np.ndarray, "Hh Ww 3"]:
     return np.array(open_image(path).convert("RGB"))
 
 
-def score(drawn: Gaussian, reference: Gaussian, notes: Sequence[str] = ()) -> Scores:
+def score(generated: Gaussian, reference: Gaussian, notes: Sequence[str] = ()) -> Scores:
     """Returns `FID`, the distance of generated images from real ones.
 
     Args:
@@ -278,13 +278,13 @@ def score(drawn: Gaussian, reference: Gaussian, notes: Sequence[str] = ()) -> Sc
     Raises:
         UserError: the feature widths differ, or a figure is not finite.
     """
-    counts = [f"{g.count:,}" if g.count else "an unknown number of" for g in (drawn, reference)]
+    counts = [f"{g.count:,}" if g.count else "an unknown number of" for g in (generated, reference)]
     said = [f"{counts[0]} images against {counts[1]} real ones", *notes]
-    if drawn.count and drawn.count <= len(drawn.mean):
+    if generated.count and generated.count <= len(generated.mean):
         said.append(
             warned(
-                f"FID of {drawn.count:,} images over {len(drawn.mean):,} features is of a "
+                f"FID of {generated.count:,} images over {len(generated.mean):,} features is of a "
                 "singular covariance: it compares with no published figure"
             )
         )
-    return Scores({"FID": distance(drawn, reference)}, tuple(said))
+    return Scores({"FID": distance(generated, reference)}, tuple(said))

@@ -61,22 +61,22 @@ def score(
     stem = _porter() if convention == "okvqa" else None
     right: dict[Hashable, float] = {}
     single = 0
-    for key, given in answers.items():
-        people = [a if isinstance(a, str) else a["answer"] for a in given]
+    for key, human_answers in answers.items():
+        people = [a if isinstance(a, str) else a["answer"] for a in human_answers]
         if convention == "vqa":
             people = [_one_line(answer) for answer in people]
         if not people:
             raise UserError(f"question {key!r} has no answers")
         single += len(people) == 1
-        said, disagree = _one_line(predictions[key]), len(set(people)) > 1
+        prediction, disagree = _one_line(predictions[key]), len(set(people)) > 1
         if stem:
-            said = _plain_words(stem(_unpunctuated(said)))
+            prediction = _plain_words(stem(_unpunctuated(prediction)))
             people = [stem(_unpunctuated(a)) for a in people] if disagree else people
         elif convention == "vizwiz":
-            said = normalize(said)
+            prediction = normalize(prediction)
         elif disagree:
-            people, said = [normalize(a) for a in people], normalize(said)
-        right[key] = 100 * _leave_one_out([answer == said for answer in people])
+            people, prediction = [normalize(a) for a in people], normalize(prediction)
+        right[key] = 100 * _leave_one_out([answer == prediction for answer in people])
 
     values = {"accuracy": _mean(right.values())}
     values |= _by_type("accuracy/answer", right, answer_types)
@@ -139,16 +139,16 @@ def wups(
     name = "WUPS" if net else "exact"
     prepare = net.prepare if net else _content_words
     likeness_of: dict[Hashable, float] = {}
-    for key, given in track(answers.items(), len(answers), name, "answer"):
-        if not given:
+    for key, human_answers in track(answers.items(), len(answers), name, "answer"):
+        if not human_answers:
             raise UserError(f"question {key!r} has no answers")
         if question_types is not None and types[key] is None:
             raise UserError(f"question {key!r} has no type")
-        said = prepare(predictions[key])
+        prediction = prepare(predictions[key])
         if net and types.get(key) not in ("DC", "DB"):
-            likeness = max(net.wups(said, prepare(answer)) for answer in given)
+            likeness = max(net.wups(prediction, prepare(answer)) for answer in human_answers)
         else:
-            likeness = float(any(said == prepare(answer) for answer in given))
+            likeness = float(any(prediction == prepare(answer) for answer in human_answers))
         likeness_of[key] = 100 * likeness
 
     values = {name: _mean(likeness_of.values())}

@@ -213,7 +213,7 @@ class Task(abc.ABC):
         """Returns the stages in order. `in_context` means that examples are shown with images."""
 
     @abc.abstractmethod
-    def answer(self, item: Item, said: PreviousAnswers) -> Any:
+    def answer(self, item: Item, answers: PreviousAnswers) -> Any:
         """Turns the answers of all stages into the result file's answer (plain JSON)."""
 
     @abc.abstractmethod
@@ -254,7 +254,9 @@ class Wording:
     head: str = ""
     separator: str = " "
 
-    def spell(self, item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
+    def spell(
+        self, item: Item, shown: FewShotExamples, answers: PreviousAnswers
+    ) -> list[StagePart]:
         """Returns the parts of the prompt, with adjacent texts joined."""
         parts: list[StagePart] = [self.head] if self.head else []
         for example in shown.examples:
@@ -263,7 +265,7 @@ class Wording:
             parts += [self.separator, *fill(text, example.media, words)]
         parts += [
             self.separator,
-            *fill(self.query, item.media, {**said, "question": item.question}),
+            *fill(self.query, item.media, {**answers, "question": item.question}),
         ]
         joined: list[StagePart] = []
         for part in parts:

@@ -43,8 +43,8 @@ class Captioning(Task):
         wording = DESCRIBE if mode == "pretrain" else DESCRIBE_INSTRUCT.wording(mode)
         return (Stage("caption", wording.spell, CAPTION),)
 
-    def answer(self, item: Item, said: PreviousAnswers) -> str:
-        return clean_caption(said["caption"])
+    def answer(self, item: Item, answers: PreviousAnswers) -> str:
+        return clean_caption(answers["caption"])
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
         return [
@@ -55,8 +55,8 @@ class Captioning(Task):
     def score(
         self, items: Sequence[Item], answers: Sequence[Any], context: ScoringContext
     ) -> Scores | None:
-        said = references(items)
-        return None if said is None else captions.score(said, by_id(items, answers))
+        by_item = references(items)
+        return None if by_item is None else captions.score(by_item, by_id(items, answers))
 
 
 class Karpathy(Captioning):
@@ -85,15 +85,15 @@ class Karpathy(Captioning):
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
         return [
-            Item(str(n), path, fields={"image_id": n, "answers": said})
-            for n, path, said in self._read(data, split)
+            Item(str(n), path, fields={"image_id": n, "answers": captions})
+            for n, path, captions in self._read(data, split)
         ]
 
     def examples(self, data: Folder) -> list[Example]:
         return [
-            Example(path, clean_caption(said[0]))
-            for _, path, said in self._read(data, "train")
-            if said
+            Example(path, clean_caption(captions[0]))
+            for _, path, captions in self._read(data, "train")
+            if captions
         ]
 
     def _read(self, data: Folder, split: str) -> list[tuple[int, Path, list[str]]]:
@@ -119,13 +119,17 @@ class Karpathy(Captioning):
         captions_of: dict[str, list[str]] = {}
         with layout(path):
             for row in read_json(path):
-                said = row["caption"]
+                captions = row["caption"]
                 captions_of.setdefault(row["image"], []).extend(
-                    [said] if isinstance(said, str) else said
+                    [captions] if isinstance(captions, str) else captions
                 )
             return [
-                (int(Path(name).stem.split("_")[-1]), self._image_file(data, *_split(name)), said)
-                for name, said in captions_of.items()
+                (
+                    int(Path(name).stem.split("_")[-1]),
+                    self._image_file(data, *_split(name)),
+                    captions,
+                )
+                for name, captions in captions_of.items()
             ]
 
     def _image_file(self, data: Folder, folder: str, name: str) -> Path:
@@ -151,9 +155,9 @@ class NoCaps(Captioning):
         folder = data.folder(split, "nocaps_" + split, "images")
         with layout(path):
             content = read_json(path)
-            said: dict[str, list[str]] = {}
+            captions: dict[str, list[str]] = {}
             for row in content.get("annotations", ()):
-                said.setdefault(str(row["image_id"]), []).append(row["caption"])
+                captions.setdefault(str(row["image_id"]), []).append(row["caption"])
             return [
                 Item(
                     str(row["id"]),
@@ -161,7 +165,7 @@ class NoCaps(Captioning):
                     fields={
                         "image_id": row["id"],
                         "domain": row.get("domain", ""),
-                        "answers": said.get(str(row["id"]), []),
+                        "answers": captions.get(str(row["id"]), []),
                     },
                 )
                 for row in content["images"]

@@ -57,10 +57,10 @@ class CocoDrawing(Task):
             ]
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        return (Stage("drawn", lambda item, _, said: [item.question], PAINT, paints=True),)
+        return (Stage("drawn", lambda item, _, answers: [item.question], PAINT, paints=True),)
 
-    def answer(self, item: Item, said: PreviousAnswers) -> str:
-        return said["drawn"]
+    def answer(self, item: Item, answers: PreviousAnswers) -> str:
+        return answers["drawn"]
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
         return [
@@ -93,7 +93,7 @@ class CocoDrawing(Task):
         return Scores(values, notes)
 
     def _similarities(
-        self, items: Sequence[Item], drawn: Sequence[Path], context: ScoringContext
+        self, items: Sequence[Item], generated: Sequence[Path], context: ScoringContext
     ) -> list[Scores]:
         """Returns the scores of the networks that are given: CLIP-T with the captions, CLIP-I and
         DINO with the real images."""
@@ -104,10 +104,10 @@ class CocoDrawing(Task):
         real = [numbered_image(folder, "COCO_val2014", item.fields["image_id"]) for item in items]
         scores = []
         if clip is not None:
-            scores.append(similarity.clip_t(clip, drawn, [item.question for item in items]))
-            scores.append(similarity.clip_i(clip, drawn, real))
+            scores.append(similarity.clip_t(clip, generated, [item.question for item in items]))
+            scores.append(similarity.clip_i(clip, generated, real))
         if dino is not None:
-            scores.append(similarity.dino(dino, drawn, real))
+            scores.append(similarity.dino(dino, generated, real))
         return scores
 
     def _reference(self, context: ScoringContext, network: frechet.Inception) -> frechet.Gaussian:

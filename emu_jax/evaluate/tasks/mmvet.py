@@ -50,8 +50,8 @@ class MMVet(Task):
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
         return (Stage("answer", _INSTRUCT.wording(mode).spell, WRITE),)
 
-    def answer(self, item: Item, said: PreviousAnswers) -> str:
-        return said["answer"]
+    def answer(self, item: Item, answers: PreviousAnswers) -> str:
+        return answers["answer"]
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
         return {item.id: answer for item, answer in zip(items, answers, strict=True)}

@@ -79,10 +79,10 @@ class TextToImage(Task):
         ]
 
     def stages(self, mode: Mode, in_context: bool) -> tuple[Stage, ...]:
-        return (Stage("drawn", lambda item, _, said: [item.question], PAINT, paints=True),)
+        return (Stage("drawn", lambda item, _, answers: [item.question], PAINT, paints=True),)
 
-    def answer(self, item: Item, said: PreviousAnswers) -> str:
-        return said["drawn"]
+    def answer(self, item: Item, answers: PreviousAnswers) -> str:
+        return answers["drawn"]
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
         return [

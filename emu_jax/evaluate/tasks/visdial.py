@@ -100,9 +100,9 @@ class VisDial(Task):
         stage = Stage("ranking", spell, candidates=lambda item: item.fields["options"])
         return (stage,) if mode != "pretrain" or in_context else described(stage)
 
-    def answer(self, item: Item, said: PreviousAnswers) -> list[int]:
-        ranks = [0] * len(said["ranking"])
-        for rank, option in enumerate(said["ranking"], 1):
+    def answer(self, item: Item, answers: PreviousAnswers) -> list[int]:
+        ranks = [0] * len(answers["ranking"])
+        for rank, option in enumerate(answers["ranking"], 1):
             ranks[option] = rank
         return ranks
 
@@ -143,7 +143,7 @@ class VisDial(Task):
 NO_DENSE = "no NDCG, which the paper reports: visdial_1.0_val_dense_annotations.json is not there"
 
 
-def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
+def _instruct(item: Item, shown: FewShotExamples, answers: PreviousAnswers) -> list[StagePart]:
     """Builds the release's prompt, with `</s>` after the image and after each past turn."""
     example = f"{USER}: {{image}}{EOS} {USER}: {{question}}? {ASSISTANT}: {{answer}}.{EOS}"
     if not shown.show_images:
@@ -157,7 +157,7 @@ def _instruct(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list
     return Wording(query, example, IMAGE_SYSTEM).spell(item, shown, words)
 
 
-def _chat(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
+def _chat(item: Item, shown: FewShotExamples, answers: PreviousAnswers) -> list[StagePart]:
     """Builds a dialogue with Emu2-Chat whose first question follows the image."""
     query, words = f"{USER}: {{image}}", dict[str, Any]()
     for n, (question, answer) in enumerate(item.fields["history"]):
@@ -168,10 +168,10 @@ def _chat(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[Sta
     return chat_wording(query, example).spell(item, shown, words)
 
 
-def _pretrain(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
+def _pretrain(item: Item, shown: FewShotExamples, answers: PreviousAnswers) -> list[StagePart]:
     """Builds a prompt with the past rounds as answered questions about the image."""
-    query = "{image}" if "caption" not in said else "a picture of {caption}."
-    words: dict[str, Any] = dict(said)
+    query = "{image}" if "caption" not in answers else "a picture of {caption}."
+    words: dict[str, Any] = dict(answers)
     for n, (question, answer) in enumerate(item.fields["history"]):
         query += f" based on the picture, {{q{n}}}? short answer: {{a{n}}}."
         words |= {f"q{n}": question, f"a{n}": answer}

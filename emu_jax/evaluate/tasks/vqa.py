@@ -46,11 +46,13 @@ LONG_CAPTION = {"num_beams": 5, "max_new_tokens": 64, "min_length": 1, "length_p
 def described(stage: Stage) -> tuple[Stage, ...]:
     """Returns a captioning stage followed by `stage`, which reads `{caption}`."""
     caption = Stage(
-        "caption", lambda item, _, said: DESCRIBE.spell(item, FewShotExamples(), said), LONG_CAPTION
+        "caption",
+        lambda item, _, answers: DESCRIBE.spell(item, FewShotExamples(), answers),
+        LONG_CAPTION,
     )
 
-    def prompt(item: Item, shown: FewShotExamples, said: PreviousAnswers) -> list[StagePart]:
-        return stage.prompt(item, shown, {**said, "caption": clean_caption(said["caption"])})
+    def prompt(item: Item, shown: FewShotExamples, answers: PreviousAnswers) -> list[StagePart]:
+        return stage.prompt(item, shown, {**answers, "caption": clean_caption(answers["caption"])})
 
     return caption, dataclasses.replace(stage, prompt=prompt)
 
@@ -84,8 +86,8 @@ class QuestionAnswering(Task):
             return (Stage("answer", IN_CONTEXT.spell, ANSWER),)
         return described(Stage("answer", from_caption("{question}").spell, ANSWER))
 
-    def answer(self, item: Item, said: PreviousAnswers) -> Any:
-        return short_answer(said["answer"])
+    def answer(self, item: Item, answers: PreviousAnswers) -> Any:
+        return short_answer(answers["answer"])
 
     def result(self, items: Sequence[Item], answers: Sequence[Any]) -> Any:
         return [
@@ -201,12 +203,12 @@ class VizWiz(QuestionAnswering):
     def _known(wording: Wording) -> Stage:
         return Stage(
             "known",
-            lambda item, _, said: wording.spell(item, FewShotExamples(), said),
+            lambda item, _, answers: wording.spell(item, FewShotExamples(), answers),
             choices=("yes.", "no."),
         )
 
-    def answer(self, item: Item, said: PreviousAnswers) -> Any:
-        return "unanswerable" if said["known"] == "no." else super().answer(item, said)
+    def answer(self, item: Item, answers: PreviousAnswers) -> Any:
+        return "unanswerable" if answers["known"] == "no." else super().answer(item, answers)
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
         path, folder = data.file(f"{split}.json"), data.folder(split)

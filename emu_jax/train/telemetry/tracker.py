@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
+from emu_jax.errors import first_line
+
 Cell = str | float | None
 
 _QUEUED = 10_000  # records; beyond, a service that hangs would fill the memory
@@ -184,12 +186,12 @@ class BackgroundTracker(Tracker):
             tracker = self._connect()
         except Exception as error:  # the service's client raises many types
             self._connected = False
-            self._failed(_first_line(error), lost=0)
+            self._failed(first_line(error), lost=0)
         while (call := self._calls.get()) is not None:
             try:
                 call(tracker)
             except Exception as error:
-                self._failed(_first_line(error))
+                self._failed(first_line(error))
 
     def _failed(self, reason: str, lost: int = 1) -> None:
         self.lost += lost
@@ -199,7 +201,3 @@ class BackgroundTracker(Tracker):
 
     def _report(self, text: str) -> None:
         print(f"{self.service}: {text}", file=sys.stderr, flush=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
