@@ -227,8 +227,8 @@ def read_params(
         stored, model = stored_shapes(step / "params"), load_model_config(directory)
         rest = {k: v for k, v in wanted.items() if k not in params and k not in stored}
         for parent in set(base.values()):
-            theirs = {k: v for k, v in rest.items() if base.get(tower_of(k)) == parent}
-            params |= read_parent(parent, theirs, model)
+            of_parent = {k: v for k, v in rest.items() if base.get(tower_of(k)) == parent}
+            params |= read_parent(parent, of_parent, model)
     return params | read_arrays(
         step / "params", {k: v for k, v in wanted.items() if k not in params}
     )
@@ -239,8 +239,8 @@ def run_shapes(directory: Path) -> dict[str, Any]:
     shapes = {}
     base = base_of(directory)
     for parent in set(base.values()):
-        theirs = run_shapes(parent)
-        shapes |= {k: v for k, v in theirs.items() if base.get(tower_of(k)) == parent}
+        stored_there = run_shapes(parent)
+        shapes |= {k: v for k, v in stored_there.items() if base.get(tower_of(k)) == parent}
     return shapes | stored_shapes(directory / str(latest_step(directory)) / "params")
 
 
@@ -455,7 +455,7 @@ def read_parent(
     new padding row. Positions of patches are interpolated.
     """
     parent = load_model_config(directory)
-    theirs = parent.llama
+    parent_llama = parent.llama
     requested, resized = _asked_of_parent(parent, wanted, model)
     params = read_params(directory, requested)
     if POSITIONS in wanted and (ours := wanted[POSITIONS]).shape != params[POSITIONS].shape:
@@ -467,9 +467,9 @@ def read_parent(
         def resize_table(
             table: jax.Array, axis: int = axis, shape: tuple[int, ...] = ours.shape
         ) -> jax.Array:
-            old = jnp.moveaxis(table, axis, 0)[: theirs.vocab_size]
+            old = jnp.moveaxis(table, axis, 0)[: parent_llama.vocab_size]
             mean = jnp.mean(old.astype(jnp.float32), axis=0, keepdims=True).astype(old.dtype)
-            more = jnp.repeat(mean, shape[axis] - theirs.vocab_size, axis=0)
+            more = jnp.repeat(mean, shape[axis] - parent_llama.vocab_size, axis=0)
             return jnp.moveaxis(jnp.concatenate([old, more]), 0, axis)
 
         params[path] = jax.jit(resize_table, out_shardings=ours.sharding)(params[path])
@@ -494,16 +494,18 @@ def _asked_of_parent(
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, int]]:
     """Returns (the arrays to read from a parent, {path: axis over the vocabulary} of those that
     have more tokens here, or other padding rows)."""
-    theirs = parent.llama
-    if theirs.lora is None:
+    parent_llama = parent.llama
+    if parent_llama.lora is None:
         wanted = {k: v for k, v in wanted.items() if not k.endswith((".lora_a", ".lora_b"))}
     requested, resized = dict(wanted), {}
-    surplus = theirs.vocab_size - model.llama.vocab_size
-    if surplus < 0 or (surplus == 0 and theirs.padded_vocab != model.llama.padded_vocab):
+    surplus = parent_llama.vocab_size - model.llama.vocab_size
+    if surplus < 0 or (surplus == 0 and parent_llama.padded_vocab != model.llama.padded_vocab):
         resized = {k: axis for k, axis in _VOCABULARY.items() if k in wanted}
     for path, axis in resized.items():
         ours = wanted[path]
-        shape = tuple(theirs.padded_vocab if n == axis else s for n, s in enumerate(ours.shape))
+        shape = tuple(
+            parent_llama.padded_vocab if n == axis else s for n, s in enumerate(ours.shape)
+        )
         whole = NamedSharding(ours.sharding.mesh, PartitionSpec())  # the old size may not divide
         requested[path] = jax.ShapeDtypeStruct(shape, ours.dtype, sharding=whole)
     if POSITIONS in wanted:

@@ -211,9 +211,9 @@ def _open(golden: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return expected, meta
 
 
-def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    difference = np.abs(ours.astype(np.float64) - theirs).max(initial=0.0)
-    return float(difference / max(np.abs(theirs).max(initial=0.0), np.finfo(np.float32).tiny))
+def _relative(ours: np.ndarray, expected: np.ndarray) -> float:
+    difference = np.abs(ours.astype(np.float64) - expected).max(initial=0.0)
+    return float(difference / max(np.abs(expected).max(initial=0.0), np.finfo(np.float32).tiny))
 
 
 class _Recording:

@@ -377,7 +377,7 @@ def _with(part: _Config, values: Mapping[str, Any], names: Mapping[str, str]) ->
     Args:
         names: {our name: name in the JSON}.
     """
-    settings = {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
+    settings = {ours: values[json_name] for ours, json_name in names.items() if json_name in values}
     return from_dict(type(part), dataclasses.asdict(part) | settings, "vision_cfg: ")
 
 

@@ -298,18 +298,18 @@ def _with_emu2_json(
         if value is not None and value != stored:
             raise UserError(f"{path}: {name} is {value}, but the tensors have {stored}")
     settings = {
-        ours: tower[theirs]
-        for ours, theirs in (
+        name: tower[released]
+        for name, released in (
             ("head_width", "head_width"),
             ("eps", "layer_norm_eps"),
             ("post_norm", "postnorm"),
         )
-        if tower.get(theirs) is not None
+        if tower.get(released) is not None
     }
     counts = {
-        ours: tower[theirs]
-        for ours, theirs in (("n_embeddings", "n_query"), ("n_frame", "v_query"))
-        if tower.get(theirs) is not None
+        name: tower[released]
+        for name, released in (("n_embeddings", "n_query"), ("n_frame", "v_query"))
+        if tower.get(released) is not None
     }
     try:
         return (

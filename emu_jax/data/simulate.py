@@ -1,6 +1,7 @@
 """`emu-jax data simulate`: plans the batches of a run on data that does not exist.
 
-Documents are drawn from distributions of lengths, mixed and packed by the code that training uses.
+Documents are sampled from distributions of lengths, then mixed and packed by the code that training
+uses.
 A distribution is a JSON file:
 
     about      description

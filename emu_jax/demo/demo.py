@@ -216,10 +216,10 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
     Returns (image, caption, correct) for each, and the accuracy.
     """
     images, labels = digits.digit_images(split)
-    shown = [_rgb(p) for p in images]
-    said = [" ".join(map(str, c)) for c in emu.complete([[p] for p in shown], max_images=0)]
-    right = [digits.parse_digit(s) == label for s, label in zip(said, labels, strict=True)]
-    return list(zip(shown, said, right, strict=True)), _mean(right)
+    inputs = [_rgb(p) for p in images]
+    captions = [" ".join(map(str, c)) for c in emu.complete([[p] for p in inputs], max_images=0)]
+    right = [digits.parse_digit(s) == label for s, label in zip(captions, labels, strict=True)]
+    return list(zip(inputs, captions, right, strict=True)), _mean(right)
 
 
 def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
@@ -257,10 +257,10 @@ def _autoencode(
     """
     images, labels = digits.digit_images(split)
     images, labels = images[: 10 * DRAWINGS], labels[: 10 * DRAWINGS]
-    shown = [_rgb(p) for p in images]
-    painted = emu.generate_image([[p] for p in shown], seed=seed)
+    inputs = [_rgb(p) for p in images]
+    painted = emu.generate_image([[p] for p in inputs], seed=seed)
     right = judge(np.stack([np.asarray(image) for image in painted])) == labels
-    cards = list(zip(shown, painted, map(bool, right), strict=True))
+    cards = list(zip(inputs, painted, map(bool, right), strict=True))
     return cards[:SHOWN_AUTOENCODED], _mean(right)
 
 
@@ -297,11 +297,11 @@ def _continue(emu: Emu, judge: Judge, data: Path, split: str) -> tuple[list[Any]
     blank = np.zeros(
         (emu.image_size, emu.image_size, 3), np.uint8
     )  # shown if no image was generated
-    shown = [
+    cards = [
         (frames[i], generated.get(i, blank), right[i], f"{digits.WORDS[answers[i]]} comes next")
         for i in range(SHOWN)
     ]
-    return shown, _mean(right)
+    return cards, _mean(right)
 
 
 def _training_figures(directory: Path, stage: str) -> dict[str, list[float]]:

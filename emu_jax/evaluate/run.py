@@ -208,20 +208,20 @@ class CheckpointEvaluation:
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the predictions depend on. A run with other settings cannot resume them."""
-        options, asked = self.options, hashlib.sha256()
+        options, digest = self.options, hashlib.sha256()
         for item in self.items:
             more = [item.fields.get(name) for name in ("history", "options")]
             row = (item.id, item.media and item.media.name, item.question, *more)
-            asked.update(f"{row}\n".encode())
+            digest.update(f"{row}\n".encode())
         for example in self.fewshot.support:
-            asked.update(f"{example.media.name}\n{example.question}\n{example.answer}\n".encode())
+            digest.update(f"{example.media.name}\n{example.question}\n{example.answer}\n".encode())
         stages = {}
         asking = self.task.stages(self.mode, self.in_context)
-        said = dict.fromkeys((stage.name for stage in asking), "")
+        answers = dict.fromkeys((stage.name for stage in asking), "")
         example_prompt = FewShotExamples(tuple(self.fewshot.support[:1]), self.in_context)
         for stage in asking:
-            asked.update(
-                prompt_text(stage.prompt(self.items[0], example_prompt, said)).encode()
+            digest.update(
+                prompt_text(stage.prompt(self.items[0], example_prompt, answers)).encode()
             )  # the wording
             choices = {"choices": stage.choices} if stage.choices else {}
             stages[stage.name] = {**stage.settings, **choices}
@@ -240,7 +240,7 @@ class CheckpointEvaluation:
             "step": _step(self.checkpoint),
             "weights": self.weights,
             "items": len(self.items),
-            "asked": asked.hexdigest()[:12],
+            "asked": digest.hexdigest()[:12],
             "stages": stages,
         }
 

@@ -251,8 +251,8 @@ def converse(
         raise UserError("this model does not tell where things are: leave grounding out")
     asked = [as_parts(turn) for turn in turns]
     if system is None:
-        said = [part for parts in asked[::2] for part in parts]
-        system = style.default_system(said, grounding)
+        spoken = [part for parts in asked[::2] for part in parts]
+        system = style.default_system(spoken, grounding)
     spelled: list[PromptPart] = []
     for number, parts in enumerate(asked):
         if number % 2:

@@ -101,9 +101,9 @@ from emu_jax.serve.openai import (
 from emu_jax.serve.requests import (
     IMAGE_KEY,
     SPECIAL,
-    Asked,
     ImageSizes,
     Limits,
+    ParsedRequest,
     Refused,
     joined_parts,
     parse_chat,
@@ -179,40 +179,40 @@ def make_app(
 
     async def submit(
         request: Request,
-        parse: Callable[[bytes], tuple[Asked, Any]],
-        answer: Callable[[Emu | Engine, Asked, Callable[[], bool]], Iterable[Any]],
-    ) -> tuple[Asked, Any, Ticket]:
+        parse: Callable[[bytes], tuple[ParsedRequest, Any]],
+        answer: Callable[[Emu | Engine, ParsedRequest, Callable[[], bool]], Iterable[Any]],
+    ) -> tuple[ParsedRequest, Any, Ticket]:
         body = await bodies.read(request)
         ticket = worker.reserve(client_of(request.scope))  # before decoding anything
         try:
             async with decoders:
-                asked, options = await run_in_threadpool(parse, body)
+                parsed, options = await run_in_threadpool(parse, body)
         except BaseException:
             worker.release()
             raise
         del body
-        search = asked.settings.get("num_beams", 1) > 1
+        search = parsed.settings.get("num_beams", 1) > 1
         kind = SEARCH_REQUEST if search else IMAGE_REQUEST if answer is draw else TEXT_REQUEST
 
         def start() -> Iterator[Any]:
-            parts = answer(emu, asked, ticket.over)
+            parts = answer(emu, parsed, ticket.over)
             if sizes is not None:
-                parts = sizes.counted(parts, asked.settings)
+                parts = sizes.counted(parts, parsed.settings)
             return _counted(parts, metrics)
 
         worker.submit(ticket, start, kind)
-        return asked, options, ticket
+        return parsed, options, ticket
 
     def answering(
-        parse: Callable[[bytes, Limits, Collection[str]], Asked],
-        answer: Callable[[Emu | Engine, Asked, Callable[[], bool]], Iterable[Any]],
+        parse: Callable[[bytes, Limits, Collection[str]], ParsedRequest],
+        answer: Callable[[Emu | Engine, ParsedRequest, Callable[[], bool]], Iterable[Any]],
     ) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            asked, _, ticket = await submit(
+            parsed, _, ticket = await submit(
                 request, lambda body: (parse(body, limits, special), None), answer
             )
             parts = ticket.parts()
-            if asked.progress:
+            if parsed.progress:
                 lines = _lines([], _with_place(parts, ticket, worker), ticket)
             else:
                 # The first part decides the status.
@@ -335,22 +335,26 @@ def make_app(
 
 
 def chat(
-    emu: Emu | Engine, asked: Asked, over: Callable[[], bool] | None = None, *, max_images: int = 1
+    emu: Emu | Engine,
+    parsed: ParsedRequest,
+    over: Callable[[], bool] | None = None,
+    *,
+    max_images: int = 1,
 ) -> Iterable[EnginePart]:
     """Streams the model's reply; an instruction-tuned model may also generate images."""
-    prompt: list[Any] = joined_parts(asked.messages)
-    more: dict[str, Any] = _previews(emu, asked)
+    prompt: list[Any] = joined_parts(parsed.messages)
+    more: dict[str, Any] = _previews(emu, parsed)
     if emu.tokenizer.instruct:
         # The prompt spells both already; `stream` refuses them for a spelled prompt.
-        prompt, more = _dialogue(emu, asked), more | {"system": None, "grounding": False}
+        prompt, more = _dialogue(emu, parsed), more | {"system": None, "grounding": False}
     else:
         max_images = 0
-    stops = asked.stops
+    stops = parsed.stops
     if stops and isinstance(emu, Engine):
         more["stops"], stops = stops, ()
-    if asked.settings.get("num_beams", 1) > 1:
-        return _searched(emu, prompt, more, asked)
-    parts = emu.stream(prompt, max_images=max_images, **asked.settings, **more)
+    if parsed.settings.get("num_beams", 1) > 1:
+        return _searched(emu, prompt, more, parsed)
+    parts = emu.stream(prompt, max_images=max_images, **parsed.settings, **more)
     return _until_stop(parts, stops) if stops else parts
 
 
@@ -365,43 +369,43 @@ def _until_stop(parts: Iterable[EnginePart], stops: Sequence[str]) -> Iterator[E
 
 
 def _searched(
-    emu: Emu | Engine, prompt: list[Any], more: dict[str, Any], asked: Asked
+    emu: Emu | Engine, prompt: list[Any], more: dict[str, Any], parsed: ParsedRequest
 ) -> Iterator[EnginePart]:
     """Answers with beam search, which does not share the batch of the engine."""
     more = {name: value for name, value in more.items() if name not in ("previews", "stops")}
     if isinstance(emu, Engine):
-        yield from emu.search(prompt, **asked.settings, **more)
+        yield from emu.search(prompt, **parsed.settings, **more)
     else:
-        yield emu.generate_text(prompt, **asked.settings, **more)
+        yield emu.generate_text(prompt, **parsed.settings, **more)
 
 
 def continue_(
-    emu: Emu | Engine, asked: Asked, over: Callable[[], bool] | None = None
+    emu: Emu | Engine, parsed: ParsedRequest, over: Callable[[], bool] | None = None
 ) -> Iterable[EnginePart]:
     """Streams a continuation with text and images, as the model decides."""
-    return emu.stream(joined_parts(asked.messages), **asked.settings, **_previews(emu, asked))
+    return emu.stream(joined_parts(parsed.messages), **parsed.settings, **_previews(emu, parsed))
 
 
 def draw(
-    emu: Emu | Engine, asked: Asked, over: Callable[[], bool] | None = None
+    emu: Emu | Engine, parsed: ParsedRequest, over: Callable[[], bool] | None = None
 ) -> Iterator[EnginePart]:
     """Generates one image from the parts; stops early once `over` returns True."""
-    prompt = [joined_parts(asked.messages)]
+    prompt = [joined_parts(parsed.messages)]
     if isinstance(emu, Engine):
-        yield from emu.generate_image(prompt, **asked.settings, **_previews(emu, asked))
+        yield from emu.generate_image(prompt, **parsed.settings, **_previews(emu, parsed))
     else:
-        yield from emu.generate_image(prompt, stop=over, **asked.settings)
+        yield from emu.generate_image(prompt, stop=over, **parsed.settings)
 
 
-def _dialogue(emu: Emu | Engine, asked: Asked) -> list[Any]:
-    defaults, turns = emu.defaults, [message.parts for message in asked.messages]
-    system = defaults.system if asked.system is None else asked.system
+def _dialogue(emu: Emu | Engine, parsed: ParsedRequest) -> list[Any]:
+    defaults, turns = emu.defaults, [message.parts for message in parsed.messages]
+    system = defaults.system if parsed.system is None else parsed.system
     style = chat_format(emu.cfg, defaults.chat_format)
     return converse(turns, system, style=style, grounding=defaults.grounding)
 
 
-def _previews(emu: Emu | Engine, asked: Asked) -> dict[str, Any]:
-    return {"previews": True} if asked.progress and isinstance(emu, Engine) else {}
+def _previews(emu: Emu | Engine, parsed: ParsedRequest) -> dict[str, Any]:
+    return {"previews": True} if parsed.progress and isinstance(emu, Engine) else {}
 
 
 def _counted(parts: Iterable[Any], metrics: ServerMetrics) -> Iterator[Any]:

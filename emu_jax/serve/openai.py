@@ -22,10 +22,10 @@ from PIL import Image
 from emu_jax.generate.engine import Usage
 from emu_jax.serve.requests import (
     IMAGE_KEY,
-    Asked,
     ImageSizes,
     Limits,
     Message,
+    ParsedRequest,
     Refused,
     Room,
     check_settings,
@@ -77,7 +77,7 @@ def parse_completion(
     model: str,
     max_new_tokens: int,
     instruct: bool,
-) -> tuple[Asked, Completion]:
+) -> tuple[ParsedRequest, Completion]:
     """Parses a request to `/v1/chat/completions`.
 
     Args:
@@ -136,12 +136,12 @@ def parse_completion(
         stops,
         settings.get("max_new_tokens", max_new_tokens),
     )
-    return Asked(messages, settings, system, stops=stops), completion
+    return ParsedRequest(messages, settings, system, stops=stops), completion
 
 
 def parse_generation(
     body: bytes, limits: Limits, special: Collection[str], *, model: str, sizes: ImageSizes
-) -> Asked:
+) -> ParsedRequest:
     """Parses a request to `/v1/images/generations`.
 
     Beside OpenAI's fields it may set `seed`, `guidance_scale` and `num_inference_steps`.
@@ -173,7 +173,7 @@ def parse_generation(
         settings["width"], settings["height"] = map(int, sides.groups())
     messages = [Message(True, [Room(limits, special).text(prompt)])]
     sizes.check(settings)
-    return Asked(messages, settings)
+    return ParsedRequest(messages, settings)
 
 
 def _fields(

@@ -150,7 +150,7 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A parsed request: one message as a prompt, or a chat that ends with the user.
 
     Attributes:
@@ -166,7 +166,7 @@ class Asked:
     stops: tuple[str, ...] = ()
 
 
-def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> Asked:
+def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) -> ParsedRequest:
     """Parses a chat request.
 
     `{"messages": [{"role": "user" | "assistant", "parts": [PART, ...]}, ...],
@@ -195,7 +195,7 @@ def parse_chat(body: bytes, limits: Limits, special: Collection[str] = SPECIAL) 
     if not messages[-1].said_by_user:
         raise Refused(400, "the last message must be the user's")
     settings = sampling(_settings(values, _text_ranges(limits) | {"num_beams": (1, limits.beams)}))
-    return Asked(messages, settings, progress=_progress(values))
+    return ParsedRequest(messages, settings, progress=_progress(values))
 
 
 def parse_draw(
@@ -203,7 +203,7 @@ def parse_draw(
     limits: Limits,
     special: Collection[str] = SPECIAL,
     sizes: ImageSizes | None = None,
-) -> Asked:
+) -> ParsedRequest:
     """Parses a request for an image.
 
     `{"parts": [PART, ...], "settings": {"seed": ..., "guidance_scale": ...,
@@ -221,7 +221,7 @@ def parse_draw(
     parts = Room(limits, special).parts(values.get("parts"))
     settings = _settings(values, _image_ranges(limits))
     _check_size(settings, sizes)
-    return Asked([Message(True, parts)], settings, progress=_progress(values))
+    return ParsedRequest([Message(True, parts)], settings, progress=_progress(values))
 
 
 def parse_continue(
@@ -229,7 +229,7 @@ def parse_continue(
     limits: Limits,
     special: Collection[str] = SPECIAL,
     sizes: ImageSizes | None = None,
-) -> Asked:
+) -> ParsedRequest:
     """Parses a request to continue a prompt with text and images.
 
     It is that of `parse_draw`, with the settings of text too, and `max_images`.
@@ -246,7 +246,7 @@ def parse_continue(
     allowed = _text_ranges(limits) | _image_ranges(limits) | {"max_images": (0, limits.new_images)}
     settings = sampling(_settings(values, allowed))
     _check_size(settings, sizes)
-    return Asked([Message(True, parts)], settings, progress=_progress(values))
+    return ParsedRequest([Message(True, parts)], settings, progress=_progress(values))
 
 
 def _check_size(settings: dict[str, Any], sizes: ImageSizes | None) -> None:

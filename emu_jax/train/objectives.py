@@ -107,7 +107,7 @@ class Objective(ABC):
 
         Args:
             rows: True where the row is not padding. The entries of padding rows mean nothing.
-            key: of the batch. Rows draw with keys of their own (`row_keys`), so that the noise of
+            key: of the batch. Rows sample with keys of their own (`row_keys`), so that the noise of
                 a row does not depend on the number of rows.
         """
 
@@ -632,7 +632,7 @@ class VaeObjective(Objective):
         Float[Array, "B h w C"],
     ]:
         """Returns the reconstructed images, and the mean, log variance and sample of the latents,
-        given the function that draws the noise."""
+        given the function that samples the noise."""
         mean, logvar = module.vae.encode(images)
         noise = normal(mean.shape).astype(mean.dtype)
         latents = mean + jnp.exp(logvar / 2) * noise
@@ -738,7 +738,7 @@ class DecoderObjective(Objective):
         shape: tuple[int, ...],
         normal: Callable[[jax.Array, tuple[int, ...]], jax.Array],
     ) -> Float[Array, "B h w C"]:
-        """Returns noise for latents of `shape`, given the function that draws it."""
+        """Returns noise for latents of `shape`, given the function that samples it."""
         if not self.cfg.noise_offset:
             return normal(key, shape)
         key, offset_key = jax.random.split(key)

@@ -62,7 +62,7 @@ class Signals:
         if jax.process_count() > 1:
             self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             self._count = jax.jit(
-                lambda asked, _: jnp.max(asked, axis=0),
+                lambda requests, _: jnp.max(requests, axis=0),
                 out_shardings=NamedSharding(mesh, PartitionSpec()),
             )
         self._listening = True
@@ -93,12 +93,12 @@ class Signals:
     def vote(self, after: jax.Array) -> np.ndarray | jax.Array:
         """Returns int32 [2], nonzero at STOP and at TRACE where any process got that signal.
         Ready when `after`, an output of the step, is."""
-        asked = self._asked.copy()
-        self._asked[TRACE] -= asked[TRACE]  # one request, one trace
+        requests = self._asked.copy()
+        self._asked[TRACE] -= requests[TRACE]  # one request, one trace
         if self._split is None:
-            return asked
-        shape = (self._split.num_devices, len(asked))
-        votes = jax.make_array_from_callback(shape, self._split, lambda _: asked[None])
+            return requests
+        shape = (self._split.num_devices, len(requests))
+        votes = jax.make_array_from_callback(shape, self._split, lambda _: requests[None])
         return self._count(votes, after)
 
     def _heard(self, number: int, frame: object) -> None:

@@ -136,11 +136,11 @@ class WarmStart:
         stored = {
             (tower, path)
             for tower, parent in self._parents.items()
-            for path, theirs in checkpoint.run_shapes(parent).items()
+            for path, parent_shape in checkpoint.run_shapes(parent).items()
             # Interpolated positions are this run's own.
             if path != checkpoint.POSITIONS
             or path not in frozen
-            or tuple(theirs.shape) == frozen[path].shape
+            or tuple(parent_shape.shape) == frozen[path].shape
         }
         return {
             path: s for path, s in frozen.items() if (checkpoint.tower_of(path), path) in stored
@@ -178,9 +178,9 @@ def _from_run(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     parent = as_path(cfg.init_from).absolute()
     model = _extended(checkpoint.load_model_config(parent), cfg)
     for tower in cfg.parents.keys() & {"unet", "vae"}:
-        theirs = checkpoint.load_model_config(join(workdir, cfg.parents[tower]))
+        parent_model = checkpoint.load_model_config(join(workdir, cfg.parents[tower]))
         keys = ("unet", "scheduler") if tower == "unet" else (tower,)
-        model = dataclasses.replace(model, **{key: getattr(theirs, key) for key in keys})
+        model = dataclasses.replace(model, **{key: getattr(parent_model, key) for key in keys})
     towers = model.towers
     if cfg.objective not in PAINTERS and cfg.save_frozen:  # this run's module has no image decoder
         towers = model.language_towers

@@ -14,7 +14,7 @@ from emu_jax.data.sources.listings import Listed, Media
 from emu_jax.data.unused import Unused
 
 
-class _Shown(NamedTuple):
+class _PageImage(NamedTuple):
     """An image of a page: the name of its file, or its bytes."""
 
     image: str | bytes
@@ -25,7 +25,7 @@ class _Shown(NamedTuple):
         return Image(content, similarity=self.similarity)
 
 
-_Part = Text | _Shown
+_Part = Text | _PageImage
 
 
 class Pages(Listed):
@@ -55,9 +55,9 @@ class Pages(Listed):
         part_indices: Collection[int] | None = None,
     ) -> Document:
         folder, where = self._entries.folder(index), self.where(index)
-        shown, unused = self._shown(index)
+        source, unused = self._shown(index)
         parts: list[Text | Image] = []
-        for number, part in enumerate(shown):
+        for number, part in enumerate(source):
             if isinstance(part, Text):
                 parts.append(part)
             elif isinstance(part.image, bytes) or (
@@ -73,9 +73,9 @@ class Pages(Listed):
 
     def sketch(self, index: int) -> Document:
         folder = self._entries.folder(index)
-        shown, unused = self._shown(index)
+        source, unused = self._shown(index)
         parts: list[Text | Image] = []
-        for part in shown:
+        for part in source:
             if isinstance(part, Text):
                 parts.append(part)
                 continue
@@ -115,15 +115,15 @@ def _mmc4(entry: dict[str, Any], least: float) -> tuple[list[_Part], list[Unused
             unused.append(Unused("image unlike its text", f"similarity {similarity:.3f}"))
             continue
         content = image.get("image_base64")
-        shown = image["image_name"] if content is None else _decoded(content)
-        if not isinstance(shown, str | bytes | None):
-            raise TypeError(f"image_name {shown!r}")
+        source = image["image_name"] if content is None else _decoded(content)
+        if not isinstance(source, str | bytes | None):
+            raise TypeError(f"image_name {source!r}")
         if not 0 <= text_index < len(entry["text_list"]):
             raise IndexError(f"matched_text_index {text_index}")
-        if shown is None:  # it could not be crawled
+        if source is None:  # it could not be crawled
             unused.append(Unused("no image", f"image_info {number}"))
         else:
-            before.setdefault(text_index, []).append(_Shown(shown, similarity))
+            before.setdefault(text_index, []).append(_PageImage(source, similarity))
     parts: list[_Part] = []
     for text_index, words in enumerate(entry["text_list"]):
         parts += [*before.get(text_index, ()), _words(words)]
@@ -136,9 +136,9 @@ def _obelics(entry: dict[str, Any]) -> tuple[list[_Part], list[Unused]]:
     pairs = zip(entry["images"], entry["texts"], strict=True)
     for number, (image, words) in enumerate(pairs):
         if isinstance(image, dict):  # an image of the datasets library
-            parts.append(_Shown(image.get("bytes") or str(image["path"])))
+            parts.append(_PageImage(image.get("bytes") or str(image["path"])))
         elif image is not None:
-            parts.append(_Shown(str(image)))
+            parts.append(_PageImage(str(image)))
         if words is not None:
             parts.append(_words(words))
         elif image is None:

@@ -71,12 +71,12 @@ class EmuChat(Base):
         answers = [""] * len(requests)
         settings = [self._given(request.args) for request in requests]
         with ProgressBar("answers", len(requests), "answer") as bar:
-            for given, numbers in group_by_settings(settings):
+            for setting, numbers in group_by_settings(settings):
                 for chunk in chunks(numbers):
                     asked = [self._dialogue(requests[n].args) for n in chunk]
-                    texts = self.harness_model.answer(asked, task_settings(given))
+                    texts = self.harness_model.answer(asked, task_settings(setting))
                     for number, text in zip(chunk, texts, strict=True):
-                        answers[number] = until(text, given.get("until"))
+                        answers[number] = until(text, setting.get("until"))
                     bar.add(len(chunk))
         return answers
 
