@@ -26,7 +26,7 @@ from emu_jax.generate.settings import RENAMED
 from emu_jax.storage import writing
 from emu_jax.tokenizer import Family, Tokenizer
 
-READERS = 4  # threads that load images
+_READERS = 4  # threads that load images
 # Descriptions of checkpoints by the mode in which they are asked.
 _KINDS: dict[Mode, str] = {
     "pretrain": "is not instruction-tuned",
@@ -74,7 +74,7 @@ class Answerer:
         Raises:
             UserError: an image cannot be read. Files are never skipped.
         """
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(_READERS) as readers:
             opening = (self._open(items, readers) for items in batches)
             for items, few_shot, opened in one_ahead(opening):
                 pixels = {path: future.result() for path, future in opened.items()}
@@ -107,7 +107,7 @@ class Answerer:
 
     def featurize(self, paths: Sequence[Path]) -> np.ndarray:
         """Returns visual features [B, W] of files, averaged over the frames of a video."""
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(_READERS) as readers:
             pixels = [p if p.ndim == 4 else p[None] for p in readers.map(self._pixels, paths)]
         features = self.emu.embed(list(np.concatenate(pixels)))
         ends = np.cumsum([len(p) for p in pixels])
