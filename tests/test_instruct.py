@@ -110,12 +110,17 @@ def test_a_tuned_model_answers_three_questions(tuned):
     count = lambda shapes: sum(math.prod(s.shape) for s in shapes.values())  # noqa: E731
     step = run / str(checkpoint.latest_step(run))
     trained = count(checkpoint.stored_shapes(step / "params"))
-    if checkpoint.load_model_config(run).llama.lora:
+    adapted = checkpoint.load_model_config(run).llama.lora is not None
+    if adapted:
         assert trained < 0.02 * count(checkpoint.run_shapes(run))
     assert seconds < 300
     right = score(load(run, batch_size=100))
     print(f"{right}, {trained} parameters trained in {seconds:.0f} s")
-    assert right["named"] >= 0.95 and right["even"] >= 0.95 and right["next"] >= 0.80
+    assert (
+        right["named"] >= 0.95
+        and right["even"] >= 0.95
+        and right["next"] >= (0.80 if adapted else 0.60)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
