@@ -10,7 +10,7 @@ From the paper: a loss on the answer alone, all of the language model trained, A
 clipping at 5, cosine decay to 0. From the release: the format of a turn.
 
 Ours: the frozen encoder, the questions without a system message, the answer to the third, which is
-an image, so that the regression is trained too, the sizes, 500 steps with 50 of warm-up, and the
+an image, so that the regression is trained too, the sizes, 800 steps with 50 of warm-up, and the
 learning rate. In 200 steps the third question is not learned.
 """
 
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
             ),
             clip_norm=5.0,
         ),
-        steps=500,
+        steps=800,
         eval=(
             EvalConfig(every=100, batches=1),
             EvalConfig(
