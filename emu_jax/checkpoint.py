@@ -18,6 +18,7 @@ tower without the rest. In memory they are flat (`sharding.AbstractModel`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -34,6 +35,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from emu_jax import integrity
 from emu_jax.config import EmuConfig, load_json
@@ -339,18 +341,45 @@ def _hashes(root: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
         ]
 
 
-def verify_steps(
-    directory: Path, step: int | None = None, *, every: bool = False
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """The state of one step.
+
+    Attributes:
+        path: its directory.
+        verified: False if it has no checksums.
+        bytes: of its arrays.
+        problems: a line for each damaged file and array.
+    """
+
+    path: str
+    verified: bool
+    bytes: int
+    problems: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsReport:
+    """The state of the steps that `verify_steps` read.
+
+    Attributes:
+        passed: none of them is damaged.
+    """
+
+    passed: bool
+    steps: list[StepReport]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns {passed, steps: [{path, verified, bytes, problems}]}."""
+        return dataclasses.asdict(self)
+
+
+def verify_steps(directory: Path, step: int | None = None, *, every: bool = False) -> StepsReport:
     """Reads and verifies every byte of a step of a run directory, and of the bases that it needs.
 
     Args:
         step: the step to verify; by default the newest.
         every: verify all steps.
-
-    Returns:
-        {passed, steps: [{path, verified, bytes, problems}]}. `verified` is False for a step
-        without checksums. `problems` has a line for each damaged file and array.
 
     Raises:
         UserError: the run directory does not have the step.
@@ -363,11 +392,11 @@ def verify_steps(
     chosen = steps if every else [newest if step is None else step]
     reports = [_verify_step(directory / str(number)) for number in chosen]
     for base in sorted(set(base_of(directory).values())):
-        reports += verify_steps(base)["steps"]
-    return {"passed": not any(r["problems"] for r in reports), "steps": reports}
+        reports += verify_steps(base).steps
+    return StepsReport(not any(report.problems for report in reports), reports)
 
 
-def _verify_step(step: Path) -> dict[str, Any]:
+def _verify_step(step: Path) -> StepReport:
     sizes: list[int] = []
     try:
         verified, problems = True, integrity.damaged_files(step)
@@ -378,12 +407,7 @@ def _verify_step(step: Path) -> dict[str, Any]:
         problems += integrity.unreadable_arrays(step / item, progress=sizes.append)
     if "params" not in items:
         problems.append(f"{step / 'params'} is missing")
-    return {
-        "path": str(step),
-        "verified": verified,
-        "bytes": sum(sizes),
-        "problems": problems,
-    }
+    return StepReport(str(step), verified, sum(sizes), problems)
 
 
 def tower_of(path: str) -> str:
@@ -541,7 +565,7 @@ def load_module(
     directory: Path,
     build: Callable[[], nnx.Module],
     mesh: Mesh,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     quantization: Quantization | None = None,
 ) -> nnx.Module:
     """Builds a module with the newest parameters of `directory`, sharded over `mesh`.

@@ -1235,20 +1235,20 @@ def checkpoint_verify(parser: argparse.ArgumentParser) -> Command:
 
         if args.all and args.step is not None:
             raise UserError("give --step or --all, not both")
-        result = verify_steps(args.run_directory, args.step, every=args.all)
+        report = verify_steps(args.run_directory, args.step, every=args.all)
         if not args.json:
-            for step in result["steps"]:
+            for step in report.steps:
                 state = (
                     "damaged"
-                    if step["problems"]
+                    if step.problems
                     else "sound"
-                    if step["verified"]
+                    if step.verified
                     else ("readable; it has no checksums, so damage within numbers cannot be seen")
                 )
-                print(f"{step['path']}: {step['bytes']:,} bytes of arrays, {state}")
-                for problem in step["problems"]:
+                print(f"{step.path}: {step.bytes:,} bytes of arrays, {state}")
+                for problem in step.problems:
                     print(f"  {problem}")
-        return result
+        return report.to_json()
 
     return run
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from emu_jax.config import SchedulerConfig
 from emu_jax.errors import UserError, suggest
@@ -307,15 +308,15 @@ METHODS: dict[str, Callable[[SchedulerConfig, int], Steps]] = {
 def _table(
     t: np.ndarray,
     *,
-    convert: Any,
-    carry: Any,
-    weights: Any,
+    convert: ArrayLike,
+    carry: ArrayLike,
+    weights: ArrayLike,
     keep: np.ndarray | None = None,
 ) -> Steps:
     """Returns `Steps` in the device's dtypes. Every m is kept unless `keep` is given."""
     keep = np.ones(len(t), bool) if keep is None else keep
-    convert, carry, weights = (np.asarray(x, np.float32) for x in (convert, carry, weights))
-    return Steps(t.astype(np.int32), convert, carry, weights, keep)
+    a, b, c = (np.asarray(x, np.float32) for x in (convert, carry, weights))
+    return Steps(t.astype(np.int32), a, b, c, keep)
 
 
 def _first(column: np.ndarray, width: int = 2) -> np.ndarray:

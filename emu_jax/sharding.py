@@ -17,19 +17,29 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emu_jax.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
+
+AnyMesh = Mesh | AbstractMesh
+
+
+class Device(Protocol):
+    """A `jax.Device`, which type checkers cannot see."""
+
+    platform: str
+    coords: Sequence[int]  # of a TPU
+
 
 MESH_AXES = ("data", "fsdp", "tensor")
 CONTEXT = "context"  # the axis of a mesh with more than one way along it
@@ -56,7 +66,7 @@ def make_mesh(
     context: int = 1,
     *,
     max_fsdp: int = 0,
-    devices: Any | None = None,
+    devices: Sequence[Device] | np.ndarray | None = None,
     rows: int | None = None,
     heads: int | None = None,
     widths: Sequence[int] = (),
@@ -100,7 +110,7 @@ def make_mesh(
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def slice_count(devices: Sequence[Any]) -> int:
+def slice_count(devices: Sequence[Device]) -> int:
     """Returns the number of TPU slices that contain the devices; 1 on other platforms."""
     if devices[0].platform != "tpu":
         return 1
@@ -193,7 +203,7 @@ def choose_mesh(
     return (data, fsdp, tensor), ", ".join(reasons) or "as configured"
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> P:
     """Returns the PartitionSpec of an array with these logical axes.
 
     A dimension that its mesh axes do not divide is not split. Small models therefore run on any
@@ -206,13 +216,14 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
 
 
 def _split(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any
-) -> tuple[list[Any], list[str]]:
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh
+) -> tuple[list[str | tuple[str, ...] | None], list[str]]:
     """Returns the entries of a PartitionSpec, and a description of each dimension that its mesh
     axes do not divide."""
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {axes} for a shape {shape}")
-    entries, used, undivided = [], set(), []
+    entries: list[str | tuple[str, ...] | None] = []
+    used, undivided = set[str](), list[str]()
     for name, size in zip(axes, shape, strict=True):
         if name is not None and name not in RULES:
             raise ValueError(f"unknown logical axis {name!r}{suggest(name, RULES)}")
@@ -234,14 +245,14 @@ def _split(
     return entries, undivided
 
 
-def context_ways(mesh: Any = None) -> int:
+def context_ways(mesh: AnyMesh | None = None) -> int:
     """Returns over how many devices the tokens of a row are split, by default on the mesh set by
     `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return mesh.shape.get(CONTEXT, 1)
 
 
-def row_ways(mesh: Any) -> int:
+def row_ways(mesh: AnyMesh) -> int:
     """Returns over how many groups of devices the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

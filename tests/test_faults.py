@@ -242,7 +242,7 @@ def test_the_last_line_of_an_interrupted_run_is_true(
                 assert max(steps) == reached >= saved + 3
             saved = max(steps, default=0)
             assert not (tmp_path / "lock.json").exists()
-    assert checkpoint.verify_steps(tmp_path, every=True)["passed"]
+    assert checkpoint.verify_steps(tmp_path, every=True).passed
 
 
 @pytest.mark.slow

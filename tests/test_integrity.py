@@ -109,7 +109,7 @@ def assert_damage_is_found(sound: Path, workdir: Path, file: Path, content: byte
         return
     place.write_bytes(content)
     report = checkpoint.verify_steps(workdir)
-    (problems,) = [step["problems"] for step in report["steps"]]
+    (problems,) = [step.problems for step in report.steps]
     loaded = loads(workdir)
     if file.parts[1] == "params" and not loaded:
         assert problems, "verification finds what loading finds"
@@ -137,7 +137,7 @@ def test_a_flipped_bit_in_any_kind_of_file_is_found(sound, tmp_path):
     for file in (place, Path("2/params/_METADATA"), Path("2/position/metadata")):
         damaged = flip((sound / file).read_bytes(), random.Random(0))
         (workdir / file).write_bytes(content if file == place else damaged)
-        assert not checkpoint.verify_steps(workdir)["passed"]
+        assert not checkpoint.verify_steps(workdir).passed
         assert loads(workdir) == (file.parts[1] != "params")
         assert resumed(workdir) == 1
         (workdir / "2.damaged").rename(workdir / "2")
@@ -213,7 +213,7 @@ def test_a_checkpoint_without_checksums_is_read_with_a_warning(tmp_path, caplog)
         "has no checksums (an older version wrote it): read unverified"
     )
     report = checkpoint.verify_steps(tmp_path)
-    assert report["passed"] and not report["steps"][0]["verified"]
+    assert report.passed and not report.steps[0].verified
 
 
 def test_checksums_that_are_gone_are_damage(sound, tmp_path):

@@ -256,7 +256,7 @@ def test_steps_are_saved_restored_and_retired(workdir):
     assert names(workdir) == ["10", "4"]
     assert_restores(workdir, 10)
     report = checkpoint.verify_steps(workdir, every=True)
-    assert report["passed"] and [step["verified"] for step in report["steps"]] == [True, True]
+    assert report.passed and [step.verified for step in report.steps] == [True, True]
     assert not (workdir / "lock.json").exists()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -51,11 +51,6 @@ from emu_jax.tokenizer import (
     Tokenizer,
 )
 
-# A text; an image: PIL, pixels [h, w, 3] in uint8 or in floats from 0 to 1, `Normalized` pixels; a
-# video: pixels [F, h, w, 3] or a list of images; or the Path of an image or a video.
-PromptPart: TypeAlias = Any
-Parts: TypeAlias = Sequence[PromptPart] | str
-Prompts: TypeAlias = Sequence[list[Any]]
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 
 BOX_SIDE = 448  # pixels of a box image's side, in which its coordinates are given
@@ -127,16 +122,27 @@ class Normalized:
     pixels: Float[np.ndarray, "side side 3"]
 
 
+# An image: PIL, pixels [h, w, 3] in uint8 or in floats from 0 to 1, or `Normalized` pixels.
+ImageLike: TypeAlias = Image.Image | np.ndarray | Normalized
+# A text; an image; a video: pixels [F, h, w, 3] or a list of images; or the Path of an image or a
+# video.
+PromptPart: TypeAlias = str | Path | ImageLike | Sequence[ImageLike]
+Parts: TypeAlias = Sequence[PromptPart] | str
+# `Any`, because a list of one kind of parts is no list of several.
+Prompts: TypeAlias = Sequence[list[Any]]
+
+
 def is_video(part: PromptPart) -> bool:
     """Returns whether a part is a list of frames."""
     return isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim == 4)
 
 
-def images_of(part: PromptPart) -> list[Any]:
+def images_of(part: PromptPart) -> list[ImageLike]:
     """Returns the images of a part: none of a text, each frame of a video."""
     if isinstance(part, str):
         return []
-    return list(part) if is_video(part) else [part]
+    images = list(part) if is_video(part) else [part]  # pyright: ignore[reportArgumentType]
+    return cast(list[ImageLike], images)
 
 
 def as_prompts(prompt: Any) -> tuple[list[Any], bool]:
@@ -155,7 +161,7 @@ def as_parts(prompt: Any) -> list[PromptPart]:
     return [open_file(part) if isinstance(part, Path) else part for part in parts]
 
 
-def open_file(path: Path) -> PromptPart:
+def open_file(path: Path) -> Image.Image | list[Image.Image]:
     """Reads an image, or the frames of a video that the release shows to the model.
 
     The content decides which it is, not the name.
@@ -390,7 +396,7 @@ class Prompt:
 
 
 def preprocess_image(
-    image: Any, size: int
+    image: PromptPart, size: int
 ) -> UInt8[np.ndarray, "side side 3"] | Float[np.ndarray, "side side 3"]:
     """Resizes an image as the release does, to [size, size, 3].
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +176,9 @@ def splash(
     )
     head_mask = (kernels.CausalMask if causal else kernels.FullMask)((length, length))
 
-    def run_shard(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> Any:
+    def run_shard(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+    ) -> jax.Array:
         kernel = kernels.make_splash_mha(
             mask=kernels.MultiHeadMask([head_mask] * q.shape[1]),
             block_sizes=sizes,
@@ -187,18 +188,20 @@ def splash(
             interpret=interpret,
         )
         ids = None if segments is None else kernels.SegmentIds(segments, segments)
-        return jax.vmap(kernel)(q, k, v, ids)
+        out = jax.vmap(kernel)(q, k, v, ids)
+        assert isinstance(out, jax.Array)  # without residuals
+        return out
 
     k, v = share_heads(q, k, v)
     # The kernel takes heads first, and does not scale the scores.
     q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        out: Any = run_shard(q, k, v, segment_ids)
+        out = run_shard(q, k, v, segment_ids)
     else:
         q_spec = spec(("batch", "attention_heads", None, None), q.shape, mesh)
         segment_spec = None if segment_ids is None else P(q_spec[0], None)
-        out: Any = jax.shard_map(
+        out = jax.shard_map(
             run_shard,
             in_specs=(q_spec, q_spec, q_spec, segment_spec),
             out_specs=q_spec,
@@ -228,7 +231,7 @@ def short(
     if mesh.empty:
         return run_shard(q, k, v)
     qkv_spec = spec(("image", None, "heads", None), q.shape, mesh)
-    run_sharded: Any = jax.shard_map(
+    run_sharded = jax.shard_map(
         run_shard, in_specs=(qkv_spec,) * 3, out_specs=qkv_spec, check_vma=False
     )
     return run_sharded(q, k, v)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from emu_jax.config import LlamaConfig
 from emu_jax.models import blockwise, xla
-from emu_jax.models.kv_cache import KVCache
+from emu_jax.models.kv_cache import KVCache, Layers
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
+
+Carry = TypeVar("Carry")
+Y = TypeVar("Y")
 
 # With this many scores per row and head, heads are computed one at a time: 2 MiB, a cache's size.
 LARGE_SCORES = 512 * 1024
@@ -37,7 +41,7 @@ BATCH_PARTS = 4
 
 
 def matmul(
-    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: Any = None
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*T E"]:
     """Returns x @ kernel in `dtype`, by default the dtype of `x`."""
     return _matmul(x, kernel) if x.dtype == jnp.float32 else xla.matmul(x, kernel, dtype)
@@ -78,7 +82,7 @@ def low_precision_dot(
     x: Shaped[Array, "..."],
     y: Shaped[Array, "..."],
     axes: tuple[tuple[int, ...], tuple[int, ...]],
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Real[Array, "..."]:
     """Returns the sums of products of two arrays in int8 or fp8 over axes of each, in float32.
 
@@ -108,7 +112,7 @@ def _squeezed(x: Float[Array, "*T D"]) -> Float[Array, "*squeezed D"]:
 
 def upsampled_convolution(
     x: Float[Array, "B Hh Ww C"],
-    weights: Callable[[Any], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
+    weights: Callable[[DTypeLike], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
 ) -> Float[Array, "B 2*Hh 2*Ww E"]:
     """Applies a 3 x 3 convolution to `x` with both sides doubled by repeating pixels.
 
@@ -351,8 +355,8 @@ def _copied_layers(stacked: jax.Array, layers: int) -> list[jax.Array]:
 
 
 def run_layers(
-    blocks: nnx.List, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
-) -> tuple[Any, Any]:
+    blocks: nnx.List, body: Callable[[Any, Carry, Any], tuple[Carry, Y]], carry: Carry, xs: Any
+) -> tuple[Carry, Y]:
     """Runs `carry, y = body(block, carry, x)` over the layers of `decoding_layers`.
 
     The leaves of `xs` and of the ys that it returns have a leading layer axis.
@@ -385,7 +389,7 @@ class UnstackedKVCache(KVCache):
     @classmethod
     def _zeros(
         cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
-    ) -> Any:
+    ) -> Layers:
         return (jnp.zeros((batch * cfg.kv_heads, *shape), dtype),) * cfg.layers
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emu_jax.config import LlamaConfig
 from emu_jax.sharding import shard
+
+# Keys or values of all layers: stacked, or in `cpu.UnstackedKVCache` one array for each.
+Layers = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +28,8 @@ class KVCache:
     `generate.engine`, all arrays have a leading axis of slots.
     """
 
-    k: Any  # Float[Array, "L B G K S"]
-    v: Any  # Float[Array, "L B G S K"]
+    k: Layers  # [L, B, G, K, S]
+    v: Layers  # [L, B, G, S, K]
     valid: Bool[Array, "*slots B S"]
     used: Int[Array, "*slots"]
 
@@ -43,7 +45,7 @@ class KVCache:
     @classmethod
     def _zeros(
         cls, cfg: LlamaConfig, batch: int, shape: tuple[int, int], dtype: jnp.dtype | type
-    ) -> Any:
+    ) -> Layers:
         stacked = jnp.zeros((cfg.layers, batch, cfg.kv_heads, *shape), dtype)
         return shard(stacked, "layer", "batch", "heads", None, None)
 
@@ -69,6 +71,7 @@ class KVCache:
         Returns:
             The cache, and all keys and values of the layer.
         """
+        assert isinstance(self.k, jax.Array) and isinstance(self.v, jax.Array)
         k, v = self._as_multiplied(k, v)
         ks = jax.lax.dynamic_update_slice(self.k, k[None], (layer, 0, 0, 0, self.used))
         vs = jax.lax.dynamic_update_slice(self.v, v[None], (layer, 0, 0, self.used, 0))

@@ -19,6 +19,8 @@ from emu_jax.models.backend import kernels
 from emu_jax.models.remat import REMAT
 
 M = TypeVar("M", bound=nnx.Module)
+Carry = TypeVar("Carry")
+Y = TypeVar("Y")
 Axes = tuple[str | None, ...]
 
 lecun = jax.nn.initializers.lecun_normal()
@@ -129,14 +131,14 @@ def stack(layers: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
 
 def scan(
     blocks: nnx.Module,
-    body: Callable[[Any, Any, Any], tuple[Any, Any]],
-    carry: Any,
+    body: Callable[[Any, Carry, Any], tuple[Carry, Y]],
+    carry: Carry,
     xs: Any = None,
     *,
     remat: str = "none",
     matmul_dtype: str = "",
     rounding_key: jax.Array | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Carry, Y]:
     """Runs `carry, y = body(block, carry, x)` over `blocks`.
 
     Stacked layers are compiled once. Layers unstacked by `cpu.decoding_layers` run one after the
@@ -151,7 +153,7 @@ def scan(
     layers = len(jax.tree.leaves(params)[0])
     keys = None if rounding_key is None else jax.random.split(rounding_key, layers)
 
-    def step(carry: Any, layer: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    def step(carry: Carry, layer: tuple[Any, Any, Any]) -> tuple[Carry, Y]:
         params, x, key = layer
         with low_precision.use_matmul_dtype(matmul_dtype, key):
             return body(nnx.merge(graphdef, params), carry, x)

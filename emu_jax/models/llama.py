@@ -6,7 +6,7 @@ Later decoders differ from it in details: `LlamaConfig.backbone`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emu_jax.config import LlamaConfig, RopeScalingConfig
 from emu_jax.models.attention import attention
 from emu_jax.models.backend import kernels
-from emu_jax.models.kv_cache import KVCache
+from emu_jax.models.kv_cache import KVCache, Layers
 from emu_jax.models.layers import Embedding, Linear, RMSNorm, normal, scan, stack
 from emu_jax.models.lora import LoraLinear, adapted
 from emu_jax.models.low_precision import split_key
@@ -333,8 +333,8 @@ class Llama(nnx.Module):
         mask = (cache.causal_mask(length) if mask is None else mask)[:, None]
 
         def body(
-            block: LlamaBlock, carry: tuple[jax.Array, Any, Any], layer: int | Int[Array, ""]
-        ) -> tuple[tuple[jax.Array, Any, Any], None]:
+            block: LlamaBlock, carry: tuple[jax.Array, Layers, Layers], layer: int | Int[Array, ""]
+        ) -> tuple[tuple[jax.Array, Layers, Layers], None]:
             x, k, v = carry  # the parts of the cache that layers change
             layers_cache = dataclasses.replace(cache, k=k, v=v)
             x, layers_cache = block(x, positions, cache=layers_cache, layer=layer, mask=mask)

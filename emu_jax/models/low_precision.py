@@ -30,18 +30,19 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from emu_jax.models.backend import kernels
 from emu_jax.models.remat import CHECKPOINT_MATMUL
 
 # Dtypes of operands and of gradients, by the values of `TrainConfig.matmul_dtype`.
-MATMUL_DTYPES: dict[str, tuple[Any, Any]] = {
+MATMUL_DTYPES: dict[str, tuple[DTypeLike, DTypeLike]] = {
     "int8": (jnp.int8, jnp.int8),
     "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
 }
@@ -154,7 +155,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 def scaled(
     x: Float[Array, "*shape"],
-    dtype: Any,
+    dtype: DTypeLike,
     axes: tuple[int, ...],
     noise: Float[Array, "*shape"] | None = None,
 ) -> Scaled:

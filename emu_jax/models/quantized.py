@@ -15,10 +15,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Any, Literal, get_args
+from types import EllipsisType
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from emu_jax.errors import UserError, suggest
@@ -68,13 +70,13 @@ class QuantizedMatrix:
     def dtype(self) -> jnp.dtype:
         return self.values.dtype
 
-    def __getitem__(self, key: Any) -> QuantizedMatrix:
+    def __getitem__(self, key: EllipsisType) -> QuantizedMatrix:
         """Returns this matrix for `...`, the index by which layers read a parameter."""
         if key is not Ellipsis:
             raise TypeError("a quantized matrix has no elements: use .astype(dtype) first")
         return self
 
-    def astype(self, dtype: Any) -> Float[Array, "*in_and_out"]:
+    def astype(self, dtype: DTypeLike) -> Float[Array, "*in_and_out"]:
         """Returns the matrix in floats."""
         values = self.values
         if values.dtype == jnp.uint8:

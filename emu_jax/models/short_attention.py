@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -106,7 +107,7 @@ def _heads_together(queries: int, width: int, heads: int) -> int:
     return heads if queries <= QUERIES or heads % few else few
 
 
-def _forward(q: Any, k: Any, v: Any, out: Any, *, heads: int, scale: float) -> None:
+def _forward(q: Ref, k: Ref, v: Ref, out: Ref, *, heads: int, scale: float) -> None:
     for lanes in _heads(q, heads):
         keys = (0, slice(None), lanes)
         for queries in _queries(q):
@@ -116,7 +117,7 @@ def _forward(q: Any, k: Any, v: Any, out: Any, *, heads: int, scale: float) -> N
 
 
 def _backward(
-    q: Any, k: Any, v: Any, d_out: Any, dq: Any, dk: Any, dv: Any, *, heads: int, scale: float
+    q: Ref, k: Ref, v: Ref, d_out: Ref, dq: Ref, dk: Ref, dv: Ref, *, heads: int, scale: float
 ) -> None:
     for lanes in _heads(q, heads):
         keys = (0, slice(None), lanes)
@@ -134,7 +135,7 @@ def _backward(
         dk[keys] = functools.reduce(jnp.add, d_keys).astype(dk.dtype)
 
 
-def _heads(block: Any, heads: int) -> list[slice]:
+def _heads(block: Ref, heads: int) -> list[slice]:
     """Returns the lanes of each head in a block [1, positions, D].
 
     The list is static: Mosaic can slice lanes at an offset such as 88 only if it is a constant."""
@@ -142,7 +143,7 @@ def _heads(block: Any, heads: int) -> list[slice]:
     return [slice(h * width, (h + 1) * width) for h in range(heads)]
 
 
-def _queries(block: Any) -> list[slice]:
+def _queries(block: Ref) -> list[slice]:
     """Returns the parts of the queries in a block [1, positions, D] that are compared at once."""
     count = block.shape[1]
     if count <= QUERIES:

@@ -7,13 +7,13 @@ points. `backend.kernels` chooses between the two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from emu_jax.config import LlamaConfig
@@ -24,7 +24,7 @@ from emu_jax.models.remat import CHECKPOINT_ATTENTION
 
 
 def matmul(
-    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: Any = None
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*T E"]:
     """Returns x @ kernel in `dtype`, by default the dtype of `x`."""
     return jnp.matmul(x, kernel, preferred_element_type=dtype or x.dtype)
@@ -34,7 +34,7 @@ def low_precision_dot(
     x: Shaped[Array, "..."],
     y: Shaped[Array, "..."],
     axes: tuple[tuple[int, ...], tuple[int, ...]],
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Real[Array, "..."]:
     """Returns the sums of products of two arrays in int8 or fp8 over axes of each.
 
@@ -79,7 +79,7 @@ def convolution(
 
 def upsampled_convolution(
     x: Float[Array, "B Hh Ww C"],
-    weights: Callable[[Any], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
+    weights: Callable[[DTypeLike], tuple[Float[Array, "3 3 C E"], Float[Array, "E"]]],
 ) -> Float[Array, "B 2*Hh 2*Ww E"]:
     """Applies a 3 x 3 convolution to `x` with both sides doubled by repeating pixels.
 

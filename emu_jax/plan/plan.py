@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from emu_jax.config import from_dict, to_dict
 from emu_jax.errors import UserError, suggest
@@ -47,7 +48,7 @@ from emu_jax.plan.roofline import (
     slice_seconds,
     times,
 )
-from emu_jax.sharding import AbstractModel, spec
+from emu_jax.sharding import AbstractModel, Device, spec
 from emu_jax.train.config import MeshConfig, TrainConfig
 from emu_jax.train.device_memory import abstract_batch, memory_by_kind, shard_bytes
 from emu_jax.train.flops import train_flops
@@ -171,7 +172,7 @@ BOUNDS = (
 )
 
 
-def devices_of(topology: Topology) -> list[Any]:
+def devices_of(topology: Topology) -> list[Device]:
     """Returns the devices of a topology, for compilation only.
 
     Raises:
@@ -306,7 +307,7 @@ def _begin(level: int, flags: str | None) -> None:
     logging.getLogger("emu_jax").setLevel(level)
 
 
-def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Report:
+def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Device]) -> Report:
     """Plans one decode step: the language model reads one token per row.
 
     Parameters are in the compute dtype, and the KV cache has `row_tokens` slots per row. By
@@ -320,7 +321,7 @@ def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Any]) -> Rep
     mesh = mesh_for(cfg, devices)
     rows, length = cfg.data.batch_size, cfg.data.row_tokens
 
-    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
+    def array(shape: tuple[int, ...], dtype: DTypeLike, *axes: str | None) -> Any:
         where = NamedSharding(mesh, spec(axes, shape, mesh))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 

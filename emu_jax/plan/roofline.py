@@ -22,10 +22,10 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from emu_jax.hardware import Chip, Topology
 from emu_jax.plan.hlo import Begin, Collective, Cost, Counts, End, HostCopy, Schedule
+from emu_jax.sharding import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Network:
     slices: Sequence[int]
 
     @classmethod
-    def of(cls, topology: Topology, devices: Sequence[Any]) -> Network:
+    def of(cls, topology: Topology, devices: Sequence[Device]) -> Network:
         """Creates the network of a mesh's devices, in the order by which collectives index them."""
         axes = len(topology.shape)
         return cls(

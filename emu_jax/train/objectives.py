@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, TokenIds
 from emu_jax.data import digits
+from emu_jax.data.batches import ArrayShapes
 from emu_jax.data.latents import LatentBatches, latent_shapes
 from emu_jax.data.pipeline import Batches, Kind, batch_shapes
 from emu_jax.errors import UserError, suggest
@@ -115,7 +116,7 @@ class Objective(ABC):
     def held_out_metrics(self, sums: Sums) -> dict[str, float]:
         """Returns the metrics of sums over rows and batches. Leaves out those without targets."""
 
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def batch_shapes(self) -> ArrayShapes:
         """Returns (shape, dtype) of each array of a global batch."""
         return batch_shapes(self.cfg.data, self.batch_kind)
 
@@ -681,20 +682,22 @@ class DecoderObjective(Objective):
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return EmuModel(self.cfg.model, remat=self.cfg.remat, rngs=rngs)
 
-    def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def conditions_and_latents(
+        self, module: EmuModel | UNetOnly, batch: Batch
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B h w C"]]:
         """Returns the conditions [B, N, D] and latents [B, h, w, C] of a batch.
 
         Here the frozen model computes them.
         """
         cfg = self.cfg
-        assert module.vae and cfg.model.vae
+        assert isinstance(module, EmuModel) and module.vae and cfg.model.vae
         dtype = jnp.dtype(cfg.dtype)
         condition = self._condition(module, batch, dtype)
         mean, _ = module.vae.encode(to_signed(batch["target"], cfg))
         latents = mean * cfg.model.vae.scaling_factor
         return jax.lax.stop_gradient((condition.astype(dtype), latents))
 
-    def _condition(self, module: Any, batch: Batch, dtype: jnp.dtype) -> Float[Array, "B N D"]:
+    def _condition(self, module: EmuModel, batch: Batch, dtype: jnp.dtype) -> Float[Array, "B N D"]:
         """Returns the conditions of a batch, here the embeddings regressed after its contexts."""
         pixels = normalize_images(batch["images"], dtype)
         images = module.encode_images(pixels, frames=frames_of(batch))
@@ -702,7 +705,7 @@ class DecoderObjective(Objective):
             batch["tokens"], batch["length"], images, batch["embedding_index"]
         )
 
-    def unconditional(self, module: Any) -> Float[Array, "N D"]:
+    def unconditional(self, module: EmuModel) -> Float[Array, "N D"]:
         """Returns the condition of a dropped context, `<s>[IMG]`."""
         ids = self.cfg.model.tokens
         return module.regress_after(jnp.asarray([[ids.bos, ids.img]]), jnp.asarray([2]))[0]
@@ -722,7 +725,11 @@ class DecoderObjective(Objective):
         return jnp.broadcast_to(jnp.asarray([side, side, 0, 0, side, side]), (rows, 6))
 
     def loss(
-        self, module: Any, batch: Batch, key: jax.Array, targets: Metrics | None = None
+        self,
+        module: EmuModel | UNetOnly,
+        batch: Batch,
+        key: jax.Array,
+        targets: Metrics | None = None,
     ) -> tuple[jax.Array, Metrics]:
         condition, latents = self.conditions_and_latents(module, batch)
         time_key, noise_key = jax.random.split(key)
@@ -747,7 +754,7 @@ class DecoderObjective(Objective):
 
     def _errors(
         self,
-        module: Any,
+        module: EmuModel | UNetOnly,
         condition: Float[Array, "B N D"],
         latents: Float[Array, "B h w C"],
         sizes: Real[Array, "B 6"] | None,
@@ -759,10 +766,11 @@ class DecoderObjective(Objective):
         noise = noise.astype(dtype)
         noisy = diffusion.add_noise(schedule, latents, noise, times)
         target = diffusion.denoiser_target(schedule, latents, noise, times).astype(jnp.float32)
+        assert module.unet is not None
         return jnp.square(module.unet(noisy, times, condition, sizes).astype(jnp.float32) - target)
 
     def held_out(
-        self, module: Any, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+        self, module: EmuModel | UNetOnly, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
     ) -> Metrics:
         condition, latents = self.conditions_and_latents(module, batch)
         time_key, noise_key = jax.random.split(key)
@@ -796,11 +804,11 @@ class PainterObjective(DecoderObjective):
         backend = cfg.attention
         return EmuModel(cfg.model, language=False, remat=cfg.remat, backend=backend, rngs=rngs)
 
-    def _condition(self, module: Any, batch: Batch, dtype: jnp.dtype) -> Float[Array, "B N D"]:
+    def _condition(self, module: EmuModel, batch: Batch, dtype: jnp.dtype) -> Float[Array, "B N D"]:
         pixels = normalize_images(batch["images"], dtype)
         return module.encode_images(jnp.where(batch["dropped"][:, None, None, None], 0, pixels))
 
-    def unconditional(self, module: Any) -> Float[Array, "N D"]:
+    def unconditional(self, module: EmuModel) -> Float[Array, "N D"]:
         """Returns the condition of a dropped image, the null image's."""
         side = self.cfg.model.vision.image_size
         return module.encode_images(jnp.zeros((1, side, side, 3), jnp.dtype(self.cfg.dtype)))[0]
@@ -815,11 +823,11 @@ class LatentDecoderObjective(DecoderObjective):
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return UNetOnly(self.cfg, rngs)
 
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def batch_shapes(self) -> ArrayShapes:
         rows = self.cfg.data.batch_size
         model = self.cfg.model
         condition, latents = latent_shapes(model)
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        shapes: ArrayShapes = {
             "condition": ((rows, *condition), jnp.bfloat16),
             "latents": ((rows, *latents), jnp.bfloat16),
         }
@@ -842,7 +850,9 @@ class LatentDecoderObjective(DecoderObjective):
         folder = as_path(self.cfg.latents)
         return LatentBatches(folder, self.cfg.data, self.cfg.model, shares.numbers, shares.count)
 
-    def conditions_and_latents(self, module: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def conditions_and_latents(
+        self, module: EmuModel | UNetOnly, batch: Batch
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B h w C"]]:
         dtype = jnp.dtype(self.cfg.dtype)
         return batch["condition"].astype(dtype), batch["latents"].astype(dtype)
 

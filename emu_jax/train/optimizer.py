@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from emu_jax.train.moments import (
     encode_nu,
     rounding_bits,
 )
+
+Tree = TypeVar("Tree")  # moments of any structure
 
 
 def group_of(path: str, cfg: OptimizerConfig) -> GroupConfig:
@@ -87,7 +89,10 @@ def make_optimizer(
 
 
 def last_update(
-    params: dict[str, jax.Array], state: Any, cfg: OptimizerConfig, steps: int
+    params: dict[str, jax.Array],
+    state: optax.OptState,
+    cfg: OptimizerConfig,
+    steps: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Computes the update that the optimizer made last, and its learning rates, from its state.
 
@@ -101,6 +106,7 @@ def last_update(
         {dotted path: update} (with rounding errors, and those of bfloat16 or 8-bit moments), and
         {dotted path: learning rate}.
     """
+    assert isinstance(state, tuple)
     _, adam, _, scheduled = state  # of the chain in `make_optimizer`
     assert isinstance(adam, optax.ScaleByAdamState)
     assert isinstance(scheduled, optax.ScaleByScheduleState)
@@ -131,8 +137,13 @@ def _clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
     """Scales gradients whose norm is above `clip_norm` down to it."""
 
     def update(
-        updates: Any, state: optax.EmptyState, params: Any = None, *, norm: jax.Array, **_: Any
-    ) -> tuple[Any, optax.EmptyState]:
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        *,
+        norm: jax.Array,
+        **_: jax.Array,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
         factor = jnp.minimum(1, clip_norm / norm)
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
 
@@ -161,7 +172,7 @@ def _scale_by_adam(
             nu | {p: encode_nu(nu[p], axis, noise.get(p)) for p, axis in axes.items()},
         )
 
-    def init(params: Any) -> optax.ScaleByAdamState:
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
         state = adam.init(params)
         assert isinstance(state, optax.ScaleByAdamState)
         if quantized:
@@ -170,13 +181,13 @@ def _scale_by_adam(
         return state
 
     def update(
-        updates: Any,
+        updates: optax.Updates,
         state: optax.ScaleByAdamState,
-        params: Any = None,
+        params: optax.Params | None = None,
         *,
         finite: jax.Array,
-        **_: Any,
-    ) -> tuple[Any, optax.ScaleByAdamState]:
+        **_: jax.Array,
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
         old = _decoded(state.mu), _decoded(state.nu)
         new = (
@@ -198,7 +209,7 @@ def _scale_by_adam(
     return _transformation(init, update)
 
 
-def _decoded(moments: Any) -> Any:
+def _decoded(moments: optax.Updates) -> Any:
     """Converts quantized moments to float32; others stay as they are."""
     is_quantized = lambda x: isinstance(x, Quantized)  # noqa: E731
     return jax.tree.map(
@@ -206,7 +217,7 @@ def _decoded(moments: Any) -> Any:
     )
 
 
-def _direction(mu: Any, nu: Any, count: jax.typing.ArrayLike, cfg: OptimizerConfig) -> Any:
+def _direction(mu: Tree, nu: Tree, count: jax.typing.ArrayLike, cfg: OptimizerConfig) -> Tree:
     """Returns Adam's updates before weight decay and learning rates."""
     return jax.tree.map(
         lambda m, v: m / (jnp.sqrt(v) + cfg.eps),
@@ -221,13 +232,13 @@ def _scale_by_groups(
     """Multiplies each update by minus the learning rate of its group."""
 
     def update(
-        updates: Any,
+        updates: optax.Updates,
         state: optax.ScaleByScheduleState,
-        params: Any = None,
+        params: optax.Params | None = None,
         *,
         finite: jax.Array,
-        **_: Any,
-    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        **_: jax.Array,
+    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
         rates = {group: rate(state.count) for group, rate in schedules.items()}
         updates = jax.tree.map(lambda u, g: -jnp.asarray(rates[g], u.dtype) * u, updates, groups)
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)

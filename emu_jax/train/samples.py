@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -421,7 +421,7 @@ def _spelled(
 ) -> Sequence[_DocumentPart]:
     """Returns a prompt as `Emu` spells it."""
     if tokenizer.instruct and not any(isinstance(p, str) and USER in p for p in prompt):
-        return instruct(prompt, system, style=style)
+        return cast(Sequence[_DocumentPart], instruct(prompt, system, style=style))
     return prompt
 
 

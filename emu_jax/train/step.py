@@ -26,6 +26,7 @@ from emu_jax.models.quantized import (
 )
 from emu_jax.sharding import (
     AbstractModel,
+    Device,
     batch_sharding,
     choose_mesh,
     context_ways,
@@ -293,7 +294,7 @@ def by_tower(params: Params) -> dict[str, Params]:
     return towers
 
 
-def mesh_for(cfg: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def mesh_for(cfg: TrainConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """Returns the mesh of a run over `devices`, by default all."""
     return make_mesh(**_mesh_settings(cfg), devices=devices)
 

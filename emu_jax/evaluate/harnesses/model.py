@@ -177,12 +177,10 @@ class HarnessModel:
     def _templated(self, parts: list[PromptPart]) -> list[PromptPart]:
         if self.template == "{text}":
             return parts
-        last = max((n for n, part in enumerate(parts) if isinstance(part, str)), default=None)
-        if last is None:
-            return [*parts, self.template.replace("{text}", "")]
-        parts = list(parts)
-        parts[last] = self.template.replace("{text}", parts[last])
-        return parts
+        for n, part in reversed(list(enumerate(parts))):
+            if isinstance(part, str):
+                return [*parts[:n], self.template.replace("{text}", part), *parts[n + 1 :]]
+        return [*parts, self.template.replace("{text}", "")]
 
 
 def merged(dialogue: Sequence[ChatTurn]) -> list[ChatTurn]:
