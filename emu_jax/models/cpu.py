@@ -28,8 +28,8 @@ from emu_jax.models import blockwise, xla
 from emu_jax.models.kv_cache import KVCache, Layers
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
 
-Carry = TypeVar("Carry")
-Y = TypeVar("Y")
+_Carry = TypeVar("_Carry")
+_Y = TypeVar("_Y")
 
 # With this many scores per row and head, heads are computed one at a time: 2 MiB, a cache's size.
 LARGE_SCORES = 512 * 1024
@@ -355,8 +355,8 @@ def _copied_layers(stacked: jax.Array, layers: int) -> list[jax.Array]:
 
 
 def run_layers(
-    blocks: nnx.List, body: Callable[[Any, Carry, Any], tuple[Carry, Y]], carry: Carry, xs: Any
-) -> tuple[Carry, Y]:
+    blocks: nnx.List, body: Callable[[Any, _Carry, Any], tuple[_Carry, _Y]], carry: _Carry, xs: Any
+) -> tuple[_Carry, _Y]:
     """Runs `carry, y = body(block, carry, x)` over the layers of `decoding_layers`.
 
     The leaves of `xs` and of the ys that it returns have a leading layer axis.
