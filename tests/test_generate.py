@@ -739,6 +739,9 @@ def test_candidates_are_ranked_by_their_loss(small, model):
         sums = np.array([-log_probabilities(model, ids, p).sum() for p in parts])
         assert ours[row] == np.argsort(sums).tolist()
         np.testing.assert_allclose(likelihoods[row], -sums, rtol=1e-4)
+        if row == 0:  # one prompt, whose batch is another
+            one = small.log_likelihoods([words], options)
+            np.testing.assert_allclose(one, likelihoods[0], rtol=1e-5)
         if row == 1:
             means = sums / [len(ids) + len(p) - 1 for p in parts]
             assert alone[row] == np.argsort(means).tolist()

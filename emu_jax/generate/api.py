@@ -49,6 +49,7 @@ from emu_jax.generate.image import (
 )
 from emu_jax.generate.prompt import (
     MIXED,
+    ImageLike,
     Parts,
     Prompt,
     PromptBatch,
@@ -257,6 +258,22 @@ class Emu:
         ids = [i for i in ids if i not in (t.bos, t.eos, t.pad)]
         return self.tokenizer.decode(ids, skip_special_tokens=plain).strip()
 
+    @overload  # as of `generate_text`
+    def generate_ids(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        prompt: Prompts,
+        *,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> Int[np.ndarray, "B T"]: ...
+    @overload
+    def generate_ids(
+        self,
+        prompt: Parts,
+        *,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> Int[np.ndarray, "T"]: ...
     def generate_ids(
         self,
         prompt: Parts | Prompts,
@@ -339,15 +356,28 @@ class Emu:
             ranked.append(np.argsort(means, kind="stable").tolist())
         return ranked
 
-    def log_likelihoods(self, prompts: Prompts, candidates: Sequence[Sequence[str]]) -> list[Any]:
-        """Returns the log-likelihood of each candidate continuation of each of many prompts, in
-        nats, summed over its tokens: a list of floats for each prompt.
+    @overload
+    def log_likelihoods(
+        self, prompt: Prompts, candidates: Sequence[Sequence[str]]
+    ) -> list[list[float]]: ...
+    @overload
+    def log_likelihoods(self, prompt: Parts, candidates: Sequence[str]) -> list[float]: ...
+    def log_likelihoods(
+        self, prompt: Parts | Prompts, candidates: Sequence[Any]
+    ) -> list[float] | list[list[float]]:
+        """Returns the log-likelihood of each candidate continuation of a prompt, in nats, summed
+        over its tokens.
+
+        Args:
+            candidates: the continuations; for many prompts, a list for each.
 
         Raises:
             UserError: a part is invalid, or a prompt has no candidates.
         """
-        scored = self._candidate_losses(as_prompts(prompts)[0], candidates)
-        return [(-sums).tolist() for sums, _, _ in scored]
+        prompts, single = as_prompts(prompt)
+        scored = self._candidate_losses(prompts, [candidates] if single else candidates)
+        sums: list[list[float]] = [(-losses).tolist() for losses, _, _ in scored]
+        return sums[0] if single else sums
 
     def _candidate_losses(
         self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]
@@ -377,12 +407,19 @@ class Emu:
 
     # --- Images ---
 
-    def embed(self, image: Any) -> Float[np.ndarray, "width"] | Float[np.ndarray, "B width"]:
+    @overload
+    def embed(self, image: ImageLike) -> Float[np.ndarray, "width"]: ...
+    @overload
+    def embed(self, image: Sequence[ImageLike]) -> Float[np.ndarray, "B width"]: ...
+    def embed(
+        self, image: ImageLike | Sequence[ImageLike]
+    ) -> Float[np.ndarray, "width"] | Float[np.ndarray, "B width"]:
         """Returns mean-pooled visual features of an image, or of each of a list of images, for
         nearest-neighbor retrieval."""
         single = not isinstance(image, list | tuple)
         size = self.cfg.vision.image_size
-        pixels = [preprocess_image(each, size) for each in ([image] if single else image)]
+        images = [image] if single else image
+        pixels = [preprocess_image(each, size) for each in images]
         out = np.zeros((len(pixels), self.cfg.vision.width), np.float32)
         for chunk in self._batcher.chunks(len(pixels)):
             batch = np.stack([pixels[i] for i in chunk.filled])
@@ -445,7 +482,13 @@ class Emu:
         images = self._paint(embeddings, keys, cfg, negative_prompt, stop, autoencoded=autoencoded)
         return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
-    def regress(self, prompt: Any) -> Float[Array, "N E"] | Float[Array, "B N E"]:
+    @overload  # as of `generate_image`
+    def regress(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: Prompts
+    ) -> Float[Array, "B N E"]: ...
+    @overload
+    def regress(self, prompt: Parts) -> Float[Array, "N E"]: ...
+    def regress(self, prompt: Parts | Prompts) -> Float[Array, "N E"] | Float[Array, "B N E"]:
         """Returns the embeddings of the image that follows a prompt, or each of many prompts
         (release: `generate_image`)."""
         prompts, single = as_prompts(prompt)
