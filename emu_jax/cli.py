@@ -1004,14 +1004,10 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             from emu_jax.serve.app import Limits, serve
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'emu_jax[serve]'") from None
-        if args.waiting < 1 or args.seconds <= 0 or not 0 <= args.port < 2**16:
-            raise UserError(
-                "--waiting, --seconds and --port must be positive, the port below 65536"
-            )
+        if not 0 <= args.port < 2**16:
+            raise UserError("--port must be positive and below 65536")
         if args.slots < 1 or (args.image_slots is not None and args.image_slots < 1):
             raise UserError("--slots and --image-slots must be at least 1")
-        if args.per_minute < 0 or args.drain < 0:
-            raise UserError("--per-minute and --drain must not be negative")
         limits = Limits(
             waiting=args.waiting,
             seconds=args.seconds,

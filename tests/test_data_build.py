@@ -453,8 +453,8 @@ def test_filters_by_metadata_are_counted(tmp_path):
     "change, message",
     [
         (dict(shard_documents=0), "at least 1 document, not 0"),
-        (dict(clean=CleanConfig(encoding="jpg")), "unknown encoding 'jpg'; did you mean 'jpeg'"),
-        (dict(clean=CleanConfig(quality=0)), "quality must be in 1 .. 100"),
+        (dict(clean=dict(encoding="jpg")), "unknown encoding 'jpg'; did you mean 'jpeg'"),
+        (dict(clean=dict(quality=0)), "quality must be in 1 .. 100"),
         (dict(source=SourceConfig(name="a/b", paths=("x",))), "'a/b' cannot be one"),
     ],
 )
@@ -462,6 +462,8 @@ def test_values_that_cannot_be(tmp_path, cfg, raw, change, message):
     if "source" in change:
         change = dict(source=dataclasses.replace(cfg.source, name=change["source"].name))
     with pytest.raises(UserError, match=message):
+        if "clean" in change:
+            change = dict(clean=CleanConfig(**change["clean"]))
         build(tmp_path / "out", dataclasses.replace(cfg, **change), embedded(1))
     assert not (tmp_path / "out").exists()
 

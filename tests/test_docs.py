@@ -117,7 +117,7 @@ def check_emu_jax(words):
             seed=args.seed,
             batch_size=args.batch_size,
             fid=FidOptions(args.inception),
-        ).check()
+        )
     elif verb == "data build":
         source = SourceConfig(name=args.name, format=args.format, paths=tuple(args.paths))
         override(BuildConfig(source=source, shard_documents=args.shard_documents), args.set)

@@ -1084,11 +1084,11 @@ def test_values_of_another_kind_are_named_with_their_file(task, file, content, a
         ("vqav2", {"hosts_per_model": 2}, "--hosts-per-model 2 does not divide the 1 processes"),
         ("vqav2", {"seed": -1}, "^--seed -1: at least 0"),
         ("vqav2", {"support": Path("a")}, "^--support a needs --examples"),
-        ("coco_fid", {"fid": FidOptions(resize="clean")}, "--resize need --inception FILE"),
-        ("coco_fid", {"fid": FidOptions(reference=Path("a"))}, "--resize need --inception FILE"),
+        ("coco_fid", {"fid": {"resize": "clean"}}, "--resize need --inception FILE"),
+        ("coco_fid", {"fid": {"reference": Path("a")}}, "--resize need --inception FILE"),
         (
             "coco_fid",
-            {"fid": FidOptions(Path("typo.pt"))},
+            {"fid": {"inception": Path("typo.pt")}},
             "^--inception typo.pt: there is no such file",
         ),
         ("vqav2", {"split": "tests"}, "--split tests: vqav2 has none; did you mean 'test'"),
@@ -1102,6 +1102,8 @@ def test_values_of_another_kind_are_named_with_their_file(task, file, content, a
 )
 def test_options_that_mean_nothing(task, options, message, ask):
     with pytest.raises(UserError, match=message):
+        if "fid" in options:
+            options = options | {"fid": FidOptions(**options["fid"])}
         ask(task, Said(), **options)
 
 

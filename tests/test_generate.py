@@ -93,6 +93,17 @@ def test_text_is_the_releases(tag, tiny, prompts, golden):
     assert texts == META["generate"][tag]["texts"]
 
 
+def test_settings_that_mean_nothing_cannot_be_made():
+    for kind in (TextConfig, GenerationConfig):
+        with pytest.raises(UserError, match="num_beams cannot be 0"):
+            kind(num_beams=0)
+    for kind in (ImageConfig, GenerationConfig):
+        with pytest.raises(UserError, match="unknown scheduler 'eular'; did you mean 'euler'"):
+            kind(scheduler="eular")
+    with pytest.raises(UserError, match="max_images cannot be -1"):
+        GenerationConfig(max_images=-1)
+
+
 def test_the_releases_defaults_are_ours():
     defaults = META["generate_defaults"]
     ours = dataclasses.asdict(TextConfig())

@@ -47,6 +47,20 @@ LIMITS = Limits(
 )
 
 
+@pytest.mark.parametrize(
+    "limits, message",
+    [
+        ({"waiting": 0}, "--waiting and --seconds must be positive"),
+        ({"seconds": 0.0}, "--waiting and --seconds must be positive"),
+        ({"per_minute": -1}, "--per-minute and --drain must not be negative"),
+        ({"drain_seconds": -0.5}, "--per-minute and --drain must not be negative"),
+    ],
+)
+def test_limits_that_mean_nothing(limits, message):
+    with pytest.raises(UserError, match=message):
+        Limits(**limits)
+
+
 class FakeTokenizer:
     instruct, family = False, "emu"
     spelled = ("[IMG]", "<|im_end|>")  # the latter as of a byte-level BPE

@@ -94,7 +94,7 @@ class Options:
     fid: FidOptions = FidOptions()
     similarity: SimilarityOptions = SimilarityOptions()
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Checks the options.
 
         Raises:
@@ -112,8 +112,6 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed {self.seed}: at least 0, and below 2147483648")
-        self.fid.check()
-        self.similarity.check()
 
 
 def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Options) -> Result:
@@ -123,10 +121,9 @@ def evaluate(checkpoint: Path, task: str, data: Path, out: Path, options: Option
     `.scores.json` and `.html`.
 
     Raises:
-        UserError: options are invalid, files are missing or damaged, or earlier predictions were
-            made with other settings.
+        UserError: the task does not take the options, files are missing or damaged, or earlier
+            predictions were made with other settings.
     """
-    options.check()
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}{suggest(task, TASKS)}")
     if out.suffix != ".json":

@@ -70,7 +70,7 @@ class TextConfig:
     early_stopping: bool | Literal["never"] = False
     seed: int = 0
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Checks the values.
 
         Raises:
@@ -116,7 +116,7 @@ class ImageConfig:
     crops_coords_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Checks the values.
 
         Raises:
@@ -193,18 +193,16 @@ class GenerationConfig(TextConfig, ImageConfig):
             n: float(v) if known[n] == "float" else tuple(v) if isinstance(v, list) else v
             for n, v in settings.items()
         }
-        changed = dataclasses.replace(self, **values)
-        changed.check()
-        return changed
+        return dataclasses.replace(self, **values)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Checks the values.
 
         Raises:
             UserError: a value is invalid.
         """
-        TextConfig.check(self)
-        ImageConfig.check(self)
+        TextConfig.__post_init__(self)
+        ImageConfig.__post_init__(self)
         if self.max_images < 0:
             raise UserError(f"max_images cannot be {self.max_images}")
 

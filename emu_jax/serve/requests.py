@@ -65,6 +65,17 @@ class Limits:
     per_minute: int = 0  # requests of a client; 0: no limit
     drain_seconds: float = 3.0  # for running answers, when the server shuts down
 
+    def __post_init__(self) -> None:
+        """Checks the limits that a command line may set.
+
+        Raises:
+            UserError: one is out of range.
+        """
+        if self.waiting < 1 or self.seconds <= 0:
+            raise UserError("--waiting and --seconds must be positive")
+        if self.per_minute < 0 or self.drain_seconds < 0:
+            raise UserError("--per-minute and --drain must not be negative")
+
 
 class ImageSizes:
     """The sizes of images that a server generates.

@@ -227,7 +227,6 @@ def _split(folder: str, cfg: BuildConfig, source: Source) -> list[Shard]:
             f"the source's name is used in file names, and {cfg.source.name!r} cannot be one: "
             "use letters, digits, '_', '-' and '.'"
         )
-    cfg.clean.check()
     if cfg.shard_documents < 1:
         raise UserError(f"a shard must hold at least 1 document, not {cfg.shard_documents}")
     if not len(source):

@@ -66,7 +66,7 @@ class CleanConfig:
             or self.languages
         )
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Validates the encoding and its quality.
 
         Raises:

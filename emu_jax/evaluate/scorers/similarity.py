@@ -35,7 +35,7 @@ class SimilarityOptions:
     clip: Path | None = None
     dino: Path | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Checks that the folders exist.
 
         Raises:

@@ -110,7 +110,7 @@ class FidOptions:
     reference: Path | None = None
     resize: frechet.Resize = "network"
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Checks the settings.
 
         Raises:
