@@ -650,7 +650,7 @@ class CaptionBuilder(_SingleBuilder):
 
 
 class ImageBuilder(_SingleBuilder):
-    """Images alone, at the autoencoder's size: images uint8 [B,H,W,3]."""
+    """Images alone, at the autoencoder's size: images uint8 [B,h,w,3]."""
 
     requires = Requirements("images", image=True, pairs=True)
 
@@ -677,19 +677,19 @@ class ContextBuilder(_SingleBuilder):
 
     tokens int32 [B,T], the context before the image, up to and including its [IMG], padded on the
     right; length int32 [B]; images, image_valid, embedding_index of the context's own images as in
-    packed rows; target uint8 [B,H,W,3], the image.
+    packed rows; target uint8 [B,h,w,3], the image.
     """
 
     requires = Requirements("contexts", image=True, still=True)
 
     @staticmethod
     def shapes(cfg: DataConfig) -> ArrayShapes:
-        B, T, H = cfg.batch_size, cfg.row_tokens, cfg.target_size
+        B, T, side = cfg.batch_size, cfg.row_tokens, cfg.target_size
         return {
             "tokens": ((B, T), np.int32),
             "length": ((B,), np.int32),
             **_input_shapes(cfg),
-            "target": ((B, H, H, 3), np.uint8),
+            "target": ((B, side, side, 3), np.uint8),
         }
 
     @staticmethod
@@ -771,7 +771,7 @@ class ViewBuilder(_SingleBuilder):
     """Images that the decoder learns to paint from their own features: square crops of documents'
     images, each at two sizes.
 
-    images uint8 [B,h,h,3], what the encoder sees; target uint8 [B,H,H,3], what the autoencoder
+    images uint8 [B,h,h,3], what the encoder sees; target uint8 [B,Hh,Hh,3], what the autoencoder
     sees; sizes int32 [B,6], in pixels: the original's height and width, the crop's top and left
     once the original's shorter side has H pixels, the target's height and width; dropped bool [B],
     whether the decoder learns to paint the image without its features.
@@ -781,10 +781,10 @@ class ViewBuilder(_SingleBuilder):
 
     @staticmethod
     def shapes(cfg: DataConfig) -> ArrayShapes:
-        B, h, H = cfg.batch_size, cfg.image_size, cfg.target_size
+        B, h, side = cfg.batch_size, cfg.image_size, cfg.target_size
         return {
             "images": ((B, h, h, 3), np.uint8),
-            "target": ((B, H, H, 3), np.uint8),
+            "target": ((B, side, side, 3), np.uint8),
             "sizes": ((B, 6), np.int32),
             "dropped": ((B,), bool),
         }

@@ -94,7 +94,7 @@ class Answerer:
         return items, few_shot, {path: readers.submit(self._pixels, path) for path in paths}
 
     def _pixels(self, path: Path) -> np.ndarray:
-        """Loads an image, uint8 [s, s, 3], or the frames of a video, uint8 [F, s, s, 3].
+        """Loads an image, uint8 [side, side, 3], or the F frames of a video, [F, side, side, 3].
 
         Raises:
             UserError: the file cannot be read. Files are never skipped.
@@ -106,7 +106,7 @@ class Answerer:
         return load_image(media, size)
 
     def featurize(self, paths: Sequence[Path]) -> np.ndarray:
-        """Returns visual features [B, W] of files, averaged over the frames of a video."""
+        """Returns visual features [B, width] of files, averaged over the frames of a video."""
         with ThreadPoolExecutor(_READERS) as readers:
             pixels = [p if p.ndim == 4 else p[None] for p in readers.map(self._pixels, paths)]
         features = self.emu.embed(list(np.concatenate(pixels)))

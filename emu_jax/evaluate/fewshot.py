@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Examples = Literal["none", "text", "random", "rices"]
 _CHUNK = 1024  # images per cached feature file
 
-# Returns features [B, W] of image or video files.
+# Returns features [B, width] of image or video files.
 Featurize = Callable[[Sequence[Path]], np.ndarray]
 
 

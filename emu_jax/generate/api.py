@@ -49,10 +49,10 @@ from emu_jax.generate.image import (
 )
 from emu_jax.generate.prompt import (
     MIXED,
-    ImageLike,
     Parts,
     Prompt,
     PromptBatch,
+    PromptImage,
     Prompts,
     as_parts,
     as_prompts,
@@ -408,11 +408,11 @@ class Emu:
     # --- Images ---
 
     @overload
-    def embed(self, image: ImageLike) -> Float[np.ndarray, "width"]: ...
+    def embed(self, image: PromptImage) -> Float[np.ndarray, "width"]: ...
     @overload
-    def embed(self, image: Sequence[ImageLike]) -> Float[np.ndarray, "B width"]: ...
+    def embed(self, image: Sequence[PromptImage]) -> Float[np.ndarray, "B width"]: ...
     def embed(
-        self, image: ImageLike | Sequence[ImageLike]
+        self, image: PromptImage | Sequence[PromptImage]
     ) -> Float[np.ndarray, "width"] | Float[np.ndarray, "B width"]:
         """Returns mean-pooled visual features of an image, or of each of a list of images, for
         nearest-neighbor retrieval."""

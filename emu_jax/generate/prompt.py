@@ -123,10 +123,10 @@ class Normalized:
 
 
 # An image: PIL, pixels [h, w, 3] in uint8 or in floats from 0 to 1, or `Normalized` pixels.
-ImageLike: TypeAlias = Image.Image | np.ndarray | Normalized
+PromptImage: TypeAlias = Image.Image | np.ndarray | Normalized
 # A text; an image; a video: pixels [F, h, w, 3] or a list of images; or the Path of an image or a
 # video.
-PromptPart: TypeAlias = str | Path | ImageLike | Sequence[ImageLike]
+PromptPart: TypeAlias = str | Path | PromptImage | Sequence[PromptImage]
 Parts: TypeAlias = Sequence[PromptPart] | str
 # `Any`, because a list of one kind of parts is no list of several.
 Prompts: TypeAlias = Sequence[list[Any]]
@@ -137,12 +137,12 @@ def is_video(part: PromptPart) -> bool:
     return isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim == 4)
 
 
-def images_of(part: PromptPart) -> list[ImageLike]:
+def images_of(part: PromptPart) -> list[PromptImage]:
     """Returns the images of a part: none of a text, each frame of a video."""
     if isinstance(part, str):
         return []
     images = list(part) if is_video(part) else [part]  # pyright: ignore[reportArgumentType]
-    return cast(list[ImageLike], images)
+    return cast(list[PromptImage], images)
 
 
 def as_prompts(prompt: Any) -> tuple[list[Any], bool]:

@@ -129,7 +129,7 @@ def attention(
 
 def share_heads(
     q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"]
-) -> tuple[Float[Array, "B S J K"], Float[Array, "B S J K"]]:
+) -> tuple[Float[Array, "B S _ K"], Float[Array, "B S _ K"]]:
     """Returns keys and values that are split over devices like the queries, as fused kernels need
     them. Their heads are repeated if there are too few to give each device its own."""
     mesh = jax.sharding.get_abstract_mesh()

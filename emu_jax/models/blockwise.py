@@ -56,8 +56,8 @@ def attention(
 def is_long_causal(
     q: Float[Array, "B T H K"],
     causal: bool,
-    mask: jax.Array | None,
-    bias: jax.Array | None,
+    mask: Bool[Array, "#B 1 T S"] | None,
+    bias: Float[Array, "1 H T S"] | None,
     dropout: Callable[[jax.Array], jax.Array] | None,
     cached: bool,
 ) -> bool:
@@ -135,7 +135,7 @@ def _flash_style_fwd(
 
 def _flash_style_bwd(
     scale: float, saved: tuple[Any, ...], d_out: Float[Array, "B T H K"]
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B S H K"], Float[Array, "B S H K"], None]:
     q, k, v, mask, out, row_max, row_sum = saved
     q, k, v, out, d_out = _heads_first(q, k, v, out, d_out)
     with jax.named_scope(RECOMPUTED_SCOPE):

@@ -36,7 +36,7 @@ class Dropout:
     def __init__(self, rate: float, key: jax.Array | None) -> None:
         self.rate, self.key, self.calls = rate, key if rate > 0 else None, 0
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         if self.key is None:
             return x
         self.calls += 1

@@ -54,12 +54,12 @@ def _matmul(x: Float[Array, "*T D"], kernel: Float[Array, "D E"]) -> Float[Array
 
 def _matmul_fwd(
     x: Float[Array, "*T D"], kernel: Float[Array, "D E"]
-) -> tuple[Float[Array, "*T E"], tuple[jax.Array, jax.Array]]:
+) -> tuple[Float[Array, "*T E"], tuple[Float[Array, "*T D"], Float[Array, "D E"]]]:
     return x @ kernel, (x, kernel)
 
 
 def _matmul_bwd(
-    saved: tuple[jax.Array, jax.Array], dy: Float[Array, "*T E"]
+    saved: tuple[Float[Array, "*T D"], Float[Array, "D E"]], dy: Float[Array, "*T E"]
 ) -> tuple[Float[Array, "*T D"], Float[Array, "D E"]]:
     """Returns both gradients, with the kernel's computed as x^T dy.
 
@@ -222,7 +222,9 @@ def _large_attention(
     The sum of the weights is an additional column of their product with the values.
     """
 
-    def head(x: tuple[jax.Array, jax.Array, jax.Array]) -> Float[Array, "T K"]:
+    def head(
+        x: tuple[Float[Array, "T K"], Float[Array, "S K"], Float[Array, "S K"]],
+    ) -> Float[Array, "T K"]:
         scores = jnp.matmul(x[0] * scale, x[1].T, preferred_element_type=jnp.float32)
         row_max = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - row_max).astype(v.dtype)
@@ -280,12 +282,12 @@ def _target_logits(
 
 def _target_logits_fwd(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T"], tuple[jax.Array, jax.Array]]:
+) -> tuple[Float[Array, "B T"], tuple[Int[Array, "B T"], Int[Array, "V"]]]:
     return _target_logits(logits, targets), (targets, jnp.arange(logits.shape[-1]))
 
 
 def _target_logits_bwd(
-    saved: tuple[jax.Array, jax.Array], d_out: Float[Array, "B T"]
+    saved: tuple[Int[Array, "B T"], Int[Array, "V"]], d_out: Float[Array, "B T"]
 ) -> tuple[Float[Array, "B T V"], None]:
     targets, column = saved
     return jnp.where(column == targets[..., None], d_out[..., None], 0), None

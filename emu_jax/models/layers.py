@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from emu_jax.models import cpu, low_precision, quantized
 from emu_jax.models.backend import kernels
@@ -64,7 +64,7 @@ class Linear(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.bias = param(rngs, zeros, (width_out,), axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T E"]:
         kernel = self.kernel[...]
         if isinstance(kernel, quantized.QuantizedMatrix):
             y = quantized.quantized_matmul(x, kernel)
@@ -87,7 +87,7 @@ class Embedding(nnx.Module):
         init = init or normal(0.02)
         self.embedding = param(rngs, init, (rows, width), ("vocab", "embed"))
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Int[Array, "*T"]) -> Float[Array, "*T D"]:
         return jnp.take(self.embedding[...], ids, axis=0)
 
 
@@ -99,7 +99,7 @@ class LayerNorm(nnx.Module):
         self.bias = param(rngs, jax.nn.initializers.zeros, (width,), (None,))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         return kernels().layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
@@ -110,7 +110,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         return kernels().rms_norm(x, self.scale[...], self.eps)
 
 

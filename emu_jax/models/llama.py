@@ -373,7 +373,9 @@ class Llama(nnx.Module):
         tokens = P(*spec(("batch", "sequence", None), hidden.shape, mesh)[:2])
         embed_axis, vocab_axis = spec(("embed", "vocab"), kernel.shape, mesh)
 
-        def shard_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+        def shard_losses(
+            hidden: Float[Array, "B T D"], kernel: Float[Array, "_ _"], targets: Int[Array, "B T"]
+        ) -> Float[Array, "B T"]:
             if embed_axis is not None:
                 kernel = jax.lax.all_gather(kernel, embed_axis, axis=0, tiled=True)
             return kernels().cross_entropy(hidden, kernel, targets, axis=vocab_axis, **settings)

@@ -58,7 +58,12 @@ def adapted(
     return layer(x, dropout_key=dropout_key) if isinstance(layer, LoraLinear) else layer(x)
 
 
-def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, lora: LoraConfig) -> jax.Array:
+def merge(
+    kernel: Float[Array, "*L D E"],
+    a: Float[Array, "*L D R"],
+    b: Float[Array, "*L R E"],
+    lora: LoraConfig,
+) -> Float[Array, "*L D E"]:
     """Returns the plain kernel [.., in, out] that is equivalent to base and adapter together."""
     low = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return kernel + (lora.alpha / lora.rank) * low

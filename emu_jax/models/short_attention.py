@@ -48,8 +48,13 @@ def short_attention(
 
 
 def _save(
-    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, scale: float, interpret: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    q: Float[Array, "B T D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S D"],
+    heads: int,
+    scale: float,
+    interpret: bool,
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B _ D"], ...]]:
     return short_attention(q, k, v, heads, scale, interpret), (q, k, v)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Real, UInt8
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, TokenIds
@@ -85,7 +85,7 @@ class Objective(ABC):
     @abstractmethod
     def loss(
         self, module: Any, batch: Batch, key: jax.Array, targets: Metrics | None = None
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Returns the scalar loss of a batch, and the metrics to log.
 
         Args:
@@ -221,7 +221,7 @@ class EmuObjective(Objective):
 
     def loss(
         self, module: EmuModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         cfg = self.cfg
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
         visual_key, language_key = jax.random.split(key)
@@ -299,7 +299,7 @@ class TextObjective(Objective):
 
     def loss(
         self, module: LanguageModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         token_losses = self._losses(module, batch, key)
         return masked_mean(token_losses, text_mask(batch), (targets or {}).get("text")), {}
 
@@ -351,7 +351,7 @@ def sequence_losses(
     loss_block: int,
     dropout_key: jax.Array | None = None,
     targets: Metrics | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns both losses of packed rows, in float32: the mean cross-entropy over text targets, and
     the squared error of regressed embeddings, a mean over targets and width (release:
     `modeling_llama.py`, which prepares the pairs of the second)."""
@@ -405,7 +405,11 @@ def target_masks(module: EmuModel, batch: Batch) -> Metrics:
     return {"text": text_mask(batch), "regression": whole_rows(regression)}
 
 
-def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
+def masked_mean(
+    values: Float[Array, "*B T"],
+    mask: Bool[Array, "*B T"],
+    count: Real[Array, ""] | None = None,
+) -> Float[Array, ""]:
     """Returns the mean where `mask` holds, or the sum there over `count`. 0 if it holds nowhere."""
     count = jnp.sum(mask) if count is None else count
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.where(count > 0, count, 1)
@@ -502,7 +506,7 @@ def row_normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def spread(
     images: Float[Array, "B I N D"], valid: Bool[Array, "B I"], max_images: int = 64
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Measures how much images differ: the mean variance of an embedding's entries over images,
     and the effective rank (exponential of the entropy of the covariance's normalized spectrum;
     Roy and Vetterli 2007) of whole images. A collapsing Causal Transformer drives both down.
@@ -534,7 +538,7 @@ class ClipObjective(Objective):
 
     def loss(
         self, module: CLIP, batch: Batch, key: jax.Array, targets: Metrics | None = None
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         logits, equal, scale = self._compare(module, batch)
         target = equal / jnp.sum(equal, axis=1, keepdims=True)
         loss = (
@@ -602,7 +606,7 @@ class VaeObjective(Objective):
 
     def loss(
         self, module: Autoencoder, batch: Batch, key: jax.Array, targets: Metrics | None = None
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         cfg = self.cfg
         images = to_signed(batch["images"], cfg)
         painted, mean, logvar, latents = self._reconstruct(
@@ -624,10 +628,10 @@ class VaeObjective(Objective):
     def _reconstruct(
         self,
         module: Autoencoder,
-        images: Float[Array, "B H W 3"],
+        images: Float[Array, "B Hh Ww 3"],
         normal: Callable[[tuple[int, ...]], jax.Array],
     ) -> tuple[
-        Float[Array, "B H W 3"],
+        Float[Array, "B Hh Ww 3"],
         Float[Array, "B h w C"],
         Float[Array, "B h w C"],
         Float[Array, "B h w C"],
@@ -730,7 +734,7 @@ class DecoderObjective(Objective):
         batch: Batch,
         key: jax.Array,
         targets: Metrics | None = None,
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         condition, latents = self.conditions_and_latents(module, batch)
         time_key, noise_key = jax.random.split(key)
         schedule = self.cfg.model.scheduler
@@ -862,7 +866,7 @@ def row_means(sums: Sums, *names: str) -> dict[str, float]:
     return {name: sums[name] / sums["rows"] for name in names} | {"rows": sums["rows"]}
 
 
-def to_signed(images: jax.Array, cfg: TrainConfig) -> jax.Array:
+def to_signed(images: UInt8[Array, "B Hh Ww 3"], cfg: TrainConfig) -> Float[Array, "B Hh Ww 3"]:
     """Converts bytes to [-1, 1], the autoencoder's range."""
     return (images.astype(jnp.float32) / 127.5 - 1).astype(jnp.dtype(cfg.dtype))
 
