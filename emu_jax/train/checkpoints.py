@@ -50,6 +50,9 @@ class Checkpoints:
 
     As a context manager, it keeps other jobs from writing checkpoints to the directory.
 
+    Orbax's `CheckpointManager` is not used. It neither reads a step back before it removes older
+    ones, nor restores an older step if the newest is damaged, nor keeps other jobs away.
+
     Args:
         keep: number of newest steps that are kept.
         best: returns those of the complete steps that are kept as well.

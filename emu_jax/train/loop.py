@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from emu_jax.config import save_json
 from emu_jax.data.latents import LatentBatches
@@ -95,40 +98,14 @@ def train(
         ) as checkpoints,
         signals.interruptible(),
     ):
-        # A run starts from, in order of precedence:
-        # 1. the newest readable checkpoint in `workdir`, with the config saved beside it. Only
-        #    `train.config.MAY_CHANGE` is taken from `cfg`. Frozen parameters that the checkpoint
-        #    omits are read from the parents.
-        # 2. `parents`: towers of other runs.
-        # 3. `init_from`: the model and the other towers of one run or release.
-        # 4. the seed, from which all other parameters are initialized.
-        resuming = checkpoints.newest() is not None
-        if resuming:
-            warm_start = WarmStart(resume_config(cfg, workdir), workdir)
-        else:
-            warm_start = WarmStart.resolve(cfg, workdir)
-        cfg = warm_start.cfg
-        check_evaluations(cfg, evaluations)
-        trainer = Trainer(cfg, mesh)
-        warm_start.check_quantized(trainer.quantizers)
-        unsaved = warm_start.unsaved({path: trainer.param_shapes[path] for path in trainer.frozen})
-        done, state, position = 0, None, None
-        if resuming:
-            left_out = warm_start.load(unsaved, trainer.quantizers)
-            done, state, position = restore_state(checkpoints, trainer, left_out)
+        start, state = _restore(cfg, workdir, mesh, checkpoints, evaluations)
+        cfg, trainer, done = start.warm_start.cfg, start.trainer, start.done
         evaluated = EvaluationLog(workdir, cfg.name, done)
         if lead:
             remove_later_sheets(workdir, done)
         if done >= cfg.steps and not pending(cfg, evaluated, done):
             return {"step": done, "seconds": 0.0}
-        tokenizer = trainer.objective.prepare_data()
-        batches = _open_batches(trainer.objective, tokenizer, shares, workdir, done, position)
-        if state is None:
-            state = trainer.init(warm_start.load(trainer.param_shapes, trainer.quantizers))
-        if lead:
-            for name, tally in batches.tallies.items():
-                print(f"source {name}: {tally.summary()}", file=sys.stderr, flush=True)
-            _write_run_files(trainer.objective, cfg, workdir, tokenizer, warm_start)
+        tokenizer, batches, state = _begin(start, state, shares, workdir)
 
         with (
             batches,
@@ -152,10 +129,7 @@ def train(
             digest = 0  # of the documents that this process skipped
             for step in range(done + 1, cfg.steps + 1):
                 with goodput.timed("data"):
-                    batch = {
-                        name: jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
-                        for name, rows in next(batches).items()
-                    }
+                    batch = _on_devices(next(batches), mesh)
                 if shares.is_lead:
                     documents.log(step, batches.documents())
                 skipped = batches.damaged()
@@ -188,7 +162,7 @@ def train(
                     with goodput.timed("checkpoint"), signals.hold():
                         check_same_reads(shares, digest)
                         read = global_state(batches.state())
-                        save_state(checkpoints, step, state, read, leave_out=unsaved)
+                        save_state(checkpoints, step, state, read, leave_out=start.unsaved)
                 if checkpoints.check():
                     signals.ask_to_stop()  # all processes, at the same step
                 if monitor.stopping and (step < cfg.steps or pending(cfg, evaluated, step)):
@@ -199,6 +173,89 @@ def train(
         print(table, file=sys.stderr, flush=True)
         refresh_report(workdir, cfg.name)
     return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """The point that a run starts from.
+
+    Attributes:
+        unsaved: paths of frozen parameters that checkpoints omit.
+        done: number of steps done.
+        position: the data position after `done` steps, if there is a checkpoint.
+    """
+
+    warm_start: WarmStart
+    trainer: Trainer
+    unsaved: Collection[str]
+    done: int = 0
+    position: dict[str, Any] | None = None
+
+
+def _restore(
+    cfg: TrainConfig,
+    workdir: Path,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    evaluations: Mapping[str, type[Evaluation]],
+) -> tuple[_Start, TrainState | None]:
+    """Decides what a run starts from. Returns it, and the state of the newest checkpoint if there
+    is one.
+
+    Raises:
+        UserError: the config does not fit the run in `workdir` or the parents.
+    """
+    # A run starts from, in order of precedence:
+    # 1. the newest readable checkpoint in `workdir`, with the config saved beside it. Only
+    #    `train.config.MAY_CHANGE` is taken from `cfg`. Frozen parameters that the checkpoint
+    #    omits are read from the parents.
+    # 2. `parents`: towers of other runs.
+    # 3. `init_from`: the model and the other towers of one run or release.
+    # 4. the seed, from which all other parameters are initialized.
+    resuming = checkpoints.newest() is not None
+    if resuming:
+        warm_start = WarmStart(resume_config(cfg, workdir), workdir)
+    else:
+        warm_start = WarmStart.resolve(cfg, workdir)
+    check_evaluations(warm_start.cfg, evaluations)
+    trainer = Trainer(warm_start.cfg, mesh)
+    warm_start.check_quantized(trainer.quantizers)
+    unsaved = warm_start.unsaved({path: trainer.param_shapes[path] for path in trainer.frozen})
+    if not resuming:
+        return _Start(warm_start, trainer, unsaved), None
+    left_out = warm_start.load(unsaved, trainer.quantizers)
+    done, state, position = restore_state(checkpoints, trainer, left_out)
+    return _Start(warm_start, trainer, unsaved, done, position), state
+
+
+def _begin(
+    start: _Start, state: TrainState | None, shares: RowShares, workdir: Path
+) -> tuple[Tokenizer, Batches | LatentBatches, TrainState]:
+    """Opens the data, loads or initializes a state that was not restored, and writes the files
+    beside the steps.
+
+    Raises:
+        UserError: the data or a parent cannot be read.
+    """
+    warm_start, trainer = start.warm_start, start.trainer
+    objective = trainer.objective
+    tokenizer = objective.prepare_data()
+    batches = _open_batches(objective, tokenizer, shares, workdir, start.done, start.position)
+    if state is None:
+        state = trainer.init(warm_start.load(trainer.param_shapes, trainer.quantizers))
+    if jax.process_index() == 0:
+        for name, tally in batches.tallies.items():
+            print(f"source {name}: {tally.summary()}", file=sys.stderr, flush=True)
+        _write_run_files(objective, warm_start.cfg, workdir, tokenizer, warm_start)
+    return tokenizer, batches, state
+
+
+def _on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Returns the global batch of which each process has its rows."""
+    return {
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+        for name, rows in batch.items()
+    }
 
 
 def _open_batches(
