@@ -44,10 +44,9 @@ def train_flops(cfg: TrainConfig) -> Flops:
 
     Objectives that read rows are counted tower by tower, the others by tracing their step.
     """
-    if cfg.objective == "emu":
-        return emu_flops(cfg, cfg.data.row_images)
-    if cfg.objective == "text":
-        return emu_flops(cfg, 0)
+    lengths = get_objective(cfg).row_lengths
+    if lengths:
+        return emu_flops(cfg, cfg.data.row_images if "row_images" in lengths else 0)
     return Flops({cfg.objective: _traced(cfg)})
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ class Objective(ABC):
 
     Attributes:
         batch_kind: the kind of batches that the data pipeline yields.
+        row_lengths: settings of the data that are lengths of a row: of its tokens and images.
+            Empty if the objective reads no rows.
         reads_targets: whether batches hold images at the autoencoder's size.
         has_all_towers: whether the module has every tower that the run's model needs. If not, the
             other towers stay in the parents' run directories.
@@ -72,6 +74,7 @@ class Objective(ABC):
     """
 
     batch_kind: Kind
+    row_lengths: ClassVar[tuple[str, ...]] = ()
     reads_targets = False
     has_all_towers = True
 
@@ -204,6 +207,7 @@ class EmuObjective(Objective):
     (paper section 2.2)."""
 
     batch_kind = "rows"
+    row_lengths = ("row_tokens", "row_images")
 
     def build(self, rngs: nnx.Rngs) -> EmuModel:
         cfg = self.cfg
@@ -290,6 +294,7 @@ class TextObjective(Objective):
     is the baseline of its speed."""
 
     batch_kind = "rows"
+    row_lengths = ("row_tokens",)
 
     def build(self, rngs: nnx.Rngs) -> LanguageModel:
         return LanguageModel(self.cfg, rngs)

@@ -36,7 +36,7 @@ from emu_jax.sharding import (
     row_ways,
     slice_count,
 )
-from emu_jax.train.config import READS_ROWS, TrainConfig
+from emu_jax.train.config import TrainConfig
 from emu_jax.train.objectives import Batch, Metrics, get_objective
 from emu_jax.train.optimizer import group_of, last_update, make_optimizer
 
@@ -341,13 +341,13 @@ def check_context(cfg: TrainConfig, mesh: Mesh) -> None:
     context = context_ways(mesh)
     if context == 1:
         return
-    if cfg.objective not in READS_ROWS:
+    keys = get_objective(cfg).row_lengths
+    if not keys:
         raise UserError(
             f"mesh.context is {context}, but the objective {cfg.objective!r} reads no rows of "
             "tokens: set it to 1"
         )
     sizes = [("model.llama.heads", cfg.model.llama.heads, context * mesh.shape["tensor"])]
-    keys = ("row_tokens", "row_images") if cfg.objective == "emu" else ("row_tokens",)
     sizes += [(f"data.{key}", getattr(cfg.data, key), context) for key in keys]
     for where, sources in (
         ("data", cfg.data.sources),
