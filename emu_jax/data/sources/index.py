@@ -54,7 +54,7 @@ from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
-from emu_jax.data.read_ahead import Span
+from emu_jax.data.read_ahead import GAP_BYTES, Span
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 from emu_jax.storage import StorePath, as_path, create_text, download, remove, sync, upload
@@ -70,7 +70,9 @@ STALE_SECONDS = 300.0  # a claim that does not change for so long is of a proces
 POLL_SECONDS = 5.0  # between looks for arrays that another process makes
 SWEEP_SECONDS = 3600.0  # a temporary folder without an owner is removed when it is this old
 _BLOCK = 1 << 14
+_NEAR = GAP_BYTES // _BLOCK  # blocks that take one request with those between them
 _FETCH_BYTES = 1 << 22  # that are fetched together in the background
+_REST_SECONDS = 60.0  # until then the first batches have what they look up
 _LISTING, _VERSION = "arrays.json", 1
 _INTEGERS = (int, np.integer)
 # Exceptions raised by reading a damaged folder.
@@ -457,25 +459,27 @@ def _open(
 
 
 def _completed_later(array: Checked) -> None:
-    """Fetches the rest of an array in the background, one array at a time.
+    """Fetches the rest of an array in the background, one array at a time, after a while.
 
     Training looks up rows in random order. If it waited for each block of a large index, its first
     thousand batches would be slow.
     """
-    _incomplete().put(weakref.ref(array))
+    _incomplete().put((time.monotonic(), weakref.ref(array)))
 
 
 @functools.cache
-def _incomplete() -> SimpleQueue[weakref.ref[Checked]]:
-    """Returns a queue of arrays, which a thread completes."""
-    queue = SimpleQueue[weakref.ref[Checked]]()
+def _incomplete() -> SimpleQueue[tuple[float, weakref.ref[Checked]]]:
+    """Returns a queue of arrays, and of when each was opened, which a thread completes."""
+    queue = SimpleQueue[tuple[float, weakref.ref[Checked]]]()
 
     def complete() -> None:
         while True:
-            array = queue.get()()
+            opened, reference = queue.get()
+            time.sleep(max(0.0, opened + _REST_SECONDS - time.monotonic()))
             try:
-                if array is not None:
+                if (array := reference()) is not None:
                     array.complete()
+                del array  # or the last one would stay in memory
             except Exception as error:  # the next look-up reports it
                 log.debug("%s", error)
 
@@ -604,13 +608,16 @@ class Checked:
         return changed
 
     def _fetch(self, blocks: Sequence[int], origin: StorePath) -> None:
-        """Fetches blocks from the store to the file, each range of them with one request.
+        """Fetches blocks from the store to the file, those that are close together in one request.
+
+        The blocks between them are kept too. Nothing is written that differs from what it should
+        be: other blocks may be in use.
 
         Raises:
             UserError: the store cannot be read, or the copy cannot be written.
         """
         numbers, size = np.array(blocks), len(self._content)
-        ranges = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+        ranges = np.split(numbers, np.flatnonzero(np.diff(numbers) > _NEAR) + 1)
         spans = []
         for first, last in ((int(r[0]) * _BLOCK, (int(r[-1]) + 1) * _BLOCK) for r in ranges):
             spans.append(Span(str(origin / self._file.name), first, min(last, size) - first))
@@ -619,8 +626,12 @@ class Checked:
         try:
             with self._file.open("r+b") as copy:
                 for span in spans:
-                    copy.seek(span.start)
-                    copy.write(storage.read(*span))
+                    content = memoryview(storage.read(*span))
+                    for at in range(0, len(content), _BLOCK):
+                        n, block = (span.start + at) // _BLOCK, content[at : at + _BLOCK]
+                        if not self._sound[n] and zlib.crc32(block) == self._sums[n]:
+                            copy.seek(span.start + at)
+                            copy.write(block)
         except FileNotFoundError:  # removed meanwhile, here or there
             pass
         except OSError as error:
