@@ -109,5 +109,11 @@ def get_config() -> ConfigDict:
             save_frozen=False,
             remat=RematConfig(llama="full"),
             spike_threshold=SPIKE_THRESHOLD,
+            # The best settings of docs/scaling.md.
+            tuned={
+                "v5p": ("mesh.max_fsdp=64",),
+                "v6e": ("accumulate=4",),
+                "tpu7x": ("accumulate=1", "mesh.max_fsdp=128"),
+            },
         )
     )

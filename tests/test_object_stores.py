@@ -302,7 +302,7 @@ def test_a_failing_store_is_not_a_damaged_step(bucket, gcs):
 
 
 def test_two_jobs_in_one_run_directory(bucket, monkeypatch):
-    for name in ("BEAT_SECONDS", "STALE_SECONDS", "SETTLE_SECONDS"):
+    for name in ("BEAT_SECONDS", "LOCK_STALE_SECONDS", "SETTLE_SECONDS"):
         monkeypatch.setattr(lock, name, getattr(lock, name) / 100)
     with Checkpoints(bucket, 10) as checkpoints:
         with pytest.raises(UserError, match="is in use by process"), Checkpoints(bucket, 10):

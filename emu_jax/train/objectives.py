@@ -413,7 +413,7 @@ def target_masks(module: EmuModel, batch: Batch) -> Metrics:
 def masked_mean(
     values: Float[Array, "*B T"],
     mask: Bool[Array, "*B T"],
-    count: Real[Array, ""] | None = None,
+    count: Real[Array, ""] | float | None = None,
 ) -> Float[Array, ""]:
     """Returns the mean where `mask` holds, or the sum there over `count`. 0 if it holds nowhere."""
     count = jnp.sum(mask) if count is None else count
@@ -699,7 +699,7 @@ class DecoderObjective(Objective):
         Here the frozen model computes them.
         """
         cfg = self.cfg
-        assert isinstance(module, EmuModel) and module.vae and cfg.model.vae
+        assert not isinstance(module, UNetOnly) and module.vae and cfg.model.vae
         dtype = jnp.dtype(cfg.dtype)
         condition = self._condition(module, batch, dtype)
         mean, _ = module.vae.encode(to_signed(batch["target"], cfg))
