@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
             save_frozen=False,
             remat=RematConfig(llama="full"),
             spike_threshold=SPIKE_THRESHOLD,
-            # The best settings of docs/scaling.md.
+            # The best settings of docs/scaling.md, with the flags of launch/flags.sh.
             tuned={
                 "v5p": ("mesh.max_fsdp=64",),
                 "v6e": ("accumulate=4",),
