@@ -119,7 +119,7 @@ def xla_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], Any]:
 
 def precision(dtype: Any) -> Any:
     """Returns a context in which matmuls have the precision of torch's and of training
-    (`train.loop.train`). JAX's default computes float32 in fewer bits on GPUs and TPUs."""
+    (`train.run.Run`). JAX's default computes float32 in fewer bits on GPUs and TPUs."""
     return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else "default")
 
 

@@ -223,7 +223,7 @@ class Ours:
             }
 
     def settings(self):
-        """Returns a context with the settings of `train.loop.train`."""
+        """Returns a context with the settings of `train.run.Run`."""
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
         stack.enter_context(floors.precision(self.cfg.dtype))

@@ -18,7 +18,6 @@ from emu_jax.sharding import make_mesh, nest
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.config_file import load_config, override
 from emu_jax.train.dry_run import dry_run
-from emu_jax.train.loop import _write_run_files
 from emu_jax.train.step import Trainer
 from emu_jax.train.warm_start import WarmStart
 
@@ -93,7 +92,7 @@ def write_first_step(cfg: TrainConfig, workdir: Path, shift: float) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((workdir / "1" / "params").absolute(), nest(saved))
     tokenizer = trainer.objective.load_tokenizer()
-    _write_run_files(trainer.objective, warm_start.cfg, workdir, tokenizer, warm_start)
+    warm_start.write_run_files(tokenizer, trainer.objective.has_all_towers)
 
 
 def parameter(run: Path, path: str) -> np.ndarray:

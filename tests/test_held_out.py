@@ -321,7 +321,7 @@ def test_held_out_losses_of_a_run(data_root, tmp_path, one_device, capsys):  # n
     ],
 )
 def test_missing_held_out_data_is_an_error_at_the_start(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("emu_jax.train.loop.Trainer", None)  # nothing is computed
+    monkeypatch.setattr("emu_jax.train.run.Trainer", None)  # nothing is computed
     cfg = small("text", "root")
     data = dataclasses.replace(cfg.data, embedded=changes.get("embedded", "digits"))
     held_out = EvalConfig(**{k: v for k, v in changes.items() if k != "embedded"})

@@ -2,7 +2,9 @@
 
 config.py       `TrainConfig`: one stage of training
 config_file.py  configs/*.py, and overrides on the command line
-loop.py         `train`: where a run starts, its steps, logs and checkpoints
+loop.py         `train`: the loop over the steps of a run
+run.py          `Run`: where a run starts, what it opens, and what it saves
+run_data.py     the batches that the loop reads, and records of their documents
 step.py         the state, the gradients and the update of a step
 objectives.py   the module, the data and the loss of each stage
 optimizer.py    AdamW with a learning rate per group of parameters
@@ -15,7 +17,7 @@ report.py       report.html: curves, held-out figures, contact sheets
 warm_start.py   initial weights from other runs
 checkpoints.py  checkpoints during a run
 lock.py         one job at a time in a run directory
-distributed.py  the start of a job with several processes
+distributed.py  jobs with several processes: their start, global batches
 precompute.py   the decoder's conditions and latents, computed once
 flops.py        model FLOPs of a step
 device_memory.py  bytes per device of a step, without compiling it

@@ -1,18 +1,20 @@
-"""Jobs with several processes: their start, and values gathered from all of them."""
+"""Jobs with several processes: their start, global batches, and values gathered from all."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from emu_jax.data.pipeline import merge_states
 from emu_jax.errors import UserError
-from emu_jax.sharding import RowShares
+from emu_jax.sharding import RowShares, batch_sharding
 from emu_jax.train.telemetry.metrics import DAMAGED_FILE
 
 # How long a failed process waits at the shutdown barrier before the job is killed.
@@ -35,6 +37,14 @@ def initialize_distributed() -> None:
             process_id=None if index is None else int(index),
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+
+
+def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns the global batch of which each process has its rows."""
+    return {
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh), values)
+        for name, values in rows.items()
+    }
 
 
 def global_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from emu_jax.data.latents import LatentBatches
 from emu_jax.data.pipeline import Batches, batches_of_each_source
 from emu_jax.errors import UserError
 from emu_jax.progress import BRIEF_SECONDS, ProgressBar
-from emu_jax.sharding import RowShares, batch_sharding, row_shares
+from emu_jax.sharding import RowShares, row_shares
 from emu_jax.storage import as_path
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
+from emu_jax.train.distributed import global_batch
 from emu_jax.train.evaluation import EMA, EvalResult, Evaluation, Stop
 from emu_jax.train.objectives import Batch, Metrics, add_statistics
 from emu_jax.train.step import COMPILE_SECONDS, ModelParams, Trainer, TrainState, check_rows
@@ -49,7 +50,6 @@ class LossEvaluation(Evaluation):
         workdir: Path,
     ) -> None:
         super().__init__(cfg, config, trainer, tokenizer, workdir)
-        self._sharding = batch_sharding(trainer.mesh)
         self._sources = self._open()
         self._starts = {name: batches.state() for name, (batches, _) in self._sources.items()}
         replicated = NamedSharding(trainer.mesh, PartitionSpec())
@@ -132,10 +132,7 @@ class LossEvaluation(Evaluation):
                 local = ahead.result()
                 if number + 1 < self.config.batches:
                     ahead = pool.submit(self._next, batches)
-                yield {
-                    name: jax.make_array_from_process_local_data(self._sharding, rows)
-                    for name, rows in local.items()
-                }
+                yield global_batch(local, self.trainer.mesh)
 
     def _next(self, batches: Batches | LatentBatches) -> dict[str, np.ndarray]:
         batch = next(batches)

@@ -27,7 +27,7 @@ from emu_jax.errors import UserError
 from emu_jax.progress import ProgressBar
 from emu_jax.sharding import batch_sharding, row_shares
 from emu_jax.train.config import PAINTERS, TrainConfig, without_paths
-from emu_jax.train.distributed import global_state, initialize_distributed
+from emu_jax.train.distributed import global_batch, global_state, initialize_distributed
 from emu_jax.train.objectives import Batch, DecoderObjective
 from emu_jax.train.step import ModelParams, Trainer, mesh_for
 from emu_jax.train.warm_start import WarmStart
@@ -129,10 +129,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
             while (done := progress.rows) < rows:
                 with PartWriter(folder, progress.parts, index) as writer:
                     while done < min(rows, progress.rows + part_rows):
-                        batch = {
-                            k: jax.make_array_from_process_local_data(batch_sharding(mesh), v)
-                            for k, v in next(batches).items()
-                        }
+                        batch = global_batch(next(batches), mesh)
                         for row in zip(*map(_local, compute(params, batch)), strict=True):
                             writer.add(*row)
                         # Rows of all processes together. A source may have a batch size of its own.

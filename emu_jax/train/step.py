@@ -11,6 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -128,6 +129,7 @@ class Trainer:
         self.tower_metrics = jax.jit(
             self.update_statistics, out_shardings=NamedSharding(mesh, PartitionSpec())
         )
+        self._compiled = set[Any]()  # shapes of batches
 
     def init(self, params: ModelParams) -> TrainState:
         """Returns the state before the first step.
@@ -137,6 +139,20 @@ class Trainer:
         """
         params = {**self.template.init(without=params), **params}
         return jax.jit(self._initial_state, out_shardings=self.state_shardings)(params)
+
+    def compile(self, state: TrainState, batch: Batch, step: int) -> None:
+        """Compiles a step if its batch has new shapes, and waits until all processes have.
+
+        Otherwise the first collective would time out while another process still compiles.
+        """
+        shapes = tuple((name, rows.shape) for name, rows in batch.items())
+        if shapes not in self._compiled:
+            self.step.lower(state, batch).compile()
+            if self.cfg.tower_metrics:
+                self.tower_metrics.lower(state).compile()
+            barrier = ocp.multihost.get_barrier_sync_fn()
+            barrier(key=f"compiled step {step}", timeout_ms=1000 * COMPILE_SECONDS)
+            self._compiled.add(shapes)
 
     def loss(self, params: ModelParams, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns the loss and the metrics at `params`, with the random key of a step."""

@@ -12,12 +12,12 @@ from types import MappingProxyType
 import jax
 
 from emu_jax import checkpoint
-from emu_jax.config import EmuConfig
+from emu_jax.config import EmuConfig, save_json
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.connectors import CONNECTORS
 from emu_jax.models.quantized import Parameter, QuantizedMatrix
 from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
-from emu_jax.tokenizer import added_tokens
+from emu_jax.tokenizer import Tokenizer, added_tokens
 from emu_jax.train.config import PAINTERS, TrainConfig
 
 _Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -146,6 +146,20 @@ class WarmStart:
             path: s for path, s in frozen.items() if (checkpoint.tower_of(path), path) in stored
         }
 
+    def write_run_files(self, tokenizer: Tokenizer, has_all_towers: bool) -> None:
+        """Writes what `load` and a later resume need beside the steps.
+
+        Args:
+            has_all_towers: `Objective.has_all_towers`.
+        """
+        tokenizer.save(self.workdir / "tokenizer")
+        save_json(self.cfg.model, self.workdir / "config.json")
+        save_json(self.cfg, self.workdir / "train.json")
+        self.copy_release_files()
+        if not self.cfg.save_frozen or not has_all_towers:
+            # The run directories of the towers that this run's steps omit.
+            checkpoint.save_base(self.workdir, self._parents)
+
     def copy_release_files(self) -> None:
         """Copies from the parents the files that converting back to the release needs, and the
         generation settings of the model that is fine-tuned."""
@@ -158,10 +172,6 @@ class WarmStart:
             if source.is_dir() and not _is_copied(source, copy):
                 with local_copy(source) as folder, writing(copy) as temporary:
                     shutil.copytree(folder, temporary)
-
-    def write_base_json(self) -> None:
-        """Records the run directories of the towers that this run's steps omit."""
-        checkpoint.save_base(self.workdir, self._parents)
 
 
 def _is_copied(source: Path, copy: Path) -> bool:

@@ -114,6 +114,10 @@ class StepLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
         if self._file is not None:
             self._file.close()
 

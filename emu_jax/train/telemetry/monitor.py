@@ -7,11 +7,12 @@ gives its completion time whatever the loop is doing.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,16 +137,20 @@ class Monitor:
         while self._ends.pending > (self._in_flight if in_flight is None else in_flight):
             self._ended(*self._ends.next())
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Keeps the watchdog quiet in the block, in which no step ends."""
-        return self._watchdog.paused()
+    @contextmanager
+    def evaluating(self, after: jax.Array) -> Iterator[Callable[[], bool]]:
+        """Counts the block, in which no step is in flight, as evaluation, and keeps the watchdog
+        quiet in it.
 
-    def poll(self, after: jax.Array) -> bool:
-        """Returns whether a signal asks all processes to stop, while no step is in flight.
+        Yields a function that returns whether a signal asks all processes to stop.
 
         Args:
             after: an array that is replicated over the mesh.
         """
+        with self._goodput.timed("eval"), self._watchdog.paused():
+            yield functools.partial(self._poll, after)
+
+    def _poll(self, after: jax.Array) -> bool:
         vote = jax.device_get(self._signals.vote(after))
         self.stopping |= bool(vote[STOP])
         if vote[TRACE]:
