@@ -29,6 +29,7 @@ from emu_jax.storage import as_path, is_remote
 
 if TYPE_CHECKING:
     from emu_jax.convert.convert import ConversionReport
+    from emu_jax.data.build.build import Manifest
 
 Command = Callable[[argparse.Namespace], "dict[str, Any]"]
 
@@ -171,8 +172,8 @@ def train(parser: argparse.ArgumentParser) -> Command:
             return dataclasses.asdict(report)
         result = train(cfg, args.workdir, EVALUATION_KINDS)
         if not args.json:
-            print(f"trained to step {result['step']}: {args.workdir}")
-        return result
+            print(f"trained to step {result.step}: {args.workdir}")
+        return result.to_json()
 
     return run
 
@@ -196,8 +197,8 @@ def precompute(parser: argparse.ArgumentParser) -> Command:
         cfg = load_config(TrainConfig, args.config, args.overrides)
         result = precompute(cfg, args.out, args.rows)
         if not args.json:
-            print(f"{result['rows']} conditions and latents: {args.out}")
-        return result
+            print(f"{result.rows} conditions and latents: {args.out}")
+        return dataclasses.asdict(result)
 
     return run
 
@@ -692,10 +693,10 @@ def data_build(parser: argparse.ArgumentParser) -> Command:
         if bare := [setting for setting in args.set if "=" not in setting]:
             raise UserError(f"--set {bare[0]} has no value: write --set {bare[0]}=VALUE")
         manifest = build(args.dst, override(cfg, args.set), runner)
-        result = {key: manifest[key] for key in ("documents", "images", "unused", "bytes")}
         if not args.json:
-            print(_built(args.dst, result))
-        return result | {"manifest": f"{args.dst}/manifest.json"}
+            print(_built(args.dst, manifest))
+        counts = {key: manifest.to_json()[key] for key in ("documents", "images", "unused")}
+        return counts | {"bytes": manifest.bytes, "manifest": f"{args.dst}/manifest.json"}
 
     return run
 
@@ -907,16 +908,16 @@ def bench(parser: argparse.ArgumentParser) -> Command:
     return run
 
 
-def _built(dst: str, result: dict[str, Any]) -> str:
-    documents, images = result["documents"], result["images"]
+def _built(dst: str, manifest: Manifest) -> str:
+    documents, images = manifest.documents, manifest.images
     lines = [
-        f"{dst}: {documents['written']:,} of {documents['read']:,} documents, "
-        f"{images['written']:,} of {images['read']:,} images, {result['bytes'] / 1e6:,.1f} MB"
+        f"{dst}: {documents.written:,} of {documents.read:,} documents, "
+        f"{images.written:,} of {images.read:,} images, {manifest.bytes / 1e6:,.1f} MB"
     ]
     for what, reasons in (
-        ("documents rejected", documents["rejected"]),
-        ("images dropped", images["dropped"]),
-        ("unused", result["unused"]),
+        ("documents rejected", documents.rejected),
+        ("images dropped", images.dropped),
+        ("unused", manifest.unused),
     ):
         lines += [f"  {count:,} {what}: {reason}" for reason, count in reasons.items()]
     return "\n".join(lines)

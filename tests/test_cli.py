@@ -16,6 +16,7 @@ import emu_jax
 from emu_jax import cli
 from emu_jax.errors import UserError
 from emu_jax.generate import cli_io
+from emu_jax.train.loop import TrainReport
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -213,7 +214,7 @@ def test_train_hands_over_the_config(run, tmp_path, config, monkeypatch):
 
     def train(cfg, workdir, evaluations):
         seen.append((cfg.steps, cfg.seed, cfg.optimizer.clip_norm, workdir))
-        return {"step": cfg.steps, "loss": 0.5}
+        return TrainReport(cfg.steps, seconds=1.5, metrics={"loss": 0.5})
 
     monkeypatch.setattr("emu_jax.train.loop.train", train)
     command = ("train", "--config", config, "--workdir", tmp_path)
@@ -221,7 +222,7 @@ def test_train_hands_over_the_config(run, tmp_path, config, monkeypatch):
     assert (status, out) == (0, f"trained to step 5: {tmp_path}\n")
     overrides = ("--config.steps=9", "--config.optimizer.clip_norm=2", "--config.seed=4")
     status, out, _ = run(*command, *overrides, "--json")
-    assert status == 0 and json.loads(out) == {"step": 9, "loss": 0.5}
+    assert status == 0 and json.loads(out) == {"step": 9, "seconds": 1.5, "loss": 0.5}
     assert seen == [(5, 0, 1.0, tmp_path), (9, 4, 2.0, tmp_path)]
 
 

@@ -254,7 +254,7 @@ def test_training_passes_over_every_damaged_document(corpus, cfg, tmp_path):
     rows = sum(len(group.block(n).rows) for n in range(blocks))
     steps = -(-rows // cfg.data.batch_size)
     result = train(dataclasses.replace(cfg, steps=steps), tmp_path)
-    assert result["step"] == steps and np.isfinite(result["loss"])
+    assert result.step == steps and np.isfinite(result.metrics["loss"])
 
     passed: list[tuple] = []
     for line in (tmp_path / "damaged-0.jsonl").read_text().splitlines():

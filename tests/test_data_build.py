@@ -20,7 +20,13 @@ import pytest
 from emu_jax import cli
 from emu_jax.data import Document, Image, Text, lengths, storage
 from emu_jax.data.build import build as build_module
-from emu_jax.data.build.build import BuildConfig, beam_runner, build, embedded
+from emu_jax.data.build.build import (
+    BuildConfig,
+    DocumentCounts,
+    beam_runner,
+    build,
+    embedded,
+)
 from emu_jax.data.build.clean import (
     CleanConfig,
     Cleaned,
@@ -175,19 +181,19 @@ def test_build(tmp_path, raw, cfg):
     assert list(DocumentFiles(shards)) == kept
     assert 50 < len(kept) < 90
 
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
-    counts, images = manifest["documents"], manifest["images"]
-    assert (counts["read"], counts["written"]) == (90, len(kept))
-    assert counts["rejected"] == images["dropped"]
-    assert counts["rejected"].keys() == {
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest.to_json()
+    counts, images = manifest.documents, manifest.images
+    assert (counts.read, counts.written) == (90, len(kept))
+    assert counts.rejected == images.dropped
+    assert counts.rejected.keys() == {
         "image too small",
         "image too narrow",
         "unreadable image",
     }
-    assert sum(counts["rejected"].values()) == 90 - len(kept)
-    assert (images["read"], images["written"]) == (90, len(kept))
-    assert images["encoded"] == sum(cleaned.encoded for cleaned in expected) > 20
-    assert [shard["bytes"] for shard in manifest["shards"]] == [p.stat().st_size for p in shards]
+    assert sum(counts.rejected.values()) == 90 - len(kept)
+    assert (images.read, images.written) == (90, len(kept))
+    assert images.encoded == sum(cleaned.encoded for cleaned in expected) > 20
+    assert [shard.bytes for shard in manifest.shards] == [p.stat().st_size for p in shards]
 
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     rejected = [n for n, cleaned in enumerate(expected) if cleaned.document is None]
@@ -336,7 +342,7 @@ def test_damage_is_listed_and_a_store_that_fails_is_not(tmp_path, failing, capsy
     assert len(list(tmp_path.glob("*.array_record"))) == 3
     failing.mended = True
     manifest = build(tmp_path, cfg, embedded(1))
-    assert manifest["documents"] == {"read": 10, "written": 9, "rejected": {"damaged record": 1}}
+    assert manifest.documents == DocumentCounts(10, written=9, rejected={"damaged record": 1})
     (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "document": 3,
@@ -422,7 +428,7 @@ def test_filters_by_metadata_are_counted(tmp_path):
     cfg = BuildConfig(source, FILTERS, shard_documents=2)
     manifest = build(tmp_path / "out", cfg, embedded(1))
     rejected = {"duplicate": 3, "unsafe": 1}
-    assert manifest["documents"] == {"read": 9, "rejected": rejected, "written": 5}
+    assert manifest.documents == DocumentCounts(9, written=5, rejected=rejected)
     rejections = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in rejections]
     assert [line["document"] for line in lines] == [0, 4, 5, 8]
@@ -683,8 +689,8 @@ def test_killed_half_way_and_started_again(tmp_path):
     source = SourceConfig("small", "records", (str(raw),), min_similarity=-1.0)
     cfg = BuildConfig(source, CleanConfig(max_side=32, min_side=8), shard_documents=1000)
     manifest = build(tmp_path / "whole", cfg, embedded(1, threads=2))
-    assert json.loads(again.stdout)["documents"] == manifest["documents"]
-    assert manifest["documents"]["read"] == 20_000
+    assert json.loads(again.stdout)["documents"] == manifest.to_json()["documents"]
+    assert manifest.documents.read == 20_000
     assert contents(killed) == contents(tmp_path / "whole")
 
 

@@ -98,7 +98,7 @@ def test_a_run_says_what_it_did(whole):
 def test_a_damaged_checkpoint_costs_its_steps_alone(root, whole, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "run")
     cut(largest_file(workdir / "6" / "params"))
-    assert train(run(root), workdir)["step"] == 6
+    assert train(run(root), workdir).step == 6
     said = capsys.readouterr().err
     assert "checkpoint 6 cannot be read (params: " in said and "resuming from step 4" in said
     assert (workdir / "6.damaged").is_dir()
@@ -153,7 +153,7 @@ def test_data_that_cannot_be_read_any_more_end_the_run(root, tmp_path):
     assert saved >= 4 and all(np.isfinite(v).all() for v in parameters(workdir).values())
     file.write_bytes(whole)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert train(dataclasses.replace(cfg, steps=saved + 2), workdir)["step"] == saved + 2
+    assert train(dataclasses.replace(cfg, steps=saved + 2), workdir).step == saved + 2
 
 
 @pytest.mark.slow

@@ -321,7 +321,7 @@ def test_a_decoder_is_tuned_on_precomputed_latents(parent, tmp_path, monkeypatch
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     cfg = decoding(parent)
-    assert precompute(cfg, tmp_path / "latents", rows=10)["rows"] == 12
+    assert precompute(cfg, tmp_path / "latents", rows=10).rows == 12
     with pytest.raises(UserError, match="holds latents already"):
         precompute(cfg, tmp_path / "latents", rows=10)
 
@@ -397,7 +397,7 @@ def test_a_painter_learns_from_features_alone(tmp_path, copy_digits, monkeypatch
     whole = load(tmp_path / "whole")
 
     # Precomputed features are those that autoencoding paints, and the null image's.
-    assert precompute(cfg, tmp_path / "latents", rows=8)["rows"] == 8
+    assert precompute(cfg, tmp_path / "latents", rows=8).rows == 8
     with Batches(cfg.data, whole.tokenizer, "views") as batches:
         views = [next(batches) for _ in range(2)]
     images = np.concatenate([view["images"] for view in views])
@@ -431,7 +431,7 @@ def test_a_stopped_precompute_goes_on(parent, tmp_path, monkeypatch, where, requ
     def version(path: Path) -> object:
         return path.info()["generation"] if isinstance(path, StorePath) else path.stat().st_mtime_ns
 
-    assert precompute(cfg, through, rows=12)["rows"] == 12
+    assert precompute(cfg, through, rows=12).rows == 12
 
     close, closed = PartWriter.close, []
 
@@ -448,7 +448,7 @@ def test_a_stopped_precompute_goes_on(parent, tmp_path, monkeypatch, where, requ
     with pytest.raises(UserError, match="another config"):
         precompute(dataclasses.replace(cfg, seed=1), stopped, rows=12)
     first = version(next(stopped.glob("latents-00000-*")))
-    assert precompute(cfg, stopped, rows=12)["rows"] == 12
+    assert precompute(cfg, stopped, rows=12).rows == 12
     assert version(next(stopped.glob("latents-00000-*"))) == first
     names = [path.name for path in sorted(through.glob("latents-*"))]
     assert len(names) == 3 and not (stopped / "progress.json").exists()

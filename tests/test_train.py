@@ -544,7 +544,7 @@ def test_a_run_directory_keeps_its_run(data_root, tmp_path, one_device):
         with pytest.raises(UserError, match="holds a run with"):
             train(dataclasses.replace(cfg, steps=4, **change), tmp_path)
     assert before == {p.name: p.read_bytes() for p in tmp_path.glob("*.json")}
-    assert train(dataclasses.replace(cfg, steps=3, log_every=2), tmp_path)["step"] == 3
+    assert train(dataclasses.replace(cfg, steps=3, log_every=2), tmp_path).step == 3
 
 
 def test_errors_are_one_clear_line(data_root, tmp_path, one_device):
@@ -627,6 +627,6 @@ def test_the_fine_tuning_config_reads_pairs_alone():
 
 @pytest.mark.slow
 def test_autoencoder_measures_its_scaling_factor(data_root, tmp_path, one_device):
-    metrics = train(small("vae", data_root, steps=2), tmp_path)
+    metrics = train(small("vae", data_root, steps=2), tmp_path).metrics
     factor = checkpoint.load_model_config(tmp_path).vae.scaling_factor
     assert factor == pytest.approx(1 / metrics["latent_std"], rel=1e-3)

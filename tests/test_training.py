@@ -291,7 +291,7 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path, capsys):
     assert [row["bad_steps"] for row in rows] == [0, 0, 1, 0, 0, 1, 0, 0, 0]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert {norm > CLIP for norm in (row["grad_norm"] for row in expected)} == {False, True}
-    assert last["loss"] == rows[-1]["loss"] and last["step"] == STEPS
+    assert last.metrics["loss"] == rows[-1]["loss"] and last.step == STEPS
     filled = {"token_fill": 0.5, "image_fill": 0.25, "damaged": 3}
     for row in rows:
         read = {"consumed_tokens": 100 * row["step"] + 1, "consumed_images": row["step"] + 2}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from emu_jax.train.config import TrainConfig
 from emu_jax.train.evaluation import Evaluation
@@ -20,16 +20,32 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainReport:
+    """The end of a call of `train`.
+
+    Attributes:
+        step: number of steps done, over all calls.
+        seconds: time that this call took; 0 if the run was complete before.
+        metrics: those of the last step, by name. Empty if the run was complete before.
+    """
+
+    step: int
+    seconds: float
+    metrics: dict[str, float]
+
+    def to_json(self) -> dict[str, float]:
+        """Returns the keys of `emu-jax train --json`: the metrics, `step` and `seconds`."""
+        return self.metrics | {"step": self.step, "seconds": self.seconds}
+
+
 def train(
     cfg: TrainConfig, workdir: Path, evaluations: Mapping[str, type[Evaluation]] = EVALUATIONS
-) -> dict[str, Any]:
+) -> TrainReport:
     """Trains to `cfg.steps`, resuming from the newest checkpoint in `workdir`.
 
     Args:
         evaluations: the kinds of held-out evaluations that `cfg.eval` may name.
-
-    Returns:
-        The last logged metrics, with `step` and `seconds`.
 
     Raises:
         UserError: the config does not fit the devices, `workdir` holds another run, a parent is
@@ -39,7 +55,7 @@ def train(
     started = time.monotonic()
     with Run(cfg, workdir, evaluations) as run:  # decides what it starts from
         if run.is_complete():
-            return {"step": run.done, "seconds": 0.0}
+            return TrainReport(step=run.done, seconds=0.0, metrics={})
         state = run.begin()
         cfg, trainer, monitor = run.cfg, run.trainer, run.monitor
         if due := run.pending(run.done):  # a signal came before them
@@ -73,4 +89,4 @@ def train(
                 raise KeyboardInterrupt
         run.checkpoints.wait()
     run.report()
-    return monitor.row | {"step": cfg.steps, "seconds": time.monotonic() - started}
+    return TrainReport(cfg.steps, time.monotonic() - started, monitor.row)

@@ -63,7 +63,20 @@ LATER_SOURCE_KEYS = {"system": None, "url_files": []}  # of each of `data.source
 PART_BYTES = 1 << 28  # of one process: the most that is computed again after a kill
 
 
-def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class PrecomputeReport:
+    """The latents that `precompute` wrote. All fields have JSON types.
+
+    Attributes:
+        rows: number of conditions and latents, over all calls.
+        folder: where they are.
+    """
+
+    rows: int
+    folder: str
+
+
+def precompute(cfg: TrainConfig, folder: Path, rows: int) -> PrecomputeReport:
     """Writes the conditions and latents of the first `rows` documents (rounded up to whole
     batches) of a decoder's training run into `folder`, part by part. An interrupted call resumes
     after the last part that all processes have written, on any number of processes.
@@ -145,7 +158,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> dict[str, Any]:
         if index == 0:
             finish(folder, progress, model=cfg.model, unconditional=empty, tokenizer=tokenizer)
         multihost_utils.sync_global_devices("latents are complete")
-    return {"rows": progress.rows, "folder": str(folder)}
+    return PrecomputeReport(progress.rows, str(folder))
 
 
 def _digest(cfg: TrainConfig) -> str:

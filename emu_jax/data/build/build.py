@@ -126,11 +126,74 @@ class Shard:
         return storage.resolve(self.folder, name)
 
 
+@dataclasses.dataclass(frozen=True)
+class DocumentCounts:
+    """Numbers of documents: read from the source, written, and rejected by reason."""
+
+    read: int
+    written: int
+    rejected: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCounts:
+    """Numbers of images: read from the source, written, encoded anew, and dropped by reason."""
+
+    read: int
+    written: int
+    encoded: int
+    dropped: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCounts:
+    """Number of texts that were written."""
+
+    written: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """A file of documents: its name, its size and its SHA-256."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A complete build: the content of `manifest.json`.
+
+    Attributes:
+        version: of the layout of a built folder.
+        config: of the build.
+        paired: required in a `SourceConfig` of these files.
+        unused: numbers of parts that the source's reader left out, by reason.
+        bytes: size of all shards.
+        shards: the files, in the order of the source.
+    """
+
+    version: int
+    config: BuildConfig
+    paired: bool
+    documents: DocumentCounts
+    images: ImageCounts
+    texts: TextCounts
+    unused: dict[str, int]
+    bytes: int
+    shards: tuple[ShardFile, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the keys of `manifest.json`."""
+        return to_dict(self)
+
+
 ShardRunner = runners.Runner[Shard]
 
 
-def build(folder: str | os.PathLike, cfg: BuildConfig, runner: ShardRunner) -> dict[str, Any]:
-    """Builds the missing shards; returns the content of `manifest.json`.
+def build(folder: str | os.PathLike, cfg: BuildConfig, runner: ShardRunner) -> Manifest:
+    """Builds the missing shards, and writes the manifest.
 
     Raises:
         UserError: the source or the tokenizer cannot be opened or read, `folder` holds something
@@ -317,23 +380,21 @@ def _is_whole(shard: Shard) -> bool:
         return False
 
 
-def _finish(
-    folder: str, cfg: BuildConfig, source: Source, shards: Sequence[Shard]
-) -> dict[str, Any]:
+def _finish(folder: str, cfg: BuildConfig, source: Source, shards: Sequence[Shard]) -> Manifest:
     """Sums the counts of the shards, and writes the manifest.
 
     Raises:
         UserError: the shards hold no document, or lack a kind of part.
     """
     total = _Tally()
-    files = []
+    files: list[ShardFile] = []
 
     def left_out() -> Iterator[str]:
         for shard in shards:
             entry = _read_entry(shard.entry)
             total.merge(entry["counts"])
             total.left_out += entry["left_out"] if len(total.left_out) < _EXAMPLES else []
-            files.append({key: entry[key] for key in ("file", "bytes", "sha256")})
+            files.append(ShardFile(entry["file"], entry["bytes"], entry["sha256"]))
             yield from map(json.dumps, entry["left_out"])
 
     total.merge({"unused": source.unused().unused})
@@ -343,15 +404,18 @@ def _finish(
         total.check(cfg.source.allow_missing)
     except UserError as error:
         raise UserError(f"source {cfg.source.name!r}: {error}; {rejected} lists them") from None
-    manifest = {
-        "version": _VERSION,
-        "config": to_dict(cfg),
-        "paired": source.paired,  # required in a SourceConfig of these files
-        **total.counts,
-        "bytes": sum(file["bytes"] for file in files),
-        "shards": files,
-    }
-    _write(storage.resolve(folder, "manifest.json"), [json.dumps(manifest, indent=1)])
+    manifest = Manifest(
+        version=_VERSION,
+        config=cfg,
+        paired=source.paired,
+        documents=DocumentCounts(**total.counts["documents"]),
+        images=ImageCounts(**total.counts["images"]),
+        texts=TextCounts(**total.counts["texts"]),
+        unused=total.counts["unused"],
+        bytes=sum(file.bytes for file in files),
+        shards=tuple(files),
+    )
+    _write(storage.resolve(folder, "manifest.json"), [json.dumps(manifest.to_json(), indent=1)])
     _sweep(folder, cfg.source.name)
     return manifest
 
