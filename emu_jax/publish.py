@@ -17,7 +17,13 @@ from typing import Any
 
 from emu_jax import checkpoint, hub
 from emu_jax.config import EmuConfig, load_json, to_dict
-from emu_jax.convert.convert import Target, check_one_process, replacing, write_model
+from emu_jax.convert.convert import (
+    Target,
+    check_layout,
+    check_one_process,
+    replacing,
+    write_model,
+)
 from emu_jax.convert.layouts import LayoutKind
 from emu_jax.convert.source import RunSource
 from emu_jax.errors import UserError
@@ -112,8 +118,7 @@ def push(
     target = HubAddress.parse(address)
     if target.revision:
         raise UserError(f"{address} names a revision: push to the repository, which gets a commit")
-    if layout and to != "emu":
-        raise UserError(f"--layout {layout} is for --to emu, not --to {to}: leave it out")
+    check_layout(to, layout)
     checkpoint.refuse_quantized(run, checkpoint.run_shapes(run))
     if out is None:  # before weights are written
         hub.prepare_upload(target, private=private, overwrite=overwrite)

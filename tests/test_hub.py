@@ -411,6 +411,8 @@ def test_the_card_of_an_emu2_names_its_paper_and_connector(tmp_path):
 def test_a_layout_is_that_of_the_release_s_files(run, tmp_path):
     with pytest.raises(UserError, match="--layout hub is for --to emu, not --to jax"):
         push(run, "hf://me/x", layout="hub", out=tmp_path / "out")
+    with pytest.raises(UserError, match="--layout native is for --to emu, not --to hf"):
+        convert(run, tmp_path / "out", to="hf", layout="native")
     with pytest.raises(UserError, match="--layout native is for Emu2"):  # as `convert` says
         push(run, "hf://me/x", to="emu", layout="native", out=tmp_path / "out")
 

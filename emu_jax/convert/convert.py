@@ -128,6 +128,7 @@ def convert(
             its model, `dst` exists, or the job has several processes. `dst` is left unchanged.
     """
     check_one_process()
+    check_layout(to, layout)
     check_quantization(quantize)
     if quantize and to != "jax":
         raise UserError(f"--quantize is for run directories, not for --to {to}: leave one out")
@@ -212,6 +213,16 @@ def check_one_process() -> None:
             f"a conversion runs in one process, not {count} (JAX_NUM_PROCESSES): run it on one "
             "host, without that variable; its memory does not grow with the model"
         )
+
+
+def check_layout(to: Target, layout: LayoutKind | None) -> None:
+    """Checks that a layout is given for the release's own files alone.
+
+    Raises:
+        UserError: it is not.
+    """
+    if layout and to != "emu":
+        raise UserError(f"--layout {layout} is for --to emu, not --to {to}: leave it out")
 
 
 def report(source: ModelSource, notes: list[str], usage: ResourceUsage) -> ConversionReport:
