@@ -23,7 +23,6 @@ from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding, make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import (
-    PAINTERS,
     EvalConfig,
     GroupConfig,
     MeshConfig,
@@ -33,10 +32,12 @@ from emu_jax.train.config import (
 )
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
+from emu_jax.train.objectives import OBJECTIVES, get_objective
 from emu_jax.train.optimizer import make_optimizer
 from emu_jax.train.step import Trainer
 from emu_jax.train.telemetry.metrics import read_metrics
 
+DECODERS = [name for name, kind in OBJECTIVES.items() if kind.trains_unet]
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = {
     "data": (8, 1, 1),
@@ -72,7 +73,7 @@ def small(objective: str, root: str, **changes) -> TrainConfig:
     )
     if objective in ("painter", "emu2"):
         model = as_emu2(model)
-    trained = {"emu2": r"^(?!visual\.)"} | dict.fromkeys(PAINTERS, "^unet")
+    trained = {"emu2": r"^(?!visual\.)"} | dict.fromkeys(DECODERS, "^unet")
     group = GroupConfig(trained.get(objective, ".*"), lr=1e-3)
     cfg = TrainConfig(
         objective="emu" if objective == "emu2" else objective,
@@ -259,7 +260,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_ro
 
 def test_what_compares_rows_is_not_cut_into_parts(data_root, tmp_path):
     with pytest.raises(UserError, match="set accumulate to 1"):
-        train(small("clip", data_root, accumulate=2), tmp_path)
+        get_objective(small("clip", data_root, accumulate=2))
     with pytest.raises(UserError, match="make it a multiple of 24"):
         train(small("emu", data_root, accumulate=3), tmp_path)
 

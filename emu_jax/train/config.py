@@ -30,18 +30,12 @@ from emu_jax.models.remat import REMAT
 from emu_jax.sharding import flatten
 from emu_jax.train.telemetry.tracing import parse_steps
 
-# Objectives whose loss compares all rows of a batch. It is not a mean over parts of the batch.
-COMPARES_ROWS = ("clip",)
 DECAYS = ("cosine", "linear", "constant", "steps")
 BEST = ("min", "max")
 EVAL_NAME = re.compile(r"[A-Za-z0-9_-]+")  # part of file and metric names
 SPIKE_THRESHOLD = 10.0  # of the configs that record loss spikes
 TRACKERS = ("wandb",)  # services beside the files of the run directory
-# Objectives that train the image decoder.
-PAINTERS = ("decoder", "painter")
 DTYPES = ("bfloat16", "float32")  # of the computation
-# Objectives that read rows of tokens. They alone support `matmul_dtype` and `mesh.context`.
-READS_ROWS = ("emu", "text")
 EIGHT_BITS = "int8"
 MOMENTS_DTYPES = (*DTYPES, EIGHT_BITS)  # of the optimizer's moments
 _AT_LEAST_ONE = (
@@ -348,7 +342,8 @@ class TrainConfig:
     max_bad_steps: int = 20  # consecutive non-finite steps before training stops
 
     def __post_init__(self) -> None:
-        """Checks the settings that need neither devices nor data.
+        """Checks the settings that need neither devices nor data. `train.objectives.Objective`
+        checks those that depend on the objective.
 
         Raises:
             UserError: a setting is out of range, or a name is unknown.
@@ -377,11 +372,6 @@ class TrainConfig:
         for name in _AT_LEAST_ZERO:
             _check_range(self, name, 0)
         _check_range(self, "ema_decay", 0.0, below=1.0)
-        if self.accumulate > 1 and self.objective in COMPARES_ROWS:
-            raise UserError(
-                f"the objective {self.objective!r} compares all rows of a batch with each other: "
-                "set accumulate to 1"
-            )
         parse_steps(self.profile_steps)
         names = [evaluation.name for evaluation in self.eval]
         if twice := [name for name in names if names.count(name) > 1]:
@@ -389,25 +379,16 @@ class TrainConfig:
         self._check_best()
 
     def _check_matmul_dtype(self) -> None:
-        """Checks that the matmuls of each tower can be computed in their dtype.
+        """Checks that the dtypes of matmuls are known, and that no matrix is stored in 8 bits.
 
         Raises:
-            UserError: a dtype is unknown, or the config does not support it.
+            UserError: one is unknown, or the config quantizes matrices.
         """
         chosen = {t: d for t, d in dataclasses.asdict(self.matmul_dtype).items() if d}
         for tower, dtype in chosen.items():
             name = f"matmul_dtype.{tower} {dtype!r}"
             if dtype not in MATMUL_DTYPES:
                 raise UserError(f"unknown {name}{suggest(dtype, MATMUL_DTYPES)}")
-            if self.objective not in READS_ROWS:
-                raise UserError(
-                    f"{name} is for the objectives {' and '.join(READS_ROWS)}, not "
-                    f"{self.objective}: leave it out"
-                )
-            if self.objective == "text" and tower != "llama":
-                raise UserError(
-                    f"{name} with the objective 'text', which has no tower {tower!r}: leave it out"
-                )
             if self.quantize:
                 raise UserError(
                     f"{name} with quantize={self.quantize!r}: the matrices are stored in 8 bits "

@@ -20,7 +20,7 @@ from emu_jax.data.sources import find_files
 from emu_jax.errors import UserError, suggest
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import EvalConfig, TrainConfig
-from emu_jax.train.objectives import get_objective
+from emu_jax.train.objectives import objective_class
 from emu_jax.train.report import COLUMNS, EMA, refresh_report
 from emu_jax.train.sheets import save_sheet
 from emu_jax.train.step import Trainer, TrainState
@@ -87,7 +87,7 @@ class Evaluation(abc.ABC):
             if data.split not in SPLITS:
                 raise UserError(f"unknown split {data.split!r}{suggest(data.split, SPLITS)}")
         else:
-            requires = BUILDERS[get_objective(cfg).batch_kind].requires
+            requires = BUILDERS[objective_class(cfg).batch_kind].requires
             for source in chosen_sources(data, requires.pairs):
                 find_files(source)
 

@@ -24,7 +24,7 @@ from emu_jax.models.connectors import connector_of
 from emu_jax.models.remat import RECOMPUTED_SCOPE
 from emu_jax.sharding import dotted
 from emu_jax.train.config import TrainConfig
-from emu_jax.train.objectives import Batch, get_objective
+from emu_jax.train.objectives import Batch, get_objective, objective_class
 from emu_jax.train.optimizer import group_of
 
 
@@ -44,7 +44,7 @@ def train_flops(cfg: TrainConfig) -> Flops:
 
     Objectives that read rows are counted tower by tower, the others by tracing their step.
     """
-    lengths = get_objective(cfg).row_lengths
+    lengths = objective_class(cfg).row_lengths
     if lengths:
         return emu_flops(cfg, cfg.data.row_images if "row_images" in lengths else 0)
     return Flops({cfg.objective: _traced(cfg)})

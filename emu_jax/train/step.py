@@ -38,7 +38,7 @@ from emu_jax.sharding import (
     slice_count,
 )
 from emu_jax.train.config import TrainConfig
-from emu_jax.train.objectives import Batch, Metrics, get_objective
+from emu_jax.train.objectives import Batch, Metrics, get_objective, objective_class
 from emu_jax.train.optimizer import group_of, last_update, make_optimizer
 
 Params = dict[str, jax.Array]
@@ -357,7 +357,7 @@ def check_context(cfg: TrainConfig, mesh: Mesh) -> None:
     context = context_ways(mesh)
     if context == 1:
         return
-    keys = get_objective(cfg).row_lengths
+    keys = objective_class(cfg).row_lengths
     if not keys:
         raise UserError(
             f"mesh.context is {context}, but the objective {cfg.objective!r} reads no rows of "
