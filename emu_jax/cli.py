@@ -833,7 +833,6 @@ def data_inspect(parser: argparse.ArgumentParser) -> Command:
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.data.inspect import inspect
-        from emu_jax.data.unused import Tally
         from emu_jax.page import number
         from emu_jax.train.config import TrainConfig
         from emu_jax.train.config_file import load_config
@@ -841,7 +840,7 @@ def data_inspect(parser: argparse.ArgumentParser) -> Command:
 
         cfg = load_config(TrainConfig, args.config, args.overrides)
         objective = get_objective(cfg)
-        figures = inspect(
+        report = inspect(
             args.out,
             cfg.data,
             objective.prepare_data(),
@@ -850,12 +849,12 @@ def data_inspect(parser: argparse.ArgumentParser) -> Command:
             documents=args.documents,
         )
         if not args.json:
-            for name, value in figures.items():
+            for name, value in report.to_json().items():
                 if name != "sources":
                     print(f"{name.replace('_', ' ')}: {number(value)}")
-            for name, tally in figures["sources"].items():
-                print(f"source {name}: {Tally(**tally).summary()}")
-        return figures
+            for name, tally in report.sources.items():
+                print(f"source {name}: {tally.summary()}")
+        return report.to_json()
 
     return run
 

@@ -84,15 +84,15 @@ def test_rows_are_shown_as_they_are(tmp_path, cfg):
         while batches.statistics()["documents"] < 8 * 64:
             next(batches)
         for name, value in batches.statistics().items():
-            assert figures[name] == value
-    assert figures["images_per_second_per_core"] > 0
+            assert getattr(figures, name) == value
+    assert figures.images_per_second_per_core > 0
 
 
 @pytest.mark.parametrize("kind", ["captions", "images", "contexts"])
 def test_the_other_kinds(tmp_path, cfg, kind):
     tokenizer, path = cfg.load_tokenizer(), tmp_path / "page.html"
     figures = inspect(path, cfg, tokenizer, kind, rows=3, documents=5)
-    assert figures["kind"] == kind and figures["image_fill"] > 0
+    assert figures.kind == kind and figures.image_fill > 0
     with Batches(dataclasses.replace(cfg, batch_size=3), tokenizer, kind) as batches:
         batch = next(batches)
     counts = shown(path.read_text())
@@ -153,16 +153,16 @@ def test_damage_is_shown_where_it_lies(tmp_path):
     page = out.read_text()
     used = {"documents": 40, "images": 40, "texts": 40}
     counted = {"used": used, "unused": {"empty text": 1}}
-    assert figures["sources"] == {
+    assert figures.to_json()["sources"] == {
         "some": counted | {"examples": {"empty text": [f"{path} record 0"]}}
     }
     assert (
         "<h2>Sources</h2><h3>some</h3><p>40 documents, 40 texts, 40 images; unused: 1 empty text"
         f"</p><ul><li>empty text: {path} record 0</li></ul>" in page
     )
-    damaged = figures["damaged"]["unreadable image"]
-    assert 0.3 * figures["read"] < damaged < 0.7 * figures["read"]
-    assert f"<p>{damaged} of {figures['read']} documents could not be read.</p>" in page
+    damaged = figures.damaged["unreadable image"]
+    assert 0.3 * figures.read < damaged < 0.7 * figures.read
+    assert f"<p>{damaged} of {figures.read} documents could not be read.</p>" in page
     assert f"<li>{path} record 1: unreadable image</li>" in page
     rows = page.partition("<h2>Lengths")[0]
     padding = rows.count("damaged: left as padding")
@@ -186,7 +186,7 @@ def test_few_images_are_opened_whatever_the_batch_size(tmp_path, cfg, kind, monk
         opened.clear()
         figures = inspect(path, few, tokenizer, kind, rows=1, documents=9)
         counts.append(len(opened))
-        fills.append((figures["token_fill"], figures["image_fill"]))
+        fills.append((figures.token_fill, figures.image_fill))
     assert max(counts) < 40  # of 512 documents that are packed
     with Batches(few, tokenizer, kind) as batches:
         while batches.statistics()["documents"] < 8 * cfg.block_documents:
@@ -276,6 +276,6 @@ def test_packing_of_a_mixture_like_the_papers(tmp_path):
     cfg = DataConfig(root=str(tmp_path), sources=tuple(sources), row_images=23, image_size=2)
     out = tmp_path / "page.html"
     figures = inspect(out, cfg, cfg.load_tokenizer(), "rows", rows=1, documents=1)
-    assert figures["token_fill"] >= 0.95
-    assert figures["image_fill"] >= 0.85
-    assert f"<b>{100 * figures['token_fill']:.1f}%</b>" in out.read_text()
+    assert figures.token_fill >= 0.95
+    assert figures.image_fill >= 0.85
+    assert f"<b>{100 * figures.token_fill:.1f}%</b>" in out.read_text()

@@ -27,6 +27,44 @@ _LISTED = 50  # damaged documents that the page lists
 _DocumentName = tuple[str, int]  # of a document: its source, and its index there
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectReport:
+    """Figures of training data. Those of packing are of whole blocks, which are not decoded.
+
+    Attributes:
+        kind: of the batches.
+        token_fill, image_fill: fractions of token and image slots in use.
+        tokens, images, documents: numbers of slots in use and of documents that were packed.
+        truncated: number of documents that were too long and were cut.
+        damaged: numbers of documents that could not be read, by reason, of the `read` ones.
+        read: number of documents that were read and decoded.
+        sources: used and unused parts of each source.
+        rows_per_second_per_core, documents_per_second_per_core, images_per_second_per_core,
+            tokens_per_second_per_core: rates of reading and decoding on one core.
+        page: path of the page.
+    """
+
+    kind: Kind
+    token_fill: float
+    image_fill: float
+    tokens: int
+    images: int
+    documents: int
+    truncated: int
+    damaged: dict[str, int]
+    read: int
+    sources: dict[str, Tally]
+    rows_per_second_per_core: float
+    documents_per_second_per_core: float
+    images_per_second_per_core: float
+    tokens_per_second_per_core: float
+    page: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the keys of `emu-jax data inspect --json`."""
+        return vars(self) | {"sources": {k: tally.to_dict() for k, tally in self.sources.items()}}
+
+
 class Sample(NamedTuple):
     """The data read for the page: rows to show, and measurements."""
 
@@ -46,7 +84,7 @@ def inspect(
     *,
     rows: int = 6,
     documents: int = 1000,
-) -> dict[str, Any]:
+) -> InspectReport:
     """Writes the page and returns its figures.
 
     Args:
@@ -59,29 +97,30 @@ def inspect(
     if rows < 1 or documents < 1:
         raise UserError("show at least one row, and read at least one document")
     sample = _sample(cfg, tokenizer, kind, rows, documents)
-    figures = {
-        "kind": kind,
-        **_survey(cfg, tokenizer, kind, documents),
-        "read": sample.counts["documents"],
-        "damaged": dict(collections.Counter(damage.reason for damage in sample.damaged)),
-        "sources": {name: tally.to_dict() for name, tally in sample.tallies.items()},
-        **{
-            f"{what}_per_second_per_core": count / sample.seconds
-            for what, count in sample.counts.items()
-        },
-    }
-    plain = {name: value for name, value in figures.items() if name != "sources"}
+    damaged = dict(collections.Counter(damage.reason for damage in sample.damaged))
+    report = InspectReport(
+        kind=kind,
+        **_survey(cfg, tokenizer, kind, documents) | {"damaged": damaged},
+        read=sample.counts["documents"],
+        sources=sample.tallies,
+        rows_per_second_per_core=sample.counts["rows"] / sample.seconds,
+        documents_per_second_per_core=sample.counts["documents"] / sample.seconds,
+        images_per_second_per_core=sample.counts["images"] / sample.seconds,
+        tokens_per_second_per_core=sample.counts["tokens"] / sample.seconds,
+        page=str(path),
+    )
+    shown = {k: v for k, v in report.to_json().items() if k not in ("sources", "page")}
     sections = [
-        _summary(figures),
+        _summary(report),
         _rows(sample.rows, tokenizer, cfg.n_causal),
         _histograms(sample.lengths),
         _sources(sample.tallies),
         _damage(sample.damaged, sample.counts["documents"]),
-        f"<section><h2>Figures</h2>{html_table(plain)}</section>",
+        f"<section><h2>Figures</h2>{html_table(shown)}</section>",
         details("Configuration", to_dict(cfg)),
     ]
     write_page(path, f"Training data: {kind}", sections, _STYLE)
-    return figures | {"page": str(path)}
+    return report
 
 
 # Batches
@@ -151,17 +190,14 @@ def _length(row: BatchExample, segment: int, n_causal: int) -> tuple[int, int]:
 # The page
 
 
-def _summary(figures: Mapping[str, Any]) -> str:
-    def rate(what: str) -> str:
-        return f"{figures[f'{what}_per_second_per_core']:,.0f}"
-
-    figures_shown = {}
-    if figures["tokens"]:
-        figures_shown["of token slots in use"] = f"{100 * figures['token_fill']:.1f}%"
-    figures_shown["of image slots in use"] = f"{100 * figures['image_fill']:.1f}%"
-    figures_shown["images a second on one core"] = rate("images")
-    figures_shown["tokens a second on one core"] = rate("tokens")
-    return tiles(figures_shown)
+def _summary(report: InspectReport) -> str:
+    figures = {}
+    if report.tokens:
+        figures["of token slots in use"] = f"{100 * report.token_fill:.1f}%"
+    figures["of image slots in use"] = f"{100 * report.image_fill:.1f}%"
+    figures["images a second on one core"] = f"{report.images_per_second_per_core:,.0f}"
+    figures["tokens a second on one core"] = f"{report.tokens_per_second_per_core:,.0f}"
+    return tiles(figures)
 
 
 def _rows(
