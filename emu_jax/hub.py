@@ -125,6 +125,8 @@ def download_snapshot(text: str, folders: Iterable[str] = ()) -> tuple[Path, Hub
     revision = address.revision or None
     with _explained(address):
         names = _listed(address)
+        if names and address.subpath and not _contains(names, address.subpath):
+            raise _missing(address)  # before anything is downloaded
         wanted = wanted_files(names, address.subpath, folders) if names else []
         snapshot = Path(
             snapshot_download(
@@ -137,12 +139,20 @@ def download_snapshot(text: str, folders: Iterable[str] = ()) -> tuple[Path, Hub
         )
     path = snapshot / address.subpath
     if not path.exists():
-        raise UserError(
-            f"{address} does not exist: the repository {address.repository} has no "
-            f"{address.subpath or 'files'}; see {_page(address)}/tree/{address.revision or 'main'}"
-        )
+        raise _missing(address)
     pinned = dataclasses.replace(address, revision=snapshot.name)
     return path, HubSource(str(pinned), str(address), _license(snapshot))
+
+
+def _contains(names: Iterable[str], subpath: str) -> bool:
+    return any(name == subpath or name.startswith(f"{subpath}/") for name in names)
+
+
+def _missing(address: HubAddress) -> UserError:
+    return UserError(
+        f"{address} does not exist: the repository {address.repository} has no "
+        f"{address.subpath or 'files'}; see {_page(address)}/tree/{address.revision or 'main'}"
+    )
 
 
 def _listed(address: HubAddress) -> list[str]:
@@ -336,15 +346,13 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         reason = f"it does not exist or is private: check the name; if it is private, {login}"
     except errors.RevisionNotFoundError:
-        reason = (
-            f"it has no revision {address.revision!r}: {_page(address)}/commits lists its commits"
-        )
+        reason = f"it has no revision {address.revision!r}: see {_page(address)}/commits/main"
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
             reason = "offline mode is on and the cache lacks it: unset HF_HUB_OFFLINE to download"
         else:
-            reason = _unreachable(cause)
+            reason = _unreachable(cause, action)
     except errors.OfflineModeIsEnabled:
         reason = "offline mode is on: unset HF_HUB_OFFLINE"
     except ConnectionError as error:
@@ -353,7 +361,7 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
             f"large files cannot be transferred ({_short_reason(error)}): check the network; for a "
             "server without Xet storage set HF_HUB_DISABLE_XET=1"
             if type(error) is ConnectionError
-            else _unreachable(error)
+            else _unreachable(error, action)
         )
     except (http_error, RuntimeError) as raised:
         # An upload wraps the error of its request.
@@ -362,7 +370,7 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
             raise
         response = getattr(error, "response", None)
         if response is None:
-            reason = _unreachable(error)
+            reason = _unreachable(error, action)
         elif response.status_code in (401, 403):
             reason = (
                 f"access is denied ({response.status_code}): {login}, with a token that may "
@@ -375,9 +383,10 @@ def _explained(address: HubAddress, action: str = "read") -> Iterator[None]:
     raise UserError(f"cannot {action} {address}: {reason}")
 
 
-def _unreachable(error: BaseException) -> str:
+def _unreachable(error: BaseException, action: str) -> str:
+    cached = " and the cache lacks it" if action == "read" else ""
     return (
-        f"{_api().endpoint} cannot be reached ({_short_reason(error)}) and the cache lacks it: "
+        f"{_api().endpoint} cannot be reached ({_short_reason(error)}){cached}: "
         "check the network and HF_ENDPOINT"
     )
 

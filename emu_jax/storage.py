@@ -295,7 +295,11 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if not separator:
         return Path(path)
     if scheme not in SCHEMES:
-        hint = f"convert it first: emu-jax convert {text} DST, or " if scheme == "hf" else ""
+        hint = ""
+        if scheme == "hf":
+            hint = f"read it with emu-jax convert {text} DST, write it with emu-jax push, or "
+        elif rest.startswith("huggingface.co/"):
+            hint = f"write hf://{'/'.join(rest.split('/')[1:3])}, or "
         raise UserError(
             f"{scheme}:// is not supported ({text}): {hint}use a local path, "
             f"{' or '.join(f'{name}://' for name in SCHEMES)}"

@@ -34,7 +34,7 @@ PAGES = [
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^ *(?:[A-Z_]+=\S+ )?(?:emu-jax|python|make|pip) ", re.MULTILINE)
 # Programs of others, whose arguments are not checked here.
-OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd", "echo", "pre-commit", "lmms-eval"}
+OTHERS = {"gcloud", "docker", "kubectl", "xpk", "cd", "echo", "pre-commit", "lmms-eval", "jupyter"}
 SOURCES = ("emu_jax", "tests", "tools", "benchmarks", "configs")
 # Words that begin no docstring.
 OPENINGS = re.compile(r"(What|Of|Those|Which|Where|Whether|How|Raises)\b")

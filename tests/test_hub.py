@@ -325,6 +325,9 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
     server.gated.add("org/gated")
     server.commit("org/shared", {".gitattributes": b""})
     server.read_only.add("org/shared")
+    with pytest.raises(UserError, match="the repository org/open has no sub"):
+        hub.download_snapshot("hf://org/open/sub")
+    assert not any("/resolve/" in path for _, path in server.requests)  # nothing is downloaded
     cases = {
         "hf://org/gated": "it is gated: accept its terms at http://127.0.0.1",
         "hf://org/none": "it does not exist or is private: check the name",
@@ -333,6 +336,7 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
         "hf://org/open": "is neither a release",
         "hf://org/empty": "the repository org/empty has no files",
         "hf://org": "not an address on the Hub: write hf://ORG/NAME",
+        "https://huggingface.co/org/open": "write hf://org/open, or use a local path",
     }
     dst = tmp_path / "dst"
     commands = {message: ["convert", text, str(dst)] for text, message in cases.items()}
@@ -348,6 +352,7 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
         assert cli.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert "http://127.0.0.1:9 cannot be reached" in line
+        assert ("the cache lacks it" in line) == (arguments[0] == "convert")
     assert not dst.exists()
     address = hub.HubAddress.parse("hf://me/x")
     with pytest.raises(UserError, match="HF_HUB_DISABLE_XET"), hub._explained(address, "upload to"):
@@ -396,6 +401,11 @@ def test_the_card_says_what_was_trained(run, tmp_path):
     assert "`heldout` at step 20" in card and "| text_loss | 1.125 |" in card
     everything = b"".join(p.read_bytes() for p in Path(tmp_path / "out").rglob("*") if p.is_file())
     assert b"secret" not in everything and b"private-name" not in everything
+    assert 'emu.generate_image(["a red circle"])' in card
+    digits_card = publish.model_card(
+        tmp_path / "first", HubAddress("me/x"), digits(), to="jax", license="", parents=[]
+    )
+    assert 'emu.generate_image(["the digit seven"])' in digits_card
 
 
 def test_the_card_of_an_emu2_names_its_paper_and_connector(tmp_path):
